@@ -1,0 +1,138 @@
+"""From opening to closing: what runs in a session's event loop, and how it all ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack
+from typing import Any, TypeVar
+
+import anyio
+from anyio.abc import TaskGroup
+
+from promptlayer_exec._errors import SessionClosed
+from promptlayer_exec._policies import Deadline
+
+T = TypeVar("T")
+
+# The loop itself keeps no strong reference: without one, a session that is dropped unclosed would
+# be torn apart by the garbage collector instead of being closed when the loop shuts down.
+_supervisors: set[asyncio.Task[None]] = set()
+
+
+class DeadlinePassed(Exception):
+    """A call took longer than it was allowed."""
+
+
+class Lifetime:
+    """One opening of a session, in the event loop that is running.
+
+    All tasks live in a task group inside one supervisor task, so that whoever opens a session,
+    uses it and closes it may be three different tasks.
+
+    Args:
+        resources: closed at the end, when nothing runs any more.
+    """
+
+    def __init__(self, resources: AsyncExitStack) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._resources = resources
+        self._ready = anyio.Event()
+        self._closing = anyio.Event()
+        self._ended = anyio.Event()
+        self._calls: set[anyio.CancelScope] = set()
+        self._calls_left = anyio.Event()
+        self._tasks: TaskGroup
+        supervisor = self._loop.create_task(self._supervise(), name="promptlayer_exec.Session")
+        _supervisors.add(supervisor)
+        supervisor.add_done_callback(_supervisors.discard)
+
+    @property
+    def closing(self) -> bool:
+        """Whether the end has begun."""
+        return self._closing.is_set() or self._over()
+
+    async def ready(self) -> None:
+        """Wait until tasks can be spawned.
+
+        Raises:
+            RuntimeError: another event loop is running.
+            SessionClosed: the end has begun.
+        """
+        self._check_loop()
+        if not self._ready.is_set():
+            await self._ready.wait()
+        if self.closing:
+            raise SessionClosed
+
+    def spawn(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run a task until it ends by itself or the session is closed."""
+        self._tasks.start_soon(run)
+
+    async def call(self, run: Callable[[], Awaitable[T]], deadline: Deadline) -> T:
+        """Await `run()`, but no longer than to the deadline or the closing of the session.
+
+        Raises:
+            DeadlinePassed: the deadline passed.
+            SessionClosed: the session was closed.
+        """
+        scope = anyio.CancelScope(deadline=deadline.at)
+        self._calls.add(scope)
+        try:
+            with scope:
+                return await run()
+        finally:
+            self._calls.discard(scope)
+            if self.closing and not self._calls:
+                self._calls_left.set()
+        if self.closing:
+            raise SessionClosed
+        raise DeadlinePassed
+
+    def close(self) -> None:
+        """Begin to end all that runs.
+
+        Raises:
+            RuntimeError: it runs in another event loop.
+        """
+        if not self._over():
+            self._check_loop()
+            self._closing.set()
+
+    async def wait_closed(self) -> None:
+        """Wait until nothing runs any more; any number of tasks may do so at once."""
+        if not self._over():
+            self._check_loop()
+            await self._ended.wait()
+
+    def _over(self) -> bool:
+        return self._ended.is_set() or self._loop.is_closed()
+
+    def _check_loop(self) -> None:
+        if self._loop is not asyncio.get_running_loop():
+            raise RuntimeError(
+                "this session was opened in another event loop: close it there, enter it again if"
+                " that loop has ended, or use one Session per loop"
+            )
+
+    async def _supervise(self) -> None:
+        try:
+            async with anyio.create_task_group() as self._tasks:
+                self._ready.set()
+                await self._closing.wait()
+                self._tasks.cancel_scope.cancel()
+        finally:
+            # Also where the loop shuts down without a close: asyncio.run cancels every task.
+            self._closing.set()
+            self._ready.set()
+            try:
+                await self._end_calls()
+                await self._resources.aclose()
+            finally:
+                self._ended.set()
+
+    async def _end_calls(self) -> None:
+        for scope in self._calls:
+            scope.cancel()
+        if self._calls:
+            await self._calls_left.wait()

@@ -1,0 +1,300 @@
+"""What the server says of an execution, as frozen values."""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import attrs
+
+from promptlayer_exec._errors import ExecutionFailed
+
+if TYPE_CHECKING:
+    from promptlayer_exec._execution import Execution
+
+V = TypeVar("V")
+ItemT = TypeVar("ItemT")
+OutputT = TypeVar("OutputT")
+
+
+class FrozenMap(Mapping[str, V]):
+    """A read-only mapping that, unlike `types.MappingProxyType`, pickles and deep-copies."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[str, V] | None = None) -> None:
+        self._items: dict[str, V] = dict(items or {})
+
+    def __getitem__(self, key: str) -> V:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._items!r})"
+
+
+class NodeStatus(enum.StrEnum):
+    """The documented statuses of a node; the last three are final."""
+
+    QUEUED = "QUEUED"
+    RUNNING = "RUNNING"
+    SUCCESS = "SUCCESS"
+    FAILED = "FAILED"
+    SKIPPED = "SKIPPED"
+
+
+# The server's documentation has named FAILED so as well.
+_STATUSES: Mapping[str, NodeStatus] = {**NodeStatus.__members__, "FAILURE": NodeStatus.FAILED}
+_FINAL = frozenset({NodeStatus.SUCCESS, NodeStatus.FAILED, NodeStatus.SKIPPED})
+
+
+def _read_status(status: str) -> NodeStatus | str:
+    return _STATUSES.get(status, status)
+
+
+@attrs.frozen
+class Node:
+    """One node of an execution, as one poll saw it.
+
+    Attributes:
+        name: the node's name in the workflow.
+        status: a `NodeStatus`, or the server's own word where it is an unknown one (never final).
+        value: the node's output, any JSON value; None until there is one.
+        error_message: why the node failed.
+        raw_error_message: the same with details: a string, or an object such as `{"raw": "..."}`.
+        is_output_node: whether the workflow names this node as an output.
+    """
+
+    name: str
+    status: NodeStatus | str = attrs.field(converter=_read_status)
+    value: Any = None
+    error_message: str | None = None
+    raw_error_message: Any = None
+    is_output_node: bool | None = None
+
+    @property
+    def final(self) -> bool:
+        """Whether the status will not change any more."""
+        return self.status in _FINAL
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the node ended in `SUCCESS`."""
+        return self.status == NodeStatus.SUCCESS
+
+
+@attrs.frozen
+class NodeTimes:
+    """When a watch first saw a node running and first saw it final, in seconds into the watch."""
+
+    running: float | None = None
+    final: float | None = None
+
+
+@attrs.frozen
+class NodeChange:
+    """A node whose status or value differs from the snapshot before.
+
+    Attributes:
+        node: the node as it is now.
+        before: its status then; None where it was not there.
+    """
+
+    node: Node
+    before: NodeStatus | str | None
+
+
+def _frozen(items: Any) -> Any:
+    return items if isinstance(items, FrozenMap) else FrozenMap(items)
+
+
+@attrs.frozen
+class Snapshot:
+    """All nodes of an execution, as one poll saw them.
+
+    Attributes:
+        execution_id: the execution.
+        complete: whether the server says that it is over (HTTP 200); it is not to say it succeeded.
+        nodes: name to node, in the server's order; read-only.
+        raw: the decoded body, unknown fields included. Shared: do not change it.
+        poll: the poller's count, 1 for its first and for a single request.
+        elapsed: seconds since the poller's first poll.
+        times: when each node was first seen running and final; read-only.
+    """
+
+    execution_id: int
+    complete: bool
+    nodes: Mapping[str, Node] = attrs.field(converter=_frozen)
+    raw: Any = attrs.field(default=None, repr=False)
+    poll: int = 1
+    elapsed: float = 0.0
+    times: Mapping[str, NodeTimes] = attrs.field(factory=FrozenMap, converter=_frozen, repr=False)
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How many nodes have each status; a status that none has counts 0."""
+        return Counter(node.status for node in self.nodes.values())
+
+    @property
+    def progress(self) -> float:
+        """Final nodes divided by nodes: 1.0 when complete, 0.0 with no nodes."""
+        if self.complete:
+            return 1.0
+        if not self.nodes:
+            return 0.0
+        return sum(node.final for node in self.nodes.values()) / len(self.nodes)
+
+    @property
+    def output_nodes(self) -> tuple[Node, ...]:
+        """The nodes marked as output, in the server's order."""
+        return tuple(node for node in self.nodes.values() if node.is_output_node)
+
+    @property
+    def failed_nodes(self) -> tuple[Node, ...]:
+        """The nodes that failed, in the server's order."""
+        return tuple(node for node in self.nodes.values() if node.status == NodeStatus.FAILED)
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether it is complete and some output node succeeded.
+
+        With no node marked as output: whether it is complete and nothing failed.
+        """
+        outputs = self.output_nodes
+        if not outputs:
+            return self.complete and not self.failed_nodes
+        return self.complete and any(node.succeeded for node in outputs)
+
+    def diff(self, previous: Snapshot | None) -> tuple[NodeChange, ...]:
+        """Return the nodes whose status or value changed since `previous`.
+
+        Args:
+            previous: an earlier snapshot; None stands for one without nodes.
+        """
+        changes = []
+        for name, node in self.nodes.items():
+            before = previous.nodes.get(name) if previous is not None else None
+            if before is None:
+                changes.append(NodeChange(node, None))
+            elif before.status != node.status or not _same_json(before.value, node.value):
+                changes.append(NodeChange(node, before.status))
+        return tuple(changes)
+
+    def raise_for_failure(self) -> None:
+        """Raise `ExecutionFailed` if the execution is complete and did not succeed."""
+        if not self.complete or self.succeeded:
+            return
+        failed = self.failed_nodes
+        shown = failed or self.output_nodes
+        states = "; ".join(
+            f"{node.name!r} {node.status}" + (f" ({node.error_message})" * bool(node.error_message))
+            for node in shown
+        )
+        what = "it failed" if failed else "it completed, but no output node succeeded"
+        raise ExecutionFailed(
+            f"{what}: {states}",
+            failed=failed,
+            execution_id=self.execution_id,
+            last_snapshot=self,
+        )
+
+
+def _same_json(left: Any, right: Any) -> bool:
+    """Compare decoded JSON as JSON: `1`, `1.0` and `true` differ, and NaN equals itself."""
+    pairs = [(left, right)]  # a stack, as values may be nested deeper than Python may recurse
+    while pairs:
+        one, other = pairs.pop()
+        if one is other:
+            continue
+        if type(one) is not type(other):
+            return False
+        if isinstance(one, dict):
+            if one.keys() != other.keys():
+                return False
+            pairs.extend((value, other[key]) for key, value in one.items())
+        elif isinstance(one, list):
+            if len(one) != len(other):
+                return False
+            pairs.extend(zip(one, other, strict=True))
+        elif one != other and not (one != one and other != other):  # noqa: PLR0124 - NaN
+            return False
+    return True
+
+
+@attrs.frozen
+class MainOutput:
+    """The answer to a request for the main output alone.
+
+    Attributes:
+        execution_id: the execution.
+        complete: whether the server says that it is over (HTTP 200).
+        value: the body, verbatim; meaningful only when complete. It may be a node map, where no
+            output node succeeded or where the output happens to look like one: read the node map
+            itself (`return_all_outputs=True`) to learn whether the execution succeeded.
+    """
+
+    execution_id: int
+    complete: bool
+    value: Any
+
+
+@attrs.frozen
+class StartRequest:
+    """A run to be started.
+
+    Attributes:
+        workflow: the workflow's name or id.
+        inputs: its input variables.
+        label: the label of the version to run; excludes `version`.
+        version: the number of the version to run; excludes `label`.
+        metadata: strings to keep with the run.
+        callback_url: where the server posts the final output.
+        key: yours, never sent: to find the item again.
+    """
+
+    workflow: str | int
+    inputs: Any = attrs.field(factory=dict)
+    label: str | None = None
+    version: int | None = None
+    metadata: Mapping[str, str] | None = None
+    callback_url: str | None = None
+    key: Any = None
+
+
+@attrs.frozen
+class Outcome(Generic[ItemT, OutputT]):
+    """How one item of a fan-out ended.
+
+    Attributes:
+        index: the item's place among the items, from 0.
+        item: the item itself.
+        execution: its handle, once there is an execution.
+        snapshot: the last that was seen of it.
+        output: its main output, where there is no error.
+        error: what went wrong.
+    """
+
+    index: int
+    item: ItemT
+    execution: Execution | None = None
+    snapshot: Snapshot | None = None
+    output: OutputT | None = None
+    error: Exception | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no error."""
+        return self.error is None
+
+    def result(self) -> OutputT:
+        """Return the output, or raise the error."""
+        if self.error is not None:
+            raise self.error
+        return self.output  # type: ignore[return-value]  # there is one where there is no error

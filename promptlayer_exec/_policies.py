@@ -1,0 +1,231 @@
+"""When to poll again, and what to survive: arithmetic alone, with time and chance as arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Self
+
+import attrs
+
+from promptlayer_exec._errors import ConfigurationError
+
+
+def check_seconds(name: str, value: Any, *, zero: bool = True) -> float:
+    """Return `value` as seconds.
+
+    Raises:
+        ConfigurationError: it is no number, or negative, or not finite, or 0 where `zero` is false.
+    """
+    seconds = _number(value)
+    if seconds is None or not math.isfinite(seconds) or seconds < 0 or (seconds == 0 and not zero):
+        least = "at least 0" if zero else "more than 0"
+        raise ConfigurationError(f"{name} must be a finite number, {least}, not {value!r:.100}")
+    return seconds
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+@attrs.frozen
+class PollPolicy:
+    """When to look at an execution again.
+
+    The first poll is at once. Each later one comes a fifth of the time that seems left after the
+    answer before it, and never sooner than `floor` nor later than `ceiling`.
+
+    Args:
+        floor: the least delay, in seconds; more than 0.
+        ceiling: the greatest delay, in seconds.
+        jitter: a delay is lengthened by up to this fraction of it, and by at most this many
+            seconds, so that executions started together are not polled together.
+
+    Raises:
+        ConfigurationError: a value is out of range.
+    """
+
+    floor: float = 0.5
+    ceiling: float = 5.0
+    jitter: float = 0.1
+
+    def __attrs_post_init__(self) -> None:
+        check_seconds("PollPolicy.floor", self.floor, zero=False)
+        check_seconds("PollPolicy.jitter", self.jitter)
+        if check_seconds("PollPolicy.ceiling", self.ceiling) < self.floor:
+            raise ConfigurationError(
+                f"PollPolicy.ceiling ({self.ceiling!r}) must not be below floor ({self.floor!r})"
+            )
+
+    @classmethod
+    def fixed(cls, seconds: float) -> Self:
+        """Return the policy that polls every `seconds`, without jitter."""
+        return cls(floor=seconds, ceiling=seconds, jitter=0.0)
+
+    def delay(
+        self,
+        *,
+        elapsed: float,
+        final: int,
+        nodes: int,
+        unchanged: float,
+        chance: float,
+        retry_after: float = 0.0,
+    ) -> float:
+        """Return the seconds from the last answer to the next poll.
+
+        Args:
+            elapsed: seconds since the watch began.
+            final: how many nodes are final.
+            nodes: how many there are.
+            unchanged: seconds since a node's status last changed.
+            chance: a random number in [0, 1).
+            retry_after: seconds that the server asked to wait: never less than that.
+        """
+        left = max(elapsed / (final + 0.5) * (nodes - final), unchanged)
+        delay = min(max(left / 5, self.floor), self.ceiling)
+        return max(delay + self.jitter * min(delay, 1.0) * chance, retry_after)
+
+
+TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+def _frozen(statuses: Iterable[int]) -> frozenset[int]:
+    return frozenset(statuses)
+
+
+@attrs.frozen
+class RetryPolicy:
+    """What to survive, and for how long.
+
+    Args:
+        outage: seconds for which a single call is retried, from its first failed attempt.
+        watch_outage: the same for each poll of a watch; None: until the followers' deadlines.
+        base: the first delay between attempts, in seconds; it doubles with every failure.
+        ceiling: the greatest such delay, in seconds.
+        retry_after_ceiling: the longest wait, in seconds, that a server may ask for.
+        not_found_grace: seconds for which a 404 on an execution that this session started is
+            taken for a server that does not know it yet.
+        statuses: the HTTP statuses that are worth another attempt.
+
+    Raises:
+        ConfigurationError: a value is out of range.
+    """
+
+    outage: float = 60.0
+    watch_outage: float | None = 600.0
+    base: float = 0.5
+    ceiling: float = 10.0
+    retry_after_ceiling: float = 120.0
+    not_found_grace: float = 10.0
+    statuses: frozenset[int] = attrs.field(default=TRANSIENT_STATUSES, converter=_frozen)
+
+    def __attrs_post_init__(self) -> None:
+        for name in ("outage", "base", "ceiling", "retry_after_ceiling", "not_found_grace"):
+            check_seconds(f"RetryPolicy.{name}", getattr(self, name))
+        if self.watch_outage is not None:
+            check_seconds("RetryPolicy.watch_outage", self.watch_outage)
+        if unknown := [s for s in self.statuses if s not in range(300, 600)]:
+            raise ConfigurationError(
+                f"RetryPolicy.statuses takes HTTP statuses from 300 to 599, not {unknown!r}"
+            )
+
+    def delay(self, failures: int, chance: float) -> float:
+        """Return the seconds before the next attempt, at most `ceiling`.
+
+        Args:
+            failures: how many attempts have failed in a row, from 1.
+            chance: a random number in [0, 1): it lengthens the delay, to twice as long.
+        """
+        doublings = min(failures - 1, 64)  # beyond, a float would overflow
+        step = min(self.base * 2.0**doublings, self.ceiling / 2)
+        return step * (1.0 + chance)
+
+    def announced(self, retry_after: float | None) -> float:
+        """Return how much of the wait that a server asked for is granted, in seconds."""
+        return min(retry_after or 0.0, self.retry_after_ceiling)
+
+
+class Outage:
+    """The failures of one logical request since its last good answer.
+
+    Waiting that is not the server's fault, or that the server announced, does not use it up.
+    """
+
+    def __init__(self, policy: RetryPolicy, limit: float | None) -> None:
+        self._policy = policy
+        self._limit = math.inf if limit is None else limit
+        self._since: float | None = None
+        self._excused = 0.0
+        self.failures = 0
+        self.error: Exception | None = None
+
+    def excuse(self, seconds: float) -> None:
+        """Leave `seconds` of waiting out of the account."""
+        if self._since is not None:
+            self._excused += seconds
+
+    def delay(
+        self, error: Exception, *, now: float, chance: float, retry_after: float | None = None
+    ) -> float | None:
+        """Take note of a failed attempt, and return the seconds before the next; None: give up.
+
+        Args:
+            error: what went wrong.
+            now: the time, in seconds on any clock.
+            chance: a random number in [0, 1).
+            retry_after: seconds that the server asked to wait.
+        """
+        self.error = error
+        self.failures += 1
+        if self._since is None:
+            self._since = now
+        left = self._limit - (now - self._since - self._excused)
+        if left <= 0:
+            return None
+        delay = min(self._policy.delay(self.failures, chance), left)
+        announced = self._policy.announced(retry_after)
+        if announced < delay:
+            return delay
+        self._excused += announced
+        return announced
+
+
+@attrs.frozen
+class Deadline:
+    """When a wait ends at the latest, whatever it waits for.
+
+    Attributes:
+        timeout: the seconds that were allowed; None: no limit.
+        at: the time, on the clock that `after` was given.
+    """
+
+    timeout: float | None
+    at: float
+
+    @classmethod
+    def after(cls, timeout: float | None, *, now: float) -> Self:
+        """Return the deadline that lies `timeout` seconds after `now`."""
+        return cls(timeout, math.inf if timeout is None else now + timeout)
+
+
+def check_timeout(timeout: Any) -> float | None:
+    """Return a timeout in seconds; None and infinity stand for no limit.
+
+    Raises:
+        TypeError: it is neither a number nor None.
+        ValueError: it is negative or no number at all.
+    """
+    if timeout is None:
+        return None
+    seconds = _number(timeout)
+    if seconds is None:
+        raise TypeError(f"timeout is a number of seconds or None, not {timeout!r}")
+    if not seconds >= 0:
+        raise ValueError(f"timeout must not be negative or NaN, and is {timeout!r:.100}")
+    return None if seconds == math.inf else seconds

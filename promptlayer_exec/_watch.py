@@ -1,0 +1,273 @@
+"""One poller for one execution, and any number of followers. It knows no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from random import random
+from typing import TYPE_CHECKING, Any, Protocol
+
+import anyio
+
+from promptlayer_exec._errors import ExecutionTimeout, PromptLayerExecError, SessionClosed
+from promptlayer_exec._events import Emit, Polled, WatchEnded, WatchStarted
+from promptlayer_exec._models import FrozenMap, Node, NodeStatus, NodeTimes, Snapshot
+from promptlayer_exec._policies import Deadline, Outage, PollPolicy, RetryPolicy
+
+if TYPE_CHECKING:
+    from promptlayer_exec._wire import NodeMap, Reply
+
+
+class Fetch(Protocol):
+    """Gets an execution's node map, over an outage if need be."""
+
+    async def __call__(self, execution_id: int, outage: Outage, *, due: float) -> Reply[NodeMap]:
+        """Return the answer to a request that should leave at `due`."""
+
+
+def take_snapshot(
+    execution_id: int, reply: Reply[NodeMap], *, elapsed: float, previous: Snapshot | None = None
+) -> Snapshot:
+    """Return what a reply says, with what the snapshot before it had seen."""
+    times = previous.times if previous is not None else FrozenMap[NodeTimes]()
+    return Snapshot(
+        execution_id,
+        reply.value.complete,
+        reply.value.nodes,
+        raw=reply.value.raw,
+        poll=previous.poll + 1 if previous is not None else 1,
+        elapsed=elapsed,
+        times=_first_seen(reply.value.nodes, times, elapsed),
+    )
+
+
+def _first_seen(
+    nodes: Mapping[str, Node], times: Mapping[str, NodeTimes], elapsed: float
+) -> Mapping[str, NodeTimes]:
+    changed = {}
+    for name, node in nodes.items():
+        seen = times.get(name) or NodeTimes()
+        running, final = seen.running, seen.final
+        if running is None and node.status == NodeStatus.RUNNING:
+            running = elapsed
+        if final is None and node.final:
+            final = elapsed
+        if name not in times or (running, final) != (seen.running, seen.final):
+            changed[name] = NodeTimes(running, final)
+    return FrozenMap({**times, **changed}) if changed else times
+
+
+class Watch:
+    """Polls one execution for as long as somebody follows it.
+
+    Args:
+        execution_id: the execution.
+        fetch: gets its node map.
+        poll: when to look again.
+        retry: what to survive.
+        emit: told of polls, and of the watch's beginning and end.
+        on_end: called once, when late joiners can have no more from this watch.
+    """
+
+    def __init__(
+        self,
+        execution_id: int,
+        fetch: Fetch,
+        *,
+        poll: PollPolicy,
+        retry: RetryPolicy,
+        emit: Emit,
+        on_end: Callable[[Watch], None],
+    ) -> None:
+        self.execution_id = execution_id
+        self.latest: Snapshot | None = None
+        self._fetch = fetch
+        self._poll = poll
+        self._retry = retry
+        self._emit = emit
+        self._on_end = on_end
+        self._followers = 0
+        self._news = anyio.Event()
+        self._outage = Outage(retry, retry.watch_outage)
+        self._error: Exception | None = None
+        self._task: asyncio.Task[Any] | None = None
+
+    def join(self) -> None:
+        """Count one more follower."""
+        self._followers += 1
+
+    def leave(self) -> None:
+        """Count one follower less; the last one stops the poller."""
+        self._followers -= 1
+        if not self._followers:
+            self._on_end(self)
+            if self._task is not None:
+                # Not by a cancel scope: that would take a turn more while an answer is arriving.
+                self._task.cancel()
+
+    async def newer(self, seen: Snapshot | None, deadline: Deadline) -> Snapshot:
+        """Return the latest snapshot as soon as it is another than `seen`.
+
+        Raises:
+            ExecutionTimeout: the deadline passed, and there is no complete snapshot.
+            PromptLayerExecError: the poller failed, or the session was closed.
+        """
+        while True:
+            late = anyio.current_time() >= deadline.at
+            latest = self.latest
+            if latest is not None and latest is not seen and (latest.complete or not late):
+                return latest
+            if late:
+                cause = self._error or self._outage.error
+                raise timed_out(self.execution_id, deadline, latest, cause) from cause
+            if self._error is not None:
+                if isinstance(self._error, PromptLayerExecError):
+                    raise self._error.copy()  # a traceback belongs to one task
+                raise self._error
+            with anyio.CancelScope(deadline=deadline.at):
+                await self._news.wait()
+
+    async def run(self) -> None:
+        """Poll until the execution is complete, the last follower has left, or a poll fails."""
+        if not self._followers:
+            return
+        self._task = asyncio.current_task()
+        started = anyio.current_time()
+        self._emit(WatchStarted(self.execution_id))
+        error: Exception | None = SessionClosed()
+        try:
+            error = await self._poll_until_complete(started)
+        except asyncio.CancelledError:
+            if self._followers:
+                raise
+            error = None
+        finally:
+            self._task = None
+            self._end(error, elapsed=anyio.current_time() - started)
+
+    async def _poll_until_complete(self, started: float) -> Exception | None:
+        due = changed_at = started
+        try:
+            while True:
+                self._outage = Outage(self._retry, self._retry.watch_outage)
+                reply = await self._fetch(self.execution_id, self._outage, due=due)
+                now = anyio.current_time()
+                previous = self.latest
+                snapshot = take_snapshot(
+                    self.execution_id, reply, elapsed=now - started, previous=previous
+                )
+                if previous is None or _statuses(previous) != _statuses(snapshot):
+                    changed_at = now
+                self._publish(snapshot)
+                self._emit(
+                    Polled(
+                        self.execution_id,
+                        snapshot,
+                        duration=reply.duration,
+                        lateness=reply.lateness,
+                        body_bytes=reply.body_bytes,
+                    )
+                )
+                if snapshot.complete:
+                    return None
+                delay = self._poll.delay(
+                    elapsed=now - started,
+                    final=sum(node.final for node in snapshot.nodes.values()),
+                    nodes=len(snapshot.nodes),
+                    unchanged=now - changed_at,
+                    chance=random(),
+                    retry_after=self._retry.announced(reply.retry_after),
+                )
+                due = now + delay
+                await anyio.sleep_until(due)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to the followers
+            return error
+
+    def _publish(self, snapshot: Snapshot) -> None:
+        self.latest = snapshot
+        self._wake()
+
+    def _wake(self) -> None:
+        news, self._news = self._news, anyio.Event()
+        news.set()
+
+    def _end(self, error: Exception | None, *, elapsed: float) -> None:
+        if error is not None:
+            if isinstance(error, PromptLayerExecError):
+                error.execution_id = self.execution_id
+                error.last_snapshot = self.latest
+            else:
+                error.add_note(f"while watching execution {self.execution_id}")
+            self._error = error
+            self._on_end(self)
+            self._wake()
+        polls = self.latest.poll if self.latest is not None else 0
+        self._emit(WatchEnded(self.execution_id, polls=polls, elapsed=elapsed, error=error))
+
+
+def _statuses(snapshot: Snapshot) -> list[NodeStatus | str]:
+    return [node.status for node in snapshot.nodes.values()]
+
+
+def timed_out(
+    execution_id: int, deadline: Deadline, seen: Snapshot | None, cause: Exception | None
+) -> ExecutionTimeout:
+    """Return the error for a deadline that passed: what was seen by then, and what was wrong."""
+    timeout = deadline.timeout or 0.0
+    if seen is None:
+        state = "no answer came"
+    else:
+        final = sum(node.final for node in seen.nodes.values())
+        state = f"{final} of {len(seen.nodes)} nodes were final"
+    trouble = f"; last failure: {cause.args[0]}" if cause is not None and cause.args else ""
+    return ExecutionTimeout(
+        f"not complete within {timeout:g} s: {state}{trouble}",
+        timeout=timeout,
+        execution_id=execution_id,
+        last_snapshot=seen,
+    )
+
+
+async def follow(
+    join: Callable[[], Awaitable[Watch]], timeout: float | None
+) -> AsyncGenerator[Snapshot, None]:
+    """Yield each new snapshot of a watch, the latest there is first, the complete one last.
+
+    Args:
+        join: returns the watch, this follower counted.
+        timeout: seconds from the first `anext`; None: no limit.
+
+    Raises:
+        ExecutionTimeout: the deadline passed, and there is no complete snapshot.
+        PromptLayerExecError: the poller failed, or the session was closed.
+    """
+    deadline = Deadline.after(timeout, now=anyio.current_time())
+    watch = await join()
+    try:
+        snapshot: Snapshot | None = None
+        while snapshot is None or not snapshot.complete:
+            snapshot = await watch.newer(snapshot, deadline)
+            yield snapshot
+    finally:
+        watch.leave()
+
+
+async def finished_nodes(
+    join: Callable[[], Awaitable[Watch]], timeout: float | None
+) -> AsyncGenerator[Node, None]:
+    """Yield each node once, when it becomes final; at completion the rest follow.
+
+    Args and errors are those of `follow`.
+    """
+    deadline = Deadline.after(timeout, now=anyio.current_time())
+    yielded = set()
+    async with aclosing(follow(join, timeout)) as snapshots:
+        async for snapshot in snapshots:
+            for name, node in snapshot.nodes.items():
+                if name in yielded or not (node.final or snapshot.complete):
+                    continue
+                if not snapshot.complete and anyio.current_time() >= deadline.at:
+                    break  # only a complete snapshot may still be delivered: `follow` decides
+                yielded.add(name)
+                yield node

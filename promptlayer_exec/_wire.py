@@ -1,0 +1,381 @@
+"""Requests and responses as plain data: no I/O, so every rule about the protocol is tested here.
+
+The operation: https://docs.promptlayer.com/reference/get-workflow-version-execution-results
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import re
+from collections.abc import Mapping
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from typing import Any, Generic, NoReturn, TypeVar
+
+import attrs
+import cattrs
+from cattrs.errors import ClassValidationError
+from cattrs.gen import make_dict_structure_fn
+
+from promptlayer_exec._errors import (
+    BadRequest,
+    FieldError,
+    Forbidden,
+    InvalidResponse,
+    NotFound,
+    RateLimited,
+    ServerError,
+    StatusError,
+    Unauthorized,
+    UnprocessableEntity,
+)
+from promptlayer_exec._events import logger
+from promptlayer_exec._models import FrozenMap, MainOutput, Node, NodeStatus
+
+T = TypeVar("T")
+
+MAX_ID = 2**63 - 1
+_EXCERPT = 200
+_LINE = 500
+
+
+@attrs.frozen
+class Request:
+    """What to ask of the server.
+
+    Attributes:
+        method: the HTTP method.
+        target: path and query below the base URL, percent-encoded.
+        execution_id: the execution concerned.
+    """
+
+    method: str
+    target: str
+    execution_id: int
+
+
+@attrs.frozen
+class Response:
+    """What the server answered.
+
+    Attributes:
+        status: the HTTP status.
+        body: the body, decompressed.
+        location: where a redirect leads.
+        retry_after: the seconds that the server asked to wait.
+    """
+
+    status: int
+    body: bytes
+    location: str | None = None
+    retry_after: float | None = None
+
+
+@attrs.frozen
+class Reply(Generic[T]):
+    """A good answer, and how it came.
+
+    Attributes:
+        value: what was read from the body.
+        body_bytes: the size of the body, after decompression.
+        duration: seconds from sending the request to the last byte.
+        lateness: seconds by which it was sent after its time.
+        retry_after: the seconds that the server asked to wait before asking again.
+    """
+
+    value: T
+    body_bytes: int
+    duration: float
+    lateness: float
+    retry_after: float | None
+
+
+def check_execution_id(value: Any) -> int:
+    """Return an execution id as an int.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is not in 1 ... 2**63-1.
+    """
+    if isinstance(value, bool):
+        raise TypeError(f"an execution id is an int, not {value!r}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"an execution id is an int, not {value!r}") from None
+    if not 1 <= number <= MAX_ID:
+        raise ValueError(f"an execution id lies in 1 ... 2**63-1, and {number} does not")
+    return number
+
+
+def results_request(execution_id: int, *, return_all_outputs: bool) -> Request:
+    """Build the request for an execution's results."""
+    flag = "true" if return_all_outputs else "false"
+    return Request(
+        "GET",
+        "/workflow-version-execution-results"
+        f"?workflow_version_execution_id={execution_id}&return_all_outputs={flag}",
+        execution_id,
+    )
+
+
+@attrs.frozen
+class NodeMap:
+    """The answer to a request for all outputs: `complete`, the nodes, and the decoded body."""
+
+    complete: bool
+    nodes: FrozenMap[Node]
+    raw: Any
+
+
+class NodeMapReader:
+    """Structures node maps, and reports each status that it does not know once."""
+
+    _reported_at_most = 100
+
+    def __init__(self) -> None:
+        self._fast = _node_converter(detailed=False)
+        self._detailed = _node_converter(detailed=True)
+        self._reported: set[str] = set()
+
+    def read(self, response: Response, execution_id: int) -> NodeMap:
+        """Return the node map in a response.
+
+        Raises:
+            StatusError: the server refused.
+            InvalidResponse: the body is no JSON, or no node map.
+        """
+        check_status(response)
+        raw = _decode(response)
+        if not isinstance(raw, dict):
+            _misfit(response, "$", f"expected a map of node name to node, got {_kind(raw)}")
+        nodes = {name: self._node(response, name, body) for name, body in raw.items()}
+        for node in nodes.values():
+            if type(node.status) is str and node.status not in self._reported:
+                self._report(node, execution_id)
+        return NodeMap(response.status == HTTPStatus.OK, FrozenMap(nodes), raw)
+
+    def _node(self, response: Response, name: str, body: Any) -> Node:
+        if not isinstance(body, dict):
+            _misfit(response, f"$.{name}", f"expected a node, got {_kind(body)}")
+        named = {**body, "name": name}
+        try:
+            return self._fast.structure(named, Node)
+        except Exception as error:  # noqa: BLE001 - cattrs raises whatever a hook or class raises
+            path, reason = self._first_misfit(named)
+            _misfit(response, f"$.{name}{path}", reason, error)
+
+    def _first_misfit(self, body: dict[str, Any]) -> tuple[str, str]:
+        try:
+            self._detailed.structure(body, Node)
+        except ClassValidationError as group:
+            noted, _ = group.group_exceptions()
+            error, note = noted[0]
+            reason = "is missing" if isinstance(error, KeyError) else str(error)
+            return f".{note.name}", reason
+        return "", "does not fit"  # pragma: no cover - what the fast one refuses, this one does
+
+    def _report(self, node: Node, execution_id: int) -> None:
+        if len(self._reported) < self._reported_at_most:
+            self._reported.add(node.status)
+            logger.warning(
+                "execution %d: node %.100r has the unknown status %.100r, taken as not final",
+                execution_id,
+                node.name,
+                node.status,
+            )
+
+
+def _node_converter(*, detailed: bool) -> cattrs.Converter:
+    # A converter of our own, so that nobody's hooks can change what the server said.
+    converter = cattrs.Converter(detailed_validation=detailed)
+    converter.register_structure_hook(str, _strict(str, "a string"))
+    converter.register_structure_hook(bool, _strict(bool, "true or false"))
+    converter.register_structure_hook(NodeStatus | str, _strict(str, "a string"))
+    converter.register_structure_hook(Node, make_dict_structure_fn(Node, converter))
+    return converter
+
+
+def _strict(expected: type, described: str) -> Any:
+    def structure(value: Any, _: Any) -> Any:
+        if type(value) is not expected:
+            raise TypeError(f"expected {described}, got {_kind(value)}")
+        return value
+
+    return structure
+
+
+def read_main_output(response: Response, execution_id: int) -> MainOutput:
+    """Return the main output in a response; the body of a 202 is not interpreted.
+
+    Raises:
+        StatusError: the server refused.
+        InvalidResponse: the body of a 200 is no JSON.
+    """
+    check_status(response)
+    if response.status == HTTPStatus.OK:
+        return MainOutput(execution_id, complete=True, value=_decode(response))
+    try:
+        value = _decode(response)
+    except InvalidResponse:
+        value = None
+    return MainOutput(execution_id, complete=False, value=value)
+
+
+def _decode(response: Response) -> Any:
+    try:
+        return json.loads(response.body)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InvalidResponse(
+            f"the {response.status} answer is no JSON ({error})",
+            status=response.status,
+            excerpt=excerpt(response.body),
+            reason=str(error),
+        ) from error
+    except (ValueError, RecursionError) as error:  # over 4,300 digits; nested too deep
+        _misfit(response, "$", f"the JSON cannot be read ({error})", error)
+
+
+def _misfit(
+    response: Response, path: str, reason: str, cause: BaseException | None = None
+) -> NoReturn:
+    raise InvalidResponse(
+        f"the {response.status} answer has an unexpected shape: {path}: {reason}",
+        status=response.status,
+        excerpt=excerpt(response.body),
+        path=path,
+        reason=reason,
+    ) from cause
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "an array", str: "a string", bool: str(value).lower()}
+    return "null" if value is None else names.get(type(value), "a number")
+
+
+def excerpt(body: bytes) -> str:
+    """Return the start of a body, as text to show."""
+    return body[:_EXCERPT].decode("utf-8", "replace")
+
+
+_STATUS_ERRORS: dict[int, type[StatusError]] = {
+    400: BadRequest,
+    401: Unauthorized,
+    403: Forbidden,
+    404: NotFound,
+    422: UnprocessableEntity,
+    429: RateLimited,
+}
+
+
+def check_status(response: Response) -> None:
+    """Raise the error that belongs to a status other than 200 and 202.
+
+    Raises:
+        StatusError: the server refused; by status one of its subclasses.
+        InvalidResponse: another 2xx.
+    """
+    status = response.status
+    if status in (HTTPStatus.OK, HTTPStatus.ACCEPTED):
+        return
+    if status < 300:
+        raise InvalidResponse(
+            f"the server answered {_named(status)} where only 200 and 202 are defined",
+            status=status,
+            excerpt=excerpt(response.body),
+            path="$",
+        )
+    body = _error_body(response.body)
+    said = _server_message(body)
+    if status < 400:
+        target = (response.location or "nowhere")[:_EXCERPT]
+        said = f"a redirect to {target}, not followed as the key is for base_url alone"
+    cls = _STATUS_ERRORS.get(status, ServerError if status >= 500 else StatusError)
+    extra: dict[str, Any] = {"details": _details(body)} if cls is UnprocessableEntity else {}
+    raise cls(
+        f"the server answered {_named(status)}" + (f": {_line(said)}" if said else ""),
+        status=status,
+        server_message=said or _named(status),
+        body=body,
+        retry_after=response.retry_after,
+        reason=_named(status),
+        **extra,
+    )
+
+
+def _named(status: int) -> str:
+    try:
+        return f"{status} {HTTPStatus(status).phrase}"
+    except ValueError:
+        return str(status)
+
+
+def _error_body(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return body.decode("utf-8", "replace")
+
+
+def _server_message(body: Any) -> str:
+    """Find the server's own words in the body of an error, in any of its shapes."""
+    if isinstance(body, str):
+        text = body[:_EXCERPT].strip()
+        return "" if "<" in text else text  # a proxy's HTML tells less than the status
+    if not isinstance(body, dict):
+        return ""
+    for key in ("message", "error", "detail"):
+        if isinstance(said := body.get(key), str) and said.strip():
+            return said.strip()
+    return "; ".join(f"{'.'.join(map(str, detail.loc))}: {detail.msg}" for detail in _details(body))
+
+
+def _line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _LINE else f"{line[:_LINE]}..."
+
+
+def _details(body: Any) -> tuple[FieldError, ...]:
+    """Read FastAPI's list of complaints; what does not look like one is left to `body`."""
+    items = body.get("detail") if isinstance(body, dict) else None
+    if not isinstance(items, list):
+        return ()
+    return tuple(
+        FieldError(
+            loc=tuple(part if type(part) is int else str(part) for part in item["loc"]),
+            msg=str(item.get("msg") or ""),
+            type=str(item.get("type") or ""),
+        )
+        for item in items
+        if isinstance(item, dict) and isinstance(item.get("loc"), list)
+    )
+
+
+_NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+", re.ASCII)
+
+
+def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
+    """Return the seconds that a server asks to wait; None where it says nothing that makes sense.
+
+    Args:
+        headers: looked up without regard to case; `retry-after-ms` is the more precise of the two.
+        now: seconds since the epoch, to measure an HTTP date against.
+    """
+    if (milliseconds := _number(headers.get("retry-after-ms"))) is not None:
+        return milliseconds / 1000
+    value = headers.get("Retry-After", "").strip()
+    if (seconds := _number(value)) is not None:
+        return seconds
+    try:
+        date = parsedate_to_datetime(value)
+        at = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return max(at - now, 0.0)
+
+
+def _number(value: str | None) -> float | None:
+    value = (value or "").strip()
+    return float(value) if _NUMBER.fullmatch(value) else None
