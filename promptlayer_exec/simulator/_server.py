@@ -1,0 +1,84 @@
+"""A listening socket with a request handler behind it, in this loop or in a thread."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from typing import Any, Self, TypeAlias, TypeVar
+
+from aiohttp import web
+from yarl import URL
+
+Handler: TypeAlias = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+_T = TypeVar("_T")
+
+
+class Server:
+    """A server in the running loop, made by `start`, that stops at once whatever is under way."""
+
+    def __init__(self, web_server: web.Server, listener: asyncio.Server, host: str) -> None:
+        self.loop = asyncio.get_running_loop()
+        port = listener.sockets[0].getsockname()[1]
+        self.base_url = str(URL.build(scheme="http", host=host, port=port))
+        self._web_server = web_server
+        self._listener = listener
+
+    @classmethod
+    async def start(cls, handler: Handler, host: str, port: int) -> Self:
+        """Listen; `OSError` if the address does not allow it."""
+        # A handler ends when its client goes, which is how a stalled answer ends.
+        web_server = web.Server(handler, handler_cancellation=True, access_log=None)
+        listener = await asyncio.get_running_loop().create_server(web_server, host, port)
+        return cls(web_server, listener, host)
+
+    async def stop(self) -> None:
+        """Stop listening and abort every connection."""
+        await self._stop_accepting()
+        self._listener.close()
+        while connections := self._web_server.connections:
+            for connection in connections:
+                if connection.transport is not None:
+                    connection.transport.abort()
+            await asyncio.sleep(0)
+
+    async def _stop_accepting(self) -> None:
+        """Let asyncio hand over what it accepted: closing the listener first would leak it."""
+        for listening in self._listener.sockets:
+            with suppress(NotImplementedError):  # on Windows
+                self.loop.remove_reader(listening.fileno())
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+
+class ServerThread:
+    """A `Server` in a thread with a loop of its own; its methods block."""
+
+    def __init__(self, handler: Handler, host: str, port: int) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="promptlayer-simulator", daemon=True
+        )
+        self._thread.start()
+        try:
+            self.server = self._call(Server.start(handler, host, port))
+        except BaseException:
+            self._end()
+            raise
+
+    def stop(self) -> None:
+        """Stop the server and end the thread."""
+        try:
+            self._call(self.server.stop())
+        finally:
+            self._end()
+
+    def _call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def _end(self) -> None:
+        # Resolving a host name leaves a thread behind in the loop's executor.
+        self._call(self._loop.shutdown_default_executor())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

@@ -1,0 +1,265 @@
+"""The simulator: what a test says to it, and how it runs."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from ._api import Api
+from ._backend import Backend, ScenarioSource, SimRun
+from ._bucket import TokenBucket
+from ._faults import Fault, FaultQueue
+from ._log import RequestLog, SimRequest
+from ._scenario import Scenario
+from ._server import Server, ServerThread
+
+
+class Simulator:
+    """A PromptLayer server on a real socket.
+
+    `async with` serves in the running loop, `with` in a thread of its own; every method may be
+    called from any thread, and before it is entered. It may be entered again after it was left:
+    then it serves what it knew, on a new port unless `port` is given.
+
+    Args:
+        host: The address to listen on.
+        port: The port to listen on; 0 takes a free one.
+        api_key: The key that requests must carry in `X-API-KEY`.
+        clock: Returns the time in seconds, never running backwards; all node durations and the
+            rate limit follow it.
+        log_requests: Whether `requests` keeps every request; `request_count` always counts.
+    """
+
+    def __init__(
+        self,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        api_key: str = "simulator-key",
+        clock: Callable[[], float] = time.monotonic,
+        log_requests: bool = True,
+    ) -> None:
+        self.api_key = api_key
+        self._host = host
+        self._port = port
+        self._clock = clock
+        self._log = RequestLog(log_requests)
+        self._faults = FaultQueue()
+        self._backend = Backend(clock)
+        self._api = Api(api_key, clock, self._backend, self._log, self._faults)
+        self._server: Server | None = None
+        self._thread: ServerThread | None = None
+
+    @property
+    def base_url(self) -> str:
+        """The URL of the server, without a trailing slash; `RuntimeError` unless it runs."""
+        if self._server is None:
+            raise RuntimeError("the simulator is not running: enter it with `with` or `async with`")
+        return self._server.base_url
+
+    @property
+    def requests(self) -> list[SimRequest]:
+        """Every request so far, the oldest first, those that a fault happened to included."""
+        return self._log.requests
+
+    @property
+    def request_count(self) -> int:
+        """The number of requests so far."""
+        return self._log.count
+
+    @property
+    def executions(self) -> list[int]:
+        """The ids of all executions, the oldest first."""
+        return self._backend.execution_ids
+
+    @property
+    def runs(self) -> list[SimRun]:
+        """The executions that were started over HTTP, the oldest first."""
+        return self._backend.runs
+
+    def add_execution(self, scenario: Scenario, *, execution_id: int | None = None) -> int:
+        """Begin an execution now.
+
+        Args:
+            scenario: What it does.
+            execution_id: Its id; by default the next free one from 1001 on.
+
+        Returns:
+            Its id.
+
+        Raises:
+            ValueError: The id is taken, or outside 1 ... 2**63-1.
+        """
+        return self._backend.add_execution(scenario, execution_id)
+
+    def add_workflow(
+        self, name: str, scenario: ScenarioSource, *, warning: str | None = None
+    ) -> int:
+        """Add a workflow, of which each `POST /workflows/{name}/run` starts an execution.
+
+        Args:
+            name: Its name; any characters.
+            scenario: What each execution does, or a function of the input variables that
+                returns it.
+            warning: The warning that each start answers with.
+
+        Returns:
+            The id of the workflow, which works in place of its name.
+
+        Raises:
+            ValueError: The name is taken.
+        """
+        return self._backend.add_workflow(name, scenario, warning)
+
+    def finish(
+        self,
+        execution_id: int,
+        node: str,
+        *,
+        value: Any = ...,
+        status: str = "SUCCESS",
+        error_message: str | None = None,
+        raw_error_message: Any = None,
+    ) -> None:
+        """End a node that is held RUNNING (`duration=None`); a QUEUED one ends when it starts.
+
+        With a status that is not final, the node shows it and can be finished again.
+
+        Args:
+            execution_id: The execution.
+            node: The name of the node.
+            value: Its value if it succeeded; by default the one that the scenario gives.
+            status: The status it ends with.
+            error_message: Shown if it failed; by default the scenario's.
+            raw_error_message: Shown if it failed, any JSON; by default the scenario's.
+
+        Raises:
+            LookupError: There is no such execution or node.
+            ValueError: The node is final already, or ends by itself.
+            TypeError: The value is not JSON.
+        """
+        self._backend.finish(
+            execution_id,
+            node,
+            value=value,
+            status=status,
+            error_message=error_message,
+            raw_error_message=raw_error_message,
+        )
+
+    def state(self, execution_id: int) -> dict[str, str]:
+        """Return the present status of every node by name.
+
+        Raises:
+            LookupError: There is no such execution.
+        """
+        states = self._backend.results(execution_id).states
+        return {name: state.status for name, state in states.items()}
+
+    def inject(self, fault: Fault) -> None:
+        """Let a fault happen to the next requests that it concerns, after those injected before."""
+        self._faults.add(fault)
+
+    def clear_faults(self) -> None:
+        """Forget the faults that have not happened yet."""
+        self._faults.clear()
+
+    def rate_limit(
+        self,
+        requests: float | None,
+        per: float = 1.0,
+        burst: int | None = None,
+        *,
+        retry_after: bool = True,
+    ) -> None:
+        """Answer 429 to authenticated requests beyond a rate, by a token bucket that starts full.
+
+        Args:
+            requests: How many requests are let through in `per` seconds; None lifts the limit.
+            per: Seconds.
+            burst: How many are let through at once; by default `requests`, at least 1.
+            retry_after: Whether a 429 tells in Retry-After, in seconds and fractions, when the
+                next request will be let through.
+
+        Raises:
+            ValueError: A number is not positive, or `burst` is below 1.
+        """
+        if requests is None:
+            self._api.bucket = None
+            return
+        if burst is None:
+            burst = max(1, int(requests))
+        if not (requests > 0 and per > 0 and burst >= 1):
+            raise ValueError("requests and per must be positive, and burst at least 1")
+        self._api.announce_retry = retry_after
+        self._api.bucket = TokenBucket(requests / per, burst, self._clock())
+
+    async def wait_for_requests(self, count: int, timeout: float = 10.0) -> None:
+        """Wait until there were `count` requests in all.
+
+        Args:
+            count: The number of requests.
+            timeout: Seconds.
+
+        Raises:
+            TimeoutError: There were fewer in that time.
+        """
+        await self._log.wait(count, timeout)
+
+    def block_for_requests(self, count: int, timeout: float = 10.0) -> None:
+        """Block this thread until there were `count` requests in all.
+
+        Args:
+            count: The number of requests.
+            timeout: Seconds.
+
+        Raises:
+            TimeoutError: There were fewer in that time.
+            RuntimeError: It would block the loop that the simulator serves in.
+        """
+        if self._server is not None and _is_running(self._server.loop):
+            raise RuntimeError("await wait_for_requests here: blocking would stop the server")
+        self._log.block(count, timeout)
+
+    async def __aenter__(self) -> Self:
+        self._check_left()
+        self._server = await Server.start(self._api.handle, self._host, self._port)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._server is not None:
+            await self._server.stop()
+            self._server = None
+
+    def __enter__(self) -> Self:
+        self._check_left()
+        self._thread = ServerThread(self._api.handle, self._host, self._port)
+        self._server = self._thread.server
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._thread is not None:
+            self._thread.stop()
+            self._server = self._thread = None
+
+    def _check_left(self) -> None:
+        if self._server is not None:
+            raise RuntimeError("the simulator is running already")
+
+
+def _is_running(loop: asyncio.AbstractEventLoop) -> bool:
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False
