@@ -1,0 +1,111 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+from promptlayer_exec import Event, PollPolicy, RetryPolicy, Session
+from promptlayer_exec.simulator import Scenario, SimNode, Simulator
+
+settings.register_profile("suite", derandomize=True, deadline=None, database=None)
+settings.load_profile("suite")
+
+
+def our_tasks() -> list[str]:
+    """Return the names of the library's tasks in this loop."""
+    names = [task.get_name() for task in asyncio.all_tasks()]
+    return [name for name in names if name.startswith("promptlayer_exec")]
+
+
+class Recorder:
+    """An observer that keeps every event, and lets a test wait for one."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self._waiters: list[tuple[type[Event], asyncio.Future[Any]]] = []
+
+    def __call__(self, event: Event) -> None:
+        """Keep the event, and wake those who wait for its like."""
+        self.events.append(event)
+        for kind, waiter in self._waiters:
+            if isinstance(event, kind) and not waiter.done():
+                waiter.set_result(event)
+
+    def of(self, kind: type[Event]) -> list[Any]:
+        """Return the events of one kind."""
+        return [event for event in self.events if isinstance(event, kind)]
+
+    async def next(self, kind: type[Event]) -> Any:
+        """Wait for the next event of one kind."""
+        waiter: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiters.append((kind, waiter))
+        async with asyncio.timeout(10):
+            return await waiter
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PROMPTLAYER_API_KEY", raising=False)
+    monkeypatch.delenv("PROMPTLAYER_BASE_URL", raising=False)
+
+
+@pytest.fixture
+async def sim() -> AsyncIterator[Simulator]:
+    """Return a simulator that serves in the test's loop."""
+    async with Simulator() as simulator:
+        yield simulator
+
+
+@pytest.fixture
+def threaded_sim() -> Iterator[Simulator]:
+    """Return a simulator that serves in a thread of its own."""
+    with Simulator() as simulator:
+        yield simulator
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    """Return an observer that the sessions of `open_session` report to."""
+    return Recorder()
+
+
+@pytest.fixture
+async def open_session(sim: Simulator, recorder: Recorder) -> AsyncIterator[Callable[..., Session]]:
+    """Return a maker of sessions for `sim`; they are closed, and checked for leaks, at the end."""
+    async with AsyncExitStack() as stack:
+
+        def make(**overrides: Any) -> Session:
+            settings: dict[str, Any] = {
+                "api_key": sim.api_key,
+                "base_url": sim.base_url,
+                "poll": PollPolicy.fixed(0.01),
+                "retry": RetryPolicy(outage=5.0, watch_outage=5.0, base=0.001),
+                "rate": None,
+                "observers": [recorder],
+            }
+            session = Session(**{**settings, **overrides})
+            stack.push_async_callback(session.aclose)
+            return session
+
+        yield make
+    assert our_tasks() == []
+
+
+@pytest.fixture
+def session(open_session: Callable[..., Session]) -> Session:
+    """Return a session that polls `sim` every 10 ms."""
+    return open_session()
+
+
+@pytest.fixture
+def held(sim: Simulator) -> int:
+    """Return the id of an execution whose output node runs until it is told to finish."""
+    return sim.add_execution(
+        Scenario([SimNode("Plan", "done"), SimNode("Answer", "42", None, is_output_node=True)])
+    )

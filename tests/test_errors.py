@@ -1,0 +1,310 @@
+"""The error tree: shape, texts, copies and pickles."""
+
+import copy
+import inspect
+import pickle
+import re
+import traceback
+
+import attrs
+import pytest
+
+import promptlayer_exec
+from promptlayer_exec import _errors
+from promptlayer_exec._models import Node, Snapshot
+
+NODE = Node("Node 1", "FAILED", error_message="boom")
+SNAPSHOT = Snapshot(787, True, {"Node 1": NODE}, raw={"Node 1": {"status": "FAILED"}}, poll=3)
+DETAILS = (_errors.FieldError(("query", "n", 0), "too large", "int_parsing"),)
+
+CONTEXT = {"execution_id": 787, "last_snapshot": SNAPSHOT}
+REQUEST = {"attempts": 3, "reason": "what the cause said"}
+STATUS = {
+    **REQUEST,
+    "server_message": "no such thing",
+    "body": {"message": "no such thing"},
+    "retry_after": 1.5,
+}
+# What each class takes beside the message and the context, and what it then has.
+FIELDS = {
+    "PromptLayerExecError": {},
+    "ConfigurationError": {},
+    "SessionClosed": {},
+    "RequestError": REQUEST,
+    "ConnectionFailed": REQUEST,
+    "RequestTimeout": REQUEST,
+    "InvalidResponse": {**REQUEST, "status": 200, "excerpt": "[]", "path": "$.Node 1.status"},
+    "ResponseTooLarge": {**REQUEST, "status": 200, "excerpt": "[[", "limit": 64},
+    "StatusError": {**STATUS, "status": 418},
+    "BadRequest": {**STATUS, "status": 400},
+    "Unauthorized": {**STATUS, "status": 401},
+    "Forbidden": {**STATUS, "status": 403},
+    "NotFound": {**STATUS, "status": 404},
+    "UnprocessableEntity": {**STATUS, "status": 422, "details": DETAILS},
+    "RateLimited": {**STATUS, "status": 429},
+    "ServerError": {**STATUS, "status": 503},
+    "StartUnknown": {"workflow": "analyze", "reason": "the connection broke"},
+    "ExecutionTimeout": {"timeout": 2.5},
+    "ExecutionFailed": {"failed": (NODE,)},
+    "InvalidOutput": {"path": "$.items[3].price", "value": {"items": []}, "reason": "a number"},
+}
+
+
+def every_error():
+    """Return each error class of the package, those that a later module adds included."""
+    found = []
+    waiting = [_errors.PromptLayerExecError]
+    while waiting:
+        cls = waiting.pop(0)
+        found.append(cls)
+        waiting += [
+            sub for sub in cls.__subclasses__() if sub.__module__.startswith("promptlayer_exec")
+        ]
+    return found
+
+
+def build(cls, message="it went wrong"):
+    """Return an error of a class with everything it can carry."""
+    return cls(message, **FIELDS[cls.__name__], **CONTEXT)
+
+
+def carried(error):
+    """Return an error's fields by their public names."""
+    fields = dict(vars(error))
+    if "message" in fields:
+        fields["server_message"] = fields.pop("message")
+    return fields
+
+
+each_error = pytest.mark.parametrize("cls", every_error(), ids=lambda cls: cls.__name__)
+
+
+TREE = {
+    "PromptLayerExecError": ("Exception",),
+    "ConfigurationError": ("PromptLayerExecError", "ValueError"),
+    "SessionClosed": ("PromptLayerExecError",),
+    "RequestError": ("PromptLayerExecError",),
+    "ConnectionFailed": ("RequestError", "ConnectionError"),
+    "RequestTimeout": ("RequestError", "TimeoutError"),
+    "InvalidResponse": ("RequestError",),
+    "ResponseTooLarge": ("InvalidResponse",),
+    "StatusError": ("RequestError",),
+    "BadRequest": ("StatusError",),
+    "Unauthorized": ("StatusError",),
+    "Forbidden": ("StatusError",),
+    "NotFound": ("StatusError",),
+    "RateLimited": ("StatusError",),
+    "ServerError": ("StatusError",),
+    "UnprocessableEntity": ("StatusError",),
+    "StartUnknown": ("PromptLayerExecError",),
+    "ExecutionTimeout": ("PromptLayerExecError", "TimeoutError"),
+    "ExecutionFailed": ("PromptLayerExecError",),
+    "InvalidOutput": ("PromptLayerExecError",),
+}
+
+
+@pytest.mark.parametrize("name", TREE)
+def test_tree(name):
+    """Each error has exactly the bases that the contract draws, and is in the face."""
+    cls = getattr(promptlayer_exec, name)
+    assert tuple(base.__name__ for base in cls.__bases__) == TREE[name]
+    assert name in promptlayer_exec.__all__
+
+
+@each_error
+def test_no_error_is_forgotten(cls):
+    """Each error class of the package is in the tables here, so it is built, copied and pickled."""
+    assert cls.__name__ in FIELDS
+    assert cls.__name__ in TREE
+
+
+@each_error
+def test_fields(cls):
+    """An error carries the execution, the last snapshot, and the fields of its class."""
+    error = build(cls)
+    expected = {**CONTEXT, **FIELDS[cls.__name__]}
+    if cls.__name__ == "ResponseTooLarge":
+        expected["path"] = None
+    assert carried(error) == expected
+    assert error.args == ("it went wrong",)
+
+
+@each_error
+def test_context_is_optional(cls):
+    """Where no execution is concerned, both context attributes are None."""
+    error = cls("it went wrong", **FIELDS[cls.__name__])
+    assert (error.execution_id, error.last_snapshot) == (None, None)
+
+
+def test_defaults():
+    """The optional fields have neutral defaults."""
+    request = _errors.RequestError("x")
+    assert (request.attempts, request.reason) == (1, "")
+    invalid = _errors.InvalidResponse("x", status=200)
+    assert (invalid.excerpt, invalid.path) == ("", None)
+    status = _errors.StatusError("x", status=418, server_message="y")
+    assert (status.body, status.retry_after) == (None, None)
+    assert _errors.UnprocessableEntity("x", status=422, server_message="y").details == ()
+    assert "closed" in str(_errors.SessionClosed())
+
+
+MAKERS = {
+    **{f"pickle-{n}": n for n in range(2, pickle.HIGHEST_PROTOCOL + 1)},
+    "own-copy": _errors.PromptLayerExecError.copy,
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+}
+
+
+def twin(how, error):
+    """Return the twin of an error that one of MAKERS makes."""
+    maker = MAKERS[how]
+    return pickle.loads(pickle.dumps(error, maker)) if isinstance(maker, int) else maker(error)
+
+
+@each_error
+@pytest.mark.parametrize("how", MAKERS)
+def test_twins(cls, how):
+    """A pickled or copied error is another one with the same class, text, fields and notes."""
+    error = build(cls)
+    error.add_note("seen on a Tuesday")
+    error.my_own = "extra"
+    other = twin(how, error)
+    assert other is not error
+    assert type(other) is cls
+    assert other.args == error.args
+    assert str(other) == str(error)
+    assert repr(other) == repr(error)
+    assert vars(other) == vars(error)
+    assert other.__notes__ == ["seen on a Tuesday"]
+
+
+def test_own_copy_has_its_own_traceback():
+    """A copy that is raised leaves the original's traceback alone, and keeps the cause."""
+    cause = KeyError("root")
+    error = build(_errors.NotFound)
+    error.__cause__ = cause
+    duplicate = error.copy()
+    with pytest.raises(_errors.NotFound) as caught:
+        raise duplicate
+    assert caught.value is duplicate
+    assert duplicate.__cause__ is cause
+    assert error.__traceback__ is None
+
+
+def test_own_copy_has_its_own_notes():
+    """A note added to a copy is not on the original: followers share no error."""
+    error = build(_errors.ServerError)
+    error.add_note("at the source")
+    first, second = error.copy(), error.copy()
+    first.add_note("mine")
+    assert error.__notes__ == second.__notes__ == ["at the source"]
+
+
+def test_own_copy_shows_its_cause():
+    """A copy prints with its cause, like the original."""
+    error = build(_errors.ServerError)
+    error.__cause__ = KeyError("root")
+    shown = "".join(traceback.format_exception(error.copy()))
+    assert "KeyError: 'root'" in shown
+    assert "direct cause" in shown
+
+
+@each_error
+def test_text(cls):
+    """An error says which execution, what happened and what to do, and is no errno."""
+    error = build(cls)
+    text = str(error)
+    assert text.startswith("execution 787: it went wrong")
+    assert text.endswith(cls.advice or ".")
+    assert "[Errno" not in text + repr(error)
+    assert not re.search(r"[.;,:!?][.;,:]", text.replace("...", "")), text
+    assert text == text.strip()
+    assert "\n" not in text
+    assert "execution" not in str(cls("it", **FIELDS[cls.__name__])).split("it")[0]
+
+
+ENDINGS = {
+    "full-stop": "the server said: no.",
+    "exclamation": "the server said: no!",
+    "question": "the server said: why?",
+    "blank": "the server said: no. ",
+    "newline": "the server said: no.\n",
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("attempts", [1, 3], ids=["once", "repeatedly"])
+def test_punctuation(ending, attempts):
+    """However the message ends (it may be a server's sentence), punctuation is never doubled."""
+    for cls in every_error():
+        error = build(cls, ENDINGS[ending])
+        error.attempts = attempts
+        assert not re.search(r"[.;,:!?]\s*[.;,:]", str(error)), str(error)
+
+
+@pytest.mark.parametrize(("attempts", "shown"), [(1, False), (2, True)], ids=["once", "repeatedly"])
+def test_attempts_are_shown(attempts, shown):
+    """The number of attempts is told where there was more than one."""
+    text = str(_errors.ConnectionFailed("no answer", attempts=attempts))
+    assert (f"({attempts} attempts)" in text) is shown
+
+
+@pytest.mark.parametrize(
+    ("excerpt", "shown"), [("<html>\n", r"'<html>\n'"), ("", "empty")], ids=["text", "empty"]
+)
+def test_excerpt_is_shown(excerpt, shown):
+    """An unusable body is shown on one line, or told to be empty."""
+    assert shown in str(_errors.InvalidResponse("no JSON", status=200, excerpt=excerpt))
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [cls for cls in every_error() if issubclass(cls, OSError)],
+    ids=lambda cls: cls.__name__,
+)
+def test_oserrors_keep_one_argument(cls):
+    """Errors that are OSErrors too have no errno, and print in a traceback as they do by str."""
+    error = build(cls)
+    assert error.errno is None
+    assert error.strerror is None
+    assert traceback.format_exception_only(error) == [
+        f"promptlayer_exec._errors.{cls.__name__}: {error}\n"
+    ]
+
+
+def test_which_are_oserrors():
+    """Exactly the failures of network and time are OSErrors."""
+    assert {cls.__name__ for cls in every_error() if issubclass(cls, OSError)} == {
+        "ConnectionFailed",
+        "RequestTimeout",
+        "ExecutionTimeout",
+    }
+
+
+# Their message says itself what to do, or only a subclass knows.
+_WITHOUT_ADVICE = {"PromptLayerExecError", "ConfigurationError", "RequestError"}
+
+
+@each_error
+def test_docstring_and_advice(cls):
+    """Each class explains itself, and says what to do where its user can do something."""
+    assert inspect.getdoc(cls)
+    assert "__doc__" in vars(cls)
+    advice = vars(cls).get("advice", "")
+    assert bool(advice) is (cls.__name__ not in _WITHOUT_ADVICE)
+    assert not advice or advice.endswith(".")
+
+
+def test_field_error():
+    """A FieldError is a frozen value with slots that pickles."""
+    error = DETAILS[0]
+    assert pickle.loads(pickle.dumps(error)) == error == copy.deepcopy(error)
+    assert attrs.asdict(error) == {
+        "loc": ("query", "n", 0),
+        "msg": "too large",
+        "type": "int_parsing",
+    }
+    assert not hasattr(error, "__dict__")
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        error.msg = "x"

@@ -1,0 +1,545 @@
+"""Nodes, snapshots and the other values: what they say, and that they stay as they are."""
+
+import copy
+import json
+import pickle
+import re
+from collections.abc import Mapping
+
+import attrs
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from promptlayer_exec._errors import ExecutionFailed, NotFound
+from promptlayer_exec._execution import Execution
+from promptlayer_exec._models import (
+    FrozenMap,
+    MainOutput,
+    Node,
+    NodeChange,
+    NodeStatus,
+    NodeTimes,
+    Outcome,
+    Snapshot,
+    StartRequest,
+)
+
+NAN = float("nan")
+
+
+def snapshot(*nodes, complete=False, **fields):
+    """Return a snapshot of nodes."""
+    return Snapshot(787, complete, {node.name: node for node in nodes}, **fields)
+
+
+def statuses(*words, complete=False):
+    """Return a snapshot of nodes with these statuses, named N0, N1 ..."""
+    return snapshot(
+        *(Node(f"N{index}", word) for index, word in enumerate(words)), complete=complete
+    )
+
+
+@pytest.mark.parametrize("status", NodeStatus)
+def test_known_status(status):
+    """A documented status becomes a member of NodeStatus that equals its word."""
+    node = Node("Node 1", str(status))
+    assert node.status is status
+    assert node.status == status.name == f"{node.status}"
+
+
+def test_status_members():
+    """NodeStatus has the five documented members, in the order of a node's life."""
+    assert list(NodeStatus) == ["QUEUED", "RUNNING", "SUCCESS", "FAILED", "SKIPPED"]
+
+
+def test_failure_reads_as_failed():
+    """FAILURE, which has been documented too, is FAILED."""
+    assert Node("Node 1", "FAILURE").status is NodeStatus.FAILED
+
+
+@pytest.mark.parametrize("status", ["PAUSED", "", "success", "Success ", "FAILURES"])
+def test_unknown_status(status):
+    """An unknown status stays a plain string, and is neither final nor a success."""
+    node = Node("Node 1", status)
+    assert node.status == status
+    assert type(node.status) is str
+    assert not node.final
+    assert not node.succeeded
+
+
+@pytest.mark.parametrize(
+    ("status", "final", "succeeded"),
+    [
+        ("QUEUED", False, False),
+        ("RUNNING", False, False),
+        ("SUCCESS", True, True),
+        ("FAILED", True, False),
+        ("FAILURE", True, False),
+        ("SKIPPED", True, False),
+    ],
+)
+def test_final_and_succeeded(status, final, succeeded):
+    """The last three statuses are final, and SUCCESS alone is a success."""
+    node = Node("Node 1", status)
+    assert (node.final, node.succeeded) == (final, succeeded)
+
+
+def test_node_defaults():
+    """A node needs a name and a status; the rest is null."""
+    assert attrs.asdict(Node("Node 1", "QUEUED")) == {
+        "name": "Node 1",
+        "status": "QUEUED",
+        "value": None,
+        "error_message": None,
+        "raw_error_message": None,
+        "is_output_node": None,
+    }
+
+
+def test_counts():
+    """Counts tell how many nodes have each status, unknown ones included, else 0."""
+    seen = statuses("SUCCESS", "RUNNING", "SUCCESS", "PAUSED", "FAILURE")
+    assert dict(seen.counts) == {"SUCCESS": 2, "RUNNING": 1, "PAUSED": 1, "FAILED": 1}
+    assert seen.counts[NodeStatus.SUCCESS] == 2
+    assert seen.counts[NodeStatus.QUEUED] == 0
+    assert isinstance(seen.counts, Mapping)
+
+
+def test_counts_are_no_way_in():
+    """Changing what `counts` returned does not change the snapshot."""
+    seen = statuses("SUCCESS")
+    seen.counts.clear()
+    assert seen.counts["SUCCESS"] == 1
+
+
+@pytest.mark.parametrize(
+    ("seen", "progress"),
+    [
+        (statuses(), 0.0),
+        (statuses(complete=True), 1.0),
+        (statuses("QUEUED", "RUNNING"), 0.0),
+        (statuses("SUCCESS", "FAILED", "SKIPPED", "RUNNING"), 0.75),
+        (statuses("SUCCESS", "PAUSED"), 0.5),
+        (statuses("SUCCESS"), 1.0),
+        (statuses("SUCCESS", "PAUSED", complete=True), 1.0),
+    ],
+    ids=[
+        "empty",
+        "empty-complete",
+        "none-final",
+        "some-final",
+        "unknown-is-not-final",
+        "all-final",
+        "complete-by-the-server",
+    ],
+)
+def test_progress(seen, progress):
+    """Progress is the share of final nodes: 1.0 when complete, 0.0 with no nodes."""
+    assert seen.progress == progress
+
+
+def test_output_and_failed_nodes():
+    """Output nodes are those marked true, failed nodes those FAILED; in the server's order."""
+    nodes = [
+        Node("z", "FAILED", is_output_node=True),
+        Node("b", "SUCCESS", is_output_node=False),
+        Node("a", "FAILURE", is_output_node=None),
+        Node("c", "SUCCESS", is_output_node=True),
+    ]
+    seen = snapshot(*nodes)
+    assert seen.output_nodes == (nodes[0], nodes[3])
+    assert seen.failed_nodes == (nodes[0], nodes[2])
+
+
+S, F, K = "SUCCESS", "FAILED", "SKIPPED"
+
+
+def outputs(*pairs, complete=True):
+    """Return a snapshot of (status, is_output_node) pairs."""
+    return snapshot(
+        *(Node(f"N{n}", status, is_output_node=out) for n, (status, out) in enumerate(pairs)),
+        complete=complete,
+    )
+
+
+SUCCESSES = {
+    "one-output": outputs((S, True)),
+    "an-output-among-failures": outputs((F, None), (S, True), (F, True)),
+    "nothing-marked": outputs((S, None), (K, False)),
+    "nothing-marked-all-skipped": outputs((K, None)),
+    "nothing-marked-unknown-status": outputs(("PAUSED", None)),
+    "no-nodes": outputs(),
+}
+FAILURES = {
+    "failed-output": outputs((S, False), (F, True)),
+    "skipped-output": outputs((S, False), (K, True)),
+    "unknown-output": outputs(("PAUSED", True)),
+    "nothing-marked-one-failed": outputs((S, None), (F, None)),
+}
+
+
+@pytest.mark.parametrize("seen", SUCCESSES.values(), ids=SUCCESSES)
+def test_succeeded(seen):
+    """Complete with a successful output node, or none marked and none failed, is a success."""
+    assert seen.succeeded
+    seen.raise_for_failure()
+
+
+@pytest.mark.parametrize("seen", FAILURES.values(), ids=FAILURES)
+def test_failed(seen):
+    """Complete without a successful output node is a failure, and raises with all that is known."""
+    assert not seen.succeeded
+    with pytest.raises(ExecutionFailed) as caught:
+        seen.raise_for_failure()
+    assert caught.value.execution_id == 787
+    assert caught.value.last_snapshot is seen
+    assert caught.value.failed == seen.failed_nodes
+
+
+@pytest.mark.parametrize("seen", [*SUCCESSES.values(), *FAILURES.values()])
+def test_incomplete_neither_succeeds_nor_fails(seen):
+    """An incomplete execution has not succeeded, whatever its nodes say, and does not raise."""
+    unfinished = attrs.evolve(seen, complete=False)
+    assert not unfinished.succeeded
+    unfinished.raise_for_failure()
+
+
+def test_failure_names_the_failed_nodes():
+    """The failure's text names each failed node, with its message where there is one."""
+    seen = snapshot(
+        Node("Node/1", "FAILED", error_message="division by zero"),
+        Node("Node 2", "FAILED", error_message=""),
+        Node("Node 3", "SUCCESS"),
+        Node("Out", "SKIPPED", is_output_node=True),
+        complete=True,
+    )
+    with pytest.raises(ExecutionFailed) as caught:
+        seen.raise_for_failure()
+    text = str(caught.value)
+    assert text.startswith(
+        "execution 787: it failed: 'Node/1' FAILED (division by zero); 'Node 2' FAILED."
+    )
+    assert "Node 3" not in text
+
+
+def test_failure_without_failed_nodes_names_the_outputs():
+    """Where no node failed, the text names the output nodes and how they ended."""
+    with pytest.raises(ExecutionFailed) as caught:
+        outputs((S, False), (K, True), ("PAUSED", True)).raise_for_failure()
+    assert caught.value.failed == ()
+    assert "no output node succeeded: 'N1' SKIPPED; 'N2' PAUSED." in str(caught.value)
+
+
+def test_diff_with_nothing():
+    """Against None, every node is a change from nothing, in the server's order."""
+    seen = statuses("QUEUED", "SUCCESS")
+    assert seen.diff(None) == tuple(NodeChange(node, None) for node in seen.nodes.values())
+
+
+def test_diff_with_itself():
+    """Nothing changes between equal snapshots, whatever else the poll brought."""
+    seen = statuses("QUEUED", "SUCCESS")
+    assert seen.diff(seen) == ()
+    assert attrs.evolve(seen, poll=9, elapsed=4.0, complete=True).diff(seen) == ()
+
+
+def test_diff_of_status():
+    """A change of status tells the status before, also from and to unknown ones."""
+    before = statuses("QUEUED", "RUNNING", "PAUSED", "SUCCESS")
+    now = statuses("RUNNING", "PAUSED", "SUCCESS", "SUCCESS")
+    assert [(change.node.name, change.before) for change in now.diff(before)] == [
+        ("N0", "QUEUED"),
+        ("N1", "RUNNING"),
+        ("N2", "PAUSED"),
+    ]
+
+
+def test_diff_of_nodes_that_come_and_go():
+    """A new node is a change from None; one that is gone is none."""
+    before = snapshot(Node("old", "RUNNING"), Node("kept", "RUNNING"))
+    now = snapshot(Node("new", "QUEUED"), Node("kept", "RUNNING"))
+    assert now.diff(before) == (NodeChange(now.nodes["new"], None),)
+
+
+def test_diff_ignores_other_fields():
+    """Only status and value count: a new error message alone is no change."""
+    before = snapshot(Node("a", "FAILED", error_message=None))
+    now = snapshot(Node("a", "FAILED", error_message="late", is_output_node=True))
+    assert now.diff(before) == ()
+
+
+def nested(depth, leaf, wrap):
+    """Return a value wrapped `depth` times."""
+    value = leaf
+    for _ in range(depth):
+        value = wrap(value)
+    return value
+
+
+def of_value(value):
+    """Return a snapshot of one node with a value."""
+    return snapshot(Node("a", "SUCCESS", value=value))
+
+
+SAME = {
+    "nan": (NAN, float("nan")),
+    "nan-inside": ({"a": [NAN]}, {"a": [float("nan")]}),
+    "key-order": ({"a": 1, "b": [2]}, {"b": [2], "a": 1}),
+    "equal-text": ("ab", "".join(["a", "b"])),
+    "lone-surrogate": ("\ud800", chr(0xD800)),
+    "big-int": (2**80, 2**80 + 0),
+    "infinity": (float("inf"), float("inf")),
+    "empty": ({}, {}),
+}
+DIFFERENT = {
+    "int-true": (1, True),
+    "zero-false": (0, False),
+    "int-float": (1, 1.0),
+    "inside": ({"a": [1]}, {"a": [True]}),
+    "null-false": (None, False),
+    "null-empty": (None, ""),
+    "text": ("a", "b"),
+    "number-text": (1, "1"),
+    "nan-number": (NAN, 1.0),
+    "number-nan": (1.0, NAN),
+    "list-order": ([1, 2], [2, 1]),
+    "longer-list": ([1], [1, 1]),
+    "list-object": ([], {}),
+    "other-key": ({"a": 1}, {"b": 1}),
+    "more-keys": ({"a": 1}, {"a": 1, "b": 1}),
+    "null-key": ({"a": None}, {}),
+    "infinities": (float("inf"), float("-inf")),
+    "big-int": (2**80, 2**80 + 1),
+}
+
+
+@pytest.mark.parametrize(("before", "now"), SAME.values(), ids=SAME)
+def test_same_values(before, now):
+    """Values that are the same JSON are no change: NaN equals itself, key order is nothing."""
+    assert of_value(now).diff(of_value(before)) == ()
+
+
+@pytest.mark.parametrize(("before", "now"), DIFFERENT.values(), ids=DIFFERENT)
+def test_different_values(before, now):
+    """Values that are different JSON are a change, also where Python calls them equal."""
+    (change,) = of_value(now).diff(of_value(before))
+    assert change.before is NodeStatus.SUCCESS
+    assert change.node.value is now
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda value: [value], lambda value: {"k": value}], ids=["array", "object"]
+)
+def test_deep_values(wrap):
+    """Values nested far deeper than Python recurses are compared, to the last leaf."""
+    before = of_value(nested(10_000, 1, wrap))
+    assert len(of_value(nested(10_000, 1, wrap)).diff(before)) == 0
+    assert len(of_value(nested(10_000, 2, wrap)).diff(before)) == 1
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@given(JSON, JSON)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_change_is_a_change_of_canonical_json(before, now):
+    """A value changes exactly when its JSON with sorted keys does (but for the sign of 0.0)."""
+    one, other = (
+        re.sub(r"-0\.0(?!\d)", "0.0", json.dumps(value, sort_keys=True)) for value in (before, now)
+    )
+    assert bool(of_value(now).diff(of_value(before))) is (one != other)
+    assert of_value(copy.deepcopy(now)).diff(of_value(now)) == ()
+
+
+def test_order_is_the_servers():
+    """Nodes keep the order in which the server names them."""
+    names = ["z", "a", "", "Node 10", "Node 9", "é"]
+    seen = snapshot(*(Node(name, "QUEUED") for name in names))
+    assert list(seen.nodes) == names
+    assert list(pickle.loads(pickle.dumps(seen)).nodes) == names
+    assert [change.node.name for change in seen.diff(None)] == names
+
+
+def test_nodes_are_detached_from_what_they_were_made_of():
+    """Changing the dict that a snapshot was made of does not change the snapshot."""
+    nodes = {"a": Node("a", "QUEUED")}
+    times = {"a": NodeTimes(0.5)}
+    seen = Snapshot(787, False, nodes, times=times)
+    nodes.clear()
+    times.clear()
+    assert list(seen.nodes) == list(seen.times) == ["a"]
+
+
+@pytest.mark.parametrize("field", ["nodes", "times"])
+def test_maps_are_read_only(field):
+    """No item can be set, deleted, or changed through a method."""
+    mapping = getattr(
+        Snapshot(787, False, {"a": Node("a", "QUEUED")}, times={"a": NodeTimes()}), field
+    )
+    assert isinstance(mapping, FrozenMap)
+    with pytest.raises(TypeError):
+        mapping["a"] = None
+    with pytest.raises(TypeError):
+        del mapping["a"]
+    for method in ("clear", "pop", "popitem", "setdefault", "update", "__ior__"):
+        assert not hasattr(mapping, method)
+    with pytest.raises(AttributeError):
+        mapping.extra = 1
+    assert not hasattr(mapping, "__dict__")
+
+
+def test_frozen_map_is_a_mapping():
+    """A frozen map equals a dict of the same items, and has what a mapping has."""
+    frozen = FrozenMap({"a": 1, "b": 2})
+    assert frozen == {"a": 1, "b": 2}
+    assert frozen == FrozenMap({"b": 2, "a": 1})
+    assert frozen != {"a": 1}
+    assert FrozenMap() == {}
+    assert (len(frozen), frozen["a"], frozen.get("c"), "b" in frozen) == (2, 1, None, True)
+    assert list(frozen.items()) == [("a", 1), ("b", 2)]
+    assert {**frozen} == {"a": 1, "b": 2}
+    assert repr(frozen) == "FrozenMap({'a': 1, 'b': 2})"
+    with pytest.raises(KeyError):
+        frozen["c"]
+
+
+def test_a_frozen_map_is_shared():
+    """A snapshot takes a frozen map as it is: times that did not change cost nothing."""
+    times = FrozenMap({"a": NodeTimes(1.0, 2.0)})
+    assert Snapshot(787, False, {}, times=times).times is times
+
+
+VALUE = {"list": [1, {"deep": None}], "text": "\ud800"}
+NODE = Node("Node 1", "SUCCESS", VALUE, "message", {"raw": "Traceback"}, True)
+SNAPSHOT = Snapshot(
+    787,
+    True,
+    {"Node 1": NODE, "Node 2": Node("Node 2", "PAUSED")},
+    raw={"Node 1": {"status": "SUCCESS", "value": VALUE, "extra": 1}},
+    poll=4,
+    elapsed=1.5,
+    times={"Node 1": NodeTimes(0.5, 1.5), "Node 2": NodeTimes()},
+)
+REQUEST = StartRequest("a/b", {"rows": [1]}, "prod", None, {"k": "v"}, "https://x.test/", ("key",))
+VALUES = {
+    "Node": NODE,
+    "NodeTimes": NodeTimes(0.5, 1.5),
+    "NodeChange": NodeChange(NODE, NodeStatus.RUNNING),
+    "NodeChange-unknown": NodeChange(NODE, "PAUSED"),
+    "Snapshot": SNAPSHOT,
+    "Snapshot-empty": Snapshot(1, False, {}),
+    "MainOutput": MainOutput(787, True, VALUE),
+    "StartRequest": REQUEST,
+    "Outcome": Outcome(3, REQUEST, None, SNAPSHOT, VALUE),
+    "FrozenMap": FrozenMap({"a": [1]}),
+}
+MAKERS = {
+    **{
+        f"pickle-{protocol}": lambda value, protocol=protocol: pickle.loads(
+            pickle.dumps(value, protocol)
+        )
+        for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1)
+    },
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+}
+
+
+@pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_twins(value, make):
+    """Every value pickles and copies into an equal one of its class."""
+    twin = make(value)
+    assert twin == value
+    assert type(twin) is type(value)
+    assert repr(twin) == repr(value)
+
+
+def test_pickled_status_is_a_member():
+    """A status is still the NodeStatus member after pickling, and maps are still read-only."""
+    twin = pickle.loads(pickle.dumps(SNAPSHOT))
+    assert twin.nodes["Node 1"].status is NodeStatus.SUCCESS
+    assert type(twin.nodes) is type(twin.times) is FrozenMap
+    assert twin.raw == SNAPSHOT.raw
+
+
+def test_deep_copy_shares_nothing_mutable():
+    """What is changed inside a deep copy does not show in the original."""
+    original = snapshot(Node("a", "SUCCESS", value=[1]), raw={"a": {"value": [1]}})
+    twin = copy.deepcopy(original)
+    twin.nodes["a"].value.append(2)
+    twin.raw["a"].clear()
+    assert original.nodes["a"].value == [1]
+    assert original.raw == {"a": {"value": [1]}}
+
+
+def test_outcome_with_execution_and_error_pickles():
+    """An outcome takes its error along, and its execution as a handle without a session."""
+    error = NotFound("gone", status=404, server_message="gone", execution_id=787)
+    outcome = Outcome(0, 787, Execution(object(), 787, "a/b", "careful"), SNAPSHOT, error=error)
+    twin = pickle.loads(pickle.dumps(outcome))
+    assert (twin.execution.id, twin.execution.workflow) == (787, "a/b")
+    assert twin.execution.warning == "careful"
+    assert twin.execution == Execution(None, 787)
+    assert type(twin.error) is NotFound
+    assert twin.error.execution_id == 787
+    assert twin.snapshot == SNAPSHOT
+    deep = copy.deepcopy(outcome)
+    assert deep.execution is outcome.execution
+    assert deep.error.status == 404
+
+
+FROZEN = {name: value for name, value in VALUES.items() if attrs.has(type(value))}
+
+
+@pytest.mark.parametrize("value", FROZEN.values(), ids=FROZEN)
+def test_frozen_with_slots(value):
+    """No field of a value can be set or deleted, none can be added, and there is no __dict__."""
+    name = attrs.fields(type(value))[0].name
+    assert not hasattr(value, "__dict__")
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        setattr(value, name, None)
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        value.extra = None
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        delattr(value, name)
+
+
+def test_snapshot_defaults():
+    """A snapshot of a single request is poll 1 at 0 seconds, without times."""
+    seen = Snapshot(787, False, {})
+    assert (seen.poll, seen.elapsed, seen.times, seen.raw) == (1, 0.0, {}, None)
+
+
+def test_start_request_defaults():
+    """A start request needs a workflow alone, and shares no inputs with another."""
+    one, other = StartRequest("a"), StartRequest("a")
+    assert one == other
+    assert one.inputs == {}
+    assert one.inputs is not other.inputs
+    assert (one.label, one.version, one.metadata, one.callback_url, one.key) == (None,) * 5
+
+
+@pytest.mark.parametrize("output", [None, False, 0, "", {}, [], "AAA"], ids=repr)
+def test_outcome_ok(output):
+    """Without an error an outcome is ok, and its result is the output, however empty."""
+    outcome = Outcome(0, "item", output=output)
+    assert outcome.ok
+    assert outcome.result() is output
+
+
+def test_outcome_error():
+    """With an error an outcome is not ok, and its result raises that error."""
+    error = ValueError("bad item")
+    outcome = Outcome(0, "item", error=error)
+    assert not outcome.ok
+    with pytest.raises(ValueError, match="bad item") as caught:
+        outcome.result()
+    assert caught.value is error

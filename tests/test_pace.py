@@ -1,0 +1,447 @@
+"""The pace of a session, in virtual time: nothing here sleeps."""
+
+import asyncio
+import heapq
+import itertools
+import math
+
+import anyio
+import pytest
+
+from promptlayer_exec._pace import Pace
+
+
+class World:
+    """A clock that sleeping moves, and a list of what happens meanwhile.
+
+    Attributes:
+        now: the time.
+        late: how much too late each timer fires.
+        slept: the length of each sleep.
+    """
+
+    def __init__(self):
+        self.now = 1000.0
+        self.late = 0.0
+        self.slept = []
+        self._coming = []
+        self._count = itertools.count()
+
+    def clock(self):
+        """Return the time."""
+        return self.now
+
+    async def sleep(self, delay):
+        """Let time pass, and let other tasks run."""
+        assert delay > 0
+        self.slept.append(delay)
+        self.advance(delay + self.late)
+        await asyncio.sleep(0)
+
+    def at(self, when, happens):
+        """Have something happen when time comes to `when`."""
+        heapq.heappush(self._coming, (when, next(self._count), happens))
+
+    def advance(self, seconds):
+        """Let time pass."""
+        end = self.now + seconds
+        while self._coming and self._coming[0][0] <= end:
+            self.now, _, happens = heapq.heappop(self._coming)
+            happens()
+        self.now = end
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """A world whose sleeps are those of anyio."""
+    world = World()
+    monkeypatch.setattr(anyio, "sleep", world.sleep)
+    return world
+
+
+async def departures(pace, world, count):
+    """Return when each of `count` requests leaves, one asking after the other."""
+    times = []
+    for _ in range(count):
+        await pace.acquire()
+        times.append(world.now)
+    return times
+
+
+def gaps(times):
+    """Return the distances between times."""
+    return [later - earlier for earlier, later in itertools.pairwise(times)]
+
+
+class Counter:
+    """A limiter that notes when it is asked."""
+
+    def __init__(self, world):
+        self.world = world
+        self.asked = []
+
+    async def acquire(self):
+        """Note the time."""
+        self.asked.append(self.world.now)
+
+
+@pytest.mark.parametrize("rate", [0.2, 1.0, 10.0, 100.0])
+async def test_spacing(world, rate):
+    """The first request leaves at once, and the others follow at the rate."""
+    times = await departures(Pace(rate, clock=world.clock), world, 20)
+    assert times[0] == 1000.0
+    assert gaps(times) == pytest.approx([1 / rate] * 19)
+
+
+async def test_unlimited(world):
+    """Without a rate nothing ever waits."""
+    await departures(Pace(None, clock=world.clock), world, 1000)
+    assert world.slept == []
+
+
+@pytest.mark.parametrize("idle", [0.05, 0.3, 1000.0])
+async def test_no_burst_after_idling(world, idle):
+    """Time in which nothing left is lost: what follows keeps its distance."""
+    pace = Pace(10.0, clock=world.clock)
+    await departures(pace, world, 3)
+    world.advance(idle)
+    assert gaps(await departures(pace, world, 5)) == pytest.approx([0.1] * 4)
+
+
+async def test_no_burst_of_many_tasks_after_idling(world):
+    """That holds for many tasks that ask at once, too."""
+    pace = Pace(10.0, clock=world.clock)
+    await departures(pace, world, 3)
+    world.advance(60.0)
+    times = [time for _, time in await race(pace, world, 5)]
+    assert gaps(times) == pytest.approx([0.1] * 4)
+
+
+async def race(pace, world, count):
+    """Have `count` tasks ask at once, and return (task, time) in the order of departure."""
+    left = []
+
+    async def ask(number):
+        await pace.acquire()
+        left.append((number, world.now))
+
+    await asyncio.gather(*(ask(number) for number in range(count)))
+    return left
+
+
+async def test_first_come_first_served(world):
+    """Whoever asked first leaves first."""
+    left = await race(Pace(10.0, clock=world.clock), world, 30)
+    assert [number for number, _ in left] == list(range(30))
+    assert gaps([time for _, time in left]) == pytest.approx([0.1] * 29)
+
+
+async def test_cancelled_waiters_use_no_departure(world):
+    """Whoever is cancelled while waiting leaves its place to the next."""
+    pace = Pace(10.0, clock=world.clock)
+    await pace.acquire()
+    tasks = [asyncio.create_task(pace.acquire()) for _ in range(5)]
+    for task in tasks[:4]:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert [task.cancelled() for task in tasks] == [True] * 4 + [False]
+    assert world.now == pytest.approx(1000.1)
+
+
+async def test_limiter_comes_after_the_rate(world):
+    """The limiter is asked once per request, when the rate lets it go."""
+    limiter = Counter(world)
+    times = await departures(Pace(10.0, limiter, clock=world.clock), world, 10)
+    assert limiter.asked == times
+    assert gaps(times) == pytest.approx([0.1] * 9)
+
+
+async def test_limiter_without_a_rate(world):
+    """The limiter is asked where there is no rate, too."""
+    limiter = Counter(world)
+    await departures(Pace(None, limiter, clock=world.clock), world, 7)
+    assert len(limiter.asked) == 7
+
+
+async def test_limiter_that_waits_does_not_hold_up_the_turn(world):
+    """A request that waits for the limiter lets the next one come to it."""
+    go = asyncio.Event()
+    asked = []
+
+    class Held:
+        async def acquire(self):
+            asked.append(None)
+            await go.wait()
+
+    pace = Pace(None, Held(), clock=world.clock)
+    tasks = [asyncio.create_task(pace.acquire()) for _ in range(3)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert len(asked) == 3
+    go.set()
+    await asyncio.gather(*tasks)
+
+
+async def test_limiter_error_is_the_callers(world):
+    """What the limiter raises reaches the caller, and the pace goes on."""
+
+    class Broken:
+        async def acquire(self):
+            raise KeyError("oops")
+
+    pace = Pace(10.0, Broken(), clock=world.clock)
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            await pace.acquire()
+
+
+async def steady(pace, world, seconds):
+    """Send for some time, every request being answered well at once; return the departures."""
+    times = []
+    end = world.now + seconds
+    while world.now < end:
+        await pace.acquire()
+        times.append(world.now)
+        pace.answered()
+    return times
+
+
+async def test_announced_429_stops_all(world):
+    """A 429 with Retry-After stops every departure exactly that long."""
+    pace = Pace(50.0, clock=world.clock)
+    await steady(pace, world, 3.0)
+    at = world.now
+    assert pace.refused(at, 5.0) == 5.0
+    times = [time for _, time in await race(pace, world, 3)]
+    assert times[0] == pytest.approx(at + 5.0)
+    assert min(gaps(times)) > 0.019
+
+
+async def test_announced_429_stops_those_that_wait_already(world):
+    """A request that waits for its departure already waits on, too."""
+    pace = Pace(10.0, clock=world.clock)
+    await pace.acquire()
+    world.at(1000.05, lambda: pace.refused(1000.0, 5.0))
+    await pace.acquire()
+    assert world.now == pytest.approx(1005.05)
+
+
+async def test_the_longer_announcement_counts(world):
+    """Of several announcements, the one that ends last holds."""
+    pace = Pace(50.0, clock=world.clock)
+    await pace.acquire()
+    at = world.now
+    pace.refused(at, 5.0)
+    assert pace.refused(at, 2.0) == 5.0
+    world.advance(1.0)
+    assert pace.refused(at, 9.0) == pytest.approx(9.0)
+    await pace.acquire()
+    assert world.now == pytest.approx(at + 10.0)
+
+
+async def test_announced_429_without_a_rate(world):
+    """A session without a rate of its own stops, too."""
+    pace = Pace(None, clock=world.clock)
+    await pace.acquire()
+    pace.refused(world.now, 2.0)
+    await pace.acquire()
+    assert world.now == 1002.0
+
+
+async def test_unannounced_429_slows_to_the_good_rate(world):
+    """Without Retry-After the rate falls to a little under that of good answers."""
+    pace = Pace(100.0, clock=world.clock)
+    for index in range(500):
+        await pace.acquire()
+        if index % 2:
+            pace.answered()  # 50 good ones per second
+    wait = pace.refused(world.now, 0.0)
+    assert 1 / 50 <= wait <= 1 / 35
+    times = await departures(pace, world, 2)
+    assert 1 / 50 <= gaps(times)[0] <= 1 / 35
+
+
+@pytest.mark.parametrize("rate", [None, 100.0, 2.0])
+async def test_429_before_any_good_answer(world, rate):
+    """A session whose first request is refused goes on slowly, and does go on."""
+    pace = Pace(rate, clock=world.clock)
+    await pace.acquire()
+    assert pace.refused(world.now, 0.0) == pytest.approx(1.0)
+    await pace.acquire()
+    assert world.now == pytest.approx(1001.0)
+
+
+@pytest.mark.parametrize("rate", [0.2, 1.0])
+async def test_429_slows_a_slow_session(world, rate):
+    """Any 429 slows every request of the session: of one with a low rate as well."""
+    pace = Pace(rate, clock=world.clock)
+    for _ in range(20):
+        await pace.acquire()
+        pace.answered()
+    pace.refused(world.now, 0.0)
+    times = await departures(pace, world, 3)
+    assert max(gaps([world.now, *times])[1:]) > 1 / rate * 1.01
+
+
+async def test_old_429s_do_not_slow_further(world):
+    """429s of requests that left before the last slow-down tell nothing new."""
+    pace = Pace(100.0, clock=world.clock)
+    times = await steady(pace, world, 5.0)
+    world.advance(0.001)
+    first = pace.refused(times[-1], 0.0)
+    throttle = pace._throttle
+    for sent_at in times[-20:]:
+        assert pace.refused(sent_at, 0.0) == first
+    assert pace._throttle == throttle
+    assert 80.0 < throttle < 95.0
+
+
+async def test_new_429s_slow_further(world):
+    """429s of requests that left after the slow-down do slow further."""
+    pace = Pace(100.0, clock=world.clock)
+    await steady(pace, world, 5.0)
+    pace.refused(world.now, 0.0)
+    before = pace._throttle
+    for _ in range(50):
+        await pace.acquire()
+    pace.refused(world.now, 0.0)
+    assert pace._throttle < before
+
+
+@pytest.mark.parametrize("announced", [0.0, 3.0], ids=["unannounced", "announced"])
+@pytest.mark.parametrize("rate", [100.0, None], ids=["rate", "unlimited"])
+async def test_recovery(world, rate, announced):
+    """Once no 429 comes any more, the session is back at full speed within half a minute."""
+    pace = Pace(rate, clock=world.clock)
+    await pace.acquire()
+    pace.refused(world.now, announced)
+    for _ in range(3000):
+        await pace.acquire()
+        pace.answered()
+        if rate is None:
+            world.advance(0.01)
+    assert world.now < 1000.0 + 45.0
+    world.slept.clear()
+    times = await departures(pace, world, 50)
+    assert gaps(times) == pytest.approx([1 / rate if rate else 0.0] * 49)
+
+
+async def test_recovery_after_a_second_429(world):
+    """After a second 429 the rate creeps for ten seconds, and then grows fast again."""
+    pace = Pace(100.0, clock=world.clock)
+    await steady(pace, world, 3.0)
+    pace.refused(world.now, 0.0)
+    world.advance(0.5)
+    await pace.acquire()
+    pace.refused(world.now, 0.0)
+    second = world.now
+    slow = pace._throttle
+    await steady(pace, world, 5.0)
+    assert slow < pace._throttle < slow * 1.5
+    times = await steady(pace, world, 20.0)
+    assert times[-1] - second < 30.0
+    assert gaps(times[-50:]) == pytest.approx([0.01] * 49)
+
+
+async def test_idle_time_is_no_growth(world):
+    """An hour without a request proves nothing: the rate has grown by a second's worth at most."""
+    pace = Pace(100.0, clock=world.clock)
+    await pace.acquire()
+    pace.refused(world.now, 0.0)
+    world.advance(3600.0)
+    times = await departures(pace, world, 3)
+    assert gaps(times)[0] >= 0.24
+    assert gaps(times)[1] >= 0.15
+
+
+async def test_late_timers_are_made_up_for(world):
+    """Timers that fire a little late cost no throughput."""
+    pace = Pace(100.0, clock=world.clock)
+    await pace.acquire()
+    world.late = 0.004
+    await race(pace, world, 1000)
+    assert world.now - 1000.0 == pytest.approx(10.0, abs=0.02)
+
+
+async def test_late_timers_are_made_up_for_a_tenth_of_a_second(world):
+    """A timer that fires very late is made up for by a tenth of a second's worth at most."""
+    pace = Pace(100.0, clock=world.clock)
+    await pace.acquire()
+    world.late = 5.0
+    world.at(1001.0, lambda: setattr(world, "late", 0.0))
+    times = [time for _, time in await race(pace, world, 200)]
+    woke = times[0]
+    assert woke == pytest.approx(1005.01)
+    assert 9 <= sum(time < woke + 0.005 for time in times) <= 12
+    assert world.now - woke == pytest.approx(1.89, abs=0.03)
+
+
+async def test_default_clock():
+    """Without a clock of its own a pace uses the event loop's."""
+    await Pace(None).acquire()
+
+
+class Bucket:
+    """A server's token bucket."""
+
+    def __init__(self, per_second, burst, now):
+        self.per_second = per_second
+        self.burst = self.tokens = burst
+        self.seen_at = now
+
+    def take(self, now):
+        """Return 0.0 if a token is there, else the seconds until there is one."""
+        grown = self.tokens + (now - self.seen_at) * self.per_second
+        self.tokens, self.seen_at = min(grown, self.burst), now
+        if self.tokens >= 1.0:
+            self.tokens -= 1.0
+            return 0.0
+        return (1.0 - self.tokens) / self.per_second
+
+
+def never(wait):
+    """Announce nothing."""
+    return 0.0
+
+
+def exactly(wait):
+    """Announce the time until there is a token."""
+    return wait
+
+
+def whole_seconds(wait):
+    """Announce whole seconds, as the header's standard has it."""
+    return float(math.ceil(wait))
+
+
+async def simulate(world, announce, *, seconds=30.0, latency=0.05, per_second=200.0, rate=1000.0):
+    """Send as fast as the pace lets us; return (sent at, was good) for each request."""
+    pace = Pace(rate, clock=world.clock)
+    bucket = Bucket(per_second, 20, world.now)
+    seen = []
+
+    def arrive(sent_at):
+        wait = bucket.take(world.now)
+        seen.append((sent_at, not wait))
+        report = pace.answered if not wait else lambda: pace.refused(sent_at, announce(wait))
+        world.at(world.now + latency / 2, report)
+
+    end = world.now + seconds
+    while world.now < end:
+        await pace.acquire()
+        sent_at = world.now
+        world.at(sent_at + latency / 2, lambda sent_at=sent_at: arrive(sent_at))
+    return seen
+
+
+@pytest.mark.parametrize("announce", [never, exactly], ids=lambda announce: announce.__name__)
+async def test_token_bucket(world, announce, record_property):
+    """Against a token bucket most of it is used, and hardly a request is refused for long."""
+    seen = await simulate(world, announce)
+    good = sum(was_good for _, was_good in seen)
+    later = [was_good for sent_at, was_good in seen if sent_at > 1005.0]
+    refused = later.count(False) / len(later)
+    record_property("throughput", good / (200.0 * 30.0))
+    record_property("refused", refused)
+    assert good >= 0.6 * 200.0 * 30.0
+    assert refused <= 0.05

@@ -1,0 +1,234 @@
+"""The house itself: its face, its layers, and rules that hold for every room."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import promptlayer_exec
+
+PACKAGE = Path(promptlayer_exec.__file__).parent
+FACE = [
+    "Session",
+    "Execution",
+    "Snapshot",
+    "Node",
+    "NodeStatus",
+    "NodeChange",
+    "NodeTimes",
+    "MainOutput",
+    "StartRequest",
+    "Outcome",
+    "PollPolicy",
+    "RetryPolicy",
+    "Limiter",
+    "Observer",
+    "Event",
+    "WatchStarted",
+    "Polled",
+    "RequestRetried",
+    "Throttled",
+    "WatchEnded",
+    "ExecutionStarted",
+    "PromptLayerExecError",
+    "ConfigurationError",
+    "SessionClosed",
+    "RequestError",
+    "ConnectionFailed",
+    "RequestTimeout",
+    "InvalidResponse",
+    "ResponseTooLarge",
+    "StatusError",
+    "BadRequest",
+    "Unauthorized",
+    "Forbidden",
+    "NotFound",
+    "RateLimited",
+    "ServerError",
+    "UnprocessableEntity",
+    "StartUnknown",
+    "ExecutionTimeout",
+    "ExecutionFailed",
+    "InvalidOutput",
+    "FieldError",
+    "__version__",
+]
+# From the ground up: a room may import, at run time, only what stands before it.
+LAYERS = [
+    "_version",
+    "_errors",
+    "_models",
+    "_policies",
+    "_events",
+    "_wire",
+    "_pace",
+    "_settings",
+    "_transport",
+    "_watch",
+    "_lifetime",
+    "_execution",
+    "_session",
+]
+
+
+def imports_of_ours(source: str) -> set[str]:
+    """Return the rooms of the package that a module imports at run time."""
+    found = set()
+
+    class Visitor(ast.NodeVisitor):
+        def visit_If(self, node: ast.If) -> None:
+            if ast.unparse(node.test) != "TYPE_CHECKING":
+                self.generic_visit(node)
+
+        def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+            module = node.module or ""
+            if module == "promptlayer_exec":
+                found.update(alias.name for alias in node.names)
+            elif module.startswith("promptlayer_exec."):
+                found.add(module.split(".")[1])
+
+        def visit_Import(self, node: ast.Import) -> None:
+            for alias in node.names:
+                if alias.name.startswith("promptlayer_exec"):
+                    found.add(alias.name.partition(".")[2].split(".")[0])
+
+    Visitor().visit(ast.parse(source))
+    return found
+
+
+def upward_imports(room: str, source: str) -> set[str]:
+    """Return the imports of a room that the layering forbids."""
+    return imports_of_ours(source) - set(LAYERS[: LAYERS.index(room)])
+
+
+def test_the_face_is_exactly_the_contract_s() -> None:
+    """No name more and none less, each of them there, in sorted order."""
+    assert sorted(FACE) == promptlayer_exec.__all__
+    assert all(hasattr(promptlayer_exec, name) for name in FACE)
+
+
+def test_every_name_of_the_face_is_documented() -> None:
+    """Each class has a docstring of its own, and so has each of its public methods."""
+    for name in FACE[:-1]:
+        cls = getattr(promptlayer_exec, name)
+        assert cls.__doc__, name
+        for member, value in vars(cls).items():
+            if inspect.isfunction(value) and not member.startswith("_"):
+                assert value.__doc__, f"{name}.{member}"
+
+
+def test_the_version_is_the_distribution_s() -> None:
+    """One place knows it."""
+    assert promptlayer_exec.__version__ == metadata.version("promptlayer-exec")
+
+
+def test_importing_the_face_imports_no_optional_dependency() -> None:
+    """Nor the rooms that need one, nor the simulator."""
+    program = (
+        "import sys, promptlayer_exec\n"
+        "extras = {'typer', 'rich', 'pytest', 'fastapi', 'dbos', 'opentelemetry', 'aiohttp.web'}\n"
+        "ours = {f'promptlayer_exec.{room}' for room in ('cli', 'simulator', 'pytest_plugin')}\n"
+        "print(sorted(sys.modules.keys() & (extras | ours) - {'aiohttp.web'}))\n"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert printed.stdout == "[]\n"
+
+
+def test_every_room_has_its_layer() -> None:
+    """A new room behind the face must take its place in `LAYERS`."""
+    rooms = {path.stem for path in PACKAGE.glob("_*.py")} - {"__init__", "__main__"}
+    assert rooms == set(LAYERS)
+
+
+@pytest.mark.parametrize("room", LAYERS)
+def test_rooms_import_downwards_only(room: str) -> None:
+    """So there is no cycle, and a lower room can be understood without a higher one."""
+    assert upward_imports(room, (PACKAGE / f"{room}.py").read_text()) == set()
+
+
+def test_a_planted_cycle_is_found() -> None:
+    """The check above can fail; an import for type checking alone does not make it."""
+    planted = "def late():\n    from promptlayer_exec._session import Session"
+    assert upward_imports("_errors", planted) == {"_session"}
+    typed = "if TYPE_CHECKING:\n    from promptlayer_exec._session import Session"
+    assert upward_imports("_errors", typed) == set()
+
+
+def test_the_simulator_shares_no_code_with_the_client() -> None:
+    """It must be able to prove the client wrong."""
+    for path in (PACKAGE / "simulator").glob("*.py"):
+        assert imports_of_ours(path.read_text()) <= {"simulator"}, path.name
+
+
+def test_only_the_transport_knows_aiohttp_s_client() -> None:
+    """Elsewhere it is at most a name in an annotation."""
+    users = set()
+    for room in LAYERS:
+        tree = ast.parse((PACKAGE / f"{room}.py").read_text())
+        typed = [node for node in tree.body if isinstance(node, ast.If)]
+        names = [
+            alias.name
+            for node in tree.body
+            if isinstance(node, ast.Import) and node not in typed
+            for alias in node.names
+        ]
+        if "aiohttp" in names:
+            users.add(room)
+    assert users == {"_transport"}
+
+
+SCOPES = re.compile(
+    r"\b(CancelScope|fail_after|move_on_after|timeout|timeout_at|create_task_group|TaskGroup)\("
+)
+
+
+def yields_inside_scopes(source: str) -> list[int]:
+    """Return the lines of each `yield` that a cancel scope, timeout or task group spans."""
+    lines = []
+
+    def visit(node: ast.AST, inside: bool) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            inside = False
+        if isinstance(node, ast.With | ast.AsyncWith):
+            inside = inside or any(SCOPES.search(ast.unparse(i.context_expr)) for i in node.items)
+        if isinstance(node, ast.Yield | ast.YieldFrom) and inside:
+            lines.append(node.lineno)
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside)
+
+    visit(ast.parse(source), inside=False)
+    return lines
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_no_scope_spans_a_yield(path: Path) -> None:
+    """A consumer that breaks off would cancel what is none of its business (PEP 789)."""
+    assert yields_inside_scopes(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "scope", ["anyio.CancelScope()", "asyncio.timeout(1)", "anyio.create_task_group() as tasks"]
+)
+def test_a_planted_yield_inside_a_scope_is_found(scope: str) -> None:
+    """The check above can fail, however deep the `yield`; a nested function is another matter."""
+    kind = "with" if "Cancel" in scope else "async with"
+    body = "        for x in y:\n            yield x"
+    assert yields_inside_scopes(f"async def f():\n    {kind} {scope}:\n{body}") == [4]
+    nested = f"async def f():\n    {kind} {scope}:\n        def g():\n            yield 1"
+    assert yields_inside_scopes(nested) == []
+
+
+def test_the_pytest_plugin_serves_synchronous_tests(promptlayer_simulator) -> None:  # type: ignore[no-untyped-def]
+    """The fixture is there once the distribution is installed."""
+    assert promptlayer_simulator.base_url.startswith("http://127.0.0.1:")

@@ -1,0 +1,548 @@
+"""The session: settings, opening and closing, single calls."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import pickle
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import aiohttp
+import pytest
+
+from promptlayer_exec import (
+    ConfigurationError,
+    Execution,
+    ExecutionTimeout,
+    MainOutput,
+    PollPolicy,
+    RequestRetried,
+    RetryPolicy,
+    Session,
+    SessionClosed,
+    Snapshot,
+    Unauthorized,
+)
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+
+
+async def test_get_results_with_all_outputs_is_a_snapshot(
+    sim: Simulator, session: Session, held: int
+) -> None:
+    """One GET with the flag, the key and our name; its answer structured."""
+    snapshot = await session.get_results(held, return_all_outputs=True)
+    assert isinstance(snapshot, Snapshot)
+    assert (snapshot.execution_id, snapshot.complete, snapshot.poll) == (held, False, 1)
+    assert list(snapshot.nodes) == ["Plan", "Answer"]
+    assert snapshot.elapsed > 0
+    (request,) = sim.requests
+    assert request.method == "GET"
+    assert request.path == "/workflow-version-execution-results"
+    assert dict(request.query) == {
+        "workflow_version_execution_id": str(held),
+        "return_all_outputs": "true",
+    }
+    assert request.headers["X-API-KEY"] == sim.api_key
+    assert request.headers["User-Agent"].startswith("promptlayer-exec/")
+
+
+async def test_get_results_is_the_main_output_by_default(
+    sim: Simulator, session: Session, held: int
+) -> None:
+    """The body of a 200, verbatim; a 202 is told by `complete`."""
+    running = await session.get_results(held)
+    assert isinstance(running, MainOutput)
+    assert not running.complete
+    sim.finish(held, "Answer")
+    done = await session.get_results(held, return_all_outputs=False)
+    assert done == MainOutput(held, complete=True, value="42")
+    assert sim.requests[-1].query["return_all_outputs"] == "false"
+
+
+async def test_snapshot_is_one_request(sim: Simulator, session: Session, held: int) -> None:
+    """Of the same kind as a poll, but it starts no poller."""
+    snapshot = await session.execution(held).snapshot()
+    assert snapshot.poll == 1
+    assert snapshot.times["Answer"].running == snapshot.elapsed
+    assert sim.request_count == 1
+
+
+@pytest.mark.parametrize("execution_id", [0, -1, 2**63, True, "7", 7.0, None])
+async def test_a_bad_execution_id_is_refused_before_any_request(
+    sim: Simulator, session: Session, execution_id: Any
+) -> None:
+    """By the handle and by the call alike."""
+    with pytest.raises((TypeError, ValueError), match="execution id"):
+        session.execution(execution_id)
+    with pytest.raises((TypeError, ValueError), match="execution id"):
+        await session.get_results(execution_id)
+    assert sim.request_count == 0
+
+
+async def test_a_single_call_is_retried_within_an_outage(
+    sim: Simulator, session: Session, held: int, recorder: Any
+) -> None:
+    """Two 503s cost two further attempts, each reported."""
+    sim.inject(Fault.status(503, times=2))
+    await session.get_results(held)
+    assert sim.request_count == 3
+    assert [event.error.attempts for event in recorder.of(RequestRetried)] == [1, 2]
+
+
+async def test_a_single_call_ends_at_wait_timeout(
+    sim: Simulator, open_session: Callable[..., Session], held: int
+) -> None:
+    """Though the outage might go on: the last failure is the cause."""
+    sim.inject(Fault.status(503, times=None))
+    session = open_session(wait_timeout=0.1, retry=RetryPolicy(base=0.01))
+    with pytest.raises(ExecutionTimeout, match="503") as caught:
+        await session.get_results(held)
+    assert caught.value.execution_id == held
+    assert getattr(caught.value.__cause__, "status", None) == 503
+
+
+def test_a_session_is_made_without_key_loop_or_request() -> None:
+    """So that one can stand at module level."""
+    assert repr(Session()) == "<Session https://api.promptlayer.com, not open>"
+
+
+async def test_a_missing_key_is_reported_at_first_use() -> None:
+    """With what to set, by calls, streams and `async with`; and once set it is found."""
+    session = Session()
+    with pytest.raises(ConfigurationError, match="PROMPTLAYER_API_KEY") as caught:
+        await session.get_results(7)
+    assert caught.value.execution_id == 7
+    with pytest.raises(ConfigurationError, match="PROMPTLAYER_API_KEY"):
+        await session.execution(7).wait()
+    with pytest.raises(ConfigurationError, match="PROMPTLAYER_API_KEY"):
+        await session.__aenter__()
+
+
+async def test_settings_from_the_environment_are_found_at_first_use(
+    sim: Simulator, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that are set after the session was made."""
+    session = Session(poll=PollPolicy.fixed(0.01))
+    monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
+    monkeypatch.setenv("PROMPTLAYER_BASE_URL", sim.base_url)
+    async with session:
+        assert repr(session) == f"<Session {sim.base_url}, open>"
+        assert not (await session.get_results(held)).complete
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"api_key": ""}, "api_key"),
+        ({"api_key": "se cret"}, "api_key"),
+        ({"api_key": "secret\n"}, "api_key"),
+        ({"base_url": "ftp://host"}, "base_url"),
+        ({"base_url": "http://host\r\nX: y"}, "base_url"),
+        ({"wait_timeout": -1}, "wait_timeout"),
+        ({"wait_timeout": "5"}, "wait_timeout"),
+        ({"request_timeout": 0}, "request_timeout"),
+        ({"max_connections": 0}, "max_connections"),
+        ({"max_connections": 1.5}, "max_connections"),
+        ({"max_response_bytes": True}, "max_response_bytes"),
+        ({"rate": 0}, "rate"),
+        ({"rate": float("nan")}, "rate"),
+    ],
+)
+def test_a_malformed_setting_is_refused_at_once(settings: Any, named: str) -> None:
+    """The error names the setting, and shows no key."""
+    with pytest.raises(ConfigurationError, match=named) as caught:
+        Session(**{"api_key": "good", **settings})
+    assert "secret" not in str(caught.value)
+    assert "se cret" not in str(caught.value)
+
+
+async def test_the_body_s_own_exception_leaves_async_with_as_itself(
+    open_session: Callable[..., Session], held: int
+) -> None:
+    """No `ExceptionGroup` around it, even with a watch under way."""
+    error = ZeroDivisionError()
+    waiting: asyncio.Future[Snapshot] | None = None
+    with pytest.raises(ZeroDivisionError) as caught:
+        async with open_session() as session:
+            waiting = asyncio.ensure_future(session.execution(held).wait())
+            await asyncio.sleep(0)
+            raise error
+    assert caught.value is error
+    assert waiting is not None
+    with pytest.raises(SessionClosed):
+        await waiting
+
+
+async def test_a_session_may_be_entered_in_one_task_and_closed_in_another(
+    open_session: Callable[..., Session], sim: Simulator, held: int
+) -> None:
+    """As fixtures, lifespans and exit stacks do."""
+    stack = AsyncExitStack()
+    session = open_session()
+    await asyncio.create_task(stack.enter_async_context(session))
+    waiting = asyncio.create_task(session.execution(held).wait())
+    await sim.wait_for_requests(2)
+    await asyncio.create_task(stack.aclose())
+    with pytest.raises(SessionClosed):
+        await waiting
+
+
+async def test_use_after_closing_raises(session: Session, held: int) -> None:
+    """By every call, with the execution's id; closing again does nothing."""
+    async with session:
+        await session.get_results(held)
+    await session.aclose()
+    execution = session.execution(held)
+    for use in (execution.snapshot, execution.wait, lambda: anext(execution.stream())):
+        with pytest.raises(SessionClosed) as caught:
+            await use()
+        assert caught.value.execution_id == held
+
+
+async def test_closing_what_was_never_opened_closes_it() -> None:
+    """A use after it is refused all the same."""
+    session = Session("key")
+    await session.aclose()
+    with pytest.raises(SessionClosed):
+        await session.get_results(1)
+
+
+async def test_entering_a_closed_session_opens_it_afresh(session: Session, held: int) -> None:
+    """As often as one likes."""
+    for _ in range(3):
+        async with session:
+            await session.get_results(held)
+
+
+async def test_entering_while_it_closes_waits_for_the_end(session: Session, held: int) -> None:
+    """And the one who closed it does not close the new opening."""
+    await session.__aenter__()
+    closing = asyncio.create_task(session.aclose())
+    await asyncio.sleep(0)
+    await session.__aenter__()
+    await closing
+    await session.get_results(held)
+
+
+async def test_closing_twice_at_once_closes_once(session: Session, held: int) -> None:
+    """Both callers return when it is over."""
+    await session.get_results(held)
+    await asyncio.gather(session.aclose(), session.aclose())
+    with pytest.raises(SessionClosed):
+        await session.get_results(held)
+
+
+async def test_a_cancelled_closing_still_closes(session: Session, held: int) -> None:
+    """Only the waiting for it is cancelled."""
+    await session.get_results(held)
+    closing = asyncio.create_task(session.aclose())
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    with pytest.raises(SessionClosed):
+        await session.get_results(held)
+
+
+def in_new_loops(*mains: Callable[[], Any]) -> None:
+    """Run each coroutine function in an event loop of its own, one after the other."""
+    for main in mains:
+        asyncio.run(main())
+
+
+def quick(sim: Simulator) -> Session:
+    """Return a session for a simulator, without a fixture's clean-up."""
+    return Session(sim.api_key, base_url=sim.base_url, poll=PollPolicy.fixed(0.01))
+
+
+def test_a_closed_session_can_be_entered_in_another_loop(threaded_sim: Simulator) -> None:
+    """It is not bound to its first loop for ever."""
+    held = threaded_sim.add_execution(Scenario([SimNode("A", duration=None)]))
+    session = quick(threaded_sim)
+
+    async def main() -> None:
+        async with session:
+            assert not (await session.get_results(held)).complete
+
+    in_new_loops(main, main)
+    assert threaded_sim.request_count == 2
+
+
+def test_an_open_session_is_refused_in_a_second_loop(threaded_sim: Simulator) -> None:
+    """With a plain `RuntimeError`, by every way of using and closing it."""
+    held = threaded_sim.add_execution(Scenario([SimNode("A", duration=None)]))
+    session = quick(threaded_sim)
+    refusals = []
+
+    async def elsewhere() -> None:
+        for use in (
+            lambda: session.get_results(held),
+            session.execution(held).wait,
+            session.__aenter__,
+            session.aclose,
+        ):
+            with pytest.raises(RuntimeError, match="another event loop"):
+                await use()
+            refusals.append(use)
+
+    async def main() -> None:
+        async with session:
+            thread = threading.Thread(target=asyncio.run, args=(elsewhere(),))
+            thread.start()
+            await asyncio.to_thread(thread.join)
+            await session.get_results(held)
+
+    asyncio.run(main())
+    assert len(refusals) == 4
+
+
+def test_a_session_left_open_ends_with_its_loop(threaded_sim: Simulator) -> None:
+    """Nothing leaks; another loop must enter it before using it, and may."""
+    held = threaded_sim.add_execution(Scenario([SimNode("A", duration=None)]))
+    session = quick(threaded_sim)
+
+    async def use() -> None:
+        await session.get_results(held)
+
+    async def refused() -> None:
+        with pytest.raises(RuntimeError, match="another event loop"):
+            await use()
+
+    async def enter() -> None:
+        async with session:
+            await use()
+
+    in_new_loops(use, refused, enter)
+
+
+def test_a_session_of_a_dead_loop_can_be_entered_again(threaded_sim: Simulator) -> None:
+    """Even where the loop was closed without ending its tasks."""
+    held = threaded_sim.add_execution(Scenario([SimNode("A", duration=None)]))
+    session = quick(threaded_sim)
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(session.get_results(held))
+    supervisor = next(iter(asyncio.all_tasks(loop)))
+    supervisor.cancel()
+    loop.run_until_complete(asyncio.gather(supervisor, return_exceptions=True))
+    loop.close()
+
+    async def enter() -> None:
+        async with session:
+            await session.get_results(held)
+
+    asyncio.run(enter())
+
+
+async def test_a_supervisor_cancelled_from_outside_closes_the_session(
+    sim: Simulator, session: Session, held: int
+) -> None:
+    """Those who wait are released, and further use is refused."""
+    waiting = asyncio.create_task(session.execution(held).wait())
+    await sim.wait_for_requests(1)
+    for task in asyncio.all_tasks():
+        if task.get_name() == "promptlayer_exec.Session":
+            task.cancel()
+    with pytest.raises(SessionClosed):
+        await waiting
+    with pytest.raises(SessionClosed):
+        await session.get_results(held)
+
+
+async def test_closing_ends_a_call_in_its_retry_sleep(
+    sim: Simulator, open_session: Callable[..., Session], held: int, recorder: Any
+) -> None:
+    """A single call and a watch, each sleeping for an hour, are released at once."""
+    session = open_session(retry=RetryPolicy(base=3600.0, ceiling=7200.0, outage=1e6))
+    sim.inject(Fault.status(503, times=2))
+    call = asyncio.create_task(session.get_results(held))
+    wait = asyncio.create_task(session.execution(held).wait())
+    while len(recorder.of(RequestRetried)) < 2:
+        await recorder.next(RequestRetried)
+    await session.aclose()
+    for task in (call, wait):
+        with pytest.raises(SessionClosed) as caught:
+            await task
+        assert caught.value.execution_id == held
+
+
+async def test_closing_ends_a_call_that_waits_for_the_server(
+    sim: Simulator, session: Session, held: int
+) -> None:
+    """The connection is dropped in the midst of the request."""
+    sim.inject(Fault.stall())
+    call = asyncio.create_task(session.get_results(held))
+    await sim.wait_for_requests(1)
+    await session.aclose()
+    with pytest.raises(SessionClosed):
+        await call
+
+
+async def test_closing_ends_a_call_that_waits_for_the_pace(
+    sim: Simulator, open_session: Callable[..., Session], held: int
+) -> None:
+    """Requests that have not left yet never will."""
+    session = open_session(rate=0.001)
+    calls = [asyncio.create_task(session.get_results(held)) for _ in range(3)]
+    await sim.wait_for_requests(1)
+    await calls[0]
+    await session.aclose()
+    for call in calls[1:]:
+        with pytest.raises(SessionClosed):
+            await call
+    assert sim.request_count == 1
+
+
+async def test_cancelling_a_call_cancels_it_alone(
+    sim: Simulator, session: Session, held: int
+) -> None:
+    """The session stays usable."""
+    sim.inject(Fault.stall())
+    call = asyncio.create_task(session.get_results(held))
+    await sim.wait_for_requests(1)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await session.get_results(held)
+
+
+async def test_a_borrowed_client_session_is_used_and_left_open(
+    sim: Simulator, open_session: Callable[..., Session], held: int
+) -> None:
+    """Its headers apply, ours join them, its own User-Agent stays."""
+    headers = {"X-Proxy": "yes", "User-Agent": "mine/1"}
+    async with aiohttp.ClientSession(headers=headers, raise_for_status=True) as http:
+        session = open_session(http=http)
+        await session.get_results(held)
+        sim.inject(Fault.status(401))
+        with pytest.raises(Unauthorized):
+            await session.get_results(held)
+        await session.aclose()
+        assert not http.closed
+    request = sim.requests[0]
+    assert request.headers["X-Proxy"] == "yes"
+    assert request.headers["User-Agent"] == "mine/1"
+    assert request.headers["X-API-KEY"] == sim.api_key
+
+
+async def test_a_borrowed_client_session_that_was_closed_is_reported(
+    open_session: Callable[..., Session], held: int
+) -> None:
+    """As closed, with the execution's id, and not retried."""
+    http = aiohttp.ClientSession()
+    await http.close()
+    with pytest.raises(SessionClosed, match="borrowed") as caught:
+        await open_session(http=http).get_results(held)
+    assert caught.value.execution_id == held
+
+
+async def test_a_limiter_is_acquired_once_per_attempt(
+    sim: Simulator, open_session: Callable[..., Session], held: int
+) -> None:
+    """Retries count too."""
+
+    class Counter:
+        acquired = 0
+
+        async def acquire(self) -> None:
+            self.acquired += 1
+
+    limiter = Counter()
+    sim.inject(Fault.status(503, times=2))
+    await open_session(limiter=limiter).get_results(held)
+    assert limiter.acquired == sim.request_count == 3
+
+
+async def test_the_base_url_s_path_prefix_is_kept(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """For a gateway that mounts the API below a path."""
+    session = open_session(base_url=f"{sim.base_url}/gate%20way/")
+    with pytest.raises(Exception, match="404"):
+        await session.get_results(1)
+    assert sim.requests[0].path == "/gate%20way/workflow-version-execution-results"
+
+
+def test_handles_are_equal_by_session_and_id() -> None:
+    """And hash alike; they show what they are."""
+    session, other = Session("key"), Session("key")
+    assert session.execution(7) == session.execution(7)
+    assert hash(session.execution(7)) == hash(session.execution(7))
+    assert session.execution(7) != session.execution(8)
+    assert session.execution(7) != other.execution(7)
+    assert session.execution(7) != 7
+    assert repr(session.execution(7)) == "<Execution 7>"
+    assert repr(Execution(session, 7, "Agent")) == "<Execution 7 of 'Agent'>"
+
+
+def test_a_handle_travels_without_its_session() -> None:
+    """A copy is the handle itself; a pickled one keeps the id and says what it lacks."""
+    execution = Execution(Session("secret-key"), 7, "Agent", "careful")
+    assert copy.copy(execution) is execution
+    assert copy.deepcopy(execution) is execution
+    pickled = pickle.dumps(execution)
+    assert b"secret" not in pickled
+    restored = pickle.loads(pickled)
+    assert (restored.id, restored.workflow, restored.warning) == (7, "Agent", "careful")
+    with pytest.raises(RuntimeError, match=r"session\.execution\(7\)"):
+        restored.stream()
+
+
+def test_a_session_neither_pickles_nor_shows_its_key() -> None:
+    """The key is in no repr, and a pickle is refused."""
+    session = Session("secret-key")
+    assert "secret" not in repr(session)
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(session)
+
+
+PROGRAM = """
+    import asyncio
+    from contextlib import aclosing
+    from promptlayer_exec import *
+    from promptlayer_exec.simulator import *
+
+    async def main():
+        async with Simulator() as sim:
+            held = sim.add_execution(Scenario([SimNode("A", duration=None)]))
+            session = Session(sim.api_key, base_url=sim.base_url, poll=PollPolicy.fixed(0.01))
+            sim.inject(Fault.status(503))
+            waits = [asyncio.create_task(session.execution(held).wait()) for _ in range(3)]
+            async with aclosing(session.execution(held).stream()) as snapshots:
+                async for snapshot in snapshots:
+                    if snapshot.poll == 3:
+                        break
+            sim.inject(Fault.stall())
+            await sim.wait_for_requests(sim.request_count + 1)
+            {close}
+            await asyncio.gather(*waits, return_exceptions=True)
+
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("close", ["await session.aclose()", "[wait.cancel() for wait in waits]"])
+def test_nothing_is_left_behind(close: str) -> None:
+    """In development mode, where every leak is a warning, standard error stays empty."""
+    finished = subprocess.run(
+        [
+            sys.executable,
+            "-X",
+            "dev",
+            "-W",
+            "error",
+            "-c",
+            textwrap.dedent(PROGRAM).format(close=close),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert finished.stderr == ""
+    assert finished.returncode == 0

@@ -1,0 +1,211 @@
+"""API key, base URL and counts: arguments before environment, and refused where malformed."""
+
+import pytest
+
+from promptlayer_exec._errors import ConfigurationError
+from promptlayer_exec._settings import check_count, find_api_key, find_base_url
+
+KEY, URL = "PROMPTLAYER_API_KEY", "PROMPTLAYER_BASE_URL"
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch):
+    for name in (KEY, URL):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_no_key():
+    """Without argument and variable there is no key, and that is no error yet."""
+    assert find_api_key(None) is None
+
+
+def test_key_from_the_environment(monkeypatch):
+    """The variable is the key where there is no argument."""
+    monkeypatch.setenv(KEY, "pl_env")
+    assert find_api_key(None) == "pl_env"
+
+
+def test_key_argument_comes_first(monkeypatch):
+    """The argument wins, and the variable is not even looked at."""
+    monkeypatch.setenv(KEY, "not a key\n")
+    assert find_api_key("pl_arg") == "pl_arg"
+
+
+def test_empty_key_variable_counts_as_unset(monkeypatch):
+    """An empty variable is as good as none."""
+    monkeypatch.setenv(KEY, "")
+    assert find_api_key(None) is None
+
+
+BAD_KEYS = {
+    "trailing-newline": "pl_secret\n",
+    "carriage-return": "pl_secret\r\nX-Evil: 1",
+    "leading-blank": " pl_secret",
+    "inner-blank": "pl_ secret",
+    "tab": "pl_\tsecret",
+    "blank-only": "   ",
+    "non-ascii": "pl_sécret",
+    "latin-1": "pl_secret\xff",
+    "curly-quotes": "“pl_secret”",
+    "null": "pl_secret\0",
+    "delete": "pl_secret\x7f",
+    "surrogate": "pl_secret\udcff",
+}
+
+
+@pytest.mark.parametrize("key", BAD_KEYS.values(), ids=BAD_KEYS)
+def test_malformed_key_argument(key):
+    """A key that no header can carry is refused at once, and the message does not show it."""
+    with pytest.raises(ConfigurationError, match=r"^api_key must be") as caught:
+        find_api_key(key)
+    assert "cret" not in str(caught.value) + repr(caught.value)
+    assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    "key", [key for key in BAD_KEYS.values() if "\0" not in key and "\udcff" not in key]
+)
+def test_malformed_key_variable(key, monkeypatch):
+    """A malformed variable is refused alike, and the message names the variable."""
+    monkeypatch.setenv(KEY, key)
+    with pytest.raises(ConfigurationError, match=rf"^{KEY} must be") as caught:
+        find_api_key(None)
+    assert "cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["", b"pl_secret", 17, ["pl_secret"], object()], ids=repr)
+def test_key_argument_of_another_kind(key):
+    """An empty key, or one that is no string, is refused, and not shown either."""
+    with pytest.raises(ConfigurationError, match=r"^api_key must be") as caught:
+        find_api_key(key)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["x", "pl_0123456789abcdef", "!~", "a=b;c,d"])
+def test_any_visible_ascii_is_a_key(key):
+    """The key is taken as it is."""
+    assert find_api_key(key) == key
+
+
+def test_default_base_url():
+    """Without argument and variable the base URL is PromptLayer's."""
+    assert find_base_url(None) == "https://api.promptlayer.com"
+
+
+def test_base_url_from_the_environment(monkeypatch):
+    """The variable is the base URL where there is no argument; the argument wins."""
+    monkeypatch.setenv(URL, "http://env.test/v1/")
+    assert find_base_url(None) == "http://env.test/v1"
+    assert find_base_url("http://arg.test") == "http://arg.test"
+
+
+def test_empty_base_url_variable_counts_as_unset(monkeypatch):
+    """An empty variable is as good as none."""
+    monkeypatch.setenv(URL, "")
+    assert find_base_url(None) == "https://api.promptlayer.com"
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        ("http://localhost:8000", "http://localhost:8000"),
+        ("http://localhost:8000/", "http://localhost:8000"),
+        ("https://api.test/pl/v1", "https://api.test/pl/v1"),
+        ("https://api.test/pl/v1/", "https://api.test/pl/v1"),
+        ("https://api.test/a%2Fb/", "https://api.test/a%2Fb"),
+        ("HTTPS://API.test/Pl", "https://api.test/Pl"),
+        ("http://127.0.0.1:0", "http://127.0.0.1:0"),
+        ("http://127.0.0.1:65535", "http://127.0.0.1:65535"),
+        ("http://[::1]:8000/x", "http://[::1]:8000/x"),
+        ("http://[2001:db8::1]", "http://[2001:db8::1]"),
+        ("http://bücher.test/ä", "http://xn--bcher-kva.test/%C3%A4"),
+    ],
+)
+def test_base_url_is_kept(given, used):
+    """Host, port and path prefix are kept, encoded, without the trailing slash."""
+    assert find_base_url(given) == used
+
+
+BAD_URLS = {
+    "empty": "",
+    "no-scheme": "api.promptlayer.com",
+    "no-scheme-with-port": "localhost:8000",
+    "scheme-relative": "//api.promptlayer.com",
+    "path": "/v1",
+    "ftp": "ftp://api.test",
+    "websocket": "ws://api.test",
+    "file": "file:///etc/passwd",
+    "no-host": "https://",
+    "no-host-with-path": "https:///v1",
+    "no-slashes": "https:api.test",
+    "port-too-large": "http://api.test:65536",
+    "port-no-number": "http://api.test:http",
+    "port-negative": "http://api.test:-1",
+    "open-bracket": "http://[::1",
+    "user": "https://user@api.test",
+    "user-and-password": "https://user:hunter2@api.test",
+    "password": "https://:hunter2@api.test",
+    "query": "https://api.test/?a=1",
+    "fragment": "https://api.test/#top",
+    "newline": "https://api.test\n",
+    "line-breaks": "https://api.test\r\nX-Evil: 1",
+    "leading-blank": " https://api.test",
+    "inner-blank": "https://api test",
+    "tab": "https://api.test/\tv1",
+    "null": "https://api.test\0",
+    "delete": "https://api.test/\x7f",
+    "backslash": "https:\\\\api.test",
+    "surrogate": "https://\ud800",
+    "nbsp-in-host": "https://api\xa0test",
+}
+
+
+@pytest.mark.parametrize("url", BAD_URLS.values(), ids=BAD_URLS)
+def test_malformed_base_url(url):
+    """What is no plain http(s) URL is refused, and the message names the argument."""
+    with pytest.raises(ConfigurationError, match=r"^base_url "):
+        find_base_url(url)
+
+
+@pytest.mark.parametrize("url", [b"https://api.test", 80, ["https://api.test"]], ids=repr)
+def test_base_url_of_another_kind(url):
+    """What is no string is refused."""
+    with pytest.raises(ConfigurationError, match=r"^base_url "):
+        find_base_url(url)
+
+
+def test_malformed_base_url_variable(monkeypatch):
+    """A malformed variable is refused alike, and the message names the variable."""
+    monkeypatch.setenv(URL, "api.promptlayer.com")
+    with pytest.raises(ConfigurationError, match=rf"^{URL} must begin with http"):
+        find_base_url(None)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://user:hunter2@api.test",
+        "ftp://user:hunter2@api.test",
+        "https://user:hunter2@api.test:99999",
+        "https://user:hunter2@api.test?a=1",
+        "https://user:hunter2@api.test/ v1",
+    ],
+)
+def test_a_password_is_not_shown(url):
+    """A password in a refused URL is in no message."""
+    with pytest.raises(ConfigurationError) as caught:
+        find_base_url(url)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [1, 100, 2**70])
+def test_count(value):
+    """A count is any int from 1."""
+    assert check_count("max_connections", value) == value
+
+
+@pytest.mark.parametrize("value", [0, -1, True, False, 1.0, "1", None], ids=repr)
+def test_no_count(value):
+    """What is no int of at least 1 is refused by name."""
+    with pytest.raises(ConfigurationError, match=r"^max_connections must be an int of at least 1"):
+        check_count("max_connections", value)

@@ -1,0 +1,357 @@
+"""The simulated execution as a function of time, and its token bucket."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from promptlayer_exec.simulator import Scenario, SimNode
+from promptlayer_exec.simulator._bucket import TokenBucket
+from promptlayer_exec.simulator._execution import Execution, is_complete, main_output, node_map
+
+
+def run(*nodes: SimNode) -> Execution:
+    """Begin an execution at the time 0."""
+    return Execution(Scenario(nodes), 0.0)
+
+
+def statuses(execution: Execution, now: float) -> dict[str, str]:
+    """Return every node's status at a time."""
+    return {name: state.status for name, state in execution.states(now).items()}
+
+
+def output(execution: Execution, now: float) -> Any:
+    """Return the decoded main output at a time, or `...` if there is none."""
+    text = main_output(execution.scenario, execution.states(now))
+    return ... if text is None else json.loads(text)
+
+
+def nodes_json(execution: Execution, now: float) -> dict[str, Any]:
+    """Return the decoded node map at a time."""
+    decoded: dict[str, Any] = json.loads(node_map(execution.scenario, execution.states(now)))
+    return decoded
+
+
+def finish(execution: Execution, name: str, now: float, **ending: Any) -> None:
+    """Finish a held node, with the defaults of `Simulator.finish`."""
+    defaults: dict[str, Any] = {
+        "value": ...,
+        "status": "SUCCESS",
+        "error_message": None,
+        "raw_error_message": None,
+    }
+    execution.finish(name, now, **(defaults | ending))
+
+
+def test_node_runs_for_its_duration() -> None:
+    """A node without dependencies is RUNNING from the start and final exactly at its duration."""
+    execution = run(SimNode("a", 1, duration=2.0))
+    assert statuses(execution, 0.0) == {"a": "RUNNING"}
+    assert statuses(execution, 1.999) == {"a": "RUNNING"}
+    assert statuses(execution, 2.0) == {"a": "SUCCESS"}
+
+
+def test_node_without_duration_is_final_at_once() -> None:
+    """The default duration of zero makes a node final in the first look."""
+    assert statuses(run(SimNode("a")), 0.0) == {"a": "SUCCESS"}
+
+
+def test_dependent_is_queued_until_the_last_dependency_is_final() -> None:
+    """A node starts when the latest of its dependencies ends, whatever their order."""
+    execution = run(
+        SimNode("join", duration=1.0, after=("slow", "fast")),
+        SimNode("fast", duration=1.0),
+        SimNode("slow", duration=3.0),
+    )
+    assert statuses(execution, 2.0) == {"join": "QUEUED", "fast": "SUCCESS", "slow": "RUNNING"}
+    assert statuses(execution, 3.5)["join"] == "RUNNING"
+    assert statuses(execution, 4.0)["join"] == "SUCCESS"
+
+
+def test_ends_do_not_depend_on_when_anyone_looks() -> None:
+    """A late first look finds the exact times at which a chain of nodes ended."""
+    chain = (
+        SimNode("a", duration=0.5),
+        SimNode("b", duration=0.25, after=("a",)),
+        SimNode("c", duration=10.0, after=("b",)),
+    )
+    late = run(*chain).states(100.0)
+    assert [state.at for state in late.values()] == [0.5, 0.75, 10.75]
+
+
+def test_held_node_waits_for_finish() -> None:
+    """A node with duration=None stays RUNNING until it is told, and then has the value told."""
+    execution = run(SimNode("a", "own", duration=None), SimNode("b", after=("a",)))
+    assert statuses(execution, 1e9) == {"a": "RUNNING", "b": "QUEUED"}
+    finish(execution, "a", 1e9, value="told")
+    assert statuses(execution, 1e9) == {"a": "SUCCESS", "b": "SUCCESS"}
+    assert nodes_json(execution, 1e9)["a"]["value"] == "told"
+
+
+def test_finish_without_value_takes_the_scenarios() -> None:
+    """A held node that is finished without a value has the one its scenario gives."""
+    execution = run(SimNode("a", "own", duration=None))
+    finish(execution, "a", 1.0)
+    assert nodes_json(execution, 1.0)["a"]["value"] == "own"
+
+
+def test_finish_of_a_queued_node_takes_effect_when_it_starts() -> None:
+    """A held node told to finish while QUEUED ends in the moment it starts."""
+    execution = run(SimNode("a", duration=5.0), SimNode("b", duration=None, after=("a",)))
+    finish(execution, "b", 1.0)
+    assert statuses(execution, 4.0)["b"] == "QUEUED"
+    assert execution.states(9.0)["b"].at == 5.0
+
+
+def test_finish_with_a_failure_shows_its_messages() -> None:
+    """A held node can be failed, with messages of its own."""
+    execution = run(
+        SimNode("a", 1, duration=None, error_message="scenario's"),
+        SimNode("b", duration=None, error_message="hidden", raw_error_message="scenario's"),
+    )
+    finish(execution, "a", 1.0, status="FAILED", raw_error_message={"raw": "Traceback"})
+    finish(execution, "b", 1.0, status="FAILED", error_message="told")
+    assert nodes_json(execution, 1.0)["a"] == {
+        "status": "FAILED",
+        "value": None,
+        "error_message": "scenario's",
+        "raw_error_message": {"raw": "Traceback"},
+        "is_output_node": False,
+    }
+    told = nodes_json(execution, 1.0)["b"]
+    assert (told["error_message"], told["raw_error_message"]) == ("told", "scenario's")
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("held", ValueError, "final already: SUCCESS"),
+        ("timed", ValueError, "ends by itself"),
+        ("nobody", LookupError, "no node 'nobody'"),
+    ],
+)
+def test_finish_refuses_what_it_cannot_do(name: str, error: type[Exception], message: str) -> None:
+    """Finishing a final, a self-ending or an unknown node is a clear error."""
+    execution = run(SimNode("held", duration=None), SimNode("timed", duration=9.0))
+    finish(execution, "held", 1.0)
+    with pytest.raises(error, match=message):
+        finish(execution, name, 2.0)
+
+
+def test_failed_dependency_skips_dependents() -> None:
+    """What comes after a failed node is SKIPPED, and so is all that follows, at the same time."""
+    execution = run(
+        SimNode("a", duration=1.0, status="FAILED"),
+        SimNode("ok"),
+        SimNode("b", duration=9.0, after=("a", "ok")),
+        SimNode("c", duration=9.0, after=("b",)),
+    )
+    assert statuses(execution, 0.0)["b"] == "QUEUED"
+    states = execution.states(1.0)
+    assert [state.status for state in states.values()] == ["FAILED", "SUCCESS"] + ["SKIPPED"] * 2
+    assert states["c"].at == 1.0
+
+
+def test_when_chooses_a_branch_and_the_join_runs() -> None:
+    """A false predicate skips a branch; a node that joins it with a live one still runs."""
+    execution = run(
+        SimNode("classify", "refund"),
+        SimNode("refund", 7, after=("classify",), when=lambda v: v["classify"] == "refund"),
+        SimNode("other", 8, after=("classify",), when=lambda v: v["classify"] == "other"),
+        SimNode("other 2", 8, after=("other",)),
+        SimNode("join", lambda v: [v["refund"], v["other 2"]], after=("refund", "other 2")),
+    )
+    assert list(statuses(execution, 0.0).values()) == [
+        *("SUCCESS", "SUCCESS", "SKIPPED", "SKIPPED", "SUCCESS")
+    ]
+    assert nodes_json(execution, 0.0)["join"]["value"] == [7, None]
+
+
+def test_functions_see_everything_upstream_and_are_asked_once() -> None:
+    """`when` and `value` get the values of direct and indirect dependencies, one time each."""
+    seen: list[tuple[str, Mapping[str, Any]]] = []
+
+    def record(kind: str) -> Callable[[Mapping[str, Any]], str]:
+        def asked(values: Mapping[str, Any]) -> str:
+            seen.append((kind, dict(values)))
+            return kind
+
+        return asked
+
+    execution = run(
+        SimNode("unrelated", 0),
+        SimNode("a", 1),
+        SimNode("b", 2, after=("a",)),
+        SimNode("c", record("value"), after=("b",), duration=1.0, when=record("when")),
+    )
+    for now in (0.0, 0.5, 1.0, 2.0):
+        execution.states(now)
+    assert seen == [("when", {"a": 1, "b": 2}), ("value", {"a": 1, "b": 2})]
+    assert nodes_json(execution, 2.0)["c"]["value"] == "value"
+
+
+def test_unknown_status_keeps_the_execution_running() -> None:
+    """A status outside the final ones is shown as it is, and nothing after it starts."""
+    execution = run(SimNode("a", 1, status="PAUSED"), SimNode("b", after=("a",)))
+    states = execution.states(1e9)
+    assert statuses(execution, 1e9) == {"a": "PAUSED", "b": "QUEUED"}
+    assert nodes_json(execution, 1e9)["a"]["value"] is None
+    assert not is_complete(states)
+
+
+def test_held_node_can_be_paused_and_resumed() -> None:
+    """A node finished with an unknown status can be finished again."""
+    execution = run(SimNode("a", 1, duration=None))
+    finish(execution, "a", 1.0, status="PAUSED")
+    assert statuses(execution, 1.0) == {"a": "PAUSED"}
+    finish(execution, "a", 2.0)
+    assert statuses(execution, 2.0) == {"a": "SUCCESS"}
+
+
+def test_failure_is_a_failed_status() -> None:
+    """`FAILURE` is final, skips dependents and shows its messages like `FAILED`."""
+    execution = run(SimNode("a", status="FAILURE", error_message="no"), SimNode("b", after=("a",)))
+    assert is_complete(execution.states(0.0))
+    assert statuses(execution, 0.0)["b"] == "SKIPPED"
+    assert nodes_json(execution, 0.0)["a"]["error_message"] == "no"
+
+
+def test_messages_of_a_node_that_did_not_fail_are_hidden() -> None:
+    """The error fields are null unless the node failed, the value unless it succeeded."""
+    execution = run(
+        SimNode("ok", 1, error_message="e", raw_error_message="r"),
+        SimNode("later", 2, duration=1.0, error_message="e", raw_error_message="r"),
+    )
+    nodes = nodes_json(execution, 0.0)
+    assert [node["error_message"] for node in nodes.values()] == [None, None]
+    assert [node["raw_error_message"] for node in nodes.values()] == [None, None]
+    assert [node["value"] for node in nodes.values()] == [1, None]
+
+
+def test_main_output_is_the_first_successful_output_node() -> None:
+    """Of several output nodes the one that succeeded first counts; failed ones do not."""
+    execution = run(
+        SimNode("failed", 0, is_output_node=True, status="FAILED"),
+        SimNode("slow", 1, is_output_node=True, duration=3.0),
+        SimNode("fast", 2, is_output_node=True, duration=2.0),
+        SimNode("inner", 3, duration=1.0),
+    )
+    assert output(execution, 3.0) == 2
+
+
+def test_main_output_tie_goes_to_the_first_listed() -> None:
+    """Of output nodes that succeeded at the same time the one listed first counts."""
+    nodes = [SimNode(name, name, is_output_node=True) for name in "ab"]
+    assert output(run(*nodes), 0.0) == "a"
+
+
+def test_no_successful_output_node_means_no_main_output() -> None:
+    """With every output node failed there is no main output, though others succeeded."""
+    execution = run(SimNode("a", 1), SimNode("b", is_output_node=True, status="FAILED"))
+    assert output(execution, 0.0) is ...
+
+
+def test_without_marks_the_last_success_is_the_main_output() -> None:
+    """With no output node marked, the node that succeeded last provides the main output."""
+    execution = run(
+        SimNode("a", 1, duration=2.0, is_output_node=None),
+        SimNode("b", 2, is_output_node=None),
+        SimNode("c", 3, duration=3.0, status="FAILED", is_output_node=None),
+    )
+    assert output(execution, 3.0) == 1
+    assert output(run(SimNode("a", 1), SimNode("b", 2)), 0.0) == 2
+
+
+def test_empty_scenario_is_complete() -> None:
+    """An execution without nodes is complete, with an empty map and no main output."""
+    execution = run()
+    assert is_complete(execution.states(0.0))
+    assert nodes_json(execution, 0.0) == {}
+    assert output(execution, 0.0) is ...
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (math.nan, "NaN"),
+        (-math.inf, "-Infinity"),
+        (10**30, str(10**30)),
+        ("\ud800", '"\\ud800"'),
+        ("é", '"\\u00e9"'),
+        ({"a": [1, None]}, '{"a":[1,null]}'),
+    ],
+)
+def test_values_are_written_as_the_standard_library_does(value: object, text: str) -> None:
+    """NaN, big integers and lone surrogates are sent as Python's `json` writes them."""
+    execution = run(SimNode("a", value, is_output_node=True))
+    assert main_output(execution.scenario, execution.states(0.0)) == text
+    assert f'"value":{text},' in node_map(execution.scenario, execution.states(0.0))
+
+
+def test_recorded_body_is_reproduced() -> None:
+    """The node map has the keys, their order and the spacing of the recorded body."""
+    execution = run(SimNode("Node 1", "AAA", is_output_node=True))
+    assert node_map(execution.scenario, execution.states(0.0)) == (
+        '{"Node 1":{"status":"SUCCESS","value":"AAA","error_message":null,'
+        '"raw_error_message":null,"is_output_node":true}}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ([SimNode("a"), SimNode("a")], "two nodes are named 'a'"),
+        ([SimNode("a", after=("b",))], "'a' comes after 'b', which is no node"),
+        ([SimNode("a", after=("a",))], "circle: 'a' -> 'a'"),
+        ([SimNode("a", after=("b",)), SimNode("b", after=("a",))], "in a circle"),
+    ],
+)
+def test_impossible_scenarios_are_refused(nodes: list[SimNode], message: str) -> None:
+    """Repeated names, unknown dependencies and circles are told when a scenario is made."""
+    with pytest.raises(ValueError, match=message):
+        Scenario(nodes)
+
+
+@pytest.mark.parametrize("duration", [-1.0, math.inf, math.nan])
+def test_impossible_durations_are_refused(duration: float) -> None:
+    """A negative, infinite or undefined duration is told when a node is made."""
+    with pytest.raises(ValueError, match="duration must be finite"):
+        SimNode("a", duration=duration)
+
+
+def test_values_that_are_no_json_are_refused() -> None:
+    """A value that JSON cannot carry is told with the name of its node."""
+    with pytest.raises(TypeError, match="node 'a': its value is not JSON"):
+        SimNode("a", {1, 2})
+
+
+def test_one_name_is_no_list_of_names() -> None:
+    """`after="ab"` is an error and not the two nodes a and b."""
+    with pytest.raises(TypeError, match=r"write after=\('ab',\)"):
+        SimNode("c", after="ab")
+
+
+def test_bucket_lets_a_burst_through_and_then_the_rate() -> None:
+    """A full bucket gives its burst at once, then one token every 1/rate seconds."""
+    bucket = TokenBucket(rate=4.0, burst=2, now=0.0)
+    assert [bucket.take(0.0) for _ in range(3)] == [0.0, 0.0, 0.25]
+    assert bucket.take(0.125) == 0.125
+    assert bucket.take(0.25) == 0.0
+    assert bucket.take(0.25) == 0.25
+
+
+def test_bucket_holds_no_more_than_its_burst() -> None:
+    """Idle time does not save up more than the burst."""
+    bucket = TokenBucket(rate=10.0, burst=2, now=0.0)
+    assert [bucket.take(1000.0) for _ in range(3)] == [0.0, 0.0, 0.1]
+
+
+def test_bucket_keeps_its_promise() -> None:
+    """Who waits exactly as long as told gets a token, whatever the rounding."""
+    bucket, now = TokenBucket(rate=7.0, burst=1, now=0.1), 0.1
+    for _ in range(1000):
+        if wait := bucket.take(now):
+            now += wait
+            assert bucket.take(now) == 0.0

@@ -1,0 +1,517 @@
+"""The transport: attempts, retries, and errors made ours."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import logging
+import pickle
+import re
+import time
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from itertools import pairwise
+from typing import Any
+from unittest.mock import Mock
+
+import aiohttp
+import pytest
+from aioresponses import aioresponses
+
+from promptlayer_exec import (
+    BadRequest,
+    ConnectionFailed,
+    FieldError,
+    Forbidden,
+    InvalidResponse,
+    NotFound,
+    PromptLayerExecError,
+    RateLimited,
+    RequestError,
+    RequestRetried,
+    RequestTimeout,
+    ResponseTooLarge,
+    RetryPolicy,
+    ServerError,
+    Session,
+    StatusError,
+    Throttled,
+    Unauthorized,
+    UnprocessableEntity,
+)
+from promptlayer_exec.simulator import Fault, Simulator
+
+NO_RETRY = RetryPolicy(outage=0.0)
+ANY_URL = re.compile(".*")
+
+
+class Answer(aiohttp.ClientResponse):
+    """What aioresponses answers with: it knows no `stream_writer`, which aiohttp now demands."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"stream_writer": Mock(), **kwargs})
+
+
+@pytest.fixture
+def mocked() -> Iterator[Callable[..., None]]:
+    """Return a function that sets the next answer to any GET, without any network."""
+    with aioresponses() as mock:
+
+        def answer(**settings: Any) -> None:
+            mock.get(ANY_URL, response_class=Answer, **settings)
+
+        answer.mock = mock  # type: ignore[attr-defined]
+        yield answer
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (302, StatusError),
+        (400, BadRequest),
+        (401, Unauthorized),
+        (403, Forbidden),
+        (404, NotFound),
+        (418, StatusError),
+        (422, UnprocessableEntity),
+        (429, RateLimited),
+        (500, ServerError),
+        (501, ServerError),
+        (502, ServerError),
+    ],
+)
+@pytest.mark.parametrize("key", ["message", "error"])
+async def test_each_status_has_its_error(
+    mocked: Callable[..., None], status: int, expected: type[StatusError], key: str
+) -> None:
+    """With the status, the server's words, the body and the execution's id."""
+    body = {"success": False, key: "no such thing", "extra": [1]}
+    mocked(status=status, payload=body)
+    async with Session("key", retry=NO_RETRY) as session:
+        with pytest.raises(expected) as caught:
+            await session.get_results(787)
+    error = caught.value
+    assert type(error) is expected
+    assert error.status == status
+    assert error.body == body
+    assert error.execution_id == 787
+    assert error.attempts == 1
+    if status >= 400:
+        assert error.message == "no such thing"
+        assert "execution 787" in str(error)
+        assert "no such thing" in str(error)
+
+
+async def test_a_validation_error_is_itemised(mocked: Callable[..., None]) -> None:
+    """FastAPI's 422 becomes one `FieldError` per complaint."""
+    item = {"loc": ["query", "return_all_outputs"], "msg": "not a bool", "type": "bool_parsing"}
+    mocked(status=422, payload={"detail": [item]})
+    async with Session("key") as session:
+        with pytest.raises(UnprocessableEntity, match="not a bool") as caught:
+            await session.get_results(787)
+    assert caught.value.details == (
+        FieldError(("query", "return_all_outputs"), "not a bool", "bool_parsing"),
+    )
+
+
+async def test_a_transient_status_is_retried_by_the_policy_s_own_list(
+    mocked: Callable[..., None],
+) -> None:
+    """A status that the policy names is survived; the answer after it is the result."""
+    mocked(status=418)
+    mocked(status=200, payload="done")
+    retry = RetryPolicy(statuses=frozenset({418}), base=0.001)
+    async with Session("key", retry=retry) as session:
+        assert (await session.get_results(787)).value == "done"
+
+
+async def test_the_request_is_as_documented(mocked: Callable[..., None]) -> None:
+    """Method, URL, key and the refusal of redirects, as aiohttp is told them."""
+    mocked(status=200, payload={})
+    async with Session("key", base_url="https://gateway.test/pl") as session:
+        await session.get_results(787, return_all_outputs=True)
+    ((method, url), (call,)) = next(iter(mocked.mock.requests.items()))  # type: ignore[attr-defined]
+    assert method == "GET"
+    assert str(url) == (
+        "https://gateway.test/pl/workflow-version-execution-results"
+        "?return_all_outputs=true&workflow_version_execution_id=787"
+    )
+    assert call.kwargs["headers"]["X-API-KEY"] == "key"
+    assert call.kwargs["allow_redirects"] is False
+
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@asynccontextmanager
+async def raw_server(serve: Serve) -> AsyncIterator[str]:
+    """Serve connections by hand, and yield the base URL; what is still open is closed."""
+    tasks = set()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.add(asyncio.current_task())
+        try:
+            await serve(reader, writer)
+        except (ConnectionError, asyncio.CancelledError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        server.close()
+
+
+def answering(*answers: bytes) -> Serve:
+    """Return a server that answers each request of a connection with the next of `answers`."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for answer in answers:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(answer)
+            await writer.drain()
+
+    return serve
+
+
+def http(body: bytes, *, status: str = "200 OK", headers: str = "") -> bytes:
+    """Return a whole HTTP answer."""
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{headers}\r\n".encode() + body
+
+
+async def failure_at(base_url: str, **settings: Any) -> Any:
+    """Return the error of one call to a server."""
+    settings = {"retry": NO_RETRY, **settings}
+    async with Session("secret-key", base_url=base_url, **settings) as session:
+        with pytest.raises(PromptLayerExecError) as caught:
+            await session.get_results(787, return_all_outputs=True)
+    return caught.value
+
+
+async def test_a_refused_connection_is_connection_failed() -> None:
+    """With what the system said, and the execution's id."""
+    async with raw_server(answering()) as base_url:
+        pass
+    error = await failure_at(base_url)
+    assert type(error) is ConnectionFailed
+    assert error.execution_id == 787
+    assert base_url in str(error)
+    assert "refused" in error.reason.lower() or "connect" in error.reason.lower()
+    assert isinstance(error.__cause__, aiohttp.ClientError)
+
+
+async def test_a_name_that_does_not_resolve_is_connection_failed() -> None:
+    """The reserved name `.invalid` never does."""
+    assert type(await failure_at("http://nowhere.invalid")) is ConnectionFailed
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"", b"HTTP/1.1 200 OK\r\nContent-Le", b"SSH-2.0-OpenSSH\r\n\r\n"],
+    ids=["nothing", "half a head", "no HTTP"],
+)
+async def test_a_broken_answer_is_connection_failed(answer: bytes) -> None:
+    """Nothing of it says a status; and no header of ours shows in the causes."""
+    async with raw_server(answering(answer)) as base_url:
+        error = await failure_at(base_url)
+    assert type(error) is ConnectionFailed
+    assert error.reason
+
+
+async def test_a_body_that_is_cut_short_is_invalid() -> None:
+    """With the status and an excerpt of what came."""
+    whole = http(b'{"A": {"status": "SUCCESS"}}')
+    async with raw_server(answering(whole[:-5])) as base_url:
+        error = await failure_at(base_url)
+    assert type(error) is InvalidResponse
+    assert error.status == 200
+    assert error.path is None
+    assert error.excerpt.startswith('{"A"')
+    assert "cut short" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("body", "path"),
+    [
+        (b"", None),
+        (b"<html>hello</html>", None),
+        (b'{"A": ', None),
+        (b"\xff\xfe\xfa", None),
+        (b"[]", "$"),
+        (b'{"A": 1}', "$.A"),
+        (b'{"Node 1": {"value": 1}}', "$.Node 1.status"),
+        (b'{"Node 1": {"status": 5}}', "$.Node 1.status"),
+    ],
+)
+async def test_a_success_that_is_no_node_map_is_invalid(body: bytes, path: str | None) -> None:
+    """What is no JSON has no path, and is worth another attempt; the wrong shape is not."""
+    async with raw_server(answering(http(body), http(b"{}"))) as base_url:
+        error = await failure_at(base_url)
+        assert type(error) is InvalidResponse
+        assert error.path == path
+        events: list[Any] = []
+        retry = RetryPolicy(base=0.001)
+        async with Session(
+            "key", base_url=base_url, retry=retry, observers=[events.append]
+        ) as session:
+            if path is None:
+                await session.get_results(787, return_all_outputs=True)
+                assert [type(event) for event in events] == [RequestRetried]
+            else:
+                with pytest.raises(InvalidResponse):
+                    await session.get_results(787, return_all_outputs=True)
+                assert events == []
+
+
+async def test_silence_is_a_request_timeout() -> None:
+    """After `request_timeout` seconds, of which the error tells."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async with raw_server(serve) as base_url:
+        error = await failure_at(base_url, request_timeout=0.05)
+    assert type(error) is RequestTimeout
+    assert "0.05 s" in str(error)
+
+
+async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Promise a body and send it a byte at a time, without end."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    status = b"500 Oops" if b"return_all_outputs=false" in head else b"200 OK"
+    writer.write(b"HTTP/1.1 %b\r\nContent-Length: 1000000\r\n\r\n" % status)
+    while True:
+        writer.write(b"1")
+        await writer.drain()
+        await asyncio.sleep(0.005)
+
+
+async def test_a_body_that_trickles_is_stopped() -> None:
+    """Bytes that keep coming do not prolong the attempt."""
+    async with raw_server(trickle) as base_url:
+        error = await failure_at(base_url, request_timeout=0.1)
+    assert type(error) is RequestTimeout
+
+
+async def test_a_refusal_whose_body_trickles_is_still_the_refusal() -> None:
+    """The status is known, so the error says it, with as much of the body as came."""
+    async with (
+        raw_server(trickle) as base_url,
+        Session("key", base_url=base_url, retry=NO_RETRY, request_timeout=0.1) as session,
+    ):
+        with pytest.raises(ServerError) as caught:
+            await session.get_results(787)
+    assert caught.value.status == 500
+
+
+async def test_a_refusal_whose_body_is_cut_short_is_still_the_refusal() -> None:
+    """A reset in the midst of the explanation does not hide the status."""
+    whole = http(b'{"message": "wrong key"}', status="401 Unauthorized")
+    async with raw_server(answering(whole[:-5])) as base_url:
+        error = await failure_at(base_url)
+    assert type(error) is Unauthorized
+
+
+async def test_a_refusal_s_body_is_read_to_64_kib() -> None:
+    """A proxy's page of any size does not fill the memory."""
+    async with raw_server(answering(http(b"x" * 1_000_000, status="403 No"))) as base_url:
+        error = await failure_at(base_url)
+    assert type(error) is Forbidden
+    assert error.body == "x" * 65536
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+async def test_a_body_beyond_the_limit_is_refused(compressed: bool) -> None:
+    """Measured after decompression, at once, and not tried again."""
+    body, headers = b'"' + b"x" * 5000 + b'"', ""
+    if compressed:
+        body, headers = gzip.compress(body), "Content-Encoding: gzip\r\n"
+        assert len(body) < 1000
+    events: list[Any] = []
+    async with raw_server(answering(http(body, headers=headers))) as base_url:
+        error = await failure_at(
+            base_url, retry=RetryPolicy(), max_response_bytes=1000, observers=[events.append]
+        )
+    assert type(error) is ResponseTooLarge
+    assert error.limit == 1000
+    assert error.status == 200
+    assert "1000 bytes" in str(error)
+    assert events == []
+
+
+async def test_a_body_of_exactly_the_limit_is_read() -> None:
+    """The limit itself is allowed."""
+    body = b'"' + b"x" * 998 + b'"'
+    async with (
+        raw_server(answering(http(body))) as base_url,
+        Session("key", base_url=base_url, max_response_bytes=1000) as session,
+    ):
+        assert (await session.get_results(1)).value == "x" * 998
+
+
+async def test_redirects_are_not_followed(sim: Simulator) -> None:
+    """The other server sees nothing, and the error names the target."""
+    location = f"Location: {sim.base_url}/elsewhere\r\n"
+    async with raw_server(answering(http(b"", status="307 Go", headers=location))) as base_url:
+        error = await failure_at(base_url)
+    assert type(error) is StatusError
+    assert error.status == 307
+    assert f"{sim.base_url}/elsewhere" in str(error)
+    assert sim.request_count == 0
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, its causes and its contexts."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        http(b'{"message": "no key secret-key"}', status="401 No"),
+        http(b"key secret-key is unknown", status="403 No"),
+        http(b"", status="302 Go", headers="Location: /?key=secret-key\r\n"),
+        http(b"secret-key is no JSON"),
+        http(b'{"secret-key": {"status": 5}}'),
+        http(b'{"A": "secret-key"}')[:-3],
+        b"SSH secret-key\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: secret-key\x01\r\n\r\n",
+        b"",
+    ],
+)
+async def test_the_key_is_nowhere_in_an_error(
+    answer: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not in str, repr, pickle, traceback, events or logs, of causes neither, echoed or not."""
+    caplog.set_level(logging.DEBUG)
+    events: list[Any] = []
+    retry = RetryPolicy(outage=0.02, base=0.01)
+    async with raw_server(answering(answer)) as base_url:
+        error = await failure_at(base_url, retry=retry, observers=[events.append])
+    said = [repr(event) for event in events] + [record.getMessage() for record in caplog.records]
+    for link in chain(error):
+        said += [str(link), repr(link), repr(vars(link)), *traceback.format_exception(link)]
+    said.append(pickle.dumps(error).decode("latin-1"))
+    assert [text for text in said if "secret-key" in text] == []
+
+
+async def test_aiohttp_does_not_send_again_by_itself() -> None:
+    """A connection that died between two requests costs a retry that we count and report."""
+    events: list[Any] = []
+    requests = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal requests
+        while True:
+            await reader.readuntil(b"\r\n\r\n")
+            requests += 1
+            if requests == 2:
+                return
+            writer.write(http(b'"done"'))
+
+    async with (
+        raw_server(serve) as base_url,
+        Session(
+            "key",
+            base_url=base_url,
+            observers=[events.append],
+            retry=RetryPolicy(base=0.001),
+        ) as session,
+    ):
+        await session.get_results(1)
+        assert (await session.get_results(1)).value == "done"
+    assert requests == 3
+    assert [type(event) for event in events] == [RequestRetried]
+    assert type(events[0].error) is ConnectionFailed
+
+
+async def test_retry_after_is_a_floor_under_the_delay(
+    sim: Simulator, open_session: Callable[..., Session], held: int, recorder: Any
+) -> None:
+    """Whatever its form, as far as the policy grants it."""
+    in_two_seconds = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 1000))
+    session = open_session(retry=RetryPolicy(base=0.001, retry_after_ceiling=0.03))
+    for retry_after in (0.02, "0.02", in_two_seconds):
+        sim.inject(Fault.status(503, retry_after=retry_after))
+    sim.inject(Fault.status(503, headers={"retry-after-ms": "20"}))
+    sim.inject(Fault.status(503, retry_after="soon"))
+    await session.get_results(held)
+    delays = [event.delay for event in recorder.of(RequestRetried)]
+    assert delays[:2] == [0.02, 0.02]
+    assert delays[2] == 0.03
+    assert delays[3] == 0.02
+    assert delays[4] < 0.033
+    times = [request.at for request in sim.requests]
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    assert all(gap >= delay for gap, delay in zip(gaps, delays, strict=True))
+
+
+async def test_a_429_slows_every_request_of_the_session(
+    sim: Simulator, open_session: Callable[..., Session], held: int, recorder: Any
+) -> None:
+    """Another execution's request leaves no sooner than the server asked."""
+    session = open_session()
+    sim.inject(Fault.status(429, retry_after=0.1))
+    refused = asyncio.create_task(session.get_results(held))
+    await recorder.next(Throttled)
+    other = asyncio.create_task(session.execution(held).snapshot())
+    await asyncio.gather(refused, other)
+    first, second, third = (request.at for request in sim.requests)
+    assert second - first >= 0.1
+    assert third - first >= 0.1
+    (throttled,) = recorder.of(Throttled)
+    assert throttled.execution_id == held
+    assert throttled.delay == pytest.approx(0.1, abs=0.01)
+
+
+async def test_waiting_for_a_connection_does_not_count_as_request_time(
+    sim: Simulator, open_session: Callable[..., Session], held: int
+) -> None:
+    """With one connection, ten calls that take 20 ms each all meet a timeout of 100 ms."""
+    session = open_session(max_connections=1, request_timeout=0.1, retry=NO_RETRY)
+    sim.inject(Fault.delay(0.02, times=None))
+    answers = await asyncio.gather(*(session.get_results(held) for _ in range(10)))
+    assert len(answers) == 10
+
+
+async def test_a_borrowed_pool_smaller_than_ours_is_respected(
+    sim: Simulator, open_session: Callable[..., Session], held: int
+) -> None:
+    """No request queues inside aiohttp, where its timeout would run."""
+    connector = aiohttp.TCPConnector(limit_per_host=1)
+    async with aiohttp.ClientSession(connector=connector) as http_session:
+        session = open_session(http=http_session, request_timeout=0.1, retry=NO_RETRY)
+        sim.inject(Fault.delay(0.02, times=None))
+        answers = await asyncio.gather(*(session.get_results(held) for _ in range(10)))
+    assert len(answers) == 10
+
+
+async def test_big_integers_and_oddities_come_through(sim: Simulator, session: Session) -> None:
+    """The value is what the standard library reads, over a real socket too."""
+    odd = '{"A":{"status":"SUCCESS","value":[123456789012345678901234567890,NaN,"\\ud800"]}}'
+    sim.inject(Fault.status(200, body=odd.encode()))
+    snapshot = await session.get_results(1, return_all_outputs=True)
+    value = snapshot.nodes["A"].value
+    assert value[0] == 123456789012345678901234567890
+    assert value[1] != value[1]
+    assert value[2] == "\ud800"
+    assert json.dumps(snapshot.raw) == json.dumps(json.loads(odd))
+
+
+async def test_every_request_error_says_who_and_what(sim: Simulator, session: Session) -> None:
+    """Type, execution, status, the server's words and the advice, in one line."""
+    with pytest.raises(RequestError) as caught:
+        await session.get_results(424242)
+    assert str(caught.value).startswith("execution 424242: the server answered 404 Not Found: ")
+    assert str(caught.value).endswith(NotFound.advice)
+    assert "\n" not in str(caught.value)

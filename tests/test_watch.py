@@ -1,0 +1,620 @@
+"""The watch: one poller, many followers, over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any
+
+import anyio
+import pytest
+
+from promptlayer_exec import (
+    ExecutionTimeout,
+    Node,
+    NodeStatus,
+    NotFound,
+    Polled,
+    PollPolicy,
+    RequestRetried,
+    RetryPolicy,
+    Session,
+    SessionClosed,
+    Snapshot,
+    WatchEnded,
+    WatchStarted,
+)
+from promptlayer_exec._models import FrozenMap
+from promptlayer_exec._policies import Deadline
+from promptlayer_exec._watch import Watch
+from promptlayer_exec._wire import NodeMap, Reply
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+
+
+def our_tasks() -> list[str]:
+    """Return the names of the library's tasks in this loop."""
+    names = [task.get_name() for task in asyncio.all_tasks()]
+    return sorted(name for name in names if name.startswith("promptlayer_exec"))
+
+
+SUPERVISOR = "promptlayer_exec.Session"
+POLLER = "promptlayer_exec._watch.Watch.run"
+
+
+async def failure(
+    session: Session, execution_id: int, sim: Simulator, fault: Fault, timeout: float | None = None
+) -> Exception:
+    """Follow an execution, inject a fault after its first snapshot, and return the error."""
+    try:
+        async with aclosing(session.execution(execution_id).stream(timeout=timeout)) as snapshots:
+            async for snapshot in snapshots:
+                if snapshot.poll == 1:
+                    sim.inject(fault)
+    except Exception as error:  # noqa: BLE001 - it is what the test is about
+        return error
+    raise AssertionError("the watch did not fail")
+
+
+async def one_turn() -> None:
+    """Let the event loop make one turn."""
+    await asyncio.sleep(0)
+
+
+async def test_stream_yields_a_snapshot_on_every_poll(
+    sim: Simulator, session: Session, held: int
+) -> None:
+    """A prompt consumer gets each poll's snapshot, the last one complete, and then the end."""
+    polls = []
+    async with aclosing(session.execution(held).stream()) as snapshots:
+        async for snapshot in snapshots:
+            polls.append((snapshot.poll, snapshot.complete))
+            if snapshot.poll == 3:
+                sim.finish(held, "Answer")
+    assert polls == [(1, False), (2, False), (3, False), (4, True)]
+    assert sim.request_count == 4
+
+
+async def test_snapshots_tell_when_each_node_was_first_seen(
+    sim: Simulator, session: Session, held: int
+) -> None:
+    """`times` keeps the first sighting of running and of final, in seconds into the watch."""
+    seen = []
+    async with aclosing(session.execution(held).stream()) as snapshots:
+        async for snapshot in snapshots:
+            seen.append(snapshot)
+            if snapshot.poll == 2:
+                sim.finish(held, "Answer")
+    first, last = seen[0], seen[-1]
+    assert first.times["Plan"].running is None
+    assert first.times["Plan"].final == first.elapsed
+    assert last.times["Plan"] == first.times["Plan"]
+    assert last.times["Answer"].running == first.elapsed
+    assert last.times["Answer"].final == last.elapsed
+    assert 0 < first.elapsed < last.elapsed
+
+
+async def test_a_slow_follower_skips_to_the_latest_and_delays_nobody(
+    sim: Simulator, session: Session, held: int
+) -> None:
+    """While one consumer is busy the other gets every poll; the busy one then gets the latest."""
+    execution = session.execution(held)
+    async with aclosing(execution.stream()) as slow, aclosing(execution.stream()) as fast:
+        first = await anext(slow)
+        polls = [(await anext(fast)).poll for _ in range(6)]
+        assert polls == [1, 2, 3, 4, 5, 6]
+        latest = await anext(slow)
+        assert (first.poll, latest.poll) == (1, 6)
+
+
+async def test_a_late_joiner_first_gets_the_latest_there_is(
+    sim: Simulator, session: Session, held: int
+) -> None:
+    """It costs no request of its own, and shares the poller's count."""
+    execution = session.execution(held)
+    async with aclosing(execution.stream()) as early, aclosing(execution.stream()) as late:
+        await anext(early)
+        second = await anext(early)
+        assert await anext(late) is second
+        assert (await anext(late)).poll == 3
+    assert sim.request_count == 3
+
+
+async def test_all_followers_share_one_poller(
+    sim: Simulator, session: Session, held: int, recorder: Any
+) -> None:
+    """Streams, finished nodes and waits, forty of them, cost the requests of one."""
+    execution = session.execution(held)
+
+    async def stream() -> Snapshot:
+        async with aclosing(execution.stream()) as snapshots:
+            return [snapshot async for snapshot in snapshots][-1]
+
+    async def finished() -> list[str]:
+        async with aclosing(session.execution(held).finished_nodes()) as nodes:
+            return [node.name async for node in nodes]
+
+    async with asyncio.TaskGroup() as tasks:
+        streams = [tasks.create_task(stream()) for _ in range(10)]
+        finishes = [tasks.create_task(finished()) for _ in range(10)]
+        waits = [tasks.create_task(session.execution(held).wait()) for _ in range(20)]
+        await sim.wait_for_requests(3)
+        sim.finish(held, "Answer")
+    (started,) = recorder.of(WatchStarted)
+    (ended,) = recorder.of(WatchEnded)
+    assert started.execution_id == ended.execution_id == held
+    assert ended.polls == sim.request_count
+    assert ended.error is None
+    assert {id(task.result()) for task in (*streams, *waits)} == {id(waits[0].result())}
+    assert [task.result() for task in finishes] == [["Plan", "Answer"]] * 10
+
+
+async def by_exhaustion(sim: Simulator, held: int, snapshots: AsyncGenerator[Any, None]) -> None:
+    """Read on to the end."""
+    sim.finish(held, "Answer")
+    async for _ in snapshots:
+        pass
+
+
+async def by_aclose(sim: Simulator, held: int, snapshots: AsyncGenerator[Any, None]) -> None:
+    """Close the generator."""
+    await snapshots.aclose()
+
+
+async def by_cancellation(sim: Simulator, held: int, snapshots: AsyncGenerator[Any, None]) -> None:
+    """Cancel the task that waits for the next snapshot."""
+    reader = asyncio.ensure_future(anext(snapshots))
+    await one_turn()
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+
+
+async def by_an_error_of_the_consumer(
+    sim: Simulator, held: int, snapshots: AsyncGenerator[Any, None]
+) -> None:
+    """Throw into the generator, as a failing `async with` body does through `aclosing`."""
+    with pytest.raises(ZeroDivisionError):
+        await snapshots.athrow(ZeroDivisionError())
+
+
+@pytest.mark.parametrize(
+    "leave", [by_exhaustion, by_aclose, by_cancellation, by_an_error_of_the_consumer]
+)
+@pytest.mark.parametrize("kind", ["stream", "finished_nodes"])
+async def test_the_poller_is_gone_one_turn_after_the_last_follower(
+    sim: Simulator, session: Session, held: int, leave: Any, kind: str
+) -> None:
+    """Whichever way the last one leaves, no poller is left and no further request is made."""
+    snapshots = getattr(session.execution(held), kind)()
+    await anext(snapshots)
+    assert our_tasks() == [SUPERVISOR, POLLER]
+    await leave(sim, held, snapshots)
+    await one_turn()
+    assert our_tasks() == [SUPERVISOR]
+
+
+async def test_the_poller_is_gone_one_turn_after_a_timeout(session: Session, held: int) -> None:
+    """A follower whose deadline passes takes the poller with it."""
+    with pytest.raises(ExecutionTimeout):
+        await session.execution(held).wait(timeout=0.02)
+    await one_turn()
+    assert our_tasks() == [SUPERVISOR]
+
+
+async def test_the_poller_is_gone_when_a_broken_off_generator_is_finalised(
+    session: Session, held: int
+) -> None:
+    """After a bare `break` Python's finalising of the generator stops the poller."""
+    snapshots = session.execution(held).stream()
+    async for _ in snapshots:
+        break
+    del snapshots
+    gc.collect()
+    await one_turn()  # the loop schedules aclose
+    await one_turn()  # aclose runs
+    await one_turn()
+    assert our_tasks() == [SUPERVISOR]
+
+
+async def test_the_poller_stops_in_the_midst_of_a_request(
+    sim: Simulator, session: Session, held: int
+) -> None:
+    """Leaving while the server keeps silent drops the request at once."""
+    sim.inject(Fault.stall())
+    waiting = asyncio.ensure_future(session.execution(held).wait())
+    await sim.wait_for_requests(1)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await one_turn()
+    assert our_tasks() == [SUPERVISOR]
+
+
+async def test_one_follower_leaving_does_not_disturb_the_others(
+    sim: Simulator, session: Session, held: int
+) -> None:
+    """A cancelled wait and a closed stream leave the poller to those who stay."""
+    execution = session.execution(held)
+    leaving = asyncio.ensure_future(execution.wait())
+    staying = asyncio.ensure_future(execution.wait())
+    async with aclosing(execution.stream()) as snapshots:
+        await anext(snapshots)
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    sim.finish(held, "Answer")
+    assert (await staying).complete
+
+
+async def test_a_new_follower_in_the_turn_of_the_last_one_leaving_gets_a_new_poller(
+    sim: Simulator, session: Session, held: int
+) -> None:
+    """The stopping poller is not joined: the count restarts."""
+    execution = session.execution(held)
+    old = execution.stream()
+    await anext(old)
+    await anext(old)
+    await old.aclose()
+    async with aclosing(execution.stream()) as new:
+        assert (await anext(new)).poll == 1
+
+
+async def test_finished_nodes_yields_each_node_once(sim: Simulator, session: Session) -> None:
+    """A node comes when it becomes final, in the order of becoming so, and never again."""
+    held = sim.add_execution(Scenario([SimNode("A", 1, None), SimNode("B", 2, None)]))
+    names = []
+    async with aclosing(session.execution(held).finished_nodes()) as nodes:
+        sim.finish(held, "B")
+        async for node in nodes:
+            names.append((node.name, node.status))
+            if node.name == "B":
+                sim.finish(held, "A", status="FAILED")
+    assert names == [("B", NodeStatus.SUCCESS), ("A", NodeStatus.FAILED)]
+
+
+async def test_finished_nodes_yields_the_rest_at_completion(
+    sim: Simulator, session: Session
+) -> None:
+    """A node that the server left unfinished in a complete execution is not withheld."""
+    body = b'{"A":{"status":"SUCCESS"},"B":{"status":"RUNNING"},"C":{"status":"PAUSED"}}'
+    sim.inject(Fault.status(200, body=body))
+    async with aclosing(session.execution(1).finished_nodes()) as nodes:
+        assert [node.name async for node in nodes] == ["A", "B", "C"]
+
+
+async def test_finished_nodes_keeps_the_deadline_between_two_nodes_of_one_poll(
+    session: Session, held: int, sim: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the deadline has passed, what an incomplete snapshot still held is not delivered."""
+    two_done = sim.add_execution(
+        Scenario([SimNode("A"), SimNode("B"), SimNode("C", duration=None, is_output_node=True)])
+    )
+    async with aclosing(session.execution(two_done).finished_nodes(timeout=1000.0)) as nodes:
+        assert (await anext(nodes)).name == "A"
+        now = anyio.current_time()
+        monkeypatch.setattr(anyio, "current_time", lambda: now + 2000.0)
+        with pytest.raises(ExecutionTimeout) as caught:
+            await anext(nodes)
+        monkeypatch.undo()
+    assert caught.value.last_snapshot is not None
+    assert caught.value.last_snapshot.nodes["B"].final
+
+
+async def test_wait_returns_the_complete_snapshot_of_a_failed_execution(
+    sim: Simulator, session: Session
+) -> None:
+    """Failed nodes do not raise: the caller looks at the snapshot."""
+    failed = sim.add_execution(
+        Scenario([SimNode("A", status="FAILED", error_message="no", is_output_node=True)])
+    )
+    snapshot = await session.execution(failed).wait()
+    assert snapshot.complete
+    assert not snapshot.succeeded
+    assert [node.error_message for node in snapshot.failed_nodes] == ["no"]
+
+
+async def test_the_status_code_alone_says_whether_an_execution_is_complete(
+    sim: Simulator, session: Session
+) -> None:
+    """A 202 of final nodes is polled on, and a 200 with a running node is the end."""
+    sim.inject(Fault.status(202, body=b'{"A":{"status":"SUCCESS"}}'))
+    sim.inject(Fault.status(200, body=b'{"A":{"status":"RUNNING"}}'))
+    async with aclosing(session.execution(1).stream()) as snapshots:
+        seen = [(snapshot.complete, snapshot.progress) async for snapshot in snapshots]
+    assert seen == [(False, 1.0), (True, 1.0)]
+
+
+async def test_an_unknown_status_is_shown_and_survived(sim: Simulator, session: Session) -> None:
+    """It stays the server's word, counts as not final, and the watch goes on."""
+    sim.inject(Fault.status(202, body=b'{"A":{"status":"PAUSED"}}'))
+    sim.inject(Fault.status(200, body=b'{"A":{"status":"SUCCESS"}}'))
+    async with aclosing(session.execution(1).stream()) as snapshots:
+        seen = [(snapshot.nodes["A"].status, snapshot.progress) async for snapshot in snapshots]
+    assert seen == [("PAUSED", 0.0), (NodeStatus.SUCCESS, 1.0)]
+
+
+async def test_every_follower_gets_its_own_copy_of_the_error(
+    sim: Simulator, session: Session, held: int
+) -> None:
+    """The copies carry the execution, the last snapshot and the cause alike."""
+    execution = session.execution(held)
+
+    followers = [asyncio.ensure_future(execution.wait()) for _ in range(3)]
+    await sim.wait_for_requests(2)
+    sim.inject(Fault.status(404))
+    errors = await asyncio.gather(*followers, return_exceptions=True)
+    assert len({id(error) for error in errors}) == 3
+    for error in errors:
+        assert isinstance(error, NotFound)
+        assert error.execution_id == held
+        assert error.last_snapshot is not None
+        assert error.last_snapshot.nodes["Plan"].succeeded
+        assert error.status == 404
+
+
+async def test_following_again_after_an_error_starts_afresh(
+    sim: Simulator, session: Session, held: int
+) -> None:
+    """The failed poller is forgotten, even while a follower of its time is still there."""
+    execution = session.execution(held)
+    async with aclosing(execution.stream()) as old:
+        await anext(old)
+        sim.inject(Fault.status(403))
+        with pytest.raises(Exception, match="403"):
+            await execution.wait()
+        async with aclosing(execution.stream()) as new:
+            assert (await anext(new)).poll == 1
+
+
+async def test_a_watch_survives_an_outage(
+    sim: Simulator, session: Session, held: int, recorder: Any
+) -> None:
+    """Failures of every transient kind are retried and reported, and the follower sees none."""
+    faults = [
+        Fault.status(503, times=2),
+        Fault.disconnect(),
+        Fault.truncate(),
+        Fault.malformed(),
+        Fault.status(429, retry_after=0.01),
+    ]
+    async with aclosing(session.execution(held).stream()) as snapshots:
+        await anext(snapshots)
+        for fault in faults:
+            sim.inject(fault)
+        second = await anext(snapshots)
+        assert second.poll == 2
+    retries = recorder.of(RequestRetried)
+    assert [type(retry.error).__name__ for retry in retries] == [
+        "ServerError",
+        "ServerError",
+        "ConnectionFailed",
+        "InvalidResponse",
+        "InvalidResponse",
+        "RateLimited",
+    ]
+    assert {retry.execution_id for retry in retries} == {held}
+
+
+async def test_a_watch_ends_when_the_outage_outlasts_the_policy(
+    sim: Simulator, open_session: Callable[..., Session], held: int, recorder: Any
+) -> None:
+    """The last failure is raised with the attempts it took, the execution and what was seen."""
+    session = open_session(retry=RetryPolicy(watch_outage=0.05, base=0.01))
+    error: Any = await failure(session, held, sim, Fault.status(503, times=None))
+    assert error.execution_id == held
+    assert error.last_snapshot.poll == 1
+    assert error.attempts == sim.request_count - 1 >= 2
+    (ended,) = recorder.of(WatchEnded)
+    assert ended.error.status == 503
+
+
+async def test_a_timeout_tells_how_far_it_was_and_what_was_wrong(
+    sim: Simulator, session: Session, held: int
+) -> None:
+    """The error of a wait on a failing server has the last snapshot, and the failure as cause."""
+    error = await failure(session, held, sim, Fault.status(503, times=None), timeout=0.2)
+    assert isinstance(error, ExecutionTimeout)
+    assert error.timeout == 0.2
+    assert error.execution_id == held
+    assert error.last_snapshot is not None
+    assert getattr(error.__cause__, "status", None) == 503
+    assert "1 of 2 nodes were final" in str(error)
+    assert "503" in str(error)
+
+
+async def test_a_timeout_before_any_answer_says_so(
+    sim: Simulator, session: Session, held: int
+) -> None:
+    """With a silent server there is no snapshot to report."""
+    sim.inject(Fault.stall())
+    with pytest.raises(ExecutionTimeout, match="no answer came") as caught:
+        await session.execution(held).wait(timeout=0.05)
+    assert caught.value.last_snapshot is None
+
+
+@pytest.mark.parametrize("timeout", [True, "5", -1, float("nan")])
+@pytest.mark.parametrize("method", ["stream", "finished_nodes"])
+def test_a_malformed_timeout_is_refused_at_the_call(method: str, timeout: Any) -> None:
+    """It does not wait for the first `anext`."""
+    execution = Session("key").execution(1)
+    with pytest.raises((TypeError, ValueError), match="timeout"):
+        getattr(execution, method)(timeout=timeout)
+
+
+async def test_timeout_none_and_the_sessions_default(
+    open_session: Callable[..., Session], held: int
+) -> None:
+    """Without a timeout the session's `wait_timeout` holds."""
+    session = open_session(wait_timeout=0.02)
+    with pytest.raises(ExecutionTimeout) as caught:
+        await session.execution(held).wait()
+    assert caught.value.timeout == 0.02
+
+
+async def test_polled_events_measure_each_poll(
+    sim: Simulator, session: Session, held: int, recorder: Any
+) -> None:
+    """Every good answer is reported with its snapshot, duration, lateness and size."""
+    async with aclosing(session.execution(held).stream()) as snapshots:
+        seen = [await anext(snapshots), await anext(snapshots)]
+    events = recorder.of(Polled)[:2]
+    assert [event.snapshot for event in events] == seen
+    for event in events:
+        assert event.execution_id == held
+        assert 0 < event.duration < 10
+        assert 0 <= event.lateness < 10
+        assert event.body_bytes > 100
+
+
+async def test_followers_of_a_closed_session_are_released(
+    session: Session, held: int, recorder: Any
+) -> None:
+    """They get `SessionClosed` with the execution and the last snapshot."""
+    waiting = asyncio.ensure_future(session.execution(held).wait())
+    await recorder.next(Polled)
+    await session.aclose()
+    with pytest.raises(SessionClosed) as caught:
+        await waiting
+    assert caught.value.execution_id == held
+    assert caught.value.last_snapshot is not None
+    (ended,) = recorder.of(WatchEnded)
+    assert isinstance(ended.error, SessionClosed)
+
+
+class Script:
+    """A `fetch` whose answers a test hands out, in place of a server."""
+
+    def __init__(self) -> None:
+        self.dues: list[float] = []
+        self.send, self._receive = anyio.create_memory_object_stream[Any](10)
+
+    async def __call__(self, execution_id: int, outage: Any, *, due: float) -> Any:
+        """Return the next answer, or raise it."""
+        self.dues.append(due)
+        answer = await self._receive.receive()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def answer(self, status: str, *, complete: bool = False, retry_after: Any = None) -> None:
+        """Hand out a node map of one node."""
+        node_map = NodeMap(complete, FrozenMap({"A": Node("A", status)}), {})
+        self.send.send_nowait(
+            Reply(node_map, body_bytes=1, duration=0.0, lateness=0.0, retry_after=retry_after)
+        )
+
+
+@pytest.fixture
+async def script() -> AsyncIterator[Script]:
+    """Return a script whose streams are closed at the end."""
+    script = Script()
+    with script.send, script._receive:
+        yield script
+
+
+@pytest.fixture
+async def watch(script: Script) -> AsyncIterator[Watch]:
+    """Return a running watch that one follower has joined."""
+    watch = Watch(
+        7,
+        script,
+        poll=PollPolicy.fixed(0.001),
+        retry=RetryPolicy(),
+        emit=lambda event: None,
+        on_end=lambda watch: None,
+    )
+    watch.join()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(watch.run())
+        yield watch
+        watch.leave()
+
+
+def past() -> Deadline:
+    """Return a deadline that lies a second back."""
+    return Deadline(9.0, at=anyio.current_time() - 1.0)
+
+
+FOREVER = Deadline.after(None, now=0.0)
+
+
+async def test_past_its_deadline_a_follower_gets_a_complete_snapshot(
+    watch: Watch, script: Script
+) -> None:
+    """However late it comes for it."""
+    script.answer("SUCCESS", complete=True)
+    complete = await watch.newer(None, FOREVER)
+    assert await watch.newer(None, past()) is complete
+
+
+async def test_past_its_deadline_a_follower_gets_nothing_else(watch: Watch, script: Script) -> None:
+    """An incomplete snapshot that it has not seen is not delivered, but carried by the error."""
+    script.answer("RUNNING")
+    latest = await watch.newer(None, FOREVER)
+    with pytest.raises(ExecutionTimeout) as caught:
+        await watch.newer(None, past())
+    assert caught.value.last_snapshot is latest
+
+
+async def test_past_its_deadline_a_follower_gets_the_timeout_before_an_error(
+    watch: Watch, script: Script
+) -> None:
+    """The poller's error is the timeout's cause."""
+    script.send.send_nowait(SessionClosed())
+    with pytest.raises(SessionClosed):
+        await watch.newer(None, FOREVER)
+    with pytest.raises(ExecutionTimeout) as caught:
+        await watch.newer(None, past())
+    assert isinstance(caught.value.__cause__, SessionClosed)
+
+
+async def test_a_foreign_error_ends_the_watch_it_belongs_to(watch: Watch, script: Script) -> None:
+    """What a limiter of the user's raises reaches the followers, with a note of the execution."""
+    script.send.send_nowait(ZeroDivisionError("limiter"))
+    with pytest.raises(ZeroDivisionError) as caught:
+        await watch.newer(None, FOREVER)
+    assert caught.value.__notes__ == ["while watching execution 7"]
+
+
+async def test_retry_after_on_a_good_answer_postpones_the_next_poll(
+    watch: Watch, script: Script
+) -> None:
+    """It is a floor under the schedule."""
+    script.answer("RUNNING", retry_after=0.05)
+    script.answer("SUCCESS", complete=True)
+    running = await watch.newer(None, FOREVER)
+    await watch.newer(running, FOREVER)
+    first, second = script.dues
+    assert second - first >= 0.05
+
+
+async def test_the_schedule_sees_what_the_watch_has_seen(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The policy is told of nodes, final nodes, and the time since a status last changed."""
+    asked: list[dict[str, Any]] = []
+
+    class Policy(PollPolicy):
+        def delay(self, **seen: Any) -> float:
+            asked.append(seen)
+            return 0.0
+
+    watch = Watch(
+        7,
+        script,
+        poll=Policy(),
+        retry=RetryPolicy(),
+        emit=lambda event: None,
+        on_end=lambda watch: None,
+    )
+    for status in ("QUEUED", "QUEUED", "RUNNING"):
+        script.answer(status)
+    script.answer("SUCCESS", complete=True)
+    watch.join()
+    await watch.run()
+    assert [(seen["nodes"], seen["final"]) for seen in asked] == [(1, 0)] * 3
+    first, second, third = (seen["unchanged"] for seen in asked)
+    assert first == third == 0.0 < second
+    assert asked[1]["elapsed"] > 0

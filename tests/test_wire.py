@@ -1,0 +1,861 @@
+"""Requests and responses as plain data: every rule about the protocol."""
+
+import json
+import logging
+import math
+import re
+
+import attrs
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from multidict import CIMultiDict
+
+from promptlayer_exec import _errors
+from promptlayer_exec._errors import FieldError, InvalidResponse, StatusError
+from promptlayer_exec._models import FrozenMap, MainOutput, Node, NodeStatus
+from promptlayer_exec._wire import (
+    NodeMapReader,
+    Reply,
+    Request,
+    Response,
+    check_execution_id,
+    check_status,
+    read_main_output,
+    read_retry_after,
+    results_request,
+)
+
+RECORDED = (
+    b'{"Node 1":{"status":"SUCCESS","value":"AAA","error_message":null,'
+    b'"raw_error_message":null,"is_output_node":true}}\n'
+)
+examples = settings(max_examples=100, deadline=None, derandomize=True)
+
+
+def read(body, status=200):
+    """Read a node map of execution 787 with a new reader."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return NodeMapReader().read(Response(status, data), 787)
+
+
+def refusal(body, status=200, reader=read):
+    """Return the InvalidResponse that reading a body raises."""
+    with pytest.raises(InvalidResponse) as caught:
+        reader(body, status)
+    return caught.value
+
+
+def main_output(body, status=200):
+    """Read a main output of execution 787."""
+    return read_main_output(Response(status, body), 787)
+
+
+@pytest.mark.parametrize(("flag", "word"), [(True, "true"), (False, "false")])
+def test_results_request(flag, word):
+    """The results are one GET; booleans travel as true and false."""
+    assert results_request(787, return_all_outputs=flag) == Request(
+        "GET",
+        "/workflow-version-execution-results"
+        f"?workflow_version_execution_id=787&return_all_outputs={word}",
+        787,
+    )
+
+
+class Index:
+    """An integer as numpy has them: no int, but with `__index__`."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __index__(self):
+        return self.value
+
+
+@pytest.mark.parametrize("value", [1, 787, 2**63 - 1, Index(787)], ids=repr)
+def test_execution_id(value):
+    """Any integer of 1 ... 2**63-1 is an id, and comes back as a plain int."""
+    checked = check_execution_id(value)
+    assert type(checked) is int
+    assert checked == getattr(value, "value", value)
+
+
+def test_execution_id_of_an_int_subclass():
+    """A subclass of int becomes a plain int."""
+
+    class Id(int):
+        __slots__ = ()
+
+    assert type(check_execution_id(Id(787))) is int
+
+
+@pytest.mark.parametrize("value", [True, False, "787", b"787", 787.0, None, [787], 1j], ids=repr)
+def test_execution_id_of_another_type(value):
+    """What is no integer is a TypeError that shows it."""
+    with pytest.raises(TypeError, match="an execution id is an int, not ") as caught:
+        check_execution_id(value)
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [0, -1, 2**63, -(2**63), Index(0), 10**5000],
+    ids=["zero", "negative", "beyond", "far-below", "index", "huge"],
+)
+def test_execution_id_out_of_range(value):
+    """An integer that is no int64 from 1 is a ValueError."""
+    with pytest.raises(ValueError):  # noqa: PT011 - Python words the one beyond 4,300 digits
+        check_execution_id(value)
+
+
+def test_recorded_node_map():
+    """The recorded answer reads as the node that it is."""
+    result = read(RECORDED)
+    assert result.complete is True
+    assert result.nodes == {"Node 1": Node("Node 1", "SUCCESS", "AAA", None, None, True)}
+    assert result.raw == json.loads(RECORDED)
+    assert type(result.nodes) is FrozenMap
+
+
+@pytest.mark.parametrize("status", [200, 202])
+@pytest.mark.parametrize("word", ["SUCCESS", "RUNNING"])
+def test_completeness_is_the_status_code(status, word):
+    """200 means complete and 202 not, whatever the nodes say."""
+    assert read({"a": {"status": word}}, status).complete is (status == 200)
+
+
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    1.0,
+    -0.0,
+    2**100,
+    1e308,
+    "",
+    "AAA",
+    "\ud800",
+    [],
+    {},
+    [[1], {"a": None}],
+    {"status": "FAILED", "value": {"name": 1}},
+]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=ascii)
+def test_value(value):
+    """A node's value is any JSON, untouched: types included."""
+    node = read({"a": {"status": "SUCCESS", "value": value}}).nodes["a"]
+    assert repr(node.value) == repr(value)
+
+
+def test_value_is_the_decoded_one():
+    """A node's value is not copied: it is the very object in `raw`."""
+    result = read({"a": {"status": "SUCCESS", "value": {"b": [1]}}})
+    assert result.nodes["a"].value is result.raw["a"]["value"]
+
+
+def test_missing_keys_are_null():
+    """A node needs a status alone; what it lacks beside that reads as null."""
+    assert read({"a": {"status": "QUEUED"}}).nodes["a"] == Node("a", "QUEUED")
+
+
+def test_explicit_nulls():
+    """Null is fine wherever the documentation allows it."""
+    body = dict.fromkeys(["value", "error_message", "raw_error_message", "is_output_node"])
+    assert read({"a": {"status": "QUEUED", **body}}).nodes["a"] == Node("a", "QUEUED")
+
+
+def test_unknown_fields_are_in_raw():
+    """Fields that nobody knows yet are kept in `raw`, and disturb nothing."""
+    body = {"a": {"status": "QUEUED", "started_at": 1, "_private": [2]}}
+    result = read(body)
+    assert result.nodes["a"] == Node("a", "QUEUED")
+    assert result.raw == body
+
+
+def test_own_name_field():
+    """A field `name` inside a node does not rename it, and stays in `raw`."""
+    body = {"a": {"name": "other", "status": "QUEUED"}, "b": {"name": 7, "status": "QUEUED"}}
+    result = read(body)
+    assert [node.name for node in result.nodes.values()] == ["a", "b"]
+    assert result.raw == body
+
+
+@pytest.mark.parametrize(
+    "raw", ["Traceback", {"raw": "Traceback"}, ["a"], 1, None], ids=lambda raw: type(raw).__name__
+)
+def test_raw_error_message(raw):
+    """A raw error message is a string, or an object, or whatever comes."""
+    body = {"a": {"status": "FAILED", "raw_error_message": raw}}
+    assert read(body).nodes["a"].raw_error_message == raw
+
+
+@pytest.mark.parametrize("flag", [True, False, None])
+def test_is_output_node(flag):
+    """`is_output_node` is true, false or null."""
+    assert (
+        read({"a": {"status": "QUEUED", "is_output_node": flag}}).nodes["a"].is_output_node is flag
+    )
+
+
+def test_failure_is_failed():
+    """FAILURE reads as FAILED, and `raw` keeps the server's word."""
+    result = read({"a": {"status": "FAILURE"}})
+    assert result.nodes["a"].status is NodeStatus.FAILED
+    assert result.raw["a"]["status"] == "FAILURE"
+
+
+def test_no_nodes():
+    """An empty map is a node map without nodes."""
+    assert read({}).nodes == {}
+
+
+NAMES = ["", " ", "a.b", "a/b?c#d", "$", "é", "\ud800", "Node 1", "name", "status", "x" * 1000]
+
+
+def test_names():
+    """Any string is a node's name; nodes keep the server's order."""
+    result = read({name: {"status": "QUEUED"} for name in reversed(NAMES)})
+    assert list(result.nodes) == [node.name for node in result.nodes.values()] == NAMES[::-1]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_path_of_any_name(name):
+    """The path to a mistake shows the node's name as it is."""
+    assert refusal({"fine": {"status": "QUEUED"}, name: {}}).path == f"$.{name}.status"
+
+
+MISFITS = {
+    "missing": ({}, "$.Node 1.status", "is missing"),
+    "status-null": ({"status": None}, "$.Node 1.status", "expected a string, got null"),
+    "status-number": ({"status": 1}, "$.Node 1.status", "expected a string, got a number"),
+    "status-true": ({"status": True}, "$.Node 1.status", "expected a string, got true"),
+    "status-object": ({"status": {}}, "$.Node 1.status", "expected a string, got an object"),
+    "status-array": ({"status": []}, "$.Node 1.status", "expected a string, got an array"),
+    "error-number": (
+        {"status": "FAILED", "error_message": 1.5},
+        "$.Node 1.error_message",
+        "number",
+    ),
+    "error-object": (
+        {"status": "FAILED", "error_message": {"raw": "x"}},
+        "$.Node 1.error_message",
+        "expected a string, got an object",
+    ),
+    "output-text": (
+        {"status": "QUEUED", "is_output_node": "false"},
+        "$.Node 1.is_output_node",
+        "expected true or false, got a string",
+    ),
+    "output-number": (
+        {"status": "QUEUED", "is_output_node": 1},
+        "$.Node 1.is_output_node",
+        "number",
+    ),
+    "node-null": (None, "$.Node 1", "expected a node, got null"),
+    "node-text": ("SUCCESS", "$.Node 1", "expected a node, got a string"),
+    "node-array": ([], "$.Node 1", "expected a node, got an array"),
+    "node-false": (False, "$.Node 1", "expected a node, got false"),
+    "node-number": (7, "$.Node 1", "expected a node, got a number"),
+}
+
+
+@pytest.mark.parametrize("status", [200, 202])
+@pytest.mark.parametrize(("node", "path", "reason"), MISFITS.values(), ids=MISFITS)
+def test_misfit(node, path, reason, status):
+    """A node of the wrong shape is named with path and reason, and the body's start is shown."""
+    error = refusal({"Node 0": {"status": "SUCCESS"}, "Node 1": node}, status)
+    assert error.path == path
+    assert reason in error.reason
+    assert error.status == status
+    assert error.excerpt.startswith('{"Node 0"')
+    assert f"{path}: " in str(error)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"null", "null"),
+        (b"true", "true"),
+        (b"0", "a number"),
+        (b"NaN", "a number"),
+        (b'"AAA"\n', "a string"),
+        (b"[]", "an array"),
+    ],
+)
+def test_top_level_is_no_object(body, kind):
+    """A body that is no object is no node map; that is not transient."""
+    error = refusal(body)
+    assert (error.path, error.reason) == ("$", f"expected a map of node name to node, got {kind}")
+
+
+def test_unknown_status_is_logged_once_per_reader(caplog):
+    """An unknown status is kept, and each reader warns of it once."""
+    response = Response(200, b'{"a": {"status": "PAUSED"}, "b": {"status": "PAUSED"}}')
+    reader = NodeMapReader()
+    with caplog.at_level(logging.INFO, "promptlayer_exec"):
+        for _ in range(3):
+            nodes = reader.read(response, 787).nodes
+        assert [node.status for node in nodes.values()] == ["PAUSED", "PAUSED"]
+        (record,) = caplog.records
+        assert (record.name, record.levelname) == ("promptlayer_exec", "WARNING")
+        for part in ("787", "'a'", "'PAUSED'"):
+            assert part in record.getMessage()
+        NodeMapReader().read(response, 788)
+        assert len(caplog.records) == 2
+
+
+def test_each_unknown_status_is_logged(caplog):
+    """Another unknown status is another warning; known ones, FAILURE included, are none."""
+    reader = NodeMapReader()
+    for word in ["PAUSED", "SUCCESS", "FAILURE", "WAITING", ""]:
+        reader.read(Response(202, json.dumps({"a": {"status": word}}).encode()), 787)
+    assert len(caplog.records) == 3
+
+
+def test_warnings_are_bounded(caplog):
+    """A server that invents a status per poll fills neither the log nor the memory."""
+    reader = NodeMapReader()
+    for number in range(300):
+        body = json.dumps({"a" * 1000: {"status": f"{number}" + "x" * 1000}}).encode()
+        reader.read(Response(202, body), 787)
+    assert len(caplog.records) == 100
+    assert max(len(record.getMessage()) for record in caplog.records) < 400
+    assert len(reader._reported) == 100
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(2**63, 2**200)
+    | st.floats()
+    | st.text(st.characters(), max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@given(JSON, st.booleans(), st.booleans())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_fidelity(value, escaped, marked):
+    """Whatever JSON a node holds, `raw` and `value` are exactly what json.loads reads."""
+    node = {"status": "SUCCESS", "value": value, "extra": value}
+    text = json.dumps({"a": node}, ensure_ascii=escaped)
+    body = (b"\xef\xbb\xbf" if marked else b"") + text.encode("utf-8", "surrogatepass")
+    result = read(body)
+    assert repr(result.raw) == repr(json.loads(text))
+    assert repr(result.nodes["a"].value) == repr(json.loads(text)["a"]["value"])
+    assert repr(main_output(body).value) == repr(json.loads(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "9" * 4300,
+        "-18446744073709551617",
+        "NaN",
+        "-Infinity",
+        "1e999",
+        r'"\ud800"',
+        r'"\ude00\ud83d"',
+        '"\x7f\u2028"',
+        '{"k": 1, "k": 2}',
+        "1.0",
+        "1E2",
+        "0.1000000000000000055511151231257827",
+    ],
+    ids=lambda text: ascii(text[:20]),
+)
+def test_odd_json(text):
+    """Big integers, NaN, lone surrogates and duplicate keys read as the standard library does."""
+    body = f'{{"a": {{"status": "SUCCESS", "value": {text}}}}}'.encode()
+    assert repr(read(body).nodes["a"].value) == repr(json.loads(text))
+
+
+def test_duplicate_keys():
+    """Of a key that comes twice, the last one counts: also of a node, and inside a node."""
+    body = b'{"a": {"status": "QUEUED"}, "a": {"status": "RUNNING", "status": "SUCCESS"}}'
+    assert read(body).nodes == {"a": Node("a", "SUCCESS")}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_encodings(encoding):
+    """A byte order mark, UTF-16 and UTF-32 are read as the standard library reads them."""
+    assert read(RECORDED.decode().encode(encoding)).nodes["Node 1"].value == "AAA"
+
+
+UNREADABLE = {
+    "digits": b'{"a": {"status": "SUCCESS", "value": ' + b"9" * 4301 + b"}}",
+    "deep-array": b'{"a": {"status": "SUCCESS", "value": '
+    + b"[" * 300_000
+    + b"]" * 300_000
+    + b"}}",
+    "deep-object": b'{"a":' * 300_000 + b"1" + b"}" * 300_000,
+}
+
+
+@pytest.mark.parametrize("reader", [read, main_output])
+@pytest.mark.parametrize("body", UNREADABLE.values(), ids=UNREADABLE)
+def test_what_json_cannot_read(body, reader):
+    """Too many digits, or nesting too deep, is an InvalidResponse, and not transient."""
+    error = refusal(body, reader=reader)
+    assert error.path == "$"
+    assert error.excerpt == body[:200].decode()
+    assert isinstance(error.__cause__, ValueError | RecursionError)
+
+
+NO_JSON = {
+    "empty": b"",
+    "blank": b" \n",
+    "html": b"<html><body>Bad gateway</body></html>",
+    "truncated": RECORDED[:40],
+    "truncated-text": b'{"Node 1":{"status":"SUC',
+    "one-brace": b"{",
+    "trailing": b'{"a": {"status": "QUEUED"}} x',
+    "two": RECORDED * 2,
+    "prose": b"upstream timed out",
+    "single-quotes": b"{'a': {'status': 'QUEUED'}}",
+    "control": b'{"a": {"status": "QUEUED", "value": "\x01"}}',
+    "cut-utf-16": RECORDED.decode().encode("utf-16")[:41],
+    "corrupt-utf-8": RECORDED.replace(b"AAA", b"\xff\xfe\x80"),
+    "latin-1": RECORDED.replace(b"AAA", "é".encode("latin-1")),
+    "binary": b"\x1f\x8b\x08\x00\x00",
+}
+
+
+@pytest.mark.parametrize("reader", [read, main_output])
+@pytest.mark.parametrize("body", NO_JSON.values(), ids=NO_JSON)
+def test_no_json(body, reader):
+    """A body that is no JSON, or cut short, has no path: which makes it transient."""
+    error = refusal(body, reader=reader)
+    assert (error.path, error.status) == (None, 200)
+    assert error.reason
+    assert error.excerpt == body[:200].decode("utf-8", "replace")
+    assert isinstance(error.__cause__, ValueError)
+
+
+def test_excerpt_is_short():
+    """Of a long body only the start is shown."""
+    assert refusal(b"x" * 10_000).excerpt == "x" * 200
+
+
+def test_excerpt_that_cuts_a_character():
+    """An excerpt that ends inside a character is still text."""
+    assert refusal("é".encode() * 1000 + b"\xff").excerpt.startswith("ééé")
+
+
+OUTPUTS = [
+    b'"AAA"\n',
+    b"false",
+    b"true",
+    b"null",
+    b"0",
+    b"{}",
+    b"[]",
+    b'""',
+    b"1.0",
+    b'"{\\"a\\": 1}"',
+    RECORDED,
+    b'{"success": false, "message": "x"}',
+]
+
+
+@pytest.mark.parametrize("body", OUTPUTS)
+def test_main_output(body):
+    """The main output of a 200 is the body, verbatim: no shape of it means anything."""
+    output = main_output(body)
+    assert output == MainOutput(787, True, json.loads(body))
+    assert type(output.value) is type(json.loads(body))
+
+
+@pytest.mark.parametrize("body", [*OUTPUTS, *NO_JSON.values(), *UNREADABLE.values()], ids=len)
+def test_main_output_of_an_incomplete_execution(body):
+    """The body of a 202 is not interpreted: whatever it is, the output is not there yet."""
+    output = main_output(body, 202)
+    assert output.complete is False
+    assert output.execution_id == 787
+
+
+STATUSES = {
+    400: _errors.BadRequest,
+    401: _errors.Unauthorized,
+    402: StatusError,
+    403: _errors.Forbidden,
+    404: _errors.NotFound,
+    405: StatusError,
+    408: StatusError,
+    409: StatusError,
+    418: StatusError,
+    422: _errors.UnprocessableEntity,
+    425: StatusError,
+    429: _errors.RateLimited,
+    499: StatusError,
+    500: _errors.ServerError,
+    501: _errors.ServerError,
+    502: _errors.ServerError,
+    503: _errors.ServerError,
+    504: _errors.ServerError,
+    520: _errors.ServerError,
+    599: _errors.ServerError,
+}
+
+
+def refused(status, body=b"", **fields):
+    """Return the error that a status raises."""
+    with pytest.raises(StatusError) as caught:
+        check_status(Response(status, body, **fields))
+    return caught.value
+
+
+@pytest.mark.parametrize(("status", "cls"), STATUSES.items())
+def test_status_error(status, cls):
+    """Each refusal is an error of its class, with status, the server's words and Retry-After."""
+    body = {"success": False, "message": "no such thing", "extra": [1]}
+    error = refused(status, json.dumps(body).encode(), retry_after=2.5)
+    assert type(error) is cls
+    assert error.status == status
+    assert error.message == "no such thing"
+    assert error.body == body
+    assert error.retry_after == 2.5
+    assert error.reason.startswith(str(status))
+    assert str(status) in str(error)
+    assert "no such thing" in str(error)
+
+
+@pytest.mark.parametrize("reader", [read, main_output])
+@pytest.mark.parametrize("status", [302, 404, 422, 429, 503])
+def test_both_readers_check_the_status(reader, status):
+    """Neither reader takes the body of a refusal for a result."""
+    with pytest.raises(StatusError):
+        reader(RECORDED, status)
+
+
+@pytest.mark.parametrize("status", [200, 202])
+def test_good_status(status):
+    """200 and 202 are good, whatever the body says."""
+    check_status(Response(status, b'{"success": false, "message": "x"}'))
+
+
+@pytest.mark.parametrize("status", [201, 203, 204, 205, 206, 299])
+def test_other_success(status):
+    """Any other 2xx is an InvalidResponse, and not transient."""
+    with pytest.raises(InvalidResponse, match=f"answered {status}") as caught:
+        check_status(Response(status, RECORDED))
+    assert (caught.value.status, caught.value.path) == (status, "$")
+    assert caught.value.excerpt.startswith('{"Node 1"')
+
+
+@pytest.mark.parametrize("status", [300, 301, 302, 303, 304, 307, 308, 399])
+def test_redirect(status):
+    """A redirect is a StatusError that names the target, and is not followed."""
+    error = refused(status, b"<html>moved</html>", location="https://elsewhere.test/x")
+    assert type(error) is StatusError
+    assert error.status == status
+    assert "https://elsewhere.test/x" in str(error)
+    assert "not followed" in str(error)
+
+
+def test_redirect_without_location():
+    """A redirect may lead nowhere, or to a target too long to show."""
+    assert "nowhere" in str(refused(302))
+    assert len(str(refused(302, location="https://x.test/" + "y" * 10_000))) < 500
+
+
+BODIES = {
+    "message": (b'{"success": false, "message": "said"}', "said"),
+    "error": (b'{"success": false, "error": "said"}', "said"),
+    "message-before-error": (b'{"error": "other", "message": "said"}', "said"),
+    "empty-message": (b'{"message": "", "error": "said"}', "said"),
+    "null-message": (b'{"message": null, "error": "said"}', "said"),
+    "object-message": (b'{"message": {"a": 1}, "error": "said"}', "said"),
+    "detail": (b'{"detail": "said"}', "said"),
+    "plain-text": (b"said\n", "said"),
+    "json-text": (b'"said"', "said"),
+    "with-bom": (b'\xef\xbb\xbf{"message": "said"}', "said"),
+    "html": (b"<html>nothing</html>", None),
+    "html-later": (b"\n  <!DOCTYPE html>", None),
+    "empty": (b"", None),
+    "blank": (b" \n", None),
+    "blank-message": (b'{"message": " \\n"}', None),
+    "array": (b"[1]", None),
+    "null": (b"null", None),
+    "false": (b"false", None),
+    "number": (b"17", None),
+    "no-words": (b'{"success": false}', None),
+    "only-objects": (b'{"error": {"code": 1}}', None),
+    "empty-object": (b"{}", None),
+    "deep": (b"[" * 100_000, "[" * 200),
+    "digits": (b"9" * 5000, "9" * 200),
+}
+
+
+@pytest.mark.parametrize(("body", "said"), BODIES.values(), ids=BODIES)
+def test_server_message(body, said):
+    """The server's words are found in any shape of body; without any, the status speaks."""
+    error = refused(404, body)
+    assert error.message == (said or "404 Not Found")
+    assert not re.search(r"[:.,;]\s*[.,;]", str(error))
+
+
+@pytest.mark.parametrize(
+    ("body", "decoded"),
+    [
+        (b'{"a": 1}', {"a": 1}),
+        (b"null", None),
+        (b"[]", []),
+        (b"<html>", "<html>"),
+        (b"", ""),
+        (b"\xff", "\ufffd"),
+        (b"{", "{"),
+    ],
+)
+def test_error_body(body, decoded):
+    """An error's body is the decoded JSON, or its text where it is none."""
+    assert refused(500, body).body == decoded
+
+
+def test_long_words_do_not_flood_the_message():
+    """However much the server says, the error's text stays readable; `body` has it all."""
+    for body in (b"x" * 60_000, json.dumps({"message": "x" * 60_000}).encode()):
+        error = refused(500, body)
+        assert len(str(error)) < 2000
+        assert len(error.body if isinstance(error.body, str) else error.body["message"]) == 60_000
+
+
+@pytest.mark.parametrize("status", [520, 499, 999])
+def test_status_without_a_name(status):
+    """A status that no standard names is shown as its number."""
+    error = refused(status)
+    assert error.message == error.reason == str(status)
+    assert f"answered {status}. " in f"{error} "
+
+
+FASTAPI = {
+    "detail": [
+        {
+            "loc": ["query", "workflow_version_execution_id"],
+            "msg": "Input should be a valid integer",
+            "type": "int_parsing",
+            "input": "x",
+        },
+        {"loc": ["body", "rows", 0, "a"], "msg": "Field required", "type": "missing"},
+    ]
+}
+
+
+def test_unprocessable_with_details():
+    """FastAPI's complaints become FieldErrors, and are told in the text."""
+    error = refused(422, json.dumps(FASTAPI).encode())
+    assert error.details == (
+        FieldError(
+            ("query", "workflow_version_execution_id"),
+            "Input should be a valid integer",
+            "int_parsing",
+        ),
+        FieldError(("body", "rows", 0, "a"), "Field required", "missing"),
+    )
+    assert error.message == (
+        "query.workflow_version_execution_id: Input should be a valid integer; "
+        "body.rows.0.a: Field required"
+    )
+    assert error.message in str(error)
+    assert error.body == FASTAPI
+
+
+def test_unprocessable_with_a_message():
+    """The other shape of a 422 has a message and no details."""
+    error = refused(422, b'{"success": false, "message": "bad id"}')
+    assert (error.message, error.details) == ("bad id", ())
+
+
+@pytest.mark.parametrize(
+    ("detail", "details"),
+    [
+        ("text", ()),
+        (None, ()),
+        ({"loc": ["a"], "msg": "b", "type": "c"}, ()),
+        ([], ()),
+        (["text", 1, None, []], ()),
+        ([{}], ()),
+        ([{"loc": "query"}], ()),
+        ([{"loc": None, "msg": "b"}], ()),
+        ([{"loc": ["a"]}], (FieldError(("a",), "", ""),)),
+        ([{"loc": ["a"], "msg": None, "type": None}], (FieldError(("a",), "", ""),)),
+        ([{"loc": [], "msg": "b", "type": "c"}], (FieldError((), "b", "c"),)),
+        ([{"loc": ["a"], "msg": 1, "type": ["c"]}], (FieldError(("a",), "1", "['c']"),)),
+        (
+            [{"loc": [True, None, 1.5, 2, {}], "msg": "b", "type": "c"}],
+            (FieldError(("True", "None", "1.5", 2, "{}"), "b", "c"),),
+        ),
+        (
+            ["text", {"loc": ["a"], "msg": "b", "type": "c"}],
+            (FieldError(("a",), "b", "c"),),
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, tuple) else repr(value),
+)
+def test_weird_details(detail, details):
+    """A `detail` that is not FastAPI's list is left to `body`, and never crashes."""
+    body = {"detail": detail}
+    error = refused(422, json.dumps(body).encode())
+    assert error.details == details
+    assert error.body == body
+    assert isinstance(str(error), str)
+
+
+def test_only_422_has_details():
+    """FastAPI's shape with another status still gives its words."""
+    error = refused(400, json.dumps(FASTAPI).encode())
+    assert type(error) is _errors.BadRequest
+    assert "Field required" in error.message
+
+
+@given(st.binary(max_size=30) | JSON.map(lambda value: json.dumps(value).encode()))
+@examples
+@example(b'{"detail": [{"loc": ["\\ud800"]}]}')
+def test_any_body_of_an_error(body):
+    """Whatever the body of a refusal, it is the refusal that is raised."""
+    assert refused(422, body).message
+
+
+def test_reply_and_response_are_frozen():
+    """Requests, responses and replies are frozen values."""
+    for value in (
+        Request("GET", "/", 1),
+        Response(200, b""),
+        Reply(1, body_bytes=2, duration=0.1, lateness=0.0, retry_after=None),
+        read(RECORDED),
+    ):
+        assert not hasattr(value, "__dict__")
+        with pytest.raises(attrs.exceptions.FrozenInstanceError):
+            setattr(value, attrs.fields(type(value))[0].name, None)
+
+
+NOW = 1445412480.0  # Wed, 21 Oct 2015 07:28:00 GMT
+
+
+def retry_after(value, **others):
+    """Read a Retry-After at NOW."""
+    headers = CIMultiDict({} if value is None else {"retry-AFTER": value})
+    headers.update({name.replace("_", "-"): text for name, text in others.items()})
+    return read_retry_after(headers, now=NOW)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("0", 0.0),
+        ("120", 120.0),
+        ("1.5", 1.5),
+        (".5", 0.5),
+        ("2.", 2.0),
+        (" 7\t", 7.0),
+        ("007", 7.0),
+        ("Wed, 21 Oct 2015 07:28:30 GMT", 30.0),
+        ("Wed, 21 Oct 2015 07:28:30 -0000", 30.0),
+        ("Wed, 21 Oct 2015 09:28:30 +0200", 30.0),
+        ("Wednesday, 21-Oct-15 07:28:30 GMT", 30.0),
+        ("Wed Oct 21 07:28:30 2015", 30.0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0),
+        ("Wed, 21 Oct 2015 07:27:00 GMT", 0.0),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0),
+    ],
+)
+def test_retry_after(value, expected):
+    """Seconds, fractions and HTTP dates are understood; a date that is past means 0."""
+    assert retry_after(value) == expected
+
+
+def test_no_retry_after():
+    """Without the header nothing is announced."""
+    assert retry_after(None) is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        " ",
+        "-1",
+        "+1",
+        "-0",
+        "nan",
+        "inf",
+        "Infinity",
+        "1e3",
+        "0x10",
+        "1_000",
+        "1,5",
+        "1 2",
+        "1 s",
+        "soon",
+        ".",
+        "\u0661\u0662",
+        "\uff11",
+        "\u00b2",
+        "1\n2",
+        "Wed, 99 Oct 2015 07:28:30 GMT",
+        "Wed, 21 Oct 2015 25:28:30 GMT",
+        "Wed, 21 Oct 999999999999 07:28:30 GMT",
+        "Wed, 21 Oct 2015 07:28:30 +9999999999",
+        "Wed, 21 Oct",
+        "GMT",
+    ],
+    ids=ascii,
+)
+def test_garbage_in_retry_after(value):
+    """What makes no sense is as good as nothing."""
+    assert retry_after(value) is None
+
+
+def test_huge_retry_after():
+    """However many digits, it is a number: the policy caps it."""
+    assert retry_after("9" * 30) == pytest.approx(1e30)
+    assert retry_after("9" * 5000) == math.inf
+    assert retry_after(None, retry_after_ms="9" * 5000) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "value", "expected"),
+    [
+        ("1500", None, 1.5),
+        ("1500", "120", 1.5),
+        ("0", "120", 0.0),
+        ("0.5", None, 0.0005),
+        ("", "120", 120.0),
+        ("-5", "120", 120.0),
+        ("nan", "120", 120.0),
+        ("soon", None, None),
+        ("Wed, 21 Oct 2015 07:28:30 GMT", None, None),
+    ],
+)
+def test_retry_after_ms(milliseconds, value, expected):
+    """Milliseconds come before Retry-After, unless they are garbage."""
+    assert retry_after(value, Retry_After_MS=milliseconds) == expected
+
+
+DATES = st.builds(
+    "{}{} {} {} {}:{}:{} {}".format,
+    st.sampled_from(["Wed, ", "", "x, "]),
+    st.integers(-1, 40),
+    st.sampled_from(["Oct", "Xyz", "1"]),
+    st.integers(-1, 10**6),
+    st.integers(-1, 70),
+    st.integers(-1, 70),
+    st.integers(-1, 70),
+    st.sampled_from(["GMT", "-0000", "+0200", "+9999", "-99999999", "", "EST", "+"]),
+)
+
+
+@given(st.text(max_size=40) | DATES, st.text(max_size=5), st.floats(0, 1e11))
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_any_retry_after(value, milliseconds, now):
+    """No header, however broken, raises or announces a negative or undefined wait."""
+    headers = CIMultiDict({"Retry-After": value, "retry-after-ms": milliseconds})
+    result = read_retry_after(headers, now=now)
+    assert result is None or result >= 0.0
