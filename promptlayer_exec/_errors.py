@@ -50,7 +50,8 @@ class PromptLayerExecError(Exception):
 
     def __str__(self) -> str:
         subject = "" if self.execution_id is None else f"execution {self.execution_id}: "
-        return f"{subject}{self._what()}. {self.advice}".rstrip()
+        text = f"{subject}{self._what()}. {self.advice}".rstrip()
+        return text.encode("utf-8", "backslashreplace").decode()  # or it could not be printed
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (type(self), self.args, vars(self))

@@ -39,6 +39,9 @@ class FrozenMap(Mapping[str, V]):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._items!r})"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._items,)
+
 
 class NodeStatus(enum.StrEnum):
     """The documented statuses of a node; the last three are final."""
@@ -194,7 +197,8 @@ class Snapshot:
         failed = self.failed_nodes
         shown = failed or self.output_nodes
         states = "; ".join(
-            f"{node.name!r} {node.status}" + (f" ({node.error_message})" * bool(node.error_message))
+            f"{node.name!r} {node.status}"
+            + (f" ({node.error_message:.200})" if node.error_message else "")
             for node in shown
         )
         what = "it failed" if failed else "it completed, but no output node succeeded"

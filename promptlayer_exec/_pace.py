@@ -94,6 +94,7 @@ class Pace:
                 self._growth = _PROBE if repeated else _RAMP
             self._refused_at = self._grown_at = now
         pause = announced or 1.0 / min(self._throttle, self._rate)
+        self._good.pause(now + pause - max(self._next, now))
         self._next = max(self._next, now + pause)
         return self._next - now
 
@@ -122,4 +123,8 @@ class _Rate:
         self._last = now
 
     def at(self, now: float) -> float:
-        return self._value * math.exp(self._last - now)
+        return self._value * math.exp(min(self._last - now, 0.0))
+
+    def pause(self, seconds: float) -> None:
+        """Leave `seconds` to come, in which nothing can be counted, out of the average."""
+        self._last += max(seconds, 0.0)

@@ -96,7 +96,12 @@ TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 def _frozen(statuses: Iterable[int]) -> frozenset[int]:
-    return frozenset(statuses)
+    try:
+        return frozenset(statuses)
+    except TypeError:
+        raise ConfigurationError(
+            f"RetryPolicy.statuses takes a set of HTTP statuses, not {statuses!r}"
+        ) from None
 
 
 @attrs.frozen
@@ -190,10 +195,8 @@ class Outage:
             return None
         delay = min(self._policy.delay(self.failures, chance), left)
         announced = self._policy.announced(retry_after)
-        if announced < delay:
-            return delay
         self._excused += announced
-        return announced
+        return max(delay, announced)
 
 
 @attrs.frozen

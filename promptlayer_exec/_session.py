@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from types import EllipsisType, TracebackType
@@ -97,6 +98,8 @@ class Session:
         self._base_url = base_url
         self._poll = poll
         self._retry = retry
+        if wait_timeout == math.inf:
+            wait_timeout = None
         if wait_timeout is not None:
             wait_timeout = check_seconds("wait_timeout", wait_timeout)
         self._wait_timeout = wait_timeout

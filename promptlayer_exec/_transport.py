@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -93,13 +94,15 @@ class Transport:
     ) -> None:
         self._http = http
         self._base_url = base_url
-        self._api_key = api_key
         self._pace = pace
         self._retry = retry
         self._request_timeout = request_timeout
         self._timeout = aiohttp.ClientTimeout(total=request_timeout, ceil_threshold=float("inf"))
         self._max_response_bytes = max_response_bytes
         self._emit = emit
+        in_json = json.dumps(api_key)[1:-1]
+        spellings = {api_key, in_json, in_json.replace("/", "\\/")}
+        self._spellings = spellings if len(api_key) >= _SECRET_LENGTH else set()
         self._headers = {"X-API-KEY": api_key, "Accept": "application/json"}
         if "User-Agent" not in http.headers:
             self._headers["User-Agent"] = USER_AGENT
@@ -193,7 +196,7 @@ class Transport:
                 f"the {answer.status} answer is larger than {limit} bytes",
                 limit=limit,
                 status=answer.status,
-                excerpt=self._without_key(excerpt(body)),
+                excerpt=self._excerpt(body),
             )
         response = Response(
             answer.status,
@@ -224,7 +227,7 @@ class Transport:
             error = InvalidResponse(
                 f"the {answer.status} answer was cut short after {len(body)} bytes",
                 status=answer.status,
-                excerpt=self._without_key(excerpt(body)),
+                excerpt=self._excerpt(body),
                 reason=reason,
             )
         error.__cause__ = trouble
@@ -251,10 +254,15 @@ class Transport:
                 raise
         return read(blotted, execution_id)
 
+    def _excerpt(self, body: bytes) -> str:
+        # Blotted out before it is cut: half a key tells much, too.
+        start = body[:_ERROR_BODY_BYTES].decode("latin-1")
+        return excerpt(self._without_key(start).encode("latin-1"))
+
     def _without_key(self, text: str) -> str:
-        if len(self._api_key) < _SECRET_LENGTH:
-            return text
-        return text.replace(self._api_key, "***")
+        for spelling in self._spellings:
+            text = text.replace(spelling, "***")
+        return text
 
 
 async def _receive(answer: aiohttp.ClientResponse, chunks: list[bytes], limit: int) -> None:

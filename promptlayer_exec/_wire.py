@@ -288,7 +288,7 @@ def check_status(response: Response) -> None:
             path="$",
         )
     body = _error_body(response.body)
-    said = _server_message(body)
+    said = server_message = _server_message(body)
     if status < 400:
         target = (response.location or "nowhere")[:_EXCERPT]
         said = f"a redirect to {target}, not followed as the key is for base_url alone"
@@ -297,7 +297,7 @@ def check_status(response: Response) -> None:
     raise cls(
         f"the server answered {_named(status)}" + (f": {_line(said)}" if said else ""),
         status=status,
-        server_message=said or _named(status),
+        server_message=server_message or _named(status),
         body=body,
         retry_after=response.retry_after,
         reason=_named(status),

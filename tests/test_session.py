@@ -167,16 +167,19 @@ async def test_the_body_s_own_exception_leaves_async_with_as_itself(
 ) -> None:
     """No `ExceptionGroup` around it, even with a watch under way."""
     error = ZeroDivisionError()
-    waiting: asyncio.Future[Snapshot] | None = None
-    with pytest.raises(ZeroDivisionError) as caught:
+    waits = []
+
+    async def body() -> None:
         async with open_session() as session:
-            waiting = asyncio.ensure_future(session.execution(held).wait())
+            waits.append(asyncio.ensure_future(session.execution(held).wait()))
             await asyncio.sleep(0)
             raise error
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        await body()
     assert caught.value is error
-    assert waiting is not None
     with pytest.raises(SessionClosed):
-        await waiting
+        await waits[0]
 
 
 async def test_a_session_may_be_entered_in_one_task_and_closed_in_another(

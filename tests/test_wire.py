@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+import time
 
 import attrs
 import pytest
@@ -769,6 +770,16 @@ def retry_after(value, **others):
 def test_retry_after(value, expected):
     """Seconds, fractions and HTTP dates are understood; a date that is past means 0."""
     assert retry_after(value) == expected
+
+
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="this platform cannot change its zone")
+def test_retry_after_in_another_time_zone(monkeypatch):
+    """A date without a zone is UTC, wherever the client runs."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "XYZ-5")
+        time.tzset()
+        assert retry_after("Wed, 21 Oct 2015 07:28:30 -0000") == 30.0
+    time.tzset()
 
 
 def test_no_retry_after():

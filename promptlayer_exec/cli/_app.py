@@ -1,0 +1,185 @@
+"""The commands and their options."""
+
+import math
+import shlex
+from typing import Annotated
+
+import typer
+
+from ._demo import EXECUTION_ID, demo
+from ._ending import EXIT_CODES, ExitCode, conclude
+from ._results import results
+from ._simulate import simulate
+from ._streams import accept_any_text, err
+from ._views import choose_view
+from ._watch import watch
+
+_PROGRAM = "promptlayer-exec"
+
+app = typer.Typer(
+    name=_PROGRAM,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line, and exit."""
+    accept_any_text()
+    app(prog_name=_PROGRAM)
+
+
+def _seconds(value: float) -> float:
+    if not 0 <= value < math.inf:
+        raise typer.BadParameter("it is a number of seconds, at least 0")
+    return value
+
+
+_Id = Annotated[int, typer.Argument(metavar="ID", min=1, max=2**63 - 1, help="The execution's id.")]
+_BaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="The server; else PROMPTLAYER_BASE_URL, else https://api.promptlayer.com.",
+        show_default=False,
+    ),
+]
+_Outage = Annotated[
+    float,
+    typer.Option(
+        metavar="SECONDS",
+        callback=_seconds,
+        help="For how long a server that is unreachable, or in trouble, is asked again.",
+    ),
+]
+
+
+@app.callback(epilog=EXIT_CODES)
+def _commands() -> None:
+    """Follow PromptLayer workflow executions, node by node.
+
+    The API key is taken from the environment variable PROMPTLAYER_API_KEY, and from nowhere else:
+    what is on a command line is visible to every user of the machine. New here? Try the demo.
+    """
+
+
+@app.command(
+    "demo",
+    help="Show a simulated execution. It needs no key and no network, and eight seconds.",
+    short_help="Show a simulated execution: no key, no network.",
+)
+def _demo(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Write what `watch --json` would write, and no more.")
+    ] = False,
+) -> None:
+    view = choose_view(EXECUTION_ID, as_json=as_json)
+    work = demo(view, as_json=as_json)
+    raise typer.Exit(conclude(work, execution_id=EXECUTION_ID, as_json=as_json))
+
+
+_WATCH = """Watch an execution until it is complete.
+
+On a terminal: a table of its nodes that keeps up to date. Otherwise: a line for each change of a
+node, written at once, and one for the end. Values are cut short; `results` prints them in full.
+
+With --json, each poll that brought news becomes one line of ASCII JSON:
+
+\b
+  {"execution_id": "787", "poll": 1, "elapsed": 0.012, "complete": false,
+   "succeeded": null, "nodes": {"Node 1": {"status": "RUNNING", "value": null,
+   "error_message": null, "raw_error_message": null, "is_output_node": true,
+   "running": 0.012, "final": null}}}
+
+The times are seconds since the first poll; running and final are when the node was first seen so.
+The last line has "complete": true and a "succeeded" of true or false, or, if the watch itself
+ended early, it is {"error": {"type": ..., "message": ..., "execution_id": "787"}}. NaN and
+Infinity, where a value has them, are written as Python's json does.
+
+Troubles are told on standard error. The key is taken from PROMPTLAYER_API_KEY alone."""
+
+
+@app.command("watch", help=_WATCH, epilog=EXIT_CODES)
+def _watch(
+    execution_id: _Id,
+    timeout: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", callback=_seconds, help="How long to wait at most."),
+    ] = 3600,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON Lines.")] = False,
+    base_url: _BaseUrl = None,
+    outage: _Outage = 600,
+) -> None:
+    view = choose_view(execution_id, as_json=as_json)
+    work = watch(execution_id, view, base_url=base_url, timeout=timeout, outage=outage)
+    code = conclude(
+        work,
+        execution_id=execution_id,
+        pick_up=_watch_command(execution_id, base_url),
+        as_json=as_json,
+    )
+    raise typer.Exit(code)
+
+
+_RESULTS = """Print the results of an execution as they are now.
+
+That is the main output: a string as it is, and anything else as JSON. Whether the execution
+succeeded is judged by its nodes; if it did not, standard output stays empty, and standard error
+tells why.
+
+With --all it is every node: a table on a terminal, and otherwise one line of JSON, as `watch
+--json` writes it.
+
+The exit code is 3 while the execution is not complete. The key is taken from PROMPTLAYER_API_KEY
+alone."""
+
+
+@app.command("results", help=_RESULTS, epilog=EXIT_CODES)
+def _results(
+    execution_id: _Id,
+    all_nodes: Annotated[bool, typer.Option("--all", help="Every node.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One line of JSON, even if it is a string.")
+    ] = False,
+    base_url: _BaseUrl = None,
+    outage: _Outage = 10,
+) -> None:
+    work = results(
+        execution_id,
+        base_url=base_url,
+        outage=outage,
+        all_nodes=all_nodes,
+        as_json=as_json,
+        pick_up=_watch_command(execution_id, base_url),
+    )
+    code = conclude(work, execution_id=execution_id, as_json=as_json and all_nodes)
+    raise typer.Exit(code)
+
+
+_SIMULATE = """Serve a simulated PromptLayer.
+
+Try `watch`, `results` and your own code on it. It tells the base URL, the key and the ids of some
+executions, and then every request. Ctrl-C ends it, with exit code 0."""
+
+
+@app.command("simulate", help=_SIMULATE)
+def _simulate(
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The port to listen on; 0 takes a free one.")
+    ] = 8787,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+) -> None:
+    try:
+        code = conclude(simulate(host, port))
+    except OSError as error:
+        err(f"cannot listen on {host}, port {port}: {error.strerror or error}")
+        raise typer.Exit(ExitCode.USAGE) from None
+    raise typer.Exit(code)
+
+
+def _watch_command(execution_id: int, base_url: str | None) -> str:
+    where = "" if base_url is None else f" --base-url {shlex.quote(base_url)}"
+    return f"{_PROGRAM} watch {execution_id}{where}"

@@ -1,0 +1,97 @@
+"""A simulated PromptLayer in the foreground, to try the other commands and one's own code on."""
+
+import asyncio
+import math
+import time
+from contextlib import suppress
+from typing import NoReturn
+
+from promptlayer_exec.simulator import Scenario, SimNode, SimRequest, Simulator
+
+from ._agent import support_agent
+from ._ending import ExitCode
+from ._streams import out
+from ._text import printable
+
+_HELD = "read letter"
+_WORKFLOW = "support-agent"
+_LETTER = SimNode(_HELD, "Dear all, ...", None)
+_EXECUTIONS = {
+    1: ("ten nodes, succeeds after seven seconds", support_agent(letter=None)),
+    2: ("a node fails, so there is no reply", support_agent(letter=None, failing=True)),
+    3: (
+        "a node takes an unknown status: never complete",
+        Scenario(
+            [
+                _LETTER,
+                SimNode("approve", None, 1.0, after=[_HELD], status="AWAITING_APPROVAL"),
+                SimNode("final reply", after=["approve"], is_output_node=True),
+            ]
+        ),
+    ),
+    4: (
+        "a node never ends: try --timeout 5, or Ctrl-C",
+        Scenario(
+            [
+                _LETTER,
+                SimNode("think", None, None, after=[_HELD]),
+                SimNode("final reply", after=["think"], is_output_node=True),
+            ]
+        ),
+    ),
+}
+
+
+async def simulate(host: str, port: int) -> ExitCode:
+    """Serve until cancelled, which is its ordinary end."""
+    simulator = Simulator(host=host, port=port)
+    for execution_id, (_, scenario) in _EXECUTIONS.items():
+        simulator.add_execution(scenario, execution_id=execution_id)
+    simulator.add_workflow(_WORKFLOW, support_agent())
+    async with simulator:
+        out(_invitation(simulator))
+        with suppress(asyncio.CancelledError):
+            await _attend(simulator)
+    return ExitCode.SUCCEEDED
+
+
+def _invitation(simulator: Simulator) -> str:
+    watch = "\n".join(
+        f"  promptlayer-exec watch {execution_id}   # {what}"
+        for execution_id, (what, _) in _EXECUTIONS.items()
+    )
+    return f"""\
+A simulated PromptLayer listens at {simulator.base_url} (Ctrl-C ends it).
+
+In another terminal:
+
+  export PROMPTLAYER_BASE_URL={simulator.base_url}
+  export PROMPTLAYER_API_KEY={simulator.api_key}
+{watch}
+
+Each begins when it is first asked for. To start another one like the first:
+
+  curl -X POST -H "X-API-KEY: $PROMPTLAYER_API_KEY" \\
+    -H "Content-Type: application/json" -d '{{"input_variables": {{}}}}' \\
+    "$PROMPTLAYER_BASE_URL/workflows/{_WORKFLOW}/run"
+
+Requests:"""
+
+
+async def _attend(simulator: Simulator) -> NoReturn:
+    """Tell of every request, and let an execution begin when it is asked for first."""
+    waiting = {str(execution_id): execution_id for execution_id in _EXECUTIONS}
+    count = 0
+    while True:
+        await simulator.wait_for_requests(count + 1, timeout=math.inf)
+        for request in simulator.requests[count:]:
+            count += 1
+            out(f"{time.strftime('%H:%M:%S')} {_line(request)}")
+            asked = waiting.pop(request.query.get("workflow_version_execution_id", ""), None)
+            if asked is not None:
+                simulator.finish(asked, _HELD)
+
+
+def _line(request: SimRequest) -> str:
+    query = "&".join(f"{name}={value}" for name, value in request.query.items())
+    return printable(f"{request.method} {request.path}{'?' if query else ''}{query}")

@@ -1,0 +1,812 @@
+"""The command line, in processes of its own."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import tracemalloc
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import pytest
+
+from promptlayer_exec import (
+    ConnectionFailed,
+    Event,
+    InvalidResponse,
+    Node,
+    NodeTimes,
+    Polled,
+    RateLimited,
+    RequestRetried,
+    RequestTimeout,
+    ServerError,
+    Snapshot,
+)
+from promptlayer_exec.cli._session import report_retries
+from promptlayer_exec.cli._text import (
+    about,
+    counted,
+    duration,
+    error_of,
+    printable,
+    running_time,
+    start_of,
+    verdict,
+)
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+
+PROGRAM = [sys.executable, "-W", "error", "-m", "promptlayer_exec"]
+PATIENCE = 30.0
+NOBODY = "http://127.0.0.1:9"
+HELD = Scenario(
+    [
+        SimNode("think", {"plan": 1}, None),
+        SimNode("reply", "Good day", None, after=["think"], is_output_node=True),
+    ]
+)
+DONE = Scenario([SimNode("reply", "Good\nday", is_output_node=True)])
+FAILED = Scenario(
+    [
+        SimNode("think", status="FAILED", error_message="no idea\nat \x1b[31mall"),
+        SimNode("reply", after=["think"], is_output_node=True),
+    ]
+)
+HOSTILE = Scenario(
+    [
+        SimNode("[red]name", "[blue]x\x1b[2J\x9b2J\u202e"),
+        SimNode("half \ud800", [math.nan, math.inf, "\udfff", "日本"], is_output_node=True),
+    ]
+)
+
+
+class Command:
+    """A running command; it does not outlive a test's patience."""
+
+    def __init__(self, *arguments: str, program: list[str], env: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [*program, *arguments],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        self._watchdog = threading.Timer(PATIENCE, self.process.kill)
+        self._watchdog.daemon = True
+        self._watchdog.start()
+
+    def line(self) -> str:
+        """Return the next line of standard output."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def line_with(self, text: str) -> str:
+        """Return the next line of standard output that has `text` in it."""
+        while text not in (line := self.line()):
+            assert line, f"{text!r} never came"
+        return line
+
+    def end(self) -> tuple[int, str, str]:
+        """Return the exit code, and the rest of standard output and of standard error."""
+        out, err = self.process.communicate(timeout=PATIENCE)
+        assert "Traceback" not in err, err
+        return self.process.returncode, out, err
+
+    def close(self) -> None:
+        """End it, whatever it does."""
+        self._watchdog.cancel()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(PATIENCE)
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+Start: TypeAlias = Callable[..., Command]
+
+
+@pytest.fixture(scope="module")
+def sim() -> Iterator[Simulator]:
+    """Serve from a thread."""
+    with Simulator() as simulator:
+        yield simulator
+
+
+def _environment() -> dict[str, str]:
+    """Return the tests' own environment, without what would change what the commands write."""
+    unwanted = {"FORCE_COLOR", "NO_COLOR", "PYTHONIOENCODING", "PYTHONUNBUFFERED"}
+    return {name: value for name, value in os.environ.items() if name not in unwanted}
+
+
+@pytest.fixture(scope="module")
+def environment(sim: Simulator) -> dict[str, str]:
+    """Return the environment of a user of the simulator."""
+    mine = {"PROMPTLAYER_API_KEY": sim.api_key, "PROMPTLAYER_BASE_URL": sim.base_url}
+    return _environment() | mine
+
+
+@pytest.fixture
+def start(environment: dict[str, str]) -> Iterator[Start]:
+    """Start commands; end those that are left."""
+    commands = []
+
+    def start(*arguments: object, program: list[str] = PROGRAM, **env: str) -> Command:
+        command = Command(*map(str, arguments), program=program, env=environment | env)
+        commands.append(command)
+        return command
+
+    yield start
+    for command in commands:
+        command.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def demos() -> Iterator[dict[str, Command]]:
+    """Start the demonstrations before the other tests, as they take their time."""
+    env = _environment()
+    # Settings that would break anything that looked at them.
+    env |= {"PROMPTLAYER_API_KEY": "wrong key", "PROMPTLAYER_BASE_URL": "ftp://nowhere"}
+    commands = {
+        "plain": Command("demo", program=PROGRAM, env=env),
+        "json": Command("demo", "--json", program=PROGRAM, env=env),
+    }
+    yield commands
+    for command in commands.values():
+        command.close()
+
+
+class Terminal:
+    """A pseudo-terminal with a command in it, and all that the command has written."""
+
+    def __init__(self, command: list[str], env: dict[str, str], columns: int) -> None:
+        self.text = ""
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+        self.process = subprocess.Popen(
+            command, env=env, stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+        )
+        os.close(slave)
+        self._watchdog = threading.Timer(PATIENCE, self.process.kill)
+        self._watchdog.daemon = True
+        self._watchdog.start()
+
+    def read_until(self, text: str) -> None:
+        """Read until `text` was written, beyond what was read before."""
+        seen = len(self.text)
+        while text not in self.text[seen:]:
+            assert self._read(), f"{text!r} never came, but {self.text!r}"
+
+    def end(self) -> tuple[int, str]:
+        """Return the exit code, and all that was written."""
+        while self._read():
+            pass
+        assert "Traceback" not in self.text
+        return self.process.wait(PATIENCE), self.text.replace("\r\n", "\n")
+
+    def _read(self) -> bool:
+        try:
+            data = os.read(self._master, 65536)
+        except OSError:  # the other end is closed
+            return False
+        self.text += data.decode()
+        return bool(data)
+
+    def close(self) -> None:
+        """End the command, whatever it does."""
+        self._watchdog.cancel()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(PATIENCE)
+        os.close(self._master)
+
+
+@pytest.fixture
+def terminal(environment: dict[str, str]) -> Iterator[Callable[..., Terminal]]:
+    """Open terminals; end what runs in them."""
+    terminals = []
+
+    def open_terminal(*arguments: object, columns: int = 80, **env: str) -> Terminal:
+        full = environment | {"TERM": "xterm-256color"} | env
+        opened = Terminal([*PROGRAM, *map(str, arguments)], full, columns)
+        terminals.append(opened)
+        return opened
+
+    yield open_terminal
+    for opened in terminals:
+        opened.close()
+
+
+def shown(text: str) -> str:
+    """Return the text without escape sequences."""
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+
+
+class TestWatch:
+    """`watch ID`."""
+
+    def test_plain_lines_come_as_the_nodes_change(self, sim: Simulator, start: Start) -> None:
+        """Each change of a node is one line, written at once, and the last tells the end."""
+        execution_id = sim.add_execution(HELD)
+        command = start("watch", execution_id, FORCE_COLOR="1")
+        assert re.fullmatch(r" +0\.\d s  think  RUNNING\n", command.line())
+        assert re.fullmatch(r" +0\.\d s  reply  QUEUED\n", command.line())
+        sim.finish(execution_id, "think")
+        sim.finish(execution_id, "reply")
+        assert re.fullmatch(r' +\d\.\d s  think  SUCCESS  {"plan": 1}\n', command.line())
+        assert re.fullmatch(r' +\d\.\d s  reply  SUCCESS  "Good day"\n', command.line())
+        last = rf"execution {execution_id} succeeded after \d\.\d s: 2 SUCCESS\n"
+        assert re.fullmatch(last, command.line())
+        assert command.end() == (0, "", "")
+
+    def test_a_failed_execution_is_exit_code_1(self, sim: Simulator, start: Start) -> None:
+        """A failed node shows its whole message on its line, escaped, and the code is 1."""
+        execution_id = sim.add_execution(FAILED)
+        code, out, err = start("watch", execution_id).end()
+        assert code == 1
+        assert r"think  FAILED   no idea\nat \u001b[31mall" in out
+        assert f"execution {execution_id} failed after" in out.splitlines()[-1]
+        assert err == ""
+
+    def test_json_lines(self, sim: Simulator, start: Start) -> None:
+        """With --json, each poll with news is one object: the last is complete."""
+        execution_id = sim.add_execution(HELD)
+        command = start("watch", execution_id, "--json")
+        first = json.loads(command.line())
+        assert first["execution_id"] == str(execution_id)
+        assert first["poll"] == 1
+        assert (first["complete"], first["succeeded"]) == (False, None)
+        assert [node["status"] for node in first["nodes"].values()] == ["RUNNING", "QUEUED"]
+        sim.finish(execution_id, "think")
+        second = json.loads(command.line())
+        assert second["poll"] > 1
+        assert second["nodes"]["think"]["value"] == {"plan": 1}
+        assert second["nodes"]["think"]["running"] == first["nodes"]["think"]["running"]
+        sim.finish(execution_id, "reply", status="FAILED", error_message="why")
+        code, out, err = command.end()
+        last = json.loads(out)
+        assert (last["complete"], last["succeeded"]) == (True, False)
+        assert last["nodes"]["reply"]["error_message"] == "why"
+        assert (code, err) == (1, "")
+
+    def test_hostile_text(self, sim: Simulator, start: Start) -> None:
+        """Escape sequences, markup, NaN and lone surrogates show as text; JSON has them intact."""
+        execution_id = sim.add_execution(HOSTILE)
+        plain = start("watch", execution_id)
+        ascii_only = start("watch", execution_id, PYTHONIOENCODING="ascii")
+        lines = start("watch", execution_id, "--json")
+        code, out, err = plain.end()
+        assert (code, err) == (0, "")
+        assert out.isprintable() is False
+        assert set(out) & {"\x1b", "\x9b", "\u202e"} == set()
+        assert r'[red]name    SUCCESS  "[blue]x\u001b[2J\u009b2J\u202e"' in out
+        assert r'half \ud800  SUCCESS  [NaN, Infinity, "\udfff", "日本"]' in out
+        code, out, _ = ascii_only.end()
+        assert code == 0
+        assert r"\u65e5\u672c" in out
+        code, out, _ = lines.end()
+        nodes = json.loads(out)["nodes"]
+        assert nodes["[red]name"]["value"] == "[blue]x\x1b[2J\x9b2J\u202e"
+        assert str(nodes["half \ud800"]["value"]) == str([math.nan, math.inf, "\udfff", "日本"])
+        assert code == 0
+
+    def test_a_timeout_is_exit_code_3(self, sim: Simulator, start: Start) -> None:
+        """It says how to pick the execution up again, with --json as the last line too."""
+        execution_id = sim.add_execution(HELD)
+        code, out, err = start("watch", execution_id, "--json", "--timeout", "0.3").end()
+        assert code == 3
+        assert f"execution {execution_id}: not complete within 0.3 s" in err
+        assert err.endswith(f"again with:\n  promptlayer-exec watch {execution_id}\n")
+        error = json.loads(out.splitlines()[-1])["error"]
+        assert (error["type"], error["execution_id"]) == ("ExecutionTimeout", str(execution_id))
+        assert "not complete within 0.3 s" in error["message"]
+
+    def test_a_refusal_is_exit_code_4(self, sim: Simulator, start: Start) -> None:
+        """A wrong key or an unknown id is told at once, and not to be tried again."""
+        wrong_key = start("watch", 5, PROMPTLAYER_API_KEY="wrong")
+        unknown_id = start("watch", 2**63 - 1)
+        code, out, err = wrong_key.end()
+        assert (code, out) == (4, "")
+        assert "Invalid or missing API key" in err
+        assert "again with" not in err
+        code, out, err = unknown_id.end()
+        assert (code, out) == (4, "")
+        assert f"execution {2**63 - 1}: " in err
+
+    def test_an_unreachable_server(self, start: Start) -> None:
+        """It is asked again, visibly, until the outage is over; then the code is 4."""
+        command = start("watch", 5, "--outage", "0.1", "--base-url", NOBODY)
+        code, out, err = command.end()
+        assert (code, out) == (4, "")
+        assert re.match(r"server unreachable, retrying in 0\.\d s \(Connection refused\)\n", err)
+        assert err.endswith(f"  promptlayer-exec watch 5 --base-url {NOBODY}\n")
+
+    def test_passing_trouble_is_told_once(self, sim: Simulator, start: Start) -> None:
+        """A request that is repeated is one line of standard error, and no failure."""
+        execution_id = sim.add_execution(DONE)
+        sim.inject(Fault.status(503, execution_id=execution_id))
+        code, out, err = start("watch", execution_id).end()
+        assert code == 0
+        assert "succeeded" in out
+        assert re.fullmatch(r"server in trouble, retrying in \d\.\d s \(503 .*\)\n", err)
+
+    def test_an_interrupt_is_exit_code_130(self, sim: Simulator, start: Start) -> None:
+        """Ctrl-C prints the id and the command that picks the execution up again."""
+        execution_id = sim.add_execution(HELD)
+        commands = [start("watch", execution_id), start("watch", execution_id, "--json")]
+        for command in commands:
+            command.line()
+            command.process.send_signal(signal.SIGINT)
+        code, _, err = commands[0].end()
+        assert code == 130
+        assert err == (
+            f"interrupted\nexecution {execution_id} is not affected; pick it up again with:\n"
+            f"  promptlayer-exec watch {execution_id}\n"
+        )
+        code, out, _ = commands[1].end()
+        error = {
+            "type": "Interrupted",
+            "message": "interrupted",
+            "execution_id": str(execution_id),
+        }
+        assert (code, json.loads(out)) == (130, {"error": error})
+
+    def test_sigterm_is_exit_code_143(self, sim: Simulator, start: Start) -> None:
+        """SIGTERM ends it as cleanly as Ctrl-C does."""
+        execution_id = sim.add_execution(HELD)
+        command = start("watch", execution_id)
+        command.line()
+        command.process.terminate()
+        code, _, err = command.end()
+        assert code == 143
+        assert err.startswith("terminated\n")
+        assert f"promptlayer-exec watch {execution_id}" in err
+
+    def test_a_broken_pipe_is_quiet(self, sim: Simulator, start: Start) -> None:
+        """When nobody reads on, it ends without a word."""
+        execution_id = sim.add_execution(HELD)
+        command = start("watch", execution_id)
+        command.line()
+        assert command.process.stdout is not None
+        command.process.stdout.close()
+        sim.finish(execution_id, "think")
+        assert command.process.wait(PATIENCE) == 141
+        assert command.process.stderr is not None
+        assert command.process.stderr.read() == ""
+
+    def test_usage_errors_are_exit_code_2(self, start: Start) -> None:
+        """An impossible id, option or setting is told in words, and nothing is sent."""
+        cases = {
+            start("watch", "0"): "Invalid value for 'ID'",
+            start("watch", "abc"): "Invalid value for 'ID'",
+            start("watch", 2**63): "Invalid value for 'ID'",
+            start("watch", 5, "--timeout", "nan"): "Invalid value for '--timeout'",
+            start("results", 5, "--base-url", "ftp://x"): "must begin with http://",
+            start("watch", 5, PROMPTLAYER_API_KEY=""): "variable PROMPTLAYER_API_KEY",
+        }
+        for command, message in cases.items():
+            code, out, err = command.end()
+            assert (code, out) == (2, "")
+            assert message in err
+            assert "again with" not in err
+
+
+class TestTerminal:
+    """What a terminal shows."""
+
+    def test_a_live_table(self, sim: Simulator, terminal: Callable[..., Terminal]) -> None:
+        """A table is redrawn in place; its last state stays, with the reason of a failure."""
+        execution_id = sim.add_execution(
+            Scenario(
+                [
+                    SimNode("[red]think", "[blue]\x1b[2J" + "long " * 50, None),
+                    SimNode("approve", None, None, after=["[red]think"]),
+                    SimNode("reply", after=["approve"], is_output_node=True),
+                ]
+            )
+        )
+        screen = terminal("watch", execution_id)
+        screen.read_until("RUNNING")
+        assert "0/3" in shown(screen.text)
+        sim.finish(execution_id, "[red]think")
+        sim.finish(execution_id, "approve", status="ON_HOLD")
+        screen.read_until("ON_HOLD")
+        sim.finish(execution_id, "approve", status="FAILED", error_message="no\nway [bold]\x9b")
+        code, text = screen.end()
+        assert code == 1
+        assert "\x1b[2J" not in text
+        assert "\x1b[?25l" in text
+        assert "\x1b[?25h" in text
+        last = shown(text[text.rindex("execution", 0, text.rindex("Status")) :])
+        assert "3/3" in last
+        assert re.search(
+            r"\n\[red\]think +SUCCESS +\d\.\d s +\"\[blue\]\\u001b\[2Jlong.*…\s*\n", last
+        )
+        assert "\napprove: no\nway [bold]\\u009b\n" in last
+        assert f"\nexecution {execution_id} failed after" in last
+
+    def test_a_narrow_terminal(self, sim: Simulator, terminal: Callable[..., Terminal]) -> None:
+        """At 40 columns no line of the table is wrapped."""
+        execution_id = sim.add_execution(
+            Scenario([SimNode("a node of many words", "x" * 99, is_output_node=True)])
+        )
+        code, text = terminal("watch", execution_id, columns=40, NO_COLOR="1").end()
+        assert code == 0
+        row = next(line for line in shown(text).splitlines() if line.startswith("a node"))
+        assert len(row.rstrip()) <= 40
+        assert "SUCCESS" in row
+
+    def test_trouble_is_shown_and_forgotten(
+        self, sim: Simulator, terminal: Callable[..., Terminal]
+    ) -> None:
+        """While the server is in trouble the table says so, and no longer when it answers."""
+        execution_id = sim.add_execution(HELD)
+        sim.inject(Fault.status(503, execution_id=execution_id))
+        screen = terminal("watch", execution_id)
+        screen.read_until("waiting for the first answer")
+        screen.read_until("server in trouble, retrying in")
+        screen.read_until("RUNNING")
+        frame = screen.text[screen.text.rindex("0/2") :]
+        assert "retrying" not in frame
+        sim.inject(Fault.disconnect(execution_id=execution_id))
+        screen.read_until("server unreachable, retrying in")
+        os.kill(screen.process.pid, signal.SIGINT)
+        code, text = screen.end()
+        assert code == 130
+        end = shown(text[text.rindex("0/2") :])
+        assert "RUNNING" in end
+        assert "retrying" not in end
+        assert end.endswith(f"promptlayer-exec watch {execution_id}\n")
+
+    def test_a_refusal_leaves_no_empty_table(self, terminal: Callable[..., Terminal]) -> None:
+        """With nothing to show, the error stands alone."""
+        code, text = terminal("watch", 5).end()
+        assert code == 4
+        assert "execution 5: " in shown(text)
+        assert "Status" not in text
+        erase_line = "\x1b[2K"
+        assert erase_line in text[text.rindex("waiting") :]
+
+    def test_a_dumb_terminal(self, sim: Simulator, terminal: Callable[..., Terminal]) -> None:
+        """A terminal that cannot move its cursor gets plain lines."""
+        execution_id = sim.add_execution(DONE)
+        code, text = terminal("watch", execution_id, TERM="dumb").end()
+        assert code == 0
+        assert "\x1b" not in text
+        assert 'reply  SUCCESS  "Good\\nday"\n' in text
+
+    def test_results(self, sim: Simulator, terminal: Callable[..., Terminal]) -> None:
+        """`results` prints a string as it is but escaped, `--all` a table."""
+        execution_id = sim.add_execution(
+            Scenario([SimNode("reply", "One\n[b]\x1b[2J", is_output_node=True)])
+        )
+        nested = sim.add_execution(Scenario([SimNode("n", {"a": ["日本"]}, is_output_node=True)]))
+        screens = [
+            terminal("results", execution_id),
+            terminal("results", execution_id, "--all"),
+            terminal("results", nested),
+        ]
+        assert screens[0].end() == (0, "One\n[b]\\u001b[2J\n")
+        code, text = screens[1].end()
+        assert code == 0
+        assert re.search(r'\nreply +SUCCESS +"One\\n\[b\]\\u001b\[2J" *\n', shown(text))
+        assert screens[2].end() == (0, '{\n  "a": [\n    "日本"\n  ]\n}\n')
+
+
+class TestResults:
+    """`results ID`."""
+
+    def test_the_main_output(self, sim: Simulator, start: Start) -> None:
+        """A string is printed as it is, anything else as JSON, with --json everything."""
+        text = sim.add_execution(
+            Scenario([SimNode("reply", "Good\n\x1b[1mday \ud800", is_output_node=True)])
+        )
+        number = sim.add_execution(
+            Scenario([SimNode("reply", {"a": None, "b": "日本"}, is_output_node=True)])
+        )
+        commands = [
+            start("results", text),
+            start("results", text, "--json"),
+            start("results", number),
+        ]
+        assert commands[0].end() == (0, "Good\n\x1b[1mday \\ud800\n", "")
+        assert commands[1].end() == (0, '"Good\\n\\u001b[1mday \\ud800"\n', "")
+        assert commands[2].end() == (0, '{"a": null, "b": "\\u65e5\\u672c"}\n', "")
+
+    def test_all_nodes(self, sim: Simulator, start: Start) -> None:
+        """With --all, one line of JSON has every node."""
+        execution_id = sim.add_execution(DONE)
+        code, out, err = start("results", execution_id, "--all").end()
+        assert (code, err) == (0, "")
+        (line,) = out.splitlines()
+        assert json.loads(line)["nodes"]["reply"]["value"] == "Good\nday"
+
+    def test_a_failed_execution(self, sim: Simulator, start: Start) -> None:
+        """Standard output stays empty, standard error tells why, and the code is 1."""
+        execution_id = sim.add_execution(FAILED)
+        code, out, err = start("results", execution_id).end()
+        assert (code, out) == (1, "")
+        assert "think: no idea\nat \\u001b[31mall\n" in err
+        assert f"execution {execution_id} failed: 1 FAILED, 1 SKIPPED" in err
+
+    def test_a_running_execution(self, sim: Simulator, start: Start) -> None:
+        """It is told on standard error, with the command to follow it, and the code is 3."""
+        execution_id = sim.add_execution(HELD)
+        plain, nodes = start("results", execution_id), start("results", execution_id, "--all")
+        code, out, err = plain.end()
+        assert (code, out) == (3, "")
+        assert "not complete yet, 0/2 nodes are final" in err
+        assert f"promptlayer-exec watch {execution_id}\n" in err
+        code, out, err = nodes.end()
+        assert code == 3
+        assert json.loads(out)["complete"] is False
+
+    def test_no_main_output(self, sim: Simulator, start: Start) -> None:
+        """Where nothing failed but there is no output, the node map is not taken for one."""
+        execution_id = sim.add_execution(Scenario([SimNode("only", status="SKIPPED")]))
+        code, out, err = start("results", execution_id).end()
+        assert (code, out) == (1, "")
+        assert "has no main output" in err
+
+    def test_an_unreachable_server(self, start: Start) -> None:
+        """It is asked again for a moment; then the code is 4."""
+        command = start("results", 5, "--all", "--json", "--outage", "0.1", "--base-url", NOBODY)
+        code, out, err = command.end()
+        assert code == 4
+        assert "retrying in" in err
+        assert json.loads(out)["error"]["type"] == "ConnectionFailed"
+
+
+class TestSimulate:
+    """`simulate`."""
+
+    def test_a_server_to_try_things_on(self, start: Start) -> None:
+        """It tells what to type and every request; an execution begins when it is asked for."""
+        server = start("simulate", "--port", "0")
+        url = server.line().split()[-4]
+        exports = [server.line_with("export "), server.line()]
+        env = dict(line.split()[1].split("=") for line in exports)
+        assert env["PROMPTLAYER_BASE_URL"] == url
+        watched = [server.line() for _ in range(4)]
+        assert [line.split()[2] for line in watched] == ["1", "2", "3", "4"]
+        server.line_with("Requests:")
+        code, out, _ = start("results", 1, "--all", **env).end()
+        assert code == 3
+        nodes = json.loads(out)["nodes"]
+        assert len(nodes) == 10
+        assert nodes["read letter"]["status"] == "RUNNING"
+        request = "GET /workflow-version-execution-results?workflow_version_execution_id=1"
+        assert request in server.line()
+        while nodes["read letter"]["status"] == "RUNNING":
+            nodes = json.loads(start("results", 1, "--all", **env).end()[1])["nodes"]
+        assert nodes["classify"]["status"] in ("RUNNING", "SUCCESS")
+        run = urllib.request.Request(
+            f"{url}/workflows/support-agent/run",
+            data=b'{"input_variables": {}}',
+            headers={
+                "X-API-KEY": env["PROMPTLAYER_API_KEY"],
+                "Content-Type": "application/json",
+            },
+        )
+        with urllib.request.urlopen(run, timeout=PATIENCE) as response:
+            assert json.load(response)["workflow_version_execution_id"]
+        server.line_with("POST /workflows/support-agent/run")
+        server.process.send_signal(signal.SIGINT)
+        assert server.end() == (0, "", "")
+
+    def test_a_port_that_is_taken(self, sim: Simulator, start: Start) -> None:
+        """It is told in one line, and the code is 2."""
+        port = sim.base_url.rpartition(":")[2]
+        code, out, err = start("simulate", "--port", port).end()
+        assert (code, out) == (2, "")
+        assert err.startswith(f"cannot listen on 127.0.0.1, port {port}: ")
+        assert err.count("\n") == 1
+
+
+class TestProgram:
+    """The ways in."""
+
+    def test_without_the_extra(self, start: Start) -> None:
+        """Without typer or rich, one line tells what to install, and the code is 2."""
+        hint = "the command line needs an extra: pip install 'promptlayer-exec[cli]'\n"
+        for missing in ("typer", "rich"):
+            block = f"import sys; sys.modules[{missing!r}] = None; "
+            call = f"{block}from promptlayer_exec.__main__ import main; main()"
+            assert start(program=[sys.executable, "-c", call]).end() == (2, "", hint)
+
+    def test_another_import_error_is_not_hidden(self, start: Start) -> None:
+        """Only a missing extra is explained away."""
+        call = (
+            "import sys; sys.modules['promptlayer_exec.simulator'] = None\n"
+            "from promptlayer_exec.__main__ import main\n"
+            "try: main()\n"
+            "except ImportError as error: print(error.name)"
+        )
+        command = start(program=[sys.executable, "-c", call])
+        assert command.end() == (0, "promptlayer_exec.simulator\n", "")
+
+    def test_an_interrupt_while_it_starts(self, start: Start) -> None:
+        """Ctrl-C before anything happened is exit code 130, without a traceback."""
+        call = (
+            "import builtins, sys\n"
+            "class Finder:\n"
+            "    def find_spec(self, name, *args):\n"
+            "        if name == 'promptlayer_exec.cli': raise KeyboardInterrupt\n"
+            "sys.meta_path.insert(0, Finder())\n"
+            "from promptlayer_exec.__main__ import main; main()"
+        )
+        assert start(program=[sys.executable, "-c", call]).end() == (130, "", "")
+
+    def test_script_and_module_are_the_same(self, start: Start) -> None:
+        """The script's `main` and `python -m` answer alike, and help names the exit codes."""
+        call = "from promptlayer_exec.__main__ import main; main()"
+        script = start("--help", program=[sys.executable, "-c", call])
+        module = start("--help")
+        code, out, err = module.end()
+        assert script.end() == (code, out, err)
+        assert (code, err) == (0, "")
+        assert "Usage: promptlayer-exec" in out
+        assert "130  interrupted" in out
+        assert "PROMPTLAYER_API_KEY" in out
+
+
+class TestTrouble:
+    """How a repeated request is told."""
+
+    @pytest.mark.parametrize(
+        ("error", "line"),
+        [
+            (
+                ConnectionFailed("no answer", reason="Name or service not known"),
+                "server unreachable, retrying in 2.3 s (Name or service not known)",
+            ),
+            (
+                RequestTimeout("no complete answer within 30 s"),
+                "no answer in time, retrying in 2.3 s (no complete answer within 30 s)",
+            ),
+            (
+                RateLimited("refused", status=429, server_message="slow\ndown"),
+                "too many requests, retrying in 2.3 s (429 slow\\ndown)",
+            ),
+            (
+                ServerError("failed", status=502, server_message="x" * 200),
+                f"server in trouble, retrying in 2.3 s (502 {'x' * 115}…)",
+            ),
+            (
+                InvalidResponse("the body is no JSON", status=200),
+                "answer unusable, retrying in 2.3 s (the body is no JSON)",
+            ),
+        ],
+        ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+    )
+    def test_in_one_line(self, error: Exception, line: str) -> None:
+        """Each kind of trouble is one printable line with its reason and the delay."""
+        lines: list[str] = []
+        report_retries(lines.append)(RequestRetried(5, error, 2.34))
+        assert lines == [line]
+
+    def test_other_events_are_passed_over(self) -> None:
+        """What is no trouble is not told."""
+        lines: list[str] = []
+        snapshot = Snapshot(5, False, {})
+        event: Event = Polled(5, snapshot, duration=0.1, lateness=0.0, body_bytes=2)
+        report_retries(lines.append)(event)
+        assert lines == []
+
+
+class TestText:
+    """Text that is safe to show."""
+
+    def test_printable(self) -> None:
+        """What does not print is escaped as in JSON; spaces of all kinds and `keep` stay."""
+        assert printable("a\u00a0\u3000é日\n\t\x7f", keep="\n") == "a\u00a0\u3000é日\n\\t\\u007f"
+
+    def test_start_of_large_values(self) -> None:
+        """However large or deep a value is, its start is one short line, found without the rest."""
+        deep: list[Any] = []
+        for _ in range(100_000):
+            deep = [deep]
+        values = ("x" * 10**7, list(range(10**6)), deep)
+        tracemalloc.start()
+        starts = [start_of(value) for value in values]
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 10**6
+        assert [len(text) for text in starts] == [200, 200, 200]
+        assert [text[:3] + text[-1] for text in starts] == ['"xx…', "[0,…", "[[[…"]
+
+    @pytest.mark.parametrize(
+        ("node", "text"),
+        [
+            (Node("n", "QUEUED"), ""),
+            (Node("n", "SUCCESS"), "null"),
+            (Node("n", "RUNNING", "part"), '"part"'),
+            (Node("n", "FAILURE", "left over", "why"), "why"),
+        ],
+    )
+    def test_about_a_node(self, node: Node, text: str) -> None:
+        """A node shows its value once it has one, and its error if it failed."""
+        assert about(node) == text
+
+    @pytest.mark.parametrize(
+        ("message", "raw", "text"),
+        [
+            ("why", "details", "why"),
+            (None, "details", "details"),
+            ("", {"raw": "details"}, "details"),
+            (None, {"code": 7}, '{"code": 7}'),
+            (None, None, "the server gave no reason"),
+        ],
+    )
+    def test_the_reason_of_a_failure(self, message: str | None, raw: Any, text: str) -> None:
+        """It is the message, else what the details say."""
+        assert error_of(Node("n", "FAILED", None, message, raw)) == text
+
+    @pytest.mark.parametrize(
+        ("seconds", "text"),
+        [(0, "0.0 s"), (59.94, "59.9 s"), (59.96, "1 min 00 s"), (3600, "1 h 00 min")],
+    )
+    def test_duration(self, seconds: float, text: str) -> None:
+        """Durations are written in the units that people use."""
+        assert duration(seconds) == text
+
+    def test_running_time(self) -> None:
+        """It counts from when a node was seen running, and stops when it was final."""
+        assert running_time(NodeTimes(), 9.0) == ""
+        assert running_time(NodeTimes(2.0, None), 9.0) == "7.0 s"
+        assert running_time(NodeTimes(2.0, 5.0), 9.0) == "3.0 s"
+
+    def test_verdict(self) -> None:
+        """An end without an output is a failure even if no node failed."""
+        skipped = Node("n", "SKIPPED", is_output_node=True)
+        assert verdict(Snapshot(5, True, {"n": skipped})) == "failed, as no output node succeeded"
+        assert counted(Snapshot(5, True, {})) == "it has no nodes"
+
+
+class TestDemo:
+    """`demo`, whatever the settings are."""
+
+    def test_plain(self, demos: dict[str, Command], sim: Simulator) -> None:
+        """It shows every node, a skipped one too, the main output, and a program that runs."""
+        code, out, err = demos["plain"].end()
+        assert (code, err) == (0, "")
+        assert "\x1b" not in out
+        assert "ask a colleague  SKIPPED" in out
+        assert "execution 787 succeeded after" in out
+        assert "\nDear Ms. Rossi,\n" in out
+        program = out[out.index("import asyncio") :]
+        sim.add_execution(DONE, execution_id=787)
+        env = os.environ | {
+            "PROMPTLAYER_API_KEY": sim.api_key,
+            "PROMPTLAYER_BASE_URL": sim.base_url,
+        }
+        run = subprocess.run(
+            [sys.executable, "-W", "error", "-c", program],
+            env=env,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert (run.returncode, run.stdout, run.stderr) == (0, "reply SUCCESS\nGood\nday\n", "")
+
+    def test_json(self, demos: dict[str, Command]) -> None:
+        """With --json it writes snapshots and nothing else."""
+        code, out, err = demos["json"].end()
+        assert (code, err) == (0, "")
+        snapshots = [json.loads(line) for line in out.splitlines()]
+        assert len(snapshots) > 6
+        assert snapshots[-1]["succeeded"] is True
+        assert snapshots[-1]["nodes"]["ask a colleague"]["status"] == "SKIPPED"
