@@ -293,9 +293,8 @@ def test_outage_in_virtual_time(policy, limit, announcements, data):
         own = policy.delay(failures, chance)
         announced = policy.announced(retry_after)
         assert announced <= delay <= max(announced, own)
-        if announced < delay:
-            unannounced += delay
-            assert unannounced <= limit + 1e-6
+        unannounced += delay - announced
+        assert unannounced <= limit + 1e-6
         now += delay
     assert now - start <= limit + sum(policy.announced(a) for a in announcements) + 1e-3
 
@@ -435,6 +434,12 @@ def test_check_timeout_refuses_values(timeout):
     """A negative number, and NaN, is a ValueError."""
     with pytest.raises(ValueError, match="timeout must not be negative"):
         check_timeout(timeout)
+
+
+def test_statuses_that_are_no_set():
+    """A single status is refused, and the message shows what is wanted."""
+    with pytest.raises(ConfigurationError, match="set of HTTP statuses, not 503"):
+        RetryPolicy(statuses=503)
 
 
 def test_check_timeout_beyond_float():

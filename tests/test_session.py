@@ -162,6 +162,19 @@ def test_a_malformed_setting_is_refused_at_once(settings: Any, named: str) -> No
     assert "se cret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("wait_timeout", [None, float("inf")])
+async def test_without_a_wait_timeout_a_wait_has_no_limit(
+    sim: Simulator, open_session: Callable[..., Session], held: int, wait_timeout: float | None
+) -> None:
+    """Infinity says the same as None."""
+    session = open_session(wait_timeout=wait_timeout)
+    waiting = asyncio.create_task(session.execution(held).wait())
+    await sim.wait_for_requests(2)
+    sim.finish(held, "Answer")
+    assert (await waiting).complete
+    assert (await session.get_results(held)).complete
+
+
 async def test_the_body_s_own_exception_leaves_async_with_as_itself(
     open_session: Callable[..., Session], held: int
 ) -> None:
@@ -340,6 +353,22 @@ def test_a_session_of_a_dead_loop_can_be_entered_again(threaded_sim: Simulator) 
             await session.get_results(held)
 
     asyncio.run(enter())
+
+
+def test_a_session_left_open_can_be_closed_from_another_loop(threaded_sim: Simulator) -> None:
+    """Its own loop has ended it already, so there is nothing to wait for."""
+    held = threaded_sim.add_execution(Scenario([SimNode("A", duration=None)]))
+    session = quick(threaded_sim)
+
+    async def use() -> None:
+        await session.get_results(held)
+
+    async def closed() -> None:
+        await session.aclose()
+        with pytest.raises(SessionClosed):
+            await use()
+
+    in_new_loops(use, closed)
 
 
 async def test_a_supervisor_cancelled_from_outside_closes_the_session(

@@ -226,6 +226,20 @@ async def test_a_broken_answer_is_connection_failed(answer: bytes) -> None:
     assert error.reason
 
 
+@pytest.mark.parametrize("key", ["k", "secret-key"])
+async def test_no_header_of_ours_is_in_a_cause(key: str) -> None:
+    """The error of aiohttp on an answer that is no HTTP shows them all; however short the key is."""
+    async with (
+        raw_server(answering(b"SSH-2.0-OpenSSH\r\n\r\n")) as base_url,
+        Session(key, base_url=base_url, retry=NO_RETRY) as session,
+    ):
+        with pytest.raises(ConnectionFailed) as caught:
+            await session.get_results(787)
+    assert isinstance(caught.value.__cause__, aiohttp.ClientError)
+    for link in chain(caught.value):
+        assert "X-API-KEY" not in f"{link!r} {vars(link)}"
+
+
 async def test_a_body_that_is_cut_short_is_invalid() -> None:
     """With the status and an excerpt of what came."""
     whole = http(b'{"A": {"status": "SUCCESS"}}')

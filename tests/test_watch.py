@@ -570,6 +570,23 @@ async def test_past_its_deadline_a_follower_gets_the_timeout_before_an_error(
     assert isinstance(caught.value.__cause__, SessionClosed)
 
 
+async def test_a_poller_without_followers_asks_nothing(script: Script) -> None:
+    """The last one may have left before the poller's first step."""
+    events: list[Any] = []
+    watch = Watch(
+        7,
+        script,
+        poll=PollPolicy(),
+        retry=RetryPolicy(),
+        emit=events.append,
+        on_end=lambda watch: None,
+    )
+    watch.join()
+    watch.leave()
+    await watch.run()
+    assert script.dues == events == []
+
+
 async def test_a_foreign_error_ends_the_watch_it_belongs_to(watch: Watch, script: Script) -> None:
     """What a limiter of the user's raises reaches the followers, with a note of the execution."""
     script.send.send_nowait(ZeroDivisionError("limiter"))
