@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Required, Self, TypedDict, TypeVar, Unpack
 
 import attrs
 
@@ -20,6 +20,13 @@ class _Context(TypedDict, total=False):
 class _RequestContext(_Context, total=False):
     attempts: int
     reason: str
+
+
+class _StatusContext(_RequestContext, total=False):
+    status: Required[int]
+    server_message: Required[str]
+    body: Any
+    retry_after: float | None
 
 
 class PromptLayerExecError(Exception):
@@ -257,20 +264,9 @@ class UnprocessableEntity(StatusError):
         message: str,
         *,
         details: tuple[FieldError, ...] = (),
-        status: int,
-        server_message: str,
-        body: Any = None,
-        retry_after: float | None = None,
-        **context: Unpack[_RequestContext],
+        **context: Unpack[_StatusContext],
     ) -> None:
-        super().__init__(
-            message,
-            status=status,
-            server_message=server_message,
-            body=body,
-            retry_after=retry_after,
-            **context,
-        )
+        super().__init__(message, **context)
         self.details = details
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http import HTTPStatus
 from random import random
 from typing import TypeVar
@@ -28,6 +27,7 @@ from promptlayer_exec._errors import (
 from promptlayer_exec._events import Emit, RequestRetried, Throttled
 from promptlayer_exec._pace import Pace
 from promptlayer_exec._policies import Outage, RetryPolicy
+from promptlayer_exec._secret import Secret
 from promptlayer_exec._version import __version__
 from promptlayer_exec._wire import Reply, Request, Response, excerpt, read_retry_after
 
@@ -39,8 +39,6 @@ USER_AGENT = (
 )
 # The body of an error is for people to read.
 _ERROR_BODY_BYTES = 64 * 1024
-# A shorter key is no secret but a test's, and as a word it may stand in any message.
-_SECRET_LENGTH = 6
 
 
 def open_http(max_connections: int) -> aiohttp.ClientSession:
@@ -100,9 +98,7 @@ class Transport:
         self._timeout = aiohttp.ClientTimeout(total=request_timeout, ceil_threshold=float("inf"))
         self._max_response_bytes = max_response_bytes
         self._emit = emit
-        in_json = json.dumps(api_key)[1:-1]
-        spellings = {api_key, in_json, in_json.replace("/", "\\/")}
-        self._spellings = spellings if len(api_key) >= _SECRET_LENGTH else set()
+        self._key = Secret(api_key)
         self._headers = {"X-API-KEY": api_key, "Accept": "application/json"}
         if "User-Agent" not in http.headers:
             self._headers["User-Agent"] = USER_AGENT
@@ -214,7 +210,7 @@ class Transport:
     def _failure(
         self, trouble: BaseException | None, answer: aiohttp.ClientResponse | None, body: bytes
     ) -> RequestError:
-        reason = self._without_key(_reason(trouble))
+        reason = self._key.blot(_reason(trouble))
         error: RequestError
         if isinstance(trouble, TimeoutError):
             error = RequestTimeout(
@@ -231,15 +227,10 @@ class Transport:
                 reason=reason,
             )
         error.__cause__ = trouble
-        if any(self._tells_key(link) for link in _chain(trouble)):
+        # The repr of a ClientResponseError shows all headers of the request, the key's too.
+        if isinstance(trouble, aiohttp.ClientResponseError) or self._key.is_told_by(trouble):
             error.__cause__ = aiohttp.ClientError(f"{type(trouble).__name__}: {reason}")
         return error
-
-    def _tells_key(self, error: BaseException) -> bool:
-        if isinstance(error, aiohttp.ClientResponseError):
-            return True  # its repr shows all headers of the request
-        text = f"{error!r} {error} {vars(error)}"
-        return self._without_key(text) != text
 
     def _read(self, read: Callable[[Response, int], T], response: Response, execution_id: int) -> T:
         try:
@@ -247,8 +238,8 @@ class Transport:
         except RequestError:
             blotted = attrs.evolve(
                 response,
-                body=self._without_key(response.body.decode("latin-1")).encode("latin-1"),
-                location=response.location and self._without_key(response.location),
+                body=self._key.blot_bytes(response.body),
+                location=response.location and self._key.blot(response.location),
             )
             if blotted == response:
                 raise
@@ -256,13 +247,7 @@ class Transport:
 
     def _excerpt(self, body: bytes) -> str:
         # Blotted out before it is cut: half a key tells much, too.
-        start = body[:_ERROR_BODY_BYTES].decode("latin-1")
-        return excerpt(self._without_key(start).encode("latin-1"))
-
-    def _without_key(self, text: str) -> str:
-        for spelling in self._spellings:
-            text = text.replace(spelling, "***")
-        return text
+        return excerpt(self._key.blot_bytes(body[:_ERROR_BODY_BYTES]))
 
 
 async def _receive(answer: aiohttp.ClientResponse, chunks: list[bytes], limit: int) -> None:
@@ -285,12 +270,6 @@ def _reason(error: BaseException | None) -> str:
         # aiohttp words it for those who know its connection keys.
         return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
     return str(error) or type(error).__name__
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _places(http: aiohttp.ClientSession, max_connections: int) -> int:

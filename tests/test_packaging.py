@@ -69,6 +69,7 @@ LAYERS = [
     "_events",
     "_wire",
     "_pace",
+    "_secret",
     "_settings",
     "_transport",
     "_watch",

@@ -228,7 +228,7 @@ async def test_a_broken_answer_is_connection_failed(answer: bytes) -> None:
 
 @pytest.mark.parametrize("key", ["k", "secret-key"])
 async def test_no_header_of_ours_is_in_a_cause(key: str) -> None:
-    """The error of aiohttp on an answer that is no HTTP shows them all; however short the key is."""
+    """An error of aiohttp on what is no HTTP shows them all, however short the key is."""
     async with (
         raw_server(answering(b"SSH-2.0-OpenSSH\r\n\r\n")) as base_url,
         Session(key, base_url=base_url, retry=NO_RETRY) as session,

@@ -1,0 +1,44 @@
+"""The API key, and how it is kept out of all that is shown."""
+
+from __future__ import annotations
+
+import json
+
+# A shorter key is no secret but a test's, and as a word it may stand in any message.
+_LEAST_LENGTH = 6
+
+
+class Secret:
+    """A text that may be sent, but not shown.
+
+    Args:
+        text: the secret.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        in_json = json.dumps(text)[1:-1]
+        spellings = {text, in_json, in_json.replace("/", "\\/")}
+        self._spellings = spellings if len(text) >= _LEAST_LENGTH else set()
+
+    def __repr__(self) -> str:
+        return "Secret(***)"
+
+    def blot(self, text: str) -> str:
+        """Return a text in which `***` stands wherever the secret stood."""
+        for spelling in self._spellings:
+            text = text.replace(spelling, "***")
+        return text
+
+    def blot_bytes(self, text: bytes) -> bytes:
+        """Do the same for bytes, whatever their encoding is."""
+        return self.blot(text.decode("latin-1")).encode("latin-1")
+
+    def is_told_by(self, error: BaseException | None) -> bool:
+        """Tell whether an error, or one that it hangs on, would show the secret."""
+        while error is not None:
+            shown = f"{error!r} {error} {vars(error)}"
+            if self.blot(shown) != shown:
+                return True
+            error = error.__cause__ or error.__context__
+        return False
