@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Required, Self, TypedDict, TypeVar, Unpack
+import copy
+from typing import TYPE_CHECKING, Any, ClassVar, Required, TypedDict, TypeVar, Unpack
 
 import attrs
 
@@ -63,12 +64,6 @@ class PromptLayerExecError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (type(self), self.args, vars(self))
 
-    def copy(self) -> Self:
-        """Return an equal error with a traceback of its own, so that several tasks can raise it."""
-        duplicate = _restore(type(self), self.args, vars(self))
-        duplicate.__cause__ = self.__cause__
-        return duplicate
-
 
 def _restore(cls: type[_E], args: tuple[Any, ...], state: dict[str, Any]) -> _E:
     error = cls.__new__(cls)
@@ -77,6 +72,21 @@ def _restore(cls: type[_E], args: tuple[Any, ...], state: dict[str, Any]) -> _E:
     if "__notes__" in state:
         error.__notes__ = list(state["__notes__"])  # a copy's notes are its own
     return error
+
+
+def copy_error(error: Exception) -> Exception:
+    """Return an equal error with a traceback of its own, so that several tasks can raise it.
+
+    One that is not of this library, and cannot be copied, is returned itself.
+    """
+    try:
+        duplicate = copy.copy(error)
+    except Exception:  # noqa: BLE001 - copying runs whatever code a foreign error brings
+        return error
+    if type(duplicate) is not type(error):
+        return error
+    duplicate.__cause__ = error.__cause__
+    return duplicate
 
 
 class ConfigurationError(PromptLayerExecError, ValueError):

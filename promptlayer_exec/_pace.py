@@ -13,7 +13,7 @@ class Limiter(Protocol):
     """A limit of the user's own, such as one that several processes share."""
 
     async def acquire(self) -> None:
-        """Return when one more HTTP attempt may be made."""
+        """Return when one more HTTP attempt may be made; called by one attempt at a time."""
 
 
 # After a 429 that is the second in a while, or names no Retry-After: the share of the measured rate
@@ -25,7 +25,8 @@ _RAMP = math.log(4.0)
 _PROBE = math.log(1.05)
 _GREATEST_STEP = 0.08
 _SETTLED = 10.0
-_SLOWEST = 1.0
+# An idle session has measured nothing: with every such 429 its rate is halved, from at most this.
+_UNMEASURED = 20.0
 # A timer that fires late may be made up for by at most this many seconds.
 _CATCH_UP = 0.1
 
@@ -64,14 +65,21 @@ class Pace:
         """Wait for the next departure."""
         queued = self._turn.locked()
         async with self._turn:
-            while (wait := self._next - self._clock()) > 0:
-                queued = True
-                await anyio.sleep(wait)
+            queued = await self._pause() or queued
+            if self._limiter is not None:
+                await self._limiter.acquire()
+                await self._pause()  # a 429 may have come meanwhile
             now = self._clock()
             due = max(self._next, now - _CATCH_UP) if queued else now
             self._next = due + 1.0 / self._speed(now)
-        if self._limiter is not None:
-            await self._limiter.acquire()
+
+    async def _pause(self) -> bool:
+        """Wait until a request may leave; return whether there was need to."""
+        waited = False
+        while (wait := self._next - self._clock()) > 0:
+            waited = True
+            await anyio.sleep(wait)
+        return waited
 
     def answered(self) -> None:
         """Take note of an answer other than 429."""
@@ -89,7 +97,8 @@ class Pace:
         if sent_at >= self._refused_at:
             repeated = now - self._refused_at < _SETTLED
             if repeated or not announced:
-                known = max(_BACK_OFF * self._good.at(now), _SLOWEST)
+                half = min(self._throttle, self._rate, _UNMEASURED) / 2
+                known = max(_BACK_OFF * self._good.at(now), half)
                 self._throttle = min(known, _BACK_OFF * self._rate)
                 self._growth = _PROBE if repeated else _RAMP
             self._refused_at = self._grown_at = now

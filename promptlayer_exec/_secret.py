@@ -31,14 +31,25 @@ class Secret:
         return text
 
     def blot_bytes(self, text: bytes) -> bytes:
-        """Do the same for bytes, whatever their encoding is."""
+        """Do the same for bytes in any superset of ASCII."""
         return self.blot(text.decode("latin-1")).encode("latin-1")
+
+    def blot_json(self, body: bytes) -> bytes:
+        """Do the same for a body that may be JSON, in which the secret has many spellings."""
+        try:
+            plain = json.dumps(json.loads(body), ensure_ascii=False)
+        except (ValueError, RecursionError):
+            return self.blot_bytes(body)
+        clean = self.blot(plain)
+        return self.blot_bytes(body) if clean == plain else clean.encode("utf-8", "surrogatepass")
 
     def is_told_by(self, error: BaseException | None) -> bool:
         """Tell whether an error, or one that it hangs on, would show the secret."""
-        while error is not None:
-            shown = f"{error!r} {error} {vars(error)}"
-            if self.blot(shown) != shown:
-                return True
-            error = error.__cause__ or error.__context__
-        return False
+        if error is None:
+            return False
+        shown = f"{error!r} {error} {vars(error)}"
+        return (
+            self.blot(shown) != shown
+            or self.is_told_by(error.__cause__)
+            or self.is_told_by(error.__context__)
+        )

@@ -122,7 +122,14 @@ class Session:
         if self._opening is not None and self._opening.lifetime.closing:
             await self._settle(self._opening)
         self._closed = False
-        await self._open()
+        is_new = self._opening is None
+        try:
+            await self._open()
+        except BaseException:
+            # Whoever is cancelled in here never comes to `__aexit__`.
+            if is_new and self._opening is not None:
+                self._opening.lifetime.close()
+            raise
         return self
 
     async def __aexit__(
@@ -196,9 +203,13 @@ class Session:
         return Execution(self, check_execution_id(execution_id))
 
     def __repr__(self) -> str:
-        is_open = self._opening is not None and not self._opening.lifetime.closing
-        state = "open" if is_open else "not open"
-        return f"<Session {find_base_url(self._base_url)}, {state}>"
+        if self._opening is not None and not self._opening.lifetime.closing:
+            return f"<Session {self._opening.transport.base_url}, open>"
+        try:
+            base_url = find_base_url(self._base_url)
+        except ConfigurationError:
+            base_url = "with a malformed base URL"  # the environment's, as of now
+        return f"<Session {base_url}, not open>"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Session holds a key and connections, and cannot be pickled or copied")

@@ -52,6 +52,7 @@ def find_base_url(base_url: str | None) -> str:
     try:
         url = URL(base_url)
         port_is_valid = url.port is not None
+        (url.raw_host or "").encode("idna")  # as name resolution will
     except ValueError:
         # The message of the cause shows the URL, and with it any password.
         raise ConfigurationError(f"{source} is no valid URL") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import time
@@ -46,7 +47,6 @@ def open_http(max_connections: int) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=max_connections),
         cookie_jar=aiohttp.DummyCookieJar(),
-        middlewares=(_send_once,),
     )
 
 
@@ -91,7 +91,7 @@ class Transport:
         emit: Emit,
     ) -> None:
         self._http = http
-        self._base_url = base_url
+        self.base_url = base_url
         self._pace = pace
         self._retry = retry
         self._request_timeout = request_timeout
@@ -102,6 +102,8 @@ class Transport:
         self._headers = {"X-API-KEY": api_key, "Accept": "application/json"}
         if "User-Agent" not in http.headers:
             self._headers["User-Agent"] = USER_AGENT
+        # Those given with a request replace the session's, which has no public name for them.
+        self._middlewares = (*http._middlewares, _send_once)
         # Whoever finds no connection free waits here, where no timeout runs.
         self._places = anyio.Semaphore(_places(http, max_connections), fast_acquire=True)
 
@@ -170,17 +172,24 @@ class Transport:
         try:
             answer = await self._http.request(
                 request.method,
-                URL(self._base_url + request.target, encoded=True),
+                URL(self.base_url + request.target, encoded=True),
                 headers=self._headers,
                 timeout=self._timeout,
                 allow_redirects=False,
                 raise_for_status=False,
                 auto_decompress=True,
+                middlewares=self._middlewares,
             )
             limit = self._max_response_bytes if answer.status < 300 else _ERROR_BODY_BYTES
             await _receive(answer, chunks, limit)
-        except (aiohttp.ClientError, OSError) as error:  # OSError: also every TimeoutError
+        except (aiohttp.ClientError, OSError, UnicodeError) as error:
+            # OSError: also every TimeoutError; UnicodeError: a host name that cannot be looked up
             trouble = error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            trouble = error  # not this task was cancelled, but something that it awaited
         duration = anyio.current_time() - sent_at
         body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         if answer is None or (trouble is not None and answer.status < 300):
@@ -214,14 +223,17 @@ class Transport:
         error: RequestError
         if isinstance(trouble, TimeoutError):
             error = RequestTimeout(
-                f"no complete answer from {self._base_url} within {self._request_timeout:g} s",
+                f"no complete answer from {self.base_url} within {self._request_timeout:g} s",
                 reason=reason,
             )
         elif answer is None:
-            error = ConnectionFailed(f"no answer from {self._base_url}: {reason}", reason=reason)
+            error = ConnectionFailed(
+                f"no usable answer from {self.base_url}: {reason}", reason=reason
+            )
         else:
             error = InvalidResponse(
-                f"the {answer.status} answer was cut short after {len(body)} bytes",
+                f"the {answer.status} answer is cut short, or undecodable, after {len(body)} bytes"
+                f" ({reason})",
                 status=answer.status,
                 excerpt=self._excerpt(body),
                 reason=reason,
@@ -238,7 +250,7 @@ class Transport:
         except RequestError:
             blotted = attrs.evolve(
                 response,
-                body=self._key.blot_bytes(response.body),
+                body=self._key.blot_json(response.body),
                 location=response.location and self._key.blot(response.location),
             )
             if blotted == response:
@@ -258,11 +270,10 @@ async def _receive(answer: aiohttp.ClientResponse, chunks: list[bytes], limit: i
             chunks.append(chunk)
             size += len(chunk)
             if size > limit:
-                answer.close()
-                return
-    except BaseException:
-        answer.close()
-        raise
+                break
+    finally:
+        if not answer.closed:  # it closes itself where the body was read to its end
+            answer.close()
 
 
 def _reason(error: BaseException | None) -> str:

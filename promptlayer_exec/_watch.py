@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 
-from promptlayer_exec._errors import ExecutionTimeout, PromptLayerExecError, SessionClosed
+from promptlayer_exec._errors import (
+    ExecutionTimeout,
+    PromptLayerExecError,
+    SessionClosed,
+    copy_error,
+)
 from promptlayer_exec._events import Emit, Polled, WatchEnded, WatchStarted
 from promptlayer_exec._models import FrozenMap, Node, NodeStatus, NodeTimes, Snapshot
 from promptlayer_exec._policies import Deadline, Outage, PollPolicy, RetryPolicy
@@ -122,9 +127,7 @@ class Watch:
                 cause = self._error or self._outage.error
                 raise timed_out(self.execution_id, deadline, latest, cause) from cause
             if self._error is not None:
-                if isinstance(self._error, PromptLayerExecError):
-                    raise self._error.copy()  # a traceback belongs to one task
-                raise self._error
+                raise copy_error(self._error)  # a traceback belongs to one task
             with anyio.CancelScope(deadline=deadline.at):
                 await self._news.wait()
 
@@ -132,16 +135,19 @@ class Watch:
         """Poll until the execution is complete, the last follower has left, or a poll fails."""
         if not self._followers:
             return
-        self._task = asyncio.current_task()
+        self._task = task = asyncio.current_task()
         started = anyio.current_time()
         self._emit(WatchStarted(self.execution_id))
         error: Exception | None = SessionClosed()
         try:
             error = await self._poll_until_complete(started)
-        except asyncio.CancelledError:
-            if self._followers:
-                raise
-            error = None
+        except asyncio.CancelledError as cancelled:
+            # Not passed on: it would end the task group, and with it every other watch.
+            if not self._followers:
+                error = None
+            elif task is not None and not task.cancelling():
+                error = RuntimeError("something that a poll awaited was cancelled")
+                error.__cause__ = cancelled
         finally:
             self._task = None
             self._end(error, elapsed=anyio.current_time() - started)

@@ -150,7 +150,7 @@ def test_defaults():
 
 MAKERS = {
     **{f"pickle-{n}": n for n in range(2, pickle.HIGHEST_PROTOCOL + 1)},
-    "own-copy": _errors.PromptLayerExecError.copy,
+    "own-copy": _errors.copy_error,
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
 }
@@ -184,7 +184,7 @@ def test_own_copy_has_its_own_traceback():
     cause = KeyError("root")
     error = build(_errors.NotFound)
     error.__cause__ = cause
-    duplicate = error.copy()
+    duplicate = _errors.copy_error(error)
     with pytest.raises(_errors.NotFound) as caught:
         raise duplicate
     assert caught.value is duplicate
@@ -196,16 +196,31 @@ def test_own_copy_has_its_own_notes():
     """A note added to a copy is not on the original: followers share no error."""
     error = build(_errors.ServerError)
     error.add_note("at the source")
-    first, second = error.copy(), error.copy()
+    first, second = _errors.copy_error(error), _errors.copy_error(error)
     first.add_note("mine")
     assert error.__notes__ == second.__notes__ == ["at the source"]
+
+
+def test_a_foreign_error_that_cannot_be_copied_is_returned_itself():
+    """Whether its copying raises or gives something else."""
+
+    class Refusing(Exception):
+        def __reduce__(self):
+            raise TypeError
+
+    class Changing(Exception):
+        def __reduce__(self):
+            return str, ()
+
+    for error in (Refusing(), Changing()):
+        assert _errors.copy_error(error) is error
 
 
 def test_own_copy_shows_its_cause():
     """A copy prints with its cause, like the original."""
     error = build(_errors.ServerError)
     error.__cause__ = KeyError("root")
-    shown = "".join(traceback.format_exception(error.copy()))
+    shown = "".join(traceback.format_exception(_errors.copy_error(error)))
     assert "KeyError: 'root'" in shown
     assert "direct cause" in shown
 

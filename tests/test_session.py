@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import pickle
 import subprocess
 import sys
@@ -143,6 +144,7 @@ async def test_settings_from_the_environment_are_found_at_first_use(
         ({"api_key": "se cret"}, "api_key"),
         ({"api_key": "secret\n"}, "api_key"),
         ({"base_url": "ftp://host"}, "base_url"),
+        ({"base_url": "http://a..b"}, "base_url"),
         ({"base_url": "http://host\r\nX: y"}, "base_url"),
         ({"wait_timeout": -1}, "wait_timeout"),
         ({"wait_timeout": "5"}, "wait_timeout"),
@@ -234,6 +236,45 @@ async def test_entering_a_closed_session_opens_it_afresh(session: Session, held:
     for _ in range(3):
         async with session:
             await session.get_results(held)
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_cancelled_entering_leaves_nothing_open(turns: int, held: int, sim: Any) -> None:
+    """Whoever is cancelled there never comes to the exit; the session can be entered again."""
+    session = quick(sim)
+
+    async def body() -> None:
+        async with session:
+            await asyncio.Event().wait()
+
+    entering = asyncio.create_task(body())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    entering.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await entering
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert [t for t in asyncio.all_tasks() if t.get_name() == "promptlayer_exec.Session"] == []
+    async with session:
+        await session.get_results(held)
+
+
+async def test_closing_waits_for_the_calls_to_have_ended(
+    sim: Simulator, session: Session, held: int
+) -> None:
+    """No request is under way any more when `aclose` returns."""
+    sim.inject(Fault.stall(times=None))
+    calls = [asyncio.create_task(session.get_results(held)) for _ in range(3)]
+    await sim.wait_for_requests(3)
+    done_at_close = []
+    for call in calls:
+        call.add_done_callback(done_at_close.append)
+    await session.aclose()
+    await asyncio.sleep(0)
+    assert len(done_at_close) == 3
+    for call in calls:
+        assert isinstance(call.exception(), SessionClosed)
 
 
 async def test_entering_while_it_closes_waits_for_the_end(session: Session, held: int) -> None:
@@ -498,6 +539,29 @@ async def test_the_base_url_s_path_prefix_is_kept(
     with pytest.raises(Exception, match="404"):
         await session.get_results(1)
     assert sim.requests[0].path == "/gate%20way/workflow-version-execution-results"
+
+
+def test_a_repr_survives_a_malformed_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is for debugging, so it does not raise."""
+    session = Session("key")
+    monkeypatch.setenv("PROMPTLAYER_BASE_URL", "nonsense")
+    assert repr(session) == "<Session with a malformed base URL, not open>"
+
+
+async def test_a_session_dropped_unclosed_lives_until_its_loop_ends(
+    sim: Simulator, held: int
+) -> None:
+    """The garbage collector does not tear it apart, and it can still be found and ended."""
+
+    async def use_and_drop() -> None:
+        await quick(sim).get_results(held)
+
+    await use_and_drop()
+    gc.collect()
+    (supervisor,) = [t for t in asyncio.all_tasks() if t.get_name() == "promptlayer_exec.Session"]
+    supervisor.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await supervisor
 
 
 def test_handles_are_equal_by_session_and_id() -> None:

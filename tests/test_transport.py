@@ -393,6 +393,12 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
     "answer",
     [
         http(b'{"message": "no key secret-key"}', status="401 No"),
+        http(
+            ('{"message": "' + "".join(f"\\u{ord(c):04x}" for c in "secret-key") + '"}').encode(),
+            status="404 No",
+        ),
+        http('{"error": "secret-key"}'.encode("utf-16"), status="404 No"),
+        http(b'{"detail": [{"loc": ["secret-key"], "msg": "x", "type": "y"}]}', status="422 No"),
         http(b"key secret-key is unknown", status="403 No"),
         http(b"", status="302 Go", headers="Location: /?key=secret-key\r\n"),
         http(b"secret-key is no JSON"),
@@ -419,10 +425,18 @@ async def test_the_key_is_nowhere_in_an_error(
     assert [text for text in said if "secret-key" in text] == []
 
 
-async def test_aiohttp_does_not_send_again_by_itself() -> None:
+@pytest.mark.parametrize("borrowed", [False, True])
+async def test_aiohttp_does_not_send_again_by_itself(borrowed: bool) -> None:
     """A connection that died between two requests costs a retry that we count and report."""
     events: list[Any] = []
     requests = 0
+    seen = 0
+
+    async def count(request: aiohttp.ClientRequest, handler: Any) -> aiohttp.ClientResponse:
+        nonlocal seen
+        seen += 1
+        response: aiohttp.ClientResponse = await handler(request)
+        return response
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal requests
@@ -435,9 +449,11 @@ async def test_aiohttp_does_not_send_again_by_itself() -> None:
 
     async with (
         raw_server(serve) as base_url,
+        aiohttp.ClientSession(middlewares=(count,)) as theirs,
         Session(
             "key",
             base_url=base_url,
+            http=theirs if borrowed else None,
             observers=[events.append],
             retry=RetryPolicy(base=0.001),
         ) as session,
@@ -445,8 +461,81 @@ async def test_aiohttp_does_not_send_again_by_itself() -> None:
         await session.get_results(1)
         assert (await session.get_results(1)).value == "done"
     assert requests == 3
+    assert seen == (3 if borrowed else 0)
     assert [type(event) for event in events] == [RequestRetried]
     assert type(events[0].error) is ConnectionFailed
+
+
+async def test_no_cookie_is_kept() -> None:
+    """What a server, or a proxy before it, sets is not sent back."""
+    heads = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            heads.append(await reader.readuntil(b"\r\n\r\n"))
+            writer.write(http(b"1", headers="Set-Cookie: a=b\r\n"))
+
+    async with raw_server(serve) as base_url:
+        named = base_url.replace("127.0.0.1", "localhost")  # no jar keeps an address's cookies
+        async with Session("key", base_url=named) as session:
+            await session.get_results(1)
+            await session.get_results(1)
+    assert len(heads) == 2
+    assert b"cookie" not in heads[1].lower()
+
+
+async def test_a_borrowed_session_that_does_not_decompress_is_overruled() -> None:
+    """We read JSON, whatever its owner wants to read."""
+    answer = http(gzip.compress(b'"done"'), headers="Content-Encoding: gzip\r\n")
+    async with (
+        raw_server(answering(answer)) as base_url,
+        aiohttp.ClientSession(auto_decompress=False) as theirs,
+        Session("key", base_url=base_url, http=theirs) as session,
+    ):
+        assert (await session.get_results(1)).value == "done"
+
+
+async def test_an_undecodable_body_is_said_to_be_one() -> None:
+    """With what the decoder said."""
+    answer = http(b"this is no gzip", headers="Content-Encoding: gzip\r\n")
+    async with raw_server(answering(answer)) as base_url:
+        error = await failure_at(base_url)
+    assert type(error) is InvalidResponse
+    assert "undecodable" in str(error)
+    assert "gzip" in error.reason
+
+
+async def test_a_switch_of_protocols_is_refused_and_closed() -> None:
+    """A 101 has no body that would end, so nobody else would close the connection."""
+    answer = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: other\r\nConnection: upgrade\r\n\r\n"
+    async with raw_server(answering(answer)) as base_url:
+        error = await failure_at(base_url)
+    assert type(error) is InvalidResponse
+    assert error.status == 101
+
+
+async def test_a_cancellation_from_within_is_a_failure_of_the_attempt() -> None:
+    """Such as by a borrowed session that its owner closes: no task of ours was cancelled."""
+
+    async def interrupt(request: aiohttp.ClientRequest, handler: Any) -> aiohttp.ClientResponse:
+        raise asyncio.CancelledError
+
+    async with (
+        aiohttp.ClientSession(middlewares=(interrupt,)) as theirs,
+        Session("key", base_url="http://127.0.0.1:1", http=theirs, retry=NO_RETRY) as session,
+    ):
+        with pytest.raises(ConnectionFailed, match="CancelledError"):
+            await session.get_results(1)
+
+
+async def test_waiting_for_the_pace_does_not_use_up_the_outage(
+    sim: Simulator, open_session: Callable[..., Session], held: int
+) -> None:
+    """Four attempts that are 50 ms apart fit into an outage of 60 ms."""
+    session = open_session(rate=20.0, retry=RetryPolicy(outage=0.06, base=0.001))
+    sim.inject(Fault.status(503, times=3))
+    await session.get_results(held)
+    assert sim.request_count == 4
 
 
 async def test_retry_after_is_a_floor_under_the_delay(

@@ -587,6 +587,88 @@ async def test_a_poller_without_followers_asks_nothing(script: Script) -> None:
     assert script.dues == events == []
 
 
+async def test_leaving_is_no_error(
+    sim: Simulator, session: Session, held: int, recorder: Any
+) -> None:
+    """The watch of an execution that nobody follows any more ended well."""
+    async with aclosing(session.execution(held).stream()) as snapshots:
+        await anext(snapshots)
+        ended = asyncio.ensure_future(recorder.next(WatchEnded))
+    event = await ended
+    assert event.error is None
+    assert event.polls == 1
+
+
+async def test_each_good_answer_resets_the_outage(
+    sim: Simulator, open_session: Callable[..., Session], held: int
+) -> None:
+    """A server that fails for a while after every answer is survived for as long as it takes."""
+    session = open_session(retry=RetryPolicy(watch_outage=0.2, base=0.03))
+    started = anyio.current_time()
+    async with aclosing(session.execution(held).stream()) as snapshots:
+        async for snapshot in snapshots:
+            if snapshot.complete:
+                break
+            sim.inject(Fault.status(503))
+            if anyio.current_time() - started > 0.3:
+                sim.finish(held, "Answer")
+    assert snapshot.complete
+
+
+async def test_a_watch_that_ends_forgets_only_itself(
+    sim: Simulator, session: Session, held: int, recorder: Any
+) -> None:
+    """The last one to leave a failed watch does not part the followers of its successor."""
+    execution = session.execution(held)
+    old = execution.stream()
+    await anext(old)
+    sim.inject(Fault.status(403))
+    with pytest.raises(Exception, match="403"):
+        await execution.wait()
+    async with aclosing(execution.stream()) as new:
+        await anext(new)
+        await old.aclose()
+        async with aclosing(execution.stream()) as third:
+            await anext(third)
+    assert len(recorder.of(WatchStarted)) == 2
+
+
+async def test_an_error_of_the_users_limiter_is_copied_for_each_follower(
+    open_session: Callable[..., Session], held: int
+) -> None:
+    """With a note of the execution."""
+
+    class Broken:
+        async def acquire(self) -> None:
+            raise ZeroDivisionError("limiter")
+
+    execution = open_session(limiter=Broken()).execution(held)
+    errors = await asyncio.gather(*(execution.wait() for _ in range(3)), return_exceptions=True)
+    assert len({id(error) for error in errors}) == 3
+    for error in errors:
+        assert isinstance(error, ZeroDivisionError)
+        assert error.__notes__ == [f"while watching execution {held}"]
+
+
+async def test_a_cancellation_inside_one_poller_is_no_other_s(
+    sim: Simulator, open_session: Callable[..., Session], held: int
+) -> None:
+    """It ends that watch with an error; the session and its other watches go on."""
+
+    class Cancelled:
+        calls = 0
+
+        async def acquire(self) -> None:
+            self.calls += 1
+            if self.calls == 1:
+                raise asyncio.CancelledError
+
+    session = open_session(limiter=Cancelled())
+    with pytest.raises(RuntimeError, match="was cancelled"):
+        await session.execution(held).wait()
+    assert not (await session.execution(held).snapshot()).complete
+
+
 async def test_a_foreign_error_ends_the_watch_it_belongs_to(watch: Watch, script: Script) -> None:
     """What a limiter of the user's raises reaches the followers, with a note of the execution."""
     script.send.send_nowait(ZeroDivisionError("limiter"))
