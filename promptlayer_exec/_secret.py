@@ -9,20 +9,16 @@ _LEAST_LENGTH = 6
 
 
 class Secret:
-    """A text that may be sent, but not shown.
+    """Finds a text that must not be shown, and blots it out.
 
     Args:
         text: the secret.
     """
 
     def __init__(self, text: str) -> None:
-        self.text = text
         in_json = json.dumps(text)[1:-1]
         spellings = {text, in_json, in_json.replace("/", "\\/")}
         self._spellings = spellings if len(text) >= _LEAST_LENGTH else set()
-
-    def __repr__(self) -> str:
-        return "Secret(***)"
 
     def blot(self, text: str) -> str:
         """Return a text in which `***` stands wherever the secret stood."""

@@ -182,8 +182,7 @@ class Transport:
             )
             limit = self._max_response_bytes if answer.status < 300 else _ERROR_BODY_BYTES
             await _receive(answer, chunks, limit)
-        except (aiohttp.ClientError, OSError, UnicodeError) as error:
-            # OSError: also every TimeoutError; UnicodeError: a host name that cannot be looked up
+        except (aiohttp.ClientError, OSError) as error:  # OSError: also every TimeoutError
             trouble = error
         except asyncio.CancelledError as error:
             task = asyncio.current_task()

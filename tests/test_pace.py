@@ -317,6 +317,18 @@ async def test_old_429s_do_not_slow_further(world):
     assert 80.0 < throttle < 95.0
 
 
+async def test_seconds_in_which_nothing_may_leave_are_not_measured(world):
+    """After a long announced stop, the next 429 still knows the rate from before it."""
+    pace = Pace(100.0, clock=world.clock)
+    await steady(pace, world, 5.0)
+    pace.refused(world.now, 20.0)
+    await steady(pace, world, 0.1)
+    pace.refused(world.now, 0.1)
+    await steady(pace, world, 0.1)
+    pace.refused(world.now, 0.1)
+    assert 75.0 < pace._throttle < 95.0
+
+
 async def test_new_429s_slow_further(world):
     """429s of requests that left after the slow-down do slow further."""
     pace = Pace(100.0, clock=world.clock)

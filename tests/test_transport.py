@@ -140,6 +140,8 @@ async def test_the_request_is_as_documented(mocked: Callable[..., None]) -> None
     )
     assert call.kwargs["headers"]["X-API-KEY"] == "key"
     assert call.kwargs["allow_redirects"] is False
+    assert call.kwargs["timeout"].total == 30.0
+    assert call.kwargs["timeout"].ceil_threshold == float("inf")  # or 30 s may become 31
 
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -464,6 +466,14 @@ async def test_aiohttp_does_not_send_again_by_itself(borrowed: bool) -> None:
     assert seen == (3 if borrowed else 0)
     assert [type(event) for event in events] == [RequestRetried]
     assert type(events[0].error) is ConnectionFailed
+
+
+async def test_a_key_at_the_end_of_an_excerpt_is_not_cut_in_half() -> None:
+    """It is blotted out first."""
+    body = b"<" * 195 + b"secret-key and more"
+    async with raw_server(answering(http(body))) as base_url:
+        error = await failure_at(base_url)
+    assert error.excerpt == "<" * 195 + "*** a"
 
 
 async def test_no_cookie_is_kept() -> None:
