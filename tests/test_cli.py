@@ -49,6 +49,30 @@ from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 PROGRAM = [sys.executable, "-W", "error", "-m", "promptlayer_exec"]
 PATIENCE = 30.0
+STUBBORN = """
+import asyncio
+from promptlayer_exec.cli import _app
+
+async def work(*args, **kwargs):
+    print("ready", flush=True)
+    while True:
+        try:
+            await asyncio.sleep(99)
+        except asyncio.CancelledError:
+            print("cancelled", flush=True)
+
+_app.watch = work
+from promptlayer_exec.__main__ import main; main()
+"""
+BROKEN = """
+from promptlayer_exec.cli import _app
+
+async def work(*args, **kwargs):
+    raise EOFError("what now?")
+
+_app.watch = work
+from promptlayer_exec.__main__ import main; main()
+"""
 NOBODY = "http://127.0.0.1:9"
 HELD = Scenario(
     [
@@ -98,10 +122,10 @@ class Command:
             assert line, f"{text!r} never came"
         return line
 
-    def end(self) -> tuple[int, str, str]:
+    def end(self, *, traceback: bool = False) -> tuple[int, str, str]:
         """Return the exit code, and the rest of standard output and of standard error."""
         out, err = self.process.communicate(timeout=PATIENCE)
-        assert "Traceback" not in err, err
+        assert ("Traceback" in err) is traceback, err
         return self.process.returncode, out, err
 
     def close(self) -> None:
@@ -229,6 +253,16 @@ def terminal(environment: dict[str, str]) -> Iterator[Callable[..., Terminal]]:
         opened.close()
 
 
+def redirected(how: str) -> list[str]:
+    """Return the program with its streams redirected, or what else a shell can do before it."""
+    return ["sh", "-c", how.replace("RUN", 'exec "$@"'), "sh", *PROGRAM]
+
+
+def python(code: str) -> list[str]:
+    """Return a program that is some Python."""
+    return [sys.executable, "-W", "error", "-c", code]
+
+
 def shown(text: str) -> str:
     """Return the text without escape sequences."""
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
@@ -343,12 +377,15 @@ class TestWatch:
         assert re.fullmatch(r"server in trouble, retrying in \d\.\d s \(503 .*\)\n", err)
 
     def test_an_interrupt_is_exit_code_130(self, sim: Simulator, start: Start) -> None:
-        """Ctrl-C prints the id and the command that picks the execution up again."""
+        """Ctrl-C prints the id and the command that picks the execution up; SIGTERM does too."""
         execution_id = sim.add_execution(HELD)
         commands = [start("watch", execution_id), start("watch", execution_id, "--json")]
+        terminated = start("watch", execution_id)
         for command in commands:
             command.line()
             command.process.send_signal(signal.SIGINT)
+        terminated.line()
+        terminated.process.terminate()
         code, _, err = commands[0].end()
         assert code == 130
         assert err == (
@@ -362,14 +399,7 @@ class TestWatch:
             "execution_id": str(execution_id),
         }
         assert (code, json.loads(out)) == (130, {"error": error})
-
-    def test_sigterm_is_exit_code_143(self, sim: Simulator, start: Start) -> None:
-        """SIGTERM ends it as cleanly as Ctrl-C does."""
-        execution_id = sim.add_execution(HELD)
-        command = start("watch", execution_id)
-        command.line()
-        command.process.terminate()
-        code, _, err = command.end()
+        code, _, err = terminated.end()
         assert code == 143
         assert err.startswith("terminated\n")
         assert f"promptlayer-exec watch {execution_id}" in err
@@ -390,8 +420,8 @@ class TestWatch:
         """An impossible id, option or setting is told in words, and nothing is sent."""
         cases = {
             start("watch", "0"): "Invalid value for 'ID'",
-            start("watch", "abc"): "Invalid value for 'ID'",
             start("watch", 2**63): "Invalid value for 'ID'",
+            start("watch", 5, "--base-url", "http://a..b"): "base_url",
             start("watch", 5, "--timeout", "nan"): "Invalid value for '--timeout'",
             start("results", 5, "--base-url", "ftp://x"): "must begin with http://",
             start("watch", 5, PROMPTLAYER_API_KEY=""): "variable PROMPTLAYER_API_KEY",
@@ -509,7 +539,7 @@ class TestResults:
     """`results ID`."""
 
     def test_the_main_output(self, sim: Simulator, start: Start) -> None:
-        """A string is printed as it is, anything else as JSON, with --json everything."""
+        """A string is printed as it is, anything else as JSON; with --all every node is."""
         text = sim.add_execution(
             Scenario([SimNode("reply", "Good\n\x1b[1mday \ud800", is_output_node=True)])
         )
@@ -520,18 +550,15 @@ class TestResults:
             start("results", text),
             start("results", text, "--json"),
             start("results", number),
+            start("results", number, "--all"),
         ]
         assert commands[0].end() == (0, "Good\n\x1b[1mday \\ud800\n", "")
         assert commands[1].end() == (0, '"Good\\n\\u001b[1mday \\ud800"\n', "")
         assert commands[2].end() == (0, '{"a": null, "b": "\\u65e5\\u672c"}\n', "")
-
-    def test_all_nodes(self, sim: Simulator, start: Start) -> None:
-        """With --all, one line of JSON has every node."""
-        execution_id = sim.add_execution(DONE)
-        code, out, err = start("results", execution_id, "--all").end()
+        code, out, err = commands[3].end()
         assert (code, err) == (0, "")
         (line,) = out.splitlines()
-        assert json.loads(line)["nodes"]["reply"]["value"] == "Good\nday"
+        assert json.loads(line)["nodes"]["reply"]["value"] == {"a": None, "b": "日本"}
 
     def test_a_failed_execution(self, sim: Simulator, start: Start) -> None:
         """Standard output stays empty, standard error tells why, and the code is 1."""
@@ -606,13 +633,17 @@ class TestSimulate:
         server.process.send_signal(signal.SIGINT)
         assert server.end() == (0, "", "")
 
-    def test_a_port_that_is_taken(self, sim: Simulator, start: Start) -> None:
-        """It is told in one line, and the code is 2."""
+    def test_an_address_that_it_cannot_have(self, sim: Simulator, start: Start) -> None:
+        """A port that is taken, or a malformed host, is told in one line, and the code is 2."""
         port = sim.base_url.rpartition(":")[2]
+        malformed = start("simulate", "--host", "a..b")
         code, out, err = start("simulate", "--port", port).end()
         assert (code, out) == (2, "")
         assert err.startswith(f"cannot listen on 127.0.0.1, port {port}: ")
         assert err.count("\n") == 1
+        code, out, err = malformed.end()
+        assert (code, out) == (2, "")
+        assert err.startswith("cannot listen on a..b, port 8787: ")
 
 
 class TestProgram:
@@ -621,38 +652,52 @@ class TestProgram:
     def test_without_the_extra(self, start: Start) -> None:
         """Without typer or rich, one line tells what to install, and the code is 2."""
         hint = "the command line needs an extra: pip install 'promptlayer-exec[cli]'\n"
-        for missing in ("typer", "rich"):
-            block = f"import sys; sys.modules[{missing!r}] = None; "
-            call = f"{block}from promptlayer_exec.__main__ import main; main()"
-            assert start(program=[sys.executable, "-c", call]).end() == (2, "", hint)
+        call = "from promptlayer_exec.__main__ import main; main()"
+        commands = [
+            start(program=python(f"import sys; sys.modules[{missing!r}] = None; {call}"))
+            for missing in ("typer", "rich")
+        ]
+        for command in commands:
+            assert command.end() == (2, "", hint)
 
     def test_another_import_error_is_not_hidden(self, start: Start) -> None:
         """Only a missing extra is explained away."""
         call = (
             "import sys; sys.modules['promptlayer_exec.simulator'] = None\n"
-            "from promptlayer_exec.__main__ import main\n"
-            "try: main()\n"
-            "except ImportError as error: print(error.name)"
+            "from promptlayer_exec.__main__ import main; main()"
         )
-        command = start(program=[sys.executable, "-c", call])
-        assert command.end() == (0, "promptlayer_exec.simulator\n", "")
+        code, out, err = start(program=python(call)).end(traceback=True)
+        assert (code, out) == (70, "")
+        assert "import of promptlayer_exec.simulator halted" in err
 
     def test_an_interrupt_while_it_starts(self, start: Start) -> None:
-        """Ctrl-C before anything happened is exit code 130, without a traceback."""
+        """Ctrl-C is exit code 130, without a word, even where an import swallows exceptions."""
         call = (
-            "import builtins, sys\n"
+            "import signal, sys\n"
             "class Finder:\n"
             "    def find_spec(self, name, *args):\n"
-            "        if name == 'promptlayer_exec.cli': raise KeyboardInterrupt\n"
+            "        if name == 'promptlayer_exec.cli':\n"
+            "            try: signal.raise_signal(signal.SIGINT)\n"
+            "            except BaseException: pass\n"
             "sys.meta_path.insert(0, Finder())\n"
             "from promptlayer_exec.__main__ import main; main()"
         )
-        assert start(program=[sys.executable, "-c", call]).end() == (130, "", "")
+        assert start("--help", program=python(call)).end() == (130, "", "")
+
+    def test_an_interrupt_while_it_exits(self, start: Start) -> None:
+        """Once a command has ended, Ctrl-C changes nothing."""
+        call = (
+            "import atexit, signal\n"
+            "atexit.register(signal.raise_signal, signal.SIGINT)\n"
+            "from promptlayer_exec.__main__ import main; main()"
+        )
+        code, _, err = start("--help", program=python(call)).end()
+        assert (code, err) == (0, "")
 
     def test_script_and_module_are_the_same(self, start: Start) -> None:
         """The script's `main` and `python -m` answer alike, and help names the exit codes."""
         call = "from promptlayer_exec.__main__ import main; main()"
-        script = start("--help", program=[sys.executable, "-c", call])
+        script = start("--help", program=python(call))
         module = start("--help")
         code, out, err = module.end()
         assert script.end() == (code, out, err)
@@ -660,6 +705,90 @@ class TestProgram:
         assert "Usage: promptlayer-exec" in out
         assert "130  interrupted" in out
         assert "PROMPTLAYER_API_KEY" in out
+
+
+class TestEnding:
+    """Endings that are nobody's wish."""
+
+    def test_without_standard_error(self, sim: Simulator, start: Start) -> None:
+        """Where nothing can be told, the exit code is right all the same."""
+        held = sim.add_execution(HELD)
+        failing = "RUN 2>/dev/full"
+        commands = [
+            start("watch", held, "--timeout", "0.1", program=redirected(failing)),
+            start("watch", held, "--timeout", "0.1", program=redirected("RUN 2>&-")),
+            start("watch", 0, program=redirected(failing)),
+        ]
+        assert [command.end()[0] for command in commands] == [3, 3, 2]
+
+    def test_a_closed_standard_error(self, sim: Simulator, start: Start) -> None:
+        """A pipe that nobody reads is no broken standard output if it is standard error."""
+        command = start("watch", sim.add_execution(HELD), "--timeout", "0.4")
+        command.line()
+        assert command.process.stderr is not None
+        command.process.stderr.close()
+        assert command.process.wait(PATIENCE) == 3
+
+    def test_without_standard_output(self, sim: Simulator, start: Start) -> None:
+        """Closed from the start, it takes everything."""
+        execution_id = sim.add_execution(DONE)
+        command = start("watch", execution_id, program=redirected("RUN <&- >&-"))
+        assert command.end() == (0, "", "")
+
+    def test_a_full_disk(self, sim: Simulator, start: Start) -> None:
+        """Standard output that fails is told in one line, and the code is 74, for every command."""
+        execution_id = sim.add_execution(DONE)
+        commands = [
+            start(*arguments, program=redirected("RUN >/dev/full"))
+            for arguments in (
+                ["watch", execution_id],
+                ["watch", execution_id, "--json"],
+                ["results", execution_id],
+                ["simulate", "--port", "0"],
+                ["demo"],
+                ["--help"],
+            )
+        ]
+        told = "cannot write to standard output: No space left on device\n"
+        for command in commands:
+            assert command.end() == (74, "", told)
+
+    def test_an_error_of_its_own(self, start: Start) -> None:
+        """It is shown with its traceback, and the code is not that of a failed execution."""
+        code, out, err = start("watch", 5, program=python(BROKEN)).end(traceback=True)
+        assert (code, out) == (70, "")
+        assert "EOFError: what now?\nthis is a bug of promptlayer-exec: please report it" in err
+
+    def test_interrupts_in_a_row(self, sim: Simulator, start: Start) -> None:
+        """However many interrupts come at once, it ends, with code 130 and without a traceback."""
+        execution_id = sim.add_execution(HELD)
+        commands = [start("watch", execution_id) for _ in range(4)]
+        for command in commands:
+            command.line()
+            for _ in range(3):
+                command.process.send_signal(signal.SIGINT)
+        assert [command.end()[0] for command in commands] == [130] * 4
+
+    def test_the_second_interrupt_is_obeyed_at_once(self, start: Start) -> None:
+        """Work that does not end when it is cancelled does not keep the process."""
+        command = start("watch", 5, program=python(STUBBORN))
+        command.line_with("ready")
+        command.process.send_signal(signal.SIGINT)
+        command.line_with("cancelled")
+        command.process.send_signal(signal.SIGINT)
+        assert command.end() == (130, "", "")
+
+    def test_in_the_background_of_a_script(self, sim: Simulator, start: Start) -> None:
+        """Where SIGINT is ignored from the start, it stays so."""
+        execution_id = sim.add_execution(HELD)
+        command = start("watch", execution_id, program=redirected("trap '' INT; RUN"))
+        command.line()
+        command.process.send_signal(signal.SIGINT)
+        sim.finish(execution_id, "think")
+        sim.finish(execution_id, "reply")
+        code, out, err = command.end()
+        assert (code, err) == (0, "")
+        assert "succeeded" in out
 
 
 class TestTrouble:

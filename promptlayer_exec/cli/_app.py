@@ -2,15 +2,16 @@
 
 import math
 import shlex
+import sys
 from typing import Annotated
 
 import typer
 
 from ._demo import EXECUTION_ID, demo
-from ._ending import EXIT_CODES, ExitCode, conclude
+from ._ending import EXIT_CODES, Ending, conclude
 from ._results import results
 from ._simulate import simulate
-from ._streams import accept_any_text, err
+from ._streams import guard_streams
 from ._views import choose_view
 from ._watch import watch
 
@@ -28,8 +29,10 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line, and exit."""
-    accept_any_text()
-    app(prog_name=_PROGRAM)
+    guard_streams()
+    with Ending() as ending:
+        app(prog_name=_PROGRAM)
+    sys.exit(ending.code)
 
 
 def _seconds(value: float) -> float:
@@ -172,12 +175,7 @@ def _simulate(
     ] = 8787,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
 ) -> None:
-    try:
-        code = conclude(simulate(host, port))
-    except OSError as error:
-        err(f"cannot listen on {host}, port {port}: {error.strerror or error}")
-        raise typer.Exit(ExitCode.USAGE) from None
-    raise typer.Exit(code)
+    raise typer.Exit(conclude(simulate(host, port)))
 
 
 def _watch_command(execution_id: int, base_url: str | None) -> str:

@@ -3,8 +3,9 @@
 import asyncio
 import json
 import signal
+import sys
+import traceback
 from collections.abc import Coroutine
-from contextlib import suppress
 from enum import IntEnum
 from typing import Any, Self
 
@@ -15,7 +16,8 @@ from promptlayer_exec import (
     StatusError,
 )
 
-from ._streams import discard_output, err, out
+from ._signals import Signals
+from ._streams import OutputFailed, discard_output, err, out
 from ._text import printable
 
 
@@ -27,6 +29,8 @@ class ExitCode(IntEnum):
     USAGE = 2
     TIMED_OUT = 3
     REFUSED = 4
+    BUG = 70  # EX_SOFTWARE of sysexits.h
+    OUTPUT_FAILED = 74  # EX_IOERR
     INTERRUPTED = 130
     BROKEN_PIPE = 141
     TERMINATED = 143
@@ -39,6 +43,8 @@ Exit codes:
   2    the command was used wrongly, or the API key is missing
   3    it was not complete in time
   4    the API refused, or could not be reached
+  70   an error in this program
+  74   standard output could not be written to
   130  interrupted
   141  standard output was closed
   143  terminated"""
@@ -59,45 +65,83 @@ def conclude(
         pick_up: the command that picks the execution up again.
         as_json: whether an error is written to standard output too, as a line of JSON.
     """
-    with _Ending(execution_id, pick_up, as_json=as_json) as ending:
-        ending.code = asyncio.run(_terminable(work))
+    return asyncio.run(_concluded(work, execution_id, pick_up, as_json=as_json))
+
+
+async def _concluded(
+    work: Coroutine[Any, Any, ExitCode],
+    execution_id: int | None,
+    pick_up: str | None,
+    *,
+    as_json: bool,
+) -> ExitCode:
+    # Inside of the loop: closing it may take long, as where a name is still being looked up.
+    signals = Signals()
+    with Ending() as ending, _Trouble(ending, signals, execution_id, pick_up, as_json=as_json):
+        ending.code = await signals.run(work)
     return ending.code
 
 
-async def _terminable(work: Coroutine[Any, Any, ExitCode]) -> ExitCode:
-    task = asyncio.ensure_future(work)
-    with suppress(NotImplementedError):  # on Windows
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    return await task
+class Ending:
+    """Turns what nobody expects, and the end of standard output, into an exit code and words."""
 
-
-class _Ending:
-    """Turns what ends a command early into an exit code and words."""
-
-    def __init__(self, execution_id: int | None, pick_up: str | None, *, as_json: bool) -> None:
+    def __init__(self) -> None:
         self.code = ExitCode.SUCCEEDED
-        self._execution_id = execution_id
-        self._pick_up = pick_up
-        self._as_json = as_json
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> bool:
-        try:
-            return self._tell(error)
-        except BrokenPipeError:
-            discard_output()
-            self.code = ExitCode.BROKEN_PIPE
-            return True
-
-    def _tell(self, error: BaseException | None) -> bool:
         match error:
-            case KeyboardInterrupt():
+            case None | KeyboardInterrupt() | SystemExit():
+                return False
+            case OutputFailed(__cause__=OSError() as cause):
+                self._give_up_output(cause)
+            case _:
+                self.code = ExitCode.BUG
+                traceback.print_exception(error, file=sys.stderr)
+                err("this is a bug of promptlayer-exec: please report it, with the lines above")
+        return True
+
+    def _give_up_output(self, error: OSError) -> None:
+        discard_output()
+        if isinstance(error, BrokenPipeError):
+            self.code = ExitCode.BROKEN_PIPE
+            return
+        self.code = ExitCode.OUTPUT_FAILED
+        err(f"cannot write to standard output: {error.strerror or error}")
+
+
+class _Trouble:
+    """Turns what may well end a command early into an exit code and words."""
+
+    def __init__(
+        self,
+        ending: Ending,
+        signals: Signals,
+        execution_id: int | None,
+        pick_up: str | None,
+        *,
+        as_json: bool,
+    ) -> None:
+        self._ending = ending
+        self._signals = signals
+        self._execution_id = execution_id
+        self._pick_up = pick_up
+        self._as_json = as_json
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> bool:
+        match error:
+            case asyncio.CancelledError() if self._signals.received == signal.SIGINT:
                 self._say(ExitCode.INTERRUPTED, "Interrupted", "interrupted")
-            case asyncio.CancelledError():
+            case asyncio.CancelledError() if self._signals.received == signal.SIGTERM:
                 self._say(ExitCode.TERMINATED, "Terminated", "terminated")
             case ConfigurationError():
                 self._pick_up = None
@@ -108,14 +152,12 @@ class _Ending:
                 if isinstance(error, StatusError) and error.last_snapshot is None:
                     self._pick_up = None  # the very id or key was refused
                 self._say(ExitCode.REFUSED, type(error).__name__, str(error))
-            case BrokenPipeError():
-                raise error
             case _:
                 return False
         return True
 
     def _say(self, code: ExitCode, kind: str, message: str) -> None:
-        self.code = code
+        self._ending.code = code
         message = printable(message)
         err(message)
         if self._pick_up is not None:

@@ -3,14 +3,14 @@
 import asyncio
 import math
 import time
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from typing import NoReturn
 
 from promptlayer_exec.simulator import Scenario, SimNode, SimRequest, Simulator
 
 from ._agent import support_agent
 from ._ending import ExitCode
-from ._streams import out
+from ._streams import err, out
 from ._text import printable
 
 _HELD = "read letter"
@@ -48,7 +48,13 @@ async def simulate(host: str, port: int) -> ExitCode:
     for execution_id, (_, scenario) in _EXECUTIONS.items():
         simulator.add_execution(scenario, execution_id=execution_id)
     simulator.add_workflow(_WORKFLOW, support_agent())
-    async with simulator:
+    async with AsyncExitStack() as serving:
+        try:
+            await serving.enter_async_context(simulator)
+        except (OSError, UnicodeError) as error:  # the latter for a malformed name
+            reason = error.strerror if isinstance(error, OSError) else None
+            err(f"cannot listen on {host}, port {port}: {reason or error}")
+            return ExitCode.USAGE
         out(_invitation(simulator))
         with suppress(asyncio.CancelledError):
             await _attend(simulator)

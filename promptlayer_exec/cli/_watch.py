@@ -22,7 +22,7 @@ async def watch(
 ) -> ExitCode:
     """Show an execution of the user's workspace until it is complete."""
     session = open_session(base_url, RetryPolicy(watch_outage=outage), view.warn)
-    with view:
-        async with session:
+    async with session:
+        with view:  # left first: closing the session may take longer
             snapshot = await follow(session.execution(execution_id), view, timeout)
     return ExitCode.SUCCEEDED if snapshot.succeeded else ExitCode.FAILED
