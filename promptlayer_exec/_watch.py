@@ -72,7 +72,7 @@ class Watch:
         poll: when to look again.
         retry: what to survive.
         emit: told of polls, and of the watch's beginning and end.
-        on_end: called once, when late joiners can have no more from this watch.
+        on_end: called when late joiners can have no more from this watch; maybe more than once.
     """
 
     def __init__(
