@@ -102,7 +102,7 @@ async def test_a_single_call_ends_at_wait_timeout(
 ) -> None:
     """Though the outage might go on: the last failure is the cause."""
     sim.inject(Fault.status(503, times=None))
-    session = open_session(wait_timeout=0.1, retry=RetryPolicy(base=0.01))
+    session = open_session(wait_timeout=0.3, retry=RetryPolicy(base=0.01))
     with pytest.raises(ExecutionTimeout, match="503") as caught:
         await session.get_results(held)
     assert caught.value.execution_id == held

@@ -541,11 +541,11 @@ async def test_a_cancellation_from_within_is_a_failure_of_the_attempt() -> None:
 async def test_waiting_for_the_pace_does_not_use_up_the_outage(
     sim: Simulator, open_session: Callable[..., Session], held: int
 ) -> None:
-    """Four attempts that are 50 ms apart fit into an outage of 60 ms."""
-    session = open_session(rate=20.0, retry=RetryPolicy(outage=0.06, base=0.001))
-    sim.inject(Fault.status(503, times=3))
+    """Five attempts that are 200 ms apart fit into an outage of 500 ms."""
+    session = open_session(rate=5.0, retry=RetryPolicy(outage=0.5, base=0.001))
+    sim.inject(Fault.status(503, times=4))
     await session.get_results(held)
-    assert sim.request_count == 4
+    assert sim.request_count == 5
 
 
 async def test_retry_after_is_a_floor_under_the_delay(
@@ -590,9 +590,9 @@ async def test_a_429_slows_every_request_of_the_session(
 async def test_waiting_for_a_connection_does_not_count_as_request_time(
     sim: Simulator, open_session: Callable[..., Session], held: int
 ) -> None:
-    """With one connection, ten calls that take 20 ms each all meet a timeout of 100 ms."""
-    session = open_session(max_connections=1, request_timeout=0.1, retry=NO_RETRY)
-    sim.inject(Fault.delay(0.02, times=None))
+    """With one connection, ten calls that take 60 ms each all meet a timeout of 500 ms."""
+    session = open_session(max_connections=1, request_timeout=0.5, retry=NO_RETRY)
+    sim.inject(Fault.delay(0.06, times=None))
     answers = await asyncio.gather(*(session.get_results(held) for _ in range(10)))
     assert len(answers) == 10
 
@@ -603,8 +603,8 @@ async def test_a_borrowed_pool_smaller_than_ours_is_respected(
     """No request queues inside aiohttp, where its timeout would run."""
     connector = aiohttp.TCPConnector(limit_per_host=1)
     async with aiohttp.ClientSession(connector=connector) as http_session:
-        session = open_session(http=http_session, request_timeout=0.1, retry=NO_RETRY)
-        sim.inject(Fault.delay(0.02, times=None))
+        session = open_session(http=http_session, request_timeout=0.5, retry=NO_RETRY)
+        sim.inject(Fault.delay(0.06, times=None))
         answers = await asyncio.gather(*(session.get_results(held) for _ in range(10)))
     assert len(answers) == 10
 
