@@ -47,18 +47,21 @@ def take_snapshot(
     )
 
 
+_UNSEEN = NodeTimes()
+
+
 def _first_seen(
     nodes: Mapping[str, Node], times: Mapping[str, NodeTimes], elapsed: float
 ) -> Mapping[str, NodeTimes]:
     changed = {}
     for name, node in nodes.items():
-        seen = times.get(name) or NodeTimes()
+        seen = times.get(name, _UNSEEN)
         running, final = seen.running, seen.final
         if running is None and node.status == NodeStatus.RUNNING:
             running = elapsed
         if final is None and node.final:
             final = elapsed
-        if name not in times or (running, final) != (seen.running, seen.final):
+        if seen is _UNSEEN or (running, final) != (seen.running, seen.final):
             changed[name] = NodeTimes(running, final)
     return FrozenMap({**times, **changed}) if changed else times
 

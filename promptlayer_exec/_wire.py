@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from datetime import UTC
 from email.utils import parsedate_to_datetime
+from functools import cache
 from http import HTTPStatus
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -136,8 +137,7 @@ class NodeMapReader:
     _reported_at_most = 100
 
     def __init__(self) -> None:
-        self._fast = _node_converter(detailed=False)
-        self._detailed = _node_converter(detailed=True)
+        self._converter = _node_converter(detailed=False)
         self._reported: set[str] = set()
 
     def read(self, response: Response, execution_id: int) -> NodeMap:
@@ -162,20 +162,10 @@ class NodeMapReader:
             _misfit(response, f"$.{name}", f"expected a node, got {_kind(body)}")
         named = {**body, "name": name}
         try:
-            return self._fast.structure(named, Node)
+            return self._converter.structure(named, Node)
         except Exception as error:  # noqa: BLE001 - cattrs raises whatever a hook or class raises
-            path, reason = self._first_misfit(named)
+            path, reason = _first_misfit(named)
             _misfit(response, f"$.{name}{path}", reason, error)
-
-    def _first_misfit(self, body: dict[str, Any]) -> tuple[str, str]:
-        try:
-            self._detailed.structure(body, Node)
-        except ClassValidationError as group:
-            noted, _ = group.group_exceptions()
-            error, note = noted[0]
-            reason = "is missing" if isinstance(error, KeyError) else str(error)
-            return f".{note.name}", reason
-        return "", "does not fit"  # pragma: no cover - what the fast one refuses, this one does
 
     def _report(self, node: Node, execution_id: int) -> None:
         if len(self._reported) < self._reported_at_most:
@@ -188,6 +178,18 @@ class NodeMapReader:
             )
 
 
+def _first_misfit(body: dict[str, Any]) -> tuple[str, str]:
+    try:
+        _node_converter(detailed=True).structure(body, Node)
+    except ClassValidationError as group:
+        noted, _ = group.group_exceptions()
+        error, note = noted[0]
+        reason = "is missing" if isinstance(error, KeyError) else str(error)
+        return f".{note.name}", reason
+    return "", "does not fit"  # pragma: no cover - what the fast one refuses, this one does
+
+
+@cache
 def _node_converter(*, detailed: bool) -> cattrs.Converter:
     # A converter of our own, so that nobody's hooks can change what the server said.
     converter = cattrs.Converter(detailed_validation=detailed)

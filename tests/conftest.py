@@ -17,10 +17,15 @@ settings.register_profile("suite", derandomize=True, deadline=None, database=Non
 settings.load_profile("suite")
 
 
-def our_tasks() -> list[str]:
-    """Return the names of the library's tasks in this loop."""
+def _our_tasks() -> list[str]:
     names = [task.get_name() for task in asyncio.all_tasks()]
-    return [name for name in names if name.startswith("promptlayer_exec")]
+    return sorted(name for name in names if name.startswith("promptlayer_exec"))
+
+
+@pytest.fixture
+def our_tasks() -> Callable[[], list[str]]:
+    """Return a function that names the library's tasks in this loop."""
+    return _our_tasks
 
 
 class Recorder:
@@ -94,7 +99,7 @@ async def open_session(sim: Simulator, recorder: Recorder) -> AsyncIterator[Call
             return session
 
         yield make
-    assert our_tasks() == []
+    assert _our_tasks() == []
 
 
 @pytest.fixture

@@ -32,13 +32,6 @@ from promptlayer_exec._watch import Watch
 from promptlayer_exec._wire import NodeMap, Reply
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
-
-def our_tasks() -> list[str]:
-    """Return the names of the library's tasks in this loop."""
-    names = [task.get_name() for task in asyncio.all_tasks()]
-    return sorted(name for name in names if name.startswith("promptlayer_exec"))
-
-
 SUPERVISOR = "promptlayer_exec.Session"
 POLLER = "promptlayer_exec._watch.Watch.run"
 
@@ -184,7 +177,13 @@ async def by_an_error_of_the_consumer(
 )
 @pytest.mark.parametrize("kind", ["stream", "finished_nodes"])
 async def test_the_poller_is_gone_one_turn_after_the_last_follower(
-    sim: Simulator, session: Session, held: int, leave: Any, kind: str
+    sim: Simulator,
+    session: Session,
+    held: int,
+    *,
+    leave: Any,
+    kind: str,
+    our_tasks: Any,
 ) -> None:
     """Whichever way the last one leaves, no poller is left and no further request is made."""
     snapshots = getattr(session.execution(held), kind)()
@@ -195,7 +194,9 @@ async def test_the_poller_is_gone_one_turn_after_the_last_follower(
     assert our_tasks() == [SUPERVISOR]
 
 
-async def test_the_poller_is_gone_one_turn_after_a_timeout(session: Session, held: int) -> None:
+async def test_the_poller_is_gone_one_turn_after_a_timeout(
+    session: Session, held: int, our_tasks: Any
+) -> None:
     """A follower whose deadline passes takes the poller with it."""
     with pytest.raises(ExecutionTimeout):
         await session.execution(held).wait(timeout=0.02)
@@ -204,7 +205,7 @@ async def test_the_poller_is_gone_one_turn_after_a_timeout(session: Session, hel
 
 
 async def test_the_poller_is_gone_when_a_broken_off_generator_is_finalised(
-    session: Session, held: int
+    session: Session, held: int, our_tasks: Any
 ) -> None:
     """After a bare `break` Python's finalising of the generator stops the poller."""
     snapshots = session.execution(held).stream()
@@ -219,7 +220,7 @@ async def test_the_poller_is_gone_when_a_broken_off_generator_is_finalised(
 
 
 async def test_the_poller_stops_in_the_midst_of_a_request(
-    sim: Simulator, session: Session, held: int
+    sim: Simulator, session: Session, held: int, our_tasks: Any
 ) -> None:
     """Leaving while the server keeps silent drops the request at once."""
     sim.inject(Fault.stall())
