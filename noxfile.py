@@ -9,7 +9,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2025.2.9"
-nox.options.sessions = ["lint", "types", "tests", "coverage"]
+nox.options.sessions = ["lint", "types", "tests", "coverage", "vendor"]
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True
 
@@ -66,3 +66,15 @@ def types(session: nox.Session) -> None:
     """Check the types of the package, and of code as its users write it."""
     _install(session, "types", "nox", "pytest", ".[cli]")
     session.run("mypy", "promptlayer_exec", "tests/typing", "noxfile.py")
+
+
+# The newest SDK, and one that turns to Ably unless it is told of Centrifugo.
+@nox.session
+@nox.parametrize("sdk", ["1.5.16", "1.4.7"])
+def vendor(session: nox.Session, sdk: str) -> None:
+    """Run workflows with the vendor's own SDK against the simulator of the built wheel."""
+    _install(session, "vendor", f"promptlayer=={sdk}", ".")
+    # The fixtures of the ordinary suite need packages that have no part in this.
+    own_fixtures = "--confcutdir=tests/vendor"
+    environment = {"PYTHONSAFEPATH": "1"}
+    session.run("pytest", own_fixtures, "tests/vendor", *session.posargs, env=environment)

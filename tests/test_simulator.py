@@ -643,6 +643,35 @@ class TestLog:
                 pass
             assert (sim.request_count, sim.requests) == (1, [])
 
+    async def test_on_request(self) -> None:
+        """Each request is passed on before it is answered, whether or not it is kept."""
+        seen: list[SimRequest] = []
+        async with (
+            Simulator(log_requests=False, on_request=seen.append) as sim,
+            aiohttp.ClientSession(sim.base_url) as http,
+        ):
+            for path in ("/a", "/b"):
+                await Client(sim, http).send("GET", path)
+            assert [request.path for request in seen] == ["/a", "/b"]
+            assert sim.requests == []
+
+    async def test_failing_on_request(self, caplog: pytest.LogCaptureFixture) -> None:
+        """What on_request raises is logged, and the request is answered all the same."""
+
+        def fail(request: SimRequest) -> None:
+            raise KeyError(request.path)
+
+        async with (
+            Simulator(on_request=fail) as sim,
+            aiohttp.ClientSession(sim.base_url) as http,
+        ):
+            assert (await Client(sim, http).results(sim.add_execution(DONE)))[0] == 200
+        (record,) = caplog.records
+        assert (record.name, record.getMessage()) == (
+            "promptlayer_exec.simulator",
+            "on_request failed",
+        )
+
     async def test_waiting(self, sim: Simulator, client: Client) -> None:
         """A waiter wakes at its number of requests, not before, and at once if it is past."""
         waiting = asyncio.create_task(sim.wait_for_requests(2))

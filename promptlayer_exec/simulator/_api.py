@@ -2,6 +2,7 @@
 
 import math
 import re
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
@@ -13,11 +14,16 @@ from multidict import MultiMapping
 
 from ._backend import Backend
 from ._bucket import TokenBucket
+from ._centrifugo import Centrifugo
+from ._completion import Completions
 from ._faults import FaultQueue
 from ._log import RequestLog, SimRequest
-from ._parameters import RequestValidationError, ResultsQuery, parse_run
+from ._parameters import RequestValidationError, ResultsQuery, parse_capability, parse_run
 from ._reply import Reply
 from ._scenario import encode
+
+_WEBSOCKET = "/connection/websocket"
+_TOKEN_LIFETIME = 3600.0
 
 
 @frozen
@@ -41,9 +47,14 @@ class Api:
     _backend: Backend
     _log: RequestLog
     _faults: FaultQueue
+    _centrifugo: Centrifugo
+    _completions: Completions
     bucket: TokenBucket | None = field(default=None, init=False)
     announce_retry: bool = field(default=True, init=False)
     _origin: float = field(default=Factory(lambda api: api._clock(), takes_self=True), init=False)
+    _epoch: float = field(
+        default=Factory(lambda api: time.time() - api._origin, takes_self=True), init=False
+    )
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer a request."""
@@ -59,9 +70,16 @@ class Api:
             )
         )
         fault = self._faults.take(request)
-        if fault is None:
-            return self._answer(request, body).response()
-        return await fault.effect(request, partial(self._answer, request, body))
+        response = None
+        if fault is not None:
+            response = await fault.effect(request, partial(self._answer, request, body))
+        if response is None and request.rel_url.raw_path == _WEBSOCKET:
+            response = await self._centrifugo.serve(request)
+        return self._answer(request, body).response() if response is None else response
+
+    async def stop(self) -> None:
+        """Stop following runs."""
+        await self._completions.stop()
 
     def _answer(self, request: web.BaseRequest, body: bytes) -> Reply:
         for pattern, method, operation in _ROUTES:
@@ -118,13 +136,29 @@ class Api:
         label, version = body.get("workflow_label_name"), body.get("workflow_version_number")
         if label is not None and version is not None:
             return Reply.error(400, "Give workflow_label_name or workflow_version_number, not both")
+        execution_id = self._backend.run(workflow, body)
+        self._completions.follow(execution_id, workflow.id, body)
         answer = {
             "success": True,
             "message": "Workflow execution created successfully",
             "warning": workflow.warning,
-            "workflow_version_execution_id": self._backend.run(workflow, body),
+            "workflow_version_execution_id": execution_id,
         }
         return Reply.json(201 if body.get("callback_url") is None else 202, encode(answer))
+
+    def _token(self, call: _Call) -> Reply:
+        channels = parse_capability(call.query)
+        issued = self._epoch + self._clock()
+        details = {
+            "token": self._centrifugo.issue_token(channels, _TOKEN_LIFETIME),
+            "expires": int((issued + _TOKEN_LIFETIME) * 1000),
+            "issued": int(issued * 1000),
+            "capability": {channel: ["presence", "subscribe"] for channel in channels},
+            "clientId": "1",
+        }
+        # Without the backend's name, older clients of the vendor's turn to Ably.
+        answer = {"success": True, "messaging_backend": "centrifugo", "token_details": details}
+        return Reply.json(201, encode(answer))
 
 
 _Operation: TypeAlias = Callable[[Api, _Call], Reply]
@@ -133,4 +167,5 @@ _ROUTES: tuple[tuple[re.Pattern[str], str, _Operation], ...] = (
     (re.compile("/workflow-version-execution-results()"), "GET", Api._results),
     (re.compile("/workflows/([^/]+)"), "GET", Api._workflow),
     (re.compile("/workflows/([^/]+)/run"), "POST", Api._run),
+    (re.compile("/ws-token-request-library()"), "POST", Api._token),
 )

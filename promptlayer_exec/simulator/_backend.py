@@ -3,6 +3,7 @@
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from attrs import field, frozen
@@ -49,10 +50,17 @@ class Results:
 
     scenario: Scenario
     states: Mapping[str, NodeState]
+    at: float
 
     @property
     def complete(self) -> bool:
         return is_complete(self.states)
+
+    @property
+    def seconds_to_change(self) -> float | None:
+        """How soon the next node ends; None if none does by itself."""
+        ends = [state.ends - self.at for state in self.states.values() if state.ends is not None]
+        return min(ends, default=None)
 
     def json(self, *, all_outputs: bool) -> str:
         """Write the body of the results operation."""
@@ -74,6 +82,7 @@ class Backend:
     _workflows: dict[str, Workflow] = field(factory=dict, init=False)
     _executions: dict[int, Execution] = field(factory=dict, init=False)
     _runs: list[SimRun] = field(factory=list, init=False)
+    _wakers: dict[int, Callable[[], object]] = field(factory=dict, init=False)
     # Reentrant, because a scenario's functions may look at the simulator that asks them.
     _lock: threading.RLock = field(factory=threading.RLock, init=False)
     _workflow_ids: Iterator[int] = field(factory=lambda: itertools.count(1), init=False)
@@ -127,11 +136,31 @@ class Backend:
         """Look at an execution; `LookupError` if there is none."""
         with self._lock:
             execution = self._execution(execution_id)
-            return Results(execution.scenario, execution.states(self._clock()))
+            now = self._clock()
+            results = Results(execution.scenario, execution.states(now), now)
+            if results.complete:
+                self._wake(execution_id)
+            return results
 
     def finish(self, execution_id: int, node: str, **ending: Any) -> None:
         with self._lock:
             self._execution(execution_id).finish(node, self._clock(), **ending)
+            self._wake(execution_id)
+
+    @contextmanager
+    def waking(self, execution_id: int, wake: Callable[[], object]) -> Iterator[None]:
+        """Call `wake`, in any thread, when a node is finished or the execution seen complete."""
+        with self._lock:
+            self._wakers[execution_id] = wake
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._wakers[execution_id]
+
+    def _wake(self, execution_id: int) -> None:
+        if execution_id in self._wakers:
+            self._wakers[execution_id]()
 
     def _execution(self, execution_id: int) -> Execution:
         try:

@@ -19,7 +19,7 @@ _encode_word = lru_cache(maxsize=4096)(encode)
 
 @frozen
 class NodeState:
-    """A node's status since the moment `at`, and what goes with it."""
+    """A node's status since the moment `at`, and what goes with it; `ends` is when it will end."""
 
     status: str
     at: float
@@ -27,6 +27,7 @@ class NodeState:
     value_json: str = "null"
     error_message: str | None = None
     raw_error_message: Any = None
+    ends: float | None = None
 
     @property
     def final(self) -> bool:
@@ -102,7 +103,7 @@ class Execution:
         else:
             return NodeState("RUNNING", ready)
         if now < end:
-            return NodeState("RUNNING", ready)
+            return NodeState("RUNNING", ready, ends=end)
         return self._ended(ended, end)
 
     def _skipped(self, node: SimNode, dependencies: list[NodeState]) -> bool:

@@ -14,7 +14,8 @@ from attrs import Attribute, define, evolve, field, frozen
 from ._reply import JSON_TYPE, Reply
 
 Answer: TypeAlias = Callable[[], Reply]
-Effect: TypeAlias = Callable[[web.BaseRequest, Answer], Awaitable[web.StreamResponse]]
+# None means that the request shall be answered normally after all.
+Effect: TypeAlias = Callable[[web.BaseRequest, Answer], Awaitable[web.StreamResponse | None]]
 
 _HTML = b"<html><body><h1>502 Bad Gateway</h1></body></html>\n"
 _CHUNK = 64 * 1024
@@ -219,11 +220,8 @@ async def _trickle(
     return response
 
 
-async def _delay(
-    _request: web.BaseRequest, answer: Answer, *, seconds: float
-) -> web.StreamResponse:
+async def _delay(_request: web.BaseRequest, _answer: Answer, *, seconds: float) -> None:
     await asyncio.sleep(seconds)
-    return answer().response()
 
 
 async def _oversize(

@@ -1,10 +1,13 @@
 """What the simulator was asked, and waiting for it."""
 
 import asyncio
+import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from attrs import define, field, frozen
+
+_LOGGER = logging.getLogger(__package__)
 
 
 @frozen
@@ -37,10 +40,13 @@ def _resolve(reached: "asyncio.Future[None]") -> None:
 class RequestLog:
     """Counts requests, keeps them if `keep` says so, and wakes whoever waits for a number of them.
 
+    Each is also passed to `on_request`, whose errors are logged.
+
     Recorded in one thread, read in any.
     """
 
     keep: bool
+    _on_request: Callable[[SimRequest], None] | None = None
     count: int = field(default=0, init=False)
     _requests: list[SimRequest] = field(factory=list, init=False)
     _waiters: "dict[asyncio.Future[None], int]" = field(factory=dict, init=False)
@@ -60,6 +66,11 @@ class RequestLog:
                 if count <= self.count:
                     reached.get_loop().call_soon_threadsafe(_resolve, reached)
             self._recorded.notify_all()
+        if self._on_request is not None:
+            try:
+                self._on_request(request)
+            except Exception:
+                _LOGGER.exception("on_request failed")
 
     async def wait(self, count: int, timeout: float) -> None:
         reached: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -39,6 +39,13 @@ class ResultsQuery:
         )
 
 
+def parse_capability(query: MultiMapping[str]) -> list[str]:
+    """Read the channels that a token is asked for."""
+    if "capability" not in query:
+        raise RequestValidationError(("query", "capability"), "Field required", "missing")
+    return query.getall("capability")
+
+
 def _integer(query: MultiMapping[str], name: str) -> int:
     location = ("query", name)
     if name not in query:

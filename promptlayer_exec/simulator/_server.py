@@ -1,36 +1,49 @@
-"""A listening socket with a request handler behind it, in this loop or in a thread."""
+"""A listening socket with an application behind it, in this loop or in a thread."""
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
 from contextlib import suppress
-from typing import Any, Self, TypeAlias, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from aiohttp import web
 from yarl import URL
 
-Handler: TypeAlias = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
-
 _T = TypeVar("_T")
+
+
+class Application(Protocol):
+    """What is served."""
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer a request."""
+        ...
+
+    async def stop(self) -> None:
+        """End what is under way without a request."""
+        ...
 
 
 class Server:
     """A server in the running loop, made by `start`, that stops at once whatever is under way."""
 
-    def __init__(self, web_server: web.Server, listener: asyncio.Server, host: str) -> None:
+    def __init__(
+        self, application: Application, web_server: web.Server, listener: asyncio.Server, host: str
+    ) -> None:
         self.loop = asyncio.get_running_loop()
         port = listener.sockets[0].getsockname()[1]
         self.base_url = str(URL.build(scheme="http", host=host, port=port))
+        self._application = application
         self._web_server = web_server
         self._listener = listener
 
     @classmethod
-    async def start(cls, handler: Handler, host: str, port: int) -> Self:
+    async def start(cls, application: Application, host: str, port: int) -> Self:
         """Listen; `OSError` if the address does not allow it."""
         # A handler ends when its client goes, which is how a stalled answer ends.
-        web_server = web.Server(handler, handler_cancellation=True, access_log=None)
+        web_server = web.Server(application.handle, handler_cancellation=True, access_log=None)
         listener = await asyncio.get_running_loop().create_server(web_server, host, port)
-        return cls(web_server, listener, host)
+        return cls(application, web_server, listener, host)
 
     async def stop(self) -> None:
         """Stop listening and abort every connection."""
@@ -41,6 +54,7 @@ class Server:
                 if connection.transport is not None:
                     connection.transport.abort()
             await asyncio.sleep(0)
+        await self._application.stop()
 
     async def _stop_accepting(self) -> None:
         """Let asyncio hand over what it accepted: closing the listener first would leak it."""
@@ -54,14 +68,14 @@ class Server:
 class ServerThread:
     """A `Server` in a thread with a loop of its own; its methods block."""
 
-    def __init__(self, handler: Handler, host: str, port: int) -> None:
+    def __init__(self, application: Application, host: str, port: int) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="promptlayer-simulator", daemon=True
         )
         self._thread.start()
         try:
-            self.server = self._call(Server.start(handler, host, port))
+            self.server = self._call(Server.start(application, host, port))
         except BaseException:
             self._end()
             raise

@@ -9,6 +9,8 @@ from typing import Any, Self
 from ._api import Api
 from ._backend import Backend, ScenarioSource, SimRun
 from ._bucket import TokenBucket
+from ._centrifugo import Centrifugo
+from ._completion import Completions
 from ._faults import Fault, FaultQueue
 from ._log import RequestLog, SimRequest
 from ._scenario import Scenario
@@ -22,6 +24,10 @@ class Simulator:
     called from any thread, and before it is entered. It may be entered again after it was left:
     then it serves what it knew, on a new port unless `port` is given.
 
+    A run that names a `channel_name_suffix` or a `callback_url` is told of when it completes,
+    unless the simulator is left before. If `clock` is not the machine's, that is once `state`,
+    `finish` or a request for its results shows it, or after as many seconds as remained by `clock`.
+
     Args:
         host: The address to listen on.
         port: The port to listen on; 0 takes a free one.
@@ -29,6 +35,11 @@ class Simulator:
         clock: Returns the time in seconds, never running backwards; all node durations and the
             rate limit follow it.
         log_requests: Whether `requests` keeps every request; `request_count` always counts.
+        on_request: Called with each request before it is answered, in the thread that serves; what
+            it raises is logged.
+        push_limit_bytes: The longest completion message that is pushed with its output; a longer
+            one says `EXCEEDS_SIZE_LIMIT`. The limit of PromptLayer's own server is unknown.
+        push_ping_interval: Seconds between pings to the WebSockets of push.
     """
 
     def __init__(
@@ -39,15 +50,22 @@ class Simulator:
         api_key: str = "simulator-key",
         clock: Callable[[], float] = time.monotonic,
         log_requests: bool = True,
+        on_request: Callable[[SimRequest], None] | None = None,
+        push_limit_bytes: int = 64 * 1024,
+        push_ping_interval: float = 25.0,
     ) -> None:
         self.api_key = api_key
         self._host = host
         self._port = port
         self._clock = clock
-        self._log = RequestLog(log_requests)
+        self._log = RequestLog(log_requests, on_request)
         self._faults = FaultQueue()
         self._backend = Backend(clock)
-        self._api = Api(api_key, clock, self._backend, self._log, self._faults)
+        centrifugo = Centrifugo(clock, push_ping_interval)
+        completions = Completions(self._backend, centrifugo, push_limit_bytes)
+        self._api = Api(
+            api_key, clock, self._backend, self._log, self._faults, centrifugo, completions
+        )
         self._server: Server | None = None
         self._thread: ServerThread | None = None
 
@@ -224,7 +242,7 @@ class Simulator:
 
     async def __aenter__(self) -> Self:
         self._check_left()
-        self._server = await Server.start(self._api.handle, self._host, self._port)
+        self._server = await Server.start(self._api, self._host, self._port)
         return self
 
     async def __aexit__(
@@ -239,7 +257,7 @@ class Simulator:
 
     def __enter__(self) -> Self:
         self._check_left()
-        self._thread = ServerThread(self._api.handle, self._host, self._port)
+        self._thread = ServerThread(self._api, self._host, self._port)
         self._server = self._thread.server
         return self
 

@@ -1,0 +1,642 @@
+"""The simulator's push and callbacks, over real sockets."""
+
+import asyncio
+import gc
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import aiohttp
+import pytest
+
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+from promptlayer_exec.simulator import _completion as completion
+
+WEBSOCKET = "/connection/websocket"
+CHANNEL = "workflows:1:run:x"
+HELD = Scenario([SimNode("Node 1", "AAA", None, is_output_node=True)])
+NODE_MAP = {
+    "Node 1": {
+        "status": "SUCCESS",
+        "value": "AAA",
+        "error_message": None,
+        "raw_error_message": None,
+        "is_output_node": True,
+    }
+}
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        """Tell the time."""
+        return self.now
+
+
+class Socket:
+    """A client's end of a WebSocket."""
+
+    def __init__(self, websocket: aiohttp.ClientWebSocketResponse) -> None:
+        self.websocket = websocket
+
+    async def send(self, *commands: object) -> None:
+        """Send commands in one text frame, each on a line of its own."""
+        await self.websocket.send_str("\n".join(map(json.dumps, commands)))
+
+    async def receive(self) -> dict[str, Any]:
+        """Return the next reply or push."""
+        reply: dict[str, Any] = json.loads(await self.websocket.receive_str(timeout=10))
+        return reply
+
+    async def ask(self, **command: object) -> dict[str, Any]:
+        """Send one command and return the reply, without its id."""
+        await self.send({"id": 7, **command})
+        reply = await self.receive()
+        assert reply.pop("id") == 7
+        return reply
+
+    async def completion(self, channel: str = CHANNEL) -> dict[str, Any]:
+        """Return what the next push says of a run's completion."""
+        push = (await self.receive())["push"]
+        assert (push.keys(), push["channel"]) == ({"channel", "pub"}, channel)
+        publication = push["pub"]["data"]
+        assert publication["message_name"] == "SET_WORKFLOW_COMPLETE"
+        message: dict[str, Any] = json.loads(publication["data"])
+        return message
+
+    async def end(self) -> tuple[int, str | None]:
+        """Return the code and the reason with which the server ends the connection."""
+        message = await self.websocket.receive(timeout=10)
+        assert message.type is aiohttp.WSMsgType.CLOSE, message
+        return message.data, message.extra
+
+
+class Client:
+    """A client of a simulator that runs workflows and listens."""
+
+    def __init__(self, sim: Simulator, http: aiohttp.ClientSession) -> None:
+        self.sim = sim
+        self.http = http
+
+    async def post(self, path: str, **options: Any) -> tuple[int, Any]:
+        """Send a POST and return the status and the answer."""
+        async with self.http.post(f"{self.sim.base_url}{path}", **options) as response:
+            return response.status, await response.json()
+
+    async def token(self, *channels: str) -> str:
+        """Return a token for some channels."""
+        params = [("capability", channel) for channel in channels]
+        status, answer = await self.post("/ws-token-request-library", params=params)
+        assert status == 201
+        token: str = answer["token_details"]["token"]
+        return token
+
+    async def open(self, **options: Any) -> Socket:
+        """Open a WebSocket."""
+        return Socket(await self.http.ws_connect(f"{self.sim.base_url}{WEBSOCKET}", **options))
+
+    async def connect(self, *channels: str) -> Socket:
+        """Open a WebSocket and connect with a token for some channels."""
+        opened = await self.open(max_msg_size=0)
+        assert "connect" in await opened.ask(connect={"token": await self.token(*channels)})
+        return opened
+
+    async def subscribe(self, channel: str = CHANNEL) -> Socket:
+        """Connect and subscribe to one channel."""
+        connected = await self.connect(channel)
+        assert await connected.ask(subscribe={"channel": channel}) == {"subscribe": {}}
+        return connected
+
+    async def run(self, **body: object) -> int:
+        """Start the workflow `w`, by default with the suffix of `CHANNEL`."""
+        body = {"channel_name_suffix": "x"} | body
+        _, answer = await self.post("/workflows/w/run", json=body)
+        execution_id: int = answer["workflow_version_execution_id"]
+        return execution_id
+
+
+@pytest.fixture
+async def open_client() -> AsyncIterator[Callable[[Simulator], Client]]:
+    """Return a maker of clients; what they opened is closed at the end."""
+    async with AsyncExitStack() as stack:
+        made = []
+
+        def make(sim: Simulator) -> Client:
+            made.append(aiohttp.ClientSession(headers={"X-API-KEY": sim.api_key}))
+            stack.push_async_callback(made[-1].close)
+            return Client(sim, made[-1])
+
+        yield make
+
+
+@pytest.fixture
+async def client(sim: Simulator, open_client: Callable[[Simulator], Client]) -> Client:
+    """Return a client of `sim`."""
+    return open_client(sim)
+
+
+def tasks_of_runs() -> list["asyncio.Task[Any]"]:
+    """Return the tasks that wait for runs or tell of them."""
+    return [task for task in asyncio.all_tasks() if task.get_name().startswith("simulator run")]
+
+
+class TestToken:
+    """Asking for a token."""
+
+    async def test_token(self, client: Client) -> None:
+        """A token is a 201 that names its channels and its hour of life in milliseconds."""
+        status, answer = await client.post(
+            "/ws-token-request-library", params={"capability": CHANNEL}
+        )
+        details = answer["token_details"]
+        assert (status, answer["success"]) == (201, True)
+        assert answer["messaging_backend"] == "centrifugo"
+        assert details["capability"] == {CHANNEL: ["presence", "subscribe"]}
+        assert details["expires"] - details["issued"] == 3_600_000
+        assert abs(details["issued"] / 1000 - time.time()) < 60
+        assert details["clientId"] == "1"
+
+    async def test_key_is_required(self, client: Client) -> None:
+        """Without the right key there is no token."""
+        status, _ = await client.post(
+            "/ws-token-request-library",
+            params={"capability": CHANNEL},
+            headers={"X-API-KEY": "wrong"},
+        )
+        assert status == 401
+
+    async def test_capability_is_required(self, client: Client) -> None:
+        """Without a capability it is a 422 that names it."""
+        status, answer = await client.post("/ws-token-request-library")
+        assert (status, answer["detail"][0]["loc"]) == (422, ["query", "capability"])
+
+
+class TestConnection:
+    """Centrifugo's client protocol."""
+
+    async def test_connect(self, client: Client) -> None:
+        """A connection is answered with an id, the ping interval, and the wish for pongs."""
+        opened = await client.open()
+        reply = await opened.ask(connect={"token": await client.token(CHANNEL), "name": "python"})
+        assert reply["connect"].pop("client")
+        assert reply == {"connect": {"version": "", "ping": 25, "pong": True}}
+
+    async def test_empty_subprotocol(
+        self, client: Client, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """An empty Sec-WebSocket-Protocol neither breaks the handshake nor is warned of."""
+        opened = await client.open(headers={"Sec-WebSocket-Protocol": ""})
+        assert client.sim.requests[-1].headers["Sec-WebSocket-Protocol"] == ""
+        assert opened.websocket.protocol is None
+        assert "connect" in await opened.ask(connect={"token": await client.token(CHANNEL)})
+        assert caplog.records == []
+
+    async def test_no_websocket(self, client: Client) -> None:
+        """A plain request to the WebSocket's path is a JSON 400."""
+        async with client.http.get(f"{client.sim.base_url}{WEBSOCKET}") as response:
+            assert (response.status, (await response.json())["success"]) == (400, False)
+
+    async def test_commands_in_one_frame(self, client: Client) -> None:
+        """Several commands in one frame are answered in order, each under its id."""
+        opened = await client.open()
+        await opened.send(
+            {"id": 1, "connect": {"token": await client.token(CHANNEL)}},
+            {"id": 2, "subscribe": {"channel": CHANNEL}},
+            {"id": 3, "unsubscribe": {"channel": CHANNEL}},
+        )
+        replies = [await opened.receive() for _ in range(3)]
+        assert [reply["id"] for reply in replies] == [1, 2, 3]
+        assert replies[1:] == [{"id": 2, "subscribe": {}}, {"id": 3, "unsubscribe": {}}]
+
+    async def test_unknown_token(self, client: Client) -> None:
+        """A token that nobody issued ends the connection for good."""
+        opened = await client.open()
+        await opened.send({"id": 1, "connect": {"token": "made up"}})
+        assert await opened.end() == (3500, "invalid token")
+
+    async def test_expired_token(self, open_client: Callable[[Simulator], Client]) -> None:
+        """A token is an error once its hour is over by the clock; another one can follow."""
+        clock = Clock()
+        async with Simulator(clock=clock) as sim:
+            client = open_client(sim)
+            token = await client.token(CHANNEL)
+            opened = await client.open()
+            clock.now += 3600
+            reply = await opened.ask(connect={"token": token})
+            assert reply == {"error": {"code": 109, "message": "token expired"}}
+            reply = await opened.ask(connect={"token": await client.token(CHANNEL)})
+            assert "connect" in reply
+
+    @pytest.mark.parametrize(
+        "frame",
+        [
+            "",
+            "{",
+            "[" * 100_000,
+            "[]",
+            '{"connect":{"token":"?"}}',
+            '{"id":1,"connect":{}}',
+            f'{{"id":1,"subscribe":{{"channel":"{CHANNEL}"}}}}',
+        ],
+    )
+    async def test_bad_request(self, client: Client, frame: str) -> None:
+        """What is no command, or comes before the token, ends the connection for good."""
+        opened = await client.open()
+        await opened.websocket.send_str(frame)
+        assert await opened.end() == (3501, "bad request")
+
+    @pytest.mark.parametrize(
+        "command",
+        [{"id": 0, "subscribe": {"channel": CHANNEL}}, {"id": 2, "connect": {"token": "?"}}],
+    )
+    async def test_bad_request_later(self, client: Client, command: dict[str, Any]) -> None:
+        """A command that no reply could name, or a second connect, ends the connection too."""
+        connected = await client.connect(CHANNEL)
+        await connected.send(command)
+        assert await connected.end() == (3501, "bad request")
+
+    async def test_leaving(self, client: Client) -> None:
+        """A client that leaves is not kept in memory."""
+        subscribed = await client.subscribe()
+        centrifugo = client.sim._api._centrifugo
+        assert list(centrifugo._subscribers) == [CHANNEL]
+        await subscribed.websocket.close()
+        await client.token(CHANNEL)
+        assert centrifugo._subscribers == {}
+
+    async def test_binary_frame(self, client: Client) -> None:
+        """A binary frame ends the connection."""
+        opened = await client.open()
+        await opened.websocket.send_bytes(b"{}")
+        assert (await opened.end())[0] == 1000
+
+    @pytest.mark.parametrize(
+        "command",
+        [
+            {"subscribe": {"channel": "workflows:1:run:y"}},
+            {"publish": {"channel": CHANNEL, "data": 1}},
+            {"history": {"channel": CHANNEL}},
+        ],
+    )
+    async def test_denied(self, client: Client, command: dict[str, Any]) -> None:
+        """A token opens its own channels only, and those for listening only."""
+        connected = await client.connect(CHANNEL)
+        error = {"code": 103, "message": "permission denied"}
+        assert await connected.ask(**command) == {"error": error}
+
+    async def test_several_channels(self, client: Client) -> None:
+        """A token can open several channels."""
+        connected = await client.connect("a", "b")
+        for channel in ("a", "b"):
+            assert await connected.ask(subscribe={"channel": channel}) == {"subscribe": {}}
+
+    async def test_subscribing_twice(self, client: Client) -> None:
+        """A second subscription to a channel is an error, unless the first was given up."""
+        subscribed = await client.subscribe()
+        reply = await subscribed.ask(subscribe={"channel": CHANNEL})
+        assert reply == {"error": {"code": 105, "message": "already subscribed"}}
+        assert await subscribed.ask(unsubscribe={"channel": CHANNEL}) == {"unsubscribe": {}}
+        assert await subscribed.ask(subscribe={"channel": CHANNEL}) == {"subscribe": {}}
+
+    async def test_pings(self, open_client: Callable[[Simulator], Client]) -> None:
+        """The server pings with an empty object again and again while the client answers so."""
+        async with Simulator(push_ping_interval=0.3) as sim:
+            connected = await open_client(sim).connect(CHANNEL)
+            for _ in range(2):
+                assert await connected.receive() == {}
+                await connected.send({})
+
+    async def test_no_pong(self, open_client: Callable[[Simulator], Client]) -> None:
+        """A client that leaves a ping unanswered is disconnected, and may come back."""
+        async with Simulator(push_ping_interval=0.3) as sim:
+            connected = await open_client(sim).connect(CHANNEL)
+            assert await connected.receive() == {}
+            assert await connected.end() == (3012, "no pong")
+
+    async def test_stale(self, open_client: Callable[[Simulator], Client]) -> None:
+        """A client that never connects is disconnected."""
+        async with Simulator(push_ping_interval=0.01) as sim:
+            opened = await open_client(sim).open()
+            assert await opened.end() == (3502, "stale")
+
+    async def test_faults(self, client: Client) -> None:
+        """A handshake can be refused, and delayed, like any request."""
+        client.sim.inject(Fault.status(503))
+        client.sim.inject(Fault.delay(0.001))
+        with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+            await client.open()
+        assert caught.value.status == 503
+        await client.open()
+
+
+class TestPublication:
+    """Telling subscribers of completions."""
+
+    async def test_frame(self, client: Client) -> None:
+        """A completion is one push whose data is JSON text, as recorded."""
+        client.sim.add_workflow("w", HELD)
+        subscribed = await client.subscribe()
+        client.sim.finish(await client.run(), "Node 1")
+        data = '{"workflow_version_execution_id":1001,"final_output":"AAA","result_code":"OK"}'
+        publication = {"message_name": "SET_WORKFLOW_COMPLETE", "data": data}
+        push = {"channel": CHANNEL, "pub": {"data": publication}}
+        assert await subscribed.receive() == {"push": push}
+
+    @pytest.mark.parametrize(
+        ("all_outputs", "status", "output"),
+        [
+            (False, "SUCCESS", "AAA"),
+            (True, "SUCCESS", NODE_MAP),
+            (
+                False,
+                "FAILED",
+                {"Node 1": NODE_MAP["Node 1"] | {"status": "FAILED", "value": None}},
+            ),
+        ],
+    )
+    async def test_output(
+        self, client: Client, all_outputs: bool, status: str, output: object
+    ) -> None:
+        """The output is what the results operation would answer with."""
+        client.sim.add_workflow("w", HELD)
+        subscribed = await client.subscribe()
+        execution_id = await client.run(return_all_outputs=all_outputs)
+        client.sim.finish(execution_id, "Node 1", status=status)
+        assert await subscribed.completion() == {
+            "workflow_version_execution_id": execution_id,
+            "final_output": output,
+            "result_code": "OK",
+        }
+
+    async def test_nodes_that_end_by_themselves(self, client: Client) -> None:
+        """A completion is noticed when its time comes, without anybody asking."""
+        nodes = [SimNode("a", duration=0.02), SimNode("b", 1, 0.02, ("a",), is_output_node=True)]
+        client.sim.add_workflow("w", Scenario(nodes))
+        subscribed = await client.subscribe()
+        await client.run()
+        assert (await subscribed.completion())["final_output"] == 1
+
+    async def test_held_then_timed(self, client: Client) -> None:
+        """A node that `finish` lets start ends in its own time."""
+        nodes = [SimNode("a", duration=None), SimNode("b", 1, 0.02, ("a",), is_output_node=True)]
+        client.sim.add_workflow("w", Scenario(nodes))
+        subscribed = await client.subscribe()
+        client.sim.finish(await client.run(), "a")
+        assert (await subscribed.completion())["final_output"] == 1
+
+    async def test_another_clock(self, open_client: Callable[[Simulator], Client]) -> None:
+        """When the test moves the clock, a look at the execution has the completion pushed."""
+        clock = Clock()
+        async with Simulator(clock=clock) as sim:
+            sim.add_workflow("w", Scenario([SimNode("a", 1, 1000.0, is_output_node=True)]))
+            client = open_client(sim)
+            subscribed = await client.subscribe()
+            execution_id = await client.run()
+            assert sim.state(execution_id) == {"a": "RUNNING"}
+            clock.now += 1000.0
+            assert sim.state(execution_id) == {"a": "SUCCESS"}
+            assert (await subscribed.completion())["final_output"] == 1
+
+    async def test_a_standing_clock_is_not_spun_on(
+        self, open_client: Callable[[Simulator], Client]
+    ) -> None:
+        """A clock that stands just before a node's end is read with pauses."""
+        readings = 0
+
+        def clock() -> float:
+            nonlocal readings
+            readings += 1
+            return 100.0
+
+        async with Simulator(clock=clock) as sim:
+            nodes = [SimNode("a", duration=None), SimNode("b", duration=1e-9, after=("a",))]
+            sim.add_workflow("w", Scenario(nodes))
+            client = open_client(sim)
+            sim.finish(await client.run(), "a")
+            before = readings
+            for _ in range(200):
+                await asyncio.sleep(0)
+            assert readings - before < 20
+
+    async def test_only_its_channel(self, client: Client) -> None:
+        """A subscriber hears of the runs of its channel only."""
+        client.sim.add_workflow("w", HELD)
+        subscribed = await client.subscribe()
+        other, mine = await client.run(channel_name_suffix="y"), await client.run()
+        for execution_id in (other, mine):
+            client.sim.finish(execution_id, "Node 1")
+        assert (await subscribed.completion())["workflow_version_execution_id"] == mine
+
+    async def test_unsubscribed(self, client: Client) -> None:
+        """Who unsubscribed hears no more of the channel."""
+        client.sim.add_workflow("w", HELD)
+        subscribed = await client.subscribe()
+        await subscribed.ask(unsubscribe={"channel": CHANNEL})
+        client.sim.finish(await client.run(), "Node 1")
+        await asyncio.gather(*tasks_of_runs())
+        assert await subscribed.ask(subscribe={"channel": CHANNEL}) == {"subscribe": {}}
+
+    async def test_several_subscribers(self, client: Client) -> None:
+        """Every subscriber of a channel is told, also after another one left."""
+        client.sim.add_workflow("w", HELD)
+        gone, *subscribed = [await client.subscribe() for _ in range(3)]
+        await gone.websocket.close()
+        client.sim.finish(await client.run(), "Node 1")
+        for each in subscribed:
+            assert (await each.completion())["final_output"] == "AAA"
+
+    async def test_slow_subscribers(self, open_client: Callable[[Simulator], Client]) -> None:
+        """Subscribers that do not read keep no other one waiting, and may go meanwhile."""
+        large = "a" * 12_000_000
+        async with Simulator(push_limit_bytes=13_000_000) as sim:
+            sim.add_workflow("w", Scenario([SimNode("a", large, None, is_output_node=True)]))
+            client = open_client(sim)
+            slow = [(await client.subscribe()).websocket for _ in range(3)]
+            transports: list[Any] = [each._conn and each._conn.transport for each in slow]
+            for transport in transports:
+                transport.pause_reading()
+                # Elsewhere the system would take in tens of megabytes for a client.
+                end = transport.get_extra_info("socket")
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            subscribed = await client.subscribe()
+            sim.finish(await client.run(), "a")
+            assert len((await subscribed.completion())["final_output"]) == len(large)
+            for transport in transports:
+                transport.abort()
+            await asyncio.gather(*tasks_of_runs())
+
+    async def test_nobody_listens(self, client: Client) -> None:
+        """A completion without a subscriber is told to nobody, and to none who comes later."""
+        client.sim.add_workflow("w", HELD)
+        client.sim.finish(await client.run(), "Node 1")
+        await asyncio.gather(*tasks_of_runs())
+        subscribed = await client.subscribe()
+        client.sim.finish(await client.run(), "Node 1")
+        assert (await subscribed.completion())["workflow_version_execution_id"] == 1002
+
+    async def test_nobody_asked(self, client: Client) -> None:
+        """A run without suffix and callback costs no task."""
+        client.sim.add_workflow("w", HELD)
+        await client.run(channel_name_suffix=None)
+        assert tasks_of_runs() == []
+        await client.run()
+        assert len(tasks_of_runs()) == 1
+
+    @pytest.mark.parametrize(("limit", "code"), [(78, "OK"), (77, "EXCEEDS_SIZE_LIMIT")])
+    async def test_size_limit(
+        self, open_client: Callable[[Simulator], Client], limit: int, code: str
+    ) -> None:
+        """A message over the limit says so in prose; the results have the output all the same."""
+        async with Simulator(push_limit_bytes=limit) as sim:
+            sim.add_workflow("w", HELD)
+            client = open_client(sim)
+            subscribed = await client.subscribe()
+            sim.finish(await client.run(), "Node 1")
+            message = await subscribed.completion()
+            assert message["result_code"] == code
+            assert ("larger than 77 bytes" in message["final_output"]) == (code != "OK")
+            assert message["workflow_version_execution_id"] == 1001
+
+    async def test_default_size_limit(self, client: Client) -> None:
+        """By default the limit is 64 KiB."""
+        client.sim.add_workflow("w", lambda v: Scenario([SimNode("a", "a" * v["n"], None)]))
+        subscribed = await client.subscribe()
+        codes = []
+        for size in (65_000, 66_000):
+            execution_id = await client.run(input_variables={"n": size})
+            client.sim.finish(execution_id, "a")
+            codes.append((await subscribed.completion())["result_code"])
+        assert codes == ["OK", "EXCEEDS_SIZE_LIMIT"]
+
+    async def test_broken_scenario(self, client: Client, caplog: pytest.LogCaptureFixture) -> None:
+        """A scenario whose function fails is logged, and its run is told to nobody."""
+        client.sim.add_workflow("w", Scenario([SimNode("a", lambda values: 1 / 0)]))
+        execution_id = await client.run()
+        await asyncio.gather(*tasks_of_runs())
+        (record,) = caplog.records
+        assert record.name == "promptlayer_exec.simulator"
+        assert f"execution {execution_id}: a function of its scenario" in record.getMessage()
+
+
+class TestCallback:
+    """Telling a callback URL of completions."""
+
+    @pytest.mark.parametrize("all_outputs", [False, True])
+    async def test_posted(self, client: Client, all_outputs: bool) -> None:
+        """The URL gets one POST of the node map, unsigned, whatever outputs were asked for."""
+        client.sim.add_workflow("w", HELD)
+        async with Simulator() as receiver:
+            execution_id = await client.run(
+                callback_url=f"{receiver.base_url}/hook?a=1", return_all_outputs=all_outputs
+            )
+            client.sim.finish(execution_id, "Node 1")
+            await receiver.wait_for_requests(1)
+            await asyncio.gather(*tasks_of_runs())
+            (request,) = receiver.requests
+        assert (request.method, request.path, dict(request.query)) == ("POST", "/hook", {"a": "1"})
+        assert request.headers["Content-Type"] == "application/json"
+        assert "X-API-KEY" not in request.headers
+        assert json.loads(request.body) == {
+            "workflow_version_execution_id": execution_id,
+            "final_output": NODE_MAP,
+        }
+
+    @pytest.mark.parametrize(
+        "url",
+        ["http://127.0.0.1:{port}/", "", "nonsense", "ftp://127.0.0.1/", "http://a..b/", "//a/"],
+    )
+    async def test_dead_address(
+        self, client: Client, url: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A callback that cannot be delivered harms nothing; the push arrives all the same."""
+        client.sim.add_workflow("w", HELD)
+        subscribed = await client.subscribe()
+        with socket.socket() as bound:
+            bound.bind(("127.0.0.1", 0))
+            port = bound.getsockname()[1]
+            execution_id = await client.run(callback_url=url.format(port=port))
+            client.sim.finish(execution_id, "Node 1")
+            assert (await subscribed.completion())["final_output"] == "AAA"
+            await asyncio.gather(*tasks_of_runs())
+        assert caplog.records == []
+
+    async def test_silent_receiver(self, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A receiver that never answers is given up in bounded time."""
+        assert completion._CALLBACK_TIMEOUT.total == 10.0
+        monkeypatch.setattr(completion, "_CALLBACK_TIMEOUT", aiohttp.ClientTimeout(total=0.01))
+        client.sim.add_workflow("w", HELD)
+        async with Simulator() as receiver:
+            receiver.inject(Fault.stall())
+            client.sim.finish(await client.run(callback_url=receiver.base_url), "Node 1")
+            async with asyncio.timeout(5):
+                await asyncio.gather(*tasks_of_runs())
+
+
+class TestLeaving:
+    """Stopping with open sockets and pending callbacks."""
+
+    async def test_loop_mode(
+        self, open_client: Callable[[Simulator], Client], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Leaving `async with` ends sockets, waiting runs and callbacks, and leaves no task."""
+        with Simulator() as receiver:
+            receiver.inject(Fault.stall())
+            before = asyncio.all_tasks()
+            async with asyncio.timeout(5), Simulator() as sim:
+                client = open_client(sim)
+                sockets = [await client.open(), await client.connect("a"), await client.subscribe()]
+                sim.add_workflow("w", HELD)
+                await client.run()
+                sim.finish(await client.run(callback_url=receiver.base_url), "Node 1")
+                await receiver.wait_for_requests(1)
+                await sockets[-1].completion()
+                assert len(tasks_of_runs()) == 2
+            assert asyncio.all_tasks() <= before
+            for each in sockets:
+                message = await each.websocket.receive(timeout=10)
+                assert message.type in {aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.ERROR}
+        gc.collect()
+        assert caplog.records == []
+
+    async def test_thread_mode(
+        self, open_client: Callable[[Simulator], Client], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Leaving `with` does so too, and `finish` in one thread pushes from the other."""
+        with Simulator() as receiver:
+            receiver.inject(Fault.stall())
+            before = set(threading.enumerate())
+            with Simulator() as sim:
+                client = open_client(sim)
+                sockets = [await client.open(), await client.connect("a"), await client.subscribe()]
+                sim.add_workflow("w", HELD)
+                held = await client.run()
+                sim.finish(await client.run(callback_url=receiver.base_url), "Node 1")
+                await receiver.wait_for_requests(1)
+                assert (await sockets[-1].completion())["final_output"] == "AAA"
+                leaving = time.monotonic()
+            assert time.monotonic() - leaving < 5
+            assert set(threading.enumerate()) == before
+            sim.finish(held, "Node 1")
+            for each in sockets:
+                message = await each.websocket.receive(timeout=10)
+                assert message.type in {aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.ERROR}
+        gc.collect()
+        assert caplog.records == []
+
+    async def test_entered_again(self, open_client: Callable[[Simulator], Client]) -> None:
+        """A simulator that was left pushes again when it is entered again."""
+        sim = Simulator()
+        sim.add_workflow("w", HELD)
+        client = open_client(sim)
+        for _ in range(2):
+            async with sim:
+                subscribed = await client.subscribe()
+                sim.finish(await client.run(), "Node 1")
+                assert (await subscribed.completion())["final_output"] == "AAA"
