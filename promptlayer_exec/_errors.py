@@ -56,9 +56,12 @@ class PromptLayerExecError(Exception):
     def _what(self) -> str:
         return str(self.args[0]).rstrip(" \n.!?,;:")  # the end may be a server's, or a system's
 
+    def _advise(self) -> str:
+        return self.advice
+
     def __str__(self) -> str:
         subject = "" if self.execution_id is None else f"execution {self.execution_id}: "
-        text = f"{subject}{self._what()}. {self.advice}".rstrip()
+        text = f"{subject}{self._what()}. {self._advise()}".rstrip()
         return text.encode("utf-8", "backslashreplace").decode()  # or it could not be printed
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -313,6 +316,8 @@ class StartUnknown(PromptLayerExecError):
 class ExecutionTimeout(PromptLayerExecError, TimeoutError):
     """The wait's deadline passed before the execution was complete.
 
+    Without an `execution_id` the execution could not even be started by then.
+
     Attributes:
         timeout: the seconds that were allowed.
     """
@@ -322,6 +327,9 @@ class ExecutionTimeout(PromptLayerExecError, TimeoutError):
     def __init__(self, message: str, *, timeout: float, **context: Unpack[_Context]) -> None:
         super().__init__(message, **context)
         self.timeout = timeout
+
+    def _advise(self) -> str:
+        return super()._advise() if self.execution_id is not None else ""
 
 
 class ExecutionFailed(PromptLayerExecError):

@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+
+from promptlayer_exec._output import check_type, main_output, typed_output
 
 if TYPE_CHECKING:
+    from typing_extensions import TypeForm
+
     from promptlayer_exec._models import Node, Snapshot
     from promptlayer_exec._session import Session
 
+T = TypeVar("T")
+
 
 class Execution:
-    """One execution, as a session follows it: made by `Session.execution`, without any I/O.
+    """One execution, as a session follows it: made by `Session.execution`, or `Session.start`.
 
-    However many calls of `stream`, `finished_nodes` and `wait` follow it in one session, one
-    poller asks the server. Handles are equal if session and id are. A pickled handle comes back
-    without its session: it still tells the id.
+    However many calls of `stream`, `finished_nodes`, `wait` and `output` follow it in one session,
+    one poller asks the server. Handles are equal if session and id are. A pickled handle comes
+    back without its session: it still tells the id.
 
     Attributes:
         id: the execution's id.
@@ -99,6 +105,42 @@ class Execution:
             async for snapshot in snapshots:
                 latest = snapshot
         return latest
+
+    @overload
+    async def output(
+        self, *, timeout: float | EllipsisType | None = ..., into: None = None
+    ) -> Any: ...
+
+    @overload
+    async def output(
+        self, *, timeout: float | EllipsisType | None = ..., into: TypeForm[T]
+    ) -> T: ...
+
+    async def output(self, *, timeout: float | EllipsisType | None = ..., into: Any = None) -> Any:
+        """Wait until the execution is complete, and return its main output.
+
+        Which value that is, the nodes tell: the one of the output node that succeeded. Where
+        several did, or no node is marked as output, the server is asked.
+
+        Args:
+            timeout: as for `stream`.
+            into: the type to structure it into, with nothing coerced but int to float: an attrs
+                class, dataclass, TypedDict, enum, pydantic model, `list[Report]`,
+                `Report | None` ... A string that does not fit is read as JSON. None: as it is.
+
+        Raises:
+            ExecutionFailed: the execution has no main output.
+            InvalidOutput: the output is not of the type `into`.
+            TypeError: `into` is no type that can be structured.
+            PromptLayerExecError: as for `stream`.
+        """
+        session = self._open_session()
+        if into is not None:
+            check_type(into, session._converter)
+        deadline = session._deadline(timeout)
+        snapshot = await self.wait(timeout=timeout)
+        value = await main_output(snapshot, lambda: session._main_output(snapshot, deadline))
+        return value if into is None else typed_output(value, into, session._converter, snapshot)
 
     def _open_session(self) -> Session:
         if self._session is None:

@@ -120,19 +120,20 @@ class Lifetime:
             async with anyio.create_task_group() as self._tasks:
                 self._ready.set()
                 await self._closing.wait()
+                self._end_calls()  # at once: a task may have something to see to its end
                 self._tasks.cancel_scope.cancel()
         finally:
             # Also where the loop shuts down without a close: asyncio.run cancels every task.
             self._closing.set()
             self._ready.set()
             try:
-                await self._end_calls()
+                self._end_calls()
+                if self._calls:
+                    await self._calls_left.wait()
                 await self._resources.aclose()
             finally:
                 self._ended.set()
 
-    async def _end_calls(self) -> None:
+    def _end_calls(self) -> None:
         for scope in self._calls:
             scope.cancel()
-        if self._calls:
-            await self._calls_left.wait()

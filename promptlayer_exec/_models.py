@@ -186,7 +186,7 @@ class Snapshot:
             before = previous.nodes.get(name) if previous is not None else None
             if before is None:
                 changes.append(NodeChange(node, None))
-            elif before.status != node.status or not _same_json(before.value, node.value):
+            elif before.status != node.status or not same_json(before.value, node.value):
                 changes.append(NodeChange(node, before.status))
         return tuple(changes)
 
@@ -210,7 +210,7 @@ class Snapshot:
         )
 
 
-def _same_json(left: Any, right: Any) -> bool:
+def same_json(left: Any, right: Any) -> bool:
     """Compare decoded JSON as JSON: `1`, `1.0` and `true` differ, and NaN equals itself."""
     pairs = [(left, right)]  # a stack, as values may be nested deeper than Python may recurse
     while pairs:

@@ -199,6 +199,31 @@ class Outage:
         return max(delay, announced)
 
 
+class Newborns:
+    """The executions that were started just now, so that the server may not know them yet.
+
+    Args:
+        grace: seconds for which an execution is one of them.
+    """
+
+    def __init__(self, grace: float) -> None:
+        self._grace = grace
+        self._started: dict[int, float] = {}  # in the order of time
+
+    def add(self, execution_id: int, *, now: float) -> None:
+        """Take note of a start."""
+        for old in list(self._started):
+            if self.covers(old, now=now):
+                break
+            del self._started[old]
+        self._started[execution_id] = now
+
+    def covers(self, execution_id: int | None, *, now: float) -> bool:
+        """Tell whether an execution was started less than the grace ago."""
+        started = self._started.get(execution_id, -math.inf) if execution_id else -math.inf
+        return now - started < self._grace
+
+
 @attrs.frozen
 class Deadline:
     """When a wait ends at the latest, whatever it waits for.

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+import warnings
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
+from random import random
 from types import EllipsisType, TracebackType
-from typing import TYPE_CHECKING, Literal, NoReturn, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, overload
 
 import anyio
 
 from promptlayer_exec._errors import ConfigurationError, PromptLayerExecError, SessionClosed
 from promptlayer_exec._events import Observer, broadcast
 from promptlayer_exec._execution import Execution
+from promptlayer_exec._inputs import encode_inputs
 from promptlayer_exec._lifetime import DeadlinePassed, Lifetime
-from promptlayer_exec._models import MainOutput, Node, Snapshot
+from promptlayer_exec._models import MainOutput, Node, Snapshot, StartRequest
 from promptlayer_exec._pace import Limiter, Pace
 from promptlayer_exec._policies import (
     Deadline,
+    Newborns,
     Outage,
     PollPolicy,
     RetryPolicy,
     check_seconds,
     check_timeout,
 )
-from promptlayer_exec._settings import check_count, find_api_key, find_base_url
-from promptlayer_exec._transport import Transport, open_http
+from promptlayer_exec._settings import (
+    check_count,
+    find_api_key,
+    find_base_url,
+    sends_in_the_clear,
+)
+from promptlayer_exec._start import Start
+from promptlayer_exec._transport import Pools, Transport
 from promptlayer_exec._watch import Watch, finished_nodes, follow, take_snapshot, timed_out
 from promptlayer_exec._wire import (
     NodeMap,
@@ -33,9 +44,12 @@ from promptlayer_exec._wire import (
     Reply,
     Request,
     Response,
+    Started,
     check_execution_id,
     read_main_output,
+    read_started,
     results_request,
+    run_request,
 )
 
 if TYPE_CHECKING:
@@ -61,12 +75,13 @@ class Session:
         wait_timeout: the default deadline of every wait, in seconds; None waits for ever.
         request_timeout: seconds for one HTTP attempt, from connecting to the last byte; waiting
             for a connection to be free, or for the pace, does not count.
-        max_connections: how many requests may be under way at once.
+        max_connections: how many requests may be under way at once; beside them up to a quarter as
+            many starts.
         max_response_bytes: how large a response may be, after decompression.
         rate: HTTP attempts per second, over everything the session does; None: unlimited.
         limiter: a further limit, acquired once per HTTP attempt.
         http: a client session to borrow, with its proxy, TLS and headers; it is not closed.
-        converter: hooks for structuring outputs; never used for the node map.
+        converter: hooks for inputs, and for structuring outputs; never used for the node map.
         observers: called with every event.
 
     Raises:
@@ -93,7 +108,8 @@ class Session:
         # Looked up for the sake of the errors, and again on opening: the environment may be filled
         # after a session at module level was made.
         find_api_key(api_key)
-        find_base_url(base_url)
+        self._warned = False
+        self._warn_of_plain_http(find_base_url(base_url), stacklevel=3)
         self._api_key = api_key
         self._base_url = base_url
         self._poll = poll
@@ -113,6 +129,7 @@ class Session:
         self._http = http
         self._converter = converter
         self._node_maps = NodeMapReader()
+        self._newborns = Newborns(retry.not_found_grace)
         self._emit = broadcast(observers)
         self._opening: _Opening | None = None
         self._closed = False
@@ -188,10 +205,84 @@ class Session:
         """
         execution_id = check_execution_id(execution_id)
         request = results_request(execution_id, return_all_outputs=return_all_outputs)
+        deadline = self._deadline(...)
         if not return_all_outputs:
-            return (await self._call(request, read_main_output)).value
-        reply = await self._call(request, self._node_maps.read)
+            read_output = partial(read_main_output, execution_id=execution_id)
+            return (await self._call(request, read_output, deadline)).value
+        read_nodes = partial(self._node_maps.read, execution_id=execution_id)
+        reply = await self._call(request, read_nodes, deadline)
         return take_snapshot(execution_id, reply, elapsed=reply.duration)
+
+    async def start(
+        self,
+        workflow: str | int,
+        inputs: Any = None,
+        *,
+        label: str | None = None,
+        version: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+        callback_url: str | None = None,
+    ) -> Execution:
+        """Start a run, and return its handle.
+
+        The request is sent again only if it provably never reached the server, or was refused with
+        429. Once it may have left, cancelling the call does not call it off: the session reads the
+        answer, and reports the execution with `ExecutionStarted(abandoned=True)` and a warning in
+        the log.
+
+        https://docs.promptlayer.com/reference/run-workflow
+
+        Args:
+            workflow: its name or id.
+            inputs: its input variables: a mapping, or an attrs, dataclass or pydantic instance.
+            label: the label of the version to run; excludes `version`.
+            version: the number of the version to run; excludes `label`.
+            metadata: strings to keep with the run.
+            callback_url: where the server posts the final output.
+
+        Raises:
+            TypeError: an argument, or a value in the inputs, is of an unusable type.
+            ValueError: an argument, or a value in the inputs, cannot be sent.
+            StartUnknown: the answer was lost, so the run may have started; it is never repeated.
+            StatusError: the server refused.
+            ConnectionFailed: the server could not be reached.
+            ExecutionTimeout: the request could not leave within the session's `wait_timeout`.
+            SessionClosed: the session was closed; with the execution's id if it had started.
+        """
+        return await self._start(
+            StartRequest(
+                workflow,
+                {} if inputs is None else inputs,
+                label=label,
+                version=version,
+                metadata=metadata,
+                callback_url=callback_url,
+            )
+        )
+
+    async def _start(self, request: StartRequest) -> Execution:
+        http_request = run_request(request, encode_inputs(request.inputs, self._converter))
+        now = anyio.current_time()
+        deadline = self._deadline(...)
+        opening = await self._open()
+
+        async def post(outage: Outage, departure: Start) -> Started:
+            reply = await opening.transport.call(
+                http_request, read_started, outage, due=now, departure=departure
+            )
+            self._newborns.add(reply.value.execution_id, now=anyio.current_time())
+            return reply.value
+
+        start = Start(
+            request,
+            post,
+            Outage(self._retry, self._retry.outage),
+            emit=self._emit,
+            is_closing=lambda: opening.lifetime.closing,
+        )
+        opening.lifetime.spawn(start.run)
+        started = await start.result(deadline)
+        return Execution(self, started.execution_id, request.workflow, started.warning)
 
     def execution(self, execution_id: int) -> Execution:
         """Return the handle of an execution, without any I/O.
@@ -214,20 +305,52 @@ class Session:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Session holds a key and connections, and cannot be pickled or copied")
 
-    async def _call(self, request: Request, read: Callable[[Response, int], T]) -> Reply[T]:
-        now = anyio.current_time()
-        deadline = Deadline.after(self._wait_timeout, now=now)
+    async def _call(
+        self,
+        request: Request,
+        read: Callable[[Response], T],
+        deadline: Deadline,
+        *,
+        due: float = 0.0,
+        seen: Snapshot | None = None,
+    ) -> Reply[T]:
+        """Send a request that is no watch's, not before `due`; errors carry what was `seen`."""
+        due = max(due, anyio.current_time())
         outage = Outage(self._retry, self._retry.outage)
         opening = await self._open(request.execution_id)
+
+        async def send() -> Reply[T]:
+            if due > anyio.current_time():
+                await anyio.sleep_until(due)
+            return await opening.transport.call(request, read, outage, due=due)
+
         try:
-            return await opening.lifetime.call(
-                lambda: opening.transport.call(request, read, outage, due=now), deadline
-            )
-        except SessionClosed as error:
+            return await opening.lifetime.call(send, deadline)
+        except PromptLayerExecError as error:
             error.execution_id = request.execution_id
+            error.last_snapshot = seen
             raise
         except DeadlinePassed:
-            raise timed_out(request.execution_id, deadline, None, outage.error) from outage.error
+            raise timed_out(request.execution_id, deadline, seen, outage.error) from outage.error
+
+    async def _main_output(self, snapshot: Snapshot, deadline: Deadline) -> Any:
+        """Ask for the main output of a complete execution until the server has it."""
+        request = results_request(snapshot.execution_id, return_all_outputs=False)
+        read = partial(read_main_output, execution_id=snapshot.execution_id)
+        due = started = anyio.current_time()
+        while True:
+            reply = await self._call(request, read, deadline, due=due, seen=snapshot)
+            if reply.value.complete:
+                return reply.value.value
+            now = anyio.current_time()
+            due = now + self._poll.delay(
+                elapsed=now - started,
+                final=len(snapshot.nodes),
+                nodes=len(snapshot.nodes),
+                unchanged=now - started,
+                chance=random(),
+                retry_after=self._retry.announced(reply.retry_after),
+            )
 
     def _follow(
         self, execution_id: int, timeout: float | EllipsisType | None
@@ -245,7 +368,13 @@ class Session:
         async def join() -> Watch:
             return (await self._open(execution_id)).join(execution_id)
 
-        return join, self._wait_timeout if timeout is ... else check_timeout(timeout)
+        return join, self._limit(timeout)
+
+    def _limit(self, timeout: float | EllipsisType | None) -> float | None:
+        return self._wait_timeout if timeout is ... else check_timeout(timeout)
+
+    def _deadline(self, timeout: float | EllipsisType | None) -> Deadline:
+        return Deadline.after(self._limit(timeout), now=anyio.current_time())
 
     async def _open(self, execution_id: int | None = None) -> _Opening:
         try:
@@ -265,26 +394,29 @@ class Session:
             raise ConfigurationError(
                 "there is no API key: set PROMPTLAYER_API_KEY or pass api_key= to Session"
             )
+        base_url = find_base_url(self._base_url)
+        self._warn_of_plain_http(base_url)
         resources = AsyncExitStack()
-        http = self._http
-        if http is None:
-            http = open_http(self._max_connections)
-            resources.push_async_callback(http.close)
+        if self._http is None:
+            pools = Pools.open(self._max_connections, resources)
+        else:
+            pools = Pools.borrow(self._http, self._max_connections)
         transport = Transport(
-            http,
-            base_url=find_base_url(self._base_url),
+            pools,
+            base_url=base_url,
             api_key=api_key,
             pace=Pace(self._rate, self._limiter),
             retry=self._retry,
+            newborns=self._newborns,
             request_timeout=self._request_timeout,
-            max_connections=self._max_connections,
             max_response_bytes=self._max_response_bytes,
             emit=self._emit,
         )
 
         async def fetch(execution_id: int, outage: Outage, *, due: float) -> Reply[NodeMap]:
             request = results_request(execution_id, return_all_outputs=True)
-            return await transport.call(request, self._node_maps.read, outage, due=due)
+            read = partial(self._node_maps.read, execution_id=execution_id)
+            return await transport.call(request, read, outage, due=due)
 
         def make_watch(execution_id: int, on_end: Callable[[Watch], None]) -> Watch:
             return Watch(
@@ -297,6 +429,15 @@ class Session:
             )
 
         return _Opening(Lifetime(resources), transport, make_watch)
+
+    def _warn_of_plain_http(self, base_url: str, *, stacklevel: int = 2) -> None:
+        if not self._warned and sends_in_the_clear(base_url):
+            self._warned = True
+            warnings.warn(
+                f"{base_url} is plain http: whoever is on the way can read the API key and every"
+                " output; use https, or a loopback address",
+                stacklevel=stacklevel,
+            )
 
     async def _settle(self, opening: _Opening) -> None:
         await opening.lifetime.wait_closed()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from typing import Any
@@ -63,6 +64,18 @@ def find_base_url(base_url: str | None) -> str:
     if url.raw_query_string or url.raw_fragment:
         raise ConfigurationError(f"{source} must not have a query or fragment: {base_url!r}")
     return str(url).rstrip("/")
+
+
+def sends_in_the_clear(base_url: str) -> bool:
+    """Tell whether the key would travel over a network unencrypted."""
+    url = URL(base_url)
+    host = url.host or ""
+    if url.scheme != "http" or host == "localhost" or host.endswith(".localhost"):
+        return False
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return True
 
 
 def _matches(pattern: str, value: Any) -> bool:

@@ -7,18 +7,22 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from http import HTTPStatus
 from random import random
-from typing import TypeVar
+from typing import Protocol, Self, TypeVar
 
 import aiohttp
 import anyio
 import attrs
+from aiohttp.abc import AbstractStreamWriter
 from yarl import URL
 
 from promptlayer_exec._errors import (
     ConnectionFailed,
     InvalidResponse,
+    NotFound,
+    RateLimited,
     RequestError,
     RequestTimeout,
     ResponseTooLarge,
@@ -27,7 +31,7 @@ from promptlayer_exec._errors import (
 )
 from promptlayer_exec._events import Emit, RequestRetried, Throttled
 from promptlayer_exec._pace import Pace
-from promptlayer_exec._policies import Outage, RetryPolicy
+from promptlayer_exec._policies import Newborns, Outage, RetryPolicy
 from promptlayer_exec._secret import Secret
 from promptlayer_exec._version import __version__
 from promptlayer_exec._wire import Reply, Request, Response, excerpt, read_retry_after
@@ -42,14 +46,6 @@ USER_AGENT = (
 _ERROR_BODY_BYTES = 64 * 1024
 
 
-def open_http(max_connections: int) -> aiohttp.ClientSession:
-    """Open a client session of our own in the running loop."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=max_connections),
-        cookie_jar=aiohttp.DummyCookieJar(),
-    )
-
-
 async def _send_once(
     request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
 ) -> aiohttp.ClientResponse:
@@ -62,53 +58,150 @@ async def _send_once(
         raise aiohttp.ClientConnectionError(_reason(error)) from error
 
 
+class _Pool:
+    """Connections for one kind of request, and places for as many requests."""
+
+    def __init__(self, http: aiohttp.ClientSession, places: anyio.Semaphore) -> None:
+        self.http = http
+        # Whoever finds no connection free waits here, where no timeout runs.
+        self.places = places
+        # Those given with a request replace the session's, which has no public name for them.
+        self.middlewares = (*http._middlewares, _send_once)
+        self.headers = {"Accept": "application/json"}
+        if "User-Agent" not in http.headers:
+            self.headers["User-Agent"] = USER_AGENT
+
+
+class Pools:
+    """The connections of a session: those for looking at executions, and those for starts.
+
+    Starts have a share of their own, so that neither kind keeps the other waiting. In pools of our
+    own, each has a new connection to itself: on a used one, which the server may be closing at the
+    moment, it would be lost without need.
+    """
+
+    def __init__(self, looks: _Pool, starts: _Pool) -> None:
+        self.looks = looks
+        self.starts = starts
+
+    @classmethod
+    def open(cls, max_connections: int, resources: AsyncExitStack) -> Self:
+        """Open pools of our own in the running loop; `resources` closes them."""
+        pools = []
+        for places, connector in (
+            (max_connections, aiohttp.TCPConnector(limit=0)),
+            (_share_of_starts(max_connections), aiohttp.TCPConnector(limit=0, force_close=True)),
+        ):
+            http = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+            resources.push_async_callback(http.close)
+            pools.append(_Pool(http, _semaphore(places)))
+        return cls(*pools)
+
+    @classmethod
+    def borrow(cls, http: aiohttp.ClientSession, max_connections: int) -> Self:
+        """Share out the connections of somebody else's client session."""
+        connector = http.connector
+        limits = (connector.limit, connector.limit_per_host) if connector is not None else ()
+        limit = min([limit for limit in limits if limit], default=None)
+        if limit is None:
+            looks, starts = max_connections, _share_of_starts(max_connections)
+        else:
+            starts = _share_of_starts(limit)
+            looks = min(max_connections, limit - starts)
+        if not looks:  # there is but one connection
+            pool = _Pool(http, _semaphore(1))
+            return cls(pool, pool)
+        return cls(_Pool(http, _semaphore(looks)), _Pool(http, _semaphore(starts)))
+
+
+def _semaphore(places: int) -> anyio.Semaphore:
+    return anyio.Semaphore(places, fast_acquire=True)
+
+
+def _share_of_starts(connections: int) -> int:
+    return max(connections // 4, 1)
+
+
+class Departure(Protocol):
+    """Whether a request that must not be sent twice may have reached the server."""
+
+    @property
+    def left(self) -> bool:
+        """Whether it may have."""
+
+    def leave(self) -> None:
+        """It is about to leave; raises `OSError` where it must not any more."""
+
+    def come_back(self) -> None:
+        """The server has refused it, unseen."""
+
+
+class _GuardedBody(aiohttp.Payload):
+    """A body that tells when it, and the headers that go with it, are about to leave."""
+
+    _value: bytes
+
+    def __init__(self, body: bytes, departure: Departure) -> None:
+        super().__init__(body, content_type="application/json")
+        self._size = len(body)
+        self._departure = departure
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return self._value.decode(encoding, errors)
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        self._departure.leave()
+        await writer.write(self._value)
+
+
 class Transport:
     """Sends requests to one server with one key.
 
     Args:
-        http: the client session to use.
+        pools: the connections to use.
         base_url: without a trailing slash.
         api_key: sent to `base_url` alone, and kept out of every error.
         pace: admits each attempt.
         retry: what to survive.
+        newborns: the executions for which a 404 is worth another attempt.
         request_timeout: seconds for one attempt.
-        max_connections: how many attempts may be under way at once.
         max_response_bytes: how large a body may be, after decompression.
         emit: told of retries and throttling.
     """
 
     def __init__(
         self,
-        http: aiohttp.ClientSession,
+        pools: Pools,
         *,
         base_url: str,
         api_key: str,
         pace: Pace,
         retry: RetryPolicy,
+        newborns: Newborns,
         request_timeout: float,
-        max_connections: int,
         max_response_bytes: int,
         emit: Emit,
     ) -> None:
-        self._http = http
+        self._pools = pools
         self.base_url = base_url
         self._pace = pace
         self._retry = retry
+        self._newborns = newborns
         self._request_timeout = request_timeout
         self._timeout = aiohttp.ClientTimeout(total=request_timeout, ceil_threshold=float("inf"))
         self._max_response_bytes = max_response_bytes
         self._emit = emit
+        self._api_key = api_key
         self._key = Secret(api_key)
-        self._headers = {"X-API-KEY": api_key, "Accept": "application/json"}
-        if "User-Agent" not in http.headers:
-            self._headers["User-Agent"] = USER_AGENT
-        # Those given with a request replace the session's, which has no public name for them.
-        self._middlewares = (*http._middlewares, _send_once)
-        # Whoever finds no connection free waits here, where no timeout runs.
-        self._places = anyio.Semaphore(_places(http, max_connections), fast_acquire=True)
 
     async def call(
-        self, request: Request, read: Callable[[Response, int], T], outage: Outage, *, due: float
+        self,
+        request: Request,
+        read: Callable[[Response], T],
+        outage: Outage,
+        *,
+        due: float,
+        departure: Departure | None = None,
     ) -> Reply[T]:
         """Send a request until it is answered well, or `outage` is over.
 
@@ -117,19 +210,21 @@ class Transport:
             read: reads the answer; what it raises is judged like any other failure.
             outage: keeps account of the failures.
             due: when the request should leave, on the event loop's clock.
+            departure: told of what becomes of a request that must not be sent twice.
 
         Raises:
             RequestError: the last failure, when it is not worth another attempt.
         """
+        pool = self._pools.looks if departure is None else self._pools.starts
         while True:
             try:
-                async with self._places:
+                async with pool.places:
                     await self._pace.acquire()
                     lateness = max(anyio.current_time() - due, 0.0)
                     outage.excuse(lateness)
-                    response, duration = await self._attempt(request)
+                    response, duration = await self._attempt(pool, request, departure)
                 return Reply(
-                    self._read(read, response, request.execution_id),
+                    self._read(read, response),
                     body_bytes=len(response.body),
                     duration=duration,
                     lateness=lateness,
@@ -138,47 +233,59 @@ class Transport:
             except RequestError as error:
                 error.execution_id = request.execution_id
                 error.attempts = outage.failures + 1
-                delay = self._judge(error, outage)
+                delay = None
+                if self._is_transient(error, departure):
+                    delay = outage.delay(
+                        error,
+                        now=anyio.current_time(),
+                        chance=random(),
+                        retry_after=error.retry_after if isinstance(error, StatusError) else None,
+                    )
                 if delay is None:
                     raise
                 self._emit(RequestRetried(request.execution_id, error, delay))
             due = anyio.current_time() + delay
             await anyio.sleep(delay)
 
-    def _judge(self, error: RequestError, outage: Outage) -> float | None:
-        """Return the seconds before the next attempt; None: there shall be none."""
-        retry_after = None
+    def _is_transient(self, error: RequestError, departure: Departure | None) -> bool:
+        """Tell whether a failure is worth another attempt."""
+        if departure is not None and (departure.left or isinstance(error, StatusError)):
+            if not isinstance(error, RateLimited):
+                return False
+            departure.come_back()
         if isinstance(error, StatusError):
-            retry_after = error.retry_after
-            transient = error.status in self._retry.statuses
-        elif isinstance(error, InvalidResponse):
-            transient = error.path is None and not isinstance(error, ResponseTooLarge)
-        else:
-            transient = True
-        if not transient:
-            return None
-        return outage.delay(
-            error, now=anyio.current_time(), chance=random(), retry_after=retry_after
-        )
+            return error.status in self._retry.statuses or (
+                isinstance(error, NotFound)
+                and self._newborns.covers(error.execution_id, now=anyio.current_time())
+            )
+        if isinstance(error, InvalidResponse):
+            return error.path is None and not isinstance(error, ResponseTooLarge)
+        return True
 
-    async def _attempt(self, request: Request) -> tuple[Response, float]:
+    async def _attempt(
+        self, pool: _Pool, request: Request, departure: Departure | None
+    ) -> tuple[Response, float]:
         """Send a request once; return the answer, and the seconds that it took."""
-        if self._http.closed:
+        if pool.http.closed:
             raise SessionClosed("the borrowed aiohttp.ClientSession is closed")
         sent_at = anyio.current_time()
+        data = None
+        if request.body is not None and departure is not None:
+            data = _GuardedBody(request.body, departure)
         answer: aiohttp.ClientResponse | None = None
         chunks: list[bytes] = []
         trouble: BaseException | None = None
         try:
-            answer = await self._http.request(
+            answer = await pool.http.request(
                 request.method,
                 URL(self.base_url + request.target, encoded=True),
-                headers=self._headers,
+                headers={**pool.headers, "X-API-KEY": self._api_key},
+                data=data,
                 timeout=self._timeout,
                 allow_redirects=False,
                 raise_for_status=False,
                 auto_decompress=True,
-                middlewares=self._middlewares,
+                middlewares=pool.middlewares,
             )
             limit = self._max_response_bytes if answer.status < 300 else _ERROR_BODY_BYTES
             await _receive(answer, chunks, limit)
@@ -243,9 +350,9 @@ class Transport:
             error.__cause__ = aiohttp.ClientError(f"{type(trouble).__name__}: {reason}")
         return error
 
-    def _read(self, read: Callable[[Response, int], T], response: Response, execution_id: int) -> T:
+    def _read(self, read: Callable[[Response], T], response: Response) -> T:
         try:
-            return read(response, execution_id)
+            return read(response)
         except RequestError:
             blotted = attrs.evolve(
                 response,
@@ -254,7 +361,7 @@ class Transport:
             )
             if blotted == response:
                 raise
-        return read(blotted, execution_id)
+        return read(blotted)
 
     def _excerpt(self, body: bytes) -> str:
         # Blotted out before it is cut: half a key tells much, too.
@@ -280,10 +387,3 @@ def _reason(error: BaseException | None) -> str:
         # aiohttp words it for those who know its connection keys.
         return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
     return str(error) or type(error).__name__
-
-
-def _places(http: aiohttp.ClientSession, max_connections: int) -> int:
-    """Return how many requests a client session can have under way without queueing any."""
-    connector = http.connector
-    limits = (connector.limit, connector.limit_per_host) if connector is not None else ()
-    return min([max_connections, *(limit for limit in limits if limit)])

@@ -220,12 +220,14 @@ def _statuses(snapshot: Snapshot) -> list[NodeStatus | str]:
 
 
 def timed_out(
-    execution_id: int, deadline: Deadline, seen: Snapshot | None, cause: Exception | None
+    execution_id: int | None, deadline: Deadline, seen: Snapshot | None, cause: Exception | None
 ) -> ExecutionTimeout:
     """Return the error for a deadline that passed: what was seen by then, and what was wrong."""
     timeout = deadline.timeout or 0.0
     if seen is None:
         state = "no answer came"
+    elif seen.complete:
+        state = "every node is final, but the main output was not there"
     else:
         final = sum(node.final for node in seen.nodes.values())
         state = f"{final} of {len(seen.nodes)} nodes were final"

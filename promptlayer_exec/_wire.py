@@ -14,6 +14,7 @@ from email.utils import parsedate_to_datetime
 from functools import cache
 from http import HTTPStatus
 from typing import Any, Generic, NoReturn, TypeVar
+from urllib.parse import quote
 
 import attrs
 import cattrs
@@ -33,7 +34,7 @@ from promptlayer_exec._errors import (
     UnprocessableEntity,
 )
 from promptlayer_exec._events import logger
-from promptlayer_exec._models import FrozenMap, MainOutput, Node, NodeStatus
+from promptlayer_exec._models import FrozenMap, MainOutput, Node, NodeStatus, StartRequest
 
 T = TypeVar("T")
 
@@ -49,12 +50,14 @@ class Request:
     Attributes:
         method: the HTTP method.
         target: path and query below the base URL, percent-encoded.
-        execution_id: the execution concerned.
+        execution_id: the execution concerned, if there is one yet.
+        body: JSON to send along.
     """
 
     method: str
     target: str
-    execution_id: int
+    execution_id: int | None = None
+    body: bytes | None = None
 
 
 @attrs.frozen
@@ -100,15 +103,7 @@ def check_execution_id(value: Any) -> int:
         TypeError: it is no integer.
         ValueError: it is not in 1 ... 2**63-1.
     """
-    if isinstance(value, bool):
-        raise TypeError(f"an execution id is an int, not {value!r}")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"an execution id is an int, not {value!r}") from None
-    if not 1 <= number <= MAX_ID:
-        raise ValueError(f"an execution id lies in 1 ... 2**63-1, and {number} does not")
-    return number
+    return _integer("an execution id", value, "an int")
 
 
 def results_request(execution_id: int, *, return_all_outputs: bool) -> Request:
@@ -120,6 +115,114 @@ def results_request(execution_id: int, *, return_all_outputs: bool) -> Request:
         f"?workflow_version_execution_id={execution_id}&return_all_outputs={flag}",
         execution_id,
     )
+
+
+def run_request(start: StartRequest, inputs: Mapping[str, Any]) -> Request:
+    """Build the request that starts a run.
+
+    https://docs.promptlayer.com/reference/run-workflow
+
+    Args:
+        start: what to start; its own inputs are not looked at.
+        inputs: its input variables, as JSON carries them.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: the workflow is no possible name or id, or label and version are both given.
+    """
+    if start.label is not None and start.version is not None:
+        raise ValueError("label and version exclude each other: give one of them, or neither")
+    body = {
+        "input_variables": inputs,
+        "metadata": _metadata(start.metadata),
+        "workflow_label_name": _text("label", start.label),
+        "workflow_version_number": None if start.version is None else _version(start.version),
+        "callback_url": _text("callback_url", start.callback_url),
+    }
+    given = {name: value for name, value in body.items() if value is not None}
+    return Request(
+        "POST",
+        f"/workflows/{_path_segment(start.workflow)}/run",
+        body=json.dumps(given, allow_nan=False).encode(),
+    )
+
+
+def _path_segment(workflow: Any) -> str:
+    if not isinstance(workflow, str):
+        return str(_integer("a workflow", workflow, "a name or an int id"))
+    if not workflow:
+        raise ValueError("a workflow's name is not empty")
+    try:
+        segment = quote(workflow, safe="")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a workflow's name is text, not {workflow!r:.100}") from error
+    # Servers and proxies resolve a segment of dots, and some even where it is encoded.
+    return segment.replace(".", "%2E") if set(segment) == {"."} else segment
+
+
+def _integer(what: str, value: Any, expected: str) -> int:
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{what} is {expected}, not {value!r:.100}")
+    if not 1 <= number <= MAX_ID:
+        raise ValueError(f"{what} lies in 1 ... 2**63-1, and {number} does not")
+    return number
+
+
+def _version(value: Any) -> int:
+    return _integer("version", value, "an int")
+
+
+def _text(name: str, value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name} is a str or None, not {value!r:.100}")
+    return value
+
+
+def _metadata(metadata: Any) -> dict[str, str] | None:
+    if metadata is None:
+        return None
+    if not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata maps str to str, and is {metadata!r:.100}")
+    for name, value in metadata.items():
+        if not isinstance(name, str):
+            raise TypeError(f"metadata maps str to str, and has the key {name!r:.100}")
+        if not isinstance(value, str):
+            raise TypeError(f"metadata maps str to str: metadata[{name!r:.100}] is {value!r:.100}")
+    return dict(metadata)
+
+
+@attrs.frozen
+class Started:
+    """The answer to a run request: the execution's id, and what the server warned of."""
+
+    execution_id: int
+    warning: str | None
+
+
+def read_started(response: Response) -> Started:
+    """Return what a run request's answer says.
+
+    Raises:
+        StatusError: the server refused, or failed.
+        InvalidResponse: the answer is a 2xx without a usable id.
+    """
+    if response.status >= 300:
+        check_status(response)
+    answer = _decode(response)
+    execution_id = answer.get(_ID_FIELD) if isinstance(answer, dict) else None
+    if type(execution_id) is not int or not 1 <= execution_id <= MAX_ID:
+        _misfit(response, f"$.{_ID_FIELD}", "there is no usable id")
+    warning = answer.get("warning")
+    if warning is not None and not isinstance(warning, str):
+        warning = json.dumps(warning)
+    return Started(execution_id, warning or None)
+
+
+_ID_FIELD = "workflow_version_execution_id"
 
 
 @attrs.frozen

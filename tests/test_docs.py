@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from promptlayer_exec import ExecutionTimeout, PollPolicy, Session
+from promptlayer_exec import ExecutionStarted, ExecutionTimeout, PollPolicy, Session
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +90,44 @@ async def test_the_page_on_watching_does_what_it_says(
     async with observed:
         await observed.execution(held).wait()
     assert re.fullmatch(rf"{held}: \d\.\d+ s, \d+ bytes\n", capsys.readouterr().out)
+
+
+async def test_the_readme_s_typed_output_is_ten_lines_and_works(
+    sim: Simulator, session: Session
+) -> None:
+    """A start, and an output of the type that was asked for."""
+    (block,) = (block for block in blocks("README.md", "python") if "into=" in block)
+    assert len([line for line in block.splitlines() if line]) <= 10
+    report = {"title": "Otters", "score": 0.9}
+    sim.add_workflow("write-report", Scenario([SimNode("Report", report, is_output_node=True)]))
+    output = await names("README.md")["write_report"](session, "otters")
+    assert (type(output).__name__, output.title, output.score) == ("Report", "Otters", 0.9)
+    assert sim.runs[0].inputs == {"topic": "otters"}
+
+
+async def test_the_page_on_starting_does_what_it_says(
+    sim: Simulator, session: Session, capsys: pytest.CaptureFixture[str], recorder: Any
+) -> None:
+    """Its functions are run against the simulator."""
+    page = names("docs/starting.md")
+    scenario = Scenario([SimNode("Report", "done", is_output_node=True)])
+    sim.add_workflow("reports/weekly", scenario, warning="missing input variables: tone")
+    execution = await page["start_report"](session, "otters", "job-1")
+    assert await execution.output() == "done"
+    assert capsys.readouterr().out == (f"execution {execution.id}: missing input variables: tone\n")
+    sim.add_workflow("report", scenario)
+    sim.inject(Fault.disconnect())
+    started, to_look_up = await page["start_all"](session, {"a": "otters", "b": "newts"})
+    assert [run.body["metadata"] for run in sim.runs[1:]] == [{"job": "a"}, {"job": "b"}]
+    assert [execution.id for execution in started] == [sim.runs[2].execution_id]
+    (line,) = to_look_up
+    assert line.startswith("job a: ")
+    sim.inject(Fault.delay(0.02))
+    starting = asyncio.create_task(session.start("report"))
+    await sim.wait_for_requests(sim.request_count + 1)
+    starting.cancel()
+    page["keep_orphans"](await recorder.next(ExecutionStarted))
+    assert page["orphans"] == [sim.runs[3].execution_id]
 
 
 async def test_the_errors_in_the_readme_are_what_is_printed(

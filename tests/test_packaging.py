@@ -73,7 +73,13 @@ LAYERS = [
     "_settings",
     "_transport",
     "_watch",
+    "_start",
     "_lifetime",
+    "_misfits",
+    "_inputs",
+    "_strict",
+    "_structure",
+    "_output",
     "_execution",
     "_session",
 ]

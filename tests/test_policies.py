@@ -12,6 +12,7 @@ from promptlayer_exec._errors import ConfigurationError
 from promptlayer_exec._policies import (
     TRANSIENT_STATUSES,
     Deadline,
+    Newborns,
     Outage,
     PollPolicy,
     RetryPolicy,
@@ -449,3 +450,30 @@ def test_check_timeout_beyond_float():
     except ValueError:
         return
     assert checked is None
+
+
+def test_newborns_are_covered_for_the_grace():
+    """From the start on, and not at the end of the grace any more; others never."""
+    newborns = Newborns(10.0)
+    newborns.add(787, now=100.0)
+    assert newborns.covers(787, now=100.0)
+    assert newborns.covers(787, now=109.9)
+    assert not newborns.covers(787, now=110.0)
+    assert not newborns.covers(788, now=100.0)
+    assert not newborns.covers(None, now=100.0)
+
+
+def test_newborns_are_forgotten():
+    """A million starts need the memory of those within the grace."""
+    newborns = Newborns(10.0)
+    for execution_id in range(1, 1001):
+        newborns.add(execution_id, now=float(execution_id))
+    assert len(newborns._started) <= 11
+    assert newborns.covers(995, now=1000.0)
+
+
+def test_no_grace_at_all():
+    """With a grace of 0, nothing is a newborn."""
+    newborns = Newborns(0.0)
+    newborns.add(787, now=1.0)
+    assert not newborns.covers(787, now=1.0)

@@ -649,3 +649,35 @@ def test_nothing_is_left_behind(close: str) -> None:
     )
     assert finished.stderr == ""
     assert finished.returncode == 0
+
+
+def test_plain_http_to_another_machine_warns_once() -> None:
+    """At the line that makes the session, however often it is opened."""
+    with pytest.warns(UserWarning, match=r"http://gateway\.test is plain http") as caught:
+        session = Session("key", base_url="http://gateway.test")
+    assert [warning.filename for warning in caught] == [__file__]
+    for _ in range(2):
+        asyncio.run(open_and_close(session))
+
+
+def test_plain_http_that_the_environment_brings_later_warns_at_first_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A session at module level may be made before the environment is filled."""
+    session = Session("key")
+    monkeypatch.setenv("PROMPTLAYER_BASE_URL", "http://later.test")
+    with pytest.warns(UserWarning, match=r"http://later\.test is plain http"):
+        asyncio.run(open_and_close(session))
+    asyncio.run(open_and_close(session))
+
+
+async def open_and_close(session: Session) -> None:
+    """Use it, without any I/O."""
+    async with session:
+        pass
+
+
+@pytest.mark.parametrize("base_url", ["https://api.test", "http://localhost:1", "http://[::1]"])
+def test_https_and_loopback_do_not_warn(base_url: str) -> None:
+    """Warnings are errors here."""
+    asyncio.run(open_and_close(Session("key", base_url=base_url)))

@@ -3,7 +3,12 @@
 import pytest
 
 from promptlayer_exec._errors import ConfigurationError
-from promptlayer_exec._settings import check_count, find_api_key, find_base_url
+from promptlayer_exec._settings import (
+    check_count,
+    find_api_key,
+    find_base_url,
+    sends_in_the_clear,
+)
 
 KEY, URL = "PROMPTLAYER_API_KEY", "PROMPTLAYER_BASE_URL"
 
@@ -209,3 +214,25 @@ def test_no_count(value):
     """What is no int of at least 1 is refused by name."""
     with pytest.raises(ConfigurationError, match=r"^max_connections must be an int of at least 1"):
         check_count("max_connections", value)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("http://api.test", True),
+        ("http://10.0.0.1:8000", True),
+        ("http://[2001:db8::1]", True),
+        ("http://localhost.evil.test", True),
+        ("http://127.0.0.1.evil.test", True),
+        ("https://api.test", False),
+        ("http://localhost:8000", False),
+        ("http://LOCALHOST", False),
+        ("http://api.localhost", False),
+        ("http://127.0.0.1", False),
+        ("http://127.9.9.9:1", False),
+        ("http://[::1]:8000", False),
+    ],
+)
+def test_sends_in_the_clear(url, expected):
+    """Plain http does, except to this very machine."""
+    assert sends_in_the_clear(find_base_url(url)) is expected

@@ -8,6 +8,8 @@ import json
 import logging
 import pickle
 import re
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -189,12 +191,25 @@ def http(body: bytes, *, status: str = "200 OK", headers: str = "") -> bytes:
     return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{headers}\r\n".encode() + body
 
 
-async def failure_at(base_url: str, **settings: Any) -> Any:
+async def look(session: Session) -> Any:
+    """Ask for results."""
+    return await session.get_results(787, return_all_outputs=True)
+
+
+async def start(session: Session) -> Any:
+    """Start a run."""
+    return await session.start("workflow")
+
+
+Call = Callable[[Session], Awaitable[Any]]
+
+
+async def failure_at(base_url: str, call: Call = look, **settings: Any) -> Any:
     """Return the error of one call to a server."""
     settings = {"retry": NO_RETRY, **settings}
     async with Session("secret-key", base_url=base_url, **settings) as session:
         with pytest.raises(PromptLayerExecError) as caught:
-            await session.get_results(787, return_all_outputs=True)
+            await call(session)
     return caught.value
 
 
@@ -212,7 +227,7 @@ async def test_a_refused_connection_is_connection_failed() -> None:
 
 async def test_a_name_that_does_not_resolve_is_connection_failed() -> None:
     """The reserved name `.invalid` never does."""
-    assert type(await failure_at("http://nowhere.invalid")) is ConnectionFailed
+    assert type(await failure_at("https://nowhere.invalid")) is ConnectionFailed
 
 
 @pytest.mark.parametrize(
@@ -363,6 +378,42 @@ async def test_a_body_beyond_the_limit_is_refused(compressed: bool) -> None:
     assert events == []
 
 
+def test_a_gzip_bomb_costs_little_memory() -> None:
+    """256 MiB of zeros, sent as 256 KiB, are refused within 32 MiB."""
+    program = """
+import asyncio, resource, zlib
+from promptlayer_exec import ResponseTooLarge, Session
+
+packer = zlib.compressobj(wbits=31)
+bomb = b"".join(packer.compress(bytes(2**20)) for _ in range(256)) + packer.flush()
+HEAD = b"HTTP/1.1 200 OK\\r\\nContent-Encoding: gzip\\r\\nContent-Length: %d\\r\\n\\r\\n"
+
+async def serve(reader, writer):
+    await reader.readuntil(b"\\r\\n\\r\\n")
+    writer.write(HEAD % len(bomb) + bomb)
+    await reader.read()
+    writer.close()
+
+async def main():
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    base_url = "http://127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+    async with server, Session("key", base_url=base_url, max_response_bytes=2**20) as session:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            await session.get_results(1)
+        except ResponseTooLarge:
+            print(len(bomb), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+asyncio.run(main())
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    sent, kibibytes = map(int, finished.stdout.split())
+    assert sent < 2**19
+    assert kibibytes < 32 * 1024
+
+
 async def test_a_body_of_exactly_the_limit_is_read() -> None:
     """The limit itself is allowed."""
     body = b'"' + b"x" * 998 + b'"'
@@ -373,13 +424,16 @@ async def test_a_body_of_exactly_the_limit_is_read() -> None:
         assert (await session.get_results(1)).value == "x" * 998
 
 
-async def test_redirects_are_not_followed(sim: Simulator) -> None:
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("call", [look, start])
+async def test_redirects_are_not_followed(sim: Simulator, call: Call, status: int) -> None:
     """The other server sees nothing, and the error names the target."""
     location = f"Location: {sim.base_url}/elsewhere\r\n"
-    async with raw_server(answering(http(b"", status="307 Go", headers=location))) as base_url:
-        error = await failure_at(base_url)
+    answer = http(b"", status=f"{status} Go", headers=location)
+    async with raw_server(answering(answer)) as base_url:
+        error = await failure_at(base_url, call)
     assert type(error) is StatusError
-    assert error.status == 307
+    assert error.status == status
     assert f"{sim.base_url}/elsewhere" in str(error)
     assert sim.request_count == 0
 
@@ -408,18 +462,21 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
         http(b'{"A": "secret-key"}')[:-3],
         b"SSH secret-key\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nX: secret-key\x01\r\n\r\n",
+        http(b'{"workflow_version_execution_id": "secret-key"}', status="201 Created"),
+        http(b"secret-key", status="503 No"),
         b"",
     ],
 )
+@pytest.mark.parametrize("call", [look, start])
 async def test_the_key_is_nowhere_in_an_error(
-    answer: bytes, caplog: pytest.LogCaptureFixture
+    answer: bytes, call: Call, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Not in str, repr, pickle, traceback, events or logs, of causes neither, echoed or not."""
     caplog.set_level(logging.DEBUG)
     events: list[Any] = []
     retry = RetryPolicy(outage=0.02, base=0.01)
     async with raw_server(answering(answer)) as base_url:
-        error = await failure_at(base_url, retry=retry, observers=[events.append])
+        error = await failure_at(base_url, call, retry=retry, observers=[events.append])
     said = [repr(event) for event in events] + [record.getMessage() for record in caplog.records]
     for link in chain(error):
         said += [str(link), repr(link), repr(vars(link)), *traceback.format_exception(link)]

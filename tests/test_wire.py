@@ -14,17 +14,20 @@ from multidict import CIMultiDict
 
 from promptlayer_exec import _errors
 from promptlayer_exec._errors import FieldError, InvalidResponse, StatusError
-from promptlayer_exec._models import FrozenMap, MainOutput, Node, NodeStatus
+from promptlayer_exec._models import FrozenMap, MainOutput, Node, NodeStatus, StartRequest
 from promptlayer_exec._wire import (
     NodeMapReader,
     Reply,
     Request,
     Response,
+    Started,
     check_execution_id,
     check_status,
     read_main_output,
     read_retry_after,
+    read_started,
     results_request,
+    run_request,
 )
 
 RECORDED = (
@@ -870,3 +873,133 @@ def test_any_retry_after(value, milliseconds, now):
     headers = CIMultiDict({"Retry-After": value, "retry-after-ms": milliseconds})
     result = read_retry_after(headers, now=now)
     assert result is None or result >= 0.0
+
+
+@pytest.mark.parametrize(
+    ("workflow", "segment"),
+    [
+        ("a/b?c#d é", "a%2Fb%3Fc%23d%20%C3%A9"),
+        ("plain-name_1.2~x", "plain-name_1.2~x"),
+        ("100%", "100%25"),
+        ("%2F", "%252F"),
+        ("a+b&c=d;e", "a%2Bb%26c%3Dd%3Be"),
+        ("\r\nX-Evil: 1", "%0D%0AX-Evil%3A%201"),
+        ("..", "%2E%2E"),
+        (".", "%2E"),
+        (" ", "%20"),
+        ("日本", "%E6%97%A5%E6%9C%AC"),
+        ("787", "787"),
+        (3, "3"),
+        (Index(3), "3"),
+        (2**63 - 1, str(2**63 - 1)),
+    ],
+)
+def test_run_request_encodes_the_workflow_whole(workflow, segment):
+    """Whatever is in a name, it is one segment of the path."""
+    request = run_request(StartRequest(workflow), {})
+    assert request == Request("POST", f"/workflows/{segment}/run", None, b'{"input_variables": {}}')
+
+
+@pytest.mark.parametrize(
+    ("workflow", "error"),
+    [
+        ("", ValueError),
+        ("\ud800", ValueError),
+        (0, ValueError),
+        (2**63, ValueError),
+        (True, TypeError),
+        (None, TypeError),
+        (1.0, TypeError),
+        (b"name", TypeError),
+    ],
+    ids=repr,
+)
+def test_run_request_of_no_workflow(workflow, error):
+    """What is neither a name nor an id is refused."""
+    with pytest.raises(error, match="workflow"):
+        run_request(StartRequest(workflow), {})
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ({}, {}),
+        ({"label": "prod"}, {"workflow_label_name": "prod"}),
+        ({"version": 2}, {"workflow_version_number": 2}),
+        ({"version": Index(2)}, {"workflow_version_number": 2}),
+        ({"metadata": {}}, {"metadata": {}}),
+        ({"metadata": {"a": "\ud800"}}, {"metadata": {"a": "\ud800"}}),
+        ({"callback_url": "https://x.test"}, {"callback_url": "https://x.test"}),
+        ({"key": "mine"}, {}),
+    ],
+)
+def test_run_request_sends_what_is_given(given, sent):
+    """And nothing else; `key` is never sent."""
+    request = run_request(StartRequest("w", **given), {"a": [1]})
+    assert json.loads(request.body) == {"input_variables": {"a": [1]}, **sent}
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        ({"label": "a", "version": 1}, ValueError, "label and version exclude each other"),
+        ({"label": 1}, TypeError, "label is a str or None, not 1"),
+        ({"version": "1"}, TypeError, "version is an int, not '1'"),
+        ({"version": True}, TypeError, "version is an int, not True"),
+        ({"version": 0}, ValueError, "version lies in 1"),
+        ({"callback_url": 1}, TypeError, "callback_url is a str or None, not 1"),
+        ({"metadata": ["a"]}, TypeError, "metadata maps str to str, and is"),
+        ({"metadata": {1: "a"}}, TypeError, "metadata maps str to str, and has the key 1"),
+        ({"metadata": {"a": None}}, TypeError, r"metadata\['a'\] is None"),
+    ],
+)
+def test_run_request_names_what_is_wrong(given, error, said):
+    """Before anything is sent."""
+    with pytest.raises(error, match=said):
+        run_request(StartRequest("w", **given), {})
+
+
+@pytest.mark.parametrize("status", [200, 201, 202])
+@pytest.mark.parametrize(
+    ("extra", "warning"),
+    [
+        ({}, None),
+        ({"warning": None}, None),
+        ({"warning": ""}, None),
+        ({"warning": "missing: topic"}, "missing: topic"),
+        ({"warning": ["topic", "tone"]}, '["topic", "tone"]'),
+    ],
+)
+def test_read_started(status, extra, warning):
+    """A usable id is a started run, whichever 2xx brings it; an odd warning is shown as JSON."""
+    body = json.dumps({"workflow_version_execution_id": 787, **extra}).encode()
+    assert read_started(Response(status, body)) == Started(787, warning)
+
+
+@pytest.mark.parametrize("value", [None, 0, -1, 2**63, True, "787", 787.0, [787], {}], ids=repr)
+def test_read_started_without_a_usable_id(value):
+    """The path says what is wanted, and the excerpt what came."""
+    body = json.dumps({"workflow_version_execution_id": value}).encode()
+    with pytest.raises(InvalidResponse) as caught:
+        read_started(Response(201, body))
+    assert caught.value.path == "$.workflow_version_execution_id"
+    assert caught.value.excerpt == body.decode()
+
+
+@pytest.mark.parametrize(
+    ("body", "path"),
+    [(b"", None), (b"<html>", None), (b"\xff", None), (b"[]", "$"), (b"{}", "$")],
+)
+def test_read_started_of_another_shape(body, path):
+    """What is no JSON has no path."""
+    with pytest.raises(InvalidResponse) as caught:
+        read_started(Response(201, body))
+    assert (caught.value.path is None) == (path is None)
+
+
+@pytest.mark.parametrize("status", [302, 400, 404, 429, 500])
+def test_read_started_of_a_refusal(status):
+    """Its status error, as for any other request."""
+    with pytest.raises(StatusError) as caught:
+        read_started(Response(status, b'{"workflow_version_execution_id": 787}'))
+    assert caught.value.status == status

@@ -1,0 +1,303 @@
+"""The main output: which value it is, and when there is none."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import pytest
+
+from promptlayer_exec import (
+    ExecutionFailed,
+    ExecutionTimeout,
+    InvalidOutput,
+    InvalidResponse,
+    Node,
+    Polled,
+    RequestRetried,
+    RetryPolicy,
+    Session,
+    Snapshot,
+)
+from promptlayer_exec._output import main_output
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+
+NODE_MAP = {
+    "x": {
+        "status": "FAILED",
+        "value": None,
+        "error_message": "no",
+        "raw_error_message": None,
+        "is_output_node": True,
+    }
+}
+VALUES: list[Any] = [False, None, 0, {}, [], "", "AAA", NODE_MAP, float("inf"), 2**70]
+
+
+def complete(*nodes: tuple[str, str, Any, bool | None]) -> Snapshot:
+    """Return a complete snapshot of nodes given by name, status, value and mark."""
+    made = {
+        name: Node(name, status, value, is_output_node=mark) for name, status, value, mark in nodes
+    }
+    raw = json.dumps({name: attrs.asdict(node) for name, node in made.items()})
+    return Snapshot(787, True, made, raw=json.loads(raw))
+
+
+async def unasked() -> Any:
+    """Stand for the server where it must not be asked."""
+    raise AssertionError
+
+
+def naming(value: Any) -> Callable[[], Any]:
+    """Return a server that names `value` as the main output."""
+
+    async def ask() -> Any:
+        return value
+
+    return ask
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+async def test_the_one_successful_output_node_has_the_output(value: Any) -> None:
+    """Whatever it looks like, and whatever became of the other nodes; nobody is asked."""
+    snapshot = complete(
+        ("Plan", "FAILED", None, False),
+        ("Other", "FAILED", None, True),
+        ("Late", "SKIPPED", None, True),
+        ("Answer", "SUCCESS", value, True),
+        ("Note", "SUCCESS", "n", None),
+    )
+    assert await main_output(snapshot, unasked) is value
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+async def test_of_several_the_server_names_the_first(value: Any) -> None:
+    """Its word is taken as it is, even if it looks like a node map."""
+    snapshot = complete(("A", "SUCCESS", 1, True), ("B", "SUCCESS", 2, True))
+    assert await main_output(snapshot, naming(value)) is value
+
+
+async def test_of_several_the_server_s_word_is_taken_even_if_it_is_the_node_map() -> None:
+    """A workflow may well put out what looks like its own nodes."""
+    snapshot = complete(("A", "SUCCESS", 1, True), ("B", "SUCCESS", 2, True))
+    assert await main_output(snapshot, naming(snapshot.raw)) == snapshot.raw
+
+
+@pytest.mark.parametrize(
+    "statuses", [["FAILED"], ["SKIPPED"], ["FAILED", "SKIPPED"], ["AWAITING_APPROVAL"]]
+)
+async def test_no_successful_output_node_is_a_failure(statuses: list[str]) -> None:
+    """Though other nodes succeeded, and though a 200 has a body; nobody is asked."""
+    outputs = [(f"Out {n}", status, None, True) for n, status in enumerate(statuses)]
+    snapshot = complete(("Plan", "SUCCESS", "p", False), *outputs)
+    with pytest.raises(ExecutionFailed, match="execution 787: it") as caught:
+        await main_output(snapshot, unasked)
+    assert caught.value.last_snapshot is snapshot
+    assert caught.value.failed == snapshot.failed_nodes
+
+
+@pytest.mark.parametrize("mark", [None, False])
+async def test_with_none_marked_a_failed_node_is_a_failure(mark: bool | None) -> None:
+    """Nobody is asked."""
+    snapshot = complete(("A", "SUCCESS", 1, mark), ("B", "FAILED", None, mark))
+    with pytest.raises(ExecutionFailed) as caught:
+        await main_output(snapshot, unasked)
+    assert [node.name for node in caught.value.failed] == ["B"]
+
+
+@pytest.mark.parametrize("mark", [None, False])
+@pytest.mark.parametrize("status", ["SUCCESS", "SKIPPED"])
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+async def test_with_none_marked_and_none_failed_the_server_decides(
+    mark: bool | None, status: str, value: Any
+) -> None:
+    """Its answer is the output."""
+    snapshot = complete(("A", status, 1, mark))
+    assert await main_output(snapshot, naming(value)) is value
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [],
+        [("A", "SKIPPED", None, None)],
+        [("A", "SUCCESS", float("nan"), None)],
+        [("A", "SUCCESS", 1, False), ("B", "SUCCESS", True, None)],
+    ],
+)
+async def test_the_node_map_for_an_answer_means_that_there_is_no_output(nodes: Any) -> None:
+    """It is recognised by comparing, never by its shape."""
+    snapshot = complete(*nodes)
+    answer = json.loads(json.dumps(snapshot.raw))
+    with pytest.raises(ExecutionFailed, match="without a main output") as caught:
+        await main_output(snapshot, naming(answer))
+    assert caught.value.failed == ()
+    assert caught.value.last_snapshot is snapshot
+
+
+async def test_a_node_map_that_differs_a_little_is_an_output() -> None:
+    """`1` is not `true`."""
+    snapshot = complete(("A", "SUCCESS", 1, None))
+    answer = {"A": {**snapshot.raw["A"], "value": True}}
+    assert await main_output(snapshot, naming(answer)) == answer
+
+
+# Over real sockets
+
+
+def answer(value: Any = None, **settings: Any) -> SimNode:
+    """Return an output node."""
+    return SimNode("Answer", value, is_output_node=True, **settings)
+
+
+@pytest.mark.parametrize("value", VALUES[:-2], ids=repr)
+async def test_output_waits_and_returns_the_value(
+    sim: Simulator, session: Session, value: Any
+) -> None:
+    """One poll sufficed."""
+    execution_id = sim.add_execution(Scenario([SimNode("Plan"), answer(value)]))
+    assert await session.execution(execution_id).output() == value
+    assert sim.request_count == 1
+
+
+async def test_output_of_an_execution_under_way(
+    sim: Simulator, session: Session, held: int, recorder: Any
+) -> None:
+    """It is there when the execution is complete."""
+    waiting = asyncio.create_task(session.execution(held).output())
+    await recorder.next(Polled)
+    sim.finish(held, "Answer", value="at last")
+    assert await waiting == "at last"
+
+
+async def test_output_asks_the_server_which_of_several_it_is(
+    sim: Simulator, session: Session
+) -> None:
+    """Of two output nodes the one that was successful first, which only the server knows."""
+    nodes = [
+        SimNode("Slow", "second", 0.02, is_output_node=True),
+        SimNode("Quick", "first", 0.01, is_output_node=True),
+    ]
+    execution_id = sim.add_execution(Scenario(nodes))
+    assert await session.execution(execution_id).output() == "first"
+    assert sim.requests[-1].query["return_all_outputs"] == "false"
+
+
+async def test_output_without_any_output_node_is_the_server_s(
+    sim: Simulator, session: Session
+) -> None:
+    """It names the value of the node that ended last."""
+    execution_id = sim.add_execution(Scenario([SimNode("A", 1), SimNode("B", 2, after=["A"])]))
+    assert await session.execution(execution_id).output() == 2
+
+
+async def test_output_of_a_failed_execution_raises(sim: Simulator, session: Session) -> None:
+    """With the failed nodes and the last snapshot, over one poll."""
+    node = answer(status="FAILED", error_message="model overloaded")
+    execution_id = sim.add_execution(Scenario([node]))
+    with pytest.raises(ExecutionFailed, match="model overloaded") as caught:
+        await session.execution(execution_id).output()
+    assert [node.name for node in caught.value.failed] == ["Answer"]
+    assert caught.value.execution_id == execution_id
+    assert sim.request_count == 1
+
+
+async def test_a_202_to_the_deciding_request_is_polled_again(
+    sim: Simulator, session: Session
+) -> None:
+    """The server's answers may be out of step; its body is not looked at."""
+    execution_id = sim.add_execution(Scenario([SimNode("A", 1), SimNode("B", 2, after=["A"])]))
+    sim.inject(Fault.delay(0.0))
+    sim.inject(Fault.status(202, body=b'"not yet"', times=2))
+    assert await session.execution(execution_id).output() == 2
+    assert [r.query["return_all_outputs"] for r in sim.requests] == ["true", *["false"] * 3]
+
+
+async def test_a_202_to_the_deciding_request_is_polled_until_the_deadline(
+    sim: Simulator, session: Session
+) -> None:
+    """Then it is a timeout that carries the complete snapshot."""
+    execution_id = sim.add_execution(Scenario([SimNode("A", 1)]))
+    sim.inject(Fault.delay(0.0))
+    sim.inject(Fault.status(202, times=None))
+    with pytest.raises(ExecutionTimeout, match="the main output was not there") as caught:
+        await session.execution(execution_id).output(timeout=0.1)
+    assert caught.value.timeout == 0.1
+    assert caught.value.execution_id == execution_id
+    assert caught.value.last_snapshot is not None
+    assert caught.value.last_snapshot.complete
+
+
+async def test_a_failing_deciding_request_is_survived(
+    sim: Simulator, session: Session, recorder: Any
+) -> None:
+    """As any other single call."""
+    execution_id = sim.add_execution(Scenario([SimNode("A", 1)]))
+    sim.inject(Fault.delay(0.0))
+    sim.inject(Fault.status(503, times=2))
+    sim.inject(Fault.truncate())
+    assert await session.execution(execution_id).output() == 1
+    assert len(recorder.of(RequestRetried)) == 3
+
+
+async def test_an_error_of_the_deciding_request_has_the_snapshot(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """What was seen is not lost."""
+    session = open_session(retry=RetryPolicy(outage=0.0, watch_outage=0.0))
+    execution_id = sim.add_execution(Scenario([SimNode("A", 1)]))
+    sim.inject(Fault.delay(0.0))
+    sim.inject(Fault.malformed())
+    with pytest.raises(InvalidResponse) as caught:
+        await session.execution(execution_id).output()
+    assert caught.value.execution_id == execution_id
+    assert caught.value.last_snapshot is not None
+    assert caught.value.last_snapshot.nodes["A"].value == 1
+
+
+@attrs.frozen
+class Report:
+    """What a workflow is to put out."""
+
+    title: str
+    score: float
+
+
+async def test_output_into_a_class(sim: Simulator, session: Session) -> None:
+    """The value becomes an instance of it."""
+    execution_id = sim.add_execution(Scenario([answer({"title": "t", "score": 1})]))
+    output = await session.execution(execution_id).output(into=Report)
+    assert output == Report("t", 1.0)
+    assert type(output.score) is float
+
+
+async def test_output_into_a_class_it_does_not_fit_is_invalid(
+    sim: Simulator, session: Session
+) -> None:
+    """With path, value, reason, id and snapshot; and it pickles."""
+    value = {"title": "t", "score": "high"}
+    execution_id = sim.add_execution(Scenario([answer(value)]))
+    with pytest.raises(InvalidOutput) as caught:
+        await session.execution(execution_id).output(into=Report)
+    error = caught.value
+    assert (error.path, error.value, error.execution_id) == ("$.score", value, execution_id)
+    assert error.last_snapshot is not None
+    assert error.last_snapshot.complete
+    assert "$.score" in str(error)
+    assert error.reason in str(error)
+    assert str(execution_id) in str(error)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (copy.path, copy.value, copy.reason) == (error.path, value, error.reason)
+
+
+async def test_a_type_that_is_none_is_refused_before_any_request(
+    sim: Simulator, session: Session, held: int
+) -> None:
+    """Not after an hour of waiting."""
+    with pytest.raises(TypeError, match="cannot structure into"):
+        await session.execution(held).output(into=3)  # type: ignore[call-overload]
+    assert sim.request_count == 0

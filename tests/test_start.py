@@ -1,0 +1,777 @@
+"""Starting runs: one request each, never repeated without need, never forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import pickle
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import aiohttp
+import anyio
+import pytest
+
+from promptlayer_exec import (
+    BadRequest,
+    ConfigurationError,
+    ConnectionFailed,
+    Execution,
+    ExecutionStarted,
+    ExecutionTimeout,
+    NotFound,
+    Polled,
+    RateLimited,
+    RequestRetried,
+    RequestTimeout,
+    RetryPolicy,
+    Session,
+    SessionClosed,
+    StartRequest,
+    StartUnknown,
+    StatusError,
+    Throttled,
+    Unauthorized,
+    UnprocessableEntity,
+)
+from promptlayer_exec._lifetime import Lifetime
+from promptlayer_exec._policies import Deadline, Outage
+from promptlayer_exec._start import Start
+from promptlayer_exec._wire import Started
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+
+DONE = Scenario([SimNode("Answer", "42", is_output_node=True)])
+NAME = "a/b?c#d é"
+
+
+@pytest.fixture(autouse=True)
+def _workflow(request: pytest.FixtureRequest) -> None:
+    if "sim" in request.fixturenames:
+        request.getfixturevalue("sim").add_workflow(NAME, DONE)
+
+
+async def on_the_wire(sim: Simulator, session: Session) -> asyncio.Task[Execution]:
+    """Return a start whose request has reached the server."""
+    task = asyncio.create_task(session.start(NAME))
+    await sim.wait_for_requests(sim.request_count + 1)
+    return task
+
+
+def posts(sim: Simulator) -> int:
+    """Return how many starts reached the server."""
+    return sum(request.method == "POST" for request in sim.requests)
+
+
+async def test_a_start_is_one_request_with_all_that_was_asked(
+    sim: Simulator, session: Session, recorder: Any
+) -> None:
+    """Path, key, type and body are the documented ones, and the answer becomes a handle."""
+    execution = await session.start(
+        NAME,
+        {"topic": "cats", "rows": [1, {"x": None}]},
+        label="prod",
+        metadata={"user": "maria"},
+        callback_url="http://127.0.0.1:9/done",
+    )
+    (request,) = sim.requests
+    assert (request.method, request.path) == ("POST", "/workflows/a%2Fb%3Fc%23d%20%C3%A9/run")
+    assert request.headers["X-API-KEY"] == sim.api_key
+    assert request.headers["Content-Type"] == "application/json"
+    assert json.loads(request.body) == {
+        "input_variables": {"topic": "cats", "rows": [1, {"x": None}]},
+        "workflow_label_name": "prod",
+        "metadata": {"user": "maria"},
+        "callback_url": "http://127.0.0.1:9/done",
+    }
+    (run,) = sim.runs
+    assert execution == session.execution(run.execution_id)
+    assert (execution.id, execution.workflow, execution.warning) == (run.execution_id, NAME, None)
+    (event,) = recorder.of(ExecutionStarted)
+    assert event.execution_id == execution.id
+    assert event.abandoned is False
+    assert event.request == StartRequest(
+        NAME,
+        {"topic": "cats", "rows": [1, {"x": None}]},
+        label="prod",
+        metadata={"user": "maria"},
+        callback_url="http://127.0.0.1:9/done",
+    )
+
+
+async def test_a_started_execution_is_followed_like_any_other(session: Session) -> None:
+    """From the start to the complete snapshot."""
+    snapshot = await (await session.start(NAME)).wait()
+    assert snapshot.nodes["Answer"].value == "42"
+
+
+async def test_a_workflow_may_be_given_by_id_and_a_version_by_number(
+    sim: Simulator, session: Session
+) -> None:
+    """They travel as numbers."""
+    workflow_id = sim.add_workflow("other", DONE)
+    execution = await session.start(workflow_id, version=3)
+    assert execution.workflow == workflow_id
+    assert sim.requests[0].path == f"/workflows/{workflow_id}/run"
+    assert json.loads(sim.requests[0].body) == {
+        "input_variables": {},
+        "workflow_version_number": 3,
+    }
+
+
+async def test_the_server_s_warning_is_on_the_handle(sim: Simulator, session: Session) -> None:
+    """As the server worded it."""
+    sim.add_workflow("careless", DONE, warning="missing input variables: topic")
+    assert (await session.start("careless")).warning == "missing input variables: topic"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ({"workflow": ""}, ValueError, "not empty"),
+        ({"workflow": None}, TypeError, "a name or an int id"),
+        ({"workflow": NAME, "label": "a", "version": 1}, ValueError, "exclude each other"),
+        ({"workflow": NAME, "metadata": {"n": 1}}, TypeError, r"metadata\['n'\] is 1"),
+        ({"workflow": NAME, "inputs": {"when": object()}}, TypeError, "inputs.when"),
+        (
+            {"workflow": NAME, "inputs": {"rows": [0, float("nan")]}},
+            ValueError,
+            r"inputs.rows\[1\]",
+        ),
+    ],
+)
+async def test_unusable_arguments_are_named_before_any_io(
+    arguments: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    """A session without a key would otherwise complain of that first."""
+    with pytest.raises(error, match=said) as caught:
+        await Session().start(**arguments)
+    assert not isinstance(caught.value, ConfigurationError)
+
+
+LOST = {
+    "never answered": Fault.stall(),
+    "reset after reading": Fault.disconnect(),
+    "408": Fault.status(408),
+    "500": Fault.status(500),
+    "502": Fault.status(502),
+    "503 with Retry-After": Fault.status(503, retry_after=0.01),
+    "201 without an id": Fault.status(201, body=b'{"success": true, "message": "created"}'),
+    "201 with null for an id": Fault.status(201, body=b'{"workflow_version_execution_id": null}'),
+    "201 with an id out of range": Fault.status(201, body=b'{"workflow_version_execution_id": 0}'),
+    "201 with true for an id": Fault.status(201, body=b'{"workflow_version_execution_id": true}'),
+    "201 that is no object": Fault.status(201, body=b"[787]"),
+    "204": Fault.status(204, body=b""),
+    "200 that is HTML": Fault.status(200, body=b"<html>hello</html>"),
+    "cut short": Fault.truncate(),
+    "too large": Fault.oversize(200_000),
+    "trickling": Fault.trickle(interval=0.05),
+}
+
+
+@pytest.mark.parametrize("fault", LOST.values(), ids=LOST)
+async def test_a_lost_answer_is_start_unknown_and_never_repeated(
+    sim: Simulator, open_session: Callable[..., Session], recorder: Any, fault: Fault
+) -> None:
+    """The run may have started: one POST, an error that says so, with the workflow and why."""
+    session = open_session(request_timeout=0.5, max_response_bytes=100_000)
+    sim.inject(fault)
+    with pytest.raises(StartUnknown) as caught:
+        await session.start(NAME)
+    error = caught.value
+    assert posts(sim) == 1
+    assert (error.workflow, error.execution_id) == (NAME, None)
+    assert error.reason
+    assert error.reason in str(error)
+    assert "may have started" in str(error)
+    assert error.__cause__ is not None
+    copy = pickle.loads(pickle.dumps(error))
+    assert (copy.workflow, copy.reason, str(copy)) == (NAME, error.reason, str(error))
+    assert recorder.events == []
+    assert await (await session.start(NAME)).wait()
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (302, StatusError),
+        (307, StatusError),
+        (400, BadRequest),
+        (401, Unauthorized),
+        (404, NotFound),
+        (409, StatusError),
+        (422, UnprocessableEntity),
+        (425, StatusError),
+    ],
+)
+async def test_a_refused_start_is_its_status_error(
+    sim: Simulator, session: Session, status: int, expected: type[StatusError]
+) -> None:
+    """Nothing started, and nothing is repeated, though a watch would survive some of them."""
+    sim.inject(Fault.status(status, retry_after=0.01))
+    with pytest.raises(expected) as caught:
+        await session.start(NAME)
+    assert type(caught.value) is expected
+    assert caught.value.status == status
+    assert posts(sim) == 1
+
+
+async def test_a_429_is_waited_for_and_sent_again(
+    sim: Simulator, session: Session, recorder: Any
+) -> None:
+    """The server refused it, so it cannot have started."""
+    sim.inject(Fault.status(429, times=2, retry_after=0.02))
+    execution = await session.start(NAME)
+    assert posts(sim) == 3
+    assert [run.execution_id for run in sim.runs] == [execution.id]
+    assert [type(event) for event in recorder.events] == [
+        *[Throttled, RequestRetried] * 2,
+        ExecutionStarted,
+    ]
+    first, second, third = (request.at for request in sim.requests)
+    assert second - first >= 0.02
+    assert third - second >= 0.02
+
+
+async def test_a_429_that_the_policy_does_not_survive_is_raised(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """With no outage allowed it is the caller's."""
+    session = open_session(retry=RetryPolicy(outage=0.0))
+    sim.inject(Fault.status(429))
+    with pytest.raises(RateLimited):
+        await session.start(NAME)
+    assert posts(sim) == 1
+
+
+async def test_a_lost_answer_after_a_429_is_not_repeated(sim: Simulator, session: Session) -> None:
+    """Each attempt is judged by itself."""
+    sim.inject(Fault.status(429))
+    sim.inject(Fault.disconnect())
+    with pytest.raises(StartUnknown):
+        await session.start(NAME)
+    assert posts(sim) == 2
+
+
+@pytest.fixture
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
+
+
+async def test_a_server_that_comes_up_meanwhile_gets_one_start(
+    open_session: Callable[..., Session], recorder: Any, free_port: int
+) -> None:
+    """Nothing can have reached a refused connection, so it is tried again."""
+    session = open_session(base_url=f"http://127.0.0.1:{free_port}")
+    starting = asyncio.create_task(session.start(NAME))
+    retried = await recorder.next(RequestRetried)
+    assert isinstance(retried.error, ConnectionFailed)
+    async with Simulator(port=free_port) as late:
+        late.add_workflow(NAME, DONE)
+        execution = await starting
+        assert [run.execution_id for run in late.runs] == [execution.id]
+
+
+@pytest.mark.parametrize("where", ["refused", "unresolvable", "no TLS"])
+async def test_a_server_that_cannot_be_reached_is_connection_failed(
+    sim: Simulator, open_session: Callable[..., Session], free_port: int, where: str
+) -> None:
+    """After several attempts, none of which can have started anything."""
+    base_url = {
+        "refused": f"http://127.0.0.1:{free_port}",
+        "unresolvable": "https://nowhere.invalid",
+        "no TLS": sim.base_url.replace("http:", "https:"),
+    }[where]
+    retry = RetryPolicy(outage=0.05, base=0.02, ceiling=0.04)
+    session = open_session(base_url=base_url, retry=retry)
+    with pytest.raises(ConnectionFailed) as caught:
+        await session.start(NAME)
+    assert caught.value.attempts > 1
+    assert sim.request_count == 0
+
+
+async def test_a_connection_that_is_never_made_is_no_unknown_start(
+    open_session: Callable[..., Session], recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A time-out before the request left is told from one after it."""
+    async with aiohttp.ClientSession(connector=_StuckConnector()) as http:
+        session = open_session(
+            http=http, request_timeout=0.05, retry=RetryPolicy(outage=0.06, base=0.01)
+        )
+        with pytest.raises(TimeoutError) as caught:
+            await session.start(NAME)
+    assert not isinstance(caught.value, StartUnknown)
+    assert len(recorder.of(RequestRetried)) >= 1
+
+
+class _StuckConnector(aiohttp.TCPConnector):
+    async def connect(self, *args: Any, **kwargs: Any) -> Any:
+        await asyncio.Event().wait()
+
+
+async def test_a_start_has_a_connection_of_its_own(sim: Simulator, session: Session) -> None:
+    """Never a used one, which the server may be closing at the moment; nor is it used again."""
+    await session.get_results(sim.add_execution(DONE))
+    for _ in range(2):
+        await session.start(NAME)
+    assert [r.headers.get("Connection") for r in sim.requests] == [None, "close", "close"]
+
+
+async def test_starts_do_not_wait_behind_polls_nor_polls_behind_starts(
+    sim: Simulator, open_session: Callable[..., Session], held: int
+) -> None:
+    """Each kind has places of its own."""
+    session = open_session(max_connections=1, request_timeout=5.0)
+    sim.inject(Fault.stall())
+    stalled = asyncio.create_task(session.get_results(held))
+    await sim.wait_for_requests(1)
+    await session.start(NAME)
+    stalled.cancel()
+    sim.inject(Fault.delay(0.2))
+    starting = await on_the_wire(sim, session)
+    assert not (await session.get_results(held)).complete
+    assert not starting.done()
+    await starting
+
+
+@pytest.mark.parametrize("limit", [1, 2, 0])
+async def test_a_borrowed_session_starts_and_polls_within_its_own_limit(
+    sim: Simulator, open_session: Callable[..., Session], limit: int
+) -> None:
+    """However few connections it has."""
+    connector = aiohttp.TCPConnector(limit=limit)
+    async with aiohttp.ClientSession(connector=connector, headers={"X-Team": "a"}) as http:
+        session = open_session(http=http)
+        executions = await asyncio.gather(*(session.start(NAME) for _ in range(5)))
+        await asyncio.gather(*(execution.wait() for execution in executions))
+    assert {request.headers["X-Team"] for request in sim.requests} == {"a"}
+
+
+# A caller who goes
+
+
+async def test_a_start_cancelled_on_the_wire_is_read_to_its_end_and_reported(
+    sim: Simulator, session: Session, recorder: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The caller is released at once; the id is in an event and in the log."""
+    sim.inject(Fault.delay(0.05))
+    starting = await on_the_wire(sim, session)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert recorder.of(ExecutionStarted) == []
+    event = await recorder.next(ExecutionStarted)
+    (run,) = sim.runs
+    assert (event.execution_id, event.abandoned) == (run.execution_id, True)
+    assert event.request.workflow == NAME
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == ("promptlayer_exec", logging.WARNING)
+    assert str(run.execution_id) in record.getMessage()
+    assert (await session.execution(run.execution_id).wait()).complete
+
+
+async def test_a_timeout_around_a_start_reports_it_too(
+    sim: Simulator, session: Session, recorder: Any
+) -> None:
+    """`asyncio.timeout` cancels as a browser that goes away does."""
+    sim.inject(Fault.delay(0.2))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await session.start(NAME)
+    assert (await recorder.next(ExecutionStarted)).abandoned
+
+
+async def test_a_start_cancelled_before_it_left_starts_nothing(
+    sim: Simulator, open_session: Callable[..., Session], recorder: Any
+) -> None:
+    """While it waits for its turn it ends with its caller."""
+    turn = asyncio.Event()
+    asked = asyncio.Event()
+
+    class Gate:
+        async def acquire(self) -> None:
+            asked.set()
+            await turn.wait()
+
+    session = open_session(limiter=Gate())
+    starting = asyncio.create_task(session.start(NAME))
+    await asked.wait()
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    turn.set()
+    await session.start(NAME)
+    assert posts(sim) == 1
+    assert [event.abandoned for event in recorder.of(ExecutionStarted)] == [False]
+
+
+async def test_closing_reads_a_start_on_the_wire_to_its_end(
+    sim: Simulator, session: Session, recorder: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its caller gets `SessionClosed` with the id, which is in an event and in the log, too."""
+    sim.inject(Fault.delay(0.05))
+    starting = await on_the_wire(sim, session)
+    await session.aclose()
+    (run,) = sim.runs
+    with pytest.raises(SessionClosed) as caught:
+        await starting
+    assert caught.value.execution_id == run.execution_id
+    (event,) = recorder.of(ExecutionStarted)
+    assert (event.execution_id, event.abandoned) == (run.execution_id, True)
+    assert str(run.execution_id) in caplog.text
+
+
+async def test_closing_awaits_an_abandoned_start_for_request_timeout_at_most(
+    sim: Simulator, open_session: Callable[..., Session], caplog: pytest.LogCaptureFixture
+) -> None:
+    """That its run may exist is in the log, as there is nobody to raise it to."""
+    session = open_session(request_timeout=0.2)
+    sim.inject(Fault.stall())
+    starting = await on_the_wire(sim, session)
+    starting.cancel()
+    async with asyncio.timeout(10):
+        await session.aclose()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "may have started" in record.getMessage()
+    assert repr(NAME) in record.getMessage()
+
+
+async def test_closing_ends_all_else_at_once_though_a_start_is_on_the_wire(
+    sim: Simulator, session: Session, held: int, recorder: Any
+) -> None:
+    """Watches and calls do not wait for it."""
+    waiting = asyncio.create_task(session.execution(held).wait())
+    await recorder.next(Polled)
+    sim.inject(Fault.stall(2))
+    calling = asyncio.create_task(session.get_results(held + 1))
+    await sim.wait_for_requests(sim.request_count + 1)
+    starting = await on_the_wire(sim, session)
+    closing = asyncio.create_task(session.aclose())
+    for released in (waiting, calling):
+        with pytest.raises(SessionClosed):
+            async with asyncio.timeout(5):
+                await released
+    assert not starting.done()
+    assert not closing.done()
+    closing.cancel()
+    await sim.__aexit__(None, None, None)
+    with pytest.raises(StartUnknown):
+        await starting
+
+
+async def test_closing_calls_off_a_start_that_has_not_left(
+    sim: Simulator, session: Session, recorder: Any
+) -> None:
+    """While it waits to be sent again, nothing has started."""
+    sim.inject(Fault.status(429, times=None, retry_after=60))
+    starting = asyncio.create_task(session.start(NAME))
+    await recorder.next(RequestRetried)
+    await session.aclose()
+    with pytest.raises(SessionClosed) as caught:
+        await starting
+    assert caught.value.execution_id is None
+    assert recorder.of(ExecutionStarted) == []
+
+
+async def test_a_closed_session_starts_nothing(sim: Simulator, session: Session) -> None:
+    """Not even a task."""
+    await session.get_results(sim.add_execution(DONE))
+    await session.aclose()
+    with pytest.raises(SessionClosed):
+        await session.start(NAME)
+    assert posts(sim) == 0
+
+
+async def test_a_start_that_cannot_leave_in_time_is_a_timeout(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """It says that nothing was started, and what was in the way."""
+    session = open_session(wait_timeout=0.05)
+    sim.inject(Fault.status(429, times=None, retry_after=60))
+    with pytest.raises(ExecutionTimeout, match=r"not started within 0\.05 s") as caught:
+        await session.start(NAME)
+    assert isinstance(caught.value.__cause__, RateLimited)
+    assert "429" in str(caught.value)
+    assert "goes on at the server" not in str(caught.value)
+
+
+# The grace for a 404
+
+
+async def test_a_404_right_after_the_start_is_survived(
+    sim: Simulator, session: Session, recorder: Any
+) -> None:
+    """The server may not know its own execution yet; watches and single calls both go on."""
+    execution = await session.start(NAME)
+    sim.inject(Fault.status(404, times=2))
+    assert (await execution.snapshot()).complete
+    sim.inject(Fault.status(404, times=2))
+    assert (await execution.wait()).complete
+    assert [type(event.error) for event in recorder.of(RequestRetried)] == [NotFound] * 4
+
+
+async def test_the_grace_for_a_404_ends(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """After `not_found_grace` the server should know."""
+    session = open_session(retry=RetryPolicy(not_found_grace=0.05, base=0.01, ceiling=0.02))
+    execution = await session.start(NAME)
+    sim.inject(Fault.status(404, times=None))
+    with pytest.raises(NotFound) as caught:
+        await execution.wait()
+    assert caught.value.attempts > 1
+
+
+async def test_a_404_on_another_execution_is_raised_at_once(
+    sim: Simulator, session: Session
+) -> None:
+    """An id that this session did not start has no grace."""
+    await session.start(NAME)
+    with pytest.raises(NotFound) as caught:
+        await session.execution(424242).wait()
+    assert caught.value.attempts == 1
+
+
+# Turn by turn, with an answer that comes when the test says so
+
+
+class Server:
+    """Stands for the transport: tells the start that it leaves, and answers when it is told."""
+
+    def __init__(self) -> None:
+        self.left = asyncio.Event()
+        self.answer: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
+        self.departure: Any = None
+
+    async def post(self, outage: Outage, departure: Start) -> Started:
+        """Wait for the answer."""
+        self.departure = departure
+        departure.leave()
+        self.left.set()
+        return await asyncio.shield(self.answer)
+
+
+@pytest.fixture
+async def begin(recorder: Any) -> AsyncIterator[Callable[..., Any]]:
+    """Return a function that runs a start, and returns the task of its caller."""
+    lifetime = Lifetime(AsyncExitStack())
+    await lifetime.ready()
+
+    def run(post: Any, *, timeout: float | None = None, outage: Any = None) -> Any:
+        outage = outage or Outage(RetryPolicy(), 60.0)
+        start = Start(StartRequest(NAME), post, outage, emit=recorder, is_closing=lambda: False)
+        lifetime.spawn(start.run)
+        deadline = Deadline.after(timeout, now=anyio.current_time())
+        return asyncio.create_task(start.result(deadline))
+
+    yield run
+    lifetime.close()
+    await lifetime.wait_closed()
+
+
+LOSS = RequestTimeout("no answer")
+
+
+@pytest.mark.parametrize(
+    ("error", "logged"),
+    [
+        (None, "execution 787 "),
+        (LOSS, "may have started"),
+        (NotFound("no", status=404, server_message=""), ""),
+    ],
+    ids=["started", "lost", "refused"],
+)
+@pytest.mark.parametrize("turns", range(5))
+async def test_a_cancellation_beside_the_answer_loses_nothing(
+    begin: Callable[..., Any],
+    recorder: Any,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    error: Exception | None,
+    logged: str,
+    turns: int,
+) -> None:
+    """In whichever turn it comes: what the caller does not get is reported."""
+    server = Server()
+    caller = begin(server.post)
+    await server.left.wait()
+    if error is None:
+        server.answer.set_result(Started(787, None))
+    else:
+        server.answer.set_exception(error)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    caller.cancel()
+    await asyncio.wait([caller])
+    for _ in range(5):
+        await asyncio.sleep(0)
+    events = [(event.execution_id, event.abandoned) for event in recorder.events]
+    if caller.cancelled():
+        assert events == ([(787, True)] if error is None else [])
+        assert logged in caplog.text
+        assert len(caplog.records) == bool(logged)
+    else:
+        assert turns > 1
+        assert events == ([(787, False)] if error is None else [])
+        assert (caller.exception() is None) == (error is None)
+        assert caplog.records == []
+
+
+async def test_an_abandoned_start_that_is_refused_with_429_is_given_up(
+    begin: Callable[..., Any], recorder: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing started, and nobody wants it any more: it is not sent again."""
+    server = Server()
+    resent = False
+
+    async def post(outage: Outage, departure: Start) -> Started:
+        nonlocal resent
+        await server.post(outage, departure)
+        departure.come_back()
+        await asyncio.sleep(0)
+        resent = True
+        raise AssertionError
+
+    caller = begin(post)
+    await server.left.wait()
+    caller.cancel()
+    await asyncio.wait([caller])
+    server.answer.set_result(Started(787, None))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not resent
+    assert (recorder.events, caplog.records) == ([], [])
+
+
+async def test_a_request_that_was_called_off_cannot_leave(begin: Callable[..., Any]) -> None:
+    """Though the body's writer may come to its turn before the cancellation does."""
+    came = asyncio.Event()
+    refused: list[OSError] = []
+
+    async def post(outage: Outage, departure: Start) -> Started:
+        async def write() -> None:
+            await came.wait()
+            try:
+                departure.leave()
+            except OSError as error:
+                refused.append(error)
+
+        writer = asyncio.create_task(write())
+        try:
+            return await asyncio.Future()
+        finally:
+            await asyncio.wait([writer])
+
+    caller = begin(post)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    caller.cancel()
+    came.set()
+    await asyncio.wait([caller])
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert len(refused) == 1
+
+
+async def test_a_caller_who_goes_before_the_first_turn_starts_nothing(recorder: Any) -> None:
+    """The request finds that it is not wanted any more."""
+    server = Server()
+    outage = Outage(RetryPolicy(), 60.0)
+    start = Start(StartRequest(NAME), server.post, outage, emit=recorder, is_closing=lambda: False)
+    caller = start.result(Deadline(None, 0.0))
+    caller.send(None)
+    caller.close()
+    await asyncio.wait([asyncio.create_task(start.run())])
+    assert not start.left
+    assert recorder.events == []
+
+
+async def test_the_deadline_is_one_for_leaving(begin: Callable[..., Any]) -> None:
+    """An answer that is being waited for is waited for to its end."""
+    server = Server()
+    caller = begin(server.post, timeout=0.02)
+    await server.left.wait()
+    await asyncio.sleep(0.05)
+    server.answer.set_result(Started(787, None))
+    assert await caller == Started(787, None)
+
+
+async def test_a_refusal_after_the_deadline_is_a_timeout(begin: Callable[..., Any]) -> None:
+    """There is no time left to send it again."""
+    server = Server()
+    outage = Outage(RetryPolicy(), 60.0)
+    refusal = RateLimited("429", status=429, server_message="slow down")
+
+    async def post(outage: Outage, departure: Start) -> Started:
+        await server.post(outage, departure)
+        outage.delay(refusal, now=0.0, chance=0.0)
+        departure.come_back()
+        return await asyncio.Future()
+
+    caller = begin(post, timeout=0.02, outage=outage)
+    await server.left.wait()
+    await asyncio.sleep(0.05)
+    server.answer.set_result(Started(787, None))
+    with pytest.raises(ExecutionTimeout) as caught:
+        await caller
+    assert caught.value.__cause__ is refusal
+
+
+async def test_a_start_that_never_got_its_turn_says_so(begin: Callable[..., Any]) -> None:
+    """There is no failure to name."""
+
+    async def post(outage: Outage, departure: Start) -> Started:
+        return await asyncio.Future()
+
+    with pytest.raises(ExecutionTimeout, match="its turn did not come") as caught:
+        await begin(post, timeout=0.01)
+    assert caught.value.__cause__ is None
+
+
+async def test_a_loop_that_shuts_down_makes_the_start_unknown(begin: Callable[..., Any]) -> None:
+    """`asyncio.run` cancels every task, and there is no time to wait for the answer."""
+    server = Server()
+    caller = begin(server.post)
+    await server.left.wait()
+    server.departure._task.cancel()
+    with pytest.raises(StartUnknown, match="the event loop was shut down"):
+        await caller
+
+
+async def test_an_unexpected_error_is_the_caller_s_own(begin: Callable[..., Any]) -> None:
+    """It ends neither the session nor the starts of others."""
+
+    async def post(outage: Outage, departure: Start) -> Started:
+        raise ZeroDivisionError
+
+    other = Server()
+    waiting = begin(other.post)
+    with pytest.raises(ZeroDivisionError):
+        await begin(post)
+    other.answer.set_result(Started(787, None))
+    assert await waiting == Started(787, None)
+
+
+async def test_a_caller_that_is_closed_unfinished_is_reported_like_a_cancelled_one(
+    recorder: Any,
+) -> None:
+    """A coroutine that is dropped gets `GeneratorExit`."""
+    server = Server()
+    outage = Outage(RetryPolicy(), 60.0)
+    start = Start(StartRequest(NAME), server.post, outage, emit=recorder, is_closing=lambda: False)
+    caller = start.result(Deadline(None, 0.0))
+    caller.send(None)
+    running = asyncio.create_task(start.run())
+    await server.left.wait()
+    caller.close()
+    server.answer.set_result(Started(787, None))
+    await running
+    assert [(event.execution_id, event.abandoned) for event in recorder.events] == [(787, True)]

@@ -1,0 +1,806 @@
+"""What a value is structured into, and what is refused rather than coerced."""
+
+# ruff: noqa: D101 - the classes are what users would write
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+import datetime as dt
+import enum
+import inspect
+import json
+import math
+import sys
+import typing
+from collections.abc import Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Set as AbstractSet
+from decimal import Decimal
+from pathlib import Path
+from typing import (
+    Annotated,
+    Any,
+    Generic,
+    Literal,
+    NamedTuple,
+    NewType,
+    NotRequired,
+    Required,
+    TypedDict,
+    TypeVar,
+)
+from uuid import UUID
+
+import attrs
+import cattrs
+import pytest
+from cattrs.gen import make_dict_structure_fn, override
+from cattrs.preconf.json import make_converter
+from cattrs.strategies import configure_tagged_union
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, ConfigDict, RootModel
+
+from promptlayer_exec._misfits import Misfit
+from promptlayer_exec._structure import check_type, structure
+
+T = TypeVar("T")
+OrderId = NewType("OrderId", int)
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+    HIGH = 2
+
+
+class Color(enum.StrEnum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Mixed(enum.Enum):
+    ONE = 1
+    HALF = 0.5
+    FULL = 2.0
+
+
+class Folded(enum.Enum):
+    YES = "yes"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Folded | None:
+        return cls.YES if value == "YES" else None
+
+
+class Rights(enum.IntFlag):
+    READ = 1
+    WRITE = 2
+
+
+@attrs.frozen
+class Item:
+    name: str
+    price: float = attrs.field(default=0.0, validator=attrs.validators.ge(0))
+
+
+@attrs.frozen
+class Report:
+    title: str
+    items: list[Item] = attrs.field(factory=list)
+    previous: Report | None = None
+    labels: dict[str, Item] = attrs.field(factory=dict)
+
+
+@dataclasses.dataclass
+class Summary:
+    text: str
+    final: bool = False
+
+
+class Row(TypedDict):
+    name: str
+    count: NotRequired[int]
+
+
+class Tree(TypedDict, total=False):
+    value: Required[int]
+    children: list[Tree]
+
+
+class Pair(TypedDict, Generic[T]):
+    first: T
+
+
+class Point(NamedTuple):
+    x: int
+    y: int = 0
+
+
+class Chain(NamedTuple):
+    value: int
+    rest: list[Chain]
+
+
+@attrs.frozen
+class Box(Generic[T]):
+    content: T
+
+
+class Model(BaseModel):
+    number: int
+    at: dt.datetime | None = None
+    color: Color | None = None
+    inner: Model | None = None
+
+
+@attrs.frozen
+class Holder:
+    model: Model
+    models: list[Model] = attrs.field(factory=list)
+
+
+def misfit(value: Any, into: Any, converter: cattrs.Converter | None = None) -> Misfit:
+    """Return the error that structuring ends in."""
+    with pytest.raises(Misfit) as caught:
+        structure(value, into, converter)
+    return caught.value
+
+
+def typed(value: Any) -> Any:
+    """Return a value with its types, as 1 == 1.0 == True."""
+    if isinstance(value, dict):
+        return {key: typed(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value), [typed(item) for item in value]
+    return type(value), repr(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "into", "expected"),
+    [
+        ("a", str, "a"),
+        (1, int, 1),
+        (1, float, 1.0),
+        (True, bool, True),
+        (None, None, None),
+        (None, type(None), None),
+        ({"a": [1]}, Any, {"a": [1]}),
+        ([1, "a"], object, [1, "a"]),
+        (1, OrderId, 1),
+        (1, Annotated[int, "unit"], 1),
+        ([1, "a"], list, [1, "a"]),
+        ([1], list[float], [1.0]),
+        ([1], Sequence[int], (1,)),
+        ([1], MutableSequence[int], [1]),
+        ([1, 1], set[int], {1}),
+        ([1], frozenset[int], frozenset({1})),
+        ([1], AbstractSet[int], frozenset({1})),
+        ([1], collections.deque[int], collections.deque([1])),
+        ([1, "a"], tuple, (1, "a")),
+        ([1, 2], tuple[int, ...], (1, 2)),
+        ([1, "a"], tuple[int, str], (1, "a")),
+        ([], tuple[()], ()),
+        ([1, "a"], typing.Tuple, (1, "a")),  # noqa: UP006
+        ({"a": 1}, dict, {"a": 1}),
+        ({"a": 1}, dict[str, float], {"a": 1.0}),
+        ({"a": 1}, Mapping[str, int], {"a": 1}),
+        ({"a": 1}, MutableMapping[str, int], {"a": 1}),
+        ({"red": 1}, dict[Color, int], {Color.RED: 1}),
+        ("red", Color, Color.RED),
+        (1, Level, Level.LOW),
+        (2, Mixed, Mixed.FULL),
+        ("YES", Folded, Folded.YES),
+        (3, Rights, Rights.READ | Rights.WRITE),
+        ("a", Literal["a", 1], "a"),
+        ("red", Literal[Color.RED], Color.RED),
+        ("b", Literal["a", "b"], "b"),
+        ("2026-01-31T10:00:00Z", dt.datetime, dt.datetime(2026, 1, 31, 10, tzinfo=dt.UTC)),
+        ("2026-01-31", dt.date, dt.date(2026, 1, 31)),
+        ("10:00", dt.time, dt.time(10)),
+        ("0.1", Decimal, Decimal("0.1")),
+        (0.1, Decimal, Decimal("0.1")),
+        (3, Decimal, Decimal(3)),
+        ("12345678123456781234567812345678", UUID, UUID("12345678123456781234567812345678")),
+        ("a/b", Path, Path("a/b")),
+        ({"title": "t", "extra": 1}, Report, Report("t")),
+        (
+            {"title": "t", "items": [{"name": "n", "price": 1}], "previous": {"title": "p"}},
+            Report,
+            Report("t", [Item("n", 1.0)], Report("p")),
+        ),
+        ([{"title": "t"}], list[Report], [Report("t")]),
+        ({"text": "t", "final": True}, Summary, Summary("t", final=True)),
+        ({"name": "n"}, Row, {"name": "n"}),
+        ({"value": 1, "children": [{"value": 2}]}, Tree, {"value": 1, "children": [{"value": 2}]}),
+        ({"first": 1}, Pair[int], {"first": 1}),
+        ([1, 2], Point, Point(1, 2)),
+        ({"x": 1}, Point, Point(1)),
+        ({"value": 1, "rest": [[2, []]]}, Chain, Chain(1, [Chain(2, [])])),
+        ({"model": {"number": 1}}, Holder, Holder(Model(number=1))),
+    ],
+)
+def test_fits(value: Any, into: Any, expected: Any) -> None:
+    """A value becomes what the type says."""
+    result = structure(value, into)
+    assert result == expected
+    assert type(result) is type(expected)
+
+
+_VALUES: list[Any] = [
+    None, True, False, 0, 1, 2, -1, 0.0, 1.0, 0.5, "", "a", "red", "é", [], [1], ["a"], [True],
+    [[1]], {}, {"a": 1}, {"title": "t"}, {"text": "t"}, {"name": "n"}, {"x": 1}, {"number": 1},
+]  # fmt: skip
+
+_ORACLE: dict[Any, Any] = {
+    str: lambda value: type(value) is str,
+    int: lambda value: type(value) is int,
+    float: lambda value: type(value) in (int, float),
+    bool: lambda value: type(value) is bool,
+    type(None): lambda value: value is None,
+    Level: lambda value: type(value) is int and value in (1, 2),
+    Color: lambda value: value == "red",
+    Mixed: lambda value: type(value) in (int, float) and typed(value) in map(typed, (1, 2, 0.5)),
+    Literal[1]: lambda value: type(value) is int and value == 1,
+    Literal[True]: lambda value: value is True,
+    Literal["a"]: lambda value: value == "a",
+    int | str: lambda value: type(value) in (int, str),
+    bool | int: lambda value: type(value) in (bool, int),
+    float | int: lambda value: type(value) in (float, int),
+    list[int]: lambda value: type(value) is list and all(type(item) is int for item in value),
+    tuple[int]: lambda value: typed(value) == typed([1]),
+    set[bool]: lambda value: type(value) is list and all(type(item) is bool for item in value),
+    dict[str, int]: lambda value: (
+        type(value) is dict and all(type(item) is int for item in value.values())
+    ),
+    Report: lambda value: type(value) is dict and "title" in value,
+    Summary: lambda value: type(value) is dict and "text" in value,
+    Row: lambda value: type(value) is dict and "name" in value,
+    Point: lambda value: typed(value) == typed({"x": 1}),
+    Model: lambda value: typed(value) == typed({"number": 1}),
+    dt.datetime: lambda value: False,
+    Decimal: lambda value: type(value) in (int, float),
+    UUID: lambda value: False,
+    Path: lambda value: type(value) is str,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("into", _ORACLE, ids=str)
+def test_never_coerces(into: Any) -> None:
+    """Of every kind of value, only those of the type's own kind fit."""
+    for value in _VALUES:
+        try:
+            result = structure(value, into)
+        except Misfit:
+            assert not _ORACLE[into](value), value
+        else:
+            assert _ORACLE[into](value), value
+            if type(value) not in (list, dict) and into not in (float, Decimal):
+                assert result == value or getattr(result, "value", result) == value or into is Path
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+Json = dict[str, Any] | list[Any] | str | int | float | bool | None
+
+
+@given(json_values)
+def test_union_of_every_kind_changes_nothing(value: Any) -> None:
+    """A union of all JSON kinds gives every value back as it is, types and all."""
+    assert typed(structure(value, Json)) == typed(value)
+
+
+@given(json_values)
+def test_model_sees_what_json_read(value: Any) -> None:
+    """A pydantic model receives the value without loss."""
+
+    class Anything(RootModel[Any]):
+        pass
+
+    assert typed(structure(value, Anything).root) == typed(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "into", "path", "reason"),
+    [
+        ("x", int, "$", "expected an integer, got a string"),
+        (True, int, "$", "expected an integer, got true"),
+        (None, str, "$", "expected a string, got null"),
+        (b"x", str, "$", "expected a string, got a bytes"),
+        ({}, Report, "$.title", "is missing"),
+        ({"title": "t", "items": [{"name": "n"}, {}]}, Report, "$.items[1].name", "is missing"),
+        ({"title": "t", "items": "n"}, Report, "$.items", "expected an array, got a string"),
+        (
+            {"title": "t", "labels": {"a b": {"name": 1}}},
+            Report,
+            '$.labels["a b"].name',
+            "expected a string, got an integer",
+        ),
+        (
+            {"title": "t", "items": [{"name": "n", "price": -1}]},
+            Report,
+            "$.items[0].price",
+            "'price' must be >= 0: -1.0",
+        ),
+        ({"1": 2}, dict[int, int], '$["1"]', "expected an integer, got a string"),
+        (10**400, float, "$", "is too large for a float"),
+        ("green", Color, "$", "expected one of ['red', 'blue'], got 'green'"),
+        (True, Level, "$", "expected one of [1, 2], got True"),
+        (1.0, Rights, "$", "expected one of [1, 2], got 1.0"),
+        (True, Literal[1], "$", "expected one of [1], got True"),
+        ("2026-01-31", dt.datetime, "$", "expected a datetime, got '2026-01-31'"),
+        ("x", Decimal, "$", "expected a Decimal, got 'x'"),
+        (True, Decimal, "$", "expected a string, got true"),
+        ([1], tuple[int, str], "$", "expected an array of 2, got one of 1"),
+        ([1, 2], tuple[int, str], "$[1]", "expected a string, got an integer"),
+        ([{}], set[Any], "$", "unhashable type: 'dict'"),
+        ([], Row, "$", "expected an object, got an array"),
+        ({"value": 1, "children": [{}]}, Tree, "$.children[0].value", "is missing"),
+        ([1], Point, "$", "expected an array of 2, got one of 1"),
+        ({}, Point, "$.x", "is missing"),
+        (5, Report | None, "$", "expected Report | None, got an integer"),
+        ({"title": 1}, Report | None, "$.title", "expected a string, got an integer"),
+        ({"number": "1"}, Model, "$.number", "Input should be a valid integer"),
+        ({}, Model, "$.number", "is missing"),
+        ({"number": 1, "inner": {}}, Model, "$.inner.number", "is missing"),
+        ([], Model, "$", "Input should be an object"),
+        ({"model": {"number": 1}, "models": [{}]}, Holder, "$.models[0].number", "is missing"),
+    ],
+)
+def test_misfit_names_path_and_reason(value: Any, into: Any, path: str, reason: str) -> None:
+    """The first thing that differs is named, with its path and the underlying error as cause."""
+    error = misfit(value, into)
+    assert (error.path, error.reason) == (path, reason)
+    assert str(error) == f"{path}: {reason}"
+    assert isinstance(error.__cause__, Exception)
+
+
+@pytest.mark.parametrize(
+    ("text", "into", "expected"),
+    [
+        ('"abc"', str, '"abc"'),
+        ("42", int | str, "42"),
+        ("42", int, 42),
+        ("null", Report | None, None),
+        ('"red"', Color, Color.RED),
+        ('{"title": "t"}', Report, Report("t")),
+        ('{"number": 1}', Model, Model(number=1)),
+        ('{"title": "t"}', Report | str, '{"title": "t"}'),
+        ("1" * 500, int, int("1" * 500)),
+        ("[NaN]", list[float], [math.nan]),
+    ],
+)
+def test_text_is_read_as_json_only_if_it_does_not_fit(text: str, into: Any, expected: Any) -> None:
+    """A string is tried as it is, then as JSON text."""
+    assert typed(structure(text, into)) == typed(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "reason"),
+    [
+        ('{"title": 1}', "$.title", "expected a string, got an integer"),
+        ("42", "$", "expected an object, got a string"),
+        ("{", "$", "expected an object, got a string"),
+        ("1" * 5000, "$", "expected an object, got a string"),
+        ("[" * 100_000, "$", "expected an object, got a string"),
+    ],
+)
+def test_error_is_the_text_s_if_it_holds_an_object(text: str, path: str, reason: str) -> None:
+    """If both tries fail, an object or array in the text tells more than the string."""
+    error = misfit(text, Report)
+    assert (error.path, error.reason) == (path, reason)
+
+
+def test_nested_text_is_not_read() -> None:
+    """Only the value itself may be JSON text, not a string within it."""
+    assert misfit(["1"], list[int]).path == "$[0]"
+
+
+@attrs.frozen
+class Cat:
+    name: str
+    lives: int
+
+
+@attrs.frozen
+class Dog:
+    name: str
+    tricks: list[str]
+
+
+@attrs.frozen
+class Puppy:
+    name: str
+    months: int = 0
+
+
+@attrs.frozen
+class Added:
+    kind: Literal["added"]
+    value: int
+
+
+@attrs.frozen
+class Removed:
+    kind: Literal["removed"]
+    value: int
+
+
+@pytest.mark.parametrize(
+    ("value", "into", "expected"),
+    [
+        ("red", str | Color, Color.RED),
+        ("green", str | Color, "green"),
+        ("2026-01-31T10:00", dt.datetime | str, "2026-01-31T10:00"),
+        ("2026-01-31", dt.datetime | dt.date, dt.date(2026, 1, 31)),
+        ({"name": "n", "lives": 9}, Cat | Dog, Cat("n", 9)),
+        ({"name": "n", "tricks": []}, Cat | Dog | None, Dog("n", [])),
+        ({"name": "n"}, Puppy | Item, Puppy("n")),
+        ({"name": "n"}, dict[str, Any] | Puppy, Puppy("n")),
+        ({"other": 1}, dict[str, Any] | Puppy, {"other": 1}),
+        ({"kind": "removed", "value": 1}, Added | Removed, Removed("removed", 1)),
+        ([{"title": "t"}], Report | list[Report] | str | None, [Report("t")]),
+        ("t", Report | list[Report] | str | None, "t"),
+        (None, Report | None, None),
+        ({"number": 1}, Model | None, Model(number=1)),
+    ],
+)
+def test_union_takes_the_closest_member(value: Any, into: Any, expected: Any) -> None:
+    """Enums first, then the value's own type, then the rest; classes as cattrs tells them apart."""
+    assert typed(structure(value, into)) == typed(expected)
+
+
+@pytest.mark.parametrize("value", [1, 1.0, "a", "red", True, None, {"a": 1}, {"name": "n"}])
+@pytest.mark.parametrize(
+    "members", [(int, float), (str, Color), (bool, int), (dict[str, Any], Puppy), (Level, int)]
+)
+def test_order_of_a_union_does_not_matter(value: Any, members: tuple[Any, Any]) -> None:
+    """`int | str` equals `str | int`, so Python may give us the one for the other."""
+    first, second = members
+
+    def outcome(into: Any) -> Any:
+        try:
+            return typed(structure(value, into, cattrs.Converter()))
+        except Misfit as error:
+            return error.path
+
+    assert outcome(first | second) == outcome(second | first)
+
+
+@pytest.mark.parametrize(
+    ("value", "into", "path", "reason"),
+    [
+        ({"name": "n", "lives": "9"}, Cat | Dog, "$.lives", "expected an integer, got a string"),
+        (
+            {"kind": "renamed", "value": 1},
+            Added | Removed,
+            "$",
+            (
+                "fits none of Added | Removed"
+                " (Added.kind: expected one of ['added'], got 'renamed';"
+                " Removed.kind: expected one of ['removed'], got 'renamed')"
+            ),
+        ),
+        ([{"name": 1}], list[Cat] | Cat, "$[0].name", "expected a string, got an integer"),
+        (5, list[int] | str | None, "$", "expected list[int] | str | None, got an integer"),
+    ],
+)
+def test_union_names_the_closest_misfit(value: Any, into: Any, path: str, reason: str) -> None:
+    """If one member alone is of the value's kind its misfit counts, else all are named."""
+    error = misfit(value, into)
+    assert (error.path, error.reason) == (path, reason)
+
+
+@attrs.frozen
+class And:
+    terms: list[And | Or | str]
+
+
+@attrs.frozen
+class Or:
+    terms: list[And | Or | str]
+
+
+def test_recursive_classes_that_are_alike() -> None:
+    """A misfit deep down in classes that nothing tells apart is found in time linear in depth."""
+    value: Any = 1
+    for _ in range(40):
+        value = {"terms": [value]}
+    error = misfit(value, And | Or)
+    assert error.path == "$"
+    assert error.reason.startswith("fits none of And | Or (And.terms[0]: fits none of And | Or")
+    assert len(error.reason) < 300
+
+
+def test_generic_classes() -> None:
+    """A generic attrs class checks its argument."""
+    assert structure({"content": [1]}, Box[list[int]]) == Box([1])
+    assert misfit({"content": ["1"]}, Box[list[int]]).path == "$.content[0]"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="`type` statements are new in 3.12")
+def test_type_aliases() -> None:
+    """A `type` alias may be recursive."""
+    scope: dict[str, Any] = {}
+    exec("type Nested = int | list[Nested]", scope)
+    assert structure([1, [2, [3]]], scope["Nested"]) == [1, [2, [3]]]
+    assert misfit([1, [2, ["3"]]], scope["Nested"]).path == "$[1][1][0]"
+
+
+@attrs.frozen
+class Checked:
+    low: int = attrs.field()
+    high: int = attrs.field(alias="top", default=9)
+    _secret: int = 0
+
+    @low.validator
+    def _check_low(self, attribute: attrs.Attribute[int], value: int) -> None:
+        if value < 0:
+            raise ValueError("is negative")
+
+    def __attrs_post_init__(self) -> None:
+        if self.low > self.high:
+            raise RuntimeError("low is above high")
+        if self.low == 5:
+            raise KeyError("five")
+        if self.low == 4:
+            error = ValueError("four")
+            error.add_note("a note of the user's own")
+            raise error
+        if self.low == 6:
+            raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize(
+    ("value", "path", "reason"),
+    [
+        ({"low": -1}, "$.low", "is negative"),
+        ({"low": 10}, "$", "RuntimeError: low is above high"),
+        ({"low": 5}, "$", "KeyError: five"),
+        ({"low": 4}, "$", "four"),
+        ({"low": 1, "high": "2"}, "$.high", "expected an integer, got a string"),
+        ({"low": 1, "_secret": "2"}, "$._secret", "expected an integer, got a string"),
+    ],
+)
+def test_errors_of_the_user_s_class_are_misfits(value: Any, path: str, reason: str) -> None:
+    """What a validator or `__attrs_post_init__` raises is a misfit, at its field if it has one."""
+    error = misfit(value, Checked)
+    assert (error.path, error.reason) == (path, reason)
+
+
+def test_cancellation_passes() -> None:
+    """What is no `Exception` is no misfit."""
+    with pytest.raises(asyncio.CancelledError):
+        structure({"low": 6}, Checked)
+
+
+def test_too_deep_a_value_is_a_misfit() -> None:
+    """A value that is nested too deeply is refused, with the recursion as its cause."""
+    value: dict[str, Any] = {"title": "t"}
+    for _ in range(sys.getrecursionlimit()):
+        value = {"title": "t", "previous": value}
+    error = misfit(value, Report)
+    assert (error.path, error.reason) == ("$", "is nested too deeply")
+    assert isinstance(error.__cause__, RecursionError)
+
+
+class Opaque:
+    """A class that nothing tells how to structure."""
+
+
+@attrs.frozen
+class Unresolved:
+    field: Missing  # type: ignore[name-defined]  # noqa: F821
+
+
+@pytest.mark.parametrize(
+    "into", [Opaque, list[Opaque], Opaque | None, Box[Opaque], Box, Unresolved, 5, "Report", [int]],
+    ids=str,
+)  # fmt: skip
+def test_unusable_type_is_a_type_error(into: Any) -> None:
+    """What is no type, or has a part without a hook, is refused whatever the value is."""
+    with pytest.raises(TypeError, match="cannot structure into"):
+        structure(None, into)
+    with pytest.raises(TypeError, match="cannot structure into"):
+        check_type(into)
+
+
+def test_type_can_be_checked_beforehand() -> None:
+    """A type that lacks a hook alone is usable with one."""
+    converter = cattrs.Converter()
+    converter.register_structure_hook(Opaque, lambda value, _: Opaque())
+    check_type(list[Opaque] | None, converter)
+    check_type(Report | Model | None)
+
+
+def test_bytes_need_a_hook() -> None:
+    """Bytes are no JSON, and there are too many ways to encode them."""
+    with pytest.raises(TypeError, match=r"\$\[0\]: JSON has no bytes"):
+        structure(["x"], list[bytes])
+    converter = cattrs.Converter()
+    converter.register_structure_hook(bytes, lambda value, _: bytes.fromhex(value))
+    assert structure(["00"], list[bytes], converter) == [b"\0"]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    number: int = 0
+
+
+class Lenient(BaseModel):
+    model_config = ConfigDict(strict=False)
+    number: int
+
+
+class Former:
+    """A class with another `model_validate`, which knows neither JSON nor strictness."""
+
+    @classmethod
+    def model_validate(cls, value: Any) -> Any:
+        """Take what it is given."""
+        return "former", value
+
+
+class Latter:
+    """A class whose `model_validate` alone knows strictness."""
+
+    @classmethod
+    def model_validate(cls, value: Any, *, strict: bool = False) -> Any:
+        """Take what it is given."""
+        return strict, value
+
+
+def test_models_validate_themselves_strictly() -> None:
+    """A model reads JSON's encodings, keeps its own rules, and is made strict where it is not."""
+    value = {"number": 1, "at": "2026-01-31T10:00:00Z", "color": "red", "inner": {"number": 2}}
+    assert structure(value, Model) == Model(
+        number=1,
+        at=dt.datetime(2026, 1, 31, 10, tzinfo=dt.UTC),
+        color=Color.RED,
+        inner=Model(number=2),
+    )
+    assert misfit({"number": "1"}, Lenient).path == "$.number"
+    assert misfit({"number": 1, "other": 2}, Strict).path == "$.other"
+    assert structure([1], Former) == ("former", [1])
+    assert structure([1], Latter) == (True, [1])
+
+
+class Odd(BaseModel):
+    choice: int | list[int]
+
+
+def test_model_path_names_keys_alone() -> None:
+    """The names of union members in pydantic's locations are no part of the path."""
+    assert misfit({"choice": ["x"]}, Odd).path in ("$.choice", "$.choice[0]")
+
+
+@attrs.frozen
+class Money:
+    cents: int
+    final: bool = False
+
+
+def _money(value: Any, _: Any) -> Money:
+    amount, _, currency = value.partition(" ")
+    if currency != "EUR":
+        raise ValueError("is no amount in EUR")
+    return Money(round(float(amount) * 100))
+
+
+def test_hooks_of_the_user_win() -> None:
+    """A hook of the session's converter is used before our rules, which hold for all the rest."""
+    converter = cattrs.Converter()
+    converter.register_structure_hook(Money, _money)
+    converter.register_structure_hook(
+        dt.datetime, lambda value, _: dt.datetime.fromtimestamp(value, dt.UTC)
+    )
+    converter.register_structure_hook(Cat | str, lambda value, _: "a cat or a string")
+    converter.register_structure_hook_func(lambda kind: kind is Level, lambda value, _: Level.LOW)
+    converter.register_structure_hook_func(
+        lambda kind: kind == list[str], lambda value, _: value.split(",")
+    )
+    assert structure(["1.50 EUR"], list[Money], converter) == [Money(150)]
+    assert structure("1.50 EUR", Money | None, converter) == Money(150)
+    error = misfit(["1.50 USD"], list[Money], converter)
+    assert (error.path, error.reason) == ("$[0]", "is no amount in EUR")
+    assert structure(0, dt.datetime, converter).year == 1970
+    assert structure("a,b", list[str], converter) == ["a", "b"]
+    assert structure(0, Cat | str, converter) == "a cat or a string"
+    assert misfit({"title": 1}, Report, converter).path == "$.title"
+    assert misfit("1.50 EUR", Money).reason == "expected an object, got a string"
+
+
+def test_hook_for_int_does_not_apply_to_bool() -> None:
+    """A lenient hook for int leaves bool strict, though bool is a subclass."""
+    converter = cattrs.Converter()
+    converter.register_structure_hook(int, lambda value, _: int(value))
+    assert structure({"cents": "1"}, Money, converter) == Money(1)
+    assert misfit({"cents": "1", "final": 1}, Money, converter).path == "$.final"
+    converter = cattrs.Converter()
+    converter.register_structure_hook(bool, lambda value, _: value == "yes")
+    assert structure("yes", bool, converter) is True
+
+
+def test_preconfigured_converter_does_not_bring_coercion() -> None:
+    """The union hook of cattrs' own JSON converter gives way to ours; its other hooks do not."""
+    converter = make_converter()
+    assert structure("2026-01-31", dt.datetime, converter) == dt.datetime(2026, 1, 31)
+    assert structure({"cents": 1}, Money | str | None, converter) == Money(1)
+    assert misfit({"cents": "1"}, Money | str | None, converter).path == "$.cents"
+    assert misfit(True, int | str, converter).path == "$"
+
+
+def test_strategies_of_the_user_s_converter() -> None:
+    """A tagged union keeps its tags."""
+    converter = cattrs.Converter()
+    configure_tagged_union(Puppy | Item, converter, tag_name="type")
+    assert structure([{"type": "Item", "name": "n"}], list[Puppy | Item], converter) == [Item("n")]
+
+
+def test_settings_of_the_user_s_converter() -> None:
+    """Forbidden extra keys and preferred attrs converters stay in force."""
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    for into in (Item, Row, Point):
+        error = misfit({"name": "n", "x": 1, "zz": 1}, into, converter)
+        assert error.reason == "is not expected"
+        assert error.path in ("$.x", "$.name", "$.zz")
+
+    @attrs.frozen
+    class Shout:
+        text: str = attrs.field(converter=lambda text: str(text).upper())
+
+    assert misfit({"text": 1}, Shout).path == "$.text"
+    terse = cattrs.Converter(detailed_validation=False)
+    assert misfit({"name": 1}, Item, terse).path == "$.name"
+    preferring = cattrs.Converter(prefer_attrib_converters=True)
+    assert structure({"text": 1}, Shout, preferring) == Shout("1")
+    positional = cattrs.Converter(unstruct_strat=cattrs.UnstructureStrategy.AS_TUPLE)
+    assert structure({"name": "n"}, Item, positional) == Item("n")
+
+
+def test_path_has_the_key_and_not_the_attribute() -> None:
+    """Where an attribute is renamed, the path is the JSON's."""
+    converter = cattrs.Converter()
+    converter.register_structure_hook_factory(
+        lambda kind: kind in (Money, Checked),
+        lambda kind, converter: make_dict_structure_fn(
+            kind, converter, cents=override(rename="Cents"), low=override(rename="Low")
+        ),
+    )
+    assert misfit({"Cents": "1"}, Money, converter).path == "$.Cents"
+    assert misfit({}, Money, converter).path == "$.Cents"
+    assert misfit({"Low": -1}, Checked, converter).path == "$.Low"
+
+
+@pytest.mark.skipif(
+    "use_alias" not in inspect.signature(cattrs.Converter).parameters, reason="new in cattrs 25.2"
+)
+def test_path_has_the_alias_where_aliases_are_used() -> None:
+    """A converter that goes by the aliases has them in its paths."""
+    converter = cattrs.Converter(use_alias=True)
+    assert misfit({"low": 1, "top": "2"}, Checked, converter).path == "$.top"
+
+
+def test_converter_is_not_changed() -> None:
+    """The user's own converter structures as before."""
+    converter = cattrs.Converter()
+    structure({"cents": 1}, Money, converter)
+    assert converter.structure({"cents": "1", "final": 1}, Money) == Money(1, final=True)
+
+
+def test_missing_means_that_the_key_is_missing() -> None:
+    """A KeyError out of a hook is told from a missing key."""
+    converter = cattrs.Converter()
+    converter.register_structure_hook(Money, lambda value, _: Money(value["cents"]))
+    error = misfit({"money": {}}, dict[str, Money], converter)
+    assert (error.path, error.reason) == ("$.money", "KeyError: cents")
+
+
+def test_json_round_trip() -> None:
+    """What attrs and json write, structure reads."""
+    report = Report("t", [Item("n", 1.5)], Report("p"), {"a b": Item("m")})
+    assert structure(json.loads(json.dumps(attrs.asdict(report))), Report) == report
+    assert structure(json.dumps(attrs.asdict(report)), Report) == report

@@ -1,0 +1,73 @@
+"""`into=` as users write it: type-checked, never run."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, assert_type
+
+import attrs
+
+from promptlayer_exec import Execution
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeForm
+
+T = TypeVar("T")
+
+
+@attrs.frozen
+class Report:
+    """An attrs class."""
+
+    title: str
+
+
+@dataclasses.dataclass
+class Summary:
+    """A dataclass."""
+
+    title: str
+
+
+class Row(TypedDict):
+    """A typed dict."""
+
+    title: str
+
+
+class Mood(enum.StrEnum):
+    """An enum."""
+
+    GOOD = "good"
+
+
+async def collect(execution: Execution) -> None:
+    """Ask for every kind of type."""
+    assert_type(await execution.output(), Any)
+    assert_type(await execution.output(into=None), Any)
+    assert_type(await execution.output(timeout=None, into=Report), Report)
+    assert_type(await execution.output(timeout=1.5, into=Summary), Summary)
+    assert_type(await execution.output(timeout=..., into=Row), Row)
+    assert_type(await execution.output(into=Mood), Mood)
+    assert_type(await execution.output(into=int), int)
+    assert_type(await execution.output(into=list[Report]), list[Report])
+    assert_type(await execution.output(into=dict[str, Report]), dict[str, Report])
+    assert_type(await execution.output(into=Report | None), Report | None)
+    assert_type(await execution.output(into=int | str), int | str)
+    assert_type(
+        await execution.output(into=Report | list[Report] | None), Report | list[Report] | None
+    )
+    assert_type(await execution.output(into=Literal["yes", "no"]), Literal["yes", "no"])
+
+
+async def forward(execution: Execution, into: TypeForm[T]) -> T:
+    """Pass a type through, as a user's own helper does."""
+    return await execution.output(into=into)
+
+
+async def misuse(execution: Execution) -> None:
+    """Pass what is no type; mypy must refuse each, as it warns of unused ignores."""
+    await execution.output(into=Report("a"))  # type: ignore[call-overload]
+    await execution.output(into=5)  # type: ignore[call-overload]
+    await execution.output(timeout="5", into=Report)  # type: ignore[call-overload]
