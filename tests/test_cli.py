@@ -15,8 +15,8 @@ import sys
 import termios
 import threading
 import tracemalloc
-import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
@@ -45,7 +45,7 @@ from promptlayer_exec.cli._text import (
     start_of,
     verdict,
 )
-from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, SimRequest, Simulator
 
 PROGRAM = [sys.executable, "-W", "error", "-m", "promptlayer_exec"]
 PATIENCE = 30.0
@@ -73,6 +73,17 @@ async def work(*args, **kwargs):
 _app.watch = work
 from promptlayer_exec.__main__ import main; main()
 """
+EARLY = """
+import signal
+from promptlayer_exec.cli import _run
+
+def open_session(*args, **kwargs):
+    signal.raise_signal(signal.SIGINT)
+    return real(*args, **kwargs)
+
+real, _run.open_session = _run.open_session, open_session
+from promptlayer_exec.__main__ import main; main()
+"""
 NOBODY = "http://127.0.0.1:9"
 HELD = Scenario(
     [
@@ -95,6 +106,20 @@ HOSTILE = Scenario(
 )
 
 
+class Gate:
+    """Holds the start of a run, in the simulator whose `on_request` it is, until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.opened = threading.Event()
+
+    def __call__(self, request: SimRequest) -> None:
+        """Hold the request if it starts a run; it blocks the server."""
+        if request.method == "POST":
+            self.reached.set()
+            self.opened.wait(PATIENCE)
+
+
 class Command:
     """A running command; it does not outlive a test's patience."""
 
@@ -115,6 +140,11 @@ class Command:
         """Return the next line of standard output."""
         assert self.process.stdout is not None
         return self.process.stdout.readline()
+
+    def error_line(self) -> str:
+        """Return the next line of standard error."""
+        assert self.process.stderr is not None
+        return self.process.stderr.readline()
 
     def line_with(self, text: str) -> str:
         """Return the next line of standard output that has `text` in it."""
@@ -175,6 +205,14 @@ def start(environment: dict[str, str]) -> Iterator[Start]:
     yield start
     for command in commands:
         command.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _interruptible() -> Iterator[None]:
+    """Let the commands heed SIGINT even if the tests run in the background of a script."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -367,6 +405,24 @@ class TestWatch:
         assert re.match(r"server unreachable, retrying in 0\.\d s \(Connection refused\)\n", err)
         assert err.endswith(f"  promptlayer-exec watch 5 --base-url {NOBODY}\n")
 
+    def test_a_server_in_trouble(self, sim: Simulator, start: Start) -> None:
+        """When the outage is over the code is 4, and the execution can be picked up again."""
+        execution_id = sim.add_execution(HELD)
+        sim.inject(Fault.status(503, times=None, execution_id=execution_id))
+        code, out, err = start("watch", execution_id, "--outage", "0.1").end()
+        assert (code, out) == (4, "")
+        assert err.endswith(f"again with:\n  promptlayer-exec watch {execution_id}\n")
+        sim.clear_faults()
+
+    def test_plain_http_is_warned_of_in_one_line(self, start: Start) -> None:
+        """Where the key would travel in the clear, standard error says so, and it goes on."""
+        url = "http://0.0.0.0:9"
+        code, out, err = start("watch", 5, "--outage", "0", "--base-url", url).end()
+        assert (code, out) == (4, "")
+        assert re.match(rf"warning: {url} is plain http: .*\n", err)
+        assert err.count("plain http") == 1
+        assert "UserWarning" not in err
+
     def test_passing_trouble_is_told_once(self, sim: Simulator, start: Start) -> None:
         """A request that is repeated is one line of standard error, and no failure."""
         execution_id = sim.add_execution(DONE)
@@ -431,6 +487,252 @@ class TestWatch:
             assert (code, out) == (2, "")
             assert message in err
             assert "again with" not in err
+
+
+class TestRun:
+    """`run WORKFLOW`."""
+
+    def test_it_starts_and_watches(self, sim: Simulator, start: Start) -> None:
+        """The id and the way to the output are told on standard error, around what `watch` says."""
+        sim.add_workflow("held", HELD)
+        command = start("run", "held")
+        assert command.error_line() == f"execution {sim.executions[-1]} started\n"
+        assert re.fullmatch(r" +0\.\d s  think  RUNNING\n", command.line())
+        execution_id = sim.runs[-1].execution_id
+        sim.finish(execution_id, "think")
+        sim.finish(execution_id, "reply")
+        code, out, err = command.end()
+        assert code == 0
+        assert f"\nexecution {execution_id} succeeded after" in out
+        assert err == (f"print its main output with:\n  promptlayer-exec results {execution_id}\n")
+
+    def test_what_is_sent(self, sim: Simulator, start: Start, tmp_path: Path) -> None:
+        """Inputs come from arguments, files and standard input; the name is sent whole."""
+        sim.add_workflow("a/b 7", DONE)
+        letter = tmp_path / "letter.txt"
+        letter.write_text("12\n")
+        piped = redirected("""printf '{"n": 1, "who": "Maria"}' | RUN""")
+        options = ("-i", "@-", "--input", "n=2", "-i", f"letter@{letter}", "--label", "prod")
+        metadata = ("--metadata", "source=nightly", "--metadata", "run=7")
+        code, _, _ = start("run", "a/b 7", *options, *metadata, program=piped).end()
+        assert code == 0
+        assert sim.runs[-1].workflow == "a/b 7"
+        assert sim.runs[-1].body == {
+            "input_variables": {"n": 2, "who": "Maria", "letter": "12\n"},
+            "workflow_label_name": "prod",
+            "metadata": {"source": "nightly", "run": "7"},
+        }
+
+    def test_an_id_and_a_version(self, sim: Simulator, start: Start) -> None:
+        """The workflow may be given by its id, and the version by its number."""
+        workflow_id = sim.add_workflow("by id", DONE)
+        assert start("run", workflow_id, "--version", 3).end()[0] == 0
+        assert sim.runs[-1].workflow == "by id"
+        assert sim.runs[-1].body == {"input_variables": {}, "workflow_version_number": 3}
+
+    def test_a_warning_of_the_server(self, sim: Simulator, start: Start) -> None:
+        """What the server warns of is one printable line of standard error, and no failure."""
+        sim.add_workflow("warned", DONE, warning="Missing: letter\x1b[2J")
+        code, _, err = start("run", "warned").end()
+        assert code == 0
+        assert err.startswith("warning: Missing: letter\\u001b[2J\n")
+
+    def test_a_failed_execution_is_exit_code_1(self, sim: Simulator, start: Start) -> None:
+        """There is no output to point to."""
+        sim.add_workflow("failed", FAILED)
+        code, out, err = start("run", "failed").end()
+        execution_id = sim.runs[-1].execution_id
+        assert code == 1
+        assert f"execution {execution_id} failed after" in out
+        assert err == f"execution {execution_id} started\n"
+
+    def test_json_lines(self, sim: Simulator, start: Start) -> None:
+        """With --json standard output is what `watch --json` writes, and nothing else."""
+        sim.add_workflow("json", DONE)
+        code, out, _ = start("run", "json", "--json").end()
+        assert code == 0
+        (line,) = out.splitlines()
+        snapshot = json.loads(line)
+        assert snapshot["execution_id"] == str(sim.runs[-1].execution_id)
+        assert snapshot["complete"] is True
+
+    def test_only_the_id(self, sim: Simulator, start: Start) -> None:
+        """With --no-watch the id is all that is printed; where it cannot be, it is not lost."""
+        sim.add_workflow("unwatched", HELD)
+        code, out, err = start("run", "unwatched", "--no-watch").end()
+        assert (code, out, err) == (0, f"{sim.runs[-1].execution_id}\n", "")
+        code, out, err = start("run", "unwatched", "--no-watch", "--json").end()
+        assert (code, err) == (0, "")
+        assert json.loads(out) == {"execution_id": str(sim.runs[-1].execution_id)}
+        full = redirected("RUN >/dev/full")
+        code, _, err = start("run", "unwatched", "--no-watch", program=full).end()
+        assert code == 74
+        assert err.startswith(f"execution {sim.runs[-1].execution_id} started\n")
+
+    def test_a_refusal_is_exit_code_4(self, start: Start) -> None:
+        """An unknown workflow or a wrong key is told at once, and that nothing was started."""
+        unknown = start("run", "unknown", "--json")
+        wrong_key = start("run", "unknown", PROMPTLAYER_API_KEY="wrong")
+        code, out, err = unknown.end()
+        assert code == 4
+        assert "Workflow not found" in err
+        assert err.endswith("; nothing was started\n")
+        error = json.loads(out)["error"]
+        assert (error["type"], error["execution_id"]) == ("NotFound", None)
+        code, out, err = wrong_key.end()
+        assert (code, out) == (4, "")
+        assert "Invalid or missing API key" in err
+
+    def test_a_lost_answer_is_exit_code_4(self, sim: Simulator, start: Start) -> None:
+        """It says that the run may have started, and does not start it again."""
+        sim.add_workflow("lost", DONE)
+        before = len(sim.runs)
+        sim.inject(Fault.disconnect())
+        code, out, err = start("run", "lost", "--json").end()
+        assert code == 4
+        assert "The run may have started" in err
+        assert "nothing was started" not in err
+        assert "again with" not in err
+        error = json.loads(out)["error"]
+        assert (error["type"], error["execution_id"]) == ("StartUnknown", None)
+        assert len(sim.runs) == before + 1
+
+    def test_an_unreachable_server(self, start: Start) -> None:
+        """It is tried again, visibly, until the outage is over; then the code is 4."""
+        code, out, err = start("run", "x", "--outage", "0.1", "--base-url", NOBODY).end()
+        assert (code, out) == (4, "")
+        assert re.match(r"server unreachable, retrying in 0\.\d s \(Connection refused\)\n", err)
+        assert err.endswith("; nothing was started\n")
+
+    def test_a_timeout_is_exit_code_3(self, sim: Simulator, start: Start) -> None:
+        """A run that started can be picked up again; a start is not tried for longer either."""
+        sim.add_workflow("slow", HELD)
+        too_slow = start("run", "slow", "--timeout", "0.5")
+        never = start("run", "slow", "--timeout", "0.5", "--base-url", NOBODY)
+        code, _, err = too_slow.end()
+        assert code == 3
+        assert "not complete within 0.5 s" in err
+        assert err.endswith(f"  promptlayer-exec watch {sim.runs[-1].execution_id}\n")
+        code, _, err = never.end()
+        assert code == 3
+        assert "not started within 0.5 s, and nothing was" in err
+        assert "again with" not in err
+
+    def test_usage_errors_are_exit_code_2(self, sim: Simulator, start: Start) -> None:
+        """What cannot be sent is told in words, and nothing is sent."""
+        sim.add_workflow("unused", DONE)
+        before = sim.request_count
+        cases = {
+            start("run"): "Missing argument",
+            start("run", ""): "a workflow's name is not empty; nothing was started",
+            start("run", "unused", "-i", "letter"): "Invalid value for '--input'",
+            start("run", "unused", "-i", "rows=[1, NaN]"): "rows[1]",
+            start("run", "unused", "--metadata", "7"): "Invalid value for '--metadata'",
+            start("run", "unused", "--version", 0): "Invalid value for '--version'",
+            start("run", "unused", "--label", "a", "--version", 1): "'--label' / '--version'",
+            start("run", "unused", PROMPTLAYER_API_KEY=""): "variable PROMPTLAYER_API_KEY",
+        }
+        for command, message in cases.items():
+            code, out, err = command.end()
+            assert (code, out) == (2, "")
+            assert message in err
+        assert sim.request_count == before
+
+    def test_a_malformed_input_as_json(self, start: Start) -> None:
+        """With --json an input that the library refuses is an error line too."""
+        code, out, _ = start("run", "x", "-i", "x=[1e999]", "--json").end()
+        assert code == 2
+        error = json.loads(out)["error"]
+        assert (error["type"], error["execution_id"]) == ("Misuse", None)
+
+    def test_an_interrupt_while_it_watches(self, sim: Simulator, start: Start) -> None:
+        """It tells the id and the command that picks it up, on the server that was given."""
+        sim.add_workflow("interrupted", HELD)
+        command = start("run", "interrupted", "--base-url", sim.base_url, PROMPTLAYER_BASE_URL="")
+        command.line()
+        command.process.send_signal(signal.SIGINT)
+        code, _, err = command.end()
+        execution_id = sim.runs[-1].execution_id
+        assert code == 130
+        assert err.splitlines()[1:] == [
+            "interrupted",
+            f"execution {execution_id} is not affected; pick it up again with:",
+            f"  promptlayer-exec watch {execution_id} --base-url {sim.base_url}",
+        ]
+
+    def test_an_interrupt_before_the_start_leaves(self, start: Start) -> None:
+        """It says that nothing was started, and waits for nothing."""
+        command = start("run", "x", "--json", "--base-url", NOBODY)
+        assert "retrying" in command.error_line()
+        command.process.send_signal(signal.SIGINT)
+        code, out, err = command.end()
+        assert code == 130
+        assert err.endswith("interrupted; nothing was started\n")
+        assert "waiting" not in err
+        error = {
+            "type": "Interrupted",
+            "message": "interrupted; nothing was started",
+            "execution_id": None,
+        }
+        assert json.loads(out) == {"error": error}
+
+    def test_an_interrupt_before_there_is_a_start(self, start: Start) -> None:
+        """As soon as signals are heeded, it says so too."""
+        told = "interrupted; nothing was started\n"
+        assert start("run", "x", program=python(EARLY)).end() == (130, "", told)
+
+    @pytest.mark.parametrize(
+        ("number", "code", "word"),
+        [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+    )
+    def test_an_interrupt_of_a_start(
+        self, start: Start, number: signal.Signals, code: int, word: str
+    ) -> None:
+        """While the answer is on its way it is waited for, so that the id of the run is told."""
+        gate = Gate()
+        with Simulator(on_request=gate) as sim:
+            sim.add_workflow("held", HELD)
+            command = start("run", "held", PROMPTLAYER_BASE_URL=sim.base_url)
+            assert gate.reached.wait(PATIENCE)
+            command.process.send_signal(number)
+            assert "the run may have started: waiting for its id" in command.error_line()
+            gate.opened.set()
+            command.process.wait(PATIENCE)
+            execution_id = sim.runs[0].execution_id
+        pick_up = "is not affected; pick it up again with:\n  promptlayer-exec watch"
+        told = f"{word}\nexecution {execution_id} {pick_up} {execution_id}\n"
+        assert command.end() == (code, "", told)
+
+    def test_an_interrupt_of_a_start_that_fails(self, start: Start) -> None:
+        """Where no id comes, it says whether a run may have started."""
+        refused, lost = Gate(), Gate()
+        with Simulator(on_request=refused) as refusing, Simulator(on_request=lost) as losing:
+            losing.inject(Fault.disconnect())
+            commands = [
+                start("run", "x", PROMPTLAYER_BASE_URL=sim.base_url) for sim in (refusing, losing)
+            ]
+            for command, gate in zip(commands, (refused, lost), strict=True):
+                assert gate.reached.wait(PATIENCE)
+                command.process.send_signal(signal.SIGINT)
+                assert "waiting for its id" in command.error_line()
+                gate.opened.set()
+            assert commands[0].end() == (130, "", "interrupted; nothing was started\n")
+            code, _, err = commands[1].end()
+        assert code == 130
+        assert err.startswith("interrupted; whether a run of workflow 'x' started is not known")
+        assert "The run may have started" in err
+
+    def test_the_second_interrupt_of_a_start(self, start: Start) -> None:
+        """It ends the command at once, although the answer has not come."""
+        gate = Gate()
+        with Simulator(on_request=gate) as sim:
+            command = start("run", "x", PROMPTLAYER_BASE_URL=sim.base_url)
+            assert gate.reached.wait(PATIENCE)
+            command.process.send_signal(signal.SIGINT)
+            assert "interrupt again to give it up" in command.error_line()
+            command.process.send_signal(signal.SIGINT)
+            assert command.end() == (130, "", "")
+            gate.opened.set()
 
 
 class TestTerminal:
@@ -499,6 +801,26 @@ class TestTerminal:
         assert "RUNNING" in end
         assert "retrying" not in end
         assert end.endswith(f"promptlayer-exec watch {execution_id}\n")
+
+    def test_a_run(self, sim: Simulator, terminal: Callable[..., Terminal]) -> None:
+        """While it starts one line tells so and of troubles, and gives way to the table."""
+        sim.add_workflow("[red]agent", HELD, warning="no letter")
+        sim.inject(Fault.status(429, retry_after=0.2))
+        screen = terminal("run", "[red]agent")
+        screen.read_until("workflow [red]agent: starting")
+        screen.read_until("too many requests, retrying in")
+        screen.read_until("RUNNING")
+        execution_id = sim.runs[-1].execution_id
+        sim.finish(execution_id, "think")
+        sim.finish(execution_id, "reply")
+        code, text = screen.end()
+        assert code == 0
+        erase_line = "\x1b[2K"
+        assert erase_line in text[text.rindex("starting") : text.index("warning")]
+        assert f"warning: no letter\nexecution {execution_id} started\n" in shown(text)
+        end = shown(text[text.rindex("Status") :])
+        assert "retrying" not in end
+        assert end.endswith(f"  promptlayer-exec results {execution_id}\n")
 
     def test_a_refusal_leaves_no_empty_table(self, terminal: Callable[..., Terminal]) -> None:
         """With nothing to show, the error stands alone."""
@@ -585,7 +907,8 @@ class TestResults:
         execution_id = sim.add_execution(Scenario([SimNode("only", status="SKIPPED")]))
         code, out, err = start("results", execution_id).end()
         assert (code, out) == (1, "")
-        assert "has no main output" in err
+        assert "completed without a main output" in err
+        assert "--all shows its nodes" in err
 
     def test_an_unreachable_server(self, start: Start) -> None:
         """It is asked again for a moment; then the code is 4."""
@@ -608,6 +931,7 @@ class TestSimulate:
         assert env["PROMPTLAYER_BASE_URL"] == url
         watched = [server.line() for _ in range(4)]
         assert [line.split()[2] for line in watched] == ["1", "2", "3", "4"]
+        assert 'run support-agent -i letter="' in server.line_with("promptlayer-exec")
         server.line_with("Requests:")
         code, out, _ = start("results", 1, "--all", **env).end()
         assert code == 3
@@ -619,19 +943,17 @@ class TestSimulate:
         while nodes["read letter"]["status"] == "RUNNING":
             nodes = json.loads(start("results", 1, "--all", **env).end()[1])["nodes"]
         assert nodes["classify"]["status"] in ("RUNNING", "SUCCESS")
-        run = urllib.request.Request(
-            f"{url}/workflows/support-agent/run",
-            data=b'{"input_variables": {}}',
-            headers={
-                "X-API-KEY": env["PROMPTLAYER_API_KEY"],
-                "Content-Type": "application/json",
-            },
-        )
-        with urllib.request.urlopen(run, timeout=PATIENCE) as response:
-            assert json.load(response)["workflow_version_execution_id"]
+        run = start("run", "support-agent", "-i", "letter=Good day", "--no-watch", **env)
+        code, out, err = run.end()
+        assert (code, err) == (0, "")
         server.line_with("POST /workflows/support-agent/run")
+        nodes["read letter"]["value"] = None
+        while nodes["read letter"]["value"] is None:
+            nodes = json.loads(start("results", out.strip(), "--all", **env).end()[1])["nodes"]
+        assert nodes["read letter"]["value"]["text"] == "Good day"
         server.process.send_signal(signal.SIGINT)
-        assert server.end() == (0, "", "")
+        code, _, err = server.end()
+        assert (code, err) == (0, "")
 
     def test_an_address_that_it_cannot_have(self, sim: Simulator, start: Start) -> None:
         """A port that is taken, or a malformed host, is told in one line, and the code is 2."""

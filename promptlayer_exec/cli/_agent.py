@@ -1,8 +1,10 @@
 """A believable workflow for the simulator: an agent that answers a customer's letter."""
 
+from typing import Any
+
 from promptlayer_exec.simulator import Scenario, SimNode
 
-_LETTER = "I was charged twice for my October plan. Could you look into it? Maria Rossi"
+LETTER = "I was charged twice for my October plan. Could you look into it? Maria Rossi"
 _REPLY = """\
 Dear Ms. Rossi,
 
@@ -12,17 +14,20 @@ We have refunded the second payment of 29.00 EUR; it will reach you within five 
 Kind regards, your support team"""
 
 
-def support_agent(*, letter: float | None = 0.4, failing: bool = False) -> Scenario:
+def support_agent(
+    letter: Any = LETTER, *, reading: float | None = 0.4, failing: bool = False
+) -> Scenario:
     """Return an agent of ten nodes that needs about seven seconds.
 
     Args:
-        letter: seconds that its first node takes; None holds it until it is told to finish.
+        letter: what the customer writes.
+        reading: seconds that its first node takes; None holds it until it is told to finish.
         failing: whether a node fails, so that there is no reply.
     """
     outage = "The handbook index is not available: HTTP 503 from vector-store"
     return Scenario(
         [
-            SimNode("read letter", {"from": "Maria Rossi", "text": _LETTER}, letter),
+            SimNode("read letter", {"from": "Maria Rossi", "text": letter}, reading),
             SimNode("detect language", "en", 0.5, after=["read letter"]),
             SimNode("classify", {"topic": "billing", "urgency": 2}, 0.9, after=["read letter"]),
             SimNode(

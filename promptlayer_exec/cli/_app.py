@@ -1,24 +1,27 @@
 """The commands and their options."""
 
 import math
-import shlex
 import sys
+from functools import partial
 from typing import Annotated
 
 import typer
 
+from promptlayer_exec import StartRequest
+
 from ._demo import EXECUTION_ID, demo
-from ._ending import EXIT_CODES, Ending, conclude
+from ._ending import EXIT_CODES, Ending, Subject, conclude
+from ._hints import PROGRAM, command
+from ._inputs import read_inputs, read_metadata
 from ._results import results
+from ._run import run
 from ._simulate import simulate
 from ._streams import guard_streams
 from ._views import choose_view
 from ._watch import watch
 
-_PROGRAM = "promptlayer-exec"
-
 app = typer.Typer(
-    name=_PROGRAM,
+    name=PROGRAM,
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -31,7 +34,7 @@ def main() -> None:
     """Run the command line, and exit."""
     guard_streams()
     with Ending() as ending:
-        app(prog_name=_PROGRAM)
+        app(prog_name=PROGRAM)
     sys.exit(ending.code)
 
 
@@ -79,9 +82,100 @@ def _demo(
         bool, typer.Option("--json", help="Write what `watch --json` would write, and no more.")
     ] = False,
 ) -> None:
-    view = choose_view(EXECUTION_ID, as_json=as_json)
-    work = demo(view, as_json=as_json)
-    raise typer.Exit(conclude(work, execution_id=EXECUTION_ID, as_json=as_json))
+    work = demo(choose_view(as_json=as_json), as_json=as_json)
+    raise typer.Exit(conclude(work, Subject(EXECUTION_ID), as_json=as_json))
+
+
+_RUN = """Start a run of a workflow, and watch it until it is complete.
+
+WORKFLOW is the workflow's name or its id: the server finds either. Its input variables are given
+with -i, in one of these ways, where - as FILE is standard input:
+
+\b
+  -i KEY=VALUE  JSON, or a text where it is no JSON: -i n=3 -i 'rows=[1, 2]'
+                -i name=Maria. A text that would be JSON is written as a JSON
+                string: -i 'zip="12345"'
+  -i KEY@FILE   a file's text as it is, never taken for JSON, so that scripts
+                can pass on any text: -i letter@letter.txt
+  -i @FILE      a JSON object of inputs: -i @inputs.json
+
+A key ends at the first = or @. Of the same key the last counts: -i @defaults.json -i n=4 changes
+one input.
+
+Once the run has started, standard error tells its execution id, and what the server warns of. From
+then on it is like `watch`, with --json too; the error of a run that did not start has an
+"execution_id" of null.
+
+A start is never repeated once it may have reached the server: where the answer is lost, the error
+says that the run may have started. Interrupted meanwhile, the command waits for the answer, to tell
+the id; a second interrupt ends it at once. The run itself goes on: the server cannot cancel it. The
+key is taken from PROMPTLAYER_API_KEY alone."""
+
+
+@app.command("run", help=_RUN, epilog=EXIT_CODES)
+def _run(
+    workflow: Annotated[str, typer.Argument(metavar="WORKFLOW", help="The workflow's name or id.")],
+    *,
+    inputs: Annotated[
+        list[str],
+        typer.Option("--input", "-i", metavar="KEY=VALUE", help="An input, as told above."),
+    ] = [],  # noqa: B006 - Typer's own way
+    label: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The label of the version to run.")
+    ] = None,
+    version: Annotated[
+        int | None,
+        typer.Option(
+            metavar="NUMBER", min=1, max=2**63 - 1, help="The version to run; excludes --label."
+        ),
+    ] = None,
+    metadata: Annotated[
+        list[str],
+        typer.Option(metavar="KEY=TEXT", help="A string to keep with the run; may be repeated."),
+    ] = [],  # noqa: B006 - Typer's own way
+    watched: Annotated[
+        bool,
+        typer.Option(
+            "--watch/--no-watch",
+            help="Watch it; else only print its id once it has started, with exit code 0.",
+        ),
+    ] = True,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            callback=_seconds,
+            help="How long to wait at most, from its start; and as long for the start itself.",
+        ),
+    ] = 3600,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON Lines.")] = False,
+    base_url: _BaseUrl = None,
+    outage: _Outage = 600,
+) -> None:
+    if label is not None and version is not None:
+        raise typer.BadParameter("give one of them", param_hint="'--label' / '--version'")
+    request = StartRequest(
+        workflow,
+        read_inputs(inputs),
+        label=label,
+        version=version,
+        metadata=read_metadata(metadata) or None,
+    )
+    view = choose_view(as_json=as_json)
+    subject = Subject(
+        pick_up=partial(command, "watch", base_url=base_url), remark="nothing was started"
+    )
+    work = run(
+        request,
+        view,
+        subject,
+        watched=watched,
+        as_json=as_json,
+        base_url=base_url,
+        timeout=timeout,
+        outage=outage,
+    )
+    raise typer.Exit(conclude(work, subject, as_json=as_json))
 
 
 _WATCH = """Watch an execution until it is complete.
@@ -116,15 +210,10 @@ def _watch(
     base_url: _BaseUrl = None,
     outage: _Outage = 600,
 ) -> None:
-    view = choose_view(execution_id, as_json=as_json)
+    view = choose_view(as_json=as_json)
     work = watch(execution_id, view, base_url=base_url, timeout=timeout, outage=outage)
-    code = conclude(
-        work,
-        execution_id=execution_id,
-        pick_up=_watch_command(execution_id, base_url),
-        as_json=as_json,
-    )
-    raise typer.Exit(code)
+    subject = Subject(execution_id, partial(command, "watch", base_url=base_url))
+    raise typer.Exit(conclude(work, subject, as_json=as_json))
 
 
 _RESULTS = """Print the results of an execution as they are now.
@@ -156,16 +245,15 @@ def _results(
         outage=outage,
         all_nodes=all_nodes,
         as_json=as_json,
-        pick_up=_watch_command(execution_id, base_url),
+        pick_up=command("watch", execution_id, base_url=base_url),
     )
-    code = conclude(work, execution_id=execution_id, as_json=as_json and all_nodes)
-    raise typer.Exit(code)
+    raise typer.Exit(conclude(work, Subject(execution_id), as_json=as_json and all_nodes))
 
 
 _SIMULATE = """Serve a simulated PromptLayer.
 
-Try `watch`, `results` and your own code on it. It tells the base URL, the key and the ids of some
-executions, and then every request. Ctrl-C ends it, with exit code 0."""
+Try `run`, `watch`, `results` and your own code on it. It tells the base URL, the key and the ids of
+some executions, and then every request. Ctrl-C ends it, with exit code 0."""
 
 
 @app.command("simulate", help=_SIMULATE)
@@ -175,9 +263,4 @@ def _simulate(
     ] = 8787,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
 ) -> None:
-    raise typer.Exit(conclude(simulate(host, port)))
-
-
-def _watch_command(execution_id: int, base_url: str | None) -> str:
-    where = "" if base_url is None else f" --base-url {shlex.quote(base_url)}"
-    return f"{_PROGRAM} watch {execution_id}{where}"
+    raise typer.Exit(conclude(simulate(host, port), Subject()))

@@ -53,8 +53,7 @@ async def demo(view: View, *, as_json: bool) -> ExitCode:
             poll=poll,
             observers=[report_retries(view.warn)],
         ) as session:
-            with view:
-                await follow(session.execution(EXECUTION_ID), view, timeout=None)
+            await follow(session.execution(EXECUTION_ID), view, timeout=None)
             output = await session.get_results(EXECUTION_ID)
     if not as_json:
         out(f"\nThe main output, from session.get_results({EXECUTION_ID}):\n")

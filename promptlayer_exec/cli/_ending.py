@@ -5,7 +5,8 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Self
 
@@ -13,6 +14,8 @@ from promptlayer_exec import (
     ConfigurationError,
     ExecutionTimeout,
     RequestError,
+    RetryPolicy,
+    StartUnknown,
     StatusError,
 )
 
@@ -50,34 +53,44 @@ Exit codes:
   143  terminated"""
 
 
+class Misuse(Exception):
+    """What the user asked for cannot be done; nothing was sent."""
+
+
+@dataclass
+class Subject:
+    """What a command concerns: an execution, or one that it starts and learns of on its way.
+
+    Attributes:
+        execution_id: the execution, as soon as there is one.
+        pick_up: returns the command that picks an execution up again.
+        remark: what is to be said of it, if the command ends early, while there is no execution.
+    """
+
+    execution_id: int | None = None
+    pick_up: Callable[[int], str] | None = None
+    remark: str = ""
+
+
 def conclude(
-    work: Coroutine[Any, Any, ExitCode],
-    *,
-    execution_id: int | None = None,
-    pick_up: str | None = None,
-    as_json: bool = False,
+    work: Coroutine[Any, Any, ExitCode], subject: Subject, *, as_json: bool = False
 ) -> ExitCode:
     """Do a command's work, and say what went wrong if it did.
 
     Args:
         work: returns the exit code; SIGINT and SIGTERM cancel it.
-        execution_id: the execution that it concerns, if it concerns one.
-        pick_up: the command that picks the execution up again.
+        subject: what it concerns.
         as_json: whether an error is written to standard output too, as a line of JSON.
     """
-    return asyncio.run(_concluded(work, execution_id, pick_up, as_json=as_json))
+    return asyncio.run(_concluded(work, subject, as_json=as_json))
 
 
 async def _concluded(
-    work: Coroutine[Any, Any, ExitCode],
-    execution_id: int | None,
-    pick_up: str | None,
-    *,
-    as_json: bool,
+    work: Coroutine[Any, Any, ExitCode], subject: Subject, *, as_json: bool
 ) -> ExitCode:
     # Inside of the loop: closing it may take long, as where a name is still being looked up.
     signals = Signals()
-    with Ending() as ending, _Trouble(ending, signals, execution_id, pick_up, as_json=as_json):
+    with Ending() as ending, _Trouble(ending, signals, subject, as_json=as_json):
         ending.code = await signals.run(work)
     return ending.code
 
@@ -118,18 +131,11 @@ class _Trouble:
     """Turns what may well end a command early into an exit code and words."""
 
     def __init__(
-        self,
-        ending: Ending,
-        signals: Signals,
-        execution_id: int | None,
-        pick_up: str | None,
-        *,
-        as_json: bool,
+        self, ending: Ending, signals: Signals, subject: Subject, *, as_json: bool
     ) -> None:
         self._ending = ending
         self._signals = signals
-        self._execution_id = execution_id
-        self._pick_up = pick_up
+        self._subject = subject
         self._as_json = as_json
 
     def __enter__(self) -> None:
@@ -140,30 +146,46 @@ class _Trouble:
     ) -> bool:
         match error:
             case asyncio.CancelledError() if self._signals.received == signal.SIGINT:
-                self._say(ExitCode.INTERRUPTED, "Interrupted", "interrupted")
+                self._say(ExitCode.INTERRUPTED, "Interrupted", self._remarked("interrupted"))
             case asyncio.CancelledError() if self._signals.received == signal.SIGTERM:
-                self._say(ExitCode.TERMINATED, "Terminated", "terminated")
-            case ConfigurationError():
-                self._pick_up = None
-                self._say(ExitCode.USAGE, type(error).__name__, str(error))
+                self._say(ExitCode.TERMINATED, "Terminated", self._remarked("terminated"))
+            case ConfigurationError() | Misuse():
+                self._subject.pick_up = None
+                self._say(ExitCode.USAGE, type(error).__name__, self._remarked(str(error)))
             case ExecutionTimeout():
                 self._say(ExitCode.TIMED_OUT, type(error).__name__, str(error))
-            case RequestError():
-                if isinstance(error, StatusError) and error.last_snapshot is None:
-                    self._pick_up = None  # the very id or key was refused
+            case StartUnknown():
                 self._say(ExitCode.REFUSED, type(error).__name__, str(error))
+            case RequestError():
+                if isinstance(error, StatusError) and _is_final(error):
+                    self._subject.pick_up = None
+                self._say(ExitCode.REFUSED, type(error).__name__, self._remarked(str(error)))
             case _:
                 return False
         return True
+
+    def _remarked(self, message: str) -> str:
+        if self._subject.execution_id is None and self._subject.remark:
+            return f"{message.rstrip('.')}; {self._subject.remark}"
+        return message
 
     def _say(self, code: ExitCode, kind: str, message: str) -> None:
         self._ending.code = code
         message = printable(message)
         err(message)
-        if self._pick_up is not None:
-            err(f"execution {self._execution_id} is not affected; pick it up again with:")
-            err(f"  {self._pick_up}")
+        execution_id = self._subject.execution_id
+        if execution_id is not None and self._subject.pick_up is not None:
+            err(f"execution {execution_id} is not affected; pick it up again with:")
+            err(f"  {self._subject.pick_up(execution_id)}")
         if self._as_json:
-            execution_id = str(self._execution_id)
-            about = {"type": kind, "message": message, "execution_id": execution_id}
+            about = {
+                "type": kind,
+                "message": message,
+                "execution_id": None if execution_id is None else str(execution_id),
+            }
             out(json.dumps({"error": about}))
+
+
+def _is_final(error: StatusError) -> bool:
+    """Tell whether the very id or key was refused, so that it is of no use to try again."""
+    return error.last_snapshot is None and error.status not in RetryPolicy().statuses

@@ -1,7 +1,8 @@
 """The table that changes on a terminal while an execution is watched."""
 
 import time
-from typing import Self
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -28,26 +29,30 @@ class LiveView:
     """One table of all nodes, kept up to date, under a line that tells how far it is.
 
     Args:
-        execution_id: the execution.
         console: the terminal.
     """
 
-    def __init__(self, execution_id: int, console: Console) -> None:
-        self._execution_id = execution_id
+    def __init__(self, console: Console) -> None:
         self._console = console
         self._snapshot: Snapshot | None = None
         self._seen_at = 0.0
         self._trouble = ""
-        self._spinner = Spinner("line", f"execution {execution_id}: waiting for the first answer")
-        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=8)
+        self._spinner = Spinner("line")
+        self._live = Live(console=console)
 
-    def __enter__(self) -> Self:
-        """Take the screen's next lines."""
+    @contextmanager
+    def awaiting(self, what: str) -> Iterator[None]:
+        """Take the screen's next lines; in the end, leave there what was seen, if anything was."""
+        self._spinner.update(text=Text(what))
+        # A new one each time: it erases as many lines as it wrote when it was last refreshed.
+        self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=8)
         self._live.start()
-        return self
+        try:
+            yield
+        finally:
+            self._end()
 
-    def __exit__(self, *exc_info: object) -> None:
-        """Leave the last state on the screen, with how it ended."""
+    def _end(self) -> None:
         self._trouble = ""
         self._live.transient = self._snapshot is None
         self._live.stop()

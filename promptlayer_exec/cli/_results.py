@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from promptlayer_exec import RetryPolicy, Session, Snapshot
+from promptlayer_exec import Execution, ExecutionFailed, RetryPolicy, Snapshot
 
 from ._ending import ExitCode
 from ._live import node_table
@@ -28,7 +28,8 @@ async def results(
     """Print the main output or all nodes, and judge the execution by its nodes."""
     session = open_session(base_url, RetryPolicy(outage=outage), err)
     async with session:
-        snapshot = await session.execution(execution_id).snapshot()
+        execution = session.execution(execution_id)
+        snapshot = await execution.snapshot()
         if all_nodes:
             _print_nodes(snapshot, as_json=as_json)
         if not snapshot.complete:
@@ -40,7 +41,7 @@ async def results(
             return ExitCode.FAILED
         if all_nodes:
             return ExitCode.SUCCEEDED
-        return await _print_main_output(session, snapshot, as_json=as_json)
+        return await _print_main_output(execution, as_json=as_json)
 
 
 def _print_nodes(snapshot: Snapshot, *, as_json: bool) -> None:
@@ -57,14 +58,13 @@ def _print_failure(snapshot: Snapshot) -> None:
     err(f"execution {snapshot.execution_id} {verdict(snapshot)}: {counted(snapshot)}")
 
 
-async def _print_main_output(session: Session, snapshot: Snapshot, *, as_json: bool) -> ExitCode:
-    output = await session.get_results(snapshot.execution_id)
-    # Where no node is marked as output, the server answers with the node map if there is none.
-    marked = bool(snapshot.output_nodes)
-    if not marked and json.dumps(output.value) == json.dumps(snapshot.raw):
-        err(f"execution {snapshot.execution_id} has no main output; --all shows its nodes")
+async def _print_main_output(execution: Execution, *, as_json: bool) -> ExitCode:
+    try:
+        value = await execution.output()
+    except ExecutionFailed as error:
+        err(f"execution {execution.id}: {printable(error.args[0])}; --all shows its nodes")
         return ExitCode.FAILED
-    print_output(output.value, as_json=as_json)
+    print_output(value, as_json=as_json)
     return ExitCode.SUCCEEDED
 
 

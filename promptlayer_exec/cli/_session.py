@@ -1,6 +1,7 @@
 """The session that the commands use, and how its troubles are told."""
 
 import os
+import warnings
 from collections.abc import Callable
 
 from promptlayer_exec import (
@@ -16,16 +17,24 @@ from promptlayer_exec import (
     StatusError,
 )
 
+from ._streams import err
 from ._text import printable, shorten
 
 
-def open_session(base_url: str | None, retry: RetryPolicy, warn: Callable[[str], None]) -> Session:
+def open_session(
+    base_url: str | None,
+    retry: RetryPolicy,
+    warn: Callable[[str], None],
+    *,
+    wait_timeout: float = 3600.0,
+) -> Session:
     """Return a session with the key from the environment.
 
     Args:
         base_url: the server, if not the one from the environment.
         retry: what to survive.
         warn: told of every request that will be repeated.
+        wait_timeout: the session's.
 
     Raises:
         ConfigurationError: a setting is malformed, or there is no key.
@@ -34,7 +43,17 @@ def open_session(base_url: str | None, retry: RetryPolicy, warn: Callable[[str],
         raise ConfigurationError(
             "there is no API key: set the environment variable PROMPTLAYER_API_KEY"
         )
-    return Session(base_url=base_url, retry=retry, observers=[report_retries(warn)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        session = Session(
+            base_url=base_url,
+            retry=retry,
+            wait_timeout=wait_timeout,
+            observers=[report_retries(warn)],
+        )
+    for warning in caught:
+        err(f"warning: {printable(str(warning.message))}")
+    return session
 
 
 def report_retries(warn: Callable[[str], None]) -> Observer:

@@ -1,29 +1,28 @@
 """A simulated PromptLayer in the foreground, to try the other commands and one's own code on."""
 
 import asyncio
-import math
 import time
 from contextlib import AsyncExitStack, suppress
 from typing import NoReturn
 
 from promptlayer_exec.simulator import Scenario, SimNode, SimRequest, Simulator
 
-from ._agent import support_agent
+from ._agent import LETTER, support_agent
 from ._ending import ExitCode
 from ._streams import err, out
 from ._text import printable
 
 _HELD = "read letter"
 _WORKFLOW = "support-agent"
-_LETTER = SimNode(_HELD, "Dear all, ...", None)
+_FIRST = SimNode(_HELD, "Dear all, ...", None)
 _EXECUTIONS = {
-    1: ("ten nodes, succeeds after seven seconds", support_agent(letter=None)),
-    2: ("a node fails, so there is no reply", support_agent(letter=None, failing=True)),
+    1: ("ten nodes, succeeds after seven seconds", support_agent(reading=None)),
+    2: ("a node fails, so there is no reply", support_agent(reading=None, failing=True)),
     3: (
         "a node takes an unknown status: never complete",
         Scenario(
             [
-                _LETTER,
+                _FIRST,
                 SimNode("approve", None, 1.0, after=[_HELD], status="AWAITING_APPROVAL"),
                 SimNode("final reply", after=["approve"], is_output_node=True),
             ]
@@ -33,7 +32,7 @@ _EXECUTIONS = {
         "a node never ends: try --timeout 5, or Ctrl-C",
         Scenario(
             [
-                _LETTER,
+                _FIRST,
                 SimNode("think", None, None, after=[_HELD]),
                 SimNode("final reply", after=["think"], is_output_node=True),
             ]
@@ -44,10 +43,11 @@ _EXECUTIONS = {
 
 async def simulate(host: str, port: int) -> ExitCode:
     """Serve until cancelled, which is its ordinary end."""
-    simulator = Simulator(host=host, port=port)
+    requests: asyncio.Queue[SimRequest] = asyncio.Queue()
+    simulator = Simulator(host=host, port=port, log_requests=False, on_request=requests.put_nowait)
     for execution_id, (_, scenario) in _EXECUTIONS.items():
         simulator.add_execution(scenario, execution_id=execution_id)
-    simulator.add_workflow(_WORKFLOW, support_agent())
+    simulator.add_workflow(_WORKFLOW, lambda inputs: support_agent(inputs.get("letter", LETTER)))
     async with AsyncExitStack() as serving:
         try:
             await serving.enter_async_context(simulator)
@@ -57,7 +57,7 @@ async def simulate(host: str, port: int) -> ExitCode:
             return ExitCode.USAGE
         out(_invitation(simulator))
         with suppress(asyncio.CancelledError):
-            await _attend(simulator)
+            await _attend(simulator, requests)
     return ExitCode.SUCCEEDED
 
 
@@ -77,25 +77,20 @@ In another terminal:
 
 Each begins when it is first asked for. To start another one like the first:
 
-  curl -X POST -H "X-API-KEY: $PROMPTLAYER_API_KEY" \\
-    -H "Content-Type: application/json" -d '{{"input_variables": {{}}}}' \\
-    "$PROMPTLAYER_BASE_URL/workflows/{_WORKFLOW}/run"
+  promptlayer-exec run {_WORKFLOW} -i letter="Where is my refund?"
 
 Requests:"""
 
 
-async def _attend(simulator: Simulator) -> NoReturn:
+async def _attend(simulator: Simulator, requests: asyncio.Queue[SimRequest]) -> NoReturn:
     """Tell of every request, and let an execution begin when it is asked for first."""
     waiting = {str(execution_id): execution_id for execution_id in _EXECUTIONS}
-    count = 0
     while True:
-        await simulator.wait_for_requests(count + 1, timeout=math.inf)
-        for request in simulator.requests[count:]:
-            count += 1
-            out(f"{time.strftime('%H:%M:%S')} {_line(request)}")
-            asked = waiting.pop(request.query.get("workflow_version_execution_id", ""), None)
-            if asked is not None:
-                simulator.finish(asked, _HELD)
+        request = await requests.get()
+        out(f"{time.strftime('%H:%M:%S')} {_line(request)}")
+        asked = waiting.pop(request.query.get("workflow_version_execution_id", ""), None)
+        if asked is not None:
+            simulator.finish(asked, _HELD)
 
 
 def _line(request: SimRequest) -> str:

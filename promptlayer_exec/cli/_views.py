@@ -2,7 +2,8 @@
 
 import json
 import sys
-from typing import Any, Protocol, Self
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 from rich.console import Console
 
@@ -14,13 +15,10 @@ from ._text import about, counted, duration, printable, verdict, width_of
 
 
 class View(Protocol):
-    """Shows one execution; entered before the first snapshot, left after the last."""
+    """Shows one execution."""
 
-    def __enter__(self) -> Self:
-        """Begin."""
-
-    def __exit__(self, *exc_info: object) -> None:
-        """Leave the last state where it is."""
+    def awaiting(self, what: str) -> AbstractContextManager[None]:
+        """Return a context in which to show, and to tell what is awaited until then."""
 
     def show(self, snapshot: Snapshot) -> None:
         """Show what one poll saw."""
@@ -29,13 +27,13 @@ class View(Protocol):
         """Show that something goes wrong for the moment."""
 
 
-def choose_view(execution_id: int, *, as_json: bool) -> View:
+def choose_view(*, as_json: bool) -> View:
     """Return the view that fits standard output."""
     if as_json:
         return JsonView()
     console = Console()
     if sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal:
-        return LiveView(execution_id, console)
+        return LiveView(console)
     return PlainView()
 
 
@@ -45,11 +43,8 @@ class _LinesView:
     def __init__(self) -> None:
         self._previous: Snapshot | None = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        pass
+    def awaiting(self, what: str) -> AbstractContextManager[None]:  # noqa: ARG002 - the protocol's
+        return nullcontext()
 
     def warn(self, text: str) -> None:
         err(text)

@@ -11,9 +11,11 @@ from ._views import View
 
 async def follow(execution: Execution, view: View, timeout: float | None) -> Snapshot:
     """Show an execution until it is complete, and return its last snapshot."""
-    async with aclosing(execution.stream(timeout=timeout)) as snapshots:
-        async for snapshot in snapshots:
-            view.show(snapshot)
+    # The view is left first: closing the session may take longer.
+    with view.awaiting(f"execution {execution.id}: waiting for the first answer"):
+        async with aclosing(execution.stream(timeout=timeout)) as snapshots:
+            async for snapshot in snapshots:
+                view.show(snapshot)
     return snapshot
 
 
@@ -23,6 +25,5 @@ async def watch(
     """Show an execution of the user's workspace until it is complete."""
     session = open_session(base_url, RetryPolicy(watch_outage=outage), view.warn)
     async with session:
-        with view:  # left first: closing the session may take longer
-            snapshot = await follow(session.execution(execution_id), view, timeout)
+        snapshot = await follow(session.execution(execution_id), view, timeout)
     return ExitCode.SUCCEEDED if snapshot.succeeded else ExitCode.FAILED
