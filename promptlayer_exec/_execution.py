@@ -7,7 +7,7 @@ from contextlib import aclosing
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
-from promptlayer_exec._output import check_type, main_output, typed_output
+from promptlayer_exec._structure import check_type
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -137,10 +137,7 @@ class Execution:
         session = self._open_session()
         if into is not None:
             check_type(into, session._converter)
-        deadline = session._deadline(timeout)
-        snapshot = await self.wait(timeout=timeout)
-        value = await main_output(snapshot, lambda: session._main_output(snapshot, deadline))
-        return value if into is None else typed_output(value, into, session._converter, snapshot)
+        return await session._output(self.id, session._deadline(timeout), into)
 
     def _open_session(self) -> Session:
         if self._session is None:

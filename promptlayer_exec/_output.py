@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from promptlayer_exec._errors import ExecutionFailed, InvalidOutput
 from promptlayer_exec._misfits import Misfit
 from promptlayer_exec._models import Snapshot, same_json
-from promptlayer_exec._structure import check_type, structure
+from promptlayer_exec._structure import structure
 
 if TYPE_CHECKING:
     import cattrs
     from typing_extensions import TypeForm
-
-__all__ = ["check_type", "main_output", "typed_output"]
 
 T = TypeVar("T")
 

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from contextlib import AsyncExitStack, aclosing
 from functools import partial
 from random import random
 from types import EllipsisType, TracebackType
@@ -16,9 +24,11 @@ import anyio
 from promptlayer_exec._errors import ConfigurationError, PromptLayerExecError, SessionClosed
 from promptlayer_exec._events import Observer, broadcast
 from promptlayer_exec._execution import Execution
+from promptlayer_exec._fanout import Flight, Spawn, fan_out
 from promptlayer_exec._inputs import encode_inputs
 from promptlayer_exec._lifetime import DeadlinePassed, Lifetime
-from promptlayer_exec._models import MainOutput, Node, Snapshot, StartRequest
+from promptlayer_exec._models import MainOutput, Node, Outcome, Snapshot, StartRequest
+from promptlayer_exec._output import main_output, typed_output
 from promptlayer_exec._pace import Limiter, Pace
 from promptlayer_exec._policies import (
     Deadline,
@@ -36,6 +46,7 @@ from promptlayer_exec._settings import (
     sends_in_the_clear,
 )
 from promptlayer_exec._start import Start
+from promptlayer_exec._structure import check_type
 from promptlayer_exec._transport import Pools, Transport
 from promptlayer_exec._watch import Watch, finished_nodes, follow, take_snapshot, timed_out
 from promptlayer_exec._wire import (
@@ -55,8 +66,11 @@ from promptlayer_exec._wire import (
 if TYPE_CHECKING:
     import aiohttp
     import cattrs
+    from typing_extensions import TypeForm
 
 T = TypeVar("T")
+ItemT = TypeVar("ItemT")
+OutputT = TypeVar("OutputT")
 
 
 class Session:
@@ -249,21 +263,19 @@ class Session:
             ExecutionTimeout: the request could not leave within the session's `wait_timeout`.
             SessionClosed: the session was closed; with the execution's id if it had started.
         """
-        return await self._start(
-            StartRequest(
-                workflow,
-                {} if inputs is None else inputs,
-                label=label,
-                version=version,
-                metadata=metadata,
-                callback_url=callback_url,
-            )
+        request = StartRequest(
+            workflow,
+            {} if inputs is None else inputs,
+            label=label,
+            version=version,
+            metadata=metadata,
+            callback_url=callback_url,
         )
+        return await self._start(request, self._deadline(...))
 
-    async def _start(self, request: StartRequest) -> Execution:
+    async def _start(self, request: StartRequest, deadline: Deadline) -> Execution:
         http_request = run_request(request, encode_inputs(request.inputs, self._converter))
         now = anyio.current_time()
-        deadline = self._deadline(...)
         opening = await self._open()
 
         async def post(outage: Outage, departure: Start) -> Started:
@@ -283,6 +295,152 @@ class Session:
         opening.lifetime.spawn(start.run)
         started = await start.result(deadline)
         return Execution(self, started.execution_id, request.workflow, started.warning)
+
+    @overload
+    def as_completed(
+        self,
+        items: Iterable[ItemT] | AsyncIterable[ItemT],
+        *,
+        max_in_flight: int = 100,
+        timeout: float | EllipsisType | None = ...,
+        into: None = None,
+    ) -> AsyncGenerator[Outcome[ItemT, Any], None]: ...
+
+    @overload
+    def as_completed(
+        self,
+        items: Iterable[ItemT] | AsyncIterable[ItemT],
+        *,
+        max_in_flight: int = 100,
+        timeout: float | EllipsisType | None = ...,
+        into: type[OutputT],
+    ) -> AsyncGenerator[Outcome[ItemT, OutputT], None]: ...
+
+    @overload
+    def as_completed(
+        self,
+        items: Iterable[ItemT] | AsyncIterable[ItemT],
+        *,
+        max_in_flight: int = 100,
+        timeout: float | EllipsisType | None = ...,
+        into: TypeForm[OutputT],
+    ) -> AsyncGenerator[Outcome[ItemT, OutputT], None]: ...
+
+    def as_completed(
+        self,
+        items: Iterable[ItemT] | AsyncIterable[ItemT],
+        *,
+        max_in_flight: int = 100,
+        timeout: float | EllipsisType | None = ...,
+        into: Any = None,
+    ) -> AsyncGenerator[Outcome[ItemT, Any], None]:
+        """Follow, or start and follow, many executions; yield each one's outcome as it comes.
+
+        One item's failure is its outcome's `error`, and touches no other. Leave early through
+        `contextlib.aclosing`: what is under way is then given up here, and goes on at the server.
+
+        Args:
+            items: ids, `Execution` handles and `StartRequest`s, as an iterable or async iterable;
+                the next one is taken when there is a place for it.
+            max_in_flight: how many may be under way, or have ended without being yielded yet.
+            timeout: seconds for each item, from when it was taken; `...` means the session's
+                `wait_timeout`, None no limit.
+            into: the type of the outputs, as for `Execution.output`.
+
+        Raises:
+            Unauthorized: an item met it, so no later one could succeed. Those under way are given
+                up, and each is yielded with that error before it is raised. So it is with:
+            SessionClosed: the session was closed.
+            Exception: one of `items` itself, after the outcomes of those under way.
+        """
+        if not isinstance(items, Iterable | AsyncIterable):
+            raise TypeError(f"items is an iterable or async iterable, not {items!r:.100}")
+        if into is not None:
+            check_type(into, self._converter)
+        limit = self._limit(timeout)
+
+        async def join() -> Spawn:
+            return (await self._open()).lifetime.spawn
+
+        async def carry_out(flight: Flight[ItemT]) -> Any:
+            deadline = self._deadline(limit)
+            flight.execution = await self._take_up(flight.item, deadline)
+            return await self._output(flight.execution.id, deadline, into, flight.see)
+
+        return fan_out(
+            items,
+            carry_out,
+            max_in_flight=check_count("max_in_flight", max_in_flight),
+            join=join,
+        )
+
+    @overload
+    async def collect(
+        self,
+        items: Iterable[ItemT] | AsyncIterable[ItemT],
+        *,
+        max_in_flight: int = 100,
+        timeout: float | EllipsisType | None = ...,
+        into: None = None,
+    ) -> list[Outcome[ItemT, Any]]: ...
+
+    @overload
+    async def collect(
+        self,
+        items: Iterable[ItemT] | AsyncIterable[ItemT],
+        *,
+        max_in_flight: int = 100,
+        timeout: float | EllipsisType | None = ...,
+        into: type[OutputT],
+    ) -> list[Outcome[ItemT, OutputT]]: ...
+
+    @overload
+    async def collect(
+        self,
+        items: Iterable[ItemT] | AsyncIterable[ItemT],
+        *,
+        max_in_flight: int = 100,
+        timeout: float | EllipsisType | None = ...,
+        into: TypeForm[OutputT],
+    ) -> list[Outcome[ItemT, OutputT]]: ...
+
+    async def collect(
+        self,
+        items: Iterable[ItemT] | AsyncIterable[ItemT],
+        *,
+        max_in_flight: int = 100,
+        timeout: float | EllipsisType | None = ...,
+        into: Any = None,
+    ) -> list[Outcome[ItemT, Any]]:
+        """Do what `as_completed` does, and return all outcomes, in the order of the items.
+
+        Args and errors are those of `as_completed`. An error leaves no outcomes behind: where they
+        are needed though the key may be refused half way, take them as they come.
+        """
+        outcomes = []
+        completed: AsyncGenerator[Outcome[ItemT, Any], None] = self.as_completed(
+            items, max_in_flight=max_in_flight, timeout=timeout, into=into
+        )
+        async with aclosing(completed):
+            async for outcome in completed:
+                outcomes.append(outcome)  # noqa: PERF401 - not inside of aclosing
+        return sorted(outcomes, key=lambda outcome: outcome.index)
+
+    async def _take_up(self, item: Any, deadline: Deadline) -> Execution:
+        if isinstance(item, StartRequest):
+            return await self._start(item, deadline)
+        if not isinstance(item, Execution):
+            try:
+                return self.execution(item)
+            except TypeError:
+                raise TypeError(
+                    f"an item is an execution id, an Execution or a StartRequest, not {item!r:.100}"
+                ) from None
+        if item._session is None:  # it was pickled
+            return Execution(self, item.id, item.workflow, item.warning)
+        if item._session is not self:
+            raise ValueError(f"execution {item.id} belongs to another session: pass its id instead")
+        return item
 
     def execution(self, execution_id: int) -> Execution:
         """Return the handle of an execution, without any I/O.
@@ -333,6 +491,20 @@ class Session:
         except DeadlinePassed:
             raise timed_out(request.execution_id, deadline, seen, outage.error) from outage.error
 
+    async def _output(
+        self,
+        execution_id: int,
+        deadline: Deadline,
+        into: Any,
+        see: Callable[[Snapshot], None] = lambda _: None,
+    ) -> Any:
+        """Wait for the main output; `see` is told of every snapshot on the way."""
+        async with aclosing(follow(self._joining(execution_id), deadline)) as snapshots:
+            async for snapshot in snapshots:
+                see(snapshot)
+        value = await main_output(snapshot, lambda: self._main_output(snapshot, deadline))
+        return value if into is None else typed_output(value, into, self._converter, snapshot)
+
     async def _main_output(self, snapshot: Snapshot, deadline: Deadline) -> Any:
         """Ask for the main output of a complete execution until the server has it."""
         request = results_request(snapshot.execution_id, return_all_outputs=False)
@@ -355,20 +527,18 @@ class Session:
     def _follow(
         self, execution_id: int, timeout: float | EllipsisType | None
     ) -> AsyncGenerator[Snapshot, None]:
-        return follow(*self._terms(execution_id, timeout))
+        return follow(self._joining(execution_id), self._limit(timeout))
 
     def _finished_nodes(
         self, execution_id: int, timeout: float | EllipsisType | None
     ) -> AsyncGenerator[Node, None]:
-        return finished_nodes(*self._terms(execution_id, timeout))
+        return finished_nodes(self._joining(execution_id), self._limit(timeout))
 
-    def _terms(
-        self, execution_id: int, timeout: float | EllipsisType | None
-    ) -> tuple[Callable[[], Awaitable[Watch]], float | None]:
+    def _joining(self, execution_id: int) -> Callable[[], Awaitable[Watch]]:
         async def join() -> Watch:
             return (await self._open(execution_id)).join(execution_id)
 
-        return join, self._limit(timeout)
+        return join
 
     def _limit(self, timeout: float | EllipsisType | None) -> float | None:
         return self._wait_timeout if timeout is ... else check_timeout(timeout)
@@ -464,8 +634,10 @@ class _Opening:
         watch = self._watches.get(execution_id)
         if watch is None:
             watch = self._watches[execution_id] = self._make_watch(execution_id, self._forget)
+            watch.join()
             self.lifetime.spawn(watch.run)
-        watch.join()
+        else:
+            watch.join()
         return watch
 
     def _forget(self, watch: Watch) -> None:

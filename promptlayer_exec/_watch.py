@@ -241,19 +241,19 @@ def timed_out(
 
 
 async def follow(
-    join: Callable[[], Awaitable[Watch]], timeout: float | None
+    join: Callable[[], Awaitable[Watch]], timeout: float | Deadline | None
 ) -> AsyncGenerator[Snapshot, None]:
     """Yield each new snapshot of a watch, the latest there is first, the complete one last.
 
     Args:
         join: returns the watch, this follower counted.
-        timeout: seconds from the first `anext`; None: no limit.
+        timeout: seconds from the first `anext`, or a deadline set before; None: no limit.
 
     Raises:
         ExecutionTimeout: the deadline passed, and there is no complete snapshot.
         PromptLayerExecError: the poller failed, or the session was closed.
     """
-    deadline = Deadline.after(timeout, now=anyio.current_time())
+    deadline = timeout if isinstance(timeout, Deadline) else _deadline(timeout)
     watch = await join()
     try:
         snapshot: Snapshot | None = None
@@ -271,9 +271,9 @@ async def finished_nodes(
 
     Args and errors are those of `follow`.
     """
-    deadline = Deadline.after(timeout, now=anyio.current_time())
+    deadline = _deadline(timeout)
     yielded = set()
-    async with aclosing(follow(join, timeout)) as snapshots:
+    async with aclosing(follow(join, deadline)) as snapshots:
         async for snapshot in snapshots:
             for name, node in snapshot.nodes.items():
                 if name in yielded or not (node.final or snapshot.complete):
@@ -282,3 +282,7 @@ async def finished_nodes(
                     break  # only a complete snapshot may still be delivered: `follow` decides
                 yielded.add(name)
                 yield node
+
+
+def _deadline(timeout: float | None) -> Deadline:
+    return Deadline.after(timeout, now=anyio.current_time())

@@ -81,6 +81,7 @@ LAYERS = [
     "_structure",
     "_output",
     "_execution",
+    "_fanout",
     "_session",
 ]
 

@@ -1,0 +1,487 @@
+"""Fanning out: each item back exactly once, whatever happens to the others."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import pickle
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing
+from typing import Any
+
+import attrs
+import pytest
+
+from promptlayer_exec import (
+    ConfigurationError,
+    ExecutionFailed,
+    ExecutionStarted,
+    ExecutionTimeout,
+    InvalidOutput,
+    NotFound,
+    Outcome,
+    PollPolicy,
+    RequestRetried,
+    RetryPolicy,
+    Session,
+    SessionClosed,
+    StartRequest,
+    StartUnknown,
+    Unauthorized,
+    WatchStarted,
+)
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+
+
+@attrs.frozen
+class Report:
+    """What the workflow puts out."""
+
+    n: int
+
+
+def workflow(inputs: Any) -> Scenario:
+    """Return the scenario of a run: it fails for an odd `n`, and is held for a negative one."""
+    n = inputs.get("n", 0)
+    status = "FAILED" if n % 2 else "SUCCESS"
+    duration = None if n < 0 else 0.0
+    return Scenario([SimNode("Out", {"n": n}, duration, status=status, is_output_node=True)])
+
+
+@pytest.fixture(autouse=True)
+def _workflow(sim: Simulator) -> None:
+    sim.add_workflow("w", workflow)
+
+
+def run(n: int) -> StartRequest:
+    """Return a request for one run."""
+    return StartRequest("w", {"n": n}, key=f"item {n}")
+
+
+def done(sim: Simulator, value: Any = "done") -> int:
+    """Return the id of an execution that is complete."""
+    return sim.add_execution(Scenario([SimNode("Out", value, is_output_node=True)]))
+
+
+SUPERVISOR = ["promptlayer_exec.Session"]
+
+
+async def test_collect_returns_every_outcome_in_the_order_of_the_items(
+    sim: Simulator, session: Session
+) -> None:
+    """Ids, handles and start requests alike, with what is known of each."""
+    first, second = done(sim, "first"), done(sim, {"n": 2})
+    items = [first, session.execution(second), run(0), run(1), 424242]
+    outcomes = await session.collect(items)
+    assert [outcome.index for outcome in outcomes] == [0, 1, 2, 3, 4]
+    assert [outcome.item for outcome in outcomes] == items
+    assert [outcome.ok for outcome in outcomes] == [True, True, True, False, False]
+    assert [outcome.output for outcome in outcomes] == ["first", {"n": 2}, {"n": 0}, None, None]
+    assert [type(outcome.error) for outcome in outcomes[3:]] == [ExecutionFailed, NotFound]
+    assert [outcome.execution.id for outcome in outcomes if outcome.execution] == [
+        first,
+        second,
+        *(run.execution_id for run in sim.runs),
+        424242,
+    ]
+    assert [outcome.snapshot is not None for outcome in outcomes] == [True] * 4 + [False]
+    assert all(outcome.snapshot.complete for outcome in outcomes[:4] if outcome.snapshot)
+    with pytest.raises(ExecutionFailed):
+        outcomes[3].result()
+    assert outcomes[0].result() == "first"
+
+
+async def test_outcomes_come_as_they_are_completed(sim: Simulator, session: Session) -> None:
+    """A slow item keeps none of the others back."""
+    slow = sim.add_execution(Scenario([SimNode("Out", 1, None, is_output_node=True)]))
+    order = []
+    async with aclosing(session.as_completed([slow, done(sim), done(sim)])) as outcomes:
+        async for outcome in outcomes:
+            order.append(outcome.index)
+            if len(order) == 2:
+                sim.finish(slow, "Out")
+    assert order[-1] == 0
+
+
+async def test_outputs_are_structured(sim: Simulator, session: Session) -> None:
+    """A value that does not fit is that item's error."""
+    good, bad = await session.collect([run(2), done(sim, "no report")], into=Report)
+    assert good.output == Report(2)
+    assert type(bad.error) is InvalidOutput
+
+
+async def test_items_may_come_asynchronously(sim: Simulator, session: Session) -> None:
+    """As from a database cursor or a queue."""
+
+    async def rows() -> AsyncIterator[StartRequest]:
+        for n in range(0, 6, 2):
+            await asyncio.sleep(0)
+            yield run(n)
+
+    outcomes = await session.collect(rows(), into=Report)
+    assert [outcome.output for outcome in outcomes] == [Report(0), Report(2), Report(4)]
+
+
+async def test_no_items_no_outcomes(session: Session) -> None:
+    """Nor any request."""
+    assert await session.collect([]) == []
+
+
+@pytest.mark.parametrize(
+    ("item", "error"),
+    [
+        ("787", TypeError),
+        (None, TypeError),
+        (True, TypeError),
+        (0, ValueError),
+        (StartRequest(""), ValueError),
+        (StartRequest("w", {"when": object()}), TypeError),
+        (StartRequest("w", label="a", version=1), ValueError),
+    ],
+    ids=repr,
+)
+async def test_an_unusable_item_is_an_outcome(
+    sim: Simulator, session: Session, item: Any, error: type[Exception]
+) -> None:
+    """And touches no other."""
+    bad, good = await session.collect([item, done(sim)])
+    assert type(bad.error) is error
+    assert (bad.item, bad.execution, bad.snapshot) == (item, None, None)
+    assert good.ok
+
+
+async def test_a_handle_of_another_session_is_an_unusable_item(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """Its session may have another key; one that was pickled has none, and is taken up here."""
+    session, other = open_session(), open_session()
+    foreign = other.execution(done(sim))
+    bad, good = await session.collect([foreign, pickle.loads(pickle.dumps(foreign))])
+    assert isinstance(bad.error, ValueError)
+    assert "another session" in str(bad.error)
+    assert good.execution == session.execution(foreign.id)
+    assert good.ok
+
+
+@pytest.mark.parametrize("items", [5, None, StartRequest("w")], ids=repr)
+async def test_items_that_cannot_be_iterated_are_refused(session: Session, items: Any) -> None:
+    """At once, and with what is wanted."""
+    with pytest.raises(TypeError, match="items is an iterable or async iterable, not"):
+        session.as_completed(items)
+
+
+async def test_a_type_that_is_none_is_refused(session: Session) -> None:
+    """At once, not with every outcome."""
+    with pytest.raises(TypeError, match="cannot structure into"):
+        session.as_completed([1], into=3)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, None])
+async def test_max_in_flight_is_checked(session: Session, value: Any) -> None:
+    """It is an int of at least 1."""
+    with pytest.raises(ConfigurationError, match="max_in_flight must be an int of at least 1"):
+        session.as_completed([], max_in_flight=value)
+
+
+async def test_items_are_taken_lazily(sim: Simulator, session: Session) -> None:
+    """Never more at once than there are places, those included that nobody took yet."""
+    taken = 0
+    greatest = 0
+
+    def items() -> Iterator[int]:
+        nonlocal taken
+        for _ in range(30):
+            taken += 1
+            yield done(sim)
+
+    yielded = 0
+    async with aclosing(session.as_completed(items(), max_in_flight=3)) as outcomes:
+        async for _ in outcomes:
+            greatest = max(greatest, taken - yielded)
+            yielded += 1
+            for _ in range(20):
+                await asyncio.sleep(0)
+    assert yielded == 30
+    assert 1 < greatest <= 4
+
+
+async def test_an_endless_supply_of_items_is_no_problem(sim: Simulator, session: Session) -> None:
+    """Nor are items that are all unusable: the loop gets its turn."""
+    count = 0
+    async with aclosing(session.as_completed(itertools.repeat("bad"))) as outcomes:
+        async for outcome in outcomes:
+            count += 1
+            if outcome.index >= 999:
+                break
+    assert isinstance(outcome.error, TypeError)
+    assert count >= 1000 - 100
+
+
+async def test_items_with_one_id_share_one_poller(
+    sim: Simulator, session: Session, held: int, recorder: Any
+) -> None:
+    """However often it is among the items."""
+    collecting = asyncio.create_task(session.collect([held] * 5))
+    await sim.wait_for_requests(2)
+    sim.finish(held, "Answer", value="42")
+    outcomes = await collecting
+    assert [outcome.output for outcome in outcomes] == ["42"] * 5
+    assert len(recorder.of(WatchStarted)) == 1
+
+
+async def test_each_item_has_its_own_timeout_from_its_admission(
+    sim: Simulator, session: Session
+) -> None:
+    """Waiting for a place does not count; the start does."""
+    held = [run(-2) for _ in range(3)]
+    outcomes = await session.collect([*held, run(0)], max_in_flight=1, timeout=0.15)
+    assert [type(outcome.error) for outcome in outcomes[:3]] == [ExecutionTimeout] * 3
+    assert [outcome.error.timeout for outcome in outcomes[:3]] == [0.15] * 3  # type: ignore[union-attr]
+    assert all(outcome.snapshot is not None for outcome in outcomes[:3])
+    assert outcomes[3].ok
+
+
+async def test_a_lost_start_is_that_item_s_error(sim: Simulator, session: Session) -> None:
+    """And is not repeated."""
+    sim.inject(Fault.disconnect())
+    outcomes = await session.collect([run(0), run(2), run(4)], max_in_flight=1)
+    assert [type(outcome.error) for outcome in outcomes] == [StartUnknown, type(None), type(None)]
+    assert len(sim.runs) == 3
+
+
+async def test_a_401_ends_it_and_gives_up_the_rest(
+    sim: Simulator, session: Session, held: int, our_tasks: Callable[[], list[str]]
+) -> None:
+    """No later item could succeed: those under way come back with it, and then it is raised."""
+    taken = 0
+
+    def items() -> Iterator[int]:
+        nonlocal taken
+        for item in [held, held, done(sim), 424242, *[held] * 100]:
+            taken += 1
+            yield item
+
+    outcomes: list[Outcome[int, Any]] = []
+
+    async def consume() -> None:
+        async with aclosing(session.as_completed(items(), max_in_flight=3)) as completed:
+            async for outcome in completed:
+                if outcome.ok:
+                    sim.inject(Fault.status(401, execution_id=424242))
+                outcomes.append(outcome)
+
+    with pytest.raises(Unauthorized) as caught:
+        await consume()
+    assert caught.value.execution_id == 424242
+    assert outcomes[0].index == 2
+    assert len(outcomes) == taken <= 6
+    refused = outcomes[1:]
+    assert {type(outcome.error) for outcome in refused} == {Unauthorized}
+    for outcome in refused:
+        assert outcome.execution is not None
+        assert outcome.error.execution_id == outcome.execution.id  # type: ignore[union-attr]
+    watched = [outcome for outcome in refused if outcome.item == held]
+    assert all(o.snapshot is o.error.last_snapshot is not None for o in watched[:2])  # type: ignore[union-attr]
+    assert our_tasks() == SUPERVISOR
+
+
+async def test_closing_the_session_ends_it(
+    sim: Simulator, session: Session, held: int, our_tasks: Callable[[], list[str]]
+) -> None:
+    """Those under way come back with `SessionClosed`, and then it is raised."""
+    outcomes: list[Outcome[Any, Any]] = []
+
+    async def consume() -> None:
+        async with aclosing(session.as_completed([held, held, run(-2)])) as completed:
+            async for outcome in completed:
+                outcomes.append(outcome)  # noqa: PERF401 - an error would lose them all
+
+    consuming = asyncio.create_task(consume())
+    await sim.wait_for_requests(4)
+    await session.aclose()
+    with pytest.raises(SessionClosed):
+        await consuming
+    assert sorted(outcome.index for outcome in outcomes) == [0, 1, 2]
+    assert {type(outcome.error) for outcome in outcomes} == {SessionClosed}
+    assert our_tasks() == []
+
+
+async def test_a_closed_session_fans_nothing_out(session: Session) -> None:
+    """It says so, and takes no item."""
+    items = iter([1, 2])
+    await session.aclose()
+    with pytest.raises(SessionClosed):
+        await session.collect(items)
+    assert next(items) == 1
+
+
+@pytest.mark.parametrize("kind", ["iterable", "async iterable"])
+async def test_an_error_of_the_items_waits_for_those_under_way(
+    sim: Simulator, session: Session, held: int, kind: str
+) -> None:
+    """Their outcomes are yielded first; then it is raised as it is."""
+
+    def items() -> Iterator[int]:
+        yield held
+        yield done(sim)
+        raise LookupError("the cursor is gone")
+
+    async def async_items() -> AsyncIterator[int]:
+        for item in items():
+            yield item
+
+    outcomes: list[Outcome[int, Any]] = []
+
+    async def consume() -> None:
+        supply = items() if kind == "iterable" else async_items()
+        async with aclosing(session.as_completed(supply)) as completed:
+            async for outcome in completed:
+                outcomes.append(outcome)
+                if outcome.index == 1:
+                    sim.finish(held, "Answer")
+
+    with pytest.raises(LookupError, match="the cursor is gone"):
+        await consume()
+    assert [outcome.index for outcome in outcomes] == [1, 0]
+    assert all(outcome.ok for outcome in outcomes)
+
+
+async def test_leaving_early_leaves_nothing_behind(
+    sim: Simulator, session: Session, held: int, our_tasks: Callable[[], list[str]]
+) -> None:
+    """No watch, and no start that has not left."""
+    async with aclosing(session.as_completed([done(sim), held, held + 0, run(-2)])) as outcomes:
+        async for outcome in outcomes:
+            assert outcome.index == 0
+            break
+    assert our_tasks() == SUPERVISOR
+    count = sim.request_count
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert sim.request_count <= count + 1
+
+
+async def test_leaving_early_calls_off_the_starts_that_wait(
+    sim: Simulator, session: Session, recorder: Any
+) -> None:
+    """Nothing was started, and nothing will be."""
+    sim.inject(Fault.status(429, times=None, retry_after=60))
+    completed = session.as_completed(run(n) for n in range(0, 40, 2))
+    first = asyncio.create_task(anext(completed))
+    await recorder.next(RequestRetried)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    await completed.aclose()
+    assert sim.runs == []
+    assert recorder.of(ExecutionStarted) == []
+
+
+async def test_leaving_early_reports_the_starts_on_the_wire(
+    sim: Simulator, session: Session, recorder: Any
+) -> None:
+    """They are read to their ends."""
+    completed = session.as_completed([done(sim), run(-2), run(-4)])
+    sim.inject(Fault.delay(0.0))
+    sim.inject(Fault.delay(0.1, times=2))
+    async with aclosing(completed):
+        async for _ in completed:
+            await sim.wait_for_requests(3)
+            break
+    await session.aclose()
+    abandoned = {e.execution_id for e in recorder.of(ExecutionStarted) if e.abandoned}
+    assert abandoned == {run.execution_id for run in sim.runs}
+    assert len(abandoned) == 2
+
+
+async def test_a_consumer_that_is_cancelled_leaves_nothing_behind(
+    sim: Simulator, session: Session, held: int, our_tasks: Callable[[], list[str]]
+) -> None:
+    """`collect` passes the cancellation on."""
+    collecting = asyncio.create_task(session.collect([held, run(-2)]))
+    await sim.wait_for_requests(3)
+    collecting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await collecting
+    assert our_tasks() == SUPERVISOR
+
+
+async def test_cancelled_after_any_number_of_turns_nothing_is_left(
+    sim: Simulator, open_session: Callable[..., Session], our_tasks: Callable[[], list[str]]
+) -> None:
+    """And every run that was started was reported."""
+    reported: set[int | None] = set()
+
+    def observe(event: Any) -> None:
+        if isinstance(event, ExecutionStarted):
+            reported.add(event.execution_id)
+
+    session = open_session(observers=[observe])
+    await session.get_results(done(sim))
+    for turns in itertools.count():
+        collecting = asyncio.create_task(session.collect([run(0), done(sim), "bad"]))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        was_done = collecting.done()
+        collecting.cancel()
+        await asyncio.wait([collecting])
+        assert was_done or collecting.cancelled()
+        if was_done:
+            break
+    assert turns > 10
+    await session.aclose()
+    assert our_tasks() == []
+    assert reported == {run.execution_id for run in sim.runs}
+
+
+async def test_a_generator_that_is_dropped_is_cleaned_up(
+    sim: Simulator, session: Session, held: int, our_tasks: Callable[[], list[str]]
+) -> None:
+    """After a bare `break`, when Python finalises it."""
+    completed = session.as_completed([done(sim), held])
+    async for _ in completed:
+        break
+    del completed, _
+    gc.collect()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert our_tasks() == SUPERVISOR
+
+
+async def test_a_generator_that_is_never_begun_does_nothing(
+    sim: Simulator, session: Session
+) -> None:
+    """It can be closed, or dropped."""
+    items = iter([done(sim)])
+    await session.as_completed(items).aclose()
+    assert sim.request_count == 0
+    assert len(list(items)) == 1
+
+
+async def test_a_burst_of_trouble_loses_no_item(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """Each of 300 comes back exactly once, though the answers fail in every way."""
+    session = open_session(
+        poll=PollPolicy.fixed(0.001),
+        request_timeout=0.3,
+        retry=RetryPolicy(base=0.001, ceiling=0.01, outage=10.0, watch_outage=10.0),
+    )
+    faults = [
+        Fault.status(500),
+        Fault.status(429, retry_after=0.001),
+        Fault.disconnect(),
+        Fault.truncate(),
+        Fault.malformed(),
+        Fault.delay(0.01),
+    ]
+
+    def ids() -> Iterator[int]:
+        for n in range(300):
+            if n % 10 == 0:
+                sim.inject(faults[n // 10 % len(faults)])
+            yield done(sim, n)
+
+    outcomes = await session.collect(ids(), max_in_flight=50)
+    assert [outcome.output for outcome in outcomes] == list(range(300))
