@@ -133,13 +133,13 @@ class RequestError(PromptLayerExecError):
 class ConnectionFailed(RequestError, ConnectionError):
     """The server could not be reached, or the connection broke before it answered."""
 
-    advice = "Check the network and base_url; a remote execution is not affected."
+    advice = "Check the network and base_url; executions at the server are not affected."
 
 
 class RequestTimeout(RequestError, TimeoutError):
     """One HTTP attempt took longer than `request_timeout` seconds."""
 
-    advice = "Try again, or raise request_timeout; a remote execution is not affected."
+    advice = "Try again, or raise request_timeout; executions at the server are not affected."
 
 
 class InvalidResponse(RequestError):
@@ -292,7 +292,7 @@ class RateLimited(StatusError):
 class ServerError(StatusError):
     """5xx: the server, or a proxy before it, failed."""
 
-    advice = "Try again later; a remote execution is not affected."
+    advice = "Try again later; executions at the server are not affected."
 
 
 class StartUnknown(PromptLayerExecError):

@@ -16,17 +16,24 @@ class Limiter(Protocol):
         """Return when one more HTTP attempt may be made; called by one attempt at a time."""
 
 
-# After a 429 that is the second in a while, or names no Retry-After: the share of the measured rate
-# of good answers to go on with, and how fast to grow again, per second. Fast at first, as a burst
-# says little about the limit; slowly once a second 429 has shown where it lies; fast again when
-# none came for a while.
+# After a 429 the session goes on a little under the measured rate of good answers, and finds its way
+# back along a cubic curve, as CUBIC (RFC 9438) does in TCP: quickly to where it was, slowly past it,
+# then faster and faster. So a rate that was measured too low corrects itself.
 _BACK_OFF = 0.9
-_RAMP = math.log(4.0)
-_PROBE = math.log(1.05)
-_GREATEST_STEP = 0.08
+# Seconds until it is back at the measured rate. The longer the server makes everybody wait, the
+# more a further 429 costs, and the longer it is put off.
+_RETURN = 2.0
+_RETURN_PER_PAUSE = 5.0
+_LONGEST_RETURN = 8.0
+_RETURN_DEPARTURES = 5
+# Announced by the server, a single 429 is no reason to slow down; a second within this time is.
 _SETTLED = 10.0
 # An idle session has measured nothing: with every such 429 its rate is halved, from at most this.
 _UNMEASURED = 20.0
+# What came within fewer seconds is a burst rather than a rate.
+_SHORTEST_MEASURE = 0.25
+# More requests per second than one process sends.
+_UNLIMITED = 2000.0
 # A timer that fires late may be made up for by at most this many seconds.
 _CATCH_UP = 0.1
 
@@ -57,9 +64,11 @@ class Pace:
         self._next = -math.inf
         self._good = _Rate()
         self._throttle = math.inf
+        self._known = math.inf
         self._refused_at = -math.inf
-        self._grown_at = -math.inf
-        self._growth = _RAMP
+        self._return = _RETURN
+        self._tested = 0.0
+        self._tested_at = -math.inf
 
     async def acquire(self) -> None:
         """Wait for the next departure."""
@@ -95,13 +104,15 @@ class Pace:
         """
         now = self._clock()
         if sent_at >= self._refused_at:
-            repeated = now - self._refused_at < _SETTLED
-            if repeated or not announced:
+            if not announced or now - self._refused_at < _SETTLED:
                 half = min(self._throttle, self._rate, _UNMEASURED) / 2
-                known = max(_BACK_OFF * self._good.at(now), half)
-                self._throttle = min(known, _BACK_OFF * self._rate)
-                self._growth = _PROBE if repeated else _RAMP
-            self._refused_at = self._grown_at = now
+                self._known = min(max(self._good.at(now), half / _BACK_OFF), self._rate)
+                self._throttle = _BACK_OFF * self._known
+                self._return = min(_RETURN + _RETURN_PER_PAUSE * announced, _LONGEST_RETURN)
+                self._return = max(self._return, _RETURN_DEPARTURES / self._throttle)
+                self._tested = 0.0
+                self._tested_at = now
+            self._refused_at = now
         pause = announced or 1.0 / min(self._throttle, self._rate)
         self._good.pause(now + pause - max(self._next, now))
         self._next = max(self._next, now + pause)
@@ -109,13 +120,12 @@ class Pace:
 
     def _speed(self, now: float) -> float:
         if self._throttle < self._rate:
-            if now - self._refused_at > _SETTLED:
-                self._growth = _RAMP
-            # Little by little with each departure: seconds in which none left prove nothing.
-            growth = min(self._growth * max(now - self._grown_at, 0.0), _GREATEST_STEP)
-            self._throttle *= math.exp(growth)
-            self._grown_at = now
-            if self._throttle > 1e6:
+            # Seconds in which none left prove nothing.
+            self._tested += min(max(now - self._tested_at, 0.0), 2.0 / self._throttle)
+            self._tested_at = now
+            beyond = self._tested / self._return - 1.0
+            self._throttle = self._known * (1.0 + (1.0 - _BACK_OFF) * beyond**3)
+            if self._throttle > _UNLIMITED:
                 self._throttle = math.inf
         return min(self._throttle, self._rate)
 
@@ -124,16 +134,25 @@ class _Rate:
     """Events per second: an average that forgets within about a second."""
 
     def __init__(self) -> None:
-        self._value = 0.0
+        self._weight = 0.0
+        self._since = -math.inf
         self._last = -math.inf
 
     def count(self, now: float) -> None:
-        self._value = self.at(now) + 1.0
-        self._last = now
+        if now - self._last > 1.0:
+            self._since = now
+        self._weight = self._weight_at(now) + 1.0
+        self._last = max(self._last, now)  # later, where answers still come after a 429
 
     def at(self, now: float) -> float:
-        return self._value * math.exp(min(self._last - now, 0.0))
+        # What began lately has not its full weight yet.
+        share = 1.0 - math.exp(min(self._since - now, -_SHORTEST_MEASURE))
+        return self._weight_at(now) / share
 
     def pause(self, seconds: float) -> None:
         """Leave `seconds` to come, in which nothing can be counted, out of the average."""
         self._last += max(seconds, 0.0)
+        self._since += max(seconds, 0.0)
+
+    def _weight_at(self, now: float) -> float:
+        return self._weight * math.exp(min(self._last - now, 0.0))

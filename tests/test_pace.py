@@ -356,7 +356,10 @@ async def test_recovery(world, rate, announced):
     assert world.now < 1000.0 + 45.0
     world.slept.clear()
     times = await departures(pace, world, 50)
-    assert gaps(times) == pytest.approx([1 / rate if rate else 0.0] * 49)
+    if rate is None:
+        assert max(gaps(times)) < 0.002  # not noticed by who sends 100 per second
+    else:
+        assert gaps(times) == pytest.approx([1 / rate] * 49)
 
 
 async def test_recovery_after_a_second_429(world):
@@ -377,13 +380,14 @@ async def test_recovery_after_a_second_429(world):
 
 
 async def test_idle_time_is_no_growth(world):
-    """An hour without a request proves nothing: the rate grows by a step as after any other gap."""
+    """An hour without a request proves nothing: the rate grows as after any other gap."""
     pace = Pace(100.0, clock=world.clock)
     await pace.acquire()
     pace.refused(world.now, 0.0)
     world.advance(3600.0)
     times = await departures(pace, world, 3)
-    assert gaps(times) == pytest.approx([0.1 / 1.08, 0.1 / 1.08**2], rel=0.01)
+    assert gaps(times) == pytest.approx([0.1, 0.1], rel=0.05)
+    assert gaps(times)[0] > gaps(times)[1]
 
 
 async def test_late_timers_are_made_up_for(world):
@@ -466,14 +470,31 @@ async def simulate(world, announce, *, seconds=30.0, latency=0.05, per_second=20
     return seen
 
 
-@pytest.mark.parametrize("announce", [never, exactly], ids=lambda announce: announce.__name__)
-async def test_token_bucket(world, announce, record_property):
-    """Against a token bucket most of it is used, and hardly a request is refused for long."""
-    seen = await simulate(world, announce)
+@pytest.mark.parametrize("latency", [0.02, 0.05, 0.3])
+@pytest.mark.parametrize(
+    ("announce", "used", "refused"),
+    [(never, 0.9, 0.02), (exactly, 0.9, 0.02), (whole_seconds, 0.7, 0.07)],
+    ids=["never", "exactly", "whole seconds"],
+)
+async def test_token_bucket(world, announce, used, refused, latency):
+    """Against a bucket of 200 per second, 30 s use 90 % of it, and under 2 % are refused later.
+
+    Where a server can announce whole seconds only, each 429 costs one of them.
+    """
+    seen = await simulate(world, announce, latency=latency)
     good = sum(was_good for _, was_good in seen)
-    later = [was_good for sent_at, was_good in seen if sent_at > 1005.0]
-    refused = later.count(False) / len(later)
-    record_property("throughput", good / (200.0 * 30.0))
-    record_property("refused", refused)
-    assert good >= 0.6 * 200.0 * 30.0
-    assert refused <= 0.05
+    later = [was_good for sent_at, was_good in seen if sent_at > 1001.0]
+    assert good >= used * 200.0 * 30.0
+    assert later.count(False) <= refused * len(later)
+
+
+async def test_answers_that_still_come_in_a_pause_do_not_spoil_the_measure(world):
+    """They left before it."""
+    pace = Pace(100.0, clock=world.clock)
+    await steady(pace, world, 5.0)
+    pace.refused(world.now, 5.0)
+    world.advance(0.05)
+    pace.answered()
+    await steady(pace, world, 0.1)
+    pace.refused(world.now, 0.1)
+    assert 80.0 < pace._throttle < 95.0
