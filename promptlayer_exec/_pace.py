@@ -16,9 +16,9 @@ class Limiter(Protocol):
         """Return when one more HTTP attempt may be made; called by one attempt at a time."""
 
 
-# After a 429 the session goes on a little under the measured rate of good answers, and finds its way
-# back along a cubic curve, as CUBIC (RFC 9438) does in TCP: quickly to where it was, slowly past it,
-# then faster and faster. So a rate that was measured too low corrects itself.
+# After a 429 the session goes on a little under the measured rate of good answers, and finds its
+# way back along a cubic curve, as CUBIC (RFC 9438) does in TCP: quickly to where it was, slowly
+# past it, then faster and faster. So a rate that was measured too low corrects itself.
 _BACK_OFF = 0.9
 # Seconds until it is back at the measured rate. The longer the server makes everybody wait, the
 # more a further 429 costs, and the longer it is put off.
