@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import attrs
 
@@ -281,7 +281,7 @@ class Outcome(Generic[ItemT, OutputT]):
         item: the item itself.
         execution: its handle, once there is an execution.
         snapshot: the last that was seen of it.
-        output: its main output, where there is no error.
+        output: its main output; meaningful only where there is no error (None otherwise).
         error: what went wrong.
     """
 
@@ -289,7 +289,7 @@ class Outcome(Generic[ItemT, OutputT]):
     item: ItemT
     execution: Execution | None = None
     snapshot: Snapshot | None = None
-    output: OutputT | None = None
+    output: OutputT = attrs.field(default=cast(Any, None))
     error: Exception | None = None
 
     @property
@@ -301,4 +301,4 @@ class Outcome(Generic[ItemT, OutputT]):
         """Return the output, or raise the error."""
         if self.error is not None:
             raise self.error
-        return self.output  # type: ignore[return-value]  # there is one where there is no error
+        return self.output

@@ -7,8 +7,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -41,29 +43,59 @@ def test_ci_runs_the_readme_s_test_command() -> None:
     assert run == command.split(" && ")
 
 
-def test_the_readme_s_first_program_runs(threaded_sim: Simulator) -> None:
-    """As a script of its own, with the key in the environment."""
-    answer = SimNode("Answer", "forty-two", after=("Plan",), is_output_node=True)
-    execution_id = threaded_sim.add_execution(Scenario([SimNode("Plan"), answer]))
-    program = next(block for block in blocks("README.md", "python") if "asyncio.run(" in block)
+def run_program(
+    sim: Simulator, program: str, *arguments: str, cwd: Path | None = None
+) -> list[str]:
+    """Run a program with the key in the environment, and return the lines that it prints."""
     finished = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", program, str(execution_id)],
+        [sys.executable, "-X", "dev", "-W", "error", "-c", program, *arguments],
         env={
             **os.environ,
-            "PROMPTLAYER_API_KEY": threaded_sim.api_key,
-            "PROMPTLAYER_BASE_URL": threaded_sim.base_url,
+            "PROMPTLAYER_API_KEY": sim.api_key,
+            "PROMPTLAYER_BASE_URL": sim.base_url,
         },
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
     assert finished.stderr == ""
-    assert finished.stdout.splitlines() == [
+    return finished.stdout.splitlines()
+
+
+def test_the_readme_s_first_program_runs(threaded_sim: Simulator) -> None:
+    """As a script of its own."""
+    answer = SimNode("Answer", "forty-two", after=("Plan",), is_output_node=True)
+    execution_id = threaded_sim.add_execution(Scenario([SimNode("Plan"), answer]))
+    program = next(block for block in blocks("README.md", "python") if "asyncio.run(" in block)
+    assert run_program(threaded_sim, program, str(execution_id)) == [
         "100% Plan: SUCCESS",
         "100% Answer: SUCCESS",
         "forty-two",
     ]
+
+
+def test_the_readme_s_evaluation_is_fifteen_lines_and_runs(
+    threaded_sim: Simulator, tmp_path: Path
+) -> None:
+    """Each result is printed, and what failed and why, with the id that finds it again."""
+
+    def grade(inputs: Any) -> Scenario:
+        status = "FAILED" if inputs["prompt"] == "bad" else "SUCCESS"
+        return Scenario(
+            [SimNode("Grade", 0.9, status=status, error_message="refused", is_output_node=True)]
+        )
+
+    threaded_sim.add_workflow("grade", grade)
+    program = next(block for block in blocks("README.md", "python") if "as_completed" in block)
+    assert len([line for line in program.splitlines() if line]) <= 15
+    (tmp_path / "prompts.txt").write_text("one\nbad\ntwo\n")
+    printed = run_program(threaded_sim, program, cwd=tmp_path)
+    (failed,) = (run.execution_id for run in threaded_sim.runs if run.inputs["prompt"] == "bad")
+    assert sorted(printed[:2]) == ["one: 0.9", "two: 0.9"]
+    assert printed[2] == "1 of 3 failed"
+    assert printed[3].startswith(f"bad: execution {failed}: it failed: 'Grade' FAILED (refused)")
 
 
 async def test_the_readme_s_example_of_a_test_passes() -> None:
@@ -128,6 +160,29 @@ async def test_the_page_on_starting_does_what_it_says(
     starting.cancel()
     page["keep_orphans"](await recorder.next(ExecutionStarted))
     assert page["orphans"] == [sim.runs[3].execution_id]
+
+
+async def test_the_page_on_fanning_out_does_what_it_says(sim: Simulator) -> None:
+    """Its fan-out and its limiter's in-memory form are run; the type checker sees the limiter."""
+    page = names("docs/fanning-out.md")
+
+    def grade(inputs: Any) -> Scenario:
+        return Scenario([SimNode("Grade", inputs["grade"], is_output_node=True)])
+
+    async def rows() -> AsyncIterator[dict[str, Any]]:
+        yield {"id": "a", "grade": 0.5}
+        yield {"id": "b", "grade": "none"}
+
+    sim.add_workflow("grade", grade)
+    limiter = page["in_memory"](1000)
+    limiter.acquire = AsyncMock(side_effect=limiter.acquire)
+    async with Session(sim.api_key, base_url=sim.base_url, limiter=limiter) as session:
+        lines = sorted(await page["grade"](session, rows()))
+    assert lines[0] == "a: 0.50"
+    assert lines[1].startswith("b: execution ")
+    assert limiter.acquire.await_count == sim.request_count
+    checked = (ROOT / "tests" / "typing" / "limiter.py").read_text()
+    assert blocks("docs/fanning-out.md", "python")[1] in checked
 
 
 async def test_the_errors_in_the_readme_are_what_is_printed(

@@ -485,3 +485,50 @@ async def test_a_burst_of_trouble_loses_no_item(
 
     outcomes = await session.collect(ids(), max_in_flight=50)
     assert [outcome.output for outcome in outcomes] == list(range(300))
+
+
+async def test_followed_executions_share_the_pace_fairly(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """Between two polls of one, none of the others is polled more than twice; a new one is next.
+
+    Counted in polls, as a share of the pace is a number of polls, however fast the machine is.
+    """
+    count = 150
+    session = open_session(rate=1000.0, poll=PollPolicy.fixed(0.001))
+    running = Scenario([SimNode("Out", 1, None, is_output_node=True)])
+    ids = [sim.add_execution(running) for _ in range(count)]
+    async with aclosing(session.as_completed(ids, max_in_flight=count)) as outcomes:
+        first = asyncio.create_task(anext(outcomes))
+        await sim.wait_for_requests(4 * count)
+        new = done(sim)
+        before = sim.request_count
+        assert await session.execution(new).output() == "done"
+        await sim.wait_for_requests(sim.request_count + count)
+        first.cancel()
+        await asyncio.wait([first])
+    polled = [int(request.query["workflow_version_execution_id"]) for request in sim.requests]
+    assert polled.index(new) - before <= count + 1
+    for execution_id in ids:
+        places = [place for place, polled_id in enumerate(polled) if polled_id == execution_id]
+        assert max(later - earlier for earlier, later in itertools.pairwise(places)) <= 2 * count
+        assert places[0] <= 2 * count
+
+
+async def test_a_start_is_not_kept_behind_the_polls(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """Nor the first poll of what it started."""
+    count = 150
+    session = open_session(rate=1000.0, poll=PollPolicy.fixed(0.001))
+    running = Scenario([SimNode("Out", 1, None, is_output_node=True)])
+    ids = [sim.add_execution(running) for _ in range(count)]
+    async with aclosing(session.as_completed(ids, max_in_flight=count)) as outcomes:
+        first = asyncio.create_task(anext(outcomes))
+        await sim.wait_for_requests(2 * count)
+        before = sim.request_count
+        (outcome,) = await session.collect([run(0)])
+        assert outcome.ok
+        assert sim.request_count - before <= 3 * count
+        first.cancel()
+        await asyncio.wait([first])

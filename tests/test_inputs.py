@@ -268,6 +268,16 @@ def test_dataclass_instance_that_contains_itself() -> None:
         encode_inputs({"a": [link]})
 
 
+def test_recursion_of_a_hook_is_nesting_too_deep() -> None:
+    """Whoever meets the limit."""
+
+    def recurse(value: Any) -> Any:
+        return recurse(value)
+
+    with pytest.raises(ValueError, match="^inputs: contains itself, or is nested too deeply"):
+        encode_inputs({"row": Row(1)}, _converter(Row, recurse))
+
+
 def test_the_same_value_may_occur_twice() -> None:
     """A value that occurs in two places does not contain itself."""
     shared = [1]

@@ -43,7 +43,7 @@ from promptlayer_exec import (
     Unauthorized,
     UnprocessableEntity,
 )
-from promptlayer_exec.simulator import Fault, Simulator
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 NO_RETRY = RetryPolicy(outage=0.0)
 ANY_URL = re.compile(".*")
@@ -412,6 +412,33 @@ asyncio.run(main())
     sent, kibibytes = map(int, finished.stdout.split())
     assert sent < 2**19
     assert kibibytes < 32 * 1024
+
+
+async def test_a_borrowed_session_s_middleware_sees_the_body_of_a_start(sim: Simulator) -> None:
+    """As one that signs requests must."""
+    sim.add_workflow("workflow", Scenario([SimNode("A")]))
+    seen = []
+
+    async def sign(request: aiohttp.ClientRequest, handler: Any) -> aiohttp.ClientResponse:
+        seen.append((await request.body.as_bytes(), request.body.decode()))
+        response: aiohttp.ClientResponse = await handler(request)
+        return response
+
+    async with (
+        aiohttp.ClientSession(middlewares=(sign,)) as theirs,
+        Session(sim.api_key, base_url=sim.base_url, http=theirs) as session,
+    ):
+        await session.start("workflow", {"a": 1})
+    (request,) = sim.requests
+    assert seen == [(request.body, request.body.decode())]
+
+
+async def test_a_large_body_is_sent_without_a_warning(sim: Simulator) -> None:
+    """Inputs may well be larger than a mebibyte."""
+    sim.add_workflow("workflow", Scenario([SimNode("A")]))
+    async with Session(sim.api_key, base_url=sim.base_url) as session:
+        await session.start("workflow", {"text": "x" * 3_000_000})
+    assert len(sim.runs[0].inputs["text"]) == 3_000_000
 
 
 async def test_a_body_of_exactly_the_limit_is_read() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
-from typing import assert_type
+from typing import Any, assert_type
+
+import attrs
 
 from promptlayer_exec import (
     Event,
@@ -15,11 +17,13 @@ from promptlayer_exec import (
     NodeChange,
     NodeStatus,
     Observer,
+    Outcome,
     Polled,
     PollPolicy,
     RetryPolicy,
     Session,
     Snapshot,
+    StartRequest,
 )
 
 
@@ -73,3 +77,28 @@ async def follow(execution_id: int, everything: bool) -> None:
         async for node in nodes:
             assert_type(node.status, NodeStatus | str)
     await session.aclose()
+
+
+@attrs.frozen
+class Report:
+    """What a workflow puts out."""
+
+    title: str
+
+
+async def fan_out(items: list[StartRequest], ids: AsyncIterator[int]) -> None:
+    """Take outcomes as they come, and all at once."""
+    execution = await session.start("name", {"a": 1}, version=3, metadata={"a": "b"})
+    assert_type(execution, Execution)
+    async with aclosing(session.as_completed(items, into=Report)) as outcomes:
+        async for outcome in outcomes:
+            assert_type(outcome, Outcome[StartRequest, Report])
+            assert_type(outcome.item, StartRequest)
+            assert_type(outcome.output, Report)
+            assert_type(outcome.result(), Report)
+    assert_type(await session.collect(ids, timeout=None), list[Outcome[int, Any]])
+    assert_type(
+        await session.collect(items, into=list[Report]), list[Outcome[StartRequest, list[Report]]]
+    )
+    either = await session.collect([1, execution, items[0]], into=Report | None)
+    assert_type(either[0].result(), Report | None)

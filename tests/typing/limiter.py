@@ -1,0 +1,30 @@
+"""The limiter of docs/fanning-out.md: type-checked, and run by the tests there."""
+
+# ruff: noqa: D101, D102, D103 - word for word as in the docs
+from pyrate_limiter import Duration, InMemoryBucket, Limiter, Rate, RedisBucket
+from redis.asyncio import Redis
+
+
+class SharedLimiter:
+    def __init__(self, limiter: Limiter) -> None:
+        self._limiter = limiter
+
+    async def acquire(self) -> None:
+        await self._limiter.try_acquire_async("promptlayer")
+
+
+def in_memory(per_second: int) -> SharedLimiter:
+    return SharedLimiter(Limiter(InMemoryBucket([Rate(per_second, Duration.SECOND)])))
+
+
+async def in_redis(redis: Redis, per_second: int) -> SharedLimiter:
+    rates = [Rate(per_second, Duration.SECOND)]
+    return SharedLimiter(Limiter(await RedisBucket.init(rates, redis, "promptlayer")))
+
+
+async def use(redis: Redis) -> None:
+    """Both are limiters as a session wants them."""
+    from promptlayer_exec import Session
+
+    Session(limiter=in_memory(50))
+    Session(limiter=await in_redis(redis, 50))
