@@ -37,8 +37,10 @@ def _number(value: Any) -> float | None:
 class PollPolicy:
     """When to look at an execution again.
 
-    The first poll is at once. Each later one comes a fifth of the time that seems left after the
-    answer before it, and never sooner than `floor` nor later than `ceiling`.
+    The first poll is at once. While several nodes are left, the next comes after a sixth of the time
+    that they seem to need, and not later than a delay that grows slowly with the time that has
+    passed; while one is left, after half of that. It is never sooner than `floor` nor later than
+    `ceiling`.
 
     Args:
         floor: the least delay, in seconds; more than 0.
@@ -87,9 +89,20 @@ class PollPolicy:
             chance: a random number in [0, 1).
             retry_after: seconds that the server asked to wait: never less than that.
         """
-        left = max(elapsed / (final + 0.5) * (nodes - final), unchanged)
-        delay = min(max(left / 5, self.floor), self.ceiling)
+        left = nodes - final
+        progressed = elapsed - unchanged  # how long it took until the last change
+        if not final or progressed <= 0:
+            delay = self._growing(elapsed)
+        elif left > 1:
+            delay = min(left * progressed / final / 6, self._growing(elapsed))
+        else:
+            delay = self._growing(max(unchanged, progressed / final)) / 2
+        delay = min(max(delay, self.floor), self.ceiling)
         return max(delay + self.jitter * min(delay, 1.0) * chance, retry_after)
+
+    def _growing(self, seconds: float) -> float:
+        # An execution may end at any time of any order of magnitude, and the sooner the likelier.
+        return 1.6 * self.floor * (1.0 + seconds) ** 0.25
 
 
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})

@@ -85,19 +85,23 @@ def test_poll_fixed(every, view, chance):
 @pytest.mark.parametrize(
     ("elapsed", "final", "nodes", "unchanged", "expected"),
     [
-        (0.0, 0, 0, 0.0, 0.5),
-        (0.0, 0, 4, 0.0, 0.5),
-        (3.0, 1, 3, 0.0, 0.8),  # 3 / 1.5 * 2 = 4 left
-        (3.0, 0, 1, 3.0, 1.2),  # 3 / 0.5 * 1 = 6 left
-        (10.0, 9, 10, 1.0, 0.5),  # 10 / 9.5 = 1.05 left
-        (10.0, 9, 10, 8.0, 1.6),  # unchanged for 8: at least 8 left
-        (10.0, 2, 2, 10.0, 2.0),  # all final and yet not complete
-        (100.0, 0, 10, 0.0, 5.0),  # 2,000 left
-        (1.0, 0, 2, 0.0, 0.8),  # 1 / 0.5 * 2 = 4 left
+        (0.0, 0, 0, 0.0, 0.8),
+        (0.0, 0, 4, 0.0, 0.8),
+        (15.0, 0, 4, 15.0, 1.6),  # nothing has ended
+        (15.0, 0, 4, 2.0, 1.6),  # something began
+        (15.0, 3, 4, 15.0, 1.6),  # what has ended had ended when the watch began
+        (3.0, 1, 3, 0.0, 1.0),  # 6 s left
+        (6.0, 4, 8, 0.0, 1.0),  # 6 s left
+        (80.0, 2, 10, 0.0, 2.4),  # 320 s left
+        (9.0, 9, 10, 0.0, 0.5),  # one is left
+        (24.0, 9, 10, 15.0, 0.8),  # one is left, and has been for 15 s
+        (27.0, 3, 4, 3.0, 0.4 * 9**0.25),  # one is left, and the others took 8 s each
+        (10.0, 2, 2, 10.0, 0.8 * 11**0.25),  # all final and yet not complete
+        (1e6, 0, 10, 0.0, 5.0),
     ],
 )
 def test_poll_delay_by_hand(elapsed, final, nodes, unchanged, expected):
-    """A poll comes a fifth of the time that seems left later, within floor and ceiling."""
+    """A sixth of the time that seems left, a slowly growing delay, or half of that."""
     delay = PollPolicy().delay(
         elapsed=elapsed, final=final, nodes=nodes, unchanged=unchanged, chance=0.0
     )
