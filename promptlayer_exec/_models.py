@@ -55,7 +55,7 @@ class NodeStatus(enum.StrEnum):
 
 # The server's documentation has named FAILED so as well.
 _STATUSES: Mapping[str, NodeStatus] = {**NodeStatus.__members__, "FAILURE": NodeStatus.FAILED}
-_FINAL = frozenset({NodeStatus.SUCCESS, NodeStatus.FAILED, NodeStatus.SKIPPED})
+_FINAL = (NodeStatus.SUCCESS, NodeStatus.FAILED, NodeStatus.SKIPPED)
 
 
 def _read_status(status: str) -> NodeStatus | str:

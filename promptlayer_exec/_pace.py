@@ -73,6 +73,9 @@ class Pace:
     async def acquire(self) -> None:
         """Wait for the next departure."""
         queued = self._turn.locked()
+        if not queued and self._limiter is None and self._next <= (now := self._clock()):
+            self._next = now + 1.0 / self._speed(now)
+            return
         async with self._turn:
             queued = await self._pause() or queued
             if self._limiter is not None:

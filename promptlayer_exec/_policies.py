@@ -37,10 +37,10 @@ def _number(value: Any) -> float | None:
 class PollPolicy:
     """When to look at an execution again.
 
-    The first poll is at once. While several nodes are left, the next comes after a sixth of the time
-    that they seem to need, and not later than a delay that grows slowly with the time that has
-    passed; while one is left, after half of that. It is never sooner than `floor` nor later than
-    `ceiling`.
+    The first poll is at once. While several nodes are left, the next comes after a sixth of the
+    time that they seem to need, and not later than a delay that grows slowly with the time that
+    has passed; while one is left, after half of that. It is never sooner than `floor` nor later
+    than `ceiling`.
 
     Args:
         floor: the least delay, in seconds; more than 0.
@@ -102,7 +102,7 @@ class PollPolicy:
 
     def _growing(self, seconds: float) -> float:
         # An execution may end at any time of any order of magnitude, and the sooner the likelier.
-        return 1.6 * self.floor * (1.0 + seconds) ** 0.25
+        return 1.6 * self.floor * math.sqrt(math.sqrt(1.0 + seconds))
 
 
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})

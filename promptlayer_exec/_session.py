@@ -50,8 +50,8 @@ from promptlayer_exec._structure import check_type
 from promptlayer_exec._transport import Pools, Transport
 from promptlayer_exec._watch import Watch, finished_nodes, follow, take_snapshot, timed_out
 from promptlayer_exec._wire import (
-    NodeMap,
     NodeMapReader,
+    RepeatReader,
     Reply,
     Request,
     Response,
@@ -583,15 +583,12 @@ class Session:
             emit=self._emit,
         )
 
-        async def fetch(execution_id: int, outage: Outage, *, due: float) -> Reply[NodeMap]:
-            request = results_request(execution_id, return_all_outputs=True)
-            read = partial(self._node_maps.read, execution_id=execution_id)
-            return await transport.call(request, read, outage, due=due)
-
         def make_watch(execution_id: int, on_end: Callable[[Watch], None]) -> Watch:
+            request = results_request(execution_id, return_all_outputs=True)
+            reader = RepeatReader(self._node_maps, execution_id)
             return Watch(
                 execution_id,
-                fetch,
+                partial(transport.call, request, reader.read),
                 poll=self._poll,
                 retry=self._retry,
                 emit=self._emit,

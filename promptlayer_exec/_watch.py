@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Fetch(Protocol):
     """Gets an execution's node map, over an outage if need be."""
 
-    async def __call__(self, execution_id: int, outage: Outage, *, due: float) -> Reply[NodeMap]:
+    async def __call__(self, outage: Outage, *, due: float) -> Reply[NodeMap]:
         """Return the answer to a request that should leave at `due`."""
 
 
@@ -35,15 +35,21 @@ def take_snapshot(
     execution_id: int, reply: Reply[NodeMap], *, elapsed: float, previous: Snapshot | None = None
 ) -> Snapshot:
     """Return what a reply says, with what the snapshot before it had seen."""
-    times = previous.times if previous is not None else FrozenMap[NodeTimes]()
+    nodes = reply.value.nodes
+    if previous is None:
+        poll, times = 1, _first_seen(nodes, {}, elapsed)
+    elif nodes is previous.nodes:
+        poll, times = previous.poll + 1, previous.times
+    else:
+        poll, times = previous.poll + 1, _first_seen(nodes, previous.times, elapsed)
     return Snapshot(
         execution_id,
         reply.value.complete,
-        reply.value.nodes,
+        nodes,
         raw=reply.value.raw,
-        poll=previous.poll + 1 if previous is not None else 1,
+        poll=poll,
         elapsed=elapsed,
-        times=_first_seen(reply.value.nodes, times, elapsed),
+        times=times,
     )
 
 
@@ -51,19 +57,20 @@ _UNSEEN = NodeTimes()
 
 
 def _first_seen(
-    nodes: Mapping[str, Node], times: Mapping[str, NodeTimes], elapsed: float
+    nodes: Mapping[str, Node], before: Mapping[str, NodeTimes], elapsed: float
 ) -> Mapping[str, NodeTimes]:
-    changed = {}
+    times = dict(before)
+    running, final = NodeTimes(running=elapsed), NodeTimes(final=elapsed)
     for name, node in nodes.items():
-        seen = times.get(name, _UNSEEN)
-        running, final = seen.running, seen.final
-        if running is None and node.status == NodeStatus.RUNNING:
-            running = elapsed
-        if final is None and node.final:
-            final = elapsed
-        if seen is _UNSEEN or (running, final) != (seen.running, seen.final):
-            changed[name] = NodeTimes(running, final)
-    return FrozenMap({**times, **changed}) if changed else times
+        seen = times.get(name)
+        if seen is None:
+            is_running = node.status is NodeStatus.RUNNING
+            times[name] = final if node.final else running if is_running else _UNSEEN
+        elif seen.final is None and node.final:
+            times[name] = NodeTimes(seen.running, elapsed)
+        elif seen.running is None and node.status is NodeStatus.RUNNING:
+            times[name] = NodeTimes(elapsed, seen.final)
+    return FrozenMap(times)
 
 
 class Watch:
@@ -160,7 +167,7 @@ class Watch:
         try:
             while True:
                 self._outage = Outage(self._retry, self._retry.watch_outage)
-                reply = await self._fetch(self.execution_id, self._outage, due=due)
+                reply = await self._fetch(self._outage, due=due)
                 now = anyio.current_time()
                 previous = self.latest
                 snapshot = take_snapshot(

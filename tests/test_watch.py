@@ -491,7 +491,7 @@ class Script:
         self.dues: list[float] = []
         self.send, self._receive = anyio.create_memory_object_stream[Any](10)
 
-    async def __call__(self, execution_id: int, outage: Any, *, due: float) -> Any:
+    async def __call__(self, outage: Any, *, due: float) -> Any:
         """Return the next answer, or raise it."""
         self.dues.append(due)
         answer = await self._receive.receive()

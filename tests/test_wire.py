@@ -17,6 +17,7 @@ from promptlayer_exec._errors import FieldError, InvalidResponse, StatusError
 from promptlayer_exec._models import FrozenMap, MainOutput, Node, NodeStatus, StartRequest
 from promptlayer_exec._wire import (
     NodeMapReader,
+    RepeatReader,
     Reply,
     Request,
     Response,
@@ -246,12 +247,12 @@ MISFITS = {
     "error-object": (
         {"status": "FAILED", "error_message": {"raw": "x"}},
         "$.Node 1.error_message",
-        "expected a string, got an object",
+        "expected a string or null, got an object",
     ),
     "output-text": (
         {"status": "QUEUED", "is_output_node": "false"},
         "$.Node 1.is_output_node",
-        "expected true or false, got a string",
+        "expected true, false or null, got a string",
     ),
     "output-number": (
         {"status": "QUEUED", "is_output_node": 1},
@@ -1003,3 +1004,25 @@ def test_read_started_of_a_refusal(status):
     with pytest.raises(StatusError) as caught:
         read_started(Response(status, b'{"workflow_version_execution_id": 787}'))
     assert caught.value.status == status
+
+
+def test_an_unchanged_body_gives_the_same_node_map():
+    """The very object; another body, or another status, is read anew."""
+    reader = RepeatReader(NodeMapReader(), 787)
+    body = json.dumps({"a": {"status": "RUNNING"}}).encode()
+    first = reader.read(Response(202, body))
+    assert reader.read(Response(202, bytes(bytearray(body)))) is first
+    complete = reader.read(Response(200, body))
+    assert complete is not first
+    assert complete.complete
+    assert reader.read(Response(202, body + b" ")) is not first
+
+
+def test_a_refusal_between_two_equal_bodies_is_raised():
+    """And forgets nothing."""
+    reader = RepeatReader(NodeMapReader(), 787)
+    body = json.dumps({"a": {"status": "RUNNING"}}).encode()
+    first = reader.read(Response(202, body))
+    with pytest.raises(StatusError):
+        reader.read(Response(503, body))
+    assert reader.read(Response(202, body)) is first
