@@ -15,7 +15,6 @@ from collections.abc import (
 )
 from contextlib import AsyncExitStack, aclosing
 from functools import partial
-from random import random
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, overload
 
@@ -26,14 +25,14 @@ from promptlayer_exec._events import Observer, broadcast
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import Flight, Spawn, fan_out
 from promptlayer_exec._inputs import encode_inputs
-from promptlayer_exec._lifetime import DeadlinePassed, Lifetime
+from promptlayer_exec._lifetime import Lifetime
 from promptlayer_exec._models import MainOutput, Node, Outcome, Snapshot, StartRequest
+from promptlayer_exec._opening import Opening
 from promptlayer_exec._output import main_output, typed_output
 from promptlayer_exec._pace import Limiter, Pace
 from promptlayer_exec._policies import (
     Deadline,
     Newborns,
-    Outage,
     PollPolicy,
     RetryPolicy,
     check_seconds,
@@ -45,20 +44,13 @@ from promptlayer_exec._settings import (
     find_base_url,
     sends_in_the_clear,
 )
-from promptlayer_exec._start import Start
 from promptlayer_exec._structure import check_type
 from promptlayer_exec._transport import Pools, Transport
-from promptlayer_exec._watch import Watch, finished_nodes, follow, take_snapshot, timed_out
+from promptlayer_exec._watch import Watch, finished_nodes, follow, take_snapshot
 from promptlayer_exec._wire import (
     NodeMapReader,
-    RepeatReader,
-    Reply,
-    Request,
-    Response,
-    Started,
     check_execution_id,
     read_main_output,
-    read_started,
     results_request,
     run_request,
 )
@@ -145,7 +137,7 @@ class Session:
         self._node_maps = NodeMapReader()
         self._newborns = Newborns(retry.not_found_grace)
         self._emit = broadcast(observers)
-        self._opening: _Opening | None = None
+        self._opening: Opening | None = None
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -220,11 +212,12 @@ class Session:
         execution_id = check_execution_id(execution_id)
         request = results_request(execution_id, return_all_outputs=return_all_outputs)
         deadline = self._deadline(...)
+        opening = await self._open(execution_id)
         if not return_all_outputs:
             read_output = partial(read_main_output, execution_id=execution_id)
-            return (await self._call(request, read_output, deadline)).value
+            return (await opening.call(request, read_output, deadline)).value
         read_nodes = partial(self._node_maps.read, execution_id=execution_id)
-        reply = await self._call(request, read_nodes, deadline)
+        reply = await opening.call(request, read_nodes, deadline)
         return take_snapshot(execution_id, reply, elapsed=reply.duration)
 
     async def start(
@@ -275,25 +268,8 @@ class Session:
 
     async def _start(self, request: StartRequest, deadline: Deadline) -> Execution:
         http_request = run_request(request, encode_inputs(request.inputs, self._converter))
-        now = anyio.current_time()
         opening = await self._open()
-
-        async def post(outage: Outage, departure: Start) -> Started:
-            reply = await opening.transport.call(
-                http_request, read_started, outage, due=now, departure=departure
-            )
-            self._newborns.add(reply.value.execution_id, now=anyio.current_time())
-            return reply.value
-
-        start = Start(
-            request,
-            post,
-            Outage(self._retry, self._retry.outage),
-            emit=self._emit,
-            is_closing=lambda: opening.lifetime.closing,
-        )
-        opening.lifetime.spawn(start.run)
-        started = await start.result(deadline)
+        started = await opening.start(request, http_request, deadline)
         return Execution(self, started.execution_id, request.workflow, started.warning)
 
     @overload
@@ -463,34 +439,6 @@ class Session:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Session holds a key and connections, and cannot be pickled or copied")
 
-    async def _call(
-        self,
-        request: Request,
-        read: Callable[[Response], T],
-        deadline: Deadline,
-        *,
-        due: float = 0.0,
-        seen: Snapshot | None = None,
-    ) -> Reply[T]:
-        """Send a request that is no watch's, not before `due`; errors carry what was `seen`."""
-        due = max(due, anyio.current_time())
-        outage = Outage(self._retry, self._retry.outage)
-        opening = await self._open(request.execution_id)
-
-        async def send() -> Reply[T]:
-            if due > anyio.current_time():
-                await anyio.sleep_until(due)
-            return await opening.transport.call(request, read, outage, due=due)
-
-        try:
-            return await opening.lifetime.call(send, deadline)
-        except PromptLayerExecError as error:
-            error.execution_id = request.execution_id
-            error.last_snapshot = seen
-            raise
-        except DeadlinePassed:
-            raise timed_out(request.execution_id, deadline, seen, outage.error) from outage.error
-
     async def _output(
         self,
         execution_id: int,
@@ -499,30 +447,12 @@ class Session:
         see: Callable[[Snapshot], None] = lambda _: None,
     ) -> Any:
         """Wait for the main output; `see` is told of every snapshot on the way."""
+        opening = await self._open(execution_id)
         async with aclosing(follow(self._joining(execution_id), deadline)) as snapshots:
             async for snapshot in snapshots:
                 see(snapshot)
-        value = await main_output(snapshot, lambda: self._main_output(snapshot, deadline))
+        value = await main_output(snapshot, lambda: opening.main_output(snapshot, deadline))
         return value if into is None else typed_output(value, into, self._converter, snapshot)
-
-    async def _main_output(self, snapshot: Snapshot, deadline: Deadline) -> Any:
-        """Ask for the main output of a complete execution until the server has it."""
-        request = results_request(snapshot.execution_id, return_all_outputs=False)
-        read = partial(read_main_output, execution_id=snapshot.execution_id)
-        due = started = anyio.current_time()
-        while True:
-            reply = await self._call(request, read, deadline, due=due, seen=snapshot)
-            if reply.value.complete:
-                return reply.value.value
-            now = anyio.current_time()
-            due = now + self._poll.delay(
-                elapsed=now - started,
-                final=len(snapshot.nodes),
-                nodes=len(snapshot.nodes),
-                unchanged=now - started,
-                chance=random(),
-                retry_after=self._retry.announced(reply.retry_after),
-            )
 
     def _follow(
         self, execution_id: int, timeout: float | EllipsisType | None
@@ -546,7 +476,7 @@ class Session:
     def _deadline(self, timeout: float | EllipsisType | None) -> Deadline:
         return Deadline.after(self._limit(timeout), now=anyio.current_time())
 
-    async def _open(self, execution_id: int | None = None) -> _Opening:
+    async def _open(self, execution_id: int | None = None) -> Opening:
         try:
             if self._closed:
                 raise SessionClosed
@@ -558,7 +488,7 @@ class Session:
             raise
         return self._opening
 
-    def _begin(self) -> _Opening:
+    def _begin(self) -> Opening:
         api_key = find_api_key(self._api_key)
         if api_key is None:
             raise ConfigurationError(
@@ -583,19 +513,15 @@ class Session:
             emit=self._emit,
         )
 
-        def make_watch(execution_id: int, on_end: Callable[[Watch], None]) -> Watch:
-            request = results_request(execution_id, return_all_outputs=True)
-            reader = RepeatReader(self._node_maps, execution_id)
-            return Watch(
-                execution_id,
-                partial(transport.call, request, reader.read),
-                poll=self._poll,
-                retry=self._retry,
-                emit=self._emit,
-                on_end=on_end,
-            )
-
-        return _Opening(Lifetime(resources), transport, make_watch)
+        return Opening(
+            Lifetime(resources),
+            transport,
+            poll=self._poll,
+            retry=self._retry,
+            newborns=self._newborns,
+            node_maps=self._node_maps,
+            emit=self._emit,
+        )
 
     def _warn_of_plain_http(self, base_url: str, *, stacklevel: int = 2) -> None:
         if not self._warned and sends_in_the_clear(base_url):
@@ -606,37 +532,7 @@ class Session:
                 stacklevel=stacklevel,
             )
 
-    async def _settle(self, opening: _Opening) -> None:
+    async def _settle(self, opening: Opening) -> None:
         await opening.lifetime.wait_closed()
         if self._opening is opening:
             self._opening = None
-
-
-class _Opening:
-    """What a session has while it is open."""
-
-    def __init__(
-        self,
-        lifetime: Lifetime,
-        transport: Transport,
-        make_watch: Callable[[int, Callable[[Watch], None]], Watch],
-    ) -> None:
-        self.lifetime = lifetime
-        self.transport = transport
-        self._make_watch = make_watch
-        self._watches: dict[int, Watch] = {}
-
-    def join(self, execution_id: int) -> Watch:
-        """Return the execution's one watch, this follower counted; the first starts it."""
-        watch = self._watches.get(execution_id)
-        if watch is None:
-            watch = self._watches[execution_id] = self._make_watch(execution_id, self._forget)
-            watch.join()
-            self.lifetime.spawn(watch.run)
-        else:
-            watch.join()
-        return watch
-
-    def _forget(self, watch: Watch) -> None:
-        if self._watches.get(watch.execution_id) is watch:
-            del self._watches[watch.execution_id]

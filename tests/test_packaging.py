@@ -75,6 +75,7 @@ LAYERS = [
     "_watch",
     "_start",
     "_lifetime",
+    "_opening",
     "_misfits",
     "_inputs",
     "_strict",
