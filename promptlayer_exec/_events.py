@@ -103,7 +103,7 @@ class ExecutionStarted(Event):
 class Observer(Protocol):
     """What a session reports to: called in the event loop, so it must not block."""
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: Event, /) -> None:
         """Take note of an event; what it raises is logged and ignored."""
 
 

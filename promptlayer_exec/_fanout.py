@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections import deque
 from collections.abc import (
@@ -70,7 +71,8 @@ async def fan_out(
     """Yield the outcome of each item as it comes.
 
     Args:
-        items: taken one at a time, when there is a place for the next.
+        items: taken one at a time, when there is a place for the next; an async generator is
+            closed at the end.
         carry_out: does the work of one item, notes what it learns of it, and returns the output.
         max_in_flight: how many may be under way, or have ended without being yielded yet.
         join: returns what runs a task until it ends by itself or the session is closed.
@@ -78,7 +80,7 @@ async def fan_out(
     Raises:
         Unauthorized, SessionClosed: an item met it, so that no later one could succeed. Those
             under way were given up; each of them was yielded, with that error.
-        Exception: one of `items` itself, after those under way have ended by themselves.
+        BaseException: one of `items` itself, after those under way have ended by themselves.
     """
     fan = _Fan(items, carry_out, max_in_flight)
     (await join())(fan.run)
@@ -106,7 +108,7 @@ class _Fan(Generic[ItemT]):
         self._runs = False
         self._ended = anyio.Event()
         self._left = False
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
 
     async def next(self) -> Outcome[ItemT, Any] | None:
         """Return the next outcome; None after the last."""
@@ -134,13 +136,24 @@ class _Fan(Generic[ItemT]):
         try:
             with self._scope:
                 async with anyio.create_task_group() as flights:
-                    await self._admit(flights)
+                    await self._supply(flights)
         except anyio.get_cancelled_exc_class():
             self._error = self._error or SessionClosed()
             raise
         finally:
             self._ended.set()
             self._news.set()
+
+    async def _supply(self, flights: TaskGroup) -> None:
+        # In a task that is cancelled but once: a scope would cancel each `await` of the clean-up in
+        # an async generator of the user's.
+        supply = asyncio.create_task(self._admit(flights), name="promptlayer_exec.items")
+        try:
+            await asyncio.wait([supply])
+        finally:
+            supply.cancel()
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([supply])
 
     async def _admit(self, flights: TaskGroup) -> None:
         try:
@@ -150,37 +163,65 @@ class _Fan(Generic[ItemT]):
                     flights.start_soon(self._fly, Flight(index, await anext(items)))
         except StopAsyncIteration:
             pass
-        except Exception as error:  # noqa: BLE001 - whatever `items` raises, it is for the consumer
+        except asyncio.CancelledError as error:
+            if not _is_cancelled():
+                self._error = self._error or _stray("items", error)
+        except BaseException as error:  # noqa: BLE001 - whatever `items` raises, it is the consumer's
             self._error = self._error or error
 
     async def _fly(self, flight: Flight[ItemT]) -> None:
         try:
             outcome = flight.end(output=await self._carry_out(flight))
-        except anyio.get_cancelled_exc_class():
-            if self._left:
+        except asyncio.CancelledError as error:
+            if not _is_cancelled():
+                outcome = flight.end(error=_stray("an item", error))
+            elif self._left:
                 raise
-            outcome = flight.end(error=self._given_up(flight))
+            else:
+                outcome = flight.end(error=self._given_up(flight))
         except (Unauthorized, SessionClosed) as error:
             outcome = flight.end(error=error)
-            self._error = self._error or copy_error(error)
-            self._scope.cancel()
+            self._fail(copy_error(error))
         except Exception as error:  # noqa: BLE001 - one item's failure is its own
             outcome = flight.end(error=error)
+        except BaseException as error:  # noqa: BLE001 - passed on, it would end the whole session
+            self._fail(error)
+            return
         self._outcomes.append(outcome)
         self._news.set()
 
+    def _fail(self, error: BaseException) -> None:
+        self._error = self._error or error
+        self._scope.cancel()
+
     def _given_up(self, flight: Flight[ItemT]) -> Exception:
-        error = SessionClosed() if self._error is None else copy_error(self._error)
+        error = copy_error(self._error) if isinstance(self._error, Exception) else SessionClosed()
         if isinstance(error, PromptLayerExecError):
             error.execution_id = None if flight.execution is None else flight.execution.id
             error.last_snapshot = flight.snapshot
         return error
 
 
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _stray(what: str, cause: asyncio.CancelledError) -> RuntimeError:
+    error = RuntimeError(f"something that {what} awaited was cancelled")
+    error.__cause__ = cause
+    return error
+
+
 async def _each(items: Iterable[ItemT] | AsyncIterable[ItemT]) -> AsyncGenerator[ItemT, None]:
-    if isinstance(items, AsyncIterable):
-        async for item in items:
-            yield item
-    else:
+    if not isinstance(items, AsyncIterable):
         for item in items:
             yield item
+        return
+    iterator = aiter(items)
+    try:
+        async for item in iterator:
+            yield item
+    finally:
+        if isinstance(iterator, AsyncGenerator):
+            await iterator.aclose()

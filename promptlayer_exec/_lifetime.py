@@ -81,6 +81,11 @@ class Lifetime:
         try:
             with scope:
                 return await run()
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise RuntimeError("something that the call awaited was cancelled") from error
         finally:
             self._calls.discard(scope)
             if self.closing and not self._calls:

@@ -53,6 +53,9 @@ def typed_output(
     """
     try:
         return structure(value, into, converter)
+    except TypeError as error:  # of a part of the type that only this value led to
+        error.add_note(f"for the output of execution {snapshot.execution_id}")
+        raise
     except Misfit as misfit:
         raise InvalidOutput(
             f"the output is not what into= asks for: {misfit.path}: {misfit.reason}",

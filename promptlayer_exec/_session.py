@@ -81,8 +81,8 @@ class Session:
         wait_timeout: the default deadline of every wait, in seconds; None waits for ever.
         request_timeout: seconds for one HTTP attempt, from connecting to the last byte; waiting
             for a connection to be free, or for the pace, does not count.
-        max_connections: how many requests may be under way at once; beside them up to a quarter as
-            many starts.
+        max_connections: how many requests may be under way at once; a quarter of them, and at least
+            one, is kept for starts.
         max_response_bytes: how large a response may be, after decompression.
         rate: HTTP attempts per second, over everything the session does; None: unlimited.
         limiter: a further limit, acquired once per HTTP attempt.
@@ -317,10 +317,12 @@ class Session:
 
         Args:
             items: ids, `Execution` handles and `StartRequest`s, as an iterable or async iterable;
-                the next one is taken when there is a place for it.
+                the next one is taken when there is a place for it. An async generator is closed at
+                the end.
             max_in_flight: how many may be under way, or have ended without being yielded yet.
             timeout: seconds for each item, from when it was taken; `...` means the session's
-                `wait_timeout`, None no limit.
+                `wait_timeout`, None no limit. A start that is on the wire by then is read to its
+                end.
             into: the type of the outputs, as for `Execution.output`.
 
         Raises:

@@ -55,6 +55,7 @@ class Start:
         is_closing: Callable[[], bool],
     ) -> None:
         self.left = False
+        self.called_off = False
         self._request = request
         self._post = post
         self._outage = outage
@@ -101,13 +102,14 @@ class Start:
             # Not passed on: it would end the task group, and with it every watch.
             self._fail(self._cancelled())
         except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to the caller
-            self._fail(self._judge(error))
+            self._fail(self._cancelled() if self.called_off else self._judge(error))
         else:
             self._succeed(started)
 
     def leave(self) -> None:
         """Take note that the request leaves now; not if it was called off a moment ago."""
         if self._task is None or self._task.cancelling():
+            self.called_off = True
             raise ConnectionAbortedError("called off before it left")
         self.left = True
         self._scope.shield = True
@@ -154,8 +156,9 @@ class Start:
 
     def _judge(self, error: Exception) -> Exception:
         """Return what a failure means: was it told that no run started?"""
-        if not isinstance(error, RequestError):
-            return error
+        if not isinstance(error, RequestError):  # a limiter's, or a borrowed session's hook's
+            reason = f"{type(error).__name__}: {error}"
+            return self._unknown(reason, error) if self.left else error
         if isinstance(error, StatusError):
             is_lost = error.status >= 500 or error.status == HTTPStatus.REQUEST_TIMEOUT
         else:
@@ -164,9 +167,12 @@ class Start:
 
     def _cancelled(self) -> Exception:
         if self.left:
-            return self._unknown("the event loop was shut down before the answer came")
+            return self._unknown("it was cancelled, as by the end of its event loop")
         if self._expired is None:
-            return SessionClosed()
+            is_cancelled = self._task is not None and self._task.cancelling()
+            if self._is_closing() or is_cancelled:
+                return SessionClosed()
+            return RuntimeError("something that the start awaited was cancelled")
         cause = self._outage.error
         why = f"last failure: {cause.args[0]}" if cause is not None else "its turn did not come"
         timeout = self._expired.timeout or 0.0

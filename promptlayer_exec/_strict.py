@@ -138,6 +138,12 @@ def _no_bytes(_: Any, kind: Any) -> Any:
     raise StructureHandlerNotFoundError("JSON has no bytes. Register a structure hook.", kind)
 
 
+def _no_generic(kind: Any, _: Any) -> Hook:
+    raise StructureHandlerNotFoundError(
+        f"{kind} is a generic NamedTuple. Register a structure hook.", kind
+    )
+
+
 def _member(value: Any, kind: type[Enum]) -> Enum:
     try:
         member = kind(value)
@@ -305,10 +311,24 @@ def _named_tuple(kind: Any, converter: cattrs.Converter) -> Hook:
 def _model(kind: Any, _: Any) -> Hook:
     from_json: Any = getattr(kind, "model_validate_json", None)
     if _takes_strict(from_json):  # only JSON's strict mode reads a datetime, an enum or a UUID
-        return lambda value, _: from_json(json.dumps(value), strict=True)
+
+        def structure(value: Any, _: Any) -> Any:
+            try:
+                return from_json(json.dumps(value), strict=True)
+            except ValueError as error:
+                if not _is_json_beyond(error):
+                    raise
+            return kind.model_validate(value, strict=True)
+
+        return structure
     if _takes_strict(kind.model_validate):
         return lambda value, _: kind.model_validate(value, strict=True)
     return lambda value, _: kind.model_validate(value)
+
+
+def _is_json_beyond(error: Any) -> bool:
+    """Tell whether pydantic's reader could not read what ours did: a surrogate, deep nesting."""
+    return any(detail["type"] == "json_invalid" for detail in error.errors())
 
 
 def _takes_strict(function: Any) -> bool:
@@ -416,12 +436,17 @@ def is_union(kind: Any) -> bool:
     return get_origin(kind) in (Union, UnionType)
 
 
+def _is_generic_named_tuple(kind: Any) -> bool:
+    return get_origin(kind) is not None and is_namedtuple(get_origin(kind))
+
+
 def _is_model(kind: Any) -> bool:
     return isinstance(kind, type) and hasattr(kind, "model_validate")
 
 
 _RULES: list[tuple[Callable[[Any], bool], Callable[[Any, cattrs.Converter], Hook]]] = [
     (_is_null, _null),
+    (_is_generic_named_tuple, _no_generic),
     (_is_object, _anything),
     (_is_enum, _enum),
     (_is_literal, _literal),

@@ -44,6 +44,7 @@ USER_AGENT = (
 )
 # The body of an error is for people to read.
 _ERROR_BODY_BYTES = 64 * 1024
+_LONGEST_KEY = 1024
 
 
 async def _send_once(
@@ -88,13 +89,11 @@ class Pools:
     def open(cls, max_connections: int, resources: AsyncExitStack) -> Self:
         """Open pools of our own in the running loop; `resources` closes them."""
         pools = []
-        for places, connector in (
-            (max_connections, aiohttp.TCPConnector(limit=0)),
-            (_share_of_starts(max_connections), aiohttp.TCPConnector(limit=0, force_close=True)),
-        ):
+        for places, force_close in zip(_places(max_connections), (False, True), strict=True):
+            connector = aiohttp.TCPConnector(limit=0, force_close=force_close)
             http = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
             resources.push_async_callback(http.close)
-            pools.append(_Pool(http, _semaphore(places)))
+            pools.append(_Pool(http, places))
         return cls(*pools)
 
     @classmethod
@@ -102,24 +101,15 @@ class Pools:
         """Share out the connections of somebody else's client session."""
         connector = http.connector
         limits = (connector.limit, connector.limit_per_host) if connector is not None else ()
-        limit = min([limit for limit in limits if limit], default=None)
-        if limit is None:
-            looks, starts = max_connections, _share_of_starts(max_connections)
-        else:
-            starts = _share_of_starts(limit)
-            looks = min(max_connections, limit - starts)
-        if not looks:  # there is but one connection
-            pool = _Pool(http, _semaphore(1))
-            return cls(pool, pool)
-        return cls(_Pool(http, _semaphore(looks)), _Pool(http, _semaphore(starts)))
+        looks, starts = _places(min([max_connections, *(limit for limit in limits if limit)]))
+        return cls(_Pool(http, looks), _Pool(http, starts))
 
 
-def _semaphore(places: int) -> anyio.Semaphore:
-    return anyio.Semaphore(places, fast_acquire=True)
-
-
-def _share_of_starts(connections: int) -> int:
-    return max(connections // 4, 1)
+def _places(connections: int) -> tuple[anyio.Semaphore, anyio.Semaphore]:
+    """Share connections out between looks and starts; of one alone, both have the same place."""
+    starts = max(connections // 4, 1)
+    looks = anyio.Semaphore(max(connections - starts, 1), fast_acquire=True)
+    return looks, looks if connections == 1 else anyio.Semaphore(starts, fast_acquire=True)
 
 
 class Departure(Protocol):
@@ -128,6 +118,10 @@ class Departure(Protocol):
     @property
     def left(self) -> bool:
         """Whether it may have."""
+
+    @property
+    def called_off(self) -> bool:
+        """Whether it must not leave any more."""
 
     def leave(self) -> None:
         """It is about to leave; raises `OSError` where it must not any more."""
@@ -249,6 +243,8 @@ class Transport:
 
     def _is_transient(self, error: RequestError, departure: Departure | None) -> bool:
         """Tell whether a failure is worth another attempt."""
+        if departure is not None and departure.called_off:
+            return False
         if departure is not None and (departure.left or isinstance(error, StatusError)):
             if not isinstance(error, RateLimited):
                 return False
@@ -288,7 +284,8 @@ class Transport:
                 middlewares=pool.middlewares,
             )
             limit = self._max_response_bytes if answer.status < 300 else _ERROR_BODY_BYTES
-            await _receive(answer, chunks, limit)
+            # Of a refusal a little more: a key at the end is blotted out before it is cut in half.
+            await _receive(answer, chunks, limit if answer.status < 300 else limit + _LONGEST_KEY)
         except (aiohttp.ClientError, OSError) as error:  # OSError: also every TimeoutError
             trouble = error
         except asyncio.CancelledError as error:
@@ -309,9 +306,11 @@ class Transport:
                 status=answer.status,
                 excerpt=self._excerpt(body),
             )
+        if answer.status >= 300:
+            body = self._key.blot_bytes(body)[:limit]
         response = Response(
             answer.status,
-            body[:limit],
+            body,
             location=answer.headers.get("Location"),
             retry_after=read_retry_after(answer.headers, now=time.time()),
         )

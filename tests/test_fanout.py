@@ -11,6 +11,7 @@ from contextlib import aclosing
 from typing import Any
 
 import attrs
+import cattrs
 import pytest
 
 from promptlayer_exec import (
@@ -21,6 +22,7 @@ from promptlayer_exec import (
     InvalidOutput,
     NotFound,
     Outcome,
+    Polled,
     PollPolicy,
     RequestRetried,
     RetryPolicy,
@@ -345,6 +347,106 @@ async def test_an_error_of_the_items_waits_for_those_under_way(
         await consume()
     assert [outcome.index for outcome in outcomes] == [1, 0]
     assert all(outcome.ok for outcome in outcomes)
+
+
+@pytest.mark.parametrize(
+    "error", [asyncio.CancelledError(), GeneratorExit(), SystemExit(3), KeyError("k")], ids=repr
+)
+async def test_whatever_the_items_raise_ends_the_fan_out_alone(
+    sim: Simulator, session: Session, held: int, recorder: Any, error: BaseException
+) -> None:
+    """Those under way are yielded, the error comes out, and other watches go on."""
+    watching = asyncio.create_task(session.execution(held).wait())
+    await recorder.next(Polled)
+
+    class Items:
+        def __aiter__(self) -> Any:
+            return self
+
+        count = 0
+
+        async def __anext__(self) -> int:
+            self.count += 1
+            if self.count == 1:
+                return done(sim)
+            raise error
+
+    outcomes = []
+
+    async def consume() -> None:
+        async with aclosing(session.as_completed(Items())) as completed:
+            async for outcome in completed:
+                outcomes.append(outcome)  # noqa: PERF401 - an error would lose them all
+
+    expected = RuntimeError if isinstance(error, asyncio.CancelledError) else type(error)
+    with pytest.raises(expected):
+        await consume()
+    assert [outcome.ok for outcome in outcomes] == [True]
+    sim.finish(held, "Answer")
+    assert (await watching).complete
+
+
+class Panic(BaseException):
+    """What some extension modules raise."""
+
+
+async def test_a_base_exception_of_an_item_is_raised_and_closes_nothing(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """It is no outcome, and it does not get lost."""
+
+    def panic(value: Any, _: Any) -> Any:
+        raise Panic
+
+    converter = cattrs.Converter()
+    converter.register_structure_hook(Report, panic)
+    session = open_session(converter=converter)
+    with pytest.raises(Panic):
+        await session.collect([run(2)], into=Report)
+    assert (await session.collect([run(2)]))[0].ok
+
+
+@pytest.mark.parametrize("ending", ["leaving early", "a 401", "closing", "a cancelled consumer"])
+@pytest.mark.parametrize("waits", ["for the next item", "for a place"])
+async def test_an_async_generator_is_closed_and_may_clean_up(
+    sim: Simulator, session: Session, held: int, ending: str, waits: str
+) -> None:
+    """Its `finally` may await as much as it likes."""
+    seen = []
+
+    async def items() -> AsyncIterator[int]:
+        try:
+            yield done(sim)
+            yield held
+            while waits == "for a place":
+                yield held
+            await asyncio.Event().wait()
+        finally:
+            seen.append("closing")
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            seen.append("closed")
+
+    async def consume() -> None:
+        async with aclosing(session.as_completed(items(), max_in_flight=2)) as completed:
+            async for _ in completed:
+                if ending == "leaving early":
+                    await sim.wait_for_requests(3)
+                    break
+                if ending == "a 401":
+                    sim.inject(Fault.status(401, execution_id=held))
+
+    consuming = asyncio.create_task(consume())
+    await sim.wait_for_requests(3)
+    if ending == "closing":
+        await session.aclose()
+    elif ending == "a cancelled consumer":
+        consuming.cancel()
+    await asyncio.wait([consuming])
+    assert seen == ["closing", "closed"]
+    expected = {"a 401": Unauthorized, "closing": SessionClosed}.get(ending, type(None))
+    if not consuming.cancelled():
+        assert type(consuming.exception()) is expected
 
 
 async def test_leaving_early_leaves_nothing_behind(

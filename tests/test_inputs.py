@@ -274,7 +274,7 @@ def test_recursion_of_a_hook_is_nesting_too_deep() -> None:
     def recurse(value: Any) -> Any:
         return recurse(value)
 
-    with pytest.raises(ValueError, match="^inputs: contains itself, or is nested too deeply"):
+    with pytest.raises(ValueError, match=r"^inputs: contains itself, or is nested too deeply"):
         encode_inputs({"row": Row(1)}, _converter(Row, recurse))
 
 

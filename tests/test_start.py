@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import pickle
@@ -326,7 +327,7 @@ async def test_starts_do_not_wait_behind_polls_nor_polls_behind_starts(
     sim: Simulator, open_session: Callable[..., Session], held: int
 ) -> None:
     """Each kind has places of its own."""
-    session = open_session(max_connections=1, request_timeout=5.0)
+    session = open_session(max_connections=2, request_timeout=5.0)
     sim.inject(Fault.stall())
     stalled = asyncio.create_task(session.get_results(held))
     await sim.wait_for_requests(1)
@@ -742,8 +743,65 @@ async def test_a_loop_that_shuts_down_makes_the_start_unknown(begin: Callable[..
     caller = begin(server.post)
     await server.left.wait()
     server.departure._task.cancel()
-    with pytest.raises(StartUnknown, match="the event loop was shut down"):
+    with pytest.raises(StartUnknown, match="it was cancelled"):
         await caller
+
+
+async def test_a_limiter_that_is_cancelled_does_not_close_the_session(
+    open_session: Callable[..., Session],
+) -> None:
+    """Nobody cancelled the caller, either: what it awaited was cancelled."""
+
+    class Limiter:
+        async def acquire(self) -> None:
+            gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            gone.cancel()
+            await gone
+
+    session = open_session(limiter=Limiter())
+    with pytest.raises(RuntimeError, match="something that the start awaited was cancelled"):
+        await session.start(NAME)
+    with pytest.raises(RuntimeError, match="something that the call awaited was cancelled"):
+        await session.get_results(787)
+    (outcome,) = await session.collect([StartRequest(NAME)])
+    assert type(outcome.error) is RuntimeError
+
+
+async def test_a_limiter_that_swallows_the_cancellation_cannot_prolong_a_start(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """The deadline holds, and nothing is sent."""
+
+    class Limiter:
+        async def acquire(self) -> None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+
+    session = open_session(limiter=Limiter(), wait_timeout=0.05)
+    with pytest.raises(ExecutionTimeout, match="not started within"):
+        await session.start(NAME)
+    assert sim.request_count == 0
+
+
+@pytest.mark.parametrize("gone", [False, True])
+async def test_a_foreign_error_after_the_request_left_is_an_unknown_start(
+    begin: Callable[..., Any], caplog: pytest.LogCaptureFixture, gone: bool
+) -> None:
+    """Such as one of a borrowed session's middleware: raised to the caller, or in the log."""
+    server = Server()
+    caller = begin(server.post)
+    await server.left.wait()
+    if gone:
+        caller.cancel()
+        await asyncio.wait([caller])
+    server.answer.set_exception(ZeroDivisionError("division"))
+    if gone:
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert "ZeroDivisionError: division" in caplog.text
+    else:
+        with pytest.raises(StartUnknown, match="ZeroDivisionError: division"):
+            await caller
 
 
 async def test_an_unexpected_error_is_the_caller_s_own(begin: Callable[..., Any]) -> None:

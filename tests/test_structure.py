@@ -804,3 +804,27 @@ def test_json_round_trip() -> None:
     report = Report("t", [Item("n", 1.5)], Report("p"), {"a b": Item("m")})
     assert structure(json.loads(json.dumps(attrs.asdict(report))), Report) == report
     assert structure(json.dumps(attrs.asdict(report)), Report) == report
+
+
+class Both(NamedTuple, Generic[T]):
+    first: T
+    second: int = 0
+
+
+def test_a_generic_named_tuple_is_refused_at_once() -> None:
+    """As cattrs would take it for any tuple."""
+    with pytest.raises(TypeError, match="generic NamedTuple"):
+        check_type(Both[int])
+
+
+def test_a_model_gets_what_pydantic_s_own_reader_cannot_read() -> None:
+    """A lone surrogate, or a value nested deeper than that reader goes."""
+    deep: Any = []
+    for _ in range(300):
+        deep = [deep]
+
+    class Free(BaseModel):
+        text: Any
+
+    assert structure({"text": deep}, Free).text == deep
+    assert structure({"text": 1, "other": "\ud800"}, Free).text == 1

@@ -351,6 +351,16 @@ async def test_a_refusal_whose_body_is_cut_short_is_still_the_refusal() -> None:
     assert type(error) is Unauthorized
 
 
+@pytest.mark.parametrize("before", range(65526, 65537, 2))
+async def test_a_key_at_the_end_of_a_long_refusal_is_not_cut_in_half(before: int) -> None:
+    """It is blotted out before the body is cut."""
+    body = b"x" * before + b"secret-key and more"
+    async with raw_server(answering(http(body, status="403 No"))) as base_url:
+        error = await failure_at(base_url)
+    assert len(error.body) <= 65536
+    assert re.fullmatch(r"x+(\*\*\*[ andmore]*|\**)", error.body)
+
+
 async def test_a_refusal_s_body_is_read_to_64_kib() -> None:
     """A proxy's page of any size does not fill the memory."""
     async with raw_server(answering(http(b"x" * 1_000_000, status="403 No"))) as base_url:

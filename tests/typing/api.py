@@ -40,6 +40,10 @@ def observe(event: Event) -> None:
         assert_type(event.snapshot, Snapshot)
 
 
+def take_note(it: Event) -> None:
+    """Name the event as one likes."""
+
+
 limiter: Limiter = Tokens()
 observer: Observer = observe
 session = Session(
@@ -48,7 +52,7 @@ session = Session(
     wait_timeout=None,
     rate=None,
     limiter=limiter,
-    observers=[observe],
+    observers=[observe, take_note],
 )
 
 
