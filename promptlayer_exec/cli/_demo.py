@@ -32,8 +32,7 @@ async def main() -> None:
                 for change in snapshot.diff(previous):
                     print(change.node.name, change.node.status)
                 previous = snapshot
-        output = await session.get_results({EXECUTION_ID})
-        print(output.value)
+        print(await execution.output())
 
 
 asyncio.run(main())"""
@@ -54,9 +53,9 @@ async def demo(view: View, *, as_json: bool) -> ExitCode:
             observers=[report_retries(view.warn)],
         ) as session:
             await follow(session.execution(EXECUTION_ID), view, timeout=None)
-            output = await session.get_results(EXECUTION_ID)
+            output = await session.execution(EXECUTION_ID).output()
     if not as_json:
-        out(f"\nThe main output, from session.get_results({EXECUTION_ID}):\n")
-        print_output(output.value)
+        out("\nThe main output, from execution.output():\n")
+        print_output(output)
         out(f"\nThis Python does the same for an execution of yours, given its id:\n\n{_PROGRAM}")
     return ExitCode.SUCCEEDED
