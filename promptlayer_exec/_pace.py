@@ -20,10 +20,10 @@ class Limiter(Protocol):
 # way back along a cubic curve, as CUBIC (RFC 9438) does in TCP: quickly to where it was, slowly
 # past it, then faster and faster. So a rate that was measured too low corrects itself.
 _BACK_OFF = 0.9
-# Seconds until it is back at the measured rate. The longer the server makes everybody wait, the
-# more a further 429 costs, and the longer it is put off.
-_RETURN = 2.0
-_RETURN_PER_PAUSE = 5.0
+# Seconds until it is back at the measured rate. The longer the server makes everybody wait, or the
+# longer requests are under way, the more a further 429 costs, and the longer it is put off.
+_RETURN = 1.0
+_RETURN_PER_SECOND = 3.0
 _LONGEST_RETURN = 8.0
 _RETURN_DEPARTURES = 5
 # Announced by the server, a single 429 is no reason to slow down; a second within this time is.
@@ -111,7 +111,8 @@ class Pace:
                 half = min(self._throttle, self._rate, _UNMEASURED) / 2
                 self._known = min(max(self._good.at(now), half / _BACK_OFF), self._rate)
                 self._throttle = _BACK_OFF * self._known
-                self._return = min(_RETURN + _RETURN_PER_PAUSE * announced, _LONGEST_RETURN)
+                cost = max(announced, now - sent_at)
+                self._return = min(_RETURN + _RETURN_PER_SECOND * cost, _LONGEST_RETURN)
                 self._return = max(self._return, _RETURN_DEPARTURES / self._throttle)
                 self._tested = 0.0
                 self._tested_at = now

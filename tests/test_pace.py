@@ -363,7 +363,7 @@ async def test_recovery(world, rate, announced):
 
 
 async def test_recovery_after_a_second_429(world):
-    """After a second 429 the rate creeps for ten seconds, and then grows fast again."""
+    """After a second 429 the rate is back where it was in a second, and then at full speed."""
     pace = Pace(100.0, clock=world.clock)
     await steady(pace, world, 3.0)
     pace.refused(world.now, 0.0)
@@ -372,10 +372,10 @@ async def test_recovery_after_a_second_429(world):
     pace.refused(world.now, 0.0)
     second = world.now
     slow = pace._throttle
-    await steady(pace, world, 5.0)
-    assert slow < pace._throttle < slow * 1.5
-    times = await steady(pace, world, 20.0)
-    assert times[-1] - second < 30.0
+    await steady(pace, world, 1.0)
+    assert slow < pace._throttle < slow * 1.15
+    times = await steady(pace, world, 5.0)
+    assert times[-1] - second < 10.0
     assert gaps(times[-50:]) == pytest.approx([0.01] * 49)
 
 
@@ -386,7 +386,7 @@ async def test_idle_time_is_no_growth(world):
     pace.refused(world.now, 0.0)
     world.advance(3600.0)
     times = await departures(pace, world, 3)
-    assert gaps(times) == pytest.approx([0.1, 0.1], rel=0.05)
+    assert gaps(times) == pytest.approx([0.1, 0.1], rel=0.1)
     assert gaps(times)[0] > gaps(times)[1]
 
 
@@ -473,7 +473,7 @@ async def simulate(world, announce, *, seconds=30.0, latency=0.05, per_second=20
 @pytest.mark.parametrize("latency", [0.02, 0.05, 0.3])
 @pytest.mark.parametrize(
     ("announce", "used", "refused"),
-    [(never, 0.9, 0.02), (exactly, 0.9, 0.02), (whole_seconds, 0.7, 0.07)],
+    [(never, 0.9, 0.02), (exactly, 0.9, 0.02), (whole_seconds, 0.65, 0.07)],
     ids=["never", "exactly", "whole seconds"],
 )
 async def test_token_bucket(world, announce, used, refused, latency):
