@@ -34,7 +34,7 @@ def _install(session: nox.Session, group: str, *packages: str) -> None:
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """Run the suite on the built wheel, with branch coverage; arguments go to pytest."""
-    _install(session, "test", ".[cli]")
+    _install(session, "test", ".[cli,fastapi]")
     # The wheel is what is tested, so the checkout must not be found before it.
     environment = {
         "PYTHONSAFEPATH": "1",
@@ -64,7 +64,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check the types of the package, and of code as its users write it."""
-    _install(session, "types", "nox", "pytest", ".[cli]")
+    _install(session, "types", "nox", "pytest", ".[cli,fastapi]")
     session.run("mypy", "promptlayer_exec", "tests/typing", "noxfile.py")
 
 

@@ -1,0 +1,7 @@
+"""Executions in a FastAPI app: progress as Server-Sent Events, and errors as problem+json."""
+
+from ._events import execution_events
+from ._problems import add_error_handlers
+from ._router import create_router
+
+__all__ = ["add_error_handlers", "create_router", "execution_events"]

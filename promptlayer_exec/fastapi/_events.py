@@ -1,0 +1,139 @@
+"""An execution as Server-Sent Events.
+
+https://html.spec.whatwg.org/multipage/server-sent-events.html
+"""
+
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from typing import Any
+
+import anyio
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import SendTimeoutError
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from promptlayer_exec import Execution, SessionClosed, Snapshot
+
+from ._json import dump_json, node_view, snapshot_view
+from ._problems import describe, logger
+
+_RETRY = 2000
+_SEND_TIMEOUT = 30.0
+_FAREWELL = 0.1
+_ENDINGS = ("complete", "failure")
+
+
+async def execution_events(
+    execution: Execution, *, last_event_id: str | None = None, heartbeat: float = 15.0
+) -> Response:
+    """Return a response that tells an execution's progress, as Server-Sent Events.
+
+    It awaits the first snapshot, so what goes wrong until then is raised; what goes wrong later
+    is a `failure` event. Where the session is closed, the stream ends without one, so that the
+    client comes back to whichever process is there then.
+
+    Args:
+        execution: what to follow; all responses on it share the session's one poller.
+        last_event_id: the request's `Last-Event-ID`, by which a client that has seen the end is
+            sent away with a 204.
+        heartbeat: seconds between the comments that keep an idle connection open; 0 sends none.
+
+    Raises:
+        ValueError: `heartbeat` is negative.
+        PromptLayerExecError: there is no first snapshot.
+    """
+    if heartbeat < 0:
+        raise ValueError(f"heartbeat is at least 0 seconds, not {heartbeat}")
+    if last_event_id in [_event_id(execution.id, ending) for ending in _ENDINGS]:
+        return Response(status_code=204)
+    snapshots = execution.stream()
+    first = await anext(snapshots)
+    return _EventStream(first, snapshots, heartbeat)
+
+
+class _EventStream(EventSourceResponse):
+    """The events of one client, which leaves the watch whichever way the response ends."""
+
+    def __init__(
+        self, first: Snapshot, snapshots: AsyncGenerator[Snapshot, None], heartbeat: float
+    ) -> None:
+        self._snapshots = snapshots
+        super().__init__(
+            _events(first, snapshots),
+            ping=heartbeat,
+            ping_message_factory=lambda: ServerSentEvent(comment="", sep="\n"),
+            send_timeout=_SEND_TIMEOUT,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        unfinished = True
+
+        async def observed(message: Message) -> None:
+            nonlocal unfinished
+            unfinished = message.get("more_body", True)
+            await send(message)
+
+        try:
+            await super().__call__(scope, receive, observed)
+        except SendTimeoutError:
+            logger.info("a client did not read its events for %g s", _SEND_TIMEOUT)
+        else:
+            if unfinished:  # the server is shutting down, or the client is gone
+                await self._finish(send)
+        finally:
+            await self._snapshots.aclose()
+
+    async def _finish(self, send: Send) -> None:
+        # Without an end, servers log an error for every stream that they cut off.
+        with anyio.move_on_after(_FAREWELL), suppress(OSError):
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _events(
+    first: Snapshot, snapshots: AsyncGenerator[Snapshot, None]
+) -> AsyncGenerator[bytes, None]:
+    execution_id = first.execution_id
+    sent = first
+    try:
+        yield _event("snapshot", execution_id, first.poll, snapshot_view(first), _RETRY)
+        # While a client is slow, this waits at a `yield`; what it has missed is then one diff.
+        async for latest in snapshots:
+            for change in latest.diff(sent):
+                data = {
+                    "execution_id": str(execution_id),
+                    "progress": latest.progress,
+                    **node_view(change.node, latest),
+                }
+                yield _event("node", execution_id, latest.poll, data)
+            sent = latest
+        yield _event("complete", execution_id, "complete", snapshot_view(sent))
+    except SessionClosed:
+        return
+    except Exception as error:  # noqa: BLE001 - the status is sent: only an event can tell
+        yield _event("failure", execution_id, "failure", _failure(error, sent))
+
+
+def _failure(error: Exception, sent: Snapshot) -> dict[str, Any]:
+    last = getattr(error, "last_snapshot", None) or sent
+    kind, message = describe(error)
+    return {
+        "type": kind,
+        "message": message,
+        "execution_id": str(sent.execution_id),
+        "last": snapshot_view(last),
+    }
+
+
+def _event_id(execution_id: int, position: int | str) -> str:
+    # Any process must recognise it, so it says what it says by itself.
+    return f"{execution_id}:{position}"
+
+
+def _event(
+    kind: str, execution_id: int, position: int | str, data: Any, retry: int | None = None
+) -> bytes:
+    lines = [f"id: {_event_id(execution_id, position)}", f"event: {kind}"]
+    if retry is not None:
+        lines.append(f"retry: {retry}")
+    return "\n".join([*lines, f"data: {dump_json(data)}", "", ""]).encode()

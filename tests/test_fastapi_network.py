@@ -1,0 +1,325 @@
+"""Events over real sockets: many clients, slow ones, those that go, and the end of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from typing import Any
+
+import aiohttp
+import pytest
+import uvicorn
+from aiohttp import web
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from promptlayer_exec import ExecutionStarted, Session, WatchEnded
+from promptlayer_exec.fastapi import _events, create_router, execution_events
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+
+Serve = Callable[[ASGIApp], Awaitable[str]]
+
+
+class Server(uvicorn.Server):
+    """Uvicorn in the test's own loop, without its hold on signals."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        super().__init__(uvicorn.Config(app, port=0, log_config=None, ws="none", lifespan="off"))
+        self.is_up = asyncio.Event()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals to pytest."""
+        yield
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Tell when there is a port."""
+        await super().startup(sockets)
+        self.is_up.set()
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Serve]:
+    """Return a function that serves an app, and returns its URL."""
+    async with AsyncExitStack() as stack:
+
+        async def start(app: ASGIApp) -> str:
+            server = Server(app)
+            task = asyncio.create_task(server.serve())
+
+            async def stop() -> None:
+                server.should_exit = True
+                await task
+
+            stack.push_async_callback(stop)
+            await server.is_up.wait()
+            port = server.servers[0].sockets[0].getsockname()[1]
+            return f"http://127.0.0.1:{port}"
+
+        yield start
+
+
+class Watched:
+    """An app, with the requests that it is occupied with, and the bytes it has sent."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.active = 0
+        self.sent: dict[str, int] = {}
+        self._app = app
+        self._left = asyncio.Condition()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        client = scope["query_string"].decode()
+
+        async def counted(message: Message) -> None:
+            await send(message)
+            self.sent[client] = self.sent.get(client, 0) + len(message.get("body", b""))
+
+        self.active += 1
+        try:
+            await self._app(scope, receive, counted)
+        finally:
+            self.active -= 1
+            async with self._left:
+                self._left.notify_all()
+
+    async def until_active(self, count: int) -> None:
+        """Wait until no more than `count` requests are there, for a second at most."""
+        async with asyncio.timeout(1), self._left:
+            await self._left.wait_for(lambda: self.active <= count)
+
+
+async def allow() -> None:
+    """Let everybody in."""
+
+
+def make_app(session: Session) -> Watched:
+    """Return an app with all routes."""
+
+    async def get_session() -> Session:
+        return session
+
+    app = FastAPI()
+    app.include_router(create_router(get_session, authorize=allow, workflows=["report"]))
+    return Watched(app)
+
+
+async def events(response: aiohttp.ClientResponse) -> AsyncIterator[tuple[str, Any]]:
+    """Yield the kind and the data of each event as it comes."""
+    kind = ""
+    while line := (await response.content.readline()).decode():
+        name, _, text = line.rstrip("\n").partition(": ")
+        if name == "event":
+            kind = text
+        elif name == "data":
+            yield kind, json.loads(text)
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    """Return a client for as many connections as a test likes, and lines as long."""
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, read_bufsize=2**21) as client:
+        yield client
+
+
+async def test_two_hundred_clients_cost_the_requests_of_one(
+    sim: Simulator, session: Session, held: int, serve: Serve, http: aiohttp.ClientSession
+) -> None:
+    """Every client gets every event, and the last one tells how many polls there were in all."""
+    url = await serve(make_app(session))
+    ready = asyncio.Semaphore(0)
+
+    async def follow() -> tuple[list[str], Any]:
+        seen = []
+        async with http.get(f"{url}/executions/{held}/events") as response:
+            async for event in events(response):
+                seen.append(event)
+                ready.release()
+        return [kind for kind, _ in seen], seen[-1][1]
+
+    followers = [asyncio.create_task(follow()) for _ in range(200)]
+    for _ in followers:
+        await ready.acquire()
+    sim.finish(held, "Answer")
+    outcomes = await asyncio.gather(*followers)
+    assert all(kinds == ["snapshot", "node", "complete"] for kinds, _ in outcomes)
+    assert all(data == outcomes[0][1] for _, data in outcomes)
+    assert outcomes[0][1]["poll"] == sim.request_count
+
+
+async def test_a_client_that_goes_is_gone_and_the_last_one_stops_the_polling(
+    sim: Simulator,
+    session: Session,
+    *,
+    held: int,
+    serve: Serve,
+    http: aiohttp.ClientSession,
+    recorder: Any,
+) -> None:
+    """Each within a second; until then, the others are served on."""
+    app = make_app(session)
+    url = await serve(app)
+    one = await http.get(f"{url}/executions/{held}/events")
+    other = await http.get(f"{url}/executions/{held}/events")
+    assert app.active == 2
+    one.close()
+    await app.until_active(1)
+    await sim.wait_for_requests(sim.request_count + 2)
+    ended = asyncio.create_task(recorder.next(WatchEnded))
+    other.close()
+    await app.until_active(0)
+    assert (await ended).error is None
+
+
+@pytest.mark.parametrize("route", ["", "/events", "/output"])
+async def test_a_client_that_goes_before_the_answer_is_gone_too(
+    sim: Simulator,
+    session: Session,
+    *,
+    held: int,
+    serve: Serve,
+    http: aiohttp.ClientSession,
+    route: str,
+) -> None:
+    """However long PromptLayer does not answer, nobody is waited for who is not there."""
+    app = make_app(session)
+    url = await serve(app)
+    sim.inject(Fault.stall())
+    request = asyncio.create_task(http.get(f"{url}/executions/{held}{route}"))
+    await sim.wait_for_requests(1)
+    request.cancel()
+    await app.until_active(0)
+
+
+async def test_a_start_whose_client_goes_is_reported(
+    sim: Simulator,
+    session: Session,
+    *,
+    serve: Serve,
+    http: aiohttp.ClientSession,
+    recorder: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The paid run is not lost: the session tells its id."""
+    sim.add_workflow("report", Scenario([SimNode("Report")]))
+    sim.inject(Fault.delay(0.3))
+    url = await serve(make_app(session))
+    request = asyncio.create_task(http.post(f"{url}/executions", json={"workflow": "report"}))
+    await sim.wait_for_requests(1)
+    started = asyncio.create_task(recorder.next(ExecutionStarted))
+    request.cancel()
+    event = await started
+    assert (event.execution_id, event.abandoned) == (sim.runs[0].execution_id, True)
+    assert f"execution {event.execution_id} of workflow 'report'" in caplog.text
+
+
+async def test_heartbeats_are_comments(
+    session: Session, held: int, serve: Serve, http: aiohttp.ClientSession
+) -> None:
+    """They come while nothing changes."""
+    app = FastAPI()
+
+    @app.get("/")
+    async def follow() -> Any:
+        return await execution_events(session.execution(held), heartbeat=0.01)
+
+    response = await http.get(await serve(app))
+    assert response.headers["x-accel-buffering"] == "no"
+    lines = [(await response.content.readline()).decode() for _ in range(9)]
+    assert [line.partition(": ")[0] for line in lines[:4]] == ["id", "event", "retry", "data"]
+    assert lines[4:] == ["\n", ": \n", "\n", ": \n", "\n"]
+    response.close()
+
+
+class Restless:
+    """An upstream whose one node has a new value of 256 KiB on every poll, until it is over."""
+
+    SIZE = 256 * 1024
+
+    def __init__(self) -> None:
+        self.polls = 0
+        self.is_over = False
+
+    async def answer(self, request: web.Request) -> web.Response:
+        """Answer a poll."""
+        self.polls += 1
+        value = f"{self.polls}".ljust(self.SIZE, ".")
+        node = {"status": "SUCCESS" if self.is_over else "RUNNING", "value": value}
+        return web.json_response({"Node": node}, status=200 if self.is_over else 202)
+
+
+@pytest.fixture
+async def restless() -> AsyncIterator[tuple[Restless, str]]:
+    """Return such an upstream, and its URL."""
+    upstream = Restless()
+    app = web.Application()
+    app.router.add_get("/workflow-version-execution-results", upstream.answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    yield upstream, f"http://127.0.0.1:{runner.addresses[0][1]}"
+    await runner.cleanup()
+
+
+async def stop_reading(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Return a connection that has asked for events, and takes next to nothing of them."""
+    one_way = socket.socket()
+    one_way.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    one_way.setblocking(False)
+    host, port = url.removeprefix("http://").split(":")
+    await asyncio.get_running_loop().sock_connect(one_way, (host, int(port)))
+    reader, writer = await asyncio.open_connection(sock=one_way, limit=4096)
+    writer.write(b"GET /executions/1/events?stalled HTTP/1.0\r\n\r\n")
+    return reader, writer
+
+
+async def test_a_client_that_stops_reading_delays_nobody_and_catches_up(
+    restless: tuple[Restless, str],
+    open_session: Callable[..., Session],
+    serve: Serve,
+    http: aiohttp.ClientSession,
+) -> None:
+    """It is owed one change at most, not a backlog; when it reads on, it gets the latest."""
+    upstream, base_url = restless
+    app = make_app(open_session(base_url=base_url))
+    url = await serve(app)
+    reader, writer = await stop_reading(url)
+    changes = 0
+    async with http.get(f"{url}/executions/1/events?reading") as response:
+        async for kind, data in events(response):
+            changes += kind == "node"
+            upstream.is_over = changes >= 100
+            latest = data
+    assert latest["complete"] is True
+    assert app.sent["reading"] > 100 * Restless.SIZE
+    # What the kernel's buffers hold on loopback, and a few events.
+    assert app.sent["stalled"] < 20 * Restless.SIZE
+    body = (await reader.read(-1)).decode()
+    writer.close()
+    received = [line for line in body.split("\n") if line.startswith("data: ")]
+    assert json.loads(received[-1].removeprefix("data: ")) == latest
+    assert len(received) < 25
+
+
+async def test_a_client_that_never_reads_is_dropped(
+    restless: tuple[Restless, str],
+    open_session: Callable[..., Session],
+    serve: Serve,
+    recorder: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that it cannot keep the polling going for ever."""
+    monkeypatch.setattr(_events, "_SEND_TIMEOUT", 0.2)
+    _, base_url = restless
+    app = make_app(open_session(base_url=base_url))
+    ended = asyncio.create_task(recorder.next(WatchEnded))
+    _, writer = await stop_reading(await serve(app))
+    await ended
+    await app.until_active(0)
+    writer.close()
