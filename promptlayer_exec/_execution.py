@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
@@ -101,10 +100,13 @@ class Execution:
         Raises:
             PromptLayerExecError: as for `stream`.
         """
-        async with aclosing(self.stream(timeout=timeout)) as snapshots:
-            async for snapshot in snapshots:
-                latest = snapshot
-        return latest
+        session = self._open_session()
+        deadline = session._deadline(timeout)
+        watch = (await session._open(self.id)).join(self.id)
+        try:
+            return await watch.completed(deadline)
+        finally:
+            watch.leave()
 
     @overload
     async def output(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections import deque
 from collections.abc import (
     AsyncGenerator,
@@ -14,10 +13,10 @@ from collections.abc import (
     Iterable,
 )
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from contextvars import Context
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import anyio
-from anyio.abc import TaskGroup
 
 from promptlayer_exec._errors import (
     PromptLayerExecError,
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
     from promptlayer_exec._execution import Execution
 
 ItemT = TypeVar("ItemT")
+# Of no use to a callback of ours, and so shared by all: each would copy the present one.
+_CONTEXT = Context()
 Spawn = Callable[[Callable[[], Coroutine[Any, Any, None]]], None]
 
 
@@ -106,6 +107,8 @@ class _Fan(Generic[ItemT]):
         self._outcomes: deque[Outcome[ItemT, Any]] = deque()
         self._news = anyio.Event()
         self._runs = False
+        # Plain tasks: in a task group each takes four times the memory.
+        self._flights: set[asyncio.Task[None]] = set()
         self._ended = anyio.Event()
         self._left = False
         self._error: BaseException | None = None
@@ -135,8 +138,14 @@ class _Fan(Generic[ItemT]):
         self._runs = True
         try:
             with self._scope:
-                async with anyio.create_task_group() as flights:
-                    await self._supply(flights)
+                try:
+                    await self._supply()
+                    await self._land()
+                finally:
+                    for flight in self._flights:
+                        flight.cancel()
+                    with anyio.CancelScope(shield=True):
+                        await self._land()
         except anyio.get_cancelled_exc_class():
             self._error = self._error or SessionClosed()
             raise
@@ -144,10 +153,14 @@ class _Fan(Generic[ItemT]):
             self._ended.set()
             self._news.set()
 
-    async def _supply(self, flights: TaskGroup) -> None:
+    async def _land(self) -> None:
+        while self._flights:
+            await asyncio.wait(self._flights)
+
+    async def _supply(self) -> None:
         # In a task that is cancelled but once: a scope would cancel each `await` of the clean-up in
         # an async generator of the user's.
-        supply = asyncio.create_task(self._admit(flights), name="promptlayer_exec.items")
+        supply = asyncio.create_task(self._admit(), name="promptlayer_exec.items")
         try:
             await asyncio.wait([supply])
         finally:
@@ -155,12 +168,17 @@ class _Fan(Generic[ItemT]):
             with anyio.CancelScope(shield=True):
                 await asyncio.wait([supply])
 
-    async def _admit(self, flights: TaskGroup) -> None:
+    async def _admit(self) -> None:
         try:
             async with aclosing(_each(self._items)) as items:
-                for index in itertools.count():
+                index = 0
+                while True:
                     await self._places.acquire()
-                    flights.start_soon(self._fly, Flight(index, await anext(items)))
+                    flight = Flight(index, await anext(items))
+                    index += 1
+                    task = asyncio.create_task(self._fly(flight), name="promptlayer_exec.Flight")
+                    self._flights.add(task)
+                    task.add_done_callback(self._flights.discard, context=_CONTEXT)
         except StopAsyncIteration:
             pass
         except asyncio.CancelledError as error:
@@ -194,12 +212,13 @@ class _Fan(Generic[ItemT]):
         self._error = self._error or error
         self._scope.cancel()
 
-    def _given_up(self, flight: Flight[ItemT]) -> Exception:
-        error = copy_error(self._error) if isinstance(self._error, Exception) else SessionClosed()
-        if isinstance(error, PromptLayerExecError):
-            error.execution_id = None if flight.execution is None else flight.execution.id
-            error.last_snapshot = flight.snapshot
-        return error
+    def _given_up(self, flight: Flight[ItemT]) -> PromptLayerExecError:
+        error: Any = SessionClosed()
+        if isinstance(self._error, PromptLayerExecError):
+            error = copy_error(self._error)
+        error.execution_id = None if flight.execution is None else flight.execution.id
+        error.last_snapshot = flight.snapshot
+        return cast(PromptLayerExecError, error)
 
 
 def _is_cancelled() -> bool:

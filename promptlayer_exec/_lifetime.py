@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
+from contextvars import Context
 from typing import Any, TypeVar
 
 import anyio
@@ -14,6 +15,9 @@ from promptlayer_exec._errors import SessionClosed
 from promptlayer_exec._policies import Deadline
 
 T = TypeVar("T")
+
+# Of no use to a callback of ours, and so shared by all: each would copy the present one.
+_CONTEXT = Context()
 
 # The loop itself keeps no strong reference: without one, a session that is dropped unclosed would
 # be torn apart by the garbage collector instead of being closed when the loop shuts down.
@@ -43,6 +47,7 @@ class Lifetime:
         self._calls: set[anyio.CancelScope] = set()
         self._calls_left = anyio.Event()
         self._tasks: TaskGroup
+        self._watches: set[asyncio.Task[None]] = set()
         supervisor = self._loop.create_task(self._supervise(), name="promptlayer_exec.Session")
         _supervisors.add(supervisor)
         supervisor.add_done_callback(_supervisors.discard)
@@ -68,6 +73,21 @@ class Lifetime:
     def spawn(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run a task until it ends by itself or the session is closed."""
         self._tasks.start_soon(run)
+
+    def spawn_watch(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run a watch likewise; it never fails, and may be one of ten thousand.
+
+        So it is not in the task group, where a task takes four times the memory.
+        """
+        task = self._loop.create_task(run(), name="promptlayer_exec._watch.Watch.run")
+        self._watches.add(task)
+        task.add_done_callback(self._watches.discard, context=_CONTEXT)
+
+    async def _end_watches(self) -> None:
+        for task in self._watches:
+            task.cancel()
+        while self._watches:
+            await asyncio.wait(self._watches)
 
     async def call(self, run: Callable[[], Awaitable[T]], deadline: Deadline) -> T:
         """Await `run()`, but no longer than to the deadline or the closing of the session.
@@ -127,6 +147,8 @@ class Lifetime:
                 await self._closing.wait()
                 self._end_calls()  # at once: a task may have something to see to its end
                 self._tasks.cancel_scope.cancel()
+                for task in self._watches:
+                    task.cancel()
         finally:
             # Also where the loop shuts down without a close: asyncio.run cancels every task.
             self._closing.set()
@@ -135,6 +157,7 @@ class Lifetime:
                 self._end_calls()
                 if self._calls:
                     await self._calls_left.wait()
+                await self._end_watches()
                 await self._resources.aclose()
             finally:
                 self._ended.set()

@@ -82,7 +82,7 @@ class Opening:
             on_end=self._forget,
         )
         watch.join()
-        self.lifetime.spawn(watch.run)
+        self.lifetime.spawn_watch(watch.run)
         return watch
 
     def _forget(self, watch: Watch) -> None:

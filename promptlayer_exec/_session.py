@@ -450,9 +450,13 @@ class Session:
     ) -> Any:
         """Wait for the main output; `see` is told of every snapshot on the way."""
         opening = await self._open(execution_id)
-        async with aclosing(follow(self._joining(execution_id), deadline)) as snapshots:
-            async for snapshot in snapshots:
-                see(snapshot)
+        watch = opening.join(execution_id)
+        try:
+            snapshot = await watch.completed(deadline)
+        finally:
+            if watch.latest is not None:
+                see(watch.latest)
+            watch.leave()
         value = await main_output(snapshot, lambda: opening.main_output(snapshot, deadline))
         return value if into is None else typed_output(value, into, self._converter, snapshot)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from contextvars import Context
 from random import random
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -73,6 +74,26 @@ def _first_seen(
     return FrozenMap(times)
 
 
+# Of no use to a callback of ours, and so shared by all: each would copy the present one.
+_CONTEXT = Context()
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+async def _until(due: float) -> None:
+    # One future and one timer, as ten thousand watches may be asleep.
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+    timer = loop.call_at(due, _resolve, future, context=_CONTEXT)
+    try:
+        await future
+    finally:
+        timer.cancel()
+
+
 class Watch:
     """Polls one execution for as long as somebody follows it.
 
@@ -103,8 +124,11 @@ class Watch:
         self._emit = emit
         self._on_end = on_end
         self._followers = 0
-        self._news = anyio.Event()
+        # Followers who wait for any news, and those who wait for the end alone.
+        self._curious: set[asyncio.Future[None]] = set()
+        self._patient: set[asyncio.Future[None]] = set()
         self._outage = Outage(retry, retry.watch_outage)
+        self._changed_at = 0.0
         self._error: Exception | None = None
         self._task: asyncio.Task[Any] | None = None
 
@@ -128,18 +152,49 @@ class Watch:
             ExecutionTimeout: the deadline passed, and there is no complete snapshot.
             PromptLayerExecError: the poller failed, or the session was closed.
         """
-        while True:
-            late = anyio.current_time() >= deadline.at
-            latest = self.latest
-            if latest is not None and latest is not seen and (latest.complete or not late):
-                return latest
-            if late:
-                cause = self._error or self._outage.error
-                raise timed_out(self.execution_id, deadline, latest, cause) from cause
+        while (snapshot := self._there(seen, deadline)) is None:
+            await self._wait(self._curious, deadline)
+        return snapshot
+
+    async def completed(self, deadline: Deadline) -> Snapshot:
+        """Return the complete snapshot; errors are those of `newer`."""
+        while (snapshot := self._complete(deadline)) is None:
+            await self._wait(self._patient, deadline)
+        return snapshot
+
+    async def _wait(self, waiting: set[asyncio.Future[None]], deadline: Deadline) -> None:
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        waiting.add(future)
+        timer = None
+        if deadline.timeout is not None:
+            timer = loop.call_at(deadline.at, _resolve, future, context=_CONTEXT)
+        try:
+            await future
+        finally:
+            waiting.discard(future)
+            if timer is not None:
+                timer.cancel()
+
+    def _complete(self, deadline: Deadline) -> Snapshot | None:
+        snapshot = self._there(None, deadline)
+        if snapshot is not None and not snapshot.complete:
             if self._error is not None:
-                raise copy_error(self._error)  # a traceback belongs to one task
-            with anyio.CancelScope(deadline=deadline.at):
-                await self._news.wait()
+                raise copy_error(self._error)
+            return None
+        return snapshot
+
+    def _there(self, seen: Snapshot | None, deadline: Deadline) -> Snapshot | None:
+        late = anyio.current_time() >= deadline.at
+        latest = self.latest
+        if latest is not None and latest is not seen and (latest.complete or not late):
+            return latest
+        if late:
+            cause = self._error or self._outage.error
+            raise timed_out(self.execution_id, deadline, latest, cause) from cause
+        if self._error is not None:
+            raise copy_error(self._error)  # a traceback belongs to one task
+        return None
 
     async def run(self) -> None:
         """Poll until the execution is complete, the last follower has left, or a poll fails."""
@@ -148,7 +203,7 @@ class Watch:
         self._task = task = asyncio.current_task()
         started = anyio.current_time()
         self._emit(WatchStarted(self.execution_id))
-        error: Exception | None = SessionClosed()
+        error: Exception | None = None
         try:
             error = await self._poll_until_complete(started)
         except asyncio.CancelledError as cancelled:
@@ -158,55 +213,63 @@ class Watch:
             elif task is not None and not task.cancelling():
                 error = RuntimeError("something that a poll awaited was cancelled")
                 error.__cause__ = cancelled
+            else:
+                error = SessionClosed()
         finally:
             self._task = None
             self._end(error, elapsed=anyio.current_time() - started)
 
     async def _poll_until_complete(self, started: float) -> Exception | None:
-        due = changed_at = started
+        due = self._changed_at = started
         try:
-            while True:
-                self._outage = Outage(self._retry, self._retry.watch_outage)
-                reply = await self._fetch(self._outage, due=due)
-                now = anyio.current_time()
-                previous = self.latest
-                snapshot = take_snapshot(
-                    self.execution_id, reply, elapsed=now - started, previous=previous
-                )
-                if previous is None or _statuses(previous) != _statuses(snapshot):
-                    changed_at = now
-                self._publish(snapshot)
-                self._emit(
-                    Polled(
-                        self.execution_id,
-                        snapshot,
-                        duration=reply.duration,
-                        lateness=reply.lateness,
-                        body_bytes=reply.body_bytes,
-                    )
-                )
-                if snapshot.complete:
-                    return None
-                delay = self._poll.delay(
-                    elapsed=now - started,
-                    final=sum(node.final for node in snapshot.nodes.values()),
-                    nodes=len(snapshot.nodes),
-                    unchanged=now - changed_at,
-                    chance=random(),
-                    retry_after=self._retry.announced(reply.retry_after),
-                )
-                due = now + delay
-                await anyio.sleep_until(due)
+            while (following := await self._look(started, due)) is not None:
+                due = following
+                await _until(due)
         except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to the followers
             return error
+        return None
+
+    async def _look(self, started: float, due: float) -> float | None:
+        """Poll once, and return when to do so again."""
+        # Apart from the loop, so that nothing of a poll is kept while the watch sleeps.
+        self._outage = Outage(self._retry, self._retry.watch_outage)
+        reply = await self._fetch(self._outage, due=due)
+        now = anyio.current_time()
+        previous = self.latest
+        snapshot = take_snapshot(self.execution_id, reply, elapsed=now - started, previous=previous)
+        if previous is None or _statuses(previous) != _statuses(snapshot):
+            self._changed_at = now
+        self._publish(snapshot)
+        self._emit(
+            Polled(
+                self.execution_id,
+                snapshot,
+                duration=reply.duration,
+                lateness=reply.lateness,
+                body_bytes=reply.body_bytes,
+            )
+        )
+        if snapshot.complete:
+            return None
+        return now + self._poll.delay(
+            elapsed=now - started,
+            final=sum(node.final for node in snapshot.nodes.values()),
+            nodes=len(snapshot.nodes),
+            unchanged=now - self._changed_at,
+            chance=random(),
+            retry_after=self._retry.announced(reply.retry_after),
+        )
 
     def _publish(self, snapshot: Snapshot) -> None:
         self.latest = snapshot
-        self._wake()
+        self._wake(over=snapshot.complete)
 
-    def _wake(self) -> None:
-        news, self._news = self._news, anyio.Event()
-        news.set()
+    def _wake(self, *, over: bool) -> None:
+        for future in self._curious:
+            _resolve(future)
+        if over:
+            for future in self._patient:
+                _resolve(future)
 
     def _end(self, error: Exception | None, *, elapsed: float) -> None:
         if error is not None:
@@ -217,7 +280,7 @@ class Watch:
                 error.add_note(f"while watching execution {self.execution_id}")
             self._error = error
             self._on_end(self)
-            self._wake()
+            self._wake(over=True)
         polls = self.latest.poll if self.latest is not None else 0
         self._emit(WatchEnded(self.execution_id, polls=polls, elapsed=elapsed, error=error))
 

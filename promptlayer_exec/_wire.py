@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from functools import cache
+from hashlib import blake2b
 from http import HTTPStatus
 from typing import Any, Generic, NoReturn, TypeVar
 from urllib.parse import quote
@@ -34,7 +35,7 @@ from promptlayer_exec._errors import (
     UnprocessableEntity,
 )
 from promptlayer_exec._events import logger
-from promptlayer_exec._models import FrozenMap, MainOutput, Node, StartRequest
+from promptlayer_exec._models import FrozenMap, MainOutput, Node, StartRequest, same_json
 
 T = TypeVar("T")
 
@@ -243,8 +244,13 @@ class NodeMapReader:
         self._structure = _node_hook(detailed=False)
         self._reported: set[str] = set()
 
-    def read(self, response: Response, execution_id: int) -> NodeMap:
+    def read(self, response: Response, execution_id: int, before: NodeMap | None = None) -> NodeMap:
         """Return the node map in a response.
+
+        Args:
+            response: what the server answered.
+            execution_id: the execution.
+            before: the node map before it, whose unchanged nodes are used again.
 
         Raises:
             StatusError: the server refused.
@@ -256,6 +262,10 @@ class NodeMapReader:
             _misfit(response, "$", f"expected a map of node name to node, got {_kind(raw)}")
         nodes = {}
         for name, body in raw.items():
+            if before is not None and name in before.nodes and same_json(before.raw[name], body):
+                raw[name] = before.raw[name]
+                nodes[name] = before.nodes[name]
+                continue
             nodes[name] = node = self._node(response, name, body)
             if type(node.status) is str and node.status not in self._reported:
                 self._report(node, execution_id)
@@ -283,19 +293,22 @@ class NodeMapReader:
 
 
 class RepeatReader:
-    """Reads the node maps of one execution; an unchanged body gives the very same `NodeMap`."""
+    """Reads the node maps of one execution; what did not change is the very same object."""
+
+    __slots__ = ("_execution_id", "_node_map", "_reader", "_seen")
 
     def __init__(self, reader: NodeMapReader, execution_id: int) -> None:
         self._reader = reader
         self._execution_id = execution_id
         self._seen: tuple[int, bytes] | None = None
-        self._node_map: NodeMap
+        self._node_map: NodeMap | None = None
 
     def read(self, response: Response) -> NodeMap:
         """Do what `NodeMapReader.read` does."""
-        seen = response.status, response.body
-        if seen != self._seen:
-            self._node_map = self._reader.read(response, self._execution_id)
+        # The digest rather than the body, which may be large.
+        seen = response.status, blake2b(response.body, digest_size=16).digest()
+        if self._node_map is None or seen != self._seen:
+            self._node_map = self._reader.read(response, self._execution_id, self._node_map)
             self._seen = seen
         return self._node_map
 

@@ -9,6 +9,7 @@ import pickle
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from typing import Any
+from unittest.mock import AsyncMock
 
 import attrs
 import cattrs
@@ -33,6 +34,7 @@ from promptlayer_exec import (
     Unauthorized,
     WatchStarted,
 )
+from promptlayer_exec._fanout import fan_out
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 
@@ -384,6 +386,36 @@ async def test_whatever_the_items_raise_ends_the_fan_out_alone(
     assert [outcome.ok for outcome in outcomes] == [True]
     sim.finish(held, "Answer")
     assert (await watching).complete
+
+
+async def test_a_stray_cancellation_is_that_item_s_error(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """Nobody cancelled the fan-out."""
+
+    def cancel(value: Any, _: Any) -> Any:
+        raise asyncio.CancelledError
+
+    converter = cattrs.Converter()
+    converter.register_structure_hook(Report, cancel)
+    session = open_session(converter=converter)
+    (outcome,) = await session.collect([run(2)], into=Report)
+    assert type(outcome.error) is RuntimeError
+
+
+async def test_a_fan_out_that_never_ran_can_be_left() -> None:
+    """As where the event loop ends in the very turn in which it begins."""
+
+    async def join() -> Any:
+        return lambda run: None
+
+    completed = fan_out([1], AsyncMock(), max_in_flight=1, join=join)
+    first = asyncio.create_task(anext(completed))
+    await asyncio.sleep(0)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    await completed.aclose()
 
 
 class Panic(BaseException):

@@ -301,3 +301,27 @@ async def test_a_type_that_is_none_is_refused_before_any_request(
     with pytest.raises(TypeError, match="cannot structure into"):
         await session.execution(held).output(into=3)  # type: ignore[call-overload]
     assert sim.request_count == 0
+
+
+@attrs.frozen
+class Odd:
+    """What no JSON has."""
+
+    number: complex
+
+
+@attrs.frozen
+class Envelope:
+    """A type of which a part cannot be structured, as a value may show."""
+
+    odd: Odd | None
+
+
+async def test_a_part_of_the_type_that_cannot_be_structured_names_the_execution(
+    sim: Simulator, session: Session
+) -> None:
+    """Where only the value led there."""
+    execution_id = sim.add_execution(Scenario([answer({"odd": {"number": 1}})]))
+    with pytest.raises(TypeError) as caught:
+        await session.execution(execution_id).output(into=Envelope)
+    assert caught.value.__notes__ == [f"for the output of execution {execution_id}"]

@@ -379,6 +379,19 @@ async def test_recovery_after_a_second_429(world):
     assert gaps(times[-50:]) == pytest.approx([0.01] * 49)
 
 
+async def test_an_unlimited_session_is_unlimited_again(world):
+    """Once it has come to a rate that no process reaches."""
+    pace = Pace(None, clock=world.clock)
+    await pace.acquire()
+    pace.refused(world.now, 0.0)
+    while math.isfinite(pace._throttle):
+        await pace.acquire()
+    assert world.now < 1000.0 + 60.0
+    world.slept.clear()
+    await departures(pace, world, 100)
+    assert world.slept == []
+
+
 async def test_idle_time_is_no_growth(world):
     """An hour without a request proves nothing: the rate grows as after any other gap."""
     pace = Pace(100.0, clock=world.clock)

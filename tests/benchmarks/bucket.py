@@ -1,0 +1,66 @@
+"""Start and follow 2,000 executions against a token bucket; fail where a target is missed.
+
+Usage: python tests/benchmarks/bucket.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+
+from promptlayer_exec import Event, Session, StartRequest, Throttled
+from promptlayer_exec.simulator import Scenario, SimNode, Simulator
+
+EXECUTIONS = 2_000
+PER_SECOND = 200.0
+BURST = 20
+LEAST_USED = 0.9
+MOST_REFUSED = 0.02
+
+
+async def run(*, announced: bool) -> tuple[float, float]:
+    """Return how much of the bucket was used, and how much was refused after the first second."""
+    scenario = Scenario([SimNode("Answer", 42, duration=0.3, is_output_node=True)])
+    refused_at: list[float] = []
+
+    def observe(event: Event) -> None:
+        if isinstance(event, Throttled):
+            refused_at.append(time.monotonic())
+
+    with Simulator(log_requests=False) as sim:
+        sim.add_workflow("answer", scenario)
+        sim.rate_limit(PER_SECOND, burst=BURST, retry_after=announced)
+        requests = (StartRequest("answer", {"n": n}) for n in range(EXECUTIONS))
+        async with Session(
+            sim.api_key, base_url=sim.base_url, rate=None, observers=[observe]
+        ) as session:
+            began = time.monotonic()
+            outcomes = await session.collect(requests, max_in_flight=300)
+            took = time.monotonic() - began
+        if not all(outcome.output == 42 for outcome in outcomes):
+            raise AssertionError("an execution was lost")
+        later = sum(at > began + 1.0 for at in refused_at)
+        return (sim.request_count - len(refused_at)) / (
+            PER_SECOND * took
+        ), later / sim.request_count
+
+
+def main() -> int:
+    """Print the table; return 1 if a target is missed."""
+    missed = False
+    sys.stdout.write(
+        "| the server's 429s | of the bucket used | refused after the first second |\n"
+        "|---|---|---|\n"
+    )
+    for announced in (True, False):
+        used, refused = asyncio.run(run(announced=announced))
+        missed = missed or used < LEAST_USED or refused > MOST_REFUSED
+        kind = "with Retry-After" if announced else "without"
+        sys.stdout.write(f"| {kind} | {used:.1%} | {refused:.2%} |\n")
+    sys.stdout.write(f"| target | ≥ {LEAST_USED:.0%} | ≤ {MOST_REFUSED:.0%} |\n")
+    return int(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

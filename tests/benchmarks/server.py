@@ -1,0 +1,92 @@
+"""A server that costs next to nothing: it answers every request with bytes that are ready."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import sys
+
+# It stops after so many seconds, or answers, whatever became of the process that started it.
+LONGEST = 120.0
+MOST_ANSWERS = 1_000_000
+# A prime, so that the answers which one execution gets differ from poll to poll.
+ANSWERS = 97
+
+
+def node_map(variant: int) -> bytes:
+    """Return the body of an execution that runs: six nodes, of which three have a value."""
+    nodes = {
+        name: {
+            "status": status,
+            "value": value,
+            "error_message": None,
+            "raw_error_message": None,
+            "is_output_node": name == "Answer",
+        }
+        for name, status, value in (
+            ("Question", "SUCCESS", "Which of the three offers is the best for us, and why?"),
+            ("Plan", "SUCCESS", {"steps": ["read", "compare", "advise"], "model": "large"}),
+            ("Read", "SUCCESS", f"Offer {variant}. " * 24),
+            ("Compare", "RUNNING", None),
+            ("Advise", "QUEUED", None),
+            ("Answer", "QUEUED", None),
+        )
+    }
+    return json.dumps(nodes).encode()
+
+
+def answer(body: bytes) -> bytes:
+    """Return the whole answer with that body."""
+    head = (
+        "HTTP/1.1 202 Accepted\r\n"
+        "Date: Mon, 01 Jan 2024 00:00:00 GMT\r\n"
+        "Server: benchmark\r\n"
+        "Content-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n"
+        "\r\n"
+    )
+    return head.encode() + body
+
+
+class Connection(asyncio.Protocol):
+    """Answers once for each request, none of which has a body."""
+
+    answers = itertools.cycle([answer(node_map(variant)) for variant in range(ANSWERS)])
+    left = MOST_ANSWERS
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Answer the requests that are whole."""
+        *requests, self._rest = (self._rest + data).split(b"\r\n\r\n")
+        Connection.left -= len(requests)
+        if Connection.left < 0:
+            self._transport.abort()
+        else:
+            self._transport.write(b"".join(itertools.islice(self.answers, len(requests))))
+
+
+async def serve() -> None:
+    """Serve on a port, and print it; stop when standard input ends, as it does with its owner."""
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(Connection, "127.0.0.1", 0, backlog=1024)
+    sys.stdout.write(f"{server.sockets[0].getsockname()[1]}\n")
+    sys.stdout.flush()
+    owner = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(owner), sys.stdin)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LONGEST):
+            await owner.read()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve())
