@@ -78,3 +78,20 @@ def vendor(session: nox.Session, sdk: str) -> None:
     own_fixtures = "--confcutdir=tests/vendor"
     environment = {"PYTHONSAFEPATH": "1"}
     session.run("pytest", own_fixtures, "tests/vendor", *session.posargs, env=environment)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure what following thousands of executions costs: see docs/scale.md."""
+    session.install(".")
+    environment = {"PYTHONSAFEPATH": "1"}
+    session.run("python", "tests/benchmarks", *session.posargs, env=environment)
+    session.run("python", "tests/benchmarks/bucket.py", env=environment)
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Send 50,000 items through a server that fails; the suite sends a few."""
+    _install(session, "test", ".")
+    environment = {"PYTHONSAFEPATH": "1", "PROMPTLAYER_EXEC_SOAK_ITEMS": "50000"}
+    session.run("pytest", "-s", "tests/soak", *session.posargs, env=environment)
