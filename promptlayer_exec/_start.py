@@ -101,7 +101,7 @@ class Start:
         except asyncio.CancelledError:
             # Not passed on: it would end the task group, and with it every watch.
             self._fail(self._cancelled())
-        except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to the caller
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the caller
             self._fail(self._cancelled() if self.called_off else self._judge(error))
         else:
             self._succeed(started)
@@ -148,13 +148,13 @@ class Start:
         else:
             self._answer.set_result(started)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         if self._answer.cancelled():
             self._warn(error)
         else:
             self._answer.set_exception(error)
 
-    def _judge(self, error: Exception) -> Exception:
+    def _judge(self, error: BaseException) -> BaseException:
         """Return what a failure means: was it told that no run started?"""
         if not isinstance(error, RequestError):  # a limiter's, or a borrowed session's hook's
             reason = f"{type(error).__name__}: {error}"
@@ -182,7 +182,7 @@ class Start:
         error.__cause__ = cause
         return error
 
-    def _unknown(self, reason: str, cause: Exception | None = None) -> StartUnknown:
+    def _unknown(self, reason: str, cause: BaseException | None = None) -> StartUnknown:
         error = StartUnknown(
             f"whether a run of workflow {self._request.workflow!r:.100} started is not known:"
             f" {reason}",

@@ -207,7 +207,6 @@ class Watch:
         try:
             error = await self._poll_until_complete(started)
         except asyncio.CancelledError as cancelled:
-            # Not passed on: it would end the task group, and with it every other watch.
             if not self._followers:
                 error = None
             elif task is not None and not task.cancelling():
@@ -215,6 +214,9 @@ class Watch:
                 error.__cause__ = cancelled
             else:
                 error = SessionClosed()
+        except BaseException as fatal:  # noqa: BLE001 - of a limiter, say: the followers must know
+            error = RuntimeError(f"a poll ended in {type(fatal).__name__}")
+            error.__cause__ = fatal
         finally:
             self._task = None
             self._end(error, elapsed=anyio.current_time() - started)

@@ -422,6 +422,30 @@ class Panic(BaseException):
     """What some extension modules raise."""
 
 
+async def test_a_base_exception_of_a_limiter_reaches_whoever_waits(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """A watch tells its followers, a start its caller; the session stays open."""
+
+    class Limiter:
+        panics = True
+
+        async def acquire(self) -> None:
+            if self.panics:
+                raise Panic
+
+    limiter = Limiter()
+    session = open_session(limiter=limiter)
+    with pytest.raises(RuntimeError, match="a poll ended in Panic"):
+        await session.execution(done(sim)).wait()
+    with pytest.raises(Panic):
+        await session.start("w")
+    with pytest.raises(Panic):
+        await session.collect([run(2)])
+    limiter.panics = False
+    assert (await session.collect([run(2)]))[0].ok
+
+
 async def test_a_base_exception_of_an_item_is_raised_and_closes_nothing(
     sim: Simulator, open_session: Callable[..., Session]
 ) -> None:
