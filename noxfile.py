@@ -87,6 +87,7 @@ def bench(session: nox.Session) -> None:
     environment = {"PYTHONSAFEPATH": "1"}
     session.run("python", "tests/benchmarks", *session.posargs, env=environment)
     session.run("python", "tests/benchmarks/bucket.py", env=environment)
+    session.run("python", "tests/benchmarks/schedule.py", env=environment)
 
 
 @nox.session

@@ -1,0 +1,124 @@
+"""Judge the poll schedule in virtual time against fixed intervals; fail where it does worse.
+
+Usage: python tests/benchmarks/schedule.py
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from bisect import bisect_right
+from collections.abc import Callable
+from itertools import accumulate
+from random import Random
+from typing import NamedTuple
+
+from promptlayer_exec import PollPolicy
+
+EXECUTIONS = 2_000
+FIXED = (0.5, 1.0, 2.5, 5.0)
+WORST = 1.3
+
+
+def total(random: Random) -> float:
+    """Return how long an execution takes: log-normal around 20 seconds."""
+    return random.lognormvariate(math.log(20.0), 0.8)
+
+
+def scaled(lengths: list[float], seconds: float) -> list[float]:
+    """Return lengths in proportion that take `seconds` together."""
+    return [length * seconds / sum(lengths) for length in lengths]
+
+
+def short_ones(random: Random) -> list[float]:
+    """Return the lengths of nine short nodes."""
+    return [random.uniform(0.5, 1.5) for _ in range(9)]
+
+
+# The lengths of nodes that run one after the other.
+SHAPES: dict[str, Callable[[Random], list[float]]] = {
+    "ten of random length": lambda r: scaled([r.expovariate(1) for _ in range(10)], total(r)),
+    "six of heavy-tailed length": lambda r: scaled(
+        [r.paretovariate(1.1) for _ in range(6)], total(r)
+    ),
+    "nine short, then a long one": lambda r: scaled([*short_ones(r), 51.0], total(r)),
+    "a long one, then nine short": lambda r: scaled([51.0, *short_ones(r)], total(r)),
+    "a single node": lambda r: [total(r)],
+}
+
+
+class Found(NamedTuple):
+    """Means over executions: seconds from an end to its detection, and requests."""
+
+    lag: float
+    node_lag: float
+    gets: float
+
+
+def follow(ends: list[float], policy: PollPolicy, random: Random) -> Found:
+    """Poll an execution, whose nodes end at these times, as a watch does."""
+    now = changed = 0.0
+    seen, gets, node_lag = 0, 1, 0.0
+    while seen < len(ends):
+        now += policy.delay(
+            elapsed=now,
+            final=seen,
+            nodes=len(ends),
+            unchanged=now - changed,
+            chance=random.random(),
+        )
+        gets += 1
+        ended = bisect_right(ends, now)
+        if ended > seen:
+            node_lag += sum(now - end for end in ends[seen:ended])
+            seen, changed = ended, now
+    return Found(now - ends[-1], node_lag / len(ends), gets)
+
+
+def judge(shape: str, policy: PollPolicy) -> Found:
+    """Return the means over many executions of one shape, the same for each policy."""
+    random = Random(shape)
+    runs = [
+        follow(list(accumulate(SHAPES[shape](random))), policy, random) for _ in range(EXECUTIONS)
+    ]
+    return Found(*(statistics.fmean(values) for values in zip(*runs, strict=True)))
+
+
+def lag_of_fixed(shape: str, gets: float) -> float:
+    """Return the lag of the fixed interval that takes as many requests."""
+    low, high = 0.01, 60.0
+    for _ in range(20):
+        middle = math.sqrt(low * high)
+        if judge(shape, PollPolicy.fixed(middle)).gets > gets:
+            low = middle
+        else:
+            high = middle
+    return judge(shape, PollPolicy.fixed(math.sqrt(low * high))).lag
+
+
+def main() -> int:
+    """Print the table; return 1 if a target is missed."""
+    policies = {"default": PollPolicy()} | {f"{s:g} s": PollPolicy.fixed(s) for s in FIXED}
+    write = sys.stdout.write
+    write(f"Lag / node lag (seconds) / requests, means of {EXECUTIONS:,} executions\n\n")
+    write(f"| nodes | {' | '.join(policies)} | lag ÷ that of fixed, same requests |\n")
+    write(f"|---|{'---|' * (len(policies) + 1)}\n")
+    ours, theirs, ratios = [], [], []
+    for shape in SHAPES:
+        found = [judge(shape, policy) for policy in policies.values()]
+        fixed = lag_of_fixed(shape, found[0].gets)
+        ours.append(found[0].lag)
+        theirs.append(fixed)
+        ratios.append(found[0].lag / fixed)
+        cells = " | ".join(f"{f.lag:.2f} / {f.node_lag:.2f} / {f.gets:.1f}" for f in found)
+        write(f"| {shape} | {cells} | {ratios[-1]:.2f} |\n")
+    together = sum(ours) / sum(theirs)
+    write(
+        f"\nAll shapes together: {together:.2f} (target < 1), worst {max(ratios):.2f} (≤ {WORST})\n"
+    )
+    return int(together >= 1.0 or max(ratios) > WORST)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
