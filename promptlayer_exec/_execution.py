@@ -102,11 +102,8 @@ class Execution:
         """
         session = self._open_session()
         deadline = session._deadline(timeout)
-        watch = (await session._open(self.id)).join(self.id)
-        try:
-            return await watch.completed(deadline)
-        finally:
-            watch.leave()
+        opening = await session._open(self.id)
+        return await opening.completed(self.id, deadline)
 
     @overload
     async def output(

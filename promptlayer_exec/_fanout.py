@@ -13,7 +13,6 @@ from collections.abc import (
     Iterable,
 )
 from contextlib import aclosing
-from contextvars import Context
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import anyio
@@ -25,13 +24,12 @@ from promptlayer_exec._errors import (
     copy_error,
 )
 from promptlayer_exec._models import Outcome, Snapshot
+from promptlayer_exec._tasks import Tasks, is_cancelled, stray
 
 if TYPE_CHECKING:
     from promptlayer_exec._execution import Execution
 
 ItemT = TypeVar("ItemT")
-# Of no use to a callback of ours, and so shared by all: each would copy the present one.
-_CONTEXT = Context()
 Spawn = Callable[[Callable[[], Coroutine[Any, Any, None]]], None]
 
 
@@ -107,8 +105,7 @@ class _Fan(Generic[ItemT]):
         self._outcomes: deque[Outcome[ItemT, Any]] = deque()
         self._news = anyio.Event()
         self._runs = False
-        # Plain tasks: in a task group each takes four times the memory.
-        self._flights: set[asyncio.Task[None]] = set()
+        self._flights = Tasks()
         self._ended = anyio.Event()
         self._left = False
         self._error: BaseException | None = None
@@ -140,22 +137,17 @@ class _Fan(Generic[ItemT]):
             with self._scope:
                 try:
                     await self._supply()
-                    await self._land()
+                    await self._flights.ended()
                 finally:
-                    for flight in self._flights:
-                        flight.cancel()
+                    self._flights.cancel()
                     with anyio.CancelScope(shield=True):
-                        await self._land()
+                        await self._flights.ended()
         except anyio.get_cancelled_exc_class():
             self._error = self._error or SessionClosed()
             raise
         finally:
             self._ended.set()
             self._news.set()
-
-    async def _land(self) -> None:
-        while self._flights:
-            await asyncio.wait(self._flights)
 
     async def _supply(self) -> None:
         # In a task that is cancelled but once: a scope would cancel each `await` of the clean-up in
@@ -176,14 +168,12 @@ class _Fan(Generic[ItemT]):
                     await self._places.acquire()
                     flight = Flight(index, await anext(items))
                     index += 1
-                    task = asyncio.create_task(self._fly(flight), name="promptlayer_exec.Flight")
-                    self._flights.add(task)
-                    task.add_done_callback(self._flights.discard, context=_CONTEXT)
+                    self._flights.start(self._fly(flight), name="promptlayer_exec.Flight")
         except StopAsyncIteration:
             pass
         except asyncio.CancelledError as error:
-            if not _is_cancelled():
-                self._error = self._error or _stray("items", error)
+            if not is_cancelled():
+                self._error = self._error or stray("items", error)
         except BaseException as error:  # noqa: BLE001 - whatever `items` raises, it is the consumer's
             self._error = self._error or error
 
@@ -191,8 +181,8 @@ class _Fan(Generic[ItemT]):
         try:
             outcome = flight.end(output=await self._carry_out(flight))
         except asyncio.CancelledError as error:
-            if not _is_cancelled():
-                outcome = flight.end(error=_stray("an item", error))
+            if not is_cancelled():
+                outcome = flight.end(error=stray("an item", error))
             elif self._left:
                 raise
             else:
@@ -219,17 +209,6 @@ class _Fan(Generic[ItemT]):
         error.execution_id = None if flight.execution is None else flight.execution.id
         error.last_snapshot = flight.snapshot
         return cast(PromptLayerExecError, error)
-
-
-def _is_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-def _stray(what: str, cause: asyncio.CancelledError) -> RuntimeError:
-    error = RuntimeError(f"something that {what} awaited was cancelled")
-    error.__cause__ = cause
-    return error
 
 
 async def _each(items: Iterable[ItemT] | AsyncIterable[ItemT]) -> AsyncGenerator[ItemT, None]:

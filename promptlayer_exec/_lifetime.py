@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
-from contextvars import Context
 from typing import Any, TypeVar
 
 import anyio
@@ -13,11 +12,9 @@ from anyio.abc import TaskGroup
 
 from promptlayer_exec._errors import SessionClosed
 from promptlayer_exec._policies import Deadline
+from promptlayer_exec._tasks import Tasks, is_cancelled, stray
 
 T = TypeVar("T")
-
-# Of no use to a callback of ours, and so shared by all: each would copy the present one.
-_CONTEXT = Context()
 
 # The loop itself keeps no strong reference: without one, a session that is dropped unclosed would
 # be torn apart by the garbage collector instead of being closed when the loop shuts down.
@@ -31,8 +28,8 @@ class DeadlinePassed(Exception):
 class Lifetime:
     """One opening of a session, in the event loop that is running.
 
-    All tasks live in a task group inside one supervisor task, so that whoever opens a session,
-    uses it and closes it may be three different tasks.
+    All tasks live in a task group inside one supervisor task, or are awaited by it, so that whoever
+    opens a session, uses it and closes it may be three different tasks.
 
     Args:
         resources: closed at the end, when nothing runs any more.
@@ -47,7 +44,7 @@ class Lifetime:
         self._calls: set[anyio.CancelScope] = set()
         self._calls_left = anyio.Event()
         self._tasks: TaskGroup
-        self._watches: set[asyncio.Task[None]] = set()
+        self._watches = Tasks()
         supervisor = self._loop.create_task(self._supervise(), name="promptlayer_exec.Session")
         _supervisors.add(supervisor)
         supervisor.add_done_callback(_supervisors.discard)
@@ -75,19 +72,8 @@ class Lifetime:
         self._tasks.start_soon(run)
 
     def spawn_watch(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run a watch likewise; it never fails, and may be one of ten thousand.
-
-        So it is not in the task group, where a task takes four times the memory.
-        """
-        task = self._loop.create_task(run(), name="promptlayer_exec._watch.Watch.run")
-        self._watches.add(task)
-        task.add_done_callback(self._watches.discard, context=_CONTEXT)
-
-    async def _end_watches(self) -> None:
-        for task in self._watches:
-            task.cancel()
-        while self._watches:
-            await asyncio.wait(self._watches)
+        """Run a watch likewise; it never fails, and may be one of ten thousand."""
+        self._watches.start(run(), name="promptlayer_exec._watch.Watch.run")
 
     async def call(self, run: Callable[[], Awaitable[T]], deadline: Deadline) -> T:
         """Await `run()`, but no longer than to the deadline or the closing of the session.
@@ -102,10 +88,9 @@ class Lifetime:
             with scope:
                 return await run()
         except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
+            if is_cancelled():
                 raise
-            raise RuntimeError("something that the call awaited was cancelled") from error
+            raise stray("the call", error) from error
         finally:
             self._calls.discard(scope)
             if self.closing and not self._calls:
@@ -145,23 +130,22 @@ class Lifetime:
             async with anyio.create_task_group() as self._tasks:
                 self._ready.set()
                 await self._closing.wait()
-                self._end_calls()  # at once: a task may have something to see to its end
+                self._release()  # at once: a task may have something to see to its end
                 self._tasks.cancel_scope.cancel()
-                for task in self._watches:
-                    task.cancel()
         finally:
             # Also where the loop shuts down without a close: asyncio.run cancels every task.
             self._closing.set()
             self._ready.set()
             try:
-                self._end_calls()
+                self._release()
                 if self._calls:
                     await self._calls_left.wait()
-                await self._end_watches()
+                await self._watches.ended()
                 await self._resources.aclose()
             finally:
                 self._ended.set()
 
-    def _end_calls(self) -> None:
+    def _release(self) -> None:
         for scope in self._calls:
             scope.cancel()
+        self._watches.cancel()

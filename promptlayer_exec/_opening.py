@@ -89,6 +89,21 @@ class Opening:
         if self._watches.get(watch.execution_id) is watch:
             del self._watches[watch.execution_id]
 
+    async def completed(
+        self,
+        execution_id: int,
+        deadline: Deadline,
+        see: Callable[[Snapshot], None] = lambda _: None,
+    ) -> Snapshot:
+        """Wait for the complete snapshot; `see` gets the last there was, whatever the end."""
+        watch = self.join(execution_id)
+        try:
+            return await watch.completed(deadline)
+        finally:
+            if watch.latest is not None:
+                see(watch.latest)
+            watch.leave()
+
     async def call(
         self,
         request: Request,

@@ -225,10 +225,8 @@ class Newborns:
 
     def add(self, execution_id: int, *, now: float) -> None:
         """Take note of a start."""
-        for old in list(self._started):
-            if self.covers(old, now=now):
-                break
-            del self._started[old]
+        while self._started and not self.covers(oldest := next(iter(self._started)), now=now):
+            del self._started[oldest]
         self._started[execution_id] = now
 
     def covers(self, execution_id: int | None, *, now: float) -> bool:

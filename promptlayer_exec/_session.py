@@ -60,7 +60,6 @@ if TYPE_CHECKING:
     import cattrs
     from typing_extensions import TypeForm
 
-T = TypeVar("T")
 ItemT = TypeVar("ItemT")
 OutputT = TypeVar("OutputT")
 
@@ -289,16 +288,6 @@ class Session:
         *,
         max_in_flight: int = 100,
         timeout: float | EllipsisType | None = ...,
-        into: type[OutputT],
-    ) -> AsyncGenerator[Outcome[ItemT, OutputT], None]: ...
-
-    @overload
-    def as_completed(
-        self,
-        items: Iterable[ItemT] | AsyncIterable[ItemT],
-        *,
-        max_in_flight: int = 100,
-        timeout: float | EllipsisType | None = ...,
         into: TypeForm[OutputT],
     ) -> AsyncGenerator[Outcome[ItemT, OutputT], None]: ...
 
@@ -361,16 +350,6 @@ class Session:
         timeout: float | EllipsisType | None = ...,
         into: None = None,
     ) -> list[Outcome[ItemT, Any]]: ...
-
-    @overload
-    async def collect(
-        self,
-        items: Iterable[ItemT] | AsyncIterable[ItemT],
-        *,
-        max_in_flight: int = 100,
-        timeout: float | EllipsisType | None = ...,
-        into: type[OutputT],
-    ) -> list[Outcome[ItemT, OutputT]]: ...
 
     @overload
     async def collect(
@@ -448,15 +427,9 @@ class Session:
         into: Any,
         see: Callable[[Snapshot], None] = lambda _: None,
     ) -> Any:
-        """Wait for the main output; `see` is told of every snapshot on the way."""
+        """Wait for the main output; `see` gets the last snapshot there was, whatever the end."""
         opening = await self._open(execution_id)
-        watch = opening.join(execution_id)
-        try:
-            snapshot = await watch.completed(deadline)
-        finally:
-            if watch.latest is not None:
-                see(watch.latest)
-            watch.leave()
+        snapshot = await opening.completed(execution_id, deadline, see)
         value = await main_output(snapshot, lambda: opening.main_output(snapshot, deadline))
         return value if into is None else typed_output(value, into, self._converter, snapshot)
 

@@ -19,6 +19,7 @@ from promptlayer_exec._errors import (
 from promptlayer_exec._events import Emit, ExecutionStarted, logger
 from promptlayer_exec._models import StartRequest
 from promptlayer_exec._policies import Deadline, Outage
+from promptlayer_exec._tasks import is_cancelled, stray
 
 if TYPE_CHECKING:
     from promptlayer_exec._wire import Started
@@ -98,11 +99,11 @@ class Start:
         try:
             with self._scope:
                 started = await self._post(self._outage, self)
-        except asyncio.CancelledError:
-            # Not passed on: it would end the task group, and with it every watch.
-            self._fail(self._cancelled())
+        except asyncio.CancelledError as error:
+            # Not passed on: it would end the task group, and with it the session.
+            self._fail(self._cancelled(error))
         except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the caller
-            self._fail(self._cancelled() if self.called_off else self._judge(error))
+            self._fail(self._cancelled(error) if self.called_off else self._judge(error))
         else:
             self._succeed(started)
 
@@ -165,14 +166,12 @@ class Start:
             is_lost = self.left
         return self._unknown(error._what(), error) if is_lost else error
 
-    def _cancelled(self) -> Exception:
+    def _cancelled(self, error: BaseException) -> Exception:
         if self.left:
             return self._unknown("it was cancelled, as by the end of its event loop")
         if self._expired is None:
-            is_cancelled = self._task is not None and self._task.cancelling()
-            if self._is_closing() or is_cancelled:
-                return SessionClosed()
-            return RuntimeError("something that the start awaited was cancelled")
+            closed = self._is_closing() or is_cancelled()
+            return SessionClosed() if closed else stray("the start", error)
         cause = self._outage.error
         why = f"last failure: {cause.args[0]}" if cause is not None else "its turn did not come"
         timeout = self._expired.timeout or 0.0

@@ -33,6 +33,7 @@ from promptlayer_exec._events import Emit, RequestRetried, Throttled
 from promptlayer_exec._pace import Pace
 from promptlayer_exec._policies import Newborns, Outage, RetryPolicy
 from promptlayer_exec._secret import Secret
+from promptlayer_exec._tasks import is_cancelled
 from promptlayer_exec._version import __version__
 from promptlayer_exec._wire import Reply, Request, Response, excerpt, read_retry_after
 
@@ -185,7 +186,8 @@ class Transport:
         self._timeout = aiohttp.ClientTimeout(total=request_timeout, ceil_threshold=float("inf"))
         self._max_response_bytes = max_response_bytes
         self._emit = emit
-        self._api_key = api_key
+        for pool in (pools.looks, pools.starts):
+            pool.headers["X-API-KEY"] = api_key
         self._key = Secret(api_key)
 
     async def call(
@@ -237,18 +239,18 @@ class Transport:
                     )
                 if delay is None:
                     raise
+                if departure is not None and departure.left:
+                    departure.come_back()
                 self._emit(RequestRetried(request.execution_id, error, delay))
             due = anyio.current_time() + delay
             await anyio.sleep(delay)
 
     def _is_transient(self, error: RequestError, departure: Departure | None) -> bool:
         """Tell whether a failure is worth another attempt."""
-        if departure is not None and departure.called_off:
-            return False
-        if departure is not None and (departure.left or isinstance(error, StatusError)):
-            if not isinstance(error, RateLimited):
+        if departure is not None and not isinstance(error, RateLimited):  # which starts nothing
+            may_have_arrived = departure.left or isinstance(error, StatusError)
+            if may_have_arrived or departure.called_off:
                 return False
-            departure.come_back()
         if isinstance(error, StatusError):
             return error.status in self._retry.statuses or (
                 isinstance(error, NotFound)
@@ -275,7 +277,7 @@ class Transport:
             answer = await pool.http.request(
                 request.method,
                 URL(self.base_url + request.target, encoded=True),
-                headers={**pool.headers, "X-API-KEY": self._api_key},
+                headers=pool.headers,
                 data=data,
                 timeout=self._timeout,
                 allow_redirects=False,
@@ -289,8 +291,7 @@ class Transport:
         except (aiohttp.ClientError, OSError) as error:  # OSError: also every TimeoutError
             trouble = error
         except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
+            if is_cancelled():
                 raise
             trouble = error  # not this task was cancelled, but something that it awaited
         duration = anyio.current_time() - sent_at

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from contextvars import Context
 from random import random
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +19,7 @@ from promptlayer_exec._errors import (
 from promptlayer_exec._events import Emit, Polled, WatchEnded, WatchStarted
 from promptlayer_exec._models import FrozenMap, Node, NodeStatus, NodeTimes, Snapshot
 from promptlayer_exec._policies import Deadline, Outage, PollPolicy, RetryPolicy
+from promptlayer_exec._tasks import NO_CONTEXT, is_cancelled, stray
 
 if TYPE_CHECKING:
     from promptlayer_exec._wire import NodeMap, Reply
@@ -74,10 +74,6 @@ def _first_seen(
     return FrozenMap(times)
 
 
-# Of no use to a callback of ours, and so shared by all: each would copy the present one.
-_CONTEXT = Context()
-
-
 def _resolve(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
@@ -87,7 +83,7 @@ async def _until(due: float) -> None:
     # One future and one timer, as ten thousand watches may be asleep.
     loop = asyncio.get_running_loop()
     future = loop.create_future()
-    timer = loop.call_at(due, _resolve, future, context=_CONTEXT)
+    timer = loop.call_at(due, _resolve, future, context=NO_CONTEXT)
     try:
         await future
     finally:
@@ -168,7 +164,7 @@ class Watch:
         waiting.add(future)
         timer = None
         if deadline.timeout is not None:
-            timer = loop.call_at(deadline.at, _resolve, future, context=_CONTEXT)
+            timer = loop.call_at(deadline.at, _resolve, future, context=NO_CONTEXT)
         try:
             await future
         finally:
@@ -200,7 +196,7 @@ class Watch:
         """Poll until the execution is complete, the last follower has left, or a poll fails."""
         if not self._followers:
             return
-        self._task = task = asyncio.current_task()
+        self._task = asyncio.current_task()
         started = anyio.current_time()
         self._emit(WatchStarted(self.execution_id))
         error: Exception | None = None
@@ -209,9 +205,8 @@ class Watch:
         except asyncio.CancelledError as cancelled:
             if not self._followers:
                 error = None
-            elif task is not None and not task.cancelling():
-                error = RuntimeError("something that a poll awaited was cancelled")
-                error.__cause__ = cancelled
+            elif not is_cancelled():
+                error = stray("a poll", cancelled)
             else:
                 error = SessionClosed()
         except BaseException as fatal:  # noqa: BLE001 - of a limiter, say: the followers must know
@@ -313,19 +308,19 @@ def timed_out(
 
 
 async def follow(
-    join: Callable[[], Awaitable[Watch]], timeout: float | Deadline | None
+    join: Callable[[], Awaitable[Watch]], timeout: float | None
 ) -> AsyncGenerator[Snapshot, None]:
     """Yield each new snapshot of a watch, the latest there is first, the complete one last.
 
     Args:
         join: returns the watch, this follower counted.
-        timeout: seconds from the first `anext`, or a deadline set before; None: no limit.
+        timeout: seconds from the first `anext`; None: no limit.
 
     Raises:
         ExecutionTimeout: the deadline passed, and there is no complete snapshot.
         PromptLayerExecError: the poller failed, or the session was closed.
     """
-    deadline = timeout if isinstance(timeout, Deadline) else _deadline(timeout)
+    deadline = Deadline.after(timeout, now=anyio.current_time())
     watch = await join()
     try:
         snapshot: Snapshot | None = None
@@ -343,9 +338,9 @@ async def finished_nodes(
 
     Args and errors are those of `follow`.
     """
-    deadline = _deadline(timeout)
+    deadline = Deadline.after(timeout, now=anyio.current_time())
     yielded = set()
-    async with aclosing(follow(join, deadline)) as snapshots:
+    async with aclosing(follow(join, timeout)) as snapshots:
         async for snapshot in snapshots:
             for name, node in snapshot.nodes.items():
                 if name in yielded or not (node.final or snapshot.complete):
@@ -354,7 +349,3 @@ async def finished_nodes(
                     break  # only a complete snapshot may still be delivered: `follow` decides
                 yielded.add(name)
                 yield node
-
-
-def _deadline(timeout: float | None) -> Deadline:
-    return Deadline.after(timeout, now=anyio.current_time())

@@ -40,6 +40,7 @@ from promptlayer_exec._models import FrozenMap, MainOutput, Node, StartRequest, 
 T = TypeVar("T")
 
 MAX_ID = 2**63 - 1
+_ID_FIELD = "workflow_version_execution_id"
 _EXCERPT = 200
 _LINE = 500
 
@@ -112,8 +113,7 @@ def results_request(execution_id: int, *, return_all_outputs: bool) -> Request:
     flag = "true" if return_all_outputs else "false"
     return Request(
         "GET",
-        "/workflow-version-execution-results"
-        f"?workflow_version_execution_id={execution_id}&return_all_outputs={flag}",
+        f"/workflow-version-execution-results?{_ID_FIELD}={execution_id}&return_all_outputs={flag}",
         execution_id,
     )
 
@@ -133,11 +133,12 @@ def run_request(start: StartRequest, inputs: Mapping[str, Any]) -> Request:
     """
     if start.label is not None and start.version is not None:
         raise ValueError("label and version exclude each other: give one of them, or neither")
+    version = None if start.version is None else _integer("version", start.version, "an int")
     body = {
         "input_variables": inputs,
         "metadata": _metadata(start.metadata),
         "workflow_label_name": _text("label", start.label),
-        "workflow_version_number": None if start.version is None else _version(start.version),
+        "workflow_version_number": version,
         "callback_url": _text("callback_url", start.callback_url),
     }
     given = {name: value for name, value in body.items() if value is not None}
@@ -171,10 +172,6 @@ def _integer(what: str, value: Any, expected: str) -> int:
     if not 1 <= number <= MAX_ID:
         raise ValueError(f"{what} lies in 1 ... 2**63-1, and {number} does not")
     return number
-
-
-def _version(value: Any) -> int:
-    return _integer("version", value, "an int")
 
 
 def _text(name: str, value: Any) -> str | None:
@@ -221,9 +218,6 @@ def read_started(response: Response) -> Started:
     if warning is not None and not isinstance(warning, str):
         warning = json.dumps(warning)
     return Started(execution_id, warning or None)
-
-
-_ID_FIELD = "workflow_version_execution_id"
 
 
 @attrs.frozen

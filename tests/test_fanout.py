@@ -7,7 +7,7 @@ import gc
 import itertools
 import pickle
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 from unittest.mock import AsyncMock
 
@@ -645,6 +645,18 @@ async def test_a_burst_of_trouble_loses_no_item(
     assert [outcome.output for outcome in outcomes] == list(range(300))
 
 
+@asynccontextmanager
+async def crowd(sim: Simulator, session: Session, count: int) -> AsyncIterator[list[int]]:
+    """Follow so many executions that do not end, and return their ids."""
+    running = Scenario([SimNode("Out", 1, None, is_output_node=True)])
+    ids = [sim.add_execution(running) for _ in range(count)]
+    async with aclosing(session.as_completed(ids, max_in_flight=count)) as outcomes:
+        first = asyncio.create_task(anext(outcomes))
+        yield ids
+        first.cancel()
+        await asyncio.wait([first])
+
+
 async def test_followed_executions_share_the_pace_fairly(
     sim: Simulator, open_session: Callable[..., Session]
 ) -> None:
@@ -654,17 +666,12 @@ async def test_followed_executions_share_the_pace_fairly(
     """
     count = 150
     session = open_session(rate=1000.0, poll=PollPolicy.fixed(0.001))
-    running = Scenario([SimNode("Out", 1, None, is_output_node=True)])
-    ids = [sim.add_execution(running) for _ in range(count)]
-    async with aclosing(session.as_completed(ids, max_in_flight=count)) as outcomes:
-        first = asyncio.create_task(anext(outcomes))
+    async with crowd(sim, session, count) as ids:
         await sim.wait_for_requests(4 * count)
         new = done(sim)
         before = sim.request_count
         assert await session.execution(new).output() == "done"
         await sim.wait_for_requests(sim.request_count + count)
-        first.cancel()
-        await asyncio.wait([first])
     polled = [int(request.query["workflow_version_execution_id"]) for request in sim.requests]
     assert polled.index(new) - before <= count + 1
     for execution_id in ids:
@@ -679,14 +686,9 @@ async def test_a_start_is_not_kept_behind_the_polls(
     """Nor the first poll of what it started."""
     count = 150
     session = open_session(rate=1000.0, poll=PollPolicy.fixed(0.001))
-    running = Scenario([SimNode("Out", 1, None, is_output_node=True)])
-    ids = [sim.add_execution(running) for _ in range(count)]
-    async with aclosing(session.as_completed(ids, max_in_flight=count)) as outcomes:
-        first = asyncio.create_task(anext(outcomes))
+    async with crowd(sim, session, count):
         await sim.wait_for_requests(2 * count)
         before = sim.request_count
         (outcome,) = await session.collect([run(0)])
         assert outcome.ok
         assert sim.request_count - before <= 3 * count
-        first.cancel()
-        await asyncio.wait([first])

@@ -63,6 +63,7 @@ FACE = [
 # From the ground up: a room may import, at run time, only what stands before it.
 LAYERS = [
     "_version",
+    "_tasks",
     "_errors",
     "_models",
     "_policies",
