@@ -15,6 +15,7 @@ from promptlayer_exec._lifetime import DeadlinePassed, Lifetime
 from promptlayer_exec._models import Snapshot, StartRequest
 from promptlayer_exec._policies import Deadline, Newborns, Outage, PollPolicy, RetryPolicy
 from promptlayer_exec._start import Start
+from promptlayer_exec._tasks import clock
 from promptlayer_exec._transport import Transport
 from promptlayer_exec._watch import Watch, timed_out
 from promptlayer_exec._wire import (
@@ -71,7 +72,7 @@ class Opening:
         if watch is not None:
             watch.join()
             return watch
-        request = results_request(execution_id, return_all_outputs=True)
+        request = self.transport.addressed(results_request(execution_id, return_all_outputs=True))
         reader = RepeatReader(self._node_maps, execution_id)
         watch = self._watches[execution_id] = Watch(
             execution_id,
@@ -114,11 +115,11 @@ class Opening:
         seen: Snapshot | None = None,
     ) -> Reply[T]:
         """Send a request that is no watch's, not before `due`; errors carry what was `seen`."""
-        due = max(due, anyio.current_time())
+        due = max(due, clock())
         outage = Outage(self._retry, self._retry.outage)
 
         async def send() -> Reply[T]:
-            if due > anyio.current_time():
+            if due > clock():
                 await anyio.sleep_until(due)
             return await self.transport.call(request, read, outage, due=due)
 
@@ -135,12 +136,12 @@ class Opening:
         """Ask for the main output of a complete execution until the server has it."""
         request = results_request(snapshot.execution_id, return_all_outputs=False)
         read = partial(read_main_output, execution_id=snapshot.execution_id)
-        due = started = anyio.current_time()
+        due = started = clock()
         while True:
             reply = await self.call(request, read, deadline, due=due, seen=snapshot)
             if reply.value.complete:
                 return reply.value.value
-            now = anyio.current_time()
+            now = clock()
             due = now + self._poll.delay(
                 elapsed=now - started,
                 final=len(snapshot.nodes),
@@ -154,13 +155,13 @@ class Opening:
         self, request: StartRequest, http_request: Request, deadline: Deadline
     ) -> Started:
         """Send a start, whose request must leave before the deadline."""
-        now = anyio.current_time()
+        now = clock()
 
         async def post(outage: Outage, departure: Start) -> Started:
             reply = await self.transport.call(
                 http_request, read_started, outage, due=now, departure=departure
             )
-            self._newborns.add(reply.value.execution_id, now=anyio.current_time())
+            self._newborns.add(reply.value.execution_id, now=clock())
             return reply.value
 
         start = Start(

@@ -8,6 +8,8 @@ from typing import Protocol
 
 import anyio
 
+from promptlayer_exec._tasks import clock
+
 
 class Limiter(Protocol):
     """A limit of the user's own, such as one that several processes share."""
@@ -55,7 +57,7 @@ class Pace:
         rate: float | None,
         limiter: Limiter | None = None,
         *,
-        clock: Callable[[], float] = anyio.current_time,
+        clock: Callable[[], float] = clock,
     ) -> None:
         self._rate = math.inf if rate is None else rate
         self._limiter = limiter

@@ -18,8 +18,6 @@ from functools import partial
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, overload
 
-import anyio
-
 from promptlayer_exec._errors import ConfigurationError, PromptLayerExecError, SessionClosed
 from promptlayer_exec._events import Observer, broadcast
 from promptlayer_exec._execution import Execution
@@ -45,6 +43,7 @@ from promptlayer_exec._settings import (
     sends_in_the_clear,
 )
 from promptlayer_exec._structure import check_type
+from promptlayer_exec._tasks import clock
 from promptlayer_exec._transport import Pools, Transport
 from promptlayer_exec._watch import Watch, finished_nodes, follow, take_snapshot
 from promptlayer_exec._wire import (
@@ -453,7 +452,7 @@ class Session:
         return self._wait_timeout if timeout is ... else check_timeout(timeout)
 
     def _deadline(self, timeout: float | EllipsisType | None) -> Deadline:
-        return Deadline.after(self._limit(timeout), now=anyio.current_time())
+        return Deadline.after(self._limit(timeout), now=clock())
 
     async def _open(self, execution_id: int | None = None) -> Opening:
         try:
@@ -477,9 +476,9 @@ class Session:
         self._warn_of_plain_http(base_url)
         resources = AsyncExitStack()
         if self._http is None:
-            pools = Pools.open(self._max_connections, resources)
+            pools = Pools.open(self._max_connections, api_key, resources)
         else:
-            pools = Pools.borrow(self._http, self._max_connections)
+            pools = Pools.borrow(self._http, self._max_connections, api_key)
         transport = Transport(
             pools,
             base_url=base_url,

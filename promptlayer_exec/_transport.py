@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from http import HTTPStatus
 from random import random
@@ -33,7 +33,7 @@ from promptlayer_exec._events import Emit, RequestRetried, Throttled
 from promptlayer_exec._pace import Pace
 from promptlayer_exec._policies import Newborns, Outage, RetryPolicy
 from promptlayer_exec._secret import Secret
-from promptlayer_exec._tasks import is_cancelled
+from promptlayer_exec._tasks import clock, is_cancelled
 from promptlayer_exec._version import __version__
 from promptlayer_exec._wire import Reply, Request, Response, excerpt, read_retry_after
 
@@ -43,6 +43,7 @@ USER_AGENT = (
     f"promptlayer-exec/{__version__} aiohttp/{aiohttp.__version__}"
     f" Python/{sys.version_info.major}.{sys.version_info.minor}"
 )
+_HEADERS = {"Accept": "application/json", "User-Agent": USER_AGENT}
 # The body of an error is for people to read.
 _ERROR_BODY_BYTES = 64 * 1024
 _LONGEST_KEY = 1024
@@ -61,17 +62,26 @@ async def _send_once(
 
 
 class _Pool:
-    """Connections for one kind of request, and places for as many requests."""
+    """Connections for one kind of request, and places for as many requests.
 
-    def __init__(self, http: aiohttp.ClientSession, places: anyio.Semaphore) -> None:
+    Attributes:
+        http: holds the connections.
+        places: where whoever finds no connection free waits, without a timeout.
+        headers: what to send along; None: `http` does so by itself.
+        middlewares: what to run along; None: those of `http`.
+    """
+
+    def __init__(
+        self,
+        http: aiohttp.ClientSession,
+        places: asyncio.Semaphore,
+        headers: Mapping[str, str] | None = None,
+        middlewares: Sequence[aiohttp.ClientMiddlewareType] | None = None,
+    ) -> None:
         self.http = http
-        # Whoever finds no connection free waits here, where no timeout runs.
         self.places = places
-        # Those given with a request replace the session's, which has no public name for them.
-        self.middlewares = (*http._middlewares, _send_once)
-        self.headers = {"Accept": "application/json"}
-        if "User-Agent" not in http.headers:
-            self.headers["User-Agent"] = USER_AGENT
+        self.headers = headers
+        self.middlewares = middlewares
 
 
 class Pools:
@@ -87,30 +97,42 @@ class Pools:
         self.starts = starts
 
     @classmethod
-    def open(cls, max_connections: int, resources: AsyncExitStack) -> Self:
+    def open(cls, max_connections: int, api_key: str, resources: AsyncExitStack) -> Self:
         """Open pools of our own in the running loop; `resources` closes them."""
+        headers = _HEADERS | {"X-API-KEY": api_key}
         pools = []
         for places, force_close in zip(_places(max_connections), (False, True), strict=True):
             connector = aiohttp.TCPConnector(limit=0, force_close=force_close)
-            http = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+            http = aiohttp.ClientSession(
+                connector=connector, cookie_jar=aiohttp.DummyCookieJar(), headers=headers
+            )
+            # What `_send_once` does for a borrowed one, at no cost; it has no public name.
+            http._retry_connection = False
             resources.push_async_callback(http.close)
             pools.append(_Pool(http, places))
         return cls(*pools)
 
     @classmethod
-    def borrow(cls, http: aiohttp.ClientSession, max_connections: int) -> Self:
+    def borrow(cls, http: aiohttp.ClientSession, max_connections: int, api_key: str) -> Self:
         """Share out the connections of somebody else's client session."""
         connector = http.connector
         limits = (connector.limit, connector.limit_per_host) if connector is not None else ()
+        headers = {**_HEADERS, "X-API-KEY": api_key}
+        if "User-Agent" in http.headers:
+            del headers["User-Agent"]
+        # Those given with a request replace the session's, which has no public name for them.
+        middlewares = (*http._middlewares, _send_once)
         looks, starts = _places(min([max_connections, *(limit for limit in limits if limit)]))
-        return cls(_Pool(http, looks), _Pool(http, starts))
+        return cls(
+            _Pool(http, looks, headers, middlewares), _Pool(http, starts, headers, middlewares)
+        )
 
 
-def _places(connections: int) -> tuple[anyio.Semaphore, anyio.Semaphore]:
+def _places(connections: int) -> tuple[asyncio.Semaphore, asyncio.Semaphore]:
     """Share connections out between looks and starts; of one alone, both have the same place."""
     starts = max(connections // 4, 1)
-    looks = anyio.Semaphore(max(connections - starts, 1), fast_acquire=True)
-    return looks, looks if connections == 1 else anyio.Semaphore(starts, fast_acquire=True)
+    looks = asyncio.Semaphore(max(connections - starts, 1))
+    return looks, looks if connections == 1 else asyncio.Semaphore(starts)
 
 
 class Departure(Protocol):
@@ -186,9 +208,11 @@ class Transport:
         self._timeout = aiohttp.ClientTimeout(total=request_timeout, ceil_threshold=float("inf"))
         self._max_response_bytes = max_response_bytes
         self._emit = emit
-        for pool in (pools.looks, pools.starts):
-            pool.headers["X-API-KEY"] = api_key
         self._key = Secret(api_key)
+
+    def addressed(self, request: Request) -> Request:
+        """Return a request with its URL, so that it is not built anew whenever it is sent."""
+        return attrs.evolve(request, url=self._url(request))
 
     async def call(
         self,
@@ -216,7 +240,7 @@ class Transport:
             try:
                 async with pool.places:
                     await self._pace.acquire()
-                    lateness = max(anyio.current_time() - due, 0.0)
+                    lateness = max(clock() - due, 0.0)
                     outage.excuse(lateness)
                     response, duration = await self._attempt(pool, request, departure)
                 return Reply(
@@ -233,7 +257,7 @@ class Transport:
                 if self._is_transient(error, departure):
                     delay = outage.delay(
                         error,
-                        now=anyio.current_time(),
+                        now=clock(),
                         chance=random(),
                         retry_after=error.retry_after if isinstance(error, StatusError) else None,
                     )
@@ -242,7 +266,7 @@ class Transport:
                 if departure is not None and departure.left:
                     departure.come_back()
                 self._emit(RequestRetried(request.execution_id, error, delay))
-            due = anyio.current_time() + delay
+            due = clock() + delay
             await anyio.sleep(delay)
 
     def _is_transient(self, error: RequestError, departure: Departure | None) -> bool:
@@ -254,7 +278,7 @@ class Transport:
         if isinstance(error, StatusError):
             return error.status in self._retry.statuses or (
                 isinstance(error, NotFound)
-                and self._newborns.covers(error.execution_id, now=anyio.current_time())
+                and self._newborns.covers(error.execution_id, now=clock())
             )
         if isinstance(error, InvalidResponse):
             return error.path is None and not isinstance(error, ResponseTooLarge)
@@ -266,7 +290,7 @@ class Transport:
         """Send a request once; return the answer, and the seconds that it took."""
         if pool.http.closed:
             raise SessionClosed("the borrowed aiohttp.ClientSession is closed")
-        sent_at = anyio.current_time()
+        sent_at = clock()
         data = None
         if request.body is not None and departure is not None:
             data = _GuardedBody(request.body, departure)
@@ -276,7 +300,7 @@ class Transport:
         try:
             answer = await pool.http.request(
                 request.method,
-                URL(self.base_url + request.target, encoded=True),
+                request.url or self._url(request),
                 headers=pool.headers,
                 data=data,
                 timeout=self._timeout,
@@ -294,7 +318,7 @@ class Transport:
             if is_cancelled():
                 raise
             trouble = error  # not this task was cancelled, but something that it awaited
-        duration = anyio.current_time() - sent_at
+        duration = clock() - sent_at
         body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         if answer is None or (trouble is not None and answer.status < 300):
             # Outside the `except`, so that the cleaned cause is all that hangs on the error.
@@ -307,12 +331,14 @@ class Transport:
                 status=answer.status,
                 excerpt=self._excerpt(body),
             )
+        location = None
         if answer.status >= 300:
+            location = answer.headers.get("Location")
             body = self._key.blot_bytes(body)[:limit]
         response = Response(
             answer.status,
             body,
-            location=answer.headers.get("Location"),
+            location=location,
             retry_after=read_retry_after(answer.headers, now=time.time()),
         )
         if response.status == HTTPStatus.TOO_MANY_REQUESTS:
@@ -321,6 +347,9 @@ class Transport:
         else:
             self._pace.answered()
         return response, duration
+
+    def _url(self, request: Request) -> URL:
+        return URL(self.base_url + request.target, encoded=True)
 
     def _failure(
         self, trouble: BaseException | None, answer: aiohttp.ClientResponse | None, body: bytes
@@ -372,7 +401,8 @@ async def _receive(answer: aiohttp.ClientResponse, chunks: list[bytes], limit: i
     """Read a body into `chunks`, and stop where it exceeds `limit` bytes."""
     size = 0
     try:
-        async for chunk in answer.content.iter_any():
+        while not answer.content.at_eof():
+            chunk = await answer.content.readany()
             chunks.append(chunk)
             size += len(chunk)
             if size > limit:

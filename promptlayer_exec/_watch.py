@@ -8,8 +8,6 @@ from contextlib import aclosing
 from random import random
 from typing import TYPE_CHECKING, Any, Protocol
 
-import anyio
-
 from promptlayer_exec._errors import (
     ExecutionTimeout,
     PromptLayerExecError,
@@ -19,7 +17,7 @@ from promptlayer_exec._errors import (
 from promptlayer_exec._events import Emit, Polled, WatchEnded, WatchStarted
 from promptlayer_exec._models import FrozenMap, Node, NodeStatus, NodeTimes, Snapshot
 from promptlayer_exec._policies import Deadline, Outage, PollPolicy, RetryPolicy
-from promptlayer_exec._tasks import NO_CONTEXT, is_cancelled, stray
+from promptlayer_exec._tasks import NO_CONTEXT, clock, is_cancelled, stray
 
 if TYPE_CHECKING:
     from promptlayer_exec._wire import NodeMap, Reply
@@ -66,7 +64,7 @@ def _first_seen(
         seen = times.get(name)
         if seen is None:
             is_running = node.status is NodeStatus.RUNNING
-            times[name] = final if node.final else running if is_running else _UNSEEN
+            times[name] = running if is_running else final if node.final else _UNSEEN
         elif seen.final is None and node.final:
             times[name] = NodeTimes(seen.running, elapsed)
         elif seen.running is None and node.status is NodeStatus.RUNNING:
@@ -125,6 +123,7 @@ class Watch:
         self._patient: set[asyncio.Future[None]] = set()
         self._outage = Outage(retry, retry.watch_outage)
         self._changed_at = 0.0
+        self._final = 0  # how many nodes are
         self._error: Exception | None = None
         self._task: asyncio.Task[Any] | None = None
 
@@ -181,7 +180,7 @@ class Watch:
         return snapshot
 
     def _there(self, seen: Snapshot | None, deadline: Deadline) -> Snapshot | None:
-        late = anyio.current_time() >= deadline.at
+        late = clock() >= deadline.at
         latest = self.latest
         if latest is not None and latest is not seen and (latest.complete or not late):
             return latest
@@ -197,7 +196,7 @@ class Watch:
         if not self._followers:
             return
         self._task = asyncio.current_task()
-        started = anyio.current_time()
+        started = clock()
         self._emit(WatchStarted(self.execution_id))
         error: Exception | None = None
         try:
@@ -214,7 +213,7 @@ class Watch:
             error.__cause__ = fatal
         finally:
             self._task = None
-            self._end(error, elapsed=anyio.current_time() - started)
+            self._end(error, elapsed=clock() - started)
 
     async def _poll_until_complete(self, started: float) -> Exception | None:
         due = self._changed_at = started
@@ -229,13 +228,16 @@ class Watch:
     async def _look(self, started: float, due: float) -> float | None:
         """Poll once, and return when to do so again."""
         # Apart from the loop, so that nothing of a poll is kept while the watch sleeps.
-        self._outage = Outage(self._retry, self._retry.watch_outage)
+        if self._outage.failures:
+            self._outage = Outage(self._retry, self._retry.watch_outage)
         reply = await self._fetch(self._outage, due=due)
-        now = anyio.current_time()
+        now = clock()
         previous = self.latest
         snapshot = take_snapshot(self.execution_id, reply, elapsed=now - started, previous=previous)
-        if previous is None or _statuses(previous) != _statuses(snapshot):
-            self._changed_at = now
+        if previous is None or snapshot.nodes is not previous.nodes:
+            self._final = sum(node.final for node in snapshot.nodes.values())
+            if previous is None or _statuses(previous) != _statuses(snapshot):
+                self._changed_at = now
         self._publish(snapshot)
         self._emit(
             Polled(
@@ -250,7 +252,7 @@ class Watch:
             return None
         return now + self._poll.delay(
             elapsed=now - started,
-            final=sum(node.final for node in snapshot.nodes.values()),
+            final=self._final,
             nodes=len(snapshot.nodes),
             unchanged=now - self._changed_at,
             chance=random(),
@@ -320,7 +322,7 @@ async def follow(
         ExecutionTimeout: the deadline passed, and there is no complete snapshot.
         PromptLayerExecError: the poller failed, or the session was closed.
     """
-    deadline = Deadline.after(timeout, now=anyio.current_time())
+    deadline = Deadline.after(timeout, now=clock())
     watch = await join()
     try:
         snapshot: Snapshot | None = None
@@ -338,14 +340,14 @@ async def finished_nodes(
 
     Args and errors are those of `follow`.
     """
-    deadline = Deadline.after(timeout, now=anyio.current_time())
+    deadline = Deadline.after(timeout, now=clock())
     yielded = set()
     async with aclosing(follow(join, timeout)) as snapshots:
         async for snapshot in snapshots:
             for name, node in snapshot.nodes.items():
                 if name in yielded or not (node.final or snapshot.complete):
                     continue
-                if not snapshot.complete and anyio.current_time() >= deadline.at:
+                if not snapshot.complete and clock() >= deadline.at:
                     break  # only a complete snapshot may still be delivered: `follow` decides
                 yielded.add(name)
                 yield node

@@ -68,6 +68,7 @@ LAYERS = [
     "_models",
     "_policies",
     "_events",
+    "_json",
     "_wire",
     "_pace",
     "_secret",

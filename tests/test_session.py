@@ -611,6 +611,7 @@ PROGRAM = """
     from promptlayer_exec.simulator import *
 
     async def main():
+        asyncio.get_running_loop().slow_callback_duration = 60.0  # a busy machine is no leak
         async with Simulator() as sim:
             held = sim.add_execution(Scenario([SimNode("A", duration=None)]))
             session = Session(sim.api_key, base_url=sim.base_url, poll=PollPolicy.fixed(0.01))

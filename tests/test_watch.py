@@ -295,7 +295,7 @@ async def test_finished_nodes_keeps_the_deadline_between_two_nodes_of_one_poll(
     async with aclosing(session.execution(two_done).finished_nodes(timeout=1000.0)) as nodes:
         assert (await anext(nodes)).name == "A"
         now = anyio.current_time()
-        monkeypatch.setattr(anyio, "current_time", lambda: now + 2000.0)
+        monkeypatch.setattr("promptlayer_exec._watch.clock", lambda: now + 2000.0)
         with pytest.raises(ExecutionTimeout) as caught:
             await anext(nodes)
         monkeypatch.undo()

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
-from promptlayer_exec import _errors
+from promptlayer_exec import _errors, _wire
 from promptlayer_exec._errors import FieldError, InvalidResponse, StatusError
 from promptlayer_exec._models import FrozenMap, MainOutput, Node, NodeStatus, StartRequest
 from promptlayer_exec._wire import (
@@ -1026,3 +1026,27 @@ def test_a_refusal_between_two_equal_bodies_is_raised():
     with pytest.raises(StatusError):
         reader.read(Response(503, body))
     assert reader.read(Response(202, body)) is first
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "status": JSON | st.sampled_from(["SUCCESS", "FAILURE", "NEW"]),
+            "value": JSON,
+            "error_message": JSON | st.text(),
+            "raw_error_message": JSON,
+            "is_output_node": JSON | st.booleans(),
+            "name": JSON,
+            "more": JSON,
+        },
+    )
+    | JSON
+)
+def test_the_quick_way_to_a_node_finds_what_cattrs_finds(body):
+    """A node is the one that cattrs would structure, and refused just where cattrs refuses it."""
+    try:
+        careful = _wire._checked_node(Response(202, b""), "a", body)
+    except InvalidResponse:
+        careful = None
+    assert repr(_wire._node("a", body)) == repr(careful)
