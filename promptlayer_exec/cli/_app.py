@@ -17,6 +17,7 @@ from ._results import results
 from ._run import run
 from ._simulate import simulate
 from ._streams import guard_streams
+from ._view import TOKEN, view
 from ._views import choose_view
 from ._watch import watch
 
@@ -248,6 +249,45 @@ def _results(
         pick_up=command("watch", execution_id, base_url=base_url),
     )
     raise typer.Exit(conclude(work, Subject(execution_id), as_json=as_json and all_nodes))
+
+
+_VIEW = f"""Show executions in the browser, as they run.
+
+It prints the URL of a page on this machine, and serves it until Ctrl-C, with exit code 0. The page
+follows the executions of ID, and others that are added to it by id or started on it. --demo shows
+a few simulated agents; it needs no key and no network.
+
+The page may do what your key may do, so its URL holds a token, new each time. For a page that
+survives a restart, put one of your own into {TOKEN}, and give --port.
+The key is taken from PROMPTLAYER_API_KEY alone."""
+
+
+@app.command("view", help=_VIEW, short_help="Show executions in the browser, as they run.")
+def _view(
+    execution_ids: Annotated[
+        list[int] | None,
+        typer.Argument(metavar="[ID]...", min=1, max=2**63 - 1, help="The executions' ids."),
+    ] = None,
+    *,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The port to listen on; 0 takes a free one.")
+    ] = 0,
+    is_demo: Annotated[bool, typer.Option("--demo", help="Show simulated agents.")] = False,
+    base_url: _BaseUrl = None,
+    outage: _Outage = 600,
+) -> None:
+    if is_demo and (execution_ids or base_url is not None):
+        raise typer.BadParameter("it shows executions of its own", param_hint="'--demo'")
+    work = view(
+        execution_ids or [],
+        host=host,
+        port=port,
+        is_demo=is_demo,
+        base_url=base_url,
+        outage=outage,
+    )
+    raise typer.Exit(conclude(work, Subject()))
 
 
 _SIMULATE = """Serve a simulated PromptLayer.

@@ -1,0 +1,137 @@
+"""The page's files, and the requests that it makes."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI
+from fastapi import Path as PathParameter
+from pydantic import BaseModel
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.types import ASGIApp
+
+from promptlayer_exec import NotFound, PromptLayerExecError
+
+from ._address import Address
+from ._board import Board
+from ._events import board_events, value_text
+from ._guard import Guard
+
+_PAGE = Path(__file__).with_name("page")
+_FILES = {
+    "/": ("index.html", "text/html"),
+    "/viewer.css": ("viewer.css", "text/css"),
+    "/viewer.js": ("viewer.js", "text/javascript"),
+    "/favicon.svg": ("favicon.svg", "image/svg+xml"),
+}
+_LARGEST_ID = 2**63 - 1
+
+_ExecutionId = Annotated[int, PathParameter(ge=1, le=_LARGEST_ID)]
+
+
+class _Addition(BaseModel):
+    execution_id: str
+
+
+class _Start(BaseModel):
+    workflow: str
+    inputs: str
+
+
+def create_app(board: Board, address: Address, token: str) -> ASGIApp:
+    """Return the app that shows a board to whoever has the token.
+
+    Args:
+        board: the executions.
+        address: where it will be served; a request for another `Host` is refused.
+        token: what the page must bring, from the fragment of its URL.
+    """
+    app = FastAPI(openapi_url=None)
+    for path, (name, media_type) in _FILES.items():
+        _add_file(app, path, (_PAGE / name).read_bytes(), media_type)
+    _add_looks(app, board)
+    _add_changes(app, board)
+    return Guard(app, address, token)
+
+
+def _add_file(app: FastAPI, path: str, content: bytes, media_type: str) -> None:
+    @app.get(path)
+    async def get_file() -> Response:
+        return Response(content, media_type=media_type)
+
+
+def _add_looks(app: FastAPI, board: Board) -> None:
+    @app.get("/api/events")
+    async def get_events() -> Response:
+        return StreamingResponse(board_events(board), media_type="text/event-stream")
+
+    @app.get("/api/executions/{execution_id}/nodes/{index}")
+    async def get_value(execution_id: _ExecutionId, index: int) -> Response:
+        card = board.cards.get(execution_id)
+        nodes = [] if card is None or card.snapshot is None else [*card.snapshot.nodes.values()]
+        if not 0 <= index < len(nodes):
+            return _refuse("There is no such node any more.", 404)
+        return PlainTextResponse(value_text(nodes[index].value).encode("utf-8", "backslashreplace"))
+
+
+def _add_changes(app: FastAPI, board: Board) -> None:
+    @app.post("/api/executions")
+    async def add_execution(body: _Addition) -> Response:
+        execution_id = _read_id(body.execution_id)
+        if execution_id is None:
+            message = f"An execution's id is a whole number from 1 to {_LARGEST_ID}."
+            return _refuse(message, 422, "execution_id")
+        try:
+            await board.add(execution_id)
+        except PromptLayerExecError as error:
+            return _refuse(str(error), _status(error), "execution_id")
+        return JSONResponse({"execution_id": str(execution_id)}, 201)
+
+    @app.delete("/api/executions/{execution_id}")
+    async def remove_execution(execution_id: _ExecutionId) -> Response:
+        board.remove(execution_id)
+        return Response(status_code=204)
+
+    @app.post("/api/runs")
+    async def start_run(body: _Start) -> Response:
+        if not body.workflow.strip():
+            return _refuse("Give the name or the id of a workflow.", 422, "workflow")
+        try:
+            inputs = _read_inputs(body.inputs)
+            execution = await board.start(body.workflow, inputs)
+        except NotFound as error:
+            return _refuse(str(error), 404, "workflow")
+        except PromptLayerExecError as error:
+            return _refuse(str(error), _status(error))
+        except (TypeError, ValueError) as error:
+            return _refuse(str(error), 422, "inputs")
+        return JSONResponse({"execution_id": str(execution.id)}, 201)
+
+
+def _read_id(text: str) -> int | None:
+    text = text.strip()
+    if not re.fullmatch("[0-9]{1,19}", text):
+        return None
+    return int(text) if 1 <= int(text) <= _LARGEST_ID else None
+
+
+def _read_inputs(text: str) -> dict[str, Any]:
+    try:
+        inputs = json.loads(text) if text.strip() else {}
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"This is no JSON: {error.msg} at {where}.") from None
+    except RecursionError:
+        raise ValueError("This is nested too deeply.") from None
+    if not isinstance(inputs, dict):
+        raise TypeError('The inputs are a JSON object, such as {"topic": "otters"}.')
+    return inputs
+
+
+def _status(error: PromptLayerExecError) -> int:
+    return 404 if isinstance(error, NotFound) else 502
+
+
+def _refuse(message: str, status: int, field: str | None = None) -> Response:
+    return JSONResponse({"message": message, "field": field}, status)
