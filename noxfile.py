@@ -9,7 +9,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2025.2.9"
-nox.options.sessions = ["lint", "types", "tests", "coverage", "vendor"]
+nox.options.sessions = ["lint", "types", "tests", "coverage", "vendor", "browser"]
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True
 
@@ -34,7 +34,7 @@ def _install(session: nox.Session, group: str, *packages: str) -> None:
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """Run the suite on the built wheel, with branch coverage; arguments go to pytest."""
-    _install(session, "test", ".[cli,fastapi]")
+    _install(session, "test", ".[viewer]")
     # The wheel is what is tested, so the checkout must not be found before it.
     environment = {
         "PYTHONSAFEPATH": "1",
@@ -64,7 +64,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check the types of the package, and of code as its users write it."""
-    _install(session, "types", "nox", "pytest", ".[cli,fastapi]")
+    _install(session, "types", "nox", "pytest", ".[viewer]")
     session.run("mypy", "promptlayer_exec", "tests/typing", "noxfile.py")
 
 
@@ -78,6 +78,25 @@ def vendor(session: nox.Session, sdk: str) -> None:
     own_fixtures = "--confcutdir=tests/vendor"
     environment = {"PYTHONSAFEPATH": "1"}
     session.run("pytest", own_fixtures, "tests/vendor", *session.posargs, env=environment)
+
+
+@nox.session
+def browser(session: nox.Session) -> None:
+    """Use the viewer's page in Debian's Chromium; `-- --screenshots` takes those of the docs."""
+    if shutil.which("chromium") is None:
+        packages = ["chromium", "fonts-dejavu-core", "fonts-liberation"]
+        session.run("apt-get", "update", "-q", external=True)
+        session.run(
+            "apt-get", "install", "-qy", "--no-install-recommends", *packages, external=True
+        )
+    _install(session, "browser", ".[viewer]")
+    if session.posargs == ["--screenshots"]:
+        session.run("python", "tests/browser/screenshots.py")
+        return
+    # The fixtures of the ordinary suite need packages that have no part in this.
+    own_fixtures = "--confcutdir=tests/browser"
+    environment = {"PYTHONSAFEPATH": "1"}
+    session.run("pytest", own_fixtures, "tests/browser", *session.posargs, env=environment)
 
 
 @nox.session

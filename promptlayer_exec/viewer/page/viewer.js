@@ -273,7 +273,7 @@ function tell(card) {
   const silent = (performance.now() - card.at) / 1000;
   const isStale = connection === "live" && card.data.state === "running" && silent > STALE;
   const stale = `PromptLayer has not answered for ${duration(Math.floor(silent))}.`;
-  show(part(card.root, "error"), card.data.error ?? (isStale ? stale : null));
+  show(part(card.root, "trouble"), card.data.error ?? (isStale ? stale : null));
 }
 
 // Nodes
@@ -321,11 +321,10 @@ function showNode(card, node) {
 }
 
 function timesOf(node) {
-  const seconds = (value) => duration(value);
   if (node.running === null && node.final === null) return "It has not been seen running yet.";
-  if (node.running === null) return `It was final when first seen so, at ${seconds(node.final)}.`;
-  const started = `Seen running at ${seconds(node.running)}`;
-  return node.final === null ? `${started}.` : `${started}, and final at ${seconds(node.final)}.`;
+  if (node.running === null) return `It was final when first seen so, at ${duration(node.final)}.`;
+  const started = `Seen running at ${duration(node.running)}`;
+  return node.final === null ? `${started}.` : `${started}, and final at ${duration(node.final)}.`;
 }
 
 async function wholeOf(card, row) {

@@ -1,0 +1,465 @@
+"""The viewer's server over real sockets; tests/browser has what takes a browser."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+import promptlayer_exec.viewer
+from promptlayer_exec import ConfigurationError, Session
+from promptlayer_exec.cli._ending import Misuse
+from promptlayer_exec.cli._view import TOKEN, view
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+from promptlayer_exec.viewer import Address, Board, listen, serve
+from promptlayer_exec.viewer._events import _HEARTBEAT, value_text
+
+PAGE = Path(promptlayer_exec.viewer.__file__).parent / "page"
+BEARER = "Bearer secret"
+ROUTES = ["/", "/viewer.css", "/viewer.js", "/favicon.svg", "/api/events", "/nowhere"]
+
+
+class Viewer:
+    """A board that is served, and requests to it, written by hand."""
+
+    def __init__(self, board: Board, port: int) -> None:
+        self.board = board
+        self.port = port
+
+    async def ask(self, head: str, **headers: str | None) -> tuple[int, str]:
+        """Send a request, and return the status and everything that came, up to a stream's start.
+
+        Args:
+            head: the method and the path.
+            headers: they replace, or with None take away, those of the page.
+        """
+        given = {"Host": f"127.0.0.1:{self.port}", "Connection": "close", "Authorization": BEARER}
+        given.update({name.replace("_", "-"): value for name, value in headers.items()})
+        lines = [f"{name}: {value}" for name, value in given.items() if value is not None]
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write("\r\n".join([f"{head} HTTP/1.1", *lines, "", ""]).encode())
+        text = (await reader.readuntil(b"\r\n\r\n")).decode()
+        if "event-stream" not in text:
+            text += (await reader.read()).decode()
+        writer.close()
+        await writer.wait_closed()
+        return int(text.split()[1]), text
+
+    async def send(self, method: str, path: str, content: Any = None) -> tuple[int, Any]:
+        """Send what the page sends, and return the status and the answer."""
+        async with (
+            aiohttp.ClientSession(headers={"Authorization": BEARER}) as http,
+            http.request(
+                method, f"http://127.0.0.1:{self.port}/api/{path}", json=content
+            ) as response,
+        ):
+            text = await response.text()
+            is_json = response.content_type == "application/json"
+            return response.status, json.loads(text) if is_json else text
+
+    async def events(self) -> AsyncIterator[tuple[str, Any]]:
+        """Yield the events of a page."""
+        url = f"http://127.0.0.1:{self.port}/api/events"
+        headers = {"Authorization": BEARER}
+        async with (
+            aiohttp.ClientSession(headers=headers, read_bufsize=2**20) as http,
+            http.get(url) as response,
+        ):
+            kind = ""
+            async for line in response.content:
+                name, _, text = line.decode().rstrip("\n").partition(": ")
+                if name == "event":
+                    kind = text
+                elif name == "data":
+                    yield kind, json.loads(text)
+
+
+@pytest.fixture
+async def viewer(session: Session) -> AsyncIterator[Viewer]:
+    """Return a viewer on a free port; it ends, as at Ctrl-C, at the end of the test."""
+    listener = listen("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    async with session, Board(session, note="of a test") as board:
+        address = Address("127.0.0.1", port)
+        serving = asyncio.create_task(serve(board, listener, address, "secret"))
+        yield Viewer(board, port)
+        serving.cancel()
+        async with asyncio.timeout(5):
+            await asyncio.wait([serving])
+
+
+async def until(events: AsyncIterator[tuple[str, Any]], wanted: str, **members: Any) -> Any:
+    """Return the next event of a kind whose data have these members."""
+    async with asyncio.timeout(5):
+        async for kind, data in events:
+            if kind == wanted and members.items() <= data.items():
+                return data
+    raise AssertionError(f"the events ended without {wanted}")
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "evil.example:{port}",
+        "127.0.0.1",
+        "127.0.0.1:1",
+        "127.0.0.1.evil.example:{port}",
+        "",
+        None,
+    ],
+)
+@pytest.mark.parametrize("path", ["/", "/viewer.js", "/api/events"])
+async def test_a_foreign_host_is_refused(viewer: Viewer, host: str | None, path: str) -> None:
+    """Even with the token: a name of somebody's that was bound anew to this machine."""
+    status, _ = await viewer.ask(f"GET {path}", Host=host and host.format(port=viewer.port))
+    # Without any Host it is no HTTP/1.1, which the server itself refuses.
+    assert status == (400 if host is None else 403)
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "https://127.0.0.1:{port}"])
+async def test_a_foreign_origin_is_refused(viewer: Viewer, origin: str) -> None:
+    """On every route, and before anything happens."""
+    origin = origin.format(port=viewer.port)
+    for head in ("GET /", "GET /api/events", "POST /api/runs", "OPTIONS /api/runs"):
+        assert (await viewer.ask(head, Origin=origin))[0] == 403
+
+
+async def test_its_own_origin_is_let_in(viewer: Viewer) -> None:
+    """By each of its names."""
+    for name in ("127.0.0.1", "localhost", "LOCALHOST", "[::1]"):
+        host = f"{name}:{viewer.port}"
+        own = {"Host": host, "Origin": f"http://{host}", "Sec_Fetch_Site": "same-origin"}
+        assert (await viewer.ask("GET /api/events", **own))[0] == 200
+
+
+async def test_another_site_may_only_link_to_the_page(viewer: Viewer) -> None:
+    """It may not frame it, nor load its script, nor ask anything."""
+    link = {"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "document"}
+    frame = {"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "iframe"}
+    for site in ("cross-site", "same-site"):  # another port is the same site
+        assert (await viewer.ask("GET /", Sec_Fetch_Site=site, **link))[0] == 200
+        assert (await viewer.ask("GET /", Sec_Fetch_Site=site, **frame))[0] == 403
+        assert (await viewer.ask("GET /viewer.js", Sec_Fetch_Site=site, **link))[0] == 403
+        assert (await viewer.ask("GET /api/events", Sec_Fetch_Site=site))[0] == 403
+
+
+@pytest.mark.parametrize(
+    "credentials", [None, "", "Bearer", "Bearer wrong", "Bearer secre\u00e9", "secret"]
+)
+async def test_nothing_is_told_without_the_token(viewer: Viewer, credentials: str | None) -> None:
+    """Nor done, nor is it told whether there would be something."""
+    for head in ("GET /api/events", "POST /api/runs", "DELETE /api/executions/1", "GET /api/no"):
+        status, answer = await viewer.ask(head, Authorization=credentials)
+        assert status == 401
+        assert "open the URL that promptlayer-exec view printed" in answer
+
+
+@pytest.mark.parametrize("path", ROUTES)
+async def test_every_answer_is_sealed(viewer: Viewer, path: str) -> None:
+    """Whatever the status is: no inline script, no frame, no cache, no other origin."""
+    for headers in ({}, {"Host": "evil.example"}, {"Authorization": None}):
+        _, answer = await viewer.ask(f"GET {path}", **headers)
+        head = answer.partition("\r\n\r\n")[0].lower()
+        assert "\r\ncontent-security-policy: default-src 'none'; script-src 'self'; " in head
+        assert "frame-ancestors 'none'" in head
+        assert "unsafe" not in head
+        assert "\r\nx-content-type-options: nosniff" in head
+        assert "\r\nreferrer-policy: no-referrer" in head
+        assert "\r\ncache-control: no-store" in head
+        assert "access-control" not in head
+
+
+def test_the_page_needs_nothing_inline_and_nothing_from_elsewhere() -> None:
+    """One HTML file, one CSS, one module; values reach the document as text only."""
+    assert {path.name for path in PAGE.iterdir()} == {
+        "index.html",
+        "viewer.css",
+        "viewer.js",
+        "favicon.svg",
+    }
+    page, script = (PAGE / "index.html").read_text(), (PAGE / "viewer.js").read_text()
+    assert re.findall(r"<script[^>]*>", page) == ['<script type="module" src="viewer.js">']
+    assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:", page)
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", script)
+    for text in (page, script, (PAGE / "viewer.css").read_text()):
+        assert not re.search(r"https?:|\burl\(|@import|//\w+\.", text)
+
+
+@pytest.mark.parametrize(
+    ("address", "url", "is_loopback", "meant", "strange"),
+    [
+        (Address("127.0.0.1", 80), "http://127.0.0.1:80", True, "localhost", "localhost:81"),
+        (Address("::1", 81), "http://[::1]:81", True, "[::1]:81", "[::2]:81"),
+        (Address("127.0.0.2", 81), "http://127.0.0.2:81", True, "127.0.0.2:81", "127.0.0.3:81"),
+        (Address("MyBox", 81), "http://mybox:81", False, "mybox:81", "192.0.2.1:81"),
+        (Address("0.0.0.0", 81), "http://127.0.0.1:81", False, "192.0.2.1:81", "mybox:81"),
+        (Address("::", 81), "http://127.0.0.1:81", False, "[2001:db8::1]:81", "evil.example:81"),
+    ],
+)
+def test_an_address_knows_its_names(
+    address: Address, url: str, is_loopback: bool, meant: str, strange: str
+) -> None:
+    """Where it listens everywhere, any IP address is one: only names can be bound anew."""
+    assert address.base_url == url
+    assert address.is_loopback is is_loopback
+    assert address.is_meant(meant)
+    assert not address.is_meant(strange)
+
+
+async def test_a_page_is_told_everything_and_then_what_changes(
+    sim: Simulator, viewer: Viewer, held: int
+) -> None:
+    """In order; one that comes later is told the same, with the times that were seen."""
+    viewer.board.follow(held)
+    events = viewer.events()
+    board = await until(events, "board")
+    assert (board["note"], board["executions"]) == ("of a test", [str(held)])
+    first = await until(events, "nodes")
+    assert first["all"]
+    assert [node["name"] for node in first["nodes"]] == ["Plan", "Answer"]
+    running = await until(events, "execution", state="running")
+    assert (running["final"], running["total"]) == (1, 2)
+    sim.finish(held, "Answer")
+    (answer,) = (await until(events, "nodes", all=False))["nodes"]
+    assert (answer["index"], answer["value"], answer["is_output"]) == (1, "42", True)
+    assert 0 < answer["running"] + 0.001 <= answer["final"] + 0.001
+    done = await until(events, "execution", state="succeeded")
+    requests = sim.request_count
+    late = viewer.events()
+    assert (await until(late, "nodes"))["nodes"][1] == answer
+    assert await until(late, "execution") == done
+    assert sim.request_count == requests
+    viewer.board.remove(held)
+    for page in (events, late):
+        assert (await until(page, "board", executions=[]))["instance"] == board["instance"]
+    viewer.board.close()
+    for page in (events, late):
+        await until(page, "end")
+        assert [event async for event in page] == []
+
+
+async def test_an_idle_page_hears_a_heartbeat(
+    viewer: Viewer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a connection that died is noticed, at both ends."""
+    assert _HEARTBEAT == 15
+    monkeypatch.setattr("promptlayer_exec.viewer._events._HEARTBEAT", 0.01)
+    url = f"http://127.0.0.1:{viewer.port}/api/events"
+    async with (
+        aiohttp.ClientSession(headers={"Authorization": BEARER}) as http,
+        http.get(url) as response,
+    ):
+        assert b"\n\n:\n\n" in await response.content.readuntil(b"\n:\n\n")
+
+
+async def test_values_come_through_exactly(sim: Simulator, viewer: Viewer) -> None:
+    """As text, since JavaScript would round some of them; and all of a long one on demand."""
+    values = [2**63 + 1, [math.nan, -math.inf], "half \ud800", None, False, "", "a" * 10_001]
+    nodes = [SimNode(str(index), value) for index, value in enumerate(values)]
+    execution_id = sim.add_execution(Scenario([*nodes, SimNode("lone \udfff")]))
+    viewer.board.follow(execution_id)
+    shown = (await until(viewer.events(), "nodes"))["nodes"]
+    assert [node["value"] for node in shown[:6]] == [
+        "9223372036854775809",
+        "[\n  NaN,\n  -Infinity\n]",
+        "half \ud800",
+        "null",
+        "false",
+        "",
+    ]
+    assert (len(shown[6]["value"]), shown[6]["length"]) == (10_000, 10_001)
+    assert shown[7]["name"] == "lone \udfff"
+    path = f"executions/{execution_id}/nodes"
+    assert await viewer.send("GET", f"{path}/6") == (200, "a" * 10_001)
+    assert await viewer.send("GET", f"{path}/2") == (200, "half \\ud800")
+    assert (await viewer.send("GET", f"{path}/8"))[0] == 404
+    assert (await viewer.send("GET", "executions/5/nodes/0"))[0] == 404
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert value_text(deep) == "(nested too deeply to be shown)"
+
+
+@pytest.mark.parametrize(
+    ("message", "raw", "error", "detail"),
+    [
+        ("why", {"raw": "Traceback\nwhy"}, "why", "Traceback\nwhy"),
+        ("why", "why", "why", None),
+        (None, "Traceback\nwhy", "why", "Traceback\nwhy"),
+        (None, {"code": 7}, "}", '{\n  "code": 7\n}'),
+        (None, None, "The server gave no reason.", None),
+    ],
+)
+async def test_a_failed_node_always_has_a_reason(
+    sim: Simulator, viewer: Viewer, *, message: str | None, raw: Any, error: str, detail: str | None
+) -> None:
+    """The message, else the last line of the details, else that there is none."""
+    node = SimNode("n", status="FAILED", error_message=message, raw_error_message=raw)
+    viewer.board.follow(sim.add_execution(Scenario([node])))
+    (shown,) = (await until(viewer.events(), "nodes"))["nodes"]
+    assert (shown["error"], shown["detail"], shown["value"]) == (error, detail, None)
+
+
+async def test_an_execution_is_added_once_and_removed(
+    sim: Simulator, viewer: Viewer, held: int, our_tasks: Callable[[], list[str]]
+) -> None:
+    """However often it is asked for; the latest is the first, and a removed one is not polled."""
+    other = sim.add_execution(Scenario([SimNode("a", None, None)]))
+    viewer.board.follow(other)
+    content = {"execution_id": f" {held} "}
+    answers = await asyncio.gather(*(viewer.send("POST", "executions", content) for _ in range(5)))
+    assert answers == [(201, {"execution_id": str(held)})] * 5
+    assert list(viewer.board.cards) == [held, other]
+    watching = [task.get_name() for task in asyncio.all_tasks() if "viewer " in task.get_name()]
+    assert sorted(watching) == [f"viewer {held}", f"viewer {other}"]
+    requests = sim.request_count
+    assert (await viewer.send("POST", "executions", content))[0] == 201
+    for execution_id in (held, other, held):
+        assert (await viewer.send("DELETE", f"executions/{execution_id}"))[0] == 204
+    assert viewer.board.cards == {}
+    assert not [t for t in asyncio.all_tasks() if t.get_name().startswith("viewer ")]
+    assert requests <= sim.request_count
+
+
+async def test_what_cannot_be_added_is_refused_with_a_reason(
+    sim: Simulator, viewer: Viewer
+) -> None:
+    """At the field, and no card is left behind."""
+    for wrong in ("", "x", "0", "-1", "1.5", "\u0661", str(2**63), "9" * 5000):
+        status, answer = await viewer.send("POST", "executions", {"execution_id": wrong})
+        assert (status, answer["field"]) == (422, "execution_id")
+    status, answer = await viewer.send("POST", "executions", {"execution_id": "77"})
+    assert status == 404
+    assert "execution 77: the server answered 404" in answer["message"]
+    sim.inject(Fault.status(401))
+    status, answer = await viewer.send("POST", "executions", {"execution_id": "77"})
+    assert status == 502
+    assert "Check PROMPTLAYER_API_KEY" in answer["message"]
+    assert viewer.board.cards == {}
+
+
+async def test_a_watch_that_ends_early_keeps_what_it_saw(
+    sim: Simulator, viewer: Viewer, held: int
+) -> None:
+    """With the reason; adding it again follows it again, in its place."""
+    other = sim.add_execution(Scenario([SimNode("a", "b")]))
+    viewer.board.follow(held)
+    viewer.board.follow(other)
+    events = viewer.events()
+    await until(events, "execution", execution_id=str(held), state="running")
+    sim.inject(Fault.status(403))
+    lost = await until(events, "execution", state="lost")
+    assert "403 Forbidden" in lost["error"]
+    assert (lost["final"], lost["total"]) == (1, 2)
+    assert (await viewer.send("POST", "executions", {"execution_id": str(held)}))[0] == 201
+    assert (await until(events, "nodes", execution_id=str(held)))["all"]
+    again = await until(events, "execution", execution_id=str(held), state="running")
+    assert again["error"] is None
+    assert list(viewer.board.cards) == [held, other]
+
+
+async def test_a_run_is_started_and_followed(sim: Simulator, viewer: Viewer) -> None:
+    """Even if the page that started it has gone; its mistakes are told at their fields."""
+    sim.add_workflow("a/b", Scenario([SimNode("n", "v")]), warning="no tone")
+    for workflow, inputs, status, field in [
+        (" ", "{}", 422, "workflow"),
+        ("none", "{}", 404, "workflow"),
+        ("a/b", "{", 422, "inputs"),
+        ("a/b", "7", 422, "inputs"),
+        ("a/b", '{"n": NaN}', 422, "inputs"),
+        ("a/b", "[" * 100_000, 422, "inputs"),
+    ]:
+        answer = await viewer.send("POST", "runs", {"workflow": workflow, "inputs": inputs})
+        assert (answer[0], answer[1]["field"]) == (status, field)
+    sim.inject(Fault.disconnect())
+    status, answer = await viewer.send("POST", "runs", {"workflow": "a/b", "inputs": ""})
+    assert (status, answer["field"]) == (502, None)
+    assert "may have started and be billed" in answer["message"]
+    begun = len(sim.runs)
+    sim.inject(Fault.delay(0.05))
+    start = asyncio.create_task(viewer.send("POST", "runs", {"workflow": "a/b", "inputs": ""}))
+    await sim.wait_for_requests(sim.request_count + 1)
+    start.cancel()
+    done = await until(viewer.events(), "execution", state="succeeded")
+    assert (done["workflow"], done["warning"]) == ("a/b", "no tone")
+    assert [str(run.execution_id) for run in sim.runs[begun:]] == [done["execution_id"]]
+
+
+async def view_with(port: int = 0, *, is_demo: bool = False, **settings: Any) -> Any:
+    """Run the command, as far as it gets without a page."""
+    given = {"host": "127.0.0.1", "base_url": None, "outage": 1.0, **settings}
+    return await view([], port=port, is_demo=is_demo, **given)
+
+
+async def test_what_it_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No key, a weak token, a port that is taken, a package that is missing: usage errors all."""
+    with pytest.raises(ConfigurationError, match="PROMPTLAYER_API_KEY"):
+        await view_with()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            Misuse, match=f"cannot listen on 127.0.0.1, port {port}: .* in use; .*--port 0"
+        ):
+            await view_with(port, is_demo=True)
+    with pytest.raises(Misuse, match=r"cannot listen on 192\.0\.2\.1, port 0: "):
+        await view_with(is_demo=True, host="192.0.2.1")
+    monkeypatch.setenv(TOKEN, "guess me")
+    with pytest.raises(Misuse, match=f"{TOKEN} is too weak"):
+        await view_with(is_demo=True)
+    rooms = [name for name in sys.modules if name.startswith("promptlayer_exec.viewer")]
+    for room in rooms:
+        monkeypatch.delitem(sys.modules, room)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(Misuse, match=re.escape("pip install 'promptlayer-exec[viewer]'")):
+        await view_with(is_demo=True)
+
+
+async def test_the_command_ends_at_sigterm_with_a_page_open(sim: Simulator, held: int) -> None:
+    """Within a moment, with code 0, and without a word; the token is the environment's."""
+    token = "t" * 22
+    environment = {
+        **os.environ,
+        "PROMPTLAYER_API_KEY": sim.api_key,
+        "PROMPTLAYER_BASE_URL": sim.base_url,
+        TOKEN: token,
+    }
+    command = [sys.executable, "-W", "error", "-m", "promptlayer_exec", "view", str(held)]
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
+    try:
+        assert process.stdout is not None
+        url = (await process.stdout.readline()).decode().strip()
+        found = re.fullmatch(rf"http://127\.0\.0\.1:(\d+)/#token={token}", url)
+        assert found is not None
+        headers = {"Authorization": f"Bearer {token}"}
+        async with (
+            aiohttp.ClientSession(headers=headers) as http,
+            http.get(f"http://127.0.0.1:{found[1]}/api/events") as response,
+        ):
+            assert await response.content.readline() == b"event: board\n"
+            assert f'["{held}"]'.encode() in await response.content.readline()
+            process.send_signal(signal.SIGTERM)
+            rest = await response.content.read()
+            async with asyncio.timeout(5):
+                _, errors = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert rest.endswith(b"event: end\ndata: {}\n\n")
+    assert process.returncode == 0
+    assert errors == b"Open this page, which is for you alone (Ctrl-C ends it):\n"
