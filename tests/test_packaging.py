@@ -151,9 +151,10 @@ def test_importing_the_face_imports_no_optional_dependency() -> None:
     """Nor the rooms that need one, nor the simulator."""
     program = (
         "import sys, promptlayer_exec\n"
-        "extras = {'typer', 'rich', 'pytest', 'fastapi', 'dbos', 'opentelemetry', 'aiohttp.web'}\n"
-        "ours = {f'promptlayer_exec.{room}' for room in ('cli', 'simulator', 'pytest_plugin')}\n"
-        "print(sorted(sys.modules.keys() & (extras | ours) - {'aiohttp.web'}))\n"
+        "extras = {'typer', 'rich', 'pytest', 'fastapi', 'uvicorn', 'dbos', 'opentelemetry'}\n"
+        "rooms = ('cli', 'simulator', 'viewer', 'pytest_plugin')\n"
+        "ours = {f'promptlayer_exec.{room}' for room in rooms}\n"
+        "print(sorted(sys.modules.keys() & (extras | ours)))\n"
     )
     printed = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
@@ -190,10 +191,18 @@ def test_the_simulator_shares_no_code_with_the_client() -> None:
 
 
 def test_the_command_line_comes_in_through_the_face() -> None:
-    """It is a program like any user's, apart from the simulator that it embeds."""
+    """It is a program like any user's, apart from the rooms that it runs."""
     for path in (PACKAGE / "cli").glob("*.py"):
         used = imports_of_ours(path.read_text(), depth=2)
-        assert used <= {*FACE, "simulator"}, path.name
+        assert used <= {*FACE, "simulator", "viewer"}, path.name
+
+
+def test_the_viewer_comes_in_through_the_face() -> None:
+    """Its page, too, is in the wheel; and no other room needs what it needs."""
+    for path in (PACKAGE / "viewer").glob("*.py"):
+        assert imports_of_ours(path.read_text(), depth=2) <= {*FACE}, path.name
+    page = {path.name for path in (PACKAGE / "viewer" / "page").iterdir()}
+    assert {"index.html", "viewer.css", "viewer.js"} <= page
 
 
 def test_only_the_transport_knows_aiohttp_s_client() -> None:

@@ -109,36 +109,22 @@ async def until(events: AsyncIterator[tuple[str, Any]], wanted: str, **members: 
     raise AssertionError(f"the events ended without {wanted}")
 
 
-@pytest.mark.parametrize(
-    "host",
-    [
-        "evil.example",
-        "evil.example:{port}",
-        "127.0.0.1",
-        "127.0.0.1:1",
-        "127.0.0.1.evil.example:{port}",
-        "",
-        None,
-    ],
-)
-@pytest.mark.parametrize("path", ["/", "/viewer.js", "/api/events"])
-async def test_a_foreign_host_is_refused(viewer: Viewer, host: str | None, path: str) -> None:
+async def test_a_foreign_host_is_refused(viewer: Viewer) -> None:
     """Even with the token: a name of somebody's that was bound anew to this machine."""
-    status, _ = await viewer.ask(f"GET {path}", Host=host and host.format(port=viewer.port))
-    # Without any Host it is no HTTP/1.1, which the server itself refuses.
-    assert status == (400 if host is None else 403)
+    right = str(viewer.port)
+    foreign = ["a.b", f"a.b:{right}", "127.0.0.1", "127.0.0.1:1", f"127.0.0.1.a.b:{right}", ""]
+    for path in ROUTES:
+        for host in foreign:
+            assert (await viewer.ask(f"GET {path}", Host=host))[0] == 403
+    # Without any it is no HTTP/1.1, which the server itself refuses.
+    assert (await viewer.ask("GET /", Host=None))[0] == 400
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "https://127.0.0.1:{port}"])
-async def test_a_foreign_origin_is_refused(viewer: Viewer, origin: str) -> None:
-    """On every route, and before anything happens."""
-    origin = origin.format(port=viewer.port)
-    for head in ("GET /", "GET /api/events", "POST /api/runs", "OPTIONS /api/runs"):
-        assert (await viewer.ask(head, Origin=origin))[0] == 403
-
-
-async def test_its_own_origin_is_let_in(viewer: Viewer) -> None:
-    """By each of its names."""
+async def test_a_foreign_origin_is_refused_and_its_own_let_in(viewer: Viewer) -> None:
+    """On every route, and before anything happens; its own is that of the name it is called by."""
+    for origin in ("http://a.b", "null", f"https://127.0.0.1:{viewer.port}", "http://127.0.0.1:1"):
+        for head in ("GET /", "GET /api/events", "POST /api/runs", "OPTIONS /api/runs"):
+            assert (await viewer.ask(head, Origin=origin))[0] == 403
     for name in ("127.0.0.1", "localhost", "LOCALHOST", "[::1]"):
         host = f"{name}:{viewer.port}"
         own = {"Host": host, "Origin": f"http://{host}", "Sec_Fetch_Site": "same-origin"}
@@ -156,30 +142,29 @@ async def test_another_site_may_only_link_to_the_page(viewer: Viewer) -> None:
         assert (await viewer.ask("GET /api/events", Sec_Fetch_Site=site))[0] == 403
 
 
-@pytest.mark.parametrize(
-    "credentials", [None, "", "Bearer", "Bearer wrong", "Bearer secre\u00e9", "secret"]
-)
-async def test_nothing_is_told_without_the_token(viewer: Viewer, credentials: str | None) -> None:
+async def test_nothing_is_told_without_the_token(viewer: Viewer) -> None:
     """Nor done, nor is it told whether there would be something."""
-    for head in ("GET /api/events", "POST /api/runs", "DELETE /api/executions/1", "GET /api/no"):
-        status, answer = await viewer.ask(head, Authorization=credentials)
-        assert status == 401
-        assert "open the URL that promptlayer-exec view printed" in answer
+    for credentials in (None, "", "Bearer", "Bearer wrong", "Bearer secre\u00e9", "secret"):
+        for head in ("GET /api/events", "POST /api/runs", "DELETE /api/executions/1", "GET /api/"):
+            status, answer = await viewer.ask(head, Authorization=credentials)
+            assert status == 401
+            assert "open the URL that promptlayer-exec view printed" in answer
 
 
-@pytest.mark.parametrize("path", ROUTES)
-async def test_every_answer_is_sealed(viewer: Viewer, path: str) -> None:
+async def test_every_answer_is_sealed(viewer: Viewer) -> None:
     """Whatever the status is: no inline script, no frame, no cache, no other origin."""
-    for headers in ({}, {"Host": "evil.example"}, {"Authorization": None}):
-        _, answer = await viewer.ask(f"GET {path}", **headers)
-        head = answer.partition("\r\n\r\n")[0].lower()
-        assert "\r\ncontent-security-policy: default-src 'none'; script-src 'self'; " in head
-        assert "frame-ancestors 'none'" in head
-        assert "unsafe" not in head
-        assert "\r\nx-content-type-options: nosniff" in head
-        assert "\r\nreferrer-policy: no-referrer" in head
-        assert "\r\ncache-control: no-store" in head
-        assert "access-control" not in head
+    given: list[dict[str, str | None]] = [{}, {"Host": "evil.example"}, {"Authorization": None}]
+    for path in ROUTES:
+        for headers in given:
+            _, answer = await viewer.ask(f"GET {path}", **headers)
+            head = answer.partition("\r\n\r\n")[0].lower()
+            assert "\r\ncontent-security-policy: default-src 'none'; script-src 'self'; " in head
+            assert "frame-ancestors 'none'" in head
+            assert "unsafe" not in head
+            assert "\r\nx-content-type-options: nosniff" in head
+            assert "\r\nreferrer-policy: no-referrer" in head
+            assert "\r\ncache-control: no-store" in head
+            assert "access-control" not in head
 
 
 def test_the_page_needs_nothing_inline_and_nothing_from_elsewhere() -> None:
@@ -293,24 +278,23 @@ async def test_values_come_through_exactly(sim: Simulator, viewer: Viewer) -> No
     assert value_text(deep) == "(nested too deeply to be shown)"
 
 
-@pytest.mark.parametrize(
-    ("message", "raw", "error", "detail"),
-    [
+async def test_a_failed_node_always_has_a_reason(sim: Simulator, viewer: Viewer) -> None:
+    """The message, else the last line of the details, else that there is none."""
+    cases: list[tuple[Any, ...]] = [
         ("why", {"raw": "Traceback\nwhy"}, "why", "Traceback\nwhy"),
         ("why", "why", "why", None),
         (None, "Traceback\nwhy", "why", "Traceback\nwhy"),
-        (None, {"code": 7}, "}", '{\n  "code": 7\n}'),
+        (None, {"code": 7}, '{"code": 7}', '{\n  "code": 7\n}'),
         (None, None, "The server gave no reason.", None),
-    ],
-)
-async def test_a_failed_node_always_has_a_reason(
-    sim: Simulator, viewer: Viewer, *, message: str | None, raw: Any, error: str, detail: str | None
-) -> None:
-    """The message, else the last line of the details, else that there is none."""
-    node = SimNode("n", status="FAILED", error_message=message, raw_error_message=raw)
-    viewer.board.follow(sim.add_execution(Scenario([node])))
-    (shown,) = (await until(viewer.events(), "nodes"))["nodes"]
-    assert (shown["error"], shown["detail"], shown["value"]) == (error, detail, None)
+    ]
+    nodes = [
+        SimNode(str(index), status="FAILED", error_message=message, raw_error_message=raw)
+        for index, (message, raw, *_) in enumerate(cases)
+    ]
+    viewer.board.follow(sim.add_execution(Scenario(nodes)))
+    shown = (await until(viewer.events(), "nodes"))["nodes"]
+    assert [(node["error"], node["detail"]) for node in shown] == [case[2:] for case in cases]
+    assert {node["value"] for node in shown} == {None}
 
 
 async def test_an_execution_is_added_once_and_removed(
@@ -410,9 +394,7 @@ async def test_what_it_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
         await view_with()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(
-            Misuse, match=f"cannot listen on 127.0.0.1, port {port}: .* in use; .*--port 0"
-        ):
+        with pytest.raises(Misuse, match=r"cannot listen on .* in use; .*--port 0"):
             await view_with(port, is_demo=True)
     with pytest.raises(Misuse, match=r"cannot listen on 192\.0\.2\.1, port 0: "):
         await view_with(is_demo=True, host="192.0.2.1")

@@ -54,9 +54,10 @@ async def view(
         try:
             listener = stack.enter_context(listen(host, port))
         except (OSError, UnicodeError) as error:  # the latter for a malformed name
-            reason = error.strerror if isinstance(error, OSError) else None
+            # create_server puts the address behind the reason, once more.
+            reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
             hint = f"; `{PROGRAM} view --port 0` takes a free one" if port else ""
-            raise Misuse(f"cannot listen on {host}, port {port}: {reason or error}{hint}") from None
+            raise Misuse(f"cannot listen on {host}, port {port}: {reason}{hint}") from None
         address = Address(host, listener.getsockname()[1])
         board = await stack.enter_async_context(
             Board(session, note=invitation() if is_demo else "")

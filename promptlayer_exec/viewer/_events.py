@@ -127,7 +127,9 @@ def _error_of(node: Node) -> tuple[str | None, str | None]:
         return node.error_message, None if detail == node.error_message else detail
     if node.status != "FAILED":
         return None, detail
-    return "The server gave no reason." if detail is None else detail.splitlines()[-1], detail
+    if detail is None:
+        return "The server gave no reason.", None
+    return (detail.splitlines()[-1] if isinstance(raw, str) else json.dumps(raw)), detail
 
 
 def _event(kind: str, data: Any) -> bytes:
