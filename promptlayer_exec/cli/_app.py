@@ -266,7 +266,7 @@ The key is taken from PROMPTLAYER_API_KEY alone."""
 def _view(
     execution_ids: Annotated[
         list[int] | None,
-        typer.Argument(metavar="[ID]...", min=1, max=2**63 - 1, help="The executions' ids."),
+        typer.Argument(metavar="ID", min=1, max=2**63 - 1, help="The executions' ids."),
     ] = None,
     *,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
