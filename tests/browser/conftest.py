@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from typing import Any
@@ -16,7 +17,7 @@ from promptlayer_exec import PollPolicy, RetryPolicy, Session
 from promptlayer_exec.simulator import Simulator
 from promptlayer_exec.viewer import Address, Board, listen, serve
 
-CHROMIUM = "/usr/bin/chromium"
+CHROMIUM = shutil.which("chromium")
 FLAGS = [
     "--headless",
     "--no-sandbox",

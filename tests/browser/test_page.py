@@ -83,9 +83,6 @@ async def test_progress_appears_node_by_node(sim: Simulator, page: Page) -> None
     await expect(status(page, held, "plan")).to_have_text("Running")
     await expect(status(page, held, "answer")).to_have_text("Queued")
     await expect(count).to_have_text("0 of 2 nodes")
-    running = time_of(page, held, "plan")
-    before = await running.text_content()
-    await expect(running).not_to_have_text(before or "")  # it ticks
     sim.finish(held, "plan")
     await expect(status(page, held, "plan")).to_have_text("Success")
     await expect(node(page, held, "plan").locator('[data-part="preview"]')).to_have_text(
@@ -101,6 +98,27 @@ async def test_progress_appears_node_by_node(sim: Simulator, page: Page) -> None
     await expect(page.locator("#announcer")).to_have_text(
         f"Execution {held}, execution {held}: Succeeded."
     )
+
+
+async def test_the_clock_goes_on_between_polls_and_a_silence_is_told(
+    sim: Simulator, page: Page
+) -> None:
+    """Of a server that does not answer, so that nobody takes what was seen last for the present."""
+    await page.clock.install()
+    await page.reload()
+    held = sim.add_execution(HELD)
+    await add(page, held)
+    await expect(status(page, held, "plan")).to_have_text("Running")
+    sim.inject(Fault.stall())
+    await sim.wait_for_requests(sim.request_count + 1)
+    running = time_of(page, held, "plan")
+    before = await running.text_content()
+    await expect(running).not_to_have_text(before or "")
+    trouble = card(page, held).locator('[data-part="trouble"]')
+    await expect(trouble).to_be_hidden()
+    await page.clock.fast_forward(20_000)
+    await expect(trouble).to_contain_text("PromptLayer has not answered for 2")
+    await expect(running).to_have_text(re.compile(r"^2\d\.\d s$"))
 
 
 async def test_the_time_line_shows_when_each_node_ran(sim: Simulator, page: Page) -> None:
