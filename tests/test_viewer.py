@@ -21,7 +21,7 @@ import pytest
 import promptlayer_exec.viewer
 from promptlayer_exec import ConfigurationError, Session
 from promptlayer_exec.cli._ending import Misuse
-from promptlayer_exec.cli._view import TOKEN, view
+from promptlayer_exec.cli._view import TOKEN, _invite, view
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.viewer import Address, Board, listen, serve
 from promptlayer_exec.viewer._events import _HEARTBEAT, value_text
@@ -410,6 +410,14 @@ async def test_what_it_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(Misuse, match=re.escape("pip install 'promptlayer-exec[viewer]'")):
         await view_with(is_demo=True)
+
+
+def test_an_address_that_others_reach_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    """The URL alone is on standard output, for a program to read."""
+    _invite("http://a.b/#token=t", is_loopback=False)
+    printed = capsys.readouterr()
+    assert printed.out == "http://a.b/#token=t\n"
+    assert printed.err.startswith("warning: other machines can reach this page")
 
 
 async def test_the_command_ends_at_sigterm_with_a_page_open(sim: Simulator, held: int) -> None:
