@@ -94,14 +94,20 @@ class ExecutionStarted(Event):
     Attributes:
         request: what was asked for.
         abandoned: whether the caller had gone before the answer came.
+        duration: seconds from the call to the answer.
     """
 
     request: StartRequest
     abandoned: bool
+    duration: float = 0.0
 
 
 class Observer(Protocol):
-    """What a session reports to: called in the event loop, so it must not block."""
+    """What a session reports to: called in the event loop, so it must not block.
+
+    All events of one watch come in one task, its own, and in the context (as of `contextvars`) of
+    whoever began the watch. So it is with a start, and the context of its caller.
+    """
 
     def __call__(self, event: Event, /) -> None:
         """Take note of an event; what it raises is logged and ignored."""

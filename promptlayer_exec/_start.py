@@ -62,6 +62,7 @@ class Start:
         self._outage = outage
         self._emit = emit
         self._is_closing = is_closing
+        self._called_at = anyio.current_time()
         self._answer: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
         self._task: asyncio.Task[Any] | None = None
         self._scope = anyio.CancelScope()
@@ -199,7 +200,8 @@ class Start:
                 started.execution_id,
                 self._request.workflow,
             )
-        self._emit(ExecutionStarted(started.execution_id, self._request, abandoned))
+        duration = anyio.current_time() - self._called_at
+        self._emit(ExecutionStarted(started.execution_id, self._request, abandoned, duration))
 
     def _warn(self, error: BaseException) -> None:
         if isinstance(error, StartUnknown):

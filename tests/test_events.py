@@ -126,7 +126,7 @@ def test_fields():
         "RequestRetried": ["error", "delay"],
         "Throttled": ["delay"],
         "WatchEnded": ["polls", "elapsed", "error"],
-        "ExecutionStarted": ["request", "abandoned"],
+        "ExecutionStarted": ["request", "abandoned", "duration"],
     }
 
 
