@@ -35,7 +35,7 @@ def _install(session: nox.Session, group: str, *packages: str) -> None:
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """Run the suite on the built wheel, with branch coverage; arguments go to pytest."""
-    _install(session, "test", ".[viewer]")
+    _install(session, "test", ".[opentelemetry,speed,viewer]")
     # The wheel is what is tested, so the checkout must not be found before it.
     environment = {
         "PYTHONSAFEPATH": "1",
@@ -65,7 +65,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check the types of the package, and of code as its users write it."""
-    _install(session, "types", "nox", "pytest", ".[viewer]")
+    _install(session, "types", "nox", "pytest", ".[opentelemetry,speed,viewer]")
     session.run("mypy", "promptlayer_exec", "tests/typing", "noxfile.py")
 
 

@@ -1,0 +1,410 @@
+"""Traces and metrics: what the SDK's in-memory exporters get of real watches and starts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+
+from promptlayer_exec import (
+    ExecutionStarted,
+    InvalidResponse,
+    NotFound,
+    Polled,
+    PollPolicy,
+    Session,
+    SessionClosed,
+    WatchEnded,
+    WatchStarted,
+    __version__,
+)
+from promptlayer_exec.opentelemetry import OpenTelemetryObserver
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+
+
+class Collected:
+    """What the exporters were given."""
+
+    def __init__(self) -> None:
+        self._exporter = InMemorySpanExporter()
+        self.tracers = TracerProvider(shutdown_on_exit=False)
+        self.tracers.add_span_processor(SimpleSpanProcessor(self._exporter))
+        self.tracer = self.tracers.get_tracer("test")
+        self._reader = InMemoryMetricReader()
+        self.meters = MeterProvider([self._reader], shutdown_on_exit=False)
+
+    def observer(self, **settings: Any) -> OpenTelemetryObserver:
+        """Return an observer that reports here."""
+        return OpenTelemetryObserver(
+            tracer_provider=self.tracers, meter_provider=self.meters, **settings
+        )
+
+    def spans(self, name: str) -> list[ReadableSpan]:
+        """Return the spans of one name, in the order in which they ended."""
+        return [span for span in self._exporter.get_finished_spans() if span.name == name]
+
+    def metrics(self) -> dict[str, Any]:
+        """Return all metrics by name."""
+        data = self._reader.get_metrics_data()
+        if data is None:
+            return {}
+        (scope,) = data.resource_metrics[0].scope_metrics
+        assert (scope.scope.name, scope.scope.version) == ("promptlayer_exec", __version__)
+        return {metric.name: metric for metric in scope.metrics}
+
+    def totals(self) -> dict[str, float]:
+        """Return each metric's value, or how often it was recorded, over all attributes."""
+        return {
+            name: sum(
+                point.count if hasattr(point, "count") else point.value
+                for point in metric.data.data_points
+            )
+            for name, metric in self.metrics().items()
+        }
+
+
+@pytest.fixture
+def collected() -> Collected:
+    """Return where the spans and metrics of `observed` go."""
+    return Collected()
+
+
+@pytest.fixture
+async def observed(
+    collected: Collected, recorder: Any, open_session: Callable[..., Session]
+) -> AsyncIterator[Session]:
+    """Return a session that is observed, and check at its end that no watch is left active."""
+    async with open_session(observers=[collected.observer(), recorder]) as session:
+        yield session
+    assert collected.totals().get("promptlayer_exec.active_watches", 0) == 0
+
+
+def everything(span: ReadableSpan) -> str:
+    """Return all that a span tells."""
+    return span.to_json()
+
+
+async def test_a_watch_is_one_span_whose_events_are_the_changes(
+    collected: Collected, observed: Session, recorder: Any, sim: Simulator, held: int
+) -> None:
+    """However many polls there are, and however many follow."""
+    execution = observed.execution(held)
+    with collected.tracer.start_as_current_span("request") as parent:
+        waits = [asyncio.create_task(execution.wait()) for _ in range(3)]
+        await asyncio.sleep(0)
+    await sim.wait_for_requests(8)
+    sim.finish(held, "Answer")
+    await asyncio.gather(*waits)
+    (span,) = collected.spans("watch execution")
+    assert span.parent is not None
+    assert span.parent.span_id == parent.get_span_context().span_id
+    assert span.instrumentation_scope is not None
+    assert (span.instrumentation_scope.name, span.instrumentation_scope.version) == (
+        "promptlayer_exec",
+        __version__,
+    )
+    polls = len(recorder.of(Polled))
+    assert dict(span.attributes or {}) == {
+        "promptlayer_exec.execution.id": held,
+        "promptlayer_exec.polls": polls,
+        "promptlayer_exec.complete": True,
+        "promptlayer_exec.succeeded": True,
+    }
+    assert [(event.name, dict(event.attributes or {})) for event in span.events] == [
+        (
+            "poll",
+            {
+                "promptlayer_exec.poll": 1,
+                "promptlayer_exec.progress": 0.5,
+                "promptlayer_exec.changes": ("Plan: SUCCESS", "Answer: RUNNING"),
+            },
+        ),
+        (
+            "poll",
+            {
+                "promptlayer_exec.poll": polls,
+                "promptlayer_exec.progress": 1.0,
+                "promptlayer_exec.changes": ("Answer: SUCCESS",),
+            },
+        ),
+    ]
+    assert span.status.status_code is StatusCode.UNSET
+    assert span.end_time is not None
+    assert span.start_time is not None
+    (ended,) = collected.metrics()["promptlayer_exec.watch.duration"].data.data_points
+    assert (span.end_time - span.start_time) / 1e9 == pytest.approx(ended.sum, abs=0.5)
+
+
+async def test_a_failed_execution_is_no_failed_watch(
+    collected: Collected, observed: Session, sim: Simulator
+) -> None:
+    """The span says that it did not succeed; its status stays as it is."""
+    execution_id = sim.add_execution(Scenario([SimNode("Out", status="FAILED")]))
+    await observed.execution(execution_id).wait()
+    (span,) = collected.spans("watch execution")
+    assert span.attributes is not None
+    assert span.attributes["promptlayer_exec.succeeded"] is False
+    assert span.status.status_code is StatusCode.UNSET
+
+
+async def test_an_error_is_recorded_and_makes_the_status(
+    collected: Collected, observed: Session
+) -> None:
+    """By the name under which a user catches it, on the span and on the metric."""
+    with pytest.raises(NotFound):
+        await observed.execution(7).wait()
+    (span,) = collected.spans("watch execution")
+    assert span.status.status_code is StatusCode.ERROR
+    assert (span.status.description or "").startswith("execution 7: the server answered 404")
+    assert span.attributes is not None
+    assert span.attributes["error.type"] == "promptlayer_exec.NotFound"
+    assert span.attributes["promptlayer_exec.complete"] is False
+    (event,) = span.events
+    assert event.name == "exception"
+    assert event.attributes is not None
+    assert event.attributes["exception.type"] == "promptlayer_exec.NotFound"
+    assert event.attributes["exception.message"] == span.status.description
+    assert "_poll_until_complete" in str(event.attributes["exception.stacktrace"])
+    (point,) = collected.metrics()["promptlayer_exec.watch.duration"].data.data_points
+    assert dict(point.attributes) == {"error.type": "promptlayer_exec.NotFound"}
+
+
+async def test_an_error_of_another_library_keeps_its_name(
+    collected: Collected, open_session: Callable[..., Session], held: int
+) -> None:
+    """Such as that of a limiter."""
+
+    class Limiter:
+        async def acquire(self) -> None:
+            raise ZeroDivisionError
+
+    session = open_session(observers=[collected.observer()], limiter=Limiter())
+    with pytest.raises(ZeroDivisionError):
+        await session.execution(held).wait()
+    (span,) = collected.spans("watch execution")
+    assert (span.attributes or {})["error.type"] == "ZeroDivisionError"
+
+
+async def test_an_outage_is_one_event_however_many_attempts_fail(
+    collected: Collected, observed: Session, sim: Simulator, held: int
+) -> None:
+    """The poll that ends it is the next one, though it saw nothing new."""
+    waiting = asyncio.create_task(observed.execution(held).wait())
+    await sim.wait_for_requests(1)
+    sim.inject(Fault.status(503, times=3))
+    seen = sim.request_count
+    await sim.wait_for_requests(seen + 6)
+    sim.finish(held, "Answer")
+    await waiting
+    (span,) = collected.spans("watch execution")
+    assert [event.name for event in span.events] == ["poll", "outage", "poll", "poll"]
+    assert dict(span.events[1].attributes or {}) == {"error.type": "promptlayer_exec.ServerError"}
+    assert (span.events[2].attributes or {})["promptlayer_exec.changes"] == ()
+    assert collected.totals()["promptlayer_exec.retries"] == 3
+
+
+async def test_retries_outside_of_a_watch_touch_no_span(
+    collected: Collected,
+    open_session: Callable[..., Session],
+    recorder: Any,
+    sim: Simulator,
+    held: int,
+) -> None:
+    """A single look is counted, though its execution is watched at the same time."""
+    observers = [collected.observer(), recorder]
+    session = open_session(observers=observers, poll=PollPolicy.fixed(3600))
+    waiting = asyncio.create_task(session.execution(held).wait())
+    await recorder.next(Polled)
+    sim.inject(Fault.status(503, times=2))
+    await session.execution(held).snapshot()
+    assert collected.totals()["promptlayer_exec.retries"] == 2
+    waiting.cancel()
+    await recorder.next(WatchEnded)
+    (span,) = collected.spans("watch execution")
+    assert [event.name for event in span.events] == ["poll"]
+
+
+async def test_closing_the_session_ends_the_spans(
+    collected: Collected, observed: Session, recorder: Any, sim: Simulator
+) -> None:
+    """As an error; a watch that nobody follows any more is none."""
+    ids = [sim.add_execution(Scenario([SimNode("Out", duration=None)])) for _ in range(3)]
+    waits = [asyncio.create_task(observed.execution(id_).wait()) for id_ in ids]
+    await sim.wait_for_requests(3)
+    assert collected.totals()["promptlayer_exec.active_watches"] == 3
+    waits[0].cancel()
+    await asyncio.wait(waits[:1])
+    await observed.aclose()
+    outcomes = await asyncio.gather(*waits, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes[1:]] == [SessionClosed, SessionClosed]
+    spans = collected.spans("watch execution")
+    assert {
+        (span.attributes or {})["promptlayer_exec.execution.id"]: span.status.status_code
+        for span in spans
+    } == {ids[0]: StatusCode.UNSET, ids[1]: StatusCode.ERROR, ids[2]: StatusCode.ERROR}
+
+
+async def test_a_watch_that_is_begun_again_at_once_has_a_span_of_its_own(
+    collected: Collected, observed: Session, recorder: Any, sim: Simulator, held: int
+) -> None:
+    """The second begins while the first, of the same execution, is still ending."""
+    first = asyncio.create_task(observed.execution(held).wait())
+    await sim.wait_for_requests(2)
+    first.cancel()
+    second = asyncio.create_task(observed.execution(held).wait())
+    await recorder.next(WatchStarted)
+    sim.finish(held, "Answer")
+    await second
+    spans = collected.spans("watch execution")
+    assert [(span.attributes or {})["promptlayer_exec.complete"] for span in spans] == [False, True]
+
+
+async def test_one_observer_serves_two_sessions(
+    collected: Collected, open_session: Callable[..., Session], sim: Simulator, held: int
+) -> None:
+    """Though both watch the same execution."""
+    observer = collected.observer()
+    sessions = [open_session(observers=[observer]) for _ in range(2)]
+    waits = [asyncio.create_task(s.execution(held).wait()) for s in sessions]
+    await sim.wait_for_requests(6)
+    sim.finish(held, "Answer")
+    await asyncio.gather(*waits)
+    spans = collected.spans("watch execution")
+    assert [len(span.events) for span in spans] == [2, 2]
+
+
+async def test_a_start_is_a_span_below_its_caller_s(
+    collected: Collected, observed: Session, recorder: Any, sim: Simulator
+) -> None:
+    """It lasts from the call to the answer; one whose caller has gone says so."""
+    sim.add_workflow("write/report", Scenario([SimNode("Out")]))
+    sim.inject(Fault.delay(0.05, times=2))
+    with collected.tracer.start_as_current_span("request") as parent:
+        execution = await observed.start("write/report", {"topic": "otters"})
+        orphan = asyncio.create_task(observed.start("write/report"))
+        await sim.wait_for_requests(2)
+    orphan.cancel()
+    abandoned = await recorder.next(ExecutionStarted)
+    spans = collected.spans("start execution")
+    assert [dict(span.attributes or {}) for span in spans] == [
+        {
+            "promptlayer_exec.execution.id": id_,
+            "promptlayer_exec.workflow": "write/report",
+            "promptlayer_exec.abandoned": is_abandoned,
+        }
+        for id_, is_abandoned in ((execution.id, False), (abandoned.execution_id, True))
+    ]
+    for span in spans:
+        assert span.kind is SpanKind.CLIENT
+        assert span.parent is not None
+        assert span.parent.span_id == parent.get_span_context().span_id
+        assert span.start_time is not None
+        assert span.end_time is not None
+        assert 0.05 <= (span.end_time - span.start_time) / 1e9 < 5
+    assert collected.totals()["promptlayer_exec.start.duration"] == 2
+
+
+async def test_no_value_is_told_unless_asked_for(
+    collected: Collected, open_session: Callable[..., Session], sim: Simulator
+) -> None:
+    """Neither inputs nor outputs nor what a misshapen answer holds; asked for, all of them."""
+    sim.add_workflow("w", Scenario([SimNode("Out", {"x": "secret-output"}, is_output_node=True)]))
+    for record_values in (False, True):
+        collected = Collected()
+        session = open_session(observers=[collected.observer(record_values=record_values)])
+        execution = await session.start("w", {"topic": "secret-input"})
+        await execution.wait()
+        sim.inject(Fault.malformed(body=b'{"Out": "secret-body"}'))
+        with pytest.raises(InvalidResponse):
+            await execution.wait()
+        (start,) = collected.spans("start execution")
+        watch, broken = collected.spans("watch execution")
+        told = [
+            "secret-input" in everything(start),
+            "secret-output" in everything(watch),
+            "secret-body" in everything(broken),
+        ]
+        assert told == [record_values] * 3
+        assert "unexpected shape" in (broken.status.description or "")
+        assert sim.api_key not in everything(start) + everything(watch) + everything(broken)
+    assert json.loads(str((start.attributes or {})["promptlayer_exec.inputs"])) == {
+        "topic": "secret-input"
+    }
+    assert json.loads(str((watch.attributes or {})["promptlayer_exec.outputs"])) == {
+        "Out": {"x": "secret-output"}
+    }
+
+
+async def test_a_lone_surrogate_in_a_name_can_be_exported(
+    collected: Collected, observed: Session, sim: Simulator
+) -> None:
+    """As JSON brings it; an exporter could not encode it."""
+    execution_id = sim.add_execution(Scenario([SimNode("a\udcff")]))
+    await observed.execution(execution_id).wait()
+    (span,) = collected.spans("watch execution")
+    assert (span.events[0].attributes or {})["promptlayer_exec.changes"] == ("a\\udcff: SUCCESS",)
+
+
+async def test_metrics_are_named_by_the_conventions_and_know_no_execution(
+    collected: Collected, observed: Session, recorder: Any, sim: Simulator
+) -> None:
+    """Each with its unit; their only attribute is the error's type."""
+    sim.add_workflow("w", Scenario([SimNode("Out")]))
+    sim.inject(Fault.status(429, times=1, retry_after=0.01))
+    await (await observed.start("w")).wait()
+    metrics = collected.metrics()
+    assert {
+        name: (metric.unit, type(metric.data).__name__) for name, metric in metrics.items()
+    } == {
+        "promptlayer_exec.active_watches": ("{watch}", "Sum"),
+        "promptlayer_exec.polls": ("{poll}", "Sum"),
+        "promptlayer_exec.retries": ("{retry}", "Sum"),
+        "promptlayer_exec.throttles": ("{throttle}", "Sum"),
+        "promptlayer_exec.poll.duration": ("s", "Histogram"),
+        "promptlayer_exec.poll.lateness": ("s", "Histogram"),
+        "promptlayer_exec.watch.duration": ("s", "Histogram"),
+        "promptlayer_exec.start.duration": ("s", "Histogram"),
+    }
+    monotonic = {name for name, it in metrics.items() if getattr(it.data, "is_monotonic", False)}
+    assert monotonic == {f"promptlayer_exec.{name}" for name in ("polls", "retries", "throttles")}
+    points = [point for metric in metrics.values() for point in metric.data.data_points]
+    assert {key for point in points for key in point.attributes} == {"error.type"}
+    polls = len(recorder.of(Polled))
+    assert collected.totals() == {
+        "promptlayer_exec.active_watches": 0,
+        "promptlayer_exec.polls": polls,
+        "promptlayer_exec.retries": 1,
+        "promptlayer_exec.throttles": 1,
+        "promptlayer_exec.poll.duration": polls,
+        "promptlayer_exec.poll.lateness": polls,
+        "promptlayer_exec.watch.duration": 1,
+        "promptlayer_exec.start.duration": 1,
+    }
+    (lateness,) = metrics["promptlayer_exec.poll.lateness"].data.data_points
+    assert lateness.sum == pytest.approx(sum(event.lateness for event in recorder.of(Polled)))
+    assert lateness.explicit_bounds[0] < 0.01  # seconds, not milliseconds
+
+
+async def test_a_thousand_watches_are_a_thousand_spans(
+    collected: Collected, observed: Session, sim: Simulator
+) -> None:
+    """All below the span of whoever fans out, and no more than that."""
+    ids = [sim.add_execution(Scenario([SimNode("Out")])) for _ in range(1000)]
+    with collected.tracer.start_as_current_span("evaluation") as parent:
+        await observed.collect(ids)
+    spans = collected.spans("watch execution")
+    assert len(spans) == 1000
+    assert {(span.attributes or {})["promptlayer_exec.execution.id"] for span in spans} == set(ids)
+    assert {span.parent.span_id for span in spans if span.parent is not None} == {
+        parent.get_span_context().span_id
+    }
+    assert collected.totals()["promptlayer_exec.polls"] == 1000
