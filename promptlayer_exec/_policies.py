@@ -177,7 +177,7 @@ class Outage:
 
     def __init__(self, policy: RetryPolicy, limit: float | None) -> None:
         self._policy = policy
-        self._limit = math.inf if limit is None else limit
+        self.limit = math.inf if limit is None else limit
         self._since: float | None = None
         self._excused = 0.0
         self.failures = 0
@@ -203,7 +203,7 @@ class Outage:
         self.failures += 1
         if self._since is None:
             self._since = now
-        left = self._limit - (now - self._since - self._excused)
+        left = self.limit - (now - self._since - self._excused)
         if left <= 0:
             return None
         delay = min(self._policy.delay(self.failures, chance), left)

@@ -30,6 +30,7 @@ from promptlayer_exec._errors import (
     StatusError,
 )
 from promptlayer_exec._events import Emit, RequestRetried, Throttled
+from promptlayer_exec._outages import Outages
 from promptlayer_exec._pace import Pace
 from promptlayer_exec._policies import Newborns, Outage, RetryPolicy
 from promptlayer_exec._secret import Secret
@@ -209,6 +210,7 @@ class Transport:
         self._max_response_bytes = max_response_bytes
         self._emit = emit
         self._key = Secret(api_key)
+        self._outages = Outages()
 
     def addressed(self, request: Request) -> Request:
         """Return a request with its URL, so that it is not built anew whenever it is sent."""
@@ -235,6 +237,23 @@ class Transport:
         Raises:
             RequestError: the last failure, when it is not worth another attempt.
         """
+        answered = False
+        try:
+            reply = await self._persist(request, read, outage, due, departure)
+            answered = True
+            return reply
+        finally:
+            if outage.failures:
+                self._outages.end(outage, answered=answered)
+
+    async def _persist(
+        self,
+        request: Request,
+        read: Callable[[Response], T],
+        outage: Outage,
+        due: float,
+        departure: Departure | None,
+    ) -> Reply[T]:
         pool = self._pools.looks if departure is None else self._pools.starts
         while True:
             try:
@@ -265,6 +284,7 @@ class Transport:
                     raise
                 if departure is not None and departure.left:
                     departure.come_back()
+                self._outages.begin(error, outage)
                 self._emit(RequestRetried(request.execution_id, error, delay))
             due = clock() + delay
             await anyio.sleep(delay)

@@ -14,7 +14,7 @@ from promptlayer_exec._errors import (
     SessionClosed,
     copy_error,
 )
-from promptlayer_exec._events import Emit, Polled, WatchEnded, WatchStarted
+from promptlayer_exec._events import Emit, Polled, WatchEnded, WatchStarted, logger
 from promptlayer_exec._models import FrozenMap, Node, NodeStatus, NodeTimes, Snapshot
 from promptlayer_exec._policies import Deadline, Outage, PollPolicy, RetryPolicy
 from promptlayer_exec._tasks import NO_CONTEXT, clock, is_cancelled, stray
@@ -281,7 +281,21 @@ class Watch:
             self._on_end(self)
             self._wake(over=True)
         polls = self.latest.poll if self.latest is not None else 0
+        logger.info(
+            "execution %d: %s (%d polls in %.1f s)",
+            self.execution_id,
+            self._how_it_ended(),
+            polls,
+            elapsed,
+        )
         self._emit(WatchEnded(self.execution_id, polls=polls, elapsed=elapsed, error=error))
+
+    def _how_it_ended(self) -> str:
+        if self._error is not None:
+            return f"the watch ended in {type(self._error).__name__}"
+        if self.latest is not None and self.latest.complete:
+            return "complete"
+        return "nobody follows it any more"
 
 
 def _statuses(snapshot: Snapshot) -> list[NodeStatus | str]:

@@ -69,6 +69,7 @@ LAYERS = [
     "_policies",
     "_events",
     "_json",
+    "_outages",
     "_wire",
     "_pace",
     "_secret",
