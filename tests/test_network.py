@@ -750,7 +750,11 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Return what the library warned of in its log."""
     records = [record for record in caplog.records if record.name == "promptlayer_exec"]
     assert {record.levelname for record in records} <= {"WARNING"}
-    return [record.getMessage() for record in records]
+    return [
+        record.getMessage()
+        for record in records
+        if record.levelno == logging.WARNING and "; trying again" not in record.getMessage()
+    ]
 
 
 def started(sim: Simulator) -> list[int]:

@@ -16,6 +16,7 @@ from promptlayer_exec import (
     NotFound,
     RequestRetried,
     RetryPolicy,
+    ServerError,
     Session,
     SessionClosed,
     WatchEnded,
@@ -86,6 +87,23 @@ async def test_a_second_outage_is_told_again(
         await session.execution(held).snapshot()
     assert len(lines(caplog, logging.WARNING)) == 2
     assert lines(caplog, logging.INFO) == ["the server answers again"] * 2
+
+
+async def test_what_an_earlier_outage_came_to_is_forgotten(
+    caplog: pytest.LogCaptureFixture,
+    open_session: Callable[..., Session],
+    sim: Simulator,
+    held: int,
+) -> None:
+    """One that was over does not make the next one, which was not, be called so."""
+    session = open_session(retry=RetryPolicy(outage=0.02, base=0.001))
+    sim.inject(Fault.status(503))
+    await session.execution(held).snapshot()
+    sim.inject(Fault.status(503, times=None))
+    with pytest.raises(ServerError):
+        await session.execution(held).snapshot()
+    assert len(lines(caplog, logging.WARNING)) == 2
+    assert lines(caplog, logging.INFO) == ["the server answers again"]
 
 
 async def test_an_outage_that_nobody_waits_for_any_more_is_not_called_over(
