@@ -66,7 +66,9 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Check the types of the package, and of code as its users write it."""
     _install(session, "types", "nox", "pytest", ".[opentelemetry,speed,viewer]")
-    session.run("mypy", "promptlayer_exec", "tests/typing", "noxfile.py")
+    session.run(
+        "mypy", "promptlayer_exec", "pytest_promptlayer_exec.py", "tests/typing", "noxfile.py"
+    )
 
 
 # The newest SDK, and one that turns to Ably unless it is told of Centrifugo.

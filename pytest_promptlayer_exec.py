@@ -1,4 +1,8 @@
-"""The pytest plugin: a fixture that serves PromptLayer from the test's own machine."""
+"""The pytest plugin: a fixture that serves PromptLayer from the test's own machine.
+
+It stands beside the package, since pytest imports it in every run: what is in a package brings the
+whole package along.
+"""
 
 from __future__ import annotations
 

@@ -264,8 +264,3 @@ def test_a_planted_yield_inside_a_scope_is_found(scope: str) -> None:
     assert yields_inside_scopes(f"async def f():\n    {kind} {scope}:\n{body}") == [4]
     nested = f"async def f():\n    {kind} {scope}:\n        def g():\n            yield 1"
     assert yields_inside_scopes(nested) == []
-
-
-def test_the_pytest_plugin_serves_synchronous_tests(promptlayer_simulator) -> None:  # type: ignore[no-untyped-def]
-    """The fixture is there once the distribution is installed."""
-    assert promptlayer_simulator.base_url.startswith("http://127.0.0.1:")

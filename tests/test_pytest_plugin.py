@@ -1,0 +1,79 @@
+"""The pytest plugin: in sessions of pytest of their own, as a user's."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+SYNCHRONOUS = """
+    import urllib.request
+
+    def test_synchronous(promptlayer_simulator):
+        request = urllib.request.Request(
+            promptlayer_simulator.base_url + "/workflows/w",
+            headers={"X-API-KEY": promptlayer_simulator.api_key},
+        )
+        try:
+            urllib.request.urlopen(request)
+        except urllib.error.HTTPError as error:
+            assert error.code == 404
+            error.close()
+        assert promptlayer_simulator.request_count == 1
+"""
+ASYNCHRONOUS = """
+    import pytest
+    from promptlayer_exec import Session
+    from promptlayer_exec.simulator import Scenario, SimNode
+
+    @pytest.mark.{mark}
+    async def test_asynchronous(promptlayer_simulator):
+        sim = promptlayer_simulator
+        id_ = sim.add_execution(Scenario([SimNode("Answer", "42", is_output_node=True)]))
+        async with Session(sim.api_key, base_url=sim.base_url) as session:
+            assert await session.execution(id_).output() == "42"
+"""
+
+
+def test_the_fixture_serves_every_kind_of_test(pytester: pytest.Pytester) -> None:
+    """Synchronous ones, those of pytest-asyncio and those of anyio, side by side."""
+    pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
+    pytester.makeconftest("import pytest\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'")
+    pytester.makepyfile(
+        test_synchronous=SYNCHRONOUS,
+        test_asyncio=ASYNCHRONOUS.format(mark="asyncio"),
+        test_anyio=ASYNCHRONOUS.format(mark="anyio"),
+    )
+    result = pytester.runpytest_subprocess("-W", "error", "-p", "no:cacheprovider")
+    result.assert_outcomes(passed=3)
+    result = pytester.runpytest_subprocess("--fixtures", "test_synchronous.py")
+    result.stdout.fnmatch_lines(["promptlayer_simulator*", "*Return a running*Simulator*"])
+
+
+def test_unused_it_costs_no_import(pytester: pytest.Pytester) -> None:
+    """Neither the package nor a dependency of it is imported, though the plugin is active."""
+    pytester.makepyfile(
+        """
+        import sys
+
+        def test_unused(request):
+            assert request.config.pluginmanager.has_plugin("promptlayer_exec")
+            ours = ("promptlayer_exec", "aiohttp", "cattrs")
+            assert [name for name in ours if name in sys.modules] == []
+        """
+    )
+    # Coverage, where the suite itself is measured, imports the package to find its files.
+    pytester.runpytest_subprocess(
+        "-p", "no:hypothesispytest", "-p", "no:schemathesis"
+    ).assert_outcomes(passed=1)
+
+
+def test_it_can_be_named(pytester: pytest.Pytester) -> None:
+    """By its documented path, for those who load no plugin by entry point."""
+    pytester.makepyfile(test_named="def test_named(promptlayer_simulator): pass")
+    result = pytester.run(
+        sys.executable, "-m", "pytest", "-p", "promptlayer_exec.pytest_plugin", "test_named.py"
+    )
+    result.assert_outcomes(passed=1)
