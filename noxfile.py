@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import nox
@@ -24,18 +25,20 @@ def _is_there(version: str) -> bool:
     )
 
 
+PROJECT = nox.project.load_toml("pyproject.toml")
+EXTRAS = sorted(PROJECT["project"]["optional-dependencies"])
+EVERYTHING = f".[{','.join(EXTRAS)}]"
 PYTHONS = [version for version in ("3.11", "3.12", "3.13") if _is_there(version)] or None
 
 
 def _install(session: nox.Session, group: str, *packages: str) -> None:
-    project = nox.project.load_toml("pyproject.toml")
-    session.install(*nox.project.dependency_groups(project, group), *packages)
+    session.install(*nox.project.dependency_groups(PROJECT, group), *packages)
 
 
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """Run the suite on the built wheel, with branch coverage; arguments go to pytest."""
-    _install(session, "test", ".[opentelemetry,speed,viewer]")
+    _install(session, "test", EVERYTHING)
     # The wheel is what is tested, so the checkout must not be found before it.
     environment = {
         "PYTHONSAFEPATH": "1",
@@ -65,10 +68,66 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check the types of the package, and of code as its users write it."""
-    _install(session, "types", "nox", "pytest", ".[opentelemetry,speed,viewer]")
+    _install(session, "types", "nox", "pytest", EVERYTHING)
     session.run(
         "mypy", "promptlayer_exec", "pytest_promptlayer_exec.py", "tests/typing", "noxfile.py"
     )
+    # A second opinion on what users write: checkers differ in how they read overloads.
+    session.run("pyrefly", "check", "tests/typing/api.py")
+
+
+@nox.session
+@nox.parametrize("extra", EXTRAS)
+def extras(session: nox.Session, extra: str) -> None:
+    """Import what an extra is for, with that extra alone."""
+    session.install(f".[{extra}]")
+    environment = {"PYTHONSAFEPATH": "1"}
+    session.run("python", "-W", "error", "-c", f"import promptlayer_exec.{extra}", env=environment)
+    if extra == "cli":
+        session.run("promptlayer-exec", "--help", silent=True, env=environment)
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """Run the suite with the lowest versions that the package and its tests allow."""
+    session.install("uv")
+    session.run(
+        "uv",
+        "pip",
+        "install",
+        "--resolution=lowest-direct",
+        f"--python={session.virtualenv.location}",
+        *nox.project.dependency_groups(PROJECT, "test"),
+        EVERYTHING,
+    )
+    session.run("pytest", *session.posargs, env={"PYTHONSAFEPATH": "1"})
+
+
+@nox.session
+def sdist(session: nox.Session) -> None:
+    """See that the sdist makes the same wheel, and holds what its tests need."""
+    _install(session, "test", "build", "hatchling")
+    out = Path(session.create_tmp()).resolve()
+    shutil.rmtree(out)
+    build = ("python", "-m", "build", "--no-isolation")
+    session.run(*build, "--outdir", str(out / "by-sdist"))
+    session.run(*build, "--outdir", str(out / "direct"), "--wheel")
+    (through,) = (out / "by-sdist").glob("*.whl")
+    (direct,) = (out / "direct").glob("*.whl")
+    if _contents(through) != _contents(direct):
+        session.error("the sdist makes another wheel than the checkout")
+    (packed,) = (out / "by-sdist").glob("*.tar.gz")
+    session.install(f"{through}[{','.join(EXTRAS)}]")
+    shutil.unpack_archive(packed, out, filter="data")
+    session.chdir(out / packed.name.removesuffix(".tar.gz"))
+    # Those that read files beside the package, unless told otherwise.
+    tests = session.posargs or [f"tests/test_{it}.py" for it in ("docs", "face", "packaging")]
+    session.run("pytest", *tests, env={"PYTHONSAFEPATH": "1"})
+
+
+def _contents(wheel: Path) -> dict[str, int]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {file.filename: file.CRC for file in archive.infolist()}
 
 
 # The newest SDK, and one that turns to Ably unless it is told of Centrifugo.

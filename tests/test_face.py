@@ -1,0 +1,125 @@
+"""The face and the optional rooms, name by name: what is there, annotated and documented.
+
+`python tests/test_face.py` renews `tests/face.txt`, for a reviewer to read.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import inspect
+import pkgutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+
+import promptlayer_exec
+
+SNAPSHOT = Path(__file__).with_name("face.txt")
+ROOMS = [
+    "promptlayer_exec",
+    *sorted(
+        f"promptlayer_exec.{room.name}"
+        for room in pkgutil.iter_modules(promptlayer_exec.__path__)
+        if not room.name.startswith("_") and room.name not in ("cli", "pytest_plugin", "viewer")
+    ),
+]
+
+
+def public(room: str) -> Iterator[tuple[str, Any]]:
+    """Yield the public names of a room, and what they are."""
+    module = importlib.import_module(room)
+    for name in sorted(module.__all__):
+        yield f"{room}.{name}", getattr(module, name)
+
+
+def members(cls: type) -> Iterator[tuple[str, Any]]:
+    """Yield the methods and properties that a class defines itself, as plain functions."""
+    for name, value in vars(cls).items():
+        if name.startswith("_") and name != "__call__":
+            continue
+        if isinstance(value, staticmethod | classmethod):
+            yield name, value.__func__
+        elif isinstance(value, property):
+            yield name, value.fget
+        elif inspect.isfunction(value):
+            yield name, value
+
+
+def describe(name: str, it: Any) -> Iterator[str]:
+    """Yield the lines that describe a public name."""
+    if not callable(it):
+        yield f"{name}: {type(it).__name__}"
+        return
+    if not inspect.isclass(it):
+        yield f"{name}{inspect.signature(it)}"
+        return
+    bases = ", ".join(base.__name__ for base in it.__bases__ if base is not object)
+    yield f"class {name}({bases})"
+    if issubclass(it, enum.Enum):
+        yield "".join(f" {member.name}={member.value}" for member in it)
+    elif not getattr(it, "_is_protocol", False):
+        yield f"    {inspect.signature(it)}"
+    if attrs.has(it):
+        yield from (f"    {field.name}: {field.type}" for field in attrs.fields(it))
+    for member, value in sorted(members(it)):
+        yield f"    {member}{inspect.signature(value)}"
+
+
+def snapshot() -> str:
+    """Return the whole face as text."""
+    return "".join(
+        f"{line}\n" for room in ROOMS for name, it in public(room) for line in describe(name, it)
+    )
+
+
+def flaws(name: str, it: Any) -> list[str]:
+    """Return what lacks a docstring, or an annotation."""
+    if not callable(it):
+        return []
+    found = [] if it.__doc__ else [f"{name}: no docstring"]
+    functions = [(name, it)] if not inspect.isclass(it) else list(members(it))
+    for member, function in functions:
+        if not function.__doc__:
+            found.append(f"{name}.{member}: no docstring")
+        signature = inspect.signature(function)
+        named = [p for p in signature.parameters.values() if p.name not in ("self", "cls")]
+        found += [f"{name}.{member}({p.name})" for p in named if p.annotation is p.empty]
+        if signature.return_annotation is signature.empty:
+            found.append(f"{name}.{member} -> ?")
+    return found
+
+
+def test_the_face_is_as_it_was_reviewed() -> None:
+    """A change of a name or a signature shows in `tests/face.txt`, and in its review."""
+    assert snapshot() == SNAPSHOT.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_public_name_is_annotated_and_documented(room: str) -> None:
+    """Methods and properties, too."""
+    assert [flaw for name, it in public(room) for flaw in flaws(name, it)] == []
+
+
+def test_a_planted_flaw_is_found() -> None:
+    """The check above can fail."""
+
+    class Planted:
+        def method(self, it):  # type: ignore[no-untyped-def]
+            pass
+
+    assert flaws("P", Planted) == [
+        "P: no docstring",
+        "P.method: no docstring",
+        "P.method(it)",
+        "P.method -> ?",
+    ]
+
+
+if __name__ == "__main__":
+    SNAPSHOT.write_text(snapshot(), encoding="utf-8")
+    sys.stdout.write(f"wrote {SNAPSHOT.name}\n")
