@@ -98,6 +98,7 @@ def lowest(session: nox.Session) -> None:
         "--resolution=lowest-direct",
         f"--python={session.virtualenv.location}",
         *nox.project.dependency_groups(PROJECT, "test"),
+        "httpx>=0.28",  # the TestClient of older starlettes knows no httpx2
         EVERYTHING,
     )
     session.run("pytest", *session.posargs, env={"PYTHONSAFEPATH": "1"})

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
 
-from promptlayer_exec import ExecutionStarted, ExecutionTimeout, PollPolicy, Session
+from promptlayer_exec import ExecutionStarted, ExecutionTimeout, PollPolicy, Session, opentelemetry
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 ROOT = Path(__file__).parents[1]
@@ -160,6 +161,25 @@ async def test_the_page_on_starting_does_what_it_says(
     starting.cancel()
     page["keep_orphans"](await recorder.next(ExecutionStarted))
     assert page["orphans"] == [sim.runs[3].execution_id]
+
+
+async def test_the_page_on_observing_does_what_it_says(
+    sim: Simulator, open_session: Callable[..., Session], held: int
+) -> None:
+    """Its observer counts, and it names every metric and attribute that there is."""
+    page = names("docs/observing.md")
+    async with open_session(observers=[page["count_bytes"]]) as session:
+        await session.execution(held).snapshot()
+        assert page["received"] == {}  # a single look is no poll
+        with pytest.raises(ExecutionTimeout):
+            await session.execution(held).wait(timeout=0.05)
+    assert page["received"][held] > 100
+    text = (ROOT / "docs" / "observing.md").read_text(encoding="utf-8")
+    source = inspect.getsource(opentelemetry)
+    told = set(re.findall(r'"(promptlayer_exec\.[a-z._]+)"', source))
+    shown = set(re.findall(r"`(promptlayer_exec\.[a-z._]+)`", text))
+    shown |= {f"promptlayer_exec{suffix}" for suffix in re.findall(r"`(\.[a-z]+)`", text)}
+    assert told - shown == {"promptlayer_exec.poll", "promptlayer_exec.progress"}
 
 
 async def test_the_page_on_fanning_out_does_what_it_says(sim: Simulator) -> None:
