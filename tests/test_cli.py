@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import math
 import os
@@ -34,6 +35,7 @@ from promptlayer_exec import (
     ServerError,
     Snapshot,
 )
+from promptlayer_exec.cli import main
 from promptlayer_exec.cli._session import report_retries
 from promptlayer_exec.cli._text import (
     about,
@@ -172,6 +174,21 @@ class Command:
 Start: TypeAlias = Callable[..., Command]
 
 
+class Finished:
+    """A command that ran in this process, where one of its own would prove nothing more."""
+
+    def __init__(self, code: int, out: bytes, err: bytes) -> None:
+        self._ending = code, out.decode(), err.decode()
+
+    def end(self) -> tuple[int, str, str]:
+        """Return the exit code, standard output and standard error."""
+        assert "Traceback" not in self._ending[2], self._ending[2]
+        return self._ending
+
+
+Call: TypeAlias = Callable[..., Finished]
+
+
 @pytest.fixture(scope="module")
 def sim() -> Iterator[Simulator]:
     """Serve from a thread."""
@@ -205,6 +222,31 @@ def start(environment: dict[str, str]) -> Iterator[Start]:
     yield start
     for command in commands:
         command.close()
+
+
+@pytest.fixture
+def call(environment: dict[str, str]) -> Call:
+    """Run commands in this process, to their end."""
+
+    def call(*arguments: object, **env: str) -> Finished:
+        out, err = io.BytesIO(), io.BytesIO()
+        with pytest.MonkeyPatch.context() as patch:
+            for name in os.environ.keys() - environment.keys():
+                patch.delenv(name)
+            for name, value in (environment | env).items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "argv", ["promptlayer-exec", *map(str, arguments)])
+            patch.setattr(sys, "stdout", io.TextIOWrapper(out, "utf-8"))
+            patch.setattr(sys, "stderr", io.TextIOWrapper(err, "utf-8"))
+            with pytest.raises(SystemExit) as exited:
+                main()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            code = exited.value.code
+            assert isinstance(code, int)
+            return Finished(code, out.getvalue(), err.getvalue())
+
+    return call
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -323,10 +365,10 @@ class TestWatch:
         assert re.fullmatch(last, command.line())
         assert command.end() == (0, "", "")
 
-    def test_a_failed_execution_is_exit_code_1(self, sim: Simulator, start: Start) -> None:
+    def test_a_failed_execution_is_exit_code_1(self, sim: Simulator, call: Call) -> None:
         """A failed node shows its whole message on its line, escaped, and the code is 1."""
         execution_id = sim.add_execution(FAILED)
-        code, out, err = start("watch", execution_id).end()
+        code, out, err = call("watch", execution_id).end()
         assert code == 1
         assert r"think  FAILED   no idea\nat \u001b[31mall" in out
         assert f"execution {execution_id} failed after" in out.splitlines()[-1]
@@ -385,10 +427,10 @@ class TestWatch:
         assert (error["type"], error["execution_id"]) == ("ExecutionTimeout", str(execution_id))
         assert "not complete within 0.3 s" in error["message"]
 
-    def test_a_refusal_is_exit_code_4(self, sim: Simulator, start: Start) -> None:
+    def test_a_refusal_is_exit_code_4(self, sim: Simulator, call: Call) -> None:
         """A wrong key or an unknown id is told at once, and not to be tried again."""
-        wrong_key = start("watch", 5, PROMPTLAYER_API_KEY="wrong")
-        unknown_id = start("watch", 2**63 - 1)
+        wrong_key = call("watch", 5, PROMPTLAYER_API_KEY="wrong")
+        unknown_id = call("watch", 2**63 - 1)
         code, out, err = wrong_key.end()
         assert (code, out) == (4, "")
         assert "Invalid or missing API key" in err
@@ -397,9 +439,9 @@ class TestWatch:
         assert (code, out) == (4, "")
         assert f"execution {2**63 - 1}: " in err
 
-    def test_an_unreachable_server(self, start: Start) -> None:
+    def test_an_unreachable_server(self, call: Call) -> None:
         """It is asked again, visibly, until the outage is over; then the code is 4."""
-        command = start("watch", 5, "--outage", "0.1", "--base-url", NOBODY)
+        command = call("watch", 5, "--outage", "0.1", "--base-url", NOBODY)
         code, out, err = command.end()
         assert (code, out) == (4, "")
         assert re.match(r"server unreachable, retrying in 0\.\d s \(Connection refused\)\n", err)
@@ -423,11 +465,11 @@ class TestWatch:
         assert err.count("plain http") == 1
         assert "UserWarning" not in err
 
-    def test_passing_trouble_is_told_once(self, sim: Simulator, start: Start) -> None:
+    def test_passing_trouble_is_told_once(self, sim: Simulator, call: Call) -> None:
         """A request that is repeated is one line of standard error, and no failure."""
         execution_id = sim.add_execution(DONE)
         sim.inject(Fault.status(503, execution_id=execution_id))
-        code, out, err = start("watch", execution_id).end()
+        code, out, err = call("watch", execution_id).end()
         assert code == 0
         assert "succeeded" in out
         assert re.fullmatch(r"server in trouble, retrying in \d\.\d s \(503 .*\)\n", err)
@@ -472,15 +514,15 @@ class TestWatch:
         assert command.process.stderr is not None
         assert command.process.stderr.read() == ""
 
-    def test_usage_errors_are_exit_code_2(self, start: Start) -> None:
+    def test_usage_errors_are_exit_code_2(self, call: Call) -> None:
         """An impossible id, option or setting is told in words, and nothing is sent."""
         cases = {
-            start("watch", "0"): "Invalid value for 'ID'",
-            start("watch", 2**63): "Invalid value for 'ID'",
-            start("watch", 5, "--base-url", "http://a..b"): "base_url",
-            start("watch", 5, "--timeout", "nan"): "Invalid value for '--timeout'",
-            start("results", 5, "--base-url", "ftp://x"): "must begin with http://",
-            start("watch", 5, PROMPTLAYER_API_KEY=""): "variable PROMPTLAYER_API_KEY",
+            call("watch", "0"): "Invalid value for 'ID'",
+            call("watch", 2**63): "Invalid value for 'ID'",
+            call("watch", 5, "--base-url", "http://a..b"): "base_url",
+            call("watch", 5, "--timeout", "nan"): "Invalid value for '--timeout'",
+            call("results", 5, "--base-url", "ftp://x"): "must begin with http://",
+            call("watch", 5, PROMPTLAYER_API_KEY=""): "variable PROMPTLAYER_API_KEY",
         }
         for command, message in cases.items():
             code, out, err = command.end()
@@ -523,33 +565,33 @@ class TestRun:
             "metadata": {"source": "nightly", "run": "7"},
         }
 
-    def test_an_id_and_a_version(self, sim: Simulator, start: Start) -> None:
+    def test_an_id_and_a_version(self, sim: Simulator, call: Call) -> None:
         """The workflow may be given by its id, and the version by its number."""
         workflow_id = sim.add_workflow("by id", DONE)
-        assert start("run", workflow_id, "--version", 3).end()[0] == 0
+        assert call("run", workflow_id, "--version", 3).end()[0] == 0
         assert sim.runs[-1].workflow == "by id"
         assert sim.runs[-1].body == {"input_variables": {}, "workflow_version_number": 3}
 
-    def test_a_warning_of_the_server(self, sim: Simulator, start: Start) -> None:
+    def test_a_warning_of_the_server(self, sim: Simulator, call: Call) -> None:
         """What the server warns of is one printable line of standard error, and no failure."""
         sim.add_workflow("warned", DONE, warning="Missing: letter\x1b[2J")
-        code, _, err = start("run", "warned").end()
+        code, _, err = call("run", "warned").end()
         assert code == 0
         assert err.startswith("warning: Missing: letter\\u001b[2J\n")
 
-    def test_a_failed_execution_is_exit_code_1(self, sim: Simulator, start: Start) -> None:
+    def test_a_failed_execution_is_exit_code_1(self, sim: Simulator, call: Call) -> None:
         """There is no output to point to."""
         sim.add_workflow("failed", FAILED)
-        code, out, err = start("run", "failed").end()
+        code, out, err = call("run", "failed").end()
         execution_id = sim.runs[-1].execution_id
         assert code == 1
         assert f"execution {execution_id} failed after" in out
         assert err == f"execution {execution_id} started\n"
 
-    def test_json_lines(self, sim: Simulator, start: Start) -> None:
+    def test_json_lines(self, sim: Simulator, call: Call) -> None:
         """With --json standard output is what `watch --json` writes, and nothing else."""
         sim.add_workflow("json", DONE)
-        code, out, _ = start("run", "json", "--json").end()
+        code, out, _ = call("run", "json", "--json").end()
         assert code == 0
         (line,) = out.splitlines()
         snapshot = json.loads(line)
@@ -569,10 +611,10 @@ class TestRun:
         assert code == 74
         assert err.startswith(f"execution {sim.runs[-1].execution_id} started\n")
 
-    def test_a_refusal_is_exit_code_4(self, start: Start) -> None:
+    def test_a_refusal_is_exit_code_4(self, call: Call) -> None:
         """An unknown workflow or a wrong key is told at once, and that nothing was started."""
-        unknown = start("run", "unknown", "--json")
-        wrong_key = start("run", "unknown", PROMPTLAYER_API_KEY="wrong")
+        unknown = call("run", "unknown", "--json")
+        wrong_key = call("run", "unknown", PROMPTLAYER_API_KEY="wrong")
         code, out, err = unknown.end()
         assert code == 4
         assert "Workflow not found" in err
@@ -583,12 +625,12 @@ class TestRun:
         assert (code, out) == (4, "")
         assert "Invalid or missing API key" in err
 
-    def test_a_lost_answer_is_exit_code_4(self, sim: Simulator, start: Start) -> None:
+    def test_a_lost_answer_is_exit_code_4(self, sim: Simulator, call: Call) -> None:
         """It says that the run may have started, and does not start it again."""
         sim.add_workflow("lost", DONE)
         before = len(sim.runs)
         sim.inject(Fault.disconnect())
-        code, out, err = start("run", "lost", "--json").end()
+        code, out, err = call("run", "lost", "--json").end()
         assert code == 4
         assert "The run may have started" in err
         assert "nothing was started" not in err
@@ -597,9 +639,9 @@ class TestRun:
         assert (error["type"], error["execution_id"]) == ("StartUnknown", None)
         assert len(sim.runs) == before + 1
 
-    def test_an_unreachable_server(self, start: Start) -> None:
+    def test_an_unreachable_server(self, call: Call) -> None:
         """It is tried again, visibly, until the outage is over; then the code is 4."""
-        code, out, err = start("run", "x", "--outage", "0.1", "--base-url", NOBODY).end()
+        code, out, err = call("run", "x", "--outage", "0.1", "--base-url", NOBODY).end()
         assert (code, out) == (4, "")
         assert re.match(r"server unreachable, retrying in 0\.\d s \(Connection refused\)\n", err)
         assert err.endswith("; nothing was started\n")
@@ -618,19 +660,19 @@ class TestRun:
         assert "not started within 0.5 s, and nothing was" in err
         assert "again with" not in err
 
-    def test_usage_errors_are_exit_code_2(self, sim: Simulator, start: Start) -> None:
+    def test_usage_errors_are_exit_code_2(self, sim: Simulator, call: Call) -> None:
         """What cannot be sent is told in words, and nothing is sent."""
         sim.add_workflow("unused", DONE)
         before = sim.request_count
         cases = {
-            start("run"): "Missing argument",
-            start("run", ""): "a workflow's name is not empty; nothing was started",
-            start("run", "unused", "-i", "letter"): "Invalid value for '--input'",
-            start("run", "unused", "-i", "rows=[1, NaN]"): "rows[1]",
-            start("run", "unused", "--metadata", "7"): "Invalid value for '--metadata'",
-            start("run", "unused", "--version", 0): "Invalid value for '--version'",
-            start("run", "unused", "--label", "a", "--version", 1): "'--label' / '--version'",
-            start("run", "unused", PROMPTLAYER_API_KEY=""): "variable PROMPTLAYER_API_KEY",
+            call("run"): "Missing argument",
+            call("run", ""): "a workflow's name is not empty; nothing was started",
+            call("run", "unused", "-i", "letter"): "Invalid value for '--input'",
+            call("run", "unused", "-i", "rows=[1, NaN]"): "rows[1]",
+            call("run", "unused", "--metadata", "7"): "Invalid value for '--metadata'",
+            call("run", "unused", "--version", 0): "Invalid value for '--version'",
+            call("run", "unused", "--label", "a", "--version", 1): "'--label' / '--version'",
+            call("run", "unused", PROMPTLAYER_API_KEY=""): "variable PROMPTLAYER_API_KEY",
         }
         for command, message in cases.items():
             code, out, err = command.end()
@@ -638,9 +680,9 @@ class TestRun:
             assert message in err
         assert sim.request_count == before
 
-    def test_a_malformed_input_as_json(self, start: Start) -> None:
+    def test_a_malformed_input_as_json(self, call: Call) -> None:
         """With --json an input that the library refuses is an error line too."""
-        code, out, _ = start("run", "x", "-i", "x=[1e999]", "--json").end()
+        code, out, _ = call("run", "x", "-i", "x=[1e999]", "--json").end()
         assert code == 2
         error = json.loads(out)["error"]
         assert (error["type"], error["execution_id"]) == ("Misuse", None)
@@ -860,7 +902,7 @@ class TestTerminal:
 class TestResults:
     """`results ID`."""
 
-    def test_the_main_output(self, sim: Simulator, start: Start) -> None:
+    def test_the_main_output(self, sim: Simulator, call: Call) -> None:
         """A string is printed as it is, anything else as JSON; with --all every node is."""
         text = sim.add_execution(
             Scenario([SimNode("reply", "Good\n\x1b[1mday \ud800", is_output_node=True)])
@@ -869,10 +911,10 @@ class TestResults:
             Scenario([SimNode("reply", {"a": None, "b": "日本"}, is_output_node=True)])
         )
         commands = [
-            start("results", text),
-            start("results", text, "--json"),
-            start("results", number),
-            start("results", number, "--all"),
+            call("results", text),
+            call("results", text, "--json"),
+            call("results", number),
+            call("results", number, "--all"),
         ]
         assert commands[0].end() == (0, "Good\n\x1b[1mday \\ud800\n", "")
         assert commands[1].end() == (0, '"Good\\n\\u001b[1mday \\ud800"\n', "")
@@ -882,10 +924,10 @@ class TestResults:
         (line,) = out.splitlines()
         assert json.loads(line)["nodes"]["reply"]["value"] == {"a": None, "b": "日本"}
 
-    def test_a_failed_execution(self, sim: Simulator, start: Start) -> None:
+    def test_a_failed_execution(self, sim: Simulator, call: Call) -> None:
         """Standard output stays empty, standard error tells why, and the code is 1."""
         execution_id = sim.add_execution(FAILED)
-        code, out, err = start("results", execution_id).end()
+        code, out, err = call("results", execution_id).end()
         assert (code, out) == (1, "")
         assert "think: no idea\nat \\u001b[31mall\n" in err
         assert f"execution {execution_id} failed: 1 FAILED, 1 SKIPPED" in err
@@ -902,17 +944,17 @@ class TestResults:
         assert code == 3
         assert json.loads(out)["complete"] is False
 
-    def test_no_main_output(self, sim: Simulator, start: Start) -> None:
+    def test_no_main_output(self, sim: Simulator, call: Call) -> None:
         """Where nothing failed but there is no output, the node map is not taken for one."""
         execution_id = sim.add_execution(Scenario([SimNode("only", status="SKIPPED")]))
-        code, out, err = start("results", execution_id).end()
+        code, out, err = call("results", execution_id).end()
         assert (code, out) == (1, "")
         assert "completed without a main output" in err
         assert "--all shows its nodes" in err
 
-    def test_an_unreachable_server(self, start: Start) -> None:
+    def test_an_unreachable_server(self, call: Call) -> None:
         """It is asked again for a moment; then the code is 4."""
-        command = start("results", 5, "--all", "--json", "--outage", "0.1", "--base-url", NOBODY)
+        command = call("results", 5, "--all", "--json", "--outage", "0.1", "--base-url", NOBODY)
         code, out, err = command.end()
         assert code == 4
         assert "retrying in" in err
@@ -955,11 +997,11 @@ class TestSimulate:
         code, _, err = server.end()
         assert (code, err) == (0, "")
 
-    def test_an_address_that_it_cannot_have(self, sim: Simulator, start: Start) -> None:
+    def test_an_address_that_it_cannot_have(self, sim: Simulator, call: Call) -> None:
         """A port that is taken, or a malformed host, is told in one line, and the code is 2."""
         port = sim.base_url.rpartition(":")[2]
-        malformed = start("simulate", "--host", "a..b")
-        code, out, err = start("simulate", "--port", port).end()
+        malformed = call("simulate", "--host", "a..b")
+        code, out, err = call("simulate", "--port", port).end()
         assert (code, out) == (2, "")
         assert err.startswith(f"cannot listen on 127.0.0.1, port {port}: ")
         assert err.count("\n") == 1
