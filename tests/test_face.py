@@ -11,6 +11,7 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Iterator
+from inspect import get_annotations as annotations
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ def describe(name: str, it: Any) -> Iterator[str]:
     elif not getattr(it, "_is_protocol", False):
         yield f"    {inspect.signature(it)}"
     if attrs.has(it):
-        yield from (f"    {field.name}: {field.type}" for field in attrs.fields(it))
+        # As written: the fields' own types may have been resolved by cattrs meanwhile.
+        types = {k: v for base in reversed(it.__mro__) for k, v in annotations(base).items()}
+        yield from (f"    {field.name}: {types[field.name]}" for field in attrs.fields(it))
     for member, value in sorted(members(it)):
         yield f"    {member}{inspect.signature(value)}"
 
