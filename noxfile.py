@@ -11,7 +11,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2025.2.9"
-nox.options.sessions = ["lint", "types", "tests", "coverage", "vendor", "browser"]
+nox.options.sessions = ["lint", "types", "tests", "coverage", "docs", "vendor", "browser"]
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True
 
@@ -129,6 +129,13 @@ def sdist(session: nox.Session) -> None:
 def _contents(wheel: Path) -> dict[str, int]:
     with zipfile.ZipFile(wheel) as archive:
         return {file.filename: file.CRC for file in archive.infolist()}
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the pages under docs/ to build/docs; whatever is doubtful in them is an error."""
+    _install(session, "docs", "pytest", ".[cli,fastapi]")
+    session.run("sphinx-build", "-n", "-W", "--keep-going", "docs", "build/docs")
 
 
 # The newest SDK, and one that turns to Ably unless it is told of Centrifugo.

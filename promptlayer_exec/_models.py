@@ -157,7 +157,7 @@ class Snapshot:
 
     @property
     def progress(self) -> float:
-        """Final nodes divided by nodes: 1.0 when complete, 0.0 with no nodes."""
+        """Final nodes divided by nodes; 1.0 when complete, 0.0 with no nodes."""
         if self.complete:
             return 1.0
         if not self.nodes:

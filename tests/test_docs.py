@@ -1,24 +1,44 @@
-"""The README and the pages under docs/: their code is run, and their commands are CI's."""
+"""The README and the pages under docs/: their code and their commands are run."""
 
 from __future__ import annotations
 
+import ast
 import asyncio
-import inspect
 import os
+import pkgutil
 import re
+import shlex
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
+import typer
+from aiohttp.test_utils import TestClient as WebClient
+from aiohttp.test_utils import TestServer as WebServer
+from fastapi.testclient import TestClient
+from typer.testing import CliRunner
 
-from promptlayer_exec import ExecutionStarted, ExecutionTimeout, PollPolicy, Session, opentelemetry
+import promptlayer_exec
+import promptlayer_exec.simulator
+from promptlayer_exec import (
+    ExecutionStarted,
+    ExecutionTimeout,
+    PollPolicy,
+    PromptLayerExecError,
+    Session,
+)
+from promptlayer_exec.cli._app import app as command_line
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
+REPORT = Scenario([SimNode("Report", "done", is_output_node=True)])
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -27,13 +47,106 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-def names(page: str) -> dict[str, Any]:
-    """Run the blocks of a page that only define things, and return what they define."""
-    namespace: dict[str, Any] = {}
-    for block in blocks(page, "python"):
-        if "asyncio.run(" not in block:
-            exec(compile(block, page, "exec"), namespace)
-    return namespace
+def is_program(block: str) -> bool:
+    """Tell whether a block is a program of its own, and no part of one."""
+    return "asyncio.run(" in block
+
+
+class _Marks(ast.NodeTransformer):
+    """Lets each function of a block put down its name when it is called."""
+
+    def __init__(self) -> None:
+        self.functions: set[str] = set()
+
+    def _mark(self, node: Any) -> Any:
+        self.generic_visit(node)
+        self.functions.add(node.name)
+        node.body.insert(0, ast.parse(f"_called.add({node.name!r})").body[0])
+        return node
+
+    visit_FunctionDef = visit_AsyncFunctionDef = _mark  # noqa: N815 - ast's names
+
+
+def run_blocks(code: list[str], namespace: dict[str, Any]) -> set[str]:
+    """Run blocks as one module, and return the names of the functions that they define."""
+    namespace["_called"] = set()
+    marks = _Marks()
+    for block in code:
+        tree = ast.fix_missing_locations(marks.visit(ast.parse(block)))
+        exec(compile(tree, namespace["__name__"], "exec"), namespace)
+    return marks.functions
+
+
+@contextmanager
+def names(page: str, module: str = "page") -> Iterator[dict[str, Any]]:
+    """Yield what a page defines; within the context, each function of it must be called."""
+    namespace = ModuleType(module)
+    sys.modules[module] = namespace
+    try:
+        code = [block for block in blocks(page, "python") if not is_program(block)]
+        functions = run_blocks(code, vars(namespace))
+        yield vars(namespace)
+    finally:
+        del sys.modules[module]
+    assert functions == vars(namespace)["_called"]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_the_code_of_each_page_is_run(page: str) -> None:
+    """By a test that names it, here or in a module of its own."""
+    tests = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py")]
+    assert any(f'"{page}"' in test or f'"{Path(page).name}"' in test for test in tests)
+
+
+def parsed(argv: list[str]) -> str:
+    """Parse a command line without carrying it out, and return the path of its command."""
+    command: Any = typer.main.get_command(command_line)
+    context, name = None, argv.pop(0)
+    while True:
+        settings = command.context_settings
+        context = command.make_context(name, argv, parent=context, **settings)
+        if not hasattr(command, "resolve_command"):
+            return str(context.command_path)
+        name, command, argv = command.resolve_command(
+            context, [*context._protected_args, *context.args]
+        )
+
+
+COMMANDS = [
+    pytest.param(line, id=f"{page}: {line}")
+    for page in PAGES
+    for block in blocks(page, "sh")
+    for line in re.split(r"\n|&&", block)
+    if line.strip().startswith("promptlayer-exec ")
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_commands_shown_are_commands(line: str) -> None:
+    """Each with options that it has; those that install or need a key are not run."""
+    argv = shlex.split(line.partition("|")[0], comments=True)
+    assert parsed(argv).startswith("promptlayer-exec ")
+
+
+def test_a_command_that_is_none_is_found() -> None:
+    """The check above can fail."""
+    for line in ("promptlayer-exec follow 1", "promptlayer-exec watch 1 --al"):
+        with pytest.raises(Exception, match="No such"):
+            parsed(line.split())
+
+
+def test_the_reference_is_complete() -> None:
+    """It names each public room and each name of the face, and tells what to do on each error."""
+    pages = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
+    rooms = {room.name for room in pkgutil.iter_modules(promptlayer_exec.__path__)} - {"cli"}
+    for room in rooms:
+        assert room.startswith("_") or f"promptlayer_exec.{room}\n" in pages, room
+    for name in {*promptlayer_exec.__all__, *promptlayer_exec.simulator.__all__} - {"__version__"}:
+        assert re.search(rf":: {name}$", pages, re.MULTILINE), name
+    failures = (ROOT / "docs" / "failures.md").read_text()
+    for name, value in vars(promptlayer_exec).items():
+        if isinstance(value, type) and issubclass(value, PromptLayerExecError):
+            assert value is PromptLayerExecError or f"\n| `{name}` |" in failures, name
 
 
 def test_ci_runs_the_readme_s_test_command() -> None:
@@ -44,41 +157,50 @@ def test_ci_runs_the_readme_s_test_command() -> None:
     assert run == command.split(" && ")
 
 
-def run_program(
-    sim: Simulator, program: str, *arguments: str, cwd: Path | None = None
-) -> list[str]:
-    """Run a program with the key in the environment, and return the lines that it prints."""
+def run_program(program: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Run a program of a page in this process, and return the lines that it prints."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    assert run_blocks([program], namespace) == namespace["_called"]
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    return printed.out.splitlines()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, threaded_sim: Simulator) -> Simulator:
+    """Return the simulator that a session finds through the environment."""
+    monkeypatch.setenv("PROMPTLAYER_API_KEY", threaded_sim.api_key)
+    monkeypatch.setenv("PROMPTLAYER_BASE_URL", threaded_sim.base_url)
+    return threaded_sim
+
+
+def test_the_readme_s_first_program_runs(threaded_sim: Simulator) -> None:
+    """As a script of its own, which leaves no warning behind."""
+    answer = SimNode("Answer", "forty-two", after=("Plan",), is_output_node=True)
+    execution_id = threaded_sim.add_execution(Scenario([SimNode("Plan"), answer]))
+    program = next(filter(is_program, blocks("README.md", "python")))
+    settings = {
+        "PROMPTLAYER_API_KEY": threaded_sim.api_key,
+        "PROMPTLAYER_BASE_URL": threaded_sim.base_url,
+    }
     finished = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", program, *arguments],
-        env={
-            **os.environ,
-            "PROMPTLAYER_API_KEY": sim.api_key,
-            "PROMPTLAYER_BASE_URL": sim.base_url,
-        },
-        cwd=cwd,
+        [sys.executable, "-X", "dev", "-W", "error", "-c", program, str(execution_id)],
+        env={**os.environ, **settings},
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
     assert finished.stderr == ""
-    return finished.stdout.splitlines()
-
-
-def test_the_readme_s_first_program_runs(threaded_sim: Simulator) -> None:
-    """As a script of its own."""
-    answer = SimNode("Answer", "forty-two", after=("Plan",), is_output_node=True)
-    execution_id = threaded_sim.add_execution(Scenario([SimNode("Plan"), answer]))
-    program = next(block for block in blocks("README.md", "python") if "asyncio.run(" in block)
-    assert run_program(threaded_sim, program, str(execution_id)) == [
-        "100% Plan: SUCCESS",
-        "100% Answer: SUCCESS",
-        "forty-two",
-    ]
+    lines = ["100% Plan: SUCCESS", "100% Answer: SUCCESS", "forty-two"]
+    assert finished.stdout.splitlines() == lines
 
 
 def test_the_readme_s_evaluation_is_fifteen_lines_and_runs(
-    threaded_sim: Simulator, tmp_path: Path
+    server: Simulator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Each result is printed, and what failed and why, with the id that finds it again."""
 
@@ -88,103 +210,194 @@ def test_the_readme_s_evaluation_is_fifteen_lines_and_runs(
             [SimNode("Grade", 0.9, status=status, error_message="refused", is_output_node=True)]
         )
 
-    threaded_sim.add_workflow("grade", grade)
+    server.add_workflow("grade", grade)
     program = next(block for block in blocks("README.md", "python") if "as_completed" in block)
     assert len([line for line in program.splitlines() if line]) <= 15
     (tmp_path / "prompts.txt").write_text("one\nbad\ntwo\n")
-    printed = run_program(threaded_sim, program, cwd=tmp_path)
-    (failed,) = (run.execution_id for run in threaded_sim.runs if run.inputs["prompt"] == "bad")
+    monkeypatch.chdir(tmp_path)
+    printed = run_program(program, capsys)
+    (failed,) = (run.execution_id for run in server.runs if run.inputs["prompt"] == "bad")
     assert sorted(printed[:2]) == ["one: 0.9", "two: 0.9"]
     assert printed[2] == "1 of 3 failed"
     assert printed[3].startswith(f"bad: execution {failed}: it failed: 'Grade' FAILED (refused)")
 
 
-async def test_the_readme_s_example_of_a_test_passes() -> None:
-    """It runs as it stands."""
-    await names("README.md")["test_my_code"]()
+async def test_the_readme_s_definitions_do_what_it_says(sim: Simulator, session: Session) -> None:
+    """A typed output in ten lines, and a test that passes."""
+    (block,) = (block for block in blocks("README.md", "python") if "into=" in block)
+    assert len([line for line in block.splitlines() if line]) <= 10
+    report = {"title": "Otters", "score": 0.9}
+    sim.add_workflow("write-report", Scenario([SimNode("Report", report, is_output_node=True)]))
+    with names("README.md") as page:
+        output = await page["write_report"](session, "otters")
+        await page["test_my_code"]()
+    assert (type(output).__name__, output.title, output.score) == ("Report", "Otters", 0.9)
+    assert sim.runs[0].inputs == {"topic": "otters"}
+
+
+def endings(lines: list[str]) -> list[str]:
+    """Leave out what depends on when a poll looked: how far it is, and what is not final yet."""
+    return [line[5:] if "%" in line else line for line in lines if not line.startswith("  0%")]
+
+
+def test_the_tutorial_s_programs_print_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """They bring their own simulator, and need neither key nor network."""
+    first, second = filter(is_program, blocks("docs/tutorial.md", "python"))
+    shown = [text.splitlines() for text in blocks("docs/tutorial.md", "text")]
+    assert run_program(first, capsys) == shown[0]
+    assert endings(run_program(second, capsys)) == endings(shown[1])
+
+
+async def test_the_tutorial_s_parts_fit_its_last_program(
+    sim: Simulator, session: Session, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The function on its own is the program's; the lines to be changed are in it."""
+    last = list(filter(is_program, blocks("docs/tutorial.md", "python")))[-1]
+    with names("docs/tutorial.md") as page:
+        await page["show"](session.execution(sim.add_execution(REPORT)))
+    assert capsys.readouterr().out == "100% Report: SUCCESS\n"
+    (part,) = (block for block in blocks("docs/tutorial.md", "python") if not is_program(block))
+    assert part[part.index("async def") :] in last
+    (diff,) = blocks("docs/tutorial.md", "diff")
+    for line in diff.splitlines():
+        assert line.startswith("+") or line[1:] in last.splitlines()
+
+
+def test_the_apps_await(server: Simulator) -> None:
+    """An aiohttp app and a FastAPI app, each with one session from its start to its end."""
+    server.add_workflow("write-report", REPORT)
+    first, second = server.add_execution(REPORT), server.add_execution(REPORT)
+
+    async def use(page: dict[str, Any]) -> None:
+        async with WebClient(WebServer(page["make_app"]())) as client:
+            response = await client.post("/reports", params={"topic": "otters"})
+            assert await response.json() == {"report": "done"}
+        async with Session() as session:
+            assert await page["both"](session, first, second) == ["done", "done"]
+
+    with names("docs/awaiting.md") as page:
+        asyncio.run(use(page))
+        with TestClient(page["app"]) as client:
+            assert client.post("/reports", params={"topic": "newts"}).json() == "done"
+    assert [run.inputs["topic"] for run in server.runs] == ["otters", "newts"]
+
+
+async def test_the_page_on_testing_has_tests_that_pass(
+    promptlayer_simulator: Simulator,
+) -> None:
+    """All of them, and its code under test is what they import."""
+    with names("docs/testing.md", "progress") as page:
+        for name, test in list(page.items()):
+            if name.startswith("test_"):
+                await (test(promptlayer_simulator) if test.__code__.co_argcount else test())
+
+
+async def test_the_page_on_polling_makes_sessions(server: Simulator) -> None:
+    """Each of them follows an execution."""
+    execution_id = server.add_execution(REPORT)
+    with names("docs/polling.md") as page:
+        test = page["for_a_test"](server.api_key, server.base_url)
+        for session in (page["for_a_person"](), page["for_the_night"](), test):
+            async with session:
+                assert await session.execution(execution_id).output() == "done"
+
+
+async def test_the_page_on_picking_up_pays_once(
+    sim: Simulator, session: Session, tmp_path: Path
+) -> None:
+    """A second process follows what the first one started, and starts nothing that may run."""
+    sim.add_workflow("write-report", REPORT)
+    with names("docs/picking-up.md") as page:
+        for _ in range(2):
+            with closing(page["open_jobs"](str(tmp_path / "jobs"))) as jobs:
+                assert await page["run_once"](session, jobs, "a", "otters") == "done"
+                sim.inject(Fault.disconnect())
+                with pytest.raises(Exception, match="may have started"):
+                    await page["run_once"](session, jobs, "b", "newts")
+                sim.clear_faults()
+    assert [run.body["metadata"]["job"] for run in sim.runs] == ["a", "b"]
+
+
+def test_the_page_on_the_command_line_shows_what_is_printed(server: Simulator) -> None:
+    """Its commands are run, and write what the page says."""
+    plan = SimNode("Plan", "habitat, diet, threats")
+    report = SimNode("Report", "Otters are fine.", after=["Plan"], is_output_node=True)
+    server.add_workflow("write-report", Scenario([plan, report]))
+    page = "docs/reference/command-line.md"
+    for command, shown in zip(blocks(page, "sh"), blocks(page, "text"), strict=True):
+        argv = shlex.split(command.partition("|")[0])
+        printed = CliRunner().invoke(command_line, argv[1:])
+        assert re.sub(r"\d\.\d s", "0.0 s", printed.output) == shown
 
 
 async def test_the_page_on_watching_does_what_it_says(
     sim: Simulator, session: Session, held: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its functions are run against the simulator."""
-    page = names("docs/watching.md")
-    assert (await page["until_half"](session.execution(held))).progress == 0.5
-    result_or_reason = page["result_or_reason"]
-    sim.inject(Fault.status(404))
-    assert (await result_or_reason(session, held)).startswith("NotFound: execution")
-    waiting = asyncio.create_task(result_or_reason(session, held))
-    await sim.wait_for_requests(sim.request_count + 1)
-    sim.finish(held, "Answer")
-    assert await waiting == "succeeded"
-    observed = Session(
-        sim.api_key, base_url=sim.base_url, poll=PollPolicy.fixed(0.01), observers=[page["observe"]]
-    )
-    async with observed:
-        await observed.execution(held).wait()
+    with names("docs/watching.md") as page:
+        assert (await page["until_half"](session.execution(held))).progress == 0.5
+        sim.finish(held, "Answer")
+        observed = Session(
+            sim.api_key,
+            base_url=sim.base_url,
+            poll=PollPolicy.fixed(0.01),
+            observers=[page["observe"]],
+        )
+        async with observed:
+            await observed.execution(held).wait()
     assert re.fullmatch(rf"{held}: \d\.\d+ s, \d+ bytes\n", capsys.readouterr().out)
 
 
-async def test_the_readme_s_typed_output_is_ten_lines_and_works(
-    sim: Simulator, session: Session
+async def test_the_page_on_failures_tells_the_result_or_the_reason(
+    sim: Simulator, session: Session, held: int
 ) -> None:
-    """A start, and an output of the type that was asked for."""
-    (block,) = (block for block in blocks("README.md", "python") if "into=" in block)
-    assert len([line for line in block.splitlines() if line]) <= 10
-    report = {"title": "Otters", "score": 0.9}
-    sim.add_workflow("write-report", Scenario([SimNode("Report", report, is_output_node=True)]))
-    output = await names("README.md")["write_report"](session, "otters")
-    assert (type(output).__name__, output.title, output.score) == ("Report", "Otters", 0.9)
-    assert sim.runs[0].inputs == {"topic": "otters"}
+    """Whatever it is."""
+    with names("docs/failures.md") as page:
+        result_or_reason = page["result_or_reason"]
+        sim.inject(Fault.status(404))
+        assert (await result_or_reason(session, held)).startswith("NotFound: execution")
+        waiting = asyncio.create_task(result_or_reason(session, held))
+        await sim.wait_for_requests(sim.request_count + 1)
+        sim.finish(held, "Answer")
+        assert await waiting == "succeeded"
+
+
+async def test_the_page_on_outputs_does_what_it_says(
+    sim: Simulator, session: Session, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run is started, with its warning told, and its output is of the page's type."""
+    report = SimNode("Report", '{"title": "Otters", "score": 1}', is_output_node=True)
+    sim.add_workflow("reports/weekly", Scenario([report]), warning="missing input variables: tone")
+    with names("docs/outputs.md") as page:
+        output = await page["weekly_report"](session, "otters", "job-1")
+        assert output == page["Report"]("Otters", 1.0)
+    (run,) = sim.runs
+    told = f"execution {run.execution_id}: missing input variables: tone\n"
+    assert capsys.readouterr().out == told
 
 
 async def test_the_page_on_starting_does_what_it_says(
-    sim: Simulator, session: Session, capsys: pytest.CaptureFixture[str], recorder: Any
+    sim: Simulator, session: Session, recorder: Any
 ) -> None:
     """Its functions are run against the simulator."""
-    page = names("docs/starting.md")
-    scenario = Scenario([SimNode("Report", "done", is_output_node=True)])
-    sim.add_workflow("reports/weekly", scenario, warning="missing input variables: tone")
-    execution = await page["start_report"](session, "otters", "job-1")
-    assert await execution.output() == "done"
-    assert capsys.readouterr().out == (f"execution {execution.id}: missing input variables: tone\n")
-    sim.add_workflow("report", scenario)
-    sim.inject(Fault.disconnect())
-    started, to_look_up = await page["start_all"](session, {"a": "otters", "b": "newts"})
-    assert [run.body["metadata"] for run in sim.runs[1:]] == [{"job": "a"}, {"job": "b"}]
-    assert [execution.id for execution in started] == [sim.runs[2].execution_id]
-    (line,) = to_look_up
-    assert line.startswith("job a: ")
-    sim.inject(Fault.delay(0.02))
-    starting = asyncio.create_task(session.start("report"))
-    await sim.wait_for_requests(sim.request_count + 1)
-    starting.cancel()
-    page["keep_orphans"](await recorder.next(ExecutionStarted))
-    assert page["orphans"] == [sim.runs[3].execution_id]
+    sim.add_workflow("report", REPORT)
+    with names("docs/starting.md") as page:
+        sim.inject(Fault.disconnect())
+        started, to_look_up = await page["start_all"](session, {"a": "otters", "b": "newts"})
+        assert [run.body["metadata"] for run in sim.runs] == [{"job": "a"}, {"job": "b"}]
+        assert [execution.id for execution in started] == [sim.runs[1].execution_id]
+        (line,) = to_look_up
+        assert line.startswith("job a: ")
+        sim.inject(Fault.delay(0.02))
+        starting = asyncio.create_task(session.start("report"))
+        await sim.wait_for_requests(sim.request_count + 1)
+        starting.cancel()
+        page["keep_orphans"](await recorder.next(ExecutionStarted))
+        assert page["orphans"] == [sim.runs[2].execution_id]
 
 
-async def test_the_page_on_observing_does_what_it_says(
-    sim: Simulator, open_session: Callable[..., Session], held: int
-) -> None:
-    """Its observer counts, and it names every metric and attribute that there is."""
-    page = names("docs/observing.md")
-    async with open_session(observers=[page["count_bytes"]]) as session:
-        await session.execution(held).snapshot()
-        assert page["received"] == {}  # a single look is no poll
-        with pytest.raises(ExecutionTimeout):
-            await session.execution(held).wait(timeout=0.05)
-    assert page["received"][held] > 100
-    text = (ROOT / "docs" / "observing.md").read_text(encoding="utf-8")
-    source = inspect.getsource(opentelemetry)
-    told = set(re.findall(r'"(promptlayer_exec\.[a-z._]+)"', source))
-    shown = set(re.findall(r"`(promptlayer_exec\.[a-z._]+)`", text))
-    shown |= {f"promptlayer_exec{suffix}" for suffix in re.findall(r"`(\.[a-z]+)`", text)}
-    assert told - shown == {"promptlayer_exec.poll", "promptlayer_exec.progress"}
-
-
-async def test_the_page_on_fanning_out_does_what_it_says(sim: Simulator) -> None:
-    """Its fan-out and its limiter's in-memory form are run; the type checker sees the limiter."""
-    page = names("docs/fanning-out.md")
+async def test_the_page_on_fanning_out_does_what_it_says(sim: Simulator, session: Session) -> None:
+    """Each item comes back, with its output or its error."""
 
     def grade(inputs: Any) -> Scenario:
         return Scenario([SimNode("Grade", inputs["grade"], is_output_node=True)])
@@ -194,15 +407,28 @@ async def test_the_page_on_fanning_out_does_what_it_says(sim: Simulator) -> None
         yield {"id": "b", "grade": "none"}
 
     sim.add_workflow("grade", grade)
-    limiter = page["in_memory"](1000)
-    limiter.acquire = AsyncMock(side_effect=limiter.acquire)
-    async with Session(sim.api_key, base_url=sim.base_url, limiter=limiter) as session:
+    with names("docs/fanning-out.md") as page:
         lines = sorted(await page["grade"](session, rows()))
     assert lines[0] == "a: 0.50"
     assert lines[1].startswith("b: execution ")
-    assert limiter.acquire.await_count == sim.request_count
+
+
+async def test_the_page_on_rate_limits_has_a_limiter_that_limits(
+    sim: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In memory it is run; for Redis there is no server here, so that bucket stands in memory."""
     checked = (ROOT / "tests" / "typing" / "limiter.py").read_text()
-    assert blocks("docs/fanning-out.md", "python")[1] in checked
+    assert blocks("docs/rate-limits.md", "python")[0] in checked
+    with names("docs/rate-limits.md") as page:
+        bucket = page["InMemoryBucket"]
+        init = AsyncMock(side_effect=lambda rates, redis, key: bucket(rates))
+        monkeypatch.setattr(page["RedisBucket"], "init", init)
+        for limiter in (page["in_memory"](1000), await page["in_redis"](None, 1000)):
+            limiter.acquire = AsyncMock(side_effect=limiter.acquire)
+            before = sim.request_count
+            async with Session(sim.api_key, base_url=sim.base_url, limiter=limiter) as session:
+                await session.execution(sim.add_execution(REPORT)).wait()
+            assert limiter.acquire.await_count == sim.request_count - before == 1
 
 
 async def test_the_errors_in_the_readme_are_what_is_printed(

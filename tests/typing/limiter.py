@@ -1,4 +1,4 @@
-"""The limiter of docs/fanning-out.md: type-checked, and run by the tests there."""
+"""The limiter of docs/rate-limits.md: type-checked, and run by the tests there."""
 
 # ruff: noqa: D101, D102, D103 - word for word as in the docs
 from pyrate_limiter import Duration, InMemoryBucket, Limiter, Rate, RedisBucket

@@ -1,0 +1,117 @@
+"""How Sphinx builds these pages: `python -m nox -s docs`."""
+
+import re
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
+
+import typer
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from promptlayer_exec.cli._app import app as command_line
+
+project = "promptlayer-exec"
+author = "The promptlayer-exec maintainers"
+project_copyright = author
+version = release = metadata.version(project)
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+myst_heading_anchors = 3  # links to headings are then the same here and on a code host
+
+html_theme = "furo"
+html_title = f"{project} {release}"
+html_copy_source = False
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+napoleon_attr_annotations = True
+napoleon_use_ivar = True
+python_use_unqualified_type_names = True
+default_role = "py:obj"
+
+# What other projects document: their inventories are on the network, and a build needs none.
+nitpick_ignore = [
+    ("py:class", name)
+    for name in (
+        "EllipsisType",
+        "ItemT",
+        "OutputT",
+        "T",
+        "TypeForm",
+        "aiohttp.ClientSession",
+        "cattrs.Converter",
+        "collections.abc.AsyncGenerator",
+        "collections.abc.AsyncIterable",
+        "collections.abc.Callable",
+        "collections.abc.Collection",
+        "collections.abc.Iterable",
+        "collections.abc.Mapping",
+        "fastapi.routing.APIRouter",
+        "promptlayer_exec._execution.T",
+        "promptlayer_exec._models.ItemT",
+        "promptlayer_exec._models.OutputT",
+        "promptlayer_exec._session.ItemT",
+        "promptlayer_exec._session.OutputT",
+        "starlette.responses.Response",
+        "types.EllipsisType",
+    )
+]
+
+
+class Commands(SphinxDirective):
+    """The help of every command, as the program prints it."""
+
+    def run(self) -> list[nodes.Node]:
+        """Return a section for each of them."""
+        program = typer.main.get_command(command_line)
+        text = "\n\n".join(_sections(program))
+        return self.parse_text_to_nodes(text, allow_section_headings=True)
+
+
+def _sections(command: Any, parent: Any = None) -> Iterator[str]:
+    settings = {"terminal_width": 88, **command.context_settings}
+    context = command.context_class(command, parent, command.name, **settings)
+    yield f"## {context.command_path}\n\n```text\n{command.get_help(context)}\n```"
+    for each in getattr(command, "commands", {}).values():
+        yield from _sections(each, context)
+
+
+def mark_code(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Read single backticks as the docstrings mean them: as code, and a name as a link."""
+
+    def marked(found: re.Match[str]) -> str:
+        text = found[0] if re.fullmatch(r"[\w.]*\w", found[1]) else f"`{found[0]}`"
+        return f"{text}\\ "  # so that a plural's s may follow
+
+    lines[:] = re.sub(r"(?<!`)`([^`]+)`(?!`)", marked, "\n".join(lines)).split("\n")
+
+
+def tidy_signature(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, returns: str
+) -> tuple[str, str] | None:
+    """Write defaults as a reader of the source would see them."""
+    if not signature:
+        return None
+    signature = re.sub(r"=(\w+Policy)\(.*?\)(?=, \w+=|\)$)", r"=\1()", signature)
+    # The latter stands for what attrs makes anew for each instance.
+    return re.sub(r"\b(Ellipsis|NOTHING)\b", "...", signature), returns
+
+
+def leave_code(
+    app: Sphinx, env: Any, node: pending_xref, content: nodes.TextElement
+) -> nodes.TextElement | None:
+    """Leave a name in backticks that leads nowhere, such as an argument's, as plain code."""
+    return content if node["reftype"] == "obj" else None
+
+
+def setup(app: Sphinx) -> None:
+    """Connect the above."""
+    app.add_directive("commands", Commands)
+    app.connect("autodoc-process-docstring", mark_code, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", tidy_signature)
+    app.connect("missing-reference", leave_code)
