@@ -21,7 +21,6 @@ import pytest
 import typer
 from aiohttp.test_utils import TestClient as WebClient
 from aiohttp.test_utils import TestServer as WebServer
-from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 import promptlayer_exec
@@ -263,7 +262,9 @@ async def test_the_tutorial_s_parts_fit_its_last_program(
         assert line.startswith("+") or line[1:] in last.splitlines()
 
 
-def test_the_apps_await(server: Simulator) -> None:
+def test_the_apps_await(
+    server: Simulator, promptlayer_simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An aiohttp app and a FastAPI app, each with one session from its start to its end."""
     server.add_workflow("write-report", REPORT)
     first, second = server.add_execution(REPORT), server.add_execution(REPORT)
@@ -275,11 +276,9 @@ def test_the_apps_await(server: Simulator) -> None:
         async with Session() as session:
             assert await page["both"](session, first, second) == ["done", "done"]
 
-    with names("docs/awaiting.md") as page:
+    with names("docs/awaiting.md", "app") as page:
         asyncio.run(use(page))
-        with TestClient(page["app"]) as client:
-            assert client.post("/reports", params={"topic": "newts"}).json() == "done"
-    assert [run.inputs["topic"] for run in server.runs] == ["otters", "newts"]
+        page["test_reports"](promptlayer_simulator, monkeypatch)
 
 
 async def test_the_page_on_testing_has_tests_that_pass(
