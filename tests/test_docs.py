@@ -183,7 +183,7 @@ def test_the_readme_s_first_program_runs(threaded_sim: Simulator) -> None:
         "PROMPTLAYER_BASE_URL": threaded_sim.base_url,
     }
     finished = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", program, str(execution_id)],
+        [sys.executable, "-W", "error", "-c", program, str(execution_id)],
         env={**os.environ, **settings},
         capture_output=True,
         text=True,
