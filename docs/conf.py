@@ -23,6 +23,7 @@ exclude_patterns = ["_build"]
 myst_heading_anchors = 3  # links to headings are then the same here and on a code host
 
 html_theme = "furo"
+pygments_dark_style = "monokai"  # the theme's own underlines every module's name
 html_title = f"{project} {release}"
 html_copy_source = False
 
