@@ -139,8 +139,11 @@ def docs(session: nox.Session) -> None:
 
 
 # The newest SDK, and one that turns to Ably unless it is told of Centrifugo.
+SDKS = ("1.5.16", "1.4.7")
+
+
 @nox.session
-@nox.parametrize("sdk", ["1.5.16", "1.4.7"])
+@nox.parametrize("sdk", SDKS)
 def vendor(session: nox.Session, sdk: str) -> None:
     """Run workflows with the vendor's own SDK against the simulator of the built wheel."""
     _install(session, "vendor", f"promptlayer=={sdk}", ".")
@@ -173,12 +176,29 @@ def browser(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure what following thousands of executions costs: see docs/scale.md."""
-    session.install(".")
+    """Measure what a poll costs, and what following thousands does; see docs/scale.md."""
+    # Beside the package with the standard library alone: with msgspec, and the vendor's SDK.
+    others = {"speed": ".[speed]", "vendor": f"promptlayer=={SDKS[0]}"}
+    pythons = {name: _another(session, name, package) for name, package in others.items()}
+    session.install(".", "httpx", "matplotlib")
     environment = {"PYTHONSAFEPATH": "1"}
-    session.run("python", "tests/benchmarks", *session.posargs, env=environment)
-    session.run("python", "tests/benchmarks/bucket.py", env=environment)
-    session.run("python", "tests/benchmarks/schedule.py", env=environment)
+    for program, *arguments in (
+        ("polls.py", *(part for name in others for part in (f"--{name}", pythons[name]))),
+        ("imports.py",),
+        ("schedule.py", "--chart", "docs/images/schedule.svg"),
+        ("bucket.py",),
+        ("__main__.py", *session.posargs),
+    ):
+        session.run("python", f"tests/benchmarks/{program}", *arguments, env=environment)
+
+
+def _another(session: nox.Session, name: str, package: str) -> str:
+    """Return the Python of another environment, which has that package."""
+    home = Path(session.create_tmp()).resolve() / name
+    session.run("python", "-m", "venv", str(home), silent=True)
+    python = str(home / "bin" / "python")
+    session.run(python, "-m", "pip", "install", package, external=True, silent=True)
+    return python
 
 
 @nox.session

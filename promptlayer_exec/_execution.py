@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
-from promptlayer_exec._structure import check_type
+from promptlayer_exec._output import check_type
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm

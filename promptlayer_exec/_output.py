@@ -6,9 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from promptlayer_exec._errors import ExecutionFailed, InvalidOutput
-from promptlayer_exec._misfits import Misfit
 from promptlayer_exec._models import Snapshot, same_json
-from promptlayer_exec._structure import structure
 
 if TYPE_CHECKING:
     import cattrs
@@ -43,6 +41,18 @@ async def main_output(snapshot: Snapshot, ask: Callable[[], Awaitable[Any]]) -> 
     return value
 
 
+def check_type(into: Any, converter: cattrs.Converter | None) -> None:
+    """Find out whether outputs can be of a type, before there is one.
+
+    Raises:
+        TypeError: they cannot.
+    """
+    # Not imported before it is needed: a quarter of what importing the package would take.
+    from promptlayer_exec import _structure  # noqa: PLC0415
+
+    _structure.check_type(into, converter)
+
+
 def typed_output(
     value: Any, into: TypeForm[T], converter: cattrs.Converter | None, snapshot: Snapshot
 ) -> T:
@@ -51,6 +61,9 @@ def typed_output(
     Raises:
         InvalidOutput: it does not have that type.
     """
+    from promptlayer_exec._misfits import Misfit  # noqa: PLC0415 - as above
+    from promptlayer_exec._structure import structure  # noqa: PLC0415
+
     try:
         return structure(value, into, converter)
     except TypeError as error:  # of a part of the type that only this value led to

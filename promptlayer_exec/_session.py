@@ -22,11 +22,10 @@ from promptlayer_exec._errors import ConfigurationError, PromptLayerExecError, S
 from promptlayer_exec._events import Observer, broadcast
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import Flight, Spawn, fan_out
-from promptlayer_exec._inputs import encode_inputs
 from promptlayer_exec._lifetime import Lifetime
 from promptlayer_exec._models import MainOutput, Node, Outcome, Snapshot, StartRequest
 from promptlayer_exec._opening import Opening
-from promptlayer_exec._output import main_output, typed_output
+from promptlayer_exec._output import check_type, main_output, typed_output
 from promptlayer_exec._pace import Limiter, Pace
 from promptlayer_exec._policies import (
     Deadline,
@@ -42,7 +41,6 @@ from promptlayer_exec._settings import (
     find_base_url,
     sends_in_the_clear,
 )
-from promptlayer_exec._structure import check_type
 from promptlayer_exec._tasks import clock
 from promptlayer_exec._transport import Pools, Transport
 from promptlayer_exec._watch import Watch, finished_nodes, follow, take_snapshot
@@ -265,6 +263,9 @@ class Session:
         return await self._start(request, self._deadline(...))
 
     async def _start(self, request: StartRequest, deadline: Deadline) -> Execution:
+        # Not imported before it is needed, as much else that not everybody uses.
+        from promptlayer_exec._inputs import encode_inputs  # noqa: PLC0415
+
         http_request = run_request(request, encode_inputs(request.inputs, self._converter))
         opening = await self._open()
         started = await opening.start(request, http_request, deadline)

@@ -1,10 +1,11 @@
 """Judge the poll schedule in virtual time against fixed intervals; fail where it does worse.
 
-Usage: python tests/benchmarks/schedule.py
+Usage: python tests/benchmarks/schedule.py [--chart FILE.svg]
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
 import sys
@@ -97,8 +98,32 @@ def lag_of_fixed(shape: str, gets: float) -> float:
     return judge(shape, PollPolicy.fixed(math.sqrt(low * high))).lag
 
 
+def draw(file: str) -> None:
+    """Draw lag against requests: the curve of fixed intervals, and where the default lies."""
+    from matplotlib import pyplot
+
+    pyplot.rcParams |= {"svg.hashsalt": "schedule", "font.family": "sans-serif"}
+    figure, places = pyplot.subplots(1, len(SHAPES), figsize=(15, 3.4), layout="constrained")
+    intervals = [0.4 * 1.25**step for step in range(14)]
+    for place, shape in zip(places, SHAPES, strict=True):
+        fixed = [judge(shape, PollPolicy.fixed(seconds)) for seconds in intervals]
+        place.plot([f.gets for f in fixed], [f.lag for f in fixed], label="fixed intervals")
+        ours = judge(shape, PollPolicy())
+        place.plot([ours.gets], [ours.lag], "o", label="the default")
+        place.set(title=shape, xlabel="requests", xscale="log")
+        place.set_ylim(0, 2.5)
+    places[0].set_ylabel("seconds from the end to its detection")
+    places[0].legend()
+    figure.savefig(file, metadata={"Date": None})
+
+
 def main() -> int:
-    """Print the table; return 1 if a target is missed."""
+    """Print the table, and draw the chart; return 1 if a target is missed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--chart", metavar="FILE", help="where to draw it; needs matplotlib")
+    chart = parser.parse_args().chart
+    if chart:
+        draw(chart)
     policies = {"default": PollPolicy()} | {f"{s:g} s": PollPolicy.fixed(s) for s in FIXED}
     write = sys.stdout.write
     write(f"Lag / node lag (seconds) / requests, means of {EXECUTIONS:,} executions\n\n")

@@ -1,4 +1,7 @@
-"""A server that costs next to nothing: it answers every request with bytes that are ready."""
+"""A server that costs next to nothing: it answers every request with bytes that are ready.
+
+Usage: server.py [STATUS NODES BYTES], for an execution that never changes; one that runs otherwise.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import contextlib
 import itertools
 import json
 import sys
+from collections.abc import Iterator
+from http import HTTPStatus
 
 # It stops after so many seconds, or answers, whatever became of the process that started it.
 LONGEST = 120.0
@@ -37,10 +42,27 @@ def node_map(variant: int) -> bytes:
     return json.dumps(nodes).encode()
 
 
-def answer(body: bytes) -> bytes:
+def outputs(nodes: int, size: int) -> bytes:
+    """Return the body of an execution with so many nodes, whose values have so many bytes each."""
+    text = "The quick brown fox jumps over the lazy dog; 3.5 % of them twice.\n"
+    return json.dumps(
+        {
+            f"node {number}": {
+                "status": "SUCCESS",
+                "value": (text * (size // len(text) + 1))[:size],
+                "error_message": None,
+                "raw_error_message": None,
+                "is_output_node": number == nodes,
+            }
+            for number in range(1, nodes + 1)
+        }
+    ).encode()
+
+
+def answer(body: bytes, status: int = 202) -> bytes:
     """Return the whole answer with that body."""
     head = (
-        "HTTP/1.1 202 Accepted\r\n"
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
         "Date: Mon, 01 Jan 2024 00:00:00 GMT\r\n"
         "Server: benchmark\r\n"
         "Content-Type: application/json\r\n"
@@ -53,7 +75,7 @@ def answer(body: bytes) -> bytes:
 class Connection(asyncio.Protocol):
     """Answers once for each request, none of which has a body."""
 
-    answers = itertools.cycle([answer(node_map(variant)) for variant in range(ANSWERS)])
+    answers: Iterator[bytes]
     left = MOST_ANSWERS
 
     def __init__(self) -> None:
@@ -75,8 +97,9 @@ class Connection(asyncio.Protocol):
             self._transport.write(b"".join(itertools.islice(self.answers, len(requests))))
 
 
-async def serve() -> None:
+async def serve(answers: list[bytes]) -> None:
     """Serve on a port, and print it; stop when standard input ends, as it does with its owner."""
+    Connection.answers = itertools.cycle(answers)
     loop = asyncio.get_running_loop()
     server = await loop.create_server(Connection, "127.0.0.1", 0, backlog=1024)
     sys.stdout.write(f"{server.sockets[0].getsockname()[1]}\n")
@@ -88,5 +111,14 @@ async def serve() -> None:
             await owner.read()
 
 
+def main(status: str = "", nodes: str = "", size: str = "") -> None:
+    """Make the answers, and serve them."""
+    if status:
+        answers = [answer(outputs(int(nodes), int(size)), int(status))]
+    else:
+        answers = [answer(node_map(variant)) for variant in range(ANSWERS)]
+    asyncio.run(serve(answers))
+
+
 if __name__ == "__main__":
-    asyncio.run(serve())
+    main(*sys.argv[1:])
