@@ -213,11 +213,13 @@ async def failure_at(base_url: str, call: Call = look, **settings: Any) -> Any:
     return caught.value
 
 
-async def test_a_refused_connection_is_connection_failed() -> None:
+@pytest.mark.parametrize("borrowed", [False, True])
+async def test_a_refused_connection_is_connection_failed(borrowed: bool) -> None:
     """With what the system said, and the execution's id."""
     async with raw_server(answering()) as base_url:
         pass
-    error = await failure_at(base_url)
+    async with aiohttp.ClientSession() as theirs:
+        error = await failure_at(base_url, http=theirs if borrowed else None)
     assert type(error) is ConnectionFailed
     assert error.execution_id == 787
     assert base_url in str(error)
