@@ -65,7 +65,7 @@ class NodeStatus(enum.StrEnum):
 
 # The server's documentation has named FAILED so as well.
 _STATUSES: Mapping[str, NodeStatus] = {**NodeStatus.__members__, "FAILURE": NodeStatus.FAILED}
-_FINAL = (NodeStatus.SUCCESS, NodeStatus.FAILED, NodeStatus.SKIPPED)
+FINAL = (NodeStatus.SUCCESS, NodeStatus.FAILED, NodeStatus.SKIPPED)
 
 
 def _read_status(status: str) -> NodeStatus | str:
@@ -95,7 +95,7 @@ class Node:
     @property
     def final(self) -> bool:
         """Whether the status will not change any more."""
-        return self.status in _FINAL
+        return self.status in FINAL
 
     @property
     def succeeded(self) -> bool:

@@ -15,7 +15,7 @@ from promptlayer_exec._errors import (
     copy_error,
 )
 from promptlayer_exec._events import Emit, Polled, WatchEnded, WatchStarted, logger
-from promptlayer_exec._models import FrozenMap, Node, NodeStatus, NodeTimes, Snapshot
+from promptlayer_exec._models import FINAL, FrozenMap, Node, NodeStatus, NodeTimes, Snapshot
 from promptlayer_exec._policies import Deadline, Outage, PollPolicy, RetryPolicy
 from promptlayer_exec._tasks import NO_CONTEXT, clock, is_cancelled, stray
 
@@ -61,13 +61,12 @@ def _first_seen(
     times = dict(before)
     running, final = NodeTimes(running=elapsed), NodeTimes(final=elapsed)
     for name, node in nodes.items():
-        seen = times.get(name)
-        if seen is None:
-            is_running = node.status is NodeStatus.RUNNING
-            times[name] = running if is_running else final if node.final else _UNSEEN
-        elif seen.final is None and node.final:
+        is_final, is_running = node.status in FINAL, node.status is NodeStatus.RUNNING
+        if (seen := times.get(name)) is None:
+            times[name] = final if is_final else running if is_running else _UNSEEN
+        elif is_final and seen.final is None:
             times[name] = NodeTimes(seen.running, elapsed)
-        elif seen.running is None and node.status is NodeStatus.RUNNING:
+        elif is_running and seen.running is None:
             times[name] = NodeTimes(elapsed, seen.final)
     return FrozenMap(times)
 
