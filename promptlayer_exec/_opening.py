@@ -14,7 +14,7 @@ from promptlayer_exec._events import Emit
 from promptlayer_exec._lifetime import DeadlinePassed, Lifetime
 from promptlayer_exec._models import Snapshot, StartRequest
 from promptlayer_exec._policies import Deadline, Newborns, Outage, PollPolicy, RetryPolicy
-from promptlayer_exec._start import Start
+from promptlayer_exec._start import Clearance, Start
 from promptlayer_exec._tasks import clock
 from promptlayer_exec._transport import Transport
 from promptlayer_exec._watch import Watch, timed_out
@@ -152,7 +152,11 @@ class Opening:
             )
 
     async def start(
-        self, request: StartRequest, http_request: Request, deadline: Deadline
+        self,
+        request: StartRequest,
+        http_request: Request,
+        deadline: Deadline,
+        clearance: Clearance | None = None,
     ) -> Started:
         """Send a start, whose request must leave before the deadline."""
         now = clock()
@@ -170,6 +174,7 @@ class Opening:
             Outage(self._retry, self._retry.outage),
             emit=self._emit,
             is_closing=lambda: self.lifetime.closing,
+            clearance=clearance,
         )
         self.lifetime.spawn(start.run)
         return await start.result(deadline)

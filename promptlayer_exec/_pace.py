@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import anyio
@@ -41,26 +41,26 @@ _CATCH_UP = 0.1
 
 
 class Pace:
-    """Admits one HTTP attempt after the other: first `rate`, then `limiter`.
+    """Admits one HTTP attempt after the other: first `rate`, then the `limiters`.
 
     Nothing is reserved ahead: whoever waited longest waits for the next departure, and goes.
     A 429 stops all departures for as long as the server asked, and slows those that follow.
 
     Args:
         rate: departures per second; None: unlimited.
-        limiter: acquired once per attempt, after `rate`.
+        limiters: each acquired once per attempt, after `rate`; they may become more, or fewer.
         clock: the time, in seconds.
     """
 
     def __init__(
         self,
         rate: float | None,
-        limiter: Limiter | None = None,
+        limiters: Sequence[Limiter] = (),
         *,
         clock: Callable[[], float] = clock,
     ) -> None:
         self._rate = math.inf if rate is None else rate
-        self._limiter = limiter
+        self._limiters = limiters
         self._clock = clock
         self._turn = anyio.Lock(fast_acquire=True)
         self._next = -math.inf
@@ -75,13 +75,13 @@ class Pace:
     async def acquire(self) -> None:
         """Wait for the next departure."""
         queued = self._turn.locked()
-        if not queued and self._limiter is None and self._next <= (now := self._clock()):
+        if not queued and not self._limiters and self._next <= (now := self._clock()):
             self._next = now + 1.0 / self._speed(now)
             return
         async with self._turn:
             queued = await self._pause() or queued
-            if self._limiter is not None:
-                await self._limiter.acquire()
+            for limiter in self._limiters:
+                await limiter.acquire()
                 await self._pause()  # a 429 may have come meanwhile
             now = self._clock()
             due = max(self._next, now - _CATCH_UP) if queued else now

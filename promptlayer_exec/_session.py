@@ -10,10 +10,11 @@ from collections.abc import (
     Awaitable,
     Callable,
     Iterable,
+    Iterator,
     Mapping,
     Sequence,
 )
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from functools import partial
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, overload
@@ -41,11 +42,13 @@ from promptlayer_exec._settings import (
     find_base_url,
     sends_in_the_clear,
 )
+from promptlayer_exec._start import Clearance
 from promptlayer_exec._tasks import clock
 from promptlayer_exec._transport import Pools, Transport
 from promptlayer_exec._watch import Watch, finished_nodes, follow, take_snapshot
 from promptlayer_exec._wire import (
     NodeMapReader,
+    Request,
     check_execution_id,
     read_main_output,
     results_request,
@@ -127,7 +130,7 @@ class Session:
         if rate is not None:
             rate = check_seconds("rate", rate, zero=False)
         self._rate = rate
-        self._limiter = limiter
+        self._limiters = [] if limiter is None else [limiter]
         self._http = http
         self._converter = converter
         self._node_maps = NodeMapReader()
@@ -262,14 +265,30 @@ class Session:
         )
         return await self._start(request, self._deadline(...))
 
-    async def _start(self, request: StartRequest, deadline: Deadline) -> Execution:
+    async def _start(
+        self, request: StartRequest, deadline: Deadline, clearance: Clearance | None = None
+    ) -> Execution:
+        _, http_request = self._prepare(request)
+        opening = await self._open()
+        started = await opening.start(request, http_request, deadline, clearance)
+        return Execution(self, started.execution_id, request.workflow, started.warning)
+
+    def _prepare(self, request: StartRequest) -> tuple[dict[str, Any], Request]:
+        """Return a start's inputs as JSON carries them, and what would be sent."""
         # Not imported before it is needed, as much else that not everybody uses.
         from promptlayer_exec._inputs import encode_inputs  # noqa: PLC0415
 
-        http_request = run_request(request, encode_inputs(request.inputs, self._converter))
-        opening = await self._open()
-        started = await opening.start(request, http_request, deadline)
-        return Execution(self, started.execution_id, request.workflow, started.warning)
+        inputs = encode_inputs(request.inputs, self._converter)
+        return inputs, run_request(request, inputs)
+
+    @contextmanager
+    def _limited(self, limiter: Limiter) -> Iterator[None]:
+        """Let every HTTP attempt acquire one more limiter, whether the session is open or not."""
+        self._limiters.append(limiter)
+        try:
+            yield
+        finally:
+            self._limiters.remove(limiter)
 
     @overload
     def as_completed(
@@ -484,7 +503,7 @@ class Session:
             pools,
             base_url=base_url,
             api_key=api_key,
-            pace=Pace(self._rate, self._limiter),
+            pace=Pace(self._rate, self._limiters),
             retry=self._retry,
             newborns=self._newborns,
             request_timeout=self._request_timeout,

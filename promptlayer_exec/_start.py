@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from promptlayer_exec._wire import Started
 
 
+Clearance = Callable[[], Awaitable[None]]
+
+
 class Post(Protocol):
     """Sends the request, again only where it cannot have started a run, and reads the answer."""
 
@@ -44,6 +47,7 @@ class Start:
         outage: keeps account of the failures.
         emit: told of the execution.
         is_closing: whether the session is being closed.
+        clearance: awaited once its turn has come, and before the request leaves.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class Start:
         *,
         emit: Emit,
         is_closing: Callable[[], bool],
+        clearance: Clearance | None = None,
     ) -> None:
         self.left = False
         self.called_off = False
@@ -63,6 +68,7 @@ class Start:
         self._emit = emit
         self._is_closing = is_closing
         self._called_at = anyio.current_time()
+        self._clearance = clearance
         self._answer: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
         self._task: asyncio.Task[Any] | None = None
         self._scope = anyio.CancelScope()
@@ -107,6 +113,11 @@ class Start:
             self._fail(self._cancelled(error) if self.called_off else self._judge(error))
         else:
             self._succeed(started)
+
+    async def clear(self) -> None:
+        """Wait for the clearance, where there is one."""
+        if self._clearance is not None:
+            await self._clearance()
 
     def leave(self) -> None:
         """Take note that the request leaves now; not if it was called off a moment ago."""

@@ -147,6 +147,9 @@ class Departure(Protocol):
     def called_off(self) -> bool:
         """Whether it must not leave any more."""
 
+    async def clear(self) -> None:
+        """Its turn has come: wait until it may leave."""
+
     def leave(self) -> None:
         """It is about to leave; raises `OSError` where it must not any more."""
 
@@ -259,6 +262,8 @@ class Transport:
             try:
                 async with pool.places:
                     await self._pace.acquire()
+                    if departure is not None:
+                        await departure.clear()
                     lateness = max(clock() - due, 0.0)
                     outage.excuse(lateness)
                     response, duration = await self._attempt(pool, request, departure)

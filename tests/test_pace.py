@@ -151,7 +151,7 @@ async def test_cancelled_waiters_use_no_departure(world):
 async def test_limiter_comes_after_the_rate(world):
     """The limiter is asked once per request, when the rate lets it go."""
     limiter = Counter(world)
-    times = await departures(Pace(10.0, limiter, clock=world.clock), world, 10)
+    times = await departures(Pace(10.0, [limiter], clock=world.clock), world, 10)
     assert limiter.asked == times
     assert gaps(times) == pytest.approx([0.1] * 9)
 
@@ -159,7 +159,7 @@ async def test_limiter_comes_after_the_rate(world):
 async def test_limiter_without_a_rate(world):
     """The limiter is asked where there is no rate, too."""
     limiter = Counter(world)
-    await departures(Pace(None, limiter, clock=world.clock), world, 7)
+    await departures(Pace(None, [limiter], clock=world.clock), world, 7)
     assert len(limiter.asked) == 7
 
 
@@ -179,7 +179,7 @@ async def test_the_rate_holds_behind_a_limiter_that_waits(world):
         await pace.acquire()
         left.append(world.now)
 
-    pace = Pace(10.0, Held(), clock=world.clock)
+    pace = Pace(10.0, [Held()], clock=world.clock)
     tasks = [asyncio.create_task(request()) for _ in range(4)]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -197,7 +197,7 @@ async def test_a_429_holds_back_a_request_that_was_at_the_limiter(world):
         async def acquire(self):
             pace.refused(world.now, 5.0)
 
-    pace = Pace(None, Slow(), clock=world.clock)
+    pace = Pace(None, [Slow()], clock=world.clock)
     start = world.now
     await pace.acquire()
     assert world.now - start == pytest.approx(5.0)
@@ -210,7 +210,7 @@ async def test_limiter_error_is_the_callers(world):
         async def acquire(self):
             raise KeyError("oops")
 
-    pace = Pace(10.0, Broken(), clock=world.clock)
+    pace = Pace(10.0, [Broken()], clock=world.clock)
     for _ in range(2):
         with pytest.raises(KeyError):
             await pace.acquire()

@@ -261,6 +261,27 @@ async def test_a_cancelled_entering_leaves_nothing_open(turns: int, held: int, s
         await session.get_results(held)
 
 
+async def test_a_further_limiter_may_be_lent_for_a_while(
+    open_session: Callable[..., Session], held: int
+) -> None:
+    """Durable batches share one rate so, over sessions that are open already, too."""
+    asked = []
+
+    class Asked:
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        async def acquire(self) -> None:
+            asked.append(self._name)
+
+    session = open_session(limiter=Asked("own"))
+    await session.get_results(held)
+    with session._limited(Asked("lent")):
+        await session.get_results(held)
+    await session.get_results(held)
+    assert asked == ["own", "own", "lent", "own"]
+
+
 async def test_closing_waits_for_the_calls_to_have_ended(
     open_session: Callable[..., Session], held: int
 ) -> None:

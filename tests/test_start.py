@@ -411,6 +411,29 @@ async def test_a_start_cancelled_before_it_left_starts_nothing(
     assert [event.abandoned for event in recorder.of(ExecutionStarted)] == [False]
 
 
+async def test_a_start_may_be_held_back_once_its_turn_has_come(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """Durable batches take note of it then; polls and other starts pass it meanwhile."""
+    turn = asyncio.Event()
+    cleared = asyncio.Event()
+
+    async def clearance() -> None:
+        turn.set()
+        await cleared.wait()
+
+    session = open_session()
+    deadline = Deadline.after(None, now=anyio.current_time())
+    held = asyncio.create_task(session._start(StartRequest(NAME, key=1), deadline, clearance))
+    await turn.wait()
+    other = await session.start(NAME)
+    await other.output()
+    assert posts(sim) == 1
+    cleared.set()
+    assert (await held).id != other.id
+    assert posts(sim) == 2
+
+
 async def test_closing_reads_a_start_on_the_wire_to_its_end(
     sim: Simulator, session: Session, recorder: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
