@@ -11,7 +11,16 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2025.2.9"
-nox.options.sessions = ["lint", "types", "tests", "coverage", "docs", "vendor", "browser"]
+nox.options.sessions = [
+    "lint",
+    "types",
+    "tests",
+    "coverage",
+    "docs",
+    "kill_small",
+    "vendor",
+    "browser",
+]
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True
 
@@ -180,13 +189,14 @@ def bench(session: nox.Session) -> None:
     # Beside the package with the standard library alone: with msgspec, and the vendor's SDK.
     others = {"speed": ".[speed]", "vendor": f"promptlayer=={SDKS[0]}"}
     pythons = {name: _another(session, name, package) for name, package in others.items()}
-    session.install(".", "httpx", "matplotlib")
+    session.install(".[dbos]", "httpx", "matplotlib")
     environment = {"PYTHONSAFEPATH": "1"}
     for program, *arguments in (
         ("polls.py", *(part for name in others for part in (f"--{name}", pythons[name]))),
         ("imports.py",),
         ("schedule.py", "--chart", "docs/images/schedule.svg"),
         ("bucket.py",),
+        ("durable.py",),
         ("__main__.py", *session.posargs),
     ):
         session.run("python", f"tests/benchmarks/{program}", *arguments, env=environment)
@@ -207,3 +217,25 @@ def soak(session: nox.Session) -> None:
     _install(session, "test", ".")
     environment = {"PYTHONSAFEPATH": "1", "PROMPTLAYER_EXEC_SOAK_ITEMS": "50000"}
     session.run("pytest", "-s", "tests/soak", *session.posargs, env=environment)
+
+
+@nox.session
+def kill_small(session: nox.Session) -> None:
+    """Kill one of three workers of a batch on PostgreSQL; the suite does so on SQLite."""
+    _kill(session, "tests/kill/test_small.py")
+
+
+@nox.session
+def kill(session: nox.Session) -> None:
+    """Kill the workers of batches, the server and the database, at random and for minutes."""
+    _kill(session, "tests/kill")
+
+
+def _kill(session: nox.Session, tests: str) -> None:
+    _install(session, "test", ".[cli,dbos]")
+    # Debian's programs are not on the path.
+    has_postgresql = shutil.which("initdb") or Path("/usr/lib/postgresql").exists()
+    if not has_postgresql and shutil.which("apt-get") and os.geteuid() == 0:
+        session.run("apt-get", "update", external=True)
+        session.run("apt-get", "install", "--yes", "postgresql", external=True)
+    session.run("pytest", tests, *session.posargs, env={"PYTHONSAFEPATH": "1"})

@@ -9,6 +9,7 @@ import typer
 
 from promptlayer_exec import StartRequest
 
+from ._batch_app import batch_app
 from ._demo import EXECUTION_ID, demo
 from ._ending import EXIT_CODES, Ending, Subject, conclude
 from ._hints import PROGRAM, command
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(batch_app, name="batch")
 
 
 def main() -> None:

@@ -1,0 +1,275 @@
+"""The scene of the kill tests: real workers, a real database, and what must hold in the end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from promptlayer_exec import Session, StartRequest
+from promptlayer_exec.dbos import Batch, StoredOutcome
+from promptlayer_exec.dbos._store import Store, check_url
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+
+NAME = "nightly"
+PATIENCE = 120.0
+WORKER = """
+import asyncio, sys
+from promptlayer_exec import PollPolicy, RetryPolicy, Session, Throttled
+from promptlayer_exec.dbos import Batch
+
+refused = []
+
+def observe(event):
+    if isinstance(event, Throttled):
+        refused.append(event)
+
+def session():
+    retry = RetryPolicy(outage=60.0, ceiling=2.0)
+    poll = PollPolicy(floor=0.05, ceiling=0.5)
+    return Session(poll=poll, retry=retry, rate=None, observers=[observe])
+
+url, name, in_flight, rate = sys.argv[1:]
+batch = Batch(
+    name,
+    database_url=url,
+    session=session,
+    max_in_flight=int(in_flight),
+    rate=float(rate) or None,
+)
+print("ready", flush=True)
+asyncio.run(batch.work())
+print(len(refused))
+"""
+
+
+class Worker:
+    """A process that works on the batch."""
+
+    def __init__(self, url: str, sim: Simulator, in_flight: int, rate: float) -> None:
+        arguments = [url, NAME, str(in_flight), str(rate)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORKER, *arguments],
+            env={
+                **os.environ,
+                "PROMPTLAYER_API_KEY": sim.api_key,
+                "PROMPTLAYER_BASE_URL": sim.base_url,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n", self.close()
+
+    def kill(self) -> None:
+        """Send SIGKILL, and wait until it is gone."""
+        self.process.kill()
+        self.close()
+
+    def stop(self) -> None:
+        """Let it hang, as if its machine were lost."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Let it wake."""
+        self.process.send_signal(signal.SIGCONT)
+
+    def end(self) -> int:
+        """Wait until it has done its work, and return how many 429s it met."""
+        refused, errors = self.process.communicate(timeout=PATIENCE)
+        assert self.process.returncode == 0, errors
+        return int(refused)
+
+    def close(self) -> str:
+        """End it, whatever it does."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+        _, errors = self.process.communicate(timeout=PATIENCE)
+        return errors
+
+
+class Scene:
+    """One batch, its database, the simulator, and the workers.
+
+    Args:
+        url: the database.
+        sim: the simulator, in a thread of the test's process, which is none of those killed.
+    """
+
+    def __init__(self, url: str, sim: Simulator) -> None:
+        self.url = url
+        self.sim = sim
+        self.random = random.Random(8)
+        self.batch = Batch(
+            NAME, database_url=url, session=lambda: Session(sim.api_key, base_url=sim.base_url)
+        )
+        self._workers: list[Worker] = []
+        self._keys: set[str] = set()
+        self._durations: dict[str, float] = {}
+        sim.add_workflow("job", self._scenario)
+
+    def _scenario(self, inputs: Mapping[str, Any]) -> Scenario:
+        duration = self._durations[inputs["key"]]
+        return Scenario([SimNode("Answer", inputs["key"], duration, is_output_node=True)])
+
+    def be_away(self, seconds: float) -> None:
+        """Let the server be gone for a while, and come back at the same address."""
+        port = int(self.sim.base_url.rpartition(":")[2])
+        self.sim.__exit__(None, None, None)
+        time.sleep(seconds)
+        self.sim._port = port
+        self.sim.__enter__()
+
+    def add(self, count: int, *, seconds: float = 1.0) -> None:
+        """Add items that take up to `seconds` each."""
+        self._keys = {f"item {number}" for number in range(count)}
+        self._durations = {key: self.random.uniform(0.0, seconds) for key in sorted(self._keys)}
+        requests = [StartRequest("job", {"key": key}, key=key) for key in sorted(self._keys)]
+        assert asyncio.run(self.batch.add(requests)) == count
+
+    def worker(self, *, in_flight: int = 20, rate: float = 0.0) -> Worker:
+        """Start a worker."""
+        worker = Worker(self.url, self.sim, in_flight, rate)
+        self._workers.append(worker)
+        return worker
+
+    def wait_for(self, finished: int) -> None:
+        """Wait until so many items have an outcome."""
+        self.wait_until(lambda: asyncio.run(self.batch.status()).finished >= finished)
+
+    def wait_until(self, reached: Callable[[], bool], *, seconds: float = PATIENCE) -> None:
+        """Wait until something is so."""
+        give_up = time.monotonic() + seconds
+        while not reached():
+            assert time.monotonic() < give_up, asyncio.run(self.batch.status())
+            time.sleep(0.1)
+
+    def executors(self) -> set[str]:
+        """Return the workers that have begun an item."""
+        store = Store(check_url(self.url))
+        try:
+            return set(store.running(NAME))
+        finally:
+            store.close()
+
+    def outcomes(self) -> dict[str, StoredOutcome]:
+        """Return every outcome by key, once they are checked to be what must always hold."""
+
+        async def collect() -> list[StoredOutcome]:
+            return [outcome async for outcome in self.batch.outcomes()]
+
+        outcomes = asyncio.run(collect())
+        status = asyncio.run(self.batch.status())
+        assert (status.total, status.finished) == (len(self._keys), len(self._keys))
+        assert Counter(outcome.key for outcome in outcomes) == Counter(self._keys)
+        posts = Counter(run.inputs["key"] for run in self.sim.runs)
+        assert set(posts.values()) <= {1}, "some key was started twice"
+        ids = {run.inputs["key"]: run.execution_id for run in self.sim.runs}
+        for outcome in outcomes:
+            if outcome.kind == "unknown":
+                assert outcome.execution_id is None
+            else:
+                assert (outcome.succeeded, outcome.output) == (True, outcome.key), outcome
+                assert outcome.execution_id == ids[outcome.key]
+        return {outcome.key: outcome for outcome in outcomes}
+
+    def close(self) -> None:
+        """End the workers that are left."""
+        for worker in self._workers:
+            worker.close()
+
+
+@pytest.fixture
+def sim() -> Iterator[Simulator]:
+    """Serve; each answer takes 30 ms, so that a process can be killed in the midst of it."""
+    with Simulator(log_requests=False) as simulator:
+        simulator.inject(Fault.delay(0.03, times=None))
+        yield simulator
+
+
+@pytest.fixture
+def sqlite_scene(sim: Simulator, tmp_path: Path) -> Iterator[Scene]:
+    """Return a scene with a SQLite file."""
+    scene = Scene(f"sqlite:///{tmp_path / 'batches.sqlite'}", sim)
+    yield scene
+    scene.close()
+
+
+class Postgres:
+    """A server of Debian's, on a socket of its own, that does not listen on the network."""
+
+    def __init__(self, directory: Path, binaries: Path) -> None:
+        self.data = directory / "data"
+        self._directory = directory
+        self._binaries = binaries
+        # It refuses to run as root.
+        self._user = "postgres" if os.geteuid() == 0 else None
+        if self._user is not None:
+            shutil.chown(directory, self._user)
+        self._run("initdb", "-D", self.data, "-A", "trust", "-U", "tester", "--no-sync")
+        self.url = f"postgresql://tester@/batches?host={directory}"
+
+    def _run(self, program: str, *arguments: object) -> None:
+        command = [str(self._binaries / program), *map(str, arguments)]
+        subprocess.run(
+            command, user=self._user, cwd="/", check=True, capture_output=True, timeout=PATIENCE
+        )
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        options = f"-c listen_addresses='' -c unix_socket_directories='{self._directory}'"
+        log = self._directory / "log"
+        self._run("pg_ctl", "-D", self.data, "-w", "-l", log, "-o", options, "start")
+
+    def stop(self) -> None:
+        """Stop it, whoever is connected."""
+        self._run("pg_ctl", "-D", self.data, "-w", "-m", "fast", "stop")
+
+
+def _postgres_binaries() -> Path | None:
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if found:
+        return found[-1].parent
+    on_path = shutil.which("initdb")
+    return None if on_path is None else Path(on_path).resolve().parent
+
+
+@pytest.fixture
+def postgres() -> Iterator[Postgres]:
+    """Run a PostgreSQL server."""
+    binaries = _postgres_binaries()
+    if binaries is None:
+        pytest.skip("there is no PostgreSQL: apt-get install postgresql")
+    # Not in pytest's own: a socket's path is 107 bytes long at most, and its parents are private.
+    directory = Path(tempfile.mkdtemp(prefix="pg"))
+    try:
+        server = Postgres(directory, binaries)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+    finally:
+        shutil.rmtree(directory)
+
+
+@pytest.fixture
+def postgres_scene(sim: Simulator, postgres: Postgres) -> Iterator[Scene]:
+    """Return a scene with a PostgreSQL server."""
+    scene = Scene(postgres.url, sim)
+    yield scene
+    scene.close()
