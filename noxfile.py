@@ -44,6 +44,13 @@ def _install(session: nox.Session, group: str, *packages: str) -> None:
     session.install(*nox.project.dependency_groups(PROJECT, group), *packages)
 
 
+def _install_debian(session: nox.Session, *packages: str) -> None:
+    if shutil.which("apt-get") is None or os.geteuid() != 0:
+        session.error(f"install {packages[0]} first: to do so here takes root and apt-get")
+    session.run("apt-get", "update", "-q", external=True)
+    session.run("apt-get", "install", "-qy", "--no-install-recommends", *packages, external=True)
+
+
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """Run the suite on the built wheel, with branch coverage; arguments go to pytest."""
@@ -91,7 +98,8 @@ def extras(session: nox.Session, extra: str) -> None:
     """Import what an extra is for, with that extra alone."""
     session.install(f".[{extra}]")
     environment = {"PYTHONSAFEPATH": "1"}
-    session.run("python", "-W", "error", "-c", f"import promptlayer_exec.{extra}", env=environment)
+    room = "_json" if extra == "speed" else extra
+    session.run("python", "-W", "error", "-c", f"import promptlayer_exec.{room}", env=environment)
     if extra == "cli":
         session.run("promptlayer-exec", "--help", silent=True, env=environment)
 
@@ -166,13 +174,7 @@ def vendor(session: nox.Session, sdk: str) -> None:
 def browser(session: nox.Session) -> None:
     """Use the viewer's page in Debian's Chromium; `-- --screenshots` takes those of the docs."""
     if shutil.which("chromium") is None:
-        if shutil.which("apt-get") is None or os.geteuid() != 0:
-            session.skip("there is no chromium, and it takes root and apt-get to install it")
-        packages = ["chromium", "fonts-dejavu-core", "fonts-liberation"]
-        session.run("apt-get", "update", "-q", external=True)
-        session.run(
-            "apt-get", "install", "-qy", "--no-install-recommends", *packages, external=True
-        )
+        _install_debian(session, "chromium", "fonts-dejavu-core", "fonts-liberation")
     _install(session, "browser", ".[viewer]")
     if session.posargs == ["--screenshots"]:
         session.run("python", "tests/browser/screenshots.py")
@@ -234,8 +236,6 @@ def kill(session: nox.Session) -> None:
 def _kill(session: nox.Session, tests: str) -> None:
     _install(session, "test", ".[cli,dbos]")
     # Debian's programs are not on the path.
-    has_postgresql = shutil.which("initdb") or Path("/usr/lib/postgresql").exists()
-    if not has_postgresql and shutil.which("apt-get") and os.geteuid() == 0:
-        session.run("apt-get", "update", external=True)
-        session.run("apt-get", "install", "--yes", "postgresql", external=True)
+    if shutil.which("initdb") is None and not Path("/usr/lib/postgresql").exists():
+        _install_debian(session, "postgresql")
     session.run("pytest", tests, *session.posargs, env={"PYTHONSAFEPATH": "1"})
