@@ -151,7 +151,7 @@ def _contents(wheel: Path) -> dict[str, int]:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the pages under docs/ to build/docs; whatever is doubtful in them is an error."""
-    _install(session, "docs", "pytest", ".[cli,fastapi]")
+    _install(session, "docs", "pytest", ".[cli,dbos,fastapi,opentelemetry,viewer]")
     session.run("sphinx-build", "-n", "-W", "--keep-going", "docs", "build/docs")
 
 
