@@ -60,7 +60,8 @@ def tests(session: nox.Session) -> None:
         "PYTHONSAFEPATH": "1",
         "COVERAGE_FILE": str(Path.cwd() / f".coverage.{session.python}"),
     }
-    session.run("coverage", "run", "-m", "pytest", *session.posargs, env=environment)
+    pytest = ("pytest", "-n", "auto", "--maxprocesses=4", *session.posargs)
+    session.run("coverage", "run", "-m", *pytest, env=environment)
 
 
 @nox.session

@@ -198,7 +198,8 @@ def sim() -> Iterator[Simulator]:
 
 def _environment() -> dict[str, str]:
     """Return the tests' own environment, without what would change what the commands write."""
-    unwanted = {"FORCE_COLOR", "NO_COLOR", "PYTHONIOENCODING", "PYTHONUNBUFFERED"}
+    unwanted = {"COLUMNS", "FORCE_COLOR", "LINES", "NO_COLOR"}
+    unwanted |= {"PYTHONIOENCODING", "PYTHONUNBUFFERED"}
     return {name: value for name, value in os.environ.items() if name not in unwanted}
 
 

@@ -140,7 +140,7 @@ async def test_no_items_no_outcomes(session: Session) -> None:
         (True, TypeError),
         (0, ValueError),
         (StartRequest(""), ValueError),
-        (StartRequest("w", {"when": object()}), TypeError),
+        (StartRequest("w", {"when": object}), TypeError),
         (StartRequest("w", label="a", version=1), ValueError),
     ],
     ids=repr,

@@ -78,7 +78,7 @@ def test_malformed_key_variable(key, monkeypatch):
     assert "cret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["", b"pl_secret", 17, ["pl_secret"], object()], ids=repr)
+@pytest.mark.parametrize("key", ["", b"pl_secret", 17, ["pl_secret"], object], ids=repr)
 def test_key_argument_of_another_kind(key):
     """An empty key, or one that is no string, is refused, and not shown either."""
     with pytest.raises(ConfigurationError, match=r"^api_key must be") as caught:

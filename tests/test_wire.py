@@ -73,6 +73,9 @@ class Index:
     def __init__(self, value):
         self.value = value
 
+    def __repr__(self):
+        return "Index()"
+
     def __index__(self):
         return self.value
 
