@@ -102,16 +102,17 @@ def draw(file: str) -> None:
     """Draw lag against requests: the curve of fixed intervals, and where the default lies."""
     from matplotlib import pyplot
 
-    pyplot.rcParams |= {"svg.hashsalt": "schedule", "font.family": "sans-serif"}
-    figure, places = pyplot.subplots(1, len(SHAPES), figsize=(15, 3.4), layout="constrained")
+    pyplot.rcParams |= {"svg.hashsalt": "schedule", "font.size": 9}
+    figure, places = pyplot.subplots(1, len(SHAPES), figsize=(13, 2.9), layout="constrained")
     intervals = [0.4 * 1.25**step for step in range(14)]
     for place, shape in zip(places, SHAPES, strict=True):
         fixed = [judge(shape, PollPolicy.fixed(seconds)) for seconds in intervals]
         place.plot([f.gets for f in fixed], [f.lag for f in fixed], label="fixed intervals")
         ours = judge(shape, PollPolicy())
         place.plot([ours.gets], [ours.lag], "o", label="the default")
-        place.set(title=shape, xlabel="requests", xscale="log")
-        place.set_ylim(0, 2.5)
+        place.set(title=shape, xlabel="requests", xscale="log", ylim=(0, 2.5))
+        place.set_xticks([10, 20, 50], labels=["10", "20", "50"])
+        place.minorticks_off()
     places[0].set_ylabel("seconds from the end to its detection")
     places[0].legend()
     figure.savefig(file, metadata={"Date": None})
