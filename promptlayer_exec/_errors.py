@@ -260,7 +260,9 @@ class Forbidden(StatusError):
 class NotFound(StatusError):
     """404: the server knows no such execution or workflow."""
 
-    advice = "Check the id or name, and that the API key belongs to its workspace."
+    advice = (
+        "Check the id or name, and that the API key belongs to its workspace; and the base URL."
+    )
 
 
 class UnprocessableEntity(StatusError):

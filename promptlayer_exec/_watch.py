@@ -313,6 +313,10 @@ def timed_out(
     else:
         final = sum(node.final for node in seen.nodes.values())
         state = f"{final} of {len(seen.nodes)} nodes were final"
+        for node in seen.nodes.values():
+            if not isinstance(node.status, NodeStatus):
+                state += f", and {node.name!r:.100} had the unknown status {node.status!r:.100}"
+                break
     trouble = f"; last failure: {cause.args[0]}" if cause is not None and cause.args else ""
     return ExecutionTimeout(
         f"not complete within {timeout:g} s: {state}{trouble}",

@@ -11,8 +11,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import attrs
-from opentelemetry.metrics import MeterProvider, get_meter
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, TracerProvider, get_tracer
+
+try:
+    from opentelemetry.metrics import MeterProvider, get_meter
+    from opentelemetry.trace import Span, SpanKind, Status, StatusCode, TracerProvider, get_tracer
+except ModuleNotFoundError as error:
+    error.add_note("this needs an extra: pip install 'promptlayer-exec[opentelemetry]'")
+    raise
 
 from promptlayer_exec import (
     Event,

@@ -312,4 +312,3 @@ def test_people_see_their_own_executions(threaded_sim: Simulator) -> None:
         sim.inject(Fault.status(401))
         refused = client.get("/latest-report/events")
         assert (refused.status_code, refused.json()["execution_id"]) == (502, execution_id)
-        client.portal.call(app.state.session.aclose)  # type: ignore[union-attr]

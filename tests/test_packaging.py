@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+import textwrap
 from importlib import metadata
 from pathlib import Path
 
@@ -264,3 +265,23 @@ def test_a_planted_yield_inside_a_scope_is_found(scope: str) -> None:
     assert yields_inside_scopes(f"async def f():\n    {kind} {scope}:\n{body}") == [4]
     nested = f"async def f():\n    {kind} {scope}:\n        def g():\n            yield 1"
     assert yields_inside_scopes(nested) == []
+
+
+def test_a_missing_extra_is_named() -> None:
+    """Importing a room without what it is built on says what to install."""
+    program = """
+        import sys, traceback
+        rooms = {
+            "dbos": "dbos", "fastapi": "sse_starlette", "opentelemetry": "opentelemetry",
+            "viewer": "uvicorn",
+        }
+        sys.modules |= dict.fromkeys(rooms.values())
+        for room in rooms:
+            try:
+                __import__(f"promptlayer_exec.{room}")
+            except ModuleNotFoundError:
+                assert f"pip install 'promptlayer-exec[{room}]'" in traceback.format_exc()
+            else:
+                raise AssertionError(room)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=60)

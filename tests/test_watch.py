@@ -425,6 +425,14 @@ async def test_a_timeout_tells_how_far_it_was_and_what_was_wrong(
     assert "503" in str(error)
 
 
+async def test_a_timeout_names_a_status_that_nobody_knows(sim: Simulator, session: Session) -> None:
+    """An execution that waits for a person, say, would not be complete with more time, either."""
+    odd = SimNode("approve", status="AWAITING_APPROVAL")
+    waiting = sim.add_execution(Scenario([SimNode("A"), odd, SimNode("B", duration=None)]))
+    with pytest.raises(ExecutionTimeout, match="'approve' had the unknown status 'AWAITING_APPR"):
+        await session.execution(waiting).wait(timeout=0.2)
+
+
 async def test_a_timeout_before_any_answer_says_so(
     sim: Simulator, session: Session, held: int
 ) -> None:

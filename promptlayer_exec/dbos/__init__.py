@@ -1,6 +1,10 @@
 """Durable batches (extra `dbos`): they survive a crash, and spread over machines."""
 
-from promptlayer_exec.dbos._batch import Batch, batch_names
-from promptlayer_exec.dbos._values import BatchStatus, StoredError, StoredOutcome
+try:
+    from promptlayer_exec.dbos._batch import Batch, batch_names
+    from promptlayer_exec.dbos._values import BatchStatus, StoredError, StoredOutcome
+except ModuleNotFoundError as error:
+    error.add_note("this needs an extra: pip install 'promptlayer-exec[dbos]'")
+    raise
 
 __all__ = ["Batch", "BatchStatus", "StoredError", "StoredOutcome", "batch_names"]

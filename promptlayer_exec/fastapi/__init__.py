@@ -1,7 +1,11 @@
 """Executions in a FastAPI app: progress as Server-Sent Events, and errors as problem+json."""
 
-from ._events import execution_events
-from ._problems import add_error_handlers
-from ._router import create_router
+try:
+    from ._events import execution_events
+    from ._problems import add_error_handlers
+    from ._router import create_router
+except ModuleNotFoundError as error:
+    error.add_note("this needs an extra: pip install 'promptlayer-exec[fastapi]'")
+    raise
 
 __all__ = ["add_error_handlers", "create_router", "execution_events"]
