@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ import aiohttp
 import pytest
 
 import promptlayer_exec.viewer
-from promptlayer_exec import ConfigurationError, Session
+from promptlayer_exec import ConfigurationError, Node, Session, Snapshot
 from promptlayer_exec.cli._ending import Misuse
 from promptlayer_exec.cli._view import TOKEN, _invite, view
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.viewer import Address, Board, listen, serve
-from promptlayer_exec.viewer._events import _HEARTBEAT, value_text
+from promptlayer_exec.viewer._board import Card
+from promptlayer_exec.viewer._events import _HEARTBEAT, board_events, value_text
 
 PAGE = Path(promptlayer_exec.viewer.__file__).parent / "page"
 BEARER = "Bearer secret"
@@ -235,6 +237,27 @@ async def test_a_page_is_told_everything_and_then_what_changes(
         await until(page, "end")
         async with asyncio.timeout(5):
             assert [event async for event in page] == []
+
+
+async def test_a_page_is_told_all_nodes_where_some_came_or_went(session: Session) -> None:
+    """It asks for a whole value by the node's place, which is another then."""
+    board = Board(session)
+    board._cards[1] = card = Card(session.execution(1))
+    events = board_events(board)
+
+    async def see(*names: str) -> tuple[bool, list[str]]:
+        card.snapshot = Snapshot(1, False, {name: Node(name, "SUCCESS", name) for name in names})
+        board._wake()
+        async for event in events:
+            if event.startswith(b"event: nodes\ndata: "):
+                data = json.loads(event.partition(b"data: ")[2])
+                return data["all"], [node["name"] for node in data["nodes"]]
+        raise AssertionError
+
+    async with asyncio.timeout(5), aclosing(events):
+        assert await see("b", "c") == (True, ["b", "c"])
+        assert await see("a", "b", "c") == (True, ["a", "b", "c"])
+        assert await see("c") == (True, ["c"])
 
 
 async def test_an_idle_page_hears_a_heartbeat(

@@ -22,8 +22,8 @@ async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
     """Yield the events for one page: everything first, and then what changes.
 
     `board` tells which executions there are, in their order; `nodes` which nodes of one changed,
-    or all of them; `execution` how far it is; `end` is the last. A page that is slow is told the
-    latest, and no backlog.
+    or all of them, where some came or went; `execution` how far it is; `end` is the last. A page
+    that is slow is told the latest, and no backlog.
     """
     board.opened.set()
     order: list[str] | None = None
@@ -46,6 +46,8 @@ async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
             told[execution_id] = now
             # A card that is not the one before is another watch: its times begin anew.
             previous = before[1] if before is not None and before[0] is card else None
+            if not _is_of_one_shape(previous, card.snapshot):
+                previous = None
             if card.snapshot is not None and (nodes := _news(card.snapshot, previous)):
                 view = {"execution_id": str(execution_id), "all": previous is None, "nodes": nodes}
                 yield _event("nodes", view)
@@ -58,6 +60,11 @@ async def _happens(changed: anyio.Event) -> bool:
     with anyio.move_on_after(_HEARTBEAT):
         await changed.wait()
     return changed.is_set()
+
+
+def _is_of_one_shape(one: Snapshot | None, other: Snapshot | None) -> bool:
+    """Tell whether each node has the place that it had: the page asks for values by that."""
+    return one is None or other is None or [*one.nodes] == [*other.nodes]
 
 
 def _news(snapshot: Snapshot, previous: Snapshot | None) -> list[dict[str, Any]]:
