@@ -443,6 +443,42 @@ def test_an_address_that_others_reach_is_warned_of(capsys: pytest.CaptureFixture
     assert printed.err.startswith("warning: other machines can reach this page")
 
 
+async def test_it_ends_quietly_whatever_is_under_way(
+    sim: Simulator,
+    open_session: Callable[..., Session],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A page that does not read, and a start without an answer, are cut off without a word."""
+    monkeypatch.setattr("promptlayer_exec.viewer._server._GRACE", 0.1)
+    long = [SimNode(f"node {index}", "x" * 10_000) for index in range(1000)]
+    listener = listen("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    async with open_session(request_timeout=0.5) as session, Board(session) as board:
+        await board.add(sim.add_execution(Scenario(long)))
+        address = Address("127.0.0.1", port)
+        serving = asyncio.create_task(serve(board, listener, address, "secret"))
+        while board.cards[1001].state != "succeeded":
+            await board.changed.wait()
+        sim.inject(Fault.stall())
+        before = sim.request_count
+        with socket.socket() as page:
+            page.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            page.connect(("127.0.0.1", port))
+            head = f"GET /api/events HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+            page.sendall(f"{head}Authorization: {BEARER}\r\n\r\n".encode())
+            start = {"workflow": "any", "inputs": ""}
+            starting = asyncio.create_task(Viewer(board, port).send("POST", "runs", start))
+            async with asyncio.timeout(5):
+                await board.opened.wait()
+                await sim.wait_for_requests(before + 1)
+                serving.cancel()
+                await asyncio.wait([serving])
+        with pytest.raises(aiohttp.ClientError):
+            await starting
+    assert [one.getMessage() for one in caplog.records if one.name.startswith("uvicorn")] == []
+
+
 async def test_the_command_ends_at_sigterm_with_a_page_open(sim: Simulator, held: int) -> None:
     """Within a moment, with code 0, and without a word; the token is the environment's."""
     token = "t" * 22

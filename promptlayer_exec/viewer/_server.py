@@ -3,9 +3,10 @@
 import asyncio
 import socket
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ._address import Address
 from ._app import create_app
@@ -46,14 +47,13 @@ async def serve(board: Board, listener: socket.socket, address: Address, token: 
         token: what the page must bring.
     """
     config = uvicorn.Config(
-        create_app(board, address, token),
+        _ending_quietly(create_app(board, address, token)),
         http="h11",
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=_GRACE,
     )
     server = _Server(config)
     serving = asyncio.create_task(server.serve([listener]), name="viewer")
@@ -62,4 +62,20 @@ async def serve(board: Board, listener: socket.socket, address: Address, token: 
     finally:
         board.close()
         server.should_exit = True
+        await asyncio.wait([serving], timeout=_GRACE)
+        # What is left: pages that do not read, and requests that wait for PromptLayer.
+        for connection in server.server_state.connections:
+            connection.transport.abort()
+        for task in server.server_state.tasks:
+            task.cancel()
         await serving
+
+
+def _ending_quietly(app: ASGIApp) -> ASGIApp:
+    """Return the app, but cancelled without an error that uvicorn would show the traceback of."""
+
+    async def run(scope: Scope, receive: Receive, send: Send) -> None:
+        with suppress(asyncio.CancelledError):
+            await app(scope, receive, send)
+
+    return run
