@@ -399,6 +399,24 @@ async def test_more_executions_than_a_browser_opens_connections(
     await expect(page.locator(".card")).to_have_count(11)
 
 
+async def test_what_is_out_of_sight_is_not_drawn(sim: Simulator, viewer: Any, page: Page) -> None:
+    """Neither cards nor nodes: hundreds of them, each with news all the time, stop a browser."""
+    many = sim.add_execution(Scenario([SimNode(f"node {index}") for index in range(100)]))
+    for execution_id in (many, sim.add_execution(FAILING)):
+        viewer.board.follow(execution_id)
+        await expect(card(page, execution_id).locator(".node").last).to_be_attached()
+    ends_are_drawn = """([selector, ...wanted]) => {
+        const all = [...document.querySelectorAll(selector)];
+        return [all.at(0), all.at(-1)].every((one, index) => wanted[index] === null
+            || wanted[index] === one.checkVisibility({ contentVisibilityAuto: true }));
+    }"""
+    for selector in (".card > header", ".card:first-child .node > details"):
+        await page.evaluate("scrollTo(0, 0)")
+        await page.wait_for_function(ends_are_drawn, arg=[selector, True, False], timeout=5000)
+        await page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
+        await page.wait_for_function(ends_are_drawn, arg=[selector, None, True], timeout=5000)
+
+
 async def focused(page: Page) -> str:
     """Return what has the focus, if it can be seen to have it."""
     return await page.evaluate(
