@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from dbos import DBOS
 from sqlalchemy.exc import OperationalError
@@ -27,6 +29,7 @@ from promptlayer_exec import (
     ConfigurationError,
     ConnectionFailed,
     PollPolicy,
+    RequestTimeout,
     RetryPolicy,
     Session,
     SessionClosed,
@@ -197,6 +200,34 @@ async def test_a_start_whose_answer_is_lost_is_unknown(
     assert len(sim.runs) == 2
 
 
+async def test_outcomes_last_until_unknown_items_are_restarted(
+    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However late a worker that is to do so comes to it."""
+    await batch_of().add([request("a", 1)])
+    sim.inject(Fault.disconnect())
+    await batch_of().work()
+    looked = threading.Event()
+    look, restart = Store.outcomes, Store.restart_unknown
+
+    def looking(store: Store, *arguments: Any, **options: Any) -> Any:
+        rows = look(store, *arguments, **options)
+        looked.set()
+        return rows
+
+    def restarting(store: Store, name: str) -> None:
+        assert looked.wait(20)
+        restart(store, name)
+
+    monkeypatch.setattr(Store, "outcomes", looking)
+    monkeypatch.setattr(Store, "restart_unknown", restarting)
+    batch = batch_of(restart_unknown=True)
+    working = asyncio.create_task(batch.work())
+    async with aclosing(batch.outcomes()) as outcomes:
+        assert [outcome.kind async for outcome in outcomes] == ["unknown", "succeeded"]
+    await working
+
+
 async def test_outcomes_come_as_items_finish(
     sim: Simulator, batch_of: Callable[..., Batch]
 ) -> None:
@@ -242,6 +273,33 @@ async def test_a_cancelled_worker_leaves_its_items_to_the_next(
     await session.aclose()
 
 
+async def test_a_worker_that_is_cancelled_again_and_again_ends_in_good_order(
+    sim: Simulator, batch_of: Callable[..., Batch]
+) -> None:
+    """As by a scope of anyio's: it waits for its start. Whoever insists is not kept waiting."""
+    batch = batch_of()
+    await batch.add([request("a")])
+    sim.inject(Fault.delay(0.1))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(batch.work)
+        await sim.wait_for_requests(1)
+        tasks.cancel_scope.cancel()
+    assert (await batch.work()).succeeded == 1
+    await batch.add([request("b")])
+    requests = sim.request_count
+    sim.inject(Fault.delay(0.1))
+    working = asyncio.create_task(batch.work())
+    await sim.wait_for_requests(requests + 1)
+    for _ in range(2):
+        working.cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await working
+    assert (await batch.work()).finished == 2
+    assert len(sim.runs) == 2
+
+
 @pytest.mark.parametrize("borrowed", [False, True])
 async def test_a_refused_key_ends_the_work_and_no_item(
     sim: Simulator, batch_of: Callable[..., Batch], borrowed: bool
@@ -262,10 +320,19 @@ async def test_a_server_that_is_away_ends_the_work_and_no_item(
     sim: Simulator, batch_of: Callable[..., Batch]
 ) -> None:
     """Longer than the session survives: neither a start nor a watch fails of it."""
-    nobody = Session("key", base_url="http://127.0.0.1:9", retry=RetryPolicy(outage=0.01))
     await batch_of().add([request("a", 1)])
-    with pytest.raises(ConnectionFailed):
-        await batch_of(session=lambda: nobody).work()
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as deaf:
+        address = deaf.getsockname()
+        with socket.create_connection(address):  # there is no room for another one
+            for port, error in ((9, ConnectionFailed), (address[1], RequestTimeout)):
+                nobody = Session(
+                    "key",
+                    base_url=f"http://127.0.0.1:{port}",
+                    retry=RetryPolicy(outage=0.01),
+                    request_timeout=0.05,
+                )
+                with pytest.raises(error):
+                    await batch_of(session=lambda nobody=nobody: nobody).work()
     assert (await batch_of().work()).succeeded == 1
 
 
@@ -300,13 +367,17 @@ async def test_a_worker_may_stay(batch_of: Callable[..., Batch]) -> None:
 
 
 async def test_one_process_works_on_one_batch(batch_of: Callable[..., Batch]) -> None:
-    """A second is refused, and the first goes on."""
-    await batch_of("one").add([request("a")])
-    await batch_of("two").add([request("a")])
-    working = asyncio.create_task(batch_of("one").work(until_done=False))
-    await outcomes_of(batch_of("one"))
-    with pytest.raises(RuntimeError, match="one at a time"):
-        await batch_of("two").work()
+    """A second is refused, of the same batch too, and the first goes on."""
+    one, two = batch_of("one"), batch_of("two")
+    await one.add([request("a")])
+    await two.add([request("a")])
+    working = asyncio.create_task(one.work(until_done=False))
+    await outcomes_of(one)
+    for second in (one, two):
+        with pytest.raises(RuntimeError, match="one at a time"):
+            await second.work(until_done=False)
+    await one.add([request("b")])
+    assert (await outcomes_of(one))["b"].succeeded
     working.cancel()
     with pytest.raises(asyncio.CancelledError):
         await working
@@ -585,6 +656,16 @@ async def test_a_database_that_is_away_is_waited_for(
     store.close()
 
 
+async def test_a_database_is_prepared_once(
+    batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is not patient: later one that is away is waited for."""
+    batch = batch_of()
+    assert (await batch.status()).total == 0
+    monkeypatch.setattr(Store, "prepare", lambda _: 1 / 0)
+    assert (await batch.status()).total == 0
+
+
 def test_several_who_open_a_new_database_do_not_collide(url: str) -> None:
     """One of them makes the tables, the others wait for it."""
 
@@ -615,6 +696,7 @@ async def test_an_execution_that_is_not_known_yet_is_waited_for(
         None,
         "b",
         session,
+        owns_session=False,
         max_in_flight=1,
         restart_unknown=False,  # type: ignore[arg-type]
     )
@@ -676,6 +758,7 @@ async def test_a_worker_leaves_when_dbos_knows_of_the_end() -> None:
         Slow(),  # type: ignore[arg-type]
         "b",
         Session("key"),
+        owns_session=False,
         max_in_flight=1,
         restart_unknown=False,
     )

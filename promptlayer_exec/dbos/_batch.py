@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from typing import Any
 
 from promptlayer_exec import ConfigurationError, Session, StartRequest
@@ -64,6 +64,8 @@ class Batch:
         self._max_in_flight = check_count("max_in_flight", max_in_flight)
         self._rate = None if rate is None else check_seconds("rate", rate, zero=False)
         self._restart_unknown = restart_unknown
+        self._is_prepared = False
+        self._is_restarting = False
 
     async def add(self, requests: Iterable[StartRequest] | AsyncIterable[StartRequest]) -> int:
         """Add items, durably; one whose key is there already stays as it was.
@@ -99,32 +101,40 @@ class Batch:
             How far the batch is.
 
         Raises:
-            Unauthorized, ConnectionFailed, RateLimited: the server takes nothing from us for now.
-                No item failed of it: work again later.
+            Unauthorized, ConnectionFailed, RequestTimeout, RateLimited: the server takes nothing
+                from us for now. No item failed of it: work again later.
             SessionClosed: the session was closed.
             ConfigurationError: the database cannot be used, or a setting is missing.
             RuntimeError: this process uses DBOS already.
         """
-        async with self._open(pooled=True) as store, AsyncExitStack() as stack:
-            if self._restart_unknown:
-                await store.do(store.restart_unknown, self._name)
-            if not until_done or not await store.do(store.is_finished, self._name):
-                session = self._session()
-                if self._rate is not None:
-                    shared = SharedRate(store, self._name, self._rate)
-                    stack.enter_context(session._limited(shared))
-                is_ours = session is not self._source
-                if is_ours:
-                    await stack.enter_async_context(session)
-                worker = Worker(
-                    store,
-                    self._name,
-                    session,
-                    max_in_flight=self._max_in_flight,
-                    restart_unknown=self._restart_unknown,
-                )
-                await worker.run(until_done=until_done, close=session.aclose if is_ours else _pass)
-            return await store.do(_status, store, self._name)
+        # Before anything is awaited: `outcomes`, followed meanwhile, must not end too early.
+        self._is_restarting = self._restart_unknown
+        try:
+            async with self._open(pooled=True) as store:
+                if self._restart_unknown:
+                    await store.do(store.restart_unknown, self._name)
+                    self._is_restarting = False
+                if not until_done or not await store.do(store.is_finished, self._name):
+                    await self._work(store, until_done=until_done)
+                return await store.do(_status, store, self._name)
+        finally:
+            self._is_restarting = False
+
+    async def _work(self, store: Store, *, until_done: bool) -> None:
+        session = self._session()
+        worker = Worker(
+            store,
+            self._name,
+            session,
+            owns_session=session is not self._source,
+            max_in_flight=self._max_in_flight,
+            restart_unknown=self._restart_unknown,
+        )
+        with ExitStack() as stack:
+            if self._rate is not None:
+                shared = SharedRate(store, self._name, self._rate)
+                stack.enter_context(session._limited(shared))
+            await worker.run(until_done=until_done)
 
     async def outcomes(self) -> AsyncGenerator[StoredOutcome, None]:
         """Yield each item's outcome, those from before first, and end when all have one.
@@ -138,7 +148,9 @@ class Batch:
         last = 0
         async with self._open(pooled=True) as store:
             while True:
-                is_finished = await store.do(store.is_finished, self._name)
+                is_finished = not self._is_restarting and await store.do(
+                    store.is_finished, self._name
+                )
                 while rows := await store.do(_next_outcomes, store, self._name, last):
                     for seq, text in rows:
                         last = seq
@@ -163,7 +175,10 @@ class Batch:
     async def _open(self, *, pooled: bool = False) -> AsyncIterator[Store]:
         store = Store(self._url, pooled=pooled)
         try:
-            await store.do(store.prepare)
+            # Once: afterwards a database that is away is waited for, and preparing it is not.
+            if not self._is_prepared:
+                await store.do(store.prepare)
+                self._is_prepared = True
             yield store
         finally:
             store.close()
@@ -256,7 +271,3 @@ async def _each(
     else:
         for request in requests:
             yield request
-
-
-async def _pass() -> None:
-    """Do nothing: a session that is not ours is not closed here."""

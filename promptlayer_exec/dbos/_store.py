@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
+import anyio
 import psycopg
 import sqlalchemy as sa
 from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer
@@ -177,7 +178,8 @@ class Store:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
             self._hurry.set()
-            await asyncio.wait([running])
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([running])
             raise
 
     def close(self) -> None:
@@ -229,17 +231,14 @@ class Store:
 
         self._transact(finish)
 
-    def restart_unknown(self, batch: str) -> int:
-        """Put the items that may or may not have been started back, and return how many."""
-        unknown = (
-            sa.select(_items.c.key, _items.c.attempt)
-            .where(_items.c.batch == batch, _items.c.kind == "unknown")
-            .with_for_update()
+    def restart_unknown(self, batch: str) -> None:
+        """Put the items that may or may not have been started back, each once."""
+        unknown = sa.select(_items.c.key, _items.c.attempt).where(
+            _items.c.batch == batch, _items.c.kind == "unknown"
         )
 
-        def restart(connection: sa.Connection) -> int:
-            rows = connection.execute(unknown).all()
-            for key, attempt in rows:
+        def restart(connection: sa.Connection) -> None:
+            for key, attempt in connection.execute(unknown).all():
                 again = (
                     sa.update(_items)
                     .where(_items.c.batch == batch, _items.c.key == key)
@@ -249,9 +248,8 @@ class Store:
                 if connection.execute(again).rowcount == 1:
                     request = self._request(workflow_id(batch, key, attempt))
                     self._enqueue(connection, batch, key, attempt + 1, request)
-            return len(rows)
 
-        return self._transact(restart)
+        self._transact(restart)
 
     def outcomes(self, batch: str, *, after: int, limit: int) -> list[tuple[int, str]]:
         """Return the next outcomes, in the order in which they were stored, with their numbers."""

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, NoReturn, TypedDict, TypeVar
 from uuid import uuid4
 
+import anyio
 from dbos import DBOS, DBOSPortableJSONSerializer
 from dbos import error as dbos_errors
 
@@ -28,6 +29,7 @@ from promptlayer_exec import (
     ExecutionTimeout,
     NotFound,
     RateLimited,
+    RequestTimeout,
     Session,
     SessionClosed,
     StartRequest,
@@ -54,12 +56,11 @@ _NOT_THE_ITEMS_FAULT = (Unauthorized, ConnectionFailed, RateLimited, SessionClos
 
 
 class _Answer(TypedDict):
-    """What came of a start, as it is recorded."""
+    """What came of a start, as it is recorded; without id and error, it is to be made again."""
 
     execution_id: int | None
     at: str
     error: list[str] | None
-    again: bool
 
 
 class Worker:
@@ -69,6 +70,7 @@ class Worker:
         store: the database.
         batch: the batch's name.
         session: starts and watches the runs.
+        owns_session: whether the session is opened and closed here.
         max_in_flight: how many items all workers have begun at most.
         restart_unknown: whether an item whose start was cut off is started again.
     """
@@ -79,12 +81,14 @@ class Worker:
         batch: str,
         session: Session,
         *,
+        owns_session: bool,
         max_in_flight: int,
         restart_unknown: bool,
     ) -> None:
         self._store = store
         self._batch = batch
         self._session = session
+        self._owns_session = owns_session
         self._max_in_flight = max_in_flight
         self._restart_unknown = restart_unknown
         self._executor = f"{socket.gethostname()}-{uuid4().hex}"
@@ -98,16 +102,15 @@ class Worker:
         self._error: Exception | None = None
         self._liveness = Liveness(store, batch, self._executor, DBOS._recover_pending_workflows)
 
-    async def run(self, *, until_done: bool, close: Callable[[], Awaitable[None]]) -> None:
-        """Work until every item has an outcome, or for ever.
+    async def run(self, *, until_done: bool) -> None:
+        """Work until every item has an outcome, or for ever; starts on the wire are awaited.
 
         Args:
             until_done: whether to stop then.
-            close: ends what the session does, if it is ours; starts on the wire are awaited.
 
         Raises:
-            Unauthorized, ConnectionFailed, RateLimited, SessionClosed: no item can be carried out
-                for now. None of them was lost.
+            Unauthorized, ConnectionFailed, RequestTimeout, RateLimited, SessionClosed: no item can
+                be carried out for now. None of them was lost.
             ConfigurationError: the database cannot be used, or a setting is missing.
             RuntimeError: this process uses DBOS already.
         """
@@ -116,15 +119,18 @@ class Worker:
             raise RuntimeError("this process works on a batch already: one at a time")
         _worker = self
         try:
+            if self._owns_session:
+                await self._session.__aenter__()
             await self._store.do(self._launch)
             await self._wait(until_done=until_done)
         finally:
             self._is_stopping = True
-            try:
-                await close()
-                await self._shut_down()
-            finally:
-                _worker = None
+            # A scope of anyio's that is cancelled would cancel every step of the end, too.
+            with anyio.CancelScope(shield=True):
+                try:
+                    await self._shut_down()
+                finally:
+                    _worker = None
         if self._error is not None:
             raise self._error
 
@@ -173,19 +179,21 @@ class Worker:
             await asyncio.sleep(0.02)
 
     async def _shut_down(self) -> None:
-        if self._dbos_loop is not None:
-            draining = asyncio.run_coroutine_threadsafe(self._drain(), self._dbos_loop)
-            await asyncio.wait([asyncio.wrap_future(draining)], timeout=_DRAIN)
-        await self._store.do(self._end)
+        try:
+            if self._owns_session:
+                await self._session.aclose()
+            if self._dbos_loop is not None:
+                draining = asyncio.run_coroutine_threadsafe(self._drain(), self._dbos_loop)
+                await asyncio.wait([asyncio.wrap_future(draining)], timeout=_DRAIN)
+        finally:  # also for who is cancelled again: its threads would keep the process alive
+            await self._store.do(self._end)
 
     def _end(self) -> None:
         self._liveness.stop()
         if self._dbos is not None:
             self._take_no_more(self._dbos)
             DBOS.destroy()
-            with suppress(
-                ConfigurationError
-            ):  # of a worker that is silent the others learn so, too
+            with suppress(ConfigurationError):  # the others learn it from its silence, too
                 self._store.forget(self._executor)
 
     def _take_no_more(self, dbos: DBOS) -> None:
@@ -250,7 +258,7 @@ class Worker:
                 if not self._departures:
                     self._none_departs.set()
                 self._loop.call_soon_threadsafe(departure.call_off)
-            if not answer["again"]:
+            if answer["execution_id"] is not None or answer["error"] is not None:
                 return answer
         return await _park()
 
@@ -268,9 +276,11 @@ class Worker:
         """Start a run, if this very execution of the item intended it."""
         if is_mine:
             return await self._in_callers_loop(self._leave(departure))
+        if self._restart_unknown:
+            return _answer()
         message = "the process that started it was killed before the answer was recorded"
         error = StartUnknown(message, workflow=json.loads(request)["workflow"], reason=message)
-        return _answer(error=error, again=self._restart_unknown)
+        return _answer(error=error)
 
     async def _leave(self, departure: Departure) -> _Answer:
         try:
@@ -279,7 +289,7 @@ class Worker:
             if error.execution_id is not None:
                 return _answer(execution_id=error.execution_id)
             self._give_up_unless_stopping(error)
-        except _NOT_THE_ITEMS_FAULT as error:
+        except (*_NOT_THE_ITEMS_FAULT, RequestTimeout) as error:  # none of them may have left
             self._give_up_unless_stopping(error)
         except ExecutionTimeout:
             pass  # its turn did not come
@@ -288,7 +298,7 @@ class Worker:
         else:
             if execution is not None:
                 return _answer(execution_id=execution.id)
-        return _answer(again=True)
+        return _answer()
 
     async def _outcome(self, key: str, answer: _Answer) -> StoredOutcome:
         at = datetime.fromisoformat(answer["at"])
@@ -299,7 +309,7 @@ class Worker:
         try:
             output = await self._output(execution_id)
             outcome = StoredOutcome(key, execution_id, True, output, None, at, _now())
-            outcome.to_json()
+            outcome.to_json()  # one that cannot be stored has failed
         except _NOT_THE_ITEMS_FAULT as error:
             self._give_up_unless_stopping(error)
             await _park()
@@ -349,16 +359,9 @@ async def _post(worker: Worker, departure: Departure, request: str, *, is_mine: 
     return await worker.post(departure, request, is_mine=is_mine)
 
 
-def _answer(
-    *, execution_id: int | None = None, error: Exception | None = None, again: bool = False
-) -> _Answer:
+def _answer(*, execution_id: int | None = None, error: Exception | None = None) -> _Answer:
     what = None if error is None else [type(error).__name__, str(error)]
-    return {
-        "execution_id": execution_id,
-        "at": _now().isoformat(),
-        "error": what,
-        "again": again,
-    }
+    return {"execution_id": execution_id, "at": _now().isoformat(), "error": what}
 
 
 def _now() -> datetime:
