@@ -24,7 +24,7 @@ from promptlayer_exec.dbos import BatchStatus
 from promptlayer_exec.dbos import _batch as batches
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
-from promptlayer_exec.simulator import Scenario, SimNode, Simulator
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 PROGRAM = [sys.executable, "-W", "error", "-m", "promptlayer_exec", "batch"]
 PATIENCE = 45.0
@@ -247,6 +247,9 @@ def test_bad_lines_are_told_with_their_numbers(sim: Simulator, run: Run, tmp_pat
         (("run", "empty"), "empty has no items"),
         (("run", "good", "--out", "none/out"), "cannot write to none/out: No such file"),
         (("run", "good", "--out", "other"), "other, line 1, is no result: it is left as it is"),
+        (("run", "good", "--out", "note"), "note, line 1, is no result: it is left as it is"),
+        (("run", "good", "--out", "good"), "good, line 1, is no result: it is left as it is"),
+        (("run", "/dev/null"), "/dev/null is no file: it is read twice, so write the items to a"),
         (("run", "good", "--db", "nothing"), "database_url is not a URL"),
         (("run", "long"), "an item's key is a text of 1 to 1000 bytes"),
         (("run", "good", "--rate", "0"), "it is a number, more than 0"),
@@ -259,13 +262,29 @@ def test_what_cannot_be_done_is_told(
 ) -> None:
     """With exit code 2, and without harm to any file."""
     (tmp_path / "empty").touch()
-    write(tmp_path / "good", {"workflow": "echo", "inputs": {"n": 1}})
+    (tmp_path / "good").write_text('{"key": "a", "workflow": "echo", "inputs": {"n": 1}}')
+    (tmp_path / "note").write_text("mine, without a line break")
     write(tmp_path / "long", {"workflow": "echo", "key": "k" * 1001})
     write(tmp_path / "other", "something else")
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert message in err
     assert (tmp_path / "other").read_text() == "something else\n"
+    assert (tmp_path / "note").read_text() == "mine, without a line break"
+    assert (tmp_path / "good").stat().st_size > 0
+
+
+def test_unknown_items_are_restarted_when_told_to(sim: Simulator, run: Run, tmp_path: Path) -> None:
+    """The results then have one more line of it, and the later counts."""
+    file = write(tmp_path / "night", {"workflow": "echo", "inputs": {"n": 1}})
+    command = ("run", file, "--out", "out")
+    sim.inject(Fault.disconnect())
+    code, _, err = run(*command)
+    assert code == 1
+    assert "unknown: nobody knows whether these runs were started, and billed: look" in err
+    assert run(*command, "--restart-unknown")[0] == 0
+    lines = results(tmp_path / "out")
+    assert [(line["key"], line["succeeded"]) for line in lines] == [("1", False), ("1", True)]
 
 
 def test_without_a_name_one_must_be_clear(sim: Simulator, run: Run, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from promptlayer_exec import RetryPolicy, Session
 
 from ._batch_lines import Inputs, Results
@@ -19,7 +21,7 @@ from ._streams import err, out
 from ._text import printable
 
 if TYPE_CHECKING:
-    from promptlayer_exec.dbos import Batch, BatchStatus, StoredOutcome
+    from promptlayer_exec.dbos import Batch, StoredOutcome
 
 _REFRESH = 0.25
 _SQLITE = "sqlite:///"
@@ -75,7 +77,7 @@ async def run_batch(
 
 async def work_on_batch(name: str | None, settings: Settings, subject: Subject) -> ExitCode:
     """Work on a batch that is there."""
-    name = await _choose(name, settings.database)
+    name = _chosen(name, await _names(settings.database))
     subject.remark = _GO_ON
     progress = BatchProgress()
     batch = _batch(name, settings, progress)
@@ -86,19 +88,12 @@ async def work_on_batch(name: str | None, settings: Settings, subject: Subject) 
 
 async def show_status(name: str | None, database: str, *, as_json: bool) -> ExitCode:
     """Print how far the batches of a database are."""
-    extra = _extra()
     names = await _names(database)
-    if name is not None:
-        names = [await _choose(name, database)]
-    for each in names:
-        status = await extra.Batch(each, database_url=database, session=Session).status()
-        out(_json(each, status) if as_json else counted(each, status))
+    for each in names if name is None else [_chosen(name, names)]:
+        status = await _extra().Batch(each, database_url=database, session=Session).status()
+        fields = {"batch": each} | attrs.asdict(status)
+        out(json.dumps(fields) if as_json else counted(each, status))
     return ExitCode.SUCCEEDED
-
-
-def _json(name: str, status: "BatchStatus") -> str:
-    fields = ("waiting", "running", "succeeded", "failed", "unknown", "total")
-    return json.dumps({"batch": name} | {field: getattr(status, field) for field in fields})
 
 
 def _extra() -> ModuleType:
@@ -140,8 +135,7 @@ async def _names(database: str) -> list[str]:
     return names
 
 
-async def _choose(name: str | None, database: str) -> str:
-    names = await _names(database)
+def _chosen(name: str | None, names: list[str]) -> str:
     if name is None and len(names) == 1:
         return names[0]
     if name in names:

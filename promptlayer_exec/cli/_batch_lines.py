@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from promptlayer_exec.dbos import StoredOutcome
 
 _SHOWN = 20
+_BEGINNING = b'{"key": "'
 _FIELDS = {
     "key": (str, "a string"),
     "inputs": (dict, "an object"),
@@ -43,6 +44,9 @@ class Inputs:
         self._check()
 
     def _check(self) -> None:
+        name = printable(str(self._path))
+        if self._path.is_fifo() or self._path.is_char_device():
+            raise Misuse(f"{name} is no file: it is read twice, so write the items to a file first")
         problems = []
         lines: dict[str, int] = {}
         for number, text in self._lines():
@@ -56,7 +60,6 @@ class Inputs:
                 quoted = shorten(printable(request.key), 100)
                 problems.append(f"line {number}: the key '{quoted}' is that of line {first}, too")
             self.count += 1
-        name = printable(str(self._path))
         if problems:
             for problem in problems[:_SHOWN]:
                 err(problem)
@@ -165,16 +168,16 @@ class Results:
         file.seek(0)
         end = 0
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):  # a process was killed while it wrote it
-                break
             try:
-                fields = json.loads(line)
-                self._written.add((fields["key"], fields["finished"]))
+                outcome = _outcome(line)
             except (ValueError, TypeError, KeyError) as error:
                 self.close()
                 raise Misuse(
                     f"{printable(str(path))}, line {number}, is no result: it is left as it is"
                 ) from error
+            if outcome is None:
+                break
+            self._written.add(outcome)
             end += len(line)
         file.truncate(end)
 
@@ -198,3 +201,22 @@ class Results:
 
     def _misuse(self, error: OSError) -> Misuse:
         return Misuse(f"cannot write to {printable(str(self._path))}: {error.strerror or error}")
+
+
+def _outcome(line: bytes) -> tuple[str, str] | None:
+    """Return the key of the outcome that a line holds, and when it was known.
+
+    None stands for a line that a process did not write to its end, because it was killed.
+
+    Raises:
+        ValueError, TypeError, KeyError: the line is somebody else's.
+    """
+    is_whole = line.endswith(b"\n")
+    try:
+        fields = json.loads(line)
+    except ValueError:
+        if is_whole or line[: len(_BEGINNING)] != _BEGINNING[: len(line)]:
+            raise
+        return None
+    outcome = (str(fields["key"]), str(fields["finished"]))
+    return outcome if is_whole else None
