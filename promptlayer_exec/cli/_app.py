@@ -1,6 +1,5 @@
 """The commands and their options."""
 
-import math
 import sys
 from functools import partial
 from typing import Annotated
@@ -14,6 +13,7 @@ from ._demo import EXECUTION_ID, demo
 from ._ending import EXIT_CODES, Ending, Subject, conclude
 from ._hints import PROGRAM, command
 from ._inputs import read_inputs, read_metadata
+from ._options import BaseUrl, Outage, seconds
 from ._results import results
 from ._run import run
 from ._simulate import simulate
@@ -41,29 +41,7 @@ def main() -> None:
     sys.exit(ending.code)
 
 
-def _seconds(value: float) -> float:
-    if not 0 <= value < math.inf:
-        raise typer.BadParameter("it is a number of seconds, at least 0")
-    return value
-
-
 _Id = Annotated[int, typer.Argument(metavar="ID", min=1, max=2**63 - 1, help="The execution's id.")]
-_BaseUrl = Annotated[
-    str | None,
-    typer.Option(
-        metavar="URL",
-        help="The server; else PROMPTLAYER_BASE_URL, else https://api.promptlayer.com.",
-        show_default=False,
-    ),
-]
-_Outage = Annotated[
-    float,
-    typer.Option(
-        metavar="SECONDS",
-        callback=_seconds,
-        help="For how long a server that is unreachable, or in trouble, is asked again.",
-    ),
-]
 
 
 @app.callback(epilog=EXIT_CODES)
@@ -147,13 +125,13 @@ def _run(
         float,
         typer.Option(
             metavar="SECONDS",
-            callback=_seconds,
+            callback=seconds,
             help="How long to wait at most, from its start; and as long for the start itself.",
         ),
     ] = 3600,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON Lines.")] = False,
-    base_url: _BaseUrl = None,
-    outage: _Outage = 600,
+    base_url: BaseUrl = None,
+    outage: Outage = 600,
 ) -> None:
     if label is not None and version is not None:
         raise typer.BadParameter("give one of them", param_hint="'--label' / '--version'")
@@ -207,11 +185,11 @@ def _watch(
     execution_id: _Id,
     timeout: Annotated[
         float,
-        typer.Option(metavar="SECONDS", callback=_seconds, help="How long to wait at most."),
+        typer.Option(metavar="SECONDS", callback=seconds, help="How long to wait at most."),
     ] = 3600,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON Lines.")] = False,
-    base_url: _BaseUrl = None,
-    outage: _Outage = 600,
+    base_url: BaseUrl = None,
+    outage: Outage = 600,
 ) -> None:
     view = choose_view(as_json=as_json)
     work = watch(execution_id, view, base_url=base_url, timeout=timeout, outage=outage)
@@ -239,8 +217,8 @@ def _results(
     as_json: Annotated[
         bool, typer.Option("--json", help="One line of JSON, even if it is a string.")
     ] = False,
-    base_url: _BaseUrl = None,
-    outage: _Outage = 10,
+    base_url: BaseUrl = None,
+    outage: Outage = 10,
 ) -> None:
     work = results(
         execution_id,
@@ -276,8 +254,8 @@ def _view(
         int, typer.Option(min=0, max=65535, help="The port to listen on; 0 takes a free one.")
     ] = 0,
     is_demo: Annotated[bool, typer.Option("--demo", help="Show simulated agents.")] = False,
-    base_url: _BaseUrl = None,
-    outage: _Outage = 600,
+    base_url: BaseUrl = None,
+    outage: Outage = 600,
 ) -> None:
     if is_demo and (execution_ids or base_url is not None):
         raise typer.BadParameter("it shows executions of its own", param_hint="'--demo'")

@@ -8,6 +8,7 @@ import typer
 
 from ._batch import Settings, run_batch, show_status, work_on_batch
 from ._ending import Subject, conclude
+from ._options import BaseUrl, Outage
 
 _DATABASE = "sqlite:///promptlayer-batches.sqlite"
 _EXIT_CODES = """\b
@@ -45,14 +46,6 @@ _Database = Annotated[
 _Name = Annotated[
     str | None, typer.Option(metavar="NAME", help="The batch; by default the only one there is.")
 ]
-_BaseUrl = Annotated[
-    str | None,
-    typer.Option(
-        metavar="URL",
-        help="The server; else PROMPTLAYER_BASE_URL, else https://api.promptlayer.com.",
-        show_default=False,
-    ),
-]
 _MaxInFlight = Annotated[
     int, typer.Option(min=1, help="How many items are under way at most, over all workers.")
 ]
@@ -62,14 +55,6 @@ _Rate = Annotated[
         metavar="PER_SECOND",
         callback=_positive,
         help="How many requests are sent at most, over all workers; 100 each at most.",
-    ),
-]
-_Outage = Annotated[
-    float,
-    typer.Option(
-        metavar="SECONDS",
-        callback=_positive,
-        help="For how long a server that is unreachable, or in trouble, is asked again.",
     ),
 ]
 _RestartUnknown = Annotated[
@@ -123,8 +108,8 @@ def _run(
     max_in_flight: _MaxInFlight = 100,
     rate: _Rate = 100,
     restart_unknown: _RestartUnknown = False,
-    base_url: _BaseUrl = None,
-    outage: _Outage = 600,
+    base_url: BaseUrl = None,
+    outage: Outage = 600,
 ) -> None:
     settings = Settings(database, base_url, max_in_flight, rate, outage, restart_unknown)
     subject = Subject()
@@ -146,8 +131,8 @@ def _work(
     rate: _Rate = 100,
     *,
     restart_unknown: _RestartUnknown = False,
-    base_url: _BaseUrl = None,
-    outage: _Outage = 600,
+    base_url: BaseUrl = None,
+    outage: Outage = 600,
 ) -> None:
     settings = Settings(database, base_url, max_in_flight, rate, outage, restart_unknown)
     subject = Subject()
