@@ -242,4 +242,7 @@ def _text(text: str) -> str:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, default=repr)
+    try:
+        return json.dumps(value, default=repr)
+    except RecursionError:  # it must not keep a span from its end
+        return "(nested too deeply to be recorded)"

@@ -23,6 +23,7 @@ from promptlayer_exec import (
     PollPolicy,
     Session,
     SessionClosed,
+    StartRequest,
     WatchEnded,
     WatchStarted,
     __version__,
@@ -311,6 +312,19 @@ async def test_a_start_is_a_span_below_its_caller_s(
         assert span.end_time is not None
         assert 0.05 <= (span.end_time - span.start_time) / 1e9 < 5
     assert collected.totals()["promptlayer_exec.start.duration"] == 2
+
+
+def test_inputs_that_json_cannot_carry_keep_no_span_from_its_end(collected: Collected) -> None:
+    """It says so instead."""
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    request = StartRequest("w", {"deep": deep})
+    collected.observer(record_values=True)(ExecutionStarted(1, request, False, 0.1))
+    (span,) = collected.spans("start execution")
+    assert (span.attributes or {})[
+        "promptlayer_exec.inputs"
+    ] == "(nested too deeply to be recorded)"
 
 
 async def test_no_value_is_told_unless_asked_for(
