@@ -188,7 +188,7 @@ def test_interrupted_it_tells_how_to_go_on(
         assert process.poll() is None
     assert run("status") == (
         0,
-        "batch night: 1 items: 0 waiting, 1 running, 0 succeeded, 0 failed, 0 unknown\n",
+        "batch night: 1 item: 0 waiting, 1 running, 0 succeeded, 0 failed, 0 unknown\n",
         "",
     )
     process.send_signal(signal.SIGINT)

@@ -14,7 +14,7 @@ import attrs
 from promptlayer_exec import RetryPolicy, Session
 
 from ._batch_lines import Inputs, Results
-from ._batch_progress import BatchProgress, Failures, counted
+from ._batch_progress import BatchProgress, Failures, counted, items
 from ._ending import ExitCode, Misuse, Subject
 from ._session import open_session
 from ._streams import err, out
@@ -69,7 +69,7 @@ async def run_batch(
             raise Misuse(str(error)) from error
         subject.remark = _GO_ON
         known = f", {inputs.count - new} of them known already" if new < inputs.count else ""
-        err(f"batch {printable(name)}: {inputs.count} items{known}")
+        err(f"batch {printable(name)}: {items(inputs.count)}{known}")
         with progress.shown():
             await _together(batch.work(), _follow(batch, progress), _write(batch.outcomes(), lines))
     return await _conclude(name, batch)

@@ -98,4 +98,9 @@ def counted(name: str, status: "BatchStatus") -> str:
     parts = [f"{status.succeeded} succeeded", f"{status.failed} failed"]
     parts.append(f"{status.unknown} unknown")
     shown = parts if status.finished == status.total else open_parts + parts
-    return f"batch {printable(name)}: {status.total} items: {', '.join(shown)}"
+    return f"batch {printable(name)}: {items(status.total)}: {', '.join(shown)}"
+
+
+def items(count: int) -> str:
+    """Return a number of items as people write it."""
+    return f"{count} item" if count == 1 else f"{count} items"
