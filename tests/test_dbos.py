@@ -23,6 +23,7 @@ from typing import Any
 import anyio
 import pytest
 from dbos import DBOS
+from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
 from promptlayer_exec import (
@@ -228,6 +229,26 @@ async def test_outcomes_last_until_unknown_items_are_restarted(
     await working
 
 
+async def test_of_workers_that_restart_an_item_at_once_one_does(
+    batch_of: Callable[..., Batch], url: str
+) -> None:
+    """The other one leaves it alone, though it may have ended again already."""
+    await batch_of().add([request("a")])
+    first, second = Store(check_url(url)), Store(check_url(url))
+    first.finish("nightly", "a", 1, "unknown", "")
+
+    def come_first(*arguments: Any) -> None:
+        if arguments[2].startswith("UPDATE promptlayer_item"):
+            first.restart_unknown("nightly")
+            first.finish("nightly", "a", 2, "failed", "")
+
+    event.listen(second.engine, "before_cursor_execute", come_first)
+    second.restart_unknown("nightly")
+    assert first.counts("nightly") == {"failed": 1}
+    first.close()
+    second.close()
+
+
 async def test_outcomes_come_as_items_finish(
     sim: Simulator, batch_of: Callable[..., Batch]
 ) -> None:
@@ -390,7 +411,11 @@ async def test_a_process_that_uses_dbos_is_refused(
     """It is told, and its own DBOS is left alone."""
     await batch_of().add([request("a")])
     DBOS(
-        config={"name": "theirs", "system_database_url": f"sqlite:///{tmp_path / 'theirs.sqlite'}"}
+        config={
+            "name": "theirs",
+            "system_database_url": f"sqlite:///{tmp_path / 'theirs.sqlite'}",
+            "notification_listener_polling_interval_sec": 0.02,
+        }
     )
     try:
         with pytest.raises(RuntimeError, match="uses DBOS already: work on a batch in another"):
