@@ -146,6 +146,7 @@ def test_a_batch_is_run_and_its_results_are_written(
     assert err.startswith("batch night: 3 items, 3 of them known already\n")
     assert len(results(tmp_path / "out.jsonl")) == 3
     code, out, _ = run("run", file, "--workflow", "echo")
+    assert (tmp_path / "promptlayer-batches.sqlite").exists()
     assert sorted(out.splitlines()) == sorted((tmp_path / "out.jsonl").read_text().splitlines())
     assert len(sim.runs) == 2
     code, out, err = run("work")
@@ -254,6 +255,7 @@ def test_bad_lines_are_told_with_their_numbers(sim: Simulator, run: Run, tmp_pat
         (("run", "/dev/null"), "/dev/null is no file: it is read twice, so write the items to a"),
         (("run", "good", "--db", "nothing"), "database_url is not a URL"),
         (("run", "long"), "an item's key is a text of 1 to 1000 bytes"),
+        (("run", "good", "--rate", "inf"), "it is a number, more than 0"),
         (("run", "good", "--rate", "0"), "it is a number, more than 0"),
         (("work",), "there is no database sqlite:///promptlayer-batches.sqlite"),
         (("status", "--name", "none", "--db", "sqlite:///empty"), "there is no batch 'none'"),
@@ -289,11 +291,15 @@ def test_unknown_items_are_restarted_when_told_to(sim: Simulator, run: Run, tmp_
     assert [(line["key"], line["succeeded"]) for line in lines] == [("1", False), ("1", True)]
 
 
-def test_without_a_name_one_must_be_clear(sim: Simulator, run: Run, tmp_path: Path) -> None:
+def test_without_a_name_one_must_be_clear(
+    sim: Simulator, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`work` takes the only batch there is; of several it wants to be told which."""
-    for name in ("one", "two"):
-        file = write(tmp_path / name, {"workflow": "echo", "inputs": {"n": 1}})
-        assert run("run", file)[0] == 0
+    monkeypatch.setenv("PROMPTLAYER_EXEC_DB", "sqlite:///other.sqlite")
+    file = write(tmp_path / "one", {"workflow": "echo", "inputs": {"n": 1}})
+    assert run("run", file)[0] == 0
+    assert run("run", file, "--name", "two")[0] == 0
+    assert (tmp_path / "other.sqlite").exists()
     code, _, err = run("work")
     assert (code, err) == (2, "give --name: the database has one, two\n")
     assert run("work", "--name", "two")[0] == 0
@@ -303,14 +309,22 @@ def test_without_a_name_one_must_be_clear(sim: Simulator, run: Run, tmp_path: Pa
 def test_a_refused_key_ends_it(
     run: Run, tmp_path: Path, sim: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With exit code 4, and the items wait."""
+    """With exit code 4, as does a server that is away, and the items wait."""
     file = write(tmp_path / "night.jsonl", {"workflow": "echo", "inputs": {"n": 1}})
     monkeypatch.setenv("PROMPTLAYER_API_KEY", "wrong")
     code, _, err = run("run", file)
     assert code == 4
     assert err.endswith("; no item is lost: give the same command again to go on\n")
     monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
+    assert run("run", file, "--base-url", "http://127.0.0.1:9", "--outage", "0.01")[0] == 4
     assert run("run", file)[0] == 0
+
+
+def test_the_options_are_those_of_the_batch(run: Run) -> None:
+    """Its bounds, and what it does with unknown items."""
+    settings = commands.Settings("sqlite:///none", None, 3, 7.0, 1.0, True)
+    batch = commands._batch("b", settings, shown.BatchProgress())
+    assert (batch._max_in_flight, batch._rate, batch._restart_unknown) == (3, 7.0, True)
 
 
 def test_without_the_extra_it_says_what_to_install(

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import attrs
 import pytest
 from dbos import DBOS
 from sqlalchemy import event
@@ -135,6 +136,7 @@ async def test_every_item_ends_in_one_stored_outcome(
         assert outcome.started is not None
         assert began <= outcome.started <= outcome.finished <= datetime.now(UTC)
     assert len(sim.runs) == len(values)
+    assert await batch_of(session=lambda: 1 / 0).work() == status  # it needs no session
 
 
 async def test_adding_a_key_twice_is_adding_it_once(
@@ -154,6 +156,32 @@ async def test_adding_a_key_twice_is_adding_it_once(
     assert (await batch.work()).total == 2
     assert {key: o.output for key, o in (await outcomes_of(batch)).items()} == {"a": 1, "b": 3}
     assert len(sim.runs) == 2
+
+
+async def test_items_are_taken_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them once, and those that are left at the end, too."""
+    monkeypatch.setattr(batches, "_CHUNK", 2)
+    assert [chunk async for chunk in batches._chunks(range(5))] == [[0, 1], [2, 3], [4]]
+
+
+def test_a_request_is_stored_as_it_is(batch_of: Callable[..., Batch]) -> None:
+    """With whatever it may have beside its inputs; the key is the item's."""
+    inputs = {"n": 1}
+    for request in (
+        StartRequest("w", inputs, label="prod", metadata={"job": "7"}, callback_url="http://x/y"),
+        StartRequest(7, inputs, version=3),
+    ):
+        key, text = batch_of()._row(attrs.evolve(request, key="a"))
+        assert (key, StartRequest(**json.loads(text))) == ("a", request)
+
+
+async def test_what_has_an_outcome_is_not_running(
+    batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though DBOS may have yet to take note that it ended."""
+    await batch_of().add([request("a")])
+    monkeypatch.setattr(Store, "running", lambda *_: ["me", "me"])
+    assert await batch_of().status() == BatchStatus(0, 1, 0, 0, 0, 1)
 
 
 async def test_batches_of_one_database_are_apart(batch_of: Callable[..., Batch], url: str) -> None:
@@ -236,15 +264,18 @@ async def test_of_workers_that_restart_an_item_at_once_one_does(
     await batch_of().add([request("a")])
     first, second = Store(check_url(url)), Store(check_url(url))
     first.finish("nightly", "a", 1, "unknown", "")
+    meanwhile: list[Any] = []
 
     def come_first(*arguments: Any) -> None:
         if arguments[2].startswith("UPDATE promptlayer_item"):
             first.restart_unknown("nightly")
+            meanwhile.extend(first.outcomes("nightly", after=0, limit=9))
             first.finish("nightly", "a", 2, "failed", "")
 
     event.listen(second.engine, "before_cursor_execute", come_first)
     second.restart_unknown("nightly")
     assert first.counts("nightly") == {"failed": 1}
+    assert meanwhile == []
     first.close()
     second.close()
 
@@ -285,6 +316,8 @@ async def test_a_cancelled_worker_leaves_its_items_to_the_next(
         await working
     assert len(sim.runs) == 2
     working = asyncio.create_task(batch.work())
+    await sim.wait_for_requests(sim.request_count + 20)  # of two, again and again
+    assert len(sim.runs) == 2
     for number in range(3):
         while len(sim.runs) <= number:
             await sim.wait_for_requests(sim.request_count + 1)
@@ -622,10 +655,17 @@ def test_who_could_not_look_begins_anew(
     others.beating["other"] = Beat(1, describe(os.getpid()))
     watch._look_around()
     others.broken = True
-    monkeypatch.setattr(watch._stop, "wait", lambda _: watch._stop.set())
+    waited: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        watch._stop.set()
+
+    monkeypatch.setattr(watch._stop, "wait", wait)
     with caplog.at_level(logging.WARNING):
         watch._run()
     assert "cannot be used: away" in caplog.text
+    assert waited == [2.0]
     now[0] = 60.0
     watch._look_around()
     assert recovered == []
@@ -692,7 +732,7 @@ async def test_a_database_is_prepared_once(
 
 
 def test_several_who_open_a_new_database_do_not_collide(url: str) -> None:
-    """One of them makes the tables, the others wait for it."""
+    """One of them makes the tables, the others wait for it; readers do not wait for a writer."""
 
     def open_and_close(_: int) -> None:
         store = Store(check_url(url))
@@ -701,6 +741,8 @@ def test_several_who_open_a_new_database_do_not_collide(url: str) -> None:
 
     with ThreadPoolExecutor(6) as threads:
         list(threads.map(open_and_close, range(6)))
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_a_connection_that_cannot_be_made_counts_as_lost() -> None:
