@@ -408,16 +408,32 @@ async def test_a_session_closed_meanwhile_ends_the_work(
     assert len(sim.runs) == 1
 
 
-async def test_a_worker_may_stay(batch_of: Callable[..., Batch]) -> None:
-    """With `until_done=False` it waits for more items, until it is cancelled."""
+async def test_a_worker_may_stay(
+    batch_of: Callable[..., Batch], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `until_done=False` it waits for more items, until it is cancelled.
+
+    That it lives can be seen before it takes any, and when it has gone there is no trace of it.
+    """
+    store, launch, seen = Store(check_url(url)), DBOS.launch, []
+
+    def launching() -> None:
+        seen.extend(store.beats())
+        launch()
+
+    monkeypatch.setattr(DBOS, "launch", staticmethod(launching))
     batch = batch_of()
     working = asyncio.create_task(batch.work(until_done=False))
     for key in ("a", "b"):
         await batch.add([request(key)])
         assert key in await outcomes_of(batch)
+    assert seen == list(store.beats())
+    assert len(seen) == 1
     working.cancel()
     with pytest.raises(asyncio.CancelledError):
         await working
+    assert store.beats() == {}
+    store.close()
 
 
 async def test_one_process_works_on_one_batch(batch_of: Callable[..., Batch]) -> None:

@@ -105,7 +105,7 @@ class Batch:
                 from us for now. No item failed of it: work again later.
             SessionClosed: the session was closed.
             ConfigurationError: the database cannot be used, or a setting is missing.
-            RuntimeError: this process uses DBOS already.
+            RuntimeError: this process works on a batch already, or uses DBOS otherwise.
         """
         # Before anything is awaited: `outcomes`, followed meanwhile, must not end too early.
         self._is_restarting = self._restart_unknown

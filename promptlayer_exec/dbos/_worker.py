@@ -112,7 +112,7 @@ class Worker:
             Unauthorized, ConnectionFailed, RequestTimeout, RateLimited, SessionClosed: no item can
                 be carried out for now. None of them was lost.
             ConfigurationError: the database cannot be used, or a setting is missing.
-            RuntimeError: this process uses DBOS already.
+            RuntimeError: this process works on a batch already, or uses DBOS otherwise.
         """
         global _worker  # noqa: PLW0603 - DBOS is one per process, and so is its worker
         if _worker is not None:
