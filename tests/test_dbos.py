@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -872,6 +873,24 @@ async def test_a_start_may_be_called_off_until_it_is_recorded() -> None:
     await asyncio.sleep(0)
     late.call_off()
     assert await leaving == "an execution"
+
+
+async def test_a_start_that_failed_and_is_given_away_makes_no_noise() -> None:
+    """The error is told where it is asked for, and nowhere else."""
+
+    async def start(_: Callable[[], Any]) -> Any:
+        raise LookupError
+
+    noise: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: noise.append(context))
+    failed, given_away = Departure(start), Departure(start)
+    await failed.due()
+    with pytest.raises(LookupError):
+        await failed.leave()
+    await given_away.due()
+    del failed, given_away
+    gc.collect()
+    assert noise == []
 
 
 async def test_a_fault_of_ours_ends_the_work_and_no_item(

@@ -40,7 +40,7 @@ class Departure:
         if self._is_called_off:
             return
         self._starting = asyncio.ensure_future(self._start(self._wait_until_recorded))
-        self._starting.add_done_callback(lambda _: self._turn.set())
+        self._starting.add_done_callback(self._end_turn)
         await self._turn.wait()
 
     async def leave(self) -> Execution | None:
@@ -58,6 +58,11 @@ class Departure:
         self._is_called_off = True
         if self._starting is not None and not self._recorded.is_set():
             self._starting.cancel()
+
+    def _end_turn(self, starting: asyncio.Task[Execution]) -> None:
+        if not starting.cancelled():
+            starting.exception()  # asyncio would complain where `leave` is never called
+        self._turn.set()
 
     async def _wait_until_recorded(self) -> None:
         self._turn.set()
