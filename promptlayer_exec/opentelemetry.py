@@ -134,11 +134,11 @@ class OpenTelemetryObserver:
                 self._execution_started(event)
 
     def _watch_started(self, event: WatchStarted) -> None:
-        self._active.add(1)
         span = self._tracer.start_span(
             "watch execution", attributes={"promptlayer_exec.execution.id": event.execution_id}
         )
         self._watches[asyncio.current_task()] = _Watch(span)
+        self._active.add(1)
 
     def _polled(self, event: Polled) -> None:
         self._polls.add(1)

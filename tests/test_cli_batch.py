@@ -279,16 +279,40 @@ def test_what_cannot_be_done_is_told(
 
 
 def test_unknown_items_are_restarted_when_told_to(sim: Simulator, run: Run, tmp_path: Path) -> None:
-    """The results then have one more line of it, and the later counts."""
-    file = write(tmp_path / "night", {"workflow": "echo", "inputs": {"n": 1}})
-    command = ("run", file, "--out", "out")
-    sim.inject(Fault.disconnect())
+    """The results then have one more line of each, however slow it was, and the later counts."""
+    inputs = [{"workflow": "echo", "inputs": {"n": n}} for n in range(12)]
+    command = ("run", write(tmp_path / "night", *inputs), "--out", "out")
+    sim.inject(Fault.disconnect(times=2))
     code, _, err = run(*command)
     assert code == 1
     assert "unknown: nobody knows whether these runs were started, and billed: look" in err
+    sim.inject(Fault.delay(0.2, times=4))
     assert run(*command, "--restart-unknown")[0] == 0
     lines = results(tmp_path / "out")
-    assert [(line["key"], line["succeeded"]) for line in lines] == [("1", False), ("1", True)]
+    lost = [line["key"] for line in lines if not line["succeeded"]]
+    assert len(lines) == 14
+    assert sorted(line["key"] for line in lines[12:]) == sorted(lost)
+    assert all(line["succeeded"] for line in lines[12:])
+
+
+def test_a_run_with_nothing_to_do_says_so(run: Run, tmp_path: Path) -> None:
+    """The next night's file under the same name would otherwise pass for done."""
+    file = write(tmp_path / "night", {"workflow": "echo", "inputs": {"n": 1}})
+    assert "another --name" not in run("run", file)[2]
+    write(tmp_path / "night", {"workflow": "echo", "inputs": {"n": 2}})
+    code, out, err = run("run", file)
+    assert code == 0
+    assert json.loads(out)["output"] == 1
+    assert "all of them ended before: to run them again, give the batch another --name\n" in err
+
+
+def test_an_outage_is_told_once(run: Run, tmp_path: Path) -> None:
+    """However many requests fail in it."""
+    file = write(tmp_path / "night", *({"workflow": "echo", "inputs": {}} for _ in range(10)))
+    code, _, err = run("run", file, "--base-url", "http://127.0.0.1:9", "--outage", "0.7")
+    assert code == 4
+    assert err.count("trying again for up to 0.7 s") == 1
+    assert len(err.splitlines()) == 3
 
 
 def test_without_a_name_one_must_be_clear(
@@ -323,7 +347,7 @@ def test_a_refused_key_ends_it(
 def test_the_options_are_those_of_the_batch(run: Run) -> None:
     """Its bounds, and what it does with unknown items."""
     settings = commands.Settings("sqlite:///none", None, 3, 7.0, 1.0, True)
-    batch = commands._batch("b", settings, shown.BatchProgress())
+    batch = commands._batch("b", settings)
     assert (batch._max_in_flight, batch._rate, batch._restart_unknown) == (3, 7.0, True)
 
 

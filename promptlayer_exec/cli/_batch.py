@@ -2,8 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing, closing
+import logging
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from contextlib import aclosing, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -62,7 +63,7 @@ async def run_batch(
     inputs = Inputs(path, workflow)
     with closing(Results(results)) as lines:
         progress = BatchProgress()
-        batch = _batch(name, settings, progress)
+        batch = _batch(name, settings)
         try:
             new = await batch.add(inputs)
         except (TypeError, ValueError) as error:
@@ -70,8 +71,12 @@ async def run_batch(
         subject.remark = _GO_ON
         known = f", {inputs.count - new} of them known already" if new < inputs.count else ""
         err(f"batch {printable(name)}: {items(inputs.count)}{known}")
-        with progress.shown():
+        if await _has_nothing_to_do(batch, settings):
+            err("all of them ended before: to run them again, give the batch another --name")
+        with progress.shown(), _outages_told(progress):
             await _together(batch.work(), _follow(batch, progress), _write(batch.outcomes(), lines))
+        # Once more: that one may have seen all ended before the unknown ones were started again.
+        await _write(batch.outcomes(), lines)
     return await _conclude(name, batch)
 
 
@@ -80,8 +85,8 @@ async def work_on_batch(name: str | None, settings: Settings, subject: Subject) 
     name = _chosen(name, await _names(settings.database))
     subject.remark = _GO_ON
     progress = BatchProgress()
-    batch = _batch(name, settings, progress)
-    with progress.shown():
+    batch = _batch(name, settings)
+    with progress.shown(), _outages_told(progress):
         await _together(batch.work(), _follow(batch, progress))
     return await _conclude(name, batch)
 
@@ -96,6 +101,33 @@ async def show_status(name: str | None, database: str, *, as_json: bool) -> Exit
     return ExitCode.SUCCEEDED
 
 
+async def _has_nothing_to_do(batch: "Batch", settings: Settings) -> bool:
+    status = await batch.status()
+    restarted = status.unknown if settings.restart_unknown else 0
+    return status.finished - restarted == status.total
+
+
+class _Teller(logging.Handler):
+    """Tells what the log warns of: of an outage once, however many requests fail in it."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._tell(printable(record.getMessage()))
+
+
+@contextmanager
+def _outages_told(progress: BatchProgress) -> Iterator[None]:
+    log, teller = logging.getLogger("promptlayer_exec"), _Teller(progress.warn)
+    log.addHandler(teller)
+    try:
+        yield
+    finally:
+        log.removeHandler(teller)
+
+
 def _extra() -> ModuleType:
     try:
         from promptlayer_exec import dbos  # noqa: PLC0415 - an extra of its own
@@ -106,10 +138,10 @@ def _extra() -> ModuleType:
     return dbos
 
 
-def _batch(name: str, settings: Settings, progress: BatchProgress) -> "Batch":
+def _batch(name: str, settings: Settings) -> "Batch":
     def session() -> Session:
         retry = RetryPolicy(outage=settings.outage, watch_outage=settings.outage)
-        return open_session(settings.base_url, retry, progress.warn)
+        return open_session(settings.base_url, retry)
 
     session()  # so that a missing key is told before anything is stored
     batch: Batch = _extra().Batch(

@@ -24,7 +24,7 @@ from ._text import printable, shorten
 def open_session(
     base_url: str | None,
     retry: RetryPolicy,
-    warn: Callable[[str], None],
+    warn: Callable[[str], None] | None = None,
     *,
     wait_timeout: float = 3600.0,
 ) -> Session:
@@ -33,7 +33,7 @@ def open_session(
     Args:
         base_url: the server, if not the one from the environment.
         retry: what to survive.
-        warn: told of every request that will be repeated.
+        warn: told of every request that will be repeated, if it is to be.
         wait_timeout: the session's.
 
     Raises:
@@ -49,7 +49,7 @@ def open_session(
             base_url=base_url,
             retry=retry,
             wait_timeout=wait_timeout,
-            observers=[report_retries(warn)],
+            observers=[] if warn is None else [report_retries(warn)],
         )
     for warning in caught:
         err(f"warning: {printable(str(warning.message))}")
