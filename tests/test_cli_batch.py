@@ -142,6 +142,8 @@ def test_a_batch_is_run_and_its_results_are_written(
     assert lines["1"]["execution_id"] in sim.executions
     assert lines["c"]["error"]["type"] == "NotFound"
     assert sorted(str(run.body.get("metadata")) for run in sim.runs) == ["None", "{'job': '7'}"]
+    text = (tmp_path / "out.jsonl").read_text()
+    (tmp_path / "out.jsonl").write_text(text.removesuffix("\n"))  # as if it was killed just then
     code, _, err = run(*command)
     assert code == 1
     assert err.startswith("batch night: 3 items, 3 of them known already\n")
@@ -346,8 +348,11 @@ def test_without_a_name_one_must_be_clear(
 def test_a_refused_key_ends_it(
     run: Run, tmp_path: Path, sim: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With exit code 4, as does a server that is away, and the items wait."""
+    """With exit code 4, as does a server that is away, and the items wait; none is exit code 2."""
     file = write(tmp_path / "night.jsonl", {"workflow": "echo", "inputs": {"n": 1}})
+    monkeypatch.setenv("PROMPTLAYER_API_KEY", "")
+    assert run("run", file)[0] == 2
+    assert not list(tmp_path.glob("*.sqlite"))
     monkeypatch.setenv("PROMPTLAYER_API_KEY", "wrong")
     code, _, err = run("run", file)
     assert code == 4

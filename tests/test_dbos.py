@@ -31,6 +31,7 @@ from sqlalchemy.exc import OperationalError
 from promptlayer_exec import (
     ConfigurationError,
     ConnectionFailed,
+    ExecutionTimeout,
     PollPolicy,
     RequestTimeout,
     RetryPolicy,
@@ -331,7 +332,7 @@ async def test_a_cancelled_worker_leaves_its_items_to_the_next(
 async def test_a_worker_that_is_cancelled_again_and_again_ends_in_good_order(
     sim: Simulator, batch_of: Callable[..., Batch]
 ) -> None:
-    """As by a scope of anyio's: it waits for its start. Whoever insists is not kept waiting."""
+    """As by a scope of anyio's: it waits for its start all the same."""
     batch = batch_of()
     await batch.add([request("a")])
     sim.inject(Fault.delay(0.1))
@@ -340,19 +341,27 @@ async def test_a_worker_that_is_cancelled_again_and_again_ends_in_good_order(
         await sim.wait_for_requests(1)
         tasks.cancel_scope.cancel()
     assert (await batch.work()).succeeded == 1
-    await batch.add([request("b")])
-    requests = sim.request_count
-    sim.inject(Fault.delay(0.1))
+
+
+@pytest.mark.parametrize("restart_unknown", [False, True])
+async def test_a_start_that_was_cut_off_is_unknown_and_not_made_twice(
+    sim: Simulator, batch_of: Callable[..., Batch], restart_unknown: bool
+) -> None:
+    """As by a second cancellation, which is not kept waiting; unless it may be restarted."""
+    batch = batch_of()
+    await batch.add([request("a")])
+    sim.inject(Fault.delay(1.0))
     working = asyncio.create_task(batch.work())
-    await sim.wait_for_requests(requests + 1)
-    for _ in range(2):
+    await sim.wait_for_requests(1)
+    while not working.done():
         working.cancel()
-        await asyncio.sleep(0)
         await asyncio.sleep(0)
     with pytest.raises(asyncio.CancelledError):
         await working
-    assert (await batch.work()).finished == 2
-    assert len(sim.runs) == 2
+    status = await batch_of(restart_unknown=restart_unknown).work()
+    kind = (await outcomes_of(batch))["a"].kind
+    assert (status.finished, kind) == (1, "succeeded" if restart_unknown else "unknown")
+    assert sim.request_count <= 1 + 2 * restart_unknown
 
 
 @pytest.mark.parametrize("borrowed", [False, True])
@@ -873,6 +882,41 @@ async def test_a_start_may_be_called_off_until_it_is_recorded() -> None:
     await asyncio.sleep(0)
     late.call_off()
     assert await leaving == "an execution"
+
+
+async def test_neither_a_turn_that_did_not_come_nor_an_output_too_deep_ends_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A turn that did not come in time is waited for anew; an output too deep to store is told."""
+    session = Session("key")
+    worker = workers.Worker(
+        None,  # type: ignore[arg-type]
+        "b",
+        session,
+        owns_session=False,
+        max_in_flight=1,
+        restart_unknown=False,
+    )
+
+    async def start(_: Callable[[], Any]) -> Any:
+        raise ExecutionTimeout("its turn did not come", timeout=1.0)
+
+    late = Departure(start)
+    await late.due()
+    answer = await worker._leave(late)
+    assert (answer["execution_id"], answer["error"]) == (None, None)
+
+    async def output(_: int) -> Any:
+        deep: list[Any] = []
+        for _ in range(100_000):
+            deep = [deep]
+        return deep
+
+    monkeypatch.setattr(worker, "_output", output)
+    outcome = await worker._outcome("a", workers._answer(execution_id=7))
+    assert (outcome.kind, outcome.execution_id) == ("failed", 7)
+    assert outcome.error is not None
+    assert outcome.error.type == "RecursionError"
 
 
 async def test_a_start_that_failed_and_is_given_away_makes_no_noise() -> None:

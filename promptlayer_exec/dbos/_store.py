@@ -179,7 +179,9 @@ class Store:
         except asyncio.CancelledError:
             self._hurry.set()
             with anyio.CancelScope(shield=True):
-                await asyncio.wait([running])
+                while not running.done():
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.wait([running])
             raise
 
     def close(self) -> None:
