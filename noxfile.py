@@ -195,12 +195,12 @@ def bench(session: nox.Session) -> None:
     session.install(".[dbos]", "httpx", "matplotlib")
     environment = {"PYTHONSAFEPATH": "1"}
     for program, *arguments in (
-        ("polls.py", *(part for name in others for part in (f"--{name}", pythons[name]))),
         ("imports.py",),
         ("schedule.py", "--chart", "docs/images/schedule.svg"),
         ("bucket.py",),
         ("durable.py",),
         ("__main__.py", *session.posargs),
+        ("polls.py", *(part for name in others for part in (f"--{name}", pythons[name]))),
     ):
         session.run("python", f"tests/benchmarks/{program}", *arguments, env=environment)
 

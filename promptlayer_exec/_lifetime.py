@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import anyio
 from anyio.abc import TaskGroup
 
 from promptlayer_exec._errors import SessionClosed
 from promptlayer_exec._policies import Deadline
-from promptlayer_exec._tasks import NO_CONTEXT, Tasks, stray
+from promptlayer_exec._tasks import Limit, Tasks, is_cancelled, stray
 
 T = TypeVar("T")
 
@@ -23,38 +23,6 @@ _supervisors: set[asyncio.Task[None]] = set()
 
 class DeadlinePassed(Exception):
     """A call took longer than it was allowed."""
-
-
-class _Call:
-    """A call under way, which can be ended early.
-
-    A timeout at half the cost of asyncio's: otherwise the most of what lies between a call and its
-    GET would be spent on it.
-    """
-
-    __slots__ = ("_before", "_task", "_timer", "ended")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, deadline: Deadline) -> None:
-        self._task = cast("asyncio.Task[Any]", asyncio.current_task(loop))
-        self._before = self._task.cancelling()
-        self._timer: asyncio.TimerHandle | None = None
-        if deadline.timeout is not None:
-            self._timer = loop.call_at(deadline.at, self.end, context=NO_CONTEXT)
-        self.ended = False
-
-    def end(self) -> None:
-        """Make the call raise `CancelledError` now."""
-        if not self.ended:
-            self.ended = True
-            self._task.cancel()
-
-    def left(self) -> bool:
-        """Tell whether its task is cancelled for a reason that is not the call's."""
-        if self._timer is not None:
-            self._timer.cancel()
-        if self.ended:
-            self._task.uncancel()
-        return self._task.cancelling() > self._before
 
 
 class Lifetime:
@@ -73,7 +41,7 @@ class Lifetime:
         self._ready = anyio.Event()
         self._closing = anyio.Event()
         self._ended = anyio.Event()
-        self._calls: set[_Call] = set()
+        self._calls: set[Limit] = set()
         self._calls_left = anyio.Event()
         self._tasks: TaskGroup
         self._watches = Tasks()
@@ -114,22 +82,22 @@ class Lifetime:
             DeadlinePassed: the deadline passed.
             SessionClosed: the session was closed.
         """
-        call = _Call(self._loop, deadline)
-        self._calls.add(call)
-        cancelled = None
+        limit = Limit(self._loop, None if deadline.timeout is None else deadline.at)
+        self._calls.add(limit)
         try:
-            return await run()
+            with limit:
+                return await run()
+        except TimeoutError:
+            if not limit.passed:
+                raise
         except asyncio.CancelledError as error:
-            cancelled = error
+            if is_cancelled():
+                raise
+            raise stray("the call", error) from error
         finally:
-            self._calls.discard(call)
-            is_cancelled = call.left()
+            self._calls.discard(limit)
             if self.closing and not self._calls:
                 self._calls_left.set()
-        if is_cancelled:
-            raise cancelled
-        if not call.ended:
-            raise stray("the call", cancelled) from cancelled
         if self.closing:
             raise SessionClosed
         raise DeadlinePassed
@@ -181,6 +149,6 @@ class Lifetime:
                 self._ended.set()
 
     def _release(self) -> None:
-        for call in self._calls:
-            call.end()
+        for limit in self._calls:
+            limit.end()
         self._watches.cancel()

@@ -225,7 +225,7 @@ def test_only_the_transport_knows_aiohttp_s_client() -> None:
 
 
 SCOPES = re.compile(
-    r"\b(CancelScope|fail_after|move_on_after|timeout|timeout_at|create_task_group|TaskGroup)\("
+    r"\b(CancelScope|Limit|fail_after|move_on_after|timeout|timeout_at|create_task_group|TaskGroup)\("
 )
 
 
@@ -256,11 +256,17 @@ def test_no_scope_spans_a_yield(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "scope", ["anyio.CancelScope()", "asyncio.timeout(1)", "anyio.create_task_group() as tasks"]
+    "scope",
+    [
+        "anyio.CancelScope()",
+        "Limit(loop, 1)",
+        "asyncio.timeout(1)",
+        "anyio.create_task_group() as tasks",
+    ],
 )
 def test_a_planted_yield_inside_a_scope_is_found(scope: str) -> None:
     """The check above can fail, however deep the `yield`; a nested function is another matter."""
-    kind = "with" if "Cancel" in scope else "async with"
+    kind = "async with" if scope.startswith("asyncio") or "group" in scope else "with"
     body = "        for x in y:\n            yield x"
     assert yields_inside_scopes(f"async def f():\n    {kind} {scope}:\n{body}") == [4]
     nested = f"async def f():\n    {kind} {scope}:\n        def g():\n            yield 1"
