@@ -120,7 +120,7 @@ class Pools:
         """Share out the connections of somebody else's client session."""
         connector = http.connector
         limits = (connector.limit, connector.limit_per_host) if connector is not None else ()
-        headers = {**_HEADERS, "X-API-KEY": api_key}
+        headers = _HEADERS | {"X-API-KEY": api_key}
         if "User-Agent" in http.headers:
             del headers["User-Agent"]
         # Those given with a request replace the session's, which has no public name for them.

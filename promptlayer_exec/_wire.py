@@ -509,8 +509,10 @@ def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
     if (milliseconds := _number(headers.get("retry-after-ms"))) is not None:
         return milliseconds / 1000
     value = headers.get("Retry-After")
-    if value is None or (seconds := _number(value)) is not None:
-        return None if value is None else seconds
+    if value is None:
+        return None
+    if (seconds := _number(value)) is not None:
+        return seconds
     try:
         date = parsedate_to_datetime(value)
         at = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()

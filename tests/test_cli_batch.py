@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ import promptlayer_exec
 from promptlayer_exec.cli import _batch as commands
 from promptlayer_exec.cli import _batch_progress as shown
 from promptlayer_exec.cli._app import app
-from promptlayer_exec.dbos import Batch, BatchStatus
+from promptlayer_exec.dbos import BatchStatus
 from promptlayer_exec.dbos import _batch as batches
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
@@ -284,7 +284,7 @@ def test_what_cannot_be_done_is_told(
 def test_unknown_items_are_restarted_when_told_to(
     sim: Simulator, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The results have one more line of each, though the writer may have seen all ended before."""
+    """The results have one more line of it, though their writer looks before it is restarted."""
     file = write(tmp_path / "night", {"workflow": "echo", "inputs": {"n": 1}})
     command = ("run", file, "--out", "out")
     sim.inject(Fault.disconnect())
@@ -292,19 +292,20 @@ def test_unknown_items_are_restarted_when_told_to(
     assert code == 1
     assert "unknown: nobody knows whether these runs were started, and billed: look" in err
 
-    seen_all = asyncio.Event()
-    writing, working = commands._write, Batch.work
+    looked = threading.Event()
+    look, restart = stores.Store.outcomes, stores.Store.restart_unknown
 
-    async def write_and_tell(*arguments: Any) -> None:
-        await writing(*arguments)
-        seen_all.set()
+    def looking(*arguments: Any, **options: Any) -> Any:
+        found = look(*arguments, **options)
+        looked.set()
+        return found
 
-    async def work_late(batch: Batch) -> BatchStatus:
-        await seen_all.wait()
-        return await working(batch)
+    def restarting_late(*arguments: Any) -> None:
+        assert looked.wait(10)
+        restart(*arguments)
 
-    monkeypatch.setattr(commands, "_write", write_and_tell)
-    monkeypatch.setattr(Batch, "work", work_late)
+    monkeypatch.setattr(stores.Store, "outcomes", looking)
+    monkeypatch.setattr(stores.Store, "restart_unknown", restarting_late)
     assert run(*command, "--restart-unknown")[0] == 0
     lines = results(tmp_path / "out")
     assert [(line["key"], line["succeeded"]) for line in lines] == [("1", False), ("1", True)]

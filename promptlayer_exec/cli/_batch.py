@@ -75,8 +75,6 @@ async def run_batch(
             err("all of them ended before: to run them again, give the batch another --name")
         with progress.shown(), _outages_told(progress):
             await _together(batch.work(), _follow(batch, progress), _write(batch.outcomes(), lines))
-        # Once more: that one may have seen all ended before the unknown ones were started again.
-        await _write(batch.outcomes(), lines)
     return await _conclude(name, batch)
 
 

@@ -183,12 +183,10 @@ class Results:
 
     def write(self, outcome: "StoredOutcome") -> None:
         """Write a line at once, unless it is there already."""
-        written = outcome.key, outcome.finished.isoformat()
-        if written in self._written:
-            return
-        self._written.add(written)
         if self._file is None:
             out(outcome.to_json())
+            return
+        if (outcome.key, outcome.finished.isoformat()) in self._written:
             return
         try:
             self._file.write(outcome.to_json().encode() + b"\n")
