@@ -6,10 +6,23 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+_decode_text = json.JSONDecoder().raw_decode
+
+
+def _decode(body: bytes) -> Any:
+    # UTF-8 without spaces before it, as ever: to find that out, `json.loads` takes half as long as
+    # it does to read a small body.
+    text = body.decode()
+    value, end = _decode_text(text)
+    if text[end:].strip(" \t\n\r"):
+        raise ValueError
+    return value
+
+
 try:
     import msgspec
 except ImportError:
-    _quick_loads: Callable[[bytes], Any] = json.loads
+    _quick_loads: Callable[[bytes], Any] = _decode
 else:
     _quick_loads = msgspec.json.Decoder().decode
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 
 import attrs
 
@@ -26,6 +26,13 @@ class FrozenMap(Mapping[str, V]):
 
     def __init__(self, items: Mapping[str, V] | None = None) -> None:
         self._items: dict[str, V] = dict(items or {})
+
+    @classmethod
+    def adopt(cls, items: dict[str, V]) -> Self:
+        """Return a mapping that is made of a dict itself, not of a copy: nobody may change it."""
+        mapping = object.__new__(cls)
+        mapping._items = items
+        return mapping
 
     def __getitem__(self, key: str) -> V:
         return self._items[key]
@@ -64,16 +71,34 @@ class NodeStatus(enum.StrEnum):
 
 
 # The server's documentation has named FAILED so as well.
-_STATUSES: Mapping[str, NodeStatus] = {**NodeStatus.__members__, "FAILURE": NodeStatus.FAILED}
+STATUSES: Mapping[str, NodeStatus] = {**NodeStatus.__members__, "FAILURE": NodeStatus.FAILED}
 FINAL = (NodeStatus.SUCCESS, NodeStatus.FAILED, NodeStatus.SKIPPED)
 
 
 def _read_status(status: str) -> NodeStatus | str:
-    return _STATUSES.get(status, status)
+    return STATUSES.get(status, status)
+
+
+class NodeSlots:
+    """What a node is made of, still without the guard that keeps it from being changed.
+
+    attrs sets each field of a frozen class by a call. Where nodes are made by the thousand, set the
+    fields of this, and then its `__class__`: it takes a third of the time.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "error_message",
+        "is_output_node",
+        "name",
+        "raw_error_message",
+        "status",
+        "value",
+    )
 
 
 @attrs.frozen
-class Node:
+class Node(NodeSlots):
     """One node of an execution, as one poll saw it.
 
     Attributes:

@@ -13,7 +13,7 @@ from datetime import UTC
 from email.utils import parsedate_to_datetime
 from functools import cache
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, cast
 from urllib.parse import quote
 
 import attrs
@@ -35,7 +35,15 @@ from promptlayer_exec._errors import (
 )
 from promptlayer_exec._events import logger
 from promptlayer_exec._json import loads
-from promptlayer_exec._models import FrozenMap, MainOutput, Node, StartRequest, same_json
+from promptlayer_exec._models import (
+    STATUSES,
+    FrozenMap,
+    MainOutput,
+    Node,
+    NodeSlots,
+    StartRequest,
+    same_json,
+)
 
 if TYPE_CHECKING:
     from yarl import URL
@@ -47,8 +55,10 @@ _ID_FIELD = "workflow_version_execution_id"
 _EXCERPT = 200
 _LINE = 500
 
+_new = object.__new__
 
-@attrs.frozen
+
+@attrs.define
 class Request:
     """What to ask of the server.
 
@@ -67,7 +77,7 @@ class Request:
     url: URL | None = None
 
 
-@attrs.frozen
+@attrs.define
 class Response:
     """What the server answered.
 
@@ -84,7 +94,7 @@ class Response:
     retry_after: float | None = None
 
 
-@attrs.frozen
+@attrs.define
 class Reply(Generic[T]):
     """A good answer, and how it came.
 
@@ -198,7 +208,7 @@ def _metadata(metadata: Any) -> dict[str, str] | None:
     return dict(metadata)
 
 
-@attrs.frozen
+@attrs.define
 class Started:
     """The answer to a run request: the execution's id, and what the server warned of."""
 
@@ -225,7 +235,7 @@ def read_started(response: Response) -> Started:
     return Started(execution_id, warning or None)
 
 
-@attrs.frozen
+@attrs.define
 class NodeMap:
     """The answer to a request for all outputs: `complete`, the nodes, and the decoded body."""
 
@@ -264,10 +274,13 @@ class NodeMapReader:
                 raw[name] = before.raw[name]
                 nodes[name] = before.nodes[name]
                 continue
-            nodes[name] = node = _node(name, body) or _checked_node(response, name, body)
-            if type(node.status) is str and node.status not in self._reported:
-                self._report(node, execution_id)
-        return NodeMap(response.status == 200, FrozenMap(nodes), raw)
+            node = _node(name, body)
+            if node is None:
+                node = _checked_node(response, name, body)
+                if type(node.status) is str and node.status not in self._reported:
+                    self._report(node, execution_id)
+            nodes[name] = node
+        return NodeMap(response.status == 200, FrozenMap.adopt(nodes), raw)
 
     def _report(self, node: Node, execution_id: int) -> None:
         if len(self._reported) < self._reported_at_most:
@@ -301,18 +314,27 @@ class RepeatReader:
 
 
 def _node(name: str, body: Any) -> Node | None:
-    """Return what `_checked_node` would, in half the time; None where that one must judge."""
+    """Return what `_checked_node` would, in a fraction of the time; None where that must judge."""
     if type(body) is not dict:
         return None
     get = body.get
-    status, message, is_output = get("status"), get("error_message"), get("is_output_node")
+    word, message, is_output = get("status"), get("error_message"), get("is_output_node")
     if (
-        type(status) is not str
+        type(word) is not str
+        or (status := STATUSES.get(word)) is None
         or (message is not None and type(message) is not str)
         or (is_output is not None and type(is_output) is not bool)
     ):
         return None
-    return Node(name, status, get("value"), message, get("raw_error_message"), is_output)
+    node: Any = _new(NodeSlots)
+    node.name = name
+    node.status = status
+    node.value = get("value")
+    node.error_message = message
+    node.raw_error_message = get("raw_error_message")
+    node.is_output_node = is_output
+    node.__class__ = Node
+    return cast(Node, node)
 
 
 def _checked_node(response: Response, name: str, body: Any) -> Node:

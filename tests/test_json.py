@@ -4,7 +4,11 @@ import importlib
 import json
 import math
 import sys
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,10 +53,14 @@ def what_comes(loads, body):
         return type(error), str(error)
 
 
+@pytest.mark.parametrize("quick", [_json._decode, msgspec.json.decode])
 @given(BODIES)
-def test_the_quick_way_reads_what_the_standard_library_reads(body: bytes) -> None:
+def test_the_quick_way_reads_what_the_standard_library_reads(
+    quick: Callable[[bytes], Any], body: bytes
+) -> None:
     """Each value is the same, to the last digit and type, and so is each refusal."""
-    assert what_comes(_json.loads, body) == what_comes(json.loads, body)
+    with patch.object(_json, "_quick_loads", quick):
+        assert what_comes(_json.loads, body) == what_comes(json.loads, body)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +86,10 @@ def test_without_msgspec_nothing_is_missing(monkeypatch: pytest.MonkeyPatch) -> 
         plain = importlib.reload(_json)
         assert math.isnan(plain.loads(b'{"a": NaN}')["a"])
         assert plain.loads(b"[1, 2.5]") == [1, 2.5]
+        assert plain.loads(b"[1]\n") == [1]
+        monkeypatch.setattr(json, "loads", lambda body: "asked")
+        assert plain.loads(b'{"a": [1]} \r\n') == {"a": [1]}
+        assert plain.loads(b" 1") == "asked"
     finally:
         monkeypatch.undo()
         importlib.reload(_json)
