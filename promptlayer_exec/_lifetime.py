@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import anyio
 from anyio.abc import TaskGroup
 
 from promptlayer_exec._errors import SessionClosed
 from promptlayer_exec._policies import Deadline
-from promptlayer_exec._tasks import Limit, Tasks, is_cancelled, stray
-
-T = TypeVar("T")
+from promptlayer_exec._tasks import Limit, Tasks, Timers, is_cancelled, stray
 
 # The loop itself keeps no strong reference: without one, a session that is dropped unclosed would
 # be torn apart by the garbage collector instead of being closed when the loop shuts down.
@@ -25,6 +23,34 @@ class DeadlinePassed(Exception):
     """A call took longer than it was allowed."""
 
 
+class Call(Limit):
+    """What limits a call: its deadline, and the life of the session.
+
+    `DeadlinePassed` or `SessionClosed` comes of it.
+    """
+
+    __slots__ = ("_lifetime",)
+
+    def __init__(self, lifetime: Lifetime, timers: Timers, at: float | None) -> None:
+        super().__init__(timers, at)
+        self._lifetime = lifetime
+        lifetime.begin(self)
+
+    def __exit__(
+        self, cls: type[BaseException] | None, error: BaseException | None, traceback: object
+    ) -> None:
+        try:
+            super().__exit__(cls, error, traceback)
+        except TimeoutError:
+            cls = TimeoutError
+        finally:
+            self._lifetime.end(self)
+        if self.passed and cls is not None and issubclass(cls, TimeoutError):
+            raise (SessionClosed if self._lifetime.closing else DeadlinePassed) from None
+        if cls is asyncio.CancelledError and not is_cancelled():
+            raise stray("the call", cast(BaseException, error)) from error
+
+
 class Lifetime:
     """One opening of a session, in the event loop that is running.
 
@@ -33,15 +59,17 @@ class Lifetime:
 
     Args:
         resources: closed at the end, when nothing runs any more.
+        timers: end its calls at their deadlines.
     """
 
-    def __init__(self, resources: AsyncExitStack) -> None:
-        self._loop = asyncio.get_running_loop()
+    def __init__(self, resources: AsyncExitStack, timers: Timers) -> None:
+        self._loop = timers.loop
+        self._timers = timers
         self._resources = resources
         self._ready = anyio.Event()
         self._closing = anyio.Event()
         self._ended = anyio.Event()
-        self._calls: set[Limit] = set()
+        self._calls: set[Call] = set()
         self._calls_left = anyio.Event()
         self._tasks: TaskGroup
         self._watches = Tasks()
@@ -52,7 +80,7 @@ class Lifetime:
     @property
     def closing(self) -> bool:
         """Whether the end has begun."""
-        return self._closing.is_set() or self._over()
+        return self._closing.is_set() or self._loop.is_closed()
 
     async def ready(self) -> None:
         """Wait until tasks can be spawned.
@@ -67,6 +95,11 @@ class Lifetime:
         if self.closing:
             raise SessionClosed
 
+    def is_ready(self) -> bool:
+        """Tell whether `ready` would return at once."""
+        self._check_loop()
+        return self._ready.is_set() and not self.closing
+
     def spawn(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run a task until it ends by itself or the session is closed."""
         self._tasks.start_soon(run)
@@ -75,32 +108,19 @@ class Lifetime:
         """Run a watch likewise; it never fails, and may be one of ten thousand."""
         self._watches.start(run(), name="promptlayer_exec._watch.Watch.run")
 
-    async def call(self, run: Callable[[], Awaitable[T]], deadline: Deadline) -> T:
-        """Await `run()`, but no longer than to the deadline or the closing of the session.
+    def call(self, deadline: Deadline) -> Call:
+        """Return the limit of a call: the deadline, and the closing of the session."""
+        return Call(self, self._timers, None if deadline.timeout is None else deadline.at)
 
-        Raises:
-            DeadlinePassed: the deadline passed.
-            SessionClosed: the session was closed.
-        """
-        limit = Limit(self._loop, None if deadline.timeout is None else deadline.at)
-        self._calls.add(limit)
-        try:
-            with limit:
-                return await run()
-        except TimeoutError:
-            if not limit.passed:
-                raise
-        except asyncio.CancelledError as error:
-            if is_cancelled():
-                raise
-            raise stray("the call", error) from error
-        finally:
-            self._calls.discard(limit)
-            if self.closing and not self._calls:
-                self._calls_left.set()
-        if self.closing:
-            raise SessionClosed
-        raise DeadlinePassed
+    def begin(self, call: Call) -> None:
+        """Take note of a call that has to end with the session."""
+        self._calls.add(call)
+
+    def end(self, call: Call) -> None:
+        """Take note that a call has ended."""
+        self._calls.discard(call)
+        if not self._calls and self.closing:
+            self._calls_left.set()
 
     def close(self) -> None:
         """Begin to end all that runs.
@@ -149,6 +169,6 @@ class Lifetime:
                 self._ended.set()
 
     def _release(self) -> None:
-        for limit in self._calls:
-            limit.end()
+        for call in self._calls:
+            call.end()
         self._watches.cancel()

@@ -15,7 +15,7 @@ from promptlayer_exec._lifetime import DeadlinePassed, Lifetime
 from promptlayer_exec._models import Snapshot, StartRequest
 from promptlayer_exec._policies import Deadline, Newborns, Outage, PollPolicy, RetryPolicy
 from promptlayer_exec._start import Clearance, Start
-from promptlayer_exec._tasks import clock
+from promptlayer_exec._tasks import Timers
 from promptlayer_exec._transport import Transport
 from promptlayer_exec._watch import Watch, timed_out
 from promptlayer_exec._wire import (
@@ -39,6 +39,7 @@ class Opening:
     Args:
         lifetime: runs its tasks, and ends them.
         transport: sends its requests.
+        timers: wake its watches and their followers.
         poll: when to look at an execution again.
         retry: what to survive.
         newborns: told of every execution that is started.
@@ -50,6 +51,7 @@ class Opening:
         self,
         lifetime: Lifetime,
         transport: Transport,
+        timers: Timers,
         *,
         poll: PollPolicy,
         retry: RetryPolicy,
@@ -59,6 +61,8 @@ class Opening:
     ) -> None:
         self.lifetime = lifetime
         self.transport = transport
+        self._timers = timers
+        self.clock = timers.loop.time
         self._poll = poll
         self._retry = retry
         self._newborns = newborns
@@ -77,6 +81,7 @@ class Opening:
         watch = self._watches[execution_id] = Watch(
             execution_id,
             partial(self.transport.call, request, reader.read),
+            self._timers,
             poll=self._poll,
             retry=self._retry,
             emit=self._emit,
@@ -115,16 +120,15 @@ class Opening:
         seen: Snapshot | None = None,
     ) -> Reply[T]:
         """Send a request that is no watch's, not before `due`; errors carry what was `seen`."""
-        due = max(due, clock())
+        now = self.clock()
+        due = max(due, now)
         outage = Outage(self._retry, self._retry.outage)
 
-        async def send() -> Reply[T]:
-            if due > clock():
-                await anyio.sleep_until(due)
-            return await self.transport.call(request, read, outage, due=due)
-
         try:
-            return await self.lifetime.call(send, deadline)
+            with self.lifetime.call(deadline):
+                if due > now:
+                    await anyio.sleep_until(due)
+                return await self.transport.call(request, read, outage, due=due)
         except PromptLayerExecError as error:
             error.execution_id = request.execution_id
             error.last_snapshot = seen
@@ -136,12 +140,12 @@ class Opening:
         """Ask for the main output of a complete execution until the server has it."""
         request = results_request(snapshot.execution_id, return_all_outputs=False)
         read = partial(read_main_output, execution_id=snapshot.execution_id)
-        due = started = clock()
+        due = started = self.clock()
         while True:
             reply = await self.call(request, read, deadline, due=due, seen=snapshot)
             if reply.value.complete:
                 return reply.value.value
-            now = clock()
+            now = self.clock()
             due = now + self._poll.delay(
                 elapsed=now - started,
                 final=len(snapshot.nodes),
@@ -159,13 +163,13 @@ class Opening:
         clearance: Clearance | None = None,
     ) -> Started:
         """Send a start, whose request must leave before the deadline."""
-        now = clock()
+        now = self.clock()
 
         async def post(outage: Outage, departure: Start) -> Started:
             reply = await self.transport.call(
                 http_request, read_started, outage, due=now, departure=departure
             )
-            self._newborns.add(reply.value.execution_id, now=clock())
+            self._newborns.add(reply.value.execution_id, now=self.clock())
             return reply.value
 
         start = Start(

@@ -72,12 +72,19 @@ class Pace:
         self._tested = 0.0
         self._tested_at = -math.inf
 
+    def depart(self) -> bool:
+        """Take the next departure, if it is now and nobody else waits."""
+        now = self._clock()
+        if self._next > now or self._limiters or self._turn.locked():
+            return False
+        self._next = now + 1.0 / self._speed(now)
+        return True
+
     async def acquire(self) -> None:
         """Wait for the next departure."""
-        queued = self._turn.locked()
-        if not queued and not self._limiters and self._next <= (now := self._clock()):
-            self._next = now + 1.0 / self._speed(now)
+        if self.depart():
             return
+        queued = self._turn.locked()
         async with self._turn:
             queued = await self._pause() or queued
             for limiter in self._limiters:
@@ -145,10 +152,13 @@ class _Rate:
         self._last = -math.inf
 
     def count(self, now: float) -> None:
-        if now - self._last > 1.0:
+        passed = now - self._last
+        if passed > 1.0:
             self._since = now
-        self._weight = self._weight_at(now) + 1.0
-        self._last = max(self._last, now)  # later, where answers still come after a 429
+        if passed > 0.0:  # not where answers still come after a 429
+            self._weight *= math.exp(-passed)
+            self._last = now
+        self._weight += 1.0
 
     def at(self, now: float) -> float:
         # What began lately has not its full weight yet.

@@ -43,7 +43,7 @@ from promptlayer_exec._settings import (
     sends_in_the_clear,
 )
 from promptlayer_exec._start import Clearance
-from promptlayer_exec._tasks import clock
+from promptlayer_exec._tasks import Timers, clock
 from promptlayer_exec._transport import Pools, Transport
 from promptlayer_exec._watch import Watch, finished_nodes, follow, take_snapshot
 from promptlayer_exec._wire import (
@@ -210,8 +210,8 @@ class Session:
         """
         execution_id = check_execution_id(execution_id)
         request = results_request(execution_id, return_all_outputs=return_all_outputs)
-        deadline = self._deadline(...)
         opening = await self._open(execution_id)
+        deadline = Deadline.after(self._wait_timeout, now=opening.clock())
         if not return_all_outputs:
             read_output = partial(read_main_output, execution_id=execution_id)
             return (await opening.call(request, read_output, deadline)).value
@@ -480,7 +480,8 @@ class Session:
                 raise SessionClosed
             if self._opening is None:
                 self._opening = self._begin()
-            await self._opening.lifetime.ready()
+            if not self._opening.lifetime.is_ready():
+                await self._opening.lifetime.ready()
         except PromptLayerExecError as error:
             error.execution_id = execution_id
             raise
@@ -495,6 +496,8 @@ class Session:
         base_url = find_base_url(self._base_url)
         self._warn_of_plain_http(base_url)
         resources = AsyncExitStack()
+        timers = Timers()
+        resources.callback(timers.close)
         if self._http is None:
             pools = Pools.open(self._max_connections, api_key, resources)
         else:
@@ -503,17 +506,18 @@ class Session:
             pools,
             base_url=base_url,
             api_key=api_key,
-            pace=Pace(self._rate, self._limiters),
+            pace=Pace(self._rate, self._limiters, clock=timers.loop.time),
             retry=self._retry,
             newborns=self._newborns,
             request_timeout=self._request_timeout,
             max_response_bytes=self._max_response_bytes,
             emit=self._emit,
+            timers=timers,
         )
-
         return Opening(
-            Lifetime(resources),
+            Lifetime(resources, timers),
             transport,
+            timers,
             poll=self._poll,
             retry=self._retry,
             newborns=self._newborns,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from functools import partial
 from random import random
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +18,7 @@ from promptlayer_exec._errors import (
 from promptlayer_exec._events import Emit, Polled, WatchEnded, WatchStarted, logger
 from promptlayer_exec._models import FINAL, FrozenMap, Node, NodeStatus, NodeTimes, Snapshot
 from promptlayer_exec._policies import Deadline, Outage, PollPolicy, RetryPolicy
-from promptlayer_exec._tasks import NO_CONTEXT, clock, is_cancelled, stray
+from promptlayer_exec._tasks import Timers, clock, is_cancelled, resolve, stray
 
 if TYPE_CHECKING:
     from promptlayer_exec._wire import NodeMap, Reply
@@ -58,33 +59,16 @@ _UNSEEN = NodeTimes()
 def _first_seen(
     nodes: Mapping[str, Node], before: Mapping[str, NodeTimes], elapsed: float
 ) -> Mapping[str, NodeTimes]:
-    times = dict(before)
-    running, final = NodeTimes(running=elapsed), NodeTimes(final=elapsed)
-    for name, node in nodes.items():
-        is_final, is_running = node.status in FINAL, node.status is NodeStatus.RUNNING
-        if (seen := times.get(name)) is None:
-            times[name] = final if is_final else running if is_running else _UNSEEN
-        elif is_final and seen.final is None:
-            times[name] = NodeTimes(seen.running, elapsed)
-        elif is_running and seen.running is None:
-            times[name] = NodeTimes(elapsed, seen.final)
-    return FrozenMap(times)
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-async def _until(due: float) -> None:
-    # One future and one timer, as ten thousand watches may be asleep.
-    loop = asyncio.get_running_loop()
-    future = loop.create_future()
-    timer = loop.call_at(due, _resolve, future, context=NO_CONTEXT)
-    try:
-        await future
-    finally:
-        timer.cancel()
+    seen_now: dict[NodeStatus | str, NodeTimes] = dict.fromkeys(FINAL, NodeTimes(final=elapsed))
+    seen_now[NodeStatus.RUNNING] = NodeTimes(running=elapsed)
+    times = {name: seen_now.get(node.status, _UNSEEN) for name, node in nodes.items()}
+    for name, earlier in before.items():
+        now = times.get(name, _UNSEEN)
+        running = now.running if earlier.running is None else earlier.running
+        final = now.final if earlier.final is None else earlier.final
+        is_news = running is not earlier.running or final is not earlier.final
+        times[name] = NodeTimes(running, final) if is_news else earlier
+    return FrozenMap.adopt(times)
 
 
 class Watch:
@@ -93,6 +77,7 @@ class Watch:
     Args:
         execution_id: the execution.
         fetch: gets its node map.
+        timers: wake it and its followers.
         poll: when to look again.
         retry: what to survive.
         emit: told of polls, and of the watch's beginning and end.
@@ -103,6 +88,7 @@ class Watch:
         self,
         execution_id: int,
         fetch: Fetch,
+        timers: Timers,
         *,
         poll: PollPolicy,
         retry: RetryPolicy,
@@ -112,6 +98,7 @@ class Watch:
         self.execution_id = execution_id
         self.latest: Snapshot | None = None
         self._fetch = fetch
+        self._timers = timers
         self._poll = poll
         self._retry = retry
         self._emit = emit
@@ -157,18 +144,17 @@ class Watch:
         return snapshot
 
     async def _wait(self, waiting: set[asyncio.Future[None]], deadline: Deadline) -> None:
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
+        future = self._timers.loop.create_future()
         waiting.add(future)
         timer = None
         if deadline.timeout is not None:
-            timer = loop.call_at(deadline.at, _resolve, future, context=NO_CONTEXT)
+            timer = self._timers.call_at(deadline.at, partial(resolve, future))
         try:
             await future
         finally:
             waiting.discard(future)
             if timer is not None:
-                timer.cancel()
+                self._timers.cancel(timer)
 
     def _complete(self, deadline: Deadline) -> Snapshot | None:
         snapshot = self._there(None, deadline)
@@ -219,7 +205,7 @@ class Watch:
         try:
             while (following := await self._look(started, due)) is not None:
                 due = following
-                await _until(due)
+                await self._timers.sleep_until(due)
         except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to the followers
             return error
         return None
@@ -264,10 +250,10 @@ class Watch:
 
     def _wake(self, *, over: bool) -> None:
         for future in self._curious:
-            _resolve(future)
+            resolve(future)
         if over:
             for future in self._patient:
-                _resolve(future)
+                resolve(future)
 
     def _end(self, error: Exception | None, *, elapsed: float) -> None:
         if error is not None:

@@ -41,6 +41,7 @@ from promptlayer_exec import (
 from promptlayer_exec._lifetime import Lifetime
 from promptlayer_exec._policies import Deadline, Outage
 from promptlayer_exec._start import Start
+from promptlayer_exec._tasks import Timers
 from promptlayer_exec._wire import Started
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
@@ -586,7 +587,7 @@ class Server:
 @pytest.fixture
 async def begin(recorder: Any) -> AsyncIterator[Callable[..., Any]]:
     """Return a function that runs a start, and returns the task of its caller."""
-    lifetime = Lifetime(AsyncExitStack())
+    lifetime = Lifetime(AsyncExitStack(), Timers())
     await lifetime.ready()
 
     def run(post: Any, *, timeout: float | None = None, outage: Any = None) -> Any:

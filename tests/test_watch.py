@@ -28,6 +28,7 @@ from promptlayer_exec import (
 )
 from promptlayer_exec._models import FrozenMap
 from promptlayer_exec._policies import Deadline
+from promptlayer_exec._tasks import Timers
 from promptlayer_exec._watch import Watch
 from promptlayer_exec._wire import NodeMap, Reply
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
@@ -529,6 +530,7 @@ async def watch(script: Script) -> AsyncIterator[Watch]:
     watch = Watch(
         7,
         script,
+        Timers(),
         poll=PollPolicy.fixed(0.001),
         retry=RetryPolicy(),
         emit=lambda event: None,
@@ -585,6 +587,7 @@ async def test_a_poller_without_followers_asks_nothing(script: Script) -> None:
     watch = Watch(
         7,
         script,
+        Timers(),
         poll=PollPolicy(),
         retry=RetryPolicy(),
         emit=events.append,
@@ -712,6 +715,7 @@ async def test_the_schedule_sees_what_the_watch_has_seen(
     watch = Watch(
         7,
         script,
+        Timers(),
         poll=Policy(),
         retry=RetryPolicy(),
         emit=lambda event: None,
