@@ -32,6 +32,7 @@ from promptlayer_exec._events import Emit, RequestRetried, Throttled
 from promptlayer_exec._outages import Outages
 from promptlayer_exec._pace import Pace
 from promptlayer_exec._policies import Newborns, Outage, RetryPolicy
+from promptlayer_exec._receiving import PIECE, Receiver
 from promptlayer_exec._secret import Secret
 from promptlayer_exec._tasks import Limit, Timers, is_cancelled
 from promptlayer_exec._version import __version__
@@ -117,6 +118,7 @@ class Pools:
                 connector=connector,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers=headers,
+                read_bufsize=PIECE // 2,  # it pauses beyond twice as much
             )
             # What `_send_once` does for a borrowed one, at no cost; it has no public name.
             http._retry_connection = False
@@ -228,6 +230,7 @@ class Transport:
         self._outages = Outages()
         self._timers = timers
         self._clock = timers.loop.time
+        self._receiver = Receiver(timers)
 
     def addressed(self, request: Request) -> Request:
         """Return a request with its URL, so that it is not built anew whenever it is sent."""
@@ -351,7 +354,7 @@ class Transport:
                 limit = self._max_response_bytes if answer.status < 300 else _ERROR_BODY_BYTES
                 # Of a refusal a little more: a key at its end is blotted out before it is cut.
                 more = _LONGEST_KEY if answer.status >= 300 else 0
-                await _receive(answer, pieces, limit + more)
+                await self._receiver.receive(answer, pieces, limit + more)
         except (aiohttp.ClientError, OSError) as error:  # OSError: also every TimeoutError
             trouble = error
         except asyncio.CancelledError as error:
@@ -430,22 +433,6 @@ class Transport:
     def _excerpt(self, body: bytes) -> str:
         # Blotted out before it is cut: half a key tells much, too.
         return excerpt(self._key.blot_bytes(body[:_ERROR_BODY_BYTES]))
-
-
-async def _receive(answer: aiohttp.ClientResponse, pieces: list[bytes], limit: int) -> None:
-    """Read a body into `pieces`, and stop where it exceeds `limit` bytes."""
-    content = answer.content
-    size = 0
-    try:
-        while not content.at_eof():
-            piece = content.read_nowait() or await content.readany()
-            pieces.append(piece)
-            size += len(piece)
-            if size > limit:
-                break
-    finally:
-        if not answer.closed:  # it closes itself where the body was read to its end
-            answer.close()
 
 
 def _reason(error: BaseException | None) -> str:

@@ -617,6 +617,57 @@ async def test_bytes_that_trickle_in_in_time_are_an_answer(
     assert recorder.of(RequestRetried) == []
 
 
+LARGE = "x" * 2_000_000
+
+
+def half_and_then(on: Callable[[Exchange, bytes], Awaitable[None]]) -> tuple[Act, asyncio.Event]:
+    """Return the act of sending half a large body, and what tells that it was sent."""
+    sent = asyncio.Event()
+
+    async def act(exchange: Exchange) -> None:
+        head, body = (await exchange.fetch()).sized()
+        middle = len(body) // 2
+        await exchange.send(head + body[:middle])
+        sent.set()
+        await on(exchange, body[middle:])
+
+    return act, sent
+
+
+async def stand_still(exchange: Exchange, rest: bytes) -> None:
+    """Say no more."""
+    await exchange.silence()
+
+
+async def drip(exchange: Exchange, rest: bytes) -> None:
+    """Send byte after byte, without a pause."""
+    for byte in rest:
+        await exchange.send(bytes([byte]))
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("on", [stand_still, drip])
+async def test_a_large_body_that_is_slow_keeps_no_other_waiting(
+    sim: Simulator,
+    proxy: Proxy,
+    connect: Callable[..., Session],
+    on: Callable[[Exchange, bytes], Awaitable[None]],
+) -> None:
+    """They are read one after the other, but only for as long as they flow."""
+    large = sim.add_execution(Scenario([SimNode("Answer", LARGE, is_output_node=True)]))
+    act, sent = half_and_then(on)
+    proxy.misbehave(act)
+    async with connect(request_timeout=LONG) as session, asyncio.timeout(LONG / 2):
+        slow = asyncio.create_task(session.get_results(large))
+        await sent.wait()
+        others = [session.get_results(large) for _ in range(3)]
+        for result in await asyncio.gather(*others):
+            assert result.value == LARGE
+        assert not slow.done()
+        slow.cancel()
+        await asyncio.wait([slow])
+
+
 @pytest.mark.parametrize("retry", [NO_RETRY, RetryPolicy()], ids=["no retries", "retries"])
 async def test_a_connection_that_is_closed_between_polls_costs_nothing(
     connect: Callable[..., Session],

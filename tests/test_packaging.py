@@ -75,6 +75,7 @@ LAYERS = [
     "_pace",
     "_secret",
     "_settings",
+    "_receiving",
     "_transport",
     "_watch",
     "_start",
@@ -259,7 +260,7 @@ def test_no_scope_spans_a_yield(path: Path) -> None:
     "scope",
     [
         "anyio.CancelScope()",
-        "Limit(loop, 1)",
+        "Limit(alarm, 1)",
         "asyncio.timeout(1)",
         "anyio.create_task_group() as tasks",
     ],
