@@ -1,6 +1,8 @@
 """A server that costs next to nothing: it answers every request with bytes that are ready.
 
 Usage: server.py [STATUS NODES BYTES], for an execution that never changes; one that runs otherwise.
+For the former it never sleeps, so that no client pays for waking it: that would take part of the
+client's time, and the slower a client is, the more often it would have to.
 """
 
 from __future__ import annotations
@@ -97,13 +99,20 @@ class Connection(asyncio.Protocol):
             self._transport.write(b"".join(itertools.islice(self.answers, len(requests))))
 
 
-async def serve(answers: list[bytes]) -> None:
+def stay_awake(loop: asyncio.AbstractEventLoop) -> None:
+    """Keep the event loop from waiting."""
+    loop.call_soon(stay_awake, loop)
+
+
+async def serve(answers: list[bytes], *, awake: bool) -> None:
     """Serve on a port, and print it; stop when standard input ends, as it does with its owner."""
     Connection.answers = itertools.cycle(answers)
     loop = asyncio.get_running_loop()
     server = await loop.create_server(Connection, "127.0.0.1", 0, backlog=1024)
     sys.stdout.write(f"{server.sockets[0].getsockname()[1]}\n")
     sys.stdout.flush()
+    if awake:
+        stay_awake(loop)
     owner = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(owner), sys.stdin)
     with contextlib.suppress(TimeoutError):
@@ -117,7 +126,7 @@ def main(status: str = "", nodes: str = "", size: str = "") -> None:
         answers = [answer(outputs(int(nodes), int(size)), int(status))]
     else:
         answers = [answer(node_map(variant)) for variant in range(ANSWERS)]
-    asyncio.run(serve(answers))
+    asyncio.run(serve(answers, awake=bool(status)))
 
 
 if __name__ == "__main__":
