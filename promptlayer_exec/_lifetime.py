@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio
-from anyio.abc import TaskGroup
 
 from promptlayer_exec._errors import SessionClosed
 from promptlayer_exec._policies import Deadline
 from promptlayer_exec._tasks import Limit, Tasks, Timers, is_cancelled, stray
+
+if TYPE_CHECKING:
+    from anyio.abc import TaskGroup
 
 # The loop itself keeps no strong reference: without one, a session that is dropped unclosed would
 # be torn apart by the garbage collector instead of being closed when the loop shuts down.

@@ -260,7 +260,7 @@ def test_no_scope_spans_a_yield(path: Path) -> None:
     "scope",
     [
         "anyio.CancelScope()",
-        "Limit(alarm, 1)",
+        "Limit(timers, 1)",
         "asyncio.timeout(1)",
         "anyio.create_task_group() as tasks",
     ],

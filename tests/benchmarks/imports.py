@@ -13,7 +13,7 @@ import tracemalloc
 
 from promptlayer_exec._wire import NodeMapReader, Response
 
-ROUNDS = 15
+ROUNDS = 41
 MOST_IMPORT = 1.15
 BODY = 50 * 2**20
 MOST_PEAK = 3.5
