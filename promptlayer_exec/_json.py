@@ -10,8 +10,8 @@ _decode_text = json.JSONDecoder().raw_decode
 
 
 def _decode(body: bytes) -> Any:
-    # UTF-8 without spaces before it, as ever: to find that out, `json.loads` takes half as long as
-    # it does to read a small body.
+    # The usual body: UTF-8, no BOM, no space before it. All else is left, by an error, to
+    # `json.loads`, which looks for it for as long as it takes to read a small body.
     text = body.decode()
     value, end = _decode_text(text)
     if text[end:].strip(" \t\n\r"):

@@ -41,13 +41,10 @@ class Call(Limit):
     def __exit__(
         self, cls: type[BaseException] | None, error: BaseException | None, traceback: object
     ) -> None:
-        try:
-            super().__exit__(cls, error, traceback)
-        except TimeoutError:
-            cls = TimeoutError
-        finally:
-            self._lifetime.end(self)
-        if self.passed and cls is not None and issubclass(cls, TimeoutError):
+        is_over = self._leave(cls)
+        self._lifetime.end(self)
+        # A request may time out in the very turn in which the deadline passes.
+        if is_over or (self.passed and cls is not None and issubclass(cls, TimeoutError)):
             raise (SessionClosed if self._lifetime.closing else DeadlinePassed) from None
         if cls is asyncio.CancelledError and not is_cancelled():
             raise stray("the call", cast(BaseException, error)) from error

@@ -72,19 +72,12 @@ class Pace:
         self._tested = 0.0
         self._tested_at = -math.inf
 
-    def depart(self) -> bool:
-        """Take the next departure, if it is now and nobody else waits."""
-        now = self._clock()
-        if self._next > now or self._limiters or self._turn.locked():
-            return False
-        self._next = now + 1.0 / self._speed(now)
-        return True
-
     async def acquire(self) -> None:
         """Wait for the next departure."""
-        if self.depart():
-            return
         queued = self._turn.locked()
+        if not queued and not self._limiters and self._next <= (now := self._clock()):
+            self._next = now + 1.0 / self._speed(now)
+            return
         async with self._turn:
             queued = await self._pause() or queued
             for limiter in self._limiters:

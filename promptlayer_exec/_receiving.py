@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import anyio
@@ -13,15 +14,20 @@ if TYPE_CHECKING:
 
 # What asyncio reads at once; a body is large if it takes more than that.
 PIECE = 256 * 1024
-_TURN = 0.01  # seconds
+# The longest turn, in seconds: less than a few megabytes take while they flow is not enough.
+_TURN = 0.02
+# The seconds without turns after one that was not enough: twice as many each time.
+_PAUSE = 0.05
+_LONGEST_PAUSE = 5.0
 
 
 class Receiver:
-    """Receives bodies, of which one large one at a time for as long as it flows.
+    """Receives bodies: large ones in turn, for as long as they flow.
 
-    What came is then still in the processor's caches when it is decoded, and few bodies lie around
-    in part: where many come at once, this takes less time, and far less memory. Flowing or not, a
-    turn is so short that nobody has to wait for a body that is slow.
+    What came of a body is then still in the processor's caches when it is decoded, and few bodies
+    lie around in part: where many come at once, this takes less time, and far less memory. Where
+    they come slowly, or where the event loop is busy, it would make all of them late: so after a
+    turn in which a body did not come to its end there are none for a while.
 
     Args:
         timers: end the turns.
@@ -29,7 +35,11 @@ class Receiver:
 
     def __init__(self, timers: Timers) -> None:
         self._timers = timers
+        self._clock = timers.loop.time
         self._turn = anyio.Lock(fast_acquire=True)
+        self._queue: set[Limit] = set()
+        self._resume_at = -math.inf
+        self._pause = _PAUSE
 
     async def receive(
         self, answer: aiohttp.ClientResponse, pieces: list[bytes], limit: int
@@ -39,20 +49,40 @@ class Receiver:
         try:
             while not body.is_over():
                 await body.take()
-                if body.size >= PIECE and not body.is_over():
-                    await self._take_turn(body)
+                if body.size >= PIECE and self._clock() >= self._resume_at and not body.is_over():
+                    await self._receive_in_turn(body)
         finally:
             if not answer.closed:  # it closes itself where the body was read to its end
                 answer.close()
 
-    async def _take_turn(self, body: _Body) -> None:
-        async with self._turn:
-            try:
-                with Limit(self._timers, self._timers.loop.time() + _TURN):
-                    while not body.is_over():
-                        await body.take()
-            except TimeoutError:
-                pass  # of the limit; one of the connection's comes again
+    async def _receive_in_turn(self, body: _Body) -> None:
+        if not await self._wait():
+            return
+        try:
+            with Limit(self._timers, self._clock() + _TURN):
+                while not body.is_over():
+                    await body.take()
+            self._pause = _PAUSE
+        except TimeoutError:  # of the limit; one of the connection's comes again
+            self._resume_at = self._clock() + self._pause
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            for waiting in self._queue:
+                waiting.end()
+        finally:
+            self._turn.release()
+
+    async def _wait(self) -> bool:
+        """Wait for a turn; return whether it came before all turns were ended."""
+        waiting = Limit(self._timers, None)
+        self._queue.add(waiting)
+        try:
+            with waiting:
+                await self._turn.acquire()
+        except TimeoutError:
+            return False
+        finally:
+            self._queue.discard(waiting)
+        return True
 
 
 class _Body:

@@ -265,8 +265,7 @@ class Transport:
                     if not pool.take_place():
                         await pool.places.acquire()
                     try:
-                        if not self._pace.depart():
-                            await self._pace.acquire()
+                        await self._pace.acquire()
                         if departure is not None:
                             await departure.clear()
                         sent_at = self._clock()

@@ -655,17 +655,19 @@ async def test_a_large_body_that_is_slow_keeps_no_other_waiting(
 ) -> None:
     """They are read one after the other, but only for as long as they flow."""
     large = sim.add_execution(Scenario([SimNode("Answer", LARGE, is_output_node=True)]))
-    act, sent = half_and_then(on)
-    proxy.misbehave(act)
+    acts, halves = zip(*(half_and_then(on) for _ in range(20)), strict=True)
+    proxy.misbehave(*acts)
     async with connect(request_timeout=LONG) as session, asyncio.timeout(LONG / 2):
-        slow = asyncio.create_task(session.get_results(large))
-        await sent.wait()
+        slow = [asyncio.create_task(session.get_results(large)) for _ in acts]
+        for half in halves:
+            await half.wait()
         others = [session.get_results(large) for _ in range(3)]
         for result in await asyncio.gather(*others):
             assert result.value == LARGE
-        assert not slow.done()
-        slow.cancel()
-        await asyncio.wait([slow])
+        assert not any(task.done() for task in slow)
+        for task in slow:
+            task.cancel()
+        await asyncio.wait(slow)
 
 
 @pytest.mark.parametrize("retry", [NO_RETRY, RetryPolicy()], ids=["no retries", "retries"])

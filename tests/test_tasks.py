@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promptlayer_exec._tasks import Limit, Timers
+from promptlayer_exec._tasks import Limit, Tasks, Timers
 
 
 class Handle:
@@ -218,3 +218,38 @@ async def test_who_is_cancelled_as_a_limit_passes_is_cancelled() -> None:
     waiting.cancel()
     await asyncio.wait([waiting])
     assert waiting.cancelled()
+
+
+async def test_a_loop_that_rings_too_early_is_not_kept_busy(loop: Loop) -> None:
+    """One that counts whole milliseconds would ring on and on until the present one is over."""
+    timers = timers_on(loop)
+    rang: list[float] = []
+    timers.call_at(100.0004, lambda: rang.append(loop.now))
+    (alarm,) = loop.waiting()
+    loop.handles.clear()
+    alarm.callback()
+    (alarm,) = loop.waiting()
+    assert alarm.at == pytest.approx(100.001)
+    loop.advance(0.001)
+    assert len(rang) == 1
+
+
+async def test_closed_timers_can_still_be_set(loop: Loop) -> None:
+    """Whatever comes late must not wait for ever."""
+    timers = timers_on(loop)
+    timers.call_at(500.0, lambda: None)
+    timers.close()
+    rang: list[float] = []
+    timers.call_at(600.0, lambda: rang.append(loop.now))
+    loop.advance(500.0)
+    assert rang == [600.0]
+
+
+def test_timers_of_two_threads_do_not_meet() -> None:
+    """Each has its context: to enter one that another thread is in fails, and rings never again."""
+
+    async def make() -> tuple[Context, Context]:
+        return Timers()._context, Tasks()._context
+
+    contexts = {id(context): context for _ in range(2) for context in asyncio.run(make())}
+    assert len(contexts) == 2 * 2

@@ -50,7 +50,7 @@ class Contender(NamedTuple):
 BODIES = (
     Body("10 nodes of 100 B", 10, 100, 5_000),
     Body("50 nodes of 2 KB", 50, 2_000, 2_000),
-    Body("200 nodes of 20 KB", 200, 20_000, 200),
+    Body("200 nodes of 20 KB", 200, 20_000, 400),
 )
 LEAST_VENDOR = 40.0
 # One that makes a TLS context and a connection for each poll would take minutes otherwise.
