@@ -87,6 +87,8 @@ def test_without_msgspec_nothing_is_missing(monkeypatch: pytest.MonkeyPatch) -> 
         assert math.isnan(plain.loads(b'{"a": NaN}')["a"])
         assert plain.loads(b"[1, 2.5]") == [1, 2.5]
         assert plain.loads(b"[1]\n") == [1]
+        with pytest.raises(json.JSONDecodeError, match="Extra data"):
+            plain.loads(b"[1] 2")
         monkeypatch.setattr(json, "loads", lambda body: "asked")
         assert plain.loads(b'{"a": [1]} \r\n') == {"a": [1]}
         assert plain.loads(b" 1") == "asked"
