@@ -25,9 +25,9 @@ class Receiver:
     """Receives bodies: large ones in turn, for as long as they flow.
 
     What came of a body is then still in the processor's caches when it is decoded, and few bodies
-    lie around in part: where many come at once, this takes less time, and far less memory. Where
-    they come slowly, or where the event loop is busy, it would make all of them late: so after a
-    turn in which a body did not come to its end there are none for a while.
+    lie around in part: where many come at once, this takes less time and memory. Where they come
+    slowly, or where the event loop is busy, it would make all of them late: so after a turn in
+    which a body did not come to its end there are none for a while.
 
     Args:
         timers: end the turns.
