@@ -49,15 +49,14 @@ class Receiver:
         try:
             while not body.is_over():
                 await body.take()
-                if body.size >= PIECE and self._clock() >= self._resume_at and not body.is_over():
-                    await self._receive_in_turn(body)
+                in_turn = body.size >= PIECE and self._clock() >= self._resume_at
+                if in_turn and not body.is_over() and await self._wait():
+                    await self._take_turn(body)
         finally:
             if not answer.closed:  # it closes itself where the body was read to its end
                 answer.close()
 
-    async def _receive_in_turn(self, body: _Body) -> None:
-        if not await self._wait():
-            return
+    async def _take_turn(self, body: _Body) -> None:
         try:
             with Limit(self._timers, self._clock() + _TURN):
                 while not body.is_over():
