@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # What asyncio reads at once; a body is large if it takes more than that.
 PIECE = 256 * 1024
-# The longest turn, in seconds: less than a few megabytes take while they flow is not enough.
+# The longest turn, in seconds: enough for some megabytes, if they flow.
 _TURN = 0.02
 # The seconds without turns after one that was not enough: twice as many each time.
 _PAUSE = 0.05
