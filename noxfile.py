@@ -67,12 +67,12 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """Demand full branch coverage of the rooms behind the face, and 90 % of the rest."""
+    """Demand full branch coverage of the private modules, and 90 % of the rest."""
     _install(session, "test")
     session.run("coverage", "combine")
-    rooms = "promptlayer_exec/_*.py"
-    session.run("coverage", "report", f"--include={rooms}", "--fail-under=100")
-    session.run("coverage", "report", f"--omit={rooms}", "--fail-under=90")
+    private = "promptlayer_exec/_*.py"
+    session.run("coverage", "report", f"--include={private}", "--fail-under=100")
+    session.run("coverage", "report", f"--omit={private}", "--fail-under=90")
 
 
 @nox.session
@@ -100,8 +100,8 @@ def extras(session: nox.Session, extra: str) -> None:
     """Import what an extra is for, with that extra alone."""
     session.install(f".[{extra}]")
     environment = {"PYTHONSAFEPATH": "1"}
-    room = "_json" if extra == "speed" else extra
-    session.run("python", "-W", "error", "-c", f"import promptlayer_exec.{room}", env=environment)
+    module = "_json" if extra == "speed" else extra
+    session.run("python", "-W", "error", "-c", f"import promptlayer_exec.{module}", env=environment)
     if extra == "cli":
         session.run("promptlayer-exec", "--help", silent=True, env=environment)
 
@@ -141,7 +141,7 @@ def sdist(session: nox.Session) -> None:
     shutil.unpack_archive(packed, out, filter="data")
     session.chdir(out / packed.name.removesuffix(".tar.gz"))
     # Those that read files beside the package, unless told otherwise.
-    tests = session.posargs or [f"tests/test_{it}.py" for it in ("docs", "face", "packaging")]
+    tests = session.posargs or [f"tests/test_{it}.py" for it in ("docs", "public_api", "packaging")]
     session.run("pytest", *tests, env={"PYTHONSAFEPATH": "1"})
 
 

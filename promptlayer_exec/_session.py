@@ -1,4 +1,4 @@
-"""The session: how the rooms are wired together."""
+"""The session: its settings, and how its parts are wired together."""
 
 from __future__ import annotations
 

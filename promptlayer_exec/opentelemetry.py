@@ -218,7 +218,7 @@ class OpenTelemetryObserver:
 
 def _type(error: Exception) -> str:
     cls = type(error)
-    # The rooms behind the face are not where a user finds an error.
+    # The private modules are not where a user finds an error.
     module = (
         "promptlayer_exec" if cls.__module__.startswith("promptlayer_exec.") else cls.__module__
     )

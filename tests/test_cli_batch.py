@@ -84,13 +84,13 @@ def run(sim: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PROMPTLAYER_BASE_URL", sim.base_url)
     monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
-    for room, interval in (
+    for module, interval in (
         (stores, "_QUEUE_INTERVAL"),
         (workers, "_CHECK"),
         (batches, "_LOOK_AGAIN"),
         (commands, "_REFRESH"),
     ):
-        monkeypatch.setattr(room, interval, 0.02)
+        monkeypatch.setattr(module, interval, 0.02)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as end:

@@ -60,12 +60,12 @@ def url(tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    for room, interval in (
+    for module, interval in (
         (stores, "_QUEUE_INTERVAL"),
         (workers, "_CHECK"),
         (batches, "_LOOK_AGAIN"),
     ):
-        monkeypatch.setattr(room, interval, 0.02)
+        monkeypatch.setattr(module, interval, 0.02)
 
 
 @pytest.fixture(autouse=True)
@@ -387,7 +387,7 @@ async def test_a_server_that_is_away_ends_the_work_and_no_item(
     await batch_of().add([request("a", 1)])
     with socket.create_server(("127.0.0.1", 0), backlog=0) as deaf:
         address = deaf.getsockname()
-        with socket.create_connection(address):  # there is no room for another one
+        with socket.create_connection(address):  # there is no space for another one
             for port, error in ((9, ConnectionFailed), (address[1], RequestTimeout)):
                 nobody = Session(
                     "key",

@@ -136,11 +136,11 @@ def test_a_command_that_is_none_is_found() -> None:
 
 
 def test_the_reference_is_complete() -> None:
-    """It names each public room and each name of the face, and tells what to do on each error."""
+    """It names each public module and each public name, and says what to do on each error."""
     pages = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
-    rooms = {room.name for room in pkgutil.iter_modules(promptlayer_exec.__path__)} - {"cli"}
-    for room in rooms:
-        assert room.startswith("_") or f"promptlayer_exec.{room}\n" in pages, room
+    modules = {module.name for module in pkgutil.iter_modules(promptlayer_exec.__path__)} - {"cli"}
+    for module in modules:
+        assert module.startswith("_") or f"promptlayer_exec.{module}\n" in pages, module
     for name in {*promptlayer_exec.__all__, *promptlayer_exec.simulator.__all__} - {"__version__"}:
         assert re.search(rf":: {name}$", pages, re.MULTILINE), name
     failures = (ROOT / "docs" / "failures.md").read_text()

@@ -105,7 +105,7 @@ TREE = {
 
 @pytest.mark.parametrize("name", TREE)
 def test_tree(name):
-    """Each error has exactly the bases that the contract draws, and is in the face."""
+    """Each error has exactly the bases that the contract draws, and is public."""
     cls = getattr(promptlayer_exec, name)
     assert tuple(base.__name__ for base in cls.__bases__) == TREE[name]
     assert name in promptlayer_exec.__all__

@@ -360,8 +360,8 @@ def test_every_error_has_its_answer(error: PromptLayerExecError, status: int) ->
 
 def test_no_error_of_the_face_is_forgotten() -> None:
     """A new one must take its place in the mapping, and in the docs."""
-    face = {getattr(promptlayer_exec, name) for name in promptlayer_exec.__all__[:-1]}
-    errors = {cls for cls in face if isinstance(cls, type) and issubclass(cls, Exception)}
+    public = {getattr(promptlayer_exec, name) for name in promptlayer_exec.__all__[:-1]}
+    errors = {cls for cls in public if isinstance(cls, type) and issubclass(cls, Exception)}
     answered = {type(error) for error, _ in ANSWERS}
     assert errors - answered == {PromptLayerExecError, RequestError}
     docs = (Path(__file__).parents[1] / "docs" / "fastapi.md").read_text(encoding="utf-8")
@@ -370,7 +370,7 @@ def test_no_error_of_the_face_is_forgotten() -> None:
 
 
 class Novel(PromptLayerExecError):
-    """An error that this room does not know."""
+    """An error that this module does not know."""
 
 
 def test_an_error_of_a_kind_that_is_not_known_is_the_server_s() -> None:

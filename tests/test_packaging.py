@@ -1,4 +1,4 @@
-"""The house itself: its face, its layers, and rules that hold for every room."""
+"""The package itself: its public API, its layers, and rules that hold for every module."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ FACE = [
     "FieldError",
     "__version__",
 ]
-# From the ground up: a room may import, at run time, only what stands before it.
+# From the ground up: a module may import, at run time, only what stands before it.
 LAYERS = [
     "_version",
     "_tasks",
@@ -93,7 +93,7 @@ LAYERS = [
 
 
 def imports_of_ours(source: str, depth: int = 1) -> set[str]:
-    """Return the rooms of the package that a module imports at run time.
+    """Return the modules of the package that a module imports at run time.
 
     Args:
         source: the module's text.
@@ -124,9 +124,9 @@ def imports_of_ours(source: str, depth: int = 1) -> set[str]:
     return found
 
 
-def upward_imports(room: str, source: str) -> set[str]:
-    """Return the imports of a room that the layering forbids."""
-    return imports_of_ours(source) - set(LAYERS[: LAYERS.index(room)])
+def upward_imports(module: str, source: str) -> set[str]:
+    """Return the imports of a module that the layering forbids."""
+    return imports_of_ours(source) - set(LAYERS[: LAYERS.index(module)])
 
 
 def test_the_face_is_exactly_the_contract_s() -> None:
@@ -151,12 +151,12 @@ def test_the_version_is_the_distribution_s() -> None:
 
 
 def test_importing_the_face_imports_no_optional_dependency() -> None:
-    """Nor the rooms that need one, nor the simulator."""
+    """Nor the modules that need one, nor the simulator."""
     program = (
         "import sys, promptlayer_exec\n"
         "extras = {'typer', 'rich', 'pytest', 'fastapi', 'uvicorn', 'dbos', 'opentelemetry'}\n"
-        "rooms = ('cli', 'simulator', 'viewer', 'pytest_plugin')\n"
-        "ours = {f'promptlayer_exec.{room}' for room in rooms}\n"
+        "modules = ('cli', 'simulator', 'viewer', 'pytest_plugin')\n"
+        "ours = {f'promptlayer_exec.{module}' for module in modules}\n"
         "print(sorted(sys.modules.keys() & (extras | ours)))\n"
     )
     printed = subprocess.run(
@@ -166,15 +166,15 @@ def test_importing_the_face_imports_no_optional_dependency() -> None:
 
 
 def test_every_room_has_its_layer() -> None:
-    """A new room behind the face must take its place in `LAYERS`."""
-    rooms = {path.stem for path in PACKAGE.glob("_*.py")} - {"__init__", "__main__"}
-    assert rooms == set(LAYERS)
+    """A new private module must take its place in `LAYERS`."""
+    modules = {path.stem for path in PACKAGE.glob("_*.py")} - {"__init__", "__main__"}
+    assert modules == set(LAYERS)
 
 
-@pytest.mark.parametrize("room", LAYERS)
-def test_rooms_import_downwards_only(room: str) -> None:
-    """So there is no cycle, and a lower room can be understood without a higher one."""
-    assert upward_imports(room, (PACKAGE / f"{room}.py").read_text()) == set()
+@pytest.mark.parametrize("module", LAYERS)
+def test_rooms_import_downwards_only(module: str) -> None:
+    """So there is no cycle, and a lower module can be understood without a higher one."""
+    assert upward_imports(module, (PACKAGE / f"{module}.py").read_text()) == set()
 
 
 def test_a_planted_cycle_is_found() -> None:
@@ -194,14 +194,14 @@ def test_the_simulator_shares_no_code_with_the_client() -> None:
 
 
 def test_the_command_line_comes_in_through_the_face() -> None:
-    """It is a program like any user's, apart from the rooms that it runs."""
+    """It is a program like any user's, apart from the modules that it runs."""
     for path in (PACKAGE / "cli").glob("*.py"):
         used = imports_of_ours(path.read_text(), depth=2)
         assert used <= {*FACE, "simulator", "dbos", "viewer"}, path.name
 
 
 def test_the_viewer_comes_in_through_the_face() -> None:
-    """Its page, too, is in the wheel; and no other room needs what it needs."""
+    """Its page, too, is in the wheel; and no other module needs what it needs."""
     for path in (PACKAGE / "viewer").glob("*.py"):
         assert imports_of_ours(path.read_text(), depth=2) <= {*FACE}, path.name
     page = {path.name for path in (PACKAGE / "viewer" / "page").iterdir()}
@@ -211,8 +211,8 @@ def test_the_viewer_comes_in_through_the_face() -> None:
 def test_only_the_transport_knows_aiohttp_s_client() -> None:
     """Elsewhere it is at most a name in an annotation."""
     users = set()
-    for room in LAYERS:
-        tree = ast.parse((PACKAGE / f"{room}.py").read_text())
+    for module in LAYERS:
+        tree = ast.parse((PACKAGE / f"{module}.py").read_text())
         typed = [node for node in tree.body if isinstance(node, ast.If)]
         names = [
             alias.name
@@ -221,7 +221,7 @@ def test_only_the_transport_knows_aiohttp_s_client() -> None:
             for alias in node.names
         ]
         if "aiohttp" in names:
-            users.add(room)
+            users.add(module)
     assert users == {"_transport"}
 
 
@@ -275,20 +275,20 @@ def test_a_planted_yield_inside_a_scope_is_found(scope: str) -> None:
 
 
 def test_a_missing_extra_is_named() -> None:
-    """Importing a room without what it is built on says what to install."""
+    """Importing a module without what it is built on says what to install."""
     program = """
         import sys, traceback
-        rooms = {
+        modules = {
             "dbos": "dbos", "fastapi": "sse_starlette", "opentelemetry": "opentelemetry",
             "viewer": "uvicorn",
         }
-        sys.modules |= dict.fromkeys(rooms.values())
-        for room in rooms:
+        sys.modules |= dict.fromkeys(modules.values())
+        for module in modules:
             try:
-                __import__(f"promptlayer_exec.{room}")
+                __import__(f"promptlayer_exec.{module}")
             except ModuleNotFoundError:
-                assert f"pip install 'promptlayer-exec[{room}]'" in traceback.format_exc()
+                assert f"pip install 'promptlayer-exec[{module}]'" in traceback.format_exc()
             else:
-                raise AssertionError(room)
+                raise AssertionError(module)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=60)

@@ -427,9 +427,9 @@ async def test_what_it_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv(TOKEN, "guess me")
     with pytest.raises(Misuse, match=f"{TOKEN} is too weak"):
         await view_with(is_demo=True)
-    rooms = [name for name in sys.modules if name.startswith("promptlayer_exec.viewer")]
-    for room in rooms:
-        monkeypatch.delitem(sys.modules, room)
+    modules = [name for name in sys.modules if name.startswith("promptlayer_exec.viewer")]
+    for module in modules:
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(Misuse, match=re.escape("pip install 'promptlayer-exec[viewer]'")):
         await view_with(is_demo=True)

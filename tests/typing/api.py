@@ -57,7 +57,7 @@ session = Session(
 
 
 async def follow(execution_id: int, everything: bool) -> None:
-    """Use every call of the face."""
+    """Use every call of the public API."""
     async with session as opened:
         assert_type(opened, Session)
     assert_type(await session.get_results(execution_id), MainOutput)

@@ -1,6 +1,6 @@
-"""The face and the optional rooms, name by name: what is there, annotated and documented.
+"""The public API, name by name: what is there, annotated and documented.
 
-`python tests/test_face.py` renews `tests/face.txt`, for a reviewer to read.
+`python tests/test_public_api.py` renews `tests/public_api.txt`, for a reviewer to read.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ import pytest
 
 import promptlayer_exec
 
-SNAPSHOT = Path(__file__).with_name("face.txt")
-ROOMS = [
+SNAPSHOT = Path(__file__).with_name("public_api.txt")
+MODULES = [
     "promptlayer_exec",
     *sorted(
-        f"promptlayer_exec.{room.name}"
-        for room in pkgutil.iter_modules(promptlayer_exec.__path__)
-        if not room.name.startswith("_") and room.name not in ("cli", "pytest_plugin", "viewer")
+        f"promptlayer_exec.{module.name}"
+        for module in pkgutil.iter_modules(promptlayer_exec.__path__)
+        if not module.name.startswith("_") and module.name not in ("cli", "pytest_plugin", "viewer")
     ),
 ]
 
 
-def public(room: str) -> Iterator[tuple[str, Any]]:
-    """Yield the public names of a room, and what they are."""
-    module = importlib.import_module(room)
-    for name in sorted(module.__all__):
-        yield f"{room}.{name}", getattr(module, name)
+def public(module: str) -> Iterator[tuple[str, Any]]:
+    """Yield the public names of a module, and what they are."""
+    public_names = sorted(importlib.import_module(module).__all__)
+    for name in public_names:
+        yield f"{module}.{name}", getattr(sys.modules[module], name)
 
 
 def members(cls: type) -> Iterator[tuple[str, Any]]:
@@ -74,9 +74,12 @@ def describe(name: str, it: Any) -> Iterator[str]:
 
 
 def snapshot() -> str:
-    """Return the whole face as text."""
+    """Return the whole public API as text."""
     return "".join(
-        f"{line}\n" for room in ROOMS for name, it in public(room) for line in describe(name, it)
+        f"{line}\n"
+        for module in MODULES
+        for name, it in public(module)
+        for line in describe(name, it)
     )
 
 
@@ -98,14 +101,14 @@ def flaws(name: str, it: Any) -> list[str]:
 
 
 def test_the_face_is_as_it_was_reviewed() -> None:
-    """A change of a name or a signature shows in `tests/face.txt`, and in its review."""
+    """A change of a name or a signature shows in `tests/public_api.txt`, and in its review."""
     assert snapshot() == SNAPSHOT.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_every_public_name_is_annotated_and_documented(room: str) -> None:
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_is_annotated_and_documented(module: str) -> None:
     """Methods and properties, too."""
-    assert [flaw for name, it in public(room) for flaw in flaws(name, it)] == []
+    assert [flaw for name, it in public(module) for flaw in flaws(name, it)] == []
 
 
 def test_a_planted_flaw_is_found() -> None:
