@@ -27,7 +27,7 @@ from promptlayer_exec._lifetime import Lifetime
 from promptlayer_exec._models import MainOutput, Node, Outcome, Snapshot, StartRequest
 from promptlayer_exec._opening import Opening
 from promptlayer_exec._output import check_type, main_output, typed_output
-from promptlayer_exec._pace import Limiter, Pace
+from promptlayer_exec._throttle import Limiter, Throttle
 from promptlayer_exec._policies import (
     Deadline,
     Newborns,
@@ -79,7 +79,7 @@ class Session:
         retry: what to survive, and for how long.
         wait_timeout: the default deadline of every wait, in seconds; None waits for ever.
         request_timeout: seconds for one HTTP attempt, from connecting to the last byte; waiting
-            for a connection to be free, or for the pace, does not count.
+            for a connection to be free, or for the throttle, does not count.
         max_connections: how many requests may be under way at once; a quarter of them, and at least
             one, is kept for starts.
         max_response_bytes: how large a response may be, after decompression.
@@ -506,7 +506,7 @@ class Session:
             pools,
             base_url=base_url,
             api_key=api_key,
-            pace=Pace(self._rate, self._limiters, clock=timers.loop.time),
+            throttle=Throttle(self._rate, self._limiters, clock=timers.loop.time),
             retry=self._retry,
             newborns=self._newborns,
             request_timeout=self._request_timeout,

@@ -30,10 +30,10 @@ from promptlayer_exec._errors import (
 )
 from promptlayer_exec._events import Emit, RequestRetried, Throttled
 from promptlayer_exec._outages import Outages
-from promptlayer_exec._pace import Pace
+from promptlayer_exec._throttle import Throttle
 from promptlayer_exec._policies import Newborns, Outage, RetryPolicy
 from promptlayer_exec._receiving import PIECE, Receiver
-from promptlayer_exec._secret import Secret
+from promptlayer_exec._redaction import Redactor
 from promptlayer_exec._tasks import Limit, Timers, is_cancelled
 from promptlayer_exec._version import __version__
 from promptlayer_exec._wire import Reply, Request, Response, excerpt, read_retry_after
@@ -195,7 +195,7 @@ class Transport:
         pools: the connections to use.
         base_url: without a trailing slash.
         api_key: sent to `base_url` alone, and kept out of every error.
-        pace: admits each attempt.
+        throttle: admits each attempt.
         retry: what to survive.
         newborns: the executions for which a 404 is worth another attempt.
         request_timeout: seconds for one attempt.
@@ -210,7 +210,7 @@ class Transport:
         *,
         base_url: str,
         api_key: str,
-        pace: Pace,
+        throttle: Throttle,
         retry: RetryPolicy,
         newborns: Newborns,
         request_timeout: float,
@@ -220,13 +220,13 @@ class Transport:
     ) -> None:
         self._pools = pools
         self.base_url = base_url
-        self._pace = pace
+        self._throttle = throttle
         self._retry = retry
         self._newborns = newborns
         self._request_timeout = request_timeout
         self._max_response_bytes = max_response_bytes
         self._emit = emit
-        self._key = Secret(api_key)
+        self._key = Redactor(api_key)
         self._outages = Outages()
         self._timers = timers
         self._clock = timers.loop.time
@@ -265,7 +265,7 @@ class Transport:
                     if not pool.take_place():
                         await pool.places.acquire()
                     try:
-                        await self._pace.acquire()
+                        await self._throttle.acquire()
                         if departure is not None:
                             await departure.clear()
                         sent_at = self._clock()
@@ -351,7 +351,7 @@ class Transport:
                     middlewares=pool.middlewares,
                 )
                 limit = self._max_response_bytes if answer.status < 300 else _ERROR_BODY_BYTES
-                # Of a refusal a little more: a key at its end is blotted out before it is cut.
+                # Of a refusal a little more: a key at its end is redacted before it is cut.
                 more = _LONGEST_KEY if answer.status >= 300 else 0
                 await self._receiver.receive(answer, pieces, limit + more)
         except (aiohttp.ClientError, OSError) as error:  # OSError: also every TimeoutError
@@ -375,14 +375,14 @@ class Transport:
         location = None
         if answer.status >= 300:
             location = answer.headers.get("Location")
-            body = self._key.blot_bytes(body)[:limit]
+            body = self._key.redact_bytes(body)[:limit]
         retry_after = read_retry_after(answer.headers, now=time.time())
         response = Response(answer.status, body, location, retry_after)
         if response.status == 429:
             announced = self._retry.announced(response.retry_after)
-            self._emit(Throttled(request.execution_id, self._pace.refused(sent_at, announced)))
+            self._emit(Throttled(request.execution_id, self._throttle.refused(sent_at, announced)))
         else:
-            self._pace.answered()
+            self._throttle.answered()
         return response
 
     def _url(self, request: Request) -> URL:
@@ -391,7 +391,7 @@ class Transport:
     def _failure(
         self, trouble: BaseException | None, answer: aiohttp.ClientResponse | None, body: bytes
     ) -> RequestError:
-        reason = self._key.blot(_reason(trouble))
+        reason = self._key.redact(_reason(trouble))
         error: RequestError
         if isinstance(trouble, TimeoutError):
             error = RequestTimeout(
@@ -412,7 +412,7 @@ class Transport:
             )
         error.__cause__ = trouble
         # The repr of a ClientResponseError shows all headers of the request, the key's too.
-        if isinstance(trouble, aiohttp.ClientResponseError) or self._key.is_told_by(trouble):
+        if isinstance(trouble, aiohttp.ClientResponseError) or self._key.is_shown_by(trouble):
             error.__cause__ = aiohttp.ClientError(f"{type(trouble).__name__}: {reason}")
         return error
 
@@ -420,18 +420,18 @@ class Transport:
         try:
             return read(response)
         except RequestError:
-            blotted = attrs.evolve(
+            redacted = attrs.evolve(
                 response,
-                body=self._key.blot_json(response.body),
-                location=response.location and self._key.blot(response.location),
+                body=self._key.redact_json(response.body),
+                location=response.location and self._key.redact(response.location),
             )
-            if blotted == response:
+            if redacted == response:
                 raise
-        return read(blotted)
+        return read(redacted)
 
     def _excerpt(self, body: bytes) -> str:
         # Blotted out before it is cut: half a key tells much, too.
-        return excerpt(self._key.blot_bytes(body[:_ERROR_BODY_BYTES]))
+        return excerpt(self._key.redact_bytes(body[:_ERROR_BODY_BYTES]))
 
 
 def _reason(error: BaseException | None) -> str:

@@ -662,7 +662,7 @@ async def test_followed_executions_share_the_pace_fairly(
 ) -> None:
     """Between two polls of one, none of the others is polled more than twice; a new one is next.
 
-    Counted in polls, as a share of the pace is a number of polls, however fast the machine is.
+    Counted in polls, as a share of the throttle is a number of polls, however fast the machine is.
     """
     count = 150
     session = open_session(rate=1000.0, poll=PollPolicy.fixed(0.001))

@@ -534,7 +534,7 @@ def test_type_aliases() -> None:
 class Checked:
     low: int = attrs.field()
     high: int = attrs.field(alias="top", default=9)
-    _secret: int = 0
+    _redaction: int = 0
 
     @low.validator
     def _check_low(self, attribute: attrs.Attribute[int], value: int) -> None:
@@ -562,7 +562,7 @@ class Checked:
         ({"low": 5}, "$", "KeyError: five"),
         ({"low": 4}, "$", "four"),
         ({"low": 1, "high": "2"}, "$.high", "expected an integer, got a string"),
-        ({"low": 1, "_secret": "2"}, "$._secret", "expected an integer, got a string"),
+        ({"low": 1, "_redaction": "2"}, "$._redaction", "expected an integer, got a string"),
     ],
 )
 def test_errors_of_the_user_s_class_are_misfits(value: Any, path: str, reason: str) -> None:

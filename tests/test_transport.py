@@ -354,7 +354,7 @@ async def test_a_refusal_whose_body_is_cut_short_is_still_the_refusal() -> None:
 
 @pytest.mark.parametrize("before", range(65526, 65537, 2))
 async def test_a_key_at_the_end_of_a_long_refusal_is_not_cut_in_half(before: int) -> None:
-    """It is blotted out before the body is cut."""
+    """It is redacted before the body is cut."""
     body = b"x" * before + b"secret-key and more"
     async with raw_server(answering(http(body, status="403 No"))) as base_url:
         error = await failure_at(base_url)
@@ -564,7 +564,7 @@ async def test_aiohttp_does_not_send_again_by_itself(borrowed: bool) -> None:
 
 
 async def test_a_key_at_the_end_of_an_excerpt_is_not_cut_in_half() -> None:
-    """It is blotted out first."""
+    """It is redacted first."""
     body = b"<" * 195 + b"secret-key and more"
     async with raw_server(answering(http(body)[:-1])) as base_url:
         error = await failure_at(base_url)

@@ -1,4 +1,4 @@
-"""The database: DBOS's tables, and beside them the items, the workers and the pace.
+"""The database: DBOS's tables, and beside them the items, the workers and the throttle.
 
 DBOS keeps what is to be done and how far each item is. What it does not keep is an ordered feed of
 results with counts by kind, who is alive, and when the next request may leave.

@@ -8,8 +8,8 @@ import json
 _LEAST_LENGTH = 6
 
 
-class Secret:
-    """Finds a text that must not be shown, and blots it out.
+class Redactor:
+    """Finds a text that must not be shown, and redacts it.
 
     Args:
         text: the secret.
@@ -20,32 +20,32 @@ class Secret:
         spellings = {text, in_json, in_json.replace("/", "\\/")}
         self._spellings = spellings if len(text) >= _LEAST_LENGTH else set()
 
-    def blot(self, text: str) -> str:
+    def redact(self, text: str) -> str:
         """Return a text in which `***` stands wherever the secret stood."""
         for spelling in self._spellings:
             text = text.replace(spelling, "***")
         return text
 
-    def blot_bytes(self, text: bytes) -> bytes:
+    def redact_bytes(self, text: bytes) -> bytes:
         """Do the same for bytes in any superset of ASCII."""
-        return self.blot(text.decode("latin-1")).encode("latin-1")
+        return self.redact(text.decode("latin-1")).encode("latin-1")
 
-    def blot_json(self, body: bytes) -> bytes:
+    def redact_json(self, body: bytes) -> bytes:
         """Do the same for a body that may be JSON, in which the secret has many spellings."""
         try:
             plain = json.dumps(json.loads(body), ensure_ascii=False)
         except (ValueError, RecursionError):
-            return self.blot_bytes(body)
-        clean = self.blot(plain)
-        return self.blot_bytes(body) if clean == plain else clean.encode("utf-8", "surrogatepass")
+            return self.redact_bytes(body)
+        clean = self.redact(plain)
+        return self.redact_bytes(body) if clean == plain else clean.encode("utf-8", "surrogatepass")
 
-    def is_told_by(self, error: BaseException | None) -> bool:
+    def is_shown_by(self, error: BaseException | None) -> bool:
         """Tell whether an error, or one that it hangs on, would show the secret."""
         if error is None:
             return False
         shown = f"{error!r} {error} {vars(error)}"
         return (
-            self.blot(shown) != shown
-            or self.is_told_by(error.__cause__)
-            or self.is_told_by(error.__context__)
+            self.redact(shown) != shown
+            or self.is_shown_by(error.__cause__)
+            or self.is_shown_by(error.__context__)
         )

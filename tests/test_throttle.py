@@ -1,4 +1,4 @@
-"""The pace of a session, in virtual time: nothing here sleeps."""
+"""The throttle of a session, in virtual time: nothing here sleeps."""
 
 import asyncio
 import heapq
@@ -8,7 +8,7 @@ import math
 import anyio
 import pytest
 
-from promptlayer_exec._pace import Pace
+from promptlayer_exec._throttle import Throttle
 
 
 class World:
@@ -59,11 +59,11 @@ def world(monkeypatch):
     return world
 
 
-async def departures(pace, world, count):
+async def departures(throttle, world, count):
     """Return when each of `count` requests leaves, one asking after the other."""
     times = []
     for _ in range(count):
-        await pace.acquire()
+        await throttle.acquire()
         times.append(world.now)
     return times
 
@@ -88,41 +88,41 @@ class Counter:
 @pytest.mark.parametrize("rate", [0.2, 1.0, 10.0, 100.0])
 async def test_spacing(world, rate):
     """The first request leaves at once, and the others follow at the rate."""
-    times = await departures(Pace(rate, clock=world.clock), world, 20)
+    times = await departures(Throttle(rate, clock=world.clock), world, 20)
     assert times[0] == 1000.0
     assert gaps(times) == pytest.approx([1 / rate] * 19)
 
 
 async def test_unlimited(world):
     """Without a rate nothing ever waits."""
-    await departures(Pace(None, clock=world.clock), world, 1000)
+    await departures(Throttle(None, clock=world.clock), world, 1000)
     assert world.slept == []
 
 
 @pytest.mark.parametrize("idle", [0.05, 0.3, 1000.0])
 async def test_no_burst_after_idling(world, idle):
     """Time in which nothing left is lost: what follows keeps its distance."""
-    pace = Pace(10.0, clock=world.clock)
-    await departures(pace, world, 3)
+    throttle = Throttle(10.0, clock=world.clock)
+    await departures(throttle, world, 3)
     world.advance(idle)
-    assert gaps(await departures(pace, world, 5)) == pytest.approx([0.1] * 4)
+    assert gaps(await departures(throttle, world, 5)) == pytest.approx([0.1] * 4)
 
 
 async def test_no_burst_of_many_tasks_after_idling(world):
     """That holds for many tasks that ask at once, too."""
-    pace = Pace(10.0, clock=world.clock)
-    await departures(pace, world, 3)
+    throttle = Throttle(10.0, clock=world.clock)
+    await departures(throttle, world, 3)
     world.advance(60.0)
-    times = [time for _, time in await race(pace, world, 5)]
+    times = [time for _, time in await race(throttle, world, 5)]
     assert gaps(times) == pytest.approx([0.1] * 4)
 
 
-async def race(pace, world, count):
+async def race(throttle, world, count):
     """Have `count` tasks ask at once, and return (task, time) in the order of departure."""
     left = []
 
     async def ask(number):
-        await pace.acquire()
+        await throttle.acquire()
         left.append((number, world.now))
 
     await asyncio.gather(*(ask(number) for number in range(count)))
@@ -131,16 +131,16 @@ async def race(pace, world, count):
 
 async def test_first_come_first_served(world):
     """Whoever asked first leaves first."""
-    left = await race(Pace(10.0, clock=world.clock), world, 30)
+    left = await race(Throttle(10.0, clock=world.clock), world, 30)
     assert [number for number, _ in left] == list(range(30))
     assert gaps([time for _, time in left]) == pytest.approx([0.1] * 29)
 
 
 async def test_cancelled_waiters_use_no_departure(world):
     """Whoever is cancelled while waiting leaves its place to the next."""
-    pace = Pace(10.0, clock=world.clock)
-    await pace.acquire()
-    tasks = [asyncio.create_task(pace.acquire()) for _ in range(5)]
+    throttle = Throttle(10.0, clock=world.clock)
+    await throttle.acquire()
+    tasks = [asyncio.create_task(throttle.acquire()) for _ in range(5)]
     for task in tasks[:4]:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -151,7 +151,7 @@ async def test_cancelled_waiters_use_no_departure(world):
 async def test_limiter_comes_after_the_rate(world):
     """The limiter is asked once per request, when the rate lets it go."""
     limiter = Counter(world)
-    times = await departures(Pace(10.0, [limiter], clock=world.clock), world, 10)
+    times = await departures(Throttle(10.0, [limiter], clock=world.clock), world, 10)
     assert limiter.asked == times
     assert gaps(times) == pytest.approx([0.1] * 9)
 
@@ -159,7 +159,7 @@ async def test_limiter_comes_after_the_rate(world):
 async def test_limiter_without_a_rate(world):
     """The limiter is asked where there is no rate, too."""
     limiter = Counter(world)
-    await departures(Pace(None, [limiter], clock=world.clock), world, 7)
+    await departures(Throttle(None, [limiter], clock=world.clock), world, 7)
     assert len(limiter.asked) == 7
 
 
@@ -176,10 +176,10 @@ async def test_the_rate_holds_behind_a_limiter_that_waits(world):
     left = []
 
     async def request():
-        await pace.acquire()
+        await throttle.acquire()
         left.append(world.now)
 
-    pace = Pace(10.0, [Held()], clock=world.clock)
+    throttle = Throttle(10.0, [Held()], clock=world.clock)
     tasks = [asyncio.create_task(request()) for _ in range(4)]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -195,167 +195,167 @@ async def test_a_429_holds_back_a_request_that_was_at_the_limiter(world):
 
     class Slow:
         async def acquire(self):
-            pace.refused(world.now, 5.0)
+            throttle.refused(world.now, 5.0)
 
-    pace = Pace(None, [Slow()], clock=world.clock)
+    throttle = Throttle(None, [Slow()], clock=world.clock)
     start = world.now
-    await pace.acquire()
+    await throttle.acquire()
     assert world.now - start == pytest.approx(5.0)
 
 
 async def test_limiter_error_is_the_callers(world):
-    """What the limiter raises reaches the caller, and the pace goes on."""
+    """What the limiter raises reaches the caller, and the throttle goes on."""
 
     class Broken:
         async def acquire(self):
             raise KeyError("oops")
 
-    pace = Pace(10.0, [Broken()], clock=world.clock)
+    throttle = Throttle(10.0, [Broken()], clock=world.clock)
     for _ in range(2):
         with pytest.raises(KeyError):
-            await pace.acquire()
+            await throttle.acquire()
 
 
-async def steady(pace, world, seconds):
+async def steady(throttle, world, seconds):
     """Send for some time, every request being answered well at once; return the departures."""
     times = []
     end = world.now + seconds
     while world.now < end:
-        await pace.acquire()
+        await throttle.acquire()
         times.append(world.now)
-        pace.answered()
+        throttle.answered()
     return times
 
 
 async def test_announced_429_stops_all(world):
     """A 429 with Retry-After stops every departure exactly that long."""
-    pace = Pace(50.0, clock=world.clock)
-    await steady(pace, world, 3.0)
+    throttle = Throttle(50.0, clock=world.clock)
+    await steady(throttle, world, 3.0)
     at = world.now
-    assert pace.refused(at, 5.0) == 5.0
-    times = [time for _, time in await race(pace, world, 3)]
+    assert throttle.refused(at, 5.0) == 5.0
+    times = [time for _, time in await race(throttle, world, 3)]
     assert times[0] == pytest.approx(at + 5.0)
     assert min(gaps(times)) > 0.019
 
 
 async def test_announced_429_stops_those_that_wait_already(world):
     """A request that waits for its departure already waits on, too."""
-    pace = Pace(10.0, clock=world.clock)
-    await pace.acquire()
-    world.at(1000.05, lambda: pace.refused(1000.0, 5.0))
-    await pace.acquire()
+    throttle = Throttle(10.0, clock=world.clock)
+    await throttle.acquire()
+    world.at(1000.05, lambda: throttle.refused(1000.0, 5.0))
+    await throttle.acquire()
     assert world.now == pytest.approx(1005.05)
 
 
 async def test_the_longer_announcement_counts(world):
     """Of several announcements, the one that ends last holds."""
-    pace = Pace(50.0, clock=world.clock)
-    await pace.acquire()
+    throttle = Throttle(50.0, clock=world.clock)
+    await throttle.acquire()
     at = world.now
-    pace.refused(at, 5.0)
-    assert pace.refused(at, 2.0) == 5.0
+    throttle.refused(at, 5.0)
+    assert throttle.refused(at, 2.0) == 5.0
     world.advance(1.0)
-    assert pace.refused(at, 9.0) == pytest.approx(9.0)
-    await pace.acquire()
+    assert throttle.refused(at, 9.0) == pytest.approx(9.0)
+    await throttle.acquire()
     assert world.now == pytest.approx(at + 10.0)
 
 
 async def test_announced_429_without_a_rate(world):
     """A session without a rate of its own stops, too."""
-    pace = Pace(None, clock=world.clock)
-    await pace.acquire()
-    pace.refused(world.now, 2.0)
-    await pace.acquire()
+    throttle = Throttle(None, clock=world.clock)
+    await throttle.acquire()
+    throttle.refused(world.now, 2.0)
+    await throttle.acquire()
     assert world.now == 1002.0
 
 
 async def test_unannounced_429_slows_to_the_good_rate(world):
     """Without Retry-After the rate falls to a little under that of good answers."""
-    pace = Pace(100.0, clock=world.clock)
+    throttle = Throttle(100.0, clock=world.clock)
     for index in range(500):
-        await pace.acquire()
+        await throttle.acquire()
         if index % 2:
-            pace.answered()  # 50 good ones per second
-    wait = pace.refused(world.now, 0.0)
+            throttle.answered()  # 50 good ones per second
+    wait = throttle.refused(world.now, 0.0)
     assert 1 / 50 <= wait <= 1 / 35
-    times = await departures(pace, world, 2)
+    times = await departures(throttle, world, 2)
     assert 1 / 50 <= gaps(times)[0] <= 1 / 35
 
 
 @pytest.mark.parametrize(("rate", "first"), [(None, 0.1), (100.0, 0.1), (2.0, 1.0)])
 async def test_429_before_any_good_answer(world, rate, first):
     """Where nothing was measured, each 429 halves the rate: from 20 per second at most."""
-    pace = Pace(rate, clock=world.clock)
+    throttle = Throttle(rate, clock=world.clock)
     for pause in (first, first * 2, first * 4):
-        await pace.acquire()
+        await throttle.acquire()
         world.advance(0.001)
-        assert pace.refused(world.now, 0.0) == pytest.approx(pause, rel=0.2)
+        assert throttle.refused(world.now, 0.0) == pytest.approx(pause, rel=0.2)
 
 
 @pytest.mark.parametrize("rate", [0.2, 1.0])
 async def test_429_slows_a_slow_session(world, rate):
     """Any 429 slows every request of the session: of one with a low rate as well."""
-    pace = Pace(rate, clock=world.clock)
+    throttle = Throttle(rate, clock=world.clock)
     for _ in range(20):
-        await pace.acquire()
-        pace.answered()
-    pace.refused(world.now, 0.0)
-    times = await departures(pace, world, 3)
+        await throttle.acquire()
+        throttle.answered()
+    throttle.refused(world.now, 0.0)
+    times = await departures(throttle, world, 3)
     assert max(gaps([world.now, *times])[1:]) > 1 / rate * 1.01
 
 
 async def test_old_429s_do_not_slow_further(world):
     """429s of requests that left before the last slow-down tell nothing new."""
-    pace = Pace(100.0, clock=world.clock)
-    times = await steady(pace, world, 5.0)
+    throttle = Throttle(100.0, clock=world.clock)
+    times = await steady(throttle, world, 5.0)
     world.advance(0.001)
-    first = pace.refused(times[-1], 0.0)
-    throttle = pace._throttle
+    first = throttle.refused(times[-1], 0.0)
+    throttle = throttle._throttle
     for sent_at in times[-20:]:
-        assert pace.refused(sent_at, 0.0) == first
-    assert pace._throttle == throttle
+        assert throttle.refused(sent_at, 0.0) == first
+    assert throttle._throttle == throttle
     assert 80.0 < throttle < 95.0
 
 
 async def test_seconds_in_which_nothing_may_leave_are_not_measured(world):
     """After a long announced stop, the next 429 still knows the rate from before it."""
-    pace = Pace(100.0, clock=world.clock)
-    await steady(pace, world, 5.0)
-    pace.refused(world.now, 20.0)
-    await steady(pace, world, 0.1)
-    pace.refused(world.now, 0.1)
-    await steady(pace, world, 0.1)
-    pace.refused(world.now, 0.1)
-    assert 75.0 < pace._throttle < 95.0
+    throttle = Throttle(100.0, clock=world.clock)
+    await steady(throttle, world, 5.0)
+    throttle.refused(world.now, 20.0)
+    await steady(throttle, world, 0.1)
+    throttle.refused(world.now, 0.1)
+    await steady(throttle, world, 0.1)
+    throttle.refused(world.now, 0.1)
+    assert 75.0 < throttle._throttle < 95.0
 
 
 async def test_new_429s_slow_further(world):
     """429s of requests that left after the slow-down do slow further."""
-    pace = Pace(100.0, clock=world.clock)
-    await steady(pace, world, 5.0)
-    pace.refused(world.now, 0.0)
-    before = pace._throttle
+    throttle = Throttle(100.0, clock=world.clock)
+    await steady(throttle, world, 5.0)
+    throttle.refused(world.now, 0.0)
+    before = throttle._throttle
     for _ in range(50):
-        await pace.acquire()
-    pace.refused(world.now, 0.0)
-    assert pace._throttle < before
+        await throttle.acquire()
+    throttle.refused(world.now, 0.0)
+    assert throttle._throttle < before
 
 
 @pytest.mark.parametrize("announced", [0.0, 3.0], ids=["unannounced", "announced"])
 @pytest.mark.parametrize("rate", [100.0, None], ids=["rate", "unlimited"])
 async def test_recovery(world, rate, announced):
     """Once no 429 comes any more, the session is back at full speed within half a minute."""
-    pace = Pace(rate, clock=world.clock)
-    await pace.acquire()
-    pace.refused(world.now, announced)
+    throttle = Throttle(rate, clock=world.clock)
+    await throttle.acquire()
+    throttle.refused(world.now, announced)
     for _ in range(3000):
-        await pace.acquire()
-        pace.answered()
+        await throttle.acquire()
+        throttle.answered()
         if rate is None:
             world.advance(0.01)
     assert world.now < 1000.0 + 45.0
     world.slept.clear()
-    times = await departures(pace, world, 50)
+    times = await departures(throttle, world, 50)
     if rate is None:
         assert max(gaps(times)) < 0.002  # not noticed by who sends 100 per second
     else:
@@ -364,61 +364,61 @@ async def test_recovery(world, rate, announced):
 
 async def test_recovery_after_a_second_429(world):
     """After a second 429 the rate is back where it was in a second, and then at full speed."""
-    pace = Pace(100.0, clock=world.clock)
-    await steady(pace, world, 3.0)
-    pace.refused(world.now, 0.0)
+    throttle = Throttle(100.0, clock=world.clock)
+    await steady(throttle, world, 3.0)
+    throttle.refused(world.now, 0.0)
     world.advance(0.5)
-    await pace.acquire()
-    pace.refused(world.now, 0.0)
+    await throttle.acquire()
+    throttle.refused(world.now, 0.0)
     second = world.now
-    slow = pace._throttle
-    await steady(pace, world, 1.0)
-    assert slow < pace._throttle < slow * 1.15
-    times = await steady(pace, world, 5.0)
+    slow = throttle._throttle
+    await steady(throttle, world, 1.0)
+    assert slow < throttle._throttle < slow * 1.15
+    times = await steady(throttle, world, 5.0)
     assert times[-1] - second < 10.0
     assert gaps(times[-50:]) == pytest.approx([0.01] * 49)
 
 
 async def test_an_unlimited_session_is_unlimited_again(world):
     """Once it has come to a rate that no process reaches."""
-    pace = Pace(None, clock=world.clock)
-    await pace.acquire()
-    pace.refused(world.now, 0.0)
-    while math.isfinite(pace._throttle):
-        await pace.acquire()
+    throttle = Throttle(None, clock=world.clock)
+    await throttle.acquire()
+    throttle.refused(world.now, 0.0)
+    while math.isfinite(throttle._throttle):
+        await throttle.acquire()
     assert world.now < 1000.0 + 60.0
     world.slept.clear()
-    await departures(pace, world, 100)
+    await departures(throttle, world, 100)
     assert world.slept == []
 
 
 async def test_idle_time_is_no_growth(world):
     """An hour without a request proves nothing: the rate grows as after any other gap."""
-    pace = Pace(100.0, clock=world.clock)
-    await pace.acquire()
-    pace.refused(world.now, 0.0)
+    throttle = Throttle(100.0, clock=world.clock)
+    await throttle.acquire()
+    throttle.refused(world.now, 0.0)
     world.advance(3600.0)
-    times = await departures(pace, world, 3)
+    times = await departures(throttle, world, 3)
     assert gaps(times) == pytest.approx([0.1, 0.1], rel=0.1)
     assert gaps(times)[0] > gaps(times)[1]
 
 
 async def test_late_timers_are_made_up_for(world):
     """Timers that fire a little late cost no throughput."""
-    pace = Pace(100.0, clock=world.clock)
-    await pace.acquire()
+    throttle = Throttle(100.0, clock=world.clock)
+    await throttle.acquire()
     world.late = 0.004
-    await race(pace, world, 1000)
+    await race(throttle, world, 1000)
     assert world.now - 1000.0 == pytest.approx(10.0, abs=0.02)
 
 
 async def test_late_timers_are_made_up_for_a_tenth_of_a_second(world):
     """A timer that fires very late is made up for by a tenth of a second's worth at most."""
-    pace = Pace(100.0, clock=world.clock)
-    await pace.acquire()
+    throttle = Throttle(100.0, clock=world.clock)
+    await throttle.acquire()
     world.late = 5.0
     world.at(1001.0, lambda: setattr(world, "late", 0.0))
-    times = [time for _, time in await race(pace, world, 200)]
+    times = [time for _, time in await race(throttle, world, 200)]
     woke = times[0]
     assert woke == pytest.approx(1005.01)
     assert 9 <= sum(time < woke + 0.005 for time in times) <= 12
@@ -426,8 +426,8 @@ async def test_late_timers_are_made_up_for_a_tenth_of_a_second(world):
 
 
 async def test_default_clock():
-    """Without a clock of its own a pace uses the event loop's."""
-    await Pace(None).acquire()
+    """Without a clock of its own a throttle uses the event loop's."""
+    await Throttle(None).acquire()
 
 
 class Bucket:
@@ -464,20 +464,20 @@ def whole_seconds(wait):
 
 
 async def simulate(world, announce, *, seconds=30.0, latency=0.05, per_second=200.0, rate=1000.0):
-    """Send as fast as the pace lets us; return (sent at, was good) for each request."""
-    pace = Pace(rate, clock=world.clock)
+    """Send as fast as the throttle lets us; return (sent at, was good) for each request."""
+    throttle = Throttle(rate, clock=world.clock)
     bucket = Bucket(per_second, 20, world.now)
     seen = []
 
     def arrive(sent_at):
         wait = bucket.take(world.now)
         seen.append((sent_at, not wait))
-        report = pace.answered if not wait else lambda: pace.refused(sent_at, announce(wait))
+        report = throttle.answered if not wait else lambda: throttle.refused(sent_at, announce(wait))
         world.at(world.now + latency / 2, report)
 
     end = world.now + seconds
     while world.now < end:
-        await pace.acquire()
+        await throttle.acquire()
         sent_at = world.now
         world.at(sent_at + latency / 2, lambda sent_at=sent_at: arrive(sent_at))
     return seen
@@ -503,11 +503,11 @@ async def test_token_bucket(world, announce, used, refused, latency):
 
 async def test_answers_that_still_come_in_a_pause_do_not_spoil_the_measure(world):
     """They left before it."""
-    pace = Pace(100.0, clock=world.clock)
-    await steady(pace, world, 5.0)
-    pace.refused(world.now, 5.0)
+    throttle = Throttle(100.0, clock=world.clock)
+    await steady(throttle, world, 5.0)
+    throttle.refused(world.now, 5.0)
     world.advance(0.05)
-    pace.answered()
-    await steady(pace, world, 0.1)
-    pace.refused(world.now, 0.1)
-    assert 80.0 < pace._throttle < 95.0
+    throttle.answered()
+    await steady(throttle, world, 0.1)
+    throttle.refused(world.now, 0.1)
+    assert 80.0 < throttle._throttle < 95.0

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from promptlayer_exec._secret import Secret
+from promptlayer_exec._redaction import Redactor
 
 KEY = 'pl/se"cret'
-SECRET = Secret(KEY)
+SECRET = Redactor(KEY)
 
 
 def test_it_does_not_show_itself() -> None:
@@ -23,15 +23,15 @@ def test_it_does_not_show_itself() -> None:
 def test_every_usual_spelling_is_blotted_out(spelling: str) -> None:
     """As it is, and as JSON writes it, with slashes escaped or not."""
     text = f"the key {spelling} is unknown, {spelling}!"
-    assert SECRET.blot(text) == "the key *** is unknown, ***!"
-    assert SECRET.blot_bytes(text.encode()) == b"the key *** is unknown, ***!"
+    assert SECRET.redact(text) == "the key *** is unknown, ***!"
+    assert SECRET.redact_bytes(text.encode()) == b"the key *** is unknown, ***!"
 
 
 def test_text_without_it_stays_as_it_is() -> None:
     """Bytes that are no UTF-8 too."""
-    assert SECRET.blot("harmless") == "harmless"
-    assert SECRET.blot_bytes(b"\xff\xfe") == b"\xff\xfe"
-    assert SECRET.blot_json(b'{"a": "\xc3\xa9"}') == b'{"a": "\xc3\xa9"}'
+    assert SECRET.redact("harmless") == "harmless"
+    assert SECRET.redact_bytes(b"\xff\xfe") == b"\xff\xfe"
+    assert SECRET.redact_json(b'{"a": "\xc3\xa9"}') == b'{"a": "\xc3\xa9"}'
 
 
 @pytest.mark.parametrize(
@@ -44,19 +44,19 @@ def test_text_without_it_stays_as_it_is() -> None:
     ids=["plain", "UTF-16", "escaped"],
 )
 def test_json_can_spell_it_in_many_ways(body: bytes) -> None:
-    """It is blotted out of what the body means."""
-    assert json.loads(SECRET.blot_json(body)) == {"message": "***"}
+    """It is redacted of what the body means."""
+    assert json.loads(SECRET.redact_json(body)) == {"message": "***"}
 
 
 def test_what_is_no_json_is_taken_as_text() -> None:
     """However the body is broken."""
-    assert SECRET.blot_json(f"<b>{KEY}".encode()) == b"<b>***"
-    assert SECRET.blot_json(b"[" * 100_000) == b"[" * 100_000
+    assert SECRET.redact_json(f"<b>{KEY}".encode()) == b"<b>***"
+    assert SECRET.redact_json(b"[" * 100_000) == b"[" * 100_000
 
 
 def test_a_word_too_short_to_be_secret_stays() -> None:
     """A test's key may stand in any message."""
-    assert Secret("key").blot("no such key") == "no such key"
+    assert Redactor("key").redact("no such key") == "no such key"
 
 
 def test_an_error_tells_it_by_itself_its_cause_or_its_context() -> None:
@@ -69,6 +69,6 @@ def test_an_error_tells_it_by_itself_its_cause_or_its_context() -> None:
     suppressed.__context__ = told
     both.__cause__, both.__context__ = KeyError(), told
     for error in (told, carried, caused, suppressed, both):
-        assert SECRET.is_told_by(error)
-    assert not SECRET.is_told_by(KeyError("harmless"))
-    assert not SECRET.is_told_by(None)
+        assert SECRET.is_shown_by(error)
+    assert not SECRET.is_shown_by(KeyError("harmless"))
+    assert not SECRET.is_shown_by(None)

@@ -1,4 +1,4 @@
-"""When a request may leave: one pace for everything that a session does."""
+"""When a request may leave: one throttle for everything that a session does."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _UNLIMITED = 2000.0
 _CATCH_UP = 0.1
 
 
-class Pace:
+class Throttle:
     """Admits one HTTP attempt after the other: first `rate`, then the `limiters`.
 
     Nothing is reserved ahead: whoever waited longest waits for the next departure, and goes.
