@@ -38,7 +38,7 @@ class Polled(Event):
     Attributes:
         snapshot: what it saw.
         duration: seconds from sending the request to the last byte of the answer.
-        lateness: seconds by which it was sent after its time: waiting for the pool and the throttle.
+        lateness: seconds by which it was sent after its time, waiting for a connection or the rate.
         body_bytes: the size of the body, after decompression.
     """
 

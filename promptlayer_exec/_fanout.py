@@ -162,7 +162,7 @@ class _Fan(Generic[ItemT]):
 
     async def _admit(self) -> None:
         try:
-            async with aclosing(_each(self._items)) as items:
+            async with aclosing(each(self._items)) as items:
                 index = 0
                 while True:
                     await self._places.acquire()
@@ -211,7 +211,8 @@ class _Fan(Generic[ItemT]):
         return cast(PromptLayerExecError, error)
 
 
-async def _each(items: Iterable[ItemT] | AsyncIterable[ItemT]) -> AsyncGenerator[ItemT, None]:
+async def each(items: Iterable[ItemT] | AsyncIterable[ItemT]) -> AsyncGenerator[ItemT, None]:
+    """Yield the items of an iterable or async iterable; an async generator is closed at the end."""
     if not isinstance(items, AsyncIterable):
         for item in items:
             yield item

@@ -225,6 +225,28 @@ class Snapshot:
                 changes.append(NodeChange(node, before.status))
         return tuple(changes)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the snapshot as plain data for JSON: the one form that all of the package writes.
+
+        The execution id is a string, as it may exceed 2**53. Times are seconds into the watch,
+        rounded to milliseconds; `succeeded` is None until the execution is complete. The nodes'
+        values are shared, not copied.
+
+        Returns:
+            `{"execution_id", "poll", "elapsed", "complete", "succeeded", "progress", "nodes"}`,
+            where `nodes` maps each name to `{"name", "status", "value", "error_message",
+            "raw_error_message", "is_output_node", "running", "final"}`.
+        """
+        return {
+            "execution_id": str(self.execution_id),
+            "poll": self.poll,
+            "elapsed": round(self.elapsed, 3),
+            "complete": self.complete,
+            "succeeded": self.succeeded if self.complete else None,
+            "progress": self.progress,
+            "nodes": {name: node_dict(self, name) for name in self.nodes},
+        }
+
     def raise_for_failure(self) -> None:
         """Raise `ExecutionFailed` if the execution is complete and did not succeed."""
         if not self.complete or self.succeeded:
@@ -243,6 +265,22 @@ class Snapshot:
             execution_id=self.execution_id,
             last_snapshot=self,
         )
+
+
+def node_dict(snapshot: Snapshot, name: str) -> dict[str, Any]:
+    """Return one node of a snapshot as `Snapshot.to_dict` does."""
+    node = snapshot.nodes[name]
+    times = snapshot.times.get(name, NodeTimes())
+    return {
+        "name": node.name,
+        "status": str(node.status),
+        "value": node.value,
+        "error_message": node.error_message,
+        "raw_error_message": node.raw_error_message,
+        "is_output_node": node.is_output_node,
+        "running": None if times.running is None else round(times.running, 3),
+        "final": None if times.final is None else round(times.final, 3),
+    }
 
 
 def same_json(left: Any, right: Any) -> bool:

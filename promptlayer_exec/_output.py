@@ -48,9 +48,9 @@ def check_type(into: Any, converter: cattrs.Converter | None) -> None:
         TypeError: they cannot.
     """
     # Not imported before it is needed: a quarter of what importing the package would take.
-    from promptlayer_exec import _structure  # noqa: PLC0415
+    from promptlayer_exec import _structuring  # noqa: PLC0415
 
-    _structure.check_type(into, converter)
+    _structuring.check_type(into, converter)
 
 
 def typed_output(
@@ -61,20 +61,19 @@ def typed_output(
     Raises:
         InvalidOutput: it does not have that type.
     """
-    from promptlayer_exec._misfits import Misfit  # noqa: PLC0415 - as above
-    from promptlayer_exec._structure import structure  # noqa: PLC0415
+    from promptlayer_exec._structuring import StructureError, structure  # noqa: PLC0415 - as above
 
     try:
         return structure(value, into, converter)
     except TypeError as error:  # of a part of the type that only this value led to
         error.add_note(f"for the output of execution {snapshot.execution_id}")
         raise
-    except Misfit as misfit:
+    except StructureError as error:
         raise InvalidOutput(
-            f"the output is not what into= asks for: {misfit.path}: {misfit.reason}",
-            path=misfit.path,
+            f"the output is not what into= asks for: {error.path}: {error.reason}",
+            path=error.path,
             value=value,
-            reason=misfit.reason,
+            reason=error.reason,
             execution_id=snapshot.execution_id,
             last_snapshot=snapshot,
-        ) from misfit.__cause__
+        ) from error.__cause__

@@ -10,11 +10,10 @@ from collections.abc import (
     Awaitable,
     Callable,
     Iterable,
-    Iterator,
     Mapping,
     Sequence,
 )
-from contextlib import AsyncExitStack, aclosing, contextmanager
+from contextlib import AsyncExitStack, aclosing
 from functools import partial
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, overload
@@ -27,7 +26,6 @@ from promptlayer_exec._lifetime import Lifetime
 from promptlayer_exec._models import MainOutput, Node, Outcome, Snapshot, StartRequest
 from promptlayer_exec._opening import Opening
 from promptlayer_exec._output import check_type, main_output, typed_output
-from promptlayer_exec._throttle import Limiter, Throttle
 from promptlayer_exec._policies import (
     Deadline,
     Newborns,
@@ -44,6 +42,7 @@ from promptlayer_exec._settings import (
 )
 from promptlayer_exec._start import Clearance
 from promptlayer_exec._tasks import Timers, clock
+from promptlayer_exec._throttle import Limiter, Throttle
 from promptlayer_exec._transport import Pools, Transport
 from promptlayer_exec._watch import Watch, finished_nodes, follow, take_snapshot
 from promptlayer_exec._wire import (
@@ -276,19 +275,10 @@ class Session:
     def _prepare(self, request: StartRequest) -> tuple[dict[str, Any], Request]:
         """Return a start's inputs as JSON carries them, and what would be sent."""
         # Not imported before it is needed, as much else that not everybody uses.
-        from promptlayer_exec._inputs import encode_inputs  # noqa: PLC0415
+        from promptlayer_exec._structuring import encode_inputs  # noqa: PLC0415
 
         inputs = encode_inputs(request.inputs, self._converter)
         return inputs, run_request(request, inputs)
-
-    @contextmanager
-    def _limited(self, limiter: Limiter) -> Iterator[None]:
-        """Let every HTTP attempt acquire one more limiter, whether the session is open or not."""
-        self._limiters.append(limiter)
-        try:
-            yield
-        finally:
-            self._limiters.remove(limiter)
 
     @overload
     def as_completed(

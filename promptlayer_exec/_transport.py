@@ -30,11 +30,11 @@ from promptlayer_exec._errors import (
 )
 from promptlayer_exec._events import Emit, RequestRetried, Throttled
 from promptlayer_exec._outages import Outages
-from promptlayer_exec._throttle import Throttle
 from promptlayer_exec._policies import Newborns, Outage, RetryPolicy
 from promptlayer_exec._receiving import PIECE, Receiver
 from promptlayer_exec._redaction import Redactor
 from promptlayer_exec._tasks import Limit, Timers, is_cancelled
+from promptlayer_exec._throttle import Throttle
 from promptlayer_exec._version import __version__
 from promptlayer_exec._wire import Reply, Request, Response, excerpt, read_retry_after
 

@@ -228,7 +228,7 @@ def read_started(response: Response) -> Started:
     answer = _decode(response)
     execution_id = answer.get(_ID_FIELD) if isinstance(answer, dict) else None
     if type(execution_id) is not int or not 1 <= execution_id <= MAX_ID:
-        _misfit(response, f"$.{_ID_FIELD}", "there is no usable id")
+        _invalid_shape(response, f"$.{_ID_FIELD}", "there is no usable id")
     warning = answer.get("warning")
     if warning is not None and not isinstance(warning, str):
         warning = json.dumps(warning)
@@ -267,7 +267,7 @@ class NodeMapReader:
         check_status(response)
         raw = _decode(response)
         if not isinstance(raw, dict):
-            _misfit(response, "$", f"expected a map of node name to node, got {_kind(raw)}")
+            _invalid_shape(response, "$", f"expected a map of node name to node, got {_kind(raw)}")
         nodes = {}
         for name, body in raw.items():
             if before is not None and name in before.nodes and same_json(before.raw[name], body):
@@ -339,14 +339,14 @@ def _node(name: str, body: Any) -> Node | None:
 
 def _checked_node(response: Response, name: str, body: Any) -> Node:
     if not isinstance(body, dict):
-        _misfit(response, f"$.{name}", f"expected a node, got {_kind(body)}")
+        _invalid_shape(response, f"$.{name}", f"expected a node, got {_kind(body)}")
     try:
         return _node_hook()({**body, "name": name}, Node)
     except ClassValidationError as group:
         noted, _ = group.group_exceptions()
         error, note = noted[0]
         reason = "is missing" if isinstance(error, KeyError) else str(error)
-        _misfit(response, f"$.{name}.{note.name}", reason, group)
+        _invalid_shape(response, f"$.{name}.{note.name}", reason, group)
 
 
 @cache
@@ -400,10 +400,10 @@ def _decode(response: Response) -> Any:
             reason=str(error),
         ) from error
     except (ValueError, RecursionError) as error:  # over 4,300 digits; nested too deep
-        _misfit(response, "$", f"the JSON cannot be read ({error})", error)
+        _invalid_shape(response, "$", f"the JSON cannot be read ({error})", error)
 
 
-def _misfit(
+def _invalid_shape(
     response: Response, path: str, reason: str, cause: BaseException | None = None
 ) -> NoReturn:
     raise InvalidResponse(

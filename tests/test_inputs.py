@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, field_serializer
 
-from promptlayer_exec._inputs import encode_inputs
+from promptlayer_exec._structuring import encode_inputs
 
 
 class Color(enum.StrEnum):

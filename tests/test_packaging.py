@@ -16,7 +16,7 @@ import pytest
 import promptlayer_exec
 
 PACKAGE = Path(promptlayer_exec.__file__).parent
-FACE = [
+PUBLIC = [
     "Session",
     "Execution",
     "Snapshot",
@@ -81,14 +81,12 @@ LAYERS = [
     "_start",
     "_lifetime",
     "_opening",
-    "_misfits",
-    "_inputs",
-    "_strict",
-    "_structure",
+    "_structuring",
     "_output",
     "_execution",
     "_fanout",
     "_session",
+    "_integration",
 ]
 
 
@@ -129,15 +127,21 @@ def upward_imports(module: str, source: str) -> set[str]:
     return imports_of_ours(source) - set(LAYERS[: LAYERS.index(module)])
 
 
-def test_the_face_is_exactly_the_contract_s() -> None:
+def sources(module: str) -> list[Path]:
+    """Return the files of a module, or of a package."""
+    file = PACKAGE / f"{module}.py"
+    return [file] if file.exists() else sorted((PACKAGE / module).glob("*.py"))
+
+
+def test_the_public_api_is_exactly_the_contract_s() -> None:
     """No name more and none less, each of them there, in sorted order."""
-    assert sorted(FACE) == promptlayer_exec.__all__
-    assert all(hasattr(promptlayer_exec, name) for name in FACE)
+    assert sorted(PUBLIC) == promptlayer_exec.__all__
+    assert all(hasattr(promptlayer_exec, name) for name in PUBLIC)
 
 
-def test_every_name_of_the_face_is_documented() -> None:
+def test_every_public_name_is_documented() -> None:
     """Each class has a docstring of its own, and so has each of its public methods."""
-    for name in FACE[:-1]:
+    for name in PUBLIC[:-1]:
         cls = getattr(promptlayer_exec, name)
         assert cls.__doc__, name
         for member, value in vars(cls).items():
@@ -150,7 +154,7 @@ def test_the_version_is_the_distribution_s() -> None:
     assert promptlayer_exec.__version__ == metadata.version("promptlayer-exec")
 
 
-def test_importing_the_face_imports_no_optional_dependency() -> None:
+def test_importing_the_package_imports_no_optional_dependency() -> None:
     """Nor the modules that need one, nor the simulator."""
     program = (
         "import sys, promptlayer_exec\n"
@@ -165,16 +169,17 @@ def test_importing_the_face_imports_no_optional_dependency() -> None:
     assert printed.stdout == "[]\n"
 
 
-def test_every_room_has_its_layer() -> None:
+def test_every_module_has_its_layer() -> None:
     """A new private module must take its place in `LAYERS`."""
-    modules = {path.stem for path in PACKAGE.glob("_*.py")} - {"__init__", "__main__"}
+    modules = {path.stem for path in PACKAGE.glob("_[a-z]*")}
     assert modules == set(LAYERS)
 
 
 @pytest.mark.parametrize("module", LAYERS)
-def test_rooms_import_downwards_only(module: str) -> None:
+def test_modules_import_downwards_only(module: str) -> None:
     """So there is no cycle, and a lower module can be understood without a higher one."""
-    assert upward_imports(module, (PACKAGE / f"{module}.py").read_text()) == set()
+    for file in sources(module):
+        assert upward_imports(module, file.read_text()) <= {module}, file.name
 
 
 def test_a_planted_cycle_is_found() -> None:
@@ -193,17 +198,17 @@ def test_the_simulator_shares_no_code_with_the_client() -> None:
     assert imports_of_ours("from .._wire import Request", depth=2) == {"_wire"}
 
 
-def test_the_command_line_comes_in_through_the_face() -> None:
+def test_the_command_line_uses_the_public_api() -> None:
     """It is a program like any user's, apart from the modules that it runs."""
     for path in (PACKAGE / "cli").glob("*.py"):
         used = imports_of_ours(path.read_text(), depth=2)
-        assert used <= {*FACE, "simulator", "dbos", "viewer"}, path.name
+        assert used <= {*PUBLIC, "simulator", "dbos", "viewer"}, path.name
 
 
-def test_the_viewer_comes_in_through_the_face() -> None:
+def test_the_viewer_uses_the_public_api() -> None:
     """Its page, too, is in the wheel; and no other module needs what it needs."""
     for path in (PACKAGE / "viewer").glob("*.py"):
-        assert imports_of_ours(path.read_text(), depth=2) <= {*FACE}, path.name
+        assert imports_of_ours(path.read_text(), depth=2) <= {*PUBLIC}, path.name
     page = {path.name for path in (PACKAGE / "viewer" / "page").iterdir()}
     assert {"index.html", "viewer.css", "viewer.js"} <= page
 
@@ -211,8 +216,9 @@ def test_the_viewer_comes_in_through_the_face() -> None:
 def test_only_the_transport_knows_aiohttp_s_client() -> None:
     """Elsewhere it is at most a name in an annotation."""
     users = set()
-    for module in LAYERS:
-        tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    modules = [(name, file) for name in LAYERS for file in sources(name)]
+    for module, file in modules:
+        tree = ast.parse(file.read_text())
         typed = [node for node in tree.body if isinstance(node, ast.If)]
         names = [
             alias.name

@@ -100,7 +100,7 @@ def flaws(name: str, it: Any) -> list[str]:
     return found
 
 
-def test_the_face_is_as_it_was_reviewed() -> None:
+def test_the_public_api_is_as_it_was_reviewed() -> None:
     """A change of a name or a signature shows in `tests/public_api.txt`, and in its review."""
     assert snapshot() == SNAPSHOT.read_text(encoding="utf-8")
 

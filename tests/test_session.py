@@ -31,6 +31,7 @@ from promptlayer_exec import (
     Snapshot,
     Unauthorized,
 )
+from promptlayer_exec._integration import limited
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 
@@ -276,7 +277,7 @@ async def test_a_further_limiter_may_be_lent_for_a_while(
 
     session = open_session(limiter=Asked("own"))
     await session.get_results(held)
-    with session._limited(Asked("lent")):
+    with limited(session, Asked("lent")):
         await session.get_results(held)
     await session.get_results(held)
     assert asked == ["own", "own", "lent", "own"]

@@ -93,7 +93,7 @@ def get(url: str, key: str) -> tuple[int, bytes]:
         return response.status, response.read()
 
 
-def test_face_is_sorted_and_complete() -> None:
+def test_public_api_is_sorted_and_complete() -> None:
     """`__all__` names what the package offers, in order."""
     assert sorted(simulator.__all__) == simulator.__all__
     assert all(hasattr(simulator, name) for name in simulator.__all__)

@@ -310,11 +310,11 @@ async def test_old_429s_do_not_slow_further(world):
     times = await steady(throttle, world, 5.0)
     world.advance(0.001)
     first = throttle.refused(times[-1], 0.0)
-    throttle = throttle._throttle
+    slowed = throttle._throttle
     for sent_at in times[-20:]:
         assert throttle.refused(sent_at, 0.0) == first
-    assert throttle._throttle == throttle
-    assert 80.0 < throttle < 95.0
+    assert throttle._throttle == slowed
+    assert 80.0 < slowed < 95.0
 
 
 async def test_seconds_in_which_nothing_may_leave_are_not_measured(world):
@@ -472,7 +472,9 @@ async def simulate(world, announce, *, seconds=30.0, latency=0.05, per_second=20
     def arrive(sent_at):
         wait = bucket.take(world.now)
         seen.append((sent_at, not wait))
-        report = throttle.answered if not wait else lambda: throttle.refused(sent_at, announce(wait))
+        report = (
+            throttle.answered if not wait else lambda: throttle.refused(sent_at, announce(wait))
+        )
         world.at(world.now + latency / 2, report)
 
     end = world.now + seconds

@@ -271,7 +271,7 @@ MISFITS = {
 
 @pytest.mark.parametrize("status", [200, 202])
 @pytest.mark.parametrize(("node", "path", "reason"), MISFITS.values(), ids=MISFITS)
-def test_misfit(node, path, reason, status):
+def test_invalid_node(node, path, reason, status):
     """A node of the wrong shape is named with path and reason, and the body's start is shown."""
     error = refusal({"Node 0": {"status": "SUCCESS"}, "Node 1": node}, status)
     assert error.path == path

@@ -3,11 +3,11 @@
 import json
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Protocol
 
 from rich.console import Console
 
-from promptlayer_exec import Node, NodeTimes, Snapshot
+from promptlayer_exec import Snapshot
 
 from ._live import LiveView
 from ._streams import err, out
@@ -80,28 +80,4 @@ class JsonView(_LinesView):
 
 def snapshot_json(snapshot: Snapshot) -> str:
     """Return a snapshot as one line of ASCII JSON."""
-    return json.dumps(
-        {
-            "execution_id": str(snapshot.execution_id),
-            "poll": snapshot.poll,
-            "elapsed": round(snapshot.elapsed, 3),
-            "complete": snapshot.complete,
-            "succeeded": snapshot.succeeded if snapshot.complete else None,
-            "nodes": {
-                name: _node(node, snapshot.times.get(name, NodeTimes()))
-                for name, node in snapshot.nodes.items()
-            },
-        }
-    )
-
-
-def _node(node: Node, times: NodeTimes) -> dict[str, Any]:
-    return {
-        "status": node.status,
-        "value": node.value,
-        "error_message": node.error_message,
-        "raw_error_message": node.raw_error_message,
-        "is_output_node": node.is_output_node,
-        "running": times.running,
-        "final": times.final,
-    }
+    return json.dumps(snapshot.to_dict())

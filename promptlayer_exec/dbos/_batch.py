@@ -9,8 +9,7 @@ from contextlib import ExitStack, aclosing, asynccontextmanager
 from typing import Any
 
 from promptlayer_exec import ConfigurationError, Session, StartRequest
-from promptlayer_exec._policies import check_seconds
-from promptlayer_exec._settings import check_count
+from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos._rate import SharedRate
 from promptlayer_exec.dbos._store import Store, check_url
 from promptlayer_exec.dbos._values import BatchStatus, StoredOutcome
@@ -61,8 +60,8 @@ class Batch:
         self._url = check_url(database_url)
         self._source = session
         self._made: Session | None = None
-        self._max_in_flight = check_count("max_in_flight", max_in_flight)
-        self._rate = None if rate is None else check_seconds("rate", rate, zero=False)
+        self._max_in_flight = integration.check_count("max_in_flight", max_in_flight)
+        self._rate = None if rate is None else integration.check_seconds("rate", rate, zero=False)
         self._restart_unknown = restart_unknown
         self._is_prepared = False
         self._is_restarting = False
@@ -133,7 +132,7 @@ class Batch:
         with ExitStack() as stack:
             if self._rate is not None:
                 shared = SharedRate(store, self._name, self._rate)
-                stack.enter_context(session._limited(shared))
+                stack.enter_context(integration.limited(session, shared))
             await worker.run(until_done=until_done)
 
     async def outcomes(self) -> AsyncGenerator[StoredOutcome, None]:
@@ -200,7 +199,7 @@ class Batch:
             raise ValueError(
                 f"an item's key is a text of 1 to {_LONGEST_KEY} bytes, not {key!r:.100}"
             )
-        inputs, _ = self._session()._prepare(request)
+        inputs = integration.encode_inputs(self._session(), request)
         return key, json.dumps(
             {
                 "workflow": request.workflow,
@@ -252,7 +251,7 @@ async def _chunks(
     requests: Iterable[StartRequest] | AsyncIterable[StartRequest],
 ) -> AsyncGenerator[list[Any], None]:
     chunk: list[Any] = []
-    async with aclosing(_each(requests)) as each:
+    async with aclosing(integration.each(requests)) as each:
         async for request in each:
             chunk.append(request)
             if len(chunk) == _CHUNK:
@@ -260,14 +259,3 @@ async def _chunks(
                 chunk = []
     if chunk:
         yield chunk
-
-
-async def _each(
-    requests: Iterable[StartRequest] | AsyncIterable[StartRequest],
-) -> AsyncGenerator[StartRequest, None]:
-    if isinstance(requests, AsyncIterable):
-        async for request in requests:
-            yield request
-    else:
-        for request in requests:
-            yield request

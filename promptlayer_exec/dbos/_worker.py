@@ -36,6 +36,7 @@ from promptlayer_exec import (
     StartUnknown,
     Unauthorized,
 )
+from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos._departure import Departure
 from promptlayer_exec.dbos._liveness import Liveness
 from promptlayer_exec.dbos._store import APPLICATION, WORKFLOW, Store, queue_name
@@ -265,7 +266,7 @@ class Worker:
     async def _begin(
         self, request: StartRequest, clearance: Callable[[], Awaitable[None]]
     ) -> Execution:
-        return await self._session._start(request, self._session._deadline(...), clearance)
+        return await integration.start(self._session, request, before_send=clearance)
 
     async def intend(self, departure: Departure) -> str:
         """Return the token of a start whose turn has come."""

@@ -14,8 +14,9 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from promptlayer_exec import Execution, SessionClosed, Snapshot
+from promptlayer_exec._integration import node_dict
 
-from ._json import dump_json, node_view, snapshot_view
+from ._json import dump_json
 from ._problems import describe, logger
 
 _RETRY = 2000
@@ -96,18 +97,18 @@ async def _events(
     execution_id = first.execution_id
     sent = first
     try:
-        yield _event("snapshot", execution_id, first.poll, snapshot_view(first), _RETRY)
+        yield _event("snapshot", execution_id, first.poll, first.to_dict(), _RETRY)
         # While a client is slow, this waits at a `yield`; what it has missed is then one diff.
         async for latest in snapshots:
             for change in latest.diff(sent):
                 data = {
                     "execution_id": str(execution_id),
                     "progress": latest.progress,
-                    **node_view(change.node, latest),
+                    **node_dict(latest, change.node.name),
                 }
                 yield _event("node", execution_id, latest.poll, data)
             sent = latest
-        yield _event("complete", execution_id, "complete", snapshot_view(sent))
+        yield _event("complete", execution_id, "complete", sent.to_dict())
     except SessionClosed:
         return
     except Exception as error:  # noqa: BLE001 - the status is sent: only an event can tell
@@ -121,7 +122,7 @@ def _failure(error: Exception, sent: Snapshot) -> dict[str, Any]:
         "type": kind,
         "message": message,
         "execution_id": str(sent.execution_id),
-        "last": snapshot_view(last),
+        "last": last.to_dict(),
     }
 
 

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from promptlayer_exec import PromptLayerExecError, Session
 
 from ._events import execution_events
-from ._json import dump_json, snapshot_view
+from ._json import dump_json
 from ._problems import ProblemRoute
 
 T = TypeVar("T")
@@ -90,7 +90,7 @@ def _add_looks(router: APIRouter, get_session: Callable[..., Any]) -> None:
     ) -> Response:
         """Return all nodes of an execution as they are now."""
         execution = session.execution(execution_id)
-        return _json(snapshot_view(await _unless_gone(request, execution.snapshot())))
+        return _json((await _unless_gone(request, execution.snapshot())).to_dict())
 
     @router.get("/executions/{execution_id}/events", responses={200: _EVENTS, 204: _SEEN})
     async def get_events(

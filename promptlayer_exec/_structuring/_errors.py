@@ -18,7 +18,7 @@ from cattrs.errors import (
 )
 
 
-class Misfit(Exception):
+class StructureError(Exception):
     """A value does not have the type that was asked for.
 
     Attributes:

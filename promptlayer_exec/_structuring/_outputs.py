@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import cattrs
 from cattrs.errors import StructureHandlerNotFoundError
 
-from promptlayer_exec._misfits import Misfit, locate
-from promptlayer_exec._strict import Hook, attempt, is_union, strict_converter
+from promptlayer_exec._structuring._converter import Hook, attempt, is_union, strict_converter
+from promptlayer_exec._structuring._errors import StructureError, locate
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -39,7 +39,7 @@ def structure(value: Any, into: TypeForm[T], converter: cattrs.Converter | None 
             its first use here goes unnoticed.
 
     Raises:
-        Misfit: the value does not fit.
+        StructureError: the value does not fit.
         TypeError: `into` is no type, or has a part that nobody has a hook for.
     """
     strict = strict_converter(converter)
@@ -91,8 +91,8 @@ def _explained(failure: Exception, value: Any, converter: cattrs.Converter) -> E
     if isinstance(leaf, StructureHandlerNotFoundError):
         error: Exception = TypeError(f"{path}: {reason}")
     elif isinstance(leaf, RecursionError):
-        error, failure = Misfit("$", "is nested too deeply"), leaf
+        error, failure = StructureError("$", "is nested too deeply"), leaf
     else:
-        error = Misfit(path, reason)
+        error = StructureError(path, reason)
     error.__cause__ = failure
     return error

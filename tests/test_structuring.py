@@ -42,8 +42,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, RootModel
 
-from promptlayer_exec._misfits import Misfit
-from promptlayer_exec._structure import check_type, structure
+from promptlayer_exec._structuring import check_type, structure
+from promptlayer_exec._structuring._errors import StructureError
 
 T = TypeVar("T")
 OrderId = NewType("OrderId", int)
@@ -140,9 +140,9 @@ class Holder:
     models: list[Model] = attrs.field(factory=list)
 
 
-def misfit(value: Any, into: Any, converter: cattrs.Converter | None = None) -> Misfit:
+def error_of(value: Any, into: Any, converter: cattrs.Converter | None = None) -> StructureError:
     """Return the error that structuring ends in."""
-    with pytest.raises(Misfit) as caught:
+    with pytest.raises(StructureError) as caught:
         structure(value, into, converter)
     return caught.value
 
@@ -271,7 +271,7 @@ def test_never_coerces(into: Any) -> None:
     for value in _VALUES:
         try:
             result = structure(value, into)
-        except Misfit:
+        except StructureError:
             assert not _ORACLE[into](value), value
         else:
             assert _ORACLE[into](value), value
@@ -350,9 +350,11 @@ def test_model_sees_what_json_read(value: Any) -> None:
         ({"model": {"number": 1}, "models": [{}]}, Holder, "$.models[0].number", "is missing"),
     ],
 )
-def test_misfit_names_path_and_reason(value: Any, into: Any, path: str, reason: str) -> None:
+def test_structure_error_names_path_and_reason(
+    value: Any, into: Any, path: str, reason: str
+) -> None:
     """The first thing that differs is named, with its path and the underlying error as cause."""
-    error = misfit(value, into)
+    error = error_of(value, into)
     assert (error.path, error.reason) == (path, reason)
     assert str(error) == f"{path}: {reason}"
     assert isinstance(error.__cause__, Exception)
@@ -390,13 +392,13 @@ def test_text_is_read_as_json_only_if_it_does_not_fit(text: str, into: Any, expe
 )
 def test_error_is_the_text_s_if_it_holds_an_object(text: str, path: str, reason: str) -> None:
     """If both tries fail, an object or array in the text tells more than the string."""
-    error = misfit(text, Report)
+    error = error_of(text, Report)
     assert (error.path, error.reason) == (path, reason)
 
 
 def test_nested_text_is_not_read() -> None:
     """Only the value itself may be JSON text, not a string within it."""
-    assert misfit(["1"], list[int]).path == "$[0]"
+    assert error_of(["1"], list[int]).path == "$[0]"
 
 
 @attrs.frozen
@@ -464,7 +466,7 @@ def test_order_of_a_union_does_not_matter(value: Any, members: tuple[Any, Any]) 
     def outcome(into: Any) -> Any:
         try:
             return typed(structure(value, into, cattrs.Converter()))
-        except Misfit as error:
+        except StructureError as error:
             return error.path
 
     assert outcome(first | second) == outcome(second | first)
@@ -488,9 +490,9 @@ def test_order_of_a_union_does_not_matter(value: Any, members: tuple[Any, Any]) 
         (5, list[int] | str | None, "$", "expected list[int] | str | None, got an integer"),
     ],
 )
-def test_union_names_the_closest_misfit(value: Any, into: Any, path: str, reason: str) -> None:
-    """If one member alone is of the value's kind its misfit counts, else all are named."""
-    error = misfit(value, into)
+def test_union_names_the_closest_error(value: Any, into: Any, path: str, reason: str) -> None:
+    """If one member alone is of the value's kind its error counts, else all are named."""
+    error = error_of(value, into)
     assert (error.path, error.reason) == (path, reason)
 
 
@@ -505,11 +507,11 @@ class Or:
 
 
 def test_recursive_classes_that_are_alike() -> None:
-    """A misfit deep down in classes that nothing tells apart is found in time linear in depth."""
+    """A mismatch deep down in classes that nothing tells apart is found in time linear in depth."""
     value: Any = 1
     for _ in range(40):
         value = {"terms": [value]}
-    error = misfit(value, And | Or)
+    error = error_of(value, And | Or)
     assert error.path == "$"
     assert error.reason.startswith("fits none of And | Or (And.terms[0]: fits none of And | Or")
     assert len(error.reason) < 300
@@ -518,7 +520,7 @@ def test_recursive_classes_that_are_alike() -> None:
 def test_generic_classes() -> None:
     """A generic attrs class checks its argument."""
     assert structure({"content": [1]}, Box[list[int]]) == Box([1])
-    assert misfit({"content": ["1"]}, Box[list[int]]).path == "$.content[0]"
+    assert error_of({"content": ["1"]}, Box[list[int]]).path == "$.content[0]"
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="`type` statements are new in 3.12")
@@ -527,7 +529,7 @@ def test_type_aliases() -> None:
     scope: dict[str, Any] = {}
     exec("type Nested = int | list[Nested]", scope)
     assert structure([1, [2, [3]]], scope["Nested"]) == [1, [2, [3]]]
-    assert misfit([1, [2, ["3"]]], scope["Nested"]).path == "$[1][1][0]"
+    assert error_of([1, [2, ["3"]]], scope["Nested"]).path == "$[1][1][0]"
 
 
 @attrs.frozen
@@ -565,24 +567,26 @@ class Checked:
         ({"low": 1, "_redaction": "2"}, "$._redaction", "expected an integer, got a string"),
     ],
 )
-def test_errors_of_the_user_s_class_are_misfits(value: Any, path: str, reason: str) -> None:
-    """What a validator or `__attrs_post_init__` raises is a misfit, at its field if it has one."""
-    error = misfit(value, Checked)
+def test_errors_of_the_user_s_class_are_structure_errors(
+    value: Any, path: str, reason: str
+) -> None:
+    """What a validator or `__attrs_post_init__` raises is a structure error, at its field."""
+    error = error_of(value, Checked)
     assert (error.path, error.reason) == (path, reason)
 
 
 def test_cancellation_passes() -> None:
-    """What is no `Exception` is no misfit."""
+    """What is no `Exception` is no error."""
     with pytest.raises(asyncio.CancelledError):
         structure({"low": 6}, Checked)
 
 
-def test_too_deep_a_value_is_a_misfit() -> None:
+def test_too_deep_a_value_is_a_structure_error() -> None:
     """A value that is nested too deeply is refused, with the recursion as its cause."""
     value: dict[str, Any] = {"title": "t"}
     for _ in range(sys.getrecursionlimit()):
         value = {"title": "t", "previous": value}
-    error = misfit(value, Report)
+    error = error_of(value, Report)
     assert (error.path, error.reason) == ("$", "is nested too deeply")
     assert isinstance(error.__cause__, RecursionError)
 
@@ -662,8 +666,8 @@ def test_models_validate_themselves_strictly() -> None:
         color=Color.RED,
         inner=Model(number=2),
     )
-    assert misfit({"number": "1"}, Lenient).path == "$.number"
-    assert misfit({"number": 1, "other": 2}, Strict).path == "$.other"
+    assert error_of({"number": "1"}, Lenient).path == "$.number"
+    assert error_of({"number": 1, "other": 2}, Strict).path == "$.other"
     assert structure([1], Former) == ("former", [1])
     assert structure([1], Latter) == (True, [1])
 
@@ -674,7 +678,7 @@ class Odd(BaseModel):
 
 def test_model_path_names_keys_alone() -> None:
     """The names of union members in pydantic's locations are no part of the path."""
-    assert misfit({"choice": ["x"]}, Odd).path in ("$.choice", "$.choice[0]")
+    assert error_of({"choice": ["x"]}, Odd).path in ("$.choice", "$.choice[0]")
 
 
 @attrs.frozen
@@ -704,13 +708,13 @@ def test_hooks_of_the_user_win() -> None:
     )
     assert structure(["1.50 EUR"], list[Money], converter) == [Money(150)]
     assert structure("1.50 EUR", Money | None, converter) == Money(150)
-    error = misfit(["1.50 USD"], list[Money], converter)
+    error = error_of(["1.50 USD"], list[Money], converter)
     assert (error.path, error.reason) == ("$[0]", "is no amount in EUR")
     assert structure(0, dt.datetime, converter).year == 1970
     assert structure("a,b", list[str], converter) == ["a", "b"]
     assert structure(0, Cat | str, converter) == "a cat or a string"
-    assert misfit({"title": 1}, Report, converter).path == "$.title"
-    assert misfit("1.50 EUR", Money).reason == "expected an object, got a string"
+    assert error_of({"title": 1}, Report, converter).path == "$.title"
+    assert error_of("1.50 EUR", Money).reason == "expected an object, got a string"
 
 
 def test_hook_for_int_does_not_apply_to_bool() -> None:
@@ -718,7 +722,7 @@ def test_hook_for_int_does_not_apply_to_bool() -> None:
     converter = cattrs.Converter()
     converter.register_structure_hook(int, lambda value, _: int(value))
     assert structure({"cents": "1"}, Money, converter) == Money(1)
-    assert misfit({"cents": "1", "final": 1}, Money, converter).path == "$.final"
+    assert error_of({"cents": "1", "final": 1}, Money, converter).path == "$.final"
     converter = cattrs.Converter()
     converter.register_structure_hook(bool, lambda value, _: value == "yes")
     assert structure("yes", bool, converter) is True
@@ -729,8 +733,8 @@ def test_preconfigured_converter_does_not_bring_coercion() -> None:
     converter = make_converter()
     assert structure("2026-01-31", dt.datetime, converter) == dt.datetime(2026, 1, 31)
     assert structure({"cents": 1}, Money | str | None, converter) == Money(1)
-    assert misfit({"cents": "1"}, Money | str | None, converter).path == "$.cents"
-    assert misfit(True, int | str, converter).path == "$"
+    assert error_of({"cents": "1"}, Money | str | None, converter).path == "$.cents"
+    assert error_of(True, int | str, converter).path == "$"
 
 
 def test_strategies_of_the_user_s_converter() -> None:
@@ -744,7 +748,7 @@ def test_settings_of_the_user_s_converter() -> None:
     """Forbidden extra keys and preferred attrs converters stay in force."""
     converter = cattrs.Converter(forbid_extra_keys=True)
     for into in (Item, Row, Point):
-        error = misfit({"name": "n", "x": 1, "zz": 1}, into, converter)
+        error = error_of({"name": "n", "x": 1, "zz": 1}, into, converter)
         assert error.reason == "is not expected"
         assert error.path in ("$.x", "$.name", "$.zz")
 
@@ -752,9 +756,9 @@ def test_settings_of_the_user_s_converter() -> None:
     class Shout:
         text: str = attrs.field(converter=lambda text: str(text).upper())
 
-    assert misfit({"text": 1}, Shout).path == "$.text"
+    assert error_of({"text": 1}, Shout).path == "$.text"
     terse = cattrs.Converter(detailed_validation=False)
-    assert misfit({"name": 1}, Item, terse).path == "$.name"
+    assert error_of({"name": 1}, Item, terse).path == "$.name"
     preferring = cattrs.Converter(prefer_attrib_converters=True)
     assert structure({"text": 1}, Shout, preferring) == Shout("1")
     positional = cattrs.Converter(unstruct_strat=cattrs.UnstructureStrategy.AS_TUPLE)
@@ -770,9 +774,9 @@ def test_path_has_the_key_and_not_the_attribute() -> None:
             kind, converter, cents=override(rename="Cents"), low=override(rename="Low")
         ),
     )
-    assert misfit({"Cents": "1"}, Money, converter).path == "$.Cents"
-    assert misfit({}, Money, converter).path == "$.Cents"
-    assert misfit({"Low": -1}, Checked, converter).path == "$.Low"
+    assert error_of({"Cents": "1"}, Money, converter).path == "$.Cents"
+    assert error_of({}, Money, converter).path == "$.Cents"
+    assert error_of({"Low": -1}, Checked, converter).path == "$.Low"
 
 
 @pytest.mark.skipif(
@@ -781,7 +785,7 @@ def test_path_has_the_key_and_not_the_attribute() -> None:
 def test_path_has_the_alias_where_aliases_are_used() -> None:
     """A converter that goes by the aliases has them in its paths."""
     converter = cattrs.Converter(use_alias=True)
-    assert misfit({"low": 1, "top": "2"}, Checked, converter).path == "$.top"
+    assert error_of({"low": 1, "top": "2"}, Checked, converter).path == "$.top"
 
 
 def test_converter_is_not_changed() -> None:
@@ -795,7 +799,7 @@ def test_missing_means_that_the_key_is_missing() -> None:
     """A KeyError out of a hook is told from a missing key."""
     converter = cattrs.Converter()
     converter.register_structure_hook(Money, lambda value, _: Money(value["cents"]))
-    error = misfit({"money": {}}, dict[str, Money], converter)
+    error = error_of({"money": {}}, dict[str, Money], converter)
     assert (error.path, error.reason) == ("$.money", "KeyError: cents")
 
 

@@ -45,7 +45,7 @@ from cattrs.errors import (
     StructureHandlerNotFoundError,
 )
 
-from promptlayer_exec._misfits import locate
+from promptlayer_exec._structuring._errors import locate
 
 Hook = Callable[[Any, Any], Any]
 

@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import cattrs
 
-from promptlayer_exec._misfits import step
+from promptlayer_exec._structuring._errors import step
 
 _ADVICE = "convert it, or give Session a converter= with an unstructure hook for it"
 _AS_IT_IS = frozenset({str, bool, NoneType})

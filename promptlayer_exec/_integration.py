@@ -1,0 +1,71 @@
+"""What the package's own integrations need beyond the public API: one seam, and no other.
+
+Internal: names here may change in any release. An integration (`fastapi`, `dbos`, `viewer`, `cli`)
+imports the public API, and this module where that is not enough; never another private module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from promptlayer_exec._execution import Execution
+from promptlayer_exec._fanout import each
+from promptlayer_exec._models import StartRequest, node_dict
+from promptlayer_exec._policies import check_seconds
+from promptlayer_exec._session import Session
+from promptlayer_exec._settings import check_count
+from promptlayer_exec._throttle import Limiter
+
+__all__ = [
+    "check_count",
+    "check_seconds",
+    "each",
+    "encode_inputs",
+    "limited",
+    "node_dict",
+    "start",
+]
+
+
+def encode_inputs(session: Session, request: StartRequest) -> dict[str, Any]:
+    """Return the inputs of a start as JSON carries them; nothing is sent.
+
+    Args:
+        session: its `converter` is used.
+        request: what would be started; all of it is checked.
+
+    Raises:
+        TypeError: something in the request is of an unusable type.
+        ValueError: something in it cannot be sent.
+    """
+    inputs, _ = session._prepare(request)
+    return inputs
+
+
+async def start(
+    session: Session, request: StartRequest, *, before_send: Callable[[], Awaitable[None]]
+) -> Execution:
+    """Start a run as `Session.start` does, with a hook that is awaited just before it is sent.
+
+    Args:
+        session: sends the request.
+        request: what to start.
+        before_send: awaited once for each attempt, when a connection is free and the rate allows
+            the request. Until it returns, cancelling the call sends nothing.
+
+    Raises:
+        PromptLayerExecError: as `Session.start`.
+    """
+    return await session._start(request, session._deadline(...), before_send)
+
+
+@contextmanager
+def limited(session: Session, limiter: Limiter) -> Iterator[None]:
+    """Let every HTTP attempt of a session acquire one more limiter, open or not."""
+    session._limiters.append(limiter)
+    try:
+        yield
+    finally:
+        session._limiters.remove(limiter)

@@ -1,0 +1,7 @@
+"""Values to and from the user's types, strictly: outputs are structured, inputs are encoded."""
+
+from promptlayer_exec._structuring._errors import StructureError
+from promptlayer_exec._structuring._inputs import encode_inputs
+from promptlayer_exec._structuring._outputs import check_type, structure
+
+__all__ = ["StructureError", "check_type", "encode_inputs", "structure"]
