@@ -34,13 +34,13 @@ from promptlayer_exec._events import (
     WatchStarted,
 )
 from promptlayer_exec._execution import Execution
+from promptlayer_exec._fanout import Outcome
 from promptlayer_exec._models import (
     MainOutput,
     Node,
     NodeChange,
     NodeStatus,
     NodeTimes,
-    Outcome,
     Snapshot,
     StartRequest,
 )

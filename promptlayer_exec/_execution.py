@@ -6,11 +6,13 @@ from collections.abc import AsyncGenerator
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
-from promptlayer_exec._output import check_type
+from promptlayer_exec._policies import Deadline, check_timeout
+from promptlayer_exec._watch import Join, Watch, finished_nodes, follow
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
 
+    from promptlayer_exec._client import Client
     from promptlayer_exec._models import Node, Snapshot
     from promptlayer_exec._session import Session
 
@@ -18,16 +20,16 @@ T = TypeVar("T")
 
 
 class Execution:
-    """One execution, as a session follows it: made by `Session.execution`, or `Session.start`.
+    """One execution, as a session follows it; `Session.execution` and `Session.start` return it.
 
     However many calls of `stream`, `finished_nodes`, `wait` and `output` follow it in one session,
-    one poller asks the server. Handles are equal if session and id are. A pickled handle comes
-    back without its session: it still tells the id.
+    one poller polls the server. Handles are equal if their session and id are. A handle that was
+    pickled has no session any more, but still its id.
 
     Attributes:
         id: the execution's id.
         workflow: the workflow's name or id, where this session started it.
-        warning: what the server warned of at the start.
+        warning: the server's warning at the start, such as a missing input variable.
     """
 
     __slots__ = ("_session", "id", "warning", "workflow")
@@ -52,26 +54,28 @@ class Execution:
             ExecutionTimeout: the session's `wait_timeout` passed.
             SessionClosed: the session was closed.
         """
-        return await self._open_session().get_results(self.id, return_all_outputs=True)
+        client = await self._client()
+        return await client.snapshot(self.id, client.deadline())
 
     def stream(
         self, *, timeout: float | EllipsisType | None = ...
     ) -> AsyncGenerator[Snapshot, None]:
         """Yield a snapshot on every poll, the complete one last.
 
-        The first is the latest there is. A consumer slower than the polls gets the latest and
-        skips older ones. Leave early through `contextlib.aclosing`, so that polling stops at once.
+        The first snapshot is the latest there is. A consumer slower than the polls gets the latest
+        and skips older ones. Wrap the generator in `contextlib.aclosing`, so that polling stops at
+        once when you stop early.
 
         Args:
             timeout: seconds from the first `anext`; `...` means the session's `wait_timeout`,
                 None no limit.
 
         Raises:
-            ExecutionTimeout: it was not complete in time; it goes on at the server.
+            ExecutionTimeout: the execution was not complete in time; it continues on the server.
             RequestError: the server refused, or could not be reached for too long.
             SessionClosed: the session was closed.
         """
-        return self._open_session()._follow(self.id, timeout)
+        return follow(self._joining(timeout))
 
     def finished_nodes(
         self, *, timeout: float | EllipsisType | None = ...
@@ -84,12 +88,12 @@ class Execution:
         Raises:
             PromptLayerExecError: as for `stream`.
         """
-        return self._open_session()._finished_nodes(self.id, timeout)
+        return finished_nodes(self._joining(timeout))
 
     async def wait(self, *, timeout: float | EllipsisType | None = ...) -> Snapshot:
         """Wait until the execution is complete; failed nodes do not raise.
 
-        Cancelling the wait does not cancel the execution: the server cannot.
+        Cancelling the wait does not cancel the execution: the server has no such operation.
 
         Args:
             timeout: as for `stream`.
@@ -100,10 +104,9 @@ class Execution:
         Raises:
             PromptLayerExecError: as for `stream`.
         """
-        session = self._open_session()
-        deadline = session._deadline(timeout)
-        opening = await session._open(self.id)
-        return await opening.completed(self.id, deadline)
+        timeout = check_timeout(timeout)
+        client = await self._client()
+        return await client.completed(self.id, client.deadline(timeout))
 
     @overload
     async def output(
@@ -118,30 +121,44 @@ class Execution:
     async def output(self, *, timeout: float | EllipsisType | None = ..., into: Any = None) -> Any:
         """Wait until the execution is complete, and return its main output.
 
-        Which value that is, the nodes tell: the one of the output node that succeeded. Where
-        several did, or no node is marked as output, the server is asked.
+        That is the value of the output node that succeeded. If several succeeded, or no node is
+        marked as output, one more request asks the server which it is.
 
         Args:
             timeout: as for `stream`.
-            into: the type to structure it into, with nothing coerced but int to float: an attrs
-                class, dataclass, TypedDict, enum, pydantic model, `list[Report]`,
-                `Report | None` ... A string that does not fit is read as JSON. None: as it is.
+            into: the type to structure it into: an attrs class, dataclass, TypedDict, enum,
+                pydantic model, `list[Report]`, `Report | None` and so on. Nothing is coerced
+                except int to float. A string that does not fit is read as JSON. None returns the
+                output as it is.
 
         Raises:
             ExecutionFailed: the execution has no main output.
             InvalidOutput: the output is not of the type `into`.
-            TypeError: `into` is no type that can be structured.
+            TypeError: `into` is not a type that values can be structured into.
             PromptLayerExecError: as for `stream`.
         """
-        session = self._open_session()
-        if into is not None:
-            check_type(into, session._converter)
-        return await session._output(self.id, session._deadline(timeout), into)
+        timeout = check_timeout(timeout)
+        client = await self._client()
+        return await client.output(self.id, client.deadline(timeout), into)
 
-    def _open_session(self) -> Session:
+    async def _client(self) -> Client:
+        return await self._require_session()._open(self.id)
+
+    def _joining(self, timeout: float | EllipsisType | None) -> Join:
+        self._require_session()
+        timeout = check_timeout(timeout)
+
+        async def join() -> tuple[Watch, Deadline]:
+            client = await self._client()
+            return client.follow(self.id), client.deadline(timeout)
+
+        return join
+
+    def _require_session(self) -> Session:
         if self._session is None:
             raise RuntimeError(
-                f"this handle was unpickled and has no session; session.execution({self.id}) has"
+                "this handle was unpickled and has no session: follow"
+                f" session.execution({self.id}) instead"
             )
         return self._session
 

@@ -16,6 +16,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import anyio
+import attrs
 
 from promptlayer_exec._errors import (
     PromptLayerExecError,
@@ -23,36 +24,67 @@ from promptlayer_exec._errors import (
     Unauthorized,
     copy_error,
 )
-from promptlayer_exec._models import Outcome, Snapshot
-from promptlayer_exec._tasks import Tasks, is_cancelled, stray
+from promptlayer_exec._models import Snapshot
+from promptlayer_exec._tasks import Tasks, foreign_cancellation, is_cancelled
 
 if TYPE_CHECKING:
     from promptlayer_exec._execution import Execution
 
 ItemT = TypeVar("ItemT")
+OutputT = TypeVar("OutputT")
 Spawn = Callable[[Callable[[], Coroutine[Any, Any, None]]], None]
 
 
-class Flight(Generic[ItemT]):
-    """One item under way, and what is known of it so far.
+@attrs.frozen
+class Outcome(Generic[ItemT, OutputT]):
+    """How one item of a fan-out ended.
 
     Attributes:
-        index: its place among the items.
+        index: the item's position among the items, from 0.
+        item: the item itself.
+        execution: its handle, once there is an execution.
+        snapshot: the last that was seen of it.
+        output: its main output; meaningful only where there is no error (None otherwise).
+        error: what went wrong.
+    """
+
+    index: int
+    item: ItemT
+    execution: Execution | None = None
+    snapshot: Snapshot | None = None
+    output: OutputT = attrs.field(default=cast(Any, None))
+    error: Exception | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no error."""
+        return self.error is None
+
+    def result(self) -> OutputT:
+        """Return the output, or raise the error."""
+        if self.error is not None:
+            raise self.error
+        return self.output
+
+
+@attrs.define(eq=False)
+class RunningItem(Generic[ItemT]):
+    """One item in flight, and what is known of it so far.
+
+    Attributes:
+        index: its position among the items.
         item: the item.
         execution: its handle, once there is an execution.
         snapshot: the last that was seen of it.
     """
 
-    __slots__ = ("execution", "index", "item", "snapshot")
-
-    def __init__(self, index: int, item: ItemT) -> None:
-        self.index = index
-        self.item = item
-        self.execution: Execution | None = None
-        self.snapshot: Snapshot | None = None
+    index: int
+    item: ItemT
+    execution: Execution | None = None
+    snapshot: Snapshot | None = None
 
     def see(self, snapshot: Snapshot) -> None:
-        """Take note of a snapshot."""
+        """Record a snapshot."""
         self.snapshot = snapshot
 
     def end(self, output: Any = None, error: Exception | None = None) -> Outcome[ItemT, Any]:
@@ -62,52 +94,52 @@ class Flight(Generic[ItemT]):
 
 async def fan_out(
     items: Iterable[ItemT] | AsyncIterable[ItemT],
-    carry_out: Callable[[Flight[ItemT]], Awaitable[Any]],
+    run_item: Callable[[RunningItem[ItemT]], Awaitable[Any]],
     *,
     max_in_flight: int,
-    join: Callable[[], Awaitable[Spawn]],
+    open_client: Callable[[], Awaitable[Spawn]],
 ) -> AsyncGenerator[Outcome[ItemT, Any], None]:
     """Yield the outcome of each item as it comes.
 
     Args:
-        items: taken one at a time, when there is a place for the next; an async generator is
-            closed at the end.
-        carry_out: does the work of one item, notes what it learns of it, and returns the output.
-        max_in_flight: how many may be under way, or have ended without being yielded yet.
-        join: returns what runs a task until it ends by itself or the session is closed.
+        items: taken one at a time, when a slot is free; an async generator is closed at the end.
+        run_item: does the work of one item, records what it learns of it, and returns the output.
+        max_in_flight: how many may be in flight, or have ended without being yielded yet.
+        open_client: returns what runs a task until it ends by itself or the session is closed.
 
     Raises:
-        Unauthorized, SessionClosed: an item met it, so that no later one could succeed. Those
-            under way were given up; each of them was yielded, with that error.
-        BaseException: one of `items` itself, after those under way have ended by themselves.
+        Unauthorized: an item met it, so that no later one could succeed. Those in flight were
+            cancelled; each of them was yielded, with that error.
+        SessionClosed: the session was closed; likewise.
+        BaseException: one of `items` itself, after those in flight have ended by themselves.
     """
-    fan = _Fan(items, carry_out, max_in_flight)
-    (await join())(fan.run)
+    fan = _FanOut(items, run_item, max_in_flight)
+    (await open_client())(fan.run)
     try:
         while (outcome := await fan.next()) is not None:
             yield outcome
     finally:
-        await fan.leave()
+        await fan.cancel()
 
 
-class _Fan(Generic[ItemT]):
+class _FanOut(Generic[ItemT]):
     def __init__(
         self,
         items: Iterable[ItemT] | AsyncIterable[ItemT],
-        carry_out: Callable[[Flight[ItemT]], Awaitable[Any]],
+        run_item: Callable[[RunningItem[ItemT]], Awaitable[Any]],
         max_in_flight: int,
     ) -> None:
         self._items = items
-        self._carry_out = carry_out
-        # Given back when an outcome is taken, so that nothing piles up before a slow consumer.
-        self._places = anyio.Semaphore(max_in_flight)
+        self._run_item = run_item
+        # Released when an outcome is taken, so that nothing piles up before a slow consumer.
+        self._slots = anyio.Semaphore(max_in_flight)
         self._scope = anyio.CancelScope()
         self._outcomes: deque[Outcome[ItemT, Any]] = deque()
         self._news = anyio.Event()
-        self._runs = False
-        self._flights = Tasks()
+        self._is_running = False
+        self._tasks = Tasks()
         self._ended = anyio.Event()
-        self._left = False
+        self._is_cancelled = False
         self._error: BaseException | None = None
 
     async def next(self) -> Outcome[ItemT, Any] | None:
@@ -119,29 +151,29 @@ class _Fan(Generic[ItemT]):
                 return None
             self._news = anyio.Event()
             await self._news.wait()
-        self._places.release()
+        self._slots.release()
         return self._outcomes.popleft()
 
-    async def leave(self) -> None:
-        """Give up what is under way, and wait until it is."""
-        self._left = True
+    async def cancel(self) -> None:
+        """Cancel what is in flight, and wait until it has ended."""
+        self._is_cancelled = True
         self._scope.cancel()
-        if self._runs:
+        if self._is_running:
             with anyio.CancelScope(shield=True):
                 await self._ended.wait()
 
     async def run(self) -> None:
-        """Take up items, and see them to their ends."""
-        self._runs = True
+        """Take items, and run each to its end."""
+        self._is_running = True
         try:
             with self._scope:
                 try:
-                    await self._supply()
-                    await self._flights.ended()
+                    await self._take_all()
+                    await self._tasks.ended()
                 finally:
-                    self._flights.cancel()
+                    self._tasks.cancel()
                     with anyio.CancelScope(shield=True):
-                        await self._flights.ended()
+                        await self._tasks.ended()
         except anyio.get_cancelled_exc_class():
             self._error = self._error or SessionClosed()
             raise
@@ -149,49 +181,49 @@ class _Fan(Generic[ItemT]):
             self._ended.set()
             self._news.set()
 
-    async def _supply(self) -> None:
+    async def _take_all(self) -> None:
         # In a task that is cancelled but once: a scope would cancel each `await` of the clean-up in
         # an async generator of the user's.
-        supply = asyncio.create_task(self._admit(), name="promptlayer_exec.items")
+        taking = asyncio.create_task(self._take(), name="promptlayer_exec.items")
         try:
-            await asyncio.wait([supply])
+            await asyncio.wait([taking])
         finally:
-            supply.cancel()
+            taking.cancel()
             with anyio.CancelScope(shield=True):
-                await asyncio.wait([supply])
+                await asyncio.wait([taking])
 
-    async def _admit(self) -> None:
+    async def _take(self) -> None:
         try:
             async with aclosing(each(self._items)) as items:
                 index = 0
                 while True:
-                    await self._places.acquire()
-                    flight = Flight(index, await anext(items))
+                    await self._slots.acquire()
+                    item = RunningItem(index, await anext(items))
                     index += 1
-                    self._flights.start(self._fly(flight), name="promptlayer_exec.Flight")
+                    self._tasks.start(self._run_one(item), name="promptlayer_exec.item")
         except StopAsyncIteration:
             pass
         except asyncio.CancelledError as error:
             if not is_cancelled():
-                self._error = self._error or stray("items", error)
+                self._error = self._error or foreign_cancellation("items", error)
         except BaseException as error:  # noqa: BLE001 - whatever `items` raises, it is the consumer's
             self._error = self._error or error
 
-    async def _fly(self, flight: Flight[ItemT]) -> None:
+    async def _run_one(self, item: RunningItem[ItemT]) -> None:
         try:
-            outcome = flight.end(output=await self._carry_out(flight))
+            outcome = item.end(output=await self._run_item(item))
         except asyncio.CancelledError as error:
             if not is_cancelled():
-                outcome = flight.end(error=stray("an item", error))
-            elif self._left:
+                outcome = item.end(error=foreign_cancellation("an item", error))
+            elif self._is_cancelled:
                 raise
             else:
-                outcome = flight.end(error=self._given_up(flight))
+                outcome = item.end(error=self._end_error(item))
         except (Unauthorized, SessionClosed) as error:
-            outcome = flight.end(error=error)
+            outcome = item.end(error=error)
             self._fail(copy_error(error))
         except Exception as error:  # noqa: BLE001 - one item's failure is its own
-            outcome = flight.end(error=error)
+            outcome = item.end(error=error)
         except BaseException as error:  # noqa: BLE001 - passed on, it would end the whole session
             self._fail(error)
             return
@@ -202,12 +234,13 @@ class _Fan(Generic[ItemT]):
         self._error = self._error or error
         self._scope.cancel()
 
-    def _given_up(self, flight: Flight[ItemT]) -> PromptLayerExecError:
+    def _end_error(self, item: RunningItem[ItemT]) -> PromptLayerExecError:
+        """Return the error of an item that is cancelled because the fan-out cannot go on."""
         error: Any = SessionClosed()
         if isinstance(self._error, PromptLayerExecError):
             error = copy_error(self._error)
-        error.execution_id = None if flight.execution is None else flight.execution.id
-        error.last_snapshot = flight.snapshot
+        error.execution_id = None if item.execution is None else item.execution.id
+        error.last_snapshot = item.snapshot
         return cast(PromptLayerExecError, error)
 
 

@@ -58,7 +58,7 @@ async def start(
     Raises:
         PromptLayerExecError: as `Session.start`.
     """
-    return await session._start(request, session._deadline(...), before_send)
+    return await session._start(request, before_send=before_send)
 
 
 @contextmanager

@@ -5,18 +5,13 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
+from typing import Any, Self, TypeVar
 
 import attrs
 
 from promptlayer_exec._errors import ExecutionFailed
 
-if TYPE_CHECKING:
-    from promptlayer_exec._execution import Execution
-
 V = TypeVar("V")
-ItemT = TypeVar("ItemT")
-OutputT = TypeVar("OutputT")
 
 
 class FrozenMap(Mapping[str, V]):
@@ -343,35 +338,3 @@ class StartRequest:
     metadata: Mapping[str, str] | None = None
     callback_url: str | None = None
     key: Any = None
-
-
-@attrs.frozen
-class Outcome(Generic[ItemT, OutputT]):
-    """How one item of a fan-out ended.
-
-    Attributes:
-        index: the item's place among the items, from 0.
-        item: the item itself.
-        execution: its handle, once there is an execution.
-        snapshot: the last that was seen of it.
-        output: its main output; meaningful only where there is no error (None otherwise).
-        error: what went wrong.
-    """
-
-    index: int
-    item: ItemT
-    execution: Execution | None = None
-    snapshot: Snapshot | None = None
-    output: OutputT = attrs.field(default=cast(Any, None))
-    error: Exception | None = None
-
-    @property
-    def ok(self) -> bool:
-        """Whether there is no error."""
-        return self.error is None
-
-    def result(self) -> OutputT:
-        """Return the output, or raise the error."""
-        if self.error is not None:
-            raise self.error
-        return self.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from types import EllipsisType
 from typing import Any, Self
 
 import attrs
@@ -169,72 +170,6 @@ class RetryPolicy:
         return min(retry_after or 0.0, self.retry_after_ceiling)
 
 
-class Outage:
-    """The failures of one logical request since its last good answer.
-
-    Waiting that is not the server's fault, or that the server announced, does not use it up.
-    """
-
-    def __init__(self, policy: RetryPolicy, limit: float | None) -> None:
-        self._policy = policy
-        self.limit = math.inf if limit is None else limit
-        self._since: float | None = None
-        self._excused = 0.0
-        self.failures = 0
-        self.error: Exception | None = None
-
-    def excuse(self, seconds: float) -> None:
-        """Leave `seconds` of waiting out of the account."""
-        if self._since is not None:
-            self._excused += seconds
-
-    def delay(
-        self, error: Exception, *, now: float, chance: float, retry_after: float | None = None
-    ) -> float | None:
-        """Take note of a failed attempt, and return the seconds before the next; None: give up.
-
-        Args:
-            error: what went wrong.
-            now: the time, in seconds on any clock.
-            chance: a random number in [0, 1).
-            retry_after: seconds that the server asked to wait.
-        """
-        self.error = error
-        self.failures += 1
-        if self._since is None:
-            self._since = now
-        left = self.limit - (now - self._since - self._excused)
-        if left <= 0:
-            return None
-        delay = min(self._policy.delay(self.failures, chance), left)
-        announced = self._policy.announced(retry_after)
-        self._excused += announced
-        return max(delay, announced)
-
-
-class Newborns:
-    """The executions that were started just now, so that the server may not know them yet.
-
-    Args:
-        grace: seconds for which an execution is one of them.
-    """
-
-    def __init__(self, grace: float) -> None:
-        self._grace = grace
-        self._started: dict[int, float] = {}  # in the order of time
-
-    def add(self, execution_id: int, *, now: float) -> None:
-        """Take note of a start."""
-        while self._started and not self.covers(oldest := next(iter(self._started)), now=now):
-            del self._started[oldest]
-        self._started[execution_id] = now
-
-    def covers(self, execution_id: int | None, *, now: float) -> bool:
-        """Tell whether an execution was started less than the grace ago."""
-        started = self._started.get(execution_id, -math.inf) if execution_id else -math.inf
-        return now - started < self._grace
-
-
 @attrs.frozen
 class Deadline:
     """When a wait ends at the latest, whatever it waits for.
@@ -252,16 +187,21 @@ class Deadline:
         """Return the deadline that lies `timeout` seconds after `now`."""
         return cls(timeout, math.inf if timeout is None else now + timeout)
 
+    @property
+    def when(self) -> float | None:
+        """The time, as `asyncio.timeout_at` takes it: None where there is no limit."""
+        return None if self.timeout is None else self.at
 
-def check_timeout(timeout: Any) -> float | None:
-    """Return a timeout in seconds; None and infinity stand for no limit.
+
+def check_timeout(timeout: Any) -> float | EllipsisType | None:
+    """Return a timeout in seconds; None and infinity stand for no limit, `...` for the default.
 
     Raises:
         TypeError: it is neither a number nor None.
         ValueError: it is negative or no number at all.
     """
-    if timeout is None:
-        return None
+    if timeout is None or timeout is ...:
+        return timeout
     seconds = _number(timeout)
     if seconds is None:
         raise TypeError(f"timeout is a number of seconds or None, not {timeout!r}")

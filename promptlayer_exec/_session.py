@@ -4,55 +4,37 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterable,
-    Awaitable,
-    Callable,
-    Iterable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
-from functools import partial
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, overload
 
+from promptlayer_exec._client import Client
 from promptlayer_exec._errors import ConfigurationError, PromptLayerExecError, SessionClosed
 from promptlayer_exec._events import Observer, broadcast
 from promptlayer_exec._execution import Execution
-from promptlayer_exec._fanout import Flight, Spawn, fan_out
+from promptlayer_exec._fanout import Outcome, RunningItem, Spawn, fan_out
 from promptlayer_exec._lifetime import Lifetime
-from promptlayer_exec._models import MainOutput, Node, Outcome, Snapshot, StartRequest
-from promptlayer_exec._opening import Opening
-from promptlayer_exec._output import check_type, main_output, typed_output
+from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
+from promptlayer_exec._output import check_type
 from promptlayer_exec._policies import (
     Deadline,
-    Newborns,
     PollPolicy,
     RetryPolicy,
     check_seconds,
     check_timeout,
 )
+from promptlayer_exec._retry import RecentStarts
 from promptlayer_exec._settings import (
     check_count,
     find_api_key,
     find_base_url,
     sends_in_the_clear,
 )
-from promptlayer_exec._start import Clearance
-from promptlayer_exec._tasks import Timers, clock
+from promptlayer_exec._start import BeforeSend
 from promptlayer_exec._throttle import Limiter, Throttle
 from promptlayer_exec._transport import Pools, Transport
-from promptlayer_exec._watch import Watch, finished_nodes, follow, take_snapshot
-from promptlayer_exec._wire import (
-    NodeMapReader,
-    Request,
-    check_execution_id,
-    read_main_output,
-    results_request,
-    run_request,
-)
+from promptlayer_exec._wire import NodeMapReader, Request, check_execution_id, run_request
 
 if TYPE_CHECKING:
     import aiohttp
@@ -64,28 +46,28 @@ OutputT = TypeVar("OutputT")
 
 
 class Session:
-    """Follows the executions of one PromptLayer workspace, over one pool of connections.
+    """Follows the executions of one PromptLayer workspace over one pool of connections.
 
     Use it with `async with`, or use it and `await session.aclose()`; the first use opens it.
-    Making one does no I/O and needs no running event loop. It may be entered in one task and
-    closed in another, and entered again, in another event loop too, once it is closed.
+    Creating a session does no I/O and needs no running event loop. It may be entered in one task
+    and closed in another. A closed session can be entered again, also in another event loop.
 
     Args:
-        api_key: the workspace's key; else `$PROMPTLAYER_API_KEY`, looked up again at first use.
+        api_key: the workspace's key; else `$PROMPTLAYER_API_KEY`, read again at first use.
         base_url: the server; else `$PROMPTLAYER_BASE_URL`, else https://api.promptlayer.com. A
             path prefix is kept.
-        poll: when to look at an execution again.
-        retry: what to survive, and for how long.
+        poll: when to poll an execution again.
+        retry: which failures to survive, and for how long.
         wait_timeout: the default deadline of every wait, in seconds; None waits for ever.
-        request_timeout: seconds for one HTTP attempt, from connecting to the last byte; waiting
-            for a connection to be free, or for the throttle, does not count.
-        max_connections: how many requests may be under way at once; a quarter of them, and at least
-            one, is kept for starts.
-        max_response_bytes: how large a response may be, after decompression.
+        request_timeout: seconds for one HTTP attempt, from connecting to the last byte. Waiting
+            for a free connection or for the rate does not count.
+        max_connections: how many requests may be in flight at once. A quarter of them, at least
+            one, is reserved for starts.
+        max_response_bytes: the largest response body, in bytes after decompression.
         rate: HTTP attempts per second, over everything the session does; None: unlimited.
         limiter: a further limit, acquired once per HTTP attempt.
-        http: a client session to borrow, with its proxy, TLS and headers; it is not closed.
-        converter: hooks for inputs, and for structuring outputs; never used for the node map.
+        http: a client session to borrow, with its proxy, TLS and headers. It is not closed.
+        converter: hooks for inputs and for structuring outputs; never used for the node map.
         observers: called with every event.
 
     Raises:
@@ -109,8 +91,8 @@ class Session:
         converter: cattrs.Converter | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
-        # Looked up for the sake of the errors, and again on opening: the environment may be filled
-        # after a session at module level was made.
+        # Checked now, and read again on opening: the environment may be set after a module-level
+        # session was created.
         find_api_key(api_key)
         self._warned = False
         self._warn_of_plain_http(find_base_url(base_url), stacklevel=3)
@@ -133,23 +115,23 @@ class Session:
         self._http = http
         self._converter = converter
         self._node_maps = NodeMapReader()
-        self._newborns = Newborns(retry.not_found_grace)
+        self._recent_starts = RecentStarts(retry.not_found_grace)
         self._emit = broadcast(observers)
-        self._opening: Opening | None = None
+        self._client: Client | None = None
         self._closed = False
 
     async def __aenter__(self) -> Self:
         """Open the session, afresh if it was closed."""
-        if self._opening is not None and self._opening.lifetime.closing:
-            await self._settle(self._opening)
+        if self._client is not None and self._client.lifetime.is_closing():
+            await self._wait_closed(self._client)
         self._closed = False
-        is_new = self._opening is None
+        is_new = self._client is None
         try:
             await self._open()
         except BaseException:
-            # Whoever is cancelled in here never comes to `__aexit__`.
-            if is_new and self._opening is not None:
-                self._opening.lifetime.close()
+            # A task that is cancelled here never reaches `__aexit__`.
+            if is_new and self._client is not None:
+                self._client.lifetime.close()
             raise
         return self
 
@@ -168,11 +150,11 @@ class Session:
         Raises:
             RuntimeError: it is open in another event loop, which still runs.
         """
-        if self._opening is not None:
-            self._opening.lifetime.close()
+        if self._client is not None:
+            self._client.lifetime.close()
         self._closed = True
-        if self._opening is not None:
-            await self._settle(self._opening)
+        if self._client is not None:
+            await self._wait_closed(self._client)
 
     @overload
     async def get_results(
@@ -192,7 +174,7 @@ class Session:
     async def get_results(
         self, execution_id: int, *, return_all_outputs: bool = False
     ) -> MainOutput | Snapshot:
-        """Return an execution's results as they are now: one GET, retried as the policy says.
+        """Return an execution's results as they are now, with one GET.
 
         https://docs.promptlayer.com/reference/get-workflow-version-execution-results
 
@@ -208,15 +190,10 @@ class Session:
             SessionClosed: the session was closed.
         """
         execution_id = check_execution_id(execution_id)
-        request = results_request(execution_id, return_all_outputs=return_all_outputs)
-        opening = await self._open(execution_id)
-        deadline = Deadline.after(self._wait_timeout, now=opening.clock())
-        if not return_all_outputs:
-            read_output = partial(read_main_output, execution_id=execution_id)
-            return (await opening.call(request, read_output, deadline)).value
-        read_nodes = partial(self._node_maps.read, execution_id=execution_id)
-        reply = await opening.call(request, read_nodes, deadline)
-        return take_snapshot(execution_id, reply, elapsed=reply.duration)
+        client = await self._open(execution_id)
+        if return_all_outputs:
+            return await client.snapshot(execution_id, client.deadline())
+        return await client.main_output(execution_id, client.deadline())
 
     async def start(
         self,
@@ -231,9 +208,8 @@ class Session:
         """Start a run, and return its handle.
 
         The request is sent again only if it provably never reached the server, or was refused with
-        429. Once it may have left, cancelling the call does not call it off: the session reads the
-        answer, and reports the execution with `ExecutionStarted(abandoned=True)` and a warning in
-        the log.
+        429. Once it may have been sent, cancelling this call does not stop it: the session still
+        reads the answer, emits `ExecutionStarted(abandoned=True)` and logs a warning with the id.
 
         https://docs.promptlayer.com/reference/run-workflow
 
@@ -251,7 +227,7 @@ class Session:
             StartUnknown: the answer was lost, so the run may have started; it is never repeated.
             StatusError: the server refused.
             ConnectionFailed: the server could not be reached.
-            ExecutionTimeout: the request could not leave within the session's `wait_timeout`.
+            ExecutionTimeout: the request could not be sent within the session's `wait_timeout`.
             SessionClosed: the session was closed; with the execution's id if it had started.
         """
         request = StartRequest(
@@ -262,19 +238,23 @@ class Session:
             metadata=metadata,
             callback_url=callback_url,
         )
-        return await self._start(request, self._deadline(...))
+        return await self._start(request)
 
     async def _start(
-        self, request: StartRequest, deadline: Deadline, clearance: Clearance | None = None
+        self,
+        request: StartRequest,
+        deadline: Deadline | None = None,
+        before_send: BeforeSend | None = None,
     ) -> Execution:
         _, http_request = self._prepare(request)
-        opening = await self._open()
-        started = await opening.start(request, http_request, deadline, clearance)
+        client = await self._open()
+        deadline = deadline or client.deadline()
+        started = await client.start(request, http_request, deadline, before_send)
         return Execution(self, started.execution_id, request.workflow, started.warning)
 
     def _prepare(self, request: StartRequest) -> tuple[dict[str, Any], Request]:
         """Return a start's inputs as JSON carries them, and what would be sent."""
-        # Not imported before it is needed, as much else that not everybody uses.
+        # Imported when it is first needed: it doubles what importing the package costs.
         from promptlayer_exec._structuring import encode_inputs  # noqa: PLC0415
 
         inputs = encode_inputs(request.inputs, self._converter)
@@ -308,46 +288,53 @@ class Session:
         timeout: float | EllipsisType | None = ...,
         into: Any = None,
     ) -> AsyncGenerator[Outcome[ItemT, Any], None]:
-        """Follow, or start and follow, many executions; yield each one's outcome as it comes.
+        """Follow, or start and follow, many executions; yield each outcome as it comes.
 
-        One item's failure is its outcome's `error`, and touches no other. Leave early through
-        `contextlib.aclosing`: what is under way is then given up here, and goes on at the server.
+        One item's failure is the `error` of its outcome, and affects no other item. Wrap the
+        generator in `contextlib.aclosing` to stop early: this session then stops following the
+        items in flight, and their executions continue on the server.
 
         Args:
-            items: ids, `Execution` handles and `StartRequest`s, as an iterable or async iterable;
-                the next one is taken when there is a place for it. An async generator is closed at
-                the end.
-            max_in_flight: how many may be under way, or have ended without being yielded yet.
-            timeout: seconds for each item, from when it was taken; `...` means the session's
-                `wait_timeout`, None no limit. A start that is on the wire by then is read to its
+            items: ids, `Execution` handles and `StartRequest`s, as an iterable or async iterable.
+                The next item is taken when a slot is free. An async generator is closed at the
                 end.
+            max_in_flight: how many items may be in flight, or have ended without being yielded.
+            timeout: seconds for each item, from when it is taken; `...` means the session's
+                `wait_timeout`, None no limit. If a start has been sent by then, its answer is
+                still read.
             into: the type of the outputs, as for `Execution.output`.
 
         Raises:
-            Unauthorized: an item met it, so no later one could succeed. Those under way are given
-                up, and each is yielded with that error before it is raised. So it is with:
-            SessionClosed: the session was closed.
-            Exception: one of `items` itself, after the outcomes of those under way.
+            Unauthorized: the server refused the key, so no later item could succeed. The items in
+                flight are cancelled, and each is yielded with that error before it is raised.
+            SessionClosed: the session was closed; the items in flight end likewise.
+            Exception: `items` itself raised it; the outcomes of the items in flight come first.
         """
         if not isinstance(items, Iterable | AsyncIterable):
-            raise TypeError(f"items is an iterable or async iterable, not {items!r:.100}")
+            raise TypeError(f"items must be an iterable or async iterable, not {items!r:.100}")
         if into is not None:
             check_type(into, self._converter)
-        limit = self._limit(timeout)
+        timeout = check_timeout(timeout)
 
-        async def join() -> Spawn:
+        async def open_client() -> Spawn:
             return (await self._open()).lifetime.spawn
 
-        async def carry_out(flight: Flight[ItemT]) -> Any:
-            deadline = self._deadline(limit)
-            flight.execution = await self._take_up(flight.item, deadline)
-            return await self._output(flight.execution.id, deadline, into, flight.see)
+        async def run_item(running: RunningItem[ItemT]) -> Any:
+            if isinstance(running.item, StartRequest):
+                deadline = (await self._open()).deadline(timeout)
+                execution = running.execution = await self._start(running.item, deadline)
+                client = await self._open(execution.id)
+            else:
+                execution = running.execution = self._handle(running.item)
+                client = await self._open(execution.id)
+                deadline = client.deadline(timeout)
+            return await client.output(execution.id, deadline, into, running.see)
 
         return fan_out(
             items,
-            carry_out,
+            run_item,
             max_in_flight=check_count("max_in_flight", max_in_flight),
-            join=join,
+            open_client=open_client,
         )
 
     @overload
@@ -378,10 +365,10 @@ class Session:
         timeout: float | EllipsisType | None = ...,
         into: Any = None,
     ) -> list[Outcome[ItemT, Any]]:
-        """Do what `as_completed` does, and return all outcomes, in the order of the items.
+        """Do what `as_completed` does, and return all outcomes in the order of the items.
 
-        Args and errors are those of `as_completed`. An error leaves no outcomes behind: where they
-        are needed though the key may be refused half way, take them as they come.
+        Arguments and errors are those of `as_completed`. If it raises, there are no outcomes: use
+        `as_completed` where you need those that came before the error.
         """
         outcomes = []
         completed: AsyncGenerator[Outcome[ItemT, Any], None] = self.as_completed(
@@ -392,15 +379,15 @@ class Session:
                 outcomes.append(outcome)  # noqa: PERF401 - not inside of aclosing
         return sorted(outcomes, key=lambda outcome: outcome.index)
 
-    async def _take_up(self, item: Any, deadline: Deadline) -> Execution:
-        if isinstance(item, StartRequest):
-            return await self._start(item, deadline)
+    def _handle(self, item: Any) -> Execution:
+        """Return the handle of an item that is no start."""
         if not isinstance(item, Execution):
             try:
                 return self.execution(item)
             except TypeError:
                 raise TypeError(
-                    f"an item is an execution id, an Execution or a StartRequest, not {item!r:.100}"
+                    "an item must be an execution id, an Execution or a StartRequest,"
+                    f" not {item!r:.100}"
                 ) from None
         if item._session is None:  # it was pickled
             return Execution(self, item.id, item.workflow, item.warning)
@@ -418,66 +405,32 @@ class Session:
         return Execution(self, check_execution_id(execution_id))
 
     def __repr__(self) -> str:
-        if self._opening is not None and not self._opening.lifetime.closing:
-            return f"<Session {self._opening.transport.base_url}, open>"
+        if self._client is not None and not self._client.lifetime.is_closing():
+            return f"<Session {self._client.transport.base_url}, open>"
         try:
             base_url = find_base_url(self._base_url)
         except ConfigurationError:
-            base_url = "with a malformed base URL"  # the environment's, as of now
+            base_url = "with a malformed base URL"  # in the environment, by now
         return f"<Session {base_url}, not open>"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Session holds a key and connections, and cannot be pickled or copied")
 
-    async def _output(
-        self,
-        execution_id: int,
-        deadline: Deadline,
-        into: Any,
-        see: Callable[[Snapshot], None] = lambda _: None,
-    ) -> Any:
-        """Wait for the main output; `see` gets the last snapshot there was, whatever the end."""
-        opening = await self._open(execution_id)
-        snapshot = await opening.completed(execution_id, deadline, see)
-        value = await main_output(snapshot, lambda: opening.main_output(snapshot, deadline))
-        return value if into is None else typed_output(value, into, self._converter, snapshot)
-
-    def _follow(
-        self, execution_id: int, timeout: float | EllipsisType | None
-    ) -> AsyncGenerator[Snapshot, None]:
-        return follow(self._joining(execution_id), self._limit(timeout))
-
-    def _finished_nodes(
-        self, execution_id: int, timeout: float | EllipsisType | None
-    ) -> AsyncGenerator[Node, None]:
-        return finished_nodes(self._joining(execution_id), self._limit(timeout))
-
-    def _joining(self, execution_id: int) -> Callable[[], Awaitable[Watch]]:
-        async def join() -> Watch:
-            return (await self._open(execution_id)).join(execution_id)
-
-        return join
-
-    def _limit(self, timeout: float | EllipsisType | None) -> float | None:
-        return self._wait_timeout if timeout is ... else check_timeout(timeout)
-
-    def _deadline(self, timeout: float | EllipsisType | None) -> Deadline:
-        return Deadline.after(self._limit(timeout), now=clock())
-
-    async def _open(self, execution_id: int | None = None) -> Opening:
+    async def _open(self, execution_id: int | None = None) -> Client:
+        """Return the open client; the first use opens it. Errors carry the execution's id."""
         try:
             if self._closed:
                 raise SessionClosed
-            if self._opening is None:
-                self._opening = self._begin()
-            if not self._opening.lifetime.is_ready():
-                await self._opening.lifetime.ready()
+            if self._client is None:
+                self._client = self._create_client()
+            if not self._client.lifetime.is_ready():
+                await self._client.lifetime.ready()
         except PromptLayerExecError as error:
             error.execution_id = execution_id
             raise
-        return self._opening
+        return self._client
 
-    def _begin(self) -> Opening:
+    def _create_client(self) -> Client:
         api_key = find_api_key(self._api_key)
         if api_key is None:
             raise ConfigurationError(
@@ -486,8 +439,6 @@ class Session:
         base_url = find_base_url(self._base_url)
         self._warn_of_plain_http(base_url)
         resources = AsyncExitStack()
-        timers = Timers()
-        resources.callback(timers.close)
         if self._http is None:
             pools = Pools.open(self._max_connections, api_key, resources)
         else:
@@ -496,22 +447,22 @@ class Session:
             pools,
             base_url=base_url,
             api_key=api_key,
-            throttle=Throttle(self._rate, self._limiters, clock=timers.loop.time),
+            throttle=Throttle(self._rate, self._limiters),
             retry=self._retry,
-            newborns=self._newborns,
+            recent_starts=self._recent_starts,
             request_timeout=self._request_timeout,
             max_response_bytes=self._max_response_bytes,
             emit=self._emit,
-            timers=timers,
         )
-        return Opening(
-            Lifetime(resources, timers),
+        return Client(
+            Lifetime(resources),
             transport,
-            timers,
+            wait_timeout=self._wait_timeout,
             poll=self._poll,
             retry=self._retry,
-            newborns=self._newborns,
+            recent_starts=self._recent_starts,
             node_maps=self._node_maps,
+            converter=self._converter,
             emit=self._emit,
         )
 
@@ -519,12 +470,12 @@ class Session:
         if not self._warned and sends_in_the_clear(base_url):
             self._warned = True
             warnings.warn(
-                f"{base_url} is plain http: whoever is on the way can read the API key and every"
-                " output; use https, or a loopback address",
+                f"{base_url} is plain http: anyone on the network path can read the API key and"
+                " every output; use https, or a loopback address",
                 stacklevel=stacklevel,
             )
 
-    async def _settle(self, opening: Opening) -> None:
-        await opening.lifetime.wait_closed()
-        if self._opening is opening:
-            self._opening = None
+    async def _wait_closed(self, client: Client) -> None:
+        await client.lifetime.wait_closed()
+        if self._client is client:
+            self._client = None

@@ -1,4 +1,4 @@
-"""Starting a run: the one request that must be neither repeated nor forgotten. It knows no HTTP."""
+"""Starting a run: the one request that is sent at most once, and never forgotten. No HTTP here."""
 
 from __future__ import annotations
 
@@ -18,75 +18,82 @@ from promptlayer_exec._errors import (
 )
 from promptlayer_exec._events import Emit, ExecutionStarted, logger
 from promptlayer_exec._models import StartRequest
-from promptlayer_exec._policies import Deadline, Outage
-from promptlayer_exec._tasks import is_cancelled, stray
+from promptlayer_exec._policies import Deadline
+from promptlayer_exec._retry import RetryState
+from promptlayer_exec._tasks import foreign_cancellation, is_cancelled
 
 if TYPE_CHECKING:
     from promptlayer_exec._wire import Started
 
 
-Clearance = Callable[[], Awaitable[None]]
+_NO_SLOT = "no connection was free, or the rate did not allow it"
+
+BeforeSend = Callable[[], Awaitable[None]]
 
 
 class Post(Protocol):
     """Sends the request, again only where it cannot have started a run, and reads the answer."""
 
-    async def __call__(self, outage: Outage, departure: Start) -> Started:
+    async def __call__(self, state: RetryState, once: Start) -> Started:
         """Return what the server answered."""
 
 
 class Start:
-    """One run to be started, in a task of its own: its caller may go, but not the answer.
+    """One run to start, in a task of its own: the caller may go away, but not the answer.
 
-    Until the request leaves, it ends with its caller, with the session, or at the deadline. From
-    then on it is read to its end, and what came of it is reported to whoever is still there.
+    Until the request is sent, the caller, the session or the deadline may end it. From then on
+    the answer is awaited, and reported to the caller if it still waits, else to the observers and
+    the log.
 
     Args:
         request: what to start.
         post: sends it.
-        outage: keeps account of the failures.
-        emit: told of the execution.
-        is_closing: whether the session is being closed.
-        clearance: awaited once its turn has come, and before the request leaves.
+        state: counts the failures.
+        emit: called with the execution.
+        is_closing: returns whether the session is being closed.
+        before_send: awaited each time before the request is sent, once the rate allows it.
+
+    Attributes:
+        sent: whether the request may have reached the server.
+        cancelled: whether the request must not be sent any more.
     """
 
     def __init__(
         self,
         request: StartRequest,
         post: Post,
-        outage: Outage,
+        state: RetryState,
         *,
         emit: Emit,
         is_closing: Callable[[], bool],
-        clearance: Clearance | None = None,
+        before_send: BeforeSend | None = None,
     ) -> None:
-        self.left = False
-        self.called_off = False
+        self.sent = False
+        self.cancelled = False
         self._request = request
         self._post = post
-        self._outage = outage
+        self._state = state
         self._emit = emit
         self._is_closing = is_closing
         self._called_at = anyio.current_time()
-        self._clearance = clearance
+        self._before_send = before_send
         self._answer: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
         self._task: asyncio.Task[Any] | None = None
         self._scope = anyio.CancelScope()
         self._expired: Deadline | None = None
 
     async def result(self, deadline: Deadline) -> Started:
-        """Wait for the answer; once the request has left, the deadline does not matter any more.
+        """Wait for the answer; once the request has been sent, the deadline no longer matters.
 
         Raises:
             StartUnknown: the answer was lost, so the run may have started.
             RequestError: the server refused, or could not be reached.
-            ExecutionTimeout: the request could not leave before the deadline.
+            ExecutionTimeout: the request could not be sent before the deadline.
             SessionClosed: the session was closed; with the execution's id if it started.
         """
-        loop = asyncio.get_running_loop()
         timer = None
-        if deadline.timeout is not None:
-            timer = loop.call_at(deadline.at, self._expire, deadline)
+        if deadline.when is not None:
+            timer = asyncio.get_running_loop().call_at(deadline.when, self._expire, deadline)
         try:
             started = await self._answer
         except (asyncio.CancelledError, GeneratorExit):
@@ -100,53 +107,57 @@ class Start:
         return started
 
     async def run(self) -> None:
-        """Send the request and see to its answer."""
+        """Send the request, and hand over its answer."""
         self._task = asyncio.current_task()
-        self._stop_unneeded()
+        self._cancel_if_unneeded()
         try:
             with self._scope:
-                started = await self._post(self._outage, self)
+                started = await self._post(self._state, self)
         except asyncio.CancelledError as error:
             # Not passed on: it would end the task group, and with it the session.
-            self._fail(self._cancelled(error))
+            self._fail(self._judge_cancellation(error))
         except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the caller
-            self._fail(self._cancelled(error) if self.called_off else self._judge(error))
+            self._fail(self._judge_cancellation(error) if self.cancelled else self._judge(error))
         else:
             self._succeed(started)
 
-    async def clear(self) -> None:
-        """Wait for the clearance, where there is one."""
-        if self._clearance is not None:
-            await self._clearance()
+    async def before_send(self) -> None:
+        """Await the hook, if there is one."""
+        if self._before_send is not None:
+            await self._before_send()
 
-    def leave(self) -> None:
-        """Take note that the request leaves now; not if it was called off a moment ago."""
+    def mark_sent(self) -> None:
+        """Record that the request is being sent.
+
+        Raises:
+            ConnectionAbortedError: the start was cancelled a moment ago, so it must not be sent.
+        """
         if self._task is None or self._task.cancelling():
-            self.called_off = True
-            raise ConnectionAbortedError("called off before it left")
-        self.left = True
+            self.cancelled = True
+            raise ConnectionAbortedError("cancelled before it was sent")
+        self.sent = True
         self._scope.shield = True
 
-    def come_back(self) -> None:
-        """Take note that the server refused the request, and started nothing."""
-        self.left = False
+    def mark_rejected(self) -> None:
+        """Record that the server refused the request, and started nothing."""
+        self.sent = False
         self._scope.shield = False
-        self._stop_unneeded()
+        self._cancel_if_unneeded()
 
     def _expire(self, deadline: Deadline) -> None:
         self._expired = deadline
-        self._stop_unneeded()
+        self._cancel_if_unneeded()
 
-    def _stop_unneeded(self) -> None:
+    def _cancel_if_unneeded(self) -> None:
         is_needed = self._expired is None and not self._answer.cancelled()
-        if self._task is not None and not self.left and not is_needed:
-            # Not by the scope: that would let a step pass in which the request may leave.
+        if self._task is not None and not self.sent and not is_needed:
+            # The scope would let one more step pass, in which the request may be sent.
             self._task.cancel()
 
     def _abandon(self) -> None:
-        """See to what came, or will come, of a start whose caller is cancelled."""
+        """Handle what came, or will come, of a start whose caller was cancelled."""
         if self._answer.cancelled():
-            self._stop_unneeded()
+            self._cancel_if_unneeded()
         elif (error := self._answer.exception()) is None:
             self._report(self._answer.result(), abandoned=True)
         else:
@@ -168,34 +179,35 @@ class Start:
             self._answer.set_exception(error)
 
     def _judge(self, error: BaseException) -> BaseException:
-        """Return what a failure means: was it told that no run started?"""
-        if not isinstance(error, RequestError):  # a limiter's, or a borrowed session's hook's
+        """Return the caller's error: the failure itself if it proves that no run started."""
+        if not isinstance(error, RequestError):  # from a limiter, or a borrowed session's hook
             reason = f"{type(error).__name__}: {error}"
-            return self._unknown(reason, error) if self.left else error
+            return self._unknown(reason, error) if self.sent else error
         if isinstance(error, StatusError):
             is_lost = error.status >= 500 or error.status == HTTPStatus.REQUEST_TIMEOUT
         else:
-            is_lost = self.left
+            is_lost = self.sent
         return self._unknown(error._what(), error) if is_lost else error
 
-    def _cancelled(self, error: BaseException) -> Exception:
-        if self.left:
-            return self._unknown("it was cancelled, as by the end of its event loop")
+    def _judge_cancellation(self, error: BaseException) -> Exception:
+        if self.sent:
+            return self._unknown("it was cancelled, for example by the end of its event loop")
         if self._expired is None:
             closed = self._is_closing() or is_cancelled()
-            return SessionClosed() if closed else stray("the start", error)
-        cause = self._outage.error
-        why = f"last failure: {cause.args[0]}" if cause is not None else "its turn did not come"
+            return SessionClosed() if closed else foreign_cancellation("the start", error)
+        cause = self._state.error
+        why = f"last failure: {cause.args[0]}" if cause is not None else _NO_SLOT
         timeout = self._expired.timeout or 0.0
         error = ExecutionTimeout(
-            f"not started within {timeout:g} s, and nothing was: {why}", timeout=timeout
+            f"could not send the start within {timeout:g} s; no run was started: {why}",
+            timeout=timeout,
         )
         error.__cause__ = cause
         return error
 
     def _unknown(self, reason: str, cause: BaseException | None = None) -> StartUnknown:
         error = StartUnknown(
-            f"whether a run of workflow {self._request.workflow!r:.100} started is not known:"
+            f"it is not known whether a run of workflow {self._request.workflow!r:.100} started:"
             f" {reason}",
             workflow=self._request.workflow,
             reason=reason,
@@ -206,7 +218,7 @@ class Start:
     def _report(self, started: Started, *, abandoned: bool) -> None:
         if abandoned:
             logger.warning(
-                "execution %d of workflow %.100r was started when nobody waited for it any more;"
+                "execution %d of workflow %.100r started after its caller had gone;"
                 " follow its id to pick it up",
                 started.execution_id,
                 self._request.workflow,

@@ -29,11 +29,10 @@ from promptlayer_exec._errors import (
     StatusError,
 )
 from promptlayer_exec._events import Emit, RequestRetried, Throttled
-from promptlayer_exec._outages import Outages
-from promptlayer_exec._policies import Newborns, Outage, RetryPolicy
-from promptlayer_exec._receiving import PIECE, Receiver
+from promptlayer_exec._policies import RetryPolicy
 from promptlayer_exec._redaction import Redactor
-from promptlayer_exec._tasks import Limit, Timers, is_cancelled
+from promptlayer_exec._retry import OutageLog, RecentStarts, RetryState
+from promptlayer_exec._tasks import clock, is_cancelled
 from promptlayer_exec._throttle import Throttle
 from promptlayer_exec._version import __version__
 from promptlayer_exec._wire import Reply, Request, Response, excerpt, read_retry_after
@@ -45,7 +44,7 @@ USER_AGENT = (
     f" Python/{sys.version_info.major}.{sys.version_info.minor}"
 )
 _HEADERS = {"Accept": "application/json", "User-Agent": USER_AGENT}
-# A timeout of our own ends an attempt, at a third of the cost of aiohttp's.
+# `asyncio.timeout_at` ends an attempt, body included: aiohttp's own need not.
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
 # The body of an error is for people to read.
 _ERROR_BODY_BYTES = 64 * 1024
@@ -55,7 +54,7 @@ _LONGEST_KEY = 1024
 async def _send_once(
     request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
 ) -> aiohttp.ClientResponse:
-    """Keep aiohttp from sending again by itself: unpaced, uncounted and unobserved."""
+    """Keep aiohttp from sending again by itself: unthrottled, uncounted and unobserved."""
     try:
         return await handler(request)
     except aiohttp.ClientConnectorError:
@@ -64,47 +63,33 @@ async def _send_once(
         raise aiohttp.ClientConnectionError(_reason(error)) from error
 
 
+@attrs.frozen(eq=False)
 class _Pool:
-    """Connections for one kind of request, and places for as many requests.
+    """Connections for one kind of request, and slots for as many requests.
 
     Attributes:
         http: holds the connections.
-        places: where whoever finds no connection free waits, without a timeout.
+        slots: where a request waits, without a timeout, until a connection is free.
         headers: what to send along; None: `http` does so by itself.
         middlewares: what to run along; None: those of `http`.
     """
 
-    def __init__(
-        self,
-        http: aiohttp.ClientSession,
-        places: anyio.Semaphore,
-        headers: Mapping[str, str] | None = None,
-        middlewares: Sequence[aiohttp.ClientMiddlewareType] | None = None,
-    ) -> None:
-        self.http = http
-        self.places = places
-        self.headers = headers
-        self.middlewares = middlewares
-
-    def take_place(self) -> bool:
-        """Take a place, if one is free: at a tenth of what `places.acquire` costs."""
-        try:
-            self.places.acquire_nowait()
-        except anyio.WouldBlock:
-            return False
-        return True
+    http: aiohttp.ClientSession
+    slots: anyio.Semaphore
+    headers: Mapping[str, str] | None = None
+    middlewares: Sequence[aiohttp.ClientMiddlewareType] | None = None
 
 
 class Pools:
-    """The connections of a session: those for looking at executions, and those for starts.
+    """The connections of a session: those that read, and those that start runs.
 
-    Starts have a share of their own, so that neither kind keeps the other waiting. In pools of our
-    own, each has a new connection to itself: on a used one, which the server may be closing at the
-    moment, it would be lost without need.
+    Starts have a share of their own, so that neither kind keeps the other waiting. In our own
+    pools, each start gets a new connection: a used one might be closing at that moment, and the
+    start would be lost without need.
     """
 
-    def __init__(self, looks: _Pool, starts: _Pool) -> None:
-        self.looks = looks
+    def __init__(self, reads: _Pool, starts: _Pool) -> None:
+        self.reads = reads
         self.starts = starts
 
     @classmethod
@@ -112,23 +97,20 @@ class Pools:
         """Open pools of our own in the running loop; `resources` closes them."""
         headers = _HEADERS | {"X-API-KEY": api_key}
         pools = []
-        for places, force_close in zip(_places(max_connections), (False, True), strict=True):
-            connector = aiohttp.TCPConnector(limit=0, force_close=force_close)
+        for slots, force_close in zip(_slots(max_connections), (False, True), strict=True):
             http = aiohttp.ClientSession(
-                connector=connector,
+                connector=aiohttp.TCPConnector(limit=0, force_close=force_close),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers=headers,
-                read_bufsize=PIECE // 2,  # it pauses beyond twice as much
+                middlewares=[_send_once],
             )
-            # What `_send_once` does for a borrowed one, at no cost; it has no public name.
-            http._retry_connection = False
             resources.push_async_callback(http.close)
-            pools.append(_Pool(http, places))
+            pools.append(_Pool(http, slots))
         return cls(*pools)
 
     @classmethod
     def borrow(cls, http: aiohttp.ClientSession, max_connections: int, api_key: str) -> Self:
-        """Share out the connections of somebody else's client session."""
+        """Share out the connections of a client session that belongs to the caller."""
         connector = http.connector
         limits = (connector.limit, connector.limit_per_host) if connector is not None else ()
         headers = _HEADERS | {"X-API-KEY": api_key}
@@ -136,55 +118,55 @@ class Pools:
             del headers["User-Agent"]
         # Those given with a request replace the session's, which has no public name for them.
         middlewares = (*http._middlewares, _send_once)
-        looks, starts = _places(min([max_connections, *(limit for limit in limits if limit)]))
+        reads, starts = _slots(min([max_connections, *(limit for limit in limits if limit)]))
         return cls(
-            _Pool(http, looks, headers, middlewares), _Pool(http, starts, headers, middlewares)
+            _Pool(http, reads, headers, middlewares), _Pool(http, starts, headers, middlewares)
         )
 
 
-def _places(connections: int) -> tuple[anyio.Semaphore, anyio.Semaphore]:
-    """Share connections out between looks and starts; of one alone, both have the same place."""
+def _slots(connections: int) -> tuple[anyio.Semaphore, anyio.Semaphore]:
+    """Share connections out between reads and starts; both share one where there is only one."""
     starts = max(connections // 4, 1)
-    looks = anyio.Semaphore(max(connections - starts, 1))
-    return looks, looks if connections == 1 else anyio.Semaphore(starts)
+    reads = anyio.Semaphore(max(connections - starts, 1), fast_acquire=True)
+    return reads, reads if connections == 1 else anyio.Semaphore(starts, fast_acquire=True)
 
 
-class Departure(Protocol):
-    """Whether a request that must not be sent twice may have reached the server."""
-
-    @property
-    def left(self) -> bool:
-        """Whether it may have."""
+class SendOnce(Protocol):
+    """A request that must not reach the server twice, and whether it may have reached it."""
 
     @property
-    def called_off(self) -> bool:
-        """Whether it must not leave any more."""
+    def sent(self) -> bool:
+        """Whether it may have reached the server."""
 
-    async def clear(self) -> None:
-        """Its turn has come: wait until it may leave."""
+    @property
+    def cancelled(self) -> bool:
+        """Whether it must not be sent any more."""
 
-    def leave(self) -> None:
-        """It is about to leave; raises `OSError` where it must not any more."""
+    async def before_send(self) -> None:
+        """Wait until it may be sent; a connection is free, and the rate allows it."""
 
-    def come_back(self) -> None:
-        """The server has refused it, unseen."""
+    def mark_sent(self) -> None:
+        """Record that it is about to be sent; raises `OSError` where it must not be any more."""
+
+    def mark_rejected(self) -> None:
+        """Record that the server refused it, and started nothing."""
 
 
 class _GuardedBody(aiohttp.Payload):
-    """A body that tells when it, and the headers that go with it, are about to leave."""
+    """A body that reports when it, and the headers that go with it, are about to be sent."""
 
     _value: bytes
 
-    def __init__(self, body: bytes, departure: Departure) -> None:
+    def __init__(self, body: bytes, once: SendOnce) -> None:
         super().__init__(body, content_type="application/json")
         self._size = len(body)
-        self._departure = departure
+        self._once = once
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return self._value.decode(encoding, errors)
 
     async def write(self, writer: AbstractStreamWriter) -> None:
-        self._departure.leave()
+        self._once.mark_sent()
         await writer.write(self._value)
 
 
@@ -196,12 +178,11 @@ class Transport:
         base_url: without a trailing slash.
         api_key: sent to `base_url` alone, and kept out of every error.
         throttle: admits each attempt.
-        retry: what to survive.
-        newborns: the executions for which a 404 is worth another attempt.
+        retry: which failures to survive.
+        recent_starts: the executions for which a 404 is worth another attempt.
         request_timeout: seconds for one attempt.
         max_response_bytes: how large a body may be, after decompression.
-        emit: told of retries and throttling.
-        timers: end its attempts.
+        emit: called with retries and throttling.
     """
 
     def __init__(
@@ -212,133 +193,136 @@ class Transport:
         api_key: str,
         throttle: Throttle,
         retry: RetryPolicy,
-        newborns: Newborns,
+        recent_starts: RecentStarts,
         request_timeout: float,
         max_response_bytes: int,
         emit: Emit,
-        timers: Timers,
     ) -> None:
         self._pools = pools
         self.base_url = base_url
         self._throttle = throttle
         self._retry = retry
-        self._newborns = newborns
+        self._recent_starts = recent_starts
         self._request_timeout = request_timeout
         self._max_response_bytes = max_response_bytes
         self._emit = emit
-        self._key = Redactor(api_key)
-        self._outages = Outages()
-        self._timers = timers
-        self._clock = timers.loop.time
-        self._receiver = Receiver(timers)
+        self._redactor = Redactor(api_key)
+        self._outages = OutageLog()
 
-    def addressed(self, request: Request) -> Request:
-        """Return a request with its URL, so that it is not built anew whenever it is sent."""
+    def with_url(self, request: Request) -> Request:
+        """Return a request with its URL, so that it is not built anew for each attempt."""
         return attrs.evolve(request, url=self._url(request))
 
     async def call(
         self,
         request: Request,
         read: Callable[[Response], T],
-        outage: Outage,
+        state: RetryState,
         *,
         due: float,
-        departure: Departure | None = None,
+        once: SendOnce | None = None,
     ) -> Reply[T]:
-        """Send a request until it is answered well, or `outage` is over.
+        """Send a request until there is a good answer, or the retries are used up.
 
         Args:
             request: what to send.
-            read: reads the answer; what it raises is judged like any other failure.
-            outage: keeps account of the failures.
-            due: when the request should leave, on the event loop's clock.
-            departure: told of what becomes of a request that must not be sent twice.
+            read: reads the answer; an error that it raises is judged like any other failure.
+            state: counts the failures.
+            due: when the request should be sent, on the event loop's clock.
+            once: a request that must not be sent twice.
 
         Raises:
             RequestError: the last failure, when it is not worth another attempt.
         """
-        pool = self._pools.looks if departure is None else self._pools.starts
         answered = False
         try:
             while True:
                 try:
-                    if not pool.take_place():
-                        await pool.places.acquire()
-                    try:
-                        await self._throttle.acquire()
-                        if departure is not None:
-                            await departure.clear()
-                        sent_at = self._clock()
-                        lateness = max(sent_at - due, 0.0)
-                        outage.excuse(lateness)
-                        response = await self._attempt(pool, request, sent_at, departure)
-                    finally:
-                        pool.places.release()
-                    duration = self._clock() - sent_at
-                    value = self._read(read, response)
-                    answered = True
-                    return Reply(
-                        value, len(response.body), duration, lateness, response.retry_after
-                    )
+                    reply = await self._send(request, read, state, due, once)
                 except RequestError as error:
-                    if (delay := self._delay(error, request, outage, departure)) is None:
+                    if (delay := self._delay(error, request, state, once)) is None:
                         raise
-                due = self._clock() + delay
+                else:
+                    answered = True
+                    return reply
+                due = clock() + delay
                 await anyio.sleep(delay)
         finally:
-            if outage.failures:
-                self._outages.end(outage, answered=answered)
+            if state.failures:
+                self._outages.end(state, answered=answered)
+
+    async def _send(
+        self,
+        request: Request,
+        read: Callable[[Response], T],
+        state: RetryState,
+        due: float,
+        once: SendOnce | None,
+    ) -> Reply[T]:
+        """Send a request once, when a connection is free and the rate allows it."""
+        pool = self._pools.reads if once is None else self._pools.starts
+        async with pool.slots:
+            await self._throttle.acquire()
+            if once is not None:
+                await once.before_send()
+            sent_at = clock()
+            lateness = max(sent_at - due, 0.0)
+            state.excuse(lateness)
+            response = await self._attempt(pool, request, sent_at, once)
+        duration = clock() - sent_at
+        value = self._read(read, response)
+        return Reply(value, len(response.body), duration, lateness, response.retry_after)
 
     def _delay(
-        self, error: RequestError, request: Request, outage: Outage, departure: Departure | None
+        self, error: RequestError, request: Request, state: RetryState, once: SendOnce | None
     ) -> float | None:
-        """Take note of a failed attempt; return the seconds before the next, or None."""
+        """Record a failed attempt; return the seconds before the next, or None."""
         error.execution_id = request.execution_id
-        error.attempts = outage.failures + 1
-        if not self._is_transient(error, departure):
+        error.attempts = state.failures + 1
+        if not self._is_transient(error, once):
             return None
-        delay = outage.delay(
+        delay = state.delay(
             error,
-            now=self._clock(),
+            now=clock(),
             chance=random(),
             retry_after=error.retry_after if isinstance(error, StatusError) else None,
         )
         if delay is not None:
-            if departure is not None and departure.left:
-                departure.come_back()
-            self._outages.begin(error, outage)
+            if once is not None and once.sent:
+                once.mark_rejected()
+            self._outages.begin(error, state)
             self._emit(RequestRetried(request.execution_id, error, delay))
         return delay
 
-    def _is_transient(self, error: RequestError, departure: Departure | None) -> bool:
-        """Tell whether a failure is worth another attempt."""
-        if departure is not None and not isinstance(error, RateLimited):  # which starts nothing
-            may_have_arrived = departure.left or isinstance(error, StatusError)
-            if may_have_arrived or departure.called_off:
+    def _is_transient(self, error: RequestError, once: SendOnce | None) -> bool:
+        """Return True if a failure is worth another attempt."""
+        if once is not None and not isinstance(error, RateLimited):  # which starts nothing
+            may_have_arrived = once.sent or isinstance(error, StatusError)
+            if may_have_arrived or once.cancelled:
                 return False
         if isinstance(error, StatusError):
             return error.status in self._retry.statuses or (
                 isinstance(error, NotFound)
-                and self._newborns.covers(error.execution_id, now=self._clock())
+                and self._recent_starts.covers(error.execution_id, now=clock())
             )
         if isinstance(error, InvalidResponse):
             return error.path is None and not isinstance(error, ResponseTooLarge)
         return True
 
     async def _attempt(
-        self, pool: _Pool, request: Request, sent_at: float, departure: Departure | None
+        self, pool: _Pool, request: Request, sent_at: float, once: SendOnce | None
     ) -> Response:
-        """Send a request once, at `sent_at`, and return the answer."""
+        """Send a request, and return the answer."""
         if pool.http.closed:
             raise SessionClosed("the borrowed aiohttp.ClientSession is closed")
         data = None
-        if request.body is not None and departure is not None:
-            data = _GuardedBody(request.body, departure)
+        if request.body is not None and once is not None:
+            data = _GuardedBody(request.body, once)
         answer: aiohttp.ClientResponse | None = None
         pieces: list[bytes] = []
-        trouble: BaseException | None = None
+        failure: BaseException | None = None
         try:
-            with Limit(self._timers, sent_at + self._request_timeout):
+            async with asyncio.timeout_at(sent_at + self._request_timeout):
                 answer = await pool.http.request(
                     request.method,
                     request.url or self._url(request),
@@ -351,19 +335,19 @@ class Transport:
                     middlewares=pool.middlewares,
                 )
                 limit = self._max_response_bytes if answer.status < 300 else _ERROR_BODY_BYTES
-                # Of a refusal a little more: a key at its end is redacted before it is cut.
+                # Read a little more of a refusal: a key at its end is redacted before it is cut.
                 more = _LONGEST_KEY if answer.status >= 300 else 0
-                await self._receiver.receive(answer, pieces, limit + more)
+                await _read_body(answer, pieces, limit + more)
         except (aiohttp.ClientError, OSError) as error:  # OSError: also every TimeoutError
-            trouble = error
+            failure = error
         except asyncio.CancelledError as error:
             if is_cancelled():
                 raise
-            trouble = error  # not this task was cancelled, but something that it awaited
+            failure = error  # this task was not cancelled, only something that it awaited
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        if answer is None or (trouble is not None and answer.status < 300):
-            # Outside the `except`, so that the cleaned cause is all that hangs on the error.
-            raise self._failure(trouble, answer, body)
+        if answer is None or (failure is not None and answer.status < 300):
+            # Outside the `except`, so that the redacted cause is all that hangs on the error.
+            raise self._failure(failure, answer, body)
         # A refusal needs no whole body: its status says what is wrong.
         if answer.status < 300 and len(body) > limit:
             raise ResponseTooLarge(
@@ -375,7 +359,7 @@ class Transport:
         location = None
         if answer.status >= 300:
             location = answer.headers.get("Location")
-            body = self._key.redact_bytes(body)[:limit]
+            body = self._redactor.redact_bytes(body)[:limit]
         retry_after = read_retry_after(answer.headers, now=time.time())
         response = Response(answer.status, body, location, retry_after)
         if response.status == 429:
@@ -389,11 +373,11 @@ class Transport:
         return URL(self.base_url + request.target, encoded=True)
 
     def _failure(
-        self, trouble: BaseException | None, answer: aiohttp.ClientResponse | None, body: bytes
+        self, failure: BaseException | None, answer: aiohttp.ClientResponse | None, body: bytes
     ) -> RequestError:
-        reason = self._key.redact(_reason(trouble))
+        reason = self._redactor.redact(_reason(failure))
         error: RequestError
-        if isinstance(trouble, TimeoutError):
+        if isinstance(failure, TimeoutError):
             error = RequestTimeout(
                 f"no complete answer from {self.base_url} within {self._request_timeout:g} s",
                 reason=reason,
@@ -410,10 +394,10 @@ class Transport:
                 excerpt=self._excerpt(body),
                 reason=reason,
             )
-        error.__cause__ = trouble
+        error.__cause__ = failure
         # The repr of a ClientResponseError shows all headers of the request, the key's too.
-        if isinstance(trouble, aiohttp.ClientResponseError) or self._key.is_shown_by(trouble):
-            error.__cause__ = aiohttp.ClientError(f"{type(trouble).__name__}: {reason}")
+        if isinstance(failure, aiohttp.ClientResponseError) or self._redactor.is_shown_by(failure):
+            error.__cause__ = aiohttp.ClientError(f"{type(failure).__name__}: {reason}")
         return error
 
     def _read(self, read: Callable[[Response], T], response: Response) -> T:
@@ -422,16 +406,30 @@ class Transport:
         except RequestError:
             redacted = attrs.evolve(
                 response,
-                body=self._key.redact_json(response.body),
-                location=response.location and self._key.redact(response.location),
+                body=self._redactor.redact_json(response.body),
+                location=response.location and self._redactor.redact(response.location),
             )
             if redacted == response:
                 raise
         return read(redacted)
 
     def _excerpt(self, body: bytes) -> str:
-        # Blotted out before it is cut: half a key tells much, too.
-        return excerpt(self._key.redact_bytes(body[:_ERROR_BODY_BYTES]))
+        # Redacted before it is cut: half a key gives much away, too.
+        return excerpt(self._redactor.redact_bytes(body[:_ERROR_BODY_BYTES]))
+
+
+async def _read_body(answer: aiohttp.ClientResponse, pieces: list[bytes], limit: int) -> None:
+    """Read a body into `pieces`, and stop where it exceeds `limit` bytes."""
+    size = 0
+    try:
+        async for piece in answer.content.iter_any():
+            pieces.append(piece)
+            size += len(piece)
+            if size > limit:
+                break
+    finally:
+        if not answer.closed:  # it closes itself where the body was read to its end
+            answer.close()
 
 
 def _reason(error: BaseException | None) -> str:

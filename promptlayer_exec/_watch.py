@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import aclosing
-from functools import partial
 from random import random
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,24 +15,25 @@ from promptlayer_exec._errors import (
 )
 from promptlayer_exec._events import Emit, Polled, WatchEnded, WatchStarted, logger
 from promptlayer_exec._models import FINAL, FrozenMap, Node, NodeStatus, NodeTimes, Snapshot
-from promptlayer_exec._policies import Deadline, Outage, PollPolicy, RetryPolicy
-from promptlayer_exec._tasks import Timers, clock, is_cancelled, resolve, stray
+from promptlayer_exec._policies import Deadline, PollPolicy, RetryPolicy
+from promptlayer_exec._retry import RetryState
+from promptlayer_exec._tasks import clock, foreign_cancellation, is_cancelled, resolve
 
 if TYPE_CHECKING:
     from promptlayer_exec._wire import NodeMap, Reply
 
 
 class Fetch(Protocol):
-    """Gets an execution's node map, over an outage if need be."""
+    """Requests an execution's node map, and retries where that is worth it."""
 
-    async def __call__(self, outage: Outage, *, due: float) -> Reply[NodeMap]:
-        """Return the answer to a request that should leave at `due`."""
+    async def __call__(self, state: RetryState, *, due: float) -> Reply[NodeMap]:
+        """Return the answer to a request that should be sent at `due`."""
 
 
 def take_snapshot(
     execution_id: int, reply: Reply[NodeMap], *, elapsed: float, previous: Snapshot | None = None
 ) -> Snapshot:
-    """Return what a reply says, with what the snapshot before it had seen."""
+    """Return the snapshot that a reply describes, with the times that the one before had seen."""
     nodes = reply.value.nodes
     if previous is None:
         poll, times = 1, _first_seen(nodes, {}, elapsed)
@@ -76,19 +75,17 @@ class Watch:
 
     Args:
         execution_id: the execution.
-        fetch: gets its node map.
-        timers: wake it and its followers.
-        poll: when to look again.
-        retry: what to survive.
-        emit: told of polls, and of the watch's beginning and end.
-        on_end: called when late joiners can have no more from this watch; maybe more than once.
+        fetch: requests its node map.
+        poll: when to poll again.
+        retry: which failures to survive.
+        emit: called with every poll, and with the watch's beginning and end.
+        on_end: called when new followers need another watch; maybe more than once.
     """
 
     def __init__(
         self,
         execution_id: int,
         fetch: Fetch,
-        timers: Timers,
         *,
         poll: PollPolicy,
         retry: RetryPolicy,
@@ -98,79 +95,79 @@ class Watch:
         self.execution_id = execution_id
         self.latest: Snapshot | None = None
         self._fetch = fetch
-        self._timers = timers
         self._poll = poll
         self._retry = retry
         self._emit = emit
         self._on_end = on_end
         self._followers = 0
-        # Followers who wait for any news, and those who wait for the end alone.
-        self._curious: set[asyncio.Future[None]] = set()
-        self._patient: set[asyncio.Future[None]] = set()
-        self._outage = Outage(retry, retry.watch_outage)
+        self._snapshot_waiters: set[asyncio.Future[None]] = set()
+        self._completion_waiters: set[asyncio.Future[None]] = set()
+        self._retries = RetryState(retry, retry.watch_outage)
         self._changed_at = 0.0
         self._final = 0  # how many nodes are
         self._error: Exception | None = None
         self._task: asyncio.Task[Any] | None = None
 
-    def join(self) -> None:
+    def add_follower(self) -> None:
         """Count one more follower."""
         self._followers += 1
 
-    def leave(self) -> None:
-        """Count one follower less; the last one stops the poller."""
+    def remove_follower(self) -> None:
+        """Count one follower less; without any, polling stops."""
         self._followers -= 1
         if not self._followers:
             self._on_end(self)
             if self._task is not None:
-                # Not by a cancel scope: that would take a turn more while an answer is arriving.
+                # A cancel scope would take one more step of the loop while an answer is arriving.
                 self._task.cancel()
 
     async def newer(self, seen: Snapshot | None, deadline: Deadline) -> Snapshot:
-        """Return the latest snapshot as soon as it is another than `seen`.
+        """Return the latest snapshot, as soon as there is another one than `seen`.
 
         Raises:
-            ExecutionTimeout: the deadline passed, and there is no complete snapshot.
+            ExecutionTimeout: the deadline passed before there was a complete snapshot.
             PromptLayerExecError: the poller failed, or the session was closed.
         """
-        while (snapshot := self._there(seen, deadline)) is None:
-            await self._wait(self._curious, deadline)
+        while (snapshot := self._newer(seen, deadline)) is None:
+            await self._wait(self._snapshot_waiters, deadline)
         return snapshot
 
     async def completed(self, deadline: Deadline) -> Snapshot:
         """Return the complete snapshot; errors are those of `newer`."""
         while (snapshot := self._complete(deadline)) is None:
-            await self._wait(self._patient, deadline)
+            await self._wait(self._completion_waiters, deadline)
         return snapshot
 
-    async def _wait(self, waiting: set[asyncio.Future[None]], deadline: Deadline) -> None:
-        future = self._timers.loop.create_future()
-        waiting.add(future)
+    async def _wait(self, waiters: set[asyncio.Future[None]], deadline: Deadline) -> None:
+        """Wait for news, or for the deadline."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        waiters.add(future)
         timer = None
-        if deadline.timeout is not None:
-            timer = self._timers.call_at(deadline.at, partial(resolve, future))
+        if deadline.when is not None:
+            timer = loop.call_at(deadline.when, resolve, future)
         try:
             await future
         finally:
-            waiting.discard(future)
+            waiters.discard(future)
             if timer is not None:
-                self._timers.cancel(timer)
+                timer.cancel()
 
     def _complete(self, deadline: Deadline) -> Snapshot | None:
-        snapshot = self._there(None, deadline)
+        snapshot = self._newer(None, deadline)
         if snapshot is not None and not snapshot.complete:
             if self._error is not None:
                 raise copy_error(self._error)
             return None
         return snapshot
 
-    def _there(self, seen: Snapshot | None, deadline: Deadline) -> Snapshot | None:
+    def _newer(self, seen: Snapshot | None, deadline: Deadline) -> Snapshot | None:
         late = clock() >= deadline.at
         latest = self.latest
         if latest is not None and latest is not seen and (latest.complete or not late):
             return latest
         if late:
-            cause = self._error or self._outage.error
+            cause = self._error or self._retries.error
             raise timed_out(self.execution_id, deadline, latest, cause) from cause
         if self._error is not None:
             raise copy_error(self._error)  # a traceback belongs to one task
@@ -190,10 +187,10 @@ class Watch:
             if not self._followers:
                 error = None
             elif not is_cancelled():
-                error = stray("a poll", cancelled)
+                error = foreign_cancellation("a poll", cancelled)
             else:
                 error = SessionClosed()
-        except BaseException as fatal:  # noqa: BLE001 - of a limiter, say: the followers must know
+        except BaseException as fatal:  # noqa: BLE001 - the followers must learn of it
             error = RuntimeError(f"a poll ended in {type(fatal).__name__}")
             error.__cause__ = fatal
         finally:
@@ -203,19 +200,19 @@ class Watch:
     async def _poll_until_complete(self, started: float) -> Exception | None:
         due = self._changed_at = started
         try:
-            while (following := await self._look(started, due)) is not None:
+            while (following := await self._poll_once(started, due)) is not None:
                 due = following
-                await self._timers.sleep_until(due)
+                await asyncio.sleep(due - clock())
         except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to the followers
             return error
         return None
 
-    async def _look(self, started: float, due: float) -> float | None:
-        """Poll once, and return when to do so again."""
+    async def _poll_once(self, started: float, due: float) -> float | None:
+        """Poll, and return the time of the next poll; None: the execution is complete."""
         # Apart from the loop, so that nothing of a poll is kept while the watch sleeps.
-        if self._outage.failures:
-            self._outage = Outage(self._retry, self._retry.watch_outage)
-        reply = await self._fetch(self._outage, due=due)
+        if self._retries.failures:
+            self._retries = RetryState(self._retry, self._retry.watch_outage)
+        reply = await self._fetch(self._retries, due=due)
         now = clock()
         previous = self.latest
         snapshot = take_snapshot(self.execution_id, reply, elapsed=now - started, previous=previous)
@@ -246,13 +243,13 @@ class Watch:
 
     def _publish(self, snapshot: Snapshot) -> None:
         self.latest = snapshot
-        self._wake(over=snapshot.complete)
+        self._notify(ended=snapshot.complete)
 
-    def _wake(self, *, over: bool) -> None:
-        for future in self._curious:
+    def _notify(self, *, ended: bool) -> None:
+        for future in self._snapshot_waiters:
             resolve(future)
-        if over:
-            for future in self._patient:
+        if ended:
+            for future in self._completion_waiters:
                 resolve(future)
 
     def _end(self, error: Exception | None, *, elapsed: float) -> None:
@@ -264,23 +261,23 @@ class Watch:
                 error.add_note(f"while watching execution {self.execution_id}")
             self._error = error
             self._on_end(self)
-            self._wake(over=True)
+            self._notify(ended=True)
         polls = self.latest.poll if self.latest is not None else 0
         logger.info(
             "execution %d: %s (%d polls in %.1f s)",
             self.execution_id,
-            self._how_it_ended(),
+            self._end_state(),
             polls,
             elapsed,
         )
         self._emit(WatchEnded(self.execution_id, polls=polls, elapsed=elapsed, error=error))
 
-    def _how_it_ended(self) -> str:
+    def _end_state(self) -> str:
         if self._error is not None:
             return f"the watch ended in {type(self._error).__name__}"
         if self.latest is not None and self.latest.complete:
             return "complete"
-        return "nobody follows it any more"
+        return "no longer followed"
 
 
 def _statuses(snapshot: Snapshot) -> list[NodeStatus | str]:
@@ -290,7 +287,7 @@ def _statuses(snapshot: Snapshot) -> list[NodeStatus | str]:
 def timed_out(
     execution_id: int | None, deadline: Deadline, seen: Snapshot | None, cause: Exception | None
 ) -> ExecutionTimeout:
-    """Return the error for a deadline that passed: what was seen by then, and what was wrong."""
+    """Return the error for a deadline that passed: what was seen by then, and the last failure."""
     timeout = deadline.timeout or 0.0
     if seen is None:
         state = "no answer came"
@@ -303,54 +300,53 @@ def timed_out(
             if not isinstance(node.status, NodeStatus):
                 state += f", and {node.name!r:.100} had the unknown status {node.status!r:.100}"
                 break
-    trouble = f"; last failure: {cause.args[0]}" if cause is not None and cause.args else ""
+    failure = f"; last failure: {cause.args[0]}" if cause is not None and cause.args else ""
     return ExecutionTimeout(
-        f"not complete within {timeout:g} s: {state}{trouble}",
+        f"not complete within {timeout:g} s: {state}{failure}",
         timeout=timeout,
         execution_id=execution_id,
         last_snapshot=seen,
     )
 
 
-async def follow(
-    join: Callable[[], Awaitable[Watch]], timeout: float | None
-) -> AsyncGenerator[Snapshot, None]:
-    """Yield each new snapshot of a watch, the latest there is first, the complete one last.
+# Returns a watch, with one more follower, and until when it is followed.
+Join = Callable[[], Awaitable[tuple[Watch, Deadline]]]
 
-    Args:
-        join: returns the watch, this follower counted.
-        timeout: seconds from the first `anext`; None: no limit.
+
+async def follow(join: Join) -> AsyncGenerator[Snapshot, None]:
+    """Yield each new snapshot of a watch: first the latest there is, last the complete one.
 
     Raises:
-        ExecutionTimeout: the deadline passed, and there is no complete snapshot.
+        ExecutionTimeout: the deadline passed before there was a complete snapshot.
         PromptLayerExecError: the poller failed, or the session was closed.
     """
-    deadline = Deadline.after(timeout, now=clock())
-    watch = await join()
+    watch, deadline = await join()
     try:
         snapshot: Snapshot | None = None
         while snapshot is None or not snapshot.complete:
             snapshot = await watch.newer(snapshot, deadline)
             yield snapshot
     finally:
-        watch.leave()
+        watch.remove_follower()
 
 
-async def finished_nodes(
-    join: Callable[[], Awaitable[Watch]], timeout: float | None
-) -> AsyncGenerator[Node, None]:
+async def finished_nodes(join: Join) -> AsyncGenerator[Node, None]:
     """Yield each node once, when it becomes final; at completion the rest follow.
 
-    Args and errors are those of `follow`.
+    Errors are those of `follow`.
     """
-    deadline = Deadline.after(timeout, now=clock())
+    watch, deadline = await join()
     yielded = set()
-    async with aclosing(follow(join, timeout)) as snapshots:
-        async for snapshot in snapshots:
+    try:
+        snapshot: Snapshot | None = None
+        while snapshot is None or not snapshot.complete:
+            snapshot = await watch.newer(snapshot, deadline)
             for name, node in snapshot.nodes.items():
                 if name in yielded or not (node.final or snapshot.complete):
                     continue
                 if not snapshot.complete and clock() >= deadline.at:
-                    break  # only a complete snapshot may still be delivered: `follow` decides
+                    break  # only a complete snapshot may still be delivered
                 yielded.add(name)
                 yield node
+    finally:
+        watch.remove_follower()

@@ -658,7 +658,7 @@ class TestRun:
         assert err.endswith(f"  promptlayer-exec watch {sim.runs[-1].execution_id}\n")
         code, _, err = never.end()
         assert code == 3
-        assert "not started within 0.5 s, and nothing was" in err
+        assert "could not send the start within 0.5 s; no run was started" in err
         assert "again with" not in err
 
     def test_usage_errors_are_exit_code_2(self, sim: Simulator, call: Call) -> None:
@@ -762,7 +762,7 @@ class TestRun:
             assert commands[0].end() == (130, "", "interrupted; nothing was started\n")
             code, _, err = commands[1].end()
         assert code == 130
-        assert err.startswith("interrupted; whether a run of workflow 'x' started is not known")
+        assert err.startswith("interrupted; it is not known whether a run of workflow 'x' started")
         assert "The run may have started" in err
 
     def test_the_second_interrupt_of_a_start(self, start: Start) -> None:

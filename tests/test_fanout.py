@@ -171,7 +171,7 @@ async def test_a_handle_of_another_session_is_an_unusable_item(
 @pytest.mark.parametrize("items", [5, None, StartRequest("w")], ids=repr)
 async def test_items_that_cannot_be_iterated_are_refused(session: Session, items: Any) -> None:
     """At once, and with what is wanted."""
-    with pytest.raises(TypeError, match="items is an iterable or async iterable, not"):
+    with pytest.raises(TypeError, match="items must be an iterable or async iterable, not"):
         session.as_completed(items)
 
 
@@ -403,13 +403,13 @@ async def test_a_stray_cancellation_is_that_item_s_error(
     assert type(outcome.error) is RuntimeError
 
 
-async def test_a_fan_out_that_never_ran_can_be_left() -> None:
-    """As where the event loop ends in the very turn in which it begins."""
+async def test_a_fan_out_that_never_ran_can_be_closed() -> None:
+    """For example where the event loop ends in the same step."""
 
-    async def join() -> Any:
+    async def open_client() -> Any:
         return lambda run: None
 
-    completed = fan_out([1], AsyncMock(), max_in_flight=1, join=join)
+    completed = fan_out([1], AsyncMock(), max_in_flight=1, open_client=open_client)
     first = asyncio.create_task(anext(completed))
     await asyncio.sleep(0)
     first.cancel()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from promptlayer_exec._errors import ExecutionFailed, NotFound
 from promptlayer_exec._execution import Execution
+from promptlayer_exec._fanout import Outcome
 from promptlayer_exec._models import (
     FrozenMap,
     MainOutput,
@@ -20,7 +21,6 @@ from promptlayer_exec._models import (
     NodeChange,
     NodeStatus,
     NodeTimes,
-    Outcome,
     Snapshot,
     StartRequest,
 )

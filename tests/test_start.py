@@ -39,9 +39,9 @@ from promptlayer_exec import (
     UnprocessableEntity,
 )
 from promptlayer_exec._lifetime import Lifetime
-from promptlayer_exec._policies import Deadline, Outage
+from promptlayer_exec._policies import Deadline
+from promptlayer_exec._retry import RetryState
 from promptlayer_exec._start import Start
-from promptlayer_exec._tasks import Timers
 from promptlayer_exec._wire import Started
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
@@ -521,7 +521,9 @@ async def test_a_start_that_cannot_leave_in_time_is_a_timeout(
     """It says that nothing was started, and what was in the way."""
     session = open_session(wait_timeout=0.05)
     sim.inject(Fault.status(429, times=None, retry_after=60))
-    with pytest.raises(ExecutionTimeout, match=r"not started within 0\.05 s") as caught:
+    with pytest.raises(
+        ExecutionTimeout, match=r"could not send the start within 0\.05 s; no run was started"
+    ) as caught:
         await session.start(NAME)
     assert isinstance(caught.value.__cause__, RateLimited)
     assert "429" in str(caught.value)
@@ -565,34 +567,34 @@ async def test_a_404_on_another_execution_is_raised_at_once(
     assert caught.value.attempts == 1
 
 
-# Turn by turn, with an answer that comes when the test says so
+# Step by step, with an answer that comes when the test says so
 
 
 class Server:
-    """Stands for the transport: tells the start that it leaves, and answers when it is told."""
+    """A stand-in for the transport: it sends at once, and answers when the test says so."""
 
     def __init__(self) -> None:
-        self.left = asyncio.Event()
+        self.sent = asyncio.Event()
         self.answer: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
-        self.departure: Any = None
+        self.start: Any = None
 
-    async def post(self, outage: Outage, departure: Start) -> Started:
+    async def post(self, state: RetryState, once: Start) -> Started:
         """Wait for the answer."""
-        self.departure = departure
-        departure.leave()
-        self.left.set()
+        self.start = once
+        once.mark_sent()
+        self.sent.set()
         return await asyncio.shield(self.answer)
 
 
 @pytest.fixture
 async def begin(recorder: Any) -> AsyncIterator[Callable[..., Any]]:
     """Return a function that runs a start, and returns the task of its caller."""
-    lifetime = Lifetime(AsyncExitStack(), Timers())
+    lifetime = Lifetime(AsyncExitStack())
     await lifetime.ready()
 
-    def run(post: Any, *, timeout: float | None = None, outage: Any = None) -> Any:
-        outage = outage or Outage(RetryPolicy(), 60.0)
-        start = Start(StartRequest(NAME), post, outage, emit=recorder, is_closing=lambda: False)
+    def run(post: Any, *, timeout: float | None = None, state: Any = None) -> Any:
+        state = state or RetryState(RetryPolicy(), 60.0)
+        start = Start(StartRequest(NAME), post, state, emit=recorder, is_closing=lambda: False)
         lifetime.spawn(start.run)
         deadline = Deadline.after(timeout, now=anyio.current_time())
         return asyncio.create_task(start.result(deadline))
@@ -614,7 +616,7 @@ LOSS = RequestTimeout("no answer")
     ],
     ids=["started", "lost", "refused"],
 )
-@pytest.mark.parametrize("turns", range(5))
+@pytest.mark.parametrize("steps", range(5))
 async def test_a_cancellation_beside_the_answer_loses_nothing(
     begin: Callable[..., Any],
     recorder: Any,
@@ -622,17 +624,17 @@ async def test_a_cancellation_beside_the_answer_loses_nothing(
     *,
     error: Exception | None,
     logged: str,
-    turns: int,
+    steps: int,
 ) -> None:
-    """In whichever turn it comes: what the caller does not get is reported."""
+    """In whichever step it comes, what the caller does not get is reported."""
     server = Server()
     caller = begin(server.post)
-    await server.left.wait()
+    await server.sent.wait()
     if error is None:
         server.answer.set_result(Started(787, None))
     else:
         server.answer.set_exception(error)
-    for _ in range(turns):
+    for _ in range(steps):
         await asyncio.sleep(0)
     caller.cancel()
     await asyncio.wait([caller])
@@ -644,7 +646,7 @@ async def test_a_cancellation_beside_the_answer_loses_nothing(
         assert logged in caplog.text
         assert len(caplog.records) == bool(logged)
     else:
-        assert turns > 1
+        assert steps > 1
         assert events == ([(787, False)] if error is None else [])
         assert (caller.exception() is None) == (error is None)
         assert caplog.records == []
@@ -657,16 +659,16 @@ async def test_an_abandoned_start_that_is_refused_with_429_is_given_up(
     server = Server()
     resent = False
 
-    async def post(outage: Outage, departure: Start) -> Started:
+    async def post(state: RetryState, once: Start) -> Started:
         nonlocal resent
-        await server.post(outage, departure)
-        departure.come_back()
+        await server.post(state, once)
+        once.mark_rejected()
         await asyncio.sleep(0)
         resent = True
         raise AssertionError
 
     caller = begin(post)
-    await server.left.wait()
+    await server.sent.wait()
     caller.cancel()
     await asyncio.wait([caller])
     server.answer.set_result(Started(787, None))
@@ -676,16 +678,16 @@ async def test_an_abandoned_start_that_is_refused_with_429_is_given_up(
     assert (recorder.events, caplog.records) == ([], [])
 
 
-async def test_a_request_that_was_called_off_cannot_leave(begin: Callable[..., Any]) -> None:
-    """Though the body's writer may come to its turn before the cancellation does."""
+async def test_a_cancelled_request_cannot_be_sent(begin: Callable[..., Any]) -> None:
+    """Even if the body's writer runs before the cancellation arrives."""
     came = asyncio.Event()
     refused: list[OSError] = []
 
-    async def post(outage: Outage, departure: Start) -> Started:
+    async def post(state: RetryState, once: Start) -> Started:
         async def write() -> None:
             await came.wait()
             try:
-                departure.leave()
+                once.mark_sent()
             except OSError as error:
                 refused.append(error)
 
@@ -706,24 +708,24 @@ async def test_a_request_that_was_called_off_cannot_leave(begin: Callable[..., A
     assert len(refused) == 1
 
 
-async def test_a_caller_who_goes_before_the_first_turn_starts_nothing(recorder: Any) -> None:
-    """The request finds that it is not wanted any more."""
+async def test_a_caller_that_is_closed_before_the_first_step_starts_nothing(recorder: Any) -> None:
+    """The request finds that nobody waits for it."""
     server = Server()
-    outage = Outage(RetryPolicy(), 60.0)
-    start = Start(StartRequest(NAME), server.post, outage, emit=recorder, is_closing=lambda: False)
+    state = RetryState(RetryPolicy(), 60.0)
+    start = Start(StartRequest(NAME), server.post, state, emit=recorder, is_closing=lambda: False)
     caller = start.result(Deadline(None, 0.0))
     caller.send(None)
     caller.close()
     await asyncio.wait([asyncio.create_task(start.run())])
-    assert not start.left
+    assert not start.sent
     assert recorder.events == []
 
 
-async def test_the_deadline_is_one_for_leaving(begin: Callable[..., Any]) -> None:
-    """An answer that is being waited for is waited for to its end."""
+async def test_the_deadline_is_for_sending(begin: Callable[..., Any]) -> None:
+    """Once the request is sent, its answer is awaited to the end."""
     server = Server()
     caller = begin(server.post, timeout=0.02)
-    await server.left.wait()
+    await server.sent.wait()
     await asyncio.sleep(0.05)
     server.answer.set_result(Started(787, None))
     assert await caller == Started(787, None)
@@ -732,17 +734,17 @@ async def test_the_deadline_is_one_for_leaving(begin: Callable[..., Any]) -> Non
 async def test_a_refusal_after_the_deadline_is_a_timeout(begin: Callable[..., Any]) -> None:
     """There is no time left to send it again."""
     server = Server()
-    outage = Outage(RetryPolicy(), 60.0)
+    own_state = RetryState(RetryPolicy(), 60.0)
     refusal = RateLimited("429", status=429, server_message="slow down")
 
-    async def post(outage: Outage, departure: Start) -> Started:
-        await server.post(outage, departure)
-        outage.delay(refusal, now=0.0, chance=0.0)
-        departure.come_back()
+    async def post(state: RetryState, once: Start) -> Started:
+        await server.post(state, once)
+        own_state.delay(refusal, now=0.0, chance=0.0)
+        once.mark_rejected()
         return await asyncio.Future()
 
-    caller = begin(post, timeout=0.02, outage=outage)
-    await server.left.wait()
+    caller = begin(post, timeout=0.02, state=own_state)
+    await server.sent.wait()
     await asyncio.sleep(0.05)
     server.answer.set_result(Started(787, None))
     with pytest.raises(ExecutionTimeout) as caught:
@@ -750,13 +752,15 @@ async def test_a_refusal_after_the_deadline_is_a_timeout(begin: Callable[..., An
     assert caught.value.__cause__ is refusal
 
 
-async def test_a_start_that_never_got_its_turn_says_so(begin: Callable[..., Any]) -> None:
+async def test_a_start_that_found_no_slot_says_so(begin: Callable[..., Any]) -> None:
     """There is no failure to name."""
 
-    async def post(outage: Outage, departure: Start) -> Started:
+    async def post(state: RetryState, once: Start) -> Started:
         return await asyncio.Future()
 
-    with pytest.raises(ExecutionTimeout, match="its turn did not come") as caught:
+    with pytest.raises(
+        ExecutionTimeout, match="no connection was free, or the rate did not allow it"
+    ) as caught:
         await begin(post, timeout=0.01)
     assert caught.value.__cause__ is None
 
@@ -765,8 +769,8 @@ async def test_a_loop_that_shuts_down_makes_the_start_unknown(begin: Callable[..
     """`asyncio.run` cancels every task, and there is no time to wait for the answer."""
     server = Server()
     caller = begin(server.post)
-    await server.left.wait()
-    server.departure._task.cancel()
+    await server.sent.wait()
+    server.start._task.cancel()
     with pytest.raises(StartUnknown, match="it was cancelled"):
         await caller
 
@@ -783,9 +787,9 @@ async def test_a_limiter_that_is_cancelled_does_not_close_the_session(
             await gone
 
     session = open_session(limiter=Limiter())
-    with pytest.raises(RuntimeError, match="something that the start awaited was cancelled"):
+    with pytest.raises(RuntimeError, match="the start awaited something that was cancelled"):
         await session.start(NAME)
-    with pytest.raises(RuntimeError, match="something that the call awaited was cancelled"):
+    with pytest.raises(RuntimeError, match="the call awaited something that was cancelled"):
         await session.get_results(787)
     (outcome,) = await session.collect([StartRequest(NAME)])
     assert type(outcome.error) is RuntimeError
@@ -802,19 +806,19 @@ async def test_a_limiter_that_swallows_the_cancellation_cannot_prolong_a_start(
                 await asyncio.Event().wait()
 
     session = open_session(limiter=Limiter(), wait_timeout=0.05)
-    with pytest.raises(ExecutionTimeout, match="not started within"):
+    with pytest.raises(ExecutionTimeout, match="could not send the start within"):
         await session.start(NAME)
     assert sim.request_count == 0
 
 
 @pytest.mark.parametrize("gone", [False, True])
-async def test_a_foreign_error_after_the_request_left_is_an_unknown_start(
+async def test_a_foreign_error_after_the_request_was_sent_is_an_unknown_start(
     begin: Callable[..., Any], caplog: pytest.LogCaptureFixture, gone: bool
 ) -> None:
     """Such as one of a borrowed session's middleware: raised to the caller, or in the log."""
     server = Server()
     caller = begin(server.post)
-    await server.left.wait()
+    await server.sent.wait()
     if gone:
         caller.cancel()
         await asyncio.wait([caller])
@@ -831,7 +835,7 @@ async def test_a_foreign_error_after_the_request_left_is_an_unknown_start(
 async def test_an_unexpected_error_is_the_caller_s_own(begin: Callable[..., Any]) -> None:
     """It ends neither the session nor the starts of others."""
 
-    async def post(outage: Outage, departure: Start) -> Started:
+    async def post(state: RetryState, once: Start) -> Started:
         raise ZeroDivisionError
 
     other = Server()
@@ -847,12 +851,12 @@ async def test_a_caller_that_is_closed_unfinished_is_reported_like_a_cancelled_o
 ) -> None:
     """A coroutine that is dropped gets `GeneratorExit`."""
     server = Server()
-    outage = Outage(RetryPolicy(), 60.0)
-    start = Start(StartRequest(NAME), server.post, outage, emit=recorder, is_closing=lambda: False)
+    state = RetryState(RetryPolicy(), 60.0)
+    start = Start(StartRequest(NAME), server.post, state, emit=recorder, is_closing=lambda: False)
     caller = start.result(Deadline(None, 0.0))
     caller.send(None)
     running = asyncio.create_task(start.run())
-    await server.left.wait()
+    await server.sent.wait()
     caller.close()
     server.answer.set_result(Started(787, None))
     await running

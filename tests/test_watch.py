@@ -28,7 +28,6 @@ from promptlayer_exec import (
 )
 from promptlayer_exec._models import FrozenMap
 from promptlayer_exec._policies import Deadline
-from promptlayer_exec._tasks import Timers
 from promptlayer_exec._watch import Watch
 from promptlayer_exec._wire import NodeMap, Reply
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
@@ -526,21 +525,20 @@ async def script() -> AsyncIterator[Script]:
 
 @pytest.fixture
 async def watch(script: Script) -> AsyncIterator[Watch]:
-    """Return a running watch that one follower has joined."""
+    """Return a running watch with one follower."""
     watch = Watch(
         7,
         script,
-        Timers(),
         poll=PollPolicy.fixed(0.001),
         retry=RetryPolicy(),
         emit=lambda event: None,
         on_end=lambda watch: None,
     )
-    watch.join()
+    watch.add_follower()
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(watch.run())
         yield watch
-        watch.leave()
+        watch.remove_follower()
 
 
 def past() -> Deadline:
@@ -581,20 +579,19 @@ async def test_past_its_deadline_a_follower_gets_the_timeout_before_an_error(
     assert isinstance(caught.value.__cause__, SessionClosed)
 
 
-async def test_a_poller_without_followers_asks_nothing(script: Script) -> None:
-    """The last one may have left before the poller's first step."""
+async def test_a_poller_without_followers_sends_nothing(script: Script) -> None:
+    """The last follower may have gone before the poller's first step."""
     events: list[Any] = []
     watch = Watch(
         7,
         script,
-        Timers(),
         poll=PollPolicy(),
         retry=RetryPolicy(),
         emit=events.append,
         on_end=lambda watch: None,
     )
-    watch.join()
-    watch.leave()
+    watch.add_follower()
+    watch.remove_follower()
     await watch.run()
     assert script.dues == events == []
 
@@ -704,7 +701,7 @@ async def test_retry_after_on_a_good_answer_postpones_the_next_poll(
 async def test_the_schedule_sees_what_the_watch_has_seen(
     script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The policy is told of nodes, final nodes, and the time since a status last changed."""
+    """The policy gets the nodes, final nodes, and the time since a status last changed."""
     asked: list[dict[str, Any]] = []
 
     class Policy(PollPolicy):
@@ -715,7 +712,6 @@ async def test_the_schedule_sees_what_the_watch_has_seen(
     watch = Watch(
         7,
         script,
-        Timers(),
         poll=Policy(),
         retry=RetryPolicy(),
         emit=lambda event: None,
@@ -724,7 +720,7 @@ async def test_the_schedule_sees_what_the_watch_has_seen(
     for status in ("QUEUED", "QUEUED", "RUNNING"):
         script.answer(status)
     script.answer("SUCCESS", complete=True)
-    watch.join()
+    watch.add_follower()
     await watch.run()
     assert [(seen["nodes"], seen["final"]) for seen in asked] == [(1, 0)] * 3
     first, second, third = (seen["unchanged"] for seen in asked)

@@ -1,0 +1,220 @@
+"""The open client: what a session has and does while it is open. Watches, single calls, starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from random import random
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
+
+from promptlayer_exec._errors import PromptLayerExecError
+from promptlayer_exec._events import Emit
+from promptlayer_exec._lifetime import DeadlinePassed, Lifetime
+from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
+from promptlayer_exec._output import check_type, main_output, typed_output
+from promptlayer_exec._policies import Deadline, PollPolicy, RetryPolicy
+from promptlayer_exec._retry import RecentStarts, RetryState
+from promptlayer_exec._start import BeforeSend, Start
+from promptlayer_exec._tasks import clock
+from promptlayer_exec._transport import Transport
+from promptlayer_exec._watch import Watch, take_snapshot, timed_out
+from promptlayer_exec._wire import (
+    NodeMapReader,
+    RepeatReader,
+    Reply,
+    Request,
+    Response,
+    Started,
+    read_main_output,
+    read_started,
+    results_request,
+)
+
+if TYPE_CHECKING:
+    import cattrs
+
+T = TypeVar("T")
+
+
+class Client:
+    """An open session's connections and tasks; closing the session ends it.
+
+    Args:
+        lifetime: runs its tasks, and ends them.
+        transport: sends its requests.
+        wait_timeout: the default deadline of every wait, in seconds; None waits for ever.
+        poll: when to poll again.
+        retry: which failures to survive.
+        recent_starts: records every execution that is started.
+        node_maps: reads node maps.
+        converter: hooks for structuring outputs.
+        emit: called with every event.
+    """
+
+    def __init__(
+        self,
+        lifetime: Lifetime,
+        transport: Transport,
+        *,
+        wait_timeout: float | None,
+        poll: PollPolicy,
+        retry: RetryPolicy,
+        recent_starts: RecentStarts,
+        node_maps: NodeMapReader,
+        converter: cattrs.Converter | None,
+        emit: Emit,
+    ) -> None:
+        self.lifetime = lifetime
+        self.transport = transport
+        self._wait_timeout = wait_timeout
+        self._poll = poll
+        self._retry = retry
+        self._recent_starts = recent_starts
+        self._node_maps = node_maps
+        self._converter = converter
+        self._emit = emit
+        self._watches: dict[int, Watch] = {}
+
+    def deadline(self, timeout: float | EllipsisType | None = ...) -> Deadline:
+        """Return the deadline of a wait that begins now; `...` means the default timeout."""
+        return Deadline.after(self._wait_timeout if timeout is ... else timeout, now=clock())
+
+    def follow(self, execution_id: int) -> Watch:
+        """Return the execution's one watch, with one more follower; the first starts it."""
+        watch = self._watches.get(execution_id)
+        if watch is not None:
+            watch.add_follower()
+            return watch
+        request = self.transport.with_url(results_request(execution_id, return_all_outputs=True))
+        reader = RepeatReader(self._node_maps, execution_id)
+        watch = self._watches[execution_id] = Watch(
+            execution_id,
+            partial(self.transport.call, request, reader.read),
+            poll=self._poll,
+            retry=self._retry,
+            emit=self._emit,
+            on_end=self._forget,
+        )
+        watch.add_follower()
+        self.lifetime.spawn_watch(watch.run)
+        return watch
+
+    def _forget(self, watch: Watch) -> None:
+        if self._watches.get(watch.execution_id) is watch:
+            del self._watches[watch.execution_id]
+
+    async def completed(
+        self,
+        execution_id: int,
+        deadline: Deadline,
+        see: Callable[[Snapshot], None] = lambda _: None,
+    ) -> Snapshot:
+        """Wait for the complete snapshot; `see` gets the last there was, however it ends."""
+        watch = self.follow(execution_id)
+        try:
+            return await watch.completed(deadline)
+        finally:
+            if watch.latest is not None:
+                see(watch.latest)
+            watch.remove_follower()
+
+    async def output(
+        self,
+        execution_id: int,
+        deadline: Deadline,
+        into: Any = None,
+        see: Callable[[Snapshot], None] = lambda _: None,
+    ) -> Any:
+        """Wait for the main output; `see` gets the last snapshot there was, however it ends."""
+        if into is not None:
+            check_type(into, self._converter)
+        snapshot = await self.completed(execution_id, deadline, see)
+        value = await main_output(snapshot, lambda: self._ask_main_output(snapshot, deadline))
+        return value if into is None else typed_output(value, into, self._converter, snapshot)
+
+    async def _ask_main_output(self, snapshot: Snapshot, deadline: Deadline) -> Any:
+        """Request the main output of a complete execution until the server has it."""
+        request = results_request(snapshot.execution_id, return_all_outputs=False)
+        read = partial(read_main_output, execution_id=snapshot.execution_id)
+        due = started = clock()
+        while True:
+            reply = await self._call(request, read, deadline, due=due, seen=snapshot)
+            if reply.value.complete:
+                return reply.value.value
+            now = clock()
+            due = now + self._poll.delay(
+                elapsed=now - started,
+                final=len(snapshot.nodes),
+                nodes=len(snapshot.nodes),
+                unchanged=now - started,
+                chance=random(),
+                retry_after=self._retry.announced(reply.retry_after),
+            )
+
+    async def snapshot(self, execution_id: int, deadline: Deadline) -> Snapshot:
+        """Return all nodes as they are now."""
+        request = results_request(execution_id, return_all_outputs=True)
+        read = partial(self._node_maps.read, execution_id=execution_id)
+        reply = await self._call(request, read, deadline, due=clock())
+        return take_snapshot(execution_id, reply, elapsed=reply.duration)
+
+    async def main_output(self, execution_id: int, deadline: Deadline) -> MainOutput:
+        """Return the main output as it is now."""
+        request = results_request(execution_id, return_all_outputs=False)
+        read = partial(read_main_output, execution_id=execution_id)
+        return (await self._call(request, read, deadline, due=clock())).value
+
+    async def _call(
+        self,
+        request: Request,
+        read: Callable[[Response], T],
+        deadline: Deadline,
+        *,
+        due: float,
+        seen: Snapshot | None = None,
+    ) -> Reply[T]:
+        """Send a request that is not part of a watch at `due`; errors carry the snapshot `seen`."""
+        state = RetryState(self._retry, self._retry.outage)
+
+        async def call() -> Reply[T]:
+            if (wait := due - clock()) > 0:
+                await anyio.sleep(wait)
+            return await self.transport.call(request, read, state, due=due)
+
+        try:
+            return await self.lifetime.call(call, deadline)
+        except PromptLayerExecError as error:
+            error.execution_id = request.execution_id
+            error.last_snapshot = seen
+            raise
+        except DeadlinePassed:
+            raise timed_out(request.execution_id, deadline, seen, state.error) from state.error
+
+    async def start(
+        self,
+        request: StartRequest,
+        http_request: Request,
+        deadline: Deadline,
+        before_send: BeforeSend | None = None,
+    ) -> Started:
+        """Start a run; its request must be sent before the deadline."""
+        now = clock()
+
+        async def post(state: RetryState, once: Start) -> Started:
+            reply = await self.transport.call(http_request, read_started, state, due=now, once=once)
+            self._recent_starts.add(reply.value.execution_id, now=clock())
+            return reply.value
+
+        start = Start(
+            request,
+            post,
+            RetryState(self._retry, self._retry.outage),
+            emit=self._emit,
+            is_closing=self.lifetime.is_closing,
+            before_send=before_send,
+        )
+        self.lifetime.spawn(start.run)
+        return await start.result(deadline)

@@ -1,0 +1,120 @@
+"""The state of retries: of one request, of executions started just now, and what the log says."""
+
+from __future__ import annotations
+
+import math
+
+from promptlayer_exec._errors import RequestError
+from promptlayer_exec._events import logger
+from promptlayer_exec._policies import RetryPolicy
+
+
+class RetryState:
+    """The failures of one logical request since its last good answer.
+
+    Waiting that is not the server's fault, or that the server asked for, does not count against
+    the limit.
+
+    Args:
+        policy: how long to wait between attempts.
+        limit: seconds from the first failed attempt after which to give up; None: never.
+
+    Attributes:
+        failures: how many attempts have failed in a row.
+        error: the last failure.
+    """
+
+    def __init__(self, policy: RetryPolicy, limit: float | None) -> None:
+        self._policy = policy
+        self.limit = math.inf if limit is None else limit
+        self._since: float | None = None
+        self._excused = 0.0
+        self.failures = 0
+        self.error: Exception | None = None
+
+    def excuse(self, seconds: float) -> None:
+        """Do not count `seconds` of waiting against the limit."""
+        if self._since is not None:
+            self._excused += seconds
+
+    def delay(
+        self, error: Exception, *, now: float, chance: float, retry_after: float | None = None
+    ) -> float | None:
+        """Record a failed attempt, and return the seconds before the next; None: give up.
+
+        Args:
+            error: what went wrong.
+            now: the time, in seconds on any clock.
+            chance: a random number in [0, 1).
+            retry_after: seconds that the server asked to wait.
+        """
+        self.error = error
+        self.failures += 1
+        if self._since is None:
+            self._since = now
+        left = self.limit - (now - self._since - self._excused)
+        if left <= 0:
+            return None
+        delay = min(self._policy.delay(self.failures, chance), left)
+        announced = self._policy.announced(retry_after)
+        self._excused += announced
+        return max(delay, announced)
+
+
+class RecentStarts:
+    """The executions started just now, which the server may not know everywhere yet.
+
+    Args:
+        grace: seconds for which a start is recent.
+    """
+
+    def __init__(self, grace: float) -> None:
+        self._grace = grace
+        self._started: dict[int, float] = {}  # in the order of time
+
+    def add(self, execution_id: int, *, now: float) -> None:
+        """Record a start."""
+        while self._started and not self.covers(oldest := next(iter(self._started)), now=now):
+            del self._started[oldest]
+        self._started[execution_id] = now
+
+    def covers(self, execution_id: int | None, *, now: float) -> bool:
+        """Return True if an execution was started less than the grace ago."""
+        started = self._started.get(execution_id, -math.inf) if execution_id else -math.inf
+        return now - started < self._grace
+
+
+class OutageLog:
+    """Logs the outages of a session: one line when one begins, one when it has ended.
+
+    However many requests fail at once, to the log they are one outage. A failed request is not
+    sent again before its delay has passed, and the outage lasts at least until then, so the log
+    never gets more lines than that.
+    """
+
+    def __init__(self) -> None:
+        self._failing: set[RetryState] = set()
+        self._answered = False
+
+    def begin(self, error: RequestError, state: RetryState) -> None:
+        """Record that a request failed and will be sent again."""
+        if not self._failing:
+            self._answered = False
+            limit = "" if state.limit == math.inf else f" for up to {state.limit:g} s"
+            # Not the whole error: its text also quotes the body and ends with advice.
+            what = str(error.args[0]).encode("utf-8", "backslashreplace").decode()
+            logger.warning("%s: %s; trying again%s", _subject(error), what, limit)
+        self._failing.add(state)
+
+    def end(self, state: RetryState, *, answered: bool) -> None:
+        """Record that a request will not be sent again: it was answered, or given up."""
+        if state not in self._failing:
+            return
+        self._failing.remove(state)
+        self._answered |= answered
+        if self._answered and not self._failing:
+            logger.info("the server answers again")
+
+
+def _subject(error: RequestError) -> str:
+    return "a start" if error.execution_id is None else f"execution {error.execution_id}"

@@ -1,0 +1,349 @@
+"""The state of retries, recent starts, and what the log says of outages and of watches' ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from promptlayer_exec import (
+    ConnectionFailed,
+    ExecutionTimeout,
+    NotFound,
+    RequestRetried,
+    RetryPolicy,
+    ServerError,
+    Session,
+    SessionClosed,
+    WatchEnded,
+)
+from promptlayer_exec._retry import RecentStarts, RetryState
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+
+
+@pytest.fixture(autouse=True)
+def _everything_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "promptlayer_exec")
+
+
+def lines(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
+    """Return what was logged at one level."""
+    ours = [record for record in caplog.records if record.name == "promptlayer_exec"]
+    return [record.getMessage() for record in ours if record.levelno == level]
+
+
+@pytest.fixture
+def dead() -> str:
+    """Return the address of a port where nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+async def test_the_end_of_a_watch_is_one_line(
+    caplog: pytest.LogCaptureFixture, session: Session, recorder: Any, held: int
+) -> None:
+    """Whether it is complete, given up or in error; nothing else is said of polls that go well."""
+    patient = asyncio.create_task(session.execution(held).wait())
+    with pytest.raises(ExecutionTimeout):
+        await session.execution(held).wait(timeout=0.03)
+    patient.cancel()
+    ended = await recorder.next(WatchEnded)
+    sim_404 = session.execution(7)
+    with pytest.raises(NotFound):
+        await sim_404.wait()
+    assert lines(caplog, logging.INFO) == [
+        f"execution {held}: no longer followed ({ended.polls} polls in 0.0 s)",
+        "execution 7: the watch ended in NotFound (0 polls in 0.0 s)",
+    ]
+    assert len(caplog.records) == 2
+
+
+async def test_an_outage_is_two_lines_however_many_requests_fail(
+    caplog: pytest.LogCaptureFixture, session: Session, sim: Simulator
+) -> None:
+    """One when it begins, with the error and how long it is survived; one when it is over."""
+    ids = [sim.add_execution(Scenario([SimNode("Out")])) for _ in range(200)]
+    sim.inject(Fault.status(503, times=500))
+    await session.collect(ids)
+    (line,) = lines(caplog, logging.WARNING)
+    assert line.startswith("execution ")
+    assert "the server answered 503 Service Unavailable" in line
+    assert line.endswith("; trying again for up to 5 s")
+    said = lines(caplog, logging.INFO)
+    assert said.count("the server answers again") == 1
+    assert len([line for line in said if ": complete (1 polls in " in line]) == 200
+
+
+async def test_a_second_outage_is_told_again(
+    caplog: pytest.LogCaptureFixture, session: Session, sim: Simulator, held: int
+) -> None:
+    """It is another one once a request that failed was answered well."""
+    for _ in range(2):
+        sim.inject(Fault.status(503, times=2))
+        await session.execution(held).snapshot()
+    assert len(lines(caplog, logging.WARNING)) == 2
+    assert lines(caplog, logging.INFO) == ["the server answers again"] * 2
+
+
+async def test_what_an_earlier_outage_came_to_is_forgotten(
+    caplog: pytest.LogCaptureFixture,
+    open_session: Callable[..., Session],
+    sim: Simulator,
+    held: int,
+) -> None:
+    """One that was over does not make the next one, which was not, be called so."""
+    session = open_session(retry=RetryPolicy(outage=0.02, base=0.001))
+    sim.inject(Fault.status(503))
+    await session.execution(held).snapshot()
+    sim.inject(Fault.status(503, times=None))
+    with pytest.raises(ServerError):
+        await session.execution(held).snapshot()
+    assert len(lines(caplog, logging.WARNING)) == 2
+    assert lines(caplog, logging.INFO) == ["the server answers again"]
+
+
+async def test_an_outage_that_nobody_waits_for_any_more_is_not_called_over(
+    caplog: pytest.LogCaptureFixture, open_session: Callable[..., Session], dead: str
+) -> None:
+    """Neither if it was too long, nor if all have gone; the next failure is told again."""
+    retry = RetryPolicy(outage=0.02, watch_outage=None, base=0.001)
+    session = open_session(base_url=dead, retry=retry)
+    with pytest.raises(ConnectionFailed):
+        await session.execution(5).snapshot()
+    with pytest.raises(ExecutionTimeout):
+        await session.execution(6).wait(timeout=0.05)
+    await session.aclose()
+    why = f"no usable answer from {dead}: Connection refused; trying again"
+    assert lines(caplog, logging.WARNING) == [
+        f"execution 5: {why} for up to 0.02 s",
+        f"execution 6: {why}",
+    ]
+    assert "the server answers again" not in lines(caplog, logging.INFO)
+
+
+async def test_one_that_gives_up_does_not_end_the_outage_of_others(
+    caplog: pytest.LogCaptureFixture,
+    open_session: Callable[..., Session],
+    sim: Simulator,
+    held: int,
+) -> None:
+    """It goes on, without a further line, for those who still try."""
+    session = open_session(retry=RetryPolicy(base=0.02, ceiling=0.04))
+    sim.inject(Fault.status(503, times=None))
+    waits = [asyncio.create_task(session.execution(held).snapshot()) for _ in range(3)]
+    await sim.wait_for_requests(6)
+    waits[0].cancel()
+    await asyncio.wait(waits[:1])
+    await sim.wait_for_requests(sim.request_count + 4)
+    sim.clear_faults()
+    await asyncio.gather(*waits[1:])
+    assert len(lines(caplog, logging.WARNING)) == 1
+    assert lines(caplog, logging.INFO) == ["the server answers again"]
+
+
+async def test_a_start_is_named_as_one(
+    caplog: pytest.LogCaptureFixture,
+    open_session: Callable[..., Session],
+    recorder: Any,
+    dead: str,
+) -> None:
+    """It has no id yet; and neither inputs nor key are told."""
+    session = open_session(api_key="pl-very-secret", base_url=dead, retry=RetryPolicy())
+    starting = asyncio.create_task(session.start("w", {"topic": "otters"}))
+    await recorder.next(RequestRetried)
+    await session.aclose()
+    with pytest.raises(SessionClosed):
+        await starting
+    assert caplog.messages == [
+        f"a start: no usable answer from {dead}: Connection refused; trying again for up to 60 s"
+    ]
+
+
+async def test_no_answer_is_quoted(
+    caplog: pytest.LogCaptureFixture, session: Session, sim: Simulator, held: int
+) -> None:
+    """The error shows how its body begins; the log does not. Its words can be printed."""
+    sim.inject(Fault.malformed(body=b'{"value": "confidential"'))
+    sim.inject(Fault.status(503, body=rb'{"message": "down \udcff"}'))
+    await session.execution(held).snapshot()
+    sim.inject(Fault.status(503, body=rb'{"message": "down \udcff"}'))
+    await session.execution(held).snapshot()
+    first, second = lines(caplog, logging.WARNING)
+    assert "the 200 answer is no JSON" in first
+    assert "confidential" not in caplog.text
+    assert "503 Service Unavailable: down \\udcff; trying again" in second
+
+
+# Retry states and recent starts: arithmetic, with time and chance as arguments
+
+arithmetic = settings(max_examples=60, deadline=None, derandomize=True)
+seconds = st.floats(0.0, 1e6)
+chances = st.floats(0.0, 1.0, exclude_max=True)
+retry_policies = st.builds(
+    RetryPolicy,
+    base=st.floats(0.0, 100.0),
+    ceiling=st.floats(0.0, 100.0),
+    retry_after_ceiling=st.floats(0.0, 200.0),
+)
+ERROR = ConnectionError("gone")
+
+
+@given(retry_policies, st.floats(0.001, 1e4), st.lists(st.none() | st.floats(0, 300)), st.data())
+@arithmetic
+def test_retry_state_in_virtual_time(
+    policy: Any, limit: Any, announcements: Any, data: Any
+) -> None:
+    """Delays honour policy and announcement; the unannounced ones never exceed the limit."""
+    state = RetryState(policy, limit)
+    now = start = data.draw(seconds)
+    unannounced = 0.0
+    for failures, retry_after in enumerate(announcements, 1):
+        chance = data.draw(chances)
+        delay = state.delay(ERROR, now=now, chance=chance, retry_after=retry_after)
+        if delay is None:
+            assert unannounced == pytest.approx(limit, abs=1e-6)
+            break
+        own = policy.delay(failures, chance)
+        announced = policy.announced(retry_after)
+        assert announced <= delay <= max(announced, own)
+        unannounced += delay - announced
+        assert unannounced <= limit + 1e-6
+        now += delay
+    assert now - start <= limit + sum(policy.announced(a) for a in announcements) + 1e-3
+
+
+@given(
+    st.floats(0.5, 20.0), st.floats(1.0, 40.0), st.floats(0.001, 5.0), st.floats(0, 1e6), chances
+)
+@arithmetic
+def test_retry_state_gives_up_when_it_has_passed(
+    base: Any, limit: Any, attempt: Any, start: Any, chance: Any
+) -> None:
+    """The last attempt is made within the limit, and its failure is not retried."""
+    state = RetryState(RetryPolicy(base=base), limit)
+    now = start
+    for _ in range(200):
+        delay = state.delay(ERROR, now=now, chance=chance)
+        if delay is None:
+            break
+        assert now + delay <= start + limit + 1e-6
+        now += delay + attempt
+    assert delay is None
+    assert limit - 1e-6 <= now - start <= limit + attempt + 1e-6
+
+
+def test_retry_state_by_hand() -> None:
+    """The clock starts with the first failure; the last sleep ends with the limit."""
+    state = RetryState(RetryPolicy(base=1.0, ceiling=100.0), 10.0)
+    assert state.delay(ERROR, now=100.0, chance=0.0) == 1.0
+    assert state.delay(ERROR, now=101.0, chance=0.0) == 2.0
+    assert state.delay(ERROR, now=103.0, chance=0.0) == 4.0
+    assert state.delay(ERROR, now=107.0, chance=0.0) == 3.0
+    assert state.delay(ERROR, now=110.0, chance=0.0) is None
+
+
+def test_retry_state_counts_attempts_that_hang() -> None:
+    """Time spent in attempts counts against the limit like time spent asleep."""
+    state = RetryState(RetryPolicy(base=1.0), 10.0)
+    assert state.delay(ERROR, now=0.0, chance=0.0) == 1.0
+    assert state.delay(ERROR, now=9.75, chance=0.0) == 0.25
+    assert state.delay(ERROR, now=40.0, chance=0.0) is None
+
+
+def test_retry_state_counts_failures() -> None:
+    """It counts the failures and keeps the last error, also when it gives up."""
+    state = RetryState(RetryPolicy(), 1.0)
+    assert (state.failures, state.error) == (0, None)
+    state.delay(KeyError(), now=0.0, chance=0.0)
+    last = ValueError()
+    assert state.delay(last, now=1.0, chance=0.0) is None
+    assert (state.failures, state.error) == (2, last)
+
+
+@pytest.mark.parametrize("retry_after", [None, 5.0], ids=["unannounced", "announced"])
+def test_retry_state_of_zero(retry_after: Any) -> None:
+    """A limit of 0 gives up at the first failure."""
+    state = RetryState(RetryPolicy(), 0.0)
+    assert state.delay(ERROR, now=5.0, chance=0.9, retry_after=retry_after) is None
+
+
+def test_retry_state_without_limit() -> None:
+    """Without a limit it never gives up, and the delay stays within the ceiling."""
+    state = RetryState(RetryPolicy(), None)
+    for hour in range(1000):
+        assert state.delay(ERROR, now=3600.0 * hour, chance=0.5) <= 10.0
+
+
+def test_announced_waits_do_not_count() -> None:
+    """However often the server asks to wait, that time does not count."""
+    state = RetryState(RetryPolicy(), 60.0)
+    now = 0.0
+    for _ in range(100):
+        assert state.delay(ERROR, now=now, chance=0.5, retry_after=30.0) == 30.0
+        now += 30.0
+    assert state.delay(ERROR, now=now + 59.0, chance=0.0) == 1.0
+    assert state.delay(ERROR, now=now + 60.0, chance=0.0) is None
+
+
+def test_announced_wait_longer_than_what_is_left() -> None:
+    """An announced wait is granted even if it ends after the limit."""
+    state = RetryState(RetryPolicy(), 60.0)
+    assert state.delay(ERROR, now=0.0, chance=0.0, retry_after=100.0) == 100.0
+    assert state.delay(ERROR, now=100.0, chance=0.0) == 1.0
+
+
+def test_announced_wait_is_capped() -> None:
+    """An announcement of hours is cut to the policy's ceiling."""
+    state = RetryState(RetryPolicy(), 60.0)
+    assert state.delay(ERROR, now=0.0, chance=0.0, retry_after=math.inf) == 120.0
+
+
+def test_short_announcement_is_only_a_floor() -> None:
+    """An announcement shorter than the policy's own delay does not shorten that."""
+    state = RetryState(RetryPolicy(base=2.0), 60.0)
+    assert state.delay(ERROR, now=0.0, chance=0.0, retry_after=1.0) == 2.0
+
+
+def test_excused_waits_do_not_count() -> None:
+    """Waiting that is not the server's fault does not count."""
+    state = RetryState(RetryPolicy(base=1.0), 10.0)
+    state.excuse(1000.0)  # nothing has failed yet
+    state.delay(ERROR, now=0.0, chance=0.0)
+    state.excuse(100.0)
+    assert state.delay(ERROR, now=109.5, chance=0.0) == 0.5
+    assert state.delay(ERROR, now=110.0, chance=0.0) is None
+
+
+def test_recent_starts_are_covered_for_the_grace() -> None:
+    """A start is recent from its time until the grace has passed; others never are."""
+    recent_starts = RecentStarts(10.0)
+    recent_starts.add(787, now=100.0)
+    assert recent_starts.covers(787, now=100.0)
+    assert recent_starts.covers(787, now=109.9)
+    assert not recent_starts.covers(787, now=110.0)
+    assert not recent_starts.covers(788, now=100.0)
+    assert not recent_starts.covers(None, now=100.0)
+
+
+def test_recent_starts_are_forgotten() -> None:
+    """A million starts need the memory of those within the grace."""
+    recent_starts = RecentStarts(10.0)
+    for execution_id in range(1, 1001):
+        recent_starts.add(execution_id, now=float(execution_id))
+    assert len(recent_starts._started) <= 11
+    assert recent_starts.covers(995, now=1000.0)
+
+
+def test_no_grace_at_all() -> None:
+    """With a grace of 0, no start is recent."""
+    recent_starts = RecentStarts(0.0)
+    recent_starts.add(787, now=1.0)
+    assert not recent_starts.covers(787, now=1.0)
