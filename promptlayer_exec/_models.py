@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import attrs
 
@@ -74,12 +74,8 @@ def _read_status(status: str) -> NodeStatus | str:
     return STATUSES.get(status, status)
 
 
-class NodeSlots:
-    """What a node is made of, still without the guard that keeps it from being changed.
-
-    attrs sets each field of a frozen class by a call. Where nodes are made by the thousand, set the
-    fields of this, and then its `__class__`: it takes a third of the time.
-    """
+class _NodeSlots:
+    """The fields of a node, which may be set until `make_node` turns it into one."""
 
     __slots__ = (
         "__weakref__",
@@ -93,7 +89,7 @@ class NodeSlots:
 
 
 @attrs.frozen
-class Node(NodeSlots):
+class Node(_NodeSlots):
     """One node of an execution, as one poll saw it.
 
     Attributes:
@@ -121,6 +117,30 @@ class Node(NodeSlots):
     def succeeded(self) -> bool:
         """Whether the node ended in `SUCCESS`."""
         return self.status == NodeStatus.SUCCESS
+
+
+def make_node(
+    name: str,
+    status: NodeStatus,
+    value: Any,
+    error_message: str | None,
+    raw_error_message: Any,
+    is_output_node: bool | None,
+) -> Node:
+    """Return the same as `Node(...)`, in a third of the time.
+
+    attrs sets each field of a frozen class by a call; on a body of 50 nodes that is a tenth of a
+    poll. Here the fields are set while the class still allows it, and the class comes last.
+    """
+    node: Any = object.__new__(_NodeSlots)
+    node.name = name
+    node.status = status
+    node.value = value
+    node.error_message = error_message
+    node.raw_error_message = raw_error_message
+    node.is_output_node = is_output_node
+    node.__class__ = Node
+    return cast(Node, node)
 
 
 @attrs.frozen

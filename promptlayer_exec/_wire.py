@@ -13,7 +13,7 @@ from datetime import UTC
 from email.utils import parsedate_to_datetime
 from functools import cache
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 from urllib.parse import quote
 
 import attrs
@@ -40,8 +40,8 @@ from promptlayer_exec._models import (
     FrozenMap,
     MainOutput,
     Node,
-    NodeSlots,
     StartRequest,
+    make_node,
     same_json,
 )
 
@@ -54,8 +54,6 @@ MAX_ID = 2**63 - 1
 _ID_FIELD = "workflow_version_execution_id"
 _EXCERPT = 200
 _LINE = 500
-
-_new = object.__new__
 
 
 @attrs.define
@@ -326,15 +324,7 @@ def _node(name: str, body: Any) -> Node | None:
         or (is_output is not None and type(is_output) is not bool)
     ):
         return None
-    node: Any = _new(NodeSlots)
-    node.name = name
-    node.status = status
-    node.value = get("value")
-    node.error_message = message
-    node.raw_error_message = get("raw_error_message")
-    node.is_output_node = is_output
-    node.__class__ = Node
-    return cast(Node, node)
+    return make_node(name, status, get("value"), message, get("raw_error_message"), is_output)
 
 
 def _checked_node(response: Response, name: str, body: Any) -> Node:
