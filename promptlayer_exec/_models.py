@@ -119,7 +119,7 @@ class Node(_NodeSlots):
         return self.status == NodeStatus.SUCCESS
 
 
-def make_node(
+def make_node(  # noqa: PLR0917 - by position, as it is called for every node of every poll
     name: str,
     status: NodeStatus,
     value: Any,

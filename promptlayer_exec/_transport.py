@@ -155,19 +155,21 @@ class SendOnce(Protocol):
 class _GuardedBody(aiohttp.Payload):
     """A body that reports when it, and the headers that go with it, are about to be sent."""
 
-    _value: bytes
-
     def __init__(self, body: bytes, once: SendOnce) -> None:
         super().__init__(body, content_type="application/json")
-        self._size = len(body)
+        self._body = body
         self._once = once
 
+    @property
+    def size(self) -> int:
+        return len(self._body)
+
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
-        return self._value.decode(encoding, errors)
+        return self._body.decode(encoding, errors)
 
     async def write(self, writer: AbstractStreamWriter) -> None:
         self._once.mark_sent()
-        await writer.write(self._value)
+        await writer.write(self._body)
 
 
 class Transport:
