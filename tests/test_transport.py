@@ -522,6 +522,13 @@ async def test_the_key_is_nowhere_in_an_error(
     assert [text for text in said if "secret-key" in text] == []
 
 
+async def test_aiohttp_still_has_the_private_name_we_use() -> None:
+    """A borrowed session's middlewares have no public name; this is the only private one of its."""
+    middleware = Mock()
+    async with aiohttp.ClientSession(middlewares=[middleware]) as http:
+        assert tuple(http._middlewares) == (middleware,)
+
+
 @pytest.mark.parametrize("borrowed", [False, True])
 async def test_aiohttp_does_not_send_again_by_itself(borrowed: bool) -> None:
     """A connection that died between two requests costs a retry that we count and report."""
