@@ -11,7 +11,7 @@ import anyio
 
 from promptlayer_exec._errors import SessionClosed
 from promptlayer_exec._policies import Deadline
-from promptlayer_exec._tasks import Tasks, foreign_cancellation, is_cancelled
+from promptlayer_exec._tasks import PatientTimeout, Tasks, foreign_cancellation, is_cancelled
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
@@ -43,7 +43,7 @@ class Lifetime:
         self._ready = anyio.Event()
         self._closing = anyio.Event()
         self._ended = anyio.Event()
-        self._calls: set[asyncio.Timeout] = set()
+        self._calls: set[PatientTimeout] = set()
         self._calls_ended = anyio.Event()
         self._tasks: TaskGroup
         self._watches = Tasks()
@@ -90,7 +90,7 @@ class Lifetime:
         """
         if self.is_closing():
             raise SessionClosed
-        limit = asyncio.timeout_at(deadline.when)
+        limit = PatientTimeout(deadline.when)
         self._calls.add(limit)
         try:
             async with limit:
@@ -157,6 +157,5 @@ class Lifetime:
 
     def _stop(self) -> None:
         for limit in self._calls:
-            if not limit.expired():
-                limit.reschedule(self._loop.time())
+            limit.expire()
         self._watches.cancel()

@@ -442,7 +442,7 @@ class Session:
         if self._http is None:
             pools = Pools.open(self._max_connections, api_key, resources)
         else:
-            pools = Pools.borrow(self._http, self._max_connections, api_key)
+            pools = Pools.borrow(self._http, self._max_connections, api_key, resources)
         transport = Transport(
             pools,
             base_url=base_url,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine
+from types import TracebackType
+from typing import Any, Self
 
 
 def clock() -> float:
@@ -33,6 +34,78 @@ class Tasks:
         """Wait until no task runs."""
         while self._tasks:
             await asyncio.wait(self._tasks)
+
+
+# A timer this many seconds late shows that the loop stood still, as in a debugger or after Ctrl-Z.
+_LATE = 0.05
+# Seconds in which to read what arrived meanwhile, before the timer's callback is called.
+_READ = 1.0
+
+
+class PatientTimer:
+    """A timer that, where the loop stood still, lets the loop first read what has arrived.
+
+    The callback is called at its time, or a second after the loop runs again.
+
+    Args:
+        at: the time, on the running loop's clock.
+        callback: called with `args`.
+    """
+
+    def __init__(self, at: float, callback: Callable[..., object], *args: Any) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._at = at
+        self._callback = callback
+        self._args = args
+        self._handle = self._loop.call_at(at, self._fire)
+
+    def cancel(self) -> None:
+        """Do not call the callback any more."""
+        self._handle.cancel()
+
+    def _fire(self) -> None:
+        if self._loop.time() - self._at < _LATE:
+            self._callback(*self._args)
+        else:
+            self._handle = self._loop.call_later(_READ, self._callback, *self._args)
+
+
+class PatientTimeout:
+    """What `asyncio.timeout_at` is, on a `PatientTimer`; it can also be made to expire.
+
+    Args:
+        at: the time, on the running loop's clock; None: no limit.
+    """
+
+    def __init__(self, at: float | None) -> None:
+        self._at = at
+        self._timer: PatientTimer | None = None
+        self._timeout = asyncio.timeout(None)
+
+    async def __aenter__(self) -> Self:
+        await self._timeout.__aenter__()
+        if self._at is not None:
+            self._timer = PatientTimer(self._at, self.expire)
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._timeout.__aexit__(exc_type, exc, traceback)
+
+    def expire(self) -> None:
+        """Expire now, unless it has expired already."""
+        if not self.expired():
+            self._timeout.reschedule(0.0)
+
+    def expired(self) -> bool:
+        """Return True if it has expired."""
+        return self._timeout.expired()
 
 
 def resolve(future: asyncio.Future[None]) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from random import random
-from typing import Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import aiohttp
 import anyio
@@ -32,7 +33,7 @@ from promptlayer_exec._events import Emit, RequestRetried, Throttled
 from promptlayer_exec._policies import RetryPolicy
 from promptlayer_exec._redaction import Redactor
 from promptlayer_exec._retry import OutageLog, RecentStarts, RetryState
-from promptlayer_exec._tasks import clock, is_cancelled
+from promptlayer_exec._tasks import PatientTimeout, clock, is_cancelled
 from promptlayer_exec._throttle import Throttle
 from promptlayer_exec._version import __version__
 from promptlayer_exec._wire import Reply, Request, Response, excerpt, read_retry_after
@@ -51,10 +52,55 @@ _ERROR_BODY_BYTES = 64 * 1024
 _LONGEST_KEY = 1024
 
 
+class _UncleanConnection(aiohttp.ClientConnectionError):
+    """The connection was not used: there was something on it that no request asked for."""
+
+
+class _CleanRequest(aiohttp.ClientRequest):
+    """A request that is sent only where the next bytes to come can be its response.
+
+    aiohttp's pool checks only that a connection is open. Bytes that came while it was idle would
+    be the response to the next request, and that one's the response to the one after it.
+    """
+
+    async def send(self, conn: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
+        if conn.transport is not None and _is_readable(conn.transport):
+            # Let the loop read what lies in the socket: one step to notice it, one to read it.
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        if conn.protocol is None or not conn.protocol.is_connected() or conn.protocol.should_close:
+            raise _UncleanConnection("the connection was closed, or had bytes nobody asked for")
+        return await super().send(conn)
+
+
+def _is_readable(transport: asyncio.Transport) -> bool:
+    socket = transport.get_extra_info("socket")
+    if socket is None or socket.fileno() < 0:
+        return True
+    if not hasattr(select, "poll"):  # Windows
+        return bool(select.select([socket.fileno()], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(socket.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
+# So often another connection is tried at once. After that it is a failure like any other.
+_CONNECTIONS_TRIED = 10
+
+
 async def _send_once(
     request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
 ) -> aiohttp.ClientResponse:
     """Keep aiohttp from sending again by itself: unthrottled, uncounted and unobserved."""
+    for _ in range(_CONNECTIONS_TRIED - 1):
+        with suppress(_UncleanConnection):  # and so nothing was sent
+            return await _send_over_one(request, handler)
+    return await _send_over_one(request, handler)
+
+
+async def _send_over_one(
+    request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+) -> aiohttp.ClientResponse:
     try:
         return await handler(request)
     except aiohttp.ClientConnectorError:
@@ -72,12 +118,14 @@ class _Pool:
         slots: where a request waits, without a timeout, until a connection is free.
         headers: what to send along; None: `http` does so by itself.
         middlewares: what to run along; None: those of `http`.
+        is_borrowed: whether others use the connections, too.
     """
 
     http: aiohttp.ClientSession
     slots: anyio.Semaphore
     headers: Mapping[str, str] | None = None
     middlewares: Sequence[aiohttp.ClientMiddlewareType] | None = None
+    is_borrowed: bool = False
 
 
 class Pools:
@@ -103,14 +151,26 @@ class Pools:
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers=headers,
                 middlewares=[_send_once],
+                request_class=_CleanRequest,
             )
             resources.push_async_callback(http.close)
             pools.append(_Pool(http, slots))
         return cls(*pools)
 
     @classmethod
-    def borrow(cls, http: aiohttp.ClientSession, max_connections: int, api_key: str) -> Self:
+    def borrow(
+        cls,
+        http: aiohttp.ClientSession,
+        max_connections: int,
+        api_key: str,
+        resources: AsyncExitStack,
+    ) -> Self:
         """Share out the connections of a client session that belongs to the caller."""
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_create_end.append(_mark_new_connection)
+        trace.freeze()
+        http.trace_configs.append(trace)
+        resources.callback(http.trace_configs.remove, trace)
         connector = http.connector
         limits = (connector.limit, connector.limit_per_host) if connector is not None else ()
         headers = _HEADERS | {"X-API-KEY": api_key}
@@ -119,8 +179,10 @@ class Pools:
         # Those given with a request replace the session's, which has no public name for them.
         middlewares = (*http._middlewares, _send_once)
         reads, starts = _slots(min([max_connections, *(limit for limit in limits if limit)]))
+        # A server that heeds "close" leaves no used connection behind for the next start.
         return cls(
-            _Pool(http, reads, headers, middlewares), _Pool(http, starts, headers, middlewares)
+            _Pool(http, reads, headers, middlewares),
+            _Pool(http, starts, headers | {"Connection": "close"}, middlewares, is_borrowed=True),
         )
 
 
@@ -153,12 +215,17 @@ class SendOnce(Protocol):
 
 
 class _GuardedBody(aiohttp.Payload):
-    """A body that reports when it, and the headers that go with it, are about to be sent."""
+    """A body that reports when it, and the headers that go with it, are about to be sent.
 
-    def __init__(self, body: bytes, once: SendOnce) -> None:
+    It is sent over a new connection only: on a used one, the answer might be a stale one to another
+    request, a 429 or even the id of another run.
+    """
+
+    def __init__(self, body: bytes, once: SendOnce, *, is_new_connection: bool) -> None:
         super().__init__(body, content_type="application/json")
         self._body = body
         self._once = once
+        self.is_new_connection = is_new_connection
 
     @property
     def size(self) -> int:
@@ -168,8 +235,17 @@ class _GuardedBody(aiohttp.Payload):
         return self._body.decode(encoding, errors)
 
     async def write(self, writer: AbstractStreamWriter) -> None:
+        if not self.is_new_connection:
+            raise ConnectionAbortedError("a start is not sent over a used connection")
         self._once.mark_sent()
         await writer.write(self._body)
+
+
+async def _mark_new_connection(
+    _: aiohttp.ClientSession, context: Any, __: aiohttp.TraceConnectionCreateEndParams
+) -> None:
+    if isinstance(context.trace_request_ctx, _GuardedBody):
+        context.trace_request_ctx.is_new_connection = True
 
 
 class Transport:
@@ -317,51 +393,21 @@ class Transport:
         """Send a request, and return the answer."""
         if pool.http.closed:
             raise SessionClosed("the borrowed aiohttp.ClientSession is closed")
-        data = None
-        if request.body is not None and once is not None:
-            data = _GuardedBody(request.body, once)
-        answer: aiohttp.ClientResponse | None = None
-        pieces: list[bytes] = []
-        failure: BaseException | None = None
-        try:
-            async with asyncio.timeout_at(sent_at + self._request_timeout):
-                answer = await pool.http.request(
-                    request.method,
-                    request.url or self._url(request),
-                    headers=pool.headers,
-                    data=data,
-                    timeout=_NO_TIMEOUT,
-                    allow_redirects=False,
-                    raise_for_status=False,
-                    auto_decompress=True,
-                    middlewares=pool.middlewares,
-                )
-                limit = self._max_response_bytes if answer.status < 300 else _ERROR_BODY_BYTES
-                # Read a little more of a refusal: a key at its end is redacted before it is cut.
-                more = _LONGEST_KEY if answer.status >= 300 else 0
-                await _read_body(answer, pieces, limit + more)
-        except (aiohttp.ClientError, OSError) as error:  # OSError: also every TimeoutError
-            failure = error
-        except asyncio.CancelledError as error:
-            if is_cancelled():
-                raise
-            failure = error  # this task was not cancelled, only something that it awaited
-        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        answer, body, failure = await self._exchange(pool, request, sent_at, once)
         if answer is None or (failure is not None and answer.status < 300):
-            # Outside the `except`, so that the redacted cause is all that hangs on the error.
             raise self._failure(failure, answer, body)
         # A refusal needs no whole body: its status says what is wrong.
-        if answer.status < 300 and len(body) > limit:
+        if answer.status < 300 and len(body) > self._max_response_bytes:
             raise ResponseTooLarge(
-                f"the {answer.status} answer is larger than {limit} bytes",
-                limit=limit,
+                f"the {answer.status} answer is larger than {self._max_response_bytes} bytes",
+                limit=self._max_response_bytes,
                 status=answer.status,
                 excerpt=self._excerpt(body),
             )
         location = None
         if answer.status >= 300:
             location = answer.headers.get("Location")
-            body = self._redactor.redact_bytes(body)[:limit]
+            body = self._redactor.redact_bytes(body)[:_ERROR_BODY_BYTES]
         retry_after = read_retry_after(answer.headers, now=time.time())
         response = Response(answer.status, body, location, retry_after)
         if response.status == 429:
@@ -370,6 +416,46 @@ class Transport:
         else:
             self._throttle.answered()
         return response
+
+    async def _exchange(
+        self, pool: _Pool, request: Request, sent_at: float, once: SendOnce | None
+    ) -> tuple[aiohttp.ClientResponse | None, bytes, BaseException | None]:
+        """Send a request; return the answer and its body, as far as they came, and what failed."""
+        data = None
+        if request.body is not None and once is not None:
+            data = _GuardedBody(request.body, once, is_new_connection=not pool.is_borrowed)
+        url = request.url or self._url(request)
+        answer: aiohttp.ClientResponse | None = None
+        pieces: list[bytes] = []
+        failure: BaseException | None = None
+        try:
+            async with PatientTimeout(sent_at + self._request_timeout):
+                answer = await pool.http.request(
+                    request.method,
+                    url,
+                    headers=pool.headers,
+                    data=data,
+                    timeout=_NO_TIMEOUT,
+                    allow_redirects=False,
+                    raise_for_status=False,
+                    auto_decompress=True,
+                    middlewares=pool.middlewares,
+                    # A pool keeps connections apart by this name: starts share none with others.
+                    server_hostname=url.host if data is not None and pool.is_borrowed else None,
+                    trace_request_ctx=data,
+                )
+                # Read a little more of a refusal: a key at its end is redacted before it is cut.
+                limit = _ERROR_BODY_BYTES + _LONGEST_KEY
+                if answer.status < 300:
+                    limit = self._max_response_bytes
+                await _read_body(answer, pieces, limit)
+        except (aiohttp.ClientError, OSError) as error:  # OSError: also every TimeoutError
+            failure = error
+        except asyncio.CancelledError as error:
+            if is_cancelled():
+                raise
+            failure = error  # this task was not cancelled, only something that it awaited
+        return answer, pieces[0] if len(pieces) == 1 else b"".join(pieces), failure
 
     def _url(self, request: Request) -> URL:
         return URL(self.base_url + request.target, encoded=True)

@@ -17,7 +17,7 @@ from promptlayer_exec._events import Emit, Polled, WatchEnded, WatchStarted, log
 from promptlayer_exec._models import FINAL, FrozenMap, Node, NodeStatus, NodeTimes, Snapshot
 from promptlayer_exec._policies import Deadline, PollPolicy, RetryPolicy
 from promptlayer_exec._retry import RetryState
-from promptlayer_exec._tasks import clock, foreign_cancellation, is_cancelled, resolve
+from promptlayer_exec._tasks import PatientTimer, clock, foreign_cancellation, is_cancelled, resolve
 
 if TYPE_CHECKING:
     from promptlayer_exec._wire import NodeMap, Reply
@@ -140,12 +140,11 @@ class Watch:
 
     async def _wait(self, waiters: set[asyncio.Future[None]], deadline: Deadline) -> None:
         """Wait for news, or for the deadline."""
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiters.add(future)
         timer = None
         if deadline.when is not None:
-            timer = loop.call_at(deadline.when, resolve, future)
+            timer = PatientTimer(deadline.when, resolve, future)
         try:
             await future
         finally:

@@ -1,0 +1,246 @@
+"""A response never belongs to another request, and one that has arrived is never thrown away.
+
+The peer is a plain asyncio server that writes whatever a faulty proxy might.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import pytest
+
+from promptlayer_exec import (
+    ExecutionStarted,
+    PollPolicy,
+    RequestTimeout,
+    RetryPolicy,
+    Session,
+    StartUnknown,
+)
+
+KEY = "key-of-a-test"
+RETRY = RetryPolicy(outage=5.0, watch_outage=5.0, base=0.001)
+
+
+def answer(status: int, value: Any, *headers: str) -> bytes:
+    """Return a whole HTTP response."""
+    body = json.dumps(value).encode()
+    lines = [f"HTTP/1.1 {status} Whatever", f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def nodes(value: Any) -> dict[str, Any]:
+    """Return a node map of one output node."""
+    return {"Node 1": {"status": "SUCCESS", "value": value, "is_output_node": True}}
+
+
+class Peer:
+    """A server of raw answers.
+
+    Attributes:
+        requests: the head of each request, with the number of its connection.
+        writers: one for each connection, in the order of their making.
+        respond: writes the answer to one request.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[int, str]] = []
+        self.writers: list[asyncio.StreamWriter] = []
+        self.url = ""
+        self.respond: Callable[[str, asyncio.StreamWriter], Awaitable[None]] = self.echo
+
+    async def echo(self, head: str, writer: asyncio.StreamWriter) -> None:
+        """Answer with the execution's own id, or start number 787."""
+        if head.startswith("POST"):
+            writer.write(answer(201, {"workflow_version_execution_id": 787}))
+        else:
+            writer.write(answer(200, nodes(execution_id(head))))
+
+    def posts(self) -> int:
+        """Return how many starts came."""
+        return sum(head.startswith("POST") for _, head in self.requests)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Read requests, and answer each."""
+        number = len(self.writers)
+        self.writers.append(writer)
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                length = head.lower().partition("content-length: ")[2].partition("\r\n")[0]
+                await reader.readexactly(int(length or 0))
+                self.requests.append((number, head))
+                await self.respond(head, writer)
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+
+def execution_id(head: str) -> str:
+    """Return the id that a request asks for."""
+    return head.partition("workflow_version_execution_id=")[2].partition("&")[0]
+
+
+@pytest.fixture
+async def peer() -> AsyncIterator[Peer]:
+    """Return a running server."""
+    peer = Peer()
+    server = await asyncio.start_server(peer.serve, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    peer.url = f"http://{host}:{port}"
+    yield peer
+    server.close()
+    for writer in peer.writers:
+        writer.close()
+    await server.wait_closed()
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def session_at(peer: Peer, **settings: Any) -> AsyncIterator[Session]:
+    """Return a session for the peer."""
+    settings = {"retry": RETRY, "poll": PollPolicy.fixed(0.01), "rate": None, **settings}
+    async with Session(KEY, base_url=peer.url, **settings) as session:
+        yield session
+
+
+async def value_of(session: Session, number: int) -> Any:
+    """Return what the server says of one execution."""
+    snapshot = await session.get_results(number, return_all_outputs=True)
+    return snapshot.nodes["Node 1"].value
+
+
+@pytest.mark.parametrize("settled", [True, False], ids=["read by the loop", "still in the socket"])
+async def test_a_surplus_response_on_an_idle_connection_is_nobody_s(
+    peer: Peer, *, settled: bool
+) -> None:
+    """Every later call gets its own results, also if the surplus has not been read yet."""
+    async with session_at(peer) as session:
+        assert await value_of(session, 1) == "1"
+        (writer,) = peer.writers
+        writer.write(answer(200, nodes("1")))
+        if settled:
+            await writer.drain()
+            for _ in range(5):
+                await asyncio.sleep(0)
+        for number in range(2, 12):
+            assert await value_of(session, number) == str(number)
+    assert {connection for connection, _ in peer.requests} == {0, 1}
+
+
+async def test_many_poisoned_connections_are_all_given_up(peer: Peer) -> None:
+    """However many connections are idle, none hands out what nobody asked for."""
+    both = asyncio.Barrier(20)
+
+    async def together(head: str, writer: asyncio.StreamWriter) -> None:
+        await both.wait()
+        await peer.echo(head, writer)
+
+    async with session_at(peer) as session:
+        peer.respond = together
+        await asyncio.gather(*(value_of(session, number) for number in range(1, 21)))
+        peer.respond = peer.echo
+        for writer in peer.writers:
+            writer.write(answer(200, nodes("nobody's")))
+        got = await asyncio.gather(*(value_of(session, number) for number in range(1, 41)))
+    assert got == [str(number) for number in range(1, 41)]
+
+
+async def test_a_connection_that_the_server_has_closed_is_not_used(
+    peer: Peer, recorder: Any
+) -> None:
+    """The request goes over another one at once: it does not count as a failure."""
+    async with session_at(peer, observers=[recorder]) as session:
+        assert await value_of(session, 1) == "1"
+        peer.writers[0].write_eof()
+        assert await value_of(session, 2) == "2"
+    assert recorder.events == []
+
+
+@pytest.mark.parametrize("status", [429, 404, 201])
+async def test_no_stale_answer_is_taken_for_a_start_s_in_a_borrowed_session(
+    peer: Peer, status: int
+) -> None:
+    """Neither a refusal, which would be paid twice or lost, nor the id of another run."""
+    stale = answer(status, {"workflow_version_execution_id": 1, "message": "stale"})
+    for number in range(1, 11):
+        async with (
+            aiohttp.ClientSession() as http,
+            session_at(peer, http=http) as session,
+        ):
+            assert await value_of(session, number) == str(number)
+            # It crosses the next request: nothing on the connection shows it beforehand.
+            asyncio.get_running_loop().call_soon(peer.writers[-1].write, stale)
+            execution = await session.start("name")
+            assert execution.id == 787
+            assert peer.posts() == number
+
+
+async def test_a_borrowed_session_is_given_back_as_it_was(peer: Peer) -> None:
+    """What its starts need is taken away on closing."""
+    async with aiohttp.ClientSession() as http:
+        async with session_at(peer, http=http) as session:
+            await session.start("name")
+        assert http.trace_configs == []
+        async with http.get(f"{peer.url}/x?workflow_version_execution_id=5&y") as response:
+            assert (await response.json(content_type=None)) == nodes("5")
+
+
+@pytest.mark.parametrize("borrowed", [False, True])
+async def test_an_id_in_the_socket_is_read_though_the_loop_stood_still(
+    peer: Peer, recorder: Any, *, borrowed: bool
+) -> None:
+    """For longer than `request_timeout`, as in a debugger: the answer arrived in time."""
+
+    async def block(head: str, writer: asyncio.StreamWriter) -> None:
+        await peer.echo(head, writer)
+        time.sleep(0.15)  # noqa: ASYNC251 - the loop stands still, and the answer is in the socket
+
+    peer.respond = block
+    async with aiohttp.ClientSession() as http:
+        settings: dict[str, Any] = {"http": http} if borrowed else {}
+        async with session_at(
+            peer, request_timeout=0.1, observers=[recorder], **settings
+        ) as session:
+            execution = await session.start("name")
+            assert execution.id == 787
+            snapshot = await execution.wait()
+            assert snapshot.nodes["Node 1"].value == "787"
+    assert peer.posts() == 1
+    assert [event.execution_id for event in recorder.of(ExecutionStarted)] == [787]
+
+
+async def test_results_in_the_socket_come_before_a_late_deadline(peer: Peer) -> None:
+    """The loop stood still beyond the follower's deadline, and the execution is complete."""
+
+    async def block(head: str, writer: asyncio.StreamWriter) -> None:
+        await peer.echo(head, writer)
+        time.sleep(0.15)  # noqa: ASYNC251 - as above
+
+    peer.respond = block
+    async with session_at(peer) as session:
+        assert (await session.execution(5).wait(timeout=0.1)).complete
+        assert (await session.execution(5).snapshot()).complete
+
+
+async def test_silence_after_a_standstill_is_still_a_timeout(peer: Peer) -> None:
+    """One more read is granted, not one more `request_timeout`."""
+
+    async def silent(head: str, writer: asyncio.StreamWriter) -> None:
+        time.sleep(0.15)  # noqa: ASYNC251 - as above
+
+    peer.respond = silent
+    async with session_at(peer, request_timeout=0.1, retry=RetryPolicy(outage=0.0)) as session:
+        with pytest.raises(StartUnknown):
+            await session.start("name")
+        with pytest.raises(RequestTimeout):
+            await session.get_results(1)
