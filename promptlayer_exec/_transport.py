@@ -50,6 +50,10 @@ _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
 # The body of an error is for people to read.
 _ERROR_BODY_BYTES = 64 * 1024
 _LONGEST_KEY = 1024
+# What bounds the memory of a decoded body: at most one value for so many bytes of the limit.
+_BYTES_PER_VALUE = 32
+_FEW_VALUES = 1000
+_OPENING_A_VALUE = (b",", b"[", b"{")
 
 
 class _UncleanConnection(aiohttp.ClientConnectionError):
@@ -397,13 +401,8 @@ class Transport:
         if answer is None or (failure is not None and answer.status < 300):
             raise self._failure(failure, answer, body)
         # A refusal needs no whole body: its status says what is wrong.
-        if answer.status < 300 and len(body) > self._max_response_bytes:
-            raise ResponseTooLarge(
-                f"the {answer.status} answer is larger than {self._max_response_bytes} bytes",
-                limit=self._max_response_bytes,
-                status=answer.status,
-                excerpt=self._excerpt(body),
-            )
+        if answer.status < 300:
+            self._check_size(answer.status, body)
         location = None
         if answer.status >= 300:
             location = answer.headers.get("Location")
@@ -416,6 +415,22 @@ class Transport:
         else:
             self._throttle.answered()
         return response
+
+    def _check_size(self, status: int, body: bytes) -> None:
+        limit = self._max_response_bytes
+        too_large = f"is larger than {limit} bytes" if len(body) > limit else ""
+        # What is decoded takes up to 400 bytes for each of these: what a few bytes say may take
+        # fifty times the memory. Where there cannot be too many, they need not be counted.
+        values = max(limit // _BYTES_PER_VALUE, _FEW_VALUES)
+        if values < len(body) <= limit and sum(map(body.count, _OPENING_A_VALUE)) > values:
+            too_large = f"holds more than {values:,} values, the most for {limit} bytes"
+        if too_large:
+            raise ResponseTooLarge(
+                f"the {status} answer {too_large}",
+                limit=limit,
+                status=status,
+                excerpt=self._excerpt(body),
+            )
 
     async def _exchange(
         self, pool: _Pool, request: Request, sent_at: float, once: SendOnce | None

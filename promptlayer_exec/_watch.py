@@ -53,6 +53,7 @@ def take_snapshot(
 
 
 _UNSEEN = NodeTimes()
+_TIMES_OF_GONE_NODES = 1000
 
 
 def _first_seen(
@@ -67,6 +68,9 @@ def _first_seen(
         final = now.final if earlier.final is None else earlier.final
         is_news = running is not earlier.running or final is not earlier.final
         times[name] = NodeTimes(running, final) if is_news else earlier
+    # Where names come and go, the times of those gone longest are forgotten: they come last.
+    while len(times) > len(nodes) + _TIMES_OF_GONE_NODES:
+        times.popitem()
     return FrozenMap.adopt(times)
 
 

@@ -425,6 +425,67 @@ asyncio.run(main())
     assert kibibytes < 32 * 1024
 
 
+# As programs that return a body with `n` values, of the process below.
+NODES = """b"{" + b",".join(b'"%x":{"status":"X"}' % i for i in range(n // 2)) + b"}" """
+SHAPES = {
+    "empty arrays": """b'{"a":{"status":"X","value":[' + b"[]," * (n // 2) + b"0]}}" """,
+    "small objects": """b'{"a":{"status":"X","value":[' + b'{"a":1},' * (n // 2) + b"0]}}" """,
+    "nodes": NODES,
+    "nodes that change": NODES.replace("% i", "% (i + n)"),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_decoded_bodies_are_bounded_too(shape: str) -> None:
+    """A watch needs less than 20 times `max_response_bytes`, and too many values are refused."""
+    program = """
+import asyncio, resource, sys
+from contextlib import aclosing
+from promptlayer_exec import PollPolicy, ResponseTooLarge, Session
+
+LIMIT = 4 * 2**20
+MOST = LIMIT // 32
+bodies = [eval(sys.argv[1].strip(), {"n": n}) for n in (MOST - 8, MOST // 2, MOST - 10, MOST * 2)]
+
+async def serve(reader, writer):
+    for body in bodies:
+        await reader.readuntil(b"\\r\\n\\r\\n")
+        writer.write(b"HTTP/1.1 202 OK\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(body))
+        writer.write(body)
+        await writer.drain()
+    writer.close()
+
+async def main():
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    base_url = "http://127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+    settings = {"base_url": base_url, "poll": PollPolicy.fixed(0.001)}
+    async with server, Session("key", max_response_bytes=LIMIT, **settings) as session:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        polls = 0
+        try:
+            async with aclosing(session.execution(1).stream()) as snapshots:
+                async for snapshot in snapshots:
+                    polls = snapshot.poll
+        except ResponseTooLarge as error:
+            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+            print(polls, used * 1024 / LIMIT, str(error).partition(";")[0])
+
+asyncio.run(main())
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", program, shape],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert finished.stderr == ""
+    polls, times, message = finished.stdout.split(maxsplit=2)
+    assert polls == "3"
+    assert float(times) < 20.0
+    assert "holds more than 131,072 values" in message
+
+
 async def test_a_borrowed_session_s_middleware_sees_the_body_of_a_start(sim: Simulator) -> None:
     """As one that signs requests must."""
     sim.add_workflow("workflow", Scenario([SimNode("A")]))

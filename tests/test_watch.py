@@ -28,7 +28,7 @@ from promptlayer_exec import (
 )
 from promptlayer_exec._models import FrozenMap
 from promptlayer_exec._policies import Deadline
-from promptlayer_exec._watch import Watch
+from promptlayer_exec._watch import Watch, take_snapshot
 from promptlayer_exec._wire import NodeMap, Reply
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
@@ -499,7 +499,7 @@ class Script:
         self.dues: list[float] = []
         self.send, self._receive = anyio.create_memory_object_stream[Any](10)
 
-    async def __call__(self, outage: Any, *, due: float) -> Any:
+    async def __call__(self, state: Any, *, due: float) -> Any:
         """Return the next answer, or raise it."""
         self.dues.append(due)
         answer = await self._receive.receive()
@@ -726,3 +726,18 @@ async def test_the_schedule_sees_what_the_watch_has_seen(
     first, second, third = (seen["unchanged"] for seen in asked)
     assert first == third == 0.0 < second
     assert asked[1]["elapsed"] > 0
+
+
+def test_times_of_nodes_that_are_gone_are_forgotten_in_the_end() -> None:
+    """Names may come and go for ever: the last thousand are kept, and those that are there."""
+    snapshot: Snapshot | None = None
+    for poll in range(1100):
+        name = f"Node {poll}"
+        nodes = {"stays": Node("stays", "RUNNING"), name: Node(name, "RUNNING")}
+        reply = Reply(NodeMap(False, FrozenMap(nodes), {}), 0, 0.0, 0.0, None)
+        snapshot = take_snapshot(7, reply, elapsed=float(poll), previous=snapshot)
+    assert snapshot is not None
+    assert len(snapshot.times) == 1002
+    assert snapshot.times["stays"].running == 0.0
+    assert "Node 1098" in snapshot.times
+    assert "Node 1" not in snapshot.times
