@@ -1,4 +1,4 @@
-"""The README and the pages under docs/: their code and their commands are run."""
+"""The README and the pages under docs/: their code is run, and their commands are parsed."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def is_program(block: str) -> bool:
-    """Tell whether a block is a program of its own, and no part of one."""
+    """Return whether a block is a whole program, and not part of one."""
     return "asyncio.run(" in block
 
 
 class _Marks(ast.NodeTransformer):
-    """Lets each function of a block put down its name when it is called."""
+    """Makes each function of a block record its name when it is called."""
 
     def __init__(self) -> None:
         self.functions: set[str] = set()
@@ -79,7 +79,7 @@ def run_blocks(code: list[str], namespace: dict[str, Any]) -> set[str]:
 
 @contextmanager
 def names(page: str, module: str = "page") -> Iterator[dict[str, Any]]:
-    """Yield what a page defines; within the context, each function of it must be called."""
+    """Yield what a page defines; each of its functions must be called within the context."""
     namespace = ModuleType(module)
     sys.modules[module] = namespace
     try:
@@ -93,13 +93,13 @@ def names(page: str, module: str = "page") -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_the_code_of_each_page_is_run(page: str) -> None:
-    """By a test that names it, here or in a module of its own."""
+    """Each page with Python code is named by a test, here or in another module."""
     tests = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py")]
     assert any(f'"{page}"' in test or f'"{Path(page).name}"' in test for test in tests)
 
 
 def parsed(argv: list[str]) -> str:
-    """Parse a command line without carrying it out, and return the path of its command."""
+    """Parse a command line without running it, and return the path of its command."""
     command: Any = typer.main.get_command(command_line)
     context, name = None, argv.pop(0)
     while True:
@@ -122,21 +122,21 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_the_commands_shown_are_commands(line: str) -> None:
-    """Each with options that it has; those that install or need a key are not run."""
+def test_the_commands_shown_exist(line: str) -> None:
+    """Each command and each of its options exists; none of them is run."""
     argv = shlex.split(line.partition("|")[0], comments=True)
     assert parsed(argv).startswith("promptlayer-exec ")
 
 
-def test_a_command_that_is_none_is_found() -> None:
-    """The check above can fail."""
+def test_an_unknown_command_is_found() -> None:
+    """The check above fails for an unknown command and for an unknown option."""
     for line in ("promptlayer-exec follow 1", "promptlayer-exec watch 1 --al"):
         with pytest.raises(Exception, match="No such"):
             parsed(line.split())
 
 
 def test_the_reference_is_complete() -> None:
-    """It names each public module and each public name, and says what to do on each error."""
+    """It lists each public module and name, and the page on failures lists each error."""
     pages = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
     modules = {module.name for module in pkgutil.iter_modules(promptlayer_exec.__path__)} - {"cli"}
     for module in modules:
@@ -149,8 +149,8 @@ def test_the_reference_is_complete() -> None:
             assert value is PromptLayerExecError or f"\n| `{name}` |" in failures, name
 
 
-def test_ci_runs_the_readme_s_test_command() -> None:
-    """What a stranger types is what CI runs, and nothing else."""
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    """CI runs exactly what the README tells a newcomer to type."""
     command = blocks("README.md", "sh")[1].strip()
     script = (ROOT / ".ci" / "run").read_text().splitlines()
     run = [line for line in script if not line.startswith(("#", "set ", "cd "))]
@@ -158,7 +158,7 @@ def test_ci_runs_the_readme_s_test_command() -> None:
 
 
 def run_program(program: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Run a program of a page in this process, and return the lines that it prints."""
+    """Run a page's program in this process, and return the lines that it prints."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     assert run_blocks([program], namespace) == namespace["_called"]
     printed = capsys.readouterr()
@@ -168,14 +168,14 @@ def run_program(program: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, threaded_sim: Simulator) -> Simulator:
-    """Return the simulator that a session finds through the environment."""
+    """Return a simulator whose URL and key a session reads from the environment."""
     monkeypatch.setenv("PROMPTLAYER_API_KEY", threaded_sim.api_key)
     monkeypatch.setenv("PROMPTLAYER_BASE_URL", threaded_sim.base_url)
     return threaded_sim
 
 
-def test_the_readme_s_first_program_runs(threaded_sim: Simulator) -> None:
-    """As a script of its own, which leaves no warning behind."""
+def test_the_first_program_of_the_readme_runs(threaded_sim: Simulator) -> None:
+    """Run as a script, it prints each node and the output, and causes no warning."""
     answer = SimNode("Answer", "forty-two", after=("Plan",), is_output_node=True)
     execution_id = threaded_sim.add_execution(Scenario([SimNode("Plan"), answer]))
     program = next(filter(is_program, blocks("README.md", "python")))
@@ -196,13 +196,13 @@ def test_the_readme_s_first_program_runs(threaded_sim: Simulator) -> None:
     assert finished.stdout.splitlines() == lines
 
 
-def test_the_readme_s_evaluation_is_fifteen_lines_and_runs(
+def test_the_evaluation_of_the_readme_runs_in_fifteen_lines(
     server: Simulator,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Each result is printed, and what failed and why, with the id that finds it again."""
+    """It prints each result, and what failed and why, with the execution id."""
 
     def grade(inputs: Any) -> Scenario:
         status = "FAILED" if inputs["prompt"] == "bad" else "SUCCESS"
@@ -222,8 +222,8 @@ def test_the_readme_s_evaluation_is_fifteen_lines_and_runs(
     assert printed[3].startswith(f"bad: execution {failed}: it failed: 'Grade' FAILED (refused)")
 
 
-async def test_the_readme_s_definitions_do_what_it_says(sim: Simulator, session: Session) -> None:
-    """A typed output in ten lines, and a test that passes."""
+async def test_the_functions_of_the_readme_work(sim: Simulator, session: Session) -> None:
+    """Ten lines return a typed output, and the test that it shows passes."""
     (block,) = (block for block in blocks("README.md", "python") if "into=" in block)
     assert len([line for line in block.splitlines() if line]) <= 10
     report = {"title": "Otters", "score": 0.9}
@@ -236,22 +236,24 @@ async def test_the_readme_s_definitions_do_what_it_says(sim: Simulator, session:
 
 
 def endings(lines: list[str]) -> list[str]:
-    """Leave out what depends on when a poll looked: how far it is, and what is not final yet."""
+    """Return the lines without what depends on when a poll came: progress, and unfinished nodes."""
     return [line[5:] if "%" in line else line for line in lines if not line.startswith("  0%")]
 
 
-def test_the_tutorial_s_programs_print_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
-    """They bring their own simulator, and need neither key nor network."""
+def test_the_programs_of_the_tutorial_print_what_it_says(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """They start their own simulator, and need neither a key nor a network."""
     first, second = filter(is_program, blocks("docs/tutorial.md", "python"))
     shown = [text.splitlines() for text in blocks("docs/tutorial.md", "text")]
     assert run_program(first, capsys) == shown[0]
     assert endings(run_program(second, capsys)) == endings(shown[1])
 
 
-async def test_the_tutorial_s_parts_fit_its_last_program(
+async def test_the_parts_of_the_tutorial_fit_its_last_program(
     sim: Simulator, session: Session, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The function on its own is the program's; the lines to be changed are in it."""
+    """The function shown alone is the program's, and so are the lines that the diff changes."""
     last = list(filter(is_program, blocks("docs/tutorial.md", "python")))[-1]
     with names("docs/tutorial.md") as page:
         await page["show"](session.execution(sim.add_execution(REPORT)))
@@ -263,10 +265,10 @@ async def test_the_tutorial_s_parts_fit_its_last_program(
         assert line.startswith("+") or line[1:] in last.splitlines()
 
 
-def test_the_apps_await(
+def test_the_apps_on_awaiting_work(
     server: Simulator, promptlayer_simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An aiohttp app and a FastAPI app, each with one session from its start to its end."""
+    """The aiohttp app and the FastAPI app await an output in their one session."""
     server.add_workflow("write-report", REPORT)
     first, second = server.add_execution(REPORT), server.add_execution(REPORT)
 
@@ -285,15 +287,15 @@ def test_the_apps_await(
 async def test_the_page_on_testing_has_tests_that_pass(
     promptlayer_simulator: Simulator,
 ) -> None:
-    """All of them, and its code under test is what they import."""
+    """All of its tests pass, and import the code that it shows."""
     with names("docs/testing.md", "progress") as page:
         for name, test in list(page.items()):
             if name.startswith("test_"):
                 await (test(promptlayer_simulator) if test.__code__.co_argcount else test())
 
 
-async def test_the_page_on_polling_makes_sessions(server: Simulator) -> None:
-    """Each of them follows an execution."""
+async def test_the_sessions_on_polling_work(server: Simulator) -> None:
+    """Each session that the page creates follows an execution."""
     execution_id = server.add_execution(REPORT)
     with names("docs/polling.md") as page:
         test = page["for_a_test"](server.api_key, server.base_url)
@@ -305,7 +307,7 @@ async def test_the_page_on_polling_makes_sessions(server: Simulator) -> None:
 async def test_the_page_on_picking_up_pays_once(
     sim: Simulator, session: Session, tmp_path: Path
 ) -> None:
-    """A second process follows what the first one started, and starts nothing that may run."""
+    """A second call follows what the first one started, and repeats no start that may have run."""
     sim.add_workflow("write-report", REPORT)
     with names("docs/picking-up.md") as page:
         for _ in range(2):
@@ -319,7 +321,7 @@ async def test_the_page_on_picking_up_pays_once(
 
 
 def test_the_page_on_the_command_line_shows_what_is_printed(server: Simulator) -> None:
-    """Its commands are run, and write what the page says."""
+    """Its commands are run, and print what the page shows."""
     plan = SimNode("Plan", "habitat, diet, threats")
     report = SimNode("Report", "Otters are fine.", after=["Plan"], is_output_node=True)
     server.add_workflow("write-report", Scenario([plan, report]))
@@ -330,16 +332,16 @@ def test_the_page_on_the_command_line_shows_what_is_printed(server: Simulator) -
         assert re.sub(r"\d\.\d s", "0.0 s", printed.output) == shown
 
 
-async def test_the_page_on_watching_does_what_it_says(session: Session, held: int) -> None:
-    """Its function is run against the simulator."""
+async def test_the_code_on_watching_works(session: Session, held: int) -> None:
+    """Its function returns a snapshot as soon as half of the nodes are final."""
     with names("docs/watching.md") as page:
         assert (await page["until_half"](session.execution(held))).progress == 0.5
 
 
-async def test_the_page_on_failures_tells_the_result_or_the_reason(
+async def test_the_code_on_failures_returns_the_result_or_the_reason(
     sim: Simulator, session: Session, held: int
 ) -> None:
-    """Whatever it is."""
+    """It returns the error of a failed request, and the success of a complete execution."""
     with names("docs/failures.md") as page:
         result_or_reason = page["result_or_reason"]
         sim.inject(Fault.status(404))
@@ -350,24 +352,22 @@ async def test_the_page_on_failures_tells_the_result_or_the_reason(
         assert await waiting == "succeeded"
 
 
-async def test_the_page_on_outputs_does_what_it_says(
+async def test_the_code_on_outputs_works(
     sim: Simulator, session: Session, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run is started, with its warning told, and its output is of the page's type."""
+    """It starts a run, prints the server's warning, and returns an output of the page's type."""
     report = SimNode("Report", '{"title": "Otters", "score": 1}', is_output_node=True)
     sim.add_workflow("reports/weekly", Scenario([report]), warning="missing input variables: tone")
     with names("docs/outputs.md") as page:
         output = await page["weekly_report"](session, "otters", "job-1")
         assert output == page["Report"]("Otters", 1.0)
     (run,) = sim.runs
-    told = f"execution {run.execution_id}: missing input variables: tone\n"
-    assert capsys.readouterr().out == told
+    warning = f"execution {run.execution_id}: missing input variables: tone\n"
+    assert capsys.readouterr().out == warning
 
 
-async def test_the_page_on_starting_does_what_it_says(
-    sim: Simulator, session: Session, recorder: Any
-) -> None:
-    """Its functions are run against the simulator."""
+async def test_the_code_on_starting_works(sim: Simulator, session: Session, recorder: Any) -> None:
+    """It records a start whose answer was lost, and the id of an abandoned start."""
     sim.add_workflow("report", REPORT)
     with names("docs/starting.md") as page:
         sim.inject(Fault.disconnect())
@@ -384,27 +384,27 @@ async def test_the_page_on_starting_does_what_it_says(
         assert page["orphans"] == [sim.runs[2].execution_id]
 
 
-async def test_the_page_on_observing_does_what_it_says(
+async def test_the_page_on_observing_is_right(
     sim: Simulator, open_session: Callable[..., Session], held: int
 ) -> None:
-    """Its observer counts, and it names every metric and attribute that there is."""
+    """Its observer counts bytes, and the page lists every metric and attribute."""
     with names("docs/observing.md") as page:
         async with open_session(observers=[page["count_bytes"]]) as session:
             await session.execution(held).snapshot()
-            assert page["received"] == {}  # a single look is no poll
+            assert page["received"] == {}  # a single read is not a poll
             with pytest.raises(ExecutionTimeout):
                 await session.execution(held).wait(timeout=0.05)
         assert page["received"][held] > 100
     text = (ROOT / "docs" / "observing.md").read_text(encoding="utf-8")
     source = inspect.getsource(opentelemetry)
-    told = set(re.findall(r'"(promptlayer_exec\.[a-z._]+)"', source))
+    emitted = set(re.findall(r'"(promptlayer_exec\.[a-z._]+)"', source))
     shown = set(re.findall(r"`(promptlayer_exec\.[a-z._]+)`", text))
     shown |= {f"promptlayer_exec{suffix}" for suffix in re.findall(r"`(\.[a-z]+)`", text)}
-    assert told - shown == {"promptlayer_exec.poll", "promptlayer_exec.progress"}
+    assert emitted - shown == {"promptlayer_exec.poll", "promptlayer_exec.progress"}
 
 
-async def test_the_page_on_fanning_out_does_what_it_says(sim: Simulator, session: Session) -> None:
-    """Each item comes back, with its output or its error."""
+async def test_the_code_on_fanning_out_works(sim: Simulator, session: Session) -> None:
+    """Each item comes back with its output or its error."""
 
     def grade(inputs: Any) -> Scenario:
         return Scenario([SimNode("Grade", inputs["grade"], is_output_node=True)])
@@ -420,10 +420,10 @@ async def test_the_page_on_fanning_out_does_what_it_says(sim: Simulator, session
     assert lines[1].startswith("b: execution ")
 
 
-async def test_the_page_on_rate_limits_has_a_limiter_that_limits(
+async def test_the_limiters_on_rate_limits_are_acquired(
     sim: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In memory it is run; for Redis there is no server here, so that bucket stands in memory."""
+    """Both limiters are acquired once per request; a bucket in memory replaces the one in Redis."""
     checked = (ROOT / "tests" / "typing" / "limiter.py").read_text()
     assert blocks("docs/rate-limits.md", "python")[0] in checked
     with names("docs/rate-limits.md") as page:
@@ -441,7 +441,7 @@ async def test_the_page_on_rate_limits_has_a_limiter_that_limits(
 async def test_the_errors_in_the_readme_are_what_is_printed(
     sim: Simulator, session: Session, held: int
 ) -> None:
-    """Word for word, for the one that depends on neither port nor number of attempts."""
+    """The one that depends on neither a port nor a number of attempts is the same word for word."""
     shown = blocks("README.md", "text")[0]
     with pytest.raises(ExecutionTimeout) as caught:
         await session.execution(held).wait(timeout=0.5)

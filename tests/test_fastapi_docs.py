@@ -1,4 +1,4 @@
-"""The page on FastAPI: its app and its page are run as processes, and asked with its commands."""
+"""The docs on FastAPI: their app runs in processes of its own, and their commands call it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ AUTHORIZATION = {"Authorization": "Basic bWU6c2VjcmV0"}  # me:secret
 
 
 def blocks(language: str) -> list[str]:
-    """Return the page's code blocks in one language."""
+    """Return the code blocks of docs/fastapi.md in one language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
@@ -39,7 +39,7 @@ _, SERVE, START, FOLLOW = blocks("sh")
 
 
 class Process:
-    """The page's app, served by the page's command."""
+    """The docs' app, served by the docs' command."""
 
     def __init__(self, folder: Path, sim: Simulator) -> None:
         (folder / "app.py").write_text(APP)
@@ -63,7 +63,7 @@ class Process:
 
     @property
     def port(self) -> int:
-        """The port, once it serves."""
+        """The port; reading it waits until the app is served."""
         while self._port is None:
             line = self.process.stderr.readline()  # type: ignore[union-attr]
             assert line, self.log
@@ -74,24 +74,24 @@ class Process:
 
     @contextmanager
     def events(self, execution_id: int, last_event_id: str = "") -> Iterator[HTTPResponse]:
-        """Yield a response whose headers are there."""
+        """Yield the response of an execution's events, once its headers have arrived."""
         with closing(HTTPConnection("127.0.0.1", self.port, timeout=10)) as connection:
             headers = {**AUTHORIZATION, "Last-Event-ID": last_event_id}
             connection.request("GET", f"/executions/{execution_id}/events", headers=headers)
             yield connection.getresponse()
 
     def run(self, command: str) -> str:
-        """Run a command of the page against this process, and return what it prints."""
+        """Run a curl command of the docs against this process, and return what it prints."""
         return subprocess.run(self.argv(command), capture_output=True, text=True, check=True).stdout
 
     def argv(self, command: str) -> list[str]:
-        """Return a curl command of the page as what to execute."""
+        """Return the arguments of a curl command of the docs, with this process's port."""
         one_line = command.replace("\\\n", "")
         argv = shlex.split(one_line.replace("127.0.0.1:8000", f"127.0.0.1:{self.port}"))
         return [*argv, "--silent", "--show-error", "--max-time", "10"]
 
     def end(self) -> str:
-        """End it, and return its log."""
+        """Kill the process, and return its log."""
         self.process.kill()
         self.log += self.process.communicate()[1]
         return self.log
@@ -99,7 +99,7 @@ class Process:
 
 @pytest.fixture
 def spawn(tmp_path: Path, threaded_sim: Simulator) -> Iterator[Callable[[], Process]]:
-    """Return a function that begins to serve the page's app."""
+    """Return a function that starts to serve the docs' app."""
     with ExitStack() as stack:
 
         def begin() -> Process:
@@ -112,13 +112,13 @@ def spawn(tmp_path: Path, threaded_sim: Simulator) -> Iterator[Callable[[], Proc
 
 
 def report(value: Any = None, **options: Any) -> Scenario:
-    """Return what a run of the page's workflow does; its report is held."""
+    """Return the scenario of the docs' workflow; its report runs until it is finished."""
     node = SimNode("Report", value, duration=None, is_output_node=True, **options)
     return Scenario([SimNode("Plan", "three parts"), node])
 
 
 def fields(response: HTTPResponse, count: int = -1) -> list[dict[str, str]]:
-    """Return the next events of a stream, as the fields that they consist of."""
+    """Return the next events of a stream, each as a dict of its fields."""
     events: list[dict[str, str]] = []
     event: dict[str, str] = {}
     while len(events) != count and (line := response.readline().decode()):
@@ -131,23 +131,23 @@ def fields(response: HTTPResponse, count: int = -1) -> list[dict[str, str]]:
 
 
 def timeless(text: str) -> str:
-    """Take out what differs from run to run: times, and how often was polled."""
+    """Remove what differs from run to run: the times and the number of polls."""
     return re.sub(
         r'("(?:elapsed|running|final|poll)":|^id: 1001:)[\d.]+', r"\1", text, flags=re.MULTILINE
     )
 
 
-def test_the_sizes_are_what_was_promised() -> None:
-    """An app of under 40 lines, and a page of 20."""
+def test_the_app_and_the_page_are_short() -> None:
+    """The app has fewer than 40 lines, and the page has 20."""
     assert len(APP.splitlines()) < 40
     assert len(HTML.splitlines()) == 20
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="the page's commands are curl's")
-def test_the_commands_print_what_the_page_says(
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the commands of the docs use curl")
+def test_the_commands_print_what_the_docs_show(
     threaded_sim: Simulator, spawn: Callable[[], Process]
 ) -> None:
-    """A run is started and followed with curl, from the page's own app."""
+    """With curl, the docs' app starts a run, sends its events, and refuses a wrong password."""
     sim = threaded_sim
     sim.add_workflow("write-report", report())
     app = spawn()
@@ -187,16 +187,14 @@ JSON.stringify(shown)
 
 
 def play(events: list[dict[str, str]]) -> Any:
-    """Run the page's script, let it have some events, and return what it shows."""
+    """Run the page's script with some events, and return what the page shows."""
     script = re.search(r"<script>\n(.*)</script>", HTML, re.DOTALL)
     assert script is not None
     return json.loads(dukpy.evaljs([DOM, script[1], PLAY], events=events))
 
 
-def test_the_page_shows_node_after_node(
-    threaded_sim: Simulator, spawn: Callable[[], Process]
-) -> None:
-    """Its script gets the events of the app itself."""
+def test_the_page_shows_each_node(threaded_sim: Simulator, spawn: Callable[[], Process]) -> None:
+    """Its script shows the progress and every node, and closes the stream at the end."""
     app = spawn()
     execution_id = threaded_sim.add_execution(report(), execution_id=1001)
     with app.events(execution_id) as response:
@@ -212,7 +210,7 @@ def test_the_page_shows_node_after_node(
 
 
 def test_the_page_shows_a_failure() -> None:
-    """In the server's words, with what was seen last."""
+    """It shows the message of a `failure` event, and the nodes that were seen last."""
     node = {"name": "Plan", "status": "RUNNING", "value": None}
     failure = {"message": "This server failed.", "last": {"nodes": {"Plan": node}}}
     shown = play([{"event": "failure", "data": json.dumps(failure)}])
@@ -232,10 +230,10 @@ def folded(events: list[dict[str, str]]) -> dict[str, Any]:
     return nodes
 
 
-def test_another_process_takes_over_where_one_was_killed(
+def test_another_process_takes_over_from_a_killed_one(
     threaded_sim: Simulator, spawn: Callable[[], Process]
 ) -> None:
-    """The client ends up with exactly the final nodes."""
+    """The client that reconnects ends up with exactly the final nodes."""
     first, second = spawn(), spawn()
     execution_id = threaded_sim.add_execution(report())
     with first.events(execution_id) as response:
@@ -256,16 +254,16 @@ def test_another_process_takes_over_where_one_was_killed(
 def test_sigterm_ends_idle_streams_within_two_seconds(
     threaded_sim: Simulator, spawn: Callable[[], Process]
 ) -> None:
-    """Properly, so that the log has no error for each of them."""
+    """They end properly, so the log has no errors."""
     app = spawn()
     idle = threaded_sim.add_execution(report())
     with ExitStack() as stack:
         streams = [stack.enter_context(app.events(idle)) for _ in range(3)]
         assert [fields(stream, 1)[0]["event"] for stream in streams] == ["snapshot"] * 3
-        told = time.monotonic()
+        signalled = time.monotonic()
         app.process.send_signal(signal.SIGTERM)
         app.process.wait(timeout=10)
-        assert time.monotonic() - told < 2
+        assert time.monotonic() - signalled < 2
         assert [fields(stream) for stream in streams] == [[], [], []]
     log = app.end()
     assert "Application shutdown complete" in log
@@ -280,10 +278,8 @@ def _settings(monkeypatch: pytest.MonkeyPatch, threaded_sim: Simulator) -> None:
 
 
 @pytest.mark.usefixtures("_settings")
-def test_the_page_s_app_starts_twice_in_one_process(
-    threaded_sim: Simulator, tmp_path: Path
-) -> None:
-    """Its one session is opened by each lifespan, and serves its page."""
+def test_the_app_starts_twice_in_one_process(threaded_sim: Simulator, tmp_path: Path) -> None:
+    """Each lifespan opens its one session, and the app serves its page."""
     (tmp_path / "page.html").write_text(HTML)
     namespace: dict[str, Any] = {"__name__": "app", "__file__": str(tmp_path / "app.py")}
     exec(compile(APP, "app.py", "exec"), namespace)
@@ -295,8 +291,8 @@ def test_the_page_s_app_starts_twice_in_one_process(
             assert client.get("/", headers={"Authorization": ""}).status_code == 401
 
 
-def test_people_see_their_own_executions(threaded_sim: Simulator) -> None:
-    """As the page's second app writes down whose they are."""
+def test_people_see_only_their_own_executions(threaded_sim: Simulator) -> None:
+    """The docs' second app records who owns an execution, and refuses everybody else."""
     sim = threaded_sim
     sim.add_workflow("write-report", Scenario([SimNode("Report", "done", is_output_node=True)]))
     foreign = sim.add_execution(Scenario([SimNode("Report")]), execution_id=5)
