@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import select
+import ssl
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -389,7 +390,7 @@ class Transport:
             )
         if isinstance(error, InvalidResponse):
             return error.path is None and not isinstance(error, ResponseTooLarge)
-        return True
+        return not _is_tls_failure(error.__cause__)
 
     async def _attempt(
         self, pool: _Pool, request: Request, sent_at: float, once: SendOnce | None
@@ -480,7 +481,11 @@ class Transport:
     ) -> RequestError:
         reason = self._redactor.redact(_reason(failure))
         error: RequestError
-        if isinstance(failure, TimeoutError):
+        if _is_tls_failure(failure):
+            error = ConnectionFailed(
+                f"no TLS connection to {self.base_url}: {reason}", reason=reason
+            )
+        elif isinstance(failure, TimeoutError):
             error = RequestTimeout(
                 f"no complete answer from {self.base_url} within {self._request_timeout:g} s",
                 reason=reason,
@@ -500,7 +505,8 @@ class Transport:
         error.__cause__ = failure
         # The repr of a ClientResponseError shows all headers of the request, the key's too.
         if isinstance(failure, aiohttp.ClientResponseError) or self._redactor.is_shown_by(failure):
-            error.__cause__ = aiohttp.ClientError(f"{type(failure).__name__}: {reason}")
+            cause = ssl.SSLError if _is_tls_failure(failure) else aiohttp.ClientError
+            error.__cause__ = cause(f"{type(failure).__name__}: {reason}")
         return error
 
     def _read(self, read: Callable[[Response], T], response: Response) -> T:
@@ -535,7 +541,39 @@ async def _read_body(answer: aiohttp.ClientResponse, pieces: list[bytes], limit:
             answer.close()
 
 
+def _is_tls_failure(error: BaseException | None) -> bool:
+    """Return True if no TLS connection can be made, which waiting does not change."""
+    if isinstance(error, aiohttp.ClientConnectorSSLError):
+        return not isinstance(error.os_error, ssl.SSLEOFError)  # the server went away meanwhile
+    return isinstance(
+        error, (aiohttp.ClientSSLError, aiohttp.ServerFingerprintMismatch, ssl.SSLError)
+    )
+
+
+def _tls_reason(error: BaseException) -> str:
+    """Return what is wrong with a TLS connection, and what to do about it."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        error = error.certificate_error
+    elif isinstance(error, aiohttp.ClientConnectorSSLError):
+        error = error.os_error
+    if isinstance(error, ssl.SSLCertVerificationError):
+        said = str(error.verify_message).rstrip(".")
+        return (
+            f"the server's certificate is not valid: {said}; if a private authority issued it, set"
+            " SSL_CERT_FILE to that authority's certificate, or pass http= with an SSL context"
+        )
+    name = getattr(error, "reason", None) or str(error)
+    if name == "WRONG_VERSION_NUMBER":
+        return f"the server does not speak TLS on this port ({name}): check base_url"
+    return (
+        f"the handshake failed ({name}): if the server demands a client certificate or another TLS"
+        " version, pass http= with an SSL context"
+    )
+
+
 def _reason(error: BaseException | None) -> str:
+    if error is not None and _is_tls_failure(error):
+        return _tls_reason(error)
     if isinstance(error, aiohttp.ClientConnectorError) and error.errno is not None:
         # aiohttp words it for those who know its connection keys.
         return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)

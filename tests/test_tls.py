@@ -1,0 +1,202 @@
+"""TLS, client certificates and private authorities: real handshakes on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import os
+import ssl
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import aiohttp
+import pytest
+import trustme
+
+from promptlayer_exec import ConnectionFailed, RequestRetried, RetryPolicy, Session, Snapshot
+
+BODY = b'{"Node 1": {"status": "SUCCESS", "value": 42, "is_output_node": true}}'
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(BODY), BODY)
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    """Return an authority that nobody trusts yet."""
+    return trustme.CA()
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Callable[..., str]]:
+    """Return a function that starts a server with an SSL context, and returns its base URL."""
+    servers: list[asyncio.Server] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(ANSWER)
+            await writer.drain()
+            await reader.read()
+        except (OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    async def start(context: ssl.SSLContext | None) -> str:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context)
+        servers.append(server)
+        return f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+    yield start
+    for server in servers:
+        server.close()
+        await server.wait_closed()
+
+
+def server_context(authority: trustme.CA, *names: str, expired: bool = False) -> ssl.SSLContext:
+    """Return a server's context, with a certificate of the authority's."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    until = dt.datetime(2020, 1, 1, tzinfo=dt.UTC) if expired else None
+    authority.issue_cert(*(names or ("127.0.0.1",)), not_after=until).configure_cert(context)
+    return context
+
+
+def client_context(authority: trustme.CA) -> ssl.SSLContext:
+    """Return a client's context that trusts the authority."""
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
+
+
+async def refused(base_url: str, context: ssl.SSLContext | None = None) -> ConnectionFailed:
+    """Ask a server, and return the error; it must come at once."""
+    events: list[object] = []
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(ssl=True if context is None else context)
+    ) as http:
+        session = Session("key", base_url=base_url, http=http, observers=[events.append])
+        async with session:
+            with pytest.raises(ConnectionFailed) as caught:
+                await session.get_results(787)
+            start_events = len(events)
+            with pytest.raises(ConnectionFailed):
+                await session.start("name")
+    assert start_events == 0
+    assert not any(isinstance(event, RequestRetried) for event in events)
+    assert caught.value.attempts == 1
+    assert "Operation not permitted" not in str(caught.value)
+    return caught.value
+
+
+async def test_an_unknown_authority_is_named_and_not_retried(
+    serve: Callable[..., str], authority: trustme.CA
+) -> None:
+    """The error says what is wrong with the certificate, and what to set."""
+    error = await refused(await serve(server_context(authority)))
+    assert "execution 787: no TLS connection to https://127.0.0.1" in str(error)
+    assert "certificate is not valid: unable to get local issuer certificate" in str(error)
+    assert "SSL_CERT_FILE" in str(error)
+
+
+async def test_a_certificate_for_another_host_is_named(
+    serve: Callable[..., str], authority: trustme.CA
+) -> None:
+    """The error names the host that was asked."""
+    base_url = await serve(server_context(authority, "example.org"))
+    error = await refused(base_url, client_context(authority))
+    assert "certificate is not valid for '127.0.0.1'" in str(error)
+
+
+async def test_an_expired_certificate_is_named(
+    serve: Callable[..., str], authority: trustme.CA
+) -> None:
+    """It does not become valid by waiting."""
+    base_url = await serve(server_context(authority, expired=True))
+    error = await refused(base_url, client_context(authority))
+    assert "certificate has expired" in str(error)
+
+
+async def test_a_server_without_tls_is_named(serve: Callable[..., str]) -> None:
+    """https:// was given where http:// was meant, or another port."""
+    error = await refused(await serve(None))
+    assert "does not speak TLS on this port" in str(error)
+    assert "check base_url" in str(error)
+
+
+async def test_no_common_version_is_named(serve: Callable[..., str], authority: trustme.CA) -> None:
+    """The protocol's own word for it is in the error."""
+    context = server_context(authority)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    mine = client_context(authority)
+    mine.maximum_version = ssl.TLSVersion.TLSv1_2
+    error = await refused(await serve(context), mine)
+    assert "handshake failed (TLSV1_ALERT_PROTOCOL_VERSION)" in str(error)
+
+
+async def test_a_borrowed_session_brings_its_own_authority_and_certificate(
+    serve: Callable[..., str], authority: trustme.CA
+) -> None:
+    """A server that demands a client certificate is followed through `http=`."""
+    theirs = server_context(authority)
+    theirs.verify_mode = ssl.CERT_REQUIRED
+    authority.configure_trust(theirs)
+    mine = client_context(authority)
+    authority.issue_cert("client@example.org").configure_cert(mine)
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=mine)) as http,
+        Session("key", base_url=await serve(theirs), http=http) as session,
+    ):
+        snapshot = await session.get_results(787, return_all_outputs=True)
+    assert isinstance(snapshot, Snapshot)
+    assert snapshot.nodes["Node 1"].value == 42
+
+
+async def test_ssl_cert_file_is_heeded(
+    serve: Callable[..., str], authority: trustme.CA, tmp_path: Path
+) -> None:
+    """As the error says: a private authority needs no code."""
+    certificate = tmp_path / "authority.pem"
+    authority.cert_pem.write_to_path(certificate)
+    program = (
+        "import asyncio, sys\n"
+        "from promptlayer_exec import Session\n"
+        "async def main():\n"
+        "    async with Session('key', base_url=sys.argv[1]) as session:\n"
+        "        print(await session.execution(787).output())\n"
+        "asyncio.run(main())\n"
+    )
+    base_url = await serve(server_context(authority))
+    finished = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-c", program, base_url],
+        env=os.environ | {"SSL_CERT_FILE": str(certificate)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (finished.stdout, finished.stderr) == ("42\n", "")
+
+
+async def test_a_server_that_goes_away_in_the_handshake_is_retried(
+    authority: trustme.CA,
+) -> None:
+    """That passes by waiting: it is no failure of TLS."""
+    tries = 0
+
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal tries
+        tries += 1
+        await reader.read(1)
+        writer.close()
+
+    server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    base_url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with (
+        server,
+        Session("key", base_url=base_url, retry=RetryPolicy(outage=0.05, base=0.01)) as session,
+    ):
+        with pytest.raises(ConnectionFailed):
+            await session.get_results(787)
+    assert tries > 1
