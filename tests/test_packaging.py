@@ -206,8 +206,8 @@ def test_the_simulator_shares_no_code_with_the_client() -> None:
 
 
 def is_private(name: str) -> bool:
-    """Return True if a name has one leading underscore."""
-    return name.startswith("_") and not name.startswith("__")
+    """Return True if a name is private by its underscore; `__doc__` and `_value_` are not."""
+    return name.startswith("_") and not name.endswith("_")
 
 
 def imported_names(node: ast.Import | ast.ImportFrom, package: str) -> list[str]:
@@ -298,7 +298,7 @@ def test_a_planted_private_use_is_found_in_a_single_module() -> None:
         "from promptlayer_exec.viewer._board import Board",
         "from ._board import Board",
         "from . import _board",
-        "self._board = cls._make(session.__class__)",
+        "self._board = cls._make(session.__class__, status._value_)",
         "getattr(session, _NAME)",
     ],
 )
