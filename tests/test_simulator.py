@@ -424,7 +424,7 @@ class TestFaults:
         assert headers["Content-Type"] == "text/html"
 
     async def test_status_without_a_name(self, sim: Simulator, client: Client) -> None:
-        """A status without an HTTP phrase has an error body, too; one below 400 has none."""
+        """Even a status without an HTTP phrase has an error body; one below 400 has no body."""
         sim.inject(Fault.status(599))
         sim.inject(Fault.status(302, headers={"Location": "/elsewhere"}))
         assert json.loads((await client.send("GET", RESULTS))[1])["message"] == "Status 599"
@@ -725,7 +725,7 @@ class TestLoopMode:
 
     @pytest.mark.parametrize("iterations", range(6))
     async def test_stops_with_connections_just_accepted(self, iterations: int) -> None:
-        """A connection that is being accepted when the simulator is exited is closed, too."""
+        """Exiting also closes a connection that is just being accepted."""
         before = asyncio.all_tasks()
         with socket.socket() as connection:
             async with Simulator() as sim:
