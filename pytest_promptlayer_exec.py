@@ -1,7 +1,7 @@
-"""The pytest plugin: a fixture that serves PromptLayer from the test's own machine.
+"""The pytest plugin: a fixture with a PromptLayer simulator.
 
-It stands beside the package, since pytest imports it in every run: what is in a package brings the
-whole package along.
+It is outside of the package because pytest imports it in every run, and importing a module of a
+package imports the package.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 def promptlayer_simulator() -> Iterator[Simulator]:
     """Return a running `promptlayer_exec.simulator.Simulator`, for any kind of test.
 
-    It serves in a thread of its own, so it goes with synchronous tests and every event loop.
+    It serves in a thread of its own, so it works with synchronous tests and any event loop.
     """
-    from promptlayer_exec.simulator import Simulator  # noqa: PLC0415 - costs nothing unless used
+    from promptlayer_exec.simulator import Simulator  # noqa: PLC0415 - imported only if used
 
     with Simulator() as simulator:
         yield simulator

@@ -1,4 +1,4 @@
-"""Traces and metrics of a session, by OpenTelemetry: the extra `opentelemetry`."""
+"""OpenTelemetry traces and metrics of a session (extra `opentelemetry`)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ from promptlayer_exec import (
 __all__ = ["OpenTelemetryObserver"]
 
 _SCOPE = "promptlayer_exec"
-# Those of the semantic conventions for HTTP, and on to an hour. The SDK's own are milliseconds.
+# The buckets of the semantic conventions for HTTP, and more up to an hour for watches. The SDK's
+# defaults are for milliseconds.
 _REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 _WATCH_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600)
 
@@ -49,22 +50,22 @@ class _Watch:
 
 
 class OpenTelemetryObserver:
-    """An observer that makes a span of every watch and every start, and counts the rest.
+    """An observer that records a span for each watch and each start, and metrics.
 
-    A span is the child of the one that is current where the watch, or the start, was begun. Only
-    polls that saw a node's status change are events of a watch's span. A start is told by its
-    answer, so that one without an answer has no span; its error is its caller's.
+    The parent of a span is the span that was current where the watch or the start began. A watch's
+    span has an event for each poll that saw a status change, ended an outage or was the last, and
+    one for the start of each outage. A start that failed has no span.
 
-    Values and inputs, and whatever text may quote them, are left out. Execution ids are on spans,
-    never on metrics.
+    By default, values, inputs and texts that may quote them are not recorded. Execution ids are on
+    spans, never on metrics.
 
     https://opentelemetry.io/docs/specs/semconv/
 
     Args:
-        tracer_provider: where spans go; None: the global one, which may be set later.
-        meter_provider: likewise for metrics.
-        record_values: whether inputs, outputs, and what a misshapen answer looked like are recorded
-            on spans.
+        tracer_provider: receives the spans; None: the global one, which may be set later.
+        meter_provider: receives the metrics; None: the global one, which may be set later.
+        record_values: whether to record inputs, outputs, and the body of a response of invalid
+            shape on spans.
     """
 
     def __init__(
@@ -76,44 +77,44 @@ class OpenTelemetryObserver:
     ) -> None:
         self._tracer = get_tracer(_SCOPE, __version__, tracer_provider)
         self._record_values = record_values
-        # By task: two sessions may watch one execution, and one session a second time while the
-        # first is still ending.
+        # By task, as two sessions may watch the same execution, and a session may start a new watch
+        # while the previous one is still ending.
         self._watches: WeakKeyDictionary[Any, _Watch] = WeakKeyDictionary()
         meter = get_meter(_SCOPE, __version__, meter_provider)
         self._active = meter.create_up_down_counter(
             "promptlayer_exec.active_watches", "{watch}", "Watches that are polling."
         )
-        self._polls = meter.create_counter(
-            "promptlayer_exec.polls", "{poll}", "Good answers to polls."
-        )
+        self._polls = meter.create_counter("promptlayer_exec.polls", "{poll}", "Successful polls.")
         self._retries = meter.create_counter(
-            "promptlayer_exec.retries", "{retry}", "Attempts that failed and are repeated."
+            "promptlayer_exec.retries", "{retry}", "Failed attempts that are retried."
         )
         self._throttles = meter.create_counter(
-            "promptlayer_exec.throttles", "{throttle}", "Answers 429, which slow a session down."
+            "promptlayer_exec.throttles",
+            "{throttle}",
+            "Responses with status 429, which throttle a session.",
         )
         self._poll_duration = meter.create_histogram(
             "promptlayer_exec.poll.duration",
             "s",
-            "From sending a poll to the last byte of its answer.",
+            "From sending a poll to the last byte of its response.",
             explicit_bucket_boundaries_advisory=_REQUEST_SECONDS,
         )
         self._lateness = meter.create_histogram(
             "promptlayer_exec.poll.lateness",
             "s",
-            "How long after its time a poll was sent.",
+            "How late a poll was sent, compared with its schedule.",
             explicit_bucket_boundaries_advisory=_REQUEST_SECONDS,
         )
         self._watch_duration = meter.create_histogram(
             "promptlayer_exec.watch.duration",
             "s",
-            "From the beginning of a watch to its end.",
+            "From the start of a watch to its end.",
             explicit_bucket_boundaries_advisory=_WATCH_SECONDS,
         )
         self._start_duration = meter.create_histogram(
             "promptlayer_exec.start.duration",
             "s",
-            "From the call of a start to its answer.",
+            "From the call of a start to its response.",
             explicit_bucket_boundaries_advisory=_REQUEST_SECONDS,
         )
 
@@ -161,7 +162,7 @@ class OpenTelemetryObserver:
     def _retried(self, event: RequestRetried) -> None:
         kind = {"error.type": _type(event.error)}
         self._retries.add(1, kind)
-        # A start, and a single look, are retried in tasks that are no watch's.
+        # Starts and single requests are retried in tasks that have no watch.
         watch = self._watches.get(asyncio.current_task())
         if watch is not None and not watch.is_failing:
             watch.is_failing = True
@@ -191,8 +192,8 @@ class OpenTelemetryObserver:
         shown: dict[str, str] = {"exception.type": _type(error)}
         if not self._record_values:
             if isinstance(error, InvalidResponse):
-                text = _text(str(error.args[0]))  # its str shows how the body begins
-            # With the messages, of the causes too, a stack trace would quote what they quote.
+                text = _text(str(error.args[0]))  # its str() quotes the body
+            # A full stack trace has the messages of the causes, too, which may quote values.
             shown["exception.message"] = text
             shown["exception.stacktrace"] = "".join(traceback.format_tb(error.__traceback__))
         span.record_exception(error, shown)
@@ -218,7 +219,7 @@ class OpenTelemetryObserver:
 
 def _type(error: Exception) -> str:
     cls = type(error)
-    # The private modules are not where a user finds an error.
+    # Users import errors from the package, not from its private modules.
     module = (
         "promptlayer_exec" if cls.__module__.startswith("promptlayer_exec.") else cls.__module__
     )
@@ -226,7 +227,7 @@ def _type(error: Exception) -> str:
 
 
 def _changed(before: Snapshot | None, after: Snapshot) -> list[str]:
-    """Return the nodes whose status is another than before, each with its new one."""
+    """Return the nodes whose status changed, each with its new status."""
     old: Mapping[str, Node] = {} if before is None else before.nodes
     if old is after.nodes:
         return []
@@ -238,11 +239,11 @@ def _changed(before: Snapshot | None, after: Snapshot) -> list[str]:
 
 
 def _text(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate breaks an export
+    return text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate cannot be exported
 
 
 def _json(value: Any) -> str:
     try:
         return json.dumps(value, default=repr)
-    except RecursionError:  # it must not keep a span from its end
+    except RecursionError:  # the span must still end
         return "(nested too deeply to be recorded)"

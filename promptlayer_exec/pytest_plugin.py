@@ -1,4 +1,4 @@
-"""The pytest plugin, for those who name it: installed, it is there without being named."""
+"""The pytest plugin under the package's name; pytest also loads it by its entry point."""
 
 from pytest_promptlayer_exec import promptlayer_simulator
 

@@ -1,4 +1,4 @@
-"""Executions in a FastAPI app: what is answered, to whom, and in which words."""
+"""Executions in a FastAPI app: responses, authorization and error texts."""
 
 from __future__ import annotations
 
@@ -49,22 +49,22 @@ from promptlayer_exec.fastapi._json import dump_json
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 PROBLEM = "application/problem+json"
-SECRET = "what the upstream said"
+SECRET = "text from PromptLayer"
 
 
 async def allow() -> None:
-    """Let everybody in."""
+    """Authorize every request."""
 
 
 def make_app(session: Session, **options: Any) -> FastAPI:
-    """Return an app that has the router, and lets everybody in by default."""
+    """Return an app that has the router, and authorizes every request by default."""
     app = FastAPI()
     app.include_router(create_router(lambda: session, **{"authorize": allow, **options}))
     return app
 
 
 def connect(app: Any) -> httpx2.AsyncClient:
-    """Return a client of an app in this loop; it gets a response when that is complete."""
+    """Return a client of an app in this loop; it returns a response once it is complete."""
     return httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://app")
 
 
@@ -78,10 +78,10 @@ def read_events(body: str) -> list[tuple[str, str, Any]]:
     return events
 
 
-async def test_each_node_is_told_of_once_as_it_changes(
+async def test_each_change_of_a_node_is_one_event(
     sim: Simulator, session: Session, held: int
 ) -> None:
-    """A full snapshot, one event for the change however often was polled, all at the end."""
+    """The stream is a full snapshot, one event per change however many polls, and the end."""
     async with connect(make_app(session)) as client:
         reading = asyncio.create_task(client.get(f"/executions/{held}/events"))
         await sim.wait_for_requests(5)
@@ -101,8 +101,8 @@ async def test_each_node_is_told_of_once_as_it_changes(
     assert {**snapshot["nodes"], "Answer": node} == complete["nodes"]
 
 
-async def test_what_is_over_is_told_at_once(sim: Simulator, session: Session) -> None:
-    """A snapshot and the end, for one request; the order of the nodes is the server's."""
+async def test_a_complete_execution_needs_one_request(sim: Simulator, session: Session) -> None:
+    """The stream is a snapshot and the end; the nodes are in the server's order."""
     execution_id = sim.add_execution(Scenario([SimNode("b"), SimNode("a", status="FAILED")]))
     async with connect(make_app(session)) as client:
         response = await client.get(f"/executions/{execution_id}/events")
@@ -114,10 +114,10 @@ async def test_what_is_over_is_told_at_once(sim: Simulator, session: Session) ->
 
 
 @pytest.mark.parametrize("ending", ["complete", "failure"])
-async def test_who_has_seen_the_end_is_sent_away(
+async def test_a_client_that_has_the_last_event_gets_204(
     sim: Simulator, session: Session, held: int, ending: str
 ) -> None:
-    """Any process can tell by the id alone, so nothing is asked of PromptLayer."""
+    """The id alone says so to any process, so no request is sent to PromptLayer."""
     async with connect(make_app(session)) as client:
         headers = {"Last-Event-ID": f"{held}:{ending}"}
         response = await client.get(f"/executions/{held}/events", headers=headers)
@@ -125,7 +125,7 @@ async def test_who_has_seen_the_end_is_sent_away(
 
 
 async def test_any_other_last_event_id_starts_again(sim: Simulator, session: Session) -> None:
-    """That of another execution's end, of an earlier event, or nonsense."""
+    """The id of another execution's end, of an earlier event, and an invalid one do so."""
     execution_id = sim.add_execution(Scenario([SimNode("Answer")]))
     async with connect(make_app(session)) as client:
         for last in ("1:complete", f"{execution_id}:7", "", "\xe9"):
@@ -135,20 +135,20 @@ async def test_any_other_last_event_id_starts_again(sim: Simulator, session: Ses
 
 
 async def events_after(
-    sim: Simulator, session: Session, held: int, trouble: Callable[[], Any]
+    sim: Simulator, session: Session, held: int, interfere: Callable[[], Any]
 ) -> list[tuple[str, str, Any]]:
-    """Return the events of a stream that meets with trouble after its first."""
+    """Return the events of a stream; `interfere` is called after the first one."""
     async with connect(make_app(session)) as client:
         reading = asyncio.create_task(client.get(f"/executions/{held}/events"))
         await sim.wait_for_requests(2)
-        trouble()
+        interfere()
         return read_events((await reading).text)
 
 
 async def test_an_error_after_the_first_event_is_an_event(
     sim: Simulator, session: Session, held: int
 ) -> None:
-    """It tells what was seen last, and nothing of what the upstream said."""
+    """It has the last snapshot, and no text from PromptLayer."""
     body = json.dumps({"message": SECRET}).encode()
     events = await events_after(
         sim,
@@ -166,22 +166,22 @@ async def test_an_error_after_the_first_event_is_an_event(
     }
 
 
-async def test_a_stream_ends_at_the_session_s_deadline(
+async def test_a_stream_ends_at_the_wait_timeout(
     open_session: Callable[..., Session], held: int
 ) -> None:
-    """By an event, with the last failure in the log and not in it."""
+    """Its last event is a `failure` with the type `ExecutionTimeout`."""
     async with connect(make_app(open_session(wait_timeout=0.2))) as client:
         response = await client.get(f"/executions/{held}/events")
     assert read_events(response.text)[-1][2]["type"] == "ExecutionTimeout"
 
 
-async def test_an_error_that_is_not_ours_is_told_of_in_general_terms(
+async def test_a_foreign_error_is_described_in_general_terms(
     sim: Simulator,
     open_session: Callable[..., Session],
     held: int,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """As where a limiter's server fails: the log has it, and the stream ends properly."""
+    """An error of a limiter, say, is logged, and the stream ends with a general text."""
 
     class Broken:
         async def acquire(self) -> None:
@@ -195,10 +195,10 @@ async def test_an_error_that_is_not_ours_is_told_of_in_general_terms(
     assert SECRET in caplog.text
 
 
-async def test_a_session_that_closes_ends_the_stream_without_a_word(
+async def test_closing_the_session_ends_the_stream_without_an_event(
     sim: Simulator, session: Session, held: int
 ) -> None:
-    """A `failure` would keep the browser from coming back to the next process."""
+    """A `failure` would stop the browser from reconnecting to the next process."""
     app = make_app(session)
     async with connect(app) as client:
         reading = asyncio.create_task(client.get(f"/executions/{held}/events"))
@@ -212,18 +212,18 @@ async def test_a_session_that_closes_ends_the_stream_without_a_word(
     )
 
 
-async def test_a_response_that_is_never_sent_leaves_the_watch(
+async def test_a_response_that_is_never_sent_ends_the_watch(
     session: Session, held: int, recorder: Any
 ) -> None:
-    """As where a middleware replaces it."""
+    """A middleware may replace the response, for example."""
     await execution_events(session.execution(held))
     await recorder.next(WatchEnded)
 
 
-async def test_the_answer_to_head_leaves_the_watch(
+async def test_the_response_to_head_ends_the_watch(
     session: Session, held: int, recorder: Any
 ) -> None:
-    """There are headers and no stream, and nothing is followed, though somebody keeps it."""
+    """It has headers and no stream; the watch ends even if the response is kept."""
     app = FastAPI()
     kept = []
 
@@ -239,14 +239,14 @@ async def test_the_answer_to_head_leaves_the_watch(
 
 
 async def test_a_negative_heartbeat_is_refused(sim: Simulator, session: Session) -> None:
-    """Before anything is asked."""
+    """No request is sent."""
     with pytest.raises(ValueError, match="at least 0 seconds"):
         await execution_events(session.execution(1), heartbeat=-1)
     assert sim.request_count == 0
 
 
-async def test_the_nodes_can_be_had_at_once(sim: Simulator, session: Session, held: int) -> None:
-    """As they are now, complete or not, for one request."""
+async def test_the_nodes_as_they_are_now(sim: Simulator, session: Session, held: int) -> None:
+    """The snapshot takes one request, whether the execution is complete or not."""
     async with connect(make_app(session)) as client:
         response = await client.get(f"/executions/{held}")
     assert (response.status_code, response.headers["cache-control"]) == (200, "no-store")
@@ -254,8 +254,8 @@ async def test_the_nodes_can_be_had_at_once(sim: Simulator, session: Session, he
     assert (response.json()["execution_id"], sim.request_count) == (str(held), 1)
 
 
-async def test_the_output_is_waited_for(sim: Simulator, session: Session, held: int) -> None:
-    """And answered as it is."""
+async def test_the_output_route_waits(sim: Simulator, session: Session, held: int) -> None:
+    """It returns the main output as it is."""
     async with connect(make_app(session)) as client:
         waiting = asyncio.create_task(client.get(f"/executions/{held}/output"))
         await sim.wait_for_requests(2)
@@ -265,7 +265,7 @@ async def test_the_output_is_waited_for(sim: Simulator, session: Session, held: 
 
 
 async def test_a_failed_execution_has_no_output(sim: Simulator, session: Session) -> None:
-    """409, with the nodes that failed."""
+    """The response is a 409 with the nodes that failed."""
     node = SimNode("Answer", status="FAILED", error_message="refused", is_output_node=True)
     execution_id = sim.add_execution(Scenario([node]))
     async with connect(make_app(session)) as client:
@@ -278,7 +278,7 @@ async def test_a_failed_execution_has_no_output(sim: Simulator, session: Session
 async def test_an_early_error_is_the_response(
     sim: Simulator, session: Session, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On each route, without a handler of the app's; the upstream's words go to the log."""
+    """Every route handles errors itself; PromptLayer's text is only in the log."""
     body = json.dumps({"message": SECRET}).encode()
     async with connect(make_app(session)) as client:
         for route in ("", "/events", "/output"):
@@ -294,7 +294,7 @@ async def test_an_early_error_is_the_response(
 async def test_an_impossible_id_is_refused(
     sim: Simulator, session: Session, execution_id: str
 ) -> None:
-    """As a problem that names the parameter; nothing is asked."""
+    """The problem names the parameter; no request is sent."""
     async with connect(make_app(session)) as client:
         response = await client.get(f"/executions/{execution_id}")
     assert (response.status_code, response.headers["content-type"]) == (422, PROBLEM)
@@ -303,7 +303,7 @@ async def test_an_impossible_id_is_refused(
 
 
 async def test_the_largest_id_is_not_rounded(sim: Simulator, session: Session) -> None:
-    """It travels as a string."""
+    """It is sent as a string."""
     execution_id = sim.add_execution(Scenario([SimNode("Answer")]), execution_id=2**63 - 1)
     async with connect(make_app(session)) as client:
         response = await client.get(f"/executions/{execution_id}")
@@ -335,7 +335,7 @@ ANSWERS: list[tuple[PromptLayerExecError, int]] = [
 
 
 def raising(error: Exception) -> TestClient:
-    """Return a client of an app with handlers, whose route raises an error."""
+    """Return a client of an app with error handlers, whose route raises an error."""
     app = FastAPI()
     add_error_handlers(app)
 
@@ -347,8 +347,8 @@ def raising(error: Exception) -> TestClient:
 
 
 @pytest.mark.parametrize(("error", "status"), ANSWERS, ids=lambda value: type(value).__name__)
-def test_every_error_has_its_answer(error: PromptLayerExecError, status: int) -> None:
-    """A problem of its own type, in our words alone."""
+def test_every_error_has_its_response(error: PromptLayerExecError, status: int) -> None:
+    """It is a problem of its own type, without any text from PromptLayer."""
     response = raising(error).get("/")
     assert (response.status_code, response.headers["content-type"]) == (status, PROBLEM)
     problem = response.json()
@@ -358,23 +358,23 @@ def test_every_error_has_its_answer(error: PromptLayerExecError, status: int) ->
     assert SECRET not in response.text + repr(response.headers)
 
 
-def test_no_public_error_is_forgotten() -> None:
-    """A new one must take its place in the mapping, and in the docs."""
+def test_every_public_error_is_listed() -> None:
+    """A new error must be added to the mapping, and to the docs."""
     public = {getattr(promptlayer_exec, name) for name in promptlayer_exec.__all__[:-1]}
     errors = {cls for cls in public if isinstance(cls, type) and issubclass(cls, Exception)}
-    answered = {type(error) for error, _ in ANSWERS}
-    assert errors - answered == {PromptLayerExecError, RequestError}
+    listed = {type(error) for error, _ in ANSWERS}
+    assert errors - listed == {PromptLayerExecError, RequestError}
     docs = (Path(__file__).parents[1] / "docs" / "fastapi.md").read_text(encoding="utf-8")
     for error, status in ANSWERS:
         assert re.search(rf"^\|.*`{type(error).__name__}`.*\| {status} \|$", docs, re.MULTILINE)
 
 
 class Novel(PromptLayerExecError):
-    """An error that this module does not know."""
+    """An error that the mapping does not list."""
 
 
-def test_an_error_of_a_kind_that_is_not_known_is_the_server_s() -> None:
-    """500, in general terms."""
+def test_an_unlisted_error_is_an_internal_server_error() -> None:
+    """The response is a 500 with a general text."""
     response = raising(Novel(SECRET)).get("/")
     assert (response.status_code, SECRET in response.text) == (500, False)
     assert response.json()["type"] == "urn:promptlayer-exec:InternalServerError"
@@ -383,14 +383,14 @@ def test_an_error_of_a_kind_that_is_not_known_is_the_server_s() -> None:
 @pytest.mark.parametrize(
     ("announced", "header"), [(None, "5"), (0.0, "1"), (1.2, "2"), (math.inf, "3600")]
 )
-def test_a_429_says_when_to_come_back(announced: float | None, header: str) -> None:
-    """In whole seconds, at least one, and at most an hour."""
+def test_a_429_becomes_a_503_with_retry_after(announced: float | None, header: str) -> None:
+    """Retry-After is in whole seconds: at least one, and at most an hour."""
     error = RateLimited(SECRET, status=429, server_message=SECRET, retry_after=announced)
     assert raising(error).get("/").headers["retry-after"] == header
 
 
-def test_the_router_s_problems_hide_no_header() -> None:
-    """What `authorize` refuses is a problem, with the headers that it asked for."""
+def test_the_router_s_problems_keep_headers() -> None:
+    """An HTTPException of `authorize` becomes a problem with the exception's headers."""
 
     async def challenge() -> None:
         raise HTTPException(401, "Log in.", {"WWW-Authenticate": "Basic"})
@@ -418,7 +418,7 @@ ROUTES = [
 async def test_every_route_is_authorized(
     sim: Simulator, session: Session, method: str, path: str
 ) -> None:
-    """By the request and, where there is one, the id; a refusal asks nothing of PromptLayer."""
+    """`authorize` gets the request and any id; after a refusal no request is sent."""
     seen = []
 
     async def authorize(request: Request, execution_id: int | None = None) -> bool:
@@ -433,7 +433,7 @@ async def test_every_route_is_authorized(
 
 
 async def test_an_id_in_the_query_does_not_reach_authorize(session: Session) -> None:
-    """Who may see one execution must not pass, by naming it, for one that may start another."""
+    """A client that may see one execution could otherwise name it to start another."""
     seen = []
 
     async def authorize(execution_id: int | None = None) -> None:
@@ -444,10 +444,10 @@ async def test_an_id_in_the_query_does_not_reach_authorize(session: Session) -> 
     assert (response.status_code, seen) == (400, [])
 
 
-async def test_what_authorize_holds_is_released_before_the_stream(
+async def test_authorize_is_resumed_after_its_yield_before_the_stream(
     sim: Simulator, session: Session, held: int
 ) -> None:
-    """A database connection, say, is not held for as long as a browser looks on."""
+    """A database connection, say, is not held for as long as the stream is open."""
     released = asyncio.Event()
 
     async def authorize() -> AsyncIterator[None]:
@@ -463,23 +463,23 @@ async def test_what_authorize_holds_is_released_before_the_stream(
 
 
 def test_authorize_is_required() -> None:
-    """Neither left out nor None."""
+    """It must be given, and must not be None."""
     with pytest.raises(TypeError, match="authorize"):
         create_router(allow)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="authorize is a dependency, not None"):
+    with pytest.raises(TypeError, match="authorize must be a dependency, got None"):
         create_router(allow, authorize=None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"write \['report'\]"):
         create_router(allow, authorize=allow, workflows="report")
 
 
 async def test_nothing_can_be_started_by_default(session: Session) -> None:
-    """There is no such route."""
+    """Without `workflows` there is no route that starts a run."""
     async with connect(make_app(session)) as client:
         assert (await client.post("/executions", json={"workflow": "x"})).status_code == 404
 
 
 async def test_an_allowed_workflow_is_started(sim: Simulator, session: Session) -> None:
-    """201, with the id and where to look."""
+    """The response is a 201 with the id, and a Location."""
     sim.add_workflow("reports/weekly", Scenario([SimNode("Report")]))
     body = {"workflow": "reports/weekly", "inputs": {"topic": "otters"}}
     async with connect(make_app(session, workflows=["reports/weekly"])) as client:
@@ -504,10 +504,10 @@ async def test_an_allowed_workflow_is_started(sim: Simulator, session: Session) 
         ({"workflow": "report", "inputs": {"x": [math.nan]}}, 422),
     ],
 )
-async def test_nothing_else_is_started(
+async def test_an_invalid_start_is_refused(
     sim: Simulator, session: Session, body: Any, status: int
 ) -> None:
-    """An unlisted workflow, a malformed body: a problem, and nothing sent."""
+    """An unlisted workflow or a malformed body is a problem; no request is sent."""
     async with connect(make_app(session, workflows=["report"])) as client:
         headers = {"Content-Type": "application/json"}
         response = await client.post("/executions", content=json.dumps(body), headers=headers)
@@ -518,7 +518,7 @@ async def test_nothing_else_is_started(
 async def test_a_lost_answer_says_that_the_run_may_have_started(
     sim: Simulator, session: Session
 ) -> None:
-    """A type of its own, so that no client starts it again without thinking."""
+    """The problem has a type of its own, so that clients do not repeat the start blindly."""
     sim.add_workflow("report", Scenario([SimNode("Report")]))
     sim.inject(Fault.disconnect())
     async with connect(make_app(session, workflows=["report"])) as client:
@@ -530,7 +530,7 @@ async def test_a_lost_answer_says_that_the_run_may_have_started(
 
 
 def test_two_lifespans_in_one_process(threaded_sim: Simulator) -> None:
-    """Each opens the session in its own loop, and events come in both."""
+    """Each opens the session in its own loop, and events are sent in both."""
     session = Session(threaded_sim.api_key, base_url=threaded_sim.base_url)
     execution_id = threaded_sim.add_execution(Scenario([SimNode("Answer")]))
 
@@ -560,7 +560,7 @@ def strict(text: str) -> Any:
 
 
 def cleaned(value: Any) -> Any:
-    """Say what becomes of a value on its way, in other words than the code's."""
+    """Return what JSON turns a value into; written differently from the code under test."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, str):
@@ -583,15 +583,17 @@ VALUES = st.recursive(
 
 @given(VALUES)
 def test_json_is_valid_whatever_the_value(value: Any) -> None:
-    """One line; `NaN` and infinities are null, lone surrogates U+FFFD, all else is exact."""
+    """It is one line; only `NaN`, infinities and lone surrogates are replaced."""
     text = dump_json(value)
     assert not {"\r", "\n"} & set(text)
     # Two keys may become one; dict() keeps the last, as a parser does.
     assert repr(strict(text)) == repr(cleaned(value))
 
 
-async def test_what_browsers_cannot_read_is_made_readable(sim: Simulator, session: Session) -> None:
-    """In events as in answers."""
+async def test_values_that_browsers_cannot_parse_are_replaced(
+    sim: Simulator, session: Session
+) -> None:
+    """This holds for events and for other responses."""
     value = {"x": [math.nan, -math.inf], "s": "\ud800!", "i": 2**70, "t": "NaN\u2028\n"}
     node = SimNode("Answer \udfff", value, is_output_node=True)
     execution_id = sim.add_execution(Scenario([node]))
@@ -603,10 +605,10 @@ async def test_what_browsers_cannot_read_is_made_readable(sim: Simulator, sessio
     assert read_events(events.text)[0][2]["nodes"]["Answer \ufffd"]["value"] == readable
 
 
-async def test_a_value_too_deep_to_be_written_does_not_hang_the_client(
+async def test_a_deeply_nested_value_does_not_hang_the_client(
     sim: Simulator, session: Session
 ) -> None:
-    """The stream ends with a `failure`."""
+    """The stream has a last event."""
     value: Any = None
     for _ in range(900):
         value = [value]
@@ -616,20 +618,11 @@ async def test_a_value_too_deep_to_be_written_does_not_hang_the_client(
     assert read_events(response.text)[-1][1] in {"complete", "failure"}
 
 
-def test_the_router_describes_itself(session: Session) -> None:
-    """OpenAPI tells of the events, the problems, and the body of a start."""
+def test_the_router_has_an_openapi_description(session: Session) -> None:
+    """It includes the events, the problems, and the body of a start."""
     schema = make_app(session, workflows=["report"]).openapi()
     events = schema["paths"]["/executions/{execution_id}/events"]["get"]["responses"]
     assert "text/event-stream" in events["200"]["content"]
     assert events["204"]["description"]
     assert PROBLEM in events["4XX"]["content"]
     assert schema["components"]["schemas"]["_Start"]["title"] == "Start"
-
-
-def test_it_uses_the_public_api() -> None:
-    """Like a program of any user's, but for the one seam."""
-    folder = Path(promptlayer_exec.__file__).parent / "fastapi"
-    source = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
-    allowed = {"promptlayer_exec import", "promptlayer_exec._integration import"}
-    assert set(re.findall(r"promptlayer_exec[.\w]* import", source)) == allowed
-    assert not re.search(r"from \.\.|import promptlayer_exec", source)

@@ -1,4 +1,4 @@
-"""The docs on FastAPI: their app runs in processes of its own, and their commands call it."""
+"""The docs' page on FastAPI: its app, its HTML page and its commands are executed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ AUTHORIZATION = {"Authorization": "Basic bWU6c2VjcmV0"}  # me:secret
 
 
 def blocks(language: str) -> list[str]:
-    """Return the code blocks of docs/fastapi.md in one language."""
+    """Return the docs' code blocks in one language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
@@ -63,7 +63,7 @@ class Process:
 
     @property
     def port(self) -> int:
-        """The port; reading it waits until the app is served."""
+        """The port; it waits until the app serves."""
         while self._port is None:
             line = self.process.stderr.readline()  # type: ignore[union-attr]
             assert line, self.log
@@ -74,18 +74,18 @@ class Process:
 
     @contextmanager
     def events(self, execution_id: int, last_event_id: str = "") -> Iterator[HTTPResponse]:
-        """Yield the response of an execution's events, once its headers have arrived."""
+        """Yield a response of events whose headers have been received."""
         with closing(HTTPConnection("127.0.0.1", self.port, timeout=10)) as connection:
             headers = {**AUTHORIZATION, "Last-Event-ID": last_event_id}
             connection.request("GET", f"/executions/{execution_id}/events", headers=headers)
             yield connection.getresponse()
 
     def run(self, command: str) -> str:
-        """Run a curl command of the docs against this process, and return what it prints."""
+        """Run a command of the docs against this process, and return its output."""
         return subprocess.run(self.argv(command), capture_output=True, text=True, check=True).stdout
 
     def argv(self, command: str) -> list[str]:
-        """Return the arguments of a curl command of the docs, with this process's port."""
+        """Return a curl command of the docs as arguments to execute."""
         one_line = command.replace("\\\n", "")
         argv = shlex.split(one_line.replace("127.0.0.1:8000", f"127.0.0.1:{self.port}"))
         return [*argv, "--silent", "--show-error", "--max-time", "10"]
@@ -99,26 +99,26 @@ class Process:
 
 @pytest.fixture
 def spawn(tmp_path: Path, threaded_sim: Simulator) -> Iterator[Callable[[], Process]]:
-    """Return a function that starts to serve the docs' app."""
+    """Return a function that starts a process with the docs' app."""
     with ExitStack() as stack:
 
-        def begin() -> Process:
+        def start() -> Process:
             process = Process(tmp_path, threaded_sim)
             stack.enter_context(process.process)
             stack.callback(process.process.kill)
             return process
 
-        yield begin
+        yield start
 
 
 def report(value: Any = None, **options: Any) -> Scenario:
-    """Return the scenario of the docs' workflow; its report runs until it is finished."""
+    """Return the scenario of the docs' workflow; its report is held."""
     node = SimNode("Report", value, duration=None, is_output_node=True, **options)
     return Scenario([SimNode("Plan", "three parts"), node])
 
 
 def fields(response: HTTPResponse, count: int = -1) -> list[dict[str, str]]:
-    """Return the next events of a stream, each as a dict of its fields."""
+    """Return the next events of a stream as dicts of their fields."""
     events: list[dict[str, str]] = []
     event: dict[str, str] = {}
     while len(events) != count and (line := response.readline().decode()):
@@ -131,23 +131,23 @@ def fields(response: HTTPResponse, count: int = -1) -> list[dict[str, str]]:
 
 
 def timeless(text: str) -> str:
-    """Remove what differs from run to run: the times and the number of polls."""
+    """Remove what differs between runs: times, and the number of polls."""
     return re.sub(
         r'("(?:elapsed|running|final|poll)":|^id: 1001:)[\d.]+', r"\1", text, flags=re.MULTILINE
     )
 
 
-def test_the_app_and_the_page_are_short() -> None:
-    """The app has fewer than 40 lines, and the page has 20."""
+def test_the_examples_are_short() -> None:
+    """The app has fewer than 40 lines, and the HTML page 20."""
     assert len(APP.splitlines()) < 40
     assert len(HTML.splitlines()) == 20
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="the commands of the docs use curl")
-def test_the_commands_print_what_the_docs_show(
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the docs' commands use curl")
+def test_the_commands_print_what_the_docs_say(
     threaded_sim: Simulator, spawn: Callable[[], Process]
 ) -> None:
-    """With curl, the docs' app starts a run, sends its events, and refuses a wrong password."""
+    """A run is started and followed with curl, from the docs' own app."""
     sim = threaded_sim
     sim.add_workflow("write-report", report())
     app = spawn()
@@ -187,14 +187,16 @@ JSON.stringify(shown)
 
 
 def play(events: list[dict[str, str]]) -> Any:
-    """Run the page's script with some events, and return what the page shows."""
+    """Run the page's script with some events, and return what it shows."""
     script = re.search(r"<script>\n(.*)</script>", HTML, re.DOTALL)
     assert script is not None
     return json.loads(dukpy.evaljs([DOM, script[1], PLAY], events=events))
 
 
-def test_the_page_shows_each_node(threaded_sim: Simulator, spawn: Callable[[], Process]) -> None:
-    """Its script shows the progress and every node, and closes the stream at the end."""
+def test_the_page_shows_node_after_node(
+    threaded_sim: Simulator, spawn: Callable[[], Process]
+) -> None:
+    """Its script gets real events of the app."""
     app = spawn()
     execution_id = threaded_sim.add_execution(report(), execution_id=1001)
     with app.events(execution_id) as response:
@@ -210,7 +212,7 @@ def test_the_page_shows_each_node(threaded_sim: Simulator, spawn: Callable[[], P
 
 
 def test_the_page_shows_a_failure() -> None:
-    """It shows the message of a `failure` event, and the nodes that were seen last."""
+    """It shows the message, and the last nodes."""
     node = {"name": "Plan", "status": "RUNNING", "value": None}
     failure = {"message": "This server failed.", "last": {"nodes": {"Plan": node}}}
     shown = play([{"event": "failure", "data": json.dumps(failure)}])
@@ -219,7 +221,7 @@ def test_the_page_shows_a_failure() -> None:
 
 
 def folded(events: list[dict[str, str]]) -> dict[str, Any]:
-    """Return the map of nodes that a client has after some events."""
+    """Return the node values that a client has after some events."""
     nodes: dict[str, Any] = {}
     for event in events:
         data = json.loads(event["data"])
@@ -230,10 +232,10 @@ def folded(events: list[dict[str, str]]) -> dict[str, Any]:
     return nodes
 
 
-def test_another_process_takes_over_from_a_killed_one(
+def test_another_process_takes_over_after_one_was_killed(
     threaded_sim: Simulator, spawn: Callable[[], Process]
 ) -> None:
-    """The client that reconnects ends up with exactly the final nodes."""
+    """The client then has exactly the final nodes."""
     first, second = spawn(), spawn()
     execution_id = threaded_sim.add_execution(report())
     with first.events(execution_id) as response:
@@ -254,7 +256,7 @@ def test_another_process_takes_over_from_a_killed_one(
 def test_sigterm_ends_idle_streams_within_two_seconds(
     threaded_sim: Simulator, spawn: Callable[[], Process]
 ) -> None:
-    """They end properly, so the log has no errors."""
+    """They end properly, so the log has no error."""
     app = spawn()
     idle = threaded_sim.add_execution(report())
     with ExitStack() as stack:
@@ -278,7 +280,7 @@ def _settings(monkeypatch: pytest.MonkeyPatch, threaded_sim: Simulator) -> None:
 
 
 @pytest.mark.usefixtures("_settings")
-def test_the_app_starts_twice_in_one_process(threaded_sim: Simulator, tmp_path: Path) -> None:
+def test_the_docs_app_starts_twice_in_one_process(threaded_sim: Simulator, tmp_path: Path) -> None:
     """Each lifespan opens its one session, and the app serves its page."""
     (tmp_path / "page.html").write_text(HTML)
     namespace: dict[str, Any] = {"__name__": "app", "__file__": str(tmp_path / "app.py")}
@@ -291,8 +293,8 @@ def test_the_app_starts_twice_in_one_process(threaded_sim: Simulator, tmp_path: 
             assert client.get("/", headers={"Authorization": ""}).status_code == 401
 
 
-def test_people_see_only_their_own_executions(threaded_sim: Simulator) -> None:
-    """The docs' second app records who owns an execution, and refuses everybody else."""
+def test_people_see_their_own_executions(threaded_sim: Simulator) -> None:
+    """The docs' second app records the owner of each execution."""
     sim = threaded_sim
     sim.add_workflow("write-report", Scenario([SimNode("Report", "done", is_output_node=True)]))
     foreign = sim.add_execution(Scenario([SimNode("Report")]), execution_id=5)

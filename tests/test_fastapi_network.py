@@ -1,4 +1,4 @@
-"""Events over real sockets: many clients, slow ones, those that go, and the end of the server."""
+"""Events over real sockets: many clients, slow clients, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Serve = Callable[[ASGIApp], Awaitable[str]]
 
 
 class Server(uvicorn.Server):
-    """Uvicorn in the test's own loop, without its hold on signals."""
+    """Uvicorn in the test's own loop, without its signal handlers."""
 
     def __init__(self, app: ASGIApp) -> None:
         super().__init__(uvicorn.Config(app, port=0, log_config=None, ws="none", lifespan="off"))
@@ -32,11 +32,11 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave the signals to pytest."""
+        """Install no signal handlers: pytest has its own."""
         yield
 
     async def startup(self, sockets: Any = None) -> None:
-        """Tell when there is a port."""
+        """Set `is_up` once there is a port."""
         await super().startup(sockets)
         self.is_up.set()
 
@@ -63,13 +63,13 @@ async def serve() -> AsyncIterator[Serve]:
 
 
 class Watched:
-    """An app, with the requests that it is occupied with, and the bytes it has sent."""
+    """An app that counts its active requests, and the bytes sent to each client."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.active = 0
         self.sent: dict[str, int] = {}
         self._app = app
-        self._left = asyncio.Condition()
+        self._ended = asyncio.Condition()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -84,17 +84,17 @@ class Watched:
             await self._app(scope, receive, counted)
         finally:
             self.active -= 1
-            async with self._left:
-                self._left.notify_all()
+            async with self._ended:
+                self._ended.notify_all()
 
     async def until_active(self, count: int) -> None:
-        """Wait until no more than `count` requests are there, for a second at most."""
-        async with asyncio.timeout(1), self._left:
-            await self._left.wait_for(lambda: self.active <= count)
+        """Wait until at most `count` requests are active, for at most one second."""
+        async with asyncio.timeout(1), self._ended:
+            await self._ended.wait_for(lambda: self.active <= count)
 
 
 async def allow() -> None:
-    """Let everybody in."""
+    """Authorize every request."""
 
 
 def make_app(session: Session) -> Watched:
@@ -109,7 +109,7 @@ def make_app(session: Session) -> Watched:
 
 
 async def events(response: aiohttp.ClientResponse) -> AsyncIterator[tuple[str, Any]]:
-    """Yield the kind and the data of each event as it comes."""
+    """Yield the kind and the data of each event as it arrives."""
     kind = ""
     while line := (await response.content.readline()).decode():
         name, _, text = line.rstrip("\n").partition(": ")
@@ -121,16 +121,16 @@ async def events(response: aiohttp.ClientResponse) -> AsyncIterator[tuple[str, A
 
 @pytest.fixture
 async def http() -> AsyncIterator[aiohttp.ClientSession]:
-    """Return a client for as many connections as a test likes, and lines as long."""
+    """Return a client without a connection limit that can read lines of up to 2 MiB."""
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, read_bufsize=2**21) as client:
         yield client
 
 
-async def test_two_hundred_clients_cost_the_requests_of_one(
+async def test_two_hundred_clients_need_the_requests_of_one(
     sim: Simulator, session: Session, held: int, serve: Serve, http: aiohttp.ClientSession
 ) -> None:
-    """Every client gets every event, and the last one tells how many polls there were in all."""
+    """Every client gets every event, and the last one has the total number of polls."""
     url = await serve(make_app(session))
     ready = asyncio.Semaphore(0)
 
@@ -152,7 +152,7 @@ async def test_two_hundred_clients_cost_the_requests_of_one(
     assert outcomes[0][1]["poll"] == sim.request_count
 
 
-async def test_a_client_that_goes_is_gone_and_the_last_one_stops_the_polling(
+async def test_the_last_client_that_disconnects_stops_the_polling(
     sim: Simulator,
     session: Session,
     *,
@@ -161,7 +161,7 @@ async def test_a_client_that_goes_is_gone_and_the_last_one_stops_the_polling(
     http: aiohttp.ClientSession,
     recorder: Any,
 ) -> None:
-    """Each within a second; until then, the others are served on."""
+    """Each request ends within a second; until then the other clients are served."""
     app = make_app(session)
     url = await serve(app)
     one = await http.get(f"{url}/executions/{held}/events")
@@ -177,7 +177,7 @@ async def test_a_client_that_goes_is_gone_and_the_last_one_stops_the_polling(
 
 
 @pytest.mark.parametrize("route", ["", "/events", "/output"])
-async def test_a_client_that_goes_before_the_answer_is_gone_too(
+async def test_a_request_ends_when_its_client_disconnects(
     sim: Simulator,
     session: Session,
     *,
@@ -186,7 +186,7 @@ async def test_a_client_that_goes_before_the_answer_is_gone_too(
     http: aiohttp.ClientSession,
     route: str,
 ) -> None:
-    """However long PromptLayer does not answer, nobody is waited for who is not there."""
+    """The request is cancelled even while PromptLayer does not answer."""
     app = make_app(session)
     url = await serve(app)
     sim.inject(Fault.stall())
@@ -196,7 +196,7 @@ async def test_a_client_that_goes_before_the_answer_is_gone_too(
     await app.until_active(0)
 
 
-async def test_a_start_whose_client_goes_is_reported(
+async def test_a_start_whose_client_disconnects_is_reported(
     sim: Simulator,
     session: Session,
     *,
@@ -205,7 +205,7 @@ async def test_a_start_whose_client_goes_is_reported(
     recorder: Any,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The paid run is not lost: the session tells its id."""
+    """The paid run is not lost: the session reports its id."""
     sim.add_workflow("report", Scenario([SimNode("Report")]))
     sim.inject(Fault.delay(0.3))
     url = await serve(make_app(session))
@@ -221,7 +221,7 @@ async def test_a_start_whose_client_goes_is_reported(
 async def test_heartbeats_are_comments(
     session: Session, held: int, serve: Serve, http: aiohttp.ClientSession
 ) -> None:
-    """They come while nothing changes."""
+    """They are sent while nothing changes."""
     app = FastAPI()
 
     @app.get("/")
@@ -231,31 +231,31 @@ async def test_heartbeats_are_comments(
     response = await http.get(await serve(app))
     assert response.headers["x-accel-buffering"] == "no"
     lines = [(await response.content.readline()).decode() for _ in range(9)]
-    assert [line.partition(": ")[0] for line in lines[:4]] == ["id", "event", "retry", "data"]
+    assert [line.partition(": ")[0] for line in lines[:4]] == ["id", "event", "data", "retry"]
     assert lines[4:] == ["\n", ": \n", "\n", ": \n", "\n"]
     response.close()
 
 
 class Restless:
-    """An upstream whose one node has a new value of 256 KiB on every poll, until it is over."""
+    """A server whose one node has a new value of 256 KiB on every poll, until completed."""
 
     SIZE = 256 * 1024
 
     def __init__(self) -> None:
         self.polls = 0
-        self.is_over = False
+        self.is_completed = False
 
     async def answer(self, request: web.Request) -> web.Response:
         """Answer a poll."""
         self.polls += 1
         value = f"{self.polls}".ljust(self.SIZE, ".")
-        node = {"status": "SUCCESS" if self.is_over else "RUNNING", "value": value}
-        return web.json_response({"Node": node}, status=200 if self.is_over else 202)
+        node = {"status": "SUCCESS" if self.is_completed else "RUNNING", "value": value}
+        return web.json_response({"Node": node}, status=200 if self.is_completed else 202)
 
 
 @pytest.fixture
 async def restless() -> AsyncIterator[tuple[Restless, str]]:
-    """Return such an upstream, and its URL."""
+    """Return such a server, and its URL."""
     upstream = Restless()
     app = web.Application()
     app.router.add_get("/workflow-version-execution-results", upstream.answer)
@@ -268,7 +268,7 @@ async def restless() -> AsyncIterator[tuple[Restless, str]]:
 
 
 async def stop_reading(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Return a connection that has asked for events, and takes next to nothing of them."""
+    """Return a connection that requested events, and reads almost none of them."""
     one_way = socket.socket()
     one_way.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     one_way.setblocking(False)
@@ -279,13 +279,13 @@ async def stop_reading(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWr
     return reader, writer
 
 
-async def test_a_client_that_stops_reading_delays_nobody_and_catches_up(
+async def test_a_client_that_stops_reading_delays_no_other_and_catches_up(
     restless: tuple[Restless, str],
     open_session: Callable[..., Session],
     serve: Serve,
     http: aiohttp.ClientSession,
 ) -> None:
-    """It is owed one change at most, not a backlog; when it reads on, it gets the latest."""
+    """It has no backlog: when it reads again, it gets the latest state."""
     upstream, base_url = restless
     app = make_app(open_session(base_url=base_url))
     url = await serve(app)
@@ -294,11 +294,11 @@ async def test_a_client_that_stops_reading_delays_nobody_and_catches_up(
     async with http.get(f"{url}/executions/1/events?reading") as response:
         async for kind, data in events(response):
             changes += kind == "node"
-            upstream.is_over = changes >= 100
+            upstream.is_completed = changes >= 100
             latest = data
     assert latest["complete"] is True
     assert app.sent["reading"] > 100 * Restless.SIZE
-    # What the kernel's buffers hold on loopback, and a few events.
+    # The capacity of the kernel's buffers on loopback, and a few events.
     assert app.sent["stalled"] < 20 * Restless.SIZE
     body = (await reader.read(-1)).decode()
     writer.close()
@@ -314,7 +314,7 @@ async def test_a_client_that_never_reads_is_dropped(
     recorder: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """So that it cannot keep the polling going for ever."""
+    """Otherwise it could keep the polling going forever."""
     monkeypatch.setattr(_events, "_SEND_TIMEOUT", 0.2)
     _, base_url = restless
     app = make_app(open_session(base_url=base_url))

@@ -1,4 +1,4 @@
-"""Traces and metrics: what the SDK's in-memory exporters get of real watches and starts."""
+"""Traces and metrics of real watches and starts, in the SDK's in-memory exporters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 
 class Collected:
-    """What the exporters were given."""
+    """The exported spans and metrics."""
 
     def __init__(self) -> None:
         self._exporter = InMemorySpanExporter()
@@ -44,7 +44,7 @@ class Collected:
         self.meters = MeterProvider([self._reader], shutdown_on_exit=False)
 
     def observer(self, **settings: Any) -> OpenTelemetryObserver:
-        """Return an observer that reports here."""
+        """Return an observer that exports to this collection."""
         return OpenTelemetryObserver(
             tracer_provider=self.tracers, meter_provider=self.meters, **settings
         )
@@ -63,7 +63,7 @@ class Collected:
         return {metric.name: metric for metric in scope.metrics}
 
     def totals(self) -> dict[str, float]:
-        """Return each metric's value, or how often it was recorded, over all attributes."""
+        """Return each metric's value, or the count of its recordings, over all attributes."""
         return {
             name: sum(
                 point.count if hasattr(point, "count") else point.value
@@ -75,7 +75,7 @@ class Collected:
 
 @pytest.fixture
 def collected() -> Collected:
-    """Return where the spans and metrics of `observed` go."""
+    """Return the collection of the spans and metrics of `observed`."""
     return Collected()
 
 
@@ -83,21 +83,21 @@ def collected() -> Collected:
 async def observed(
     collected: Collected, recorder: Any, open_session: Callable[..., Session]
 ) -> AsyncIterator[Session]:
-    """Return a session that is observed, and check at its end that no watch is left active."""
+    """Return an observed session; at its end, check that no watch is active."""
     async with open_session(observers=[collected.observer(), recorder]) as session:
         yield session
     assert collected.totals().get("promptlayer_exec.active_watches", 0) == 0
 
 
 def everything(span: ReadableSpan) -> str:
-    """Return all that a span tells."""
+    """Return a span as text."""
     return span.to_json()
 
 
 async def test_a_watch_is_one_span_whose_events_are_the_changes(
     collected: Collected, observed: Session, recorder: Any, sim: Simulator, held: int
 ) -> None:
-    """However many polls there are, and however many follow."""
+    """The numbers of polls and of followers make no difference."""
     execution = observed.execution(held)
     with collected.tracer.start_as_current_span("request") as parent:
         waits = [asyncio.create_task(execution.wait()) for _ in range(3)]
@@ -145,10 +145,10 @@ async def test_a_watch_is_one_span_whose_events_are_the_changes(
     assert (span.end_time - span.start_time) / 1e9 == pytest.approx(ended.sum, abs=0.5)
 
 
-async def test_a_failed_execution_is_no_failed_watch(
+async def test_a_failed_execution_is_not_a_failed_watch(
     collected: Collected, observed: Session, sim: Simulator
 ) -> None:
-    """The span says that it did not succeed; its status stays as it is."""
+    """An attribute of the span says so; its status is unset."""
     execution_id = sim.add_execution(Scenario([SimNode("Out", status="FAILED")]))
     await observed.execution(execution_id).wait()
     (span,) = collected.spans("watch execution")
@@ -157,10 +157,10 @@ async def test_a_failed_execution_is_no_failed_watch(
     assert span.status.status_code is StatusCode.UNSET
 
 
-async def test_an_error_is_recorded_and_makes_the_status(
+async def test_an_error_is_recorded_and_sets_the_status(
     collected: Collected, observed: Session
 ) -> None:
-    """By the name under which a user catches it, on the span and on the metric."""
+    """The span and the metric have the name under which a user imports the error."""
     with pytest.raises(NotFound):
         await observed.execution(7).wait()
     (span,) = collected.spans("watch execution")
@@ -182,7 +182,7 @@ async def test_an_error_is_recorded_and_makes_the_status(
 async def test_an_error_of_another_library_keeps_its_name(
     collected: Collected, open_session: Callable[..., Session], held: int
 ) -> None:
-    """Such as that of a limiter."""
+    """A limiter, for example, may raise one."""
 
     class Limiter:
         async def acquire(self) -> None:
@@ -198,7 +198,7 @@ async def test_an_error_of_another_library_keeps_its_name(
 async def test_an_outage_is_one_event_however_many_attempts_fail(
     collected: Collected, observed: Session, sim: Simulator, held: int
 ) -> None:
-    """The poll that ends it is the next one, though it saw nothing new."""
+    """The next event is the poll that ends the outage, even if no status changed."""
     waiting = asyncio.create_task(observed.execution(held).wait())
     await sim.wait_for_requests(1)
     sim.inject(Fault.status(503, times=3))
@@ -213,14 +213,14 @@ async def test_an_outage_is_one_event_however_many_attempts_fail(
     assert collected.totals()["promptlayer_exec.retries"] == 3
 
 
-async def test_retries_outside_of_a_watch_touch_no_span(
+async def test_retries_outside_of_a_watch_are_on_no_span(
     collected: Collected,
     open_session: Callable[..., Session],
     recorder: Any,
     sim: Simulator,
     held: int,
 ) -> None:
-    """A single look is counted, though its execution is watched at the same time."""
+    """The metric counts those of a single request for an execution that is being watched."""
     observers = [collected.observer(), recorder]
     session = open_session(observers=observers, poll=PollPolicy.fixed(3600))
     waiting = asyncio.create_task(session.execution(held).wait())
@@ -237,7 +237,7 @@ async def test_retries_outside_of_a_watch_touch_no_span(
 async def test_closing_the_session_ends_the_spans(
     collected: Collected, observed: Session, recorder: Any, sim: Simulator
 ) -> None:
-    """As an error; a watch that nobody follows any more is none."""
+    """Their status is an error, except for a watch whose last follower cancelled."""
     ids = [sim.add_execution(Scenario([SimNode("Out", duration=None)])) for _ in range(3)]
     waits = [asyncio.create_task(observed.execution(id_).wait()) for id_ in ids]
     await sim.wait_for_requests(3)
@@ -254,10 +254,10 @@ async def test_closing_the_session_ends_the_spans(
     } == {ids[0]: StatusCode.UNSET, ids[1]: StatusCode.ERROR, ids[2]: StatusCode.ERROR}
 
 
-async def test_a_watch_that_is_begun_again_at_once_has_a_span_of_its_own(
+async def test_a_watch_that_is_restarted_at_once_has_its_own_span(
     collected: Collected, observed: Session, recorder: Any, sim: Simulator, held: int
 ) -> None:
-    """The second begins while the first, of the same execution, is still ending."""
+    """The second watch of the execution starts while the first is still ending."""
     first = asyncio.create_task(observed.execution(held).wait())
     await sim.wait_for_requests(2)
     first.cancel()
@@ -272,7 +272,7 @@ async def test_a_watch_that_is_begun_again_at_once_has_a_span_of_its_own(
 async def test_one_observer_serves_two_sessions(
     collected: Collected, open_session: Callable[..., Session], sim: Simulator, held: int
 ) -> None:
-    """Though both watch the same execution."""
+    """Both may watch the same execution."""
     observer = collected.observer()
     sessions = [open_session(observers=[observer]) for _ in range(2)]
     waits = [asyncio.create_task(s.execution(held).wait()) for s in sessions]
@@ -283,10 +283,10 @@ async def test_one_observer_serves_two_sessions(
     assert [len(span.events) for span in spans] == [2, 2]
 
 
-async def test_a_start_is_a_span_below_its_caller_s(
+async def test_a_start_is_a_child_of_its_caller_s_span(
     collected: Collected, observed: Session, recorder: Any, sim: Simulator
 ) -> None:
-    """It lasts from the call to the answer; one whose caller has gone says so."""
+    """It lasts from the call to the response; an attribute marks an abandoned start."""
     sim.add_workflow("write/report", Scenario([SimNode("Out")]))
     sim.inject(Fault.delay(0.05, times=2))
     with collected.tracer.start_as_current_span("request") as parent:
@@ -314,8 +314,8 @@ async def test_a_start_is_a_span_below_its_caller_s(
     assert collected.totals()["promptlayer_exec.start.duration"] == 2
 
 
-def test_inputs_that_json_cannot_carry_keep_no_span_from_its_end(collected: Collected) -> None:
-    """It says so instead."""
+def test_inputs_that_json_cannot_represent_do_not_prevent_the_span(collected: Collected) -> None:
+    """The attribute says why they are missing."""
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]
@@ -327,10 +327,10 @@ def test_inputs_that_json_cannot_carry_keep_no_span_from_its_end(collected: Coll
     ] == "(nested too deeply to be recorded)"
 
 
-async def test_no_value_is_told_unless_asked_for(
+async def test_values_are_recorded_only_on_request(
     collected: Collected, open_session: Callable[..., Session], sim: Simulator
 ) -> None:
-    """Neither inputs nor outputs nor what a misshapen answer holds; asked for, all of them."""
+    """Values are inputs, outputs, and the body of a response of invalid shape."""
     sim.add_workflow("w", Scenario([SimNode("Out", {"x": "secret-output"}, is_output_node=True)]))
     for record_values in (False, True):
         collected = Collected()
@@ -342,12 +342,12 @@ async def test_no_value_is_told_unless_asked_for(
             await execution.wait()
         (start,) = collected.spans("start execution")
         watch, broken = collected.spans("watch execution")
-        told = [
+        recorded = [
             "secret-input" in everything(start),
             "secret-output" in everything(watch),
             "secret-body" in everything(broken),
         ]
-        assert told == [record_values] * 3
+        assert recorded == [record_values] * 3
         assert "unexpected shape" in (broken.status.description or "")
         assert sim.api_key not in everything(start) + everything(watch) + everything(broken)
     assert json.loads(str((start.attributes or {})["promptlayer_exec.inputs"])) == {
@@ -361,17 +361,17 @@ async def test_no_value_is_told_unless_asked_for(
 async def test_a_lone_surrogate_in_a_name_can_be_exported(
     collected: Collected, observed: Session, sim: Simulator
 ) -> None:
-    """As JSON brings it; an exporter could not encode it."""
+    """JSON allows it, but an exporter could not encode it."""
     execution_id = sim.add_execution(Scenario([SimNode("a\udcff")]))
     await observed.execution(execution_id).wait()
     (span,) = collected.spans("watch execution")
     assert (span.events[0].attributes or {})["promptlayer_exec.changes"] == ("a\\udcff: SUCCESS",)
 
 
-async def test_metrics_are_named_by_the_conventions_and_know_no_execution(
+async def test_metrics_follow_the_conventions_and_have_no_execution_id(
     collected: Collected, observed: Session, recorder: Any, sim: Simulator
 ) -> None:
-    """Each with its unit; their only attribute is the error's type."""
+    """Each has a unit; their only attribute is the error's type."""
     sim.add_workflow("w", Scenario([SimNode("Out")]))
     sim.inject(Fault.status(429, times=1, retry_after=0.01))
     await (await observed.start("w")).wait()
@@ -411,7 +411,7 @@ async def test_metrics_are_named_by_the_conventions_and_know_no_execution(
 async def test_a_thousand_watches_are_a_thousand_spans(
     collected: Collected, observed: Session, sim: Simulator
 ) -> None:
-    """All below the span of whoever fans out, and no more than that."""
+    """All are children of the span in which the fan-out was called."""
     ids = [sim.add_execution(Scenario([SimNode("Out")])) for _ in range(1000)]
     with collected.tracer.start_as_current_span("evaluation") as parent:
         await observed.collect(ids)

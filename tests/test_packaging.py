@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import promptlayer_exec
+import pytest_promptlayer_exec
 
 PACKAGE = Path(promptlayer_exec.__file__).parent
 PUBLIC = [
@@ -89,13 +90,17 @@ LAYERS = [
 ]
 
 
-def imports_of_ours(source: str, depth: int = 1) -> set[str]:
-    """Return the modules of the package that a module imports at run time.
+INTEGRATIONS = ["cli", "dbos", "fastapi", "opentelemetry", "pytest_plugin", "viewer"]
+# The private names that integrations may use.
+ALLOWED = {
+    "DBOS._recover_pending_workflows",  # DBOS has no public way to recover a dead worker's items
+    "os._exit",  # public, in spite of its name
+    "self.error._asdict",  # a public method of every NamedTuple
+}
 
-    Args:
-        source: the module's text.
-        depth: how many dots lead from it to the package.
-    """
+
+def imports_of_ours(source: str) -> set[str]:
+    """Return the modules of the package that a module imports at run time."""
     found = set()
 
     class Visitor(ast.NodeVisitor):
@@ -105,7 +110,7 @@ def imports_of_ours(source: str, depth: int = 1) -> set[str]:
 
         def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
             module = node.module or ""
-            if node.level == depth:
+            if node.level == 1:
                 module = f"promptlayer_exec.{module}".rstrip(".")
             if module == "promptlayer_exec":
                 found.update(alias.name for alias in node.names)
@@ -128,6 +133,8 @@ def upward_imports(module: str, source: str) -> set[str]:
 
 def sources(module: str) -> list[Path]:
     """Return the files of a module, or of a package."""
+    if module == "pytest_plugin":
+        return [PACKAGE / "pytest_plugin.py", Path(pytest_promptlayer_exec.__file__)]
     file = PACKAGE / f"{module}.py"
     return [file] if file.exists() else sorted((PACKAGE / module).glob("*.py"))
 
@@ -193,21 +200,114 @@ def test_a_planted_cycle_is_found() -> None:
 def test_the_simulator_shares_no_code_with_the_client() -> None:
     """It must be able to prove the client wrong."""
     for path in (PACKAGE / "simulator").glob("*.py"):
-        assert imports_of_ours(path.read_text(), depth=2) == set(), path.name
-    assert imports_of_ours("from .._wire import Request", depth=2) == {"_wire"}
+        assert imports_of_ours(path.read_text()) <= {"simulator"}, path.name
+    assert imports_of_ours("from promptlayer_exec._wire import Request") == {"_wire"}
 
 
-def test_the_command_line_uses_the_public_api() -> None:
-    """It is a program like any user's, apart from the modules that it runs."""
-    for path in (PACKAGE / "cli").glob("*.py"):
-        used = imports_of_ours(path.read_text(), depth=2)
-        assert used <= {*PUBLIC, "simulator", "dbos", "viewer"}, path.name
+def is_private(name: str) -> bool:
+    """Return True if a name is private by its underscore; `__doc__` and `_value_` are not."""
+    return name.startswith("_") and not name.endswith("_")
 
 
-def test_the_viewer_uses_the_public_api() -> None:
-    """Its page, too, is in the wheel; and no other module needs what it needs."""
-    for path in (PACKAGE / "viewer").glob("*.py"):
-        assert imports_of_ours(path.read_text(), depth=2) <= {*PUBLIC}, path.name
+def imported_names(node: ast.Import | ast.ImportFrom, package: str) -> list[str]:
+    """Return the full name of each module or object that a statement imports.
+
+    Args:
+        node: the statement.
+        package: the full name of the package that it is in.
+    """
+    names = [alias.name for alias in node.names]
+    if isinstance(node, ast.Import):
+        return names
+    parents = package.split(".")[: 1 - node.level or None] if node.level else []
+    return [".".join(filter(None, [*parents, node.module, name])) for name in names]
+
+
+def private_uses(integration: str, source: str) -> set[str]:
+    """Return the private names that a module of an integration uses, except its own.
+
+    These are private modules and objects of this package that it imports, other than those of the
+    integration and of `_integration`, and private attributes of any object other than `self` and
+    `cls`.
+
+    Args:
+        integration: a name of `INTEGRATIONS`.
+        source: the module's text.
+    """
+    own = f"promptlayer_exec.{integration}"
+    package = own if (PACKAGE / integration).is_dir() else "promptlayer_exec"
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for name in imported_names(node, package):
+                parts = name.split(".")
+                is_own = name.startswith(f"{own}.") or parts[1:2] == ["_integration"]
+                if parts[0] == "promptlayer_exec" and not is_own and any(map(is_private, parts)):
+                    found.add(name)
+        elif isinstance(node, ast.Attribute) and is_private(node.attr):
+            if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+                found.add(ast.unparse(node))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr"):
+            match node.args:
+                case [it, ast.Constant(value=str(name)), *_] if is_private(name):
+                    found.add(f"{ast.unparse(it)}.{name}")
+    return found
+
+
+@pytest.mark.parametrize("integration", INTEGRATIONS)
+def test_integrations_use_the_public_api_and_one_seam(integration: str) -> None:
+    """Beyond the public API they import `_integration` only, and reach into no other object."""
+    for file in sources(integration):
+        assert private_uses(integration, file.read_text()) <= ALLOWED, file.name
+
+
+@pytest.mark.parametrize(
+    ("planted", "found"),
+    [
+        ("from promptlayer_exec._session import Session", "promptlayer_exec._session.Session"),
+        ("from promptlayer_exec import _session", "promptlayer_exec._session"),
+        ("import promptlayer_exec._session", "promptlayer_exec._session"),
+        ("from promptlayer_exec.dbos._store import Store", "promptlayer_exec.dbos._store.Store"),
+        ("from .._session import Session", "promptlayer_exec._session.Session"),
+        ("from .. import _session", "promptlayer_exec._session"),
+        ("if TYPE_CHECKING:\n    import promptlayer_exec._wire as w", "promptlayer_exec._wire"),
+        ("session._limiters.append(1)", "session._limiters"),
+        ("self.session._start()", "self.session._start"),
+        ("getattr(session, '_start')()", "session._start"),
+    ],
+)
+def test_a_planted_private_use_is_found(planted: str, found: str) -> None:
+    """The check above can fail, for every way to write an import or an access."""
+    assert private_uses("viewer", planted) == {found}
+
+
+def test_a_planted_private_use_is_found_in_a_single_module() -> None:
+    """Relative imports start at the package there."""
+    planted = "from ._session import Session"
+    assert private_uses("opentelemetry", planted) == {"promptlayer_exec._session.Session"}
+
+
+@pytest.mark.parametrize(
+    "allowed",
+    [
+        "from promptlayer_exec import Session, __version__",
+        "from promptlayer_exec.simulator import Simulator",
+        "from promptlayer_exec._integration import node_dict",
+        "from promptlayer_exec import _integration",
+        "from promptlayer_exec.viewer._board import Board",
+        "from ._board import Board",
+        "from . import _board",
+        "self._board = cls._make(session.__class__, status._value_)",
+        "getattr(session, _NAME)",
+    ],
+)
+def test_public_and_own_names_are_not_private_uses(allowed: str) -> None:
+    """The check above finds nothing else."""
+    assert private_uses("viewer", allowed) == set()
+
+
+def test_the_viewer_s_page_is_in_the_package() -> None:
+    """The wheel has its files, and not only the Python modules."""
     page = {path.name for path in (PACKAGE / "viewer" / "page").iterdir()}
     assert {"index.html", "viewer.css", "viewer.js"} <= page
 

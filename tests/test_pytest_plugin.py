@@ -1,4 +1,4 @@
-"""The pytest plugin: in sessions of pytest of their own, as a user's."""
+"""The pytest plugin, in pytest runs of its own, like a user's."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ ASYNCHRONOUS = """
 """
 
 
-def test_the_fixture_serves_every_kind_of_test(pytester: pytest.Pytester) -> None:
-    """Synchronous ones, those of pytest-asyncio and those of anyio, side by side."""
+def test_the_fixture_works_in_every_kind_of_test(pytester: pytest.Pytester) -> None:
+    """Synchronous tests and those of pytest-asyncio and anyio can use it in one run."""
     pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
     pytester.makeconftest("import pytest\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'")
     pytester.makepyfile(
@@ -44,13 +44,13 @@ def test_the_fixture_serves_every_kind_of_test(pytester: pytest.Pytester) -> Non
         test_asyncio=ASYNCHRONOUS.format(mark="asyncio"),
         test_anyio=ASYNCHRONOUS.format(mark="anyio"),
     )
-    # By its documented path, as those name it who load no plugin by entry point.
+    # Loaded by its documented path, without the entry point.
     named = ("-p", "no:promptlayer_exec", "-p", "promptlayer_exec.pytest_plugin")
     pytester.runpytest_subprocess("-W", "error", *named).assert_outcomes(passed=3)
 
 
-def test_unused_it_costs_no_import(pytester: pytest.Pytester) -> None:
-    """Neither the package nor a dependency of it is imported, though the plugin is active."""
+def test_an_unused_plugin_imports_nothing(pytester: pytest.Pytester) -> None:
+    """The active plugin imports neither the package nor its dependencies."""
     pytester.makepyfile(
         """
         import sys
@@ -61,12 +61,12 @@ def test_unused_it_costs_no_import(pytester: pytest.Pytester) -> None:
             assert [name for name in ours if name in sys.modules] == []
         """
     )
-    # Coverage, where the suite itself is measured, imports the package to find its files.
+    # Under coverage, coverage itself imports the package to find its files.
     pytester.runpytest_subprocess(
         "-p", "no:hypothesispytest", "-p", "no:schemathesis"
     ).assert_outcomes(passed=1)
 
 
-def test_installed_it_is_there(promptlayer_simulator) -> None:  # type: ignore[no-untyped-def]
-    """Nobody names it for this suite."""
+def test_the_entry_point_loads_the_plugin(promptlayer_simulator) -> None:  # type: ignore[no-untyped-def]
+    """This suite does not name the plugin."""
     assert promptlayer_simulator.base_url.startswith("http://127.0.0.1:")

@@ -1,4 +1,6 @@
-"""The simulator over real sockets: operations, faults, rate limit, log and life."""
+"""The simulator over real sockets: operations, faults, rate limit, log and lifetime."""
+
+from __future__ import annotations
 
 import asyncio
 import contextlib
@@ -31,12 +33,12 @@ DONE_MAP = (
 
 
 class Clock:
-    """A clock that stands still until it is moved."""
+    """A clock that stands still until the test sets it."""
 
     now = 100.0
 
     def __call__(self) -> float:
-        """Tell the time."""
+        """Return the time."""
         return self.now
 
 
@@ -56,45 +58,45 @@ class Client:
             return response.status, await response.read(), response.headers
 
     async def results(self, execution_id: object, **query: str) -> tuple[int, bytes]:
-        """Ask for the results of an execution."""
+        """Request the results of an execution."""
         params = {"workflow_version_execution_id": str(execution_id)} | query
         status, body, _ = await self.send("GET", RESULTS, params=params)
         return status, body
 
     async def all_results(self, execution_id: int) -> tuple[int, bytes]:
-        """Ask for all outputs."""
+        """Request the results of an execution with all outputs."""
         return await self.results(execution_id, return_all_outputs="true")
 
 
 @pytest.fixture
 def clock() -> Clock:
-    """A clock under the control of the test."""
+    """Return a clock that the test controls."""
     return Clock()
 
 
 @pytest.fixture
 async def sim(clock: Clock) -> AsyncIterator[Simulator]:
-    """A simulator in the loop of the test."""
+    """Return a simulator that serves in the test's loop."""
     async with Simulator(clock=clock) as sim:
         yield sim
 
 
 @pytest.fixture
 async def client(sim: Simulator) -> AsyncIterator[Client]:
-    """A client of that simulator."""
+    """Return a client of that simulator."""
     async with aiohttp.ClientSession(sim.base_url) as http:
         yield Client(sim, http)
 
 
 def get(url: str, key: str) -> tuple[int, bytes]:
-    """Ask once, blocking, on a connection of its own."""
+    """Send one blocking request on a new connection."""
     request = urllib.request.Request(url, headers={"X-API-KEY": key})
     with urllib.request.urlopen(request, timeout=10) as response:
         return response.status, response.read()
 
 
 def test_public_api_is_sorted_and_complete() -> None:
-    """`__all__` names what the package offers, in order."""
+    """`__all__` is sorted, and each name in it exists."""
     assert sorted(simulator.__all__) == simulator.__all__
     assert all(hasattr(simulator, name) for name in simulator.__all__)
 
@@ -103,18 +105,18 @@ class TestResults:
     """The results operation."""
 
     async def test_complete_map(self, sim: Simulator, client: Client) -> None:
-        """A complete execution is a 200 with the recorded body, byte for byte."""
+        """A complete execution is a 200 with exactly the recorded body."""
         assert await client.all_results(sim.add_execution(DONE)) == (200, DONE_MAP)
 
     async def test_complete_main_output(self, sim: Simulator, client: Client) -> None:
-        """By default a complete execution answers with its bare main output and a newline."""
+        """By default the body for a complete execution is the main output alone and a newline."""
         assert await client.results(sim.add_execution(DONE)) == (200, b'"AAA"\n')
 
     @pytest.mark.parametrize("query", [{}, {"return_all_outputs": "true"}])
     async def test_running_is_202_with_the_map(
         self, sim: Simulator, client: Client, query: dict[str, str]
     ) -> None:
-        """A running execution is a 202 with the node map, even if an output node succeeded."""
+        """A running execution is a 202 with the node map, even after an output node succeeded."""
         half = Scenario([SimNode("a", 1, is_output_node=True), SimNode("b", duration=None)])
         status, body = await client.results(sim.add_execution(half), **query)
         assert status == 202
@@ -131,7 +133,7 @@ class TestResults:
     async def test_durations_follow_the_clock(
         self, sim: Simulator, client: Client, clock: Clock
     ) -> None:
-        """Nodes progress with the simulator's clock from the moment the execution was added."""
+        """Nodes progress by the simulator's clock, from the time when the execution was added."""
         execution_id = sim.add_execution(Scenario([SimNode("a", duration=5.0)]))
         clock.now += 4.9
         assert (await client.results(execution_id))[0] == 202
@@ -139,13 +141,13 @@ class TestResults:
         assert (await client.results(execution_id))[0] == 200
 
     async def test_large_values(self, sim: Simulator, client: Client) -> None:
-        """A value of several megabytes is sent whole."""
+        """A value of several megabytes is sent in full."""
         large = SimNode("a", "a" * 3_000_000, is_output_node=True)
         status, body = await client.results(sim.add_execution(Scenario([large])))
         assert (status, len(body)) == (200, 3_000_003)
 
     async def test_finish(self, sim: Simulator, client: Client) -> None:
-        """`finish` completes a held execution with the value told."""
+        """`finish` completes a held execution with the given value."""
         execution_id = sim.add_execution(HELD)
         sim.finish(execution_id, "Node 1", value=[1])
         assert await client.results(execution_id) == (200, b"[1]\n")
@@ -153,13 +155,13 @@ class TestResults:
 
     @pytest.mark.parametrize("text", ["true", "TRUE", "1", "yes", "On"])
     async def test_true(self, sim: Simulator, client: Client, text: str) -> None:
-        """What FastAPI reads as true asks for the map."""
+        """Texts that FastAPI reads as true request the node map."""
         execution_id = sim.add_execution(DONE)
         assert (await client.results(execution_id, return_all_outputs=text))[1] == DONE_MAP
 
     @pytest.mark.parametrize("text", ["false", "False", "0", "no", "OFF"])
     async def test_false(self, sim: Simulator, client: Client, text: str) -> None:
-        """What FastAPI reads as false asks for the main output."""
+        """Texts that FastAPI reads as false request the main output."""
         execution_id = sim.add_execution(DONE)
         assert (await client.results(execution_id, return_all_outputs=text))[1] == b'"AAA"\n'
 
@@ -197,7 +199,7 @@ class TestResults:
         ],
     )
     async def test_bad_parameters(self, client: Client, query: str, name: str, kind: str) -> None:
-        """Missing, malformed and out-of-range parameters are a 422 in FastAPI's shape."""
+        """Missing, malformed and out-of-range parameters are a 422 in FastAPI's format."""
         status, body, _ = await client.send("GET", f"{RESULTS}?{query}")
         (detail,) = json.loads(body)["detail"]
         assert status == 422
@@ -205,27 +207,27 @@ class TestResults:
         assert detail["msg"]
 
     async def test_repeated_parameters(self, sim: Simulator, client: Client) -> None:
-        """Of a repeated parameter the last counts, as in FastAPI."""
+        """The last value of a repeated parameter is used, as in FastAPI."""
         execution_id = sim.add_execution(DONE)
         query = f"workflow_version_execution_id=no&workflow_version_execution_id={execution_id}"
         assert (await client.send("GET", f"{RESULTS}?{query}"))[0] == 200
 
     @pytest.mark.parametrize("execution_id", [0, -1, 5, -(2**63), 2**63 - 1])
     async def test_unknown_id(self, client: Client, execution_id: int) -> None:
-        """An id that no execution has is a 404."""
+        """An unknown execution id is a 404."""
         status, body = await client.results(execution_id)
         assert (status, json.loads(body)["success"]) == (404, False)
 
     @pytest.mark.parametrize("headers", [{}, {"X-API-KEY": "wrong"}, {"X-API-KEY": ""}])
     async def test_wrong_key(self, client: Client, headers: dict[str, str]) -> None:
-        """A wrong or missing key is a 401, before the parameters are looked at."""
+        """A wrong or missing key is a 401, even if the parameters are wrong as well."""
         status, body, _ = await client.send("GET", RESULTS, headers=headers)
         assert status == 401
         assert json.loads(body) == {"success": False, "message": "Invalid or missing API key"}
 
     @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH", "HEAD"])
     async def test_wrong_method(self, client: Client, method: str) -> None:
-        """Another method is a 405 that names the right one."""
+        """Another method is a 405 that names the allowed one."""
         status, _, headers = await client.send(method, RESULTS)
         assert (status, headers["Allow"]) == (405, "GET")
 
@@ -237,22 +239,22 @@ class TestResults:
         assert json.loads(body)["success"] is False
 
     async def test_chosen_id(self, sim: Simulator, client: Client) -> None:
-        """An execution can be given any int64 id, once."""
+        """An execution can have any positive int64 id that is not taken."""
         assert sim.add_execution(DONE, execution_id=2**63 - 1) == 2**63 - 1
         assert (await client.results(2**63 - 1))[0] == 200
-        with pytest.raises(ValueError, match="exists already"):
+        with pytest.raises(ValueError, match="already exists"):
             sim.add_execution(DONE, execution_id=2**63 - 1)
-        with pytest.raises(ValueError, match="lies in"):
+        with pytest.raises(ValueError, match=r"between 1 and 2\*\*63-1, got 0"):
             sim.add_execution(DONE, execution_id=0)
 
-    async def test_ids_avoid_the_chosen_ones(self, sim: Simulator) -> None:
-        """Ids given out in order step over those that were chosen."""
+    async def test_generated_ids_avoid_chosen_ones(self, sim: Simulator) -> None:
+        """Generated ids skip those that were chosen."""
         sim.add_execution(DONE, execution_id=1001)
         assert sim.add_execution(DONE) == 1002
         assert sim.executions == [1001, 1002]
 
-    async def test_unknown_execution_is_told_to_the_test(self, sim: Simulator) -> None:
-        """`finish` and `state` name the execution that does not exist."""
+    async def test_unknown_execution_is_an_error(self, sim: Simulator) -> None:
+        """The errors of `finish` and `state` name the execution that does not exist."""
         with pytest.raises(LookupError, match="no execution 5"):
             sim.finish(5, "a")
         with pytest.raises(LookupError, match="no execution 5"):
@@ -260,10 +262,10 @@ class TestResults:
 
 
 class TestWorkflows:
-    """Describing and running workflows."""
+    """The operations that describe and run workflows."""
 
     async def test_run(self, sim: Simulator, client: Client) -> None:
-        """A run is a 201 with the recorded body; the execution and its inputs can be found."""
+        """A run is a 201 with the recorded body; `runs` has the execution and its inputs."""
         sim.add_workflow("w", DONE)
         body = {"input_variables": {"q": 1}, "workflow_label_name": "prod", "unknown": 1}
         status, answer, _ = await client.send("POST", "/workflows/w/run", json=body)
@@ -286,7 +288,7 @@ class TestWorkflows:
         assert [sim.state(i)["Node 1"] for i in sim.executions] == ["RUNNING", "SUCCESS"]
 
     async def test_warning_and_callback(self, sim: Simulator, client: Client) -> None:
-        """A workflow's warning is in its starts; a callback URL makes them 202."""
+        """The answer to a start has the workflow's warning; with a callback URL it is a 202."""
         sim.add_workflow("w", DONE, warning="missing input: q")
         status, answer, _ = await client.send(
             "POST", "/workflows/w/run", json={"callback_url": "http://127.0.0.1/"}
@@ -301,7 +303,7 @@ class TestWorkflows:
 
     @pytest.mark.parametrize("name", ["a/b?c#d", "with space", "..", "é%2F", "12"])
     async def test_any_name(self, sim: Simulator, client: Client, name: str) -> None:
-        """A percent-encoded name is one segment, whatever it contains."""
+        """A percent-encoded name is one path segment, whatever it contains."""
         workflow_id = sim.add_workflow(name, DONE)
         path = f"/workflows/{quote(name, safe='').replace('.', '%2E')}"
         url = URL(f"{sim.base_url}{path}", encoded=True)
@@ -311,7 +313,7 @@ class TestWorkflows:
         assert sim.requests[-1].path == path
 
     async def test_by_id(self, sim: Simulator, client: Client) -> None:
-        """A workflow is found and run by its id too."""
+        """A workflow can be described and run by its id, too."""
         workflow_id = sim.add_workflow("w", DONE)
         status, body, _ = await client.send("GET", f"/workflows/{workflow_id}")
         assert (status, json.loads(body)) == (
@@ -335,13 +337,13 @@ class TestWorkflows:
     @pytest.mark.parametrize(("method", "path"), [("GET", ""), ("POST", "/run")])
     async def test_unknown(self, client: Client, method: str, path: str) -> None:
         """An unknown workflow is a 404."""
-        status, _, _ = await client.send(method, f"/workflows/nobody{path}", json={})
+        status, _, _ = await client.send(method, f"/workflows/unknown{path}", json={})
         assert status == 404
 
-    async def test_name_is_taken_once(self, sim: Simulator) -> None:
+    async def test_a_taken_name_is_refused(self, sim: Simulator) -> None:
         """Two workflows cannot share a name."""
         sim.add_workflow("w", DONE)
-        with pytest.raises(ValueError, match="'w' exists already"):
+        with pytest.raises(ValueError, match="'w' already exists"):
             sim.add_workflow("w", DONE)
 
     @pytest.mark.parametrize(
@@ -366,14 +368,14 @@ class TestWorkflows:
     async def test_bad_body(
         self, sim: Simulator, client: Client, body: bytes, location: list[str], kind: str
     ) -> None:
-        """A body that is no run request is a 422 and starts nothing."""
+        """A body that is not a run request is a 422 and starts nothing."""
         sim.add_workflow("w", DONE)
         status, answer, _ = await client.send("POST", "/workflows/w/run", data=body)
         (detail,) = json.loads(answer)["detail"]
         assert (status, detail["loc"], detail["type"]) == (422, location, kind)
         assert sim.executions == []
 
-    async def test_nulls_are_absent(self, sim: Simulator, client: Client) -> None:
+    async def test_nulls_are_allowed(self, sim: Simulator, client: Client) -> None:
         """Optional fields may be null."""
         sim.add_workflow("w", DONE)
         body = dict.fromkeys(["metadata", "workflow_label_name", "workflow_version_number"])
@@ -381,14 +383,14 @@ class TestWorkflows:
         assert status == 201
 
     async def test_label_and_version(self, sim: Simulator, client: Client) -> None:
-        """A label and a version at once are a 400 and start nothing."""
+        """A label together with a version is a 400 and starts nothing."""
         sim.add_workflow("w", DONE)
         body = {"workflow_label_name": "prod", "workflow_version_number": 1}
         status, _, _ = await client.send("POST", "/workflows/w/run", json=body)
         assert (status, sim.runs) == (400, [])
 
     async def test_large_inputs(self, sim: Simulator, client: Client) -> None:
-        """Input variables of several megabytes are taken."""
+        """Input variables of several megabytes are accepted."""
         sim.add_workflow("w", DONE)
         body = json.dumps({"input_variables": {"q": "a" * 3_000_000}}).encode()
         status, _, _ = await client.send("POST", "/workflows/w/run", data=io.BytesIO(body))
@@ -396,10 +398,10 @@ class TestWorkflows:
 
 
 class TestFaults:
-    """What goes wrong on purpose."""
+    """Deliberate faults."""
 
     async def test_status(self, sim: Simulator, client: Client) -> None:
-        """A status happens as often as told, with Retry-After, then the answer is normal."""
+        """A status affects `times` requests, with Retry-After; then the answer is normal."""
         execution_id = sim.add_execution(DONE)
         sim.inject(Fault.status(503, times=2, retry_after=1.5))
         for _ in range(2):
@@ -410,7 +412,7 @@ class TestFaults:
         assert sim.request_count == 3
 
     async def test_status_with_everything(self, sim: Simulator, client: Client) -> None:
-        """A status can carry an exact body, any header and any Retry-After."""
+        """A status can have an exact body, any header and any Retry-After."""
         sim.inject(
             Fault.status(
                 599, retry_after="soon", body=b"<", headers={"Content-Type": "text/html", "X": "y"}
@@ -422,15 +424,15 @@ class TestFaults:
         assert headers["Content-Type"] == "text/html"
 
     async def test_status_without_a_name(self, sim: Simulator, client: Client) -> None:
-        """A status that HTTP does not name has an error body too; one below 400 has none."""
+        """Even a status without an HTTP phrase has an error body; one below 400 has no body."""
         sim.inject(Fault.status(599))
         sim.inject(Fault.status(302, headers={"Location": "/elsewhere"}))
         assert json.loads((await client.send("GET", RESULTS))[1])["message"] == "Status 599"
         status, body, _ = await client.send("GET", RESULTS, allow_redirects=False)
         assert (status, body) == (302, b"")
 
-    async def test_confined_to_an_execution(self, sim: Simulator, client: Client) -> None:
-        """A fault for one execution leaves requests for others alone, also those behind it."""
+    async def test_limited_to_an_execution(self, sim: Simulator, client: Client) -> None:
+        """A fault for one execution affects neither requests for others nor the faults after it."""
         first, second = sim.add_execution(DONE), sim.add_execution(DONE)
         sim.inject(Fault.status(200, body=b"raw", times=None, execution_id=first))
         sim.inject(Fault.status(500))
@@ -438,7 +440,7 @@ class TestFaults:
         assert [(await client.results(first))[1] for _ in range(3)] == [b"raw"] * 3
 
     async def test_in_order_of_injection(self, sim: Simulator, client: Client) -> None:
-        """Faults happen first in, first out, and can be cleared."""
+        """Faults happen in the order of injection, and can be cleared."""
         execution_id = sim.add_execution(DONE)
         for code in (500, 502, 503):
             sim.inject(Fault.status(code))
@@ -447,7 +449,7 @@ class TestFaults:
         assert (await client.results(execution_id))[0] == 200
 
     async def test_disconnect(self, sim: Simulator, client: Client) -> None:
-        """A disconnect closes the connection without a byte, after the operation took place."""
+        """A disconnect performs the operation and closes the connection without an answer."""
         sim.add_workflow("w", DONE)
         sim.inject(Fault.disconnect())
         with pytest.raises(aiohttp.ServerDisconnectedError):
@@ -456,7 +458,7 @@ class TestFaults:
 
     @pytest.mark.parametrize(("at", "sent"), [(None, 3), (0, 0), (4, 4), (100, 5)])
     async def test_truncate(self, sim: Simulator, at: int | None, sent: int) -> None:
-        """A truncated answer announces the whole length and closes within the body."""
+        """A truncated answer announces its full length; the connection closes within the body."""
         whole = b'"AAA"\n'
         execution_id = sim.add_execution(DONE)
         sim.inject(Fault.truncate(at=at))
@@ -465,7 +467,7 @@ class TestFaults:
         assert body == whole[:sent]
 
     async def test_malformed(self, sim: Simulator, client: Client) -> None:
-        """A malformed answer is a 200 that is no JSON, by default HTML."""
+        """A malformed answer is a 200 that is not JSON; by default it is HTML."""
         sim.inject(Fault.malformed())
         sim.inject(Fault.malformed(body=b'{"a":'))
         status, body, headers = await client.send("GET", RESULTS)
@@ -474,7 +476,7 @@ class TestFaults:
         assert (await client.send("GET", RESULTS))[1] == b'{"a":'
 
     async def test_stall(self, sim: Simulator, client: Client) -> None:
-        """A stalled request is seen but never answered, and others are served meanwhile."""
+        """A stalled request is recorded but never answered; others are served in the meantime."""
         execution_id = sim.add_execution(DONE)
         sim.inject(Fault.stall())
         stalled = asyncio.create_task(client.results(execution_id))
@@ -486,7 +488,7 @@ class TestFaults:
             await stalled
 
     async def test_trickle(self, sim: Simulator, client: Client) -> None:
-        """A trickling answer is a 200 whose bytes come one by one and never end."""
+        """A trickling answer is a 200 whose bytes are sent one by one and never end."""
         sim.inject(Fault.trickle(0.001))
         async with client.http.get(RESULTS) as response:
             received = [await response.content.read(1) for _ in range(5)]
@@ -494,10 +496,10 @@ class TestFaults:
             assert b"".join(received) == b'"aaaa'
             assert not response.content.at_eof()
 
-    async def test_trickle_to_nobody(
+    async def test_trickle_to_a_client_that_disconnects(
         self, sim: Simulator, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """A client that leaves a trickling answer is no error of the server."""
+        """A client that disconnects from a trickling answer causes no error in the server."""
         sim.inject(Fault.trickle(0))
         url = URL(sim.base_url)
         reader, writer = await asyncio.open_connection(url.host, url.port)
@@ -510,7 +512,7 @@ class TestFaults:
         assert caplog.records == []
 
     async def test_delay(self, sim: Simulator, client: Client) -> None:
-        """A delayed answer is the normal one of the moment it is given."""
+        """A delayed answer is the normal one of the moment it is sent."""
         execution_id = sim.add_execution(HELD)
         sim.inject(Fault.delay(0.05))
         delayed = asyncio.create_task(client.results(execution_id))
@@ -520,7 +522,7 @@ class TestFaults:
 
     @pytest.mark.parametrize("size", [111, 1_000_000])
     async def test_oversize(self, sim: Simulator, client: Client, size: int) -> None:
-        """An oversized answer is a JSON node map of exactly that many bytes, of unknown length."""
+        """An oversized answer is a node map of exactly that many bytes, without Content-Length."""
         sim.inject(Fault.oversize(size))
         status, body, headers = await client.send("GET", RESULTS)
         assert (status, len(body)) == (200, size)
@@ -538,13 +540,13 @@ class TestFaults:
         ],
     )
     def test_impossible(self, make: Any) -> None:
-        """Faults that cannot happen are refused when they are made."""
+        """Impossible faults are refused when they are created."""
         with pytest.raises(ValueError, match=r"status|at least"):
             make()
 
 
 async def raw_get(sim: Simulator, execution_id: int) -> bytes:
-    """Send a request over a bare socket and return all that comes back."""
+    """Send a request over a plain socket and return everything that is received."""
     url = URL(sim.base_url)
     reader, writer = await asyncio.open_connection(url.host, url.port)
     writer.write(
@@ -561,7 +563,7 @@ class TestRateLimit:
     """The token bucket over HTTP."""
 
     async def test_bucket(self, sim: Simulator, client: Client, clock: Clock) -> None:
-        """Beyond the burst the answer is 429, and Retry-After is long enough."""
+        """Beyond the burst the answer is 429, with a Retry-After that is long enough."""
         execution_id = sim.add_execution(DONE)
         sim.rate_limit(requests=6, per=2.0, burst=2)
         assert [(await client.results(execution_id))[0] for _ in range(2)] == [200, 200]
@@ -572,30 +574,30 @@ class TestRateLimit:
         clock.now += 0.334
         assert [(await client.results(execution_id))[0] for _ in range(2)] == [200, 429]
 
-    async def test_silent(self, sim: Simulator, client: Client) -> None:
-        """A 429 can come without Retry-After; the burst is the rate unless given."""
+    async def test_without_retry_after(self, sim: Simulator, client: Client) -> None:
+        """A 429 can be sent without Retry-After; the default burst is `requests`."""
         sim.rate_limit(2, 60.0, retry_after=False)
         answers = [await client.send("GET", RESULTS) for _ in range(3)]
         assert [status for status, _, _ in answers] == [422, 422, 429]
         assert "Retry-After" not in answers[2][2]
 
-    async def test_wrong_keys_cost_nothing(self, sim: Simulator, client: Client) -> None:
-        """The key is checked before the bucket, so that a 401 takes no token."""
+    async def test_wrong_keys_take_no_token(self, sim: Simulator, client: Client) -> None:
+        """The key is checked before the bucket, so a 401 takes no token."""
         sim.rate_limit(1)
         for _ in range(3):
             assert (await client.send("GET", RESULTS, headers={}))[0] == 401
         assert (await client.results(5))[0] == 404
 
     async def test_long_wait(self, sim: Simulator, client: Client) -> None:
-        """A long wait is told in full, neither rounded down nor with an exponent."""
+        """A long Retry-After is neither rounded down nor written with an exponent."""
         sim.rate_limit(1, per=1234567.891)
         sim.inject(Fault.status(429, retry_after=1234567.25))
         answers = [await client.send("GET", RESULTS) for _ in range(3)]
-        told = [headers.get("Retry-After") for _, _, headers in answers]
-        assert told == ["1234567.25", None, "1234567.891"]
+        announced = [headers.get("Retry-After") for _, _, headers in answers]
+        assert announced == ["1234567.25", None, "1234567.891"]
 
-    async def test_lifted(self, sim: Simulator, client: Client) -> None:
-        """A limit can be lifted."""
+    async def test_removed(self, sim: Simulator, client: Client) -> None:
+        """A limit can be removed."""
         sim.rate_limit(0.5)
         assert [(await client.results(5))[0] for _ in range(2)] == [404, 429]
         sim.rate_limit(None)
@@ -603,16 +605,16 @@ class TestRateLimit:
 
     @pytest.mark.parametrize("limit", [(0, 1.0, 1), (1, 0.0, 1), (1, 1.0, 0)])
     async def test_impossible(self, sim: Simulator, limit: tuple[int, float, int]) -> None:
-        """A limit that lets nothing through is refused."""
+        """A limit that would allow nothing is refused."""
         with pytest.raises(ValueError, match="must be positive"):
             sim.rate_limit(*limit)
 
 
 class TestLog:
-    """The record of requests, and waiting for it."""
+    """The log of requests, and waiting for requests."""
 
     async def test_records(self, sim: Simulator, client: Client, clock: Clock) -> None:
-        """Every request is recorded as it came, whatever it is answered."""
+        """Every request is recorded as it was sent, whatever the answer."""
         clock.now += 2.5
         await client.send("POST", "/a%2Fb?x=1&x=2&y=%20", data=b"\xff", headers={"X-Thing": "z"})
         (request,) = sim.requests
@@ -622,8 +624,8 @@ class TestLog:
         assert request.headers["x-thing"] == "z"
         assert request.at == 2.5
 
-    async def test_connections_are_kept(self, sim: Simulator) -> None:
-        """Requests one after the other share a connection, whatever they are answered."""
+    async def test_connections_are_reused(self, sim: Simulator) -> None:
+        """Consecutive requests share a connection, whatever the answers."""
         opened: list[object] = []
 
         async def count(*_: object) -> None:
@@ -637,14 +639,14 @@ class TestLog:
         assert len(opened) == 1
 
     async def test_counted_but_not_kept(self) -> None:
-        """With log_requests=False requests are counted and none is kept."""
+        """With log_requests=False requests are counted but not kept."""
         async with Simulator(log_requests=False) as sim, aiohttp.ClientSession() as http:
             async with http.get(sim.base_url):
                 pass
             assert (sim.request_count, sim.requests) == (1, [])
 
     async def test_on_request(self) -> None:
-        """Each request is passed on before it is answered, whether or not it is kept."""
+        """`on_request` is called before each request is answered, whether or not it is kept."""
         seen: list[SimRequest] = []
         async with (
             Simulator(log_requests=False, on_request=seen.append) as sim,
@@ -656,7 +658,7 @@ class TestLog:
             assert sim.requests == []
 
     async def test_failing_on_request(self, caplog: pytest.LogCaptureFixture) -> None:
-        """What on_request raises is logged, and the request is answered all the same."""
+        """An error that on_request raises is logged, and the request is still answered."""
 
         def fail(request: SimRequest) -> None:
             raise KeyError(request.path)
@@ -673,7 +675,7 @@ class TestLog:
         )
 
     async def test_waiting(self, sim: Simulator, client: Client) -> None:
-        """A waiter wakes at its number of requests, not before, and at once if it is past."""
+        """A waiter wakes at its number of requests, not before, and at once if it is reached."""
         waiting = asyncio.create_task(sim.wait_for_requests(2))
         await client.send("GET", "/")
         assert not waiting.done()
@@ -681,14 +683,14 @@ class TestLog:
         await waiting
         await sim.wait_for_requests(1)
 
-    async def test_waiting_in_vain(self, sim: Simulator, client: Client) -> None:
-        """A waiter that waits too long is told how many requests there were."""
+    async def test_waiting_times_out(self, sim: Simulator, client: Client) -> None:
+        """The TimeoutError says how many requests there were."""
         await client.send("GET", "/")
         with pytest.raises(TimeoutError, match=r"saw 1 of 2 requests in 0\.01 s"):
             await sim.wait_for_requests(2, timeout=0.01)
 
     async def test_woken_once(self) -> None:
-        """Requests that come before a waiter resumes wake it only once."""
+        """Several requests before a waiter resumes wake it only once."""
         log = RequestLog(keep=False)
         waiting = asyncio.create_task(log.wait(1, timeout=10.0))
         await asyncio.sleep(0)
@@ -697,7 +699,7 @@ class TestLog:
         await waiting
 
     async def test_blocking_the_server_is_refused(self, sim: Simulator) -> None:
-        """Blocking the loop that has to serve is an error and no deadlock."""
+        """Blocking the loop that serves is an error, not a deadlock."""
         with pytest.raises(RuntimeError, match="await wait_for_requests"):
             sim.block_for_requests(1)
 
@@ -706,7 +708,7 @@ class TestLoopMode:
     """`async with`."""
 
     async def test_stops_with_open_requests(self) -> None:
-        """Leaving ends stalled, trickling, delayed and idle connections, and leaves no task."""
+        """Exiting ends stalled, trickling, delayed and idle connections; no task remains."""
         before = asyncio.all_tasks()
         async with aiohttp.ClientSession() as http:
             async with asyncio.timeout(5), Simulator() as sim:
@@ -721,15 +723,15 @@ class TestLoopMode:
         assert asyncio.all_tasks() <= before
         gc.collect()
 
-    @pytest.mark.parametrize("turns", range(6))
-    async def test_stops_with_connections_just_accepted(self, turns: int) -> None:
-        """A connection that is being accepted when the simulator is left is closed too."""
+    @pytest.mark.parametrize("iterations", range(6))
+    async def test_stops_with_connections_just_accepted(self, iterations: int) -> None:
+        """Exiting also closes a connection that is just being accepted."""
         before = asyncio.all_tasks()
         with socket.socket() as connection:
             async with Simulator() as sim:
                 url = URL(sim.base_url)
                 connection.connect((url.host, url.port))
-                for _ in range(turns):
+                for _ in range(iterations):
                     await asyncio.sleep(0)
             connection.settimeout(5)
             with contextlib.suppress(ConnectionResetError):
@@ -738,7 +740,7 @@ class TestLoopMode:
         gc.collect()
 
     async def test_entered_again(self) -> None:
-        """A simulator that was left can be entered again and still knows its executions."""
+        """A simulator can be entered again after it was exited, and keeps its executions."""
         sim = Simulator()
         execution_id = sim.add_execution(DONE)
         for _ in range(2):
@@ -748,20 +750,20 @@ class TestLoopMode:
                 assert sim.base_url
 
     async def test_entered_twice(self, sim: Simulator) -> None:
-        """Entering a running simulator is a clear error, in either mode."""
-        with pytest.raises(RuntimeError, match="running already"):
+        """Entering a running simulator is a clear error in both modes."""
+        with pytest.raises(RuntimeError, match="already running"):
             await sim.__aenter__()
-        with pytest.raises(RuntimeError, match="running already"):
+        with pytest.raises(RuntimeError, match="already running"):
             sim.__enter__()
 
-    async def test_leaving_twice(self) -> None:
-        """Leaving a simulator that does not run does nothing."""
+    async def test_exited_twice(self) -> None:
+        """Exiting a simulator that is not running does nothing."""
         sim = Simulator()
         await sim.__aexit__(None, None, None)
         sim.__exit__(None, None, None)
 
     async def test_taken_port(self, sim: Simulator) -> None:
-        """A port that is taken is the caller's OSError, after which entering can succeed."""
+        """A taken port raises OSError; once it is free, entering succeeds."""
         port = URL(sim.base_url).port
         assert port is not None
         other = Simulator(port=port)
@@ -776,7 +778,7 @@ class TestThreadMode:
     """`with`."""
 
     def test_serves(self) -> None:
-        """`with` serves without a loop in the caller's thread, which can steer and wait."""
+        """`with` needs no loop in the caller's thread, where all methods can be called."""
         with Simulator() as sim:
             execution_id = sim.add_execution(HELD)
             url = f"{sim.base_url}{RESULTS}?workflow_version_execution_id={execution_id}"
@@ -790,8 +792,8 @@ class TestThreadMode:
             caught.value.close()
             assert [request.method for request in sim.requests] == ["GET"] * 3
 
-    def test_leaves_nothing(self) -> None:
-        """Leaving ends the thread at once, even with a stalled client connected."""
+    def test_stops_with_open_requests(self) -> None:
+        """Exiting ends the thread at once, even with a stalled client connected."""
         before = set(threading.enumerate())
         with socket.socket() as connection:
             with Simulator() as sim:
@@ -806,14 +808,14 @@ class TestThreadMode:
         gc.collect()
 
     def test_host_name(self) -> None:
-        """A host that must be resolved leaves no resolver thread behind."""
+        """Resolving a host name leaves no resolver thread behind."""
         before = set(threading.enumerate())
         with Simulator(host="localhost") as sim:
             assert sim.base_url.startswith("http://localhost:")
         assert set(threading.enumerate()) == before
 
     def test_start_error_reaches_the_caller(self) -> None:
-        """What prevents the start is raised to whoever enters, and leaves no thread."""
+        """An error that prevents the start is raised by `with`, and no thread remains."""
         before = set(threading.enumerate())
         with Simulator() as sim:
             taken = URL(sim.base_url).port
@@ -833,13 +835,13 @@ class TestThreadMode:
                 url = f"{sim.base_url}{RESULTS}?workflow_version_execution_id={execution_id}"
                 assert get(url, sim.api_key)[0] == 200
 
-    def test_waiting_in_vain(self) -> None:
-        """The blocking wait is bounded too."""
+    def test_waiting_times_out(self) -> None:
+        """The blocking wait times out, too."""
         with Simulator() as sim, pytest.raises(TimeoutError, match="saw 0 of 1"):
             sim.block_for_requests(1, timeout=0.01)
 
-    def test_forgotten_waiter(self) -> None:
-        """A waiter that gave up, and whose loop is closed, does not disturb later requests."""
+    def test_waiter_of_a_closed_loop(self) -> None:
+        """A waiter that timed out, and whose loop is closed, does not affect later requests."""
         with Simulator() as sim:
             with pytest.raises(TimeoutError):
                 asyncio.run(sim.wait_for_requests(1, timeout=0.01))
@@ -847,7 +849,7 @@ class TestThreadMode:
             assert get(url, sim.api_key)[0] == 200
 
     async def test_waited_for_in_another_loop(self) -> None:
-        """A threaded simulator wakes a waiter in the test's own loop, as the loop demands."""
+        """A threaded simulator wakes a waiter in the test's loop in a thread-safe way."""
         asyncio.get_running_loop().set_debug(True)
         with Simulator() as sim:
             async with aiohttp.ClientSession() as http:
@@ -855,7 +857,7 @@ class TestThreadMode:
                 async with http.get(sim.base_url):
                     await waiting
 
-    def test_body_error_leaves_as_itself(self) -> None:
-        """An exception in the body stops the server and is not replaced."""
+    def test_an_error_in_the_body_is_raised_unchanged(self) -> None:
+        """An exception in the body stops the server and is raised as it is."""
         with pytest.raises(KeyError, match="mine"), Simulator():
             raise KeyError("mine")

@@ -1,4 +1,6 @@
-"""The simulator against the OpenAPI document of the operation."""
+"""The simulator against the OpenAPI document of the results operation."""
+
+from __future__ import annotations
 
 import json
 import math
@@ -51,7 +53,7 @@ SCENARIOS = {
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 async def test_every_node_map_validates(scenario: Scenario) -> None:
-    """At every stage the full answer is a NodeMap, and 200 exactly when every node is final."""
+    """At every stage the full answer is a NodeMap, and 200 exactly when all nodes are final."""
     now = 0.0
     statuses: list[int] = []
     async with (
@@ -74,15 +76,15 @@ async def test_every_node_map_validates(scenario: Scenario) -> None:
 
 
 async def test_the_schema_can_refuse() -> None:
-    """The NodeMap schema refuses a status that the document does not know."""
+    """The NodeMap schema refuses a status that the document does not list."""
     node = {"value": 1, "error_message": None, "raw_error_message": None, "is_output_node": None}
     assert not NODE_MAP.is_valid({"a": node | {"status": "PAUSED"}})
 
 
 def schemathesis(
     sim: Simulator, directory: Path, phases: str, *known_ids: int
-) -> "subprocess.CompletedProcess[str]":
-    """Run Schemathesis, which is told some ids that exist, with every check it has."""
+) -> subprocess.CompletedProcess[str]:
+    """Run Schemathesis with all of its checks, and with some existing ids as examples."""
     document: dict[str, Any] = json.loads(json.dumps(DOCUMENT))
     execution_id, _ = document["paths"][RESULTS]["get"]["parameters"]
     execution_id["examples"] = {str(i): {"value": i} for i in known_ids}
@@ -105,14 +107,14 @@ def schemathesis(
 
 
 def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
-    """No request that Schemathesis makes up is answered otherwise than the document says."""
+    """Every request that Schemathesis generates is answered as the document says."""
     with Simulator() as sim:
         done = sim.add_execution(Scenario([SimNode("a", 1)]))
         held = sim.add_execution(Scenario([SimNode("a", duration=None)]))
         run = schemathesis(sim, tmp_path, "examples,coverage,fuzzing", done, held)
-        asked = {r.query.get("workflow_version_execution_id") for r in sim.requests}
+        requested = {r.query.get("workflow_version_execution_id") for r in sim.requests}
     assert run.returncode == 0, run.stdout + run.stderr
-    assert {str(done), str(held)} <= asked
+    assert {str(done), str(held)} <= requested
 
 
 @pytest.mark.parametrize(
@@ -124,8 +126,10 @@ def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
     ],
     ids=["status", "schema", "content type"],
 )
-def test_schemathesis_can_find(tmp_path: Path, planted: Fault, finding: str) -> None:
-    """A planted deviation from the document is found."""
+def test_schemathesis_finds_planted_deviations(
+    tmp_path: Path, planted: Fault, finding: str
+) -> None:
+    """The check above can fail: a planted deviation from the document is found."""
     with Simulator() as sim:
         sim.inject(planted)
         run = schemathesis(sim, tmp_path, "examples", 1)

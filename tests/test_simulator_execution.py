@@ -1,4 +1,6 @@
-"""The simulated execution as a function of time, and its token bucket."""
+"""The simulated execution as a function of time, and the token bucket."""
+
+from __future__ import annotations
 
 import json
 import math
@@ -8,29 +10,29 @@ from typing import Any
 import pytest
 
 from promptlayer_exec.simulator import Scenario, SimNode
-from promptlayer_exec.simulator._bucket import TokenBucket
-from promptlayer_exec.simulator._execution import Execution, is_complete, main_output, node_map
+from promptlayer_exec.simulator._api import TokenBucket
+from promptlayer_exec.simulator._execution import Execution
 
 
 def run(*nodes: SimNode) -> Execution:
-    """Begin an execution at the time 0."""
+    """Return an execution that started at the time 0."""
     return Execution(Scenario(nodes), 0.0)
 
 
 def statuses(execution: Execution, now: float) -> dict[str, str]:
     """Return every node's status at a time."""
-    return {name: state.status for name, state in execution.states(now).items()}
+    return {name: state.status for name, state in execution.results(now).states.items()}
 
 
 def output(execution: Execution, now: float) -> Any:
     """Return the decoded main output at a time, or `...` if there is none."""
-    text = main_output(execution.scenario, execution.states(now))
+    text = execution.results(now).main_output()
     return ... if text is None else json.loads(text)
 
 
 def nodes_json(execution: Execution, now: float) -> dict[str, Any]:
     """Return the decoded node map at a time."""
-    decoded: dict[str, Any] = json.loads(node_map(execution.scenario, execution.states(now)))
+    decoded: dict[str, Any] = json.loads(execution.results(now).node_map())
     return decoded
 
 
@@ -46,7 +48,7 @@ def finish(execution: Execution, name: str, now: float, **ending: Any) -> None:
 
 
 def test_node_runs_for_its_duration() -> None:
-    """A node without dependencies is RUNNING from the start and final exactly at its duration."""
+    """A node without dependencies is RUNNING from the start, and final exactly at its duration."""
     execution = run(SimNode("a", 1, duration=2.0))
     assert statuses(execution, 0.0) == {"a": "RUNNING"}
     assert statuses(execution, 1.999) == {"a": "RUNNING"}
@@ -54,7 +56,7 @@ def test_node_runs_for_its_duration() -> None:
 
 
 def test_node_without_duration_is_final_at_once() -> None:
-    """The default duration of zero makes a node final in the first look."""
+    """With the default duration of zero a node is final from the start."""
     assert statuses(run(SimNode("a")), 0.0) == {"a": "SUCCESS"}
 
 
@@ -70,49 +72,49 @@ def test_dependent_is_queued_until_the_last_dependency_is_final() -> None:
     assert statuses(execution, 4.0)["join"] == "SUCCESS"
 
 
-def test_ends_do_not_depend_on_when_anyone_looks() -> None:
-    """A late first look finds the exact times at which a chain of nodes ended."""
+def test_ends_do_not_depend_on_when_they_are_read() -> None:
+    """A late first read returns the exact times at which a chain of nodes ended."""
     chain = (
         SimNode("a", duration=0.5),
         SimNode("b", duration=0.25, after=("a",)),
         SimNode("c", duration=10.0, after=("b",)),
     )
-    late = run(*chain).states(100.0)
+    late = run(*chain).results(100.0).states
     assert [state.at for state in late.values()] == [0.5, 0.75, 10.75]
 
 
 def test_held_node_waits_for_finish() -> None:
-    """A node with duration=None stays RUNNING until it is told, and then has the value told."""
+    """A node with duration=None stays RUNNING until `finish`, and then has the value given."""
     execution = run(SimNode("a", "own", duration=None), SimNode("b", after=("a",)))
     assert statuses(execution, 1e9) == {"a": "RUNNING", "b": "QUEUED"}
-    finish(execution, "a", 1e9, value="told")
+    finish(execution, "a", 1e9, value="given")
     assert statuses(execution, 1e9) == {"a": "SUCCESS", "b": "SUCCESS"}
-    assert nodes_json(execution, 1e9)["a"]["value"] == "told"
+    assert nodes_json(execution, 1e9)["a"]["value"] == "given"
 
 
-def test_finish_without_value_takes_the_scenarios() -> None:
-    """A held node that is finished without a value has the one its scenario gives."""
+def test_finish_without_value_uses_the_scenarios() -> None:
+    """A held node that is finished without a value has the one of its scenario."""
     execution = run(SimNode("a", "own", duration=None))
     finish(execution, "a", 1.0)
     assert nodes_json(execution, 1.0)["a"]["value"] == "own"
 
 
 def test_finish_of_a_queued_node_takes_effect_when_it_starts() -> None:
-    """A held node told to finish while QUEUED ends in the moment it starts."""
+    """A held node that is finished while QUEUED ends at the moment it starts."""
     execution = run(SimNode("a", duration=5.0), SimNode("b", duration=None, after=("a",)))
     finish(execution, "b", 1.0)
     assert statuses(execution, 4.0)["b"] == "QUEUED"
-    assert execution.states(9.0)["b"].at == 5.0
+    assert execution.results(9.0).states["b"].at == 5.0
 
 
-def test_finish_with_a_failure_shows_its_messages() -> None:
-    """A held node can be failed, with messages of its own."""
+def test_finish_with_a_failure_sets_its_messages() -> None:
+    """A held node can be made to fail, with messages that replace the scenario's."""
     execution = run(
         SimNode("a", 1, duration=None, error_message="scenario's"),
         SimNode("b", duration=None, error_message="hidden", raw_error_message="scenario's"),
     )
     finish(execution, "a", 1.0, status="FAILED", raw_error_message={"raw": "Traceback"})
-    finish(execution, "b", 1.0, status="FAILED", error_message="told")
+    finish(execution, "b", 1.0, status="FAILED", error_message="given")
     assert nodes_json(execution, 1.0)["a"] == {
         "status": "FAILED",
         "value": None,
@@ -120,20 +122,22 @@ def test_finish_with_a_failure_shows_its_messages() -> None:
         "raw_error_message": {"raw": "Traceback"},
         "is_output_node": False,
     }
-    told = nodes_json(execution, 1.0)["b"]
-    assert (told["error_message"], told["raw_error_message"]) == ("told", "scenario's")
+    second = nodes_json(execution, 1.0)["b"]
+    assert (second["error_message"], second["raw_error_message"]) == ("given", "scenario's")
 
 
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("held", ValueError, "final already: SUCCESS"),
+        ("held", ValueError, "already final: SUCCESS"),
         ("timed", ValueError, "ends by itself"),
-        ("nobody", LookupError, "no node 'nobody'"),
+        ("unknown", LookupError, "no node 'unknown'"),
     ],
 )
-def test_finish_refuses_what_it_cannot_do(name: str, error: type[Exception], message: str) -> None:
-    """Finishing a final, a self-ending or an unknown node is a clear error."""
+def test_finish_refuses_nodes_that_are_not_held(
+    name: str, error: type[Exception], message: str
+) -> None:
+    """Finishing a final, a timed or an unknown node is a clear error."""
     execution = run(SimNode("held", duration=None), SimNode("timed", duration=9.0))
     finish(execution, "held", 1.0)
     with pytest.raises(error, match=message):
@@ -141,7 +145,7 @@ def test_finish_refuses_what_it_cannot_do(name: str, error: type[Exception], mes
 
 
 def test_failed_dependency_skips_dependents() -> None:
-    """What comes after a failed node is SKIPPED, and so is all that follows, at the same time."""
+    """Nodes that depend on a failed node, directly or indirectly, are SKIPPED when it fails."""
     execution = run(
         SimNode("a", duration=1.0, status="FAILED"),
         SimNode("ok"),
@@ -149,13 +153,13 @@ def test_failed_dependency_skips_dependents() -> None:
         SimNode("c", duration=9.0, after=("b",)),
     )
     assert statuses(execution, 0.0)["b"] == "QUEUED"
-    states = execution.states(1.0)
+    states = execution.results(1.0).states
     assert [state.status for state in states.values()] == ["FAILED", "SUCCESS"] + ["SKIPPED"] * 2
     assert states["c"].at == 1.0
 
 
-def test_when_chooses_a_branch_and_the_join_runs() -> None:
-    """A false predicate skips a branch; a node that joins it with a live one still runs."""
+def test_when_selects_a_branch_and_the_join_runs() -> None:
+    """A false predicate skips a branch; a node that joins it with another branch still runs."""
     execution = run(
         SimNode("classify", "refund"),
         SimNode("refund", 7, after=("classify",), when=lambda v: v["classify"] == "refund"),
@@ -169,16 +173,16 @@ def test_when_chooses_a_branch_and_the_join_runs() -> None:
     assert nodes_json(execution, 0.0)["join"]["value"] == [7, None]
 
 
-def test_functions_see_everything_upstream_and_are_asked_once() -> None:
-    """`when` and `value` get the values of direct and indirect dependencies, one time each."""
+def test_functions_get_all_upstream_values_and_are_called_once() -> None:
+    """`when` and `value` get the values of direct and indirect dependencies, and run once."""
     seen: list[tuple[str, Mapping[str, Any]]] = []
 
     def record(kind: str) -> Callable[[Mapping[str, Any]], str]:
-        def asked(values: Mapping[str, Any]) -> str:
+        def called(values: Mapping[str, Any]) -> str:
             seen.append((kind, dict(values)))
             return kind
 
-        return asked
+        return called
 
     execution = run(
         SimNode("unrelated", 0),
@@ -187,22 +191,21 @@ def test_functions_see_everything_upstream_and_are_asked_once() -> None:
         SimNode("c", record("value"), after=("b",), duration=1.0, when=record("when")),
     )
     for now in (0.0, 0.5, 1.0, 2.0):
-        execution.states(now)
+        execution.results(now)
     assert seen == [("when", {"a": 1, "b": 2}), ("value", {"a": 1, "b": 2})]
     assert nodes_json(execution, 2.0)["c"]["value"] == "value"
 
 
 def test_unknown_status_keeps_the_execution_running() -> None:
-    """A status outside the final ones is shown as it is, and nothing after it starts."""
+    """A status that is not final is sent as it is, and no node after it starts."""
     execution = run(SimNode("a", 1, status="PAUSED"), SimNode("b", after=("a",)))
-    states = execution.states(1e9)
     assert statuses(execution, 1e9) == {"a": "PAUSED", "b": "QUEUED"}
     assert nodes_json(execution, 1e9)["a"]["value"] is None
-    assert not is_complete(states)
+    assert not execution.results(1e9).complete
 
 
 def test_held_node_can_be_paused_and_resumed() -> None:
-    """A node finished with an unknown status can be finished again."""
+    """A node that was finished with an unknown status can be finished again."""
     execution = run(SimNode("a", 1, duration=None))
     finish(execution, "a", 1.0, status="PAUSED")
     assert statuses(execution, 1.0) == {"a": "PAUSED"}
@@ -211,15 +214,15 @@ def test_held_node_can_be_paused_and_resumed() -> None:
 
 
 def test_failure_is_a_failed_status() -> None:
-    """`FAILURE` is final, skips dependents and shows its messages like `FAILED`."""
+    """`FAILURE` is final, skips dependents and has error messages, like `FAILED`."""
     execution = run(SimNode("a", status="FAILURE", error_message="no"), SimNode("b", after=("a",)))
-    assert is_complete(execution.states(0.0))
+    assert execution.results(0.0).complete
     assert statuses(execution, 0.0)["b"] == "SKIPPED"
     assert nodes_json(execution, 0.0)["a"]["error_message"] == "no"
 
 
-def test_messages_of_a_node_that_did_not_fail_are_hidden() -> None:
-    """The error fields are null unless the node failed, the value unless it succeeded."""
+def test_messages_of_a_node_that_did_not_fail_are_null() -> None:
+    """The error fields are null unless the node failed; the value is null unless it succeeded."""
     execution = run(
         SimNode("ok", 1, error_message="e", raw_error_message="r"),
         SimNode("later", 2, duration=1.0, error_message="e", raw_error_message="r"),
@@ -231,7 +234,7 @@ def test_messages_of_a_node_that_did_not_fail_are_hidden() -> None:
 
 
 def test_main_output_is_the_first_successful_output_node() -> None:
-    """Of several output nodes the one that succeeded first counts; failed ones do not."""
+    """Of several output nodes, the one that succeeded first is used; failed ones are ignored."""
     execution = run(
         SimNode("failed", 0, is_output_node=True, status="FAILED"),
         SimNode("slow", 1, is_output_node=True, duration=3.0),
@@ -241,20 +244,20 @@ def test_main_output_is_the_first_successful_output_node() -> None:
     assert output(execution, 3.0) == 2
 
 
-def test_main_output_tie_goes_to_the_first_listed() -> None:
-    """Of output nodes that succeeded at the same time the one listed first counts."""
+def test_of_simultaneous_output_nodes_the_first_listed_is_used() -> None:
+    """Of output nodes that succeeded at the same time, the one listed first is used."""
     nodes = [SimNode(name, name, is_output_node=True) for name in "ab"]
     assert output(run(*nodes), 0.0) == "a"
 
 
 def test_no_successful_output_node_means_no_main_output() -> None:
-    """With every output node failed there is no main output, though others succeeded."""
+    """If every output node failed, there is no main output, even if other nodes succeeded."""
     execution = run(SimNode("a", 1), SimNode("b", is_output_node=True, status="FAILED"))
     assert output(execution, 0.0) is ...
 
 
 def test_without_marks_the_last_success_is_the_main_output() -> None:
-    """With no output node marked, the node that succeeded last provides the main output."""
+    """If no node is marked as output, the node that succeeded last has the main output."""
     execution = run(
         SimNode("a", 1, duration=2.0, is_output_node=None),
         SimNode("b", 2, is_output_node=None),
@@ -265,9 +268,9 @@ def test_without_marks_the_last_success_is_the_main_output() -> None:
 
 
 def test_empty_scenario_is_complete() -> None:
-    """An execution without nodes is complete, with an empty map and no main output."""
+    """An execution without nodes is complete, with an empty node map and no main output."""
     execution = run()
-    assert is_complete(execution.states(0.0))
+    assert execution.results(0.0).complete
     assert nodes_json(execution, 0.0) == {}
     assert output(execution, 0.0) is ...
 
@@ -285,15 +288,15 @@ def test_empty_scenario_is_complete() -> None:
 )
 def test_values_are_written_as_the_standard_library_does(value: object, text: str) -> None:
     """NaN, big integers and lone surrogates are sent as Python's `json` writes them."""
-    execution = run(SimNode("a", value, is_output_node=True))
-    assert main_output(execution.scenario, execution.states(0.0)) == text
-    assert f'"value":{text},' in node_map(execution.scenario, execution.states(0.0))
+    results = run(SimNode("a", value, is_output_node=True)).results(0.0)
+    assert results.main_output() == text
+    assert f'"value":{text},' in results.node_map()
 
 
 def test_recorded_body_is_reproduced() -> None:
-    """The node map has the keys, their order and the spacing of the recorded body."""
+    """The node map has the keys, the order and the spacing of the recorded body."""
     execution = run(SimNode("Node 1", "AAA", is_output_node=True))
-    assert node_map(execution.scenario, execution.states(0.0)) == (
+    assert execution.results(0.0).node_map() == (
         '{"Node 1":{"status":"SUCCESS","value":"AAA","error_message":null,'
         '"raw_error_message":null,"is_output_node":true}}'
     )
@@ -303,37 +306,37 @@ def test_recorded_body_is_reproduced() -> None:
     ("nodes", "message"),
     [
         ([SimNode("a"), SimNode("a")], "two nodes are named 'a'"),
-        ([SimNode("a", after=("b",))], "'a' comes after 'b', which is no node"),
-        ([SimNode("a", after=("a",))], "circle: 'a' -> 'a'"),
-        ([SimNode("a", after=("b",)), SimNode("b", after=("a",))], "in a circle"),
+        ([SimNode("a", after=("b",))], "'a' comes after 'b', which is not a node"),
+        ([SimNode("a", after=("a",))], "cycle: 'a' -> 'a'"),
+        ([SimNode("a", after=("b",)), SimNode("b", after=("a",))], "in a cycle"),
     ],
 )
 def test_impossible_scenarios_are_refused(nodes: list[SimNode], message: str) -> None:
-    """Repeated names, unknown dependencies and circles are told when a scenario is made."""
+    """Repeated names, unknown dependencies and cycles are errors when a scenario is created."""
     with pytest.raises(ValueError, match=message):
         Scenario(nodes)
 
 
 @pytest.mark.parametrize("duration", [-1.0, math.inf, math.nan])
 def test_impossible_durations_are_refused(duration: float) -> None:
-    """A negative, infinite or undefined duration is told when a node is made."""
+    """A negative, infinite or NaN duration is an error when a node is created."""
     with pytest.raises(ValueError, match="duration must be finite"):
         SimNode("a", duration=duration)
 
 
-def test_values_that_are_no_json_are_refused() -> None:
-    """A value that JSON cannot carry is told with the name of its node."""
+def test_values_that_are_not_json_are_refused() -> None:
+    """The error for a value that JSON cannot represent names the node."""
     with pytest.raises(TypeError, match="node 'a': its value is not JSON"):
         SimNode("a", {1, 2})
 
 
-def test_one_name_is_no_list_of_names() -> None:
-    """`after="ab"` is an error and not the two nodes a and b."""
+def test_a_single_name_is_not_a_list_of_names() -> None:
+    """`after="ab"` is an error; it does not mean the two nodes a and b."""
     with pytest.raises(TypeError, match=r"write after=\('ab',\)"):
         SimNode("c", after="ab")
 
 
-def test_bucket_lets_a_burst_through_and_then_the_rate() -> None:
+def test_bucket_allows_a_burst_and_then_the_rate() -> None:
     """A full bucket gives its burst at once, then one token every 1/rate seconds."""
     bucket = TokenBucket(rate=4.0, burst=2, now=0.0)
     assert [bucket.take(0.0) for _ in range(3)] == [0.0, 0.0, 0.25]
@@ -342,14 +345,14 @@ def test_bucket_lets_a_burst_through_and_then_the_rate() -> None:
     assert bucket.take(0.25) == 0.25
 
 
-def test_bucket_holds_no_more_than_its_burst() -> None:
-    """Idle time does not save up more than the burst."""
+def test_bucket_holds_at_most_its_burst() -> None:
+    """However long the bucket is idle, it holds at most the burst."""
     bucket = TokenBucket(rate=10.0, burst=2, now=0.0)
     assert [bucket.take(1000.0) for _ in range(3)] == [0.0, 0.0, 0.1]
 
 
-def test_bucket_keeps_its_promise() -> None:
-    """Who waits exactly as long as told gets a token, whatever the rounding."""
+def test_the_announced_wait_is_long_enough() -> None:
+    """A request that waits exactly the announced time gets a token, however times round."""
     bucket, now = TokenBucket(rate=7.0, burst=1, now=0.1), 0.1
     for _ in range(1000):
         if wait := bucket.take(now):

@@ -1,5 +1,7 @@
 """The simulator's push and callbacks, over real sockets."""
 
+from __future__ import annotations
+
 import asyncio
 import gc
 import json
@@ -31,17 +33,17 @@ NODE_MAP = {
 
 
 class Clock:
-    """A clock that stands still until it is moved."""
+    """A clock that stands still until the test sets it."""
 
     now = 100.0
 
     def __call__(self) -> float:
-        """Tell the time."""
+        """Return the time."""
         return self.now
 
 
 class Socket:
-    """A client's end of a WebSocket."""
+    """The client side of a WebSocket."""
 
     def __init__(self, websocket: aiohttp.ClientWebSocketResponse) -> None:
         self.websocket = websocket
@@ -55,7 +57,7 @@ class Socket:
         reply: dict[str, Any] = json.loads(await self.websocket.receive_str(timeout=10))
         return reply
 
-    async def ask(self, **command: object) -> dict[str, Any]:
+    async def request(self, **command: object) -> dict[str, Any]:
         """Send one command and return the reply, without its id."""
         await self.send({"id": 7, **command})
         reply = await self.receive()
@@ -63,7 +65,7 @@ class Socket:
         return reply
 
     async def completion(self, channel: str = CHANNEL) -> dict[str, Any]:
-        """Return what the next push says of a run's completion."""
+        """Return the completion message in the next push."""
         push = (await self.receive())["push"]
         assert (push.keys(), push["channel"]) == ({"channel", "pub"}, channel)
         publication = push["pub"]["data"]
@@ -72,14 +74,14 @@ class Socket:
         return message
 
     async def end(self) -> tuple[int, str | None]:
-        """Return the code and the reason with which the server ends the connection."""
+        """Return the code and the reason with which the server closes the connection."""
         message = await self.websocket.receive(timeout=10)
         assert message.type is aiohttp.WSMsgType.CLOSE, message
         return message.data, message.extra
 
 
 class Client:
-    """A client of a simulator that runs workflows and listens."""
+    """A client of a simulator that runs workflows and subscribes to channels."""
 
     def __init__(self, sim: Simulator, http: aiohttp.ClientSession) -> None:
         self.sim = sim
@@ -105,13 +107,13 @@ class Client:
     async def connect(self, *channels: str) -> Socket:
         """Open a WebSocket and connect with a token for some channels."""
         opened = await self.open(max_msg_size=0)
-        assert "connect" in await opened.ask(connect={"token": await self.token(*channels)})
+        assert "connect" in await opened.request(connect={"token": await self.token(*channels)})
         return opened
 
     async def subscribe(self, channel: str = CHANNEL) -> Socket:
         """Connect and subscribe to one channel."""
         connected = await self.connect(channel)
-        assert await connected.ask(subscribe={"channel": channel}) == {"subscribe": {}}
+        assert await connected.request(subscribe={"channel": channel}) == {"subscribe": {}}
         return connected
 
     async def run(self, **body: object) -> int:
@@ -124,7 +126,7 @@ class Client:
 
 @pytest.fixture
 async def open_client() -> AsyncIterator[Callable[[Simulator], Client]]:
-    """Return a maker of clients; what they opened is closed at the end."""
+    """Return a factory of clients; everything that they open is closed at the end."""
     async with AsyncExitStack() as stack:
         made = []
 
@@ -142,16 +144,16 @@ async def client(sim: Simulator, open_client: Callable[[Simulator], Client]) -> 
     return open_client(sim)
 
 
-def tasks_of_runs() -> list["asyncio.Task[Any]"]:
-    """Return the tasks that wait for runs or tell of them."""
+def tasks_of_runs() -> list[asyncio.Task[Any]]:
+    """Return the tasks that wait for runs or send their notifications."""
     return [task for task in asyncio.all_tasks() if task.get_name().startswith("simulator run")]
 
 
 class TestToken:
-    """Asking for a token."""
+    """The operation that issues tokens."""
 
     async def test_token(self, client: Client) -> None:
-        """A token is a 201 that names its channels and its hour of life in milliseconds."""
+        """A token is a 201 that names its channels and its lifetime of one hour."""
         status, answer = await client.post(
             "/ws-token-request-library", params={"capability": CHANNEL}
         )
@@ -164,7 +166,7 @@ class TestToken:
         assert details["clientId"] == "1"
 
     async def test_key_is_required(self, client: Client) -> None:
-        """Without the right key there is no token."""
+        """Without the right key it is a 401."""
         status, _ = await client.post(
             "/ws-token-request-library",
             params={"capability": CHANNEL},
@@ -182,29 +184,31 @@ class TestConnection:
     """Centrifugo's client protocol."""
 
     async def test_connect(self, client: Client) -> None:
-        """A connection is answered with an id, the ping interval, and the wish for pongs."""
+        """The reply to connect has a client id, the ping interval and `pong`."""
         opened = await client.open()
-        reply = await opened.ask(connect={"token": await client.token(CHANNEL), "name": "python"})
+        reply = await opened.request(
+            connect={"token": await client.token(CHANNEL), "name": "python"}
+        )
         assert reply["connect"].pop("client")
         assert reply == {"connect": {"version": "", "ping": 25, "pong": True}}
 
     async def test_empty_subprotocol(
         self, client: Client, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """An empty Sec-WebSocket-Protocol neither breaks the handshake nor is warned of."""
+        """An empty Sec-WebSocket-Protocol neither breaks the handshake nor logs a warning."""
         opened = await client.open(headers={"Sec-WebSocket-Protocol": ""})
         assert client.sim.requests[-1].headers["Sec-WebSocket-Protocol"] == ""
         assert opened.websocket.protocol is None
-        assert "connect" in await opened.ask(connect={"token": await client.token(CHANNEL)})
+        assert "connect" in await opened.request(connect={"token": await client.token(CHANNEL)})
         assert caplog.records == []
 
     async def test_no_websocket(self, client: Client) -> None:
-        """A plain request to the WebSocket's path is a JSON 400."""
+        """A plain request to the WebSocket's path is a 400 with JSON."""
         async with client.http.get(f"{client.sim.base_url}{WEBSOCKET}") as response:
             assert (response.status, (await response.json())["success"]) == (400, False)
 
     async def test_commands_in_one_frame(self, client: Client) -> None:
-        """Several commands in one frame are answered in order, each under its id."""
+        """Several commands in one frame are answered in order, each with its id."""
         opened = await client.open()
         await opened.send(
             {"id": 1, "connect": {"token": await client.token(CHANNEL)}},
@@ -216,22 +220,22 @@ class TestConnection:
         assert replies[1:] == [{"id": 2, "subscribe": {}}, {"id": 3, "unsubscribe": {}}]
 
     async def test_unknown_token(self, client: Client) -> None:
-        """A token that nobody issued ends the connection for good."""
+        """A token that was not issued closes the connection without reconnecting."""
         opened = await client.open()
         await opened.send({"id": 1, "connect": {"token": "made up"}})
         assert await opened.end() == (3500, "invalid token")
 
     async def test_expired_token(self, open_client: Callable[[Simulator], Client]) -> None:
-        """A token is an error once its hour is over by the clock; another one can follow."""
+        """A token expires after one hour by the clock; the client can then use a new one."""
         clock = Clock()
         async with Simulator(clock=clock) as sim:
             client = open_client(sim)
             token = await client.token(CHANNEL)
             opened = await client.open()
             clock.now += 3600
-            reply = await opened.ask(connect={"token": token})
+            reply = await opened.request(connect={"token": token})
             assert reply == {"error": {"code": 109, "message": "token expired"}}
-            reply = await opened.ask(connect={"token": await client.token(CHANNEL)})
+            reply = await opened.request(connect={"token": await client.token(CHANNEL)})
             assert "connect" in reply
 
     @pytest.mark.parametrize(
@@ -247,7 +251,7 @@ class TestConnection:
         ],
     )
     async def test_bad_request(self, client: Client, frame: str) -> None:
-        """What is no command, or comes before the token, ends the connection for good."""
+        """An invalid command, or one before the token, closes the connection."""
         opened = await client.open()
         await opened.websocket.send_str(frame)
         assert await opened.end() == (3501, "bad request")
@@ -257,13 +261,13 @@ class TestConnection:
         [{"id": 0, "subscribe": {"channel": CHANNEL}}, {"id": 2, "connect": {"token": "?"}}],
     )
     async def test_bad_request_later(self, client: Client, command: dict[str, Any]) -> None:
-        """A command that no reply could name, or a second connect, ends the connection too."""
+        """A command without a valid id, or a second connect, closes the connection, too."""
         connected = await client.connect(CHANNEL)
         await connected.send(command)
         assert await connected.end() == (3501, "bad request")
 
-    async def test_leaving(self, client: Client) -> None:
-        """A client that leaves is not kept in memory."""
+    async def test_closing(self, client: Client) -> None:
+        """A client that closes its connection is not kept in memory."""
         subscribed = await client.subscribe()
         centrifugo = client.sim._api._centrifugo
         assert list(centrifugo._subscribers) == [CHANNEL]
@@ -272,7 +276,7 @@ class TestConnection:
         assert centrifugo._subscribers == {}
 
     async def test_binary_frame(self, client: Client) -> None:
-        """A binary frame ends the connection."""
+        """A binary frame closes the connection."""
         opened = await client.open()
         await opened.websocket.send_bytes(b"{}")
         assert (await opened.end())[0] == 1000
@@ -286,27 +290,27 @@ class TestConnection:
         ],
     )
     async def test_denied(self, client: Client, command: dict[str, Any]) -> None:
-        """A token opens its own channels only, and those for listening only."""
+        """A token allows its own channels only, and only subscribing to them."""
         connected = await client.connect(CHANNEL)
         error = {"code": 103, "message": "permission denied"}
-        assert await connected.ask(**command) == {"error": error}
+        assert await connected.request(**command) == {"error": error}
 
     async def test_several_channels(self, client: Client) -> None:
-        """A token can open several channels."""
+        """A token can allow several channels."""
         connected = await client.connect("a", "b")
         for channel in ("a", "b"):
-            assert await connected.ask(subscribe={"channel": channel}) == {"subscribe": {}}
+            assert await connected.request(subscribe={"channel": channel}) == {"subscribe": {}}
 
     async def test_subscribing_twice(self, client: Client) -> None:
-        """A second subscription to a channel is an error, unless the first was given up."""
+        """A second subscription to a channel is an error, unless the first was cancelled."""
         subscribed = await client.subscribe()
-        reply = await subscribed.ask(subscribe={"channel": CHANNEL})
+        reply = await subscribed.request(subscribe={"channel": CHANNEL})
         assert reply == {"error": {"code": 105, "message": "already subscribed"}}
-        assert await subscribed.ask(unsubscribe={"channel": CHANNEL}) == {"unsubscribe": {}}
-        assert await subscribed.ask(subscribe={"channel": CHANNEL}) == {"subscribe": {}}
+        assert await subscribed.request(unsubscribe={"channel": CHANNEL}) == {"unsubscribe": {}}
+        assert await subscribed.request(subscribe={"channel": CHANNEL}) == {"subscribe": {}}
 
     async def test_pings(self, open_client: Callable[[Simulator], Client]) -> None:
-        """The server pings with an empty object again and again while the client answers so."""
+        """The server pings with an empty object, repeatedly while the client answers."""
         async with Simulator(push_ping_interval=0.3) as sim:
             connected = await open_client(sim).connect(CHANNEL)
             for _ in range(2):
@@ -314,20 +318,20 @@ class TestConnection:
                 await connected.send({})
 
     async def test_no_pong(self, open_client: Callable[[Simulator], Client]) -> None:
-        """A client that leaves a ping unanswered is disconnected, and may come back."""
+        """A client that does not answer a ping is disconnected, and may reconnect."""
         async with Simulator(push_ping_interval=0.3) as sim:
             connected = await open_client(sim).connect(CHANNEL)
             assert await connected.receive() == {}
             assert await connected.end() == (3012, "no pong")
 
     async def test_stale(self, open_client: Callable[[Simulator], Client]) -> None:
-        """A client that never connects is disconnected."""
+        """A client that never sends connect is disconnected."""
         async with Simulator(push_ping_interval=0.01) as sim:
             opened = await open_client(sim).open()
             assert await opened.end() == (3502, "stale")
 
     async def test_faults(self, client: Client) -> None:
-        """A handshake can be refused, and delayed, like any request."""
+        """Faults can refuse and delay a handshake, like any request."""
         client.sim.inject(Fault.status(503))
         client.sim.inject(Fault.delay(0.001))
         with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
@@ -337,10 +341,10 @@ class TestConnection:
 
 
 class TestPublication:
-    """Telling subscribers of completions."""
+    """Publishing completions to subscribers."""
 
     async def test_frame(self, client: Client) -> None:
-        """A completion is one push whose data is JSON text, as recorded."""
+        """A completion is one push whose data is the recorded JSON text."""
         client.sim.add_workflow("w", HELD)
         subscribed = await client.subscribe()
         client.sim.finish(await client.run(), "Node 1")
@@ -364,7 +368,7 @@ class TestPublication:
     async def test_output(
         self, client: Client, all_outputs: bool, status: str, output: object
     ) -> None:
-        """The output is what the results operation would answer with."""
+        """The output is the same as the results operation returns."""
         client.sim.add_workflow("w", HELD)
         subscribed = await client.subscribe()
         execution_id = await client.run(return_all_outputs=all_outputs)
@@ -376,7 +380,7 @@ class TestPublication:
         }
 
     async def test_nodes_that_end_by_themselves(self, client: Client) -> None:
-        """A completion is noticed when its time comes, without anybody asking."""
+        """A completion by time is published without any request."""
         nodes = [SimNode("a", duration=0.02), SimNode("b", 1, 0.02, ("a",), is_output_node=True)]
         client.sim.add_workflow("w", Scenario(nodes))
         subscribed = await client.subscribe()
@@ -384,7 +388,7 @@ class TestPublication:
         assert (await subscribed.completion())["final_output"] == 1
 
     async def test_held_then_timed(self, client: Client) -> None:
-        """A node that `finish` lets start ends in its own time."""
+        """A node that starts because of `finish` ends after its own duration."""
         nodes = [SimNode("a", duration=None), SimNode("b", 1, 0.02, ("a",), is_output_node=True)]
         client.sim.add_workflow("w", Scenario(nodes))
         subscribed = await client.subscribe()
@@ -392,7 +396,7 @@ class TestPublication:
         assert (await subscribed.completion())["final_output"] == 1
 
     async def test_another_clock(self, open_client: Callable[[Simulator], Client]) -> None:
-        """When the test moves the clock, a look at the execution has the completion pushed."""
+        """After the test has moved the clock, reading the execution publishes the completion."""
         clock = Clock()
         async with Simulator(clock=clock) as sim:
             sim.add_workflow("w", Scenario([SimNode("a", 1, 1000.0, is_output_node=True)]))
@@ -404,10 +408,10 @@ class TestPublication:
             assert sim.state(execution_id) == {"a": "SUCCESS"}
             assert (await subscribed.completion())["final_output"] == 1
 
-    async def test_a_standing_clock_is_not_spun_on(
+    async def test_a_stopped_clock_causes_no_busy_loop(
         self, open_client: Callable[[Simulator], Client]
     ) -> None:
-        """A clock that stands just before a node's end is read with pauses."""
+        """A clock that stopped just before a node's end is read with pauses."""
         readings = 0
 
         def clock() -> float:
@@ -426,7 +430,7 @@ class TestPublication:
             assert readings - before < 20
 
     async def test_only_its_channel(self, client: Client) -> None:
-        """A subscriber hears of the runs of its channel only."""
+        """A subscriber gets only the runs of its channel."""
         client.sim.add_workflow("w", HELD)
         subscribed = await client.subscribe()
         other, mine = await client.run(channel_name_suffix="y"), await client.run()
@@ -435,16 +439,16 @@ class TestPublication:
         assert (await subscribed.completion())["workflow_version_execution_id"] == mine
 
     async def test_unsubscribed(self, client: Client) -> None:
-        """Who unsubscribed hears no more of the channel."""
+        """A client that unsubscribed gets no more messages of the channel."""
         client.sim.add_workflow("w", HELD)
         subscribed = await client.subscribe()
-        await subscribed.ask(unsubscribe={"channel": CHANNEL})
+        await subscribed.request(unsubscribe={"channel": CHANNEL})
         client.sim.finish(await client.run(), "Node 1")
         await asyncio.gather(*tasks_of_runs())
-        assert await subscribed.ask(subscribe={"channel": CHANNEL}) == {"subscribe": {}}
+        assert await subscribed.request(subscribe={"channel": CHANNEL}) == {"subscribe": {}}
 
     async def test_several_subscribers(self, client: Client) -> None:
-        """Every subscriber of a channel is told, also after another one left."""
+        """Every subscriber of a channel gets the message, also after another one disconnected."""
         client.sim.add_workflow("w", HELD)
         gone, *subscribed = [await client.subscribe() for _ in range(3)]
         await gone.websocket.close()
@@ -453,7 +457,7 @@ class TestPublication:
             assert (await each.completion())["final_output"] == "AAA"
 
     async def test_slow_subscribers(self, open_client: Callable[[Simulator], Client]) -> None:
-        """Subscribers that do not read keep no other one waiting, and may go meanwhile."""
+        """Subscribers that do not read delay no other one, and may disconnect at any time."""
         large = "a" * 12_000_000
         async with Simulator(push_limit_bytes=13_000_000) as sim:
             sim.add_workflow("w", Scenario([SimNode("a", large, None, is_output_node=True)]))
@@ -462,7 +466,7 @@ class TestPublication:
             transports: list[Any] = [each._conn and each._conn.transport for each in slow]
             for transport in transports:
                 transport.pause_reading()
-                # Elsewhere the system would take in tens of megabytes for a client.
+                # Otherwise the system would buffer tens of megabytes for a client.
                 end = transport.get_extra_info("socket")
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             subscribed = await client.subscribe()
@@ -472,8 +476,8 @@ class TestPublication:
                 transport.abort()
             await asyncio.gather(*tasks_of_runs())
 
-    async def test_nobody_listens(self, client: Client) -> None:
-        """A completion without a subscriber is told to nobody, and to none who comes later."""
+    async def test_no_subscriber(self, client: Client) -> None:
+        """A completion without a subscriber is dropped; later subscribers do not get it."""
         client.sim.add_workflow("w", HELD)
         client.sim.finish(await client.run(), "Node 1")
         await asyncio.gather(*tasks_of_runs())
@@ -481,8 +485,8 @@ class TestPublication:
         client.sim.finish(await client.run(), "Node 1")
         assert (await subscribed.completion())["workflow_version_execution_id"] == 1002
 
-    async def test_nobody_asked(self, client: Client) -> None:
-        """A run without suffix and callback costs no task."""
+    async def test_no_notification_requested(self, client: Client) -> None:
+        """A run without a suffix and a callback needs no task."""
         client.sim.add_workflow("w", HELD)
         await client.run(channel_name_suffix=None)
         assert tasks_of_runs() == []
@@ -493,7 +497,7 @@ class TestPublication:
     async def test_size_limit(
         self, open_client: Callable[[Simulator], Client], limit: int, code: str
     ) -> None:
-        """A message over the limit says so in prose; the results have the output all the same."""
+        """A message over the limit has a text that says so instead of the output."""
         async with Simulator(push_limit_bytes=limit) as sim:
             sim.add_workflow("w", HELD)
             client = open_client(sim)
@@ -516,7 +520,7 @@ class TestPublication:
         assert codes == ["OK", "EXCEEDS_SIZE_LIMIT"]
 
     async def test_broken_scenario(self, client: Client, caplog: pytest.LogCaptureFixture) -> None:
-        """A scenario whose function fails is logged, and its run is told to nobody."""
+        """An error in a scenario's function is logged, and no completion is published."""
         client.sim.add_workflow("w", Scenario([SimNode("a", lambda values: 1 / 0)]))
         execution_id = await client.run()
         await asyncio.gather(*tasks_of_runs())
@@ -526,11 +530,11 @@ class TestPublication:
 
 
 class TestCallback:
-    """Telling a callback URL of completions."""
+    """Posting completions to a callback URL."""
 
     @pytest.mark.parametrize("all_outputs", [False, True])
     async def test_posted(self, client: Client, all_outputs: bool) -> None:
-        """The URL gets one POST of the node map, unsigned, whatever outputs were asked for."""
+        """The URL gets one unsigned POST of the node map, whichever outputs were requested."""
         client.sim.add_workflow("w", HELD)
         async with Simulator() as receiver:
             execution_id = await client.run(
@@ -555,7 +559,7 @@ class TestCallback:
     async def test_dead_address(
         self, client: Client, url: str, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """A callback that cannot be delivered harms nothing; the push arrives all the same."""
+        """A callback that cannot be delivered is ignored; the push still arrives."""
         client.sim.add_workflow("w", HELD)
         subscribed = await client.subscribe()
         with socket.socket() as bound:
@@ -568,7 +572,7 @@ class TestCallback:
         assert caplog.records == []
 
     async def test_silent_receiver(self, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A receiver that never answers is given up in bounded time."""
+        """A callback to a receiver that never answers ends after a timeout."""
         assert completion._CALLBACK_TIMEOUT.total == 10.0
         monkeypatch.setattr(completion, "_CALLBACK_TIMEOUT", aiohttp.ClientTimeout(total=0.01))
         client.sim.add_workflow("w", HELD)
@@ -579,13 +583,13 @@ class TestCallback:
                 await asyncio.gather(*tasks_of_runs())
 
 
-class TestLeaving:
+class TestExit:
     """Stopping with open sockets and pending callbacks."""
 
     async def test_loop_mode(
         self, open_client: Callable[[Simulator], Client], caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Leaving `async with` ends sockets, waiting runs and callbacks, and leaves no task."""
+        """Exiting `async with` ends sockets, waiting runs and callbacks; no task remains."""
         with Simulator() as receiver:
             receiver.inject(Fault.stall())
             before = asyncio.all_tasks()
@@ -608,7 +612,7 @@ class TestLeaving:
     async def test_thread_mode(
         self, open_client: Callable[[Simulator], Client], caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Leaving `with` does so too, and `finish` in one thread pushes from the other."""
+        """Exiting `with` does so, too; `finish` in one thread publishes from the other."""
         with Simulator() as receiver:
             receiver.inject(Fault.stall())
             before = set(threading.enumerate())
@@ -620,8 +624,8 @@ class TestLeaving:
                 sim.finish(await client.run(callback_url=receiver.base_url), "Node 1")
                 await receiver.wait_for_requests(1)
                 assert (await sockets[-1].completion())["final_output"] == "AAA"
-                leaving = time.monotonic()
-            assert time.monotonic() - leaving < 5
+                exiting = time.monotonic()
+            assert time.monotonic() - exiting < 5
             assert set(threading.enumerate()) == before
             sim.finish(held, "Node 1")
             for each in sockets:
@@ -631,7 +635,7 @@ class TestLeaving:
         assert caplog.records == []
 
     async def test_entered_again(self, open_client: Callable[[Simulator], Client]) -> None:
-        """A simulator that was left pushes again when it is entered again."""
+        """A simulator that is entered again publishes again."""
         sim = Simulator()
         sim.add_workflow("w", HELD)
         client = open_client(sim)

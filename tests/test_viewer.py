@@ -1,4 +1,4 @@
-"""The viewer's server over real sockets; tests/browser has what takes a browser."""
+"""The viewer's server over real sockets; the tests of its page are in tests/browser."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ ROUTES = ["/", "/viewer.css", "/viewer.js", "/favicon.svg", "/api/events", "/now
 
 
 class Viewer:
-    """A board that is served, and requests to it, written by hand."""
+    """A board that is served, and requests to it."""
 
     def __init__(self, board: Board, port: int) -> None:
         self.board = board
         self.port = port
 
-    async def ask(self, head: str, **headers: str | None) -> tuple[int, str]:
-        """Send a request, and return the status and everything that came, up to a stream's start.
+    async def request(self, head: str, **headers: str | None) -> tuple[int, str]:
+        """Send a raw request; return the status and the response, without the body of a stream.
 
         Args:
             head: the method and the path.
-            headers: they replace, or with None take away, those of the page.
+            headers: they replace those of the page; None removes one.
         """
         given = {"Host": f"127.0.0.1:{self.port}", "Connection": "close", "Authorization": BEARER}
         given.update({name.replace("_", "-"): value for name, value in headers.items()})
@@ -60,7 +60,7 @@ class Viewer:
         return int(text.split()[1]), text
 
     async def send(self, method: str, path: str, content: Any = None) -> tuple[int, Any]:
-        """Send what the page sends, and return the status and the answer."""
+        """Send a request as the page does, and return the status and the body."""
         async with (
             aiohttp.ClientSession(headers={"Authorization": BEARER}) as http,
             http.request(
@@ -90,7 +90,7 @@ class Viewer:
 
 @pytest.fixture
 async def viewer(session: Session) -> AsyncIterator[Viewer]:
-    """Return a viewer on a free port; it ends, as at Ctrl-C, at the end of the test."""
+    """Return a viewer on a free port; it is stopped, as by Ctrl-C, at the end of the test."""
     listener = listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
     async with session, Board(session, note="of a test") as board:
@@ -103,7 +103,7 @@ async def viewer(session: Session) -> AsyncIterator[Viewer]:
 
 
 async def until(events: AsyncIterator[tuple[str, Any]], wanted: str, **members: Any) -> Any:
-    """Return the next event of a kind whose data have these members."""
+    """Return the data of the next event of a kind that has these members."""
     async with asyncio.timeout(5):
         async for kind, data in events:
             if kind == wanted and members.items() <= data.items():
@@ -112,53 +112,53 @@ async def until(events: AsyncIterator[tuple[str, Any]], wanted: str, **members: 
 
 
 async def test_a_foreign_host_is_refused(viewer: Viewer) -> None:
-    """Even with the token: a name of somebody's that was bound anew to this machine."""
+    """DNS rebinding, which gives another name this machine's address, fails even with the token."""
     right = str(viewer.port)
     foreign = ["a.b", f"a.b:{right}", "127.0.0.1", "127.0.0.1:1", f"127.0.0.1.a.b:{right}", ""]
     for path in ROUTES:
         for host in foreign:
-            assert (await viewer.ask(f"GET {path}", Host=host))[0] == 403
-    # Without any it is no HTTP/1.1, which the server itself refuses.
-    assert (await viewer.ask("GET /", Host=None))[0] == 400
+            assert (await viewer.request(f"GET {path}", Host=host))[0] == 403
+    # Without a Host it is not HTTP/1.1, and the server itself refuses it.
+    assert (await viewer.request("GET /", Host=None))[0] == 400
 
 
-async def test_a_foreign_origin_is_refused_and_its_own_let_in(viewer: Viewer) -> None:
-    """On every route, and before anything happens; its own is that of the name it is called by."""
+async def test_only_its_own_origin_is_allowed(viewer: Viewer) -> None:
+    """This holds for every route; its own origin is that of the Host in the request."""
     for origin in ("http://a.b", "null", f"https://127.0.0.1:{viewer.port}", "http://127.0.0.1:1"):
         for head in ("GET /", "GET /api/events", "POST /api/runs", "OPTIONS /api/runs"):
-            assert (await viewer.ask(head, Origin=origin))[0] == 403
+            assert (await viewer.request(head, Origin=origin))[0] == 403
     for name in ("127.0.0.1", "localhost", "LOCALHOST", "[::1]"):
         host = f"{name}:{viewer.port}"
         own = {"Host": host, "Origin": f"http://{host}", "Sec_Fetch_Site": "same-origin"}
-        assert (await viewer.ask("GET /api/events", **own))[0] == 200
+        assert (await viewer.request("GET /api/events", **own))[0] == 200
 
 
 async def test_another_site_may_only_link_to_the_page(viewer: Viewer) -> None:
-    """It may not frame it, nor load its script, nor ask anything."""
+    """It may not embed the page in a frame, load its script, or send other requests."""
     link = {"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "document"}
     frame = {"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "iframe"}
     for site in ("cross-site", "same-site"):  # another port is the same site
-        assert (await viewer.ask("GET /", Sec_Fetch_Site=site, **link))[0] == 200
-        assert (await viewer.ask("GET /", Sec_Fetch_Site=site, **frame))[0] == 403
-        assert (await viewer.ask("GET /viewer.js", Sec_Fetch_Site=site, **link))[0] == 403
-        assert (await viewer.ask("GET /api/events", Sec_Fetch_Site=site))[0] == 403
+        assert (await viewer.request("GET /", Sec_Fetch_Site=site, **link))[0] == 200
+        assert (await viewer.request("GET /", Sec_Fetch_Site=site, **frame))[0] == 403
+        assert (await viewer.request("GET /viewer.js", Sec_Fetch_Site=site, **link))[0] == 403
+        assert (await viewer.request("GET /api/events", Sec_Fetch_Site=site))[0] == 403
 
 
-async def test_nothing_is_told_without_the_token(viewer: Viewer) -> None:
-    """Nor done, nor is it told whether there would be something."""
+async def test_every_api_request_needs_the_token(viewer: Viewer) -> None:
+    """Without it even a path that does not exist is a 401."""
     for credentials in (None, "", "Bearer", "Bearer wrong", "Bearer secre\u00e9", "secret"):
         for head in ("GET /api/events", "POST /api/runs", "DELETE /api/executions/1", "GET /api/"):
-            status, answer = await viewer.ask(head, Authorization=credentials)
+            status, answer = await viewer.request(head, Authorization=credentials)
             assert status == 401
             assert "open the URL that promptlayer-exec view printed" in answer
 
 
-async def test_every_answer_is_sealed(viewer: Viewer) -> None:
-    """Whatever the status is: no inline script, no frame, no cache, no other origin."""
+async def test_every_response_has_the_security_headers(viewer: Viewer) -> None:
+    """At every status, they forbid inline scripts, frames, caches and other origins."""
     given: list[dict[str, str | None]] = [{}, {"Host": "evil.example"}, {"Authorization": None}]
     for path in ROUTES:
         for headers in given:
-            _, answer = await viewer.ask(f"GET {path}", **headers)
+            _, answer = await viewer.request(f"GET {path}", **headers)
             head = answer.partition("\r\n\r\n")[0].lower()
             assert "\r\ncontent-security-policy: default-src 'none'; script-src 'self'; " in head
             assert "frame-ancestors 'none'" in head
@@ -169,8 +169,8 @@ async def test_every_answer_is_sealed(viewer: Viewer) -> None:
             assert "access-control" not in head
 
 
-def test_the_page_needs_nothing_inline_and_nothing_from_elsewhere() -> None:
-    """One HTML file, one CSS, one module; values reach the document as text only."""
+def test_the_page_has_no_inline_code_and_no_external_resources() -> None:
+    """It is one HTML file, one CSS file and one script, which writes values as text only."""
     assert {path.name for path in PAGE.iterdir()} == {
         "index.html",
         "viewer.css",
@@ -186,7 +186,7 @@ def test_the_page_needs_nothing_inline_and_nothing_from_elsewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "url", "is_loopback", "meant", "strange"),
+    ("address", "url", "is_loopback", "own", "foreign"),
     [
         (Address("127.0.0.1", 80), "http://127.0.0.1:80", True, "localhost", "localhost:81"),
         (Address("::1", 81), "http://[::1]:81", True, "[::1]:81", "[::2]:81"),
@@ -196,20 +196,20 @@ def test_the_page_needs_nothing_inline_and_nothing_from_elsewhere() -> None:
         (Address("::", 81), "http://127.0.0.1:81", False, "[2001:db8::1]:81", "evil.example:81"),
     ],
 )
-def test_an_address_knows_its_names(
-    address: Address, url: str, is_loopback: bool, meant: str, strange: str
+def test_the_names_of_an_address(
+    address: Address, url: str, is_loopback: bool, own: str, foreign: str
 ) -> None:
-    """Where it listens everywhere, any IP address is one: only names can be bound anew."""
+    """If it listens on all addresses, any IP address is allowed: DNS rebinding needs a name."""
     assert address.base_url == url
     assert address.is_loopback is is_loopback
-    assert address.is_meant(meant)
-    assert not address.is_meant(strange)
+    assert address.is_meant(own)
+    assert not address.is_meant(foreign)
 
 
-async def test_a_page_is_told_everything_and_then_what_changes(
+async def test_a_page_gets_everything_and_then_the_changes(
     sim: Simulator, viewer: Viewer, held: int
 ) -> None:
-    """In order; one that comes later is told the same, with the times that were seen."""
+    """A page that is opened later gets the same state, with the same times."""
     viewer.board.follow(held)
     events = viewer.events()
     board = await until(events, "board")
@@ -221,7 +221,7 @@ async def test_a_page_is_told_everything_and_then_what_changes(
     assert (running["final"], running["total"]) == (1, 2)
     sim.finish(held, "Answer")
     (answer,) = (await until(events, "nodes", all=False))["nodes"]
-    assert (answer["index"], answer["value"], answer["is_output"]) == (1, "42", True)
+    assert (answer["index"], answer["value"], answer["is_output_node"]) == (1, "42", True)
     assert 0 < answer["running"] + 0.001 <= answer["final"] + 0.001
     done = await until(events, "execution", state="succeeded")
     requests = sim.request_count
@@ -239,15 +239,15 @@ async def test_a_page_is_told_everything_and_then_what_changes(
             assert [event async for event in page] == []
 
 
-async def test_a_page_is_told_all_nodes_where_some_came_or_went(session: Session) -> None:
-    """It asks for a whole value by the node's place, which is another then."""
+async def test_a_page_gets_all_nodes_if_some_were_added_or_removed(session: Session) -> None:
+    """It requests full values by the node's index, which is then another."""
     board = Board(session)
     board._cards[1] = card = Card(session.execution(1))
     events = board_events(board)
 
-    async def see(*names: str) -> tuple[bool, list[str]]:
+    async def show(*names: str) -> tuple[bool, list[str]]:
         card.snapshot = Snapshot(1, False, {name: Node(name, "SUCCESS", name) for name in names})
-        board._wake()
+        board._notify()
         async for event in events:
             if event.startswith(b"event: nodes\ndata: "):
                 data = json.loads(event.partition(b"data: ")[2])
@@ -255,15 +255,15 @@ async def test_a_page_is_told_all_nodes_where_some_came_or_went(session: Session
         raise AssertionError
 
     async with asyncio.timeout(5), aclosing(events):
-        assert await see("b", "c") == (True, ["b", "c"])
-        assert await see("a", "b", "c") == (True, ["a", "b", "c"])
-        assert await see("c") == (True, ["c"])
+        assert await show("b", "c") == (True, ["b", "c"])
+        assert await show("a", "b", "c") == (True, ["a", "b", "c"])
+        assert await show("c") == (True, ["c"])
 
 
-async def test_an_idle_page_hears_a_heartbeat(
+async def test_an_idle_page_gets_heartbeats(
     viewer: Viewer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that a connection that died is noticed, at both ends."""
+    """Both sides can then detect a dead connection."""
     assert _HEARTBEAT == 15
     monkeypatch.setattr("promptlayer_exec.viewer._events._HEARTBEAT", 0.01)
     url = f"http://127.0.0.1:{viewer.port}/api/events"
@@ -272,12 +272,12 @@ async def test_an_idle_page_hears_a_heartbeat(
         http.get(url) as response,
     ):
         async with asyncio.timeout(5):
-            while await response.content.readline() != b":\n":
+            while await response.content.readline() != b": \n":
                 pass
 
 
 async def test_values_come_through_exactly(sim: Simulator, viewer: Viewer) -> None:
-    """As text, since JavaScript would round some of them; and all of a long one on demand."""
+    """They are sent as text, as JavaScript would round numbers; long ones in full on demand."""
     values = [2**63 + 1, [math.nan, -math.inf], "half \ud800", None, False, "", "a" * 10_001]
     nodes = [SimNode(str(index), value) for index, value in enumerate(values)]
     execution_id = sim.add_execution(Scenario([*nodes, SimNode("lone \udfff")]))
@@ -304,8 +304,8 @@ async def test_values_come_through_exactly(sim: Simulator, viewer: Viewer) -> No
     assert value_text(deep) == "(nested too deeply to be shown)"
 
 
-async def test_a_failed_node_always_has_a_reason(sim: Simulator, viewer: Viewer) -> None:
-    """The message, else the last line of the details, else that there is none."""
+async def test_a_failed_node_always_has_a_message(sim: Simulator, viewer: Viewer) -> None:
+    """It is the error message, or the last line of the details, or a text that there is none."""
     cases: list[tuple[Any, ...]] = [
         ("why", {"raw": "Traceback\nwhy"}, "why", "Traceback\nwhy"),
         ("why", "why", "why", None),
@@ -319,14 +319,15 @@ async def test_a_failed_node_always_has_a_reason(sim: Simulator, viewer: Viewer)
     ]
     viewer.board.follow(sim.add_execution(Scenario(nodes)))
     shown = (await until(viewer.events(), "nodes"))["nodes"]
-    assert [(node["error"], node["detail"]) for node in shown] == [case[2:] for case in cases]
+    texts = [(node["error_message"], node["raw_error_message"]) for node in shown]
+    assert texts == [case[2:] for case in cases]
     assert {node["value"] for node in shown} == {None}
 
 
-async def test_an_execution_is_added_once_and_removed(
+async def test_an_execution_is_added_once_and_can_be_removed(
     sim: Simulator, viewer: Viewer, held: int, our_tasks: Callable[[], list[str]]
 ) -> None:
-    """However often it is asked for; the latest is the first, and a removed one is not polled."""
+    """The latest addition is first on the page; a removed execution is no longer polled."""
     other = sim.add_execution(Scenario([SimNode("a", None, None)]))
     viewer.board.follow(other)
     content = {"execution_id": f" {held} "}
@@ -344,10 +345,10 @@ async def test_an_execution_is_added_once_and_removed(
     assert requests <= sim.request_count
 
 
-async def test_what_cannot_be_added_is_refused_with_a_reason(
+async def test_an_invalid_or_unknown_id_is_refused_with_a_reason(
     sim: Simulator, viewer: Viewer
 ) -> None:
-    """At the field, and no card is left behind."""
+    """The error names the field, and no card is added."""
     for wrong in ("", "x", "0", "-1", "1.5", "\u0661", str(2**63), "9" * 5000):
         status, answer = await viewer.send("POST", "executions", {"execution_id": wrong})
         assert (status, answer["field"]) == (422, "execution_id")
@@ -361,10 +362,10 @@ async def test_what_cannot_be_added_is_refused_with_a_reason(
     assert viewer.board.cards == {}
 
 
-async def test_a_watch_that_ends_early_keeps_what_it_saw(
+async def test_a_watch_that_failed_keeps_its_last_snapshot(
     sim: Simulator, viewer: Viewer, held: int
 ) -> None:
-    """With the reason; adding it again follows it again, in its place."""
+    """It has the error; adding the execution again follows it again, at the same position."""
     other = sim.add_execution(Scenario([SimNode("a", "b")]))
     viewer.board.follow(held)
     viewer.board.follow(other)
@@ -382,7 +383,7 @@ async def test_a_watch_that_ends_early_keeps_what_it_saw(
 
 
 async def test_a_run_is_started_and_followed(sim: Simulator, viewer: Viewer) -> None:
-    """Even if the page that started it has gone; its mistakes are told at their fields."""
+    """It is followed even if the page was closed; errors name the field of the form."""
     sim.add_workflow("a/b", Scenario([SimNode("n", "v")]), warning="no tone")
     for workflow, inputs, status, field in [
         (" ", "{}", 422, "workflow"),
@@ -398,24 +399,24 @@ async def test_a_run_is_started_and_followed(sim: Simulator, viewer: Viewer) -> 
     status, answer = await viewer.send("POST", "runs", {"workflow": "a/b", "inputs": ""})
     assert (status, answer["field"]) == (502, None)
     assert "may have started and be billed" in answer["message"]
-    begun = len(sim.runs)
+    before = len(sim.runs)
     sim.inject(Fault.delay(0.05))
     start = asyncio.create_task(viewer.send("POST", "runs", {"workflow": "a/b", "inputs": ""}))
     await sim.wait_for_requests(sim.request_count + 1)
     start.cancel()
     done = await until(viewer.events(), "execution", state="succeeded")
     assert (done["workflow"], done["warning"]) == ("a/b", "no tone")
-    assert [str(run.execution_id) for run in sim.runs[begun:]] == [done["execution_id"]]
+    assert [str(run.execution_id) for run in sim.runs[before:]] == [done["execution_id"]]
 
 
 async def view_with(port: int = 0, *, is_demo: bool = False, **settings: Any) -> Any:
-    """Run the command, as far as it gets without a page."""
+    """Run the command `view`."""
     given = {"host": "127.0.0.1", "base_url": None, "outage": 1.0, **settings}
     return await view([], port=port, is_demo=is_demo, **given)
 
 
-async def test_what_it_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No key, a weak token, a port that is taken, a package that is missing: usage errors all."""
+async def test_usage_errors_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing key, a weak token, a taken port and a missing package are usage errors."""
     with pytest.raises(ConfigurationError, match="PROMPTLAYER_API_KEY"):
         await view_with()
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -435,21 +436,23 @@ async def test_what_it_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
         await view_with(is_demo=True)
 
 
-def test_an_address_that_others_reach_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
-    """The URL alone is on standard output, for a program to read."""
+def test_an_address_that_is_not_loopback_prints_a_warning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Standard output has only the URL, so a program can read it."""
     _invite("http://a.b/#token=t", is_loopback=False)
     printed = capsys.readouterr()
     assert printed.out == "http://a.b/#token=t\n"
     assert printed.err.startswith("warning: other machines can reach this page")
 
 
-async def test_it_ends_quietly_whatever_is_under_way(
+async def test_stopping_aborts_open_requests_without_log_messages(
     sim: Simulator,
     open_session: Callable[..., Session],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A page that does not read, and a start without an answer, are cut off without a word."""
+    """The requests are a page that does not read, and a start without an answer."""
     monkeypatch.setattr("promptlayer_exec.viewer._server._GRACE", 0.1)
     long = [SimNode(f"node {index}", "x" * 10_000) for index in range(1000)]
     listener = listen("127.0.0.1", 0)
@@ -479,8 +482,8 @@ async def test_it_ends_quietly_whatever_is_under_way(
     assert [one.getMessage() for one in caplog.records if one.name.startswith("uvicorn")] == []
 
 
-async def test_the_command_ends_at_sigterm_with_a_page_open(sim: Simulator, held: int) -> None:
-    """Within a moment, with code 0, and without a word; the token is the environment's."""
+async def test_sigterm_stops_the_command_with_a_page_open(sim: Simulator, held: int) -> None:
+    """It exits soon, with code 0 and no message; the token is from the environment."""
     token = "t" * 22
     environment = {
         **os.environ,

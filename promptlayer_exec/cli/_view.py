@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from promptlayer_exec.viewer import Board
 
 TOKEN = "PROMPTLAYER_EXEC_VIEW_TOKEN"  # noqa: S105 - a variable's name
-_NEEDED = ("fastapi", "pydantic", "starlette", "uvicorn")
+_NEEDED = ("fastapi", "pydantic", "sse_starlette", "starlette", "uvicorn")
 
 
 async def view(

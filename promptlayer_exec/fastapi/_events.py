@@ -1,7 +1,9 @@
-"""An execution as Server-Sent Events.
+"""The progress of an execution as Server-Sent Events.
 
 https://html.spec.whatwg.org/multipage/server-sent-events.html
 """
+
+from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import suppress
@@ -15,29 +17,28 @@ from starlette.types import Message, Receive, Scope, Send
 
 from promptlayer_exec import Execution, SessionClosed, Snapshot
 from promptlayer_exec._integration import node_dict
+from promptlayer_exec.fastapi._json import dump_json
+from promptlayer_exec.fastapi._problems import describe, logger
 
-from ._json import dump_json
-from ._problems import describe, logger
-
-_RETRY = 2000
+_RETRY = 2000  # milliseconds, as the field `retry` takes them
 _SEND_TIMEOUT = 30.0
-_FAREWELL = 0.1
-_ENDINGS = ("complete", "failure")
+_END_TIMEOUT = 0.1
+_LAST_EVENTS = ("complete", "failure")
 
 
 async def execution_events(
     execution: Execution, *, last_event_id: str | None = None, heartbeat: float = 15.0
 ) -> Response:
-    """Return a response that tells an execution's progress, as Server-Sent Events.
+    """Return a response that sends an execution's progress as Server-Sent Events.
 
-    It awaits the first snapshot, so what goes wrong until then is raised; what goes wrong later
-    is a `failure` event. Where the session is closed, the stream ends without one, so that the
-    client comes back to whichever process is there then.
+    It awaits the first snapshot and raises any error until then; a later error is a `failure`
+    event. If the session is closed, the stream ends without one, so that the client reconnects, to
+    whichever process then serves it.
 
     Args:
-        execution: what to follow; all responses on it share the session's one poller.
-        last_event_id: the request's `Last-Event-ID`, by which a client that has seen the end is
-            sent away with a 204.
+        execution: the execution to follow; all responses for it share the session's one poller.
+        last_event_id: the request's `Last-Event-ID`. If it is that of the last event, the response
+            is a 204, which stops the client from reconnecting.
         heartbeat: seconds between the comments that keep an idle connection open; 0 sends none.
 
     Raises:
@@ -45,8 +46,8 @@ async def execution_events(
         PromptLayerExecError: there is no first snapshot.
     """
     if heartbeat < 0:
-        raise ValueError(f"heartbeat is at least 0 seconds, not {heartbeat}")
-    if last_event_id in [_event_id(execution.id, ending) for ending in _ENDINGS]:
+        raise ValueError(f"heartbeat must be at least 0 seconds, got {heartbeat}")
+    if last_event_id in [_event_id(execution.id, kind) for kind in _LAST_EVENTS]:
         return Response(status_code=204)
     snapshots = execution.stream()
     first = await anext(snapshots)
@@ -54,7 +55,7 @@ async def execution_events(
 
 
 class _EventStream(EventSourceResponse):
-    """The events of one client, which leaves the watch whichever way the response ends."""
+    """The events for one client; the watch is unsubscribed from however the response ends."""
 
     def __init__(
         self, first: Snapshot, snapshots: AsyncGenerator[Snapshot, None], heartbeat: float
@@ -80,25 +81,25 @@ class _EventStream(EventSourceResponse):
         except SendTimeoutError:
             logger.info("a client did not read its events for %g s", _SEND_TIMEOUT)
         else:
-            if unfinished:  # the server is shutting down, or the client is gone
+            if unfinished:  # the server is shutting down, or the client has disconnected
                 await self._finish(send)
         finally:
             await self._snapshots.aclose()
 
     async def _finish(self, send: Send) -> None:
-        # Without an end, servers log an error for every stream that they cut off.
-        with anyio.move_on_after(_FAREWELL), suppress(OSError):
+        # Servers log an error for every response that does not end.
+        with anyio.move_on_after(_END_TIMEOUT), suppress(OSError):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _events(
     first: Snapshot, snapshots: AsyncGenerator[Snapshot, None]
-) -> AsyncGenerator[bytes, None]:
+) -> AsyncGenerator[ServerSentEvent, None]:
     execution_id = first.execution_id
     sent = first
     try:
         yield _event("snapshot", execution_id, first.poll, first.to_dict(), _RETRY)
-        # While a client is slow, this waits at a `yield`; what it has missed is then one diff.
+        # A slow client makes this wait at a `yield`; everything it missed is then one diff.
         async for latest in snapshots:
             for change in latest.diff(sent):
                 data = {
@@ -111,7 +112,7 @@ async def _events(
         yield _event("complete", execution_id, "complete", sent.to_dict())
     except SessionClosed:
         return
-    except Exception as error:  # noqa: BLE001 - the status is sent: only an event can tell
+    except Exception as error:  # noqa: BLE001 - the status is already sent, so it must be an event
         yield _event("failure", execution_id, "failure", _failure(error, sent))
 
 
@@ -127,14 +128,12 @@ def _failure(error: Exception, sent: Snapshot) -> dict[str, Any]:
 
 
 def _event_id(execution_id: int, position: int | str) -> str:
-    # Any process must recognise it, so it says what it says by itself.
+    # It must be meaningful to any process, so it refers to no state of this one.
     return f"{execution_id}:{position}"
 
 
 def _event(
     kind: str, execution_id: int, position: int | str, data: Any, retry: int | None = None
-) -> bytes:
-    lines = [f"id: {_event_id(execution_id, position)}", f"event: {kind}"]
-    if retry is not None:
-        lines.append(f"retry: {retry}")
-    return "\n".join([*lines, f"data: {dump_json(data)}", "", ""]).encode()
+) -> ServerSentEvent:
+    event_id = _event_id(execution_id, position)
+    return ServerSentEvent(dump_json(data), event=kind, id=event_id, retry=retry, sep="\n")

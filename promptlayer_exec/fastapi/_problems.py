@@ -1,7 +1,9 @@
-"""Errors as problem+json: whose fault it is, in words that are ours.
+"""Errors as problem+json, with a status and a text of our own for each type of error.
 
 https://www.rfc-editor.org/rfc/rfc9457
 """
+
+from __future__ import annotations
 
 import logging
 import math
@@ -37,17 +39,16 @@ from promptlayer_exec import (
     Unauthorized,
     UnprocessableEntity,
 )
-
-from ._json import dump_json
+from promptlayer_exec.fastapi._json import dump_json
 
 logger = logging.getLogger("promptlayer_exec.fastapi")
 
 _URN = "urn:promptlayer-exec:"
-_RETRY_AFTER = 5.0
-_LONGEST_RETRY_AFTER = 3600.0
+_DEFAULT_RETRY_AFTER = 5.0
+_MAX_RETRY_AFTER = 3600.0
 
 
-class _Meaning(NamedTuple):
+class _Answer(NamedTuple):
     status: int
     title: str
 
@@ -56,58 +57,60 @@ _REFUSED = "PromptLayer refused this server's credentials."
 _INVALID = "PromptLayer refused the request as invalid."
 _UNREADABLE = "PromptLayer's answer could not be read."
 
-# An error's own str() is never shown: it may hold the upstream's words, and its address.
-_MEANINGS: Mapping[type[Exception], _Meaning] = {
-    BadRequest: _Meaning(422, _INVALID),
-    Unauthorized: _Meaning(502, _REFUSED),
-    Forbidden: _Meaning(502, _REFUSED),
-    NotFound: _Meaning(404, "PromptLayer knows no such execution or workflow."),
-    UnprocessableEntity: _Meaning(422, _INVALID),
-    RateLimited: _Meaning(503, "PromptLayer is asked too much for the moment. Try again later."),
-    ServerError: _Meaning(502, "PromptLayer failed. Try again later."),
-    StatusError: _Meaning(502, "PromptLayer refused the request."),
-    ConnectionFailed: _Meaning(502, "PromptLayer could not be reached. Try again later."),
-    RequestTimeout: _Meaning(504, "PromptLayer did not answer in time. Try again later."),
-    InvalidResponse: _Meaning(502, _UNREADABLE),
-    ResponseTooLarge: _Meaning(502, "PromptLayer's answer is larger than this server accepts."),
-    StartUnknown: _Meaning(
-        502, "The run may have started and be billed: look for it before starting it again."
+# An error's own str() is never sent: it may contain PromptLayer's text and address.
+_ANSWERS: Mapping[type[Exception], _Answer] = {
+    BadRequest: _Answer(422, _INVALID),
+    Unauthorized: _Answer(502, _REFUSED),
+    Forbidden: _Answer(502, _REFUSED),
+    NotFound: _Answer(404, "There is no such execution or workflow."),
+    UnprocessableEntity: _Answer(422, _INVALID),
+    RateLimited: _Answer(503, "PromptLayer's rate limit was exceeded. Try again later."),
+    ServerError: _Answer(502, "PromptLayer failed. Try again later."),
+    StatusError: _Answer(502, "PromptLayer refused the request."),
+    ConnectionFailed: _Answer(502, "PromptLayer could not be reached. Try again later."),
+    RequestTimeout: _Answer(504, "PromptLayer did not answer in time. Try again later."),
+    InvalidResponse: _Answer(502, _UNREADABLE),
+    ResponseTooLarge: _Answer(502, "PromptLayer's answer is larger than this server accepts."),
+    StartUnknown: _Answer(
+        502,
+        "The run may have started and be billed: look in PromptLayer before starting it again.",
     ),
-    ExecutionTimeout: _Meaning(
-        504, "It was not complete in time. It goes on: ask again to follow it further."
+    ExecutionTimeout: _Answer(
+        504,
+        "The execution did not complete in time. It is still running: request it again to go on.",
     ),
-    ExecutionFailed: _Meaning(409, "The execution is complete, and has no output."),
-    InvalidOutput: _Meaning(502, "The execution's output is not what was expected of it."),
-    SessionClosed: _Meaning(503, "This server is shutting down. Try again."),
-    ConfigurationError: _Meaning(500, "This server is not set up to ask PromptLayer."),
-    Exception: _Meaning(500, "This server failed."),
+    ExecutionFailed: _Answer(409, "The execution completed without an output."),
+    InvalidOutput: _Answer(502, "The execution's output does not have the expected structure."),
+    SessionClosed: _Answer(503, "This server is shutting down. Try again."),
+    ConfigurationError: _Answer(500, "This server is not configured for PromptLayer."),
+    Exception: _Answer(500, "This server failed."),
 }
 
 
 def describe(error: Exception) -> tuple[str, str]:
-    """Return the kind of an error and what a client may be told of it; the rest is logged."""
-    known = _known(error)
+    """Return the type of an error and the text that a client may see; the rest is logged."""
+    known = _known_type(error)
     if known is Exception:
-        logger.error("an error that a client was not told of", exc_info=error)
-        return "InternalServerError", _MEANINGS[known].title
-    if _MEANINGS[known].status >= 500:
+        logger.error("an error whose details were not sent to the client", exc_info=error)
+        return "InternalServerError", _ANSWERS[known].title
+    if _ANSWERS[known].status >= 500:
         logger.warning("%s: %s", type(error).__name__, error)
-    return known.__name__, _MEANINGS[known].title
+    return known.__name__, _ANSWERS[known].title
 
 
-def _known(error: Exception) -> type[Exception]:
-    return next(cls for cls in type(error).__mro__ if cls in _MEANINGS)
+def _known_type(error: Exception) -> type[Exception]:
+    return next(cls for cls in type(error).__mro__ if cls in _ANSWERS)
 
 
 def add_error_handlers(app: Starlette) -> None:
-    """Let an app answer this library's errors as problem+json.
+    """Make an app answer this package's errors as problem+json.
 
-    The routes of `create_router` do so by themselves; this is for an app's own.
+    The routes of `create_router` do so already; this is for routes of your own.
     """
-    app.add_exception_handler(PromptLayerExecError, _answer)
+    app.add_exception_handler(PromptLayerExecError, _handle)
 
 
-async def _answer(request: Request, error: Exception) -> Response:  # noqa: ARG001 - Starlette's
+async def _handle(request: Request, error: Exception) -> Response:  # noqa: ARG001 - Starlette's
     return _from_error(error)
 
 
@@ -123,9 +126,9 @@ def _from_error(error: Exception) -> Response:
             {"name": node.name, "error_message": node.error_message} for node in error.failed
         ]
     if isinstance(error, RateLimited):
-        wait = _RETRY_AFTER if error.retry_after is None else error.retry_after
-        headers["Retry-After"] = str(max(1, math.ceil(min(wait, _LONGEST_RETRY_AFTER))))
-    return problem(_MEANINGS[_known(error)].status, title, _URN + kind, headers, **members)
+        wait = _DEFAULT_RETRY_AFTER if error.retry_after is None else error.retry_after
+        headers["Retry-After"] = str(max(1, math.ceil(min(wait, _MAX_RETRY_AFTER))))
+    return problem(_ANSWERS[_known_type(error)].status, title, _URN + kind, headers, **members)
 
 
 def problem(
@@ -145,10 +148,10 @@ def problem(
 
 
 class ProblemRoute(APIRoute):
-    """A route that answers whatever its dependencies and itself refuse as problem+json."""
+    """A route that answers errors of its dependencies and its own as problem+json."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return the handler, with its errors turned into responses."""
+        """Return a handler that turns errors into responses."""
         handle = super().get_route_handler()
 
         async def answer(request: Request) -> Response:

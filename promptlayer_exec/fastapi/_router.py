@@ -1,4 +1,6 @@
-"""Routes for executions, for those whom the app lets in."""
+"""Routes that read, follow and start executions, for the clients that the app authorizes."""
+
+from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection
 from typing import Annotated, Any, TypeVar
@@ -9,16 +11,15 @@ from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
 from promptlayer_exec import PromptLayerExecError, Session
-
-from ._events import execution_events
-from ._json import dump_json
-from ._problems import ProblemRoute
+from promptlayer_exec.fastapi._events import execution_events
+from promptlayer_exec.fastapi._json import dump_json
+from promptlayer_exec.fastapi._problems import ProblemRoute
 
 T = TypeVar("T")
 
 _ExecutionId = Annotated[int, Path(ge=1, le=2**63 - 1)]
 _PROBLEM = {"description": "A problem (RFC 9457)", "content": {"application/problem+json": {}}}
-_SEEN = {"description": "By its `Last-Event-ID`, the client has seen the end"}
+_SEEN = {"description": "The client has the last event already, as its `Last-Event-ID` says"}
 _EVENTS = {"description": "The events", "content": {"text/event-stream": {}}}
 
 
@@ -37,28 +38,29 @@ def create_router(
     authorize: Callable[..., Any],
     workflows: Collection[str] = (),
 ) -> APIRouter:
-    """Return the routes to see executions, and to start those of some workflows.
+    """Return routes that read and follow executions, and start those of some workflows.
 
-    `GET /executions/{execution_id}`, `.../events`, `.../output`, and `POST /executions` if there
-    are `workflows`. Errors are problem+json (RFC 9457).
+    The routes are `GET /executions/{execution_id}`, `.../events` and `.../output`, and
+    `POST /executions` if there are `workflows`. Errors are problem+json (RFC 9457).
 
     Args:
         session: a dependency that returns the open `Session`.
-        authorize: a dependency that raises an `HTTPException`, or returns False, for whom it does
-            not let in. It may declare the request, and `execution_id: int | None = None`. What it
-            holds by a `yield` of its own is released before an event is sent.
-        workflows: the names of those that may be started.
+        authorize: a dependency that raises an `HTTPException` or returns False to refuse a request.
+            It may declare the request, and `execution_id: int | None = None`. The code after a
+            `yield` in it runs before an event is sent.
+        workflows: the names of the workflows that may be started.
 
     Raises:
-        TypeError: `authorize` is no callable, or `workflows` is one string.
+        TypeError: `authorize` is not callable, or `workflows` is a single string.
     """
     if not callable(authorize):
-        raise TypeError(f"authorize is a dependency, not {authorize!r:.100}")
+        raise TypeError(f"authorize must be a dependency, got {authorize!r:.100}")
     if isinstance(workflows, str):
         raise TypeError(f"workflows takes several names: write [{workflows!r:.100}]")
-    allowed = frozenset(workflows)
+    # Dependencies that are not global cannot be named in annotations, which are strings here.
+    authorized = Depends(authorize, scope="function")
 
-    async def admit(verdict: Annotated[Any, Depends(authorize, scope="function")]) -> None:
+    async def admit(verdict: Any = authorized) -> None:
         if verdict is False:
             raise HTTPException(403)
 
@@ -68,90 +70,85 @@ def create_router(
         responses={"4XX": _PROBLEM, "5XX": _PROBLEM},
         tags=["executions"],
     )
-    _add_looks(router, session)
-    if allowed:
-        _add_start(router, session, allowed)
+    _add_read_routes(router, Depends(session))
+    if workflows:
+        _add_start_route(router, Depends(session), frozenset(workflows))
     return router
 
 
 async def _refuse_id_in_query(request: Request) -> None:
-    # Where no path has the id, FastAPI would let `authorize` take it from the query: a client that
-    # may see one execution could so pass for one that may start another.
+    # On routes without an id in the path, FastAPI would pass `authorize` the one in the query: a
+    # client that may see that execution could then start others.
     if "execution_id" in request.query_params:
-        raise HTTPException(400, "execution_id is no query parameter.")
+        raise HTTPException(400, "execution_id is not a query parameter.")
 
 
-def _add_looks(router: APIRouter, get_session: Callable[..., Any]) -> None:
+def _add_read_routes(router: APIRouter, opened: Any) -> None:
     @router.get("/executions/{execution_id}")
     async def get_execution(
-        request: Request,
-        execution_id: _ExecutionId,
-        session: Annotated[Session, Depends(get_session)],
+        request: Request, execution_id: _ExecutionId, session: Session = opened
     ) -> Response:
         """Return all nodes of an execution as they are now."""
-        execution = session.execution(execution_id)
-        return _json((await _unless_gone(request, execution.snapshot())).to_dict())
+        snapshot = session.execution(execution_id).snapshot()
+        return _json((await _unless_disconnected(request, snapshot)).to_dict())
 
     @router.get("/executions/{execution_id}/events", responses={200: _EVENTS, 204: _SEEN})
     async def get_events(
         request: Request,
         execution_id: _ExecutionId,
-        session: Annotated[Session, Depends(get_session)],
         last_event_id: Annotated[str | None, Header()] = None,
+        session: Session = opened,
     ) -> Response:
         """Follow an execution by Server-Sent Events: `snapshot`, `node`, `complete`, `failure`."""
         execution = session.execution(execution_id)
         events = execution_events(execution, last_event_id=last_event_id)
-        return await _unless_gone(request, events)
+        return await _unless_disconnected(request, events)
 
     @router.get("/executions/{execution_id}/output")
     async def get_output(
-        request: Request,
-        execution_id: _ExecutionId,
-        session: Annotated[Session, Depends(get_session)],
+        request: Request, execution_id: _ExecutionId, session: Session = opened
     ) -> Response:
         """Wait until an execution is complete, and return its main output."""
-        execution = session.execution(execution_id)
-        return _json(await _unless_gone(request, execution.output()))
+        output = session.execution(execution_id).output()
+        return _json(await _unless_disconnected(request, output))
 
 
-def _add_start(
-    router: APIRouter, get_session: Callable[..., Any], allowed: Collection[str]
-) -> None:
+def _add_start_route(router: APIRouter, opened: Any, allowed: Collection[str]) -> None:
     @router.post("/executions", status_code=201)
     async def start_execution(
-        request: Request, body: _Start, session: Annotated[Session, Depends(get_session)]
+        request: Request, body: _Start, session: Session = opened
     ) -> Response:
-        """Start an execution of a workflow; `Location` tells where to see it."""
+        """Start an execution of a workflow; `Location` is where to read it."""
         if body.workflow not in allowed:
             raise HTTPException(403, "This workflow cannot be started here.")
         try:
-            started = await _unless_gone(request, session.start(body.workflow, body.inputs))
+            start = session.start(body.workflow, body.inputs)
+            started = await _unless_disconnected(request, start)
         except PromptLayerExecError:
             raise
-        except (TypeError, ValueError) as error:  # what JSON cannot carry, such as NaN
+        except (TypeError, ValueError) as error:  # JSON cannot represent an input: NaN, say
             raise HTTPException(422, str(error)) from error
-        # Relative, so that it holds under any prefix that a proxy takes away.
+        # Relative, so that it is correct under any prefix that a proxy removes.
         location = f"executions/{started.id}"
         return _json({"execution_id": str(started.id)}, 201, Location=location)
 
 
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """Await `work`, but cancel it when the client goes: no server does that by itself."""
+async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
+    """Await `work`, and cancel it when the client disconnects: no server does that itself."""
     failure: Exception | None = None
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(_cancel_when_gone, request, tasks.cancel_scope)
+        tasks.start_soon(_cancel_on_disconnect, request, tasks.cancel_scope)
         try:
             return await work
-        except Exception as error:  # noqa: BLE001 - it shall not come out in an ExceptionGroup
+        except Exception as error:  # noqa: BLE001 - raised below, so not in an ExceptionGroup
             failure = error
         finally:
             tasks.cancel_scope.cancel()
-    # nginx's "client closed request": nobody reads it but the access log.
-    raise failure or HTTPException(499, "The client is gone.")
+    # nginx's "client closed request": only the access log shows it.
+    raise failure or HTTPException(499, "The client disconnected.")
 
 
-async def _cancel_when_gone(request: Request, scope: anyio.CancelScope) -> None:
+async def _cancel_on_disconnect(request: Request, scope: anyio.CancelScope) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     scope.cancel()

@@ -1,9 +1,9 @@
-"""A truthful PromptLayer server on a real socket, for tests, demonstrations and benchmarks."""
+"""A faithful PromptLayer server on a real socket, for tests, demonstrations and benchmarks."""
 
-from ._backend import SimRun
-from ._faults import Fault
-from ._log import SimRequest
-from ._scenario import Scenario, SimNode
-from ._simulator import Simulator
+from promptlayer_exec.simulator._backend import SimRun
+from promptlayer_exec.simulator._faults import Fault
+from promptlayer_exec.simulator._log import SimRequest
+from promptlayer_exec.simulator._scenario import Scenario, SimNode
+from promptlayer_exec.simulator._simulator import Simulator
 
 __all__ = ["Fault", "Scenario", "SimNode", "SimRequest", "SimRun", "Simulator"]

@@ -1,4 +1,6 @@
-"""The operations over HTTP: who may ask, what is asked, and the exact answer."""
+"""The HTTP operations: authorization, rate limit, and the exact reply to each request."""
+
+from __future__ import annotations
 
 import math
 import re
@@ -8,34 +10,67 @@ from functools import partial
 from typing import TypeAlias
 from urllib.parse import unquote
 
+import attrs
 from aiohttp import web
-from attrs import Factory, define, field, frozen
 from multidict import MultiMapping
 
-from ._backend import Backend
-from ._bucket import TokenBucket
-from ._centrifugo import Centrifugo
-from ._completion import Completions
-from ._faults import FaultQueue
-from ._log import RequestLog, SimRequest
-from ._parameters import RequestValidationError, ResultsQuery, parse_capability, parse_run
-from ._reply import Reply
-from ._scenario import encode
+from promptlayer_exec.simulator._backend import Backend
+from promptlayer_exec.simulator._centrifugo import Centrifugo
+from promptlayer_exec.simulator._completion import Completions
+from promptlayer_exec.simulator._faults import FaultQueue
+from promptlayer_exec.simulator._log import RequestLog, SimRequest
+from promptlayer_exec.simulator._wire import (
+    Reply,
+    RequestValidationError,
+    encode,
+    parse_capability,
+    parse_results_query,
+    parse_run,
+)
 
 _WEBSOCKET = "/connection/websocket"
 _TOKEN_LIFETIME = 3600.0
 
 
-@frozen
+@attrs.define
+class TokenBucket:
+    """Lets `rate` requests per second through, and up to `burst` at once.
+
+    Args:
+        rate: tokens that are added per second.
+        burst: tokens that the bucket holds; it starts full.
+        now: the time in seconds.
+    """
+
+    rate: float
+    burst: float
+    _updated: float = attrs.field(alias="now")
+    _tokens: float = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._tokens = self.burst
+
+    def take(self, now: float) -> float:
+        """Take a token at `now`; return 0.0, or the seconds until there is one."""
+        self._tokens = min(self.burst, self._tokens + (now - self._updated) * self.rate)
+        self._updated = now
+        # The tolerance lets a request through that waited exactly the announced time.
+        if self._tokens < 1 - 1e-6:
+            return (1 - self._tokens) / self.rate
+        self._tokens -= 1
+        return 0.0
+
+
+@attrs.frozen
 class _Call:
-    """What an operation is called with; `workflow` is the name or id in the path."""
+    """The arguments of an operation; `workflow` is the name or id in the path."""
 
     query: MultiMapping[str]
     body: bytes
     workflow: str
 
 
-@define(eq=False)
+@attrs.define(eq=False)
 class Api:
     """Answers every request that reaches the server.
 
@@ -49,12 +84,14 @@ class Api:
     _faults: FaultQueue
     _centrifugo: Centrifugo
     _completions: Completions
-    bucket: TokenBucket | None = field(default=None, init=False)
-    announce_retry: bool = field(default=True, init=False)
-    _origin: float = field(default=Factory(lambda api: api._clock(), takes_self=True), init=False)
-    _epoch: float = field(
-        default=Factory(lambda api: time.time() - api._origin, takes_self=True), init=False
-    )
+    bucket: TokenBucket | None = attrs.field(default=None, init=False)
+    announce_retry: bool = attrs.field(default=True, init=False)
+    _origin: float = attrs.field(init=False)
+    _epoch: float = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._origin = self._clock()
+        self._epoch = time.time() - self._origin
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer a request."""
@@ -78,7 +115,7 @@ class Api:
         return self._answer(request, body).response() if response is None else response
 
     async def stop(self) -> None:
-        """Stop following runs."""
+        """Stop waiting for runs to complete."""
         await self._completions.stop()
 
     def _answer(self, request: web.BaseRequest, body: bytes) -> Reply:
@@ -98,19 +135,19 @@ class Api:
             return Reply.error(429, "Too Many Requests", headers if self.announce_retry else None)
         return None
 
-    def _perform(self, operation: "_Operation", call: _Call) -> Reply:
+    def _perform(self, operation: _Operation, call: _Call) -> Reply:
         try:
             return operation(self, call)
         except RequestValidationError as error:
             return Reply.json(422, encode({"detail": error.detail}))
 
     def _results(self, call: _Call) -> Reply:
-        query = ResultsQuery.parse(call.query)
+        execution_id, all_outputs = parse_results_query(call.query)
         try:
-            results = self._backend.results(query.execution_id)
+            results = self._backend.results(execution_id)
         except LookupError:
             return Reply.error(404, "Workflow version execution not found")
-        body = results.json(all_outputs=query.all_outputs)
+        body = results.json(all_outputs=all_outputs)
         return Reply.json(200 if results.complete else 202, body)
 
     def _workflow(self, call: _Call) -> Reply:
@@ -156,7 +193,7 @@ class Api:
             "capability": {channel: ["presence", "subscribe"] for channel in channels},
             "clientId": "1",
         }
-        # Without the backend's name, older clients of the vendor's turn to Ably.
+        # Without the backend's name, older versions of the vendor's SDK use Ably.
         answer = {"success": True, "messaging_backend": "centrifugo", "token_details": details}
         return Reply.json(201, encode(answer))
 

@@ -1,7 +1,9 @@
-"""Centrifugo, as far as a listener needs it: tokens, channels, and its client protocol in JSON.
+"""Centrifugo's JSON client protocol, as far as a subscriber needs it: tokens and channels.
 
 https://centrifugal.dev/docs/transports/client_protocol
 """
+
+from __future__ import annotations
 
 import asyncio
 import json
@@ -12,11 +14,10 @@ from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 
+import attrs
 from aiohttp import WSMsgType, web
-from attrs import define, field, frozen
 
-from ._reply import Reply
-from ._scenario import encode
+from promptlayer_exec.simulator._wire import Reply, encode
 
 _TOKEN_EXPIRED = {"code": 109, "message": "token expired"}
 _PERMISSION_DENIED = {"code": 103, "message": "permission denied"}
@@ -24,7 +25,7 @@ _ALREADY_SUBSCRIBED = {"code": 105, "message": "already subscribed"}
 
 
 class _Disconnect(Exception):
-    """Ends a connection with a code and a reason; a client comes back after those below 3500."""
+    """Ends a connection with a code and a reason; clients reconnect after codes below 3500."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
@@ -32,38 +33,38 @@ class _Disconnect(Exception):
         self.reason = reason
 
 
-@frozen
+@attrs.frozen
 class _Grant:
-    """The channels that a token opens, until the clock reads `expires`."""
+    """The channels that a token allows, until the clock reads `expires`."""
 
     channels: frozenset[str]
     expires: float
 
 
-@define(eq=False)
+@attrs.define(eq=False)
 class Centrifugo:
-    """Publishes to those who subscribed to a channel that their token opens.
+    """Publishes to the subscribers of channels, each allowed by its token.
 
     Args:
-        clock: Returns the time in seconds, by which tokens expire.
-        ping_interval: Seconds between pings; a client that left the last one unanswered is
+        clock: returns the time in seconds, by which tokens expire.
+        ping_interval: seconds between pings; a client that did not answer the last one is
             disconnected.
     """
 
     _clock: Callable[[], float]
     ping_interval: float
-    _grants: dict[str, _Grant] = field(factory=dict, init=False)
-    _subscribers: "dict[str, set[_Connection]]" = field(factory=dict, init=False)
+    _grants: dict[str, _Grant] = attrs.field(factory=dict, init=False)
+    _subscribers: dict[str, set[_Connection]] = attrs.field(factory=dict, init=False)
 
     def issue_token(self, channels: Iterable[str], lifetime: float) -> str:
-        """Return a new token for some channels that is good for `lifetime` seconds."""
+        """Return a new token for some channels that is valid for `lifetime` seconds."""
         token = secrets.token_urlsafe()
         self._grants[token] = _Grant(frozenset(channels), self._clock() + lifetime)
         return token
 
     async def serve(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Speak with a client until it leaves."""
-        # Some clients offer an empty subprotocol: named here, it is neither warned of nor sent.
+        """Serve a client until its connection ends."""
+        # Some clients offer an empty subprotocol: named here, it causes no warning, and no header.
         socket = web.WebSocketResponse(compress=False, protocols=("",))
         with suppress(ConnectionError):
             try:
@@ -74,27 +75,27 @@ class Centrifugo:
         return socket
 
     async def publish(self, channel: str, data: object) -> None:
-        """Send data to every subscriber of a channel; the slow ones delay nobody but the caller."""
+        """Send data to every subscriber of a channel; a slow one delays only the caller."""
         push = encode({"push": {"channel": channel, "pub": {"data": data}}})
         subscribers = self._subscribers.get(channel, ())
         await asyncio.gather(*(subscriber.push(push) for subscriber in subscribers))
 
     def find_grant(self, token: str) -> _Grant | None:
-        """Return what a token opens: None if it expired."""
+        """Return what a token allows, or None if it has expired."""
         grant = self._grants.get(token)
         if grant is None:
             raise _Disconnect(3500, "invalid token")
         return grant if self._clock() < grant.expires else None
 
-    def subscribe(self, channel: str, connection: "_Connection") -> bool:
-        """Add a subscriber; tell whether it was none before."""
+    def subscribe(self, channel: str, connection: _Connection) -> bool:
+        """Add a subscriber; return False if it already is one."""
         subscribers = self._subscribers.setdefault(channel, set())
         if connection in subscribers:
             return False
         subscribers.add(connection)
         return True
 
-    def unsubscribe(self, channel: str, connection: "_Connection") -> None:
+    def unsubscribe(self, channel: str, connection: _Connection) -> None:
         """Remove a subscriber, if it is one."""
         subscribers = self._subscribers.get(channel, set())
         subscribers.discard(connection)
@@ -102,18 +103,18 @@ class Centrifugo:
             self._subscribers.pop(channel, None)
 
 
-@define(eq=False)
+@attrs.define(eq=False)
 class _Connection:
     """One client."""
 
     _centrifugo: Centrifugo
     _socket: web.WebSocketResponse
-    _grant: _Grant | None = field(default=None, init=False)
-    _awaits_pong: bool = field(default=False, init=False)
+    _grant: _Grant | None = attrs.field(default=None, init=False)
+    _awaits_pong: bool = attrs.field(default=False, init=False)
 
     async def serve(self) -> None:
         try:
-            await self._converse()
+            await self._receive_commands()
         except _Disconnect as end:
             await self._socket.close(code=end.code, message=end.reason.encode())
         finally:
@@ -124,7 +125,7 @@ class _Connection:
         with suppress(ConnectionError):
             await self._socket.send_str(push)
 
-    async def _converse(self) -> None:
+    async def _receive_commands(self) -> None:
         loop = asyncio.get_running_loop()
         next_ping = loop.time() + self._centrifugo.ping_interval
         while True:
@@ -138,7 +139,7 @@ class _Connection:
             if message.type is not WSMsgType.TEXT:
                 return
             for line in message.data.strip().split("\n"):
-                await self._obey(line)
+                await self._execute(line)
 
     async def _ping(self) -> None:
         if self._grant is None:
@@ -148,7 +149,7 @@ class _Connection:
         self._awaits_pong = True
         await self._send({})
 
-    async def _obey(self, line: str) -> None:
+    async def _execute(self, line: str) -> None:
         command: Any
         try:
             command = json.loads(line)

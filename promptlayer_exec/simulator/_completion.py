@@ -1,4 +1,6 @@
-"""Telling of the completion of a run: a publication and a callback, for those who asked."""
+"""Notifications that a run is complete: a publication and a callback, where requested."""
+
+from __future__ import annotations
 
 import asyncio
 import logging
@@ -8,71 +10,71 @@ from functools import partial
 from typing import Any
 
 import aiohttp
-from attrs import define, field
+import attrs
 
-from ._backend import Backend, Results
-from ._centrifugo import Centrifugo
-from ._reply import JSON_TYPE
-from ._scenario import encode
+from promptlayer_exec.simulator._backend import Backend
+from promptlayer_exec.simulator._centrifugo import Centrifugo
+from promptlayer_exec.simulator._execution import Results
+from promptlayer_exec.simulator._wire import JSON_TYPE, encode
 
 _LOGGER = logging.getLogger(__package__)
 _CALLBACK_TIMEOUT = aiohttp.ClientTimeout(total=10.0)
-# A clock that stands still just before a node's end is read so often, and not without pause.
-_LEAST_SLEEP = 0.005
+# A clock that stands still just before a node's end must not make the task spin.
+_MIN_SLEEP = 0.005
 
 
-@define(eq=False)
+@attrs.define(eq=False)
 class Completions:
-    """Tells of the completion of each run that named a channel or a callback URL.
+    """Notifies of the completion of each run that named a channel or a callback URL.
 
-    It has a task for each such run until that was told. The task sleeps until the next node ends
-    by itself, as if the clock ran at the pace of seconds. It looks again whenever the execution
-    is told to `finish` or is seen complete by anyone, which is how it follows any other clock.
+    Each such run has a task until the notifications are sent. The task sleeps until the next node
+    ends by itself, assuming that the clock counts seconds. It also wakes whenever a node is
+    finished by `finish` or the execution is read complete, so that it can follow any other clock.
 
     Args:
-        backend: Knows the executions.
-        centrifugo: Publishes.
-        push_limit: The longest message in bytes that is published with its output.
+        backend: has the executions.
+        centrifugo: publishes.
+        push_limit: the size in bytes of the longest message that is published with its output.
     """
 
     _backend: Backend
     _centrifugo: Centrifugo
     _push_limit: int
-    _tasks: "set[asyncio.Task[None]]" = field(factory=set, init=False)
+    _tasks: set[asyncio.Task[None]] = attrs.field(factory=set, init=False)
 
     def follow(self, execution_id: int, workflow_id: int, body: Mapping[str, Any]) -> None:
-        """Tell of a run's completion what the body of its start asked for, if anything."""
+        """Notify of a run's completion as the body of its start requested, if it did."""
         if body.get("channel_name_suffix") is None and body.get("callback_url") is None:
             return
         task = asyncio.create_task(
-            self._tell(execution_id, workflow_id, body), name=f"simulator run {execution_id}"
+            self._notify(execution_id, workflow_id, body), name=f"simulator run {execution_id}"
         )
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def stop(self) -> None:
-        """Forget the runs that are not complete, and break off what is being told."""
+        """Cancel all pending notifications."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _tell(self, execution_id: int, workflow_id: int, body: Mapping[str, Any]) -> None:
+    async def _notify(self, execution_id: int, workflow_id: int, body: Mapping[str, Any]) -> None:
         try:
-            results = await self._until_complete(execution_id)
+            results = await self._wait_until_complete(execution_id)
         except Exception:
             _LOGGER.exception("execution %d: a function of its scenario failed", execution_id)
             return
         suffix, url = body.get("channel_name_suffix"), body.get("callback_url")
-        ways = []
+        notifications = []
         if suffix is not None:
             channel = f"workflows:{workflow_id}:run:{suffix}"
             output = results.json(all_outputs=body.get("return_all_outputs", False))
-            ways.append(self._publish(execution_id, channel, output))
+            notifications.append(self._publish(execution_id, channel, output))
         if url is not None:
-            ways.append(_call_back(execution_id, url, results.json(all_outputs=True)))
-        await asyncio.gather(*ways)
+            notifications.append(_call_back(execution_id, url, results.node_map()))
+        await asyncio.gather(*notifications)
 
-    async def _until_complete(self, execution_id: int) -> Results:
+    async def _wait_until_complete(self, execution_id: int) -> Results:
         loop = asyncio.get_running_loop()
         changed = asyncio.Event()
         with self._backend.waking(execution_id, partial(loop.call_soon_threadsafe, changed.set)):
@@ -83,7 +85,7 @@ class Completions:
                     return results
                 sleep = results.seconds_to_change
                 if sleep is not None:
-                    sleep = max(sleep, _LEAST_SLEEP)
+                    sleep = max(sleep, _MIN_SLEEP)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(sleep):
                         await changed.wait()
@@ -91,11 +93,11 @@ class Completions:
     async def _publish(self, execution_id: int, channel: str, output: str) -> None:
         message = _message(execution_id, output, "OK")
         if len(message) > self._push_limit:
-            prose = (
+            explanation = (
                 f"The final output is larger than {self._push_limit} bytes: get it with "
                 "GET /workflow-version-execution-results"
             )
-            message = _message(execution_id, encode(prose), "EXCEEDS_SIZE_LIMIT")
+            message = _message(execution_id, encode(explanation), "EXCEEDS_SIZE_LIMIT")
         publication = {"message_name": "SET_WORKFLOW_COMPLETE", "data": message}
         await self._centrifugo.publish(channel, publication)
 
@@ -115,5 +117,5 @@ async def _call_back(execution_id: int, url: str, node_map: str) -> None:
             http.post(url, data=body.encode(), headers=JSON_TYPE),
         ):
             pass
-    except Exception as error:  # noqa: BLE001 - a URL of any text fails in many ways
+    except Exception as error:  # noqa: BLE001 - an arbitrary URL fails in many ways
         _LOGGER.debug("execution %d: its callback failed: %r", execution_id, error)

@@ -1,12 +1,15 @@
-"""An execution under way: the state of its nodes as a function of time, without a task or timer."""
+"""An execution in progress: its nodes' states as a function of time, with no task or timer."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from attrs import define, evolve, field, frozen
+import attrs
 
-from ._scenario import Scenario, SimNode, encode
+from promptlayer_exec.simulator._scenario import Scenario, SimNode
+from promptlayer_exec.simulator._wire import encode
 
 SUCCESS = "SUCCESS"
 SKIPPED = "SKIPPED"
@@ -17,9 +20,19 @@ _BOOLEAN = {True: "true", False: "false", None: "null"}
 _encode_word = lru_cache(maxsize=4096)(encode)
 
 
-@frozen
+@attrs.frozen
 class NodeState:
-    """A node's status since the moment `at`, and what goes with it; `ends` is when it will end."""
+    """A node's status, with the values that the server sends for it.
+
+    Attributes:
+        status: the status.
+        at: the time since when it has that status.
+        value: its value, if it succeeded.
+        value_json: the value as JSON text.
+        error_message: why it failed.
+        raw_error_message: the same with details.
+        ends: the time at which it will end by itself.
+    """
 
     status: str
     at: float
@@ -34,20 +47,66 @@ class NodeState:
         return self.status in FINAL
 
 
-@define
+@attrs.frozen
+class Results:
+    """The states of an execution's nodes at the time `at`, in the scenario's order."""
+
+    scenario: Scenario
+    states: Mapping[str, NodeState]
+    at: float
+
+    @property
+    def complete(self) -> bool:
+        return all(state.final for state in self.states.values())
+
+    @property
+    def seconds_to_change(self) -> float | None:
+        """How soon the next node ends by itself; None if none does."""
+        ends = [state.ends - self.at for state in self.states.values() if state.ends is not None]
+        return min(ends, default=None)
+
+    def json(self, *, all_outputs: bool) -> str:
+        """Return the body of the results operation."""
+        main = self.main_output() if self.complete and not all_outputs else None
+        return self.node_map() if main is None else main
+
+    def node_map(self) -> str:
+        """Return the node map as JSON text."""
+        nodes = (_node_json(node, self.states[node.name]) for node in self.scenario.nodes)
+        return "{" + ",".join(nodes) + "}"
+
+    def main_output(self) -> str | None:
+        """Return the main output as JSON text, or None if there is none.
+
+        It is the value of the output node that succeeded first. If no node is marked as output, it
+        is the value of the node that succeeded last.
+        """
+        nodes, states = self.scenario.nodes, self.states
+        succeeded = [node for node in nodes if states[node.name].status == SUCCESS]
+        outputs = [node for node in succeeded if node.is_output_node]
+        if outputs:
+            first = min(outputs, key=lambda node: states[node.name].at)
+            return states[first.name].value_json
+        if succeeded and not any(node.is_output_node for node in nodes):
+            last = max(reversed(succeeded), key=lambda node: states[node.name].at)
+            return states[last.name].value_json
+        return None
+
+
+@attrs.define
 class Execution:
-    """One execution of a scenario, begun at `started`; every time is a reading of one clock."""
+    """One execution of a scenario, started at the time `started`; all times are of one clock."""
 
     scenario: Scenario
     started: float
-    _final: dict[str, NodeState] = field(factory=dict, init=False)
-    _told: dict[str, tuple[float, SimNode]] = field(factory=dict, init=False)
-    _admitted: frozenset[str] = field(default=frozenset(), init=False)
+    _final: dict[str, NodeState] = attrs.field(factory=dict, init=False)
+    _finished: dict[str, tuple[float, SimNode]] = attrs.field(factory=dict, init=False)
+    _not_skipped: set[str] = attrs.field(factory=set, init=False)
 
-    def states(self, now: float) -> dict[str, NodeState]:
-        """Return the state of every node at `now`, in the scenario's order.
+    def results(self, now: float) -> Results:
+        """Return the states of all nodes at the time `now`.
 
-        What is final is remembered, so `now` must not run backwards.
+        Final states are kept, so `now` must not run backwards.
         """
         states = dict(self._final)
         for node in self.scenario.order:
@@ -56,7 +115,8 @@ class Execution:
                 if state.final:
                     self._final[node.name] = state
                 states[node.name] = state
-        return {node.name: states[node.name] for node in self.scenario.nodes}
+        in_order = {node.name: states[node.name] for node in self.scenario.nodes}
+        return Results(self.scenario, in_order, now)
 
     def finish(
         self,
@@ -73,11 +133,13 @@ class Execution:
         if node is None:
             raise LookupError(f"the execution has no node {name!r}")
         if node.duration is not None:
-            raise ValueError(f"node {name!r} ends by itself: only duration=None is held")
-        state = self.states(now)[name]
+            raise ValueError(
+                f"node {name!r} ends by itself: only one with duration=None can be finished"
+            )
+        state = self.results(now).states[name]
         if state.final:
-            raise ValueError(f"node {name!r} is final already: {state.status}")
-        told = evolve(
+            raise ValueError(f"node {name!r} is already final: {state.status}")
+        finished = attrs.evolve(
             node,
             value=node.value if value is ... else value,
             status=status,
@@ -86,36 +148,36 @@ class Execution:
                 node.raw_error_message if raw_error_message is None else raw_error_message
             ),
         )
-        self._told[name] = (now, told)
+        self._finished[name] = (now, finished)
 
     def _state(self, node: SimNode, states: Mapping[str, NodeState], now: float) -> NodeState:
         dependencies = [states[name] for name in node.after]
         if not all(dependency.final for dependency in dependencies):
             return NodeState("QUEUED", self.started)
         ready = max((dependency.at for dependency in dependencies), default=self.started)
-        if self._skipped(node, dependencies):
+        if self._is_skipped(node, dependencies):
             return NodeState(SKIPPED, ready)
         if node.duration is not None:
             end, ended = ready + node.duration, node
-        elif node.name in self._told:
-            told_at, ended = self._told[node.name]
-            end = max(ready, told_at)
+        elif node.name in self._finished:
+            finished_at, ended = self._finished[node.name]
+            end = max(ready, finished_at)
         else:
             return NodeState("RUNNING", ready)
         if now < end:
             return NodeState("RUNNING", ready, ends=end)
         return self._ended(ended, end)
 
-    def _skipped(self, node: SimNode, dependencies: list[NodeState]) -> bool:
+    def _is_skipped(self, node: SimNode, dependencies: list[NodeState]) -> bool:
         if any(dependency.status in FAILED for dependency in dependencies):
             return True
         if dependencies and all(dependency.status == SKIPPED for dependency in dependencies):
             return True
-        if node.when is None or node.name in self._admitted:
+        if node.when is None or node.name in self._not_skipped:
             return False
         if not node.when(self._values(node)):
             return True
-        self._admitted |= {node.name}
+        self._not_skipped.add(node.name)
         return False
 
     def _ended(self, node: SimNode, end: float) -> NodeState:
@@ -135,33 +197,6 @@ class Execution:
 
     def _values(self, node: SimNode) -> dict[str, Any]:
         return {name: self._final[name].value for name in self.scenario.upstream[node.name]}
-
-
-def is_complete(states: Mapping[str, NodeState]) -> bool:
-    """Tell whether every node is final."""
-    return all(state.final for state in states.values())
-
-
-def node_map(scenario: Scenario, states: Mapping[str, NodeState]) -> str:
-    """Write the node map as JSON text."""
-    return "{" + ",".join(_node_json(node, states[node.name]) for node in scenario.nodes) + "}"
-
-
-def main_output(scenario: Scenario, states: Mapping[str, NodeState]) -> str | None:
-    """Write the main output as JSON text: None if there is none.
-
-    It is the value of the output node that succeeded first. With no node marked as output, it is
-    the value of the node that succeeded last.
-    """
-    succeeded = [node for node in scenario.nodes if states[node.name].status == SUCCESS]
-    outputs = [node for node in succeeded if node.is_output_node]
-    if outputs:
-        first = min(outputs, key=lambda node: states[node.name].at)
-        return states[first.name].value_json
-    if succeeded and not any(node.is_output_node for node in scenario.nodes):
-        last = max(reversed(succeeded), key=lambda node: states[node.name].at)
-        return states[last.name].value_json
-    return None
 
 
 def _node_json(node: SimNode, state: NodeState) -> str:

@@ -1,4 +1,6 @@
-"""What can go wrong between a server and its client, on purpose."""
+"""Deliberate faults between the server and its client."""
+
+from __future__ import annotations
 
 import asyncio
 import threading
@@ -8,38 +10,38 @@ from functools import partial
 from http import HTTPStatus
 from typing import Any, TypeAlias
 
+import attrs
 from aiohttp import web
-from attrs import Attribute, define, evolve, field, frozen
 
-from ._reply import JSON_TYPE, Reply
+from promptlayer_exec.simulator._wire import JSON_TYPE, Reply
 
 Answer: TypeAlias = Callable[[], Reply]
-# None means that the request shall be answered normally after all.
+# None means that the request is answered normally.
 Effect: TypeAlias = Callable[[web.BaseRequest, Answer], Awaitable[web.StreamResponse | None]]
 
 _HTML = b"<html><body><h1>502 Bad Gateway</h1></body></html>\n"
 _CHUNK = 64 * 1024
-_FOR_EVER = 1e9
+_FOREVER = 1e9
 _OVERSIZE_HEAD = b'{"Node 1":{"status":"SUCCESS","value":"'
 _OVERSIZE_TAIL = b'","error_message":null,"raw_error_message":null,"is_output_node":true}}\n'
 
 
-def _check_times(_: "Fault", __: "Attribute[Any]", times: int | None) -> None:
+def _check_times(_: Fault, __: attrs.Attribute[Any], times: int | None) -> None:
     if times is not None and times < 1:
-        raise ValueError(f"times must be at least 1, or None for ever, not {times!r}")
+        raise ValueError(f"times must be at least 1, or None for every request, got {times!r}")
 
 
-@frozen
+@attrs.frozen
 class Fault:
-    """Something that goes wrong with the next requests; made by the methods below.
+    """A fault of the next requests; the static methods below create one.
 
-    All of them take `times`, the number of requests it happens to (None: every one until
-    `Simulator.clear_faults`), and `execution_id`, which confines it to requests for the results
-    of that execution.
+    All of them take `times`, the number of requests that it affects (None: every one until
+    `Simulator.clear_faults`), and `execution_id`, which limits it to requests for the results of
+    that execution.
     """
 
     effect: Effect
-    times: int | None = field(default=1, validator=_check_times)
+    times: int | None = attrs.field(default=1, validator=_check_times)
     execution_id: int | None = None
 
     @staticmethod
@@ -51,22 +53,22 @@ class Fault:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
         execution_id: int | None = None,
-    ) -> "Fault":
-        """Answer with a status, and if wanted with an exact body.
+    ) -> Fault:
+        """Answer with a status, and optionally an exact body.
 
         Args:
-            code: The HTTP status, 200 to 599.
-            times: How many requests it happens to; None for all.
-            retry_after: Seconds for a Retry-After header, or its text.
-            body: The exact body; by default the server's error object, or nothing below 400.
-            headers: Further headers; the content type is JSON unless they say otherwise.
-            execution_id: Only for the results of this execution.
+            code: the HTTP status, 200 to 599.
+            times: how many requests it affects; None for all.
+            retry_after: seconds for a Retry-After header, or its text.
+            body: the exact body; by default the server's error object, or nothing below 400.
+            headers: further headers; the content type is JSON unless they change it.
+            execution_id: affects only requests for the results of this execution.
 
         Raises:
             ValueError: `code` or `times` is out of range.
         """
         if not 200 <= code <= 599:
-            raise ValueError(f"no final HTTP status: {code}")
+            raise ValueError(f"the HTTP status must be between 200 and 599, got {code}")
         if body is None:
             body = Reply.error(code, _phrase(code)).body if code >= 400 else b""
         all_headers = {**JSON_TYPE, **(headers or {})}
@@ -77,95 +79,99 @@ class Fault:
         return _always(Reply(code, body, all_headers), times, execution_id)
 
     @staticmethod
-    def disconnect(times: int | None = 1, *, execution_id: int | None = None) -> "Fault":
-        """Carry out the operation, but close the connection before any byte of the answer."""
+    def disconnect(times: int | None = 1, *, execution_id: int | None = None) -> Fault:
+        """Perform the operation, but close the connection before any byte of the answer."""
         return Fault(_disconnect, times, execution_id)
 
     @staticmethod
     def truncate(
         times: int | None = 1, *, at: int | None = None, execution_id: int | None = None
-    ) -> "Fault":
+    ) -> Fault:
         """Close the connection within the body of the normal answer.
 
         Args:
-            times: How many requests it happens to; None for all.
-            at: Bytes of the body that are sent; half of it by default, all but one at most.
-            execution_id: Only for the results of this execution.
+            times: how many requests it affects; None for all.
+            at: the number of bytes of the body to send; by default half of it, at most all but
+                one.
+            execution_id: affects only requests for the results of this execution.
+
+        Raises:
+            ValueError: `at` or `times` is out of range.
         """
         if at is not None and at < 0:
-            raise ValueError(f"at must be at least 0, not {at}")
+            raise ValueError(f"at must be at least 0 bytes, got {at}")
         return Fault(partial(_truncate, at=at), times, execution_id)
 
     @staticmethod
     def malformed(
         times: int | None = 1, *, body: bytes = _HTML, execution_id: int | None = None
-    ) -> "Fault":
-        """Answer 200 with a body that is no JSON: by default a proxy's HTML page."""
+    ) -> Fault:
+        """Answer 200 with a body that is not JSON: by default a proxy's HTML page."""
         reply = Reply(200, body, {"Content-Type": "text/html"})
         return _always(reply, times, execution_id)
 
     @staticmethod
-    def stall(times: int | None = 1, *, execution_id: int | None = None) -> "Fault":
-        """Accept the request and never answer, until the client or the simulator goes."""
-        return Fault.delay(_FOR_EVER, times, execution_id=execution_id)
+    def stall(times: int | None = 1, *, execution_id: int | None = None) -> Fault:
+        """Accept the request and never answer; the client or the simulator must end it."""
+        return Fault.delay(_FOREVER, times, execution_id=execution_id)
 
     @staticmethod
     def trickle(
         interval: float, times: int | None = 1, *, execution_id: int | None = None
-    ) -> "Fault":
-        """Answer 200 with a body that comes byte by byte, `interval` seconds apart, for ever."""
+    ) -> Fault:
+        """Answer 200 with a body that is sent byte by byte, `interval` seconds apart, forever."""
         return Fault(partial(_trickle, interval=interval), times, execution_id)
 
     @staticmethod
-    def delay(seconds: float, times: int | None = 1, *, execution_id: int | None = None) -> "Fault":
+    def delay(seconds: float, times: int | None = 1, *, execution_id: int | None = None) -> Fault:
         """Answer normally, but only after `seconds`."""
         return Fault(partial(_delay, seconds=seconds), times, execution_id)
 
     @staticmethod
-    def oversize(size: int, times: int | None = 1, *, execution_id: int | None = None) -> "Fault":
-        """Answer 200 with a good node map of `size` bytes, whose length no header tells.
+    def oversize(size: int, times: int | None = 1, *, execution_id: int | None = None) -> Fault:
+        """Answer 200 with a valid node map of `size` bytes and no Content-Length.
 
         Raises:
-            ValueError: `size` is too small for a node map.
+            ValueError: `size` is too small for a node map, or `times` is out of range.
         """
-        least = len(_OVERSIZE_HEAD) + len(_OVERSIZE_TAIL)
-        if size < least:
-            raise ValueError(f"size must be at least {least} bytes, not {size}")
-        return Fault(partial(_oversize, filling=size - least), times, execution_id)
+        smallest = len(_OVERSIZE_HEAD) + len(_OVERSIZE_TAIL)
+        if size < smallest:
+            raise ValueError(f"size must be at least {smallest} bytes, got {size}")
+        return Fault(partial(_oversize, padding=size - smallest), times, execution_id)
 
     def concerns(self, request: web.BaseRequest) -> bool:
-        """Tell whether it may happen to this request."""
+        """Return True if it may affect this request."""
         if self.execution_id is None:
             return True
         return request.query.get("workflow_version_execution_id") == str(self.execution_id)
 
 
-@define
+@attrs.define
 class FaultQueue:
-    """Faults in the order of injection; the first that concerns a request happens to it.
+    """Faults in the order of injection; each request takes the first that concerns it.
 
-    Filled in any thread, consumed in the server's.
+    Any thread may add faults; the server's thread takes them.
     """
 
-    _waiting: list[Fault] = field(factory=list, init=False)
-    _lock: threading.Lock = field(factory=threading.Lock, init=False)
+    _pending: list[Fault] = attrs.field(factory=list, init=False)
+    _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False)
 
     def add(self, fault: Fault) -> None:
         with self._lock:
-            self._waiting.append(fault)
+            self._pending.append(fault)
 
     def clear(self) -> None:
         with self._lock:
-            self._waiting.clear()
+            self._pending.clear()
 
     def take(self, request: web.BaseRequest) -> Fault | None:
         with self._lock:
-            for index, fault in enumerate(self._waiting):
+            for index, fault in enumerate(self._pending):
                 if fault.concerns(request):
                     if fault.times == 1:
-                        del self._waiting[index]
+                        del self._pending[index]
                     elif fault.times is not None:
-                        self._waiting[index] = evolve(fault, times=fault.times - 1)
+                        self._pending[index] = attrs.evolve(fault, times=fault.times - 1)
                     return fault
         return None
 
@@ -225,14 +231,14 @@ async def _delay(_request: web.BaseRequest, _answer: Answer, *, seconds: float) 
 
 
 async def _oversize(
-    request: web.BaseRequest, _answer: Answer, *, filling: int
+    request: web.BaseRequest, _answer: Answer, *, padding: int
 ) -> web.StreamResponse:
     response = web.StreamResponse(headers=JSON_TYPE)
     chunk = b"a" * _CHUNK
     with suppress(ConnectionError):
         await response.prepare(request)
         await response.write(_OVERSIZE_HEAD)
-        for start in range(0, filling, _CHUNK):
-            await response.write(chunk[: filling - start])
+        for start in range(0, padding, _CHUNK):
+            await response.write(chunk[: padding - start])
         await response.write(_OVERSIZE_TAIL)
     return response

@@ -1,26 +1,28 @@
-"""What the simulator was asked, and waiting for it."""
+"""The log of requests, and waiting for a number of them."""
+
+from __future__ import annotations
 
 import asyncio
 import logging
 import threading
 from collections.abc import Callable, Mapping
 
-from attrs import define, field, frozen
+import attrs
 
 _LOGGER = logging.getLogger(__package__)
 
 
-@frozen
+@attrs.frozen
 class SimRequest:
     """One request as the simulator saw it.
 
     Attributes:
-        method: The HTTP method.
-        path: The path as it was sent: percent-encoded, without the query.
-        query: The decoded query parameters; a `multidict`, so `getall` finds repeated ones.
-        headers: The headers, found in any case.
-        body: The body.
-        at: Seconds since the simulator was made.
+        method: the HTTP method.
+        path: the path as it was sent: percent-encoded, without the query.
+        query: the decoded query parameters; a `multidict`, so `getall` returns repeated ones.
+        headers: the headers; their names are case-insensitive.
+        body: the body.
+        at: seconds since the simulator was created.
     """
 
     method: str
@@ -31,26 +33,28 @@ class SimRequest:
     at: float
 
 
-def _resolve(reached: "asyncio.Future[None]") -> None:
+def _resolve(reached: asyncio.Future[None]) -> None:
     if not reached.done():
         reached.set_result(None)
 
 
-@define(eq=False)
+@attrs.define(eq=False)
 class RequestLog:
-    """Counts requests, keeps them if `keep` says so, and wakes whoever waits for a number of them.
+    """Counts requests, and wakes the callers that wait for a number of them.
 
-    Each is also passed to `on_request`, whose errors are logged.
+    One thread records requests; any thread may read and wait.
 
-    Recorded in one thread, read in any.
+    Args:
+        keep: whether `requests` keeps them.
+        on_request: called with each request; its errors are logged.
     """
 
     keep: bool
     _on_request: Callable[[SimRequest], None] | None = None
-    count: int = field(default=0, init=False)
-    _requests: list[SimRequest] = field(factory=list, init=False)
-    _waiters: "dict[asyncio.Future[None], int]" = field(factory=dict, init=False)
-    _recorded: threading.Condition = field(factory=threading.Condition, init=False)
+    count: int = attrs.field(default=0, init=False)
+    _requests: list[SimRequest] = attrs.field(factory=list, init=False)
+    _waiters: dict[asyncio.Future[None], int] = attrs.field(factory=dict, init=False)
+    _recorded: threading.Condition = attrs.field(factory=threading.Condition, init=False)
 
     @property
     def requests(self) -> list[SimRequest]:
@@ -82,7 +86,7 @@ class RequestLog:
             async with asyncio.timeout(timeout):
                 await reached
         except TimeoutError:
-            raise self._too_late(count, timeout) from None
+            raise self._timed_out(count, timeout) from None
         finally:
             with self._recorded:
                 del self._waiters[reached]
@@ -90,7 +94,7 @@ class RequestLog:
     def block(self, count: int, timeout: float) -> None:
         with self._recorded:
             if not self._recorded.wait_for(lambda: count <= self.count, timeout):
-                raise self._too_late(count, timeout)
+                raise self._timed_out(count, timeout)
 
-    def _too_late(self, count: int, timeout: float) -> TimeoutError:
+    def _timed_out(self, count: int, timeout: float) -> TimeoutError:
         return TimeoutError(f"saw {self.count} of {count} requests in {timeout} s")

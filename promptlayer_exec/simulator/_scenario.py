@@ -1,21 +1,17 @@
-"""What an execution will do: nodes, the order they depend on each other in, and how they end."""
+"""What an execution does: its nodes, how they depend on each other, and how they end."""
 
-import json
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable, Mapping
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, TypeAlias
 
-from attrs import Attribute, Factory, field, frozen
+import attrs
+
+from promptlayer_exec.simulator._wire import encode
 
 Values: TypeAlias = Mapping[str, Any]
-
-_ENCODER = json.JSONEncoder(separators=(",", ":"))
-
-
-def encode(value: object) -> str:
-    """Write a value as the server does: compact ASCII JSON, in which `NaN` may appear."""
-    return _ENCODER.encode(value)
 
 
 def _names(after: Iterable[str]) -> tuple[str, ...]:
@@ -24,14 +20,14 @@ def _names(after: Iterable[str]) -> tuple[str, ...]:
     return tuple(after)
 
 
-def _check_duration(node: "SimNode", _: "Attribute[Any]", value: float | None) -> None:
+def _check_duration(node: SimNode, _: attrs.Attribute[Any], value: float | None) -> None:
     if value is not None and not (0 <= value < math.inf):
         raise ValueError(
-            f"node {node.name!r}: duration must be finite and at least 0, not {value!r}"
+            f"node {node.name!r}: duration must be finite and at least 0, got {value!r}"
         )
 
 
-def _encode_value(node: "SimNode") -> str | None:
+def _encode_value(node: SimNode) -> str | None:
     if callable(node.value):
         return None
     try:
@@ -40,75 +36,76 @@ def _encode_value(node: "SimNode") -> str | None:
         raise type(error)(f"node {node.name!r}: its value is not JSON: {error}") from error
 
 
-@frozen
+@attrs.frozen
 class SimNode:
     """One node of a simulated execution.
 
-    Args:
-        name: Its name, unique within the scenario.
-        value: Its output once it succeeded: anything JSON can carry, or a function of `Values`
-            that returns such a thing.
-        duration: Seconds from RUNNING to its end; None holds it RUNNING until
-            `Simulator.finish`.
-        after: Names of the nodes that must be final before it starts; it is QUEUED until then.
-            It is SKIPPED if one of them failed or all of them were skipped.
-        status: The status it ends with. One that is not `SUCCESS`, `FAILED`, `FAILURE` or
-            `SKIPPED` leaves the execution, and every node that depends on this one, unfinished.
-        error_message: Shown once it failed.
-        raw_error_message: Shown once it failed; any JSON.
-        is_output_node: Whether it is marked as an output node; None is sent as null.
-        when: A predicate over `Values`, asked once when the node could start; a false answer
-            skips it.
+    `Values`, below, maps the names of all nodes that this one depends on, directly or indirectly,
+    to their values. The value of a node that did not succeed is None.
 
-    `Values` maps the names of the nodes it depends on, directly or not, to their values; to None
-    where they did not succeed.
+    Args:
+        name: its name, unique within the scenario.
+        value: its output when it succeeds: any JSON value, or a function of `Values` that returns
+            one.
+        duration: seconds from RUNNING to its end; None keeps it RUNNING until `Simulator.finish`.
+        after: names of the nodes that must be final before it starts; until then it is QUEUED.
+            It is SKIPPED if one of them failed or all of them were skipped.
+        status: the status it ends with. Any other than `SUCCESS`, `FAILED`, `FAILURE` and
+            `SKIPPED` is not final: the execution, and each node that depends on this one, stays
+            unfinished.
+        error_message: sent if it failed.
+        raw_error_message: sent if it failed; any JSON value.
+        is_output_node: whether it is marked as an output node; None is sent as null.
+        when: a predicate over `Values`, called once when the node could start; if it returns
+            false, the node is skipped.
 
     Raises:
-        TypeError, ValueError: An argument has the wrong kind, or its value is not JSON.
+        TypeError: an argument has the wrong type, or the value is not JSON.
+        ValueError: the duration is negative or not finite, or the value is not JSON.
     """
 
     name: str
     value: Any = None
-    duration: float | None = field(default=0.0, validator=_check_duration)
-    after: tuple[str, ...] = field(default=(), converter=_names)
+    duration: float | None = attrs.field(default=0.0, validator=_check_duration)
+    after: tuple[str, ...] = attrs.field(default=(), converter=_names)
     status: str = "SUCCESS"
     error_message: str | None = None
     raw_error_message: Any = None
     is_output_node: bool | None = False
     when: Callable[[Values], object] | None = None
-    value_json: str | None = field(
-        default=Factory(_encode_value, takes_self=True), init=False, repr=False, eq=False
+    value_json: str | None = attrs.field(
+        default=attrs.Factory(_encode_value, takes_self=True), init=False, repr=False, eq=False
     )
 
 
-def _in_order(scenario: "Scenario") -> tuple[SimNode, ...]:
+def _in_order(scenario: Scenario) -> tuple[SimNode, ...]:
     by_name = {node.name: node for node in scenario.nodes}
     sorter = TopologicalSorter({node.name: node.after for node in scenario.nodes})
     try:
         return tuple(by_name[name] for name in sorter.static_order())
     except CycleError as error:
-        circle = " -> ".join(map(repr, error.args[1]))
-        raise ValueError(f"nodes wait for each other in a circle: {circle}") from None
+        cycle = " -> ".join(map(repr, error.args[1]))
+        raise ValueError(f"nodes depend on each other in a cycle: {cycle}") from None
 
 
-def _upstream(scenario: "Scenario") -> dict[str, tuple[str, ...]]:
-    """Name everything that a node with a function of `Values` depends on, directly or not."""
+def _upstream(scenario: Scenario) -> dict[str, tuple[str, ...]]:
+    """Map each node with a function of `Values` to the names of all nodes that it depends on."""
     after = {node.name: node.after for node in scenario.nodes}
     upstream = {}
     for node in scenario.nodes:
         if node.when is not None or callable(node.value):
             found: set[str] = set()
-            waiting = list(node.after)
-            while waiting:
-                name = waiting.pop()
+            pending = list(node.after)
+            while pending:
+                name = pending.pop()
                 if name not in found:
                     found.add(name)
-                    waiting.extend(after[name])
+                    pending.extend(after[name])
             upstream[node.name] = tuple(name for name in after if name in found)
     return upstream
 
 
-def _check_names(_: "Scenario", __: "Attribute[Any]", nodes: tuple[SimNode, ...]) -> None:
+def _check_names(_: Scenario, __: attrs.Attribute[Any], nodes: tuple[SimNode, ...]) -> None:
     names: set[str] = set()
     for node in nodes:
         if node.name in names:
@@ -117,24 +114,24 @@ def _check_names(_: "Scenario", __: "Attribute[Any]", nodes: tuple[SimNode, ...]
     for node in nodes:
         for name in node.after:
             if name not in names:
-                raise ValueError(f"node {node.name!r} comes after {name!r}, which is no node")
+                raise ValueError(f"node {node.name!r} comes after {name!r}, which is not a node")
 
 
-@frozen
+@attrs.frozen
 class Scenario:
     """The nodes of an execution, in the order in which the server lists them.
 
     Args:
-        nodes: The nodes; there may be none.
+        nodes: the nodes; there may be none.
 
     Raises:
-        ValueError: Two nodes share a name, a node comes after an unknown one, or nodes wait for
-            each other in a circle.
+        ValueError: two nodes share a name, a node comes after an unknown one, or nodes depend on
+            each other in a cycle.
     """
 
-    nodes: tuple[SimNode, ...] = field(converter=tuple[SimNode, ...], validator=_check_names)
-    order: tuple[SimNode, ...] = field(init=False, repr=False, eq=False)
-    upstream: dict[str, tuple[str, ...]] = field(init=False, repr=False, eq=False)
+    nodes: tuple[SimNode, ...] = attrs.field(converter=tuple[SimNode, ...], validator=_check_names)
+    order: tuple[SimNode, ...] = attrs.field(init=False, repr=False, eq=False)
+    upstream: dict[str, tuple[str, ...]] = attrs.field(init=False, repr=False, eq=False)
 
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "order", _in_order(self))

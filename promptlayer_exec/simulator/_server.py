@@ -1,52 +1,48 @@
-"""A listening socket with an application behind it, in this loop or in a thread."""
+"""A listening socket that serves the API, in this loop or in a thread."""
+
+from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import Coroutine
 from contextlib import suppress
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from aiohttp import web
 from yarl import URL
 
+from promptlayer_exec.simulator._api import Api
+
 _T = TypeVar("_T")
 
 
-class Application(Protocol):
-    """What is served."""
-
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answer a request."""
-        ...
-
-    async def stop(self) -> None:
-        """End what is under way without a request."""
-        ...
-
-
 class Server:
-    """A server in the running loop, made by `start`, that stops at once whatever is under way."""
+    """A server in the running loop, created by `start`; stopping it aborts open requests."""
 
     def __init__(
-        self, application: Application, web_server: web.Server, listener: asyncio.Server, host: str
+        self, api: Api, web_server: web.Server, listener: asyncio.Server, host: str
     ) -> None:
         self.loop = asyncio.get_running_loop()
         port = listener.sockets[0].getsockname()[1]
         self.base_url = str(URL.build(scheme="http", host=host, port=port))
-        self._application = application
+        self._api = api
         self._web_server = web_server
         self._listener = listener
 
     @classmethod
-    async def start(cls, application: Application, host: str, port: int) -> Self:
-        """Listen; `OSError` if the address does not allow it."""
-        # A handler ends when its client goes, which is how a stalled answer ends.
-        web_server = web.Server(application.handle, handler_cancellation=True, access_log=None)
+    async def start(cls, api: Api, host: str, port: int) -> Self:
+        """Start to listen.
+
+        Raises:
+            OSError: the address cannot be listened on.
+        """
+        # Cancelling the handler of a client that disconnects is what ends a stalled answer.
+        web_server = web.Server(api.handle, handler_cancellation=True, access_log=None)
         listener = await asyncio.get_running_loop().create_server(web_server, host, port)
-        return cls(application, web_server, listener, host)
+        return cls(api, web_server, listener, host)
 
     async def stop(self) -> None:
-        """Stop listening and abort every connection."""
+        """Stop listening, and abort every connection."""
         await self._stop_accepting()
         self._listener.close()
         while connections := self._web_server.connections:
@@ -54,10 +50,10 @@ class Server:
                 if connection.transport is not None:
                     connection.transport.abort()
             await asyncio.sleep(0)
-        await self._application.stop()
+        await self._api.stop()
 
     async def _stop_accepting(self) -> None:
-        """Let asyncio hand over what it accepted: closing the listener first would leak it."""
+        """Let asyncio hand over accepted connections, which `close` would leak."""
         for listening in self._listener.sockets:
             with suppress(NotImplementedError):  # on Windows
                 self.loop.remove_reader(listening.fileno())
@@ -68,14 +64,14 @@ class Server:
 class ServerThread:
     """A `Server` in a thread with a loop of its own; its methods block."""
 
-    def __init__(self, application: Application, host: str, port: int) -> None:
+    def __init__(self, api: Api, host: str, port: int) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="promptlayer-simulator", daemon=True
         )
         self._thread.start()
         try:
-            self.server = self._call(Server.start(application, host, port))
+            self.server = self._call(Server.start(api, host, port))
         except BaseException:
             self._end()
             raise
@@ -91,7 +87,7 @@ class ServerThread:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def _end(self) -> None:
-        # Resolving a host name leaves a thread behind in the loop's executor.
+        # Resolving a host name has started a thread in the loop's executor.
         self._call(self._loop.shutdown_default_executor())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

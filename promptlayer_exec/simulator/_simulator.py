@@ -1,4 +1,6 @@
-"""The simulator: what a test says to it, and how it runs."""
+"""The simulator: what a test calls."""
+
+from __future__ import annotations
 
 import asyncio
 import time
@@ -6,40 +8,42 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-from ._api import Api
-from ._backend import Backend, ScenarioSource, SimRun
-from ._bucket import TokenBucket
-from ._centrifugo import Centrifugo
-from ._completion import Completions
-from ._faults import Fault, FaultQueue
-from ._log import RequestLog, SimRequest
-from ._scenario import Scenario
-from ._server import Server, ServerThread
+from promptlayer_exec.simulator._api import Api, TokenBucket
+from promptlayer_exec.simulator._backend import Backend, ScenarioSource, SimRun
+from promptlayer_exec.simulator._centrifugo import Centrifugo
+from promptlayer_exec.simulator._completion import Completions
+from promptlayer_exec.simulator._faults import Fault, FaultQueue
+from promptlayer_exec.simulator._log import RequestLog, SimRequest
+from promptlayer_exec.simulator._scenario import Scenario
+from promptlayer_exec.simulator._server import Server, ServerThread
 
 
 class Simulator:
     """A PromptLayer server on a real socket.
 
-    `async with` serves in the running loop, `with` in a thread of its own; every method may be
-    called from any thread, and before it is entered. It may be entered again after it was left:
-    then it serves what it knew, on a new port unless `port` is given.
+    `async with` serves in the running loop, `with` in a thread of its own. Every method may be
+    called from any thread, also before the simulator is entered. It may be entered again after it
+    was exited: it then still has its workflows and executions, and listens on a new port unless
+    `port` is given.
 
-    A run that names a `channel_name_suffix` or a `callback_url` is told of when it completes,
-    unless the simulator is left before. If `clock` is not the machine's, that is once `state`,
-    `finish` or a request for its results shows it, or after as many seconds as remained by `clock`.
+    The completion of a run that named a `channel_name_suffix` or a `callback_url` is pushed or
+    posted, unless the simulator is exited before. With a `clock` other than the machine's, that
+    happens once `state`, `finish` or a request for the results shows the completion, or after as
+    many seconds as remained by `clock`.
 
     Args:
-        host: The address to listen on.
-        port: The port to listen on; 0 takes a free one.
-        api_key: The key that requests must carry in `X-API-KEY`.
-        clock: Returns the time in seconds, never running backwards; all node durations and the
+        host: the address to listen on.
+        port: the port to listen on; 0 takes a free one.
+        api_key: the key that requests must have in `X-API-KEY`.
+        clock: returns the time in seconds, and never runs backwards; all node durations and the
             rate limit follow it.
-        log_requests: Whether `requests` keeps every request; `request_count` always counts.
-        on_request: Called with each request before it is answered, in the thread that serves; what
-            it raises is logged.
-        push_limit_bytes: The longest completion message that is pushed with its output; a longer
-            one says `EXCEEDS_SIZE_LIMIT`. The limit of PromptLayer's own server is unknown.
-        push_ping_interval: Seconds between pings to the WebSockets of push.
+        log_requests: whether `requests` keeps every request; `request_count` always counts.
+        on_request: called with each request before it is answered, in the thread that serves; an
+            error that it raises is logged.
+        push_limit_bytes: the size in bytes of the longest completion message that is pushed with
+            its output; a longer one says `EXCEEDS_SIZE_LIMIT`. The limit of PromptLayer's own
+            server is unknown.
+        push_ping_interval: seconds between pings on the WebSockets of push.
     """
 
     def __init__(
@@ -71,14 +75,18 @@ class Simulator:
 
     @property
     def base_url(self) -> str:
-        """The URL of the server, without a trailing slash; `RuntimeError` unless it runs."""
+        """The URL of the server, without a trailing slash.
+
+        Raises:
+            RuntimeError: the simulator is not running.
+        """
         if self._server is None:
             raise RuntimeError("the simulator is not running: enter it with `with` or `async with`")
         return self._server.base_url
 
     @property
     def requests(self) -> list[SimRequest]:
-        """Every request so far, the oldest first, those that a fault happened to included."""
+        """Every request so far, the oldest first; also those that a fault affected."""
         return self._log.requests
 
     @property
@@ -97,36 +105,36 @@ class Simulator:
         return self._backend.runs
 
     def add_execution(self, scenario: Scenario, *, execution_id: int | None = None) -> int:
-        """Begin an execution now.
+        """Start an execution now.
 
         Args:
-            scenario: What it does.
-            execution_id: Its id; by default the next free one from 1001 on.
+            scenario: what the execution does.
+            execution_id: its id; by default the next free one from 1001 on.
 
         Returns:
-            Its id.
+            The execution's id.
 
         Raises:
-            ValueError: The id is taken, or outside 1 ... 2**63-1.
+            ValueError: the id is taken, or not between 1 and 2**63-1.
         """
         return self._backend.add_execution(scenario, execution_id)
 
     def add_workflow(
         self, name: str, scenario: ScenarioSource, *, warning: str | None = None
     ) -> int:
-        """Add a workflow, of which each `POST /workflows/{name}/run` starts an execution.
+        """Add a workflow; each `POST /workflows/{name}/run` starts an execution of it.
 
         Args:
-            name: Its name; any characters.
-            scenario: What each execution does, or a function of the input variables that
-                returns it.
-            warning: The warning that each start answers with.
+            name: its name; any characters.
+            scenario: what each execution does, or a function of the input variables that returns
+                it.
+            warning: the warning in the answer to each start.
 
         Returns:
-            The id of the workflow, which works in place of its name.
+            The id of the workflow, which can be used in place of its name.
 
         Raises:
-            ValueError: The name is taken.
+            ValueError: the name is taken.
         """
         return self._backend.add_workflow(name, scenario, warning)
 
@@ -142,20 +150,20 @@ class Simulator:
     ) -> None:
         """End a node that is held RUNNING (`duration=None`); a QUEUED one ends when it starts.
 
-        With a status that is not final, the node shows it and can be finished again.
+        After a status that is not final, the node has that status and can be finished again.
 
         Args:
-            execution_id: The execution.
-            node: The name of the node.
-            value: Its value if it succeeded; by default the one that the scenario gives.
-            status: The status it ends with.
-            error_message: Shown if it failed; by default the scenario's.
-            raw_error_message: Shown if it failed, any JSON; by default the scenario's.
+            execution_id: the execution.
+            node: the name of the node.
+            value: its value if it succeeded; by default the scenario's.
+            status: the status it ends with.
+            error_message: sent if it failed; by default the scenario's.
+            raw_error_message: sent if it failed, any JSON value; by default the scenario's.
 
         Raises:
-            LookupError: There is no such execution or node.
-            ValueError: The node is final already, or ends by itself.
-            TypeError: The value is not JSON.
+            LookupError: there is no such execution or node.
+            ValueError: the node is already final, or ends by itself.
+            TypeError: the value is not JSON.
         """
         self._backend.finish(
             execution_id,
@@ -167,20 +175,20 @@ class Simulator:
         )
 
     def state(self, execution_id: int) -> dict[str, str]:
-        """Return the present status of every node by name.
+        """Return the current status of every node by name.
 
         Raises:
-            LookupError: There is no such execution.
+            LookupError: there is no such execution.
         """
         states = self._backend.results(execution_id).states
         return {name: state.status for name, state in states.items()}
 
     def inject(self, fault: Fault) -> None:
-        """Let a fault happen to the next requests that it concerns, after those injected before."""
+        """Let a fault affect the next requests that it concerns, after faults injected before."""
         self._faults.add(fault)
 
     def clear_faults(self) -> None:
-        """Forget the faults that have not happened yet."""
+        """Remove the faults that have not affected a request yet."""
         self._faults.clear()
 
     def rate_limit(
@@ -194,14 +202,14 @@ class Simulator:
         """Answer 429 to authenticated requests beyond a rate, by a token bucket that starts full.
 
         Args:
-            requests: How many requests are let through in `per` seconds; None lifts the limit.
-            per: Seconds.
-            burst: How many are let through at once; by default `requests`, at least 1.
-            retry_after: Whether a 429 tells in Retry-After, in seconds and fractions, when the
-                next request will be let through.
+            requests: how many requests are allowed in `per` seconds; None removes the limit.
+            per: seconds.
+            burst: how many are allowed at once; by default `requests`, at least 1.
+            retry_after: whether a 429 has a Retry-After, in seconds and fractions, for when the
+                next request will be allowed.
 
         Raises:
-            ValueError: A number is not positive, or `burst` is below 1.
+            ValueError: a number is not positive, or `burst` is below 1.
         """
         if requests is None:
             self._api.bucket = None
@@ -214,34 +222,34 @@ class Simulator:
         self._api.bucket = TokenBucket(requests / per, burst, self._clock())
 
     async def wait_for_requests(self, count: int, timeout: float = 10.0) -> None:
-        """Wait until there were `count` requests in all.
+        """Wait until there were `count` requests in total.
 
         Args:
-            count: The number of requests.
-            timeout: Seconds.
+            count: the number of requests.
+            timeout: seconds.
 
         Raises:
-            TimeoutError: There were fewer in that time.
+            TimeoutError: there were fewer requests in that time.
         """
         await self._log.wait(count, timeout)
 
     def block_for_requests(self, count: int, timeout: float = 10.0) -> None:
-        """Block this thread until there were `count` requests in all.
+        """Block this thread until there were `count` requests in total.
 
         Args:
-            count: The number of requests.
-            timeout: Seconds.
+            count: the number of requests.
+            timeout: seconds.
 
         Raises:
-            TimeoutError: There were fewer in that time.
-            RuntimeError: It would block the loop that the simulator serves in.
+            TimeoutError: there were fewer requests in that time.
+            RuntimeError: it would block the loop that the simulator serves in.
         """
         if self._server is not None and _is_running(self._server.loop):
             raise RuntimeError("await wait_for_requests here: blocking would stop the server")
         self._log.block(count, timeout)
 
     async def __aenter__(self) -> Self:
-        self._check_left()
+        self._check_not_running()
         self._server = await Server.start(self._api, self._host, self._port)
         return self
 
@@ -256,7 +264,7 @@ class Simulator:
             self._server = None
 
     def __enter__(self) -> Self:
-        self._check_left()
+        self._check_not_running()
         self._thread = ServerThread(self._api, self._host, self._port)
         self._server = self._thread.server
         return self
@@ -271,9 +279,9 @@ class Simulator:
             self._thread.stop()
             self._server = self._thread = None
 
-    def _check_left(self) -> None:
+    def _check_not_running(self) -> None:
         if self._server is not None:
-            raise RuntimeError("the simulator is running already")
+            raise RuntimeError("the simulator is already running")
 
 
 def _is_running(loop: asyncio.AbstractEventLoop) -> bool:

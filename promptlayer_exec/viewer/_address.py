@@ -1,23 +1,30 @@
-"""What the viewer is called."""
+"""The address of the viewer, and the names that requests may use for it."""
+
+from __future__ import annotations
 
 import ipaddress
 
-from attrs import frozen
+import attrs
 
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - to recognise them
 
 
-@frozen
+@attrs.frozen
 class Address:
-    """Where the viewer listens: what it is called in a URL, and in a request's `Host`."""
+    """The host and port that the viewer listens on.
+
+    Args:
+        host: an IP address or a host name.
+        port: the port.
+    """
 
     host: str
     port: int
 
     @property
     def base_url(self) -> str:
-        """The URL that its own machine reaches it by."""
+        """The URL of the viewer on its own machine."""
         host = "127.0.0.1" if self.host in _WILDCARDS else _in_url(self.host)
         return f"http://{host}:{self.port}"
 
@@ -27,7 +34,7 @@ class Address:
         return _in_url(self.host) in _LOOPBACK or (_is_ip(self.host) and self._ip.is_loopback)
 
     def is_meant(self, host: str) -> bool:
-        """Tell whether a `Host` names this server; another name is an attempt to rebind DNS."""
+        """Return True if a `Host` header names this server; any other may be DNS rebinding."""
         name, _, port = host.lower().rpartition(":")
         if self.port == 80 and not port.isdecimal():
             name, port = host.lower(), "80"

@@ -1,4 +1,6 @@
-"""The page's files, and the requests that it makes."""
+"""The routes: the page's files, and the page's requests."""
+
+from __future__ import annotations
 
 import json
 import re
@@ -12,11 +14,10 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.types import ASGIApp
 
 from promptlayer_exec import NotFound, PromptLayerExecError
-
-from ._address import Address
-from ._board import Board
-from ._events import board_events, value_text
-from ._guard import Guard
+from promptlayer_exec.viewer._address import Address
+from promptlayer_exec.viewer._board import Board
+from promptlayer_exec.viewer._events import board_events, value_text
+from promptlayer_exec.viewer._guard import Guard
 
 _PAGE = Path(__file__).with_name("page")
 _FILES = {
@@ -25,9 +26,9 @@ _FILES = {
     "/viewer.js": ("viewer.js", "text/javascript"),
     "/favicon.svg": ("favicon.svg", "image/svg+xml"),
 }
-_LARGEST_ID = 2**63 - 1
+_MAX_ID = 2**63 - 1
 
-_ExecutionId = Annotated[int, PathParameter(ge=1, le=_LARGEST_ID)]
+_ExecutionId = Annotated[int, PathParameter(ge=1, le=_MAX_ID)]
 
 
 class _Addition(BaseModel):
@@ -40,18 +41,18 @@ class _Start(BaseModel):
 
 
 def create_app(board: Board, address: Address, token: str) -> ASGIApp:
-    """Return the app that shows a board to whoever has the token.
+    """Return the app that shows a board to the clients that have the token.
 
     Args:
         board: the executions.
-        address: where it will be served; a request for another `Host` is refused.
-        token: what the page must bring, from the fragment of its URL.
+        address: where it will be served; requests with another `Host` are refused.
+        token: the token that the page sends; it takes it from the fragment of its URL.
     """
     app = FastAPI(openapi_url=None)
     for path, (name, media_type) in _FILES.items():
         _add_file(app, path, (_PAGE / name).read_bytes(), media_type)
-    _add_looks(app, board)
-    _add_changes(app, board)
+    _add_read_routes(app, board)
+    _add_change_routes(app, board)
     return Guard(app, address, token)
 
 
@@ -61,7 +62,7 @@ def _add_file(app: FastAPI, path: str, content: bytes, media_type: str) -> None:
         return Response(content, media_type=media_type)
 
 
-def _add_looks(app: FastAPI, board: Board) -> None:
+def _add_read_routes(app: FastAPI, board: Board) -> None:
     @app.get("/api/events")
     async def get_events() -> Response:
         return StreamingResponse(board_events(board), media_type="text/event-stream")
@@ -71,16 +72,16 @@ def _add_looks(app: FastAPI, board: Board) -> None:
         card = board.cards.get(execution_id)
         nodes = [] if card is None or card.snapshot is None else [*card.snapshot.nodes.values()]
         if not 0 <= index < len(nodes):
-            return _refuse("There is no such node any more.", 404)
+            return _refuse("This node no longer exists.", 404)
         return PlainTextResponse(value_text(nodes[index].value).encode("utf-8", "backslashreplace"))
 
 
-def _add_changes(app: FastAPI, board: Board) -> None:
+def _add_change_routes(app: FastAPI, board: Board) -> None:
     @app.post("/api/executions")
     async def add_execution(body: _Addition) -> Response:
         execution_id = _read_id(body.execution_id)
         if execution_id is None:
-            message = f"An execution's id is a whole number from 1 to {_LARGEST_ID}."
+            message = f"An execution id must be a whole number from 1 to {_MAX_ID}."
             return _refuse(message, 422, "execution_id")
         try:
             await board.add(execution_id)
@@ -96,7 +97,7 @@ def _add_changes(app: FastAPI, board: Board) -> None:
     @app.post("/api/runs")
     async def start_run(body: _Start) -> Response:
         if not body.workflow.strip():
-            return _refuse("Give the name or the id of a workflow.", 422, "workflow")
+            return _refuse("Enter the name or the id of a workflow.", 422, "workflow")
         try:
             inputs = _read_inputs(body.inputs)
             execution = await board.start(body.workflow, inputs)
@@ -113,7 +114,7 @@ def _read_id(text: str) -> int | None:
     text = text.strip()
     if not re.fullmatch("[0-9]{1,19}", text):
         return None
-    return int(text) if 1 <= int(text) <= _LARGEST_ID else None
+    return int(text) if 1 <= int(text) <= _MAX_ID else None
 
 
 def _read_inputs(text: str) -> dict[str, Any]:
@@ -121,11 +122,11 @@ def _read_inputs(text: str) -> dict[str, Any]:
         inputs = json.loads(text) if text.strip() else {}
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"This is no JSON: {error.msg} at {where}.") from None
+        raise ValueError(f"This is not JSON: {error.msg} at {where}.") from None
     except RecursionError:
         raise ValueError("This is nested too deeply.") from None
     if not isinstance(inputs, dict):
-        raise TypeError('The inputs are a JSON object, such as {"topic": "otters"}.')
+        raise TypeError('The inputs must be a JSON object, for example {"topic": "otters"}.')
     return inputs
 
 

@@ -1,4 +1,6 @@
-"""The executions that the page shows, followed whether or not a page is open."""
+"""The executions that the page shows; they are followed whether or not a page is open."""
+
+from __future__ import annotations
 
 import asyncio
 import secrets
@@ -8,31 +10,30 @@ from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import anyio
-from attrs import define, field
+import attrs
 
 from promptlayer_exec import Execution, PromptLayerExecError, Session, Snapshot
 
 
-@define(eq=False)
+@attrs.define(eq=False)
 class Card:
     """One execution of the board.
 
     Attributes:
-        execution: what is followed.
-        snapshot: the last that was seen of it.
-        seen: when that was, by the loop's clock.
-        error: why it is followed no more, if it is not complete.
+        execution: the execution.
+        snapshot: the latest snapshot.
+        received: when the snapshot was received, by the loop's clock.
+        error: why the execution is no longer followed, if it is not complete.
     """
 
     execution: Execution
     snapshot: Snapshot | None = None
-    seen: float = 0.0
+    received: float = 0.0
     error: str | None = None
-    _task: asyncio.Task[None] | None = field(default=None, repr=False)
 
     @property
     def state(self) -> str:
-        """Return `lost`, `waiting`, `running`, `succeeded` or `failed`."""
+        """The state as a word: `lost`, `waiting`, `running`, `succeeded` or `failed`."""
         if self.error is not None:
             return "lost"
         if self.snapshot is None:
@@ -43,24 +44,23 @@ class Card:
 
     @property
     def elapsed(self) -> float:
-        """Return the seconds that the execution has been followed for, until it was complete."""
+        """How many seconds the execution has been followed, until it was complete."""
         if self.snapshot is None:
             return 0.0
         if self.state != "running":
             return self.snapshot.elapsed
-        return self.snapshot.elapsed + asyncio.get_running_loop().time() - self.seen
+        return self.snapshot.elapsed + asyncio.get_running_loop().time() - self.received
 
 
 class Board:
-    """Follows executions, and keeps what was seen of each until it is removed.
+    """Follows executions, and keeps the latest snapshot of each until it is removed.
 
-    So a page that is opened late, or again, shows when each node ran, and not just how it ended.
-    Use it with `async with`, in the loop of its session; it starts nothing and adds nothing by
-    itself.
+    A page that is opened late, or reloaded, therefore shows when each node ran, and not only how
+    it ended. Use the board with `async with`, in the loop of its session.
 
     Args:
-        session: what to follow executions with; it is not closed.
-        note: what the page is to say about them all.
+        session: the session that follows executions; the board does not close it.
+        note: a text that the page shows above the executions.
     """
 
     def __init__(self, session: Session, *, note: str = "") -> None:
@@ -71,7 +71,7 @@ class Board:
         self.changed = anyio.Event()
         self._session = session
         self._cards: dict[int, Card] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._watches: dict[Card, asyncio.Task[None]] = {}
 
     @property
     def cards(self) -> Mapping[int, Card]:
@@ -79,16 +79,16 @@ class Board:
         return MappingProxyType(self._cards)
 
     def follow(self, execution_id: int) -> None:
-        """Follow an execution, as the last of the page; at once, and whatever comes of it."""
+        """Follow an execution as the last of the page, without checking that it exists."""
         self._follow(self._session.execution(execution_id))
 
     async def add(self, execution_id: int) -> None:
-        """Follow an execution, as the first of the page, if the server knows it.
+        """Follow an execution as the first of the page, if the server knows it.
 
-        One that is being followed, or is complete, stays as it is.
+        An execution that is already followed, or complete, is not changed.
 
         Raises:
-            PromptLayerExecError: the server does not know it, or does not answer.
+            PromptLayerExecError: the server does not know the execution, or did not answer.
         """
         card = self._cards.get(execution_id)
         if card is None:
@@ -104,24 +104,25 @@ class Board:
         """Start a run of a workflow, and follow it as the first of the page.
 
         Raises:
-            TypeError, ValueError: the inputs are not what JSON can carry.
-            PromptLayerExecError: it did not start, or nobody knows whether it did.
+            TypeError: JSON cannot represent the inputs.
+            ValueError: JSON cannot represent the inputs.
+            PromptLayerExecError: it was not started, or it is unknown whether it was.
         """
         execution = await self._session.start(workflow, inputs)
         self._follow(execution, first=True)
         return execution
 
     def remove(self, execution_id: int) -> None:
-        """Follow an execution no more; it goes on at the server."""
+        """Stop following an execution; it continues at the server."""
         card = self._cards.pop(execution_id, None)
-        if card is not None and card._task is not None:
-            card._task.cancel()
-        self._wake()
+        if card in self._watches:
+            self._watches[card].cancel()
+        self._notify()
 
     def close(self) -> None:
-        """Let every page know that there will be nothing more."""
+        """End the events of every page."""
         self.is_closed = True
-        self._wake()
+        self._notify()
 
     async def __aenter__(self) -> Self:
         return self
@@ -133,10 +134,10 @@ class Board:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        for watch in self._watches.values():
+            watch.cancel()
+        if self._watches:
+            await asyncio.wait(self._watches.values())
 
     def _follow(self, execution: Execution, *, first: bool = False) -> None:
         before = self._cards.get(execution.id)
@@ -146,22 +147,22 @@ class Board:
         is_new_first = first and before is None
         start = {execution.id: card} if is_new_first else {}
         self._cards = {**start, **self._cards, execution.id: card}
-        card._task = asyncio.create_task(self._watch(card), name=f"viewer {execution.id}")
-        self._tasks.add(card._task)
-        card._task.add_done_callback(self._tasks.discard)
-        self._wake()
+        watch = asyncio.create_task(self._watch(card), name=f"viewer {execution.id}")
+        self._watches[card] = watch
+        watch.add_done_callback(lambda _: self._watches.pop(card))
+        self._notify()
 
     async def _watch(self, card: Card) -> None:
         try:
             async with aclosing(card.execution.stream(timeout=None)) as snapshots:
                 async for snapshot in snapshots:
                     card.snapshot = snapshot
-                    card.seen = asyncio.get_running_loop().time()
-                    self._wake()
+                    card.received = asyncio.get_running_loop().time()
+                    self._notify()
         except PromptLayerExecError as error:
             card.error = str(error)
-            self._wake()
+            self._notify()
 
-    def _wake(self) -> None:
+    def _notify(self) -> None:
         self.changed.set()
         self.changed = anyio.Event()

@@ -1,4 +1,9 @@
-"""Who may ask: the server holds a key, and browsers carry requests for whichever page is open."""
+"""Refuses requests that are not the page's own: any page in a browser could send some.
+
+The server has an API key, and can start runs that cost money.
+"""
+
+from __future__ import annotations
 
 from secrets import compare_digest
 
@@ -6,7 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ._address import Address
+from promptlayer_exec.viewer._address import Address
 
 _HEADERS = {
     "Content-Security-Policy": (
@@ -23,10 +28,15 @@ _NAVIGATION = {"sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
 
 
 class Guard:
-    """Lets in only what our own page asks, and under `/api/` only with the token.
+    """Serves only requests of the viewer's own page, and those under `/api/` only with the token.
 
-    The token comes as a bearer, so it is in no cookie, which other ports of the machine would get,
-    too, and a page of another origin can neither read nor send it.
+    The token is a bearer token: a cookie would be sent to other ports of the machine, too, and a
+    page of another origin can neither read the token nor send it.
+
+    Args:
+        app: serves the requests that are not refused.
+        address: where the viewer is served.
+        token: the token.
     """
 
     def __init__(self, app: ASGIApp, address: Address, token: str) -> None:
@@ -46,12 +56,12 @@ class Guard:
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._address.is_meant(hosts[0]):
-            return _forbidden("this Host is not one of the viewer's")
+            return _forbidden("the Host header does not name this viewer")
         origins = headers.getlist("origin")
         if any(origin.lower() != f"http://{hosts[0].lower()}" for origin in origins):
-            return _forbidden("another origin must not ask the viewer")
+            return _forbidden("the request is from another origin")
         if not _is_own(scope, headers):
-            return _forbidden("another site must not ask the viewer")
+            return _forbidden("the request is from another site")
         if not scope["path"].startswith("/api/"):
             return None
         if compare_digest(headers.get("authorization", "").encode(), self._credentials):
@@ -63,7 +73,7 @@ class Guard:
 def _is_own(scope: Scope, headers: Headers) -> bool:
     if headers.get("sec-fetch-site", "none") in ("same-origin", "none"):
         return True
-    # A link to the page may stand anywhere; the page tells nothing without the token.
+    # Any site may link to the page, which shows nothing without the token.
     return scope["path"] == "/" and all(headers.get(k) == v for k, v in _NAVIGATION.items())
 
 

@@ -1,4 +1,6 @@
-"""Serving a board on a socket, until it is told to stop."""
+"""Serving a board on a socket, until cancelled."""
+
+from __future__ import annotations
 
 import asyncio
 import socket
@@ -8,15 +10,15 @@ from contextlib import contextmanager, suppress
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ._address import Address
-from ._app import create_app
-from ._board import Board
+from promptlayer_exec.viewer._address import Address
+from promptlayer_exec.viewer._app import create_app
+from promptlayer_exec.viewer._board import Board
 
 _GRACE = 2
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn without its hold on signals: they are the program's."""
+    """Uvicorn without its signal handlers: the program has its own."""
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -24,30 +26,30 @@ class _Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens.
+    """Return a listening socket.
 
     Args:
-        host: the address, or a name of it.
+        host: an IP address or a host name of this machine.
         port: the port; 0 takes a free one.
 
     Raises:
         OSError: the address is not one of this machine's, or the port is taken.
     """
-    family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    return socket.create_server(place[:2], family=family)
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    return socket.create_server(address[:2], family=family)
 
 
 async def serve(board: Board, listener: socket.socket, address: Address, token: str) -> None:
-    """Serve a board until cancelled; then open pages are told, and it ends within two seconds.
+    """Serve a board until cancelled; then send open pages an `end` event, and stop within 2 s.
 
     Args:
         board: the executions; it is closed at the end.
         listener: the socket; it is closed at the end, too.
-        address: what the socket is called.
-        token: what the page must bring.
+        address: the address of the socket.
+        token: the token that the page sends.
     """
     config = uvicorn.Config(
-        _ending_quietly(create_app(board, address, token)),
+        _without_cancelled_error(create_app(board, address, token)),
         http="h11",
         ws="none",
         lifespan="off",
@@ -63,7 +65,7 @@ async def serve(board: Board, listener: socket.socket, address: Address, token: 
         board.close()
         server.should_exit = True
         await asyncio.wait([serving], timeout=_GRACE)
-        # What is left: pages that do not read, and requests that wait for PromptLayer.
+        # Still open: pages that do not read, and requests that wait for PromptLayer.
         for connection in server.server_state.connections:
             connection.transport.abort()
         for task in server.server_state.tasks:
@@ -71,8 +73,8 @@ async def serve(board: Board, listener: socket.socket, address: Address, token: 
         await serving
 
 
-def _ending_quietly(app: ASGIApp) -> ASGIApp:
-    """Return the app, but cancelled without an error that uvicorn would show the traceback of."""
+def _without_cancelled_error(app: ASGIApp) -> ASGIApp:
+    """Return an app that does not raise `CancelledError`, whose traceback uvicorn would log."""
 
     async def run(scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(asyncio.CancelledError):

@@ -1,4 +1,4 @@
-"""A viewer on a real socket, a simulator behind it, and a browser before it."""
+"""Fixtures: a browser, and a viewer on a real socket that shows executions of a simulator."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ async def sim() -> AsyncIterator[Simulator]:
 
 
 class Viewer:
-    """A viewer that can be stopped, and started again where it was."""
+    """A viewer that can be stopped, and started again on the same port."""
 
     def __init__(self, sim: Simulator) -> None:
-        self.token = "a-token-of-the-tests-own"
+        self.token = "a-token-of-the-tests"
         self.port = 0
         self.board: Board
         self._sim = sim
@@ -61,16 +61,16 @@ class Viewer:
 
     @property
     def url(self) -> str:
-        """The URL that the command would print."""
+        """The URL with the token, as the command prints it."""
         return f"{self.origin}/#token={self.token}"
 
     @property
     def origin(self) -> str:
-        """Where it serves."""
+        """The origin of the page."""
         return f"http://127.0.0.1:{self.port}"
 
     async def start(self) -> None:
-        """Serve, with an empty board."""
+        """Start to serve an empty board."""
         session = Session(
             self._sim.api_key,
             base_url=self._sim.base_url,
@@ -92,7 +92,7 @@ class Viewer:
         self._stack.push_async_callback(end)
 
     async def stop(self) -> None:
-        """End, as at Ctrl-C."""
+        """Stop, as by Ctrl-C."""
         await self._stack.aclose()
 
 
@@ -105,50 +105,50 @@ async def viewer(sim: Simulator) -> AsyncIterator[Viewer]:
     await viewer.stop()
 
 
-class Complaints:
-    """What a browser complains of; a test fails by all of it that it did not expect."""
+class BrowserErrors:
+    """The errors and warnings of a browser; a test fails if there is one that it did not expect."""
 
     def __init__(self) -> None:
-        self.heard: list[str] = []
+        self.recorded: list[str] = []
         self.expected: tuple[str, ...] = ()
 
     def listen_to(self, page: Page, origin: str) -> None:
-        """Hear the console, uncaught errors, failed requests, and requests to other hosts."""
-        page.on("console", self._hear_console)
-        page.on("pageerror", lambda error: self.heard.append(f"error: {error}"))
-        page.on("requestfailed", self._hear_failure)
-        page.on("request", lambda request: self._hear_request(request.url, origin))
+        """Record console messages, uncaught errors, failed and foreign requests of a page."""
+        page.on("console", self._record_console)
+        page.on("pageerror", lambda error: self.recorded.append(f"error: {error}"))
+        page.on("requestfailed", self._record_failure)
+        page.on("request", lambda request: self._record_request(request.url, origin))
 
-    def _hear_console(self, said: Any) -> None:
-        if said.type in ("error", "warning"):
-            self.heard.append(f"console: {said.text}")
+    def _record_console(self, message: Any) -> None:
+        if message.type in ("error", "warning"):
+            self.recorded.append(f"console: {message.text}")
 
-    def _hear_failure(self, request: Any) -> None:
+    def _record_failure(self, request: Any) -> None:
         path = urlsplit(request.url).path
-        if request.failure != "net::ERR_ABORTED":  # the page was left
-            self.heard.append(f"failed: {path}: {request.failure}")
+        if request.failure != "net::ERR_ABORTED":  # the page was closed
+            self.recorded.append(f"failed: {path}: {request.failure}")
 
-    def _hear_request(self, url: str, origin: str) -> None:
+    def _record_request(self, url: str, origin: str) -> None:
         if not url.startswith(f"{origin}/"):
-            self.heard.append(f"foreign: {url}")
+            self.recorded.append(f"foreign: {url}")
 
     @property
     def unexpected(self) -> list[str]:
-        """What nobody expected."""
-        return [one for one in self.heard if not any(word in one for word in self.expected)]
+        """The recorded errors that the test did not expect."""
+        return [one for one in self.recorded if not any(word in one for word in self.expected)]
 
 
 @pytest.fixture
-def complaints() -> Iterator[Complaints]:
-    """Return the complaints of the test's pages."""
-    complaints = Complaints()
-    yield complaints
-    assert complaints.unexpected == []
+def browser_errors() -> Iterator[BrowserErrors]:
+    """Return the errors of the test's pages."""
+    errors = BrowserErrors()
+    yield errors
+    assert errors.unexpected == []
 
 
 @fixture(loop_scope="session")
-async def context(browser: Browser, complaints: Complaints) -> AsyncIterator[BrowserContext]:
-    """Return a fresh profile that may use the clipboard."""
+async def context(browser: Browser, browser_errors: BrowserErrors) -> AsyncIterator[BrowserContext]:
+    """Return a new browser context that may use the clipboard."""
     context = await browser.new_context(
         viewport=WIDE, permissions=["clipboard-read", "clipboard-write"]
     )
@@ -157,10 +157,10 @@ async def context(browser: Browser, complaints: Complaints) -> AsyncIterator[Bro
 
 
 @fixture(loop_scope="session")
-async def page(context: BrowserContext, viewer: Viewer, complaints: Complaints) -> Page:
-    """Return the page, opened by its URL, and live."""
+async def page(context: BrowserContext, viewer: Viewer, browser_errors: BrowserErrors) -> Page:
+    """Return the page, opened and connected."""
     page = await context.new_page()
-    complaints.listen_to(page, viewer.origin)
+    browser_errors.listen_to(page, viewer.origin)
     await page.goto(viewer.url)
     await expect(page.locator("#connection")).to_have_text("Live")
     return page

@@ -1,5 +1,7 @@
 """Write docs/images/viewer-*.png, from the demonstration: `nox -s browser -- --screenshots`."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ IMAGES = Path(__file__).parents[2] / "docs" / "images"
 
 
 def main() -> None:
-    """Take them when one agent has succeeded, one has failed, and one is still at work."""
+    """Take the screenshots when one agent has succeeded, one has failed, and one is running."""
     command = [sys.executable, "-m", "promptlayer_exec", "view", "--demo"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""The viewer's page in a real browser; nodes are held until they are told to end."""
+"""The viewer's page in a real browser; nodes are held until the test finishes them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from playwright.async_api import Browser, BrowserContext, Locator, Page, expect
 
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")  # one loop, and so one browser
+pytestmark = pytest.mark.asyncio(loop_scope="session")  # one loop, as there is one browser
 
 HOSTILE = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\">"
 LONG = "word " * 5_000 + "the end"
@@ -33,7 +33,7 @@ FAILING = Scenario(
         SimNode(
             "fetch",
             status="FAILED",
-            error_message="The index is not there: HTTP 503",
+            error_message="The index is not available: HTTP 503",
             raw_error_message={"raw": "Traceback: ...\nOSError: HTTP 503"},
         ),
         SimNode("answer", after=["fetch"], is_output_node=True),
@@ -54,17 +54,17 @@ def node(page: Page, execution_id: int, name: str) -> Locator:
 
 
 def state(page: Page, execution_id: int) -> Locator:
-    """Return the words for how an execution is."""
+    """Return the text of an execution's state."""
     return card(page, execution_id).locator('[data-part="state"]')
 
 
 def status(page: Page, execution_id: int, name: str) -> Locator:
-    """Return the words for how a node is."""
+    """Return the text of a node's status."""
     return node(page, execution_id, name).locator('[data-part="status"]')
 
 
 def time_of(page: Page, execution_id: int, name: str) -> Locator:
-    """Return how long a node ran."""
+    """Return the text of how long a node ran."""
     return node(page, execution_id, name).locator('[data-part="time"]')
 
 
@@ -75,7 +75,7 @@ async def add(page: Page, execution_id: Any) -> None:
 
 
 async def test_progress_appears_node_by_node(sim: Simulator, page: Page) -> None:
-    """Each node as it ends, then the whole; with counts that are the nodes', and times."""
+    """Nodes are updated as they end, with the count of final nodes, and then the execution."""
     held = sim.add_execution(HELD)
     await add(page, held)
     progress = card(page, held).get_by_role("progressbar")
@@ -100,10 +100,10 @@ async def test_progress_appears_node_by_node(sim: Simulator, page: Page) -> None
     )
 
 
-async def test_the_clock_goes_on_between_polls_and_a_silence_is_told(
+async def test_times_advance_between_polls_and_a_silent_server_is_shown(
     sim: Simulator, page: Page
 ) -> None:
-    """Of a server that does not answer, so that nobody takes what was seen last for the present."""
+    """A message says that PromptLayer does not answer, as the page may be out of date."""
     await page.clock.install()
     await page.reload()
     held = sim.add_execution(HELD)
@@ -114,15 +114,15 @@ async def test_the_clock_goes_on_between_polls_and_a_silence_is_told(
     running = time_of(page, held, "plan")
     before = await running.text_content()
     await expect(running).not_to_have_text(before or "")
-    trouble = card(page, held).locator('[data-part="trouble"]')
-    await expect(trouble).to_be_hidden()
+    problem = card(page, held).locator('[data-part="problem"]')
+    await expect(problem).to_be_hidden()
     await page.clock.fast_forward(20_000)
-    await expect(trouble).to_contain_text("PromptLayer has not answered for 2")
+    await expect(problem).to_contain_text("PromptLayer has not answered for 2")
     await expect(running).to_have_text(re.compile(r"^2\d\.\d s$"))
 
 
 async def test_the_time_line_shows_when_each_node_ran(sim: Simulator, page: Page) -> None:
-    """The second node's bar begins where the first one's ends; a reload changes nothing of it."""
+    """The second node's bar starts where the first one's ends; a reload changes nothing."""
     held = sim.add_execution(HELD)
     await add(page, held)
     await expect(status(page, held, "plan")).to_have_text("Running")
@@ -151,14 +151,14 @@ async def test_the_time_line_shows_when_each_node_ran(sim: Simulator, page: Page
 
 
 async def test_a_failed_node_shows_its_error(sim: Simulator, page: Page) -> None:
-    """The message at once, and the traceback when it is opened; in words, not only in red."""
+    """The row has the message, and the traceback when it is opened; the state is text."""
     failing = sim.add_execution(FAILING)
     await add(page, failing)
     await expect(state(page, failing)).to_have_text("Failed")
     row = node(page, failing, "fetch")
     await expect(row.locator('[data-part="status"]')).to_have_text("Failed")
     await expect(row.locator('[data-part="preview"]')).to_have_text(
-        "The index is not there: HTTP 503"
+        "The index is not available: HTTP 503"
     )
     await row.locator("summary").click()
     await expect(row.locator('[data-part="trace"]')).to_have_text(
@@ -168,15 +168,15 @@ async def test_a_failed_node_shows_its_error(sim: Simulator, page: Page) -> None
 
 
 async def test_an_unknown_status_is_shown_as_it_is(sim: Simulator, page: Page) -> None:
-    """And counts as not final."""
+    """It counts as not final."""
     odd = sim.add_execution(Scenario([SimNode("approve", status="AWAITING_APPROVAL")]))
     await add(page, odd)
     await expect(status(page, odd, "approve")).to_have_text("AWAITING_APPROVAL")
     await expect(state(page, odd)).to_have_text("Running")
 
 
-async def test_a_value_is_text_whatever_it_holds(sim: Simulator, page: Page) -> None:
-    """Markup is shown, and copied, letter by letter; so are names, and numbers of any size."""
+async def test_a_value_is_always_text(sim: Simulator, page: Page) -> None:
+    """Markup in values and names is shown and copied literally, and numbers exactly."""
     nodes = [SimNode(HOSTILE, HOSTILE), SimNode("number", {"n": 2**63 + 1}, is_output_node=True)]
     hostile = sim.add_execution(Scenario(nodes))
     await add(page, hostile)
@@ -193,8 +193,8 @@ async def test_a_value_is_text_whatever_it_holds(sim: Simulator, page: Page) -> 
     )
 
 
-async def test_a_long_value_is_there_as_a_whole(sim: Simulator, page: Page) -> None:
-    """Its start is shown first; all of it on demand, and all of it is copied."""
+async def test_a_long_value_can_be_shown_and_copied_in_full(sim: Simulator, page: Page) -> None:
+    """At first only its start is shown."""
     long = sim.add_execution(Scenario([SimNode("essay", LONG, is_output_node=True)]))
     await add(page, long)
     row = node(page, long, "essay")
@@ -209,18 +209,18 @@ async def test_a_long_value_is_there_as_a_whole(sim: Simulator, page: Page) -> N
     assert await value.evaluate("(one) => one.textContent") == LONG
 
 
-async def test_it_comes_back_when_the_viewer_was_started_again(
-    sim: Simulator, viewer: Any, page: Page, complaints: Any
+async def test_the_page_reconnects_to_a_restarted_viewer(
+    sim: Simulator, viewer: Any, page: Page, browser_errors: Any
 ) -> None:
-    """It says what it waits for, and takes up what it showed, in the same order."""
-    complaints.expected = ("ERR_", "Failed to load resource")
+    """It says that the viewer has stopped, and then shows the same executions in order."""
+    browser_errors.expected = ("ERR_", "Failed to load resource")
     first, second = sim.add_execution(HELD), sim.add_execution(HELD)
     await add(page, first)
     await expect(card(page, first)).to_be_visible()
     await add(page, second)
     await expect(status(page, second, "plan")).to_have_text("Running")
     await viewer.stop()
-    await expect(page.locator("#connection")).to_contain_text("The viewer has ended")
+    await expect(page.locator("#connection")).to_contain_text("The viewer has stopped")
     time = time_of(page, second, "plan")
     frozen = await time.text_content()
     sim.finish(first, "plan")
@@ -233,9 +233,9 @@ async def test_it_comes_back_when_the_viewer_was_started_again(
     assert shown == [str(second), str(first)]
 
 
-async def test_a_new_token_is_asked_for(viewer: Any, page: Page, complaints: Any) -> None:
-    """Where it was started again with another token, the page says so and stops trying."""
-    complaints.expected = ("ERR_", "Failed to load resource")
+async def test_a_new_token_is_required(viewer: Any, page: Page, browser_errors: Any) -> None:
+    """After a restart with another token, the page says so and stops reconnecting."""
+    browser_errors.expected = ("ERR_", "Failed to load resource")
     await viewer.stop()
     viewer.token = "quite-another-token"
     await viewer.start()
@@ -246,8 +246,8 @@ async def test_a_new_token_is_asked_for(viewer: Any, page: Page, complaints: Any
     await expect(page.locator("#refused")).to_be_hidden()
 
 
-async def test_the_token_leaves_the_address_and_lasts_for_the_tab(viewer: Any, page: Page) -> None:
-    """No cookie holds it, where other ports of the machine would get it."""
+async def test_the_token_is_kept_for_the_tab(viewer: Any, page: Page) -> None:
+    """It is removed from the address bar, and is in no cookie, which other ports would get."""
     assert page.url == f"{viewer.origin}/"
     await page.reload()
     await expect(page.locator("#connection")).to_have_text("Live")
@@ -255,23 +255,23 @@ async def test_the_token_leaves_the_address_and_lasts_for_the_tab(viewer: Any, p
 
 
 @pytest.mark.parametrize("fragment", ["", "#token=wrong"])
-async def test_a_page_without_its_token_says_where_it_is(
-    context: BrowserContext, viewer: Any, complaints: Any, fragment: str
+async def test_a_page_without_its_token_says_where_to_find_it(
+    context: BrowserContext, viewer: Any, browser_errors: Any, fragment: str
 ) -> None:
     """It shows nothing else."""
-    complaints.expected = ("401 (Unauthorized)",)
+    browser_errors.expected = ("401 (Unauthorized)",)
     page = await context.new_page()
-    complaints.listen_to(page, viewer.origin)
+    browser_errors.listen_to(page, viewer.origin)
     await page.goto(f"{viewer.origin}/{fragment}")
     await expect(page.locator("#refused")).to_contain_text("promptlayer-exec view")
     await expect(page.locator("#viewer")).to_be_hidden()
 
 
-async def test_an_execution_that_is_not_there_is_told_of_at_the_field(
-    page: Page, complaints: Any
+async def test_an_unknown_or_invalid_id_is_an_error_at_the_field(
+    page: Page, browser_errors: Any
 ) -> None:
-    """So is what is no id; the field keeps the focus."""
-    complaints.expected = ("404 (Not Found)", "422 (")
+    """The field keeps the focus."""
+    browser_errors.expected = ("404 (Not Found)", "422 (")
     field = page.get_by_label("Add an execution")
     error = page.locator("#execution-id-error")
     for wrong, reason in [("77", "the server answered 404 Not Found"), ("x", "a whole number")]:
@@ -282,41 +282,44 @@ async def test_an_execution_that_is_not_there_is_told_of_at_the_field(
     await expect(page.locator(".card")).to_have_count(0)
 
 
-async def test_a_watch_that_ends_early_says_why_and_can_be_taken_up(
+async def test_a_failed_watch_shows_its_error_and_can_be_restarted(
     sim: Simulator, page: Page
 ) -> None:
-    """What was seen stays."""
+    """The last snapshot stays visible."""
     held = sim.add_execution(HELD)
     await add(page, held)
     await expect(status(page, held, "plan")).to_have_text("Running")
     sim.inject(Fault.status(403))
-    await expect(state(page, held)).to_have_text("Not followed any more")
-    await expect(card(page, held).locator('[data-part="trouble"]')).to_contain_text("403 Forbidden")
+    await expect(state(page, held)).to_have_text("No longer followed")
+    await expect(card(page, held).locator('[data-part="problem"]')).to_contain_text("403 Forbidden")
     await expect(status(page, held, "plan")).to_have_text("Running")
     await card(page, held).get_by_role("button", name="Follow again").click()
     await expect(state(page, held)).to_have_text("Running")
-    await expect(card(page, held).locator('[data-part="trouble"]')).to_be_hidden()
+    await expect(card(page, held).locator('[data-part="problem"]')).to_be_hidden()
 
 
 async def test_a_run_is_started_by_name_and_inputs(
-    sim: Simulator, page: Page, complaints: Any
+    sim: Simulator, page: Page, browser_errors: Any
 ) -> None:
-    """Mistakes are told where they are made; the run is a card, with the server's warning."""
-    complaints.expected = ("404 (Not Found)", "422 (")
+    """Errors are at their fields; the run becomes a card, with the server's warning."""
+    browser_errors.expected = ("404 (Not Found)", "422 (")
     sim.add_workflow("write/report", HELD, warning="missing input variables: tone")
     await page.get_by_text("Start a run", exact=True).click()
-    workflow, inputs = page.get_by_label("Workflow, by name"), page.get_by_label("Inputs, a JSON")
+    workflow, inputs = (
+        page.get_by_label("Workflow name or id"),
+        page.get_by_label("Inputs (a JSON object)"),
+    )
     start = page.get_by_role("button", name="Start", exact=True)
     await start.click()
-    await expect(page.locator("#workflow-error")).to_contain_text("Give the name")
+    await expect(page.locator("#workflow-error")).to_contain_text("Enter the name")
     await workflow.fill("nothing")
     await start.click()
     await expect(page.locator("#workflow-error")).to_contain_text("404 Not Found")
     await expect(workflow).to_be_focused()
     await workflow.fill("write/report")
     for wrong, reason in [
-        ('{"topic": otters}', "This is no JSON: Expecting value at line 1, column 11."),
-        ("[1]", "The inputs are a JSON object"),
+        ('{"topic": otters}', "This is not JSON: Expecting value at line 1, column 11."),
+        ("[1]", "The inputs must be a JSON object"),
         ('{"a": NaN}', "inputs.a"),
     ]:
         await inputs.fill(wrong)
@@ -333,21 +336,21 @@ async def test_a_run_is_started_by_name_and_inputs(
     await expect(card(page, run.execution_id)).to_contain_text("missing input variables: tone")
 
 
-async def test_a_start_whose_answer_is_lost_is_told_of_wholly(
-    sim: Simulator, page: Page, complaints: Any
+async def test_a_start_without_an_answer_says_what_to_do(
+    sim: Simulator, page: Page, browser_errors: Any
 ) -> None:
-    """The run may have started: that is said, with what to do."""
-    complaints.expected = ("502 (Bad Gateway)",)
+    """The message says that the run may have started."""
+    browser_errors.expected = ("502 (Bad Gateway)",)
     sim.add_workflow("report", HELD)
     await page.get_by_text("Start a run", exact=True).click()
-    await page.get_by_label("Workflow, by name").fill("report")
+    await page.get_by_label("Workflow name or id").fill("report")
     sim.inject(Fault.disconnect())
     await page.get_by_role("button", name="Start", exact=True).click()
     await expect(page.locator("#start-error")).to_contain_text("may have started and be billed")
 
 
 async def test_the_filter_finds_names_ids_and_statuses(sim: Simulator, page: Page) -> None:
-    """A card as a whole, or some of its nodes; and the chips take one state of them."""
+    """It matches cards or some of their nodes; the radio buttons select one state."""
     held, failing = sim.add_execution(HELD), sim.add_execution(FAILING)
     await add(page, held)
     await expect(card(page, held)).to_be_visible()
@@ -372,8 +375,8 @@ async def test_the_filter_finds_names_ids_and_statuses(sim: Simulator, page: Pag
     await expect(card(page, failing)).to_be_hidden()
 
 
-async def test_a_card_is_removed_and_the_focus_goes_on(sim: Simulator, page: Page) -> None:
-    """To the next card, and from the last one to the field; the execution is followed no more."""
+async def test_removing_a_card_moves_the_focus(sim: Simulator, page: Page) -> None:
+    """The focus moves to the next card, and from the last card to the field."""
     first, second = sim.add_execution(HELD), sim.add_execution(HELD)
     await add(page, first)
     await expect(card(page, first)).to_be_visible()
@@ -386,10 +389,10 @@ async def test_a_card_is_removed_and_the_focus_goes_on(sim: Simulator, page: Pag
     await expect(page.locator("#empty")).to_contain_text("no execution on this page yet")
 
 
-async def test_more_executions_than_a_browser_opens_connections(
+async def test_more_executions_than_browser_connections(
     sim: Simulator, viewer: Any, page: Page
 ) -> None:
-    """Ten at once are all live, on one connection, and the page still gets an answer."""
+    """Ten executions share one connection, so the page can still send requests."""
     ids = [sim.add_execution(HELD) for _ in range(10)]
     for execution_id in ids:
         viewer.board.follow(execution_id)
@@ -399,26 +402,28 @@ async def test_more_executions_than_a_browser_opens_connections(
     await expect(page.locator(".card")).to_have_count(11)
 
 
-async def test_what_is_out_of_sight_is_not_drawn(sim: Simulator, viewer: Any, page: Page) -> None:
-    """Neither cards nor nodes: hundreds of them, each with news all the time, stop a browser."""
+async def test_nothing_outside_the_viewport_is_rendered(
+    sim: Simulator, viewer: Any, page: Page
+) -> None:
+    """This holds for cards and nodes: rendering hundreds at every change blocks a browser."""
     many = sim.add_execution(Scenario([SimNode(f"node {index}") for index in range(100)]))
     for execution_id in (many, sim.add_execution(FAILING)):
         viewer.board.follow(execution_id)
         await expect(card(page, execution_id).locator(".node").last).to_be_attached()
-    ends_are_drawn = """([selector, ...wanted]) => {
+    ends_are_rendered = """([selector, ...wanted]) => {
         const all = [...document.querySelectorAll(selector)];
         return [all.at(0), all.at(-1)].every((one, index) => wanted[index] === null
             || wanted[index] === one.checkVisibility({ contentVisibilityAuto: true }));
     }"""
     for selector in (".card > header", ".card:first-child .node > details"):
         await page.evaluate("scrollTo(0, 0)")
-        await page.wait_for_function(ends_are_drawn, arg=[selector, True, False], timeout=5000)
+        await page.wait_for_function(ends_are_rendered, arg=[selector, True, False], timeout=5000)
         await page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
-        await page.wait_for_function(ends_are_drawn, arg=[selector, None, True], timeout=5000)
+        await page.wait_for_function(ends_are_rendered, arg=[selector, None, True], timeout=5000)
 
 
 async def focused(page: Page) -> str:
-    """Return what has the focus, if it can be seen to have it."""
+    """Return the element that has the focus, or "unseen" if no outline shows it."""
     return await page.evaluate(
         """() => {
             const one = document.activeElement;
@@ -432,8 +437,8 @@ async def focused(page: Page) -> str:
     )
 
 
-async def test_everything_is_reached_and_done_by_keyboard(sim: Simulator, page: Page) -> None:
-    """In the order of the page, and with a ring around what has the focus."""
+async def test_everything_works_by_keyboard(sim: Simulator, page: Page) -> None:
+    """The tab order is that of the page, and an outline shows the focus."""
     execution_id = sim.add_execution(Scenario([SimNode("essay", "text", is_output_node=True)]))
     await page.locator("#filter").focus()
     await page.keyboard.press("Tab")
@@ -469,7 +474,7 @@ async def test_everything_is_reached_and_done_by_keyboard(sim: Simulator, page: 
 
 
 async def fill(sim: Simulator, viewer: Any, page: Page) -> None:
-    """Show something of everything: all states, long words, open details, errors of forms."""
+    """Show all states, long words, open details and form errors."""
     word = "incomprehensibilities" * 12
     nodes = [
         SimNode(word, {"key": word, "rows": list(range(400))}),
@@ -484,26 +489,26 @@ async def fill(sim: Simulator, viewer: Any, page: Page) -> None:
     await viewer.board.start(word, {})
     for execution_id in (held, failing, done, lost, 77):
         viewer.board.follow(execution_id)
-    await expect(state(page, 77)).to_have_text("Not followed any more")
+    await expect(state(page, 77)).to_have_text("No longer followed")
     await expect(status(page, lost, "plan")).to_have_text("Running")
     await expect(state(page, failing)).to_have_text("Failed")
     await node(page, held, word).locator("summary").click()
     await node(page, failing, "fetch").locator("summary").click()
     await add(page, "x" + word)
     await page.get_by_text("Start a run", exact=True).click()
-    await page.get_by_label("Inputs, a JSON").fill("{")
-    await page.get_by_label("Workflow, by name").fill(word)
+    await page.get_by_label("Inputs (a JSON object)").fill("{")
+    await page.get_by_label("Workflow name or id").fill(word)
     await page.get_by_role("button", name="Start", exact=True).click()
     await expect(page.locator("#inputs-error")).not_to_be_empty()
     await expect(page.locator("#execution-id-error")).not_to_be_empty()
 
 
 @pytest.mark.parametrize("width", [1280, 700, 360])
-async def test_it_fits_and_axe_finds_nothing(
-    sim: Simulator, viewer: Any, page: Page, complaints: Any, width: int
+async def test_the_page_fits_and_axe_finds_nothing(
+    sim: Simulator, viewer: Any, page: Page, browser_errors: Any, width: int
 ) -> None:
-    """No scrolling sideways, and no violation, contrast included, in the light and in the dark."""
-    complaints.expected = ("422 (",)
+    """There is no horizontal scrolling and no violation, in light and dark, contrast included."""
+    browser_errors.expected = ("422 (",)
     await page.set_viewport_size({"width": width, "height": 740})
     await fill(sim, viewer, page)
     sizes = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
@@ -521,11 +526,11 @@ async def test_it_fits_and_axe_finds_nothing(
 
 
 async def test_axe_finds_nothing_where_the_token_is_missing(
-    context: BrowserContext, viewer: Any, complaints: Any
+    context: BrowserContext, viewer: Any, browser_errors: Any
 ) -> None:
-    """That page is a page, too."""
+    """The refusal is accessible, too."""
     page = await context.new_page()
-    complaints.listen_to(page, viewer.origin)
+    browser_errors.listen_to(page, viewer.origin)
     await page.goto(viewer.origin)
     await expect(page.locator("#refused")).to_be_visible()
     assert (await Axe().run(page)).response["violations"] == []
@@ -534,20 +539,20 @@ async def test_axe_finds_nothing_where_the_token_is_missing(
 async def test_another_site_gets_nothing(
     context: BrowserContext, sim: Simulator, viewer: Any
 ) -> None:
-    """Neither an answer that it can read, nor a frame, nor a run, even with the token."""
+    """It can read no response, embed no frame, and start no run, even with the token."""
     sim.add_workflow("report", HELD)
     page = await context.new_page()
-    await page.goto(sim.base_url)  # any other origin
+    await page.goto(sim.base_url)  # another origin
     read = await page.evaluate(
         """async ([url, token]) => {
             const headers = { Authorization: `Bearer ${token}` };
             const body = JSON.stringify({ workflow: "report", inputs: "{}" });
             const plain = { method: "POST", mode: "no-cors", body };
             await fetch(`${url}/api/runs`, plain).catch(() => null);
-            const asked = (path, init) =>
+            const request = (path, init) =>
                 fetch(url + path, init).then((answer) => answer.status, () => "refused");
             const start = { method: "POST", headers, body };
-            return [await asked("/viewer.js", {}), await asked("/api/runs", start)];
+            return [await request("/viewer.js", {}), await request("/api/runs", start)];
         }""",
         [viewer.origin, viewer.token],
     )
@@ -562,11 +567,11 @@ async def test_another_site_gets_nothing(
     assert await frame.locator("#viewer").count() == 0
 
 
-async def test_the_demonstration_runs_and_ends_with_a_page_open(
-    browser: Browser, complaints: Any
+async def test_the_demonstration_runs_and_stops_with_a_page_open(
+    browser: Browser, browser_errors: Any
 ) -> None:
-    """It needs no key; one agent of it fails, and Ctrl-C ends it within seconds, with code 0."""
-    complaints.expected = ("ERR_", "Failed to load resource")
+    """It needs no key; one of its agents fails, and Ctrl-C stops it within seconds, code 0."""
+    browser_errors.expected = ("ERR_", "Failed to load resource")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PROMPTLAYER")}
     command = [sys.executable, "-W", "error", "-m", "promptlayer_exec", "view", "--demo"]
     process = await asyncio.create_subprocess_exec(
@@ -576,7 +581,7 @@ async def test_the_demonstration_runs_and_ends_with_a_page_open(
         assert process.stdout is not None
         url = (await process.stdout.readline()).decode().strip()
         page = await browser.new_page()
-        complaints.listen_to(page, url.partition("/#")[0])
+        browser_errors.listen_to(page, url.partition("/#")[0])
         await page.goto(url)
         failed = page.locator('.card[data-state="failed"]')
         await expect(failed.get_by_role("heading")).to_have_text("invoice-check")
@@ -586,7 +591,7 @@ async def test_the_demonstration_runs_and_ends_with_a_page_open(
             _, errors = await process.communicate()
         assert process.returncode == 0
         assert errors == b"Open this page, which is for you alone (Ctrl-C ends it):\n"
-        await expect(page.locator("#connection")).to_contain_text("The viewer has ended")
+        await expect(page.locator("#connection")).to_contain_text("The viewer has stopped")
         await page.close()
     finally:
         with suppress(ProcessLookupError):

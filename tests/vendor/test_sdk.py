@@ -1,6 +1,6 @@
-"""The vendor's own SDK against the simulator; it is told a key and a base URL, nothing else.
+"""The vendor's own SDK against the simulator; only its key and its base URL are set.
 
-`nox -s vendor` runs this where the SDK is installed.
+`nox -s vendor` installs the SDK and runs these tests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 KEY = "simulator-key"
 WEBSOCKET = "/connection/websocket"
 RESULTS = "/workflow-version-execution-results"
-# Ends after the run has been answered, by the clock and without anybody asking.
+# It completes by time, after the start was answered and without a request for results.
 TIMED = Scenario(
     [SimNode("Plan", [1], 0.05), SimNode("Answer", "AAA", 0.05, ("Plan",), is_output_node=True)]
 )
@@ -87,7 +87,7 @@ def paths(sim: Simulator) -> list[tuple[str, str]]:
 
 
 def test_main_output(sim: Simulator, run: Run) -> None:
-    """A run by name ends with the main output, which the push alone has brought."""
+    """A run by name returns the main output, which it got by push alone."""
     assert run(sim, "w", input_variables={"q": "?"}) == "AAA"
     assert paths(sim) == [
         ("GET", "/workflows/w"),
@@ -99,18 +99,18 @@ def test_main_output(sim: Simulator, run: Run) -> None:
 
 
 def test_by_id(sim: Simulator, run: Run) -> None:
-    """A run by id resolves no name."""
+    """A run by id does not look up a name."""
     assert run(sim, 1) == "AAA"
     assert paths(sim)[0] == ("POST", "/ws-token-request-library")
 
 
 def test_all_outputs(sim: Simulator, run: Run) -> None:
-    """`return_all_outputs` ends with the node map."""
+    """`return_all_outputs` returns the node map."""
     assert run(sim, "w", return_all_outputs=True) == NODE_MAP
 
 
 def test_label_and_metadata(sim: Simulator, run: Run) -> None:
-    """What else the SDK sends with a run is accepted and recorded."""
+    """The metadata and the label of a run are accepted and recorded."""
     run(sim, "w", metadata={"a": "b"}, workflow_label_name="prod")
     (body,) = [run.body for run in sim.runs]
     assert (body["metadata"], body["workflow_label_name"]) == ({"a": "b"}, "prod")
@@ -118,7 +118,7 @@ def test_label_and_metadata(sim: Simulator, run: Run) -> None:
 
 @pytest.mark.parametrize(("all_outputs", "output"), [(False, "AAA"), (True, NODE_MAP)])
 def test_exceeds_size_limit(run: Run, all_outputs: bool, output: object) -> None:
-    """After a push without the output the SDK gets it from the results operation."""
+    """After a push without the output, the SDK requests the results."""
     with Simulator(push_limit_bytes=10) as sim:
         sim.add_workflow("w", TIMED)
         assert run(sim, "w", return_all_outputs=all_outputs) == output
@@ -126,41 +126,41 @@ def test_exceeds_size_limit(run: Run, all_outputs: bool, output: object) -> None
 
 
 def test_large_output(sim: Simulator, run: Run) -> None:
-    """An output of megabytes, which its WebSocket would refuse, arrives by way of the limit."""
+    """An output of megabytes is too large for a push, and still arrives."""
     sim.add_workflow("large", Scenario([SimNode("a", "a" * 3_000_000, is_output_node=True)]))
     assert len(run(sim, "large")) == 3_000_000
 
 
 def test_failed_workflow_in_the_sync_client(sim: Simulator) -> None:
-    """The synchronous client reports that no output node has succeeded."""
+    """The synchronous client raises an error: no output node succeeded."""
     sim.add_workflow("failing", FAILING)
     with pytest.raises(PromptLayerAPIError, match="None of the output nodes have succeeded"):
         run_sync(sim, "failing")
 
 
 def test_failed_workflow_in_the_async_client(sim: Simulator) -> None:
-    """The asynchronous client returns the node map as though it were the output."""
+    """The asynchronous client returns the node map in place of the output."""
     sim.add_workflow("failing", FAILING)
     assert run_async(sim, "failing")["a"]["error_message"] == "no"
 
 
 @pytest.mark.parametrize("name", ["with space", "naïve", "a+b", "12"])
 def test_names(sim: Simulator, run: Run, name: str) -> None:
-    """Names that the SDK can put into a path are found."""
+    """Names that the SDK can put into a path work."""
     sim.add_workflow(name, TIMED)
     assert run(sim, name) == "AAA"
 
 
 @pytest.mark.parametrize("name", ["a/b", "a?b", "a#b"])
-def test_names_that_it_cannot_ask_for(sim: Simulator, run: Run, name: str) -> None:
-    """The SDK does not percent-encode names, so that it asks for another workflow."""
+def test_names_that_the_sdk_does_not_encode(sim: Simulator, run: Run, name: str) -> None:
+    """The SDK does not percent-encode names, so it requests another workflow."""
     sim.add_workflow(name, TIMED)
     with pytest.raises(PromptLayerAPIError, match=r"[Nn]ot [Ff]ound"):
         run(sim, name)
 
 
 def test_wrong_key(sim: Simulator, run: Run) -> None:
-    """A wrong key is reported as such, with the server's message, by name as by id."""
+    """A wrong key is an error with the server's message, both by name and by id."""
     for workflow in ("w", 1):
         with pytest.raises(PromptLayerAPIError, match="Invalid or missing API key"):
             run(sim, workflow, key="wrong")
@@ -168,31 +168,31 @@ def test_wrong_key(sim: Simulator, run: Run) -> None:
 
 
 def test_unknown_workflow(sim: Simulator, run: Run) -> None:
-    """An unknown workflow is reported with the server's message."""
+    """An unknown workflow is an error with the server's message."""
     with pytest.raises(PromptLayerAPIError, match="Workflow not found"):
-        run(sim, "nobody")
+        run(sim, "unknown")
 
 
 def test_held(sim: Simulator, run: Run) -> None:
-    """A run ends when the test finishes the node that it was held at."""
+    """A run completes when the test finishes its held node."""
     sim.add_workflow("held", Scenario([SimNode("a", None, None, is_output_node=True)]))
     outputs: list[Any] = []
     thread = threading.Thread(target=lambda: outputs.append(run(sim, "held")))
     thread.start()
     sim.block_for_requests(4)
-    sim.finish(sim.runs[0].execution_id, "a", value="told")
+    sim.finish(sim.runs[0].execution_id, "a", value="given")
     thread.join(20)
-    assert outputs == ["told"]
+    assert outputs == ["given"]
 
 
 def test_at_once(sim: Simulator, run: Run) -> None:
-    """A run that is complete when it starts is not missed, however often it is tried."""
+    """A run that is complete when it starts is never missed."""
     sim.add_workflow("instant", Scenario([SimNode("a", 1, is_output_node=True)]))
     assert [run(sim, "instant") for _ in range(20)] == [1] * 20
 
 
 def test_many_at_once(sim: Simulator) -> None:
-    """Runs under way together get each their own output."""
+    """Concurrent runs each get their own output."""
     sim.add_workflow("echo", lambda v: Scenario([SimNode("a", v["n"], 0.1, is_output_node=True)]))
 
     async def run_all() -> list[Any]:
@@ -204,14 +204,14 @@ def test_many_at_once(sim: Simulator) -> None:
 
 
 def test_empty_subprotocol(sim: Simulator, run: Run) -> None:
-    """The SDK's WebSocket offers an empty subprotocol, and is let in."""
+    """The SDK's WebSocket offers an empty subprotocol, which is accepted."""
     assert run(sim, "w") == "AAA"
     (handshake,) = [request for request in sim.requests if request.path == WEBSOCKET]
     assert handshake.headers["Sec-WebSocket-Protocol"] == ""
 
 
 def test_pings(run: Run) -> None:
-    """The SDK answers pings, so that its connection outlives several of them."""
+    """The SDK answers pings, so its connection stays open."""
     with Simulator(push_ping_interval=0.25) as sim:
         sim.add_workflow("slow", Scenario([SimNode("a", 1, 1.0, is_output_node=True)]))
         assert run(sim, "slow") == 1

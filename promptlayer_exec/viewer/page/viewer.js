@@ -1,9 +1,9 @@
-// The page of `promptlayer-exec view`. It keeps one connection, on which the server tells it of
-// every execution; whatever comes from there is text, and is set as text.
+// The page of `promptlayer-exec view`. It receives the events of all executions on one connection.
+// Everything that it receives is text, and is set as text.
 
 const RETRY = 1000; // milliseconds until the next attempt to connect
-const SILENCE = 45_000; // a connection that is silent for so long is dead: heartbeats come oftener
-const STALE = 15; // seconds without an answer from PromptLayer that are worth a word
+const SILENCE = 45_000; // milliseconds without data, not even heartbeats, until it reconnects
+const STALE = 15; // seconds without an answer from PromptLayer after which a card says so
 const TICK = 200;
 
 const KNOWN = ["queued", "running", "success", "failed", "skipped"];
@@ -12,21 +12,21 @@ const STATES = {
   running: ["Running", "running"],
   succeeded: ["Succeeded", "success"],
   failed: ["Failed", "failed"],
-  lost: ["Not followed any more", "unknown"],
+  lost: ["No longer followed", "unknown"],
 };
 const CONNECTIONS = {
   connecting: "Connecting",
   live: "Live",
   reconnecting: "Connection lost, reconnecting",
-  ended: "The viewer has ended; waiting for it",
+  ended: "The viewer has stopped; waiting for it to start again",
   refused: "Refused",
 };
 
 const byId = (id) => document.getElementById(id);
 const part = (root, name) => root.querySelector(`[data-part="${name}"]`);
-const cards = new Map(); // by execution id, in no order: the page's is in the document
+const cards = new Map(); // by execution id; their order is that of the document
 
-// The token: from the fragment, which no server sees; then out of the address bar.
+// The token: read from the fragment, which is sent to no server, and removed from the address bar.
 
 let token = sessionStorage.getItem("token");
 
@@ -61,7 +61,7 @@ function request(path, options = {}) {
   return fetch(path, { cache: "no-store", ...options, headers });
 }
 
-async function ask(method, path, content, unknown = "Is it still running?") {
+async function call(method, path, content, hint = "Is it still running?") {
   const options = { method };
   if (content !== undefined) {
     options.body = JSON.stringify(content);
@@ -71,7 +71,7 @@ async function ask(method, path, content, unknown = "Is it still running?") {
   try {
     response = await request(path, options);
   } catch {
-    throw new Refusal(`The viewer gave no answer. ${unknown}`);
+    throw new Refusal(`The viewer did not answer. ${hint}`);
   }
   if (response.ok) return response;
   const { message, field } = await response.json().catch(() => ({}));
@@ -82,7 +82,7 @@ async function ask(method, path, content, unknown = "Is it still running?") {
 // The connection
 
 let connection = "connecting";
-let lostAt = 0; // when the times on the page stopped being true
+let lostAt = 0; // when the times on the page stopped being current
 let instance = null;
 
 function showConnection(state) {
@@ -101,7 +101,7 @@ async function follow() {
       const response = await request("api/events", { signal: abort.signal });
       if (response.status === 401) {
         return showRefusal(
-          "The viewer was started again and has a new token, or this one is not whole.",
+          "The viewer was restarted and has a new token, or this token is incomplete.",
         );
       }
       if (!response.ok) throw new Error(`${response.status}`);
@@ -134,16 +134,16 @@ async function* events(response, abort) {
 const on = {
   board(data) {
     showConnection("live");
-    const isAnother = instance !== null && instance !== data.instance;
+    const isRestarted = instance !== null && instance !== data.instance;
     instance = data.instance;
-    const gone = [...byId("cards").children].map((one) => one.dataset.id);
-    const missing = gone.filter((id) => !data.executions.includes(id));
+    const shown = [...byId("cards").children].map((one) => one.dataset.id);
+    const missing = shown.filter((id) => !data.executions.includes(id));
     for (const id of missing) drop(id);
-    data.executions.forEach((id, index) => place(cardOf(id).root, index));
+    data.executions.forEach((id, index) => moveTo(index, cardOf(id).root));
     write(byId("note"), data.note);
     byId("note").hidden = data.note === "";
     applyFilter();
-    if (isAnother) takeUpAgain(missing);
+    if (isRestarted) addAgain(missing);
   },
   nodes(data) {
     const card = cardOf(data.execution_id);
@@ -168,13 +168,13 @@ const on = {
   },
 };
 
-// A viewer that was started again knows nothing of what its predecessor showed.
-async function takeUpAgain(ids) {
+// A viewer that was restarted does not know the executions that were on the page before.
+async function addAgain(ids) {
   for (const id of ids.reverse()) {
     try {
-      await ask("POST", "api/executions", { execution_id: id });
+      await call("POST", "api/executions", { execution_id: id });
     } catch (error) {
-      notify(`Execution ${id} could not be taken up again. ${error.message}`);
+      notify(`Execution ${id} could not be followed again. ${error.message}`);
     }
   }
 }
@@ -202,7 +202,7 @@ function cardOf(id) {
   return card;
 }
 
-function place(root, index) {
+function moveTo(index, root) {
   const list = byId("cards");
   if (list.children[index] !== root) list.insertBefore(root, list.children[index] ?? null);
 }
@@ -219,8 +219,8 @@ function drop(id) {
 
 async function remove(card) {
   try {
-    await ask("DELETE", `api/executions/${card.id}`);
-    announce(`Execution ${card.id} is off this page; it goes on at PromptLayer.`);
+    await call("DELETE", `api/executions/${card.id}`);
+    announce(`Execution ${card.id} was removed from this page; it continues at PromptLayer.`);
   } catch (error) {
     notify(error.message);
   }
@@ -230,7 +230,7 @@ async function followAgain(card) {
   const button = part(card.root, "again");
   button.disabled = true;
   try {
-    await ask("POST", "api/executions", { execution_id: card.id });
+    await call("POST", "api/executions", { execution_id: card.id });
     part(card.root, "title").focus();
   } catch (error) {
     notify(error.message);
@@ -257,10 +257,11 @@ function showExecution(card, data) {
   progress.max = Math.max(data.total, 1);
   progress.value = data.final;
   write(part(root, "count"), `${data.final} of ${data.total} nodes`);
-  show(part(root, "warning"), data.warning === null ? null : `PromptLayer warns: ${data.warning}`);
+  const warning = data.warning === null ? null : `Warning from PromptLayer: ${data.warning}`;
+  show(part(root, "warning"), warning);
   part(root, "again").hidden = data.state !== "lost";
   part(root, "columns").hidden = data.total === 0;
-  tell(card);
+  showProblem(card);
   tick(card);
   const ended = ["succeeded", "failed", "lost"].includes(data.state);
   if (ended && before && ["waiting", "running"].includes(before.state) && before.total > 0) {
@@ -268,12 +269,12 @@ function showExecution(card, data) {
   }
 }
 
-// What is wrong with an execution; and that PromptLayer is silent, as then the times may be old.
-function tell(card) {
+// The error of an execution, or that PromptLayer does not answer, as then the times may be old.
+function showProblem(card) {
   const silent = (performance.now() - card.at) / 1000;
   const isStale = connection === "live" && card.data.state === "running" && silent > STALE;
   const stale = `PromptLayer has not answered for ${duration(Math.floor(silent))}.`;
-  show(part(card.root, "trouble"), card.data.error ?? (isStale ? stale : null));
+  show(part(card.root, "problem"), card.data.error ?? (isStale ? stale : null));
 }
 
 // Nodes
@@ -284,7 +285,7 @@ function rowOf(card, name) {
   const root = byId("node-template").content.cloneNode(true).firstElementChild;
   const row = { root, node: null };
   part(root, "copy").addEventListener("click", () => copy(card, row));
-  part(root, "whole").addEventListener("click", () => showWhole(card, row));
+  part(root, "show-all").addEventListener("click", () => showAll(card, row));
   part(root, "copy").setAttribute("aria-label", `Copy the value of ${name}`);
   part(root, "value").setAttribute("aria-label", `Value of ${name}`);
   part(root, "trace").setAttribute("aria-label", `Error details of ${name}`);
@@ -306,61 +307,61 @@ function showNode(card, node) {
   draw(part(root, "icon"), isKnown ? status : "unknown");
   write(part(root, "status"), isKnown ? capitalised(status) : node.status);
   write(part(root, "name"), node.name);
-  part(root, "output").hidden = !node.is_output;
-  write(part(root, "preview"), node.error ?? oneLine(node.value ?? ""));
-  write(part(root, "error"), node.error ?? "");
-  show(part(root, "trace"), node.detail);
-  part(root, "failure").hidden = node.error === null && node.detail === null;
+  part(root, "output").hidden = !node.is_output_node;
+  write(part(root, "preview"), node.error_message ?? oneLine(node.value ?? ""));
+  write(part(root, "error"), node.error_message ?? "");
+  show(part(root, "trace"), node.raw_error_message);
+  part(root, "failure").hidden = node.error_message === null && node.raw_error_message === null;
   show(part(root, "value"), node.value);
   part(root, "result").hidden = node.value === null;
-  const whole = part(root, "whole");
-  whole.hidden = node.length <= (node.value ?? "").length;
-  write(whole, `Show all ${node.length.toLocaleString("en")} characters`);
+  const button = part(root, "show-all");
+  button.hidden = node.length <= (node.value ?? "").length;
+  write(button, `Show all ${node.length.toLocaleString("en")} characters`);
   write(part(root, "times"), timesOf(node));
   tickNode(row, now(card));
 }
 
 function timesOf(node) {
-  if (node.running === null && node.final === null) return "It has not been seen running yet.";
-  if (node.running === null) return `It was final when first seen so, at ${duration(node.final)}.`;
-  const started = `Seen running at ${duration(node.running)}`;
+  if (node.running === null && node.final === null) return "Not seen running yet.";
+  if (node.running === null) return `First seen at ${duration(node.final)}, already final.`;
+  const started = `First seen running at ${duration(node.running)}`;
   return node.final === null ? `${started}.` : `${started}, and final at ${duration(node.final)}.`;
 }
 
-async function wholeOf(card, row) {
+async function fullText(card, row) {
   const { node } = row;
   if (node.length <= node.value.length) return node.value;
-  const response = await ask("GET", `api/executions/${card.id}/nodes/${node.index}`);
+  const response = await call("GET", `api/executions/${card.id}/nodes/${node.index}`);
   return response.text();
 }
 
 async function copy(card, row) {
-  const told = part(row.root, "copied");
-  write(told, "");
+  const result = part(row.root, "copied");
+  write(result, "");
   try {
-    await navigator.clipboard.writeText(await wholeOf(card, row));
-    write(told, "Copied");
+    await navigator.clipboard.writeText(await fullText(card, row));
+    write(result, "Copied");
   } catch (error) {
-    if (error instanceof Refusal) return write(told, error.message);
+    if (error instanceof Refusal) return write(result, error.message);
     getSelection().selectAllChildren(part(row.root, "value"));
-    write(told, "The browser does not let a page copy here: the text is selected, copy it yourself.");
+    write(result, "The browser does not allow copying. The text is selected: copy it yourself.");
   }
 }
 
-async function showWhole(card, row) {
+async function showAll(card, row) {
   const { node } = row;
   try {
-    const text = await wholeOf(card, row);
-    if (row.node !== node) return; // it has changed meanwhile
+    const text = await fullText(card, row);
+    if (row.node !== node) return; // it has changed in the meantime
     write(part(row.root, "value"), text);
-    part(row.root, "whole").hidden = true;
+    part(row.root, "show-all").hidden = true;
     part(row.root, "value").focus();
   } catch (error) {
     write(part(row.root, "copied"), error.message);
   }
 }
 
-// Times: what the server told, and the seconds since then for as long as it is connected.
+// Times: those that the server sent, plus the seconds since then while it is connected.
 
 function now(card) {
   const { state, elapsed } = card.data;
@@ -396,7 +397,7 @@ setInterval(() => {
   for (const card of cards.values()) {
     if (card.data.state !== "running") continue;
     tick(card);
-    tell(card);
+    showProblem(card);
   }
 }, TICK);
 
@@ -440,7 +441,7 @@ function applyFilter() {
   document.title = counts.running > 0 ? `(${counts.running}) Executions` : "Executions";
 }
 
-// A card matches as a whole, or by some of its nodes, and then it shows those.
+// Either the whole card matches, or it shows only the nodes that match.
 function showMatching(card, text) {
   const { data, id } = card;
   const about = [nameOf(data, id), id, STATES[data.state][0]];
@@ -491,9 +492,9 @@ function handle(form, send) {
 handle(byId("add-form"), async () => {
   const input = byId("execution-id");
   try {
-    const response = await ask("POST", "api/executions", { execution_id: input.value });
+    const response = await call("POST", "api/executions", { execution_id: input.value });
     input.value = "";
-    announce(`Execution ${(await response.json()).execution_id} is on this page.`);
+    announce(`Execution ${(await response.json()).execution_id} was added to this page.`);
   } catch (error) {
     showErrors(byId("add-form"), { message: error.message, field: "execution_id" });
   }
@@ -502,10 +503,10 @@ handle(byId("add-form"), async () => {
 handle(byId("start-form"), async () => {
   const form = byId("start-form");
   const content = { workflow: byId("workflow").value, inputs: byId("inputs").value };
-  const unknown = "The run may have started: look in PromptLayer before you start it again.";
+  const hint = "The run may have started: look in PromptLayer before you start it again.";
   write(byId("start-error"), "");
   try {
-    const response = await ask("POST", "api/runs", content, unknown);
+    const response = await call("POST", "api/runs", content, hint);
     announce(`Execution ${(await response.json()).execution_id} started.`);
   } catch (error) {
     showErrors(form, error);
@@ -553,10 +554,10 @@ function capitalised(word) {
   return word[0].toUpperCase() + word.slice(1);
 }
 
-// A fragment alone loads no page anew: a new token may come to an open one.
+// A URL that differs only in its fragment does not reload the page.
 addEventListener("hashchange", () => {
   if (takeToken()) location.reload();
 });
 takeToken();
-if (token === null) showRefusal("It came without one.");
+if (token === null) showRefusal("The URL of this page has no token.");
 else follow();
