@@ -70,6 +70,7 @@ LAYERS = [
     "_policies",
     "_events",
     "_json",
+    "_status",
     "_outages",
     "_wire",
     "_throttle",
