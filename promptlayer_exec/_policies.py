@@ -102,12 +102,12 @@ class PollPolicy:
             chance: a random number in [0, 1).
             retry_after: the seconds that the server asked to wait; the delay is at least that long.
         """
-        left = nodes - final
+        remaining = nodes - final
         progressed = elapsed - unchanged  # the time of the last change
         if not final or progressed <= 0:
             delay = self._growing(elapsed)
-        elif left > 1:
-            delay = min(left * progressed / final / 6, self._growing(elapsed))
+        elif remaining > 1:
+            delay = min(remaining * progressed / final / 6, self._growing(elapsed))
         else:
             delay = self._growing(max(unchanged, progressed / final)) / 2
         delay = min(max(delay, self.floor), self.ceiling)

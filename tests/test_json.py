@@ -22,9 +22,11 @@ NUMBERS = st.builds("{}{}{}".format, st.sampled_from(["", "-"]), DIGITS, st.just
 )
 WORDS = r"""NaN Infinity -Infinity -0 -0.0 01 1. .5 +1 1e400 nul [1,] "\ud800" "\udc00\ud800" "\x"
     "\ud83d\ude00" "\u0000" {"a":1,"b":2,"a":{"c":NaN}} [[[[[[[[[[1]]]]]]]]]]"""
-ODD = st.sampled_from([*WORDS.split(), '"\x01"', '"\t"', "\ufeff1", "\x0b1", "\xa01", "1 2", ""])
+UNUSUAL = st.sampled_from(
+    [*WORDS.split(), '"\x01"', '"\t"', "\ufeff1", "\x0b1", "\xa01", "1 2", ""]
+)
 STRINGS = st.text(max_size=20).map(json.dumps) | st.text(max_size=20).map('"{}"'.format)
-SCALARS = NUMBERS | ODD | STRINGS | st.sampled_from(["true", "false", "null"])
+SCALARS = NUMBERS | UNUSUAL | STRINGS | st.sampled_from(["true", "false", "null"])
 TEXTS = st.recursive(
     SCALARS,
     lambda inner: (

@@ -152,6 +152,51 @@ def test_output_and_failed_nodes():
     assert seen.failed_nodes == (nodes[0], nodes[2])
 
 
+def test_to_dict():
+    """The id is a string, times are rounded to milliseconds, and statuses are plain strings."""
+    nodes = [
+        Node("a", "SUCCESS", [1], is_output_node=True),
+        Node("b", "FAILED", None, "boom", {"raw": "Traceback"}),
+    ]
+    seen = snapshot(
+        *nodes, complete=True, poll=3, elapsed=1.23456, times={"a": NodeTimes(0.50004, 1.0)}
+    )
+    data = seen.to_dict()
+    assert data == {
+        "execution_id": "787",
+        "poll": 3,
+        "elapsed": 1.235,
+        "complete": True,
+        "succeeded": True,
+        "progress": 1.0,
+        "nodes": {
+            "a": {
+                "name": "a",
+                "status": "SUCCESS",
+                "value": [1],
+                "error_message": None,
+                "raw_error_message": None,
+                "is_output_node": True,
+                "running": 0.5,
+                "final": 1.0,
+            },
+            "b": {
+                "name": "b",
+                "status": "FAILED",
+                "value": None,
+                "error_message": "boom",
+                "raw_error_message": {"raw": "Traceback"},
+                "is_output_node": None,
+                "running": None,
+                "final": None,
+            },
+        },
+    }
+    assert type(data["nodes"]["a"]["status"]) is str
+    assert data["nodes"]["a"]["value"] is nodes[0].value
+    assert attrs.evolve(seen, complete=False).to_dict()["succeeded"] is None
+
+
 S, F, K = "SUCCESS", "FAILED", "SKIPPED"
 
 

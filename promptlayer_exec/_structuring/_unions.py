@@ -24,8 +24,8 @@ from promptlayer_exec._structuring._rules import (
     is_union,
 )
 
-# The unions and values that did not fit, by id, while one output is structured. Without it, a union
-# of recursive classes that are alike would try each level of a value twice as often as the last.
+# The unions and values that did not fit, by id, while one output is structured. Without it, the
+# time to refuse a value for a union of similar recursive classes would double with each level.
 _FAILED: ContextVar[dict[tuple[int, int], Any]] = ContextVar("_FAILED")
 
 
