@@ -1,4 +1,4 @@
-"""The error tree: what went wrong, with which execution, and what to do about it."""
+"""The error tree. Every error says what failed, for which execution, and what to do."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ class _StatusContext(_RequestContext, total=False):
 
 
 class PromptLayerExecError(Exception):
-    """The root of every error that this library raises on its own account.
+    """The base class of this library's errors.
 
     Attributes:
-        execution_id: the execution concerned, if there is one: with it a paid run is found again.
-        last_snapshot: the last that was seen of it.
+        execution_id: the id of the execution; None if there is none yet. A run can only be found
+            again by its id.
+        last_snapshot: the last snapshot of the execution; None if there is none.
     """
 
     advice: ClassVar[str] = ""
@@ -47,14 +48,13 @@ class PromptLayerExecError(Exception):
         execution_id: int | None = None,
         last_snapshot: Snapshot | None = None,
     ) -> None:
-        # Only the message goes up: two or more arguments would become errno and strerror in the
-        # subclasses that are an OSError as well.
+        # One argument only: OSError, a base of some subclasses, reads two as errno and strerror.
         super().__init__(message)
         self.execution_id = execution_id
         self.last_snapshot = last_snapshot
 
     def _what(self) -> str:
-        return str(self.args[0]).rstrip(" \n.!?,;:")  # the end may be a server's, or a system's
+        return str(self.args[0]).rstrip(" \n.!?,;:")  # often the server's own sentence
 
     def _advise(self) -> str:
         return self.advice
@@ -62,7 +62,7 @@ class PromptLayerExecError(Exception):
     def __str__(self) -> str:
         subject = "" if self.execution_id is None else f"execution {self.execution_id}: "
         text = f"{subject}{self._what()}. {self._advise()}".rstrip()
-        return text.encode("utf-8", "backslashreplace").decode()  # or it could not be printed
+        return text.encode("utf-8", "backslashreplace").decode()  # lone surrogates do not print
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (type(self), self.args, vars(self))
@@ -73,18 +73,18 @@ def _restore(cls: type[_E], args: tuple[Any, ...], state: dict[str, Any]) -> _E:
     error.args = args
     vars(error).update(state)
     if "__notes__" in state:
-        error.__notes__ = list(state["__notes__"])  # a copy's notes are its own
+        error.__notes__ = list(state["__notes__"])  # add_note must not change the original
     return error
 
 
 def copy_error(error: Exception) -> Exception:
-    """Return an equal error with a traceback of its own, so that several tasks can raise it.
+    """Return a copy of an error with its own traceback, so that several tasks can raise it.
 
-    One that is not of this library, and cannot be copied, is returned itself.
+    An error of another library that cannot be copied is returned as it is.
     """
     try:
         duplicate = copy.copy(error)
-    except Exception:  # noqa: BLE001 - copying runs whatever code a foreign error brings
+    except Exception:  # noqa: BLE001 - another library's error may raise anything here
         return error
     if type(duplicate) is not type(error):
         return error
@@ -97,20 +97,20 @@ class ConfigurationError(PromptLayerExecError, ValueError):
 
 
 class SessionClosed(PromptLayerExecError):
-    """The session was closed before the answer was there."""
+    """The session was closed before the call was finished."""
 
-    advice = "A remote execution goes on: follow its id in an open session to pick it up."
+    advice = "Executions go on at the server: follow their ids in an open session."
 
     def __init__(self, message: str = "the session is closed", **context: Unpack[_Context]) -> None:
         super().__init__(message, **context)
 
 
 class RequestError(PromptLayerExecError):
-    """An HTTP request failed for good.
+    """An HTTP request failed and is not retried any more.
 
     Attributes:
-        attempts: how often it was sent, or tried to be sent.
-        reason: what the cause said (`__cause__` itself does not survive pickling).
+        attempts: how many attempts were made, including those that could not connect.
+        reason: the message of the cause; `__cause__` itself does not survive pickling.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class RequestError(PromptLayerExecError):
 
 
 class ConnectionFailed(RequestError, ConnectionError):
-    """The server could not be reached, or the connection broke before it answered."""
+    """The server could not be reached, or the connection broke before the response was complete."""
 
     advice = "Check the network and base_url; executions at the server are not affected."
 
@@ -143,13 +143,13 @@ class RequestTimeout(RequestError, TimeoutError):
 
 
 class InvalidResponse(RequestError):
-    """The server's success answer is not what its documentation promises.
+    """A successful response is not what PromptLayer documents.
 
     Attributes:
-        status: the HTTP status of the answer.
-        excerpt: the start of its body.
-        path: where in the body the mistake is, such as `$.Node 1.status`; None where the body is
-            cut short or is no JSON at all.
+        status: the HTTP status of the response.
+        excerpt: the start of the body.
+        path: the place of the mistake in the body, such as `$.Node 1.status`; None if the body is
+            cut short or not JSON.
     """
 
     advice = "Check that base_url is the PromptLayer API; if it is, report the excerpt."
@@ -169,7 +169,7 @@ class InvalidResponse(RequestError):
         self.path = path
 
     def _what(self) -> str:
-        seen = f"the body starts {self.excerpt!r}" if self.excerpt else "the body is empty"
+        seen = f"the body starts with {self.excerpt!r}" if self.excerpt else "the body is empty"
         return f"{super()._what()}; {seen}"
 
 
@@ -177,10 +177,10 @@ class ResponseTooLarge(InvalidResponse):
     """The body, after decompression, is larger than the session allows.
 
     Attributes:
-        limit: the session's `max_response_bytes`.
+        limit: the session's `max_response_bytes`, in bytes.
     """
 
-    advice = "Raise max_response_bytes if outputs this large are expected."
+    advice = "Raise max_response_bytes if you expect outputs this large."
 
     def __init__(
         self,
@@ -197,12 +197,12 @@ class ResponseTooLarge(InvalidResponse):
 
 @attrs.frozen
 class FieldError:
-    """One complaint of the server about one parameter.
+    """One invalid parameter, as the server reports it.
 
     Attributes:
-        loc: the way to the parameter, such as `("query", "workflow_version_execution_id")`.
-        msg: what is wrong with it.
-        type: the kind of mistake, in the server's terms.
+        loc: the path to the parameter, such as `("query", "workflow_version_execution_id")`.
+        msg: what is wrong with the parameter.
+        type: the server's name for this kind of mistake.
     """
 
     loc: tuple[str | int, ...]
@@ -211,13 +211,14 @@ class FieldError:
 
 
 class StatusError(RequestError):
-    """The server refused: it answered with a status that is neither 200 nor 202.
+    """The server answered with an error status or a redirect.
 
     Attributes:
         status: the HTTP status.
-        message: the server's own words, or the status's name where it gave none.
-        body: the decoded JSON body, or its text where it is no JSON (at most the first 64 KiB).
-        retry_after: the seconds that the server asked to wait, if it did.
+        message: the server's error message, or the name of the status if there is none.
+        body: the decoded JSON body, or the text of a body that is not JSON; of a body over 64 KiB,
+            the start.
+        retry_after: the seconds to wait before the next request, if the server asked for that.
     """
 
     advice = "Check base_url and the arguments."
@@ -240,7 +241,7 @@ class StatusError(RequestError):
 
 
 class BadRequest(StatusError):
-    """400: the server could not make sense of the request."""
+    """400: the server could not understand the request."""
 
     advice = "Check the arguments against the server's message."
 
@@ -252,24 +253,22 @@ class Unauthorized(StatusError):
 
 
 class Forbidden(StatusError):
-    """403: the API key may not do this."""
+    """403: the API key is not allowed to do this."""
 
-    advice = "Check that the API key belongs to the workspace of the workflow."
+    advice = "Check that the API key belongs to the workflow's workspace."
 
 
 class NotFound(StatusError):
-    """404: the server knows no such execution or workflow."""
+    """404: there is no such execution or workflow."""
 
-    advice = (
-        "Check the id or name, and that the API key belongs to its workspace; and the base URL."
-    )
+    advice = "Check the id or name, base_url, and that the API key belongs to the same workspace."
 
 
 class UnprocessableEntity(StatusError):
     """422: a parameter is invalid.
 
     Attributes:
-        details: one `FieldError` for each complaint; empty where the server itemised none.
+        details: a `FieldError` for each invalid parameter; empty if the server listed none.
     """
 
     advice = "Correct the parameters that the server names."
@@ -292,20 +291,23 @@ class RateLimited(StatusError):
 
 
 class ServerError(StatusError):
-    """5xx: the server, or a proxy before it, failed."""
+    """5xx: the server, or a proxy in front of it, failed."""
 
     advice = "Try again later; executions at the server are not affected."
 
 
 class StartUnknown(PromptLayerExecError):
-    """The request to start a run may have reached the server, but its answer was lost.
+    """The request to start a run may have reached the server, but its response was lost.
 
     Attributes:
         workflow: the name or id of the workflow.
-        reason: what happened to the answer.
+        reason: what happened to the response.
     """
 
-    advice = "The run may have started and be billed: look in PromptLayer before starting it again."
+    advice = (
+        "The run may have started and be billed: look for it in PromptLayer before you start it"
+        " again."
+    )
 
     def __init__(
         self, message: str, *, workflow: str | int, reason: str, **context: Unpack[_Context]
@@ -316,15 +318,15 @@ class StartUnknown(PromptLayerExecError):
 
 
 class ExecutionTimeout(PromptLayerExecError, TimeoutError):
-    """The wait's deadline passed before the execution was complete.
+    """The timeout passed before the execution was complete.
 
-    Without an `execution_id` the execution could not even be started by then.
+    If `execution_id` is None, the timeout passed before the execution was started.
 
     Attributes:
-        timeout: the seconds that were allowed.
+        timeout: the timeout in seconds.
     """
 
-    advice = "It goes on at the server: follow its id again, with a longer timeout, to pick it up."
+    advice = "It goes on at the server: follow its id again, with a longer timeout."
 
     def __init__(self, message: str, *, timeout: float, **context: Unpack[_Context]) -> None:
         super().__init__(message, **context)
@@ -335,13 +337,13 @@ class ExecutionTimeout(PromptLayerExecError, TimeoutError):
 
 
 class ExecutionFailed(PromptLayerExecError):
-    """The execution is complete, and has no output.
+    """The execution is complete but has no output.
 
     Attributes:
         failed: the nodes that failed, in the server's order.
     """
 
-    advice = "last_snapshot holds every node."
+    advice = "last_snapshot has every node."
 
     def __init__(
         self, message: str, *, failed: tuple[Node, ...], **context: Unpack[_Context]
@@ -351,15 +353,15 @@ class ExecutionFailed(PromptLayerExecError):
 
 
 class InvalidOutput(PromptLayerExecError):
-    """The output does not have the type that `into=` asked for.
+    """The output does not have the type given as `into=`.
 
     Attributes:
-        path: where it differs, such as `$.items[3].price`.
-        value: the output as it is.
-        reason: what was expected there.
+        path: the place of the mismatch in the output, such as `$.items[3].price`.
+        value: the output as the server sent it.
+        reason: what was expected at that place.
     """
 
-    advice = "Adjust the type, or the workflow's output node."
+    advice = "Change the type or the workflow's output node."
 
     def __init__(
         self, message: str, *, path: str, value: Any, reason: str, **context: Unpack[_Context]

@@ -1,4 +1,4 @@
-"""Facts for those who observe a session, and how they are told."""
+"""The events that observers of a session receive."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ logger.addHandler(logging.NullHandler())
 
 @attrs.frozen
 class Event:
-    """Something that happened.
+    """The base class of all events.
 
     Attributes:
-        execution_id: the execution concerned, if there is one.
+        execution_id: the id of the execution, if the event is about one.
     """
 
     execution_id: int | None
@@ -28,18 +28,19 @@ class Event:
 
 @attrs.frozen
 class WatchStarted(Event):
-    """A poller for an execution was started by its first follower."""
+    """The first follower of an execution started its poller."""
 
 
 @attrs.frozen
 class Polled(Event):
-    """A poller got a good answer.
+    """A poll succeeded.
 
     Attributes:
-        snapshot: what it saw.
-        duration: seconds from sending the request to the last byte of the answer.
-        lateness: seconds by which it was sent after its time, waiting for a connection or the rate.
-        body_bytes: the size of the body, after decompression.
+        snapshot: the snapshot that it read.
+        duration: seconds from sending the request to the last byte of the response.
+        lateness: seconds by which the request was sent after its scheduled time, because it waited
+            for a connection or the rate.
+        body_bytes: the size of the body in bytes, after decompression.
     """
 
     snapshot: Snapshot
@@ -50,11 +51,11 @@ class Polled(Event):
 
 @attrs.frozen
 class RequestRetried(Event):
-    """An attempt failed and will be repeated.
+    """An attempt failed and will be retried.
 
     Attributes:
-        error: what went wrong.
-        delay: the seconds before the next attempt.
+        error: the error of the attempt.
+        delay: seconds until the next attempt.
     """
 
     error: Exception
@@ -63,10 +64,10 @@ class RequestRetried(Event):
 
 @attrs.frozen
 class Throttled(Event):
-    """The server answered 429, and the whole session slows down.
+    """The server answered 429, and all requests of the session slow down.
 
     Attributes:
-        delay: the seconds in which no request leaves.
+        delay: the seconds during which no request is sent.
     """
 
     delay: float
@@ -74,12 +75,12 @@ class Throttled(Event):
 
 @attrs.frozen
 class WatchEnded(Event):
-    """A poller stopped: the execution is complete, the last follower left, or it failed.
+    """A poller stopped: the execution is complete, its last follower stopped, or it failed.
 
     Attributes:
-        polls: how many good answers it got.
-        elapsed: seconds since its first poll.
-        error: what ended it, if it failed.
+        polls: the number of polls that succeeded.
+        elapsed: seconds since the first poll.
+        error: the error that ended the poller, if it failed.
     """
 
     polls: int
@@ -92,9 +93,9 @@ class ExecutionStarted(Event):
     """The server started a run.
 
     Attributes:
-        request: what was asked for.
-        abandoned: whether the caller had gone before the answer came.
-        duration: seconds from the call to the answer.
+        request: the request that was sent.
+        abandoned: whether the caller was cancelled before the response arrived.
+        duration: seconds from the call to the response.
     """
 
     request: StartRequest
@@ -103,21 +104,22 @@ class ExecutionStarted(Event):
 
 
 class Observer(Protocol):
-    """What a session reports to: called in the event loop, so it must not block.
+    """A callable that receives the events of a session.
 
-    All events of one watch come in one task, its own, and in the context (as of `contextvars`) of
-    whoever began the watch. So it is with a start, and the context of its caller.
+    It is called in the event loop, so it must not block. All events of a watch are emitted in the
+    task of that watch, in the `contextvars` context of the call that started it; the events of a
+    start are emitted in a task of their own, in the context of the caller.
     """
 
     def __call__(self, event: Event, /) -> None:
-        """Take note of an event; what it raises is logged and ignored."""
+        """Handle one event. An exception raised here is logged and ignored."""
 
 
 Emit = Callable[[Event], None]
 
 
 def broadcast(observers: Iterable[Observer]) -> Emit:
-    """Return a function that tells every observer of an event."""
+    """Return a function that passes an event to every observer."""
     observers = tuple(observers)
 
     def emit(event: Event) -> None:

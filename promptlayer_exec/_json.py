@@ -1,40 +1,60 @@
-"""Decoding JSON: what the standard library would return, in less time where msgspec is there."""
+"""Decoding JSON as the standard library does, and naming the kinds of JSON values.
+
+With or without msgspec, `loads(body)` returns what `json.loads` returns and raises the same errors:
+`ValueError` for a body that is not JSON or has a number with too many digits, `RecursionError` for
+one that is nested too deeply.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
-_decode_text = json.JSONDecoder().raw_decode
+JSON_KINDS: dict[type, str] = {
+    NoneType: "null",
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    list: "an array",
+    dict: "an object",
+}
 
 
-def _decode(body: bytes) -> Any:
-    # The usual body: UTF-8, no BOM, no space before it. All else is left, by an error, to
-    # `json.loads`, which looks for it for as long as it takes to read a small body.
-    text = body.decode()
-    value, end = _decode_text(text)
-    if text[end:].strip(" \t\n\r"):
-        raise ValueError
-    return value
+def json_kind(value: Any) -> str:
+    """Return the kind of a JSON value in words for an error message.
+
+    Args:
+        value: any value. A value that JSON does not have is named by its Python type.
+
+    Returns:
+        "null", "true", "false", "an integer", "a number", "a string", "an array" or "an object";
+        for other values the type's name with an article, such as "a datetime".
+    """
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    article = "an" if name[0] in "AEIOUaeiou" else "a"
+    return JSON_KINDS.get(type(value), f"{article} {name}")
+
+
+def _loads_with(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def loads(body: bytes) -> Any:
+        try:
+            return decode(body)
+        except Exception:  # noqa: BLE001 - NaN, for one, is JSON to the standard library alone
+            return json.loads(body)
+
+    return loads
 
 
 try:
     import msgspec
 except ImportError:
-    _quick_loads: Callable[[bytes], Any] = _decode
+    loads: Callable[[bytes], Any] = json.loads
 else:
-    _quick_loads = msgspec.json.Decoder().decode
-
-
-def loads(body: bytes) -> Any:
-    """Do what `json.loads` does.
-
-    Raises:
-        ValueError: it is no JSON, or has a number too long to be read.
-        RecursionError: it is nested too deep.
-    """
-    try:
-        return _quick_loads(body)
-    except Exception:  # noqa: BLE001 - whatever it was, the standard library tells it in its own way
-        return json.loads(body)
+    loads = _loads_with(msgspec.json.Decoder().decode)

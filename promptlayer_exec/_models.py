@@ -1,4 +1,4 @@
-"""What the server says of an execution, as frozen values."""
+"""The state of an execution as the server reports it, as frozen values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class FrozenMap(Mapping[str, V]):
 
     @classmethod
     def adopt(cls, items: dict[str, V]) -> Self:
-        """Return a mapping that is made of a dict itself, not of a copy: nobody may change it."""
+        """Return a mapping around `items` itself, not a copy; the caller must not change it."""
         mapping = object.__new__(cls)
         mapping._items = items
         return mapping
@@ -38,7 +38,7 @@ class FrozenMap(Mapping[str, V]):
     def __len__(self) -> int:
         return len(self._items)
 
-    # The views of a Mapping are made of Python calls for each item.
+    # The views of `Mapping` make a Python call for each item; those of dict do not.
     def keys(self) -> KeysView[str]:
         return self._items.keys()
 
@@ -65,7 +65,7 @@ class NodeStatus(enum.StrEnum):
     SKIPPED = "SKIPPED"
 
 
-# The server's documentation has named FAILED so as well.
+# PromptLayer has documented FAILED as FAILURE, too.
 STATUSES: Mapping[str, NodeStatus] = {**NodeStatus.__members__, "FAILURE": NodeStatus.FAILED}
 FINAL = (NodeStatus.SUCCESS, NodeStatus.FAILED, NodeStatus.SKIPPED)
 
@@ -90,15 +90,16 @@ class _NodeSlots:
 
 @attrs.frozen
 class Node(_NodeSlots):
-    """One node of an execution, as one poll saw it.
+    """One node of an execution, at the time of one poll.
 
     Attributes:
         name: the node's name in the workflow.
-        status: a `NodeStatus`, or the server's own word where it is an unknown one (never final).
+        status: a `NodeStatus`; a status that this version does not know stays a plain string and
+            counts as not final.
         value: the node's output, any JSON value; None until there is one.
         error_message: why the node failed.
-        raw_error_message: the same with details: a string, or an object such as `{"raw": "..."}`.
-        is_output_node: whether the workflow names this node as an output.
+        raw_error_message: the error with details: a string, or an object such as `{"raw": "..."}`.
+        is_output_node: whether the workflow marks this node as an output.
     """
 
     name: str
@@ -110,12 +111,12 @@ class Node(_NodeSlots):
 
     @property
     def final(self) -> bool:
-        """Whether the status will not change any more."""
+        """Whether the status is final, so that it does not change any more."""
         return self.status in FINAL
 
     @property
     def succeeded(self) -> bool:
-        """Whether the node ended in `SUCCESS`."""
+        """Whether the status is `SUCCESS`."""
         return self.status == NodeStatus.SUCCESS
 
 
@@ -145,7 +146,12 @@ def make_node(  # noqa: PLR0917 - by position, as it is called for every node of
 
 @attrs.frozen
 class NodeTimes:
-    """When a watch first saw a node running and first saw it final, in seconds into the watch."""
+    """When a watch first saw a node running and first saw it final.
+
+    Attributes:
+        running: seconds since the first poll of the watch; None if it was never seen running.
+        final: seconds since the first poll of the watch; None if it is not final yet.
+    """
 
     running: float | None = None
     final: float | None = None
@@ -153,11 +159,11 @@ class NodeTimes:
 
 @attrs.frozen
 class NodeChange:
-    """A node whose status or value differs from the snapshot before.
+    """A node whose status or value changed between two snapshots.
 
     Attributes:
-        node: the node as it is now.
-        before: its status then; None where it was not there.
+        node: the node in the newer snapshot.
+        before: its status in the older snapshot; None if that one does not have the node.
     """
 
     node: Node
@@ -170,16 +176,19 @@ def _frozen(items: Any) -> Any:
 
 @attrs.frozen
 class Snapshot:
-    """All nodes of an execution, as one poll saw them.
+    """All nodes of an execution, at the time of one poll.
+
+    https://docs.promptlayer.com/reference/get-workflow-version-execution-results
 
     Attributes:
-        execution_id: the execution.
-        complete: whether the server says that it is over (HTTP 200); it is not to say it succeeded.
-        nodes: name to node, in the server's order; read-only.
-        raw: the decoded body, unknown fields included. Shared: do not change it.
-        poll: the poller's count, 1 for its first and for a single request.
-        elapsed: seconds since the poller's first poll.
-        times: when each node was first seen running and final; read-only.
+        execution_id: the id of the execution.
+        complete: whether the server reports the execution as complete (HTTP 200). A complete
+            execution may have failed.
+        nodes: the nodes by name, in the server's order; read-only.
+        raw: the decoded body, with all unknown fields. It is shared: do not change it.
+        poll: the number of this poll, from 1; a single request is poll 1.
+        elapsed: seconds since the first poll.
+        times: when each node was first seen running and first seen final; read-only.
     """
 
     execution_id: int
@@ -192,12 +201,12 @@ class Snapshot:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """How many nodes have each status; a status that none has counts 0."""
+        """The number of nodes with each status, 0 for a status that no node has."""
         return Counter(node.status for node in self.nodes.values())
 
     @property
     def progress(self) -> float:
-        """Final nodes divided by nodes; 1.0 when complete, 0.0 with no nodes."""
+        """The share of nodes that are final; 1.0 when complete, 0.0 without nodes."""
         if self.complete:
             return 1.0
         if not self.nodes:
@@ -216,9 +225,9 @@ class Snapshot:
 
     @property
     def succeeded(self) -> bool:
-        """Whether it is complete and some output node succeeded.
+        """Whether the execution is complete and at least one output node succeeded.
 
-        With no node marked as output: whether it is complete and nothing failed.
+        If no node is marked as output: whether it is complete and no node failed.
         """
         outputs = self.output_nodes
         if not outputs:
@@ -229,7 +238,11 @@ class Snapshot:
         """Return the nodes whose status or value changed since `previous`.
 
         Args:
-            previous: an earlier snapshot; None stands for one without nodes.
+            previous: an earlier snapshot; None stands for a snapshot without nodes.
+
+        Returns:
+            One change for each such node, in the server's order. A node that only `previous` has
+            is not a change.
         """
         changes = []
         for name, node in self.nodes.items():
@@ -241,11 +254,11 @@ class Snapshot:
         return tuple(changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the snapshot as plain data for JSON: the one form that all of the package writes.
+        """Return the snapshot as plain data for JSON, in the form that the whole package uses.
 
-        The execution id is a string, as it may exceed 2**53. Times are seconds into the watch,
-        rounded to milliseconds; `succeeded` is None until the execution is complete. The nodes'
-        values are shared, not copied.
+        The execution id is a string, because it may exceed 2**53. Times are seconds since the first
+        poll, rounded to milliseconds. `succeeded` is None until the execution is complete. The
+        values of the nodes are shared, not copied.
 
         Returns:
             `{"execution_id", "poll", "elapsed", "complete", "succeeded", "progress", "nodes"}`,
@@ -263,7 +276,12 @@ class Snapshot:
         }
 
     def raise_for_failure(self) -> None:
-        """Raise `ExecutionFailed` if the execution is complete and did not succeed."""
+        """Raise an error if the execution is complete and did not succeed.
+
+        Raises:
+            ExecutionFailed: no output node succeeded, or a node failed and none is marked as
+                output.
+        """
         if not self.complete or self.succeeded:
             return
         failed = self.failed_nodes
@@ -273,7 +291,7 @@ class Snapshot:
             + (f" ({node.error_message:.200})" if node.error_message else "")
             for node in shown
         )
-        what = "it failed" if failed else "it completed, but no output node succeeded"
+        what = "it failed" if failed else "it is complete, but no output node succeeded"
         raise ExecutionFailed(
             f"{what}: {states}",
             failed=failed,
@@ -283,7 +301,7 @@ class Snapshot:
 
 
 def node_dict(snapshot: Snapshot, name: str) -> dict[str, Any]:
-    """Return one node of a snapshot as `Snapshot.to_dict` does."""
+    """Return one node of a snapshot in the form of `Snapshot.to_dict`."""
     node = snapshot.nodes[name]
     times = snapshot.times.get(name, NodeTimes())
     return {
@@ -299,8 +317,11 @@ def node_dict(snapshot: Snapshot, name: str) -> dict[str, Any]:
 
 
 def same_json(left: Any, right: Any) -> bool:
-    """Compare decoded JSON as JSON: `1`, `1.0` and `true` differ, and NaN equals itself."""
-    pairs = [(left, right)]  # a stack, as values may be nested deeper than Python may recurse
+    """Return whether two decoded values are the same JSON.
+
+    `1`, `1.0` and `true` are different, NaN is the same as NaN, and the order of keys is ignored.
+    """
+    pairs = [(left, right)]  # a stack, because JSON may be nested deeper than Python can recurse
     while pairs:
         one, other = pairs.pop()
         if one is other:
@@ -322,14 +343,16 @@ def same_json(left: Any, right: Any) -> bool:
 
 @attrs.frozen
 class MainOutput:
-    """The answer to a request for the main output alone.
+    """The response to a request for the main output.
+
+    https://docs.promptlayer.com/reference/get-workflow-version-execution-results
 
     Attributes:
-        execution_id: the execution.
-        complete: whether the server says that it is over (HTTP 200).
-        value: the body, verbatim; meaningful only when complete. It may be a node map, where no
-            output node succeeded or where the output happens to look like one: read the node map
-            itself (`return_all_outputs=True`) to learn whether the execution succeeded.
+        execution_id: the id of the execution.
+        complete: whether the server reports the execution as complete (HTTP 200).
+        value: the decoded body; meaningful only when complete. If no output node succeeded, the
+            server sends the node map, and an output may look like a node map, too: request all
+            outputs (`return_all_outputs=True`) to see whether the execution succeeded.
     """
 
     execution_id: int
@@ -339,16 +362,18 @@ class MainOutput:
 
 @attrs.frozen
 class StartRequest:
-    """A run to be started.
+    """A run to start.
+
+    https://docs.promptlayer.com/reference/run-workflow
 
     Attributes:
-        workflow: the workflow's name or id.
-        inputs: its input variables.
-        label: the label of the version to run; excludes `version`.
-        version: the number of the version to run; excludes `label`.
-        metadata: strings to keep with the run.
-        callback_url: where the server posts the final output.
-        key: yours, never sent: to find the item again.
+        workflow: the name or id of the workflow.
+        inputs: the input variables.
+        label: the label of the version to run; not together with `version`.
+        version: the number of the version to run; not together with `label`.
+        metadata: strings that PromptLayer stores with the run.
+        callback_url: the URL to which PromptLayer posts the final output.
+        key: any value of yours to recognise the item by; it is never sent.
     """
 
     workflow: str | int

@@ -1,4 +1,4 @@
-"""The main output of an execution: which value it is, judged by the nodes, and its type."""
+"""The main output of an execution: finding it in a snapshot, and structuring it into a type."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ async def main_output(snapshot: Snapshot, ask: Callable[[], Awaitable[Any]]) -> 
     """Return the main output of an execution.
 
     Args:
-        snapshot: the complete one.
-        ask: returns what the server names as the main output: only it knows which of several it is.
+        snapshot: the complete snapshot of the execution.
+        ask: requests the main output from the server. It is called where the snapshot does not
+            decide, because several output nodes succeeded or none is marked.
 
     Raises:
-        ExecutionFailed: there is none.
+        ExecutionFailed: the execution has no main output.
     """
     snapshot.raise_for_failure()
     succeeded = [node for node in snapshot.output_nodes if node.succeeded]
     if len(succeeded) == 1:
         return succeeded[0].value
     value = await ask()
-    # Where it has no main output to name, the server answers with the node map.
+    # The server sends the node map if there is no main output.
     if not succeeded and same_json(value, snapshot.raw):
         raise ExecutionFailed(
             "it completed without a main output: no node is marked as output",
@@ -42,12 +43,12 @@ async def main_output(snapshot: Snapshot, ask: Callable[[], Awaitable[Any]]) -> 
 
 
 def check_type(into: Any, converter: cattrs.Converter | None) -> None:
-    """Find out whether outputs can be of a type, before there is one.
+    """Check that outputs can be structured into a type, before there is an output.
 
     Raises:
-        TypeError: they cannot.
+        TypeError: the type, or a part of it, cannot be structured into.
     """
-    # Not imported before it is needed: a quarter of what importing the package would take.
+    # Imported late, because it would add a quarter to the import time of the package.
     from promptlayer_exec import _structuring  # noqa: PLC0415
 
     _structuring.check_type(into, converter)
@@ -56,21 +57,28 @@ def check_type(into: Any, converter: cattrs.Converter | None) -> None:
 def typed_output(
     value: Any, into: TypeForm[T], converter: cattrs.Converter | None, snapshot: Snapshot
 ) -> T:
-    """Return a main output as the type that was asked for.
+    """Return a main output structured into a type.
+
+    Args:
+        value: the main output.
+        into: the type.
+        converter: a cattrs converter with hooks of the user, if there is one.
+        snapshot: the complete snapshot of the execution, for the error.
 
     Raises:
-        InvalidOutput: it does not have that type.
+        InvalidOutput: the output does not have that type.
+        TypeError: the output led to a part of the type that cannot be structured into.
     """
     from promptlayer_exec._structuring import StructureError, structure  # noqa: PLC0415 - as above
 
     try:
         return structure(value, into, converter)
-    except TypeError as error:  # of a part of the type that only this value led to
+    except TypeError as error:  # check_type does not see parts that only this value leads to
         error.add_note(f"for the output of execution {snapshot.execution_id}")
         raise
     except StructureError as error:
         raise InvalidOutput(
-            f"the output is not what into= asks for: {error.path}: {error.reason}",
+            f"the output does not fit the type given as into=: {error.path}: {error.reason}",
             path=error.path,
             value=value,
             reason=error.reason,

@@ -1,4 +1,4 @@
-"""When to poll again, and what to survive: arithmetic alone, with time and chance as arguments."""
+"""When to poll again and when to retry: pure arithmetic, with time and chance as arguments."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from promptlayer_exec._errors import ConfigurationError
 
 
 def check_seconds(name: str, value: Any, *, zero: bool = True) -> float:
-    """Return `value` as seconds.
+    """Return a setting in seconds as a float.
+
+    Args:
+        name: the name of the setting, for the error message.
+        value: the value to check.
+        zero: whether 0 is allowed.
 
     Raises:
-        ConfigurationError: it is no number, or negative, or not finite, or 0 where `zero` is false.
+        ConfigurationError: the value is not a number, is negative, not finite, or a 0 that is not
+            allowed.
     """
     seconds = _number(value)
     if seconds is None or not math.isfinite(seconds) or seconds < 0 or (seconds == 0 and not zero):
-        least = "at least 0" if zero else "more than 0"
-        raise ConfigurationError(f"{name} must be a finite number, {least}, not {value!r:.100}")
+        least = "of at least 0" if zero else "greater than 0"
+        raise ConfigurationError(f"{name} must be a finite number {least}, got {value!r:.100}")
     return seconds
 
 
@@ -36,18 +42,18 @@ def _number(value: Any) -> float | None:
 
 @attrs.frozen
 class PollPolicy:
-    """When to look at an execution again.
+    """When to poll an execution again.
 
-    The first poll is at once. While several nodes are left, the next comes after a sixth of the
-    time that they seem to need, and not later than a delay that grows slowly with the time that
-    has passed; while one is left, after half of that. It is never sooner than `floor` nor later
-    than `ceiling`.
+    A watch polls at once, and then after delays between `floor` and `ceiling`. The delay grows
+    slowly with the age of the watch. Once the first nodes are final, it is at most a sixth of the
+    time that the others are expected to need; for the last node it is half of a delay that grows
+    slowly with the time since the last change.
 
     Args:
-        floor: the least delay, in seconds; more than 0.
-        ceiling: the greatest delay, in seconds.
-        jitter: a delay is lengthened by up to this fraction of it, and by at most this many
-            seconds, so that executions started together are not polled together.
+        floor: the shortest delay in seconds; greater than 0.
+        ceiling: the longest delay in seconds.
+        jitter: a random part of each delay, as a fraction of it and at most that many seconds, so
+            that executions that were started together are not polled together.
 
     Raises:
         ConfigurationError: a value is out of range.
@@ -67,7 +73,14 @@ class PollPolicy:
 
     @classmethod
     def fixed(cls, seconds: float) -> Self:
-        """Return the policy that polls every `seconds`, without jitter."""
+        """Return a policy that polls at a fixed interval, without jitter.
+
+        Args:
+            seconds: the interval; greater than 0.
+
+        Raises:
+            ConfigurationError: the interval is out of range.
+        """
         return cls(floor=seconds, ceiling=seconds, jitter=0.0)
 
     def delay(
@@ -80,29 +93,29 @@ class PollPolicy:
         chance: float,
         retry_after: float = 0.0,
     ) -> float:
-        """Return the seconds from the last answer to the next poll.
+        """Return the seconds from the last response to the next poll.
 
         Args:
-            elapsed: seconds since the watch began.
-            final: how many nodes are final.
-            nodes: how many there are.
-            unchanged: seconds since a node's status last changed.
+            elapsed: seconds since the watch started.
+            final: the number of final nodes.
+            nodes: the number of nodes.
+            unchanged: seconds since the status of a node last changed.
             chance: a random number in [0, 1).
-            retry_after: seconds that the server asked to wait: never less than that.
+            retry_after: the seconds that the server asked to wait; the delay is at least that long.
         """
-        left = nodes - final
-        progressed = elapsed - unchanged  # how long it took until the last change
+        remaining = nodes - final
+        progressed = elapsed - unchanged  # the time of the last change
         if not final or progressed <= 0:
             delay = self._growing(elapsed)
-        elif left > 1:
-            delay = min(left * progressed / final / 6, self._growing(elapsed))
+        elif remaining > 1:
+            delay = min(remaining * progressed / final / 6, self._growing(elapsed))
         else:
             delay = self._growing(max(unchanged, progressed / final)) / 2
         delay = min(max(delay, self.floor), self.ceiling)
         return max(delay + self.jitter * min(delay, 1.0) * chance, retry_after)
 
     def _growing(self, seconds: float) -> float:
-        # An execution may end at any time of any order of magnitude, and the sooner the likelier.
+        # Executions take from seconds to hours, and short ones are more common.
         return 1.6 * self.floor * math.sqrt(math.sqrt(1.0 + seconds))
 
 
@@ -114,23 +127,24 @@ def _frozen(statuses: Iterable[int]) -> frozenset[int]:
         return frozenset(statuses)
     except TypeError:
         raise ConfigurationError(
-            f"RetryPolicy.statuses takes a set of HTTP statuses, not {statuses!r}"
+            f"RetryPolicy.statuses must be a set of HTTP statuses, got {statuses!r:.100}"
         ) from None
 
 
 @attrs.frozen
 class RetryPolicy:
-    """What to survive, and for how long.
+    """Which failures to retry, and for how long.
 
     Args:
-        outage: seconds for which a single call is retried, from its first failed attempt.
-        watch_outage: the same for each poll of a watch; None: until the followers' deadlines.
-        base: the first delay between attempts, in seconds; it doubles with every failure.
-        ceiling: the greatest such delay, in seconds.
-        retry_after_ceiling: the longest wait, in seconds, that a server may ask for.
-        not_found_grace: seconds for which a 404 on an execution that this session started is
-            taken for a server that does not know it yet.
-        statuses: the HTTP statuses that are worth another attempt.
+        outage: the seconds during which a single call is retried, from its first failed attempt.
+        watch_outage: the seconds during which a poll of a watch is retried; None retries until the
+            deadlines of the followers.
+        base: the first delay between attempts in seconds; it doubles with every failure.
+        ceiling: the longest delay between attempts in seconds.
+        retry_after_ceiling: the longest wait in seconds that a server can ask for.
+        not_found_grace: the seconds during which a 404 on an execution that this session started
+            is retried, because the server may not know it yet.
+        statuses: the HTTP statuses to retry.
 
     Raises:
         ConfigurationError: a value is out of range.
@@ -151,32 +165,39 @@ class RetryPolicy:
             check_seconds("RetryPolicy.watch_outage", self.watch_outage)
         if unknown := [s for s in self.statuses if s not in range(300, 600)]:
             raise ConfigurationError(
-                f"RetryPolicy.statuses takes HTTP statuses from 300 to 599, not {unknown!r}"
+                f"RetryPolicy.statuses must be HTTP statuses from 300 to 599, got {unknown!r:.100}"
             )
 
     def delay(self, failures: int, chance: float) -> float:
         """Return the seconds before the next attempt, at most `ceiling`.
 
         Args:
-            failures: how many attempts have failed in a row, from 1.
-            chance: a random number in [0, 1): it lengthens the delay, to twice as long.
+            failures: the number of attempts that failed in a row, from 1.
+            chance: a random number in [0, 1); it lengthens the delay to up to twice as long.
         """
-        doublings = min(failures - 1, 64)  # beyond, a float would overflow
+        doublings = min(failures - 1, 64)  # more would overflow a float
         step = min(self.base * 2.0**doublings, self.ceiling / 2)
         return step * (1.0 + chance)
 
     def announced(self, retry_after: float | None) -> float:
-        """Return how much of the wait that a server asked for is granted, in seconds."""
+        """Return the seconds to wait because the server asked for it.
+
+        Args:
+            retry_after: the seconds that the server asked for, if it did.
+
+        Returns:
+            At most `retry_after_ceiling`; 0 if the server did not ask.
+        """
         return min(retry_after or 0.0, self.retry_after_ceiling)
 
 
 @attrs.frozen
 class Deadline:
-    """When a wait ends at the latest, whatever it waits for.
+    """The time at which a wait ends, whatever it waits for.
 
     Attributes:
-        timeout: the seconds that were allowed; None: no limit.
-        at: the time, on the clock that `after` was given.
+        timeout: the seconds from the start of the wait; None for no limit.
+        at: the time on the clock that was passed to `after`; infinity for no limit.
     """
 
     timeout: float | None
@@ -184,7 +205,7 @@ class Deadline:
 
     @classmethod
     def after(cls, timeout: float | None, *, now: float) -> Self:
-        """Return the deadline that lies `timeout` seconds after `now`."""
+        """Return the deadline `timeout` seconds after `now`; None for no limit."""
         return cls(timeout, math.inf if timeout is None else now + timeout)
 
     @property
@@ -197,14 +218,14 @@ def check_timeout(timeout: Any) -> float | EllipsisType | None:
     """Return a timeout in seconds; None and infinity stand for no limit, `...` for the default.
 
     Raises:
-        TypeError: it is neither a number nor None.
-        ValueError: it is negative or no number at all.
+        TypeError: the timeout is neither a number nor None.
+        ValueError: the timeout is negative or NaN.
     """
     if timeout is None or timeout is ...:
         return timeout
     seconds = _number(timeout)
     if seconds is None:
-        raise TypeError(f"timeout is a number of seconds or None, not {timeout!r}")
+        raise TypeError(f"timeout must be a number of seconds or None, got {timeout!r:.100}")
     if not seconds >= 0:
-        raise ValueError(f"timeout must not be negative or NaN, and is {timeout!r:.100}")
+        raise ValueError(f"timeout must not be negative or NaN, got {timeout!r:.100}")
     return None if seconds == math.inf else seconds

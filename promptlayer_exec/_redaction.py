@@ -1,18 +1,18 @@
-"""The API key, and how it is kept out of all that is shown."""
+"""Keeping the API key out of every text that is shown."""
 
 from __future__ import annotations
 
 import json
 
-# A shorter key is no secret but a test's, and as a word it may stand in any message.
+# A shorter key is a test's, and may be a word of ordinary messages.
 _LEAST_LENGTH = 6
 
 
 class Redactor:
-    """Finds a text that must not be shown, and redacts it.
+    """Redacts a secret.
 
     Args:
-        text: the secret.
+        text: the secret. One of fewer than 6 characters is not redacted.
     """
 
     def __init__(self, text: str) -> None:
@@ -21,17 +21,20 @@ class Redactor:
         self._spellings = spellings if len(text) >= _LEAST_LENGTH else set()
 
     def redact(self, text: str) -> str:
-        """Return a text in which `***` stands wherever the secret stood."""
+        """Return `text` with `***` in place of the secret."""
         for spelling in self._spellings:
             text = text.replace(spelling, "***")
         return text
 
     def redact_bytes(self, text: bytes) -> bytes:
-        """Do the same for bytes in any superset of ASCII."""
+        """Return `text`, in any superset of ASCII, with `***` in place of the secret."""
         return self.redact(text.decode("latin-1")).encode("latin-1")
 
     def redact_json(self, body: bytes) -> bytes:
-        """Do the same for a body that may be JSON, in which the secret has many spellings."""
+        """Return a body with `***` in place of the secret, whichever way JSON spells it.
+
+        A body that is not JSON is redacted as text.
+        """
         try:
             plain = json.dumps(json.loads(body), ensure_ascii=False)
         except (ValueError, RecursionError):
@@ -40,7 +43,7 @@ class Redactor:
         return self.redact_bytes(body) if clean == plain else clean.encode("utf-8", "surrogatepass")
 
     def is_shown_by(self, error: BaseException | None) -> bool:
-        """Tell whether an error, or one that it hangs on, would show the secret."""
+        """Return True if the error, its attributes, its cause or its context show the secret."""
         if error is None:
             return False
         shown = f"{error!r} {error} {vars(error)}"

@@ -1,4 +1,4 @@
-"""The settings of a session, checked."""
+"""Reading and checking the settings of a session."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ _URL_VARIABLE = "PROMPTLAYER_BASE_URL"
 def find_api_key(api_key: str | None) -> str | None:
     """Return the API key: the argument, else `$PROMPTLAYER_API_KEY`, else None.
 
+    An empty variable counts as unset.
+
     Raises:
-        ConfigurationError: it cannot be sent as a header. The message does not show it.
+        ConfigurationError: the key cannot be sent in a header. The message does not show the key.
     """
     source = "api_key"
     if api_key is None:
@@ -31,18 +33,21 @@ def find_api_key(api_key: str | None) -> str | None:
     if not _matches(r"[\x21-\x7e]+", api_key):
         raise ConfigurationError(
             f"{source} must be a non-empty string of visible ASCII characters: "
-            "look for white space, line breaks or quotation marks that came along when it was read"
+            "remove white space, line breaks and typographic quotation marks"
         )
     return api_key
 
 
 def find_base_url(base_url: str | None) -> str:
-    """Return the base URL, percent-encoded and without a trailing slash.
+    """Return the base URL: the argument, else `$PROMPTLAYER_BASE_URL`, else PromptLayer's.
 
-    It is the argument, else `$PROMPTLAYER_BASE_URL`, else PromptLayer's own.
+    An empty variable counts as unset.
+
+    Returns:
+        The URL, percent-encoded and without a trailing slash.
 
     Raises:
-        ConfigurationError: it is no plain http or https URL.
+        ConfigurationError: it is not a plain http or https URL.
     """
     source = "base_url"
     if base_url is None:
@@ -53,21 +58,23 @@ def find_base_url(base_url: str | None) -> str:
     try:
         url = URL(base_url)
         port_is_valid = url.port is not None
-        (url.raw_host or "").encode("idna")  # as name resolution will
+        (url.raw_host or "").encode("idna")  # name resolution will do the same
     except ValueError:
-        # The message of the cause shows the URL, and with it any password.
-        raise ConfigurationError(f"{source} is no valid URL") from None
+        # The cause would show the URL, and a password in it.
+        raise ConfigurationError(f"{source} must be a valid URL") from None
     if url.raw_user is not None or url.raw_password is not None:
-        raise ConfigurationError(f"{source} must not carry a user name or password")
+        raise ConfigurationError(f"{source} must not contain a user name or password")
     if url.scheme not in ("http", "https") or not url.host or not port_is_valid:
-        raise ConfigurationError(f"{source} must begin with http:// or https://, not {base_url!r}")
+        raise ConfigurationError(
+            f"{source} must be an http:// or https:// URL with a host, got {base_url!r}"
+        )
     if url.raw_query_string or url.raw_fragment:
-        raise ConfigurationError(f"{source} must not have a query or fragment: {base_url!r}")
+        raise ConfigurationError(f"{source} must not have a query or fragment, got {base_url!r}")
     return str(url).rstrip("/")
 
 
 def sends_in_the_clear(base_url: str) -> bool:
-    """Tell whether the key would travel over a network unencrypted."""
+    """Return True if the API key would be sent over a network without encryption."""
     url = URL(base_url)
     host = url.host or ""
     if url.scheme != "http" or host == "localhost" or host.endswith(".localhost"):
@@ -83,11 +90,15 @@ def _matches(pattern: str, value: Any) -> bool:
 
 
 def check_count(name: str, value: Any) -> int:
-    """Return `value`, an int of at least 1.
+    """Return a setting that must be an int of at least 1.
+
+    Args:
+        name: the name of the setting, for the error message.
+        value: the value to check.
 
     Raises:
-        ConfigurationError: it is something else.
+        ConfigurationError: the value is something else.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{name} must be an int of at least 1, not {value!r}")
+        raise ConfigurationError(f"{name} must be an int of at least 1, got {value!r:.100}")
     return value

@@ -1,6 +1,7 @@
-"""Requests and responses as plain data: no I/O, so every rule about the protocol is tested here.
+"""Building requests and reading responses, without I/O.
 
-The operation: https://docs.promptlayer.com/reference/get-workflow-version-execution-results
+https://docs.promptlayer.com/reference/get-workflow-version-execution-results
+https://docs.promptlayer.com/reference/run-workflow
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Callable, Mapping
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from functools import cache
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 from urllib.parse import quote
 
@@ -21,20 +21,9 @@ import cattrs
 from cattrs.errors import ClassValidationError
 from cattrs.gen import make_dict_structure_fn, override
 
-from promptlayer_exec._errors import (
-    BadRequest,
-    FieldError,
-    Forbidden,
-    InvalidResponse,
-    NotFound,
-    RateLimited,
-    ServerError,
-    StatusError,
-    Unauthorized,
-    UnprocessableEntity,
-)
+from promptlayer_exec._errors import InvalidResponse
 from promptlayer_exec._events import logger
-from promptlayer_exec._json import loads
+from promptlayer_exec._json import json_kind, loads
 from promptlayer_exec._models import (
     STATUSES,
     FrozenMap,
@@ -44,6 +33,7 @@ from promptlayer_exec._models import (
     make_node,
     same_json,
 )
+from promptlayer_exec._status import status_error, status_name
 
 if TYPE_CHECKING:
     from yarl import URL
@@ -53,19 +43,18 @@ T = TypeVar("T")
 MAX_ID = 2**63 - 1
 _ID_FIELD = "workflow_version_execution_id"
 _EXCERPT = 200
-_LINE = 500
 
 
 @attrs.define
 class Request:
-    """What to ask of the server.
+    """A request to the server.
 
     Attributes:
         method: the HTTP method.
-        target: path and query below the base URL, percent-encoded.
-        execution_id: the execution concerned, if there is one yet.
-        body: JSON to send along.
-        url: the whole URL, where it was built ahead.
+        target: the path and query below the base URL, percent-encoded.
+        execution_id: the id of the execution, if there is one yet.
+        body: the JSON body.
+        url: the whole URL, if it was built in advance.
     """
 
     method: str
@@ -77,13 +66,13 @@ class Request:
 
 @attrs.define
 class Response:
-    """What the server answered.
+    """A response of the server.
 
     Attributes:
         status: the HTTP status.
-        body: the body, decompressed.
-        location: where a redirect leads.
-        retry_after: the seconds that the server asked to wait.
+        body: the decompressed body.
+        location: the target of a redirect.
+        retry_after: the seconds that the server asked to wait, if it did.
     """
 
     status: int
@@ -94,14 +83,14 @@ class Response:
 
 @attrs.define
 class Reply(Generic[T]):
-    """A good answer, and how it came.
+    """A successful response that was read, with its measurements.
 
     Attributes:
-        value: what was read from the body.
-        body_bytes: the size of the body, after decompression.
-        duration: seconds from sending the request to the last byte.
-        lateness: seconds by which it was sent after its time.
-        retry_after: the seconds that the server asked to wait before asking again.
+        value: the value that was read from the body.
+        body_bytes: the size of the body in bytes, after decompression.
+        duration: seconds from sending the request to the last byte of the response.
+        lateness: seconds by which the request was sent after its scheduled time.
+        retry_after: the seconds that the server asked to wait before the next request, if it did.
     """
 
     value: T
@@ -114,15 +103,23 @@ class Reply(Generic[T]):
 def check_execution_id(value: Any) -> int:
     """Return an execution id as an int.
 
+    Args:
+        value: an int or another value with `__index__`, but not a bool.
+
     Raises:
-        TypeError: it is no integer.
-        ValueError: it is not in 1 ... 2**63-1.
+        TypeError: the value is not an integer.
+        ValueError: the value is not between 1 and 2**63-1.
     """
-    return _integer("an execution id", value, "an int")
+    return _positive_int64("execution id", value, "an int")
 
 
 def results_request(execution_id: int, *, return_all_outputs: bool) -> Request:
-    """Build the request for an execution's results."""
+    """Return the request for the results of an execution.
+
+    Args:
+        execution_id: the id of the execution.
+        return_all_outputs: whether to request all nodes, or the main output alone.
+    """
     flag = "true" if return_all_outputs else "false"
     return Request(
         "GET",
@@ -132,27 +129,25 @@ def results_request(execution_id: int, *, return_all_outputs: bool) -> Request:
 
 
 def run_request(start: StartRequest, inputs: Mapping[str, Any]) -> Request:
-    """Build the request that starts a run.
-
-    https://docs.promptlayer.com/reference/run-workflow
+    """Return the request that starts a run.
 
     Args:
-        start: what to start; its own inputs are not looked at.
-        inputs: its input variables, as JSON carries them.
+        start: the run to start; its `inputs` are not used.
+        inputs: the input variables as plain JSON values.
 
     Raises:
-        TypeError: an argument is of the wrong type.
-        ValueError: the workflow is no possible name or id, or label and version are both given.
+        TypeError: a field of `start` has the wrong type.
+        ValueError: the workflow is not a possible name or id, or both label and version are given.
     """
     if start.label is not None and start.version is not None:
-        raise ValueError("label and version exclude each other: give one of them, or neither")
-    version = None if start.version is None else _integer("version", start.version, "an int")
+        raise ValueError("pass either label or version, not both")
+    version = None if start.version is None else _positive_int64("version", start.version, "an int")
     body = {
         "input_variables": inputs,
         "metadata": _metadata(start.metadata),
-        "workflow_label_name": _text("label", start.label),
+        "workflow_label_name": _optional_str("label", start.label),
         "workflow_version_number": version,
-        "callback_url": _text("callback_url", start.callback_url),
+        "callback_url": _optional_str("callback_url", start.callback_url),
     }
     given = {name: value for name, value in body.items() if value is not None}
     return Request(
@@ -164,32 +159,32 @@ def run_request(start: StartRequest, inputs: Mapping[str, Any]) -> Request:
 
 def _path_segment(workflow: Any) -> str:
     if not isinstance(workflow, str):
-        return str(_integer("a workflow", workflow, "a name or an int id"))
+        return str(_positive_int64("workflow", workflow, "a name or an int id"))
     if not workflow:
-        raise ValueError("a workflow's name is not empty")
+        raise ValueError("workflow name must not be empty")
     try:
         segment = quote(workflow, safe="")
     except UnicodeEncodeError as error:
-        raise ValueError(f"a workflow's name is text, not {workflow!r:.100}") from error
-    # Servers and proxies resolve a segment of dots, and some even where it is encoded.
+        raise ValueError(f"workflow must be valid Unicode text, got {workflow!r:.100}") from error
+    # Many servers resolve a segment of dots as a relative path, some even if it is encoded.
     return segment.replace(".", "%2E") if set(segment) == {"."} else segment
 
 
-def _integer(what: str, value: Any, expected: str) -> int:
+def _positive_int64(name: str, value: Any, expected: str) -> int:
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
     if number is None:
-        raise TypeError(f"{what} is {expected}, not {value!r:.100}")
+        raise TypeError(f"{name} must be {expected}, got {value!r:.100}")
     if not 1 <= number <= MAX_ID:
-        raise ValueError(f"{what} lies in 1 ... 2**63-1, and {number} does not")
+        raise ValueError(f"{name} must be between 1 and 2**63-1, got {number}")
     return number
 
 
-def _text(name: str, value: Any) -> str | None:
+def _optional_str(name: str, value: Any) -> str | None:
     if value is not None and not isinstance(value, str):
-        raise TypeError(f"{name} is a str or None, not {value!r:.100}")
+        raise TypeError(f"{name} must be a str or None, got {value!r:.100}")
     return value
 
 
@@ -197,37 +192,42 @@ def _metadata(metadata: Any) -> dict[str, str] | None:
     if metadata is None:
         return None
     if not isinstance(metadata, Mapping):
-        raise TypeError(f"metadata maps str to str, and is {metadata!r:.100}")
+        raise TypeError(f"metadata must map str to str, got {metadata!r:.100}")
     for name, value in metadata.items():
         if not isinstance(name, str):
-            raise TypeError(f"metadata maps str to str, and has the key {name!r:.100}")
+            raise TypeError(f"metadata must map str to str, got the key {name!r:.100}")
         if not isinstance(value, str):
-            raise TypeError(f"metadata maps str to str: metadata[{name!r:.100}] is {value!r:.100}")
+            raise TypeError(f"metadata[{name!r:.100}] must be a str, got {value!r:.100}")
     return dict(metadata)
 
 
 @attrs.define
 class Started:
-    """The answer to a run request: the execution's id, and what the server warned of."""
+    """The response to the request that starts a run.
+
+    Attributes:
+        execution_id: the id of the execution.
+        warning: a warning of the server, such as a missing input variable.
+    """
 
     execution_id: int
     warning: str | None
 
 
 def read_started(response: Response) -> Started:
-    """Return what a run request's answer says.
+    """Read the response to the request that starts a run.
 
     Raises:
-        StatusError: the server refused, or failed.
-        InvalidResponse: the answer is a 2xx without a usable id.
+        StatusError: the server refused the request, or failed.
+        InvalidResponse: the response is a 2xx without a usable id.
     """
     if response.status >= 300:
         check_status(response)
-    answer = _decode(response)
-    execution_id = answer.get(_ID_FIELD) if isinstance(answer, dict) else None
+    body = _decode(response)
+    execution_id = body.get(_ID_FIELD) if isinstance(body, dict) else None
     if type(execution_id) is not int or not 1 <= execution_id <= MAX_ID:
         _invalid_shape(response, f"$.{_ID_FIELD}", "there is no usable id")
-    warning = answer.get("warning")
+    warning = body.get("warning")
     if warning is not None and not isinstance(warning, str):
         warning = json.dumps(warning)
     return Started(execution_id, warning or None)
@@ -235,7 +235,13 @@ def read_started(response: Response) -> Started:
 
 @attrs.define
 class NodeMap:
-    """The answer to a request for all outputs: `complete`, the nodes, and the decoded body."""
+    """The response to a request for all outputs.
+
+    Attributes:
+        complete: whether the execution is complete.
+        nodes: the nodes by name, in the server's order.
+        raw: the decoded body.
+    """
 
     complete: bool
     nodes: FrozenMap[Node]
@@ -243,7 +249,7 @@ class NodeMap:
 
 
 class NodeMapReader:
-    """Structures node maps, and reports each status that it does not know once."""
+    """Reads node maps, and logs each unknown status once."""
 
     _reported_at_most = 100
 
@@ -251,21 +257,21 @@ class NodeMapReader:
         self._reported: set[str] = set()
 
     def read(self, response: Response, execution_id: int, before: NodeMap | None = None) -> NodeMap:
-        """Return the node map in a response.
+        """Read the node map in a response.
 
         Args:
-            response: what the server answered.
-            execution_id: the execution.
-            before: the node map before it, whose unchanged nodes are used again.
+            response: the response of the server.
+            execution_id: the id of the execution.
+            before: the previous node map of the execution; its unchanged nodes are reused.
 
         Raises:
-            StatusError: the server refused.
-            InvalidResponse: the body is no JSON, or no node map.
+            StatusError: the server refused the request.
+            InvalidResponse: the body is not JSON, or not a node map.
         """
         check_status(response)
         raw = _decode(response)
         if not isinstance(raw, dict):
-            _invalid_shape(response, "$", f"expected a map of node name to node, got {_kind(raw)}")
+            _invalid_shape(response, "$", f"expected an object of nodes, got {json_kind(raw)}")
         nodes = {}
         for name, body in raw.items():
             if before is not None and name in before.nodes and same_json(before.raw[name], body):
@@ -284,7 +290,7 @@ class NodeMapReader:
         if len(self._reported) < self._reported_at_most:
             self._reported.add(node.status)
             logger.warning(
-                "execution %d: node %.100r has the unknown status %.100r, taken as not final",
+                "execution %d: node %.100r has the unknown status %.100r; it counts as not final",
                 execution_id,
                 node.name,
                 node.status,
@@ -292,7 +298,7 @@ class NodeMapReader:
 
 
 class RepeatReader:
-    """Reads the node maps of one execution; what did not change is the very same object."""
+    """Reads the node maps of one execution, and returns the same object for an unchanged body."""
 
     __slots__ = ("_execution_id", "_node_map", "_reader", "_seen")
 
@@ -303,7 +309,12 @@ class RepeatReader:
         self._node_map: NodeMap | None = None
 
     def read(self, response: Response) -> NodeMap:
-        """Do what `NodeMapReader.read` does."""
+        """Read the node map in a response.
+
+        Raises:
+            StatusError: the server refused the request.
+            InvalidResponse: the body is not JSON, or not a node map.
+        """
         seen = response.status, response.body
         if self._node_map is None or seen != self._seen:
             self._node_map = self._reader.read(response, self._execution_id, self._node_map)
@@ -329,7 +340,7 @@ def _node(name: str, body: Any) -> Node | None:
 
 def _checked_node(response: Response, name: str, body: Any) -> Node:
     if not isinstance(body, dict):
-        _invalid_shape(response, f"$.{name}", f"expected a node, got {_kind(body)}")
+        _invalid_shape(response, f"$.{name}", f"expected a node, got {json_kind(body)}")
     try:
         return _node_hook()({**body, "name": name}, Node)
     except ClassValidationError as group:
@@ -341,8 +352,8 @@ def _checked_node(response: Response, name: str, body: Any) -> Node:
 
 @cache
 def _node_hook() -> Callable[[Any, Any], Node]:
-    # A converter of our own, so that nobody's hooks can change what the server said. Each field's
-    # hook is given here, as what cattrs finds by the types would coerce.
+    # Not the user's converter: its hooks are for inputs and outputs. The hooks for the fields are
+    # given here because those that cattrs finds by type would coerce.
     return make_dict_structure_fn(
         Node,
         cattrs.Converter(),
@@ -356,18 +367,18 @@ def _node_hook() -> Callable[[Any, Any], Node]:
 def _checked(expected: type, described: str, *, null: bool = False) -> Any:
     def structure(value: Any, _: Any) -> Any:
         if type(value) is not expected and not (null and value is None):
-            raise TypeError(f"expected {described}, got {_kind(value)}")
+            raise TypeError(f"expected {described}, got {json_kind(value)}")
         return value
 
     return override(struct_hook=structure)
 
 
 def read_main_output(response: Response, execution_id: int) -> MainOutput:
-    """Return the main output in a response; the body of a 202 is not interpreted.
+    """Read the main output in a response; any body of a 202 is accepted.
 
     Raises:
-        StatusError: the server refused.
-        InvalidResponse: the body of a 200 is no JSON.
+        StatusError: the server refused the request.
+        InvalidResponse: the body of a 200 is not JSON.
     """
     check_status(response)
     if response.status == 200:
@@ -384,12 +395,12 @@ def _decode(response: Response) -> Any:
         return loads(response.body)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InvalidResponse(
-            f"the {response.status} answer is no JSON ({error})",
+            f"the {response.status} response is not JSON ({error})",
             status=response.status,
             excerpt=excerpt(response.body),
             reason=str(error),
         ) from error
-    except (ValueError, RecursionError) as error:  # over 4,300 digits; nested too deep
+    except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
         _invalid_shape(response, "$", f"the JSON cannot be read ({error})", error)
 
 
@@ -397,7 +408,7 @@ def _invalid_shape(
     response: Response, path: str, reason: str, cause: BaseException | None = None
 ) -> NoReturn:
     raise InvalidResponse(
-        f"the {response.status} answer has an unexpected shape: {path}: {reason}",
+        f"the {response.status} response has an unexpected shape: {path}: {reason}",
         status=response.status,
         excerpt=excerpt(response.body),
         path=path,
@@ -405,106 +416,28 @@ def _invalid_shape(
     ) from cause
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "an array", str: "a string", bool: str(value).lower()}
-    return "null" if value is None else names.get(type(value), "a number")
-
-
 def excerpt(body: bytes) -> str:
-    """Return the start of a body, as text to show."""
+    """Return the start of a body as text, for an error message."""
     return body[:_EXCERPT].decode("utf-8", "replace")
 
 
-_STATUS_ERRORS: dict[int, type[StatusError]] = {
-    400: BadRequest,
-    401: Unauthorized,
-    403: Forbidden,
-    404: NotFound,
-    422: UnprocessableEntity,
-    429: RateLimited,
-}
-
-
 def check_status(response: Response) -> None:
-    """Raise the error that belongs to a status other than 200 and 202.
+    """Raise the error that a status stands for; 200 and 202 raise none.
 
     Raises:
-        StatusError: the server refused; by status one of its subclasses.
-        InvalidResponse: another 2xx.
+        StatusError: the server refused the request; a subclass for each documented status.
+        InvalidResponse: the status is another 2xx.
     """
     status = response.status
     if status in (200, 202):
         return
-    if status < 300:
-        raise InvalidResponse(
-            f"the server answered {_named(status)} where only 200 and 202 are defined",
-            status=status,
-            excerpt=excerpt(response.body),
-            path="$",
-        )
-    body = _error_body(response.body)
-    said = server_message = _server_message(body)
-    if status < 400:
-        target = (response.location or "nowhere")[:_EXCERPT]
-        said = f"a redirect to {target}, not followed as the key is for base_url alone"
-    cls = _STATUS_ERRORS.get(status, ServerError if status >= 500 else StatusError)
-    extra: dict[str, Any] = {"details": _details(body)} if cls is UnprocessableEntity else {}
-    raise cls(
-        f"the server answered {_named(status)}" + (f": {_line(said)}" if said else ""),
+    if status >= 300:
+        raise status_error(response)
+    raise InvalidResponse(
+        f"the server answered {status_name(status)}, but only 200 and 202 are defined",
         status=status,
-        server_message=server_message or _named(status),
-        body=body,
-        retry_after=response.retry_after,
-        reason=_named(status),
-        **extra,
-    )
-
-
-def _named(status: int) -> str:
-    try:
-        return f"{status} {HTTPStatus(status).phrase}"
-    except ValueError:
-        return str(status)
-
-
-def _error_body(body: bytes) -> Any:
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        return body.decode("utf-8", "replace")
-
-
-def _server_message(body: Any) -> str:
-    """Find the server's own words in the body of an error, in any of its shapes."""
-    if isinstance(body, str):
-        text = body[:_EXCERPT].strip()
-        return "" if "<" in text else text  # a proxy's HTML tells less than the status
-    if not isinstance(body, dict):
-        return ""
-    for key in ("message", "error", "detail"):
-        if isinstance(said := body.get(key), str) and said.strip():
-            return said.strip()
-    return "; ".join(f"{'.'.join(map(str, detail.loc))}: {detail.msg}" for detail in _details(body))
-
-
-def _line(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _LINE else f"{line[:_LINE]}..."
-
-
-def _details(body: Any) -> tuple[FieldError, ...]:
-    """Read FastAPI's list of complaints; what does not look like one is left to `body`."""
-    items = body.get("detail") if isinstance(body, dict) else None
-    if not isinstance(items, list):
-        return ()
-    return tuple(
-        FieldError(
-            loc=tuple(part if type(part) is int else str(part) for part in item["loc"]),
-            msg=str(item.get("msg") or ""),
-            type=str(item.get("type") or ""),
-        )
-        for item in items
-        if isinstance(item, dict) and isinstance(item.get("loc"), list)
+        excerpt=excerpt(response.body),
+        path="$",
     )
 
 
@@ -512,11 +445,13 @@ _NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+", re.ASCII)
 
 
 def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
-    """Return the seconds that a server asks to wait; None where it says nothing that makes sense.
+    """Return the seconds that a server asks to wait; None if it does not, or is not understood.
+
+    https://www.rfc-editor.org/rfc/rfc9110#field.retry-after
 
     Args:
-        headers: looked up without regard to case; `retry-after-ms` is the more precise of the two.
-        now: seconds since the epoch, to measure an HTTP date against.
+        headers: a case-insensitive mapping. `retry-after-ms` takes precedence over `Retry-After`.
+        now: the time in seconds since the epoch, to compare an HTTP date with.
     """
     if (milliseconds := _number(headers.get("retry-after-ms"))) is not None:
         return milliseconds / 1000

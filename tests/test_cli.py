@@ -522,7 +522,7 @@ class TestWatch:
             call("watch", 2**63): "Invalid value for 'ID'",
             call("watch", 5, "--base-url", "http://a..b"): "base_url",
             call("watch", 5, "--timeout", "nan"): "Invalid value for '--timeout'",
-            call("results", 5, "--base-url", "ftp://x"): "must begin with http://",
+            call("results", 5, "--base-url", "ftp://x"): "must be an http:// or https:// URL",
             call("watch", 5, PROMPTLAYER_API_KEY=""): "variable PROMPTLAYER_API_KEY",
         }
         for command, message in cases.items():
@@ -667,7 +667,7 @@ class TestRun:
         before = sim.request_count
         cases = {
             call("run"): "Missing argument",
-            call("run", ""): "a workflow's name is not empty; nothing was started",
+            call("run", ""): "workflow name must not be empty; nothing was started",
             call("run", "unused", "-i", "letter"): "Invalid value for '--input'",
             call("run", "unused", "-i", "rows=[1, NaN]"): "rows[1]",
             call("run", "unused", "--metadata", "7"): "Invalid value for '--metadata'",

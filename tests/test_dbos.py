@@ -494,7 +494,7 @@ async def test_a_process_that_uses_dbos_is_refused(
         (StartRequest("w", key="a\0"), ValueError, "1 to 1000 bytes"),
         (StartRequest("w", key="\ud800"), ValueError, "1 to 1000 bytes"),
         (StartRequest("w", {"a": object()}, key="a"), TypeError, "inputs.a"),
-        (StartRequest("", key="a"), ValueError, "name is not empty"),
+        (StartRequest("", key="a"), ValueError, "name must not be empty"),
     ],
 )
 async def test_what_cannot_be_sent_is_not_stored(

@@ -1,4 +1,4 @@
-"""The error tree: shape, texts, copies and pickles."""
+"""The error tree: classes, messages, copies and pickles."""
 
 import copy
 import inspect
@@ -25,7 +25,7 @@ STATUS = {
     "body": {"message": "no such thing"},
     "retry_after": 1.5,
 }
-# What each class takes beside the message and the context, and what it then has.
+# The arguments of each class besides the message and the context, which become its attributes.
 FIELDS = {
     "PromptLayerExecError": {},
     "ConfigurationError": {},
@@ -43,7 +43,7 @@ FIELDS = {
     "UnprocessableEntity": {**STATUS, "status": 422, "details": DETAILS},
     "RateLimited": {**STATUS, "status": 429},
     "ServerError": {**STATUS, "status": 503},
-    "StartUnknown": {"workflow": "analyze", "reason": "the connection broke"},
+    "StartUnknown": {"workflow": "analyze", "reason": "the connection was lost"},
     "ExecutionTimeout": {"timeout": 2.5},
     "ExecutionFailed": {"failed": (NODE,)},
     "InvalidOutput": {"path": "$.items[3].price", "value": {"items": []}, "reason": "a number"},
@@ -51,25 +51,25 @@ FIELDS = {
 
 
 def every_error():
-    """Return each error class of the package, those that a later module adds included."""
+    """Return each error class of the package, including those of other modules."""
     found = []
-    waiting = [_errors.PromptLayerExecError]
-    while waiting:
-        cls = waiting.pop(0)
+    queue = [_errors.PromptLayerExecError]
+    while queue:
+        cls = queue.pop(0)
         found.append(cls)
-        waiting += [
+        queue += [
             sub for sub in cls.__subclasses__() if sub.__module__.startswith("promptlayer_exec")
         ]
     return found
 
 
 def build(cls, message="it went wrong"):
-    """Return an error of a class with everything it can carry."""
+    """Return an error of a class with all attributes set."""
     return cls(message, **FIELDS[cls.__name__], **CONTEXT)
 
 
 def carried(error):
-    """Return an error's fields by their public names."""
+    """Return the attributes of an error by the names of the arguments."""
     fields = dict(vars(error))
     if "message" in fields:
         fields["server_message"] = fields.pop("message")
@@ -105,22 +105,22 @@ TREE = {
 
 @pytest.mark.parametrize("name", TREE)
 def test_tree(name):
-    """Each error has exactly the bases that the contract draws, and is public."""
+    """Each error has exactly the documented base classes, and is public."""
     cls = getattr(promptlayer_exec, name)
     assert tuple(base.__name__ for base in cls.__bases__) == TREE[name]
     assert name in promptlayer_exec.__all__
 
 
 @each_error
-def test_no_error_is_forgotten(cls):
-    """Each error class of the package is in the tables here, so it is built, copied and pickled."""
+def test_every_error_is_tested(cls):
+    """Each error class of the package is in the tables here."""
     assert cls.__name__ in FIELDS
     assert cls.__name__ in TREE
 
 
 @each_error
 def test_fields(cls):
-    """An error carries the execution, the last snapshot, and the fields of its class."""
+    """An error has the execution id, the last snapshot, and the attributes of its class."""
     error = build(cls)
     expected = {**CONTEXT, **FIELDS[cls.__name__]}
     if cls.__name__ == "ResponseTooLarge":
@@ -131,13 +131,13 @@ def test_fields(cls):
 
 @each_error
 def test_context_is_optional(cls):
-    """Where no execution is concerned, both context attributes are None."""
+    """Without an execution, both context attributes are None."""
     error = cls("it went wrong", **FIELDS[cls.__name__])
     assert (error.execution_id, error.last_snapshot) == (None, None)
 
 
 def test_defaults():
-    """The optional fields have neutral defaults."""
+    """The optional attributes have neutral defaults."""
     request = _errors.RequestError("x")
     assert (request.attempts, request.reason) == (1, "")
     invalid = _errors.InvalidResponse("x", status=200)
@@ -156,20 +156,20 @@ MAKERS = {
 }
 
 
-def twin(how, error):
-    """Return the twin of an error that one of MAKERS makes."""
+def copied(how, error):
+    """Return a copy of an error, made by one of MAKERS."""
     maker = MAKERS[how]
     return pickle.loads(pickle.dumps(error, maker)) if isinstance(maker, int) else maker(error)
 
 
 @each_error
 @pytest.mark.parametrize("how", MAKERS)
-def test_twins(cls, how):
-    """A pickled or copied error is another one with the same class, text, fields and notes."""
+def test_copies(cls, how):
+    """A pickled or copied error has the same class, text, attributes and notes."""
     error = build(cls)
     error.add_note("seen on a Tuesday")
     error.my_own = "extra"
-    other = twin(how, error)
+    other = copied(how, error)
     assert other is not error
     assert type(other) is cls
     assert other.args == error.args
@@ -180,7 +180,7 @@ def test_twins(cls, how):
 
 
 def test_own_copy_has_its_own_traceback():
-    """A copy that is raised leaves the original's traceback alone, and keeps the cause."""
+    """Raising a copy does not change the original's traceback; the copy has the cause."""
     cause = KeyError("root")
     error = build(_errors.NotFound)
     error.__cause__ = cause
@@ -193,16 +193,16 @@ def test_own_copy_has_its_own_traceback():
 
 
 def test_own_copy_has_its_own_notes():
-    """A note added to a copy is not on the original: followers share no error."""
+    """A note that is added to a copy is not added to the original or to other copies."""
     error = build(_errors.ServerError)
-    error.add_note("at the source")
-    first, second = _errors.copy_error(error), _errors.copy_error(error)
-    first.add_note("mine")
-    assert error.__notes__ == second.__notes__ == ["at the source"]
+    error.add_note("first")
+    one, other = _errors.copy_error(error), _errors.copy_error(error)
+    one.add_note("second")
+    assert error.__notes__ == other.__notes__ == ["first"]
 
 
-def test_a_foreign_error_that_cannot_be_copied_is_returned_itself():
-    """Whether its copying raises or gives something else."""
+def test_another_library_s_error_that_cannot_be_copied_is_returned_as_it_is():
+    """Both if copying raises and if it gives another type."""
 
     class Refusing(Exception):
         def __reduce__(self):
@@ -217,7 +217,7 @@ def test_a_foreign_error_that_cannot_be_copied_is_returned_itself():
 
 
 def test_own_copy_shows_its_cause():
-    """A copy prints with its cause, like the original."""
+    """The traceback of a copy has the cause, like that of the original."""
     error = build(_errors.ServerError)
     error.__cause__ = KeyError("root")
     shown = "".join(traceback.format_exception(_errors.copy_error(error)))
@@ -227,7 +227,7 @@ def test_own_copy_shows_its_cause():
 
 @each_error
 def test_text(cls):
-    """An error says which execution, what happened and what to do, and is no errno."""
+    """The text says which execution, what happened and what to do, without an errno."""
     error = build(cls)
     text = str(error)
     assert text.startswith("execution 787: it went wrong")
@@ -251,7 +251,7 @@ ENDINGS = {
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("attempts", [1, 3], ids=["once", "repeatedly"])
 def test_punctuation(ending, attempts):
-    """However the message ends (it may be a server's sentence), punctuation is never doubled."""
+    """Punctuation is not doubled, however the message ends: it may be a sentence of the server."""
     for cls in every_error():
         error = build(cls, ENDINGS[ending])
         error.attempts = attempts
@@ -260,17 +260,19 @@ def test_punctuation(ending, attempts):
 
 @pytest.mark.parametrize(("attempts", "shown"), [(1, False), (2, True)], ids=["once", "repeatedly"])
 def test_attempts_are_shown(attempts, shown):
-    """The number of attempts is told where there was more than one."""
+    """The number of attempts is shown if there was more than one."""
     text = str(_errors.ConnectionFailed("no answer", attempts=attempts))
     assert (f"({attempts} attempts)" in text) is shown
 
 
 @pytest.mark.parametrize(
-    ("excerpt", "shown"), [("<html>\n", r"'<html>\n'"), ("", "empty")], ids=["text", "empty"]
+    ("excerpt", "shown"),
+    [("<html>\n", r"the body starts with '<html>\n'"), ("", "the body is empty")],
+    ids=["text", "empty"],
 )
 def test_excerpt_is_shown(excerpt, shown):
-    """An unusable body is shown on one line, or told to be empty."""
-    assert shown in str(_errors.InvalidResponse("no JSON", status=200, excerpt=excerpt))
+    """The start of an invalid body is shown on one line, or that the body is empty."""
+    assert shown in str(_errors.InvalidResponse("not JSON", status=200, excerpt=excerpt))
 
 
 @pytest.mark.parametrize(
@@ -279,7 +281,7 @@ def test_excerpt_is_shown(excerpt, shown):
     ids=lambda cls: cls.__name__,
 )
 def test_oserrors_keep_one_argument(cls):
-    """Errors that are OSErrors too have no errno, and print in a traceback as they do by str."""
+    """Errors that are also OSErrors have no errno, and a traceback shows them as str does."""
     error = build(cls)
     assert error.errno is None
     assert error.strerror is None
@@ -289,7 +291,7 @@ def test_oserrors_keep_one_argument(cls):
 
 
 def test_which_are_oserrors():
-    """Exactly the failures of network and time are OSErrors."""
+    """Only the errors about the network and timeouts are OSErrors."""
     assert {cls.__name__ for cls in every_error() if issubclass(cls, OSError)} == {
         "ConnectionFailed",
         "RequestTimeout",
@@ -297,13 +299,13 @@ def test_which_are_oserrors():
     }
 
 
-# Their message says itself what to do, or only a subclass knows.
+# Their messages say what to do, or those of their subclasses.
 _WITHOUT_ADVICE = {"PromptLayerExecError", "ConfigurationError", "RequestError"}
 
 
 @each_error
 def test_docstring_and_advice(cls):
-    """Each class explains itself, and says what to do where its user can do something."""
+    """Each class has a docstring, and says what to do if the user can do something."""
     assert inspect.getdoc(cls)
     assert "__doc__" in vars(cls)
     advice = vars(cls).get("advice", "")

@@ -1,4 +1,4 @@
-"""Events, and how observers are told."""
+"""Events, and how they reach observers."""
 
 import logging
 import pickle
@@ -30,29 +30,29 @@ EVENTS = [
 each_event = pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
 
 
-def test_every_observer_hears_every_event_in_order():
-    """Each observer is told of each event, in the order of observers and events."""
-    heard = []
+def test_every_observer_gets_every_event_in_order():
+    """Each event goes to all observers in their order, then the next event."""
+    received = []
     emit = broadcast(
-        [lambda event: heard.append((1, event)), lambda event: heard.append((2, event))]
+        [lambda event: received.append((1, event)), lambda event: received.append((2, event))]
     )
     emit(EVENTS[0])
     emit(EVENTS[1])
-    assert heard == [(1, EVENTS[0]), (2, EVENTS[0]), (1, EVENTS[1]), (2, EVENTS[1])]
+    assert received == [(1, EVENTS[0]), (2, EVENTS[0]), (1, EVENTS[1]), (2, EVENTS[1])]
 
 
-def test_a_raising_observer_is_logged_and_the_others_hear(caplog):
-    """What an observer raises is logged with its traceback, and reaches nobody else."""
-    heard = []
+def test_an_exception_of_an_observer_is_logged(caplog):
+    """It is logged with its traceback, and the other observers get the event."""
+    received = []
 
     def broken(event):
         raise KeyError("oops")
 
-    emit = broadcast([heard.append, broken, heard.append])
+    emit = broadcast([received.append, broken, received.append])
     with caplog.at_level(logging.DEBUG, "promptlayer_exec"):
         emit(EVENTS[0])
         emit(EVENTS[1])
-    assert heard == [EVENTS[0], EVENTS[0], EVENTS[1], EVENTS[1]]
+    assert received == [EVENTS[0], EVENTS[0], EVENTS[1], EVENTS[1]]
     assert [(record.name, record.levelname) for record in caplog.records] == [
         ("promptlayer_exec", "ERROR"),
         ("promptlayer_exec", "ERROR"),
@@ -64,7 +64,7 @@ def test_a_raising_observer_is_logged_and_the_others_hear(caplog):
 
 @pytest.mark.parametrize("exception", [KeyboardInterrupt, SystemExit])
 def test_an_interrupt_is_not_swallowed(exception):
-    """What is no error, such as Ctrl-C, passes through."""
+    """A `BaseException`, such as KeyboardInterrupt, is not caught."""
 
     def interrupted(event):
         raise exception
@@ -74,25 +74,25 @@ def test_an_interrupt_is_not_swallowed(exception):
 
 
 def test_without_observers_nothing_happens(caplog):
-    """An event that nobody listens to is no matter."""
+    """An event without observers is dropped."""
     broadcast([])(EVENTS[0])
     assert not caplog.records
 
 
-def test_observers_are_taken_at_once():
-    """Observers may come from an iterator, and a list that grows later changes nothing."""
-    heard = []
-    observers = [heard.append]
+def test_observers_are_fixed_at_the_start():
+    """Observers may be an iterator, and a later change of a list has no effect."""
+    received = []
+    observers = [received.append]
     emit = broadcast(observers)
-    observers.append(heard.append)
+    observers.append(received.append)
     emit(EVENTS[0])
-    broadcast(iter([heard.append]))(EVENTS[1])
-    assert heard == EVENTS[:2]
+    broadcast(iter([received.append]))(EVENTS[1])
+    assert received == EVENTS[:2]
 
 
 @each_event
 def test_events_are_frozen(event):
-    """An event is frozen, has slots, is an Event, and names its execution first."""
+    """An event is frozen, has slots, is an Event, and has the execution id as first field."""
     assert isinstance(event, Event)
     assert attrs.fields(type(event))[0].name == "execution_id"
     assert not hasattr(event, "__dict__")
@@ -104,21 +104,21 @@ def test_events_are_frozen(event):
 
 @each_event
 def test_events_pickle(event):
-    """An event pickles, so that an observer can send it elsewhere."""
-    twin = pickle.loads(pickle.dumps(event))
-    assert type(twin) is type(event)
-    assert repr(twin) == repr(event)
+    """An event pickles, so that an observer can send it to another process."""
+    other = pickle.loads(pickle.dumps(event))
+    assert type(other) is type(event)
+    assert repr(other) == repr(event)
 
 
-def test_no_event_is_forgotten():
-    """Every event of the package is in the list here."""
+def test_every_event_is_tested():
+    """Each event class of the package is in the list here."""
     assert {type(event) for event in EVENTS} == {
         cls for cls in Event.__subclasses__() if cls.__module__.startswith("promptlayer_exec")
     }
 
 
 def test_fields():
-    """Events carry what the contract names."""
+    """Events have exactly the documented fields."""
     names = {type(event).__name__: attrs.fields(type(event))[1:] for event in EVENTS}
     assert {name: [field.name for field in fields] for name, fields in names.items()} == {
         "WatchStarted": [],
@@ -130,8 +130,8 @@ def test_fields():
     }
 
 
-def test_the_logger_is_quiet_by_default():
-    """The logger is `promptlayer_exec` and prints nothing unless the user wants it."""
+def test_the_logger_is_silent_by_default():
+    """The logger is `promptlayer_exec`, and prints nothing unless logging is configured."""
     assert logger.name == "promptlayer_exec"
     assert any(isinstance(handler, logging.NullHandler) for handler in logger.handlers)
     assert logger.level == logging.NOTSET

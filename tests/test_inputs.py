@@ -1,4 +1,4 @@
-"""What inputs are encoded as, and how what JSON cannot carry is named."""
+"""Encoding inputs: the JSON that they become, and the errors for values that JSON does not have."""
 
 # ruff: noqa: D101 - the classes are what users would write
 
@@ -105,7 +105,7 @@ json_values = st.recursive(
 
 @given(st.dictionaries(st.text(), json_values, max_size=3))
 def test_plain_json_is_copied(inputs: dict[str, Any]) -> None:
-    """What is plain JSON already is encoded as an equal, independent copy."""
+    """Plain JSON is encoded as an equal, independent copy."""
     before = copy.deepcopy(inputs)
     encoded = encode_inputs(inputs)
     assert json.dumps(encoded) == json.dumps(before)
@@ -146,8 +146,8 @@ def test_plain_json_is_copied(inputs: dict[str, Any]) -> None:
         (10**4000, 10**4000),
     ],
 )  # fmt: skip
-def test_what_has_an_obvious_form_is_encoded(value: Any, expected: Any) -> None:
-    """Subclasses, enums, paths and instances are encoded as exact JSON values, wherever nested."""
+def test_other_types_are_encoded_at_any_depth(value: Any, expected: Any) -> None:
+    """Subclasses, enums, paths and instances become exact JSON values."""
     encoded = encode_inputs({"nested": [value, {"deeper": value}]})
     assert encoded == {"nested": [expected, {"deeper": expected}]}
     assert _exact(encoded)
@@ -172,7 +172,7 @@ def _exact(value: Any) -> bool:
     ],
 )
 def test_inputs_may_be_an_instance(inputs: Any, expected: Any) -> None:
-    """The inputs themselves are a mapping, or an instance with named fields."""
+    """The inputs themselves may be a mapping, or an instance with fields."""
     assert encode_inputs(inputs) == expected
 
 
@@ -199,41 +199,43 @@ _EXPECTED = "expected a mapping, or an attrs, dataclass or pydantic instance, go
         (
             {"rows": [0, 1, 2, {"when": dt.datetime.now()}]},
             TypeError,
-            f"inputs.rows[3].when: a datetime is no JSON value; {_CONVERT}",
+            f"inputs.rows[3].when: a datetime is not a JSON value; {_CONVERT}",
         ),
         (
             Table([Row(1), Row({1})]),
             TypeError,
-            f"inputs.rows[1].when: a set is no JSON value; {_CONVERT}",
+            f"inputs.rows[1].when: a set is not a JSON value; {_CONVERT}",
         ),
         (
             {"a b": (b"",)},
             TypeError,
-            f'inputs["a b"][0]: a bytes is no JSON value; {_CONVERT}',
+            f'inputs["a b"][0]: a bytes is not a JSON value; {_CONVERT}',
         ),
-        ({"a": object()}, TypeError, f"inputs.a: an object is no JSON value; {_CONVERT}"),
-        ({"a": Plain.DAY}, TypeError, f"inputs.a: a date is no JSON value; {_CONVERT}"),
-        ({"a": Row}, TypeError, f"inputs.a: the class Row is no JSON value; {_CONVERT}"),
-        ({"a": Model}, TypeError, f"inputs.a: the class Model is no JSON value; {_CONVERT}"),
-        ({"a": {1: 2}}, TypeError, "inputs.a: the key 1 is no string"),
-        ([1], TypeError, f"inputs: {_EXPECTED} a list"),
-        ("a", TypeError, f"inputs: {_EXPECTED} a str"),
+        ({"a": object()}, TypeError, f"inputs.a: an object is not a JSON value; {_CONVERT}"),
+        ({"a": Plain.DAY}, TypeError, f"inputs.a: a date is not a JSON value; {_CONVERT}"),
+        ({"a": Row}, TypeError, f"inputs.a: the class Row is not a JSON value; {_CONVERT}"),
+        ({"a": Model}, TypeError, f"inputs.a: the class Model is not a JSON value; {_CONVERT}"),
+        ({"a": {1: 2}}, TypeError, "inputs.a: the key 1 is not a string"),
+        ([1], TypeError, f"inputs: {_EXPECTED} an array"),
+        ("a", TypeError, f"inputs: {_EXPECTED} a string"),
         (Point(1, 2), TypeError, f"inputs: {_EXPECTED} a Point"),
-        ({"a": [float("nan")]}, ValueError, "inputs.a[0]: nan is no JSON value"),
-        ({"a": Share("-inf")}, ValueError, "inputs.a: -inf is no JSON value"),
-        ({"a": -(10**5000)}, ValueError, "inputs.a: the integer is too long to be printed"),
+        ({"a": [float("nan")]}, ValueError, "inputs.a[0]: nan is not a JSON value"),
+        ({"a": Share("-inf")}, ValueError, "inputs.a: -inf is not a JSON value"),
+        ({"a": -(10**5000)}, ValueError, "inputs.a: the integer has too many digits"),
         (_loop(), ValueError, "inputs.a[1].b: contains itself"),
         (_deep(), ValueError, "inputs: contains itself, or is nested too deeply"),
         (
             {"a": Broken()},
             TypeError,
-            "inputs.a: a Broken cannot be converted (PydanticSerializationError: ",
+            "inputs.a: a Broken could not be converted (PydanticSerializationError: ",
         ),
-        ({"a": Table(5)}, TypeError, "inputs.a: a Table cannot be converted (TypeError: 'int'"),  # type: ignore[arg-type]
+        ({"a": Table(5)}, TypeError, "inputs.a: a Table could not be converted (TypeError: 'int'"),  # type: ignore[arg-type]
     ],
 )  # fmt: skip
-def test_what_json_cannot_carry_is_named(inputs: Any, kind: type[Exception], message: str) -> None:
-    """The error names the place, what is there, and what to do about it, in a readable length."""
+def test_a_value_that_json_does_not_have_is_refused(
+    inputs: Any, kind: type[Exception], message: str
+) -> None:
+    """The message has the path, the kind of the value, and what to do, and is short."""
     with pytest.raises(kind) as caught:
         encode_inputs(inputs)
     assert str(caught.value).startswith(message)
@@ -242,7 +244,7 @@ def test_what_json_cannot_carry_is_named(inputs: Any, kind: type[Exception], mes
 
 
 def test_causes_are_kept() -> None:
-    """What a class of the user's raised is the cause; where nothing was raised there is none."""
+    """An exception of a class of the user is the cause; without one there is no cause."""
     with pytest.raises(TypeError) as caught:
         encode_inputs({"a": Broken()})
     assert caught.value.__cause__ is not None
@@ -252,24 +254,24 @@ def test_causes_are_kept() -> None:
     assert caught.value.__suppress_context__
 
 
-def test_instance_that_contains_itself() -> None:
-    """An instance that contains itself is refused like a mapping that does."""
+def test_an_instance_that_contains_itself_is_refused() -> None:
+    """Like a mapping that contains itself."""
     row = Row([])
     row.when.append({"row": (row,)})
     with pytest.raises(ValueError, match=r"^inputs\.row: contains itself"):
         encode_inputs({"row": row})
 
 
-def test_dataclass_instance_that_contains_itself() -> None:
-    """So is a dataclass instance."""
+def test_a_dataclass_instance_that_contains_itself_is_refused() -> None:
+    """Like an attrs instance."""
     link = Link()
     link.next = link
     with pytest.raises(ValueError, match=r"^inputs\.a\[0\]: contains itself"):
         encode_inputs({"a": [link]})
 
 
-def test_recursion_of_a_hook_is_nesting_too_deep() -> None:
-    """Whoever meets the limit."""
+def test_endless_recursion_of_a_hook_is_refused() -> None:
+    """A RecursionError of any origin is a ValueError."""
 
     def recurse(value: Any) -> Any:
         return recurse(value)
@@ -279,7 +281,7 @@ def test_recursion_of_a_hook_is_nesting_too_deep() -> None:
 
 
 def test_the_same_value_may_occur_twice() -> None:
-    """A value that occurs in two places does not contain itself."""
+    """A value in two places is encoded twice."""
     shared = [1]
     encoded = encode_inputs({"a": shared, "b": {"c": shared}})
     assert encoded == {"a": [1], "b": {"c": [1]}}
@@ -293,7 +295,7 @@ def _converter(kind: Any, hook: Callable[[Any], Any]) -> cattrs.Converter:
 
 
 def test_hooks_of_the_user_are_used() -> None:
-    """The session's converter is used for what is no plain JSON, and its results are checked."""
+    """The converter is used for values that are not plain JSON, and its results are checked."""
     converter = _converter(dt.datetime, lambda value: value.isoformat())
     converter.register_unstructure_hook(decimal.Decimal, lambda value: {"decimal": (str(value),)})
     converter.register_unstructure_hook(Model, lambda value: value.at)
@@ -314,29 +316,33 @@ def test_hooks_of_the_user_are_used() -> None:
         "m": "2026-01-31T00:00:00",
         "s": [1, 2],
     }
-    with pytest.raises(TypeError, match=r"inputs\.at: a datetime is no JSON value"):
+    with pytest.raises(TypeError, match=r"inputs\.at: a datetime is not a JSON value"):
         encode_inputs({"at": at})
 
 
 @pytest.mark.parametrize(
     ("hook", "kind", "message"),
     [
-        (lambda value: 1 / 0, TypeError, r"inputs\.a\[0\]: an object cannot be converted \(Zero"),
-        (lambda value: {"b": b""}, TypeError, r"inputs\.a\[0\]\.b: a bytes is no JSON value"),
-        (lambda value: object(), TypeError, r"inputs\.a\[0\]: an object is no JSON value"),
+        (
+            lambda value: 1 / 0,
+            TypeError,
+            r"inputs\.a\[0\]: an object could not be converted \(Zero",
+        ),
+        (lambda value: {"b": b""}, TypeError, r"inputs\.a\[0\]\.b: a bytes is not a JSON value"),
+        (lambda value: object(), TypeError, r"inputs\.a\[0\]: an object is not a JSON value"),
         (lambda value: [object()], ValueError, "contains itself, or is nested too deeply"),
     ],
 )
-def test_hooks_that_do_not_help(hook: Any, kind: type[Exception], message: str) -> None:
-    """A hook that raises, or returns what is no JSON either, is named by its path."""
+def test_a_hook_that_fails_is_reported(hook: Any, kind: type[Exception], message: str) -> None:
+    """The error for a hook that raises, or returns no JSON either, has the path."""
     converter = cattrs.Converter()
     converter.register_unstructure_hook_func(lambda cls: cls is object, hook)
     with pytest.raises(kind, match=message):
         encode_inputs({"a": [object()]}, converter)
 
 
-def test_plain_json_never_goes_to_the_converter() -> None:
-    """No hook is asked for what is plain JSON already."""
+def test_the_converter_is_not_used_for_plain_json() -> None:
+    """No hook is called for it."""
     converter = cattrs.Converter()
     converter.register_unstructure_hook_func(lambda cls: True, lambda value: 1 / 0)
     converter.register_unstructure_hook(str, lambda value: 1 / 0)

@@ -1,4 +1,4 @@
-"""Nodes, snapshots and the other values: what they say, and that they stay as they are."""
+"""Nodes, snapshots and the other values: their properties, and that they cannot be changed."""
 
 import copy
 import json
@@ -29,12 +29,12 @@ NAN = float("nan")
 
 
 def snapshot(*nodes, complete=False, **fields):
-    """Return a snapshot of nodes."""
+    """Return a snapshot of execution 787 with nodes."""
     return Snapshot(787, complete, {node.name: node for node in nodes}, **fields)
 
 
 def statuses(*words, complete=False):
-    """Return a snapshot of nodes with these statuses, named N0, N1 ..."""
+    """Return a snapshot of nodes N0, N1 and so on with these statuses."""
     return snapshot(
         *(Node(f"N{index}", word) for index, word in enumerate(words)), complete=complete
     )
@@ -42,25 +42,25 @@ def statuses(*words, complete=False):
 
 @pytest.mark.parametrize("status", NodeStatus)
 def test_known_status(status):
-    """A documented status becomes a member of NodeStatus that equals its word."""
+    """A documented status becomes a member of NodeStatus that equals its string."""
     node = Node("Node 1", str(status))
     assert node.status is status
     assert node.status == status.name == f"{node.status}"
 
 
 def test_status_members():
-    """NodeStatus has the five documented members, in the order of a node's life."""
+    """NodeStatus has the five documented members, in the order in which a node has them."""
     assert list(NodeStatus) == ["QUEUED", "RUNNING", "SUCCESS", "FAILED", "SKIPPED"]
 
 
 def test_failure_reads_as_failed():
-    """FAILURE, which has been documented too, is FAILED."""
+    """FAILURE, which has been documented, too, is read as FAILED."""
     assert Node("Node 1", "FAILURE").status is NodeStatus.FAILED
 
 
 @pytest.mark.parametrize("status", ["PAUSED", "", "success", "Success ", "FAILURES"])
 def test_unknown_status(status):
-    """An unknown status stays a plain string, and is neither final nor a success."""
+    """An unknown status stays a plain string, and is neither final nor successful."""
     node = Node("Node 1", status)
     assert node.status == status
     assert type(node.status) is str
@@ -80,13 +80,13 @@ def test_unknown_status(status):
     ],
 )
 def test_final_and_succeeded(status, final, succeeded):
-    """The last three statuses are final, and SUCCESS alone is a success."""
+    """The last three statuses are final, and only SUCCESS is successful."""
     node = Node("Node 1", status)
     assert (node.final, node.succeeded) == (final, succeeded)
 
 
 def test_node_defaults():
-    """A node needs a name and a status; the rest is null."""
+    """A node needs a name and a status; the other fields are None."""
     assert attrs.asdict(Node("Node 1", "QUEUED")) == {
         "name": "Node 1",
         "status": "QUEUED",
@@ -98,7 +98,7 @@ def test_node_defaults():
 
 
 def test_counts():
-    """Counts tell how many nodes have each status, unknown ones included, else 0."""
+    """Counts have the number of nodes with each status, unknown ones included, or 0."""
     seen = statuses("SUCCESS", "RUNNING", "SUCCESS", "PAUSED", "FAILURE")
     assert dict(seen.counts) == {"SUCCESS": 2, "RUNNING": 1, "PAUSED": 1, "FAILED": 1}
     assert seen.counts[NodeStatus.SUCCESS] == 2
@@ -106,8 +106,8 @@ def test_counts():
     assert isinstance(seen.counts, Mapping)
 
 
-def test_counts_are_no_way_in():
-    """Changing what `counts` returned does not change the snapshot."""
+def test_counts_are_a_copy():
+    """Changing them does not change the snapshot."""
     seen = statuses("SUCCESS")
     seen.counts.clear()
     assert seen.counts["SUCCESS"] == 1
@@ -140,7 +140,7 @@ def test_progress(seen, progress):
 
 
 def test_output_and_failed_nodes():
-    """Output nodes are those marked true, failed nodes those FAILED; in the server's order."""
+    """Output nodes are marked true, failed nodes are FAILED; both in the server's order."""
     nodes = [
         Node("z", "FAILED", is_output_node=True),
         Node("b", "SUCCESS", is_output_node=False),
@@ -152,11 +152,56 @@ def test_output_and_failed_nodes():
     assert seen.failed_nodes == (nodes[0], nodes[2])
 
 
+def test_to_dict():
+    """The id is a string, times are rounded to milliseconds, and statuses are plain strings."""
+    nodes = [
+        Node("a", "SUCCESS", [1], is_output_node=True),
+        Node("b", "FAILED", None, "boom", {"raw": "Traceback"}),
+    ]
+    seen = snapshot(
+        *nodes, complete=True, poll=3, elapsed=1.23456, times={"a": NodeTimes(0.50004, 1.0)}
+    )
+    data = seen.to_dict()
+    assert data == {
+        "execution_id": "787",
+        "poll": 3,
+        "elapsed": 1.235,
+        "complete": True,
+        "succeeded": True,
+        "progress": 1.0,
+        "nodes": {
+            "a": {
+                "name": "a",
+                "status": "SUCCESS",
+                "value": [1],
+                "error_message": None,
+                "raw_error_message": None,
+                "is_output_node": True,
+                "running": 0.5,
+                "final": 1.0,
+            },
+            "b": {
+                "name": "b",
+                "status": "FAILED",
+                "value": None,
+                "error_message": "boom",
+                "raw_error_message": {"raw": "Traceback"},
+                "is_output_node": None,
+                "running": None,
+                "final": None,
+            },
+        },
+    }
+    assert type(data["nodes"]["a"]["status"]) is str
+    assert data["nodes"]["a"]["value"] is nodes[0].value
+    assert attrs.evolve(seen, complete=False).to_dict()["succeeded"] is None
+
+
 S, F, K = "SUCCESS", "FAILED", "SKIPPED"
 
 
 def outputs(*pairs, complete=True):
-    """Return a snapshot of (status, is_output_node) pairs."""
+    """Return a snapshot of nodes, given as pairs of status and is_output_node."""
     return snapshot(
         *(Node(f"N{n}", status, is_output_node=out) for n, (status, out) in enumerate(pairs)),
         complete=complete,
@@ -181,14 +226,14 @@ FAILURES = {
 
 @pytest.mark.parametrize("seen", SUCCESSES.values(), ids=SUCCESSES)
 def test_succeeded(seen):
-    """Complete with a successful output node, or none marked and none failed, is a success."""
+    """A successful output node, or none marked and no failed node, is a success."""
     assert seen.succeeded
     seen.raise_for_failure()
 
 
 @pytest.mark.parametrize("seen", FAILURES.values(), ids=FAILURES)
 def test_failed(seen):
-    """Complete without a successful output node is a failure, and raises with all that is known."""
+    """No successful output node is a failure; the error has the id, snapshot and failed nodes."""
     assert not seen.succeeded
     with pytest.raises(ExecutionFailed) as caught:
         seen.raise_for_failure()
@@ -199,14 +244,14 @@ def test_failed(seen):
 
 @pytest.mark.parametrize("seen", [*SUCCESSES.values(), *FAILURES.values()])
 def test_incomplete_neither_succeeds_nor_fails(seen):
-    """An incomplete execution has not succeeded, whatever its nodes say, and does not raise."""
+    """An incomplete execution has not succeeded, whatever its nodes are, and does not raise."""
     unfinished = attrs.evolve(seen, complete=False)
     assert not unfinished.succeeded
     unfinished.raise_for_failure()
 
 
 def test_failure_names_the_failed_nodes():
-    """The failure's text names each failed node, with its message where there is one."""
+    """The message names each failed node, with its error message if there is one."""
     seen = snapshot(
         Node("Node/1", "FAILED", error_message="division by zero"),
         Node("Node 2", "FAILED", error_message=""),
@@ -224,7 +269,7 @@ def test_failure_names_the_failed_nodes():
 
 
 def test_failure_without_failed_nodes_names_the_outputs():
-    """Where no node failed, the text names the output nodes and how they ended."""
+    """If no node failed, the message names the output nodes and their statuses."""
     with pytest.raises(ExecutionFailed) as caught:
         outputs((S, False), (K, True), ("PAUSED", True)).raise_for_failure()
     assert caught.value.failed == ()
@@ -232,20 +277,20 @@ def test_failure_without_failed_nodes_names_the_outputs():
 
 
 def test_diff_with_nothing():
-    """Against None, every node is a change from nothing, in the server's order."""
+    """Compared with None, every node is a change, in the server's order."""
     seen = statuses("QUEUED", "SUCCESS")
     assert seen.diff(None) == tuple(NodeChange(node, None) for node in seen.nodes.values())
 
 
 def test_diff_with_itself():
-    """Nothing changes between equal snapshots, whatever else the poll brought."""
+    """There is no change between snapshots with equal nodes, whatever else differs."""
     seen = statuses("QUEUED", "SUCCESS")
     assert seen.diff(seen) == ()
     assert attrs.evolve(seen, poll=9, elapsed=4.0, complete=True).diff(seen) == ()
 
 
 def test_diff_of_status():
-    """A change of status tells the status before, also from and to unknown ones."""
+    """A change has the previous status, unknown ones included."""
     before = statuses("QUEUED", "RUNNING", "PAUSED", "SUCCESS")
     now = statuses("RUNNING", "PAUSED", "SUCCESS", "SUCCESS")
     assert [(change.node.name, change.before) for change in now.diff(before)] == [
@@ -255,15 +300,15 @@ def test_diff_of_status():
     ]
 
 
-def test_diff_of_nodes_that_come_and_go():
-    """A new node is a change from None; one that is gone is none."""
+def test_diff_of_added_and_removed_nodes():
+    """A new node is a change from None; a removed node is not a change."""
     before = snapshot(Node("old", "RUNNING"), Node("kept", "RUNNING"))
     now = snapshot(Node("new", "QUEUED"), Node("kept", "RUNNING"))
     assert now.diff(before) == (NodeChange(now.nodes["new"], None),)
 
 
 def test_diff_ignores_other_fields():
-    """Only status and value count: a new error message alone is no change."""
+    """Only status and value are compared: a new error message alone is not a change."""
     before = snapshot(Node("a", "FAILED", error_message=None))
     now = snapshot(Node("a", "FAILED", error_message="late", is_output_node=True))
     assert now.diff(before) == ()
@@ -278,7 +323,7 @@ def nested(depth, leaf, wrap):
 
 
 def of_value(value):
-    """Return a snapshot of one node with a value."""
+    """Return a snapshot of one node with this value."""
     return snapshot(Node("a", "SUCCESS", value=value))
 
 
@@ -316,13 +361,13 @@ DIFFERENT = {
 
 @pytest.mark.parametrize(("before", "now"), SAME.values(), ids=SAME)
 def test_same_values(before, now):
-    """Values that are the same JSON are no change: NaN equals itself, key order is nothing."""
+    """The same JSON is not a change: NaN equals NaN, and key order is ignored."""
     assert of_value(now).diff(of_value(before)) == ()
 
 
 @pytest.mark.parametrize(("before", "now"), DIFFERENT.values(), ids=DIFFERENT)
 def test_different_values(before, now):
-    """Values that are different JSON are a change, also where Python calls them equal."""
+    """Different JSON is a change, even if the values are equal in Python."""
     (change,) = of_value(now).diff(of_value(before))
     assert change.before is NodeStatus.SUCCESS
     assert change.node.value is now
@@ -332,7 +377,7 @@ def test_different_values(before, now):
     "wrap", [lambda value: [value], lambda value: {"k": value}], ids=["array", "object"]
 )
 def test_deep_values(wrap):
-    """Values nested far deeper than Python recurses are compared, to the last leaf."""
+    """Values that are nested deeper than Python can recurse are compared completely."""
     before = of_value(nested(10_000, 1, wrap))
     assert len(of_value(nested(10_000, 1, wrap)).diff(before)) == 0
     assert len(of_value(nested(10_000, 2, wrap)).diff(before)) == 1
@@ -350,7 +395,7 @@ JSON = st.recursive(
 @given(JSON, JSON)
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_a_change_is_a_change_of_canonical_json(before, now):
-    """A value changes exactly when its JSON with sorted keys does (but for the sign of 0.0)."""
+    """A value changes if its JSON with sorted keys changes, except for the sign of 0.0."""
     one, other = (
         re.sub(r"-0\.0(?!\d)", "0.0", json.dumps(value, sort_keys=True)) for value in (before, now)
     )
@@ -358,8 +403,8 @@ def test_a_change_is_a_change_of_canonical_json(before, now):
     assert of_value(copy.deepcopy(now)).diff(of_value(now)) == ()
 
 
-def test_order_is_the_servers():
-    """Nodes keep the order in which the server names them."""
+def test_nodes_keep_the_server_s_order():
+    """Pickling and `diff` keep it, too."""
     names = ["z", "a", "", "Node 10", "Node 9", "é"]
     seen = snapshot(*(Node(name, "QUEUED") for name in names))
     assert list(seen.nodes) == names
@@ -367,8 +412,8 @@ def test_order_is_the_servers():
     assert [change.node.name for change in seen.diff(None)] == names
 
 
-def test_nodes_are_detached_from_what_they_were_made_of():
-    """Changing the dict that a snapshot was made of does not change the snapshot."""
+def test_a_snapshot_copies_its_nodes_and_times():
+    """Changing the dicts that it was created from does not change the snapshot."""
     nodes = {"a": Node("a", "QUEUED")}
     times = {"a": NodeTimes(0.5)}
     seen = Snapshot(787, False, nodes, times=times)
@@ -379,7 +424,7 @@ def test_nodes_are_detached_from_what_they_were_made_of():
 
 @pytest.mark.parametrize("field", ["nodes", "times"])
 def test_maps_are_read_only(field):
-    """No item can be set, deleted, or changed through a method."""
+    """No item can be set, deleted, or changed by a method."""
     mapping = getattr(
         Snapshot(787, False, {"a": Node("a", "QUEUED")}, times={"a": NodeTimes()}), field
     )
@@ -396,7 +441,7 @@ def test_maps_are_read_only(field):
 
 
 def test_frozen_map_is_a_mapping():
-    """A frozen map equals a dict of the same items, and has what a mapping has."""
+    """A frozen map equals a dict of the same items, and has the methods of a mapping."""
     frozen = FrozenMap({"a": 1, "b": 2})
     assert frozen == {"a": 1, "b": 2}
     assert frozen == FrozenMap({"b": 2, "a": 1})
@@ -411,7 +456,7 @@ def test_frozen_map_is_a_mapping():
 
 
 def test_a_frozen_map_is_shared():
-    """A snapshot takes a frozen map as it is: times that did not change cost nothing."""
+    """A snapshot does not copy a frozen map, so unchanged times cost nothing."""
     times = FrozenMap({"a": NodeTimes(1.0, 2.0)})
     assert Snapshot(787, False, {}, times=times).times is times
 
@@ -454,28 +499,28 @@ MAKERS = {
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_twins(value, make):
-    """Every value pickles and copies into an equal one of its class."""
-    twin = make(value)
-    assert twin == value
-    assert type(twin) is type(value)
-    assert repr(twin) == repr(value)
+def test_copies(value, make):
+    """Pickling and copying give an equal value of the same class."""
+    other = make(value)
+    assert other == value
+    assert type(other) is type(value)
+    assert repr(other) == repr(value)
 
 
 def test_pickled_status_is_a_member():
-    """A status is still the NodeStatus member after pickling, and maps are still read-only."""
-    twin = pickle.loads(pickle.dumps(SNAPSHOT))
-    assert twin.nodes["Node 1"].status is NodeStatus.SUCCESS
-    assert type(twin.nodes) is type(twin.times) is FrozenMap
-    assert twin.raw == SNAPSHOT.raw
+    """After pickling, a status is a member of NodeStatus, and the maps are read-only."""
+    other = pickle.loads(pickle.dumps(SNAPSHOT))
+    assert other.nodes["Node 1"].status is NodeStatus.SUCCESS
+    assert type(other.nodes) is type(other.times) is FrozenMap
+    assert other.raw == SNAPSHOT.raw
 
 
 def test_deep_copy_shares_nothing_mutable():
-    """What is changed inside a deep copy does not show in the original."""
+    """A change inside a deep copy does not change the original."""
     original = snapshot(Node("a", "SUCCESS", value=[1]), raw={"a": {"value": [1]}})
-    twin = copy.deepcopy(original)
-    twin.nodes["a"].value.append(2)
-    twin.raw["a"].clear()
+    other = copy.deepcopy(original)
+    other.nodes["a"].value.append(2)
+    other.raw["a"].clear()
     assert original.nodes["a"].value == [1]
     assert original.raw == {"a": {"value": [1]}}
 
@@ -501,7 +546,7 @@ FROZEN = {name: value for name, value in VALUES.items() if attrs.has(type(value)
 
 @pytest.mark.parametrize("value", FROZEN.values(), ids=FROZEN)
 def test_frozen_with_slots(value):
-    """No field of a value can be set or deleted, none can be added, and there is no __dict__."""
+    """No attribute can be set, deleted or added, and there is no `__dict__`."""
     name = attrs.fields(type(value))[0].name
     assert not hasattr(value, "__dict__")
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
@@ -513,13 +558,13 @@ def test_frozen_with_slots(value):
 
 
 def test_snapshot_defaults():
-    """A snapshot of a single request is poll 1 at 0 seconds, without times."""
+    """By default a snapshot is poll 1 at 0 seconds, without times."""
     seen = Snapshot(787, False, {})
     assert (seen.poll, seen.elapsed, seen.times, seen.raw) == (1, 0.0, {}, None)
 
 
 def test_start_request_defaults():
-    """A start request needs a workflow alone, and shares no inputs with another."""
+    """A start request needs only a workflow; its default inputs are its own dict."""
     one, other = StartRequest("a"), StartRequest("a")
     assert one == other
     assert one.inputs == {}

@@ -39,7 +39,7 @@ VALUES: list[Any] = [False, None, 0, {}, [], "", "AAA", NODE_MAP, float("inf"), 
 
 
 def complete(*nodes: tuple[str, str, Any, bool | None]) -> Snapshot:
-    """Return a complete snapshot of nodes given by name, status, value and mark."""
+    """Return a complete snapshot of nodes, given as name, status, value and is_output_node."""
     made = {
         name: Node(name, status, value, is_output_node=mark) for name, status, value, mark in nodes
     }
@@ -47,13 +47,13 @@ def complete(*nodes: tuple[str, str, Any, bool | None]) -> Snapshot:
     return Snapshot(787, True, made, raw=json.loads(raw))
 
 
-async def unasked() -> Any:
-    """Stand for the server where it must not be asked."""
+async def not_asked() -> Any:
+    """Take the place of a request to the server that must not be sent."""
     raise AssertionError
 
 
-def naming(value: Any) -> Callable[[], Any]:
-    """Return a server that names `value` as the main output."""
+def returning(value: Any) -> Callable[[], Any]:
+    """Return a request to the server that gets `value` as the main output."""
 
     async def ask() -> Any:
         return value
@@ -62,8 +62,8 @@ def naming(value: Any) -> Callable[[], Any]:
 
 
 @pytest.mark.parametrize("value", VALUES, ids=repr)
-async def test_the_one_successful_output_node_has_the_output(value: Any) -> None:
-    """Whatever it looks like, and whatever became of the other nodes; nobody is asked."""
+async def test_the_value_of_the_only_successful_output_node_is_the_output(value: Any) -> None:
+    """Any value is, whatever the other nodes are; the server is not asked."""
     snapshot = complete(
         ("Plan", "FAILED", None, False),
         ("Other", "FAILED", None, True),
@@ -71,53 +71,53 @@ async def test_the_one_successful_output_node_has_the_output(value: Any) -> None
         ("Answer", "SUCCESS", value, True),
         ("Note", "SUCCESS", "n", None),
     )
-    assert await main_output(snapshot, unasked) is value
+    assert await main_output(snapshot, not_asked) is value
 
 
 @pytest.mark.parametrize("value", VALUES, ids=repr)
-async def test_of_several_the_server_names_the_first(value: Any) -> None:
-    """Its word is taken as it is, even if it looks like a node map."""
+async def test_of_several_output_nodes_the_server_decides(value: Any) -> None:
+    """Its response is the output, even if it looks like a node map."""
     snapshot = complete(("A", "SUCCESS", 1, True), ("B", "SUCCESS", 2, True))
-    assert await main_output(snapshot, naming(value)) is value
+    assert await main_output(snapshot, returning(value)) is value
 
 
-async def test_of_several_the_server_s_word_is_taken_even_if_it_is_the_node_map() -> None:
-    """A workflow may well put out what looks like its own nodes."""
+async def test_of_several_output_nodes_the_server_may_send_the_node_map() -> None:
+    """The output of a workflow may look like its own nodes."""
     snapshot = complete(("A", "SUCCESS", 1, True), ("B", "SUCCESS", 2, True))
-    assert await main_output(snapshot, naming(snapshot.raw)) == snapshot.raw
+    assert await main_output(snapshot, returning(snapshot.raw)) == snapshot.raw
 
 
 @pytest.mark.parametrize(
     "statuses", [["FAILED"], ["SKIPPED"], ["FAILED", "SKIPPED"], ["AWAITING_APPROVAL"]]
 )
 async def test_no_successful_output_node_is_a_failure(statuses: list[str]) -> None:
-    """Though other nodes succeeded, and though a 200 has a body; nobody is asked."""
+    """This is true even if other nodes succeeded; the server is not asked."""
     outputs = [(f"Out {n}", status, None, True) for n, status in enumerate(statuses)]
     snapshot = complete(("Plan", "SUCCESS", "p", False), *outputs)
     with pytest.raises(ExecutionFailed, match="execution 787: it") as caught:
-        await main_output(snapshot, unasked)
+        await main_output(snapshot, not_asked)
     assert caught.value.last_snapshot is snapshot
     assert caught.value.failed == snapshot.failed_nodes
 
 
 @pytest.mark.parametrize("mark", [None, False])
-async def test_with_none_marked_a_failed_node_is_a_failure(mark: bool | None) -> None:
-    """Nobody is asked."""
+async def test_without_output_nodes_a_failed_node_is_a_failure(mark: bool | None) -> None:
+    """The server is not asked."""
     snapshot = complete(("A", "SUCCESS", 1, mark), ("B", "FAILED", None, mark))
     with pytest.raises(ExecutionFailed) as caught:
-        await main_output(snapshot, unasked)
+        await main_output(snapshot, not_asked)
     assert [node.name for node in caught.value.failed] == ["B"]
 
 
 @pytest.mark.parametrize("mark", [None, False])
 @pytest.mark.parametrize("status", ["SUCCESS", "SKIPPED"])
 @pytest.mark.parametrize("value", VALUES, ids=repr)
-async def test_with_none_marked_and_none_failed_the_server_decides(
+async def test_without_output_nodes_and_failures_the_server_decides(
     mark: bool | None, status: str, value: Any
 ) -> None:
-    """Its answer is the output."""
+    """Its response is the output."""
     snapshot = complete(("A", status, 1, mark))
-    assert await main_output(snapshot, naming(value)) is value
+    assert await main_output(snapshot, returning(value)) is value
 
 
 @pytest.mark.parametrize(
@@ -129,24 +129,21 @@ async def test_with_none_marked_and_none_failed_the_server_decides(
         [("A", "SUCCESS", 1, False), ("B", "SUCCESS", True, None)],
     ],
 )
-async def test_the_node_map_for_an_answer_means_that_there_is_no_output(nodes: Any) -> None:
-    """It is recognised by comparing, never by its shape."""
+async def test_without_output_nodes_the_node_map_means_no_output(nodes: Any) -> None:
+    """It is compared with the snapshot; its shape alone means nothing."""
     snapshot = complete(*nodes)
     answer = json.loads(json.dumps(snapshot.raw))
     with pytest.raises(ExecutionFailed, match="without a main output") as caught:
-        await main_output(snapshot, naming(answer))
+        await main_output(snapshot, returning(answer))
     assert caught.value.failed == ()
     assert caught.value.last_snapshot is snapshot
 
 
-async def test_a_node_map_that_differs_a_little_is_an_output() -> None:
+async def test_a_node_map_that_differs_from_the_snapshot_is_an_output() -> None:
     """`1` is not `true`."""
     snapshot = complete(("A", "SUCCESS", 1, None))
     answer = {"A": {**snapshot.raw["A"], "value": True}}
-    assert await main_output(snapshot, naming(answer)) == answer
-
-
-# Over real sockets
+    assert await main_output(snapshot, returning(answer)) == answer
 
 
 def answer(value: Any = None, **settings: Any) -> SimNode:
@@ -155,19 +152,17 @@ def answer(value: Any = None, **settings: Any) -> SimNode:
 
 
 @pytest.mark.parametrize("value", VALUES[:-2], ids=repr)
-async def test_output_waits_and_returns_the_value(
-    sim: Simulator, session: Session, value: Any
-) -> None:
-    """One poll sufficed."""
+async def test_output_of_a_complete_execution(sim: Simulator, session: Session, value: Any) -> None:
+    """It takes one poll."""
     execution_id = sim.add_execution(Scenario([SimNode("Plan"), answer(value)]))
     assert await session.execution(execution_id).output() == value
     assert sim.request_count == 1
 
 
-async def test_output_of_an_execution_under_way(
+async def test_output_of_a_running_execution(
     sim: Simulator, session: Session, held: int, recorder: Any
 ) -> None:
-    """It is there when the execution is complete."""
+    """It is returned when the execution is complete."""
     waiting = asyncio.create_task(session.execution(held).output())
     await recorder.next(Polled)
     sim.finish(held, "Answer", value="at last")
@@ -177,7 +172,7 @@ async def test_output_of_an_execution_under_way(
 async def test_output_asks_the_server_which_of_several_it_is(
     sim: Simulator, session: Session
 ) -> None:
-    """Of two output nodes the one that was successful first, which only the server knows."""
+    """Of two output nodes, the first to succeed is the output; only the server knows which."""
     nodes = [
         SimNode("Slow", "second", 0.02, is_output_node=True),
         SimNode("Quick", "first", 0.01, is_output_node=True),
@@ -187,16 +182,16 @@ async def test_output_asks_the_server_which_of_several_it_is(
     assert sim.requests[-1].query["return_all_outputs"] == "false"
 
 
-async def test_output_without_any_output_node_is_the_server_s(
+async def test_output_without_output_nodes_is_decided_by_the_server(
     sim: Simulator, session: Session
 ) -> None:
-    """It names the value of the node that ended last."""
+    """It sends the value of the node that became final last."""
     execution_id = sim.add_execution(Scenario([SimNode("A", 1), SimNode("B", 2, after=["A"])]))
     assert await session.execution(execution_id).output() == 2
 
 
 async def test_output_of_a_failed_execution_raises(sim: Simulator, session: Session) -> None:
-    """With the failed nodes and the last snapshot, over one poll."""
+    """The error has the failed nodes; it takes one poll."""
     node = answer(status="FAILED", error_message="model overloaded")
     execution_id = sim.add_execution(Scenario([node]))
     with pytest.raises(ExecutionFailed, match="model overloaded") as caught:
@@ -209,7 +204,7 @@ async def test_output_of_a_failed_execution_raises(sim: Simulator, session: Sess
 async def test_a_202_to_the_deciding_request_is_polled_again(
     sim: Simulator, session: Session
 ) -> None:
-    """The server's answers may be out of step; its body is not looked at."""
+    """Two responses of the server may disagree; the body of the 202 is ignored."""
     execution_id = sim.add_execution(Scenario([SimNode("A", 1), SimNode("B", 2, after=["A"])]))
     sim.inject(Fault.delay(0.0))
     sim.inject(Fault.status(202, body=b'"not yet"', times=2))
@@ -220,7 +215,7 @@ async def test_a_202_to_the_deciding_request_is_polled_again(
 async def test_a_202_to_the_deciding_request_is_polled_until_the_deadline(
     sim: Simulator, session: Session
 ) -> None:
-    """Then it is a timeout that carries the complete snapshot."""
+    """The timeout then has the complete snapshot."""
     execution_id = sim.add_execution(Scenario([SimNode("A", 1)]))
     sim.inject(Fault.delay(0.0))
     sim.inject(Fault.status(202, times=None))
@@ -232,10 +227,10 @@ async def test_a_202_to_the_deciding_request_is_polled_until_the_deadline(
     assert caught.value.last_snapshot.complete
 
 
-async def test_a_failing_deciding_request_is_survived(
+async def test_a_failing_deciding_request_is_retried(
     sim: Simulator, session: Session, recorder: Any
 ) -> None:
-    """As any other single call."""
+    """It is retried like any other single call."""
     execution_id = sim.add_execution(Scenario([SimNode("A", 1)]))
     sim.inject(Fault.delay(0.0))
     sim.inject(Fault.status(503, times=2))
@@ -247,7 +242,7 @@ async def test_a_failing_deciding_request_is_survived(
 async def test_an_error_of_the_deciding_request_has_the_snapshot(
     sim: Simulator, open_session: Callable[..., Session]
 ) -> None:
-    """What was seen is not lost."""
+    """The last snapshot is not lost."""
     session = open_session(retry=RetryPolicy(outage=0.0, watch_outage=0.0))
     execution_id = sim.add_execution(Scenario([SimNode("A", 1)]))
     sim.inject(Fault.delay(0.0))
@@ -261,24 +256,24 @@ async def test_an_error_of_the_deciding_request_has_the_snapshot(
 
 @attrs.frozen
 class Report:
-    """What a workflow is to put out."""
+    """The output of a workflow."""
 
     title: str
     score: float
 
 
 async def test_output_into_a_class(sim: Simulator, session: Session) -> None:
-    """The value becomes an instance of it."""
+    """The value becomes an instance of the class."""
     execution_id = sim.add_execution(Scenario([answer({"title": "t", "score": 1})]))
     output = await session.execution(execution_id).output(into=Report)
     assert output == Report("t", 1.0)
     assert type(output.score) is float
 
 
-async def test_output_into_a_class_it_does_not_fit_is_invalid(
+async def test_output_that_does_not_fit_the_class_is_invalid(
     sim: Simulator, session: Session
 ) -> None:
-    """With path, value, reason, id and snapshot; and it pickles."""
+    """The error has path, value, reason, id and snapshot, and pickles."""
     value = {"title": "t", "score": "high"}
     execution_id = sim.add_execution(Scenario([answer(value)]))
     with pytest.raises(InvalidOutput) as caught:
@@ -294,34 +289,34 @@ async def test_output_into_a_class_it_does_not_fit_is_invalid(
     assert (copy.path, copy.value, copy.reason) == (error.path, value, error.reason)
 
 
-async def test_a_type_that_is_none_is_refused_before_any_request(
+async def test_an_invalid_type_is_refused_before_any_request(
     sim: Simulator, session: Session, held: int
 ) -> None:
-    """Not after an hour of waiting."""
+    """It is not noticed only after an hour of waiting."""
     with pytest.raises(TypeError, match="cannot structure into"):
         await session.execution(held).output(into=3)  # type: ignore[call-overload]
     assert sim.request_count == 0
 
 
 @attrs.frozen
-class Odd:
-    """What no JSON has."""
+class Unusable:
+    """A class with a field that JSON does not have."""
 
     number: complex
 
 
 @attrs.frozen
 class Envelope:
-    """A type of which a part cannot be structured, as a value may show."""
+    """A class with a part that cannot be structured into."""
 
-    odd: Odd | None
+    part: Unusable | None
 
 
 async def test_a_part_of_the_type_that_cannot_be_structured_names_the_execution(
     sim: Simulator, session: Session
 ) -> None:
-    """Where only the value led there."""
-    execution_id = sim.add_execution(Scenario([answer({"odd": {"number": 1}})]))
+    """The part shows only when a value has it, so the error comes after the wait."""
+    execution_id = sim.add_execution(Scenario([answer({"part": {"number": 1}})]))
     with pytest.raises(TypeError) as caught:
         await session.execution(execution_id).output(into=Envelope)
     assert caught.value.__notes__ == [f"for the output of execution {execution_id}"]

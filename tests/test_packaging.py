@@ -70,6 +70,7 @@ LAYERS = [
     "_models",
     "_policies",
     "_events",
+    "_status",
     "_retry",
     "_tasks",
     "_wire",

@@ -1,4 +1,4 @@
-"""Polling, retrying and deadlines: arithmetic, with time and chance as arguments."""
+"""The arithmetic of polling, retrying and deadlines, with time and chance as arguments."""
 
 import math
 import pickle
@@ -41,7 +41,7 @@ retry_policies = st.builds(
 
 @st.composite
 def views(draw):
-    """Draw what a watch can have seen, as arguments of `PollPolicy.delay`."""
+    """Draw arguments of `PollPolicy.delay` that a watch can pass."""
     elapsed = draw(st.floats(0.0, 1e5))
     nodes = draw(st.integers(0, 10_000))
     return {
@@ -55,7 +55,7 @@ def views(draw):
 @given(poll_policies(), views(), chances)
 @arithmetic
 def test_poll_delay_is_in_bounds(policy, view, chance):
-    """A poll comes between floor and ceiling, and jitter can only lengthen that, within limits."""
+    """A delay is between floor and ceiling; jitter only lengthens it, within its limits."""
     plain = policy.delay(**view, chance=0.0)
     jittered = policy.delay(**view, chance=chance)
     assert policy.floor <= plain <= policy.ceiling
@@ -66,7 +66,7 @@ def test_poll_delay_is_in_bounds(policy, view, chance):
 @given(poll_policies(), views(), chances, seconds)
 @arithmetic
 def test_poll_retry_after_is_a_floor(policy, view, chance, retry_after):
-    """Retry-After lengthens a poll's delay to itself, and changes nothing beyond that."""
+    """A delay is at least Retry-After, and a shorter Retry-After does not change it."""
     plain = policy.delay(**view, chance=chance)
     assert policy.delay(**view, chance=chance, retry_after=retry_after) == max(plain, retry_after)
 
@@ -74,7 +74,7 @@ def test_poll_retry_after_is_a_floor(policy, view, chance, retry_after):
 @given(st.floats(1e-3, 1e3), views(), chances)
 @arithmetic
 def test_poll_fixed(every, view, chance):
-    """A fixed policy polls at the same distance whatever it sees."""
+    """A fixed policy always polls after the same delay."""
     policy = PollPolicy.fixed(every)
     assert policy.delay(**view, chance=chance) == every
     assert (policy.floor, policy.ceiling, policy.jitter) == (every, every, 0.0)
@@ -85,21 +85,21 @@ def test_poll_fixed(every, view, chance):
     [
         (0.0, 0, 0, 0.0, 0.8),
         (0.0, 0, 4, 0.0, 0.8),
-        (15.0, 0, 4, 15.0, 1.6),  # nothing has ended
-        (15.0, 0, 4, 2.0, 1.6),  # something began
-        (15.0, 3, 4, 15.0, 1.6),  # what has ended had ended when the watch began
-        (3.0, 1, 3, 0.0, 1.0),  # 6 s left
-        (6.0, 4, 8, 0.0, 1.0),  # 6 s left
-        (80.0, 2, 10, 0.0, 2.4),  # 320 s left
-        (9.0, 9, 10, 0.0, 0.5),  # one is left
-        (24.0, 9, 10, 15.0, 0.8),  # one is left, and has been for 15 s
-        (27.0, 3, 4, 3.0, 0.4 * 9**0.25),  # one is left, and the others took 8 s each
-        (10.0, 2, 2, 10.0, 0.8 * 11**0.25),  # all final and yet not complete
+        (15.0, 0, 4, 15.0, 1.6),  # no node is final
+        (15.0, 0, 4, 2.0, 1.6),  # a node has started
+        (15.0, 3, 4, 15.0, 1.6),  # the final nodes were final when the watch started
+        (3.0, 1, 3, 0.0, 1.0),  # 6 s to go
+        (6.0, 4, 8, 0.0, 1.0),  # 6 s to go
+        (80.0, 2, 10, 0.0, 2.4),  # 320 s to go
+        (9.0, 9, 10, 0.0, 0.5),  # the last node
+        (24.0, 9, 10, 15.0, 0.8),  # the last node, for 15 s
+        (27.0, 3, 4, 3.0, 0.4 * 9**0.25),  # the last node, and the others took 8 s each
+        (10.0, 2, 2, 10.0, 0.8 * 11**0.25),  # all nodes are final, but it is not complete
         (1e6, 0, 10, 0.0, 5.0),
     ],
 )
 def test_poll_delay_by_hand(elapsed, final, nodes, unchanged, expected):
-    """A sixth of the time that seems left, a slowly growing delay, or half of that."""
+    """A sixth of the expected time, a slowly growing delay, or half of such a delay."""
     delay = PollPolicy().delay(
         elapsed=elapsed, final=final, nodes=nodes, unchanged=unchanged, chance=0.0
     )
@@ -112,13 +112,13 @@ def test_poll_delay_by_hand(elapsed, final, nodes, unchanged, expected):
     ids=["a-fraction", "at-most-seconds", "no-chance", "no-jitter"],
 )
 def test_poll_jitter_by_hand(every, jitter, chance, expected):
-    """Jitter is a fraction of the delay, and never more than that many seconds."""
+    """Jitter is a fraction of the delay, and at most that many seconds."""
     policy = PollPolicy(every, every, jitter)
     delay = policy.delay(elapsed=1.0, final=0, nodes=1, unchanged=0.0, chance=chance)
     assert delay == pytest.approx(expected)
 
 
-NO_SECONDS = {
+NOT_SECONDS = {
     "true": True,
     "false": False,
     "text": "1",
@@ -135,16 +135,16 @@ NO_SECONDS = {
 }
 
 
-@pytest.mark.parametrize("value", NO_SECONDS.values(), ids=NO_SECONDS)
+@pytest.mark.parametrize("value", NOT_SECONDS.values(), ids=NOT_SECONDS)
 def test_check_seconds_refuses(value):
-    """What is no finite number of seconds is a ConfigurationError that names the setting."""
+    """A value that is not a finite number of seconds is refused, and the message names it."""
     with pytest.raises(ConfigurationError, match=r"^the setting must be a finite number"):
         check_seconds("the setting", value)
 
 
 @pytest.mark.parametrize("value", [0, 0.0, 1, 2.5, 1e300, 2**70])
 def test_check_seconds_accepts(value):
-    """A finite number that is not negative comes back as a float."""
+    """A finite number that is not negative is returned as a float."""
     checked = check_seconds("the setting", value)
     assert checked == value
     assert type(checked) is float
@@ -152,27 +152,27 @@ def test_check_seconds_accepts(value):
 
 @pytest.mark.parametrize("value", [0, 0.0, -0.0])
 def test_check_seconds_without_zero(value):
-    """Zero is refused where it makes no sense."""
-    with pytest.raises(ConfigurationError, match="more than 0"):
+    """Zero is refused if it is not allowed."""
+    with pytest.raises(ConfigurationError, match="greater than 0, got"):
         check_seconds("the setting", value, zero=False)
 
 
-def test_check_seconds_says_what_it_got():
-    """The message shows the value, and whether zero would do."""
-    with pytest.raises(ConfigurationError, match="at least 0, not 'soon'"):
+def test_check_seconds_shows_the_value():
+    """The message shows the value, and whether zero is allowed."""
+    with pytest.raises(ConfigurationError, match="a finite number of at least 0, got 'soon'"):
         check_seconds("the setting", "soon")
 
 
 @pytest.mark.parametrize("field", ["floor", "ceiling", "jitter"])
-@pytest.mark.parametrize("value", NO_SECONDS.values(), ids=NO_SECONDS)
+@pytest.mark.parametrize("value", NOT_SECONDS.values(), ids=NOT_SECONDS)
 def test_poll_policy_refuses(field, value):
-    """Each field of a PollPolicy is checked when it is made."""
+    """Each field of a PollPolicy is checked when the policy is created."""
     with pytest.raises(ConfigurationError, match=rf"PollPolicy\.{field} must be"):
         PollPolicy(**{field: value})
 
 
 def test_poll_policy_refuses_a_tight_loop():
-    """A floor of 0 is refused, also through `fixed`: it would poll without a pause."""
+    """A floor of 0 is refused, also by `fixed`: it would poll without a pause."""
     with pytest.raises(ConfigurationError, match=r"PollPolicy\.floor"):
         PollPolicy(floor=0.0)
     with pytest.raises(ConfigurationError, match=r"PollPolicy\.floor"):
@@ -188,7 +188,7 @@ def test_poll_policy_refuses_crossed_bounds():
 @pytest.mark.parametrize(
     "field", ["outage", "watch_outage", "base", "ceiling", "retry_after_ceiling", "not_found_grace"]
 )
-@pytest.mark.parametrize("value", NO_SECONDS.values(), ids=NO_SECONDS)
+@pytest.mark.parametrize("value", NOT_SECONDS.values(), ids=NOT_SECONDS)
 def test_retry_policy_refuses(field, value):
     """Each duration of a RetryPolicy is checked; only `watch_outage` may be None."""
     if field == "watch_outage" and value is None:
@@ -204,19 +204,19 @@ def test_retry_policy_refuses(field, value):
     ids=repr,
 )
 def test_retry_policy_refuses_statuses(statuses):
-    """Statuses to retry are HTTP statuses that are no success."""
+    """Statuses to retry are HTTP statuses from 300 to 599."""
     with pytest.raises(ConfigurationError, match=r"RetryPolicy\.statuses"):
         RetryPolicy(statuses=statuses)
 
 
 def test_retry_policy_statuses():
-    """Any collection of statuses becomes a frozenset; none at all is allowed."""
+    """Any collection of statuses becomes a frozenset, which may be empty."""
     assert RetryPolicy(statuses=[300, 503, 599, 503]).statuses == frozenset({300, 503, 599})
     assert RetryPolicy(statuses=()).statuses == frozenset()
 
 
 def test_defaults():
-    """The defaults are those of the contract."""
+    """The defaults are the documented ones."""
     assert attrs.astuple(PollPolicy()) == (0.5, 5.0, 0.1)
     assert attrs.asdict(RetryPolicy()) == {
         "outage": 60.0,
@@ -245,7 +245,7 @@ def test_policies_are_values(policy):
 @example(RetryPolicy(), 10**6, 0.5)
 @example(RetryPolicy(base=1e308, ceiling=1e308), 10**6, 0.5)
 def test_retry_delay_is_in_bounds(policy, failures, chance):
-    """A retry's delay never passes the ceiling, however many failures; jitter only lengthens it."""
+    """A delay never exceeds the ceiling, after any number of failures; jitter only lengthens it."""
     plain = policy.delay(failures, 0.0)
     jittered = policy.delay(failures, chance)
     assert 0.0 <= plain <= jittered <= policy.ceiling
@@ -256,13 +256,13 @@ def test_retry_delay_is_in_bounds(policy, failures, chance):
 @given(retry_policies, st.integers(1, 10**6))
 @arithmetic
 def test_retry_delay_grows(policy, failures):
-    """Without jitter no delay is shorter than the one before, nor more than twice as long."""
+    """Without jitter, no delay is shorter than the last one, or more than twice as long."""
     before, after = policy.delay(failures, 0.0), policy.delay(failures + 1, 0.0)
     assert before <= after <= 2 * before
 
 
 def test_retry_delay_by_hand():
-    """Delays double from the base to half the ceiling, and chance lengthens them to the double."""
+    """Delays double from the base to half the ceiling; jitter makes them up to twice as long."""
     policy = RetryPolicy(base=0.5, ceiling=10.0)
     assert [policy.delay(n, 0.0) for n in range(1, 8)] == [0.5, 1.0, 2.0, 4.0, 5.0, 5.0, 5.0]
     assert [policy.delay(n, 0.5) for n in (1, 4, 9)] == [0.75, 6.0, 7.5]
@@ -272,16 +272,18 @@ def test_retry_delay_by_hand():
     ("retry_after", "granted"),
     [(None, 0.0), (0.0, 0.0), (1.5, 1.5), (120.0, 120.0), (121.0, 120.0), (math.inf, 120.0)],
 )
-def test_announced_is_capped(retry_after, granted):
-    """A server is granted at most `retry_after_ceiling`."""
+def test_announced_is_limited(retry_after, granted):
+    """A server gets at most `retry_after_ceiling`."""
     assert RetryPolicy().announced(retry_after) == granted
 
 
 @pytest.mark.parametrize(
-    ("timeout", "at"), [(5.0, 105.0), (0.0, 100.0), (None, math.inf)], ids=["some", "none", "ever"]
+    ("timeout", "at"),
+    [(5.0, 105.0), (0.0, 100.0), (None, math.inf)],
+    ids=["5-s", "0-s", "no-limit"],
 )
 def test_deadline(timeout, at):
-    """A deadline lies its timeout after now, or never comes."""
+    """A deadline is its timeout after now, or infinite."""
     deadline = Deadline.after(timeout, now=100.0)
     assert (deadline.timeout, deadline.at) == (timeout, at)
 
@@ -299,7 +301,7 @@ def test_check_timeout_lets_the_default_through():
 
 @pytest.mark.parametrize("timeout", [0, 0.0, 1, 2.5, 2**70])
 def test_check_timeout_accepts(timeout):
-    """A number that is not negative comes back as a float."""
+    """A number that is not negative is returned as a float."""
     checked = check_timeout(timeout)
     assert checked == timeout
     assert type(checked) is float
@@ -307,26 +309,26 @@ def test_check_timeout_accepts(timeout):
 
 @pytest.mark.parametrize("timeout", [True, False, "1", b"1", 1j, [1], object], ids=repr)
 def test_check_timeout_refuses_types(timeout):
-    """What is no number is a TypeError that shows it."""
-    with pytest.raises(TypeError, match="timeout is a number of seconds or None, not"):
+    """A value that is not a number is a TypeError that shows it."""
+    with pytest.raises(TypeError, match="timeout must be a number of seconds or None, got"):
         check_timeout(timeout)
 
 
 @pytest.mark.parametrize("timeout", [-1, -0.001, math.nan, -math.inf, -(10**400)], ids=str)
 def test_check_timeout_refuses_values(timeout):
-    """A negative number, and NaN, is a ValueError."""
+    """A negative number or NaN is a ValueError."""
     with pytest.raises(ValueError, match="timeout must not be negative"):
         check_timeout(timeout)
 
 
-def test_statuses_that_are_no_set():
-    """A single status is refused, and the message shows what is wanted."""
-    with pytest.raises(ConfigurationError, match="set of HTTP statuses, not 503"):
+def test_a_single_status_is_refused():
+    """The message says that it must be a set."""
+    with pytest.raises(ConfigurationError, match="must be a set of HTTP statuses, got 503"):
         RetryPolicy(statuses=503)
 
 
 def test_check_timeout_beyond_float():
-    """An int too large for a float is no limit, or a ValueError: no OverflowError escapes."""
+    """An int that is too large for a float is no limit, or a ValueError, but no OverflowError."""
     try:
         checked = check_timeout(10**400)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The secret: how the API key is kept out of what is shown."""
+"""Redacting the API key in texts, bytes, JSON and errors."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import pytest
 from promptlayer_exec._redaction import Redactor
 
 KEY = 'pl/se"cret'
-SECRET = Redactor(KEY)
+REDACTOR = Redactor(KEY)
 
 
-def test_it_does_not_show_itself() -> None:
-    """Not even by its repr."""
-    assert "pl/" not in repr(SECRET)
+def test_the_repr_does_not_show_the_key() -> None:
+    """A redactor can be logged."""
+    assert "pl/" not in repr(REDACTOR)
 
 
 @pytest.mark.parametrize(
     "spelling", [KEY, json.dumps(KEY)[1:-1], json.dumps(KEY)[1:-1].replace("/", "\\/")]
 )
-def test_every_usual_spelling_is_blotted_out(spelling: str) -> None:
-    """As it is, and as JSON writes it, with slashes escaped or not."""
+def test_every_usual_spelling_is_redacted(spelling: str) -> None:
+    """The key itself, and the key in JSON, with slashes escaped or not."""
     text = f"the key {spelling} is unknown, {spelling}!"
-    assert SECRET.redact(text) == "the key *** is unknown, ***!"
-    assert SECRET.redact_bytes(text.encode()) == b"the key *** is unknown, ***!"
+    assert REDACTOR.redact(text) == "the key *** is unknown, ***!"
+    assert REDACTOR.redact_bytes(text.encode()) == b"the key *** is unknown, ***!"
 
 
-def test_text_without_it_stays_as_it_is() -> None:
-    """Bytes that are no UTF-8 too."""
-    assert SECRET.redact("harmless") == "harmless"
-    assert SECRET.redact_bytes(b"\xff\xfe") == b"\xff\xfe"
-    assert SECRET.redact_json(b'{"a": "\xc3\xa9"}') == b'{"a": "\xc3\xa9"}'
+def test_a_text_without_the_key_is_unchanged() -> None:
+    """Bytes that are not UTF-8 are unchanged, too."""
+    assert REDACTOR.redact("harmless") == "harmless"
+    assert REDACTOR.redact_bytes(b"\xff\xfe") == b"\xff\xfe"
+    assert REDACTOR.redact_json(b'{"a": "\xc3\xa9"}') == b'{"a": "\xc3\xa9"}'
 
 
 @pytest.mark.parametrize(
@@ -43,32 +43,32 @@ def test_text_without_it_stays_as_it_is() -> None:
     ],
     ids=["plain", "UTF-16", "escaped"],
 )
-def test_json_can_spell_it_in_many_ways(body: bytes) -> None:
-    """It is redacted of what the body means."""
-    assert json.loads(SECRET.redact_json(body)) == {"message": "***"}
+def test_every_spelling_in_json_is_redacted(body: bytes) -> None:
+    """The decoded values are redacted."""
+    assert json.loads(REDACTOR.redact_json(body)) == {"message": "***"}
 
 
-def test_what_is_no_json_is_taken_as_text() -> None:
-    """However the body is broken."""
-    assert SECRET.redact_json(f"<b>{KEY}".encode()) == b"<b>***"
-    assert SECRET.redact_json(b"[" * 100_000) == b"[" * 100_000
+def test_a_body_that_is_not_json_is_redacted_as_text() -> None:
+    """The same is true for JSON that is nested too deeply."""
+    assert REDACTOR.redact_json(f"<b>{KEY}".encode()) == b"<b>***"
+    assert REDACTOR.redact_json(b"[" * 100_000) == b"[" * 100_000
 
 
-def test_a_word_too_short_to_be_secret_stays() -> None:
-    """A test's key may stand in any message."""
+def test_a_short_key_is_not_redacted() -> None:
+    """The key of a test may be an ordinary word."""
     assert Redactor("key").redact("no such key") == "no such key"
 
 
-def test_an_error_tells_it_by_itself_its_cause_or_its_context() -> None:
-    """Each of them is printed with a traceback; what an error carries counts as well."""
-    told = ValueError(f"bad key {KEY}")
-    carried = ValueError("bad key")
-    carried.key = KEY  # type: ignore[attr-defined]
-    caused, suppressed, both = KeyError(), KeyError(), KeyError()
-    caused.__cause__ = told
-    suppressed.__context__ = told
-    both.__cause__, both.__context__ = KeyError(), told
-    for error in (told, carried, caused, suppressed, both):
-        assert SECRET.is_shown_by(error)
-    assert not SECRET.is_shown_by(KeyError("harmless"))
-    assert not SECRET.is_shown_by(None)
+def test_an_error_shows_the_key_in_its_message_attributes_cause_or_context() -> None:
+    """A traceback prints the cause and the context."""
+    message = ValueError(f"bad key {KEY}")
+    attribute = ValueError("bad key")
+    attribute.key = KEY  # type: ignore[attr-defined]
+    cause, context, both = KeyError(), KeyError(), KeyError()
+    cause.__cause__ = message
+    context.__context__ = message
+    both.__cause__, both.__context__ = KeyError(), message
+    for error in (message, attribute, cause, context, both):
+        assert REDACTOR.is_shown_by(error)
+    assert not REDACTOR.is_shown_by(KeyError("harmless"))
+    assert not REDACTOR.is_shown_by(None)

@@ -177,7 +177,7 @@ async def test_no_answer_is_quoted(
     sim.inject(Fault.status(503, body=rb'{"message": "down \udcff"}'))
     await session.execution(held).snapshot()
     first, second = lines(caplog, logging.WARNING)
-    assert "the 200 answer is no JSON" in first
+    assert "the 200 response is not JSON" in first
     assert "confidential" not in caplog.text
     assert "503 Service Unavailable: down \\udcff; trying again" in second
 

@@ -1,4 +1,4 @@
-"""API key, base URL and counts: arguments before environment, and refused where malformed."""
+"""The API key, the base URL and counts: where they are read from, and which are refused."""
 
 import pytest
 
@@ -20,24 +20,24 @@ def _no_environment(monkeypatch):
 
 
 def test_no_key():
-    """Without argument and variable there is no key, and that is no error yet."""
+    """Without an argument and a variable there is no key, which is not an error yet."""
     assert find_api_key(None) is None
 
 
 def test_key_from_the_environment(monkeypatch):
-    """The variable is the key where there is no argument."""
+    """The variable is used if there is no argument."""
     monkeypatch.setenv(KEY, "pl_env")
     assert find_api_key(None) == "pl_env"
 
 
-def test_key_argument_comes_first(monkeypatch):
-    """The argument wins, and the variable is not even looked at."""
+def test_the_key_argument_takes_precedence(monkeypatch):
+    """With an argument, the variable is not even checked."""
     monkeypatch.setenv(KEY, "not a key\n")
     assert find_api_key("pl_arg") == "pl_arg"
 
 
 def test_empty_key_variable_counts_as_unset(monkeypatch):
-    """An empty variable is as good as none."""
+    """An empty variable is ignored."""
     monkeypatch.setenv(KEY, "")
     assert find_api_key(None) is None
 
@@ -60,7 +60,7 @@ BAD_KEYS = {
 
 @pytest.mark.parametrize("key", BAD_KEYS.values(), ids=BAD_KEYS)
 def test_malformed_key_argument(key):
-    """A key that no header can carry is refused at once, and the message does not show it."""
+    """A key that cannot be sent in a header is refused, and the message does not show it."""
     with pytest.raises(ConfigurationError, match=r"^api_key must be") as caught:
         find_api_key(key)
     assert "cret" not in str(caught.value) + repr(caught.value)
@@ -71,7 +71,7 @@ def test_malformed_key_argument(key):
     "key", [key for key in BAD_KEYS.values() if "\0" not in key and "\udcff" not in key]
 )
 def test_malformed_key_variable(key, monkeypatch):
-    """A malformed variable is refused alike, and the message names the variable."""
+    """A malformed variable is refused, too, and the message names the variable."""
     monkeypatch.setenv(KEY, key)
     with pytest.raises(ConfigurationError, match=rf"^{KEY} must be") as caught:
         find_api_key(None)
@@ -80,7 +80,7 @@ def test_malformed_key_variable(key, monkeypatch):
 
 @pytest.mark.parametrize("key", ["", b"pl_secret", 17, ["pl_secret"], object], ids=repr)
 def test_key_argument_of_another_kind(key):
-    """An empty key, or one that is no string, is refused, and not shown either."""
+    """An empty key, or one that is not a string, is refused, and not shown either."""
     with pytest.raises(ConfigurationError, match=r"^api_key must be") as caught:
         find_api_key(key)
     assert "secret" not in str(caught.value)
@@ -88,24 +88,24 @@ def test_key_argument_of_another_kind(key):
 
 @pytest.mark.parametrize("key", ["x", "pl_0123456789abcdef", "!~", "a=b;c,d"])
 def test_any_visible_ascii_is_a_key(key):
-    """The key is taken as it is."""
+    """The key is used unchanged."""
     assert find_api_key(key) == key
 
 
 def test_default_base_url():
-    """Without argument and variable the base URL is PromptLayer's."""
+    """Without an argument and a variable, the base URL is PromptLayer's."""
     assert find_base_url(None) == "https://api.promptlayer.com"
 
 
 def test_base_url_from_the_environment(monkeypatch):
-    """The variable is the base URL where there is no argument; the argument wins."""
+    """The variable is used if there is no argument."""
     monkeypatch.setenv(URL, "http://env.test/v1/")
     assert find_base_url(None) == "http://env.test/v1"
     assert find_base_url("http://arg.test") == "http://arg.test"
 
 
 def test_empty_base_url_variable_counts_as_unset(monkeypatch):
-    """An empty variable is as good as none."""
+    """An empty variable is ignored."""
     monkeypatch.setenv(URL, "")
     assert find_base_url(None) == "https://api.promptlayer.com"
 
@@ -127,7 +127,7 @@ def test_empty_base_url_variable_counts_as_unset(monkeypatch):
     ],
 )
 def test_base_url_is_kept(given, used):
-    """Host, port and path prefix are kept, encoded, without the trailing slash."""
+    """Host, port and path prefix are kept, percent-encoded, without the trailing slash."""
     assert find_base_url(given) == used
 
 
@@ -167,22 +167,22 @@ BAD_URLS = {
 
 @pytest.mark.parametrize("url", BAD_URLS.values(), ids=BAD_URLS)
 def test_malformed_base_url(url):
-    """What is no plain http(s) URL is refused, and the message names the argument."""
+    """A value that is not a plain http(s) URL is refused, and the message names the argument."""
     with pytest.raises(ConfigurationError, match=r"^base_url "):
         find_base_url(url)
 
 
 @pytest.mark.parametrize("url", [b"https://api.test", 80, ["https://api.test"]], ids=repr)
 def test_base_url_of_another_kind(url):
-    """What is no string is refused."""
+    """A value that is not a string is refused."""
     with pytest.raises(ConfigurationError, match=r"^base_url "):
         find_base_url(url)
 
 
 def test_malformed_base_url_variable(monkeypatch):
-    """A malformed variable is refused alike, and the message names the variable."""
+    """A malformed variable is refused, too, and the message names the variable."""
     monkeypatch.setenv(URL, "api.promptlayer.com")
-    with pytest.raises(ConfigurationError, match=rf"^{URL} must begin with http"):
+    with pytest.raises(ConfigurationError, match=rf"^{URL} must be an http"):
         find_base_url(None)
 
 
@@ -197,7 +197,7 @@ def test_malformed_base_url_variable(monkeypatch):
     ],
 )
 def test_a_password_is_not_shown(url):
-    """A password in a refused URL is in no message."""
+    """The message does not show a password in a refused URL."""
     with pytest.raises(ConfigurationError) as caught:
         find_base_url(url)
     assert "hunter2" not in str(caught.value)
@@ -205,13 +205,13 @@ def test_a_password_is_not_shown(url):
 
 @pytest.mark.parametrize("value", [1, 100, 2**70])
 def test_count(value):
-    """A count is any int from 1."""
+    """A count is any int of at least 1."""
     assert check_count("max_connections", value) == value
 
 
 @pytest.mark.parametrize("value", [0, -1, True, False, 1.0, "1", None], ids=repr)
 def test_no_count(value):
-    """What is no int of at least 1 is refused by name."""
+    """Any other value is refused, and the message names the setting."""
     with pytest.raises(ConfigurationError, match=r"^max_connections must be an int of at least 1"):
         check_count("max_connections", value)
 
@@ -234,5 +234,5 @@ def test_no_count(value):
     ],
 )
 def test_sends_in_the_clear(url, expected):
-    """Plain http does, except to this very machine."""
+    """Plain http does, except to the local machine."""
     assert sends_in_the_clear(find_base_url(url)) is expected

@@ -132,10 +132,10 @@ async def test_the_server_s_warning_is_on_the_handle(sim: Simulator, session: Se
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [
-        ({"workflow": ""}, ValueError, "not empty"),
+        ({"workflow": ""}, ValueError, "not be empty"),
         ({"workflow": None}, TypeError, "a name or an int id"),
-        ({"workflow": NAME, "label": "a", "version": 1}, ValueError, "exclude each other"),
-        ({"workflow": NAME, "metadata": {"n": 1}}, TypeError, r"metadata\['n'\] is 1"),
+        ({"workflow": NAME, "label": "a", "version": 1}, ValueError, "not both"),
+        ({"workflow": NAME, "metadata": {"n": 1}}, TypeError, r"metadata\['n'\] must be a str"),
         ({"workflow": NAME, "inputs": {"when": object()}}, TypeError, "inputs.when"),
         (
             {"workflow": NAME, "inputs": {"rows": [0, float("nan")]}},

@@ -1,4 +1,4 @@
-"""Values to and from the user's types, strictly: outputs are structured, inputs are encoded."""
+"""Structuring outputs into the user's types, strictly, and encoding inputs as JSON."""
 
 from promptlayer_exec._structuring._errors import StructureError
 from promptlayer_exec._structuring._inputs import encode_inputs

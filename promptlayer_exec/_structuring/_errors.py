@@ -1,4 +1,4 @@
-"""What does not fit a type, and where: the first failure in a tree of cattrs' errors."""
+"""Finding the first mismatch in a tree of cattrs' errors: its path and its reason."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from cattrs.errors import (
 
 
 class StructureError(Exception):
-    """A value does not have the type that was asked for.
+    """A value does not fit a type.
 
     Attributes:
-        path: where it differs, such as `$.items[3].price`.
-        reason: what was expected there.
+        path: the place of the mismatch, such as `$.items[3].price`.
+        reason: what was expected at that place.
     """
 
     def __init__(self, path: str, reason: str) -> None:
@@ -33,7 +33,16 @@ class StructureError(Exception):
 
 
 def locate(error: Exception, value: Any, converter: cattrs.Converter) -> tuple[str, str, Exception]:
-    """Find the first failure in a tree of cattrs' errors: where it is, what it says, and itself."""
+    """Find the first mismatch in a tree of cattrs' errors.
+
+    Args:
+        error: what structuring raised.
+        value: the value that was structured.
+        converter: the converter that structured it.
+
+    Returns:
+        The path to the mismatch, the reason, and the error at that place.
+    """
     path, container, key = "$", None, None
     while isinstance(error, BaseValidationError):
         group, error = error, error.exceptions[0]
@@ -45,7 +54,7 @@ def locate(error: Exception, value: Any, converter: cattrs.Converter) -> tuple[s
         return path, "is missing", error
     if isinstance(error, ForbiddenExtraKeysError):
         return path + step(min(error.extra_fields)), "is not expected", error
-    with suppress(Exception):  # it is no pydantic error
+    with suppress(Exception):  # not an error of pydantic
         first = error.errors()[0]  # type: ignore[attr-defined]
         steps, reason = _within_model(first, value)
         return path + steps, reason, error
@@ -53,13 +62,13 @@ def locate(error: Exception, value: Any, converter: cattrs.Converter) -> tuple[s
 
 
 def _key(group: BaseValidationError, error: Exception, converter: cattrs.Converter) -> Any:
-    """Return the key in the JSON at which a group's first failure happened, None for the whole."""
+    """Return the JSON key of a group's first error, None if the error is about the whole value."""
     for note in reversed(getattr(error, "__notes__", ())):
         if isinstance(note, IterableValidationNote):
             return note.index
         if isinstance(note, AttributeValidationNote):
             return _renamed(note.name, group.cl, converter)
-    # attrs does not say whose validator it was.
+    # attrs does not name the field whose validator failed, but the validator gets it passed.
     for frame, _ in traceback.walk_tb(error.__traceback__):
         for local in frame.f_locals.values():
             if isinstance(local, attrs.Attribute):
@@ -68,13 +77,16 @@ def _key(group: BaseValidationError, error: Exception, converter: cattrs.Convert
 
 
 def _renamed(name: str, kind: Any, converter: cattrs.Converter) -> str:
-    with suppress(Exception):  # a hook of the user's own has no overrides
+    with suppress(Exception):  # a hook of the user has no overrides
         return converter.get_structure_hook(kind).overrides[name].rename or name  # type: ignore[attr-defined]
     return name
 
 
 def _within_model(detail: dict[str, Any], value: Any) -> tuple[str, str]:
-    """Read one of pydantic's error details; its `loc` names union members as well as keys."""
+    """Return the path and the reason of a pydantic error detail.
+
+    Its `loc` has the names of union members between the keys.
+    """
     missing = detail["type"] == "missing"
     path = ""
     for index, key in enumerate(detail["loc"], start=1):
@@ -92,7 +104,7 @@ def _holds(value: Any, key: Any) -> bool:
 
 
 def step(key: Any) -> str:
-    """Return a JSON path's next step: `.price`, `["a b"]` or `[3]`."""
+    """Return one step of a JSON path, such as `.price`, `["a b"]` or `[3]`."""
     if isinstance(key, str):
         return f".{key}" if key.isidentifier() else f"[{json.dumps(key)}]"
     return f"[{key}]"

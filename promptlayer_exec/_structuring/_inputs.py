@@ -1,4 +1,4 @@
-"""Encodes a workflow's inputs as plain JSON values, and names what JSON cannot carry."""
+"""Encoding the inputs of a workflow as plain JSON values."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from typing import Any
 import attrs
 import cattrs
 
+from promptlayer_exec._json import json_kind
 from promptlayer_exec._structuring._errors import step
 
 _ADVICE = "convert it, or give Session a converter= with an unstructure hook for it"
-_AS_IT_IS = frozenset({str, bool, NoneType})
-_PRINTS_SURELY = 2**63
-_LONGEST = 200
+_UNCHANGED = frozenset({str, bool, NoneType})
+_LONGEST_REASON = 200
+_SMALL = 2**63  # smaller integers have far fewer digits than Python's limit for printing them
 
 
-class _Refused(Exception):
-    """A value is none that JSON carries.
+class _NotJSON(Exception):
+    """A value cannot be encoded as JSON.
 
     Attributes:
-        kind: the error to raise for it.
-        reason: why.
-        keys: the way to the value, innermost first.
+        kind: the class of the error to raise for it.
+        reason: why it cannot be encoded.
+        keys: the keys and indexes that lead to the value, innermost first.
     """
 
     def __init__(self, kind: type[TypeError | ValueError], reason: str) -> None:
@@ -38,32 +39,32 @@ class _Refused(Exception):
 
 
 def encode_inputs(inputs: Any, converter: cattrs.Converter | None = None) -> dict[str, Any]:
-    """Return the inputs as a new tree of exact dicts, lists, strings, numbers, booleans and None.
+    """Return inputs as a new tree of dicts, lists, strings, numbers, booleans and None.
 
-    Mappings become objects, tuples and lists arrays. Attrs classes, dataclasses, enums, paths and
-    whatever the converter has an unstructure hook for go through the converter, pydantic models
-    through `model_dump(mode="json")`.
+    Mappings become dicts, tuples become lists. The converter unstructures attrs classes,
+    dataclasses, enums, paths, and every type that it has an unstructure hook for; pydantic models
+    are dumped by `model_dump(mode="json")`.
 
     Args:
         inputs: a mapping with string keys, or an attrs, dataclass or pydantic instance.
-        converter: unstructures what is no plain JSON value; a default one without it.
+        converter: unstructures values that are not plain JSON; by default a plain cattrs converter.
 
     Raises:
-        TypeError: something in it, which the message names, is of a type that JSON cannot carry.
-        ValueError: something in it is a number that JSON cannot carry, contains itself, or is
+        TypeError: a value is of a type that JSON does not have. The message has the path to it.
+        ValueError: a number is NaN, infinite or too long, or the inputs contain themselves or are
             nested too deeply.
     """
     try:
         encoded = _Encoder(converter or _default_converter()).encode(inputs)
-    except _Refused as refused:
-        path = "inputs" + "".join(map(step, reversed(refused.keys)))
-        raise refused.kind(f"{path}: {refused.reason}") from refused.__cause__
+    except _NotJSON as error:
+        path = "inputs" + "".join(map(step, reversed(error.keys)))
+        raise error.kind(f"{path}: {error.reason}") from error.__cause__
     except RecursionError as error:
         raise ValueError("inputs: contains itself, or is nested too deeply") from error
     if type(encoded) is not dict:
         raise TypeError(
             "inputs: expected a mapping, or an attrs, dataclass or pydantic instance,"
-            f" got {_described(inputs)}"
+            f" got {json_kind(inputs)}"
         )
     return encoded
 
@@ -80,30 +81,34 @@ class _Encoder:
 
     def encode(self, value: Any) -> Any:
         kind = type(value)
-        if kind in _AS_IT_IS:
+        if kind in _UNCHANGED:
             return value
         if kind in (int, float):
             return _number(value)
         if kind in (dict, list, tuple):
             return self._container(value)
         unstructured = self._unstructured(value)
-        return self._flat(value) if type(unstructured) is kind else self.encode(unstructured)
+        return (
+            self._encode_subclass(value)
+            if type(unstructured) is kind
+            else self.encode(unstructured)
+        )
 
-    def _flat(self, value: Any) -> Any:
-        """Encode an instance of a subclass of what JSON carries."""
+    def _encode_subclass(self, value: Any) -> Any:
+        """Encode an instance of a subclass of a JSON type; refuse other values."""
         if isinstance(value, (Mapping, list, tuple)):
             return self._container(value)
         if isinstance(value, str):
-            return str.__str__(value)  # its own __str__ may say anything
+            return str.__str__(value)  # a subclass may override __str__
         if isinstance(value, int):
             return _number(int.__int__(value))
         if isinstance(value, float):
             return _number(float.__float__(value))
-        raise _Refused(TypeError, f"{_described(value)} is no JSON value; {_ADVICE}")
+        raise _NotJSON(TypeError, f"{json_kind(value)} is not a JSON value; {_ADVICE}")
 
     def _unstructured(self, value: Any) -> Any:
         if _contains_itself(value):
-            raise _Refused(ValueError, "contains itself")
+            raise _NotJSON(ValueError, "contains itself")
         try:
             unstructured = self._converter.unstructure(value)
             if unstructured is value and _is_model(value):
@@ -111,15 +116,15 @@ class _Encoder:
         except RecursionError:
             raise
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"[:_LONGEST]
-            raise _Refused(
-                TypeError, f"{_described(value)} cannot be converted ({reason})"
+            reason = f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
+            raise _NotJSON(
+                TypeError, f"{json_kind(value)} could not be converted ({reason})"
             ) from error
         return unstructured
 
     def _container(self, value: Any) -> dict[str, Any] | list[Any]:
         if id(value) in self._entered:
-            raise _Refused(ValueError, "contains itself")
+            raise _NotJSON(ValueError, "contains itself")
         self._entered.add(id(value))
         try:
             return self._object(value) if isinstance(value, Mapping) else self._array(value)
@@ -131,9 +136,9 @@ class _Encoder:
         for key, item in mapping.items():
             name = key if type(key) is str else _name(key)
             try:
-                encoded[name] = item if type(item) in _AS_IT_IS else self.encode(item)
-            except _Refused as refused:
-                refused.keys.append(name)
+                encoded[name] = item if type(item) in _UNCHANGED else self.encode(item)
+            except _NotJSON as error:
+                error.keys.append(name)
                 raise
         return encoded
 
@@ -141,17 +146,17 @@ class _Encoder:
         encoded: list[Any] = []
         try:
             for item in items:
-                encoded.append(  # noqa: PERF401 - its length names the item that fails
-                    item if type(item) in _AS_IT_IS else self.encode(item)
+                encoded.append(  # noqa: PERF401 - its length is the index of a bad item
+                    item if type(item) in _UNCHANGED else self.encode(item)
                 )
-        except _Refused as refused:
-            refused.keys.append(len(encoded))
+        except _NotJSON as error:
+            error.keys.append(len(encoded))
             raise
         return encoded
 
 
 def _contains_itself(value: Any) -> bool:
-    """Tell whether an instance does: cattrs would go round until the memory is full."""
+    """Return True if an instance contains itself; cattrs would recurse until memory is full."""
     entered: set[int] = set()
 
     def enter(item: Any) -> bool:
@@ -183,27 +188,20 @@ def _parts(value: Any) -> Iterable[Any]:
 def _number(value: float) -> float:
     if type(value) is float:
         if not math.isfinite(value):
-            raise _Refused(ValueError, f"{value!r} is no JSON value")
-    elif not -_PRINTS_SURELY < value < _PRINTS_SURELY:
+            raise _NotJSON(ValueError, f"{value!r} is not a JSON value")
+    elif not -_SMALL < value < _SMALL:
         try:
             str(value)
         except ValueError as error:
-            raise _Refused(ValueError, "the integer is too long to be printed") from error
+            raise _NotJSON(ValueError, "the integer has too many digits") from error
     return value
 
 
 def _name(key: Any) -> str:
     if not isinstance(key, str):
-        raise _Refused(TypeError, f"the key {reprlib.repr(key)} is no string")
+        raise _NotJSON(TypeError, f"the key {reprlib.repr(key)} is not a string")
     return str.__str__(key)
 
 
 def _is_model(value: Any) -> bool:
     return not isinstance(value, type) and callable(getattr(value, "model_dump", None))
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    name = type(value).__name__
-    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"

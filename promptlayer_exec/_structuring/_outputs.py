@@ -1,4 +1,4 @@
-"""Structures a decoded JSON value into the type that the user asks for, and never coerces."""
+"""Structuring a decoded JSON value into a type without coercion."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import cattrs
 from cattrs.errors import StructureHandlerNotFoundError
 
-from promptlayer_exec._structuring._converter import Hook, attempt, is_union, strict_converter
+from promptlayer_exec._structuring._converter import strict_converter
 from promptlayer_exec._structuring._errors import StructureError, locate
+from promptlayer_exec._structuring._rules import Hook, is_union
+from promptlayer_exec._structuring._unions import remembering_failures
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -21,55 +23,57 @@ T = TypeVar("T")
 def structure(value: Any, into: TypeForm[T], converter: cattrs.Converter | None = None) -> T:
     """Structure a decoded JSON value into a type.
 
-    Nothing is coerced but int to float. A type that JSON has no kind for is read from its usual
-    text: datetime, date and time (ISO 8601), UUID, Path, and Decimal (from a number as well); bytes
-    have no usual text, and need a hook. The keys of an object are strings: they fit no `int`.
+    An int fits a float; nothing else is coerced. Types that JSON does not have are parsed from
+    their usual text: datetime, date and time (ISO 8601), UUID, Path, and Decimal (from a number,
+    too). Bytes have no usual text and need a hook. The keys of an object are strings and do not fit
+    `int`.
 
-    In a union, enums and literals are tried first, then the value's own type, then the others in
-    the order written, but mappings and `Any` last. Where cattrs can tell the union's attrs classes
-    and dataclasses apart, only the one that it picks is tried.
+    The members of a union are tried in this order: enums and literals, the value's own type, the
+    other types as written, then mappings and `Any`. If cattrs can tell the attrs classes and
+    dataclasses of the union apart, only the one that it picks is tried.
 
-    A string is tried as it is, and only if that fails, it is read as JSON text and tried again. If
-    that fails as well, the error is the one of the object or array in the text, else of the string.
+    A string that does not fit is parsed as JSON and tried again. If that fails, too, the error is
+    about the object or array in the text if there is one, and about the string otherwise.
 
     Args:
-        value: what `json` has read.
-        into: the type; classes with `model_validate` (pydantic) validate themselves, strictly.
-        converter: its structure hooks are used before our rules. What is registered on it after
-            its first use here goes unnoticed.
+        value: the decoded JSON.
+        into: the type. Classes with `model_validate` (pydantic) validate the value themselves, in
+            strict mode if they have one.
+        converter: a converter whose structure hooks take precedence over these rules. Hooks that
+            are registered after its first use here are not seen.
 
     Raises:
-        StructureError: the value does not fit.
-        TypeError: `into` is no type, or has a part that nobody has a hook for.
+        StructureError: the value does not fit the type.
+        TypeError: `into` is not a type, or has a part that there is no hook for.
     """
     strict = strict_converter(converter)
     hook = _usable_hook(into, strict)
     try:
-        with attempt():
+        with remembering_failures():
             return hook(value, into)  # type: ignore[no-any-return]
-    except Exception as error:  # noqa: BLE001 - whatever a hook or class of the user's raises
+    except Exception as error:  # noqa: BLE001 - a hook or class of the user may raise anything
         failure, failed = error, value
-    for parsed in _within_text(value):
+    for parsed in _json_in(value):
         try:
-            with attempt():
+            with remembering_failures():
                 return hook(parsed, into)  # type: ignore[no-any-return]
-        except Exception as error:  # noqa: BLE001 - likewise
+        except Exception as error:  # noqa: BLE001 - as above
             if isinstance(parsed, (dict, list)):
                 failure, failed = error, parsed
-    raise _explained(failure, failed, strict)
+    raise _explain(failure, failed, strict)
 
 
 def check_type(into: Any, converter: cattrs.Converter | None = None) -> None:
-    """Find out whether a type can be structured into, before there is a value.
+    """Check that values can be structured into a type, before there is a value.
 
     Raises:
-        TypeError: `into` is no type, or has a part that nobody has a hook for.
+        TypeError: `into` is not a type, or has a part that there is no hook for.
     """
     _usable_hook(into, strict_converter(converter))
 
 
-def _within_text(value: Any) -> list[Any]:
-    """Return the JSON value that a string holds, alone in a list; an empty list without one."""
+def _json_in(value: Any) -> list[Any]:
+    """Return a list of the JSON value in a string; an empty list if there is none."""
     if type(value) is str:
         with suppress(ValueError, RecursionError):
             return [json.loads(value)]
@@ -78,7 +82,7 @@ def _within_text(value: Any) -> list[Any]:
 
 def _usable_hook(into: Any, converter: cattrs.Converter) -> Hook:
     try:
-        if is_union(into):  # its own hook looks at the members only when it meets a value
+        if is_union(into):  # its hook looks up those of its members only when it gets a value
             for member in get_args(into):
                 converter.get_structure_hook(member)
         return converter.get_structure_hook(into)
@@ -86,7 +90,7 @@ def _usable_hook(into: Any, converter: cattrs.Converter) -> Hook:
         raise TypeError(f"cannot structure into {into!r}: {error}") from error
 
 
-def _explained(failure: Exception, value: Any, converter: cattrs.Converter) -> Exception:
+def _explain(failure: Exception, value: Any, converter: cattrs.Converter) -> Exception:
     path, reason, leaf = locate(failure, value, converter)
     if isinstance(leaf, StructureHandlerNotFoundError):
         error: Exception = TypeError(f"{path}: {reason}")

@@ -1,4 +1,4 @@
-"""Code as users write it: type-checked, never run."""
+"""The public API in code as users write it; it is type-checked, never run."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from promptlayer_exec import (
 
 
 class Tokens:
-    """A limiter of the user's own."""
+    """A limiter of the user."""
 
     async def acquire(self) -> None:
-        """Take a token."""
+        """Wait for a token."""
 
 
 def observe(event: Event) -> None:
-    """Look at one kind of event."""
+    """Handle one kind of event."""
     if isinstance(event, Polled):
         assert_type(event.snapshot, Snapshot)
 
 
-def take_note(it: Event) -> None:
-    """Name the event as one likes."""
+def record(it: Event) -> None:
+    """Give the parameter another name."""
 
 
 limiter: Limiter = Tokens()
@@ -52,12 +52,12 @@ session = Session(
     wait_timeout=None,
     rate=None,
     limiter=limiter,
-    observers=[observe, take_note],
+    observers=[observe, record],
 )
 
 
 async def follow(execution_id: int, everything: bool) -> None:
-    """Use every call of the public API."""
+    """Call every method of a session and an execution."""
     async with session as opened:
         assert_type(opened, Session)
     assert_type(await session.get_results(execution_id), MainOutput)
@@ -85,13 +85,13 @@ async def follow(execution_id: int, everything: bool) -> None:
 
 @attrs.frozen
 class Report:
-    """What a workflow puts out."""
+    """The output of a workflow."""
 
     title: str
 
 
 async def fan_out(items: list[StartRequest], ids: AsyncIterator[int]) -> None:
-    """Take outcomes as they come, and all at once."""
+    """Take outcomes one by one, and all at once."""
     execution = await session.start("name", {"a": 1}, version=3, metadata={"a": "b"})
     assert_type(execution, Execution)
     async with aclosing(session.as_completed(items, into=Report)) as outcomes:

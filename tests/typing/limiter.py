@@ -1,4 +1,4 @@
-"""The limiter of docs/rate-limits.md: type-checked, and run by the tests there."""
+"""The limiter of docs/rate-limits.md; it is type-checked, and run by the tests of that page."""
 
 # ruff: noqa: D101, D102, D103 - word for word as in the docs
 from pyrate_limiter import Duration, InMemoryBucket, Limiter, Rate, RedisBucket
@@ -23,7 +23,7 @@ async def in_redis(redis: Redis, per_second: int) -> SharedLimiter:
 
 
 async def use(redis: Redis) -> None:
-    """Both are limiters as a session wants them."""
+    """Pass both limiters to a session."""
     from promptlayer_exec import Session
 
     Session(limiter=in_memory(50))

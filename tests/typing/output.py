@@ -1,4 +1,4 @@
-"""`into=` as users write it: type-checked, never run."""
+"""`into=` in code as users write it; it is type-checked, never run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Summary:
 
 
 class Row(TypedDict):
-    """A typed dict."""
+    """A TypedDict."""
 
     title: str
 
@@ -43,7 +43,7 @@ class Mood(enum.StrEnum):
 
 
 async def collect(execution: Execution) -> None:
-    """Ask for every kind of type."""
+    """Use every kind of type."""
     assert_type(await execution.output(), Any)
     assert_type(await execution.output(into=None), Any)
     assert_type(await execution.output(timeout=None, into=Report), Report)
@@ -62,12 +62,12 @@ async def collect(execution: Execution) -> None:
 
 
 async def forward(execution: Execution, into: TypeForm[T]) -> T:
-    """Pass a type through, as a user's own helper does."""
+    """Pass a type on, as a helper function of a user does."""
     return await execution.output(into=into)
 
 
 async def misuse(execution: Execution) -> None:
-    """Pass what is no type; mypy must refuse each, as it warns of unused ignores."""
+    """Pass invalid arguments; mypy must refuse each, because it reports unused ignores."""
     await execution.output(into=Report("a"))  # type: ignore[call-overload]
     await execution.output(into=5)  # type: ignore[call-overload]
     await execution.output(timeout="5", into=Report)  # type: ignore[call-overload]

@@ -1,0 +1,112 @@
+"""The errors of refused requests: the class for a status, and the server's message in a body."""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from promptlayer_exec._errors import (
+    BadRequest,
+    FieldError,
+    Forbidden,
+    NotFound,
+    RateLimited,
+    ServerError,
+    StatusError,
+    Unauthorized,
+    UnprocessableEntity,
+)
+
+if TYPE_CHECKING:
+    from promptlayer_exec._wire import Response
+
+_LONGEST_QUOTE = 200
+_LONGEST_MESSAGE = 500
+
+_CLASSES: dict[int, type[StatusError]] = {
+    400: BadRequest,
+    401: Unauthorized,
+    403: Forbidden,
+    404: NotFound,
+    422: UnprocessableEntity,
+    429: RateLimited,
+}
+
+
+def status_error(response: Response) -> StatusError:
+    """Return the error that a redirect or an error status stands for.
+
+    Args:
+        response: a response with a status of 300 or more.
+
+    Returns:
+        A `StatusError`, of a subclass for each documented status.
+    """
+    status = response.status
+    name = status_name(status)
+    body = _decoded(response.body)
+    message = shown = _server_message(body)
+    if status < 400:
+        target = (response.location or "nowhere")[:_LONGEST_QUOTE]
+        shown = f"a redirect to {target}, not followed because the key is for base_url alone"
+    cls = _CLASSES.get(status, ServerError if status >= 500 else StatusError)
+    extra: dict[str, Any] = {"details": _details(body)} if cls is UnprocessableEntity else {}
+    return cls(
+        f"the server answered {name}" + (f": {_one_line(shown)}" if shown else ""),
+        status=status,
+        server_message=message or name,
+        body=body,
+        retry_after=response.retry_after,
+        reason=name,
+        **extra,
+    )
+
+
+def status_name(status: int) -> str:
+    """Return a status with its standard name, such as `404 Not Found`."""
+    try:
+        return f"{status} {HTTPStatus(status).phrase}"
+    except ValueError:
+        return str(status)
+
+
+def _decoded(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return body.decode("utf-8", "replace")
+
+
+def _server_message(body: Any) -> str:
+    """Return the server's error message, or an empty string if the body has none."""
+    if isinstance(body, str):
+        text = body[:_LONGEST_QUOTE].strip()
+        return "" if "<" in text else text  # HTML of a proxy says less than the status
+    if not isinstance(body, dict):
+        return ""
+    for key in ("message", "error", "detail"):
+        if isinstance(message := body.get(key), str) and message.strip():
+            return message.strip()
+    return "; ".join(f"{'.'.join(map(str, detail.loc))}: {detail.msg}" for detail in _details(body))
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST_MESSAGE else f"{line[:_LONGEST_MESSAGE]}..."
+
+
+def _details(body: Any) -> tuple[FieldError, ...]:
+    """Return FastAPI's list of invalid parameters; items of another shape are left out."""
+    items = body.get("detail") if isinstance(body, dict) else None
+    if not isinstance(items, list):
+        return ()
+    return tuple(
+        FieldError(
+            loc=tuple(part if type(part) is int else str(part) for part in item["loc"]),
+            msg=str(item.get("msg") or ""),
+            type=str(item.get("type") or ""),
+        )
+        for item in items
+        if isinstance(item, dict) and isinstance(item.get("loc"), list)
+    )
