@@ -58,14 +58,14 @@ _Database = Annotated[
     ),
 ]
 _MaxInFlight = Annotated[
-    int, typer.Option(min=1, help="Maximum number of unfinished items, over all workers.")
+    int, typer.Option(min=1, help="Maximum number of items in progress, over all workers.")
 ]
 _Rate = Annotated[
     float,
     typer.Option(
         metavar="PER_SECOND",
         callback=_positive,
-        help="Maximum number of requests per second, over all workers; each sends at most 100.",
+        help="Maximum requests per second, over all workers; one worker sends at most 100.",
     ),
 ]
 _RestartUnknown = Annotated[
@@ -91,7 +91,7 @@ class Settings:
 
 @batch_app.command("run", epilog=_EPILOG)
 def _run(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON Lines, one item each.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON Lines, one item per line.")],
     *,
     workflow: Annotated[
         str | None,
@@ -108,7 +108,9 @@ def _run(
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Name of the batch.", show_default="the name of FILE"),
+        typer.Option(
+            metavar="NAME", help="Name of the batch.", show_default="FILE without its suffix"
+        ),
     ] = None,
     database: _Database = _DEFAULT_DATABASE,
     max_in_flight: _MaxInFlight = 100,
@@ -132,9 +134,9 @@ def _run(
     started and finished (UTC).
 
     If the command stops for any reason, run it again to continue. A run that was started is watched
-    again, never started again. If a process is killed while it starts a run, nobody can know
-    whether the run was started; such an item ends as unknown, with the error StartUnknown. Other
-    processes can help: see `batch work`.
+    again, never started again. If a process is killed while it starts a run, there is no way to
+    find out whether the run was started; such an item ends as unknown, with the error StartUnknown.
+    To let other processes help, see `batch work`.
     """  # noqa: D301 - \b is Typer's mark for preformatted text
     settings = Settings(database, base_url, max_in_flight, rate, outage, restart_unknown)
     subject = Subject()

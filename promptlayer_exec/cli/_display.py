@@ -24,9 +24,8 @@ from promptlayer_exec.cli._text import (
     final_count,
     node_detail,
     printable,
+    result_line,
     running_time,
-    status_counts,
-    verdict,
 )
 
 _STYLES = {
@@ -68,10 +67,7 @@ class PlainDisplay(_LineDisplay):
             out(f"{snapshot.elapsed:7.1f} s  {columns}  {node_detail(node)}".rstrip())
         self._previous = snapshot
         if snapshot.complete:
-            out(
-                f"execution {snapshot.execution_id} {verdict(snapshot)}"
-                f" after {duration(snapshot.elapsed)}: {status_counts(snapshot)}"
-            )
+            out(result_line(snapshot))
 
 
 class JsonDisplay(_LineDisplay):
@@ -203,8 +199,7 @@ def _summary(snapshot: Snapshot) -> list[Text]:
     for node in snapshot.failed_nodes:
         line = Text.assemble((printable(node.name), "bold red"), ": ")
         lines.append(line.append(printable(failure_reason(node), keep="\n\t")))
+    result = Text(result_line(snapshot))
     style = "bold green" if snapshot.succeeded else "bold red"
-    result = Text(f"execution {snapshot.execution_id} {verdict(snapshot)}", style=style)
-    result.append(f" after {duration(snapshot.elapsed)}", style="not bold default")
-    result.append(f": {status_counts(snapshot)}", style="not bold default")
+    result.stylize(style, end=result.plain.index(" after "))
     return [*lines, result]

@@ -40,9 +40,8 @@ from promptlayer_exec.cli._text import (
     failure_reason,
     final_count,
     printable,
+    result_line,
     shorten,
-    status_counts,
-    verdict,
 )
 from promptlayer_exec.cli._workflows import support_agent
 from promptlayer_exec.simulator import Simulator
@@ -343,7 +342,7 @@ def _report_failure(snapshot: Snapshot) -> None:
     for node in snapshot.failed_nodes:
         reason = printable(failure_reason(node), keep="\n\t")
         err(f"{printable(node.name)}: {reason}")
-    err(f"execution {snapshot.execution_id} {verdict(snapshot)}: {status_counts(snapshot)}")
+    err(result_line(snapshot, timed=False))
 
 
 async def _print_main_output(execution: Execution, *, as_json: bool) -> ExitCode:

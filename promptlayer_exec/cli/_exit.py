@@ -54,7 +54,7 @@ class ExitCode(IntEnum):
     REFUSED = (
         4,
         "the API refused a request or could not be reached",
-        "the API refused a request or could not be reached; unfinished items wait",
+        "the API refused a request or could not be reached; the items wait",
     )
     BUG = 70, "an error in this program"  # EX_SOFTWARE of sysexits.h
     OUTPUT_FAILED = 74, "standard output could not be written"  # EX_IOERR
@@ -135,7 +135,7 @@ def run_command(
     """
     try:
         return asyncio.run(_run_command(work, subject, as_json=as_json))
-    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - Typer catches some, too
+    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - Typer hides some
         return report_crash(error)
 
 

@@ -102,6 +102,12 @@ def status_counts(snapshot: Snapshot) -> str:
     return ", ".join(counts) or "no nodes"
 
 
+def result_line(snapshot: Snapshot, *, timed: bool = True) -> str:
+    """Return how a complete execution ended, after which time, and how its nodes did."""
+    time = f" after {duration(snapshot.elapsed)}" if timed else ""
+    return f"execution {snapshot.execution_id} {verdict(snapshot)}{time}: {status_counts(snapshot)}"
+
+
 def final_count(snapshot: Snapshot) -> str:
     """Return how many of the nodes are final, such as `2/3`."""
     return f"{sum(node.final for node in snapshot.nodes.values())}/{len(snapshot.nodes)}"
