@@ -1,47 +1,49 @@
 """`python -m promptlayer_exec`, and the script `promptlayer-exec`."""
 
+from __future__ import annotations
+
 import os
 import signal
 import sys
 import traceback
 from typing import NoReturn
 
-_NEEDED = ("rich", "typer")
+_REQUIRED = ("rich", "typer")
 
 
 def main() -> None:
-    """Run the command line, or say in one line what it needs, and exit."""
+    """Run the command line, or report which extra it needs, and exit."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _quit)
+        signal.signal(signal.SIGINT, _exit_at_once)
     try:
         _run()
     finally:
-        # How it ends is decided; an interrupt would but disturb the interpreter's own end.
+        # The exit code is decided; an interrupt would only disturb the interpreter's shutdown.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run() -> None:
     try:
-        from promptlayer_exec.cli import main as run  # noqa: PLC0415 - it may not be there
+        from promptlayer_exec.cli import main as run  # noqa: PLC0415 - an extra
     except ImportError as error:
-        _explain(error)
+        _report(error)
     run()
 
 
-def _explain(error: ImportError) -> NoReturn:
+def _report(error: ImportError) -> NoReturn:
     if (
         isinstance(error, ModuleNotFoundError)
         and error.name is not None
-        and error.name.partition(".")[0] in _NEEDED
+        and error.name.partition(".")[0] in _REQUIRED
     ):
         sys.stderr.write("the command line needs an extra: pip install 'promptlayer-exec[cli]'\n")
         sys.exit(2)
     traceback.print_exception(error)
-    sys.exit(70)  # as ExitCode.BUG, which may not be there
+    sys.exit(70)  # ExitCode.BUG, which cannot be imported here
 
 
-def _quit(*_: object) -> None:
-    # KeyboardInterrupt would strike anywhere, as in the midst of an import.
+def _exit_at_once(*_: object) -> None:
+    # KeyboardInterrupt could be raised anywhere, for example during an import.
     os._exit(130)
 
 

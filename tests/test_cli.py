@@ -1,4 +1,4 @@
-"""The command line, in processes of its own."""
+"""The command line, mostly in processes of its own."""
 
 from __future__ import annotations
 
@@ -15,47 +15,23 @@ import subprocess
 import sys
 import termios
 import threading
-import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import pytest
 
-from promptlayer_exec import (
-    ConnectionFailed,
-    Event,
-    InvalidResponse,
-    Node,
-    NodeTimes,
-    Polled,
-    RateLimited,
-    RequestRetried,
-    RequestTimeout,
-    ServerError,
-    Snapshot,
-)
 from promptlayer_exec.cli import main
-from promptlayer_exec.cli._session import report_retries
-from promptlayer_exec.cli._text import (
-    about,
-    counted,
-    duration,
-    error_of,
-    printable,
-    running_time,
-    start_of,
-    verdict,
-)
+from promptlayer_exec.cli._exit import ExitCode
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, SimRequest, Simulator
 
 PROGRAM = [sys.executable, "-W", "error", "-m", "promptlayer_exec"]
-PATIENCE = 30.0
+TIMEOUT = 30.0
 STUBBORN = """
 import asyncio
-from promptlayer_exec.cli import _app
+from promptlayer_exec.cli import _executions
 
-async def work(*args, **kwargs):
+async def follow(*args, **kwargs):
     print("ready", flush=True)
     while True:
         try:
@@ -63,30 +39,30 @@ async def work(*args, **kwargs):
         except asyncio.CancelledError:
             print("cancelled", flush=True)
 
-_app.watch = work
+_executions._follow = follow
 from promptlayer_exec.__main__ import main; main()
 """
 BROKEN = """
-from promptlayer_exec.cli import _app
+from promptlayer_exec.cli import _executions
 
-async def work(*args, **kwargs):
+async def follow(*args, **kwargs):
     raise EOFError("what now?")
 
-_app.watch = work
+_executions._follow = follow
 from promptlayer_exec.__main__ import main; main()
 """
 EARLY = """
 import signal
-from promptlayer_exec.cli import _run
+from promptlayer_exec.cli import _executions
 
 def open_session(*args, **kwargs):
     signal.raise_signal(signal.SIGINT)
     return real(*args, **kwargs)
 
-real, _run.open_session = _run.open_session, open_session
+real, _executions.open_session = _executions.open_session, open_session
 from promptlayer_exec.__main__ import main; main()
 """
-NOBODY = "http://127.0.0.1:9"
+UNREACHABLE = "http://127.0.0.1:9"
 HELD = Scenario(
     [
         SimNode("think", {"plan": 1}, None),
@@ -109,21 +85,21 @@ HOSTILE = Scenario(
 
 
 class Gate:
-    """Holds the start of a run, in the simulator whose `on_request` it is, until it is opened."""
+    """Holds the start of a run until it is opened; to be used as a simulator's `on_request`."""
 
     def __init__(self) -> None:
         self.reached = threading.Event()
         self.opened = threading.Event()
 
     def __call__(self, request: SimRequest) -> None:
-        """Hold the request if it starts a run; it blocks the server."""
+        """Block the server if the request starts a run."""
         if request.method == "POST":
             self.reached.set()
-            self.opened.wait(PATIENCE)
+            self.opened.wait(TIMEOUT)
 
 
 class Command:
-    """A running command; it does not outlive a test's patience."""
+    """A running command, killed after `TIMEOUT` seconds."""
 
     def __init__(self, *arguments: str, program: list[str], env: dict[str, str]) -> None:
         self.process = subprocess.Popen(
@@ -134,7 +110,7 @@ class Command:
             stderr=subprocess.PIPE,
             encoding="utf-8",
         )
-        self._watchdog = threading.Timer(PATIENCE, self.process.kill)
+        self._watchdog = threading.Timer(TIMEOUT, self.process.kill)
         self._watchdog.daemon = True
         self._watchdog.start()
 
@@ -149,23 +125,23 @@ class Command:
         return self.process.stderr.readline()
 
     def line_with(self, text: str) -> str:
-        """Return the next line of standard output that has `text` in it."""
+        """Return the next line of standard output that contains `text`."""
         while text not in (line := self.line()):
             assert line, f"{text!r} never came"
         return line
 
     def end(self, *, traceback: bool = False) -> tuple[int, str, str]:
-        """Return the exit code, and the rest of standard output and of standard error."""
-        out, err = self.process.communicate(timeout=PATIENCE)
+        """Return the exit code, and the rest of standard output and standard error."""
+        out, err = self.process.communicate(timeout=TIMEOUT)
         assert ("Traceback" in err) is traceback, err
         return self.process.returncode, out, err
 
     def close(self) -> None:
-        """End it, whatever it does."""
+        """End the command if it is still running."""
         self._watchdog.cancel()
         if self.process.poll() is None:
             self.process.kill()
-        self.process.wait(PATIENCE)
+        self.process.wait(TIMEOUT)
         for stream in (self.process.stdout, self.process.stderr):
             if stream is not None:
                 stream.close()
@@ -175,7 +151,7 @@ Start: TypeAlias = Callable[..., Command]
 
 
 class Finished:
-    """A command that ran in this process, where one of its own would prove nothing more."""
+    """A command that ran in this process, for tests that need no process of their own."""
 
     def __init__(self, code: int, out: bytes, err: bytes) -> None:
         self._ending = code, out.decode(), err.decode()
@@ -197,7 +173,7 @@ def sim() -> Iterator[Simulator]:
 
 
 def _environment() -> dict[str, str]:
-    """Return the tests' own environment, without what would change what the commands write."""
+    """Return the environment without variables that change the output of a command."""
     unwanted = {"COLUMNS", "FORCE_COLOR", "LINES", "NO_COLOR"}
     unwanted |= {"PYTHONIOENCODING", "PYTHONUNBUFFERED"}
     return {name: value for name, value in os.environ.items() if name not in unwanted}
@@ -212,7 +188,7 @@ def environment(sim: Simulator) -> dict[str, str]:
 
 @pytest.fixture
 def start(environment: dict[str, str]) -> Iterator[Start]:
-    """Start commands; end those that are left."""
+    """Start commands; end those that still run."""
     commands = []
 
     def start(*arguments: object, program: list[str] = PROGRAM, **env: str) -> Command:
@@ -227,7 +203,7 @@ def start(environment: dict[str, str]) -> Iterator[Start]:
 
 @pytest.fixture
 def call(environment: dict[str, str]) -> Call:
-    """Run commands in this process, to their end."""
+    """Run commands to their end in this process."""
 
     def call(*arguments: object, **env: str) -> Finished:
         out, err = io.BytesIO(), io.BytesIO()
@@ -252,7 +228,7 @@ def call(environment: dict[str, str]) -> Call:
 
 @pytest.fixture(scope="module", autouse=True)
 def _interruptible() -> Iterator[None]:
-    """Let the commands heed SIGINT even if the tests run in the background of a script."""
+    """Let the commands receive SIGINT even if the tests run in the background of a script."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, previous)
@@ -260,9 +236,9 @@ def _interruptible() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def demos() -> Iterator[dict[str, Command]]:
-    """Start the demonstrations before the other tests, as they take their time."""
+    """Start the demonstrations before the other tests, because they take seconds."""
     env = _environment()
-    # Settings that would break anything that looked at them.
+    # Invalid settings: the demonstrations must not use them.
     env |= {"PROMPTLAYER_API_KEY": "wrong key", "PROMPTLAYER_BASE_URL": "ftp://nowhere"}
     commands = {
         "plain": Command("demo", program=PROGRAM, env=env),
@@ -274,7 +250,7 @@ def demos() -> Iterator[dict[str, Command]]:
 
 
 class Terminal:
-    """A pseudo-terminal with a command in it, and all that the command has written."""
+    """A pseudo-terminal that runs a command, and the text that the command has written."""
 
     def __init__(self, command: list[str], env: dict[str, str], columns: int) -> None:
         self.text = ""
@@ -284,22 +260,22 @@ class Terminal:
             command, env=env, stdin=slave, stdout=slave, stderr=slave, start_new_session=True
         )
         os.close(slave)
-        self._watchdog = threading.Timer(PATIENCE, self.process.kill)
+        self._watchdog = threading.Timer(TIMEOUT, self.process.kill)
         self._watchdog.daemon = True
         self._watchdog.start()
 
     def read_until(self, text: str) -> None:
-        """Read until `text` was written, beyond what was read before."""
+        """Read until `text` is written, after the text that was read before."""
         seen = len(self.text)
         while text not in self.text[seen:]:
             assert self._read(), f"{text!r} never came, but {self.text!r}"
 
     def end(self) -> tuple[int, str]:
-        """Return the exit code, and all that was written."""
+        """Return the exit code and all text that was written."""
         while self._read():
             pass
         assert "Traceback" not in self.text
-        return self.process.wait(PATIENCE), self.text.replace("\r\n", "\n")
+        return self.process.wait(TIMEOUT), self.text.replace("\r\n", "\n")
 
     def _read(self) -> bool:
         try:
@@ -310,17 +286,17 @@ class Terminal:
         return bool(data)
 
     def close(self) -> None:
-        """End the command, whatever it does."""
+        """End the command if it is still running."""
         self._watchdog.cancel()
         if self.process.poll() is None:
             self.process.kill()
-        self.process.wait(PATIENCE)
+        self.process.wait(TIMEOUT)
         os.close(self._master)
 
 
 @pytest.fixture
 def terminal(environment: dict[str, str]) -> Iterator[Callable[..., Terminal]]:
-    """Open terminals; end what runs in them."""
+    """Open terminals; end the commands in them."""
     terminals = []
 
     def open_terminal(*arguments: object, columns: int = 80, **env: str) -> Terminal:
@@ -335,12 +311,12 @@ def terminal(environment: dict[str, str]) -> Iterator[Callable[..., Terminal]]:
 
 
 def redirected(how: str) -> list[str]:
-    """Return the program with its streams redirected, or what else a shell can do before it."""
+    """Return the program as run by a shell command in which RUN stands for it."""
     return ["sh", "-c", how.replace("RUN", 'exec "$@"'), "sh", *PROGRAM]
 
 
 def python(code: str) -> list[str]:
-    """Return a program that is some Python."""
+    """Return a program that runs Python code."""
     return [sys.executable, "-W", "error", "-c", code]
 
 
@@ -352,8 +328,10 @@ def shown(text: str) -> str:
 class TestWatch:
     """`watch ID`."""
 
-    def test_plain_lines_come_as_the_nodes_change(self, sim: Simulator, start: Start) -> None:
-        """Each change of a node is one line, written at once, and the last tells the end."""
+    def test_plain_lines_are_written_as_the_nodes_change(
+        self, sim: Simulator, start: Start
+    ) -> None:
+        """Each change of a node is one line, written at once; the last line is the result."""
         execution_id = sim.add_execution(HELD)
         command = start("watch", execution_id, FORCE_COLOR="1")
         assert re.fullmatch(r" +0\.\d s  think  RUNNING\n", command.line())
@@ -367,7 +345,7 @@ class TestWatch:
         assert command.end() == (0, "", "")
 
     def test_a_failed_execution_is_exit_code_1(self, sim: Simulator, call: Call) -> None:
-        """A failed node shows its whole message on its line, escaped, and the code is 1."""
+        """The line of a failed node has its whole message, escaped."""
         execution_id = sim.add_execution(FAILED)
         code, out, err = call("watch", execution_id).end()
         assert code == 1
@@ -376,7 +354,7 @@ class TestWatch:
         assert err == ""
 
     def test_json_lines(self, sim: Simulator, start: Start) -> None:
-        """With --json, each poll with news is one object: the last is complete."""
+        """With --json, each poll with a change is one object; the last one is complete."""
         execution_id = sim.add_execution(HELD)
         command = start("watch", execution_id, "--json")
         first = json.loads(command.line())
@@ -397,7 +375,7 @@ class TestWatch:
         assert (code, err) == (1, "")
 
     def test_hostile_text(self, sim: Simulator, start: Start) -> None:
-        """Escape sequences, markup, NaN and lone surrogates show as text; JSON has them intact."""
+        """Escape sequences, markup, NaN and lone surrogates are text, and intact in JSON."""
         execution_id = sim.add_execution(HOSTILE)
         plain = start("watch", execution_id)
         ascii_only = start("watch", execution_id, PYTHONIOENCODING="ascii")
@@ -418,7 +396,7 @@ class TestWatch:
         assert code == 0
 
     def test_a_timeout_is_exit_code_3(self, sim: Simulator, start: Start) -> None:
-        """It says how to pick the execution up again, with --json as the last line too."""
+        """The error shows how to pick the execution up again; with --json it is a line too."""
         execution_id = sim.add_execution(HELD)
         code, out, err = start("watch", execution_id, "--json", "--timeout", "0.3").end()
         assert code == 3
@@ -429,7 +407,7 @@ class TestWatch:
         assert "not complete within 0.3 s" in error["message"]
 
     def test_a_refusal_is_exit_code_4(self, sim: Simulator, call: Call) -> None:
-        """A wrong key or an unknown id is told at once, and not to be tried again."""
+        """A wrong key or an unknown id is reported at once, without advice to try again."""
         wrong_key = call("watch", 5, PROMPTLAYER_API_KEY="wrong")
         unknown_id = call("watch", 2**63 - 1)
         code, out, err = wrong_key.end()
@@ -440,16 +418,16 @@ class TestWatch:
         assert (code, out) == (4, "")
         assert f"execution {2**63 - 1}: " in err
 
-    def test_an_unreachable_server(self, call: Call) -> None:
-        """It is asked again, visibly, until the outage is over; then the code is 4."""
-        command = call("watch", 5, "--outage", "0.1", "--base-url", NOBODY)
+    def test_an_unreachable_server_is_exit_code_4(self, call: Call) -> None:
+        """Retries are reported until --outage is used up."""
+        command = call("watch", 5, "--outage", "0.1", "--base-url", UNREACHABLE)
         code, out, err = command.end()
         assert (code, out) == (4, "")
         assert re.match(r"server unreachable, retrying in 0\.\d s \(Connection refused\)\n", err)
-        assert err.endswith(f"  promptlayer-exec watch 5 --base-url {NOBODY}\n")
+        assert err.endswith(f"  promptlayer-exec watch 5 --base-url {UNREACHABLE}\n")
 
-    def test_a_server_in_trouble(self, sim: Simulator, start: Start) -> None:
-        """When the outage is over the code is 4, and the execution can be picked up again."""
+    def test_a_failing_server_is_exit_code_4(self, sim: Simulator, start: Start) -> None:
+        """Once --outage is used up, the error shows how to pick the execution up again."""
         execution_id = sim.add_execution(HELD)
         sim.inject(Fault.status(503, times=None, execution_id=execution_id))
         code, out, err = start("watch", execution_id, "--outage", "0.1").end()
@@ -457,8 +435,8 @@ class TestWatch:
         assert err.endswith(f"again with:\n  promptlayer-exec watch {execution_id}\n")
         sim.clear_faults()
 
-    def test_plain_http_is_warned_of_in_one_line(self, start: Start) -> None:
-        """Where the key would travel in the clear, standard error says so, and it goes on."""
+    def test_plain_http_is_one_warning(self, start: Start) -> None:
+        """If the key would be sent unencrypted, standard error says so, and the command goes on."""
         url = "http://0.0.0.0:9"
         code, out, err = start("watch", 5, "--outage", "0", "--base-url", url).end()
         assert (code, out) == (4, "")
@@ -466,17 +444,17 @@ class TestWatch:
         assert err.count("plain http") == 1
         assert "UserWarning" not in err
 
-    def test_passing_trouble_is_told_once(self, sim: Simulator, call: Call) -> None:
-        """A request that is repeated is one line of standard error, and no failure."""
+    def test_a_retry_is_one_line(self, sim: Simulator, call: Call) -> None:
+        """A request that is retried is one line of standard error, and not a failure."""
         execution_id = sim.add_execution(DONE)
         sim.inject(Fault.status(503, execution_id=execution_id))
         code, out, err = call("watch", execution_id).end()
         assert code == 0
         assert "succeeded" in out
-        assert re.fullmatch(r"server in trouble, retrying in \d\.\d s \(503 .*\)\n", err)
+        assert re.fullmatch(r"server error, retrying in \d\.\d s \(503 .*\)\n", err)
 
     def test_an_interrupt_is_exit_code_130(self, sim: Simulator, start: Start) -> None:
-        """Ctrl-C prints the id and the command that picks the execution up; SIGTERM does too."""
+        """Ctrl-C prints the command that picks the execution up again, and so does SIGTERM."""
         execution_id = sim.add_execution(HELD)
         commands = [start("watch", execution_id), start("watch", execution_id, "--json")]
         terminated = start("watch", execution_id)
@@ -504,19 +482,19 @@ class TestWatch:
         assert f"promptlayer-exec watch {execution_id}" in err
 
     def test_a_broken_pipe_is_quiet(self, sim: Simulator, start: Start) -> None:
-        """When nobody reads on, it ends without a word."""
+        """The command ends without a message when its reader is gone."""
         execution_id = sim.add_execution(HELD)
         command = start("watch", execution_id)
         command.line()
         assert command.process.stdout is not None
         command.process.stdout.close()
         sim.finish(execution_id, "think")
-        assert command.process.wait(PATIENCE) == 141
+        assert command.process.wait(TIMEOUT) == 141
         assert command.process.stderr is not None
         assert command.process.stderr.read() == ""
 
     def test_usage_errors_are_exit_code_2(self, call: Call) -> None:
-        """An impossible id, option or setting is told in words, and nothing is sent."""
+        """An invalid id, option or setting is reported, and nothing is sent."""
         cases = {
             call("watch", "0"): "Invalid value for 'ID'",
             call("watch", 2**63): "Invalid value for 'ID'",
@@ -535,8 +513,8 @@ class TestWatch:
 class TestRun:
     """`run WORKFLOW`."""
 
-    def test_it_starts_and_watches(self, sim: Simulator, start: Start) -> None:
-        """The id and the way to the output are told on standard error, around what `watch` says."""
+    def test_a_run_is_started_and_watched(self, sim: Simulator, start: Start) -> None:
+        """Standard error has the id and the command for the output; the rest is as with `watch`."""
         sim.add_workflow("held", HELD)
         command = start("run", "held")
         assert command.error_line() == f"execution {sim.executions[-1]} started\n"
@@ -549,8 +527,10 @@ class TestRun:
         assert f"\nexecution {execution_id} succeeded after" in out
         assert err == (f"print its main output with:\n  promptlayer-exec results {execution_id}\n")
 
-    def test_what_is_sent(self, sim: Simulator, start: Start, tmp_path: Path) -> None:
-        """Inputs come from arguments, files and standard input; the name is sent whole."""
+    def test_inputs_label_and_metadata_are_sent(
+        self, sim: Simulator, start: Start, tmp_path: Path
+    ) -> None:
+        """Inputs come from arguments, files and standard input; names have any characters."""
         sim.add_workflow("a/b 7", DONE)
         letter = tmp_path / "letter.txt"
         letter.write_text("12\n")
@@ -566,22 +546,22 @@ class TestRun:
             "metadata": {"source": "nightly", "run": "7"},
         }
 
-    def test_an_id_and_a_version(self, sim: Simulator, call: Call) -> None:
-        """The workflow may be given by its id, and the version by its number."""
+    def test_workflow_id_and_version_number_are_sent(self, sim: Simulator, call: Call) -> None:
+        """A workflow can be given by its id, and a version by its number."""
         workflow_id = sim.add_workflow("by id", DONE)
         assert call("run", workflow_id, "--version", 3).end()[0] == 0
         assert sim.runs[-1].workflow == "by id"
         assert sim.runs[-1].body == {"input_variables": {}, "workflow_version_number": 3}
 
-    def test_a_warning_of_the_server(self, sim: Simulator, call: Call) -> None:
-        """What the server warns of is one printable line of standard error, and no failure."""
+    def test_a_warning_of_the_server_is_printed(self, sim: Simulator, call: Call) -> None:
+        """It is one printable line of standard error, and not a failure."""
         sim.add_workflow("warned", DONE, warning="Missing: letter\x1b[2J")
         code, _, err = call("run", "warned").end()
         assert code == 0
         assert err.startswith("warning: Missing: letter\\u001b[2J\n")
 
     def test_a_failed_execution_is_exit_code_1(self, sim: Simulator, call: Call) -> None:
-        """There is no output to point to."""
+        """The command for the output is not printed."""
         sim.add_workflow("failed", FAILED)
         code, out, err = call("run", "failed").end()
         execution_id = sim.runs[-1].execution_id
@@ -590,7 +570,7 @@ class TestRun:
         assert err == f"execution {execution_id} started\n"
 
     def test_json_lines(self, sim: Simulator, call: Call) -> None:
-        """With --json standard output is what `watch --json` writes, and nothing else."""
+        """With --json, standard output has what `watch --json` writes, and nothing else."""
         sim.add_workflow("json", DONE)
         code, out, _ = call("run", "json", "--json").end()
         assert code == 0
@@ -599,8 +579,8 @@ class TestRun:
         assert snapshot["execution_id"] == str(sim.runs[-1].execution_id)
         assert snapshot["complete"] is True
 
-    def test_only_the_id(self, sim: Simulator, start: Start) -> None:
-        """With --no-watch the id is all that is printed; where it cannot be, it is not lost."""
+    def test_no_watch_prints_only_the_id(self, sim: Simulator, start: Start) -> None:
+        """If standard output cannot be written, the id is on standard error."""
         sim.add_workflow("unwatched", HELD)
         code, out, err = start("run", "unwatched", "--no-watch").end()
         assert (code, out, err) == (0, f"{sim.runs[-1].execution_id}\n", "")
@@ -613,13 +593,13 @@ class TestRun:
         assert err.startswith(f"execution {sim.runs[-1].execution_id} started\n")
 
     def test_a_refusal_is_exit_code_4(self, call: Call) -> None:
-        """An unknown workflow or a wrong key is told at once, and that nothing was started."""
+        """An unknown workflow or a wrong key is reported at once; no run was started."""
         unknown = call("run", "unknown", "--json")
         wrong_key = call("run", "unknown", PROMPTLAYER_API_KEY="wrong")
         code, out, err = unknown.end()
         assert code == 4
         assert "Workflow not found" in err
-        assert err.endswith("; nothing was started\n")
+        assert err.endswith("; no run was started\n")
         error = json.loads(out)["error"]
         assert (error["type"], error["execution_id"]) == ("NotFound", None)
         code, out, err = wrong_key.end()
@@ -627,31 +607,31 @@ class TestRun:
         assert "Invalid or missing API key" in err
 
     def test_a_lost_answer_is_exit_code_4(self, sim: Simulator, call: Call) -> None:
-        """It says that the run may have started, and does not start it again."""
+        """The error says that the run may have started; it is not started again."""
         sim.add_workflow("lost", DONE)
         before = len(sim.runs)
         sim.inject(Fault.disconnect())
         code, out, err = call("run", "lost", "--json").end()
         assert code == 4
         assert "The run may have started" in err
-        assert "nothing was started" not in err
+        assert "no run was started" not in err
         assert "again with" not in err
         error = json.loads(out)["error"]
         assert (error["type"], error["execution_id"]) == ("StartUnknown", None)
         assert len(sim.runs) == before + 1
 
-    def test_an_unreachable_server(self, call: Call) -> None:
-        """It is tried again, visibly, until the outage is over; then the code is 4."""
-        code, out, err = call("run", "x", "--outage", "0.1", "--base-url", NOBODY).end()
+    def test_an_unreachable_server_is_exit_code_4(self, call: Call) -> None:
+        """Retries are reported until --outage is used up."""
+        code, out, err = call("run", "x", "--outage", "0.1", "--base-url", UNREACHABLE).end()
         assert (code, out) == (4, "")
         assert re.match(r"server unreachable, retrying in 0\.\d s \(Connection refused\)\n", err)
-        assert err.endswith("; nothing was started\n")
+        assert err.endswith("; no run was started\n")
 
     def test_a_timeout_is_exit_code_3(self, sim: Simulator, start: Start) -> None:
-        """A run that started can be picked up again; a start is not tried for longer either."""
+        """A run that started can be picked up again; a start is not retried for longer either."""
         sim.add_workflow("slow", HELD)
         too_slow = start("run", "slow", "--timeout", "0.5")
-        never = start("run", "slow", "--timeout", "0.5", "--base-url", NOBODY)
+        never = start("run", "slow", "--timeout", "0.5", "--base-url", UNREACHABLE)
         code, _, err = too_slow.end()
         assert code == 3
         assert "not complete within 0.5 s" in err
@@ -662,12 +642,12 @@ class TestRun:
         assert "again with" not in err
 
     def test_usage_errors_are_exit_code_2(self, sim: Simulator, call: Call) -> None:
-        """What cannot be sent is told in words, and nothing is sent."""
+        """Arguments that cannot be sent are reported, and nothing is sent."""
         sim.add_workflow("unused", DONE)
         before = sim.request_count
         cases = {
             call("run"): "Missing argument",
-            call("run", ""): "workflow name must not be empty; nothing was started",
+            call("run", ""): "workflow name must not be empty; no run was started",
             call("run", "unused", "-i", "letter"): "Invalid value for '--input'",
             call("run", "unused", "-i", "rows=[1, NaN]"): "rows[1]",
             call("run", "unused", "--metadata", "7"): "Invalid value for '--metadata'",
@@ -681,15 +661,15 @@ class TestRun:
             assert message in err
         assert sim.request_count == before
 
-    def test_a_malformed_input_as_json(self, call: Call) -> None:
-        """With --json an input that the library refuses is an error line too."""
+    def test_a_usage_error_is_written_as_json(self, call: Call) -> None:
+        """With --json, an input that the library refuses is an error line too."""
         code, out, _ = call("run", "x", "-i", "x=[1e999]", "--json").end()
         assert code == 2
         error = json.loads(out)["error"]
         assert (error["type"], error["execution_id"]) == ("Misuse", None)
 
-    def test_an_interrupt_while_it_watches(self, sim: Simulator, start: Start) -> None:
-        """It tells the id and the command that picks it up, on the server that was given."""
+    def test_an_interrupted_watch_is_exit_code_130(self, sim: Simulator, start: Start) -> None:
+        """The command that picks the execution up again has the --base-url that was given."""
         sim.add_workflow("interrupted", HELD)
         command = start("run", "interrupted", "--base-url", sim.base_url, PROMPTLAYER_BASE_URL="")
         command.line()
@@ -703,51 +683,51 @@ class TestRun:
             f"  promptlayer-exec watch {execution_id} --base-url {sim.base_url}",
         ]
 
-    def test_an_interrupt_before_the_start_leaves(self, start: Start) -> None:
-        """It says that nothing was started, and waits for nothing."""
-        command = start("run", "x", "--json", "--base-url", NOBODY)
+    def test_an_interrupt_before_the_start_is_sent(self, start: Start) -> None:
+        """The error says that no run was started, and the command ends at once."""
+        command = start("run", "x", "--json", "--base-url", UNREACHABLE)
         assert "retrying" in command.error_line()
         command.process.send_signal(signal.SIGINT)
         code, out, err = command.end()
         assert code == 130
-        assert err.endswith("interrupted; nothing was started\n")
+        assert err.endswith("interrupted; no run was started\n")
         assert "waiting" not in err
         error = {
             "type": "Interrupted",
-            "message": "interrupted; nothing was started",
+            "message": "interrupted; no run was started",
             "execution_id": None,
         }
         assert json.loads(out) == {"error": error}
 
-    def test_an_interrupt_before_there_is_a_start(self, start: Start) -> None:
-        """As soon as signals are heeded, it says so too."""
-        told = "interrupted; nothing was started\n"
-        assert start("run", "x", program=python(EARLY)).end() == (130, "", told)
+    def test_an_interrupt_before_the_session_opens(self, start: Start) -> None:
+        """The error says that no run was started here as well."""
+        message = "interrupted; no run was started\n"
+        assert start("run", "x", program=python(EARLY)).end() == (130, "", message)
 
     @pytest.mark.parametrize(
         ("number", "code", "word"),
         [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
     )
-    def test_an_interrupt_of_a_start(
+    def test_an_interrupted_start_reports_the_id(
         self, start: Start, number: signal.Signals, code: int, word: str
     ) -> None:
-        """While the answer is on its way it is waited for, so that the id of the run is told."""
+        """The command waits for the answer of a start that was sent."""
         gate = Gate()
         with Simulator(on_request=gate) as sim:
             sim.add_workflow("held", HELD)
             command = start("run", "held", PROMPTLAYER_BASE_URL=sim.base_url)
-            assert gate.reached.wait(PATIENCE)
+            assert gate.reached.wait(TIMEOUT)
             command.process.send_signal(number)
-            assert "the run may have started: waiting for its id" in command.error_line()
+            assert "the run may have started; waiting for its id" in command.error_line()
             gate.opened.set()
-            command.process.wait(PATIENCE)
+            command.process.wait(TIMEOUT)
             execution_id = sim.runs[0].execution_id
         pick_up = "is not affected; pick it up again with:\n  promptlayer-exec watch"
-        told = f"{word}\nexecution {execution_id} {pick_up} {execution_id}\n"
-        assert command.end() == (code, "", told)
+        message = f"{word}\nexecution {execution_id} {pick_up} {execution_id}\n"
+        assert command.end() == (code, "", message)
 
-    def test_an_interrupt_of_a_start_that_fails(self, start: Start) -> None:
-        """Where no id comes, it says whether a run may have started."""
+    def test_an_interrupted_start_that_fails(self, start: Start) -> None:
+        """If there is no id, the error says whether a run may have started."""
         refused, lost = Gate(), Gate()
         with Simulator(on_request=refused) as refusing, Simulator(on_request=lost) as losing:
             losing.inject(Fault.disconnect())
@@ -755,34 +735,34 @@ class TestRun:
                 start("run", "x", PROMPTLAYER_BASE_URL=sim.base_url) for sim in (refusing, losing)
             ]
             for command, gate in zip(commands, (refused, lost), strict=True):
-                assert gate.reached.wait(PATIENCE)
+                assert gate.reached.wait(TIMEOUT)
                 command.process.send_signal(signal.SIGINT)
                 assert "waiting for its id" in command.error_line()
                 gate.opened.set()
-            assert commands[0].end() == (130, "", "interrupted; nothing was started\n")
+            assert commands[0].end() == (130, "", "interrupted; no run was started\n")
             code, _, err = commands[1].end()
         assert code == 130
         assert err.startswith("interrupted; it is not known whether a run of workflow 'x' started")
         assert "The run may have started" in err
 
-    def test_the_second_interrupt_of_a_start(self, start: Start) -> None:
-        """It ends the command at once, although the answer has not come."""
+    def test_a_second_interrupt_ends_a_start_at_once(self, start: Start) -> None:
+        """The command does not wait for the answer."""
         gate = Gate()
         with Simulator(on_request=gate) as sim:
             command = start("run", "x", PROMPTLAYER_BASE_URL=sim.base_url)
-            assert gate.reached.wait(PATIENCE)
+            assert gate.reached.wait(TIMEOUT)
             command.process.send_signal(signal.SIGINT)
-            assert "interrupt again to give it up" in command.error_line()
+            assert "interrupt again to stop waiting" in command.error_line()
             command.process.send_signal(signal.SIGINT)
             assert command.end() == (130, "", "")
             gate.opened.set()
 
 
 class TestTerminal:
-    """What a terminal shows."""
+    """The output on a terminal."""
 
     def test_a_live_table(self, sim: Simulator, terminal: Callable[..., Terminal]) -> None:
-        """A table is redrawn in place; its last state stays, with the reason of a failure."""
+        """The table is redrawn in place; its last state stays, with the reason for a failure."""
         execution_id = sim.add_execution(
             Scenario(
                 [
@@ -813,7 +793,7 @@ class TestTerminal:
         assert f"\nexecution {execution_id} failed after" in last
 
     def test_a_narrow_terminal(self, sim: Simulator, terminal: Callable[..., Terminal]) -> None:
-        """At 40 columns no line of the table is wrapped."""
+        """At 40 columns, no line of the table is wrapped."""
         execution_id = sim.add_execution(
             Scenario([SimNode("a node of many words", "x" * 99, is_output_node=True)])
         )
@@ -823,15 +803,15 @@ class TestTerminal:
         assert len(row.rstrip()) <= 40
         assert "SUCCESS" in row
 
-    def test_trouble_is_shown_and_forgotten(
+    def test_a_warning_is_shown_until_the_next_answer(
         self, sim: Simulator, terminal: Callable[..., Terminal]
     ) -> None:
-        """While the server is in trouble the table says so, and no longer when it answers."""
+        """A failed request is shown above the table until the server answers."""
         execution_id = sim.add_execution(HELD)
         sim.inject(Fault.status(503, execution_id=execution_id))
         screen = terminal("watch", execution_id)
         screen.read_until("waiting for the first answer")
-        screen.read_until("server in trouble, retrying in")
+        screen.read_until("server error, retrying in")
         screen.read_until("RUNNING")
         frame = screen.text[screen.text.rindex("0/2") :]
         assert "retrying" not in frame
@@ -846,7 +826,7 @@ class TestTerminal:
         assert end.endswith(f"promptlayer-exec watch {execution_id}\n")
 
     def test_a_run(self, sim: Simulator, terminal: Callable[..., Terminal]) -> None:
-        """While it starts one line tells so and of troubles, and gives way to the table."""
+        """While the run starts, one line says so and shows warnings; the table replaces it."""
         sim.add_workflow("[red]agent", HELD, warning="no letter")
         sim.inject(Fault.status(429, retry_after=0.2))
         screen = terminal("run", "[red]agent")
@@ -865,8 +845,8 @@ class TestTerminal:
         assert "retrying" not in end
         assert end.endswith(f"  promptlayer-exec results {execution_id}\n")
 
-    def test_a_refusal_leaves_no_empty_table(self, terminal: Callable[..., Terminal]) -> None:
-        """With nothing to show, the error stands alone."""
+    def test_a_refusal_prints_no_table(self, terminal: Callable[..., Terminal]) -> None:
+        """Without a snapshot, only the error is left on the screen."""
         code, text = terminal("watch", 5).end()
         assert code == 4
         assert "execution 5: " in shown(text)
@@ -883,7 +863,7 @@ class TestTerminal:
         assert 'reply  SUCCESS  "Good\\nday"\n' in text
 
     def test_results(self, sim: Simulator, terminal: Callable[..., Terminal]) -> None:
-        """`results` prints a string as it is but escaped, `--all` a table."""
+        """`results` prints an escaped string or indented JSON, and `--all` a table."""
         execution_id = sim.add_execution(
             Scenario([SimNode("reply", "One\n[b]\x1b[2J", is_output_node=True)])
         )
@@ -904,7 +884,7 @@ class TestResults:
     """`results ID`."""
 
     def test_the_main_output(self, sim: Simulator, call: Call) -> None:
-        """A string is printed as it is, anything else as JSON; with --all every node is."""
+        """A string is printed as it is, anything else as JSON; --all prints every node."""
         text = sim.add_execution(
             Scenario([SimNode("reply", "Good\n\x1b[1mday \ud800", is_output_node=True)])
         )
@@ -925,16 +905,16 @@ class TestResults:
         (line,) = out.splitlines()
         assert json.loads(line)["nodes"]["reply"]["value"] == {"a": None, "b": "日本"}
 
-    def test_a_failed_execution(self, sim: Simulator, call: Call) -> None:
-        """Standard output stays empty, standard error tells why, and the code is 1."""
+    def test_a_failed_execution_is_exit_code_1(self, sim: Simulator, call: Call) -> None:
+        """Standard output stays empty, and standard error says why."""
         execution_id = sim.add_execution(FAILED)
         code, out, err = call("results", execution_id).end()
         assert (code, out) == (1, "")
         assert "think: no idea\nat \\u001b[31mall\n" in err
         assert f"execution {execution_id} failed: 1 FAILED, 1 SKIPPED" in err
 
-    def test_a_running_execution(self, sim: Simulator, start: Start) -> None:
-        """It is told on standard error, with the command to follow it, and the code is 3."""
+    def test_a_running_execution_is_exit_code_3(self, sim: Simulator, start: Start) -> None:
+        """Standard error says so, with the command to follow it."""
         execution_id = sim.add_execution(HELD)
         plain, nodes = start("results", execution_id), start("results", execution_id, "--all")
         code, out, err = plain.end()
@@ -946,16 +926,18 @@ class TestResults:
         assert json.loads(out)["complete"] is False
 
     def test_no_main_output(self, sim: Simulator, call: Call) -> None:
-        """Where nothing failed but there is no output, the node map is not taken for one."""
+        """Without an output node, an execution in which nothing failed has no main output."""
         execution_id = sim.add_execution(Scenario([SimNode("only", status="SKIPPED")]))
         code, out, err = call("results", execution_id).end()
         assert (code, out) == (1, "")
         assert "completed without a main output" in err
         assert "--all shows its nodes" in err
 
-    def test_an_unreachable_server(self, call: Call) -> None:
-        """It is asked again for a moment; then the code is 4."""
-        command = call("results", 5, "--all", "--json", "--outage", "0.1", "--base-url", NOBODY)
+    def test_an_unreachable_server_is_exit_code_4(self, call: Call) -> None:
+        """Retries are reported until --outage is used up."""
+        command = call(
+            "results", 5, "--all", "--json", "--outage", "0.1", "--base-url", UNREACHABLE
+        )
         code, out, err = command.end()
         assert code == 4
         assert "retrying in" in err
@@ -965,8 +947,8 @@ class TestResults:
 class TestSimulate:
     """`simulate`."""
 
-    def test_a_server_to_try_things_on(self, start: Start) -> None:
-        """It tells what to type and every request; an execution begins when it is asked for."""
+    def test_the_other_commands_can_use_it(self, start: Start) -> None:
+        """It prints commands to type and every request; an execution begins at its first one."""
         server = start("simulate", "--port", "0")
         url = server.line().split()[-4]
         exports = [server.line_with("export "), server.line()]
@@ -998,8 +980,8 @@ class TestSimulate:
         code, _, err = server.end()
         assert (code, err) == (0, "")
 
-    def test_an_address_that_it_cannot_have(self, sim: Simulator, call: Call) -> None:
-        """A port that is taken, or a malformed host, is told in one line, and the code is 2."""
+    def test_an_unusable_address_is_exit_code_2(self, sim: Simulator, call: Call) -> None:
+        """A port in use or a malformed host is reported in one line."""
         port = sim.base_url.rpartition(":")[2]
         malformed = call("simulate", "--host", "a..b")
         code, out, err = call("simulate", "--port", port).end()
@@ -1012,10 +994,10 @@ class TestSimulate:
 
 
 class TestProgram:
-    """The ways in."""
+    """How the program starts."""
 
     def test_without_the_extra(self, start: Start) -> None:
-        """Without typer or rich, one line tells what to install, and the code is 2."""
+        """Without typer or rich, one line says what to install, and the exit code is 2."""
         hint = "the command line needs an extra: pip install 'promptlayer-exec[cli]'\n"
         call = "from promptlayer_exec.__main__ import main; main()"
         commands = [
@@ -1026,7 +1008,7 @@ class TestProgram:
             assert command.end() == (2, "", hint)
 
     def test_another_import_error_is_not_hidden(self, start: Start) -> None:
-        """Only a missing extra is explained away."""
+        """Only a missing extra is reported in one line; other errors have a traceback."""
         call = (
             "import sys; sys.modules['promptlayer_exec.simulator'] = None\n"
             "from promptlayer_exec.__main__ import main; main()"
@@ -1035,8 +1017,8 @@ class TestProgram:
         assert (code, out) == (70, "")
         assert "import of promptlayer_exec.simulator halted" in err
 
-    def test_an_interrupt_while_it_starts(self, start: Start) -> None:
-        """Ctrl-C is exit code 130, without a word, even where an import swallows exceptions."""
+    def test_an_interrupt_during_an_import(self, start: Start) -> None:
+        """Ctrl-C is exit code 130, without a message, even if an import suppresses exceptions."""
         call = (
             "import signal, sys\n"
             "class Finder:\n"
@@ -1049,7 +1031,7 @@ class TestProgram:
         )
         assert start("--help", program=python(call)).end() == (130, "", "")
 
-    def test_an_interrupt_while_it_exits(self, start: Start) -> None:
+    def test_an_interrupt_during_shutdown(self, start: Start) -> None:
         """Once a command has ended, Ctrl-C changes nothing."""
         call = (
             "import atexit, signal\n"
@@ -1060,7 +1042,7 @@ class TestProgram:
         assert (code, err) == (0, "")
 
     def test_script_and_module_are_the_same(self, start: Start) -> None:
-        """The script's `main` and `python -m` answer alike, and help names the exit codes."""
+        """The script's `main` and `python -m` print the same help, with the exit codes."""
         call = "from promptlayer_exec.__main__ import main; main()"
         script = start("--help", program=python(call))
         module = start("--help")
@@ -1068,15 +1050,35 @@ class TestProgram:
         assert script.end() == (code, out, err)
         assert (code, err) == (0, "")
         assert "Usage: promptlayer-exec" in out
-        assert "130  interrupted" in out
         assert "PROMPTLAYER_API_KEY" in out
 
+    def test_help_lists_the_exit_codes(self, call: Call) -> None:
+        """Every code has a line; those of a batch have descriptions of their own."""
+        listed = re.compile(r"^    (\d+) +(\S.*)$", re.MULTILINE)
+        codes = {str(code.value): code.description for code in ExitCode}
+        for command in (["--help"], ["run", "-h"], ["watch", "-h"], ["results", "-h"]):
+            assert dict(listed.findall(call(*command).end()[1])) == codes
+        codes = {str(code.value): code.batch_description for code in ExitCode}
+        assert codes.pop("3") == ""
+        for command in (["batch", "run", "--help"], ["batch", "work", "--help"]):
+            assert dict(listed.findall(call(*command).end()[1])) == codes
 
-class TestEnding:
-    """Endings that are nobody's wish."""
+    def test_help_shows_the_json_that_is_written(self, sim: Simulator, call: Call) -> None:
+        """The example in `watch --help` has the fields of a line of `watch --json`."""
+        text = call("watch", "--help").end()[1]
+        (example,) = re.findall(r'^ +({"execution_id".*?}}})$', text, re.MULTILINE | re.DOTALL)
+        shown = json.loads(example)
+        execution_id = sim.add_execution(DONE)
+        written = json.loads(call("watch", execution_id, "--json").end()[1])
+        assert list(shown) == list(written)
+        assert list(shown["nodes"]["Node 1"]) == list(written["nodes"]["reply"])
+
+
+class TestExit:
+    """How the program exits when something goes wrong."""
 
     def test_without_standard_error(self, sim: Simulator, start: Start) -> None:
-        """Where nothing can be told, the exit code is right all the same."""
+        """The exit code is right even if no error can be written."""
         held = sim.add_execution(HELD)
         failing = "RUN 2>/dev/full"
         commands = [
@@ -1087,21 +1089,21 @@ class TestEnding:
         assert [command.end()[0] for command in commands] == [3, 3, 2]
 
     def test_a_closed_standard_error(self, sim: Simulator, start: Start) -> None:
-        """A pipe that nobody reads is no broken standard output if it is standard error."""
+        """A broken pipe at standard error does not count as one at standard output."""
         command = start("watch", sim.add_execution(HELD), "--timeout", "0.4")
         command.line()
         assert command.process.stderr is not None
         command.process.stderr.close()
-        assert command.process.wait(PATIENCE) == 3
+        assert command.process.wait(TIMEOUT) == 3
 
     def test_without_standard_output(self, sim: Simulator, start: Start) -> None:
-        """Closed from the start, it takes everything."""
+        """If it is closed from the start, the output is discarded."""
         execution_id = sim.add_execution(DONE)
         command = start("watch", execution_id, program=redirected("RUN <&- >&-"))
         assert command.end() == (0, "", "")
 
-    def test_a_full_disk(self, sim: Simulator, start: Start) -> None:
-        """Standard output that fails is told in one line, and the code is 74, for every command."""
+    def test_a_full_disk_is_exit_code_74(self, sim: Simulator, start: Start) -> None:
+        """Every command reports in one line that standard output cannot be written."""
         execution_id = sim.add_execution(DONE)
         commands = [
             start(*arguments, program=redirected("RUN >/dev/full"))
@@ -1114,18 +1116,18 @@ class TestEnding:
                 ["--help"],
             )
         ]
-        told = "cannot write to standard output: No space left on device\n"
+        message = "cannot write to standard output: No space left on device\n"
         for command in commands:
-            assert command.end() == (74, "", told)
+            assert command.end() == (74, "", message)
 
-    def test_an_error_of_its_own(self, start: Start) -> None:
-        """It is shown with its traceback, and the code is not that of a failed execution."""
+    def test_an_unexpected_error_is_exit_code_70(self, start: Start) -> None:
+        """Its traceback is shown."""
         code, out, err = start("watch", 5, program=python(BROKEN)).end(traceback=True)
         assert (code, out) == (70, "")
-        assert "EOFError: what now?\nthis is a bug of promptlayer-exec: please report it" in err
+        assert "EOFError: what now?\nthis is a bug in promptlayer-exec: please report it" in err
 
     def test_interrupts_in_a_row(self, sim: Simulator, start: Start) -> None:
-        """However many interrupts come at once, it ends, with code 130 and without a traceback."""
+        """Several interrupts at once are exit code 130, without a traceback."""
         execution_id = sim.add_execution(HELD)
         commands = [start("watch", execution_id) for _ in range(4)]
         for command in commands:
@@ -1134,8 +1136,8 @@ class TestEnding:
                 command.process.send_signal(signal.SIGINT)
         assert [command.end()[0] for command in commands] == [130] * 4
 
-    def test_the_second_interrupt_is_obeyed_at_once(self, start: Start) -> None:
-        """Work that does not end when it is cancelled does not keep the process."""
+    def test_a_second_interrupt_ends_the_process_at_once(self, start: Start) -> None:
+        """Work that ignores its cancellation does not keep the process alive."""
         command = start("watch", 5, program=python(STUBBORN))
         command.line_with("ready")
         command.process.send_signal(signal.SIGINT)
@@ -1144,7 +1146,7 @@ class TestEnding:
         assert command.end() == (130, "", "")
 
     def test_in_the_background_of_a_script(self, sim: Simulator, start: Start) -> None:
-        """Where SIGINT is ignored from the start, it stays so."""
+        """If SIGINT is ignored from the start, it stays ignored."""
         execution_id = sim.add_execution(HELD)
         command = start("watch", execution_id, program=redirected("trap '' INT; RUN"))
         command.line()
@@ -1156,124 +1158,11 @@ class TestEnding:
         assert "succeeded" in out
 
 
-class TestTrouble:
-    """How a repeated request is told."""
-
-    @pytest.mark.parametrize(
-        ("error", "line"),
-        [
-            (
-                ConnectionFailed("no answer", reason="Name or service not known"),
-                "server unreachable, retrying in 2.3 s (Name or service not known)",
-            ),
-            (
-                RequestTimeout("no complete answer within 30 s"),
-                "no answer in time, retrying in 2.3 s (no complete answer within 30 s)",
-            ),
-            (
-                RateLimited("refused", status=429, server_message="slow\ndown"),
-                "too many requests, retrying in 2.3 s (429 slow\\ndown)",
-            ),
-            (
-                ServerError("failed", status=502, server_message="x" * 200),
-                f"server in trouble, retrying in 2.3 s (502 {'x' * 115}…)",
-            ),
-            (
-                InvalidResponse("the body is no JSON", status=200),
-                "answer unusable, retrying in 2.3 s (the body is no JSON)",
-            ),
-        ],
-        ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
-    )
-    def test_in_one_line(self, error: Exception, line: str) -> None:
-        """Each kind of trouble is one printable line with its reason and the delay."""
-        lines: list[str] = []
-        report_retries(lines.append)(RequestRetried(5, error, 2.34))
-        assert lines == [line]
-
-    def test_other_events_are_passed_over(self) -> None:
-        """What is no trouble is not told."""
-        lines: list[str] = []
-        snapshot = Snapshot(5, False, {})
-        event: Event = Polled(5, snapshot, duration=0.1, lateness=0.0, body_bytes=2)
-        report_retries(lines.append)(event)
-        assert lines == []
-
-
-class TestText:
-    """Text that is safe to show."""
-
-    def test_printable(self) -> None:
-        """What does not print is escaped as in JSON; spaces of all kinds and `keep` stay."""
-        assert printable("a\u00a0\u3000é日\n\t\x7f", keep="\n") == "a\u00a0\u3000é日\n\\t\\u007f"
-
-    def test_start_of_large_values(self) -> None:
-        """However large or deep a value is, its start is one short line, found without the rest."""
-        deep: list[Any] = []
-        for _ in range(100_000):
-            deep = [deep]
-        values = ("x" * 10**7, list(range(10**6)), deep)
-        tracemalloc.start()
-        starts = [start_of(value) for value in values]
-        _, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        assert peak < 10**6
-        assert [len(text) for text in starts] == [200, 200, 200]
-        assert [text[:3] + text[-1] for text in starts] == ['"xx…', "[0,…", "[[[…"]
-
-    @pytest.mark.parametrize(
-        ("node", "text"),
-        [
-            (Node("n", "QUEUED"), ""),
-            (Node("n", "SUCCESS"), "null"),
-            (Node("n", "RUNNING", "part"), '"part"'),
-            (Node("n", "FAILURE", "left over", "why"), "why"),
-        ],
-    )
-    def test_about_a_node(self, node: Node, text: str) -> None:
-        """A node shows its value once it has one, and its error if it failed."""
-        assert about(node) == text
-
-    @pytest.mark.parametrize(
-        ("message", "raw", "text"),
-        [
-            ("why", "details", "why"),
-            (None, "details", "details"),
-            ("", {"raw": "details"}, "details"),
-            (None, {"code": 7}, '{"code": 7}'),
-            (None, None, "the server gave no reason"),
-        ],
-    )
-    def test_the_reason_of_a_failure(self, message: str | None, raw: Any, text: str) -> None:
-        """It is the message, else what the details say."""
-        assert error_of(Node("n", "FAILED", None, message, raw)) == text
-
-    @pytest.mark.parametrize(
-        ("seconds", "text"),
-        [(0, "0.0 s"), (59.94, "59.9 s"), (59.96, "1 min 00 s"), (3600, "1 h 00 min")],
-    )
-    def test_duration(self, seconds: float, text: str) -> None:
-        """Durations are written in the units that people use."""
-        assert duration(seconds) == text
-
-    def test_running_time(self) -> None:
-        """It counts from when a node was seen running, and stops when it was final."""
-        assert running_time(NodeTimes(), 9.0) == ""
-        assert running_time(NodeTimes(2.0, None), 9.0) == "7.0 s"
-        assert running_time(NodeTimes(2.0, 5.0), 9.0) == "3.0 s"
-
-    def test_verdict(self) -> None:
-        """An end without an output is a failure even if no node failed."""
-        skipped = Node("n", "SKIPPED", is_output_node=True)
-        assert verdict(Snapshot(5, True, {"n": skipped})) == "failed, as no output node succeeded"
-        assert counted(Snapshot(5, True, {})) == "it has no nodes"
-
-
 class TestDemo:
-    """`demo`, whatever the settings are."""
+    """`demo`, with invalid settings in the environment."""
 
     def test_plain(self, demos: dict[str, Command], sim: Simulator) -> None:
-        """It shows every node, a skipped one too, the main output, and a program that runs."""
+        """It prints every node, including a skipped one, the main output, and a working program."""
         code, out, err = demos["plain"].end()
         assert (code, err) == (0, "")
         assert "\x1b" not in out
@@ -1291,13 +1180,13 @@ class TestDemo:
             env=env,
             capture_output=True,
             encoding="utf-8",
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             check=False,
         )
         assert (run.returncode, run.stdout, run.stderr) == (0, "reply SUCCESS\nGood\nday\n", "")
 
     def test_json(self, demos: dict[str, Command]) -> None:
-        """With --json it writes snapshots and nothing else."""
+        """With --json, it writes snapshots and nothing else."""
         code, out, err = demos["json"].end()
         assert (code, err) == (0, "")
         snapshots = [json.loads(line) for line in out.splitlines()]

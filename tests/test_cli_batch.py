@@ -1,7 +1,8 @@
-"""The `batch` commands: in this process, and in one of their own where it is killed."""
+"""The `batch` commands, in this process, or in one of their own if it is killed."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
@@ -23,14 +24,15 @@ import promptlayer_exec
 from promptlayer_exec.cli import _batch as commands
 from promptlayer_exec.cli import _batch_progress as shown
 from promptlayer_exec.cli._app import app
-from promptlayer_exec.dbos import BatchStatus
+from promptlayer_exec.cli._batch_files import ResultFile
+from promptlayer_exec.dbos import BatchStatus, StoredOutcome
 from promptlayer_exec.dbos import _batch as batches
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 PROGRAM = [sys.executable, "-W", "error", "-m", "promptlayer_exec", "batch"]
-PATIENCE = 45.0
+TIMEOUT = 45.0
 FIELDS = ["key", "execution_id", "succeeded", "output", "error", "started", "finished"]
 Start = Callable[..., "subprocess.Popen[str]"]
 Run = Callable[..., tuple[int, str, str]]
@@ -52,7 +54,7 @@ def sim() -> Iterator[Simulator]:
 
 @pytest.fixture
 def start(sim: Simulator, tmp_path: Path) -> Iterator[Start]:
-    """Start commands in a directory of their own; end those that are left."""
+    """Start commands in a temporary directory; end those that still run."""
     processes = []
 
     def start(*arguments: object, program: list[str] = PROGRAM, **options: Any) -> Any:
@@ -88,7 +90,7 @@ def run(sim: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         (stores, "_QUEUE_INTERVAL"),
         (workers, "_CHECK"),
         (batches, "_LOOK_AGAIN"),
-        (commands, "_REFRESH"),
+        (commands, "_REFRESH_INTERVAL"),
     ):
         monkeypatch.setattr(module, interval, 0.02)
 
@@ -103,7 +105,7 @@ def run(sim: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def write(path: Path, *lines: object) -> Path:
-    """Write a file of lines: texts as they are, others as JSON."""
+    """Write a file of lines: strings as they are, other values as JSON."""
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     path.write_text("".join(f"{text}\n" for text in texts))
     return path
@@ -117,7 +119,7 @@ def results(path: Path) -> list[dict[str, Any]]:
 def test_a_batch_is_run_and_its_results_are_written(
     sim: Simulator, run: Run, tmp_path: Path
 ) -> None:
-    """One line each; the summary has the failures by kind, and a second run adds nothing."""
+    """The summary has the failures by type, and a second run adds nothing."""
     file = write(
         tmp_path / "night.jsonl",
         {"inputs": {"n": 1}},
@@ -143,10 +145,10 @@ def test_a_batch_is_run_and_its_results_are_written(
     assert lines["c"]["error"]["type"] == "NotFound"
     assert sorted(str(run.body.get("metadata")) for run in sim.runs) == ["None", "{'job': '7'}"]
     text = (tmp_path / "out.jsonl").read_text()
-    (tmp_path / "out.jsonl").write_text(text.removesuffix("\n"))  # as if it was killed just then
+    (tmp_path / "out.jsonl").write_text(text.removesuffix("\n"))  # as after a kill
     code, _, err = run(*command)
     assert code == 1
-    assert err.startswith("batch night: 3 items, 3 of them known already\n")
+    assert err.startswith("batch night: 3 items, 3 already known\n")
     assert sorted((tmp_path / "out.jsonl").read_text()) == sorted(text)
     code, out, _ = run("run", file, "--workflow", "echo")
     assert (tmp_path / "promptlayer-batches.sqlite").exists()
@@ -157,10 +159,8 @@ def test_a_batch_is_run_and_its_results_are_written(
     assert err.startswith("batch night: 3 items: 1 succeeded, 2 failed, 0 unknown\n")
 
 
-def test_a_run_that_was_killed_goes_on(
-    sim: Simulator, start: Start, run: Run, tmp_path: Path
-) -> None:
-    """Each item has one result in the end, a line that was cut off is written anew."""
+def test_a_killed_run_is_continued(sim: Simulator, start: Start, run: Run, tmp_path: Path) -> None:
+    """Each item ends with one result, and an incomplete line is written again."""
     out = tmp_path / "out.jsonl"
     lines = [{"key": f"k{n}", "inputs": {"n": n}} for n in range(30)]
     file = write(tmp_path / "night.jsonl", *lines)
@@ -179,13 +179,13 @@ def test_a_run_that_was_killed_goes_on(
     assert max(Counter(run.inputs["n"] for run in sim.runs).values()) == 1
     unknown = sum(not line["succeeded"] for line in results(out))
     assert f"{30 - unknown} succeeded, 0 failed, {unknown} unknown" in err
-    assert ("unknown: nobody knows" in err) is (unknown > 0)
+    assert ("unknown: these runs may have started" in err) is (unknown > 0)
 
 
-def test_interrupted_it_tells_how_to_go_on(
+def test_an_interrupted_run_says_how_to_continue(
     sim: Simulator, start: Start, run: Run, tmp_path: Path
 ) -> None:
-    """What was started is not started again; others see how far it is."""
+    """A started run is not started again; other processes see the status."""
     file = write(tmp_path / "night.jsonl", {"key": "a", "inputs": {}})
     command = ("run", file, "--workflow", "held")
     process = start(*command)
@@ -198,9 +198,9 @@ def test_interrupted_it_tells_how_to_go_on(
         "",
     )
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=PATIENCE)
+    _, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130
-    assert err.endswith("interrupted; no item is lost: give the same command again to go on\n")
+    assert err.endswith("interrupted; no item is lost: run the same command again to continue\n")
     sim.finish(sim.runs[0].execution_id, "Answer")
     code, out, _ = run(*command)
     assert (code, json.loads(out)["output"], len(sim.runs)) == (0, 1, 1)
@@ -216,34 +216,36 @@ def test_interrupted_it_tells_how_to_go_on(
     }
 
 
-def test_bad_lines_are_told_with_their_numbers(sim: Simulator, run: Run, tmp_path: Path) -> None:
-    """All of them, before anything is stored or started."""
+def test_invalid_lines_are_reported_with_their_numbers(
+    sim: Simulator, run: Run, tmp_path: Path
+) -> None:
+    """All of them are reported before anything is stored or started."""
     bad = {
-        '{"key": 1}': '"key" is a string',
-        "not": "it is no JSON: Expecting value, column 1",
-        "[]": 'it is no JSON object such as {"key": "a", "inputs": {}}',
-        '{"inputs": []}': '"inputs" is an object',
-        '{"inputs": {"a": NaN}}': "NaN is no number of JSON's",
-        '{"input": {}}': "'input' is none of key, inputs, workflow, label, version, metadata",
-        '{"version": true}': '"version" is a number',
-        '{"metadata": {"a": 1}}': '"metadata" is an object of strings',
-        '{"label": "a", "version": 1}': '"label" and "version" exclude each other',
-        '{"key": ""}': '"key" is empty',
-        '{"workflow": ""}': 'it has no "workflow", and --workflow is not given',
+        '{"key": 1}': '"key" must be a string',
+        "not": "not valid JSON: Expecting value, column 1",
+        "[]": 'not a JSON object like {"key": "a", "inputs": {}}',
+        '{"inputs": []}': '"inputs" must be an object',
+        '{"inputs": {"a": NaN}}': "NaN is not a JSON number",
+        '{"input": {}}': "'input' is not one of key, inputs, workflow, label, version, metadata",
+        '{"version": true}': '"version" must be a number',
+        '{"metadata": {"a": 1}}': '"metadata" must be an object of strings',
+        '{"label": "a", "version": 1}': 'use "label" or "version", not both',
+        '{"key": ""}': '"key" must not be empty',
+        '{"workflow": ""}': '"workflow" is missing, and --workflow is not given',
     }
     file = write(tmp_path / "bad.jsonl", *bad, '{"key": "13"}', "{}", "[" * 100_000)
     code, out, err = run("run", file, "--workflow", "w")
     assert (code, out) == (2, "")
-    told = err.splitlines()
-    assert told[:11] == [f"line {number}: {why}" for number, why in enumerate(bad.values(), 1)]
-    assert told[11] == "line 13: the key '13' is that of line 12, too"
-    assert told[12].startswith("line 14: it cannot be read: ")
-    assert told[13].endswith("bad.jsonl has 13 lines that cannot be used; nothing was added")
+    lines = err.splitlines()
+    assert lines[:11] == [f"line {number}: {why}" for number, why in enumerate(bad.values(), 1)]
+    assert lines[11] == "line 13: the key '13' is already used in line 12"
+    assert lines[12].startswith("line 14: cannot be read: ")
+    assert lines[13].endswith("bad.jsonl has 13 invalid lines; nothing was added")
     assert not list(tmp_path.glob("*.sqlite"))
     (tmp_path / "latin").write_bytes(b'\xff{"key": "a"}\n' * 30)
     _, _, err = run("run", "latin", "--workflow", "w")
-    assert "line 1: it is not UTF-8 text: byte 1 is none of it" in err
-    assert "has 30 lines that cannot be used, of which 20 are shown" in err
+    assert "line 1: not UTF-8 text: byte 1 is invalid" in err
+    assert "has 30 invalid lines, 20 of them shown; nothing was added" in err
 
 
 @pytest.mark.parametrize(
@@ -252,22 +254,31 @@ def test_bad_lines_are_told_with_their_numbers(sim: Simulator, run: Run, tmp_pat
         (("run", "none.jsonl"), "cannot read none.jsonl: No such file or directory"),
         (("run", "empty"), "empty has no items"),
         (("run", "good", "--out", "none/out"), "cannot write to none/out: No such file"),
-        (("run", "good", "--out", "other"), "other, line 1, is no result: it is left as it is"),
-        (("run", "good", "--out", "note"), "note, line 1, is no result: it is left as it is"),
-        (("run", "good", "--out", "good"), "good, line 1, is no result: it is left as it is"),
-        (("run", "/dev/null"), "/dev/null is no file: it is read twice, so write the items to a"),
+        (
+            ("run", "good", "--out", "other"),
+            "other, line 1, is not a result; the file is unchanged",
+        ),
+        (
+            ("run", "good", "--out", "note"),
+            "note, line 1, is not a result; the file is unchanged",
+        ),
+        (
+            ("run", "good", "--out", "good"),
+            "good, line 1, is not a result; the file is unchanged",
+        ),
+        (("run", "/dev/null"), "/dev/null is read twice: write the items to a regular file first"),
         (("run", "good", "--db", "nothing"), "database_url is not a URL"),
         (("run", "long"), "an item's key is a text of 1 to 1000 bytes"),
-        (("run", "good", "--rate", "inf"), "it is a number, more than 0"),
-        (("run", "good", "--rate", "0"), "it is a number, more than 0"),
+        (("run", "good", "--rate", "inf"), "must be a number greater than 0"),
+        (("run", "good", "--rate", "0"), "must be a number greater than 0"),
         (("work",), "there is no database sqlite:///promptlayer-batches.sqlite"),
         (("status", "--name", "none", "--db", "sqlite:///empty"), "there is no batch 'none'"),
     ],
 )
-def test_what_cannot_be_done_is_told(
+def test_usage_errors_are_exit_code_2(
     run: Run, tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
-    """With exit code 2, and without harm to any file."""
+    """No file is changed."""
     (tmp_path / "empty").touch()
     (tmp_path / "good").write_text('{"key": "a", "workflow": "echo", "inputs": {"n": 1}}')
     (tmp_path / "note").write_text("mine, without a line break")
@@ -281,16 +292,16 @@ def test_what_cannot_be_done_is_told(
     assert (tmp_path / "good").stat().st_size > 0
 
 
-def test_unknown_items_are_restarted_when_told_to(
+def test_unknown_items_are_restarted_on_request(
     sim: Simulator, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The results have one more line of it, though their writer looks before it is restarted."""
+    """Each has a second result, even if the first is read just before the item is restarted."""
     file = write(tmp_path / "night", {"workflow": "echo", "inputs": {"n": 1}})
     command = ("run", file, "--out", "out")
     sim.inject(Fault.disconnect())
     code, _, err = run(*command)
     assert code == 1
-    assert "unknown: nobody knows whether these runs were started, and billed: look" in err
+    assert "unknown: these runs may have started and be billed: look in PromptLayer" in err
 
     looked = threading.Event()
     look, restart = stores.Store.outcomes, stores.Store.restart_unknown
@@ -312,18 +323,18 @@ def test_unknown_items_are_restarted_when_told_to(
 
 
 def test_a_run_with_nothing_to_do_says_so(run: Run, tmp_path: Path) -> None:
-    """The next night's file under the same name would otherwise pass for done."""
+    """Otherwise a new file under the same name would seem to have been run."""
     file = write(tmp_path / "night", {"workflow": "echo", "inputs": {"n": 1}})
     assert "another --name" not in run("run", file)[2]
     write(tmp_path / "night", {"workflow": "echo", "inputs": {"n": 2}})
     code, out, err = run("run", file)
     assert code == 0
     assert json.loads(out)["output"] == 1
-    assert "all of them ended before: to run them again, give the batch another --name\n" in err
+    assert "all of them have already finished: to run them again, use another --name\n" in err
 
 
-def test_an_outage_is_told_once(run: Run, tmp_path: Path) -> None:
-    """However many requests fail in it."""
+def test_an_outage_is_reported_once(run: Run, tmp_path: Path) -> None:
+    """The number of requests that fail in it does not matter."""
     file = write(tmp_path / "night", *({"workflow": "echo", "inputs": {}} for _ in range(10)))
     code, _, err = run("run", file, "--base-url", "http://127.0.0.1:9", "--outage", "0.7")
     assert code == 4
@@ -331,25 +342,25 @@ def test_an_outage_is_told_once(run: Run, tmp_path: Path) -> None:
     assert len(err.splitlines()) == 3
 
 
-def test_without_a_name_one_must_be_clear(
+def test_work_without_a_name_takes_the_only_batch(
     sim: Simulator, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`work` takes the only batch there is; of several it wants to be told which."""
+    """If there are several batches, `work` needs --name."""
     monkeypatch.setenv("PROMPTLAYER_EXEC_DB", "sqlite:///other.sqlite")
     file = write(tmp_path / "one", {"workflow": "echo", "inputs": {"n": 1}})
     assert run("run", file)[0] == 0
     assert run("run", file, "--name", "two")[0] == 0
     assert (tmp_path / "other.sqlite").exists()
     code, _, err = run("work")
-    assert (code, err) == (2, "give --name: the database has one, two\n")
+    assert (code, err) == (2, "give --name; batches in the database: one, two\n")
     assert run("work", "--name", "two")[0] == 0
     assert len(run("status")[1].splitlines()) == 2
 
 
-def test_a_refused_key_ends_it(
+def test_a_refused_key_is_exit_code_4(
     run: Run, tmp_path: Path, sim: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With exit code 4, as does a server that is away, and the items wait; none is exit code 2."""
+    """So is an unreachable server; the items wait. A missing key is exit code 2."""
     file = write(tmp_path / "night.jsonl", {"workflow": "echo", "inputs": {"n": 1}})
     monkeypatch.setenv("PROMPTLAYER_API_KEY", "")
     assert run("run", file)[0] == 2
@@ -357,23 +368,51 @@ def test_a_refused_key_ends_it(
     monkeypatch.setenv("PROMPTLAYER_API_KEY", "wrong")
     code, _, err = run("run", file)
     assert code == 4
-    assert err.endswith("; no item is lost: give the same command again to go on\n")
+    assert err.endswith("; no item is lost: run the same command again to continue\n")
     monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
     assert run("run", file, "--base-url", "http://127.0.0.1:9", "--outage", "0.01")[0] == 4
     assert run("run", file)[0] == 0
 
 
-def test_the_options_are_those_of_the_batch(run: Run) -> None:
-    """Its bounds, and what it does with unknown items."""
+def test_the_options_are_passed_to_the_batch(run: Run) -> None:
+    """The limits, and what to do with unknown items."""
     settings = commands.Settings("sqlite:///none", None, 3, 7.0, 1.0, True)
     batch = commands._batch("b", settings)
     assert (batch._max_in_flight, batch._rate, batch._restart_unknown) == (3, 7.0, True)
 
 
-def test_without_the_extra_it_says_what_to_install(
+def test_a_failing_result_file_is_reported(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And does nothing."""
+    """It stops the work on items that are still running, with exit code 2."""
+
+    def write_result(file: ResultFile, _outcome: StoredOutcome) -> None:
+        raise file._misuse(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+    monkeypatch.setattr(ResultFile, "write", write_result)
+    items = [{"workflow": "echo", "inputs": {"n": 1}}, {"workflow": "held"}]
+    code, _, err = run("run", write(tmp_path / "night", *items), "--out", "out")
+    assert code == 2
+    assert err.endswith(
+        "cannot write to out: No space left on device;"
+        " no item is lost: run the same command again to continue\n"
+    )
+
+
+def test_a_closed_standard_output_is_exit_code_141(start: Start, tmp_path: Path) -> None:
+    """It stops the work on items that are still running, without a message."""
+    items = [{"workflow": "echo", "inputs": {"n": n}} for n in range(2)]
+    file = write(tmp_path / "night", *items, {"workflow": "held"})
+    process = start("run", file)
+    process.stdout.close()
+    assert process.wait(TIMEOUT) == 141
+    assert process.stderr.read() == "batch night: 3 items\n"
+
+
+def test_without_the_extra_the_error_says_what_to_install(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exit code is 2."""
     monkeypatch.setitem(sys.modules, "promptlayer_exec.dbos", None)
     monkeypatch.delattr(promptlayer_exec, "dbos")
     file = write(tmp_path / "night.jsonl", {"workflow": "echo"})
@@ -382,27 +421,27 @@ def test_without_the_extra_it_says_what_to_install(
     assert "pip install 'promptlayer-exec[cli,dbos]'" in err
 
 
-def test_progress_tells_how_fast_and_how_long(
+def test_progress_has_the_rate_and_the_remaining_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where there is no terminal, in a line every ten seconds, from the last half minute."""
+    """Without a terminal it is a line every ten seconds; the rate is that of 30 seconds."""
     now = 100.0
     monkeypatch.setattr(shown.time, "monotonic", lambda: now)
     progress = shown.BatchProgress()
     for seconds, done in ((0.0, 3), (5.0, 50), (10.0, 103)):
         now = 100.0 + seconds
         progress.show(BatchStatus(400 - done, 0, done - 3, 2, 1, 400))
-    progress.warn("trouble")
+    progress.warn("problem")
     assert capsys.readouterr().err.splitlines() == [
         "103/400 done, 2 failed, 1 unknown, 10.0/s, 29.7 s left",
-        "trouble",
+        "problem",
     ]
 
 
 def test_a_terminal_gets_a_bar(
     sim: Simulator, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It tells how many are done and how many failed."""
+    """The bar shows how many items are done and how many failed."""
     lines = [{"inputs": {"n": "bad" if n == 3 else n}} for n in range(9)]
     file = write(tmp_path / "night.jsonl", *lines)
     leader, follower = pty.openpty()
@@ -413,12 +452,12 @@ def test_a_terminal_gets_a_bar(
             patched.setenv("TERM", "xterm")
             code, _, _ = run("run", file, "--workflow", "echo", "--out", "out")
         assert code == 1
-        assert "9/9 done, 1 failed" in text.result(PATIENCE)
+        assert "9/9 done, 1 failed" in text.result(TIMEOUT)
 
 
 def _read_to_the_end(terminal: IO[bytes]) -> str:
     text = b""
-    with suppress(OSError):  # EIO: nobody writes any more
+    with suppress(OSError):  # EIO: the other end is closed
         while part := terminal.read(65536):
             text += part
     return text.decode()

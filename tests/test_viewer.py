@@ -21,8 +21,8 @@ import pytest
 
 import promptlayer_exec.viewer
 from promptlayer_exec import ConfigurationError, Node, Session, Snapshot
-from promptlayer_exec.cli._ending import Misuse
-from promptlayer_exec.cli._view import TOKEN, _invite, view
+from promptlayer_exec.cli._exit import Misuse
+from promptlayer_exec.cli._viewer import TOKEN, _print_url, serve_page
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.viewer import Address, Board, listen, serve
 from promptlayer_exec.viewer._board import Card
@@ -412,7 +412,7 @@ async def test_a_run_is_started_and_followed(sim: Simulator, viewer: Viewer) -> 
 async def view_with(port: int = 0, *, is_demo: bool = False, **settings: Any) -> Any:
     """Run the command `view`."""
     given = {"host": "127.0.0.1", "base_url": None, "outage": 1.0, **settings}
-    return await view([], port=port, is_demo=is_demo, **given)
+    return await serve_page([], port=port, is_demo=is_demo, **given)
 
 
 async def test_usage_errors_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,7 +440,7 @@ def test_an_address_that_is_not_loopback_prints_a_warning(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Standard output has only the URL, so a program can read it."""
-    _invite("http://a.b/#token=t", is_loopback=False)
+    _print_url("http://a.b/#token=t", is_loopback=False)
     printed = capsys.readouterr()
     assert printed.out == "http://a.b/#token=t\n"
     assert printed.err.startswith("warning: other machines can reach this page")

@@ -1,4 +1,4 @@
-"""Draw watch.svg, what a terminal shows in the midst of the demo: `python docs/images/watch.py`."""
+"""Write watch.svg, a terminal halfway through the demo: `python docs/images/watch.py`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
 from promptlayer_exec import PollPolicy, Session, Snapshot
-from promptlayer_exec.cli._agent import support_agent
-from promptlayer_exec.cli._live import LiveView
+from promptlayer_exec.cli._display import LiveDisplay
+from promptlayer_exec.cli._workflows import support_agent
 from promptlayer_exec.simulator import Simulator
 
-# rich's own, less the font that it would fetch from a network.
+# rich's own format without the font, which would be loaded from the network.
 FORMAT = """\
 <svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 <style>
@@ -43,8 +43,8 @@ FORMAT = """\
 """
 
 
-async def midst() -> Snapshot:
-    """Return what a poll of the demo's agent saw when half of its nodes were final."""
+async def halfway() -> Snapshot:
+    """Return a snapshot of the demo's agent with half of the nodes final and two running."""
     async with (
         Simulator() as sim,
         Session(sim.api_key, base_url=sim.base_url, poll=PollPolicy.fixed(0.1)) as session,
@@ -59,11 +59,11 @@ async def midst() -> Snapshot:
 
 
 def main() -> None:
-    """Write the picture beside this file."""
+    """Write the picture next to this file."""
     console = Console(file=io.StringIO(), record=True, force_terminal=True, width=100)
-    view = LiveView(console)
-    view.show(asyncio.run(midst()))
-    console.print(view._render(), "")  # the picture's last line would be cut
+    display = LiveDisplay(console)
+    display.show(asyncio.run(halfway()))
+    console.print(display._render(), "")  # without an empty line, the last line is cut off
     console.save_svg(
         str(Path(__file__).with_name("watch.svg")),
         title="promptlayer-exec demo",

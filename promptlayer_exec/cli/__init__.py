@@ -1,5 +1,5 @@
 """The command line (extra `cli`): `promptlayer-exec`, or `python -m promptlayer_exec`."""
 
-from ._app import app, main
+from promptlayer_exec.cli._app import app, main
 
 __all__ = ["app", "main"]

@@ -1,46 +1,85 @@
-"""Durable batches: what the `batch` commands do."""
+"""The `batch` commands: their options, and what they do."""
+
+from __future__ import annotations
 
 import asyncio
 import json
-import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
-from contextlib import aclosing, closing, contextmanager
-from dataclasses import dataclass
+import math
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing, closing
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import attrs
+import typer
 
 from promptlayer_exec import RetryPolicy, Session
-
-from ._batch_lines import Inputs, Results
-from ._batch_progress import BatchProgress, Failures, counted, items
-from ._ending import ExitCode, Misuse, Subject
-from ._session import open_session
-from ._streams import err, out
-from ._text import printable
+from promptlayer_exec.cli._arguments import BaseUrl, JsonLines, Outage
+from promptlayer_exec.cli._batch_files import ItemFile, ResultFile
+from promptlayer_exec.cli._batch_progress import (
+    BatchProgress,
+    FailureSummary,
+    item_count,
+    status_line,
+)
+from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, help_epilog, run_command
+from promptlayer_exec.cli._session import open_session
+from promptlayer_exec.cli._stdio import err, out
+from promptlayer_exec.cli._text import printable
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import Batch, StoredOutcome
 
-_REFRESH = 0.25
+_REFRESH_INTERVAL = 0.25
 _SQLITE = "sqlite:///"
-_GO_ON = "no item is lost: give the same command again to go on"
+_DEFAULT_DATABASE = "sqlite:///promptlayer-batches.sqlite"
+_NOTE = "no item is lost: run the same command again to continue"
+_EPILOG = help_epilog(batch=True)
+
+batch_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Run many executions that survive a crash."
+)
 
 
-@dataclass(frozen=True)
+def _positive(value: float) -> float:
+    if not 0 < value < math.inf:
+        raise typer.BadParameter("must be a number greater than 0")
+    return value
+
+
+_Database = Annotated[
+    str,
+    typer.Option(
+        "--db",
+        metavar="URL",
+        envvar="PROMPTLAYER_EXEC_DB",
+        help="Database: sqlite:///FILE, or postgresql://... for several machines.",
+    ),
+]
+_MaxInFlight = Annotated[
+    int, typer.Option(min=1, help="Maximum number of items in progress, over all workers.")
+]
+_Rate = Annotated[
+    float,
+    typer.Option(
+        metavar="PER_SECOND",
+        callback=_positive,
+        help="Maximum requests per second, over all workers; one worker sends at most 100.",
+    ),
+]
+_RestartUnknown = Annotated[
+    bool,
+    typer.Option(
+        "--restart-unknown",
+        help="Start unknown items again, at the risk of paying for them twice.",
+    ),
+]
+
+
+@attrs.frozen
 class Settings:
-    """What `batch run` and `batch work` have in common.
-
-    Attributes:
-        database: its URL.
-        base_url: the server, if not the one from the environment.
-        max_in_flight: how many items are under way at most, over all workers.
-        rate: requests per second at most, over all workers.
-        outage: seconds for which a server in trouble is asked again.
-        restart_unknown: whether to start those again of which nobody knows.
-    """
+    """The settings that `batch run` and `batch work` share, as their options describe them."""
 
     database: str
     base_url: str | None
@@ -50,85 +89,143 @@ class Settings:
     restart_unknown: bool
 
 
-async def run_batch(
-    name: str,
-    path: Path,
-    workflow: str | None,
-    results: Path | None,
+@batch_app.command("run", epilog=_EPILOG)
+def _run(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON Lines, one item per line.")],
     *,
-    settings: Settings,
-    subject: Subject,
-) -> ExitCode:
-    """Add a file's items to a batch, work on it, and write the outcomes."""
-    inputs = Inputs(path, workflow)
-    with closing(Results(results)) as lines:
-        progress = BatchProgress()
-        batch = _batch(name, settings)
-        try:
-            new = await batch.add(inputs)
-        except (TypeError, ValueError) as error:
-            raise Misuse(str(error)) from error
-        subject.remark = _GO_ON
-        known = f", {inputs.count - new} of them known already" if new < inputs.count else ""
-        err(f"batch {printable(name)}: {items(inputs.count)}{known}")
-        if await _has_nothing_to_do(batch, settings):
-            err("all of them ended before: to run them again, give the batch another --name")
-        with progress.shown(), _outages_told(progress):
-            await _together(batch.work(), _follow(batch, progress), _write(batch.outcomes(), lines))
-    return await _conclude(name, batch)
+    workflow: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Name or id of the workflow, for lines without one."),
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="File for the results, continued if it exists; standard output gets all of them.",
+            show_default="standard output",
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Name of the batch.", show_default="FILE without its suffix"
+        ),
+    ] = None,
+    database: _Database = _DEFAULT_DATABASE,
+    max_in_flight: _MaxInFlight = 100,
+    rate: _Rate = 100,
+    restart_unknown: _RestartUnknown = False,
+    base_url: BaseUrl = None,
+    outage: Outage = 600,
+) -> None:
+    """Run the items of FILE, each once, and write their results.
+
+    Each line of FILE is one item:
+
+    \b
+      {"key": "a", "inputs": {"topic": "otters"}}
+
+    An item can also have a "workflow", a "label" or "version", and "metadata". Its default key is
+    the number of its line. Invalid lines are reported before anything starts.
+
+    Each line of the results is one finished item, in the order in which the items finish. Its
+    fields are key, execution_id, succeeded, output, error ({"type": ..., "message": ...} or null),
+    started and finished (UTC).
+
+    If the command stops for any reason, run it again to continue. A run that was started is watched
+    again, never started again. If a process is killed while it starts a run, there is no way to
+    find out whether the run was started; such an item ends as unknown, with the error StartUnknown.
+    To let other processes help, see `batch work`.
+    """  # noqa: D301 - \b is Typer's mark for preformatted text
+    settings = Settings(database, base_url, max_in_flight, rate, outage, restart_unknown)
+    subject = Subject()
+    batch_name = name or file.stem
+
+    async def work() -> ExitCode:
+        items = ItemFile(file, workflow)
+        with closing(ResultFile(results)) as result_file:
+            batch = _batch(batch_name, settings)
+            try:
+                new = await batch.add(items)
+            except (TypeError, ValueError) as error:
+                raise Misuse(str(error)) from error
+            subject.note = _NOTE
+            known = f", {items.count - new} already known" if new < items.count else ""
+            err(f"batch {printable(batch_name)}: {item_count(items.count)}{known}")
+            if await _has_nothing_to_do(batch, settings):
+                err("all of them have already finished: to run them again, use another --name")
+            await _work_on(batch, result_file)
+        return await _summarize(batch_name, batch)
+
+    raise typer.Exit(run_command(work(), subject))
 
 
-async def work_on_batch(name: str | None, settings: Settings, subject: Subject) -> ExitCode:
-    """Work on a batch that is there."""
-    name = _chosen(name, await _names(settings.database))
-    subject.remark = _GO_ON
-    progress = BatchProgress()
-    batch = _batch(name, settings)
-    with progress.shown(), _outages_told(progress):
-        await _together(batch.work(), _follow(batch, progress))
-    return await _conclude(name, batch)
+@batch_app.command("work", epilog=_EPILOG)
+def _work(
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Name of the batch.", show_default="the only batch"),
+    ] = None,
+    database: _Database = _DEFAULT_DATABASE,
+    max_in_flight: _MaxInFlight = 100,
+    rate: _Rate = 100,
+    *,
+    restart_unknown: _RestartUnknown = False,
+    base_url: BaseUrl = None,
+    outage: Outage = 600,
+) -> None:
+    """Work on a batch until all of its items have finished.
+
+    Other processes can work on it at the same time, also on other machines with the same PostgreSQL
+    database. The death of a worker is noticed within 30 seconds, and the others take over its
+    items.
+    """
+    settings = Settings(database, base_url, max_in_flight, rate, outage, restart_unknown)
+    subject = Subject()
+
+    async def work() -> ExitCode:
+        chosen = _choose(name, await _names(database))
+        subject.note = _NOTE
+        batch = _batch(chosen, settings)
+        await _work_on(batch)
+        return await _summarize(chosen, batch)
+
+    raise typer.Exit(run_command(work(), subject))
 
 
-async def show_status(name: str | None, database: str, *, as_json: bool) -> ExitCode:
-    """Print how far the batches of a database are."""
-    names = await _names(database)
-    for each in names if name is None else [_chosen(name, names)]:
-        status = await _extra().Batch(each, database_url=database, session=Session).status()
-        fields = {"batch": each} | attrs.asdict(status)
-        out(json.dumps(fields) if as_json else counted(each, status))
-    return ExitCode.SUCCEEDED
+@batch_app.command("status")
+def _status(
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Name of the batch.", show_default="all batches"),
+    ] = None,
+    database: _Database = _DEFAULT_DATABASE,
+    *,
+    as_json: JsonLines = False,
+) -> None:
+    """Print the progress of the batches in a database."""
+
+    async def work() -> ExitCode:
+        names = await _names(database)
+        for each in names if name is None else [_choose(name, names)]:
+            status = await _dbos().Batch(each, database_url=database, session=Session).status()
+            fields = {"batch": each} | attrs.asdict(status)
+            out(json.dumps(fields) if as_json else status_line(each, status))
+        return ExitCode.SUCCEEDED
+
+    raise typer.Exit(run_command(work(), Subject()))
 
 
-async def _has_nothing_to_do(batch: "Batch", settings: Settings) -> bool:
+async def _has_nothing_to_do(batch: Batch, settings: Settings) -> bool:
     status = await batch.status()
     restarted = status.unknown if settings.restart_unknown else 0
     return status.finished - restarted == status.total
 
 
-class _Teller(logging.Handler):
-    """Tells what the log warns of: of an outage once, however many requests fail in it."""
-
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        super().__init__(logging.WARNING)
-        self._tell = tell
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._tell(printable(record.getMessage()))
-
-
-@contextmanager
-def _outages_told(progress: BatchProgress) -> Iterator[None]:
-    log, teller = logging.getLogger("promptlayer_exec"), _Teller(progress.warn)
-    log.addHandler(teller)
+def _dbos() -> ModuleType:
     try:
-        yield
-    finally:
-        log.removeHandler(teller)
-
-
-def _extra() -> ModuleType:
-    try:
-        from promptlayer_exec import dbos  # noqa: PLC0415 - an extra of its own
+        from promptlayer_exec import dbos  # noqa: PLC0415 - an extra
     except ModuleNotFoundError as error:
         raise Misuse(
             "batches need the extra dbos: pip install 'promptlayer-exec[cli,dbos]'"
@@ -136,13 +233,13 @@ def _extra() -> ModuleType:
     return dbos
 
 
-def _batch(name: str, settings: Settings) -> "Batch":
+def _batch(name: str, settings: Settings) -> Batch:
     def session() -> Session:
         retry = RetryPolicy(outage=settings.outage, watch_outage=settings.outage)
         return open_session(settings.base_url, retry)
 
-    session()  # so that a missing key is told before anything is stored
-    batch: Batch = _extra().Batch(
+    session()  # reports a missing key before anything is stored
+    batch: Batch = _dbos().Batch(
         name,
         database_url=settings.database,
         session=session,
@@ -153,68 +250,78 @@ def _batch(name: str, settings: Settings) -> "Batch":
     return batch
 
 
-def _check_there(database: str) -> None:
-    """Keep a question from making an empty file."""
-    if database.startswith(_SQLITE) and not Path(database.removeprefix(_SQLITE)).exists():
-        raise Misuse(f"there is no database {printable(database)}")
-
-
 async def _names(database: str) -> list[str]:
-    _check_there(database)
-    names: list[str] = await _extra().batch_names(database)
+    if _is_missing_file(database):
+        raise Misuse(f"there is no database {printable(database)}")
+    names: list[str] = await _dbos().batch_names(database)
     return names
 
 
-def _chosen(name: str | None, names: list[str]) -> str:
+def _is_missing_file(database: str) -> bool:
+    """Return whether opening the database would create an empty file."""
+    return database.startswith(_SQLITE) and not Path(database.removeprefix(_SQLITE)).exists()
+
+
+def _choose(name: str | None, names: list[str]) -> str:
     if name is None and len(names) == 1:
         return names[0]
     if name in names:
         return name
     known = ", ".join(map(printable, names)) or "none"
     what = "give --name" if name is None else f"there is no batch '{printable(name)}'"
-    raise Misuse(f"{what}: the database has {known}")
+    raise Misuse(f"{what}; batches in the database: {known}")
 
 
-async def _together(*works: Coroutine[Any, Any, object]) -> None:
-    """Do works until the first has ended that must not go on alone, or fails."""
+async def _work_on(batch: Batch, results: ResultFile | None = None) -> None:
+    """Work on a batch until all of its items have finished, and show its progress."""
+    progress = BatchProgress()
+    with progress.shown():
+        works = [batch.work(), _follow(batch, progress)]
+        if results is not None:
+            works.append(_write(batch.outcomes(), results))
+        await _run_together(*works)
+
+
+async def _run_together(*works: Coroutine[Any, Any, object]) -> None:
+    """Run coroutines at the same time; if one fails, cancel the others and raise its error."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    for task in tasks:
+    for task in done:
         task.result()
 
 
-async def _follow(batch: "Batch", progress: BatchProgress) -> None:
+async def _follow(batch: Batch, progress: BatchProgress) -> None:
     while True:
         status = await batch.status()
         progress.show(status)
         if status.finished == status.total:
             return
-        await asyncio.sleep(_REFRESH)
+        await asyncio.sleep(_REFRESH_INTERVAL)
 
 
-async def _write(outcomes: "AsyncGenerator[StoredOutcome, None]", lines: Results) -> None:
+async def _write(outcomes: AsyncGenerator[StoredOutcome, None], file: ResultFile) -> None:
     async with aclosing(outcomes):
         async for outcome in outcomes:
-            lines.write(outcome)
+            file.write(outcome)
 
 
-async def _conclude(name: str, batch: "Batch") -> ExitCode:
-    failures = Failures()
+async def _summarize(name: str, batch: Batch) -> ExitCode:
+    failures = FailureSummary()
     async with aclosing(batch.outcomes()) as outcomes:
         async for outcome in outcomes:
-            failures.see(outcome)
+            failures.add(outcome)
     status = await batch.status()
-    err(counted(name, status))
+    err(status_line(name, status))
     for line in failures.lines():
         err(line)
     if status.unknown:
         err(
-            "unknown: nobody knows whether these runs were started, and billed: look in"
-            " PromptLayer, then start them again with --restart-unknown, or leave them"
+            "unknown: these runs may have started and be billed: look in PromptLayer, then start"
+            " them again with --restart-unknown, or leave them"
         )
     return ExitCode.SUCCEEDED if status.succeeded == status.total else ExitCode.FAILED

@@ -1,4 +1,6 @@
-"""The session that the commands use, and how its troubles are told."""
+"""The session that the commands use."""
+
+from __future__ import annotations
 
 import os
 import warnings
@@ -9,6 +11,7 @@ from promptlayer_exec import (
     ConnectionFailed,
     Event,
     Observer,
+    PollPolicy,
     RateLimited,
     RequestRetried,
     RequestTimeout,
@@ -16,9 +19,9 @@ from promptlayer_exec import (
     Session,
     StatusError,
 )
-
-from ._streams import err
-from ._text import printable, shorten
+from promptlayer_exec.cli._stdio import err
+from promptlayer_exec.cli._text import printable, shorten
+from promptlayer_exec.simulator import Simulator
 
 
 def open_session(
@@ -31,10 +34,10 @@ def open_session(
     """Return a session with the key from the environment.
 
     Args:
-        base_url: the server, if not the one from the environment.
-        retry: what to survive.
-        warn: told of every request that will be repeated, if it is to be.
-        wait_timeout: the session's.
+        base_url: the server; None takes the one from the environment.
+        retry: which failures the session survives.
+        warn: called with a line for each request that will be retried.
+        wait_timeout: the session's `wait_timeout`, in seconds.
 
     Raises:
         ConfigurationError: a setting is malformed, or there is no key.
@@ -56,25 +59,36 @@ def open_session(
     return session
 
 
+def demo_session(simulator: Simulator, warn: Callable[[str], None]) -> Session:
+    """Return a session on a simulator that polls often enough to see short nodes running."""
+    return Session(
+        simulator.api_key,
+        base_url=simulator.base_url,
+        poll=PollPolicy(floor=0.2, ceiling=0.4),
+        observers=[report_retries(warn)],
+    )
+
+
 def report_retries(warn: Callable[[str], None]) -> Observer:
-    """Return an observer that tells in one line of each request that will be repeated."""
+    """Return an observer that calls `warn` with a line for each request that will be retried."""
 
     def observe(event: Event) -> None:
         if isinstance(event, RequestRetried):
-            what, why = _trouble(event.error)
+            what, why = _describe(event.error)
             reason = shorten(printable(why), 120)
             warn(f"{what}, retrying in {event.delay:.1f} s ({reason})")
 
     return observe
 
 
-def _trouble(error: Exception) -> tuple[str, str]:
+def _describe(error: Exception) -> tuple[str, str]:
+    """Return what failed and why."""
     if isinstance(error, ConnectionFailed):
         return "server unreachable", error.reason
     if isinstance(error, RequestTimeout):
-        return "no answer in time", str(error.args[0])
+        return "request timed out", str(error.args[0])
     if isinstance(error, RateLimited):
         return "too many requests", f"{error.status} {error.message}"
     if isinstance(error, StatusError):
-        return "server in trouble", f"{error.status} {error.message}"
-    return "answer unusable", str(error.args[0])
+        return "server error", f"{error.status} {error.message}"
+    return "unusable response", str(error.args[0])

@@ -1,70 +1,74 @@
-"""A simulated PromptLayer in the foreground, to try the other commands and one's own code on."""
+"""The command `simulate`: a simulated PromptLayer in the foreground."""
+
+from __future__ import annotations
 
 import asyncio
 import time
 from contextlib import AsyncExitStack, suppress
 from typing import NoReturn
 
-from promptlayer_exec.simulator import Scenario, SimNode, SimRequest, Simulator
+import typer
 
-from ._agent import LETTER, support_agent
-from ._ending import ExitCode
-from ._streams import err, out
-from ._text import printable
+from promptlayer_exec.cli._arguments import Host, Port, listen_failure
+from promptlayer_exec.cli._exit import PROGRAM, ExitCode, Misuse, Subject, run_command
+from promptlayer_exec.cli._stdio import out
+from promptlayer_exec.cli._text import printable
+from promptlayer_exec.cli._workflows import support_agent
+from promptlayer_exec.simulator import Scenario, SimNode, SimRequest, Simulator
 
 _HELD = "read letter"
 _WORKFLOW = "support-agent"
-_FIRST = SimNode(_HELD, "Dear all, ...", None)
+
+
+def _incomplete(node: SimNode) -> Scenario:
+    first = SimNode(_HELD, "Dear all, ...", None)
+    return Scenario([first, node, SimNode("final reply", after=[node.name], is_output_node=True)])
+
+
 _EXECUTIONS = {
     1: ("ten nodes, succeeds after seven seconds", support_agent(reading=None)),
     2: ("a node fails, so there is no reply", support_agent(reading=None, failing=True)),
     3: (
-        "a node takes an unknown status: never complete",
-        Scenario(
-            [
-                _FIRST,
-                SimNode("approve", None, 1.0, after=[_HELD], status="AWAITING_APPROVAL"),
-                SimNode("final reply", after=["approve"], is_output_node=True),
-            ]
-        ),
+        "a node gets an unknown status: never complete",
+        _incomplete(SimNode("approve", None, 1.0, after=[_HELD], status="AWAITING_APPROVAL")),
     ),
     4: (
         "a node never ends: try --timeout 5, or Ctrl-C",
-        Scenario(
-            [
-                _FIRST,
-                SimNode("think", None, None, after=[_HELD]),
-                SimNode("final reply", after=["think"], is_output_node=True),
-            ]
-        ),
+        _incomplete(SimNode("think", None, None, after=[_HELD])),
     ),
 }
 
 
-async def simulate(host: str, port: int) -> ExitCode:
-    """Serve until cancelled, which is its ordinary end."""
+def simulate(port: Port = 8787, host: Host = "127.0.0.1") -> None:
+    """Serve a simulated PromptLayer.
+
+    Use it to try `run`, `watch`, `results` and your own code. It prints its base URL, its key and
+    the ids of some executions, and then every request, until Ctrl-C, with exit code 0.
+    """
+    raise typer.Exit(run_command(_serve(host, port), Subject()))
+
+
+async def _serve(host: str, port: int) -> ExitCode:
     requests: asyncio.Queue[SimRequest] = asyncio.Queue()
     simulator = Simulator(host=host, port=port, log_requests=False, on_request=requests.put_nowait)
     for execution_id, (_, scenario) in _EXECUTIONS.items():
         simulator.add_execution(scenario, execution_id=execution_id)
-    simulator.add_workflow(_WORKFLOW, lambda inputs: support_agent(inputs.get("letter", LETTER)))
-    async with AsyncExitStack() as serving:
+    simulator.add_workflow(_WORKFLOW, support_agent)
+    async with AsyncExitStack() as stack:
         try:
-            await serving.enter_async_context(simulator)
-        except (OSError, UnicodeError) as error:  # the latter for a malformed name
-            reason = error.strerror if isinstance(error, OSError) else None
-            err(f"cannot listen on {host}, port {port}: {reason or error}")
-            return ExitCode.USAGE
-        out(_invitation(simulator))
+            await stack.enter_async_context(simulator)
+        except (OSError, UnicodeError) as error:
+            raise Misuse(listen_failure(host, port, error)) from None
+        out(_introduction(simulator))
         with suppress(asyncio.CancelledError):
-            await _attend(simulator, requests)
+            await _print_requests(simulator, requests)
     return ExitCode.SUCCEEDED
 
 
-def _invitation(simulator: Simulator) -> str:
+def _introduction(simulator: Simulator) -> str:
     watch = "\n".join(
-        f"  promptlayer-exec watch {execution_id}   # {what}"
-        for execution_id, (what, _) in _EXECUTIONS.items()
+        f"  {PROGRAM} watch {execution_id}   # {description}"
+        for execution_id, (description, _) in _EXECUTIONS.items()
     )
     return f"""\
 A simulated PromptLayer listens at {simulator.base_url} (Ctrl-C ends it).
@@ -75,24 +79,21 @@ In another terminal:
   export PROMPTLAYER_API_KEY={simulator.api_key}
 {watch}
 
-Each begins when it is first asked for. To start another one like the first:
+Each execution begins at its first request. To start another one like the first:
 
-  promptlayer-exec run {_WORKFLOW} -i letter="Where is my refund?"
+  {PROGRAM} run {_WORKFLOW} -i letter="Where is my refund?"
 
 Requests:"""
 
 
-async def _attend(simulator: Simulator, requests: asyncio.Queue[SimRequest]) -> NoReturn:
-    """Tell of every request, and let an execution begin when it is asked for first."""
+async def _print_requests(simulator: Simulator, requests: asyncio.Queue[SimRequest]) -> NoReturn:
+    """Print every request, and let an execution begin at its first one."""
     waiting = {str(execution_id): execution_id for execution_id in _EXECUTIONS}
     while True:
         request = await requests.get()
-        out(f"{time.strftime('%H:%M:%S')} {_line(request)}")
-        asked = waiting.pop(request.query.get("workflow_version_execution_id", ""), None)
-        if asked is not None:
-            simulator.finish(asked, _HELD)
-
-
-def _line(request: SimRequest) -> str:
-    query = "&".join(f"{name}={value}" for name, value in request.query.items())
-    return printable(f"{request.method} {request.path}{'?' if query else ''}{query}")
+        query = "&".join(f"{name}={value}" for name, value in request.query.items())
+        path = f"{request.path}?{query}" if query else request.path
+        out(printable(f"{time.strftime('%H:%M:%S')} {request.method} {path}"))
+        requested = request.query.get("workflow_version_execution_id", "")
+        if (execution_id := waiting.pop(requested, None)) is not None:
+            simulator.finish(execution_id, _HELD)

@@ -1,4 +1,6 @@
-"""Writing to standard output and standard error, line by line."""
+"""Standard output and standard error, written line by line."""
+
+from __future__ import annotations
 
 import io
 import os
@@ -8,10 +10,9 @@ from typing import TextIO
 
 
 class OutputFailed(Exception):
-    """Standard output could not be written to; `__cause__` tells why.
+    """Standard output could not be written; `__cause__` is the `OSError`.
 
-    It is no `OSError`: those may be anything's, and Typer and Rich have endings of their own for a
-    broken pipe.
+    It is not an `OSError` itself: Typer and Rich handle a broken pipe in their own ways.
     """
 
 
@@ -32,7 +33,7 @@ class _Output(io.TextIOWrapper):
 
 
 class _Errors(io.TextIOWrapper):
-    """Standard error: where it fails there is nobody to tell, and the exit code says enough."""
+    """Standard error. Failures are ignored: they cannot be reported, and the exit code remains."""
 
     def write(self, text: str, /) -> int:
         with suppress(OSError):
@@ -45,20 +46,20 @@ class _Errors(io.TextIOWrapper):
 
 
 def guard_streams() -> None:
-    """Let the standard streams take any text, and fail as their classes say; closed ones take all.
+    """Make the standard streams accept any text, and fail as their classes say.
 
-    What their encoding lacks is escaped.
+    Characters that a stream's encoding lacks are escaped. A closed stream discards all text.
     """
     sys.stdout = _guarded(sys.stdout, _Output)
     sys.stderr = _guarded(sys.stderr, _Errors)
 
 
-def _guarded(stream: TextIO | None, kind: type[_Output] | type[_Errors]) -> TextIO:
+def _guarded(stream: TextIO | None, kind: type[_Output | _Errors]) -> TextIO:
     if stream is None:
-        # Never closed, as the interpreter flushes it at the very end.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        return kind(open(nowhere, "wb", closefd=False), "utf-8")
-    if not isinstance(stream, io.TextIOWrapper):  # somebody else's
+        # Never closed: the interpreter flushes it when it exits.
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        return kind(open(devnull, "wb", closefd=False), "utf-8")
+    if not isinstance(stream, io.TextIOWrapper):  # replaced by the caller
         return stream
     encoding = stream.encoding
     line_buffering, write_through = stream.line_buffering, stream.write_through
@@ -72,17 +73,17 @@ def _guarded(stream: TextIO | None, kind: type[_Output] | type[_Errors]) -> Text
 
 
 def out(text: str) -> None:
-    """Write a line to standard output, at once."""
+    """Write a line to standard output and flush it."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
 def err(text: str) -> None:
-    """Write a line to standard error, at once."""
+    """Write a line to standard error and flush it."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
 
 def discard_output() -> None:
-    """Send what is still buffered nowhere: the interpreter flushes once more when it exits."""
+    """Discard what standard output still buffers: the interpreter flushes it when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

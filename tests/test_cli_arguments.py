@@ -1,4 +1,4 @@
-"""What the command line's options `-i` and `--metadata` can say."""
+"""The options `-i` and `--metadata`, and the parsing of their values."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import typer
 
-from promptlayer_exec.cli._inputs import read_inputs, read_metadata
+from promptlayer_exec.cli._arguments import read_inputs, read_metadata
 
 
 @pytest.fixture
 def stdin(monkeypatch: pytest.MonkeyPatch) -> io.BytesIO:
-    """Return the bytes that standard input holds."""
+    """Return a buffer that replaces standard input."""
     data = io.BytesIO()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(data))
     return data
@@ -44,20 +44,20 @@ class TestInputs:
     def test_key_and_value(
         self, argument: str, inputs: dict[str, Any], capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """A value is JSON, or a text where it is no JSON; the key ends at the first `=`."""
+        """A value is JSON, or text if it is not valid JSON; the key ends at the first `=`."""
         assert read_inputs([argument]) == inputs
         assert capsys.readouterr().err == ""
 
     @pytest.mark.parametrize("value", ["[1, 2", "{name: 3}", '"half'])
-    def test_a_slip_in_json(self, value: str, capsys: pytest.CaptureFixture[str]) -> None:
-        """What begins like JSON but is none is sent as text, with a warning that tells where."""
+    def test_invalid_json(self, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+        """Invalid JSON is sent as text, with a warning that says where the mistake is."""
         assert read_inputs([f"x={value}"]) == {"x": value}
         err = capsys.readouterr().err
-        assert err.startswith("warning: the value of 'x' begins like JSON but is none")
+        assert err.startswith("warning: the value of 'x' looks like JSON but is not valid")
         assert "line 1, column" in err
 
     def test_files(self, tmp_path: Path) -> None:
-        """`KEY@FILE` is the text of a file to the last byte, `@FILE` a JSON object of inputs."""
+        """`KEY@FILE` is the whole text of a file, and `@FILE` a JSON object of inputs."""
         text = tmp_path / "a=b@c.txt"
         text.write_bytes(b"\xef\xbb\xbf[1]\r\n")
         inputs = tmp_path / "inputs.json"
@@ -66,15 +66,15 @@ class TestInputs:
         assert read_inputs([f"@{inputs}"]) == {"n": 3, "letter": "日"}
 
     def test_standard_input(self, stdin: io.BytesIO) -> None:
-        """It is the file with the name `-`."""
+        """The file name `-` stands for standard input."""
         stdin.write(b'{"n": 3}')
         stdin.seek(0)
         assert read_inputs(["@-"]) == {"n": 3}
         stdin.seek(0)
         assert read_inputs(["letter@-"]) == {"letter": '{"n": 3}'}
 
-    def test_the_last_of_a_key_counts(self, tmp_path: Path) -> None:
-        """Inputs of a file can be changed, and those before it are."""
+    def test_the_last_value_of_a_key_wins(self, tmp_path: Path) -> None:
+        """Inputs override those of an earlier file, and a file overrides earlier inputs."""
         path = tmp_path / "inputs.json"
         path.write_text('{"a": 1, "b": 1}')
         assert read_inputs(["a=0", "c=0", f"@{path}", "b=2"]) == {"a": 1, "b": 2, "c": 0}
@@ -82,11 +82,11 @@ class TestInputs:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["letter"], "'letter' is none of KEY=VALUE, KEY@FILE and @FILE"),
+            (["letter"], "'letter' is not KEY=VALUE, KEY@FILE or @FILE"),
             (["=3"], "'=3' has no key before the '='"),
             (["name=\udcff"], "'name=\\udcff' is not text in this terminal's encoding"),
-            (["name=NaN"], "the text is written 'name=\"NaN\"'"),
-            (["name=-1e999"], "is no number of JSON's"),
+            (["name=NaN"], "to send it as text, write 'name=\"NaN\"'"),
+            (["name=-1e999"], "is not a JSON number"),
             (["n=" + "1" * 5000], "the value of 'n' cannot be read: Exceeds the limit"),
             (["deep=" + "[" * 100_000], "the value of 'deep' cannot be read"),
             (["@/no/such/file"], "cannot read '/no/such/file': No such file or directory"),
@@ -95,7 +95,7 @@ class TestInputs:
         ],
     )
     def test_errors(self, arguments: list[str], message: str) -> None:
-        """What cannot be understood is refused, with what it is and why."""
+        """An invalid argument is refused with the reason."""
         with pytest.raises(typer.BadParameter) as caught:
             read_inputs(arguments)
         assert message in caught.value.message
@@ -104,15 +104,15 @@ class TestInputs:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (b'{"a": 1,\n "b" 2}', "is no JSON: Expecting ':' delimiter, line 2, column 6"),
-            (b"", "is no JSON: Expecting value, line 1, column 1"),
-            (b"[1]", 'must hold a JSON object, such as {"name": "Maria"}, not \'[1]\''),
-            (b'{"a": "\xff"}', "is not UTF-8 text: byte 8 is none of it"),
+            (b'{"a": 1,\n "b" 2}', "is not valid JSON: Expecting ':' delimiter, line 2, column 6"),
+            (b"", "is not valid JSON: Expecting value, line 1, column 1"),
+            (b"[1]", 'must contain a JSON object like {"name": "Maria"}, not \'[1]\''),
+            (b'{"a": "\xff"}', "is not UTF-8 text: byte 8 is invalid"),
             (b"[" * 100_000, "cannot be read: "),
         ],
     )
     def test_errors_in_files(self, content: bytes, message: str, tmp_path: Path) -> None:
-        """A file that holds no JSON object is refused by its name, with the place."""
+        """A file without a JSON object is refused with its name and the position."""
         path = tmp_path / "x.json"
         path.write_bytes(content)
         with pytest.raises(typer.BadParameter) as caught:
@@ -121,7 +121,7 @@ class TestInputs:
         assert message in caught.value.message
 
     def test_without_standard_input(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Where it is closed from the start, that is what is told."""
+        """If standard input is closed from the start, the error says so."""
         monkeypatch.setattr(sys, "stdin", None)
         with pytest.raises(typer.BadParameter, match="cannot read standard input: it is closed"):
             read_inputs(["@-"])
@@ -131,12 +131,12 @@ class TestMetadata:
     """`--metadata`."""
 
     def test_strings(self) -> None:
-        """Every value is a string as it is; the last of a key counts."""
+        """Every value is text; the last value of a key wins."""
         assert read_metadata(["run=7", "a=b=@c", "run=8"]) == {"run": "8", "a": "b=@c"}
 
     @pytest.mark.parametrize("argument", ["run", "=7", "run@file", "run=\udcff"])
     def test_errors(self, argument: str) -> None:
-        """What is no `KEY=VALUE` is refused."""
+        """An argument that is not `KEY=TEXT` is refused."""
         with pytest.raises(typer.BadParameter) as caught:
             read_metadata([argument])
         assert caught.value.param_hint == "'--metadata'"

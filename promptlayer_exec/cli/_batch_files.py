@@ -1,4 +1,6 @@
-"""The file of inputs of a batch, and the file of its results."""
+"""The files of a batch: its items, and its results."""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Iterator
@@ -6,16 +8,15 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from promptlayer_exec import StartRequest
-
-from ._ending import Misuse
-from ._streams import err, out
-from ._text import printable, shorten
+from promptlayer_exec.cli._exit import Misuse
+from promptlayer_exec.cli._stdio import err, out
+from promptlayer_exec.cli._text import printable, shorten
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import StoredOutcome
 
-_SHOWN = 20
-_BEGINNING = b'{"key": "'
+_MAX_SHOWN = 20
+_RESULT_START = b'{"key": "'
 _FIELDS = {
     "key": (str, "a string"),
     "inputs": (dict, "an object"),
@@ -26,48 +27,55 @@ _FIELDS = {
 }
 
 
-class Inputs:
-    """The items that a file gives, one a line.
+class InvalidLine(Exception):
+    """A line is not an item; the message says why."""
+
+
+class ItemFile:
+    """The items in a file of JSON Lines. Each iteration reads the file again.
 
     Args:
         path: the file.
-        workflow: for the lines that name none.
+        workflow: the workflow of lines that name none.
+
+    Attributes:
+        count: how many items there are.
 
     Raises:
-        Misuse: it cannot be read, or some lines are wrong: all of them are told.
+        Misuse: the file cannot be read, or has invalid lines, which were reported.
     """
 
     def __init__(self, path: Path, workflow: str | None) -> None:
         self._path = path
+        self._name = printable(str(path))
         self._workflow = workflow
         self.count = 0
         self._check()
 
     def _check(self) -> None:
-        name = printable(str(self._path))
         if self._path.is_fifo() or self._path.is_char_device():
-            raise Misuse(f"{name} is no file: it is read twice, so write the items to a file first")
+            raise Misuse(f"{self._name} is read twice: write the items to a regular file first")
         problems = []
-        lines: dict[str, int] = {}
+        first_lines: dict[str, int] = {}
         for number, text in self._lines():
             try:
                 request = _request(number, text, self._workflow)
-            except _Wrong as error:
+            except InvalidLine as error:
                 problems.append(f"line {number}: {error}")
                 continue
-            first = lines.setdefault(request.key, number)
+            first = first_lines.setdefault(request.key, number)
             if first != number:
-                quoted = shorten(printable(request.key), 100)
-                problems.append(f"line {number}: the key '{quoted}' is that of line {first}, too")
+                key = shorten(printable(request.key), 100)
+                problems.append(f"line {number}: the key '{key}' is already used in line {first}")
             self.count += 1
         if problems:
-            for problem in problems[:_SHOWN]:
+            for problem in problems[:_MAX_SHOWN]:
                 err(problem)
-            count = f"{len(problems)} line{'s' * (len(problems) > 1)}"
-            shown = f", of which {_SHOWN} are shown" if len(problems) > _SHOWN else ""
-            raise Misuse(f"{name} has {count} that cannot be used{shown}; nothing was added")
+            count = f"{len(problems)} invalid line{'s' * (len(problems) > 1)}"
+            shown = f", {_MAX_SHOWN} of them shown" if len(problems) > _MAX_SHOWN else ""
+            raise Misuse(f"{self._name} has {count}{shown}; nothing was added")
         if not self.count:
-            raise Misuse(f"{name} has no items")
+            raise Misuse(f"{self._name} has no items")
 
     def __iter__(self) -> Iterator[StartRequest]:
         for number, text in self._lines():
@@ -81,37 +89,32 @@ class Inputs:
                     if text.strip():
                         yield number, text
         except OSError as error:
-            name = printable(str(self._path))
-            raise Misuse(f"cannot read {name}: {error.strerror or error}") from error
-
-
-class _Wrong(Exception):
-    """A line gives no item; it says why."""
+            raise Misuse(f"cannot read {self._name}: {error.strerror or error}") from error
 
 
 def _request(number: int, text: bytes, workflow: str | None) -> StartRequest:
-    """Return the item that a line gives.
+    """Return the item of a line.
 
     Raises:
-        _Wrong: it gives none.
+        InvalidLine: the line is not an item.
     """
-    fields = _object(text)
+    fields = _fields(text)
     for name, value in fields.items():
         if name not in _FIELDS:
             known = ", ".join(_FIELDS)
-            raise _Wrong(f"'{shorten(printable(name), 40)}' is none of {known}")
+            raise InvalidLine(f"'{shorten(printable(name), 40)}' is not one of {known}")
         kind, expected = _FIELDS[name]
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise _Wrong(f'"{name}" is {expected}')
+            raise InvalidLine(f'"{name}" must be {expected}')
     if not all(isinstance(value, str) for value in fields.get("metadata", {}).values()):
-        raise _Wrong('"metadata" is an object of strings')
+        raise InvalidLine('"metadata" must be an object of strings')
     if "label" in fields and "version" in fields:
-        raise _Wrong('"label" and "version" exclude each other')
+        raise InvalidLine('use "label" or "version", not both')
     workflow = fields.get("workflow", workflow)
     if workflow is None or workflow == "":
-        raise _Wrong('it has no "workflow", and --workflow is not given')
+        raise InvalidLine('"workflow" is missing, and --workflow is not given')
     if fields.get("key") == "":
-        raise _Wrong('"key" is empty')
+        raise InvalidLine('"key" must not be empty')
     return StartRequest(
         workflow,
         fields.get("inputs", {}),
@@ -122,34 +125,33 @@ def _request(number: int, text: bytes, workflow: str | None) -> StartRequest:
     )
 
 
-def _object(text: bytes) -> dict[str, Any]:
+def _fields(text: bytes) -> dict[str, Any]:
+    """Return the fields of a line; null stands for a missing field, except for the inputs."""
     try:
-        fields = json.loads(text.decode(), parse_constant=_refuse)
+        fields = json.loads(text.decode(), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
-        raise _Wrong(f"it is not UTF-8 text: byte {error.start + 1} is none of it") from error
+        raise InvalidLine(f"not UTF-8 text: byte {error.start + 1} is invalid") from error
     except json.JSONDecodeError as error:
-        raise _Wrong(f"it is no JSON: {error.msg}, column {error.colno}") from error
-    except (ValueError, RecursionError) as error:  # too many digits, or too deep
-        raise _Wrong(f"it cannot be read: {error}") from error
+        raise InvalidLine(f"not valid JSON: {error.msg}, column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
+        raise InvalidLine(f"cannot be read: {error}") from error
     if not isinstance(fields, dict):
-        raise _Wrong('it is no JSON object such as {"key": "a", "inputs": {}}')
-    if not isinstance(fields.get("inputs", {}), dict):
-        raise _Wrong('"inputs" is an object')
-    return {name: value for name, value in fields.items() if value is not None}
+        raise InvalidLine('not a JSON object like {"key": "a", "inputs": {}}')
+    return {name: value for name, value in fields.items() if value is not None or name == "inputs"}
 
 
-def _refuse(constant: str) -> NoReturn:
-    raise _Wrong(f"{constant} is no number of JSON's")
+def _refuse_constant(constant: str) -> NoReturn:
+    raise InvalidLine(f"{constant} is not a JSON number")
 
 
-class Results:
-    """Where outcomes go, one a line: a file that is continued, or standard output.
+class ResultFile:
+    """The results, one a line: a file that is continued, or standard output.
 
     Args:
-        path: the file; None for standard output.
+        path: the file; None stands for standard output.
 
     Raises:
-        Misuse: it cannot be written to, or holds something else.
+        Misuse: the file cannot be written, or contains something else.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -165,24 +167,24 @@ class Results:
                 raise self._misuse(error) from error
 
     def _continue(self, path: Path, file: IO[bytes]) -> None:
+        """Record what the file contains, and cut off an incomplete last line."""
         file.seek(0)
         end = 0
         for number, line in enumerate(file, 1):
             try:
-                outcome = _outcome(line)
+                outcome = _parse_result(line)
             except (ValueError, TypeError, KeyError) as error:
                 self.close()
-                raise Misuse(
-                    f"{printable(str(path))}, line {number}, is no result: it is left as it is"
-                ) from error
+                where = f"{printable(str(path))}, line {number}"
+                raise Misuse(f"{where}, is not a result; the file is unchanged") from error
             if outcome is None:
                 break
             self._written.add(outcome)
             end += len(line)
         file.truncate(end)
 
-    def write(self, outcome: "StoredOutcome") -> None:
-        """Write a line at once, unless it is there already."""
+    def write(self, outcome: StoredOutcome) -> None:
+        """Write a line and flush it, unless the file already contains it."""
         if self._file is None:
             out(outcome.to_json())
             return
@@ -203,20 +205,21 @@ class Results:
         return Misuse(f"cannot write to {printable(str(self._path))}: {error.strerror or error}")
 
 
-def _outcome(line: bytes) -> tuple[str, str] | None:
-    """Return the key of the outcome that a line holds, and when it was known.
+def _parse_result(line: bytes) -> tuple[str, str] | None:
+    """Return the key and the finishing time of a result.
 
-    None stands for a line that a process did not write to its end, because it was killed.
+    Returns:
+        None if the line is incomplete, because the process that wrote it was killed.
 
     Raises:
-        ValueError, TypeError, KeyError: the line is somebody else's.
+        ValueError, TypeError, KeyError: the line is not a result.
     """
     is_whole = line.endswith(b"\n")
     try:
         fields = json.loads(line)
     except ValueError:
-        if is_whole or line[: len(_BEGINNING)] != _BEGINNING[: len(line)]:
+        if is_whole or line[: len(_RESULT_START)] != _RESULT_START[: len(line)]:
             raise
         return None
-    outcome = (str(fields["key"]), str(fields["finished"]))
-    return outcome if is_whole else None
+    result = (str(fields["key"]), str(fields["finished"]))
+    return result if is_whole else None

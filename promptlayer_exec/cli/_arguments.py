@@ -1,0 +1,184 @@
+"""Arguments and options that commands share, and the values of `--input` and `--metadata`."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from promptlayer_exec.cli._stdio import err
+from promptlayer_exec.cli._text import printable, shorten
+
+MAX_ID = 2**63 - 1
+_STDIN = "-"
+
+
+def seconds(value: float) -> float:
+    """Return the value of an option in seconds.
+
+    Raises:
+        typer.BadParameter: it is negative, infinite or not a number.
+    """
+    if not 0 <= value < math.inf:
+        raise typer.BadParameter("must be a number of seconds, 0 or more")
+    return value
+
+
+ExecutionId = Annotated[
+    int, typer.Argument(metavar="ID", min=1, max=MAX_ID, help="Id of the execution.")
+]
+JsonLines = Annotated[bool, typer.Option("--json", help="Write JSON Lines.")]
+BaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Server to use.",
+        show_default="$PROMPTLAYER_BASE_URL or https://api.promptlayer.com",
+    ),
+]
+Outage = Annotated[
+    float,
+    typer.Option(
+        metavar="SECONDS",
+        callback=seconds,
+        help="Maximum time to keep retrying while the server is unreachable or failing.",
+    ),
+]
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[
+    int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free port.")
+]
+
+
+def listen_failure(host: str, port: int, error: OSError | UnicodeError) -> str:
+    """Return why a server cannot listen; a `UnicodeError` stands for a malformed host name."""
+    # socket.create_server repeats the address after the reason.
+    reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+    return f"cannot listen on {host}, port {port}: {reason}"
+
+
+def read_inputs(arguments: Iterable[str]) -> dict[str, Any]:
+    """Return the input variables given with `--input`; the last value of a key wins.
+
+    Raises:
+        typer.BadParameter: an argument is malformed, or its file cannot be read.
+    """
+    parts = [_split(argument) for argument in arguments]
+    if sum(part[1:] == ("@", _STDIN) for part in parts) > 1:
+        _refuse("standard input can be read only once; use @- only once")
+    inputs: dict[str, Any] = {}
+    for key, separator, rest in parts:
+        if separator == "=":
+            inputs[key] = _parse_value(key, rest)
+        elif key:
+            inputs[key] = _read_text(rest)
+        else:
+            inputs |= _read_object(rest)
+    return inputs
+
+
+def read_metadata(arguments: Iterable[str]) -> dict[str, str]:
+    """Return the texts given with `--metadata`; the last text of a key wins.
+
+    Raises:
+        typer.BadParameter: an argument is not `KEY=TEXT`.
+    """
+    metadata = {}
+    for argument in arguments:
+        _check_encoding(argument, "--metadata")
+        key, separator, text = argument.partition("=")
+        if not (key and separator):
+            _refuse(f"{_quoted(argument)} is not KEY=TEXT", "--metadata")
+        metadata[key] = text
+    return metadata
+
+
+def _split(argument: str) -> tuple[str, str, str]:
+    """Return the key, the separator and the rest of an input; the key of `@FILE` is empty."""
+    _check_encoding(argument)
+    match = re.fullmatch(r"([^=@]*)([=@])(.*)", argument, re.DOTALL)
+    if match is None:
+        _refuse(f"{_quoted(argument)} is not KEY=VALUE, KEY@FILE or @FILE")
+    key, separator, rest = match.groups()
+    if separator == "=" and not key:
+        _refuse(f"{_quoted(argument)} has no key before the '='")
+    return key, separator, rest
+
+
+def _parse_value(key: str, text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if text.lstrip().startswith(("[", "{", '"')):
+            err(
+                f"warning: the value of {_quoted(key)} looks like JSON but is not valid, and is"
+                f" sent as text: {_position(error)}"
+            )
+        return text
+    except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
+        _refuse(f"the value of {_quoted(key)} cannot be read: {error}")
+    if isinstance(value, float) and not math.isfinite(value):
+        _refuse(
+            f"the value of {_quoted(key)} is not a JSON number; to send it as text, write"
+            f" '{printable(key)}={printable(json.dumps(text))}'"
+        )
+    return value
+
+
+def _read_object(path: str) -> dict[str, Any]:
+    name = _file_name(path)
+    try:
+        value = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        _refuse(f"{name} is not valid JSON: {_position(error)}")
+    except (ValueError, RecursionError) as error:
+        _refuse(f"{name} cannot be read: {error}")
+    if not isinstance(value, dict):
+        start = _quoted(json.dumps(value))
+        _refuse(f'{name} must contain a JSON object like {{"name": "Maria"}}, not {start}')
+    return value
+
+
+def _read_text(path: str) -> str:
+    try:
+        data = _read_stdin() if path == _STDIN else Path(path).read_bytes()
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        _refuse(f"cannot read {_file_name(path)}: {error.strerror or error}")
+    except UnicodeDecodeError as error:
+        _refuse(f"{_file_name(path)} is not UTF-8 text: byte {error.start + 1} is invalid")
+
+
+def _read_stdin() -> bytes:
+    if sys.stdin is None:
+        raise OSError("it is closed")
+    return sys.stdin.buffer.read()
+
+
+def _check_encoding(argument: str, option: str = "--input") -> None:
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        _refuse(f"{_quoted(argument)} is not text in this terminal's encoding", option)
+
+
+def _file_name(path: str) -> str:
+    return "standard input" if path == _STDIN else _quoted(path)
+
+
+def _position(error: json.JSONDecodeError) -> str:
+    return f"{error.msg}, line {error.lineno}, column {error.colno}"
+
+
+def _quoted(text: str) -> str:
+    return f"'{shorten(printable(text), 100)}'"
+
+
+def _refuse(message: str, option: str = "--input") -> NoReturn:
+    raise typer.BadParameter(message, param_hint=f"'{option}'")

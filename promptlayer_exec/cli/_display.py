@@ -1,0 +1,205 @@
+"""How an execution is displayed while it is watched."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeAlias
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from promptlayer_exec import Node, NodeStatus, Snapshot
+from promptlayer_exec.cli._stdio import err, out
+from promptlayer_exec.cli._text import (
+    duration,
+    failure_reason,
+    final_count,
+    node_detail,
+    printable,
+    result_line,
+    running_time,
+)
+
+_STYLES = {
+    NodeStatus.QUEUED: "dim",
+    NodeStatus.RUNNING: "yellow",
+    NodeStatus.SUCCESS: "green",
+    NodeStatus.FAILED: "bold red",
+    NodeStatus.SKIPPED: "dim",
+}
+_BAR_WIDTH = 40
+_MAX_NAME_WIDTH = 24
+
+
+class _LineDisplay:
+    """Writes lines to standard output, and warnings to standard error."""
+
+    def __init__(self) -> None:
+        self._previous: Snapshot | None = None
+
+    def waiting(self, _text: str) -> AbstractContextManager[None]:
+        """Return a context for the display."""
+        return nullcontext()
+
+    def warn(self, text: str) -> None:
+        """Write a problem."""
+        err(text)
+
+
+class PlainDisplay(_LineDisplay):
+    """Writes a line for each change of a node, and one for the end of the execution."""
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Write what changed since the last snapshot."""
+        names = [len(printable(name)) for name in snapshot.nodes]
+        width = min(max(names, default=0), _MAX_NAME_WIDTH)
+        for change in snapshot.diff(self._previous):
+            node = change.node
+            columns = f"{printable(node.name):<{width}}  {printable(node.status):<7}"
+            out(f"{snapshot.elapsed:7.1f} s  {columns}  {node_detail(node)}".rstrip())
+        self._previous = snapshot
+        if snapshot.complete:
+            out(result_line(snapshot))
+
+
+class JsonDisplay(_LineDisplay):
+    """Writes a JSON object for each snapshot with a change."""
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Write the snapshot if anything changed."""
+        previous, self._previous = self._previous, snapshot
+        if previous is None or snapshot.complete or snapshot.diff(previous):
+            out(json.dumps(snapshot.to_dict()))
+
+
+class LiveDisplay:
+    """A table of all nodes under a progress line, redrawn in place.
+
+    Args:
+        console: the terminal.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._snapshot: Snapshot | None = None
+        self._shown_at = 0.0
+        self._warning = ""
+        self._spinner = Spinner("line")
+        self._live = Live(console=console)
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Draw `text` until the first snapshot; when the context ends, the last one stays."""
+        self._spinner.update(text=Text(text))
+        # A new one each time: it erases as many lines as its last refresh wrote.
+        self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=8)
+        self._live.start()
+        try:
+            yield
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self._warning = ""
+        self._live.transient = self._snapshot is None
+        self._live.stop()
+        if self._snapshot is not None and self._snapshot.complete:
+            self._console.print("", *_summary(self._snapshot), sep="\n", soft_wrap=True)
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Replace the snapshot shown before."""
+        self._snapshot, self._shown_at = snapshot, time.monotonic()
+        self._warning = ""
+        self._live.refresh()
+
+    def warn(self, text: str) -> None:
+        """Show the problem above the table until the next snapshot."""
+        self._warning = text
+        self._live.refresh()
+
+    def _render(self) -> RenderableType:
+        warning = [Text(self._warning, style="yellow")] if self._warning else []
+        snapshot = self._snapshot
+        if snapshot is None:
+            return Group(self._spinner, *warning)
+        now = snapshot.elapsed
+        if not snapshot.complete:
+            now += time.monotonic() - self._shown_at
+        return Group(_progress_line(snapshot, now), *warning, "", node_table(snapshot, now))
+
+
+Display: TypeAlias = LiveDisplay | PlainDisplay | JsonDisplay
+
+
+def choose_display(*, as_json: bool) -> Display:
+    """Return the display that suits standard output."""
+    if as_json:
+        return JsonDisplay()
+    console = Console()
+    if sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal:
+        return LiveDisplay(console)
+    return PlainDisplay()
+
+
+def _progress_line(snapshot: Snapshot, now: float) -> Table:
+    # Above the table: a terminal with too few lines cuts off the bottom.
+    grid = Table.grid(padding=(0, 1))
+    for max_width in (None, _BAR_WIDTH, None, None):
+        grid.add_column(max_width=max_width)
+    grid.add_row(
+        Text(f"execution {snapshot.execution_id}", style="bold", no_wrap=True),
+        ProgressBar(total=1.0, completed=snapshot.progress),
+        Text(final_count(snapshot), no_wrap=True),
+        Text(duration(now), style="dim", no_wrap=True),
+    )
+    return grid
+
+
+def node_table(snapshot: Snapshot, now: float | None = None) -> Table:
+    """Return a table of all nodes, in the server's order.
+
+    Args:
+        snapshot: the nodes.
+        now: the current time, in seconds since the watch began; None omits the running times.
+    """
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for heading in ("Node", "Status", *([] if now is None else ["Time"]), "Value"):
+        table.add_column(heading, justify="right" if heading == "Time" else "left")
+    for node in snapshot.nodes.values():
+        times = []
+        if now is not None:
+            times.append(Text(running_time(snapshot.times[node.name], now), no_wrap=True))
+        table.add_row(
+            _cell(printable(node.name)),
+            _cell(printable(node.status), _style(node)),
+            *times,
+            _cell(node_detail(node), "red" if node.status == NodeStatus.FAILED else ""),
+        )
+    return table
+
+
+def _style(node: Node) -> str:
+    return _STYLES[node.status] if isinstance(node.status, NodeStatus) else "magenta"
+
+
+def _cell(text: str, style: str = "") -> Text:
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
+
+
+def _summary(snapshot: Snapshot) -> list[Text]:
+    lines = []
+    for node in snapshot.failed_nodes:
+        line = Text.assemble((printable(node.name), "bold red"), ": ")
+        lines.append(line.append(printable(failure_reason(node), keep="\n\t")))
+    result = Text(result_line(snapshot))
+    style = "bold green" if snapshot.succeeded else "bold red"
+    result.stylize(style, end=result.plain.index(" after "))
+    return [*lines, result]

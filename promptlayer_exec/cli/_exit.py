@@ -1,0 +1,236 @@
+"""How a command ends: exit codes, signals, and the report of an error."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Coroutine
+from enum import IntEnum
+from types import FrameType
+from typing import Any, Self, TypeVar
+
+import attrs
+
+from promptlayer_exec import (
+    ConfigurationError,
+    ExecutionTimeout,
+    RequestError,
+    RetryPolicy,
+    StartUnknown,
+    StatusError,
+)
+from promptlayer_exec.cli._stdio import OutputFailed, discard_output, err, out
+from promptlayer_exec.cli._text import printable
+
+PROGRAM = "promptlayer-exec"
+_T = TypeVar("_T")
+_ENVIRONMENT = """\
+\b
+Environment:
+  PROMPTLAYER_API_KEY  the API key; it cannot be given as an option
+"""
+
+
+class ExitCode(IntEnum):
+    """The exit codes, with their descriptions.
+
+    Attributes:
+        description: what the code means for a command on one execution.
+        batch_description: what it means for a `batch` command; empty if they do not use it.
+    """
+
+    description: str
+    batch_description: str
+
+    SUCCEEDED = 0, "the execution succeeded", "every item succeeded"
+    FAILED = 1, "the execution failed", "some items failed or are unknown"
+    USAGE = 2, "the command was used incorrectly, or the API key is missing"
+    TIMED_OUT = 3, "the execution was not complete in time", ""
+    REFUSED = (
+        4,
+        "the API refused a request or could not be reached",
+        "the API refused a request or could not be reached; the items wait",
+    )
+    BUG = 70, "an error in this program"  # EX_SOFTWARE of sysexits.h
+    OUTPUT_FAILED = 74, "standard output could not be written"  # EX_IOERR
+    INTERRUPTED = 130, "interrupted"
+    BROKEN_PIPE = 141, "standard output was closed"
+    TERMINATED = 143, "terminated"
+
+    def __new__(cls, value: int, description: str, batch_description: str | None = None) -> Self:
+        code = int.__new__(cls, value)
+        code._value_ = value
+        code.description = description
+        code.batch_description = description if batch_description is None else batch_description
+        return code
+
+
+def help_epilog(*, batch: bool = False) -> str:
+    """Return the end of a help text: where the key comes from, and the exit codes."""
+    texts = {code: code.batch_description if batch else code.description for code in ExitCode}
+    lines = [f"  {code.value:<3}  {text}" for code, text in texts.items() if text]
+    return "\n".join([_ENVIRONMENT, "\b", "Exit codes:", *lines])
+
+
+class Misuse(Exception):
+    """The command cannot do what it was asked to do; nothing was sent."""
+
+
+class Interrupted(Exception):
+    """The process received SIGINT."""
+
+
+class Terminated(Exception):
+    """The process received SIGTERM."""
+
+
+# Every error that can be expected to end a command early.
+_EXIT_CODES: dict[type[Exception], ExitCode] = {
+    Misuse: ExitCode.USAGE,
+    ConfigurationError: ExitCode.USAGE,
+    ExecutionTimeout: ExitCode.TIMED_OUT,
+    StartUnknown: ExitCode.REFUSED,
+    RequestError: ExitCode.REFUSED,
+    Interrupted: ExitCode.INTERRUPTED,
+    Terminated: ExitCode.TERMINATED,
+}
+
+
+@attrs.define
+class Subject:
+    """What a command works on; the report of its error names it.
+
+    Attributes:
+        execution_id: the execution, as soon as it is known.
+        base_url: the server, if it was given as an option.
+        resumable: whether the report shows how to watch the execution again.
+        note: what an error says in addition while there is no execution.
+    """
+
+    execution_id: int | None = None
+    base_url: str | None = None
+    resumable: bool = False
+    note: str = ""
+
+    def command(self, name: str) -> str:
+        """Return a command on the execution, for the user to type."""
+        option = "" if self.base_url is None else f" --base-url {shlex.quote(self.base_url)}"
+        return f"{PROGRAM} {name} {self.execution_id}{option}"
+
+
+def run_command(
+    work: Coroutine[Any, Any, ExitCode], subject: Subject, *, as_json: bool = False
+) -> ExitCode:
+    """Run the work of a command, report its error if it fails, and return the exit code.
+
+    Args:
+        work: returns the exit code. SIGINT and SIGTERM cancel it.
+        subject: what the command works on.
+        as_json: whether an error is also written to standard output, as a line of JSON.
+    """
+    try:
+        return asyncio.run(_run_command(work, subject, as_json=as_json))
+    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - Typer hides some
+        return report_crash(error)
+
+
+async def _run_command(
+    work: Coroutine[Any, Any, ExitCode], subject: Subject, *, as_json: bool
+) -> ExitCode:
+    # Reported inside the loop: closing it takes long while a host name is being resolved.
+    try:
+        return await _until_signal(work)
+    except tuple(_EXIT_CODES) as error:
+        return _report(error, subject, as_json=as_json)
+
+
+async def _until_signal(work: Coroutine[Any, Any, _T]) -> _T:
+    """Await the work; cancel it at the first signal, and exit the process at the second.
+
+    These handlers run between any two instructions, even while standard output blocks. Handlers
+    of the event loop do not, and closing the loop would restore KeyboardInterrupt, which could
+    interrupt the closing of the loop or of a session and make it hang.
+
+    Raises:
+        Interrupted: SIGINT cancelled the work.
+        Terminated: SIGTERM cancelled the work.
+    """
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(work)
+    received: int | None = None
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        nonlocal received
+        if received is not None:
+            os._exit(128 + number)
+        received = number
+        loop.call_soon_threadsafe(task.cancel)
+
+    previous = {
+        number: signal.signal(number, handle)
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) is not signal.SIG_IGN  # as in a script's background job
+    }
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if received is None:
+            raise
+        stopped = Interrupted if received == signal.SIGINT else Terminated
+        raise stopped(stopped.__name__.lower()) from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _report(error: Exception, subject: Subject, *, as_json: bool) -> ExitCode:
+    code = next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
+    message = str(error)
+    execution_id = subject.execution_id
+    says_if_started = isinstance(error, ExecutionTimeout | StartUnknown)
+    if execution_id is None and subject.note and not says_if_started:
+        message = f"{message.rstrip('.')}; {subject.note}"
+    message = printable(message)
+    err(message)
+    can_go_on = code is not ExitCode.USAGE and not _is_permanent(error)
+    if execution_id is not None and subject.resumable and can_go_on:
+        command = subject.command("watch")
+        err(f"execution {execution_id} is not affected; pick it up again with:\n  {command}")
+    if as_json:
+        fields = {
+            "type": type(error).__name__,
+            "message": message,
+            "execution_id": None if execution_id is None else str(execution_id),
+        }
+        out(json.dumps({"error": fields}))
+    return code
+
+
+def _is_permanent(error: Exception) -> bool:
+    """Return whether the server refused the id or the key itself, so that a retry cannot help."""
+    return (
+        isinstance(error, StatusError)
+        and error.last_snapshot is None
+        and error.status not in RetryPolicy().statuses
+    )
+
+
+def report_crash(error: BaseException) -> ExitCode:
+    """Report an unexpected error, or a failure of standard output, and return the exit code."""
+    match error:
+        case OutputFailed(__cause__=BrokenPipeError()):
+            discard_output()
+            return ExitCode.BROKEN_PIPE
+        case OutputFailed(__cause__=OSError() as cause):
+            discard_output()
+            err(f"cannot write to standard output: {cause.strerror or cause}")
+            return ExitCode.OUTPUT_FAILED
+        case _:
+            traceback.print_exception(error, file=sys.stderr)
+            err("this is a bug in promptlayer-exec: please report it with the lines above")
+            return ExitCode.BUG

@@ -1,0 +1,159 @@
+"""Simulated workflows that `demo`, `simulate` and `view --demo` show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from promptlayer_exec.simulator import Scenario, SimNode, Simulator
+
+_LETTER = "I was charged twice for my October plan. Could you look into it? Maria Rossi"
+_REPLY = """\
+Dear Ms. Rossi,
+
+you are right: your October plan was charged twice, on the 1st and on the 3rd.
+We have refunded the second payment of 29.00 EUR; it will reach you within five days.
+
+Kind regards, your support team"""
+_NO_INDEX = "The handbook index is not available: HTTP 503 from vector-store"
+_PAGE = """\
+<html><head><title>The Eurasian otter</title></head>
+<body><script>alert("a page's script is only text here")</script>
+<p>Otters of the Danube delta eat mostly fish.</p></body></html>"""
+_REPORT = """\
+# Otters of the Danube delta
+
+Numbers have doubled since 2009. Two of the three counts agree; the third one
+covers the southern arm alone, and is left out."""
+_CLOSED = "Purchase order PO-4711 is closed: the ERP answered 409 Conflict"
+_TRACEBACK = f"""\
+Traceback (most recent call last):
+  File "/app/nodes/match_order.py", line 41, in run
+    order = erp.reserve(invoice["order"], amount=invoice["total"])
+  File "/app/clients/erp.py", line 118, in reserve
+    raise OrderClosed(message)
+OrderClosed: {_CLOSED}"""
+
+DEMO_RUNS: Mapping[str, Mapping[str, Any]] = {
+    "support-agent": {"letter": _LETTER},
+    "research-report": {"topic": "otters"},
+    "invoice-check": {"invoice": "INV-2093"},
+}
+
+
+def add_demo_workflows(simulator: Simulator) -> None:
+    """Add the workflows of `DEMO_RUNS` to a simulator."""
+    simulator.add_workflow("support-agent", support_agent)
+    simulator.add_workflow("research-report", _research_report)
+    simulator.add_workflow("invoice-check", _invoice_check)
+
+
+def demo_note() -> str:
+    """Return the note on the viewer's page that explains the demonstration."""
+    inputs = json.dumps({"topic": "newts"})
+    return (
+        "This is a demonstration on a simulated PromptLayer: nothing is billed. To start another"
+        " run, enter the name of one of these workflows, for example research-report with the"
+        f" inputs {inputs}."
+    )
+
+
+def support_agent(
+    inputs: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    reading: float | None = 0.4,
+    failing: bool = False,
+) -> Scenario:
+    """Return an agent that answers a customer's letter with ten nodes in about seven seconds.
+
+    Args:
+        inputs: the letter.
+        reading: seconds that the first node takes; None holds it until `Simulator.finish`.
+        failing: whether a node fails, so that there is no reply.
+    """
+    return Scenario(
+        [
+            SimNode(
+                "read letter",
+                {"from": "Maria Rossi", "text": inputs.get("letter", _LETTER)},
+                reading,
+            ),
+            SimNode("detect language", "en", 0.5, after=["read letter"]),
+            SimNode("classify", {"topic": "billing", "urgency": 2}, 0.9, after=["read letter"]),
+            SimNode(
+                "search handbook",
+                ["Refunds: a double charge is refunded in full.", "Tone: warm, brief, no jargon."],
+                1.6,
+                after=["classify"],
+                status="FAILED" if failing else "SUCCESS",
+                error_message=_NO_INDEX,
+                raw_error_message={"raw": f"Traceback (most recent call last): ...\n{_NO_INDEX}"},
+            ),
+            SimNode(
+                "look up account",
+                {"customer": 40817, "charges": ["10-01 29.00 EUR", "10-03 29.00 EUR"]},
+                0.8,
+                after=["classify"],
+            ),
+            SimNode(
+                "draft answer",
+                _REPLY,
+                2.2,
+                after=["detect language", "search handbook", "look up account"],
+            ),
+            SimNode("check tone", {"ok": True, "score": 0.94}, 0.7, after=["draft answer"]),
+            SimNode("check facts", {"ok": True, "claims": 3}, 1.3, after=["draft answer"]),
+            SimNode(
+                "ask a colleague",
+                after=["check tone", "check facts"],
+                when=lambda values: not values["check facts"]["ok"],
+            ),
+            SimNode(
+                "final reply",
+                _REPLY,
+                0.6,
+                after=["check tone", "check facts", "ask a colleague"],
+                is_output_node=True,
+            ),
+        ]
+    )
+
+
+def _research_report(inputs: Mapping[str, Any]) -> Scenario:
+    topic = inputs.get("topic", "otters")
+    counts = [{"year": year, "otters": 40 + 7 * (year - 2009)} for year in range(2009, 2026)]
+    sources = ["search the web", "search the archive", "query the counts"]
+    return Scenario(
+        [
+            SimNode("plan", {"topic": topic, "questions": 3}, 1.2),
+            SimNode("search the web", _PAGE, 4.0, after=["plan"]),
+            SimNode("search the archive", ["report-2009.pdf", "report-2021.pdf"], 6.5, ["plan"]),
+            SimNode("query the counts", counts, 2.4, after=["plan"]),
+            SimNode("weigh the sources", {"agree": 2, "differ": 1}, 5.0, after=sources),
+            SimNode("write the report", _REPORT, 24.0, after=["weigh the sources"]),
+            SimNode("review", {"ok": True}, 6.0, after=["write the report"]),
+            SimNode("final report", _REPORT, 0.5, after=["review"], is_output_node=True),
+        ]
+    )
+
+
+def _invoice_check(inputs: Mapping[str, Any]) -> Scenario:
+    invoice = {"invoice": inputs.get("invoice", "INV-2093"), "total": "1,180.00 EUR"}
+    return Scenario(
+        [
+            SimNode("read invoice", {**invoice, "order": "PO-4711"}, 1.5),
+            SimNode("check sender", "known since 2019", 0.9, after=["read invoice"]),
+            SimNode(
+                "match purchase order",
+                duration=2.8,
+                after=["read invoice"],
+                status="FAILED",
+                error_message=_CLOSED,
+                raw_error_message={"raw": _TRACEBACK},
+            ),
+            SimNode("book payment", after=["check sender", "match purchase order"]),
+            SimNode("receipt", after=["book payment"], is_output_node=True),
+        ]
+    )

@@ -1,0 +1,146 @@
+"""The texts that commands write: retries, values, errors and durations."""
+
+from __future__ import annotations
+
+import tracemalloc
+from typing import Any
+
+import pytest
+
+from promptlayer_exec import (
+    ConnectionFailed,
+    Event,
+    InvalidResponse,
+    Node,
+    NodeTimes,
+    Polled,
+    RateLimited,
+    RequestRetried,
+    RequestTimeout,
+    ServerError,
+    Snapshot,
+)
+from promptlayer_exec.cli._session import report_retries
+from promptlayer_exec.cli._text import (
+    duration,
+    failure_reason,
+    node_detail,
+    preview,
+    printable,
+    running_time,
+    status_counts,
+    verdict,
+)
+
+
+class TestRetries:
+    """The line for a request that will be retried."""
+
+    @pytest.mark.parametrize(
+        ("error", "line"),
+        [
+            (
+                ConnectionFailed("no answer", reason="Name or service not known"),
+                "server unreachable, retrying in 2.3 s (Name or service not known)",
+            ),
+            (
+                RequestTimeout("no complete answer within 30 s"),
+                "request timed out, retrying in 2.3 s (no complete answer within 30 s)",
+            ),
+            (
+                RateLimited("refused", status=429, server_message="slow\ndown"),
+                "too many requests, retrying in 2.3 s (429 slow\\ndown)",
+            ),
+            (
+                ServerError("failed", status=502, server_message="x" * 200),
+                f"server error, retrying in 2.3 s (502 {'x' * 115}…)",
+            ),
+            (
+                InvalidResponse("the body is no JSON", status=200),
+                "unusable response, retrying in 2.3 s (the body is no JSON)",
+            ),
+        ],
+        ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+    )
+    def test_a_retry_is_one_line(self, error: Exception, line: str) -> None:
+        """Each kind of failure is one printable line with its reason and the delay."""
+        lines: list[str] = []
+        report_retries(lines.append)(RequestRetried(5, error, 2.34))
+        assert lines == [line]
+
+    def test_other_events_are_ignored(self) -> None:
+        """A successful poll writes nothing."""
+        lines: list[str] = []
+        snapshot = Snapshot(5, False, {})
+        event: Event = Polled(5, snapshot, duration=0.1, lateness=0.0, body_bytes=2)
+        report_retries(lines.append)(event)
+        assert lines == []
+
+
+class TestText:
+    """Texts that are safe to print."""
+
+    def test_printable(self) -> None:
+        """Unprintable characters are escaped as in JSON; spaces of all kinds and `keep` are not."""
+        assert printable("a\u00a0\u3000é日\n\t\x7f", keep="\n") == "a\u00a0\u3000é日\n\\t\\u007f"
+
+    def test_preview_of_large_values(self) -> None:
+        """The preview of a large or deep value is one short line, made without the rest of it."""
+        deep: list[Any] = []
+        for _ in range(100_000):
+            deep = [deep]
+        values = ("x" * 10**7, list(range(10**6)), deep)
+        tracemalloc.start()
+        previews = [preview(value) for value in values]
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 10**6
+        assert [len(text) for text in previews] == [200, 200, 200]
+        assert [text[:3] + text[-1] for text in previews] == ['"xx…', "[0,…", "[[[…"]
+
+    @pytest.mark.parametrize(
+        ("node", "text"),
+        [
+            (Node("n", "QUEUED"), ""),
+            (Node("n", "SUCCESS"), "null"),
+            (Node("n", "RUNNING", "part"), '"part"'),
+            (Node("n", "FAILURE", "left over", "why"), "why"),
+        ],
+    )
+    def test_node_detail(self, node: Node, text: str) -> None:
+        """The detail is the value of a node that has one, or the error of one that failed."""
+        assert node_detail(node) == text
+
+    @pytest.mark.parametrize(
+        ("message", "raw", "text"),
+        [
+            ("why", "details", "why"),
+            (None, "details", "details"),
+            ("", {"raw": "details"}, "details"),
+            (None, {"code": 7}, '{"code": 7}'),
+            (None, None, "the server gave no reason"),
+        ],
+    )
+    def test_failure_reason(self, message: str | None, raw: Any, text: str) -> None:
+        """The reason is the error message, or else the raw error message."""
+        assert failure_reason(Node("n", "FAILED", None, message, raw)) == text
+
+    @pytest.mark.parametrize(
+        ("seconds", "text"),
+        [(0, "0.0 s"), (59.94, "59.9 s"), (59.96, "1 min 00 s"), (3600, "1 h 00 min")],
+    )
+    def test_duration(self, seconds: float, text: str) -> None:
+        """Durations are written in seconds, minutes or hours."""
+        assert duration(seconds) == text
+
+    def test_running_time(self) -> None:
+        """The time counts from when the node was first seen running to when it was final."""
+        assert running_time(NodeTimes(), 9.0) == ""
+        assert running_time(NodeTimes(2.0, None), 9.0) == "7.0 s"
+        assert running_time(NodeTimes(2.0, 5.0), 9.0) == "3.0 s"
+
+    def test_verdict(self) -> None:
+        """An execution without an output failed even if no node did."""
+        skipped = Node("n", "SKIPPED", is_output_node=True)
+        assert verdict(Snapshot(5, True, {"n": skipped})) == "failed (no output node succeeded)"
+        assert status_counts(Snapshot(5, True, {})) == "no nodes"
