@@ -574,7 +574,9 @@ def _tls_reason(error: BaseException) -> str:
 def _reason(error: BaseException | None) -> str:
     if error is not None and _is_tls_failure(error):
         return _tls_reason(error)
-    if isinstance(error, aiohttp.ClientConnectorError) and error.errno is not None:
+    if isinstance(error, aiohttp.ClientConnectorError):
         # aiohttp words it for those who know its connection keys.
+        if error.errno is None:
+            return str(error.os_error) or "the connection was closed while it was made"
         return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
     return str(error) or type(error).__name__
