@@ -40,6 +40,7 @@ class PromptLayerExecError(Exception):
     """
 
     advice: ClassVar[str] = ""
+    _advises_on_id: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -56,16 +57,22 @@ class PromptLayerExecError(Exception):
     def _what(self) -> str:
         return str(self.args[0]).rstrip(" \n.!?,;:")  # often the server's own sentence
 
-    def _advise(self) -> str:
-        return self.advice
-
     def __str__(self) -> str:
         subject = "" if self.execution_id is None else f"execution {self.execution_id}: "
-        text = f"{subject}{self._what()}. {self._advise()}".rstrip()
-        return text.encode("utf-8", "backslashreplace").decode()  # lone surrogates do not print
+        advice = "" if self._advises_on_id and self.execution_id is None else self.advice
+        return printable(f"{subject}{self._what()}. {advice}".rstrip())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (type(self), self.args, vars(self))
+
+
+def printable(text: str) -> str:
+    """Escape what does not print, such as control characters that could steer a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def _restore(cls: type[_E], args: tuple[Any, ...], state: dict[str, Any]) -> _E:
@@ -99,7 +106,8 @@ class ConfigurationError(PromptLayerExecError, ValueError):
 class SessionClosed(PromptLayerExecError):
     """The session was closed before the call was finished."""
 
-    advice = "Executions go on at the server: follow their ids in an open session."
+    advice = "The execution goes on at the server: follow its id in an open session."
+    _advises_on_id = True
 
     def __init__(self, message: str = "the session is closed", **context: Unpack[_Context]) -> None:
         super().__init__(message, **context)
@@ -327,13 +335,11 @@ class ExecutionTimeout(PromptLayerExecError, TimeoutError):
     """
 
     advice = "It goes on at the server: follow its id again, with a longer timeout."
+    _advises_on_id = True
 
     def __init__(self, message: str, *, timeout: float, **context: Unpack[_Context]) -> None:
         super().__init__(message, **context)
         self.timeout = timeout
-
-    def _advise(self) -> str:
-        return super()._advise() if self.execution_id is not None else ""
 
 
 class ExecutionFailed(PromptLayerExecError):

@@ -11,8 +11,9 @@ import attrs
 if TYPE_CHECKING:
     from promptlayer_exec._models import Snapshot, StartRequest
 
+# It has no NullHandler: where logging is not set up, Python shows its warnings on standard error,
+# and an outage does not pass in silence.
 logger = logging.getLogger("promptlayer_exec")
-logger.addHandler(logging.NullHandler())
 
 
 @attrs.frozen

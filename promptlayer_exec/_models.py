@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from functools import wraps
+from inspect import iscoroutinefunction
 from typing import Any, Self, TypeVar, cast
 
 import attrs
@@ -12,6 +14,7 @@ import attrs
 from promptlayer_exec._errors import ExecutionFailed
 
 V = TypeVar("V")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class FrozenMap(Mapping[str, V]):
@@ -360,6 +363,39 @@ class MainOutput:
     value: Any
 
 
+# The names of the vendor's SDK and of its API, and ours.
+_OTHER_NAMES = {
+    "workflow_name": "workflow",
+    "workflow_id": "workflow",
+    "workflow_id_or_name": "workflow",
+    "input_variables": "inputs",
+    "workflow_label_name": "label",
+    "workflow_version": "version",
+    "workflow_version_number": "version",
+}
+
+
+def naming_arguments(function: F) -> F:
+    """Let a function that is called with the vendor's name of an argument say what ours is."""
+
+    def check(names: Iterable[str]) -> None:
+        for name in names:
+            if name in _OTHER_NAMES:
+                raise TypeError(f"unexpected argument {name}=: it is {_OTHER_NAMES[name]}= here")
+
+    @wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        check(kwargs)
+        return function(*args, **kwargs)
+
+    @wraps(function)
+    async def checked_coroutine(*args: Any, **kwargs: Any) -> Any:
+        check(kwargs)
+        return await function(*args, **kwargs)
+
+    return cast(F, checked_coroutine if iscoroutinefunction(function) else checked)
+
+
 @attrs.frozen
 class StartRequest:
     """A run to start.
@@ -383,3 +419,6 @@ class StartRequest:
     metadata: Mapping[str, str] | None = None
     callback_url: str | None = None
     key: Any = None
+
+
+StartRequest.__init__ = naming_arguments(StartRequest.__init__)  # type: ignore[method-assign]

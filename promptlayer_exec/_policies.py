@@ -119,7 +119,8 @@ class PollPolicy:
         return 1.6 * self.floor * math.sqrt(math.sqrt(1.0 + seconds))
 
 
-TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
+# 520 to 530 are Cloudflare's, for what is wrong between it and the server.
+TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 531)})
 
 
 def _frozen(statuses: Iterable[int]) -> frozenset[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from promptlayer_exec._errors import RequestError
+from promptlayer_exec._errors import RequestError, printable
 from promptlayer_exec._events import logger
 from promptlayer_exec._policies import RetryPolicy
 
@@ -102,7 +102,7 @@ class OutageLog:
             self._answered = False
             limit = "" if state.limit == math.inf else f" for up to {state.limit:g} s"
             # Not the whole error: its text also quotes the body and ends with advice.
-            what = str(error.args[0]).encode("utf-8", "backslashreplace").decode()
+            what = printable(str(error.args[0]))
             logger.warning("%s: %s; trying again%s", _subject(error), what, limit)
         self._failing.add(state)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, overload
+
+import cattrs
 
 from promptlayer_exec._client import Client
 from promptlayer_exec._errors import ConfigurationError, PromptLayerExecError, SessionClosed
@@ -15,7 +18,7 @@ from promptlayer_exec._events import Observer, broadcast
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import Outcome, RunningItem, Spawn, fan_out
 from promptlayer_exec._lifetime import Lifetime
-from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
+from promptlayer_exec._models import MainOutput, Snapshot, StartRequest, naming_arguments
 from promptlayer_exec._output import check_type
 from promptlayer_exec._policies import (
     Deadline,
@@ -27,18 +30,21 @@ from promptlayer_exec._policies import (
 from promptlayer_exec._retry import RecentStarts
 from promptlayer_exec._settings import (
     check_count,
+    check_kind,
+    check_limiter,
+    check_observers,
     find_api_key,
     find_base_url,
+    find_trust_env,
     sends_in_the_clear,
 )
 from promptlayer_exec._start import BeforeSend
 from promptlayer_exec._throttle import Limiter, Throttle
-from promptlayer_exec._transport import Pools, Transport
+from promptlayer_exec._transport import BorrowedHttp, Pools, Transport
 from promptlayer_exec._wire import NodeMapReader, Request, check_execution_id, run_request
 
 if TYPE_CHECKING:
     import aiohttp
-    import cattrs
     from typing_extensions import TypeForm
 
 ItemT = TypeVar("ItemT")
@@ -69,6 +75,8 @@ class Session:
         http: a client session to borrow, with its proxy, TLS and headers. It is not closed.
         converter: hooks for inputs and for structuring outputs; never used for the node map.
         observers: called with every event.
+        trust_env: whether to use HTTP_PROXY, HTTPS_PROXY, NO_PROXY and .netrc, as aiohttp reads
+            them; also with `$PROMPTLAYER_EXEC_TRUST_ENV=1`. A borrowed `http` has its own setting.
 
     Raises:
         ConfigurationError: a setting is malformed. A missing key is reported at first use.
@@ -90,6 +98,7 @@ class Session:
         http: aiohttp.ClientSession | None = None,
         converter: cattrs.Converter | None = None,
         observers: Sequence[Observer] = (),
+        trust_env: bool = False,
     ) -> None:
         # Checked now, and read again on opening: the environment may be set after a module-level
         # session was created.
@@ -98,6 +107,8 @@ class Session:
         self._warn_of_plain_http(find_base_url(base_url), stacklevel=3)
         self._api_key = api_key
         self._base_url = base_url
+        check_kind("poll", poll, PollPolicy, "a PollPolicy, such as PollPolicy.fixed(2.0)")
+        check_kind("retry", retry, RetryPolicy, "a RetryPolicy, such as RetryPolicy(outage=10.0)")
         self._poll = poll
         self._retry = retry
         if wait_timeout == math.inf:
@@ -111,13 +122,22 @@ class Session:
         if rate is not None:
             rate = check_seconds("rate", rate, zero=False)
         self._rate = rate
+        if limiter is not None:
+            check_limiter(limiter)
         self._limiters = [] if limiter is None else [limiter]
+        if http is not None:
+            check_kind("http", http, BorrowedHttp, "an aiohttp.ClientSession")
         self._http = http
+        if converter is not None:
+            check_kind("converter", converter, cattrs.Converter, "a cattrs.Converter")
         self._converter = converter
+        check_observers(observers)
+        self._trust_env = find_trust_env(trust_env)
         self._node_maps = NodeMapReader()
         self._recent_starts = RecentStarts(retry.not_found_grace)
         self._emit = broadcast(observers)
         self._client: Client | None = None
+        self._opening = threading.Lock()
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -195,6 +215,7 @@ class Session:
             return await client.snapshot(execution_id, client.deadline())
         return await client.main_output(execution_id, client.deadline())
 
+    @naming_arguments
     async def start(
         self,
         workflow: str | int,
@@ -421,8 +442,9 @@ class Session:
         try:
             if self._closed:
                 raise SessionClosed
-            if self._client is None:
-                self._client = self._create_client()
+            with self._opening:  # threads may come first together, each with a loop of its own
+                if self._client is None:
+                    self._client = self._create_client()
             if not self._client.lifetime.is_ready():
                 await self._client.lifetime.ready()
         except PromptLayerExecError as error:
@@ -440,7 +462,7 @@ class Session:
         self._warn_of_plain_http(base_url)
         resources = AsyncExitStack()
         if self._http is None:
-            pools = Pools.open(self._max_connections, api_key, resources)
+            pools = Pools.open(self._max_connections, api_key, resources, trust_env=self._trust_env)
         else:
             pools = Pools.borrow(self._http, self._max_connections, api_key, resources)
         transport = Transport(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from yarl import URL
@@ -14,6 +15,9 @@ from promptlayer_exec._errors import ConfigurationError
 DEFAULT_BASE_URL = "https://api.promptlayer.com"
 _KEY_VARIABLE = "PROMPTLAYER_API_KEY"
 _URL_VARIABLE = "PROMPTLAYER_BASE_URL"
+_TRUST_VARIABLE = "PROMPTLAYER_EXEC_TRUST_ENV"
+_YES = ("1", "true", "yes", "on")
+_NO = ("", "0", "false", "no", "off")
 
 
 def find_api_key(api_key: str | None) -> str | None:
@@ -87,6 +91,61 @@ def sends_in_the_clear(base_url: str) -> bool:
 
 def _matches(pattern: str, value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+def find_trust_env(trust_env: bool) -> bool:
+    """Return whether proxies and .netrc come from the environment: the argument, or the variable.
+
+    Raises:
+        ConfigurationError: the argument or `$PROMPTLAYER_EXEC_TRUST_ENV` says neither yes nor no.
+    """
+    if not isinstance(trust_env, bool):
+        raise ConfigurationError(f"trust_env must be True or False, got {trust_env!r:.100}")
+    value = os.environ.get(_TRUST_VARIABLE, "").lower()
+    if value not in (*_YES, *_NO):
+        raise ConfigurationError(f"{_TRUST_VARIABLE} must be 1 or 0, got {value!r:.100}")
+    return trust_env or value in _YES
+
+
+def check_kind(name: str, value: Any, kind: type, meant: str) -> None:
+    """Check that a setting is an instance of a class.
+
+    Args:
+        name: the name of the setting, for the error message.
+        value: the value to check.
+        kind: the class.
+        meant: what to pass, for the error message.
+
+    Raises:
+        ConfigurationError: the value is something else.
+    """
+    if not isinstance(value, kind):
+        raise ConfigurationError(f"{name} must be {meant}, got {value!r:.100}")
+
+
+def check_limiter(limiter: Any) -> None:
+    """Check that a limiter is an object with a method `acquire`.
+
+    Raises:
+        ConfigurationError: it is something else.
+    """
+    if isinstance(limiter, type) or not callable(getattr(limiter, "acquire", None)):
+        raise ConfigurationError(
+            f"limiter must be an object with `async def acquire(self)`, got {limiter!r:.100}"
+        )
+
+
+def check_observers(observers: Any) -> None:
+    """Check that observers are several callables.
+
+    Raises:
+        ConfigurationError: they are something else.
+    """
+    if isinstance(observers, str) or not isinstance(observers, Iterable):
+        raise ConfigurationError(f"observers must be a list of callables, got {observers!r:.100}")
+    for observer in observers:
+        if not callable(observer):
+            raise ConfigurationError(f"observers must be callable, got {observer!r:.100}")
 
 
 def check_count(name: str, value: Any) -> int:

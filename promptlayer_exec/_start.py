@@ -15,6 +15,7 @@ from promptlayer_exec._errors import (
     SessionClosed,
     StartUnknown,
     StatusError,
+    printable,
 )
 from promptlayer_exec._events import Emit, ExecutionStarted, logger
 from promptlayer_exec._models import StartRequest
@@ -228,4 +229,13 @@ class Start:
 
     def _warn(self, error: BaseException) -> None:
         if isinstance(error, StartUnknown):
-            logger.warning("%s", error)
+            # Not the reason itself: of an unusable answer it quotes the body.
+            cause = error.__cause__
+            quoted = cause.args[0] if isinstance(cause, RequestError) else error.reason
+            logger.warning(
+                "it is not known whether a run of workflow %.100r started: %s; its caller had gone."
+                " %s",
+                self._request.workflow,
+                printable(str(quoted)),
+                error.advice,
+            )

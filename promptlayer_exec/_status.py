@@ -47,8 +47,8 @@ def status_error(response: Response) -> StatusError:
     name = status_name(status)
     body = _decoded(response.body)
     message = shown = _server_message(body)
-    if status < 400:
-        target = (response.location or "nowhere")[:_LONGEST_QUOTE]
+    if status < 400 and response.location:
+        target = response.location[:_LONGEST_QUOTE]
         shown = f"a redirect to {target}, not followed because the key is for base_url alone"
     cls = _CLASSES.get(status, ServerError if status >= 500 else StatusError)
     extra: dict[str, Any] = {"details": _details(body)} if cls is UnprocessableEntity else {}

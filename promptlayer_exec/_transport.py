@@ -41,6 +41,8 @@ from promptlayer_exec._wire import Reply, Request, Response, excerpt, read_retry
 
 T = TypeVar("T")
 
+BorrowedHttp = aiohttp.ClientSession
+
 USER_AGENT = (
     f"promptlayer-exec/{__version__} aiohttp/{aiohttp.__version__}"
     f" Python/{sys.version_info.major}.{sys.version_info.minor}"
@@ -146,7 +148,9 @@ class Pools:
         self.starts = starts
 
     @classmethod
-    def open(cls, max_connections: int, api_key: str, resources: AsyncExitStack) -> Self:
+    def open(
+        cls, max_connections: int, api_key: str, resources: AsyncExitStack, *, trust_env: bool
+    ) -> Self:
         """Open pools of our own in the running loop; `resources` closes them."""
         headers = _HEADERS | {"X-API-KEY": api_key}
         pools = []
@@ -157,6 +161,7 @@ class Pools:
                 headers=headers,
                 middlewares=[_send_once],
                 request_class=_CleanRequest,
+                trust_env=trust_env,
             )
             resources.push_async_callback(http.close)
             pools.append(_Pool(http, slots))

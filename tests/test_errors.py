@@ -325,3 +325,28 @@ def test_field_error():
     assert not hasattr(error, "__dict__")
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         error.msg = "x"
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("red \x1b[31m alert", "red \\x1b[31m alert"),
+        ("two\nlines\tand a tab", "two\\nlines\\tand a tab"),
+        ("\u202egnol eb", "\\u202egnol eb"),
+        ("lone \ud800", "lone \\ud800"),
+        ("as it is: äöü 日本 🦀", "as it is: äöü 日本 🦀"),
+    ],
+)
+def test_what_does_not_print_is_escaped(said, shown):
+    """A server's text cannot steer a terminal or forge a log line; the attributes keep it."""
+    error = _errors.BadRequest(
+        f"the server said {said}", status=400, server_message=said, body=said
+    )
+    assert str(error).startswith(f"the server said {shown}.")
+    assert (error.message, error.body) == (said, said)
+
+
+def test_a_closed_session_speaks_of_an_execution_only_if_there_is_one():
+    """A start that was refused started nothing."""
+    assert str(_errors.SessionClosed()) == "the session is closed."
+    assert "The execution goes on" in str(_errors.SessionClosed(execution_id=787))

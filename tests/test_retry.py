@@ -6,6 +6,8 @@ import asyncio
 import logging
 import math
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -347,3 +349,54 @@ def test_no_grace_at_all() -> None:
     recent_starts = RecentStarts(0.0)
     recent_starts.add(787, now=1.0)
     assert not recent_starts.covers(787, now=1.0)
+
+
+def test_the_first_failure_of_an_outage_is_seen_without_any_logging_set_up(dead: str) -> None:
+    """A server that cannot be reached is not worth a silent minute; INFO stays silent."""
+    program = (
+        "import asyncio, sys\n"
+        "from promptlayer_exec import RetryPolicy, Session\n"
+        "async def main():\n"
+        "    retry = RetryPolicy(outage=0.05, base=0.01)\n"
+        "    async with Session('a-key', base_url=sys.argv[1], retry=retry) as session:\n"
+        "        await session.get_results(787)\n"
+        "try:\n"
+        "    asyncio.run(main())\n"
+        "except ConnectionError:\n"
+        "    pass\n"
+    )
+    command = [sys.executable, "-c", program, dead]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stderr == (
+        f"execution 787: no usable answer from {dead}: Connection refused;"
+        " trying again for up to 0.05 s\n"
+    )
+
+
+async def test_a_lost_answer_is_quoted_in_no_log_line(
+    caplog: pytest.LogCaptureFixture, sim: Simulator, session: Session
+) -> None:
+    """The caller has gone, so the log says why the start is unknown, but not what the body was."""
+    sim.add_workflow("name", Scenario([SimNode("A")]))
+    sim.inject(Fault.status(201, body=b'{"output": "confidential"}'))
+    before = sim.request_count
+    caller = asyncio.create_task(session.start("name"))
+    await sim.wait_for_requests(before + 1)
+    caller.cancel()
+    await asyncio.wait([caller])
+    await session.aclose()
+    (line,) = lines(caplog, logging.WARNING)
+    assert "it is not known whether a run of workflow 'name' started" in line
+    assert "unexpected shape" in line
+    assert "confidential" not in caplog.text
+
+
+async def test_control_characters_of_the_server_reach_no_log_line(
+    caplog: pytest.LogCaptureFixture, sim: Simulator, session: Session, held: int
+) -> None:
+    """They could forge a line, or steer the terminal that shows it."""
+    sim.inject(Fault.status(503, body=rb'{"message": "down \u001b[2J\nfine"}'))
+    await session.execution(held).snapshot()
+    (line,) = lines(caplog, logging.WARNING)
+    assert r"down \x1b[2J" in line
+    assert line.isprintable()

@@ -627,10 +627,12 @@ def test_a_session_neither_pickles_nor_shows_its_key() -> None:
 
 
 PROGRAM = """
-    import asyncio
+    import asyncio, logging
     from contextlib import aclosing
     from promptlayer_exec import *
     from promptlayer_exec.simulator import *
+
+    logging.getLogger("promptlayer_exec").setLevel("ERROR")  # the outage below is a warning
 
     async def main():
         asyncio.get_running_loop().slow_callback_duration = 60.0  # a busy machine is no leak
@@ -704,3 +706,31 @@ async def open_and_close(session: Session) -> None:
 def test_https_and_loopback_do_not_warn(base_url: str) -> None:
     """Warnings are errors here."""
     asyncio.run(open_and_close(Session("key", base_url=base_url)))
+
+
+def test_of_many_threads_one_gets_the_session(threaded_sim: Simulator) -> None:
+    """They use it first at the same time: every other one gets the clear error."""
+    execution_id = threaded_sim.add_execution(Scenario([SimNode("A")]))
+    session = Session(threaded_sim.api_key, base_url=threaded_sim.base_url)
+    together = threading.Barrier(16)
+    ended: list[str] = []
+
+    async def use() -> None:
+        together.wait()
+        try:
+            await session.get_results(execution_id)
+        except RuntimeError as error:
+            ended.append(str(error))
+            together.wait()
+        else:
+            ended.append("fine")
+            together.wait()  # its loop is still open when the others have tried
+            await session.aclose()
+
+    threads = [threading.Thread(target=asyncio.run, args=[use()]) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ended.count("fine") == 1
+    assert sum("open in another event loop" in text for text in ended) == 15

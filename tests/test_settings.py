@@ -1,12 +1,15 @@
-"""The API key, the base URL and counts: where they are read from, and which are refused."""
+"""The settings of a session: where they are read from, and which are refused."""
+
+from typing import Any
 
 import pytest
 
-from promptlayer_exec._errors import ConfigurationError
+from promptlayer_exec import ConfigurationError, PollPolicy, Session, StartRequest
 from promptlayer_exec._settings import (
     check_count,
     find_api_key,
     find_base_url,
+    find_trust_env,
     sends_in_the_clear,
 )
 
@@ -236,3 +239,81 @@ def test_no_count(value):
 def test_sends_in_the_clear(url, expected):
     """Plain http does, except to the local machine."""
     assert sends_in_the_clear(find_base_url(url)) is expected
+
+
+# Settings of the wrong kind
+
+
+class _Acquirable:
+    async def acquire(self) -> None:
+        """Never wait."""
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [
+        ("poll", 1.0, "poll must be a PollPolicy, such as PollPolicy.fixed(2.0), got 1.0"),
+        ("poll", PollPolicy, "poll must be a PollPolicy"),
+        ("retry", 3, "retry must be a RetryPolicy, such as RetryPolicy(outage=10.0), got 3"),
+        ("limiter", 5, "limiter must be an object with `async def acquire(self)`, got 5"),
+        ("limiter", _Acquirable, "limiter must be an object"),
+        ("http", "x", "http must be an aiohttp.ClientSession, got 'x'"),
+        ("converter", 5, "converter must be a cattrs.Converter, got 5"),
+        ("observers", [5], "observers must be callable, got 5"),
+        ("observers", print, "observers must be a list of callables, got <built-in"),
+        ("observers", "abc", "observers must be a list of callables, got 'abc'"),
+        ("trust_env", "no", "trust_env must be True or False, got 'no'"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_refused(name: str, value: Any, meant: str) -> None:
+    """When the session is made, with what is meant."""
+    with pytest.raises(ConfigurationError) as caught:
+        Session("a-key-to-test", **{name: value})
+    assert meant in str(caught.value)
+
+
+def test_settings_of_the_right_kind_are_taken() -> None:
+    """Whatever fits the protocols."""
+    Session("a-key-to-test", limiter=_Acquirable(), observers=(print,), trust_env=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("1", True), ("TRUE", True), ("0", False), ("", False)]
+)
+def test_trust_env_comes_from_the_environment_too(
+    monkeypatch: pytest.MonkeyPatch, value: str, *, expected: bool
+) -> None:
+    """The variable can switch it on, and not off."""
+    monkeypatch.setenv("PROMPTLAYER_EXEC_TRUST_ENV", value)
+    assert find_trust_env(False) is expected
+    assert find_trust_env(True) is True
+
+
+def test_an_unclear_trust_env_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy that is meant must not be passed by."""
+    monkeypatch.setenv("PROMPTLAYER_EXEC_TRUST_ENV", "maybe")
+    with pytest.raises(ConfigurationError, match="PROMPTLAYER_EXEC_TRUST_ENV must be 1 or 0"):
+        Session("a-key-to-test")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("input_variables", "inputs"),
+        ("workflow_label_name", "label"),
+        ("workflow_version", "version"),
+        ("workflow_version_number", "version"),
+    ],
+)
+async def test_the_vendor_s_name_of_an_argument_is_answered_with_ours(
+    theirs: str, ours: str
+) -> None:
+    """For those who come from the vendor's SDK; any other unknown name is Python's own error."""
+    arguments: dict[str, Any] = {theirs: None}
+    session = Session("a-key-to-test")
+    with pytest.raises(TypeError, match=f"unexpected argument {theirs}=: it is {ours}= here"):
+        await session.start("name", **arguments)
+    with pytest.raises(TypeError, match=f"unexpected argument {theirs}=: it is {ours}= here"):
+        StartRequest("name", **arguments)
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        await session.start("name", unknown=None)  # type: ignore[call-arg]

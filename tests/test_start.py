@@ -279,7 +279,7 @@ async def test_a_server_that_comes_up_meanwhile_gets_one_start(
         assert [run.execution_id for run in late.runs] == [execution.id]
 
 
-@pytest.mark.parametrize("where", ["refused", "unresolvable", "no TLS"])
+@pytest.mark.parametrize("where", ["refused", "unresolvable"])
 async def test_a_server_that_cannot_be_reached_is_connection_failed(
     sim: Simulator, open_session: Callable[..., Session], free_port: int, where: str
 ) -> None:
@@ -287,7 +287,6 @@ async def test_a_server_that_cannot_be_reached_is_connection_failed(
     base_url = {
         "refused": f"http://127.0.0.1:{free_port}",
         "unresolvable": "https://nowhere.invalid",
-        "no TLS": sim.base_url.replace("http:", "https:"),
     }[where]
     retry = RetryPolicy(outage=0.05, base=0.02, ceiling=0.04)
     session = open_session(base_url=base_url, retry=retry)

@@ -67,8 +67,8 @@ def test_redirect(status):
 
 
 def test_redirect_without_a_target():
-    """A redirect may have no target, or one too long to show."""
-    assert "nowhere" in str(refused(302))
+    """A redirect may have no target, as a 304 has none, or one too long to show."""
+    assert str(refused(304)).startswith("the server answered 304 Not Modified. ")
     assert len(str(refused(302, location="https://x.test/" + "y" * 10_000))) < 500
 
 
