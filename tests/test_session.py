@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import os
 import pickle
 import subprocess
 import sys
 import textwrap
 import threading
+import time
+from collections import UserDict
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -708,10 +711,23 @@ def test_https_and_loopback_do_not_warn(base_url: str) -> None:
     asyncio.run(open_and_close(Session("key", base_url=base_url)))
 
 
-def test_of_many_threads_one_gets_the_session(threaded_sim: Simulator) -> None:
+class SlowEnvironment(UserDict[str, str]):
+    """Environment variables that take long enough to read for every thread to do so at once."""
+
+    def __getitem__(self, name: str) -> str:
+        time.sleep(0.01)
+        return super().__getitem__(name)
+
+
+def test_of_many_threads_one_gets_the_session(
+    threaded_sim: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They use it first at the same time: every other one gets the clear error."""
     execution_id = threaded_sim.add_execution(Scenario([SimNode("A")]))
-    session = Session(threaded_sim.api_key, base_url=threaded_sim.base_url)
+    monkeypatch.setattr(
+        os, "environ", SlowEnvironment(os.environ, PROMPTLAYER_API_KEY=threaded_sim.api_key)
+    )
+    session = Session(base_url=threaded_sim.base_url)
     together = threading.Barrier(16)
     ended: list[str] = []
 
