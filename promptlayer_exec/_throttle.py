@@ -55,7 +55,7 @@ class Throttle:
       approaching it ever more slowly. In the *convex region* beyond, it grows ever faster.
 
     So the rate stays near the one that the server accepted, which keeps both 429s and unused
-    capacity rare, and a W_max that was measured too low is soon left behind. RFC 9438 derives K
+    capacity rare, and a W_max that was measured too low soon corrects itself. RFC 9438 derives K
     from a constant C; here K is chosen, and longer where a 429 costs more.
 
     Args:
@@ -175,6 +175,6 @@ class _MeasuredRate:
         return weight / (1.0 - math.exp(min(self._since - now, -_MIN_MEASURED)))
 
     def pause(self, seconds: float) -> None:
-        """Leave the next `seconds`, in which no request is sent, out of the average."""
+        """Exclude the next `seconds`, in which no request is sent, from the average."""
         self._last += max(seconds, 0.0)
         self._since += max(seconds, 0.0)

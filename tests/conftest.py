@@ -82,7 +82,7 @@ def recorder() -> Recorder:
 
 @pytest.fixture
 async def open_session(sim: Simulator, recorder: Recorder) -> AsyncIterator[Callable[..., Session]]:
-    """Return a function that makes sessions for `sim`; closing them must leave no task behind."""
+    """Return a function that makes sessions for `sim`; after closing, no task may remain."""
     async with AsyncExitStack() as stack:
 
         def make(**overrides: Any) -> Session:

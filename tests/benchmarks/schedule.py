@@ -109,7 +109,7 @@ class Seen(NamedTuple):
     unchanged: float
 
     @property
-    def left(self) -> float:
+    def remaining(self) -> float:
         """How long the other nodes take if each takes as long as the final ones did on average."""
         return (self.nodes - self.final) * self.elapsed / self.final if self.final else self.elapsed
 
@@ -123,13 +123,13 @@ def growing(seconds: float) -> float:
 FORMULAS: dict[str, Callable[[Seen], float]] = {
     "a tenth of the age": lambda seen: seen.elapsed / 10,
     "a tenth of the time without a change": lambda seen: seen.unchanged / 10,
-    "a tenth of the time that seems left": lambda seen: seen.left / 10,
+    "a tenth of the time that seems left": lambda seen: seen.remaining / 10,
     "growing with the age, as its fourth root": lambda seen: growing(seen.elapsed),
     "the same, but 0.5 s for a second after a change": lambda seen: (
         0.5 if seen.unchanged < 1.0 else growing(seen.elapsed)
     ),
     "the same, but a sixth of what seems left": lambda seen: min(
-        seen.left / 6, growing(seen.elapsed)
+        seen.remaining / 6, growing(seen.elapsed)
     ),
 }
 
