@@ -1,4 +1,4 @@
-"""All checks of the project: `python -m nox` runs them, on each Python that is there."""
+"""The checks of the project: `python -m nox` runs the default ones on each Python installed."""
 
 from __future__ import annotations
 
@@ -26,19 +26,18 @@ nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True
 
 
-def _is_there(version: str) -> bool:
-    """Tell whether an interpreter runs: some version managers leave names that do not."""
-    command = shutil.which(f"python{version}")
-    return (
-        command is not None
-        and subprocess.run([command, "-c", ""], capture_output=True, check=False).returncode == 0
-    )
+def _is_installed(version: str) -> bool:
+    """Return True if a Python of that version runs; version managers leave stubs that do not."""
+    python = shutil.which(f"python{version}")
+    if python is None:
+        return False
+    return subprocess.run([python, "-c", ""], capture_output=True, check=False).returncode == 0
 
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 EXTRAS = sorted(PROJECT["project"]["optional-dependencies"])
 EVERYTHING = f".[{','.join(EXTRAS)}]"
-PYTHONS = [version for version in ("3.11", "3.12", "3.13") if _is_there(version)] or None
+PYTHONS = [version for version in ("3.11", "3.12", "3.13") if _is_installed(version)] or None
 
 
 def _install(session: nox.Session, group: str, *packages: str) -> None:
@@ -47,7 +46,7 @@ def _install(session: nox.Session, group: str, *packages: str) -> None:
 
 def _install_debian(session: nox.Session, *packages: str) -> None:
     if shutil.which("apt-get") is None or os.geteuid() != 0:
-        session.error(f"install {packages[0]} first: to do so here takes root and apt-get")
+        session.error(f"install {packages[0]} first: only root can do so here, and with apt-get")
     session.run("apt-get", "update", "-q", external=True)
     session.run("apt-get", "install", "-qy", "--no-install-recommends", *packages, external=True)
 
@@ -56,7 +55,7 @@ def _install_debian(session: nox.Session, *packages: str) -> None:
 def tests(session: nox.Session) -> None:
     """Run the suite on the built wheel, with branch coverage; arguments go to pytest."""
     _install(session, "test", EVERYTHING)
-    # The wheel is what is tested, so the checkout must not be found before it.
+    # Without this the tests would import the package from the checkout, not from the wheel.
     environment = {
         "PYTHONSAFEPATH": "1",
         "COVERAGE_FILE": str(Path.cwd() / f".coverage.{session.python}"),
@@ -67,7 +66,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """Demand full branch coverage of the private modules, and 90 % of the rest."""
+    """Check that branch coverage is 100 % in private modules, and at least 90 % elsewhere."""
     _install(session, "test")
     session.run("coverage", "combine")
     private = "promptlayer_exec/_*.py"
@@ -77,7 +76,7 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and format."""
+    """Check style and formatting."""
     _install(session, "lint")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
@@ -85,19 +84,19 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check the types of the package, and of code as its users write it."""
+    """Check the types of the package, and of code that uses it."""
     _install(session, "types", "nox", "pytest", EVERYTHING)
     session.run(
         "mypy", "promptlayer_exec", "pytest_promptlayer_exec.py", "tests/typing", "noxfile.py"
     )
-    # A second opinion on what users write: checkers differ in how they read overloads.
+    # Type checkers differ in how they resolve overloads.
     session.run("pyrefly", "check", "tests/typing/api.py")
 
 
 @nox.session
 @nox.parametrize("extra", EXTRAS)
 def extras(session: nox.Session, extra: str) -> None:
-    """Import what an extra is for, with that extra alone."""
+    """Import the module that an extra is for, with only that extra installed."""
     session.install(f".[{extra}]")
     environment = {"PYTHONSAFEPATH": "1"}
     module = "_json" if extra == "speed" else extra
@@ -117,31 +116,40 @@ def lowest(session: nox.Session) -> None:
         "--resolution=lowest-direct",
         f"--python={session.virtualenv.location}",
         *nox.project.dependency_groups(PROJECT, "test"),
-        "httpx>=0.28",  # the TestClient of older starlettes knows no httpx2
+        "httpx>=0.28",  # the TestClient of older starlettes needs it in place of httpx2
         EVERYTHING,
     )
     session.run("pytest", *session.posargs, env={"PYTHONSAFEPATH": "1"})
 
 
 @nox.session
+def newest(session: nox.Session) -> None:
+    """Run the suite on the built wheel with the newest versions, pre-releases included."""
+    newest = ("--pre", "--upgrade", "--upgrade-strategy=eager")
+    _install(session, "test", *newest, EVERYTHING)
+    session.run("pytest", *session.posargs, env={"PYTHONSAFEPATH": "1"})
+
+
+@nox.session
 def sdist(session: nox.Session) -> None:
-    """See that the sdist makes the same wheel, and holds what its tests need."""
+    """Check that the sdist builds the same wheel, and contains the files that its tests read."""
     _install(session, "test", "build", "hatchling")
     out = Path(session.create_tmp()).resolve()
     shutil.rmtree(out)
     build = ("python", "-m", "build", "--no-isolation")
-    session.run(*build, "--outdir", str(out / "by-sdist"))
+    session.run(*build, "--outdir", str(out / "from-sdist"))
     session.run(*build, "--outdir", str(out / "direct"), "--wheel")
-    (through,) = (out / "by-sdist").glob("*.whl")
+    (indirect,) = (out / "from-sdist").glob("*.whl")
     (direct,) = (out / "direct").glob("*.whl")
-    if _contents(through) != _contents(direct):
-        session.error("the sdist makes another wheel than the checkout")
-    (packed,) = (out / "by-sdist").glob("*.tar.gz")
-    session.install(f"{through}[{','.join(EXTRAS)}]")
+    if _contents(indirect) != _contents(direct):
+        session.error("the sdist and the checkout build different wheels")
+    (packed,) = (out / "from-sdist").glob("*.tar.gz")
+    session.install(f"{indirect}[{','.join(EXTRAS)}]")
     shutil.unpack_archive(packed, out, filter="data")
     session.chdir(out / packed.name.removesuffix(".tar.gz"))
-    # Those that read files beside the package, unless told otherwise.
-    tests = session.posargs or [f"tests/test_{it}.py" for it in ("docs", "public_api", "packaging")]
+    # These read files outside the package.
+    names = ("docs", "public_api", "packaging")
+    tests = session.posargs or [f"tests/test_{name}.py" for name in names]
     session.run("pytest", *tests, env={"PYTHONSAFEPATH": "1"})
 
 
@@ -152,12 +160,12 @@ def _contents(wheel: Path) -> dict[str, int]:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the pages under docs/ to build/docs; whatever is doubtful in them is an error."""
+    """Build the pages in docs/ to build/docs; a warning is an error."""
     _install(session, "docs", "pytest", ".[cli,dbos,fastapi,opentelemetry,viewer]")
     session.run("sphinx-build", "-n", "-W", "--keep-going", "docs", "build/docs")
 
 
-# The newest SDK, and one that turns to Ably unless it is told of Centrifugo.
+# The newest SDK, and one that uses Ably unless the server announces Centrifugo.
 SDKS = ("1.5.16", "1.4.7")
 
 
@@ -166,7 +174,7 @@ SDKS = ("1.5.16", "1.4.7")
 def vendor(session: nox.Session, sdk: str) -> None:
     """Run workflows with the vendor's own SDK against the simulator of the built wheel."""
     _install(session, "vendor", f"promptlayer=={sdk}", ".")
-    # The fixtures of the ordinary suite need packages that have no part in this.
+    # The suite's own conftest.py needs packages that are not installed here.
     own_fixtures = "--confcutdir=tests/vendor"
     environment = {"PYTHONSAFEPATH": "1"}
     session.run("pytest", own_fixtures, "tests/vendor", *session.posargs, env=environment)
@@ -174,14 +182,14 @@ def vendor(session: nox.Session, sdk: str) -> None:
 
 @nox.session
 def browser(session: nox.Session) -> None:
-    """Use the viewer's page in Debian's Chromium; `-- --screenshots` takes those of the docs."""
+    """Test the viewer in Debian's Chromium; `-- --screenshots` renews those in the docs."""
     if shutil.which("chromium") is None:
         _install_debian(session, "chromium", "fonts-dejavu-core", "fonts-liberation")
     _install(session, "browser", ".[viewer]")
     if session.posargs == ["--screenshots"]:
         session.run("python", "tests/browser/screenshots.py")
         return
-    # The fixtures of the ordinary suite need packages that have no part in this.
+    # The suite's own conftest.py needs packages that are not installed here.
     own_fixtures = "--confcutdir=tests/browser"
     environment = {"PYTHONSAFEPATH": "1"}
     session.run("pytest", own_fixtures, "tests/browser", *session.posargs, env=environment)
@@ -189,10 +197,10 @@ def browser(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure what a poll costs, and what following thousands does; see docs/scale.md."""
-    # Beside the package with the standard library alone: with msgspec, and the vendor's SDK.
+    """Run the benchmarks, and fail if one misses a target; see docs/speed.md and docs/scale.md."""
+    # polls.py also measures the package with msgspec, and the vendor's SDK.
     others = {"speed": ".[speed]", "vendor": f"promptlayer=={SDKS[0]}"}
-    pythons = {name: _another(session, name, package) for name, package in others.items()}
+    pythons = {name: _make_venv(session, name, package) for name, package in others.items()}
     session.install(".[dbos]", "httpx", "matplotlib")
     environment = {"PYTHONSAFEPATH": "1"}
     failed = []
@@ -206,14 +214,14 @@ def bench(session: nox.Session) -> None:
     ):
         try:
             session.run("python", f"tests/benchmarks/{program}", *arguments, env=environment)
-        except CommandFailed:  # the others' tables are to be printed all the same
+        except CommandFailed:  # the other programs run all the same
             failed.append(program)
     if failed:
-        session.error(f"targets were missed: {', '.join(failed)}")
+        session.error(f"missed a target, or failed: {', '.join(failed)}")
 
 
-def _another(session: nox.Session, name: str, package: str) -> str:
-    """Return the Python of another environment, which has that package."""
+def _make_venv(session: nox.Session, name: str, package: str) -> str:
+    """Make another virtual environment with a package in it, and return its Python."""
     home = Path(session.create_tmp()).resolve() / name
     session.run("python", "-m", "venv", str(home), silent=True)
     python = str(home / "bin" / "python")
@@ -223,7 +231,7 @@ def _another(session: nox.Session, name: str, package: str) -> str:
 
 @nox.session
 def soak(session: nox.Session) -> None:
-    """Send 50,000 items through a server that fails; the suite sends a few."""
+    """Run 50,000 items against a server that often fails; the suite runs 500."""
     _install(session, "test", ".")
     environment = {"PYTHONSAFEPATH": "1", "PROMPTLAYER_EXEC_SOAK_ITEMS": "50000"}
     session.run("pytest", "-s", "tests/soak", *session.posargs, env=environment)
@@ -232,18 +240,18 @@ def soak(session: nox.Session) -> None:
 @nox.session
 def kill_small(session: nox.Session) -> None:
     """Kill one of three workers of a batch on PostgreSQL; the suite does so on SQLite."""
-    _kill(session, "tests/kill/test_small.py")
+    _run_kill_tests(session, "tests/kill/test_small.py")
 
 
 @nox.session
 def kill(session: nox.Session) -> None:
-    """Kill the workers of batches, the server and the database, at random and for minutes."""
-    _kill(session, "tests/kill")
+    """Kill workers of batches, the server and the database at random, for minutes."""
+    _run_kill_tests(session, "tests/kill")
 
 
-def _kill(session: nox.Session, tests: str) -> None:
+def _run_kill_tests(session: nox.Session, tests: str) -> None:
     _install(session, "test", ".[cli,dbos]")
-    # Debian's programs are not on the path.
+    # Debian does not put initdb on the PATH.
     if shutil.which("initdb") is None and not Path("/usr/lib/postgresql").exists():
         _install_debian(session, "postgresql")
     session.run("pytest", tests, *session.posargs, env={"PYTHONSAFEPATH": "1"})

@@ -1,4 +1,4 @@
-"""When a request may leave: one throttle for everything that a session does."""
+"""The throttle: decides when a session may send its next request."""
 
 from __future__ import annotations
 
@@ -12,44 +12,56 @@ from promptlayer_exec._tasks import clock
 
 
 class Limiter(Protocol):
-    """A limit of the user's own, such as one that several processes share."""
+    """A rate limit of your own, for example one that several processes share."""
 
     async def acquire(self) -> None:
         """Return when one more HTTP attempt may be made; called by one attempt at a time."""
 
 
-# After a 429 the session goes on a little under the measured rate of good answers, and finds its
-# way back along a cubic curve, as CUBIC (RFC 9438) does in TCP: quickly to where it was, slowly
-# past it, then faster and faster. So a rate that was measured too low corrects itself.
-_BACK_OFF = 0.9
-# Seconds until it is back at the measured rate. The longer the server makes everybody wait, or the
-# longer requests are under way, the more a further 429 costs, and the longer it is put off.
-_RETURN = 1.0
-_RETURN_PER_SECOND = 3.0
-_LONGEST_RETURN = 8.0
-_RETURN_DEPARTURES = 5
-# Announced by the server, a single 429 is no reason to slow down; a second within this time is.
+# The multiplicative decrease factor. RFC 9438 takes 0.7 of a window that was too large; here W_max
+# is a rate that the server did accept.
+_BETA = 0.9
+# K in seconds: this much, and more for each second that the congestion event cost (the announced
+# pause, or the time that a request takes). A server whose 429s are dear is probed less often.
+_K = 1.0
+_K_PER_SECOND_LOST = 3.0
+_MAX_K = 8.0
+# K in requests: a slow session needs a few good answers before it probes for more.
+_MIN_K_SLOTS = 5
+# The first 429 with Retry-After only pauses the session: it may be due to a burst. Another within
+# this many seconds is a congestion event.
 _SETTLED = 10.0
-# An idle session has measured nothing: with every such 429 its rate is halved, from at most this.
-_UNMEASURED = 20.0
-# What came within fewer seconds is a burst rather than a rate.
-_SHORTEST_MEASURE = 0.25
-# More requests per second than one process sends.
-_UNLIMITED = 2000.0
-# A timer that fires late may be made up for by at most this many seconds.
+# A session without good answers has no measured rate. Each congestion event halves its rate,
+# starting from at most this many requests per second.
+_UNMEASURED_RATE = 20.0
+# Good answers within a shorter time than this, in seconds, say nothing about a rate.
+_MIN_MEASURED = 0.25
+# A rate above this many requests per second, more than one process sends, is no limit.
+_NO_LIMIT = 2000.0
+# Unused slots of at most this many seconds are made up for, after a timer that fired late.
 _CATCH_UP = 0.1
 
 
 class Throttle:
-    """Admits one HTTP attempt after the other: first `rate`, then the `limiters`.
+    """Gives each HTTP attempt a slot, first come first served: first by rate, then by limiters.
 
-    Nothing is reserved ahead: whoever waited longest waits for the next departure, and goes.
-    A 429 stops all departures for as long as the server asked, and slows those that follow.
+    A 429 stops all requests for as long as the server asked for, and then slows them down. The
+    rate recovers as a congestion window does in CUBIC (RFC 9438), TCP's congestion control:
+
+    - A 429 to a request that was sent after the last one is a *congestion event*. W_max is the
+      rate of good answers measured up to it, and the rate falls to beta * W_max.
+    - Then the rate follows the *cubic function* W_max * (1 + (1 - beta) * (t / K - 1)**3) of the
+      time t since the event. In its *concave region* the rate is back at W_max after K seconds,
+      approaching it ever more slowly. In the *convex region* beyond, it grows ever faster.
+
+    So the rate stays near the one that the server accepted, which keeps both 429s and unused
+    capacity rare, and a W_max that was measured too low soon corrects itself. RFC 9438 derives K
+    from a constant C; here K is chosen, and longer where a 429 costs more.
 
     Args:
-        rate: departures per second; None: unlimited.
-        limiters: each acquired once per attempt, after `rate`; they may become more, or fewer.
-        clock: the time, in seconds.
+        rate: slots per second; None means unlimited.
+        limiters: each is acquired once per attempt, after `rate`. The sequence may change.
+        clock: returns the current time in seconds.
     """
 
     def __init__(
@@ -59,85 +71,87 @@ class Throttle:
         *,
         clock: Callable[[], float] = clock,
     ) -> None:
-        self._rate = math.inf if rate is None else rate
+        self._max_rate = math.inf if rate is None else rate
         self._limiters = limiters
         self._clock = clock
-        self._turn = anyio.Lock(fast_acquire=True)
-        self._next = -math.inf
-        self._good = _Rate()
-        self._throttle = math.inf
-        self._known = math.inf
+        self._lock = anyio.Lock(fast_acquire=True)
+        self._next_slot = -math.inf
+        self._good_answers = _MeasuredRate()
         self._refused_at = -math.inf
-        self._return = _RETURN
-        self._tested = 0.0
-        self._tested_at = -math.inf
+        # The rate that corresponds to CUBIC's congestion window, and its last congestion event.
+        self._rate = math.inf
+        self._w_max = math.inf
+        self._k = _K
+        self._t = 0.0
+        self._t_updated_at = -math.inf
 
     async def acquire(self) -> None:
-        """Wait for the next departure."""
-        queued = self._turn.locked()
-        if not queued and not self._limiters and self._next <= (now := self._clock()):
-            self._next = now + 1.0 / self._speed(now)
-            return
-        async with self._turn:
-            queued = await self._pause() or queued
+        """Wait for the next slot, and take it."""
+        waited = self._lock.locked()
+        async with self._lock:
+            waited = await self._wait_for_slot() or waited
             for limiter in self._limiters:
                 await limiter.acquire()
-                await self._pause()  # a 429 may have come meanwhile
+                await self._wait_for_slot()  # a 429 may have arrived meanwhile
             now = self._clock()
-            due = max(self._next, now - _CATCH_UP) if queued else now
-            self._next = due + 1.0 / self._speed(now)
+            # Only a request that had to wait makes up for lost slots: an idle session wants none.
+            slot = max(self._next_slot, now - _CATCH_UP) if waited else now
+            self._next_slot = slot + 1.0 / self._current_rate(now)
 
-    async def _pause(self) -> bool:
-        """Wait until a request may leave; return whether there was need to."""
+    async def _wait_for_slot(self) -> bool:
+        """Wait until a request may be sent; return whether that took any time."""
         waited = False
-        while (wait := self._next - self._clock()) > 0:
+        while (wait := self._next_slot - self._clock()) > 0:  # a 429 may move the slot meanwhile
             waited = True
             await anyio.sleep(wait)
         return waited
 
     def answered(self) -> None:
-        """Take note of an answer other than 429."""
-        self._good.count(self._clock())
+        """Record an answer other than 429."""
+        self._good_answers.count(self._clock())
 
     def refused(self, sent_at: float, announced: float) -> float:
-        """Take note of a 429, and return the seconds in which no request leaves.
+        """Record a 429, and return the seconds until the next request may be sent.
 
         Args:
-            sent_at: when the request left; one that left before the last slow-down tells nothing
-                new about the rate.
-            announced: the seconds that the server asked to wait; 0 where it did not.
+            sent_at: when the refused request was sent. One that was sent before the last 429
+                arrived says nothing new about the rate.
+            announced: the seconds that the server asked to wait; 0 if it named none.
         """
         now = self._clock()
         if sent_at >= self._refused_at:
             if not announced or now - self._refused_at < _SETTLED:
-                half = min(self._throttle, self._rate, _UNMEASURED) / 2
-                self._known = min(max(self._good.at(now), half / _BACK_OFF), self._rate)
-                self._throttle = _BACK_OFF * self._known
-                cost = max(announced, now - sent_at)
-                self._return = min(_RETURN + _RETURN_PER_SECOND * cost, _LONGEST_RETURN)
-                self._return = max(self._return, _RETURN_DEPARTURES / self._throttle)
-                self._tested = 0.0
-                self._tested_at = now
+                self._reduce_rate(now, lost=max(announced, now - sent_at))
             self._refused_at = now
-        pause = announced or 1.0 / min(self._throttle, self._rate)
-        self._good.pause(now + pause - max(self._next, now))
-        self._next = max(self._next, now + pause)
-        return self._next - now
+        pause = announced or 1.0 / min(self._rate, self._max_rate)
+        self._good_answers.pause(now + pause - max(self._next_slot, now))
+        self._next_slot = max(self._next_slot, now + pause)
+        return self._next_slot - now
 
-    def _speed(self, now: float) -> float:
-        if self._throttle < self._rate:
-            # Seconds in which none left prove nothing.
-            self._tested += min(max(now - self._tested_at, 0.0), 2.0 / self._throttle)
-            self._tested_at = now
-            beyond = self._tested / self._return - 1.0
-            self._throttle = self._known * (1.0 + (1.0 - _BACK_OFF) * beyond**3)
-            if self._throttle > _UNLIMITED:
-                self._throttle = math.inf
-        return min(self._throttle, self._rate)
+    def _reduce_rate(self, now: float, lost: float) -> None:
+        """Handle a congestion event, which costs `lost` seconds."""
+        half = min(self._rate, self._max_rate, _UNMEASURED_RATE) / 2
+        self._w_max = min(max(self._good_answers.per_second(now), half / _BETA), self._max_rate)
+        self._rate = _BETA * self._w_max
+        k = min(_K + _K_PER_SECOND_LOST * lost, _MAX_K)
+        self._k = max(k, _MIN_K_SLOTS / self._rate)
+        self._t = 0.0
+        self._t_updated_at = now
+
+    def _current_rate(self, now: float) -> float:
+        """Return the slots per second, after moving along the cubic function."""
+        if self._rate < self._max_rate:
+            # Time without requests proves nothing, so t does not count it (RFC 9438, 4.2 and 5.8).
+            self._t += min(max(now - self._t_updated_at, 0.0), 2.0 / self._rate)
+            self._t_updated_at = now
+            self._rate = self._w_max * (1.0 + (1.0 - _BETA) * (self._t / self._k - 1.0) ** 3)
+            if self._rate > _NO_LIMIT:
+                self._rate = math.inf
+        return min(self._rate, self._max_rate)
 
 
-class _Rate:
-    """Events per second: an average that forgets within about a second."""
+class _MeasuredRate:
+    """Answers per second: an average that decays within about a second."""
 
     def __init__(self) -> None:
         self._weight = 0.0
@@ -145,23 +159,22 @@ class _Rate:
         self._last = -math.inf
 
     def count(self, now: float) -> None:
+        """Count an answer."""
         passed = now - self._last
         if passed > 1.0:
             self._since = now
-        if passed > 0.0:  # not where answers still come after a 429
+        if passed > 0.0:  # not during a pause, when answers to earlier requests still arrive
             self._weight *= math.exp(-passed)
             self._last = now
         self._weight += 1.0
 
-    def at(self, now: float) -> float:
-        # What began lately has not its full weight yet.
-        share = 1.0 - math.exp(min(self._since - now, -_SHORTEST_MEASURE))
-        return self._weight_at(now) / share
+    def per_second(self, now: float) -> float:
+        """Return the rate at `now`."""
+        weight = self._weight * math.exp(min(self._last - now, 0.0))
+        # An average over less than a second has not reached its full weight.
+        return weight / (1.0 - math.exp(min(self._since - now, -_MIN_MEASURED)))
 
     def pause(self, seconds: float) -> None:
-        """Leave `seconds` to come, in which nothing can be counted, out of the average."""
+        """Exclude the next `seconds`, in which no request is sent, from the average."""
         self._last += max(seconds, 0.0)
         self._since += max(seconds, 0.0)
-
-    def _weight_at(self, now: float) -> float:
-        return self._weight * math.exp(min(self._last - now, 0.0))

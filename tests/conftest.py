@@ -24,30 +24,30 @@ def _our_tasks() -> list[str]:
 
 @pytest.fixture
 def our_tasks() -> Callable[[], list[str]]:
-    """Return a function that names the library's tasks in this loop."""
+    """Return a function that returns the names of the library's tasks in this loop."""
     return _our_tasks
 
 
 class Recorder:
-    """An observer that keeps every event, and lets a test wait for one."""
+    """An observer that records every event, and lets a test wait for the next of a type."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
         self._waiters: list[tuple[type[Event], asyncio.Future[Any]]] = []
 
     def __call__(self, event: Event) -> None:
-        """Keep the event, and wake those who wait for its like."""
+        """Record the event, and wake the tests that wait for its type."""
         self.events.append(event)
         for kind, waiter in self._waiters:
             if isinstance(event, kind) and not waiter.done():
                 waiter.set_result(event)
 
     def of(self, kind: type[Event]) -> list[Any]:
-        """Return the events of one kind."""
+        """Return the events of one type."""
         return [event for event in self.events if isinstance(event, kind)]
 
     async def next(self, kind: type[Event]) -> Any:
-        """Wait for the next event of one kind."""
+        """Wait for the next event of one type, for at most 10 s."""
         waiter: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiters.append((kind, waiter))
         async with asyncio.timeout(10):
@@ -55,34 +55,34 @@ class Recorder:
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PROMPTLAYER_API_KEY", raising=False)
     monkeypatch.delenv("PROMPTLAYER_BASE_URL", raising=False)
 
 
 @pytest.fixture
 async def sim() -> AsyncIterator[Simulator]:
-    """Return a simulator that serves in the test's loop."""
+    """Return a simulator that runs in the test's event loop."""
     async with Simulator() as simulator:
         yield simulator
 
 
 @pytest.fixture
 def threaded_sim() -> Iterator[Simulator]:
-    """Return a simulator that serves in a thread of its own."""
+    """Return a simulator that runs in its own thread."""
     with Simulator() as simulator:
         yield simulator
 
 
 @pytest.fixture
 def recorder() -> Recorder:
-    """Return an observer that the sessions of `open_session` report to."""
+    """Return the observer of the sessions that `open_session` makes."""
     return Recorder()
 
 
 @pytest.fixture
 async def open_session(sim: Simulator, recorder: Recorder) -> AsyncIterator[Callable[..., Session]]:
-    """Return a maker of sessions for `sim`; they are closed, and checked for leaks, at the end."""
+    """Return a function that makes sessions for `sim`; after closing, no task may remain."""
     async with AsyncExitStack() as stack:
 
         def make(**overrides: Any) -> Session:
@@ -110,7 +110,7 @@ def session(open_session: Callable[..., Session]) -> Session:
 
 @pytest.fixture
 def held(sim: Simulator) -> int:
-    """Return the id of an execution whose output node runs until it is told to finish."""
+    """Return the id of an execution whose output node runs until `sim.finish` ends it."""
     return sim.add_execution(
         Scenario([SimNode("Plan", "done"), SimNode("Answer", "42", None, is_output_node=True)])
     )

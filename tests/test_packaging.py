@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import re
 import subprocess
 import sys
 import textwrap
@@ -62,7 +61,7 @@ PUBLIC = [
     "FieldError",
     "__version__",
 ]
-# From the ground up: a module may import, at run time, only what stands before it.
+# Lowest first: at run time a module may import only those above it in this list.
 LAYERS = [
     "_version",
     "_errors",
@@ -141,7 +140,7 @@ def sources(module: str) -> list[Path]:
 
 
 def test_the_public_api_is_exactly_the_contract_s() -> None:
-    """No name more and none less, each of them there, in sorted order."""
+    """`__all__` has exactly these names, in sorted order, and the package has each of them."""
     assert sorted(PUBLIC) == promptlayer_exec.__all__
     assert all(hasattr(promptlayer_exec, name) for name in PUBLIC)
 
@@ -157,12 +156,12 @@ def test_every_public_name_is_documented() -> None:
 
 
 def test_the_version_is_the_distribution_s() -> None:
-    """One place knows it."""
+    """Both come from one file."""
     assert promptlayer_exec.__version__ == metadata.version("promptlayer-exec")
 
 
 def test_importing_the_package_imports_no_optional_dependency() -> None:
-    """Nor the modules that need one, nor the simulator."""
+    """Nor does it import the modules that need one, or the simulator."""
     program = (
         "import sys, promptlayer_exec\n"
         "extras = {'typer', 'rich', 'pytest', 'fastapi', 'uvicorn', 'dbos', 'opentelemetry'}\n"
@@ -177,20 +176,20 @@ def test_importing_the_package_imports_no_optional_dependency() -> None:
 
 
 def test_every_module_has_its_layer() -> None:
-    """A new private module must take its place in `LAYERS`."""
+    """Every private module is listed in `LAYERS`."""
     modules = {path.stem for path in PACKAGE.glob("_[a-z]*")}
     assert modules == set(LAYERS)
 
 
 @pytest.mark.parametrize("module", LAYERS)
 def test_modules_import_downwards_only(module: str) -> None:
-    """So there is no cycle, and a lower module can be understood without a higher one."""
+    """So there is no cycle, and a lower module can be understood without the higher ones."""
     for file in sources(module):
         assert upward_imports(module, file.read_text()) <= {module}, file.name
 
 
 def test_a_planted_cycle_is_found() -> None:
-    """The check above can fail; an import for type checking alone does not make it."""
+    """The check above can fail, and ignores imports for type checking."""
     for planted in ("from promptlayer_exec._session import Session", "from ._session import S"):
         late = f"def late():\n    {planted}"
         assert upward_imports("_errors", late) == {"_session"}
@@ -199,7 +198,7 @@ def test_a_planted_cycle_is_found() -> None:
 
 
 def test_the_simulator_shares_no_code_with_the_client() -> None:
-    """It must be able to prove the client wrong."""
+    """So it can prove the client wrong."""
     for path in (PACKAGE / "simulator").glob("*.py"):
         assert imports_of_ours(path.read_text()) <= {"simulator"}, path.name
     assert imports_of_ours("from promptlayer_exec._wire import Request") == {"_wire"}
@@ -313,8 +312,8 @@ def test_the_viewer_s_page_is_in_the_package() -> None:
     assert {"index.html", "viewer.css", "viewer.js"} <= page
 
 
-def test_only_the_transport_knows_aiohttp_s_client() -> None:
-    """Elsewhere it is at most a name in an annotation."""
+def test_only_the_transport_imports_aiohttp() -> None:
+    """Other modules import aiohttp for annotations only."""
     users = set()
     modules = [(name, file) for name in LAYERS for file in sources(name)]
     for module, file in modules:
@@ -331,57 +330,8 @@ def test_only_the_transport_knows_aiohttp_s_client() -> None:
     assert users == {"_transport"}
 
 
-SCOPES = re.compile(
-    r"\b(CancelScope|Limit|fail_after|move_on_after|timeout|timeout_at|create_task_group|TaskGroup)\("
-)
-
-
-def yields_inside_scopes(source: str) -> list[int]:
-    """Return the lines of each `yield` that a cancel scope, timeout or task group spans."""
-    lines = []
-
-    def visit(node: ast.AST, inside: bool) -> None:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            inside = False
-        if isinstance(node, ast.With | ast.AsyncWith):
-            inside = inside or any(SCOPES.search(ast.unparse(i.context_expr)) for i in node.items)
-        if isinstance(node, ast.Yield | ast.YieldFrom) and inside:
-            lines.append(node.lineno)
-        for child in ast.iter_child_nodes(node):
-            visit(child, inside)
-
-    visit(ast.parse(source), inside=False)
-    return lines
-
-
-@pytest.mark.parametrize(
-    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
-)
-def test_no_scope_spans_a_yield(path: Path) -> None:
-    """A consumer that breaks off would cancel what is none of its business (PEP 789)."""
-    assert yields_inside_scopes(path.read_text()) == []
-
-
-@pytest.mark.parametrize(
-    "scope",
-    [
-        "anyio.CancelScope()",
-        "Limit(timers, 1)",
-        "asyncio.timeout(1)",
-        "anyio.create_task_group() as tasks",
-    ],
-)
-def test_a_planted_yield_inside_a_scope_is_found(scope: str) -> None:
-    """The check above can fail, however deep the `yield`; a nested function is another matter."""
-    kind = "async with" if scope.startswith("asyncio") or "group" in scope else "with"
-    body = "        for x in y:\n            yield x"
-    assert yields_inside_scopes(f"async def f():\n    {kind} {scope}:\n{body}") == [4]
-    nested = f"async def f():\n    {kind} {scope}:\n        def g():\n            yield 1"
-    assert yields_inside_scopes(nested) == []
-
-
 def test_a_missing_extra_is_named() -> None:
-    """Importing a module without what it is built on says what to install."""
+    """The error on importing a module without its extra says what to install."""
     program = """
         import sys, traceback
         modules = {

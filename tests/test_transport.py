@@ -426,10 +426,10 @@ asyncio.run(main())
 
 
 # As programs that return a body with `n` values, of the process below.
-NODES = """b"{" + b",".join(b'"%x":{"status":"X"}' % i for i in range(n // 2)) + b"}" """
+NODES = """b"{" + b",".join(b'"%x":{"status":"RUNNING"}' % i for i in range(n // 2)) + b"}" """
 SHAPES = {
-    "empty arrays": """b'{"a":{"status":"X","value":[' + b"[]," * (n // 2) + b"0]}}" """,
-    "small objects": """b'{"a":{"status":"X","value":[' + b'{"a":1},' * (n // 2) + b"0]}}" """,
+    "empty arrays": """b'{"a":{"status":"RUNNING","value":[' + b"[]," * (n // 2) + b"0]}}" """,
+    "small objects": """b'{"a":{"status":"RUNNING","value":[' + b'{"a":1},' * (n // 2) + b"0]}}" """,
     "nodes": NODES,
     "nodes that change": NODES.replace("% i", "% (i + n)"),
 }

@@ -1,4 +1,4 @@
-"""Measure what following thousands of executions costs; fail where a target is missed.
+"""Measure what following thousands of executions costs, and fail if a target is missed.
 
 Usage: python tests/benchmarks [--rate POLLS_PER_SECOND]
 """
@@ -25,23 +25,23 @@ LONGEST_RUN = 100.0
 MOST_MEMORY = 10 * 1024
 MOST_GROWTH = 1.2
 MOST_LATENESS = 0.1
-# A core that is busier than this says nothing about lateness.
+# Lateness on a core that is busier than this says nothing about the client.
 MOST_BUSY = 0.7
 
 Measured = dict[str, float]
 
 
 class Row(NamedTuple):
-    """One line of the table: what was measured at each count, and what is wrong with it."""
+    """A line of the table: its name, a cell for each count, the target, and what missed it."""
 
-    what: str
+    name: str
     cells: list[str]
     target: str = ""
     misses: tuple[str, ...] = ()
 
 
 def measure(kind: str, count: int, rate: float) -> Measured:
-    """Return what one run measured, in a process of its own."""
+    """Return what one run measured, in its own process."""
     command = [sys.executable, str(FOLLOWER), kind, str(count), str(rate)]
     finished = subprocess.run(command, stdout=subprocess.PIPE, timeout=LONGEST_RUN, check=True)
     measured: Measured = json.loads(finished.stdout)
@@ -49,42 +49,42 @@ def measure(kind: str, count: int, rate: float) -> Measured:
 
 
 def medians(rate: float) -> dict[tuple[str, int], Measured]:
-    """Return the medians of all runs; the ratios are taken within each run before."""
+    """Return the medians over all runs, also of the ratios within each run."""
     runs = []
     for number in range(RUNS):
         run = {(kind, count): measure(kind, count, rate) for count in COUNTS for kind in KINDS}
         for count in COUNTS:
             ours, bare = run["as_completed", count], run["bare", count]
-            data = run["snapshots", count]["memory"]
-            ours["beyond"] = ours["memory"] - data
+            snapshot = run["snapshots", count]["memory"]
+            ours["beyond"] = ours["memory"] - snapshot
             ours["ratio"] = ours["cpu"] / bare["cpu"]
-            run["wait", count]["beyond"] = run["wait", count]["memory"] - data
+            run["wait", count]["beyond"] = run["wait", count]["memory"] - snapshot
         for kind in ("as_completed", "bare"):
             run[kind, MANY]["growth"] = run[kind, MANY]["cpu"] / run[kind, FEW]["cpu"]
-        sys.stderr.write(f"run {number + 1} of {RUNS} is done\n")
+        sys.stderr.write(f"finished run {number + 1} of {RUNS}\n")
         runs.append(run)
     return {
-        place: {name: statistics.median(run[place][name] for run in runs) for name in measured}
-        for place, measured in runs[0].items()
+        key: {name: statistics.median(run[key][name] for run in runs) for name in measured}
+        for key, measured in runs[0].items()
     }
 
 
-def rows(found: dict[tuple[str, int], Measured]) -> Iterator[Row]:
+def rows(measured: dict[tuple[str, int], Measured]) -> Iterator[Row]:
     """Yield the lines of the table."""
-    ours = [found["as_completed", count] for count in COUNTS]
-    bare = [found["bare", count] for count in COUNTS]
+    ours = [measured["as_completed", count] for count in COUNTS]
+    bare = [measured["bare", count] for count in COUNTS]
     growth = ours[1]["growth"]
     grown = (f"{growth:.2f} times the CPU per poll at {MANY:,}",) if growth > MOST_GROWTH else ()
     for kind in ("as_completed", "wait"):
-        beyond = [found[kind, count]["beyond"] for count in COUNTS]
+        beyond = [measured[kind, count]["beyond"] for count in COUNTS]
         yield Row(
             f"memory per execution, `{kind}`",
             [kib(size) for size in beyond],
             f"≤ {kib(MOST_MEMORY)}",
             tuple(f"{kib(b)} per execution, `{kind}`" for b in beyond if b > MOST_MEMORY),
         )
-    data = [found["snapshots", count]["memory"] for count in COUNTS]
-    yield Row("its snapshot's data, not counted above", [kib(size) for size in data])
+    snapshots = [measured["snapshots", count]["memory"] for count in COUNTS]
+    yield Row("its snapshot's data, not counted above", [kib(size) for size in snapshots])
     yield Row("CPU per poll", [f"{m['cpu'] * 1e6:.0f} µs" for m in ours])
     yield Row("… against 1,000", ["1.00", f"{growth:.2f}"], f"≤ {MOST_GROWTH:.2f}", grown)
     yield Row("… against aiohttp alone", [f"{m['ratio']:.2f}" for m in ours])
@@ -106,33 +106,33 @@ def rows(found: dict[tuple[str, int], Measured]) -> Iterator[Row]:
 
 
 def kib(size: float) -> str:
-    """Return a size as text."""
+    """Return a size in bytes as text in KiB."""
     return f"{size / 1024:.1f} KiB"
 
 
 def ms(seconds: float) -> str:
-    """Return a time as text."""
+    """Return a time in seconds as text in milliseconds."""
     return f"{seconds * 1e3:.0f} ms"
 
 
 def main() -> int:
-    """Print the table; return 1 if a target is missed."""
+    """Print the table, and return 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rate", type=float, default=1000.0, help="polls per second in all")
     rate = parser.parse_args().rate
     table = list(rows(medians(rate)))
     machine = f"Python {platform.python_version()}, {os.cpu_count()} cores"
-    out = [
+    lines = [
         f"{machine}, {rate:g} polls per second, medians of {RUNS} runs",
         "",
         f"| | {FEW:,} executions | {MANY:,} executions | target |",
         "|---|---|---|---|",
-        *(f"| {row.what} | {' | '.join(row.cells)} | {row.target} |" for row in table),
+        *(f"| {row.name} | {' | '.join(row.cells)} | {row.target} |" for row in table),
     ]
     misses = [miss for row in table for miss in row.misses]
     if misses:
-        out += ["", *(f"missed: {miss}" for miss in misses)]
-    sys.stdout.write("\n".join(out) + "\n")
+        lines += ["", *(f"missed: {miss}" for miss in misses)]
+    sys.stdout.write("\n".join(lines) + "\n")
     return bool(misses)
 
 

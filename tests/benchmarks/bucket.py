@@ -1,4 +1,4 @@
-"""Start and follow 2,000 executions against a token bucket; fail where a target is missed.
+"""Start and follow 2,000 executions against a token bucket, and fail if a target is missed.
 
 Usage: python tests/benchmarks/bucket.py
 """
@@ -20,7 +20,7 @@ MOST_REFUSED = 0.02
 
 
 async def run(*, announced: bool) -> tuple[float, float]:
-    """Return how much of the bucket was used, and how much was refused after the first second."""
+    """Return the share of the bucket that was used, and of requests refused after one second."""
     scenario = Scenario([SimNode("Answer", 42, duration=0.3, is_output_node=True)])
     refused_at: list[float] = []
 
@@ -37,17 +37,16 @@ async def run(*, announced: bool) -> tuple[float, float]:
         ) as session:
             began = time.monotonic()
             outcomes = await session.collect(requests, max_in_flight=300)
-            took = time.monotonic() - began
+            seconds = time.monotonic() - began
         if not all(outcome.output == 42 for outcome in outcomes):
-            raise AssertionError("an execution was lost")
+            raise AssertionError("an execution has the wrong output")
         later = sum(at > began + 1.0 for at in refused_at)
-        return (sim.request_count - len(refused_at)) / (
-            PER_SECOND * took
-        ), later / sim.request_count
+        used = (sim.request_count - len(refused_at)) / (PER_SECOND * seconds)
+        return used, later / sim.request_count
 
 
 def main() -> int:
-    """Print the table; return 1 if a target is missed."""
+    """Print the table, and return 1 if a target is missed."""
     missed = False
     sys.stdout.write(
         "| the server's 429s | of the bucket used | refused after the first second |\n"

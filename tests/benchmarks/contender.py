@@ -1,4 +1,4 @@
-"""One contender, in a process of its own: poll with 50 connections, and print what it took.
+"""Poll with one client over 50 connections, and print what that cost as JSON.
 
 Usage: contender.py NAME BASE_URL POLLS
 """
@@ -16,79 +16,77 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 CONNECTIONS = 50
 KEY = "benchmark"
 
-Look = Callable[[], Awaitable[object]]
-Open = Callable[[str], AbstractAsyncContextManager[Look]]
+Poll = Callable[[], Awaitable[object]]
+Open = Callable[[str], AbstractAsyncContextManager[Poll]]
 PATH = "/workflow-version-execution-results"
 QUERY = {"workflow_version_execution_id": "7", "return_all_outputs": "true"}
 
 
 @asynccontextmanager
-async def floor(base_url: str) -> AsyncIterator[Look]:
-    """Poll with aiohttp, and nothing around it."""
+async def bare(base_url: str) -> AsyncIterator[Poll]:
+    """Poll with aiohttp alone."""
     import aiohttp
 
     async with aiohttp.ClientSession(base_url, headers={"X-API-KEY": KEY}) as http:
 
-        async def look() -> object:
+        async def poll() -> object:
             async with http.get(PATH, params=QUERY) as answer:
                 return json.loads(await answer.read())
 
-        yield look
+        yield poll
 
 
 @asynccontextmanager
-async def ours(base_url: str) -> AsyncIterator[Look]:
-    """Poll with a session of ours."""
+async def ours(base_url: str) -> AsyncIterator[Poll]:
+    """Poll with a session of this package."""
     from promptlayer_exec import Session
 
-    connections = 2 * CONNECTIONS  # a quarter is for starts
+    connections = 2 * CONNECTIONS  # a quarter of them are for starts only
     async with Session(KEY, base_url=base_url, max_connections=connections, rate=None) as session:
         yield lambda: session.get_results(7, return_all_outputs=True)
 
 
 @asynccontextmanager
-async def httpx(base_url: str) -> AsyncIterator[Look]:
-    """Poll with one shared client of httpx."""
+async def httpx(base_url: str) -> AsyncIterator[Poll]:
+    """Poll with one shared httpx client."""
     from httpx import AsyncClient, Limits
 
     limits = Limits(max_connections=CONNECTIONS)
     headers = {"X-API-KEY": KEY}
     async with AsyncClient(base_url=base_url, headers=headers, limits=limits) as http:
 
-        async def look() -> object:
+        async def poll() -> object:
             return (await http.get(PATH, params=QUERY)).json()
 
-        yield look
+        yield poll
 
 
 @asynccontextmanager
-async def vendor(base_url: str) -> AsyncIterator[Look]:
+async def vendor(base_url: str) -> AsyncIterator[Poll]:
     """Poll as the vendor's SDK does."""
     from promptlayer.utils import _get_final_output
 
     yield lambda: _get_final_output(base_url, 7, True, headers={"X-API-KEY": KEY})
 
 
-async def take_turns(
-    open_: Callable[[str], AbstractAsyncContextManager[Look]], url: str, polls: int
-) -> dict[str, float]:
-    """Poll so many times, over all connections at once, after each was used."""
-    async with open_(url) as look:
+async def poll_repeatedly(open_: Open, base_url: str, polls: int) -> dict[str, float]:
+    """Measure that many polls in all, made by all connections at once after they are open."""
+    async with open_(base_url) as poll:
 
         async def repeat(times: int) -> None:
             for _ in range(times):
-                await look()
+                await poll()
 
         await asyncio.gather(*(repeat(2) for _ in range(CONNECTIONS)))
         each = max(polls // CONNECTIONS, 1)
-        began, used = time.perf_counter(), time.process_time()
+        began, cpu = time.perf_counter(), time.process_time()
         await asyncio.gather(*(repeat(each) for _ in range(CONNECTIONS)))
-        used, took = time.process_time() - used, time.perf_counter() - began
-    return measured(each * CONNECTIONS, used, took)
+        cpu, seconds = time.process_time() - cpu, time.perf_counter() - began
+    return per_poll(each * CONNECTIONS, cpu, seconds)
 
 
 async def unchanged(base_url: str, polls: int) -> dict[str, float]:
-    """Watch 50 executions that never change, without delay, for so many polls."""
+    """Measure that many polls, without delay, of 50 watched executions that never change."""
     from promptlayer_exec import Event, Polled, PollPolicy, Session
 
     count, goal = 0, 2 * CONNECTIONS
@@ -113,33 +111,33 @@ async def unchanged(base_url: str, polls: int) -> dict[str, float]:
         await reached.wait()
         goal, before = count + polls, count
         reached.clear()
-        began, used = time.perf_counter(), time.process_time()
+        began, cpu = time.perf_counter(), time.process_time()
         await reached.wait()
-        used, took = time.process_time() - used, time.perf_counter() - began
-        found = measured(count - before, used, took)
+        cpu, seconds = time.process_time() - cpu, time.perf_counter() - began
+        measured = per_poll(count - before, cpu, seconds)
         for wait in waits:
             assert not wait.done()
             wait.cancel()
         await asyncio.wait(waits)
-    return found
+    return measured
 
 
-def measured(polls: int, used: float, took: float) -> dict[str, float]:
-    """Return what is to be printed."""
+def per_poll(polls: int, cpu: float, seconds: float) -> dict[str, float]:
+    """Return polls per second, CPU seconds per poll, and the peak memory in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"rate": polls / took, "cpu": used / polls, "peak": peak, "busy": used / took}
+    return {"rate": polls / seconds, "cpu": cpu / polls, "peak": peak}
 
 
-CONTENDERS: dict[str, Open] = {"floor": floor, "ours": ours, "httpx": httpx, "vendor": vendor}
+CONTENDERS: dict[str, Open] = {"bare": bare, "ours": ours, "httpx": httpx, "vendor": vendor}
 
 
 def main(name: str, base_url: str, polls: str) -> None:
-    """Measure, and print it as JSON."""
+    """Measure one client, and print the result."""
     if name == "unchanged":
-        found = asyncio.run(unchanged(base_url, int(polls)))
+        measured = asyncio.run(unchanged(base_url, int(polls)))
     else:
-        found = asyncio.run(take_turns(CONTENDERS[name], base_url, int(polls)))
-    sys.stdout.write(json.dumps(found))
+        measured = asyncio.run(poll_repeatedly(CONTENDERS[name], base_url, int(polls)))
+    sys.stdout.write(json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One measurement, in a process of its own: follow so many executions, and print what it took.
+"""Follow many executions in one way, and print what that cost as JSON.
 
 Usage: follower.py KIND COUNT RATE, where RATE is polls per second over all executions.
 """
@@ -24,8 +24,8 @@ from promptlayer_exec import Event, Polled, PollPolicy, Session
 SERVER = Path(__file__).with_name("server.py")
 SMAPS = Path("/proc/self/smaps_rollup")
 CONNECTIONS = 100
-# CPU and lateness are measured over so many polls of each execution, and seconds at least: long
-# enough for the rare full collections of garbage to take part.
+# CPU and lateness are measured over this many polls of each execution, and at least this many
+# seconds: long enough to include the rare full garbage collections.
 WINDOW_POLLS = 2
 WINDOW = 6.0
 BARE_WINDOW = 4.0
@@ -33,7 +33,7 @@ KEY = "benchmark"
 
 
 def memory() -> int:
-    """Return the bytes that are this process's alone, once the garbage is gone."""
+    """Collect garbage, and return the bytes of memory that no other process shares."""
     gc.collect()
     lines = SMAPS.read_text().splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
@@ -41,7 +41,7 @@ def memory() -> int:
 
 @contextmanager
 def server() -> Iterator[str]:
-    """Start the server, and return its base URL."""
+    """Run the server, and return its base URL."""
     command = [sys.executable, str(SERVER)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -50,8 +50,8 @@ def server() -> Iterator[str]:
         process.stdin.close()
 
 
-class Watcher:
-    """Counts polls and keeps how late each was; also the longest garbage collection."""
+class Meter:
+    """Records the number and lateness of polls, and the longest garbage collection."""
 
     def __init__(self) -> None:
         self.polls = 0
@@ -63,34 +63,34 @@ class Watcher:
         gc.callbacks.append(self._collection)
 
     def observe(self, event: Event) -> None:
-        """Take note of a poll."""
+        """Record a poll, where the event is one."""
         if isinstance(event, Polled):
             self.polled(event.lateness)
 
     def polled(self, lateness: float) -> None:
-        """Take note of a poll."""
+        """Record a poll that was `lateness` seconds late."""
         self.polls += 1
         self.lateness.append(lateness)
         if self.polls == self._goal:
             self._reached.set()
 
     async def reach(self, polls: int) -> None:
-        """Wait until there were so many polls."""
+        """Wait until that many polls were recorded."""
         self._goal = polls
         await self._reached.wait()
 
     async def measure(self, seconds: float) -> dict[str, float]:
-        """Return what polls cost, and how late they were, in the next `seconds`."""
+        """Return what the polls of the next `seconds` cost, and how late they were."""
         del self.lateness[:]
         self._longest = 0.0
-        began, used = time.perf_counter(), time.process_time()
+        began, cpu = time.perf_counter(), time.process_time()
         await asyncio.sleep(seconds)
-        used, took = time.process_time() - used, time.perf_counter() - began
+        cpu, passed = time.process_time() - cpu, time.perf_counter() - began
         late = sorted(self.lateness)
         return {
             "polls": len(late),
-            "cpu": used / len(late),
-            "busy": used / took,
+            "cpu": cpu / len(late),
+            "busy": cpu / passed,
             "late": late[int(0.99 * len(late))],
             "collection": self._longest,
         }
@@ -103,23 +103,23 @@ class Watcher:
 
 
 async def ids(count: int, rate: float) -> AsyncIterator[int]:
-    """Yield the ids of executions at that rate, so that their polls are spread evenly."""
+    """Yield `rate` execution ids per second, so that their polls are spread evenly."""
     began = time.perf_counter()
     for i in range(count):
-        if (early := began + i / rate - time.perf_counter()) > 0:
-            await asyncio.sleep(early)
+        if (wait := began + i / rate - time.perf_counter()) > 0:
+            await asyncio.sleep(wait)
         yield i + 1
 
 
-async def warmed_up(session: Session) -> int:
-    """Open every connection, import what is imported late; return the memory after that."""
-    look = session.get_results
-    await asyncio.gather(*(look(i + 1, return_all_outputs=True) for i in range(CONNECTIONS)))
-    await asyncio.sleep(0)  # for gather's results to go
+async def warm_up(session: Session) -> int:
+    """Open every connection, and load what is imported late; return the memory after that."""
+    poll = session.get_results
+    await asyncio.gather(*(poll(i + 1, return_all_outputs=True) for i in range(CONNECTIONS)))
+    await asyncio.sleep(0)  # until gather's results are freed
     return memory()
 
 
-def session(base_url: str, period: float, watcher: Watcher) -> Session:
+def session(base_url: str, period: float, meter: Meter) -> Session:
     """Return a session that polls each execution every `period` seconds."""
     return Session(
         KEY,
@@ -127,15 +127,15 @@ def session(base_url: str, period: float, watcher: Watcher) -> Session:
         poll=PollPolicy.fixed(period),
         rate=None,
         max_connections=CONNECTIONS,
-        observers=[watcher.observe],
+        observers=[meter.observe],
     )
 
 
 async def completed(base_url: str, count: int, rate: float) -> dict[str, float]:
-    """Follow by `as_completed`: CPU, lateness and memory."""
-    watcher = Watcher()
-    async with session(base_url, count / rate, watcher) as client:
-        before = await warmed_up(client)
+    """Measure CPU, lateness and memory of following with `as_completed`."""
+    meter = Meter()
+    async with session(base_url, count / rate, meter) as client:
+        before = await warm_up(client)
 
         async def consume() -> None:
             outcomes = client.as_completed(ids(count, rate), max_in_flight=count)
@@ -144,8 +144,8 @@ async def completed(base_url: str, count: int, rate: float) -> dict[str, float]:
                     raise RuntimeError(f"nothing completes here: {outcome}")
 
         consumer = asyncio.create_task(consume())
-        await watcher.reach(count + int(rate / 2))
-        measured = await watcher.measure(max(WINDOW_POLLS * count / rate, WINDOW))
+        await meter.reach(count + int(rate / 2))
+        measured = await meter.measure(max(WINDOW_POLLS * count / rate, WINDOW))
         began = time.perf_counter()
         gc.collect()
         measured["full"] = time.perf_counter() - began
@@ -157,12 +157,12 @@ async def completed(base_url: str, count: int, rate: float) -> dict[str, float]:
 
 
 async def waited(base_url: str, count: int, rate: float) -> dict[str, float]:
-    """Follow by `wait`, in a task of the user's each: memory."""
-    watcher = Watcher()
-    async with session(base_url, count / rate / 2, watcher) as client:
-        before = await warmed_up(client)
+    """Measure the memory of following with `wait`, in one task for each execution."""
+    meter = Meter()
+    async with session(base_url, count / rate / 2, meter) as client:
+        before = await warm_up(client)
         tasks = [asyncio.create_task(client.execution(i + 1).wait()) for i in range(count)]
-        await watcher.reach(2 * count)
+        await meter.reach(2 * count)
         measured = {"memory": (memory() - before) / count}
         for task in tasks:
             assert not task.done()
@@ -171,24 +171,24 @@ async def waited(base_url: str, count: int, rate: float) -> dict[str, float]:
     return measured
 
 
-async def looked_at(base_url: str, count: int, rate: float) -> dict[str, float]:
-    """Hold one snapshot of each, and follow none: the memory that the data take."""
+async def snapshots(base_url: str, count: int, rate: float) -> dict[str, float]:
+    """Measure the memory of one snapshot of each execution, without following any."""
     del rate
-    async with session(base_url, 1.0, Watcher()) as client:
-        before = await warmed_up(client)
-        snapshots: list[Any] = []
+    async with session(base_url, 1.0, Meter()) as client:
+        before = await warm_up(client)
+        poll = client.get_results
+        kept: list[Any] = []
         for i in range(0, count, CONNECTIONS):
             each = range(i, min(i + CONNECTIONS, count))
-            look = client.get_results
-            snapshots += await asyncio.gather(*(look(i + 1, return_all_outputs=True) for i in each))
+            kept += await asyncio.gather(*(poll(i + 1, return_all_outputs=True) for i in each))
         await asyncio.sleep(0)
-        return {"memory": (memory() - before) / len(snapshots)}
+        return {"memory": (memory() - before) / len(kept)}
 
 
 async def bare(base_url: str, count: int, rate: float) -> dict[str, float]:
-    """Do the same GETs with aiohttp alone: a task for each, that sleeps, asks and decodes."""
+    """Measure the same with aiohttp alone: a task per execution sleeps, polls and decodes."""
     period = count / rate
-    watcher = Watcher()
+    meter = Meter()
     url = f"{base_url}/workflow-version-execution-results"
     latest: dict[int, Any] = {}
 
@@ -199,14 +199,14 @@ async def bare(base_url: str, count: int, rate: float) -> dict[str, float]:
             lateness = time.monotonic() - due
             async with http.get(url, params=query, headers={"X-API-KEY": KEY}) as answer:
                 latest[execution_id] = json.loads(await answer.read())
-            watcher.polled(lateness)
+            meter.polled(lateness)
             due = time.monotonic() + period
             await asyncio.sleep(period)
 
     connector = aiohttp.TCPConnector(limit=CONNECTIONS)
     async with aiohttp.ClientSession(connector=connector) as http, asyncio.TaskGroup() as tasks:
         started = [tasks.create_task(follow(http, i)) async for i in ids(count, rate)]
-        measured = await watcher.measure(BARE_WINDOW)
+        measured = await meter.measure(BARE_WINDOW)
         for task in started:
             task.cancel()
     return measured
@@ -215,13 +215,13 @@ async def bare(base_url: str, count: int, rate: float) -> dict[str, float]:
 KINDS: dict[str, Callable[[str, int, float], Any]] = {
     "as_completed": completed,
     "wait": waited,
-    "snapshots": looked_at,
+    "snapshots": snapshots,
     "bare": bare,
 }
 
 
 def main(kind: str, count: str, rate: str) -> None:
-    """Measure, and print it as JSON."""
+    """Measure one kind, and print the result."""
     with server() as base_url:
         measured = asyncio.run(KINDS[kind](base_url, int(count), float(rate)))
     sys.stdout.write(json.dumps(measured))

@@ -1,4 +1,4 @@
-"""Measure what importing the package takes, and reading a large body; fail on a missed target.
+"""Measure importing the package and reading a large body, and fail if a target is missed.
 
 Usage: python tests/benchmarks/imports.py
 """
@@ -19,22 +19,22 @@ BODY = 50 * 2**20
 MOST_PEAK = 3.5
 
 
-def import_time(what: str) -> float:
-    """Return the CPU seconds that importing takes in a new process."""
-    program = f"from time import process_time as t; a = t(); import {what}; print(t() - a)"
+def import_time(modules: str) -> float:
+    """Return the CPU seconds that importing modules takes in a new process."""
+    program = f"from time import process_time as t; a = t(); import {modules}; print(t() - a)"
     command = [sys.executable, "-c", program]
     return float(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
 
 
 def import_ratio() -> float:
-    """Return the median ratio, taken within each round, to what it is built on."""
+    """Return the import time of the package ÷ that of its dependencies: the median over rounds."""
     return statistics.median(
         import_time("promptlayer_exec") / import_time("aiohttp, cattrs") for _ in range(ROUNDS)
     )
 
 
 def peak_ratio() -> float:
-    """Return the peak of memory while a body is read, less the decoded objects, by its size."""
+    """Return the peak memory of reading a body, without the decoded objects, ÷ the body's size."""
     nodes = {f"node {i}": {"status": "SUCCESS", "value": "x" * 2**20} for i in range(BODY // 2**20)}
     tracemalloc.start()
     body = json.dumps(nodes).encode()
@@ -52,7 +52,7 @@ def peak_ratio() -> float:
 
 
 def main() -> int:
-    """Print both; return 1 if a target is missed."""
+    """Print both, and return 1 if a target is missed."""
     importing, peak = import_ratio(), peak_ratio()
     sys.stdout.write(
         f"import promptlayer_exec: {importing:.2f} of import aiohttp, cattrs (≤ {MOST_IMPORT})\n"

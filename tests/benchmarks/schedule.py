@@ -1,4 +1,4 @@
-"""Judge the poll schedule in virtual time against fixed intervals; fail where it does worse.
+"""Compare the poll schedule with fixed intervals in virtual time, and fail if it is worse.
 
 Usage: python tests/benchmarks/schedule.py [--chart FILE.svg]
 """
@@ -25,21 +25,21 @@ WORST = 1.3
 
 
 def total(random: Random) -> float:
-    """Return how long an execution takes: log-normal around 20 seconds."""
+    """Return how long an execution takes in seconds: log-normal with a median of 20."""
     return random.lognormvariate(math.log(20.0), 0.8)
 
 
 def scaled(lengths: list[float], seconds: float) -> list[float]:
-    """Return lengths in proportion that take `seconds` together."""
+    """Return `lengths` scaled to a sum of `seconds`."""
     return [length * seconds / sum(lengths) for length in lengths]
 
 
 def short_ones(random: Random) -> list[float]:
-    """Return the lengths of nine short nodes."""
+    """Return the lengths of nine short nodes in seconds."""
     return [random.uniform(0.5, 1.5) for _ in range(9)]
 
 
-# The lengths of nodes that run one after the other.
+# The lengths of nodes, which run one after the other.
 SHAPES: dict[str, Callable[[Random], list[float]]] = {
     "ten of random length": lambda r: scaled([r.expovariate(1) for _ in range(10)], total(r)),
     "six of heavy-tailed length": lambda r: scaled(
@@ -51,16 +51,16 @@ SHAPES: dict[str, Callable[[Random], list[float]]] = {
 }
 
 
-class Found(NamedTuple):
-    """Means over executions: seconds from an end to its detection, and requests."""
+class Cost(NamedTuple):
+    """Seconds from the end of an execution, or of a node, to its detection; and requests."""
 
     lag: float
     node_lag: float
     gets: float
 
 
-def follow(ends: list[float], policy: PollPolicy, random: Random) -> Found:
-    """Poll an execution, whose nodes end at these times, as a watch does."""
+def follow(ends: list[float], policy: PollPolicy, random: Random) -> Cost:
+    """Poll an execution whose nodes end at `ends`, as a watch does."""
     now = changed = 0.0
     seen, gets, node_lag = 0, 1, 0.0
     while seen < len(ends):
@@ -76,20 +76,20 @@ def follow(ends: list[float], policy: PollPolicy, random: Random) -> Found:
         if ended > seen:
             node_lag += sum(now - end for end in ends[seen:ended])
             seen, changed = ended, now
-    return Found(now - ends[-1], node_lag / len(ends), gets)
+    return Cost(now - ends[-1], node_lag / len(ends), gets)
 
 
-def judge(shape: str, policy: PollPolicy) -> Found:
-    """Return the means over many executions of one shape, the same for each policy."""
+def judge(shape: str, policy: PollPolicy) -> Cost:
+    """Return the mean cost over executions of one shape, the same ones for each policy."""
     random = Random(shape)
     runs = [
         follow(list(accumulate(SHAPES[shape](random))), policy, random) for _ in range(EXECUTIONS)
     ]
-    return Found(*(statistics.fmean(values) for values in zip(*runs, strict=True)))
+    return Cost(*(statistics.fmean(values) for values in zip(*runs, strict=True)))
 
 
 def lag_of_fixed(shape: str, gets: float) -> float:
-    """Return the lag of the fixed interval that takes as many requests."""
+    """Return the lag of the fixed interval that makes as many requests."""
     low, high = 0.01, 60.0
     for _ in range(20):
         middle = math.sqrt(low * high)
@@ -101,7 +101,7 @@ def lag_of_fixed(shape: str, gets: float) -> float:
 
 
 class Seen(NamedTuple):
-    """What a policy knows of an execution."""
+    """What a policy knows about an execution; times are in seconds."""
 
     elapsed: float
     final: int
@@ -109,75 +109,75 @@ class Seen(NamedTuple):
     unchanged: float
 
     @property
-    def left(self) -> float:
-        """How long the other nodes will take, if they take as long as those that are final."""
+    def remaining(self) -> float:
+        """How long the other nodes take if each takes as long as the final ones did on average."""
         return (self.nodes - self.final) * self.elapsed / self.final if self.final else self.elapsed
 
 
-def grown(seconds: float) -> float:
-    """Return what the default waits at most while several nodes are left."""
+def growing(seconds: float) -> float:
+    """Return the longest delay of the default while several nodes are not final."""
     return PollPolicy()._growing(seconds)
 
 
-# What else the delay could be, within the same bounds.
-TRIED: dict[str, Callable[[Seen], float]] = {
+# Other formulas for the delay, within the same bounds.
+FORMULAS: dict[str, Callable[[Seen], float]] = {
     "a tenth of the age": lambda seen: seen.elapsed / 10,
     "a tenth of the time without a change": lambda seen: seen.unchanged / 10,
-    "a tenth of the time that seems left": lambda seen: seen.left / 10,
-    "growing with the age, as its fourth root": lambda seen: grown(seen.elapsed),
+    "a tenth of the time that seems left": lambda seen: seen.remaining / 10,
+    "growing with the age, as its fourth root": lambda seen: growing(seen.elapsed),
     "the same, but 0.5 s for a second after a change": lambda seen: (
-        0.5 if seen.unchanged < 1.0 else grown(seen.elapsed)
+        0.5 if seen.unchanged < 1.0 else growing(seen.elapsed)
     ),
     "the same, but a sixth of what seems left": lambda seen: min(
-        seen.left / 6, grown(seen.elapsed)
+        seen.remaining / 6, growing(seen.elapsed)
     ),
 }
 
 
 @attrs.frozen
 class Other(PollPolicy):
-    """A policy by another formula."""
+    """A policy with another formula."""
 
     formula: Callable[[Seen], float] = attrs.field(kw_only=True)
 
     def delay(self, *, chance: float, retry_after: float = 0.0, **seen: Any) -> float:
-        """Return the seconds to the next poll."""
+        """Return the seconds until the next poll."""
         delay = min(max(self.formula(Seen(**seen)), self.floor), self.ceiling)
         return delay + self.jitter * min(delay, 1.0) * chance
 
 
 def compare(policy: PollPolicy) -> tuple[float, list[float]]:
-    """Return the lag by that of fixed intervals: of all shapes together, and of each."""
-    found = {shape: judge(shape, policy) for shape in SHAPES}
-    fixed = {shape: lag_of_fixed(shape, found[shape].gets) for shape in SHAPES}
-    together = sum(f.lag for f in found.values()) / sum(fixed.values())
-    return together, [found[shape].lag / fixed[shape] for shape in SHAPES]
+    """Return lag ÷ lag of the fixed interval, for all shapes together and for each."""
+    costs = {shape: judge(shape, policy) for shape in SHAPES}
+    fixed = {shape: lag_of_fixed(shape, costs[shape].gets) for shape in SHAPES}
+    together = sum(cost.lag for cost in costs.values()) / sum(fixed.values())
+    return together, [costs[shape].lag / fixed[shape] for shape in SHAPES]
 
 
 def draw(file: str) -> None:
-    """Draw lag against requests: the curve of fixed intervals, and where the default lies."""
+    """Draw lag against requests: a curve for fixed intervals, and a point for the default."""
     from matplotlib import pyplot
 
     pyplot.rcParams |= {"svg.hashsalt": "schedule", "font.size": 9}
-    figure, places = pyplot.subplots(1, len(SHAPES), figsize=(13, 2.9), layout="constrained")
+    figure, axes = pyplot.subplots(1, len(SHAPES), figsize=(13, 2.9), layout="constrained")
     intervals = [0.4 * 1.25**step for step in range(14)]
-    for place, shape in zip(places, SHAPES, strict=True):
+    for axis, shape in zip(axes, SHAPES, strict=True):
         fixed = [judge(shape, PollPolicy.fixed(seconds)) for seconds in intervals]
-        place.plot([f.gets for f in fixed], [f.lag for f in fixed], label="fixed intervals")
+        axis.plot([f.gets for f in fixed], [f.lag for f in fixed], label="fixed intervals")
         ours = judge(shape, PollPolicy())
-        place.plot([ours.gets], [ours.lag], "o", label="the default")
-        place.set(title=shape, xlabel="requests", xscale="log", ylim=(0, 2.5))
-        place.set_xticks([10, 20, 50], labels=["10", "20", "50"])
-        place.minorticks_off()
-    places[0].set_ylabel("seconds from the end to its detection")
-    places[0].legend()
+        axis.plot([ours.gets], [ours.lag], "o", label="the default")
+        axis.set(title=shape, xlabel="requests", xscale="log", ylim=(0, 2.5))
+        axis.set_xticks([10, 20, 50], labels=["10", "20", "50"])
+        axis.minorticks_off()
+    axes[0].set_ylabel("seconds from the end to its detection")
+    axes[0].legend()
     figure.savefig(file, metadata={"Date": None})
 
 
 def main() -> int:
-    """Print the table, and draw the chart; return 1 if a target is missed."""
+    """Print the tables, draw the chart if asked to, and return 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chart", metavar="FILE", help="where to draw it; needs matplotlib")
+    parser.add_argument("--chart", metavar="FILE", help="draw a chart; needs matplotlib")
     chart = parser.parse_args().chart
     if chart:
         draw(chart)
@@ -188,14 +188,14 @@ def main() -> int:
     write(f"|---|{'---|' * (len(policies) + 1)}\n")
     together, ratios = compare(policies["default"])
     for shape, ratio in zip(SHAPES, ratios, strict=True):
-        found = [judge(shape, policy) for policy in policies.values()]
-        cells = " | ".join(f"{f.lag:.2f} / {f.node_lag:.2f} / {f.gets:.1f}" for f in found)
+        costs = [judge(shape, policy) for policy in policies.values()]
+        cells = " | ".join(f"{c.lag:.2f} / {c.node_lag:.2f} / {c.gets:.1f}" for c in costs)
         write(f"| {shape} | {cells} | {ratio:.2f} |\n")
     write(
         f"\nAll shapes together: {together:.2f} (target < 1), worst {max(ratios):.2f} (≤ {WORST})\n"
         "\n| tried instead | all shapes together | worst |\n|---|---|---|\n"
     )
-    for name, formula in TRIED.items():
+    for name, formula in FORMULAS.items():
         other, others = compare(Other(formula=formula))
         write(f"| {name} | {other:.2f} | {max(others):.2f} |\n")
     return int(together >= 1.0 or max(ratios) > WORST)

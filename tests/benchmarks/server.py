@@ -1,8 +1,11 @@
-"""A server that costs next to nothing: it answers every request with bytes that are ready.
+"""A server that takes little CPU: it answers every request with bytes that it made before.
 
-Usage: server.py [STATUS NODES BYTES], for an execution that never changes; one that runs otherwise.
-For the former it never sleeps, so that no client pays for waking it: that would take part of the
-client's time, and the slower a client is, the more often it would have to.
+Usage: server.py [STATUS NODES BYTES]
+
+With arguments every answer is the same: an execution with so many nodes, whose values have so many
+bytes. Without them it is a running execution that changes with every poll.
+With arguments the server never sleeps. Waking it takes a client a system call, and a slow client
+would have to wake it more often than a fast one.
 """
 
 from __future__ import annotations
@@ -15,15 +18,15 @@ import sys
 from collections.abc import Iterator
 from http import HTTPStatus
 
-# It stops after so many seconds, or answers, whatever became of the process that started it.
+# It stops after this many seconds or answers, even if the process that started it does not stop it.
 LONGEST = 120.0
 MOST_ANSWERS = 1_000_000
-# A prime, so that the answers which one execution gets differ from poll to poll.
+# A prime number, so that successive polls of one execution get different answers.
 ANSWERS = 97
 
 
 def node_map(variant: int) -> bytes:
-    """Return the body of an execution that runs: six nodes, of which three have a value."""
+    """Return the body of a running execution: six nodes, three of which have a value."""
     nodes = {
         name: {
             "status": status,
@@ -45,7 +48,7 @@ def node_map(variant: int) -> bytes:
 
 
 def outputs(nodes: int, size: int) -> bytes:
-    """Return the body of an execution with so many nodes, whose values have so many bytes each."""
+    """Return the body of an execution with that many nodes, whose values have `size` bytes each."""
     text = "The quick brown fox jumps over the lazy dog; 3.5 % of them twice.\n"
     return json.dumps(
         {
@@ -62,7 +65,7 @@ def outputs(nodes: int, size: int) -> bytes:
 
 
 def answer(body: bytes, status: int = 202) -> bytes:
-    """Return the whole answer with that body."""
+    """Return the HTTP response with that body."""
     head = (
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
         "Date: Mon, 01 Jan 2024 00:00:00 GMT\r\n"
@@ -75,37 +78,37 @@ def answer(body: bytes, status: int = 202) -> bytes:
 
 
 class Connection(asyncio.Protocol):
-    """Answers once for each request, none of which has a body."""
+    """Sends one answer for each request; requests have no body."""
 
     answers: Iterator[bytes]
-    left = MOST_ANSWERS
+    remaining = MOST_ANSWERS
 
     def __init__(self) -> None:
         self._rest = b""
         self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
+        """Store the transport."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        """Answer the requests that are whole."""
+        """Answer each complete request."""
         *requests, self._rest = (self._rest + data).split(b"\r\n\r\n")
-        Connection.left -= len(requests)
-        if Connection.left < 0:
+        Connection.remaining -= len(requests)
+        if Connection.remaining < 0:
             self._transport.abort()
         else:
             self._transport.write(b"".join(itertools.islice(self.answers, len(requests))))
 
 
 def stay_awake(loop: asyncio.AbstractEventLoop) -> None:
-    """Keep the event loop from waiting."""
+    """Keep the event loop from sleeping."""
     loop.call_soon(stay_awake, loop)
 
 
 async def serve(answers: list[bytes], *, awake: bool) -> None:
-    """Serve on a port, and print it; stop when standard input ends, as it does with its owner."""
+    """Print the port, and serve until standard input ends, as it does with the parent process."""
     Connection.answers = itertools.cycle(answers)
     loop = asyncio.get_running_loop()
     server = await loop.create_server(Connection, "127.0.0.1", 0, backlog=1024)
@@ -113,11 +116,11 @@ async def serve(answers: list[bytes], *, awake: bool) -> None:
     sys.stdout.flush()
     if awake:
         stay_awake(loop)
-    owner = asyncio.StreamReader()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(owner), sys.stdin)
+    stdin = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LONGEST):
-            await owner.read()
+            await stdin.read()
 
 
 def main(status: str = "", nodes: str = "", size: str = "") -> None:

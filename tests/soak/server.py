@@ -1,7 +1,9 @@
-"""A simulator in a process of its own, in which every so many answers go wrong, each in its turn.
+"""A simulator that answers every EVERYth request with the next of many faults.
 
-Usage: world.py EXECUTIONS EVERY. It prints where it serves and the ids of its executions, and when
-standard input ends, as it does with its owner, what it did; then it stops.
+Usage: server.py EXECUTIONS EVERY
+
+It prints its base URL and the ids of its executions as a line of JSON. When standard input ends, as
+it does with the parent process, it prints what it did as another line, and stops.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from promptlayer_exec.simulator import Fault, Scenario, SimNode, SimRequest, Sim
 
 LONGEST = 600.0
 TOO_LARGE = 256 * 1024
-# A 429 slows everything, as it should, so that a soak full of them would only be long.
+# A 429 slows all requests, so many of them would only make the test long.
 COMMON, RARE = 3, 1
 KINDS = {
     "500": (COMMON, Fault.status(500)),
@@ -47,28 +49,28 @@ RUNNING = Fault.status(
 
 
 def scenario(value: Any, duration: float = 0.0) -> Scenario:
-    """Return an execution whose main output is that value."""
+    """Return an execution whose main output is `value`."""
     answer = SimNode("Answer", value, duration, after=("Plan",), is_output_node=True)
     return Scenario([SimNode("Plan", ["think", "answer"]), answer])
 
 
-def in_turn() -> Iterator[str]:
-    """Yield every kind, and then again those that are common."""
+def kinds() -> Iterator[str]:
+    """Yield all kinds of faults for ever, the rare ones in each 20th round only."""
     for round_ in itertools.count():
         for kind, (often, _) in KINDS.items():
             if often == COMMON or round_ % 20 == 0:
                 yield kind
 
 
-class World:
-    """Decides on every request what becomes of it.
+class FaultyServer:
+    """A simulator that decides on each request whether it fails.
 
-    An execution of the pool can be followed again and again, so that the simulator needs not keep
-    one for each item: the first look of every two shows it running, whatever it is.
+    Many items follow the same execution of a pool, so that the simulator need not keep one for
+    each: of the polls that succeed, every other one shows the execution as running.
 
     Args:
-        executions: how many there are in the pool.
-        every: how many requests there are to each that goes wrong, of GETs and of POSTs.
+        executions: how many executions are in the pool.
+        every: one of this many GETs fails, and one of this many POSTs.
     """
 
     def __init__(self, executions: int, every: int) -> None:
@@ -78,51 +80,51 @@ class World:
         self._running = dict.fromkeys(map(str, self.pool), True)
         self._every = every
         self._count: Counter[str] = Counter()
-        self._kinds = {"GET": in_turn(), "POST": in_turn()}
-        self.happened: list[tuple[str, str, int]] = []
+        self._kinds = {"GET": kinds(), "POST": kinds()}
+        self.faults: list[tuple[str, str, int]] = []
 
     def _decide(self, request: SimRequest) -> None:
         self._count[request.method] += 1
         if self._count[request.method] % self._every == 0:
             kind = next(self._kinds[request.method])
             self.simulator.inject(KINDS[kind][1])
-            self.happened.append((request.method, kind, _subject(request)))
+            self.faults.append((request.method, kind, _subject(request)))
             return
-        looked_at = request.query.get("workflow_version_execution_id", "")
-        if looked_at in self._running:
-            runs, self._running[looked_at] = self._running[looked_at], not self._running[looked_at]
-            if runs:
+        polled = request.query.get("workflow_version_execution_id", "")
+        if polled in self._running:
+            running, self._running[polled] = self._running[polled], not self._running[polled]
+            if running:
                 self.simulator.inject(RUNNING)
 
     def report(self) -> dict[str, Any]:
-        """Return what it did."""
-        return {"requests": self._count, "happened": self.happened}
+        """Return the number of requests by method, and every fault."""
+        return {"requests": self._count, "faults": self.faults}
 
 
 def _subject(request: SimRequest) -> int:
-    """Return the execution that was asked for, or the input of the run that was."""
+    """Return the id of the polled execution, or the input of the run to start."""
     if request.method == "GET":
         return int(request.query["workflow_version_execution_id"])
     return int(json.loads(request.body)["input_variables"]["n"])
 
 
-def _say(message: Any) -> None:
+def _print(message: Any) -> None:
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
 
 
 async def main(executions: str, every: str) -> None:
     """Serve until standard input ends."""
-    world = World(int(executions), int(every))
-    owner = asyncio.StreamReader()
+    server = FaultyServer(int(executions), int(every))
+    stdin = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(owner), sys.stdin)
-    async with world.simulator as simulator:
-        _say({"base_url": simulator.base_url, "key": simulator.api_key, "pool": world.pool})
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
+    async with server.simulator as simulator:
+        _print({"base_url": simulator.base_url, "key": simulator.api_key, "pool": server.pool})
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LONGEST):
-                await owner.read()
-    _say(world.report())
+                await stdin.read()
+    _print(server.report())
 
 
 if __name__ == "__main__":
