@@ -429,7 +429,7 @@ asyncio.run(main())
 NODES = """b"{" + b",".join(b'"%x":{"status":"RUNNING"}' % i for i in range(n // 2)) + b"}" """
 SHAPES = {
     "empty arrays": """b'{"a":{"status":"RUNNING","value":[' + b"[]," * (n // 2) + b"0]}}" """,
-    "small objects": """b'{"a":{"status":"RUNNING","value":[' + b'{"a":1},' * (n // 2) + b"0]}}" """,
+    "small objects": """b'{"a":{"status":"RUNNING","value":[' + b'{"a":1},' * (n//2) + b"0]}}" """,
     "nodes": NODES,
     "nodes that change": NODES.replace("% i", "% (i + n)"),
 }
