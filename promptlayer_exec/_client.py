@@ -9,6 +9,7 @@ from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
+import attrs
 
 from promptlayer_exec._errors import PromptLayerExecError
 from promptlayer_exec._events import Emit
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+@attrs.define(eq=False, kw_only=True)
 class Client:
     """An open session's connections and tasks; closing the session ends it.
 
@@ -54,29 +56,16 @@ class Client:
         emit: called with every event.
     """
 
-    def __init__(
-        self,
-        lifetime: Lifetime,
-        transport: Transport,
-        *,
-        wait_timeout: float | None,
-        poll: PollPolicy,
-        retry: RetryPolicy,
-        recent_starts: RecentStarts,
-        node_maps: NodeMapReader,
-        converter: cattrs.Converter | None,
-        emit: Emit,
-    ) -> None:
-        self.lifetime = lifetime
-        self.transport = transport
-        self._wait_timeout = wait_timeout
-        self._poll = poll
-        self._retry = retry
-        self._recent_starts = recent_starts
-        self._node_maps = node_maps
-        self._converter = converter
-        self._emit = emit
-        self._watches: dict[int, Watch] = {}
+    lifetime: Lifetime
+    transport: Transport
+    _wait_timeout: float | None
+    _poll: PollPolicy
+    _retry: RetryPolicy
+    _recent_starts: RecentStarts
+    _node_maps: NodeMapReader
+    _converter: cattrs.Converter | None
+    _emit: Emit
+    _watches: dict[int, Watch] = attrs.field(init=False, factory=dict)
 
     def deadline(self, timeout: float | EllipsisType | None = ...) -> Deadline:
         """Return the deadline of a wait that begins now; `...` means the default timeout."""

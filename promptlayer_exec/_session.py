@@ -466,7 +466,7 @@ class Session:
         else:
             pools = Pools.borrow(self._http, self._max_connections, api_key, resources)
         transport = Transport(
-            pools,
+            pools=pools,
             base_url=base_url,
             api_key=api_key,
             throttle=Throttle(self._rate, self._limiters),
@@ -477,8 +477,8 @@ class Session:
             emit=self._emit,
         )
         return Client(
-            Lifetime(resources),
-            transport,
+            lifetime=Lifetime(resources),
+            transport=transport,
             wait_timeout=self._wait_timeout,
             poll=self._poll,
             retry=self._retry,

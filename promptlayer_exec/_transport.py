@@ -135,6 +135,7 @@ class _Pool:
     is_borrowed: bool = False
 
 
+@attrs.define(eq=False)
 class Pools:
     """The connections of a session: those that read, and those that start runs.
 
@@ -143,9 +144,8 @@ class Pools:
     start would be lost without need.
     """
 
-    def __init__(self, reads: _Pool, starts: _Pool) -> None:
-        self.reads = reads
-        self.starts = starts
+    reads: _Pool
+    starts: _Pool
 
     @classmethod
     def open(
@@ -258,6 +258,7 @@ async def _mark_new_connection(
         context.trace_request_ctx.is_new_connection = True
 
 
+@attrs.define(eq=False, kw_only=True)
 class Transport:
     """Sends requests to one server with one key.
 
@@ -273,29 +274,16 @@ class Transport:
         emit: called with retries and throttling.
     """
 
-    def __init__(
-        self,
-        pools: Pools,
-        *,
-        base_url: str,
-        api_key: str,
-        throttle: Throttle,
-        retry: RetryPolicy,
-        recent_starts: RecentStarts,
-        request_timeout: float,
-        max_response_bytes: int,
-        emit: Emit,
-    ) -> None:
-        self._pools = pools
-        self.base_url = base_url
-        self._throttle = throttle
-        self._retry = retry
-        self._recent_starts = recent_starts
-        self._request_timeout = request_timeout
-        self._max_response_bytes = max_response_bytes
-        self._emit = emit
-        self._redactor = Redactor(api_key)
-        self._outages = OutageLog()
+    _pools: Pools
+    base_url: str
+    _redactor: Redactor = attrs.field(alias="api_key", converter=Redactor)
+    _throttle: Throttle
+    _retry: RetryPolicy
+    _recent_starts: RecentStarts
+    _request_timeout: float
+    _max_response_bytes: int
+    _emit: Emit
+    _outages: OutageLog = attrs.field(init=False, factory=OutageLog)
 
     def with_url(self, request: Request) -> Request:
         """Return a request with its URL, so that it is not built anew for each attempt."""
