@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, overloa
 import cattrs
 
 from promptlayer_exec._client import Client
+from promptlayer_exec._connections import BorrowedHttp, Pools
 from promptlayer_exec._errors import ConfigurationError, PromptLayerExecError, SessionClosed
 from promptlayer_exec._events import Observer, broadcast
 from promptlayer_exec._execution import Execution
@@ -40,7 +41,7 @@ from promptlayer_exec._settings import (
 )
 from promptlayer_exec._start import BeforeSend
 from promptlayer_exec._throttle import Limiter, Throttle
-from promptlayer_exec._transport import BorrowedHttp, Pools, Transport
+from promptlayer_exec._transport import Transport
 from promptlayer_exec._wire import NodeMapReader, Request, check_execution_id, run_request
 
 if TYPE_CHECKING:
