@@ -86,8 +86,8 @@ def run(sim: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
     for module, interval in (
         (stores, "_QUEUE_INTERVAL"),
-        (workers, "_CHECK"),
-        (batches, "_LOOK_AGAIN"),
+        (workers, "_CHECK_INTERVAL"),
+        (batches, "_POLL_INTERVAL"),
         (commands, "_REFRESH"),
     ):
         monkeypatch.setattr(module, interval, 0.02)
@@ -257,7 +257,7 @@ def test_bad_lines_are_told_with_their_numbers(sim: Simulator, run: Run, tmp_pat
         (("run", "good", "--out", "good"), "good, line 1, is no result: it is left as it is"),
         (("run", "/dev/null"), "/dev/null is no file: it is read twice, so write the items to a"),
         (("run", "good", "--db", "nothing"), "database_url is not a URL"),
-        (("run", "long"), "an item's key is a text of 1 to 1000 bytes"),
+        (("run", "long"), "item key must be 1 to 1000 bytes of text"),
         (("run", "good", "--rate", "inf"), "it is a number, more than 0"),
         (("run", "good", "--rate", "0"), "it is a number, more than 0"),
         (("work",), "there is no database sqlite:///promptlayer-batches.sqlite"),
