@@ -88,8 +88,8 @@ def run(sim: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
     for module, interval in (
         (stores, "_QUEUE_INTERVAL"),
-        (workers, "_CHECK"),
-        (batches, "_LOOK_AGAIN"),
+        (workers, "_CHECK_INTERVAL"),
+        (batches, "_POLL_INTERVAL"),
         (commands, "_REFRESH_INTERVAL"),
     ):
         monkeypatch.setattr(module, interval, 0.02)
@@ -268,7 +268,7 @@ def test_invalid_lines_are_reported_with_their_numbers(
         ),
         (("run", "/dev/null"), "/dev/null is read twice: write the items to a regular file first"),
         (("run", "good", "--db", "nothing"), "database_url is not a URL"),
-        (("run", "long"), "an item's key is a text of 1 to 1000 bytes"),
+        (("run", "long"), "item key must be 1 to 1000 bytes of text"),
         (("run", "good", "--rate", "inf"), "must be a number greater than 0"),
         (("run", "good", "--rate", "0"), "must be a number greater than 0"),
         (("work",), "there is no database sqlite:///promptlayer-batches.sqlite"),
