@@ -9,7 +9,7 @@ import ssl
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import aiohttp
 import anyio
@@ -17,6 +17,9 @@ import attrs
 from aiohttp.abc import AbstractStreamWriter
 
 from promptlayer_exec._version import __version__
+
+if TYPE_CHECKING:
+    from promptlayer_exec._settings import Settings
 
 BorrowedHttp = aiohttp.ClientSession
 
@@ -116,31 +119,31 @@ class Pools:
     starts: Pool
 
     @classmethod
-    def open(
-        cls, max_connections: int, api_key: str, resources: AsyncExitStack, *, trust_env: bool
-    ) -> Self:
-        """Open pools of our own in the running loop; `resources` closes them."""
+    def open(cls, settings: Settings, api_key: str, resources: AsyncExitStack) -> Self:
+        """Open pools of our own in the running loop, or borrow; `resources` gives all back."""
         headers = _HEADERS | {"X-API-KEY": api_key}
+        if settings.http is not None:
+            return cls._borrow(settings.http, settings.max_connections, headers, resources)
         pools = []
-        for slots, force_close in zip(_slots(max_connections), (False, True), strict=True):
+        for slots, force_close in zip(_slots(settings.max_connections), (False, True), strict=True):
             http = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, force_close=force_close),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers=headers,
                 middlewares=[_send_once],
                 request_class=_CleanRequest,
-                trust_env=trust_env,
+                trust_env=settings.trust_env,
             )
             resources.push_async_callback(http.close)
             pools.append(Pool(http, slots))
         return cls(*pools)
 
     @classmethod
-    def borrow(
+    def _borrow(
         cls,
         http: aiohttp.ClientSession,
         max_connections: int,
-        api_key: str,
+        headers: dict[str, str],
         resources: AsyncExitStack,
     ) -> Self:
         """Share out the connections of a client session that belongs to the caller."""
@@ -151,7 +154,6 @@ class Pools:
         resources.callback(http.trace_configs.remove, trace)
         connector = http.connector
         limits = (connector.limit, connector.limit_per_host) if connector is not None else ()
-        headers = _HEADERS | {"X-API-KEY": api_key}
         if "User-Agent" in http.headers:
             del headers["User-Agent"]
         # Those given with a request replace the session's, which has no public name for them.

@@ -45,8 +45,8 @@ _LONGEST_READ = 1.0
 class PatientTimer:
     """A timer that, where the loop stood still, lets the loop first read what has arrived.
 
-    The callback is called at its time. If the loop is late by then, it is called after the same time
-    again, and at most a second.
+    The callback is called at its time. If the loop is late by then, the callback waits for as long
+    again, at most a second.
 
     Args:
         at: the time, on the running loop's clock.

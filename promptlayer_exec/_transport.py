@@ -34,9 +34,9 @@ from promptlayer_exec._errors import (
     StatusError,
 )
 from promptlayer_exec._events import Emit, RequestRetried, Throttled
-from promptlayer_exec._policies import RetryPolicy
 from promptlayer_exec._redaction import Redactor
 from promptlayer_exec._retry import OutageLog, RecentStarts, RetryState
+from promptlayer_exec._settings import Settings
 from promptlayer_exec._tasks import PatientTimeout, clock, is_cancelled
 from promptlayer_exec._throttle import Throttle
 from promptlayer_exec._wire import Reply, Request, Response, excerpt, read_retry_after
@@ -59,25 +59,21 @@ class Transport:
     """Sends requests to one server with one key.
 
     Args:
+        settings: the session's.
         pools: the connections to use.
         base_url: without a trailing slash.
         api_key: sent to `base_url` alone, and kept out of every error.
         throttle: admits each attempt.
-        retry: which failures to survive.
         recent_starts: the executions for which a 404 is worth another attempt.
-        request_timeout: seconds for one attempt.
-        max_response_bytes: how large a body may be, after decompression.
         emit: called with retries and throttling.
     """
 
+    _settings: Settings
     _pools: Pools
     base_url: str
     _redactor: Redactor = attrs.field(alias="api_key", converter=Redactor)
     _throttle: Throttle
-    _retry: RetryPolicy
     _recent_starts: RecentStarts
-    _request_timeout: float
-    _max_response_bytes: int
     _emit: Emit
     _outages: OutageLog = attrs.field(init=False, factory=OutageLog)
 
@@ -173,7 +169,7 @@ class Transport:
             if may_have_arrived or once.cancelled:
                 return False
         if isinstance(error, StatusError):
-            return error.status in self._retry.statuses or (
+            return error.status in self._settings.retry.statuses or (
                 isinstance(error, NotFound)
                 and self._recent_starts.covers(error.execution_id, now=clock())
             )
@@ -200,14 +196,14 @@ class Transport:
         retry_after = read_retry_after(answer.headers, now=time.time())
         response = Response(answer.status, body, location, retry_after)
         if response.status == 429:
-            announced = self._retry.announced(response.retry_after)
+            announced = self._settings.retry.announced(response.retry_after)
             self._emit(Throttled(request.execution_id, self._throttle.refused(sent_at, announced)))
         else:
             self._throttle.answered()
         return response
 
     def _check_size(self, status: int, body: bytes) -> None:
-        limit = self._max_response_bytes
+        limit = self._settings.max_response_bytes
         too_large = f"is larger than {limit} bytes" if len(body) > limit else ""
         # What is decoded takes up to 400 bytes for each of these: what a few bytes say may take
         # fifty times the memory. Where there cannot be too many, they need not be counted.
@@ -234,7 +230,7 @@ class Transport:
         pieces: list[bytes] = []
         failure: BaseException | None = None
         try:
-            async with PatientTimeout(sent_at + self._request_timeout):
+            async with PatientTimeout(sent_at + self._settings.request_timeout):
                 answer = await pool.http.request(
                     request.method,
                     url,
@@ -252,7 +248,7 @@ class Transport:
                 # Read a little more of a refusal: a key at its end is redacted before it is cut.
                 limit = _ERROR_BODY_BYTES + _LONGEST_KEY
                 if answer.status < 300:
-                    limit = self._max_response_bytes
+                    limit = self._settings.max_response_bytes
                 await _read_body(answer, pieces, limit)
         except (aiohttp.ClientError, OSError) as error:  # OSError: also every TimeoutError
             failure = error
@@ -275,9 +271,9 @@ class Transport:
                 f"no TLS connection to {self.base_url}: {reason}", reason=reason
             )
         elif isinstance(failure, TimeoutError):
+            seconds = self._settings.request_timeout
             error = RequestTimeout(
-                f"no complete answer from {self.base_url} within {self._request_timeout:g} s",
-                reason=reason,
+                f"no complete answer from {self.base_url} within {seconds:g} s", reason=reason
             )
         elif answer is None:
             error = ConnectionFailed(
