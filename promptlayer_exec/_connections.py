@@ -41,6 +41,8 @@ class _CleanRequest(aiohttp.ClientRequest):
     be the response to the next request, and that one's the response to the one after it.
     """
 
+    used: asyncio.Transport | None = None
+
     async def send(self, conn: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
         if conn.transport is not None and _is_readable(conn.transport):
             # Let the loop read what lies in the socket: one step to notice it, one to read it.
@@ -48,6 +50,7 @@ class _CleanRequest(aiohttp.ClientRequest):
             await asyncio.sleep(0)
         if conn.protocol is None or not conn.protocol.is_connected() or conn.protocol.should_close:
             raise _UncleanConnection("the connection was closed, or had bytes nobody asked for")
+        self.used = conn.transport
         return await super().send(conn)
 
 
@@ -85,6 +88,16 @@ async def _send_over_one(
         raise
     except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
         raise aiohttp.ClientConnectionError(reason_of(error)) from error
+    except BaseException:
+        if isinstance(request, _CleanRequest):
+            abort(request.used)
+        raise
+
+
+def abort(transport: asyncio.Transport | None) -> None:
+    """Close a connection at once: a peer that does not read or answer could keep it open."""
+    if transport is not None:
+        transport.abort()
 
 
 @attrs.frozen(eq=False)
@@ -206,6 +219,7 @@ class GuardedBody(aiohttp.Payload):
         self._body = body
         self._once = once
         self.is_new_connection = is_new_connection
+        self.used: asyncio.Transport | None = None
 
     @property
     def size(self) -> int:
@@ -218,6 +232,7 @@ class GuardedBody(aiohttp.Payload):
         if not self.is_new_connection:
             raise ConnectionAbortedError("a start is not sent over a used connection")
         self._once.mark_sent()
+        self.used = getattr(writer, "transport", None)
         await writer.write(self._body)
 
 

@@ -19,6 +19,7 @@ from promptlayer_exec._connections import (
     Pool,
     Pools,
     SendOnce,
+    abort,
     is_tls_failure,
     reason_of,
 )
@@ -256,6 +257,9 @@ class Transport:
             if is_cancelled():
                 raise
             failure = error  # this task was not cancelled, only something that it awaited
+        finally:
+            if data is not None:  # its connection is not used again
+                abort(data.used)
         return answer, pieces[0] if len(pieces) == 1 else b"".join(pieces), failure
 
     def _url(self, request: Request) -> URL:
@@ -323,4 +327,6 @@ async def _read_body(answer: aiohttp.ClientResponse, pieces: list[bytes], limit:
                 break
     finally:
         if not answer.closed:  # it closes itself where the body was read to its end
+            if answer.connection is not None:
+                abort(answer.connection.transport)
             answer.close()
