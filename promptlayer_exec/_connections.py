@@ -9,7 +9,7 @@ import ssl
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import aiohttp
 import anyio
@@ -19,6 +19,8 @@ from aiohttp.abc import AbstractStreamWriter
 from promptlayer_exec._version import __version__
 
 if TYPE_CHECKING:
+    from aiohttp.client_proto import ResponseHandler
+
     from promptlayer_exec._settings import Settings
 
 BorrowedHttp = aiohttp.ClientSession
@@ -231,8 +233,12 @@ class GuardedBody(aiohttp.Payload):
     async def write(self, writer: AbstractStreamWriter) -> None:
         if not self.is_new_connection:
             raise ConnectionAbortedError("a start is not sent over a used connection")
+        if self.used is not None:  # a borrowed session's middleware sends again
+            raise ConnectionAbortedError("a start is not sent twice")
         self._once.mark_sent()
-        self.used = getattr(writer, "transport", None)
+        if isinstance(writer, aiohttp.http.StreamWriter):
+            self.used = writer.transport
+            cast("ResponseHandler", writer.protocol).force_close()  # into no pool
         await writer.write(self._body)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
+import traceback
 from collections.abc import Callable
 from random import random
 from typing import TypeVar
@@ -35,6 +36,7 @@ from promptlayer_exec._errors import (
     StatusError,
 )
 from promptlayer_exec._events import Emit, RequestRetried, Throttled
+from promptlayer_exec._json import loads
 from promptlayer_exec._redaction import Redactor
 from promptlayer_exec._retry import OutageLog, RecentStarts, RetryState
 from promptlayer_exec._settings import Settings
@@ -49,8 +51,11 @@ _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
 # The body of an error is for people to read.
 _ERROR_BODY_BYTES = 64 * 1024
 _LONGEST_KEY = 1024
+# More than aiohttp allows by default: an id is not thrown away for the headers around it.
+_LONGEST_HEADER = 64 * 1024
+_MOST_HEADERS = 1000
 # What bounds the memory of a decoded body: at most one value for so many bytes of the limit.
-_BYTES_PER_VALUE = 32
+_BYTES_PER_VALUE = 48
 _FEW_VALUES = 1000
 _OPENING_A_VALUE = (b",", b"[", b"{")
 
@@ -185,8 +190,15 @@ class Transport:
         if pool.http.closed:
             raise SessionClosed("the borrowed aiohttp.ClientSession is closed")
         answer, body, failure = await self._exchange(pool, request, sent_at, once)
-        if answer is None or (failure is not None and answer.status < 300):
+        if answer is None:
             raise self._failure(failure, answer, body)
+        if answer.status < 300:
+            # An object shows its own end: a start's answer may be whole though its framing is not.
+            if failure is not None and not (once is not None and _is_object(body)):
+                raise self._failure(failure, answer, body)
+            if _may_be_cut(answer, body):
+                cut = aiohttp.ClientPayloadError("nothing marks where the number ends")
+                raise self._failure(cut, answer, body)
         # A refusal needs no whole body: its status says what is wrong.
         if answer.status < 300:
             self._check_size(answer.status, body)
@@ -235,13 +247,16 @@ class Transport:
                 answer = await pool.http.request(
                     request.method,
                     url,
-                    headers=pool.headers,
+                    headers={**(pool.headers or {}), **request.headers},
                     data=data,
                     timeout=_NO_TIMEOUT,
                     allow_redirects=False,
                     raise_for_status=False,
                     auto_decompress=True,
                     middlewares=pool.middlewares,
+                    max_line_size=_LONGEST_HEADER,
+                    max_field_size=_LONGEST_HEADER,
+                    max_headers=_MOST_HEADERS,
                     # A pool keeps connections apart by this name: starts share none with others.
                     server_hostname=url.host if data is not None and pool.is_borrowed else None,
                     trace_request_ctx=data,
@@ -301,19 +316,39 @@ class Transport:
     def _read(self, read: Callable[[Response], T], response: Response) -> T:
         try:
             return read(response)
-        except RequestError:
-            redacted = attrs.evolve(
-                response,
-                body=self._redactor.redact_json(response.body),
-                location=response.location and self._redactor.redact(response.location),
-            )
-            if redacted == response:
-                raise
+        except RequestError as error:
+            failure = error
+        # Or the decoded body would hang on it while the body is decoded again.
+        for raised in (failure, failure.__cause__):
+            if raised is not None:
+                traceback.clear_frames(raised.__traceback__)
+        redacted = attrs.evolve(
+            response,
+            body=self._redactor.redact_json(response.body),
+            location=response.location and self._redactor.redact(response.location),
+        )
+        if redacted == response:
+            raise failure
         return read(redacted)
 
     def _excerpt(self, body: bytes) -> str:
         # Redacted before it is cut: half a key gives much away, too.
         return excerpt(self._redactor.redact_bytes(body[:_ERROR_BODY_BYTES]))
+
+
+def _is_object(body: bytes) -> bool:
+    try:
+        return isinstance(loads(body), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _may_be_cut(answer: aiohttp.ClientResponse, body: bytes) -> bool:
+    """Return True for a number whose end nothing marks: all other JSON shows its own."""
+    headers = answer.headers
+    is_framed = "Content-Length" in headers or "Transfer-Encoding" in headers
+    is_plain = headers.get("Content-Encoding", "identity") == "identity"
+    return not (is_framed and is_plain) and body.strip()[-1:].isdigit()
 
 
 async def _read_body(answer: aiohttp.ClientResponse, pieces: list[bytes], limit: int) -> None:
