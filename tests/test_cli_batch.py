@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import pty
 import signal
@@ -428,10 +429,11 @@ def test_progress_has_the_rate_and_the_remaining_time(
     now = 100.0
     monkeypatch.setattr(shown.time, "monotonic", lambda: now)
     progress = shown.BatchProgress()
-    for seconds, done in ((0.0, 3), (5.0, 50), (10.0, 103)):
-        now = 100.0 + seconds
-        progress.show(BatchStatus(400 - done, 0, done - 3, 2, 1, 400))
-    progress.warn("problem")
+    with progress.shown():
+        for seconds, done in ((0.0, 3), (5.0, 50), (10.0, 103)):
+            now = 100.0 + seconds
+            progress.show(BatchStatus(400 - done, 0, done - 3, 2, 1, 400))
+        logging.getLogger("promptlayer_exec").warning("problem")
     assert capsys.readouterr().err.splitlines() == [
         "103/400 done, 2 failed, 1 unknown, 10.0/s, 29.7 s left",
         "problem",
