@@ -183,7 +183,7 @@ def _environment() -> dict[str, str]:
 def environment(sim: Simulator) -> dict[str, str]:
     """Return the environment of a user of the simulator."""
     mine = {"PROMPTLAYER_API_KEY": sim.api_key, "PROMPTLAYER_BASE_URL": sim.base_url}
-    return _environment() | mine
+    return _environment() | mine | {"PROMPTLAYER_EXEC_TRUST_ENV": ""}
 
 
 @pytest.fixture
@@ -995,6 +995,30 @@ class TestSimulate:
 
 class TestProgram:
     """How the program starts."""
+
+    @pytest.mark.parametrize("text", ["abc", "0", "-1", "7.5", str(2**63), "\u0663"])
+    def test_what_an_id_is(self, call: Call, text: str) -> None:
+        """The error says what was meant, and where it comes from."""
+        for command in ("watch", "results"):
+            code, _, err = call(command, "--", text).end()
+            assert code == 2
+            assert "must be an execution id, a number such as the 787 that `run` prints" in err
+
+    def test_an_outage_is_reported_once_in_the_command_s_own_words(self, call: Call) -> None:
+        """The library's warnings of it are not shown as well."""
+        _, _, err = call("results", 787, "--outage", "0.1", PROMPTLAYER_BASE_URL=UNREACHABLE).end()
+        assert "server unreachable, retrying in" in err
+        assert "trying again" not in err
+
+    def test_proxies_of_the_environment(self, call: Call) -> None:
+        """`--trust-env` uses them; without it they are ignored."""
+        with Simulator() as sim:
+            results = ("results", sim.add_execution(DONE), "--outage", "0")
+            env = {"PROMPTLAYER_BASE_URL": sim.base_url, "PROMPTLAYER_API_KEY": sim.api_key}
+            env |= {"HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": ""}
+            assert call(*results, **env).end()[0] == 0
+            assert call("--trust-env", *results, **env).end()[0] == 4
+            assert call(*results, **env, PROMPTLAYER_EXEC_TRUST_ENV="1").end()[0] == 4
 
     def test_without_the_extra(self, start: Start) -> None:
         """Without typer or rich, one line says what to install, and the exit code is 2."""

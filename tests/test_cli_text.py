@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import tracemalloc
 from typing import Any
 
@@ -21,6 +23,7 @@ from promptlayer_exec import (
     Snapshot,
 )
 from promptlayer_exec.cli._session import report_retries
+from promptlayer_exec.cli._stdio import err
 from promptlayer_exec.cli._text import (
     duration,
     failure_reason,
@@ -144,3 +147,32 @@ class TestText:
         line = "execution 5 failed (no output node succeeded): 1 SKIPPED"
         assert result_line(Snapshot(5, True, {"n": skipped}), timed=False) == line
         assert result_line(Snapshot(5, True, {})).endswith(": no nodes")
+
+
+class Terminal(io.StringIO):
+    """A stream that is a terminal."""
+
+    def isatty(self) -> bool:
+        """Return True."""
+        return True
+
+
+def test_errors_break_between_words_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A URL or a command to copy stays whole; in a pipe each error is one line."""
+    monkeypatch.setenv("COLUMNS", "40")
+    long = "no usable answer from http://example.org/a-very-long-path/of-a-server: refused"
+    command = "  promptlayer-exec watch 787 --base-url http://example.org/a-path"
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        err(long)
+        err(command)
+        lines = stream.getvalue().splitlines()
+        assert lines[-1] == command
+        if stream.isatty():
+            assert lines[:-1] == [
+                "no usable answer from",
+                "http://example.org/a-very-long-path/of-a-server:",
+                "refused",
+            ]
+        else:
+            assert lines[:-1] == [long]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import sys
+from typing import Annotated
 
 import typer
 
@@ -25,12 +28,25 @@ app = typer.Typer(
 
 
 @app.callback(epilog=help_epilog())
-def _program() -> None:
+def _program(
+    trust_env: Annotated[
+        bool,
+        typer.Option(
+            "--trust-env",
+            help="Use the proxies of HTTP_PROXY, HTTPS_PROXY and NO_PROXY, and .netrc.",
+            show_default="$PROMPTLAYER_EXEC_TRUST_ENV",
+        ),
+    ] = False,
+) -> None:
     """Follow PromptLayer workflow executions, node by node.
 
     The API key is read from the environment variable PROMPTLAYER_API_KEY only: every user of the
     machine can see the arguments of a command. To see how it works, try `demo`.
     """
+    if trust_env:
+        os.environ["PROMPTLAYER_EXEC_TRUST_ENV"] = "1"
+    # The commands report outages in their own words.
+    logging.getLogger("promptlayer_exec").addHandler(logging.NullHandler())
 
 
 app.command("demo")(demo)

@@ -30,8 +30,17 @@ def _check_seconds(value: float) -> float:
     return value
 
 
+def _parse_id(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= MAX_ID:
+        raise typer.BadParameter(
+            "must be an execution id, a number such as the 787 that `run` prints,"
+            f" got {shorten(printable(text), 40)!r}"
+        )
+    return int(text)
+
+
 ExecutionId = Annotated[
-    int, typer.Argument(metavar="ID", min=1, max=MAX_ID, help="Id of the execution.")
+    int, typer.Argument(metavar="ID", parser=_parse_id, help="Id of the execution.")
 ]
 JsonLines = Annotated[bool, typer.Option("--json", help="Write JSON Lines.")]
 BaseUrl = Annotated[
