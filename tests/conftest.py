@@ -54,10 +54,14 @@ class Recorder:
             return await waiter
 
 
+_SETTINGS = ("PROMPTLAYER_API_KEY", "PROMPTLAYER_BASE_URL", "PROMPTLAYER_EXEC_TRUST_ENV", "NETRC")
+_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+
+
 @pytest.fixture(autouse=True)
 def _no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PROMPTLAYER_API_KEY", raising=False)
-    monkeypatch.delenv("PROMPTLAYER_BASE_URL", raising=False)
+    for name in (*_SETTINGS, *_PROXIES, *map(str.lower, _PROXIES)):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

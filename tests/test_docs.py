@@ -12,12 +12,13 @@ import shlex
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest.mock import AsyncMock
 
+import aiohttp
 import pytest
 import typer
 from aiohttp.test_utils import TestClient as WebClient
@@ -30,6 +31,7 @@ from promptlayer_exec import (
     ExecutionStarted,
     ExecutionTimeout,
     PromptLayerExecError,
+    RetryPolicy,
     Session,
     opentelemetry,
 )
@@ -336,6 +338,69 @@ async def test_the_code_on_watching_works(session: Session, held: int) -> None:
     """Its function returns a snapshot as soon as half of the nodes are final."""
     with names("docs/watching.md") as page:
         assert (await page["until_half"](session.execution(held))).progress == 0.5
+
+
+def test_the_page_on_watching_lists_the_statuses_that_are_retried() -> None:
+    """They are those of the default policy."""
+    text = " ".join((ROOT / "docs" / "watching.md").read_text(encoding="utf-8").split())
+    found = re.search(r"the statuses ([\d, ]+) and (\d+) to (\d+)\.", text)
+    assert found is not None
+    listed = {int(status) for status in found[1].split(", ")}
+    assert listed | {*range(int(found[2]), int(found[3]) + 1)} == RetryPolicy().statuses
+
+
+@pytest.mark.parametrize("silenced", [False, True])
+def test_the_line_on_observing_silences_the_first_failure(*, silenced: bool) -> None:
+    """Without a log, an outage is seen on standard error."""
+    text = (ROOT / "docs" / "observing.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"`(logging\.getLogger\(.*)`", text)
+    program = (
+        f"import asyncio, logging\n{line if silenced else ''}\n"
+        "from promptlayer_exec import RetryPolicy, Session\n"
+        "async def main():\n"
+        "    retry = RetryPolicy(outage=0.02, base=0.01)\n"
+        "    async with Session('key', base_url='http://127.0.0.1:9', retry=retry) as session:\n"
+        "        await session.get_results(787)\n"
+        "try:\n"
+        "    asyncio.run(main())\n"
+        "except ConnectionError:\n"
+        "    pass\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    shown = "execution 787: no usable answer from http://127.0.0.1:9: Connection refused"
+    assert finished.stderr.startswith("" if silenced else f"{shown}; trying again")
+    assert finished.stderr.count("\n") == (not silenced)
+    assert shown in text
+
+
+async def test_the_client_session_on_security_reads_no_surplus_response() -> None:
+    """The server repeats its last response on a connection just after the next request came."""
+    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    (call,) = re.findall(r"`(aiohttp\.ClientSession\(.*)`", text)
+
+    async def repeat(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        last = b""
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                number = head.partition(b"execution_id=")[2].partition(b"&")[0]
+                response = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(number) + number
+                writer.write(last + response)
+                await writer.drain()
+                last = response
+        writer.close()
+
+    async def read(**settings: Any) -> list[Any]:
+        async with Session("key", base_url=base_url, **settings) as session:
+            return [(await session.get_results(number)).value for number in (1, 2)]
+
+    server = await asyncio.start_server(repeat, "127.0.0.1", 0)
+    base_url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server:
+        assert await read() == [1, 1]  # what cannot be detected
+        async with eval(call, {"aiohttp": aiohttp}) as http:
+            assert await read(http=http) == [1, 2]
 
 
 async def test_the_code_on_failures_returns_the_result_or_the_reason(
