@@ -279,12 +279,21 @@ def _tls_reason(error: BaseException) -> str:
     )
 
 
+def _connect_reason(error: aiohttp.ClientConnectorError) -> str:
+    # aiohttp words it for those who know its connection keys.
+    if error.errno is None:
+        return str(error.os_error) or "the connection was closed while it was made"
+    return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
+
+
 def reason_of(error: BaseException | None) -> str:
     if error is not None and is_tls_failure(error):
         return _tls_reason(error)
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        # Its own text has the proxy's URL, and the password in it.
+        return f"the proxy refused the connection: {error.status} {error.message}"
+    if isinstance(error, aiohttp.ClientProxyConnectionError):
+        return f"no connection to the proxy {error.host}:{error.port}: {_connect_reason(error)}"
     if isinstance(error, aiohttp.ClientConnectorError):
-        # aiohttp words it for those who know its connection keys.
-        if error.errno is None:
-            return str(error.os_error) or "the connection was closed while it was made"
-        return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
+        return _connect_reason(error)
     return str(error) or type(error).__name__
