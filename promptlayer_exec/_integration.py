@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError, printable
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import each
 from promptlayer_exec._models import StartRequest, node_dict
@@ -24,9 +25,21 @@ __all__ = [
     "each",
     "encode_inputs",
     "limited",
+    "log_text",
     "node_dict",
     "start",
 ]
+
+
+def log_text(error: BaseException) -> str:
+    """Return what a log may say of an error: no input, no output, no quotation of a body."""
+    text = type(error).__name__
+    if isinstance(error, PromptLayerExecError):
+        if error.execution_id is not None:
+            text += f": execution {error.execution_id}"
+        what = f"at {error.path}" if isinstance(error, InvalidOutput) else str(error.args[0])
+        text += f": {printable(what)}"
+    return text
 
 
 def encode_inputs(session: Session, request: StartRequest) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from promptlayer_exec._errors import (
     SessionClosed,
     StartUnknown,
     StatusError,
-    printable,
 )
 from promptlayer_exec._events import Emit, ExecutionStarted, logger
 from promptlayer_exec._models import StartRequest
@@ -188,7 +187,8 @@ class Start:
             is_lost = error.status >= 500 or error.status == HTTPStatus.REQUEST_TIMEOUT
         else:
             is_lost = self.sent
-        return self._unknown(error._what(), error) if is_lost else error
+        # Without a quotation of the body, which may hold outputs: the cause has it.
+        return self._unknown(RequestError._what(error), error) if is_lost else error
 
     def _judge_cancellation(self, error: BaseException) -> Exception:
         if self.sent:
@@ -229,13 +229,4 @@ class Start:
 
     def _warn(self, error: BaseException) -> None:
         if isinstance(error, StartUnknown):
-            # Not the reason itself: of an unusable answer it quotes the body.
-            cause = error.__cause__
-            quoted = cause.args[0] if isinstance(cause, RequestError) else error.reason
-            logger.warning(
-                "it is not known whether a run of workflow %.100r started: %s; its caller had gone."
-                " %s",
-                self._request.workflow,
-                printable(str(quoted)),
-                error.advice,
-            )
+            logger.warning("%s", error)
