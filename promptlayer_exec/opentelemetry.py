@@ -6,7 +6,6 @@ import asyncio
 import json
 import time
 import traceback
-from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,7 +22,6 @@ from promptlayer_exec import (
     Event,
     ExecutionStarted,
     InvalidResponse,
-    Node,
     Polled,
     RequestRetried,
     Snapshot,
@@ -40,6 +38,12 @@ _SCOPE = "promptlayer_exec"
 # defaults are for milliseconds.
 _REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 _WATCH_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600)
+_HISTOGRAMS = {
+    "poll.duration": ("From sending a poll to the last byte of its response.", _REQUEST_SECONDS),
+    "poll.lateness": ("How late a poll was sent, compared with its schedule.", _REQUEST_SECONDS),
+    "watch.duration": ("From the start of a watch to its end.", _WATCH_SECONDS),
+    "start.duration": ("From the call of a start to its response.", _REQUEST_SECONDS),
+}
 
 
 @attrs.define
@@ -88,35 +92,14 @@ class OpenTelemetryObserver:
         self._retries = meter.create_counter(
             "promptlayer_exec.retries", "{retry}", "Failed attempts that are retried."
         )
-        self._throttles = meter.create_counter(
-            "promptlayer_exec.throttles",
-            "{throttle}",
-            "Responses with status 429, which throttle a session.",
-        )
-        self._poll_duration = meter.create_histogram(
-            "promptlayer_exec.poll.duration",
-            "s",
-            "From sending a poll to the last byte of its response.",
-            explicit_bucket_boundaries_advisory=_REQUEST_SECONDS,
-        )
-        self._lateness = meter.create_histogram(
-            "promptlayer_exec.poll.lateness",
-            "s",
-            "How late a poll was sent, compared with its schedule.",
-            explicit_bucket_boundaries_advisory=_REQUEST_SECONDS,
-        )
-        self._watch_duration = meter.create_histogram(
-            "promptlayer_exec.watch.duration",
-            "s",
-            "From the start of a watch to its end.",
-            explicit_bucket_boundaries_advisory=_WATCH_SECONDS,
-        )
-        self._start_duration = meter.create_histogram(
-            "promptlayer_exec.start.duration",
-            "s",
-            "From the call of a start to its response.",
-            explicit_bucket_boundaries_advisory=_REQUEST_SECONDS,
-        )
+        text = "Responses with status 429, which throttle a session."
+        self._throttles = meter.create_counter("promptlayer_exec.throttles", "{throttle}", text)
+        self._seconds = {
+            name: meter.create_histogram(
+                f"promptlayer_exec.{name}", "s", text, explicit_bucket_boundaries_advisory=buckets
+            )
+            for name, (text, buckets) in _HISTOGRAMS.items()
+        }
 
     def __call__(self, event: Event, /) -> None:
         """Record an event."""
@@ -135,27 +118,29 @@ class OpenTelemetryObserver:
                 self._execution_started(event)
 
     def _watch_started(self, event: WatchStarted) -> None:
-        span = self._tracer.start_span(
-            "watch execution", attributes={"promptlayer_exec.execution.id": event.execution_id}
-        )
+        attributes = {"promptlayer_exec.execution.id": event.execution_id}
+        span = self._tracer.start_span("watch execution", attributes=attributes)
         self._watches[asyncio.current_task()] = _Watch(span)
         self._active.add(1)
 
     def _polled(self, event: Polled) -> None:
         self._polls.add(1)
-        self._poll_duration.record(event.duration)
-        self._lateness.record(event.lateness)
+        self._seconds["poll.duration"].record(event.duration)
+        self._seconds["poll.lateness"].record(event.lateness)
         watch = self._watches[asyncio.current_task()]
-        changed = _changed(watch.latest, event.snapshot)
+        old = watch.latest.nodes if watch.latest is not None else {}
+        changed = [
+            _text(f"{name}: {node.status}")
+            for name, node in event.snapshot.nodes.items()
+            if name not in old or old[name].status != node.status
+        ]
         if changed or watch.is_failing or event.snapshot.complete:
-            watch.span.add_event(
-                "poll",
-                {
-                    "promptlayer_exec.poll": event.snapshot.poll,
-                    "promptlayer_exec.progress": event.snapshot.progress,
-                    "promptlayer_exec.changes": changed,
-                },
-            )
+            attributes: dict[str, Any] = {
+                "promptlayer_exec.poll": event.snapshot.poll,
+                "promptlayer_exec.progress": event.snapshot.progress,
+                "promptlayer_exec.changes": changed,
+            }
+            watch.span.add_event("poll", attributes)
         watch.latest = event.snapshot
         watch.is_failing = False
 
@@ -171,7 +156,6 @@ class OpenTelemetryObserver:
     def _watch_ended(self, event: WatchEnded) -> None:
         watch = self._watches.pop(asyncio.current_task())
         span, latest = watch.span, watch.latest
-        kind: dict[str, str] = {}
         span.set_attribute("promptlayer_exec.polls", event.polls)
         span.set_attribute("promptlayer_exec.complete", latest is not None and latest.complete)
         if latest is not None and latest.complete:
@@ -179,12 +163,12 @@ class OpenTelemetryObserver:
             if self._record_values:
                 outputs = {node.name: node.value for node in latest.output_nodes}
                 span.set_attribute("promptlayer_exec.outputs", _json(outputs))
+        kind = {"error.type": _type(event.error)} if event.error is not None else {}
         if event.error is not None:
-            kind = {"error.type": _type(event.error)}
             span.set_attributes(kind)
             self._record_error(span, event.error)
         self._active.add(-1)
-        self._watch_duration.record(event.elapsed, kind)
+        self._seconds["watch.duration"].record(event.elapsed, kind)
         span.end()
 
     def _record_error(self, span: Span, error: Exception) -> None:
@@ -200,7 +184,7 @@ class OpenTelemetryObserver:
         span.set_status(Status(StatusCode.ERROR, text))
 
     def _execution_started(self, event: ExecutionStarted) -> None:
-        self._start_duration.record(event.duration)
+        self._seconds["start.duration"].record(event.duration)
         ended = time.time_ns()
         span = self._tracer.start_span(
             "start execution",
@@ -220,22 +204,9 @@ class OpenTelemetryObserver:
 def _type(error: Exception) -> str:
     cls = type(error)
     # Users import errors from the package, not from its private modules.
-    module = (
-        "promptlayer_exec" if cls.__module__.startswith("promptlayer_exec.") else cls.__module__
-    )
+    is_ours = cls.__module__.startswith("promptlayer_exec.")
+    module = "promptlayer_exec" if is_ours else cls.__module__
     return f"{module}.{cls.__qualname__}".removeprefix("builtins.")
-
-
-def _changed(before: Snapshot | None, after: Snapshot) -> list[str]:
-    """Return the nodes whose status changed, each with its new status."""
-    old: Mapping[str, Node] = {} if before is None else before.nodes
-    if old is after.nodes:
-        return []
-    return [
-        _text(f"{name}: {node.status}")
-        for name, node in after.nodes.items()
-        if name not in old or old[name].status != node.status
-    ]
 
 
 def _text(text: str) -> str:

@@ -270,10 +270,10 @@ class TestConnection:
         """A client that closes its connection is not kept in memory."""
         subscribed = await client.subscribe()
         centrifugo = client.sim._api._centrifugo
-        assert list(centrifugo._subscribers) == [CHANNEL]
+        assert [one.subscriptions for one in centrifugo._connections] == [{CHANNEL}]
         await subscribed.websocket.close()
         await client.token(CHANNEL)
-        assert centrifugo._subscribers == {}
+        assert centrifugo._connections == set()
 
     async def test_binary_frame(self, client: Client) -> None:
         """A binary frame closes the connection."""

@@ -23,7 +23,6 @@ from promptlayer_exec.fastapi._problems import describe, logger
 _RETRY = 2000  # milliseconds, as the field `retry` takes them
 _SEND_TIMEOUT = 30.0
 _END_TIMEOUT = 0.1
-_LAST_EVENTS = ("complete", "failure")
 
 
 async def execution_events(
@@ -47,11 +46,10 @@ async def execution_events(
     """
     if heartbeat < 0:
         raise ValueError(f"heartbeat must be at least 0 seconds, got {heartbeat}")
-    if last_event_id in [_event_id(execution.id, kind) for kind in _LAST_EVENTS]:
+    if last_event_id in (f"{execution.id}:complete", f"{execution.id}:failure"):
         return Response(status_code=204)
     snapshots = execution.stream()
-    first = await anext(snapshots)
-    return _EventStream(first, snapshots, heartbeat)
+    return _EventStream(await anext(snapshots), snapshots, heartbeat)
 
 
 class _EventStream(EventSourceResponse):
@@ -82,58 +80,37 @@ class _EventStream(EventSourceResponse):
             logger.info("a client did not read its events for %g s", _SEND_TIMEOUT)
         else:
             if unfinished:  # the server is shutting down, or the client has disconnected
-                await self._finish(send)
+                # Servers log an error for every response that does not end.
+                with anyio.move_on_after(_END_TIMEOUT), suppress(OSError):
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             await self._snapshots.aclose()
-
-    async def _finish(self, send: Send) -> None:
-        # Servers log an error for every response that does not end.
-        with anyio.move_on_after(_END_TIMEOUT), suppress(OSError):
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _events(
     first: Snapshot, snapshots: AsyncGenerator[Snapshot, None]
 ) -> AsyncGenerator[ServerSentEvent, None]:
-    execution_id = first.execution_id
     sent = first
+    execution_id = str(first.execution_id)
     try:
-        yield _event("snapshot", execution_id, first.poll, first.to_dict(), _RETRY)
+        # The ids must be meaningful to any process, so they refer to no state of this one.
+        yield _event("snapshot", f"{execution_id}:{first.poll}", first.to_dict(), _RETRY)
         # A slow client makes this wait at a `yield`; everything it missed is then one diff.
         async for latest in snapshots:
             for change in latest.diff(sent):
-                data = {
-                    "execution_id": str(execution_id),
-                    "progress": latest.progress,
-                    **node_dict(latest, change.node.name),
-                }
-                yield _event("node", execution_id, latest.poll, data)
+                node = node_dict(latest, change.node.name)
+                data = {"execution_id": execution_id, "progress": latest.progress, **node}
+                yield _event("node", f"{execution_id}:{latest.poll}", data)
             sent = latest
-        yield _event("complete", execution_id, "complete", sent.to_dict())
+        yield _event("complete", f"{execution_id}:complete", sent.to_dict())
     except SessionClosed:
         return
     except Exception as error:  # noqa: BLE001 - the status is already sent, so it must be an event
-        yield _event("failure", execution_id, "failure", _failure(error, sent))
+        _, kind, message = describe(error)
+        last = (getattr(error, "last_snapshot", None) or sent).to_dict()
+        data = {"type": kind, "message": message, "execution_id": execution_id, "last": last}
+        yield _event("failure", f"{execution_id}:failure", data)
 
 
-def _failure(error: Exception, sent: Snapshot) -> dict[str, Any]:
-    last = getattr(error, "last_snapshot", None) or sent
-    kind, message = describe(error)
-    return {
-        "type": kind,
-        "message": message,
-        "execution_id": str(sent.execution_id),
-        "last": last.to_dict(),
-    }
-
-
-def _event_id(execution_id: int, position: int | str) -> str:
-    # It must be meaningful to any process, so it refers to no state of this one.
-    return f"{execution_id}:{position}"
-
-
-def _event(
-    kind: str, execution_id: int, position: int | str, data: Any, retry: int | None = None
-) -> ServerSentEvent:
-    event_id = _event_id(execution_id, position)
+def _event(kind: str, event_id: str, data: Any, retry: int | None = None) -> ServerSentEvent:
     return ServerSentEvent(dump_json(data), event=kind, id=event_id, retry=retry, sep="\n")

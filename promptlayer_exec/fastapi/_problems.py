@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Coroutine, Mapping
 from http.client import responses
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -39,7 +39,7 @@ from promptlayer_exec import (
     Unauthorized,
     UnprocessableEntity,
 )
-from promptlayer_exec.fastapi._json import dump_json
+from promptlayer_exec.fastapi._json import json_response
 
 logger = logging.getLogger("promptlayer_exec.fastapi")
 
@@ -48,58 +48,49 @@ _DEFAULT_RETRY_AFTER = 5.0
 _MAX_RETRY_AFTER = 3600.0
 
 
-class _Answer(NamedTuple):
-    status: int
-    title: str
-
-
 _REFUSED = "PromptLayer refused this server's credentials."
 _INVALID = "PromptLayer refused the request as invalid."
-_UNREADABLE = "PromptLayer's answer could not be read."
 
 # An error's own str() is never sent: it may contain PromptLayer's text and address.
-_ANSWERS: Mapping[type[Exception], _Answer] = {
-    BadRequest: _Answer(422, _INVALID),
-    Unauthorized: _Answer(502, _REFUSED),
-    Forbidden: _Answer(502, _REFUSED),
-    NotFound: _Answer(404, "There is no such execution or workflow."),
-    UnprocessableEntity: _Answer(422, _INVALID),
-    RateLimited: _Answer(503, "PromptLayer's rate limit was exceeded. Try again later."),
-    ServerError: _Answer(502, "PromptLayer failed. Try again later."),
-    StatusError: _Answer(502, "PromptLayer refused the request."),
-    ConnectionFailed: _Answer(502, "PromptLayer could not be reached. Try again later."),
-    RequestTimeout: _Answer(504, "PromptLayer did not answer in time. Try again later."),
-    InvalidResponse: _Answer(502, _UNREADABLE),
-    ResponseTooLarge: _Answer(502, "PromptLayer's answer is larger than this server accepts."),
-    StartUnknown: _Answer(
+_ANSWERS: Mapping[type[Exception], tuple[int, str]] = {
+    BadRequest: (422, _INVALID),
+    Unauthorized: (502, _REFUSED),
+    Forbidden: (502, _REFUSED),
+    NotFound: (404, "There is no such execution or workflow."),
+    UnprocessableEntity: (422, _INVALID),
+    RateLimited: (503, "PromptLayer's rate limit was exceeded. Try again later."),
+    ServerError: (502, "PromptLayer failed. Try again later."),
+    StatusError: (502, "PromptLayer refused the request."),
+    ConnectionFailed: (502, "PromptLayer could not be reached. Try again later."),
+    RequestTimeout: (504, "PromptLayer did not answer in time. Try again later."),
+    InvalidResponse: (502, "PromptLayer's answer could not be read."),
+    ResponseTooLarge: (502, "PromptLayer's answer is larger than this server accepts."),
+    StartUnknown: (
         502,
         "The run may have started and be billed: look in PromptLayer before starting it again.",
     ),
-    ExecutionTimeout: _Answer(
+    ExecutionTimeout: (
         504,
         "The execution did not complete in time. It is still running: request it again to go on.",
     ),
-    ExecutionFailed: _Answer(409, "The execution completed without an output."),
-    InvalidOutput: _Answer(502, "The execution's output does not have the expected structure."),
-    SessionClosed: _Answer(503, "This server is shutting down. Try again."),
-    ConfigurationError: _Answer(500, "This server is not configured for PromptLayer."),
-    Exception: _Answer(500, "This server failed."),
+    ExecutionFailed: (409, "The execution completed without an output."),
+    InvalidOutput: (502, "The execution's output does not have the expected structure."),
+    SessionClosed: (503, "This server is shutting down. Try again."),
+    ConfigurationError: (500, "This server is not configured for PromptLayer."),
+    Exception: (500, "This server failed."),
 }
 
 
-def describe(error: Exception) -> tuple[str, str]:
-    """Return the type of an error and the text that a client may see; the rest is logged."""
-    known = _known_type(error)
+def describe(error: Exception) -> tuple[int, str, str]:
+    """Return an error's status, and the type and text that a client may see; the rest is logged."""
+    known = next(cls for cls in type(error).__mro__ if cls in _ANSWERS)
+    status, title = _ANSWERS[known]
     if known is Exception:
         logger.error("an error whose details were not sent to the client", exc_info=error)
-        return "InternalServerError", _ANSWERS[known].title
-    if _ANSWERS[known].status >= 500:
+        return status, "InternalServerError", title
+    if status >= 500:
         logger.warning("%s: %s", type(error).__name__, error)
-    return known.__name__, _ANSWERS[known].title
-
-
-def _known_type(error: Exception) -> type[Exception]:
-    return next(cls for cls in type(error).__mro__ if cls in _ANSWERS)
+    return status, known.__name__, title
 
 
 def add_error_handlers(app: Starlette) -> None:
@@ -110,16 +101,11 @@ def add_error_handlers(app: Starlette) -> None:
     app.add_exception_handler(PromptLayerExecError, _handle)
 
 
-async def _handle(request: Request, error: Exception) -> Response:  # noqa: ARG001 - Starlette's
-    return _from_error(error)
-
-
-def _from_error(error: Exception) -> Response:
-    kind, title = describe(error)
+async def _handle(_request: Request, error: Exception) -> Response:
+    status, kind, title = describe(error)
     members: dict[str, Any] = {}
     headers = {}
-    execution_id = getattr(error, "execution_id", None)
-    if execution_id is not None:
+    if (execution_id := getattr(error, "execution_id", None)) is not None:
         members["execution_id"] = str(execution_id)
     if isinstance(error, ExecutionFailed):
         members["failed"] = [
@@ -128,23 +114,15 @@ def _from_error(error: Exception) -> Response:
     if isinstance(error, RateLimited):
         wait = _DEFAULT_RETRY_AFTER if error.retry_after is None else error.retry_after
         headers["Retry-After"] = str(max(1, math.ceil(min(wait, _MAX_RETRY_AFTER))))
-    return problem(_ANSWERS[_known_type(error)].status, title, _URN + kind, headers, **members)
+    return problem(status, title, _URN + kind, headers, **members)
 
 
 def problem(
-    status: int,
-    title: str,
-    kind: str = "about:blank",
-    headers: Mapping[str, str] | None = None,
-    **members: Any,
+    status: int, title: str, kind: str, headers: Mapping[str, str] | None, **members: Any
 ) -> Response:
     """Return a problem details response."""
-    return Response(
-        dump_json({"type": kind, "title": title, "status": status, **members}),
-        status,
-        {"Cache-Control": "no-store", **(headers or {})},
-        "application/problem+json",
-    )
+    content = {"type": kind, "title": title, "status": status, **members}
+    return json_response(content, status, headers, "application/problem+json")
 
 
 class ProblemRoute(APIRoute):
@@ -158,17 +136,14 @@ class ProblemRoute(APIRoute):
             try:
                 return await handle(request)
             except PromptLayerExecError as error:
-                return _from_error(error)
+                return await _handle(request, error)
             except HTTPException as error:
-                return problem(
-                    error.status_code,
-                    responses.get(error.status_code, "Error"),
-                    headers=error.headers,
-                    detail=error.detail,
-                )
+                status, headers = error.status_code, error.headers
+                title = responses.get(status, "Error")
+                return problem(status, title, "about:blank", headers, detail=error.detail)
             except RequestValidationError as error:
                 errors = [{key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()]
                 title = "The request is invalid."
-                return problem(422, title, f"{_URN}InvalidRequest", errors=errors)
+                return problem(422, title, f"{_URN}InvalidRequest", None, errors=errors)
 
         return answer

@@ -10,9 +10,9 @@ from fastapi import APIRouter, Depends, Header, HTTPException, Path, Request
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
-from promptlayer_exec import PromptLayerExecError, Session
+from promptlayer_exec import Execution, PromptLayerExecError, Session
 from promptlayer_exec.fastapi._events import execution_events
-from promptlayer_exec.fastapi._json import dump_json
+from promptlayer_exec.fastapi._json import json_response
 from promptlayer_exec.fastapi._problems import ProblemRoute
 
 T = TypeVar("T")
@@ -33,10 +33,7 @@ class _Start(BaseModel):
 
 
 def create_router(
-    session: Callable[..., Any],
-    *,
-    authorize: Callable[..., Any],
-    workflows: Collection[str] = (),
+    session: Callable[..., Any], *, authorize: Callable[..., Any], workflows: Collection[str] = ()
 ) -> APIRouter:
     """Return routes that read and follow executions, and start those of some workflows.
 
@@ -70,9 +67,7 @@ def create_router(
         responses={"4XX": _PROBLEM, "5XX": _PROBLEM},
         tags=["executions"],
     )
-    _add_read_routes(router, Depends(session))
-    if workflows:
-        _add_start_route(router, Depends(session), frozenset(workflows))
+    _add_routes(router, Depends(session), frozenset(workflows))
     return router
 
 
@@ -83,43 +78,42 @@ async def _refuse_id_in_query(request: Request) -> None:
         raise HTTPException(400, "execution_id is not a query parameter.")
 
 
-def _add_read_routes(router: APIRouter, opened: Any) -> None:
+def _add_routes(router: APIRouter, opened: Any, workflows: Collection[str]) -> None:
+    async def find_execution(execution_id: _ExecutionId, session: Session = opened) -> Execution:
+        return session.execution(execution_id)
+
+    found = Depends(find_execution)
+
     @router.get("/executions/{execution_id}")
-    async def get_execution(
-        request: Request, execution_id: _ExecutionId, session: Session = opened
-    ) -> Response:
+    async def get_execution(request: Request, execution: Execution = found) -> Response:
         """Return all nodes of an execution as they are now."""
-        snapshot = session.execution(execution_id).snapshot()
-        return _json((await _unless_disconnected(request, snapshot)).to_dict())
+        snapshot = await _unless_disconnected(request, execution.snapshot())
+        return json_response(snapshot.to_dict())
 
     @router.get("/executions/{execution_id}/events", responses={200: _EVENTS, 204: _SEEN})
     async def get_events(
         request: Request,
-        execution_id: _ExecutionId,
         last_event_id: Annotated[str | None, Header()] = None,
-        session: Session = opened,
+        execution: Execution = found,
     ) -> Response:
         """Follow an execution by Server-Sent Events: `snapshot`, `node`, `complete`, `failure`."""
-        execution = session.execution(execution_id)
         events = execution_events(execution, last_event_id=last_event_id)
         return await _unless_disconnected(request, events)
 
     @router.get("/executions/{execution_id}/output")
-    async def get_output(
-        request: Request, execution_id: _ExecutionId, session: Session = opened
-    ) -> Response:
+    async def get_output(request: Request, execution: Execution = found) -> Response:
         """Wait until an execution is complete, and return its main output."""
-        output = session.execution(execution_id).output()
-        return _json(await _unless_disconnected(request, output))
+        return json_response(await _unless_disconnected(request, execution.output()))
 
+    if not workflows:
+        return
 
-def _add_start_route(router: APIRouter, opened: Any, allowed: Collection[str]) -> None:
     @router.post("/executions", status_code=201)
     async def start_execution(
         request: Request, body: _Start, session: Session = opened
     ) -> Response:
         """Start an execution of a workflow; `Location` is where to read it."""
-        if body.workflow not in allowed:
+        if body.workflow not in workflows:
             raise HTTPException(403, "This workflow cannot be started here.")
         try:
             start = session.start(body.workflow, body.inputs)
@@ -130,14 +124,20 @@ def _add_start_route(router: APIRouter, opened: Any, allowed: Collection[str]) -
             raise HTTPException(422, str(error)) from error
         # Relative, so that it is correct under any prefix that a proxy removes.
         location = f"executions/{started.id}"
-        return _json({"execution_id": str(started.id)}, 201, Location=location)
+        return json_response({"execution_id": str(started.id)}, 201, {"Location": location})
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
     """Await `work`, and cancel it when the client disconnects: no server does that itself."""
+
+    async def cancel_on_disconnect() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        tasks.cancel_scope.cancel()
+
     failure: Exception | None = None
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(_cancel_on_disconnect, request, tasks.cancel_scope)
+        tasks.start_soon(cancel_on_disconnect)
         try:
             return await work
         except Exception as error:  # noqa: BLE001 - raised below, so not in an ExceptionGroup
@@ -146,15 +146,3 @@ async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
             tasks.cancel_scope.cancel()
     # nginx's "client closed request": only the access log shows it.
     raise failure or HTTPException(499, "The client disconnected.")
-
-
-async def _cancel_on_disconnect(request: Request, scope: anyio.CancelScope) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    scope.cancel()
-
-
-def _json(value: Any, status: int = 200, **headers: str) -> Response:
-    return Response(
-        dump_json(value), status, {"Cache-Control": "no-store", **headers}, "application/json"
-    )

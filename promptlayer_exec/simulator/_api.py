@@ -7,12 +7,10 @@ import re
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
 from urllib.parse import unquote
 
 import attrs
 from aiohttp import web
-from multidict import MultiMapping
 
 from promptlayer_exec.simulator._backend import Backend
 from promptlayer_exec.simulator._centrifugo import Centrifugo
@@ -20,9 +18,10 @@ from promptlayer_exec.simulator._completion import Completions
 from promptlayer_exec.simulator._faults import FaultQueue
 from promptlayer_exec.simulator._log import RequestLog, SimRequest
 from promptlayer_exec.simulator._wire import (
-    Reply,
     RequestValidationError,
     encode,
+    error_response,
+    json_response,
     parse_capability,
     parse_results_query,
     parse_run,
@@ -34,21 +33,12 @@ _TOKEN_LIFETIME = 3600.0
 
 @attrs.define
 class TokenBucket:
-    """Lets `rate` requests per second through, and up to `burst` at once.
-
-    Args:
-        rate: tokens that are added per second.
-        burst: tokens that the bucket holds; it starts full.
-        now: the time in seconds.
-    """
+    """Lets `rate` requests per second through, and up to `burst` at once; it starts full."""
 
     rate: float
     burst: float
-    _updated: float = attrs.field(alias="now")
-    _tokens: float = attrs.field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self._tokens = self.burst
+    _updated: float = attrs.field(default=0.0, init=False)
+    _tokens: float = attrs.field(default=math.inf, init=False)
 
     def take(self, now: float) -> float:
         """Take a token at `now`; return 0.0, or the seconds until there is one."""
@@ -59,15 +49,6 @@ class TokenBucket:
             return (1 - self._tokens) / self.rate
         self._tokens -= 1
         return 0.0
-
-
-@attrs.frozen
-class _Call:
-    """The arguments of an operation; `workflow` is the name or id in the path."""
-
-    query: MultiMapping[str]
-    body: bytes
-    workflow: str
 
 
 @attrs.define(eq=False)
@@ -81,9 +62,9 @@ class Api:
     _clock: Callable[[], float]
     _backend: Backend
     _log: RequestLog
-    _faults: FaultQueue
     _centrifugo: Centrifugo
     _completions: Completions
+    faults: FaultQueue = attrs.field(factory=FaultQueue, init=False)
     bucket: TokenBucket | None = attrs.field(default=None, init=False)
     announce_retry: bool = attrs.field(default=True, init=False)
     _origin: float = attrs.field(init=False)
@@ -96,64 +77,62 @@ class Api:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer a request."""
         body = await request.content.read()
-        self._log.record(
-            SimRequest(
-                method=request.method,
-                path=request.rel_url.raw_path,
-                query=request.query,
-                headers=request.headers,
-                body=body,
-                at=self._clock() - self._origin,
-            )
+        seen = SimRequest(
+            method=request.method,
+            path=request.rel_url.raw_path,
+            query=request.query,
+            headers=request.headers,
+            body=body,
+            at=self._clock() - self._origin,
         )
-        fault = self._faults.take(request)
-        response = None
-        if fault is not None:
-            response = await fault.effect(request, partial(self._answer, request, body))
-        if response is None and request.rel_url.raw_path == _WEBSOCKET:
+        self._log.record(seen)
+        answer = partial(self._answer, seen)
+        fault = self.faults.take(request)
+        response = await fault.effect(request, answer) if fault is not None else None
+        if response is None and seen.path == _WEBSOCKET:
             response = await self._centrifugo.serve(request)
-        return self._answer(request, body).response() if response is None else response
+        return answer() if response is None else response
 
     async def stop(self) -> None:
         """Stop waiting for runs to complete."""
         await self._completions.stop()
 
-    def _answer(self, request: web.BaseRequest, body: bytes) -> Reply:
+    def _answer(self, request: SimRequest) -> web.Response:
         for pattern, method, operation in _ROUTES:
-            if match := pattern.fullmatch(request.rel_url.raw_path):
-                call = _Call(request.query, body, *map(unquote, match.groups("")))
-                return self._refuse(request, method) or self._perform(operation, call)
-        return Reply.error(404, "Not Found")
+            if match := pattern.fullmatch(request.path):
+                arguments = map(unquote, match.groups())
+                return self._perform(method, request, partial(operation, self, request, *arguments))
+        return error_response(404, "Not Found")
 
-    def _refuse(self, request: web.BaseRequest, method: str) -> Reply | None:
+    def _perform(
+        self, method: str, request: SimRequest, operation: Callable[[], web.Response]
+    ) -> web.Response:
         if request.method != method:
-            return Reply.error(405, "Method Not Allowed", {"Allow": method})
+            return error_response(405, "Method Not Allowed", Allow=method)
         if request.headers.get("X-API-KEY") != self._api_key:
-            return Reply.error(401, "Invalid or missing API key")
+            return error_response(401, "Invalid or missing API key")
         if self.bucket is not None and (wait := self.bucket.take(self._clock())):
-            headers = {"Retry-After": f"{math.ceil(wait * 1000) / 1000:.12g}"}
-            return Reply.error(429, "Too Many Requests", headers if self.announce_retry else None)
-        return None
-
-    def _perform(self, operation: _Operation, call: _Call) -> Reply:
+            seconds = f"{math.ceil(wait * 1000) / 1000:.12g}"
+            headers = {"Retry-After": seconds} if self.announce_retry else {}
+            return error_response(429, "Too Many Requests", **headers)
         try:
-            return operation(self, call)
+            return operation()
         except RequestValidationError as error:
-            return Reply.json(422, encode({"detail": error.detail}))
+            return json_response(422, encode({"detail": error.detail}))
 
-    def _results(self, call: _Call) -> Reply:
-        execution_id, all_outputs = parse_results_query(call.query)
+    def _results(self, request: SimRequest) -> web.Response:
+        execution_id, all_outputs = parse_results_query(request.query)
         try:
             results = self._backend.results(execution_id)
         except LookupError:
-            return Reply.error(404, "Workflow version execution not found")
+            return error_response(404, "Workflow version execution not found")
         body = results.json(all_outputs=all_outputs)
-        return Reply.json(200 if results.complete else 202, body)
+        return json_response(200 if results.complete else 202, body)
 
-    def _workflow(self, call: _Call) -> Reply:
-        workflow = self._backend.find_workflow(call.workflow)
+    def _workflow(self, _request: SimRequest, id_or_name: str) -> web.Response:
+        workflow = self._backend.find_workflow(id_or_name)
         if workflow is None:
-            return Reply.error(404, "Workflow not found")
+            return error_response(404, "Workflow not found")
         description = {
             "id": workflow.id,
             "workspace_id": 1,
@@ -163,16 +142,18 @@ class Api:
             "is_deleted": False,
         }
         answer = {"success": True, "workflow_id": workflow.id, "workflow": description}
-        return Reply.json(200, encode(answer))
+        return json_response(200, encode(answer))
 
-    def _run(self, call: _Call) -> Reply:
-        workflow = self._backend.find_workflow(call.workflow)
+    def _run(self, request: SimRequest, id_or_name: str) -> web.Response:
+        workflow = self._backend.find_workflow(id_or_name)
         if workflow is None:
-            return Reply.error(404, "Workflow not found")
-        body = parse_run(call.body)
+            return error_response(404, "Workflow not found")
+        body = parse_run(request.body)
         label, version = body.get("workflow_label_name"), body.get("workflow_version_number")
         if label is not None and version is not None:
-            return Reply.error(400, "Give workflow_label_name or workflow_version_number, not both")
+            return error_response(
+                400, "Give workflow_label_name or workflow_version_number, not both"
+            )
         execution_id = self._backend.run(workflow, body)
         self._completions.follow(execution_id, workflow.id, body)
         answer = {
@@ -181,10 +162,10 @@ class Api:
             "warning": workflow.warning,
             "workflow_version_execution_id": execution_id,
         }
-        return Reply.json(201 if body.get("callback_url") is None else 202, encode(answer))
+        return json_response(201 if body.get("callback_url") is None else 202, encode(answer))
 
-    def _token(self, call: _Call) -> Reply:
-        channels = parse_capability(call.query)
+    def _token(self, request: SimRequest) -> web.Response:
+        channels = parse_capability(request.query)
         issued = self._epoch + self._clock()
         details = {
             "token": self._centrifugo.issue_token(channels, _TOKEN_LIFETIME),
@@ -195,14 +176,12 @@ class Api:
         }
         # Without the backend's name, older versions of the vendor's SDK use Ably.
         answer = {"success": True, "messaging_backend": "centrifugo", "token_details": details}
-        return Reply.json(201, encode(answer))
+        return json_response(201, encode(answer))
 
 
-_Operation: TypeAlias = Callable[[Api, _Call], Reply]
-
-_ROUTES: tuple[tuple[re.Pattern[str], str, _Operation], ...] = (
-    (re.compile("/workflow-version-execution-results()"), "GET", Api._results),
+_ROUTES: tuple[tuple[re.Pattern[str], str, Callable[..., web.Response]], ...] = (
+    (re.compile("/workflow-version-execution-results"), "GET", Api._results),
     (re.compile("/workflows/([^/]+)"), "GET", Api._workflow),
     (re.compile("/workflows/([^/]+)/run"), "POST", Api._run),
-    (re.compile("/ws-token-request-library()"), "POST", Api._token),
+    (re.compile("/ws-token-request-library"), "POST", Api._token),
 )

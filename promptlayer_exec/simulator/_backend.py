@@ -42,17 +42,10 @@ class Workflow:
     source: ScenarioSource
     warning: str | None
 
-    def scenario(self, inputs: Mapping[str, Any]) -> Scenario:
-        return self.source if isinstance(self.source, Scenario) else self.source(inputs)
-
 
 @attrs.frozen
 class Backend:
-    """Workflows by name and id, executions by id, and the runs that were started.
-
-    Args:
-        clock: returns the time in seconds; it must not run backwards.
-    """
+    """Workflows by name and id, executions by id, and the runs that were started."""
 
     _clock: Callable[[], float]
     _workflows: dict[str, Workflow] = attrs.field(factory=dict, init=False)
@@ -102,18 +95,15 @@ class Backend:
 
     def run(self, workflow: Workflow, body: Mapping[str, Any]) -> int:
         inputs = body.get("input_variables", {})
-        scenario = workflow.scenario(inputs)
+        source = workflow.source
+        scenario = source if isinstance(source, Scenario) else source(inputs)
         with self._lock:
             execution_id = self.add_execution(scenario)
             self._runs.append(SimRun(execution_id, workflow.name, inputs, body))
             return execution_id
 
     def results(self, execution_id: int) -> Results:
-        """Return the present state of an execution.
-
-        Raises:
-            LookupError: there is no such execution.
-        """
+        """Return the present state of an execution; raise `LookupError` if there is none."""
         with self._lock:
             results = self._find_execution(execution_id).results(self._clock())
             if results.complete:

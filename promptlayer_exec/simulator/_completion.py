@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import aiohttp
+import anyio
 import attrs
 
 from promptlayer_exec.simulator._backend import Backend
@@ -30,16 +30,11 @@ class Completions:
     Each such run has a task until the notifications are sent. The task sleeps until the next node
     ends by itself, assuming that the clock counts seconds. It also wakes whenever a node is
     finished by `finish` or the execution is read complete, so that it can follow any other clock.
-
-    Args:
-        backend: has the executions.
-        centrifugo: publishes.
-        push_limit: the size in bytes of the longest message that is published with its output.
     """
 
     _backend: Backend
     _centrifugo: Centrifugo
-    _push_limit: int
+    _push_limit_bytes: int
     _tasks: set[asyncio.Task[None]] = attrs.field(factory=set, init=False)
 
     def follow(self, execution_id: int, workflow_id: int, body: Mapping[str, Any]) -> None:
@@ -75,26 +70,21 @@ class Completions:
         await asyncio.gather(*notifications)
 
     async def _wait_until_complete(self, execution_id: int) -> Results:
-        loop = asyncio.get_running_loop()
         changed = asyncio.Event()
-        with self._backend.waking(execution_id, partial(loop.call_soon_threadsafe, changed.set)):
-            while True:
-                changed.clear()
-                results = self._backend.results(execution_id)
-                if results.complete:
-                    return results
+        wake = partial(asyncio.get_running_loop().call_soon_threadsafe, changed.set)
+        with self._backend.waking(execution_id, wake):
+            while not (results := self._backend.results(execution_id)).complete:
                 sleep = results.seconds_to_change
-                if sleep is not None:
-                    sleep = max(sleep, _MIN_SLEEP)
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(sleep):
-                        await changed.wait()
+                with anyio.move_on_after(None if sleep is None else max(sleep, _MIN_SLEEP)):
+                    await changed.wait()
+                changed.clear()
+            return results
 
     async def _publish(self, execution_id: int, channel: str, output: str) -> None:
         message = _message(execution_id, output, "OK")
-        if len(message) > self._push_limit:
+        if len(message) > self._push_limit_bytes:
             explanation = (
-                f"The final output is larger than {self._push_limit} bytes: get it with "
+                f"The final output is larger than {self._push_limit_bytes} bytes: get it with "
                 "GET /workflow-version-execution-results"
             )
             message = _message(execution_id, encode(explanation), "EXCEEDS_SIZE_LIMIT")
@@ -112,9 +102,8 @@ def _message(execution_id: int, output: str, code: str) -> str:
 async def _call_back(execution_id: int, url: str, node_map: str) -> None:
     body = f'{{"workflow_version_execution_id":{execution_id},"final_output":{node_map}}}'
     try:
-        async with (
-            aiohttp.ClientSession(timeout=_CALLBACK_TIMEOUT) as http,
-            http.post(url, data=body.encode(), headers=JSON_TYPE),
+        async with aiohttp.request(
+            "POST", url, data=body.encode(), headers=JSON_TYPE, timeout=_CALLBACK_TIMEOUT
         ):
             pass
     except Exception as error:  # noqa: BLE001 - an arbitrary URL fails in many ways

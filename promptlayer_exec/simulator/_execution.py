@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import attrs
@@ -16,22 +17,14 @@ SKIPPED = "SKIPPED"
 FAILED = frozenset({"FAILED", "FAILURE"})
 FINAL = FAILED | {SUCCESS, SKIPPED}
 
-_BOOLEAN = {True: "true", False: "false", None: "null"}
 _encode_word = lru_cache(maxsize=4096)(encode)
 
 
 @attrs.frozen
 class NodeState:
-    """A node's status, with the values that the server sends for it.
+    """A node's status since the time `at`, with the values that the server sends for it.
 
-    Attributes:
-        status: the status.
-        at: the time since when it has that status.
-        value: its value, if it succeeded.
-        value_json: the value as JSON text.
-        error_message: why it failed.
-        raw_error_message: the same with details.
-        ends: the time at which it will end by itself.
+    A running node that ends by itself does so at the time `ends`.
     """
 
     status: str
@@ -72,7 +65,16 @@ class Results:
 
     def node_map(self) -> str:
         """Return the node map as JSON text."""
-        nodes = (_node_json(node, self.states[node.name]) for node in self.scenario.nodes)
+        nodes = []
+        for node in self.scenario.nodes:
+            state = self.states[node.name]
+            nodes.append(
+                f'{_encode_word(node.name)}:{{"status":{_encode_word(state.status)}'
+                f',"value":{state.value_json}'
+                f',"error_message":{encode(state.error_message)}'
+                f',"raw_error_message":{encode(state.raw_error_message)}'
+                f',"is_output_node":{_encode_word(node.is_output_node)}}}'
+            )
         return "{" + ",".join(nodes) + "}"
 
     def main_output(self) -> str | None:
@@ -81,16 +83,13 @@ class Results:
         It is the value of the output node that succeeded first. If no node is marked as output, it
         is the value of the node that succeeded last.
         """
-        nodes, states = self.scenario.nodes, self.states
-        succeeded = [node for node in nodes if states[node.name].status == SUCCESS]
-        outputs = [node for node in succeeded if node.is_output_node]
-        if outputs:
-            first = min(outputs, key=lambda node: states[node.name].at)
-            return states[first.name].value_json
-        if succeeded and not any(node.is_output_node for node in nodes):
-            last = max(reversed(succeeded), key=lambda node: states[node.name].at)
-            return states[last.name].value_json
-        return None
+        marked = [self.states[node.name] for node in self.scenario.nodes if node.is_output_node]
+        candidates = [one for one in marked or self.states.values() if one.status == SUCCESS]
+        if not candidates:
+            return None
+        at = attrgetter("at")
+        chosen = min(candidates, key=at) if marked else max(reversed(candidates), key=at)
+        return chosen.value_json
 
 
 @attrs.define
@@ -104,10 +103,7 @@ class Execution:
     _not_skipped: set[str] = attrs.field(factory=set, init=False)
 
     def results(self, now: float) -> Results:
-        """Return the states of all nodes at the time `now`.
-
-        Final states are kept, so `now` must not run backwards.
-        """
+        """Return the states at `now`, which must not run backwards: final states are kept."""
         states = dict(self._final)
         for node in self.scenario.order:
             if node.name not in states:
@@ -118,17 +114,8 @@ class Execution:
         in_order = {node.name: states[node.name] for node in self.scenario.nodes}
         return Results(self.scenario, in_order, now)
 
-    def finish(
-        self,
-        name: str,
-        now: float,
-        *,
-        value: Any,
-        status: str,
-        error_message: str | None,
-        raw_error_message: Any,
-    ) -> None:
-        """End a held node at `now`, or as soon as it starts; see `Simulator.finish`."""
+    def finish(self, name: str, now: float, **ending: Any) -> None:
+        """End a held node at `now` or when it starts; `ending` replaces fields of its `SimNode`."""
         node = next((node for node in self.scenario.nodes if node.name == name), None)
         if node is None:
             raise LookupError(f"the execution has no node {name!r}")
@@ -139,16 +126,7 @@ class Execution:
         state = self.results(now).states[name]
         if state.final:
             raise ValueError(f"node {name!r} is already final: {state.status}")
-        finished = attrs.evolve(
-            node,
-            value=node.value if value is ... else value,
-            status=status,
-            error_message=node.error_message if error_message is None else error_message,
-            raw_error_message=(
-                node.raw_error_message if raw_error_message is None else raw_error_message
-            ),
-        )
-        self._finished[name] = (now, finished)
+        self._finished[name] = (now, attrs.evolve(node, **ending))
 
     def _state(self, node: SimNode, states: Mapping[str, NodeState], now: float) -> NodeState:
         dependencies = [states[name] for name in node.after]
@@ -169,9 +147,8 @@ class Execution:
         return self._ended(ended, end)
 
     def _is_skipped(self, node: SimNode, dependencies: list[NodeState]) -> bool:
-        if any(dependency.status in FAILED for dependency in dependencies):
-            return True
-        if dependencies and all(dependency.status == SKIPPED for dependency in dependencies):
+        statuses = {dependency.status for dependency in dependencies}
+        if statuses & FAILED or statuses == {SKIPPED}:
             return True
         if node.when is None or node.name in self._not_skipped:
             return False
@@ -197,13 +174,3 @@ class Execution:
 
     def _values(self, node: SimNode) -> dict[str, Any]:
         return {name: self._final[name].value for name in self.scenario.upstream[node.name]}
-
-
-def _node_json(node: SimNode, state: NodeState) -> str:
-    return (
-        f'{_encode_word(node.name)}:{{"status":{_encode_word(state.status)}'
-        f',"value":{state.value_json}'
-        f',"error_message":{encode(state.error_message)}'
-        f',"raw_error_message":{encode(state.raw_error_message)}'
-        f',"is_output_node":{_BOOLEAN[node.is_output_node]}}}'
-    )

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
-from functools import partial
-from http import HTTPStatus
+from http.client import responses
+from itertools import chain, repeat
 from typing import Any, TypeAlias
 
 import attrs
 from aiohttp import web
 
-from promptlayer_exec.simulator._wire import JSON_TYPE, Reply
+from promptlayer_exec.simulator._wire import JSON_TYPE, error_response
 
-Answer: TypeAlias = Callable[[], Reply]
+Answer: TypeAlias = Callable[[], web.Response]
 # None means that the request is answered normally.
 Effect: TypeAlias = Callable[[web.BaseRequest, Answer], Awaitable[web.StreamResponse | None]]
 
 _HTML = b"<html><body><h1>502 Bad Gateway</h1></body></html>\n"
-_CHUNK = 64 * 1024
+_CHUNK = b"a" * 64 * 1024
 _FOREVER = 1e9
 _OVERSIZE_HEAD = b'{"Node 1":{"status":"SUCCESS","value":"'
 _OVERSIZE_TAIL = b'","error_message":null,"raw_error_message":null,"is_output_node":true}}\n'
@@ -69,19 +69,29 @@ class Fault:
         """
         if not 200 <= code <= 599:
             raise ValueError(f"the HTTP status must be between 200 and 599, got {code}")
-        if body is None:
-            body = Reply.error(code, _phrase(code)).body if code >= 400 else b""
+        content: Any = body
+        if body is None and code >= 400:
+            content = error_response(code, responses.get(code, f"Status {code}")).body
         all_headers = {**JSON_TYPE, **(headers or {})}
         if isinstance(retry_after, str):
             all_headers["Retry-After"] = retry_after
         elif retry_after is not None:
             all_headers["Retry-After"] = f"{retry_after:.12g}"
-        return _always(Reply(code, body, all_headers), times, execution_id)
+
+        async def respond(_request: web.BaseRequest, _answer: Answer) -> web.StreamResponse:
+            return web.Response(status=code, body=content, headers=all_headers)
+
+        return Fault(respond, times, execution_id)
 
     @staticmethod
     def disconnect(times: int | None = 1, *, execution_id: int | None = None) -> Fault:
         """Perform the operation, but close the connection before any byte of the answer."""
-        return Fault(_disconnect, times, execution_id)
+
+        async def disconnect(request: web.BaseRequest, answer: Answer) -> web.StreamResponse:
+            request.protocol.force_close()
+            return answer()
+
+        return Fault(disconnect, times, execution_id)
 
     @staticmethod
     def truncate(
@@ -100,15 +110,26 @@ class Fault:
         """
         if at is not None and at < 0:
             raise ValueError(f"at must be at least 0 bytes, got {at}")
-        return Fault(partial(_truncate, at=at), times, execution_id)
+
+        async def truncate(request: web.BaseRequest, answer: Answer) -> web.StreamResponse:
+            whole = answer()
+            body = (whole.text or "").encode()
+            sent = len(body) // 2 if at is None else min(at, len(body) - 1)
+            response = web.StreamResponse(status=whole.status, headers=whole.headers)
+            response.content_length = len(body)
+            await _send(request, response, [body[:sent]])
+            request.protocol.force_close()
+            return response
+
+        return Fault(truncate, times, execution_id)
 
     @staticmethod
     def malformed(
         times: int | None = 1, *, body: bytes = _HTML, execution_id: int | None = None
     ) -> Fault:
         """Answer 200 with a body that is not JSON: by default a proxy's HTML page."""
-        reply = Reply(200, body, {"Content-Type": "text/html"})
-        return _always(reply, times, execution_id)
+        headers = {"Content-Type": "text/html"}
+        return Fault.status(200, times=times, body=body, headers=headers, execution_id=execution_id)
 
     @staticmethod
     def stall(times: int | None = 1, *, execution_id: int | None = None) -> Fault:
@@ -120,12 +141,21 @@ class Fault:
         interval: float, times: int | None = 1, *, execution_id: int | None = None
     ) -> Fault:
         """Answer 200 with a body that is sent byte by byte, `interval` seconds apart, forever."""
-        return Fault(partial(_trickle, interval=interval), times, execution_id)
+
+        async def trickle(request: web.BaseRequest, _answer: Answer) -> web.StreamResponse:
+            chunks = chain([b'"'], repeat(b"a"))
+            return await _send(request, web.StreamResponse(headers=JSON_TYPE), chunks, interval)
+
+        return Fault(trickle, times, execution_id)
 
     @staticmethod
     def delay(seconds: float, times: int | None = 1, *, execution_id: int | None = None) -> Fault:
         """Answer normally, but only after `seconds`."""
-        return Fault(partial(_delay, seconds=seconds), times, execution_id)
+
+        async def delay(_request: web.BaseRequest, _answer: Answer) -> None:
+            await asyncio.sleep(seconds)
+
+        return Fault(delay, times, execution_id)
 
     @staticmethod
     def oversize(size: int, times: int | None = 1, *, execution_id: int | None = None) -> Fault:
@@ -137,7 +167,13 @@ class Fault:
         smallest = len(_OVERSIZE_HEAD) + len(_OVERSIZE_TAIL)
         if size < smallest:
             raise ValueError(f"size must be at least {smallest} bytes, got {size}")
-        return Fault(partial(_oversize, padding=size - smallest), times, execution_id)
+        full, rest = divmod(size - smallest, len(_CHUNK))
+        chunks = [_OVERSIZE_HEAD, *repeat(_CHUNK, full), _CHUNK[:rest] + _OVERSIZE_TAIL]
+
+        async def oversize(request: web.BaseRequest, _answer: Answer) -> web.StreamResponse:
+            return await _send(request, web.StreamResponse(headers=JSON_TYPE), chunks)
+
+        return Fault(oversize, times, execution_id)
 
     def concerns(self, request: web.BaseRequest) -> bool:
         """Return True if it may affect this request."""
@@ -176,69 +212,15 @@ class FaultQueue:
         return None
 
 
-def _phrase(code: int) -> str:
-    try:
-        return HTTPStatus(code).phrase
-    except ValueError:
-        return f"Status {code}"
-
-
-def _always(reply: Reply, times: int | None, execution_id: int | None) -> Fault:
-    return Fault(partial(_replace, reply=reply), times, execution_id)
-
-
-async def _replace(
-    _request: web.BaseRequest, _answer: Answer, *, reply: Reply
+async def _send(
+    request: web.BaseRequest,
+    response: web.StreamResponse,
+    chunks: Iterable[bytes],
+    interval: float = 0.0,
 ) -> web.StreamResponse:
-    return reply.response()
-
-
-async def _disconnect(request: web.BaseRequest, answer: Answer) -> web.StreamResponse:
-    request.protocol.force_close()
-    return answer().response()
-
-
-async def _truncate(
-    request: web.BaseRequest, answer: Answer, *, at: int | None
-) -> web.StreamResponse:
-    whole = answer()
-    length = len(whole.body)
-    sent = length // 2 if at is None else min(at, length - 1)
-    response = web.StreamResponse(status=whole.status, headers=whole.headers)
-    response.content_length = length
     with suppress(ConnectionError):
         await response.prepare(request)
-        await response.write(whole.body[:sent])
-    request.protocol.force_close()
-    return response
-
-
-async def _trickle(
-    request: web.BaseRequest, _answer: Answer, *, interval: float
-) -> web.StreamResponse:
-    response = web.StreamResponse(headers=JSON_TYPE)
-    with suppress(ConnectionError):
-        await response.prepare(request)
-        await response.write(b'"')
-        while True:
+        for chunk in chunks:
+            await response.write(chunk)
             await asyncio.sleep(interval)
-            await response.write(b"a")
-    return response
-
-
-async def _delay(_request: web.BaseRequest, _answer: Answer, *, seconds: float) -> None:
-    await asyncio.sleep(seconds)
-
-
-async def _oversize(
-    request: web.BaseRequest, _answer: Answer, *, padding: int
-) -> web.StreamResponse:
-    response = web.StreamResponse(headers=JSON_TYPE)
-    chunk = b"a" * _CHUNK
-    with suppress(ConnectionError):
-        await response.prepare(request)
-        await response.write(_OVERSIZE_HEAD)
-        for start in range(0, padding, _CHUNK):
-            await response.write(chunk[: padding - start])
-        await response.write(_OVERSIZE_TAIL)
     return response

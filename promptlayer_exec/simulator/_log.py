@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import attrs
 
@@ -33,27 +34,18 @@ class SimRequest:
     at: float
 
 
-def _resolve(reached: asyncio.Future[None]) -> None:
-    if not reached.done():
-        reached.set_result(None)
-
-
 @attrs.define(eq=False)
 class RequestLog:
-    """Counts requests, and wakes the callers that wait for a number of them.
+    """Counts requests, keeps them if `keep`, and wakes the callers that wait for a number of them.
 
     One thread records requests; any thread may read and wait.
-
-    Args:
-        keep: whether `requests` keeps them.
-        on_request: called with each request; its errors are logged.
     """
 
-    keep: bool
+    _keep: bool
     _on_request: Callable[[SimRequest], None] | None = None
     count: int = attrs.field(default=0, init=False)
     _requests: list[SimRequest] = attrs.field(factory=list, init=False)
-    _waiters: dict[asyncio.Future[None], int] = attrs.field(factory=dict, init=False)
+    _waiters: list[tuple[int, Callable[[], object]]] = attrs.field(factory=list, init=False)
     _recorded: threading.Condition = attrs.field(factory=threading.Condition, init=False)
 
     @property
@@ -64,11 +56,11 @@ class RequestLog:
     def record(self, request: SimRequest) -> None:
         with self._recorded:
             self.count += 1
-            if self.keep:
+            if self._keep:
                 self._requests.append(request)
-            for reached, count in self._waiters.items():
+            for count, wake in self._waiters:
                 if count <= self.count:
-                    reached.get_loop().call_soon_threadsafe(_resolve, reached)
+                    wake()
             self._recorded.notify_all()
         if self._on_request is not None:
             try:
@@ -77,19 +69,21 @@ class RequestLog:
                 _LOGGER.exception("on_request failed")
 
     async def wait(self, count: int, timeout: float) -> None:
-        reached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        reached = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        waiter = (count, partial(loop.call_soon_threadsafe, reached.set))
         with self._recorded:
             if count <= self.count:
                 return
-            self._waiters[reached] = count
+            self._waiters.append(waiter)
         try:
             async with asyncio.timeout(timeout):
-                await reached
+                await reached.wait()
         except TimeoutError:
             raise self._timed_out(count, timeout) from None
         finally:
             with self._recorded:
-                del self._waiters[reached]
+                self._waiters.remove(waiter)
 
     def block(self, count: int, timeout: float) -> None:
         with self._recorded:

@@ -27,15 +27,6 @@ def _check_duration(node: SimNode, _: attrs.Attribute[Any], value: float | None)
         )
 
 
-def _encode_value(node: SimNode) -> str | None:
-    if callable(node.value):
-        return None
-    try:
-        return encode(node.value)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"node {node.name!r}: its value is not JSON: {error}") from error
-
-
 @attrs.frozen
 class SimNode:
     """One node of a simulated execution.
@@ -73,48 +64,16 @@ class SimNode:
     raw_error_message: Any = None
     is_output_node: bool | None = False
     when: Callable[[Values], object] | None = None
-    value_json: str | None = attrs.field(
-        default=attrs.Factory(_encode_value, takes_self=True), init=False, repr=False, eq=False
-    )
+    value_json: str | None = attrs.field(init=False, repr=False, eq=False)
 
-
-def _in_order(scenario: Scenario) -> tuple[SimNode, ...]:
-    by_name = {node.name: node for node in scenario.nodes}
-    sorter = TopologicalSorter({node.name: node.after for node in scenario.nodes})
-    try:
-        return tuple(by_name[name] for name in sorter.static_order())
-    except CycleError as error:
-        cycle = " -> ".join(map(repr, error.args[1]))
-        raise ValueError(f"nodes depend on each other in a cycle: {cycle}") from None
-
-
-def _upstream(scenario: Scenario) -> dict[str, tuple[str, ...]]:
-    """Map each node with a function of `Values` to the names of all nodes that it depends on."""
-    after = {node.name: node.after for node in scenario.nodes}
-    upstream = {}
-    for node in scenario.nodes:
-        if node.when is not None or callable(node.value):
-            found: set[str] = set()
-            pending = list(node.after)
-            while pending:
-                name = pending.pop()
-                if name not in found:
-                    found.add(name)
-                    pending.extend(after[name])
-            upstream[node.name] = tuple(name for name in after if name in found)
-    return upstream
-
-
-def _check_names(_: Scenario, __: attrs.Attribute[Any], nodes: tuple[SimNode, ...]) -> None:
-    names: set[str] = set()
-    for node in nodes:
-        if node.name in names:
-            raise ValueError(f"two nodes are named {node.name!r}")
-        names.add(node.name)
-    for node in nodes:
-        for name in node.after:
-            if name not in names:
-                raise ValueError(f"node {node.name!r} comes after {name!r}, which is not a node")
+    @value_json.default
+    def _encode_value(self) -> str | None:
+        if callable(self.value):
+            return None
+        try:
+            return encode(self.value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"node {self.name!r}: its value is not JSON: {error}") from error
 
 
 @attrs.frozen
@@ -129,10 +88,39 @@ class Scenario:
             each other in a cycle.
     """
 
-    nodes: tuple[SimNode, ...] = attrs.field(converter=tuple[SimNode, ...], validator=_check_names)
+    nodes: tuple[SimNode, ...] = attrs.field(converter=tuple[SimNode, ...])
     order: tuple[SimNode, ...] = attrs.field(init=False, repr=False, eq=False)
     upstream: dict[str, tuple[str, ...]] = attrs.field(init=False, repr=False, eq=False)
 
-    def __attrs_post_init__(self) -> None:
-        object.__setattr__(self, "order", _in_order(self))
-        object.__setattr__(self, "upstream", _upstream(self))
+    @order.default
+    def _sort(self) -> tuple[SimNode, ...]:
+        by_name: dict[str, SimNode] = {}
+        for node in self.nodes:
+            if node.name in by_name:
+                raise ValueError(f"two nodes are named {node.name!r}")
+            by_name[node.name] = node
+        for node in self.nodes:
+            for name in node.after:
+                if name not in by_name:
+                    raise ValueError(
+                        f"node {node.name!r} comes after {name!r}, which is not a node"
+                    )
+        sorter = TopologicalSorter({node.name: node.after for node in self.nodes})
+        try:
+            return tuple(by_name[name] for name in sorter.static_order())
+        except CycleError as error:
+            cycle = " -> ".join(map(repr, error.args[1]))
+            raise ValueError(f"nodes depend on each other in a cycle: {cycle}") from None
+
+    @upstream.default
+    def _find_upstream(self) -> dict[str, tuple[str, ...]]:
+        """Map each node with a function of `Values` to the names of all nodes it depends on."""
+        upstream = {}
+        for node in self.nodes:
+            if node.when is not None or callable(node.value):
+                found = set(node.after)
+                for other in reversed(self.order):  # each before those that it comes after
+                    if other.name in found:
+                        found.update(other.after)
+                upstream[node.name] = tuple(it.name for it in self.nodes if it.name in found)
+        return upstream

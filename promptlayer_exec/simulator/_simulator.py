@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
-from types import TracebackType
+from contextlib import ExitStack
 from typing import Any, Self
+
+from anyio.from_thread import start_blocking_portal
 
 from promptlayer_exec.simulator._api import Api, TokenBucket
 from promptlayer_exec.simulator._backend import Backend, ScenarioSource, SimRun
 from promptlayer_exec.simulator._centrifugo import Centrifugo
 from promptlayer_exec.simulator._completion import Completions
-from promptlayer_exec.simulator._faults import Fault, FaultQueue
+from promptlayer_exec.simulator._faults import Fault
 from promptlayer_exec.simulator._log import RequestLog, SimRequest
 from promptlayer_exec.simulator._scenario import Scenario
-from promptlayer_exec.simulator._server import Server, ServerThread
+from promptlayer_exec.simulator._server import Server
 
 
 class Simulator:
@@ -61,17 +62,13 @@ class Simulator:
         self.api_key = api_key
         self._host = host
         self._port = port
-        self._clock = clock
         self._log = RequestLog(log_requests, on_request)
-        self._faults = FaultQueue()
         self._backend = Backend(clock)
         centrifugo = Centrifugo(clock, push_ping_interval)
         completions = Completions(self._backend, centrifugo, push_limit_bytes)
-        self._api = Api(
-            api_key, clock, self._backend, self._log, self._faults, centrifugo, completions
-        )
+        self._api = Api(api_key, clock, self._backend, self._log, centrifugo, completions)
         self._server: Server | None = None
-        self._thread: ServerThread | None = None
+        self._thread = ExitStack()
 
     @property
     def base_url(self) -> str:
@@ -165,14 +162,11 @@ class Simulator:
             ValueError: the node is already final, or ends by itself.
             TypeError: the value is not JSON.
         """
-        self._backend.finish(
-            execution_id,
-            node,
-            value=value,
-            status=status,
-            error_message=error_message,
-            raw_error_message=raw_error_message,
-        )
+        given = {"error_message": error_message, "raw_error_message": raw_error_message}
+        ending: dict[str, Any] = {name: it for name, it in given.items() if it is not None}
+        if value is not ...:
+            ending["value"] = value
+        self._backend.finish(execution_id, node, status=status, **ending)
 
     def state(self, execution_id: int) -> dict[str, str]:
         """Return the current status of every node by name.
@@ -185,11 +179,11 @@ class Simulator:
 
     def inject(self, fault: Fault) -> None:
         """Let a fault affect the next requests that it concerns, after faults injected before."""
-        self._faults.add(fault)
+        self._api.faults.add(fault)
 
     def clear_faults(self) -> None:
         """Remove the faults that have not affected a request yet."""
-        self._faults.clear()
+        self._api.faults.clear()
 
     def rate_limit(
         self,
@@ -219,7 +213,7 @@ class Simulator:
         if not (requests > 0 and per > 0 and burst >= 1):
             raise ValueError("requests and per must be positive, and burst at least 1")
         self._api.announce_retry = retry_after
-        self._api.bucket = TokenBucket(requests / per, burst, self._clock())
+        self._api.bucket = TokenBucket(requests / per, burst)
 
     async def wait_for_requests(self, count: int, timeout: float = 10.0) -> None:
         """Wait until there were `count` requests in total.
@@ -244,48 +238,27 @@ class Simulator:
             TimeoutError: there were fewer requests in that time.
             RuntimeError: it would block the loop that the simulator serves in.
         """
-        if self._server is not None and _is_running(self._server.loop):
+        if self._server is not None and self._server.runs_here():
             raise RuntimeError("await wait_for_requests here: blocking would stop the server")
         self._log.block(count, timeout)
 
     async def __aenter__(self) -> Self:
-        self._check_not_running()
+        if self._server is not None:
+            raise RuntimeError("the simulator is already running")
         self._server = await Server.start(self._api, self._host, self._port)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         if self._server is not None:
             await self._server.stop()
             self._server = None
 
     def __enter__(self) -> Self:
-        self._check_not_running()
-        self._thread = ServerThread(self._api, self._host, self._port)
-        self._server = self._thread.server
+        with ExitStack() as stack:
+            portal = stack.enter_context(start_blocking_portal())
+            stack.enter_context(portal.wrap_async_context_manager(self))
+            self._thread = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._thread is not None:
-            self._thread.stop()
-            self._server = self._thread = None
-
-    def _check_not_running(self) -> None:
-        if self._server is not None:
-            raise RuntimeError("the simulator is already running")
-
-
-def _is_running(loop: asyncio.AbstractEventLoop) -> bool:
-    try:
-        return asyncio.get_running_loop() is loop
-    except RuntimeError:
-        return False
+    def __exit__(self, *_: object) -> None:
+        self._thread.close()

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, TypeAlias
+from collections.abc import Mapping
+from types import NoneType
+from typing import Any
 
-import attrs
 from aiohttp import web
-from multidict import MultiMapping
-
-Location: TypeAlias = tuple[str, ...]
 
 JSON_TYPE = {"Content-Type": "application/json"}
 
@@ -20,6 +17,16 @@ _TRUE = frozenset({"1", "on", "t", "true", "y", "yes"})
 _FALSE = frozenset({"0", "off", "f", "false", "n", "no"})
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
 _INT64 = range(-(2**63), 2**63)
+# For each field of a run request, its name in errors and its exact types: True is an int, too.
+_RUN_FIELDS: dict[str, tuple[str, set[type]]] = {
+    "input_variables": ("dictionary", {dict}),
+    "metadata": ("dictionary", {dict, NoneType}),
+    "workflow_label_name": ("string", {str, NoneType}),
+    "workflow_version_number": ("integer", {int, NoneType}),
+    "return_all_outputs": ("boolean", {bool}),
+    "callback_url": ("string", {str, NoneType}),
+    "channel_name_suffix": ("string", {str, NoneType}),
+}
 
 
 def encode(value: object) -> str:
@@ -27,115 +34,69 @@ def encode(value: object) -> str:
     return _ENCODER.encode(value)
 
 
-@attrs.frozen
-class Reply:
-    """A status, an exact body and headers."""
+def json_response(status: int, text: str, **headers: str) -> web.Response:
+    """Return a response of JSON text, followed by a newline as from the server."""
+    body = f"{text}\n".encode()
+    return web.Response(status=status, body=body, headers={**JSON_TYPE, **headers})
 
-    status: int
-    body: bytes
-    headers: Mapping[str, str] = attrs.field(factory=dict)
 
-    @classmethod
-    def json(cls, status: int, text: str, headers: Mapping[str, str] | None = None) -> Reply:
-        """Return a reply of JSON text, followed by a newline as from the server."""
-        return cls(status, f"{text}\n".encode(), {**JSON_TYPE, **(headers or {})})
-
-    @classmethod
-    def error(cls, status: int, message: str, headers: Mapping[str, str] | None = None) -> Reply:
-        """Return a reply with the server's error object."""
-        return cls.json(status, encode({"success": False, "message": message}), headers)
-
-    def response(self) -> web.Response:
-        """Return an aiohttp response, which can be sent once."""
-        return web.Response(status=self.status, body=self.body, headers=self.headers)
+def error_response(status: int, message: str, **headers: str) -> web.Response:
+    """Return a response with the server's error object."""
+    return json_response(status, encode({"success": False, "message": message}), **headers)
 
 
 class RequestValidationError(Exception):
     """A request with unusable parameters; `detail` goes into the body of a 422, as in FastAPI."""
 
-    def __init__(self, location: Location, message: str, kind: str) -> None:
+    def __init__(self, message: str, kind: str, *location: str) -> None:
         super().__init__(message)
-        self.detail = [{"loc": list(location), "msg": message, "type": kind}]
+        self.detail = [{"loc": location, "msg": message, "type": kind}]
 
 
-def parse_results_query(query: MultiMapping[str]) -> tuple[int, bool]:
+def parse_results_query(query: Mapping[str, str]) -> tuple[int, bool]:
     """Return the execution id and `return_all_outputs` of a results request."""
-    return (
-        _integer(query, "workflow_version_execution_id"),
-        _boolean(query, "return_all_outputs"),
-    )
+    name = "workflow_version_execution_id"
+    number = _required(query, name)[-1]
+    if not _INTEGER.fullmatch(number) or int(number) not in _INT64:
+        message = "Input should be a valid 64-bit integer"
+        raise RequestValidationError(message, "int_parsing", "query", name)
+    name = "return_all_outputs"
+    word = dict(query.items()).get(name, "false").lower()  # the last counts here, too
+    if word not in _TRUE | _FALSE:
+        message = "Input should be a valid boolean, unable to interpret input"
+        raise RequestValidationError(message, "bool_parsing", "query", name)
+    return int(number), word in _TRUE
 
 
-def parse_capability(query: MultiMapping[str]) -> list[str]:
+def parse_capability(query: Mapping[str, str]) -> list[str]:
     """Return the channels that a token is requested for."""
-    if "capability" not in query:
-        raise RequestValidationError(("query", "capability"), "Field required", "missing")
-    return query.getall("capability")
+    return _required(query, "capability")
 
 
 def parse_run(body: bytes) -> dict[str, Any]:
     """Return the checked body of a run request."""
     if not body:
-        raise RequestValidationError(("body",), "Field required", "missing")
+        raise RequestValidationError("Field required", "missing", "body")
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError):
-        raise RequestValidationError(("body",), "JSON decode error", "json_invalid") from None
+        raise RequestValidationError("JSON decode error", "json_invalid", "body") from None
     if not isinstance(fields, dict):
-        _raise_wrong_type(("body",), "dictionary")
-    for name, (is_valid, kind) in _RUN_FIELDS.items():
-        if name in fields and not is_valid(fields[name]):
-            _raise_wrong_type(("body", name), kind)
+        raise _wrong_type("dictionary", "body")
+    for name, (kind, types) in _RUN_FIELDS.items():
+        if name in fields and type(fields[name]) not in types:
+            raise _wrong_type(kind, "body", name)
+    if not all(isinstance(text, str) for text in (fields.get("metadata") or {}).values()):
+        raise _wrong_type("dictionary", "body", "metadata")
     return fields
 
 
-def _integer(query: MultiMapping[str], name: str) -> int:
-    location = ("query", name)
-    if name not in query:
-        raise RequestValidationError(location, "Field required", "missing")
-    text = query.getall(name)[-1]
-    if not _INTEGER.fullmatch(text) or int(text) not in _INT64:
-        raise RequestValidationError(
-            location, "Input should be a valid 64-bit integer", "int_parsing"
-        )
-    return int(text)
+def _required(query: Mapping[str, str], name: str) -> list[str]:
+    values = [value for key, value in query.items() if key == name]
+    if not values:
+        raise RequestValidationError("Field required", "missing", "query", name)
+    return values
 
 
-def _boolean(query: MultiMapping[str], name: str) -> bool:
-    text = query.getall(name, ["false"])[-1].lower()
-    if text not in _TRUE | _FALSE:
-        raise RequestValidationError(
-            ("query", name),
-            "Input should be a valid boolean, unable to interpret input",
-            "bool_parsing",
-        )
-    return text in _TRUE
-
-
-def _raise_wrong_type(location: Location, kind: str) -> NoReturn:
-    raise RequestValidationError(location, f"Input should be a valid {kind}", f"{kind}_type")
-
-
-def _is_string_or_null(value: object) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _is_integer_or_null(value: object) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool))
-
-
-def _is_metadata(value: object) -> bool:
-    if value is None:
-        return True
-    return isinstance(value, Mapping) and all(isinstance(text, str) for text in value.values())
-
-
-_RUN_FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "input_variables": (lambda value: isinstance(value, dict), "dictionary"),
-    "metadata": (_is_metadata, "dictionary"),
-    "workflow_label_name": (_is_string_or_null, "string"),
-    "workflow_version_number": (_is_integer_or_null, "integer"),
-    "return_all_outputs": (lambda value: isinstance(value, bool), "boolean"),
-    "callback_url": (_is_string_or_null, "string"),
-    "channel_name_suffix": (_is_string_or_null, "string"),
-}
+def _wrong_type(kind: str, *location: str) -> RequestValidationError:
+    return RequestValidationError(f"Input should be a valid {kind}", f"{kind}_type", *location)

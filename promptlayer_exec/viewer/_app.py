@@ -7,17 +7,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI
-from fastapi import Path as PathParameter
-from pydantic import BaseModel
+from fastapi import Body, FastAPI
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
 from promptlayer_exec import NotFound, PromptLayerExecError
-from promptlayer_exec.viewer._address import Address
 from promptlayer_exec.viewer._board import Board
 from promptlayer_exec.viewer._events import board_events, value_text
-from promptlayer_exec.viewer._guard import Guard
+from promptlayer_exec.viewer._guard import Address, Guard
 
 _PAGE = Path(__file__).with_name("page")
 _FILES = {
@@ -28,16 +26,7 @@ _FILES = {
 }
 _MAX_ID = 2**63 - 1
 
-_ExecutionId = Annotated[int, PathParameter(ge=1, le=_MAX_ID)]
-
-
-class _Addition(BaseModel):
-    execution_id: str
-
-
-class _Start(BaseModel):
-    workflow: str
-    inputs: str
+_Text = Annotated[str, Body(embed=True)]
 
 
 def create_app(board: Board, address: Address, token: str) -> ASGIApp:
@@ -48,18 +37,14 @@ def create_app(board: Board, address: Address, token: str) -> ASGIApp:
         address: where it will be served; requests with another `Host` are refused.
         token: the token that the page sends; it takes it from the fragment of its URL.
     """
-    app = FastAPI(openapi_url=None)
-    for path, (name, media_type) in _FILES.items():
-        _add_file(app, path, (_PAGE / name).read_bytes(), media_type)
+    files: list[BaseRoute] = [
+        Route(path, Response((_PAGE / name).read_bytes(), media_type=media_type), methods=["GET"])
+        for path, (name, media_type) in _FILES.items()
+    ]
+    app = FastAPI(openapi_url=None, routes=files)
     _add_read_routes(app, board)
     _add_change_routes(app, board)
     return Guard(app, address, token)
-
-
-def _add_file(app: FastAPI, path: str, content: bytes, media_type: str) -> None:
-    @app.get(path)
-    async def get_file() -> Response:
-        return Response(content, media_type=media_type)
 
 
 def _add_read_routes(app: FastAPI, board: Board) -> None:
@@ -68,7 +53,7 @@ def _add_read_routes(app: FastAPI, board: Board) -> None:
         return StreamingResponse(board_events(board), media_type="text/event-stream")
 
     @app.get("/api/executions/{execution_id}/nodes/{index}")
-    async def get_value(execution_id: _ExecutionId, index: int) -> Response:
+    async def get_value(execution_id: int, index: int) -> Response:
         card = board.cards.get(execution_id)
         nodes = [] if card is None or card.snapshot is None else [*card.snapshot.nodes.values()]
         if not 0 <= index < len(nodes):
@@ -78,43 +63,35 @@ def _add_read_routes(app: FastAPI, board: Board) -> None:
 
 def _add_change_routes(app: FastAPI, board: Board) -> None:
     @app.post("/api/executions")
-    async def add_execution(body: _Addition) -> Response:
-        execution_id = _read_id(body.execution_id)
-        if execution_id is None:
+    async def add_execution(execution_id: _Text) -> Response:
+        text = execution_id.strip()
+        if not re.fullmatch("[0-9]{1,19}", text) or not 1 <= int(text) <= _MAX_ID:
             message = f"An execution id must be a whole number from 1 to {_MAX_ID}."
             return _refuse(message, 422, "execution_id")
         try:
-            await board.add(execution_id)
+            await board.add(int(text))
         except PromptLayerExecError as error:
-            return _refuse(str(error), _status(error), "execution_id")
-        return JSONResponse({"execution_id": str(execution_id)}, 201)
+            return _refuse(str(error), 404 if isinstance(error, NotFound) else 502, "execution_id")
+        return JSONResponse({"execution_id": str(int(text))}, 201)
 
     @app.delete("/api/executions/{execution_id}")
-    async def remove_execution(execution_id: _ExecutionId) -> Response:
+    async def remove_execution(execution_id: int) -> Response:
         board.remove(execution_id)
         return Response(status_code=204)
 
     @app.post("/api/runs")
-    async def start_run(body: _Start) -> Response:
-        if not body.workflow.strip():
+    async def start_run(workflow: _Text, inputs: _Text) -> Response:
+        if not workflow.strip():
             return _refuse("Enter the name or the id of a workflow.", 422, "workflow")
         try:
-            inputs = _read_inputs(body.inputs)
-            execution = await board.start(body.workflow, inputs)
+            execution = await board.start(workflow, _read_inputs(inputs))
         except NotFound as error:
             return _refuse(str(error), 404, "workflow")
         except PromptLayerExecError as error:
-            return _refuse(str(error), _status(error))
+            return _refuse(str(error), 502)
         except (TypeError, ValueError) as error:
             return _refuse(str(error), 422, "inputs")
         return JSONResponse({"execution_id": str(execution.id)}, 201)
-
-
-def _read_id(text: str) -> int | None:
-    text = text.strip()
-    if not re.fullmatch("[0-9]{1,19}", text):
-        return None
-    return int(text) if 1 <= int(text) <= _MAX_ID else None
 
 
 def _read_inputs(text: str) -> dict[str, Any]:
@@ -128,10 +105,6 @@ def _read_inputs(text: str) -> dict[str, Any]:
     if not isinstance(inputs, dict):
         raise TypeError('The inputs must be a JSON object, for example {"topic": "otters"}.')
     return inputs
-
-
-def _status(error: PromptLayerExecError) -> int:
-    return 404 if isinstance(error, NotFound) else 502
 
 
 def _refuse(message: str, status: int, field: str | None = None) -> Response:

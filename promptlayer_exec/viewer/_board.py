@@ -6,10 +6,8 @@ import asyncio
 import secrets
 from collections.abc import Mapping
 from contextlib import aclosing
-from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
-import anyio
 import attrs
 
 from promptlayer_exec import Execution, PromptLayerExecError, Session, Snapshot
@@ -68,7 +66,7 @@ class Board:
         self.instance = secrets.token_hex(8)
         self.opened = asyncio.Event()
         self.is_closed = False
-        self.changed = anyio.Event()
+        self.changed = asyncio.Event()
         self._session = session
         self._cards: dict[int, Card] = {}
         self._watches: dict[Card, asyncio.Task[None]] = {}
@@ -76,7 +74,7 @@ class Board:
     @property
     def cards(self) -> Mapping[int, Card]:
         """The executions by id, in the order of the page."""
-        return MappingProxyType(self._cards)
+        return self._cards
 
     def follow(self, execution_id: int) -> None:
         """Follow an execution as the last of the page, without checking that it exists."""
@@ -91,14 +89,10 @@ class Board:
             PromptLayerExecError: the server does not know the execution, or did not answer.
         """
         card = self._cards.get(execution_id)
-        if card is None:
-            execution = self._session.execution(execution_id)
-        elif card.error is not None:
-            execution = card.execution
-        else:
-            return
-        await execution.snapshot()
-        self._follow(execution, first=True)
+        if card is None or card.error is not None:
+            execution = self._session.execution(execution_id) if card is None else card.execution
+            await execution.snapshot()
+            self._follow(execution, first=True)
 
     async def start(self, workflow: str, inputs: Mapping[str, Any]) -> Execution:
         """Start a run of a workflow, and follow it as the first of the page.
@@ -127,12 +121,7 @@ class Board:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self.close()
         for watch in self._watches.values():
             watch.cancel()
@@ -144,8 +133,7 @@ class Board:
         if before is not None and before.error is None:
             return
         card = Card(execution)
-        is_new_first = first and before is None
-        start = {execution.id: card} if is_new_first else {}
+        start = {execution.id: card} if first and before is None else {}
         self._cards = {**start, **self._cards, execution.id: card}
         watch = asyncio.create_task(self._watch(card), name=f"viewer {execution.id}")
         self._watches[card] = watch
@@ -165,4 +153,4 @@ class Board:
 
     def _notify(self) -> None:
         self.changed.set()
-        self.changed = anyio.Event()
+        self.changed = asyncio.Event()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import anyio
 from sse_starlette import ServerSentEvent
@@ -30,7 +31,8 @@ async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
     """
     board.opened.set()
     order: list[str] | None = None
-    sent: dict[int, tuple[Card, Snapshot | None, str | None]] = {}
+    # By card, as a new card of an execution is a new watch, whose times start again.
+    sent: WeakKeyDictionary[Card, tuple[Snapshot | None, str | None]] = WeakKeyDictionary()
     while True:
         changed = board.changed
         if board.is_closed:
@@ -40,20 +42,15 @@ async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
         if order != (order := [str(execution_id) for execution_id in cards]):
             board_view = {"instance": board.instance, "note": board.note, "executions": order}
             yield _event("board", board_view)
-        sent = {key: value for key, value in sent.items() if key in cards}
-        for execution_id, card in cards.items():
-            before = sent.get(execution_id)
-            now = (card, card.snapshot, card.error)
+        for card in cards.values():
+            before, now = sent.get(card), (card.snapshot, card.error)
             if before == now:
                 continue
-            sent[execution_id] = now
-            # A new card of an execution is a new watch, whose times start again.
-            previous = before[1] if before is not None and before[0] is card else None
-            if not _has_same_nodes(previous, card.snapshot):
-                previous = None
-            if card.snapshot is not None and (nodes := _changed_nodes(card.snapshot, previous)):
-                view = {"execution_id": str(execution_id), "all": previous is None, "nodes": nodes}
-                yield _event("nodes", view)
+            sent[card] = now
+            if card.snapshot is not None:
+                view = _nodes_view(card.snapshot, before[0] if before is not None else None)
+                if view["nodes"]:
+                    yield _event("nodes", view)
             yield _event("execution", _card_view(card))
         with anyio.move_on_after(_HEARTBEAT):
             await changed.wait()
@@ -74,18 +71,17 @@ def value_text(value: Any) -> str:
         return "(nested too deeply to be shown)"
 
 
-def _has_same_nodes(one: Snapshot | None, other: Snapshot | None) -> bool:
-    """Return True if every node has the same index in both: the page requests values by it."""
-    return one is None or other is None or [*one.nodes] == [*other.nodes]
-
-
-def _changed_nodes(snapshot: Snapshot, previous: Snapshot | None) -> list[dict[str, Any]]:
+def _nodes_view(snapshot: Snapshot, previous: Snapshot | None) -> dict[str, Any]:
+    # The page requests values by the node's index, which must be the same in both.
+    if previous is not None and [*previous.nodes] != [*snapshot.nodes]:
+        previous = None
     changed = {change.node.name for change in snapshot.diff(previous)}
-    return [
+    nodes = [
         _node_view(snapshot, node, index)
         for index, node in enumerate(snapshot.nodes.values())
         if node.name in changed
     ]
+    return {"execution_id": str(snapshot.execution_id), "all": previous is None, "nodes": nodes}
 
 
 def _card_view(card: Card) -> dict[str, Any]:
@@ -105,14 +101,14 @@ def _card_view(card: Card) -> dict[str, Any]:
 def _node_view(snapshot: Snapshot, node: Node, index: int) -> dict[str, Any]:
     """Return a node as in `Snapshot.to_dict`, with its value and its errors as text to read."""
     has_value = node.value is not None or node.succeeded
-    value = value_text(node.value) if has_value else None
+    value = value_text(node.value) if has_value else ""
     message, details = _error_texts(node)
     return {
         **node_dict(snapshot, node.name),
         "index": index,
         "is_final": node.final,
-        "value": None if value is None else value[:_MAX_TEXT],
-        "length": 0 if value is None else len(value),
+        "value": value[:_MAX_TEXT] if has_value else None,
+        "length": len(value),
         "error_message": message,
         "raw_error_message": details,
     }

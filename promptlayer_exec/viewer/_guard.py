@@ -5,14 +5,16 @@ The server has an API key, and can start runs that cost money.
 
 from __future__ import annotations
 
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from secrets import compare_digest
 
+import attrs
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from promptlayer_exec.viewer._address import Address
-
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+_WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - to recognise them
 _HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -27,22 +29,51 @@ _HEADERS = {
 _NAVIGATION = {"sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
 
 
+@attrs.frozen
+class Address:
+    """The host and port that the viewer listens on.
+
+    Args:
+        host: an IP address or a host name.
+        port: the port.
+    """
+
+    host: str
+    port: int
+
+    @property
+    def base_url(self) -> str:
+        """The URL of the viewer on its own machine."""
+        host = "127.0.0.1" if self.host in _WILDCARDS else _in_url(self.host)
+        return f"http://{host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only its own machine can reach it."""
+        ip = _read_ip(self.host)
+        return self.host.lower() == "localhost" or (ip is not None and ip.is_loopback)
+
+    def is_meant(self, host: str) -> bool:
+        """Return True if a `Host` header names this server; any other may be DNS rebinding."""
+        name, _, port = host.lower().rpartition(":")
+        if self.port == 80 and not port.isdecimal():
+            name, port = host.lower(), "80"
+        is_any_ip = self.host in _WILDCARDS and _read_ip(name.strip("[]")) is not None
+        is_name = is_any_ip or name in (*_LOOPBACK, _in_url(self.host))
+        return is_name and port == str(self.port)
+
+
+@attrs.frozen(eq=False)
 class Guard:
     """Serves only requests of the viewer's own page, and those under `/api/` only with the token.
 
     The token is a bearer token: a cookie would be sent to other ports of the machine, too, and a
     page of another origin can neither read the token nor send it.
-
-    Args:
-        app: serves the requests that are not refused.
-        address: where the viewer is served.
-        token: the token.
     """
 
-    def __init__(self, app: ASGIApp, address: Address, token: str) -> None:
-        self._app = app
-        self._address = address
-        self._credentials = f"Bearer {token}".encode()
+    _app: ASGIApp
+    _address: Address
+    _token: str
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def guarded(message: Message) -> None:
@@ -60,22 +91,29 @@ class Guard:
         origins = headers.getlist("origin")
         if any(origin.lower() != f"http://{hosts[0].lower()}" for origin in origins):
             return _forbidden("the request is from another origin")
-        if not _is_own(scope, headers):
+        site = headers.get("sec-fetch-site", "none")
+        # Any site may link to the page, which shows nothing without the token.
+        is_link = scope["path"] == "/" and all(headers.get(k) == v for k, v in _NAVIGATION.items())
+        if site not in ("same-origin", "none") and not is_link:
             return _forbidden("the request is from another site")
-        if not scope["path"].startswith("/api/"):
-            return None
-        if compare_digest(headers.get("authorization", "").encode(), self._credentials):
+        authorization = headers.get("authorization", "").encode()
+        is_allowed = compare_digest(authorization, f"Bearer {self._token}".encode())
+        if is_allowed or not scope["path"].startswith("/api/"):
             return None
         message = "The token is missing or wrong: open the URL that promptlayer-exec view printed."
         return JSONResponse({"message": message}, 401, {"WWW-Authenticate": "Bearer"})
 
 
-def _is_own(scope: Scope, headers: Headers) -> bool:
-    if headers.get("sec-fetch-site", "none") in ("same-origin", "none"):
-        return True
-    # Any site may link to the page, which shows nothing without the token.
-    return scope["path"] == "/" and all(headers.get(k) == v for k, v in _NAVIGATION.items())
-
-
 def _forbidden(reason: str) -> Response:
     return PlainTextResponse(f"Refused: {reason}.\n", 403)
+
+
+def _in_url(host: str) -> str:
+    return f"[{host.lower()}]" if ":" in host else host.lower()
+
+
+def _read_ip(host: str) -> IPv4Address | IPv6Address | None:
+    try:
+        return ip_address(host)
+    except ValueError:
+        return None

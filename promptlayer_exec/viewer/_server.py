@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext, suppress
+from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from promptlayer_exec.viewer._address import Address
 from promptlayer_exec.viewer._app import create_app
 from promptlayer_exec.viewer._board import Board
+from promptlayer_exec.viewer._guard import Address
 
 _GRACE = 2
 
@@ -20,9 +20,8 @@ _GRACE = 2
 class _Server(uvicorn.Server):
     """Uvicorn without its signal handlers: the program has its own."""
 
-    @contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
+    def capture_signals(self) -> Any:
+        return nullcontext()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -48,8 +47,14 @@ async def serve(board: Board, listener: socket.socket, address: Address, token: 
         address: the address of the socket.
         token: the token that the page sends.
     """
+    app = create_app(board, address, token)
+
+    async def run(scope: Scope, receive: Receive, send: Send) -> None:
+        with suppress(asyncio.CancelledError):  # uvicorn would log its traceback
+            await app(scope, receive, send)
+
     config = uvicorn.Config(
-        _without_cancelled_error(create_app(board, address, token)),
+        run,
         http="h11",
         ws="none",
         lifespan="off",
@@ -71,13 +76,3 @@ async def serve(board: Board, listener: socket.socket, address: Address, token: 
         for task in server.server_state.tasks:
             task.cancel()
         await serving
-
-
-def _without_cancelled_error(app: ASGIApp) -> ASGIApp:
-    """Return an app that does not raise `CancelledError`, whose traceback uvicorn would log."""
-
-    async def run(scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(asyncio.CancelledError):
-            await app(scope, receive, send)
-
-    return run
