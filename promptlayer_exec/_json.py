@@ -24,15 +24,7 @@ JSON_KINDS: dict[type, str] = {
 
 
 def json_kind(value: Any) -> str:
-    """Return the kind of a JSON value in words for an error message.
-
-    Args:
-        value: any value. A value that JSON does not have is named by its Python type.
-
-    Returns:
-        "null", "true", "false", "an integer", "a number", "a string", "an array" or "an object";
-        for other values the type's name with an article, such as "a datetime".
-    """
+    """Return the kind of a value in words for an error message, such as "null" or "a datetime"."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, type):

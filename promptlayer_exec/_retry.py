@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import math
 
+import attrs
+
 from promptlayer_exec._errors import RequestError, printable
 from promptlayer_exec._events import logger
-from promptlayer_exec._policies import RetryPolicy
+from promptlayer_exec._policies import RetryPolicy, or_infinity
 
 
+@attrs.define(eq=False)
 class RetryState:
     """The failures of one logical request since its last good answer.
 
-    Waiting that is not the server's fault, or that the server asked for, does not count against
-    the limit.
-
-    Args:
-        policy: how long to wait between attempts.
-        limit: seconds from the first failed attempt after which to give up; None: never.
-
-    Attributes:
-        failures: how many attempts have failed in a row.
-        error: the last failure.
+    The request is given up `limit` seconds after its first failed attempt. Waiting that is not the
+    server's fault, or that the server asked for, does not count.
     """
 
-    def __init__(self, policy: RetryPolicy, limit: float | None) -> None:
-        self._policy = policy
-        self.limit = math.inf if limit is None else limit
-        self._since: float | None = None
-        self._excused = 0.0
-        self.failures = 0
-        self.error: Exception | None = None
+    _policy: RetryPolicy
+    limit: float = attrs.field(converter=or_infinity)
+    _since: float | None = None
+    _excused: float = 0.0
+    failures: int = 0
+    error: Exception | None = None
 
     def excuse(self, seconds: float) -> None:
         """Do not count `seconds` of waiting against the limit."""
@@ -42,11 +36,7 @@ class RetryState:
     ) -> float | None:
         """Record a failed attempt, and return the seconds before the next; None: give up.
 
-        Args:
-            error: what went wrong.
-            now: the time, in seconds on any clock.
-            chance: a random number in [0, 1).
-            retry_after: seconds that the server asked to wait.
+        `chance` is a random number in [0, 1), and `retry_after` what the server asked to wait.
         """
         self.error = error
         self.failures += 1
@@ -61,16 +51,12 @@ class RetryState:
         return max(delay, announced)
 
 
+@attrs.define(eq=False)
 class RecentStarts:
-    """The executions started just now, which the server may not know everywhere yet.
+    """The starts of the last `grace` seconds, which the server may not know everywhere yet."""
 
-    Args:
-        grace: seconds for which a start is recent.
-    """
-
-    def __init__(self, grace: float) -> None:
-        self._grace = grace
-        self._started: dict[int, float] = {}  # in the order of time
+    _grace: float
+    _started: dict[int, float] = attrs.field(factory=dict)  # in the order of time
 
     def add(self, execution_id: int, *, now: float) -> None:
         """Record a start."""
@@ -84,6 +70,7 @@ class RecentStarts:
         return now - started < self._grace
 
 
+@attrs.define(eq=False)
 class OutageLog:
     """Logs the outages of a session: one line when one begins, one when it has ended.
 
@@ -92,9 +79,8 @@ class OutageLog:
     never gets more lines than that.
     """
 
-    def __init__(self) -> None:
-        self._failing: set[RetryState] = set()
-        self._answered = False
+    _failing: set[RetryState] = attrs.field(factory=set)
+    _answered: bool = False
 
     def begin(self, error: RequestError, state: RetryState) -> None:
         """Record that a request failed and will be sent again."""

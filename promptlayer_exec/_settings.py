@@ -1,4 +1,4 @@
-"""Reading and checking the settings of a session."""
+"""Reading and checking the settings of a session; each check raises `ConfigurationError`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,7 @@ _NO = ("", "0", "false", "no", "off")
 def find_api_key(api_key: str | None) -> str | None:
     """Return the API key: the argument, else `$PROMPTLAYER_API_KEY`, else None.
 
-    An empty variable counts as unset.
-
-    Raises:
-        ConfigurationError: the key cannot be sent in a header. The message does not show the key.
+    An empty variable counts as unset. The error for a key that cannot be sent does not show it.
     """
     source = "api_key"
     if api_key is None:
@@ -45,13 +42,7 @@ def find_api_key(api_key: str | None) -> str | None:
 def find_base_url(base_url: str | None) -> str:
     """Return the base URL: the argument, else `$PROMPTLAYER_BASE_URL`, else PromptLayer's.
 
-    An empty variable counts as unset.
-
-    Returns:
-        The URL, percent-encoded and without a trailing slash.
-
-    Raises:
-        ConfigurationError: it is not a plain http or https URL.
+    It is percent-encoded and has no trailing slash. An empty variable counts as unset.
     """
     source = "base_url"
     if base_url is None:
@@ -94,11 +85,7 @@ def _matches(pattern: str, value: Any) -> bool:
 
 
 def find_trust_env(trust_env: bool) -> bool:
-    """Return whether proxies and .netrc come from the environment: the argument, or the variable.
-
-    Raises:
-        ConfigurationError: the argument or `$PROMPTLAYER_EXEC_TRUST_ENV` says neither yes nor no.
-    """
+    """Return whether the argument or `$PROMPTLAYER_EXEC_TRUST_ENV` asks for proxies and .netrc."""
     if not isinstance(trust_env, bool):
         raise ConfigurationError(f"trust_env must be True or False, got {trust_env!r:.100}")
     value = os.environ.get(_TRUST_VARIABLE, "").lower()
@@ -108,27 +95,13 @@ def find_trust_env(trust_env: bool) -> bool:
 
 
 def check_kind(name: str, value: Any, kind: type, meant: str) -> None:
-    """Check that a setting is an instance of a class.
-
-    Args:
-        name: the name of the setting, for the error message.
-        value: the value to check.
-        kind: the class.
-        meant: what to pass, for the error message.
-
-    Raises:
-        ConfigurationError: the value is something else.
-    """
+    """Check that a setting is an instance of a class; the error says what is `meant`."""
     if not isinstance(value, kind):
         raise ConfigurationError(f"{name} must be {meant}, got {value!r:.100}")
 
 
 def check_limiter(limiter: Any) -> None:
-    """Check that a limiter is an object with a method `acquire`.
-
-    Raises:
-        ConfigurationError: it is something else.
-    """
+    """Check that a limiter is an object with a method `acquire`."""
     if isinstance(limiter, type) or not callable(getattr(limiter, "acquire", None)):
         raise ConfigurationError(
             f"limiter must be an object with `async def acquire(self)`, got {limiter!r:.100}"
@@ -136,11 +109,7 @@ def check_limiter(limiter: Any) -> None:
 
 
 def check_observers(observers: Any) -> None:
-    """Check that observers are several callables.
-
-    Raises:
-        ConfigurationError: they are something else.
-    """
+    """Check that observers are several callables."""
     if isinstance(observers, str) or not isinstance(observers, Iterable):
         raise ConfigurationError(f"observers must be a list of callables, got {observers!r:.100}")
     for observer in observers:
@@ -149,15 +118,7 @@ def check_observers(observers: Any) -> None:
 
 
 def check_count(name: str, value: Any) -> int:
-    """Return a setting that must be an int of at least 1.
-
-    Args:
-        name: the name of the setting, for the error message.
-        value: the value to check.
-
-    Raises:
-        ConfigurationError: the value is something else.
-    """
+    """Return a setting that must be an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigurationError(f"{name} must be an int of at least 1, got {value!r:.100}")
     return value

@@ -71,7 +71,7 @@ def _first_seen(
     # Where names come and go, the times of those gone longest are forgotten: they come last.
     while len(times) > len(nodes) + _TIMES_OF_GONE_NODES:
         times.popitem()
-    return FrozenMap.adopt(times)
+    return FrozenMap(times)
 
 
 class Watch:

@@ -284,7 +284,7 @@ class NodeMapReader:
                 if type(node.status) is str and node.status not in self._reported:
                     self._report(node, execution_id)
             nodes[name] = node
-        return NodeMap(response.status == 200, FrozenMap.adopt(nodes), raw)
+        return NodeMap(response.status == 200, FrozenMap(nodes), raw)
 
     def _report(self, node: Node, execution_id: int) -> None:
         if len(self._reported) < self._reported_at_most:
