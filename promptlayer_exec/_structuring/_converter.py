@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache, partial
 from operator import eq
-from typing import Any
+from types import NoneType
+from typing import Any, get_origin, is_typeddict
 
 import cattrs
 from cattrs.cols import is_namedtuple
@@ -14,31 +15,26 @@ from promptlayer_exec._structuring import _rules as rules
 from promptlayer_exec._structuring._unions import union
 
 # cattrs tries the last rule first.
-_RULES: list[tuple[Callable[[Any], bool], Callable[[Any, cattrs.Converter], rules.Hook]]] = [
-    (rules.is_null, rules.null),
-    (rules.is_generic_named_tuple, rules.refuse_generic_named_tuple),
-    (rules.is_object, rules.anything),
+_RULES: list[tuple[Callable[[Any], bool], Callable[..., rules.Hook]]] = [
+    (lambda kind: kind in (None, NoneType), rules.null),
+    (lambda kind: is_namedtuple(get_origin(kind)), rules.refuse_generic_named_tuple),
+    (lambda kind: kind is object, rules.anything),
     (rules.is_enum, rules.enum),
     (rules.is_literal, rules.literal),
-    (rules.is_parsed, rules.parsed),
-    (rules.is_array, rules.array),
+    (lambda kind: kind in rules.PARSERS, rules.parsed),
+    (lambda kind: rules.origin(kind) in rules.ARRAYS, rules.array),
     (rules.is_mapping, rules.mapping),
     (is_namedtuple, rules.named_tuple),
-    (rules.is_typed_dict, rules.typed_dict),
+    (lambda kind: is_typeddict(rules.origin(kind)), rules.typed_dict),
     (rules.is_class, rules.class_),
     (rules.is_union, union),
-    (rules.is_model, rules.model),
+    (lambda kind: isinstance(kind, type) and hasattr(kind, "model_validate"), rules.model),
 ]
 
 
 @lru_cache(maxsize=16)  # making one takes a millisecond; converters cannot be weakly referenced
 def strict_converter(user: cattrs.Converter | None) -> cattrs.Converter:
-    """Return a converter that coerces nothing, except by the user's own hooks.
-
-    Args:
-        user: a converter with hooks of the user. It is not changed, and hooks that are registered
-            on it later are not seen.
-    """
+    """Return a converter that coerces nothing, except by the hooks that the user's has now."""
     user = cattrs.Converter() if user is None else user
     strict = user.copy(detailed_validation=True)
     for predicate, factory in _RULES:

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import reprlib
 from collections.abc import Iterable, Mapping
-from functools import cache
 from types import NoneType
 from typing import Any
 
@@ -17,25 +16,19 @@ from promptlayer_exec._json import json_kind
 from promptlayer_exec._structuring._errors import step
 
 _ADVICE = "convert it, or give Session a converter= with an unstructure hook for it"
+_PLAIN = cattrs.Converter()
 _UNCHANGED = frozenset({str, bool, NoneType})
 _LONGEST_REASON = 200
 _SMALL = 2**63  # smaller integers have far fewer digits than Python's limit for printing them
 
 
+@attrs.define(eq=False)
 class _NotJSON(Exception):
-    """A value cannot be encoded as JSON.
+    """A value cannot be encoded as JSON; `keys` lead to it, the innermost first."""
 
-    Attributes:
-        kind: the class of the error to raise for it.
-        reason: why it cannot be encoded.
-        keys: the keys and indexes that lead to the value, innermost first.
-    """
-
-    def __init__(self, kind: type[TypeError | ValueError], reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
-        self.reason = reason
-        self.keys: list[Any] = []
+    kind: type[TypeError | ValueError]
+    reason: str
+    keys: list[Any] = attrs.field(factory=list)
 
 
 def encode_inputs(inputs: Any, converter: cattrs.Converter | None = None) -> dict[str, Any]:
@@ -45,17 +38,13 @@ def encode_inputs(inputs: Any, converter: cattrs.Converter | None = None) -> dic
     dataclasses, enums, paths, and every type that it has an unstructure hook for; pydantic models
     are dumped by `model_dump(mode="json")`.
 
-    Args:
-        inputs: a mapping with string keys, or an attrs, dataclass or pydantic instance.
-        converter: unstructures values that are not plain JSON; by default a plain cattrs converter.
-
     Raises:
         TypeError: a value is of a type that JSON does not have. The message has the path to it.
         ValueError: a number is NaN, infinite or too long, or the inputs contain themselves or are
             nested too deeply.
     """
     try:
-        encoded = _Encoder(converter or _default_converter()).encode(inputs)
+        encoded = _Encoder(converter or _PLAIN).encode(inputs)
     except _NotJSON as error:
         path = "inputs" + "".join(map(step, reversed(error.keys)))
         raise error.kind(f"{path}: {error.reason}") from error.__cause__
@@ -69,15 +58,10 @@ def encode_inputs(inputs: Any, converter: cattrs.Converter | None = None) -> dic
     return encoded
 
 
-@cache
-def _default_converter() -> cattrs.Converter:
-    return cattrs.Converter()
-
-
+@attrs.define(eq=False)
 class _Encoder:
-    def __init__(self, converter: cattrs.Converter) -> None:
-        self._converter = converter
-        self._entered: set[int] = set()
+    _converter: cattrs.Converter
+    _entered: set[int] = attrs.field(factory=set)
 
     def encode(self, value: Any) -> Any:
         kind = type(value)

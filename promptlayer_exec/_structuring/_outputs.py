@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -35,12 +36,9 @@ def structure(value: Any, into: TypeForm[T], converter: cattrs.Converter | None 
     A string that does not fit is parsed as JSON and tried again. If that fails, too, the error is
     about the object or array in the text if there is one, and about the string otherwise.
 
-    Args:
-        value: the decoded JSON.
-        into: the type. Classes with `model_validate` (pydantic) validate the value themselves, in
-            strict mode if they have one.
-        converter: a converter whose structure hooks take precedence over these rules. Hooks that
-            are registered after its first use here are not seen.
+    Classes with `model_validate` (pydantic) validate the value themselves, in strict mode if they
+    have one. The converter's structure hooks take precedence over these rules; hooks that are
+    registered after its first use here are not seen.
 
     Raises:
         StructureError: the value does not fit the type.
@@ -48,36 +46,28 @@ def structure(value: Any, into: TypeForm[T], converter: cattrs.Converter | None 
     """
     strict = strict_converter(converter)
     hook = _usable_hook(into, strict)
-    try:
-        with remembering_failures():
-            return hook(value, into)  # type: ignore[no-any-return]
-    except Exception as error:  # noqa: BLE001 - a hook or class of the user may raise anything
-        failure, failed = error, value
-    for parsed in _json_in(value):
+    failures: list[tuple[Exception, Any]] = []
+    for candidate in _with_json_in(value):
         try:
             with remembering_failures():
-                return hook(parsed, into)  # type: ignore[no-any-return]
-        except Exception as error:  # noqa: BLE001 - as above
-            if isinstance(parsed, (dict, list)):
-                failure, failed = error, parsed
-    raise _explain(failure, failed, strict)
+                return hook(candidate, into)  # type: ignore[no-any-return]
+        except Exception as error:  # noqa: BLE001 - a hook or class of the user may raise anything
+            if not failures or isinstance(candidate, (dict, list)):
+                failures.append((error, candidate))
+    raise _explain(*failures[-1], strict)
 
 
 def check_type(into: Any, converter: cattrs.Converter | None = None) -> None:
-    """Check that values can be structured into a type, before there is a value.
-
-    Raises:
-        TypeError: `into` is not a type, or has a part that there is no hook for.
-    """
+    """Check that values can be structured into a type, before there is a value."""
     _usable_hook(into, strict_converter(converter))
 
 
-def _json_in(value: Any) -> list[Any]:
-    """Return a list of the JSON value in a string; an empty list if there is none."""
+def _with_json_in(value: Any) -> Iterator[Any]:
+    """Yield the value, and then, if it is a string of JSON, the value in it."""
+    yield value
     if type(value) is str:
         with suppress(ValueError, RecursionError):
-            return [json.loads(value)]
-    return []
+            yield json.loads(value)
 
 
 def _usable_hook(into: Any, converter: cattrs.Converter) -> Hook:

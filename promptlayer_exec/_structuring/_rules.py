@@ -17,25 +17,12 @@ from enum import Enum
 from functools import cache, partial, wraps
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import (
-    Any,
-    Literal,
-    NotRequired,
-    Required,
-    TypedDict,
-    Union,
-    get_args,
-    get_origin,
-)
+from typing import Any, Literal, NotRequired, Required, TypedDict, Union, get_args, get_origin
 from uuid import UUID
 
 import attrs
 import cattrs
-from cattrs.cols import (
-    is_namedtuple,
-    mapping_structure_factory,
-    namedtuple_dict_structure_factory,
-)
+from cattrs.cols import mapping_structure_factory, namedtuple_dict_structure_factory
 from cattrs.errors import (
     IterableValidationError,
     IterableValidationNote,
@@ -59,11 +46,11 @@ def _exact(value: Any, kind: type) -> Any:
     return value
 
 
-def null(_: Any, __: Any) -> Hook:
+def null(_: Any) -> Hook:
     return lambda value, _: _exact(value, NoneType)
 
 
-def anything(_: Any, __: Any) -> Hook:
+def anything(_: Any) -> Hook:
     return lambda value, _: value
 
 
@@ -84,7 +71,7 @@ def _refuse_bytes(_: Any, kind: Any) -> Any:
     raise StructureHandlerNotFoundError(f"JSON has no bytes; {_ADVICE}", kind)
 
 
-def enum(kind: Any, _: Any) -> Hook:
+def enum(kind: Any) -> Hook:
     return lambda value, _: _member(value, kind)
 
 
@@ -110,7 +97,7 @@ def _unlisted(value: Any, options: list[Any]) -> ValueError:
     return ValueError(f"expected one of {reprlib.repr(options)}, got {reprlib.repr(value)}")
 
 
-def literal(kind: Any, _: Any) -> Hook:
+def literal(kind: Any) -> Hook:
     options = [(it.value if isinstance(it, Enum) else it, it) for it in get_args(kind)]
 
     def structure(value: Any, _: Any) -> Any:
@@ -132,7 +119,7 @@ def _datetime(value: Any) -> datetime:
     return datetime.fromisoformat(value)
 
 
-_PARSERS: dict[Any, Callable[[Any], Any]] = {
+PARSERS: dict[Any, Callable[[Any], Any]] = {
     datetime: _datetime,
     date: lambda value: date.fromisoformat(_exact(value, str)),
     time: lambda value: time.fromisoformat(_exact(value, str)),
@@ -141,17 +128,17 @@ _PARSERS: dict[Any, Callable[[Any], Any]] = {
 }
 
 
-def parsed(kind: Any, _: Any) -> Hook:
+def parsed(kind: Any) -> Hook:
     def structure(value: Any, _: Any) -> Any:
         try:
-            return _PARSERS[kind](value)
+            return PARSERS[kind](value)
         except (ValueError, InvalidOperation) as error:
             raise ValueError(f"expected a {kind.__name__}, got {reprlib.repr(value)}") from error
 
     return structure
 
 
-_ARRAYS: dict[Any, Callable[[list[Any]], Any]] = {
+ARRAYS: dict[Any, Callable[[list[Any]], Any]] = {
     list: list,
     tuple: tuple,
     set: set,
@@ -166,9 +153,9 @@ _ARRAYS: dict[Any, Callable[[list[Any]], Any]] = {
 
 def array(kind: Any, converter: cattrs.Converter) -> Hook:
     kinds = getattr(kind, "__args__", (Any, ...))
-    fixed = _origin(kind) is tuple and kinds[-1:] != (...,)
+    fixed = origin(kind) is tuple and kinds[-1:] != (...,)
     hooks = [(converter.get_structure_hook(item), item) for item in kinds if item is not ...]
-    make = _ARRAYS[_origin(kind)]
+    make = ARRAYS[origin(kind)]
 
     def structure(value: Any, _: Any) -> Any:
         if len(_exact(value, list)) != len(kinds) and fixed:
@@ -219,7 +206,7 @@ def _evaluated(kind: Any) -> Any:
 
 def class_(kind: Any, converter: cattrs.Converter) -> Hook:
     if get_origin(kind) and attrs.has(kind):
-        attrs.resolve_types(_origin(kind))  # cattrs before 25.2 tries this on the alias
+        attrs.resolve_types(origin(kind))  # cattrs before 25.2 tries this on the alias
     return _from_object(converter.gen_structure_attrs_fromdict(kind), kind)
 
 
@@ -246,11 +233,11 @@ def named_tuple(kind: Any, converter: cattrs.Converter) -> Hook:
     return structure
 
 
-def refuse_generic_named_tuple(kind: Any, _: Any) -> Hook:
+def refuse_generic_named_tuple(kind: Any) -> Hook:
     raise StructureHandlerNotFoundError(f"{kind} is a generic NamedTuple; {_ADVICE}", kind)
 
 
-def model(kind: Any, _: Any) -> Hook:
+def model(kind: Any) -> Hook:
     from_json: Any = getattr(kind, "model_validate_json", None)
     if _takes_strict(from_json):
         # Strict pydantic structures a datetime, an enum or a UUID from JSON text alone.
@@ -277,16 +264,8 @@ def _takes_strict(function: Any) -> bool:
     return callable(function) and "strict" in inspect.signature(function).parameters
 
 
-def _origin(kind: Any) -> Any:
+def origin(kind: Any) -> Any:
     return get_origin(kind) or kind
-
-
-def is_null(kind: Any) -> bool:
-    return kind is None or kind is NoneType
-
-
-def is_object(kind: Any) -> bool:
-    return kind is object
 
 
 def is_enum(kind: Any) -> bool:
@@ -297,37 +276,17 @@ def is_literal(kind: Any) -> bool:
     return get_origin(kind) is Literal
 
 
-def is_parsed(kind: Any) -> bool:
-    return kind in _PARSERS
-
-
-def is_array(kind: Any) -> bool:
-    return _origin(kind) in _ARRAYS
-
-
 def is_mapping(kind: Any) -> bool:
-    return _origin(kind) in (dict, abc.Mapping, abc.MutableMapping)
-
-
-def is_typed_dict(kind: Any) -> bool:
-    return typing.is_typeddict(_origin(kind))
+    return origin(kind) in (dict, abc.Mapping, abc.MutableMapping)
 
 
 def is_class(kind: Any) -> bool:
-    origin = _origin(kind)
-    return isinstance(origin, type) and (attrs.has(origin) or is_dataclass(origin))
+    plain = origin(kind)
+    return isinstance(plain, type) and (attrs.has(plain) or is_dataclass(plain))
 
 
 def is_union(kind: Any) -> bool:
     return get_origin(kind) in (Union, UnionType)
-
-
-def is_generic_named_tuple(kind: Any) -> bool:
-    return get_origin(kind) is not None and is_namedtuple(get_origin(kind))
-
-
-def is_model(kind: Any) -> bool:
-    return isinstance(kind, type) and hasattr(kind, "model_validate")
 
 
 # cattrs finds the hooks for these types, and for their subclasses, before it tries any rule.
