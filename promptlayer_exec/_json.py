@@ -34,19 +34,17 @@ def json_kind(value: Any) -> str:
     return JSON_KINDS.get(type(value), f"{article} {name}")
 
 
-def _loads_with(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    def loads(body: bytes) -> Any:
-        try:
-            return decode(body)
-        except Exception:  # noqa: BLE001 - NaN, for one, is JSON to the standard library alone
-            return json.loads(body)
-
-    return loads
-
-
 try:
     import msgspec
 except ImportError:
     loads: Callable[[bytes], Any] = json.loads
 else:
-    loads = _loads_with(msgspec.json.Decoder().decode)
+    _decode = msgspec.json.Decoder().decode
+
+    def _loads(body: bytes) -> Any:
+        try:
+            return _decode(body)
+        except Exception:  # noqa: BLE001 - NaN, for one, is JSON to the standard library alone
+            return json.loads(body)
+
+    loads = _loads

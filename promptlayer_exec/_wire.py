@@ -312,12 +312,8 @@ def _decode(response: Response) -> Any:
     try:
         return loads(response.body)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InvalidResponse(
-            f"the {response.status} response is not JSON ({error})",
-            status=response.status,
-            excerpt=excerpt(response.body),
-            reason=str(error),
-        ) from error
+        what = f"the {response.status} response is not JSON ({error})"
+        raise _invalid(response, what, reason=str(error)) from error
     except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
         _invalid_shape(response, "$", f"the JSON cannot be read ({error})", error)
 
@@ -325,13 +321,12 @@ def _decode(response: Response) -> Any:
 def _invalid_shape(
     response: Response, path: str, reason: str, cause: BaseException | None = None
 ) -> NoReturn:
-    raise InvalidResponse(
-        f"the {response.status} response has an unexpected shape: {path}: {reason}",
-        status=response.status,
-        excerpt=excerpt(response.body),
-        path=path,
-        reason=reason,
-    ) from cause
+    what = f"the {response.status} response has an unexpected shape: {path}: {reason}"
+    raise _invalid(response, what, path=path, reason=reason) from cause
+
+
+def _invalid(response: Response, what: str, **fields: Any) -> InvalidResponse:
+    return InvalidResponse(what, status=response.status, excerpt=excerpt(response.body), **fields)
 
 
 def excerpt(body: bytes) -> str:
@@ -340,23 +335,13 @@ def excerpt(body: bytes) -> str:
 
 
 def check_status(response: Response) -> None:
-    """Raise the error that a status stands for; 200 and 202 raise none.
-
-    Raises:
-        StatusError: the server refused the request; a subclass for each documented status.
-        InvalidResponse: the status is another 2xx.
-    """
-    status = response.status
-    if status in (200, 202):
-        return
-    if status >= 300:
+    """Raise a `StatusError`, or, for a 2xx other than 200 and 202, an `InvalidResponse`."""
+    if response.status >= 300:
         raise status_error(response)
-    raise InvalidResponse(
-        f"the server answered {status_name(status)}, but only 200 and 202 are defined",
-        status=status,
-        excerpt=excerpt(response.body),
-        path="$",
-    )
+    if response.status not in (200, 202):
+        name = status_name(response.status)
+        what = f"the server answered {name}, but only 200 and 202 are defined"
+        raise _invalid(response, what, path="$")
 
 
 _NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+", re.ASCII)
@@ -369,11 +354,9 @@ def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
 
     https://www.rfc-editor.org/rfc/rfc9110#field.retry-after
     """
-    if (milliseconds := _number(headers.get("retry-after-ms"))) is not None:
+    if (milliseconds := _number(headers.get("retry-after-ms", ""))) is not None:
         return milliseconds / 1000
-    value = headers.get("Retry-After")
-    if value is None:
-        return None
+    value = headers.get("Retry-After", "")
     if (seconds := _number(value)) is not None:
         return seconds
     try:
@@ -384,7 +367,5 @@ def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
     return max(at - now, 0.0)
 
 
-def _number(value: str | None) -> float | None:
-    if value is None or not _NUMBER.fullmatch(value := value.strip()):
-        return None
-    return float(value)
+def _number(value: str) -> float | None:
+    return float(value) if _NUMBER.fullmatch(value.strip()) else None

@@ -16,12 +16,12 @@ from promptlayer_exec._structuring._unions import union
 
 # cattrs tries the last rule first.
 _RULES: list[tuple[Callable[[Any], bool], Callable[..., rules.Hook]]] = [
-    (lambda kind: kind in (None, NoneType), rules.null),
+    (lambda kind: kind in (None, NoneType), lambda _: rules.null),
     (lambda kind: is_namedtuple(get_origin(kind)), rules.refuse_generic_named_tuple),
-    (lambda kind: kind is object, rules.anything),
-    (rules.is_enum, rules.enum),
+    (lambda kind: kind is object, lambda _: rules.anything),
+    (rules.is_enum, lambda _: rules.member),
     (rules.is_literal, rules.literal),
-    (lambda kind: kind in rules.PARSERS, rules.parsed),
+    (lambda kind: kind in rules.PARSERS, lambda _: rules.parsed),
     (lambda kind: rules.origin(kind) in rules.ARRAYS, rules.array),
     (rules.is_mapping, rules.mapping),
     (is_namedtuple, rules.named_tuple),

@@ -46,18 +46,18 @@ def _exact(value: Any, kind: type) -> Any:
     return value
 
 
-def null(_: Any) -> Hook:
-    return lambda value, _: _exact(value, NoneType)
+def null(value: Any, _: Any) -> Any:
+    return _exact(value, NoneType)
 
 
-def anything(_: Any) -> Hook:
-    return lambda value, _: value
+def anything(value: Any, _: Any) -> Any:
+    return value
 
 
 def scalar(base: type, value: Any, kind: Any) -> Any:
     """Structure into `base`, a scalar, or into `kind`, a subclass of it."""
     if issubclass(kind, Enum):
-        return _member(value, kind)
+        return member(value, kind)
     if base is float and type(value) is int:
         try:
             value = float(value)
@@ -71,20 +71,16 @@ def _refuse_bytes(_: Any, kind: Any) -> Any:
     raise StructureHandlerNotFoundError(f"JSON has no bytes; {_ADVICE}", kind)
 
 
-def enum(kind: Any) -> Hook:
-    return lambda value, _: _member(value, kind)
-
-
-def _member(value: Any, kind: type[Enum]) -> Enum:
+def member(value: Any, kind: type[Enum]) -> Enum:
     try:
-        member = kind(value)
+        found = kind(value)
     except (TypeError, ValueError):
-        member = None
+        found = None
     # The value True finds the member 1. A member with another value was found by the enum's own
     # `_missing_`, which may do as it likes.
-    if member is None or (member.value == value and not _same(value, member.value)):
-        raise _unlisted(value, [member.value for member in kind])
-    return member
+    if found is None or (found.value == value and not _same(value, found.value)):
+        raise _unlisted(value, [it.value for it in kind])
+    return found
 
 
 def _same(value: Any, expected: Any) -> bool:
@@ -128,14 +124,11 @@ PARSERS: dict[Any, Callable[[Any], Any]] = {
 }
 
 
-def parsed(kind: Any) -> Hook:
-    def structure(value: Any, _: Any) -> Any:
-        try:
-            return PARSERS[kind](value)
-        except (ValueError, InvalidOperation) as error:
-            raise ValueError(f"expected a {kind.__name__}, got {reprlib.repr(value)}") from error
-
-    return structure
+def parsed(value: Any, kind: Any) -> Any:
+    try:
+        return PARSERS[kind](value)
+    except (ValueError, InvalidOperation) as error:
+        raise ValueError(f"expected a {kind.__name__}, got {reprlib.repr(value)}") from error
 
 
 ARRAYS: dict[Any, Callable[[list[Any]], Any]] = {
@@ -294,5 +287,5 @@ SCALARS: dict[type, Hook] = {
     **{kind: partial(scalar, kind) for kind in (str, int, float)},
     Path: partial(scalar, str),
     bytes: _refuse_bytes,
-    Enum: _member,  # in cattrs before 25.2
+    Enum: member,  # in cattrs before 25.2
 }
