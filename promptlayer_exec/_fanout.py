@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterable,
-    Awaitable,
-    Callable,
-    Coroutine,
-    Iterable,
-)
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Coroutine, Iterable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
@@ -164,11 +158,9 @@ class _FanOut(Generic[ItemT]):
     async def _take(self) -> None:
         try:
             async with aclosing(each(self._items)) as items:
-                index = 0
-                while True:
+                for index in itertools.count():
                     await self.slots.acquire()
                     item = RunningItem(index, await anext(items))
-                    index += 1
                     self._tasks.start(self._run_one(item), name="promptlayer_exec.item")
         except StopAsyncIteration:
             pass

@@ -49,19 +49,14 @@ def typed_output(
     value: Any, into: TypeForm[T], converter: cattrs.Converter | None, snapshot: Snapshot
 ) -> T:
     """Return the main output of an execution structured into a type, or raise `InvalidOutput`."""
-    from promptlayer_exec._structuring import StructureError, structure  # noqa: PLC0415 - as above
+    from promptlayer_exec._structuring import structure  # noqa: PLC0415 - as above
 
     try:
         return structure(value, into, converter)
     except TypeError as error:  # check_type does not see parts that only this value leads to
         error.add_note(f"for the output of execution {snapshot.execution_id}")
         raise
-    except StructureError as error:
-        raise InvalidOutput(
-            f"the output does not fit the type given as into=: {error.path}: {error.reason}",
-            path=error.path,
-            value=value,
-            reason=error.reason,
-            execution_id=snapshot.execution_id,
-            last_snapshot=snapshot,
-        ) from error.__cause__
+    except InvalidOutput as error:
+        error.execution_id = snapshot.execution_id
+        error.last_snapshot = snapshot
+        raise

@@ -87,9 +87,11 @@ class OutageLog:
         if not self._failing:
             self._answered = False
             limit = "" if state.limit == math.inf else f" for up to {state.limit:g} s"
+            number = error.execution_id
+            subject = "a start" if number is None else f"execution {number}"
             # Not the whole error: its text also quotes the body and ends with advice.
             what = printable(str(error.args[0]))
-            logger.warning("%s: %s; trying again%s", _subject(error), what, limit)
+            logger.warning("%s: %s; trying again%s", subject, what, limit)
         self._failing.add(state)
 
     def end(self, state: RetryState, *, answered: bool) -> None:
@@ -100,7 +102,3 @@ class OutageLog:
         self._answered |= answered
         if self._answered and not self._failing:
             logger.info("the server answers again")
-
-
-def _subject(error: RequestError) -> str:
-    return "a start" if error.execution_id is None else f"execution {error.execution_id}"

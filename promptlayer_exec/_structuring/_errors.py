@@ -18,15 +18,6 @@ from cattrs.errors import (
 )
 
 
-class StructureError(Exception):
-    """A value does not fit a type: the path to the mismatch, and what was expected there."""
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = path
-        self.reason = reason
-
-
 def locate(error: Exception, value: Any, converter: cattrs.Converter) -> tuple[str, str, Exception]:
     """Return the path to the first mismatch in a tree of cattrs' errors, its reason and error."""
     path, container, key = "$", None, None
