@@ -72,11 +72,9 @@ class _Encoder:
         if kind in (dict, list, tuple):
             return self._container(value)
         unstructured = self._unstructured(value)
-        return (
-            self._encode_subclass(value)
-            if type(unstructured) is kind
-            else self.encode(unstructured)
-        )
+        if type(unstructured) is kind:
+            return self._encode_subclass(value)
+        return self.encode(unstructured)
 
     def _encode_subclass(self, value: Any) -> Any:
         """Encode an instance of a subclass of a JSON type; refuse other values."""
@@ -101,42 +99,25 @@ class _Encoder:
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
-            raise _NotJSON(
-                TypeError, f"{json_kind(value)} could not be converted ({reason})"
-            ) from error
+            what = f"{json_kind(value)} could not be converted ({reason})"
+            raise _NotJSON(TypeError, what) from error
         return unstructured
 
     def _container(self, value: Any) -> dict[str, Any] | list[Any]:
         if id(value) in self._entered:
             raise _NotJSON(ValueError, "contains itself")
         self._entered.add(id(value))
-        try:
-            return self._object(value) if isinstance(value, Mapping) else self._array(value)
-        finally:
-            self._entered.remove(id(value))
-
-    def _object(self, mapping: Mapping[Any, Any]) -> dict[str, Any]:
-        encoded = {}
-        for key, item in mapping.items():
-            name = key if type(key) is str else _name(key)
+        is_object = isinstance(value, Mapping)
+        encoded: dict[Any, Any] = {}  # of an array: by index
+        for key, item in value.items() if is_object else enumerate(value):
+            name = _name(key) if is_object else key
             try:
                 encoded[name] = item if type(item) in _UNCHANGED else self.encode(item)
             except _NotJSON as error:
                 error.keys.append(name)
                 raise
-        return encoded
-
-    def _array(self, items: Iterable[Any]) -> list[Any]:
-        encoded: list[Any] = []
-        try:
-            for item in items:
-                encoded.append(  # noqa: PERF401 - its length is the index of a bad item
-                    item if type(item) in _UNCHANGED else self.encode(item)
-                )
-        except _NotJSON as error:
-            error.keys.append(len(encoded))
-            raise
-        return encoded
+        self._entered.remove(id(value))
+        return encoded if is_object else list(encoded.values())
 
 
 def _contains_itself(value: Any) -> bool:

@@ -236,20 +236,20 @@ def refuse_generic_named_tuple(kind: Any) -> Hook:
 
 def model(kind: Any) -> Hook:
     from_json: Any = getattr(kind, "model_validate_json", None)
-    if _takes_strict(from_json):
-        # Strict pydantic structures a datetime, an enum or a UUID from JSON text alone.
-        def structure(value: Any, _: Any) -> Any:
+    reads_json = _takes_strict(from_json)
+    options = {"strict": True} if reads_json or _takes_strict(kind.model_validate) else {}
+
+    def structure(value: Any, _: Any) -> Any:
+        if reads_json:
+            # Strict pydantic structures a datetime, an enum or a UUID from JSON text alone.
             try:
                 return from_json(json.dumps(value), strict=True)
             except ValueError as error:
                 if not _is_unreadable(error):
                     raise
-            return kind.model_validate(value, strict=True)
+        return kind.model_validate(value, **options)
 
-        return structure
-    if _takes_strict(kind.model_validate):
-        return lambda value, _: kind.model_validate(value, strict=True)
-    return lambda value, _: kind.model_validate(value)
+    return structure
 
 
 def _is_unreadable(error: Any) -> bool:
