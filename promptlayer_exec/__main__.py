@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import traceback
-from typing import NoReturn
 
 _REQUIRED = ("rich", "typer")
 
@@ -26,20 +25,14 @@ def _run() -> None:
     try:
         from promptlayer_exec.cli import main as run  # noqa: PLC0415 - an extra
     except ImportError as error:
-        _report(error)
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and missing.partition(".")[0] in _REQUIRED:
+            what = "the command line needs an extra: pip install 'promptlayer-exec[cli]'"
+            sys.stderr.write(f"{what}\n")
+            sys.exit(2)
+        traceback.print_exception(error)
+        sys.exit(70)  # ExitCode.BUG, which cannot be imported here
     run()
-
-
-def _report(error: ImportError) -> NoReturn:
-    if (
-        isinstance(error, ModuleNotFoundError)
-        and error.name is not None
-        and error.name.partition(".")[0] in _REQUIRED
-    ):
-        sys.stderr.write("the command line needs an extra: pip install 'promptlayer-exec[cli]'\n")
-        sys.exit(2)
-    traceback.print_exception(error)
-    sys.exit(70)  # ExitCode.BUG, which cannot be imported here
 
 
 def _exit_at_once(*_: object) -> None:

@@ -16,8 +16,9 @@ from promptlayer_exec._events import Emit
 from promptlayer_exec._lifetime import DeadlinePassed, Lifetime
 from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
 from promptlayer_exec._output import check_type, main_output, typed_output
-from promptlayer_exec._policies import Deadline, PollPolicy, RetryPolicy
+from promptlayer_exec._policies import Deadline
 from promptlayer_exec._retry import RecentStarts, RetryState
+from promptlayer_exec._settings import Settings
 from promptlayer_exec._start import BeforeSend, Start
 from promptlayer_exec._tasks import clock
 from promptlayer_exec._transport import Transport
@@ -35,7 +36,7 @@ from promptlayer_exec._wire import (
 )
 
 if TYPE_CHECKING:
-    import cattrs
+    pass
 
 T = TypeVar("T")
 
@@ -47,29 +48,25 @@ class Client:
     Args:
         lifetime: runs its tasks, and ends them.
         transport: sends its requests.
-        wait_timeout: the default deadline of every wait, in seconds; None waits for ever.
-        poll: when to poll again.
-        retry: which failures to survive.
+        settings: the session's.
         recent_starts: records every execution that is started.
         node_maps: reads node maps.
-        converter: hooks for structuring outputs.
         emit: called with every event.
     """
 
+    _settings: Settings
     lifetime: Lifetime
     transport: Transport
-    _wait_timeout: float | None
-    _poll: PollPolicy
-    _retry: RetryPolicy
     _recent_starts: RecentStarts
     _node_maps: NodeMapReader
-    _converter: cattrs.Converter | None
     _emit: Emit
     _watches: dict[int, Watch] = attrs.field(init=False, factory=dict)
 
     def deadline(self, timeout: float | EllipsisType | None = ...) -> Deadline:
         """Return the deadline of a wait that begins now; `...` means the default timeout."""
-        return Deadline.after(self._wait_timeout if timeout is ... else timeout, now=clock())
+        return Deadline.after(
+            self._settings.wait_timeout if timeout is ... else timeout, now=clock()
+        )
 
     def follow(self, execution_id: int) -> Watch:
         """Return the execution's one watch, with one more follower; the first starts it."""
@@ -82,8 +79,8 @@ class Client:
         watch = self._watches[execution_id] = Watch(
             execution_id,
             partial(self.transport.call, request, reader.read),
-            poll=self._poll,
-            retry=self._retry,
+            poll=self._settings.poll,
+            retry=self._settings.retry,
             emit=self._emit,
             on_end=self._forget,
         )
@@ -119,10 +116,12 @@ class Client:
     ) -> Any:
         """Wait for the main output; `see` gets the last snapshot there was, however it ends."""
         if into is not None:
-            check_type(into, self._converter)
+            check_type(into, self._settings.converter)
         snapshot = await self.completed(execution_id, deadline, see)
         value = await main_output(snapshot, lambda: self._ask_main_output(snapshot, deadline))
-        return value if into is None else typed_output(value, into, self._converter, snapshot)
+        return (
+            value if into is None else typed_output(value, into, self._settings.converter, snapshot)
+        )
 
     async def _ask_main_output(self, snapshot: Snapshot, deadline: Deadline) -> Any:
         """Request the main output of a complete execution until the server has it."""
@@ -134,13 +133,13 @@ class Client:
             if reply.value.complete:
                 return reply.value.value
             now = clock()
-            due = now + self._poll.delay(
+            due = now + self._settings.poll.delay(
                 elapsed=now - started,
                 final=len(snapshot.nodes),
                 nodes=len(snapshot.nodes),
                 unchanged=now - started,
                 chance=random(),
-                retry_after=self._retry.announced(reply.retry_after),
+                retry_after=self._settings.retry.announced(reply.retry_after),
             )
 
     async def snapshot(self, execution_id: int, deadline: Deadline) -> Snapshot:
@@ -166,7 +165,7 @@ class Client:
         seen: Snapshot | None = None,
     ) -> Reply[T]:
         """Send a request that is not part of a watch at `due`; errors carry the snapshot `seen`."""
-        state = RetryState(self._retry, self._retry.outage)
+        state = RetryState(self._settings.retry, self._settings.retry.outage)
 
         async def call() -> Reply[T]:
             if (wait := due - clock()) > 0:
@@ -200,7 +199,7 @@ class Client:
         start = Start(
             request,
             post,
-            RetryState(self._retry, self._retry.outage),
+            RetryState(self._settings.retry, self._settings.retry.outage),
             emit=self._emit,
             is_closing=self.lifetime.is_closing,
             before_send=before_send,

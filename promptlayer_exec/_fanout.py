@@ -158,9 +158,10 @@ class _FanOut(Generic[ItemT]):
     async def _take(self) -> None:
         try:
             async with aclosing(each(self._items)) as items:
-                for index in itertools.count():
+                index = itertools.count()
+                while True:
                     await self.slots.acquire()
-                    item = RunningItem(index, await anext(items))
+                    item = RunningItem(next(index), await anext(items))
                     self._tasks.start(self._run_one(item), name="promptlayer_exec.item")
         except StopAsyncIteration:
             pass

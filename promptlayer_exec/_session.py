@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, overloa
 import cattrs
 
 from promptlayer_exec._client import Client
+from promptlayer_exec._connections import Pools
 from promptlayer_exec._errors import ConfigurationError, PromptLayerExecError, SessionClosed
 from promptlayer_exec._events import Observer, broadcast
 from promptlayer_exec._execution import Execution
@@ -24,23 +24,13 @@ from promptlayer_exec._policies import (
     Deadline,
     PollPolicy,
     RetryPolicy,
-    check_seconds,
     check_timeout,
 )
 from promptlayer_exec._retry import RecentStarts
-from promptlayer_exec._settings import (
-    check_count,
-    check_kind,
-    check_limiter,
-    check_observers,
-    find_api_key,
-    find_base_url,
-    find_trust_env,
-    sends_in_the_clear,
-)
+from promptlayer_exec._settings import Settings, check_count, sends_in_the_clear
 from promptlayer_exec._start import BeforeSend
 from promptlayer_exec._throttle import Limiter, Throttle
-from promptlayer_exec._transport import BorrowedHttp, Pools, Transport
+from promptlayer_exec._transport import Transport
 from promptlayer_exec._wire import NodeMapReader, Request, check_execution_id, run_request
 
 if TYPE_CHECKING:
@@ -100,39 +90,25 @@ class Session:
         observers: Sequence[Observer] = (),
         trust_env: bool = False,
     ) -> None:
-        # Checked now, and read again on opening: the environment may be set after a module-level
-        # session was created.
-        find_api_key(api_key)
+        self._settings = Settings(
+            api_key=api_key,
+            base_url=base_url,
+            poll=poll,
+            retry=retry,
+            wait_timeout=wait_timeout,
+            request_timeout=request_timeout,
+            max_connections=max_connections,
+            max_response_bytes=max_response_bytes,
+            rate=rate,
+            limiter=limiter,
+            http=http,
+            converter=converter,
+            observers=observers,
+            trust_env=trust_env,
+        )
         self._warned = False
-        self._warn_of_plain_http(find_base_url(base_url), stacklevel=3)
-        self._api_key = api_key
-        self._base_url = base_url
-        check_kind("poll", poll, PollPolicy, "a PollPolicy, such as PollPolicy.fixed(2.0)")
-        check_kind("retry", retry, RetryPolicy, "a RetryPolicy, such as RetryPolicy(outage=10.0)")
-        self._poll = poll
-        self._retry = retry
-        if wait_timeout == math.inf:
-            wait_timeout = None
-        if wait_timeout is not None:
-            wait_timeout = check_seconds("wait_timeout", wait_timeout)
-        self._wait_timeout = wait_timeout
-        self._request_timeout = check_seconds("request_timeout", request_timeout, zero=False)
-        self._max_connections = check_count("max_connections", max_connections)
-        self._max_response_bytes = check_count("max_response_bytes", max_response_bytes)
-        if rate is not None:
-            rate = check_seconds("rate", rate, zero=False)
-        self._rate = rate
-        if limiter is not None:
-            check_limiter(limiter)
+        self._warn_of_plain_http(self._settings.find_base_url(), stacklevel=3)
         self._limiters = [] if limiter is None else [limiter]
-        if http is not None:
-            check_kind("http", http, BorrowedHttp, "an aiohttp.ClientSession")
-        self._http = http
-        if converter is not None:
-            check_kind("converter", converter, cattrs.Converter, "a cattrs.Converter")
-        self._converter = converter
-        check_observers(observers)
-        self._trust_env = find_trust_env(trust_env)
         self._node_maps = NodeMapReader()
         self._recent_starts = RecentStarts(retry.not_found_grace)
         self._emit = broadcast(observers)
@@ -278,7 +254,7 @@ class Session:
         # Imported when it is first needed: it doubles what importing the package costs.
         from promptlayer_exec._structuring import encode_inputs  # noqa: PLC0415
 
-        inputs = encode_inputs(request.inputs, self._converter)
+        inputs = encode_inputs(request.inputs, self._settings.converter)
         return inputs, run_request(request, inputs)
 
     @overload
@@ -334,7 +310,7 @@ class Session:
         if not isinstance(items, Iterable | AsyncIterable):
             raise TypeError(f"items must be an iterable or async iterable, not {items!r:.100}")
         if into is not None:
-            check_type(into, self._converter)
+            check_type(into, self._settings.converter)
         timeout = check_timeout(timeout)
 
         async def open_client() -> Spawn:
@@ -429,7 +405,7 @@ class Session:
         if self._client is not None and not self._client.lifetime.is_closing():
             return f"<Session {self._client.transport.base_url}, open>"
         try:
-            base_url = find_base_url(self._base_url)
+            base_url = self._settings.find_base_url()
         except ConfigurationError:
             base_url = "with a malformed base URL"  # in the environment, by now
         return f"<Session {base_url}, not open>"
@@ -453,38 +429,29 @@ class Session:
         return self._client
 
     def _create_client(self) -> Client:
-        api_key = find_api_key(self._api_key)
+        api_key = self._settings.find_api_key()
         if api_key is None:
             raise ConfigurationError(
                 "there is no API key: set PROMPTLAYER_API_KEY or pass api_key= to Session"
             )
-        base_url = find_base_url(self._base_url)
+        base_url = self._settings.find_base_url()
         self._warn_of_plain_http(base_url)
         resources = AsyncExitStack()
-        if self._http is None:
-            pools = Pools.open(self._max_connections, api_key, resources, trust_env=self._trust_env)
-        else:
-            pools = Pools.borrow(self._http, self._max_connections, api_key, resources)
         transport = Transport(
-            pools=pools,
+            settings=self._settings,
+            pools=Pools.open(self._settings, api_key, resources),
             base_url=base_url,
             api_key=api_key,
-            throttle=Throttle(self._rate, self._limiters),
-            retry=self._retry,
+            throttle=Throttle(self._settings.rate, self._limiters),
             recent_starts=self._recent_starts,
-            request_timeout=self._request_timeout,
-            max_response_bytes=self._max_response_bytes,
             emit=self._emit,
         )
         return Client(
+            settings=self._settings,
             lifetime=Lifetime(resources),
             transport=transport,
-            wait_timeout=self._wait_timeout,
-            poll=self._poll,
-            retry=self._retry,
             recent_starts=self._recent_starts,
             node_maps=self._node_maps,
-            converter=self._converter,
             emit=self._emit,
         )
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import attrs
+import cattrs
 from yarl import URL
 
+from promptlayer_exec._connections import BorrowedHttp
 from promptlayer_exec._errors import ConfigurationError
+from promptlayer_exec._events import Observer
+from promptlayer_exec._policies import PollPolicy, RetryPolicy, check_seconds
+from promptlayer_exec._throttle import Limiter
 
 DEFAULT_BASE_URL = "https://api.promptlayer.com"
 _KEY_VARIABLE = "PROMPTLAYER_API_KEY"
@@ -84,8 +91,7 @@ def _matches(pattern: str, value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
-def find_trust_env(trust_env: bool) -> bool:
-    """Return whether the argument or `$PROMPTLAYER_EXEC_TRUST_ENV` asks for proxies and .netrc."""
+def _find_trust_env(trust_env: Any) -> bool:
     if not isinstance(trust_env, bool):
         raise ConfigurationError(f"trust_env must be True or False, got {trust_env!r:.100}")
     value = os.environ.get(_TRUST_VARIABLE, "").lower()
@@ -94,31 +100,88 @@ def find_trust_env(trust_env: bool) -> bool:
     return trust_env or value in _YES
 
 
-def check_kind(name: str, value: Any, kind: type, meant: str) -> None:
-    """Check that a setting is an instance of a class; the error says what is `meant`."""
-    if not isinstance(value, kind):
-        raise ConfigurationError(f"{name} must be {meant}, got {value!r:.100}")
+def check_count(name: str, value: Any) -> int:
+    """Return a setting that must be an int of at least 1, or raise `ConfigurationError`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"{name} must be an int of at least 1, got {value!r:.100}")
+    return value
 
 
-def check_limiter(limiter: Any) -> None:
-    """Check that a limiter is an object with a method `acquire`."""
-    if isinstance(limiter, type) or not callable(getattr(limiter, "acquire", None)):
+Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
+
+
+def _is(kind: type, meant: str, *, optional: bool = False) -> Validator:
+    def check(_: Any, setting: attrs.Attribute[Any], value: Any) -> None:
+        if not isinstance(value, kind) and not (optional and value is None):
+            raise ConfigurationError(f"{setting.name} must be {meant}, got {value!r:.100}")
+
+    return check
+
+
+def _seconds(_: Any, setting: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None:
+        check_seconds(setting.name, value, zero=setting.name == "wait_timeout")
+
+
+def _none_if_infinite(timeout: float | None) -> float | None:
+    return None if timeout == math.inf else timeout
+
+
+def _count(_: Any, setting: attrs.Attribute[Any], value: Any) -> None:
+    check_count(setting.name, value)
+
+
+def _acquirable(_: Any, __: Any, value: Any) -> None:
+    if isinstance(value, type) or not (value is None or callable(getattr(value, "acquire", None))):
         raise ConfigurationError(
-            f"limiter must be an object with `async def acquire(self)`, got {limiter!r:.100}"
+            f"limiter must be an object with `async def acquire(self)`, got {value!r:.100}"
         )
 
 
-def check_observers(observers: Any) -> None:
-    """Check that observers are several callables."""
-    if isinstance(observers, str) or not isinstance(observers, Iterable):
-        raise ConfigurationError(f"observers must be a list of callables, got {observers!r:.100}")
-    for observer in observers:
+def _callables(_: Any, __: Any, value: Any) -> None:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ConfigurationError(f"observers must be a list of callables, got {value!r:.100}")
+    for observer in value:
         if not callable(observer):
             raise ConfigurationError(f"observers must be callable, got {observer!r:.100}")
 
 
-def check_count(name: str, value: Any) -> int:
-    """Return a setting that must be an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{name} must be an int of at least 1, got {value!r:.100}")
-    return value
+@attrs.frozen(kw_only=True)
+class Settings:
+    """The settings of a session, checked; `Session` documents them."""
+
+    # These two are read again on opening: the environment may be set after the session was made.
+    api_key: str | None = attrs.field(repr=False)
+    base_url: str | None
+    poll: PollPolicy = attrs.field(
+        validator=_is(PollPolicy, "a PollPolicy, such as PollPolicy.fixed(2.0)")
+    )
+    retry: RetryPolicy = attrs.field(
+        validator=_is(RetryPolicy, "a RetryPolicy, such as RetryPolicy(outage=10.0)")
+    )
+    wait_timeout: float | None = attrs.field(validator=_seconds, converter=_none_if_infinite)
+    request_timeout: float = attrs.field(validator=_seconds)
+    max_connections: int = attrs.field(validator=_count)
+    max_response_bytes: int = attrs.field(validator=_count)
+    rate: float | None = attrs.field(validator=_seconds)
+    limiter: Limiter | None = attrs.field(validator=_acquirable)
+    http: BorrowedHttp | None = attrs.field(
+        validator=_is(BorrowedHttp, "an aiohttp.ClientSession", optional=True)
+    )
+    converter: cattrs.Converter | None = attrs.field(
+        validator=_is(cattrs.Converter, "a cattrs.Converter", optional=True)
+    )
+    observers: Sequence[Observer] = attrs.field(validator=_callables)
+    trust_env: bool = attrs.field(converter=_find_trust_env)
+
+    def __attrs_post_init__(self) -> None:
+        self.find_api_key()
+        self.find_base_url()
+
+    def find_api_key(self) -> str | None:
+        """Return the API key as it is now."""
+        return find_api_key(self.api_key)
+
+    def find_base_url(self) -> str:
+        """Return the base URL as it is now."""
+        return find_base_url(self.base_url)

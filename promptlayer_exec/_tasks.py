@@ -38,14 +38,15 @@ class Tasks:
 
 # A timer this many seconds late shows that the loop stood still, as in a debugger or after Ctrl-Z.
 _LATE = 0.05
-# Seconds in which to read what arrived meanwhile, before the timer's callback is called.
-_READ = 1.0
+# The most seconds in which to read what arrived meanwhile, before the timer's callback is called.
+_LONGEST_READ = 1.0
 
 
 class PatientTimer:
     """A timer that, where the loop stood still, lets the loop first read what has arrived.
 
-    The callback is called at its time, or a second after the loop runs again.
+    The callback is called at its time. If the loop is late by then, the callback waits for as long
+    again, at most a second.
 
     Args:
         at: the time, on the running loop's clock.
@@ -64,10 +65,12 @@ class PatientTimer:
         self._handle.cancel()
 
     def _fire(self) -> None:
-        if self._loop.time() - self._at < _LATE:
+        late = self._loop.time() - self._at
+        if late < _LATE:
             self._callback(*self._args)
         else:
-            self._handle = self._loop.call_later(_READ, self._callback, *self._args)
+            pause = min(late, _LONGEST_READ)
+            self._handle = self._loop.call_later(pause, self._callback, *self._args)
 
 
 class PatientTimeout:

@@ -53,7 +53,8 @@ def take_snapshot(
 
 
 _UNSEEN = NodeTimes()
-_TIMES_OF_GONE_NODES = 1000
+_GONE_NODES = 1000
+_NAMES_OF_GONE_NODES = 1_000_000
 
 
 def _first_seen(
@@ -69,8 +70,11 @@ def _first_seen(
         is_news = running is not earlier.running or final is not earlier.final
         times[name] = NodeTimes(running, final) if is_news else earlier
     # Where names come and go, the times of those gone longest are forgotten: they come last.
-    while len(times) > len(nodes) + _TIMES_OF_GONE_NODES:
-        times.popitem()
+    gone = len(times) - len(nodes)
+    length = sum(map(len, times)) if gone else 0
+    while gone > _GONE_NODES or (gone and length > _NAMES_OF_GONE_NODES):
+        length -= len(times.popitem()[0])
+        gone -= 1
     return FrozenMap(times)
 
 

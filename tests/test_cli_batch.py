@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import pty
 import signal
@@ -88,8 +89,8 @@ def run(sim: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
     for module, interval in (
         (stores, "_QUEUE_INTERVAL"),
-        (workers, "_CHECK"),
-        (batches, "_LOOK_AGAIN"),
+        (workers, "_CHECK_INTERVAL"),
+        (batches, "_POLL_INTERVAL"),
         (commands, "_REFRESH_INTERVAL"),
     ):
         monkeypatch.setattr(module, interval, 0.02)
@@ -268,7 +269,7 @@ def test_invalid_lines_are_reported_with_their_numbers(
         ),
         (("run", "/dev/null"), "/dev/null is read twice: write the items to a regular file first"),
         (("run", "good", "--db", "nothing"), "database_url is not a URL"),
-        (("run", "long"), "an item's key is a text of 1 to 1000 bytes"),
+        (("run", "long"), "item key must be 1 to 1000 bytes of text"),
         (("run", "good", "--rate", "inf"), "must be a number greater than 0"),
         (("run", "good", "--rate", "0"), "must be a number greater than 0"),
         (("work",), "there is no database sqlite:///promptlayer-batches.sqlite"),
@@ -428,10 +429,11 @@ def test_progress_has_the_rate_and_the_remaining_time(
     now = 100.0
     monkeypatch.setattr(shown.time, "monotonic", lambda: now)
     progress = shown.BatchProgress()
-    for seconds, done in ((0.0, 3), (5.0, 50), (10.0, 103)):
-        now = 100.0 + seconds
-        progress.show(BatchStatus(400 - done, 0, done - 3, 2, 1, 400))
-    progress.warn("problem")
+    with progress.shown():
+        for seconds, done in ((0.0, 3), (5.0, 50), (10.0, 103)):
+            now = 100.0 + seconds
+            progress.show(BatchStatus(400 - done, 0, done - 3, 2, 1, 400))
+        logging.getLogger("promptlayer_exec").warning("problem")
     assert capsys.readouterr().err.splitlines() == [
         "103/400 done, 2 failed, 1 unknown, 10.0/s, 29.7 s left",
         "problem",

@@ -27,9 +27,8 @@ from promptlayer_exec.cli._text import (
     node_detail,
     preview,
     printable,
+    result_line,
     running_time,
-    status_counts,
-    verdict,
 )
 
 
@@ -139,8 +138,9 @@ class TestText:
         assert running_time(NodeTimes(2.0, None), 9.0) == "7.0 s"
         assert running_time(NodeTimes(2.0, 5.0), 9.0) == "3.0 s"
 
-    def test_verdict(self) -> None:
+    def test_result_line(self) -> None:
         """An execution without an output failed even if no node did."""
         skipped = Node("n", "SKIPPED", is_output_node=True)
-        assert verdict(Snapshot(5, True, {"n": skipped})) == "failed (no output node succeeded)"
-        assert status_counts(Snapshot(5, True, {})) == "no nodes"
+        line = "execution 5 failed (no output node succeeded): 1 SKIPPED"
+        assert result_line(Snapshot(5, True, {"n": skipped}), timed=False) == line
+        assert result_line(Snapshot(5, True, {})).endswith(": no nodes")

@@ -130,8 +130,8 @@ def test_fields():
     }
 
 
-def test_the_logger_is_silent_by_default():
-    """The logger is `promptlayer_exec`, and prints nothing unless logging is configured."""
+def test_the_logger_is_the_application_s_to_configure():
+    """It is called `promptlayer_exec`, and has no handler and no level of its own."""
     assert logger.name == "promptlayer_exec"
-    assert any(isinstance(handler, logging.NullHandler) for handler in logger.handlers)
+    assert logger.handlers == []
     assert logger.level == logging.NOTSET

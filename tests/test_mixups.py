@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -193,6 +194,92 @@ async def test_a_borrowed_session_is_given_back_as_it_was(peer: Peer) -> None:
         assert http.trace_configs == []
         async with http.get(f"{peer.url}/x?workflow_version_execution_id=5&y") as response:
             assert (await response.json(content_type=None)) == nodes("5")
+
+
+@pytest.mark.parametrize("ending", ["framing", "headers"])
+async def test_an_id_that_came_whole_is_not_lost_for_what_is_around_it(
+    peer: Peer, ending: str
+) -> None:
+    """The last chunk is missing, or there are more headers than aiohttp allows by default."""
+
+    async def respond(head: str, writer: asyncio.StreamWriter) -> None:
+        body = b'{"workflow_version_execution_id": 787}'
+        if ending == "framing":
+            writer.write(b"HTTP/1.1 201 Created\r\nTransfer-Encoding: chunked\r\n\r\n")
+            writer.write(b"%x\r\n%b\r\n" % (len(body), body))
+        else:
+            headers = [f"X-{number}: {'x' * 80}" for number in range(500)]
+            writer.write(answer(201, json.loads(body), "X-Long: " + "x" * 30_000, *headers))
+        await writer.drain()
+        writer.close()
+
+    peer.respond = respond
+    async with session_at(peer) as session:
+        assert (await session.start("name")).id == 787
+    assert peer.posts() == 1
+
+
+@pytest.mark.parametrize("how", ["reset after a part", "gzip that ends in the middle"])
+async def test_a_cut_number_is_not_taken_for_the_whole(peer: Peer, how: str) -> None:
+    """Of all JSON only a number does not show that its end is missing."""
+    complete = answer(200, 1234567890)
+
+    async def respond(head: str, writer: asyncio.StreamWriter) -> None:
+        if len(peer.requests) > 1:
+            writer.write(complete)
+        elif how == "reset after a part":
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n123")
+            await writer.drain()
+            writer.transport.abort()
+        else:
+            packer = zlib.compressobj(wbits=31)
+            part = packer.compress(b"123") + packer.flush(zlib.Z_SYNC_FLUSH)
+            framing = b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(part)
+            writer.write(b"HTTP/1.1 200 OK\r\n" + framing + part)
+
+    peer.respond = respond
+    async with session_at(peer) as session:
+        assert (await session.get_results(1)).value == 1234567890
+    assert len(peer.requests) == 2
+    assert "Accept-Encoding: identity" in peer.requests[0][1]
+
+
+async def test_a_middleware_that_sends_again_does_not_send_a_start_twice(peer: Peer) -> None:
+    """A borrowed session's own retries are for what may be repeated."""
+
+    async def retry(
+        request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+    ) -> aiohttp.ClientResponse:
+        response = await handler(request)
+        return response if response.status < 500 else await handler(request)
+
+    async def fail(head: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(503, {}))
+
+    peer.respond = fail
+    async with (
+        aiohttp.ClientSession(middlewares=[retry]) as http,
+        session_at(peer, http=http) as session,
+    ):
+        with pytest.raises(StartUnknown):
+            await session.start("name")
+    assert peer.posts() == 1
+
+
+async def test_a_server_that_keeps_connections_delays_no_borrowed_start(
+    peer: Peer, recorder: Any
+) -> None:
+    """Though it does not heed `Connection: close`: each start has a new one all the same."""
+    async with (
+        aiohttp.ClientSession() as http,
+        session_at(peer, http=http, observers=[recorder]) as session,
+    ):
+        await asyncio.gather(*(session.start("name") for _ in range(10)))
+        for _ in range(10):
+            await session.start("name")
+    assert peer.posts() == 20
+    assert len({connection for connection, _ in peer.requests}) == 20
+    assert {type(event) for event in recorder.events} == {ExecutionStarted}
 
 
 @pytest.mark.parametrize("borrowed", [False, True])

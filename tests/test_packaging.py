@@ -75,6 +75,7 @@ LAYERS = [
     "_wire",
     "_throttle",
     "_redaction",
+    "_connections",
     "_settings",
     "_transport",
     "_watch",
@@ -312,7 +313,7 @@ def test_the_viewer_s_page_is_in_the_package() -> None:
     assert {"index.html", "viewer.css", "viewer.js"} <= page
 
 
-def test_only_the_transport_imports_aiohttp() -> None:
+def test_only_the_transport_and_its_connections_import_aiohttp() -> None:
     """Other modules import aiohttp for annotations only."""
     users = set()
     modules = [(name, file) for name in LAYERS for file in sources(name)]
@@ -327,7 +328,7 @@ def test_only_the_transport_imports_aiohttp() -> None:
         ]
         if "aiohttp" in names:
             users.add(module)
-    assert users == {"_transport"}
+    assert users == {"_connections", "_transport"}
 
 
 def test_a_missing_extra_is_named() -> None:

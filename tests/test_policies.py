@@ -225,7 +225,7 @@ def test_defaults():
         "ceiling": 10.0,
         "retry_after_ceiling": 120.0,
         "not_found_grace": 10.0,
-        "statuses": {408, 425, 429, 500, 502, 503, 504},
+        "statuses": {408, 425, 429, 500, 502, 503, 504, *range(520, 531)},
     }
     assert isinstance(TRANSIENT_STATUSES, frozenset)
 

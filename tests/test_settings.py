@@ -9,7 +9,6 @@ from promptlayer_exec._settings import (
     check_count,
     find_api_key,
     find_base_url,
-    find_trust_env,
     sends_in_the_clear,
 )
 
@@ -285,8 +284,8 @@ def test_trust_env_comes_from_the_environment_too(
 ) -> None:
     """The variable can switch it on, and not off."""
     monkeypatch.setenv("PROMPTLAYER_EXEC_TRUST_ENV", value)
-    assert find_trust_env(False) is expected
-    assert find_trust_env(True) is True
+    assert Session("a-key-to-test")._settings.trust_env is expected
+    assert Session("a-key-to-test", trust_env=True)._settings.trust_env is True
 
 
 def test_an_unclear_trust_env_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

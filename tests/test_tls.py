@@ -168,6 +168,76 @@ async def test_a_borrowed_session_brings_its_own_authority_and_certificate(
     assert snapshot.nodes["Node 1"].value == 42
 
 
+GOODBYE = """
+import asyncio, gc, socket, ssl, sys, threading
+from promptlayer_exec import RequestTimeout, RetryPolicy, Session, StartUnknown
+
+theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+theirs.load_cert_chain("server.pem")
+answer = sys.argv[1].encode().decode("unicode_escape").encode()
+kept = []
+
+def serve():
+    connection = theirs.wrap_socket(listener.accept()[0], server_side=True)
+    kept.append(connection)  # and not read any more: nobody answers its `close_notify`
+    connection.recv(65536)
+    connection.sendall(answer)
+
+async def main():
+    settings = {"request_timeout": 0.3, "retry": RetryPolicy(outage=0.0)}
+    async with Session("key", base_url=base_url, **settings) as session:
+        try:
+            if sys.argv[2] == "start":
+                await session.start("name", {"text": "x" * int(sys.argv[3])})
+            else:
+                await session.get_results(1)
+        except (RequestTimeout, StartUnknown) as error:
+            print(type(error).__name__)
+
+listener = socket.create_server(("127.0.0.1", 0))
+base_url = "https://127.0.0.1:%d" % listener.getsockname()[1]
+threading.Thread(target=serve, daemon=True).start()
+asyncio.run(main())
+gc.collect()
+for opened in (*kept, listener):
+    opened.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "call", "size", "printed"),
+    [
+        (
+            r'201 OK\r\nContent-Length: 38\r\n\r\n{"workflow_version_execution_id": 787}',
+            "start",
+            1,
+            "",
+        ),
+        (r"200 OK\r\nContent-Length: 100\r\n\r\n{", "read", 0, "RequestTimeout\n"),
+        ("", "start", 20_000_000, "StartUnknown\n"),
+    ],
+    ids=["an answered start", "a read that stalls", "a start that is not read"],
+)
+def test_a_peer_that_says_no_goodbye_keeps_no_socket(  # noqa: PLR0917
+    answer: str, call: str, size: int, printed: str, authority: trustme.CA, tmp_path: Path
+) -> None:
+    """TLS would wait 30 s for its `close_notify`, and a large body for the peer to read it."""
+    answer = f"HTTP/1.1 {answer}" if answer else ""
+    authority.cert_pem.write_to_path(tmp_path / "authority.pem")
+    certificate = authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem
+    certificate.write_to_path(tmp_path / "server.pem")
+    finished = subprocess.run(
+        [sys.executable, "-W", "error", "-c", GOODBYE, answer, call, str(size)],
+        cwd=tmp_path,
+        env=os.environ | {"SSL_CERT_FILE": "authority.pem"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (finished.stdout, finished.stderr) == (printed, "")
+
+
 async def test_ssl_cert_file_is_heeded(
     serve: Callable[..., str], authority: trustme.CA, tmp_path: Path
 ) -> None:

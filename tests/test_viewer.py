@@ -18,11 +18,11 @@ from typing import Any
 
 import aiohttp
 import pytest
+import typer
 
 import promptlayer_exec.viewer
-from promptlayer_exec import ConfigurationError, Node, Session, Snapshot
-from promptlayer_exec.cli._exit import Misuse
-from promptlayer_exec.cli._viewer import TOKEN, _print_url, serve_page
+from promptlayer_exec import Node, Session, Snapshot
+from promptlayer_exec.cli._viewer import TOKEN, _print_url, view
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.viewer import Address, Board, listen, serve
 from promptlayer_exec.viewer._board import Card
@@ -409,31 +409,29 @@ async def test_a_run_is_started_and_followed(sim: Simulator, viewer: Viewer) -> 
     assert [str(run.execution_id) for run in sim.runs[before:]] == [done["execution_id"]]
 
 
-async def view_with(port: int = 0, *, is_demo: bool = False, **settings: Any) -> Any:
-    """Run the command `view`."""
-    given = {"host": "127.0.0.1", "base_url": None, "outage": 1.0, **settings}
-    return await serve_page([], port=port, is_demo=is_demo, **given)
-
-
-async def test_usage_errors_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usage_errors_of_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A missing key, a weak token, a taken port and a missing package are usage errors."""
-    with pytest.raises(ConfigurationError, match="PROMPTLAYER_API_KEY"):
-        await view_with()
+
+    def error_of(port: int = 0, *, is_demo: bool = True, host: str = "127.0.0.1") -> str:
+        with pytest.raises(typer.Exit) as end:
+            view(host=host, port=port, is_demo=is_demo)
+        assert end.value.exit_code == 2
+        return capsys.readouterr().err
+
+    assert "PROMPTLAYER_API_KEY" in error_of(is_demo=False)
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(Misuse, match=r"cannot listen on .* in use; .*--port 0"):
-            await view_with(port, is_demo=True)
-    with pytest.raises(Misuse, match=r"cannot listen on 192\.0\.2\.1, port 0: "):
-        await view_with(is_demo=True, host="192.0.2.1")
+        in_use = error_of(taken.getsockname()[1])
+    assert re.match(r"cannot listen on .* in use; .*--port 0", in_use)
+    assert error_of(host="192.0.2.1").startswith("cannot listen on 192.0.2.1, port 0: ")
     monkeypatch.setenv(TOKEN, "guess me")
-    with pytest.raises(Misuse, match=f"{TOKEN} is too weak"):
-        await view_with(is_demo=True)
+    assert error_of().startswith(f"{TOKEN} is too weak")
     modules = [name for name in sys.modules if name.startswith("promptlayer_exec.viewer")]
     for module in modules:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(Misuse, match=re.escape("pip install 'promptlayer-exec[viewer]'")):
-        await view_with(is_demo=True)
+    assert "pip install 'promptlayer-exec[viewer]'" in error_of()
 
 
 def test_an_address_that_is_not_loopback_prints_a_warning(

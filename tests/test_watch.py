@@ -741,3 +741,16 @@ def test_times_of_nodes_that_are_gone_are_forgotten_in_the_end() -> None:
     assert snapshot.times["stays"].running == 0.0
     assert "Node 1098" in snapshot.times
     assert "Node 1" not in snapshot.times
+
+
+def test_long_names_of_gone_nodes_are_forgotten_sooner() -> None:
+    """A name may fill a whole body."""
+    snapshot: Snapshot | None = None
+    for poll in range(30):
+        name = f"{poll} " + "x" * 100_000
+        reply = Reply(
+            NodeMap(False, FrozenMap({name: Node(name, "RUNNING")}), {}), 0, 0.0, 0.0, None
+        )
+        snapshot = take_snapshot(7, reply, elapsed=float(poll), previous=snapshot)
+    assert snapshot is not None
+    assert sum(map(len, snapshot.times)) < 1_200_000

@@ -53,14 +53,18 @@ def main_output(body, status=200):
     return read_main_output(Response(status, body), 787)
 
 
-@pytest.mark.parametrize(("flag", "word"), [(True, "true"), (False, "false")])
-def test_results_request(flag, word):
+@pytest.mark.parametrize(
+    ("flag", "word", "headers"),
+    [(True, "true", {}), (False, "false", {"Accept-Encoding": "identity"})],
+)
+def test_results_request(flag, word, headers):
     """The results are one GET; booleans are sent as true and false."""
     assert results_request(787, return_all_outputs=flag) == Request(
         "GET",
         "/workflow-version-execution-results"
         f"?workflow_version_execution_id=787&return_all_outputs={word}",
         787,
+        headers=headers,
     )
 
 

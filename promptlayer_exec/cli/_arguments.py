@@ -19,12 +19,12 @@ MAX_ID = 2**63 - 1
 _STDIN = "-"
 
 
-def seconds(value: float) -> float:
-    """Return the value of an option in seconds.
+def seconds(text: str) -> Any:
+    """Return an option in seconds with a help text."""
+    return typer.Option(metavar="SECONDS", callback=_check_seconds, help=text)
 
-    Raises:
-        typer.BadParameter: it is negative, infinite or not a number.
-    """
+
+def _check_seconds(value: float) -> float:
     if not 0 <= value < math.inf:
         raise typer.BadParameter("must be a number of seconds, 0 or more")
     return value
@@ -43,12 +43,7 @@ BaseUrl = Annotated[
     ),
 ]
 Outage = Annotated[
-    float,
-    typer.Option(
-        metavar="SECONDS",
-        callback=seconds,
-        help="Maximum time to keep retrying while the server is unreachable or failing.",
-    ),
+    float, seconds("Maximum time to keep retrying while the server is unreachable or failing.")
 ]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[
@@ -64,11 +59,7 @@ def listen_failure(host: str, port: int, error: OSError | UnicodeError) -> str:
 
 
 def read_inputs(arguments: Iterable[str]) -> dict[str, Any]:
-    """Return the input variables given with `--input`; the last value of a key wins.
-
-    Raises:
-        typer.BadParameter: an argument is malformed, or its file cannot be read.
-    """
+    """Return the input variables given with `--input`; the last value of a key wins."""
     parts = [_split(argument) for argument in arguments]
     if sum(part[1:] == ("@", _STDIN) for part in parts) > 1:
         _refuse("standard input can be read only once; use @- only once")
@@ -84,11 +75,7 @@ def read_inputs(arguments: Iterable[str]) -> dict[str, Any]:
 
 
 def read_metadata(arguments: Iterable[str]) -> dict[str, str]:
-    """Return the texts given with `--metadata`; the last text of a key wins.
-
-    Raises:
-        typer.BadParameter: an argument is not `KEY=TEXT`.
-    """
+    """Return the texts given with `--metadata`; the last text of a key wins."""
     metadata = {}
     for argument in arguments:
         _check_encoding(argument, "--metadata")
@@ -146,19 +133,15 @@ def _read_object(path: str) -> dict[str, Any]:
 
 
 def _read_text(path: str) -> str:
+    if path == _STDIN and sys.stdin is None:
+        _refuse("cannot read standard input: it is closed")
     try:
-        data = _read_stdin() if path == _STDIN else Path(path).read_bytes()
+        data = sys.stdin.buffer.read() if path == _STDIN else Path(path).read_bytes()
         return data.decode("utf-8-sig")
     except OSError as error:
         _refuse(f"cannot read {_file_name(path)}: {error.strerror or error}")
     except UnicodeDecodeError as error:
         _refuse(f"{_file_name(path)} is not UTF-8 text: byte {error.start + 1} is invalid")
-
-
-def _read_stdin() -> bytes:
-    if sys.stdin is None:
-        raise OSError("it is closed")
-    return sys.stdin.buffer.read()
 
 
 def _check_encoding(argument: str, option: str = "--input") -> None:

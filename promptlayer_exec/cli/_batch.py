@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import Coroutine
 from contextlib import aclosing, closing
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +20,7 @@ from promptlayer_exec.cli._arguments import BaseUrl, JsonLines, Outage
 from promptlayer_exec.cli._batch_files import ItemFile, ResultFile
 from promptlayer_exec.cli._batch_progress import (
     BatchProgress,
-    FailureSummary,
+    failure_lines,
     item_count,
     status_line,
 )
@@ -29,7 +30,7 @@ from promptlayer_exec.cli._stdio import err, out
 from promptlayer_exec.cli._text import printable
 
 if TYPE_CHECKING:
-    from promptlayer_exec.dbos import Batch, StoredOutcome
+    from promptlayer_exec.dbos import Batch
 
 _REFRESH_INTERVAL = 0.25
 _SQLITE = "sqlite:///"
@@ -46,6 +47,10 @@ def _positive(value: float) -> float:
     if not 0 < value < math.inf:
         raise typer.BadParameter("must be a number greater than 0")
     return value
+
+
+def _name_option(default: str) -> Any:
+    return typer.Option(metavar="NAME", help="Name of the batch.", show_default=default)
 
 
 _Database = Annotated[
@@ -106,12 +111,7 @@ def _run(
             show_default="standard output",
         ),
     ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Name of the batch.", show_default="FILE without its suffix"
-        ),
-    ] = None,
+    name: Annotated[str | None, _name_option("FILE without its suffix")] = None,
     database: _Database = _DEFAULT_DATABASE,
     max_in_flight: _MaxInFlight = 100,
     rate: _Rate = 100,
@@ -153,20 +153,18 @@ def _run(
             subject.note = _NOTE
             known = f", {items.count - new} already known" if new < items.count else ""
             err(f"batch {printable(batch_name)}: {item_count(items.count)}{known}")
-            if await _has_nothing_to_do(batch, settings):
+            status = await batch.status()
+            restarted = status.unknown if restart_unknown else 0
+            if status.finished - restarted == status.total:
                 err("all of them have already finished: to run them again, use another --name")
-            await _work_on(batch, result_file)
-        return await _summarize(batch_name, batch)
+            return await _work_on(batch_name, batch, result_file)
 
     raise typer.Exit(run_command(work(), subject))
 
 
 @batch_app.command("work", epilog=_EPILOG)
 def _work(
-    name: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Name of the batch.", show_default="the only batch"),
-    ] = None,
+    name: Annotated[str | None, _name_option("the only batch")] = None,
     database: _Database = _DEFAULT_DATABASE,
     max_in_flight: _MaxInFlight = 100,
     rate: _Rate = 100,
@@ -187,19 +185,14 @@ def _work(
     async def work() -> ExitCode:
         chosen = _choose(name, await _names(database))
         subject.note = _NOTE
-        batch = _batch(chosen, settings)
-        await _work_on(batch)
-        return await _summarize(chosen, batch)
+        return await _work_on(chosen, _batch(chosen, settings))
 
     raise typer.Exit(run_command(work(), subject))
 
 
 @batch_app.command("status")
 def _status(
-    name: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Name of the batch.", show_default="all batches"),
-    ] = None,
+    name: Annotated[str | None, _name_option("all batches")] = None,
     database: _Database = _DEFAULT_DATABASE,
     *,
     as_json: JsonLines = False,
@@ -217,27 +210,18 @@ def _status(
     raise typer.Exit(run_command(work(), Subject()))
 
 
-async def _has_nothing_to_do(batch: Batch, settings: Settings) -> bool:
-    status = await batch.status()
-    restarted = status.unknown if settings.restart_unknown else 0
-    return status.finished - restarted == status.total
-
-
 def _dbos() -> ModuleType:
     try:
         from promptlayer_exec import dbos  # noqa: PLC0415 - an extra
     except ModuleNotFoundError as error:
-        raise Misuse(
-            "batches need the extra dbos: pip install 'promptlayer-exec[cli,dbos]'"
-        ) from error
+        what = "batches need the extra dbos: pip install 'promptlayer-exec[cli,dbos]'"
+        raise Misuse(what) from error
     return dbos
 
 
 def _batch(name: str, settings: Settings) -> Batch:
-    def session() -> Session:
-        retry = RetryPolicy(outage=settings.outage, watch_outage=settings.outage)
-        return open_session(settings.base_url, retry)
-
+    retry = RetryPolicy(outage=settings.outage, watch_outage=settings.outage)
+    session = partial(open_session, settings.base_url, retry)
     session()  # reports a missing key before anything is stored
     batch: Batch = _dbos().Batch(
         name,
@@ -272,27 +256,31 @@ def _choose(name: str | None, names: list[str]) -> str:
     raise Misuse(f"{what}; batches in the database: {known}")
 
 
-async def _work_on(batch: Batch, results: ResultFile | None = None) -> None:
-    """Work on a batch until all of its items have finished, and show its progress."""
+async def _work_on(name: str, batch: Batch, results: ResultFile | None = None) -> ExitCode:
+    """Work on a batch until all of its items have finished, show its progress, and sum it up."""
     progress = BatchProgress()
+    works: list[Coroutine[Any, Any, object]] = [batch.work(), _follow(batch, progress)]
+    if results is not None:
+        works.append(_write(batch, results))
     with progress.shown():
-        works = [batch.work(), _follow(batch, progress)]
-        if results is not None:
-            works.append(_write(batch.outcomes(), results))
-        await _run_together(*works)
-
-
-async def _run_together(*works: Coroutine[Any, Any, object]) -> None:
-    """Run coroutines at the same time; if one fails, cancel the others and raise its error."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    for task in done:
-        task.result()
+        tasks = [asyncio.create_task(work) for work in works]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+    async with aclosing(batch.outcomes()) as outcomes:
+        failures = await failure_lines(outcomes)
+    status = await batch.status()
+    for line in (status_line(name, status), *failures):
+        err(line)
+    if status.unknown:
+        err(
+            "unknown: these runs may have started and be billed: look in PromptLayer, then start"
+            " them again with --restart-unknown, or leave them"
+        )
+    return ExitCode.SUCCEEDED if status.succeeded == status.total else ExitCode.FAILED
 
 
 async def _follow(batch: Batch, progress: BatchProgress) -> None:
@@ -304,24 +292,7 @@ async def _follow(batch: Batch, progress: BatchProgress) -> None:
         await asyncio.sleep(_REFRESH_INTERVAL)
 
 
-async def _write(outcomes: AsyncGenerator[StoredOutcome, None], file: ResultFile) -> None:
-    async with aclosing(outcomes):
-        async for outcome in outcomes:
-            file.write(outcome)
-
-
-async def _summarize(name: str, batch: Batch) -> ExitCode:
-    failures = FailureSummary()
+async def _write(batch: Batch, file: ResultFile) -> None:
     async with aclosing(batch.outcomes()) as outcomes:
         async for outcome in outcomes:
-            failures.add(outcome)
-    status = await batch.status()
-    err(status_line(name, status))
-    for line in failures.lines():
-        err(line)
-    if status.unknown:
-        err(
-            "unknown: these runs may have started and be billed: look in PromptLayer, then start"
-            " them again with --restart-unknown, or leave them"
-        )
-    return ExitCode.SUCCEEDED if status.succeeded == status.total else ExitCode.FAILED
+            file.write(outcome)

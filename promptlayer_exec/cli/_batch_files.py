@@ -32,34 +32,22 @@ class InvalidLine(Exception):
 
 
 class ItemFile:
-    """The items in a file of JSON Lines. Each iteration reads the file again.
+    """The items in a file of JSON Lines, checked first. Each iteration reads the file again.
 
-    Args:
-        path: the file.
-        workflow: the workflow of lines that name none.
-
-    Attributes:
-        count: how many items there are.
-
-    Raises:
-        Misuse: the file cannot be read, or has invalid lines, which were reported.
+    `workflow` is the workflow of lines that name none.
     """
 
     def __init__(self, path: Path, workflow: str | None) -> None:
         self._path = path
         self._name = printable(str(path))
         self._workflow = workflow
-        self.count = 0
-        self._check()
-
-    def _check(self) -> None:
-        if self._path.is_fifo() or self._path.is_char_device():
+        if path.is_fifo() or path.is_char_device():
             raise Misuse(f"{self._name} is read twice: write the items to a regular file first")
         problems = []
         first_lines: dict[str, int] = {}
         for number, text in self._lines():
             try:
-                request = _request(number, text, self._workflow)
+                request = _request(number, text, workflow)
             except InvalidLine as error:
                 problems.append(f"line {number}: {error}")
                 continue
@@ -67,15 +55,15 @@ class ItemFile:
             if first != number:
                 key = shorten(printable(request.key), 100)
                 problems.append(f"line {number}: the key '{key}' is already used in line {first}")
-            self.count += 1
+        for problem in problems[:_MAX_SHOWN]:
+            err(problem)
         if problems:
-            for problem in problems[:_MAX_SHOWN]:
-                err(problem)
             count = f"{len(problems)} invalid line{'s' * (len(problems) > 1)}"
             shown = f", {_MAX_SHOWN} of them shown" if len(problems) > _MAX_SHOWN else ""
             raise Misuse(f"{self._name} has {count}{shown}; nothing was added")
-        if not self.count:
+        if not first_lines:
             raise Misuse(f"{self._name} has no items")
+        self.count = len(first_lines)
 
     def __iter__(self) -> Iterator[StartRequest]:
         for number, text in self._lines():
@@ -93,11 +81,7 @@ class ItemFile:
 
 
 def _request(number: int, text: bytes, workflow: str | None) -> StartRequest:
-    """Return the item of a line.
-
-    Raises:
-        InvalidLine: the line is not an item.
-    """
+    """Return the item of a line, or raise `InvalidLine`."""
     fields = _fields(text)
     for name, value in fields.items():
         if name not in _FIELDS:
@@ -110,19 +94,12 @@ def _request(number: int, text: bytes, workflow: str | None) -> StartRequest:
         raise InvalidLine('"metadata" must be an object of strings')
     if "label" in fields and "version" in fields:
         raise InvalidLine('use "label" or "version", not both')
-    workflow = fields.get("workflow", workflow)
-    if workflow is None or workflow == "":
+    request = StartRequest(**({"workflow": workflow, "key": str(number)} | fields))
+    if request.workflow in (None, ""):
         raise InvalidLine('"workflow" is missing, and --workflow is not given')
-    if fields.get("key") == "":
+    if not request.key:
         raise InvalidLine('"key" must not be empty')
-    return StartRequest(
-        workflow,
-        fields.get("inputs", {}),
-        label=fields.get("label"),
-        version=fields.get("version"),
-        metadata=fields.get("metadata"),
-        key=fields.get("key", str(number)),
-    )
+    return request
 
 
 def _fields(text: bytes) -> dict[str, Any]:
@@ -145,28 +122,21 @@ def _refuse_constant(constant: str) -> NoReturn:
 
 
 class ResultFile:
-    """The results, one a line: a file that is continued, or standard output.
-
-    Args:
-        path: the file; None stands for standard output.
-
-    Raises:
-        Misuse: the file cannot be written, or contains something else.
-    """
+    """The results, one a line: a file that is continued, or standard output for no path."""
 
     def __init__(self, path: Path | None) -> None:
-        self._path = path
+        self._name = printable(str(path))
         self._file: IO[bytes] | None = None
         self._written: set[tuple[str, str]] = set()
         if path is not None:
             try:
-                self._file = path.open("a+b")
-                self._continue(path, self._file)
+                with path.open("a+b") as file:
+                    self._continue(file)
+                self._file = path.open("ab")
             except OSError as error:
-                self.close()
                 raise self._misuse(error) from error
 
-    def _continue(self, path: Path, file: IO[bytes]) -> None:
+    def _continue(self, file: IO[bytes]) -> None:
         """Record what the file contains, and cut off an incomplete last line."""
         file.seek(0)
         end = 0
@@ -174,8 +144,7 @@ class ResultFile:
             try:
                 outcome = _parse_result(line)
             except (ValueError, TypeError, KeyError) as error:
-                self.close()
-                where = f"{printable(str(path))}, line {number}"
+                where = f"{self._name}, line {number}"
                 raise Misuse(f"{where}, is not a result; the file is unchanged") from error
             if outcome is None:
                 break
@@ -202,18 +171,11 @@ class ResultFile:
             self._file.close()
 
     def _misuse(self, error: OSError) -> Misuse:
-        return Misuse(f"cannot write to {printable(str(self._path))}: {error.strerror or error}")
+        return Misuse(f"cannot write to {self._name}: {error.strerror or error}")
 
 
 def _parse_result(line: bytes) -> tuple[str, str] | None:
-    """Return the key and the finishing time of a result.
-
-    Returns:
-        None if the line is incomplete, because the process that wrote it was killed.
-
-    Raises:
-        ValueError, TypeError, KeyError: the line is not a result.
-    """
+    """Return the key and the finishing time of a result; None if a kill cut it off."""
     is_whole = line.endswith(b"\n")
     try:
         fields = json.loads(line)

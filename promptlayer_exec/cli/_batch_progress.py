@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import AsyncIterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -23,33 +23,37 @@ _RATE_WINDOW = 30.0
 _LINE_INTERVAL = 10.0
 
 
-class BatchProgress:
-    """Shows the progress on standard error: a bar on a terminal, otherwise a line at times."""
+class BatchProgress(logging.Handler):
+    """Shows the progress on standard error: a bar on a terminal, otherwise a line at times.
+
+    It also shows warnings of the log. An outage is one warning, however many requests fail in it.
+    """
 
     def __init__(self) -> None:
+        super().__init__(logging.WARNING)
         self._history: deque[tuple[float, int]] = deque()
         self._printed_at = time.monotonic()
         console = Console(stderr=True)
-        self._bar: Progress | None = None
-        if sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal:
-            columns = (BarColumn(), TextColumn("{task.description}"))
-            self._bar = Progress(*columns, console=console)
-            self._task = self._bar.add_task("starting", total=None)
+        columns = (BarColumn(), TextColumn("{task.description}"))
+        disable = not (sys.stderr.isatty() and console.is_interactive)
+        self._bar = Progress(*columns, console=console, disable=disable)
+        self._task = self._bar.add_task("starting", total=None)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Show the bar, and the warnings of the log, in this context."""
-        log, handler = logging.getLogger("promptlayer_exec"), _LogHandler(self)
-        log.addHandler(handler)
+        log = logging.getLogger("promptlayer_exec")
+        log.addHandler(self)
         try:
-            with nullcontext() if self._bar is None else self._bar:
+            with nullcontext() if self._bar.disable else self._bar:
                 yield
         finally:
-            log.removeHandler(handler)
+            log.removeHandler(self)
 
-    def warn(self, text: str) -> None:
-        """Show a problem."""
-        if self._bar is None:
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show a warning."""
+        text = printable(record.getMessage())
+        if self._bar.disable:
             err(text)
         else:
             self._bar.console.print(text, style="yellow", markup=False, highlight=False)
@@ -60,11 +64,9 @@ class BatchProgress:
         self._history.append((now, status.finished))
         while now - self._history[0][0] > _RATE_WINDOW:
             self._history.popleft()
-        text = self._text(status)
-        if self._bar is not None:
-            done = status.finished
-            self._bar.update(self._task, total=status.total, completed=done, description=text)
-        elif now - self._printed_at >= _LINE_INTERVAL:
+        text, done = self._text(status), status.finished
+        self._bar.update(self._task, total=status.total, completed=done, description=text)
+        if self._bar.disable and now - self._printed_at >= _LINE_INTERVAL:
             self._printed_at = now
             err(text)
 
@@ -81,37 +83,18 @@ class BatchProgress:
         return ", ".join(parts)
 
 
-class _LogHandler(logging.Handler):
-    """Shows warnings of the log. An outage is one warning, however many requests fail in it."""
-
-    def __init__(self, progress: BatchProgress) -> None:
-        super().__init__(logging.WARNING)
-        self._progress = progress
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._progress.warn(printable(record.getMessage()))
-
-
-class FailureSummary:
-    """Counts the errors of a batch by type, and keeps an example of each."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._examples: dict[str, str] = {}
-
-    def add(self, outcome: StoredOutcome) -> None:
-        """Count the error of an outcome, if it has one."""
+async def failure_lines(outcomes: AsyncIterable[StoredOutcome]) -> list[str]:
+    """Return a line with an example for each type of error, the most frequent first."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    async for outcome in outcomes:
         if outcome.error is not None:
-            self._counts[outcome.error.type] += 1
+            counts[outcome.error.type] += 1
             example = f"{outcome.key}: {outcome.error.message}"
-            self._examples.setdefault(outcome.error.type, shorten(printable(example), 160))
-
-    def lines(self) -> list[str]:
-        """Return a line for each type, the most frequent first."""
-        return [
-            f"  {count} {kind}, for example {self._examples[kind]}"
-            for kind, count in self._counts.most_common()
-        ]
+            examples.setdefault(outcome.error.type, shorten(printable(example), 160))
+    return [
+        f"  {count} {kind}, for example {examples[kind]}" for kind, count in counts.most_common()
+    ]
 
 
 def status_line(name: str, status: BatchStatus) -> str:

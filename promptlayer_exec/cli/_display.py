@@ -13,10 +13,10 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from promptlayer_exec import Node, NodeStatus, Snapshot
+from promptlayer_exec import NodeStatus, Snapshot
 from promptlayer_exec.cli._stdio import err, out
 from promptlayer_exec.cli._text import (
     duration,
@@ -28,7 +28,7 @@ from promptlayer_exec.cli._text import (
     running_time,
 )
 
-_STYLES = {
+_STYLES: dict[str, str] = {
     NodeStatus.QUEUED: "dim",
     NodeStatus.RUNNING: "yellow",
     NodeStatus.SUCCESS: "green",
@@ -81,11 +81,7 @@ class JsonDisplay(_LineDisplay):
 
 
 class LiveDisplay:
-    """A table of all nodes under a progress line, redrawn in place.
-
-    Args:
-        console: the terminal.
-    """
+    """A table of all nodes under a progress line, redrawn in place."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -105,14 +101,11 @@ class LiveDisplay:
         try:
             yield
         finally:
-            self._end()
-
-    def _end(self) -> None:
-        self._warning = ""
-        self._live.transient = self._snapshot is None
-        self._live.stop()
-        if self._snapshot is not None and self._snapshot.complete:
-            self._console.print("", *_summary(self._snapshot), sep="\n", soft_wrap=True)
+            self._warning = ""
+            self._live.transient = self._snapshot is None
+            self._live.stop()
+            if self._snapshot is not None and self._snapshot.complete:
+                self._console.print("", *_summary(self._snapshot), sep="\n", soft_wrap=True)
 
     def show(self, snapshot: Snapshot) -> None:
         """Replace the snapshot shown before."""
@@ -144,16 +137,13 @@ def choose_display(*, as_json: bool) -> Display:
     if as_json:
         return JsonDisplay()
     console = Console()
-    if sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal:
-        return LiveDisplay(console)
-    return PlainDisplay()
+    is_live = sys.stdout.isatty() and console.is_interactive
+    return LiveDisplay(console) if is_live else PlainDisplay()
 
 
 def _progress_line(snapshot: Snapshot, now: float) -> Table:
     # Above the table: a terminal with too few lines cuts off the bottom.
-    grid = Table.grid(padding=(0, 1))
-    for max_width in (None, _BAR_WIDTH, None, None):
-        grid.add_column(max_width=max_width)
+    grid = Table.grid("", Column(max_width=_BAR_WIDTH), "", "", padding=(0, 1))
     grid.add_row(
         Text(f"execution {snapshot.execution_id}", style="bold", no_wrap=True),
         ProgressBar(total=1.0, completed=snapshot.progress),
@@ -164,34 +154,23 @@ def _progress_line(snapshot: Snapshot, now: float) -> Table:
 
 
 def node_table(snapshot: Snapshot, now: float | None = None) -> Table:
-    """Return a table of all nodes, in the server's order.
-
-    Args:
-        snapshot: the nodes.
-        now: the current time, in seconds since the watch began; None omits the running times.
-    """
+    """Return a table of all nodes, in the server's order, without times if `now` is None."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for heading in ("Node", "Status", *([] if now is None else ["Time"]), "Value"):
         table.add_column(heading, justify="right" if heading == "Time" else "left")
     for node in snapshot.nodes.values():
-        times = []
-        if now is not None:
-            times.append(Text(running_time(snapshot.times[node.name], now), no_wrap=True))
+        failed = node.status == NodeStatus.FAILED
         table.add_row(
             _cell(printable(node.name)),
-            _cell(printable(node.status), _style(node)),
-            *times,
-            _cell(node_detail(node), "red" if node.status == NodeStatus.FAILED else ""),
+            _cell(printable(node.status), _STYLES.get(node.status, "magenta")),
+            *([] if now is None else [_cell(running_time(snapshot.times[node.name], now))]),
+            _cell(node_detail(node), "red" if failed else ""),
         )
     return table
 
 
-def _style(node: Node) -> str:
-    return _STYLES[node.status] if isinstance(node.status, NodeStatus) else "magenta"
-
-
 def _cell(text: str, style: str = "") -> Text:
-    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
+    return Text(text, style=style, no_wrap=True)  # a column cuts it off with an ellipsis
 
 
 def _summary(snapshot: Snapshot) -> list[Text]:

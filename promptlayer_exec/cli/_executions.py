@@ -19,7 +19,6 @@ from promptlayer_exec import (
     Session,
     SessionClosed,
     Snapshot,
-    StartRequest,
     StartUnknown,
 )
 from promptlayer_exec.cli._arguments import (
@@ -36,13 +35,7 @@ from promptlayer_exec.cli._display import Display, choose_display, node_table
 from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, run_command
 from promptlayer_exec.cli._session import demo_session, open_session
 from promptlayer_exec.cli._stdio import OutputFailed, err, out
-from promptlayer_exec.cli._text import (
-    failure_reason,
-    final_count,
-    printable,
-    result_line,
-    shorten,
-)
+from promptlayer_exec.cli._text import failure_reason, final_count, printable, result_line, shorten
 from promptlayer_exec.cli._workflows import support_agent
 from promptlayer_exec.simulator import Simulator
 
@@ -105,12 +98,7 @@ def run(
         ),
     ] = True,
     timeout: Annotated[
-        float,
-        typer.Option(
-            metavar="SECONDS",
-            callback=seconds,
-            help="Maximum time to wait for the start, and then for the execution.",
-        ),
+        float, seconds("Maximum time to wait for the start, and then for the execution.")
     ] = 3600,
     as_json: JsonLines = False,
     base_url: BaseUrl = None,
@@ -143,25 +131,34 @@ def run(
     """  # noqa: D301 - \b is Typer's mark for preformatted text
     if label is not None and version is not None:
         raise typer.BadParameter("use only one of them", param_hint="'--label' / '--version'")
-    request = StartRequest(
-        workflow,
-        read_inputs(inputs),
-        label=label,
-        version=version,
-        metadata=read_metadata(metadata) or None,
-    )
+    variables = read_inputs(inputs)
+    texts = read_metadata(metadata) or None
     display = choose_display(as_json=as_json)
     subject = Subject(base_url=base_url, resumable=True, note="no run was started")
 
     async def work() -> ExitCode:
         retry = RetryPolicy(outage=outage, watch_outage=outage)
-        session = open_session(base_url, retry, display.warn, wait_timeout=timeout)
-        async with session:
-            execution = await _start(session, request, display, subject)
+        async with open_session(base_url, retry, display.warn, wait_timeout=timeout) as session:
+            starting = asyncio.create_task(
+                session.start(workflow, variables, label=label, version=version, metadata=texts)
+            )
+            try:
+                with display.waiting(f"workflow {shorten(printable(workflow), 40)}: starting"):
+                    await asyncio.wait([starting])
+            except asyncio.CancelledError:
+                await _finish_start(session, starting, subject)
+                raise
+            try:
+                execution = starting.result()
+            except (TypeError, ValueError) as error:
+                raise Misuse(str(error)) from error
+            subject.execution_id = execution.id
+            if execution.warning:
+                err(f"warning: {printable(execution.warning)}")
             if not watched:
                 _print_id(execution, as_json=as_json)
                 return ExitCode.SUCCEEDED
-            _report_start(execution)
+            err(f"execution {execution.id} started")
             snapshot = await _follow(execution, display, timeout)
         if not snapshot.succeeded:
             return ExitCode.FAILED
@@ -175,42 +172,8 @@ def _print_id(execution: Execution, *, as_json: bool) -> None:
     try:
         out(json.dumps({"execution_id": str(execution.id)}) if as_json else str(execution.id))
     except OutputFailed:
-        _report_start(execution)
+        err(f"execution {execution.id} started")
         raise
-
-
-def _report_start(execution: Execution) -> None:
-    err(f"execution {execution.id} started")
-
-
-async def _start(
-    session: Session, request: StartRequest, display: Display, subject: Subject
-) -> Execution:
-    starting = asyncio.create_task(
-        session.start(
-            request.workflow,
-            request.inputs,
-            label=request.label,
-            version=request.version,
-            metadata=request.metadata,
-        )
-    )
-    try:
-        with display.waiting(f"workflow {shorten(printable(str(request.workflow)), 40)}: starting"):
-            await asyncio.wait([starting])
-    except asyncio.CancelledError:
-        await _finish_start(session, starting, subject)
-        raise
-    try:
-        execution = starting.result()
-    except PromptLayerExecError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise Misuse(str(error)) from error
-    subject.execution_id = execution.id
-    if execution.warning:
-        err(f"warning: {printable(execution.warning)}")
-    return execution
 
 
 async def _finish_start(
@@ -237,10 +200,7 @@ async def _finish_start(
 
 def watch(
     execution_id: ExecutionId,
-    timeout: Annotated[
-        float,
-        typer.Option(metavar="SECONDS", callback=seconds, help="Maximum time to wait."),
-    ] = 3600,
+    timeout: Annotated[float, seconds("Maximum time to wait.")] = 3600,
     as_json: JsonLines = False,
     base_url: BaseUrl = None,
     outage: Outage = 600,
@@ -314,55 +274,40 @@ def results(
         async with open_session(base_url, RetryPolicy(outage=outage), err) as session:
             execution = session.execution(execution_id)
             snapshot = await execution.snapshot()
-            if all_nodes:
-                _print_nodes(snapshot, as_json=as_json)
+            if all_nodes and (as_json or not sys.stdout.isatty()):
+                out(json.dumps(snapshot.to_dict()))
+            elif all_nodes:
+                Console().print(node_table(snapshot))
             if not snapshot.complete:
                 state = f"not complete yet, {final_count(snapshot)} nodes are final"
                 command = subject.command("watch")
                 err(f"execution {execution_id} is {state}; follow it with:\n  {command}")
                 return ExitCode.TIMED_OUT
             if not snapshot.succeeded:
-                _report_failure(snapshot)
+                for node in snapshot.failed_nodes:
+                    reason = printable(failure_reason(node), keep="\n\t")
+                    err(f"{printable(node.name)}: {reason}")
+                err(result_line(snapshot, timed=False))
                 return ExitCode.FAILED
-            if all_nodes:
-                return ExitCode.SUCCEEDED
-            return await _print_main_output(execution, as_json=as_json)
+            if not all_nodes:
+                try:
+                    _print_output(await execution.output(), as_json=as_json)
+                except ExecutionFailed as error:
+                    why = printable(error.args[0])
+                    err(f"execution {execution_id}: {why}; --all shows its nodes")
+                    return ExitCode.FAILED
+            return ExitCode.SUCCEEDED
 
     raise typer.Exit(run_command(work(), subject, as_json=as_json and all_nodes))
 
 
-def _print_nodes(snapshot: Snapshot, *, as_json: bool) -> None:
-    if as_json or not sys.stdout.isatty():
-        out(json.dumps(snapshot.to_dict()))
-    else:
-        Console().print(node_table(snapshot))
-
-
-def _report_failure(snapshot: Snapshot) -> None:
-    for node in snapshot.failed_nodes:
-        reason = printable(failure_reason(node), keep="\n\t")
-        err(f"{printable(node.name)}: {reason}")
-    err(result_line(snapshot, timed=False))
-
-
-async def _print_main_output(execution: Execution, *, as_json: bool) -> ExitCode:
-    try:
-        value = await execution.output()
-    except ExecutionFailed as error:
-        err(f"execution {execution.id}: {printable(error.args[0])}; --all shows its nodes")
-        return ExitCode.FAILED
-    _print_output(value, as_json=as_json)
-    return ExitCode.SUCCEEDED
-
-
 def _print_output(value: Any, *, as_json: bool = False) -> None:
     """Print a string as it is, and any other value as JSON."""
-    if as_json:
-        out(json.dumps(value))
-    elif not sys.stdout.isatty():
-        out(value if isinstance(value, str) else json.dumps(value))
+    is_text = isinstance(value, str) and not as_json
+    if as_json or not sys.stdout.isatty():
+        out(value if is_text else json.dumps(value))
     else:
-        text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
+        text = value if is_text else json.dumps(value, indent=2, ensure_ascii=False)
         out(printable(text, keep="\n\t"))
 
 

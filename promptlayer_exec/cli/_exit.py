@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Coroutine
 from enum import IntEnum
 from types import FrameType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import attrs
 
@@ -28,24 +28,21 @@ from promptlayer_exec.cli._stdio import OutputFailed, discard_output, err, out
 from promptlayer_exec.cli._text import printable
 
 PROGRAM = "promptlayer-exec"
-_T = TypeVar("_T")
-_ENVIRONMENT = """\
+_HELP_EPILOG = """\
 \b
 Environment:
   PROMPTLAYER_API_KEY  the API key; it cannot be given as an option
+
+\b
+Exit codes:
 """
 
 
 class ExitCode(IntEnum):
-    """The exit codes, with their descriptions.
-
-    Attributes:
-        description: what the code means for a command on one execution.
-        batch_description: what it means for a `batch` command; empty if they do not use it.
-    """
+    """The exit codes, with their descriptions in the help texts."""
 
     description: str
-    batch_description: str
+    batch_description: str  # empty if no `batch` command uses the code
 
     SUCCEEDED = 0, "the execution succeeded", "every item succeeded"
     FAILED = 1, "the execution failed", "some items failed or are unknown"
@@ -74,7 +71,7 @@ def help_epilog(*, batch: bool = False) -> str:
     """Return the end of a help text: where the key comes from, and the exit codes."""
     texts = {code: code.batch_description if batch else code.description for code in ExitCode}
     lines = [f"  {code.value:<3}  {text}" for code, text in texts.items() if text]
-    return "\n".join([_ENVIRONMENT, "\b", "Exit codes:", *lines])
+    return _HELP_EPILOG + "\n".join(lines)
 
 
 class Misuse(Exception):
@@ -103,19 +100,12 @@ _EXIT_CODES: dict[type[Exception], ExitCode] = {
 
 @attrs.define
 class Subject:
-    """What a command works on; the report of its error names it.
+    """What a command works on; the report of its error names it."""
 
-    Attributes:
-        execution_id: the execution, as soon as it is known.
-        base_url: the server, if it was given as an option.
-        resumable: whether the report shows how to watch the execution again.
-        note: what an error says in addition while there is no execution.
-    """
-
-    execution_id: int | None = None
-    base_url: str | None = None
-    resumable: bool = False
-    note: str = ""
+    execution_id: int | None = None  # as soon as it is known
+    base_url: str | None = None  # if it was given as an option
+    resumable: bool = False  # whether the report shows how to watch the execution again
+    note: str = ""  # what an error says in addition while there is no execution
 
     def command(self, name: str) -> str:
         """Return a command on the execution, for the user to type."""
@@ -128,37 +118,28 @@ def run_command(
 ) -> ExitCode:
     """Run the work of a command, report its error if it fails, and return the exit code.
 
-    Args:
-        work: returns the exit code. SIGINT and SIGTERM cancel it.
-        subject: what the command works on.
-        as_json: whether an error is also written to standard output, as a line of JSON.
+    With `as_json`, the error is also written to standard output, as a line of JSON.
     """
+
+    async def run() -> ExitCode:
+        # Reported inside the loop: closing it takes long while a host name is being resolved.
+        try:
+            return await _until_signal(work)
+        except tuple(_EXIT_CODES) as error:
+            return _report(error, subject, as_json=as_json)
+
     try:
-        return asyncio.run(_run_command(work, subject, as_json=as_json))
+        return asyncio.run(run())
     except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - Typer hides some
         return report_crash(error)
 
 
-async def _run_command(
-    work: Coroutine[Any, Any, ExitCode], subject: Subject, *, as_json: bool
-) -> ExitCode:
-    # Reported inside the loop: closing it takes long while a host name is being resolved.
-    try:
-        return await _until_signal(work)
-    except tuple(_EXIT_CODES) as error:
-        return _report(error, subject, as_json=as_json)
-
-
-async def _until_signal(work: Coroutine[Any, Any, _T]) -> _T:
+async def _until_signal(work: Coroutine[Any, Any, ExitCode]) -> ExitCode:
     """Await the work; cancel it at the first signal, and exit the process at the second.
 
     These handlers run between any two instructions, even while standard output blocks. Handlers
     of the event loop do not, and closing the loop would restore KeyboardInterrupt, which could
     interrupt the closing of the loop or of a session and make it hang.
-
-    Raises:
-        Interrupted: SIGINT cancelled the work.
-        Terminated: SIGTERM cancelled the work.
     """
     loop = asyncio.get_running_loop()
     task = loop.create_task(work)
@@ -197,27 +178,21 @@ def _report(error: Exception, subject: Subject, *, as_json: bool) -> ExitCode:
         message = f"{message.rstrip('.')}; {subject.note}"
     message = printable(message)
     err(message)
-    can_go_on = code is not ExitCode.USAGE and not _is_permanent(error)
-    if execution_id is not None and subject.resumable and can_go_on:
-        command = subject.command("watch")
-        err(f"execution {execution_id} is not affected; pick it up again with:\n  {command}")
-    if as_json:
-        fields = {
-            "type": type(error).__name__,
-            "message": message,
-            "execution_id": None if execution_id is None else str(execution_id),
-        }
-        out(json.dumps({"error": fields}))
-    return code
-
-
-def _is_permanent(error: Exception) -> bool:
-    """Return whether the server refused the id or the key itself, so that a retry cannot help."""
-    return (
+    # The server refused the id or the key itself, so that a retry cannot help.
+    is_permanent = (
         isinstance(error, StatusError)
         and error.last_snapshot is None
         and error.status not in RetryPolicy().statuses
     )
+    can_go_on = code is not ExitCode.USAGE and not is_permanent
+    if execution_id is not None and subject.resumable and can_go_on:
+        command = subject.command("watch")
+        err(f"execution {execution_id} is not affected; pick it up again with:\n  {command}")
+    if as_json:
+        id_text = None if execution_id is None else str(execution_id)
+        fields = {"type": type(error).__name__, "message": message, "execution_id": id_text}
+        out(json.dumps({"error": fields}))
+    return code
 
 
 def report_crash(error: BaseException) -> ExitCode:

@@ -31,17 +31,7 @@ def open_session(
     *,
     wait_timeout: float = 3600.0,
 ) -> Session:
-    """Return a session with the key from the environment.
-
-    Args:
-        base_url: the server; None takes the one from the environment.
-        retry: which failures the session survives.
-        warn: called with a line for each request that will be retried.
-        wait_timeout: the session's `wait_timeout`, in seconds.
-
-    Raises:
-        ConfigurationError: a setting is malformed, or there is no key.
-    """
+    """Return a session with the key from the environment; `warn` is called with each retry."""
     if not os.environ.get("PROMPTLAYER_API_KEY"):
         raise ConfigurationError(
             "there is no API key: set the environment variable PROMPTLAYER_API_KEY"
@@ -75,8 +65,7 @@ def report_retries(warn: Callable[[str], None]) -> Observer:
     def observe(event: Event) -> None:
         if isinstance(event, RequestRetried):
             what, why = _describe(event.error)
-            reason = shorten(printable(why), 120)
-            warn(f"{what}, retrying in {event.delay:.1f} s ({reason})")
+            warn(f"{what}, retrying in {event.delay:.1f} s ({shorten(printable(why), 120)})")
 
     return observe
 
@@ -87,8 +76,7 @@ def _describe(error: Exception) -> tuple[str, str]:
         return "server unreachable", error.reason
     if isinstance(error, RequestTimeout):
         return "request timed out", str(error.args[0])
-    if isinstance(error, RateLimited):
-        return "too many requests", f"{error.status} {error.message}"
     if isinstance(error, StatusError):
-        return "server error", f"{error.status} {error.message}"
+        what = "too many requests" if isinstance(error, RateLimited) else "server error"
+        return what, f"{error.status} {error.message}"
     return "unusable response", str(error.args[0])

@@ -62,26 +62,17 @@ def _guarded(stream: TextIO | None, kind: type[_Output | _Errors]) -> TextIO:
     if not isinstance(stream, io.TextIOWrapper):  # replaced by the caller
         return stream
     encoding = stream.encoding
-    line_buffering, write_through = stream.line_buffering, stream.write_through
-    return kind(
-        stream.detach(),
-        encoding,
-        "backslashreplace",
-        line_buffering=line_buffering,
-        write_through=write_through,
-    )
+    return kind(stream.detach(), encoding, "backslashreplace", line_buffering=True)
 
 
 def out(text: str) -> None:
     """Write a line to standard output and flush it."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    print(text, flush=True)  # noqa: T201
 
 
 def err(text: str) -> None:
     """Write a line to standard error and flush it."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def discard_output() -> None:

@@ -13,12 +13,7 @@ _encoder = json.JSONEncoder(ensure_ascii=False)
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    """Return the text with control characters and other unprintable characters escaped.
-
-    Args:
-        text: any text, with or without lone surrogates.
-        keep: characters that are not escaped.
-    """
+    """Return any text with its unprintable characters escaped, except those in `keep`."""
     if text.isprintable():
         return text
     return "".join(
@@ -57,12 +52,7 @@ def duration(seconds: float) -> str:
 
 
 def running_time(times: NodeTimes, now: float) -> str:
-    """Return how long a node has been running, or ran; empty if it was never seen running.
-
-    Args:
-        times: when it was first seen running and final.
-        now: the current time, in seconds since the watch began.
-    """
+    """Return how long a node ran, or has run until `now`; empty if it was never seen running."""
     if times.running is None:
         return ""
     return duration((now if times.final is None else times.final) - times.running)
@@ -89,23 +79,15 @@ def failure_reason(node: Node) -> str:
     return "the server gave no reason" if raw in (None, "") else preview(raw)
 
 
-def verdict(snapshot: Snapshot) -> str:
-    """Return how a complete execution ended."""
-    if snapshot.succeeded:
-        return "succeeded"
-    return "failed" if snapshot.failed_nodes else "failed (no output node succeeded)"
-
-
-def status_counts(snapshot: Snapshot) -> str:
-    """Return how many nodes have each status, such as `2 FAILED, 1 SKIPPED`."""
-    counts = [f"{count} {printable(status)}" for status, count in snapshot.counts.items()]
-    return ", ".join(counts) or "no nodes"
-
-
 def result_line(snapshot: Snapshot, *, timed: bool = True) -> str:
     """Return how a complete execution ended, after which time, and how its nodes did."""
+    verdict = "succeeded" if snapshot.succeeded else "failed"
+    if not (snapshot.succeeded or snapshot.failed_nodes):
+        verdict = "failed (no output node succeeded)"
     time = f" after {duration(snapshot.elapsed)}" if timed else ""
-    return f"execution {snapshot.execution_id} {verdict(snapshot)}{time}: {status_counts(snapshot)}"
+    counts = [f"{count} {printable(status)}" for status, count in snapshot.counts.items()]
+    nodes = ", ".join(counts) or "no nodes"
+    return f"execution {snapshot.execution_id} {verdict}{time}: {nodes}"
 
 
 def final_count(snapshot: Snapshot) -> str:

@@ -6,7 +6,6 @@ import asyncio
 import os
 import re
 import secrets
-from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,25 +13,17 @@ import anyio
 import typer
 
 from promptlayer_exec import RetryPolicy
-from promptlayer_exec.cli._arguments import (
-    MAX_ID,
-    BaseUrl,
-    Host,
-    Outage,
-    Port,
-    listen_failure,
-)
+from promptlayer_exec.cli._arguments import MAX_ID, BaseUrl, Host, Outage, Port, listen_failure
 from promptlayer_exec.cli._exit import PROGRAM, ExitCode, Misuse, Subject, run_command
 from promptlayer_exec.cli._session import demo_session, open_session
 from promptlayer_exec.cli._stdio import err, out
-from promptlayer_exec.cli._workflows import DEMO_RUNS, add_demo_workflows, demo_note
+from promptlayer_exec.cli._workflows import DEMO_NOTE, DEMO_WORKFLOWS
 from promptlayer_exec.simulator import Simulator
 
 if TYPE_CHECKING:
     from promptlayer_exec.viewer import Board
 
 TOKEN = "PROMPTLAYER_EXEC_VIEW_TOKEN"  # noqa: S105 - the name of a variable
-_REQUIRED = ("fastapi", "pydantic", "sse_starlette", "starlette", "uvicorn")
 
 
 def view(
@@ -60,66 +51,43 @@ def view(
     """
     if is_demo and (execution_ids or base_url is not None):
         raise typer.BadParameter("cannot be combined with ID or --base-url", param_hint="'--demo'")
-    work = serve_page(
-        execution_ids or [],
-        host=host,
-        port=port,
-        is_demo=is_demo,
-        base_url=base_url,
-        outage=outage,
-    )
-    raise typer.Exit(run_command(work, Subject()))
 
-
-async def serve_page(
-    execution_ids: Sequence[int],
-    *,
-    host: str,
-    port: int,
-    is_demo: bool,
-    base_url: str | None,
-    outage: float,
-) -> ExitCode:
-    """Serve the page until cancelled. The parameters are those of the command."""
-    _check_extra()
-    from promptlayer_exec.viewer import Address, Board, listen, serve  # noqa: PLC0415 - an extra
-
-    token = _token()
-    async with AsyncExitStack() as stack:
-        if is_demo:
-            simulator = await stack.enter_async_context(Simulator(log_requests=False))
-            add_demo_workflows(simulator)
-            session = demo_session(simulator, err)
-        else:
-            retry = RetryPolicy(outage=min(outage, 10.0), watch_outage=outage)
-            session = open_session(base_url, retry, err)
-        await stack.enter_async_context(session)
+    async def work() -> ExitCode:
         try:
-            listener = stack.enter_context(listen(host, port))
-        except (OSError, UnicodeError) as error:
-            hint = f"; `{PROGRAM} view --port 0` takes a free port" if port else ""
-            raise Misuse(listen_failure(host, port, error) + hint) from None
-        address = Address(host, listener.getsockname()[1])
-        board = await stack.enter_async_context(Board(session, note=demo_note() if is_demo else ""))
-        for execution_id in execution_ids:
-            board.follow(execution_id)
-        _print_url(f"{address.base_url}/#token={token}", is_loopback=address.is_loopback)
-        with suppress(asyncio.CancelledError):
-            async with anyio.create_task_group() as tasks:
-                if is_demo:
-                    tasks.start_soon(_start_demo_runs, board)
-                await serve(board, listener, address, token)
-    return ExitCode.SUCCEEDED
+            from promptlayer_exec.viewer import Address, Board, listen, serve  # noqa: PLC0415 - an extra
+        except ModuleNotFoundError as error:
+            what = "the viewer needs an extra: pip install 'promptlayer-exec[viewer]'"
+            raise Misuse(what) from error
+        token = _token()
+        async with AsyncExitStack() as stack:
+            if is_demo:
+                simulator = await stack.enter_async_context(Simulator(log_requests=False))
+                for workflow, (scenario, _) in DEMO_WORKFLOWS.items():
+                    simulator.add_workflow(workflow, scenario)
+                session = demo_session(simulator, err)
+            else:
+                retry = RetryPolicy(outage=min(outage, 10.0), watch_outage=outage)
+                session = open_session(base_url, retry, err)
+            await stack.enter_async_context(session)
+            try:
+                listener = stack.enter_context(listen(host, port))
+            except (OSError, UnicodeError) as error:
+                hint = f"; `{PROGRAM} view --port 0` takes a free port" if port else ""
+                raise Misuse(listen_failure(host, port, error) + hint) from None
+            address = Address(host, listener.getsockname()[1])
+            board = Board(session, note=DEMO_NOTE if is_demo else "")
+            await stack.enter_async_context(board)
+            for execution_id in execution_ids or ():
+                board.follow(execution_id)
+            _print_url(f"{address.base_url}/#token={token}", is_loopback=address.is_loopback)
+            with suppress(asyncio.CancelledError):
+                async with anyio.create_task_group() as tasks:
+                    if is_demo:
+                        tasks.start_soon(_start_demo_runs, board)
+                    await serve(board, listener, address, token)
+        return ExitCode.SUCCEEDED
 
-
-def _check_extra() -> None:
-    try:
-        import promptlayer_exec.viewer  # noqa: F401, PLC0415 - an extra
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _REQUIRED:
-            raise
-        what = "the viewer needs an extra: pip install 'promptlayer-exec[viewer]'"
-        raise Misuse(what) from None
+    raise typer.Exit(run_command(work(), Subject()))
 
 
 def _token() -> str:
@@ -135,7 +103,7 @@ def _token() -> str:
 async def _start_demo_runs(board: Board) -> None:
     """Start the runs of the demonstration once a page is open."""
     await board.opened.wait()
-    for workflow, inputs in DEMO_RUNS.items():
+    for workflow, (_, inputs) in DEMO_WORKFLOWS.items():
         await board.start(workflow, inputs)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from promptlayer_exec.simulator import Scenario, SimNode, Simulator
+from promptlayer_exec.simulator import Scenario, SimNode
 
 _LETTER = "I was charged twice for my October plan. Could you look into it? Maria Rossi"
 _REPLY = """\
@@ -36,124 +34,89 @@ Traceback (most recent call last):
     raise OrderClosed(message)
 OrderClosed: {_CLOSED}"""
 
-DEMO_RUNS: Mapping[str, Mapping[str, Any]] = {
-    "support-agent": {"letter": _LETTER},
-    "research-report": {"topic": "otters"},
-    "invoice-check": {"invoice": "INV-2093"},
-}
-
-
-def add_demo_workflows(simulator: Simulator) -> None:
-    """Add the workflows of `DEMO_RUNS` to a simulator."""
-    simulator.add_workflow("support-agent", support_agent)
-    simulator.add_workflow("research-report", _research_report)
-    simulator.add_workflow("invoice-check", _invoice_check)
-
-
-def demo_note() -> str:
-    """Return the note on the viewer's page that explains the demonstration."""
-    inputs = json.dumps({"topic": "newts"})
-    return (
-        "This is a demonstration on a simulated PromptLayer: nothing is billed. To start another"
-        " run, enter the name of one of these workflows, for example research-report with the"
-        f" inputs {inputs}."
-    )
+DEMO_NOTE = (
+    "This is a demonstration on a simulated PromptLayer: nothing is billed. To start another run,"
+    " enter the name of one of these workflows, for example research-report with the inputs"
+    ' {"topic": "newts"}.'
+)
 
 
 def support_agent(
-    inputs: Mapping[str, Any] = MappingProxyType({}),
-    *,
-    reading: float | None = 0.4,
-    failing: bool = False,
+    inputs: Mapping[str, Any] | None = None, *, reading: float | None = 0.4, failing: bool = False
 ) -> Scenario:
     """Return an agent that answers a customer's letter with ten nodes in about seven seconds.
 
-    Args:
-        inputs: the letter.
-        reading: seconds that the first node takes; None holds it until `Simulator.finish`.
-        failing: whether a node fails, so that there is no reply.
+    Its first node takes `reading` seconds; None holds it until `Simulator.finish`.
     """
-    return Scenario(
-        [
-            SimNode(
-                "read letter",
-                {"from": "Maria Rossi", "text": inputs.get("letter", _LETTER)},
-                reading,
-            ),
-            SimNode("detect language", "en", 0.5, after=["read letter"]),
-            SimNode("classify", {"topic": "billing", "urgency": 2}, 0.9, after=["read letter"]),
-            SimNode(
-                "search handbook",
-                ["Refunds: a double charge is refunded in full.", "Tone: warm, brief, no jargon."],
-                1.6,
-                after=["classify"],
-                status="FAILED" if failing else "SUCCESS",
-                error_message=_NO_INDEX,
-                raw_error_message={"raw": f"Traceback (most recent call last): ...\n{_NO_INDEX}"},
-            ),
-            SimNode(
-                "look up account",
-                {"customer": 40817, "charges": ["10-01 29.00 EUR", "10-03 29.00 EUR"]},
-                0.8,
-                after=["classify"],
-            ),
-            SimNode(
-                "draft answer",
-                _REPLY,
-                2.2,
-                after=["detect language", "search handbook", "look up account"],
-            ),
-            SimNode("check tone", {"ok": True, "score": 0.94}, 0.7, after=["draft answer"]),
-            SimNode("check facts", {"ok": True, "claims": 3}, 1.3, after=["draft answer"]),
-            SimNode(
-                "ask a colleague",
-                after=["check tone", "check facts"],
-                when=lambda values: not values["check facts"]["ok"],
-            ),
-            SimNode(
-                "final reply",
-                _REPLY,
-                0.6,
-                after=["check tone", "check facts", "ask a colleague"],
-                is_output_node=True,
-            ),
-        ]
-    )
+    letter = {"from": "Maria Rossi", "text": (inputs or {}).get("letter", _LETTER)}
+    rules = ["Refunds: a double charge is refunded in full.", "Tone: warm, brief, no jargon."]
+    account = {"customer": 40817, "charges": ["10-01 29.00 EUR", "10-03 29.00 EUR"]}
+    facts = ["detect language", "search handbook", "look up account"]
+    checks = ["check tone", "check facts"]
+    nodes = [
+        SimNode("read letter", letter, reading),
+        SimNode("detect language", "en", 0.5, after=["read letter"]),
+        SimNode("classify", {"topic": "billing", "urgency": 2}, 0.9, after=["read letter"]),
+        SimNode(
+            "search handbook",
+            rules,
+            1.6,
+            after=["classify"],
+            status="FAILED" if failing else "SUCCESS",
+            error_message=_NO_INDEX,
+            raw_error_message={"raw": f"Traceback (most recent call last): ...\n{_NO_INDEX}"},
+        ),
+        SimNode("look up account", account, 0.8, after=["classify"]),
+        SimNode("draft answer", _REPLY, 2.2, after=facts),
+        SimNode("check tone", {"ok": True, "score": 0.94}, 0.7, after=["draft answer"]),
+        SimNode("check facts", {"ok": True, "claims": 3}, 1.3, after=["draft answer"]),
+        SimNode(
+            "ask a colleague", after=checks, when=lambda values: not values["check facts"]["ok"]
+        ),
+        SimNode("final reply", _REPLY, 0.6, [*checks, "ask a colleague"], is_output_node=True),
+    ]
+    return Scenario(nodes)
 
 
 def _research_report(inputs: Mapping[str, Any]) -> Scenario:
     topic = inputs.get("topic", "otters")
     counts = [{"year": year, "otters": 40 + 7 * (year - 2009)} for year in range(2009, 2026)]
     sources = ["search the web", "search the archive", "query the counts"]
-    return Scenario(
-        [
-            SimNode("plan", {"topic": topic, "questions": 3}, 1.2),
-            SimNode("search the web", _PAGE, 4.0, after=["plan"]),
-            SimNode("search the archive", ["report-2009.pdf", "report-2021.pdf"], 6.5, ["plan"]),
-            SimNode("query the counts", counts, 2.4, after=["plan"]),
-            SimNode("weigh the sources", {"agree": 2, "differ": 1}, 5.0, after=sources),
-            SimNode("write the report", _REPORT, 24.0, after=["weigh the sources"]),
-            SimNode("review", {"ok": True}, 6.0, after=["write the report"]),
-            SimNode("final report", _REPORT, 0.5, after=["review"], is_output_node=True),
-        ]
-    )
+    nodes = [
+        SimNode("plan", {"topic": topic, "questions": 3}, 1.2),
+        SimNode("search the web", _PAGE, 4.0, after=["plan"]),
+        SimNode("search the archive", ["report-2009.pdf", "report-2021.pdf"], 6.5, after=["plan"]),
+        SimNode("query the counts", counts, 2.4, after=["plan"]),
+        SimNode("weigh the sources", {"agree": 2, "differ": 1}, 5.0, after=sources),
+        SimNode("write the report", _REPORT, 24.0, after=["weigh the sources"]),
+        SimNode("review", {"ok": True}, 6.0, after=["write the report"]),
+        SimNode("final report", _REPORT, 0.5, after=["review"], is_output_node=True),
+    ]
+    return Scenario(nodes)
 
 
 def _invoice_check(inputs: Mapping[str, Any]) -> Scenario:
     invoice = {"invoice": inputs.get("invoice", "INV-2093"), "total": "1,180.00 EUR"}
-    return Scenario(
-        [
-            SimNode("read invoice", {**invoice, "order": "PO-4711"}, 1.5),
-            SimNode("check sender", "known since 2019", 0.9, after=["read invoice"]),
-            SimNode(
-                "match purchase order",
-                duration=2.8,
-                after=["read invoice"],
-                status="FAILED",
-                error_message=_CLOSED,
-                raw_error_message={"raw": _TRACEBACK},
-            ),
-            SimNode("book payment", after=["check sender", "match purchase order"]),
-            SimNode("receipt", after=["book payment"], is_output_node=True),
-        ]
-    )
+    nodes = [
+        SimNode("read invoice", {**invoice, "order": "PO-4711"}, 1.5),
+        SimNode("check sender", "known since 2019", 0.9, after=["read invoice"]),
+        SimNode(
+            "match purchase order",
+            duration=2.8,
+            after=["read invoice"],
+            status="FAILED",
+            error_message=_CLOSED,
+            raw_error_message={"raw": _TRACEBACK},
+        ),
+        SimNode("book payment", after=["check sender", "match purchase order"]),
+        SimNode("receipt", after=["book payment"], is_output_node=True),
+    ]
+    return Scenario(nodes)
+
+
+# The workflows of `view --demo`: what each does, and the inputs of its first run.
+DEMO_WORKFLOWS: Mapping[str, tuple[Callable[[Mapping[str, Any]], Scenario], Mapping[str, Any]]] = {
+    "support-agent": (support_agent, {"letter": _LETTER}),
+    "research-report": (_research_report, {"topic": "otters"}),
+    "invoice-check": (_invoice_check, {"invoice": "INV-2093"}),
+}

@@ -1,4 +1,4 @@
-"""Durable batches (extra `dbos`): they survive a crash, and spread over machines."""
+"""Durable batches (extra `dbos`): they survive crashes, and several machines can share one."""
 
 try:
     from promptlayer_exec.dbos._batch import Batch, batch_names

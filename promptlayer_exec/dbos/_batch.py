@@ -1,4 +1,4 @@
-"""A batch: what is added to it, who works on it, and how its items end."""
+"""The public API of a batch: add items, work on them, read their outcomes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
 from contextlib import ExitStack, aclosing, asynccontextmanager
+from functools import partial
 from typing import Any
 
 from promptlayer_exec import ConfigurationError, Session, StartRequest
@@ -19,24 +20,25 @@ _DEFAULT_URL = "sqlite:///promptlayer-batches.sqlite"
 _CHUNK = 500
 _LONGEST_NAME = 200
 _LONGEST_KEY = 1000
-_LOOK_AGAIN = 0.25
+_POLL_INTERVAL = 0.25
 
 
 class Batch:
-    """Executions that are started once each, whatever happens to the processes that start them.
+    """Executions that are each started once, even if the processes that start them die.
 
-    Making one does no I/O. Any number of processes, on any machines that reach the database, may
-    use the batch of one name at once.
+    Making a batch does no I/O. Any number of processes, on any machines that reach the database,
+    can use the same batch, which is found by its name, at the same time.
 
     Args:
-        name: the batch's.
-        database_url: `sqlite:///` and the path of a file, or `postgresql://` and so on.
-        session: starts and watches the runs: a session that you open and close, or a function that
-            makes one, which is then opened and closed here.
-        max_in_flight: how many items are under way at most, over all workers.
-        rate: HTTP attempts per second at most, over all workers; None: what each session allows.
-        restart_unknown: whether an item of which nobody knows if it was started is started again,
-            at the risk of paying for it twice.
+        name: the batch's name, 1 to 200 bytes.
+        database_url: `sqlite:///` and the path of a file, or `postgresql://user@host/database`.
+        session: starts and follows the executions: a session that you open and close, or a
+            function that makes one, which the batch then opens and closes.
+        max_in_flight: how many items all workers together run at most.
+        rate: how many HTTP attempts per second all workers together make at most; None: no limit
+            beside that of each session.
+        restart_unknown: whether `work` restarts unknown items. An item is unknown if its start was
+            cut off, so that it may or may not run; restarted, it may run, and be billed, twice.
 
     Raises:
         ConfigurationError: a setting is malformed.
@@ -54,12 +56,13 @@ class Batch:
     ) -> None:
         if not _is_plain(name, _LONGEST_NAME):
             raise ConfigurationError(
-                f"a batch's name is a text of 1 to {_LONGEST_NAME} bytes, not {name!r:.100}"
+                f"batch name must be 1 to {_LONGEST_NAME} bytes of text without NUL,"
+                f" got {name!r:.100}"
             )
         self._name = name
         self._url = check_url(database_url)
         self._source = session
-        self._made: Session | None = None
+        self._own_session: Session | None = None
         self._max_in_flight = integration.check_count("max_in_flight", max_in_flight)
         self._rate = None if rate is None else integration.check_seconds("rate", rate, zero=False)
         self._restart_unknown = restart_unknown
@@ -67,55 +70,60 @@ class Batch:
         self._is_restarting = False
 
     async def add(self, requests: Iterable[StartRequest] | AsyncIterable[StartRequest]) -> int:
-        """Add items, durably; one whose key is there already stays as it was.
+        """Add items to the database; an item whose key is already there stays as it is.
 
         Args:
-            requests: each with a `key` of its own, a str. They are taken a few hundred at a time.
+            requests: what to start, each with a unique `key`: a str of 1 to 1000 bytes. They are
+                taken and added a few hundred at a time.
 
         Returns:
-            How many were new.
+            How many items were new.
 
         Raises:
             TypeError: something in a request is of an unusable type.
-            ValueError: something in it cannot be sent, or its key cannot be stored. Those before
-                it may have been added; adding them again does no harm.
+            ValueError: something in a request cannot be sent, or its key cannot be stored. Items
+                before it may have been added; adding them again does no harm.
             ConfigurationError: the database cannot be used.
         """
         new = 0
         async with self._open() as store, aclosing(_chunks(requests)) as chunks:
             async for chunk in chunks:
                 rows = [self._row(request) for request in chunk]
-                new += await store.do(store.add, self._name, rows)
+                new += await store.run_in_thread(store.add, self._name, rows)
         return new
 
     async def work(self, *, until_done: bool = True) -> BatchStatus:
-        """Start and watch items, beside all others who do, and store how each ends.
+        """Start items, follow them, and store their outcomes, together with all other workers.
 
-        Cancelled, it waits for the starts that are on the wire; the rest is for the next worker.
+        If cancelled, it waits for the starts that are being sent; the next worker continues with
+        all other items.
 
         Args:
-            until_done: whether to return once every item has an outcome; else it works for ever.
+            until_done: whether to return once every item has an outcome. Otherwise it waits for
+                more items until it is cancelled.
 
         Returns:
-            How far the batch is.
+            How many items are in which state.
 
         Raises:
-            Unauthorized, ConnectionFailed, RequestTimeout, RateLimited: the server takes nothing
-                from us for now. No item failed of it: work again later.
+            Unauthorized: the server refused the key. No item failed: work again later.
+            ConnectionFailed: the server could not be reached. No item failed: work again later.
+            RequestTimeout: the server did not answer in time. No item failed: work again later.
+            RateLimited: the server answered nothing but 429. No item failed: work again later.
             SessionClosed: the session was closed.
             ConfigurationError: the database cannot be used, or a setting is missing.
-            RuntimeError: this process works on a batch already, or uses DBOS otherwise.
+            RuntimeError: this process already works on a batch, or uses DBOS otherwise.
         """
-        # Before anything is awaited: `outcomes`, followed meanwhile, must not end too early.
+        # Set before the first await: until the items are restarted, `outcomes` must not end.
         self._is_restarting = self._restart_unknown
         try:
             async with self._open(pooled=True) as store:
                 if self._restart_unknown:
-                    await store.do(store.restart_unknown, self._name)
+                    await store.run_in_thread(store.restart_unknown, self._name)
                     self._is_restarting = False
-                if not until_done or not await store.do(store.is_finished, self._name):
+                if not until_done or not await self._is_finished(store):
                     await self._work(store, until_done=until_done)
-                return await store.do(_status, store, self._name)
+                return await store.run_in_thread(_status, store, self._name)
         finally:
             self._is_restarting = False
 
@@ -136,10 +144,10 @@ class Batch:
             await worker.run(until_done=until_done)
 
     async def outcomes(self) -> AsyncGenerator[StoredOutcome, None]:
-        """Yield each item's outcome, those from before first, and end when all have one.
+        """Yield the outcome of each item: first those that are stored, then each new one.
 
-        An item of which it is unknown whether it was started comes again if it is restarted while
-        this runs. Leave early through `contextlib.aclosing`.
+        The iteration ends when every item has an outcome. An unknown item that is restarted is
+        yielded again. To end the iteration early, use `contextlib.aclosing`.
 
         Raises:
             ConfigurationError: the database cannot be used.
@@ -147,25 +155,25 @@ class Batch:
         last = 0
         async with self._open(pooled=True) as store:
             while True:
-                is_finished = not self._is_restarting and await store.do(
-                    store.is_finished, self._name
-                )
-                while rows := await store.do(_next_outcomes, store, self._name, last):
+                is_finished = not self._is_restarting and await self._is_finished(store)
+                while rows := await store.run_in_thread(
+                    partial(store.outcomes, self._name, after=last, limit=_CHUNK)
+                ):
                     for seq, text in rows:
                         last = seq
                         yield StoredOutcome.from_json(text)
                 if is_finished:
                     return
-                await asyncio.sleep(_LOOK_AGAIN)
+                await asyncio.sleep(_POLL_INTERVAL)
 
     async def status(self) -> BatchStatus:
-        """Return how far the batch is.
+        """Return how many items are in which state.
 
         Raises:
             ConfigurationError: the database cannot be used.
         """
         async with self._open() as store:
-            return await store.do(_status, store, self._name)
+            return await store.run_in_thread(_status, store, self._name)
 
     def __repr__(self) -> str:
         return f"<Batch {self._name!r} in {self._url.render_as_string(hide_password=True)}>"
@@ -174,30 +182,33 @@ class Batch:
     async def _open(self, *, pooled: bool = False) -> AsyncIterator[Store]:
         store = Store(self._url, pooled=pooled)
         try:
-            # Once: afterwards a database that is away is waited for, and preparing it is not.
+            # Only once: `prepare` does not retry, and all else does.
             if not self._is_prepared:
-                await store.do(store.prepare)
+                await store.run_in_thread(store.prepare)
                 self._is_prepared = True
             yield store
         finally:
             store.close()
 
+    async def _is_finished(self, store: Store) -> bool:
+        return await store.run_in_thread(store.is_finished, self._name)
+
     def _session(self) -> Session:
         if isinstance(self._source, Session):
             return self._source
-        if self._made is None:
-            self._made = self._source()
-        return self._made
+        if self._own_session is None:
+            self._own_session = self._source()
+        return self._own_session
 
     def _row(self, request: StartRequest) -> tuple[str, str]:
         if not isinstance(request, StartRequest):
-            raise TypeError(f"a batch takes StartRequests, not {request!r:.100}")
+            raise TypeError(f"batch item must be a StartRequest, got {request!r:.100}")
         key = request.key
         if not isinstance(key, str):
-            raise TypeError(f"an item's key is a str, not {key!r:.100}")
+            raise TypeError(f"item key must be a str, got {key!r:.100}")
         if not _is_plain(key, _LONGEST_KEY):
             raise ValueError(
-                f"an item's key is a text of 1 to {_LONGEST_KEY} bytes, not {key!r:.100}"
+                f"item key must be 1 to {_LONGEST_KEY} bytes of text without NUL, got {key!r:.100}"
             )
         inputs = integration.encode_inputs(self._session(), request)
         return key, json.dumps(
@@ -213,15 +224,18 @@ class Batch:
 
 
 async def batch_names(database_url: str = _DEFAULT_URL) -> list[str]:
-    """Return the names of the batches in a database.
+    """Return the names of all batches in a database.
+
+    Args:
+        database_url: as for `Batch`.
 
     Raises:
         ConfigurationError: the database cannot be used.
     """
     store = Store(check_url(database_url))
     try:
-        await store.do(store.prepare)
-        return await store.do(store.batches)
+        await store.run_in_thread(store.prepare)
+        return await store.run_in_thread(store.batches)
     finally:
         store.close()
 
@@ -234,10 +248,6 @@ def _status(store: Store, batch: str) -> BatchStatus:
     return BatchStatus(
         waiting=pending - running, running=running, **ended, total=sum(counts.values())
     )
-
-
-def _next_outcomes(store: Store, batch: str, last: int) -> list[tuple[int, str]]:
-    return store.outcomes(batch, after=last, limit=_CHUNK)
 
 
 def _is_plain(text: Any, longest: int) -> bool:

@@ -1,4 +1,4 @@
-"""Who is alive, and what becomes of the items of those who are not."""
+"""Which workers are alive, and what happens to the items of those that are not."""
 
 from __future__ import annotations
 
@@ -7,57 +7,53 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from promptlayer_exec import ConfigurationError
-from promptlayer_exec.dbos._store import Beat, Store
+from promptlayer_exec.dbos._dbos_internals import recover_items
+from promptlayer_exec.dbos._store import Heartbeat, Store
 
 logger = logging.getLogger("promptlayer_exec")
-BEAT = 2.0
-# Long enough for a stalled machine or a database that restarts, and well within the 30 s in which
-# a dead worker's items must have moved.
+HEARTBEAT_INTERVAL = 2.0
+# Longer than a stalled machine or the restart of a database takes, and well below the 30 s within
+# which the items of a dead worker must have moved.
 DEAD_AFTER = 14.0
 
 
 class Liveness:
-    """Shows every two seconds, from a thread, that this worker lives, and looks after the others.
+    """A thread that records this worker's heartbeat, and recovers the items of dead workers.
 
-    The clocks of two machines are never compared: a worker is dead if its beat stayed the same for
-    `DEAD_AFTER` seconds on the clock of the one who looks. On the same machine a process that is
-    gone is seen at once.
+    A worker is dead if its heartbeat has not changed for `DEAD_AFTER` seconds on the clock of the
+    worker that watches it; the clocks of two machines are never compared. On the same machine, a
+    worker is dead as soon as its process has ended.
 
     Args:
-        store: where the beats are.
-        batch: whose workers look after each other.
-        executor: this worker.
-        recover: gives the items of dead workers back to the queue.
+        store: where the heartbeats are recorded.
+        batch: the batch whose workers watch each other.
+        executor: the DBOS executor of this worker.
     """
 
-    def __init__(
-        self, store: Store, batch: str, executor: str, recover: Callable[[list[str]], object]
-    ) -> None:
+    def __init__(self, store: Store, batch: str, executor: str) -> None:
         self._store = store
         self._batch = batch
         self._executor = executor
-        self._recover = recover
         self._process = describe(os.getpid())
-        self._seen: dict[str, tuple[Beat, float]] = {}
+        self._seen: dict[str, tuple[Heartbeat, float]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="promptlayer_exec-liveness")
 
-    def announce(self) -> None:
-        """Show that this worker lives, before it has any item."""
-        self._store.beat(self._executor, self._process)
+    def record_heartbeat(self) -> None:
+        """Record that this worker is alive, before it takes its first item."""
+        self._store.record_heartbeat(self._executor, self._process)
 
     def start(self) -> None:
-        """Go on showing it, and look after the others."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End, and wait until it has."""
+        """Stop the thread, and wait until it has ended."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -65,41 +61,41 @@ class Liveness:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                self.announce()
-                self._look_around()
+                self.record_heartbeat()
+                self._recover_from_dead_workers()
             except (ConfigurationError, SQLAlchemyError) as error:
-                # Whoever could not look cannot tell how long the others were silent.
+                # It is unknown whether the other workers were silent, so their time starts again.
                 self._seen.clear()
-                logger.warning("%.300s", error)
-            self._stop.wait(BEAT)
+                logger.warning("cannot exchange heartbeats with other workers: %.300s", error)
+            self._stop.wait(HEARTBEAT_INTERVAL)
 
-    def _look_around(self) -> None:
-        others = set(self._store.running(self._batch, patience=0.0)) - {self._executor}
-        beats = self._store.beats() if others else {}
-        dead = [other for other in others if self._is_dead(other, beats.get(other))]
+    def _recover_from_dead_workers(self) -> None:
+        others = set(self._store.running(self._batch, retry_for=0.0)) - {self._executor}
+        heartbeats = self._store.heartbeats() if others else {}
+        dead = [other for other in others if self._is_dead(other, heartbeats.get(other))]
         if dead:
-            self._recover(dead)
+            recover_items(dead)
 
-    def _is_dead(self, other: str, beat: Beat | None) -> bool:
-        if beat is None or is_gone(beat.process):  # it stopped in good order, or was killed
+    def _is_dead(self, other: str, heartbeat: Heartbeat | None) -> bool:
+        if heartbeat is None or is_gone(heartbeat.process):  # it stopped properly, or was killed
             return True
         now = time.monotonic()
         before, since = self._seen.get(other, (None, now))
-        if before != beat:
+        if before != heartbeat:
             since = now
-        self._seen[other] = (beat, since)
+        self._seen[other] = (heartbeat, since)
         return now - since > DEAD_AFTER
 
 
 def describe(pid: int) -> str:
-    """Return where a process is: the boot, the namespace, its id and when it began."""
-    return json.dumps([*_realm(), pid, _began(pid)])
+    """Return JSON that identifies a process: machine boot, namespace, id and start time."""
+    return json.dumps([*_pid_scope(), pid, _start_time(pid)])
 
 
 def is_gone(process: str) -> bool:
-    """Tell whether a process is surely gone; False where that cannot be told from here."""
-    boot, namespace, pid, began = json.loads(process)
-    if boot is None or [boot, namespace] != _realm():
+    """Return True if a process has certainly ended; False where that cannot be seen from here."""
+    boot, namespace, pid, start_time = json.loads(process)
+    if boot is None or [boot, namespace] != _pid_scope():
         return False
     try:
         os.kill(pid, 0)
@@ -107,12 +103,12 @@ def is_gone(process: str) -> bool:
         return True
     except PermissionError:
         return False
-    now = _began(pid)
-    return now is not None and now != began
+    now = _start_time(pid)
+    return now is not None and now != start_time
 
 
-def _realm() -> list[str | None]:
-    """Return what two processes have in common if one's id means something to the other."""
+def _pid_scope() -> list[str | None]:
+    """Return the boot and the namespace within which a process id means the same process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return [boot, str(Path("/proc/self/ns/pid").readlink())]
@@ -120,7 +116,7 @@ def _realm() -> list[str | None]:
         return [None, None]
 
 
-def _began(pid: int) -> str | None:
+def _start_time(pid: int) -> str | None:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

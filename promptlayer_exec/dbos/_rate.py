@@ -1,4 +1,4 @@
-"""One rate over all workers."""
+"""One rate, shared by all workers of a batch."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from collections import deque
 
 from promptlayer_exec.dbos._store import Store
 
-# The longest stretch of time that one worker reserves at once, in seconds.
-_STRETCH = 0.2
-# How late a departure may still be used, in seconds.
-_LATE = 0.05
+# A worker reserves slots for at most this many seconds at once.
+_MAX_RESERVED = 0.2
+# A slot can be used for this many seconds after its time.
+_MAX_LATE = 0.05
 
 
 class SharedRate:
-    """Admits one HTTP attempt after the other, at a rate that all workers share.
+    """A limiter that admits HTTP attempts at a rate that all workers share through the database.
 
-    A busy worker reserves several departures at once; one that let some pass reserves fewer.
+    Each attempt takes one slot. A busy worker reserves several slots at once, to save round trips
+    to the database; one that missed a slot goes back to reserving one.
 
     Args:
-        store: where departures are reserved.
-        batch: whose workers share the rate.
-        rate: departures per second.
+        store: where the slots are reserved.
+        batch: the batch whose workers share the rate.
+        rate: slots per second.
     """
 
     def __init__(self, store: Store, batch: str, rate: float) -> None:
         self._store = store
         self._batch = batch
         self._rate = rate
-        self._departures: deque[float] = deque()
+        self._slots: deque[float] = deque()
         self._size = 1
 
     async def acquire(self) -> None:
@@ -36,15 +37,15 @@ class SharedRate:
         clock = asyncio.get_running_loop().time
         missed = False
         while True:
-            while self._departures:
-                wait = self._departures.popleft() - clock()
-                if wait >= -_LATE:
+            while self._slots:
+                wait = self._slots.popleft() - clock()
+                if wait >= -_MAX_LATE:
                     await asyncio.sleep(max(wait, 0.0))
                     return
                 missed = True
-            most = max(1, int(self._rate * _STRETCH))
+            most = max(1, int(self._rate * _MAX_RESERVED))
             self._size = 1 if missed else min(2 * self._size, most)
             size = self._size
             delay = await asyncio.to_thread(self._store.reserve, self._batch, size, self._rate)
             first = clock() + delay
-            self._departures.extend(first + index / self._rate for index in range(size))
+            self._slots.extend(first + index / self._rate for index in range(size))

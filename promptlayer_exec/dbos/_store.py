@@ -1,7 +1,11 @@
-"""The database: DBOS's tables, and beside them the items, the workers and the throttle.
+"""The database: DBOS's tables, and three of our own for batches, items and workers.
 
-DBOS keeps what is to be done and how far each item is. What it does not keep is an ordered feed of
-results with counts by kind, who is alive, and when the next request may leave.
+DBOS stores which items to run and the progress of each. Our tables store the outcomes in the order
+in which they were stored, the heartbeats of the workers, and the next slot of the shared rate.
+
+The stored names and formats are fixed, because a batch from an older version must be continued:
+tables and columns, `APPLICATION` and `WORKFLOW`, queue names and workflow ids, the arguments of the
+workflow, the names and results of its steps in `_worker`, the JSON of requests and outcomes.
 """
 
 from __future__ import annotations
@@ -15,27 +19,27 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import anyio
-import psycopg
 import sqlalchemy as sa
-from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer
+from dbos import DBOSClient, DBOSPortableJSONSerializer
 from sqlalchemy import event, exc
 from sqlalchemy.dialects import postgresql, sqlite
 
 from promptlayer_exec import ConfigurationError
+from promptlayer_exec.dbos._dbos_internals import mark_lost_connections, migrate
 
 APPLICATION = "promptlayer-exec"
 WORKFLOW = "promptlayer_exec.item"
 
 T = TypeVar("T")
 
-# A database that restarts is waited for.
-_PATIENCE = 120.0
-_PAUSE = 0.5
+# Seconds for which calls are retried while the database cannot be reached, and between two tries.
+_RETRY_FOR = 120.0
+_RETRY_INTERVAL = 0.5
 _SQLITE_BUSY_MS = 30_000
 _QUEUE_INTERVAL = 0.2
-_LOCK = 0x70726F6D707479
-# As many as DBOS keeps by itself. SQLite has one writer at a time, and each connection a cache of
-# statements and pages.
+_CREATE_TABLES_LOCK = 0x70726F6D707479
+# As many as DBOS opens by default. SQLite needs fewer: it has one writer at a time, and each
+# connection has a cache of statements and pages.
 _CONNECTIONS = 20
 _SQLITE_CONNECTIONS = 6
 
@@ -68,8 +72,8 @@ _workers = sa.Table(
 )
 
 
-class Beat(NamedTuple):
-    """A worker's sign of life: a number that grows, and where its process is."""
+class Heartbeat(NamedTuple):
+    """What a worker last recorded: a number that grows, and which process it is."""
 
     number: int
     process: str
@@ -79,38 +83,41 @@ def check_url(database_url: str) -> sa.URL:
     """Return the URL as SQLAlchemy and DBOS take it.
 
     Raises:
-        ConfigurationError: it is none, or not one of a database that lasts.
+        ConfigurationError: it is not a URL of a SQLite file or of a PostgreSQL database.
     """
     try:
         url = sa.make_url(database_url)
     except (exc.ArgumentError, ValueError):
         raise ConfigurationError(
-            "database_url is not a URL such as sqlite:///batches.sqlite or"
+            "database_url is not a URL; use sqlite:///batches.sqlite or"
             " postgresql://user@host/database"
         ) from None
     backend = url.get_backend_name()
     if backend in ("postgres", "postgresql"):
         return url.set(drivername="postgresql+psycopg")
     if backend != "sqlite":
-        raise ConfigurationError(f"database_url: {backend} is neither sqlite nor postgresql")
+        raise ConfigurationError(f"database_url must be sqlite or postgresql, got {backend}")
     if url.database in (None, "", ":memory:"):
-        raise ConfigurationError("database_url: a SQLite database needs a file, or nothing lasts")
+        raise ConfigurationError(
+            "database_url must name a file; a SQLite database in memory ends with its process"
+        )
     return url
 
 
 class Store:
-    """A connection to the database; all of its methods block, but for `do`.
+    """The database of batches.
 
-    Where the database is away they wait for it, and raise `ConfigurationError` in the end.
+    All methods block, except `run_in_thread`. While the database cannot be reached, they retry for
+    up to two minutes, unless they say otherwise, and then raise `ConfigurationError`.
 
     Args:
         url: from `check_url`.
-        pooled: whether connections are kept, as a worker does.
+        pooled: whether connections are kept open for the next call.
     """
 
     def __init__(self, url: sa.URL, *, pooled: bool = False) -> None:
         self._url = url
-        self._hurry = threading.Event()
+        self._stop_retrying = threading.Event()
         self._is_sqlite = url.get_backend_name() == "sqlite"
         dialect = sqlite if self._is_sqlite else postgresql
         self._insert: Callable[[sa.Table], Any] = dialect.insert
@@ -122,8 +129,9 @@ class Store:
         if self._is_sqlite:
             event.listen(self._engine, "connect", _prepare_sqlite)
         else:
-            event.listen(self._engine, "handle_error", _mark_lost_connection)
-        # Its pickles are nobody's to write into a database that others read.
+            mark_lost_connections(self._engine)
+        # JSON, because DBOS's default is pickle: with it, write access to the database would be
+        # enough to run code in every worker.
         self._client = DBOSClient(
             system_database_engine=self._engine,
             serializer=DBOSPortableJSONSerializer(),
@@ -134,50 +142,52 @@ class Store:
 
     @property
     def engine(self) -> sa.Engine:
-        """Its connections, which DBOS shares."""
+        """The connections, which DBOS shares."""
         return self._engine
 
     @property
     def url(self) -> str:
-        """The URL, with its password."""
+        """The URL, with the password."""
         return self._url.render_as_string(hide_password=False)
 
     def prepare(self) -> None:
-        """Create what is missing.
+        """Create the tables that are missing, without retrying.
 
         Raises:
             ConfigurationError: the database cannot be used.
         """
         try:
-            DBOS.migrate(self.url)
+            migrate(self.url)
             with self._engine.begin() as connection:
-                # Two that create a table at once would collide.
+                # Two processes that create the same table at once would collide.
                 if self._is_sqlite:
                     connection.exec_driver_sql("BEGIN IMMEDIATE")
                 else:
-                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
+                    connection.execute(
+                        sa.select(sa.func.pg_advisory_xact_lock(_CREATE_TABLES_LOCK))
+                    )
                 _tables.create_all(connection)
             if self._is_sqlite:
-                self._keep_a_write_ahead_log()
+                self._use_write_ahead_log()
         except Exception as error:
             raise self._unusable(error) from error
 
-    def _keep_a_write_ahead_log(self) -> None:
-        """Let readers not wait for the writer, and a commit be flushed once, not twice."""
-        # It fails while another process does the same; once is enough, the file remembers.
+    def _use_write_ahead_log(self) -> None:
+        """Switch to SQLite's WAL: readers do not wait for the writer, and commits flush once."""
+        # It fails while another process does the same. Once is enough: the file keeps the mode.
         with suppress(exc.OperationalError), self._engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA journal_mode=WAL")
 
-    async def do(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Do what blocks in a thread, and wait for its end even when cancelled.
+    async def run_in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Call a function that blocks in a thread, and wait for it to return even if cancelled.
 
-        It ends soon then: a database that is away is not waited for any more.
+        After a cancellation this store does not retry any more, so the function returns soon.
         """
         running = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
-            self._hurry.set()
+            self._stop_retrying.set()
             with anyio.CancelScope(shield=True):
                 while not running.done():
                     with suppress(asyncio.CancelledError):
@@ -185,7 +195,7 @@ class Store:
             raise
 
     def close(self) -> None:
-        """Close its connections."""
+        """Close the connections."""
         self._client.destroy()
         self._engine.dispose()
 
@@ -195,8 +205,13 @@ class Store:
         return self._transact(lambda connection: list(connection.execute(query).scalars()))
 
     def add(self, batch: str, requests: Sequence[tuple[str, str]]) -> int:
-        """Add the items whose keys are new, each with its request; return how many they were."""
-        one = self._insert(_items).on_conflict_do_nothing().returning(_items.c.key)
+        """Add the items whose keys are new, and enqueue them; return how many were new.
+
+        Args:
+            batch: the batch's name.
+            requests: the key and the request, as JSON, of each item.
+        """
+        insert = self._insert(_items).on_conflict_do_nothing().returning(_items.c.key)
 
         def add(connection: sa.Connection) -> int:
             row = {"name": batch, "last_seq": 0, "next_request": 0.0}
@@ -204,7 +219,7 @@ class Store:
             new = 0
             for key, request in requests:
                 row = {"batch": batch, "key": key, "attempt": 1}
-                if connection.execute(one, row).first() is not None:
+                if connection.execute(insert, row).first() is not None:
                     new += 1
                     self._enqueue(connection, batch, key, 1, request)
             return new
@@ -212,8 +227,9 @@ class Store:
         return self._transact(add)
 
     def finish(self, batch: str, key: str, attempt: int, kind: str, outcome: str) -> None:
-        """Store how an item ended, unless that is known already."""
-        # It also keeps others from the next number until this one can be seen.
+        """Store the outcome of an item, unless it has one or a later attempt has begun."""
+        # This locks the batch's row: nobody gets the next number before this one is visible, so
+        # `outcomes` skips none.
         number = (
             sa.update(_batches)
             .where(_batches.c.name == batch)
@@ -234,7 +250,7 @@ class Store:
         self._transact(finish)
 
     def restart_unknown(self, batch: str) -> None:
-        """Put the items that may or may not have been started back, each once."""
+        """Enqueue each unknown item again, as its next attempt."""
         unknown = sa.select(_items.c.key, _items.c.attempt).where(
             _items.c.batch == batch, _items.c.kind == "unknown"
         )
@@ -248,13 +264,22 @@ class Store:
                     .values(attempt=attempt + 1, kind=None, seq=None, outcome=None)
                 )
                 if connection.execute(again).rowcount == 1:
-                    request = self._request(workflow_id(batch, key, attempt))
+                    request = self._stored_request(workflow_id(batch, key, attempt))
                     self._enqueue(connection, batch, key, attempt + 1, request)
 
         self._transact(restart)
 
     def outcomes(self, batch: str, *, after: int, limit: int) -> list[tuple[int, str]]:
-        """Return the next outcomes, in the order in which they were stored, with their numbers."""
+        """Return the outcomes after a number, in the order in which they were stored.
+
+        Args:
+            batch: the batch's name.
+            after: the number of the last outcome that is known; 0 for none.
+            limit: how many to return at most.
+
+        Returns:
+            The number and the JSON of each outcome.
+        """
         query = (
             sa.select(_items.c.seq, _items.c.outcome)
             .where(_items.c.batch == batch, _items.c.seq > after)
@@ -266,13 +291,13 @@ class Store:
         )
 
     def is_finished(self, batch: str) -> bool:
-        """Tell whether every item has an outcome."""
+        """Return True if every item has an outcome."""
         query = sa.select(sa.literal(1)).where(_items.c.batch == batch, _items.c.kind.is_(None))
         first = query.limit(1)
         return self._transact(lambda connection: connection.execute(first).first() is None)
 
     def counts(self, batch: str) -> dict[str | None, int]:
-        """Return how many items there are of each kind; None stands for those without outcome."""
+        """Return the number of items by the kind of their outcome; None for those without one."""
         query = (
             sa.select(_items.c.kind, sa.func.count())
             .where(_items.c.batch == batch)
@@ -282,55 +307,60 @@ class Store:
             lambda connection: {row[0]: row[1] for row in connection.execute(query)}
         )
 
-    def running(self, batch: str, *, patience: float = _PATIENCE) -> list[str]:
-        """Return, for each item that is begun, the executor that has it."""
+    def running(self, batch: str, *, retry_for: float = _RETRY_FOR) -> list[str]:
+        """Return, for each running item, the executor that runs it."""
 
         def running() -> list[str]:
-            begun = self._client.list_workflows(
+            workflows = self._client.list_workflows(
                 queue_name=queue_name(batch), status="PENDING", load_input=False, load_output=False
             )
-            return [workflow.executor_id or "" for workflow in begun]
+            return [workflow.executor_id or "" for workflow in workflows]
 
-        return self._patiently(running, patience)
+        return self._retry(running, retry_for)
 
     def register_queue(self, batch: str, max_in_flight: int) -> None:
-        """Let DBOS know of the batch's queue; the last who does decides its limit."""
+        """Create the batch's queue in DBOS, or change its limit if it exists."""
         self._client.register_queue(
             queue_name(batch),
             global_concurrency=max_in_flight,
             polling_interval_sec=_QUEUE_INTERVAL,
         )
 
-    def beat(self, executor: str, process: str) -> None:
-        """Show that a worker lives."""
+    def record_heartbeat(self, executor: str, process: str) -> None:
+        """Record that a worker is alive, without retrying."""
         row = {"executor": executor, "beat": 1, "process": process}
-        more = {"beat": _workers.c.beat + 1}
         insert = self._insert(_workers).on_conflict_do_update(
-            index_elements=["executor"], set_=more
+            index_elements=["executor"], set_={"beat": _workers.c.beat + 1}
         )
-        self._transact(lambda connection: connection.execute(insert, row), patience=0.0)
+        self._transact(lambda connection: connection.execute(insert, row), retry_for=0.0)
 
-    def beats(self) -> dict[str, Beat]:
-        """Return the last sign of life of each worker."""
+    def heartbeats(self) -> dict[str, Heartbeat]:
+        """Return the last heartbeat of each worker by its executor, without retrying."""
         query = sa.select(_workers.c.executor, _workers.c.beat, _workers.c.process)
         return self._transact(
-            lambda connection: {row[0]: Beat(row[1], row[2]) for row in connection.execute(query)},
-            patience=0.0,
+            lambda connection: {
+                row[0]: Heartbeat(row[1], row[2]) for row in connection.execute(query)
+            },
+            retry_for=0.0,
         )
 
-    def forget(self, executor: str) -> None:
-        """Take note that a worker works no more."""
+    def remove_worker(self, executor: str) -> None:
+        """Delete the heartbeat of a worker that has stopped, without retrying."""
         delete = sa.delete(_workers).where(_workers.c.executor == executor)
-        self._transact(lambda connection: connection.execute(delete), patience=0.0)
+        self._transact(lambda connection: connection.execute(delete), retry_for=0.0)
 
-    def reserve(self, batch: str, requests: int, rate: float) -> float:
-        """Reserve the next departures, `1 / rate` apart, and return the seconds until the first."""
+    def reserve(self, batch: str, slots: int, rate: float) -> float:
+        """Reserve the next slots of the batch's rate, which are `1 / rate` seconds apart.
+
+        Returns:
+            The seconds from now to the first of them.
+        """
         now: Any = sa.literal(time.time())
         latest: Any = sa.func.max
         if not self._is_sqlite:
             now = sa.cast(sa.func.extract("epoch", sa.func.clock_timestamp()), sa.Double)
             latest = sa.func.greatest
-        length = requests / rate
+        length = slots / rate
         reserve = (
             sa.update(_batches)
             .where(_batches.c.name == batch)
@@ -354,27 +384,27 @@ class Store:
             request,
         )
 
-    def _request(self, workflow: str) -> str:
+    def _stored_request(self, workflow: str) -> str:
         (found,) = self._client.list_workflows(workflow_ids=[workflow], load_output=False)
         if found.input is None:
-            raise LookupError(f"{workflow} has no input")
+            raise LookupError(f"the DBOS workflow {workflow} has no stored input")
         return str(found.input["args"][2])
 
-    def _transact(self, work: Callable[[sa.Connection], T], *, patience: float = _PATIENCE) -> T:
+    def _transact(self, work: Callable[[sa.Connection], T], *, retry_for: float = _RETRY_FOR) -> T:
         def transact() -> T:
             with self._engine.begin() as connection:
                 return work(connection)
 
-        return self._patiently(transact, patience)
+        return self._retry(transact, retry_for)
 
-    def _patiently(self, work: Callable[[], T], patience: float) -> T:
-        """Do work; where the database is away, wait and do it again, for so many seconds."""
-        give_up = time.monotonic() + patience
+    def _retry(self, work: Callable[[], T], seconds: float) -> T:
+        """Call a function, and retry it while the database cannot be reached."""
+        give_up = time.monotonic() + seconds
         while True:
             try:
                 return work()
             except (exc.OperationalError, exc.InterfaceError) as error:
-                if time.monotonic() >= give_up or self._hurry.wait(_PAUSE):
+                if time.monotonic() >= give_up or self._stop_retrying.wait(_RETRY_INTERVAL):
                     raise self._unusable(error) from error
 
     def _unusable(self, error: Exception) -> ConfigurationError:
@@ -389,18 +419,10 @@ def queue_name(batch: str) -> str:
 
 
 def workflow_id(batch: str, key: str, attempt: int) -> str:
-    """Return the id of the workflow that carries out an item."""
+    """Return the id of the DBOS workflow that runs one attempt of an item."""
     return f"{APPLICATION}/{quote(batch, safe='')}/{attempt}/{key}"
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = "IMMEDIATE"
     connection.execute(f"PRAGMA busy_timeout={_SQLITE_BUSY_MS}")
-
-
-def _mark_lost_connection(context: sa.ExceptionContext) -> None:
-    # DBOS repeats what failed of a lost connection, but knows only some of psycopg's wordings: an
-    # error that the server did not send has no state.
-    error = context.original_exception
-    if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:
-        context.is_disconnect = True

@@ -1,4 +1,4 @@
-"""What is stored of an item and of a batch, and how it is written as JSON."""
+"""Outcomes of items, as they are stored in JSON, and counts of items."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Kind = Literal["succeeded", "failed", "unknown"]
 
 
 class StoredError(NamedTuple):
-    """Why an item has no output: the name of the error's type, and what it said."""
+    """Why an item has no output: the name of the error's type, and its message."""
 
     type: str
     message: str
@@ -23,13 +23,13 @@ class StoredOutcome:
     """How one item of a batch ended.
 
     Attributes:
-        key: the item's.
-        execution_id: the execution, if one is known to have been started.
+        key: the item's key.
+        execution_id: the id of the execution; None if none is known to have been started.
         succeeded: whether there is an output.
-        output: the main output; None where there is none.
-        error: what went wrong; None where there is an output.
-        started: when the run was started (UTC); None if none is known to have been.
-        finished: when this outcome was known (UTC).
+        output: the main output; None if `succeeded` is false.
+        error: what went wrong; None if `succeeded` is true.
+        started: when the execution was started (UTC); None if none is known to have been started.
+        finished: when this outcome became known (UTC).
     """
 
     key: str
@@ -42,14 +42,14 @@ class StoredOutcome:
 
     @property
     def kind(self) -> Kind:
-        """Whether it succeeded, failed, or nobody knows if it was started."""
+        """`succeeded`, `failed`, or `unknown` if the item may or may not have been started."""
         if self.succeeded:
             return "succeeded"
         is_unknown = self.error is not None and self.error.type == "StartUnknown"
         return "unknown" if is_unknown else "failed"
 
     def to_json(self) -> str:
-        """Return it as one line of ASCII JSON; NaN and Infinity are written as Python's json does.
+        """Return one line of ASCII JSON, with NaN and Infinity as Python's `json` writes them.
 
         Raises:
             RecursionError: the output is nested too deeply.
@@ -64,7 +64,7 @@ class StoredOutcome:
 
     @classmethod
     def from_json(cls, text: str) -> StoredOutcome:
-        """Return what `to_json` wrote."""
+        """Return the outcome that `to_json` wrote."""
         fields = json.loads(text)
         if fields["error"] is not None:
             fields["error"] = StoredError(**fields["error"])
@@ -76,15 +76,15 @@ class StoredOutcome:
 
 @attrs.frozen
 class BatchStatus:
-    """How far a batch is, in items.
+    """How many items of a batch are in which state.
 
     Attributes:
-        waiting: not begun.
-        running: begun, by a worker that lives or that will be found dead.
-        succeeded: with an output.
-        failed: with an error.
-        unknown: of them nobody knows whether a run was started.
-        total: all of them.
+        waiting: in the queue.
+        running: taken by a worker, which is alive or will be found dead.
+        succeeded: ended with an output.
+        failed: ended with an error.
+        unknown: ended without it being known whether they were started.
+        total: all items.
     """
 
     waiting: int
@@ -96,5 +96,5 @@ class BatchStatus:
 
     @property
     def finished(self) -> int:
-        """How many have a stored outcome."""
+        """How many items have an outcome."""
         return self.succeeded + self.failed + self.unknown

@@ -1,6 +1,19 @@
-"""One process that works on a batch: a DBOS executor, and the session that it uses.
+"""One worker: it runs DBOS, with DBOS's own threads and event loop, and uses the caller's session.
 
-DBOS runs in threads and an event loop of its own; only what needs the session runs in the caller's.
+The path of an item (DBOS stores the result of each step):
+
+1. `Store.add` stores the item and enqueues its DBOS workflow, in one transaction.
+2. DBOS dequeues the workflow in one of the workers: `_item` calls `Worker.run_item`.
+3. Step "intend": `_record_intent` returns the token of this try once the request can be sent.
+4. Step "start": `_send` sends the request if the stored token is that of this try, and returns the
+   execution id or the error. If it returns neither, no run was started: 3 and 4 are repeated.
+5. `_follow` waits until the execution is complete, and `Store.finish` stores the outcome.
+
+If the worker dies, another one dequeues the workflow, and gets the stored results instead of
+running those steps. If an id is stored, it follows that execution. If only a token is stored, the
+request may have been sent: the item is unknown, or is started again with `restart_unknown`.
+
+Only what uses the session runs in the caller's event loop; the rest runs in DBOS's.
 """
 
 from __future__ import annotations
@@ -9,9 +22,8 @@ import asyncio
 import json
 import logging
 import socket
-import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -20,12 +32,10 @@ from uuid import uuid4
 
 import anyio
 from dbos import DBOS, DBOSPortableJSONSerializer
-from dbos import error as dbos_errors
 
 from promptlayer_exec import (
     ConfigurationError,
     ConnectionFailed,
-    Execution,
     ExecutionTimeout,
     NotFound,
     RateLimited,
@@ -37,27 +47,28 @@ from promptlayer_exec import (
     Unauthorized,
 )
 from promptlayer_exec import _integration as integration
-from promptlayer_exec.dbos._departure import Departure
+from promptlayer_exec.dbos._dbos_internals import ItemTaken, log_quietly, stop_dequeuing
 from promptlayer_exec.dbos._liveness import Liveness
+from promptlayer_exec.dbos._pending_start import PendingStart
 from promptlayer_exec.dbos._store import APPLICATION, WORKFLOW, Store, queue_name
 from promptlayer_exec.dbos._values import StoredError, StoredOutcome
 
 T = TypeVar("T")
 
 logger = logging.getLogger("promptlayer_exec")
-# The steps of an item in the database are those of this version of them.
+# The version of an item's steps: DBOS gives a running item only to workers of the same version.
 _VERSION = "1"
-# Seconds for which an execution that was started may be unknown to some part of the server.
-_NEWBORN = 10.0
-_DRAIN = 60.0
+_CHECK_INTERVAL = 0.25
+# Seconds for which the server may answer 404 for an execution that was started.
+_NOT_FOUND_GRACE = 10.0
+_DRAIN_TIMEOUT = 60.0
 _THREADS = 16
-_CHECK = 0.25
-# They say nothing of the item: no later one could fare better.
+# Errors that say nothing about the item: every other item would meet them, too.
 _NOT_THE_ITEMS_FAULT = (Unauthorized, ConnectionFailed, RateLimited, SessionClosed)
 
 
-class _Answer(TypedDict):
-    """What came of a start, as it is recorded; without id and error, it is to be made again."""
+class _StartResult(TypedDict):
+    """The stored result of the step "start"; without id and error, no run was started."""
 
     execution_id: int | None
     at: str
@@ -65,15 +76,15 @@ class _Answer(TypedDict):
 
 
 class Worker:
-    """Carries out the items of one batch.
+    """Runs the items of one batch.
 
     Args:
         store: the database.
         batch: the batch's name.
-        session: starts and watches the runs.
-        owns_session: whether the session is opened and closed here.
-        max_in_flight: how many items all workers have begun at most.
-        restart_unknown: whether an item whose start was cut off is started again.
+        session: starts and follows the runs.
+        owns_session: whether the worker opens and closes the session.
+        max_in_flight: how many items all workers together run at most.
+        restart_unknown: whether an item is started again if an earlier start of it was cut off.
     """
 
     def __init__(
@@ -94,39 +105,42 @@ class Worker:
         self._restart_unknown = restart_unknown
         self._executor = f"{socket.gethostname()}-{uuid4().hex}"
         self._loop = asyncio.get_running_loop()
+        self._dbos: DBOS | None = None
         self._dbos_loop: asyncio.AbstractEventLoop | None = None
-        self._departures: set[Departure] = set()
-        self._none_departs = asyncio.Event()
+        self._pending: set[PendingStart] = set()
+        self._none_pending = asyncio.Event()
         self._stopped = asyncio.Event()
         self._is_stopping = False
-        self._dbos: DBOS | None = None
         self._error: Exception | None = None
-        self._liveness = Liveness(store, batch, self._executor, DBOS._recover_pending_workflows)
+        self._liveness = Liveness(store, batch, self._executor)
 
     async def run(self, *, until_done: bool) -> None:
-        """Work until every item has an outcome, or for ever; starts on the wire are awaited.
+        """Work on the batch, and wait at the end for the starts that are being sent.
 
         Args:
-            until_done: whether to stop then.
+            until_done: whether to return once every item has an outcome.
 
         Raises:
-            Unauthorized, ConnectionFailed, RequestTimeout, RateLimited, SessionClosed: no item can
-                be carried out for now. None of them was lost.
+            Unauthorized: the server refused the key. No item was lost.
+            ConnectionFailed: the server could not be reached. No item was lost.
+            RequestTimeout: the server did not answer in time. No item was lost.
+            RateLimited: the server answered nothing but 429. No item was lost.
+            SessionClosed: the session was closed. No item was lost.
             ConfigurationError: the database cannot be used, or a setting is missing.
-            RuntimeError: this process works on a batch already, or uses DBOS otherwise.
+            RuntimeError: this process already works on a batch, or uses DBOS otherwise.
         """
         global _worker  # noqa: PLW0603 - DBOS is one per process, and so is its worker
         if _worker is not None:
-            raise RuntimeError("this process works on a batch already: one at a time")
+            raise RuntimeError("this process already works on a batch; work on one batch at a time")
         _worker = self
         try:
             if self._owns_session:
                 await self._session.__aenter__()
-            await self._store.do(self._launch)
+            await self._store.run_in_thread(self._launch)
             await self._wait(until_done=until_done)
         finally:
             self._is_stopping = True
-            # A scope of anyio's that is cancelled would cancel every step of the end, too.
+            # A cancelled scope of anyio would cancel every await in here, too.
             with anyio.CancelScope(shield=True):
                 try:
                     await self._shut_down()
@@ -136,8 +150,7 @@ class Worker:
             raise self._error
 
     def _launch(self) -> None:
-        # With a handler of its own, DBOS does not write to standard error.
-        logging.getLogger("dbos").addHandler(_SILENCE)
+        log_quietly()
         self._store.register_queue(self._batch, self._max_in_flight)
         dbos = DBOS(
             config={
@@ -148,36 +161,158 @@ class Worker:
                 "executor_id": self._executor,
                 "log_level": "WARNING",
                 "max_executor_threads": _THREADS,
-                "notification_listener_polling_interval_sec": _CHECK,
+                "notification_listener_polling_interval_sec": _CHECK_INTERVAL,
                 "serializer": DBOSPortableJSONSerializer(),
             }
         )
         if DBOS.executor_id != self._executor:
-            raise RuntimeError("this process uses DBOS already: work on a batch in another one")
+            raise RuntimeError(
+                "this process already uses DBOS; work on the batch in another process"
+            )
         self._dbos = dbos
-        self._liveness.announce()
+        self._liveness.record_heartbeat()
         DBOS.listen_queues([queue_name(self._batch)])
         DBOS.launch()
         self._liveness.start()
 
     async def _wait(self, *, until_done: bool) -> None:
         while not self._stopped.is_set():
-            if until_done and await self._store.do(self._store.is_finished, self._batch):
-                await self._settle()
+            if until_done and await self._store.run_in_thread(self._store.is_finished, self._batch):
+                await self._wait_until_idle()
                 return
-            try:
-                async with asyncio.timeout(_CHECK):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_CHECK_INTERVAL):
                     await self._stopped.wait()
-            except TimeoutError:
-                pass
 
-    async def _settle(self) -> None:
-        """Let DBOS take note that the last items have ended, too."""
+    async def _wait_until_idle(self) -> None:
+        """Wait, for 2 s at most, until DBOS has recorded the end of this worker's last items.
+
+        Otherwise the next worker would recover them.
+        """
         give_up = time.monotonic() + 2.0
         while time.monotonic() < give_up:
-            if self._executor not in await self._store.do(self._store.running, self._batch):
+            running = await self._store.run_in_thread(self._store.running, self._batch)
+            if self._executor not in running:
                 return
             await asyncio.sleep(0.02)
+
+    async def run_item(self, key: str, attempt: int, request: str) -> None:
+        """Run an item until its outcome is stored; called in DBOS's event loop."""
+        self._dbos_loop = asyncio.get_running_loop()
+        try:
+            started = await self._start(request)
+            outcome = await self._in_callers_loop(self._follow(key, started))
+            await asyncio.to_thread(
+                self._store.finish, self._batch, key, attempt, outcome.kind, outcome.to_json()
+            )
+        except Exception as error:  # noqa: BLE001 - DBOS would end the item with it
+            self._give_up(error)
+            await _suspend()
+
+    async def _start(self, request: str) -> _StartResult:
+        start = partial(integration.start, self._session, StartRequest(**json.loads(request)))
+        while not self._is_stopping:
+            pending = PendingStart(start)
+            self._pending.add(pending)
+            try:
+                token = await DBOS.run_step_async({"name": "intend"}, self._record_intent, pending)
+                is_mine = token == pending.token
+                result = await DBOS.run_step_async(
+                    {"name": "start"}, self._send, pending, request, is_mine=is_mine
+                )
+            except ItemTaken:
+                if pending.execution is not None:
+                    logger.warning(
+                        "execution %d was started, but another worker has taken over its item and"
+                        " stores it as unknown: %s",
+                        pending.execution.id,
+                        DBOS.workflow_id,
+                    )
+                raise
+            finally:
+                self._pending.discard(pending)
+                if not self._pending:
+                    self._none_pending.set()
+                self._loop.call_soon_threadsafe(pending.cancel)
+            if result["execution_id"] is not None or result["error"] is not None:
+                return result
+        return await _suspend()
+
+    async def _record_intent(self, pending: PendingStart) -> str:
+        """Return the token of a start that is ready to be sent, for DBOS to store."""
+        await self._in_callers_loop(pending.wait_ready())
+        return pending.token
+
+    async def _send(self, pending: PendingStart, request: str, *, is_mine: bool) -> _StartResult:
+        """Send a start, unless an earlier worker recorded the intent to do so."""
+        if is_mine:
+            return await self._in_callers_loop(self._send_pending(pending))
+        if self._restart_unknown:
+            return _start_result()
+        message = "the worker that sent the start stopped before it recorded the answer"
+        error = StartUnknown(message, workflow=json.loads(request)["workflow"], reason=message)
+        return _start_result(error=error)
+
+    async def _send_pending(self, pending: PendingStart) -> _StartResult:
+        try:
+            execution = await pending.send()
+        except SessionClosed as error:
+            if error.execution_id is not None:
+                return _start_result(execution_id=error.execution_id)
+            self._give_up_unless_stopping(error)
+        except (*_NOT_THE_ITEMS_FAULT, RequestTimeout) as error:  # with these, no run was started
+            self._give_up_unless_stopping(error)
+        except ExecutionTimeout:
+            pass  # there was no free slot within the session's `wait_timeout`
+        except Exception as error:  # noqa: BLE001 - any other error is the item's
+            return _start_result(error=error)
+        else:
+            if execution is not None:
+                return _start_result(execution_id=execution.id)
+        return _start_result()
+
+    async def _follow(self, key: str, started: _StartResult) -> StoredOutcome:
+        """Wait until a run is complete, and return the outcome of its item."""
+        at = datetime.fromisoformat(started["at"])
+        execution_id = started["execution_id"]
+        if execution_id is None:
+            error = StoredError(*(started["error"] or ("", "")))
+            return StoredOutcome(key, None, False, None, error, None, at)
+        try:
+            output = await self._output(execution_id)
+            outcome = StoredOutcome(key, execution_id, True, output, None, at, _now())
+            outcome.to_json()  # an output that cannot be stored is an error of the item
+        except _NOT_THE_ITEMS_FAULT as error:
+            self._give_up_unless_stopping(error)
+            await _suspend()
+        except Exception as error:  # noqa: BLE001 - any other error is the item's
+            stored = StoredError(type(error).__name__, str(error))
+            return StoredOutcome(key, execution_id, False, None, stored, at, _now())
+        return outcome
+
+    async def _output(self, execution_id: int) -> Any:
+        # Counted from now, not from the start: another machine's clock may have recorded the start.
+        give_up = time.monotonic() + _NOT_FOUND_GRACE
+        while True:
+            try:
+                return await self._session.execution(execution_id).output()
+            except NotFound:
+                if time.monotonic() > give_up:
+                    raise
+            await asyncio.sleep(_CHECK_INTERVAL)
+
+    async def _in_callers_loop(self, work: Coroutine[Any, Any, T]) -> T:
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    def _give_up(self, error: Exception) -> None:
+        """Stop working, and let `run` raise the error."""
+        self._is_stopping = True
+        self._error = self._error or error
+        self._loop.call_soon_threadsafe(self._stopped.set)
+
+    def _give_up_unless_stopping(self, error: Exception) -> None:
+        if not self._is_stopping:
+            self._give_up(error)
 
     async def _shut_down(self) -> None:
         try:
@@ -185,191 +320,49 @@ class Worker:
                 await self._session.aclose()
             if self._dbos_loop is not None:
                 draining = asyncio.run_coroutine_threadsafe(self._drain(), self._dbos_loop)
-                await asyncio.wait([asyncio.wrap_future(draining)], timeout=_DRAIN)
-        finally:  # also for who is cancelled again: its threads would keep the process alive
-            await self._store.do(self._end)
+                await asyncio.wait([asyncio.wrap_future(draining)], timeout=_DRAIN_TIMEOUT)
+        finally:  # also if cancelled again: the threads would keep the process alive
+            await self._store.run_in_thread(self._end)
+
+    async def _drain(self) -> None:
+        """Cancel the starts that were not sent, and wait until all results are recorded."""
+        for pending in self._pending:
+            self._loop.call_soon_threadsafe(pending.cancel)
+        if self._pending:
+            self._none_pending.clear()
+            await self._none_pending.wait()
 
     def _end(self) -> None:
         self._liveness.stop()
         if self._dbos is not None:
-            self._take_no_more(self._dbos)
+            stop_dequeuing(self._dbos, queue_name(self._batch), _DRAIN_TIMEOUT)
             DBOS.destroy()
-            with suppress(ConfigurationError):  # the others learn it from its silence, too
-                self._store.forget(self._executor)
-
-    def _take_no_more(self, dbos: DBOS) -> None:
-        # DBOS ends its loop first, and then what still hands items over to it.
-        for stop in dbos.background_thread_stop_events:
-            stop.set()
-        for thread in threading.enumerate():
-            if thread.name == f"queue-worker-{queue_name(self._batch)}":
-                thread.join(_DRAIN)
-
-    async def _drain(self) -> None:
-        """Call off the starts that have not left, and wait until what came of each is recorded."""
-        for departure in self._departures:
-            self._loop.call_soon_threadsafe(departure.call_off)
-        if self._departures:
-            self._none_departs.clear()
-            await self._none_departs.wait()
-
-    def _give_up(self, error: Exception) -> None:
-        self._is_stopping = True
-        self._error = self._error or error
-        self._loop.call_soon_threadsafe(self._stopped.set)
-
-    async def carry_out(self, key: str, attempt: int, request: str) -> None:
-        """See an item to its stored outcome; runs in DBOS's loop."""
-        self._dbos_loop = asyncio.get_running_loop()
-        try:
-            answer = await self._start(request)
-            outcome = await self._in_callers_loop(self._outcome(key, answer))
-            await asyncio.to_thread(
-                self._store.finish,
-                self._batch,
-                key,
-                attempt,
-                outcome.kind,
-                outcome.to_json(),
-            )
-        except dbos_errors.DBOSWorkflowConflictIDError:  # another worker has the item now
-            raise
-        except Exception as error:  # noqa: BLE001 - DBOS would take it for the item's end
-            self._give_up(error)
-            await _park()
-
-    async def _start(self, request: str) -> _Answer:
-        while not self._is_stopping:
-            departure = Departure(partial(self._begin, StartRequest(**json.loads(request))))
-            self._departures.add(departure)
-            try:
-                is_mine = await _intend(self, departure) == departure.token
-                answer = await _post(self, departure, request, is_mine=is_mine)
-            except dbos_errors.DBOSWorkflowConflictIDError:
-                if departure.execution is not None:
-                    logger.warning(
-                        "execution %d was started, but another worker has its item now, and stores"
-                        " it as unknown: %s",
-                        departure.execution.id,
-                        DBOS.workflow_id,
-                    )
-                raise
-            finally:
-                self._departures.discard(departure)
-                if not self._departures:
-                    self._none_departs.set()
-                self._loop.call_soon_threadsafe(departure.call_off)
-            if answer["execution_id"] is not None or answer["error"] is not None:
-                return answer
-        return await _park()
-
-    async def _begin(
-        self, request: StartRequest, clearance: Callable[[], Awaitable[None]]
-    ) -> Execution:
-        return await integration.start(self._session, request, before_send=clearance)
-
-    async def intend(self, departure: Departure) -> str:
-        """Return the token of a start whose turn has come."""
-        await self._in_callers_loop(departure.due())
-        return departure.token
-
-    async def post(self, departure: Departure, request: str, *, is_mine: bool) -> _Answer:
-        """Start a run, if this very execution of the item intended it."""
-        if is_mine:
-            return await self._in_callers_loop(self._leave(departure))
-        if self._restart_unknown:
-            return _answer()
-        message = "the process that started it was killed before the answer was recorded"
-        error = StartUnknown(message, workflow=json.loads(request)["workflow"], reason=message)
-        return _answer(error=error)
-
-    async def _leave(self, departure: Departure) -> _Answer:
-        try:
-            execution = await departure.leave()
-        except SessionClosed as error:
-            if error.execution_id is not None:
-                return _answer(execution_id=error.execution_id)
-            self._give_up_unless_stopping(error)
-        except (*_NOT_THE_ITEMS_FAULT, RequestTimeout) as error:  # none of them may have left
-            self._give_up_unless_stopping(error)
-        except ExecutionTimeout:
-            pass  # its turn did not come
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is the item's
-            return _answer(error=error)
-        else:
-            if execution is not None:
-                return _answer(execution_id=execution.id)
-        return _answer()
-
-    async def _outcome(self, key: str, answer: _Answer) -> StoredOutcome:
-        at = datetime.fromisoformat(answer["at"])
-        if answer["execution_id"] is None:
-            error = StoredError(*(answer["error"] or ("", "")))
-            return StoredOutcome(key, None, False, None, error, None, at)
-        execution_id = answer["execution_id"]
-        try:
-            output = await self._output(execution_id)
-            outcome = StoredOutcome(key, execution_id, True, output, None, at, _now())
-            outcome.to_json()  # one that cannot be stored has failed
-        except _NOT_THE_ITEMS_FAULT as error:
-            self._give_up_unless_stopping(error)
-            await _park()
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is the item's
-            what = StoredError(type(error).__name__, str(error))
-            return StoredOutcome(key, execution_id, False, None, what, at, _now())
-        return outcome
-
-    async def _output(self, execution_id: int) -> Any:
-        # Not since it was started: that was perhaps on a machine whose clock is another.
-        give_up = time.monotonic() + _NEWBORN
-        while True:
-            try:
-                return await self._session.execution(execution_id).output()
-            except NotFound:
-                if time.monotonic() > give_up:
-                    raise
-            await asyncio.sleep(_CHECK)
-
-    def _give_up_unless_stopping(self, error: Exception) -> None:
-        if not self._is_stopping:
-            self._give_up(error)
-
-    async def _in_callers_loop(self, work: Coroutine[Any, Any, T]) -> T:
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+            with suppress(ConfigurationError):  # the other workers will miss its heartbeat
+                self._store.remove_worker(self._executor)
 
 
 _worker: Worker | None = None
-_SILENCE = logging.NullHandler()
 
 
 @DBOS.workflow(name=WORKFLOW, max_recovery_attempts=None)
 async def _item(key: str, attempt: int, request: str) -> None:
     if _worker is None:
-        await _park()
-    await _worker.carry_out(key, attempt, request)
+        await _suspend()
+    await _worker.run_item(key, attempt, request)
 
 
-@DBOS.step(name="intend")
-async def _intend(worker: Worker, departure: Departure) -> str:
-    """Record who is about to start the run: a replay returns the token of an earlier execution."""
-    return await worker.intend(departure)
+async def _suspend() -> NoReturn:
+    """Wait until DBOS ends: the item stays as it is stored, for the next worker."""
+    await asyncio.get_running_loop().create_future()
+    raise AssertionError("this future is never done")
 
 
-@DBOS.step(name="start")
-async def _post(worker: Worker, departure: Departure, request: str, *, is_mine: bool) -> _Answer:
-    return await worker.post(departure, request, is_mine=is_mine)
-
-
-def _answer(*, execution_id: int | None = None, error: Exception | None = None) -> _Answer:
+def _start_result(
+    *, execution_id: int | None = None, error: Exception | None = None
+) -> _StartResult:
     what = None if error is None else [type(error).__name__, str(error)]
     return {"execution_id": execution_id, "at": _now().isoformat(), "error": what}
 
 
 def _now() -> datetime:
     return datetime.now(UTC)
-
-
-async def _park() -> NoReturn:
-    """Leave an item as it is, for whoever comes next: this process stops working on it."""
-    await asyncio.get_running_loop().create_future()
-    raise AssertionError("nobody ends it but the loop's end")

@@ -1,4 +1,4 @@
-"""What durability costs: a batch on SQLite beside `as_completed`, in one process each.
+"""Measure what durability costs: a batch on SQLite, compared with `as_completed`.
 
 Usage: python tests/benchmarks/durable.py [ITEMS]
 """
@@ -33,13 +33,17 @@ IN_FLIGHT = 200
 
 
 def resident() -> float:
-    """Return the memory of this process now, in MiB."""
+    """Return the resident memory of this process, in MiB."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * 4096 / 2**20
 
 
 class Meter:
-    """Measures the CPU of this process, the time, and the memory on the way."""
+    """Measures CPU, time, and memory after a quarter of the items and after all of them.
+
+    Args:
+        items: how many items there are.
+    """
 
     def __init__(self, items: int) -> None:
         self._items = items
@@ -48,7 +52,7 @@ class Meter:
         self._cpu, self._began = time.process_time(), time.monotonic()
 
     def count(self) -> None:
-        """Take note of an outcome."""
+        """Count an outcome."""
         self._done += 1
         if self._done in (self._items // 4, self._items):
             self._memory.append(resident())
@@ -65,12 +69,12 @@ class Meter:
 
 
 def requests(items: int) -> list[StartRequest]:
-    """Return the items."""
+    """Return the requests of the items."""
     return [StartRequest("job", {"n": n}, key=f"item {n}") for n in range(items)]
 
 
 async def fan_out(session: Callable[[], Session], items: int) -> str:
-    """Do them with `as_completed`."""
+    """Run the items with `as_completed`, and return a line of the table."""
     meter = Meter(items)
     async with session() as opened:
         async for outcome in opened.as_completed(requests(items), max_in_flight=IN_FLIGHT):
@@ -80,7 +84,7 @@ async def fan_out(session: Callable[[], Session], items: int) -> str:
 
 
 async def durable(session: Callable[[], Session], items: int) -> str:
-    """Do them as a batch."""
+    """Run the items as a batch, and return a line of the table."""
     with tempfile.TemporaryDirectory() as directory:
         url = f"sqlite:///{directory}/batches.sqlite"
         batch = Batch("bench", database_url=url, session=session, max_in_flight=IN_FLIGHT)

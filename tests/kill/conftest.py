@@ -1,4 +1,4 @@
-"""The scene of the kill tests: real workers, a real database, and what must hold in the end."""
+"""The setup of the kill tests: worker processes, a real database, and checks of the outcomes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from promptlayer_exec.dbos._store import Store, check_url
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 NAME = "nightly"
-PATIENCE = 120.0
+TIMEOUT = 120.0
 WORKER = """
 import asyncio, sys
 from promptlayer_exec import PollPolicy, RetryPolicy, Session, Throttled
@@ -56,7 +56,7 @@ print(len(refused))
 
 
 class Worker:
-    """A process that works on the batch."""
+    """A process that works on the batch, and prints how many 429s it got."""
 
     def __init__(self, url: str, sim: Simulator, in_flight: int, rate: float) -> None:
         arguments = [url, NAME, str(in_flight), str(rate)]
@@ -75,30 +75,30 @@ class Worker:
         assert self.process.stdout.readline() == "ready\n", self.close()
 
     def kill(self) -> None:
-        """Send SIGKILL, and wait until it is gone."""
+        """Send SIGKILL, and wait until the process has ended."""
         self.process.kill()
         self.close()
 
-    def stop(self) -> None:
-        """Let it hang, as if its machine were lost."""
+    def suspend(self) -> None:
+        """Stop the process with SIGSTOP: to the others it looks like a lost machine."""
         self.process.send_signal(signal.SIGSTOP)
 
-    def go_on(self) -> None:
-        """Let it wake."""
+    def resume(self) -> None:
+        """Let the stopped process go on."""
         self.process.send_signal(signal.SIGCONT)
 
     def end(self) -> int:
-        """Wait until it has done its work, and return how many 429s it met."""
-        refused, errors = self.process.communicate(timeout=PATIENCE)
+        """Wait until the process has done its work, and return how many 429s it got."""
+        refused, errors = self.process.communicate(timeout=TIMEOUT)
         assert self.process.returncode == 0, errors
         return int(refused)
 
     def close(self) -> str:
-        """End it, whatever it does."""
+        """Kill the process if it still runs, and return what it wrote to standard error."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
             self.process.kill()
-        _, errors = self.process.communicate(timeout=PATIENCE)
+        _, errors = self.process.communicate(timeout=TIMEOUT)
         return errors
 
 
@@ -106,8 +106,8 @@ class Scene:
     """One batch, its database, the simulator, and the workers.
 
     Args:
-        url: the database.
-        sim: the simulator, in a thread of the test's process, which is none of those killed.
+        url: the URL of the database.
+        sim: the simulator, in a thread of the test's process, which is never killed.
     """
 
     def __init__(self, url: str, sim: Simulator) -> None:
@@ -126,8 +126,8 @@ class Scene:
         duration = self._durations[inputs["key"]]
         return Scenario([SimNode("Answer", inputs["key"], duration, is_output_node=True)])
 
-    def be_away(self, seconds: float) -> None:
-        """Let the server be gone for a while, and come back at the same address."""
+    def interrupt_server(self, seconds: float) -> None:
+        """Stop the simulator for some seconds, and start it again at the same address."""
         port = int(self.sim.base_url.rpartition(":")[2])
         self.sim.__exit__(None, None, None)
         time.sleep(seconds)
@@ -135,7 +135,7 @@ class Scene:
         self.sim.__enter__()
 
     def add(self, count: int, *, seconds: float = 1.0) -> None:
-        """Add items that take up to `seconds` each."""
+        """Add items whose executions take up to `seconds` each."""
         self._keys = {f"item {number}" for number in range(count)}
         self._durations = {key: self.random.uniform(0.0, seconds) for key in sorted(self._keys)}
         requests = [StartRequest("job", {"key": key}, key=key) for key in sorted(self._keys)]
@@ -148,18 +148,18 @@ class Scene:
         return worker
 
     def wait_for(self, finished: int) -> None:
-        """Wait until so many items have an outcome."""
+        """Wait until this many items have an outcome."""
         self.wait_until(lambda: asyncio.run(self.batch.status()).finished >= finished)
 
-    def wait_until(self, reached: Callable[[], bool], *, seconds: float = PATIENCE) -> None:
-        """Wait until something is so."""
+    def wait_until(self, reached: Callable[[], bool], *, seconds: float = TIMEOUT) -> None:
+        """Wait until a condition holds, for at most `seconds`."""
         give_up = time.monotonic() + seconds
         while not reached():
             assert time.monotonic() < give_up, asyncio.run(self.batch.status())
             time.sleep(0.1)
 
     def executors(self) -> set[str]:
-        """Return the workers that have begun an item."""
+        """Return the executors that have running items."""
         store = Store(check_url(self.url))
         try:
             return set(store.running(NAME))
@@ -167,7 +167,11 @@ class Scene:
             store.close()
 
     def outcomes(self) -> dict[str, StoredOutcome]:
-        """Return every outcome by key, once they are checked to be what must always hold."""
+        """Return every outcome by key, after the checks that hold for every batch.
+
+        Each item has one outcome and was started once at most; an outcome that is not unknown has
+        the id and the output of its run.
+        """
 
         async def collect() -> list[StoredOutcome]:
             return [outcome async for outcome in self.batch.outcomes()]
@@ -188,14 +192,14 @@ class Scene:
         return {outcome.key: outcome for outcome in outcomes}
 
     def close(self) -> None:
-        """End the workers that are left."""
+        """End the workers that still run."""
         for worker in self._workers:
             worker.close()
 
 
 @pytest.fixture
 def sim() -> Iterator[Simulator]:
-    """Serve; each answer takes 30 ms, so that a process can be killed in the midst of it."""
+    """Run a simulator that answers after 30 ms, so that a worker can be killed while it waits."""
     with Simulator(log_requests=False) as simulator:
         simulator.inject(Fault.delay(0.03, times=None))
         yield simulator
@@ -203,20 +207,25 @@ def sim() -> Iterator[Simulator]:
 
 @pytest.fixture
 def sqlite_scene(sim: Simulator, tmp_path: Path) -> Iterator[Scene]:
-    """Return a scene with a SQLite file."""
+    """Return a scene on a SQLite file."""
     scene = Scene(f"sqlite:///{tmp_path / 'batches.sqlite'}", sim)
     yield scene
     scene.close()
 
 
 class Postgres:
-    """A server of Debian's, on a socket of its own, that does not listen on the network."""
+    """A PostgreSQL server that listens on a Unix socket in its directory, and not on the network.
+
+    Args:
+        directory: for the data, the log and the socket.
+        binaries: where PostgreSQL's programs are.
+    """
 
     def __init__(self, directory: Path, binaries: Path) -> None:
         self.data = directory / "data"
         self._directory = directory
         self._binaries = binaries
-        # It refuses to run as root.
+        # PostgreSQL refuses to run as root.
         self._user = "postgres" if os.geteuid() == 0 else None
         if self._user is not None:
             shutil.chown(directory, self._user)
@@ -226,17 +235,17 @@ class Postgres:
     def _run(self, program: str, *arguments: object) -> None:
         command = [str(self._binaries / program), *map(str, arguments)]
         subprocess.run(
-            command, user=self._user, cwd="/", check=True, capture_output=True, timeout=PATIENCE
+            command, user=self._user, cwd="/", check=True, capture_output=True, timeout=TIMEOUT
         )
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start the server, and wait until it accepts connections."""
         options = f"-c listen_addresses='' -c unix_socket_directories='{self._directory}'"
         log = self._directory / "log"
         self._run("pg_ctl", "-D", self.data, "-w", "-l", log, "-o", options, "start")
 
     def stop(self) -> None:
-        """Stop it, whoever is connected."""
+        """Stop the server, and disconnect its clients."""
         self._run("pg_ctl", "-D", self.data, "-w", "-m", "fast", "stop")
 
 
@@ -253,8 +262,9 @@ def postgres() -> Iterator[Postgres]:
     """Run a PostgreSQL server."""
     binaries = _postgres_binaries()
     if binaries is None:
-        pytest.skip("there is no PostgreSQL: apt-get install postgresql")
-    # Not in pytest's own: a socket's path is 107 bytes long at most, and its parents are private.
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    # Not `tmp_path`: the path of a socket has 107 bytes at most, and pytest's directories are
+    # private to this user.
     directory = Path(tempfile.mkdtemp(prefix="pg"))
     try:
         server = Postgres(directory, binaries)
@@ -269,7 +279,7 @@ def postgres() -> Iterator[Postgres]:
 
 @pytest.fixture
 def postgres_scene(sim: Simulator, postgres: Postgres) -> Iterator[Scene]:
-    """Return a scene with a PostgreSQL server."""
+    """Return a scene on a PostgreSQL server."""
     scene = Scene(postgres.url, sim)
     yield scene
     scene.close()

@@ -1,4 +1,4 @@
-"""Batches whose workers, server or database are killed: `nox -s kill` runs these."""
+"""Batches whose workers, server or database are stopped; `nox -s kill` runs these tests."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from promptlayer_exec.simulator import Simulator
 
 
 @pytest.mark.timeout(180)
-def test_a_process_killed_at_random_moments_and_started_again(sqlite_scene: Any) -> None:
-    """Every item ends once and is started once, on SQLite, wherever the process was killed."""
+def test_a_worker_can_be_killed_and_started_again_at_any_time(sqlite_scene: Any) -> None:
+    """On SQLite, every item ends once and is started once at most, after 20 kills."""
     scene = sqlite_scene
     scene.add(1000)
     for _ in range(20):
@@ -25,8 +25,8 @@ def test_a_process_killed_at_random_moments_and_started_again(sqlite_scene: Any)
 
 
 @pytest.mark.timeout(180)
-def test_workers_killed_beside_others(postgres_scene: Any) -> None:
-    """On PostgreSQL, of three workers two are killed and one joins late: every item ends once."""
+def test_workers_can_be_killed_and_join_while_others_work(postgres_scene: Any) -> None:
+    """On PostgreSQL, two of three workers are killed and one joins late: every item ends once."""
     scene = postgres_scene
     scene.add(1500)
     first, second, _ = (scene.worker(in_flight=60) for _ in range(3))
@@ -40,26 +40,26 @@ def test_workers_killed_beside_others(postgres_scene: Any) -> None:
 
 
 @pytest.mark.timeout(180)
-def test_items_of_a_worker_that_falls_silent_move(postgres_scene: Any) -> None:
-    """Of a worker that hangs, within 30 s; when it wakes, it starts none of them again."""
+def test_the_items_of_a_silent_worker_move_within_30_s(postgres_scene: Any) -> None:
+    """When the silent worker goes on, it does not start any of them again."""
     scene = postgres_scene
     scene.add(200, seconds=3.0)
     silent = scene.worker(in_flight=30)
     scene.wait_for(20)
-    silent.stop()
+    silent.suspend()
     held = scene.executors()
     assert len(held) == 1
     others = scene.worker(in_flight=30)
     scene.wait_until(lambda: not held & scene.executors(), seconds=30.0)
-    silent.go_on()
+    silent.resume()
     others.end()
     silent.end()
     scene.outcomes()
 
 
 @pytest.mark.timeout(180)
-def test_a_database_that_restarts(postgres_scene: Any, postgres: Any) -> None:
-    """PostgreSQL restarted underneath two workers costs nothing but time."""
+def test_no_item_fails_when_the_database_restarts(postgres_scene: Any, postgres: Any) -> None:
+    """Two workers wait until PostgreSQL is back."""
     scene = postgres_scene
     scene.add(800)
     workers = [scene.worker(in_flight=40) for _ in range(2)]
@@ -74,13 +74,13 @@ def test_a_database_that_restarts(postgres_scene: Any, postgres: Any) -> None:
 
 
 @pytest.mark.timeout(180)
-def test_a_server_that_is_away_for_20_seconds(sqlite_scene: Any, sim: Simulator) -> None:
-    """Nothing fails of it: an item whose start was on the wire just then is unknown."""
+def test_no_item_fails_when_the_server_is_away_for_20_s(sqlite_scene: Any) -> None:
+    """Items whose start was being sent at that moment are unknown; there are few of them."""
     scene = sqlite_scene
     scene.add(400)
     worker = scene.worker(in_flight=40)
     scene.wait_for(50)
-    scene.be_away(20.0)
+    scene.interrupt_server(20.0)
     worker.end()
     outcomes = scene.outcomes()
     assert sum(outcome.kind == "unknown" for outcome in outcomes.values()) <= 16
@@ -88,7 +88,7 @@ def test_a_server_that_is_away_for_20_seconds(sqlite_scene: Any, sim: Simulator)
 
 @pytest.mark.timeout(180)
 def test_three_workers_share_one_rate(postgres_scene: Any, sim: Simulator) -> None:
-    """They get at least 85 % of the server's token bucket, and less than 2 % of 429s."""
+    """They use at least 85 % of the server's rate limit, and get 429 less than 2 % of the time."""
     scene = postgres_scene
     rate = 60.0
     scene.add(500, seconds=3.0)
@@ -105,8 +105,8 @@ def test_three_workers_share_one_rate(postgres_scene: Any, sim: Simulator) -> No
 
 
 @pytest.mark.timeout(120)
-def test_what_is_stored_is_seen_by_others(sqlite_scene: Any) -> None:
-    """While one process works, another gets each outcome, and its status is the truth."""
+def test_another_process_gets_all_outcomes(sqlite_scene: Any) -> None:
+    """While one process works, another one yields each outcome, and then reads the status."""
     scene = sqlite_scene
     scene.add(40, seconds=0.1)
     worker = scene.worker()

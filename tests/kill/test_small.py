@@ -1,4 +1,4 @@
-"""The least of what `test_kill.py` does, for every run of the checks: `nox -s kill_small`."""
+"""A short version of `test_kill.py` for every run of the checks: `nox -s kill_small`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 
 
 @pytest.mark.timeout(120)
-def test_one_of_three_workers_is_killed(postgres_scene: Any) -> None:
-    """On PostgreSQL, every item ends once and is started once."""
+def test_one_of_three_workers_can_be_killed(postgres_scene: Any) -> None:
+    """On PostgreSQL, every item ends once and is started once at most."""
     scene = postgres_scene
     scene.add(150)
     first, *others = (scene.worker(in_flight=30) for _ in range(3))

@@ -1,0 +1,290 @@
+"""Connections: pools of our own or borrowed ones, over which nothing is sent twice or mixed up."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import ssl
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
+
+import aiohttp
+import anyio
+import attrs
+from aiohttp.abc import AbstractStreamWriter
+
+from promptlayer_exec._version import __version__
+
+if TYPE_CHECKING:
+    from aiohttp.client_proto import ResponseHandler
+
+    from promptlayer_exec._settings import Settings
+
+BorrowedHttp = aiohttp.ClientSession
+
+USER_AGENT = (
+    f"promptlayer-exec/{__version__} aiohttp/{aiohttp.__version__}"
+    f" Python/{sys.version_info.major}.{sys.version_info.minor}"
+)
+_HEADERS = {"Accept": "application/json", "User-Agent": USER_AGENT}
+
+
+class _UncleanConnection(aiohttp.ClientConnectionError):
+    """The connection was not used: there was something on it that no request asked for."""
+
+
+class _CleanRequest(aiohttp.ClientRequest):
+    """A request that is sent only where the next bytes to come can be its response.
+
+    aiohttp's pool checks only that a connection is open. Bytes that came while it was idle would
+    be the response to the next request, and that one's the response to the one after it.
+    """
+
+    used: asyncio.Transport | None = None
+
+    async def send(self, conn: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
+        if conn.transport is not None and _is_readable(conn.transport):
+            # Let the loop read what lies in the socket: one step to notice it, one to read it.
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        if conn.protocol is None or not conn.protocol.is_connected() or conn.protocol.should_close:
+            raise _UncleanConnection("the connection was closed, or had bytes nobody asked for")
+        self.used = conn.transport
+        return await super().send(conn)
+
+
+def _is_readable(transport: asyncio.Transport) -> bool:
+    socket = transport.get_extra_info("socket")
+    if socket is None or socket.fileno() < 0:
+        return True
+    if not hasattr(select, "poll"):  # Windows
+        return bool(select.select([socket.fileno()], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(socket.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
+# So often another connection is tried at once. After that it is a failure like any other.
+_CONNECTIONS_TRIED = 10
+
+
+async def _send_once(
+    request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+) -> aiohttp.ClientResponse:
+    """Keep aiohttp from sending again by itself: unthrottled, uncounted and unobserved."""
+    for _ in range(_CONNECTIONS_TRIED - 1):
+        with suppress(_UncleanConnection):  # and so nothing was sent
+            return await _send_over_one(request, handler)
+    return await _send_over_one(request, handler)
+
+
+async def _send_over_one(
+    request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+) -> aiohttp.ClientResponse:
+    try:
+        return await handler(request)
+    except aiohttp.ClientConnectorError:
+        raise
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+        raise aiohttp.ClientConnectionError(reason_of(error)) from error
+    except BaseException:
+        if isinstance(request, _CleanRequest):
+            abort(request.used)
+        raise
+
+
+def abort(transport: asyncio.Transport | None) -> None:
+    """Close a connection at once: a peer that does not read or answer could keep it open."""
+    if transport is not None:
+        transport.abort()
+
+
+@attrs.frozen(eq=False)
+class Pool:
+    """Connections for one kind of request, and slots for as many requests.
+
+    Attributes:
+        http: holds the connections.
+        slots: where a request waits, without a timeout, until a connection is free.
+        headers: what to send along; None: `http` does so by itself.
+        middlewares: what to run along; None: those of `http`.
+        is_borrowed: whether others use the connections, too.
+    """
+
+    http: aiohttp.ClientSession
+    slots: anyio.Semaphore
+    headers: Mapping[str, str] | None = None
+    middlewares: Sequence[aiohttp.ClientMiddlewareType] | None = None
+    is_borrowed: bool = False
+
+
+@attrs.define(eq=False)
+class Pools:
+    """The connections of a session: those that read, and those that start runs.
+
+    Starts have a share of their own, so that neither kind keeps the other waiting. In our own
+    pools, each start gets a new connection: a used one might be closing at that moment, and the
+    start would be lost without need.
+    """
+
+    reads: Pool
+    starts: Pool
+
+    @classmethod
+    def open(cls, settings: Settings, api_key: str, resources: AsyncExitStack) -> Self:
+        """Open pools of our own in the running loop, or borrow; `resources` gives all back."""
+        headers = _HEADERS | {"X-API-KEY": api_key}
+        if settings.http is not None:
+            return cls._borrow(settings.http, settings.max_connections, headers, resources)
+        pools = []
+        for slots, force_close in zip(_slots(settings.max_connections), (False, True), strict=True):
+            http = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, force_close=force_close),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers=headers,
+                middlewares=[_send_once],
+                request_class=_CleanRequest,
+                trust_env=settings.trust_env,
+            )
+            resources.push_async_callback(http.close)
+            pools.append(Pool(http, slots))
+        return cls(*pools)
+
+    @classmethod
+    def _borrow(
+        cls,
+        http: aiohttp.ClientSession,
+        max_connections: int,
+        headers: dict[str, str],
+        resources: AsyncExitStack,
+    ) -> Self:
+        """Share out the connections of a client session that belongs to the caller."""
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_create_end.append(_mark_new_connection)
+        trace.freeze()
+        http.trace_configs.append(trace)
+        resources.callback(http.trace_configs.remove, trace)
+        connector = http.connector
+        limits = (connector.limit, connector.limit_per_host) if connector is not None else ()
+        if "User-Agent" in http.headers:
+            del headers["User-Agent"]
+        # Those given with a request replace the session's, which has no public name for them.
+        middlewares = (*http._middlewares, _send_once)
+        reads, starts = _slots(min([max_connections, *(limit for limit in limits if limit)]))
+        # A server that heeds "close" leaves no used connection behind for the next start.
+        return cls(
+            Pool(http, reads, headers, middlewares),
+            Pool(http, starts, headers | {"Connection": "close"}, middlewares, is_borrowed=True),
+        )
+
+
+def _slots(connections: int) -> tuple[anyio.Semaphore, anyio.Semaphore]:
+    """Share connections out between reads and starts; both share one where there is only one."""
+    starts = max(connections // 4, 1)
+    reads = anyio.Semaphore(max(connections - starts, 1), fast_acquire=True)
+    return reads, reads if connections == 1 else anyio.Semaphore(starts, fast_acquire=True)
+
+
+class SendOnce(Protocol):
+    """A request that must not reach the server twice, and whether it may have reached it."""
+
+    @property
+    def sent(self) -> bool:
+        """Whether it may have reached the server."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it must not be sent any more."""
+
+    async def before_send(self) -> None:
+        """Wait until it may be sent; a connection is free, and the rate allows it."""
+
+    def mark_sent(self) -> None:
+        """Record that it is about to be sent; raises `OSError` where it must not be any more."""
+
+    def mark_rejected(self) -> None:
+        """Record that the server refused it, and started nothing."""
+
+
+class GuardedBody(aiohttp.Payload):
+    """A body that reports when it, and the headers that go with it, are about to be sent.
+
+    It is sent over a new connection only: on a used one, the answer might be a stale one to another
+    request, a 429 or even the id of another run.
+    """
+
+    def __init__(self, body: bytes, once: SendOnce, *, is_new_connection: bool) -> None:
+        super().__init__(body, content_type="application/json")
+        self._body = body
+        self._once = once
+        self.is_new_connection = is_new_connection
+        self.used: asyncio.Transport | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self._body)
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return self._body.decode(encoding, errors)
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        if not self.is_new_connection:
+            raise ConnectionAbortedError("a start is not sent over a used connection")
+        if self.used is not None:  # a borrowed session's middleware sends again
+            raise ConnectionAbortedError("a start is not sent twice")
+        self._once.mark_sent()
+        if isinstance(writer, aiohttp.http.StreamWriter):
+            self.used = writer.transport
+            cast("ResponseHandler", writer.protocol).force_close()  # into no pool
+        await writer.write(self._body)
+
+
+async def _mark_new_connection(
+    _: aiohttp.ClientSession, context: Any, __: aiohttp.TraceConnectionCreateEndParams
+) -> None:
+    if isinstance(context.trace_request_ctx, GuardedBody):
+        context.trace_request_ctx.is_new_connection = True
+
+
+def is_tls_failure(error: BaseException | None) -> bool:
+    """Return True if no TLS connection can be made, which waiting does not change."""
+    if isinstance(error, aiohttp.ClientConnectorSSLError):
+        return not isinstance(error.os_error, ssl.SSLEOFError)  # the server went away meanwhile
+    return isinstance(
+        error, (aiohttp.ClientSSLError, aiohttp.ServerFingerprintMismatch, ssl.SSLError)
+    )
+
+
+def _tls_reason(error: BaseException) -> str:
+    """Return what is wrong with a TLS connection, and what to do about it."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        error = error.certificate_error
+    elif isinstance(error, aiohttp.ClientConnectorSSLError):
+        error = error.os_error
+    if isinstance(error, ssl.SSLCertVerificationError):
+        said = str(error.verify_message).rstrip(".")
+        return (
+            f"the server's certificate is not valid: {said}; if a private authority issued it, set"
+            " SSL_CERT_FILE to that authority's certificate, or pass http= with an SSL context"
+        )
+    name = getattr(error, "reason", None) or str(error)
+    if name == "WRONG_VERSION_NUMBER":
+        return f"the server does not speak TLS on this port ({name}): check base_url"
+    return (
+        f"the handshake failed ({name}): if the server demands a client certificate or another TLS"
+        " version, pass http= with an SSL context"
+    )
+
+
+def reason_of(error: BaseException | None) -> str:
+    if error is not None and is_tls_failure(error):
+        return _tls_reason(error)
+    if isinstance(error, aiohttp.ClientConnectorError):
+        # aiohttp words it for those who know its connection keys.
+        if error.errno is None:
+            return str(error.os_error) or "the connection was closed while it was made"
+        return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
+    return str(error) or type(error).__name__

@@ -1,0 +1,89 @@
+"""What batches use of DBOS although its reference does not document it, and why.
+
+All else that batches use is in `dbos.__all__` and at https://docs.dbos.dev/python/reference. For
+each name here, `test_dbos_still_has` in tests/test_dbos.py fails when DBOS removes or changes what
+is used. pyproject.toml allows only the minor version of DBOS that was checked, 3.4.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import psycopg
+import sqlalchemy as sa
+from dbos import DBOS
+from dbos import error as dbos_errors
+
+_HANDLER = logging.NullHandler()
+
+# A step raises it when another worker has taken over the item. `dbos.error` is public, but none of
+# its names is documented. As a BaseException, it passes `except Exception` and reaches DBOS.
+ItemTaken = dbos_errors.DBOSWorkflowConflictIDError
+
+
+def migrate(url: str) -> None:
+    """Create or migrate DBOS's tables.
+
+    Uses `DBOS.migrate`. The public `run_dbos_database_migrations` prints errors to standard output,
+    and raises an exception without the reason.
+    """
+    DBOS.migrate(url)
+
+
+def log_quietly() -> None:
+    """Let DBOS log as other libraries do: to standard error only if the application wants that.
+
+    Relies on DBOS adding its console handler only to a logger without a handler. The documented
+    `console_log_level` makes that handler quiet, but DBOS still turns off propagation to the root.
+    """
+    DBOS.logger.addHandler(_HANDLER)
+
+
+def mark_lost_connections(engine: sa.Engine) -> None:
+    """Let DBOS retry on PostgreSQL whenever a connection is lost or cannot be made.
+
+    Relies on DBOS retrying after an error that SQLAlchemy calls a disconnect. By itself, DBOS
+    recognizes only some of psycopg's messages.
+    """
+    sa.event.listen(engine, "handle_error", _mark_lost_connection)
+
+
+def _mark_lost_connection(context: sa.ExceptionContext) -> None:
+    error = context.original_exception
+    # An error that the server did not send has no state.
+    if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:
+        context.is_disconnect = True
+
+
+def recover_items(executors: list[str]) -> None:
+    """Put the items of dead workers back into their queue.
+
+    Uses `DBOS._recover_pending_workflows`, which does not touch an item that a live worker has
+    dequeued meanwhile. The documented `resume_workflow` would take the item from that worker.
+
+    Args:
+        executors: the DBOS executors of the dead workers.
+    """
+    DBOS._recover_pending_workflows(executors)
+
+
+def stop_dequeuing(dbos: DBOS, queue: str, timeout: float) -> None:
+    """Stop the thread that dequeues the items of a queue, and wait until it has ended.
+
+    Uses `DBOS.background_thread_stop_events` and the name of the thread. `DBOS.destroy` alone stops
+    DBOS's event loop before that thread, which may then submit an item to a loop that has stopped.
+    The documented `workflow_completion_timeout_sec` takes at least a second, and waits for running
+    items instead of the thread.
+
+    Args:
+        dbos: the launched instance.
+        queue: the queue's name.
+        timeout: seconds to wait at most.
+    """
+    for stop in dbos.background_thread_stop_events:
+        stop.set()
+    for thread in threading.enumerate():
+        # A thread that is still being started cannot be joined; it ends as soon as it begins.
+        if thread.name == f"queue-worker-{queue}" and thread.is_alive():
+            thread.join(timeout)
