@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, ClassVar, Required, TypedDict, TypeVar, Unpack
+import copyreg
+from typing import TYPE_CHECKING, Any, ClassVar, Required, TypedDict, Unpack
 
 import attrs
 
 if TYPE_CHECKING:
     from promptlayer_exec._models import Node, Snapshot
-
-_E = TypeVar("_E", bound="PromptLayerExecError")
 
 
 class _Context(TypedDict, total=False):
@@ -63,7 +62,11 @@ class PromptLayerExecError(Exception):
         return printable(f"{subject}{self._what()}. {advice}".rstrip())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (type(self), self.args, vars(self))
+        state = {**vars(self), "args": self.args}
+        if "__notes__" in state:
+            state["__notes__"] = list(state["__notes__"])  # add_note must not change the original
+        # Without `__init__`, which would want its keyword arguments.
+        return copyreg.__newobj__, (type(self),), state  # type: ignore[attr-defined]
 
 
 def printable(text: str) -> str:
@@ -75,20 +78,8 @@ def printable(text: str) -> str:
     )
 
 
-def _restore(cls: type[_E], args: tuple[Any, ...], state: dict[str, Any]) -> _E:
-    error = cls.__new__(cls)
-    error.args = args
-    vars(error).update(state)
-    if "__notes__" in state:
-        error.__notes__ = list(state["__notes__"])  # add_note must not change the original
-    return error
-
-
 def copy_error(error: Exception) -> Exception:
-    """Return a copy of an error with its own traceback, so that several tasks can raise it.
-
-    An error of another library that cannot be copied is returned as it is.
-    """
+    """Return a copy of an error, if it can be copied, so that several tasks can raise it."""
     try:
         duplicate = copy.copy(error)
     except Exception:  # noqa: BLE001 - another library's error may raise anything here
@@ -122,12 +113,7 @@ class RequestError(PromptLayerExecError):
     """
 
     def __init__(
-        self,
-        message: str,
-        *,
-        attempts: int = 1,
-        reason: str = "",
-        **context: Unpack[_Context],
+        self, message: str, *, attempts: int = 1, reason: str = "", **context: Unpack[_Context]
     ) -> None:
         super().__init__(message, **context)
         self.attempts = attempts

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterable,
-    Awaitable,
-    Callable,
-    Coroutine,
-    Iterable,
-)
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Coroutine, Iterable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import anyio
 import attrs
 
-from promptlayer_exec._errors import (
-    PromptLayerExecError,
-    SessionClosed,
-    Unauthorized,
-    copy_error,
-)
+from promptlayer_exec._errors import PromptLayerExecError, SessionClosed, Unauthorized, copy_error
 from promptlayer_exec._models import Snapshot
 from promptlayer_exec._tasks import Tasks, foreign_cancellation, is_cancelled
 
@@ -69,14 +57,7 @@ class Outcome(Generic[ItemT, OutputT]):
 
 @attrs.define(eq=False)
 class RunningItem(Generic[ItemT]):
-    """One item in flight, and what is known of it so far.
-
-    Attributes:
-        index: its position among the items.
-        item: the item.
-        execution: its handle, once there is an execution.
-        snapshot: the last that was seen of it.
-    """
+    """One item in flight, and what is known of it so far."""
 
     index: int
     item: ItemT
@@ -101,11 +82,8 @@ async def fan_out(
 ) -> AsyncGenerator[Outcome[ItemT, Any], None]:
     """Yield the outcome of each item as it comes.
 
-    Args:
-        items: taken one at a time, when a slot is free; an async generator is closed at the end.
-        run_item: does the work of one item, records what it learns of it, and returns the output.
-        max_in_flight: how many may be in flight, or have ended without being yielded yet.
-        open_client: returns what runs a task until it ends by itself or the session is closed.
+    Items are taken one at a time, when fewer than `max_in_flight` are in flight or wait to be
+    yielded. `open_client` returns what runs a task until the session is closed.
 
     Raises:
         Unauthorized: an item met it, so that no later one could succeed. Those in flight were
@@ -113,46 +91,31 @@ async def fan_out(
         SessionClosed: the session was closed; likewise.
         BaseException: one of `items` itself, after those in flight have ended by themselves.
     """
-    fan = _FanOut(items, run_item, max_in_flight)
+    fan = _FanOut(items, run_item, anyio.Semaphore(max_in_flight))
     (await open_client())(fan.run)
     try:
-        while (outcome := await fan.next()) is not None:
+        while (outcome := await fan.outcomes.get()) is not None:
+            fan.slots.release()
             yield outcome
+        if fan.error is not None:
+            raise fan.error
     finally:
         await fan.cancel()
 
 
+@attrs.define(eq=False)
 class _FanOut(Generic[ItemT]):
-    def __init__(
-        self,
-        items: Iterable[ItemT] | AsyncIterable[ItemT],
-        run_item: Callable[[RunningItem[ItemT]], Awaitable[Any]],
-        max_in_flight: int,
-    ) -> None:
-        self._items = items
-        self._run_item = run_item
-        # Released when an outcome is taken, so that nothing piles up before a slow consumer.
-        self._slots = anyio.Semaphore(max_in_flight)
-        self._scope = anyio.CancelScope()
-        self._outcomes: deque[Outcome[ItemT, Any]] = deque()
-        self._news = anyio.Event()
-        self._is_running = False
-        self._tasks = Tasks()
-        self._ended = anyio.Event()
-        self._is_cancelled = False
-        self._error: BaseException | None = None
-
-    async def next(self) -> Outcome[ItemT, Any] | None:
-        """Return the next outcome; None after the last."""
-        while not self._outcomes:
-            if self._ended.is_set():
-                if self._error is not None:
-                    raise self._error
-                return None
-            self._news = anyio.Event()
-            await self._news.wait()
-        self._slots.release()
-        return self._outcomes.popleft()
+    _items: Iterable[ItemT] | AsyncIterable[ItemT]
+    _run_item: Callable[[RunningItem[ItemT]], Awaitable[Any]]
+    # Released when an outcome is taken, so that nothing piles up before a slow consumer.
+    slots: anyio.Semaphore
+    outcomes: asyncio.Queue[Outcome[ItemT, Any] | None] = attrs.field(factory=asyncio.Queue)
+    error: BaseException | None = None
+    _scope: anyio.CancelScope = attrs.field(factory=anyio.CancelScope)
+    _is_running: bool = False
+    _tasks: Tasks = attrs.field(factory=Tasks)
+    _ended: anyio.Event = attrs.field(factory=anyio.Event)
+    _is_cancelled: bool = False
 
     async def cancel(self) -> None:
         """Cancel what is in flight, and wait until it has ended."""
@@ -175,11 +138,11 @@ class _FanOut(Generic[ItemT]):
                     with anyio.CancelScope(shield=True):
                         await self._tasks.ended()
         except anyio.get_cancelled_exc_class():
-            self._error = self._error or SessionClosed()
+            self.error = self.error or SessionClosed()
             raise
         finally:
             self._ended.set()
-            self._news.set()
+            self.outcomes.put_nowait(None)
 
     async def _take_all(self) -> None:
         # In a task that is cancelled but once: a scope would cancel each `await` of the clean-up in
@@ -195,19 +158,18 @@ class _FanOut(Generic[ItemT]):
     async def _take(self) -> None:
         try:
             async with aclosing(each(self._items)) as items:
-                index = 0
+                index = itertools.count()
                 while True:
-                    await self._slots.acquire()
-                    item = RunningItem(index, await anext(items))
-                    index += 1
+                    await self.slots.acquire()
+                    item = RunningItem(next(index), await anext(items))
                     self._tasks.start(self._run_one(item), name="promptlayer_exec.item")
         except StopAsyncIteration:
             pass
         except asyncio.CancelledError as error:
             if not is_cancelled():
-                self._error = self._error or foreign_cancellation("items", error)
+                self.error = self.error or foreign_cancellation("items", error)
         except BaseException as error:  # noqa: BLE001 - whatever `items` raises, it is the consumer's
-            self._error = self._error or error
+            self.error = self.error or error
 
     async def _run_one(self, item: RunningItem[ItemT]) -> None:
         try:
@@ -227,21 +189,19 @@ class _FanOut(Generic[ItemT]):
         except BaseException as error:  # noqa: BLE001 - passed on, it would end the whole session
             self._fail(error)
             return
-        self._outcomes.append(outcome)
-        self._news.set()
+        self.outcomes.put_nowait(outcome)
 
     def _fail(self, error: BaseException) -> None:
-        self._error = self._error or error
+        self.error = self.error or error
         self._scope.cancel()
 
     def _end_error(self, item: RunningItem[ItemT]) -> PromptLayerExecError:
         """Return the error of an item that is cancelled because the fan-out cannot go on."""
-        error: Any = SessionClosed()
-        if isinstance(self._error, PromptLayerExecError):
-            error = copy_error(self._error)
+        cause = self.error if isinstance(self.error, PromptLayerExecError) else SessionClosed()
+        error = cast(PromptLayerExecError, copy_error(cause))
         error.execution_id = None if item.execution is None else item.execution.id
         error.last_snapshot = item.snapshot
-        return cast(PromptLayerExecError, error)
+        return error
 
 
 async def each(items: Iterable[ItemT] | AsyncIterable[ItemT]) -> AsyncGenerator[ItemT, None]:

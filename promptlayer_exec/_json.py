@@ -24,15 +24,7 @@ JSON_KINDS: dict[type, str] = {
 
 
 def json_kind(value: Any) -> str:
-    """Return the kind of a JSON value in words for an error message.
-
-    Args:
-        value: any value. A value that JSON does not have is named by its Python type.
-
-    Returns:
-        "null", "true", "false", "an integer", "a number", "a string", "an array" or "an object";
-        for other values the type's name with an article, such as "a datetime".
-    """
+    """Return the kind of a value in words for an error message, such as "null" or "a datetime"."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, type):
@@ -42,19 +34,17 @@ def json_kind(value: Any) -> str:
     return JSON_KINDS.get(type(value), f"{article} {name}")
 
 
-def _loads_with(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    def loads(body: bytes) -> Any:
-        try:
-            return decode(body)
-        except Exception:  # noqa: BLE001 - NaN, for one, is JSON to the standard library alone
-            return json.loads(body)
-
-    return loads
-
-
 try:
     import msgspec
 except ImportError:
     loads: Callable[[bytes], Any] = json.loads
 else:
-    loads = _loads_with(msgspec.json.Decoder().decode)
+    _decode = msgspec.json.Decoder().decode
+
+    def _loads(body: bytes) -> Any:
+        try:
+            return _decode(body)
+        except Exception:  # noqa: BLE001 - NaN, for one, is JSON to the standard library alone
+            return json.loads(body)
+
+    loads = _loads

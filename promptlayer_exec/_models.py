@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from functools import wraps
 from inspect import iscoroutinefunction
-from typing import Any, Self, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import attrs
 
@@ -17,20 +17,11 @@ V = TypeVar("V")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+@attrs.frozen(eq=False, repr=False)
 class FrozenMap(Mapping[str, V]):
-    """A read-only mapping that, unlike `types.MappingProxyType`, pickles and deep-copies."""
+    """A read-only view of a dict that, unlike `types.MappingProxyType`, pickles and deep-copies."""
 
-    __slots__ = ("_items",)
-
-    def __init__(self, items: Mapping[str, V] | None = None) -> None:
-        self._items: dict[str, V] = dict(items or {})
-
-    @classmethod
-    def adopt(cls, items: dict[str, V]) -> Self:
-        """Return a mapping around `items` itself, not a copy; the caller must not change it."""
-        mapping = object.__new__(cls)
-        mapping._items = items
-        return mapping
+    _items: dict[str, V] = attrs.field(factory=dict)
 
     def __getitem__(self, key: str) -> V:
         return self._items[key]
@@ -53,9 +44,6 @@ class FrozenMap(Mapping[str, V]):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._items!r})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._items,)
 
 
 class NodeStatus(enum.StrEnum):
@@ -174,7 +162,7 @@ class NodeChange:
 
 
 def _frozen(items: Any) -> Any:
-    return items if isinstance(items, FrozenMap) else FrozenMap(items)
+    return items if isinstance(items, FrozenMap) else FrozenMap(dict(items))
 
 
 @attrs.frozen

@@ -16,15 +16,10 @@ T = TypeVar("T")
 
 
 async def main_output(snapshot: Snapshot, ask: Callable[[], Awaitable[Any]]) -> Any:
-    """Return the main output of an execution.
+    """Return the main output of a complete execution, or raise `ExecutionFailed`.
 
-    Args:
-        snapshot: the complete snapshot of the execution.
-        ask: requests the main output from the server. It is called where the snapshot does not
-            decide, because several output nodes succeeded or none is marked.
-
-    Raises:
-        ExecutionFailed: the execution has no main output.
+    The server is asked where the snapshot does not decide, because several output nodes succeeded
+    or none is marked.
     """
     snapshot.raise_for_failure()
     succeeded = [node for node in snapshot.output_nodes if node.succeeded]
@@ -43,11 +38,7 @@ async def main_output(snapshot: Snapshot, ask: Callable[[], Awaitable[Any]]) -> 
 
 
 def check_type(into: Any, converter: cattrs.Converter | None) -> None:
-    """Check that outputs can be structured into a type, before there is an output.
-
-    Raises:
-        TypeError: the type, or a part of it, cannot be structured into.
-    """
+    """Check, before there is an output, that a type can be structured into; else a `TypeError`."""
     # Imported late, because it would add a quarter to the import time of the package.
     from promptlayer_exec import _structuring  # noqa: PLC0415
 
@@ -57,31 +48,15 @@ def check_type(into: Any, converter: cattrs.Converter | None) -> None:
 def typed_output(
     value: Any, into: TypeForm[T], converter: cattrs.Converter | None, snapshot: Snapshot
 ) -> T:
-    """Return a main output structured into a type.
-
-    Args:
-        value: the main output.
-        into: the type.
-        converter: a cattrs converter with hooks of the user, if there is one.
-        snapshot: the complete snapshot of the execution, for the error.
-
-    Raises:
-        InvalidOutput: the output does not have that type.
-        TypeError: the output led to a part of the type that cannot be structured into.
-    """
-    from promptlayer_exec._structuring import StructureError, structure  # noqa: PLC0415 - as above
+    """Return the main output of an execution structured into a type, or raise `InvalidOutput`."""
+    from promptlayer_exec._structuring import structure  # noqa: PLC0415 - as above
 
     try:
         return structure(value, into, converter)
     except TypeError as error:  # check_type does not see parts that only this value leads to
         error.add_note(f"for the output of execution {snapshot.execution_id}")
         raise
-    except StructureError as error:
-        raise InvalidOutput(
-            f"the output does not fit the type given as into=: {error.path}: {error.reason}",
-            path=error.path,
-            value=value,
-            reason=error.reason,
-            execution_id=snapshot.execution_id,
-            last_snapshot=snapshot,
-        ) from error.__cause__
+    except InvalidOutput as error:
+        error.execution_id = snapshot.execution_id
+        error.last_snapshot = snapshot
+        raise

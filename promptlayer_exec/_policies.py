@@ -13,17 +13,7 @@ from promptlayer_exec._errors import ConfigurationError
 
 
 def check_seconds(name: str, value: Any, *, zero: bool = True) -> float:
-    """Return a setting in seconds as a float.
-
-    Args:
-        name: the name of the setting, for the error message.
-        value: the value to check.
-        zero: whether 0 is allowed.
-
-    Raises:
-        ConfigurationError: the value is not a number, is negative, not finite, or a 0 that is not
-            allowed.
-    """
+    """Return a setting in seconds as a float, or raise `ConfigurationError`."""
     seconds = _number(value)
     if seconds is None or not math.isfinite(seconds) or seconds < 0 or (seconds == 0 and not zero):
         least = "of at least 0" if zero else "greater than 0"
@@ -194,12 +184,7 @@ class RetryPolicy:
 
 @attrs.frozen
 class Deadline:
-    """The time at which a wait ends, whatever it waits for.
-
-    Attributes:
-        timeout: the seconds from the start of the wait; None for no limit.
-        at: the time on the clock that was passed to `after`; infinity for no limit.
-    """
+    """The time `at` which a wait ends, whatever it waits for; infinity for no limit."""
 
     timeout: float | None
     at: float
@@ -207,7 +192,7 @@ class Deadline:
     @classmethod
     def after(cls, timeout: float | None, *, now: float) -> Self:
         """Return the deadline `timeout` seconds after `now`; None for no limit."""
-        return cls(timeout, math.inf if timeout is None else now + timeout)
+        return cls(timeout, now + or_infinity(timeout))
 
     @property
     def when(self) -> float | None:
@@ -215,13 +200,13 @@ class Deadline:
         return None if self.timeout is None else self.at
 
 
-def check_timeout(timeout: Any) -> float | EllipsisType | None:
-    """Return a timeout in seconds; None and infinity stand for no limit, `...` for the default.
+def or_infinity(limit: float | None) -> float:
+    """Return a limit as a number; None stands for no limit."""
+    return math.inf if limit is None else limit
 
-    Raises:
-        TypeError: the timeout is neither a number nor None.
-        ValueError: the timeout is negative or NaN.
-    """
+
+def check_timeout(timeout: Any) -> float | EllipsisType | None:
+    """Return a timeout in seconds; None and infinity stand for no limit, `...` for the default."""
     if timeout is None or timeout is ...:
         return timeout
     seconds = _number(timeout)

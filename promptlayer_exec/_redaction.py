@@ -9,11 +9,7 @@ _LEAST_LENGTH = 6
 
 
 class Redactor:
-    """Redacts a secret.
-
-    Args:
-        text: the secret. One of fewer than 6 characters is not redacted.
-    """
+    """Redacts a secret, unless it has fewer than 6 characters."""
 
     def __init__(self, text: str) -> None:
         in_json = json.dumps(text)[1:-1]

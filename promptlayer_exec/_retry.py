@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import math
 
+import attrs
+
 from promptlayer_exec._errors import RequestError, printable
 from promptlayer_exec._events import logger
-from promptlayer_exec._policies import RetryPolicy
+from promptlayer_exec._policies import RetryPolicy, or_infinity
 
 
+@attrs.define(eq=False)
 class RetryState:
     """The failures of one logical request since its last good answer.
 
-    Waiting that is not the server's fault, or that the server asked for, does not count against
-    the limit.
-
-    Args:
-        policy: how long to wait between attempts.
-        limit: seconds from the first failed attempt after which to give up; None: never.
-
-    Attributes:
-        failures: how many attempts have failed in a row.
-        error: the last failure.
+    The request is given up `limit` seconds after its first failed attempt. Waiting that is not the
+    server's fault, or that the server asked for, does not count.
     """
 
-    def __init__(self, policy: RetryPolicy, limit: float | None) -> None:
-        self._policy = policy
-        self.limit = math.inf if limit is None else limit
-        self._since: float | None = None
-        self._excused = 0.0
-        self.failures = 0
-        self.error: Exception | None = None
+    _policy: RetryPolicy
+    limit: float = attrs.field(converter=or_infinity)
+    _since: float | None = None
+    _excused: float = 0.0
+    failures: int = 0
+    error: Exception | None = None
 
     def excuse(self, seconds: float) -> None:
         """Do not count `seconds` of waiting against the limit."""
@@ -42,11 +36,7 @@ class RetryState:
     ) -> float | None:
         """Record a failed attempt, and return the seconds before the next; None: give up.
 
-        Args:
-            error: what went wrong.
-            now: the time, in seconds on any clock.
-            chance: a random number in [0, 1).
-            retry_after: seconds that the server asked to wait.
+        `chance` is a random number in [0, 1), and `retry_after` what the server asked to wait.
         """
         self.error = error
         self.failures += 1
@@ -61,16 +51,12 @@ class RetryState:
         return max(delay, announced)
 
 
+@attrs.define(eq=False)
 class RecentStarts:
-    """The executions started just now, which the server may not know everywhere yet.
+    """The starts of the last `grace` seconds, which the server may not know everywhere yet."""
 
-    Args:
-        grace: seconds for which a start is recent.
-    """
-
-    def __init__(self, grace: float) -> None:
-        self._grace = grace
-        self._started: dict[int, float] = {}  # in the order of time
+    _grace: float
+    _started: dict[int, float] = attrs.field(factory=dict)  # in the order of time
 
     def add(self, execution_id: int, *, now: float) -> None:
         """Record a start."""
@@ -84,6 +70,7 @@ class RecentStarts:
         return now - started < self._grace
 
 
+@attrs.define(eq=False)
 class OutageLog:
     """Logs the outages of a session: one line when one begins, one when it has ended.
 
@@ -92,18 +79,19 @@ class OutageLog:
     never gets more lines than that.
     """
 
-    def __init__(self) -> None:
-        self._failing: set[RetryState] = set()
-        self._answered = False
+    _failing: set[RetryState] = attrs.field(factory=set)
+    _answered: bool = False
 
     def begin(self, error: RequestError, state: RetryState) -> None:
         """Record that a request failed and will be sent again."""
         if not self._failing:
             self._answered = False
             limit = "" if state.limit == math.inf else f" for up to {state.limit:g} s"
+            number = error.execution_id
+            subject = "a start" if number is None else f"execution {number}"
             # Not the whole error: its text also quotes the body and ends with advice.
             what = printable(str(error.args[0]))
-            logger.warning("%s: %s; trying again%s", _subject(error), what, limit)
+            logger.warning("%s: %s; trying again%s", subject, what, limit)
         self._failing.add(state)
 
     def end(self, state: RetryState, *, answered: bool) -> None:
@@ -114,7 +102,3 @@ class OutageLog:
         self._answered |= answered
         if self._answered and not self._failing:
             logger.info("the server answers again")
-
-
-def _subject(error: RequestError) -> str:
-    return "a start" if error.execution_id is None else f"execution {error.execution_id}"

@@ -1,4 +1,4 @@
-"""Reading and checking the settings of a session."""
+"""Reading and checking the settings of a session; each check raises `ConfigurationError`."""
 
 from __future__ import annotations
 
@@ -30,10 +30,7 @@ _NO = ("", "0", "false", "no", "off")
 def find_api_key(api_key: str | None) -> str | None:
     """Return the API key: the argument, else `$PROMPTLAYER_API_KEY`, else None.
 
-    An empty variable counts as unset.
-
-    Raises:
-        ConfigurationError: the key cannot be sent in a header. The message does not show the key.
+    An empty variable counts as unset. The error for a key that cannot be sent does not show it.
     """
     source = "api_key"
     if api_key is None:
@@ -52,13 +49,7 @@ def find_api_key(api_key: str | None) -> str | None:
 def find_base_url(base_url: str | None) -> str:
     """Return the base URL: the argument, else `$PROMPTLAYER_BASE_URL`, else PromptLayer's.
 
-    An empty variable counts as unset.
-
-    Returns:
-        The URL, percent-encoded and without a trailing slash.
-
-    Raises:
-        ConfigurationError: it is not a plain http or https URL.
+    It is percent-encoded and has no trailing slash. An empty variable counts as unset.
     """
     source = "base_url"
     if base_url is None:
@@ -157,11 +148,7 @@ def _callables(_: Any, __: Any, value: Any) -> None:
 
 @attrs.frozen(kw_only=True)
 class Settings:
-    """The settings of a session, checked; `Session` documents them.
-
-    Raises:
-        ConfigurationError: a setting is malformed. A missing key is reported at first use.
-    """
+    """The settings of a session, checked; `Session` documents them."""
 
     # These two are read again on opening: the environment may be set after the session was made.
     api_key: str | None = attrs.field(repr=False)

@@ -35,14 +35,7 @@ _CLASSES: dict[int, type[StatusError]] = {
 
 
 def status_error(response: Response) -> StatusError:
-    """Return the error that a redirect or an error status stands for.
-
-    Args:
-        response: a response with a status of 300 or more.
-
-    Returns:
-        A `StatusError`, of a subclass for each documented status.
-    """
+    """Return the error for a redirect or an error status, of a subclass if it is documented."""
     status = response.status
     name = status_name(status)
     body = _decoded(response.body)

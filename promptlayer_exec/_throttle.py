@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import anyio
+import attrs
 
+from promptlayer_exec._policies import or_infinity
 from promptlayer_exec._tasks import clock
 
 
@@ -61,19 +63,11 @@ class Throttle:
     Args:
         rate: slots per second; None means unlimited.
         limiters: each is acquired once per attempt, after `rate`. The sequence may change.
-        clock: returns the current time in seconds.
     """
 
-    def __init__(
-        self,
-        rate: float | None,
-        limiters: Sequence[Limiter] = (),
-        *,
-        clock: Callable[[], float] = clock,
-    ) -> None:
-        self._max_rate = math.inf if rate is None else rate
+    def __init__(self, rate: float | None, limiters: Sequence[Limiter] = ()) -> None:
+        self._max_rate = or_infinity(rate)
         self._limiters = limiters
-        self._clock = clock
         self._lock = anyio.Lock(fast_acquire=True)
         self._next_slot = -math.inf
         self._good_answers = _MeasuredRate()
@@ -93,7 +87,7 @@ class Throttle:
             for limiter in self._limiters:
                 await limiter.acquire()
                 await self._wait_for_slot()  # a 429 may have arrived meanwhile
-            now = self._clock()
+            now = clock()
             # Only a request that had to wait makes up for lost slots: an idle session wants none.
             slot = max(self._next_slot, now - _CATCH_UP) if waited else now
             self._next_slot = slot + 1.0 / self._current_rate(now)
@@ -101,24 +95,22 @@ class Throttle:
     async def _wait_for_slot(self) -> bool:
         """Wait until a request may be sent; return whether that took any time."""
         waited = False
-        while (wait := self._next_slot - self._clock()) > 0:  # a 429 may move the slot meanwhile
+        while (wait := self._next_slot - clock()) > 0:  # a 429 may move the slot meanwhile
             waited = True
             await anyio.sleep(wait)
         return waited
 
     def answered(self) -> None:
         """Record an answer other than 429."""
-        self._good_answers.count(self._clock())
+        self._good_answers.count(clock())
 
     def refused(self, sent_at: float, announced: float) -> float:
         """Record a 429, and return the seconds until the next request may be sent.
 
-        Args:
-            sent_at: when the refused request was sent. One that was sent before the last 429
-                arrived says nothing new about the rate.
-            announced: the seconds that the server asked to wait; 0 if it named none.
+        `announced` is the seconds that the server asked to wait; 0 if it named none.
         """
-        now = self._clock()
+        now = clock()
+        # A request that was sent before the last 429 arrived says nothing new about the rate.
         if sent_at >= self._refused_at:
             if not announced or now - self._refused_at < _SETTLED:
                 self._reduce_rate(now, lost=max(announced, now - sent_at))
@@ -150,13 +142,13 @@ class Throttle:
         return min(self._rate, self._max_rate)
 
 
+@attrs.define(eq=False)
 class _MeasuredRate:
     """Answers per second: an average that decays within about a second."""
 
-    def __init__(self) -> None:
-        self._weight = 0.0
-        self._since = -math.inf
-        self._last = -math.inf
+    _weight: float = 0.0
+    _since: float = -math.inf
+    _last: float = -math.inf
 
     def count(self, now: float) -> None:
         """Count an answer."""

@@ -75,7 +75,7 @@ def _first_seen(
     while gone > _GONE_NODES or (gone and length > _NAMES_OF_GONE_NODES):
         length -= len(times.popitem()[0])
         gone -= 1
-    return FrozenMap.adopt(times)
+    return FrozenMap(times)
 
 
 class Watch:

@@ -9,17 +9,14 @@ from __future__ import annotations
 import json
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from functools import cache
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 from urllib.parse import quote
 
 import attrs
-import cattrs
-from cattrs.errors import ClassValidationError
-from cattrs.gen import make_dict_structure_fn, override
 
 from promptlayer_exec._errors import InvalidResponse
 from promptlayer_exec._events import logger
@@ -43,6 +40,7 @@ T = TypeVar("T")
 MAX_ID = 2**63 - 1
 _ID_FIELD = "workflow_version_execution_id"
 _EXCERPT = 200
+_REPORTED_AT_MOST = 100
 _LONGEST_STATUS = 100
 
 
@@ -50,13 +48,8 @@ _LONGEST_STATUS = 100
 class Request:
     """A request to the server.
 
-    Attributes:
-        method: the HTTP method.
-        target: the path and query below the base URL, percent-encoded.
-        execution_id: the id of the execution, if there is one yet.
-        body: the JSON body.
-        url: the whole URL, if it was built in advance.
-        headers: those that this request needs.
+    `target` is the path and query below the base URL, percent-encoded; `url` is the whole URL, if
+    it was built in advance; `headers` are those that this request needs.
     """
 
     method: str
@@ -69,14 +62,7 @@ class Request:
 
 @attrs.define
 class Response:
-    """A response of the server.
-
-    Attributes:
-        status: the HTTP status.
-        body: the decompressed body.
-        location: the target of a redirect.
-        retry_after: the seconds that the server asked to wait, if it did.
-    """
+    """A response of the server; the body is decompressed, and `retry_after` in seconds."""
 
     status: int
     body: bytes
@@ -86,15 +72,7 @@ class Response:
 
 @attrs.define
 class Reply(Generic[T]):
-    """A successful response that was read, with its measurements.
-
-    Attributes:
-        value: the value that was read from the body.
-        body_bytes: the size of the body in bytes, after decompression.
-        duration: seconds from sending the request to the last byte of the response.
-        lateness: seconds by which the request was sent after its scheduled time.
-        retry_after: the seconds that the server asked to wait before the next request, if it did.
-    """
+    """The value of a successful response, with its measurements, which are those of `Polled`."""
 
     value: T
     body_bytes: int
@@ -104,25 +82,12 @@ class Reply(Generic[T]):
 
 
 def check_execution_id(value: Any) -> int:
-    """Return an execution id as an int.
-
-    Args:
-        value: an int or another value with `__index__`, but not a bool.
-
-    Raises:
-        TypeError: the value is not an integer.
-        ValueError: the value is not between 1 and 2**63-1.
-    """
+    """Return an execution id, which may be any value with `__index__` but a bool, as an int."""
     return _positive_int64("execution id", value, "an int")
 
 
 def results_request(execution_id: int, *, return_all_outputs: bool) -> Request:
-    """Return the request for the results of an execution.
-
-    Args:
-        execution_id: the id of the execution.
-        return_all_outputs: whether to request all nodes, or the main output alone.
-    """
+    """Return the request for all nodes of an execution, or for its main output alone."""
     flag = "true" if return_all_outputs else "false"
     return Request(
         "GET",
@@ -134,11 +99,7 @@ def results_request(execution_id: int, *, return_all_outputs: bool) -> Request:
 
 
 def run_request(start: StartRequest, inputs: Mapping[str, Any]) -> Request:
-    """Return the request that starts a run.
-
-    Args:
-        start: the run to start; its `inputs` are not used.
-        inputs: the input variables as plain JSON values.
+    """Return the request that starts a run with `inputs`, plain JSON values, not `start.inputs`.
 
     Raises:
         TypeError: a field of `start` has the wrong type.
@@ -208,12 +169,7 @@ def _metadata(metadata: Any) -> dict[str, str] | None:
 
 @attrs.define
 class Started:
-    """The response to the request that starts a run.
-
-    Attributes:
-        execution_id: the id of the execution.
-        warning: a warning of the server, such as a missing input variable.
-    """
+    """The response to the request that starts a run."""
 
     execution_id: int
     warning: str | None
@@ -240,34 +196,21 @@ def read_started(response: Response) -> Started:
 
 @attrs.define
 class NodeMap:
-    """The response to a request for all outputs.
-
-    Attributes:
-        complete: whether the execution is complete.
-        nodes: the nodes by name, in the server's order.
-        raw: the decoded body.
-    """
+    """The response to a request for all outputs; `raw` is the decoded body."""
 
     complete: bool
     nodes: FrozenMap[Node]
     raw: Any
 
 
+@attrs.define(eq=False)
 class NodeMapReader:
     """Reads node maps, and logs each unknown status once."""
 
-    _reported_at_most = 100
-
-    def __init__(self) -> None:
-        self._reported: set[str] = set()
+    _reported: set[str] = attrs.field(factory=set)
 
     def read(self, response: Response, execution_id: int, before: NodeMap | None = None) -> NodeMap:
-        """Read the node map in a response.
-
-        Args:
-            response: the response of the server.
-            execution_id: the id of the execution.
-            before: the previous node map of the execution; its unchanged nodes are reused.
+        """Read the node map in a response, with the unchanged nodes of the map `before`.
 
         Raises:
             StatusError: the server refused the request.
@@ -289,10 +232,10 @@ class NodeMapReader:
                 if type(node.status) is str and node.status[:_LONGEST_STATUS] not in self._reported:
                     self._report(node, execution_id)
             nodes[name] = node
-        return NodeMap(response.status == 200, FrozenMap.adopt(nodes), raw)
+        return NodeMap(response.status == 200, FrozenMap(nodes), raw)
 
     def _report(self, node: Node, execution_id: int) -> None:
-        if len(self._reported) < self._reported_at_most:
+        if len(self._reported) < _REPORTED_AT_MOST:
             self._reported.add(node.status[:_LONGEST_STATUS])
             logger.warning(
                 "execution %d: node %.100r has the unknown status %.100r; it counts as not final",
@@ -302,24 +245,17 @@ class NodeMapReader:
             )
 
 
+@attrs.define(eq=False)
 class RepeatReader:
     """Reads the node maps of one execution, and returns the same object for an unchanged body."""
 
-    __slots__ = ("_execution_id", "_node_map", "_reader", "_seen")
-
-    def __init__(self, reader: NodeMapReader, execution_id: int) -> None:
-        self._reader = reader
-        self._execution_id = execution_id
-        self._seen: tuple[int, bytes] | None = None
-        self._node_map: NodeMap | None = None
+    _reader: NodeMapReader
+    _execution_id: int
+    _seen: tuple[int, bytes] | None = None
+    _node_map: NodeMap | None = None
 
     def read(self, response: Response) -> NodeMap:
-        """Read the node map in a response.
-
-        Raises:
-            StatusError: the server refused the request.
-            InvalidResponse: the body is not JSON, or not a node map.
-        """
+        """Read the node map in a response, as `NodeMapReader.read` does."""
         seen = response.status, response.body
         if self._node_map is None or seen != self._seen:
             self._node_map = self._reader.read(response, self._execution_id, self._node_map)
@@ -328,7 +264,7 @@ class RepeatReader:
 
 
 def _node(name: str, body: Any) -> Node | None:
-    """Return what `_checked_node` would, in a fraction of the time; None where that must judge."""
+    """Return what `_checked_node` would, in less time; None for what only that can judge."""
     if type(body) is not dict:
         return None
     get = body.get
@@ -343,48 +279,29 @@ def _node(name: str, body: Any) -> Node | None:
     return make_node(name, status, get("value"), message, get("raw_error_message"), is_output)
 
 
+_NODE_FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "status": ((str,), "a string"),
+    "error_message": ((str, NoneType), "a string or null"),
+    "is_output_node": ((bool, NoneType), "true, false or null"),
+}
+
+
 def _checked_node(response: Response, name: str, body: Any) -> Node:
     if not isinstance(body, dict):
         _invalid_shape(response, f"$.{name}", f"expected a node, got {json_kind(body)}")
-    try:
-        return _node_hook()({**body, "name": name}, Node)
-    except ClassValidationError as group:
-        noted, _ = group.group_exceptions()
-        error, note = noted[0]
-        reason = "is missing" if isinstance(error, KeyError) else str(error)
-        _invalid_shape(response, f"$.{name}.{note.name}", reason, group)
-
-
-@cache
-def _node_hook() -> Callable[[Any, Any], Node]:
-    # Not the user's converter: its hooks are for inputs and outputs. The hooks for the fields are
-    # given here because those that cattrs finds by type would coerce.
-    return make_dict_structure_fn(
-        Node,
-        cattrs.Converter(),
-        name=_checked(str, "a string"),
-        status=_checked(str, "a string"),
-        error_message=_checked(str, "a string or null", null=True),
-        is_output_node=_checked(bool, "true, false or null", null=True),
-    )
-
-
-def _checked(expected: type, described: str, *, null: bool = False) -> Any:
-    def structure(value: Any, _: Any) -> Any:
-        if type(value) is not expected and not (null and value is None):
-            raise TypeError(f"expected {described}, got {json_kind(value)}")
-        return value
-
-    return override(struct_hook=structure)
+    if "status" not in body:
+        _invalid_shape(response, f"$.{name}.status", "is missing")
+    for field, (types, expected) in _NODE_FIELDS.items():
+        if type(value := body.get(field)) not in types:
+            reason = f"expected {expected}, got {json_kind(value)}"
+            _invalid_shape(response, f"$.{name}.{field}", reason)
+    get = body.get
+    message, details = get("error_message"), get("raw_error_message")
+    return Node(name, body["status"], get("value"), message, details, get("is_output_node"))
 
 
 def read_main_output(response: Response, execution_id: int) -> MainOutput:
-    """Read the main output in a response; any body of a 202 is accepted.
-
-    Raises:
-        StatusError: the server refused the request.
-        InvalidResponse: the body of a 200 is not JSON.
-    """
+    """Read the main output in a response; any body of a 202 is accepted."""
     check_status(response)
     if response.status == 200:
         return MainOutput(execution_id, complete=True, value=_decode(response))
@@ -399,12 +316,8 @@ def _decode(response: Response) -> Any:
     try:
         return loads(response.body)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InvalidResponse(
-            f"the {response.status} response is not JSON ({error})",
-            status=response.status,
-            excerpt=excerpt(response.body),
-            reason=str(error),
-        ) from error
+        what = f"the {response.status} response is not JSON ({error})"
+        raise _invalid(response, what, reason=str(error)) from error
     except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
         _invalid_shape(response, "$", f"the JSON cannot be read ({error})", error)
 
@@ -412,13 +325,12 @@ def _decode(response: Response) -> Any:
 def _invalid_shape(
     response: Response, path: str, reason: str, cause: BaseException | None = None
 ) -> NoReturn:
-    raise InvalidResponse(
-        f"the {response.status} response has an unexpected shape: {path}: {reason}",
-        status=response.status,
-        excerpt=excerpt(response.body),
-        path=path,
-        reason=reason,
-    ) from cause
+    what = f"the {response.status} response has an unexpected shape: {path}: {reason}"
+    raise _invalid(response, what, path=path, reason=reason) from cause
+
+
+def _invalid(response: Response, what: str, **fields: Any) -> InvalidResponse:
+    return InvalidResponse(what, status=response.status, excerpt=excerpt(response.body), **fields)
 
 
 def excerpt(body: bytes) -> str:
@@ -427,23 +339,13 @@ def excerpt(body: bytes) -> str:
 
 
 def check_status(response: Response) -> None:
-    """Raise the error that a status stands for; 200 and 202 raise none.
-
-    Raises:
-        StatusError: the server refused the request; a subclass for each documented status.
-        InvalidResponse: the status is another 2xx.
-    """
-    status = response.status
-    if status in (200, 202):
-        return
-    if status >= 300:
+    """Raise a `StatusError`, or, for a 2xx other than 200 and 202, an `InvalidResponse`."""
+    if response.status >= 300:
         raise status_error(response)
-    raise InvalidResponse(
-        f"the server answered {status_name(status)}, but only 200 and 202 are defined",
-        status=status,
-        excerpt=excerpt(response.body),
-        path="$",
-    )
+    if response.status not in (200, 202):
+        name = status_name(response.status)
+        what = f"the server answered {name}, but only 200 and 202 are defined"
+        raise _invalid(response, what, path="$")
 
 
 _NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+", re.ASCII)
@@ -452,17 +354,13 @@ _NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+", re.ASCII)
 def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
     """Return the seconds that a server asks to wait; None if it does not, or is not understood.
 
-    https://www.rfc-editor.org/rfc/rfc9110#field.retry-after
+    `headers` is case-insensitive, and `now` is in seconds since the epoch.
 
-    Args:
-        headers: a case-insensitive mapping. `retry-after-ms` takes precedence over `Retry-After`.
-        now: the time in seconds since the epoch, to compare an HTTP date with.
+    https://www.rfc-editor.org/rfc/rfc9110#field.retry-after
     """
-    if (milliseconds := _number(headers.get("retry-after-ms"))) is not None:
+    if (milliseconds := _number(headers.get("retry-after-ms", ""))) is not None:
         return milliseconds / 1000
-    value = headers.get("Retry-After")
-    if value is None:
-        return None
+    value = headers.get("Retry-After", "")
     if (seconds := _number(value)) is not None:
         return seconds
     try:
@@ -473,7 +371,5 @@ def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
     return max(at - now, 0.0)
 
 
-def _number(value: str | None) -> float | None:
-    if value is None or not _NUMBER.fullmatch(value := value.strip()):
-        return None
-    return float(value)
+def _number(value: str) -> float | None:
+    return float(value) if _NUMBER.fullmatch(value.strip()) else None

@@ -43,8 +43,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, RootModel
 
-from promptlayer_exec import _structuring
-from promptlayer_exec._structuring import StructureError, check_type, structure
+from promptlayer_exec import InvalidOutput, _structuring
+from promptlayer_exec._structuring import check_type, structure
 
 T = TypeVar("T")
 OrderId = NewType("OrderId", int)
@@ -141,9 +141,9 @@ class Holder:
     models: list[Model] = attrs.field(factory=list)
 
 
-def error_of(value: Any, into: Any, converter: cattrs.Converter | None = None) -> StructureError:
+def error_of(value: Any, into: Any, converter: cattrs.Converter | None = None) -> InvalidOutput:
     """Return the error that structuring a value raises."""
-    with pytest.raises(StructureError) as caught:
+    with pytest.raises(InvalidOutput) as caught:
         structure(value, into, converter)
     return caught.value
 
@@ -272,7 +272,7 @@ def test_never_coerces(into: Any) -> None:
     for value in _VALUES:
         try:
             result = structure(value, into)
-        except StructureError:
+        except InvalidOutput:
             assert not _ORACLE[into](value), value
         else:
             assert _ORACLE[into](value), value
@@ -351,13 +351,11 @@ def test_a_model_gets_the_decoded_value(value: Any) -> None:
         ({"model": {"number": 1}, "models": [{}]}, Holder, "$.models[0].number", "is missing"),
     ],
 )
-def test_structure_error_names_path_and_reason(
-    value: Any, into: Any, path: str, reason: str
-) -> None:
+def test_the_error_names_path_and_reason(value: Any, into: Any, path: str, reason: str) -> None:
     """The error has the path and reason of the first mismatch, and the original error as cause."""
     error = error_of(value, into)
     assert (error.path, error.reason) == (path, reason)
-    assert str(error) == f"{path}: {reason}"
+    assert error.args[0].endswith(f": {path}: {reason}")
     assert isinstance(error.__cause__, Exception)
 
 
@@ -469,7 +467,7 @@ def test_order_of_a_union_does_not_matter(value: Any, members: tuple[Any, Any]) 
     def outcome(into: Any) -> Any:
         try:
             return typed(structure(value, into, cattrs.Converter()))
-        except StructureError as error:
+        except InvalidOutput as error:
             return error.path
 
     assert outcome(first | second) == outcome(second | first)

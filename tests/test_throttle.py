@@ -556,13 +556,3 @@ async def test_a_token_bucket_is_used_well_with_few_refusals(
     late_refusals = [time for time in bucket.refused if time > began + 2.0]
     assert len(bucket.accepted) >= used * (60.0 * server[0] + server[1])
     assert len(late_refusals) <= refused * (len(accepted) + len(late_refusals))
-
-
-@in_virtual_time
-async def test_a_throttle_can_be_given_a_clock() -> None:
-    """It is used in place of the event loop's."""
-    times = [0.0]
-    throttle = Throttle(1.0, clock=lambda: times[-1])
-    await throttle.acquire()
-    times.append(60.0)
-    assert await send(throttle, 1) == [1000.0]

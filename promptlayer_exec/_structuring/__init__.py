@@ -1,7 +1,6 @@
 """Structuring outputs into the user's types, strictly, and encoding inputs as JSON."""
 
-from promptlayer_exec._structuring._errors import StructureError
 from promptlayer_exec._structuring._inputs import encode_inputs
 from promptlayer_exec._structuring._outputs import check_type, structure
 
-__all__ = ["StructureError", "check_type", "encode_inputs", "structure"]
+__all__ = ["check_type", "encode_inputs", "structure"]

@@ -18,31 +18,8 @@ from cattrs.errors import (
 )
 
 
-class StructureError(Exception):
-    """A value does not fit a type.
-
-    Attributes:
-        path: the place of the mismatch, such as `$.items[3].price`.
-        reason: what was expected at that place.
-    """
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = path
-        self.reason = reason
-
-
 def locate(error: Exception, value: Any, converter: cattrs.Converter) -> tuple[str, str, Exception]:
-    """Find the first mismatch in a tree of cattrs' errors.
-
-    Args:
-        error: what structuring raised.
-        value: the value that was structured.
-        converter: the converter that structured it.
-
-    Returns:
-        The path to the mismatch, the reason, and the error at that place.
-    """
+    """Return the path to the first mismatch in a tree of cattrs' errors, its reason and error."""
     path, container, key = "$", None, None
     while isinstance(error, BaseValidationError):
         group, error = error, error.exceptions[0]

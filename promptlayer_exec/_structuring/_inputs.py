@@ -6,7 +6,6 @@ import dataclasses
 import math
 import reprlib
 from collections.abc import Iterable, Mapping
-from functools import cache
 from types import NoneType
 from typing import Any
 
@@ -17,25 +16,19 @@ from promptlayer_exec._json import json_kind
 from promptlayer_exec._structuring._errors import step
 
 _ADVICE = "convert it, or give Session a converter= with an unstructure hook for it"
+_PLAIN = cattrs.Converter()
 _UNCHANGED = frozenset({str, bool, NoneType})
 _LONGEST_REASON = 200
 _SMALL = 2**63  # smaller integers have far fewer digits than Python's limit for printing them
 
 
+@attrs.define(eq=False)
 class _NotJSON(Exception):
-    """A value cannot be encoded as JSON.
+    """A value cannot be encoded as JSON; `keys` lead to it, the innermost first."""
 
-    Attributes:
-        kind: the class of the error to raise for it.
-        reason: why it cannot be encoded.
-        keys: the keys and indexes that lead to the value, innermost first.
-    """
-
-    def __init__(self, kind: type[TypeError | ValueError], reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
-        self.reason = reason
-        self.keys: list[Any] = []
+    kind: type[TypeError | ValueError]
+    reason: str
+    keys: list[Any] = attrs.field(factory=list)
 
 
 def encode_inputs(inputs: Any, converter: cattrs.Converter | None = None) -> dict[str, Any]:
@@ -45,17 +38,13 @@ def encode_inputs(inputs: Any, converter: cattrs.Converter | None = None) -> dic
     dataclasses, enums, paths, and every type that it has an unstructure hook for; pydantic models
     are dumped by `model_dump(mode="json")`.
 
-    Args:
-        inputs: a mapping with string keys, or an attrs, dataclass or pydantic instance.
-        converter: unstructures values that are not plain JSON; by default a plain cattrs converter.
-
     Raises:
         TypeError: a value is of a type that JSON does not have. The message has the path to it.
         ValueError: a number is NaN, infinite or too long, or the inputs contain themselves or are
             nested too deeply.
     """
     try:
-        encoded = _Encoder(converter or _default_converter()).encode(inputs)
+        encoded = _Encoder(converter or _PLAIN).encode(inputs)
     except _NotJSON as error:
         path = "inputs" + "".join(map(step, reversed(error.keys)))
         raise error.kind(f"{path}: {error.reason}") from error.__cause__
@@ -69,15 +58,10 @@ def encode_inputs(inputs: Any, converter: cattrs.Converter | None = None) -> dic
     return encoded
 
 
-@cache
-def _default_converter() -> cattrs.Converter:
-    return cattrs.Converter()
-
-
+@attrs.define(eq=False)
 class _Encoder:
-    def __init__(self, converter: cattrs.Converter) -> None:
-        self._converter = converter
-        self._entered: set[int] = set()
+    _converter: cattrs.Converter
+    _entered: set[int] = attrs.field(factory=set)
 
     def encode(self, value: Any) -> Any:
         kind = type(value)
@@ -88,11 +72,9 @@ class _Encoder:
         if kind in (dict, list, tuple):
             return self._container(value)
         unstructured = self._unstructured(value)
-        return (
-            self._encode_subclass(value)
-            if type(unstructured) is kind
-            else self.encode(unstructured)
-        )
+        if type(unstructured) is kind:
+            return self._encode_subclass(value)
+        return self.encode(unstructured)
 
     def _encode_subclass(self, value: Any) -> Any:
         """Encode an instance of a subclass of a JSON type; refuse other values."""
@@ -117,42 +99,25 @@ class _Encoder:
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
-            raise _NotJSON(
-                TypeError, f"{json_kind(value)} could not be converted ({reason})"
-            ) from error
+            what = f"{json_kind(value)} could not be converted ({reason})"
+            raise _NotJSON(TypeError, what) from error
         return unstructured
 
     def _container(self, value: Any) -> dict[str, Any] | list[Any]:
         if id(value) in self._entered:
             raise _NotJSON(ValueError, "contains itself")
         self._entered.add(id(value))
-        try:
-            return self._object(value) if isinstance(value, Mapping) else self._array(value)
-        finally:
-            self._entered.remove(id(value))
-
-    def _object(self, mapping: Mapping[Any, Any]) -> dict[str, Any]:
-        encoded = {}
-        for key, item in mapping.items():
-            name = key if type(key) is str else _name(key)
+        is_object = isinstance(value, Mapping)
+        encoded: dict[Any, Any] = {}  # of an array: by index
+        for key, item in value.items() if is_object else enumerate(value):
+            name = _name(key) if is_object else key
             try:
                 encoded[name] = item if type(item) in _UNCHANGED else self.encode(item)
             except _NotJSON as error:
                 error.keys.append(name)
                 raise
-        return encoded
-
-    def _array(self, items: Iterable[Any]) -> list[Any]:
-        encoded: list[Any] = []
-        try:
-            for item in items:
-                encoded.append(  # noqa: PERF401 - its length is the index of a bad item
-                    item if type(item) in _UNCHANGED else self.encode(item)
-                )
-        except _NotJSON as error:
-            error.keys.append(len(encoded))
-            raise
-        return encoded
+        self._entered.remove(id(value))
+        return encoded if is_object else list(encoded.values())
 
 
 def _contains_itself(value: Any) -> bool:

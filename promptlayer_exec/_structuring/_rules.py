@@ -9,33 +9,23 @@ import json
 import reprlib
 import typing
 from collections import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import is_dataclass
 from datetime import date, datetime, time
 from decimal import Decimal, InvalidOperation
 from enum import Enum
-from functools import cache, partial, wraps
+from functools import cache, lru_cache, partial, wraps
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import (
-    Any,
-    Literal,
-    NotRequired,
-    Required,
-    TypedDict,
-    Union,
-    get_args,
-    get_origin,
-)
+from typing import Any, Literal, NotRequired, Required, TypedDict, Union, get_args, get_origin
 from uuid import UUID
 
 import attrs
 import cattrs
-from cattrs.cols import (
-    is_namedtuple,
-    mapping_structure_factory,
-    namedtuple_dict_structure_factory,
-)
+from cattrs.cols import mapping_structure_factory, namedtuple_dict_structure_factory
+from cattrs.disambiguators import create_default_dis_func
 from cattrs.errors import (
     IterableValidationError,
     IterableValidationNote,
@@ -43,6 +33,7 @@ from cattrs.errors import (
 )
 
 from promptlayer_exec._json import JSON_KINDS, json_kind
+from promptlayer_exec._structuring._errors import locate
 
 Hook = Callable[[Any, Any], Any]
 
@@ -59,18 +50,18 @@ def _exact(value: Any, kind: type) -> Any:
     return value
 
 
-def null(_: Any, __: Any) -> Hook:
-    return lambda value, _: _exact(value, NoneType)
+def null(value: Any, _: Any) -> Any:
+    return _exact(value, NoneType)
 
 
-def anything(_: Any, __: Any) -> Hook:
-    return lambda value, _: value
+def anything(value: Any, _: Any) -> Any:
+    return value
 
 
 def scalar(base: type, value: Any, kind: Any) -> Any:
     """Structure into `base`, a scalar, or into `kind`, a subclass of it."""
     if issubclass(kind, Enum):
-        return _member(value, kind)
+        return member(value, kind)
     if base is float and type(value) is int:
         try:
             value = float(value)
@@ -84,20 +75,16 @@ def _refuse_bytes(_: Any, kind: Any) -> Any:
     raise StructureHandlerNotFoundError(f"JSON has no bytes; {_ADVICE}", kind)
 
 
-def enum(kind: Any, _: Any) -> Hook:
-    return lambda value, _: _member(value, kind)
-
-
-def _member(value: Any, kind: type[Enum]) -> Enum:
+def member(value: Any, kind: type[Enum]) -> Enum:
     try:
-        member = kind(value)
+        found = kind(value)
     except (TypeError, ValueError):
-        member = None
+        found = None
     # The value True finds the member 1. A member with another value was found by the enum's own
     # `_missing_`, which may do as it likes.
-    if member is None or (member.value == value and not _same(value, member.value)):
-        raise _unlisted(value, [member.value for member in kind])
-    return member
+    if found is None or (found.value == value and not _same(value, found.value)):
+        raise _unlisted(value, [it.value for it in kind])
+    return found
 
 
 def _same(value: Any, expected: Any) -> bool:
@@ -110,7 +97,7 @@ def _unlisted(value: Any, options: list[Any]) -> ValueError:
     return ValueError(f"expected one of {reprlib.repr(options)}, got {reprlib.repr(value)}")
 
 
-def literal(kind: Any, _: Any) -> Hook:
+def literal(kind: Any) -> Hook:
     options = [(it.value if isinstance(it, Enum) else it, it) for it in get_args(kind)]
 
     def structure(value: Any, _: Any) -> Any:
@@ -132,7 +119,7 @@ def _datetime(value: Any) -> datetime:
     return datetime.fromisoformat(value)
 
 
-_PARSERS: dict[Any, Callable[[Any], Any]] = {
+PARSERS: dict[Any, Callable[[Any], Any]] = {
     datetime: _datetime,
     date: lambda value: date.fromisoformat(_exact(value, str)),
     time: lambda value: time.fromisoformat(_exact(value, str)),
@@ -141,17 +128,14 @@ _PARSERS: dict[Any, Callable[[Any], Any]] = {
 }
 
 
-def parsed(kind: Any, _: Any) -> Hook:
-    def structure(value: Any, _: Any) -> Any:
-        try:
-            return _PARSERS[kind](value)
-        except (ValueError, InvalidOperation) as error:
-            raise ValueError(f"expected a {kind.__name__}, got {reprlib.repr(value)}") from error
-
-    return structure
+def parsed(value: Any, kind: Any) -> Any:
+    try:
+        return PARSERS[kind](value)
+    except (ValueError, InvalidOperation) as error:
+        raise ValueError(f"expected a {kind.__name__}, got {reprlib.repr(value)}") from error
 
 
-_ARRAYS: dict[Any, Callable[[list[Any]], Any]] = {
+ARRAYS: dict[Any, Callable[[list[Any]], Any]] = {
     list: list,
     tuple: tuple,
     set: set,
@@ -166,9 +150,9 @@ _ARRAYS: dict[Any, Callable[[list[Any]], Any]] = {
 
 def array(kind: Any, converter: cattrs.Converter) -> Hook:
     kinds = getattr(kind, "__args__", (Any, ...))
-    fixed = _origin(kind) is tuple and kinds[-1:] != (...,)
+    fixed = origin(kind) is tuple and kinds[-1:] != (...,)
     hooks = [(converter.get_structure_hook(item), item) for item in kinds if item is not ...]
-    make = _ARRAYS[_origin(kind)]
+    make = ARRAYS[origin(kind)]
 
     def structure(value: Any, _: Any) -> Any:
         if len(_exact(value, list)) != len(kinds) and fixed:
@@ -219,7 +203,7 @@ def _evaluated(kind: Any) -> Any:
 
 def class_(kind: Any, converter: cattrs.Converter) -> Hook:
     if get_origin(kind) and attrs.has(kind):
-        attrs.resolve_types(_origin(kind))  # cattrs before 25.2 tries this on the alias
+        attrs.resolve_types(origin(kind))  # cattrs before 25.2 tries this on the alias
     return _from_object(converter.gen_structure_attrs_fromdict(kind), kind)
 
 
@@ -246,26 +230,26 @@ def named_tuple(kind: Any, converter: cattrs.Converter) -> Hook:
     return structure
 
 
-def refuse_generic_named_tuple(kind: Any, _: Any) -> Hook:
+def refuse_generic_named_tuple(kind: Any) -> Hook:
     raise StructureHandlerNotFoundError(f"{kind} is a generic NamedTuple; {_ADVICE}", kind)
 
 
-def model(kind: Any, _: Any) -> Hook:
+def model(kind: Any) -> Hook:
     from_json: Any = getattr(kind, "model_validate_json", None)
-    if _takes_strict(from_json):
-        # Strict pydantic structures a datetime, an enum or a UUID from JSON text alone.
-        def structure(value: Any, _: Any) -> Any:
+    reads_json = _takes_strict(from_json)
+    options = {"strict": True} if reads_json or _takes_strict(kind.model_validate) else {}
+
+    def structure(value: Any, _: Any) -> Any:
+        if reads_json:
+            # Strict pydantic structures a datetime, an enum or a UUID from JSON text alone.
             try:
                 return from_json(json.dumps(value), strict=True)
             except ValueError as error:
                 if not _is_unreadable(error):
                     raise
-            return kind.model_validate(value, strict=True)
+        return kind.model_validate(value, **options)
 
-        return structure
-    if _takes_strict(kind.model_validate):
-        return lambda value, _: kind.model_validate(value, strict=True)
-    return lambda value, _: kind.model_validate(value)
+    return structure
 
 
 def _is_unreadable(error: Any) -> bool:
@@ -277,16 +261,8 @@ def _takes_strict(function: Any) -> bool:
     return callable(function) and "strict" in inspect.signature(function).parameters
 
 
-def _origin(kind: Any) -> Any:
+def origin(kind: Any) -> Any:
     return get_origin(kind) or kind
-
-
-def is_null(kind: Any) -> bool:
-    return kind is None or kind is NoneType
-
-
-def is_object(kind: Any) -> bool:
-    return kind is object
 
 
 def is_enum(kind: Any) -> bool:
@@ -297,37 +273,17 @@ def is_literal(kind: Any) -> bool:
     return get_origin(kind) is Literal
 
 
-def is_parsed(kind: Any) -> bool:
-    return kind in _PARSERS
-
-
-def is_array(kind: Any) -> bool:
-    return _origin(kind) in _ARRAYS
-
-
 def is_mapping(kind: Any) -> bool:
-    return _origin(kind) in (dict, abc.Mapping, abc.MutableMapping)
-
-
-def is_typed_dict(kind: Any) -> bool:
-    return typing.is_typeddict(_origin(kind))
+    return origin(kind) in (dict, abc.Mapping, abc.MutableMapping)
 
 
 def is_class(kind: Any) -> bool:
-    origin = _origin(kind)
-    return isinstance(origin, type) and (attrs.has(origin) or is_dataclass(origin))
+    plain = origin(kind)
+    return isinstance(plain, type) and (attrs.has(plain) or is_dataclass(plain))
 
 
 def is_union(kind: Any) -> bool:
     return get_origin(kind) in (Union, UnionType)
-
-
-def is_generic_named_tuple(kind: Any) -> bool:
-    return get_origin(kind) is not None and is_namedtuple(get_origin(kind))
-
-
-def is_model(kind: Any) -> bool:
-    return isinstance(kind, type) and hasattr(kind, "model_validate")
 
 
 # cattrs finds the hooks for these types, and for their subclasses, before it tries any rule.
@@ -335,5 +291,77 @@ SCALARS: dict[type, Hook] = {
     **{kind: partial(scalar, kind) for kind in (str, int, float)},
     Path: partial(scalar, str),
     bytes: _refuse_bytes,
-    Enum: _member,  # in cattrs before 25.2
+    Enum: member,  # in cattrs before 25.2
 }
+
+
+# The unions and values that did not fit, by id, while one output is structured. Without it, the
+# time to refuse a value for a union of similar recursive classes would double with each level.
+_FAILED: ContextVar[dict[tuple[int, int], Any]] = ContextVar("_FAILED")
+
+
+@contextmanager
+def remembering_failures() -> Iterator[None]:
+    """Let unions remember, within the context, which values did not fit; they rely on it."""
+    token = _FAILED.set({})
+    try:
+        yield
+    finally:
+        _FAILED.reset(token)
+
+
+def union(kind: Any, converter: cattrs.Converter) -> Hook:
+    """Return the hook for a union, which tries the members in the order of `_rank`."""
+    members = get_args(kind)
+    classes = [member for member in members if is_class(member)]
+    expected = " | ".join(map(_name, members))
+
+    @lru_cache(maxsize=1)  # late, because the members may contain the union
+    def class_picker() -> Callable[[Any], Any]:
+        return create_default_dis_func(converter, *classes)
+
+    def candidates(value: Any) -> list[Any]:
+        picked = kind
+        if len(classes) > 1 and type(value) is dict:
+            with suppress(Exception):  # cattrs cannot tell them apart, or the value fits none
+                picked = class_picker()(value)
+        fit = get_args(picked) if is_union(picked) else (picked,)
+        kept = [member for member in members if member in fit or member not in classes]
+        return sorted(kept, key=partial(_rank, type(value)))
+
+    def structure(value: Any, _: Any) -> Any:
+        failed, key = _FAILED.get(), (id(kind), id(value))
+        if key in failed:
+            raise ValueError(f"fits none of {expected}")
+        errors: list[tuple[Any, Exception]] = []
+        for member in candidates(value):
+            try:
+                return converter.structure(value, member)
+            except Exception as error:  # noqa: BLE001 - a hook of the user may raise anything
+                errors.append((member, error))
+        failed[key] = value  # a reference, so that no other value gets the same id
+        close = [(member, error) for member, error in errors if not isinstance(error, WrongKind)]
+        if len(close) == 1:
+            raise close[0][1]
+        if not close:
+            raise WrongKind(f"expected {expected}, got {json_kind(value)}")
+        found = [(_name(member), *locate(error, value, converter)) for member, error in close]
+        reasons = "; ".join(f"{name}{path[1:]}: {reason:.100}" for name, path, reason, _ in found)
+        raise ValueError(f"fits none of {expected} ({reasons})")
+
+    return structure
+
+
+def _rank(given: type, member: Any) -> int:
+    """Rank a member by its type alone: Python may cache `int | str` in place of `str | int`."""
+    if is_enum(member) or is_literal(member):
+        return 0
+    if member is given:
+        return 1
+    return 3 if is_mapping(member) or member in (Any, object) else 2
+
+
+def _name(kind: Any) -> str:
+    if kind is NoneType:
+        return "None"
+    return kind.__name__ if isinstance(kind, type) else str(kind)
