@@ -9,14 +9,18 @@ from __future__ import annotations
 import json
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC
 from email.utils import parsedate_to_datetime
+from functools import cache
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 from urllib.parse import quote
 
 import attrs
+import cattrs
+from cattrs.errors import ClassValidationError
+from cattrs.gen import make_dict_structure_fn, override
 
 from promptlayer_exec._errors import InvalidResponse
 from promptlayer_exec._events import logger
@@ -279,25 +283,38 @@ def _node(name: str, body: Any) -> Node | None:
     return make_node(name, status, get("value"), message, get("raw_error_message"), is_output)
 
 
-_NODE_FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "status": ((str,), "a string"),
-    "error_message": ((str, NoneType), "a string or null"),
-    "is_output_node": ((bool, NoneType), "true, false or null"),
-}
-
-
 def _checked_node(response: Response, name: str, body: Any) -> Node:
     if not isinstance(body, dict):
         _invalid_shape(response, f"$.{name}", f"expected a node, got {json_kind(body)}")
-    if "status" not in body:
-        _invalid_shape(response, f"$.{name}.status", "is missing")
-    for field, (types, expected) in _NODE_FIELDS.items():
-        if type(value := body.get(field)) not in types:
-            reason = f"expected {expected}, got {json_kind(value)}"
-            _invalid_shape(response, f"$.{name}.{field}", reason)
-    get = body.get
-    message, details = get("error_message"), get("raw_error_message")
-    return Node(name, body["status"], get("value"), message, details, get("is_output_node"))
+    try:
+        return _node_hook()({**body, "name": name}, Node)
+    except ClassValidationError as group:
+        error, note = group.group_exceptions()[0][0]
+        reason = "is missing" if isinstance(error, KeyError) else str(error)
+        _invalid_shape(response, f"$.{name}.{note.name}", reason, group)
+
+
+@cache
+def _node_hook() -> Callable[[Any, Any], Node]:
+    # A converter of our own, which nobody's hooks can change. Each field has its hook here: those
+    # that cattrs finds by the types would coerce.
+    return make_dict_structure_fn(
+        Node,
+        cattrs.Converter(),
+        name=_exactly("a string", str),
+        status=_exactly("a string", str),
+        error_message=_exactly("a string or null", str, NoneType),
+        is_output_node=_exactly("true, false or null", bool, NoneType),
+    )
+
+
+def _exactly(expected: str, *types: type) -> Any:
+    def structure(value: Any, _: Any) -> Any:
+        if type(value) not in types:
+            raise TypeError(f"expected {expected}, got {json_kind(value)}")
+        return value
+
+    return override(struct_hook=structure)
 
 
 def read_main_output(response: Response, execution_id: int) -> MainOutput:

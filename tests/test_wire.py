@@ -832,8 +832,8 @@ def test_an_error_status_between_two_equal_bodies_is_raised():
     )
     | JSON
 )
-def test_the_fast_path_gives_the_node_that_the_checks_give(body):
-    """It leaves invalid nodes, and those with an unknown status, to the checks."""
+def test_the_fast_path_gives_the_node_that_cattrs_gives(body):
+    """It leaves invalid nodes, and those with an unknown status, to cattrs."""
     try:
         expected = _wire._checked_node(Response(202, b""), "a", body)
     except InvalidResponse:
