@@ -50,9 +50,9 @@ from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._liveness import Liveness, describe, is_gone
-from promptlayer_exec.dbos._pending_start import PendingStart
 from promptlayer_exec.dbos._rate import SharedRate
 from promptlayer_exec.dbos._store import Heartbeat, Store, check_url, queue_name, workflow_id
+from promptlayer_exec.dbos._worker import PendingStart
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 
