@@ -50,9 +50,9 @@ from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._liveness import Liveness, describe, is_gone
-from promptlayer_exec.dbos._pending_start import PendingStart
 from promptlayer_exec.dbos._rate import SharedRate
 from promptlayer_exec.dbos._store import Heartbeat, Store, check_url, queue_name, workflow_id
+from promptlayer_exec.dbos._worker import PendingStart
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 
@@ -167,10 +167,21 @@ async def test_adding_a_key_twice_is_adding_it_once(
     assert len(sim.runs) == 2
 
 
-async def test_items_are_taken_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last chunk may be smaller."""
+async def test_items_are_added_in_chunks(
+    batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last chunk may be smaller, but is not empty."""
+    chunks: list[list[str]] = []
+
+    def add(store: Store, name: str, rows: list[tuple[str, str]]) -> int:
+        chunks.append([key for key, _ in rows])
+        return len(rows)
+
     monkeypatch.setattr(batches, "_CHUNK", 2)
-    assert [chunk async for chunk in batches._chunks(range(5))] == [[0, 1], [2, 3], [4]]
+    monkeypatch.setattr(Store, "add", add)
+    assert await batch_of().add(request(key) for key in "abcde") == 5
+    assert await batch_of().add(request(key) for key in "fg") == 2
+    assert chunks == [["a", "b"], ["c", "d"], ["e"], ["f", "g"]]
 
 
 def test_a_request_is_stored_unchanged(batch_of: Callable[..., Batch]) -> None:
@@ -576,7 +587,7 @@ async def test_a_shared_rate_limits_all_workers_together(
 ) -> None:
     """Two limiters on one database admit almost the rate together, and not more."""
     await batch_of().add([request("a")])
-    store = Store(check_url(url), pooled=True)
+    store = Store(check_url(url))
     limiters = [SharedRate(store, "nightly", 200.0) for _ in range(2)]
     clock = asyncio.get_running_loop().time
     began = clock()
@@ -932,13 +943,13 @@ async def test_a_late_slot_and_a_deep_output_do_not_end_the_work(
     result = await worker._send_pending(late)
     assert (result["execution_id"], result["error"]) == (None, None)
 
-    async def output(_: int) -> Any:
+    async def output(*_: Any) -> Any:
         deep: list[Any] = []
         for _ in range(100_000):
             deep = [deep]
         return deep
 
-    monkeypatch.setattr(worker, "_output", output)
+    monkeypatch.setattr(workers.Worker, "_output", output)
     outcome = await worker._follow("a", workers._start_result(execution_id=7))
     assert (outcome.kind, outcome.execution_id) == ("failed", 7)
     assert outcome.error is not None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
-from contextlib import ExitStack, aclosing, asynccontextmanager
-from functools import partial
+from contextlib import ExitStack, aclosing, asynccontextmanager, closing, suppress
+from functools import cached_property
 from typing import Any
 
 from promptlayer_exec import ConfigurationError, Session, StartRequest
@@ -54,15 +54,9 @@ class Batch:
         rate: float | None = None,
         restart_unknown: bool = False,
     ) -> None:
-        if not _is_plain(name, _LONGEST_NAME):
-            raise ConfigurationError(
-                f"batch name must be 1 to {_LONGEST_NAME} bytes of text without NUL,"
-                f" got {name!r:.100}"
-            )
-        self._name = name
+        self._name = _check_text("batch name", name, _LONGEST_NAME, ConfigurationError)
         self._url = check_url(database_url)
         self._source = session
-        self._own_session: Session | None = None
         self._max_in_flight = integration.check_count("max_in_flight", max_in_flight)
         self._rate = None if rate is None else integration.check_seconds("rate", rate, zero=False)
         self._restart_unknown = restart_unknown
@@ -85,10 +79,14 @@ class Batch:
                 before it may have been added; adding them again does no harm.
             ConfigurationError: the database cannot be used.
         """
-        new = 0
-        async with self._open() as store, aclosing(_chunks(requests)) as chunks:
-            async for chunk in chunks:
-                rows = [self._row(request) for request in chunk]
+        new, rows = 0, []
+        async with self._open() as store, aclosing(integration.each(requests)) as each:
+            async for request in each:
+                rows.append(self._row(request))
+                if len(rows) == _CHUNK:
+                    new += await store.run_in_thread(store.add, self._name, rows)
+                    rows = []
+            if rows:
                 new += await store.run_in_thread(store.add, self._name, rows)
         return new
 
@@ -117,7 +115,7 @@ class Batch:
         # Set before the first await: until the items are restarted, `outcomes` must not end.
         self._is_restarting = self._restart_unknown
         try:
-            async with self._open(pooled=True) as store:
+            async with self._open() as store:
                 if self._restart_unknown:
                     await store.run_in_thread(store.restart_unknown, self._name)
                     self._is_restarting = False
@@ -128,19 +126,18 @@ class Batch:
             self._is_restarting = False
 
     async def _work(self, store: Store, *, until_done: bool) -> None:
-        session = self._session()
         worker = Worker(
             store,
             self._name,
-            session,
-            owns_session=session is not self._source,
+            self._session,
+            owns_session=self._session is not self._source,
             max_in_flight=self._max_in_flight,
             restart_unknown=self._restart_unknown,
         )
         with ExitStack() as stack:
             if self._rate is not None:
                 shared = SharedRate(store, self._name, self._rate)
-                stack.enter_context(integration.limited(session, shared))
+                stack.enter_context(integration.limited(self._session, shared))
             await worker.run(until_done=until_done)
 
     async def outcomes(self) -> AsyncGenerator[StoredOutcome, None]:
@@ -153,12 +150,10 @@ class Batch:
             ConfigurationError: the database cannot be used.
         """
         last = 0
-        async with self._open(pooled=True) as store:
+        async with self._open() as store:
             while True:
                 is_finished = not self._is_restarting and await self._is_finished(store)
-                while rows := await store.run_in_thread(
-                    partial(store.outcomes, self._name, after=last, limit=_CHUNK)
-                ):
+                while rows := await store.run_in_thread(store.outcomes, self._name, last, _CHUNK):
                     for seq, text in rows:
                         last = seq
                         yield StoredOutcome.from_json(text)
@@ -179,26 +174,20 @@ class Batch:
         return f"<Batch {self._name!r} in {self._url.render_as_string(hide_password=True)}>"
 
     @asynccontextmanager
-    async def _open(self, *, pooled: bool = False) -> AsyncIterator[Store]:
-        store = Store(self._url, pooled=pooled)
-        try:
+    async def _open(self) -> AsyncIterator[Store]:
+        with closing(Store(self._url)) as store:
             # Only once: `prepare` does not retry, and all else does.
             if not self._is_prepared:
                 await store.run_in_thread(store.prepare)
                 self._is_prepared = True
             yield store
-        finally:
-            store.close()
 
     async def _is_finished(self, store: Store) -> bool:
         return await store.run_in_thread(store.is_finished, self._name)
 
+    @cached_property
     def _session(self) -> Session:
-        if isinstance(self._source, Session):
-            return self._source
-        if self._own_session is None:
-            self._own_session = self._source()
-        return self._own_session
+        return self._source if isinstance(self._source, Session) else self._source()
 
     def _row(self, request: StartRequest) -> tuple[str, str]:
         if not isinstance(request, StartRequest):
@@ -206,11 +195,8 @@ class Batch:
         key = request.key
         if not isinstance(key, str):
             raise TypeError(f"item key must be a str, got {key!r:.100}")
-        if not _is_plain(key, _LONGEST_KEY):
-            raise ValueError(
-                f"item key must be 1 to {_LONGEST_KEY} bytes of text without NUL, got {key!r:.100}"
-            )
-        inputs = integration.encode_inputs(self._session(), request)
+        _check_text("item key", key, _LONGEST_KEY, ValueError)
+        inputs = integration.encode_inputs(self._session, request)
         return key, json.dumps(
             {
                 "workflow": request.workflow,
@@ -232,12 +218,9 @@ async def batch_names(database_url: str = _DEFAULT_URL) -> list[str]:
     Raises:
         ConfigurationError: the database cannot be used.
     """
-    store = Store(check_url(database_url))
-    try:
+    with closing(Store(check_url(database_url))) as store:
         await store.run_in_thread(store.prepare)
         return await store.run_in_thread(store.batches)
-    finally:
-        store.close()
 
 
 def _status(store: Store, batch: str) -> BatchStatus:
@@ -250,22 +233,8 @@ def _status(store: Store, batch: str) -> BatchStatus:
     )
 
 
-def _is_plain(text: Any, longest: int) -> bool:
-    try:
-        return isinstance(text, str) and 1 <= len(text.encode()) <= longest and "\0" not in text
-    except UnicodeEncodeError:
-        return False
-
-
-async def _chunks(
-    requests: Iterable[StartRequest] | AsyncIterable[StartRequest],
-) -> AsyncGenerator[list[Any], None]:
-    chunk: list[Any] = []
-    async with aclosing(integration.each(requests)) as each:
-        async for request in each:
-            chunk.append(request)
-            if len(chunk) == _CHUNK:
-                yield chunk
-                chunk = []
-    if chunk:
-        yield chunk
+def _check_text(what: str, text: Any, longest: int, error: type[ValueError]) -> str:
+    with suppress(UnicodeEncodeError):
+        if isinstance(text, str) and 1 <= len(text.encode()) <= longest and "\0" not in text:
+            return text
+    raise error(f"{what} must be 1 to {longest} bytes of text without NUL, got {text!r:.100}")

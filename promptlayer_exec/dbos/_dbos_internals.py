@@ -1,8 +1,8 @@
 """What batches use of DBOS although its reference does not document it, and why.
 
-All else that batches use is in `dbos.__all__` and at https://docs.dbos.dev/python/reference. For
-each name here, `test_dbos_still_has` in tests/test_dbos.py fails when DBOS removes or changes what
-is used. pyproject.toml allows only the minor version of DBOS that was checked, 3.4.
+All else is in `dbos.__all__` and at https://docs.dbos.dev/python/reference. When DBOS removes or
+changes what is used here, `test_dbos_still_has` in tests/test_dbos.py fails. pyproject.toml allows
+only the minor version of DBOS that was checked, 3.4.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ ItemTaken = dbos_errors.DBOSWorkflowConflictIDError
 def migrate(url: str) -> None:
     """Create or migrate DBOS's tables.
 
-    Uses `DBOS.migrate`. The public `run_dbos_database_migrations` prints errors to standard output,
-    and raises an exception without the reason.
+    The public `run_dbos_database_migrations` prints errors to standard output, and raises an
+    exception without the reason.
     """
     DBOS.migrate(url)
 
@@ -46,40 +46,31 @@ def mark_lost_connections(engine: sa.Engine) -> None:
     Relies on DBOS retrying after an error that SQLAlchemy calls a disconnect. By itself, DBOS
     recognizes only some of psycopg's messages.
     """
-    sa.event.listen(engine, "handle_error", _mark_lost_connection)
 
-
-def _mark_lost_connection(context: sa.ExceptionContext) -> None:
-    error = context.original_exception
-    # An error that the server did not send has no state.
-    if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:
-        context.is_disconnect = True
+    @sa.event.listens_for(engine, "handle_error")
+    def mark(context: sa.ExceptionContext) -> None:
+        error = context.original_exception
+        # An error that the server did not send has no state.
+        if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:
+            context.is_disconnect = True
 
 
 def recover_items(executors: list[str]) -> None:
-    """Put the items of dead workers back into their queue.
+    """Put the items of dead workers (their DBOS executors) back into their queue.
 
     Uses `DBOS._recover_pending_workflows`, which does not touch an item that a live worker has
     dequeued meanwhile. The documented `resume_workflow` would take the item from that worker.
-
-    Args:
-        executors: the DBOS executors of the dead workers.
     """
     DBOS._recover_pending_workflows(executors)
 
 
 def stop_dequeuing(dbos: DBOS, queue: str, timeout: float) -> None:
-    """Stop the thread that dequeues the items of a queue, and wait until it has ended.
+    """Stop the thread that dequeues from a queue, and wait until it ends, or for `timeout` seconds.
 
     Uses `DBOS.background_thread_stop_events` and the name of the thread. `DBOS.destroy` alone stops
     DBOS's event loop before that thread, which may then submit an item to a loop that has stopped.
     The documented `workflow_completion_timeout_sec` takes at least a second, and waits for running
     items instead of the thread.
-
-    Args:
-        dbos: the launched instance.
-        queue: the queue's name.
-        timeout: seconds to wait at most.
     """
     for stop in dbos.background_thread_stop_events:
         stop.set()

@@ -7,8 +7,10 @@ import logging
 import os
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import attrs
 from sqlalchemy.exc import SQLAlchemyError
 
 from promptlayer_exec import ConfigurationError
@@ -22,27 +24,22 @@ HEARTBEAT_INTERVAL = 2.0
 DEAD_AFTER = 14.0
 
 
+@attrs.define(eq=False)
 class Liveness:
     """A thread that records this worker's heartbeat, and recovers the items of dead workers.
 
     A worker is dead if its heartbeat has not changed for `DEAD_AFTER` seconds on the clock of the
     worker that watches it; the clocks of two machines are never compared. On the same machine, a
     worker is dead as soon as its process has ended.
-
-    Args:
-        store: where the heartbeats are recorded.
-        batch: the batch whose workers watch each other.
-        executor: the DBOS executor of this worker.
     """
 
-    def __init__(self, store: Store, batch: str, executor: str) -> None:
-        self._store = store
-        self._batch = batch
-        self._executor = executor
-        self._process = describe(os.getpid())
-        self._seen: dict[str, tuple[Heartbeat, float]] = {}
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="promptlayer_exec-liveness")
+    _store: Store
+    _batch: str
+    _executor: str
+    _process: str = attrs.field(init=False, factory=lambda: describe(os.getpid()))
+    _seen: dict[str, tuple[Heartbeat, float]] = attrs.field(init=False, factory=dict)
+    _stop: threading.Event = attrs.field(init=False, factory=threading.Event)
+    _thread: threading.Thread | None = attrs.field(init=False, default=None)
 
     def record_heartbeat(self) -> None:
         """Record that this worker is alive, before it takes its first item."""
@@ -50,12 +47,13 @@ class Liveness:
 
     def start(self) -> None:
         """Start the thread."""
+        self._thread = threading.Thread(target=self._run, name="promptlayer_exec-liveness")
         self._thread.start()
 
     def stop(self) -> None:
         """Stop the thread, and wait until it has ended."""
         self._stop.set()
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join()
 
     def _run(self) -> None:
@@ -80,11 +78,9 @@ class Liveness:
         if heartbeat is None or is_gone(heartbeat.process):  # it stopped properly, or was killed
             return True
         now = time.monotonic()
-        before, since = self._seen.get(other, (None, now))
-        if before != heartbeat:
-            since = now
-        self._seen[other] = (heartbeat, since)
-        return now - since > DEAD_AFTER
+        if other not in self._seen or self._seen[other][0] != heartbeat:
+            self._seen[other] = (heartbeat, now)
+        return now - self._seen[other][1] > DEAD_AFTER
 
 
 def describe(pid: int) -> str:
@@ -103,22 +99,19 @@ def is_gone(process: str) -> bool:
         return True
     except PermissionError:
         return False
-    now = _start_time(pid)
-    return now is not None and now != start_time
+    return _start_time(pid) not in (None, start_time)
 
 
 def _pid_scope() -> list[str | None]:
     """Return the boot and the namespace within which a process id means the same process."""
-    try:
+    with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return [boot, str(Path("/proc/self/ns/pid").readlink())]
-    except OSError:
-        return [None, None]
+    return [None, None]
 
 
 def _start_time(pid: int) -> str | None:
-    try:
+    with suppress(OSError):
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    return stat.rpartition(")")[2].split()[19]
+        return stat.rpartition(")")[2].split()[19]
+    return None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
+import attrs
+
 from promptlayer_exec.dbos._store import Store
 
 # A worker reserves slots for at most this many seconds at once.
@@ -13,24 +15,19 @@ _MAX_RESERVED = 0.2
 _MAX_LATE = 0.05
 
 
+@attrs.define(eq=False)
 class SharedRate:
     """A limiter that admits HTTP attempts at a rate that all workers share through the database.
 
     Each attempt takes one slot. A busy worker reserves several slots at once, to save round trips
     to the database; one that missed a slot goes back to reserving one.
-
-    Args:
-        store: where the slots are reserved.
-        batch: the batch whose workers share the rate.
-        rate: slots per second.
     """
 
-    def __init__(self, store: Store, batch: str, rate: float) -> None:
-        self._store = store
-        self._batch = batch
-        self._rate = rate
-        self._slots: deque[float] = deque()
-        self._size = 1
+    _store: Store
+    _batch: str
+    _rate: float  # slots per second
+    _slots: deque[float] = attrs.field(init=False, factory=deque)
+    _size: int = attrs.field(init=False, default=1)
 
     async def acquire(self) -> None:
         """Return when one more HTTP attempt may be made."""
@@ -44,8 +41,7 @@ class SharedRate:
                     return
                 missed = True
             most = max(1, int(self._rate * _MAX_RESERVED))
-            self._size = 1 if missed else min(2 * self._size, most)
-            size = self._size
+            size = self._size = 1 if missed else min(2 * self._size, most)
             delay = await asyncio.to_thread(self._store.reserve, self._batch, size, self._rate)
             first = clock() + delay
             self._slots.extend(first + index / self._rate for index in range(size))

@@ -20,8 +20,8 @@ from urllib.parse import quote
 
 import anyio
 import sqlalchemy as sa
-from dbos import DBOSClient, DBOSPortableJSONSerializer
-from sqlalchemy import event, exc
+from dbos import DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
+from sqlalchemy import exc
 from sqlalchemy.dialects import postgresql, sqlite
 
 from promptlayer_exec import ConfigurationError
@@ -35,7 +35,8 @@ T = TypeVar("T")
 # Seconds for which calls are retried while the database cannot be reached, and between two tries.
 _RETRY_FOR = 120.0
 _RETRY_INTERVAL = 0.5
-_SQLITE_BUSY_MS = 30_000
+# Writing transactions lock the file when they begin, and wait for each other for up to 30 s.
+_SQLITE_OPTIONS = {"isolation_level": "IMMEDIATE", "timeout": 30.0}
 _QUEUE_INTERVAL = 0.2
 _CREATE_TABLES_LOCK = 0x70726F6D707479
 # As many as DBOS opens by default. SQLite needs fewer: it has one writer at a time, and each
@@ -63,6 +64,7 @@ _items = sa.Table(
     sa.Index("promptlayer_item_kind", "batch", "kind"),
     sa.Index("promptlayer_item_seq", "batch", "seq"),
 )
+_item = _items.c
 _workers = sa.Table(
     "promptlayer_worker",
     _tables,
@@ -80,11 +82,7 @@ class Heartbeat(NamedTuple):
 
 
 def check_url(database_url: str) -> sa.URL:
-    """Return the URL as SQLAlchemy and DBOS take it.
-
-    Raises:
-        ConfigurationError: it is not a URL of a SQLite file or of a PostgreSQL database.
-    """
+    """Return the URL of a SQLite file or a PostgreSQL database as SQLAlchemy and DBOS take it."""
     try:
         url = sa.make_url(database_url)
     except (exc.ArgumentError, ValueError):
@@ -109,80 +107,54 @@ class Store:
 
     All methods block, except `run_in_thread`. While the database cannot be reached, they retry for
     up to two minutes, unless they say otherwise, and then raise `ConfigurationError`.
-
-    Args:
-        url: from `check_url`.
-        pooled: whether connections are kept open for the next call.
     """
 
-    def __init__(self, url: sa.URL, *, pooled: bool = False) -> None:
-        self._url = url
+    def __init__(self, url: sa.URL) -> None:
+        self.url = url.render_as_string(hide_password=False)
         self._stop_retrying = threading.Event()
         self._is_sqlite = url.get_backend_name() == "sqlite"
         dialect = sqlite if self._is_sqlite else postgresql
         self._insert: Callable[[sa.Table], Any] = dialect.insert
-        options: dict[str, Any] = {"poolclass": sa.NullPool}
-        if pooled:
-            size = _SQLITE_CONNECTIONS if self._is_sqlite else _CONNECTIONS
-            options = {"pool_size": size, "max_overflow": 0, "pool_pre_ping": True}
-        self._engine = sa.create_engine(url, **options)
-        if self._is_sqlite:
-            event.listen(self._engine, "connect", _prepare_sqlite)
-        else:
-            mark_lost_connections(self._engine)
+        self.engine = sa.create_engine(
+            url,
+            pool_size=_SQLITE_CONNECTIONS if self._is_sqlite else _CONNECTIONS,
+            max_overflow=0,
+            pool_pre_ping=True,
+            connect_args=_SQLITE_OPTIONS if self._is_sqlite else {},
+        )
+        if not self._is_sqlite:
+            mark_lost_connections(self.engine)
         # JSON, because DBOS's default is pickle: with it, write access to the database would be
         # enough to run code in every worker.
         self._client = DBOSClient(
-            system_database_engine=self._engine,
+            system_database_engine=self.engine,
             serializer=DBOSPortableJSONSerializer(),
             application_name=APPLICATION,
             lazy=True,
             retry_connection_errors=False,
         )
 
-    @property
-    def engine(self) -> sa.Engine:
-        """The connections, which DBOS shares."""
-        return self._engine
-
-    @property
-    def url(self) -> str:
-        """The URL, with the password."""
-        return self._url.render_as_string(hide_password=False)
-
     def prepare(self) -> None:
-        """Create the tables that are missing, without retrying.
-
-        Raises:
-            ConfigurationError: the database cannot be used.
-        """
+        """Create the tables that are missing, without retrying."""
         try:
             migrate(self.url)
-            with self._engine.begin() as connection:
+            with self.engine.begin() as connection:
                 # Two processes that create the same table at once would collide.
                 if self._is_sqlite:
                     connection.exec_driver_sql("BEGIN IMMEDIATE")
                 else:
-                    connection.execute(
-                        sa.select(sa.func.pg_advisory_xact_lock(_CREATE_TABLES_LOCK))
-                    )
+                    connection.execute(sa.func.pg_advisory_xact_lock(_CREATE_TABLES_LOCK))
                 _tables.create_all(connection)
             if self._is_sqlite:
-                self._use_write_ahead_log()
+                # With WAL, readers do not wait for the writer, and commits flush once. This fails
+                # while another process does the same. Once is enough: the file keeps the mode.
+                with suppress(exc.OperationalError), self.engine.connect() as connection:
+                    connection.exec_driver_sql("PRAGMA journal_mode=WAL")
         except Exception as error:
             raise self._unusable(error) from error
 
-    def _use_write_ahead_log(self) -> None:
-        """Switch to SQLite's WAL: readers do not wait for the writer, and commits flush once."""
-        # It fails while another process does the same. Once is enough: the file keeps the mode.
-        with suppress(exc.OperationalError), self._engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-
     async def run_in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Call a function that blocks in a thread, and wait for it to return even if cancelled.
-
-        After a cancellation this store does not retry any more, so the function returns soon.
-        """
+        """Call a blocking function in a thread; if cancelled, stop retrying, but wait for it."""
         running = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
         try:
             return await asyncio.shield(running)
@@ -197,25 +169,20 @@ class Store:
     def close(self) -> None:
         """Close the connections."""
         self._client.destroy()
-        self._engine.dispose()
+        self.engine.dispose()
 
     def batches(self) -> list[str]:
         """Return the names of all batches."""
         query = sa.select(_batches.c.name).order_by(_batches.c.name)
-        return self._transact(lambda connection: list(connection.execute(query).scalars()))
+        return [row.name for row in self._rows(query)]
 
     def add(self, batch: str, requests: Sequence[tuple[str, str]]) -> int:
-        """Add the items whose keys are new, and enqueue them; return how many were new.
-
-        Args:
-            batch: the batch's name.
-            requests: the key and the request, as JSON, of each item.
-        """
-        insert = self._insert(_items).on_conflict_do_nothing().returning(_items.c.key)
+        """Add and enqueue the items (key, JSON request) that are new; return how many were."""
+        insert_batch = self._insert(_batches).on_conflict_do_nothing()
+        insert = self._insert(_items).on_conflict_do_nothing().returning(_item.key)
 
         def add(connection: sa.Connection) -> int:
-            row = {"name": batch, "last_seq": 0, "next_request": 0.0}
-            connection.execute(self._insert(_batches).on_conflict_do_nothing(), row)
+            connection.execute(insert_batch, {"name": batch, "last_seq": 0, "next_request": 0.0})
             new = 0
             for key, request in requests:
                 row = {"batch": batch, "key": key, "attempt": 1}
@@ -237,10 +204,7 @@ class Store:
             .returning(_batches.c.last_seq)
         )
         store = sa.update(_items).where(
-            _items.c.batch == batch,
-            _items.c.key == key,
-            _items.c.attempt == attempt,
-            _items.c.kind.is_(None),
+            _item.batch == batch, _item.key == key, _item.attempt == attempt, _item.kind.is_(None)
         )
 
         def finish(connection: sa.Connection) -> None:
@@ -251,72 +215,47 @@ class Store:
 
     def restart_unknown(self, batch: str) -> None:
         """Enqueue each unknown item again, as its next attempt."""
-        unknown = sa.select(_items.c.key, _items.c.attempt).where(
-            _items.c.batch == batch, _items.c.kind == "unknown"
+        update = (
+            sa.update(_items)
+            .where(_item.batch == batch, _item.kind == "unknown")
+            .values(attempt=_item.attempt + 1, kind=None, seq=None, outcome=None)
+            .returning(_item.key, _item.attempt)
         )
 
         def restart(connection: sa.Connection) -> None:
-            for key, attempt in connection.execute(unknown).all():
-                again = (
-                    sa.update(_items)
-                    .where(_items.c.batch == batch, _items.c.key == key)
-                    .where(_items.c.attempt == attempt)
-                    .values(attempt=attempt + 1, kind=None, seq=None, outcome=None)
-                )
-                if connection.execute(again).rowcount == 1:
-                    request = self._stored_request(workflow_id(batch, key, attempt))
-                    self._enqueue(connection, batch, key, attempt + 1, request)
+            for key, attempt in connection.execute(update).all():
+                last = workflow_id(batch, key, attempt - 1)
+                (found,) = self._client.list_workflows(workflow_ids=[last], load_output=False)
+                stored: Any = found.input
+                self._enqueue(connection, batch, key, attempt, stored["args"][2])
 
         self._transact(restart)
 
-    def outcomes(self, batch: str, *, after: int, limit: int) -> list[tuple[int, str]]:
-        """Return the outcomes after a number, in the order in which they were stored.
-
-        Args:
-            batch: the batch's name.
-            after: the number of the last outcome that is known; 0 for none.
-            limit: how many to return at most.
-
-        Returns:
-            The number and the JSON of each outcome.
-        """
-        query = (
-            sa.select(_items.c.seq, _items.c.outcome)
-            .where(_items.c.batch == batch, _items.c.seq > after)
-            .order_by(_items.c.seq)
-            .limit(limit)
-        )
-        return self._transact(
-            lambda connection: [(row[0], row[1]) for row in connection.execute(query)]
-        )
+    def outcomes(self, batch: str, after: int, limit: int) -> list[tuple[int, str]]:
+        """Return the numbers and the JSON of the next outcomes, in the order they were stored."""
+        query = sa.select(_item.seq, _item.outcome).where(_item.batch == batch, _item.seq > after)
+        rows = self._rows(query.order_by(_item.seq).limit(limit))
+        return [(row.seq, row.outcome) for row in rows]
 
     def is_finished(self, batch: str) -> bool:
         """Return True if every item has an outcome."""
-        query = sa.select(sa.literal(1)).where(_items.c.batch == batch, _items.c.kind.is_(None))
-        first = query.limit(1)
-        return self._transact(lambda connection: connection.execute(first).first() is None)
+        query = sa.select(_item.key).where(_item.batch == batch, _item.kind.is_(None))
+        return not self._rows(query.limit(1))
 
     def counts(self, batch: str) -> dict[str | None, int]:
         """Return the number of items by the kind of their outcome; None for those without one."""
-        query = (
-            sa.select(_items.c.kind, sa.func.count())
-            .where(_items.c.batch == batch)
-            .group_by(_items.c.kind)
-        )
-        return self._transact(
-            lambda connection: {row[0]: row[1] for row in connection.execute(query)}
-        )
+        query = sa.select(_item.kind, sa.func.count()).where(_item.batch == batch)
+        return dict(self._rows(query.group_by(_item.kind)))
 
     def running(self, batch: str, *, retry_for: float = _RETRY_FOR) -> list[str]:
         """Return, for each running item, the executor that runs it."""
-
-        def running() -> list[str]:
-            workflows = self._client.list_workflows(
+        workflows = self._retry(
+            lambda: self._client.list_workflows(
                 queue_name=queue_name(batch), status="PENDING", load_input=False, load_output=False
-            )
-            return [workflow.executor_id or "" for workflow in workflows]
-
-        return self._retry(running, retry_for)
+            ),
+            retry_for,
+        )
+        return [workflow.executor_id or "" for workflow in workflows]
 
     def register_queue(self, batch: str, max_in_flight: int) -> None:
         """Create the batch's queue in DBOS, or change its limit if it exists."""
@@ -336,13 +275,8 @@ class Store:
 
     def heartbeats(self) -> dict[str, Heartbeat]:
         """Return the last heartbeat of each worker by its executor, without retrying."""
-        query = sa.select(_workers.c.executor, _workers.c.beat, _workers.c.process)
-        return self._transact(
-            lambda connection: {
-                row[0]: Heartbeat(row[1], row[2]) for row in connection.execute(query)
-            },
-            retry_for=0.0,
-        )
+        rows = self._rows(sa.select(_workers), retry_for=0.0)
+        return {row.executor: Heartbeat(row.beat, row.process) for row in rows}
 
     def remove_worker(self, executor: str) -> None:
         """Delete the heartbeat of a worker that has stopped, without retrying."""
@@ -350,49 +284,37 @@ class Store:
         self._transact(lambda connection: connection.execute(delete), retry_for=0.0)
 
     def reserve(self, batch: str, slots: int, rate: float) -> float:
-        """Reserve the next slots of the batch's rate, which are `1 / rate` seconds apart.
-
-        Returns:
-            The seconds from now to the first of them.
-        """
+        """Reserve the next slots of a rate per second; return the seconds until the first one."""
         now: Any = sa.literal(time.time())
         latest: Any = sa.func.max
         if not self._is_sqlite:
             now = sa.cast(sa.func.extract("epoch", sa.func.clock_timestamp()), sa.Double)
             latest = sa.func.greatest
         length = slots / rate
-        reserve = (
+        update = (
             sa.update(_batches)
             .where(_batches.c.name == batch)
             .values(next_request=latest(_batches.c.next_request, now) + length)
             .returning(_batches.c.next_request - length - now)
         )
-        return self._transact(lambda connection: float(connection.execute(reserve).scalar_one()))
+        return self._transact(lambda connection: float(connection.execute(update).scalar_one()))
 
     def _enqueue(
         self, connection: sa.Connection, batch: str, key: str, attempt: int, request: str
     ) -> None:
-        self._client.enqueue_in_transaction(
-            connection,
-            {
-                "workflow_name": WORKFLOW,
-                "queue_name": queue_name(batch),
-                "workflow_id": workflow_id(batch, key, attempt),
-            },
-            key,
-            attempt,
-            request,
-        )
+        options: EnqueueOptions = {
+            "workflow_name": WORKFLOW,
+            "queue_name": queue_name(batch),
+            "workflow_id": workflow_id(batch, key, attempt),
+        }
+        self._client.enqueue_in_transaction(connection, options, key, attempt, request)
 
-    def _stored_request(self, workflow: str) -> str:
-        (found,) = self._client.list_workflows(workflow_ids=[workflow], load_output=False)
-        if found.input is None:
-            raise LookupError(f"the DBOS workflow {workflow} has no stored input")
-        return str(found.input["args"][2])
+    def _rows(self, query: sa.Select[Any], *, retry_for: float = _RETRY_FOR) -> Sequence[Any]:
+        return self._transact(lambda connection: connection.execute(query).all(), retry_for)
 
-    def _transact(self, work: Callable[[sa.Connection], T], *, retry_for: float = _RETRY_FOR) -> T:
+    def _transact(self, work: Callable[[sa.Connection], T], retry_for: float = _RETRY_FOR) -> T:
         def transact() -> T:
-            with self._engine.begin() as connection:
+            with self.engine.begin() as connection:
                 return work(connection)
 
         return self._retry(transact, retry_for)
@@ -408,7 +330,7 @@ class Store:
                     raise self._unusable(error) from error
 
     def _unusable(self, error: Exception) -> ConfigurationError:
-        shown = self._url.render_as_string(hide_password=True)
+        shown = self.engine.url.render_as_string(hide_password=True)
         reason = str(getattr(error, "orig", None) or error).strip()
         return ConfigurationError(f"the database {shown} cannot be used: {reason:.300}")
 
@@ -421,8 +343,3 @@ def queue_name(batch: str) -> str:
 def workflow_id(batch: str, key: str, attempt: int) -> str:
     """Return the id of the DBOS workflow that runs one attempt of an item."""
     return f"{APPLICATION}/{quote(batch, safe='')}/{attempt}/{key}"
-
-
-def _prepare_sqlite(connection: Any, _record: Any) -> None:
-    connection.isolation_level = "IMMEDIATE"
-    connection.execute(f"PRAGMA busy_timeout={_SQLITE_BUSY_MS}")

@@ -57,10 +57,7 @@ class StoredOutcome:
         fields = attrs.asdict(self, recurse=False)
         if self.error is not None:
             fields["error"] = self.error._asdict()
-        for name in ("started", "finished"):
-            if fields[name] is not None:
-                fields[name] = fields[name].isoformat()
-        return json.dumps(fields)
+        return json.dumps(fields, default=datetime.isoformat)
 
     @classmethod
     def from_json(cls, text: str) -> StoredOutcome:

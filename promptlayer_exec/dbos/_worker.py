@@ -3,15 +3,15 @@
 The path of an item (DBOS stores the result of each step):
 
 1. `Store.add` stores the item and enqueues its DBOS workflow, in one transaction.
-2. DBOS dequeues the workflow in one of the workers: `_item` calls `Worker.run_item`.
+2. DBOS dequeues the workflow in a worker: `_item` calls `Worker.run_item`.
 3. Step "intend": `_record_intent` returns the token of this try once the request can be sent.
 4. Step "start": `_send` sends the request if the stored token is that of this try, and returns the
    execution id or the error. If it returns neither, no run was started: 3 and 4 are repeated.
 5. `_follow` waits until the execution is complete, and `Store.finish` stores the outcome.
 
-If the worker dies, another one dequeues the workflow, and gets the stored results instead of
-running those steps. If an id is stored, it follows that execution. If only a token is stored, the
-request may have been sent: the item is unknown, or is started again with `restart_unknown`.
+If the worker dies, another one gets the stored results instead of running those steps, and follows
+the execution whose id is stored. If only a token is stored, the request may have been sent: the
+item is unknown, or is started again with `restart_unknown`.
 
 Only what uses the session runs in the caller's event loop; the rest runs in DBOS's.
 """
@@ -23,7 +23,7 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -31,11 +31,13 @@ from typing import Any, NoReturn, TypedDict, TypeVar
 from uuid import uuid4
 
 import anyio
+import attrs
 from dbos import DBOS, DBOSPortableJSONSerializer
 
 from promptlayer_exec import (
     ConfigurationError,
     ConnectionFailed,
+    Execution,
     ExecutionTimeout,
     NotFound,
     RateLimited,
@@ -49,7 +51,6 @@ from promptlayer_exec import (
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos._dbos_internals import ItemTaken, log_quietly, stop_dequeuing
 from promptlayer_exec.dbos._liveness import Liveness
-from promptlayer_exec.dbos._pending_start import PendingStart
 from promptlayer_exec.dbos._store import APPLICATION, WORKFLOW, Store, queue_name
 from promptlayer_exec.dbos._values import StoredError, StoredOutcome
 
@@ -75,60 +76,83 @@ class _StartResult(TypedDict):
     error: list[str] | None
 
 
-class Worker:
-    """Runs the items of one batch.
+@attrs.define(eq=False)
+class PendingStart:
+    """One try to start a run, in three steps: `wait_ready`, record the intent, `send`.
 
-    Args:
-        store: the database.
-        batch: the batch's name.
-        session: starts and follows the runs.
-        owns_session: whether the worker opens and closes the session.
-        max_in_flight: how many items all workers together run at most.
-        restart_unknown: whether an item is started again if an earlier start of it was cut off.
+    The intent is recorded immediately before the request is sent, so that few items are unknown
+    when a worker is killed. The methods are called in the session's event loop.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        batch: str,
-        session: Session,
-        *,
-        owns_session: bool,
-        max_in_flight: int,
-        restart_unknown: bool,
-    ) -> None:
-        self._store = store
-        self._batch = batch
-        self._session = session
-        self._owns_session = owns_session
-        self._max_in_flight = max_in_flight
-        self._restart_unknown = restart_unknown
+    # Awaits `before_send()`, its only argument, before it sends the request.
+    _start: Callable[..., Coroutine[Any, Any, Execution]]
+    token: str = attrs.field(init=False, factory=lambda: uuid4().hex)
+    execution: Execution | None = attrs.field(init=False, default=None)
+    _ready: asyncio.Event = attrs.field(init=False, factory=asyncio.Event)
+    _recorded: asyncio.Event = attrs.field(init=False, factory=asyncio.Event)
+    _task: asyncio.Task[Execution] | None = attrs.field(init=False, default=None)
+    _is_cancelled: bool = attrs.field(init=False, default=False)
+
+    async def wait_ready(self) -> None:
+        """Prepare the start, and return once its request can be sent or the start has ended."""
+        if self._is_cancelled:
+            return
+        self._task = asyncio.create_task(self._start(before_send=self._wait_until_recorded))
+        self._task.add_done_callback(self._end)
+        await self._ready.wait()
+
+    async def send(self) -> Execution | None:
+        """Send the request, and return its run; None if the start was cancelled before that."""
+        self._recorded.set()
+        if self._task is None:
+            return None
+        await asyncio.wait([self._task])
+        if not self._task.cancelled():
+            self.execution = self._task.result()
+        return self.execution
+
+    def cancel(self) -> None:
+        """Cancel the start, unless its request may have been sent."""
+        self._is_cancelled = True
+        if self._task is not None and not self._recorded.is_set():
+            self._task.cancel()
+
+    async def _wait_until_recorded(self) -> None:
+        self._ready.set()
+        await self._recorded.wait()
+
+    def _end(self, task: asyncio.Task[Execution]) -> None:
+        if not task.cancelled():
+            task.exception()  # otherwise asyncio logs it if `send` is never called
+        self._ready.set()
+
+
+@attrs.define(eq=False)
+class Worker:
+    """Runs the items of one batch; opens and closes the session only if it owns it."""
+
+    _store: Store
+    _batch: str
+    _session: Session
+    _owns_session: bool
+    _max_in_flight: int
+    _restart_unknown: bool
+    _executor: str = attrs.field(init=False)
+    _liveness: Liveness = attrs.field(init=False)
+    _loop: asyncio.AbstractEventLoop = attrs.field(init=False, factory=asyncio.get_running_loop)
+    _dbos: DBOS | None = attrs.field(init=False, default=None)
+    _dbos_loop: asyncio.AbstractEventLoop | None = attrs.field(init=False, default=None)
+    # Each with an event that is set when its result is recorded.
+    _pending: dict[PendingStart, asyncio.Event] = attrs.field(init=False, factory=dict)
+    _is_stopping: bool = attrs.field(init=False, default=False)
+    _error: Exception | None = attrs.field(init=False, default=None)
+
+    def __attrs_post_init__(self) -> None:
         self._executor = f"{socket.gethostname()}-{uuid4().hex}"
-        self._loop = asyncio.get_running_loop()
-        self._dbos: DBOS | None = None
-        self._dbos_loop: asyncio.AbstractEventLoop | None = None
-        self._pending: set[PendingStart] = set()
-        self._none_pending = asyncio.Event()
-        self._stopped = asyncio.Event()
-        self._is_stopping = False
-        self._error: Exception | None = None
-        self._liveness = Liveness(store, batch, self._executor)
+        self._liveness = Liveness(self._store, self._batch, self._executor)
 
     async def run(self, *, until_done: bool) -> None:
-        """Work on the batch, and wait at the end for the starts that are being sent.
-
-        Args:
-            until_done: whether to return once every item has an outcome.
-
-        Raises:
-            Unauthorized: the server refused the key. No item was lost.
-            ConnectionFailed: the server could not be reached. No item was lost.
-            RequestTimeout: the server did not answer in time. No item was lost.
-            RateLimited: the server answered nothing but 429. No item was lost.
-            SessionClosed: the session was closed. No item was lost.
-            ConfigurationError: the database cannot be used, or a setting is missing.
-            RuntimeError: this process already works on a batch, or uses DBOS otherwise.
-        """
+        """Work on the batch, and wait at the end for the starts that are being sent."""
         global _worker  # noqa: PLW0603 - DBOS is one per process, and so is its worker
         if _worker is not None:
             raise RuntimeError("this process already works on a batch; work on one batch at a time")
@@ -176,19 +200,14 @@ class Worker:
         self._liveness.start()
 
     async def _wait(self, *, until_done: bool) -> None:
-        while not self._stopped.is_set():
+        while not self._is_stopping:
             if until_done and await self._store.run_in_thread(self._store.is_finished, self._batch):
                 await self._wait_until_idle()
                 return
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_CHECK_INTERVAL):
-                    await self._stopped.wait()
+            await asyncio.sleep(_CHECK_INTERVAL)
 
     async def _wait_until_idle(self) -> None:
-        """Wait, for 2 s at most, until DBOS has recorded the end of this worker's last items.
-
-        Otherwise the next worker would recover them.
-        """
+        """Wait up to 2 s until DBOS has ended the last items; other workers would recover them."""
         give_up = time.monotonic() + 2.0
         while time.monotonic() < give_up:
             running = await self._store.run_in_thread(self._store.running, self._batch)
@@ -213,12 +232,11 @@ class Worker:
         start = partial(integration.start, self._session, StartRequest(**json.loads(request)))
         while not self._is_stopping:
             pending = PendingStart(start)
-            self._pending.add(pending)
+            self._pending[pending] = asyncio.Event()
             try:
                 token = await DBOS.run_step_async({"name": "intend"}, self._record_intent, pending)
-                is_mine = token == pending.token
                 result = await DBOS.run_step_async(
-                    {"name": "start"}, self._send, pending, request, is_mine=is_mine
+                    {"name": "start"}, self._send, pending, request, is_mine=token == pending.token
                 )
             except ItemTaken:
                 if pending.execution is not None:
@@ -230,9 +248,7 @@ class Worker:
                     )
                 raise
             finally:
-                self._pending.discard(pending)
-                if not self._pending:
-                    self._none_pending.set()
+                self._pending.pop(pending).set()
                 self._loop.call_soon_threadsafe(pending.cancel)
             if result["execution_id"] is not None or result["error"] is not None:
                 return result
@@ -256,19 +272,15 @@ class Worker:
     async def _send_pending(self, pending: PendingStart) -> _StartResult:
         try:
             execution = await pending.send()
-        except SessionClosed as error:
-            if error.execution_id is not None:
+            return _start_result(execution_id=None if execution is None else execution.id)
+        except (*_NOT_THE_ITEMS_FAULT, RequestTimeout) as error:
+            if error.execution_id is not None:  # only `SessionClosed` can have the id of a run
                 return _start_result(execution_id=error.execution_id)
-            self._give_up_unless_stopping(error)
-        except (*_NOT_THE_ITEMS_FAULT, RequestTimeout) as error:  # with these, no run was started
-            self._give_up_unless_stopping(error)
+            self._give_up(error)
         except ExecutionTimeout:
             pass  # there was no free slot within the session's `wait_timeout`
         except Exception as error:  # noqa: BLE001 - any other error is the item's
             return _start_result(error=error)
-        else:
-            if execution is not None:
-                return _start_result(execution_id=execution.id)
         return _start_result()
 
     async def _follow(self, key: str, started: _StartResult) -> StoredOutcome:
@@ -283,7 +295,7 @@ class Worker:
             outcome = StoredOutcome(key, execution_id, True, output, None, at, _now())
             outcome.to_json()  # an output that cannot be stored is an error of the item
         except _NOT_THE_ITEMS_FAULT as error:
-            self._give_up_unless_stopping(error)
+            self._give_up(error)
             await _suspend()
         except Exception as error:  # noqa: BLE001 - any other error is the item's
             stored = StoredError(type(error).__name__, str(error))
@@ -305,14 +317,10 @@ class Worker:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
 
     def _give_up(self, error: Exception) -> None:
-        """Stop working, and let `run` raise the error."""
-        self._is_stopping = True
-        self._error = self._error or error
-        self._loop.call_soon_threadsafe(self._stopped.set)
-
-    def _give_up_unless_stopping(self, error: Exception) -> None:
+        """Stop working, and let `run` raise the error, unless the worker is already stopping."""
         if not self._is_stopping:
-            self._give_up(error)
+            self._error = error
+            self._is_stopping = True
 
     async def _shut_down(self) -> None:
         try:
@@ -328,9 +336,8 @@ class Worker:
         """Cancel the starts that were not sent, and wait until all results are recorded."""
         for pending in self._pending:
             self._loop.call_soon_threadsafe(pending.cancel)
-        if self._pending:
-            self._none_pending.clear()
-            await self._none_pending.wait()
+        for recorded in [*self._pending.values()]:
+            await recorded.wait()
 
     def _end(self) -> None:
         self._liveness.stop()
@@ -357,9 +364,7 @@ async def _suspend() -> NoReturn:
     raise AssertionError("this future is never done")
 
 
-def _start_result(
-    *, execution_id: int | None = None, error: Exception | None = None
-) -> _StartResult:
+def _start_result(execution_id: int | None = None, error: Exception | None = None) -> _StartResult:
     what = None if error is None else [type(error).__name__, str(error)]
     return {"execution_id": execution_id, "at": _now().isoformat(), "error": what}
 
