@@ -43,18 +43,8 @@ def log_text(error: BaseException) -> str:
 
 
 def encode_inputs(session: Session, request: StartRequest) -> dict[str, Any]:
-    """Return the inputs of a start as JSON carries them; nothing is sent.
-
-    Args:
-        session: its `converter` is used.
-        request: what would be started; all of it is checked.
-
-    Raises:
-        TypeError: something in the request is of an unusable type.
-        ValueError: something in it cannot be sent.
-    """
-    inputs, _ = session._prepare(request)
-    return inputs
+    """Check a start as `Session.start` does, and return its inputs as JSON carries them."""
+    return session._prepare(request)[0]
 
 
 async def start(
@@ -62,14 +52,8 @@ async def start(
 ) -> Execution:
     """Start a run as `Session.start` does, with a hook that is awaited just before it is sent.
 
-    Args:
-        session: sends the request.
-        request: what to start.
-        before_send: awaited once for each attempt, when a connection is free and the rate allows
-            the request. Until it returns, cancelling the call sends nothing.
-
-    Raises:
-        PromptLayerExecError: as `Session.start`.
+    `before_send` is awaited once for each attempt, when a connection is free and the rate allows
+    the request. Until it returns, cancelling the call sends nothing.
     """
     return await session._start(request, before_send=before_send)
 

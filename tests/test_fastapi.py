@@ -290,6 +290,18 @@ async def test_an_early_error_is_the_response(
     assert caplog.text.count(SECRET) == 3
 
 
+async def test_no_output_reaches_the_log(
+    sim: Simulator, session: Session, held: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An answer of the wrong shape is an error that quotes the body, but not in the log."""
+    async with connect(make_app(session)) as client:
+        sim.inject(Fault.status(200, body=b'["%s"]' % SECRET.encode()))
+        response = await client.get(f"/executions/{held}")
+    assert response.status_code == 502
+    assert f"InvalidResponse: execution {held}: the 200 response has an unexpected" in caplog.text
+    assert SECRET not in caplog.text + response.text
+
+
 @pytest.mark.parametrize("execution_id", ["0", "-1", "x", str(2**63), "9" * 5000])
 async def test_an_impossible_id_is_refused(
     sim: Simulator, session: Session, execution_id: str

@@ -39,6 +39,7 @@ from promptlayer_exec import (
     Unauthorized,
     UnprocessableEntity,
 )
+from promptlayer_exec._integration import log_text
 from promptlayer_exec.fastapi._json import json_response
 
 logger = logging.getLogger("promptlayer_exec.fastapi")
@@ -89,7 +90,7 @@ def describe(error: Exception) -> tuple[int, str, str]:
         logger.error("an error whose details were not sent to the client", exc_info=error)
         return status, "InternalServerError", title
     if status >= 500:
-        logger.warning("%s: %s", type(error).__name__, error)
+        logger.warning("%s", log_text(error))
     return status, known.__name__, title
 
 
