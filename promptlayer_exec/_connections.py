@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import select
 import ssl
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
-from typing import TYPE_CHECKING, Any, Protocol, Self, cast
+from typing import TYPE_CHECKING, Protocol, Self, cast
 
 import aiohttp
 import anyio
@@ -89,6 +90,9 @@ async def _send_over_one(
     except aiohttp.ClientConnectorError:
         raise
     except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+        cause = error.__cause__
+        if is_tls_failure(cause):
+            raise PermanentFailure(reason_of(cause)) from cause
         raise aiohttp.ClientConnectionError(reason_of(error)) from error
     except BaseException:
         if isinstance(request, _CleanRequest):
@@ -138,7 +142,7 @@ class Pools:
         """Open pools of our own in the running loop, or borrow; `resources` gives all back."""
         headers = _HEADERS | {"X-API-KEY": api_key}
         if settings.http is not None:
-            return cls._borrow(settings.http, settings.max_connections, headers, resources)
+            return cls._borrow(settings.http, settings.max_connections, headers)
         pools = []
         for slots, force_close in zip(_slots(settings.max_connections), (False, True), strict=True):
             http = aiohttp.ClientSession(
@@ -155,18 +159,9 @@ class Pools:
 
     @classmethod
     def _borrow(
-        cls,
-        http: aiohttp.ClientSession,
-        max_connections: int,
-        headers: dict[str, str],
-        resources: AsyncExitStack,
+        cls, http: aiohttp.ClientSession, max_connections: int, headers: dict[str, str]
     ) -> Self:
         """Share out the connections of a client session that belongs to the caller."""
-        trace = aiohttp.TraceConfig()
-        trace.on_connection_create_end.append(_mark_new_connection)
-        trace.freeze()
-        http.trace_configs.append(trace)
-        resources.callback(http.trace_configs.remove, trace)
         connector = http.connector
         limits = (connector.limit, connector.limit_per_host) if connector is not None else ()
         if "User-Agent" in http.headers:
@@ -174,7 +169,6 @@ class Pools:
         # Those given with a request replace the session's, which has no public name for them.
         middlewares = (*http._middlewares, _send_once)
         reads, starts = _slots(min([max_connections, *(limit for limit in limits if limit)]))
-        # A server that heeds "close" leaves no used connection behind for the next start.
         return cls(
             Pool(http, reads, headers, middlewares),
             Pool(http, starts, headers | {"Connection": "close"}, middlewares, is_borrowed=True),
@@ -212,15 +206,14 @@ class SendOnce(Protocol):
 class GuardedBody(aiohttp.Payload):
     """A body that reports when it, and the headers that go with it, are about to be sent.
 
-    It is sent over a new connection only: on a used one, the answer might be a stale one to another
-    request, a 429 or even the id of another run.
+    Its connection goes into no pool: on a used one, the answer to the next start might be a stale
+    one, such as a 429 or even the id of another run.
     """
 
-    def __init__(self, body: bytes, once: SendOnce, *, is_new_connection: bool) -> None:
+    def __init__(self, body: bytes, once: SendOnce) -> None:
         super().__init__(body, content_type="application/json")
         self._body = body
         self._once = once
-        self.is_new_connection = is_new_connection
         self.used: asyncio.Transport | None = None
 
     @property
@@ -231,31 +224,39 @@ class GuardedBody(aiohttp.Payload):
         return self._body.decode(encoding, errors)
 
     async def write(self, writer: AbstractStreamWriter) -> None:
-        if not self.is_new_connection:
-            raise ConnectionAbortedError("a start is not sent over a used connection")
         if self.used is not None:  # a borrowed session's middleware sends again
             raise ConnectionAbortedError("a start is not sent twice")
         self._once.mark_sent()
         if isinstance(writer, aiohttp.http.StreamWriter):
             self.used = writer.transport
-            cast("ResponseHandler", writer.protocol).force_close()  # into no pool
+            cast("ResponseHandler", writer.protocol).force_close()
         await writer.write(self._body)
 
 
-async def _mark_new_connection(
-    _: aiohttp.ClientSession, context: Any, __: aiohttp.TraceConnectionCreateEndParams
-) -> None:
-    if isinstance(context.trace_request_ctx, GuardedBody):
-        context.trace_request_ctx.is_new_connection = True
+class PermanentFailure(aiohttp.ClientError):
+    """A failure that waiting does not change; its text is safe to show."""
+
+
+# The server's last words where it refuses the handshake, which under TLS 1.3 come after ours.
+_REFUSED_HANDSHAKE = re.compile("ALERT.*(CERTIFICATE|UNKNOWN_CA|HANDSHAKE|ACCESS_DENIED)")
+
+
+def is_permanent(error: BaseException | None) -> bool:
+    """Return True if no connection can be made, which waiting does not change."""
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return 400 <= error.status < 500 and error.status not in (408, 425, 429)
+    return is_tls_failure(error) or isinstance(error, PermanentFailure)
 
 
 def is_tls_failure(error: BaseException | None) -> bool:
-    """Return True if no TLS connection can be made, which waiting does not change."""
+    """Return True if no TLS connection can be made."""
+    if isinstance(error, PermanentFailure):
+        error = error.__cause__
     if isinstance(error, aiohttp.ClientConnectorSSLError):
         return not isinstance(error.os_error, ssl.SSLEOFError)  # the server went away meanwhile
-    return isinstance(
-        error, (aiohttp.ClientSSLError, aiohttp.ServerFingerprintMismatch, ssl.SSLError)
-    )
+    if isinstance(error, (aiohttp.ClientSSLError, aiohttp.ServerFingerprintMismatch)):
+        return True
+    return isinstance(error, ssl.SSLError) and bool(_REFUSED_HANDSHAKE.search(str(error.reason)))
 
 
 def _tls_reason(error: BaseException) -> str:
@@ -287,7 +288,7 @@ def _connect_reason(error: aiohttp.ClientConnectorError) -> str:
 
 
 def reason_of(error: BaseException | None) -> str:
-    if error is not None and is_tls_failure(error):
+    if error is not None and is_tls_failure(error) and not isinstance(error, PermanentFailure):
         return _tls_reason(error)
     if isinstance(error, aiohttp.ClientHttpProxyError):
         # Its own text has the proxy's URL, and the password in it.
@@ -296,4 +297,11 @@ def reason_of(error: BaseException | None) -> str:
         return f"no connection to the proxy {error.host}:{error.port}: {_connect_reason(error)}"
     if isinstance(error, aiohttp.ClientConnectorError):
         return _connect_reason(error)
-    return str(error) or type(error).__name__
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"not a valid HTTP response: {_unquoted(error.message)}"
+    return _unquoted(str(error)) or type(error).__name__
+
+
+def _unquoted(text: str) -> str:
+    """Leave out the bytes that aiohttp's parsers quote: they may be all that was received."""
+    return " ".join(re.split(r"b['\"]", text)[0].split()).rstrip(": ")[:200]

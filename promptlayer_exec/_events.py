@@ -127,7 +127,9 @@ def broadcast(observers: Iterable[Observer]) -> Emit:
         for observer in observers:
             try:
                 observer(event)
-            except Exception:
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException:  # even a cancellation is the observer's own
                 logger.exception("observer %r failed on %s", observer, type(event).__name__)
 
     return emit

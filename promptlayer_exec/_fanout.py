@@ -12,7 +12,8 @@ import anyio
 import attrs
 
 from promptlayer_exec._errors import PromptLayerExecError, SessionClosed, Unauthorized, copy_error
-from promptlayer_exec._models import Snapshot
+from promptlayer_exec._events import logger
+from promptlayer_exec._models import Snapshot, StartRequest
 from promptlayer_exec._tasks import Tasks, foreign_cancellation, is_cancelled
 
 if TYPE_CHECKING:
@@ -73,6 +74,17 @@ class RunningItem(Generic[ItemT]):
         return Outcome(self.index, self.item, self.execution, self.snapshot, output, error)
 
 
+def report_abandoned(outcome: Outcome[Any, Any]) -> None:
+    """Log the id of a run that was started, and whose outcome nobody will get."""
+    if outcome.execution is not None and isinstance(outcome.item, StartRequest):
+        logger.warning(
+            "execution %d of workflow %.100r was started, and nobody waits for its outcome any"
+            " more; follow its id to pick it up",
+            outcome.execution.id,
+            outcome.item.workflow,
+        )
+
+
 async def fan_out(
     items: Iterable[ItemT] | AsyncIterable[ItemT],
     run_item: Callable[[RunningItem[ItemT]], Awaitable[Any]],
@@ -124,6 +136,9 @@ class _FanOut(Generic[ItemT]):
         if self._is_running:
             with anyio.CancelScope(shield=True):
                 await self._ended.wait()
+        while not self.outcomes.empty():
+            if (outcome := self.outcomes.get_nowait()) is not None:
+                report_abandoned(outcome)
 
     async def run(self) -> None:
         """Take items, and run each to its end."""
@@ -177,8 +192,6 @@ class _FanOut(Generic[ItemT]):
         except asyncio.CancelledError as error:
             if not is_cancelled():
                 outcome = item.end(error=foreign_cancellation("an item", error))
-            elif self._is_cancelled:
-                raise
             else:
                 outcome = item.end(error=self._end_error(item))
         except (Unauthorized, SessionClosed) as error:

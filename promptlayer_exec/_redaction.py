@@ -13,7 +13,8 @@ class Redactor:
 
     def __init__(self, text: str) -> None:
         in_json = json.dumps(text)[1:-1]
-        spellings = {text, in_json, in_json.replace("/", "\\/")}
+        quoted = repr(text)[1:-1], repr(text.encode())[2:-1]  # as parsers' errors quote it
+        spellings = {text, in_json, in_json.replace("/", "\\/"), *quoted}
         self._spellings = spellings if len(text) >= _LEAST_LENGTH else set()
 
     def redact(self, text: str) -> str:

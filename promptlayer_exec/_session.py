@@ -16,7 +16,7 @@ from promptlayer_exec._connections import Pools
 from promptlayer_exec._errors import ConfigurationError, PromptLayerExecError, SessionClosed
 from promptlayer_exec._events import Observer, broadcast
 from promptlayer_exec._execution import Execution
-from promptlayer_exec._fanout import Outcome, RunningItem, Spawn, fan_out
+from promptlayer_exec._fanout import Outcome, RunningItem, Spawn, fan_out, report_abandoned
 from promptlayer_exec._lifetime import Lifetime
 from promptlayer_exec._models import MainOutput, Snapshot, StartRequest, naming_arguments
 from promptlayer_exec._output import check_type
@@ -371,9 +371,14 @@ class Session:
         completed: AsyncGenerator[Outcome[ItemT, Any], None] = self.as_completed(
             items, max_in_flight=max_in_flight, timeout=timeout, into=into
         )
-        async with aclosing(completed):
-            async for outcome in completed:
-                outcomes.append(outcome)  # noqa: PERF401 - not inside of aclosing
+        try:
+            async with aclosing(completed):
+                async for outcome in completed:
+                    outcomes.append(outcome)  # noqa: PERF401 - not inside of aclosing
+        except BaseException:
+            for outcome in outcomes:
+                report_abandoned(outcome)
+            raise
         return sorted(outcomes, key=lambda outcome: outcome.index)
 
     def _handle(self, item: Any) -> Execution:

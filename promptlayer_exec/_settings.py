@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
+from inspect import iscoroutinefunction, isroutine
 from typing import Any
 
 import attrs
@@ -132,7 +133,9 @@ def _count(_: Any, setting: attrs.Attribute[Any], value: Any) -> None:
 
 
 def _acquirable(_: Any, __: Any, value: Any) -> None:
-    if isinstance(value, type) or not (value is None or callable(getattr(value, "acquire", None))):
+    acquire = getattr(value, "acquire", None)
+    is_sync = isroutine(acquire) and not iscoroutinefunction(acquire)
+    if value is not None and (isinstance(value, type) or not callable(acquire) or is_sync):
         raise ConfigurationError(
             f"limiter must be an object with `async def acquire(self)`, got {value!r:.100}"
         )
@@ -142,8 +145,10 @@ def _callables(_: Any, __: Any, value: Any) -> None:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ConfigurationError(f"observers must be a list of callables, got {value!r:.100}")
     for observer in value:
-        if not callable(observer):
-            raise ConfigurationError(f"observers must be callable, got {observer!r:.100}")
+        if not callable(observer) or iscoroutinefunction(observer):
+            raise ConfigurationError(
+                f"observers must be callables that are not async, got {observer!r:.100}"
+            )
 
 
 @attrs.frozen(kw_only=True)

@@ -167,8 +167,8 @@ class Start:
         if self._answer.cancelled():
             self._report(started, abandoned=True)
         elif self._is_closing():
-            self._report(started, abandoned=True)
             self._answer.set_exception(SessionClosed(execution_id=started.execution_id))
+            self._report(started, abandoned=True)
         else:
             self._answer.set_result(started)
 

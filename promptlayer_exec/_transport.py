@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 import time
 import traceback
 from collections.abc import Callable
@@ -17,14 +16,17 @@ from yarl import URL
 
 from promptlayer_exec._connections import (
     GuardedBody,
+    PermanentFailure,
     Pool,
     Pools,
     SendOnce,
     abort,
+    is_permanent,
     is_tls_failure,
     reason_of,
 )
 from promptlayer_exec._errors import (
+    ConfigurationError,
     ConnectionFailed,
     InvalidResponse,
     NotFound,
@@ -181,7 +183,7 @@ class Transport:
             )
         if isinstance(error, InvalidResponse):
             return error.path is None and not isinstance(error, ResponseTooLarge)
-        return not is_tls_failure(error.__cause__)
+        return not is_permanent(error.__cause__)
 
     async def _attempt(
         self, pool: Pool, request: Request, sent_at: float, once: SendOnce | None
@@ -191,6 +193,8 @@ class Transport:
             raise SessionClosed("the borrowed aiohttp.ClientSession is closed")
         answer, body, failure = await self._exchange(pool, request, sent_at, once)
         if answer is None:
+            if once is not None and once.sent and is_tls_failure(failure):
+                once.mark_rejected()  # the handshake was refused, so nothing was read
             raise self._failure(failure, answer, body)
         if answer.status < 300:
             # An object shows its own end: a start's answer may be whole though its framing is not.
@@ -237,7 +241,7 @@ class Transport:
         """Send a request; return the answer and its body, as far as they came, and what failed."""
         data = None
         if request.body is not None and once is not None:
-            data = GuardedBody(request.body, once, is_new_connection=not pool.is_borrowed)
+            data = GuardedBody(request.body, once)
         url = request.url or self._url(request)
         answer: aiohttp.ClientResponse | None = None
         pieces: list[bytes] = []
@@ -259,7 +263,6 @@ class Transport:
                     max_headers=_MOST_HEADERS,
                     # A pool keeps connections apart by this name: starts share none with others.
                     server_hostname=url.host if data is not None and pool.is_borrowed else None,
-                    trace_request_ctx=data,
                 )
                 # Read a little more of a refusal: a key at its end is redacted before it is cut.
                 limit = _ERROR_BODY_BYTES + _LONGEST_KEY
@@ -268,6 +271,8 @@ class Transport:
                 await _read_body(answer, pieces, limit)
         except (aiohttp.ClientError, OSError) as error:  # OSError: also every TimeoutError
             failure = error
+        except ValueError as error:  # aiohttp's, for a borrowed session's headers and auth
+            raise ConfigurationError(f"http= cannot send the request: {error}") from error
         except asyncio.CancelledError as error:
             if is_cancelled():
                 raise
@@ -309,7 +314,7 @@ class Transport:
         error.__cause__ = failure
         # The repr of a ClientResponseError shows all headers of the request, the key's too.
         if isinstance(failure, aiohttp.ClientResponseError) or self._redactor.is_shown_by(failure):
-            cause = ssl.SSLError if is_tls_failure(failure) else aiohttp.ClientError
+            cause = PermanentFailure if is_permanent(failure) else aiohttp.ClientError
             error.__cause__ = cause(f"{type(failure).__name__}: {reason}")
         return error
 

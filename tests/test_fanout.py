@@ -692,3 +692,49 @@ async def test_a_start_is_not_kept_behind_the_polls(
         (outcome,) = await session.collect([run(0)])
         assert outcome.ok
         assert sim.request_count - before <= 3 * count
+
+
+@pytest.mark.parametrize("how", ["cancelled", "broken off", "collect and 401"])
+async def test_no_id_of_a_started_run_is_lost_with_its_fan_out(
+    sim: Simulator, session: Session, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    """What nobody will get the outcome of is in the log: the run was paid for."""
+    sim.add_workflow("slow", Scenario([SimNode("A", duration=None, is_output_node=True)]))
+    requests: list[Any] = [StartRequest("slow") for _ in range(3)]
+
+    async def use() -> None:
+        async with aclosing(session.as_completed(requests)) as outcomes:
+            async for _ in outcomes:
+                pass
+
+    if how == "collect and 401":
+        task = asyncio.create_task(session.collect([*requests, 787]))  # type: ignore[list-item]
+    else:
+        task = asyncio.create_task(use())
+    while len(sim.runs) < 3:
+        await sim.wait_for_requests(sim.request_count + 1)
+    if how == "collect and 401":
+        sim.inject(Fault.status(401, times=100))
+        with pytest.raises(Unauthorized):
+            await task
+    else:
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    for run in sim.runs:
+        assert f"execution {run.execution_id} of workflow 'slow' was started" in caplog.text
+
+
+async def test_an_observer_that_raises_anything_is_logged_and_ignored(
+    sim: Simulator, open_session: Callable[..., Session], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also what is no `Exception`, such as the cancellation of something that it awaited."""
+
+    def observe(event: Any) -> None:
+        raise asyncio.CancelledError
+
+    sim.add_workflow("quick", Scenario([SimNode("A", 1, is_output_node=True)]))
+    session = open_session(observers=[observe])
+    execution = await session.start("quick")
+    assert await execution.output() == 1
+    assert "failed on ExecutionStarted" in caplog.text

@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 
 from promptlayer_exec import (
+    ConnectionFailed,
     ExecutionStarted,
     PollPolicy,
     RequestTimeout,
@@ -187,13 +188,32 @@ async def test_no_stale_answer_is_taken_for_a_start_s_in_a_borrowed_session(
 
 
 async def test_a_borrowed_session_is_given_back_as_it_was(peer: Peer) -> None:
-    """What its starts need is taken away on closing."""
+    """It stays usable for its owner."""
     async with aiohttp.ClientSession() as http:
         async with session_at(peer, http=http) as session:
             await session.start("name")
-        assert http.trace_configs == []
         async with http.get(f"{peer.url}/x?workflow_version_execution_id=5&y") as response:
             assert (await response.json(content_type=None)) == nodes("5")
+
+
+async def test_what_is_not_http_is_quoted_nowhere(
+    peer: Peer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Aiohttp's parser quotes all that it received, outputs and the key included."""
+
+    async def respond(head: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"confidential: " + KEY.encode() + b" " + b"x" * 10_000 + b"\r\n\r\n")
+
+    peer.respond = respond
+    async with session_at(peer, retry=RetryPolicy(outage=0.01, base=0.001)) as session:
+        with pytest.raises(ConnectionFailed, match="not a valid HTTP response: ") as caught:
+            await session.get_results(1)
+        with pytest.raises(StartUnknown) as lost:
+            await session.start("name")
+    said = caplog.text + str(caught.value) + repr(caught.value.__cause__) + str(lost.value)
+    assert "confidential" not in said
+    assert KEY not in said
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("ending", ["framing", "headers"])

@@ -1,5 +1,6 @@
 """The settings of a session: where they are read from, and which are refused."""
 
+import threading
 from typing import Any
 
 import pytest
@@ -258,7 +259,10 @@ class _Acquirable:
         ("limiter", _Acquirable, "limiter must be an object"),
         ("http", "x", "http must be an aiohttp.ClientSession, got 'x'"),
         ("converter", 5, "converter must be a cattrs.Converter, got 5"),
-        ("observers", [5], "observers must be callable, got 5"),
+        ("observers", [5], "observers must be callables that are not async, got 5"),
+        ("observers", iter([print]), "observers must be a list of callables, got <list_iterator"),
+        ("observers", [_Acquirable().acquire], "observers must be callables that are not async"),
+        ("limiter", threading.Semaphore(), "limiter must be an object with `async def acquire"),
         ("observers", print, "observers must be a list of callables, got <built-in"),
         ("observers", "abc", "observers must be a list of callables, got 'abc'"),
         ("trust_env", "no", "trust_env must be True or False, got 'no'"),

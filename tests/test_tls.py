@@ -150,6 +150,28 @@ async def test_no_common_version_is_named(authority: trustme.CA) -> None:
     assert "handshake failed (TLSV1_ALERT_PROTOCOL_VERSION)" in str(error)
 
 
+async def test_a_demanded_client_certificate_is_named_under_tls_1_3(authority: trustme.CA) -> None:
+    """The server refuses after our side of the handshake; the start was not read, so not lost."""
+    context = server_context(authority)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+
+    def serve() -> None:
+        for _ in range(2):
+            connection, _ = listener.accept()
+            with connection, suppress(ssl.SSLError):
+                context.wrap_socket(connection, server_side=True)
+            connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving = asyncio.create_task(asyncio.to_thread(serve))
+        base_url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        error = await refused(base_url, client_context(authority))
+        await serving
+    assert "CERTIFICATE_REQUIRED" in str(error)
+    assert "client certificate" in str(error)
+
+
 async def test_a_borrowed_session_brings_its_own_authority_and_certificate(
     serve: Callable[..., str], authority: trustme.CA
 ) -> None:
