@@ -24,8 +24,8 @@ from promptlayer_exec._tasks import clock
 from promptlayer_exec._transport import Transport
 from promptlayer_exec._watch import Watch, take_snapshot, timed_out
 from promptlayer_exec._wire import (
+    NodeMap,
     NodeMapReader,
-    RepeatReader,
     Reply,
     Request,
     Response,
@@ -75,10 +75,16 @@ class Client:
             watch.add_follower()
             return watch
         request = self.transport.with_url(results_request(execution_id, return_all_outputs=True))
-        reader = RepeatReader(self._node_maps, execution_id)
+        node_map: NodeMap | None = None
+
+        def read(response: Response) -> NodeMap:
+            nonlocal node_map
+            node_map = self._node_maps.read(response, execution_id, node_map)
+            return node_map
+
         watch = self._watches[execution_id] = Watch(
             execution_id,
-            partial(self.transport.call, request, reader.read),
+            partial(self.transport.call, request, read),
             poll=self._settings.poll,
             retry=self._settings.retry,
             emit=self._emit,

@@ -200,11 +200,12 @@ def read_started(response: Response) -> Started:
 
 @attrs.define
 class NodeMap:
-    """The response to a request for all outputs; `raw` is the decoded body."""
+    """The nodes in a body, which is decoded in `raw`; `source` is the status and the body."""
 
     complete: bool
     nodes: FrozenMap[Node]
     raw: Any
+    source: tuple[int, bytes] | None = None
 
 
 @attrs.define(eq=False)
@@ -216,10 +217,15 @@ class NodeMapReader:
     def read(self, response: Response, execution_id: int, before: NodeMap | None = None) -> NodeMap:
         """Read the node map in a response, with the unchanged nodes of the map `before`.
 
+        For an unchanged response, it is `before` itself.
+
         Raises:
             StatusError: the server refused the request.
             InvalidResponse: the body is not JSON, or not a node map.
         """
+        source = response.status, response.body
+        if before is not None and before.source == source:
+            return before
         check_status(response)
         raw = _decode(response)
         if not isinstance(raw, dict):
@@ -236,7 +242,7 @@ class NodeMapReader:
                 if type(node.status) is str and node.status[:_LONGEST_STATUS] not in self._reported:
                     self._report(node, execution_id)
             nodes[name] = node
-        return NodeMap(response.status == 200, FrozenMap(nodes), raw)
+        return NodeMap(response.status == 200, FrozenMap(nodes), raw, source)
 
     def _report(self, node: Node, execution_id: int) -> None:
         if len(self._reported) < _REPORTED_AT_MOST:
@@ -247,24 +253,6 @@ class NodeMapReader:
                 node.name,
                 node.status,
             )
-
-
-@attrs.define(eq=False)
-class RepeatReader:
-    """Reads the node maps of one execution, and returns the same object for an unchanged body."""
-
-    _reader: NodeMapReader
-    _execution_id: int
-    _seen: tuple[int, bytes] | None = None
-    _node_map: NodeMap | None = None
-
-    def read(self, response: Response) -> NodeMap:
-        """Read the node map in a response, as `NodeMapReader.read` does."""
-        seen = response.status, response.body
-        if self._node_map is None or seen != self._seen:
-            self._node_map = self._reader.read(response, self._execution_id, self._node_map)
-            self._seen = seen
-        return self._node_map
 
 
 def _node(name: str, body: Any) -> Node | None:

@@ -15,7 +15,6 @@ from promptlayer_exec._errors import InvalidResponse, StatusError
 from promptlayer_exec._models import FrozenMap, MainOutput, Node, NodeStatus, StartRequest
 from promptlayer_exec._wire import (
     NodeMapReader,
-    RepeatReader,
     Reply,
     Request,
     Response,
@@ -797,24 +796,24 @@ def test_read_started_of_an_error_status(status):
 
 def test_an_unchanged_body_gives_the_same_node_map():
     """It is the same object; another body, or another status, is read again."""
-    reader = RepeatReader(NodeMapReader(), 787)
+    reader = NodeMapReader()
     body = json.dumps({"a": {"status": "RUNNING"}}).encode()
-    first = reader.read(Response(202, body))
-    assert reader.read(Response(202, bytes(bytearray(body)))) is first
-    complete = reader.read(Response(200, body))
+    first = reader.read(Response(202, body), 787)
+    assert reader.read(Response(202, bytes(bytearray(body))), 787, first) is first
+    complete = reader.read(Response(200, body), 787, first)
     assert complete is not first
     assert complete.complete
-    assert reader.read(Response(202, body + b" ")) is not first
+    assert reader.read(Response(202, body + b" "), 787, first) is not first
 
 
 def test_an_error_status_between_two_equal_bodies_is_raised():
-    """The node map is kept for the next response."""
-    reader = RepeatReader(NodeMapReader(), 787)
+    """The node map before it is the one of the next response."""
+    reader = NodeMapReader()
     body = json.dumps({"a": {"status": "RUNNING"}}).encode()
-    first = reader.read(Response(202, body))
+    first = reader.read(Response(202, body), 787)
     with pytest.raises(StatusError):
-        reader.read(Response(503, body))
-    assert reader.read(Response(202, body)) is first
+        reader.read(Response(503, body), 787, first)
+    assert reader.read(Response(202, body), 787, first) is first
 
 
 @given(

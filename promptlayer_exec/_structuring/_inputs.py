@@ -18,6 +18,7 @@ from promptlayer_exec._structuring._errors import step
 _ADVICE = "convert it, or give Session a converter= with an unstructure hook for it"
 _PLAIN = cattrs.Converter()
 _UNCHANGED = frozenset({str, bool, NoneType})
+_ENCODED = frozenset({int, float, dict, list, tuple})
 _LONGEST_REASON = 200
 _SMALL = 2**63  # smaller integers have far fewer digits than Python's limit for printing them
 
@@ -67,25 +68,18 @@ class _Encoder:
         kind = type(value)
         if kind in _UNCHANGED:
             return value
-        if kind in (int, float):
-            return _number(value)
-        if kind in (dict, list, tuple):
-            return self._container(value)
-        unstructured = self._unstructured(value)
-        if type(unstructured) is kind:
-            return self._encode_subclass(value)
-        return self.encode(unstructured)
-
-    def _encode_subclass(self, value: Any) -> Any:
-        """Encode an instance of a subclass of a JSON type; refuse other values."""
-        if isinstance(value, (Mapping, list, tuple)):
-            return self._container(value)
-        if isinstance(value, str):
-            return str.__str__(value)  # a subclass may override __str__
+        if kind not in _ENCODED:
+            unstructured = self._unstructured(value)
+            if type(unstructured) is not kind:
+                return self.encode(unstructured)
         if isinstance(value, int):
-            return _number(int.__int__(value))
+            return _number(int.__int__(value))  # a subclass may override it
         if isinstance(value, float):
             return _number(float.__float__(value))
+        if isinstance(value, str):
+            return str.__str__(value)
+        if isinstance(value, (list, tuple, Mapping)):
+            return self._container(value)
         raise _NotJSON(TypeError, f"{json_kind(value)} is not a JSON value; {_ADVICE}")
 
     def _unstructured(self, value: Any) -> Any:

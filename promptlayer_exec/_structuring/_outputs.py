@@ -54,12 +54,14 @@ def structure(value: Any, into: TypeForm[T], converter: cattrs.Converter | None 
     hook = _usable_hook(into, strict)
     failures: list[tuple[Exception, Any]] = []
     for candidate in _with_json_in(value):
+        token = rules.FAILED.set({})
         try:
-            with rules.remembering_failures():
-                return hook(candidate, into)  # type: ignore[no-any-return]
+            return hook(candidate, into)  # type: ignore[no-any-return]
         except Exception as error:  # noqa: BLE001 - a hook or class of the user may raise anything
             if not failures or isinstance(candidate, (dict, list)):
                 failures.append((error, candidate))
+        finally:
+            rules.FAILED.reset(token)
     failure, candidate = failures[-1]
     path, reason, leaf = locate(failure, candidate, strict)
     if isinstance(leaf, StructureHandlerNotFoundError):

@@ -9,8 +9,8 @@ import json
 import reprlib
 import typing
 from collections import abc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import is_dataclass
 from datetime import date, datetime, time
@@ -297,17 +297,7 @@ SCALARS: dict[type, Hook] = {
 
 # The unions and values that did not fit, by id, while one output is structured. Without it, the
 # time to refuse a value for a union of similar recursive classes would double with each level.
-_FAILED: ContextVar[dict[tuple[int, int], Any]] = ContextVar("_FAILED")
-
-
-@contextmanager
-def remembering_failures() -> Iterator[None]:
-    """Let unions remember, within the context, which values did not fit; they rely on it."""
-    token = _FAILED.set({})
-    try:
-        yield
-    finally:
-        _FAILED.reset(token)
+FAILED: ContextVar[dict[tuple[int, int], Any]] = ContextVar("FAILED")
 
 
 def union(kind: Any, converter: cattrs.Converter) -> Hook:
@@ -330,7 +320,7 @@ def union(kind: Any, converter: cattrs.Converter) -> Hook:
         return sorted(kept, key=partial(_rank, type(value)))
 
     def structure(value: Any, _: Any) -> Any:
-        failed, key = _FAILED.get(), (id(kind), id(value))
+        failed, key = FAILED.get(), (id(kind), id(value))
         if key in failed:
             raise ValueError(f"fits none of {expected}")
         errors: list[tuple[Any, Exception]] = []

@@ -37,6 +37,7 @@ class TokenBucket:
 
     rate: float
     burst: float
+    announces: bool = True
     _updated: float = attrs.field(default=0.0, init=False)
     _tokens: float = attrs.field(default=math.inf, init=False)
 
@@ -66,7 +67,6 @@ class Api:
     _completions: Completions
     faults: FaultQueue = attrs.field(factory=FaultQueue, init=False)
     bucket: TokenBucket | None = attrs.field(default=None, init=False)
-    announce_retry: bool = attrs.field(default=True, init=False)
     _origin: float = attrs.field(init=False)
     _epoch: float = attrs.field(init=False)
 
@@ -93,32 +93,24 @@ class Api:
             response = await self._centrifugo.serve(request)
         return answer() if response is None else response
 
-    async def stop(self) -> None:
-        """Stop waiting for runs to complete."""
-        await self._completions.stop()
-
     def _answer(self, request: SimRequest) -> web.Response:
         for pattern, method, operation in _ROUTES:
-            if match := pattern.fullmatch(request.path):
-                arguments = map(unquote, match.groups())
-                return self._perform(method, request, partial(operation, self, request, *arguments))
+            match = pattern.fullmatch(request.path)
+            if match is None:
+                continue
+            if request.method != method:
+                return error_response(405, "Method Not Allowed", Allow=method)
+            if request.headers.get("X-API-KEY") != self._api_key:
+                return error_response(401, "Invalid or missing API key")
+            if self.bucket is not None and (wait := self.bucket.take(self._clock())):
+                seconds = f"{math.ceil(wait * 1000) / 1000:.12g}"
+                headers = {"Retry-After": seconds} if self.bucket.announces else {}
+                return error_response(429, "Too Many Requests", **headers)
+            try:
+                return operation(self, request, *map(unquote, match.groups()))
+            except RequestValidationError as error:
+                return json_response(422, encode({"detail": error.detail}))
         return error_response(404, "Not Found")
-
-    def _perform(
-        self, method: str, request: SimRequest, operation: Callable[[], web.Response]
-    ) -> web.Response:
-        if request.method != method:
-            return error_response(405, "Method Not Allowed", Allow=method)
-        if request.headers.get("X-API-KEY") != self._api_key:
-            return error_response(401, "Invalid or missing API key")
-        if self.bucket is not None and (wait := self.bucket.take(self._clock())):
-            seconds = f"{math.ceil(wait * 1000) / 1000:.12g}"
-            headers = {"Retry-After": seconds} if self.announce_retry else {}
-            return error_response(429, "Too Many Requests", **headers)
-        try:
-            return operation()
-        except RequestValidationError as error:
-            return json_response(422, encode({"detail": error.detail}))
 
     def _results(self, request: SimRequest) -> web.Response:
         execution_id, all_outputs = parse_results_query(request.query)

@@ -49,43 +49,32 @@ class Backend:
 
     _clock: Callable[[], float]
     _workflows: dict[str, Workflow] = attrs.field(factory=dict, init=False)
-    _executions: dict[int, Execution] = attrs.field(factory=dict, init=False)
-    _runs: list[SimRun] = attrs.field(factory=list, init=False)
+    executions: dict[int, Execution] = attrs.field(factory=dict, init=False)
+    runs: list[SimRun] = attrs.field(factory=list, init=False)
     _wakers: dict[int, Callable[[], object]] = attrs.field(factory=dict, init=False)
     # Reentrant, because a scenario's functions may call the simulator that calls them.
     _lock: threading.RLock = attrs.field(factory=threading.RLock, init=False)
-    _workflow_ids: Iterator[int] = attrs.field(factory=lambda: itertools.count(1), init=False)
     # Far from the workflow ids, so that confusing the two is a 404.
     _execution_ids: Iterator[int] = attrs.field(factory=lambda: itertools.count(1001), init=False)
-
-    @property
-    def execution_ids(self) -> list[int]:
-        with self._lock:
-            return list(self._executions)
-
-    @property
-    def runs(self) -> list[SimRun]:
-        with self._lock:
-            return list(self._runs)
 
     def add_execution(self, scenario: Scenario, execution_id: int | None = None) -> int:
         with self._lock:
             if execution_id is None:
-                execution_id = next(i for i in self._execution_ids if i not in self._executions)
+                execution_id = next(i for i in self._execution_ids if i not in self.executions)
             elif not 0 < execution_id < 2**63:
                 raise ValueError(f"execution id must be between 1 and 2**63-1, got {execution_id}")
-            elif execution_id in self._executions:
+            elif execution_id in self.executions:
                 raise ValueError(f"execution {execution_id} already exists")
-            self._executions[execution_id] = Execution(scenario, self._clock())
+            self.executions[execution_id] = Execution(scenario, self._clock())
             return execution_id
 
     def add_workflow(self, name: str, source: ScenarioSource, warning: str | None) -> int:
         with self._lock:
             if name in self._workflows:
                 raise ValueError(f"workflow {name!r} already exists")
-            workflow = Workflow(next(self._workflow_ids), name, source, warning)
-            self._workflows[name] = workflow
-            return workflow.id
+            workflow_id = len(self._workflows) + 1
+            self._workflows[name] = Workflow(workflow_id, name, source, warning)
+            return workflow_id
 
     def find_workflow(self, id_or_name: str) -> Workflow | None:
         with self._lock:
@@ -99,7 +88,7 @@ class Backend:
         scenario = source if isinstance(source, Scenario) else source(inputs)
         with self._lock:
             execution_id = self.add_execution(scenario)
-            self._runs.append(SimRun(execution_id, workflow.name, inputs, body))
+            self.runs.append(SimRun(execution_id, workflow.name, inputs, body))
             return execution_id
 
     def results(self, execution_id: int) -> Results:
@@ -135,6 +124,6 @@ class Backend:
 
     def _find_execution(self, execution_id: int) -> Execution:
         try:
-            return self._executions[execution_id]
+            return self.executions[execution_id]
         except KeyError:
             raise LookupError(f"there is no execution {execution_id}") from None

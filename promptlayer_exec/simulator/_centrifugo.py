@@ -36,16 +36,16 @@ class Centrifugo:
     disconnected.
     """
 
-    _clock: Callable[[], float]
+    clock: Callable[[], float]
     ping_interval: float
     # The channels that each token allows, and the time at which it expires.
-    _tokens: dict[str, tuple[frozenset[str], float]] = attrs.field(factory=dict, init=False)
+    tokens: dict[str, tuple[frozenset[str], float]] = attrs.field(factory=dict, init=False)
     _connections: set[_Connection] = attrs.field(factory=set, init=False)
 
     def issue_token(self, channels: Iterable[str], lifetime: float) -> str:
         """Return a new token for some channels that is valid for `lifetime` seconds."""
         token = secrets.token_urlsafe()
-        self._tokens[token] = frozenset(channels), self._clock() + lifetime
+        self.tokens[token] = frozenset(channels), self.clock() + lifetime
         return token
 
     async def serve(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -73,13 +73,6 @@ class Centrifugo:
         push = encode({"push": {"channel": channel, "pub": {"data": data}}})
         subscribers = [one for one in self._connections if channel in one.subscriptions]
         await asyncio.gather(*(subscriber.send(push) for subscriber in subscribers))
-
-    def find_channels(self, token: str) -> frozenset[str] | None:
-        """Return the channels that a token allows, or None if it has expired."""
-        if token not in self._tokens:
-            raise _Disconnect(3500, "invalid token")
-        channels, expires = self._tokens[token]
-        return channels if self._clock() < expires else None
 
 
 @attrs.define(eq=False)
@@ -151,8 +144,11 @@ class _Connection:
         return {"error": _PERMISSION_DENIED}
 
     def _connect(self, token: str) -> dict[str, Any]:
-        self._channels = self._centrifugo.find_channels(token)
-        if self._channels is None:
+        if token not in self._centrifugo.tokens:
+            raise _Disconnect(3500, "invalid token")
+        channels, expires = self._centrifugo.tokens[token]
+        if self._centrifugo.clock() >= expires:
             return {"error": _TOKEN_EXPIRED}
+        self._channels = channels
         ping = math.ceil(self._centrifugo.ping_interval)
         return {"connect": {"client": str(uuid4()), "version": "", "ping": ping, "pong": True}}

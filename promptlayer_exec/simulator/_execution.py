@@ -22,17 +22,16 @@ _encode_word = lru_cache(maxsize=4096)(encode)
 
 @attrs.frozen
 class NodeState:
-    """A node's status since the time `at`, with the values that the server sends for it.
+    """A node's status since the time `at`, and its value.
 
     A running node that ends by itself does so at the time `ends`.
     """
 
+    node: SimNode
     status: str
     at: float
     value: Any = None
     value_json: str = "null"
-    error_message: str | None = None
-    raw_error_message: Any = None
     ends: float | None = None
 
     @property
@@ -44,7 +43,6 @@ class NodeState:
 class Results:
     """The states of an execution's nodes at the time `at`, in the scenario's order."""
 
-    scenario: Scenario
     states: Mapping[str, NodeState]
     at: float
 
@@ -66,13 +64,13 @@ class Results:
     def node_map(self) -> str:
         """Return the node map as JSON text."""
         nodes = []
-        for node in self.scenario.nodes:
-            state = self.states[node.name]
+        for name, state in self.states.items():
+            node, failed = state.node, state.status in FAILED
             nodes.append(
-                f'{_encode_word(node.name)}:{{"status":{_encode_word(state.status)}'
+                f'{_encode_word(name)}:{{"status":{_encode_word(state.status)}'
                 f',"value":{state.value_json}'
-                f',"error_message":{encode(state.error_message)}'
-                f',"raw_error_message":{encode(state.raw_error_message)}'
+                f',"error_message":{encode(node.error_message if failed else None)}'
+                f',"raw_error_message":{encode(node.raw_error_message if failed else None)}'
                 f',"is_output_node":{_encode_word(node.is_output_node)}}}'
             )
         return "{" + ",".join(nodes) + "}"
@@ -83,7 +81,7 @@ class Results:
         It is the value of the output node that succeeded first. If no node is marked as output, it
         is the value of the node that succeeded last.
         """
-        marked = [self.states[node.name] for node in self.scenario.nodes if node.is_output_node]
+        marked = [state for state in self.states.values() if state.node.is_output_node]
         candidates = [one for one in marked or self.states.values() if one.status == SUCCESS]
         if not candidates:
             return None
@@ -111,8 +109,7 @@ class Execution:
                 if state.final:
                     self._final[node.name] = state
                 states[node.name] = state
-        in_order = {node.name: states[node.name] for node in self.scenario.nodes}
-        return Results(self.scenario, in_order, now)
+        return Results({node.name: states[node.name] for node in self.scenario.nodes}, now)
 
     def finish(self, name: str, now: float, **ending: Any) -> None:
         """End a held node at `now` or when it starts; `ending` replaces fields of its `SimNode`."""
@@ -131,19 +128,19 @@ class Execution:
     def _state(self, node: SimNode, states: Mapping[str, NodeState], now: float) -> NodeState:
         dependencies = [states[name] for name in node.after]
         if not all(dependency.final for dependency in dependencies):
-            return NodeState("QUEUED", self.started)
+            return NodeState(node, "QUEUED", self.started)
         ready = max((dependency.at for dependency in dependencies), default=self.started)
         if self._is_skipped(node, dependencies):
-            return NodeState(SKIPPED, ready)
+            return NodeState(node, SKIPPED, ready)
         if node.duration is not None:
             end, ended = ready + node.duration, node
         elif node.name in self._finished:
             finished_at, ended = self._finished[node.name]
             end = max(ready, finished_at)
         else:
-            return NodeState("RUNNING", ready)
+            return NodeState(node, "RUNNING", ready)
         if now < end:
-            return NodeState("RUNNING", ready, ends=end)
+            return NodeState(node, "RUNNING", ready, ends=end)
         return self._ended(ended, end)
 
     def _is_skipped(self, node: SimNode, dependencies: list[NodeState]) -> bool:
@@ -158,19 +155,12 @@ class Execution:
         return False
 
     def _ended(self, node: SimNode, end: float) -> NodeState:
-        if node.status == SUCCESS:
-            if node.value_json is not None:
-                return NodeState(SUCCESS, end, node.value, node.value_json)
-            value = node.value(self._values(node))
-            return NodeState(SUCCESS, end, value, encode(value))
-        if node.status in FAILED:
-            return NodeState(
-                node.status,
-                end,
-                error_message=node.error_message,
-                raw_error_message=node.raw_error_message,
-            )
-        return NodeState(node.status, end)
+        if node.status != SUCCESS:
+            return NodeState(node, node.status, end)
+        if node.value_json is not None:
+            return NodeState(node, SUCCESS, end, node.value, node.value_json)
+        value = node.value(self._values(node))
+        return NodeState(node, SUCCESS, end, value, encode(value))
 
     def _values(self, node: SimNode) -> dict[str, Any]:
         return {name: self._final[name].value for name in self.scenario.upstream[node.name]}

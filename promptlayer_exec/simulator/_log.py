@@ -44,20 +44,15 @@ class RequestLog:
     _keep: bool
     _on_request: Callable[[SimRequest], None] | None = None
     count: int = attrs.field(default=0, init=False)
-    _requests: list[SimRequest] = attrs.field(factory=list, init=False)
+    requests: list[SimRequest] = attrs.field(factory=list, init=False)
     _waiters: list[tuple[int, Callable[[], object]]] = attrs.field(factory=list, init=False)
     _recorded: threading.Condition = attrs.field(factory=threading.Condition, init=False)
-
-    @property
-    def requests(self) -> list[SimRequest]:
-        with self._recorded:
-            return list(self._requests)
 
     def record(self, request: SimRequest) -> None:
         with self._recorded:
             self.count += 1
             if self._keep:
-                self._requests.append(request)
+                self.requests.append(request)
             for count, wake in self._waiters:
                 if count <= self.count:
                     wake()

@@ -19,7 +19,6 @@ class Server:
     """A server in the running loop, created by `start`; stopping it aborts open requests."""
 
     base_url: str
-    _api: Api
     _web_server: web.Server
     _listener: asyncio.Server
     _thread: int = attrs.field(factory=threading.get_ident, init=False)
@@ -32,7 +31,7 @@ class Server:
         listener = await asyncio.get_running_loop().create_server(web_server, host, port)
         port = listener.sockets[0].getsockname()[1]
         base_url = str(URL.build(scheme="http", host=host, port=port))
-        return cls(base_url, api, web_server, listener)
+        return cls(base_url, web_server, listener)
 
     def runs_here(self) -> bool:
         """Return True if the caller runs in the server's loop."""
@@ -52,4 +51,3 @@ class Server:
                 if connection.transport is not None:
                     connection.transport.abort()
             await asyncio.sleep(0)
-        await self._api.stop()

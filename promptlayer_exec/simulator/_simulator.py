@@ -65,8 +65,8 @@ class Simulator:
         self._log = RequestLog(log_requests, on_request)
         self._backend = Backend(clock)
         centrifugo = Centrifugo(clock, push_ping_interval)
-        completions = Completions(self._backend, centrifugo, push_limit_bytes)
-        self._api = Api(api_key, clock, self._backend, self._log, centrifugo, completions)
+        self._completions = Completions(self._backend, centrifugo, push_limit_bytes)
+        self._api = Api(api_key, clock, self._backend, self._log, centrifugo, self._completions)
         self._server: Server | None = None
         self._thread = ExitStack()
 
@@ -84,7 +84,7 @@ class Simulator:
     @property
     def requests(self) -> list[SimRequest]:
         """Every request so far, the oldest first; also those that a fault affected."""
-        return self._log.requests
+        return list(self._log.requests)
 
     @property
     def request_count(self) -> int:
@@ -94,12 +94,12 @@ class Simulator:
     @property
     def executions(self) -> list[int]:
         """The ids of all executions, the oldest first."""
-        return self._backend.execution_ids
+        return list(self._backend.executions)
 
     @property
     def runs(self) -> list[SimRun]:
         """The executions that were started over HTTP, the oldest first."""
-        return self._backend.runs
+        return list(self._backend.runs)
 
     def add_execution(self, scenario: Scenario, *, execution_id: int | None = None) -> int:
         """Start an execution now.
@@ -212,8 +212,7 @@ class Simulator:
             burst = max(1, int(requests))
         if not (requests > 0 and per > 0 and burst >= 1):
             raise ValueError("requests and per must be positive, and burst at least 1")
-        self._api.announce_retry = retry_after
-        self._api.bucket = TokenBucket(requests / per, burst)
+        self._api.bucket = TokenBucket(requests / per, burst, announces=retry_after)
 
     async def wait_for_requests(self, count: int, timeout: float = 10.0) -> None:
         """Wait until there were `count` requests in total.
@@ -251,6 +250,7 @@ class Simulator:
     async def __aexit__(self, *_: object) -> None:
         if self._server is not None:
             await self._server.stop()
+            await self._completions.stop()
             self._server = None
 
     def __enter__(self) -> Self:
