@@ -144,6 +144,7 @@ async def test_no_common_version_is_named(authority: trustme.CA) -> None:
                 context.wrap_socket(connection, server_side=True)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
         serving = asyncio.create_task(asyncio.to_thread(serve))
         error = await refused(f"https://127.0.0.1:{listener.getsockname()[1]}", mine)
         await serving
@@ -158,12 +159,19 @@ async def test_a_demanded_client_certificate_is_named_under_tls_1_3(authority: t
 
     def serve() -> None:
         for _ in range(2):
-            connection, _ = listener.accept()
-            with connection, suppress(ssl.SSLError):
-                context.wrap_socket(connection, server_side=True)
-            connection.close()
+            secured = context.wrap_socket(
+                listener.accept()[0], server_side=True, do_handshake_on_connect=False
+            )
+            with suppress(ssl.SSLError):
+                secured.do_handshake()
+            # A reset, for what was not read, would overtake the alert.
+            with socket.socket(fileno=secured.detach()) as connection:
+                connection.settimeout(10)
+                while connection.recv(65536):
+                    pass
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
         serving = asyncio.create_task(asyncio.to_thread(serve))
         base_url = f"https://127.0.0.1:{listener.getsockname()[1]}"
         error = await refused(base_url, client_context(authority))
