@@ -58,13 +58,11 @@ class _CleanRequest(aiohttp.ClientRequest):
 
 
 def _is_readable(transport: asyncio.Transport) -> bool:
-    socket = transport.get_extra_info("socket")
-    if socket is None or socket.fileno() < 0:
-        return True
+    descriptor = transport.get_extra_info("socket").fileno()
     if not hasattr(select, "poll"):  # Windows
-        return bool(select.select([socket.fileno()], [], [], 0)[0])
+        return bool(select.select([descriptor], [], [], 0)[0])
     poll = select.poll()
-    poll.register(socket.fileno(), select.POLLIN)
+    poll.register(descriptor, select.POLLIN)
     return bool(poll.poll(0))
 
 
@@ -227,9 +225,9 @@ class GuardedBody(aiohttp.Payload):
         if self.used is not None:  # a borrowed session's middleware sends again
             raise ConnectionAbortedError("a start is not sent twice")
         self._once.mark_sent()
-        if isinstance(writer, aiohttp.http.StreamWriter):
-            self.used = writer.transport
-            cast("ResponseHandler", writer.protocol).force_close()
+        stream = cast(aiohttp.http.StreamWriter, writer)
+        self.used = stream.transport
+        cast("ResponseHandler", stream.protocol).force_close()
         await writer.write(self._body)
 
 

@@ -367,6 +367,5 @@ async def _read_body(answer: aiohttp.ClientResponse, pieces: list[bytes], limit:
                 break
     finally:
         if not answer.closed:  # it closes itself where the body was read to its end
-            if answer.connection is not None:
-                abort(answer.connection.transport)
+            abort(answer.connection.transport if answer.connection is not None else None)
             answer.close()

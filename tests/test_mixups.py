@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import select
 import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import aiohttp
 import pytest
 
 from promptlayer_exec import (
+    ConfigurationError,
     ConnectionFailed,
     ExecutionStarted,
     PollPolicy,
@@ -121,11 +123,14 @@ async def value_of(session: Session, number: int) -> Any:
     return snapshot.nodes["Node 1"].value
 
 
+@pytest.mark.parametrize("has_poll", [True, False], ids=["poll", "no poll, as on Windows"])
 @pytest.mark.parametrize("settled", [True, False], ids=["read by the loop", "still in the socket"])
 async def test_a_surplus_response_on_an_idle_connection_is_nobody_s(
-    peer: Peer, *, settled: bool
+    peer: Peer, monkeypatch: pytest.MonkeyPatch, *, settled: bool, has_poll: bool
 ) -> None:
     """Every later call gets its own results, also if the surplus has not been read yet."""
+    if not has_poll:
+        monkeypatch.delattr(select, "poll")
     async with session_at(peer) as session:
         assert await value_of(session, 1) == "1"
         (writer,) = peer.writers
@@ -155,6 +160,44 @@ async def test_many_poisoned_connections_are_all_given_up(peer: Peer) -> None:
             writer.write(answer(200, nodes("nobody's")))
         got = await asyncio.gather(*(value_of(session, number) for number in range(1, 41)))
     assert got == [str(number) for number in range(1, 41)]
+
+
+async def test_a_server_that_speaks_before_it_is_asked_is_a_failed_connection(peer: Peer) -> None:
+    """Whatever it says cannot be the answer; a few connections are tried, then it is an error."""
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(200, nodes("a greeting")))
+        peer.writers.append(writer)
+        with suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(greet, "127.0.0.1", 0)
+    peer.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, session_at(peer, retry=RetryPolicy(outage=0.0)) as session:
+
+        async def ask() -> None:
+            for number in range(1, 100):  # one that crosses the greeting cannot tell it apart
+                await value_of(session, number)
+
+        with pytest.raises(ConnectionFailed, match="nobody asked for"):
+            await ask()
+    assert len(peer.writers) < 50
+
+
+async def test_a_borrowed_session_that_cannot_send_says_so(peer: Peer) -> None:
+    """Aiohttp refuses two ways to authorize; nothing is sent, and the error is of this library."""
+    headers = {"Authorization": "Bearer x"}
+    with pytest.warns(DeprecationWarning):
+        both = aiohttp.ClientSession(auth=aiohttp.BasicAuth("me", "x"), headers=headers)
+    async with (
+        both as http,
+        session_at(peer, http=http) as session,
+    ):
+        for call in (session.get_results(1), session.start("name")):
+            with pytest.raises(ConfigurationError, match="http= cannot send the request"):
+                await call
+    assert peer.requests == []
 
 
 async def test_a_connection_that_the_server_has_closed_is_not_used(

@@ -157,18 +157,26 @@ async def test_a_demanded_client_certificate_is_named_under_tls_1_3(authority: t
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
 
+    def refuse(connection: socket.socket) -> None:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        secured = context.wrap_bio(incoming, outgoing, server_side=True)
+        incoming.write(connection.recv(65536))
+        with suppress(ssl.SSLWantReadError):
+            secured.do_handshake()
+        connection.sendall(outgoing.read())
+        # Not before the request has come, too: it is sent without waiting for our last word.
+        while incoming.pending < 300:
+            incoming.write(connection.recv(65536))
+        with pytest.raises(ssl.SSLError):
+            secured.do_handshake()
+        connection.sendall(outgoing.read())
+        connection.recv(65536)
+
     def serve() -> None:
         for _ in range(2):
-            secured = context.wrap_socket(
-                listener.accept()[0], server_side=True, do_handshake_on_connect=False
-            )
-            with suppress(ssl.SSLError):
-                secured.do_handshake()
-            # A reset, for what was not read, would overtake the alert.
-            with socket.socket(fileno=secured.detach()) as connection:
+            with listener.accept()[0] as connection:
                 connection.settimeout(10)
-                while connection.recv(65536):
-                    pass
+                refuse(connection)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(10)
