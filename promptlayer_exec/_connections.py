@@ -17,6 +17,7 @@ import anyio
 import attrs
 from aiohttp.abc import AbstractStreamWriter
 
+from promptlayer_exec._tasks import clock
 from promptlayer_exec._version import __version__
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ async def _send_once(
     request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
 ) -> aiohttp.ClientResponse:
     """Keep aiohttp from sending again by itself: unthrottled, uncounted and unobserved."""
+    if request.method == "POST" and not isinstance(request.body, GuardedBody):
+        raise PermanentFailure("a middleware of http= replaces the body of a start: it must not")
     for _ in range(_CONNECTIONS_TRIED - 1):
         with suppress(_UncleanConnection):  # and so nothing was sent
             return await _send_over_one(request, handler)
@@ -208,10 +211,11 @@ class GuardedBody(aiohttp.Payload):
     one, such as a 429 or even the id of another run.
     """
 
-    def __init__(self, body: bytes, once: SendOnce) -> None:
+    def __init__(self, body: bytes, once: SendOnce, until: float) -> None:
         super().__init__(body, content_type="application/json")
         self._body = body
         self._once = once
+        self._until = until
         self.used: asyncio.Transport | None = None
 
     @property
@@ -224,6 +228,8 @@ class GuardedBody(aiohttp.Payload):
     async def write(self, writer: AbstractStreamWriter) -> None:
         if self.used is not None:  # a borrowed session's middleware sends again
             raise ConnectionAbortedError("a start is not sent twice")
+        if clock() >= self._until:  # the loop stood still, and there is no time for the answer
+            raise ConnectionAbortedError("a start is not sent after its time")
         self._once.mark_sent()
         stream = cast(aiohttp.http.StreamWriter, writer)
         self.used = stream.transport

@@ -133,7 +133,8 @@ class Start:
             ConnectionAbortedError: the start was cancelled a moment ago, so it must not be sent.
         """
         if self._task is None or self._task.cancelling():
-            self.cancelled = True
+            # Not where an attempt timed out just now: that cancels the task for a moment, too.
+            self.cancelled = self._is_unneeded() or self._is_closing()
             raise ConnectionAbortedError("cancelled before it was sent")
         self.sent = True
         self._scope.shield = True
@@ -148,9 +149,11 @@ class Start:
         self._expired = deadline
         self._cancel_if_unneeded()
 
+    def _is_unneeded(self) -> bool:
+        return self._expired is not None or self._answer.cancelled()
+
     def _cancel_if_unneeded(self) -> None:
-        is_needed = self._expired is None and not self._answer.cancelled()
-        if self._task is not None and not self.sent and not is_needed:
+        if self._task is not None and not self.sent and self._is_unneeded():
             # The scope would let one more step pass, in which the request may be sent.
             self._task.cancel()
 

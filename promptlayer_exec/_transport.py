@@ -240,14 +240,15 @@ class Transport:
     ) -> tuple[aiohttp.ClientResponse | None, bytes, BaseException | None]:
         """Send a request; return the answer and its body, as far as they came, and what failed."""
         data = None
+        until = sent_at + self._settings.request_timeout
         if request.body is not None and once is not None:
-            data = GuardedBody(request.body, once)
+            data = GuardedBody(request.body, once, until)
         url = request.url or self._url(request)
         answer: aiohttp.ClientResponse | None = None
         pieces: list[bytes] = []
         failure: BaseException | None = None
         try:
-            async with PatientTimeout(sent_at + self._settings.request_timeout):
+            async with PatientTimeout(until):
                 answer = await pool.http.request(
                     request.method,
                     url,

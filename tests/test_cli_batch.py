@@ -23,7 +23,7 @@ import pytest
 
 import promptlayer_exec
 from promptlayer_exec.cli import _batch as commands
-from promptlayer_exec.cli import _batch_progress as shown
+from promptlayer_exec.cli import _display as shown
 from promptlayer_exec.cli._app import app
 from promptlayer_exec.cli._batch_files import ResultFile
 from promptlayer_exec.dbos import BatchStatus, StoredOutcome

@@ -50,8 +50,14 @@ from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._liveness import Liveness, describe, is_gone
-from promptlayer_exec.dbos._rate import SharedRate
-from promptlayer_exec.dbos._store import Heartbeat, Store, check_url, queue_name, workflow_id
+from promptlayer_exec.dbos._store import (
+    Heartbeat,
+    SharedRate,
+    Store,
+    check_url,
+    queue_name,
+    workflow_id,
+)
 from promptlayer_exec.dbos._worker import PendingStart
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
@@ -298,7 +304,7 @@ async def test_only_one_of_two_workers_restarts_an_unknown_item(
 
     event.listen(second.engine, "before_cursor_execute", restart_first)
     second.restart_unknown("nightly")
-    assert first.counts("nightly") == {"failed": 1}
+    assert first.status("nightly") == BatchStatus(0, 0, 0, 1, 0, 1)
     assert between == []
     first.close()
     second.close()
@@ -577,7 +583,7 @@ async def test_the_first_stored_outcome_is_kept(batch_of: Callable[..., Batch], 
     store.finish("nightly", "a", 1, "failed", "first")
     store.finish("nightly", "a", 1, "succeeded", "second")
     store.finish("nightly", "b", 2, "failed", "of another attempt")
-    assert store.counts("nightly") == {"failed": 1, None: 1}
+    assert store.status("nightly") == BatchStatus(1, 0, 0, 1, 0, 2)
     assert [text for _, text in store.outcomes("nightly", after=0, limit=9)] == ["first"]
     store.close()
 

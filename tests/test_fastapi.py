@@ -45,7 +45,7 @@ from promptlayer_exec import (
     WatchEnded,
 )
 from promptlayer_exec.fastapi import add_error_handlers, create_router, execution_events
-from promptlayer_exec.fastapi._json import dump_json
+from promptlayer_exec.fastapi._responses import dump_json
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 PROBLEM = "application/problem+json"

@@ -188,7 +188,7 @@ async def test_a_server_that_speaks_before_it_is_asked_is_a_failed_connection(pe
 async def test_a_borrowed_session_that_cannot_send_says_so(peer: Peer) -> None:
     """Aiohttp refuses two ways to authorize; nothing is sent, and the error is of this library."""
     headers = {"Authorization": "Bearer x"}
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="BasicAuth"):
         both = aiohttp.ClientSession(auth=aiohttp.BasicAuth("me", "x"), headers=headers)
     async with (
         both as http,
@@ -326,6 +326,52 @@ async def test_a_middleware_that_sends_again_does_not_send_a_start_twice(peer: P
     ):
         with pytest.raises(StartUnknown):
             await session.start("name")
+    assert peer.posts() == 1
+
+
+async def test_a_middleware_must_not_replace_the_body_of_a_start(peer: Peer) -> None:
+    """Nobody would see when it is sent, so it could be sent twice."""
+
+    async def sign(
+        request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+    ) -> aiohttp.ClientResponse:
+        if request.method == "POST":
+            await request.update_body(b"{}")
+        return await handler(request)
+
+    async with (
+        aiohttp.ClientSession(middlewares=[sign]) as http,
+        session_at(peer, http=http) as session,
+    ):
+        assert await value_of(session, 1) == "1"
+        with pytest.raises(ConnectionFailed, match="replaces the body of a start") as caught:
+            await session.start("name")
+    assert (peer.posts(), caught.value.attempts) == (0, 1)
+
+
+async def test_a_start_is_not_sent_when_its_time_is_up(peer: Peer) -> None:
+    """The loop stood still before it was sent: there would be no time left for the answer."""
+    stood_still = False
+
+    async def block(
+        request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+    ) -> aiohttp.ClientResponse:
+        nonlocal stood_still
+        if not stood_still:
+            stood_still = True
+            time.sleep(0.15)  # noqa: ASYNC251 - as in a debugger
+        return await handler(request)
+
+    async def respond(head: str, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.08)
+        await peer.echo(head, writer)
+
+    peer.respond = respond
+    async with (
+        aiohttp.ClientSession(middlewares=[block]) as http,
+        session_at(peer, http=http, request_timeout=0.1) as session,
+    ):
+        assert (await session.start("name")).id == 787
     assert peer.posts() == 1
 
 

@@ -707,6 +707,31 @@ async def test_a_cancelled_request_cannot_be_sent(begin: Callable[..., Any]) -> 
     assert len(refused) == 1
 
 
+async def test_an_attempt_that_times_out_does_not_cancel_the_start(
+    begin: Callable[..., Any],
+) -> None:
+    """A timeout cancels the task for a moment: it must not be sent then, but may be later."""
+    refused: list[OSError] = []
+
+    async def post(state: RetryState, once: Start) -> Started:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        try:
+            once.mark_sent()
+        except OSError as error:
+            refused.append(error)
+        task.uncancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        assert not once.cancelled
+        once.mark_sent()
+        return Started(787, None)
+
+    assert (await begin(post)).execution_id == 787
+    assert len(refused) == 1
+
+
 async def test_a_caller_that_is_closed_before_the_first_step_starts_nothing(recorder: Any) -> None:
     """The request finds that nobody waits for it."""
     server = Server()

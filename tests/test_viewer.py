@@ -22,7 +22,7 @@ import typer
 
 import promptlayer_exec.viewer
 from promptlayer_exec import Node, Session, Snapshot
-from promptlayer_exec.cli._viewer import TOKEN, _print_url, view
+from promptlayer_exec.cli._servers import TOKEN, _print_url, view
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.viewer import Address, Board, listen, serve
 from promptlayer_exec.viewer._board import Card
@@ -242,7 +242,7 @@ async def test_a_page_gets_everything_and_then_the_changes(
 async def test_a_page_gets_all_nodes_if_some_were_added_or_removed(session: Session) -> None:
     """It requests full values by the node's index, which is then another."""
     board = Board(session)
-    board._cards[1] = card = Card(session.execution(1))
+    board.cards[1] = card = Card(session.execution(1))
     events = board_events(board)
 
     async def show(*names: str) -> tuple[bool, list[str]]:

@@ -13,9 +13,8 @@ import typer
 from promptlayer_exec.cli._batch import batch_app
 from promptlayer_exec.cli._executions import demo, results, run, watch
 from promptlayer_exec.cli._exit import PROGRAM, help_epilog, report_crash
-from promptlayer_exec.cli._simulate import simulate
+from promptlayer_exec.cli._servers import simulate, view
 from promptlayer_exec.cli._stdio import guard_streams
-from promptlayer_exec.cli._viewer import view
 
 app = typer.Typer(
     name=PROGRAM,

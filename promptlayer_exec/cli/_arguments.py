@@ -60,13 +60,6 @@ Port = Annotated[
 ]
 
 
-def listen_failure(host: str, port: int, error: OSError | UnicodeError) -> str:
-    """Return why a server cannot listen; a `UnicodeError` stands for a malformed host name."""
-    # socket.create_server repeats the address after the reason.
-    reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
-    return f"cannot listen on {host}, port {port}: {reason}"
-
-
 def read_inputs(arguments: Iterable[str]) -> dict[str, Any]:
     """Return the input variables given with `--input`; the last value of a key wins."""
     parts = [_split(argument) for argument in arguments]

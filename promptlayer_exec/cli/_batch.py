@@ -18,12 +18,7 @@ import typer
 from promptlayer_exec import RetryPolicy, Session
 from promptlayer_exec.cli._arguments import BaseUrl, JsonLines, Outage
 from promptlayer_exec.cli._batch_files import ItemFile, ResultFile
-from promptlayer_exec.cli._batch_progress import (
-    BatchProgress,
-    failure_lines,
-    item_count,
-    status_line,
-)
+from promptlayer_exec.cli._display import BatchProgress, failure_lines, item_count, status_line
 from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, help_epilog, run_command
 from promptlayer_exec.cli._session import open_session
 from promptlayer_exec.cli._stdio import err, out

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
-from contextlib import ExitStack, aclosing, asynccontextmanager, closing, suppress
+from contextlib import aclosing, asynccontextmanager, closing, suppress
 from functools import cached_property
 from typing import Any
 
 from promptlayer_exec import ConfigurationError, Session, StartRequest
 from promptlayer_exec import _integration as integration
-from promptlayer_exec.dbos._rate import SharedRate
-from promptlayer_exec.dbos._store import Store, check_url
+from promptlayer_exec.dbos._store import SharedRate, Store, check_url
 from promptlayer_exec.dbos._values import BatchStatus, StoredOutcome
 from promptlayer_exec.dbos._worker import Worker
 
@@ -121,7 +120,7 @@ class Batch:
                     self._is_restarting = False
                 if not until_done or not await self._is_finished(store):
                     await self._work(store, until_done=until_done)
-                return await store.run_in_thread(_status, store, self._name)
+                return await store.run_in_thread(store.status, self._name)
         finally:
             self._is_restarting = False
 
@@ -134,10 +133,10 @@ class Batch:
             max_in_flight=self._max_in_flight,
             restart_unknown=self._restart_unknown,
         )
-        with ExitStack() as stack:
-            if self._rate is not None:
-                shared = SharedRate(store, self._name, self._rate)
-                stack.enter_context(integration.limited(self._session, shared))
+        if self._rate is None:
+            await worker.run(until_done=until_done)
+            return
+        with integration.limited(self._session, SharedRate(store, self._name, self._rate)):
             await worker.run(until_done=until_done)
 
     async def outcomes(self) -> AsyncGenerator[StoredOutcome, None]:
@@ -168,7 +167,7 @@ class Batch:
             ConfigurationError: the database cannot be used.
         """
         async with self._open() as store:
-            return await store.run_in_thread(_status, store, self._name)
+            return await store.run_in_thread(store.status, self._name)
 
     def __repr__(self) -> str:
         return f"<Batch {self._name!r} in {self._url.render_as_string(hide_password=True)}>"
@@ -221,16 +220,6 @@ async def batch_names(database_url: str = _DEFAULT_URL) -> list[str]:
     with closing(Store(check_url(database_url))) as store:
         await store.run_in_thread(store.prepare)
         return await store.run_in_thread(store.batches)
-
-
-def _status(store: Store, batch: str) -> BatchStatus:
-    counts = store.counts(batch)
-    pending = counts.get(None, 0)
-    running = min(len(store.running(batch)), pending)
-    ended = {kind: counts.get(kind, 0) for kind in ("succeeded", "failed", "unknown")}
-    return BatchStatus(
-        waiting=pending - running, running=running, **ended, total=sum(counts.values())
-    )
 
 
 def _check_text(what: str, text: Any, longest: int, error: type[ValueError]) -> str:

@@ -13,12 +13,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import anyio
+import attrs
 import sqlalchemy as sa
 from dbos import DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
 from sqlalchemy import exc
@@ -26,6 +28,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from promptlayer_exec import ConfigurationError
 from promptlayer_exec.dbos._dbos_internals import mark_lost_connections, migrate
+from promptlayer_exec.dbos._values import BatchStatus
 
 APPLICATION = "promptlayer-exec"
 WORKFLOW = "promptlayer_exec.item"
@@ -43,6 +46,10 @@ _CREATE_TABLES_LOCK = 0x70726F6D707479
 # connection has a cache of statements and pages.
 _CONNECTIONS = 20
 _SQLITE_CONNECTIONS = 6
+# A worker reserves slots of the shared rate for at most this many seconds at once, and uses a slot
+# for at most this many seconds after its time.
+_MAX_RESERVED = 0.2
+_MAX_LATE = 0.05
 
 _tables = sa.MetaData()
 _batches = sa.Table(
@@ -242,10 +249,16 @@ class Store:
         query = sa.select(_item.key).where(_item.batch == batch, _item.kind.is_(None))
         return not self._rows(query.limit(1))
 
-    def counts(self, batch: str) -> dict[str | None, int]:
-        """Return the number of items by the kind of their outcome; None for those without one."""
+    def status(self, batch: str) -> BatchStatus:
+        """Return how many items are in which state."""
         query = sa.select(_item.kind, sa.func.count()).where(_item.batch == batch)
-        return dict(self._rows(query.group_by(_item.kind)))
+        counts: dict[str | None, int] = dict(self._rows(query.group_by(_item.kind)))
+        pending = counts.get(None, 0)
+        # DBOS may record the end of an item later than its outcome is stored.
+        running = min(len(self.running(batch)), pending)
+        ended = {kind: counts.get(kind, 0) for kind in ("succeeded", "failed", "unknown")}
+        total = pending + sum(ended.values())
+        return BatchStatus(waiting=pending - running, running=running, **ended, total=total)
 
     def running(self, batch: str, *, retry_for: float = _RETRY_FOR) -> list[str]:
         """Return, for each running item, the executor that runs it."""
@@ -333,6 +346,38 @@ class Store:
         shown = self.engine.url.render_as_string(hide_password=True)
         reason = str(getattr(error, "orig", None) or error).strip()
         return ConfigurationError(f"the database {shown} cannot be used: {reason:.300}")
+
+
+@attrs.define(eq=False)
+class SharedRate:
+    """A limiter that admits HTTP attempts at a rate that all workers share through the database.
+
+    Each attempt takes one slot. A busy worker reserves several slots at once, to save round trips
+    to the database; one that missed a slot goes back to reserving one.
+    """
+
+    _store: Store
+    _batch: str
+    _rate: float  # slots per second
+    _slots: deque[float] = attrs.field(init=False, factory=deque)
+    _size: int = attrs.field(init=False, default=1)
+
+    async def acquire(self) -> None:
+        """Return when one more HTTP attempt may be made."""
+        clock = asyncio.get_running_loop().time
+        missed = False
+        while True:
+            while self._slots:
+                wait = self._slots.popleft() - clock()
+                if wait >= -_MAX_LATE:
+                    await asyncio.sleep(max(wait, 0.0))
+                    return
+                missed = True
+            most = max(1, int(self._rate * _MAX_RESERVED))
+            size = self._size = 1 if missed else min(2 * self._size, most)
+            delay = await asyncio.to_thread(self._store.reserve, self._batch, size, self._rate)
+            first = clock() + delay
+            self._slots.extend(first + index / self._rate for index in range(size))
 
 
 def queue_name(batch: str) -> str:

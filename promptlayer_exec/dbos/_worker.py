@@ -137,7 +137,9 @@ class Worker:
     _owns_session: bool
     _max_in_flight: int
     _restart_unknown: bool
-    _executor: str = attrs.field(init=False)
+    _executor: str = attrs.field(
+        init=False, factory=lambda: f"{socket.gethostname()}-{uuid4().hex}"
+    )
     _liveness: Liveness = attrs.field(init=False)
     _loop: asyncio.AbstractEventLoop = attrs.field(init=False, factory=asyncio.get_running_loop)
     _dbos: DBOS | None = attrs.field(init=False, default=None)
@@ -148,7 +150,6 @@ class Worker:
     _error: Exception | None = attrs.field(init=False, default=None)
 
     def __attrs_post_init__(self) -> None:
-        self._executor = f"{socket.gethostname()}-{uuid4().hex}"
         self._liveness = Liveness(self._store, self._batch, self._executor)
 
     async def run(self, *, until_done: bool) -> None:

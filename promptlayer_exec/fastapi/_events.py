@@ -17,8 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from promptlayer_exec import Execution, SessionClosed, Snapshot
 from promptlayer_exec._integration import node_dict
-from promptlayer_exec.fastapi._json import dump_json
-from promptlayer_exec.fastapi._problems import describe, logger
+from promptlayer_exec.fastapi._responses import describe, dump_json, logger
 
 _RETRY = 2000  # milliseconds, as the field `retry` takes them
 _SEND_TIMEOUT = 30.0

@@ -12,8 +12,7 @@ from starlette.responses import Response
 
 from promptlayer_exec import Execution, PromptLayerExecError, Session
 from promptlayer_exec.fastapi._events import execution_events
-from promptlayer_exec.fastapi._json import json_response
-from promptlayer_exec.fastapi._problems import ProblemRoute
+from promptlayer_exec.fastapi._responses import ProblemRoute, json_response
 
 T = TypeVar("T")
 

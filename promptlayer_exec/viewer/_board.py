@@ -62,19 +62,14 @@ class Board:
     """
 
     def __init__(self, session: Session, *, note: str = "") -> None:
+        self.cards: dict[int, Card] = {}  # by execution id, in the order of the page
         self.note = note
         self.instance = secrets.token_hex(8)
         self.opened = asyncio.Event()
         self.is_closed = False
         self.changed = asyncio.Event()
         self._session = session
-        self._cards: dict[int, Card] = {}
         self._watches: dict[Card, asyncio.Task[None]] = {}
-
-    @property
-    def cards(self) -> Mapping[int, Card]:
-        """The executions by id, in the order of the page."""
-        return self._cards
 
     def follow(self, execution_id: int) -> None:
         """Follow an execution as the last of the page, without checking that it exists."""
@@ -88,7 +83,7 @@ class Board:
         Raises:
             PromptLayerExecError: the server does not know the execution, or did not answer.
         """
-        card = self._cards.get(execution_id)
+        card = self.cards.get(execution_id)
         if card is None or card.error is not None:
             execution = self._session.execution(execution_id) if card is None else card.execution
             await execution.snapshot()
@@ -108,7 +103,7 @@ class Board:
 
     def remove(self, execution_id: int) -> None:
         """Stop following an execution; it continues at the server."""
-        card = self._cards.pop(execution_id, None)
+        card = self.cards.pop(execution_id, None)
         if card in self._watches:
             self._watches[card].cancel()
         self._notify()
@@ -129,12 +124,12 @@ class Board:
             await asyncio.wait(self._watches.values())
 
     def _follow(self, execution: Execution, *, first: bool = False) -> None:
-        before = self._cards.get(execution.id)
+        before = self.cards.get(execution.id)
         if before is not None and before.error is None:
             return
         card = Card(execution)
         start = {execution.id: card} if first and before is None else {}
-        self._cards = {**start, **self._cards, execution.id: card}
+        self.cards = {**start, **self.cards, execution.id: card}
         watch = asyncio.create_task(self._watch(card), name=f"viewer {execution.id}")
         self._watches[card] = watch
         watch.add_done_callback(lambda _: self._watches.pop(card))

@@ -1,12 +1,14 @@
-"""Errors as problem+json, with a status and a text of our own for each type of error.
+"""Responses of JSON, and errors as problem+json with a status and a text of our own.
 
 https://www.rfc-editor.org/rfc/rfc9457
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import re
 from collections.abc import Callable, Coroutine, Mapping
 from http.client import responses
 from typing import Any
@@ -40,15 +42,15 @@ from promptlayer_exec import (
     UnprocessableEntity,
 )
 from promptlayer_exec._integration import log_text
-from promptlayer_exec.fastapi._json import json_response
 
 logger = logging.getLogger("promptlayer_exec.fastapi")
 
+_JSON = "application/json"
+_STRING_OR_NOT_JSON = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity')
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _URN = "urn:promptlayer-exec:"
 _DEFAULT_RETRY_AFTER = 5.0
 _MAX_RETRY_AFTER = 3600.0
-
-
 _REFUSED = "PromptLayer refused this server's credentials."
 _INVALID = "PromptLayer refused the request as invalid."
 
@@ -80,6 +82,26 @@ _ANSWERS: Mapping[type[Exception], tuple[int, str]] = {
     ConfigurationError: (500, "This server is not configured for PromptLayer."),
     Exception: (500, "This server failed."),
 }
+
+
+def dump_json(value: Any) -> str:
+    """Return a value as one line of JSON that conforms to RFC 8259 and can be encoded as UTF-8.
+
+    `NaN` and the infinities become null, as in `JSON.stringify`. A lone surrogate becomes U+FFFD,
+    the replacement character. A value that is nested too deeply is a `RecursionError`.
+    """
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    if "NaN" in text or "Infinity" in text:
+        text = _STRING_OR_NOT_JSON.sub(lambda m: m[0] if m[0][0] == '"' else "null", text)
+    return text if text.isascii() else _LONE_SURROGATE.sub("\ufffd", text)
+
+
+def json_response(
+    value: Any, status: int = 200, headers: Mapping[str, str] | None = None, media_type: str = _JSON
+) -> Response:
+    """Return a response that no cache stores."""
+    all_headers = {"Cache-Control": "no-store", **(headers or {})}
+    return Response(dump_json(value), status, all_headers, media_type)
 
 
 def describe(error: Exception) -> tuple[int, str, str]:
