@@ -76,19 +76,13 @@ class Api:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer a request."""
         body = await request.content.read()
-        seen = SimRequest(
-            method=request.method,
-            path=request.rel_url.raw_path,
-            query=request.query,
-            headers=request.headers,
-            body=body,
-            at=self._clock() - self._created_at,
-        )
+        path, at = request.rel_url.raw_path, self._clock() - self._created_at
+        seen = SimRequest(request.method, path, request.query, request.headers, body, at)
         self._log.record(seen)
         answer = partial(self._answer, seen)
         fault = self.faults.take(request)
         response = await fault.effect(request, answer) if fault is not None else None
-        if response is None and seen.path == _WEBSOCKET:
+        if response is None and path == _WEBSOCKET:
             response = await self._centrifugo.serve(request)
         return answer() if response is None else response
 
