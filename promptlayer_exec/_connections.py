@@ -222,6 +222,10 @@ class GuardedBody(aiohttp.Payload):
     def size(self) -> int:
         return len(self._body)
 
+    @property
+    def autoclose(self) -> bool:
+        return True  # there is nothing to close
+
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return self._body.decode(encoding, errors)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Coroutine, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import anyio
@@ -69,10 +69,6 @@ class RunningItem(Generic[ItemT]):
         """Record a snapshot."""
         self.snapshot = snapshot
 
-    def end(self, output: Any = None, error: Exception | None = None) -> Outcome[ItemT, Any]:
-        """Return how it ended."""
-        return Outcome(self.index, self.item, self.execution, self.snapshot, output, error)
-
 
 def report_abandoned(outcome: Outcome[Any, Any]) -> None:
     """Log the id of a run that was started, and whose outcome nobody will get."""
@@ -92,16 +88,10 @@ async def fan_out(
     max_in_flight: int,
     open_client: Callable[[], Awaitable[Spawn]],
 ) -> AsyncGenerator[Outcome[ItemT, Any], None]:
-    """Yield the outcome of each item as it comes.
+    """Yield the outcome of each item as it comes; errors are those of `Session.as_completed`.
 
     Items are taken one at a time, when fewer than `max_in_flight` are in flight or wait to be
     yielded. `open_client` returns what runs a task until the session is closed.
-
-    Raises:
-        Unauthorized: an item met it, so that no later one could succeed. Those in flight were
-            cancelled; each of them was yielded, with that error.
-        SessionClosed: the session was closed; likewise.
-        BaseException: one of `items` itself, after those in flight have ended by themselves.
     """
     fan = _FanOut(items, run_item, anyio.Semaphore(max_in_flight))
     (await open_client())(fan.run)
@@ -127,11 +117,9 @@ class _FanOut(Generic[ItemT]):
     _is_running: bool = False
     _tasks: Tasks = attrs.field(factory=Tasks)
     _ended: anyio.Event = attrs.field(factory=anyio.Event)
-    _is_cancelled: bool = False
 
     async def cancel(self) -> None:
         """Cancel what is in flight, and wait until it has ended."""
-        self._is_cancelled = True
         self._scope.cancel()
         if self._is_running:
             with anyio.CancelScope(shield=True):
@@ -173,10 +161,9 @@ class _FanOut(Generic[ItemT]):
     async def _take(self) -> None:
         try:
             async with aclosing(each(self._items)) as items:
-                index = itertools.count()
-                while True:
+                for index in itertools.count():
                     await self.slots.acquire()
-                    item = RunningItem(next(index), await anext(items))
+                    item = RunningItem(index, await anext(items))
                     self._tasks.start(self._run_one(item), name="promptlayer_exec.item")
         except StopAsyncIteration:
             pass
@@ -187,22 +174,23 @@ class _FanOut(Generic[ItemT]):
             self.error = self.error or error
 
     async def _run_one(self, item: RunningItem[ItemT]) -> None:
+        output: Any = None
+        error: Exception | None = None
         try:
-            outcome = item.end(output=await self._run_item(item))
-        except asyncio.CancelledError as error:
-            if not is_cancelled():
-                outcome = item.end(error=foreign_cancellation("an item", error))
-            else:
-                outcome = item.end(error=self._end_error(item))
-        except (Unauthorized, SessionClosed) as error:
-            outcome = item.end(error=error)
-            self._fail(copy_error(error))
-        except Exception as error:  # noqa: BLE001 - one item's failure is its own
-            outcome = item.end(error=error)
-        except BaseException as error:  # noqa: BLE001 - passed on, it would end the whole session
-            self._fail(error)
+            output = await self._run_item(item)
+        except asyncio.CancelledError as cancelled:
+            foreign = not is_cancelled()
+            error = foreign_cancellation("an item", cancelled) if foreign else self._end_error(item)
+        except Exception as failure:  # noqa: BLE001 - one item's failure is its own
+            error = failure
+            if isinstance(failure, Unauthorized | SessionClosed):
+                self._fail(copy_error(failure))
+        except BaseException as fatal:  # noqa: BLE001 - passed on, it would end the whole session
+            self._fail(fatal)
             return
-        self.outcomes.put_nowait(outcome)
+        self.outcomes.put_nowait(
+            Outcome(item.index, item.item, item.execution, item.snapshot, output, error)
+        )
 
     def _fail(self, error: BaseException) -> None:
         self.error = self.error or error
@@ -224,9 +212,6 @@ async def each(items: Iterable[ItemT] | AsyncIterable[ItemT]) -> AsyncGenerator[
             yield item
         return
     iterator = aiter(items)
-    try:
+    async with aclosing(iterator) if isinstance(iterator, AsyncGenerator) else nullcontext():
         async for item in iterator:
             yield item
-    finally:
-        if isinstance(iterator, AsyncGenerator):
-            await iterator.aclose()

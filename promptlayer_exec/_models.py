@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from functools import wraps
 from inspect import iscoroutinefunction
 from typing import Any, TypeVar, cast
@@ -198,10 +198,8 @@ class Snapshot:
     @property
     def progress(self) -> float:
         """The share of nodes that are final; 1.0 when complete, 0.0 without nodes."""
-        if self.complete:
-            return 1.0
-        if not self.nodes:
-            return 0.0
+        if self.complete or not self.nodes:
+            return float(self.complete)
         return sum(node.final for node in self.nodes.values()) / len(self.nodes)
 
     @property
@@ -366,20 +364,16 @@ _OTHER_NAMES = {
 def naming_arguments(function: F) -> F:
     """Let a function that is called with the vendor's name of an argument say what ours is."""
 
-    def check(names: Iterable[str]) -> None:
-        for name in names:
-            if name in _OTHER_NAMES:
-                raise TypeError(f"unexpected argument {name}=: it is {_OTHER_NAMES[name]}= here")
-
     @wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        check(kwargs)
+        for name in kwargs:
+            if name in _OTHER_NAMES:
+                raise TypeError(f"unexpected argument {name}=: it is {_OTHER_NAMES[name]}= here")
         return function(*args, **kwargs)
 
     @wraps(function)
     async def checked_coroutine(*args: Any, **kwargs: Any) -> Any:
-        check(kwargs)
-        return await function(*args, **kwargs)
+        return await checked(*args, **kwargs)
 
     return cast(F, checked_coroutine if iscoroutinefunction(function) else checked)
 

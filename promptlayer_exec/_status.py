@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from http import HTTPStatus
+from http.client import responses
 from typing import TYPE_CHECKING, Any
 
 from promptlayer_exec._errors import (
@@ -58,10 +58,7 @@ def status_error(response: Response) -> StatusError:
 
 def status_name(status: int) -> str:
     """Return a status with its standard name, such as `404 Not Found`."""
-    try:
-        return f"{status} {HTTPStatus(status).phrase}"
-    except ValueError:
-        return str(status)
+    return f"{status} {responses.get(status, '')}".rstrip()
 
 
 def _decoded(body: bytes) -> Any:

@@ -105,9 +105,7 @@ def results_request(execution_id: int, *, return_all_outputs: bool) -> Request:
 def run_request(start: StartRequest, inputs: Mapping[str, Any]) -> Request:
     """Return the request that starts a run with `inputs`, plain JSON values, not `start.inputs`.
 
-    Raises:
-        TypeError: a field of `start` has the wrong type.
-        ValueError: the workflow is not a possible name or id, or both label and version are given.
+    All other fields of `start` are checked; raises `TypeError` or `ValueError`.
     """
     if start.label is not None and start.version is not None:
         raise ValueError("pass either label or version, not both")
@@ -180,12 +178,7 @@ class Started:
 
 
 def read_started(response: Response) -> Started:
-    """Read the response to the request that starts a run.
-
-    Raises:
-        StatusError: the server refused the request, or failed.
-        InvalidResponse: the response is a 2xx without a usable id.
-    """
+    """Read the response to the request that starts a run; a 2xx must have a usable id."""
     if response.status >= 300:
         check_status(response)
     body = _decode(response)
@@ -218,10 +211,6 @@ class NodeMapReader:
         """Read the node map in a response, with the unchanged nodes of the map `before`.
 
         For an unchanged response, it is `before` itself.
-
-        Raises:
-            StatusError: the server refused the request.
-            InvalidResponse: the body is not JSON, or not a node map.
         """
         source = response.status, response.body
         if before is not None and before.source == source:
@@ -308,13 +297,13 @@ def _exactly(expected: str, *types: type) -> Any:
 def read_main_output(response: Response, execution_id: int) -> MainOutput:
     """Read the main output in a response; any body of a 202 is accepted."""
     check_status(response)
-    if response.status == 200:
-        return MainOutput(execution_id, complete=True, value=_decode(response))
     try:
         value = _decode(response)
     except InvalidResponse:
+        if response.status == 200:
+            raise
         value = None
-    return MainOutput(execution_id, complete=False, value=value)
+    return MainOutput(execution_id, response.status == 200, value)
 
 
 def _decode(response: Response) -> Any:

@@ -188,7 +188,7 @@ async def test_a_server_that_speaks_before_it_is_asked_is_a_failed_connection(pe
 async def test_a_borrowed_session_that_cannot_send_says_so(peer: Peer) -> None:
     """Aiohttp refuses two ways to authorize; nothing is sent, and the error is of this library."""
     headers = {"Authorization": "Bearer x"}
-    with pytest.warns(DeprecationWarning, match="BasicAuth"):
+    with pytest.warns(DeprecationWarning, match="deprecated and will be removed"):
         both = aiohttp.ClientSession(auth=aiohttp.BasicAuth("me", "x"), headers=headers)
     async with (
         both as http,

@@ -89,8 +89,6 @@ def step(key: Any) -> str:
 
 def _reason(error: Exception) -> str:
     said = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
-    if isinstance(
-        error, (TypeError, ValueError, cattrs.BaseValidationError, StructureHandlerNotFoundError)
-    ):
+    if isinstance(error, (TypeError, ValueError, StructureHandlerNotFoundError)):
         return said
     return f"{type(error).__name__}: {said}"

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import reprlib
 from collections.abc import Iterable, Mapping
+from functools import partial
 from types import NoneType
 from typing import Any
 
@@ -87,7 +88,7 @@ class _Encoder:
             raise _NotJSON(ValueError, "contains itself")
         try:
             unstructured = self._converter.unstructure(value)
-            if unstructured is value and _is_model(value):
+            if unstructured is value and callable(getattr(type(value), "model_dump", None)):
                 return value.model_dump(mode="json")
         except RecursionError:
             raise
@@ -114,23 +115,12 @@ class _Encoder:
         return encoded if is_object else list(encoded.values())
 
 
-def _contains_itself(value: Any) -> bool:
+def _contains_itself(value: Any, outer: frozenset[int] = frozenset()) -> bool:
     """Return True if an instance contains itself; cattrs would recurse until memory is full."""
-    entered: set[int] = set()
-
-    def enter(item: Any) -> bool:
-        parts = _parts(item)
-        if not parts:
-            return False
-        if id(item) in entered:
-            return True
-        entered.add(id(item))
-        if any(map(enter, parts)):
-            return True
-        entered.remove(id(item))
-        return False
-
-    return enter(value)
+    parts = _parts(value)
+    if not parts or id(value) in outer:
+        return bool(parts)
+    return any(map(partial(_contains_itself, outer=outer | {id(value)}), parts))
 
 
 def _parts(value: Any) -> Iterable[Any]:
@@ -160,7 +150,3 @@ def _name(key: Any) -> str:
     if not isinstance(key, str):
         raise _NotJSON(TypeError, f"the key {reprlib.repr(key)} is not a string")
     return str.__str__(key)
-
-
-def _is_model(value: Any) -> bool:
-    return not isinstance(value, type) and callable(getattr(value, "model_dump", None))

@@ -28,23 +28,7 @@ T = TypeVar("T")
 
 
 def structure(value: Any, into: TypeForm[T], converter: cattrs.Converter | None = None) -> T:
-    """Structure a decoded JSON value into a type.
-
-    An int fits a float; nothing else is coerced. Types that JSON does not have are parsed from
-    their usual text: datetime, date and time (ISO 8601), UUID, Path, and Decimal (from a number,
-    too). Bytes have no usual text and need a hook. The keys of an object are strings and do not fit
-    `int`.
-
-    The members of a union are tried in this order: enums and literals, the value's own type, the
-    other types as written, then mappings and `Any`. If cattrs can tell the attrs classes and
-    dataclasses of the union apart, only the one that it picks is tried.
-
-    A string that does not fit is parsed as JSON and tried again. If that fails, too, the error is
-    about the object or array in the text if there is one, and about the string otherwise.
-
-    Classes with `model_validate` (pydantic) validate the value themselves, in strict mode if they
-    have one. The converter's structure hooks take precedence over these rules; hooks that are
-    registered after its first use here are not seen.
+    """Structure a decoded JSON value into a type, by the rules in `docs/outputs.md`.
 
     Raises:
         InvalidOutput: the value does not fit the type.

@@ -22,9 +22,9 @@ from promptlayer_exec.simulator._wire import (
     encode,
     error_response,
     json_response,
-    parse_capability,
     parse_results_query,
     parse_run,
+    required_values,
 )
 
 _WEBSOCKET = "/connection/websocket"
@@ -67,29 +67,22 @@ class Api:
     _completions: Completions
     faults: FaultQueue = attrs.field(factory=FaultQueue, init=False)
     bucket: TokenBucket | None = attrs.field(default=None, init=False)
-    _origin: float = attrs.field(init=False)
-    _epoch: float = attrs.field(init=False)
+    _created_at: float = attrs.field(init=False)
 
-    def __attrs_post_init__(self) -> None:
-        self._origin = self._clock()
-        self._epoch = time.time() - self._origin
+    @_created_at.default
+    def _read_clock(self) -> float:
+        return self._clock()
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer a request."""
         body = await request.content.read()
-        seen = SimRequest(
-            method=request.method,
-            path=request.rel_url.raw_path,
-            query=request.query,
-            headers=request.headers,
-            body=body,
-            at=self._clock() - self._origin,
-        )
+        path, at = request.rel_url.raw_path, self._clock() - self._created_at
+        seen = SimRequest(request.method, path, request.query, request.headers, body, at)
         self._log.record(seen)
         answer = partial(self._answer, seen)
         fault = self.faults.take(request)
         response = await fault.effect(request, answer) if fault is not None else None
-        if response is None and seen.path == _WEBSOCKET:
+        if response is None and path == _WEBSOCKET:
             response = await self._centrifugo.serve(request)
         return answer() if response is None else response
 
@@ -157,8 +150,8 @@ class Api:
         return json_response(201 if body.get("callback_url") is None else 202, encode(answer))
 
     def _token(self, request: SimRequest) -> web.Response:
-        channels = parse_capability(request.query)
-        issued = self._epoch + self._clock()
+        channels = required_values(request.query, "capability")
+        issued = time.time()
         details = {
             "token": self._centrifugo.issue_token(channels, _TOKEN_LIFETIME),
             "expires": int((issued + _TOKEN_LIFETIME) * 1000),

@@ -72,7 +72,8 @@ class Centrifugo:
         """Send data to every subscriber of a channel; a slow one delays only the caller."""
         push = encode({"push": {"channel": channel, "pub": {"data": data}}})
         subscribers = [one for one in self._connections if channel in one.subscriptions]
-        await asyncio.gather(*(subscriber.send(push) for subscriber in subscribers))
+        sends = [subscriber.socket.send_str(push) for subscriber in subscribers]
+        await asyncio.gather(*sends, return_exceptions=True)  # some may be gone
 
 
 @attrs.define(eq=False)
@@ -80,14 +81,10 @@ class _Connection:
     """One client; `_channels` are those that its token allows, None until it has connected."""
 
     _centrifugo: Centrifugo
-    _socket: web.WebSocketResponse
+    socket: web.WebSocketResponse
     _channels: frozenset[str] | None = attrs.field(default=None, init=False)
     _awaits_pong: bool = attrs.field(default=False, init=False)
     subscriptions: set[str] = attrs.field(factory=set, init=False)
-
-    async def send(self, text: str) -> None:
-        with suppress(ConnectionError):
-            await self._socket.send_str(text)
 
     async def execute_commands(self) -> None:
         loop = asyncio.get_running_loop()
@@ -95,7 +92,7 @@ class _Connection:
         while True:
             try:
                 async with asyncio.timeout_at(next_ping):
-                    message = await self._socket.receive()
+                    message = await self.socket.receive()
             except TimeoutError:
                 await self._ping()
                 next_ping = loop.time() + self._centrifugo.ping_interval
@@ -111,7 +108,7 @@ class _Connection:
         if self._awaits_pong:
             raise _Disconnect(3012, "no pong")
         self._awaits_pong = True
-        await self.send(encode({}))
+        await self.socket.send_str(encode({}))
 
     async def _execute(self, line: str) -> None:
         command: Any
@@ -121,7 +118,7 @@ class _Connection:
             command = None
         match command:
             case {"id": int(number), **request} if number > 0:
-                await self.send(encode({"id": number, **self._answer(request)}))
+                await self.socket.send_str(encode({"id": number, **self._answer(request)}))
             case dict() if not command:
                 self._awaits_pong = False
             case _:

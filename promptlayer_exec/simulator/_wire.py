@@ -56,7 +56,7 @@ class RequestValidationError(Exception):
 def parse_results_query(query: Mapping[str, str]) -> tuple[int, bool]:
     """Return the execution id and `return_all_outputs` of a results request."""
     name = "workflow_version_execution_id"
-    number = _required(query, name)[-1]
+    number = required_values(query, name)[-1]
     if not _INTEGER.fullmatch(number) or int(number) not in _INT64:
         message = "Input should be a valid 64-bit integer"
         raise RequestValidationError(message, "int_parsing", "query", name)
@@ -66,11 +66,6 @@ def parse_results_query(query: Mapping[str, str]) -> tuple[int, bool]:
         message = "Input should be a valid boolean, unable to interpret input"
         raise RequestValidationError(message, "bool_parsing", "query", name)
     return int(number), word in _TRUE
-
-
-def parse_capability(query: Mapping[str, str]) -> list[str]:
-    """Return the channels that a token is requested for."""
-    return _required(query, "capability")
 
 
 def parse_run(body: bytes) -> dict[str, Any]:
@@ -91,7 +86,8 @@ def parse_run(body: bytes) -> dict[str, Any]:
     return fields
 
 
-def _required(query: Mapping[str, str], name: str) -> list[str]:
+def required_values(query: Mapping[str, str], name: str) -> list[str]:
+    """Return all values of a parameter that there must be."""
     values = [value for key, value in query.items() if key == name]
     if not values:
         raise RequestValidationError("Field required", "missing", "query", name)
