@@ -43,16 +43,7 @@ T = TypeVar("T")
 
 @attrs.define(eq=False, kw_only=True)
 class Client:
-    """An open session's connections and tasks; closing the session ends it.
-
-    Args:
-        lifetime: runs its tasks, and ends them.
-        transport: sends its requests.
-        settings: the session's.
-        recent_starts: records every execution that is started.
-        node_maps: reads node maps.
-        emit: called with every event.
-    """
+    """An open session's connections and tasks; closing the session ends it."""
 
     _settings: Settings
     lifetime: Lifetime

@@ -32,9 +32,6 @@ class Lifetime:
 
     All tasks live in a task group inside one supervisor task, or are awaited by it, so that a
     session may be opened, used and closed by three different tasks.
-
-    Args:
-        resources: closed at the end, when nothing runs any more.
     """
 
     def __init__(self, resources: AsyncExitStack) -> None:

@@ -45,14 +45,6 @@ class Start:
     the answer is awaited, and reported to the caller if it still waits, else to the observers and
     the log.
 
-    Args:
-        request: what to start.
-        post: sends it.
-        state: counts the failures.
-        emit: called with the execution.
-        is_closing: returns whether the session is being closed.
-        before_send: awaited each time before the request is sent, once the rate allows it.
-
     Attributes:
         sent: whether the request may have reached the server.
         cancelled: whether the request must not be sent any more.

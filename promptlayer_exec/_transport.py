@@ -64,17 +64,7 @@ _OPENING_A_VALUE = (b",", b"[", b"{")
 
 @attrs.define(eq=False, kw_only=True)
 class Transport:
-    """Sends requests to one server with one key.
-
-    Args:
-        settings: the session's.
-        pools: the connections to use.
-        base_url: without a trailing slash.
-        api_key: sent to `base_url` alone, and kept out of every error.
-        throttle: admits each attempt.
-        recent_starts: the executions for which a 404 is worth another attempt.
-        emit: called with retries and throttling.
-    """
+    """Sends requests to one server with one key."""
 
     _settings: Settings
     _pools: Pools
@@ -100,15 +90,8 @@ class Transport:
     ) -> Reply[T]:
         """Send a request until there is a good answer, or the retries are used up.
 
-        Args:
-            request: what to send.
-            read: reads the answer; an error that it raises is judged like any other failure.
-            state: counts the failures.
-            due: when the request should be sent, on the event loop's clock.
-            once: a request that must not be sent twice.
-
-        Raises:
-            RequestError: the last failure, when it is not worth another attempt.
+        What `read` raises is judged like any other failure. `due` is when the request should be
+        sent, on the event loop's clock; `once` is a request that must not be sent twice.
         """
         answered = False
         try:

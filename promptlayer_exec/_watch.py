@@ -79,16 +79,7 @@ def _first_seen(
 
 
 class Watch:
-    """Polls one execution for as long as somebody follows it.
-
-    Args:
-        execution_id: the execution.
-        fetch: requests its node map.
-        poll: when to poll again.
-        retry: which failures to survive.
-        emit: called with every poll, and with the watch's beginning and end.
-        on_end: called when new followers need another watch; maybe more than once.
-    """
+    """Polls one execution for as long as somebody follows it."""
 
     def __init__(
         self,
