@@ -74,12 +74,12 @@ class _Encoder:
             if type(unstructured) is not kind:
                 return self.encode(unstructured)
         if isinstance(value, int):
-            return _number(int.__int__(value))  # a subclass may override it
+            return _number(int.__int__(value))  # a subclass may override these
         if isinstance(value, float):
             return _number(float.__float__(value))
         if isinstance(value, str):
             return str.__str__(value)
-        if isinstance(value, (list, tuple, Mapping)):
+        if isinstance(value, (dict, list, tuple, Mapping)):
             return self._container(value)
         raise _NotJSON(TypeError, f"{json_kind(value)} is not a JSON value; {_ADVICE}")
 
