@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from random import random
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import attrs
@@ -34,9 +34,6 @@ from promptlayer_exec._wire import (
     read_started,
     results_request,
 )
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 

@@ -114,9 +114,9 @@ class Pool:
     Attributes:
         http: holds the connections.
         slots: where a request waits, without a timeout, until a connection is free.
-        headers: what to send along; None: `http` does so by itself.
+        headers: sent with each request, over those of `http`; None: `http` has them all.
         middlewares: what to run along; None: those of `http`.
-        is_borrowed: whether others use the connections, too.
+        is_borrowed: whether they belong to the caller, who uses them, too.
     """
 
     http: aiohttp.ClientSession
@@ -171,7 +171,7 @@ class Pools:
         middlewares = (*http._middlewares, _send_once)
         reads, starts = _slots(min([max_connections, *(limit for limit in limits if limit)]))
         return cls(
-            Pool(http, reads, headers, middlewares),
+            Pool(http, reads, headers, middlewares, is_borrowed=True),
             Pool(http, starts, headers | {"Connection": "close"}, middlewares, is_borrowed=True),
         )
 

@@ -1,4 +1,4 @@
-"""HTTP: the only module that knows aiohttp's client. Attempts, retries, and errors made ours."""
+"""Sending requests: attempts, retries, and errors made ours."""
 
 from __future__ import annotations
 
