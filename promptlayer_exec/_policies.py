@@ -41,7 +41,7 @@ class PollPolicy:
 
     Args:
         floor: the shortest delay in seconds; greater than 0.
-        ceiling: the longest delay in seconds.
+        ceiling: the longest delay in seconds, before the jitter.
         jitter: a random part of each delay, as a fraction of it and at most that many seconds, so
             that executions that were started together are not polled together.
 
@@ -94,13 +94,13 @@ class PollPolicy:
             retry_after: the seconds that the server asked to wait; the delay is at least that long.
         """
         remaining = nodes - final
-        progressed = elapsed - unchanged  # the time of the last change
-        if not final or progressed <= 0:
+        changed_at = elapsed - unchanged
+        if not final or changed_at <= 0:  # nothing yet to judge the pace of the nodes by
             delay = self._growing(elapsed)
         elif remaining > 1:
-            delay = min(remaining * progressed / final / 6, self._growing(elapsed))
+            delay = min(remaining * changed_at / final / 6, self._growing(elapsed))
         else:
-            delay = self._growing(max(unchanged, progressed / final)) / 2
+            delay = self._growing(max(unchanged, changed_at / final)) / 2
         delay = min(max(delay, self.floor), self.ceiling)
         return max(delay + self.jitter * min(delay, 1.0) * chance, retry_after)
 

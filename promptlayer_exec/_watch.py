@@ -103,7 +103,7 @@ class Watch:
         self._completion_waiters: set[asyncio.Future[None]] = set()
         self._retries = RetryState(retry, retry.watch_outage)
         self._changed_at = 0.0
-        self._final = 0  # how many nodes are
+        self._final_count = 0
         self._error: Exception | None = None
         self._task: asyncio.Task[Any] | None = None
 
@@ -215,7 +215,7 @@ class Watch:
         previous = self.latest
         snapshot = take_snapshot(self.execution_id, reply, elapsed=now - started, previous=previous)
         if previous is None or snapshot.nodes is not previous.nodes:
-            self._final = sum(node.final for node in snapshot.nodes.values())
+            self._final_count = sum(node.final for node in snapshot.nodes.values())
             if previous is None or _statuses(previous) != _statuses(snapshot):
                 self._changed_at = now
         self._publish(snapshot)
@@ -232,7 +232,7 @@ class Watch:
             return None
         return now + self._poll.delay(
             elapsed=now - started,
-            final=self._final,
+            final=self._final_count,
             nodes=len(snapshot.nodes),
             unchanged=now - self._changed_at,
             chance=random(),
