@@ -178,7 +178,7 @@ class Snapshot:
         nodes: the nodes by name, in the server's order; read-only.
         raw: the decoded body, with all unknown fields. It is shared: do not change it.
         poll: the number of this poll, from 1; a single request is poll 1.
-        elapsed: seconds since the first poll.
+        elapsed: seconds since the watch began; for a single request, how long it took.
         times: when each node was first seen running and first seen final; read-only.
     """
 
