@@ -377,8 +377,8 @@ def test_a_refused_key_is_exit_code_4(
 
 def test_the_options_are_passed_to_the_batch(run: Run) -> None:
     """The limits, and what to do with unknown items."""
-    settings = commands.Settings("sqlite:///none", None, 3, 7.0, 1.0, True)
-    batch = commands._batch("b", settings)
+    settings = commands.Settings("sqlite:///none", 3, 7.0, True)
+    batch = commands._batch("b", settings, None, 1.0)
     assert (batch._max_in_flight, batch._rate, batch._restart_unknown) == (3, 7.0, True)
 
 

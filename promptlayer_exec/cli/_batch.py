@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
+import anyio
 import attrs
 import typer
 
@@ -79,13 +80,11 @@ _RestartUnknown = Annotated[
 
 @attrs.frozen
 class Settings:
-    """The settings that `batch run` and `batch work` share, as their options describe them."""
+    """The settings of a `Batch` that `batch run` and `batch work` share."""
 
-    database: str
-    base_url: str | None
+    database_url: str
     max_in_flight: int
     rate: float
-    outage: float
     restart_unknown: bool
 
 
@@ -133,14 +132,14 @@ def _run(
     find out whether the run was started; such an item ends as unknown, with the error StartUnknown.
     To let other processes help, see `batch work`.
     """  # noqa: D301 - \b is Typer's mark for preformatted text
-    settings = Settings(database, base_url, max_in_flight, rate, outage, restart_unknown)
+    settings = Settings(database, max_in_flight, rate, restart_unknown)
     subject = Subject()
     batch_name = name or file.stem
 
     async def work() -> ExitCode:
         items = ItemFile(file, workflow)
         with closing(ResultFile(results)) as result_file:
-            batch = _batch(batch_name, settings)
+            batch = _batch(batch_name, settings, base_url, outage)
             try:
                 new = await batch.add(items)
             except (TypeError, ValueError) as error:
@@ -152,7 +151,7 @@ def _run(
             restarted = status.unknown if restart_unknown else 0
             if status.finished - restarted == status.total:
                 err("all of them have already finished: to run them again, use another --name")
-            return await _work_on(batch_name, batch, result_file)
+            return await _work_on(batch_name, batch, _write(batch, result_file))
 
     raise typer.Exit(run_command(work(), subject))
 
@@ -174,13 +173,13 @@ def _work(
     database. The death of a worker is noticed within 30 seconds, and the others take over its
     items.
     """
-    settings = Settings(database, base_url, max_in_flight, rate, outage, restart_unknown)
+    settings = Settings(database, max_in_flight, rate, restart_unknown)
     subject = Subject()
 
     async def work() -> ExitCode:
         chosen = _choose(name, await _names(database))
         subject.note = _NOTE
-        return await _work_on(chosen, _batch(chosen, settings))
+        return await _work_on(chosen, _batch(chosen, settings, base_url, outage))
 
     raise typer.Exit(run_command(work(), subject))
 
@@ -214,31 +213,20 @@ def _dbos() -> ModuleType:
     return dbos
 
 
-def _batch(name: str, settings: Settings) -> Batch:
-    retry = RetryPolicy(outage=settings.outage, watch_outage=settings.outage)
-    session = partial(open_session, settings.base_url, retry)
+def _batch(name: str, settings: Settings, base_url: str | None, outage: float) -> Batch:
+    retry = RetryPolicy(outage=outage, watch_outage=outage)
+    session = partial(open_session, base_url, retry)
     session()  # reports a missing key before anything is stored
-    batch: Batch = _dbos().Batch(
-        name,
-        database_url=settings.database,
-        session=session,
-        max_in_flight=settings.max_in_flight,
-        rate=settings.rate,
-        restart_unknown=settings.restart_unknown,
-    )
+    batch: Batch = _dbos().Batch(name, session=session, **attrs.asdict(settings))
     return batch
 
 
 async def _names(database: str) -> list[str]:
-    if _is_missing_file(database):
+    path = database.removeprefix(_SQLITE)
+    if path != database and not await anyio.Path(path).exists():  # opening would create it
         raise Misuse(f"there is no database {printable(database)}")
     names: list[str] = await _dbos().batch_names(database)
     return names
-
-
-def _is_missing_file(database: str) -> bool:
-    """Return whether opening the database would create an empty file."""
-    return database.startswith(_SQLITE) and not Path(database.removeprefix(_SQLITE)).exists()
 
 
 def _choose(name: str | None, names: list[str]) -> str:
@@ -251,13 +239,11 @@ def _choose(name: str | None, names: list[str]) -> str:
     raise Misuse(f"{what}; batches in the database: {known}")
 
 
-async def _work_on(name: str, batch: Batch, results: ResultFile | None = None) -> ExitCode:
+async def _work_on(name: str, batch: Batch, *others: Coroutine[Any, Any, None]) -> ExitCode:
     """Work on a batch until all of its items have finished, show its progress, and sum it up."""
     progress = BatchProgress()
-    works: list[Coroutine[Any, Any, object]] = [batch.work(), _follow(batch, progress)]
-    if results is not None:
-        works.append(_write(batch, results))
     with progress.shown():
+        works = (batch.work(), _follow(batch, progress), *others)
         tasks = [asyncio.create_task(work) for work in works]
         try:
             await asyncio.gather(*tasks)

@@ -27,10 +27,6 @@ _FIELDS = {
 }
 
 
-class InvalidLine(Exception):
-    """A line is not an item; the message says why."""
-
-
 class ItemFile:
     """The items in a file of JSON Lines, checked first. Each iteration reads the file again.
 
@@ -48,7 +44,7 @@ class ItemFile:
         for number, text in self._lines():
             try:
                 request = _request(number, text, workflow)
-            except InvalidLine as error:
+            except Misuse as error:
                 problems.append(f"line {number}: {error}")
                 continue
             first = first_lines.setdefault(request.key, number)
@@ -81,24 +77,24 @@ class ItemFile:
 
 
 def _request(number: int, text: bytes, workflow: str | None) -> StartRequest:
-    """Return the item of a line, or raise `InvalidLine`."""
+    """Return the item of a line; if it is not one, the message of the `Misuse` says why."""
     fields = _fields(text)
     for name, value in fields.items():
         if name not in _FIELDS:
             known = ", ".join(_FIELDS)
-            raise InvalidLine(f"'{shorten(printable(name), 40)}' is not one of {known}")
+            raise Misuse(f"'{shorten(printable(name), 40)}' is not one of {known}")
         kind, expected = _FIELDS[name]
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise InvalidLine(f'"{name}" must be {expected}')
+            raise Misuse(f'"{name}" must be {expected}')
     if not all(isinstance(value, str) for value in fields.get("metadata", {}).values()):
-        raise InvalidLine('"metadata" must be an object of strings')
+        raise Misuse('"metadata" must be an object of strings')
     if "label" in fields and "version" in fields:
-        raise InvalidLine('use "label" or "version", not both')
+        raise Misuse('use "label" or "version", not both')
     request = StartRequest(**({"workflow": workflow, "key": str(number)} | fields))
     if request.workflow in (None, ""):
-        raise InvalidLine('"workflow" is missing, and --workflow is not given')
+        raise Misuse('"workflow" is missing, and --workflow is not given')
     if not request.key:
-        raise InvalidLine('"key" must not be empty')
+        raise Misuse('"key" must not be empty')
     return request
 
 
@@ -107,18 +103,18 @@ def _fields(text: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(text.decode(), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
-        raise InvalidLine(f"not UTF-8 text: byte {error.start + 1} is invalid") from error
+        raise Misuse(f"not UTF-8 text: byte {error.start + 1} is invalid") from error
     except json.JSONDecodeError as error:
-        raise InvalidLine(f"not valid JSON: {error.msg}, column {error.colno}") from error
+        raise Misuse(f"not valid JSON: {error.msg}, column {error.colno}") from error
     except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
-        raise InvalidLine(f"cannot be read: {error}") from error
+        raise Misuse(f"cannot be read: {error}") from error
     if not isinstance(fields, dict):
-        raise InvalidLine('not a JSON object like {"key": "a", "inputs": {}}')
+        raise Misuse('not a JSON object like {"key": "a", "inputs": {}}')
     return {name: value for name, value in fields.items() if value is not None or name == "inputs"}
 
 
 def _refuse_constant(constant: str) -> NoReturn:
-    raise InvalidLine(f"{constant} is not a JSON number")
+    raise Misuse(f"{constant} is not a JSON number")
 
 
 class ResultFile:
@@ -141,14 +137,19 @@ class ResultFile:
         file.seek(0)
         end = 0
         for number, line in enumerate(file, 1):
+            is_whole = line.endswith(b"\n")
             try:
-                outcome = _parse_result(line)
+                fields = json.loads(line)
+                result = (str(fields["key"]), str(fields["finished"]))
             except (ValueError, TypeError, KeyError) as error:
+                is_start = line[: len(_RESULT_START)] == _RESULT_START[: len(line)]
+                if is_start and not is_whole and isinstance(error, ValueError):  # a kill cut it off
+                    break
                 where = f"{self._name}, line {number}"
                 raise Misuse(f"{where}, is not a result; the file is unchanged") from error
-            if outcome is None:
+            if not is_whole:
                 break
-            self._written.add(outcome)
+            self._written.add(result)
             end += len(line)
         file.truncate(end)
 
@@ -172,16 +173,3 @@ class ResultFile:
 
     def _misuse(self, error: OSError) -> Misuse:
         return Misuse(f"cannot write to {self._name}: {error.strerror or error}")
-
-
-def _parse_result(line: bytes) -> tuple[str, str] | None:
-    """Return the key and the finishing time of a result; None if a kill cut it off."""
-    is_whole = line.endswith(b"\n")
-    try:
-        fields = json.loads(line)
-    except ValueError:
-        if is_whole or line[: len(_RESULT_START)] != _RESULT_START[: len(line)]:
-            raise
-        return None
-    result = (str(fields["key"]), str(fields["finished"]))
-    return result if is_whole else None

@@ -156,7 +156,12 @@ def run(
             if execution.warning:
                 err(f"warning: {printable(execution.warning)}")
             if not watched:
-                _print_id(execution, as_json=as_json)
+                fields = {"execution_id": str(execution.id)}
+                try:
+                    out(json.dumps(fields) if as_json else fields["execution_id"])
+                except OutputFailed:
+                    err(f"execution {execution.id} started")
+                    raise
                 return ExitCode.SUCCEEDED
             err(f"execution {execution.id} started")
             snapshot = await _follow(execution, display, timeout)
@@ -166,14 +171,6 @@ def run(
         return ExitCode.SUCCEEDED
 
     raise typer.Exit(run_command(work(), subject, as_json=as_json))
-
-
-def _print_id(execution: Execution, *, as_json: bool) -> None:
-    try:
-        out(json.dumps({"execution_id": str(execution.id)}) if as_json else str(execution.id))
-    except OutputFailed:
-        err(f"execution {execution.id} started")
-        raise
 
 
 async def _finish_start(

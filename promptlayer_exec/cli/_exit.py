@@ -24,7 +24,7 @@ from promptlayer_exec import (
     StartUnknown,
     StatusError,
 )
-from promptlayer_exec.cli._stdio import OutputFailed, discard_output, err, out
+from promptlayer_exec.cli._stdio import OutputFailed, err, out
 from promptlayer_exec.cli._text import printable
 
 PROGRAM = "promptlayer-exec"
@@ -116,10 +116,7 @@ class Subject:
 def run_command(
     work: Coroutine[Any, Any, ExitCode], subject: Subject, *, as_json: bool = False
 ) -> ExitCode:
-    """Run the work of a command, report its error if it fails, and return the exit code.
-
-    With `as_json`, the error is also written to standard output, as a line of JSON.
-    """
+    """Run a command, report its error if it fails (in JSON, too), and return the exit code."""
 
     async def run() -> ExitCode:
         # Reported inside the loop: closing it takes long while a host name is being resolved.
@@ -197,15 +194,13 @@ def _report(error: Exception, subject: Subject, *, as_json: bool) -> ExitCode:
 
 def report_crash(error: BaseException) -> ExitCode:
     """Report an unexpected error, or a failure of standard output, and return the exit code."""
-    match error:
-        case OutputFailed(__cause__=BrokenPipeError()):
-            discard_output()
-            return ExitCode.BROKEN_PIPE
-        case OutputFailed(__cause__=OSError() as cause):
-            discard_output()
-            err(f"cannot write to standard output: {cause.strerror or cause}")
-            return ExitCode.OUTPUT_FAILED
-        case _:
-            traceback.print_exception(error, file=sys.stderr)
-            err("this is a bug in promptlayer-exec: please report it with the lines above")
-            return ExitCode.BUG
+    if not isinstance(error, OutputFailed):
+        traceback.print_exception(error, file=sys.stderr)
+        err("this is a bug in promptlayer-exec: please report it with the lines above")
+        return ExitCode.BUG
+    # The interpreter flushes what standard output still buffers when it exits.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error.__cause__, BrokenPipeError):
+        return ExitCode.BROKEN_PIPE
+    err(f"cannot write to standard output: {error}")
+    return ExitCode.OUTPUT_FAILED

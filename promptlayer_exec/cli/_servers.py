@@ -7,7 +7,8 @@ import os
 import re
 import secrets
 import time
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import anyio
@@ -73,11 +74,9 @@ def view(
                 retry = RetryPolicy(outage=min(outage, 10.0), watch_outage=outage)
                 session = open_session(base_url, retry, err)
             await stack.enter_async_context(session)
-            try:
+            hint = f"; `{PROGRAM} view --port 0` takes a free port" if port else ""
+            with _listening(host, port, hint):
                 listener = stack.enter_context(listen(host, port))
-            except (OSError, UnicodeError) as error:
-                hint = f"; `{PROGRAM} view --port 0` takes a free port" if port else ""
-                raise Misuse(_listen_failure(host, port, error) + hint) from None
             address = Address(host, listener.getsockname()[1])
             board = Board(session, note=DEMO_NOTE if is_demo else "")
             await stack.enter_async_context(board)
@@ -156,10 +155,8 @@ async def _serve(host: str, port: int) -> ExitCode:
         simulator.add_execution(scenario, execution_id=execution_id)
     simulator.add_workflow(_WORKFLOW, support_agent)
     async with AsyncExitStack() as stack:
-        try:
+        with _listening(host, port):
             await stack.enter_async_context(simulator)
-        except (OSError, UnicodeError) as error:
-            raise Misuse(_listen_failure(host, port, error)) from None
         out(_introduction(simulator))
         with suppress(asyncio.CancelledError):
             await _print_requests(simulator, requests)
@@ -200,8 +197,12 @@ async def _print_requests(simulator: Simulator, requests: asyncio.Queue[SimReque
             simulator.finish(execution_id, _HELD)
 
 
-def _listen_failure(host: str, port: int, error: OSError | UnicodeError) -> str:
-    """Return why a server cannot listen; a `UnicodeError` stands for a malformed host name."""
-    # socket.create_server repeats the address after the reason.
-    reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
-    return f"cannot listen on {host}, port {port}: {reason}"
+@contextmanager
+def _listening(host: str, port: int, hint: str = "") -> Iterator[None]:
+    """Report that a server cannot listen; a `UnicodeError` stands for a malformed host name."""
+    try:
+        yield
+    except (OSError, UnicodeError) as error:
+        # socket.create_server repeats the address after the reason.
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        raise Misuse(f"cannot listen on {host}, port {port}: {reason}{hint}") from None

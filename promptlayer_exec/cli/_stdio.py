@@ -12,7 +12,7 @@ from typing import TextIO
 
 
 class OutputFailed(Exception):
-    """Standard output could not be written; `__cause__` is the `OSError`.
+    """Standard output could not be written, for this reason; `__cause__` is the `OSError`.
 
     It is not an `OSError` itself: Typer and Rich handle a broken pipe in their own ways.
     """
@@ -25,13 +25,13 @@ class _Output(io.TextIOWrapper):
         try:
             return super().write(text)
         except OSError as error:
-            raise OutputFailed from error
+            raise OutputFailed(error.strerror or error) from error
 
     def flush(self) -> None:
         try:
             super().flush()
         except OSError as error:
-            raise OutputFailed from error
+            raise OutputFailed(error.strerror or error) from error
 
 
 class _Errors(io.TextIOWrapper):
@@ -80,8 +80,3 @@ def err(text: str) -> None:
             width = shutil.get_terminal_size().columns
             shown = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
         print(shown, file=sys.stderr, flush=True)  # noqa: T201
-
-
-def discard_output() -> None:
-    """Discard what standard output still buffers: the interpreter flushes it when it exits."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -70,8 +70,7 @@ class Liveness:
     def _recover_from_dead_workers(self) -> None:
         others = set(self._store.running(self._batch, retry_for=0.0)) - {self._executor}
         heartbeats = self._store.heartbeats() if others else {}
-        dead = [other for other in others if self._is_dead(other, heartbeats.get(other))]
-        if dead:
+        if dead := [other for other in others if self._is_dead(other, heartbeats.get(other))]:
             recover_items(dead)
 
     def _is_dead(self, other: str, heartbeat: Heartbeat | None) -> bool:

@@ -104,11 +104,10 @@ class PendingStart:
     async def send(self) -> Execution | None:
         """Send the request, and return its run; None if the start was cancelled before that."""
         self._recorded.set()
-        if self._task is None:
-            return None
-        await asyncio.wait([self._task])
-        if not self._task.cancelled():
-            self.execution = self._task.result()
+        if self._task is not None:
+            await asyncio.wait([self._task])
+            if not self._task.cancelled():
+                self.execution = self._task.result()
         return self.execution
 
     def cancel(self) -> None:
@@ -137,9 +136,7 @@ class Worker:
     _owns_session: bool
     _max_in_flight: int
     _restart_unknown: bool
-    _executor: str = attrs.field(
-        init=False, factory=lambda: f"{socket.gethostname()}-{uuid4().hex}"
-    )
+    _executor: str = attrs.field(init=False)
     _liveness: Liveness = attrs.field(init=False)
     _loop: asyncio.AbstractEventLoop = attrs.field(init=False, factory=asyncio.get_running_loop)
     _dbos: DBOS | None = attrs.field(init=False, default=None)
@@ -150,6 +147,7 @@ class Worker:
     _error: Exception | None = attrs.field(init=False, default=None)
 
     def __attrs_post_init__(self) -> None:
+        self._executor = f"{socket.gethostname()}-{uuid4().hex}"
         self._liveness = Liveness(self._store, self._batch, self._executor)
 
     async def run(self, *, until_done: bool) -> None:

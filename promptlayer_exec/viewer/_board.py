@@ -15,19 +15,12 @@ from promptlayer_exec import Execution, PromptLayerExecError, Session, Snapshot
 
 @attrs.define(eq=False)
 class Card:
-    """One execution of the board.
-
-    Attributes:
-        execution: the execution.
-        snapshot: the latest snapshot.
-        received: when the snapshot was received, by the loop's clock.
-        error: why the execution is no longer followed, if it is not complete.
-    """
+    """One execution of the board, with its latest snapshot."""
 
     execution: Execution
     snapshot: Snapshot | None = None
-    received: float = 0.0
-    error: str | None = None
+    received: float = 0.0  # when the snapshot was received, by the loop's clock
+    error: str | None = None  # why the execution is no longer followed, if it is not complete
 
     @property
     def state(self) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import uvicorn
 from fastapi import Body, FastAPI
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from promptlayer_exec import NotFound, PromptLayerExecError
@@ -42,17 +42,12 @@ def create_app(board: Board, address: Address, token: str) -> ASGIApp:
         address: where it will be served; requests with another `Host` are refused.
         token: the token that the page sends; it takes it from the fragment of its URL.
     """
-    files: list[BaseRoute] = [
-        Route(path, Response((_PAGE / name).read_bytes(), media_type=media_type), methods=["GET"])
-        for path, (name, media_type) in _FILES.items()
-    ]
-    app = FastAPI(openapi_url=None, routes=files)
-    _add_read_routes(app, board)
+    app = FastAPI(openapi_url=None)
+    for path, (name, media_type) in _FILES.items():
+        file = Response((_PAGE / name).read_bytes(), media_type=media_type)
+        app.routes.append(Route(path, file, methods=["GET"]))
     _add_change_routes(app, board)
-    return Guard(app, address, token)
 
-
-def _add_read_routes(app: FastAPI, board: Board) -> None:
     @app.get("/api/events")
     async def get_events() -> Response:
         return StreamingResponse(board_events(board), media_type="text/event-stream")
@@ -64,6 +59,8 @@ def _add_read_routes(app: FastAPI, board: Board) -> None:
         if not 0 <= index < len(nodes):
             return _refuse("This node no longer exists.", 404)
         return PlainTextResponse(value_text(nodes[index].value).encode("utf-8", "backslashreplace"))
+
+    return Guard(app, address, token)
 
 
 def _add_change_routes(app: FastAPI, board: Board) -> None:
