@@ -28,14 +28,22 @@ _BETA = 0.9
 _K = 1.0
 _K_PER_SECOND_LOST = 3.0
 _MAX_K = 8.0
-# K in requests: a slow session needs a few good answers before it probes for more.
+# K in requests, after a first congestion event: the session needs a few good answers to measure.
 _MIN_K_SLOTS = 5
+# K of a slow session, in seconds times the root of its rate. Sessions that share a server's limit
+# must probe seldom together, and none of them so often that it takes the share of another.
+_K_SLOW = 20.0
+_MAX_K_SLOW = 12.0
+# In the convex region K is at most this: what was not refused until then can soon be more.
+_MAX_K_CONVEX = 3.0
 # The first 429 with Retry-After only pauses the session: it may be due to a burst. Another within
 # this many seconds is a congestion event.
 _SETTLED = 10.0
-# A session without good answers has no measured rate. Each congestion event halves its rate,
-# starting from at most this many requests per second.
-_UNMEASURED_RATE = 20.0
+# Within a second, fewer good answers than this say nothing about a rate. The first congestion event
+# then halves the rate, to at most this; a later one reduces it by the decrease factor alone.
+_MIN_MEASURED_RATE = 10.0
+# However long the server refuses: a session must notice when it does not any more.
+_MIN_RATE = 0.1
 # Good answers within a shorter time than this, in seconds, say nothing about a rate.
 _MIN_MEASURED = 0.25
 # A rate above this many requests per second, more than one process sends, is no limit.
@@ -51,14 +59,16 @@ class Throttle:
     rate recovers as a congestion window does in CUBIC (RFC 9438), TCP's congestion control:
 
     - A 429 to a request that was sent after the last one is a *congestion event*. W_max is the
-      rate of good answers measured up to it, and the rate falls to beta * W_max.
+      rate of good answers measured up to it, or the present rate of a session that is too slow
+      to measure it, and the rate falls to beta * W_max.
     - Then the rate follows the *cubic function* W_max * (1 + (1 - beta) * (t / K - 1)**3) of the
       time t since the event. In its *concave region* the rate is back at W_max after K seconds,
       approaching it ever more slowly. In the *convex region* beyond, it grows ever faster.
 
     So the rate stays near the one that the server accepted, which keeps both 429s and unused
     capacity rare, and a W_max that was measured too low soon corrects itself. RFC 9438 derives K
-    from a constant C; here K is chosen, and longer where a 429 costs more.
+    from a constant C; here K is chosen: longer where a 429 costs more, and for slow sessions, so
+    that several which share a limit each find a fair part of it.
 
     Args:
         rate: slots per second; None means unlimited.
@@ -122,11 +132,16 @@ class Throttle:
 
     def _reduce_rate(self, now: float, lost: float) -> None:
         """Handle a congestion event, which costs `lost` seconds."""
-        half = min(self._rate, self._max_rate, _UNMEASURED_RATE) / 2
-        self._w_max = min(max(self._good_answers.per_second(now), half / _BETA), self._max_rate)
+        is_first = self._rate >= self._max_rate
+        w_max = self._good_answers.per_second(now)
+        if w_max < _MIN_MEASURED_RATE:
+            start = min(self._max_rate, 2.0 * _MIN_MEASURED_RATE) / 2.0 / _BETA
+            w_max = max(w_max, start) if is_first else max(self._rate, _MIN_RATE / _BETA)
+        self._w_max = min(w_max, self._max_rate)
         self._rate = _BETA * self._w_max
-        k = min(_K + _K_PER_SECOND_LOST * lost, _MAX_K)
-        self._k = max(k, _MIN_K_SLOTS / self._rate)
+        slow = min(_K_SLOW / math.sqrt(self._w_max), _MAX_K_SLOW)
+        least = _MIN_K_SLOTS / self._rate if is_first else slow
+        self._k = max(min(_K + _K_PER_SECOND_LOST * lost, _MAX_K), least)
         self._t = 0.0
         self._t_updated_at = now
 
@@ -136,7 +151,10 @@ class Throttle:
             # Time without requests proves nothing, so t does not count it (RFC 9438, 4.2 and 5.8).
             self._t += min(max(now - self._t_updated_at, 0.0), 2.0 / self._rate)
             self._t_updated_at = now
-            self._rate = self._w_max * (1.0 + (1.0 - _BETA) * (self._t / self._k - 1.0) ** 3)
+            x = self._t / self._k - 1.0
+            if x > 1.0:
+                x = 1.0 + (self._t - 2.0 * self._k) / min(self._k, _MAX_K_CONVEX)
+            self._rate = self._w_max * (1.0 + (1.0 - _BETA) * x**3)
             if self._rate > _NO_LIMIT:
                 self._rate = math.inf
         return min(self._rate, self._max_rate)

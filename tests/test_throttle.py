@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+import random
 import selectors
 from collections.abc import Awaitable, Callable
 from itertools import pairwise
@@ -288,17 +289,38 @@ async def test_a_429_slows_the_session_to_the_rate_of_good_answers() -> None:
 
 @pytest.mark.parametrize(("rate", "slots"), [(None, 20.0), (2.0, 2.0)])
 @in_virtual_time
-async def test_a_429_halves_the_rate_of_a_session_without_good_answers(
+async def test_429s_slow_a_session_without_good_answers_step_by_step(
     rate: float | None, slots: float
 ) -> None:
-    """From 20 requests per second at most, as an idle session has measured nothing."""
+    """The first halves the rate, from 20 per second at most; later ones take at most a tenth."""
     throttle = Throttle(rate)
-    for halvings in (1, 2, 3):
+    spacing = [1 / slots]
+    for _ in range(10):
         await throttle.acquire()
         refused_at = now()
         refuse(throttle, announced=False)
         (time,) = await send(throttle, 1)
-        assert time - refused_at == pytest.approx(2**halvings / slots, rel=0.2)
+        spacing.append(time - refused_at)
+    assert spacing[1] == pytest.approx(2 / slots, rel=0.2)
+    assert all(1.0 < after / before < 1.12 for before, after in pairwise(spacing[1:]))
+
+
+@pytest.mark.parametrize("announced", [False, True], ids=["unannounced", "announced"])
+@pytest.mark.parametrize("minutes", [1, 5, 30])
+@in_virtual_time
+async def test_a_server_that_refused_for_long_is_soon_used_again(
+    minutes: int, announced: bool
+) -> None:
+    """Two minutes after it recovers, the session sends at least ten requests per second."""
+    throttle = Throttle(100.0)
+    began = now()
+    while now() < began + 60.0 * minutes:
+        await throttle.acquire()
+        throttle.refused(now(), 1.0 if announced else 0.0)
+    recovered = now()
+    while now() < recovered + 120.0:
+        await send_accepted(throttle, 1)
+    assert gaps(await send_accepted(throttle, 2))[0] <= 0.1
 
 
 @in_virtual_time
@@ -355,21 +377,21 @@ async def test_one_429_costs_a_busy_session_little() -> None:
 
 
 @pytest.mark.parametrize("announced", [False, True], ids=["unannounced", "announced"])
-@pytest.mark.parametrize(("rate", "seconds"), [(100.0, 20.0), (None, 50.0)])
+@pytest.mark.parametrize(("rate", "seconds"), [(100.0, 40.0), (None, 70.0)])
 @in_virtual_time
 async def test_a_session_finds_its_way_back_to_full_speed(
     rate: float | None, seconds: float, announced: bool
 ) -> None:
-    """Three 429s before any good answer slow it to under seven requests per second.
+    """Three 429s before any good answer slow it to under ten requests per second.
 
-    Then it takes at least 5 s to full speed, and at most 20 s where that is 100 requests per
-    second, or 50 s where it is unlimited.
+    Then it takes at least 5 s to full speed, and at most 40 s where that is 100 requests per
+    second, or 70 s where it is unlimited.
     """
     throttle = Throttle(rate)
     for _ in range(3):
         await throttle.acquire()
         refuse(throttle, announced=announced)
-    assert gaps(await send(throttle, 2))[0] > 1 / 7
+    assert gaps(await send(throttle, 2))[0] > 1 / 10
     began = now()
     full_speed = pytest.approx([0.0 if rate is None else 1 / rate] * 19)
     while gaps(await send_accepted(throttle, 20)) != full_speed:
@@ -482,17 +504,19 @@ class TokenBucket:
         self.accepted: list[float] = []
         self.refused: list[float] = []
 
-    def receive(self, throttle: Throttle) -> None:
+    def receive(self, throttle: Throttle, on_accepted: Callable[[], None] = lambda: None) -> None:
         """Receive a request that is sent now, and answer it in time."""
-        asyncio.get_running_loop().call_later(self._latency / 2, self._decide, throttle, now())
+        loop = asyncio.get_running_loop()
+        loop.call_later(self._latency / 2, self._decide, throttle, now(), on_accepted)
 
-    def _decide(self, throttle: Throttle, sent_at: float) -> None:
+    def _decide(self, throttle: Throttle, sent_at: float, on_accepted: Callable[[], None]) -> None:
         grown = self._tokens + (now() - self._updated_at) * self._per_second
         self._tokens, self._updated_at = min(grown, self._burst), now()
         answer: Callable[[], object] = throttle.answered
         if self._tokens >= 1.0:
             self._tokens -= 1.0
             self.accepted.append(sent_at)
+            on_accepted()
         else:
             announced = self._announce((1.0 - self._tokens) / self._per_second)
             self.refused.append(sent_at)
@@ -556,3 +580,40 @@ async def test_a_token_bucket_is_used_well_with_few_refusals(
     late_refusals = [time for time in bucket.refused if time > began + 2.0]
     assert len(bucket.accepted) >= used * (60.0 * server[0] + server[1])
     assert len(late_refusals) <= refused * (len(accepted) + len(late_refusals))
+
+
+@pytest.mark.parametrize(
+    ("sessions", "per_second", "burst"), [(3, 5.0, 5), (8, 20.0, 20), (30, 60.0, 20)]
+)
+@in_virtual_time
+async def test_sessions_that_share_a_bucket_each_find_a_fair_part(
+    sessions: int, per_second: float, burst: int
+) -> None:
+    """They know nothing of each other, and the server names no time to wait.
+
+    Over two minutes none gets less than half of its fair share, at least 85 % of the bucket is
+    used, and once they have found their rates, after 20 s, less than 10 % is refused.
+    """
+    chance = random.Random(787)
+    bucket = TokenBucket(per_second, burst, 0.05, nothing)
+    shares = [0] * sessions
+    began = now()
+
+    async def use(number: int) -> None:
+        throttle = Throttle(100.0)
+        await asyncio.sleep(chance.uniform(0.0, 2.0))
+        while now() < began + 120.0:
+            await throttle.acquire()
+            bucket.receive(throttle, lambda: count(number))
+
+    def count(number: int) -> None:
+        shares[number] += 1
+
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(sessions):
+            tasks.create_task(use(number))
+    refused = [time for time in bucket.refused if time > began + 20.0]
+    accepted = [time for time in bucket.accepted if time > began + 20.0]
+    assert min(shares) >= 0.5 * 120.0 * per_second / sessions
+    assert len(bucket.accepted) >= 0.85 * (120.0 * per_second + burst)
+    assert len(refused) < 0.1 * (len(refused) + len(accepted))
