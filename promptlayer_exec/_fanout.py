@@ -161,9 +161,10 @@ class _FanOut(Generic[ItemT]):
     async def _take(self) -> None:
         try:
             async with aclosing(each(self._items)) as items:
-                for index in itertools.count():
+                indexes = itertools.count()
+                while True:
                     await self.slots.acquire()
-                    item = RunningItem(index, await anext(items))
+                    item = RunningItem(next(indexes), await anext(items))
                     self._tasks.start(self._run_one(item), name="promptlayer_exec.item")
         except StopAsyncIteration:
             pass
