@@ -1,4 +1,4 @@
-"""Fanning out: each item back exactly once, whatever happens to the others."""
+"""The fan-out: one outcome for each item, whatever happens to the others."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 @attrs.frozen
 class Report:
-    """What the workflow puts out."""
+    """The output of the workflow."""
 
     n: int
 
 
 def workflow(inputs: Any) -> Scenario:
-    """Return the scenario of a run: it fails for an odd `n`, and is held for a negative one."""
+    """Return a run's scenario: it fails for an odd `n`, and does not end for a negative `n`."""
     n = inputs.get("n", 0)
     status = "FAILED" if n % 2 else "SUCCESS"
     duration = None if n < 0 else 0.0
@@ -74,7 +74,7 @@ SUPERVISOR = ["promptlayer_exec.Session"]
 async def test_collect_returns_every_outcome_in_the_order_of_the_items(
     sim: Simulator, session: Session
 ) -> None:
-    """Ids, handles and start requests alike, with what is known of each."""
+    """Ids, handles and start requests each get an outcome with all that is known of them."""
     first, second = done(sim, "first"), done(sim, {"n": 2})
     items = [first, session.execution(second), run(0), run(1), 424242]
     outcomes = await session.collect(items)
@@ -97,7 +97,7 @@ async def test_collect_returns_every_outcome_in_the_order_of_the_items(
 
 
 async def test_outcomes_come_as_they_are_completed(sim: Simulator, session: Session) -> None:
-    """A slow item keeps none of the others back."""
+    """A slow item does not delay the others."""
     slow = sim.add_execution(Scenario([SimNode("Out", 1, None, is_output_node=True)]))
     order = []
     async with aclosing(session.as_completed([slow, done(sim), done(sim)])) as outcomes:
@@ -109,14 +109,14 @@ async def test_outcomes_come_as_they_are_completed(sim: Simulator, session: Sess
 
 
 async def test_outputs_are_structured(sim: Simulator, session: Session) -> None:
-    """A value that does not fit is that item's error."""
+    """A value of an invalid shape is the error of its item."""
     good, bad = await session.collect([run(2), done(sim, "no report")], into=Report)
     assert good.output == Report(2)
     assert type(bad.error) is InvalidOutput
 
 
 async def test_items_may_come_asynchronously(sim: Simulator, session: Session) -> None:
-    """As from a database cursor or a queue."""
+    """They may come from a database cursor or a queue."""
 
     async def rows() -> AsyncIterator[StartRequest]:
         for n in range(0, 6, 2):
@@ -127,8 +127,8 @@ async def test_items_may_come_asynchronously(sim: Simulator, session: Session) -
     assert [outcome.output for outcome in outcomes] == [Report(0), Report(2), Report(4)]
 
 
-async def test_no_items_no_outcomes(session: Session) -> None:
-    """Nor any request."""
+async def test_no_items_have_no_outcomes(session: Session) -> None:
+    """Without items, `collect` returns an empty list."""
     assert await session.collect([]) == []
 
 
@@ -148,7 +148,7 @@ async def test_no_items_no_outcomes(session: Session) -> None:
 async def test_an_unusable_item_is_an_outcome(
     sim: Simulator, session: Session, item: Any, error: type[Exception]
 ) -> None:
-    """And touches no other."""
+    """It does not affect the other items."""
     bad, good = await session.collect([item, done(sim)])
     assert type(bad.error) is error
     assert (bad.item, bad.execution, bad.snapshot) == (item, None, None)
@@ -158,7 +158,7 @@ async def test_an_unusable_item_is_an_outcome(
 async def test_a_handle_of_another_session_is_an_unusable_item(
     sim: Simulator, open_session: Callable[..., Session]
 ) -> None:
-    """Its session may have another key; one that was pickled has none, and is taken up here."""
+    """The other session may have another key; a pickled handle has no session and is accepted."""
     session, other = open_session(), open_session()
     foreign = other.execution(done(sim))
     bad, good = await session.collect([foreign, pickle.loads(pickle.dumps(foreign))])
@@ -170,26 +170,26 @@ async def test_a_handle_of_another_session_is_an_unusable_item(
 
 @pytest.mark.parametrize("items", [5, None, StartRequest("w")], ids=repr)
 async def test_items_that_cannot_be_iterated_are_refused(session: Session, items: Any) -> None:
-    """At once, and with what is wanted."""
+    """The call raises at once and says what it expects."""
     with pytest.raises(TypeError, match="items must be an iterable or async iterable, not"):
         session.as_completed(items)
 
 
-async def test_a_type_that_is_none_is_refused(session: Session) -> None:
-    """At once, not with every outcome."""
+async def test_an_into_that_is_not_a_type_is_refused(session: Session) -> None:
+    """The call raises at once, not every outcome."""
     with pytest.raises(TypeError, match="cannot structure into"):
         session.as_completed([1], into=3)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, None])
 async def test_max_in_flight_is_checked(session: Session, value: Any) -> None:
-    """It is an int of at least 1."""
+    """It must be an int of at least 1."""
     with pytest.raises(ConfigurationError, match="max_in_flight must be an int of at least 1"):
         session.as_completed([], max_in_flight=value)
 
 
 async def test_items_are_taken_lazily(sim: Simulator, session: Session) -> None:
-    """Never more at once than there are places, those included that nobody took yet."""
+    """No more items are taken than there are slots, counting outcomes not yet consumed."""
     taken = 0
     greatest = 0
 
@@ -210,8 +210,8 @@ async def test_items_are_taken_lazily(sim: Simulator, session: Session) -> None:
     assert 1 < greatest <= 4
 
 
-async def test_an_endless_supply_of_items_is_no_problem(sim: Simulator, session: Session) -> None:
-    """Nor are items that are all unusable: the loop gets its turn."""
+async def test_the_supply_of_items_may_be_endless(sim: Simulator, session: Session) -> None:
+    """The event loop keeps running even if every item is unusable."""
     count = 0
     async with aclosing(session.as_completed(itertools.repeat("bad"))) as outcomes:
         async for outcome in outcomes:
@@ -225,7 +225,7 @@ async def test_an_endless_supply_of_items_is_no_problem(sim: Simulator, session:
 async def test_items_with_one_id_share_one_poller(
     sim: Simulator, session: Session, held: int, recorder: Any
 ) -> None:
-    """However often it is among the items."""
+    """An id may be among the items several times."""
     collecting = asyncio.create_task(session.collect([held] * 5))
     await sim.wait_for_requests(2)
     sim.finish(held, "Answer", value="42")
@@ -234,10 +234,10 @@ async def test_items_with_one_id_share_one_poller(
     assert len(recorder.of(WatchStarted)) == 1
 
 
-async def test_each_item_has_its_own_timeout_from_its_admission(
+async def test_each_item_has_its_own_timeout_from_the_moment_it_has_a_slot(
     sim: Simulator, session: Session
 ) -> None:
-    """Waiting for a place does not count; the start does."""
+    """Waiting for a slot does not count; the start counts."""
     held = [run(-2) for _ in range(3)]
     outcomes = await session.collect([*held, run(0)], max_in_flight=1, timeout=0.15)
     assert [type(outcome.error) for outcome in outcomes[:3]] == [ExecutionTimeout] * 3
@@ -247,17 +247,17 @@ async def test_each_item_has_its_own_timeout_from_its_admission(
 
 
 async def test_a_lost_start_is_that_item_s_error(sim: Simulator, session: Session) -> None:
-    """And is not repeated."""
+    """The start is not repeated."""
     sim.inject(Fault.disconnect())
     outcomes = await session.collect([run(0), run(2), run(4)], max_in_flight=1)
     assert [type(outcome.error) for outcome in outcomes] == [StartUnknown, type(None), type(None)]
     assert len(sim.runs) == 3
 
 
-async def test_a_401_ends_it_and_gives_up_the_rest(
+async def test_a_401_ends_the_fan_out_and_abandons_the_rest(
     sim: Simulator, session: Session, held: int, our_tasks: Callable[[], list[str]]
 ) -> None:
-    """No later item could succeed: those under way come back with it, and then it is raised."""
+    """No later item can succeed: items in flight get it as their outcome, then it is raised."""
     taken = 0
 
     def items() -> Iterator[int]:
@@ -290,10 +290,10 @@ async def test_a_401_ends_it_and_gives_up_the_rest(
     assert our_tasks() == SUPERVISOR
 
 
-async def test_closing_the_session_ends_it(
+async def test_closing_the_session_ends_the_fan_out(
     sim: Simulator, session: Session, held: int, our_tasks: Callable[[], list[str]]
 ) -> None:
-    """Those under way come back with `SessionClosed`, and then it is raised."""
+    """Items in flight get `SessionClosed` as their outcome, then it is raised."""
     outcomes: list[Outcome[Any, Any]] = []
 
     async def consume() -> None:
@@ -311,8 +311,8 @@ async def test_closing_the_session_ends_it(
     assert our_tasks() == []
 
 
-async def test_a_closed_session_fans_nothing_out(session: Session) -> None:
-    """It says so, and takes no item."""
+async def test_a_closed_session_refuses_a_fan_out(session: Session) -> None:
+    """It raises `SessionClosed` and takes no item."""
     items = iter([1, 2])
     await session.aclose()
     with pytest.raises(SessionClosed):
@@ -321,15 +321,15 @@ async def test_a_closed_session_fans_nothing_out(session: Session) -> None:
 
 
 @pytest.mark.parametrize("kind", ["iterable", "async iterable"])
-async def test_an_error_of_the_items_waits_for_those_under_way(
+async def test_an_error_of_the_items_waits_for_the_items_in_flight(
     sim: Simulator, session: Session, held: int, kind: str
 ) -> None:
-    """Their outcomes are yielded first; then it is raised as it is."""
+    """The outcomes of items in flight are yielded first, then the error is raised unchanged."""
 
     def items() -> Iterator[int]:
         yield held
         yield done(sim)
-        raise LookupError("the cursor is gone")
+        raise LookupError("the cursor was closed")
 
     async def async_items() -> AsyncIterator[int]:
         for item in items():
@@ -345,7 +345,7 @@ async def test_an_error_of_the_items_waits_for_those_under_way(
                 if outcome.index == 1:
                     sim.finish(held, "Answer")
 
-    with pytest.raises(LookupError, match="the cursor is gone"):
+    with pytest.raises(LookupError, match="the cursor was closed"):
         await consume()
     assert [outcome.index for outcome in outcomes] == [1, 0]
     assert all(outcome.ok for outcome in outcomes)
@@ -354,10 +354,10 @@ async def test_an_error_of_the_items_waits_for_those_under_way(
 @pytest.mark.parametrize(
     "error", [asyncio.CancelledError(), GeneratorExit(), SystemExit(3), KeyError("k")], ids=repr
 )
-async def test_whatever_the_items_raise_ends_the_fan_out_alone(
+async def test_an_error_of_the_items_ends_only_the_fan_out(
     sim: Simulator, session: Session, held: int, recorder: Any, error: BaseException
 ) -> None:
-    """Those under way are yielded, the error comes out, and other watches go on."""
+    """Items in flight are yielded, the error is raised, and other watches go on."""
     watching = asyncio.create_task(session.execution(held).wait())
     await recorder.next(Polled)
 
@@ -388,10 +388,10 @@ async def test_whatever_the_items_raise_ends_the_fan_out_alone(
     assert (await watching).complete
 
 
-async def test_a_stray_cancellation_is_that_item_s_error(
+async def test_a_foreign_cancellation_is_that_item_s_error(
     sim: Simulator, open_session: Callable[..., Session]
 ) -> None:
-    """Nobody cancelled the fan-out."""
+    """The fan-out itself was not cancelled."""
 
     def cancel(value: Any, _: Any) -> Any:
         raise asyncio.CancelledError
@@ -404,7 +404,7 @@ async def test_a_stray_cancellation_is_that_item_s_error(
 
 
 async def test_a_fan_out_that_never_ran_can_be_closed() -> None:
-    """For example where the event loop ends in the same step."""
+    """The event loop may end in the same step, for example."""
 
     async def open_client() -> Any:
         return lambda run: None
@@ -419,13 +419,13 @@ async def test_a_fan_out_that_never_ran_can_be_closed() -> None:
 
 
 class Panic(BaseException):
-    """What some extension modules raise."""
+    """A base exception like those of some extension modules."""
 
 
-async def test_a_base_exception_of_a_limiter_reaches_whoever_waits(
+async def test_a_base_exception_of_a_limiter_reaches_all_that_wait(
     sim: Simulator, open_session: Callable[..., Session]
 ) -> None:
-    """A watch tells its followers, a start its caller; the session stays open."""
+    """A watch raises it to its followers, a start to its caller; the session stays open."""
 
     class Limiter:
         panics = True
@@ -449,7 +449,7 @@ async def test_a_base_exception_of_a_limiter_reaches_whoever_waits(
 async def test_a_base_exception_of_an_item_is_raised_and_closes_nothing(
     sim: Simulator, open_session: Callable[..., Session]
 ) -> None:
-    """It is no outcome, and it does not get lost."""
+    """It is raised and does not become an outcome."""
 
     def panic(value: Any, _: Any) -> Any:
         raise Panic
@@ -462,19 +462,19 @@ async def test_a_base_exception_of_an_item_is_raised_and_closes_nothing(
     assert (await session.collect([run(2)]))[0].ok
 
 
-@pytest.mark.parametrize("ending", ["leaving early", "a 401", "closing", "a cancelled consumer"])
-@pytest.mark.parametrize("waits", ["for the next item", "for a place"])
+@pytest.mark.parametrize("ending", ["stopping early", "a 401", "closing", "a cancelled consumer"])
+@pytest.mark.parametrize("waits", ["for the next item", "for a slot"])
 async def test_an_async_generator_is_closed_and_may_clean_up(
     sim: Simulator, session: Session, held: int, ending: str, waits: str
 ) -> None:
-    """Its `finally` may await as much as it likes."""
+    """Its `finally` may await any number of times."""
     seen = []
 
     async def items() -> AsyncIterator[int]:
         try:
             yield done(sim)
             yield held
-            while waits == "for a place":
+            while waits == "for a slot":
                 yield held
             await asyncio.Event().wait()
         finally:
@@ -486,7 +486,7 @@ async def test_an_async_generator_is_closed_and_may_clean_up(
     async def consume() -> None:
         async with aclosing(session.as_completed(items(), max_in_flight=2)) as completed:
             async for _ in completed:
-                if ending == "leaving early":
+                if ending == "stopping early":
                     await sim.wait_for_requests(3)
                     break
                 if ending == "a 401":
@@ -505,10 +505,10 @@ async def test_an_async_generator_is_closed_and_may_clean_up(
         assert type(consuming.exception()) is expected
 
 
-async def test_leaving_early_leaves_nothing_behind(
+async def test_stopping_early_leaves_no_task(
     sim: Simulator, session: Session, held: int, our_tasks: Callable[[], list[str]]
 ) -> None:
-    """No watch, and no start that has not left."""
+    """No watch remains, and no start that was not sent."""
     async with aclosing(session.as_completed([done(sim), held, held + 0, run(-2)])) as outcomes:
         async for outcome in outcomes:
             assert outcome.index == 0
@@ -520,10 +520,10 @@ async def test_leaving_early_leaves_nothing_behind(
     assert sim.request_count <= count + 1
 
 
-async def test_leaving_early_calls_off_the_starts_that_wait(
+async def test_stopping_early_cancels_the_starts_that_wait(
     sim: Simulator, session: Session, recorder: Any
 ) -> None:
-    """Nothing was started, and nothing will be."""
+    """Nothing was started, and nothing more is sent."""
     sim.inject(Fault.status(429, times=None, retry_after=60))
     completed = session.as_completed(run(n) for n in range(0, 40, 2))
     first = asyncio.create_task(anext(completed))
@@ -536,10 +536,10 @@ async def test_leaving_early_calls_off_the_starts_that_wait(
     assert recorder.of(ExecutionStarted) == []
 
 
-async def test_leaving_early_reports_the_starts_on_the_wire(
+async def test_stopping_early_reports_the_starts_on_the_wire(
     sim: Simulator, session: Session, recorder: Any
 ) -> None:
-    """They are read to their ends."""
+    """Their answers are read to the end."""
     completed = session.as_completed([done(sim), run(-2), run(-4)])
     sim.inject(Fault.delay(0.0))
     sim.inject(Fault.delay(0.1, times=2))
@@ -553,10 +553,10 @@ async def test_leaving_early_reports_the_starts_on_the_wire(
     assert len(abandoned) == 2
 
 
-async def test_a_consumer_that_is_cancelled_leaves_nothing_behind(
+async def test_a_cancelled_consumer_leaves_no_task(
     sim: Simulator, session: Session, held: int, our_tasks: Callable[[], list[str]]
 ) -> None:
-    """`collect` passes the cancellation on."""
+    """`collect` raises the cancellation and stops its items."""
     collecting = asyncio.create_task(session.collect([held, run(-2)]))
     await sim.wait_for_requests(3)
     collecting.cancel()
@@ -565,10 +565,10 @@ async def test_a_consumer_that_is_cancelled_leaves_nothing_behind(
     assert our_tasks() == SUPERVISOR
 
 
-async def test_cancelled_after_any_number_of_turns_nothing_is_left(
+async def test_a_cancellation_after_any_number_of_steps_leaves_no_task(
     sim: Simulator, open_session: Callable[..., Session], our_tasks: Callable[[], list[str]]
 ) -> None:
-    """And every run that was started was reported."""
+    """Every run that was started is reported."""
     reported: set[int | None] = set()
 
     def observe(event: Any) -> None:
@@ -577,9 +577,9 @@ async def test_cancelled_after_any_number_of_turns_nothing_is_left(
 
     session = open_session(observers=[observe])
     await session.get_results(done(sim))
-    for turns in itertools.count():
+    for steps in itertools.count():
         collecting = asyncio.create_task(session.collect([run(0), done(sim), "bad"]))
-        for _ in range(turns):
+        for _ in range(steps):
             await asyncio.sleep(0)
         was_done = collecting.done()
         collecting.cancel()
@@ -587,7 +587,7 @@ async def test_cancelled_after_any_number_of_turns_nothing_is_left(
         assert was_done or collecting.cancelled()
         if was_done:
             break
-    assert turns > 10
+    assert steps > 10
     await session.aclose()
     assert our_tasks() == []
     assert reported == {run.execution_id for run in sim.runs}
@@ -596,7 +596,7 @@ async def test_cancelled_after_any_number_of_turns_nothing_is_left(
 async def test_a_generator_that_is_dropped_is_cleaned_up(
     sim: Simulator, session: Session, held: int, our_tasks: Callable[[], list[str]]
 ) -> None:
-    """After a bare `break`, when Python finalises it."""
+    """After a bare `break`, Python finalises the generator and no task remains."""
     completed = session.as_completed([done(sim), held])
     async for _ in completed:
         break
@@ -607,20 +607,18 @@ async def test_a_generator_that_is_dropped_is_cleaned_up(
     assert our_tasks() == SUPERVISOR
 
 
-async def test_a_generator_that_is_never_begun_does_nothing(
-    sim: Simulator, session: Session
-) -> None:
-    """It can be closed, or dropped."""
+async def test_a_generator_that_never_ran_does_nothing(sim: Simulator, session: Session) -> None:
+    """It can be closed without a request, and takes no item."""
     items = iter([done(sim)])
     await session.as_completed(items).aclose()
     assert sim.request_count == 0
     assert len(list(items)) == 1
 
 
-async def test_a_burst_of_trouble_loses_no_item(
+async def test_a_burst_of_failures_loses_no_item(
     sim: Simulator, open_session: Callable[..., Session]
 ) -> None:
-    """Each of 300 comes back exactly once, though the answers fail in every way."""
+    """Each of 300 items has one outcome, although the answers fail in every way."""
     session = open_session(
         poll=PollPolicy.fixed(0.001),
         request_timeout=0.3,
@@ -647,7 +645,7 @@ async def test_a_burst_of_trouble_loses_no_item(
 
 @asynccontextmanager
 async def crowd(sim: Simulator, session: Session, count: int) -> AsyncIterator[list[int]]:
-    """Follow so many executions that do not end, and return their ids."""
+    """Follow `count` executions that do not end, and yield their ids."""
     running = Scenario([SimNode("Out", 1, None, is_output_node=True)])
     ids = [sim.add_execution(running) for _ in range(count)]
     async with aclosing(session.as_completed(ids, max_in_flight=count)) as outcomes:
@@ -657,12 +655,12 @@ async def crowd(sim: Simulator, session: Session, count: int) -> AsyncIterator[l
         await asyncio.wait([first])
 
 
-async def test_followed_executions_share_the_pace_fairly(
+async def test_followed_executions_share_the_rate_fairly(
     sim: Simulator, open_session: Callable[..., Session]
 ) -> None:
-    """Between two polls of one, none of the others is polled more than twice; a new one is next.
+    """Between two polls of an execution, each other one is polled at most twice; a new one is next.
 
-    Counted in polls, as a share of the throttle is a number of polls, however fast the machine is.
+    The test counts polls, so it does not depend on the speed of the machine.
     """
     count = 150
     session = open_session(rate=1000.0, poll=PollPolicy.fixed(0.001))
@@ -675,15 +673,17 @@ async def test_followed_executions_share_the_pace_fairly(
     polled = [int(request.query["workflow_version_execution_id"]) for request in sim.requests]
     assert polled.index(new) - before <= count + 1
     for execution_id in ids:
-        places = [place for place, polled_id in enumerate(polled) if polled_id == execution_id]
-        assert max(later - earlier for earlier, later in itertools.pairwise(places)) <= 2 * count
-        assert places[0] <= 2 * count
+        positions = [
+            position for position, polled_id in enumerate(polled) if polled_id == execution_id
+        ]
+        assert max(later - earlier for earlier, later in itertools.pairwise(positions)) <= 2 * count
+        assert positions[0] <= 2 * count
 
 
-async def test_a_start_is_not_kept_behind_the_polls(
+async def test_a_start_does_not_wait_behind_the_polls(
     sim: Simulator, open_session: Callable[..., Session]
 ) -> None:
-    """Nor the first poll of what it started."""
+    """The first poll of the started run is not delayed, either."""
     count = 150
     session = open_session(rate=1000.0, poll=PollPolicy.fixed(0.001))
     async with crowd(sim, session, count):
@@ -695,10 +695,10 @@ async def test_a_start_is_not_kept_behind_the_polls(
 
 
 @pytest.mark.parametrize("how", ["cancelled", "broken off", "collect and 401"])
-async def test_no_id_of_a_started_run_is_lost_with_its_fan_out(
+async def test_no_id_of_a_started_run_is_lost_when_its_fan_out_ends(
     sim: Simulator, session: Session, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
-    """What nobody will get the outcome of is in the log: the run was paid for."""
+    """The log has the id of each run whose outcome nobody gets, because the run was paid for."""
     sim.add_workflow("slow", Scenario([SimNode("A", duration=None, is_output_node=True)]))
     requests: list[Any] = [StartRequest("slow") for _ in range(3)]
 
@@ -728,7 +728,7 @@ async def test_no_id_of_a_started_run_is_lost_with_its_fan_out(
 async def test_an_observer_that_raises_anything_is_logged_and_ignored(
     sim: Simulator, open_session: Callable[..., Session], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also what is no `Exception`, such as the cancellation of something that it awaited."""
+    """This includes a `BaseException`, for example a foreign cancellation."""
 
     def observe(event: Any) -> None:
         raise asyncio.CancelledError

@@ -1,6 +1,6 @@
-"""A response never belongs to another request, and one that has arrived is never thrown away.
+"""A response is never given to another request, and an arrived one is never discarded.
 
-The peer is a plain asyncio server that writes whatever a faulty proxy might.
+The peer is a plain asyncio server that writes what a faulty proxy might write.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RETRY = RetryPolicy(outage=5.0, watch_outage=5.0, base=0.001)
 
 
 def answer(status: int, value: Any, *headers: str) -> bytes:
-    """Return a whole HTTP response."""
+    """Return a complete HTTP response."""
     body = json.dumps(value).encode()
     lines = [f"HTTP/1.1 {status} Whatever", f"Content-Length: {len(body)}", *headers]
     return "\r\n".join([*lines, "", ""]).encode() + body
@@ -49,7 +49,7 @@ class Peer:
 
     Attributes:
         requests: the head of each request, with the number of its connection.
-        writers: one for each connection, in the order of their making.
+        writers: one for each connection, in the order in which they were opened.
         respond: writes the answer to one request.
     """
 
@@ -67,11 +67,11 @@ class Peer:
             writer.write(answer(200, nodes(execution_id(head))))
 
     def posts(self) -> int:
-        """Return how many starts came."""
+        """Return how many starts arrived."""
         return sum(head.startswith("POST") for _, head in self.requests)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Read requests, and answer each."""
+        """Read requests and answer each."""
         number = len(self.writers)
         self.writers.append(writer)
         try:
@@ -118,17 +118,17 @@ async def session_at(peer: Peer, **settings: Any) -> AsyncIterator[Session]:
 
 
 async def value_of(session: Session, number: int) -> Any:
-    """Return what the server says of one execution."""
+    """Return the server's value for one execution."""
     snapshot = await session.get_results(number, return_all_outputs=True)
     return snapshot.nodes["Node 1"].value
 
 
 @pytest.mark.parametrize("has_poll", [True, False], ids=["poll", "no poll, as on Windows"])
 @pytest.mark.parametrize("settled", [True, False], ids=["read by the loop", "still in the socket"])
-async def test_a_surplus_response_on_an_idle_connection_is_nobody_s(
+async def test_a_surplus_response_on_an_idle_connection_is_never_used(
     peer: Peer, monkeypatch: pytest.MonkeyPatch, *, settled: bool, has_poll: bool
 ) -> None:
-    """Every later call gets its own results, also if the surplus has not been read yet."""
+    """Every later call gets its own results, even if the surplus was not read yet."""
     if not has_poll:
         monkeypatch.delattr(select, "poll")
     async with session_at(peer) as session:
@@ -144,8 +144,8 @@ async def test_a_surplus_response_on_an_idle_connection_is_nobody_s(
     assert {connection for connection, _ in peer.requests} == {0, 1}
 
 
-async def test_many_poisoned_connections_are_all_given_up(peer: Peer) -> None:
-    """However many connections are idle, none hands out what nobody asked for."""
+async def test_many_connections_with_surplus_responses_are_all_closed(peer: Peer) -> None:
+    """However many connections are idle, none returns a response that no request asked for."""
     both = asyncio.Barrier(20)
 
     async def together(head: str, writer: asyncio.StreamWriter) -> None:
@@ -162,8 +162,8 @@ async def test_many_poisoned_connections_are_all_given_up(peer: Peer) -> None:
     assert got == [str(number) for number in range(1, 41)]
 
 
-async def test_a_server_that_speaks_before_it_is_asked_is_a_failed_connection(peer: Peer) -> None:
-    """Whatever it says cannot be the answer; a few connections are tried, then it is an error."""
+async def test_a_response_before_any_request_is_a_failed_connection(peer: Peer) -> None:
+    """Its bytes cannot be the answer; after a few connections it is an error."""
 
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(answer(200, nodes("a greeting")))
@@ -177,7 +177,9 @@ async def test_a_server_that_speaks_before_it_is_asked_is_a_failed_connection(pe
     async with server, session_at(peer, retry=RetryPolicy(outage=0.0)) as session:
 
         async def ask() -> None:
-            for number in range(1, 100):  # one that crosses the greeting cannot tell it apart
+            for number in range(
+                1, 100
+            ):  # a request sent at the same time cannot detect the greeting
                 await value_of(session, number)
 
         with pytest.raises(ConnectionFailed, match="nobody asked for"):
@@ -186,7 +188,7 @@ async def test_a_server_that_speaks_before_it_is_asked_is_a_failed_connection(pe
 
 
 async def test_a_borrowed_session_that_cannot_send_says_so(peer: Peer) -> None:
-    """Aiohttp refuses two ways to authorize; nothing is sent, and the error is of this library."""
+    """With two ways to authorize, aiohttp sends nothing, and the library's error is raised."""
     headers = {"Authorization": "Bearer x"}
     with pytest.warns(DeprecationWarning, match="deprecated and will be removed"):
         both = aiohttp.ClientSession(auth=aiohttp.BasicAuth("me", "x"), headers=headers)
@@ -203,7 +205,7 @@ async def test_a_borrowed_session_that_cannot_send_says_so(peer: Peer) -> None:
 async def test_a_connection_that_the_server_has_closed_is_not_used(
     peer: Peer, recorder: Any
 ) -> None:
-    """The request goes over another one at once: it does not count as a failure."""
+    """The request is sent over another one at once, and it does not count as a failure."""
     async with session_at(peer, observers=[recorder]) as session:
         assert await value_of(session, 1) == "1"
         peer.writers[0].write_eof()
@@ -215,7 +217,7 @@ async def test_a_connection_that_the_server_has_closed_is_not_used(
 async def test_no_stale_answer_is_taken_for_a_start_s_in_a_borrowed_session(
     peer: Peer, status: int
 ) -> None:
-    """Neither a refusal, which would be paid twice or lost, nor the id of another run."""
+    """Neither a stale refusal nor the id of another run is taken for the answer."""
     stale = answer(status, {"workflow_version_execution_id": 1, "message": "stale"})
     for number in range(1, 11):
         async with (
@@ -223,15 +225,15 @@ async def test_no_stale_answer_is_taken_for_a_start_s_in_a_borrowed_session(
             session_at(peer, http=http) as session,
         ):
             assert await value_of(session, number) == str(number)
-            # It crosses the next request: nothing on the connection shows it beforehand.
+            # Sent at the same time as the next request, so nothing shows it beforehand.
             asyncio.get_running_loop().call_soon(peer.writers[-1].write, stale)
             execution = await session.start("name")
             assert execution.id == 787
             assert peer.posts() == number
 
 
-async def test_a_borrowed_session_is_given_back_as_it_was(peer: Peer) -> None:
-    """It stays usable for its owner."""
+async def test_a_borrowed_session_is_returned_unchanged(peer: Peer) -> None:
+    """Its owner can still use it."""
     async with aiohttp.ClientSession() as http:
         async with session_at(peer, http=http) as session:
             await session.start("name")
@@ -242,7 +244,7 @@ async def test_a_borrowed_session_is_given_back_as_it_was(peer: Peer) -> None:
 async def test_what_is_not_http_is_quoted_nowhere(
     peer: Peer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Aiohttp's parser quotes all that it received, outputs and the key included."""
+    """The parser of aiohttp quotes all that it received, including outputs and the key."""
 
     async def respond(head: str, writer: asyncio.StreamWriter) -> None:
         writer.write(b"confidential: " + KEY.encode() + b" " + b"x" * 10_000 + b"\r\n\r\n")
@@ -260,10 +262,10 @@ async def test_what_is_not_http_is_quoted_nowhere(
 
 
 @pytest.mark.parametrize("ending", ["framing", "headers"])
-async def test_an_id_that_came_whole_is_not_lost_for_what_is_around_it(
+async def test_a_complete_id_is_read_from_an_otherwise_broken_response(
     peer: Peer, ending: str
 ) -> None:
-    """The last chunk is missing, or there are more headers than aiohttp allows by default."""
+    """The last chunk may be missing, or there may be more headers than aiohttp's default allows."""
 
     async def respond(head: str, writer: asyncio.StreamWriter) -> None:
         body = b'{"workflow_version_execution_id": 787}'
@@ -283,8 +285,8 @@ async def test_an_id_that_came_whole_is_not_lost_for_what_is_around_it(
 
 
 @pytest.mark.parametrize("how", ["reset after a part", "gzip that ends in the middle"])
-async def test_a_cut_number_is_not_taken_for_the_whole(peer: Peer, how: str) -> None:
-    """Of all JSON only a number does not show that its end is missing."""
+async def test_a_cut_number_is_not_taken_for_a_complete_one(peer: Peer, how: str) -> None:
+    """A number is the only JSON value that does not show that its end is missing."""
     complete = answer(200, 1234567890)
 
     async def respond(head: str, writer: asyncio.StreamWriter) -> None:
@@ -308,7 +310,7 @@ async def test_a_cut_number_is_not_taken_for_the_whole(peer: Peer, how: str) -> 
 
 
 async def test_a_middleware_that_sends_again_does_not_send_a_start_twice(peer: Peer) -> None:
-    """A borrowed session's own retries are for what may be repeated."""
+    """A borrowed session's own retries do not apply to starts."""
 
     async def retry(
         request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
@@ -330,7 +332,7 @@ async def test_a_middleware_that_sends_again_does_not_send_a_start_twice(peer: P
 
 
 async def test_a_middleware_must_not_replace_the_body_of_a_start(peer: Peer) -> None:
-    """Nobody would see when it is sent, so it could be sent twice."""
+    """The client would not see when it is sent, so it could be sent twice."""
 
     async def sign(
         request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
@@ -350,7 +352,7 @@ async def test_a_middleware_must_not_replace_the_body_of_a_start(peer: Peer) -> 
 
 
 async def test_a_start_is_not_sent_when_its_time_is_up(peer: Peer) -> None:
-    """The loop stood still before it was sent: there would be no time left for the answer."""
+    """The loop was blocked before it was sent, so no time is left for the answer."""
     stood_still = False
 
     async def block(
@@ -375,10 +377,10 @@ async def test_a_start_is_not_sent_when_its_time_is_up(peer: Peer) -> None:
     assert peer.posts() == 1
 
 
-async def test_a_server_that_keeps_connections_delays_no_borrowed_start(
+async def test_a_server_that_keeps_connections_does_not_delay_a_borrowed_start(
     peer: Peer, recorder: Any
 ) -> None:
-    """Though it does not heed `Connection: close`: each start has a new one all the same."""
+    """The server ignores `Connection: close`, but each start still has a new connection."""
     async with (
         aiohttp.ClientSession() as http,
         session_at(peer, http=http, observers=[recorder]) as session,
@@ -392,14 +394,14 @@ async def test_a_server_that_keeps_connections_delays_no_borrowed_start(
 
 
 @pytest.mark.parametrize("borrowed", [False, True])
-async def test_an_id_in_the_socket_is_read_though_the_loop_stood_still(
+async def test_an_id_in_the_socket_is_read_after_a_blocked_loop(
     peer: Peer, recorder: Any, *, borrowed: bool
 ) -> None:
-    """For longer than `request_timeout`, as in a debugger: the answer arrived in time."""
+    """The loop was blocked longer than `request_timeout`, but the answer arrived in time."""
 
     async def block(head: str, writer: asyncio.StreamWriter) -> None:
         await peer.echo(head, writer)
-        time.sleep(0.15)  # noqa: ASYNC251 - the loop stands still, and the answer is in the socket
+        time.sleep(0.15)  # noqa: ASYNC251 - the loop is blocked, and the answer is in the socket
 
     peer.respond = block
     async with aiohttp.ClientSession() as http:
@@ -416,7 +418,7 @@ async def test_an_id_in_the_socket_is_read_though_the_loop_stood_still(
 
 
 async def test_results_in_the_socket_come_before_a_late_deadline(peer: Peer) -> None:
-    """The loop stood still beyond the follower's deadline, and the execution is complete."""
+    """The loop was blocked beyond the follower's deadline, and the execution is complete."""
 
     async def block(head: str, writer: asyncio.StreamWriter) -> None:
         await peer.echo(head, writer)
@@ -428,8 +430,8 @@ async def test_results_in_the_socket_come_before_a_late_deadline(peer: Peer) -> 
         assert (await session.execution(5).snapshot()).complete
 
 
-async def test_silence_after_a_standstill_is_still_a_timeout(peer: Peer) -> None:
-    """One more read is granted, not one more `request_timeout`."""
+async def test_silence_after_a_blocked_loop_is_still_a_timeout(peer: Peer) -> None:
+    """The client reads once more, but does not wait another `request_timeout`."""
 
     async def silent(head: str, writer: asyncio.StreamWriter) -> None:
         time.sleep(0.15)  # noqa: ASYNC251 - as above

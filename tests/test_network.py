@@ -1,4 +1,4 @@
-"""A hostile network: a proxy that misbehaves on cue, and cancellation at every await."""
+"""A hostile network: a proxy that fails on demand, and cancellation at every await."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ from promptlayer_exec import (
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 NO_RETRY = RetryPolicy(outage=0.0, watch_outage=0.0)
-SHORT = 0.15  # a request timeout that is meant to pass
-LONG = 10.0  # and one that is not
-# Sleeps that end in the next turn of the loop, so that turns can be counted.
+SHORT = 0.15  # a request timeout that should expire
+LONG = 10.0  # a request timeout that should not expire
+# Sleeps that end in the next step of the loop, so that steps can be counted.
 AT_ONCE = RetryPolicy(base=0.0)
 NO_TIME = "0.000000001"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A server's answer, to be framed anew as a head and a body."""
+    """A server's answer, to be framed again as a head and a body."""
 
     lines: tuple[bytes, ...]
     body: bytes
@@ -65,7 +65,7 @@ class Answer:
         return b"\r\n".join([*self.lines, *framing, b"", b""])
 
     def sized(self) -> tuple[bytes, bytes]:
-        """Let the head tell the body's length."""
+        """State the body's length in the head."""
         return self.head(b"Content-Length: %d" % len(self.body)), self.body
 
     def chunked(self) -> tuple[bytes, bytes]:
@@ -75,12 +75,12 @@ class Answer:
         return self.head(b"Transfer-Encoding: chunked"), chunks + b"0\r\n\r\n"
 
     def unsized(self) -> tuple[bytes, bytes]:
-        """Let only the end of the connection end the body."""
+        """End the body by closing the connection."""
         return self.head(b"Connection: close"), self.body
 
 
 class Exchange:
-    """One request at the proxy, of which the first byte has arrived."""
+    """One request at the proxy, whose first byte has arrived."""
 
     def __init__(
         self,
@@ -88,21 +88,21 @@ class Exchange:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         first: bytes,
-        place: int,
+        number: int,
     ) -> None:
         self._proxy = proxy
         self._reader = reader
         self._writer = writer
         self._first = first
-        self._place = place
+        self._number = number
 
     async def fetch(self) -> Answer:
-        """Read the whole request, let it reach the server, and return what that says."""
+        """Read the whole request, forward it to the server, and return the answer."""
         head = self._first + await self._reader.readuntil(b"\r\n\r\n")
         headers = (line.partition(b":") for line in head.lower().split(b"\r\n"))
         length = next((value for name, _, value in headers if name == b"content-length"), b"0")
         body = await self._reader.readexactly(int(length))
-        self._proxy.requests.append((head.split()[0].decode(), self._place))
+        self._proxy.requests.append((head.split()[0].decode(), self._number))
         return await self._proxy.forward(head + body)
 
     async def send(self, data: bytes) -> None:
@@ -111,14 +111,14 @@ class Exchange:
         await self._writer.drain()
 
     async def silence(self, seconds: float | None = None) -> None:
-        """Say nothing for a time, or until the client has gone, which is an error."""
+        """Send nothing for some seconds; raise an error if the client disconnects."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._reader.read()
                 raise ConnectionResetError
 
     async def cut(self) -> None:
-        """End the connection as if all had been said."""
+        """Close the connection cleanly."""
         self._writer.close()
 
     async def reset(self) -> None:
@@ -133,7 +133,7 @@ def reset(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-Act: TypeAlias = Callable[[Exchange], Awaitable[None]]
+Action: TypeAlias = Callable[[Exchange], Awaitable[None]]
 
 
 async def behave(exchange: Exchange) -> None:
@@ -142,17 +142,17 @@ async def behave(exchange: Exchange) -> None:
 
 
 async def reset_at_accept(exchange: Exchange) -> None:
-    """Reset the connection before anything is read: what the proxy does instead of calling this."""
+    """Reset the connection before anything is read; the proxy does it without calling this."""
     raise AssertionError("this is for new connections")
 
 
 async def reset_on_arrival(exchange: Exchange) -> None:
-    """Reset the connection before the request is read to its end."""
+    """Reset the connection before the whole request is read."""
     await exchange.reset()
 
 
 async def close_when_answered(exchange: Exchange) -> None:
-    """Promise to keep the connection, and close it."""
+    """Promise to keep the connection open, and close it."""
     head, body = (await exchange.fetch()).sized()
     await exchange.send(head[:-2] + b"Keep-Alive: timeout=60\r\n\r\n" + body)
     await exchange.cut()
@@ -164,15 +164,15 @@ Cut: TypeAlias = Callable[[bytes, bytes], bytes]
 
 def stop(
     at: Cut, ending: Callable[[Exchange], Awaitable[None]], framing: Framing = Answer.sized
-) -> Act:
-    """Return the act of sending a part of the answer, and then no more."""
+) -> Action:
+    """Return an action that sends a part of the answer and then stops."""
 
-    async def act(exchange: Exchange) -> None:
+    async def action(exchange: Exchange) -> None:
         head, body = framing(await exchange.fetch())
         await exchange.send(at(head, body))
         await ending(exchange)
 
-    return act
+    return action
 
 
 def nothing(head: bytes, body: bytes) -> bytes:
@@ -195,33 +195,33 @@ def half_the_body(head: bytes, body: bytes) -> bytes:
     return head + body[: len(body) // 2]
 
 
-def trickle(pause: float, size: int = 1) -> Act:
-    """Return the act of sending the answer little by little."""
+def trickle(pause: float, size: int = 1) -> Action:
+    """Return an action that sends the answer in small pieces."""
 
-    async def act(exchange: Exchange) -> None:
+    async def action(exchange: Exchange) -> None:
         data = b"".join((await exchange.fetch()).sized())
         for start in range(0, len(data), size):
             await exchange.send(data[start : start + size])
             await exchange.silence(pause)
 
-    return act
+    return action
 
 
-def endless(start: bytes, more: bytes) -> Act:
-    """Return the act of sending a head that never ends."""
+def endless(start: bytes, more: bytes) -> Action:
+    """Return an action that sends a head without end."""
 
-    async def act(exchange: Exchange) -> None:
+    async def action(exchange: Exchange) -> None:
         await exchange.fetch()
         await exchange.send(b"HTTP/1.1 " + start)
         while True:
             await exchange.send(more)
             await exchange.silence(0)
 
-    return act
+    return action
 
 
 async def corrupt_text(exchange: Exchange) -> None:
-    """Answer with a byte in the body that is no UTF-8."""
+    """Answer with a body that is not valid UTF-8."""
     answer = await exchange.fetch()
     middle = len(answer.body) // 2
     body = answer.body[:middle] + b"\xff" + answer.body[middle + 1 :]
@@ -229,7 +229,7 @@ async def corrupt_text(exchange: Exchange) -> None:
 
 
 async def corrupt_gzip(exchange: Exchange) -> None:
-    """Answer with a compressed body of which a byte has flipped."""
+    """Answer with a compressed body that has one wrong byte."""
     answer = await exchange.fetch()
     packed = bytearray(gzip.compress(answer.body))
     packed[-8] ^= 0xFF  # in the checksum
@@ -238,19 +238,19 @@ async def corrupt_gzip(exchange: Exchange) -> None:
 
 
 async def corrupt_chunk(exchange: Exchange) -> None:
-    """Answer with a second chunk whose size is no number."""
+    """Answer with a second chunk whose size is not a number."""
     answer = await exchange.fetch()
     head, body = answer.chunked()
     await exchange.send(head + body[:7] + b"?" + body[8:])
 
 
 class Proxy:
-    """Forwards HTTP exchanges, and misbehaves as it is told: each act is for one request.
+    """Forwards HTTP exchanges, and applies each given action to one request.
 
     Attributes:
-        requests: the method of each request that was read whole, and its place in its connection.
+        requests: the method of each request that was read, and its number on its connection.
         connections: how many connections there were.
-        hates_reuse: whether every further request on a connection meets a reset.
+        resets_reused: whether every request after the first on a connection is reset.
     """
 
     def __init__(self, upstream: str) -> None:
@@ -258,8 +258,8 @@ class Proxy:
         self._upstream = url.host, url.port
         self.requests: list[tuple[str, int]] = []
         self.connections = 0
-        self.hates_reuse = False
-        self._acts: deque[Act] = deque()
+        self.resets_reused = False
+        self._actions: deque[Action] = deque()
         self._idle: set[asyncio.StreamWriter] = set()
         self._tasks: dict[asyncio.Task[Any], asyncio.StreamWriter] = {}
         self._socket = bound()
@@ -268,40 +268,40 @@ class Proxy:
 
     @property
     def base_url(self) -> str:
-        """The URL under which the server is to be found, if it is."""
+        """The URL of the proxy."""
         return f"http://127.0.0.1:{self._port}"
 
     def count(self, method: str) -> int:
-        """Return how many requests with a method were read whole."""
+        """Return how many requests with a method were read completely."""
         return [seen for seen, _ in self.requests].count(method)
 
-    def misbehave(self, *acts: Act) -> None:
-        """Do each of `acts` to one of the next requests."""
-        self._acts.extend(acts)
+    def misbehave(self, *actions: Action) -> None:
+        """Apply each of `actions` to one of the next requests."""
+        self._actions.extend(actions)
         if self._wants_a_new_connection():
             for writer in self._idle:
                 writer.close()
 
     def behave(self) -> None:
-        """Forget what was not done yet."""
-        self._acts.clear()
+        """Drop the actions that are still to come."""
+        self._actions.clear()
 
-    async def come_back(self) -> None:
+    async def accept_connections(self) -> None:
         """Accept connections."""
         self._server = await asyncio.start_server(self._serve, sock=self._socket)
 
-    async def go_away(self) -> None:
-        """Refuse connections, and end those that there are."""
+    async def refuse_connections(self) -> None:
+        """Refuse connections, and abort the open ones."""
         assert self._server is not None
         self._server.close()
-        # Bound at once, so that nobody else takes the port; who does not listen refuses.
+        # Bound at once, so that no other process takes the port; without `listen` it refuses.
         self._socket = bound(self._port)
         for writer in self._tasks.values():
             writer.transport.abort()
         await self._settle()
 
     async def __aenter__(self) -> Self:
-        await self.come_back()
+        await self.accept_connections()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -311,13 +311,13 @@ class Proxy:
         self._socket.close()
 
     async def _settle(self) -> None:
-        """Wait until no connection is left: whoever has left one open fails the test here."""
+        """Wait until every connection is closed; a connection that stays open fails the test."""
         async with asyncio.timeout(LONG):
             await asyncio.gather(*self._tasks)
         self._tasks.clear()
 
     async def forward(self, request: bytes) -> Answer:
-        """Send a request to the server, over a connection of its own."""
+        """Send a request to the server over a new connection."""
         reader, writer = await asyncio.open_connection(*self._upstream)
         try:
             writer.write(request)
@@ -337,33 +337,33 @@ class Proxy:
         try:
             await self._converse(reader, writer)
         except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # the client has gone
+            pass  # the client disconnected
         finally:
             writer.close()
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._wants_a_new_connection():
-            self._acts.popleft()
+            self._actions.popleft()
             reset(writer)
-        place = 0
+        number = 0
         while not writer.is_closing() and not self._wants_a_new_connection():
             self._idle.add(writer)
             first = await reader.read(1)
             self._idle.discard(writer)
             if not first:
                 break
-            place += 1
-            act = self._acts.popleft() if self._acts else behave
-            if self.hates_reuse and place > 1:
-                act = reset_on_arrival
-            await act(Exchange(self, reader, writer, first, place))
+            number += 1
+            action = self._actions.popleft() if self._actions else behave
+            if self.resets_reused and number > 1:
+                action = reset_on_arrival
+            await action(Exchange(self, reader, writer, first, number))
 
     def _wants_a_new_connection(self) -> bool:
-        return bool(self._acts) and self._acts[0] is reset_at_accept
+        return bool(self._actions) and self._actions[0] is reset_at_accept
 
 
 def bound(port: int = 0) -> socket.socket:
-    """Return a socket that has a port, and does not listen yet."""
+    """Return a socket that has a port but does not listen yet."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", port))
@@ -372,14 +372,14 @@ def bound(port: int = 0) -> socket.socket:
 
 @pytest.fixture
 async def proxy(sim: Simulator) -> AsyncIterator[Proxy]:
-    """Return a proxy before `sim`."""
+    """Return a proxy in front of `sim`."""
     async with Proxy(sim.base_url) as proxy:
         yield proxy
 
 
 @pytest.fixture
 def connect(proxy: Proxy, open_session: Callable[..., Session]) -> Callable[..., Session]:
-    """Return a maker of sessions that reach `sim` through `proxy`."""
+    """Return a function that makes sessions that reach `sim` through `proxy`."""
 
     def make(**overrides: Any) -> Session:
         return open_session(base_url=proxy.base_url, **overrides)
@@ -404,66 +404,66 @@ def values(snapshot: Snapshot) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Trouble:
-    """Something that happens to one request.
+class Failure:
+    """A failure of one request.
 
     Attributes:
-        act: what the proxy does.
-        error: what that is to a GET.
-        request_timeout: in seconds.
+        action: what the proxy does.
+        error: the error of a GET.
+        request_timeout: the session's setting, in seconds.
         reaches_server: whether the server gets the request.
     """
 
-    act: Act
+    action: Action
     error: type[RequestError]
     request_timeout: float = LONG
     reaches_server: bool = True
 
 
-TROUBLES = {
-    "reset at accept": Trouble(reset_at_accept, ConnectionFailed, reaches_server=False),
-    "reset on arrival": Trouble(reset_on_arrival, ConnectionFailed, reaches_server=False),
-    "reset before the head": Trouble(stop(nothing, Exchange.reset), ConnectionFailed),
-    "reset within the head": Trouble(stop(half_the_head, Exchange.reset), ConnectionFailed),
-    "reset after the head": Trouble(stop(the_head, Exchange.reset), InvalidResponse),
-    "reset within the body": Trouble(stop(half_the_body, Exchange.reset), InvalidResponse),
-    "cut before the head": Trouble(stop(nothing, Exchange.cut), ConnectionFailed),
-    "cut within the head": Trouble(stop(half_the_head, Exchange.cut), ConnectionFailed),
-    "cut after the head": Trouble(stop(the_head, Exchange.cut), InvalidResponse),
-    "cut within the body": Trouble(stop(half_the_body, Exchange.cut), InvalidResponse),
-    "cut within a chunk": Trouble(
+FAILURES = {
+    "reset at accept": Failure(reset_at_accept, ConnectionFailed, reaches_server=False),
+    "reset on arrival": Failure(reset_on_arrival, ConnectionFailed, reaches_server=False),
+    "reset before the head": Failure(stop(nothing, Exchange.reset), ConnectionFailed),
+    "reset within the head": Failure(stop(half_the_head, Exchange.reset), ConnectionFailed),
+    "reset after the head": Failure(stop(the_head, Exchange.reset), InvalidResponse),
+    "reset within the body": Failure(stop(half_the_body, Exchange.reset), InvalidResponse),
+    "cut before the head": Failure(stop(nothing, Exchange.cut), ConnectionFailed),
+    "cut within the head": Failure(stop(half_the_head, Exchange.cut), ConnectionFailed),
+    "cut after the head": Failure(stop(the_head, Exchange.cut), InvalidResponse),
+    "cut within the body": Failure(stop(half_the_body, Exchange.cut), InvalidResponse),
+    "cut within a chunk": Failure(
         stop(half_the_body, Exchange.cut, Answer.chunked), InvalidResponse
     ),
-    "cut without a length": Trouble(
+    "cut without a length": Failure(
         stop(half_the_body, Exchange.cut, Answer.unsized), InvalidResponse
     ),
-    "silence": Trouble(stop(nothing, Exchange.silence), RequestTimeout, SHORT),
-    "silence within the body": Trouble(
+    "silence": Failure(stop(nothing, Exchange.silence), RequestTimeout, SHORT),
+    "silence within the body": Failure(
         stop(half_the_body, Exchange.silence), RequestTimeout, SHORT
     ),
-    "a byte every 50 ms": Trouble(trickle(0.05), RequestTimeout, SHORT),
-    "a header without end": Trouble(
+    "a byte every 50 ms": Failure(trickle(0.05), RequestTimeout, SHORT),
+    "a header without end": Failure(
         endless(b"200 OK\r\nX-Filler: ", b"x" * 1000), ConnectionFailed
     ),
-    "headers without end": Trouble(
+    "headers without end": Failure(
         endless(b"200 OK\r\n", b"X-Filler: x\r\n" * 9), ConnectionFailed
     ),
-    "provisional answers without end": Trouble(
+    "provisional answers without end": Failure(
         endless(b"", b"100 Continue\r\n\r\nHTTP/1.1 "), RequestTimeout, SHORT
     ),
-    "corrupt UTF-8": Trouble(corrupt_text, InvalidResponse),
-    "corrupt gzip": Trouble(corrupt_gzip, InvalidResponse),
-    "corrupt chunk": Trouble(corrupt_chunk, ConnectionFailed),
+    "corrupt UTF-8": Failure(corrupt_text, InvalidResponse),
+    "corrupt gzip": Failure(corrupt_gzip, InvalidResponse),
+    "corrupt chunk": Failure(corrupt_chunk, ConnectionFailed),
 }
-in_each_trouble = pytest.mark.parametrize("trouble", TROUBLES.values(), ids=TROUBLES)
+in_each_failure = pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
 with_both_flags = pytest.mark.parametrize("everything", [False, True], ids=["main output", "all"])
-# Where no answer comes in time, it does not matter for what.
+# Without an answer in time, the kind of request makes no difference.
 in_each_trouble_of_a_call = pytest.mark.parametrize(
-    ("trouble", "everything"),
+    ("failure", "everything"),
     [
-        pytest.param(trouble, everything, id=f"{name}-{'all' if everything else 'main output'}")
-        for name, trouble in TROUBLES.items()
-        for everything in ([False] if trouble.request_timeout == SHORT else [False, True])
+        pytest.param(failure, everything, id=f"{name}-{'all' if everything else 'main output'}")
+        for name, failure in FAILURES.items()
+        for everything in ([False] if failure.request_timeout == SHORT else [False, True])
     ],
 )
 
@@ -475,12 +475,12 @@ async def test_a_single_call_survives_it(
     done: int,
     recorder: Any,
     *,
-    trouble: Trouble,
+    failure: Failure,
     everything: bool,
 ) -> None:
-    """One further attempt gets the right result, and is reported with what went wrong."""
-    session = connect(request_timeout=trouble.request_timeout)
-    proxy.misbehave(trouble.act)
+    """A second attempt gets the right result, and the retry is reported with the error."""
+    session = connect(request_timeout=failure.request_timeout)
+    proxy.misbehave(failure.action)
     result = await session.get_results(done, return_all_outputs=everything)
     assert result.complete
     if isinstance(result, MainOutput):
@@ -488,10 +488,10 @@ async def test_a_single_call_survives_it(
     else:
         assert values(result) == NODES
     (retried,) = recorder.of(RequestRetried)
-    assert type(retried.error) is trouble.error
+    assert type(retried.error) is failure.error
     assert (retried.execution_id, retried.error.execution_id) == (done, done)
     assert retried.error.attempts == 1
-    assert proxy.count("GET") == 1 + trouble.reaches_server
+    assert proxy.count("GET") == 1 + failure.reaches_server
 
 
 @in_each_trouble_of_a_call
@@ -501,24 +501,24 @@ async def test_a_single_call_without_retries_fails_with_it(
     done: int,
     recorder: Any,
     *,
-    trouble: Trouble,
+    failure: Failure,
     everything: bool,
 ) -> None:
-    """After one attempt, with the right error, the execution's id and the cause."""
-    session = connect(request_timeout=trouble.request_timeout, retry=NO_RETRY)
-    proxy.misbehave(trouble.act)
+    """After one attempt, it raises the right error with the execution's id and the cause."""
+    session = connect(request_timeout=failure.request_timeout, retry=NO_RETRY)
+    proxy.misbehave(failure.action)
     with pytest.raises(RequestError) as caught:
         await session.get_results(done, return_all_outputs=everything)
     error = caught.value
-    assert type(error) is trouble.error
+    assert type(error) is failure.error
     assert (error.execution_id, error.attempts, error.last_snapshot) == (done, 1, None)
     assert error.__cause__ is not None
     assert recorder.of(RequestRetried) == []
     assert proxy.connections == 1
-    assert proxy.count("GET") == trouble.reaches_server
+    assert proxy.count("GET") == failure.reaches_server
 
 
-@in_each_trouble
+@in_each_failure
 async def test_a_watch_survives_it(
     connect: Callable[..., Session],
     proxy: Proxy,
@@ -526,62 +526,62 @@ async def test_a_watch_survives_it(
     held: int,
     recorder: Any,
     *,
-    trouble: Trouble,
+    failure: Failure,
 ) -> None:
-    """Every follower gets the complete snapshot in the end, and no poll twice."""
-    execution = connect(request_timeout=trouble.request_timeout).execution(held)
+    """Every follower gets the complete snapshot at the end, and no poll twice."""
+    execution = connect(request_timeout=failure.request_timeout).execution(held)
     waiting = asyncio.create_task(execution.wait())
     polls = []
     async with aclosing(execution.stream()) as snapshots:
         async for snapshot in snapshots:
             polls.append(snapshot.poll)
             if snapshot.poll == 1:
-                proxy.misbehave(trouble.act)
+                proxy.misbehave(failure.action)
             elif snapshot.poll == 2:
                 sim.finish(held, "Answer")
     assert polls == [1, 2, 3]
     assert (values(snapshot), await waiting) == (NODES, snapshot)
     (retried,) = recorder.of(RequestRetried)
-    assert type(retried.error) is trouble.error
-    assert proxy.count("GET") == 3 + trouble.reaches_server
+    assert type(retried.error) is failure.error
+    assert proxy.count("GET") == 3 + failure.reaches_server
 
 
-@in_each_trouble
+@in_each_failure
 async def test_a_watch_without_retries_ends_with_it(
     connect: Callable[..., Session],
     proxy: Proxy,
     held: int,
     recorder: Any,
     *,
-    trouble: Trouble,
+    failure: Failure,
 ) -> None:
-    """Every follower gets the right error, with the id, the cause and the last snapshot."""
-    session = connect(request_timeout=trouble.request_timeout, retry=NO_RETRY)
+    """Every follower gets the right error with the id, the cause and the last snapshot."""
+    session = connect(request_timeout=failure.request_timeout, retry=NO_RETRY)
     seen: list[Snapshot] = []
 
     async def stream() -> None:
         async with aclosing(session.execution(held).stream()) as snapshots:
             async for snapshot in snapshots:
                 seen.append(snapshot)
-                proxy.misbehave(trouble.act)
+                proxy.misbehave(failure.action)
 
     followers = stream(), session.execution(held).wait()
     errors: list[Any] = await asyncio.gather(*followers, return_exceptions=True)
     for error in errors:
-        assert type(error) is trouble.error
+        assert type(error) is failure.error
         assert (error.execution_id, error.attempts) == (held, 1)
         assert error.__cause__ is not None
         assert [error.last_snapshot] == seen
     assert errors[0] is not errors[1]
     (ended,) = recorder.of(WatchEnded)
-    assert (ended.polls, type(ended.error)) == (1, trouble.error)
+    assert (ended.polls, type(ended.error)) == (1, failure.error)
     assert recorder.of(RequestRetried) == []
 
 
 async def test_a_watch_that_never_had_an_answer_has_no_snapshot(
     connect: Callable[..., Session], proxy: Proxy, held: int, recorder: Any
 ) -> None:
-    """Its error has the id all the same."""
+    """Its error still has the id."""
     proxy.misbehave(reset_at_accept)
     with pytest.raises(ConnectionFailed) as caught:
         await connect(retry=NO_RETRY).execution(held).wait()
@@ -590,28 +590,28 @@ async def test_a_watch_that_never_had_an_answer_has_no_snapshot(
     assert (ended.polls, ended.error.execution_id) == (0, held)
 
 
-async def test_a_watch_survives_one_trouble_after_the_other(
+async def test_a_watch_survives_one_failure_after_another(
     connect: Callable[..., Session], proxy: Proxy, sim: Simulator, held: int, recorder: Any
 ) -> None:
-    """All that do not take their time, within one poll: the final snapshot is whole."""
-    troubles = [trouble for trouble in TROUBLES.values() if trouble.request_timeout == LONG]
+    """Every failure but the timeouts hits the same poll, and the final snapshot is complete."""
+    failures = [failure for failure in FAILURES.values() if failure.request_timeout == LONG]
     retry = RetryPolicy(watch_outage=LONG, base=0.001, ceiling=0.002)
-    proxy.misbehave(behave, *(trouble.act for trouble in troubles))
+    proxy.misbehave(behave, *(failure.action for failure in failures))
     waiting = asyncio.create_task(connect(retry=retry).execution(held).wait())
-    while len(recorder.of(RequestRetried)) < len(troubles):
+    while len(recorder.of(RequestRetried)) < len(failures):
         await recorder.next(RequestRetried)
     sim.finish(held, "Answer")
     assert values(await waiting) == NODES
     errors = [event.error for event in recorder.of(RequestRetried)]
-    assert [type(error) for error in errors] == [trouble.error for trouble in troubles]
-    assert [error.attempts for error in errors] == [*range(1, len(troubles) + 1)]
+    assert [type(error) for error in errors] == [failure.error for failure in failures]
+    assert [error.attempts for error in errors] == [*range(1, len(failures) + 1)]
 
 
 @with_both_flags
-async def test_bytes_that_trickle_in_in_time_are_an_answer(
+async def test_an_answer_that_trickles_in_is_read(
     connect: Callable[..., Session], proxy: Proxy, done: int, recorder: Any, *, everything: bool
 ) -> None:
-    """Slow is not wrong."""
+    """A slow answer is a good answer."""
     proxy.misbehave(trickle(0.0))
     assert (await connect().get_results(done, return_all_outputs=everything)).complete
     assert recorder.of(RequestRetried) == []
@@ -620,45 +620,45 @@ async def test_bytes_that_trickle_in_in_time_are_an_answer(
 LARGE = "x" * 2_000_000
 
 
-def half_and_then(on: Callable[[Exchange, bytes], Awaitable[None]]) -> tuple[Act, asyncio.Event]:
-    """Return the act of sending half a large body, and what tells that it was sent."""
+def half_and_then(on: Callable[[Exchange, bytes], Awaitable[None]]) -> tuple[Action, asyncio.Event]:
+    """Return an action that sends half a large body, and an event set once it was sent."""
     sent = asyncio.Event()
 
-    async def act(exchange: Exchange) -> None:
+    async def action(exchange: Exchange) -> None:
         head, body = (await exchange.fetch()).sized()
         middle = len(body) // 2
         await exchange.send(head + body[:middle])
         sent.set()
         await on(exchange, body[middle:])
 
-    return act, sent
+    return action, sent
 
 
-async def stand_still(exchange: Exchange, rest: bytes) -> None:
-    """Say no more."""
+async def stall(exchange: Exchange, rest: bytes) -> None:
+    """Send nothing more."""
     await exchange.silence()
 
 
 async def drip(exchange: Exchange, rest: bytes) -> None:
-    """Send byte after byte, without a pause."""
+    """Send the rest byte by byte, without a pause."""
     for byte in rest:
         await exchange.send(bytes([byte]))
         await asyncio.sleep(0)
 
 
-@pytest.mark.parametrize("on", [stand_still, drip])
-async def test_a_large_body_that_is_slow_keeps_no_other_waiting(
+@pytest.mark.parametrize("on", [stall, drip])
+async def test_a_large_slow_body_does_not_delay_others(
     sim: Simulator,
     proxy: Proxy,
     connect: Callable[..., Session],
     on: Callable[[Exchange, bytes], Awaitable[None]],
 ) -> None:
-    """They are read one after the other, but only for as long as they flow."""
+    """A body that stalls or drips does not delay the others."""
     large = sim.add_execution(Scenario([SimNode("Answer", LARGE, is_output_node=True)]))
-    acts, halves = zip(*(half_and_then(on) for _ in range(20)), strict=True)
-    proxy.misbehave(*acts)
+    actions, halves = zip(*(half_and_then(on) for _ in range(20)), strict=True)
+    proxy.misbehave(*actions)
     async with connect(request_timeout=LONG) as session, asyncio.timeout(LONG / 2):
-        slow = [asyncio.create_task(session.get_results(large)) for _ in acts]
+        slow = [asyncio.create_task(session.get_results(large)) for _ in actions]
         for half in halves:
             await half.wait()
         others = [session.get_results(large) for _ in range(3)]
@@ -671,7 +671,7 @@ async def test_a_large_body_that_is_slow_keeps_no_other_waiting(
 
 
 @pytest.mark.parametrize("retry", [NO_RETRY, RetryPolicy()], ids=["no retries", "retries"])
-async def test_a_connection_that_is_closed_between_polls_costs_nothing(
+async def test_a_connection_that_is_closed_between_polls_costs_no_retry(
     connect: Callable[..., Session],
     proxy: Proxy,
     sim: Simulator,
@@ -680,7 +680,7 @@ async def test_a_connection_that_is_closed_between_polls_costs_nothing(
     *,
     retry: RetryPolicy,
 ) -> None:
-    """Though it was promised to be kept: the next poll opens another."""
+    """The next poll opens another connection, although the server promised to keep the first."""
     proxy.misbehave(*[close_when_answered] * 4)
     async with aclosing(connect(retry=retry).execution(held).stream()) as snapshots:
         async for snapshot in snapshots:
@@ -691,11 +691,11 @@ async def test_a_connection_that_is_closed_between_polls_costs_nothing(
     assert recorder.of(RequestRetried) == []
 
 
-async def test_a_connection_that_dies_under_the_next_poll_costs_one_attempt(
+async def test_a_connection_that_is_reset_by_the_next_poll_costs_one_attempt(
     connect: Callable[..., Session], proxy: Proxy, sim: Simulator, held: int, recorder: Any
 ) -> None:
-    """The one that found out; the next goes over a new connection."""
-    proxy.hates_reuse = True
+    """The attempt on the dead connection fails; the next one uses a new connection."""
+    proxy.resets_reused = True
     async with aclosing(connect().execution(held).stream()) as snapshots:
         async for snapshot in snapshots:
             if snapshot.poll == 3:
@@ -705,20 +705,20 @@ async def test_a_connection_that_dies_under_the_next_poll_costs_one_attempt(
     assert proxy.requests == [("GET", 1)] * 4
 
 
-async def test_a_server_that_comes_back_is_followed_on(
+async def test_a_watch_continues_when_the_server_is_back(
     connect: Callable[..., Session], proxy: Proxy, sim: Simulator, held: int, recorder: Any
 ) -> None:
-    """What happened while it was away is in the final node map, exactly."""
+    """The final node map has exactly what happened while the server was down."""
     session = connect()
     waiting = asyncio.create_task(session.execution(held).wait())
     async with aclosing(session.execution(held).stream()) as snapshots:
         first = await anext(snapshots)
-        await proxy.go_away()
+        await proxy.refuse_connections()
         for _ in range(3):
             refused = await recorder.next(RequestRetried)
             assert type(refused.error) is ConnectionFailed
         sim.finish(held, "Answer", value={"deep": [1.5, None]})
-        await proxy.come_back()
+        await proxy.accept_connections()
         second = await anext(snapshots)
         assert [snapshot async for snapshot in snapshots] == []
     assert await waiting is second
@@ -732,30 +732,30 @@ async def test_a_server_that_comes_back_is_followed_on(
 async def test_each_outage_is_counted_by_itself(
     connect: Callable[..., Session], proxy: Proxy, sim: Simulator, held: int, recorder: Any
 ) -> None:
-    """A server that goes away again and again, and answers in between, is followed on."""
+    """A watch survives a server that goes down repeatedly and answers in between."""
     async with aclosing(connect().execution(held).stream()) as snapshots:
         async for snapshot in snapshots:
             if snapshot.poll == 4:
                 sim.finish(held, "Answer")
             elif not snapshot.complete:
-                await proxy.go_away()
+                await proxy.refuse_connections()
                 await recorder.next(RequestRetried)
                 await recorder.next(RequestRetried)
-                await proxy.come_back()
+                await proxy.accept_connections()
     assert values(snapshot) == NODES
     attempts = [event.error.attempts for event in recorder.of(RequestRetried)]
     assert attempts.count(1) == 3
 
 
-async def test_a_server_that_stays_away_ends_a_watch(
+async def test_a_server_that_stays_down_ends_a_watch(
     connect: Callable[..., Session], proxy: Proxy, held: int
 ) -> None:
-    """After the policy's outage, with the last snapshot, for every follower."""
+    """After the policy's `watch_outage`, every follower gets the error with the last snapshot."""
     session = connect(retry=RetryPolicy(outage=0.0, watch_outage=0.05, base=0.001))
     waiting = asyncio.create_task(session.execution(held).wait())
     async with aclosing(session.execution(held).stream()) as snapshots:
         first = await anext(snapshots)
-        await proxy.go_away()
+        await proxy.refuse_connections()
         with pytest.raises(ConnectionFailed) as caught:
             await anext(snapshots)
     with pytest.raises(ConnectionFailed) as waited:
@@ -766,29 +766,29 @@ async def test_a_server_that_stays_away_ends_a_watch(
         assert "refused" in error.reason.lower()
 
 
-async def test_a_server_that_stays_away_does_not_move_a_deadline(
+async def test_a_server_that_stays_down_does_not_move_a_deadline(
     connect: Callable[..., Session], proxy: Proxy, held: int
 ) -> None:
-    """It is `ExecutionTimeout`, with the last snapshot and the refusal as the cause."""
+    """`ExecutionTimeout` has the last snapshot, and the refused connection as its cause."""
     session = connect(retry=RetryPolicy(watch_outage=None, base=0.001, ceiling=0.01))
     async with aclosing(session.execution(held).stream(timeout=0.2)) as snapshots:
         first = await anext(snapshots)
-        await proxy.go_away()
+        await proxy.refuse_connections()
         with pytest.raises(ExecutionTimeout) as caught:
             await anext(snapshots)
     assert (caught.value.execution_id, caught.value.last_snapshot) == (held, first)
     assert type(caught.value.__cause__) is ConnectionFailed
 
 
-async def test_a_server_that_is_not_there_yet_is_found(
+async def test_a_single_call_waits_for_a_server_that_is_not_up_yet(
     connect: Callable[..., Session], proxy: Proxy, done: int, recorder: Any
 ) -> None:
-    """By a single call within its outage."""
-    await proxy.go_away()
+    """A single call retries within its `outage` until the server answers."""
+    await proxy.refuse_connections()
     call = asyncio.create_task(connect().get_results(done))
     await recorder.next(RequestRetried)
     await recorder.next(RequestRetried)
-    await proxy.come_back()
+    await proxy.accept_connections()
     assert (await call).value == "42"
     assert proxy.requests == [("GET", 1)]
 
@@ -801,7 +801,7 @@ def flow(sim: Simulator) -> str:
 
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return what the library warned of in its log."""
+    """Return the warnings in the library's log."""
     records = [record for record in caplog.records if record.name == "promptlayer_exec"]
     assert {record.levelname for record in records} <= {"WARNING"}
     return [
@@ -816,7 +816,7 @@ def started(sim: Simulator) -> list[int]:
     return [run.execution_id for run in sim.runs]
 
 
-@in_each_trouble
+@in_each_failure
 async def test_a_start_whose_answer_is_lost_is_unknown(
     connect: Callable[..., Session],
     proxy: Proxy,
@@ -824,31 +824,31 @@ async def test_a_start_whose_answer_is_lost_is_unknown(
     flow: str,
     recorder: Any,
     *,
-    trouble: Trouble,
+    failure: Failure,
 ) -> None:
-    """One request was sent, whatever the policy allows; the error tells the workflow and why."""
-    session = connect(request_timeout=trouble.request_timeout)
-    proxy.misbehave(trouble.act)
+    """One request is sent, whatever the policy allows; the error has the workflow and the cause."""
+    session = connect(request_timeout=failure.request_timeout)
+    proxy.misbehave(failure.action)
     with pytest.raises(StartUnknown) as caught:
         await session.start(flow, {"question": "?"})
     error = caught.value
     assert (error.workflow, error.execution_id, error.last_snapshot) == (flow, None, None)
     assert error.reason
-    assert type(error.__cause__) is trouble.error
+    assert type(error.__cause__) is failure.error
     assert error.__cause__.__cause__ is not None
     assert recorder.of(RequestRetried) == recorder.of(ExecutionStarted) == []
     assert proxy.connections == 1
-    assert proxy.count("POST") == len(started(sim)) == trouble.reaches_server
+    assert proxy.count("POST") == len(started(sim)) == failure.reaches_server
 
 
-def status(line: bytes, body: bytes = b"{}") -> Act:
-    """Return the act of answering with a status, though the server had another."""
+def status(line: bytes, body: bytes = b"{}") -> Action:
+    """Return an action that replaces the status of the server's answer."""
 
-    async def act(exchange: Exchange) -> None:
+    async def action(exchange: Exchange) -> None:
         await exchange.fetch()
         await exchange.send(b"".join(Answer((b"HTTP/1.1 " + line,), body).sized()))
 
-    return act
+    return action
 
 
 @pytest.mark.parametrize(
@@ -857,7 +857,7 @@ def status(line: bytes, body: bytes = b"{}") -> Act:
 async def test_a_start_that_a_gateway_gave_up_on_is_unknown(
     connect: Callable[..., Session], proxy: Proxy, sim: Simulator, flow: str, line: bytes
 ) -> None:
-    """The run has started behind it, and is not started again."""
+    """The server has started the run, and it is not started again."""
     proxy.misbehave(status(line, b"<html>"))
     with pytest.raises(StartUnknown, match=line.decode()[:3]) as caught:
         await connect().start(flow)
@@ -865,10 +865,10 @@ async def test_a_start_that_a_gateway_gave_up_on_is_unknown(
     assert proxy.count("POST") == len(started(sim)) == 1
 
 
-async def test_a_page_in_place_of_the_answer_makes_a_start_unknown(
+async def test_a_start_answered_with_a_web_page_is_unknown(
     connect: Callable[..., Session], proxy: Proxy, flow: str
 ) -> None:
-    """Such as a captive portal's: a 200, and no id."""
+    """A captive portal, for example, answers with a 200 that has no id."""
     proxy.misbehave(status(b"200 OK", b"<html>Please log in</html>"))
     with pytest.raises(StartUnknown) as caught:
         await connect().start(flow)
@@ -892,7 +892,7 @@ async def test_a_page_in_place_of_the_answer_makes_a_start_unknown(
 async def test_a_start_that_was_refused_is_not_sent_again(
     connect: Callable[..., Session], proxy: Proxy, flow: str, line: bytes, error: type[StatusError]
 ) -> None:
-    """It is the status's own error, not an unknown start."""
+    """It raises the status's own error, not `StartUnknown`."""
     proxy.misbehave(status(line))
     with pytest.raises(error) as caught:
         await connect().start(flow)
@@ -903,7 +903,7 @@ async def test_a_start_that_was_refused_is_not_sent_again(
 async def test_a_start_is_sent_again_after_a_429(
     connect: Callable[..., Session], proxy: Proxy, sim: Simulator, flow: str, recorder: Any
 ) -> None:
-    """Over a new connection each time; one run is started."""
+    """Each attempt uses a new connection, and one run is started."""
     sim.inject(Fault.status(429, times=2, retry_after=0.01))
     execution = await connect().start(flow)
     assert started(sim) == [execution.id]
@@ -914,7 +914,7 @@ async def test_a_start_is_sent_again_after_a_429(
 async def test_a_start_that_is_lost_after_a_429_is_unknown(
     connect: Callable[..., Session], proxy: Proxy, sim: Simulator, flow: str
 ) -> None:
-    """That the first request was refused says nothing about the second."""
+    """The refusal of the first request says nothing about the second."""
     sim.inject(Fault.status(429, retry_after=0.01))
     proxy.misbehave(behave, stop(nothing, Exchange.reset))
     with pytest.raises(StartUnknown):
@@ -923,17 +923,17 @@ async def test_a_start_that_is_lost_after_a_429_is_unknown(
     assert len(started(sim)) == 1
 
 
-async def test_a_start_waits_for_a_server_that_is_not_there_yet(
+async def test_a_start_waits_for_a_server_that_is_not_up_yet(
     connect: Callable[..., Session], proxy: Proxy, sim: Simulator, flow: str, recorder: Any
 ) -> None:
-    """What was refused before anything was sent is tried again, and sent once."""
-    await proxy.go_away()
+    """A refused connection is retried, and the request is sent once."""
+    await proxy.refuse_connections()
     starting = asyncio.create_task(connect().start(flow))
     for _ in range(3):
         refused = await recorder.next(RequestRetried)
         assert type(refused.error) is ConnectionFailed
         assert refused.execution_id is None
-    await proxy.come_back()
+    await proxy.accept_connections()
     execution = await starting
     assert started(sim) == [execution.id]
     assert proxy.requests == [("POST", 1)]
@@ -945,8 +945,8 @@ async def test_a_start_waits_for_a_server_that_is_not_there_yet(
 async def test_a_start_that_never_reaches_a_server_is_connection_failed(
     proxy: Proxy, flow: str, base_url: str | None
 ) -> None:
-    """Nothing is unknown then: after the outage, nothing was started."""
-    await proxy.go_away()
+    """Once `outage` has passed, it is certain that nothing was started."""
+    await proxy.refuse_connections()
     retry = RetryPolicy(outage=0.02, base=0.001)
     async with Session("key", base_url=base_url or proxy.base_url, retry=retry) as session:
         with pytest.raises(ConnectionFailed) as caught:
@@ -956,8 +956,8 @@ async def test_a_start_that_never_reaches_a_server_is_connection_failed(
 
 
 @pytest.mark.parametrize("refused_by", ["the server", "the network"])
-@pytest.mark.parametrize("leave", [asyncio.Task.cancel, None], ids=["cancelled", "closed"])
-async def test_a_start_that_is_given_up_between_attempts_is_called_off(
+@pytest.mark.parametrize("interrupt", [asyncio.Task.cancel, None], ids=["cancelled", "closed"])
+async def test_a_start_that_is_abandoned_between_attempts_is_not_sent(
     connect: Callable[..., Session],
     proxy: Proxy,
     sim: Simulator,
@@ -966,36 +966,36 @@ async def test_a_start_that_is_given_up_between_attempts_is_called_off(
     *,
     caplog: pytest.LogCaptureFixture,
     refused_by: str,
-    leave: Callable[[Any], bool] | None,
+    interrupt: Callable[[Any], bool] | None,
 ) -> None:
-    """It has provably started nothing, so nothing is sent any more, and nothing is warned of."""
+    """It cannot have started anything, so nothing more is sent and nothing is logged."""
     session = connect(retry=RetryPolicy(base=3600.0, ceiling=7200.0, outage=1e6))
     if refused_by == "the server":
         sim.inject(Fault.status(429, retry_after=3600))
     else:
-        await proxy.go_away()
+        await proxy.refuse_connections()
     starting = asyncio.create_task(session.start(flow))
     await recorder.next(RequestRetried)
-    if leave is not None:
-        leave(starting)
+    if interrupt is not None:
+        interrupt(starting)
     await session.aclose()
     (outcome,) = await asyncio.gather(starting, return_exceptions=True)
-    assert type(outcome) is (SessionClosed if leave is None else asyncio.CancelledError)
+    assert type(outcome) is (SessionClosed if interrupt is None else asyncio.CancelledError)
     assert getattr(outcome, "execution_id", None) is None
     assert started(sim) == []
     assert warnings_in(caplog) == []
 
 
-async def test_a_start_that_was_refused_may_still_find_the_server_gone(
+async def test_a_start_is_retried_when_the_server_goes_down_after_a_429(
     connect: Callable[..., Session], proxy: Proxy, sim: Simulator, flow: str, recorder: Any
 ) -> None:
-    """Neither a 429 nor a refused connection makes it unknown: it goes on until it is started."""
+    """Neither a 429 nor a refused connection makes it unknown: it is retried until it starts."""
     sim.inject(Fault.status(429, retry_after=0.01))
     starting = asyncio.create_task(connect().start(flow))
     await recorder.next(RequestRetried)
-    await proxy.go_away()
+    await proxy.refuse_connections()
     await recorder.next(RequestRetried)
-    await proxy.come_back()
+    await proxy.accept_connections()
     execution = await starting
     assert started(sim) == [execution.id]
     assert [type(e.error) for e in recorder.of(RequestRetried)][:2] == [
@@ -1004,11 +1004,11 @@ async def test_a_start_that_was_refused_may_still_find_the_server_gone(
     ]
 
 
-async def test_a_start_that_cannot_leave_in_time_has_not_left(
+async def test_a_start_that_cannot_be_sent_in_time_is_a_timeout(
     connect: Callable[..., Session], proxy: Proxy, flow: str
 ) -> None:
-    """At the session's `wait_timeout`, with the refusal as the cause."""
-    await proxy.go_away()
+    """It ends at the session's `wait_timeout`, and the refused connection is the cause."""
+    await proxy.refuse_connections()
     session = connect(wait_timeout=0.05, retry=RetryPolicy(base=0.001, ceiling=0.01))
     with pytest.raises(ExecutionTimeout) as caught:
         await session.start(flow)
@@ -1016,10 +1016,10 @@ async def test_a_start_that_cannot_leave_in_time_has_not_left(
     assert proxy.connections == 0
 
 
-async def test_a_deadline_does_not_lose_a_start_that_has_left(
+async def test_a_deadline_does_not_lose_a_start_that_was_sent(
     connect: Callable[..., Session], proxy: Proxy, sim: Simulator, flow: str
 ) -> None:
-    """The answer is waited for as long as `request_timeout`, whatever `wait_timeout` is."""
+    """The client waits `request_timeout` for the answer, whatever `wait_timeout` is."""
 
     async def answer_late(exchange: Exchange) -> None:
         answer = await exchange.fetch()
@@ -1031,10 +1031,10 @@ async def test_a_deadline_does_not_lose_a_start_that_has_left(
     assert started(sim) == [execution.id]
 
 
-async def test_a_start_whose_answer_trickles_in_in_time_is_started(
+async def test_a_start_whose_answer_trickles_in_is_started(
     connect: Callable[..., Session], proxy: Proxy, sim: Simulator, flow: str
 ) -> None:
-    """Slow is not lost."""
+    """A slow answer is not a lost answer."""
     proxy.misbehave(trickle(0.0))
     execution = await connect().start(flow)
     assert started(sim) == [execution.id]
@@ -1044,22 +1044,22 @@ async def test_a_start_whose_answer_trickles_in_in_time_is_started(
 async def test_a_start_does_not_use_a_connection_that_may_be_dying(
     connect: Callable[..., Session], proxy: Proxy, sim: Simulator, flow: str, recorder: Any
 ) -> None:
-    """Each has a new one, though those of polls and starts before it were promised to be kept."""
+    """Each start opens a connection, although earlier ones were promised to be kept open."""
     session = connect()
     executions = []
     for _ in range(3):
         executions.append(await session.start(flow))
         await executions[-1].wait()
-        proxy.hates_reuse = True
+        proxy.resets_reused = True
         executions.append(await session.start(flow))
-        proxy.hates_reuse = False
+        proxy.resets_reused = False
     assert started(sim) == [execution.id for execution in executions]
-    assert {place for method, place in proxy.requests if method == "POST"} == {1}
+    assert {number for method, number in proxy.requests if method == "POST"} == {1}
     assert recorder.of(RequestRetried) == []
 
 
 @pytest.mark.parametrize(
-    ("act", "reached"),
+    ("action", "reached"),
     [(reset_on_arrival, 0), (stop(nothing, Exchange.reset), 1)],
     ids=["on arrival", "before the head"],
 )
@@ -1070,14 +1070,14 @@ async def test_a_start_over_a_borrowed_connection_that_dies_is_not_sent_again(
     flow: str,
     done: int,
     *,
-    act: Act,
+    action: Action,
     reached: int,
 ) -> None:
-    """Somebody else's pool may give it a used one; then whether it arrived is not known."""
+    """A borrowed pool may reuse a connection, so it is unknown whether the request arrived."""
     async with aiohttp.ClientSession() as http:
         session = connect(http=http)
         await session.get_results(done)
-        proxy.misbehave(act)
+        proxy.misbehave(action)
         with pytest.raises(StartUnknown):
             await session.start(flow)
         await session.aclose()
@@ -1091,13 +1091,13 @@ async def test_a_cancelled_start_whose_answer_never_comes_is_logged(
     flow: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The caller goes at once; closing waits for the answer as long as `request_timeout`."""
+    """The caller is released at once; closing waits up to `request_timeout` for the answer."""
     session = connect(request_timeout=SHORT)
     proxy.misbehave(stop(nothing, Exchange.silence))
     starting = asyncio.create_task(session.start(flow))
     await sim.wait_for_requests(1)
     starting.cancel()
-    await turns(3)
+    await loop_steps(3)
     assert starting.cancelled()
     assert warnings_in(caplog) == []
     await session.aclose()
@@ -1106,10 +1106,10 @@ async def test_a_cancelled_start_whose_answer_never_comes_is_logged(
     assert StartUnknown.advice in warning
 
 
-async def test_a_start_on_the_wire_when_the_session_closes_is_seen_to_its_end(
+async def test_closing_reads_the_answer_of_a_start_on_the_wire(
     connect: Callable[..., Session], proxy: Proxy, sim: Simulator, flow: str, recorder: Any
 ) -> None:
-    """However slowly its answer comes in: the error that releases the caller tells the id."""
+    """However slow its answer is, the caller's `SessionClosed` has the id."""
     session = connect()
     proxy.misbehave(trickle(0.0))
     starting = asyncio.create_task(session.start(flow))
@@ -1121,10 +1121,10 @@ async def test_a_start_on_the_wire_when_the_session_closes_is_seen_to_its_end(
     assert [event.abandoned for event in recorder.of(ExecutionStarted)] == [True]
 
 
-def test_a_loop_that_ends_under_a_start_says_so(
+def test_a_start_is_logged_when_its_loop_ends(
     threaded_sim: Simulator, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`asyncio.run` cancels everything; that a run may have started is logged all the same."""
+    """`asyncio.run` cancels every task, and the log still says that a run may have started."""
     threaded_sim.add_workflow("flow", Scenario([]))
     threaded_sim.inject(Fault.stall())
 
@@ -1139,8 +1139,8 @@ def test_a_loop_that_ends_under_a_start_says_so(
     assert "'flow'" in warning
 
 
-async def turns(count: int) -> None:
-    """Let the event loop make some turns."""
+async def loop_steps(count: int) -> None:
+    """Let the event loop run for some steps."""
     for _ in range(count):
         await asyncio.sleep(0)
 
@@ -1157,7 +1157,7 @@ OPERATIONS: dict[str, Operation] = {
 
 @dataclass(frozen=True)
 class Ids:
-    """What the operations are about: `rivals` has two output nodes, so `output` must ask."""
+    """What the operations use: `rivals` has two output nodes, so `output` must send a request."""
 
     done: int
     rivals: int
@@ -1172,7 +1172,7 @@ def ids(sim: Simulator, done: int, flow: str) -> Ids:
 
 
 class Run:
-    """An operation under way in a task, to be interrupted."""
+    """An operation that runs in a task, to be interrupted."""
 
     def __init__(self, session: Session, operate: Callable[[], Awaitable[Any]]) -> None:
         self.session = session
@@ -1185,7 +1185,7 @@ class Run:
             return await self._operate()
 
     async def outcome(self) -> Any:
-        """Return what it returned or raised."""
+        """Return the operation's result or error."""
         async with asyncio.timeout(LONG):
             (outcome,) = await asyncio.gather(self.task, return_exceptions=True)
         return outcome
@@ -1197,21 +1197,21 @@ async def cancel(run: Run) -> None:
 
 
 async def cancel_twice_at_once(run: Run) -> None:
-    """Cancel the task twice, before it can take note."""
+    """Cancel the task twice before it can react."""
     run.task.cancel()
     run.task.cancel()
 
 
 async def cancel_twice(run: Run) -> None:
-    """Cancel the task while it takes note of being cancelled."""
+    """Cancel the task again while it handles the first cancellation."""
     run.task.cancel()
-    await turns(1)
+    await loop_steps(1)
     run.task.cancel()
 
 
 async def time_out(run: Run) -> None:
-    """Let the time of `asyncio.timeout` be up."""
-    await turns(1)  # to be entered
+    """Let the `asyncio.timeout` around the operation expire."""
+    await loop_steps(1)  # to be entered
     if not run.task.done():
         run.scope.reschedule(0.0)
 
@@ -1236,15 +1236,15 @@ by_each_interruption = pytest.mark.parametrize(
 async def until_it_ends_by_itself(
     run: Callable[[], Run], interrupt: Callable[[Run], Awaitable[None]]
 ) -> AsyncIterator[tuple[Run, Any]]:
-    """Interrupt a run after 0, 1, 2 ... turns of the loop, and yield each with its outcome."""
+    """Interrupt a run after 0, 1, 2 ... steps of the loop, and yield each run with its outcome."""
     for count in range(2000):
         this = run()
-        await turns(count)
+        await loop_steps(count)
         if this.task.done():
             yield this, await this.outcome()
             return
         await interrupt(this)
-        await turns(3)
+        await loop_steps(3)
         assert this.task.done(), "it was not released at once"
         yield this, await this.outcome()
     raise AssertionError("it never ended by itself")
@@ -1262,7 +1262,7 @@ async def until_it_ends_by_itself(
     ]
 )
 async def tasks(request: pytest.FixtureRequest) -> None:
-    """Let the loop make tasks of one kind or the other."""
+    """Let the loop create plain or eager tasks."""
     if request.param == "eager tasks":
         asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
 
@@ -1278,7 +1278,7 @@ async def test_an_operation_can_be_interrupted_at_every_await(
     operate: Operation,
     interrupt: Callable[[Run], Awaitable[None]],
 ) -> None:
-    """It comes out as what it is, at once, and nothing stays behind when the session closes."""
+    """The caller gets the interruption at once, and no task remains when the session closes."""
 
     def run() -> Run:
         session = open_session()
@@ -1295,16 +1295,16 @@ async def test_an_operation_can_be_interrupted_at_every_await(
     assert not isinstance(outcomes[-1], BaseException)
     if interrupt is close and operate is not OPERATIONS["start"]:
         assert {error.execution_id for error in errors} <= {ids.done, ids.rivals}
-    gc.collect()  # what was left open warns
+    gc.collect()  # anything left open would warn
 
 
 def refused_first(sim: Simulator, proxy: Proxy) -> None:
-    """Let the first request be refused."""
+    """Refuse the first request with a 429."""
     sim.inject(Fault.status(429, retry_after=NO_TIME))
 
 
 def answered_in_pieces(sim: Simulator, proxy: Proxy) -> None:
-    """Let the answer come in many pieces."""
+    """Send the answer in many pieces."""
     proxy.misbehave(trickle(0.0, size=24))
 
 
@@ -1324,7 +1324,7 @@ async def test_no_run_is_lost_wherever_its_start_is_interrupted(
     interrupt: Callable[[Run], Awaitable[None]],
     prepare: Callable[[Simulator, Proxy], None] | None,
 ) -> None:
-    """Every run of the server is returned, or reported and logged as abandoned; none is made up."""
+    """Every run on the server is returned, or reported and logged as abandoned."""
 
     def run() -> Run:
         sim.clear_faults()
@@ -1334,7 +1334,7 @@ async def test_no_run_is_lost_wherever_its_start_is_interrupted(
         session = connect(retry=AT_ONCE)
         return Run(session, lambda: session.start(flow))
 
-    returned, abandoned, told = [], [], []
+    returned, abandoned, in_errors = [], [], []
     async for this, outcome in until_it_ends_by_itself(run, interrupt):
         known = len(returned) + len(abandoned)
         await this.session.aclose()
@@ -1344,8 +1344,8 @@ async def test_no_run_is_lost_wherever_its_start_is_interrupted(
             assert type(outcome) is INTERRUPTIONS[interrupt]
             abandoned += started(sim)[known:]
         if isinstance(outcome, SessionClosed) and outcome.execution_id is not None:
-            told.append(outcome.execution_id)
-    await turns(20)  # no run comes late
+            in_errors.append(outcome.execution_id)
+    await loop_steps(20)  # wait for late runs
     assert abandoned
     assert len(started(sim)) == len(returned) + len(abandoned)
     events = {event.execution_id: event.abandoned for event in recorder.of(ExecutionStarted)}
@@ -1353,11 +1353,11 @@ async def test_no_run_is_lost_wherever_its_start_is_interrupted(
     assert len(recorder.of(ExecutionStarted)) == len(events)
     warnings = warnings_in(caplog)
     assert all(f"execution {i} " in w for i, w in zip(abandoned, warnings, strict=True))
-    assert told == (abandoned if interrupt is close else [])
+    assert in_errors == (abandoned if interrupt is close else [])
 
 
 @pytest.mark.parametrize("operate", OPERATIONS.values(), ids=OPERATIONS)
-async def test_a_session_is_as_good_as_before_after_each_cancellation(
+async def test_a_session_works_after_each_cancellation(
     open_session: Callable[..., Session],
     sim: Simulator,
     ids: Ids,
@@ -1365,7 +1365,7 @@ async def test_a_session_is_as_good_as_before_after_each_cancellation(
     *,
     operate: Operation,
 ) -> None:
-    """Also after one in the sleep between polls or attempts, the next call is answered."""
+    """The next call is answered, also after a cancellation between polls or attempts."""
     session = open_session(poll=PollPolicy.fixed(1e-9), retry=AT_ONCE)
     await session.get_results(ids.done)
     resting = our_tasks()
@@ -1380,7 +1380,7 @@ async def test_a_session_is_as_good_as_before_after_each_cancellation(
     outcomes = []
     async for _, outcome in until_it_ends_by_itself(run, cancel):
         outcomes.append(outcome)
-        if operate is not OPERATIONS["start"]:  # which is seen to its end, without its caller
+        if operate is not OPERATIONS["start"]:  # a start on the wire goes on without its caller
             assert our_tasks() == resting
         if len(outcomes) % 5 == 0:
             sim.clear_faults()

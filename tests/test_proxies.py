@@ -150,8 +150,8 @@ def proxy(open_proxy: Proxy) -> Proxy:
 
 
 @pytest.fixture
-def port_of_nobody() -> Iterator[int]:
-    """Return a port on which nobody listens."""
+def unused_port() -> Iterator[int]:
+    """Return a port on which nothing listens."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield bound.getsockname()[1]
@@ -269,7 +269,7 @@ async def test_starts_and_watches_go_through_the_proxy_of_the_environment(
     proxy: Proxy,
     settings: Callable[..., None],
 ) -> None:
-    """Loopback addresses, too."""
+    """The proxy is used for loopback addresses, too."""
     settings(HTTP_PROXY=f"http://{proxy.address}")
     async with open_session(trust_env=True) as session:
         await use(session, sim)
@@ -301,7 +301,7 @@ async def test_hosts_in_no_proxy_are_connected_to_directly(
     settings: Callable[..., None],
     no_proxy: str,
 ) -> None:
-    """Names, endings of names, and all; neither ranges nor ports."""
+    """Names, endings of names and `*` count; address ranges and ports do not."""
     settings(HTTP_PROXY=f"http://{proxy.address}", NO_PROXY=no_proxy)
     async with open_session(trust_env=True) as session:
         await session.execution(sim.add_execution(REPORT)).wait()
@@ -314,11 +314,11 @@ async def test_hosts_in_no_proxy_are_connected_to_directly(
 async def test_without_trust_env_no_proxy_is_used(
     sim: Simulator,
     open_session: Callable[..., Session],
-    port_of_nobody: int,
+    unused_port: int,
     settings: Callable[..., None],
 ) -> None:
     """The request would fail there."""
-    settings(HTTP_PROXY=f"http://127.0.0.1:{port_of_nobody}")
+    settings(HTTP_PROXY=f"http://127.0.0.1:{unused_port}")
     async with open_session() as session:
         await use(session, sim)
     assert via(sim) == [False, False]
@@ -327,11 +327,11 @@ async def test_without_trust_env_no_proxy_is_used(
 async def test_all_proxy_is_not_read(
     sim: Simulator,
     open_session: Callable[..., Session],
-    port_of_nobody: int,
+    unused_port: int,
     settings: Callable[..., None],
 ) -> None:
-    """Neither in upper nor in lower case."""
-    url = f"http://127.0.0.1:{port_of_nobody}"
+    """It is ignored in upper and in lower case."""
+    url = f"http://127.0.0.1:{unused_port}"
     settings(ALL_PROXY=url, all_proxy=url)
     async with open_session(trust_env=True) as session:
         await session.execution(sim.add_execution(REPORT)).wait()
@@ -341,12 +341,12 @@ async def test_all_proxy_is_not_read(
 async def test_an_https_proxy_is_not_used(
     sim: Simulator,
     open_session: Callable[..., Session],
-    port_of_nobody: int,
+    unused_port: int,
     settings: Callable[..., None],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """There is a warning, and the connection is direct."""
-    settings(HTTP_PROXY=f"https://127.0.0.1:{port_of_nobody}")
+    settings(HTTP_PROXY=f"https://127.0.0.1:{unused_port}")
     async with open_session(trust_env=True) as session:
         await session.execution(sim.add_execution(REPORT)).wait()
     assert via(sim) == [False]
@@ -446,7 +446,7 @@ async def run(*command: str, **variables: str) -> tuple[str, str]:
 async def test_the_program_of_the_page_needs_only_variables(
     sim: Simulator, https: str, authority_file: Path, closed_proxy: Proxy
 ) -> None:
-    """With a password in the variable, and `SSL_CERT_FILE`."""
+    """The variable has a password, and `SSL_CERT_FILE` is set."""
     _, with_password, with_authority = blocks("sh")
     assert quoted(PASSWORD) in with_password
     assert "SSL_CERT_FILE=" in with_authority
@@ -502,7 +502,7 @@ async def test_the_proxy_gets_the_password(
     *,
     in_netrc: bool,
 ) -> None:
-    """From its URL, or from the entry of .netrc for its host."""
+    """The password is in its URL, or in the .netrc entry for its host."""
     user = "" if in_netrc else f"{USER}:{quoted(PASSWORD)}@"
     settings(HTTP_PROXY=f"http://{user}{closed_proxy.address}")
     if in_netrc:
@@ -530,7 +530,7 @@ def as_on_the_page(error: RequestError, base_url: str, proxy: str = "") -> str:
 
 
 async def failure(session: Session, kind: type[RequestError] = ConnectionFailed) -> RequestError:
-    """Ask for results, and return the error."""
+    """Request results, and return the error."""
     with pytest.raises(kind) as caught:
         await session.get_results(787)
     return caught.value
@@ -562,7 +562,7 @@ async def test_tls_failures_are_raised_at_once_with_the_text_on_the_page(
     server: dict[str, Any] | None,
     trusted: bool,
 ) -> None:
-    """Through a tunnel, they are the same."""
+    """The errors through a tunnel are the same."""
     context = None if server is None else server_context(authority, **server)
     mine = ssl.create_default_context()
     if trusted:
@@ -587,11 +587,11 @@ async def test_tls_failures_are_raised_at_once_with_the_text_on_the_page(
 async def test_a_proxy_that_is_down_is_a_connection_that_failed(
     open_session: Callable[..., Session],
     recorder: Any,
-    port_of_nobody: int,
+    unused_port: int,
     settings: Callable[..., None],
 ) -> None:
     """It is retried, and no start was sent."""
-    proxy, url = f"127.0.0.1:{port_of_nobody}", "https://localhost:1"
+    proxy, url = f"127.0.0.1:{unused_port}", "https://localhost:1"
     settings(HTTPS_PROXY=f"http://{USER}:{PASSWORD[:1]}secret@{proxy}")
     at_once = RetryPolicy(outage=0.0)
     async with open_session(base_url=url, trust_env=True, retry=at_once) as session:

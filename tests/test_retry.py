@@ -44,7 +44,7 @@ def lines(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
 
 @pytest.fixture
 def dead() -> str:
-    """Return the address of a port where nobody listens."""
+    """Return the address of a port on which nothing listens."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -53,11 +53,11 @@ def dead() -> str:
 async def test_the_end_of_a_watch_is_one_line(
     caplog: pytest.LogCaptureFixture, session: Session, recorder: Any, held: int
 ) -> None:
-    """Whether it is complete, given up or in error; nothing else is said of polls that go well."""
-    patient = asyncio.create_task(session.execution(held).wait())
+    """It says whether the watch completed, stopped or failed; good polls are not logged."""
+    waiting = asyncio.create_task(session.execution(held).wait())
     with pytest.raises(ExecutionTimeout):
         await session.execution(held).wait(timeout=0.03)
-    patient.cancel()
+    waiting.cancel()
     ended = await recorder.next(WatchEnded)
     sim_404 = session.execution(7)
     with pytest.raises(NotFound):
@@ -73,7 +73,7 @@ async def test_the_end_of_a_watch_is_one_line(
 async def test_an_outage_is_two_lines_however_many_requests_fail(
     caplog: pytest.LogCaptureFixture, session: Session, sim: Simulator
 ) -> None:
-    """One when it begins, with the error and how long it is survived; one when it is over."""
+    """The first has the error and the limit; the second says that the server answers again."""
     ids = [sim.add_execution(Scenario([SimNode("Out")])) for _ in range(200)]
     sim.inject(Fault.status(503, times=500))
     await session.collect(ids)
@@ -86,10 +86,10 @@ async def test_an_outage_is_two_lines_however_many_requests_fail(
     assert len([line for line in said if ": complete (1 polls in " in line]) == 200
 
 
-async def test_a_second_outage_is_told_again(
+async def test_a_second_outage_is_logged_again(
     caplog: pytest.LogCaptureFixture, session: Session, sim: Simulator, held: int
 ) -> None:
-    """It is another one once a request that failed was answered well."""
+    """An outage ends with the first good answer to a request that had failed."""
     for _ in range(2):
         sim.inject(Fault.status(503, times=2))
         await session.execution(held).snapshot()
@@ -97,13 +97,13 @@ async def test_a_second_outage_is_told_again(
     assert lines(caplog, logging.INFO) == ["the server answers again"] * 2
 
 
-async def test_what_an_earlier_outage_came_to_is_forgotten(
+async def test_the_end_of_an_earlier_outage_does_not_count_for_the_next(
     caplog: pytest.LogCaptureFixture,
     open_session: Callable[..., Session],
     sim: Simulator,
     held: int,
 ) -> None:
-    """One that was over does not make the next one, which was not, be called so."""
+    """An outage that ended does not make the log say that the next one ended."""
     session = open_session(retry=RetryPolicy(outage=0.02, base=0.001))
     sim.inject(Fault.status(503))
     await session.execution(held).snapshot()
@@ -114,10 +114,10 @@ async def test_what_an_earlier_outage_came_to_is_forgotten(
     assert lines(caplog, logging.INFO) == ["the server answers again"]
 
 
-async def test_an_outage_that_nobody_waits_for_any_more_is_not_called_over(
+async def test_an_abandoned_outage_is_not_logged_as_ended(
     caplog: pytest.LogCaptureFixture, open_session: Callable[..., Session], dead: str
 ) -> None:
-    """Neither if it was too long, nor if all have gone; the next failure is told again."""
+    """This holds if it was too long or if nobody waits; the next failure is logged again."""
     retry = RetryPolicy(outage=0.02, watch_outage=None, base=0.001)
     session = open_session(base_url=dead, retry=retry)
     with pytest.raises(ConnectionFailed):
@@ -133,13 +133,13 @@ async def test_an_outage_that_nobody_waits_for_any_more_is_not_called_over(
     assert "the server answers again" not in lines(caplog, logging.INFO)
 
 
-async def test_one_that_gives_up_does_not_end_the_outage_of_others(
+async def test_a_cancelled_request_does_not_end_the_outage_of_others(
     caplog: pytest.LogCaptureFixture,
     open_session: Callable[..., Session],
     sim: Simulator,
     held: int,
 ) -> None:
-    """It goes on, without a further line, for those who still try."""
+    """It goes on, without another line, for the requests that are still retried."""
     session = open_session(retry=RetryPolicy(base=0.02, ceiling=0.04))
     sim.inject(Fault.status(503, times=None))
     waits = [asyncio.create_task(session.execution(held).snapshot()) for _ in range(3)]
@@ -153,13 +153,13 @@ async def test_one_that_gives_up_does_not_end_the_outage_of_others(
     assert lines(caplog, logging.INFO) == ["the server answers again"]
 
 
-async def test_a_start_is_named_as_one(
+async def test_a_start_is_named_as_a_start(
     caplog: pytest.LogCaptureFixture,
     open_session: Callable[..., Session],
     recorder: Any,
     dead: str,
 ) -> None:
-    """It has no id yet; and neither inputs nor key are told."""
+    """A start has no id yet, and the log has neither its inputs nor the key."""
     session = open_session(api_key="pl-very-secret", base_url=dead, retry=RetryPolicy())
     starting = asyncio.create_task(session.start("w", {"topic": "otters"}))
     await recorder.next(RequestRetried)
@@ -174,7 +174,7 @@ async def test_a_start_is_named_as_one(
 async def test_no_answer_is_quoted(
     caplog: pytest.LogCaptureFixture, session: Session, sim: Simulator, held: int
 ) -> None:
-    """The error shows how its body begins; the log does not. Its words can be printed."""
+    """The error shows how the body begins, but the log does not; its text is printable."""
     sim.inject(Fault.malformed(body=b'{"value": "confidential"'))
     sim.inject(Fault.status(503, body=rb'{"message": "down \udcff"}'))
     await session.execution(held).snapshot()
@@ -197,7 +197,7 @@ retry_policies = st.builds(
     ceiling=st.floats(0.0, 100.0),
     retry_after_ceiling=st.floats(0.0, 200.0),
 )
-ERROR = ConnectionError("gone")
+ERROR = ConnectionError("reset")
 
 
 @given(retry_policies, st.floats(0.001, 1e4), st.lists(st.none() | st.floats(0, 300)), st.data())
@@ -205,7 +205,7 @@ ERROR = ConnectionError("gone")
 def test_retry_state_in_virtual_time(
     policy: Any, limit: Any, announcements: Any, data: Any
 ) -> None:
-    """Delays honour policy and announcement; the unannounced ones never exceed the limit."""
+    """Delays follow the policy and Retry-After; those not announced stay within the limit."""
     state = RetryState(policy, limit)
     now = start = data.draw(seconds)
     unannounced = 0.0
@@ -255,7 +255,7 @@ def test_retry_state_by_hand() -> None:
 
 
 def test_retry_state_counts_attempts_that_hang() -> None:
-    """Time spent in attempts counts against the limit like time spent asleep."""
+    """Time spent in attempts counts against the limit, like time spent asleep."""
     state = RetryState(RetryPolicy(base=1.0), 10.0)
     assert state.delay(ERROR, now=0.0, chance=0.0) == 1.0
     assert state.delay(ERROR, now=9.75, chance=0.0) == 0.25
@@ -274,13 +274,13 @@ def test_retry_state_counts_failures() -> None:
 
 @pytest.mark.parametrize("retry_after", [None, 5.0], ids=["unannounced", "announced"])
 def test_retry_state_of_zero(retry_after: Any) -> None:
-    """A limit of 0 gives up at the first failure."""
+    """A limit of 0 ends the retries at the first failure."""
     state = RetryState(RetryPolicy(), 0.0)
     assert state.delay(ERROR, now=5.0, chance=0.9, retry_after=retry_after) is None
 
 
 def test_retry_state_without_limit() -> None:
-    """Without a limit it never gives up, and the delay stays within the ceiling."""
+    """Without a limit, the retries never end, and the delay stays within the ceiling."""
     state = RetryState(RetryPolicy(), None)
     for hour in range(1000):
         assert state.delay(ERROR, now=3600.0 * hour, chance=0.5) <= 10.0
@@ -297,21 +297,21 @@ def test_announced_waits_do_not_count() -> None:
     assert state.delay(ERROR, now=now + 60.0, chance=0.0) is None
 
 
-def test_announced_wait_longer_than_what_is_left() -> None:
-    """An announced wait is granted even if it ends after the limit."""
+def test_announced_wait_longer_than_the_remaining_time() -> None:
+    """An announced wait is allowed even if it ends after the limit."""
     state = RetryState(RetryPolicy(), 60.0)
     assert state.delay(ERROR, now=0.0, chance=0.0, retry_after=100.0) == 100.0
     assert state.delay(ERROR, now=100.0, chance=0.0) == 1.0
 
 
 def test_announced_wait_is_capped() -> None:
-    """An announcement of hours is cut to the policy's ceiling."""
+    """An announced wait of hours is cut to the policy's ceiling."""
     state = RetryState(RetryPolicy(), 60.0)
     assert state.delay(ERROR, now=0.0, chance=0.0, retry_after=math.inf) == 120.0
 
 
-def test_short_announcement_is_only_a_floor() -> None:
-    """An announcement shorter than the policy's own delay does not shorten that."""
+def test_short_announcement_is_only_a_minimum() -> None:
+    """An announced wait that is shorter than the policy's delay does not shorten it."""
     state = RetryState(RetryPolicy(base=2.0), 60.0)
     assert state.delay(ERROR, now=0.0, chance=0.0, retry_after=1.0) == 2.0
 
@@ -327,7 +327,7 @@ def test_excused_waits_do_not_count() -> None:
 
 
 def test_recent_starts_are_covered_for_the_grace() -> None:
-    """A start is recent from its time until the grace has passed; others never are."""
+    """A start is recent until the grace has passed; other executions never are."""
     recent_starts = RecentStarts(10.0)
     recent_starts.add(787, now=100.0)
     assert recent_starts.covers(787, now=100.0)
@@ -338,7 +338,7 @@ def test_recent_starts_are_covered_for_the_grace() -> None:
 
 
 def test_recent_starts_are_forgotten() -> None:
-    """A million starts need the memory of those within the grace."""
+    """Only the starts within the grace are kept in memory."""
     recent_starts = RecentStarts(10.0)
     for execution_id in range(1, 1001):
         recent_starts.add(execution_id, now=float(execution_id))
@@ -353,8 +353,8 @@ def test_no_grace_at_all() -> None:
     assert not recent_starts.covers(787, now=1.0)
 
 
-def test_the_first_failure_of_an_outage_is_seen_without_any_logging_set_up(dead: str) -> None:
-    """A server that cannot be reached is not worth a silent minute; INFO stays silent."""
+def test_the_first_failure_of_an_outage_is_shown_without_a_logging_setup(dead: str) -> None:
+    """A warning about the server appears without a logging setup; INFO lines do not."""
     program = (
         "import asyncio, sys\n"
         "from promptlayer_exec import RetryPolicy, Session\n"
@@ -378,7 +378,7 @@ def test_the_first_failure_of_an_outage_is_seen_without_any_logging_set_up(dead:
 async def test_a_lost_answer_is_quoted_in_no_log_line(
     caplog: pytest.LogCaptureFixture, sim: Simulator, session: Session
 ) -> None:
-    """The caller has gone, so the log says why the start is unknown, but not what the body was."""
+    """The caller was cancelled, so the log says why the start is unknown, without the body."""
     sim.add_workflow("name", Scenario([SimNode("A")]))
     sim.inject(Fault.status(201, body=b'{"output": "confidential"}'))
     before = sim.request_count
@@ -396,7 +396,7 @@ async def test_a_lost_answer_is_quoted_in_no_log_line(
 async def test_control_characters_of_the_server_reach_no_log_line(
     caplog: pytest.LogCaptureFixture, sim: Simulator, session: Session, held: int
 ) -> None:
-    """They could forge a line, or steer the terminal that shows it."""
+    """They could forge a line or control the terminal that shows it."""
     sim.inject(Fault.status(503, body=rb'{"message": "down \u001b[2J\nfine"}'))
     await session.execution(held).snapshot()
     (line,) = lines(caplog, logging.WARNING)

@@ -41,7 +41,7 @@ from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 async def test_get_results_with_all_outputs_is_a_snapshot(
     sim: Simulator, session: Session, held: int
 ) -> None:
-    """One GET with the flag, the key and our name; its answer structured."""
+    """It sends one GET with the flag, the key and our User-Agent, and structures the answer."""
     snapshot = await session.get_results(held, return_all_outputs=True)
     assert isinstance(snapshot, Snapshot)
     assert (snapshot.execution_id, snapshot.complete, snapshot.poll) == (held, False, 1)
@@ -61,7 +61,7 @@ async def test_get_results_with_all_outputs_is_a_snapshot(
 async def test_get_results_is_the_main_output_by_default(
     sim: Simulator, session: Session, held: int
 ) -> None:
-    """The body of a 200, verbatim; a 202 is told by `complete`."""
+    """It returns the body of a 200 unchanged; a 202 has `complete=False`."""
     running = await session.get_results(held)
     assert isinstance(running, MainOutput)
     assert not running.complete
@@ -72,7 +72,7 @@ async def test_get_results_is_the_main_output_by_default(
 
 
 async def test_snapshot_is_one_request(sim: Simulator, session: Session, held: int) -> None:
-    """Of the same kind as a poll, but it starts no poller."""
+    """The request is the same as a poll, but it starts no poller."""
     snapshot = await session.execution(held).snapshot()
     assert snapshot.poll == 1
     assert snapshot.times["Answer"].running == snapshot.elapsed
@@ -83,7 +83,7 @@ async def test_snapshot_is_one_request(sim: Simulator, session: Session, held: i
 async def test_a_bad_execution_id_is_refused_before_any_request(
     sim: Simulator, session: Session, execution_id: Any
 ) -> None:
-    """By the handle and by the call alike."""
+    """Both the handle and the call refuse it."""
     with pytest.raises((TypeError, ValueError), match="execution id"):
         session.execution(execution_id)
     with pytest.raises((TypeError, ValueError), match="execution id"):
@@ -94,7 +94,7 @@ async def test_a_bad_execution_id_is_refused_before_any_request(
 async def test_a_single_call_is_retried_within_an_outage(
     sim: Simulator, session: Session, held: int, recorder: Any
 ) -> None:
-    """Two 503s cost two further attempts, each reported."""
+    """Two 503s cost two more attempts, and each is reported."""
     sim.inject(Fault.status(503, times=2))
     await session.get_results(held)
     assert sim.request_count == 3
@@ -104,7 +104,7 @@ async def test_a_single_call_is_retried_within_an_outage(
 async def test_a_single_call_ends_at_wait_timeout(
     sim: Simulator, open_session: Callable[..., Session], held: int
 ) -> None:
-    """Though the outage might go on: the last failure is the cause."""
+    """It ends even if `outage` allows more; the last failure is the cause."""
     sim.inject(Fault.status(503, times=None))
     session = open_session(wait_timeout=0.3, retry=RetryPolicy(base=0.01))
     with pytest.raises(ExecutionTimeout, match="503") as caught:
@@ -113,13 +113,13 @@ async def test_a_single_call_ends_at_wait_timeout(
     assert getattr(caught.value.__cause__, "status", None) == 503
 
 
-def test_a_session_is_made_without_key_loop_or_request() -> None:
-    """So that one can stand at module level."""
+def test_a_session_is_made_without_a_key_a_loop_or_a_request() -> None:
+    """A session can be made at module level."""
     assert repr(Session()) == "<Session https://api.promptlayer.com, not open>"
 
 
 async def test_a_missing_key_is_reported_at_first_use() -> None:
-    """With what to set, by calls, streams and `async with`; and once set it is found."""
+    """Calls, streams and `async with` say what to set; once it is set, it is found."""
     session = Session()
     with pytest.raises(ConfigurationError, match="PROMPTLAYER_API_KEY") as caught:
         await session.get_results(7)
@@ -133,7 +133,7 @@ async def test_a_missing_key_is_reported_at_first_use() -> None:
 async def test_settings_from_the_environment_are_found_at_first_use(
     sim: Simulator, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also those that are set after the session was made."""
+    """Variables set after the session was made are found, too."""
     session = Session(poll=PollPolicy.fixed(0.01))
     monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
     monkeypatch.setenv("PROMPTLAYER_BASE_URL", sim.base_url)
@@ -162,7 +162,7 @@ async def test_settings_from_the_environment_are_found_at_first_use(
     ],
 )
 def test_a_malformed_setting_is_refused_at_once(settings: Any, named: str) -> None:
-    """The error names the setting, and shows no key."""
+    """The error names the setting and does not show the key."""
     with pytest.raises(ConfigurationError, match=named) as caught:
         Session(**{"api_key": "good", **settings})
     assert "secret" not in str(caught.value)
@@ -173,7 +173,7 @@ def test_a_malformed_setting_is_refused_at_once(settings: Any, named: str) -> No
 async def test_without_a_wait_timeout_a_wait_has_no_limit(
     sim: Simulator, open_session: Callable[..., Session], held: int, wait_timeout: float | None
 ) -> None:
-    """Infinity says the same as None."""
+    """Infinity has the same meaning as None."""
     session = open_session(wait_timeout=wait_timeout)
     waiting = asyncio.create_task(session.execution(held).wait())
     await sim.wait_for_requests(2)
@@ -182,10 +182,10 @@ async def test_without_a_wait_timeout_a_wait_has_no_limit(
     assert (await session.get_results(held)).complete
 
 
-async def test_the_body_s_own_exception_leaves_async_with_as_itself(
+async def test_async_with_raises_the_body_s_own_exception(
     open_session: Callable[..., Session], held: int
 ) -> None:
-    """No `ExceptionGroup` around it, even with a watch under way."""
+    """It is not wrapped in an `ExceptionGroup`, even while a watch runs."""
     error = ZeroDivisionError()
     waits = []
 
@@ -205,7 +205,7 @@ async def test_the_body_s_own_exception_leaves_async_with_as_itself(
 async def test_a_session_may_be_entered_in_one_task_and_closed_in_another(
     open_session: Callable[..., Session], sim: Simulator, held: int
 ) -> None:
-    """As fixtures, lifespans and exit stacks do."""
+    """Fixtures, lifespans and exit stacks do this."""
     stack = AsyncExitStack()
     session = open_session()
     await asyncio.create_task(stack.enter_async_context(session))
@@ -217,7 +217,7 @@ async def test_a_session_may_be_entered_in_one_task_and_closed_in_another(
 
 
 async def test_use_after_closing_raises(session: Session, held: int) -> None:
-    """By every call, with the execution's id; closing again does nothing."""
+    """Every call raises with the execution's id; closing again does nothing."""
     async with session:
         await session.get_results(held)
     await session.aclose()
@@ -228,24 +228,24 @@ async def test_use_after_closing_raises(session: Session, held: int) -> None:
         assert caught.value.execution_id == held
 
 
-async def test_closing_what_was_never_opened_closes_it() -> None:
-    """A use after it is refused all the same."""
+async def test_closing_a_session_that_was_never_opened_closes_it() -> None:
+    """A call after closing is refused."""
     session = Session("key")
     await session.aclose()
     with pytest.raises(SessionClosed):
         await session.get_results(1)
 
 
-async def test_entering_a_closed_session_opens_it_afresh(session: Session, held: int) -> None:
-    """As often as one likes."""
+async def test_a_closed_session_can_be_entered_again(session: Session, held: int) -> None:
+    """A session can be closed and entered any number of times."""
     for _ in range(3):
         async with session:
             await session.get_results(held)
 
 
-@pytest.mark.parametrize("turns", range(4))
-async def test_a_cancelled_entering_leaves_nothing_open(turns: int, held: int, sim: Any) -> None:
-    """Whoever is cancelled there never comes to the exit; the session can be entered again."""
+@pytest.mark.parametrize("steps", range(4))
+async def test_a_cancelled_entering_leaves_nothing_open(steps: int, held: int, sim: Any) -> None:
+    """`__aexit__` never runs then, and the session can be entered again."""
     session = quick(sim)
 
     async def body() -> None:
@@ -253,7 +253,7 @@ async def test_a_cancelled_entering_leaves_nothing_open(turns: int, held: int, s
             await asyncio.Event().wait()
 
     entering = asyncio.create_task(body())
-    for _ in range(turns):
+    for _ in range(steps):
         await asyncio.sleep(0)
     entering.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -265,10 +265,10 @@ async def test_a_cancelled_entering_leaves_nothing_open(turns: int, held: int, s
         await session.get_results(held)
 
 
-async def test_a_further_limiter_may_be_lent_for_a_while(
+async def test_a_second_limiter_may_apply_for_a_while(
     open_session: Callable[..., Session], held: int
 ) -> None:
-    """Durable batches share one rate so, over sessions that are open already, too."""
+    """Durable batches share one rate this way, even over open sessions."""
     asked = []
 
     class Asked:
@@ -286,10 +286,10 @@ async def test_a_further_limiter_may_be_lent_for_a_while(
     assert asked == ["own", "own", "lent", "own"]
 
 
-async def test_closing_waits_for_the_calls_to_have_ended(
+async def test_closing_waits_until_the_calls_have_ended(
     open_session: Callable[..., Session], held: int
 ) -> None:
-    """However long what they await takes to clean up."""
+    """It waits however long their clean-up takes."""
     at_the_limiter = asyncio.Event()
 
     class Tidy:
@@ -309,8 +309,10 @@ async def test_closing_waits_for_the_calls_to_have_ended(
     assert isinstance(call.exception(), SessionClosed)
 
 
-async def test_entering_while_it_closes_waits_for_the_end(session: Session, held: int) -> None:
-    """And the one who closed it does not close the new opening."""
+async def test_entering_a_closing_session_waits_until_it_is_closed(
+    session: Session, held: int
+) -> None:
+    """The earlier close does not close the new open client."""
     await session.__aenter__()
     closing = asyncio.create_task(session.aclose())
     await asyncio.sleep(0)
@@ -320,7 +322,7 @@ async def test_entering_while_it_closes_waits_for_the_end(session: Session, held
 
 
 async def test_closing_twice_at_once_closes_once(session: Session, held: int) -> None:
-    """Both callers return when it is over."""
+    """Both callers return once the session is closed."""
     await session.get_results(held)
     await asyncio.gather(session.aclose(), session.aclose())
     with pytest.raises(SessionClosed):
@@ -328,7 +330,7 @@ async def test_closing_twice_at_once_closes_once(session: Session, held: int) ->
 
 
 async def test_a_cancelled_closing_still_closes(session: Session, held: int) -> None:
-    """Only the waiting for it is cancelled."""
+    """Only the wait for the closing is cancelled."""
     await session.get_results(held)
     closing = asyncio.create_task(session.aclose())
     await asyncio.sleep(0)
@@ -340,18 +342,18 @@ async def test_a_cancelled_closing_still_closes(session: Session, held: int) -> 
 
 
 def in_new_loops(*mains: Callable[[], Any]) -> None:
-    """Run each coroutine function in an event loop of its own, one after the other."""
+    """Run each coroutine function in a new event loop, one after the other."""
     for main in mains:
         asyncio.run(main())
 
 
 def quick(sim: Simulator) -> Session:
-    """Return a session for a simulator, without a fixture's clean-up."""
+    """Return a session for a simulator; no fixture cleans it up."""
     return Session(sim.api_key, base_url=sim.base_url, poll=PollPolicy.fixed(0.01))
 
 
 def test_a_closed_session_can_be_entered_in_another_loop(threaded_sim: Simulator) -> None:
-    """It is not bound to its first loop for ever."""
+    """A closed session is not bound to its first loop."""
     held = threaded_sim.add_execution(Scenario([SimNode("A", duration=None)]))
     session = quick(threaded_sim)
 
@@ -364,7 +366,7 @@ def test_a_closed_session_can_be_entered_in_another_loop(threaded_sim: Simulator
 
 
 def test_an_open_session_is_refused_in_a_second_loop(threaded_sim: Simulator) -> None:
-    """With a plain `RuntimeError`, by every way of using and closing it."""
+    """Every way to use or close it raises `RuntimeError`."""
     held = threaded_sim.add_execution(Scenario([SimNode("A", duration=None)]))
     session = quick(threaded_sim)
     refusals = []
@@ -392,7 +394,7 @@ def test_an_open_session_is_refused_in_a_second_loop(threaded_sim: Simulator) ->
 
 
 def test_a_session_left_open_ends_with_its_loop(threaded_sim: Simulator) -> None:
-    """Nothing leaks; another loop must enter it before using it, and may."""
+    """Nothing leaks; another loop can use it once it has entered it."""
     held = threaded_sim.add_execution(Scenario([SimNode("A", duration=None)]))
     session = quick(threaded_sim)
 
@@ -411,7 +413,7 @@ def test_a_session_left_open_ends_with_its_loop(threaded_sim: Simulator) -> None
 
 
 def test_a_session_of_a_dead_loop_can_be_entered_again(threaded_sim: Simulator) -> None:
-    """Even where the loop was closed without ending its tasks."""
+    """This holds even if the loop was closed without ending its tasks."""
     held = threaded_sim.add_execution(Scenario([SimNode("A", duration=None)]))
     session = quick(threaded_sim)
     loop = asyncio.new_event_loop()
@@ -429,7 +431,7 @@ def test_a_session_of_a_dead_loop_can_be_entered_again(threaded_sim: Simulator) 
 
 
 def test_a_session_left_open_can_be_closed_from_another_loop(threaded_sim: Simulator) -> None:
-    """Its own loop has ended it already, so there is nothing to wait for."""
+    """Its own loop has already ended it, so there is nothing to wait for."""
     held = threaded_sim.add_execution(Scenario([SimNode("A", duration=None)]))
     session = quick(threaded_sim)
 
@@ -447,7 +449,7 @@ def test_a_session_left_open_can_be_closed_from_another_loop(threaded_sim: Simul
 async def test_a_supervisor_cancelled_from_outside_closes_the_session(
     sim: Simulator, session: Session, held: int
 ) -> None:
-    """Those who wait are released, and further use is refused."""
+    """Waiting callers are released, and further calls are refused."""
     waiting = asyncio.create_task(session.execution(held).wait())
     await sim.wait_for_requests(1)
     for task in asyncio.all_tasks():
@@ -462,7 +464,7 @@ async def test_a_supervisor_cancelled_from_outside_closes_the_session(
 async def test_closing_ends_a_call_in_its_retry_sleep(
     sim: Simulator, open_session: Callable[..., Session], held: int, recorder: Any
 ) -> None:
-    """A single call and a watch, each sleeping for an hour, are released at once."""
+    """A single call and a watch, each in a sleep of an hour, are released at once."""
     session = open_session(retry=RetryPolicy(base=3600.0, ceiling=7200.0, outage=1e6))
     sim.inject(Fault.status(503, times=2))
     call = asyncio.create_task(session.get_results(held))
@@ -479,7 +481,7 @@ async def test_closing_ends_a_call_in_its_retry_sleep(
 async def test_closing_ends_a_call_that_waits_for_the_server(
     sim: Simulator, session: Session, held: int
 ) -> None:
-    """The connection is dropped in the midst of the request."""
+    """The connection is dropped during the request."""
     sim.inject(Fault.stall())
     call = asyncio.create_task(session.get_results(held))
     await sim.wait_for_requests(1)
@@ -488,10 +490,10 @@ async def test_closing_ends_a_call_that_waits_for_the_server(
         await call
 
 
-async def test_closing_ends_a_call_that_waits_for_the_pace(
+async def test_closing_ends_a_call_that_waits_for_the_rate(
     sim: Simulator, open_session: Callable[..., Session], held: int
 ) -> None:
-    """Requests that have not left yet never will."""
+    """Requests that were not sent yet are never sent."""
     session = open_session(rate=0.001)
     calls = [asyncio.create_task(session.get_results(held)) for _ in range(3)]
     await sim.wait_for_requests(1)
@@ -519,7 +521,7 @@ async def test_cancelling_a_call_cancels_it_alone(
 async def test_a_borrowed_client_session_is_used_and_left_open(
     sim: Simulator, open_session: Callable[..., Session], held: int
 ) -> None:
-    """Its headers apply, ours join them, its own User-Agent stays."""
+    """Its headers apply, ours are added, and its User-Agent stays."""
     headers = {"X-Proxy": "yes", "User-Agent": "mine/1"}
     async with aiohttp.ClientSession(headers=headers, raise_for_status=True) as http:
         session = open_session(http=http)
@@ -538,7 +540,7 @@ async def test_a_borrowed_client_session_is_used_and_left_open(
 async def test_a_borrowed_client_session_that_was_closed_is_reported(
     open_session: Callable[..., Session], held: int
 ) -> None:
-    """As closed, with the execution's id, and not retried."""
+    """It raises `SessionClosed` with the execution's id, without a retry."""
     http = aiohttp.ClientSession()
     await http.close()
     with pytest.raises(SessionClosed, match="borrowed") as caught:
@@ -549,7 +551,7 @@ async def test_a_borrowed_client_session_that_was_closed_is_reported(
 async def test_a_limiter_is_acquired_once_per_attempt(
     sim: Simulator, open_session: Callable[..., Session], held: int
 ) -> None:
-    """Retries count too."""
+    """Retries acquire it, too."""
 
     class Counter:
         acquired = 0
@@ -566,7 +568,7 @@ async def test_a_limiter_is_acquired_once_per_attempt(
 async def test_the_base_url_s_path_prefix_is_kept(
     sim: Simulator, open_session: Callable[..., Session]
 ) -> None:
-    """For a gateway that mounts the API below a path."""
+    """A gateway may serve the API under a path."""
     session = open_session(base_url=f"{sim.base_url}/gate%20way/")
     with pytest.raises(Exception, match="404"):
         await session.get_results(1)
@@ -574,7 +576,7 @@ async def test_the_base_url_s_path_prefix_is_kept(
 
 
 def test_a_repr_survives_a_malformed_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is for debugging, so it does not raise."""
+    """The repr is for debugging, so it does not raise."""
     session = Session("key")
     monkeypatch.setenv("PROMPTLAYER_BASE_URL", "nonsense")
     assert repr(session) == "<Session with a malformed base URL, not open>"
@@ -583,7 +585,7 @@ def test_a_repr_survives_a_malformed_environment(monkeypatch: pytest.MonkeyPatch
 async def test_a_session_dropped_unclosed_lives_until_its_loop_ends(
     sim: Simulator, held: int
 ) -> None:
-    """The garbage collector does not tear it apart, and it can still be found and ended."""
+    """The garbage collector does not collect it, and its task can still be found and ended."""
 
     async def use_and_drop() -> None:
         await quick(sim).get_results(held)
@@ -597,7 +599,7 @@ async def test_a_session_dropped_unclosed_lives_until_its_loop_ends(
 
 
 def test_handles_are_equal_by_session_and_id() -> None:
-    """And hash alike; they show what they are."""
+    """Equal handles have equal hashes, and the repr shows session and id."""
     session, other = Session("key"), Session("key")
     assert session.execution(7) == session.execution(7)
     assert hash(session.execution(7)) == hash(session.execution(7))
@@ -608,8 +610,8 @@ def test_handles_are_equal_by_session_and_id() -> None:
     assert repr(Execution(session, 7, "Agent")) == "<Execution 7 of 'Agent'>"
 
 
-def test_a_handle_travels_without_its_session() -> None:
-    """A copy is the handle itself; a pickled one keeps the id and says what it lacks."""
+def test_a_handle_is_pickled_without_its_session() -> None:
+    """A copy is the handle itself; a pickled one keeps the id and says that it has no session."""
     execution = Execution(Session("secret-key"), 7, "Agent", "careful")
     assert copy.copy(execution) is execution
     assert copy.deepcopy(execution) is execution
@@ -658,7 +660,7 @@ PROGRAM = """
 
 
 @pytest.mark.parametrize("close", ["await session.aclose()", "[wait.cancel() for wait in waits]"])
-def test_nothing_is_left_behind(close: str) -> None:
+def test_a_program_leaks_nothing(close: str) -> None:
     """In development mode, where every leak is a warning, standard error stays empty."""
     finished = subprocess.run(
         [
@@ -680,7 +682,7 @@ def test_nothing_is_left_behind(close: str) -> None:
 
 
 def test_plain_http_to_another_machine_warns_once() -> None:
-    """At the line that makes the session, however often it is opened."""
+    """The warning is for the line that makes the session, however often it is opened."""
     with pytest.warns(UserWarning, match=r"http://gateway\.test is plain http") as caught:
         session = Session("key", base_url="http://gateway.test")
     assert [warning.filename for warning in caught] == [__file__]
@@ -688,10 +690,10 @@ def test_plain_http_to_another_machine_warns_once() -> None:
         asyncio.run(open_and_close(session))
 
 
-def test_plain_http_that_the_environment_brings_later_warns_at_first_use(
+def test_plain_http_from_a_later_environment_warns_at_first_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A session at module level may be made before the environment is filled."""
+    """A session at module level may be made before the environment is set."""
     session = Session("key")
     monkeypatch.setenv("PROMPTLAYER_BASE_URL", "http://later.test")
     with pytest.warns(UserWarning, match=r"http://later\.test is plain http"):
@@ -700,29 +702,29 @@ def test_plain_http_that_the_environment_brings_later_warns_at_first_use(
 
 
 async def open_and_close(session: Session) -> None:
-    """Use it, without any I/O."""
+    """Open and close the session, without any I/O."""
     async with session:
         pass
 
 
 @pytest.mark.parametrize("base_url", ["https://api.test", "http://localhost:1", "http://[::1]"])
 def test_https_and_loopback_do_not_warn(base_url: str) -> None:
-    """Warnings are errors here."""
+    """Warnings are errors in the tests, so this passes without one."""
     asyncio.run(open_and_close(Session("key", base_url=base_url)))
 
 
 class SlowEnvironment(UserDict[str, str]):
-    """Environment variables that take long enough to read for every thread to do so at once."""
+    """Environment variables that are read so slowly that all threads read them at once."""
 
     def __getitem__(self, name: str) -> str:
         time.sleep(0.01)
         return super().__getitem__(name)
 
 
-def test_of_many_threads_one_gets_the_session(
+def test_only_one_of_many_threads_gets_the_session(
     threaded_sim: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They use it first at the same time: every other one gets the clear error."""
+    """Several threads use it first at the same time, and all but one get a clear error."""
     execution_id = threaded_sim.add_execution(Scenario([SimNode("A")]))
     monkeypatch.setattr(
         os, "environ", SlowEnvironment(os.environ, PROMPTLAYER_API_KEY=threaded_sim.api_key)
@@ -740,7 +742,7 @@ def test_of_many_threads_one_gets_the_session(
             together.wait()
         else:
             ended.append("fine")
-            together.wait()  # its loop is still open when the others have tried
+            together.wait()  # its loop stays open until the others have tried
             await session.aclose()
 
     threads = [threading.Thread(target=asyncio.run, args=[use()]) for _ in range(16)]

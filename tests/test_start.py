@@ -1,4 +1,4 @@
-"""Starting runs: one request each, never repeated without need, never forgotten."""
+"""Starts: each is sent at most once, and no started run is lost."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def posts(sim: Simulator) -> int:
 async def test_a_start_is_one_request_with_all_that_was_asked(
     sim: Simulator, session: Session, recorder: Any
 ) -> None:
-    """Path, key, type and body are the documented ones, and the answer becomes a handle."""
+    """Path, key, type and body are as documented, and the answer becomes a handle."""
     execution = await session.start(
         NAME,
         {"topic": "cats", "rows": [1, {"x": None}]},
@@ -104,7 +104,7 @@ async def test_a_start_is_one_request_with_all_that_was_asked(
 
 
 async def test_a_started_execution_is_followed_like_any_other(session: Session) -> None:
-    """From the start to the complete snapshot."""
+    """A started execution is followed from its start to the complete snapshot."""
     snapshot = await (await session.start(NAME)).wait()
     assert snapshot.nodes["Answer"].value == "42"
 
@@ -112,7 +112,7 @@ async def test_a_started_execution_is_followed_like_any_other(session: Session) 
 async def test_a_workflow_may_be_given_by_id_and_a_version_by_number(
     sim: Simulator, session: Session
 ) -> None:
-    """They travel as numbers."""
+    """They are sent as numbers."""
     workflow_id = sim.add_workflow("other", DONE)
     execution = await session.start(workflow_id, version=3)
     assert execution.workflow == workflow_id
@@ -124,7 +124,7 @@ async def test_a_workflow_may_be_given_by_id_and_a_version_by_number(
 
 
 async def test_the_server_s_warning_is_on_the_handle(sim: Simulator, session: Session) -> None:
-    """As the server worded it."""
+    """The warning has the server's words."""
     sim.add_workflow("careless", DONE, warning="missing input variables: topic")
     assert (await session.start("careless")).warning == "missing input variables: topic"
 
@@ -147,7 +147,7 @@ async def test_the_server_s_warning_is_on_the_handle(sim: Simulator, session: Se
 async def test_unusable_arguments_are_named_before_any_io(
     arguments: dict[str, Any], error: type[Exception], said: str
 ) -> None:
-    """A session without a key would otherwise complain of that first."""
+    """Unusable arguments are named before a missing key."""
     with pytest.raises(error, match=said) as caught:
         await Session().start(**arguments)
     assert not isinstance(caught.value, ConfigurationError)
@@ -177,7 +177,7 @@ LOST = {
 async def test_a_lost_answer_is_start_unknown_and_never_repeated(
     sim: Simulator, open_session: Callable[..., Session], recorder: Any, fault: Fault
 ) -> None:
-    """The run may have started: one POST, an error that says so, with the workflow and why."""
+    """The run may have started: there is one POST, and the error has the workflow and the cause."""
     session = open_session(request_timeout=0.5, max_response_bytes=100_000)
     sim.inject(fault)
     with pytest.raises(StartUnknown) as caught:
@@ -211,7 +211,7 @@ async def test_a_lost_answer_is_start_unknown_and_never_repeated(
 async def test_a_refused_start_is_its_status_error(
     sim: Simulator, session: Session, status: int, expected: type[StatusError]
 ) -> None:
-    """Nothing started, and nothing is repeated, though a watch would survive some of them."""
+    """Nothing is started or repeated, although a watch would retry some of these statuses."""
     sim.inject(Fault.status(status, retry_after=0.01))
     with pytest.raises(expected) as caught:
         await session.start(NAME)
@@ -220,10 +220,10 @@ async def test_a_refused_start_is_its_status_error(
     assert posts(sim) == 1
 
 
-async def test_a_429_is_waited_for_and_sent_again(
+async def test_a_start_refused_with_429_is_sent_again(
     sim: Simulator, session: Session, recorder: Any
 ) -> None:
-    """The server refused it, so it cannot have started."""
+    """The server refused the start, so no run can have started."""
     sim.inject(Fault.status(429, times=2, retry_after=0.02))
     execution = await session.start(NAME)
     assert posts(sim) == 3
@@ -240,7 +240,7 @@ async def test_a_429_is_waited_for_and_sent_again(
 async def test_a_429_that_the_policy_does_not_survive_is_raised(
     sim: Simulator, open_session: Callable[..., Session]
 ) -> None:
-    """With no outage allowed it is the caller's."""
+    """With an `outage` of 0, it is raised to the caller."""
     session = open_session(retry=RetryPolicy(outage=0.0))
     sim.inject(Fault.status(429))
     with pytest.raises(RateLimited):
@@ -249,7 +249,7 @@ async def test_a_429_that_the_policy_does_not_survive_is_raised(
 
 
 async def test_a_lost_answer_after_a_429_is_not_repeated(sim: Simulator, session: Session) -> None:
-    """Each attempt is judged by itself."""
+    """Each attempt counts by itself."""
     sim.inject(Fault.status(429))
     sim.inject(Fault.disconnect())
     with pytest.raises(StartUnknown):
@@ -259,16 +259,16 @@ async def test_a_lost_answer_after_a_429_is_not_repeated(sim: Simulator, session
 
 @pytest.fixture
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a port on which nothing listens."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
     return port
 
 
-async def test_a_server_that_comes_up_meanwhile_gets_one_start(
+async def test_a_server_that_comes_up_in_time_gets_one_start(
     open_session: Callable[..., Session], recorder: Any, free_port: int
 ) -> None:
-    """Nothing can have reached a refused connection, so it is tried again."""
+    """A refused connection has sent nothing, so the start is retried."""
     session = open_session(base_url=f"http://127.0.0.1:{free_port}")
     starting = asyncio.create_task(session.start(NAME))
     retried = await recorder.next(RequestRetried)
@@ -283,7 +283,7 @@ async def test_a_server_that_comes_up_meanwhile_gets_one_start(
 async def test_a_server_that_cannot_be_reached_is_connection_failed(
     sim: Simulator, open_session: Callable[..., Session], free_port: int, where: str
 ) -> None:
-    """After several attempts, none of which can have started anything."""
+    """It is raised after several attempts, and none of them can have started a run."""
     base_url = {
         "refused": f"http://127.0.0.1:{free_port}",
         "unresolvable": "https://nowhere.invalid",
@@ -296,10 +296,10 @@ async def test_a_server_that_cannot_be_reached_is_connection_failed(
     assert sim.request_count == 0
 
 
-async def test_a_connection_that_is_never_made_is_no_unknown_start(
+async def test_a_connection_that_is_never_made_is_not_an_unknown_start(
     open_session: Callable[..., Session], recorder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A time-out before the request left is told from one after it."""
+    """A timeout before the request was sent is not `StartUnknown`."""
     async with aiohttp.ClientSession(connector=_StuckConnector()) as http:
         session = open_session(
             http=http, request_timeout=0.05, retry=RetryPolicy(outage=0.06, base=0.01)
@@ -316,7 +316,7 @@ class _StuckConnector(aiohttp.TCPConnector):
 
 
 async def test_a_start_has_a_connection_of_its_own(sim: Simulator, session: Session) -> None:
-    """Never a used one, which the server may be closing at the moment; nor is it used again."""
+    """A reused connection may be closing, so a start opens one and does not keep it."""
     await session.get_results(sim.add_execution(DONE))
     for _ in range(2):
         await session.start(NAME)
@@ -326,7 +326,7 @@ async def test_a_start_has_a_connection_of_its_own(sim: Simulator, session: Sess
 async def test_starts_do_not_wait_behind_polls_nor_polls_behind_starts(
     sim: Simulator, open_session: Callable[..., Session], held: int
 ) -> None:
-    """Each kind has places of its own."""
+    """Starts and polls have separate slots."""
     session = open_session(max_connections=2, request_timeout=5.0)
     sim.inject(Fault.stall())
     stalled = asyncio.create_task(session.get_results(held))
@@ -344,7 +344,7 @@ async def test_starts_do_not_wait_behind_polls_nor_polls_behind_starts(
 async def test_a_borrowed_session_starts_and_polls_within_its_own_limit(
     sim: Simulator, open_session: Callable[..., Session], limit: int
 ) -> None:
-    """However few connections it has."""
+    """Even a session with one connection is enough."""
     connector = aiohttp.TCPConnector(limit=limit)
     async with aiohttp.ClientSession(connector=connector, headers={"X-Team": "a"}) as http:
         session = open_session(http=http)
@@ -353,7 +353,7 @@ async def test_a_borrowed_session_starts_and_polls_within_its_own_limit(
     assert {request.headers["X-Team"] for request in sim.requests} == {"a"}
 
 
-# A caller who goes
+# Cancelled callers and closed sessions
 
 
 async def test_a_start_cancelled_on_the_wire_is_read_to_its_end_and_reported(
@@ -376,10 +376,10 @@ async def test_a_start_cancelled_on_the_wire_is_read_to_its_end_and_reported(
     assert (await session.execution(run.execution_id).wait()).complete
 
 
-async def test_a_timeout_around_a_start_reports_it_too(
+async def test_a_start_cancelled_by_a_timeout_is_reported(
     sim: Simulator, session: Session, recorder: Any
 ) -> None:
-    """`asyncio.timeout` cancels as a browser that goes away does."""
+    """`asyncio.timeout` also cancels the caller."""
     sim.inject(Fault.delay(0.2))
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
@@ -387,17 +387,17 @@ async def test_a_timeout_around_a_start_reports_it_too(
     assert (await recorder.next(ExecutionStarted)).abandoned
 
 
-async def test_a_start_cancelled_before_it_left_starts_nothing(
+async def test_a_start_cancelled_before_it_was_sent_starts_nothing(
     sim: Simulator, open_session: Callable[..., Session], recorder: Any
 ) -> None:
-    """While it waits for its turn it ends with its caller."""
-    turn = asyncio.Event()
+    """A start that waits for the limiter ends with its caller."""
+    allowed = asyncio.Event()
     asked = asyncio.Event()
 
     class Gate:
         async def acquire(self) -> None:
             asked.set()
-            await turn.wait()
+            await allowed.wait()
 
     session = open_session(limiter=Gate())
     starting = asyncio.create_task(session.start(NAME))
@@ -405,31 +405,31 @@ async def test_a_start_cancelled_before_it_left_starts_nothing(
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
-    turn.set()
+    allowed.set()
     await session.start(NAME)
     assert posts(sim) == 1
     assert [event.abandoned for event in recorder.of(ExecutionStarted)] == [False]
 
 
-async def test_a_start_may_be_held_back_once_its_turn_has_come(
+async def test_before_send_may_hold_a_start_back(
     sim: Simulator, open_session: Callable[..., Session]
 ) -> None:
-    """Durable batches take note of it then; polls and other starts pass it meanwhile."""
-    turn = asyncio.Event()
-    cleared = asyncio.Event()
+    """Durable batches record the intent there; polls and other starts go on meanwhile."""
+    has_slot = asyncio.Event()
+    may_be_sent = asyncio.Event()
 
-    async def clearance() -> None:
-        turn.set()
-        await cleared.wait()
+    async def before_send() -> None:
+        has_slot.set()
+        await may_be_sent.wait()
 
     session = open_session()
     deadline = Deadline.after(None, now=anyio.current_time())
-    held = asyncio.create_task(session._start(StartRequest(NAME, key=1), deadline, clearance))
-    await turn.wait()
+    held = asyncio.create_task(session._start(StartRequest(NAME, key=1), deadline, before_send))
+    await has_slot.wait()
     other = await session.start(NAME)
     await other.output()
     assert posts(sim) == 1
-    cleared.set()
+    may_be_sent.set()
     assert (await held).id != other.id
     assert posts(sim) == 2
 
@@ -437,7 +437,7 @@ async def test_a_start_may_be_held_back_once_its_turn_has_come(
 async def test_closing_reads_a_start_on_the_wire_to_its_end(
     sim: Simulator, session: Session, recorder: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its caller gets `SessionClosed` with the id, which is in an event and in the log, too."""
+    """Its caller gets `SessionClosed` with the id, which is also in an event and in the log."""
     sim.inject(Fault.delay(0.05))
     starting = await on_the_wire(sim, session)
     await session.aclose()
@@ -453,7 +453,7 @@ async def test_closing_reads_a_start_on_the_wire_to_its_end(
 async def test_closing_awaits_an_abandoned_start_for_request_timeout_at_most(
     sim: Simulator, open_session: Callable[..., Session], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """That its run may exist is in the log, as there is nobody to raise it to."""
+    """The log says that its run may exist, because no caller remains to raise it to."""
     session = open_session(request_timeout=0.2)
     sim.inject(Fault.stall())
     starting = await on_the_wire(sim, session)
@@ -468,10 +468,10 @@ async def test_closing_awaits_an_abandoned_start_for_request_timeout_at_most(
     assert repr(NAME) in record.getMessage()
 
 
-async def test_closing_ends_all_else_at_once_though_a_start_is_on_the_wire(
+async def test_closing_ends_everything_else_at_once_while_a_start_is_on_the_wire(
     sim: Simulator, session: Session, held: int, recorder: Any
 ) -> None:
-    """Watches and calls do not wait for it."""
+    """Watches and calls do not wait for the start."""
     waiting = asyncio.create_task(session.execution(held).wait())
     await recorder.next(Polled)
     sim.inject(Fault.stall(2))
@@ -491,10 +491,10 @@ async def test_closing_ends_all_else_at_once_though_a_start_is_on_the_wire(
         await starting
 
 
-async def test_closing_calls_off_a_start_that_has_not_left(
+async def test_closing_cancels_a_start_that_was_not_sent(
     sim: Simulator, session: Session, recorder: Any
 ) -> None:
-    """While it waits to be sent again, nothing has started."""
+    """A start that waits for its retry has started nothing."""
     sim.inject(Fault.status(429, times=None, retry_after=60))
     starting = asyncio.create_task(session.start(NAME))
     await recorder.next(RequestRetried)
@@ -506,7 +506,7 @@ async def test_closing_calls_off_a_start_that_has_not_left(
 
 
 async def test_a_closed_session_starts_nothing(sim: Simulator, session: Session) -> None:
-    """Not even a task."""
+    """It raises `SessionClosed` and sends nothing."""
     await session.get_results(sim.add_execution(DONE))
     await session.aclose()
     with pytest.raises(SessionClosed):
@@ -514,10 +514,10 @@ async def test_a_closed_session_starts_nothing(sim: Simulator, session: Session)
     assert posts(sim) == 0
 
 
-async def test_a_start_that_cannot_leave_in_time_is_a_timeout(
+async def test_a_start_that_cannot_be_sent_in_time_is_a_timeout(
     sim: Simulator, open_session: Callable[..., Session]
 ) -> None:
-    """It says that nothing was started, and what was in the way."""
+    """The error says that nothing was started, and what prevented the start."""
     session = open_session(wait_timeout=0.05)
     sim.inject(Fault.status(429, times=None, retry_after=60))
     with pytest.raises(
@@ -535,7 +535,7 @@ async def test_a_start_that_cannot_leave_in_time_is_a_timeout(
 async def test_a_404_right_after_the_start_is_survived(
     sim: Simulator, session: Session, recorder: Any
 ) -> None:
-    """The server may not know its own execution yet; watches and single calls both go on."""
+    """The server may not know the execution yet; watches and single calls retry."""
     execution = await session.start(NAME)
     sim.inject(Fault.status(404, times=2))
     assert (await execution.snapshot()).complete
@@ -547,7 +547,7 @@ async def test_a_404_right_after_the_start_is_survived(
 async def test_the_grace_for_a_404_ends(
     sim: Simulator, open_session: Callable[..., Session]
 ) -> None:
-    """After `not_found_grace` the server should know."""
+    """After `not_found_grace`, a 404 is raised."""
     session = open_session(retry=RetryPolicy(not_found_grace=0.05, base=0.01, ceiling=0.02))
     execution = await session.start(NAME)
     sim.inject(Fault.status(404, times=None))
@@ -559,18 +559,18 @@ async def test_the_grace_for_a_404_ends(
 async def test_a_404_on_another_execution_is_raised_at_once(
     sim: Simulator, session: Session
 ) -> None:
-    """An id that this session did not start has no grace."""
+    """An execution that this session did not start has no grace."""
     await session.start(NAME)
     with pytest.raises(NotFound) as caught:
         await session.execution(424242).wait()
     assert caught.value.attempts == 1
 
 
-# Step by step, with an answer that comes when the test says so
+# Step by step, with an answer that the test gives
 
 
 class Server:
-    """A stand-in for the transport: it sends at once, and answers when the test says so."""
+    """A fake transport: it sends at once, and answers when the test sets `answer`."""
 
     def __init__(self) -> None:
         self.sent = asyncio.Event()
@@ -587,7 +587,7 @@ class Server:
 
 @pytest.fixture
 async def begin(recorder: Any) -> AsyncIterator[Callable[..., Any]]:
-    """Return a function that runs a start, and returns the task of its caller."""
+    """Return a function that runs a start and returns the task of its caller."""
     lifetime = Lifetime(AsyncExitStack())
     await lifetime.ready()
 
@@ -625,7 +625,7 @@ async def test_a_cancellation_beside_the_answer_loses_nothing(
     logged: str,
     steps: int,
 ) -> None:
-    """In whichever step it comes, what the caller does not get is reported."""
+    """Whatever the step, a result that the caller does not get is reported."""
     server = Server()
     caller = begin(server.post)
     await server.sent.wait()
@@ -651,10 +651,10 @@ async def test_a_cancellation_beside_the_answer_loses_nothing(
         assert caplog.records == []
 
 
-async def test_an_abandoned_start_that_is_refused_with_429_is_given_up(
+async def test_an_abandoned_start_that_is_refused_with_429_is_not_sent_again(
     begin: Callable[..., Any], recorder: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing started, and nobody wants it any more: it is not sent again."""
+    """Nothing started, and the caller was cancelled, so it is not sent again."""
     server = Server()
     resent = False
 
@@ -678,13 +678,13 @@ async def test_an_abandoned_start_that_is_refused_with_429_is_given_up(
 
 
 async def test_a_cancelled_request_cannot_be_sent(begin: Callable[..., Any]) -> None:
-    """Even if the body's writer runs before the cancellation arrives."""
-    came = asyncio.Event()
+    """This holds even if the body's writer runs before the cancellation arrives."""
+    writer_may_run = asyncio.Event()
     refused: list[OSError] = []
 
     async def post(state: RetryState, once: Start) -> Started:
         async def write() -> None:
-            await came.wait()
+            await writer_may_run.wait()
             try:
                 once.mark_sent()
             except OSError as error:
@@ -700,7 +700,7 @@ async def test_a_cancelled_request_cannot_be_sent(begin: Callable[..., Any]) -> 
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     caller.cancel()
-    came.set()
+    writer_may_run.set()
     await asyncio.wait([caller])
     for _ in range(3):
         await asyncio.sleep(0)
@@ -710,7 +710,7 @@ async def test_a_cancelled_request_cannot_be_sent(begin: Callable[..., Any]) -> 
 async def test_an_attempt_that_times_out_does_not_cancel_the_start(
     begin: Callable[..., Any],
 ) -> None:
-    """A timeout cancels the task for a moment: it must not be sent then, but may be later."""
+    """A timeout cancels the task for a moment: nothing may be sent then, but it may be later."""
     refused: list[OSError] = []
 
     async def post(state: RetryState, once: Start) -> Started:
@@ -733,7 +733,7 @@ async def test_an_attempt_that_times_out_does_not_cancel_the_start(
 
 
 async def test_a_caller_that_is_closed_before_the_first_step_starts_nothing(recorder: Any) -> None:
-    """The request finds that nobody waits for it."""
+    """The request finds that its caller is closed."""
     server = Server()
     state = RetryState(RetryPolicy(), 60.0)
     start = Start(StartRequest(NAME), server.post, state, emit=recorder, is_closing=lambda: False)
@@ -756,7 +756,7 @@ async def test_the_deadline_is_for_sending(begin: Callable[..., Any]) -> None:
 
 
 async def test_a_refusal_after_the_deadline_is_a_timeout(begin: Callable[..., Any]) -> None:
-    """There is no time left to send it again."""
+    """No time is left to send it again."""
     server = Server()
     own_state = RetryState(RetryPolicy(), 60.0)
     refusal = RateLimited("429", status=429, server_message="slow down")
@@ -776,8 +776,8 @@ async def test_a_refusal_after_the_deadline_is_a_timeout(begin: Callable[..., An
     assert caught.value.__cause__ is refusal
 
 
-async def test_a_start_that_found_no_slot_says_so(begin: Callable[..., Any]) -> None:
-    """There is no failure to name."""
+async def test_a_timeout_names_a_missing_slot(begin: Callable[..., Any]) -> None:
+    """The error has no cause."""
 
     async def post(state: RetryState, once: Start) -> Started:
         return await asyncio.Future()
@@ -799,16 +799,16 @@ async def test_a_loop_that_shuts_down_makes_the_start_unknown(begin: Callable[..
         await caller
 
 
-async def test_a_limiter_that_is_cancelled_does_not_close_the_session(
+async def test_a_foreign_cancellation_in_a_limiter_does_not_close_the_session(
     open_session: Callable[..., Session],
 ) -> None:
-    """Nobody cancelled the caller, either: what it awaited was cancelled."""
+    """A foreign cancellation does not cancel the caller, either."""
 
     class Limiter:
         async def acquire(self) -> None:
-            gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            gone.cancel()
-            await gone
+            cancelled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            cancelled.cancel()
+            await cancelled
 
     session = open_session(limiter=Limiter())
     with pytest.raises(RuntimeError, match="the start awaited something that was cancelled"):
@@ -835,19 +835,19 @@ async def test_a_limiter_that_swallows_the_cancellation_cannot_prolong_a_start(
     assert sim.request_count == 0
 
 
-@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize("cancelled", [False, True])
 async def test_a_foreign_error_after_the_request_was_sent_is_an_unknown_start(
-    begin: Callable[..., Any], caplog: pytest.LogCaptureFixture, gone: bool
+    begin: Callable[..., Any], caplog: pytest.LogCaptureFixture, cancelled: bool
 ) -> None:
-    """Such as one of a borrowed session's middleware: raised to the caller, or in the log."""
+    """A borrowed session's middleware may raise it: it reaches the caller, or the log."""
     server = Server()
     caller = begin(server.post)
     await server.sent.wait()
-    if gone:
+    if cancelled:
         caller.cancel()
         await asyncio.wait([caller])
     server.answer.set_exception(ZeroDivisionError("division"))
-    if gone:
+    if cancelled:
         for _ in range(5):
             await asyncio.sleep(0)
         assert "ZeroDivisionError: division" in caplog.text
@@ -856,8 +856,8 @@ async def test_a_foreign_error_after_the_request_was_sent_is_an_unknown_start(
             await caller
 
 
-async def test_an_unexpected_error_is_the_caller_s_own(begin: Callable[..., Any]) -> None:
-    """It ends neither the session nor the starts of others."""
+async def test_an_unexpected_error_reaches_only_the_caller(begin: Callable[..., Any]) -> None:
+    """It ends neither the session nor other starts."""
 
     async def post(state: RetryState, once: Start) -> Started:
         raise ZeroDivisionError
@@ -873,7 +873,7 @@ async def test_an_unexpected_error_is_the_caller_s_own(begin: Callable[..., Any]
 async def test_a_caller_that_is_closed_unfinished_is_reported_like_a_cancelled_one(
     recorder: Any,
 ) -> None:
-    """A coroutine that is dropped gets `GeneratorExit`."""
+    """A dropped coroutine gets `GeneratorExit`."""
     server = Server()
     state = RetryState(RetryPolicy(), 60.0)
     start = Start(StartRequest(NAME), server.post, state, emit=recorder, is_closing=lambda: False)

@@ -1,4 +1,4 @@
-"""Tasks, what a cancellation means to one of them, and the limits of a call."""
+"""Tasks, foreign cancellations, and the limits of a call."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def forever() -> None:
 
 @pytest.fixture
 async def lifetime() -> AsyncIterator[Lifetime]:
-    """Return a lifetime that has begun; it is closed at the end."""
+    """Return a lifetime that is ready; it is closed at the end."""
     lifetime = Lifetime(AsyncExitStack())
     await lifetime.ready()
     yield lifetime
@@ -32,7 +32,7 @@ async def lifetime() -> AsyncIterator[Lifetime]:
 
 
 async def test_tasks_are_cancelled_together_and_awaited() -> None:
-    """Those that had ended by themselves are no hindrance."""
+    """Tasks that have already ended are allowed among them."""
     tasks = Tasks()
     tasks.start(asyncio.sleep(0), name="short")
     tasks.start(forever(), name="long")
@@ -63,7 +63,7 @@ async def test_only_the_cancelled_task_is_cancelled() -> None:
 
 
 async def test_a_call_ends_at_its_deadline(lifetime: Lifetime) -> None:
-    """Also if the deadline has passed already; no cancellation is left behind."""
+    """This holds even if the deadline has already passed; no cancellation stays pending."""
     for timeout in (0.001, -1.0):
         with pytest.raises(DeadlinePassed):
             await lifetime.call(forever, Deadline.after(timeout, now=clock()))
@@ -81,7 +81,7 @@ async def test_a_timeout_within_the_call_is_its_own(lifetime: Lifetime) -> None:
 
 
 async def test_a_timeout_in_the_step_of_the_deadline_is_the_deadline(lifetime: Lifetime) -> None:
-    """Both are true, and the deadline counts."""
+    """Both pass in the same step, and the deadline counts."""
 
     async def fail() -> None:
         try:
@@ -94,7 +94,7 @@ async def test_a_timeout_in_the_step_of_the_deadline_is_the_deadline(lifetime: L
 
 
 async def test_a_cancelled_call_is_cancelled_even_at_its_deadline(lifetime: Lifetime) -> None:
-    """In the same step both are true, and the cancellation counts."""
+    """Both happen in the same step, and the cancellation counts."""
     started = asyncio.Event()
 
     async def work() -> None:
@@ -110,7 +110,7 @@ async def test_a_cancelled_call_is_cancelled_even_at_its_deadline(lifetime: Life
 
 
 async def test_closing_ends_a_call(lifetime: Lifetime) -> None:
-    """It is `SessionClosed`, and the end waits for the call's clean-up."""
+    """The call raises `SessionClosed`, and closing waits for the call's clean-up."""
     steps: list[str] = []
 
     async def work() -> None:
@@ -131,7 +131,7 @@ async def test_closing_ends_a_call(lifetime: Lifetime) -> None:
 
 
 async def test_no_call_begins_once_the_end_has_begun(lifetime: Lifetime) -> None:
-    """Nobody would end it."""
+    """Nothing would end such a call."""
     called = False
 
     async def work() -> None:

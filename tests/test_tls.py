@@ -25,7 +25,7 @@ ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(BODY), BODY)
 
 @pytest.fixture(scope="module")
 def authority() -> trustme.CA:
-    """Return an authority that nobody trusts yet."""
+    """Return a private authority that is not trusted by default."""
     return trustme.CA()
 
 
@@ -75,7 +75,7 @@ def client_context(authority: trustme.CA) -> ssl.SSLContext:
 
 
 async def refused(base_url: str, context: ssl.SSLContext | None = None) -> ConnectionFailed:
-    """Ask a server, and return the error; it must come at once."""
+    """Request results, and return the error, which must come without a retry."""
     events: list[object] = []
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(ssl=True if context is None else context)
@@ -123,7 +123,7 @@ async def test_an_expired_certificate_is_named(
 
 
 async def test_a_server_without_tls_is_named(serve: Callable[..., str]) -> None:
-    """https:// was given where http:// was meant, or another port."""
+    """The URL has https:// in place of http://, or the wrong port."""
     error = await refused(await serve(None))
     assert "does not speak TLS on this port" in str(error)
     assert "check base_url" in str(error)
@@ -164,7 +164,7 @@ async def test_a_demanded_client_certificate_is_named_under_tls_1_3(authority: t
         with suppress(ssl.SSLWantReadError):
             secured.do_handshake()
         connection.sendall(outgoing.read())
-        # Not before the request has come, too: it is sent without waiting for our last word.
+        # Wait for the request, too: it is sent without waiting for our last message.
         while incoming.pending < 300:
             incoming.write(connection.recv(65536))
         with pytest.raises(ssl.SSLError):
@@ -217,7 +217,7 @@ kept = []
 
 def serve():
     connection = theirs.wrap_socket(listener.accept()[0], server_side=True)
-    kept.append(connection)  # and not read any more: nobody answers its `close_notify`
+    kept.append(connection)  # and no longer read: nothing answers its `close_notify`
     connection.recv(65536)
     connection.sendall(answer)
 
@@ -256,7 +256,7 @@ for opened in (*kept, listener):
     ],
     ids=["an answered start", "a read that stalls", "a start that is not read"],
 )
-def test_a_peer_that_says_no_goodbye_keeps_no_socket(  # noqa: PLR0917
+def test_a_peer_that_does_not_close_its_side_keeps_no_socket(  # noqa: PLR0917
     answer: str, call: str, size: int, printed: str, authority: trustme.CA, tmp_path: Path
 ) -> None:
     """TLS would wait 30 s for its `close_notify`, and a large body for the peer to read it."""
@@ -276,10 +276,10 @@ def test_a_peer_that_says_no_goodbye_keeps_no_socket(  # noqa: PLR0917
     assert (finished.stdout, finished.stderr) == (printed, "")
 
 
-async def test_ssl_cert_file_is_heeded(
+async def test_ssl_cert_file_is_used(
     serve: Callable[..., str], authority: trustme.CA, tmp_path: Path
 ) -> None:
-    """As the error says: a private authority needs no code."""
+    """As the error says, a private authority needs only the variable."""
     certificate = tmp_path / "authority.pem"
     authority.cert_pem.write_to_path(certificate)
     program = (
@@ -303,10 +303,10 @@ async def test_ssl_cert_file_is_heeded(
     assert (finished.stdout, finished.stderr) == ("42\n", "")
 
 
-async def test_a_server_that_goes_away_in_the_handshake_is_retried(
+async def test_a_connection_closed_in_the_handshake_is_retried(
     authority: trustme.CA,
 ) -> None:
-    """That passes by waiting: it is no failure of TLS."""
+    """It can pass by waiting, so it is not a TLS failure."""
     tries = 0
 
     async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

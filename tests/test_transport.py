@@ -1,4 +1,4 @@
-"""The transport: attempts, retries, and errors made ours."""
+"""The transport: attempts, retries, and conversion of errors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ ANY_URL = re.compile(".*")
 
 
 class Answer(aiohttp.ClientResponse):
-    """What aioresponses answers with: it knows no `stream_writer`, which aiohttp now demands."""
+    """The response class of aioresponses, without `stream_writer`, which aiohttp now requires."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"stream_writer": Mock(), **kwargs})
@@ -58,7 +58,7 @@ class Answer(aiohttp.ClientResponse):
 
 @pytest.fixture
 def mocked() -> Iterator[Callable[..., None]]:
-    """Return a function that sets the next answer to any GET, without any network."""
+    """Return a function that sets the next answer to a GET, without a network."""
     with aioresponses() as mock:
 
         def answer(**settings: Any) -> None:
@@ -88,7 +88,7 @@ def mocked() -> Iterator[Callable[..., None]]:
 async def test_each_status_has_its_error(
     mocked: Callable[..., None], status: int, expected: type[StatusError], key: str
 ) -> None:
-    """With the status, the server's words, the body and the execution's id."""
+    """The error has the status, the server's message, the body and the execution's id."""
     body = {"success": False, key: "no such thing", "extra": [1]}
     mocked(status=status, payload=body)
     async with Session("key", retry=NO_RETRY) as session:
@@ -118,10 +118,10 @@ async def test_a_validation_error_is_itemised(mocked: Callable[..., None]) -> No
     )
 
 
-async def test_a_transient_status_is_retried_by_the_policy_s_own_list(
+async def test_the_policy_may_name_further_statuses_to_retry(
     mocked: Callable[..., None],
 ) -> None:
-    """A status that the policy names is survived; the answer after it is the result."""
+    """A status in the policy's list is retried, and the next answer is the result."""
     mocked(status=418)
     mocked(status=200, payload="done")
     retry = RetryPolicy(statuses=frozenset({418}), base=0.001)
@@ -130,7 +130,7 @@ async def test_a_transient_status_is_retried_by_the_policy_s_own_list(
 
 
 async def test_the_request_is_as_documented(mocked: Callable[..., None]) -> None:
-    """Method, URL, key and the refusal of redirects, as aiohttp is told them."""
+    """The request has the method, the URL and the key, and does not follow redirects."""
     mocked(status=200, payload={})
     async with Session("key", base_url="https://gateway.test/pl") as session:
         await session.get_results(787, return_all_outputs=True)
@@ -150,7 +150,7 @@ Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 @asynccontextmanager
 async def raw_server(serve: Serve) -> AsyncIterator[str]:
-    """Serve connections by hand, and yield the base URL; what is still open is closed."""
+    """Serve connections with `serve`, yield the base URL, and close what is open at the end."""
     tasks = set()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -186,12 +186,12 @@ def answering(*answers: bytes) -> Serve:
 
 
 def http(body: bytes, *, status: str = "200 OK", headers: str = "") -> bytes:
-    """Return a whole HTTP answer."""
+    """Return a complete HTTP answer."""
     return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{headers}\r\n".encode() + body
 
 
-async def look(session: Session) -> Any:
-    """Ask for results."""
+async def read_results(session: Session) -> Any:
+    """Request results."""
     return await session.get_results(787, return_all_outputs=True)
 
 
@@ -203,7 +203,7 @@ async def start(session: Session) -> Any:
 Call = Callable[[Session], Awaitable[Any]]
 
 
-async def failure_at(base_url: str, call: Call = look, **settings: Any) -> Any:
+async def failure_at(base_url: str, call: Call = read_results, **settings: Any) -> Any:
     """Return the error of one call to a server."""
     settings = {"retry": NO_RETRY, **settings}
     async with Session("secret-key", base_url=base_url, **settings) as session:
@@ -214,7 +214,7 @@ async def failure_at(base_url: str, call: Call = look, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("borrowed", [False, True])
 async def test_a_refused_connection_is_connection_failed(borrowed: bool) -> None:
-    """With what the system said, and the execution's id."""
+    """The error has the system's message and the execution's id."""
     async with raw_server(answering()) as base_url:
         pass
     async with aiohttp.ClientSession() as theirs:
@@ -227,7 +227,7 @@ async def test_a_refused_connection_is_connection_failed(borrowed: bool) -> None
 
 
 async def test_a_name_that_does_not_resolve_is_connection_failed() -> None:
-    """The reserved name `.invalid` never does."""
+    """The reserved domain `.invalid` never resolves."""
     assert type(await failure_at("https://nowhere.invalid")) is ConnectionFailed
 
 
@@ -237,7 +237,7 @@ async def test_a_name_that_does_not_resolve_is_connection_failed() -> None:
     ids=["nothing", "half a head", "no HTTP"],
 )
 async def test_a_broken_answer_is_connection_failed(answer: bytes) -> None:
-    """Nothing of it says a status; and no header of ours shows in the causes."""
+    """The answer has no status, and the causes show none of our headers."""
     async with raw_server(answering(answer)) as base_url:
         error = await failure_at(base_url)
     assert type(error) is ConnectionFailed
@@ -246,7 +246,7 @@ async def test_a_broken_answer_is_connection_failed(answer: bytes) -> None:
 
 @pytest.mark.parametrize("key", ["k", "secret-key"])
 async def test_no_header_of_ours_is_in_a_cause(key: str) -> None:
-    """An error of aiohttp on what is no HTTP shows them all, however short the key is."""
+    """For an answer that is not HTTP, aiohttp's error would show all headers, even a short key."""
     async with (
         raw_server(answering(b"SSH-2.0-OpenSSH\r\n\r\n")) as base_url,
         Session(key, base_url=base_url, retry=NO_RETRY) as session,
@@ -259,7 +259,7 @@ async def test_no_header_of_ours_is_in_a_cause(key: str) -> None:
 
 
 async def test_a_body_that_is_cut_short_is_invalid() -> None:
-    """With the status and an excerpt of what came."""
+    """The error has the status and an excerpt of the body."""
     whole = http(b'{"A": {"status": "SUCCESS"}}')
     async with raw_server(answering(whole[:-5])) as base_url:
         error = await failure_at(base_url)
@@ -283,8 +283,8 @@ async def test_a_body_that_is_cut_short_is_invalid() -> None:
         (b'{"Node 1": {"status": 5}}', "$.Node 1.status"),
     ],
 )
-async def test_a_success_that_is_no_node_map_is_invalid(body: bytes, path: str | None) -> None:
-    """What is no JSON has no path, and is worth another attempt; the wrong shape is not."""
+async def test_a_success_that_is_not_a_node_map_is_invalid(body: bytes, path: str | None) -> None:
+    """Invalid JSON has no path and is retried; an invalid shape is not retried."""
     async with raw_server(answering(http(body), http(b"{}"))) as base_url:
         error = await failure_at(base_url)
         assert type(error) is InvalidResponse
@@ -304,7 +304,7 @@ async def test_a_success_that_is_no_node_map_is_invalid(body: bytes, path: str |
 
 
 async def test_silence_is_a_request_timeout() -> None:
-    """After `request_timeout` seconds, of which the error tells."""
+    """It is raised after `request_timeout` seconds, and the error has that time."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
@@ -316,7 +316,7 @@ async def test_silence_is_a_request_timeout() -> None:
 
 
 async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Promise a body and send it a byte at a time, without end."""
+    """Promise a body, and send single bytes without end."""
     head = await reader.readuntil(b"\r\n\r\n")
     status = b"500 Oops" if b"return_all_outputs=false" in head else b"200 OK"
     writer.write(b"HTTP/1.1 %b\r\nContent-Length: 1000000\r\n\r\n" % status)
@@ -327,14 +327,14 @@ async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 
 
 async def test_a_body_that_trickles_is_stopped() -> None:
-    """Bytes that keep coming do not prolong the attempt."""
+    """Bytes that keep arriving do not prolong the attempt."""
     async with raw_server(trickle) as base_url:
         error = await failure_at(base_url, request_timeout=0.1)
     assert type(error) is RequestTimeout
 
 
 async def test_a_refusal_whose_body_trickles_is_still_the_refusal() -> None:
-    """The status is known, so the error says it, with as much of the body as came."""
+    """The error has the status and the part of the body that arrived."""
     async with (
         raw_server(trickle) as base_url,
         Session("key", base_url=base_url, retry=NO_RETRY, request_timeout=0.1) as session,
@@ -345,7 +345,7 @@ async def test_a_refusal_whose_body_trickles_is_still_the_refusal() -> None:
 
 
 async def test_a_refusal_whose_body_is_cut_short_is_still_the_refusal() -> None:
-    """A reset in the midst of the explanation does not hide the status."""
+    """A reset within the body does not hide the status."""
     whole = http(b'{"message": "wrong key"}', status="401 Unauthorized")
     async with raw_server(answering(whole[:-5])) as base_url:
         error = await failure_at(base_url)
@@ -354,7 +354,7 @@ async def test_a_refusal_whose_body_is_cut_short_is_still_the_refusal() -> None:
 
 @pytest.mark.parametrize("before", range(65526, 65537, 2))
 async def test_a_key_at_the_end_of_a_long_refusal_is_not_cut_in_half(before: int) -> None:
-    """It is redacted before the body is cut."""
+    """The key is redacted before the body is cut."""
     body = b"x" * before + b"secret-key and more"
     async with raw_server(answering(http(body, status="403 No"))) as base_url:
         error = await failure_at(base_url)
@@ -363,7 +363,7 @@ async def test_a_key_at_the_end_of_a_long_refusal_is_not_cut_in_half(before: int
 
 
 async def test_a_refusal_s_body_is_read_to_64_kib() -> None:
-    """A proxy's page of any size does not fill the memory."""
+    """A large page from a proxy does not fill the memory."""
     async with raw_server(answering(http(b"x" * 1_000_000, status="403 No"))) as base_url:
         error = await failure_at(base_url)
     assert type(error) is Forbidden
@@ -372,7 +372,7 @@ async def test_a_refusal_s_body_is_read_to_64_kib() -> None:
 
 @pytest.mark.parametrize("compressed", [False, True])
 async def test_a_body_beyond_the_limit_is_refused(compressed: bool) -> None:
-    """Measured after decompression, at once, and not tried again."""
+    """The size counts after decompression; the body is refused at once and not retried."""
     body, headers = b'"' + b"x" * 5000 + b'"', ""
     if compressed:
         body, headers = gzip.compress(body), "Content-Encoding: gzip\r\n"
@@ -390,7 +390,7 @@ async def test_a_body_beyond_the_limit_is_refused(compressed: bool) -> None:
 
 
 def test_a_gzip_bomb_costs_little_memory() -> None:
-    """256 MiB of zeros, sent as 256 KiB, are refused within 32 MiB."""
+    """256 MiB of zeros, sent as 256 KiB, are refused with less than 32 MiB of memory."""
     program = """
 import asyncio, resource, zlib
 from promptlayer_exec import ResponseTooLarge, Session
@@ -425,7 +425,7 @@ asyncio.run(main())
     assert kibibytes < 32 * 1024
 
 
-# As programs that return a body with `n` values, of the process below.
+# Programs that return a body with `n` values, for the process below.
 NODES = """b"{" + b",".join(b'"%x":{"status":"RUNNING"}' % i for i in range(n // 2)) + b"}" """
 SHAPES = {
     "empty arrays": """b'{"a":{"status":"RUNNING","value":[' + b"[]," * (n // 2) + b"0]}}" """,
@@ -487,7 +487,7 @@ asyncio.run(main())
 
 
 async def test_a_borrowed_session_s_middleware_sees_the_body_of_a_start(sim: Simulator) -> None:
-    """As one that signs requests must."""
+    """A middleware that signs requests needs the body."""
     sim.add_workflow("workflow", Scenario([SimNode("A")]))
     seen = []
 
@@ -506,7 +506,7 @@ async def test_a_borrowed_session_s_middleware_sees_the_body_of_a_start(sim: Sim
 
 
 async def test_a_large_body_is_sent_without_a_warning(sim: Simulator) -> None:
-    """Inputs may well be larger than a mebibyte."""
+    """Inputs may be larger than a mebibyte."""
     sim.add_workflow("workflow", Scenario([SimNode("A")]))
     async with Session(sim.api_key, base_url=sim.base_url) as session:
         await session.start("workflow", {"text": "x" * 3_000_000})
@@ -514,7 +514,7 @@ async def test_a_large_body_is_sent_without_a_warning(sim: Simulator) -> None:
 
 
 async def test_a_body_of_exactly_the_limit_is_read() -> None:
-    """The limit itself is allowed."""
+    """A body as large as the limit is allowed."""
     body = b'"' + b"x" * 998 + b'"'
     async with (
         raw_server(answering(http(body))) as base_url,
@@ -524,9 +524,9 @@ async def test_a_body_of_exactly_the_limit_is_read() -> None:
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-@pytest.mark.parametrize("call", [look, start])
+@pytest.mark.parametrize("call", [read_results, start])
 async def test_redirects_are_not_followed(sim: Simulator, call: Call, status: int) -> None:
-    """The other server sees nothing, and the error names the target."""
+    """The target gets no request, and the error names it."""
     location = f"Location: {sim.base_url}/elsewhere\r\n"
     answer = http(b"", status=f"{status} Go", headers=location)
     async with raw_server(answering(answer)) as base_url:
@@ -566,11 +566,11 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
         b"",
     ],
 )
-@pytest.mark.parametrize("call", [look, start])
+@pytest.mark.parametrize("call", [read_results, start])
 async def test_the_key_is_nowhere_in_an_error(
     answer: bytes, call: Call, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not in str, repr, pickle, traceback, events or logs, of causes neither, echoed or not."""
+    """It is not in str, repr, pickle, traceback, events or logs, nor in causes, echoed or not."""
     caplog.set_level(logging.DEBUG)
     events: list[Any] = []
     retry = RetryPolicy(outage=0.02, base=0.01)
@@ -584,7 +584,7 @@ async def test_the_key_is_nowhere_in_an_error(
 
 
 async def test_aiohttp_still_has_the_private_name_we_use() -> None:
-    """A borrowed session's middlewares have no public name; this is the only private one of its."""
+    """Only a borrowed session's middlewares need a private name of aiohttp."""
     middleware = Mock()
     async with aiohttp.ClientSession(middlewares=[middleware]) as http:
         assert tuple(http._middlewares) == (middleware,)
@@ -592,7 +592,7 @@ async def test_aiohttp_still_has_the_private_name_we_use() -> None:
 
 @pytest.mark.parametrize("borrowed", [False, True])
 async def test_aiohttp_does_not_send_again_by_itself(borrowed: bool) -> None:
-    """A connection that died between two requests costs a retry that we count and report."""
+    """A connection that closed between two requests costs a retry that is counted and reported."""
     events: list[Any] = []
     requests = 0
     seen = 0
@@ -632,7 +632,7 @@ async def test_aiohttp_does_not_send_again_by_itself(borrowed: bool) -> None:
 
 
 async def test_a_key_at_the_end_of_an_excerpt_is_not_cut_in_half() -> None:
-    """It is redacted first."""
+    """The key is redacted before the excerpt is cut."""
     body = b"<" * 195 + b"secret-key and more"
     async with raw_server(answering(http(body)[:-1])) as base_url:
         error = await failure_at(base_url)
@@ -640,7 +640,7 @@ async def test_a_key_at_the_end_of_an_excerpt_is_not_cut_in_half() -> None:
 
 
 async def test_no_cookie_is_kept() -> None:
-    """What a server, or a proxy before it, sets is not sent back."""
+    """A cookie from the server, or from a proxy, is not sent back."""
     heads = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -649,7 +649,9 @@ async def test_no_cookie_is_kept() -> None:
             writer.write(http(b"1", headers="Set-Cookie: a=b\r\n"))
 
     async with raw_server(serve) as base_url:
-        named = base_url.replace("127.0.0.1", "localhost")  # no jar keeps an address's cookies
+        named = base_url.replace(
+            "127.0.0.1", "localhost"
+        )  # a cookie jar ignores addresses by default
         async with Session("key", base_url=named) as session:
             await session.get_results(1)
             await session.get_results(1)
@@ -657,8 +659,8 @@ async def test_no_cookie_is_kept() -> None:
     assert b"cookie" not in heads[1].lower()
 
 
-async def test_a_borrowed_session_that_does_not_decompress_is_overruled() -> None:
-    """We read JSON, whatever its owner wants to read."""
+async def test_a_borrowed_session_that_does_not_decompress_is_still_decompressed() -> None:
+    """The client reads JSON, whatever setting the owner chose."""
     answer = http(gzip.compress(b'"done"'), headers="Content-Encoding: gzip\r\n")
     async with (
         raw_server(answering(answer)) as base_url,
@@ -668,8 +670,8 @@ async def test_a_borrowed_session_that_does_not_decompress_is_overruled() -> Non
         assert (await session.get_results(1)).value == "done"
 
 
-async def test_an_undecodable_body_is_said_to_be_one() -> None:
-    """With what the decoder said."""
+async def test_a_body_that_cannot_be_decoded_is_reported_as_such() -> None:
+    """The error has the decoder's message."""
     answer = http(b"this is no gzip", headers="Content-Encoding: gzip\r\n")
     async with raw_server(answering(answer)) as base_url:
         error = await failure_at(base_url)
@@ -679,7 +681,7 @@ async def test_an_undecodable_body_is_said_to_be_one() -> None:
 
 
 async def test_a_switch_of_protocols_is_refused_and_closed() -> None:
-    """A 101 has no body that would end, so nobody else would close the connection."""
+    """A 101 has no body that ends, so nothing else would close the connection."""
     answer = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: other\r\nConnection: upgrade\r\n\r\n"
     async with raw_server(answering(answer)) as base_url:
         error = await failure_at(base_url)
@@ -687,8 +689,8 @@ async def test_a_switch_of_protocols_is_refused_and_closed() -> None:
     assert error.status == 101
 
 
-async def test_a_cancellation_from_within_is_a_failure_of_the_attempt() -> None:
-    """Such as by a borrowed session that its owner closes: no task of ours was cancelled."""
+async def test_a_foreign_cancellation_is_a_failure_of_the_attempt() -> None:
+    """For example, the owner closes a borrowed session; none of our tasks was cancelled."""
 
     async def interrupt(request: aiohttp.ClientRequest, handler: Any) -> aiohttp.ClientResponse:
         raise asyncio.CancelledError
@@ -701,20 +703,20 @@ async def test_a_cancellation_from_within_is_a_failure_of_the_attempt() -> None:
             await session.get_results(1)
 
 
-async def test_waiting_for_the_pace_does_not_use_up_the_outage(
+async def test_waiting_for_the_rate_does_not_use_up_the_outage_limit(
     sim: Simulator, open_session: Callable[..., Session], held: int
 ) -> None:
-    """Five attempts that are 200 ms apart fit into an outage of 500 ms."""
+    """Five attempts at intervals of 200 ms fit into an `outage` of 500 ms."""
     session = open_session(rate=5.0, retry=RetryPolicy(outage=0.5, base=0.001))
     sim.inject(Fault.status(503, times=4))
     await session.get_results(held)
     assert sim.request_count == 5
 
 
-async def test_retry_after_is_a_floor_under_the_delay(
+async def test_retry_after_is_a_minimum_for_the_delay(
     sim: Simulator, open_session: Callable[..., Session], held: int, recorder: Any
 ) -> None:
-    """Whatever its form, as far as the policy grants it."""
+    """Every form of the header counts, up to the policy's ceiling."""
     in_two_seconds = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 1000))
     session = open_session(retry=RetryPolicy(base=0.001, retry_after_ceiling=0.03))
     for retry_after in (0.02, "0.02", in_two_seconds):
@@ -735,7 +737,7 @@ async def test_retry_after_is_a_floor_under_the_delay(
 async def test_a_429_slows_every_request_of_the_session(
     sim: Simulator, open_session: Callable[..., Session], held: int, recorder: Any
 ) -> None:
-    """Another execution's request leaves no sooner than the server asked."""
+    """The request of another call is sent no earlier than the server asked."""
     session = open_session()
     sim.inject(Fault.status(429, retry_after=0.1))
     refused = asyncio.create_task(session.get_results(held))
@@ -753,7 +755,7 @@ async def test_a_429_slows_every_request_of_the_session(
 async def test_waiting_for_a_connection_does_not_count_as_request_time(
     sim: Simulator, open_session: Callable[..., Session], held: int
 ) -> None:
-    """With one connection, ten calls that take 60 ms each all meet a timeout of 500 ms."""
+    """With one connection, ten calls of 60 ms each all succeed with a timeout of 500 ms."""
     session = open_session(max_connections=1, request_timeout=0.5, retry=NO_RETRY)
     sim.inject(Fault.delay(0.06, times=None))
     answers = await asyncio.gather(*(session.get_results(held) for _ in range(10)))
@@ -763,7 +765,7 @@ async def test_waiting_for_a_connection_does_not_count_as_request_time(
 async def test_a_borrowed_pool_smaller_than_ours_is_respected(
     sim: Simulator, open_session: Callable[..., Session], held: int
 ) -> None:
-    """No request queues inside aiohttp, where its timeout would run."""
+    """No request waits inside aiohttp, where its timeout would already run."""
     connector = aiohttp.TCPConnector(limit_per_host=1)
     async with aiohttp.ClientSession(connector=connector) as http_session:
         session = open_session(http=http_session, request_timeout=0.5, retry=NO_RETRY)
@@ -772,8 +774,8 @@ async def test_a_borrowed_pool_smaller_than_ours_is_respected(
     assert len(answers) == 10
 
 
-async def test_big_integers_and_oddities_come_through(sim: Simulator, session: Session) -> None:
-    """The value is what the standard library reads, over a real socket too."""
+async def test_big_integers_and_unusual_values_are_kept(sim: Simulator, session: Session) -> None:
+    """Over a real socket, too, the value is what the standard library reads."""
     odd = '{"A":{"status":"SUCCESS","value":[123456789012345678901234567890,NaN,"\\ud800"]}}'
     sim.inject(Fault.status(200, body=odd.encode()))
     snapshot = await session.get_results(1, return_all_outputs=True)
@@ -784,8 +786,10 @@ async def test_big_integers_and_oddities_come_through(sim: Simulator, session: S
     assert json.dumps(snapshot.raw) == json.dumps(json.loads(odd))
 
 
-async def test_every_request_error_says_who_and_what(sim: Simulator, session: Session) -> None:
-    """Type, execution, status, the server's words and the advice, in one line."""
+async def test_every_request_error_names_the_execution_and_the_failure(
+    sim: Simulator, session: Session
+) -> None:
+    """It has the execution, the status, the server's message and the advice in one line."""
     with pytest.raises(RequestError) as caught:
         await session.get_results(424242)
     assert str(caught.value).startswith("execution 424242: the server answered 404 Not Found: ")

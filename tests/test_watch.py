@@ -50,15 +50,15 @@ async def failure(
     raise AssertionError("the watch did not fail")
 
 
-async def one_turn() -> None:
-    """Let the event loop make one turn."""
+async def one_step() -> None:
+    """Let the event loop run one step."""
     await asyncio.sleep(0)
 
 
 async def test_stream_yields_a_snapshot_on_every_poll(
     sim: Simulator, session: Session, held: int
 ) -> None:
-    """A prompt consumer gets each poll's snapshot, the last one complete, and then the end."""
+    """A prompt consumer gets the snapshot of each poll; the stream ends after the complete one."""
     polls = []
     async with aclosing(session.execution(held).stream()) as snapshots:
         async for snapshot in snapshots:
@@ -69,10 +69,10 @@ async def test_stream_yields_a_snapshot_on_every_poll(
     assert sim.request_count == 4
 
 
-async def test_snapshots_tell_when_each_node_was_first_seen(
+async def test_snapshots_have_the_time_when_each_node_was_first_seen(
     sim: Simulator, session: Session, held: int
 ) -> None:
-    """`times` keeps the first sighting of running and of final, in seconds into the watch."""
+    """`times` has when a node was first seen running and final, in seconds of the watch."""
     seen = []
     async with aclosing(session.execution(held).stream()) as snapshots:
         async for snapshot in snapshots:
@@ -91,7 +91,7 @@ async def test_snapshots_tell_when_each_node_was_first_seen(
 async def test_a_slow_follower_skips_to_the_latest_and_delays_nobody(
     sim: Simulator, session: Session, held: int
 ) -> None:
-    """While one consumer is busy the other gets every poll; the busy one then gets the latest."""
+    """While one consumer is busy, the other gets every poll; the busy one then gets the latest."""
     execution = session.execution(held)
     async with aclosing(execution.stream()) as slow, aclosing(execution.stream()) as fast:
         first = await anext(slow)
@@ -101,10 +101,10 @@ async def test_a_slow_follower_skips_to_the_latest_and_delays_nobody(
         assert (first.poll, latest.poll) == (1, 6)
 
 
-async def test_a_late_joiner_first_gets_the_latest_there_is(
+async def test_a_late_follower_first_gets_the_latest_snapshot(
     sim: Simulator, session: Session, held: int
 ) -> None:
-    """It costs no request of its own, and shares the poller's count."""
+    """It sends no request of its own, and shares the poller's count."""
     execution = session.execution(held)
     async with aclosing(execution.stream()) as early, aclosing(execution.stream()) as late:
         await anext(early)
@@ -117,7 +117,7 @@ async def test_a_late_joiner_first_gets_the_latest_there_is(
 async def test_all_followers_share_one_poller(
     sim: Simulator, session: Session, held: int, recorder: Any
 ) -> None:
-    """Streams, finished nodes and waits, forty of them, cost the requests of one."""
+    """Forty streams, finished-node iterators and waits send as many requests as one."""
     execution = session.execution(held)
 
     async def stream() -> Snapshot:
@@ -158,7 +158,7 @@ async def by_aclose(sim: Simulator, held: int, snapshots: AsyncGenerator[Any, No
 async def by_cancellation(sim: Simulator, held: int, snapshots: AsyncGenerator[Any, None]) -> None:
     """Cancel the task that waits for the next snapshot."""
     reader = asyncio.ensure_future(anext(snapshots))
-    await one_turn()
+    await one_step()
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reader
@@ -167,92 +167,92 @@ async def by_cancellation(sim: Simulator, held: int, snapshots: AsyncGenerator[A
 async def by_an_error_of_the_consumer(
     sim: Simulator, held: int, snapshots: AsyncGenerator[Any, None]
 ) -> None:
-    """Throw into the generator, as a failing `async with` body does through `aclosing`."""
+    """Throw an error into the generator."""
     with pytest.raises(ZeroDivisionError):
         await snapshots.athrow(ZeroDivisionError())
 
 
 @pytest.mark.parametrize(
-    "leave", [by_exhaustion, by_aclose, by_cancellation, by_an_error_of_the_consumer]
+    "stop", [by_exhaustion, by_aclose, by_cancellation, by_an_error_of_the_consumer]
 )
 @pytest.mark.parametrize("kind", ["stream", "finished_nodes"])
-async def test_the_poller_is_gone_one_turn_after_the_last_follower(
+async def test_the_poller_ends_one_step_after_the_last_follower(
     sim: Simulator,
     session: Session,
     held: int,
     *,
-    leave: Any,
+    stop: Any,
     kind: str,
     our_tasks: Any,
 ) -> None:
-    """Whichever way the last one leaves, no poller is left and no further request is made."""
+    """However the last follower stops, no poller remains and no further request is sent."""
     snapshots = getattr(session.execution(held), kind)()
     await anext(snapshots)
     assert our_tasks() == [SUPERVISOR, POLLER]
-    await leave(sim, held, snapshots)
-    await one_turn()
+    await stop(sim, held, snapshots)
+    await one_step()
     assert our_tasks() == [SUPERVISOR]
 
 
-async def test_the_poller_is_gone_one_turn_after_a_timeout(
+async def test_the_poller_ends_one_step_after_a_timeout(
     session: Session, held: int, our_tasks: Any
 ) -> None:
-    """A follower whose deadline passes takes the poller with it."""
+    """The poller stops when the deadline of its last follower passes."""
     with pytest.raises(ExecutionTimeout):
         await session.execution(held).wait(timeout=0.02)
-    await one_turn()
+    await one_step()
     assert our_tasks() == [SUPERVISOR]
 
 
-async def test_the_poller_is_gone_when_a_broken_off_generator_is_finalised(
+async def test_the_poller_ends_when_an_abandoned_generator_is_finalised(
     session: Session, held: int, our_tasks: Any
 ) -> None:
-    """After a bare `break` Python's finalising of the generator stops the poller."""
+    """After a bare `break`, the poller stops when Python finalises the generator."""
     snapshots = session.execution(held).stream()
     async for _ in snapshots:
         break
     del snapshots
     gc.collect()
-    await one_turn()  # the loop schedules aclose
-    await one_turn()  # aclose runs
-    await one_turn()
+    await one_step()  # the loop schedules aclose
+    await one_step()  # aclose runs
+    await one_step()
     assert our_tasks() == [SUPERVISOR]
 
 
-async def test_the_poller_stops_in_the_midst_of_a_request(
+async def test_the_poller_stops_during_a_request(
     sim: Simulator, session: Session, held: int, our_tasks: Any
 ) -> None:
-    """Leaving while the server keeps silent drops the request at once."""
+    """A request without an answer is dropped as soon as its last follower stops."""
     sim.inject(Fault.stall())
     waiting = asyncio.ensure_future(session.execution(held).wait())
     await sim.wait_for_requests(1)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    await one_turn()
+    await one_step()
     assert our_tasks() == [SUPERVISOR]
 
 
-async def test_one_follower_leaving_does_not_disturb_the_others(
+async def test_one_follower_that_stops_does_not_disturb_the_others(
     sim: Simulator, session: Session, held: int
 ) -> None:
-    """A cancelled wait and a closed stream leave the poller to those who stay."""
+    """The poller goes on for the others after a cancelled wait and a closed stream."""
     execution = session.execution(held)
-    leaving = asyncio.ensure_future(execution.wait())
+    stopping = asyncio.ensure_future(execution.wait())
     staying = asyncio.ensure_future(execution.wait())
     async with aclosing(execution.stream()) as snapshots:
         await anext(snapshots)
-    leaving.cancel()
+    stopping.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await leaving
+        await stopping
     sim.finish(held, "Answer")
     assert (await staying).complete
 
 
-async def test_a_new_follower_in_the_turn_of_the_last_one_leaving_gets_a_new_poller(
+async def test_a_new_follower_in_the_step_in_which_the_last_one_stops_gets_a_new_poller(
     sim: Simulator, session: Session, held: int
 ) -> None:
-    """The stopping poller is not joined: the count restarts."""
+    """It does not join the poller that stops, so its count starts again."""
     execution = session.execution(held)
     old = execution.stream()
     await anext(old)
@@ -263,7 +263,7 @@ async def test_a_new_follower_in_the_turn_of_the_last_one_leaving_gets_a_new_pol
 
 
 async def test_finished_nodes_yields_each_node_once(sim: Simulator, session: Session) -> None:
-    """A node comes when it becomes final, in the order of becoming so, and never again."""
+    """Each node is yielded once, in the order in which the nodes become final."""
     held = sim.add_execution(Scenario([SimNode("A", 1, None), SimNode("B", 2, None)]))
     names = []
     async with aclosing(session.execution(held).finished_nodes()) as nodes:
@@ -278,7 +278,7 @@ async def test_finished_nodes_yields_each_node_once(sim: Simulator, session: Ses
 async def test_finished_nodes_yields_the_rest_at_completion(
     sim: Simulator, session: Session
 ) -> None:
-    """A node that the server left unfinished in a complete execution is not withheld."""
+    """A node that is not final in a complete execution is yielded, too."""
     body = b'{"A":{"status":"SUCCESS"},"B":{"status":"RUNNING"},"C":{"status":"PAUSED"}}'
     sim.inject(Fault.status(200, body=body))
     async with aclosing(session.execution(1).finished_nodes()) as nodes:
@@ -288,7 +288,7 @@ async def test_finished_nodes_yields_the_rest_at_completion(
 async def test_finished_nodes_keeps_the_deadline_between_two_nodes_of_one_poll(
     session: Session, held: int, sim: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once the deadline has passed, what an incomplete snapshot still held is not delivered."""
+    """Once the deadline has passed, no more nodes of an incomplete snapshot are yielded."""
     two_done = sim.add_execution(
         Scenario([SimNode("A"), SimNode("B"), SimNode("C", duration=None, is_output_node=True)])
     )
@@ -306,7 +306,7 @@ async def test_finished_nodes_keeps_the_deadline_between_two_nodes_of_one_poll(
 async def test_wait_returns_the_complete_snapshot_of_a_failed_execution(
     sim: Simulator, session: Session
 ) -> None:
-    """Failed nodes do not raise: the caller looks at the snapshot."""
+    """Failed nodes do not raise; the caller checks the snapshot."""
     failed = sim.add_execution(
         Scenario([SimNode("A", status="FAILED", error_message="no", is_output_node=True)])
     )
@@ -319,7 +319,7 @@ async def test_wait_returns_the_complete_snapshot_of_a_failed_execution(
 async def test_the_status_code_alone_says_whether_an_execution_is_complete(
     sim: Simulator, session: Session
 ) -> None:
-    """A 202 of final nodes is polled on, and a 200 with a running node is the end."""
+    """A 202 with only final nodes is polled again, and a 200 with a running node is complete."""
     sim.inject(Fault.status(202, body=b'{"A":{"status":"SUCCESS"}}'))
     sim.inject(Fault.status(200, body=b'{"A":{"status":"RUNNING"}}'))
     async with aclosing(session.execution(1).stream()) as snapshots:
@@ -328,7 +328,7 @@ async def test_the_status_code_alone_says_whether_an_execution_is_complete(
 
 
 async def test_an_unknown_status_is_shown_and_survived(sim: Simulator, session: Session) -> None:
-    """It stays the server's word, counts as not final, and the watch goes on."""
+    """It keeps the server's word, counts as not final, and the watch goes on."""
     sim.inject(Fault.status(202, body=b'{"A":{"status":"PAUSED"}}'))
     sim.inject(Fault.status(200, body=b'{"A":{"status":"SUCCESS"}}'))
     async with aclosing(session.execution(1).stream()) as snapshots:
@@ -339,7 +339,7 @@ async def test_an_unknown_status_is_shown_and_survived(sim: Simulator, session: 
 async def test_every_follower_gets_its_own_copy_of_the_error(
     sim: Simulator, session: Session, held: int
 ) -> None:
-    """The copies carry the execution, the last snapshot and the cause alike."""
+    """Each copy has the execution, the last snapshot and the cause."""
     execution = session.execution(held)
 
     followers = [asyncio.ensure_future(execution.wait()) for _ in range(3)]
@@ -355,10 +355,10 @@ async def test_every_follower_gets_its_own_copy_of_the_error(
         assert error.status == 404
 
 
-async def test_following_again_after_an_error_starts_afresh(
+async def test_following_again_after_an_error_starts_a_new_watch(
     sim: Simulator, session: Session, held: int
 ) -> None:
-    """The failed poller is forgotten, even while a follower of its time is still there."""
+    """The failed poller is forgotten, even while one of its followers is still there."""
     execution = session.execution(held)
     async with aclosing(execution.stream()) as old:
         await anext(old)
@@ -372,7 +372,7 @@ async def test_following_again_after_an_error_starts_afresh(
 async def test_a_watch_survives_an_outage(
     sim: Simulator, session: Session, held: int, recorder: Any
 ) -> None:
-    """Failures of every transient kind are retried and reported, and the follower sees none."""
+    """Every kind of transient failure is retried and reported, and the follower sees none."""
     faults = [
         Fault.status(503, times=2),
         Fault.disconnect(),
@@ -401,7 +401,7 @@ async def test_a_watch_survives_an_outage(
 async def test_a_watch_ends_when_the_outage_outlasts_the_policy(
     sim: Simulator, open_session: Callable[..., Session], held: int, recorder: Any
 ) -> None:
-    """The last failure is raised with the attempts it took, the execution and what was seen."""
+    """The last failure is raised with its attempts, the execution and the last snapshot."""
     session = open_session(retry=RetryPolicy(watch_outage=0.05, base=0.01))
     error: Any = await failure(session, held, sim, Fault.status(503, times=None))
     assert error.execution_id == held
@@ -411,10 +411,10 @@ async def test_a_watch_ends_when_the_outage_outlasts_the_policy(
     assert ended.error.status == 503
 
 
-async def test_a_timeout_tells_how_far_it_was_and_what_was_wrong(
+async def test_a_timeout_has_the_last_snapshot_and_the_last_failure(
     sim: Simulator, session: Session, held: int
 ) -> None:
-    """The error of a wait on a failing server has the last snapshot, and the failure as cause."""
+    """If the server keeps failing, the error has the last snapshot, and the failure as cause."""
     error = await failure(session, held, sim, Fault.status(503, times=None), timeout=0.5)
     assert isinstance(error, ExecutionTimeout)
     assert error.timeout == 0.5
@@ -425,8 +425,8 @@ async def test_a_timeout_tells_how_far_it_was_and_what_was_wrong(
     assert "503" in str(error)
 
 
-async def test_a_timeout_names_a_status_that_nobody_knows(sim: Simulator, session: Session) -> None:
-    """An execution that waits for a person, say, would not be complete with more time, either."""
+async def test_a_timeout_names_an_unknown_status(sim: Simulator, session: Session) -> None:
+    """More time may not help an execution that waits for a person, for example."""
     odd = SimNode("approve", status="AWAITING_APPROVAL")
     waiting = sim.add_execution(Scenario([SimNode("A"), odd, SimNode("B", duration=None)]))
     with pytest.raises(ExecutionTimeout, match="'approve' had the unknown status 'AWAITING_APPR"):
@@ -436,7 +436,7 @@ async def test_a_timeout_names_a_status_that_nobody_knows(sim: Simulator, sessio
 async def test_a_timeout_before_any_answer_says_so(
     sim: Simulator, session: Session, held: int
 ) -> None:
-    """With a silent server there is no snapshot to report."""
+    """If the server never answered, there is no snapshot to report."""
     sim.inject(Fault.stall())
     with pytest.raises(ExecutionTimeout, match="no answer came") as caught:
         await session.execution(held).wait(timeout=0.05)
@@ -446,7 +446,7 @@ async def test_a_timeout_before_any_answer_says_so(
 @pytest.mark.parametrize("timeout", [True, "5", -1, float("nan")])
 @pytest.mark.parametrize("method", ["stream", "finished_nodes"])
 def test_a_malformed_timeout_is_refused_at_the_call(method: str, timeout: Any) -> None:
-    """It does not wait for the first `anext`."""
+    """The call raises, not the first `anext`."""
     execution = Session("key").execution(1)
     with pytest.raises((TypeError, ValueError), match="timeout"):
         getattr(execution, method)(timeout=timeout)
@@ -455,7 +455,7 @@ def test_a_malformed_timeout_is_refused_at_the_call(method: str, timeout: Any) -
 async def test_timeout_none_and_the_sessions_default(
     open_session: Callable[..., Session], held: int
 ) -> None:
-    """Without a timeout the session's `wait_timeout` holds."""
+    """Without a timeout, the session's `wait_timeout` applies."""
     session = open_session(wait_timeout=0.02)
     with pytest.raises(ExecutionTimeout) as caught:
         await session.execution(held).wait()
@@ -493,14 +493,14 @@ async def test_followers_of_a_closed_session_are_released(
 
 
 class Script:
-    """A `fetch` whose answers a test hands out, in place of a server."""
+    """A `fetch` that gets its answers from the test, not from a server."""
 
     def __init__(self) -> None:
         self.dues: list[float] = []
         self.send, self._receive = anyio.create_memory_object_stream[Any](10)
 
     async def __call__(self, state: Any, *, due: float) -> Any:
-        """Return the next answer, or raise it."""
+        """Return the next answer, or raise it if it is an error."""
         self.dues.append(due)
         answer = await self._receive.receive()
         if isinstance(answer, Exception):
@@ -508,7 +508,7 @@ class Script:
         return answer
 
     def answer(self, status: str, *, complete: bool = False, retry_after: Any = None) -> None:
-        """Hand out a node map of one node."""
+        """Answer with a node map of one node."""
         node_map = NodeMap(complete, FrozenMap({"A": Node("A", status)}), {})
         self.send.send_nowait(
             Reply(node_map, body_bytes=1, duration=0.0, lateness=0.0, retry_after=retry_after)
@@ -542,7 +542,7 @@ async def watch(script: Script) -> AsyncIterator[Watch]:
 
 
 def past() -> Deadline:
-    """Return a deadline that lies a second back."""
+    """Return a deadline that passed a second ago."""
     return Deadline(9.0, at=anyio.current_time() - 1.0)
 
 
@@ -552,14 +552,14 @@ FOREVER = Deadline.after(None, now=0.0)
 async def test_past_its_deadline_a_follower_gets_a_complete_snapshot(
     watch: Watch, script: Script
 ) -> None:
-    """However late it comes for it."""
+    """A complete snapshot is delivered, however late the follower asks for it."""
     script.answer("SUCCESS", complete=True)
     complete = await watch.newer(None, FOREVER)
     assert await watch.newer(None, past()) is complete
 
 
 async def test_past_its_deadline_a_follower_gets_nothing_else(watch: Watch, script: Script) -> None:
-    """An incomplete snapshot that it has not seen is not delivered, but carried by the error."""
+    """An incomplete snapshot that it has not seen is in the error, and is not yielded."""
     script.answer("RUNNING")
     latest = await watch.newer(None, FOREVER)
     with pytest.raises(ExecutionTimeout) as caught:
@@ -570,7 +570,7 @@ async def test_past_its_deadline_a_follower_gets_nothing_else(watch: Watch, scri
 async def test_past_its_deadline_a_follower_gets_the_timeout_before_an_error(
     watch: Watch, script: Script
 ) -> None:
-    """The poller's error is the timeout's cause."""
+    """The poller's error is the cause of the timeout."""
     script.send.send_nowait(SessionClosed())
     with pytest.raises(SessionClosed):
         await watch.newer(None, FOREVER)
@@ -580,7 +580,7 @@ async def test_past_its_deadline_a_follower_gets_the_timeout_before_an_error(
 
 
 async def test_a_poller_without_followers_sends_nothing(script: Script) -> None:
-    """The last follower may have gone before the poller's first step."""
+    """The last follower may stop before the poller's first step."""
     events: list[Any] = []
     watch = Watch(
         7,
@@ -596,10 +596,10 @@ async def test_a_poller_without_followers_sends_nothing(script: Script) -> None:
     assert script.dues == events == []
 
 
-async def test_leaving_is_no_error(
+async def test_a_watch_without_followers_ends_without_an_error(
     sim: Simulator, session: Session, held: int, recorder: Any
 ) -> None:
-    """The watch of an execution that nobody follows any more ended well."""
+    """A watch without followers ends without an error."""
     async with aclosing(session.execution(held).stream()) as snapshots:
         await anext(snapshots)
         ended = asyncio.ensure_future(recorder.next(WatchEnded))
@@ -608,10 +608,10 @@ async def test_leaving_is_no_error(
     assert event.polls == 1
 
 
-async def test_each_good_answer_resets_the_outage(
+async def test_each_good_answer_resets_the_outage_limit(
     sim: Simulator, open_session: Callable[..., Session], held: int
 ) -> None:
-    """A server that fails for a while after every answer is survived for as long as it takes."""
+    """A watch survives any number of failures if the server answers in between."""
     session = open_session(retry=RetryPolicy(watch_outage=1.0, base=0.1))
     started = anyio.current_time()
     async with aclosing(session.execution(held).stream()) as snapshots:
@@ -627,7 +627,7 @@ async def test_each_good_answer_resets_the_outage(
 async def test_a_watch_that_ends_forgets_only_itself(
     sim: Simulator, session: Session, held: int, recorder: Any
 ) -> None:
-    """The last one to leave a failed watch does not part the followers of its successor."""
+    """The last follower of a failed watch does not remove the watch that replaced it."""
     execution = session.execution(held)
     old = execution.stream()
     await anext(old)
@@ -645,7 +645,7 @@ async def test_a_watch_that_ends_forgets_only_itself(
 async def test_an_error_of_the_users_limiter_is_copied_for_each_follower(
     open_session: Callable[..., Session], held: int
 ) -> None:
-    """With a note of the execution."""
+    """Each copy has a note that names the execution."""
 
     class Broken:
         async def acquire(self) -> None:
@@ -659,10 +659,10 @@ async def test_an_error_of_the_users_limiter_is_copied_for_each_follower(
         assert error.__notes__ == [f"while watching execution {held}"]
 
 
-async def test_a_cancellation_inside_one_poller_is_no_other_s(
+async def test_a_cancellation_inside_one_poller_does_not_affect_others(
     sim: Simulator, open_session: Callable[..., Session], held: int
 ) -> None:
-    """It ends that watch with an error; the session and its other watches go on."""
+    """It ends that watch with an error; the session and the other watches go on."""
 
     class Cancelled:
         calls = 0
@@ -679,7 +679,7 @@ async def test_a_cancellation_inside_one_poller_is_no_other_s(
 
 
 async def test_a_foreign_error_ends_the_watch_it_belongs_to(watch: Watch, script: Script) -> None:
-    """What a limiter of the user's raises reaches the followers, with a note of the execution."""
+    """The error of a user's limiter reaches the followers, with a note that names the execution."""
     script.send.send_nowait(ZeroDivisionError("limiter"))
     with pytest.raises(ZeroDivisionError) as caught:
         await watch.newer(None, FOREVER)
@@ -689,7 +689,7 @@ async def test_a_foreign_error_ends_the_watch_it_belongs_to(watch: Watch, script
 async def test_retry_after_on_a_good_answer_postpones_the_next_poll(
     watch: Watch, script: Script
 ) -> None:
-    """It is a floor under the schedule."""
+    """It is a minimum for the delay until the next poll."""
     script.answer("RUNNING", retry_after=0.05)
     script.answer("SUCCESS", complete=True)
     running = await watch.newer(None, FOREVER)
@@ -701,7 +701,7 @@ async def test_retry_after_on_a_good_answer_postpones_the_next_poll(
 async def test_the_schedule_sees_what_the_watch_has_seen(
     script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The policy gets the nodes, final nodes, and the time since a status last changed."""
+    """The policy gets the nodes, the final nodes, and the time since a status last changed."""
     asked: list[dict[str, Any]] = []
 
     class Policy(PollPolicy):
@@ -728,8 +728,8 @@ async def test_the_schedule_sees_what_the_watch_has_seen(
     assert asked[1]["elapsed"] > 0
 
 
-def test_times_of_nodes_that_are_gone_are_forgotten_in_the_end() -> None:
-    """Names may come and go for ever: the last thousand are kept, and those that are there."""
+def test_times_of_nodes_that_disappeared_are_forgotten_in_the_end() -> None:
+    """Times are kept for the nodes of the snapshot and for the last thousand that disappeared."""
     snapshot: Snapshot | None = None
     for poll in range(1100):
         name = f"Node {poll}"
@@ -743,8 +743,8 @@ def test_times_of_nodes_that_are_gone_are_forgotten_in_the_end() -> None:
     assert "Node 1" not in snapshot.times
 
 
-def test_long_names_of_gone_nodes_are_forgotten_sooner() -> None:
-    """A name may fill a whole body."""
+def test_long_names_of_nodes_that_disappeared_are_forgotten_sooner() -> None:
+    """One name can be as long as a whole body."""
     snapshot: Snapshot | None = None
     for poll in range(30):
         name = f"{poll} " + "x" * 100_000

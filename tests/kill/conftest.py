@@ -80,7 +80,7 @@ class Worker:
         self.close()
 
     def suspend(self) -> None:
-        """Stop the process with SIGSTOP: to the others it looks like a lost machine."""
+        """Stop the process with SIGSTOP: to the others it seems to be a lost machine."""
         self.process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:

@@ -74,7 +74,7 @@ def test_no_item_fails_when_the_database_restarts(postgres_scene: Any, postgres:
 
 
 @pytest.mark.timeout(180)
-def test_no_item_fails_when_the_server_is_away_for_20_s(sqlite_scene: Any) -> None:
+def test_no_item_fails_when_the_server_is_down_for_20_s(sqlite_scene: Any) -> None:
     """Items whose start was being sent at that moment are unknown; there are few of them."""
     scene = sqlite_scene
     scene.add(400)
