@@ -145,7 +145,7 @@ async def test_a_surplus_response_on_an_idle_connection_is_nobody_s(
 
 
 async def test_many_poisoned_connections_are_all_given_up(peer: Peer) -> None:
-    """However many connections are idle, none hands out what nobody asked for."""
+    """However many connections are idle, none hands out bytes that no request asked for."""
     both = asyncio.Barrier(20)
 
     async def together(head: str, writer: asyncio.StreamWriter) -> None:
@@ -180,7 +180,7 @@ async def test_a_server_that_speaks_before_it_is_asked_is_a_failed_connection(pe
             for number in range(1, 100):  # one that crosses the greeting cannot tell it apart
                 await value_of(session, number)
 
-        with pytest.raises(ConnectionFailed, match="nobody asked for"):
+        with pytest.raises(ConnectionFailed, match="unrequested bytes"):
             await ask()
     assert len(peer.writers) < 50
 
@@ -344,7 +344,9 @@ async def test_a_middleware_must_not_replace_the_body_of_a_start(peer: Peer) -> 
         session_at(peer, http=http) as session,
     ):
         assert await value_of(session, 1) == "1"
-        with pytest.raises(ConnectionFailed, match="replaces the body of a start") as caught:
+        with pytest.raises(
+            ConnectionFailed, match="must not replace the body of a start"
+        ) as caught:
             await session.start("name")
     assert (peer.posts(), caught.value.attempts) == (0, 1)
 

@@ -674,7 +674,7 @@ async def test_an_undecodable_body_is_said_to_be_one() -> None:
     async with raw_server(answering(answer)) as base_url:
         error = await failure_at(base_url)
     assert type(error) is InvalidResponse
-    assert "undecodable" in str(error)
+    assert "cannot be decoded" in str(error)
     assert "gzip" in error.reason
 
 
