@@ -1,4 +1,4 @@
-"""The open client: what a session has and does while it is open. Watches, single calls, starts."""
+"""The open client: the watches, single calls and starts of an open session."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 @attrs.define(eq=False, kw_only=True)
 class Client:
-    """An open session's connections and tasks; closing the session ends it."""
+    """The connections and tasks of an open session; closing the session ends it."""
 
     _settings: Settings
     lifetime: Lifetime
@@ -52,12 +52,11 @@ class Client:
 
     def deadline(self, timeout: float | EllipsisType | None = ...) -> Deadline:
         """Return the deadline of a wait that begins now; `...` means the default timeout."""
-        return Deadline.after(
-            self._settings.wait_timeout if timeout is ... else timeout, now=clock()
-        )
+        timeout = self._settings.wait_timeout if timeout is ... else timeout
+        return Deadline.after(timeout, now=clock())
 
     def follow(self, execution_id: int) -> Watch:
-        """Return the execution's one watch, with one more follower; the first starts it."""
+        """Add a follower to the execution's watch, and return the watch; the first starts it."""
         watch = self._watches.get(execution_id)
         if watch is not None:
             watch.add_follower()
@@ -92,7 +91,7 @@ class Client:
         deadline: Deadline,
         see: Callable[[Snapshot], None] = lambda _: None,
     ) -> Snapshot:
-        """Wait for the complete snapshot; `see` gets the last there was, however it ends."""
+        """Wait for the complete snapshot; `see` gets the last snapshot, even after an error."""
         watch = self.follow(execution_id)
         try:
             return await watch.completed(deadline)
@@ -108,14 +107,14 @@ class Client:
         into: Any = None,
         see: Callable[[Snapshot], None] = lambda _: None,
     ) -> Any:
-        """Wait for the main output; `see` gets the last snapshot there was, however it ends."""
+        """Wait for the main output; `see` gets the last snapshot, even after an error."""
         if into is not None:
             check_type(into, self._settings.converter)
         snapshot = await self.completed(execution_id, deadline, see)
         value = await main_output(snapshot, lambda: self._ask_main_output(snapshot, deadline))
-        return (
-            value if into is None else typed_output(value, into, self._settings.converter, snapshot)
-        )
+        if into is None:
+            return value
+        return typed_output(value, into, self._settings.converter, snapshot)
 
     async def _ask_main_output(self, snapshot: Snapshot, deadline: Deadline) -> Any:
         """Request the main output of a complete execution until the server has it."""
@@ -137,14 +136,12 @@ class Client:
             )
 
     async def snapshot(self, execution_id: int, deadline: Deadline) -> Snapshot:
-        """Return all nodes as they are now."""
         request = results_request(execution_id, return_all_outputs=True)
         read = partial(self._node_maps.read, execution_id=execution_id)
         reply = await self._call(request, read, deadline, due=clock())
         return take_snapshot(execution_id, reply, elapsed=reply.duration)
 
     async def main_output(self, execution_id: int, deadline: Deadline) -> MainOutput:
-        """Return the main output as it is now."""
         request = results_request(execution_id, return_all_outputs=False)
         read = partial(read_main_output, execution_id=execution_id)
         return (await self._call(request, read, deadline, due=clock())).value
@@ -158,7 +155,7 @@ class Client:
         due: float,
         seen: Snapshot | None = None,
     ) -> Reply[T]:
-        """Send a request that is not part of a watch at `due`; errors carry the snapshot `seen`."""
+        """Send a request outside of a watch at `due`; errors carry the snapshot `seen`."""
         state = RetryState(self._settings.retry, self._settings.retry.outage)
 
         async def call() -> Reply[T]:

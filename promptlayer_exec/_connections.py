@@ -1,4 +1,4 @@
-"""Connections: pools of our own or borrowed ones, over which nothing is sent twice or mixed up."""
+"""Connection pools, our own or borrowed: nothing is sent twice, and no answers are mixed up."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ _HEADERS = {"Accept": "application/json", "User-Agent": USER_AGENT}
 
 
 class _UncleanConnection(aiohttp.ClientConnectionError):
-    """The connection was not used: there was something on it that no request asked for."""
+    """The connection was not used: it was closed, or had bytes that no request asked for."""
 
 
 class _CleanRequest(aiohttp.ClientRequest):
-    """A request that is sent only where the next bytes to come can be its response.
+    """A request that is sent only if the next bytes on the connection can be its response.
 
-    aiohttp's pool checks only that a connection is open. Bytes that came while it was idle would
-    be the response to the next request, and that one's the response to the one after it.
+    aiohttp's pool checks only that a connection is open. Bytes that arrived while it was idle would
+    be read as the response to the next request, and its response as that of the one after it.
     """
 
     used: asyncio.Transport | None = None
 
     async def send(self, conn: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
         if conn.transport is not None and _is_readable(conn.transport):
-            # Let the loop read what lies in the socket: one step to notice it, one to read it.
+            # Let the loop read what is in the socket: one step to notice it, one to read it.
             await asyncio.sleep(0)
             await asyncio.sleep(0)
         if conn.protocol is None or not conn.protocol.is_connected() or conn.protocol.should_close:
-            raise _UncleanConnection("the connection was closed, or had bytes nobody asked for")
+            raise _UncleanConnection("the connection was closed, or had unrequested bytes")
         self.used = conn.transport
         return await super().send(conn)
 
@@ -67,18 +67,18 @@ def _is_readable(transport: asyncio.Transport) -> bool:
     return bool(poll.poll(0))
 
 
-# So often another connection is tried at once. After that it is a failure like any other.
+# How many connections are tried without a delay. After that, the attempt has failed.
 _CONNECTIONS_TRIED = 10
 
 
 async def _send_once(
     request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
 ) -> aiohttp.ClientResponse:
-    """Keep aiohttp from sending again by itself: unthrottled, uncounted and unobserved."""
+    """Keep aiohttp from repeating requests by itself, unthrottled, uncounted and unobserved."""
     if request.method == "POST" and not isinstance(request.body, GuardedBody):
-        raise PermanentFailure("a middleware of http= replaces the body of a start: it must not")
+        raise PermanentFailure("a middleware of http= must not replace the body of a start")
     for _ in range(_CONNECTIONS_TRIED - 1):
-        with suppress(_UncleanConnection):  # and so nothing was sent
+        with suppress(_UncleanConnection):  # so nothing was sent
             return await _send_over_one(request, handler)
     return await _send_over_one(request, handler)
 
@@ -114,9 +114,9 @@ class Pool:
     Attributes:
         http: holds the connections.
         slots: where a request waits, without a timeout, until a connection is free.
-        headers: sent with each request, over those of `http`; None: `http` has them all.
-        middlewares: what to run along; None: those of `http`.
-        is_borrowed: whether they belong to the caller, who uses them, too.
+        headers: sent with each request, overriding those of `http`; None: `http` has them all.
+        middlewares: those to run with each request; None: those of `http`.
+        is_borrowed: whether the connections belong to the caller, who may also use them.
     """
 
     http: aiohttp.ClientSession
@@ -128,11 +128,11 @@ class Pool:
 
 @attrs.define(eq=False)
 class Pools:
-    """The connections of a session: those that read, and those that start runs.
+    """The connections of a session: one pool for reads, one for starts.
 
     Starts have a share of their own, so that neither kind keeps the other waiting. In our own
-    pools, each start gets a new connection: a used one might be closing at that moment, and the
-    start would be lost without need.
+    pools, each start gets a new connection: a used one might be closing just then, and the start
+    would be lost needlessly.
     """
 
     reads: Pool
@@ -140,7 +140,7 @@ class Pools:
 
     @classmethod
     def open(cls, settings: Settings, api_key: str, resources: AsyncExitStack) -> Self:
-        """Open pools of our own in the running loop, or borrow; `resources` gives all back."""
+        """Open our own pools, closed by `resources`, or divide a borrowed client session."""
         headers = _HEADERS | {"X-API-KEY": api_key}
         if settings.http is not None:
             return cls._borrow(settings.http, settings.max_connections, headers)
@@ -162,12 +162,12 @@ class Pools:
     def _borrow(
         cls, http: aiohttp.ClientSession, max_connections: int, headers: dict[str, str]
     ) -> Self:
-        """Share out the connections of a client session that belongs to the caller."""
+        """Divide the connections of the caller's client session between reads and starts."""
         connector = http.connector
         limits = (connector.limit, connector.limit_per_host) if connector is not None else ()
         if "User-Agent" in http.headers:
             del headers["User-Agent"]
-        # Those given with a request replace the session's, which has no public name for them.
+        # A request's middlewares replace the session's, which have no public name.
         middlewares = (*http._middlewares, _send_once)
         reads, starts = _slots(min([max_connections, *(limit for limit in limits if limit)]))
         return cls(
@@ -177,7 +177,7 @@ class Pools:
 
 
 def _slots(connections: int) -> tuple[anyio.Semaphore, anyio.Semaphore]:
-    """Share connections out between reads and starts; both share one where there is only one."""
+    """Divide connections between reads and starts; a single one serves both."""
     starts = max(connections // 4, 1)
     reads = anyio.Semaphore(max(connections - starts, 1), fast_acquire=True)
     return reads, reads if connections == 1 else anyio.Semaphore(starts, fast_acquire=True)
@@ -192,23 +192,23 @@ class SendOnce(Protocol):
 
     @property
     def cancelled(self) -> bool:
-        """Whether it must not be sent any more."""
+        """Whether it must no longer be sent."""
 
     async def before_send(self) -> None:
-        """Wait until it may be sent; a connection is free, and the rate allows it."""
+        """Wait for permission to send; a connection is free, and the rate allows the request."""
 
     def mark_sent(self) -> None:
-        """Record that it is about to be sent; raises `OSError` where it must not be any more."""
+        """Record that it is about to be sent; raises `OSError` if it must no longer be sent."""
 
     def mark_rejected(self) -> None:
         """Record that the server refused it, and started nothing."""
 
 
 class GuardedBody(aiohttp.Payload):
-    """A body that reports when it, and the headers that go with it, are about to be sent.
+    """A body that reports when it and its headers are about to be sent.
 
-    Its connection goes into no pool: on a used one, the answer to the next start might be a stale
-    one, such as a 429 or even the id of another run.
+    Its connection is not pooled: on a used one, the next start might read a stale answer, such as
+    a 429 or even the id of another run.
     """
 
     def __init__(self, body: bytes, once: SendOnce, until: float) -> None:
@@ -231,9 +231,9 @@ class GuardedBody(aiohttp.Payload):
 
     async def write(self, writer: AbstractStreamWriter) -> None:
         if self.used is not None:  # a borrowed session's middleware sends again
-            raise ConnectionAbortedError("a start is not sent twice")
-        if clock() >= self._until:  # the loop stood still, and there is no time for the answer
-            raise ConnectionAbortedError("a start is not sent after its time")
+            raise ConnectionAbortedError("a start must not be sent twice")
+        if clock() >= self._until:  # the loop was stopped, and no time is left
+            raise ConnectionAbortedError("the request timeout passed before the start was sent")
         self._once.mark_sent()
         stream = cast(aiohttp.http.StreamWriter, writer)
         self.used = stream.transport
@@ -242,15 +242,15 @@ class GuardedBody(aiohttp.Payload):
 
 
 class PermanentFailure(aiohttp.ClientError):
-    """A failure that waiting does not change; its text is safe to show."""
+    """A failure that waiting will not fix; its text is safe to show."""
 
 
-# The server's last words where it refuses the handshake, which under TLS 1.3 come after ours.
+# Alerts of a server that refuses the handshake. Under TLS 1.3 they come after our last message.
 _REFUSED_HANDSHAKE = re.compile("ALERT.*(CERTIFICATE|UNKNOWN_CA|HANDSHAKE|ACCESS_DENIED)")
 
 
 def is_permanent(error: BaseException | None) -> bool:
-    """Return True if no connection can be made, which waiting does not change."""
+    """Return True if no connection can be made, and waiting will not change that."""
     if isinstance(error, aiohttp.ClientHttpProxyError):
         return 400 <= error.status < 500 and error.status not in (408, 425, 429)
     return is_tls_failure(error) or isinstance(error, PermanentFailure)
@@ -261,7 +261,7 @@ def is_tls_failure(error: BaseException | None) -> bool:
     if isinstance(error, PermanentFailure):
         error = error.__cause__
     if isinstance(error, aiohttp.ClientConnectorSSLError):
-        return not isinstance(error.os_error, ssl.SSLEOFError)  # the server went away meanwhile
+        return not isinstance(error.os_error, ssl.SSLEOFError)  # the server disconnected
     if isinstance(error, (aiohttp.ClientSSLError, aiohttp.ServerFingerprintMismatch)):
         return True
     return isinstance(error, ssl.SSLError) and bool(_REFUSED_HANDSHAKE.search(str(error.reason)))
@@ -283,15 +283,15 @@ def _tls_reason(error: BaseException) -> str:
     if name == "WRONG_VERSION_NUMBER":
         return f"the server does not speak TLS on this port ({name}): check base_url"
     return (
-        f"the handshake failed ({name}): if the server demands a client certificate or another TLS"
+        f"the handshake failed ({name}): if the server requires a client certificate or another TLS"
         " version, pass http= with an SSL context"
     )
 
 
 def _connect_reason(error: aiohttp.ClientConnectorError) -> str:
-    # aiohttp words it for those who know its connection keys.
+    # aiohttp's own text shows its internal connection key.
     if error.errno is None:
-        return str(error.os_error) or "the connection was closed while it was made"
+        return str(error.os_error) or "the connection was closed while it was being made"
     return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
 
 
@@ -299,7 +299,7 @@ def reason_of(error: BaseException | None) -> str:
     if error is not None and is_tls_failure(error) and not isinstance(error, PermanentFailure):
         return _tls_reason(error)
     if isinstance(error, aiohttp.ClientHttpProxyError):
-        # Its own text has the proxy's URL, and the password in it.
+        # Its own text shows the proxy's URL, with the password.
         return f"the proxy refused the connection: {error.status} {error.message}"
     if isinstance(error, aiohttp.ClientProxyConnectionError):
         return f"no connection to the proxy {error.host}:{error.port}: {_connect_reason(error)}"
@@ -311,5 +311,5 @@ def reason_of(error: BaseException | None) -> str:
 
 
 def _unquoted(text: str) -> str:
-    """Leave out the bytes that aiohttp's parsers quote: they may be all that was received."""
+    """Remove the bytes that aiohttp's parsers quote: they may be the whole response."""
     return " ".join(re.split(r"b['\"]", text)[0].split()).rstrip(": ")[:200]

@@ -11,8 +11,8 @@ import attrs
 if TYPE_CHECKING:
     from promptlayer_exec._models import Snapshot, StartRequest
 
-# It has no NullHandler: where logging is not set up, Python shows its warnings on standard error,
-# and an outage does not pass in silence.
+# It has no NullHandler: if logging is not set up, Python prints warnings to standard error, so that
+# outages are seen.
 logger = logging.getLogger("promptlayer_exec")
 
 
@@ -129,7 +129,7 @@ def broadcast(observers: Iterable[Observer]) -> Emit:
                 observer(event)
             except (KeyboardInterrupt, SystemExit):
                 raise
-            except BaseException:  # even a cancellation is the observer's own
+            except BaseException:  # also a cancellation that the observer raises
                 logger.exception("observer %r failed on %s", observer, type(event).__name__)
 
     return emit

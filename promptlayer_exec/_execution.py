@@ -20,15 +20,15 @@ T = TypeVar("T")
 
 
 class Execution:
-    """One execution, as a session follows it; `Session.execution` and `Session.start` return it.
+    """The handle of one execution, returned by `Session.execution` and `Session.start`.
 
-    However many calls of `stream`, `finished_nodes`, `wait` and `output` follow it in one session,
-    one poller polls the server. Handles are equal if their session and id are. A handle that was
-    pickled has no session any more, but still its id.
+    All calls of `stream`, `finished_nodes`, `wait` and `output` in one session share one poller.
+    Handles are equal if they have the same session and id. An unpickled handle has no session, but
+    it keeps its id.
 
     Attributes:
         id: the execution's id.
-        workflow: the workflow's name or id, where this session started it.
+        workflow: the workflow's name or id, if this session started it.
         warning: the server's warning at the start, such as a missing input variable.
     """
 
@@ -47,7 +47,7 @@ class Execution:
         self.warning = warning
 
     async def snapshot(self) -> Snapshot:
-        """Return all nodes as they are now: one request, retried as the session's policy says.
+        """Return all nodes as they are now: one request, retried by the session's retry policy.
 
         Raises:
             RequestError: the server refused, or could not be reached.
@@ -62,7 +62,7 @@ class Execution:
     ) -> AsyncGenerator[Snapshot, None]:
         """Yield a snapshot on every poll, the complete one last.
 
-        The first snapshot is the latest there is. A consumer slower than the polls gets the latest
+        The first snapshot is the latest available. A consumer slower than the polls gets the latest
         and skips older ones. Wrap the generator in `contextlib.aclosing`, so that polling stops at
         once when you stop early.
 
@@ -80,7 +80,7 @@ class Execution:
     def finished_nodes(
         self, *, timeout: float | EllipsisType | None = ...
     ) -> AsyncGenerator[Node, None]:
-        """Yield each node once, when it becomes final; at completion the rest follow.
+        """Yield each node once, when it becomes final or the execution is complete.
 
         Args:
             timeout: as for `stream`.
@@ -121,8 +121,8 @@ class Execution:
     async def output(self, *, timeout: float | EllipsisType | None = ..., into: Any = None) -> Any:
         """Wait until the execution is complete, and return its main output.
 
-        That is the value of the output node that succeeded. If several succeeded, or no node is
-        marked as output, one more request asks the server which it is.
+        The main output is the value of the output node that succeeded. If several succeeded, or no
+        node is marked as output, one more request asks the server which it is.
 
         Args:
             timeout: as for `stream`.
@@ -157,7 +157,7 @@ class Execution:
     def _require_session(self) -> Session:
         if self._session is None:
             raise RuntimeError(
-                "this handle was unpickled and has no session: follow"
+                "this handle was unpickled and has no session: use"
                 f" session.execution({self.id}) instead"
             )
         return self._session
@@ -181,5 +181,5 @@ class Execution:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A session, with its key, does not travel.
+        # The session is not pickled: it holds the API key.
         return type(self), (None, self.id, self.workflow, self.warning)

@@ -1,4 +1,4 @@
-"""Many executions at once: bounded, lazy, each outcome as it comes. It knows no HTTP."""
+"""Many executions at once: bounded, lazy, each outcome as it arrives. It knows no HTTP."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Outcome(Generic[ItemT, OutputT]):
     Attributes:
         index: the item's position among the items, from 0.
         item: the item itself.
-        execution: its handle, once there is an execution.
-        snapshot: the last that was seen of it.
-        output: its main output; meaningful only where there is no error (None otherwise).
-        error: what went wrong.
+        execution: its handle, if there is an execution.
+        snapshot: the last snapshot of the execution, if there was one.
+        output: its main output; None if there is an error.
+        error: the error, if the item failed.
     """
 
     index: int
@@ -46,7 +46,7 @@ class Outcome(Generic[ItemT, OutputT]):
 
     @property
     def ok(self) -> bool:
-        """Whether there is no error."""
+        """Whether the item ended without an error."""
         return self.error is None
 
     def result(self) -> OutputT:
@@ -58,7 +58,7 @@ class Outcome(Generic[ItemT, OutputT]):
 
 @attrs.define(eq=False)
 class RunningItem(Generic[ItemT]):
-    """One item in flight, and what is known of it so far."""
+    """One item in flight, with its execution and last snapshot so far."""
 
     index: int
     item: ItemT
@@ -66,16 +66,15 @@ class RunningItem(Generic[ItemT]):
     snapshot: Snapshot | None = None
 
     def see(self, snapshot: Snapshot) -> None:
-        """Record a snapshot."""
         self.snapshot = snapshot
 
 
 def report_abandoned(outcome: Outcome[Any, Any]) -> None:
-    """Log the id of a run that was started, and whose outcome nobody will get."""
+    """Log the id of a started run whose outcome will not be delivered."""
     if outcome.execution is not None and isinstance(outcome.item, StartRequest):
         logger.warning(
-            "execution %d of workflow %.100r was started, and nobody waits for its outcome any"
-            " more; follow its id to pick it up",
+            "execution %d of workflow %.100r was started, but its outcome was not"
+            " delivered; follow it by its id",
             outcome.execution.id,
             outcome.item.workflow,
         )
@@ -88,10 +87,10 @@ async def fan_out(
     max_in_flight: int,
     open_client: Callable[[], Awaitable[Spawn]],
 ) -> AsyncGenerator[Outcome[ItemT, Any], None]:
-    """Yield the outcome of each item as it comes; errors are those of `Session.as_completed`.
+    """Yield the outcome of each item as it arrives; errors are those of `Session.as_completed`.
 
     Items are taken one at a time, when fewer than `max_in_flight` are in flight or wait to be
-    yielded. `open_client` returns what runs a task until the session is closed.
+    yielded. `open_client` returns a function that runs a task until the session is closed.
     """
     fan = _FanOut(items, run_item, anyio.Semaphore(max_in_flight))
     (await open_client())(fan.run)
@@ -109,7 +108,7 @@ async def fan_out(
 class _FanOut(Generic[ItemT]):
     _items: Iterable[ItemT] | AsyncIterable[ItemT]
     _run_item: Callable[[RunningItem[ItemT]], Awaitable[Any]]
-    # Released when an outcome is taken, so that nothing piles up before a slow consumer.
+    # Released when an outcome is taken, so that a slow consumer does not let outcomes pile up.
     slots: anyio.Semaphore
     outcomes: asyncio.Queue[Outcome[ItemT, Any] | None] = attrs.field(factory=asyncio.Queue)
     error: BaseException | None = None
@@ -148,8 +147,8 @@ class _FanOut(Generic[ItemT]):
             self.outcomes.put_nowait(None)
 
     async def _take_all(self) -> None:
-        # In a task that is cancelled but once: a scope would cancel each `await` of the clean-up in
-        # an async generator of the user's.
+        # In a task of its own, which is cancelled only once: a scope would cancel each `await` in
+        # the clean-up of a user's async generator.
         taking = asyncio.create_task(self._take(), name="promptlayer_exec.items")
         try:
             await asyncio.wait([taking])
@@ -171,7 +170,7 @@ class _FanOut(Generic[ItemT]):
         except asyncio.CancelledError as error:
             if not is_cancelled():
                 self.error = self.error or foreign_cancellation("items", error)
-        except BaseException as error:  # noqa: BLE001 - whatever `items` raises, it is the consumer's
+        except BaseException as error:  # noqa: BLE001 - raised to the consumer
             self.error = self.error or error
 
     async def _run_one(self, item: RunningItem[ItemT]) -> None:
@@ -182,11 +181,11 @@ class _FanOut(Generic[ItemT]):
         except asyncio.CancelledError as cancelled:
             foreign = not is_cancelled()
             error = foreign_cancellation("an item", cancelled) if foreign else self._end_error(item)
-        except Exception as failure:  # noqa: BLE001 - one item's failure is its own
+        except Exception as failure:  # noqa: BLE001 - the error of this outcome
             error = failure
             if isinstance(failure, Unauthorized | SessionClosed):
                 self._fail(copy_error(failure))
-        except BaseException as fatal:  # noqa: BLE001 - passed on, it would end the whole session
+        except BaseException as fatal:  # noqa: BLE001 - raised, it would end the session
             self._fail(fatal)
             return
         self.outcomes.put_nowait(
@@ -198,7 +197,7 @@ class _FanOut(Generic[ItemT]):
         self._scope.cancel()
 
     def _end_error(self, item: RunningItem[ItemT]) -> PromptLayerExecError:
-        """Return the error of an item that is cancelled because the fan-out cannot go on."""
+        """Return the error of an item that is cancelled because the fan-out cannot continue."""
         cause = self.error if isinstance(self.error, PromptLayerExecError) else SessionClosed()
         error = cast(PromptLayerExecError, copy_error(cause))
         error.execution_id = None if item.execution is None else item.execution.id

@@ -1,4 +1,4 @@
-"""What the package's own integrations need beyond the public API: one seam, and no other.
+"""What the package's own integrations need beyond the public API.
 
 Internal: names here may change in any release. An integration (`fastapi`, `dbos`, `viewer`, `cli`)
 imports the public API, and this module where that is not enough; never another private module.
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def log_text(error: BaseException) -> str:
-    """Return what a log may say of an error: no input, no output, no quotation of a body."""
+    """Return the text of an error for a log, without inputs, outputs or a quoted body."""
     text = type(error).__name__
     if isinstance(error, PromptLayerExecError):
         if error.execution_id is not None:
@@ -43,14 +43,14 @@ def log_text(error: BaseException) -> str:
 
 
 def encode_inputs(session: Session, request: StartRequest) -> dict[str, Any]:
-    """Check a start as `Session.start` does, and return its inputs as JSON carries them."""
+    """Check a start as `Session.start` does, and return its inputs in JSON form."""
     return session._prepare(request)[0]
 
 
 async def start(
     session: Session, request: StartRequest, *, before_send: Callable[[], Awaitable[None]]
 ) -> Execution:
-    """Start a run as `Session.start` does, with a hook that is awaited just before it is sent.
+    """Start a run as `Session.start` does, with a hook that is awaited just before sending.
 
     `before_send` is awaited once for each attempt, when a connection is free and the rate allows
     the request. Until it returns, cancelling the call sends nothing.
@@ -60,7 +60,7 @@ async def start(
 
 @contextmanager
 def limited(session: Session, limiter: Limiter) -> Iterator[None]:
-    """Let every HTTP attempt of a session acquire one more limiter, open or not."""
+    """Make every HTTP attempt of a session, open or not, acquire one more limiter."""
     session._limiters.append(limiter)
     try:
         yield

@@ -1,4 +1,4 @@
-"""From opening to closing: what runs in a session's event loop, and how it all ends."""
+"""The lifetime of an open session: its supervisor task and all tasks in its event loop."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# The loop itself keeps no strong reference: without one, a session that is dropped unclosed would
-# be torn apart by the garbage collector instead of being closed when the loop shuts down.
+# Event loops hold their tasks weakly: without these references, the garbage collector would destroy
+# an unclosed session, and the shutdown of the loop could not close it.
 _supervisors: set[asyncio.Task[None]] = set()
 
 
 class DeadlinePassed(Exception):
-    """A call took longer than its deadline allows."""
+    """The deadline of a call passed."""
 
 
 class Lifetime:
-    """The life of an open session, in the event loop that is running.
+    """The supervisor of an open session, in the running event loop.
 
-    All tasks live in a task group inside one supervisor task, or are awaited by it, so that a
+    All tasks run in a task group inside one supervisor task, or are awaited by it, so that a
     session may be opened, used and closed by three different tasks.
     """
 
@@ -49,7 +49,7 @@ class Lifetime:
         supervisor.add_done_callback(_supervisors.discard)
 
     def is_closing(self) -> bool:
-        """Return True if the end has begun."""
+        """Return True if closing has begun, or the event loop is closed."""
         return self._closing.is_set() or self._loop.is_closed()
 
     async def ready(self) -> None:
@@ -57,7 +57,7 @@ class Lifetime:
 
         Raises:
             RuntimeError: another event loop is running.
-            SessionClosed: the end has begun.
+            SessionClosed: closing has begun.
         """
         self._check_loop()
         if not self._ready.is_set():
@@ -75,11 +75,11 @@ class Lifetime:
         self._tasks.start_soon(run)
 
     def spawn_watch(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run a watch likewise; it never fails, and may be one of ten thousand."""
+        """Run a watch in the same way; it never raises, and there may be ten thousand."""
         self._watches.start(run(), name="promptlayer_exec._watch.Watch.run")
 
     async def call(self, work: Callable[[], Awaitable[T]], deadline: Deadline) -> T:
-        """Await a call, which the deadline and the closing of the session end.
+        """Await a call; the deadline and the closing of the session end it.
 
         Raises:
             DeadlinePassed: the deadline passed.
@@ -93,7 +93,7 @@ class Lifetime:
             async with limit:
                 return await work()
         except TimeoutError:
-            # A request may time out in the very step in which the deadline passes.
+            # A request may time out in the same loop step in which the deadline passes.
             if not limit.expired():
                 raise
             raise (SessionClosed if self.is_closing() else DeadlinePassed) from None
@@ -107,17 +107,17 @@ class Lifetime:
                 self._calls_ended.set()
 
     def close(self) -> None:
-        """Begin to end all that runs.
+        """Begin closing: end everything that runs.
 
         Raises:
-            RuntimeError: it runs in another event loop.
+            RuntimeError: the session is open in another event loop.
         """
         if not self._has_ended():
             self._check_loop()
             self._closing.set()
 
     async def wait_closed(self) -> None:
-        """Wait until nothing runs any more; any number of tasks may do so at once."""
+        """Wait until everything has ended; any number of tasks may wait at once."""
         if not self._has_ended():
             self._check_loop()
             await self._ended.wait()
@@ -137,10 +137,10 @@ class Lifetime:
             async with anyio.create_task_group() as self._tasks:
                 self._ready.set()
                 await self._closing.wait()
-                self._stop()  # before the task group's own tasks, which may depend on it
+                self._stop()  # before the group's own tasks, which may depend on it
                 self._tasks.cancel_scope.cancel()
         finally:
-            # Also where the loop shuts down without a close: asyncio.run cancels every task.
+            # Reached without `close`, too: asyncio.run cancels every task when the loop shuts down.
             self._closing.set()
             self._ready.set()
             try:

@@ -1,4 +1,4 @@
-"""The state of retries: of one request, of executions started just now, and what the log says."""
+"""The retry state of one request, the recent starts, and the log of outages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from promptlayer_exec._policies import RetryPolicy, or_infinity
 class RetryState:
     """The failures of one logical request since its last good answer.
 
-    The request is given up `limit` seconds after its first failed attempt. Waiting that is not the
+    A request is given up `limit` seconds after its first failed attempt. Waiting that is not the
     server's fault, or that the server asked for, does not count.
     """
 
@@ -53,30 +53,28 @@ class RetryState:
 
 @attrs.define(eq=False)
 class RecentStarts:
-    """The starts of the last `grace` seconds, which the server may not know everywhere yet."""
+    """The starts of the last `grace` seconds, for which the server may still answer 404."""
 
     _grace: float
-    _started: dict[int, float] = attrs.field(factory=dict)  # in the order of time
+    _started: dict[int, float] = attrs.field(factory=dict)  # oldest first
 
     def add(self, execution_id: int, *, now: float) -> None:
-        """Record a start."""
         while self._started and not self.covers(oldest := next(iter(self._started)), now=now):
             del self._started[oldest]
         self._started[execution_id] = now
 
     def covers(self, execution_id: int | None, *, now: float) -> bool:
-        """Return True if an execution was started less than the grace ago."""
+        """Return True if an execution was started less than `grace` seconds ago."""
         started = self._started.get(execution_id, -math.inf) if execution_id else -math.inf
         return now - started < self._grace
 
 
 @attrs.define(eq=False)
 class OutageLog:
-    """Logs the outages of a session: one line when one begins, one when it has ended.
+    """Logs the outages of a session: one line when an outage begins, one when it has ended.
 
-    However many requests fail at once, to the log they are one outage. A failed request is not
-    sent again before its delay has passed, and the outage lasts at least until then, so the log
-    never gets more lines than that.
+    All requests that fail at the same time are one outage. It lasts at least until the delay of a
+    failed request has passed, which limits the lines in the log.
     """
 
     _failing: set[RetryState] = attrs.field(factory=set)
@@ -87,11 +85,9 @@ class OutageLog:
         if not self._failing:
             self._answered = False
             limit = "" if state.limit == math.inf else f" for up to {state.limit:g} s"
-            number = error.execution_id
-            subject = "a start" if number is None else f"execution {number}"
+            subject = "a start" if error.execution_id is None else f"execution {error.execution_id}"
             # Not the whole error: its text also quotes the body and ends with advice.
-            what = printable(str(error.args[0]))
-            logger.warning("%s: %s; trying again%s", subject, what, limit)
+            logger.warning("%s: %s; trying again%s", subject, printable(str(error.args[0])), limit)
         self._failing.add(state)
 
     def end(self, state: RetryState, *, answered: bool) -> None:

@@ -20,12 +20,7 @@ from promptlayer_exec._fanout import Outcome, RunningItem, Spawn, fan_out, repor
 from promptlayer_exec._lifetime import Lifetime
 from promptlayer_exec._models import MainOutput, Snapshot, StartRequest, naming_arguments
 from promptlayer_exec._output import check_type
-from promptlayer_exec._policies import (
-    Deadline,
-    PollPolicy,
-    RetryPolicy,
-    check_timeout,
-)
+from promptlayer_exec._policies import Deadline, PollPolicy, RetryPolicy, check_timeout
 from promptlayer_exec._retry import RecentStarts
 from promptlayer_exec._settings import Settings, check_count, sends_in_the_clear
 from promptlayer_exec._start import BeforeSend
@@ -44,9 +39,9 @@ OutputT = TypeVar("OutputT")
 class Session:
     """Follows the executions of one PromptLayer workspace over one pool of connections.
 
-    Use it with `async with`, or use it and `await session.aclose()`; the first use opens it.
+    Use it with `async with`, or close it with `await session.aclose()`; the first use opens it.
     Creating a session does no I/O and needs no running event loop. It may be entered in one task
-    and closed in another. A closed session can be entered again, also in another event loop.
+    and closed in another. A closed session can be entered again, even in another event loop.
 
     Args:
         api_key: the workspace's key; else `$PROMPTLAYER_API_KEY`, read again at first use.
@@ -54,15 +49,15 @@ class Session:
             path prefix is kept.
         poll: when to poll an execution again.
         retry: which failures to survive, and for how long.
-        wait_timeout: the default deadline of every wait, in seconds; None waits for ever.
+        wait_timeout: the default deadline of every wait, in seconds; None: no limit.
         request_timeout: seconds for one HTTP attempt, from connecting to the last byte. Waiting
             for a free connection or for the rate does not count.
         max_connections: how many requests may be in flight at once. A quarter of them, at least
             one, is reserved for starts.
         max_response_bytes: the largest response body, in bytes after decompression.
-        rate: HTTP attempts per second, over everything the session does; None: unlimited.
-        limiter: a further limit, acquired once per HTTP attempt.
-        http: a client session to borrow, with its proxy, TLS and headers. It is not closed.
+        rate: HTTP attempts per second, for the whole session; None: unlimited.
+        limiter: an additional limit, acquired once per HTTP attempt.
+        http: a client session to borrow, with its proxy, TLS and headers; not closed at the end.
         converter: hooks for inputs and for structuring outputs; never used for the node map.
         observers: called with every event.
         trust_env: whether to use HTTP_PROXY, HTTPS_PROXY, NO_PROXY and .netrc, as aiohttp reads
@@ -117,7 +112,7 @@ class Session:
         self._closed = False
 
     async def __aenter__(self) -> Self:
-        """Open the session, afresh if it was closed."""
+        """Open the session, or reopen it if it was closed."""
         if self._client is not None and self._client.lifetime.is_closing():
             await self._wait_closed(self._client)
         self._closed = False
@@ -125,7 +120,7 @@ class Session:
         try:
             await self._open()
         except BaseException:
-            # A task that is cancelled here never reaches `__aexit__`.
+            # A task that is cancelled here never calls `__aexit__`.
             if is_new and self._client is not None:
                 self._client.lifetime.close()
             raise
@@ -144,7 +139,7 @@ class Session:
         """Close the session: every wait and call in it ends with `SessionClosed`.
 
         Raises:
-            RuntimeError: it is open in another event loop, which still runs.
+            RuntimeError: the session is open in another event loop that is still running.
         """
         if self._client is not None:
             self._client.lifetime.close()
@@ -176,10 +171,10 @@ class Session:
 
         Args:
             execution_id: 1 ... 2**63-1.
-            return_all_outputs: whether to return every node, or the main output alone.
+            return_all_outputs: True returns every node, False only the main output.
 
         Raises:
-            TypeError: `execution_id` is no int.
+            TypeError: `execution_id` is not an int.
             ValueError: `execution_id` is out of range.
             RequestError: the server refused, or could not be reached.
             ExecutionTimeout: the session's `wait_timeout` passed.
@@ -213,14 +208,14 @@ class Session:
         Args:
             workflow: its name or id.
             inputs: its input variables: a mapping, or an attrs, dataclass or pydantic instance.
-            label: the label of the version to run; excludes `version`.
-            version: the number of the version to run; excludes `label`.
-            metadata: strings to keep with the run.
+            label: the label of the version to run; not allowed with `version`.
+            version: the number of the version to run; not allowed with `label`.
+            metadata: strings to store with the run.
             callback_url: where the server posts the final output.
 
         Raises:
-            TypeError: an argument, or a value in the inputs, is of an unusable type.
-            ValueError: an argument, or a value in the inputs, cannot be sent.
+            TypeError: an argument or a value in the inputs has an unsupported type.
+            ValueError: an argument or a value in the inputs cannot be sent.
             StartUnknown: the answer was lost, so the run may have started; it is never repeated.
             StatusError: the server refused.
             ConnectionFailed: the server could not be reached.
@@ -250,8 +245,8 @@ class Session:
         return Execution(self, started.execution_id, request.workflow, started.warning)
 
     def _prepare(self, request: StartRequest) -> tuple[dict[str, Any], Request]:
-        """Return a start's inputs as JSON carries them, and what would be sent."""
-        # Imported when it is first needed: it doubles what importing the package costs.
+        """Return a start's inputs in JSON form, and the request that would be sent."""
+        # Imported on first use: it doubles the cost of importing the package.
         from promptlayer_exec._structuring import encode_inputs  # noqa: PLC0415
 
         inputs = encode_inputs(request.inputs, self._settings.converter)
@@ -285,7 +280,7 @@ class Session:
         timeout: float | EllipsisType | None = ...,
         into: Any = None,
     ) -> AsyncGenerator[Outcome[ItemT, Any], None]:
-        """Follow, or start and follow, many executions; yield each outcome as it comes.
+        """Follow many executions, start those that are requests, and yield outcomes as they arrive.
 
         One item's failure is the `error` of its outcome, and affects no other item. Wrap the
         generator in `contextlib.aclosing` to stop early: this session then stops following the
@@ -295,7 +290,7 @@ class Session:
             items: ids, `Execution` handles and `StartRequest`s, as an iterable or async iterable.
                 The next item is taken when a slot is free. An async generator is closed at the
                 end.
-            max_in_flight: how many items may be in flight, or have ended without being yielded.
+            max_in_flight: how many items may be in flight or waiting to be yielded.
             timeout: seconds for each item, from when it is taken; `...` means the session's
                 `wait_timeout`, None no limit. If a start has been sent by then, its answer is
                 still read.
@@ -304,8 +299,8 @@ class Session:
         Raises:
             Unauthorized: the server refused the key, so no later item could succeed. The items in
                 flight are cancelled, and each is yielded with that error before it is raised.
-            SessionClosed: the session was closed; the items in flight end likewise.
-            Exception: `items` itself raised it; the outcomes of the items in flight come first.
+            SessionClosed: the session was closed; the items in flight are yielded with it first.
+            Exception: `items` raised it; the outcomes of the items in flight are yielded first.
         """
         if not isinstance(items, Iterable | AsyncIterable):
             raise TypeError(f"items must be an iterable or async iterable, not {items!r:.100}")
@@ -362,10 +357,10 @@ class Session:
         timeout: float | EllipsisType | None = ...,
         into: Any = None,
     ) -> list[Outcome[ItemT, Any]]:
-        """Do what `as_completed` does, and return all outcomes in the order of the items.
+        """Run `as_completed` to its end, and return all outcomes in the order of the items.
 
-        Arguments and errors are those of `as_completed`. If it raises, there are no outcomes: use
-        `as_completed` where you need those that came before the error.
+        Arguments and errors are those of `as_completed`. If it raises, no outcome is returned: use
+        `as_completed` if you need those that arrived before the error.
         """
         outcomes = []
         completed: AsyncGenerator[Outcome[ItemT, Any], None] = self.as_completed(
@@ -382,7 +377,7 @@ class Session:
         return sorted(outcomes, key=lambda outcome: outcome.index)
 
     def _handle(self, item: Any) -> Execution:
-        """Return the handle of an item that is no start."""
+        """Return the handle of an item that is not a `StartRequest`."""
         if not isinstance(item, Execution):
             try:
                 return self.execution(item)
@@ -391,7 +386,7 @@ class Session:
                     "an item must be an execution id, an Execution or a StartRequest,"
                     f" not {item!r:.100}"
                 ) from None
-        if item._session is None:  # it was pickled
+        if item._session is None:  # it was unpickled
             return Execution(self, item.id, item.workflow, item.warning)
         if item._session is not self:
             raise ValueError(f"execution {item.id} belongs to another session: pass its id instead")
@@ -401,7 +396,7 @@ class Session:
         """Return the handle of an execution, without any I/O.
 
         Raises:
-            TypeError: `execution_id` is no int.
+            TypeError: `execution_id` is not an int.
             ValueError: `execution_id` is out of range.
         """
         return Execution(self, check_execution_id(execution_id))
@@ -412,7 +407,7 @@ class Session:
         try:
             base_url = self._settings.find_base_url()
         except ConfigurationError:
-            base_url = "with a malformed base URL"  # in the environment, by now
+            base_url = "with a malformed base URL"  # the environment has changed
         return f"<Session {base_url}, not open>"
 
     def __reduce__(self) -> NoReturn:
@@ -423,7 +418,7 @@ class Session:
         try:
             if self._closed:
                 raise SessionClosed
-            with self._opening:  # threads may come first together, each with a loop of its own
+            with self._opening:  # two threads, each with its own loop, may get here at once
                 if self._client is None:
                     self._client = self._create_client()
             if not self._client.lifetime.is_ready():

@@ -63,7 +63,7 @@ def find_base_url(base_url: str | None) -> str:
         port_is_valid = url.port is not None
         (url.raw_host or "").encode("idna")  # name resolution will do the same
     except ValueError:
-        # The cause would show the URL, and a password in it.
+        # The cause would show the URL, with any password.
         raise ConfigurationError(f"{source} must be a valid URL") from None
     if url.raw_user is not None or url.raw_password is not None:
         raise ConfigurationError(f"{source} must not contain a user name or password")
@@ -153,9 +153,9 @@ def _callables(_: Any, __: Any, value: Any) -> None:
 
 @attrs.frozen(kw_only=True)
 class Settings:
-    """The settings of a session, checked; `Session` documents them."""
+    """The checked settings of a session; `Session` documents them."""
 
-    # These two are read again on opening: the environment may be set after the session was made.
+    # Both are read again on opening: the environment may be set after the session was created.
     api_key: str | None = attrs.field(repr=False)
     base_url: str | None
     poll: PollPolicy = attrs.field(
@@ -184,9 +184,7 @@ class Settings:
         self.find_base_url()
 
     def find_api_key(self) -> str | None:
-        """Return the API key as it is now."""
         return find_api_key(self.api_key)
 
     def find_base_url(self) -> str:
-        """Return the base URL as it is now."""
         return find_base_url(self.base_url)

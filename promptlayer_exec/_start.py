@@ -1,4 +1,4 @@
-"""Starting a run: the one request that is sent at most once, and never forgotten. No HTTP here."""
+"""Starting a run: a request that is sent at most once, and its answer. It knows no HTTP."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
+import attrs
 
 from promptlayer_exec._errors import (
     ExecutionTimeout,
@@ -32,47 +33,39 @@ BeforeSend = Callable[[], Awaitable[None]]
 
 
 class Post(Protocol):
-    """Sends the request, again only where it cannot have started a run, and reads the answer."""
+    """A function that sends the request, and again only if it cannot have started a run."""
 
     async def __call__(self, state: RetryState, once: Start) -> Started:
-        """Return what the server answered."""
+        """Return the server's answer."""
 
 
+@attrs.define(eq=False)
 class Start:
-    """One run to start, in a task of its own: the caller may go away, but not the answer.
+    """The start of one run, in its own task: the answer is read even if the caller is cancelled.
 
-    Until the request is sent, the caller, the session or the deadline may end it. From then on
-    the answer is awaited, and reported to the caller if it still waits, else to the observers and
-    the log.
+    Until the request is sent, the caller, the session or the deadline can cancel it. After that,
+    the answer goes to the caller if it still waits, else to the observers and the log.
 
     Attributes:
         sent: whether the request may have reached the server.
-        cancelled: whether the request must not be sent any more.
+        cancelled: whether the request must no longer be sent.
     """
 
-    def __init__(
-        self,
-        request: StartRequest,
-        post: Post,
-        state: RetryState,
-        *,
-        emit: Emit,
-        is_closing: Callable[[], bool],
-        before_send: BeforeSend | None = None,
-    ) -> None:
-        self.sent = False
-        self.cancelled = False
-        self._request = request
-        self._post = post
-        self._state = state
-        self._emit = emit
-        self._is_closing = is_closing
-        self._called_at = anyio.current_time()
-        self._before_send = before_send
-        self._answer: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
-        self._task: asyncio.Task[Any] | None = None
-        self._scope = anyio.CancelScope()
-        self._expired: Deadline | None = None
+    _request: StartRequest
+    _post: Post
+    _state: RetryState
+    _emit: Emit
+    _is_closing: Callable[[], bool]
+    _before_send: BeforeSend | None = None
+    sent: bool = attrs.field(init=False, default=False)
+    cancelled: bool = attrs.field(init=False, default=False)
+    _called_at: float = attrs.field(init=False, factory=anyio.current_time)
+    _answer: asyncio.Future[Started] = attrs.field(
+        init=False, factory=lambda: asyncio.get_running_loop().create_future()
+    )
+    _task: asyncio.Task[Any] | None = attrs.field(init=False, default=None)
+    _scope: anyio.CancelScope = attrs.field(init=False, factory=anyio.CancelScope)
+    _expired: Deadline | None = attrs.field(init=False, default=None)
 
     async def result(self, deadline: Deadline) -> Started:
         """Wait for the answer; once the request has been sent, the deadline no longer matters.
@@ -99,22 +92,21 @@ class Start:
         return started
 
     async def run(self) -> None:
-        """Send the request, and hand over its answer."""
+        """Send the request, and deliver its answer."""
         self._task = asyncio.current_task()
         self._cancel_if_unneeded()
         try:
             with self._scope:
                 started = await self._post(self._state, self)
         except asyncio.CancelledError as error:
-            # Not passed on: it would end the task group, and with it the session.
+            # Not raised: it would end the task group, and with it the session.
             self._fail(self._judge_cancellation(error))
-        except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the caller
+        except BaseException as error:  # noqa: BLE001 - raised to the caller
             self._fail(self._judge_cancellation(error) if self.cancelled else self._judge(error))
         else:
             self._succeed(started)
 
     async def before_send(self) -> None:
-        """Await the hook, if there is one."""
         if self._before_send is not None:
             await self._before_send()
 
@@ -122,10 +114,10 @@ class Start:
         """Record that the request is being sent.
 
         Raises:
-            ConnectionAbortedError: the start was cancelled a moment ago, so it must not be sent.
+            ConnectionAbortedError: the start was just cancelled, so it must not be sent.
         """
         if self._task is None or self._task.cancelling():
-            # Not where an attempt timed out just now: that cancels the task for a moment, too.
+            # Not if the attempt timed out just now: that also cancels the task for a moment.
             self.cancelled = self._is_unneeded() or self._is_closing()
             raise ConnectionAbortedError("cancelled before it was sent")
         self.sent = True
@@ -146,11 +138,11 @@ class Start:
 
     def _cancel_if_unneeded(self) -> None:
         if self._task is not None and not self.sent and self._is_unneeded():
-            # The scope would let one more step pass, in which the request may be sent.
+            # The scope would take one more loop step, in which the request may be sent.
             self._task.cancel()
 
     def _abandon(self) -> None:
-        """Handle what came, or will come, of a start whose caller was cancelled."""
+        """Handle a start whose caller was cancelled, whether or not it has ended."""
         if self._answer.cancelled():
             self._cancel_if_unneeded()
         elif (error := self._answer.exception()) is None:
@@ -174,7 +166,7 @@ class Start:
             self._answer.set_exception(error)
 
     def _judge(self, error: BaseException) -> BaseException:
-        """Return the caller's error: the failure itself if it proves that no run started."""
+        """Return the failure itself if it proves that no run started, else `StartUnknown`."""
         if not isinstance(error, RequestError):  # from a limiter, or a borrowed session's hook
             reason = f"{type(error).__name__}: {error}"
             return self._unknown(reason, error) if self.sent else error
@@ -182,7 +174,7 @@ class Start:
             is_lost = error.status >= 500 or error.status == HTTPStatus.REQUEST_TIMEOUT
         else:
             is_lost = self.sent
-        # Without a quotation of the body, which may hold outputs: the cause has it.
+        # Without the quoted body, which may hold outputs: the cause has it.
         return self._unknown(RequestError._what(error), error) if is_lost else error
 
     def _judge_cancellation(self, error: BaseException) -> Exception:
@@ -214,8 +206,8 @@ class Start:
     def _report(self, started: Started, *, abandoned: bool) -> None:
         if abandoned:
             logger.warning(
-                "execution %d of workflow %.100r started after its caller had gone;"
-                " follow its id to pick it up",
+                "execution %d of workflow %.100r started, but its caller did not get"
+                " the handle; follow it by its id",
                 started.execution_id,
                 self._request.workflow,
             )

@@ -1,10 +1,9 @@
-"""Tasks of asyncio, and what a cancellation means to one of them."""
+"""asyncio tasks and their cancellation, and timers that allow for a stopped event loop."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from types import TracebackType
 from typing import Any, Self
 
 
@@ -14,7 +13,7 @@ def clock() -> float:
 
 
 class Tasks:
-    """Tasks that never fail. In a task group, each would take four times the memory."""
+    """Tasks that never raise. In a task group, each would take four times the memory."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
@@ -26,26 +25,24 @@ class Tasks:
         task.add_done_callback(self._tasks.discard)
 
     def cancel(self) -> None:
-        """Cancel all tasks that run."""
         for task in self._tasks:
             task.cancel()
 
     async def ended(self) -> None:
-        """Wait until no task runs."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
 
-# A timer this many seconds late shows that the loop stood still, as in a debugger or after Ctrl-Z.
+# A timer this many seconds late means that the loop was stopped, as by a debugger or Ctrl-Z.
 _LATE = 0.05
-# The most seconds in which to read what arrived meanwhile, before the timer's callback is called.
+# The most seconds to spend on reading what arrived meanwhile, before the callback is called.
 _LONGEST_READ = 1.0
 
 
 class PatientTimer:
-    """A timer that, where the loop stood still, lets the loop first read what has arrived.
+    """A timer that first lets the loop read what has arrived, if the loop was stopped.
 
-    The callback is called at its time. If the loop is late by then, the callback waits for as long
+    The callback is called at its time. If the loop is late, it is called after the same delay
     again, at most a second.
 
     Args:
@@ -61,7 +58,6 @@ class PatientTimer:
         self._handle = self._loop.call_at(at, self._fire)
 
     def cancel(self) -> None:
-        """Do not call the callback any more."""
         self._handle.cancel()
 
     def _fire(self) -> None:
@@ -74,7 +70,7 @@ class PatientTimer:
 
 
 class PatientTimeout:
-    """What `asyncio.timeout_at` is, on a `PatientTimer`; it can also be made to expire.
+    """`asyncio.timeout_at` with a `PatientTimer`; `expire` ends it early.
 
     Args:
         at: the time, on the running loop's clock; None: no limit.
@@ -91,15 +87,10 @@ class PatientTimeout:
             self._timer = PatientTimer(self._at, self.expire)
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc_info: Any) -> None:  # noqa: PYI036 - handed on
         if self._timer is not None:
             self._timer.cancel()
-        await self._timeout.__aexit__(exc_type, exc, traceback)
+        await self._timeout.__aexit__(*exc_info)
 
     def expire(self) -> None:
         """Expire now, unless it has expired already."""
@@ -107,7 +98,6 @@ class PatientTimeout:
             self._timeout.reschedule(0.0)
 
     def expired(self) -> bool:
-        """Return True if it has expired."""
         return self._timeout.expired()
 
 
@@ -118,13 +108,13 @@ def resolve(future: asyncio.Future[None]) -> None:
 
 
 def is_cancelled() -> bool:
-    """Return True if the present task was cancelled, and not only something that it awaits."""
+    """Return True if the current task was cancelled, not only something that it awaits."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
 
 def foreign_cancellation(what: str, cause: BaseException) -> RuntimeError:
-    """Return the error for a cancellation of something that was awaited, not of the task itself."""
+    """Return the error for a cancellation of something that a task awaited, not of the task."""
     error = RuntimeError(f"{what} awaited something that was cancelled")
     error.__cause__ = cause
     return error

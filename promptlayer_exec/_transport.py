@@ -1,4 +1,4 @@
-"""Sending requests: attempts, retries, and errors made ours."""
+"""Sending requests: attempts, retries, and the translation of aiohttp's errors."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ from promptlayer_exec._wire import Reply, Request, Response, excerpt, read_retry
 
 T = TypeVar("T")
 
-# `asyncio.timeout_at` ends an attempt, body included: aiohttp's own need not.
+# aiohttp's timeout is off: `PatientTimeout` limits the whole attempt, body included.
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
-# The body of an error is for people to read.
+# The body of a refusal is only read by people.
 _ERROR_BODY_BYTES = 64 * 1024
 _LONGEST_KEY = 1024
-# More than aiohttp allows by default: an id is not thrown away for the headers around it.
+# More than aiohttp's defaults: large headers must not cost us the id of a started run.
 _LONGEST_HEADER = 64 * 1024
 _MOST_HEADERS = 1000
-# What bounds the memory of a decoded body: at most one value for so many bytes of the limit.
+# Bounds the memory of a decoded body: at most one value per this many bytes of the limit.
 _BYTES_PER_VALUE = 48
 _FEW_VALUES = 1000
 _OPENING_A_VALUE = (b",", b"[", b"{")
@@ -76,7 +76,7 @@ class Transport:
     _outages: OutageLog = attrs.field(init=False, factory=OutageLog)
 
     def with_url(self, request: Request) -> Request:
-        """Return a request with its URL, so that it is not built anew for each attempt."""
+        """Return a request with its URL, so that attempts do not build it again."""
         return attrs.evolve(request, url=self._url(request))
 
     async def call(
@@ -90,7 +90,7 @@ class Transport:
     ) -> Reply[T]:
         """Send a request until there is a good answer, or the retries are used up.
 
-        What `read` raises is judged like any other failure. `due` is when the request should be
+        An error from `read` is handled like any other failure. `due` is when the request should be
         sent, on the event loop's clock; `once` is a request that must not be sent twice.
         """
         answered = False
@@ -155,7 +155,7 @@ class Transport:
 
     def _is_transient(self, error: RequestError, once: SendOnce | None) -> bool:
         """Return True if a failure is worth another attempt."""
-        if once is not None and not isinstance(error, RateLimited):  # which starts nothing
+        if once is not None and not isinstance(error, RateLimited):  # a 429 starts nothing
             may_have_arrived = once.sent or isinstance(error, StatusError)
             if may_have_arrived or once.cancelled:
                 return False
@@ -171,26 +171,24 @@ class Transport:
     async def _attempt(
         self, pool: Pool, request: Request, sent_at: float, once: SendOnce | None
     ) -> Response:
-        """Send a request, and return the answer."""
+        """Make one attempt, and return the response."""
         if pool.http.closed:
             raise SessionClosed("the borrowed aiohttp.ClientSession is closed")
         answer, body, failure = await self._exchange(pool, request, sent_at, once)
         if answer is None:
             if once is not None and once.sent and is_tls_failure(failure):
-                once.mark_rejected()  # the handshake was refused, so nothing was read
+                once.mark_rejected()  # the handshake was refused, so the server read nothing
             raise self._failure(failure, answer, body)
         if answer.status < 300:
-            # An object shows its own end: a start's answer may be whole though its framing is not.
+            # A JSON object marks its own end: a start's answer may be whole despite bad framing.
             if failure is not None and not (once is not None and _is_object(body)):
                 raise self._failure(failure, answer, body)
             if _may_be_cut(answer, body):
-                cut = aiohttp.ClientPayloadError("nothing marks where the number ends")
+                cut = aiohttp.ClientPayloadError("the response does not mark where the number ends")
                 raise self._failure(cut, answer, body)
-        # A refusal needs no whole body: its status says what is wrong.
-        if answer.status < 300:
             self._check_size(answer.status, body)
-        location = None
-        if answer.status >= 300:
+            location = None
+        else:  # a part of the body is enough: the status says what is wrong
             location = answer.headers.get("Location")
             body = self._redactor.redact_bytes(body)[:_ERROR_BODY_BYTES]
         retry_after = read_retry_after(answer.headers, now=time.time())
@@ -205,8 +203,8 @@ class Transport:
     def _check_size(self, status: int, body: bytes) -> None:
         limit = self._settings.max_response_bytes
         too_large = f"is larger than {limit} bytes" if len(body) > limit else ""
-        # What is decoded takes up to 400 bytes for each of these: what a few bytes say may take
-        # fifty times the memory. Where there cannot be too many, they need not be counted.
+        # A decoded value takes up to 400 bytes, so a body may take fifty times its size in memory.
+        # A body that is too short for too many values is not counted.
         values = max(limit // _BYTES_PER_VALUE, _FEW_VALUES)
         if values < len(body) <= limit and sum(map(body.count, _OPENING_A_VALUE)) > values:
             too_large = f"holds more than {values:,} values, the most for {limit} bytes"
@@ -221,7 +219,7 @@ class Transport:
     async def _exchange(
         self, pool: Pool, request: Request, sent_at: float, once: SendOnce | None
     ) -> tuple[aiohttp.ClientResponse | None, bytes, BaseException | None]:
-        """Send a request; return the answer and its body, as far as they came, and what failed."""
+        """Send a request; return what arrived of the answer and its body, and the failure."""
         data = None
         until = sent_at + self._settings.request_timeout
         if request.body is not None and once is not None:
@@ -245,10 +243,10 @@ class Transport:
                     max_line_size=_LONGEST_HEADER,
                     max_field_size=_LONGEST_HEADER,
                     max_headers=_MOST_HEADERS,
-                    # A pool keeps connections apart by this name: starts share none with others.
+                    # Connections are pooled by this name: starts share none with other requests.
                     server_hostname=url.host if data is not None and pool.is_borrowed else None,
                 )
-                # Read a little more of a refusal: a key at its end is redacted before it is cut.
+                # Read a little more of a refusal, so that a key at the cut is redacted as a whole.
                 limit = _ERROR_BODY_BYTES + _LONGEST_KEY
                 if answer.status < 300:
                     limit = self._settings.max_response_bytes
@@ -289,14 +287,14 @@ class Transport:
             )
         else:
             error = InvalidResponse(
-                f"the {answer.status} answer is cut short, or undecodable, after {len(body)} bytes"
-                f" ({reason})",
+                f"the {answer.status} answer is cut short or cannot be decoded, after"
+                f" {len(body)} bytes ({reason})",
                 status=answer.status,
                 excerpt=self._excerpt(body),
                 reason=reason,
             )
         error.__cause__ = failure
-        # The repr of a ClientResponseError shows all headers of the request, the key's too.
+        # The repr of a ClientResponseError shows all request headers, with the API key.
         if isinstance(failure, aiohttp.ClientResponseError) or self._redactor.is_shown_by(failure):
             cause = PermanentFailure if is_permanent(failure) else aiohttp.ClientError
             error.__cause__ = cause(f"{type(failure).__name__}: {reason}")
@@ -307,7 +305,7 @@ class Transport:
             return read(response)
         except RequestError as error:
             failure = error
-        # Or the decoded body would hang on it while the body is decoded again.
+        # Otherwise the traceback keeps the decoded body in memory while it is decoded again.
         for raised in (failure, failure.__cause__):
             if raised is not None:
                 traceback.clear_frames(raised.__traceback__)
@@ -321,7 +319,7 @@ class Transport:
         return read(redacted)
 
     def _excerpt(self, body: bytes) -> str:
-        # Redacted before it is cut: half a key gives much away, too.
+        # Redacted before it is cut: half a key would also reveal much.
         return excerpt(self._redactor.redact_bytes(body[:_ERROR_BODY_BYTES]))
 
 
@@ -333,7 +331,7 @@ def _is_object(body: bytes) -> bool:
 
 
 def _may_be_cut(answer: aiohttp.ClientResponse, body: bytes) -> bool:
-    """Return True for a number whose end nothing marks: all other JSON shows its own."""
+    """Return True for a number whose end is not marked: all other JSON marks its own."""
     headers = answer.headers
     is_framed = "Content-Length" in headers or "Transfer-Encoding" in headers
     is_plain = headers.get("Content-Encoding", "identity") == "identity"
@@ -341,7 +339,7 @@ def _may_be_cut(answer: aiohttp.ClientResponse, body: bytes) -> bool:
 
 
 async def _read_body(answer: aiohttp.ClientResponse, pieces: list[bytes], limit: int) -> None:
-    """Read a body into `pieces`, and stop where it exceeds `limit` bytes."""
+    """Read a body into `pieces`, and stop when it exceeds `limit` bytes."""
     size = 0
     try:
         async for piece in answer.content.iter_any():
@@ -350,6 +348,6 @@ async def _read_body(answer: aiohttp.ClientResponse, pieces: list[bytes], limit:
             if size > limit:
                 break
     finally:
-        if not answer.closed:  # it closes itself where the body was read to its end
+        if not answer.closed:  # it is closed already if the body was read to its end
             abort(answer.connection.transport if answer.connection is not None else None)
             answer.close()

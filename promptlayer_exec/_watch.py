@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from random import random
 from typing import TYPE_CHECKING, Any, Protocol
 
+import attrs
+
 from promptlayer_exec._errors import (
     ExecutionTimeout,
     PromptLayerExecError,
@@ -24,16 +26,16 @@ if TYPE_CHECKING:
 
 
 class Fetch(Protocol):
-    """Requests an execution's node map, and retries where that is worth it."""
+    """A function that requests an execution's node map, with retries."""
 
     async def __call__(self, state: RetryState, *, due: float) -> Reply[NodeMap]:
-        """Return the answer to a request that should be sent at `due`."""
+        """Return the answer to a request that is due at `due`, on the loop's clock."""
 
 
 def take_snapshot(
     execution_id: int, reply: Reply[NodeMap], *, elapsed: float, previous: Snapshot | None = None
 ) -> Snapshot:
-    """Return the snapshot that a reply describes, with the times that the one before had seen."""
+    """Return the snapshot of a reply; it keeps the node times of the previous snapshot."""
     nodes = reply.value.nodes
     if previous is None:
         poll, times = 1, _first_seen(nodes, {}, elapsed)
@@ -69,7 +71,7 @@ def _first_seen(
         final = now.final if earlier.final is None else earlier.final
         is_news = running is not earlier.running or final is not earlier.final
         times[name] = NodeTimes(running, final) if is_news else earlier
-    # Where names come and go, the times of those gone longest are forgotten: they come last.
+    # If node names keep changing, drop the times of the nodes gone longest: they come last.
     gone = len(times) - len(nodes)
     length = sum(map(len, times)) if gone else 0
     while gone > _GONE_NODES or (gone and length > _NAMES_OF_GONE_NODES):
@@ -78,50 +80,43 @@ def _first_seen(
     return FrozenMap(times)
 
 
+@attrs.define(eq=False)
 class Watch:
-    """Polls one execution for as long as somebody follows it."""
+    """Polls one execution while it has followers."""
 
-    def __init__(
-        self,
-        execution_id: int,
-        fetch: Fetch,
-        *,
-        poll: PollPolicy,
-        retry: RetryPolicy,
-        emit: Emit,
-        on_end: Callable[[Watch], None],
-    ) -> None:
-        self.execution_id = execution_id
-        self.latest: Snapshot | None = None
-        self._fetch = fetch
-        self._poll = poll
-        self._retry = retry
-        self._emit = emit
-        self._on_end = on_end
-        self._followers = 0
-        self._snapshot_waiters: set[asyncio.Future[None]] = set()
-        self._completion_waiters: set[asyncio.Future[None]] = set()
-        self._retries = RetryState(retry, retry.watch_outage)
-        self._changed_at = 0.0
-        self._final_count = 0
-        self._error: Exception | None = None
-        self._task: asyncio.Task[Any] | None = None
+    execution_id: int
+    _fetch: Fetch
+    _poll: PollPolicy
+    _retry: RetryPolicy
+    _emit: Emit
+    _on_end: Callable[[Watch], None]
+    latest: Snapshot | None = attrs.field(init=False, default=None)
+    _followers: int = attrs.field(init=False, default=0)
+    _snapshot_waiters: set[asyncio.Future[None]] = attrs.field(init=False, factory=set)
+    _completion_waiters: set[asyncio.Future[None]] = attrs.field(init=False, factory=set)
+    _retries: RetryState = attrs.field(init=False)
+    _changed_at: float = attrs.field(init=False, default=0.0)
+    _final_count: int = attrs.field(init=False, default=0)
+    _error: Exception | None = attrs.field(init=False, default=None)
+    _task: asyncio.Task[Any] | None = attrs.field(init=False, default=None)
+
+    def __attrs_post_init__(self) -> None:
+        self._retries = RetryState(self._retry, self._retry.watch_outage)
 
     def add_follower(self) -> None:
-        """Count one more follower."""
         self._followers += 1
 
     def remove_follower(self) -> None:
-        """Count one follower less; without any, polling stops."""
+        """Remove a follower; polling stops after the last one."""
         self._followers -= 1
         if not self._followers:
             self._on_end(self)
             if self._task is not None:
-                # A cancel scope would take one more step of the loop while an answer is arriving.
+                # A cancel scope would take one more loop step, in which an answer may arrive.
                 self._task.cancel()
 
     async def newer(self, seen: Snapshot | None, deadline: Deadline) -> Snapshot:
-        """Return the latest snapshot, as soon as there is another one than `seen`.
+        """Wait until the latest snapshot is not `seen`, and return it.
 
         Raises:
             ExecutionTimeout: the deadline passed before there was a complete snapshot.
@@ -132,13 +127,13 @@ class Watch:
         return snapshot
 
     async def completed(self, deadline: Deadline) -> Snapshot:
-        """Return the complete snapshot; errors are those of `newer`."""
+        """Wait for the complete snapshot, and return it; errors are those of `newer`."""
         while (snapshot := self._complete(deadline)) is None:
             await self._wait(self._completion_waiters, deadline)
         return snapshot
 
     async def _wait(self, waiters: set[asyncio.Future[None]], deadline: Deadline) -> None:
-        """Wait for news, or for the deadline."""
+        """Wait for a notification or the deadline."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiters.add(future)
         timer = None
@@ -172,7 +167,7 @@ class Watch:
         return None
 
     async def run(self) -> None:
-        """Poll until the execution is complete, the last follower has left, or a poll fails."""
+        """Poll until the execution is complete, the last follower is removed, or a poll fails."""
         if not self._followers:
             return
         self._task = asyncio.current_task()
@@ -182,13 +177,10 @@ class Watch:
         try:
             error = await self._poll_until_complete(started)
         except asyncio.CancelledError as cancelled:
-            if not self._followers:
-                error = None
-            elif not is_cancelled():
-                error = foreign_cancellation("a poll", cancelled)
-            else:
-                error = SessionClosed()
-        except BaseException as fatal:  # noqa: BLE001 - the followers must learn of it
+            if self._followers:
+                closed = is_cancelled()
+                error = SessionClosed() if closed else foreign_cancellation("a poll", cancelled)
+        except BaseException as fatal:  # noqa: BLE001 - raised to the followers
             error = RuntimeError(f"a poll ended in {type(fatal).__name__}")
             error.__cause__ = fatal
         finally:
@@ -201,13 +193,13 @@ class Watch:
             while (following := await self._poll_once(started, due)) is not None:
                 due = following
                 await asyncio.sleep(due - clock())
-        except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to the followers
+        except Exception as error:  # noqa: BLE001 - raised to the followers
             return error
         return None
 
     async def _poll_once(self, started: float, due: float) -> float | None:
-        """Poll, and return the time of the next poll; None: the execution is complete."""
-        # Apart from the loop, so that nothing of a poll is kept while the watch sleeps.
+        """Poll, and return the time of the next poll, or None if the execution is complete."""
+        # A separate method, so that a poll's locals are freed while the watch sleeps.
         if self._retries.failures:
             self._retries = RetryState(self._retry, self._retry.watch_outage)
         reply = await self._fetch(self._retries, due=due)
@@ -218,7 +210,8 @@ class Watch:
             self._final_count = sum(node.final for node in snapshot.nodes.values())
             if previous is None or _statuses(previous) != _statuses(snapshot):
                 self._changed_at = now
-        self._publish(snapshot)
+        self.latest = snapshot
+        self._notify(ended=snapshot.complete)
         self._emit(
             Polled(
                 self.execution_id,
@@ -239,10 +232,6 @@ class Watch:
             retry_after=self._retry.announced(reply.retry_after),
         )
 
-    def _publish(self, snapshot: Snapshot) -> None:
-        self.latest = snapshot
-        self._notify(ended=snapshot.complete)
-
     def _notify(self, *, ended: bool) -> None:
         for future in self._snapshot_waiters:
             resolve(future)
@@ -260,22 +249,16 @@ class Watch:
             self._error = error
             self._on_end(self)
             self._notify(ended=True)
+            state = f"the watch ended in {type(error).__name__}"
+        elif self.latest is not None and self.latest.complete:
+            state = "complete"
+        else:
+            state = "no longer followed"
         polls = self.latest.poll if self.latest is not None else 0
         logger.info(
-            "execution %d: %s (%d polls in %.1f s)",
-            self.execution_id,
-            self._end_state(),
-            polls,
-            elapsed,
+            "execution %d: %s (%d polls in %.1f s)", self.execution_id, state, polls, elapsed
         )
         self._emit(WatchEnded(self.execution_id, polls=polls, elapsed=elapsed, error=error))
-
-    def _end_state(self) -> str:
-        if self._error is not None:
-            return f"the watch ended in {type(self._error).__name__}"
-        if self.latest is not None and self.latest.complete:
-            return "complete"
-        return "no longer followed"
 
 
 def _statuses(snapshot: Snapshot) -> list[NodeStatus | str]:
@@ -285,12 +268,12 @@ def _statuses(snapshot: Snapshot) -> list[NodeStatus | str]:
 def timed_out(
     execution_id: int | None, deadline: Deadline, seen: Snapshot | None, cause: Exception | None
 ) -> ExecutionTimeout:
-    """Return the error for a deadline that passed: what was seen by then, and the last failure."""
+    """Return the error for a deadline that passed, with the progress and the last failure."""
     timeout = deadline.timeout or 0.0
     if seen is None:
         state = "no answer came"
     elif seen.complete:
-        state = "every node is final, but the main output was not there"
+        state = "every node was final, but the main output was not available"
     else:
         final = sum(node.final for node in seen.nodes.values())
         state = f"{final} of {len(seen.nodes)} nodes were final"
@@ -307,12 +290,12 @@ def timed_out(
     )
 
 
-# Returns a watch, with one more follower, and until when it is followed.
+# Adds a follower to a watch, and returns the watch and the follower's deadline.
 Join = Callable[[], Awaitable[tuple[Watch, Deadline]]]
 
 
 async def follow(join: Join) -> AsyncGenerator[Snapshot, None]:
-    """Yield each new snapshot of a watch: first the latest there is, last the complete one.
+    """Yield each new snapshot of a watch, from the latest available to the complete one.
 
     Raises:
         ExecutionTimeout: the deadline passed before there was a complete snapshot.
@@ -329,7 +312,7 @@ async def follow(join: Join) -> AsyncGenerator[Snapshot, None]:
 
 
 async def finished_nodes(join: Join) -> AsyncGenerator[Node, None]:
-    """Yield each node once, when it becomes final; at completion the rest follow.
+    """Yield each node once, when it becomes final or the execution is complete.
 
     Errors are those of `follow`.
     """
@@ -343,7 +326,7 @@ async def finished_nodes(join: Join) -> AsyncGenerator[Node, None]:
                 if name in yielded or not (node.final or snapshot.complete):
                     continue
                 if not snapshot.complete and clock() >= deadline.at:
-                    break  # only a complete snapshot may still be delivered
+                    break  # after the deadline, only a complete snapshot is delivered
                 yielded.add(name)
                 yield node
     finally:

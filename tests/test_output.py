@@ -219,7 +219,7 @@ async def test_a_202_to_the_deciding_request_is_polled_until_the_deadline(
     execution_id = sim.add_execution(Scenario([SimNode("A", 1)]))
     sim.inject(Fault.delay(0.0))
     sim.inject(Fault.status(202, times=None))
-    with pytest.raises(ExecutionTimeout, match="the main output was not there") as caught:
+    with pytest.raises(ExecutionTimeout, match="the main output was not available") as caught:
         await session.execution(execution_id).output(timeout=0.1)
     assert caught.value.timeout == 0.1
     assert caught.value.execution_id == execution_id

@@ -676,7 +676,7 @@ async def test_a_body_that_cannot_be_decoded_is_reported_as_such() -> None:
     async with raw_server(answering(answer)) as base_url:
         error = await failure_at(base_url)
     assert type(error) is InvalidResponse
-    assert "undecodable" in str(error)
+    assert "cannot be decoded" in str(error)
     assert "gzip" in error.reason
 
 
