@@ -22,7 +22,13 @@ from promptlayer_exec._models import MainOutput, Snapshot, StartRequest, naming_
 from promptlayer_exec._output import check_type
 from promptlayer_exec._policies import Deadline, PollPolicy, RetryPolicy, check_timeout
 from promptlayer_exec._retry import RecentStarts
-from promptlayer_exec._settings import Settings, check_count, sends_in_the_clear
+from promptlayer_exec._settings import (
+    Settings,
+    check_count,
+    find_api_key,
+    find_base_url,
+    sends_in_the_clear,
+)
 from promptlayer_exec._start import BeforeSend
 from promptlayer_exec._throttle import Limiter, Throttle
 from promptlayer_exec._transport import Transport
@@ -102,7 +108,7 @@ class Session:
             trust_env=trust_env,
         )
         self._warned = False
-        self._warn_of_plain_http(self._settings.find_base_url(), stacklevel=3)
+        self._warn_of_plain_http(find_base_url(self._settings.base_url), stacklevel=3)
         self._limiters = [] if limiter is None else [limiter]
         self._node_maps = NodeMapReader()
         self._recent_starts = RecentStarts(retry.not_found_grace)
@@ -405,7 +411,7 @@ class Session:
         if self._client is not None and not self._client.lifetime.is_closing():
             return f"<Session {self._client.transport.base_url}, open>"
         try:
-            base_url = self._settings.find_base_url()
+            base_url = find_base_url(self._settings.base_url)
         except ConfigurationError:
             base_url = "with a malformed base URL"  # the environment has changed
         return f"<Session {base_url}, not open>"
@@ -429,12 +435,12 @@ class Session:
         return self._client
 
     def _create_client(self) -> Client:
-        api_key = self._settings.find_api_key()
+        api_key = find_api_key(self._settings.api_key)
         if api_key is None:
             raise ConfigurationError(
                 "there is no API key: set PROMPTLAYER_API_KEY or pass api_key= to Session"
             )
-        base_url = self._settings.find_base_url()
+        base_url = find_base_url(self._settings.base_url)
         self._warn_of_plain_http(base_url)
         resources = AsyncExitStack()
         transport = Transport(

@@ -120,7 +120,7 @@ def _is(kind: type, meant: str, *, optional: bool = False) -> Validator:
 
 
 def _seconds(_: Any, setting: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None:
+    if value is not None or setting.name == "request_timeout":
         check_seconds(setting.name, value, zero=setting.name == "wait_timeout")
 
 
@@ -180,11 +180,5 @@ class Settings:
     trust_env: bool = attrs.field(converter=_find_trust_env)
 
     def __attrs_post_init__(self) -> None:
-        self.find_api_key()
-        self.find_base_url()
-
-    def find_api_key(self) -> str | None:
-        return find_api_key(self.api_key)
-
-    def find_base_url(self) -> str:
-        return find_base_url(self.base_url)
+        find_api_key(self.api_key)
+        find_base_url(self.base_url)

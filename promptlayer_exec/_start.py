@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from promptlayer_exec._wire import Started
 
 
-_NO_SLOT = "no connection was free, or the rate did not allow it"
-
 BeforeSend = Callable[[], Awaitable[None]]
 
 
@@ -184,7 +182,9 @@ class Start:
             closed = self._is_closing() or is_cancelled()
             return SessionClosed() if closed else foreign_cancellation("the start", error)
         cause = self._state.error
-        why = f"last failure: {cause.args[0]}" if cause is not None else _NO_SLOT
+        why = "no connection was free, or the rate did not allow it"
+        if cause is not None:
+            why = f"last failure: {cause.args[0]}"
         timeout = self._expired.timeout or 0.0
         error = ExecutionTimeout(
             f"could not send the start within {timeout:g} s; no run was started: {why}",

@@ -46,22 +46,22 @@ class PatientTimer:
     again, at most a second.
 
     Args:
-        at: the time, on the running loop's clock.
+        at: the time, on the running loop's clock; None: never.
         callback: called with `args`.
     """
 
-    def __init__(self, at: float, callback: Callable[..., object], *args: Any) -> None:
+    def __init__(self, at: float | None, callback: Callable[..., object], *args: Any) -> None:
         self._loop = asyncio.get_running_loop()
-        self._at = at
         self._callback = callback
         self._args = args
-        self._handle = self._loop.call_at(at, self._fire)
+        self._handle = None if at is None else self._loop.call_at(at, self._fire, at)
 
     def cancel(self) -> None:
-        self._handle.cancel()
+        if self._handle is not None:
+            self._handle.cancel()
 
-    def _fire(self) -> None:
-        late = self._loop.time() - self._at
+    def _fire(self, at: float) -> None:
+        late = self._loop.time() - at
         if late < _LATE:
             self._callback(*self._args)
         else:
@@ -78,18 +78,16 @@ class PatientTimeout:
 
     def __init__(self, at: float | None) -> None:
         self._at = at
-        self._timer: PatientTimer | None = None
+        self._timer: PatientTimer
         self._timeout = asyncio.timeout(None)
 
     async def __aenter__(self) -> Self:
         await self._timeout.__aenter__()
-        if self._at is not None:
-            self._timer = PatientTimer(self._at, self.expire)
+        self._timer = PatientTimer(self._at, self.expire)
         return self
 
     async def __aexit__(self, *exc_info: Any) -> None:  # noqa: PYI036 - handed on
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timer.cancel()
         await self._timeout.__aexit__(*exc_info)
 
     def expire(self) -> None:

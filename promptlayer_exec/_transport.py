@@ -203,10 +203,10 @@ class Transport:
     def _check_size(self, status: int, body: bytes) -> None:
         limit = self._settings.max_response_bytes
         too_large = f"is larger than {limit} bytes" if len(body) > limit else ""
-        # A decoded value takes up to 400 bytes, so a body may take fifty times its size in memory.
-        # A body that is too short for too many values is not counted.
+        # A decoded value takes up to 400 bytes, and eight bytes of the body or more. In a sixth of
+        # the limit there is no room for too much, and counting takes a millisecond per megabyte.
         values = max(limit // _BYTES_PER_VALUE, _FEW_VALUES)
-        if values < len(body) <= limit and sum(map(body.count, _OPENING_A_VALUE)) > values:
+        if limit // 6 < len(body) <= limit and sum(map(body.count, _OPENING_A_VALUE)) > values:
             too_large = f"holds more than {values:,} values, the most for {limit} bytes"
         if too_large:
             raise ResponseTooLarge(

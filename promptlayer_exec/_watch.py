@@ -136,15 +136,12 @@ class Watch:
         """Wait for a notification or the deadline."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiters.add(future)
-        timer = None
-        if deadline.when is not None:
-            timer = PatientTimer(deadline.when, resolve, future)
+        timer = PatientTimer(deadline.when, resolve, future)
         try:
             await future
         finally:
             waiters.discard(future)
-            if timer is not None:
-                timer.cancel()
+            timer.cancel()
 
     def _complete(self, deadline: Deadline) -> Snapshot | None:
         snapshot = self._newer(None, deadline)

@@ -154,6 +154,7 @@ async def test_settings_from_the_environment_are_found_at_first_use(
         ({"wait_timeout": -1}, "wait_timeout"),
         ({"wait_timeout": "5"}, "wait_timeout"),
         ({"request_timeout": 0}, "request_timeout"),
+        ({"request_timeout": None}, "request_timeout"),
         ({"max_connections": 0}, "max_connections"),
         ({"max_connections": 1.5}, "max_connections"),
         ({"max_response_bytes": True}, "max_response_bytes"),

@@ -445,7 +445,16 @@ from promptlayer_exec import PollPolicy, ResponseTooLarge, Session
 
 LIMIT = 4 * 2**20
 MOST = LIMIT // 48
-bodies = [eval(sys.argv[1].strip(), {"n": n}) for n in (MOST - 8, MOST // 2, MOST - 10, MOST * 2)]
+
+def body(n):
+    return eval(sys.argv[1].strip(), {"n": n})
+
+# In a body of at most a sixth of the limit, any number of values is accepted.
+small = body(MOST * 5)
+if len(small) > LIMIT // 6:
+    small = body(MOST - 10)
+large = next(large for k in (2, 4, 8) if len(large := body(MOST * k)) > LIMIT // 6)
+bodies = [body(MOST - 8), body(MOST // 2), small, large]
 
 async def serve(reader, writer):
     for body in bodies:

@@ -240,7 +240,6 @@ def _choose(name: str | None, names: list[str]) -> str:
 
 
 async def _work_on(name: str, batch: Batch, *others: Coroutine[Any, Any, None]) -> ExitCode:
-    """Work on a batch until all of its items have finished, show its progress, and sum it up."""
     progress = BatchProgress()
     with progress.shown():
         works = (batch.work(), _follow(batch, progress), *others)

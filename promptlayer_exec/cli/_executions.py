@@ -238,7 +238,6 @@ def watch(
 
 
 async def _follow(execution: Execution, display: Display, timeout: float | None) -> Snapshot:
-    """Display an execution until it is complete, and return its last snapshot."""
     # Only the watch is displayed: closing the session can take longer.
     with display.waiting(f"execution {execution.id}: waiting for the first answer"):
         async with aclosing(execution.stream(timeout=timeout)) as snapshots:

@@ -104,7 +104,6 @@ def _token() -> str:
 
 
 async def _start_demo_runs(board: Board) -> None:
-    """Start the runs of the demonstration once a page is open."""
     await board.opened.wait()
     for workflow, (_, inputs) in DEMO_WORKFLOWS.items():
         await board.start(workflow, inputs)

@@ -71,7 +71,6 @@ def report_retries(warn: Callable[[str], None]) -> Observer:
 
 
 def _describe(error: Exception) -> tuple[str, str]:
-    """Return what failed and why."""
     if isinstance(error, ConnectionFailed):
         return "server unreachable", error.reason
     if isinstance(error, RequestTimeout):
