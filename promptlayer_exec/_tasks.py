@@ -50,6 +50,8 @@ class PatientTimer:
         callback: called with `args`.
     """
 
+    __slots__ = ("_args", "_callback", "_handle", "_loop")
+
     def __init__(self, at: float | None, callback: Callable[..., object], *args: Any) -> None:
         self._loop = asyncio.get_running_loop()
         self._callback = callback

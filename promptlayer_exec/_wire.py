@@ -354,7 +354,8 @@ def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
     """
     if (milliseconds := _number(headers.get("retry-after-ms", ""))) is not None:
         return milliseconds / 1000
-    value = headers.get("Retry-After", "")
+    if not (value := headers.get("Retry-After")):
+        return None
     if (seconds := _number(value)) is not None:
         return seconds
     try:

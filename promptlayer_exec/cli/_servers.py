@@ -184,7 +184,6 @@ Requests:"""
 
 
 async def _print_requests(simulator: Simulator, requests: asyncio.Queue[SimRequest]) -> NoReturn:
-    """Print every request, and let an execution begin at its first one."""
     waiting = {str(execution_id): execution_id for execution_id in _EXECUTIONS}
     while True:
         request = await requests.get()

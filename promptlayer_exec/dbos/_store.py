@@ -333,7 +333,6 @@ class Store:
         return self._retry(transact, retry_for)
 
     def _retry(self, work: Callable[[], T], seconds: float) -> T:
-        """Call a function, and retry it while the database cannot be reached."""
         give_up = time.monotonic() + seconds
         while True:
             try:

@@ -283,7 +283,6 @@ class Worker:
         return _start_result()
 
     async def _follow(self, key: str, started: _StartResult) -> StoredOutcome:
-        """Wait until a run is complete, and return the outcome of its item."""
         at = datetime.fromisoformat(started["at"])
         execution_id = started["execution_id"]
         if execution_id is None:
