@@ -203,8 +203,8 @@ class Transport:
     def _check_size(self, status: int, body: bytes) -> None:
         limit = self._settings.max_response_bytes
         too_large = f"is larger than {limit} bytes" if len(body) > limit else ""
-        # A decoded value takes up to 400 bytes, and eight bytes of the body or more. In a sixth of
-        # the limit there is no room for too much, and counting takes a millisecond per megabyte.
+        # A decoded value takes up to 400 bytes, and a body up to fifty times its size. So one under
+        # a sixth of the limit takes no more than `values` do, and the slow count is not needed.
         values = max(limit // _BYTES_PER_VALUE, _FEW_VALUES)
         if limit // 6 < len(body) <= limit and sum(map(body.count, _OPENING_A_VALUE)) > values:
             too_large = f"holds more than {values:,} values, the most for {limit} bytes"
