@@ -446,6 +446,7 @@ async def test_everything_works_by_keyboard(sim: Simulator, page: Page) -> None:
     await page.keyboard.press("Enter")
     await expect(state(page, execution_id)).to_have_text("Succeeded")
     await expect(page.locator("#execution-id")).to_be_empty()
+    await expect(page.locator("#add-form button")).to_be_enabled()
     order = []
     for _ in range(5):
         await page.keyboard.press("Tab")
