@@ -13,6 +13,7 @@ from typing import Any
 from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError, printable
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import each
+from promptlayer_exec._install import install_hint
 from promptlayer_exec._models import StartRequest, node_dict
 from promptlayer_exec._policies import check_seconds
 from promptlayer_exec._session import Session
@@ -24,6 +25,7 @@ __all__ = [
     "check_seconds",
     "each",
     "encode_inputs",
+    "install_hint",
     "limited",
     "log_text",
     "node_dict",

@@ -11,11 +11,13 @@ from weakref import WeakKeyDictionary
 
 import attrs
 
+from promptlayer_exec._integration import install_hint
+
 try:
     from opentelemetry.metrics import MeterProvider, get_meter
     from opentelemetry.trace import Span, SpanKind, Status, StatusCode, TracerProvider, get_tracer
 except ModuleNotFoundError as error:
-    error.add_note("this needs an extra: pip install 'promptlayer-exec[opentelemetry]'")
+    error.add_note(f"this needs an extra: {install_hint('opentelemetry')}")
     raise
 
 from promptlayer_exec import (

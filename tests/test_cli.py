@@ -21,6 +21,7 @@ from typing import TypeAlias
 
 import pytest
 
+from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli import main
 from promptlayer_exec.cli._exit import ExitCode
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, SimRequest, Simulator
@@ -1022,7 +1023,7 @@ class TestProgram:
 
     def test_without_the_extra(self, start: Start) -> None:
         """Without typer or rich, one line says what to install, and the exit code is 2."""
-        hint = "the command line needs an extra: pip install 'promptlayer-exec[cli]'\n"
+        hint = f"the command line needs an extra: {install_hint('cli')}\n"
         call = "from promptlayer_exec.__main__ import main; main()"
         commands = [
             start(program=python(f"import sys; sys.modules[{missing!r}] = None; {call}"))

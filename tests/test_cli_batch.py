@@ -22,6 +22,7 @@ from typing import IO, Any
 import pytest
 
 import promptlayer_exec
+from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli import _batch as commands
 from promptlayer_exec.cli import _display as shown
 from promptlayer_exec.cli._app import app
@@ -419,7 +420,7 @@ def test_without_the_extra_the_error_says_what_to_install(
     file = write(tmp_path / "night.jsonl", {"workflow": "echo"})
     code, _, err = run("run", file)
     assert code == 2
-    assert "pip install 'promptlayer-exec[cli,dbos]'" in err
+    assert install_hint("cli", "dbos") in err
 
 
 def test_progress_has_the_rate_and_the_remaining_time(

@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -35,6 +36,7 @@ from promptlayer_exec import (
     Session,
     opentelemetry,
 )
+from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli._app import app as command_line
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
@@ -149,6 +151,26 @@ def test_the_reference_is_complete() -> None:
     for name, value in vars(promptlayer_exec).items():
         if isinstance(value, type) and issubclass(value, PromptLayerExecError):
             assert value is PromptLayerExecError or f"\n| `{name}` |" in failures, name
+
+
+def test_only_the_page_on_installing_installs_the_package() -> None:
+    """A release on an index changes that page and one module: no other text names the package."""
+    code = (ROOT / "promptlayer_exec").rglob("*.py")
+    texts = [*(ROOT / page for page in PAGES), *code]
+    install = re.compile(r"(?:pip|uv) (?:install|add)\b.*promptlayer.exec")
+    naming = {path.name for path in texts if install.search(path.read_text(encoding="utf-8"))}
+    assert naming == {"installing.md"}
+    page = (ROOT / "docs" / "installing.md").read_text(encoding="utf-8")
+    assert install_hint("cli").partition("run: ")[2] in page
+    assert f"promptlayer_exec-{promptlayer_exec.__version__}-py3" in page
+
+
+def test_the_page_on_installing_lists_every_extra() -> None:
+    """Its table has each extra of `pyproject.toml`, and no other."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    page = (ROOT / "docs" / "installing.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert sorted(listed) == sorted(project["optional-dependencies"])
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:

@@ -64,6 +64,7 @@ PUBLIC = [
 # Lowest first: at run time a module may import only those above it in this list.
 LAYERS = [
     "_version",
+    "_install",
     "_errors",
     "_json",
     "_models",
@@ -344,7 +345,7 @@ def test_a_missing_extra_is_named() -> None:
             try:
                 __import__(f"promptlayer_exec.{module}")
             except ModuleNotFoundError:
-                assert f"pip install 'promptlayer-exec[{module}]'" in traceback.format_exc()
+                assert f'python -m pip install ".[{module}]"' in traceback.format_exc()
             else:
                 raise AssertionError(module)
     """

@@ -22,6 +22,7 @@ import typer
 
 import promptlayer_exec.viewer
 from promptlayer_exec import Node, Session, Snapshot
+from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli._servers import TOKEN, _print_url, view
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.viewer import Address, Board, listen, serve
@@ -431,7 +432,7 @@ def test_usage_errors_of_the_command(
     for module in modules:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert "pip install 'promptlayer-exec[viewer]'" in error_of()
+    assert install_hint("viewer") in error_of()
 
 
 def test_an_address_that_is_not_loopback_prints_a_warning(

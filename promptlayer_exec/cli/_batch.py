@@ -17,6 +17,7 @@ import attrs
 import typer
 
 from promptlayer_exec import RetryPolicy, Session
+from promptlayer_exec._integration import install_hint
 from promptlayer_exec.cli._arguments import BaseUrl, JsonLines, Outage
 from promptlayer_exec.cli._batch_files import ItemFile, ResultFile
 from promptlayer_exec.cli._display import BatchProgress, failure_lines, item_count, status_line
@@ -208,8 +209,7 @@ def _dbos() -> ModuleType:
     try:
         from promptlayer_exec import dbos  # noqa: PLC0415 - an extra
     except ModuleNotFoundError as error:
-        what = "batches need the extra dbos: pip install 'promptlayer-exec[cli,dbos]'"
-        raise Misuse(what) from error
+        raise Misuse(f"batches need an extra: {install_hint('cli', 'dbos')}") from error
     return dbos
 
 

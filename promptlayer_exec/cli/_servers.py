@@ -15,6 +15,7 @@ import anyio
 import typer
 
 from promptlayer_exec import RetryPolicy
+from promptlayer_exec._integration import install_hint
 from promptlayer_exec.cli._arguments import MAX_ID, BaseUrl, Host, Outage, Port
 from promptlayer_exec.cli._exit import PROGRAM, ExitCode, Misuse, Subject, run_command
 from promptlayer_exec.cli._session import demo_session, open_session
@@ -61,8 +62,7 @@ def view(
         try:
             from promptlayer_exec.viewer import Address, Board, listen, serve  # noqa: PLC0415 - an extra
         except ModuleNotFoundError as error:
-            what = "the viewer needs an extra: pip install 'promptlayer-exec[viewer]'"
-            raise Misuse(what) from error
+            raise Misuse(f"the viewer needs an extra: {install_hint('viewer')}") from error
         token = _token()
         async with AsyncExitStack() as stack:
             if is_demo:
