@@ -32,6 +32,7 @@ from promptlayer_exec._events import (
     Throttled,
     WatchEnded,
     WatchStarted,
+    WatchWoken,
 )
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import Outcome
@@ -92,5 +93,6 @@ __all__ = [
     "UnprocessableEntity",
     "WatchEnded",
     "WatchStarted",
+    "WatchWoken",
     "__version__",
 ]

@@ -12,7 +12,7 @@ import anyio
 import attrs
 
 from promptlayer_exec._errors import PromptLayerExecError
-from promptlayer_exec._events import Emit
+from promptlayer_exec._events import Emit, WakeSource
 from promptlayer_exec._lifetime import DeadlinePassed, Lifetime
 from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
 from promptlayer_exec._output import check_type, main_output, typed_output
@@ -22,6 +22,7 @@ from promptlayer_exec._settings import Settings
 from promptlayer_exec._start import BeforeSend, Start
 from promptlayer_exec._tasks import clock
 from promptlayer_exec._transport import Transport
+from promptlayer_exec._wakeups import EarlyWakeUps
 from promptlayer_exec._watch import Watch, take_snapshot, timed_out
 from promptlayer_exec._wire import (
     NodeMap,
@@ -47,6 +48,7 @@ class Client:
     transport: Transport
     _recent_starts: RecentStarts
     _node_maps: NodeMapReader
+    _early_wake_ups: EarlyWakeUps
     _emit: Emit
     _watches: dict[int, Watch] = attrs.field(init=False, factory=dict)
 
@@ -78,8 +80,19 @@ class Client:
             on_end=self._forget,
         )
         watch.add_follower()
+        if (source := self._early_wake_ups.take(execution_id)) is not None:
+            watch.wake(source)
         self.lifetime.spawn_watch(watch.run)
         return watch
+
+    def wake(self, execution_id: int, source: WakeSource) -> bool:
+        """Wake the execution's watch, and return True; without one, remember the wake-up."""
+        watch = self._watches.get(execution_id)
+        if watch is None:
+            self._early_wake_ups.add(execution_id, source)
+            return False
+        watch.wake(source)
+        return True
 
     def _forget(self, watch: Watch) -> None:
         if self._watches.get(watch.execution_id) is watch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import attrs
 
@@ -87,6 +87,21 @@ class WatchEnded(Event):
     polls: int
     elapsed: float
     error: Exception | None
+
+
+WakeSource: TypeAlias = Literal["push", "webhook", "callback", "caller"]
+
+
+@attrs.frozen
+class WatchWoken(Event):
+    """A watch polls earlier than scheduled, because it was woken; emitted before that poll.
+
+    Attributes:
+        source: what woke it first: `"push"`, `"webhook"`, `"callback"`, or `"caller"` for
+            `Session.wake`.
+    """
+
+    source: WakeSource
 
 
 @attrs.frozen

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError, printable
+from promptlayer_exec._events import WakeSource
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import each
 from promptlayer_exec._install import install_hint
@@ -30,6 +31,7 @@ __all__ = [
     "log_text",
     "node_dict",
     "start",
+    "wake",
 ]
 
 
@@ -58,6 +60,11 @@ async def start(
     the request. Until it returns, cancelling the call sends nothing.
     """
     return await session._start(request, before_send=before_send)
+
+
+def wake(session: Session, execution_id: int, source: WakeSource) -> bool:
+    """Poll an execution now, as `Session.wake` does; observers see `source`."""
+    return session._wake(execution_id, source)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import cattrs
 from promptlayer_exec._client import Client
 from promptlayer_exec._connections import Pools
 from promptlayer_exec._errors import ConfigurationError, PromptLayerExecError, SessionClosed
-from promptlayer_exec._events import Observer, broadcast
+from promptlayer_exec._events import Observer, WakeSource, broadcast
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import Outcome, RunningItem, Spawn, fan_out, report_abandoned
 from promptlayer_exec._lifetime import Lifetime
@@ -32,6 +32,7 @@ from promptlayer_exec._settings import (
 from promptlayer_exec._start import BeforeSend
 from promptlayer_exec._throttle import Limiter, Throttle
 from promptlayer_exec._transport import Transport
+from promptlayer_exec._wakeups import EarlyWakeUps
 from promptlayer_exec._wire import NodeMapReader, Request, check_execution_id, run_request
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class Session:
         self._limiters = [] if limiter is None else [limiter]
         self._node_maps = NodeMapReader()
         self._recent_starts = RecentStarts(retry.not_found_grace)
+        self._early_wake_ups = EarlyWakeUps()
         self._emit = broadcast(observers)
         self._client: Client | None = None
         self._opening = threading.Lock()
@@ -407,6 +409,28 @@ class Session:
         """
         return Execution(self, check_execution_id(execution_id))
 
+    def wake(self, execution_id: int) -> bool:
+        """Poll an execution now: something else, such as a message of yours, says it has changed.
+
+        If nobody follows it yet, the wake-up is remembered for 10 minutes. Any number of them
+        causes at most two polls a second by default. Call it in the session's event loop.
+
+        Returns:
+            True if somebody follows the execution in this session.
+
+        Raises:
+            PromptLayerExecError: the session was closed.
+        """
+        return self._wake(check_execution_id(execution_id), "caller")
+
+    def _wake(self, execution_id: int, source: WakeSource) -> bool:
+        if self._closed:
+            raise SessionClosed(execution_id=execution_id)
+        if self._client is not None and self._client.lifetime.is_ready():
+            return self._client.wake(execution_id, source)
+        self._early_wake_ups.add(execution_id, source)
+        return False
+
     def __repr__(self) -> str:
         if self._client is not None and not self._client.lifetime.is_closing():
             return f"<Session {self._client.transport.base_url}, open>"
@@ -458,6 +482,7 @@ class Session:
             transport=transport,
             recent_starts=self._recent_starts,
             node_maps=self._node_maps,
+            early_wake_ups=self._early_wake_ups,
             emit=self._emit,
         )
 

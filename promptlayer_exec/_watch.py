@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from random import random
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,7 +16,15 @@ from promptlayer_exec._errors import (
     SessionClosed,
     copy_error,
 )
-from promptlayer_exec._events import Emit, Polled, WatchEnded, WatchStarted, logger
+from promptlayer_exec._events import (
+    Emit,
+    Polled,
+    WakeSource,
+    WatchEnded,
+    WatchStarted,
+    WatchWoken,
+    logger,
+)
 from promptlayer_exec._models import FINAL, FrozenMap, Node, NodeStatus, NodeTimes, Snapshot
 from promptlayer_exec._policies import Deadline, PollPolicy, RetryPolicy
 from promptlayer_exec._retry import RetryState
@@ -54,6 +63,8 @@ def take_snapshot(
     )
 
 
+# The shortest time between two polls after wake-ups, if the policy's floor is longer.
+_WAKE_GAP = 0.5
 _UNSEEN = NodeTimes()
 _GONE_NODES = 1000
 _NAMES_OF_GONE_NODES = 1_000_000
@@ -99,6 +110,11 @@ class Watch:
     _final_count: int = attrs.field(init=False, default=0)
     _error: Exception | None = attrs.field(init=False, default=None)
     _task: asyncio.Task[Any] | None = attrs.field(init=False, default=None)
+    # Resolved at the time of the next poll, or by a wake-up; None during a poll.
+    _alarm: asyncio.Future[None] | None = attrs.field(init=False, default=None)
+    _woken_by: WakeSource | None = attrs.field(init=False, default=None)
+    _woken_at: float = attrs.field(init=False, default=0.0)
+    _no_wake_before: float = attrs.field(init=False, default=-math.inf)
 
     def __attrs_post_init__(self) -> None:
         self._retries = RetryState(self._retry, self._retry.watch_outage)
@@ -114,6 +130,17 @@ class Watch:
             if self._task is not None:
                 # A cancel scope would take one more loop step, in which an answer may arrive.
                 self._task.cancel()
+
+    def wake(self, source: WakeSource) -> None:
+        """Poll now, or once more if a poll is in flight; many wake-ups lead to a single poll.
+
+        A flood of them polls at most every half second, or every `floor` seconds if that is less;
+        and none comes before the time that the server asked to wait.
+        """
+        if self._woken_by is None:
+            self._woken_by, self._woken_at = source, clock()
+            if self._alarm is not None:
+                resolve(self._alarm)
 
     async def newer(self, seen: Snapshot | None, deadline: Deadline) -> Snapshot:
         """Wait until the latest snapshot is not `seen`, and return it.
@@ -185,14 +212,37 @@ class Watch:
             self._end(error, elapsed=clock() - started)
 
     async def _poll_until_complete(self, started: float) -> Exception | None:
-        due = self._changed_at = started
+        following: float | None = started
+        self._changed_at = started
         try:
-            while (following := await self._poll_once(started, due)) is not None:
-                due = following
-                await asyncio.sleep(due - clock())
+            while following is not None:
+                due = await self._sleep_until(following)
+                following = await self._poll_once(started, due)
         except Exception as error:  # noqa: BLE001 - raised to the followers
             return error
         return None
+
+    async def _sleep_until(self, scheduled: float) -> float:
+        """Sleep until the next poll, and return when it was due: as scheduled, or woken."""
+        loop = asyncio.get_running_loop()
+        while (due := self._due(scheduled)) > loop.time():
+            self._alarm = loop.create_future()
+            timer = loop.call_at(due, resolve, self._alarm)
+            try:
+                await self._alarm
+            finally:
+                timer.cancel()
+                self._alarm = None
+        if self._woken_by is not None:
+            self._emit(WatchWoken(self.execution_id, self._woken_by))
+            self._woken_by = None
+            self._no_wake_before = loop.time() + min(self._poll.floor, _WAKE_GAP)
+        return due
+
+    def _due(self, scheduled: float) -> float:
+        if self._woken_by is None:
+            return scheduled
+        return min(scheduled, max(self._woken_at, self._no_wake_before))
 
     async def _poll_once(self, started: float, due: float) -> float | None:
         """Poll, and return the time of the next poll, or None if the execution is complete."""
@@ -220,13 +270,16 @@ class Watch:
         )
         if snapshot.complete:
             return None
+        announced = self._retry.announced(reply.retry_after)
+        if announced:
+            self._no_wake_before = max(self._no_wake_before, now + announced)
         return now + self._poll.delay(
             elapsed=now - started,
             final=self._final_count,
             nodes=len(snapshot.nodes),
             unchanged=now - self._changed_at,
             chance=random(),
-            retry_after=self._retry.announced(reply.retry_after),
+            retry_after=announced,
         )
 
     def _notify(self, *, ended: bool) -> None:

@@ -14,6 +14,7 @@ from promptlayer_exec._events import (
     Throttled,
     WatchEnded,
     WatchStarted,
+    WatchWoken,
     broadcast,
     logger,
 )
@@ -25,6 +26,7 @@ EVENTS = [
     RequestRetried(787, TimeoutError("slow"), 0.5),
     Throttled(None, 2.0),
     WatchEnded(787, 3, 1.5, None),
+    WatchWoken(787, "push"),
     ExecutionStarted(787, StartRequest("a/b"), abandoned=True),
 ]
 each_event = pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
@@ -126,6 +128,7 @@ def test_fields():
         "RequestRetried": ["error", "delay"],
         "Throttled": ["delay"],
         "WatchEnded": ["polls", "elapsed", "error"],
+        "WatchWoken": ["source"],
         "ExecutionStarted": ["request", "abandoned", "duration"],
     }
 

@@ -596,6 +596,30 @@ async def test_a_poller_without_followers_sends_nothing(script: Script) -> None:
     assert script.dues == events == []
 
 
+async def test_a_wake_up_during_a_poll_leads_to_one_more(script: Script) -> None:
+    """The answer on its way may be older than the news; however many wake-ups, one poll follows."""
+    watch = Watch(
+        7,
+        script,
+        poll=PollPolicy.fixed(3600.0),
+        retry=RetryPolicy(),
+        emit=lambda event: None,
+        on_end=lambda watch: None,
+    )
+    watch.add_follower()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(watch.run())
+        await one_step()
+        assert len(script.dues) == 1
+        watch.wake("push")
+        watch.wake("webhook")
+        script.answer("RUNNING")
+        script.answer("SUCCESS", complete=True)
+        assert (await watch.completed(FOREVER)).complete
+    assert len(script.dues) == 2
+    assert script.dues[1] - script.dues[0] < 60.0
+
+
 async def test_a_watch_without_followers_ends_without_an_error(
     sim: Simulator, session: Session, held: int, recorder: Any
 ) -> None:
