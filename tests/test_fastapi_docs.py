@@ -138,9 +138,9 @@ def timeless(text: str) -> str:
 
 
 def test_the_examples_are_short() -> None:
-    """The app has fewer than 40 lines, and the HTML page 20."""
+    """The app has fewer than 40 lines, and the HTML page 25."""
     assert len(APP.splitlines()) < 40
-    assert len(HTML.splitlines()) == 20
+    assert len(HTML.splitlines()) < 25
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the docs' commands use curl")
@@ -168,13 +168,15 @@ def test_the_commands_print_what_the_docs_say(
 
 DOM = """
 const shown = {}, listeners = {}, location = {search: "?id=1001"};
+const fetch = async (url) => ({json: async () => (shown.fetched = url, dukpy.problem)});
 const document = {getElementById: (id) => (shown[id] ??= {})};
 class URLSearchParams { get(name) { return "1001"; } }
 class EventSource {
-  constructor(url) { shown.url = url; }
+  constructor(url) { globalThis.opened = this, shown.url = url; }
   addEventListener(kind, listener) { listeners[kind] = listener; }
   close() { shown.closed = true; }
 }
+EventSource.CLOSED = 2;
 """
 PLAY = """
 for (const {event, data} of dukpy.events) {
@@ -186,11 +188,16 @@ JSON.stringify(shown)
 """
 
 
+def script() -> str:
+    """Return the page's script."""
+    found = re.search(r"<script>\n(.*)</script>", HTML, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
 def play(events: list[dict[str, str]]) -> Any:
     """Run the page's script with some events, and return what it shows."""
-    script = re.search(r"<script>\n(.*)</script>", HTML, re.DOTALL)
-    assert script is not None
-    return json.loads(dukpy.evaljs([DOM, script[1], PLAY], events=events))
+    return json.loads(dukpy.evaljs([DOM, script(), PLAY], events=events))
 
 
 def test_the_page_shows_node_after_node(
@@ -209,6 +216,33 @@ def test_the_page_shows_node_after_node(
     lines = ['Plan: SUCCESS "three parts"', 'Report: SUCCESS "</script>"', ""]
     assert shown["nodes"]["textContent"].split("\n") == lines
     assert shown["closed"] is True
+
+
+def test_the_page_shows_what_is_wrong_with_an_id(spawn: Callable[[], Process]) -> None:
+    """A refused request closes the source, and the page shows the title of the response."""
+    app = spawn()
+    with app.events(77) as response:
+        assert response.status == 404
+        problem = json.load(response)
+    for ready_state, state in ((0, None), (2, "There is no such execution or workflow.")):
+        interpreter = dukpy.JSInterpreter()
+        fail = f"opened.readyState = {ready_state}; opened.onerror(); 0"
+        interpreter.evaljs([DOM, script(), fail], problem=problem)
+        shown = json.loads(interpreter.evaljs("JSON.stringify(shown)"))
+        assert shown.get("state", {}).get("textContent") == state
+    assert shown["fetched"] == shown["url"]
+
+
+def test_the_page_shows_why_a_node_failed(
+    threaded_sim: Simulator, spawn: Callable[[], Process]
+) -> None:
+    """Its line has the error message in place of the value."""
+    app = spawn()
+    failing = Scenario([SimNode("Plan", status="FAILED", error_message="no key")])
+    with app.events(threaded_sim.add_execution(failing)) as response:
+        shown = play(fields(response))
+    assert shown["state"]["textContent"] == "Failed"
+    assert shown["nodes"]["textContent"] == "Plan: FAILED no key\n"
 
 
 def test_the_page_shows_a_failure() -> None:
