@@ -51,6 +51,7 @@ from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._liveness import Liveness, describe, is_gone
 from promptlayer_exec.dbos._store import (
+    Ending,
     Heartbeat,
     SharedRate,
     Store,
@@ -293,14 +294,14 @@ async def test_only_one_of_two_workers_restarts_an_unknown_item(
     """The other one does not touch it, even if the new attempt has ended already."""
     await batch_of().add([request("a")])
     first, second = Store(check_url(url)), Store(check_url(url))
-    first.finish("nightly", "a", 1, "unknown", "")
+    first.finish("nightly", [Ending("a", 1, "unknown", "")])
     between: list[Any] = []
 
     def restart_first(*arguments: Any) -> None:
         if arguments[2].startswith("UPDATE promptlayer_item"):
             first.restart_unknown("nightly")
-            between.extend(first.outcomes("nightly", after=0, limit=9))
-            first.finish("nightly", "a", 2, "failed", "")
+            between.extend(first.outcomes("nightly", after=0, limit=9, size=9))
+            first.finish("nightly", [Ending("a", 2, "failed", "")])
 
     event.listen(second.engine, "before_cursor_execute", restart_first)
     second.restart_unknown("nightly")
@@ -580,11 +581,11 @@ async def test_the_first_stored_outcome_is_kept(batch_of: Callable[..., Batch], 
     """Two workers run an item if one was taken for dead; other attempts' outcomes are dropped."""
     await batch_of().add([request("a"), request("b")])
     store = Store(check_url(url))
-    store.finish("nightly", "a", 1, "failed", "first")
-    store.finish("nightly", "a", 1, "succeeded", "second")
-    store.finish("nightly", "b", 2, "failed", "of another attempt")
+    store.finish("nightly", [Ending("a", 1, "failed", "first")])
+    store.finish("nightly", [Ending("a", 1, "succeeded", "second")])
+    store.finish("nightly", [Ending("b", 2, "failed", "of another attempt")])
     assert store.status("nightly") == BatchStatus(1, 0, 0, 1, 0, 2)
-    assert [text for _, text in store.outcomes("nightly", after=0, limit=9)] == ["first"]
+    assert [text for _, text in store.outcomes("nightly", 0, 9, 9)] == ["first"]
     store.close()
 
 

@@ -16,7 +16,8 @@ from promptlayer_exec.dbos._values import BatchStatus, StoredOutcome
 from promptlayer_exec.dbos._worker import Worker
 
 _DEFAULT_URL = "sqlite:///promptlayer-batches.sqlite"
-_CHUNK = 500
+_CHUNK = 1000
+_CHUNK_BYTES = 4 * 1024 * 1024
 _LONGEST_NAME = 200
 _LONGEST_KEY = 1000
 _POLL_INTERVAL = 0.25
@@ -152,7 +153,9 @@ class Batch:
         async with self._open() as store:
             while True:
                 is_finished = not self._is_restarting and await self._is_finished(store)
-                while rows := await store.run_in_thread(store.outcomes, self._name, last, _CHUNK):
+                while rows := await store.run_in_thread(
+                    store.outcomes, self._name, last, _CHUNK, _CHUNK_BYTES
+                ):
                     for seq, text in rows:
                         last = seq
                         yield StoredOutcome.from_json(text)

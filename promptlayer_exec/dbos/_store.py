@@ -42,10 +42,9 @@ _RETRY_INTERVAL = 0.5
 _SQLITE_OPTIONS = {"isolation_level": "IMMEDIATE", "timeout": 30.0}
 _QUEUE_INTERVAL = 0.2
 _CREATE_TABLES_LOCK = 0x70726F6D707479
-# As many as DBOS opens by default. SQLite needs fewer: it has one writer at a time, and each
-# connection has a cache of statements and pages.
-_CONNECTIONS = 20
-_SQLITE_CONNECTIONS = 6
+# A worker has one more to PostgreSQL, on which DBOS listens. Calls wait for a connection as long as
+# they would retry.
+_CONNECTIONS = 5
 # A worker reserves slots of the shared rate for at most this many seconds at once, and uses a slot
 # for at most this many seconds after its time.
 _MAX_RESERVED = 0.2
@@ -79,6 +78,54 @@ _workers = sa.Table(
     sa.Column("beat", sa.BigInteger, nullable=False),
     sa.Column("process", sa.Text, nullable=False),
 )
+
+
+# PostgreSQL: all items of a call in one round trip. `dbos.enqueue_workflow` is the documented way to
+# enqueue from SQL; it writes the JSON of `DBOSPortableJSONSerializer`.
+_ADD = sa.text(
+    """
+    WITH given AS (
+        SELECT * FROM unnest(CAST(:keys AS text[]), CAST(:requests AS text[])) AS t (key, request)
+    ), new AS (
+        INSERT INTO promptlayer_item (batch, key, attempt)
+        SELECT :batch, key, 1 FROM given
+        ON CONFLICT DO NOTHING RETURNING key
+    )
+    SELECT count(dbos.enqueue_workflow(
+        workflow_name => :workflow,
+        queue_name => :queue,
+        positional_args => ARRAY[to_json(given.key), to_json(1), to_json(given.request)],
+        workflow_id => :prefix || given.key,
+        application_name => :application
+    )) FROM given JOIN new USING (key)
+    """
+)
+_FINISH = sa.text(
+    """
+    UPDATE promptlayer_item SET kind = t.kind, outcome = t.outcome, seq = :first + t.position - 1
+    FROM unnest(
+        CAST(:keys AS text[]), CAST(:attempts AS int[]), CAST(:kinds AS text[]),
+        CAST(:outcomes AS text[])
+    ) WITH ORDINALITY AS t (key, attempt, kind, outcome, position)
+    WHERE promptlayer_item.batch = :batch AND promptlayer_item.key = t.key
+        AND promptlayer_item.attempt = t.attempt AND promptlayer_item.kind IS NULL
+    """
+)
+_FINISH_ONE = sa.text(
+    """
+    UPDATE promptlayer_item SET kind = :kind, outcome = :outcome, seq = :seq
+    WHERE batch = :batch AND key = :key AND attempt = :attempt AND kind IS NULL
+    """
+)
+
+
+class Ending(NamedTuple):
+    """How an attempt of an item ended: its kind, and the outcome as JSON."""
+
+    key: str
+    attempt: int
+    kind: str
+    outcome: str
 
 
 class Heartbeat(NamedTuple):
@@ -124,9 +171,9 @@ class Store:
         self._insert: Callable[[sa.Table], Any] = dialect.insert
         self.engine = sa.create_engine(
             url,
-            pool_size=_SQLITE_CONNECTIONS if self._is_sqlite else _CONNECTIONS,
+            pool_size=_CONNECTIONS,
             max_overflow=0,
-            pool_pre_ping=True,
+            pool_timeout=_RETRY_FOR,
             connect_args=_SQLITE_OPTIONS if self._is_sqlite else {},
         )
         if not self._is_sqlite:
@@ -186,37 +233,58 @@ class Store:
     def add(self, batch: str, requests: Sequence[tuple[str, str]]) -> int:
         """Add and enqueue the items (key, JSON request) that are new; return how many were."""
         insert_batch = self._insert(_batches).on_conflict_do_nothing()
-        insert = self._insert(_items).on_conflict_do_nothing().returning(_item.key)
+        rows = dict(reversed(requests))  # of a repeated key, the first request counts
 
         def add(connection: sa.Connection) -> int:
             connection.execute(insert_batch, {"name": batch, "last_seq": 0, "next_request": 0.0})
-            new = 0
-            for key, request in requests:
-                row = {"batch": batch, "key": key, "attempt": 1}
-                if connection.execute(insert, row).first() is not None:
-                    new += 1
-                    self._enqueue(connection, batch, key, 1, request)
-            return new
+            if not self._is_sqlite:
+                return self._add_in_one_statement(connection, batch, rows)
+            insert = self._insert(_items).on_conflict_do_nothing().returning(_item.key)
+            items = [{"batch": batch, "key": key, "attempt": 1} for key in rows]
+            new = connection.execute(insert, items).scalars().all()
+            for key in new:
+                self._enqueue(connection, batch, key, 1, rows[key])
+            return len(new)
 
         return self._transact(add)
 
-    def finish(self, batch: str, key: str, attempt: int, kind: str, outcome: str) -> None:
-        """Store the outcome of an item, unless it has one or a later attempt has begun."""
-        # This locks the batch's row: nobody gets the next number before this one is visible, so
+    def _add_in_one_statement(
+        self, connection: sa.Connection, batch: str, rows: dict[str, str]
+    ) -> int:
+        values = {
+            "batch": batch,
+            "keys": [*rows],
+            "requests": [*rows.values()],
+            "workflow": WORKFLOW,
+            "queue": queue_name(batch),
+            "prefix": workflow_id(batch, "", 1),
+            "application": APPLICATION,
+        }
+        return int(connection.execute(_ADD, values).scalar_one())
+
+    def finish(self, batch: str, endings: Sequence[Ending]) -> None:
+        """Store the outcome of each item, unless it has one or a later attempt has begun."""
+        # This locks the batch's row: nobody gets the next numbers before these are visible, so
         # `outcomes` skips none.
         number = (
             sa.update(_batches)
             .where(_batches.c.name == batch)
-            .values(last_seq=_batches.c.last_seq + 1)
+            .values(last_seq=_batches.c.last_seq + len(endings))
             .returning(_batches.c.last_seq)
-        )
-        store = sa.update(_items).where(
-            _item.batch == batch, _item.key == key, _item.attempt == attempt, _item.kind.is_(None)
         )
 
         def finish(connection: sa.Connection) -> None:
-            seq = connection.execute(number).scalar_one()
-            connection.execute(store.values(kind=kind, seq=seq, outcome=outcome))
+            first = connection.execute(number).scalar_one() - len(endings) + 1
+            if self._is_sqlite:
+                rows = [
+                    {"seq": seq, "batch": batch} | ending._asdict()
+                    for seq, ending in enumerate(endings, first)
+                ]
+                connection.execute(_FINISH_ONE, rows)
+                return
+            keys, attempts, kinds, outcomes = map(list, zip(*endings, strict=True))
+            values = {"keys": keys, "attempts": attempts, "kinds": kinds, "outcomes": outcomes}
+            connection.execute(_FINISH, {"batch": batch, "first": first, **values})
 
         self._transact(finish)
 
@@ -238,11 +306,32 @@ class Store:
 
         self._transact(restart)
 
-    def outcomes(self, batch: str, after: int, limit: int) -> list[tuple[int, str]]:
-        """Return the numbers and the JSON of the next outcomes, in the order they were stored."""
+    def outcomes(self, batch: str, after: int, limit: int, size: int) -> list[tuple[int, str]]:
+        """Return the numbers and the JSON of the next outcomes, in the order they were stored.
+
+        They are `limit` at most, and not more than one longer than `size` bytes.
+        """
         query = sa.select(_item.seq, _item.outcome).where(_item.batch == batch, _item.seq > after)
-        rows = self._rows(query.order_by(_item.seq).limit(limit))
-        return [(row.seq, row.outcome) for row in rows]
+        query = query.order_by(_item.seq).limit(limit)
+        if not self._is_sqlite:  # its driver would fetch all rows before it returns the first
+            rows = query.subquery()
+            length = sa.func.octet_length(rows.c.outcome)
+            before = sa.func.sum(length).over(order_by=rows.c.seq) - length
+            sizes = sa.select(rows, before.label("before")).subquery()
+            query = sa.select(sizes.c.seq, sizes.c.outcome).where(sizes.c.before < size)
+            query = query.order_by(sizes.c.seq)
+
+        def read() -> list[tuple[int, str]]:
+            found, read = [], 0
+            with self._reading() as connection, connection.execute(query) as result:
+                for seq, outcome in result:
+                    found.append((seq, outcome))
+                    read += len(outcome)
+                    if read >= size:
+                        break
+            return found
+
+        return self._retry(read, _RETRY_FOR)
 
     def is_finished(self, batch: str) -> bool:
         """Return True if every item has an outcome."""
@@ -323,7 +412,15 @@ class Store:
         self._client.enqueue_in_transaction(connection, options, key, attempt, request)
 
     def _rows(self, query: sa.Select[Any], *, retry_for: float = _RETRY_FOR) -> Sequence[Any]:
-        return self._transact(lambda connection: connection.execute(query).all(), retry_for)
+        def read() -> Sequence[Any]:
+            with self._reading() as connection:
+                return connection.execute(query).all()
+
+        return self._retry(read, retry_for)
+
+    def _reading(self) -> sa.Connection:
+        """Return a connection for one query, without the round trips of a transaction."""
+        return self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
 
     def _transact(self, work: Callable[[sa.Connection], T], retry_for: float = _RETRY_FOR) -> T:
         def transact() -> T:

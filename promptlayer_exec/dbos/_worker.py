@@ -50,8 +50,9 @@ from promptlayer_exec import (
 )
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos._dbos_internals import ItemTaken, log_quietly, stop_dequeuing
+from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._liveness import Liveness
-from promptlayer_exec.dbos._store import APPLICATION, WORKFLOW, Store, queue_name
+from promptlayer_exec.dbos._store import APPLICATION, WORKFLOW, Ending, Store, queue_name
 from promptlayer_exec.dbos._values import StoredError, StoredOutcome
 
 T = TypeVar("T")
@@ -145,8 +146,10 @@ class Worker:
     _pending: dict[PendingStart, asyncio.Event] = attrs.field(init=False, factory=dict)
     _is_stopping: bool = attrs.field(init=False, default=False)
     _error: Exception | None = attrs.field(init=False, default=None)
+    _endings: Group[Ending] = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
+        self._endings = Group(self._store_endings, lambda ending: len(ending.outcome))
         self._executor = f"{socket.gethostname()}-{uuid4().hex}"
         self._liveness = Liveness(self._store, self._batch, self._executor)
 
@@ -220,12 +223,13 @@ class Worker:
         try:
             started = await self._start(request)
             outcome = await self._in_callers_loop(self._follow(key, started))
-            await asyncio.to_thread(
-                self._store.finish, self._batch, key, attempt, outcome.kind, outcome.to_json()
-            )
+            await self._endings.add(Ending(key, attempt, outcome.kind, outcome.to_json()))
         except Exception as error:  # noqa: BLE001 - DBOS would end the item with it
             self._give_up(error)
             await _suspend()
+
+    def _store_endings(self, endings: list[Ending]) -> None:
+        self._store.finish(self._batch, endings)
 
     async def _start(self, request: str) -> _StartResult:
         start = partial(integration.start, self._session, StartRequest(**json.loads(request)))

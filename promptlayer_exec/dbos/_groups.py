@@ -1,0 +1,67 @@
+"""Writing the rows of many items in one transaction each time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import attrs
+
+R = TypeVar("R")
+
+# At most so many rows, and about so many bytes, are written at once.
+_MOST_ROWS = 500
+_MOST_BYTES = 4 * 1024 * 1024
+
+
+@attrs.define(eq=False)
+class Group(Generic[R]):
+    """Gathers rows while others are being written, and then writes them together.
+
+    A transaction takes several round trips to the database, for one row as for a hundred.
+    """
+
+    _write: Callable[[list[R]], None]
+    _size: Callable[[R], int]
+    _waiting: deque[tuple[R, asyncio.Future[None]]] = attrs.field(init=False, factory=deque)
+    _task: asyncio.Task[None] | None = attrs.field(init=False, default=None)
+
+    async def add(self, row: R) -> None:
+        """Return when the row is written; also if cancelled, it will be."""
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((row, written))
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+        await written
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                rows, futures = self._next_rows()
+                error: Exception | None = None
+                try:
+                    await asyncio.to_thread(self._write, rows)
+                except Exception as failure:  # noqa: BLE001 - it is each caller's
+                    error = failure
+                for future in futures:
+                    if future.done():  # the caller was cancelled
+                        continue
+                    if error is None:
+                        future.set_result(None)
+                    else:
+                        future.set_exception(error)
+        finally:
+            self._task = None
+
+    def _next_rows(self) -> tuple[list[R], list[asyncio.Future[None]]]:
+        rows: list[R] = []
+        futures: list[asyncio.Future[None]] = []
+        size = 0
+        while self._waiting and len(rows) < _MOST_ROWS and size < _MOST_BYTES:
+            row, future = self._waiting.popleft()
+            rows.append(row)
+            futures.append(future)
+            size += self._size(row)
+        return rows, futures

@@ -1,0 +1,72 @@
+"""How the database of batches is written and read: many rows at a time, and bounded in bytes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from promptlayer_exec.dbos import _groups as groups
+from promptlayer_exec.dbos._groups import Group
+from promptlayer_exec.dbos._store import Ending, Store, check_url
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """Return a new database."""
+    store = Store(check_url(f"sqlite:///{tmp_path / 'batches.sqlite'}"))
+    store.prepare()
+    yield store
+    store.close()
+
+
+def test_outcomes_are_read_a_few_bytes_at_a_time(store: Store) -> None:
+    """A call ends with the outcome that reaches the limit, however long that one is."""
+    sizes = [10, 50, 50, 200, 1]
+    store.add("b", [(str(n), "{}") for n in range(len(sizes))])
+    store.finish("b", [Ending(str(n), 1, "succeeded", "x" * size) for n, size in enumerate(sizes)])
+    read, last = [], 0
+    while rows := store.outcomes("b", last, limit=1000, size=100):
+        read.append([len(outcome) for _, outcome in rows])
+        last = rows[-1][0]
+    assert read == [[10, 50, 50], [200], [1]]
+    assert [len(outcome) for _, outcome in store.outcomes("b", 0, limit=2, size=100)] == [10, 50]
+
+
+async def test_what_is_added_meanwhile_is_written_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most so many rows and bytes at once; the last row may exceed the bytes."""
+    monkeypatch.setattr(groups, "_MOST_ROWS", 3)
+    monkeypatch.setattr(groups, "_MOST_BYTES", 100)
+    written: list[list[int]] = []
+    group = Group(written.append, lambda size: size)
+    await asyncio.gather(*(group.add(size) for size in (1, 2, 3, 4, 60, 60, 5)))
+    assert written == [[1, 2, 3], [4, 60, 60], [5]]
+
+
+async def test_an_error_of_a_write_is_raised_for_each_of_its_rows() -> None:
+    """The rows of the next write are not touched by it."""
+    failures = [LookupError("away")]
+
+    def write(rows: list[int]) -> None:
+        if failures:
+            raise failures.pop()
+
+    group = Group(write, lambda _: 1)
+    first = asyncio.create_task(group.add(1))
+    await asyncio.sleep(0)
+    assert isinstance((await asyncio.gather(first, return_exceptions=True))[0], LookupError)
+    await group.add(2)
+
+
+async def test_the_row_of_a_cancelled_caller_is_written() -> None:
+    """Its cancellation does not reach the other rows."""
+    written: list[list[int]] = []
+    group = Group(written.append, lambda _: 1)
+    callers = [asyncio.create_task(group.add(number)) for number in (1, 2)]
+    await asyncio.sleep(0)
+    callers[0].cancel()
+    await asyncio.gather(*callers, return_exceptions=True)
+    assert callers[0].cancelled()
+    assert written == [[1, 2]]
