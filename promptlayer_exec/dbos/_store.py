@@ -80,8 +80,8 @@ _workers = sa.Table(
 )
 
 
-# PostgreSQL: all items of a call in one round trip. `dbos.enqueue_workflow` is the documented way to
-# enqueue from SQL; it writes the JSON of `DBOSPortableJSONSerializer`.
+# PostgreSQL: all items of a call in one round trip. `dbos.enqueue_workflow` is documented, and
+# writes the JSON of `DBOSPortableJSONSerializer`.
 _ADD = sa.text(
     """
     WITH given AS (

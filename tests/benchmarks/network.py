@@ -29,7 +29,7 @@ from promptlayer_exec.dbos import Batch
 
 PORT = "5432"  # the name of the server's socket; it does not listen on the network
 WORKERS = 3
-IN_FLIGHT = 900
+IN_FLIGHT = 300
 TIMEOUT = 600.0
 
 PROXY = """
