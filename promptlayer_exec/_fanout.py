@@ -69,14 +69,14 @@ class RunningItem(Generic[ItemT]):
         self.snapshot = snapshot
 
 
-def report_abandoned(outcome: Outcome[Any, Any]) -> None:
+def report_abandoned(ended: Outcome[Any, Any] | RunningItem[Any]) -> None:
     """Log the id of a started run whose outcome will not be delivered."""
-    if outcome.execution is not None and isinstance(outcome.item, StartRequest):
+    if ended.execution is not None and isinstance(ended.item, StartRequest):
         logger.warning(
             "execution %d of workflow %.100r was started, but its outcome was not"
             " delivered; follow it by its id",
-            outcome.execution.id,
-            outcome.item.workflow,
+            ended.execution.id,
+            ended.item.workflow,
         )
 
 
@@ -114,18 +114,20 @@ class _FanOut(Generic[ItemT]):
     error: BaseException | None = None
     _scope: anyio.CancelScope = attrs.field(factory=anyio.CancelScope)
     _is_running: bool = False
+    _is_abandoned: bool = False
     _tasks: Tasks = attrs.field(factory=Tasks)
     _ended: anyio.Event = attrs.field(factory=anyio.Event)
 
     async def cancel(self) -> None:
         """Cancel what is in flight, and wait until it has ended."""
+        self._is_abandoned = True
+        while not self.outcomes.empty():
+            if (outcome := self.outcomes.get_nowait()) is not None:
+                report_abandoned(outcome)
         self._scope.cancel()
         if self._is_running:
             with anyio.CancelScope(shield=True):
                 await self._ended.wait()
-        while not self.outcomes.empty():
-            if (outcome := self.outcomes.get_nowait()) is not None:
-                report_abandoned(outcome)
 
     async def run(self) -> None:
         """Take items, and run each to its end."""
@@ -164,6 +166,8 @@ class _FanOut(Generic[ItemT]):
                 while True:
                     await self.slots.acquire()
                     item = RunningItem(next(indexes), await anext(items))
+                    if is_cancelled():  # and `items` suppressed it
+                        break
                     self._tasks.start(self._run_one(item), name="promptlayer_exec.item")
         except StopAsyncIteration:
             pass
@@ -187,6 +191,10 @@ class _FanOut(Generic[ItemT]):
                 self._fail(copy_error(failure))
         except BaseException as fatal:  # noqa: BLE001 - raised, it would end the session
             self._fail(fatal)
+            report_abandoned(item)
+            return
+        if self._is_abandoned:
+            report_abandoned(item)
             return
         self.outcomes.put_nowait(
             Outcome(item.index, item.item, item.execution, item.snapshot, output, error)

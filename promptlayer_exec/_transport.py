@@ -54,8 +54,8 @@ _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
 _ERROR_BODY_BYTES = 64 * 1024
 _LONGEST_KEY = 1024
 # More than aiohttp's defaults: large headers must not cost us the id of a started run.
-_LONGEST_HEADER = 64 * 1024
-_MOST_HEADERS = 1000
+_LONGEST_HEADER = 32 * 1024
+_MOST_HEADERS = 512
 # Bounds the memory of a decoded body: at most one value per this many bytes of the limit.
 _BYTES_PER_VALUE = 48
 _FEW_VALUES = 1000

@@ -725,6 +725,68 @@ async def test_no_id_of_a_started_run_is_lost_when_its_fan_out_ends(
         assert f"execution {run.execution_id} of workflow 'slow' was started" in caplog.text
 
 
+async def test_a_second_cancellation_at_any_step_loses_no_id(
+    sim: Simulator, session: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It arrives while the fan-out still ends what is in flight, as a second Ctrl-C does."""
+    for steps in itertools.count():
+        runs = len(sim.runs)
+        collecting = asyncio.create_task(session.collect([run(-2), run(-2)]))
+        while len(sim.runs) < runs + 2:
+            await sim.wait_for_requests(sim.request_count + 1)
+        await sim.wait_for_requests(sim.request_count + 2)  # both are followed
+        collecting.cancel()
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        was_done = collecting.done()
+        collecting.cancel()
+        await asyncio.wait([collecting])
+        await session.get_results(done(sim))
+        if was_done:
+            break
+    assert steps > 3
+    for started in sim.runs:
+        assert f"execution {started.execution_id} of workflow 'w' was started" in caplog.text
+
+
+async def test_the_item_of_a_base_exception_keeps_its_id(
+    sim: Simulator, open_session: Callable[..., Session], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A converter's hook panics on the output of a run that was paid for."""
+
+    def panic(value: Any, kind: Any) -> Report:
+        raise Panic
+
+    converter = cattrs.Converter()
+    converter.register_structure_hook(Report, panic)
+    with pytest.raises(Panic):
+        await open_session(converter=converter).collect([run(2)], into=Report)
+    assert f"execution {sim.runs[0].execution_id} of workflow 'w' was started" in caplog.text
+
+
+async def test_items_that_suppress_a_cancellation_start_nothing_more(
+    sim: Simulator, session: Session, our_tasks: Callable[[], list[str]]
+) -> None:
+    """What they yield after it is not started, and the fan-out ends."""
+    waiting = asyncio.Event()
+
+    async def items() -> AsyncIterator[StartRequest]:
+        try:
+            waiting.set()
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            yield run(2)
+            await sim.wait_for_requests(1)
+
+    collecting = asyncio.create_task(session.collect(items()))
+    await waiting.wait()
+    collecting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await collecting
+    assert our_tasks() == SUPERVISOR
+    assert sim.runs == []
+
+
 async def test_an_observer_that_raises_anything_is_logged_and_ignored(
     sim: Simulator, open_session: Callable[..., Session], caplog: pytest.LogCaptureFixture
 ) -> None:

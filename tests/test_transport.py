@@ -425,6 +425,17 @@ asyncio.run(main())
     assert kibibytes < 32 * 1024
 
 
+@pytest.mark.parametrize(
+    "headers",
+    ["X: " + "x" * 33_000 + "\r\n", "X: x\r\n" * 513],
+    ids=["too long", "too many"],
+)
+async def test_headers_are_bounded_too(headers: str) -> None:
+    """At most 512 headers of 32 KiB are read: they are no part of the body."""
+    async with raw_server(answering(http(b"{}", headers=headers))) as base_url:
+        assert isinstance(await failure_at(base_url), ConnectionFailed)
+
+
 # Programs that return a body with `n` values, for the process below.
 NODES = """b"{" + b",".join(b'"%x":{"status":"RUNNING"}' % i for i in range(n // 2)) + b"}" """
 SHAPES = {
