@@ -145,7 +145,7 @@ def test_a_batch_is_run_and_its_results_are_written(
     assert (lines["1"]["succeeded"], lines["1"]["output"]) == (True, 1)
     assert lines["1"]["execution_id"] in sim.executions
     assert lines["c"]["error"]["type"] == "NotFound"
-    assert sorted(str(run.body.get("metadata")) for run in sim.runs) == ["None", "{'job': '7'}"]
+    assert sorted(run.body["metadata"].get("job", "") for run in sim.runs) == ["", "7"]
     text = (tmp_path / "out.jsonl").read_text()
     (tmp_path / "out.jsonl").write_text(text.removesuffix("\n"))  # as after a kill
     code, _, err = run(*command)
@@ -325,14 +325,17 @@ def test_unknown_items_are_restarted_on_request(
 
 
 def test_a_run_with_nothing_to_do_says_so(run: Run, tmp_path: Path) -> None:
-    """Otherwise a new file under the same name would seem to have been run."""
+    """A new file under the same name is refused."""
     file = write(tmp_path / "night", {"workflow": "echo", "inputs": {"n": 1}})
     assert "another --name" not in run("run", file)[2]
-    write(tmp_path / "night", {"workflow": "echo", "inputs": {"n": 2}})
     code, out, err = run("run", file)
     assert code == 0
     assert json.loads(out)["output"] == 1
     assert "all of them have already finished: to run them again, use another --name\n" in err
+    write(tmp_path / "night", {"workflow": "echo", "inputs": {"n": 2}})
+    code, out, err = run("run", file)
+    assert (code, out) == (2, "")
+    assert "the key '1' of batch 'night' stands for another request (inputs.n differs)" in err
 
 
 def test_an_outage_is_reported_once(run: Run, tmp_path: Path) -> None:

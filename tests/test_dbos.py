@@ -50,6 +50,7 @@ from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._liveness import Liveness, describe, is_gone
+from promptlayer_exec.dbos._requests import Row
 from promptlayer_exec.dbos._store import (
     Ending,
     Heartbeat,
@@ -158,17 +159,17 @@ async def test_every_item_gets_one_stored_outcome(
 async def test_adding_a_key_twice_is_adding_it_once(
     sim: Simulator, batch_of: Callable[..., Batch]
 ) -> None:
-    """In one call, in a later call, and after the item has ended: the first request is kept."""
+    """In one call, in a later call, and after the item has ended."""
     batch = batch_of()
 
     async def again() -> AsyncIterator[StartRequest]:
-        yield request("a", 2)
+        yield request("a", 1)
         yield request("b", 3)
 
-    assert await batch.add([request("a", 1), request("a", 2)]) == 1
+    assert await batch.add([request("a", 1), request("a", 1)]) == 1
     assert await batch.add(again()) == 1
     await batch.work()
-    assert await batch.add([request("a", 4)]) == 0
+    assert await batch.add([request("a", 1)]) == 0
     assert (await batch.work()).total == 2
     assert {key: o.output for key, o in (await outcomes_of(batch)).items()} == {"a": 1, "b": 3}
     assert len(sim.runs) == 2
@@ -180,14 +181,18 @@ async def test_items_are_added_in_chunks(
     """The last chunk may be smaller, but is not empty."""
     chunks: list[list[str]] = []
 
-    def add(store: Store, name: str, rows: list[tuple[str, str]]) -> int:
-        chunks.append([key for key, _ in rows])
+    def add(store: Store, name: str, rows: list[Row]) -> int:
+        chunks.append([row.key for row in rows])
         return len(rows)
+
+    async def fg() -> AsyncIterator[StartRequest]:
+        for key in "fg":
+            yield request(key)
 
     monkeypatch.setattr(batches, "_CHUNK", 2)
     monkeypatch.setattr(Store, "add", add)
     assert await batch_of().add(request(key) for key in "abcde") == 5
-    assert await batch_of().add(request(key) for key in "fg") == 2
+    assert await batch_of().add(fg()) == 2
     assert chunks == [["a", "b"], ["c", "d"], ["e"], ["f", "g"]]
 
 
@@ -198,8 +203,8 @@ def test_a_request_is_stored_unchanged(batch_of: Callable[..., Batch]) -> None:
         StartRequest("w", inputs, label="prod", metadata={"job": "7"}, callback_url="http://x/y"),
         StartRequest(7, inputs, version=3),
     ):
-        key, text = batch_of()._row(attrs.evolve(request, key="a"))
-        assert (key, StartRequest(**json.loads(text))) == ("a", request)
+        row = batch_of()._row(attrs.evolve(request, key="a"))
+        assert (row.key, StartRequest(**json.loads(row.request))) == ("a", request)
 
 
 async def test_an_item_with_an_outcome_is_not_running(
@@ -1006,8 +1011,8 @@ async def test_the_stored_names_of_an_item_are_fixed(
     steps = await client.list_workflow_steps_async(item.workflow_id)
     client.destroy()
     assert item.workflow_id == "promptlayer-exec/a%2Fb/1/x"
-    assert (item.name, item.queue_name) == ("promptlayer_exec.item", "promptlayer-exec/a/b")
-    assert (item.application_name, item.app_version) == ("promptlayer-exec", "1")
+    assert (item.name, item.queue_name) == ("promptlayer_exec.item.2", "promptlayer-exec/a/b")
+    assert (item.application_name, item.app_version) == ("promptlayer-exec", "2")
     assert item.input is not None
     key, attempt, text = item.input["args"]
     assert (key, attempt) == ("x", 1)
@@ -1018,8 +1023,10 @@ async def test_the_stored_names_of_an_item_are_fixed(
     assert list(steps[1]["output"]) == ["execution_id", "at", "error"]
     tables = {table.name: list(table.columns.keys()) for table in stores._tables.sorted_tables}
     assert tables == {
-        "promptlayer_batch": ["name", "last_seq", "next_request"],
-        "promptlayer_item": ["batch", "key", "attempt", "kind", "seq", "outcome"],
+        "promptlayer_batch": ["name", "last_seq", "next_request", "reserved_at"],
+        "promptlayer_item": [
+            *("batch", "key", "attempt", "kind", "seq", "outcome", "digest", "intent")
+        ],
         "promptlayer_worker": ["executor", "beat", "process"],
     }
 
@@ -1030,7 +1037,7 @@ def queue_of_one(url: str) -> Iterator[Store]:
     store = Store(check_url(url))
     store.prepare()
     store.register_queue("b", 1)
-    store.add("b", [("key", "{}")])
+    store.add("b", [Row("key", "{}", "digest")])
     yield store
     store.close()
 
@@ -1043,7 +1050,7 @@ def launched(store: Store, executor: str) -> Iterator[DBOS]:
             "name": stores.APPLICATION,
             "system_database_url": store.url,
             "system_database_engine": store.engine,
-            "application_version": "1",
+            "application_version": stores.VERSION,
             "executor_id": executor,
             "serializer": DBOSPortableJSONSerializer(),
             "notification_listener_polling_interval_sec": 0.02,

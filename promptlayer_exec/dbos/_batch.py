@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
+import tempfile
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Iterator,
+)
 from contextlib import aclosing, asynccontextmanager, closing, suppress
 from functools import cached_property
-from typing import Any
+from itertools import islice
+from typing import IO, Any
 
 from promptlayer_exec import ConfigurationError, Session, StartRequest
 from promptlayer_exec import _integration as integration
+from promptlayer_exec.dbos._requests import Row, encode
 from promptlayer_exec.dbos._store import SharedRate, Store, check_url
 from promptlayer_exec.dbos._values import BatchStatus, StoredOutcome
 from promptlayer_exec.dbos._worker import Worker
@@ -64,23 +74,43 @@ class Batch:
         self._is_restarting = False
 
     async def add(self, requests: Iterable[StartRequest] | AsyncIterable[StartRequest]) -> int:
-        """Add items to the database; an item whose key is already there stays as it is.
+        """Add items to the database; one whose key and request are already there is not new.
 
         Args:
-            requests: what to start, each with a unique `key`: a str of 1 to 1000 bytes. They are
-                taken and added a few hundred at a time.
+            requests: what to start, each with a unique `key`: a str of 1 to 1000 bytes. All of them
+                are checked before the first is added, unless they come from an async iterable:
+                these are checked and added a few hundred at a time.
 
         Returns:
             How many items were new.
 
         Raises:
             TypeError: something in a request is of an unusable type.
-            ValueError: something in a request cannot be sent, or its key cannot be stored. Items
-                before it may have been added; adding them again does no harm.
+            ValueError: something in a request cannot be sent, its key cannot be stored, or its key
+                stands for another request: another workflow, or other inputs, label, version or
+                metadata.
             ConfigurationError: the database cannot be used.
         """
+        async with self._open() as store:
+            if isinstance(requests, AsyncIterable):
+                return await self._add_as_they_come(store, requests)
+            with tempfile.TemporaryFile() as spool:  # a million items need no memory
+                for number, request in enumerate(requests, 1):
+                    spool.write(json.dumps(self._row(request)).encode() + b"\n")
+                    if number % _CHUNK == 0:
+                        await asyncio.sleep(0)
+                for rows in _chunks(spool):
+                    await store.run_in_thread(store.check, self._name, rows)
+                return sum(
+                    [
+                        await store.run_in_thread(store.add, self._name, rows)
+                        for rows in _chunks(spool)
+                    ]
+                )
+
+    async def _add_as_they_come(self, store: Store, requests: AsyncIterable[StartRequest]) -> int:
         new, rows = 0, []
-        async with self._open() as store, aclosing(integration.each(requests)) as each:
+        async with aclosing(integration.each(requests)) as each:
             async for request in each:
                 rows.append(self._row(request))
                 if len(rows) == _CHUNK:
@@ -191,24 +221,20 @@ class Batch:
     def _session(self) -> Session:
         return self._source if isinstance(self._source, Session) else self._source()
 
-    def _row(self, request: StartRequest) -> tuple[str, str]:
+    def _row(self, request: StartRequest) -> Row:
         if not isinstance(request, StartRequest):
             raise TypeError(f"batch item must be a StartRequest, got {request!r:.100}")
-        key = request.key
-        if not isinstance(key, str):
-            raise TypeError(f"item key must be a str, got {key!r:.100}")
-        _check_text("item key", key, _LONGEST_KEY, ValueError)
-        inputs = integration.encode_inputs(self._session, request)
-        return key, json.dumps(
-            {
-                "workflow": request.workflow,
-                "inputs": inputs,
-                "label": request.label,
-                "version": request.version,
-                "metadata": None if request.metadata is None else dict(request.metadata),
-                "callback_url": request.callback_url,
-            }
-        )
+        if not isinstance(request.key, str):
+            raise TypeError(f"item key must be a str, got {request.key!r:.100}")
+        _check_text("item key", request.key, _LONGEST_KEY, ValueError)
+        return encode(request, integration.encode_inputs(self._session, request))
+
+
+def _chunks(spool: IO[bytes]) -> Iterator[list[Row]]:
+    """Yield the rows that were written to a file, a few hundred at a time."""
+    spool.seek(0)
+    while lines := list(islice(spool, _CHUNK)):
+        yield [Row(*json.loads(line)) for line in lines]
 
 
 async def batch_names(database_url: str = _DEFAULT_URL) -> list[str]:

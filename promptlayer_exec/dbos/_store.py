@@ -1,7 +1,11 @@
 """The database: DBOS's tables, and three of our own for batches, items and workers.
 
 DBOS stores which items to run and the progress of each. Our tables store the outcomes in the order
-in which they were stored, the heartbeats of the workers, and the next slot of the shared rate.
+in which they were stored, what is needed to start each item once, the heartbeats of the workers,
+and the next slot of the shared rate.
+
+A database of an older version gets the columns that it lacks. They are all nullable, and null in
+the rows that an older version writes.
 
 The stored names and formats are fixed, because a batch from an older version must be continued:
 tables and columns, `APPLICATION` and `WORKFLOW`, queue names and workflow ids, the arguments of the
@@ -25,13 +29,21 @@ import sqlalchemy as sa
 from dbos import DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
 from sqlalchemy import exc
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.schema import CreateColumn
 
 from promptlayer_exec import ConfigurationError
 from promptlayer_exec.dbos._dbos_internals import mark_lost_connections, migrate
+from promptlayer_exec.dbos._requests import Row, differences, digest_of
 from promptlayer_exec.dbos._values import BatchStatus
 
 APPLICATION = "promptlayer-exec"
-WORKFLOW = "promptlayer_exec.item"
+WORKFLOW = "promptlayer_exec.item.2"
+# The workflow of the items that version 0.1 added.
+FIRST_WORKFLOW = "promptlayer_exec.item"
+# The version of an item's steps: DBOS gives an item only to workers of the same version. Workers of
+# a later version take over the items of these earlier ones.
+VERSION = "2"
+EARLIER_VERSIONS = ("1",)
 
 T = TypeVar("T")
 
@@ -57,6 +69,8 @@ _batches = sa.Table(
     sa.Column("name", sa.Text, primary_key=True),
     sa.Column("last_seq", sa.BigInteger, nullable=False),
     sa.Column("next_request", sa.Double, nullable=False),
+    # The clock when a slot was last reserved; it may have been put back since.
+    sa.Column("reserved_at", sa.Double),
 )
 _items = sa.Table(
     "promptlayer_item",
@@ -67,6 +81,10 @@ _items = sa.Table(
     sa.Column("kind", sa.Text),
     sa.Column("seq", sa.BigInteger),
     sa.Column("outcome", sa.Text),
+    # What the key stands for; see `_requests`.
+    sa.Column("digest", sa.Text),
+    # The token of the start whose request may have left, or null.
+    sa.Column("intent", sa.Text),
     sa.Index("promptlayer_item_kind", "batch", "kind"),
     sa.Index("promptlayer_item_seq", "batch", "seq"),
 )
@@ -85,10 +103,12 @@ _workers = sa.Table(
 _ADD = sa.text(
     """
     WITH given AS (
-        SELECT * FROM unnest(CAST(:keys AS text[]), CAST(:requests AS text[])) AS t (key, request)
+        SELECT * FROM unnest(
+            CAST(:keys AS text[]), CAST(:requests AS text[]), CAST(:digests AS text[])
+        ) AS t (key, request, digest)
     ), new AS (
-        INSERT INTO promptlayer_item (batch, key, attempt)
-        SELECT :batch, key, 1 FROM given
+        INSERT INTO promptlayer_item (batch, key, attempt, digest)
+        SELECT :batch, key, 1, digest FROM given
         ON CONFLICT DO NOTHING RETURNING key
     )
     SELECT count(dbos.enqueue_workflow(
@@ -96,7 +116,8 @@ _ADD = sa.text(
         queue_name => :queue,
         positional_args => ARRAY[to_json(given.key), to_json(1), to_json(given.request)],
         workflow_id => :prefix || given.key,
-        application_name => :application
+        application_name => :application,
+        app_version => :version
     )) FROM given JOIN new USING (key)
     """
 )
@@ -199,6 +220,7 @@ class Store:
                 else:
                     connection.execute(sa.func.pg_advisory_xact_lock(_CREATE_TABLES_LOCK))
                 _tables.create_all(connection)
+                self._add_columns(connection)
             if self._is_sqlite:
                 # With WAL, readers do not wait for the writer, and commits flush once. This fails
                 # while another process does the same. Once is enough: the file keeps the mode.
@@ -206,6 +228,19 @@ class Store:
                     connection.exec_driver_sql("PRAGMA journal_mode=WAL")
         except Exception as error:
             raise self._unusable(error) from error
+
+    def _add_columns(self, connection: sa.Connection) -> None:
+        """Add the columns that a database of an older version lacks."""
+        inspector = sa.inspect(connection)
+        quote_name = connection.dialect.identifier_preparer.format_table
+        for table in _tables.sorted_tables:
+            existing = {column["name"] for column in inspector.get_columns(table.name)}
+            for column in table.columns:
+                if column.name not in existing:
+                    definition = CreateColumn(column).compile(dialect=connection.dialect)
+                    connection.exec_driver_sql(
+                        f"ALTER TABLE {quote_name(table)} ADD COLUMN {definition}"
+                    )
 
     async def run_in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         """Call a blocking function in a thread; if cancelled, stop retrying, but wait for it."""
@@ -230,37 +265,86 @@ class Store:
         query = sa.select(_batches.c.name).order_by(_batches.c.name)
         return [row.name for row in self._rows(query)]
 
-    def add(self, batch: str, requests: Sequence[tuple[str, str]]) -> int:
-        """Add and enqueue the items (key, JSON request) that are new; return how many were."""
+    def check(self, batch: str, rows: Sequence[Row]) -> None:
+        """Raise ValueError if a key that is already there stands for another request."""
+
+        def check() -> None:
+            with self._reading() as connection:
+                self._check(connection, batch, rows)
+
+        self._retry(check, _RETRY_FOR)
+
+    def add(self, batch: str, rows: Sequence[Row]) -> int:
+        """Add and enqueue the items that are new, and return how many were; checks the others."""
         insert_batch = self._insert(_batches).on_conflict_do_nothing()
-        rows = dict(reversed(requests))  # of a repeated key, the first request counts
+        unique: dict[str, Row] = {}
+        for row in rows:
+            unique.setdefault(row.key, row)
 
         def add(connection: sa.Connection) -> int:
             connection.execute(insert_batch, {"name": batch, "last_seq": 0, "next_request": 0.0})
             if not self._is_sqlite:
-                return self._add_in_one_statement(connection, batch, rows)
+                return self._add_in_one_statement(connection, batch, unique)
             insert = self._insert(_items).on_conflict_do_nothing().returning(_item.key)
-            items = [{"batch": batch, "key": key, "attempt": 1} for key in rows]
-            new = connection.execute(insert, items).scalars().all()
-            for key in new:
-                self._enqueue(connection, batch, key, 1, rows[key])
-            return len(new)
+            items = [
+                {"batch": batch, "key": key, "attempt": 1, "digest": row.digest}
+                for key, row in unique.items()
+            ]
+            keys = connection.execute(insert, items).scalars().all()
+            for key in keys:
+                self._enqueue(connection, batch, key, 1, unique[key].request)
+            return len(keys)
 
-        return self._transact(add)
+        def add_and_check(connection: sa.Connection) -> int:
+            new = add(connection)
+            if new < len(rows):
+                self._check(connection, batch, rows)
+            return new
+
+        return self._transact(add_and_check)
 
     def _add_in_one_statement(
-        self, connection: sa.Connection, batch: str, rows: dict[str, str]
+        self, connection: sa.Connection, batch: str, rows: dict[str, Row]
     ) -> int:
         values = {
             "batch": batch,
             "keys": [*rows],
-            "requests": [*rows.values()],
+            "requests": [row.request for row in rows.values()],
+            "digests": [row.digest for row in rows.values()],
             "workflow": WORKFLOW,
             "queue": queue_name(batch),
             "prefix": workflow_id(batch, "", 1),
             "application": APPLICATION,
+            "version": VERSION,
         }
         return int(connection.execute(_ADD, values).scalar_one())
+
+    def _check(self, connection: sa.Connection, batch: str, rows: Sequence[Row]) -> None:
+        query = sa.select(_item.key, _item.attempt, _item.digest).where(
+            _item.batch == batch, _item.key.in_([row.key for row in rows])
+        )
+        found = {key: (attempt, digest) for key, attempt, digest in connection.execute(query)}
+        known = [row for row in rows if row.key in found]
+        # Version 0.1 stored no digest.
+        unclear = [row.key for row in known if found[row.key][1] != row.digest]
+        stored = self._stored_requests(batch, {key: found[key][0] for key in unclear})
+        for row in known:
+            request = stored.get(row.key)
+            digest = found[row.key][1] or (request and digest_of(request)) or row.digest
+            if digest != row.digest:
+                what = f" ({differences(request, row.request)} differs)" if request else ""
+                raise ValueError(
+                    f"the key {row.key!r:.100} of batch {batch!r} stands for another request{what}:"
+                    " give this one another key, or add it to another batch; nothing was added"
+                )
+
+    def _stored_requests(self, batch: str, attempts: dict[str, int]) -> dict[str, str]:
+        """Return the JSON requests of items, by key, of the given attempts, if DBOS has them."""
+        if not attempts:
+            return {}
+        ids = [workflow_id(batch, key, attempt) for key, attempt in attempts.items()]
+        stored: Any = self._client.list_workflows(workflow_ids=ids, load_output=False)
+        return {workflow.input["args"][0]: workflow.input["args"][2] for workflow in stored}
 
     def finish(self, batch: str, endings: Sequence[Ending]) -> None:
         """Store the outcome of each item, unless it has one or a later attempt has begun."""
@@ -293,16 +377,15 @@ class Store:
         update = (
             sa.update(_items)
             .where(_item.batch == batch, _item.kind == "unknown")
-            .values(attempt=_item.attempt + 1, kind=None, seq=None, outcome=None)
+            .values(attempt=_item.attempt + 1, kind=None, seq=None, outcome=None, intent=None)
             .returning(_item.key, _item.attempt)
         )
 
         def restart(connection: sa.Connection) -> None:
-            for key, attempt in connection.execute(update).all():
-                last = workflow_id(batch, key, attempt - 1)
-                (found,) = self._client.list_workflows(workflow_ids=[last], load_output=False)
-                stored: Any = found.input
-                self._enqueue(connection, batch, key, attempt, stored["args"][2])
+            attempts: dict[str, int] = dict(connection.execute(update).all())
+            last = {key: attempt - 1 for key, attempt in attempts.items()}
+            for key, request in self._stored_requests(batch, last).items():
+                self._enqueue(connection, batch, key, attempts[key], request)
 
         self._transact(restart)
 
@@ -393,10 +476,15 @@ class Store:
             now = sa.cast(sa.func.extract("epoch", sa.func.clock_timestamp()), sa.Double)
             latest = sa.func.greatest
         length = slots / rate
+        # By how much the clock was put back since the last reservation: the next slot moves along.
+        put_back = latest(sa.func.coalesce(_batches.c.reserved_at, now) - now, 0.0)
         update = (
             sa.update(_batches)
             .where(_batches.c.name == batch)
-            .values(next_request=latest(_batches.c.next_request, now) + length)
+            .values(
+                next_request=latest(_batches.c.next_request - put_back, now) + length,
+                reserved_at=now,
+            )
             .returning(_batches.c.next_request - length - now)
         )
         return self._transact(lambda connection: float(connection.execute(update).scalar_one()))
@@ -408,6 +496,7 @@ class Store:
             "workflow_name": WORKFLOW,
             "queue_name": queue_name(batch),
             "workflow_id": workflow_id(batch, key, attempt),
+            "app_version": VERSION,
         }
         self._client.enqueue_in_transaction(connection, options, key, attempt, request)
 

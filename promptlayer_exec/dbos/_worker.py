@@ -52,14 +52,20 @@ from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos._dbos_internals import ItemTaken, log_quietly, stop_dequeuing
 from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._liveness import Liveness
-from promptlayer_exec.dbos._store import APPLICATION, WORKFLOW, Ending, Store, queue_name
+from promptlayer_exec.dbos._store import (
+    APPLICATION,
+    FIRST_WORKFLOW,
+    VERSION,
+    WORKFLOW,
+    Ending,
+    Store,
+    queue_name,
+)
 from promptlayer_exec.dbos._values import StoredError, StoredOutcome
 
 T = TypeVar("T")
 
 logger = logging.getLogger("promptlayer_exec")
-# The version of an item's steps: DBOS gives a running item only to workers of the same version.
-_VERSION = "1"
 _CHECK_INTERVAL = 0.25
 # Seconds for which the server may answer 404 for an execution that was started.
 _NOT_FOUND_GRACE = 10.0
@@ -183,7 +189,7 @@ class Worker:
                 "name": APPLICATION,
                 "system_database_url": self._store.url,
                 "system_database_engine": self._store.engine,
-                "application_version": _VERSION,
+                "application_version": VERSION,
                 "executor_id": self._executor,
                 "log_level": "WARNING",
                 "max_executor_threads": _THREADS,
@@ -221,7 +227,7 @@ class Worker:
         """Run an item until its outcome is stored; called in DBOS's event loop."""
         self._dbos_loop = asyncio.get_running_loop()
         try:
-            started = await self._start(request)
+            started = await self._start(key, request)
             outcome = await self._in_callers_loop(self._follow(key, started))
             await self._endings.add(Ending(key, attempt, outcome.kind, outcome.to_json()))
         except Exception as error:  # noqa: BLE001 - DBOS would end the item with it
@@ -231,8 +237,8 @@ class Worker:
     def _store_endings(self, endings: list[Ending]) -> None:
         self._store.finish(self._batch, endings)
 
-    async def _start(self, request: str) -> _StartResult:
-        start = partial(integration.start, self._session, StartRequest(**json.loads(request)))
+    async def _start(self, key: str, request: str) -> _StartResult:
+        start = partial(integration.start, self._session, self._to_send(key, request))
         while not self._is_stopping:
             pending = PendingStart(start)
             self._pending[pending] = asyncio.Event()
@@ -256,6 +262,12 @@ class Worker:
             if result["execution_id"] is not None or result["error"] is not None:
                 return result
         return await _suspend()
+
+    def _to_send(self, key: str, request: str) -> StartRequest:
+        """Return a stored request with metadata by which its run can be found in PromptLayer."""
+        stored = StartRequest(**json.loads(request), key=key)
+        ours = {"promptlayer_exec.batch": self._batch, "promptlayer_exec.key": key}
+        return attrs.evolve(stored, metadata={**(stored.metadata or {}), **ours})
 
     async def _record_intent(self, pending: PendingStart) -> str:
         """Return the token of a start that is ready to be sent, for DBOS to store."""
@@ -353,11 +365,20 @@ class Worker:
 _worker: Worker | None = None
 
 
-@DBOS.workflow(name=WORKFLOW, max_recovery_attempts=None)
-async def _item(key: str, attempt: int, request: str) -> None:
+async def _run(key: str, attempt: int, request: str) -> None:
     if _worker is None:
         await _suspend()
     await _worker.run_item(key, attempt, request)
+
+
+@DBOS.workflow(name=WORKFLOW, max_recovery_attempts=None)
+async def _item(key: str, attempt: int, request: str) -> None:
+    await _run(key, attempt, request)
+
+
+@DBOS.workflow(name=FIRST_WORKFLOW, max_recovery_attempts=None)
+async def _first_item(key: str, attempt: int, request: str) -> None:
+    await _run(key, attempt, request)
 
 
 async def _suspend() -> NoReturn:

@@ -1,0 +1,67 @@
+"""What a key stands for: the stored form of a request, its digest, and how two requests differ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from promptlayer_exec import StartRequest
+
+# Not `callback_url`: it is where to report, and not what to run.
+_IDENTITY = ("workflow", "inputs", "label", "version", "metadata")
+_MOST_DIFFERENCES = 5
+_MISSING = object()
+
+
+class Row(NamedTuple):
+    """An item as it is added: its key, its request as JSON, and the digest of the request."""
+
+    key: str
+    request: str
+    digest: str
+
+
+def encode(request: StartRequest, inputs: dict[str, Any]) -> Row:
+    """Return the row of a request whose inputs are in JSON form."""
+    text = json.dumps(
+        {
+            "workflow": request.workflow,
+            "inputs": inputs,
+            "label": request.label,
+            "version": request.version,
+            "metadata": None if request.metadata is None else dict(request.metadata),
+            "callback_url": request.callback_url,
+        }
+    )
+    return Row(request.key, text, digest_of(text))
+
+
+def digest_of(text: str) -> str:
+    """Return a digest of all in a stored request that its key stands for."""
+    fields = json.loads(text)
+    identity = {name: fields[name] for name in _IDENTITY}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def differences(stored: str, given: str) -> str:
+    """Return the names of what differs between two stored requests, without any values."""
+    before, after = json.loads(stored), json.loads(given)
+    names: list[str] = []
+    for name in _IDENTITY:
+        names += _paths(name, before[name], after[name])
+    more = len(names) - _MOST_DIFFERENCES
+    return ", ".join(names[:_MOST_DIFFERENCES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _paths(path: str, before: Any, after: Any) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in before | after:
+            yield from _paths(
+                f"{path}.{name:.40}", before.get(name, _MISSING), after.get(name, _MISSING)
+            )
+    elif json.dumps(before, default=id, sort_keys=True) != json.dumps(
+        after, default=id, sort_keys=True
+    ):
+        yield path

@@ -1,0 +1,192 @@
+"""What a key stands for, and databases that an older version made."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from dbos import DBOSClient, DBOSPortableJSONSerializer
+
+from promptlayer_exec import Session, StartRequest
+from promptlayer_exec.dbos import Batch
+from promptlayer_exec.dbos import _store as stores
+from promptlayer_exec.dbos._store import Store, check_url
+from promptlayer_exec.simulator import Scenario, SimNode, Simulator
+
+# The tables of version 0.1.
+_FIRST_TABLES = """
+CREATE TABLE promptlayer_batch (
+    name TEXT NOT NULL, last_seq BIGINT NOT NULL, next_request DOUBLE NOT NULL, PRIMARY KEY (name)
+);
+CREATE TABLE promptlayer_item (
+    batch TEXT NOT NULL, key TEXT NOT NULL, attempt INTEGER NOT NULL,
+    kind TEXT, seq BIGINT, outcome TEXT, PRIMARY KEY (batch, key)
+);
+CREATE TABLE promptlayer_worker (
+    executor TEXT NOT NULL, beat BIGINT NOT NULL, process TEXT NOT NULL, PRIMARY KEY (executor)
+);
+INSERT INTO promptlayer_batch VALUES ('b', 0, 0.0);
+INSERT INTO promptlayer_item (batch, key, attempt) VALUES ('b', 'a', 1);
+"""
+_FIRST_REQUEST = (
+    '{"workflow": "echo", "inputs": {"n": 1, "deep": {"x": 1}}, "label": null, "version": null,'
+    ' "metadata": {"job": "7"}, "callback_url": null}'
+)
+REQUEST = StartRequest("echo", {"n": 1, "deep": {"x": 1}}, metadata={"job": "7"}, key="a")
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """Return the URL of a SQLite database that does not exist yet."""
+    return f"sqlite:///{tmp_path / 'batches.sqlite'}"
+
+
+@pytest.fixture
+def batch(url: str, sim: Simulator) -> Batch:
+    """Return a batch whose workflow `echo` returns its input `n`."""
+    sim.add_workflow(
+        "echo", lambda inputs: Scenario([SimNode("Answer", inputs["n"], is_output_node=True)])
+    )
+    return Batch("b", database_url=url, session=lambda: Session(sim.api_key, base_url=sim.base_url))
+
+
+@pytest.fixture
+def old_url(url: str) -> str:
+    """Return the URL of a database of version 0.1, with the item "a" of batch "b" in its queue."""
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
+        database.executescript(_FIRST_TABLES)
+    stores.migrate(url)
+    client = DBOSClient(
+        system_database_url=url,
+        serializer=DBOSPortableJSONSerializer(),
+        application_name=stores.APPLICATION,
+    )
+    options: Any = {
+        "workflow_name": "promptlayer_exec.item",
+        "queue_name": "promptlayer-exec/b",
+        "workflow_id": "promptlayer-exec/b/1/a",
+    }
+    client.enqueue(options, "a", 1, _FIRST_REQUEST)
+    client.destroy()
+    return url
+
+
+DIFFERENT = [
+    (attrs.evolve(REQUEST, workflow=7), "workflow"),
+    (attrs.evolve(REQUEST, inputs={"n": True, "deep": {"x": 1}}), "inputs.n"),
+    (attrs.evolve(REQUEST, inputs={"n": 1, "deep": {"y": 1}}), "inputs.deep.x, inputs.deep.y"),
+    (attrs.evolve(REQUEST, inputs={"n": 1, "deep": None}), "inputs.deep"),
+    (attrs.evolve(REQUEST, label="prod"), "label"),
+    (attrs.evolve(REQUEST, version=2), "version"),
+    (attrs.evolve(REQUEST, metadata={}), "metadata.job"),
+]
+
+
+@pytest.mark.parametrize(("request_", "names"), DIFFERENT, ids=[names for _, names in DIFFERENT])
+async def test_a_key_stands_for_one_request(
+    batch: Batch, request_: StartRequest, names: str
+) -> None:
+    """Another request is refused with what differs, and nothing of the call is added."""
+    assert await batch.add([REQUEST]) == 1
+    items = [StartRequest("echo", key=f"{n}") for n in range(600)]
+    with pytest.raises(ValueError, match="nothing was added") as caught:
+        await batch.add([*items, request_])
+    assert str(caught.value) == (
+        f"the key 'a' of batch 'b' stands for another request ({names} differs): give this one"
+        " another key, or add it to another batch; nothing was added"
+    )
+    assert (await batch.status()).total == 1
+
+
+async def test_many_differences_are_counted(batch: Batch) -> None:
+    """Five of them are named."""
+    await batch.add([StartRequest("echo", {f"n{n}": 1 for n in range(9)}, key="a")])
+    with pytest.raises(ValueError, match=r"inputs\.n0, .*, inputs\.n4 and 4 more differs"):
+        await batch.add([StartRequest("echo", {f"n{n}": 2 for n in range(9)}, key="a")])
+
+
+async def test_where_to_report_is_not_what_to_run(batch: Batch) -> None:
+    """The same request with another callback URL, or its inputs in another order, is known."""
+    assert await batch.add([REQUEST]) == 1
+    same = attrs.evolve(
+        REQUEST, inputs={"deep": {"x": 1}, "n": 1}, callback_url="https://example.com/7"
+    )
+    assert await batch.add([same, same]) == 0
+
+
+async def test_what_comes_asynchronously_is_added_as_it_comes(batch: Batch) -> None:
+    """A refused request ends the call; the items of earlier chunks are added."""
+
+    async def requests() -> AsyncIterator[StartRequest]:
+        for n in range(1000):
+            yield StartRequest("echo", {"n": n}, key=f"{n}")
+        yield StartRequest("echo", {"n": 0}, key="0", label="prod")
+
+    with pytest.raises(ValueError, match="label differs"):
+        await batch.add(requests())
+    assert (await batch.status()).total == 1000
+
+
+async def test_a_database_of_the_first_version_can_be_used(
+    old_url: str, batch: Batch, sim: Simulator
+) -> None:
+    """It gets the new columns; its keys are compared by their requests, and its items are run."""
+    with pytest.raises(ValueError, match=r"\(inputs\.n differs\)"):
+        await batch.add([attrs.evolve(REQUEST, inputs={"n": 2, "deep": {"x": 1}})])
+    assert await batch.add([REQUEST, attrs.evolve(REQUEST, key="new")]) == 1
+    assert (await batch.work()).succeeded == 2
+    assert len(sim.runs) == 2
+
+
+async def test_a_request_that_dbos_no_longer_has_is_compared_by_its_digest(
+    batch: Batch, url: str
+) -> None:
+    """Without a digest, too, the key is taken to stand for the same request."""
+    await batch.add([REQUEST])
+    client = DBOSClient(system_database_url=url)
+    client.delete_workflow("promptlayer-exec/b/1/a")
+    client.destroy()
+    with pytest.raises(ValueError, match="stands for another request: give this one"):
+        await batch.add([attrs.evolve(REQUEST, label="prod")])
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database, database:
+        database.execute("UPDATE promptlayer_item SET digest = NULL")
+    assert await batch.add([attrs.evolve(REQUEST, label="prod")]) == 0
+
+
+async def test_each_start_carries_its_batch_and_key(batch: Batch, sim: Simulator) -> None:
+    """In its metadata, beside the user's own, so that the run can be found in PromptLayer."""
+    await batch.add([REQUEST])
+    await batch.work()
+    (start,) = [request for request in sim.requests if request.method == "POST"]
+    assert json.loads(start.body)["metadata"] == {
+        "job": "7",
+        "promptlayer_exec.batch": "b",
+        "promptlayer_exec.key": "a",
+    }
+
+
+@pytest.mark.parametrize("jump", [-3600.0, 3600.0])
+async def test_a_clock_that_jumps_stalls_nothing(
+    batch: Batch, url: str, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    """On SQLite, the next slot of the shared rate is a time on the machine's clock."""
+    await batch.add([REQUEST])
+    now = 1_000_000.0
+    monkeypatch.setattr(stores.time, "time", lambda: now)
+    with closing(Store(check_url(url))) as store:
+        waits = [await asyncio.to_thread(store.reserve, "b", 10, 10.0) for _ in range(2)]
+        now += jump
+        waits += [await asyncio.to_thread(store.reserve, "b", 10, 10.0) for _ in range(2)]
+    assert waits == pytest.approx([0.0, 1.0, 2.0, 3.0] if jump < 0 else [0.0, 1.0, 0.0, 1.0])
+
+
+@pytest.fixture(autouse=True)
+def _short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "_QUEUE_INTERVAL", 0.02)
