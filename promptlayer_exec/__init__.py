@@ -49,6 +49,7 @@ from promptlayer_exec._policies import PollPolicy, RetryPolicy
 from promptlayer_exec._session import Session
 from promptlayer_exec._throttle import Limiter
 from promptlayer_exec._version import __version__
+from promptlayer_exec._workflows import Workflow, WorkflowEdge, WorkflowNode, WorkflowSummary
 
 __all__ = [
     "BadRequest",
@@ -94,5 +95,9 @@ __all__ = [
     "WatchEnded",
     "WatchStarted",
     "WatchWoken",
+    "Workflow",
+    "WorkflowEdge",
+    "WorkflowNode",
+    "WorkflowSummary",
     "__version__",
 ]

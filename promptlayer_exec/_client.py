@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from functools import partial
 from random import random
 from types import EllipsisType
@@ -15,7 +15,6 @@ from promptlayer_exec._errors import PromptLayerExecError
 from promptlayer_exec._events import Emit, WakeSource
 from promptlayer_exec._lifetime import DeadlinePassed, Lifetime
 from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
-from promptlayer_exec._output import check_type, main_output, typed_output
 from promptlayer_exec._policies import Deadline
 from promptlayer_exec._retry import RecentStarts, RetryState
 from promptlayer_exec._settings import Settings
@@ -35,6 +34,8 @@ from promptlayer_exec._wire import (
     read_started,
     results_request,
 )
+from promptlayer_exec._workflow_wire import WorkflowsPage, read_workflow, workflows_request
+from promptlayer_exec._workflows import Workflow, WorkflowSummary
 
 T = TypeVar("T")
 
@@ -53,9 +54,7 @@ class Client:
     _watches: dict[int, Watch] = attrs.field(init=False, factory=dict)
 
     def deadline(self, timeout: float | EllipsisType | None = ...) -> Deadline:
-        """Return the deadline of a wait that begins now; `...` means the default timeout."""
-        timeout = self._settings.wait_timeout if timeout is ... else timeout
-        return Deadline.after(timeout, now=clock())
+        return self._settings.deadline(timeout, now=clock())
 
     def follow(self, execution_id: int) -> Watch:
         """Add a follower to the execution's watch, and return the watch; the first starts it."""
@@ -102,7 +101,7 @@ class Client:
         self,
         execution_id: int,
         deadline: Deadline,
-        see: Callable[[Snapshot], None] = lambda _: None,
+        see: Callable[[Snapshot], object],
     ) -> Snapshot:
         """Wait for the complete snapshot; `see` gets the last snapshot, even after an error."""
         watch = self.follow(execution_id)
@@ -113,23 +112,7 @@ class Client:
                 see(watch.latest)
             watch.remove_follower()
 
-    async def output(
-        self,
-        execution_id: int,
-        deadline: Deadline,
-        into: Any = None,
-        see: Callable[[Snapshot], None] = lambda _: None,
-    ) -> Any:
-        """Wait for the main output; `see` gets the last snapshot, even after an error."""
-        if into is not None:
-            check_type(into, self._settings.converter)
-        snapshot = await self.completed(execution_id, deadline, see)
-        value = await main_output(snapshot, lambda: self._ask_main_output(snapshot, deadline))
-        if into is None:
-            return value
-        return typed_output(value, into, self._settings.converter, snapshot)
-
-    async def _ask_main_output(self, snapshot: Snapshot, deadline: Deadline) -> Any:
+    async def ask_main_output(self, snapshot: Snapshot, deadline: Deadline) -> Any:
         """Request the main output of a complete execution until the server has it."""
         request = results_request(snapshot.execution_id, return_all_outputs=False)
         read = partial(read_main_output, execution_id=snapshot.execution_id)
@@ -158,6 +141,16 @@ class Client:
         request = results_request(execution_id, return_all_outputs=False)
         read = partial(read_main_output, execution_id=execution_id)
         return (await self._call(request, read, deadline, due=clock())).value
+
+    async def workflow(self, request: Request, deadline: Deadline) -> Workflow:
+        return (await self._call(request, read_workflow, deadline, due=clock())).value
+
+    async def workflows_page(
+        self, page: int, parameters: Mapping[str, str | None]
+    ) -> WorkflowsPage:
+        request = workflows_request(page, parameters)
+        read = partial(WorkflowsPage, page=page)
+        return (await self._call(request, read, self.deadline(), due=clock())).value
 
     async def _call(
         self,
@@ -210,3 +203,20 @@ class Client:
         )
         self.lifetime.spawn(start.run)
         return await start.result(deadline)
+
+
+async def list_workflows(
+    open_client: Callable[[], Awaitable[Client]], parameters: Mapping[str, str | None]
+) -> AsyncGenerator[WorkflowSummary, None]:
+    """Yield each workflow once, page by page."""
+    seen: set[int] = set()
+    following: int | None = 1
+    while following is not None:
+        page = await (await open_client()).workflows_page(following, parameters)
+        # Workflows that are added meanwhile move others to the next page.
+        new = [summary for summary in page.summaries if summary.id not in seen]
+        seen.update(summary.id for summary in new)
+        for summary in new:
+            yield summary
+        # A page without news ends a list that claims to have no end.
+        following = page.following if new else None

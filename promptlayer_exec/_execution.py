@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, overload
 
+from promptlayer_exec._errors import PromptLayerExecError
+from promptlayer_exec._events import logger
+from promptlayer_exec._output import check_type, main_output, typed_output
 from promptlayer_exec._policies import Deadline, check_timeout
-from promptlayer_exec._watch import Join, Watch, finished_nodes, follow
+from promptlayer_exec._tasks import clock
+from promptlayer_exec._watch import Followed, Join, Watch, finished_nodes, follow
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -23,8 +28,9 @@ class Execution:
     """The handle of one execution, returned by `Session.execution` and `Session.start`.
 
     All calls of `stream`, `finished_nodes`, `wait` and `output` in one session share one poller.
-    Handles are equal if they have the same session and id. An unpickled handle has no session, but
-    it keeps its id.
+    A complete snapshot does not change: once a handle has one, these calls and `snapshot` answer
+    from it, without a request. Handles are equal if they have the same session and id. An unpickled
+    handle has no session, but it keeps its id.
 
     Attributes:
         id: the execution's id.
@@ -32,7 +38,7 @@ class Execution:
         warning: the server's warning at the start, such as a missing input variable.
     """
 
-    __slots__ = ("_session", "id", "warning", "workflow")
+    __slots__ = ("_last", "_main_output", "_session", "id", "warning", "workflow")
 
     def __init__(
         self,
@@ -42,6 +48,8 @@ class Execution:
         warning: str | None = None,
     ) -> None:
         self._session = session
+        self._last: Snapshot | None = None
+        self._main_output: tuple[Any] | None = None  # as the server decided, if it was asked
         self.id = execution_id
         self.workflow = workflow
         self.warning = warning
@@ -54,8 +62,11 @@ class Execution:
             ExecutionTimeout: the session's `wait_timeout` passed.
             SessionClosed: the session was closed.
         """
+        if self._last is not None and self._last.complete:
+            return self._last
         client = await self._client()
-        return await client.snapshot(self.id, client.deadline())
+        with self._recalling():
+            return self._remember(await client.snapshot(self.id, client.deadline()))
 
     def stream(
         self, *, timeout: float | EllipsisType | None = ...
@@ -105,8 +116,8 @@ class Execution:
             PromptLayerExecError: as for `stream`.
         """
         timeout = check_timeout(timeout)
-        client = await self._client()
-        return await client.completed(self.id, client.deadline(timeout))
+        settings = self._require_session()._settings
+        return await self._completed(settings.deadline(timeout, now=clock()))
 
     @overload
     async def output(
@@ -138,21 +149,72 @@ class Execution:
             PromptLayerExecError: as for `stream`.
         """
         timeout = check_timeout(timeout)
+        settings = self._require_session()._settings
+        if into is not None:
+            check_type(into, settings.converter)
+        return await self._output(settings.deadline(timeout, now=clock()), into)
+
+    async def _output(self, deadline: Deadline, into: Any) -> Any:
+        """Do what `output` does, with checked arguments."""
+        snapshot = await self._completed(deadline)
+
+        async def ask() -> Any:
+            if self._main_output is None:
+                client = await self._client()
+                self._main_output = (await client.ask_main_output(snapshot, deadline),)
+            return self._main_output[0]
+
+        value = await main_output(snapshot, ask)
+        if into is None:
+            return value
+        return typed_output(value, into, self._require_session()._settings.converter, snapshot)
+
+    async def _completed(self, deadline: Deadline) -> Snapshot:
+        if self._last is not None and self._last.complete:
+            return self._last
         client = await self._client()
-        return await client.output(self.id, client.deadline(timeout), into)
+        with self._recalling():
+            return await client.completed(self.id, deadline, self._remember)
 
     async def _client(self) -> Client:
-        return await self._require_session()._open(self.id)
+        with self._recalling():
+            return await self._require_session()._open(self.id)
 
     def _joining(self, timeout: float | EllipsisType | None) -> Join:
         self._require_session()
         timeout = check_timeout(timeout)
 
-        async def join() -> tuple[Watch, Deadline]:
+        async def join() -> tuple[Followed, Deadline]:
+            if self._last is not None and self._last.complete:
+                return _Following(self, None), Deadline.after(None, now=0.0)
             client = await self._client()
-            return client.follow(self.id), client.deadline(timeout)
+            return _Following(self, client.follow(self.id)), client.deadline(timeout)
 
         return join
+
+    def _remember(self, snapshot: Snapshot) -> Snapshot:
+        if self._last is None or not self._last.complete:
+            self._last = snapshot
+        return snapshot
+
+    @contextmanager
+    def _recalling(self) -> Iterator[None]:
+        """Give an error the last snapshot of earlier calls, if it has none itself."""
+        try:
+            yield
+        except PromptLayerExecError as error:
+            error.last_snapshot = error.last_snapshot or self._last
+            raise
+
+    def _report_undelivered(self, what: str) -> None:
+        """Log the id of a started run whose caller is gone."""
+        logger.warning(
+            "execution %d of workflow %.100r was started, but its %s was not"
+            " delivered; follow it by its id",
+            self.id,
+            self.workflow,
+            what,
+        )
 
     def _require_session(self) -> Session:
         if self._session is None:
@@ -183,3 +245,21 @@ class Execution:
     def __reduce__(self) -> tuple[Any, ...]:
         # The session is not pickled: it holds the API key.
         return type(self), (None, self.id, self.workflow, self.warning)
+
+
+class _Following:
+    """A watch as one handle follows it; without a watch, the handle's complete snapshot."""
+
+    def __init__(self, execution: Execution, watch: Watch | None) -> None:
+        self._execution = execution
+        self._watch = watch
+
+    async def newer(self, seen: Snapshot | None, deadline: Deadline) -> Snapshot:
+        if self._watch is None:
+            return cast("Snapshot", self._execution._last)
+        with self._execution._recalling():
+            return self._execution._remember(await self._watch.newer(seen, deadline))
+
+    def remove_follower(self) -> None:
+        if self._watch is not None:
+            self._watch.remove_follower()

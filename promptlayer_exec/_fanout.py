@@ -12,7 +12,6 @@ import anyio
 import attrs
 
 from promptlayer_exec._errors import PromptLayerExecError, SessionClosed, Unauthorized, copy_error
-from promptlayer_exec._events import logger
 from promptlayer_exec._models import Snapshot, StartRequest
 from promptlayer_exec._tasks import Tasks, foreign_cancellation, is_cancelled
 
@@ -63,21 +62,16 @@ class RunningItem(Generic[ItemT]):
     index: int
     item: ItemT
     execution: Execution | None = None
-    snapshot: Snapshot | None = None
 
-    def see(self, snapshot: Snapshot) -> None:
-        self.snapshot = snapshot
+    @property
+    def snapshot(self) -> Snapshot | None:
+        return None if self.execution is None else self.execution._last
 
 
 def report_abandoned(ended: Outcome[Any, Any] | RunningItem[Any]) -> None:
     """Log the id of a started run whose outcome will not be delivered."""
     if ended.execution is not None and isinstance(ended.item, StartRequest):
-        logger.warning(
-            "execution %d of workflow %.100r was started, but its outcome was not"
-            " delivered; follow it by its id",
-            ended.execution.id,
-            ended.item.workflow,
-        )
+        ended.execution._report_undelivered("outcome")
 
 
 async def fan_out(

@@ -7,12 +7,16 @@ from collections import Counter
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from functools import wraps
 from inspect import iscoroutinefunction
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import attrs
 
 from promptlayer_exec._errors import ExecutionFailed
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeForm
+
+T = TypeVar("T")
 V = TypeVar("V")
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -161,7 +165,8 @@ class NodeChange:
     before: NodeStatus | str | None
 
 
-def _frozen(items: Any) -> Any:
+def frozen_map(items: Any) -> Any:
+    """Return a mapping as a `FrozenMap`."""
     return items if isinstance(items, FrozenMap) else FrozenMap(dict(items))
 
 
@@ -184,11 +189,13 @@ class Snapshot:
 
     execution_id: int
     complete: bool
-    nodes: Mapping[str, Node] = attrs.field(converter=_frozen)
+    nodes: Mapping[str, Node] = attrs.field(converter=frozen_map)
     raw: Any = attrs.field(default=None, repr=False)
     poll: int = 1
     elapsed: float = 0.0
-    times: Mapping[str, NodeTimes] = attrs.field(factory=FrozenMap, converter=_frozen, repr=False)
+    times: Mapping[str, NodeTimes] = attrs.field(
+        factory=FrozenMap, converter=frozen_map, repr=False
+    )
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -263,6 +270,46 @@ class Snapshot:
             "progress": self.progress,
             "nodes": {name: node_dict(self, name) for name in self.nodes},
         }
+
+    @overload
+    def output(self, *, into: None = None) -> Any: ...
+
+    @overload
+    def output(self, *, into: TypeForm[T]) -> T: ...
+
+    def output(self, *, into: Any = None) -> Any:
+        """Return the main output of a complete execution, without I/O.
+
+        Args:
+            into: the type to structure it into, as for `Execution.output`, but without the hooks of
+                a session's `converter`.
+
+        Raises:
+            ExecutionFailed: the execution has no main output.
+            InvalidOutput: the output is not of the type `into`.
+            TypeError: `into` is not a type that values can be structured into.
+            ValueError: the execution is not complete, or only the server knows the output, because
+                several output nodes succeeded or none is marked: `Execution.output` asks it.
+        """
+        if not self.complete:
+            raise ValueError(f"execution {self.execution_id} is not complete: it has no output yet")
+        self.raise_for_failure()
+        succeeded = [node for node in self.output_nodes if node.succeeded]
+        if len(succeeded) != 1:
+            marked = (
+                "several output nodes succeeded" if succeeded else "no node is marked as output"
+            )
+            raise ValueError(
+                f"only the server knows the output of execution {self.execution_id}, because"
+                f" {marked}: use Execution.output"
+            )
+        value = succeeded[0].value
+        if into is None:
+            return value
+        # Imported late, because it would add a quarter to the import time of the package.
+        from promptlayer_exec._structuring import structure_output  # noqa: PLC0415
+
+        return structure_output(value, into, None, self)
 
     def raise_for_failure(self) -> None:
         """Raise an error if the execution is complete and did not succeed.

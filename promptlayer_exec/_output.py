@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from promptlayer_exec._errors import ExecutionFailed, InvalidOutput
+from promptlayer_exec._errors import ExecutionFailed
 from promptlayer_exec._models import Snapshot, same_json
 
 if TYPE_CHECKING:
@@ -49,14 +49,6 @@ def typed_output(
     value: Any, into: TypeForm[T], converter: cattrs.Converter | None, snapshot: Snapshot
 ) -> T:
     """Return the main output of an execution structured into a type, or raise `InvalidOutput`."""
-    from promptlayer_exec._structuring import structure  # noqa: PLC0415 - as above
+    from promptlayer_exec._structuring import structure_output  # noqa: PLC0415 - as above
 
-    try:
-        return structure(value, into, converter)
-    except TypeError as error:  # check_type does not see parts that only this value leads to
-        error.add_note(f"for the output of execution {snapshot.execution_id}")
-        raise
-    except InvalidOutput as error:
-        error.execution_id = snapshot.execution_id
-        error.last_snapshot = snapshot
-        raise
+    return structure_output(value, into, converter, snapshot)

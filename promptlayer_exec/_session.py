@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import threading
-import warnings
+from asyncio import CancelledError
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import aclosing
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, overload
 
 import cattrs
 
-from promptlayer_exec._client import Client
-from promptlayer_exec._connections import Pools
-from promptlayer_exec._errors import ConfigurationError, PromptLayerExecError, SessionClosed
-from promptlayer_exec._events import Observer, WakeSource, broadcast
+from promptlayer_exec._client import Client, list_workflows
+from promptlayer_exec._events import Observer, WakeSource
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import Outcome, RunningItem, Spawn, fan_out, report_abandoned
-from promptlayer_exec._lifetime import Lifetime
 from promptlayer_exec._models import MainOutput, Snapshot, StartRequest, naming_arguments
+from promptlayer_exec._opener import Opener
 from promptlayer_exec._output import check_type
 from promptlayer_exec._policies import Deadline, PollPolicy, RetryPolicy, check_timeout
-from promptlayer_exec._retry import RecentStarts
 from promptlayer_exec._settings import (
     Settings,
     check_count,
-    find_api_key,
     find_base_url,
-    sends_in_the_clear,
 )
 from promptlayer_exec._start import BeforeSend
-from promptlayer_exec._throttle import Limiter, Throttle
-from promptlayer_exec._transport import Transport
-from promptlayer_exec._wakeups import EarlyWakeUps
-from promptlayer_exec._wire import NodeMapReader, Request, check_execution_id, run_request
+from promptlayer_exec._tasks import clock
+from promptlayer_exec._throttle import Limiter
+from promptlayer_exec._wire import Request, check_execution_id, run_request
+from promptlayer_exec._workflow_wire import workflow_request, workflows_filter
+from promptlayer_exec._workflows import Workflow, WorkflowSummary
 
 if TYPE_CHECKING:
     import aiohttp
@@ -108,30 +103,13 @@ class Session:
             observers=observers,
             trust_env=trust_env,
         )
-        self._warned = False
-        self._warn_of_plain_http(find_base_url(self._settings.base_url), stacklevel=3)
         self._limiters = [] if limiter is None else [limiter]
-        self._node_maps = NodeMapReader()
-        self._recent_starts = RecentStarts(retry.not_found_grace)
-        self._early_wake_ups = EarlyWakeUps()
-        self._emit = broadcast(observers)
-        self._client: Client | None = None
-        self._opening = threading.Lock()
-        self._closed = False
+        self._opener = Opener(self._settings, self._limiters)
+        self._opener.warn_of_plain_http(find_base_url(self._settings.base_url), stacklevel=3)
 
     async def __aenter__(self) -> Self:
         """Open the session, or reopen it if it was closed."""
-        if self._client is not None and self._client.lifetime.is_closing():
-            await self._wait_closed(self._client)
-        self._closed = False
-        is_new = self._client is None
-        try:
-            await self._open()
-        except BaseException:
-            # A task that is cancelled here never calls `__aexit__`.
-            if is_new and self._client is not None:
-                self._client.lifetime.close()
-            raise
+        await self._opener.enter()
         return self
 
     async def __aexit__(
@@ -149,11 +127,7 @@ class Session:
         Raises:
             RuntimeError: the session is open in another event loop that is still running.
         """
-        if self._client is not None:
-            self._client.lifetime.close()
-        self._closed = True
-        if self._client is not None:
-            await self._wait_closed(self._client)
+        await self._opener.close()
 
     @overload
     async def get_results(
@@ -240,6 +214,142 @@ class Session:
         )
         return await self._start(request)
 
+    @overload
+    async def run(
+        self,
+        workflow: str | int,
+        inputs: Any = None,
+        *,
+        label: str | None = None,
+        version: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+        callback_url: str | None = None,
+        timeout: float | EllipsisType | None = ...,
+        into: None = None,
+    ) -> Any: ...
+
+    @overload
+    async def run(
+        self,
+        workflow: str | int,
+        inputs: Any = None,
+        *,
+        label: str | None = None,
+        version: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+        callback_url: str | None = None,
+        timeout: float | EllipsisType | None = ...,
+        into: TypeForm[OutputT],
+    ) -> OutputT: ...
+
+    @naming_arguments
+    async def run(
+        self,
+        workflow: str | int,
+        inputs: Any = None,
+        *,
+        label: str | None = None,
+        version: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+        callback_url: str | None = None,
+        timeout: float | EllipsisType | None = ...,
+        into: Any = None,
+    ) -> Any:
+        """Start a run, wait until it is complete, and return its main output.
+
+        `start` and `Execution.output` in one, with their arguments and errors. Once the run has
+        started, errors carry its id, and cancelling this call logs a warning with the id.
+
+        Args:
+            workflow: its name or id.
+            inputs: its input variables, as for `start`.
+            label: as for `start`.
+            version: as for `start`.
+            metadata: as for `start`.
+            callback_url: as for `start`.
+            timeout: seconds for the start and the wait together; `...` means the session's
+                `wait_timeout`, None no limit.
+            into: the type of the output, as for `Execution.output`.
+
+        Raises:
+            PromptLayerExecError: as for `start` and `Execution.output`.
+        """
+        if into is not None:
+            check_type(into, self._settings.converter)
+        timeout = check_timeout(timeout)
+        request = StartRequest(
+            workflow,
+            {} if inputs is None else inputs,
+            label=label,
+            version=version,
+            metadata=metadata,
+            callback_url=callback_url,
+        )
+        deadline = self._settings.deadline(timeout, now=clock())
+        execution = await self._start(request, deadline)
+        try:
+            return await execution._output(deadline, into)
+        except (CancelledError, GeneratorExit):
+            execution._report_undelivered("output")
+            raise
+
+    @naming_arguments
+    async def workflow(
+        self, workflow: str | int, *, label: str | None = None, version: int | None = None
+    ) -> Workflow:
+        """Return one version of a workflow: its required inputs, nodes and edges.
+
+        https://docs.promptlayer.com/reference/get-workflow
+
+        Args:
+            workflow: its name or id.
+            label: the label of the version; not allowed with `version`.
+            version: the number of the version; without either, the latest one.
+
+        Raises:
+            TypeError: an argument has an unsupported type.
+            ValueError: an argument is out of range, or both `label` and `version` are given.
+            RequestError: the server refused, or could not be reached.
+            ExecutionTimeout: the session's `wait_timeout` passed.
+            SessionClosed: the session was closed.
+        """
+        request = workflow_request(workflow, label, version)
+        client = await self._open()
+        return await client.workflow(request, client.deadline())
+
+    def workflows(
+        self,
+        *,
+        sort_by: Literal["created_at", "updated_at", "name", "id"] | None = None,
+        sort_order: Literal["asc", "desc"] | None = None,
+        external_source: str | None = None,
+        external_id: str | None = None,
+    ) -> AsyncGenerator[WorkflowSummary, None]:
+        """Yield every workflow of the workspace, requesting a page of 100 when it is needed.
+
+        https://docs.promptlayer.com/reference/list-workflows
+
+        Args:
+            sort_by: the field to sort by; the server's default without.
+            sort_order: the direction; `desc` without.
+            external_source: only workflows with an id of this source; needs `external_id`.
+            external_id: only workflows with this id in `external_source`.
+
+        Raises:
+            TypeError: an argument has an unsupported type.
+            ValueError: an argument is unknown, or one of the last two is missing.
+            RequestError: the server refused, or could not be reached.
+            ExecutionTimeout: the session's `wait_timeout` passed while a page was requested.
+            SessionClosed: the session was closed.
+        """
+        parameters = workflows_filter(
+            sort_by=sort_by,
+            sort_order=sort_order,
+            external_source=external_source,
+            external_id=external_id,
+        )
+        return list_workflows(self._open, parameters)
+
     async def _start(
         self,
         request: StartRequest,
@@ -320,15 +430,12 @@ class Session:
             return (await self._open()).lifetime.spawn
 
         async def run_item(running: RunningItem[ItemT]) -> Any:
+            deadline = self._settings.deadline(timeout, now=clock())
             if isinstance(running.item, StartRequest):
-                deadline = (await self._open()).deadline(timeout)
                 execution = running.execution = await self._start(running.item, deadline)
-                client = await self._open(execution.id)
             else:
                 execution = running.execution = self._handle(running.item)
-                client = await self._open(execution.id)
-                deadline = client.deadline(timeout)
-            return await client.output(execution.id, deadline, into, running.see)
+            return await execution._output(deadline, into)
 
         return fan_out(
             items,
@@ -424,78 +531,13 @@ class Session:
         return self._wake(check_execution_id(execution_id), "caller")
 
     def _wake(self, execution_id: int, source: WakeSource) -> bool:
-        if self._closed:
-            raise SessionClosed(execution_id=execution_id)
-        if self._client is not None and self._client.lifetime.is_ready():
-            return self._client.wake(execution_id, source)
-        self._early_wake_ups.add(execution_id, source)
-        return False
+        return self._opener.wake(execution_id, source)
 
     def __repr__(self) -> str:
-        if self._client is not None and not self._client.lifetime.is_closing():
-            return f"<Session {self._client.transport.base_url}, open>"
-        try:
-            base_url = find_base_url(self._settings.base_url)
-        except ConfigurationError:
-            base_url = "with a malformed base URL"  # the environment has changed
-        return f"<Session {base_url}, not open>"
+        return f"<Session {self._opener.describe()}>"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Session holds a key and connections, and cannot be pickled or copied")
 
     async def _open(self, execution_id: int | None = None) -> Client:
-        """Return the open client; the first use opens it. Errors carry the execution's id."""
-        try:
-            if self._closed:
-                raise SessionClosed
-            with self._opening:  # two threads, each with its own loop, may get here at once
-                if self._client is None:
-                    self._client = self._create_client()
-            if not self._client.lifetime.is_ready():
-                await self._client.lifetime.ready()
-        except PromptLayerExecError as error:
-            error.execution_id = execution_id
-            raise
-        return self._client
-
-    def _create_client(self) -> Client:
-        api_key = find_api_key(self._settings.api_key)
-        if api_key is None:
-            raise ConfigurationError(
-                "there is no API key: set PROMPTLAYER_API_KEY or pass api_key= to Session"
-            )
-        base_url = find_base_url(self._settings.base_url)
-        self._warn_of_plain_http(base_url)
-        resources = AsyncExitStack()
-        transport = Transport(
-            settings=self._settings,
-            pools=Pools.open(self._settings, api_key, resources),
-            base_url=base_url,
-            api_key=api_key,
-            throttle=Throttle(self._settings.rate, self._limiters),
-            recent_starts=self._recent_starts,
-            emit=self._emit,
-        )
-        return Client(
-            settings=self._settings,
-            lifetime=Lifetime(resources),
-            transport=transport,
-            recent_starts=self._recent_starts,
-            node_maps=self._node_maps,
-            early_wake_ups=self._early_wake_ups,
-            emit=self._emit,
-        )
-
-    def _warn_of_plain_http(self, base_url: str, *, stacklevel: int = 2) -> None:
-        if not self._warned and sends_in_the_clear(base_url):
-            self._warned = True
-            warnings.warn(
-                f"{base_url} is plain http: anyone on the network path can read the API key and"
-                " every output; use https, or a loopback address",
-                stacklevel=stacklevel,
-            )
-
-    async def _wait_closed(self, client: Client) -> None:
-        await client.lifetime.wait_closed()
-        if self._client is client:
-            self._client = None
+        return await self._opener.open(execution_id)

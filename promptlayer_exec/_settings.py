@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from inspect import iscoroutinefunction, isroutine
+from types import EllipsisType
 from typing import Any
 
 import attrs
@@ -17,7 +18,7 @@ from yarl import URL
 from promptlayer_exec._connections import BorrowedHttp
 from promptlayer_exec._errors import ConfigurationError
 from promptlayer_exec._events import Observer
-from promptlayer_exec._policies import PollPolicy, RetryPolicy, check_seconds
+from promptlayer_exec._policies import Deadline, PollPolicy, RetryPolicy, check_seconds
 from promptlayer_exec._throttle import Limiter
 
 DEFAULT_BASE_URL = "https://api.promptlayer.com"
@@ -178,6 +179,10 @@ class Settings:
     )
     observers: Sequence[Observer] = attrs.field(validator=_callables)
     trust_env: bool = attrs.field(converter=_find_trust_env)
+
+    def deadline(self, timeout: float | EllipsisType | None, *, now: float) -> Deadline:
+        """Return the deadline of a wait that begins now; `...` means the default timeout."""
+        return Deadline.after(self.wait_timeout if timeout is ... else timeout, now=now)
 
     def __attrs_post_init__(self) -> None:
         find_api_key(self.api_key)

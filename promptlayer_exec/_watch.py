@@ -331,17 +331,30 @@ def timed_out(
             if not isinstance(node.status, NodeStatus):
                 state += f", and {node.name!r:.100} had the unknown status {node.status!r:.100}"
                 break
+    what = f"not complete within {timeout:g} s: {state}"
+    if execution_id is None:
+        what = f"no answer within {timeout:g} s"
     failure = f"; last failure: {cause.args[0]}" if cause is not None and cause.args else ""
     return ExecutionTimeout(
-        f"not complete within {timeout:g} s: {state}{failure}",
+        what + failure,
         timeout=timeout,
         execution_id=execution_id,
         last_snapshot=seen,
     )
 
 
-# Adds a follower to a watch, and returns the watch and the follower's deadline.
-Join = Callable[[], Awaitable[tuple[Watch, Deadline]]]
+class Followed(Protocol):
+    """What a follower follows: a `Watch`, or what stands in for one."""
+
+    async def newer(self, seen: Snapshot | None, deadline: Deadline) -> Snapshot:
+        """Wait until the latest snapshot is not `seen`, and return it."""
+
+    def remove_follower(self) -> None:
+        """Remove a follower."""
+
+
+# Adds a follower, and returns what it follows and its deadline.
+Join = Callable[[], Awaitable[tuple[Followed, Deadline]]]
 
 
 async def follow(join: Join) -> AsyncGenerator[Snapshot, None]:

@@ -107,25 +107,32 @@ def run_request(start: StartRequest, inputs: Mapping[str, Any]) -> Request:
 
     All other fields of `start` are checked; raises `TypeError` or `ValueError`.
     """
-    if start.label is not None and start.version is not None:
-        raise ValueError("pass either label or version, not both")
-    version = None if start.version is None else _positive_int64("version", start.version, "an int")
+    label, version = version_selection(start.label, start.version)
     body = {
         "input_variables": inputs,
         "metadata": _metadata(start.metadata),
-        "workflow_label_name": _optional_str("label", start.label),
+        "workflow_label_name": label,
         "workflow_version_number": version,
-        "callback_url": _optional_str("callback_url", start.callback_url),
+        "callback_url": optional_str("callback_url", start.callback_url),
     }
     given = {name: value for name, value in body.items() if value is not None}
     return Request(
         "POST",
-        f"/workflows/{_path_segment(start.workflow)}/run",
+        f"/workflows/{path_segment(start.workflow)}/run",
         body=json.dumps(given, allow_nan=False).encode(),
     )
 
 
-def _path_segment(workflow: Any) -> str:
+def version_selection(label: Any, version: Any) -> tuple[str | None, int | None]:
+    """Return the checked label or version that selects one version of a workflow."""
+    if label is not None and version is not None:
+        raise ValueError("pass either label or version, not both")
+    version = None if version is None else _positive_int64("version", version, "an int")
+    return optional_str("label", label), version
+
+
+def path_segment(workflow: Any) -> str:
+    """Return a workflow's name or id as one percent-encoded segment of a path."""
     if not isinstance(workflow, str):
         return str(_positive_int64("workflow", workflow, "a name or an int id"))
     if not workflow:
@@ -150,7 +157,8 @@ def _positive_int64(name: str, value: Any, expected: str) -> int:
     return number
 
 
-def _optional_str(name: str, value: Any) -> str | None:
+def optional_str(name: str, value: Any) -> str | None:
+    """Return an argument that must be a string or None."""
     if value is not None and not isinstance(value, str):
         raise TypeError(f"{name} must be a str or None, got {value!r:.100}")
     return value
@@ -181,10 +189,10 @@ def read_started(response: Response) -> Started:
     """Read the response to the request that starts a run; a 2xx must have a usable id."""
     if response.status >= 300:
         check_status(response)
-    body = _decode(response)
+    body = decode(response)
     execution_id = body.get(_ID_FIELD) if isinstance(body, dict) else None
     if type(execution_id) is not int or not 1 <= execution_id <= MAX_ID:
-        _invalid_shape(response, f"$.{_ID_FIELD}", "there is no usable id")
+        invalid_shape(response, f"$.{_ID_FIELD}", "there is no usable id")
     warning = body.get("warning")
     if warning is not None and not isinstance(warning, str):
         warning = json.dumps(warning)
@@ -216,9 +224,9 @@ class NodeMapReader:
         if before is not None and before.source == source:
             return before
         check_status(response)
-        raw = _decode(response)
+        raw = decode(response)
         if not isinstance(raw, dict):
-            _invalid_shape(response, "$", f"expected an object of nodes, got {json_kind(raw)}")
+            invalid_shape(response, "$", f"expected an object of nodes, got {json_kind(raw)}")
         nodes = {}
         for name, body in raw.items():
             if before is not None and name in before.nodes and same_json(before.raw[name], body):
@@ -262,13 +270,13 @@ def _node(name: str, body: Any) -> Node | None:
 
 def _checked_node(response: Response, name: str, body: Any) -> Node:
     if not isinstance(body, dict):
-        _invalid_shape(response, f"$.{name}", f"expected a node, got {json_kind(body)}")
+        invalid_shape(response, f"$.{name}", f"expected a node, got {json_kind(body)}")
     try:
         return _node_hook()({**body, "name": name}, Node)
     except ClassValidationError as group:
         error, note = group.group_exceptions()[0][0]
         reason = "is missing" if isinstance(error, KeyError) else str(error)
-        _invalid_shape(response, f"$.{name}.{note.name}", reason, group)
+        invalid_shape(response, f"$.{name}.{note.name}", reason, group)
 
 
 @cache
@@ -298,7 +306,7 @@ def read_main_output(response: Response, execution_id: int) -> MainOutput:
     """Read the main output in a response; any body of a 202 is accepted."""
     check_status(response)
     try:
-        value = _decode(response)
+        value = decode(response)
     except InvalidResponse:
         if response.status == 200:
             raise
@@ -306,19 +314,21 @@ def read_main_output(response: Response, execution_id: int) -> MainOutput:
     return MainOutput(execution_id, response.status == 200, value)
 
 
-def _decode(response: Response) -> Any:
+def decode(response: Response) -> Any:
+    """Return the JSON value in a body, or raise an `InvalidResponse`."""
     try:
         return loads(response.body)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         what = f"the {response.status} response is not JSON ({error})"
         raise _invalid(response, what, reason=str(error)) from error
     except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
-        _invalid_shape(response, "$", f"the JSON cannot be read ({error})", error)
+        invalid_shape(response, "$", f"the JSON cannot be read ({error})", error)
 
 
-def _invalid_shape(
+def invalid_shape(
     response: Response, path: str, reason: str, cause: BaseException | None = None
 ) -> NoReturn:
+    """Raise the `InvalidResponse` for JSON that is not of the documented shape."""
     what = f"the {response.status} response has an unexpected shape: {path}: {reason}"
     raise _invalid(response, what, path=path, reason=reason) from cause
 

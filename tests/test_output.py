@@ -75,6 +75,46 @@ async def test_the_value_of_the_only_successful_output_node_is_the_output(value:
 
 
 @pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_a_complete_snapshot_has_the_output(value: Any) -> None:
+    """Where the nodes decide, `Snapshot.output` returns the same as `Execution.output`."""
+    snapshot = complete(("Plan", "FAILED", None, False), ("Answer", "SUCCESS", value, True))
+    assert snapshot.output() is value
+
+
+def test_a_snapshot_structures_its_output() -> None:
+    """What does not fit is an error with the snapshot."""
+    snapshot = complete(("Answer", "SUCCESS", '{"a": 1}', True))
+    assert snapshot.output(into=dict[str, int]) == {"a": 1}
+    with pytest.raises(InvalidOutput) as caught:
+        snapshot.output(into=list[str])
+    assert (caught.value.execution_id, caught.value.last_snapshot) == (787, snapshot)
+    with pytest.raises(TypeError, match="cannot structure into 5"):
+        snapshot.output(into=5)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "message"),
+    [
+        (Snapshot(787, False, {"a": Node("a", "SUCCESS", is_output_node=True)}), "not complete"),
+        (complete(("A", "SUCCESS", 1, True), ("B", "SUCCESS", 1, True)), "several output nodes"),
+        (complete(("A", "SUCCESS", 1, None)), "no node is marked"),
+        (complete(), "no node is marked"),
+    ],
+)
+def test_a_snapshot_does_not_guess_its_output(snapshot: Snapshot, message: str) -> None:
+    """Where only the server can tell, the error says whom to ask."""
+    with pytest.raises(ValueError, match=message) as caught:
+        snapshot.output()
+    assert "787" in str(caught.value)
+
+
+def test_a_failed_snapshot_has_no_output() -> None:
+    """It is the error of `Execution.output`."""
+    with pytest.raises(ExecutionFailed):
+        complete(("A", "FAILED", None, True)).output()
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
 async def test_of_several_output_nodes_the_server_decides(value: Any) -> None:
     """Its response is the output, even if it looks like a node map."""
     snapshot = complete(("A", "SUCCESS", 1, True), ("B", "SUCCESS", 2, True))

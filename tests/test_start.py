@@ -540,7 +540,7 @@ async def test_a_404_right_after_the_start_is_survived(
     sim.inject(Fault.status(404, times=2))
     assert (await execution.snapshot()).complete
     sim.inject(Fault.status(404, times=2))
-    assert (await execution.wait()).complete
+    assert (await session.execution(execution.id).wait()).complete
     assert [type(event.error) for event in recorder.of(RequestRetried)] == [NotFound] * 4
 
 

@@ -24,6 +24,8 @@ from promptlayer_exec._structuring._errors import locate
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
 
+    from promptlayer_exec._models import Snapshot
+
 T = TypeVar("T")
 
 
@@ -54,6 +56,21 @@ def structure(value: Any, into: TypeForm[T], converter: cattrs.Converter | None 
         path, reason, failure = "$", "is nested too deeply", leaf
     what = f"the output does not fit the type given as into=: {path}: {reason}"
     raise InvalidOutput(what, path=path, value=value, reason=reason) from failure
+
+
+def structure_output(
+    value: Any, into: TypeForm[T], converter: cattrs.Converter | None, snapshot: Snapshot
+) -> T:
+    """Structure the main output of an execution; the error has the execution's snapshot."""
+    try:
+        return structure(value, into, converter)
+    except TypeError as error:  # check_type does not see parts that only this value leads to
+        error.add_note(f"for the output of execution {snapshot.execution_id}")
+        raise
+    except InvalidOutput as error:
+        error.execution_id = snapshot.execution_id
+        error.last_snapshot = snapshot
+        raise
 
 
 def check_type(into: Any, converter: cattrs.Converter | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, assert_type
 
 import attrs
 
-from promptlayer_exec import Execution
+from promptlayer_exec import Execution, Session
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -46,6 +46,8 @@ async def collect(execution: Execution) -> None:
     """Use every kind of type."""
     assert_type(await execution.output(), Any)
     assert_type(await execution.output(into=None), Any)
+    assert_type((await execution.wait()).output(), Any)
+    assert_type((await execution.wait()).output(into=Report | None), Report | None)
     assert_type(await execution.output(timeout=None, into=Report), Report)
     assert_type(await execution.output(timeout=1.5, into=Summary), Summary)
     assert_type(await execution.output(timeout=..., into=Row), Row)
@@ -71,3 +73,9 @@ async def misuse(execution: Execution) -> None:
     await execution.output(into=Report("a"))  # type: ignore[call-overload]
     await execution.output(into=5)  # type: ignore[call-overload]
     await execution.output(timeout="5", into=Report)  # type: ignore[call-overload]
+
+
+async def run(session: Session) -> None:
+    """Start and wait in one call."""
+    assert_type(await session.run("name"), Any)
+    assert_type(await session.run("name", {"a": 1}, label="prod", into=list[Report]), list[Report])

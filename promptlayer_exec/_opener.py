@@ -1,0 +1,134 @@
+"""Opening a session's client, once at a time, and closing it."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from contextlib import AsyncExitStack
+
+from promptlayer_exec._client import Client
+from promptlayer_exec._connections import Pools
+from promptlayer_exec._errors import ConfigurationError, PromptLayerExecError, SessionClosed
+from promptlayer_exec._events import WakeSource, broadcast
+from promptlayer_exec._lifetime import Lifetime
+from promptlayer_exec._retry import RecentStarts
+from promptlayer_exec._settings import Settings, find_api_key, find_base_url, sends_in_the_clear
+from promptlayer_exec._throttle import Limiter, Throttle
+from promptlayer_exec._transport import Transport
+from promptlayer_exec._wakeups import EarlyWakeUps
+from promptlayer_exec._wire import NodeMapReader
+
+
+class Opener:
+    """Opens and closes the client of a session, and keeps what outlives a client."""
+
+    def __init__(self, settings: Settings, limiters: list[Limiter]) -> None:
+        self._settings = settings
+        self._limiters = limiters
+        self._node_maps = NodeMapReader()
+        self._recent_starts = RecentStarts(settings.retry.not_found_grace)
+        self._early_wake_ups = EarlyWakeUps()
+        self._emit = broadcast(settings.observers)
+        self._client: Client | None = None
+        self._opening = threading.Lock()
+        self._closed = False
+        self._warned = False
+
+    async def enter(self) -> None:
+        """Open the client, or another one if it was closed."""
+        if self._client is not None and self._client.lifetime.is_closing():
+            await self._wait_closed(self._client)
+        self._closed = False
+        is_new = self._client is None
+        try:
+            await self.open()
+        except BaseException:
+            # A task that is cancelled here never calls `__aexit__`.
+            if is_new and self._client is not None:
+                self._client.lifetime.close()
+            raise
+
+    async def close(self) -> None:
+        """Close the client; from then on, `open` raises `SessionClosed`."""
+        if self._client is not None:
+            self._client.lifetime.close()
+        self._closed = True
+        if self._client is not None:
+            await self._wait_closed(self._client)
+
+    async def open(self, execution_id: int | None = None) -> Client:
+        """Return the open client; the first use opens it. Errors carry the execution's id."""
+        try:
+            if self._closed:
+                raise SessionClosed
+            with self._opening:  # two threads, each with its own loop, may get here at once
+                if self._client is None:
+                    self._client = self._create()
+            if not self._client.lifetime.is_ready():
+                await self._client.lifetime.ready()
+        except PromptLayerExecError as error:
+            error.execution_id = execution_id
+            raise
+        return self._client
+
+    def wake(self, execution_id: int, source: WakeSource) -> bool:
+        """Poll an execution now; return True if somebody follows it."""
+        if self._closed:
+            raise SessionClosed(execution_id=execution_id)
+        if self._client is not None and self._client.lifetime.is_ready():
+            return self._client.wake(execution_id, source)
+        self._early_wake_ups.add(execution_id, source)
+        return False
+
+    def _create(self) -> Client:
+        api_key = find_api_key(self._settings.api_key)
+        if api_key is None:
+            raise ConfigurationError(
+                "there is no API key: set PROMPTLAYER_API_KEY or pass api_key= to Session"
+            )
+        base_url = find_base_url(self._settings.base_url)
+        self.warn_of_plain_http(base_url)
+        resources = AsyncExitStack()
+        transport = Transport(
+            settings=self._settings,
+            pools=Pools.open(self._settings, api_key, resources),
+            base_url=base_url,
+            api_key=api_key,
+            throttle=Throttle(self._settings.rate, self._limiters),
+            recent_starts=self._recent_starts,
+            emit=self._emit,
+        )
+        return Client(
+            settings=self._settings,
+            lifetime=Lifetime(resources),
+            transport=transport,
+            recent_starts=self._recent_starts,
+            node_maps=self._node_maps,
+            early_wake_ups=self._early_wake_ups,
+            emit=self._emit,
+        )
+
+    def warn_of_plain_http(self, base_url: str, *, stacklevel: int = 2) -> None:
+        """Warn once if the API key would be sent over a network without encryption."""
+        if not self._warned and sends_in_the_clear(base_url):
+            self._warned = True
+            warnings.warn(
+                f"{base_url} is plain http: anyone on the network path can read the API key and"
+                " every output; use https, or a loopback address",
+                stacklevel=stacklevel,
+            )
+
+    async def _wait_closed(self, client: Client) -> None:
+        await client.lifetime.wait_closed()
+        if self._client is client:
+            self._client = None
+
+    def describe(self) -> str:
+        """Return the base URL, and whether the client is open."""
+        if self._client is not None and not self._client.lifetime.is_closing():
+            return f"{self._client.transport.base_url}, open"
+        try:
+            base_url = find_base_url(self._settings.base_url)
+        except ConfigurationError:
+            base_url = "with a malformed base URL"  # the environment has changed
+        return f"{base_url}, not open"

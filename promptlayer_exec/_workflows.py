@@ -1,0 +1,176 @@
+"""Workflows as the server describes them, as frozen values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import attrs
+
+from promptlayer_exec._errors import printable
+from promptlayer_exec._models import FrozenMap, frozen_map
+
+
+@attrs.frozen
+class WorkflowNode:
+    """One node of a workflow.
+
+    Attributes:
+        name: the node's name, unique in the workflow.
+        node_type: the kind of node, such as `PROMPT_TEMPLATE`; an open string, which is empty if
+            the server does not say.
+        is_output_node: whether the node is marked as an output.
+        dependencies: the names of the nodes that this one depends on, by its definition or by an
+            edge; names that are no node are left out.
+    """
+
+    name: str
+    node_type: str = ""
+    is_output_node: bool = False
+    dependencies: tuple[str, ...] = ()
+
+
+@attrs.frozen
+class WorkflowEdge:
+    """A connection between two nodes.
+
+    Attributes:
+        source: the name of the node that it leads from.
+        target: the name of the node that it leads to.
+        conditional: whether it is followed under a condition only.
+    """
+
+    source: str
+    target: str
+    conditional: bool = False
+
+
+@attrs.frozen
+class WorkflowSummary:
+    """One workflow in the list of workflows.
+
+    https://docs.promptlayer.com/reference/list-workflows
+
+    Attributes:
+        id: the workflow's id.
+        name: the workflow's name.
+        labels: the release labels of its versions.
+        latest_version: the number of its latest version; None if it has none.
+        is_deleted: whether the workflow was deleted.
+    """
+
+    id: int
+    name: str
+    labels: tuple[str, ...] = ()
+    latest_version: int | None = None
+    is_deleted: bool = False
+
+
+@attrs.frozen(repr=False)
+class Workflow:
+    """One version of a workflow: the inputs that it requires, its nodes and their connections.
+
+    https://docs.promptlayer.com/reference/get-workflow
+
+    Attributes:
+        id: the workflow's id.
+        name: the workflow's name.
+        version: the number of this version; None if the server does not say.
+        labels: the release labels of this version.
+        required_inputs: the type of each required input variable by its name, such as
+            `{"topic": "string"}`; None if the server does not say. Types are open strings.
+        nodes: the nodes by name, in the server's order; read-only. Empty if the server sent none.
+        edges: the connections, as the server sent them.
+        raw: the decoded body, with all other fields. It is shared: do not change it.
+    """
+
+    id: int
+    name: str
+    version: int | None = None
+    labels: tuple[str, ...] = ()
+    required_inputs: Mapping[str, str] | None = attrs.field(
+        default=None, converter=attrs.converters.optional(frozen_map)
+    )
+    nodes: Mapping[str, WorkflowNode] = attrs.field(factory=FrozenMap, converter=frozen_map)
+    edges: tuple[WorkflowEdge, ...] = ()
+    raw: Any = None
+
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        """Return the names of the nodes in layers: each node comes after all that it depends on.
+
+        Returns:
+            The layers in the order in which they can run; within one, the server's order. Nodes
+            that depend on each other in a cycle, and those after them, are one last layer.
+        """
+        from graphlib import CycleError, TopologicalSorter  # noqa: PLC0415 - rarely needed
+
+        position = {name: index for index, name in enumerate(self.nodes)}
+        graph = {
+            name: [it for it in node.dependencies if it in position]
+            for name, node in self.nodes.items()
+        }
+        for edge in self.edges:
+            if edge.source in position and edge.target in position:
+                graph[edge.target].append(edge.source)
+        sorter = TopologicalSorter(graph)
+        with suppress(CycleError):  # it can be used up to the cycle all the same
+            sorter.prepare()
+        layers = []
+        while ready := sorter.get_ready():
+            layers.append(tuple(sorted(ready, key=position.__getitem__)))
+            sorter.done(*ready)
+        sorted_names = {name for layer in layers for name in layer}
+        rest = tuple(name for name in self.nodes if name not in sorted_names)
+        return (*layers, rest) if rest else tuple(layers)
+
+    def check_inputs(self, inputs: Any) -> None:
+        """Check that all required inputs are there; others are allowed, and types are not checked.
+
+        Args:
+            inputs: as for `Session.start`: a mapping, or an attrs, dataclass or pydantic instance;
+                None stands for no inputs.
+
+        Raises:
+            ValueError: inputs are missing. The message names all of them, and suggests those that
+                may be misspelt: `topik (did you mean 'topic'?)`.
+            TypeError: `inputs` is none of these.
+        """
+        if not self.required_inputs:
+            return
+        given = _names({} if inputs is None else inputs)
+        missing = {name: kind for name, kind in self.required_inputs.items() if name not in given}
+        if missing:
+            named = ", ".join(f"{name!r} ({kind})" for name, kind in missing.items())
+            guesses = "".join(
+                f"; {name:.100} (did you mean {near!r}?)"
+                for name, near in _near_misses(given - self.required_inputs.keys(), missing)
+            )
+            s = "s" if len(missing) > 1 else ""
+            what = f"workflow {self.name!r:.100} needs the missing input{s} {named}{guesses}"
+            raise ValueError(printable(what))
+
+    def __repr__(self) -> str:
+        version = "" if self.version is None else f" version {self.version}"
+        return f"<Workflow {self.id} {self.name!r:.100}{version}, {len(self.nodes)} nodes>"
+
+
+def _names(inputs: Any) -> set[str]:
+    if isinstance(inputs, Mapping):
+        return {name for name in inputs if isinstance(name, str)}
+    # Imported late: it doubles the cost of importing the package.
+    from promptlayer_exec._structuring import encode_inputs  # noqa: PLC0415
+
+    return set(encode_inputs(inputs))
+
+
+def _near_misses(given: Iterable[str], missing: Iterable[str]) -> list[tuple[str, str]]:
+    """Return each given name that resembles a missing one, with that one."""
+    from difflib import get_close_matches  # noqa: PLC0415 - rarely needed
+
+    folded = {name.casefold(): name for name in missing}
+    return [
+        (name, folded[near[0]])
+        for name in sorted(given)
+        if (near := get_close_matches(name.casefold(), folded, n=1))
+    ]
