@@ -9,6 +9,7 @@ from typing import Protocol
 import anyio
 import attrs
 
+from promptlayer_exec._errors import PromptLayerExecError
 from promptlayer_exec._policies import or_infinity
 from promptlayer_exec._tasks import clock
 
@@ -95,7 +96,10 @@ class Throttle:
         async with self._lock:
             waited = await self._wait_for_slot() or waited
             for limiter in self._limiters:
-                await limiter.acquire()
+                try:
+                    await limiter.acquire()
+                except PromptLayerExecError as error:  # it would be taken for the server's
+                    raise RuntimeError(f"the limiter raised {error!r:.200}") from error
                 await self._wait_for_slot()  # a 429 may have arrived meanwhile
             now = clock()
             # Only a request that had to wait makes up for lost slots: an idle session wants none.

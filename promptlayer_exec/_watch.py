@@ -224,6 +224,8 @@ class Watch:
 
     async def _sleep_until(self, scheduled: float) -> float:
         """Sleep until the next poll, and return when it was due: as scheduled, or woken."""
+        if is_cancelled():  # and a limiter, for example, suppressed it
+            raise asyncio.CancelledError
         loop = asyncio.get_running_loop()
         while (due := self._due(scheduled)) > loop.time():
             self._alarm = loop.create_future()

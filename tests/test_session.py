@@ -29,6 +29,7 @@ from promptlayer_exec import (
     PollPolicy,
     RequestRetried,
     RetryPolicy,
+    ServerError,
     Session,
     SessionClosed,
     Snapshot,
@@ -564,6 +565,27 @@ async def test_a_limiter_is_acquired_once_per_attempt(
     sim.inject(Fault.status(503, times=2))
     await open_session(limiter=limiter).get_results(held)
     assert limiter.acquired == sim.request_count == 3
+
+
+async def test_an_error_of_ours_that_a_limiter_raises_is_not_taken_for_the_server_s(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """It is not retried, and a start that it prevented is not unknown."""
+    calls = 0
+
+    class Refusing:
+        async def acquire(self) -> None:
+            nonlocal calls
+            calls += 1
+            raise ServerError("over budget", status=503, server_message="over budget")
+
+    session = open_session(limiter=Refusing())
+    for call in (session.get_results(787), session.start("name"), session.execution(7).wait()):
+        with pytest.raises(RuntimeError, match="the limiter raised ServerError") as caught:
+            await call
+        assert isinstance(caught.value.__cause__, ServerError)
+    assert calls == 3
+    assert sim.requests == []
 
 
 async def test_the_base_url_s_path_prefix_is_kept(

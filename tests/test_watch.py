@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import anyio
@@ -700,6 +700,33 @@ async def test_a_cancellation_inside_one_poller_does_not_affect_others(
     with pytest.raises(RuntimeError, match="was cancelled"):
         await session.execution(held).wait()
     assert not (await session.execution(held).snapshot()).complete
+
+
+async def test_a_limiter_that_suppresses_cancellations_keeps_no_watch_alive(
+    sim: Simulator, open_session: Callable[..., Session], our_tasks: Callable[[], list[str]]
+) -> None:
+    """Neither after the last follower has left, nor when the session is closed."""
+    waits = asyncio.Semaphore(0)
+
+    class Stubborn:
+        async def acquire(self) -> None:
+            with suppress(asyncio.CancelledError):
+                waits.release()
+                await asyncio.Event().wait()
+
+    scenario = Scenario([SimNode("Out", duration=None, is_output_node=True)])
+    session = open_session(limiter=Stubborn())
+    waiting = asyncio.create_task(session.execution(sim.add_execution(scenario)).wait())
+    await waits.acquire()
+    waiting.cancel()
+    await sim.wait_for_requests(1)
+    other = asyncio.create_task(session.execution(sim.add_execution(scenario)).wait())
+    await waits.acquire()
+    await session.aclose()
+    with pytest.raises(SessionClosed):
+        await other
+    assert our_tasks() == []
+    assert sim.request_count <= 2
 
 
 async def test_a_foreign_error_ends_the_watch_it_belongs_to(watch: Watch, script: Script) -> None:
