@@ -1,4 +1,4 @@
-"""The simulator against the OpenAPI document of the results operation."""
+"""The simulator against the OpenAPI documents of the results operation and of workflows."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ import yaml  # type: ignore[import-untyped]
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 RESULTS = "/workflow-version-execution-results"
-DOCUMENT = yaml.safe_load(
-    (Path(__file__).parent / "payloads" / "openapi.strict.yaml").read_text(encoding="utf-8")
-)
+PAYLOADS = Path(__file__).parent / "payloads"
+DOCUMENT = yaml.safe_load((PAYLOADS / "openapi.strict.yaml").read_text(encoding="utf-8"))
 NODE_MAP = jsonschema.Draft202012Validator(
     {"$ref": "#/components/schemas/NodeMap", "components": DOCUMENT["components"]}
 )
@@ -81,13 +80,49 @@ async def test_the_schema_can_refuse() -> None:
     assert not NODE_MAP.is_valid({"a": node | {"status": "PAUSED"}})
 
 
-def schemathesis(
-    sim: Simulator, directory: Path, phases: str, *known_ids: int
-) -> subprocess.CompletedProcess[str]:
-    """Run Schemathesis with all of its checks, and with some existing ids as examples."""
+def results_document(*known_ids: int) -> dict[str, Any]:
+    """Return the document of the results operation, with some existing ids as examples."""
     document: dict[str, Any] = json.loads(json.dumps(DOCUMENT))
     execution_id, _ = document["paths"][RESULTS]["get"]["parameters"]
     execution_id["examples"] = {str(i): {"value": i} for i in known_ids}
+    return document
+
+
+def workflows_document(*known: str) -> dict[str, Any]:
+    """Return the document of the operations on workflows, with existing ones as examples."""
+    text = (PAYLOADS / "openapi.workflows.yaml").read_text(encoding="utf-8")
+    document: dict[str, Any] = stated_strictly(yaml.safe_load(text))
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            for parameter in operation["parameters"]:
+                parameter.pop("example", None)  # those of label and version exclude each other
+                if parameter["in"] == "path":
+                    parameter["examples"] = {name: {"value": name} for name in known}
+    return document
+
+
+def stated_strictly(part: Any) -> Any:
+    """Return a part of the vendor's document, mended like `openapi.strict.yaml`.
+
+    Where the document was cut, `{}` stands for any value, which is no schema for some keywords.
+    """
+    if isinstance(part, list):
+        return [stated_strictly(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    cut = ("default", "description", "title", "type", "value")
+    mended = {k: stated_strictly(v) for k, v in part.items() if v != {} or k not in cut}
+    if mended.pop("nullable", False):
+        mended["type"] = [mended["type"], "null"]
+    if "oneOf" in mended:
+        mended["anyOf"] = mended.pop("oneOf")
+    return mended
+
+
+def schemathesis(
+    sim: Simulator, directory: Path, phases: str, document: dict[str, Any], **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Schemathesis with all of its checks."""
     location = directory / "openapi.json"
     location.write_text(json.dumps(document), encoding="utf-8")
     command = [sys.executable, "-m", "schemathesis.cli", "run", str(location)]
@@ -98,6 +133,7 @@ def schemathesis(
         "--phases": phases,
         "--max-examples": "60",
         "--warnings": "off",
+        **{f"--{name.replace('_', '-')}": value for name, value in more.items()},
     }
     command += [f"{name}={value}" for name, value in options.items()]
     command += ["--generation-deterministic", "--no-color"]
@@ -111,7 +147,7 @@ def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
     with Simulator() as sim:
         done = sim.add_execution(Scenario([SimNode("a", 1)]))
         held = sim.add_execution(Scenario([SimNode("a", duration=None)]))
-        run = schemathesis(sim, tmp_path, "examples,coverage,fuzzing", done, held)
+        run = schemathesis(sim, tmp_path, "examples,coverage,fuzzing", results_document(done, held))
         requested = {r.query.get("workflow_version_execution_id") for r in sim.requests}
     assert run.returncode == 0, run.stdout + run.stderr
     assert {str(done), str(held)} <= requested
@@ -132,6 +168,50 @@ def test_schemathesis_finds_planted_deviations(
     """The check above can fail: a planted deviation from the document is found."""
     with Simulator() as sim:
         sim.inject(planted)
-        run = schemathesis(sim, tmp_path, "examples", 1)
+        run = schemathesis(sim, tmp_path, "examples", results_document(1))
     assert run.returncode == 1, run.stdout + run.stderr
     assert finding in run.stdout
+
+
+def add_workflows(sim: Simulator) -> None:
+    """Add a workflow `a/b` with all that can be described, and others."""
+    nodes = [
+        # It is held, so that no completion is posted to a generated URL.
+        SimNode("plan", duration=None),
+        SimNode("write", after=["plan"], when=lambda _: True, is_output_node=True),
+    ]
+    scenario = Scenario(nodes)
+    inputs = {"topic": "string"}
+    sim.add_workflow("a/b", scenario, inputs=inputs, labels=["prod"], external_ids={"crm": "1"})
+    sim.add_version("a/b", scenario, labels=["staging"])
+    sim.add_workflow("c", scenario)
+
+
+def test_schemathesis_finds_nothing_in_the_operations_on_workflows(tmp_path: Path) -> None:
+    """Lists, descriptions, labels and starts are as the document says."""
+    with Simulator() as sim:
+        add_workflows(sim)
+        run = schemathesis(
+            sim,
+            tmp_path,
+            "examples,coverage,fuzzing",
+            workflows_document("a/b", "2"),
+            max_examples="10",
+            # The document says in words alone which parameters exclude or need each other.
+            exclude_checks="positive_data_acceptance",
+        )
+        requested = {request.path for request in sim.requests}
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert {
+        f"/workflows{path}"
+        for path in ("", "/a%2Fb", "/a%2Fb/labels", "/a%2Fb/run", "/2", "/2/labels", "/2/run")
+    } <= requested
+
+
+def test_schemathesis_finds_the_shape_of_a_development_server(tmp_path: Path) -> None:
+    """The check above can fail: the shape that the document does not have is found."""
+    with Simulator(development=True) as sim:
+        add_workflows(sim)
+        run = schemathesis(sim, tmp_path, "examples", workflows_document("a/b"))
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "'workflow_id' is a required property" in run.stdout

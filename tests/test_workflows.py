@@ -5,14 +5,19 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from collections.abc import Callable
+from contextlib import aclosing
 from typing import Any
 
 import attrs
 import pytest
 
 from promptlayer_exec import (
+    ExecutionTimeout,
     InvalidResponse,
     NotFound,
+    Session,
+    SessionClosed,
     Workflow,
     WorkflowEdge,
     WorkflowNode,
@@ -26,6 +31,7 @@ from promptlayer_exec._workflow_wire import (
     workflows_filter,
     workflows_request,
 )
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 DOCUMENTED: dict[str, Any] = {
     "success": True,
@@ -406,3 +412,102 @@ def test_a_workflow_is_a_value() -> None:
             mapping["x"] = 1  # type: ignore[index]
     assert repr(workflow) == "<Workflow 123 'a/b' version 3, 3 nodes>"
     assert len(repr(Workflow(1, "x" * 1000))) < 200
+
+
+PLAN = Scenario([SimNode("plan"), SimNode("write", after=["plan"], is_output_node=True)])
+
+
+async def test_a_session_describes_a_workflow(sim: Simulator, session: Session) -> None:
+    """By its name or id; a label or number selects the version."""
+    workflow_id = sim.add_workflow("a/b", PLAN, inputs={"topic": "string"}, labels=["prod"])
+    sim.add_version("a/b", Scenario([]), labels=["staging"])
+    for options in ({"label": "prod"}, {"version": 1}):
+        workflow = await session.workflow("a/b", **options)  # type: ignore[arg-type]
+        assert (workflow.id, workflow.name, workflow.version) == (workflow_id, "a/b", 1)
+        assert workflow.layers() == (("plan",), ("write",))
+        assert workflow.required_inputs == {"topic": "string"}
+    latest = await session.workflow(workflow_id)
+    assert (latest.version, latest.labels, latest.required_inputs) == (2, ("staging",), None)
+
+
+async def test_a_session_reads_the_shape_of_a_development_server(
+    open_session: Callable[..., Session],
+) -> None:
+    """It has no nodes and no inputs, so nothing is checked."""
+    async with Simulator(development=True) as sim:
+        sim.add_workflow("w", PLAN, inputs={"topic": "string"})
+        workflow = await open_session(base_url=sim.base_url).workflow("w")
+    assert (workflow.name, workflow.nodes, workflow.required_inputs) == ("w", {}, None)
+
+
+async def test_the_errors_of_a_description(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """They are retried and raised like those of any single call."""
+    session = open_session(wait_timeout=0.05)
+    sim.add_workflow("w", PLAN)
+    sim.inject(Fault.status(503))
+    assert (await session.workflow("w")).name == "w"
+    with pytest.raises(NotFound, match="Workflow not found"):
+        await session.workflow("x")
+    with pytest.raises(TypeError, match="unexpected argument workflow_version=: it is version="):
+        await session.workflow("w", workflow_version=1)  # type: ignore[call-arg]
+    sim.inject(Fault.stall())
+    with pytest.raises(ExecutionTimeout, match=r"^no answer within 0\.05 s") as caught:
+        await session.workflow("w")
+    assert caught.value.execution_id is None
+    await session.aclose()
+    with pytest.raises(SessionClosed):
+        await session.workflow("w")
+
+
+async def test_a_session_lists_all_workflows(sim: Simulator, session: Session) -> None:
+    """A page is requested when it is needed, and sorting and filters are sent."""
+    for number in range(205):
+        sim.add_workflow(f"w{number:03}", PLAN, labels=["prod"], external_ids={"crm": "1"})
+    async with aclosing(session.workflows(sort_by="name", sort_order="asc")) as workflows:
+        first = await anext(workflows)
+        assert first == WorkflowSummary(1, "w000", ("prod",), 1, False)
+        assert sim.request_count == 1
+        names = [it.name async for it in workflows]
+    assert names == [f"w{number:03}" for number in range(1, 205)]
+    assert sim.request_count == 3
+    found = [it async for it in session.workflows(external_source="crm", external_id="2")]
+    assert found == []
+
+
+async def test_a_workflow_is_listed_once(sim: Simulator, session: Session) -> None:
+    """One that is added between two pages moves others to the next page."""
+    for number in range(101):
+        sim.add_workflow(f"w{number}", PLAN)
+    async with aclosing(session.workflows(sort_by="id")) as workflows:
+        names = [(await anext(workflows)).name]
+        sim.add_workflow("new", PLAN)
+        names += [it.name async for it in workflows]
+    assert names == [f"w{number}" for number in range(100, -1, -1)]
+
+
+async def test_a_list_without_an_end_ends(sim: Simulator, session: Session) -> None:
+    """A server that ignores the page cannot keep a client busy for ever."""
+    body = {"items": [{"id": 1, "name": "a"}], "has_next": True}
+    sim.inject(Fault.status(200, times=None, body=json.dumps(body).encode()))
+    assert [it.name async for it in session.workflows()] == ["a"]
+    assert sim.request_count == 2
+
+
+async def test_unusable_arguments_of_a_list_are_refused_at_the_call(session: Session) -> None:
+    """They are, not at the first `anext`."""
+    with pytest.raises(ValueError, match="sort_by must be one of"):
+        session.workflows(sort_by="size")  # type: ignore[arg-type]
+
+
+async def test_closing_ends_a_list(sim: Simulator, session: Session) -> None:
+    """The next page is refused."""
+    for number in range(101):
+        sim.add_workflow(f"w{number}", PLAN)
+    async with aclosing(session.workflows()) as workflows:
+        for _ in range(100):
+            await anext(workflows)
+        await session.aclose()
+        with pytest.raises(SessionClosed):
+            await anext(workflows)

@@ -19,9 +19,11 @@ from promptlayer_exec.simulator._faults import FaultQueue
 from promptlayer_exec.simulator._log import RequestLog, SimRequest
 from promptlayer_exec.simulator._wire import (
     RequestValidationError,
+    check_exclusive,
     encode,
     error_response,
     json_response,
+    parse_integer,
     parse_results_query,
     parse_run,
     required_values,
@@ -65,6 +67,7 @@ class Api:
     _log: RequestLog
     _centrifugo: Centrifugo
     _completions: Completions
+    _is_development: bool
     faults: FaultQueue = attrs.field(factory=FaultQueue, init=False)
     bucket: TokenBucket | None = attrs.field(default=None, init=False)
     _created_at: float = attrs.field(init=False)
@@ -114,19 +117,26 @@ class Api:
         body = results.json(all_outputs=all_outputs)
         return json_response(200 if results.complete else 202, body)
 
-    def _workflow(self, _request: SimRequest, id_or_name: str) -> web.Response:
+    def _workflow(self, request: SimRequest, id_or_name: str) -> web.Response:
+        workflow = self._backend.find_workflow(id_or_name)
+        query = dict(request.query.items())
+        label, number = query.get("label"), parse_integer(query, "version", range(1, 2**63))
+        check_exclusive(label, number)
+        version = None if workflow is None else workflow.select(label, number)
+        if workflow is None or version is None:
+            return error_response(404, "Workflow not found")
+        if self._is_development:
+            return json_response(200, encode({"success": True, "workflow": workflow.legacy}))
+        return json_response(200, encode(workflow.describe(version)))
+
+    def _workflows(self, request: SimRequest) -> web.Response:
+        return json_response(200, encode(self._backend.list_workflows(request.query)))
+
+    def _labels(self, _request: SimRequest, id_or_name: str) -> web.Response:
         workflow = self._backend.find_workflow(id_or_name)
         if workflow is None:
             return error_response(404, "Workflow not found")
-        description = {
-            "id": workflow.id,
-            "workspace_id": 1,
-            "user_id": None,
-            "name": workflow.name,
-            "is_draft": False,
-            "is_deleted": False,
-        }
-        answer = {"success": True, "workflow_id": workflow.id, "workflow": description}
+        answer = {"success": True, "release_labels": workflow.describe_labels()}
         return json_response(200, encode(answer))
 
     def _run(self, request: SimRequest, id_or_name: str) -> web.Response:
@@ -134,17 +144,20 @@ class Api:
         if workflow is None:
             return error_response(404, "Workflow not found")
         body = parse_run(request.body)
-        label, version = body.get("workflow_label_name"), body.get("workflow_version_number")
-        if label is not None and version is not None:
+        label, number = body.get("workflow_label_name"), body.get("workflow_version_number")
+        if label is not None and number is not None:
             return error_response(
                 400, "Give workflow_label_name or workflow_version_number, not both"
             )
-        execution_id = self._backend.run(workflow, body)
+        version = workflow.select(label, number)
+        if version is None:
+            return error_response(404, "Workflow version not found")
+        execution_id = self._backend.run(workflow, version, body)
         self._completions.follow(execution_id, workflow.id, body)
         answer = {
             "success": True,
             "message": "Workflow execution created successfully",
-            "warning": workflow.warning,
+            "warning": version.warning_for(body.get("input_variables", {})),
             "workflow_version_execution_id": execution_id,
         }
         return json_response(201 if body.get("callback_url") is None else 202, encode(answer))
@@ -166,7 +179,9 @@ class Api:
 
 _ROUTES: tuple[tuple[re.Pattern[str], str, Callable[..., web.Response]], ...] = (
     (re.compile("/workflow-version-execution-results"), "GET", Api._results),
+    (re.compile("/workflows"), "GET", Api._workflows),
     (re.compile("/workflows/([^/]+)"), "GET", Api._workflow),
+    (re.compile("/workflows/([^/]+)/labels"), "GET", Api._labels),
     (re.compile("/workflows/([^/]+)/run"), "POST", Api._run),
     (re.compile("/ws-token-request-library"), "POST", Api._token),
 )

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import attrs
 
+from promptlayer_exec.simulator._definitions import (
+    ScenarioSource,
+    Version,
+    Workflow,
+    list_workflows,
+)
 from promptlayer_exec.simulator._execution import Execution, Results
 from promptlayer_exec.simulator._scenario import Scenario
-
-ScenarioSource: TypeAlias = Scenario | Callable[[Mapping[str, Any]], Scenario]
 
 
 @attrs.frozen
@@ -34,16 +38,6 @@ class SimRun:
 
 
 @attrs.frozen
-class Workflow:
-    """A workflow that can be run."""
-
-    id: int
-    name: str
-    source: ScenarioSource
-    warning: str | None
-
-
-@attrs.frozen
 class Backend:
     """Workflows by name and id, executions by id, and the runs that were started."""
 
@@ -56,6 +50,7 @@ class Backend:
     _lock: threading.RLock = attrs.field(factory=threading.RLock, init=False)
     # Far from the workflow ids, so that confusing the two is a 404.
     _execution_ids: Iterator[int] = attrs.field(factory=lambda: itertools.count(1001), init=False)
+    _version_ids: Iterator[int] = attrs.field(factory=lambda: itertools.count(501), init=False)
 
     def add_execution(self, scenario: Scenario, execution_id: int | None = None) -> int:
         with self._lock:
@@ -68,13 +63,53 @@ class Backend:
             self.executions[execution_id] = Execution(scenario, self._clock())
             return execution_id
 
-    def add_workflow(self, name: str, source: ScenarioSource, warning: str | None) -> int:
+    def add_workflow(
+        self, name: str, labels: Iterable[str], external_ids: Mapping[str, str], **version: Any
+    ) -> int:
         with self._lock:
             if name in self._workflows:
                 raise ValueError(f"workflow {name!r} already exists")
-            workflow_id = len(self._workflows) + 1
-            self._workflows[name] = Workflow(workflow_id, name, source, warning)
-            return workflow_id
+            workflow = Workflow(id=len(self._workflows) + 1, name=name, external_ids=external_ids)
+            self._add_version(workflow, labels, **version)
+            self._workflows[name] = workflow
+            return workflow.id
+
+    def add_version(self, name: str | int, labels: Iterable[str], **version: Any) -> int:
+        with self._lock:
+            workflow = self.find_workflow(str(name))
+            if workflow is None:
+                raise LookupError(f"there is no workflow {name!r}")
+            return self._add_version(workflow, labels, **version)
+
+    def _add_version(
+        self,
+        workflow: Workflow,
+        labels: Iterable[str],
+        *,
+        source: ScenarioSource,
+        definition: Scenario | None,
+        inputs: Mapping[str, str] | None,
+        warning: str | None,
+    ) -> int:
+        if isinstance(labels, str):
+            raise TypeError(f"labels takes several labels: write labels=[{labels!r}]")
+        if definition is None:
+            definition = source if isinstance(source, Scenario) else Scenario([])
+        number = len(workflow.versions) + 1
+        version = Version(
+            number=number,
+            id=next(self._version_ids),
+            source=source,
+            definition=definition,
+            inputs=None if inputs is None else dict(inputs),
+            warning=warning,
+        )
+        workflow.add(version, labels)
+        return number
+
+    def list_workflows(self, query: Mapping[str, str]) -> dict[str, Any]:
+        with self._lock:
+            return list_workflows(self._workflows.values(), query)
 
     def find_workflow(self, id_or_name: str) -> Workflow | None:
         with self._lock:
@@ -82,9 +117,9 @@ class Backend:
                 return self._workflows[id_or_name]
             return next((w for w in self._workflows.values() if str(w.id) == id_or_name), None)
 
-    def run(self, workflow: Workflow, body: Mapping[str, Any]) -> int:
+    def run(self, workflow: Workflow, version: Version, body: Mapping[str, Any]) -> int:
         inputs = body.get("input_variables", {})
-        source = workflow.source
+        source = version.source
         scenario = source if isinstance(source, Scenario) else source(inputs)
         with self._lock:
             execution_id = self.add_execution(scenario)

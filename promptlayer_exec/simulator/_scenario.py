@@ -49,6 +49,7 @@ class SimNode:
         is_output_node: whether it is marked as an output node; None is sent as null.
         when: a predicate over `Values`, called once when the node could start; if it returns
             false, the node is skipped.
+        node_type: its kind in the description of its workflow.
 
     Raises:
         TypeError: an argument has the wrong type, or the value is not JSON.
@@ -64,6 +65,7 @@ class SimNode:
     raw_error_message: Any = None
     is_output_node: bool | None = False
     when: Callable[[Values], object] | None = None
+    node_type: str = attrs.field(default="PROMPT_TEMPLATE", kw_only=True)
     value_json: str | None = attrs.field(init=False, repr=False, eq=False)
 
     @value_json.default

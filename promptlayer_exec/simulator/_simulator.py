@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, Self
 
 from anyio.from_thread import start_blocking_portal
 
 from promptlayer_exec.simulator._api import Api, TokenBucket
-from promptlayer_exec.simulator._backend import Backend, ScenarioSource, SimRun
+from promptlayer_exec.simulator._backend import Backend, SimRun
 from promptlayer_exec.simulator._centrifugo import Centrifugo
 from promptlayer_exec.simulator._completion import Completions
+from promptlayer_exec.simulator._definitions import ScenarioSource
 from promptlayer_exec.simulator._faults import Fault
 from promptlayer_exec.simulator._log import RequestLog, SimRequest
 from promptlayer_exec.simulator._scenario import Scenario
@@ -45,6 +46,9 @@ class Simulator:
             its output; a longer one says `EXCEEDS_SIZE_LIMIT`. The limit of PromptLayer's own
             server is unknown.
         push_ping_interval: seconds between pings on the WebSockets of push.
+        development: whether a workflow is described as a development server of PromptLayer does
+            it: by its id and name alone, in an object named `workflow`. Otherwise that object
+            comes beside the documented fields.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Simulator:
         on_request: Callable[[SimRequest], None] | None = None,
         push_limit_bytes: int = 64 * 1024,
         push_ping_interval: float = 25.0,
+        development: bool = False,
     ) -> None:
         self.api_key = api_key
         self._host = host
@@ -66,7 +71,9 @@ class Simulator:
         self._backend = Backend(clock)
         centrifugo = Centrifugo(clock, push_ping_interval)
         self._completions = Completions(self._backend, centrifugo, push_limit_bytes)
-        self._api = Api(api_key, clock, self._backend, self._log, centrifugo, self._completions)
+        self._api = Api(
+            api_key, clock, self._backend, self._log, centrifugo, self._completions, development
+        )
         self._server: Server | None = None
         self._thread = ExitStack()
 
@@ -117,23 +124,82 @@ class Simulator:
         return self._backend.add_execution(scenario, execution_id)
 
     def add_workflow(
-        self, name: str, scenario: ScenarioSource, *, warning: str | None = None
+        self,
+        name: str,
+        scenario: ScenarioSource,
+        *,
+        warning: str | None = None,
+        inputs: Mapping[str, str] | None = None,
+        labels: Iterable[str] = (),
+        definition: Scenario | None = None,
+        external_ids: Mapping[str, str] | None = None,
     ) -> int:
         """Add a workflow; each `POST /workflows/{name}/run` starts an execution of it.
+
+        It can be listed and described over HTTP, too: the nodes of its scenario are those of the
+        workflow, and `after` makes its edges. As long as it has one version and no labels, every
+        label and version selects that one.
 
         Args:
             name: its name; any characters.
             scenario: what each execution does, or a function of the input variables that returns
                 it.
-            warning: the warning in the answer to each start.
+            warning: the warning in the answer to each start; by default, it names the declared
+                inputs that are missing.
+            inputs: the declared input variables: their types by name, such as
+                `{"topic": "string"}`.
+            labels: the release labels of its first version.
+            definition: the scenario that describes the workflow; by default `scenario`, or no nodes
+                if that is a function.
+            external_ids: ids in other systems by source, for filtering the list.
 
         Returns:
             The id of the workflow, which can be used in place of its name.
 
         Raises:
             ValueError: the name is taken.
+            TypeError: `labels` is a string.
         """
-        return self._backend.add_workflow(name, scenario, warning)
+        return self._backend.add_workflow(
+            name,
+            labels,
+            external_ids or {},
+            source=scenario,
+            definition=definition,
+            inputs=inputs,
+            warning=warning,
+        )
+
+    def add_version(
+        self,
+        workflow: str | int,
+        scenario: ScenarioSource,
+        *,
+        warning: str | None = None,
+        inputs: Mapping[str, str] | None = None,
+        labels: Iterable[str] = (),
+        definition: Scenario | None = None,
+    ) -> int:
+        """Add another version to a workflow; it is the latest from now on.
+
+        Args:
+            workflow: the workflow's name or id.
+            scenario: as for `add_workflow`.
+            warning: as for `add_workflow`.
+            inputs: as for `add_workflow`.
+            labels: the release labels that now belong to this version.
+            definition: as for `add_workflow`.
+
+        Returns:
+            The number of the version; the first one is 1.
+
+        Raises:
+            LookupError: there is no such workflow.
+            TypeError: `labels` is a string.
+        """
+        return self._backend.add_version(
+            workflow, labels, source=scenario, definition=definition, inputs=inputs, warning=warning
+        )
 
     def finish(
         self,

@@ -1,0 +1,234 @@
+"""Workflows and their versions, and how the server describes them."""
+
+from __future__ import annotations
+
+import math
+import re
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any, TypeAlias
+
+import attrs
+
+from promptlayer_exec.simulator._scenario import Scenario
+from promptlayer_exec.simulator._wire import RequestValidationError, parse_integer
+
+ScenarioSource: TypeAlias = Scenario | Callable[[Mapping[str, Any]], Scenario]
+
+_SORT_KEYS = ("created_at", "updated_at", "name", "id")
+# https://www.rfc-editor.org/rfc/rfc3339#section-5.6
+_DATE_TIME = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+@attrs.frozen(kw_only=True)
+class Version:
+    """One version of a workflow: what it runs, and how it is described."""
+
+    number: int
+    id: int
+    source: ScenarioSource
+    definition: Scenario
+    inputs: Mapping[str, str] | None
+    warning: str | None
+    created_at: datetime = attrs.field(factory=_now)
+
+    def warning_for(self, given: Mapping[str, Any]) -> str | None:
+        """Return the warning of a start with these inputs."""
+        missing = [name for name in self.inputs or () if name not in given]
+        if self.warning is None and missing:
+            return f"Missing input variables: {', '.join(missing)}"
+        return self.warning
+
+
+@attrs.define(kw_only=True)
+class Workflow:
+    """A workflow that can be run; `labels` maps each release label to its version's number."""
+
+    id: int
+    name: str
+    external_ids: Mapping[str, str]
+    versions: list[Version] = attrs.field(factory=list)
+    labels: dict[str, int] = attrs.field(factory=dict)
+
+    def add(self, version: Version, labels: Iterable[str]) -> None:
+        self.versions.append(version)
+        self.labels.update(dict.fromkeys(labels, version.number))
+
+    def select(self, label: str | None, number: int | None) -> Version | None:
+        """Return a version by its label or number, and else the latest one."""
+        if len(self.versions) == 1 and not self.labels:
+            return self.versions[0]  # nothing was declared that could be wrong
+        if label is not None:
+            number = self.labels.get(label)
+        elif number is None:
+            return self.versions[-1]
+        return next((version for version in self.versions if version.number == number), None)
+
+    @property
+    def legacy(self) -> dict[str, Any]:
+        """The object of development servers, which production is said to send, too."""
+        return {
+            "id": self.id,
+            "workspace_id": 1,
+            "user_id": None,
+            "name": self.name,
+            "is_draft": False,
+            "is_deleted": False,
+        }
+
+    def describe(self, version: Version) -> dict[str, Any]:
+        """Return the definition of a version, in the documented shape."""
+        nodes = version.definition.nodes
+        description = {
+            "success": True,
+            "workflow_id": self.id,
+            "workflow_name": self.name,
+            "version": version.number,
+            "workflow_version_id": version.id,
+            "release_labels": [
+                it for it, number in self.labels.items() if number == version.number
+            ],
+            "created_at": version.created_at.isoformat(),
+            "nodes": [
+                {
+                    "id": self._uuid(version, node.name),
+                    "workflow_version_id": version.id,
+                    "name": node.name,
+                    "node_type": node.node_type,
+                    "is_output_node": bool(node.is_output_node),
+                    "configuration": {},
+                    "dependencies": list(node.after),
+                }
+                for node in nodes
+            ],
+            "edges": [
+                {
+                    "id": self._uuid(version, before, node.name),
+                    "source_node_name": before,
+                    "target_node_name": node.name,
+                    "is_and": True,
+                    "conditionals": [] if node.when is None else [{"type": "predicate"}],
+                }
+                for node in nodes
+                for before in node.after
+            ],
+            "workflow": self.legacy,
+        }
+        if version.inputs is not None:
+            description["required_input_variables"] = dict(version.inputs)
+        return description
+
+    def _labels_of(self, version: Version) -> list[str]:
+        return [label for label, number in self.labels.items() if number == version.number]
+
+    def _uuid(self, version: Version, *names: str) -> str:
+        text = "\0".join(map(ascii, (self.id, version.number, *names)))
+        return str(uuid.uuid5(uuid.NAMESPACE_OID, text))
+
+    def describe_labels(self) -> list[dict[str, Any]]:
+        ids = {version.number: version.id for version in self.versions}
+        return [
+            {
+                "release_label": label,
+                "release_label_id": index,
+                "workflow_version_id": ids[number],
+                "workflow_version_number": number,
+            }
+            for index, (label, number) in enumerate(self.labels.items(), 1)
+        ]
+
+    def summarize(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "workspace_id": 1,
+            "name": self.name,
+            "is_deleted": False,
+            "latest_version_number": self.versions[-1].number,
+            "release_labels": list(self.labels),
+            "external_ids": [
+                {"source": source, "external_id": it} for source, it in self.external_ids.items()
+            ],
+        }
+
+
+def list_workflows(workflows: Iterable[Workflow], query: Mapping[str, str]) -> dict[str, Any]:
+    """Return one page of the workflows that a query asks for.
+
+    Raises:
+        RequestValidationError: a parameter of the query is unusable.
+    """
+    query = dict(query.items())  # of a parameter that is repeated, the last counts
+    number = parse_integer(query, "page", range(1, 2**63), default=1)
+    size = parse_integer(query, "per_page", range(1, 101), default=30)
+    sort_by = _one_of(query, "sort_by", _SORT_KEYS, "created_at")
+    descending = _one_of(query, "sort_order", ("asc", "desc"), "desc") == "desc"
+    bounds = {
+        name: _date_time(query, name)
+        for name in ("created_after", "created_before", "updated_after", "updated_before")
+    }
+    source, external_id = query.get("external_source"), query.get("external_id")
+    if (source is None) != (external_id is None):
+        missing = "external_source" if source is None else "external_id"
+        raise RequestValidationError("Field required", "missing", "query", missing)
+
+    def is_meant(workflow: Workflow) -> bool:
+        created, updated = workflow.versions[0].created_at, workflow.versions[-1].created_at
+        return (
+            "created_by_email" not in query  # nobody created them
+            and (source is None or workflow.external_ids.get(source) == external_id)
+            and _is_between(bounds["created_after"], created, bounds["created_before"])
+            and _is_between(bounds["updated_after"], updated, bounds["updated_before"])
+        )
+
+    keys: dict[str, Callable[[Workflow], Any]] = {
+        "id": lambda it: it.id,
+        "name": lambda it: (it.name, it.id),
+        "created_at": lambda it: (it.versions[0].created_at, it.id),
+        "updated_at": lambda it: (it.versions[-1].created_at, it.id),
+    }
+    found = sorted(filter(is_meant, workflows), key=keys[sort_by], reverse=descending)
+    pages = math.ceil(len(found) / size)
+    page: dict[str, Any] = {
+        "items": [workflow.summarize() for workflow in found[(number - 1) * size : number * size]],
+        "page": number,
+        "per_page": size,
+        "total": len(found),
+        "pages": pages,
+        "has_next": number < pages,
+        "has_prev": number > 1,
+    }
+    if number < pages:
+        page["next_num"] = number + 1
+    if number > 1:
+        page["prev_num"] = number - 1
+    return page
+
+
+def _one_of(query: Mapping[str, str], name: str, known: tuple[str, ...], default: str) -> str:
+    value = query.get(name, default)
+    if value not in known:
+        expected = ", ".join(map(repr, known))
+        raise RequestValidationError(f"Input should be {expected}", "enum", "query", name)
+    return value
+
+
+def _date_time(query: Mapping[str, str], name: str) -> datetime | None:
+    text = query.get(name)
+    if text is None:
+        return None
+    try:
+        if _DATE_TIME.fullmatch(text):
+            return datetime.fromisoformat(text.upper())
+    except ValueError:
+        pass
+    message = "Input should be a valid datetime"
+    raise RequestValidationError(message, "datetime_parsing", "query", name)
+
+
+def _is_between(after: datetime | None, at: datetime, before: datetime | None) -> bool:
+    return (after is None or at >= after) and (before is None or at <= before)
