@@ -6,11 +6,12 @@ imports the public API, and this module where that is not enough; never another 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError, printable
+from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError, RequestError, printable
 from promptlayer_exec._events import WakeSource
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import each
@@ -20,9 +21,11 @@ from promptlayer_exec._policies import check_seconds
 from promptlayer_exec._session import Session
 from promptlayer_exec._settings import check_count
 from promptlayer_exec._throttle import Limiter
+from promptlayer_exec._workflows import Workflow
 
 __all__ = [
     "check_count",
+    "check_inputs",
     "check_seconds",
     "each",
     "encode_inputs",
@@ -33,6 +36,8 @@ __all__ = [
     "start",
     "wake",
 ]
+
+_DEFINITION_TIMEOUT = 5.0
 
 
 def log_text(error: BaseException) -> str:
@@ -49,6 +54,29 @@ def log_text(error: BaseException) -> str:
 def encode_inputs(session: Session, request: StartRequest) -> dict[str, Any]:
     """Check a start as `Session.start` does, and return its inputs in JSON form."""
     return session._prepare(request)[0]
+
+
+async def check_inputs(session: Session, request: StartRequest) -> Workflow | None:
+    """Check a start before it costs anything, also that all required inputs are there.
+
+    Returns:
+        The version of the workflow that would run; None if it could not be had within 5 seconds:
+        the inputs are then unchecked, and the start itself tells what is wrong.
+
+    Raises:
+        TypeError: an argument or a value in the inputs has an unsupported type.
+        ValueError: inputs are missing, or an argument or an input cannot be sent.
+    """
+    inputs = encode_inputs(session, request)
+    try:
+        async with asyncio.timeout(_DEFINITION_TIMEOUT):
+            workflow = await session.workflow(
+                request.workflow, label=request.label, version=request.version
+            )
+    except (RequestError, TimeoutError):
+        return None
+    workflow.check_inputs(inputs)
+    return workflow
 
 
 async def start(

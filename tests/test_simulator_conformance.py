@@ -214,4 +214,4 @@ def test_schemathesis_finds_the_shape_of_a_development_server(tmp_path: Path) ->
         add_workflows(sim)
         run = schemathesis(sim, tmp_path, "examples", workflows_document("a/b"))
     assert run.returncode == 1, run.stdout + run.stderr
-    assert "'workflow_id' is a required property" in run.stdout
+    assert "workflow_id" in run.stdout.partition("is a required property")[0]
