@@ -61,6 +61,7 @@ nitpick_ignore = [
         "promptlayer_exec._execution.T",
         "promptlayer_exec._fanout.ItemT",
         "promptlayer_exec._fanout.OutputT",
+        "promptlayer_exec._models.T",
         "promptlayer_exec._session.ItemT",
         "promptlayer_exec._session.OutputT",
         "promptlayer_exec.viewer._board.Card",
