@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import zipfile
@@ -178,6 +179,32 @@ def vendor(session: nox.Session, sdk: str) -> None:
     own_fixtures = "--confcutdir=tests/vendor"
     environment = {"PYTHONSAFEPATH": "1"}
     session.run("pytest", own_fixtures, "tests/vendor", *session.posargs, env=environment)
+
+
+# Sections of docs/frameworks.md, by the test of each.
+FRAMEWORKS = {
+    "airflow": "Airflow",
+    "langgraph": "LangGraph",
+    "notebooks": "Notebooks",
+    "openai_agents": "OpenAI Agents SDK",
+    "pydantic_ai": "pydantic-ai",
+    "temporal": "Temporal",
+}
+
+
+@nox.session
+@nox.parametrize("framework", sorted(FRAMEWORKS))
+def frameworks(session: nox.Session, framework: str) -> None:
+    """Run a recipe of the docs with the version of the framework that its section names."""
+    page = Path("docs/frameworks.md").read_text(encoding="utf-8")
+    section = page.partition(f"\n## {FRAMEWORKS[framework]}\n")[2].partition("\n## ")[0]
+    requirements = re.findall(r"`([\w-]+==[\w.]+)`", section)
+    _install(session, "frameworks", *requirements, ".")
+    # The suite's own conftest.py needs packages that are not installed here.
+    own_fixtures = "--confcutdir=tests/frameworks"
+    tests = f"tests/frameworks/test_{framework}.py"
+    environment = {"PYTHONSAFEPATH": "1"}
+    session.run("pytest", own_fixtures, tests, *session.posargs, env=environment)
 
 
 @nox.session

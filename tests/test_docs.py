@@ -98,7 +98,7 @@ def names(page: str, module: str = "page") -> Iterator[dict[str, Any]]:
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_the_code_of_each_page_is_run(page: str) -> None:
     """Each page with Python code is named by a test, here or in another module."""
-    tests = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py")]
+    tests = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("*.py")]
     assert any(f'"{page}"' in test or f'"{Path(page).name}"' in test for test in tests)
 
 
@@ -151,6 +151,25 @@ def test_the_reference_is_complete() -> None:
     for name, value in vars(promptlayer_exec).items():
         if isinstance(value, type) and issubclass(value, PromptLayerExecError):
             assert value is PromptLayerExecError or f"\n| `{name}` |" in failures, name
+
+
+def test_the_page_on_the_sdk_names_the_versions_that_it_is_checked_with() -> None:
+    """They are those of the nox session `vendor`."""
+    page = " ".join((ROOT / "docs" / "from-the-sdk.md").read_text(encoding="utf-8").split())
+    noxfile = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    (versions,) = re.findall(r'^SDKS = \("([\d.]+)", "([\d.]+)"\)$', noxfile, re.MULTILINE)
+    assert "the SDK's versions {} and {}:".format(*versions) in page
+
+
+def test_each_recipe_for_a_framework_names_its_version_and_has_a_test() -> None:
+    """The nox session `frameworks` installs what the section names, and runs its test."""
+    page = (ROOT / "docs" / "frameworks.md").read_text(encoding="utf-8")
+    noxfile = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    for section in page.split("\n## ")[1:]:
+        heading, _, text = section.partition("\n")
+        assert re.search(r"^Tested with `[\w-]+==[\d.]+`", text, re.MULTILINE), heading
+        (test,) = re.findall(rf'^    "(\w+)": "{heading}",$', noxfile, re.MULTILINE)
+        assert f'"{heading}"' in (ROOT / f"tests/frameworks/test_{test}.py").read_text()
 
 
 def test_each_page_of_the_reference_names_the_command_that_builds_it() -> None:

@@ -1,0 +1,72 @@
+"""The recipe for the OpenAI Agents SDK, with a server that speaks OpenAI's protocol."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from types import ModuleType
+from typing import Any
+
+import agents
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from openai import AsyncOpenAI
+
+from promptlayer_exec import StartUnknown
+from promptlayer_exec.simulator import Fault, Simulator
+
+
+def message(body: dict[str, Any]) -> dict[str, Any]:
+    """Call the tool with the question as the topic, and answer with what it returned."""
+    last = body["messages"][-1]
+    if last["role"] == "tool":
+        return {"role": "assistant", "content": f"It says: {last['content']}"}
+    arguments = json.dumps({"topic": last["content"]})
+    function = {"name": body["tools"][0]["function"]["name"], "arguments": arguments}
+    call = {"id": "call-1", "type": "function", "function": function}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+async def complete(request: web.Request) -> web.Response:
+    """Answer like `POST /chat/completions`."""
+    body = await request.json()
+    choice = {"index": 0, "finish_reason": "stop", "message": message(body)}
+    answer = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
+    return web.json_response(answer | {"choices": [choice]})
+
+
+@pytest.fixture
+async def page(load: Callable[..., ModuleType]) -> AsyncIterator[ModuleType]:
+    """Return the recipe; its model is a server on this machine."""
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", complete)
+    agents.set_tracing_disabled(disabled=True)
+    agents.set_default_openai_api("chat_completions")
+    async with TestServer(app) as server:
+        client = AsyncOpenAI(api_key="key", base_url=str(server.make_url("/v1")))
+        agents.set_default_openai_client(client, use_for_tracing=False)
+        async with client:
+            yield load("OpenAI Agents SDK", "openai_agents_recipe")
+
+
+async def test_the_model_gets_the_report(server: Simulator, page: ModuleType) -> None:
+    """Its argument becomes the workflow's input."""
+    assert await page.answer("otters") == "It says: Otters are fine."
+    assert [run.inputs for run in server.runs] == [{"topic": "otters"}]
+
+
+async def test_the_model_reads_why_a_workflow_failed(server: Simulator, page: ModuleType) -> None:
+    """A failed execution does not end the run."""
+    answer = await page.answer("unicorns")
+    (run,) = server.runs
+    assert answer.startswith(f"It says: There is no report: execution {run.execution_id}: ")
+
+
+async def test_a_lost_start_ends_the_run(server: Simulator, page: ModuleType) -> None:
+    """The model does not see it, so it cannot start another run."""
+    server.inject(Fault.disconnect())
+    with pytest.raises(agents.UserError) as caught:
+        await page.answer("otters")
+    assert isinstance(caught.value.__cause__, StartUnknown)
+    assert len(server.runs) == 1
