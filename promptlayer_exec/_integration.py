@@ -18,6 +18,7 @@ from promptlayer_exec._fanout import each
 from promptlayer_exec._install import install_hint
 from promptlayer_exec._models import StartRequest, node_dict
 from promptlayer_exec._policies import check_seconds
+from promptlayer_exec._repr import short_repr
 from promptlayer_exec._session import Session
 from promptlayer_exec._settings import check_count
 from promptlayer_exec._throttle import Limiter
@@ -33,6 +34,7 @@ __all__ = [
     "limited",
     "log_text",
     "node_dict",
+    "short_repr",
     "start",
     "wake",
 ]

@@ -72,6 +72,8 @@ LAYERS = [
     "_install",
     "_errors",
     "_json",
+    "_repr",
+    "_html",
     "_structuring",
     "_models",
     "_workflows",
