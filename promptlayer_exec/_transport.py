@@ -38,13 +38,12 @@ from promptlayer_exec._errors import (
     StatusError,
 )
 from promptlayer_exec._events import Emit, RequestRetried, Throttled
-from promptlayer_exec._json import loads
 from promptlayer_exec._redaction import Redactor
 from promptlayer_exec._retry import OutageLog, RecentStarts, RetryState
 from promptlayer_exec._settings import Settings
 from promptlayer_exec._tasks import PatientTimeout, clock, is_cancelled
 from promptlayer_exec._throttle import Throttle
-from promptlayer_exec._wire import Reply, Request, Response, excerpt, read_retry_after
+from promptlayer_exec._wire import Reply, Request, Response, excerpt, has_id, read_retry_after
 
 T = TypeVar("T")
 
@@ -180,8 +179,8 @@ class Transport:
                 once.mark_rejected()  # the handshake was refused, so the server read nothing
             raise self._failure(failure, answer, body)
         if answer.status < 300:
-            # A JSON object marks its own end: a start's answer may be whole despite bad framing.
-            if failure is not None and not (once is not None and _is_object(body)):
+            # The id of a run that was paid for may be whole in spite of it.
+            if failure is not None and not (once is not None and has_id(body)):
                 raise self._failure(failure, answer, body)
             if _may_be_cut(answer, body):
                 cut = aiohttp.ClientPayloadError("the response does not mark where the number ends")
@@ -321,13 +320,6 @@ class Transport:
     def _excerpt(self, body: bytes) -> str:
         # Redacted before it is cut: half a key would also reveal much.
         return excerpt(self._redactor.redact_bytes(body[:_ERROR_BODY_BYTES]))
-
-
-def _is_object(body: bytes) -> bool:
-    try:
-        return isinstance(loads(body), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 def _may_be_cut(answer: aiohttp.ClientResponse, body: bytes) -> bool:

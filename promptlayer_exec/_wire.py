@@ -185,11 +185,28 @@ class Started:
     warning: str | None
 
 
+# A whole id, and certainly that of the outermost object, in a body that may be cut after it.
+_WHOLE_ID = re.compile(rb'\s*\{[^][{}]*"%b"\s*:\s*([0-9]{1,19})\s*[,}]' % _ID_FIELD.encode())
+
+
+def has_id(body: bytes) -> bool:
+    """Return True if a broken response to the request that starts a run may still have its id."""
+    try:
+        return isinstance(loads(body), dict)
+    except (ValueError, RecursionError):
+        return _WHOLE_ID.match(body) is not None
+
+
 def read_started(response: Response) -> Started:
     """Read the response to the request that starts a run; a 2xx must have a usable id."""
     if response.status >= 300:
         check_status(response)
-    body = decode(response)
+    try:
+        body = decode(response)
+    except InvalidResponse:
+        if (whole := _WHOLE_ID.match(response.body)) is None:
+            raise
+        body = {_ID_FIELD: int(whole[1])}
     execution_id = body.get(_ID_FIELD) if isinstance(body, dict) else None
     if type(execution_id) is not int or not 1 <= execution_id <= MAX_ID:
         invalid_shape(response, f"$.{_ID_FIELD}", "there is no usable id")
