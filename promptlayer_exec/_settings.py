@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from inspect import iscoroutinefunction, isroutine
 from types import EllipsisType
 from typing import Any
+from urllib.request import getproxies_environment, proxy_bypass
 
 import attrs
 import cattrs
@@ -100,6 +101,16 @@ def _find_trust_env(trust_env: Any) -> bool:
     if value not in (*_YES, *_NO):
         raise ConfigurationError(f"{_TRUST_VARIABLE} must be 1 or 0, got {value!r:.100}")
     return trust_env or value in _YES
+
+
+def unused_proxy(settings: Settings, base_url: str) -> str:
+    """Return what to do about a proxy that the environment names and the session does not use."""
+    url = URL(base_url)
+    is_used = settings.trust_env or settings.http is not None
+    if is_used or url.scheme not in getproxies_environment() or proxy_bypass(url.host or ""):
+        return ""
+    variable = f"{url.scheme.upper()}_PROXY"
+    return f"; {variable} is set but not used: pass trust_env=True, or set {_TRUST_VARIABLE}=1"
 
 
 def check_count(name: str, value: Any) -> int:

@@ -40,7 +40,7 @@ from promptlayer_exec._errors import (
 from promptlayer_exec._events import Emit, RequestRetried, Throttled
 from promptlayer_exec._redaction import Redactor
 from promptlayer_exec._retry import OutageLog, RecentStarts, RetryState
-from promptlayer_exec._settings import Settings
+from promptlayer_exec._settings import Settings, unused_proxy
 from promptlayer_exec._tasks import PatientTimeout, clock, is_cancelled
 from promptlayer_exec._throttle import Throttle
 from promptlayer_exec._wire import Reply, Request, Response, excerpt, has_id, read_retry_after
@@ -277,12 +277,14 @@ class Transport:
             )
         elif isinstance(failure, TimeoutError):
             seconds = self._settings.request_timeout
+            hint = unused_proxy(self._settings, self.base_url)
             error = RequestTimeout(
-                f"no complete answer from {self.base_url} within {seconds:g} s", reason=reason
+                f"no complete answer from {self.base_url} within {seconds:g} s{hint}", reason=reason
             )
         elif answer is None:
+            hint = unused_proxy(self._settings, self.base_url)
             error = ConnectionFailed(
-                f"no usable answer from {self.base_url}: {reason}", reason=reason
+                f"no usable answer from {self.base_url}: {reason}{hint}", reason=reason
             )
         else:
             error = InvalidResponse(
