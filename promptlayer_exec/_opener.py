@@ -6,6 +6,7 @@ import threading
 import warnings
 from contextlib import AsyncExitStack
 
+from promptlayer_exec._callbacks import CallbackLog
 from promptlayer_exec._client import Client
 from promptlayer_exec._connections import Pools
 from promptlayer_exec._errors import ConfigurationError, PromptLayerExecError, SessionClosed
@@ -29,6 +30,7 @@ class Opener:
         self._recent_starts = RecentStarts(settings.retry.not_found_grace)
         self._early_wake_ups = EarlyWakeUps()
         self._emit = broadcast(settings.observers)
+        self.callbacks = CallbackLog(self._emit)
         self._client: Client | None = None
         self._opening = threading.Lock()
         self._closed = False
@@ -105,6 +107,7 @@ class Opener:
             recent_starts=self._recent_starts,
             node_maps=self._node_maps,
             early_wake_ups=self._early_wake_ups,
+            callbacks=self.callbacks,
             emit=self._emit,
         )
 

@@ -21,6 +21,7 @@ from promptlayer_exec._errors import ConfigurationError
 from promptlayer_exec._events import Observer
 from promptlayer_exec._policies import Deadline, PollPolicy, RetryPolicy, check_seconds
 from promptlayer_exec._throttle import Limiter
+from promptlayer_exec.webhooks import Callbacks
 
 DEFAULT_BASE_URL = "https://api.promptlayer.com"
 _KEY_VARIABLE = "PROMPTLAYER_API_KEY"
@@ -190,6 +191,9 @@ class Settings:
     )
     observers: Sequence[Observer] = attrs.field(validator=_callables)
     trust_env: bool = attrs.field(converter=_find_trust_env)
+    callbacks: Callbacks | None = attrs.field(
+        validator=_is(Callbacks, "a promptlayer_exec.webhooks.Callbacks", optional=True)
+    )
 
     def deadline(self, timeout: float | EllipsisType | None, *, now: float) -> Deadline:
         """Return the deadline of a wait that begins now; `...` means the default timeout."""

@@ -201,13 +201,7 @@ class Transport:
 
     def _check_size(self, status: int, body: bytes) -> None:
         limit = self._settings.max_response_bytes
-        too_large = f"is larger than {limit} bytes" if len(body) > limit else ""
-        # A decoded value takes up to 400 bytes, and a body up to fifty times its size. So one under
-        # a sixth of the limit takes no more than `values` do, and the slow count is not needed.
-        values = max(limit // _BYTES_PER_VALUE, _FEW_VALUES)
-        if limit // 6 < len(body) <= limit and sum(map(body.count, _OPENING_A_VALUE)) > values:
-            too_large = f"holds more than {values:,} values, the most for {limit} bytes"
-        if too_large:
+        if too_large := excess(body, limit):
             raise ResponseTooLarge(
                 f"the {status} answer {too_large}",
                 limit=limit,
@@ -322,6 +316,18 @@ class Transport:
     def _excerpt(self, body: bytes) -> str:
         # Redacted before it is cut: half a key would also reveal much.
         return excerpt(self._redactor.redact_bytes(body[:_ERROR_BODY_BYTES]))
+
+
+def excess(body: bytes, limit: int) -> str:
+    """Return what is too much about a JSON body for a limit in bytes; empty if nothing is."""
+    if len(body) > limit:
+        return f"is larger than {limit} bytes"
+    # A decoded value takes up to 400 bytes, and a body up to fifty times its size. So one under a
+    # sixth of the limit takes no more than `values` do, and the slow count is not needed.
+    values = max(limit // _BYTES_PER_VALUE, _FEW_VALUES)
+    if len(body) > limit // 6 and sum(map(body.count, _OPENING_A_VALUE)) > values:
+        return f"holds more than {values:,} values, the most for {limit} bytes"
+    return ""
 
 
 def _may_be_cut(answer: aiohttp.ClientResponse, body: bytes) -> bool:

@@ -238,11 +238,15 @@ class NodeMapReader:
 
         For an unchanged response, it is `before` itself.
         """
-        source = response.status, response.body
-        if before is not None and before.source == source:
+        if before is not None and before.source == (response.status, response.body):
             return before
         check_status(response)
-        raw = decode(response)
+        return self.read_nodes(response, decode(response), execution_id, before)
+
+    def read_nodes(
+        self, response: Response, raw: Any, execution_id: int, before: NodeMap | None = None
+    ) -> NodeMap:
+        """Read a node map that is decoded; errors quote the body of the response."""
         if not isinstance(raw, dict):
             invalid_shape(response, "$", f"expected an object of nodes, got {json_kind(raw)}")
         nodes = {}
@@ -257,7 +261,9 @@ class NodeMapReader:
                 if type(node.status) is str and node.status[:_LONGEST_STATUS] not in self._reported:
                     self._report(node, execution_id)
             nodes[name] = node
-        return NodeMap(response.status == 200, FrozenMap(nodes), raw, source)
+        return NodeMap(
+            response.status == 200, FrozenMap(nodes), raw, (response.status, response.body)
+        )
 
     def _report(self, node: Node, execution_id: int) -> None:
         if len(self._reported) < _REPORTED_AT_MOST:
