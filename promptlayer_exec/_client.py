@@ -6,20 +6,19 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from functools import partial
 from random import random
 from types import EllipsisType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import attrs
 
-from promptlayer_exec._callbacks import CallbackLog
-from promptlayer_exec._errors import PromptLayerExecError, StartUnknown
+from promptlayer_exec._errors import PromptLayerExecError
 from promptlayer_exec._events import Emit, WakeSource
 from promptlayer_exec._lifetime import DeadlinePassed, Lifetime
 from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
 from promptlayer_exec._policies import Deadline
 from promptlayer_exec._retry import RecentStarts, RetryState
 from promptlayer_exec._settings import Settings
-from promptlayer_exec._start import BeforeSend, Start, start_unknown
+from promptlayer_exec._start import BeforeSend, Start
 from promptlayer_exec._tasks import clock
 from promptlayer_exec._transport import Transport
 from promptlayer_exec._wakeups import EarlyWakeUps
@@ -38,6 +37,9 @@ from promptlayer_exec._wire import (
 from promptlayer_exec._workflow_wire import WorkflowsPage, read_workflow, workflows_request
 from promptlayer_exec._workflows import Workflow, WorkflowSummary
 
+if TYPE_CHECKING:
+    from promptlayer_exec.push import Push
+
 T = TypeVar("T")
 
 
@@ -51,18 +53,21 @@ class Client:
     _recent_starts: RecentStarts
     _node_maps: NodeMapReader
     _early_wake_ups: EarlyWakeUps
-    _callbacks: CallbackLog
     _emit: Emit
+    push: Push | None = attrs.field(init=False, default=None)
     _watches: dict[int, Watch] = attrs.field(init=False, factory=dict)
 
     def deadline(self, timeout: float | EllipsisType | None = ...) -> Deadline:
         return self._settings.deadline(timeout, now=clock())
 
-    def follow(self, execution_id: int) -> Watch:
-        """Add a follower to the execution's watch, and return the watch; the first starts it."""
+    def follow(self, execution_id: int, *, streams: bool = False) -> Watch:
+        """Add a follower to the execution's watch, and return the watch; the first starts it.
+
+        A follower that `streams` wants every snapshot, not only the complete one.
+        """
         watch = self._watches.get(execution_id)
         if watch is not None:
-            watch.add_follower()
+            watch.add_follower(streams=streams)
             return watch
         request = self.transport.with_url(results_request(execution_id, return_all_outputs=True))
         node_map: NodeMap | None = None
@@ -79,8 +84,9 @@ class Client:
             retry=self._settings.retry,
             emit=self._emit,
             on_end=self._forget,
+            net=None if self.push is None else self.push.net(execution_id),
         )
-        watch.add_follower()
+        watch.add_follower(streams=streams)
         if (source := self._early_wake_ups.take(execution_id)) is not None:
             watch.wake(source)
         self.lifetime.spawn_watch(watch.run)
@@ -186,17 +192,16 @@ class Client:
         http_request: Request,
         deadline: Deadline,
         before_send: BeforeSend | None = None,
-        token: str | None = None,
     ) -> Started:
-        """Start a run; its request must be sent before the deadline.
-
-        `token` is the one in the start's own callback URL, if it has one.
-        """
+        """Start a run; its request must be sent before the deadline."""
         now = clock()
 
         async def post(state: RetryState, once: Start) -> Started:
             reply = await self.transport.call(http_request, read_started, state, due=now, once=once)
             self._recent_starts.add(reply.value.execution_id, now=clock())
+            if self.push is not None:
+                sent_at = clock() - reply.duration
+                self.push.started(request.workflow, reply.value.execution_id, sent_at=sent_at)
             return reply.value
 
         start = Start(
@@ -206,23 +211,11 @@ class Client:
             emit=self._emit,
             is_closing=self.lifetime.is_closing,
             before_send=before_send,
-            token=token,
-            on_unknown=None if token is None else partial(self._callbacks.lose, token, request),
         )
         self.lifetime.spawn(start.run)
+        if self.push is not None:
+            self.push.subscribe(request.workflow)
         return await start.result(deadline)
-
-    async def recover(self, error: StartUnknown, token: str, deadline: Deadline) -> int:
-        """Wait for the callback of a start whose answer was lost, and return the execution's id."""
-        self._callbacks.lose(token, StartRequest(error.workflow))
-        try:
-            wait = partial(self._callbacks.wait, token)
-            execution_id = await self.lifetime.call(wait, deadline)
-        except DeadlinePassed:
-            since = f"; no callback came within {deadline.timeout or 0.0:g} s, which proves nothing"
-            raise start_unknown(error.workflow, error.reason, token, since) from error
-        self._recent_starts.add(execution_id, now=clock())
-        return execution_id
 
 
 async def list_workflows(

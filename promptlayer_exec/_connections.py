@@ -19,6 +19,7 @@ from aiohttp.abc import AbstractStreamWriter
 
 from promptlayer_exec._tasks import clock
 from promptlayer_exec._version import __version__
+from promptlayer_exec._wire import TOKEN_PATH
 
 if TYPE_CHECKING:
     from aiohttp.client_proto import ResponseHandler
@@ -75,7 +76,8 @@ async def _send_once(
     request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
 ) -> aiohttp.ClientResponse:
     """Keep aiohttp from repeating requests by itself, unthrottled, uncounted and unobserved."""
-    if request.method == "POST" and not isinstance(request.body, GuardedBody):
+    is_start = request.method == "POST" and not request.url.path.endswith(TOKEN_PATH)
+    if is_start and not isinstance(request.body, GuardedBody):
         raise PermanentFailure("a middleware of http= must not replace the body of a start")
     for _ in range(_CONNECTIONS_TRIED - 1):
         with suppress(_UncleanConnection):  # so nothing was sent

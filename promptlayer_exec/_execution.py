@@ -188,7 +188,7 @@ class Execution:
             if self._last is not None and self._last.complete:
                 return _Following(self, None), Deadline.after(None, now=0.0)
             client = await self._client()
-            return _Following(self, client.follow(self.id)), client.deadline(timeout)
+            return _Following(self, client.follow(self.id, streams=True)), client.deadline(timeout)
 
         return join
 
@@ -233,7 +233,7 @@ class Execution:
         return hash((id(self._session), self.id))
 
     def __repr__(self) -> str:
-        workflow = "" if self.workflow is None else f" of {self.workflow!r:.100}"
+        workflow = "" if self.workflow is None else f" of {self.workflow!r}"
         return f"<Execution {self.id}{workflow}>"
 
     def __copy__(self) -> Self:
@@ -262,4 +262,4 @@ class _Following:
 
     def remove_follower(self) -> None:
         if self._watch is not None:
-            self._watch.remove_follower()
+            self._watch.remove_follower(streams=True)

@@ -13,7 +13,6 @@ import attrs
 
 from promptlayer_exec._errors import PromptLayerExecError, SessionClosed, Unauthorized, copy_error
 from promptlayer_exec._models import Snapshot, StartRequest
-from promptlayer_exec._repr import short_repr
 from promptlayer_exec._tasks import Tasks, foreign_cancellation, is_cancelled
 
 if TYPE_CHECKING:
@@ -38,11 +37,11 @@ class Outcome(Generic[ItemT, OutputT]):
     """
 
     index: int
-    item: ItemT = attrs.field(repr=short_repr)
+    item: ItemT
     execution: Execution | None = None
     snapshot: Snapshot | None = None
-    output: OutputT = attrs.field(default=cast(Any, None), repr=short_repr)
-    error: Exception | None = attrs.field(default=None, repr=short_repr)
+    output: OutputT = attrs.field(default=cast(Any, None))
+    error: Exception | None = None
 
     @property
     def ok(self) -> bool:

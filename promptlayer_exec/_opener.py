@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import AsyncExitStack
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
-from promptlayer_exec._callbacks import CallbackLog
 from promptlayer_exec._client import Client
 from promptlayer_exec._connections import Pools
 from promptlayer_exec._errors import ConfigurationError, PromptLayerExecError, SessionClosed
 from promptlayer_exec._events import WakeSource, broadcast
 from promptlayer_exec._lifetime import Lifetime
-from promptlayer_exec._retry import RecentStarts
+from promptlayer_exec._retry import RecentStarts, RetryState
 from promptlayer_exec._settings import Settings, find_api_key, find_base_url, sends_in_the_clear
+from promptlayer_exec._tasks import clock
 from promptlayer_exec._throttle import Limiter, Throttle
 from promptlayer_exec._transport import Transport
 from promptlayer_exec._wakeups import EarlyWakeUps
-from promptlayer_exec._wire import NodeMapReader
+from promptlayer_exec._wire import NodeMapReader, Request, Response
+
+if TYPE_CHECKING:
+    from promptlayer_exec.push import Push
+
+T = TypeVar("T")
 
 
 class Opener:
-    """Opens and closes the client of a session, and keeps what outlives a client."""
+    """Opens and closes the client of a session, and keeps what outlives a client.
+
+    Attributes:
+        channel_suffix: what each start carries, so that its completion is pushed; None: no push.
+    """
 
     def __init__(self, settings: Settings, limiters: list[Limiter]) -> None:
         self._settings = settings
@@ -30,7 +43,7 @@ class Opener:
         self._recent_starts = RecentStarts(settings.retry.not_found_grace)
         self._early_wake_ups = EarlyWakeUps()
         self._emit = broadcast(settings.observers)
-        self.callbacks = CallbackLog(self._emit)
+        self.channel_suffix = secrets.token_hex(16) if settings.push else None
         self._client: Client | None = None
         self._opening = threading.Lock()
         self._closed = False
@@ -100,15 +113,34 @@ class Opener:
             recent_starts=self._recent_starts,
             emit=self._emit,
         )
-        return Client(
+        client = Client(
             settings=self._settings,
             lifetime=Lifetime(resources),
             transport=transport,
             recent_starts=self._recent_starts,
             node_maps=self._node_maps,
             early_wake_ups=self._early_wake_ups,
-            callbacks=self.callbacks,
             emit=self._emit,
+        )
+        if self.channel_suffix is not None:
+            client.push = self._create_push(client, self.channel_suffix)
+        return client
+
+    def _create_push(self, client: Client, suffix: str) -> Push:
+        # Imported on first use: it needs an extra.
+        from promptlayer_exec.push import Push  # noqa: PLC0415
+
+        async def call(request: Request, read: Callable[[Response], T]) -> T:
+            once = RetryState(self._settings.retry, 0.0)
+            return (await client.transport.call(request, read, once, due=clock())).value
+
+        return Push(
+            base_url=client.transport.base_url,
+            suffix=suffix,
+            proxy=True if self._settings.trust_env else None,
+            call=call,
+            wake=partial(client.wake, source="push"),
+            spawn=client.lifetime.spawn,
         )
 
     def warn_of_plain_http(self, base_url: str, *, stacklevel: int = 2) -> None:

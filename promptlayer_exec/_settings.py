@@ -7,10 +7,10 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from inspect import iscoroutinefunction, isroutine
 from types import EllipsisType
 from typing import Any
-from urllib.request import getproxies_environment, proxy_bypass
 
 import attrs
 import cattrs
@@ -19,13 +19,14 @@ from yarl import URL
 from promptlayer_exec._connections import BorrowedHttp
 from promptlayer_exec._errors import ConfigurationError
 from promptlayer_exec._events import Observer
+from promptlayer_exec._install import install_hint
 from promptlayer_exec._policies import Deadline, PollPolicy, RetryPolicy, check_seconds
 from promptlayer_exec._throttle import Limiter
-from promptlayer_exec.webhooks import Callbacks
 
 DEFAULT_BASE_URL = "https://api.promptlayer.com"
 _KEY_VARIABLE = "PROMPTLAYER_API_KEY"
 _URL_VARIABLE = "PROMPTLAYER_BASE_URL"
+_PUSH_VARIABLE = "PROMPTLAYER_EXEC_PUSH"
 _TRUST_VARIABLE = "PROMPTLAYER_EXEC_TRUST_ENV"
 _YES = ("1", "true", "yes", "on")
 _NO = ("", "0", "false", "no", "off")
@@ -95,23 +96,25 @@ def _matches(pattern: str, value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
+def _find_switch(name: str, value: Any, variable: str) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name} must be True or False, got {value!r:.100}")
+    text = os.environ.get(variable, "").lower()
+    if text not in (*_YES, *_NO):
+        raise ConfigurationError(f"{variable} must be 1 or 0, got {text!r:.100}")
+    return value or text in _YES
+
+
 def _find_trust_env(trust_env: Any) -> bool:
-    if not isinstance(trust_env, bool):
-        raise ConfigurationError(f"trust_env must be True or False, got {trust_env!r:.100}")
-    value = os.environ.get(_TRUST_VARIABLE, "").lower()
-    if value not in (*_YES, *_NO):
-        raise ConfigurationError(f"{_TRUST_VARIABLE} must be 1 or 0, got {value!r:.100}")
-    return trust_env or value in _YES
+    return _find_switch("trust_env", trust_env, _TRUST_VARIABLE)
 
 
-def unused_proxy(settings: Settings, base_url: str) -> str:
-    """Return what to do about a proxy that the environment names and the session does not use."""
-    url = URL(base_url)
-    is_used = settings.trust_env or settings.http is not None
-    if is_used or url.scheme not in getproxies_environment() or proxy_bypass(url.host or ""):
-        return ""
-    variable = f"{url.scheme.upper()}_PROXY"
-    return f"; {variable} is set but not used: pass trust_env=True, or set {_TRUST_VARIABLE}=1"
+def _find_push(push: Any) -> bool:
+    is_on = _find_switch("push", push, _PUSH_VARIABLE)
+    if is_on and find_spec("centrifuge") is None:
+        source = "push=True" if push else f"{_PUSH_VARIABLE}=1"
+        raise ConfigurationError(f"{source} needs an extra: {install_hint('push')}")
+    return is_on
 
 
 def check_count(name: str, value: Any) -> int:
@@ -190,10 +193,8 @@ class Settings:
         validator=_is(cattrs.Converter, "a cattrs.Converter", optional=True)
     )
     observers: Sequence[Observer] = attrs.field(validator=_callables)
+    push: bool = attrs.field(converter=_find_push)
     trust_env: bool = attrs.field(converter=_find_trust_env)
-    callbacks: Callbacks | None = attrs.field(
-        validator=_is(Callbacks, "a promptlayer_exec.webhooks.Callbacks", optional=True)
-    )
 
     def deadline(self, timeout: float | EllipsisType | None, *, now: float) -> Deadline:
         """Return the deadline of a wait that begins now; `...` means the default timeout."""

@@ -28,6 +28,7 @@ from promptlayer_exec._events import (
 from promptlayer_exec._models import FINAL, FrozenMap, Node, NodeStatus, NodeTimes, Snapshot
 from promptlayer_exec._policies import Deadline, PollPolicy, RetryPolicy
 from promptlayer_exec._retry import RetryState
+from promptlayer_exec._safety_net import SafetyNet
 from promptlayer_exec._tasks import PatientTimer, clock, foreign_cancellation, is_cancelled, resolve
 
 if TYPE_CHECKING:
@@ -91,9 +92,16 @@ def _first_seen(
     return FrozenMap(times)
 
 
+# What each follower waits on, and until when.
+Waiters = dict[asyncio.Future[None], Deadline]
+
+
 @attrs.define(eq=False)
 class Watch:
-    """Polls one execution while it has followers."""
+    """Polls one execution while it has followers.
+
+    With a safety net it polls seldom, while push stands and nobody streams snapshots.
+    """
 
     execution_id: int
     _fetch: Fetch
@@ -101,10 +109,12 @@ class Watch:
     _retry: RetryPolicy
     _emit: Emit
     _on_end: Callable[[Watch], None]
+    _net: SafetyNet | None = None
     latest: Snapshot | None = attrs.field(init=False, default=None)
     _followers: int = attrs.field(init=False, default=0)
-    _snapshot_waiters: set[asyncio.Future[None]] = attrs.field(init=False, factory=set)
-    _completion_waiters: set[asyncio.Future[None]] = attrs.field(init=False, factory=set)
+    _streams: int = attrs.field(init=False, default=0)
+    _snapshot_waiters: Waiters = attrs.field(init=False, factory=dict)
+    _completion_waiters: Waiters = attrs.field(init=False, factory=dict)
     _retries: RetryState = attrs.field(init=False)
     _changed_at: float = attrs.field(init=False, default=0.0)
     _final_count: int = attrs.field(init=False, default=0)
@@ -113,18 +123,26 @@ class Watch:
     # Resolved at the time of the next poll, or by a wake-up; None during a poll.
     _alarm: asyncio.Future[None] | None = attrs.field(init=False, default=None)
     _woken_by: WakeSource | None = attrs.field(init=False, default=None)
+    _is_pushed: bool = attrs.field(init=False, default=False)  # the poll in flight
     _woken_at: float = attrs.field(init=False, default=0.0)
     _no_wake_before: float = attrs.field(init=False, default=-math.inf)
 
     def __attrs_post_init__(self) -> None:
         self._retries = RetryState(self._retry, self._retry.watch_outage)
+        if self._net is not None:
+            self._net.changed = self._reschedule
 
-    def add_follower(self) -> None:
+    def add_follower(self, *, streams: bool = False) -> None:
+        """Add a follower; one that `streams` wants every snapshot, not just the complete one."""
         self._followers += 1
+        self._streams += streams
+        if streams:
+            self._reschedule()
 
-    def remove_follower(self) -> None:
+    def remove_follower(self, *, streams: bool = False) -> None:
         """Remove a follower; polling stops after the last one."""
         self._followers -= 1
+        self._streams -= streams
         if not self._followers:
             self._on_end(self)
             if self._task is not None:
@@ -139,8 +157,12 @@ class Watch:
         """
         if self._woken_by is None:
             self._woken_by, self._woken_at = source, clock()
-            if self._alarm is not None:
-                resolve(self._alarm)
+            self._reschedule()
+
+    def _reschedule(self) -> None:
+        """Find out again when the next poll is due."""
+        if self._alarm is not None:
+            resolve(self._alarm)
 
     async def newer(self, seen: Snapshot | None, deadline: Deadline) -> Snapshot:
         """Wait until the latest snapshot is not `seen`, and return it.
@@ -159,15 +181,17 @@ class Watch:
             await self._wait(self._completion_waiters, deadline)
         return snapshot
 
-    async def _wait(self, waiters: set[asyncio.Future[None]], deadline: Deadline) -> None:
+    async def _wait(self, waiters: Waiters, deadline: Deadline) -> None:
         """Wait for a notification or the deadline."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiters.add(future)
+        waiters[future] = deadline
+        if self._net is not None:
+            self._reschedule()  # the deadline may be the first
         timer = PatientTimer(deadline.when, resolve, future)
         try:
             await future
         finally:
-            waiters.discard(future)
+            del waiters[future]
             timer.cancel()
 
     def _complete(self, deadline: Deadline) -> Snapshot | None:
@@ -209,6 +233,8 @@ class Watch:
             error.__cause__ = fatal
         finally:
             self._task = None
+            if self._net is not None:
+                self._net.release(self._reschedule)
             self._end(error, elapsed=clock() - started)
 
     async def _poll_until_complete(self, started: float) -> Exception | None:
@@ -235,6 +261,7 @@ class Watch:
             finally:
                 timer.cancel()
                 self._alarm = None
+        self._is_pushed = self._woken_by == "push"
         if self._woken_by is not None:
             self._emit(WatchWoken(self.execution_id, self._woken_by))
             self._woken_by = None
@@ -242,9 +269,13 @@ class Watch:
         return due
 
     def _due(self, scheduled: float) -> float:
-        if self._woken_by is None:
+        if self._woken_by is not None:
+            return min(scheduled, max(self._woken_at, self._no_wake_before))
+        if self._net is None or self._streams:
             return scheduled
-        return min(scheduled, max(self._woken_at, self._no_wake_before))
+        return self._net.due(
+            scheduled, floor=self._poll.floor, deadlines=self._completion_waiters.values()
+        )
 
     async def _poll_once(self, started: float, due: float) -> float | None:
         """Poll, and return the time of the next poll, or None if the execution is complete."""
@@ -260,6 +291,9 @@ class Watch:
             if previous is None or _statuses(previous) != _statuses(snapshot):
                 self._changed_at = now
         self.latest = snapshot
+        if self._net is not None:
+            sent_at = now - reply.duration
+            self._net.polled(sent_at, complete=snapshot.complete, pushed=self._is_pushed)
         self._notify(ended=snapshot.complete)
         self._emit(
             Polled(

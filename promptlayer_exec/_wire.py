@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_ID = 2**63 - 1
+# The one POST that starts nothing.
+TOKEN_PATH = "/ws-token-request-library"  # noqa: S105 - a path
 _ID_FIELD = "workflow_version_execution_id"
 _EXCERPT = 200
 _REPORTED_AT_MOST = 100
@@ -102,8 +104,12 @@ def results_request(execution_id: int, *, return_all_outputs: bool) -> Request:
     )
 
 
-def run_request(start: StartRequest, inputs: Mapping[str, Any]) -> Request:
+def run_request(
+    start: StartRequest, inputs: Mapping[str, Any], channel_suffix: str | None = None
+) -> Request:
     """Return the request that starts a run with `inputs`, plain JSON values, not `start.inputs`.
+
+    The completion of a run with a `channel_suffix` is pushed to the channel of that suffix.
 
     All other fields of `start` are checked; raises `TypeError` or `ValueError`.
     """
@@ -114,6 +120,7 @@ def run_request(start: StartRequest, inputs: Mapping[str, Any]) -> Request:
         "workflow_label_name": label,
         "workflow_version_number": version,
         "callback_url": optional_str("callback_url", start.callback_url),
+        "channel_name_suffix": channel_suffix,
     }
     given = {name: value for name, value in body.items() if value is not None}
     return Request(
@@ -185,29 +192,11 @@ class Started:
     warning: str | None
 
 
-# A whole id, certainly that of the outermost object, in a body that may be cut after it; ASCII,
-# because corrupt bytes before it leave it in doubt.
-_WHOLE_ID = re.compile(rb'\s*\{[^][{}\x80-\xff]*"%b"\s*:\s*(\d{1,19})\s*[,}]' % _ID_FIELD.encode())
-
-
-def has_id(body: bytes) -> bool:
-    """Return True if a broken response to the request that starts a run may still have its id."""
-    try:
-        return isinstance(loads(body), dict)
-    except (ValueError, RecursionError):
-        return _WHOLE_ID.match(body) is not None
-
-
 def read_started(response: Response) -> Started:
     """Read the response to the request that starts a run; a 2xx must have a usable id."""
     if response.status >= 300:
         check_status(response)
-    try:
-        body = decode(response)
-    except InvalidResponse:
-        if (whole := _WHOLE_ID.match(response.body)) is None:
-            raise
-        body = {_ID_FIELD: int(whole[1])}
+    body = decode(response)
     execution_id = body.get(_ID_FIELD) if isinstance(body, dict) else None
     if type(execution_id) is not int or not 1 <= execution_id <= MAX_ID:
         invalid_shape(response, f"$.{_ID_FIELD}", "there is no usable id")
@@ -238,15 +227,11 @@ class NodeMapReader:
 
         For an unchanged response, it is `before` itself.
         """
-        if before is not None and before.source == (response.status, response.body):
+        source = response.status, response.body
+        if before is not None and before.source == source:
             return before
         check_status(response)
-        return self.read_nodes(response, decode(response), execution_id, before)
-
-    def read_nodes(
-        self, response: Response, raw: Any, execution_id: int, before: NodeMap | None = None
-    ) -> NodeMap:
-        """Read a node map that is decoded; errors quote the body of the response."""
+        raw = decode(response)
         if not isinstance(raw, dict):
             invalid_shape(response, "$", f"expected an object of nodes, got {json_kind(raw)}")
         nodes = {}
@@ -261,9 +246,7 @@ class NodeMapReader:
                 if type(node.status) is str and node.status[:_LONGEST_STATUS] not in self._reported:
                     self._report(node, execution_id)
             nodes[name] = node
-        return NodeMap(
-            response.status == 200, FrozenMap(nodes), raw, (response.status, response.body)
-        )
+        return NodeMap(response.status == 200, FrozenMap(nodes), raw, source)
 
     def _report(self, node: Node, execution_id: int) -> None:
         if len(self._reported) < _REPORTED_AT_MOST:

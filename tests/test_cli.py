@@ -184,7 +184,8 @@ def _environment() -> dict[str, str]:
 def environment(sim: Simulator) -> dict[str, str]:
     """Return the environment of a user of the simulator."""
     mine = {"PROMPTLAYER_API_KEY": sim.api_key, "PROMPTLAYER_BASE_URL": sim.base_url}
-    return _environment() | mine | {"PROMPTLAYER_EXEC_TRUST_ENV": ""}
+    ours = {"PROMPTLAYER_EXEC_TRUST_ENV": "", "PROMPTLAYER_EXEC_PUSH": ""}
+    return _environment() | mine | ours
 
 
 @pytest.fixture
@@ -527,6 +528,20 @@ class TestRun:
         assert code == 0
         assert f"\nexecution {execution_id} succeeded after" in out
         assert err == (f"print its main output with:\n  promptlayer-exec results {execution_id}\n")
+
+    def test_a_run_is_pushed_on_request(self, sim: Simulator, call: Call) -> None:
+        """With `--push` or the variable, the start asks for a message at the end."""
+        sim.add_workflow("pushed", DONE)
+        for options, env in (
+            (["--push"], {}),
+            ([], {"PROMPTLAYER_EXEC_PUSH": "1"}),
+            ([], {}),
+        ):
+            assert call("run", "pushed", *options, **env).end()[0] == 0
+        first, second, third = (run.body for run in sim.runs[-3:])
+        assert first["channel_name_suffix"]
+        assert second["channel_name_suffix"]
+        assert "channel_name_suffix" not in third
 
     def test_inputs_label_and_metadata_are_sent(
         self, sim: Simulator, start: Start, tmp_path: Path

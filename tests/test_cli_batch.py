@@ -382,8 +382,15 @@ def test_a_refused_key_is_exit_code_4(
 def test_the_options_are_passed_to_the_batch(run: Run) -> None:
     """The limits, and what to do with unknown items."""
     settings = commands.Settings("sqlite:///none", 3, 7.0, True)
-    batch = commands._batch("b", settings, None, 1.0)
+    batch = commands._batch("b", settings, None, 1.0, push=False)
     assert (batch._max_in_flight, batch._rate, batch._restart_unknown) == (3, 7.0, True)
+
+
+def test_a_batch_is_pushed_on_request(sim: Simulator, run: Run, tmp_path: Path) -> None:
+    """With `--push`, each start asks for a message at its end."""
+    file = write(tmp_path / "night.jsonl", *({"key": key, "inputs": {"n": 1}} for key in "ab"))
+    assert run("run", file, "--workflow", "echo", "--push", "--out", "out.jsonl")[0] == 0
+    assert len({run.body["channel_name_suffix"] for run in sim.runs}) == 1
 
 
 def test_a_failing_result_file_is_reported(

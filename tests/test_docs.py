@@ -142,8 +142,8 @@ def test_an_unknown_command_is_found() -> None:
 def test_the_reference_is_complete() -> None:
     """It lists each public module and name, and the page on failures lists each error."""
     pages = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
-    modules = {module.name for module in pkgutil.iter_modules(promptlayer_exec.__path__)} - {"cli"}
-    for module in modules:
+    modules = {module.name for module in pkgutil.iter_modules(promptlayer_exec.__path__)}
+    for module in modules - {"cli", "push"}:
         assert module.startswith("_") or f"promptlayer_exec.{module}\n" in pages, module
     for name in {*promptlayer_exec.__all__, *promptlayer_exec.simulator.__all__} - {"__version__"}:
         assert re.search(rf":: {name}$", pages, re.MULTILINE), name
@@ -360,6 +360,14 @@ async def test_the_sessions_on_polling_work(server: Simulator) -> None:
         for session in (page["for_a_person"](), page["for_the_night"](), test):
             async with session:
                 assert await session.execution(execution_id).output() == "done"
+
+
+async def test_the_code_on_push_is_pushed(server: Simulator) -> None:
+    """The result takes two requests, beside those that subscribe."""
+    server.add_workflow("write-report", Scenario([SimNode("Report", "done", 0.1)]))
+    with names("docs/push.md") as page:
+        assert await page["write_report"]("otters") == "done"
+    assert "/connection/websocket" in [request.path for request in server.requests]
 
 
 async def test_the_page_on_picking_up_pays_once(

@@ -266,6 +266,7 @@ class _Acquirable:
         ("observers", print, "observers must be a list of callables, got <built-in"),
         ("observers", "abc", "observers must be a list of callables, got 'abc'"),
         ("trust_env", "no", "trust_env must be True or False, got 'no'"),
+        ("push", 1, "push must be True or False, got 1"),
     ],
 )
 def test_settings_of_the_wrong_kind_are_refused(name: str, value: Any, meant: str) -> None:
@@ -280,16 +281,18 @@ def test_settings_of_the_right_kind_are_taken() -> None:
     Session("a-key-to-test", limiter=_Acquirable(), observers=(print,), trust_env=True)
 
 
+@pytest.mark.parametrize("setting", ["trust_env", "push"])
 @pytest.mark.parametrize(
     ("value", "expected"), [("1", True), ("TRUE", True), ("0", False), ("", False)]
 )
-def test_trust_env_comes_from_the_environment_too(
-    monkeypatch: pytest.MonkeyPatch, value: str, *, expected: bool
+def test_a_switch_comes_from_the_environment_too(
+    monkeypatch: pytest.MonkeyPatch, setting: str, value: str, *, expected: bool
 ) -> None:
     """The variable can switch it on, and not off."""
-    monkeypatch.setenv("PROMPTLAYER_EXEC_TRUST_ENV", value)
-    assert Session("a-key-to-test")._settings.trust_env is expected
-    assert Session("a-key-to-test", trust_env=True)._settings.trust_env is True
+    monkeypatch.setenv(f"PROMPTLAYER_EXEC_{setting.upper()}", value)
+    assert getattr(Session("a-key-to-test")._settings, setting) is expected
+    on: dict[str, Any] = {setting: True}
+    assert getattr(Session("a-key-to-test", **on)._settings, setting) is True
 
 
 def test_an_unclear_trust_env_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,14 @@ BaseUrl = Annotated[
 Outage = Annotated[
     float, seconds("Maximum time to keep retrying while the server is unreachable or failing.")
 ]
+Push = Annotated[
+    bool,
+    typer.Option(
+        "--push",
+        help="Poll at once when PromptLayer pushes a completion (extra `push`).",
+        show_default="$PROMPTLAYER_EXEC_PUSH",
+    ),
+]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[
     int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free port.")

@@ -18,7 +18,7 @@ import typer
 
 from promptlayer_exec import RetryPolicy, Session
 from promptlayer_exec._integration import install_hint
-from promptlayer_exec.cli._arguments import BaseUrl, JsonLines, Outage
+from promptlayer_exec.cli._arguments import BaseUrl, JsonLines, Outage, Push
 from promptlayer_exec.cli._batch_files import ItemFile, ResultFile
 from promptlayer_exec.cli._display import BatchProgress, failure_lines, item_count, status_line
 from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, help_epilog, run_command
@@ -111,6 +111,7 @@ def _run(
     max_in_flight: _MaxInFlight = 100,
     rate: _Rate = 100,
     restart_unknown: _RestartUnknown = False,
+    push: Push = False,
     base_url: BaseUrl = None,
     outage: Outage = 600,
 ) -> None:
@@ -140,7 +141,7 @@ def _run(
     async def work() -> ExitCode:
         items = ItemFile(file, workflow)
         with closing(ResultFile(results)) as result_file:
-            batch = _batch(batch_name, settings, base_url, outage)
+            batch = _batch(batch_name, settings, base_url, outage, push=push)
             try:
                 new = await batch.add(items)
             except (TypeError, ValueError) as error:
@@ -165,6 +166,7 @@ def _work(
     rate: _Rate = 100,
     *,
     restart_unknown: _RestartUnknown = False,
+    push: Push = False,
     base_url: BaseUrl = None,
     outage: Outage = 600,
 ) -> None:
@@ -180,7 +182,7 @@ def _work(
     async def work() -> ExitCode:
         chosen = _choose(name, await _names(database))
         subject.note = _NOTE
-        return await _work_on(chosen, _batch(chosen, settings, base_url, outage))
+        return await _work_on(chosen, _batch(chosen, settings, base_url, outage, push=push))
 
     raise typer.Exit(run_command(work(), subject))
 
@@ -213,9 +215,11 @@ def _dbos() -> ModuleType:
     return dbos
 
 
-def _batch(name: str, settings: Settings, base_url: str | None, outage: float) -> Batch:
+def _batch(
+    name: str, settings: Settings, base_url: str | None, outage: float, *, push: bool
+) -> Batch:
     retry = RetryPolicy(outage=outage, watch_outage=outage)
-    session = partial(open_session, base_url, retry)
+    session = partial(open_session, base_url, retry, push=push)
     session()  # reports a missing key before anything is stored
     batch: Batch = _dbos().Batch(name, session=session, **attrs.asdict(settings))
     return batch

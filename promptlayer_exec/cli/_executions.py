@@ -27,6 +27,7 @@ from promptlayer_exec.cli._arguments import (
     ExecutionId,
     JsonLines,
     Outage,
+    Push,
     read_inputs,
     read_metadata,
     seconds,
@@ -100,6 +101,7 @@ def run(
     timeout: Annotated[
         float, seconds("Maximum time to wait for the start, and then for the execution.")
     ] = 3600,
+    push: Push = False,
     as_json: JsonLines = False,
     base_url: BaseUrl = None,
     outage: Outage = 600,
@@ -138,7 +140,9 @@ def run(
 
     async def work() -> ExitCode:
         retry = RetryPolicy(outage=outage, watch_outage=outage)
-        async with open_session(base_url, retry, display.warn, wait_timeout=timeout) as session:
+        async with open_session(
+            base_url, retry, display.warn, wait_timeout=timeout, push=push
+        ) as session:
             starting = asyncio.create_task(
                 session.start(workflow, variables, label=label, version=version, metadata=texts)
             )

@@ -69,7 +69,7 @@ def view(
                 simulator = await stack.enter_async_context(Simulator(log_requests=False))
                 for workflow, (scenario, _) in DEMO_WORKFLOWS.items():
                     simulator.add_workflow(workflow, scenario)
-                session = demo_session(simulator, err)
+                session = demo_session(simulator, err, push=True)
             else:
                 retry = RetryPolicy(outage=min(outage, 10.0), watch_outage=outage)
                 session = open_session(base_url, retry, err)

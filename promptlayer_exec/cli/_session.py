@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 
 from promptlayer_exec import (
     ConfigurationError,
@@ -30,6 +31,7 @@ def open_session(
     warn: Callable[[str], None] | None = None,
     *,
     wait_timeout: float = 3600.0,
+    push: bool = False,
 ) -> Session:
     """Return a session with the key from the environment; `warn` is called with each retry."""
     if not os.environ.get("PROMPTLAYER_API_KEY"):
@@ -43,19 +45,26 @@ def open_session(
             retry=retry,
             wait_timeout=wait_timeout,
             observers=[] if warn is None else [report_retries(warn)],
+            push=push,
         )
     for warning in caught:
         err(f"warning: {printable(str(warning.message))}")
     return session
 
 
-def demo_session(simulator: Simulator, warn: Callable[[str], None]) -> Session:
-    """Return a session on a simulator that polls often enough to see short nodes running."""
+def demo_session(
+    simulator: Simulator, warn: Callable[[str], None], *, push: bool = False
+) -> Session:
+    """Return a session on a simulator that polls often enough to see short nodes running.
+
+    With `push`, the ends of the runs that it starts are pushed, if that extra is installed.
+    """
     return Session(
         simulator.api_key,
         base_url=simulator.base_url,
         poll=PollPolicy(floor=0.2, ceiling=0.4),
         observers=[report_retries(warn)],
+        push=push and find_spec("centrifuge") is not None,
     )
 
 

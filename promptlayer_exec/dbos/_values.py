@@ -8,8 +8,6 @@ from typing import Any, Literal, NamedTuple
 
 import attrs
 
-from promptlayer_exec._integration import short_repr
-
 Kind = Literal["succeeded", "failed", "unknown"]
 
 
@@ -34,11 +32,11 @@ class StoredOutcome:
         finished: when this outcome became known (UTC).
     """
 
-    key: str = attrs.field(repr=short_repr)
+    key: str
     execution_id: int | None
     succeeded: bool
-    output: Any = attrs.field(repr=short_repr)
-    error: StoredError | None = attrs.field(repr=short_repr)
+    output: Any
+    error: StoredError | None
     started: datetime | None
     finished: datetime
 

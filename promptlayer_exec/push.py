@@ -1,0 +1,431 @@
+"""PromptLayer's push channel, as a hint that an execution is complete (extra `push`).
+
+A message wakes the watch of its execution, and is never an answer: the poll that follows is. What
+push does not tell, or tells wrongly, costs a poll or a few seconds, and never a result.
+
+Internal: `Session(push=True)` is the interface.
+
+https://centrifugal.dev/docs/transports/client_api
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from urllib.parse import quote
+
+import anyio
+import attrs
+from centrifuge import (
+    CentrifugeError,
+    Client,
+    ClientEventHandler,
+    DisconnectedContext,
+    ErrorContext,
+    PublicationContext,
+    SubscribedContext,
+    SubscribingContext,
+    SubscriptionEventHandler,
+    UnauthorizedError,
+    UnsubscribedContext,
+)
+from websockets.exceptions import InvalidStatus
+
+from promptlayer_exec._errors import (
+    ConnectionFailed,
+    RequestError,
+    RequestTimeout,
+    StatusError,
+    printable,
+)
+from promptlayer_exec._events import logger
+from promptlayer_exec._policies import TRANSIENT_STATUSES
+from promptlayer_exec._safety_net import SafetyNet
+from promptlayer_exec._tasks import clock
+from promptlayer_exec._wakeups import EarlyWakeUps
+from promptlayer_exec._wire import (
+    TOKEN_PATH,
+    Request,
+    Response,
+    check_execution_id,
+    check_status,
+    decode,
+    invalid_shape,
+)
+from promptlayer_exec._workflow_wire import read_workflow, workflow_request
+
+if TYPE_CHECKING:
+    from websockets.asyncio.client import ClientConnection
+
+T = TypeVar("T")
+
+# Seconds to become subscribed for the first time, and after a connection was lost.
+_HANDSHAKE = 10.0
+_RECONNECT = 60.0
+# A completion that a poll found, and that no message told of within so many seconds, is silence.
+_SILENCE = 2.0
+# So many completions in silence, one after the other, and push is given up.
+_MOST_SILENT = 3
+# Seconds until push is tried again, for the first time, the second, and from then on.
+_PAUSES = (60.0, 300.0, 900.0)
+# Seconds between two attempts to find out a workflow's id.
+_RETRY = 1.0
+# Seconds for the closing handshake; a session that closes waits for it.
+_CLOSE = 0.1
+_MOST_RUNS = 10_000
+_COMPLETION = "SET_WORKFLOW_COMPLETE"
+
+
+class Call(Protocol):
+    """A function that sends a request once, in its turn among the session's requests."""
+
+    async def __call__(self, request: Request, read: Callable[[Response], T]) -> T:
+        """Return what `read` reads from the answer, or raise a `RequestError`."""
+
+
+def token_request(channel: str) -> Request:
+    """Return the request for a token that allows to subscribe to one channel."""
+    return Request("POST", f"{TOKEN_PATH}?capability={quote(channel, safe='')}")
+
+
+def read_token(response: Response) -> str:
+    """Read the token in a response."""
+    if response.status != 201:
+        check_status(response)
+    body = decode(response)
+    details = body.get("token_details") if isinstance(body, dict) else None
+    token = details.get("token") if isinstance(details, dict) else None
+    if not isinstance(token, str) or not token:
+        invalid_shape(response, "$.token_details.token", "there is no token")
+    return token
+
+
+def read_completion(data: Any) -> int | None:
+    """Return the execution id in a published message; None if it tells of no completion.
+
+    Raises:
+        ValueError: it tells of a completion whose id cannot be read.
+    """
+    if not isinstance(data, dict) or data.get("message_name") != _COMPLETION:
+        return None
+    try:
+        completion = json.loads(data.get("data", ""))
+        return check_execution_id(completion["workflow_version_execution_id"])
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
+@attrs.define(eq=False, kw_only=True)
+class Push:
+    """The channels of an open session, one for each workflow, and the runs that use them."""
+
+    _base_url: str
+    suffix: str
+    proxy: Literal[True] | None
+    call: Call
+    wake: Callable[[int], object]
+    _spawn: Callable[[Callable[[], Coroutine[Any, Any, None]]], None]
+    told: EarlyWakeUps = attrs.field(init=False, factory=EarlyWakeUps)
+    has_told: bool = attrs.field(init=False, default=False)
+    _has_warned: bool = attrs.field(init=False, default=False)
+    _channels: dict[str | int, _Channel] = attrs.field(init=False, factory=dict)
+    _nets: dict[int, SafetyNet] = attrs.field(init=False, factory=dict)  # oldest first
+
+    @property
+    def address(self) -> str:
+        """The URL of the WebSocket."""
+        return self._base_url.replace("http", "ws", 1) + "/connection/websocket"
+
+    def subscribe(self, workflow: str | int) -> None:
+        """Begin to subscribe to the channel of a workflow, if it is the first time."""
+        if workflow not in self._channels:
+            channel = self._channels[workflow] = _Channel(self, workflow)
+            self._spawn(channel.run)
+
+    def started(self, workflow: str | int, execution_id: int, *, sent_at: float) -> None:
+        """Record a run; the request that started it was sent at a time, on the loop's clock."""
+        self._nets[execution_id] = SafetyNet(execution_id, self._channels[workflow], sent_at)
+        if len(self._nets) > _MOST_RUNS:
+            del self._nets[next(iter(self._nets))]
+
+    def net(self, execution_id: int) -> SafetyNet | None:
+        """Return the safety net of a run; None for what was not started here, or has ended."""
+        return self._nets.get(execution_id)
+
+    def forget(self, execution_id: int) -> None:
+        """Forget a run that has ended."""
+        self._nets.pop(execution_id, None)
+
+    def changed(self, channel: _Channel) -> None:
+        """Have the watches of a channel find out when to poll."""
+        for net in self._nets.values():
+            if net.subscription is channel:
+                net.changed()
+
+    def is_joined(self, channel: _Channel) -> bool:
+        """Return True if another channel is that of the same workflow, and takes over the runs."""
+        for other in self._channels.values():
+            if other is not channel and other.workflow_id == channel.workflow_id:
+                for net in self._nets.values():
+                    if net.subscription is channel:
+                        net.subscription = other
+                        net.changed()
+                self._channels[channel.workflow] = other
+                return True
+        return False
+
+    def warn(self, workflow: str | int, reason: str) -> None:
+        """Log that push is given up for a workflow; a session warns of it once."""
+        level = logging.INFO if self._has_warned else logging.WARNING
+        self._has_warned = True
+        logger.log(
+            level,
+            "push is not used for workflow %.100r, only polling: %s; it is tried again in a while",
+            workflow,
+            printable(reason),
+        )
+
+
+@attrs.define(eq=False)
+class _Channel:
+    """The subscription for the runs of one workflow: kept, given up, and tried again.
+
+    Attributes:
+        workflow: the name or id that the runs are started with.
+        workflow_id: the workflow's id, once it is known.
+        since: since when the subscription stands, on the loop's clock; None: it does not.
+        is_starting: whether the first subscription has neither succeeded nor failed yet.
+    """
+
+    _push: Push
+    workflow: str | int
+    workflow_id: int | None = attrs.field(init=False, default=None)
+    since: float | None = attrs.field(init=False, default=None)
+    is_starting: bool = attrs.field(init=False, default=True)
+    _silent: int = attrs.field(init=False, default=0)
+    _failures: int = attrs.field(init=False, default=0)
+    _end: asyncio.Future[str] = attrs.field(init=False)
+    last_error: str = attrs.field(init=False, default="")
+    _limit: asyncio.TimerHandle | None = attrs.field(init=False, default=None)
+    _token_scope: anyio.CancelScope = attrs.field(init=False, factory=anyio.CancelScope)
+
+    @property
+    def has_told(self) -> bool:
+        return self._push.has_told
+
+    async def run(self) -> None:
+        """Stay subscribed; whenever push is given up, try again after a pause."""
+        while (reason := await self._stay_subscribed()) is not None:
+            self._push.warn(self.workflow, reason)
+            pause = _PAUSES[min(self._failures, len(_PAUSES) - 1)]
+            self._failures += 1
+            await anyio.sleep(pause)
+
+    async def _stay_subscribed(self) -> str | None:
+        """Return why push was given up in the end; None: another channel is used instead."""
+        try:
+            if self.workflow_id is None:
+                self.workflow_id = await self._find_workflow()
+                if self._push.is_joined(self):
+                    return None
+            return await self._connect(self.workflow_id)
+        except Exception as error:  # noqa: BLE001 - it would end the session
+            return _reason(error)
+        finally:
+            self.is_starting = False
+            self.lose_subscription()
+            self._limit_seconds(None)
+
+    async def _find_workflow(self) -> int:
+        if isinstance(self.workflow, int):
+            return self.workflow
+        request = workflow_request(self.workflow, None, None)
+        give_up_at = clock() + _HANDSHAKE
+        while True:
+            try:
+                return (await self._push.call(request, read_workflow)).id
+            except Exception as error:
+                if not _is_transient(error) or clock() >= give_up_at:
+                    raise
+            await anyio.sleep(_RETRY)
+
+    async def _connect(self, workflow_id: int) -> str:
+        """Subscribe with a client of the library, and return why push was given up."""
+        self._end = asyncio.get_running_loop().create_future()
+        self._silent = 0
+        name = f"workflows:{workflow_id}:run:{self._push.suffix}"
+        client = _Client(
+            self._push.address,
+            events=_ConnectionEvents(self),
+            get_token=partial(self._get_token, name),
+            timeout=_HANDSHAKE,
+            name="promptlayer_exec",
+            proxy=self._push.proxy,
+        )
+        await client.new_subscription(name, _SubscriptionEvents(self)).subscribe()
+        connecting = asyncio.ensure_future(client.connect())
+        self._limit_seconds(_HANDSHAKE)
+        try:
+            return await self._end
+        finally:
+            self._limit_seconds(None)
+            self._token_scope.cancel()
+            with anyio.CancelScope(shield=True):
+                await client.disconnect()
+                await client.finished()
+                await asyncio.wait([connecting])
+
+    async def _get_token(self, channel: str) -> str:
+        """Return a token; called by the library, at first and whenever the last one expires."""
+        try:
+            with anyio.CancelScope() as self._token_scope:
+                return await self._push.call(token_request(channel), read_token)
+        except Exception as error:
+            if _is_transient(error):
+                raise  # the library tries again
+            self.give_up(_reason(error))
+        raise UnauthorizedError
+
+    def _limit_seconds(self, seconds: float | None) -> None:
+        """Give up push if there is no subscription within some seconds; None: no limit."""
+        if self._limit is not None:
+            self._limit.cancel()
+            self._limit = None
+        if seconds is not None:
+            loop = asyncio.get_running_loop()
+            self._limit = loop.call_later(seconds, self._run_out, seconds)
+
+    def _run_out(self, seconds: float) -> None:
+        failure = f"; last failure: {self.last_error}" if self.last_error else ""
+        self.give_up(f"there was no subscription within {seconds:g} s{failure}")
+
+    def give_up(self, reason: str) -> None:
+        if not self._end.done():
+            self._end.set_result(reason)
+
+    def begin_subscription(self) -> None:
+        """Record that every completion from now on will be published to us."""
+        self.since = clock()
+        self.is_starting = False
+        self.last_error = ""
+        self._limit_seconds(None)
+        self._push.changed(self)
+
+    def lose_subscription(self) -> None:
+        """Record that completions are missed from now on."""
+        if self.since is not None:
+            self.since = None
+            self._limit_seconds(_RECONNECT)
+        self._push.changed(self)
+
+    def receive(self, data: Any) -> None:
+        """Wake the watch that a message is for."""
+        try:
+            execution_id = read_completion(data)
+        except ValueError as error:
+            logger.debug("push: a completion cannot be read (%s)", printable(str(error)))
+            self.begin_subscription()  # polls for what was missed until now
+            return
+        if execution_id is not None:
+            self._push.told.add(execution_id, "push")
+            self._push.wake(execution_id)
+
+    def completed(self, execution_id: int, *, expected: bool) -> None:
+        self._push.forget(execution_id)
+        if not self._confirm(execution_id) and expected:
+            loop = asyncio.get_running_loop()
+            loop.call_later(_SILENCE, self._check_silence, execution_id, self.since)
+
+    def _confirm(self, execution_id: int) -> bool:
+        """Return True if a message told of a completion; it was true then."""
+        if self._push.told.take(execution_id) is None:
+            return False
+        self._push.has_told = True
+        self._silent = self._failures = 0
+        return True
+
+    def _check_silence(self, execution_id: int, since: float | None) -> None:
+        if self._confirm(execution_id) or self.since != since:
+            return
+        self._silent += 1
+        if self._silent >= _MOST_SILENT:
+            self._push.has_told = False
+            self.give_up(f"it did not tell of the last {self._silent} completions")
+
+
+class _Client(Client):
+    """The library's client, which ignores frames that it cannot read, and ends soon.
+
+    It uses three private names of the library; a test fails if one of them disappears.
+    """
+
+    async def _process_incoming_data(self, message: Any, attempt: int) -> None:
+        try:
+            await super()._process_incoming_data(message, attempt)
+        except Exception as error:  # noqa: BLE001 - the library would log it and stop for good
+            logger.debug("push: a frame cannot be read (%s)", type(error).__name__)
+
+    @staticmethod
+    async def _close_conn(conn: ClientConnection) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE):
+                await conn.close()
+        conn.transport.abort()  # the peer may never answer
+        await conn.wait_closed()
+
+    async def finished(self) -> None:
+        """Wait until a disconnected client has no task left."""
+        while self._background_tasks:
+            await asyncio.wait(self._background_tasks)
+
+
+class _ConnectionEvents(ClientEventHandler):
+    def __init__(self, channel: _Channel) -> None:
+        self._channel = channel
+
+    async def on_error(self, ctx: ErrorContext) -> None:
+        self._channel.last_error = _reason(ctx.error)
+        status = ctx.error.response.status_code if isinstance(ctx.error, InvalidStatus) else 0
+        if 400 <= status < 500 and status not in TRANSIENT_STATUSES:
+            self._channel.give_up(_reason(ctx.error))
+
+    async def on_disconnected(self, ctx: DisconnectedContext) -> None:
+        reason = f"the server ended the connection: {ctx.reason} ({ctx.code})"
+        self._channel.give_up(reason)
+
+
+class _SubscriptionEvents(SubscriptionEventHandler):
+    def __init__(self, channel: _Channel) -> None:
+        self._channel = channel
+
+    async def on_subscribing(self, _: SubscribingContext) -> None:
+        self._channel.lose_subscription()
+
+    async def on_subscribed(self, _: SubscribedContext) -> None:
+        self._channel.begin_subscription()
+
+    async def on_unsubscribed(self, ctx: UnsubscribedContext) -> None:
+        self._channel.give_up(f"the server refused the subscription: {ctx.reason} ({ctx.code})")
+
+    async def on_publication(self, ctx: PublicationContext) -> None:
+        self._channel.receive(ctx.pub.data)
+
+
+def _is_transient(error: Exception) -> bool:
+    if isinstance(error, StatusError):
+        return error.status in TRANSIENT_STATUSES
+    return isinstance(error, ConnectionFailed | RequestTimeout)
+
+
+def _reason(error: BaseException) -> str:
+    """Return what an error says; of a foreign one only what cannot hold a password."""
+    if isinstance(error, RequestError):
+        return str(error.args[0])
+    if isinstance(error, OSError | InvalidStatus | CentrifugeError):
+        return f"{error}" or type(error).__name__
+    return type(error).__name__

@@ -1,0 +1,931 @@
+"""Push against a server of the tests' own, over real sockets, and what may go wrong with it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+import aiohttp
+import centrifuge
+import pytest
+from aiohttp import web
+
+from promptlayer_exec import (
+    ConfigurationError,
+    ExecutionTimeout,
+    PollPolicy,
+    Session,
+    SessionClosed,
+    StartRequest,
+    StartUnknown,
+    WatchStarted,
+    WatchWoken,
+    _safety_net,
+    _settings,
+    push,
+)
+
+NEVER = PollPolicy.fixed(3600.0)
+OFTEN = PollPolicy.fixed(0.02)
+NODES = {"Answer": {"status": "SUCCESS", "value": "42", "is_output_node": True}}
+RUNNING = {"Answer": {"status": "RUNNING", "value": None, "is_output_node": True}}
+
+
+def completion(execution_id: Any, **fields: Any) -> dict[str, Any]:
+    """Return the message of a completion, as PromptLayer publishes it."""
+    text = {"workflow_version_execution_id": execution_id, "final_output": {}, **fields}
+    return {"message_name": "SET_WORKFLOW_COMPLETE", "data": json.dumps(text)}
+
+
+class Server:
+    """As much of PromptLayer as push needs; shares no code with the simulator.
+
+    Attributes:
+        log: the method and path of each request.
+        hold: paths, and commands on the WebSocket, that are not answered until it is emptied.
+        statuses: statuses to answer instead, by path.
+        ttl: the lifetime of tokens in seconds that the server announces; None: for ever.
+        replies: replies to give instead, by the name of the command, or path.
+        bodies: the bodies of the starts.
+        complete: the executions that are complete.
+        sockets: the open WebSockets, and the channel that each is subscribed to.
+        tokens: the tokens that clients sent.
+    """
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, str]] = []
+        self.hold: set[str] = set()
+        self.statuses: dict[str, int] = {}
+        self.ttl: float | None = None
+        self.replies: dict[str, Any] = {}
+        self.bodies: list[dict[str, Any]] = []
+        self.complete: set[int] = set()
+        self.sockets: dict[web.WebSocketResponse, str] = {}
+        self.tokens: list[str] = []
+        self.before_start_is_answered: Callable[[int], Awaitable[None]] | None = None
+        self._ids = itertools.count(1)
+        self._changed = asyncio.Condition()
+        self._tokens = itertools.count(1)
+        self.base_url = ""
+        self.port = 0
+        self._runner: web.ServerRunner
+
+    async def start(self) -> None:
+        """Listen, on the port of the last time if there was one."""
+        self._runner = web.ServerRunner(web.Server(self._handle), shutdown_timeout=0.01)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port)
+        await site.start()
+        self.port = self._runner.addresses[0][1]
+        self.base_url = f"http://127.0.0.1:{self.port}"
+
+    async def stop(self) -> None:
+        """Stop listening, and close every connection."""
+        await self.release()
+        await self._runner.cleanup()
+
+    async def release(self) -> None:
+        """Answer what was held."""
+        self.hold.clear()
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Wait until something holds, which is checked after each request and each subscription."""
+        async with asyncio.timeout(10), self._changed:
+            await self._changed.wait_for(holds)
+
+    def count(self, path: str) -> int:
+        """Return the number of requests for a path so far."""
+        return [one for _, one in self.log].count(path)
+
+    @property
+    def polls(self) -> int:
+        """The number of polls so far."""
+        return self.count(RESULTS)
+
+    async def subscribed(self, number: int = 1) -> None:
+        """Wait until so many connections are subscribed."""
+        await self.until(lambda: len([one for one in self.sockets.values() if one]) >= number)
+
+    async def frame(self, frame: str | bytes) -> None:
+        """Send a frame to every subscriber."""
+        for socket in list(self.sockets):
+            await (socket.send_str if isinstance(frame, str) else socket.send_bytes)(frame)
+
+    async def publish(self, data: Any, times: int = 1) -> None:
+        """Publish data to every subscriber."""
+        for socket, channel in list(self.sockets.items()):
+            text = json.dumps({"push": {"channel": channel, "pub": {"data": data}}})
+            for _ in range(times):
+                await socket.send_str(text)
+
+    async def finish(self, execution_id: int) -> None:
+        """Complete an execution, and tell of it."""
+        self.complete.add(execution_id)
+        await self.publish(completion(execution_id))
+
+    async def drop(self, code: int = 1011) -> None:
+        """Close every WebSocket."""
+        for socket in list(self.sockets):
+            await socket.close(code=code)
+
+    async def _note(self, name: str) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+            await self._changed.wait_for(lambda: name not in self.hold)
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:  # noqa: PLR0911
+        path = request.path
+        self.log.append((request.method, path))
+        body = await request.read()
+        await self._note(path)
+        if path in self.statuses:
+            return web.json_response({"success": False}, status=self.statuses[path])
+        match request.method, path.split("/")[1:]:
+            case "GET", ["workflows", _]:
+                number = 8 if path.endswith("/other") else 7
+                return web.json_response({"success": True, "workflow": {"id": number, "name": "w"}})
+            case "POST", ["workflows", _, "run"]:
+                self.bodies.append(json.loads(body))
+                execution_id = next(self._ids)
+                if self.before_start_is_answered is not None:
+                    await self.before_start_is_answered(execution_id)
+                return web.json_response(
+                    {"workflow_version_execution_id": execution_id}, status=201
+                )
+            case "POST", ["ws-token-request-library"] if TOKEN in self.replies:
+                return web.json_response(self.replies[TOKEN], status=201)
+            case "POST", ["ws-token-request-library"]:
+                token = f"token-{next(self._tokens)} {request.query['capability']}"
+                return web.json_response({"token_details": {"token": token}}, status=201)
+            case "GET", ["workflow-version-execution-results"]:
+                done = int(request.query["workflow_version_execution_id"]) in self.complete
+                return web.json_response(NODES if done else RUNNING, status=200 if done else 202)
+            case "GET", ["connection", "websocket"]:
+                return await self._serve(request)
+        return web.json_response({"success": False}, status=404)
+
+    async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        self.sockets[socket] = ""
+        try:
+            async for message in socket:
+                for line in message.data.split("\n"):
+                    await self._execute(socket, json.loads(line))
+        finally:
+            del self.sockets[socket]
+            await self._note("")
+        return socket
+
+    async def _execute(self, socket: web.WebSocketResponse, command: dict[str, Any]) -> None:
+        name = next((key for key in command if key != "id"), "pong")
+        self.log.append(("command", name))
+        if name == "subscribe":
+            allowed = f" {command['subscribe']['channel']}"
+            assert any(token.endswith(allowed) for token in self.tokens), "not allowed"
+        if name in ("connect", "refresh"):
+            self.tokens.append(command[name]["token"])
+        await self._note(name)
+        expiry = {} if self.ttl is None else {"expires": True, "ttl": self.ttl}
+        reply = self.replies.get(
+            name,
+            {
+                "connect": {"connect": {"client": "c", "ping": 25, "pong": True, **expiry}},
+                "refresh": {"refresh": {"client": "c", **expiry}},
+                "subscribe": {"subscribe": {}},
+            }.get(name),
+        )
+        if reply is not None and not socket.closed:
+            await socket.send_str(json.dumps({"id": command["id"], **reply}))
+            if "subscribe" in reply:
+                self.sockets[socket] = command["subscribe"]["channel"]
+                await self._note("")
+
+
+TOKEN, WEBSOCKET = "/ws-token-request-library", "/connection/websocket"
+RUN, WORKFLOW, RESULTS = "/workflows/w/run", "/workflows/w", "/workflow-version-execution-results"
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    """Return a server that is stopped at the end."""
+    server = Server()
+    await server.start()
+    yield server
+    await server.stop()
+
+
+class Log(logging.Handler):
+    """What the library logs, and whatever other loggers warn of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+        self._emitted = asyncio.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the record."""
+        self.records.append(record)
+        self._emitted.set()
+
+    @property
+    def warnings(self) -> list[str]:
+        """The warnings and errors."""
+        return [one.getMessage() for one in self.records if one.levelno >= logging.WARNING]
+
+    async def given_up(self, times: int = 1) -> None:
+        """Wait until push was given up so many times."""
+        async with asyncio.timeout(10):
+            while sum("push is not used" in str(one.msg) for one in self.records) < times:
+                self._emitted.clear()
+                await self._emitted.wait()
+
+
+@pytest.fixture
+async def log() -> AsyncIterator[Log]:
+    """Return what is logged during the test."""
+    log = Log()
+    logging.getLogger().addHandler(log)
+    level = logging.getLogger("promptlayer_exec").level
+    logging.getLogger("promptlayer_exec").setLevel(logging.INFO)
+    yield log
+    logging.getLogger("promptlayer_exec").setLevel(level)
+    logging.getLogger().removeHandler(log)
+
+
+@pytest.fixture
+async def open_pushed(
+    server: Server, recorder: Any, our_tasks: Callable[[], list[str]]
+) -> AsyncIterator[Callable[..., Session]]:
+    """Return a function that makes sessions with push; after closing, nothing may be left."""
+    before = asyncio.all_tasks()
+    async with contextlib.AsyncExitStack() as stack:
+
+        def make(**overrides: Any) -> Session:
+            settings: dict[str, Any] = {
+                "api_key": "a-key",
+                "base_url": server.base_url,
+                "poll": NEVER,
+                "push": True,
+                "rate": None,
+                "observers": [recorder],
+            }
+            session = Session(**{**settings, **overrides})
+            stack.push_async_callback(session.aclose)
+            return session
+
+        yield make
+    assert our_tasks() == []
+    left = [task.get_coro().__qualname__ for task in asyncio.all_tasks() - before]
+    assert not [name for name in left if "Client" in name], left
+
+
+@pytest.fixture
+async def pushed(open_pushed: Callable[..., Session], server: Server) -> Session:
+    """Return a session whose subscription stands, and that polls only when it is woken."""
+    session = open_pushed()
+    execution = await session.start("w")
+    await server.subscribed()
+    await server.finish(execution.id)
+    await execution.output()
+    server.log.clear()
+    return session
+
+
+class BrokenLimiter:
+    """A limiter that fails for one request, counted from one."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    async def acquire(self) -> None:
+        """Count down, and raise at zero."""
+        self._number -= 1
+        if not self._number:
+            raise KeyError("secret")
+
+
+class TestDelivery:
+    """Push as it should be."""
+
+    async def test_a_message_brings_the_result(
+        self, pushed: Session, server: Server, recorder: Any
+    ) -> None:
+        """A run costs two requests: the start, and the poll that the message leads to."""
+        execution = await pushed.start("w")
+        waiting = asyncio.create_task(execution.output())
+        await recorder.next(WatchStarted)
+        await server.finish(execution.id)
+        assert await waiting == "42"
+        assert server.log == [("POST", RUN), ("GET", RESULTS)]
+        assert recorder.of(WatchWoken)[-1] == WatchWoken(execution.id, "push")
+
+    async def test_all_runs_of_a_workflow_share_one_subscription(
+        self, open_pushed: Callable[..., Session], server: Server
+    ) -> None:
+        """By name and by id: one suffix, one token, one WebSocket."""
+        session = open_pushed()
+        for workflow in ("w", 7, "w"):
+            await session.start(workflow)
+        await server.subscribed()
+        executions = [await session.start(workflow) for workflow in ("w", 7, "other name of it")]
+        await server.until(lambda: server.count("/workflows/other name of it") == 1)
+        waiting = [asyncio.create_task(execution.output()) for execution in executions]
+        for execution in executions:
+            await server.finish(execution.id)
+        assert await asyncio.gather(*waiting) == ["42"] * 3
+        assert (server.count(TOKEN), server.count(WEBSOCKET)) == (1, 1)
+        assert len({body["channel_name_suffix"] for body in server.bodies}) == 1
+        assert server.count(WORKFLOW) == 1
+
+    async def test_runs_by_another_name_change_over_to_the_one_subscription(
+        self, open_pushed: Callable[..., Session], server: Server
+    ) -> None:
+        """Their workflow's id is found out after they have started."""
+        session = open_pushed(poll=PollPolicy(floor=0.5, ceiling=3600.0))
+        await session.start("w")
+        await server.subscribed()
+        server.hold = {"/workflows/alias"}
+        execution = await session.start("alias")
+        waiting = asyncio.create_task(execution.output())
+        await server.until(lambda: "/workflows/alias" in server.hold and server.polls == 0)
+        await server.release()
+        await server.until(lambda: server.polls == 1)
+        await server.finish(execution.id)
+        assert await waiting == "42"
+        assert (server.count(WEBSOCKET), server.polls) == (1, 2)
+
+    async def test_only_the_latest_runs_are_kept_in_mind(
+        self, pushed: Session, server: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An older one is polled by the ordinary schedule, and a message wakes it all the same."""
+        monkeypatch.setattr(push, "_MOST_RUNS", 1)
+        old, new = await pushed.start("w"), await pushed.start("w")
+        waiting = [asyncio.create_task(one.output()) for one in (old, new)]
+        await server.until(lambda: server.polls == 1)  # the first poll of any watch
+        for execution in (old, new):
+            await server.finish(execution.id)
+        assert await asyncio.gather(*waiting) == ["42", "42"]
+        assert server.polls == 3
+
+    async def test_a_run_that_began_before_the_subscription_is_polled_once(
+        self, open_pushed: Callable[..., Session], server: Server
+    ) -> None:
+        """The first run of a session costs one poll more, and then it is pushed."""
+        server.hold = {"subscribe"}
+        session = open_pushed(poll=PollPolicy(floor=0.5, ceiling=3600.0))
+        execution = await session.start("w")
+        waiting = asyncio.create_task(execution.output())
+        await server.until(lambda: ("command", "subscribe") in server.log)
+        assert server.polls == 0
+        await server.release()
+        await server.until(lambda: server.polls == 1)
+        await server.finish(execution.id)
+        assert await waiting == "42"
+        assert server.polls == 2
+
+    async def test_a_message_before_the_start_s_answer_is_not_lost(
+        self, pushed: Session, server: Server
+    ) -> None:
+        """The run may be complete before its id is known here."""
+        server.before_start_is_answered = server.finish
+        execution = await pushed.start("w")
+        assert await execution.output(timeout=10) == "42"
+        assert server.polls == 1
+
+    async def test_streams_are_polled_as_without_push(
+        self, open_pushed: Callable[..., Session], server: Server, recorder: Any
+    ) -> None:
+        """Only polls show progress; the message brings the end."""
+        session = open_pushed(poll=OFTEN)
+        execution = await session.start("w")
+        await server.subscribed()
+        waiting = asyncio.create_task(execution.wait())
+        async with aclosing(execution.stream()) as snapshots:
+            for poll in range(1, 5):
+                assert (await anext(snapshots)).poll == poll
+            await server.finish(execution.id)
+            assert [snapshot.complete async for snapshot in snapshots][-1]
+        assert await waiting
+
+    async def test_a_stream_that_joins_a_pushed_wait_polls_at_once(
+        self, pushed: Session, server: Server
+    ) -> None:
+        """And when it has left, polls are seldom again."""
+        execution = await pushed.start("w")
+        waiting = asyncio.create_task(execution.wait())
+        async with aclosing(execution.stream()) as snapshots:
+            assert not (await anext(snapshots)).complete
+        await server.finish(execution.id)
+        assert (await waiting).poll == 2
+
+    async def test_an_error_at_the_deadline_has_a_snapshot(
+        self, pushed: Session, server: Server
+    ) -> None:
+        """Shortly before a deadline there is a poll, though nothing was pushed."""
+        execution = await pushed.start("w")
+        first = asyncio.create_task(execution.wait(timeout=60))
+        with pytest.raises(ExecutionTimeout, match="0 of 1 nodes were final"):
+            await execution.wait(timeout=0.1)
+        assert server.polls == 1
+        await server.finish(execution.id)
+        assert (await first).complete
+
+    @pytest.mark.parametrize(
+        "fields",
+        [{"result_code": "OK"}, {"result_code": "EXCEEDS_SIZE_LIMIT"}, {"result_code": "NEW"}, {}],
+    )
+    async def test_the_message_is_a_hint_only(
+        self, pushed: Session, server: Server, fields: dict[str, Any]
+    ) -> None:
+        """The poll tells the result, whatever the result code."""
+        execution = await pushed.start("w")
+        waiting = asyncio.create_task(execution.output())
+        server.complete.add(execution.id)
+        await server.publish(completion(execution.id, **fields))
+        assert await waiting == "42"
+
+    async def test_a_fan_out_is_pushed(self, pushed: Session, server: Server) -> None:
+        """Forty runs cost eighty requests."""
+        running = asyncio.create_task(pushed.collect([StartRequest("w")] * 40))
+        await server.until(lambda: server.count(RUN) == 40)
+        for execution_id in range(2, 42):
+            await server.finish(execution_id)
+        assert all(outcome.ok for outcome in await running)
+        assert server.log == [("POST", RUN)] * 40 + [("GET", RESULTS)] * 40
+
+    async def test_a_session_can_be_opened_again(self, pushed: Session, server: Server) -> None:
+        """It subscribes again, with the suffix of before."""
+        await pushed.aclose()
+        async with pushed:
+            execution = await pushed.start("w")
+            await server.subscribed()
+            waiting = asyncio.create_task(execution.output(timeout=10))
+            await server.finish(execution.id)
+            assert await waiting == "42"
+        assert len({body["channel_name_suffix"] for body in server.bodies}) == 1
+
+    async def test_a_borrowed_client_session_gets_the_token(
+        self, open_pushed: Callable[..., Session], server: Server
+    ) -> None:
+        """The two HTTP requests go through it; the WebSocket is the library's."""
+        async with aiohttp.ClientSession() as http:
+            session = open_pushed(http=http)
+            execution = await session.start("w")
+            await server.subscribed()
+            waiting = asyncio.create_task(execution.output())
+            await server.finish(execution.id)
+            assert await waiting == "42"
+            await session.aclose()
+
+
+class TestFaults:
+    """Whatever push does, the result is right and comes no later than by polling."""
+
+    @pytest.mark.parametrize(
+        ("path", "status"),
+        [(TOKEN, 403), (TOKEN, 404), (WEBSOCKET, 404), (WEBSOCKET, 403), (WORKFLOW, 404)],
+    )
+    async def test_a_server_without_push_is_polled(
+        self,
+        open_pushed: Callable[..., Session],
+        server: Server,
+        log: Log,
+        path: str,
+        status: int,
+    ) -> None:
+        """One warning says what was seen, however many workflows are concerned."""
+        server.statuses[path] = status
+        if path == WORKFLOW:
+            server.statuses["/workflows/other"] = status
+        session = open_pushed(poll=OFTEN)
+        execution = await session.start("w")
+        await polled_to_the_end(server, execution)
+        await log.given_up()
+        (record,) = log.warnings
+        assert f"{status}" in record
+        assert record.startswith("push is not used for workflow 'w', only polling: ")
+        await polled_to_the_end(server, await session.start("other"))
+        await log.given_up(2)
+        assert server.count(RUN) == 1
+        assert len(log.warnings) == 1
+
+    @pytest.mark.parametrize(
+        "body", [[], {}, {"token_details": 7}, {"token_details": {"token": 7}}]
+    )
+    async def test_an_answer_without_a_token_is_given_up(
+        self, open_pushed: Callable[..., Session], server: Server, log: Log, body: Any
+    ) -> None:
+        """The warning says where the token was looked for."""
+        server.replies[TOKEN] = body
+        session = open_pushed(poll=OFTEN)
+        execution = await session.start("w")
+        await polled_to_the_end(server, execution)
+        await log.given_up()
+        assert "$.token_details.token: there is no token" in log.warnings[0]
+
+    @pytest.mark.parametrize("request_number", [2, 3])
+    async def test_an_error_of_the_user_s_own_code_is_given_up(
+        self, open_pushed: Callable[..., Session], server: Server, log: Log, request_number: int
+    ) -> None:
+        """A limiter that raises does not end the session; its text may be secret."""
+        session = open_pushed(poll=OFTEN, limiter=BrokenLimiter(request_number))
+        execution = await session.start("w")
+        await log.given_up()
+        assert "only polling: KeyError; " in log.warnings[0]
+        await polled_to_the_end(server, execution)
+
+    @pytest.mark.parametrize("held", [WORKFLOW, TOKEN, WEBSOCKET, "connect", "subscribe"])
+    async def test_a_handshake_that_hangs_delays_nothing(
+        self,
+        open_pushed: Callable[..., Session],
+        server: Server,
+        monkeypatch: pytest.MonkeyPatch,
+        log: Log,
+        held: str,
+    ) -> None:
+        """Neither the start nor the result waits for it, and in the end it is given up."""
+        server.hold = {held}
+        monkeypatch.setattr(push, "_HANDSHAKE", 0.2)
+        session = open_pushed(poll=OFTEN, request_timeout=0.2)
+        execution = await session.start("w")
+        await polled_to_the_end(server, execution)
+        await log.given_up()
+        assert server.count(RUN) == 1
+
+    async def test_silence_is_noticed(
+        self,
+        open_pushed: Callable[..., Session],
+        server: Server,
+        monkeypatch: pytest.MonkeyPatch,
+        log: Log,
+    ) -> None:
+        """Three completions in a row that no message told of, and push is given up."""
+        monkeypatch.setattr(push, "_SILENCE", 0.01)
+        monkeypatch.setattr(_safety_net, "_FIRST", 0.02)
+        session = open_pushed(poll=PollPolicy.fixed(0.01))
+        first = await session.start("w")
+        await server.subscribed()
+        for execution in [first, await session.start("w"), await session.start("w")]:
+            assert log.warnings == []
+            await polled_to_the_end(server, execution)
+        await log.given_up()
+        assert "it did not tell of the last 3 completions" in log.warnings[0]
+        await server.until(lambda: not server.sockets)
+
+    async def test_a_message_that_is_late_is_not_silence(
+        self,
+        open_pushed: Callable[..., Session],
+        server: Server,
+        monkeypatch: pytest.MonkeyPatch,
+        log: Log,
+    ) -> None:
+        """A stream is often faster than the message; that alone says nothing against push."""
+        monkeypatch.setattr(push, "_SILENCE", 0.05)
+        session = open_pushed(poll=OFTEN)
+        execution = await session.start("w")
+        await server.subscribed()
+        for _ in range(4):
+            server.complete.add(execution.id)
+            async with aclosing(execution.stream()) as snapshots:
+                assert [one.complete async for one in snapshots][-1]
+            await server.publish(completion(execution.id))
+            execution = await session.start("w")
+        await asyncio.sleep(0.1)  # none of the four is counted
+        assert log.warnings == []
+        assert len(server.sockets) == 1
+
+    async def test_a_completion_in_a_gap_is_found(
+        self, pushed: Session, server: Server, recorder: Any
+    ) -> None:
+        """When the connection stands again, one poll covers what was missed."""
+        execution = await pushed.start("w")
+        waiting = asyncio.create_task(execution.output(timeout=30))
+        await recorder.next(WatchStarted)
+        server.hold = {"connect"}
+        await server.drop()
+        server.complete.add(execution.id)
+        await server.until(lambda: ("command", "connect") in server.log)
+        await server.release()
+        assert await waiting == "42"
+
+    async def test_in_a_gap_the_schedule_is_the_ordinary_one(
+        self, open_pushed: Callable[..., Session], server: Server
+    ) -> None:
+        """While there is no connection, watches poll as if there were no push."""
+        session = open_pushed(poll=OFTEN)
+        execution = await session.start("w")
+        await server.subscribed()
+        waiting = asyncio.create_task(execution.output())
+        await server.until(lambda: server.polls == 1)
+        server.hold = {"connect"}
+        await server.drop()
+        await server.until(lambda: server.polls >= 5)
+        server.complete.add(execution.id)
+        assert await waiting == "42"
+
+    async def test_a_lying_message_costs_one_poll_and_puts_the_run_on_the_schedule(
+        self, open_pushed: Callable[..., Session], server: Server
+    ) -> None:
+        """Its GET says that the run is not complete, so push is not trusted for it any more."""
+        session = open_pushed(poll=OFTEN)
+        execution = await session.start("w")
+        await server.subscribed()
+        waiting = asyncio.create_task(execution.output())
+        await server.until(lambda: server.polls == 1)
+        await server.publish(completion(execution.id))
+        await server.until(lambda: server.polls >= 5)
+        server.complete.add(execution.id)
+        assert await waiting == "42"
+
+    @pytest.mark.parametrize(
+        "frame",
+        [
+            "no JSON",
+            b"{}",
+            "[" * 100_000,
+            "[]",
+            '{"push": 7}',
+            '{"push": {"channel": "another", "pub": {"data": {}}}}',
+            '{"id": 999, "connect": {}}',
+        ],
+        ids=range(7),
+    )
+    async def test_a_frame_that_cannot_be_read_is_ignored(
+        self, pushed: Session, server: Server, frame: str | bytes, log: Log
+    ) -> None:
+        """The subscription stands, and the next message arrives."""
+        execution = await pushed.start("w")
+        waiting = asyncio.create_task(execution.output())
+        await server.frame(frame)
+        await server.finish(execution.id)
+        assert await waiting == "42"
+        assert (server.count(WEBSOCKET), server.polls) == (0, 1)
+        assert log.warnings == []
+
+    @pytest.mark.parametrize(
+        "data",
+        [None, [], "text", {}, {"message_name": "SOMETHING_ELSE", "data": "{}"}],
+        ids=range(5),
+    )
+    async def test_a_message_of_another_kind_is_ignored(
+        self, pushed: Session, server: Server, data: Any
+    ) -> None:
+        """It wakes nobody."""
+        execution = await pushed.start("w")
+        waiting = asyncio.create_task(execution.output())
+        await server.publish(data)
+        await server.finish(execution.id)
+        assert await waiting == "42"
+        assert server.polls == 1
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            {"message_name": "SET_WORKFLOW_COMPLETE"},
+            {"message_name": "SET_WORKFLOW_COMPLETE", "data": {"a": 1}},
+            {"message_name": "SET_WORKFLOW_COMPLETE", "data": "["},
+            {"message_name": "SET_WORKFLOW_COMPLETE", "data": "[" * 100_000},
+            {"message_name": "SET_WORKFLOW_COMPLETE", "data": "{}"},
+            completion("7"),
+            completion(True),
+            completion(-1),
+            completion(2**63),
+        ],
+        ids=range(9),
+    )
+    async def test_a_completion_without_a_readable_id_counts_as_a_gap(
+        self, open_pushed: Callable[..., Session], server: Server, data: Any
+    ) -> None:
+        """Nobody knows which run it was for, so each is polled once."""
+        session = open_pushed(poll=PollPolicy(floor=0.01, ceiling=3600.0))
+        executions = [await session.start("w"), await session.start("w")]
+        await server.subscribed()
+        waiting = [asyncio.create_task(execution.output()) for execution in executions]
+        await server.until(lambda: server.polls == 2)
+        server.complete.update(execution.id for execution in executions)
+        await server.publish(data)
+        assert await asyncio.gather(*waiting) == ["42", "42"]
+        assert server.polls == 4
+
+    async def test_duplicates_cost_nothing(self, pushed: Session, server: Server) -> None:
+        """A hundred messages for one run lead to one poll, or to two."""
+        execution = await pushed.start("w")
+        waiting = asyncio.create_task(execution.output())
+        server.complete.add(execution.id)
+        await server.publish(completion(execution.id), times=100)
+        assert await waiting == "42"
+        assert server.polls == 1
+
+    async def test_ten_thousand_messages_for_others_cost_nothing(
+        self, pushed: Session, server: Server
+    ) -> None:
+        """And those for one run that goes on cost two polls a second."""
+        execution = await pushed.start("w")
+        waiting = asyncio.create_task(execution.output())
+        await server.publish(completion(999_999), times=10_000)
+        await server.publish(completion(execution.id), times=1_000)
+        await server.finish(execution.id)
+        assert await waiting == "42"
+        assert server.polls <= 3
+
+    async def test_an_expired_token_is_renewed(
+        self, open_pushed: Callable[..., Session], server: Server
+    ) -> None:
+        """The library asks for another one, and the subscription stands all the while."""
+        server.ttl = 0.05
+        session = open_pushed()
+        execution = await session.start("w")
+        await server.subscribed()
+        waiting = asyncio.create_task(execution.output())
+        await server.until(lambda: ("command", "refresh") in server.log)
+        await server.finish(execution.id)
+        assert await waiting == "42"
+        assert [token.split()[0] for token in server.tokens[:2]] == ["token-1", "token-2"]
+        assert server.count(WEBSOCKET) == 1
+
+    async def test_a_token_that_is_expired_already_is_renewed(
+        self, open_pushed: Callable[..., Session], server: Server
+    ) -> None:
+        """As after a night asleep: the server answers 109, and gets a new one."""
+        server.replies["connect"] = {"error": {"code": 109, "message": "token expired"}}
+        session = open_pushed(poll=OFTEN)
+        execution = await session.start("w")
+        await server.until(lambda: ("command", "connect") in server.log)
+        server.replies.clear()
+        await server.subscribed()
+        assert server.count(TOKEN) == 2
+        await server.finish(execution.id)
+        assert await execution.output() == "42"
+
+    @pytest.mark.parametrize("code", [3500, 3501])
+    async def test_a_connection_that_the_server_ends_for_good_is_given_up(
+        self,
+        open_pushed: Callable[..., Session],
+        server: Server,
+        log: Log,
+        code: int,
+    ) -> None:
+        """Centrifugo says with such a code that the client must not come back."""
+        session = open_pushed(poll=OFTEN)
+        execution = await session.start("w")
+        await server.subscribed()
+        await server.drop(code)
+        await log.given_up()
+        assert "the server ended the connection: " in log.warnings[0]
+        assert str(code) in log.warnings[0]
+        await polled_to_the_end(server, execution)
+
+    async def test_a_subscription_that_is_refused_is_given_up(
+        self,
+        open_pushed: Callable[..., Session],
+        server: Server,
+        log: Log,
+    ) -> None:
+        """For example because a token does not allow the channel."""
+        server.replies["subscribe"] = {"error": {"code": 103, "message": "permission denied"}}
+        session = open_pushed(poll=OFTEN)
+        execution = await session.start("w")
+        await polled_to_the_end(server, execution)
+        await log.given_up()
+        assert "permission denied (103)" in log.warnings[0]
+
+    @pytest.mark.parametrize("path", [TOKEN, WEBSOCKET, WORKFLOW])
+    async def test_an_outage_passes(
+        self,
+        open_pushed: Callable[..., Session],
+        server: Server,
+        monkeypatch: pytest.MonkeyPatch,
+        log: Log,
+        path: str,
+    ) -> None:
+        """A 503 is no reason to give up push: it is asked for again, without a warning."""
+        monkeypatch.setattr(push, "_RETRY", 0.01)
+        server.statuses[path] = 503
+        session = open_pushed(poll=OFTEN)
+        execution = await session.start("w")
+        await server.until(lambda: server.count(path) >= 1)
+        server.statuses.clear()
+        await server.subscribed()
+        await server.finish(execution.id)
+        assert await execution.output() == "42"
+        assert log.warnings == []
+
+    async def test_an_outage_that_lasts_is_given_up_and_tried_again(
+        self,
+        open_pushed: Callable[..., Session],
+        server: Server,
+        monkeypatch: pytest.MonkeyPatch,
+        log: Log,
+    ) -> None:
+        """Later attempts are logged below WARNING; when one succeeds, runs are pushed again."""
+        monkeypatch.setattr(push, "_HANDSHAKE", 0.05)
+        monkeypatch.setattr(push, "_RETRY", 0.01)
+        monkeypatch.setattr(push, "_PAUSES", (0.01, 0.02))
+        server.statuses[WORKFLOW] = 503
+        session = open_pushed(poll=OFTEN)
+        execution = await session.start("w")
+        await log.given_up(2)
+        assert len(log.warnings) == 1
+        server.statuses = {TOKEN: 500}
+        await log.given_up(3)
+        assert "last failure: the server answered 500" in log.records[-1].getMessage()
+        server.statuses.clear()
+        await server.subscribed()
+        await server.finish(execution.id)
+        assert await execution.output() == "42"
+
+    async def test_a_lost_connection_that_does_not_come_back_is_given_up(
+        self,
+        open_pushed: Callable[..., Session],
+        server: Server,
+        monkeypatch: pytest.MonkeyPatch,
+        log: Log,
+    ) -> None:
+        """After a minute; until then the library tries to connect."""
+        monkeypatch.setattr(push, "_RECONNECT", 0.3)
+        session = open_pushed(poll=OFTEN)
+        execution = await session.start("w")
+        await server.subscribed()
+        server.statuses[WEBSOCKET] = 500
+        await server.drop()
+        await log.given_up()
+        assert "there was no subscription within 0.3 s; last failure: " in log.warnings[0]
+        await polled_to_the_end(server, execution)
+
+
+STAGES = [WORKFLOW, TOKEN, WEBSOCKET, "connect", "subscribe", "refresh", RUN, RESULTS]
+
+
+class TestClosing:
+    """A session closes at once, wherever push is."""
+
+    @pytest.mark.parametrize("stage", STAGES)
+    async def test_a_session_closes_at_every_await(
+        self, open_pushed: Callable[..., Session], server: Server, stage: str
+    ) -> None:
+        """Nothing is left, and the wait ends with `SessionClosed`."""
+        server.ttl = 0.05 if stage == "refresh" else None
+        server.hold = {stage}
+        session = open_pushed(poll=OFTEN, request_timeout=0.2)
+        waiting = asyncio.create_task(session.run("w"))
+        await server.until(lambda: stage in [name for _, name in server.log])
+        async with asyncio.timeout(2.0):
+            await session.aclose()
+        # The answer to a start on the wire is waited for, at most until the request times out.
+        with pytest.raises(StartUnknown if stage == RUN else SessionClosed):
+            await waiting
+
+    @pytest.mark.parametrize("stage", STAGES)
+    async def test_a_caller_is_cancelled_at_every_await(
+        self, open_pushed: Callable[..., Session], server: Server, stage: str
+    ) -> None:
+        """The cancellation is prompt, and the session goes on."""
+        server.ttl = 0.05 if stage == "refresh" else None
+        server.hold = {stage}
+        session = open_pushed(poll=OFTEN)
+        waiting = asyncio.create_task(session.run("w"))
+        await server.until(lambda: stage in [name for _, name in server.log])
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await server.release()
+        execution = await session.start("w")
+        await server.subscribed()
+        waiting = asyncio.create_task(execution.output(timeout=10))
+        await server.finish(execution.id)
+        assert await waiting == "42"
+
+
+def test_the_extra_is_checked_when_the_session_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says how to install it, and which setting asks for it."""
+    monkeypatch.setattr(_settings, "find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match=r"push=True needs an extra: .*\[push\]"):
+        Session("a-key", push=True)
+    monkeypatch.setenv("PROMPTLAYER_EXEC_PUSH", "1")
+    with pytest.raises(ConfigurationError, match="PROMPTLAYER_EXEC_PUSH=1 needs an extra"):
+        Session("a-key")
+
+
+def test_the_private_names_of_centrifuge_are_still_there() -> None:
+    """Frames that cannot be read are ignored, and ends awaited, with names that may change."""
+    assert asyncio.iscoroutinefunction(centrifuge.Client._close_conn)
+    assert asyncio.iscoroutinefunction(centrifuge.Client._process_incoming_data)
+    assert centrifuge.Client("ws://127.0.0.1")._background_tasks == set()
+
+
+async def polled_to_the_end(server: Server, execution: Any) -> None:
+    """Complete an execution that nobody tells of, and wait for its result."""
+    waiting = asyncio.create_task(execution.output(timeout=10))
+    polls = server.polls
+    await server.until(lambda: server.polls > polls)
+    server.complete.add(execution.id)
+    assert await waiting == "42"

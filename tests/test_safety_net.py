@@ -1,0 +1,155 @@
+"""When an execution is polled whose completion is pushed; times are in seconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import pytest
+
+from promptlayer_exec._policies import Deadline
+from promptlayer_exec._safety_net import SafetyNet
+
+
+@attrs.define
+class Stub:
+    """A subscription whose state the test sets."""
+
+    since: float | None = 0.0
+    is_starting: bool = False
+    has_told: bool = True
+    completions: list[tuple[int, bool]] = attrs.field(factory=list)
+
+    def completed(self, execution_id: int, *, expected: bool) -> None:
+        """Keep what was recorded."""
+        self.completions.append((execution_id, expected))
+
+
+def due(net: SafetyNet, scheduled: float, *deadlines: Deadline) -> float:
+    """Return when a poll is due with a floor of half a second."""
+    return net.due(scheduled, floor=0.5, deadlines=deadlines)
+
+
+def polled(net: SafetyNet, at: float, **how: Any) -> None:
+    """Record a poll that found the execution running."""
+    net.polled(at, **{"complete": False, "pushed": False, **how})
+
+
+def test_polls_are_seldom_while_the_subscription_stands() -> None:
+    """They come 5, 10, 20 and 40 s after one another, and then each minute."""
+    net = SafetyNet(7, Stub(), 100.0)
+    now, gaps = 100.0, []
+    for _ in range(7):
+        at = due(net, now)
+        gaps.append(at - now)
+        polled(net, now := at)
+    assert gaps == [5.0, 10.0, 20.0, 40.0, 60.0, 60.0, 60.0]
+
+
+def test_until_push_has_told_of_a_completion_it_is_tried() -> None:
+    """Each 5 s: nobody knows yet whether the server publishes at all."""
+    net = SafetyNet(7, Stub(has_told=False), 100.0)
+    for at in (105.0, 110.0, 115.0):
+        assert due(net, 100.0) == at
+        polled(net, at)
+
+
+def test_a_day_of_polls_does_not_overflow() -> None:
+    """Two to the power of a thousand polls is no float any more."""
+    net = SafetyNet(7, Stub(), 0.0)
+    for at in range(2000):
+        polled(net, float(at))
+    assert due(net, 0.0) == 1999.0 + 60.0
+
+
+def test_polls_are_never_more_frequent_than_the_policy_s() -> None:
+    """A policy of one poll an hour is kept."""
+    assert due(SafetyNet(7, Stub(), 100.0), 3700.0) == 3700.0
+
+
+@pytest.mark.parametrize(
+    ("deadline", "at"),
+    [
+        (Deadline(4.0, 104.0), 103.0),
+        (Deadline(1.0, 104.0), 103.5),
+        (Deadline(60.0, 160.0), 105.0),
+        (Deadline(None, float("inf")), 105.0),
+        (Deadline(60.0, 100.5), 105.0),
+    ],
+)
+def test_a_poll_comes_shortly_before_a_deadline(deadline: Deadline, at: float) -> None:
+    """A second before, or half of a shorter timeout; not again if it was polled since."""
+    assert due(SafetyNet(7, Stub(), 100.0), 100.0, Deadline(90.0, 190.0), deadline) == at
+
+
+def test_without_a_subscription_the_schedule_is_the_ordinary_one() -> None:
+    """A gap ends what was seldom at once."""
+    subscription = Stub()
+    net = SafetyNet(7, subscription, 100.0)
+    assert due(net, 100.7) == 105.0
+    subscription.since = None
+    assert due(net, 100.7) == 100.7
+
+
+def test_one_poll_covers_what_was_missed() -> None:
+    """It comes at once, but no sooner than the policy's floor; then polls are seldom again."""
+    subscription = Stub(since=103.0)
+    net = SafetyNet(7, subscription, 102.8)
+    assert due(net, 110.0) == 103.3
+    assert due(net, 103.1) == 103.1
+    polled(net, 103.3)
+    assert due(net, 103.8) == 108.3
+
+
+def test_the_gaps_begin_anew_after_a_gap() -> None:
+    """What push did before its connection was lost proves little."""
+    subscription = Stub()
+    net = SafetyNet(7, subscription, 100.0)
+    polled(net, 105.0)
+    subscription.since = 106.0
+    polled(net, 106.5)
+    assert due(net, 107.0) == 111.5
+
+
+def test_a_first_poll_waits_half_a_second_for_the_first_subscription() -> None:
+    """The run was only just started, and the subscription makes that poll unnecessary."""
+    subscription = Stub(since=None, is_starting=True)
+    net = SafetyNet(7, subscription, 100.0)
+    assert due(net, 100.1) == 100.5
+    assert net.due(100.1, floor=0.2, deadlines=()) == 100.2
+    assert due(net, 300.0) == 300.0
+    polled(net, 100.5)
+    assert due(net, 101.0) == 101.0
+
+
+def test_push_that_lied_about_a_run_is_not_trusted_for_it() -> None:
+    """From then on it is polled by the ordinary schedule."""
+    net = SafetyNet(7, Stub(), 100.0)
+    polled(net, 101.0, pushed=True)
+    assert due(net, 101.7) == 101.7
+    polled(net, 101.7)
+    assert due(net, 102.5) == 102.5
+
+
+@pytest.mark.parametrize(("since", "expected"), [(99.0, True), (101.0, False), (None, False)])
+def test_push_is_expected_to_tell_of_what_ended_while_it_stood(
+    since: float | None, expected: bool
+) -> None:
+    """A completion from before the subscription proves nothing against it."""
+    subscription = Stub(since=since)
+    SafetyNet(7, subscription, 100.0).polled(102.0, complete=True, pushed=False)
+    assert subscription.completions == [(7, expected)]
+
+
+def test_only_the_last_watch_hears_of_changes() -> None:
+    """A watch that ends does not take the place of the one that replaced it."""
+    heard = []
+    net = SafetyNet(7, Stub(), 100.0)
+    net.changed()
+    net.changed = first = lambda: heard.append("first")
+    net.changed = second = lambda: heard.append("second")
+    net.release(first)
+    net.changed()
+    net.release(second)
+    net.changed()
+    assert heard == ["second"]
