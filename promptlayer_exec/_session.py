@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from asyncio import CancelledError
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from types import EllipsisType, TracebackType
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, overloa
 import cattrs
 
 from promptlayer_exec._client import Client, list_workflows
+from promptlayer_exec._errors import PromptLayerExecError
 from promptlayer_exec._events import Observer, WakeSource
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import Outcome, RunningItem, Spawn, fan_out, report_abandoned
@@ -293,7 +293,9 @@ class Session:
         execution = await self._start(request, deadline)
         try:
             return await execution._output(deadline, into)
-        except (CancelledError, GeneratorExit):
+        except PromptLayerExecError:  # it has the id
+            raise
+        except BaseException:
             execution._report_undelivered("output")
             raise
 

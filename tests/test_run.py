@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import cattrs
 import pytest
 
 from promptlayer_exec import (
@@ -136,6 +137,37 @@ async def test_every_error_after_the_start_has_the_id(
     assert isinstance(caught.value, SessionClosed) is (end == "closed")
     assert caught.value.execution_id == sim.runs[0].execution_id
     assert caught.value.last_snapshot is not None
+
+
+async def test_an_error_that_is_not_ours_does_not_lose_the_id(
+    sim: Simulator, open_session: Callable[..., Session], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A limiter fails after the start, or a converter's hook panics: the id is in the log."""
+
+    class Panic(BaseException):
+        pass
+
+    class Limiter:
+        calls = 0
+
+        async def acquire(self) -> None:
+            self.calls += 1
+            if self.calls == 3:  # after the start and one poll
+                raise ZeroDivisionError
+
+    def panic(value: Any, kind: Any) -> int:
+        raise Panic
+
+    outputs = [SimNode("A", 1, is_output_node=True), SimNode("B", 2, is_output_node=True)]
+    sim.add_workflow("two outputs", Scenario(outputs))
+    with pytest.raises(ZeroDivisionError):
+        await open_session(limiter=Limiter()).run("two outputs")
+    converter = cattrs.Converter()
+    converter.register_structure_hook(int, panic)
+    with pytest.raises(Panic):
+        await open_session(converter=converter).run("two outputs", into=int)
+    for run in sim.runs:
+        assert f"execution {run.execution_id} of workflow 'two outputs' was started" in caplog.text
 
 
 async def test_cancelling_after_the_start_logs_the_id(
