@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 import attrs
 
-from promptlayer_exec._errors import PromptLayerExecError
+from promptlayer_exec._callbacks import CallbackLog
+from promptlayer_exec._errors import PromptLayerExecError, StartUnknown
 from promptlayer_exec._events import Emit, WakeSource
 from promptlayer_exec._lifetime import DeadlinePassed, Lifetime
 from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
 from promptlayer_exec._policies import Deadline
 from promptlayer_exec._retry import RecentStarts, RetryState
 from promptlayer_exec._settings import Settings
-from promptlayer_exec._start import BeforeSend, Start
+from promptlayer_exec._start import BeforeSend, Start, start_unknown
 from promptlayer_exec._tasks import clock
 from promptlayer_exec._transport import Transport
 from promptlayer_exec._wakeups import EarlyWakeUps
@@ -53,6 +54,7 @@ class Client:
     _recent_starts: RecentStarts
     _node_maps: NodeMapReader
     _early_wake_ups: EarlyWakeUps
+    _callbacks: CallbackLog
     _emit: Emit
     push: Push | None = attrs.field(init=False, default=None)
     _watches: dict[int, Watch] = attrs.field(init=False, factory=dict)
@@ -192,8 +194,12 @@ class Client:
         http_request: Request,
         deadline: Deadline,
         before_send: BeforeSend | None = None,
+        token: str | None = None,
     ) -> Started:
-        """Start a run; its request must be sent before the deadline."""
+        """Start a run; its request must be sent before the deadline.
+
+        `token` is the one in the start's own callback URL, if it has one.
+        """
         now = clock()
 
         async def post(state: RetryState, once: Start) -> Started:
@@ -211,11 +217,25 @@ class Client:
             emit=self._emit,
             is_closing=self.lifetime.is_closing,
             before_send=before_send,
+            token=token,
+            on_unknown=None if token is None else partial(self._callbacks.lose, token, request),
         )
         self.lifetime.spawn(start.run)
         if self.push is not None:
             self.push.subscribe(request.workflow)
         return await start.result(deadline)
+
+    async def recover(self, error: StartUnknown, token: str, deadline: Deadline) -> int:
+        """Wait for the callback of a start whose answer was lost, and return the execution's id."""
+        self._callbacks.lose(token, StartRequest(error.workflow))
+        try:
+            wait = partial(self._callbacks.wait, token)
+            execution_id = await self.lifetime.call(wait, deadline)
+        except DeadlinePassed:
+            since = f"; no callback came within {deadline.timeout or 0.0:g} s, which proves nothing"
+            raise start_unknown(error.workflow, error.reason, token, since) from error
+        self._recent_starts.add(execution_id, now=clock())
+        return execution_id
 
 
 async def list_workflows(

@@ -294,6 +294,8 @@ class StartUnknown(PromptLayerExecError):
     Attributes:
         workflow: the name or id of the workflow.
         reason: what happened to the response.
+        callback_token: identifies the start in its callback URL, if it had one of its own; keep it
+            secret. `Session.recover` needs nothing else.
     """
 
     advice = (
@@ -302,11 +304,22 @@ class StartUnknown(PromptLayerExecError):
     )
 
     def __init__(
-        self, message: str, *, workflow: str | int, reason: str, **context: Unpack[_Context]
+        self,
+        message: str,
+        *,
+        workflow: str | int,
+        reason: str,
+        callback_token: str | None = None,
+        **context: Unpack[_Context],
     ) -> None:
         super().__init__(message, **context)
         self.workflow = workflow
         self.reason = reason
+        self.callback_token = callback_token
+
+    def _what(self) -> str:
+        hint = "" if self.callback_token is None else "; Session.recover waits for its callback"
+        return f"{super()._what()}{hint}"
 
 
 class ExecutionTimeout(PromptLayerExecError, TimeoutError):
@@ -360,3 +373,9 @@ class InvalidOutput(PromptLayerExecError):
         self.path = path
         self.value = value
         self.reason = reason
+
+
+class InvalidSignature(PromptLayerExecError, ValueError):
+    """A webhook is not PromptLayer's, or was signed with another secret."""
+
+    advice = "Check that the secret is that of this webhook in PromptLayer's settings."

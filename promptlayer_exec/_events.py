@@ -111,12 +111,16 @@ class ExecutionStarted(Event):
     Attributes:
         request: the request that was sent.
         abandoned: whether the caller was cancelled before the response arrived.
-        duration: seconds from the call to the response.
+        duration: seconds from the call to the response, or to the callback if `recovered`.
+        recovered: whether the response was lost (`StartUnknown`), and a callback to the start's
+            own URL has proved that the run started. In a session that did not send the request,
+            `request` has the workflow alone.
     """
 
     request: StartRequest
     abandoned: bool
     duration: float = 0.0
+    recovered: bool = False
 
 
 class Observer(Protocol):

@@ -233,7 +233,7 @@ class Execution:
         return hash((id(self._session), self.id))
 
     def __repr__(self) -> str:
-        workflow = "" if self.workflow is None else f" of {self.workflow!r}"
+        workflow = "" if self.workflow is None else f" of {self.workflow!r:.100}"
         return f"<Execution {self.id}{workflow}>"
 
     def __copy__(self) -> Self:

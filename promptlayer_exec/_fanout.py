@@ -13,6 +13,7 @@ import attrs
 
 from promptlayer_exec._errors import PromptLayerExecError, SessionClosed, Unauthorized, copy_error
 from promptlayer_exec._models import Snapshot, StartRequest
+from promptlayer_exec._repr import short_repr
 from promptlayer_exec._tasks import Tasks, foreign_cancellation, is_cancelled
 
 if TYPE_CHECKING:
@@ -37,11 +38,11 @@ class Outcome(Generic[ItemT, OutputT]):
     """
 
     index: int
-    item: ItemT
+    item: ItemT = attrs.field(repr=short_repr)
     execution: Execution | None = None
     snapshot: Snapshot | None = None
-    output: OutputT = attrs.field(default=cast(Any, None))
-    error: Exception | None = None
+    output: OutputT = attrs.field(default=cast(Any, None), repr=short_repr)
+    error: Exception | None = attrs.field(default=None, repr=short_repr)
 
     @property
     def ok(self) -> bool:

@@ -18,9 +18,11 @@ from promptlayer_exec._fanout import each
 from promptlayer_exec._install import install_hint
 from promptlayer_exec._models import StartRequest, node_dict
 from promptlayer_exec._policies import check_seconds
+from promptlayer_exec._repr import short_repr
 from promptlayer_exec._session import Session
 from promptlayer_exec._settings import check_count
 from promptlayer_exec._throttle import Limiter
+from promptlayer_exec._transport import excess
 from promptlayer_exec._workflows import Workflow
 
 __all__ = [
@@ -29,10 +31,14 @@ __all__ = [
     "check_seconds",
     "each",
     "encode_inputs",
+    "excess",
     "install_hint",
     "limited",
     "log_text",
+    "max_response_bytes",
     "node_dict",
+    "receive_callback",
+    "short_repr",
     "start",
     "wake",
 ]
@@ -93,6 +99,19 @@ async def start(
 def wake(session: Session, execution_id: int, source: WakeSource) -> bool:
     """Poll an execution now, as `Session.wake` does; observers see `source`."""
     return session._wake(execution_id, source)
+
+
+def receive_callback(session: Session, token: str, execution_id: int) -> None:
+    """Record a callback to the URL of a start, which may be one that `Session.recover` waits for.
+
+    `token` must be genuine. The session need not be open.
+    """
+    session._opener.callbacks.receive(token, execution_id)
+
+
+def max_response_bytes(session: Session) -> int:
+    """Return the setting of a session."""
+    return session._settings.max_response_bytes
 
 
 @contextmanager

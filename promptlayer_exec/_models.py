@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 import attrs
 
 from promptlayer_exec._errors import ExecutionFailed
+from promptlayer_exec._repr import counts_repr, short_repr
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -97,11 +98,11 @@ class Node(_NodeSlots):
         is_output_node: whether the workflow marks this node as an output.
     """
 
-    name: str
-    status: NodeStatus | str = attrs.field(converter=_read_status)
-    value: Any = None
-    error_message: str | None = None
-    raw_error_message: Any = None
+    name: str = attrs.field(repr=short_repr)
+    status: NodeStatus | str = attrs.field(converter=_read_status, repr=short_repr)
+    value: Any = attrs.field(default=None, repr=short_repr)
+    error_message: str | None = attrs.field(default=None, repr=short_repr)
+    raw_error_message: Any = attrs.field(default=None, repr=short_repr)
     is_output_node: bool | None = None
 
     @property
@@ -170,6 +171,10 @@ def frozen_map(items: Any) -> Any:
     return items if isinstance(items, FrozenMap) else FrozenMap(dict(items))
 
 
+def _counts(nodes: Mapping[str, Node]) -> Mapping[str, int]:
+    return Counter(node.status for node in nodes.values())
+
+
 @attrs.frozen
 class Snapshot:
     """All nodes of an execution, at the time of one poll.
@@ -189,10 +194,12 @@ class Snapshot:
 
     execution_id: int
     complete: bool
-    nodes: Mapping[str, Node] = attrs.field(converter=frozen_map)
+    nodes: Mapping[str, Node] = attrs.field(
+        converter=frozen_map, repr=lambda nodes: counts_repr(_counts(nodes))
+    )
     raw: Any = attrs.field(default=None, repr=False)
     poll: int = 1
-    elapsed: float = 0.0
+    elapsed: float = attrs.field(default=0.0, repr=lambda seconds: f"{seconds:.3f}")
     times: Mapping[str, NodeTimes] = attrs.field(
         factory=FrozenMap, converter=frozen_map, repr=False
     )
@@ -200,7 +207,7 @@ class Snapshot:
     @property
     def counts(self) -> Mapping[str, int]:
         """The number of nodes with each status, 0 for a status that no node has."""
-        return Counter(node.status for node in self.nodes.values())
+        return _counts(self.nodes)
 
     @property
     def progress(self) -> float:
@@ -311,6 +318,12 @@ class Snapshot:
 
         return structure_output(value, into, None, self)
 
+    def _repr_html_(self) -> str:
+        """Return a table of the nodes, for notebooks."""
+        from promptlayer_exec._html import snapshot_html  # noqa: PLC0415 - only notebooks need it
+
+        return snapshot_html(self)
+
     def raise_for_failure(self) -> None:
         """Raise an error if the execution is complete and did not succeed.
 
@@ -393,7 +406,7 @@ class MainOutput:
 
     execution_id: int
     complete: bool
-    value: Any
+    value: Any = attrs.field(repr=short_repr)
 
 
 # The names of the vendor's SDK and of its API, and ours.
@@ -441,13 +454,13 @@ class StartRequest:
         key: any value of yours to recognise the item by; it is never sent.
     """
 
-    workflow: str | int
-    inputs: Any = attrs.field(factory=dict)
-    label: str | None = None
+    workflow: str | int = attrs.field(repr=short_repr)
+    inputs: Any = attrs.field(factory=dict, repr=short_repr)
+    label: str | None = attrs.field(default=None, repr=short_repr)
     version: int | None = None
-    metadata: Mapping[str, str] | None = None
-    callback_url: str | None = None
-    key: Any = None
+    metadata: Mapping[str, str] | None = attrs.field(default=None, repr=short_repr)
+    callback_url: str | None = attrs.field(default=None, repr=short_repr)
+    key: Any = attrs.field(default=None, repr=short_repr)
 
 
 StartRequest.__init__ = naming_arguments(StartRequest.__init__)  # type: ignore[method-assign]

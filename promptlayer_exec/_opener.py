@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+from promptlayer_exec._callbacks import CallbackLog
 from promptlayer_exec._client import Client
 from promptlayer_exec._connections import Pools
 from promptlayer_exec._errors import ConfigurationError, PromptLayerExecError, SessionClosed
@@ -43,6 +44,7 @@ class Opener:
         self._recent_starts = RecentStarts(settings.retry.not_found_grace)
         self._early_wake_ups = EarlyWakeUps()
         self._emit = broadcast(settings.observers)
+        self.callbacks = CallbackLog(self._emit)
         self.channel_suffix = secrets.token_hex(16) if settings.push else None
         self._client: Client | None = None
         self._opening = threading.Lock()
@@ -120,6 +122,7 @@ class Opener:
             recent_starts=self._recent_starts,
             node_maps=self._node_maps,
             early_wake_ups=self._early_wake_ups,
+            callbacks=self.callbacks,
             emit=self._emit,
         )
         if self.channel_suffix is not None:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, overloa
 
 import cattrs
 
+from promptlayer_exec._callbacks import recoverable_token, with_callback_url
 from promptlayer_exec._client import Client, list_workflows
-from promptlayer_exec._errors import PromptLayerExecError
+from promptlayer_exec._errors import PromptLayerExecError, StartUnknown
 from promptlayer_exec._events import Observer, WakeSource
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import Outcome, RunningItem, Spawn, fan_out, report_abandoned
@@ -33,6 +34,8 @@ from promptlayer_exec._workflows import Workflow, WorkflowSummary
 if TYPE_CHECKING:
     import aiohttp
     from typing_extensions import TypeForm
+
+    from promptlayer_exec.webhooks import Callbacks
 
 ItemT = TypeVar("ItemT")
 OutputT = TypeVar("OutputT")
@@ -66,6 +69,7 @@ class Session:
             results come within milliseconds; also with `$PROMPTLAYER_EXEC_PUSH=1`. Extra `push`.
         trust_env: whether to use HTTP_PROXY, HTTPS_PROXY, NO_PROXY and .netrc, as aiohttp reads
             them; also with `$PROMPTLAYER_EXEC_TRUST_ENV=1`. A borrowed `http` has its own setting.
+        callbacks: gives each start a callback URL of its own, so that `recover` can find it.
 
     Raises:
         ConfigurationError: a setting is malformed. A missing key is reported at first use.
@@ -89,6 +93,7 @@ class Session:
         observers: Sequence[Observer] = (),
         push: bool = False,
         trust_env: bool = False,
+        callbacks: Callbacks | None = None,
     ) -> None:
         self._settings = Settings(
             api_key=api_key,
@@ -106,6 +111,7 @@ class Session:
             observers=observers,
             push=push,
             trust_env=trust_env,
+            callbacks=callbacks,
         )
         self._limiters = [] if limiter is None else [limiter]
         self._opener = Opener(self._settings, self._limiters)
@@ -361,12 +367,37 @@ class Session:
         request: StartRequest,
         deadline: Deadline | None = None,
         before_send: BeforeSend | None = None,
+        token: str | None = None,
     ) -> Execution:
-        _, http_request = self._prepare(request)
+        posted, token = with_callback_url(request, self._settings.callbacks, token)
+        _, http_request = self._prepare(posted)
         client = await self._open()
         deadline = deadline or client.deadline()
-        started = await client.start(request, http_request, deadline, before_send)
+        started = await client.start(request, http_request, deadline, before_send, token)
         return Execution(self, started.execution_id, request.workflow, started.warning)
+
+    async def recover(
+        self, error: StartUnknown, *, timeout: float | EllipsisType | None = ...
+    ) -> Execution:
+        """Wait for the callback of a start whose answer was lost; it is never started again.
+
+        This session must receive the callback, by `promptlayer_exec.fastapi`; it may already have.
+        The error may come from another session with the same `Callbacks(url, secret=...)`.
+
+        Args:
+            error: what `start` raised, or an unpickled copy of it.
+            timeout: seconds; `...` means the session's `wait_timeout`, None no limit.
+
+        Raises:
+            StartUnknown: no callback came in time; the run may still exist.
+            ValueError: the start had no callback URL of its own, or one of other callbacks.
+            SessionClosed: the session was closed.
+        """
+        token = recoverable_token(error, self._settings.callbacks)
+        timeout = check_timeout(timeout)
+        client = await self._open()
+        execution_id = await client.recover(error, token, client.deadline(timeout))
+        return Execution(self, execution_id, error.workflow)
 
     def _prepare(self, request: StartRequest) -> tuple[dict[str, Any], Request]:
         """Return a start's inputs in JSON form, and the request that would be sent."""

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from inspect import iscoroutinefunction, isroutine
 from types import EllipsisType
 from typing import Any
+from urllib.request import getproxies_environment, proxy_bypass
 
 import attrs
 import cattrs
@@ -22,6 +23,7 @@ from promptlayer_exec._events import Observer
 from promptlayer_exec._install import install_hint
 from promptlayer_exec._policies import Deadline, PollPolicy, RetryPolicy, check_seconds
 from promptlayer_exec._throttle import Limiter
+from promptlayer_exec.webhooks import Callbacks
 
 DEFAULT_BASE_URL = "https://api.promptlayer.com"
 _KEY_VARIABLE = "PROMPTLAYER_API_KEY"
@@ -117,6 +119,16 @@ def _find_push(push: Any) -> bool:
     return is_on
 
 
+def unused_proxy(settings: Settings, base_url: str) -> str:
+    """Return what to do about a proxy that the environment names and the session does not use."""
+    url = URL(base_url)
+    is_used = settings.trust_env or settings.http is not None
+    if is_used or url.scheme not in getproxies_environment() or proxy_bypass(url.host or ""):
+        return ""
+    variable = f"{url.scheme.upper()}_PROXY"
+    return f"; {variable} is set but not used: pass trust_env=True, or set {_TRUST_VARIABLE}=1"
+
+
 def check_count(name: str, value: Any) -> int:
     """Return a setting that must be an int of at least 1, or raise `ConfigurationError`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -195,6 +207,9 @@ class Settings:
     observers: Sequence[Observer] = attrs.field(validator=_callables)
     push: bool = attrs.field(converter=_find_push)
     trust_env: bool = attrs.field(converter=_find_trust_env)
+    callbacks: Callbacks | None = attrs.field(
+        validator=_is(Callbacks, "a promptlayer_exec.webhooks.Callbacks", optional=True)
+    )
 
     def deadline(self, timeout: float | EllipsisType | None, *, now: float) -> Deadline:
         """Return the deadline of a wait that begins now; `...` means the default timeout."""

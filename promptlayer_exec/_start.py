@@ -55,6 +55,8 @@ class Start:
     _emit: Emit
     _is_closing: Callable[[], bool]
     _before_send: BeforeSend | None = None
+    _token: str | None = None
+    _on_unknown: Callable[[float], None] | None = None
     sent: bool = attrs.field(init=False, default=False)
     cancelled: bool = attrs.field(init=False, default=False)
     _called_at: float = attrs.field(init=False, factory=anyio.current_time)
@@ -194,13 +196,10 @@ class Start:
         return error
 
     def _unknown(self, reason: str, cause: BaseException | None = None) -> StartUnknown:
-        error = StartUnknown(
-            f"it is not known whether a run of workflow {self._request.workflow!r:.100} started:"
-            f" {reason}",
-            workflow=self._request.workflow,
-            reason=reason,
-        )
+        error = start_unknown(self._request.workflow, reason, self._token)
         error.__cause__ = cause
+        if self._on_unknown is not None:
+            self._on_unknown(anyio.current_time() - self._called_at)
         return error
 
     def _report(self, started: Started, *, abandoned: bool) -> None:
@@ -217,3 +216,15 @@ class Start:
     def _warn(self, error: BaseException) -> None:
         if isinstance(error, StartUnknown):
             logger.warning("%s", error)
+
+
+def start_unknown(
+    workflow: str | int, reason: str, token: str | None, since: str = ""
+) -> StartUnknown:
+    """Return the error for a lost answer; `since` says what has happened since."""
+    return StartUnknown(
+        f"it is not known whether a run of workflow {workflow!r:.100} started: {reason}{since}",
+        workflow=workflow,
+        reason=reason,
+        callback_token=token,
+    )

@@ -38,13 +38,12 @@ from promptlayer_exec._errors import (
     StatusError,
 )
 from promptlayer_exec._events import Emit, RequestRetried, Throttled
-from promptlayer_exec._json import loads
 from promptlayer_exec._redaction import Redactor
 from promptlayer_exec._retry import OutageLog, RecentStarts, RetryState
-from promptlayer_exec._settings import Settings
+from promptlayer_exec._settings import Settings, unused_proxy
 from promptlayer_exec._tasks import PatientTimeout, clock, is_cancelled
 from promptlayer_exec._throttle import Throttle
-from promptlayer_exec._wire import Reply, Request, Response, excerpt, read_retry_after
+from promptlayer_exec._wire import Reply, Request, Response, excerpt, has_id, read_retry_after
 
 T = TypeVar("T")
 
@@ -180,8 +179,8 @@ class Transport:
                 once.mark_rejected()  # the handshake was refused, so the server read nothing
             raise self._failure(failure, answer, body)
         if answer.status < 300:
-            # A JSON object marks its own end: a start's answer may be whole despite bad framing.
-            if failure is not None and not (once is not None and _is_object(body)):
+            # The id of a run that was paid for may be whole in spite of it.
+            if failure is not None and not (once is not None and has_id(body)):
                 raise self._failure(failure, answer, body)
             if _may_be_cut(answer, body):
                 cut = aiohttp.ClientPayloadError("the response does not mark where the number ends")
@@ -202,13 +201,7 @@ class Transport:
 
     def _check_size(self, status: int, body: bytes) -> None:
         limit = self._settings.max_response_bytes
-        too_large = f"is larger than {limit} bytes" if len(body) > limit else ""
-        # A decoded value takes up to 400 bytes, and a body up to fifty times its size. So one under
-        # a sixth of the limit takes no more than `values` do, and the slow count is not needed.
-        values = max(limit // _BYTES_PER_VALUE, _FEW_VALUES)
-        if limit // 6 < len(body) <= limit and sum(map(body.count, _OPENING_A_VALUE)) > values:
-            too_large = f"holds more than {values:,} values, the most for {limit} bytes"
-        if too_large:
+        if too_large := excess(body, limit):
             raise ResponseTooLarge(
                 f"the {status} answer {too_large}",
                 limit=limit,
@@ -278,12 +271,14 @@ class Transport:
             )
         elif isinstance(failure, TimeoutError):
             seconds = self._settings.request_timeout
+            hint = unused_proxy(self._settings, self.base_url)
             error = RequestTimeout(
-                f"no complete answer from {self.base_url} within {seconds:g} s", reason=reason
+                f"no complete answer from {self.base_url} within {seconds:g} s{hint}", reason=reason
             )
         elif answer is None:
+            hint = unused_proxy(self._settings, self.base_url)
             error = ConnectionFailed(
-                f"no usable answer from {self.base_url}: {reason}", reason=reason
+                f"no usable answer from {self.base_url}: {reason}{hint}", reason=reason
             )
         else:
             error = InvalidResponse(
@@ -323,11 +318,16 @@ class Transport:
         return excerpt(self._redactor.redact_bytes(body[:_ERROR_BODY_BYTES]))
 
 
-def _is_object(body: bytes) -> bool:
-    try:
-        return isinstance(loads(body), dict)
-    except (ValueError, RecursionError):
-        return False
+def excess(body: bytes, limit: int) -> str:
+    """Return what is too much about a JSON body for a limit in bytes; empty if nothing is."""
+    if len(body) > limit:
+        return f"is larger than {limit} bytes"
+    # A decoded value takes up to 400 bytes, and a body up to fifty times its size. So one under a
+    # sixth of the limit takes no more than `values` do, and the slow count is not needed.
+    values = max(limit // _BYTES_PER_VALUE, _FEW_VALUES)
+    if len(body) > limit // 6 and sum(map(body.count, _OPENING_A_VALUE)) > values:
+        return f"holds more than {values:,} values, the most for {limit} bytes"
+    return ""
 
 
 def _may_be_cut(answer: aiohttp.ClientResponse, body: bytes) -> bool:

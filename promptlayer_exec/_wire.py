@@ -192,11 +192,29 @@ class Started:
     warning: str | None
 
 
+# A whole id, certainly that of the outermost object, in a body that may be cut after it; ASCII,
+# because corrupt bytes before it leave it in doubt.
+_WHOLE_ID = re.compile(rb'\s*\{[^][{}\x80-\xff]*"%b"\s*:\s*(\d{1,19})\s*[,}]' % _ID_FIELD.encode())
+
+
+def has_id(body: bytes) -> bool:
+    """Return True if a broken response to the request that starts a run may still have its id."""
+    try:
+        return isinstance(loads(body), dict)
+    except (ValueError, RecursionError):
+        return _WHOLE_ID.match(body) is not None
+
+
 def read_started(response: Response) -> Started:
     """Read the response to the request that starts a run; a 2xx must have a usable id."""
     if response.status >= 300:
         check_status(response)
-    body = decode(response)
+    try:
+        body = decode(response)
+    except InvalidResponse:
+        if (whole := _WHOLE_ID.match(response.body)) is None:
+            raise
+        body = {_ID_FIELD: int(whole[1])}
     execution_id = body.get(_ID_FIELD) if isinstance(body, dict) else None
     if type(execution_id) is not int or not 1 <= execution_id <= MAX_ID:
         invalid_shape(response, f"$.{_ID_FIELD}", "there is no usable id")
@@ -227,11 +245,15 @@ class NodeMapReader:
 
         For an unchanged response, it is `before` itself.
         """
-        source = response.status, response.body
-        if before is not None and before.source == source:
+        if before is not None and before.source == (response.status, response.body):
             return before
         check_status(response)
-        raw = decode(response)
+        return self.read_nodes(response, decode(response), execution_id, before)
+
+    def read_nodes(
+        self, response: Response, raw: Any, execution_id: int, before: NodeMap | None = None
+    ) -> NodeMap:
+        """Read a node map that is decoded; errors quote the body of the response."""
         if not isinstance(raw, dict):
             invalid_shape(response, "$", f"expected an object of nodes, got {json_kind(raw)}")
         nodes = {}
@@ -246,7 +268,9 @@ class NodeMapReader:
                 if type(node.status) is str and node.status[:_LONGEST_STATUS] not in self._reported:
                     self._report(node, execution_id)
             nodes[name] = node
-        return NodeMap(response.status == 200, FrozenMap(nodes), raw, source)
+        return NodeMap(
+            response.status == 200, FrozenMap(nodes), raw, (response.status, response.body)
+        )
 
     def _report(self, node: Node, execution_id: int) -> None:
         if len(self._reported) < _REPORTED_AT_MOST:

@@ -150,6 +150,12 @@ class Workflow:
             what = f"workflow {self.name!r:.100} needs the missing input{s} {named}{guesses}"
             raise ValueError(printable(what))
 
+    def _repr_html_(self) -> str:
+        """Return the required inputs and the graph, for notebooks."""
+        from promptlayer_exec._html import workflow_html  # noqa: PLC0415 - only notebooks need it
+
+        return workflow_html(self)
+
     def __repr__(self) -> str:
         version = "" if self.version is None else f" version {self.version}"
         return f"<Workflow {self.id} {self.name!r:.100}{version}, {len(self.nodes)} nodes>"

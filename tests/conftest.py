@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -124,3 +124,44 @@ def held(sim: Simulator) -> int:
     return sim.add_execution(
         Scenario([SimNode("Plan", "done"), SimNode("Answer", "42", None, is_output_node=True)])
     )
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Callable[[Any], Awaitable[str]]]:
+    """Return a function that serves an ASGI app with uvicorn in this loop, and returns its URL."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        def __init__(self, app: Any) -> None:
+            config = uvicorn.Config(app, port=0, log_config=None, ws="none", lifespan="off")
+            super().__init__(config)
+            self.is_up = asyncio.Event()
+            self.ending = asyncio.Event()
+
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield  # without handlers: pytest has its own
+
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            self.is_up.set()
+
+        async def main_loop(self) -> None:
+            await self.ending.wait()  # at once, and not at the next tenth of a second
+
+    async with AsyncExitStack() as stack:
+
+        async def start(app: Any) -> str:
+            server = Server(app)
+            task = asyncio.create_task(server.serve())
+
+            async def stop() -> None:
+                server.ending.set()
+                await task
+
+            stack.push_async_callback(stop)
+            await server.is_up.wait()
+            port = server.servers[0].sockets[0].getsockname()[1]
+            return f"http://127.0.0.1:{port}"
+
+        yield start

@@ -10,7 +10,7 @@ import attrs
 import pytest
 
 import promptlayer_exec
-from promptlayer_exec import _errors
+from promptlayer_exec import _errors, webhooks
 from promptlayer_exec._models import Node, Snapshot
 
 NODE = Node("Node 1", "FAILED", error_message="boom")
@@ -43,10 +43,15 @@ FIELDS = {
     "UnprocessableEntity": {**STATUS, "status": 422, "details": DETAILS},
     "RateLimited": {**STATUS, "status": 429},
     "ServerError": {**STATUS, "status": 503},
-    "StartUnknown": {"workflow": "analyze", "reason": "the connection was lost"},
+    "StartUnknown": {
+        "workflow": "analyze",
+        "reason": "the connection was lost",
+        "callback_token": "t0p-s3cret",
+    },
     "ExecutionTimeout": {"timeout": 2.5},
     "ExecutionFailed": {"failed": (NODE,)},
     "InvalidOutput": {"path": "$.items[3].price", "value": {"items": []}, "reason": "a number"},
+    "InvalidSignature": {},
 }
 
 
@@ -100,15 +105,17 @@ TREE = {
     "ExecutionTimeout": ("PromptLayerExecError", "TimeoutError"),
     "ExecutionFailed": ("PromptLayerExecError",),
     "InvalidOutput": ("PromptLayerExecError",),
+    "InvalidSignature": ("PromptLayerExecError", "ValueError"),
 }
 
 
 @pytest.mark.parametrize("name", TREE)
 def test_tree(name):
     """Each error has exactly the documented base classes, and is public."""
-    cls = getattr(promptlayer_exec, name)
+    module = webhooks if name == "InvalidSignature" else promptlayer_exec
+    cls = getattr(module, name)
     assert tuple(base.__name__ for base in cls.__bases__) == TREE[name]
-    assert name in promptlayer_exec.__all__
+    assert name in module.__all__
 
 
 @each_error
@@ -344,6 +351,15 @@ def test_what_does_not_print_is_escaped(said, shown):
     )
     assert str(error).startswith(f"the server said {shown}.")
     assert (error.message, error.body) == (said, said)
+
+
+def test_a_start_that_can_be_recovered_says_so_without_its_token():
+    """The token is only in the attribute: whoever has it can forge the start's callback."""
+    error = build(_errors.StartUnknown)
+    assert "it went wrong; Session.recover waits for its callback. The run may" in str(error)
+    assert error.callback_token not in str(error) + repr(error)
+    error.callback_token = None
+    assert "recover" not in str(error)
 
 
 def test_a_closed_session_speaks_of_an_execution_only_if_there_is_one():

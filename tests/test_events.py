@@ -129,7 +129,7 @@ def test_fields():
         "Throttled": ["delay"],
         "WatchEnded": ["polls", "elapsed", "error"],
         "WatchWoken": ["source"],
-        "ExecutionStarted": ["request", "abandoned", "duration"],
+        "ExecutionStarted": ["request", "abandoned", "duration", "recovered"],
     }
 
 

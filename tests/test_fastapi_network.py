@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import aiohttp
 import pytest
-import uvicorn
 from aiohttp import web
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,45 +19,6 @@ from promptlayer_exec.fastapi import _events, create_router, execution_events
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 Serve = Callable[[ASGIApp], Awaitable[str]]
-
-
-class Server(uvicorn.Server):
-    """Uvicorn in the test's own loop, without its signal handlers."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        super().__init__(uvicorn.Config(app, port=0, log_config=None, ws="none", lifespan="off"))
-        self.is_up = asyncio.Event()
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Install no signal handlers: pytest has its own."""
-        yield
-
-    async def startup(self, sockets: Any = None) -> None:
-        """Set `is_up` once there is a port."""
-        await super().startup(sockets)
-        self.is_up.set()
-
-
-@pytest.fixture
-async def serve() -> AsyncIterator[Serve]:
-    """Return a function that serves an app, and returns its URL."""
-    async with AsyncExitStack() as stack:
-
-        async def start(app: ASGIApp) -> str:
-            server = Server(app)
-            task = asyncio.create_task(server.serve())
-
-            async def stop() -> None:
-                server.should_exit = True
-                await task
-
-            stack.push_async_callback(stop)
-            await server.is_up.wait()
-            port = server.servers[0].sockets[0].getsockname()[1]
-            return f"http://127.0.0.1:{port}"
-
-        yield start
 
 
 class Watched:

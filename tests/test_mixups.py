@@ -283,6 +283,39 @@ async def test_a_complete_id_is_read_from_an_otherwise_broken_response(
     assert peer.posts() == 1
 
 
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        (b'{"message": "a \\"quote\\"", "workflow_version_execution_id": 787, "mess', 787),
+        (b'{"workflow_version_execution_id": 787}<!-- added by a proxy -->', 787),
+        (b'{"workflow_version_execution_id": 787', None),
+        (b'{"parent": {"workflow_version_execution_id": 5}, "warning": "n', None),
+        (b'{"warning": "\\"workflow_version_execution_id\\": 5, or so", "m', None),
+    ],
+    ids=["cut after it", "followed by something", "cut in it", "another object's", "in a string"],
+)
+async def test_a_whole_id_is_read_from_a_body_that_is_not_whole(
+    peer: Peer, body: bytes, found: int | None
+) -> None:
+    """The run was paid for; but only what is certainly its own id is taken for it."""
+
+    async def respond(head: str, writer: asyncio.StreamWriter) -> None:
+        is_cut = not body.endswith(b">")
+        writer.write(b"HTTP/1.1 201 Created\r\nContent-Length: %d\r\n" % (len(body) + is_cut))
+        writer.write(b"\r\n" + body)
+        await writer.drain()
+        writer.close()
+
+    peer.respond = respond
+    async with session_at(peer) as session:
+        if found is None:
+            with pytest.raises(StartUnknown):
+                await session.start("name")
+        else:
+            assert (await session.start("name")).id == found
+    assert peer.posts() == 1
+
+
 @pytest.mark.parametrize("how", ["reset after a part", "gzip that ends in the middle"])
 async def test_a_cut_number_is_not_taken_for_a_complete_one(peer: Peer, how: str) -> None:
     """A number is the only JSON value that does not show that its end is missing."""

@@ -263,6 +263,32 @@ async def use(session: Session, sim: Simulator) -> None:
 # Plain http
 
 
+async def test_an_error_names_a_proxy_that_is_not_used(
+    settings: Callable[..., None], unused_port: int
+) -> None:
+    """Unless it does not apply to the server, or the session uses it or is a borrowed one."""
+
+    async def error(**options: Any) -> str:
+        retry = RetryPolicy(outage=0)
+        base_url = f"http://127.0.0.1:{unused_port}"
+        async with Session("key", base_url=base_url, retry=retry, **options) as session:
+            with pytest.raises(ConnectionFailed) as caught:
+                await session.get_results(787)
+        return str(caught.value)
+
+    assert "PROXY" not in await error()
+    settings(HTTP_PROXY=f"http://127.0.0.1:{unused_port}")
+    hint = (
+        "HTTP_PROXY is set but not used: pass trust_env=True, or set PROMPTLAYER_EXEC_TRUST_ENV=1"
+    )
+    assert f"Connection refused; {hint}. Check the network" in await error()
+    assert "HTTP_PROXY" not in await error(trust_env=True)
+    async with aiohttp.ClientSession() as http:
+        assert "HTTP_PROXY" not in await error(http=http)
+    settings(NO_PROXY="127.0.0.1")
+    assert "HTTP_PROXY" not in await error()
+
+
 async def test_starts_and_watches_go_through_the_proxy_of_the_environment(
     sim: Simulator,
     open_session: Callable[..., Session],

@@ -21,7 +21,7 @@ from yarl import URL
 
 from promptlayer_exec import simulator
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, SimRequest, SimRun, Simulator
-from promptlayer_exec.simulator._log import RequestLog
+from promptlayer_exec.simulator._log import Log
 
 RESULTS = "/workflow-version-execution-results"
 DONE = Scenario([SimNode("Node 1", "AAA", is_output_node=True)])
@@ -678,7 +678,7 @@ class TestLog:
 
     async def test_woken_once(self) -> None:
         """Several requests before a waiter resumes wake it only once."""
-        log = RequestLog(keep=False)
+        log = Log("requests", keep=False)
         waiting = asyncio.create_task(log.wait(1, timeout=10.0))
         await asyncio.sleep(0)
         for _ in range(2):

@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
-from promptlayer_exec.simulator import _completion as completion
+from promptlayer_exec.simulator import _posts as posts
 
 WEBSOCKET = "/connection/websocket"
 CHANNEL = "workflows:1:run:x"
@@ -554,7 +554,7 @@ class TestCallback:
 
     @pytest.mark.parametrize(
         "url",
-        ["http://127.0.0.1:{port}/", "", "nonsense", "ftp://127.0.0.1/", "http://a..b/", "//a/"],
+        ["http://127.0.0.1:{port}/", "ftp://127.0.0.1/", "http://a..b/"],
     )
     async def test_dead_address(
         self, client: Client, url: str, caplog: pytest.LogCaptureFixture
@@ -573,8 +573,8 @@ class TestCallback:
 
     async def test_silent_receiver(self, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
         """A callback to a receiver that never answers ends after a timeout."""
-        assert completion._CALLBACK_TIMEOUT.total == 10.0
-        monkeypatch.setattr(completion, "_CALLBACK_TIMEOUT", aiohttp.ClientTimeout(total=0.01))
+        assert posts._TIMEOUT.total == 10.0
+        monkeypatch.setattr(posts, "_TIMEOUT", aiohttp.ClientTimeout(total=0.01))
         client.sim.add_workflow("w", HELD)
         async with Simulator() as receiver:
             receiver.inject(Fault.stall())

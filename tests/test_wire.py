@@ -5,6 +5,7 @@ import logging
 import math
 import time
 
+import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -842,4 +843,7 @@ def test_the_fast_path_gives_the_node_that_cattrs_gives(body):
         assert node is None
     else:
         assert type(node) is Node
-        assert repr(node) == repr(expected)
+        # By their reprs, 1 differs from 1.0, and NaN does not differ from itself.
+        assert repr(attrs.astuple(node, recurse=False)) == repr(
+            attrs.astuple(expected, recurse=False)
+        )

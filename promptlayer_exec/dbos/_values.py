@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 import attrs
 
+from promptlayer_exec._integration import short_repr
+
 Kind = Literal["succeeded", "failed", "unknown"]
 
 
@@ -32,11 +34,11 @@ class StoredOutcome:
         finished: when this outcome became known (UTC).
     """
 
-    key: str
+    key: str = attrs.field(repr=short_repr)
     execution_id: int | None
     succeeded: bool
-    output: Any
-    error: StoredError | None
+    output: Any = attrs.field(repr=short_repr)
+    error: StoredError | None = attrs.field(repr=short_repr)
     started: datetime | None
     finished: datetime
 

@@ -4,10 +4,17 @@ from promptlayer_exec._integration import install_hint
 
 try:
     from promptlayer_exec.fastapi._events import execution_events
+    from promptlayer_exec.fastapi._receivers import create_callback_router, create_webhook_router
     from promptlayer_exec.fastapi._responses import add_error_handlers
     from promptlayer_exec.fastapi._router import create_router
 except ModuleNotFoundError as error:
     error.add_note(f"this needs an extra: {install_hint('fastapi')}")
     raise
 
-__all__ = ["add_error_handlers", "create_router", "execution_events"]
+__all__ = [
+    "add_error_handlers",
+    "create_callback_router",
+    "create_router",
+    "create_webhook_router",
+    "execution_events",
+]

@@ -42,6 +42,7 @@ from promptlayer_exec import (
     UnprocessableEntity,
 )
 from promptlayer_exec._integration import log_text
+from promptlayer_exec.webhooks import InvalidSignature
 
 logger = logging.getLogger("promptlayer_exec.fastapi")
 
@@ -54,9 +55,14 @@ _MAX_RETRY_AFTER = 3600.0
 _REFUSED = "PromptLayer refused this server's credentials."
 _INVALID = "PromptLayer refused the request as invalid."
 
+_PROBLEM = {"description": "A problem (RFC 9457)", "content": {"application/problem+json": {}}}
+# The responses of routes that this module answers, in OpenAPI.
+PROBLEMS: dict[int | str, dict[str, Any]] = {"4XX": _PROBLEM, "5XX": _PROBLEM}
+
 # An error's own str() is never sent: it may contain PromptLayer's text and address.
 _ANSWERS: Mapping[type[Exception], tuple[int, str]] = {
     BadRequest: (422, _INVALID),
+    InvalidSignature: (401, "The webhook's signature is not valid."),
     Unauthorized: (502, _REFUSED),
     Forbidden: (502, _REFUSED),
     NotFound: (404, "There is no such execution or workflow."),

@@ -12,12 +12,11 @@ from starlette.responses import Response
 
 from promptlayer_exec import Execution, PromptLayerExecError, Session
 from promptlayer_exec.fastapi._events import execution_events
-from promptlayer_exec.fastapi._responses import ProblemRoute, json_response
+from promptlayer_exec.fastapi._responses import PROBLEMS, ProblemRoute, json_response
 
 T = TypeVar("T")
 
 _ExecutionId = Annotated[int, Path(ge=1, le=2**63 - 1)]
-_PROBLEM = {"description": "A problem (RFC 9457)", "content": {"application/problem+json": {}}}
 _SEEN = {"description": "The client has the last event already, as its `Last-Event-ID` says"}
 _EVENTS = {"description": "The events", "content": {"text/event-stream": {}}}
 
@@ -63,7 +62,7 @@ def create_router(
     router = APIRouter(
         route_class=ProblemRoute,
         dependencies=[Depends(_refuse_id_in_query), Depends(admit)],
-        responses={"4XX": _PROBLEM, "5XX": _PROBLEM},
+        responses=PROBLEMS,
         tags=["executions"],
     )
     _add_routes(router, Depends(session), frozenset(workflows))

@@ -16,7 +16,7 @@ from promptlayer_exec.simulator._backend import Backend
 from promptlayer_exec.simulator._centrifugo import Centrifugo
 from promptlayer_exec.simulator._completion import Completions
 from promptlayer_exec.simulator._faults import FaultQueue
-from promptlayer_exec.simulator._log import RequestLog, SimRequest
+from promptlayer_exec.simulator._log import Log, SimRequest
 from promptlayer_exec.simulator._wire import (
     RequestValidationError,
     check_exclusive,
@@ -64,11 +64,11 @@ class Api:
     _api_key: str
     _clock: Callable[[], float]
     _backend: Backend
-    _log: RequestLog
+    _log: Log[SimRequest]
     _centrifugo: Centrifugo
     _completions: Completions
+    faults: FaultQueue
     _is_development: bool
-    faults: FaultQueue = attrs.field(factory=FaultQueue, init=False)
     bucket: TokenBucket | None = attrs.field(default=None, init=False)
     _created_at: float = attrs.field(init=False)
 
@@ -153,7 +153,7 @@ class Api:
         if version is None:
             return error_response(404, "Workflow version not found")
         execution_id = self._backend.run(workflow, version, body)
-        self._completions.follow(execution_id, workflow.id, body)
+        self._completions.follow(execution_id, workflow, body)
         answer = {
             "success": True,
             "message": "Workflow execution created successfully",

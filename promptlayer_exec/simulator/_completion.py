@@ -1,4 +1,4 @@
-"""Notifications that a run is complete: a publication and a callback, where requested."""
+"""Notifications that a run is complete: a publication, a callback and a webhook."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import aiohttp
 import anyio
 import attrs
 
 from promptlayer_exec.simulator._backend import Backend
 from promptlayer_exec.simulator._centrifugo import Centrifugo
+from promptlayer_exec.simulator._definitions import Workflow
 from promptlayer_exec.simulator._execution import Results
-from promptlayer_exec.simulator._wire import JSON_TYPE, encode
+from promptlayer_exec.simulator._posts import Posts
+from promptlayer_exec.simulator._wire import encode
 
 _LOGGER = logging.getLogger(__package__)
-_CALLBACK_TIMEOUT = aiohttp.ClientTimeout(total=10.0)
 # A clock that stands still just before a node's end must not make the task spin.
 _MIN_SLEEP = 0.005
 
@@ -27,22 +27,27 @@ _MIN_SLEEP = 0.005
 class Completions:
     """Notifies of the completion of each run that named a channel or a callback URL.
 
-    Each such run has a task until the notifications are sent. The task sleeps until the next node
-    ends by itself, assuming that the clock counts seconds. It also wakes whenever a node is
-    finished by `finish` or the execution is read complete, so that it can follow any other clock.
+    If there is a URL for webhooks, it notifies of every run. Each run of these has a task until
+    the notifications are sent. The task sleeps until the next node ends by itself, assuming that
+    the clock counts seconds. It also wakes whenever a node is finished by `finish` or the execution
+    is read complete, so that it can follow any other clock.
     """
 
     _backend: Backend
     _centrifugo: Centrifugo
+    _posts: Posts
     _push_limit_bytes: int
     _tasks: set[asyncio.Task[None]] = attrs.field(factory=set, init=False)
 
-    def follow(self, execution_id: int, workflow_id: int, body: Mapping[str, Any]) -> None:
-        """Notify of a run's completion as the body of its start requested, if it did."""
-        if body.get("channel_name_suffix") is None and body.get("callback_url") is None:
+    def follow(self, execution_id: int, workflow: Workflow, body: Mapping[str, Any]) -> None:
+        """Notify of a run's completion, if anybody wants to know of it."""
+        webhook_url = self._posts.webhook_url
+        named = body.get("channel_name_suffix"), body.get("callback_url")
+        if named == (None, None) and webhook_url is None:
             return
         task = asyncio.create_task(
-            self._notify(execution_id, workflow_id, body), name=f"simulator run {execution_id}"
+            self._notify(execution_id, workflow, body, webhook_url),
+            name=f"simulator run {execution_id}",
         )
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -53,20 +58,31 @@ class Completions:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _notify(self, execution_id: int, workflow_id: int, body: Mapping[str, Any]) -> None:
+    async def _notify(
+        self,
+        execution_id: int,
+        workflow: Workflow,
+        body: Mapping[str, Any],
+        webhook_url: str | None,
+    ) -> None:
         try:
             results = await self._wait_until_complete(execution_id)
         except Exception:
             _LOGGER.exception("execution %d: a function of its scenario failed", execution_id)
             return
-        suffix, url = body.get("channel_name_suffix"), body.get("callback_url")
+        suffix, callback_url = body.get("channel_name_suffix"), body.get("callback_url")
         notifications = []
         if suffix is not None:
-            channel = f"workflows:{workflow_id}:run:{suffix}"
+            channel = f"workflows:{workflow.id}:run:{suffix}"
             output = results.json(all_outputs=body.get("return_all_outputs", False))
             notifications.append(self._publish(execution_id, channel, output))
-        if url is not None:
-            notifications.append(_call_back(execution_id, url, results.node_map()))
+        if callback_url is not None:
+            node_map = results.node_map()
+            notifications.append(self._posts.post_callback(execution_id, callback_url, node_map))
+        if webhook_url is not None:
+            notifications.append(
+                self._posts.post_webhook(execution_id, webhook_url, workflow.name, workflow.id)
+            )
         await asyncio.gather(*notifications)
 
     async def _wait_until_complete(self, execution_id: int) -> Results:
@@ -97,14 +113,3 @@ def _message(execution_id: int, output: str, code: str) -> str:
         f'{{"workflow_version_execution_id":{execution_id}'
         f',"final_output":{output},"result_code":"{code}"}}'
     )
-
-
-async def _call_back(execution_id: int, url: str, node_map: str) -> None:
-    body = f'{{"workflow_version_execution_id":{execution_id},"final_output":{node_map}}}'
-    try:
-        async with aiohttp.request(
-            "POST", url, data=body.encode(), headers=JSON_TYPE, timeout=_CALLBACK_TIMEOUT
-        ):
-            pass
-    except Exception as error:  # noqa: BLE001 - an arbitrary URL fails in many ways
-        _LOGGER.debug("execution %d: its callback failed: %r", execution_id, error)

@@ -8,13 +8,14 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from http.client import responses
 from itertools import chain, repeat
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import attrs
 from aiohttp import web
 
 from promptlayer_exec.simulator._wire import JSON_TYPE, error_response
 
+PostKind: TypeAlias = Literal["webhook", "callback"]
 Answer: TypeAlias = Callable[[], web.Response]
 # None means that the request is answered normally.
 Effect: TypeAlias = Callable[[web.BaseRequest, Answer], Awaitable[web.StreamResponse | None]]
@@ -37,12 +38,15 @@ class Fault:
 
     All of them take `times`, the number of requests that it affects (None: every one until
     `Simulator.clear_faults`), and `execution_id`, which limits it to requests for the results of
-    that execution.
+    that execution. `repeat_post`, `delay_post` and `lose_post` affect what the simulator itself
+    posts, instead: webhooks or callbacks.
     """
 
     effect: Effect
     times: int | None = attrs.field(default=1, validator=_check_times)
     execution_id: int | None = None
+    post: PostKind | None = None
+    delays: tuple[float, ...] = ()
 
     @staticmethod
     def status(
@@ -175,16 +179,75 @@ class Fault:
 
         return Fault(oversize, times, execution_id)
 
+    @staticmethod
+    def repeat_post(
+        kind: PostKind,
+        copies: int = 2,
+        times: int | None = 1,
+        *,
+        interval: float = 0.0,
+        execution_id: int | None = None,
+    ) -> Fault:
+        """Post the same webhook or callback several times.
+
+        Args:
+            kind: `"webhook"` or `"callback"`.
+            copies: how often it is posted.
+            times: how many webhooks or callbacks it affects; None for all.
+            interval: seconds between the answer to one and the next.
+            execution_id: affects only those of this execution.
+
+        Raises:
+            ValueError: `kind`, `copies`, `times` or `interval` is out of range.
+        """
+        if copies < 1:
+            raise ValueError(f"copies must be at least 1, got {copies}")
+        return _post_fault(kind, (0.0, *[interval] * (copies - 1)), times, execution_id)
+
+    @staticmethod
+    def delay_post(
+        kind: PostKind, seconds: float, times: int | None = 1, *, execution_id: int | None = None
+    ) -> Fault:
+        """Post a webhook or callback only `seconds` after the execution is complete."""
+        return _post_fault(kind, (seconds,), times, execution_id)
+
+    @staticmethod
+    def lose_post(
+        kind: PostKind, times: int | None = 1, *, execution_id: int | None = None
+    ) -> Fault:
+        """Do not post a webhook or callback at all."""
+        return _post_fault(kind, (), times, execution_id)
+
     def concerns(self, request: web.BaseRequest) -> bool:
         """Return True if it may affect this request."""
+        if self.post is not None:
+            return False
         if self.execution_id is None:
             return True
         return request.query.get("workflow_version_execution_id") == str(self.execution_id)
 
+    def concerns_post(self, kind: PostKind, execution_id: int) -> bool:
+        """Return True if it may affect this webhook or callback."""
+        return self.post == kind and self.execution_id in (None, execution_id)
+
+
+def _post_fault(
+    kind: PostKind, delays: tuple[float, ...], times: int | None, execution_id: int | None
+) -> Fault:
+    if kind not in get_args(PostKind):
+        raise ValueError(f'kind must be "webhook" or "callback", got {kind!r}')
+    if any(delay < 0 for delay in delays):
+        raise ValueError(f"seconds must be at least 0, got {min(delays)}")
+    return Fault(_answer_normally, times, execution_id, kind, delays)
+
+
+async def _answer_normally(_request: web.BaseRequest, _answer: Answer) -> None:
+    """Have no effect on a request."""
+
 
 @attrs.define
 class FaultQueue:
-    """Faults in the order of injection; each request takes the first that concerns it.
+    """Faults in the order of injection; each request or post takes the first that concerns it.
 
     Any thread may add faults; the server's thread takes them.
     """
@@ -201,9 +264,15 @@ class FaultQueue:
             self._pending.clear()
 
     def take(self, request: web.BaseRequest) -> Fault | None:
+        return self._take(lambda fault: fault.concerns(request))
+
+    def take_post(self, kind: PostKind, execution_id: int) -> Fault | None:
+        return self._take(lambda fault: fault.concerns_post(kind, execution_id))
+
+    def _take(self, concerns: Callable[[Fault], bool]) -> Fault | None:
         with self._lock:
             for index, fault in enumerate(self._pending):
-                if fault.concerns(request):
+                if concerns(fault):
                     if fault.times == 1:
                         del self._pending[index]
                     elif fault.times is not None:

@@ -1,4 +1,4 @@
-"""The log of requests, and waiting for a number of them."""
+"""Logs of what happened, and waiting for a number of entries."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Generic, TypeVar
 
 import attrs
+
+T = TypeVar("T")
 
 _LOGGER = logging.getLogger(__package__)
 
@@ -35,31 +38,32 @@ class SimRequest:
 
 
 @attrs.define(eq=False)
-class RequestLog:
-    """Counts requests, keeps them if `keep`, and wakes the callers that wait for a number of them.
+class Log(Generic[T]):
+    """Counts entries, keeps them if `keep`, and wakes the callers that wait for a number of them.
 
-    One thread records requests; any thread may read and wait.
+    `what` names the entries in errors. One thread records them; any thread may read and wait.
     """
 
-    _keep: bool
-    _on_request: Callable[[SimRequest], None] | None = None
+    _what: str
+    _keep: bool = True
+    _on_record: Callable[[T], None] | None = None
     count: int = attrs.field(default=0, init=False)
-    requests: list[SimRequest] = attrs.field(factory=list, init=False)
+    entries: list[T] = attrs.field(factory=list, init=False)
     _waiters: list[tuple[int, Callable[[], object]]] = attrs.field(factory=list, init=False)
     _recorded: threading.Condition = attrs.field(factory=threading.Condition, init=False)
 
-    def record(self, request: SimRequest) -> None:
+    def record(self, entry: T) -> None:
         with self._recorded:
             self.count += 1
             if self._keep:
-                self.requests.append(request)
+                self.entries.append(entry)
             for count, wake in self._waiters:
                 if count <= self.count:
                     wake()
             self._recorded.notify_all()
-        if self._on_request is not None:
+        if self._on_record is not None:
             try:
-                self._on_request(request)
+                self._on_record(entry)
             except Exception:
                 _LOGGER.exception("on_request failed")
 
@@ -86,4 +90,4 @@ class RequestLog:
                 raise self._timed_out(count, timeout)
 
     def _timed_out(self, count: int, timeout: float) -> TimeoutError:
-        return TimeoutError(f"saw {self.count} of {count} requests in {timeout} s")
+        return TimeoutError(f"saw {self.count} of {count} {self._what} in {timeout} s")

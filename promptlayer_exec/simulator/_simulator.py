@@ -14,8 +14,9 @@ from promptlayer_exec.simulator._backend import Backend, SimRun
 from promptlayer_exec.simulator._centrifugo import Centrifugo
 from promptlayer_exec.simulator._completion import Completions
 from promptlayer_exec.simulator._definitions import ScenarioSource
-from promptlayer_exec.simulator._faults import Fault
-from promptlayer_exec.simulator._log import RequestLog, SimRequest
+from promptlayer_exec.simulator._faults import Fault, FaultQueue
+from promptlayer_exec.simulator._log import Log, SimRequest
+from promptlayer_exec.simulator._posts import Posts, SimPost
 from promptlayer_exec.simulator._scenario import Scenario
 from promptlayer_exec.simulator._server import Server
 
@@ -29,7 +30,9 @@ class Simulator:
     `port` is given.
 
     The completion of a run that named a `channel_name_suffix` or a `callback_url` is pushed or
-    posted, unless the simulator is exited before. With a `clock` other than the machine's, that
+    posted, and with a `webhook_url`, that of every run is posted there, signed. Executions of
+    `add_execution` are not: they are like those that were started on PromptLayer's dashboard.
+    Nothing is posted after the simulator is exited. With a `clock` other than the machine's, that
     happens once `state`, `finish` or a request for the results shows the completion, or after as
     many seconds as remained by `clock`.
 
@@ -49,6 +52,8 @@ class Simulator:
         development: whether a workflow is described as a development server of PromptLayer does
             it: by its id and name alone, in an object named `workflow`. Otherwise that object
             comes beside the documented fields.
+        webhook_url: where to post a webhook when a run is complete; None: nowhere.
+        webhook_secret: signs the webhooks.
     """
 
     def __init__(
@@ -63,16 +68,28 @@ class Simulator:
         push_limit_bytes: int = 64 * 1024,
         push_ping_interval: float = 25.0,
         development: bool = False,
+        webhook_url: str | None = None,
+        webhook_secret: str = "simulator-secret",  # noqa: S107 - of a simulator
     ) -> None:
         self.api_key = api_key
+        self.webhook_secret = webhook_secret
         self._host = host
         self._port = port
-        self._log = RequestLog(log_requests, on_request)
+        self._log = Log("requests", log_requests, on_request)
+        self._faults = FaultQueue()
         self._backend = Backend(clock)
         centrifugo = Centrifugo(clock, push_ping_interval)
-        self._completions = Completions(self._backend, centrifugo, push_limit_bytes)
+        self._posts = Posts(self._faults.take_post, webhook_url, webhook_secret)
+        self._completions = Completions(self._backend, centrifugo, self._posts, push_limit_bytes)
         self._api = Api(
-            api_key, clock, self._backend, self._log, centrifugo, self._completions, development
+            api_key,
+            clock,
+            self._backend,
+            self._log,
+            centrifugo,
+            self._completions,
+            self._faults,
+            development,
         )
         self._server: Server | None = None
         self._thread = ExitStack()
@@ -91,12 +108,26 @@ class Simulator:
     @property
     def requests(self) -> list[SimRequest]:
         """Every request so far, the oldest first; also those that a fault affected."""
-        return list(self._log.requests)
+        return list(self._log.entries)
 
     @property
     def request_count(self) -> int:
         """The number of requests so far."""
         return self._log.count
+
+    @property
+    def webhook_url(self) -> str | None:
+        """Where to post a webhook when a run is complete; setting it concerns later runs."""
+        return self._posts.webhook_url
+
+    @webhook_url.setter
+    def webhook_url(self, url: str | None) -> None:
+        self._posts.webhook_url = url
+
+    @property
+    def posts(self) -> list[SimPost]:
+        """The webhooks and callbacks that were posted and answered, or failed; oldest first."""
+        return list(self._posts.log.entries)
 
     @property
     def executions(self) -> list[int]:
@@ -244,12 +275,12 @@ class Simulator:
         return {name: state.status for name, state in states.items()}
 
     def inject(self, fault: Fault) -> None:
-        """Let a fault affect the next requests that it concerns, after faults injected before."""
-        self._api.faults.add(fault)
+        """Let a fault affect the next requests or posts that it concerns, after earlier faults."""
+        self._faults.add(fault)
 
     def clear_faults(self) -> None:
-        """Remove the faults that have not affected a request yet."""
-        self._api.faults.clear()
+        """Remove the faults that have not affected a request or post yet."""
+        self._faults.clear()
 
     def rate_limit(
         self,
@@ -291,6 +322,18 @@ class Simulator:
             TimeoutError: there were fewer requests in that time.
         """
         await self._log.wait(count, timeout)
+
+    async def wait_for_posts(self, count: int, timeout: float = 10.0) -> None:
+        """Wait until `count` webhooks and callbacks in total were posted and answered, or failed.
+
+        Args:
+            count: the number of webhooks and callbacks, repeated ones included.
+            timeout: seconds.
+
+        Raises:
+            TimeoutError: there were fewer in that time.
+        """
+        await self._posts.log.wait(count, timeout)
 
     def block_for_requests(self, count: int, timeout: float = 10.0) -> None:
         """Block this thread until there were `count` requests in total.

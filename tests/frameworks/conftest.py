@@ -43,7 +43,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulator]:
     with Simulator() as sim:
         monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
         monkeypatch.setenv("PROMPTLAYER_BASE_URL", sim.base_url)
-        sim.add_workflow("write-report", write_report)
+        definition = write_report({"topic": "otters"})
+        sim.add_workflow("write-report", write_report, definition=definition)
         yield sim
 
 

@@ -16,14 +16,16 @@ def test_the_table_changes_in_place(server: Simulator, recipe: Callable[[str], l
     cells = [nbformat.v4.new_code_cell(block.rstrip()) for block in recipe("Notebooks")]
     notebook = nbformat.v4.new_notebook(cells=cells)
     ExecutePreprocessor(timeout=60, kernel_name="python3").preprocess(notebook)
-    started, followed, output, closed = (cell.outputs for cell in notebook.cells)
+    workflow, started, followed, output, closed = (cell.outputs for cell in notebook.cells)
+    assert "<svg" in workflow[0].data["text/html"]
     (run,) = server.runs
     assert started[0].data["text/plain"] == str(run.execution_id)
     (table,) = followed
-    shown = table.data.get("text/html", table.data["text/plain"])
+    shown = table.data["text/html"]
+    assert "<table" in shown
     assert "SUCCESS" in shown
     assert "RUNNING" not in shown
     assert output[0].data["text/plain"] == "'Otters are fine.'"
     assert closed == []
     html, _ = HTMLExporter().from_notebook_node(notebook)
-    assert "Otters are fine." in html
+    assert f"<b>Execution {run.execution_id}</b> · succeeded" in html

@@ -1,0 +1,135 @@
+"""The callbacks that arrived, and the starts that they recover. It knows no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TypeVar
+
+import attrs
+
+from promptlayer_exec._errors import StartUnknown
+from promptlayer_exec._events import Emit, ExecutionStarted, logger
+from promptlayer_exec._models import StartRequest
+from promptlayer_exec._tasks import resolve
+from promptlayer_exec.webhooks import Callbacks
+
+T = TypeVar("T")
+
+# For how long a callback is remembered, and how many callbacks and lost starts are.
+_SECONDS = 3600.0
+_MOST = 10_000
+
+
+def with_callback_url(
+    request: StartRequest, callbacks: Callbacks | None, token: str | None = None
+) -> tuple[StartRequest, str | None]:
+    """Return a start with a callback URL of its own, and the token in it.
+
+    A start that has a URL already keeps it, and then there is no token.
+    """
+    if callbacks is None or request.callback_url is not None:
+        return request, None
+    token = token or callbacks.new_token()
+    return attrs.evolve(request, callback_url=callbacks.url_for(token)), token
+
+
+def recoverable_token(error: StartUnknown, callbacks: Callbacks | None) -> str:
+    """Return the token by which the callback of a lost start can be recognized."""
+    if not isinstance(error, StartUnknown):
+        raise TypeError(f"error must be a StartUnknown, not {error!r:.100}")
+    token = error.callback_token
+    if token is None:
+        raise ValueError(
+            "this start cannot be recovered, as it had no callback URL of its own: pass callbacks="
+            " to Session, and no callback_url= to the start"
+        )
+    if callbacks is not None and not callbacks.is_genuine(token):
+        raise ValueError(
+            "this start was sent with other callbacks: recover it in a session with the same secret"
+        )
+    return token
+
+
+@attrs.define
+class _Callback:
+    """What a callback said, when it arrived, and whether it was reported as a recovery."""
+
+    execution_id: int
+    at: float
+    is_reported: bool = False
+
+
+@attrs.define(eq=False)
+class CallbackLog:
+    """Brings together callbacks and the starts whose answers were lost, by the starts' tokens.
+
+    Either may come first, and each may be recorded several times. The first callback of a start
+    counts. A start is reported as recovered once, even if nobody waits for it.
+    """
+
+    _emit: Emit
+    _callbacks: dict[str, _Callback] = attrs.field(init=False, factory=dict)  # oldest first
+    _lost: dict[str, tuple[StartRequest, float]] = attrs.field(init=False, factory=dict)
+    _waiters: dict[str, set[asyncio.Future[None]]] = attrs.field(init=False, factory=dict)
+
+    def receive(self, token: str, execution_id: int) -> None:
+        """Record a callback."""
+        if self._find(token) is None:
+            _put(self._callbacks, token, _Callback(execution_id, time.monotonic()))
+        self._report(token)
+        for future in self._waiters.get(token, ()):
+            resolve(future)
+
+    def lose(self, token: str, request: StartRequest, elapsed: float = 0.0) -> None:
+        """Record that a start's answer was lost, `elapsed` seconds after its call."""
+        callback = self._find(token)
+        if token in self._lost or (callback is not None and callback.is_reported):
+            return
+        _put(self._lost, token, (request, time.monotonic() - elapsed))
+        self._report(token)
+
+    async def wait(self, token: str) -> int:
+        """Wait for the callback of a start, and return its execution id."""
+        while (callback := self._find(token)) is None:
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.setdefault(token, set()).add(future)
+            try:
+                await future
+            finally:
+                self._waiters[token].discard(future)
+                if not self._waiters[token]:
+                    del self._waiters[token]
+        return callback.execution_id
+
+    def _find(self, token: str) -> _Callback | None:
+        too_old = time.monotonic() - _SECONDS
+        while self._callbacks and next(iter(self._callbacks.values())).at < too_old:
+            del self._callbacks[next(iter(self._callbacks))]
+        return self._callbacks.get(token)
+
+    def _report(self, token: str) -> None:
+        callback = self._find(token)
+        if callback is None or token not in self._lost:
+            return
+        request, called_at = self._lost.pop(token)
+        callback.is_reported = True
+        if token not in self._waiters:
+            logger.warning(
+                "execution %d of workflow %.100r had started, although its answer was lost;"
+                " follow it by its id",
+                callback.execution_id,
+                request.workflow,
+            )
+        duration = time.monotonic() - called_at
+        self._emit(
+            ExecutionStarted(
+                callback.execution_id, request, abandoned=False, duration=duration, recovered=True
+            )
+        )
+
+
+def _put(log: dict[str, T], token: str, entry: T) -> None:
+    log[token] = entry
+    if len(log) > _MOST:
+        del log[next(iter(log))]

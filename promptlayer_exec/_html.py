@@ -1,0 +1,234 @@
+"""What a notebook shows of a snapshot and of a workflow: static HTML and SVG, without scripts.
+
+Colours are those of the page, except for those of statuses, which can be told apart on light and on
+dark pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from promptlayer_exec._errors import printable
+from promptlayer_exec._repr import short_repr
+
+if TYPE_CHECKING:
+    from promptlayer_exec._models import Node, Snapshot
+    from promptlayer_exec._workflows import Workflow
+
+_MOST_ROWS = 100
+_MOST_NODES = 200
+_LONGEST_NAME = 60
+_LONGEST_ERROR = 200
+_MARKS = {
+    "SUCCESS": ("✓", "#2f9e5f"),
+    "FAILED": ("✗", "#e0524d"),
+    "RUNNING": ("●", "#3b82d6"),
+    "SKIPPED": ("↷", "#8a8a8a"),
+    "QUEUED": ("○", "#8a8a8a"),
+}
+_UNKNOWN = ("?", "#c27d0e")
+_CELL = "padding:2px 12px 2px 0;text-align:left;vertical-align:top"
+_WIDTH, _HEIGHT = 160, 40
+_GAP_X, _GAP_Y = 32, 14
+_MARGIN = 4
+_LONGEST_LABEL = 20
+
+
+def _text(text: object, longest: int) -> str:
+    """Return text that came from a server, cut and escaped."""
+    words = str(text)
+    return escape(printable(words if len(words) <= longest else f"{words[: longest - 1]}…"))
+
+
+def snapshot_html(snapshot: Snapshot) -> str:
+    """Return a table of the nodes of a snapshot."""
+    nodes = list(snapshot.nodes.values())
+    final = sum(node.final for node in nodes)
+    state = "running"
+    if snapshot.complete:
+        state = "succeeded" if snapshot.succeeded else "failed"
+    head = f"Execution {snapshot.execution_id}</b> · {state} · {final} of {len(nodes)} nodes final"
+    # Where not all fit, those that failed or run say the most.
+    is_watched = snapshot.poll > 1  # the times of a single request say nothing
+    shown = set(sorted(range(len(nodes)), key=lambda i: _rank(nodes[i]))[:_MOST_ROWS])
+    rows = [
+        _row(snapshot, node, is_watched=is_watched)
+        for index, node in enumerate(nodes)
+        if index in shown
+    ]
+    if len(nodes) > len(rows):
+        rows.append(
+            f'<tr><td colspan="5" style="{_CELL}">… {len(nodes) - len(rows)} more</td></tr>'
+        )
+    columns = ("Node", "Status", *(("Seconds",) if is_watched else ()), "Value or error")
+    titles = "".join(f'<th scope="col" style="{_CELL}">{column}</th>' for column in columns)
+    table = ""
+    if rows:
+        table = (
+            '<table style="border-collapse:collapse;color:inherit">'
+            f"<thead><tr>{titles}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        )
+    return f"<div><div><b>{head}</div>{table}</div>"
+
+
+def _rank(node: Node) -> int:
+    order = ("FAILED", "RUNNING", "SUCCESS", "QUEUED", "SKIPPED")
+    return order.index(node.status) if node.status in order else 1
+
+
+def _row(snapshot: Snapshot, node: Node, *, is_watched: bool) -> str:
+    mark, colour = _MARKS.get(node.status, _UNKNOWN)
+    name = _text(node.name, _LONGEST_NAME)
+    status = f'<span style="color:{colour}">{mark}</span> {_text(node.status, _LONGEST_LABEL)}'
+    cells = [
+        f"<b>{name}</b> (output)" if node.is_output_node else name,
+        f'<span style="white-space:nowrap">{status}</span>',
+        _result(node),
+    ]
+    if is_watched:
+        times = snapshot.times.get(node.name)
+        final = None if times is None else times.final
+        cells.insert(2, "" if final is None else f"{final:.1f}")
+    return "<tr>" + "".join(f'<td style="{_CELL}">{cell}</td>' for cell in cells) + "</tr>"
+
+
+def _result(node: Node) -> str:
+    if node.error_message is not None:
+        return _text(node.error_message, _LONGEST_ERROR)
+    if node.value is None and not node.succeeded:
+        return ""
+    return f"<code>{_text(short_repr(node.value), _LONGEST_ERROR)}</code>"
+
+
+def workflow_html(workflow: Workflow) -> str:
+    """Return what a workflow needs, and its graph."""
+    name = _text(workflow.name, _LONGEST_NAME)
+    facts = [f"<b>{name}</b> · workflow {workflow.id}"]
+    if workflow.version is not None:
+        facts.append(f"version {workflow.version}")
+    facts += [_text(label, _LONGEST_LABEL) for label in workflow.labels[:_MOST_ROWS]]
+    lines = [" · ".join(facts)]
+    if workflow.required_inputs is not None:
+        inputs = [
+            f"<code>{_text(it, _LONGEST_NAME)}</code> ({_text(kind, _LONGEST_LABEL)})"
+            for it, kind in list(workflow.required_inputs.items())[:_MOST_ROWS]
+        ]
+        lines.append(f"Required inputs: {', '.join(inputs) or 'none'}")
+    count = len(workflow.nodes)
+    if not count:
+        lines.append("The server described no nodes.")
+    elif count > _MOST_NODES:
+        lines.append(f"{count} nodes: too many to draw.")
+    heads = "".join(f"<div>{line}</div>" for line in lines)
+    graph = _graph(workflow, name) if 0 < count <= _MOST_NODES else ""
+    return f"<div>{heads}{graph}</div>"
+
+
+def _graph(workflow: Workflow, title: str) -> str:
+    """Draw the layers as columns, from left to right."""
+    columns, steps = _columns(workflow)
+    rows = max(map(len, columns))
+    places = {
+        spot: (
+            _MARGIN + column * (_WIDTH + _GAP_X),
+            # Each column is centred.
+            _MARGIN + (row + (rows - len(spots)) / 2) * (_HEIGHT + _GAP_Y),
+        )
+        for column, spots in enumerate(columns)
+        for row, spot in enumerate(spots)
+    }
+    conditional = {(edge.source, edge.target) for edge in workflow.edges if edge.conditional}
+    parts = dict.fromkeys(  # what several edges share is drawn once
+        part
+        for edge, path in steps.items()
+        for part in _arrow([places[spot] for spot in path], dashed=edge in conditional)
+    )
+    boxes = [_box(workflow, name, *places[name, 0]) for name in workflow.nodes]
+    width = 2 * _MARGIN + len(columns) * (_WIDTH + _GAP_X) - _GAP_X
+    height = 2 * _MARGIN + rows * (_HEIGHT + _GAP_Y) - _GAP_Y
+    return (
+        '<div style="overflow-x:auto;margin-top:6px">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"'
+        f' viewBox="0 0 {width} {height}" role="img" aria-label="The graph of {title}"'
+        ' style="color:inherit;font-family:sans-serif;max-width:none">'
+        f"{''.join((*parts, *boxes))}</svg></div>"
+    )
+
+
+# A node, by its name and 0, or the place where an edge from it passes so many layers further on.
+_Spot = tuple[str, int]
+
+
+def _columns(workflow: Workflow) -> tuple[list[list[_Spot]], dict[tuple[str, str], list[_Spot]]]:
+    """Return what each column holds, and the spots that each edge touches."""
+    layers = workflow.layers()
+    layer_of = {name: index for index, names in enumerate(layers) for name in names}
+    columns: list[list[_Spot]] = [[(name, 0) for name in names] for names in layers]
+    steps: dict[tuple[str, str], list[_Spot]] = {}
+    before: dict[_Spot, list[_Spot]] = {}
+    for name, node in workflow.nodes.items():
+        for source in node.dependencies:
+            if source not in layer_of:
+                continue
+            length = layer_of[name] - layer_of[source]
+            path = [(source, passed) for passed in range(max(length, 1))] + [(name, 0)]
+            steps[source, name] = path
+            for spot, following in pairwise(path):
+                before.setdefault(following, []).append(spot)
+                if following[1] and following not in columns[layer_of[source] + following[1]]:
+                    columns[layer_of[source] + following[1]].append(following)
+    position: dict[_Spot, float] = {}
+
+    def middle(spot: _Spot) -> float:
+        found = [position[it] for it in before.get(spot, ()) if it in position]
+        return sum(found) / len(found) if found else 0.0
+
+    for spots in columns:  # in the order of what comes before, so that fewer edges cross
+        spots.sort(key=middle)
+        position.update({spot: row - len(spots) / 2 for row, spot in enumerate(spots)})
+    return columns, steps
+
+
+def _arrow(path: list[tuple[float, float]], *, dashed: bool) -> Iterator[str]:
+    dash = ' stroke-dasharray="4 3"' if dashed else ""
+    middle = _HEIGHT / 2
+    x, y = path[0][0] + _WIDTH, path[0][1] + middle
+    for index, (left, top) in enumerate(path[1:], 2):
+        is_end = index == len(path)
+        x2, y2 = left - 6 * is_end, top + middle
+        bend = max((x2 - x) / 2, _GAP_X / 2)
+        # Past a node of another layer, the line goes straight on.
+        rest = "" if is_end else f"H{left + _WIDTH:g}"
+        curve = f"M{x:g} {y:g}C{x + bend:g} {y:g} {x2 - bend:g} {y2:g} {x2:g} {y2:g}{rest}"
+        yield f'<path d="{curve}" fill="none" stroke="currentColor" stroke-opacity="0.55"{dash}/>'
+        x, y = left + _WIDTH, y2
+    left, top = path[-1]
+    point = f"M{left:g} {top + middle:g}l-7 -4v8z"
+    yield f'<path d="{point}" fill="currentColor" fill-opacity="0.7"/>'
+
+
+def _box(workflow: Workflow, name: str, x: float, y: float) -> str:
+    node = workflow.nodes[name]
+    kind = _text(node.node_type, 24)
+    if node.is_output_node:
+        kind = f"{kind} · output" if kind else "output"
+    middle = x + _WIDTH / 2
+    label = _line(middle, y + (18 if kind else 24), 13, _text(name, _LONGEST_LABEL), 1)
+    below = _line(middle, y + 33, 10, kind, 0.75) if kind else ""
+    thickness = 2 if node.is_output_node else 1
+    return (
+        f"<g><title>{_text(name, _LONGEST_ERROR)}</title>"
+        f'<rect x="{x:g}" y="{y:g}" width="{_WIDTH}" height="{_HEIGHT}" rx="6"'
+        ' fill="currentColor" fill-opacity="0.06" stroke="currentColor"'
+        f' stroke-width="{thickness}"/>{label}{below}</g>'
+    )
+
+
+def _line(x: float, y: float, size: int, text: str, opacity: float) -> str:
+    return (
+        f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="middle" fill="currentColor"'
+        f' fill-opacity="{opacity:g}">{text}</text>'
+    )

@@ -1,0 +1,251 @@
+"""Webhooks and callbacks: what PromptLayer posts to your server when an execution is complete.
+
+https://docs.promptlayer.com/features/prompt-registry/webhooks
+https://docs.promptlayer.com/reference/run-workflow
+"""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import json
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any, NoReturn, TypeGuard
+
+import attrs
+from yarl import URL
+
+from promptlayer_exec._errors import ConfigurationError, InvalidResponse, InvalidSignature
+from promptlayer_exec._json import json_kind, loads
+from promptlayer_exec._models import Snapshot
+from promptlayer_exec._wire import MAX_ID, NodeMapReader, Response
+
+__all__ = ["Callbacks", "InvalidSignature", "Webhook", "read_callback", "read_webhook"]
+
+MAX_WEBHOOK_BYTES = 1024 * 1024
+_FINISHED = "agent_run_finished"
+_CALLBACK_ID = "workflow_version_execution_id"
+_NONCE_BYTES = 16
+_PURPOSE = b"promptlayer_exec callback "
+_NODE_MAPS = NodeMapReader()
+
+
+@attrs.frozen
+class Webhook:
+    """A genuine webhook of PromptLayer.
+
+    PromptLayer may send it several times, and anyone who has seen it can send it again: its
+    signature has no time limit. So take it as a hint to look at the execution.
+
+    Attributes:
+        event_type: what happened, such as `agent_run_finished`.
+        execution_id: the id of the execution, for `agent_run_finished`; else None.
+        workflow: the name of its workflow, if the webhook has it.
+        workflow_id: the id of its workflow, if the webhook has it.
+        timestamp: when it happened (UTC); None if the webhook does not say it readably.
+        payload: the decoded body, with all fields.
+    """
+
+    event_type: str
+    execution_id: int | None
+    workflow: str | None
+    workflow_id: int | None
+    timestamp: datetime | None
+    payload: Mapping[str, Any] = attrs.field(repr=False)
+
+
+def read_webhook(body: bytes, signature: str | None, secret: str) -> Webhook:
+    """Return the webhook in a request's body, if PromptLayer signed it.
+
+    Args:
+        body: the request's body as it was received, at most 1 MiB.
+        signature: the request's header `X-PromptLayer-Signature`; None if there is none.
+        secret: the webhook's secret, from PromptLayer's settings.
+
+    Raises:
+        InvalidSignature: the body is not PromptLayer's, or was signed with another secret.
+        ValueError: PromptLayer signed it, but it is not a webhook as documented; or it is larger
+            than 1 MiB.
+        ConfigurationError: the secret is empty.
+        TypeError: `body` is not bytes, or `secret` not a str.
+    """
+    _check_bytes(body)
+    if len(body) > MAX_WEBHOOK_BYTES:
+        raise ValueError(f"webhook is larger than {MAX_WEBHOOK_BYTES} bytes: {len(body)} bytes")
+    payload = _verified(body, signature, check_secret(secret))
+    if not isinstance(payload, dict):
+        _malformed("webhook", "$", f"expected an object, got {json_kind(payload)}")
+    event_type = payload.get("event_type")
+    if not isinstance(event_type, str):
+        _malformed("webhook", "$.event_type", f"expected a string, got {json_kind(event_type)}")
+    details: Any = {}
+    execution_id = None
+    if event_type == _FINISHED:
+        details = payload.get("details")
+        if not isinstance(details, dict):
+            _malformed("webhook", "$.details", f"expected an object, got {json_kind(details)}")
+        execution_id = details.get("agent_execution_id")
+        if not _is_id(execution_id):
+            path = "$.details.agent_execution_id"
+            _malformed("webhook", path, f"expected an id, got {execution_id!r:.100}")
+    workflow, workflow_id = details.get("agent_name"), details.get("agent_id")
+    return Webhook(
+        event_type,
+        execution_id,
+        workflow if isinstance(workflow, str) else None,
+        workflow_id if _is_id(workflow_id) else None,
+        _time(payload.get("timestamp")),
+        payload,
+    )
+
+
+def _verified(body: bytes, signature: str | None, secret: str) -> Any:
+    """Return the decoded body, if the signature is that of its canonical form."""
+    if not signature:
+        raise InvalidSignature("the webhook has no signature")
+    try:
+        # Both as the sender does it, in Python's own JSON: other decoders differ in numbers.
+        payload = json.loads(body)
+        canonical = json.dumps(payload, sort_keys=True)
+    except (ValueError, RecursionError):
+        # Without a cause: its text and its attributes quote the body.
+        raise InvalidSignature("the webhook is not JSON, so it cannot be signed") from None
+    expected = hmac.digest(secret.encode(), canonical.encode(), "sha256").hex()
+    if not hmac.compare_digest(expected.encode(), signature.encode(errors="replace")):
+        raise InvalidSignature("the webhook's signature does not match")
+    return payload
+
+
+def read_callback(body: bytes) -> Snapshot:
+    """Return the complete snapshot in what PromptLayer posted to a start's `callback_url`.
+
+    Nobody signed it. So take it as a hint to look at the execution, unless only PromptLayer can
+    know the URL that it was posted to.
+
+    Args:
+        body: the request's body as it was received.
+
+    Raises:
+        ValueError: it is not a callback as PromptLayer documents it.
+        TypeError: `body` is not bytes.
+    """
+    _check_bytes(body)
+    try:
+        callback = loads(bytes(body))
+    except (ValueError, RecursionError):
+        raise ValueError("the callback is not JSON") from None
+    if not isinstance(callback, dict):
+        _malformed("callback", "$", f"expected an object, got {json_kind(callback)}")
+    execution_id = callback.get(_CALLBACK_ID)
+    if not _is_id(execution_id):
+        _malformed("callback", f"$.{_CALLBACK_ID}", f"expected an id, got {execution_id!r:.100}")
+    nodes = callback.get("final_output")
+    try:
+        node_map = _NODE_MAPS.read_nodes(Response(200, bytes(body)), nodes, execution_id)
+    except InvalidResponse as error:
+        path = f"$.final_output{(error.path or '$')[1:]}"
+        raise ValueError(f"the callback is malformed: {path}: {error.reason}") from None
+    return Snapshot(execution_id, True, node_map.nodes, raw=nodes)
+
+
+@attrs.frozen
+class Callbacks:
+    """Gives each start of `Session(callbacks=...)` a callback URL of its own.
+
+    PromptLayer posts to that URL when the run is complete. So a callback proves that the start
+    reached PromptLayer, even if its answer was lost, and says the execution's id.
+
+    Args:
+        url: your server's URL for callbacks, as PromptLayer reaches it, for example
+            `https://app.example.com/callbacks`. The URL of a start is this, `/`, and a token that
+            nobody can guess.
+        secret: signs the tokens, so that a server recognizes those of any process with the same
+            secret. Keep it from everyone else.
+
+    Raises:
+        ConfigurationError: `url` is not an http or https URL, or the secret is empty.
+        TypeError: `secret` is not a str.
+    """
+
+    url: str = attrs.field()
+    _secret: str = attrs.field(kw_only=True, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "url", _callbacks_url(self.url))
+        check_secret(self._secret)
+
+    def new_token(self) -> str:
+        """Return the token of a new start."""
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        return _text(nonce + self._sign(nonce))
+
+    def url_for(self, token: str) -> str:
+        """Return the callback URL of the start with a token."""
+        return f"{self.url}/{token}"
+
+    def is_genuine(self, token: str) -> bool:
+        """Return True if a token was made with this secret."""
+        try:
+            raw = base64.urlsafe_b64decode(f"{token}=".encode("ascii"))
+        except ValueError:
+            return False
+        # Several texts decode to the same bytes, and only one of them was issued.
+        if _text(raw) != token:
+            return False
+        nonce, signature = raw[:_NONCE_BYTES], raw[_NONCE_BYTES:]
+        return hmac.compare_digest(self._sign(nonce), signature)
+
+    def _sign(self, nonce: bytes) -> bytes:
+        return hmac.digest(self._secret.encode(), _PURPOSE + nonce, "sha256")[:_NONCE_BYTES]
+
+
+def check_secret(secret: Any) -> str:
+    """Return a secret that can be used."""
+    if not isinstance(secret, str):
+        raise TypeError(f"secret must be a str, not {json_kind(secret)}")
+    if not secret:
+        raise ConfigurationError("secret must not be empty: anyone could sign with it")
+    return secret
+
+
+def _callbacks_url(text: Any) -> str:
+    try:
+        url = URL(text)
+        is_usable = url.scheme in ("http", "https") and bool(url.host) and url.port is not None
+    except (TypeError, ValueError):
+        is_usable = False
+    if not is_usable:
+        raise ConfigurationError(
+            "the callbacks' url must be an http:// or https:// URL with a host, such as"
+            f" 'https://app.example.com/callbacks', got {text!r:.100}"
+        )
+    if url.raw_query_string or url.raw_fragment:
+        raise ConfigurationError("the callbacks' url must not have a query or fragment")
+    return str(url).rstrip("/")
+
+
+def _check_bytes(body: Any) -> None:
+    if not isinstance(body, bytes | bytearray):
+        raise TypeError(f"body must be the bytes that were received, not {json_kind(body)}")
+
+
+def _is_id(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 1 <= value <= MAX_ID
+
+
+def _time(text: Any) -> datetime | None:
+    with suppress(TypeError, ValueError, OverflowError):
+        time = datetime.fromisoformat(text)
+        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+    return None
+
+
+def _text(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).decode("ascii").rstrip("=")
+
+
+def _malformed(what: str, path: str, reason: str) -> NoReturn:
+    raise ValueError(f"the {what} is malformed: {path}: {reason}")

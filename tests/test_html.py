@@ -1,0 +1,207 @@
+"""What a notebook shows: tables and graphs that are escaped, static and bounded."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from promptlayer_exec import Node, NodeTimes, Snapshot, Workflow, WorkflowEdge, WorkflowNode
+
+HOSTILE = "<script>alert('1')</script>\"&\x1b[31m\ud800"
+
+
+class Page(HTMLParser):
+    """The text, the tags and the attributes of some HTML, whose tags are all closed."""
+
+    def __init__(self, shown: Any) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.texts: list[str] = []
+        self._open: list[str] = []
+        self.html: str = shown._repr_html_()
+        self.html.encode()  # as it is sent to a browser
+        self.feed(self.html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Record an opening tag."""
+        self.tags.append(tag)
+        self.attributes += attrs
+        self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Record a tag without content."""
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        """Check that a tag closes the last one that is open."""
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        """Record text."""
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        """All text, with one space for any white space."""
+        return " ".join(" ".join(self.texts).split())
+
+
+def snapshot(*nodes: Node, **fields: Any) -> Snapshot:
+    """Return a snapshot of execution 787."""
+    return Snapshot(787, fields.pop("complete", False), {it.name: it for it in nodes}, **fields)
+
+
+def workflow(*nodes: WorkflowNode, **fields: Any) -> Workflow:
+    """Return a workflow named `w`."""
+    return Workflow(3, fields.pop("name", "w"), nodes={it.name: it for it in nodes}, **fields)
+
+
+def svg(shown: Workflow) -> ElementTree.Element:
+    """Return the graph of a workflow, which is valid XML."""
+    found = re.search("<svg.*</svg>", shown._repr_html_())
+    assert found is not None
+    return ElementTree.fromstring(found[0])
+
+
+def test_a_snapshot_is_a_table_of_its_nodes() -> None:
+    """Each has its status, its time, and its value or error."""
+    nodes = (
+        Node("plan", "SUCCESS", {"a": 1}),
+        Node("check", "FAILED", None, "no answer"),
+        Node("wait", "RUNNING"),
+        Node("approve", "AWAITING_APPROVAL"),
+        Node("write", "SUCCESS", None, is_output_node=True),
+    )
+    page = Page(snapshot(*nodes, poll=3, times={"plan": NodeTimes(0.5, 1.25)}))
+    assert page.text == (
+        "Execution 787 · running · 3 of 5 nodes final Node Status Seconds Value or error"
+        " plan ✓ SUCCESS 1.2 {'a': 1} check ✗ FAILED no answer wait ● RUNNING"
+        " approve ? AWAITING_APPROVAL write (output) ✓ SUCCESS None"
+    )
+    assert page.tags.count("tr") == 6
+
+
+@pytest.mark.parametrize(("status", "state"), [("SUCCESS", "succeeded"), ("FAILED", "failed")])
+def test_a_complete_snapshot_says_how_it_ended(status: str, state: str) -> None:
+    """A single request knows no times, so it shows none."""
+    page = Page(snapshot(Node("a", status), complete=True))
+    assert f"· {state} · 1 of 1 nodes final" in page.text
+    assert "Seconds" not in page.text
+
+
+def test_of_many_nodes_the_failed_and_running_are_shown() -> None:
+    """The rest is counted, and the server's order is kept."""
+    nodes = [Node(f"n{n}", "SUCCESS") for n in range(150)]
+    nodes[120] = Node("late", "RUNNING")
+    nodes[140] = Node("bad", "FAILED")
+    page = Page(snapshot(*nodes))
+    assert page.tags.count("tr") == 102
+    assert "… 50 more" in page.text
+    assert page.text.index("n97") < page.text.index("late") < page.text.index("bad")
+
+
+def test_nothing_of_a_server_is_markup() -> None:
+    """Names, statuses, errors, values, labels and inputs are escaped, and cut where long."""
+    long = HOSTILE * 100
+    shown = [
+        snapshot(Node(HOSTILE, HOSTILE, HOSTILE, HOSTILE), Node(long, "SUCCESS", long)),
+        workflow(
+            WorkflowNode(HOSTILE, HOSTILE, True),
+            WorkflowNode(long, long, dependencies=(HOSTILE,)),
+            name=HOSTILE,
+            version=2,
+            labels=(HOSTILE,),
+            required_inputs={HOSTILE: HOSTILE, long: long},
+        ),
+    ]
+    for it in shown:
+        page = Page(it)
+        assert "script" not in page.tags
+        assert not [name for name, _ in page.attributes if name.startswith("on") or name == "href"]
+        assert "\x1b" not in page.html
+        assert len(page.html) < 6000
+
+
+def test_snapshots_and_workflows_without_nodes() -> None:
+    """They say so."""
+    assert Page(snapshot()).tags == ["div", "div", "b"]
+    assert "The server described no nodes." in Page(workflow()).text
+    assert "Required inputs: none" in Page(workflow(required_inputs={})).text
+
+
+def test_a_workflow_is_a_graph() -> None:
+    """Nodes are boxes in layers from left to right; edges are lines, conditional ones dashed."""
+    shown = workflow(
+        WorkflowNode("plan", "CODE_EXECUTION"),
+        WorkflowNode("write", "", True, ("plan",)),
+        WorkflowNode("check", "", dependencies=("plan", "write")),
+        version=7,
+        labels=("prod",),
+        required_inputs={"topic": "string"},
+        edges=(WorkflowEdge("plan", "write", True), WorkflowEdge("plan", "gone")),
+    )
+    page = Page(shown)
+    assert "w · workflow 3 · version 7 · prod Required inputs: topic (string)" in page.text
+    graph = svg(shown)
+    assert graph.get("aria-label") == "The graph of w"
+    boxes = [box for box in graph.iter() if box.tag.endswith("rect")]
+    places = [(float(box.get("x", "")), box.get("stroke-width")) for box in boxes]
+    assert places == [(4.0, "1"), (196.0, "2"), (388.0, "1")]
+    lines = [it for it in graph.iter() if it.get("fill") == "none"]
+    # The one from plan to check passes the layer between them.
+    assert [line.get("stroke-dasharray") is not None for line in lines] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert len([it for it in graph.iter() if it.tag.endswith("path")]) == len(lines) + 2
+    width, height = float(graph.get("width", "")), float(graph.get("height", ""))
+    for box in boxes:
+        assert 0 <= float(box.get("x", "")) <= width - 160
+        assert 0 <= float(box.get("y", "")) <= height - 40
+
+
+def test_a_cycle_and_unknown_dependencies_are_drawn() -> None:
+    """A cycle is one layer; what is no node is left out."""
+    graph = svg(
+        workflow(
+            WorkflowNode("a", dependencies=("b", "gone")), WorkflowNode("b", dependencies=("a",))
+        )
+    )
+    boxes = [box for box in graph.iter() if box.tag.endswith("rect")]
+    assert {box.get("x") for box in boxes} == {"4"}
+    assert len([it for it in graph.iter() if it.get("fill") == "none"]) == 2
+
+
+def test_layers_are_ordered_so_that_fewer_edges_cross() -> None:
+    """A node stands near what it depends on."""
+    graph = svg(
+        workflow(
+            WorkflowNode("a"),
+            WorkflowNode("b"),
+            WorkflowNode("after b", dependencies=("b",)),
+            WorkflowNode("after a", dependencies=("a",)),
+        )
+    )
+    tops = {
+        group[0].text: float(group[1].get("y", ""))
+        for group in graph.iter()
+        if group.tag.endswith("}g")
+    }
+    assert tops["after a"] == tops["a"] < tops["b"] == tops["after b"]
+
+
+def test_a_graph_of_many_nodes_is_not_drawn() -> None:
+    """A page of thousands of boxes would help nobody."""
+    page = Page(workflow(*(WorkflowNode(f"n{n}") for n in range(201))))
+    assert "201 nodes: too many to draw." in page.text
+    assert "svg" not in page.tags
