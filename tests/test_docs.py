@@ -490,13 +490,16 @@ async def test_the_code_on_outputs_works(
     with names("docs/outputs.md") as page:
         output = await page["weekly_report"](session, "otters", "job-1")
         assert output == page["Report"]("Otters", 1.0)
+        started = await page["start_report"](session, "otters")
+        assert await started.output(into=page["Report"]) == output
         assert await page["result_so_far"](session, held) == "50% done"
         assert await page["main_output"](session, held) is None
         sim.finish(held, "Answer", value="42")
         assert await page["result_so_far"](session, held) == {"Answer": "42"}
         assert await page["main_output"](session, held) == "42"
-    (run,) = sim.runs
-    warning = f"execution {run.execution_id}: missing input variables: tone\n"
+    first, second = sim.runs
+    assert first.body["metadata"] == {"job": "job-1"}
+    warning = f"execution {second.execution_id}: missing input variables: tone\n"
     assert capsys.readouterr().out == warning
 
 
