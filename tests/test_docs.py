@@ -492,12 +492,17 @@ async def test_the_code_on_outputs_works(
         assert output == page["Report"]("Otters", 1.0)
         started = await page["start_report"](session, "otters")
         assert await started.output(into=page["Report"]) == output
+        sim.add_workflow("write-report", REPORT, inputs={"topic": "string"})
+        assert await page["run_checked"](session, "write-report", {"topic": "otters"}) == "done"
+        with pytest.raises(ValueError, match="topik") as caught:
+            await page["run_checked"](session, "write-report", {"topik": "otters"})
+        assert blocks("docs/outputs.md", "text") == [f"ValueError: {caught.value}\n"]
         assert await page["result_so_far"](session, held) == "50% done"
         assert await page["main_output"](session, held) is None
         sim.finish(held, "Answer", value="42")
         assert await page["result_so_far"](session, held) == {"Answer": "42"}
         assert await page["main_output"](session, held) == "42"
-    first, second = sim.runs
+    first, second, _ = sim.runs
     assert first.body["metadata"] == {"job": "job-1"}
     warning = f"execution {second.execution_id}: missing input variables: tone\n"
     assert capsys.readouterr().out == warning
