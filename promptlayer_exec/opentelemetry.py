@@ -186,7 +186,8 @@ class OpenTelemetryObserver:
         span.set_status(Status(StatusCode.ERROR, text))
 
     def _execution_started(self, event: ExecutionStarted) -> None:
-        self._seconds["start.duration"].record(event.duration)
+        if not event.recovered:  # what it took until the callback is no time of a response
+            self._seconds["start.duration"].record(event.duration)
         ended = time.time_ns()
         span = self._tracer.start_span(
             "start execution",
@@ -196,6 +197,7 @@ class OpenTelemetryObserver:
                 "promptlayer_exec.execution.id": event.execution_id,
                 "promptlayer_exec.workflow": _text(str(event.request.workflow)),
                 "promptlayer_exec.abandoned": event.abandoned,
+                "promptlayer_exec.recovered": event.recovered,
             },
         )
         if self._record_values:

@@ -37,8 +37,10 @@ from promptlayer_exec import (
     opentelemetry,
 )
 from promptlayer_exec._install import install_hint
+from promptlayer_exec._integration import receive_callback
 from promptlayer_exec.cli._app import app as command_line
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+from promptlayer_exec.webhooks import Callbacks
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
@@ -508,9 +510,13 @@ async def test_the_code_on_outputs_works(
     assert capsys.readouterr().out == warning
 
 
-async def test_the_code_on_starting_works(sim: Simulator, session: Session, recorder: Any) -> None:
-    """It records a start whose answer was lost, and the id of an abandoned start."""
+async def test_the_code_on_starting_works(
+    sim: Simulator, open_session: Callable[..., Session], recorder: Any
+) -> None:
+    """It records or recovers a start whose answer was lost, and keeps an abandoned one."""
     sim.add_workflow("report", REPORT)
+    callbacks = Callbacks("http://127.0.0.1:9", secret="s3cret")
+    session = open_session(callbacks=callbacks)
     with names("docs/starting.md") as page:
         sim.inject(Fault.disconnect())
         started, to_look_up = await page["start_all"](session, {"a": "otters", "b": "newts"})
@@ -524,6 +530,16 @@ async def test_the_code_on_starting_works(sim: Simulator, session: Session, reco
         starting.cancel()
         page["keep_orphans"](await recorder.next(ExecutionStarted))
         assert page["orphans"] == [sim.runs[2].execution_id]
+        assert (await page["start_once"](session, "newts")).id == sim.runs[3].execution_id
+        sim.inject(Fault.disconnect())
+        starting = asyncio.create_task(page["start_once"](session, "eels"))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(starting), 0.05)
+        token = sim.runs[4].body["callback_url"].removeprefix(callbacks.url_for(""))
+        receive_callback(session, token, sim.runs[4].execution_id)
+        assert (await starting).id == sim.runs[4].execution_id
+        page["keep_orphans"](recorder.events[-1])
+        assert page["orphans"][1:] == [sim.runs[4].execution_id]
 
 
 async def test_the_page_on_observing_is_right(

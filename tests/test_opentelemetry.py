@@ -301,6 +301,7 @@ async def test_a_start_is_a_child_of_its_caller_s_span(
             "promptlayer_exec.execution.id": id_,
             "promptlayer_exec.workflow": "write/report",
             "promptlayer_exec.abandoned": is_abandoned,
+            "promptlayer_exec.recovered": False,
         }
         for id_, is_abandoned in ((execution.id, False), (abandoned.execution_id, True))
     ]
@@ -312,6 +313,15 @@ async def test_a_start_is_a_child_of_its_caller_s_span(
         assert span.end_time is not None
         assert 0.05 <= (span.end_time - span.start_time) / 1e9 < 5
     assert collected.totals()["promptlayer_exec.start.duration"] == 2
+
+
+async def test_a_recovered_start_has_a_span_but_no_response_time(collected: Collected) -> None:
+    """It ends with the callback, long after any response could have come."""
+    observer = collected.observer()
+    observer(ExecutionStarted(787, StartRequest("report"), False, 600.0, recovered=True))
+    (span,) = collected.spans("start execution")
+    assert (span.attributes or {})["promptlayer_exec.recovered"] is True
+    assert "promptlayer_exec.start.duration" not in collected.totals()
 
 
 def test_inputs_that_json_cannot_represent_do_not_prevent_the_span(collected: Collected) -> None:
