@@ -21,6 +21,9 @@ T = TypeVar("T")
 V = TypeVar("V")
 F = TypeVar("F", bound=Callable[..., Any])
 
+# An error names so many nodes at most: their names can be as long as a body, and a million.
+_SHOWN_NODES = 20
+
 
 @attrs.frozen(eq=False, repr=False)
 class FrozenMap(Mapping[str, V]):
@@ -336,10 +339,12 @@ class Snapshot:
         failed = self.failed_nodes
         shown = failed or self.output_nodes
         states = "; ".join(
-            f"{node.name!r} {node.status}"
+            f"{node.name!r:.100} {node.status:.100}"
             + (f" ({node.error_message:.200})" if node.error_message else "")
-            for node in shown
+            for node in shown[:_SHOWN_NODES]
         )
+        if len(shown) > _SHOWN_NODES:
+            states += f"; and {len(shown) - _SHOWN_NODES:,} more"
         what = "it failed" if failed else "it is complete, but no output node succeeded"
         raise ExecutionFailed(
             f"{what}: {states}",

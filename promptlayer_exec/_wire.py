@@ -301,13 +301,13 @@ def _node(name: str, body: Any) -> Node | None:
 
 def _checked_node(response: Response, name: str, body: Any) -> Node:
     if not isinstance(body, dict):
-        invalid_shape(response, f"$.{name}", f"expected a node, got {json_kind(body)}")
+        invalid_shape(response, f"$.{name:.1000}", f"expected a node, got {json_kind(body)}")
     try:
         return _node_hook()({**body, "name": name}, Node)
     except ClassValidationError as group:
         error, note = group.group_exceptions()[0][0]
         reason = "is missing" if isinstance(error, KeyError) else str(error)
-        invalid_shape(response, f"$.{name}.{note.name}", reason, group)
+        invalid_shape(response, f"$.{name:.1000}.{note.name}", reason, group)
 
 
 @cache

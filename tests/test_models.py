@@ -268,6 +268,16 @@ def test_failure_names_the_failed_nodes():
     assert "Node 3" not in text
 
 
+def test_failure_of_many_nodes_names_the_first():
+    """However many and however long their names are, the text stays short."""
+    nodes = (Node("N" * 1000, "FAILED"), *(Node(f"N{i}", "FAILED") for i in range(1000)))
+    with pytest.raises(ExecutionFailed) as caught:
+        snapshot(*nodes, complete=True).raise_for_failure()
+    assert len(caught.value.failed) == 1001
+    assert "'N18' FAILED; and 981 more." in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
 def test_failure_without_failed_nodes_names_the_outputs():
     """If no node failed, the message names the output nodes and their statuses."""
     with pytest.raises(ExecutionFailed) as caught:

@@ -795,6 +795,15 @@ def test_read_started_of_an_error_status(status):
     assert caught.value.status == status
 
 
+@pytest.mark.parametrize("node", [5, {"status": 5}])
+def test_a_long_name_is_cut_in_the_error(node):
+    """It can be as long as a whole body, and each text of the error would hold it."""
+    error = refusal({"N" * 1_000_000: node})
+    assert error.path.startswith("$.NNN")
+    assert len(error.path) < 1100
+    assert len(str(error)) < 2000
+
+
 def test_an_unchanged_body_gives_the_same_node_map():
     """It is the same object; another body, or another status, is read again."""
     reader = NodeMapReader()
