@@ -184,7 +184,7 @@ async def test_a_forged_webhook_is_refused(
 
 
 async def test_other_events_and_unknown_executions_do_no_harm(
-    sim: Simulator, slow: Session, app: App
+    sim: Simulator, slow: Session, app: App, caplog: pytest.LogCaptureFixture
 ) -> None:
     """They are 204, even if the session is closed; nothing is asked of PromptLayer."""
     await app.serve(create_webhook_router(slow, secret=SECRET))
@@ -193,6 +193,7 @@ async def test_other_events_and_unknown_executions_do_no_harm(
     await slow.aclose()
     assert await app.post("/webhook", payload, headers=signed(payload)) == (204, None)
     assert sim.request_count == 0
+    assert not [line for line in caplog.records if line.levelno > logging.INFO]
 
 
 async def test_a_repeated_webhook_is_answered_like_the_first(

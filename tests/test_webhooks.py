@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import hashlib
 import hmac
@@ -245,10 +246,14 @@ def test_a_callback_of_the_wrong_shape_says_where(text: bytes, said: str) -> Non
 
 
 def test_each_token_is_new_and_recognized_by_the_secret_alone() -> None:
-    """Any process with the secret recognizes it, whatever its URL; no other secret does."""
+    """Any process with the secret recognizes it, whatever its URL; no other secret does.
+
+    It is 128 random bits and as many of a signature.
+    """
     callbacks = Callbacks(URL, secret=SECRET)
     tokens = {callbacks.new_token() for _ in range(100)}
     assert len(tokens) == 100
+    assert {len(base64.urlsafe_b64decode(f"{token}=")) for token in tokens} == {32}
     assert all(map(callbacks.is_genuine, tokens))
     assert all(set(token) <= set(string.ascii_letters + string.digits + "-_") for token in tokens)
     assert all(map(Callbacks("http://localhost:8000", secret=SECRET).is_genuine, tokens))
