@@ -965,7 +965,7 @@ class TestSimulate:
 
     def test_the_other_commands_can_use_it(self, start: Start) -> None:
         """It prints commands to type and every request; an execution begins at its first one."""
-        server = start("simulate", "--port", "0")
+        server = start("simulate", "--port", "0", "--webhook-url", "http://127.0.0.1:9/webhook")
         url = server.line().split()[-4]
         exports = [server.line_with("export "), server.line()]
         env = dict(line.split()[1].split("=") for line in exports)
@@ -973,6 +973,9 @@ class TestSimulate:
         watched = [server.line() for _ in range(4)]
         assert [line.split()[2] for line in watched] == ["1", "2", "3", "4"]
         assert 'run support-agent -i letter="' in server.line_with("promptlayer-exec")
+        assert server.line_with("webhook").endswith(
+            "goes to http://127.0.0.1:9/webhook, with the secret simulator-secret\n"
+        )
         server.line_with("Requests:")
         code, out, _ = start("results", 1, "--all", **env).end()
         assert code == 3

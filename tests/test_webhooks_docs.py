@@ -37,7 +37,7 @@ def blocks(language: str, page: str = PAGE) -> list[str]:
 
 
 APP, OTHER_FRAMEWORK, SHARING, TESTS = blocks("python")
-_, SERVE, RIGHT, FORGED, OVERSIZED = blocks("sh")
+_, SERVE, RIGHT, FORGED, OVERSIZED, _ = blocks("sh")
 CURL = pytest.mark.skipif(shutil.which("curl") is None, reason="the docs' commands use curl")
 
 

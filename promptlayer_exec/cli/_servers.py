@@ -138,18 +138,31 @@ _EXECUTIONS = {
 }
 
 
-def simulate(port: Port = 8787, host: Host = "127.0.0.1") -> None:
+def simulate(
+    port: Port = 8787,
+    host: Host = "127.0.0.1",
+    webhook_url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Post a signed webhook there when a run is complete."),
+    ] = None,
+) -> None:
     """Serve a simulated PromptLayer.
 
     Use it to try `run`, `watch`, `results` and your own code. It prints its base URL, its key and
     the ids of some executions, and then every request, until Ctrl-C, with exit code 0.
     """
-    raise typer.Exit(run_command(_serve(host, port), Subject()))
+    raise typer.Exit(run_command(_serve(host, port, webhook_url), Subject()))
 
 
-async def _serve(host: str, port: int) -> ExitCode:
+async def _serve(host: str, port: int, webhook_url: str | None) -> ExitCode:
     requests: asyncio.Queue[SimRequest] = asyncio.Queue()
-    simulator = Simulator(host=host, port=port, log_requests=False, on_request=requests.put_nowait)
+    simulator = Simulator(
+        host=host,
+        port=port,
+        log_requests=False,
+        on_request=requests.put_nowait,
+        webhook_url=webhook_url,
+    )
     for execution_id, (_, scenario) in _EXECUTIONS.items():
         simulator.add_execution(scenario, execution_id=execution_id)
     simulator.add_workflow(_WORKFLOW, support_agent)
@@ -179,8 +192,13 @@ In another terminal:
 Each execution begins at its first request. To start another one like the first:
 
   {PROGRAM} run {_WORKFLOW} -i letter="Where is my refund?"
-
+{_webhooks(simulator)}
 Requests:"""
+
+
+def _webhooks(simulator: Simulator) -> str:
+    url, secret = simulator.webhook_url, simulator.webhook_secret
+    return "" if url is None else f"\nIts webhook goes to {url}, with the secret {secret}\n"
 
 
 async def _print_requests(simulator: Simulator, requests: asyncio.Queue[SimRequest]) -> NoReturn:
