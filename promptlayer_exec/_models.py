@@ -434,6 +434,8 @@ def naming_arguments(function: F) -> F:
         for name in kwargs:
             if name in _OTHER_NAMES:
                 raise TypeError(f"unexpected argument {name}=: it is {_OTHER_NAMES[name]}= here")
+            if name == "return_all_outputs":
+                raise TypeError(f"unexpected argument {name}=: use (await execution.wait()).raw")
         return function(*args, **kwargs)
 
     @wraps(function)

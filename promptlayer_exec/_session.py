@@ -11,8 +11,8 @@ import cattrs
 
 from promptlayer_exec._callbacks import recoverable_token, with_callback_url
 from promptlayer_exec._client import Client, list_workflows
-from promptlayer_exec._errors import PromptLayerExecError, StartUnknown
-from promptlayer_exec._events import Observer, WakeSource
+from promptlayer_exec._errors import PromptLayerExecError, StartUnknown, printable
+from promptlayer_exec._events import Observer, WakeSource, logger
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import Outcome, RunningItem, Spawn, fan_out, report_abandoned
 from promptlayer_exec._models import MainOutput, Snapshot, StartRequest, naming_arguments
@@ -297,6 +297,13 @@ class Session:
         )
         deadline = self._settings.deadline(timeout, now=clock())
         execution = await self._start(request, deadline)
+        if execution.warning:  # the handle, which has it, is not returned
+            logger.warning(
+                "execution %d of workflow %.100r: the server warns: %s",
+                execution.id,
+                workflow,
+                printable(execution.warning),
+            )
         try:
             return await execution._output(deadline, into)
         except PromptLayerExecError:  # it has the id

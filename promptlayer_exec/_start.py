@@ -174,8 +174,13 @@ class Start:
             is_lost = error.status >= 500 or error.status == HTTPStatus.REQUEST_TIMEOUT
         else:
             is_lost = self.sent
-        # Without the quoted body, which may hold outputs: the cause has it.
-        return self._unknown(RequestError._what(error), error) if is_lost else error
+        if is_lost:
+            # Without the quoted body, which may hold outputs: the cause has it.
+            return self._unknown(RequestError._what(error), error)
+        error.args = (
+            f"no run of workflow {self._request.workflow!r:.100} started: {error.args[0]}",
+        )
+        return error
 
     def _judge_cancellation(self, error: BaseException) -> Exception:
         if self.sent:

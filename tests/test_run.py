@@ -63,6 +63,7 @@ async def test_run_returns_the_main_output(sim: Simulator, session: Session) -> 
         ({"inputs": {"x": {1}}}, TypeError, r"inputs\.x"),
         ({"label": "a", "version": 1}, ValueError, "either label or version"),
         ({"input_variables": {}}, TypeError, "it is inputs= here"),
+        ({"return_all_outputs": True}, TypeError, r"use \(await execution\.wait\(\)\)\.raw"),
     ],
 )
 async def test_arguments_are_checked_before_anything_is_sent(
@@ -76,6 +77,28 @@ async def test_arguments_are_checked_before_anything_is_sent(
     with pytest.raises(error, match=message):
         await session.run("echo", **arguments)
     assert sim.request_count == 0
+
+
+async def test_the_servers_warning_is_logged(
+    sim: Simulator, session: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No handle is returned that could have it."""
+    done = Scenario([SimNode("Answer", 1, is_output_node=True)])
+    sim.add_workflow("warns", done, warning="missing: topic\n\x1b[31m")
+    await session.run("warns")
+    (run,) = sim.runs
+    text = "the server warns: missing: topic\\n\\x1b[31m"
+    assert caplog.messages == [f"execution {run.execution_id} of workflow 'warns': {text}"]
+    await session.run("echo")
+    assert len(caplog.messages) == 1
+
+
+async def test_a_refused_run_names_its_workflow(session: Session) -> None:
+    """The server's own message does not."""
+    with pytest.raises(NotFound) as caught:
+        await session.run("report")
+    text = "no run of workflow 'report' started: the server answered 404 Not Found"
+    assert str(caught.value).startswith(text)
 
 
 async def test_a_failed_run_has_its_id_and_snapshot(sim: Simulator, session: Session) -> None:
