@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def promptlayer_simulator() -> Iterator[Simulator]:
     """Return a running `promptlayer_exec.simulator.Simulator`, for any kind of test.
 
-    It serves in a thread of its own, so it works with synchronous tests and any event loop.
+    It serves in a thread of its own, so it works with synchronous tests and any event loop. Once
+    your app listens on a socket, set `webhook_url` to have signed webhooks posted to it.
     """
     from promptlayer_exec.simulator import Simulator  # noqa: PLC0415 - imported only if used
 
