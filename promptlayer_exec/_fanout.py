@@ -109,6 +109,7 @@ class _FanOut(Generic[ItemT]):
     error: BaseException | None = None
     _scope: anyio.CancelScope = attrs.field(factory=anyio.CancelScope)
     _is_running: bool = False
+    _is_taking: bool = True
     _is_abandoned: bool = False
     _tasks: Tasks = attrs.field(factory=Tasks)
     _ended: anyio.Event = attrs.field(factory=anyio.Event)
@@ -150,6 +151,7 @@ class _FanOut(Generic[ItemT]):
         try:
             await asyncio.wait([taking])
         finally:
+            self._is_taking = False
             taking.cancel()
             with anyio.CancelScope(shield=True):
                 await asyncio.wait([taking])
@@ -161,7 +163,7 @@ class _FanOut(Generic[ItemT]):
                 while True:
                     await self.slots.acquire()
                     item = RunningItem(next(indexes), await anext(items))
-                    if is_cancelled():  # and `items` suppressed it
+                    if not self._is_taking:  # and `items` suppressed its cancellation
                         break
                     self._tasks.start(self._run_one(item), name="promptlayer_exec.item")
         except StopAsyncIteration:

@@ -7,7 +7,7 @@ import gc
 import itertools
 import pickle
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 from unittest.mock import AsyncMock
 
@@ -762,6 +762,21 @@ async def test_the_item_of_a_base_exception_keeps_its_id(
     with pytest.raises(Panic):
         await open_session(converter=converter).collect([run(2)], into=Report)
     assert f"execution {sim.runs[0].execution_id} of workflow 'w' was started" in caplog.text
+
+
+async def test_items_may_cancel_themselves(sim: Simulator, session: Session) -> None:
+    """What they suppress is their own affair, and no item is dropped for it."""
+
+    async def items() -> AsyncIterator[int]:
+        yield done(sim)
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        yield done(sim)
+
+    assert [outcome.ok for outcome in await session.collect(items())] == [True, True]
 
 
 async def test_items_that_suppress_a_cancellation_start_nothing_more(
