@@ -30,6 +30,7 @@ from promptlayer_exec import (
     Throttled,
     WatchEnded,
     WatchStarted,
+    WatchWoken,
     __version__,
 )
 
@@ -96,6 +97,8 @@ class OpenTelemetryObserver:
         )
         text = "Responses with status 429, which throttle a session."
         self._throttles = meter.create_counter("promptlayer_exec.throttles", "{throttle}", text)
+        text = "Polls that came early, because something told of a change."
+        self._wake_ups = meter.create_counter("promptlayer_exec.wake_ups", "{wake_up}", text)
         self._seconds = {
             name: meter.create_histogram(
                 f"promptlayer_exec.{name}", "s", text, explicit_bucket_boundaries_advisory=buckets
@@ -114,6 +117,8 @@ class OpenTelemetryObserver:
                 self._throttles.add(1)
             case WatchStarted():
                 self._watch_started(event)
+            case WatchWoken():
+                self._watch_woken(event)
             case WatchEnded():
                 self._watch_ended(event)
             case ExecutionStarted():
@@ -124,6 +129,11 @@ class OpenTelemetryObserver:
         span = self._tracer.start_span("watch execution", attributes=attributes)
         self._watches[asyncio.current_task()] = _Watch(span)
         self._active.add(1)
+
+    def _watch_woken(self, event: WatchWoken) -> None:
+        source = {"promptlayer_exec.source": event.source}
+        self._wake_ups.add(1, source)
+        self._watches[asyncio.current_task()].span.add_event("wake_up", source)
 
     def _polled(self, event: Polled) -> None:
         self._polls.add(1)

@@ -78,6 +78,8 @@ _RETRY = 1.0
 # Seconds for the closing handshake; a session that closes waits for it.
 _CLOSE = 0.1
 _MOST_RUNS = 10_000
+# Each is a WebSocket; the runs of further workflows are polled as without push.
+_MOST_CHANNELS = 100
 _COMPLETION = "SET_WORKFLOW_COMPLETE"
 
 
@@ -143,13 +145,15 @@ class Push:
 
     def subscribe(self, workflow: str | int) -> None:
         """Begin to subscribe to the channel of a workflow, if it is the first time."""
-        if workflow not in self._channels:
+        if workflow not in self._channels and len(self._channels) < _MOST_CHANNELS:
             channel = self._channels[workflow] = _Channel(self, workflow)
             self._spawn(channel.run)
 
     def started(self, workflow: str | int, execution_id: int, *, sent_at: float) -> None:
         """Record a run; the request that started it was sent at a time, on the loop's clock."""
-        self._nets[execution_id] = SafetyNet(execution_id, self._channels[workflow], sent_at)
+        if (channel := self._channels.get(workflow)) is None:
+            return
+        self._nets[execution_id] = SafetyNet(execution_id, channel, sent_at)
         if len(self._nets) > _MOST_RUNS:
             del self._nets[next(iter(self._nets))]
 

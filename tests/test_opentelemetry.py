@@ -31,6 +31,8 @@ from promptlayer_exec import (
 from promptlayer_exec.opentelemetry import OpenTelemetryObserver
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
+COUNTERS = ("polls", "retries", "throttles", "wake_ups")
+
 
 class Collected:
     """The exported spans and metrics."""
@@ -254,6 +256,20 @@ async def test_closing_the_session_ends_the_spans(
     } == {ids[0]: StatusCode.UNSET, ids[1]: StatusCode.ERROR, ids[2]: StatusCode.ERROR}
 
 
+async def test_what_woke_a_watch_is_on_its_span(
+    collected: Collected, observed: Session, sim: Simulator, held: int
+) -> None:
+    """The event comes before the poll that it led to; the metric counts by source."""
+    observed.wake(held)
+    sim.finish(held, "Answer")
+    await observed.execution(held).wait()
+    (span,) = collected.spans("watch execution")
+    assert [event.name for event in span.events] == ["wake_up", "poll"]
+    assert dict(span.events[0].attributes or {}) == {"promptlayer_exec.source": "caller"}
+    (point,) = collected.metrics()["promptlayer_exec.wake_ups"].data.data_points
+    assert (point.value, point.attributes) == (1, {"promptlayer_exec.source": "caller"})
+
+
 async def test_a_watch_that_is_restarted_at_once_has_its_own_span(
     collected: Collected, observed: Session, recorder: Any, sim: Simulator, held: int
 ) -> None:
@@ -349,7 +365,7 @@ async def test_values_are_recorded_only_on_request(
         await execution.wait()
         sim.inject(Fault.malformed(body=b'{"Out": "secret-body"}'))
         with pytest.raises(InvalidResponse):
-            await execution.wait()
+            await session.execution(execution.id).wait()  # the first handle knows how it ended
         (start,) = collected.spans("start execution")
         watch, broken = collected.spans("watch execution")
         recorded = [
@@ -381,10 +397,12 @@ async def test_a_lone_surrogate_in_a_name_can_be_exported(
 async def test_metrics_follow_the_conventions_and_have_no_execution_id(
     collected: Collected, observed: Session, recorder: Any, sim: Simulator
 ) -> None:
-    """Each has a unit; their only attribute is the error's type."""
+    """Each has a unit; their only attributes are the error's type and what woke a watch."""
     sim.add_workflow("w", Scenario([SimNode("Out")]))
     sim.inject(Fault.status(429, times=1, retry_after=0.01))
-    await (await observed.start("w")).wait()
+    execution = await observed.start("w")
+    observed.wake(execution.id)
+    await execution.wait()
     metrics = collected.metrics()
     assert {
         name: (metric.unit, type(metric.data).__name__) for name, metric in metrics.items()
@@ -393,21 +411,26 @@ async def test_metrics_follow_the_conventions_and_have_no_execution_id(
         "promptlayer_exec.polls": ("{poll}", "Sum"),
         "promptlayer_exec.retries": ("{retry}", "Sum"),
         "promptlayer_exec.throttles": ("{throttle}", "Sum"),
+        "promptlayer_exec.wake_ups": ("{wake_up}", "Sum"),
         "promptlayer_exec.poll.duration": ("s", "Histogram"),
         "promptlayer_exec.poll.lateness": ("s", "Histogram"),
         "promptlayer_exec.watch.duration": ("s", "Histogram"),
         "promptlayer_exec.start.duration": ("s", "Histogram"),
     }
     monotonic = {name for name, it in metrics.items() if getattr(it.data, "is_monotonic", False)}
-    assert monotonic == {f"promptlayer_exec.{name}" for name in ("polls", "retries", "throttles")}
+    assert monotonic == {f"promptlayer_exec.{name}" for name in COUNTERS}
     points = [point for metric in metrics.values() for point in metric.data.data_points]
-    assert {key for point in points for key in point.attributes} == {"error.type"}
+    assert {key for point in points for key in point.attributes} == {
+        "error.type",
+        "promptlayer_exec.source",
+    }
     polls = len(recorder.of(Polled))
     assert collected.totals() == {
         "promptlayer_exec.active_watches": 0,
         "promptlayer_exec.polls": polls,
         "promptlayer_exec.retries": 1,
         "promptlayer_exec.throttles": 1,
+        "promptlayer_exec.wake_ups": 1,
         "promptlayer_exec.poll.duration": polls,
         "promptlayer_exec.poll.lateness": polls,
         "promptlayer_exec.watch.duration": 1,

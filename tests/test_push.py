@@ -376,6 +376,17 @@ class TestDelivery:
         assert await asyncio.gather(*waiting) == ["42", "42"]
         assert server.polls == 3
 
+    async def test_a_hundred_workflows_are_pushed(
+        self, open_pushed: Callable[..., Session], server: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each takes a WebSocket, so the runs of further ones are polled."""
+        monkeypatch.setattr(push, "_MOST_CHANNELS", 1)
+        session = open_pushed(poll=OFTEN)
+        await session.start("w")
+        await server.subscribed()
+        await polled_to_the_end(server, await session.start("other"))
+        assert server.count(TOKEN) == 1
+
     async def test_a_run_that_began_before_the_subscription_is_polled_once(
         self, open_pushed: Callable[..., Session], server: Server
     ) -> None:
