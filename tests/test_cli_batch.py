@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -24,9 +25,10 @@ import pytest
 import promptlayer_exec
 from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli import _batch as commands
-from promptlayer_exec.cli import _display as shown
+from promptlayer_exec.cli import _batch_display as shown
+from promptlayer_exec.cli import _batch_results as batch_results
 from promptlayer_exec.cli._app import app
-from promptlayer_exec.cli._batch_files import ResultFile
+from promptlayer_exec.cli._batch_results import LineFile
 from promptlayer_exec.dbos import BatchStatus, StoredOutcome
 from promptlayer_exec.dbos import _batch as batches
 from promptlayer_exec.dbos import _store as stores
@@ -68,6 +70,7 @@ def start(sim: Simulator, tmp_path: Path) -> Iterator[Start]:
                 **os.environ,
                 "PROMPTLAYER_API_KEY": sim.api_key,
                 "PROMPTLAYER_BASE_URL": sim.base_url,
+                "XDG_STATE_HOME": str(tmp_path / "state"),
             },
             stdin=subprocess.DEVNULL,
             text=True,
@@ -86,6 +89,7 @@ def start(sim: Simulator, tmp_path: Path) -> Iterator[Start]:
 def run(sim: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Run:
     """Run a command in this process; return its exit code, standard output and standard error."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("PROMPTLAYER_BASE_URL", sim.base_url)
     monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
     for module, interval in (
@@ -132,18 +136,21 @@ def test_a_batch_is_run_and_its_results_are_written(
     command = ("run", file, "--workflow", "echo", "--out", "out.jsonl")
     code, out, err = run(*command)
     assert (code, out) == (1, "")
-    assert err.splitlines()[:2] == [
-        "batch night: 3 items",
-        "batch night: 3 items: 1 succeeded, 2 failed, 0 unknown",
-    ]
-    assert sorted(line.split(",")[0] for line in err.splitlines()[2:]) == [
+    first, second, third, *others = err.splitlines()
+    assert first == "batch night: 3 items"
+    assert second.startswith("batch night: 3 items: 1 succeeded, 2 failed, 0 unknown, in ")
+    assert re.fullmatch(
+        r"  a run took \S+ s \(median\); 95 % took at most \S+ s, the longest \S+ s", third
+    )
+    assert sorted(line.split(",")[0] for line in others) == [
         "  1 ExecutionFailed",
         "  1 NotFound",
     ]
     lines = {line["key"]: line for line in results(tmp_path / "out.jsonl")}
     assert [list(line) for line in lines.values()] == [FIELDS] * 3
-    assert (lines["1"]["succeeded"], lines["1"]["output"]) == (True, 1)
-    assert lines["1"]["execution_id"] in sim.executions
+    (digest,) = lines.keys() - {"b", "c"}
+    assert (lines[digest]["succeeded"], lines[digest]["output"]) == (True, 1)
+    assert lines[digest]["execution_id"] in sim.executions
     assert lines["c"]["error"]["type"] == "NotFound"
     assert sorted(run.body["metadata"].get("job", "") for run in sim.runs) == ["", "7"]
     text = (tmp_path / "out.jsonl").read_text()
@@ -153,12 +160,12 @@ def test_a_batch_is_run_and_its_results_are_written(
     assert err.startswith("batch night: 3 items, 3 already known\n")
     assert sorted((tmp_path / "out.jsonl").read_text()) == sorted(text)
     code, out, _ = run("run", file, "--workflow", "echo")
-    assert (tmp_path / "promptlayer-batches.sqlite").exists()
+    assert (tmp_path / "state/promptlayer-exec/batches.sqlite").exists()
     assert sorted(out.splitlines()) == sorted((tmp_path / "out.jsonl").read_text().splitlines())
     assert len(sim.runs) == 2
     code, out, err = run("work")
     assert (code, out) == (1, "")
-    assert err.startswith("batch night: 3 items: 1 succeeded, 2 failed, 0 unknown\n")
+    assert err.startswith("batch night: 3 items: 1 succeeded, 2 failed, 0 unknown, in ")
 
 
 def test_a_killed_run_is_continued(sim: Simulator, start: Start, run: Run, tmp_path: Path) -> None:
@@ -235,15 +242,15 @@ def test_invalid_lines_are_reported_with_their_numbers(
         '{"key": ""}': '"key" must not be empty',
         '{"workflow": ""}': '"workflow" is missing, and --workflow is not given',
     }
-    file = write(tmp_path / "bad.jsonl", *bad, '{"key": "13"}', "{}", "[" * 100_000)
+    file = write(tmp_path / "bad.jsonl", *bad, '{"key": "x"}', '{"key": "x"}', "[" * 100_000)
     code, out, err = run("run", file, "--workflow", "w")
     assert (code, out) == (2, "")
     lines = err.splitlines()
     assert lines[:11] == [f"line {number}: {why}" for number, why in enumerate(bad.values(), 1)]
-    assert lines[11] == "line 13: the key '13' is already used in line 12"
+    assert lines[11] == "line 13: the key 'x' is already used in line 12"
     assert lines[12].startswith("line 14: cannot be read: ")
     assert lines[13].endswith("bad.jsonl has 13 invalid lines; nothing was added")
-    assert not list(tmp_path.glob("*.sqlite"))
+    assert not list(tmp_path.rglob("*.sqlite"))
     (tmp_path / "latin").write_bytes(b'\xff{"key": "a"}\n' * 30)
     _, _, err = run("run", "latin", "--workflow", "w")
     assert "line 1: not UTF-8 text: byte 1 is invalid" in err
@@ -273,7 +280,7 @@ def test_invalid_lines_are_reported_with_their_numbers(
         (("run", "long"), "item key must be 1 to 1000 bytes of text"),
         (("run", "good", "--rate", "inf"), "must be a number greater than 0"),
         (("run", "good", "--rate", "0"), "must be a number greater than 0"),
-        (("work",), "there is no database sqlite:///promptlayer-batches.sqlite"),
+        (("status",), "there is no database sqlite:///"),
         (("status", "--name", "none", "--db", "sqlite:///empty"), "there is no batch 'none'"),
     ],
 )
@@ -298,7 +305,7 @@ def test_unknown_items_are_restarted_on_request(
     sim: Simulator, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each has a second result, even if the first is read just before the item is restarted."""
-    file = write(tmp_path / "night", {"workflow": "echo", "inputs": {"n": 1}})
+    file = write(tmp_path / "night", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
     command = ("run", file, "--out", "out")
     sim.inject(Fault.disconnect())
     code, _, err = run(*command)
@@ -321,18 +328,18 @@ def test_unknown_items_are_restarted_on_request(
     monkeypatch.setattr(stores.Store, "restart_unknown", restarting_late)
     assert run(*command, "--restart-unknown")[0] == 0
     lines = results(tmp_path / "out")
-    assert [(line["key"], line["succeeded"]) for line in lines] == [("1", False), ("1", True)]
+    assert [(line["key"], line["succeeded"]) for line in lines] == [("a", False), ("a", True)]
 
 
 def test_a_run_with_nothing_to_do_says_so(run: Run, tmp_path: Path) -> None:
     """A new file under the same name is refused."""
-    file = write(tmp_path / "night", {"workflow": "echo", "inputs": {"n": 1}})
+    file = write(tmp_path / "night", {"key": "1", "workflow": "echo", "inputs": {"n": 1}})
     assert "another --name" not in run("run", file)[2]
     code, out, err = run("run", file)
     assert code == 0
     assert json.loads(out)["output"] == 1
     assert "all of them have already finished: to run them again, use another --name\n" in err
-    write(tmp_path / "night", {"workflow": "echo", "inputs": {"n": 2}})
+    write(tmp_path / "night", {"key": "1", "workflow": "echo", "inputs": {"n": 2}})
     code, out, err = run("run", file)
     assert (code, out) == (2, "")
     assert "the key '1' of batch 'night' stands for another request (inputs.n differs)" in err
@@ -340,7 +347,7 @@ def test_a_run_with_nothing_to_do_says_so(run: Run, tmp_path: Path) -> None:
 
 def test_an_outage_is_reported_once(run: Run, tmp_path: Path) -> None:
     """The number of requests that fail in it does not matter."""
-    file = write(tmp_path / "night", *({"workflow": "echo", "inputs": {}} for _ in range(10)))
+    file = write(tmp_path / "night", *({"workflow": "echo", "inputs": {"n": n}} for n in range(10)))
     code, _, err = run("run", file, "--base-url", "http://127.0.0.1:9", "--outage", "0.7")
     assert code == 4
     assert err.count("trying again for up to 0.7 s") == 1
@@ -369,7 +376,7 @@ def test_a_refused_key_is_exit_code_4(
     file = write(tmp_path / "night.jsonl", {"workflow": "echo", "inputs": {"n": 1}})
     monkeypatch.setenv("PROMPTLAYER_API_KEY", "")
     assert run("run", file)[0] == 2
-    assert not list(tmp_path.glob("*.sqlite"))
+    assert not list(tmp_path.rglob("*.sqlite"))
     monkeypatch.setenv("PROMPTLAYER_API_KEY", "wrong")
     code, _, err = run("run", file)
     assert code == 4
@@ -377,13 +384,6 @@ def test_a_refused_key_is_exit_code_4(
     monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
     assert run("run", file, "--base-url", "http://127.0.0.1:9", "--outage", "0.01")[0] == 4
     assert run("run", file)[0] == 0
-
-
-def test_the_options_are_passed_to_the_batch(run: Run) -> None:
-    """The limits, and what to do with unknown items."""
-    settings = commands.Settings("sqlite:///none", 3, 7.0, True)
-    batch = commands._batch("b", settings, None, 1.0, push=False)
-    assert (batch._max_in_flight, batch._rate, batch._restart_unknown) == (3, 7.0, True)
 
 
 def test_a_batch_is_pushed_on_request(sim: Simulator, run: Run, tmp_path: Path) -> None:
@@ -398,10 +398,11 @@ def test_a_failing_result_file_is_reported(
 ) -> None:
     """It stops the work on items that are still running, with exit code 2."""
 
-    def write_result(file: ResultFile, _outcome: StoredOutcome) -> None:
-        raise file._misuse(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    def write_result(file: LineFile, _outcome: StoredOutcome) -> None:
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise batch_results._cannot_write(file.name, error)
 
-    monkeypatch.setattr(ResultFile, "write", write_result)
+    monkeypatch.setattr(LineFile, "write", write_result)
     items = [{"workflow": "echo", "inputs": {"n": 1}}, {"workflow": "held"}]
     code, _, err = run("run", write(tmp_path / "night", *items), "--out", "out")
     assert code == 2
@@ -443,12 +444,186 @@ def test_progress_has_the_rate_and_the_remaining_time(
     with progress.shown():
         for seconds, done in ((0.0, 3), (5.0, 50), (10.0, 103)):
             now = 100.0 + seconds
-            progress.show(BatchStatus(400 - done, 0, done - 3, 2, 1, 400))
+            progress.show(BatchStatus(393 - done, 7, done - 3, 2, 1, 400))
         logging.getLogger("promptlayer_exec").warning("problem")
     assert capsys.readouterr().err.splitlines() == [
-        "103/400 done, 2 failed, 1 unknown, 10.0/s, 29.7 s left",
+        "103/400 done, 7 running, 2 failed, 1 unknown, 10.0/s, 29.7 s left",
         "problem",
     ]
+
+
+def test_the_same_batch_is_found_from_every_directory(
+    sim: Simulator, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default database is the user's own; that of version 0.1 is not passed over in silence."""
+    file = write(tmp_path / "night.jsonl", {"workflow": "echo", "inputs": {"n": 1}})
+    assert run("run", file)[0] == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert "1 already known" in run("run", file)[2]
+    assert len(sim.runs) == 1
+    assert (tmp_path / "state/promptlayer-exec").stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "other state"))
+    (tmp_path / "elsewhere/promptlayer-batches.sqlite").touch()
+    code, _, err = run("run", file)
+    assert code == 2
+    assert (
+        "to continue with the old database, set PROMPTLAYER_EXEC_DB=sqlite:///prompt"
+        in err.lower().replace("promptlayer_exec_db", "PROMPTLAYER_EXEC_DB")
+    )
+    assert len(sim.runs) == 1
+
+
+def test_results_that_the_database_does_not_know_are_not_run_again(
+    sim: Simulator, run: Run, tmp_path: Path
+) -> None:
+    """Whether it lacks the item, or has not finished one that succeeded."""
+    items = [{"key": key, "workflow": "echo", "inputs": {"n": key}} for key in ("a", "bad")]
+    file = write(tmp_path / "night.jsonl", *items)
+    for name in ("out.jsonl", "out.csv"):
+        command = ("run", file, "--out", name)
+        assert run(*command)[0] == 1
+        assert run(*command)[0] == 1  # which continues the file, or replaces the table
+        before = (tmp_path / name).read_text()
+        code, _, err = run(*command, "--db", "sqlite:///other.sqlite")
+        assert code == 2
+        assert f"{name} has 2 results that Batch 'night' in sqlite:///other.sqlite does not" in err
+        assert "that item would be run and paid for again. Use the database that" in err
+        assert (tmp_path / name).read_text() == before
+    assert len(sim.runs) == 2
+    write(tmp_path / "bad.jsonl", items[1])
+    assert run("run", "bad.jsonl", "--name", "night", "--db", "sqlite:///other.sqlite")[0] == 1
+    (tmp_path / "out.jsonl").write_text(json.dumps(results(tmp_path / "out.jsonl")[-1]) + "\n")
+    with (tmp_path / "out.jsonl").open() as out:
+        is_bad = json.loads(out.readline())["key"] == "bad"
+    code, _, err = run("run", file, "--out", "out.jsonl", "--db", "sqlite:///other.sqlite")
+    assert (code == 2) is not is_bad
+
+
+def test_a_batch_of_numbered_lines_is_continued(sim: Simulator, run: Run, tmp_path: Path) -> None:
+    """In version 0.1, a line without a key had its number as the key."""
+    file = write(tmp_path / "night.jsonl", {"key": "1", "workflow": "echo", "inputs": {"n": 1}})
+    assert run("run", file)[0] == 0
+    write(file, *({"workflow": "echo", "inputs": {"n": n}} for n in (1, 2)))
+    code, out, _ = run("run", file)
+    assert code == 0
+    assert sorted(json.loads(line)["key"] for line in out.splitlines()) == ["1", "2"]
+    assert len(sim.runs) == 2
+
+
+def test_items_of_a_csv_file_are_run(sim: Simulator, run: Run, tmp_path: Path) -> None:
+    """Its results can be a table, too, which later is exported once more."""
+    file = write(tmp_path / "night.csv", "key,n", "a,1", "b,2")
+    assert run("run", file, "--workflow", "echo", "--out", "out.parquet")[0] == 0
+    assert run("export", "--out", "out.csv") == (0, "", "")
+    assert (tmp_path / "out.csv").read_text().splitlines()[0].startswith("key,execution_id,")
+    code, out, _ = run("export")
+    assert code == 0
+    assert {line["key"]: line["output"] for line in map(json.loads, out.splitlines())} == {
+        "a": "1",
+        "b": "2",
+    }
+    assert {run.inputs["n"] for run in sim.runs} == {"1", "2"}
+
+
+def test_the_work_stops_after_failures_in_a_row(sim: Simulator, run: Run, tmp_path: Path) -> None:
+    """The items that are left wait; failures of an earlier command do not count."""
+    items = [{"key": f"k{n}", "workflow": "echo", "inputs": {"n": "bad"}} for n in range(3)]
+    file = write(tmp_path / "night.jsonl", *items, {"key": "held", "workflow": "held"})
+    command = ("run", file, "--stop-after-failures", 3)
+    code, _, err = run(*command)
+    assert code == 1
+    assert "stopped, because 3 items in a row did not succeed; no item is lost" in err
+    assert "batch night: 4 items: " in err
+    assert "3 ExecutionFailed" in err
+    sim.finish(next(run.execution_id for run in sim.runs if "n" not in run.inputs), "Answer")
+    code, _, err = run(*command)
+    assert code == 1
+    assert "1 succeeded, 3 failed" in err
+    assert "stopped" not in err
+
+
+def test_settings_belong_to_the_batch(run: Run, tmp_path: Path) -> None:
+    """A worker that names none takes those that are stored; others change them, and say so."""
+    file = write(tmp_path / "night.jsonl", {"workflow": "echo", "inputs": {"n": 1}})
+    assert run("run", file)[0] == 0
+    (row,) = map(json.loads, run("list", "--json")[1].splitlines())
+    assert (row["max_in_flight"], row["rate"], row["total"]) == (None, 100.0, 1)
+    write(file, {"workflow": "echo", "inputs": {"n": 2}})
+    code, _, err = run("run", file, "--max-in-flight", 7, "--rate", 50)
+    assert code == 0
+    assert "batch 'night': rate is now 50 for all its workers; it was 100\n" in err
+    write(file, {"workflow": "echo", "inputs": {"n": 3}})
+    assert "is now" not in run("run", file)[2]
+    (row,) = map(json.loads, run("list", "--json")[1].splitlines())
+    assert (row["max_in_flight"], row["rate"], row["total"]) == (7, 50.0, 3)
+    code, out, err = run("list")
+    assert err.startswith("in sqlite:////")
+    heading, line = out.splitlines()
+    assert heading.split()[:3] == ["batch", "created", "items"]
+    assert line.split()[0] == "night"
+    assert line.split()[-2:] == ["7", "50"]
+
+
+def test_an_item_can_be_looked_at(sim: Simulator, run: Run, tmp_path: Path) -> None:
+    """Its request, its attempts and how it ended, for people and for programs."""
+    items = [{"key": key, "workflow": "echo", "inputs": {"n": key}} for key in ("a", "bad")]
+    assert run("run", write(tmp_path / "night.jsonl", *items))[0] == 1
+    code, out, _ = run("show", "a")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0] == "item a of batch night: succeeded"
+    assert "  workflow: echo" in lines
+    assert '  inputs: {"n": "a"}' in lines
+    assert '  output: "a"' in lines
+    assert any(line.startswith("  attempt 1: added 20") for line in lines)
+    (started,) = [line for line in lines if line.startswith("  started: ")]
+    assert int(started.rpartition(" execution ")[2]) in sim.executions
+    shown = json.loads(run("show", "bad", "--json")[1])
+    assert shown["outcome"]["error"]["type"] == "ExecutionFailed"
+    assert [attempt["state"] for attempt in shown["attempts"]] == ["ended"]
+    assert run("show", "c") == (2, "", "batch 'night' has no item 'c'\n")
+
+
+def test_a_batch_can_be_deleted(
+    sim: Simulator, run: Run, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a confirmation, and not while a worker works on it."""
+    file = write(tmp_path / "night.jsonl", {"key": "a", "workflow": "held", "inputs": {}})
+    process = start("run", file)
+    while sim.request_count < 2:
+        time.sleep(0.01)
+    code, _, err = run("delete", "--yes")
+    assert (code, err) == (
+        2,
+        "a worker works on batch 'night': stop it first; nothing was deleted\n",
+    )
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=TIMEOUT)
+    code, _, err = run("delete")
+    assert code == 2
+    assert err.startswith("to delete night: 1 item: ")
+    assert run("delete", "--yes") == (0, "", "deleted batch night with 1 item\n")
+    assert run("status") == (0, "", "")
+
+
+def test_a_worker_waits_for_its_batch(
+    sim: Simulator, run: Run, start: Start, tmp_path: Path
+) -> None:
+    """It says what it waits for, and works once the batch is added."""
+    process = start("work", "--name", "night")
+    assert process.stderr.readline().startswith("waiting for batch 'night' in sqlite:////")
+    file = write(tmp_path / "night.jsonl", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
+    assert run("run", file)[0] == 0
+    assert process.wait(TIMEOUT) == 0
+
+
+def test_each_batch_command_shows_how_it_is_used(run: Run) -> None:
+    """Its help has an example."""
+    for command in commands.batch_app.registered_commands:
+        code, out, _ = run(command.name, "--help")
+        assert code == 0
+        assert f"  promptlayer-exec batch {command.name}" in out
 
 
 def test_a_terminal_gets_a_bar(
@@ -465,7 +640,7 @@ def test_a_terminal_gets_a_bar(
             patched.setenv("TERM", "xterm")
             code, _, _ = run("run", file, "--workflow", "echo", "--out", "out")
         assert code == 1
-        assert "9/9 done, 1 failed" in text.result(TIMEOUT)
+        assert "9/9 done, 0 running, 1 failed" in text.result(TIMEOUT)
 
 
 def _read_to_the_end(terminal: IO[bytes]) -> str:

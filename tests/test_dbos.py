@@ -50,16 +50,11 @@ from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._liveness import Liveness, describe, is_gone
+from promptlayer_exec.dbos._location import check_url
+from promptlayer_exec.dbos._rate import SharedRate
 from promptlayer_exec.dbos._requests import Row
-from promptlayer_exec.dbos._store import (
-    Ending,
-    Heartbeat,
-    SharedRate,
-    Store,
-    check_url,
-    queue_name,
-    workflow_id,
-)
+from promptlayer_exec.dbos._store import Heartbeat, Store, queue_name, workflow_id
+from promptlayer_exec.dbos._tables import Ending
 from promptlayer_exec.dbos._worker import PendingStart
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
@@ -208,12 +203,17 @@ def test_a_request_is_stored_unchanged(batch_of: Callable[..., Batch]) -> None:
 
 
 async def test_an_item_with_an_outcome_is_not_running(
-    batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+    batch_of: Callable[..., Batch], url: str
 ) -> None:
     """DBOS may record the end of its workflow later than the outcome is stored."""
-    await batch_of().add([request("a")])
-    monkeypatch.setattr(Store, "running", lambda *_: ["me", "me"])
-    assert await batch_of().status() == BatchStatus(0, 1, 0, 0, 0, 1)
+    await batch_of().add([request("a"), request("b"), request("c")])
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database, database:
+        database.execute("UPDATE workflow_status SET status = 'PENDING'")
+    assert await batch_of().status() == BatchStatus(0, 3, 0, 0, 0, 3)
+    store = Store(check_url(url))
+    store.finish("nightly", [Ending("a", 1, "failed", "{}"), Ending("b", 1, "unknown", "{}")])
+    store.close()
+    assert await batch_of().status() == BatchStatus(0, 1, 0, 1, 1, 3)
 
 
 async def test_batches_in_one_database_are_separate(
@@ -660,7 +660,7 @@ class FakeStore:
         self.recorded: dict[str, Heartbeat] = {}
         self.broken = False
 
-    def record_heartbeat(self, executor: str, process: str) -> None:
+    def record_heartbeat(self, batch: str, executor: str, process: str) -> None:
         """Fail if the store is broken."""
         if self.broken:
             raise ConfigurationError("the database cannot be used: away")
@@ -765,7 +765,7 @@ def test_a_process_that_has_ended_is_recognized(monkeypatch: pytest.MonkeyPatch)
 async def test_the_store_retries_while_the_database_is_unreachable(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For a limited time, after which it raises; a cancellation ends the retries."""
+    """For a limited time, after which it raises; a cancellation ends the retries of its call."""
     monkeypatch.setattr(stores, "_RETRY_INTERVAL", 0.001)
     error = OperationalError("select", None, Exception("away"))
     answers: list[Any] = [error, error, 1]
@@ -788,6 +788,9 @@ async def test_the_store_retries_while_the_database_is_unreachable(
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
+    answers[:] = [error, 2]
+    assert await store.run_in_thread(store._retry, work, 60.0) == 2
+    store.stop_retrying.set()
     with pytest.raises(ConfigurationError):
         store._retry(work, 60.0)
     store.close()
@@ -1023,11 +1026,14 @@ async def test_the_stored_names_of_an_item_are_fixed(
     assert list(steps[1]["output"]) == ["execution_id", "at", "error"]
     tables = {table.name: list(table.columns.keys()) for table in stores._tables.sorted_tables}
     assert tables == {
-        "promptlayer_batch": ["name", "last_seq", "next_request", "reserved_at"],
-        "promptlayer_item": [
-            *("batch", "key", "attempt", "kind", "seq", "outcome", "digest", "intent")
+        "promptlayer_batch": [
+            *("name", "last_seq", "next_request", "reserved_at", "created"),
+            *("max_in_flight", "rate", "total", "succeeded", "failed", "unknown"),
         ],
-        "promptlayer_worker": ["executor", "beat", "process"],
+        "promptlayer_item": [
+            *("batch", "key", "attempt", "kind", "seq", "outcome", "digest", "intent", "seconds")
+        ],
+        "promptlayer_worker": ["executor", "beat", "process", "batch"],
     }
 
 

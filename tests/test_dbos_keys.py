@@ -17,7 +17,8 @@ from dbos import DBOSClient, DBOSPortableJSONSerializer
 from promptlayer_exec import Session, StartRequest
 from promptlayer_exec.dbos import Batch
 from promptlayer_exec.dbos import _store as stores
-from promptlayer_exec.dbos._store import Store, check_url
+from promptlayer_exec.dbos._location import check_url
+from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
 # The tables of version 0.1.

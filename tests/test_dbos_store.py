@@ -10,7 +10,10 @@ import pytest
 
 from promptlayer_exec.dbos import _groups as groups
 from promptlayer_exec.dbos._groups import Group
-from promptlayer_exec.dbos._store import Ending, Store, check_url
+from promptlayer_exec.dbos._location import check_url
+from promptlayer_exec.dbos._requests import Row
+from promptlayer_exec.dbos._store import Store
+from promptlayer_exec.dbos._tables import Ending
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 def test_outcomes_are_read_a_few_bytes_at_a_time(store: Store) -> None:
     """A call ends with the outcome that reaches the limit, however long that one is."""
     sizes = [10, 50, 50, 200, 1]
-    store.add("b", [(str(n), "{}") for n in range(len(sizes))])
+    store.add("b", [Row(str(n), "{}", "") for n in range(len(sizes))])
     store.finish("b", [Ending(str(n), 1, "succeeded", "x" * size) for n, size in enumerate(sizes)])
     read, last = [], 0
     while rows := store.outcomes("b", last, limit=1000, size=100):

@@ -1,97 +1,80 @@
-"""The `batch` commands: their options, and what they do."""
+"""The `batch` commands that work on items: `run` and `work`."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import math
+import time
 from collections.abc import Coroutine
 from contextlib import aclosing, closing
-from functools import partial
+from itertools import islice
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import anyio
-import attrs
 import typer
 
-from promptlayer_exec import RetryPolicy, Session
-from promptlayer_exec._integration import install_hint
-from promptlayer_exec.cli._arguments import BaseUrl, JsonLines, Outage, Push
-from promptlayer_exec.cli._batch_files import ItemFile, ResultFile
-from promptlayer_exec.cli._display import BatchProgress, failure_lines, item_count, status_line
-from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, help_epilog, run_command
-from promptlayer_exec.cli._session import open_session
-from promptlayer_exec.cli._stdio import err, out
-from promptlayer_exec.cli._text import printable
+from promptlayer_exec.cli import _batch_operate as operate
+from promptlayer_exec.cli._arguments import BaseUrl, Outage, Push
+from promptlayer_exec.cli._batch_display import (
+    BatchProgress,
+    duration_lines,
+    failure_lines,
+    item_count,
+    status_line,
+)
+from promptlayer_exec.cli._batch_items import ItemFile
+from promptlayer_exec.cli._batch_options import (
+    Database,
+    MaxInFlight,
+    Rate,
+    RestartUnknown,
+    Settings,
+    StopAfterFailures,
+    name_option,
+    wait_for_batch,
+    working_batch,
+)
+from promptlayer_exec.cli._batch_results import LineFile, Result, TableFile, open_results
+from promptlayer_exec.cli._exit import (
+    ExitCode,
+    Misuse,
+    Subject,
+    example_epilog,
+    help_epilog,
+    run_command,
+)
+from promptlayer_exec.cli._stdio import err
+from promptlayer_exec.cli._text import duration, printable, shorten
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import Batch
 
 _REFRESH_INTERVAL = 0.25
-_SQLITE = "sqlite:///"
-_DEFAULT_DATABASE = "sqlite:///promptlayer-batches.sqlite"
+_KEYS_AT_ONCE = 500
 _NOTE = "no item is lost: run the same command again to continue"
-_EPILOG = help_epilog(batch=True)
 
 batch_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Run many executions that survive a crash."
 )
 
 
-def _positive(value: float) -> float:
-    if not 0 < value < math.inf:
-        raise typer.BadParameter("must be a number greater than 0")
-    return value
+class _TooManyFailures(Exception):
+    """The last items did not succeed, as many as `--stop-after-failures` says."""
 
 
-def _name_option(default: str) -> Any:
-    return typer.Option(metavar="NAME", help="Name of the batch.", show_default=default)
-
-
-_Database = Annotated[
-    str,
-    typer.Option(
-        "--db",
-        metavar="URL",
-        envvar="PROMPTLAYER_EXEC_DB",
-        help="Database: sqlite:///FILE, or postgresql://... for several machines.",
+@batch_app.command(
+    "run",
+    epilog=help_epilog(
+        batch=True,
+        examples=(
+            "batch run night.jsonl --workflow grade --out results.jsonl",
+            "batch run topics.csv --workflow grade --out results.csv --rate 50",
+        ),
     ),
-]
-_MaxInFlight = Annotated[
-    int, typer.Option(min=1, help="Maximum number of items in progress, over all workers.")
-]
-_Rate = Annotated[
-    float,
-    typer.Option(
-        metavar="PER_SECOND",
-        callback=_positive,
-        help="Maximum requests per second, over all workers; one worker sends at most 100.",
-    ),
-]
-_RestartUnknown = Annotated[
-    bool,
-    typer.Option(
-        "--restart-unknown",
-        help="Start unknown items again, at the risk of paying for them twice.",
-    ),
-]
-
-
-@attrs.frozen
-class Settings:
-    """The settings of a `Batch` that `batch run` and `batch work` share."""
-
-    database_url: str
-    max_in_flight: int
-    rate: float
-    restart_unknown: bool
-
-
-@batch_app.command("run", epilog=_EPILOG)
+)
 def _run(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON Lines, one item per line.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The items: JSON Lines, or CSV if it ends so.")
+    ],
     *,
     workflow: Annotated[
         str | None,
@@ -102,15 +85,17 @@ def _run(
         typer.Option(
             "--out",
             metavar="FILE",
-            help="File for the results, continued if it exists; standard output gets all of them.",
-            show_default="standard output",
+            help="File for the results: JSON Lines, which are continued if it exists, or a table"
+            " that is written at the end if it ends with .csv or .parquet.",
+            show_default="standard output, which gets all of them",
         ),
     ] = None,
-    name: Annotated[str | None, _name_option("FILE without its suffix")] = None,
-    database: _Database = _DEFAULT_DATABASE,
-    max_in_flight: _MaxInFlight = 100,
-    rate: _Rate = 100,
-    restart_unknown: _RestartUnknown = False,
+    name: Annotated[str | None, name_option("FILE without its suffix")] = None,
+    database: Database = None,
+    max_in_flight: MaxInFlight = None,
+    rate: Rate = None,
+    restart_unknown: RestartUnknown = False,
+    stop_after_failures: StopAfterFailures = None,
     push: Push = False,
     base_url: BaseUrl = None,
     outage: Outage = 600,
@@ -122,17 +107,20 @@ def _run(
     \b
       {"key": "a", "inputs": {"topic": "otters"}}
 
-    An item can also have a "workflow", a "label" or "version", and "metadata". Its default key is
-    the number of its line. Invalid lines are reported before anything starts.
+    An item can also have a "workflow", a "label" or "version", and "metadata". Its default key is a
+    digest of its line. Invalid lines are reported before anything starts.
+
+    In CSV, the first line names the columns. The columns key, workflow, label, version and
+    metadata.NAME have the same meaning; every other column is an input, a text.
 
     Each line of the results is one finished item, in the order in which the items finish. Its
     fields are key, execution_id, succeeded, output, error ({"type": ..., "message": ...} or null),
-    started and finished (UTC).
+    started and finished (UTC). One command at a time writes to a file.
 
-    If the command stops for any reason, run it again to continue. A run that was started is watched
-    again, never started again. If a process is killed while it starts a run, there is no way to
-    find out whether the run was started; such an item ends as unknown, with the error StartUnknown.
-    To let other processes help, see `batch work`.
+    If the command stops for any reason, run it again to continue, from any directory. A run that
+    was started is watched again, never started again. If a process is killed while it starts a run,
+    there is no way to find out whether the run was started; such an item ends as unknown, with the
+    error StartUnknown. To let other processes help, see `batch work`.
     """  # noqa: D301 - \b is Typer's mark for preformatted text
     settings = Settings(database, max_in_flight, rate, restart_unknown)
     subject = Subject()
@@ -140,12 +128,15 @@ def _run(
 
     async def work() -> ExitCode:
         items = ItemFile(file, workflow)
-        with closing(ResultFile(results)) as result_file:
-            batch = _batch(batch_name, settings, base_url, outage, push=push)
-            try:
-                new = await batch.add(items)
-            except (TypeError, ValueError) as error:
-                raise Misuse(str(error)) from error
+        with closing(open_results(results)) as result_file:
+            batch = await working_batch(batch_name, settings, base_url, outage, push=push)
+            await _refuse_foreign_results(batch, result_file)
+            # Version 0.1 took the number of the line, and its batches have to be continued.
+            first = items.first_without_key
+            items.is_numbered = first is not None and bool(await batch.kinds([str(first)]))
+            progress = BatchProgress(transient=True)
+            with progress.shown():
+                new = await _add(batch, items, progress)
             subject.note = _NOTE
             known = f", {items.count - new} already known" if new < items.count else ""
             err(f"batch {printable(batch_name)}: {item_count(items.count)}{known}")
@@ -153,24 +144,35 @@ def _run(
             restarted = status.unknown if restart_unknown else 0
             if status.finished - restarted == status.total:
                 err("all of them have already finished: to run them again, use another --name")
-            return await _work_on(batch_name, batch, _write(batch, result_file))
+            lines = [_write(batch, result_file)] if isinstance(result_file, LineFile) else []
+            code = await _work_on(batch_name, batch, stop_after_failures, *lines)
+            if isinstance(result_file, TableFile):
+                async with aclosing(batch.outcomes(until_done=False)) as outcomes:
+                    await result_file.write_all(outcomes)
+            return code
 
     raise typer.Exit(run_command(work(), subject))
 
 
-@batch_app.command("work", epilog=_EPILOG)
+@batch_app.command(
+    "work",
+    epilog=help_epilog(
+        batch=True, examples=("batch work --db postgresql://me@db.internal/batches",)
+    ),
+)
 def _work(
-    name: Annotated[str | None, _name_option("the only batch")] = None,
-    database: _Database = _DEFAULT_DATABASE,
-    max_in_flight: _MaxInFlight = 100,
-    rate: _Rate = 100,
+    name: Annotated[str | None, name_option("the only batch")] = None,
+    database: Database = None,
+    max_in_flight: MaxInFlight = None,
+    rate: Rate = None,
     *,
-    restart_unknown: _RestartUnknown = False,
+    restart_unknown: RestartUnknown = False,
+    stop_after_failures: StopAfterFailures = None,
     push: Push = False,
     base_url: BaseUrl = None,
     outage: Outage = 600,
 ) -> None:
-    """Work on a batch until all of its items have finished.
+    """Work on a batch until all of its items have finished; wait for it if it does not exist yet.
 
     Other processes can work on it at the same time, also on other machines with the same PostgreSQL
     database. The death of a worker is noticed within 30 seconds, and the others take over its
@@ -180,103 +182,120 @@ def _work(
     subject = Subject()
 
     async def work() -> ExitCode:
-        chosen = _choose(name, await _names(database))
+        chosen = await wait_for_batch(name, database)
         subject.note = _NOTE
-        return await _work_on(chosen, _batch(chosen, settings, base_url, outage, push=push))
+        batch = await working_batch(chosen, settings, base_url, outage, push=push)
+        return await _work_on(chosen, batch, stop_after_failures)
 
     raise typer.Exit(run_command(work(), subject))
 
 
-@batch_app.command("status")
-def _status(
-    name: Annotated[str | None, _name_option("all batches")] = None,
-    database: _Database = _DEFAULT_DATABASE,
-    *,
-    as_json: JsonLines = False,
-) -> None:
-    """Print the progress of the batches in a database."""
-
-    async def work() -> ExitCode:
-        names = await _names(database)
-        for each in names if name is None else [_choose(name, names)]:
-            status = await _dbos().Batch(each, database_url=database, session=Session).status()
-            fields = {"batch": each} | attrs.asdict(status)
-            out(json.dumps(fields) if as_json else status_line(each, status))
-        return ExitCode.SUCCEEDED
-
-    raise typer.Exit(run_command(work(), Subject()))
+for _name, _command, *_examples in (
+    ("status", operate.status, "batch status"),
+    ("list", operate.list_batches, "batch list"),
+    ("show", operate.show, "batch show item-17"),
+    ("export", operate.export, "batch export --out results.parquet"),
+    ("delete", operate.delete, "batch delete --name night-2026-05-01"),
+):
+    batch_app.command(_name, epilog=example_epilog(*_examples))(_command)
 
 
-def _dbos() -> ModuleType:
+async def _refuse_foreign_results(batch: Batch, file: LineFile | TableFile) -> None:
+    """Refuse to run items whose results are in the file, although the database has none of them."""
+    results = file.results()
+    foreign: list[str] = []
+    while part := [*islice(results, _KEYS_AT_ONCE)]:
+        kinds = await batch.kinds({result.key for result in part})
+        foreign += (result.key for result in part if _is_foreign(result, kinds))
+    if foreign:
+        what = "a result" if len(foreign) == 1 else f"{len(foreign)} results"
+        raise Misuse(
+            f"{file.name} has {what} that {printable(repr(batch)[1:-1])} does not have, for example"
+            f" of '{shorten(printable(foreign[0]), 100)}': that item would be run and paid for"
+            " again. Use the database that the results are from (--db, PROMPTLAYER_EXEC_DB), or"
+            " another --out"
+        )
+
+
+def _is_foreign(result: Result, kinds: dict[str, Any]) -> bool:
+    # An item that did not succeed may wait again meanwhile; one that succeeded stays as it is.
+    return result.key not in kinds or (result.succeeded and kinds[result.key] != "succeeded")
+
+
+async def _add(batch: Batch, items: ItemFile, progress: BatchProgress) -> int:
+    before = (await batch.status()).total
+    adding = asyncio.create_task(batch.add(items))
     try:
-        from promptlayer_exec import dbos  # noqa: PLC0415 - an extra
-    except ModuleNotFoundError as error:
-        raise Misuse(f"batches need an extra: {install_hint('cli', 'dbos')}") from error
-    return dbos
+        while not (await asyncio.wait([adding], timeout=_REFRESH_INTERVAL))[0]:
+            progress.show_added((await batch.status()).total - before, items.count)
+        return await adding
+    except (TypeError, ValueError) as error:
+        raise Misuse(str(error)) from error
+    finally:
+        adding.cancel()
+        await asyncio.wait([adding])
 
 
-def _batch(
-    name: str, settings: Settings, base_url: str | None, outage: float, *, push: bool
-) -> Batch:
-    retry = RetryPolicy(outage=outage, watch_outage=outage)
-    session = partial(open_session, base_url, retry, push=push)
-    session()  # reports a missing key before anything is stored
-    batch: Batch = _dbos().Batch(name, session=session, **attrs.asdict(settings))
-    return batch
-
-
-async def _names(database: str) -> list[str]:
-    path = database.removeprefix(_SQLITE)
-    if path != database and not await anyio.Path(path).exists():  # opening would create it
-        raise Misuse(f"there is no database {printable(database)}")
-    names: list[str] = await _dbos().batch_names(database)
-    return names
-
-
-def _choose(name: str | None, names: list[str]) -> str:
-    if name is None and len(names) == 1:
-        return names[0]
-    if name in names:
-        return name
-    known = ", ".join(map(printable, names)) or "none"
-    what = "give --name" if name is None else f"there is no batch '{printable(name)}'"
-    raise Misuse(f"{what}; batches in the database: {known}")
-
-
-async def _work_on(name: str, batch: Batch, *others: Coroutine[Any, Any, None]) -> ExitCode:
+async def _work_on(
+    name: str, batch: Batch, stop_after: int | None, *others: Coroutine[Any, Any, None]
+) -> ExitCode:
     progress = BatchProgress()
+    began = time.monotonic()
+    code: ExitCode | None = None
+    works: list[asyncio.Task[Any]] = [asyncio.create_task(each) for each in (batch.work(), *others)]
+    meanwhile = [asyncio.create_task(_follow(batch, progress))]
+    if stop_after is not None:
+        meanwhile.append(asyncio.create_task(_stop_after(batch, stop_after)))
     with progress.shown():
-        works = (batch.work(), _follow(batch, progress), *others)
-        tasks = [asyncio.create_task(work) for work in works]
+        ended: asyncio.Future[Any] = asyncio.gather(*works)
         try:
-            await asyncio.gather(*tasks)
+            await asyncio.wait({ended, *meanwhile}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in tasks:
+            for task in (*works, *meanwhile):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-    async with aclosing(batch.outcomes()) as outcomes:
-        failures = await failure_lines(outcomes)
+            results = await asyncio.gather(*works, *meanwhile, ended, return_exceptions=True)
+        for result in results:
+            if isinstance(result, _TooManyFailures):
+                err(str(result))
+                code = ExitCode.FAILED
+            elif isinstance(result, Exception):
+                raise result
+        progress.show(await batch.status())
     status = await batch.status()
-    for line in (status_line(name, status), *failures):
+    lines = duration_lines(await batch.durations()) + failure_lines(await batch.failures())
+    took = duration(time.monotonic() - began)
+    err(f"{status_line(name, status)}, in {took}")
+    for line in lines:
         err(line)
     if status.unknown:
         err(
             "unknown: these runs may have started and be billed: look in PromptLayer, then start"
-            " them again with --restart-unknown, or leave them"
+            " them again with `batch retry --unknown`, or leave them"
         )
+    if code is not None:
+        return code
     return ExitCode.SUCCEEDED if status.succeeded == status.total else ExitCode.FAILED
 
 
-async def _follow(batch: Batch, progress: BatchProgress) -> None:
+async def _follow(batch: Batch, progress: BatchProgress) -> NoReturn:
     while True:
-        status = await batch.status()
-        progress.show(status)
-        if status.finished == status.total:
-            return
+        progress.show(await batch.status())
         await asyncio.sleep(_REFRESH_INTERVAL)
 
 
-async def _write(batch: Batch, file: ResultFile) -> None:
+async def _stop_after(batch: Batch, failures: int) -> NoReturn:
+    before = await batch.latest_kinds(1)
+    first = before[0][0] if before else 0
+    while True:
+        latest = [kind for number, kind in await batch.latest_kinds(failures) if number > first]
+        if len(latest) == failures and "succeeded" not in latest:
+            raise _TooManyFailures(
+                f"stopped, because {failures} items in a row did not succeed; {_NOTE}"
+            )
+        await asyncio.sleep(_REFRESH_INTERVAL)
+
+
+async def _write(batch: Batch, file: LineFile) -> None:
     async with aclosing(batch.outcomes()) as outcomes:
         async for outcome in outcomes:
             file.write(outcome)

@@ -1,20 +1,17 @@
-"""How an execution is displayed while it is watched, and the progress of a batch."""
+"""How an execution is displayed while it is watched."""
 
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import attrs
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Column, Table
@@ -30,11 +27,7 @@ from promptlayer_exec.cli._text import (
     printable,
     result_line,
     running_time,
-    shorten,
 )
-
-if TYPE_CHECKING:
-    from promptlayer_exec.dbos import BatchStatus, StoredOutcome
 
 _STYLES: dict[str, str] = {
     NodeStatus.QUEUED: "dim",
@@ -45,8 +38,6 @@ _STYLES: dict[str, str] = {
 }
 _BAR_WIDTH = 40
 _MAX_NAME_WIDTH = 24
-_RATE_WINDOW = 30.0
-_LINE_INTERVAL = 10.0
 
 
 @attrs.define
@@ -181,91 +172,3 @@ def _summary(snapshot: Snapshot) -> list[Text]:
     style = "bold green" if snapshot.succeeded else "bold red"
     result.stylize(style, end=result.plain.index(" after "))
     return [*lines, result]
-
-
-class BatchProgress(logging.Handler):
-    """Shows the progress on standard error: a bar on a terminal, otherwise a line at times.
-
-    It also shows warnings of the log. An outage is one warning, however many requests fail in it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self._history: deque[tuple[float, int]] = deque()
-        self._printed_at = time.monotonic()
-        console = Console(stderr=True)
-        columns = (BarColumn(), TextColumn("{task.description}"))
-        disable = not (sys.stderr.isatty() and console.is_interactive)
-        self._bar = Progress(*columns, console=console, disable=disable)
-        self._task = self._bar.add_task("starting", total=None)
-
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Show the bar, and the warnings of the log, in this context."""
-        log = logging.getLogger("promptlayer_exec")
-        log.addHandler(self)
-        try:
-            with nullcontext() if self._bar.disable else self._bar:
-                yield
-        finally:
-            log.removeHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Show a warning."""
-        text = printable(record.getMessage())
-        if self._bar.disable:
-            err(text)
-        else:
-            self._bar.console.print(text, style="yellow", markup=False, highlight=False)
-
-    def show(self, status: BatchStatus) -> None:
-        """Show the current status."""
-        now = time.monotonic()
-        self._history.append((now, status.finished))
-        while now - self._history[0][0] > _RATE_WINDOW:
-            self._history.popleft()
-        text, done = self._text(status), status.finished
-        self._bar.update(self._task, total=status.total, completed=done, description=text)
-        if self._bar.disable and now - self._printed_at >= _LINE_INTERVAL:
-            self._printed_at = now
-            err(text)
-
-    def _text(self, status: BatchStatus) -> str:
-        parts = [f"{status.finished}/{status.total} done"]
-        parts += [f"{status.failed} failed"] * (status.failed > 0)
-        parts += [f"{status.unknown} unknown"] * (status.unknown > 0)
-        (first, before), (last, after) = self._history[0], self._history[-1]
-        if after > before:
-            rate = (after - before) / (last - first)
-            parts.append(f"{rate:.1f}/s")
-            if remaining := status.total - status.finished:
-                parts.append(f"{duration(remaining / rate)} left")
-        return ", ".join(parts)
-
-
-async def failure_lines(outcomes: AsyncIterable[StoredOutcome]) -> list[str]:
-    """Return a line with an example for each type of error, the most frequent first."""
-    counts: Counter[str] = Counter()
-    examples: dict[str, str] = {}
-    async for outcome in outcomes:
-        if outcome.error is not None:
-            counts[outcome.error.type] += 1
-            example = f"{outcome.key}: {outcome.error.message}"
-            examples.setdefault(outcome.error.type, shorten(printable(example), 160))
-    return [
-        f"  {count} {kind}, for example {examples[kind]}" for kind, count in counts.most_common()
-    ]
-
-
-def status_line(name: str, status: BatchStatus) -> str:
-    """Return the status of a batch as one line."""
-    open_parts = [f"{status.waiting} waiting", f"{status.running} running"]
-    parts = [f"{status.succeeded} succeeded", f"{status.failed} failed"]
-    parts.append(f"{status.unknown} unknown")
-    shown = parts if status.finished == status.total else open_parts + parts
-    return f"batch {printable(name)}: {item_count(status.total)}: {', '.join(shown)}"
-
-
-def item_count(count: int) -> str:
-    """Return `1 item`, `2 items` and so on."""
-    return f"{count} item" if count == 1 else f"{count} items"

@@ -67,11 +67,19 @@ class ExitCode(IntEnum):
         return code
 
 
-def help_epilog(*, batch: bool = False) -> str:
-    """Return the end of a help text: where the key comes from, and the exit codes."""
+def help_epilog(*, batch: bool = False, examples: tuple[str, ...] = ()) -> str:
+    """Return the end of a help text: examples, where the key comes from, and the exit codes."""
     texts = {code: code.batch_description if batch else code.description for code in ExitCode}
     lines = [f"  {code.value:<3}  {text}" for code, text in texts.items() if text]
-    return _HELP_EPILOG + "\n".join(lines)
+    return example_epilog(*examples) + _HELP_EPILOG + "\n".join(lines)
+
+
+def example_epilog(*examples: str) -> str:
+    """Return the end of a help text that shows how a command is used."""
+    if not examples:
+        return ""
+    heading = "Example" if len(examples) == 1 else "Examples"
+    return "\n".join(["\b", f"{heading}:", *(f"  {PROGRAM} {each}" for each in examples), "", ""])
 
 
 class Misuse(Exception):

@@ -4,9 +4,29 @@ from promptlayer_exec._integration import install_hint
 
 try:
     from promptlayer_exec.dbos._batch import Batch, batch_names
+    from promptlayer_exec.dbos._location import default_database_url
+    from promptlayer_exec.dbos._reports import (
+        Attempt,
+        BatchSettings,
+        Durations,
+        Failure,
+        StoredItem,
+    )
     from promptlayer_exec.dbos._values import BatchStatus, StoredError, StoredOutcome
 except ModuleNotFoundError as error:
     error.add_note(f"this needs an extra: {install_hint('dbos')}")
     raise
 
-__all__ = ["Batch", "BatchStatus", "StoredError", "StoredOutcome", "batch_names"]
+__all__ = [
+    "Attempt",
+    "Batch",
+    "BatchSettings",
+    "BatchStatus",
+    "Durations",
+    "Failure",
+    "StoredError",
+    "StoredItem",
+    "StoredOutcome",
+    "batch_names",
+    "default_database_url",
+]

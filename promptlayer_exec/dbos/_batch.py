@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import tempfile
 from collections.abc import (
     AsyncGenerator,
@@ -16,21 +17,37 @@ from collections.abc import (
 from contextlib import aclosing, asynccontextmanager, closing, suppress
 from functools import cached_property
 from itertools import islice
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from promptlayer_exec import ConfigurationError, Session, StartRequest
 from promptlayer_exec import _integration as integration
+from promptlayer_exec.dbos import _reports as reports
+from promptlayer_exec.dbos._liveness import is_worked_on
+from promptlayer_exec.dbos._location import database_url as locate
+from promptlayer_exec.dbos._location import prepare_default
+from promptlayer_exec.dbos._rate import SharedRate
+from promptlayer_exec.dbos._reports import (
+    BatchSettings,
+    Durations,
+    Failure,
+    StoredItem,
+)
 from promptlayer_exec.dbos._requests import Row, encode
-from promptlayer_exec.dbos._store import SharedRate, Store, check_url
-from promptlayer_exec.dbos._values import BatchStatus, StoredOutcome
+from promptlayer_exec.dbos._store import Store
+from promptlayer_exec.dbos._values import BatchStatus, Kind, StoredOutcome
 from promptlayer_exec.dbos._worker import Worker
 
-_DEFAULT_URL = "sqlite:///promptlayer-batches.sqlite"
+T = TypeVar("T")
+
+logger = logging.getLogger("promptlayer_exec")
+
 _CHUNK = 1000
 _CHUNK_BYTES = 4 * 1024 * 1024
+_MAX_IN_FLIGHT = 100
 _LONGEST_NAME = 200
 _LONGEST_KEY = 1000
 _POLL_INTERVAL = 0.25
+_SETTINGS_INTERVAL = 2.0
 
 
 class Batch:
@@ -42,11 +59,14 @@ class Batch:
     Args:
         name: the batch's name, 1 to 200 bytes.
         database_url: `sqlite:///` and the path of a file, or `postgresql://user@host/database`.
+            None: that of the environment variable `PROMPTLAYER_EXEC_DB`, else a file of the user's
+            own in the platform's directory for the state of programs.
         session: starts and follows the executions: a session that you open and close, or a
             function that makes one, which the batch then opens and closes.
-        max_in_flight: how many items all workers together run at most.
-        rate: how many HTTP attempts per second all workers together make at most; None: no limit
-            beside that of each session.
+        max_in_flight: how many items all workers together run at most. It is stored with the batch:
+            `work` changes it for all workers, also while they run. None: what is stored, else 100.
+        rate: how many HTTP attempts per second all workers together make at most; stored likewise.
+            None: what is stored, else no limit beside that of each session.
         restart_unknown: whether `work` restarts unknown items. An item is unknown if its start was
             cut off, so that it may or may not run; restarted, it may run, and be billed, twice.
 
@@ -58,18 +78,24 @@ class Batch:
         self,
         name: str,
         *,
-        database_url: str = _DEFAULT_URL,
+        database_url: str | None = None,
         session: Session | Callable[[], Session],
-        max_in_flight: int = 100,
+        max_in_flight: int | None = None,
         rate: float | None = None,
         restart_unknown: bool = False,
     ) -> None:
         self._name = _check_text("batch name", name, _LONGEST_NAME, ConfigurationError)
-        self._url = check_url(database_url)
+        self._url = locate(database_url)
         self._source = session
-        self._max_in_flight = integration.check_count("max_in_flight", max_in_flight)
+        self._max_in_flight = (
+            None
+            if max_in_flight is None
+            else integration.check_count("max_in_flight", max_in_flight)
+        )
         self._rate = None if rate is None else integration.check_seconds("rate", rate, zero=False)
         self._restart_unknown = restart_unknown
+        self._store: Store | None = None
+        self._users = 0
         self._is_prepared = False
         self._is_restarting = False
 
@@ -151,30 +177,58 @@ class Batch:
                     self._is_restarting = False
                 if not until_done or not await self._is_finished(store):
                     await self._work(store, until_done=until_done)
-                return await store.run_in_thread(store.status, self._name)
+                status = await store.run_in_thread(store.status, self._name)
+                if status.finished < status.total and await self._is_finished(store):
+                    # A worker of an older version finished some, and does not keep the numbers.
+                    await store.run_in_thread(store.recount, self._name)
+                    status = await store.run_in_thread(store.status, self._name)
+                return status
         finally:
             self._is_restarting = False
 
     async def _work(self, store: Store, *, until_done: bool) -> None:
+        given = {"max_in_flight": self._max_in_flight, "rate": self._rate}
+        given = {name: value for name, value in given.items() if value is not None}
+        replaced = await store.run_in_thread(store.settle, self._name, given)
+        for name, before in replaced.items():
+            logger.warning(
+                "batch %r: %s is now %g for all its workers; it was %g",
+                *(self._name, name, given[name], before),
+            )
+        settings = await store.run_in_thread(reports.settings, store, self._name)
+        limiter = SharedRate(store, self._name, settings.rate)
         worker = Worker(
             store,
             self._name,
             self._session,
             owns_session=self._session is not self._source,
-            max_in_flight=self._max_in_flight,
+            max_in_flight=settings.max_in_flight or _MAX_IN_FLIGHT,
             restart_unknown=self._restart_unknown,
         )
-        if self._rate is None:
-            await worker.run(until_done=until_done)
-            return
-        with integration.limited(self._session, SharedRate(store, self._name, self._rate)):
-            await worker.run(until_done=until_done)
+        following = asyncio.create_task(self._follow_rate(store, limiter))
+        try:
+            with integration.limited(self._session, limiter):
+                await worker.run(until_done=until_done)
+        finally:
+            following.cancel()
+            await asyncio.wait([following])
 
-    async def outcomes(self) -> AsyncGenerator[StoredOutcome, None]:
+    async def _follow_rate(self, store: Store, limiter: SharedRate) -> None:
+        """Let the limiter have the rate that another worker stores meanwhile."""
+        while True:
+            await asyncio.sleep(_SETTINGS_INTERVAL)
+            with suppress(ConfigurationError):  # the worker itself notices that, and says so
+                settings = await store.run_in_thread(reports.settings, store, self._name)
+                limiter.rate = settings.rate
+
+    async def outcomes(self, *, until_done: bool = True) -> AsyncGenerator[StoredOutcome, None]:
         """Yield the outcome of each item: first those that are stored, then each new one.
 
         The iteration ends when every item has an outcome. An unknown item that is restarted is
         yielded again. To end the iteration early, use `contextlib.aclosing`.
+
+        Args:
+            until_done: whether to wait for new outcomes, or to end with the last stored one.
 
         Raises:
             ConfigurationError: the database cannot be used.
@@ -182,14 +236,16 @@ class Batch:
         last = 0
         async with self._open() as store:
             while True:
-                is_finished = not self._is_restarting and await self._is_finished(store)
+                is_last = not until_done or (
+                    not self._is_restarting and await self._is_finished(store)
+                )
                 while rows := await store.run_in_thread(
                     store.outcomes, self._name, last, _CHUNK, _CHUNK_BYTES
                 ):
                     for seq, text in rows:
                         last = seq
                         yield StoredOutcome.from_json(text)
-                if is_finished:
+                if is_last:
                     return
                 await asyncio.sleep(_POLL_INTERVAL)
 
@@ -202,17 +258,98 @@ class Batch:
         async with self._open() as store:
             return await store.run_in_thread(store.status, self._name)
 
+    async def settings(self) -> BatchSettings:
+        """Return the settings that all workers share.
+
+        Raises:
+            ConfigurationError: the database cannot be used.
+        """
+        return await self._report(reports.settings)
+
+    async def kinds(self, keys: Iterable[str]) -> dict[str, Kind | None]:
+        """Return how the items of these keys ended, None for one that has not.
+
+        Keys that the batch does not have are left out.
+
+        Raises:
+            ConfigurationError: the database cannot be used.
+        """
+        return await self._report(reports.kinds, keys)
+
+    async def latest_kinds(self, count: int) -> list[tuple[int, Kind]]:
+        """Return how the items that ended last did, each with a growing number, the newest first.
+
+        Raises:
+            ConfigurationError: the database cannot be used.
+        """
+        return await self._report(reports.latest_kinds, count)
+
+    async def item(self, key: str) -> StoredItem | None:
+        """Return what is stored about an item; None if the batch does not have it.
+
+        Raises:
+            ConfigurationError: the database cannot be used.
+        """
+        return await self._report(reports.item, key)
+
+    async def failures(self) -> tuple[Failure, ...]:
+        """Return the types of errors that items ended with, the most frequent first.
+
+        Raises:
+            ConfigurationError: the database cannot be used.
+        """
+        return await self._report(reports.failures)
+
+    async def durations(self) -> Durations | None:
+        """Return how long the runs took; None if none has ended.
+
+        Raises:
+            ConfigurationError: the database cannot be used.
+        """
+        return await self._report(reports.durations)
+
+    async def delete(self) -> int:
+        """Delete the batch with all its items and their outcomes, and return how many there were.
+
+        What was started runs on. If it is interrupted, call it again.
+
+        Raises:
+            RuntimeError: a worker works on the batch. It takes 14 seconds to be sure that one which
+                is silent does not.
+            ConfigurationError: the database cannot be used.
+        """
+        async with self._open() as store:
+            if await store.run_in_thread(is_worked_on, store, self._name):
+                raise RuntimeError(
+                    f"a worker works on batch {self._name!r}: stop it first; nothing was deleted"
+                )
+            return await store.run_in_thread(store.delete, self._name)
+
+    async def _report(self, report: Callable[..., T], *arguments: Any) -> T:
+        async with self._open() as store:
+            return await store.run_in_thread(report, store, self._name, *arguments)
+
     def __repr__(self) -> str:
         return f"<Batch {self._name!r} in {self._url.render_as_string(hide_password=True)}>"
 
     @asynccontextmanager
     async def _open(self) -> AsyncIterator[Store]:
-        with closing(Store(self._url)) as store:
+        """Yield the database, one for all that is done with the batch at the same time."""
+        if self._store is None:
+            self._store = Store(self._url)
+        store, self._users = self._store, self._users + 1
+        try:
             # Only once: `prepare` does not retry, and all else does.
             if not self._is_prepared:
+                prepare_default(self._url)
                 await store.run_in_thread(store.prepare)
                 self._is_prepared = True
             yield store
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._store = None
+                store.close()
 
     async def _is_finished(self, store: Store) -> bool:
         return await store.run_in_thread(store.is_finished, self._name)
@@ -237,7 +374,7 @@ def _chunks(spool: IO[bytes]) -> Iterator[list[Row]]:
         yield [Row(*json.loads(line)) for line in lines]
 
 
-async def batch_names(database_url: str = _DEFAULT_URL) -> list[str]:
+async def batch_names(database_url: str | None = None) -> list[str]:
     """Return the names of all batches in a database.
 
     Args:
@@ -246,7 +383,9 @@ async def batch_names(database_url: str = _DEFAULT_URL) -> list[str]:
     Raises:
         ConfigurationError: the database cannot be used.
     """
-    with closing(Store(check_url(database_url))) as store:
+    url = locate(database_url)
+    prepare_default(url)
+    with closing(Store(url)) as store:
         await store.run_in_thread(store.prepare)
         return await store.run_in_thread(store.batches)
 

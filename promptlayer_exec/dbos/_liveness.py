@@ -22,6 +22,7 @@ HEARTBEAT_INTERVAL = 2.0
 # Longer than a stalled machine or the restart of a database takes, and well below the 30 s within
 # which the items of a dead worker must have moved.
 DEAD_AFTER = 14.0
+_WATCH_INTERVAL = 0.5
 
 
 @attrs.define(eq=False)
@@ -43,7 +44,7 @@ class Liveness:
 
     def record_heartbeat(self) -> None:
         """Record that this worker is alive, before it takes its first item."""
-        self._store.record_heartbeat(self._executor, self._process)
+        self._store.record_heartbeat(self._batch, self._executor, self._process)
 
     def start(self) -> None:
         """Start the thread."""
@@ -80,6 +81,25 @@ class Liveness:
         if other not in self._seen or self._seen[other][0] != heartbeat:
             self._seen[other] = (heartbeat, now)
         return now - self._seen[other][1] > DEAD_AFTER
+
+
+def is_worked_on(store: Store, batch: str) -> bool:
+    """Return True if a worker of the batch is alive; silence takes `DEAD_AFTER` to be believed."""
+    first: dict[str, Heartbeat] | None = None
+    give_up = time.monotonic() + DEAD_AFTER
+    while True:
+        alive = {
+            executor: heartbeat
+            for executor, heartbeat in store.heartbeats(batch).items()
+            if not is_gone(heartbeat.process)
+        }
+        if first is None:
+            first = alive
+        if not alive or time.monotonic() > give_up:
+            return False
+        if any(first.get(executor) != heartbeat for executor, heartbeat in alive.items()):
+            return True
+        time.sleep(_WATCH_INTERVAL)
 
 
 def describe(pid: int) -> str:

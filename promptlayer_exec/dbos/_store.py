@@ -17,9 +17,11 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
@@ -34,6 +36,11 @@ from sqlalchemy.schema import CreateColumn
 from promptlayer_exec import ConfigurationError
 from promptlayer_exec.dbos._dbos_internals import mark_lost_connections, migrate
 from promptlayer_exec.dbos._requests import Row, differences, digest_of
+from promptlayer_exec.dbos._tables import ADD, COUNTS, FINISH, FINISH_ONE, Ending
+from promptlayer_exec.dbos._tables import batches as _batches
+from promptlayer_exec.dbos._tables import items as _items
+from promptlayer_exec.dbos._tables import tables as _tables
+from promptlayer_exec.dbos._tables import workers as _workers
 from promptlayer_exec.dbos._values import BatchStatus
 
 APPLICATION = "promptlayer-exec"
@@ -53,100 +60,13 @@ _RETRY_INTERVAL = 0.5
 # Writing transactions lock the file when they begin, and wait for each other for up to 30 s.
 _SQLITE_OPTIONS = {"isolation_level": "IMMEDIATE", "timeout": 30.0}
 _QUEUE_INTERVAL = 0.2
+_DELETED_AT_ONCE = 500
 _CREATE_TABLES_LOCK = 0x70726F6D707479
 # A worker has one more to PostgreSQL, on which DBOS listens. Calls wait for a connection as long as
 # they would retry.
 _CONNECTIONS = 5
-# A worker reserves slots of the shared rate for at most this many seconds at once, and uses a slot
-# for at most this many seconds after its time.
-_MAX_RESERVED = 0.2
-_MAX_LATE = 0.05
-
-_tables = sa.MetaData()
-_batches = sa.Table(
-    "promptlayer_batch",
-    _tables,
-    sa.Column("name", sa.Text, primary_key=True),
-    sa.Column("last_seq", sa.BigInteger, nullable=False),
-    sa.Column("next_request", sa.Double, nullable=False),
-    # The clock when a slot was last reserved; it may have been put back since.
-    sa.Column("reserved_at", sa.Double),
-)
-_items = sa.Table(
-    "promptlayer_item",
-    _tables,
-    sa.Column("batch", sa.Text, primary_key=True),
-    sa.Column("key", sa.Text, primary_key=True),
-    sa.Column("attempt", sa.Integer, nullable=False),
-    sa.Column("kind", sa.Text),
-    sa.Column("seq", sa.BigInteger),
-    sa.Column("outcome", sa.Text),
-    # What the key stands for; see `_requests`.
-    sa.Column("digest", sa.Text),
-    # The token of the start whose request may have left, or null.
-    sa.Column("intent", sa.Text),
-    sa.Index("promptlayer_item_kind", "batch", "kind"),
-    sa.Index("promptlayer_item_seq", "batch", "seq"),
-)
 _item = _items.c
-_workers = sa.Table(
-    "promptlayer_worker",
-    _tables,
-    sa.Column("executor", sa.Text, primary_key=True),
-    sa.Column("beat", sa.BigInteger, nullable=False),
-    sa.Column("process", sa.Text, nullable=False),
-)
-
-
-# PostgreSQL: all items of a call in one round trip. `dbos.enqueue_workflow` is documented, and
-# writes the JSON of `DBOSPortableJSONSerializer`.
-_ADD = sa.text(
-    """
-    WITH given AS (
-        SELECT * FROM unnest(
-            CAST(:keys AS text[]), CAST(:requests AS text[]), CAST(:digests AS text[])
-        ) AS t (key, request, digest)
-    ), new AS (
-        INSERT INTO promptlayer_item (batch, key, attempt, digest)
-        SELECT :batch, key, 1, digest FROM given
-        ON CONFLICT DO NOTHING RETURNING key
-    )
-    SELECT count(dbos.enqueue_workflow(
-        workflow_name => :workflow,
-        queue_name => :queue,
-        positional_args => ARRAY[to_json(given.key), to_json(1), to_json(given.request)],
-        workflow_id => :prefix || given.key,
-        application_name => :application,
-        app_version => :version
-    )) FROM given JOIN new USING (key)
-    """
-)
-_FINISH = sa.text(
-    """
-    UPDATE promptlayer_item SET kind = t.kind, outcome = t.outcome, seq = :first + t.position - 1
-    FROM unnest(
-        CAST(:keys AS text[]), CAST(:attempts AS int[]), CAST(:kinds AS text[]),
-        CAST(:outcomes AS text[])
-    ) WITH ORDINALITY AS t (key, attempt, kind, outcome, position)
-    WHERE promptlayer_item.batch = :batch AND promptlayer_item.key = t.key
-        AND promptlayer_item.attempt = t.attempt AND promptlayer_item.kind IS NULL
-    """
-)
-_FINISH_ONE = sa.text(
-    """
-    UPDATE promptlayer_item SET kind = :kind, outcome = :outcome, seq = :seq
-    WHERE batch = :batch AND key = :key AND attempt = :attempt AND kind IS NULL
-    """
-)
-
-
-class Ending(NamedTuple):
-    """How an attempt of an item ended: its kind, and the outcome as JSON."""
-
-    key: str
-    attempt: int
-    kind: str
-    outcome: str
+_stop_retrying: ContextVar[threading.Event] = ContextVar("stop_retrying")
 
 
 class Heartbeat(NamedTuple):
@@ -154,27 +74,6 @@ class Heartbeat(NamedTuple):
 
     number: int
     process: str
-
-
-def check_url(database_url: str) -> sa.URL:
-    """Return the URL of a SQLite file or a PostgreSQL database as SQLAlchemy and DBOS take it."""
-    try:
-        url = sa.make_url(database_url)
-    except (exc.ArgumentError, ValueError):
-        raise ConfigurationError(
-            "database_url is not a URL; use sqlite:///batches.sqlite or"
-            " postgresql://user@host/database"
-        ) from None
-    backend = url.get_backend_name()
-    if backend in ("postgres", "postgresql"):
-        return url.set(drivername="postgresql+psycopg")
-    if backend != "sqlite":
-        raise ConfigurationError(f"database_url must be sqlite or postgresql, got {backend}")
-    if url.database in (None, "", ":memory:"):
-        raise ConfigurationError(
-            "database_url must name a file; a SQLite database in memory ends with its process"
-        )
-    return url
 
 
 class Store:
@@ -186,7 +85,8 @@ class Store:
 
     def __init__(self, url: sa.URL) -> None:
         self.url = url.render_as_string(hide_password=False)
-        self._stop_retrying = threading.Event()
+        # Ends the retries of calls that do not come through `run_in_thread`: those of the worker.
+        self.stop_retrying = threading.Event()
         self._is_sqlite = url.get_backend_name() == "sqlite"
         dialect = sqlite if self._is_sqlite else postgresql
         self._insert: Callable[[sa.Table], Any] = dialect.insert
@@ -244,11 +144,17 @@ class Store:
 
     async def run_in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         """Call a blocking function in a thread; if cancelled, stop retrying, but wait for it."""
-        running = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+        stop = threading.Event()
+
+        def call() -> T:
+            _stop_retrying.set(stop)  # in the context of this call alone
+            return work(*arguments)
+
+        running = asyncio.ensure_future(asyncio.to_thread(call))
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
-            self._stop_retrying.set()
+            stop.set()
             with anyio.CancelScope(shield=True):
                 while not running.done():
                     with suppress(asyncio.CancelledError):
@@ -263,7 +169,7 @@ class Store:
     def batches(self) -> list[str]:
         """Return the names of all batches."""
         query = sa.select(_batches.c.name).order_by(_batches.c.name)
-        return [row.name for row in self._rows(query)]
+        return [row.name for row in self.rows(query)]
 
     def check(self, batch: str, rows: Sequence[Row]) -> None:
         """Raise ValueError if a key that is already there stands for another request."""
@@ -277,23 +183,18 @@ class Store:
     def add(self, batch: str, rows: Sequence[Row]) -> int:
         """Add and enqueue the items that are new, and return how many were; checks the others."""
         insert_batch = self._insert(_batches).on_conflict_do_nothing()
+        insert = self._insert_each if self._is_sqlite else self._insert_in_one_statement
         unique: dict[str, Row] = {}
         for row in rows:
             unique.setdefault(row.key, row)
 
         def add(connection: sa.Connection) -> int:
-            connection.execute(insert_batch, {"name": batch, "last_seq": 0, "next_request": 0.0})
-            if not self._is_sqlite:
-                return self._add_in_one_statement(connection, batch, unique)
-            insert = self._insert(_items).on_conflict_do_nothing().returning(_item.key)
-            items = [
-                {"batch": batch, "key": key, "attempt": 1, "digest": row.digest}
-                for key, row in unique.items()
-            ]
-            keys = connection.execute(insert, items).scalars().all()
-            for key in keys:
-                self._enqueue(connection, batch, key, 1, unique[key].request)
-            return len(keys)
+            connection.execute(insert_batch, _new_batch(batch))
+            new = insert(connection, batch, unique)
+            if new:
+                count = sa.update(_batches).where(_batches.c.name == batch)
+                connection.execute(count.values(total=_batches.c.total + new))
+            return new
 
         def add_and_check(connection: sa.Connection) -> int:
             new = add(connection)
@@ -303,7 +204,18 @@ class Store:
 
         return self._transact(add_and_check)
 
-    def _add_in_one_statement(
+    def _insert_each(self, connection: sa.Connection, batch: str, rows: dict[str, Row]) -> int:
+        insert = self._insert(_items).on_conflict_do_nothing().returning(_item.key)
+        items = [
+            {"batch": batch, "key": key, "attempt": 1, "digest": row.digest}
+            for key, row in rows.items()
+        ]
+        new = connection.execute(insert, items).scalars().all()
+        for key in new:
+            self._enqueue(connection, batch, key, 1, rows[key].request)
+        return len(new)
+
+    def _insert_in_one_statement(
         self, connection: sa.Connection, batch: str, rows: dict[str, Row]
     ) -> int:
         values = {
@@ -317,7 +229,7 @@ class Store:
             "application": APPLICATION,
             "version": VERSION,
         }
-        return int(connection.execute(_ADD, values).scalar_one())
+        return int(connection.execute(ADD, values).scalar_one())
 
     def _check(self, connection: sa.Connection, batch: str, rows: Sequence[Row]) -> None:
         query = sa.select(_item.key, _item.attempt, _item.digest).where(
@@ -348,29 +260,45 @@ class Store:
 
     def finish(self, batch: str, endings: Sequence[Ending]) -> None:
         """Store the outcome of each item, unless it has one or a later attempt has begun."""
+        counts = Counter(ending.kind for ending in endings)
         # This locks the batch's row: nobody gets the next numbers before these are visible, so
         # `outcomes` skips none.
         number = (
             sa.update(_batches)
             .where(_batches.c.name == batch)
-            .values(last_seq=_batches.c.last_seq + len(endings))
+            .values(last_seq=_batches.c.last_seq + len(endings), **_added(counts))
             .returning(_batches.c.last_seq)
         )
+        finish = self._finish_each if self._is_sqlite else self._finish_in_one_statement
 
-        def finish(connection: sa.Connection) -> None:
+        def transact(connection: sa.Connection) -> None:
             first = connection.execute(number).scalar_one() - len(endings) + 1
-            if self._is_sqlite:
-                rows = [
-                    {"seq": seq, "batch": batch} | ending._asdict()
-                    for seq, ending in enumerate(endings, first)
-                ]
-                connection.execute(_FINISH_ONE, rows)
-                return
-            keys, attempts, kinds, outcomes = map(list, zip(*endings, strict=True))
-            values = {"keys": keys, "attempts": attempts, "kinds": kinds, "outcomes": outcomes}
-            connection.execute(_FINISH, {"batch": batch, "first": first, **values})
+            stored = Counter(finish(connection, batch, first, endings))
+            if stored != counts:
+                stored.subtract(counts)
+                correct = sa.update(_batches).where(_batches.c.name == batch)
+                connection.execute(correct.values(**_added(stored)))
 
-        self._transact(finish)
+        self._transact(transact)
+
+    def _finish_each(
+        self, connection: sa.Connection, batch: str, first: int, endings: Sequence[Ending]
+    ) -> list[str]:
+        return [
+            ending.kind
+            for seq, ending in enumerate(endings, first)
+            if connection.execute(
+                FINISH_ONE, {"seq": seq, "batch": batch} | attrs.asdict(ending)
+            ).rowcount
+        ]
+
+    def _finish_in_one_statement(
+        self, connection: sa.Connection, batch: str, first: int, endings: Sequence[Ending]
+    ) -> Sequence[str]:
+        rows = [attrs.asdict(ending) for ending in endings]
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        parameters = {"batch": batch, "first": first} | columns
+        return connection.execute(FINISH, parameters).scalars().all()
 
     def restart_unknown(self, batch: str) -> None:
         """Enqueue each unknown item again, as its next attempt."""
@@ -383,6 +311,9 @@ class Store:
 
         def restart(connection: sa.Connection) -> None:
             attempts: dict[str, int] = dict(connection.execute(update).all())
+            if attempts:
+                count = sa.update(_batches).where(_batches.c.name == batch)
+                connection.execute(count.values(unknown=_batches.c.unknown - len(attempts)))
             last = {key: attempt - 1 for key, attempt in attempts.items()}
             for key, request in self._stored_requests(batch, last).items():
                 self._enqueue(connection, batch, key, attempts[key], request)
@@ -419,18 +350,48 @@ class Store:
     def is_finished(self, batch: str) -> bool:
         """Return True if every item has an outcome."""
         query = sa.select(_item.key).where(_item.batch == batch, _item.kind.is_(None))
-        return not self._rows(query.limit(1))
+        return not self.rows(query.limit(1))
 
     def status(self, batch: str) -> BatchStatus:
         """Return how many items are in which state."""
-        query = sa.select(_item.kind, sa.func.count()).where(_item.batch == batch)
-        counts: dict[str | None, int] = dict(self._rows(query.group_by(_item.kind)))
-        pending = counts.get(None, 0)
+        # DBOS documents this table.
+        table = sa.table(
+            "workflow_status",
+            sa.column("queue_name"),
+            sa.column("status"),
+            schema=None if self._is_sqlite else "dbos",
+        )
+        running = sa.select(sa.func.count()).where(
+            table.c.queue_name == queue_name(batch), table.c.status == "PENDING"
+        )
+        query = sa.select(*(_batches.c[name] for name in COUNTS), running.scalar_subquery())
+        rows = self.rows(query.where(_batches.c.name == batch))
+        if not rows:
+            return BatchStatus(0, 0, 0, 0, 0, 0)
+        total, succeeded, failed, unknown, running_count = rows[0]
+        if None in (total, succeeded, failed, unknown):  # of an older version
+            self.recount(batch)
+            return self.status(batch)
+        pending = total - succeeded - failed - unknown
         # DBOS may record the end of an item later than its outcome is stored.
-        running = min(len(self.running(batch)), pending)
-        ended = {kind: counts.get(kind, 0) for kind in ("succeeded", "failed", "unknown")}
-        total = pending + sum(ended.values())
-        return BatchStatus(waiting=pending - running, running=running, **ended, total=total)
+        running_count = min(running_count, pending)
+        return BatchStatus(
+            pending - running_count, running_count, succeeded, failed, unknown, total
+        )
+
+    def recount(self, batch: str) -> None:
+        """Count the items of a batch: a worker of an older version does not keep the numbers."""
+        lock = sa.update(_batches).where(_batches.c.name == batch)
+        counts = sa.select(_item.kind, sa.func.count()).where(_item.batch == batch)
+
+        def recount(connection: sa.Connection) -> None:
+            connection.execute(lock.values(name=batch))
+            rows: Any = connection.execute(counts.group_by(_item.kind)).all()
+            found: dict[str | None, int] = dict(rows)
+            numbers = {name: found.get(name, 0) for name in COUNTS[1:]}
+            connection.execute(lock.values(total=sum(found.values()), **numbers))
+
+        self._transact(recount)
 
     def running(self, batch: str, *, retry_for: float = _RETRY_FOR) -> list[str]:
         """Return, for each running item, the executor that runs it."""
@@ -442,6 +403,53 @@ class Store:
         )
         return [workflow.executor_id or "" for workflow in workflows]
 
+    def settle(self, batch: str, given: dict[str, float]) -> dict[str, float]:
+        """Store the settings that are given, and return those of `given` that replaced others."""
+        insert_batch = self._insert(_batches).on_conflict_do_nothing()
+        update = sa.update(_batches).where(_batches.c.name == batch)
+
+        def settle(connection: sa.Connection) -> dict[str, float]:
+            connection.execute(insert_batch, _new_batch(batch))
+            # Writes first, because a reading transaction on SQLite may not write later.
+            locked = connection.execute(update.values(name=batch).returning(_batches))
+            before = locked.mappings().one()
+            changes = {name: value for name, value in given.items() if before[name] != value}
+            if changes:
+                connection.execute(update.values(**changes))
+            return {name: before[name] for name in changes if before[name] is not None}
+
+        return self._transact(settle)
+
+    def workflows(self, batch: str, key: str, attempts: int) -> list[Any]:
+        """Return the DBOS workflows of the attempts of an item, the first one first."""
+        ids = [workflow_id(batch, key, attempt) for attempt in range(1, attempts + 1)]
+        found = self._retry(
+            lambda: self._client.list_workflows(workflow_ids=ids, load_output=False), _RETRY_FOR
+        )
+        return sorted(found, key=lambda workflow: ids.index(workflow.workflow_id))
+
+    def delete(self, batch: str) -> int:
+        """Delete a batch and its items, a few hundred at a time; return how many items it had."""
+        some = (
+            sa.select(_item.key, _item.attempt).where(_item.batch == batch).limit(_DELETED_AT_ONCE)
+        )
+        deleted = 0
+        self._retry(lambda: self._client.delete_queue(queue_name(batch)), _RETRY_FOR)
+        while rows := self.rows(some.limit(_DELETED_AT_ONCE)):
+            ids = [
+                workflow_id(batch, row.key, attempt)
+                for row in rows
+                for attempt in range(1, row.attempt + 1)
+            ]
+            self._retry(partial(self._client.delete_workflows, ids), _RETRY_FOR)
+            keys = [row.key for row in rows]
+            delete = sa.delete(_items).where(_item.batch == batch, _item.key.in_(keys))
+            self._transact(partial(_execute, delete))
+            deleted += len(rows)
+        self._transact(partial(_execute, sa.delete(_batches).where(_batches.c.name == batch)))
+        self._transact(partial(_execute, sa.delete(_workers).where(_workers.c.batch == batch)))
+        return deleted
+
     def register_queue(self, batch: str, max_in_flight: int) -> None:
         """Create the batch's queue in DBOS, or change its limit if it exists."""
         self._client.register_queue(
@@ -450,17 +458,23 @@ class Store:
             polling_interval_sec=_QUEUE_INTERVAL,
         )
 
-    def record_heartbeat(self, executor: str, process: str) -> None:
+    def record_heartbeat(self, batch: str, executor: str, process: str) -> None:
         """Record that a worker is alive, without retrying."""
-        row = {"executor": executor, "beat": 1, "process": process}
+        row = {"executor": executor, "beat": 1, "process": process, "batch": batch}
         insert = self._insert(_workers).on_conflict_do_update(
             index_elements=["executor"], set_={"beat": _workers.c.beat + 1}
         )
         self._transact(lambda connection: connection.execute(insert, row), retry_for=0.0)
 
-    def heartbeats(self) -> dict[str, Heartbeat]:
-        """Return the last heartbeat of each worker by its executor, without retrying."""
-        rows = self._rows(sa.select(_workers), retry_for=0.0)
+    def heartbeats(self, batch: str | None = None) -> dict[str, Heartbeat]:
+        """Return the last heartbeat of each worker by its executor, without retrying.
+
+        With a batch, only those of workers that may work on it: older versions do not say so.
+        """
+        query = sa.select(_workers.c.executor, _workers.c.beat, _workers.c.process)
+        if batch is not None:
+            query = query.where(sa.or_(_workers.c.batch == batch, _workers.c.batch.is_(None)))
+        rows = self.rows(query, retry_for=0.0)
         return {row.executor: Heartbeat(row.beat, row.process) for row in rows}
 
     def remove_worker(self, executor: str) -> None:
@@ -500,7 +514,9 @@ class Store:
         }
         self._client.enqueue_in_transaction(connection, options, key, attempt, request)
 
-    def _rows(self, query: sa.Select[Any], *, retry_for: float = _RETRY_FOR) -> Sequence[Any]:
+    def rows(self, query: sa.Select[Any], *, retry_for: float = _RETRY_FOR) -> Sequence[Any]:
+        """Return the rows of a query."""
+
         def read() -> Sequence[Any]:
             with self._reading() as connection:
                 return connection.execute(query).all()
@@ -524,7 +540,8 @@ class Store:
             try:
                 return work()
             except (exc.OperationalError, exc.InterfaceError) as error:
-                if time.monotonic() >= give_up or self._stop_retrying.wait(_RETRY_INTERVAL):
+                stop = _stop_retrying.get(self.stop_retrying)
+                if time.monotonic() >= give_up or stop.wait(_RETRY_INTERVAL):
                     raise self._unusable(error) from error
 
     def _unusable(self, error: Exception) -> ConfigurationError:
@@ -533,36 +550,17 @@ class Store:
         return ConfigurationError(f"the database {shown} cannot be used: {reason:.300}")
 
 
-@attrs.define(eq=False)
-class SharedRate:
-    """A limiter that admits HTTP attempts at a rate that all workers share through the database.
+def _new_batch(name: str) -> dict[str, Any]:
+    row = {"name": name, "last_seq": 0, "next_request": 0.0, "created": time.time()}
+    return row | dict.fromkeys(COUNTS, 0)
 
-    Each attempt takes one slot. A busy worker reserves several slots at once, to save round trips
-    to the database; one that missed a slot goes back to reserving one.
-    """
 
-    _store: Store
-    _batch: str
-    _rate: float  # slots per second
-    _slots: deque[float] = attrs.field(init=False, factory=deque)
-    _size: int = attrs.field(init=False, default=1)
+def _execute(statement: sa.Executable, connection: sa.Connection) -> None:
+    connection.execute(statement)
 
-    async def acquire(self) -> None:
-        """Return when one more HTTP attempt may be made."""
-        clock = asyncio.get_running_loop().time
-        missed = False
-        while True:
-            while self._slots:
-                wait = self._slots.popleft() - clock()
-                if wait >= -_MAX_LATE:
-                    await asyncio.sleep(max(wait, 0.0))
-                    return
-                missed = True
-            most = max(1, int(self._rate * _MAX_RESERVED))
-            size = self._size = 1 if missed else min(2 * self._size, most)
-            delay = await asyncio.to_thread(self._store.reserve, self._batch, size, self._rate)
-            first = clock() + delay
-            self._slots.extend(first + index / self._rate for index in range(size))
+
+def _added(counts: Mapping[str, int]) -> dict[str, Any]:
+    return {kind: _batches.c[kind] + count for kind, count in counts.items()}
 
 
 def queue_name(batch: str) -> str:

@@ -57,10 +57,10 @@ from promptlayer_exec.dbos._store import (
     FIRST_WORKFLOW,
     VERSION,
     WORKFLOW,
-    Ending,
     Store,
     queue_name,
 )
+from promptlayer_exec.dbos._tables import Ending
 from promptlayer_exec.dbos._values import StoredError, StoredOutcome
 
 T = TypeVar("T")
@@ -165,11 +165,15 @@ class Worker:
         if _worker is not None:
             raise RuntimeError("this process already works on a batch; work on one batch at a time")
         _worker = self
+        self._store.stop_retrying.clear()
         try:
             if self._owns_session:
                 await self._session.__aenter__()
             await self._store.run_in_thread(self._launch)
             await self._wait(until_done=until_done)
+        except asyncio.CancelledError:
+            self._store.stop_retrying.set()
+            raise
         finally:
             self._is_stopping = True
             # A cancelled scope of anyio would cancel every await in here, too.
@@ -229,7 +233,7 @@ class Worker:
         try:
             started = await self._start(key, request)
             outcome = await self._in_callers_loop(self._follow(key, started))
-            await self._endings.add(Ending(key, attempt, outcome.kind, outcome.to_json()))
+            await self._endings.add(Ending.of(attempt, outcome))
         except Exception as error:  # noqa: BLE001 - DBOS would end the item with it
             self._give_up(error)
             await _suspend()

@@ -20,7 +20,8 @@ import pytest
 
 from promptlayer_exec import Session, StartRequest
 from promptlayer_exec.dbos import Batch, StoredOutcome
-from promptlayer_exec.dbos._store import Store, check_url
+from promptlayer_exec.dbos._location import check_url
+from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 NAME = "nightly"

@@ -1,0 +1,224 @@
+"""The `batch` commands that look at batches and keep them in order, without running items."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import aclosing, closing
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import attrs
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from promptlayer_exec.cli._arguments import JsonLines
+from promptlayer_exec.cli._batch_display import item_count, status_line
+from promptlayer_exec.cli._batch_options import (
+    Database,
+    OnlyBatch,
+    choose,
+    chosen_batch,
+    dbos,
+    name_option,
+    names,
+    stored_batch,
+)
+from promptlayer_exec.cli._batch_results import LineFile, open_results
+from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, run_command
+from promptlayer_exec.cli._stdio import err, out
+from promptlayer_exec.cli._text import preview, printable
+
+if TYPE_CHECKING:
+    from promptlayer_exec.dbos import StoredItem
+
+
+def status(
+    name: Annotated[str | None, name_option("all batches")] = None,
+    database: Database = None,
+    *,
+    as_json: JsonLines = False,
+) -> None:
+    """Print the progress of the batches in a database."""
+
+    async def work() -> ExitCode:
+        found = await names(database)
+        for each in found if name is None else [choose(name, found)]:
+            counts = await stored_batch(each, database).status()
+            fields = {"batch": each} | attrs.asdict(counts)
+            out(json.dumps(fields) if as_json else status_line(each, counts))
+        return ExitCode.SUCCEEDED
+
+    raise typer.Exit(run_command(work(), Subject()))
+
+
+def list_batches(database: Database = None, *, as_json: JsonLines = False) -> None:
+    """List the batches in a database, with their settings."""
+
+    async def work() -> ExitCode:
+        rows = []
+        for name in await names(database):
+            batch = stored_batch(name, database)
+            settings, counts = await batch.settings(), await batch.status()
+            rows.append({"batch": name, **attrs.asdict(settings), **attrs.asdict(counts)})
+        if as_json:
+            for row in rows:
+                out(json.dumps(row, default=datetime.isoformat))
+            return ExitCode.SUCCEEDED
+        if database is None:
+            err(f"in {printable(dbos().default_database_url())}")
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for heading, shown in _COLUMNS.items():
+            table.add_column(heading, justify="left" if shown == "batch" else "right")
+        for row in rows:
+            table.add_row(*(_cell(row[shown]) for shown in _COLUMNS.values()))
+        if rows:
+            width = None if sys.stdout.isatty() else _WIDTH
+            Console(width=width, markup=False, highlight=False).print(table)
+        return ExitCode.SUCCEEDED
+
+    raise typer.Exit(run_command(work(), Subject()))
+
+
+_WIDTH = 200  # of a table where there is no terminal
+_COLUMNS = {
+    "batch": "batch",
+    "created": "created",
+    "items": "total",
+    "waiting": "waiting",
+    "running": "running",
+    "succeeded": "succeeded",
+    "failed": "failed",
+    "unknown": "unknown",
+    "in flight": "max_in_flight",
+    "per second": "rate",
+}
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, datetime):
+        return _time(value)
+    return f"{value:g}" if isinstance(value, float) else printable(str(value))
+
+
+def show(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="Key of the item.")],
+    name: OnlyBatch = None,
+    database: Database = None,
+    *,
+    as_json: JsonLines = False,
+) -> None:
+    """Print one item: its request, its attempts, and how it ended."""
+
+    async def work() -> ExitCode:
+        chosen, batch = await chosen_batch(name, database)
+        item = await batch.item(key)
+        if item is None:
+            raise Misuse(f"batch '{printable(chosen)}' has no item '{printable(key)}'")
+        if as_json:
+            outcome = item.outcome and json.loads(item.outcome.to_json())
+            attempts = [attrs.asdict(attempt) for attempt in item.attempts]
+            fields = {"key": key, "request": item.request, "attempts": attempts, "outcome": outcome}
+            out(json.dumps(fields, default=datetime.isoformat))
+        else:
+            for line in _item_lines(chosen, item):
+                out(line)
+        return ExitCode.SUCCEEDED
+
+    raise typer.Exit(run_command(work(), Subject()))
+
+
+def _item_lines(batch: str, item: StoredItem) -> list[str]:
+    outcome = item.outcome
+    state = outcome.kind if outcome else item.attempts[-1].state if item.attempts else "stored"
+    lines = [f"item {printable(item.key)} of batch {printable(batch)}: {state}"]
+    for name, value in item.request.items():
+        if value is not None:
+            shown = value if isinstance(value, str) else preview(value)
+            lines.append(f"  {name}: {printable(shown)}")
+    for attempt in item.attempts:
+        line = f"  attempt {attempt.number}: added {_time(attempt.added)}"
+        if attempt.taken is not None:
+            line += f", taken {_time(attempt.taken)} by {printable(attempt.worker or '')}"
+        lines.append(line)
+    if outcome is not None:
+        if outcome.started is not None:
+            lines.append(f"  started: {_time(outcome.started)}, execution {outcome.execution_id}")
+        lines.append(f"  finished: {_time(outcome.finished)}")
+        if outcome.error is not None:
+            lines.append(f"  {outcome.error.type}: {printable(outcome.error.message)}")
+        else:
+            lines.append(f"  output: {preview(outcome.output)}")
+    return lines
+
+
+def _time(at: datetime) -> str:
+    return f"{at:%Y-%m-%d %H:%M:%S}Z"
+
+
+def export(
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="File to write: a table if it ends with .csv or .parquet, else JSON Lines.",
+            show_default="JSON Lines on standard output",
+        ),
+    ] = None,
+    name: OnlyBatch = None,
+    database: Database = None,
+) -> None:
+    """Write the results of all items that have finished so far.
+
+    The fields are those of `batch run --out`. In a table, the error has the columns error_type and
+    error_message. An output that is no text is written as JSON; in Parquet, a text is, too.
+    """
+
+    async def work() -> ExitCode:
+        _, batch = await chosen_batch(name, database)
+        with closing(open_results(results)) as file:
+            async with aclosing(batch.outcomes(until_done=False)) as outcomes:
+                if isinstance(file, LineFile):
+                    async for outcome in outcomes:
+                        file.write(outcome)
+                else:
+                    await file.write_all(outcomes)
+        return ExitCode.SUCCEEDED
+
+    raise typer.Exit(run_command(work(), Subject()))
+
+
+def delete(
+    name: OnlyBatch = None,
+    database: Database = None,
+    *,
+    is_confirmed: Annotated[
+        bool, typer.Option("--yes", help="Do not ask whether to do so.")
+    ] = False,
+) -> None:
+    """Delete a batch with all its items and their results, unless a worker works on it.
+
+    What runs at PromptLayer is not affected, and can no longer be found from here.
+    """
+
+    async def work() -> ExitCode:
+        chosen, batch = await chosen_batch(name, database)
+        counts = await batch.status()
+        if not is_confirmed:
+            what = f"delete {status_line(chosen, counts).removeprefix('batch ')}"
+            if not sys.stdin.isatty():
+                raise Misuse(f"to {what}, give --yes")
+            typer.confirm(f"{what}?", abort=True, err=True)
+        try:
+            deleted = await batch.delete()
+        except RuntimeError as error:
+            raise Misuse(str(error)) from error
+        err(f"deleted batch {printable(chosen)} with {item_count(deleted)}")
+        return ExitCode.SUCCEEDED
+
+    raise typer.Exit(run_command(work(), Subject()))

@@ -1,0 +1,173 @@
+"""The options that the `batch` commands share, and the batch that they name."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from functools import partial
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import anyio
+import attrs
+import typer
+
+from promptlayer_exec import RetryPolicy, Session
+from promptlayer_exec._integration import install_hint
+from promptlayer_exec.cli._exit import Misuse
+from promptlayer_exec.cli._session import open_session
+from promptlayer_exec.cli._stdio import err
+from promptlayer_exec.cli._text import printable
+
+if TYPE_CHECKING:
+    from promptlayer_exec.dbos import Batch
+
+_SQLITE = "sqlite:///"
+_DEFAULT_RATE = 100.0
+_WAIT_INTERVAL = 1.0
+
+
+def _positive(value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise typer.BadParameter("must be a number greater than 0")
+    return value
+
+
+def name_option(default: str) -> Any:
+    """Return the option for the name of a batch."""
+    return typer.Option(metavar="NAME", help="Name of the batch.", show_default=default)
+
+
+OnlyBatch = Annotated[str | None, name_option("the only batch")]
+Database = Annotated[
+    str | None,
+    typer.Option(
+        "--db",
+        metavar="URL",
+        envvar="PROMPTLAYER_EXEC_DB",
+        help="Database: sqlite:///FILE, or postgresql://... for several machines.",
+        show_default="a file of your own, whatever the directory",
+    ),
+]
+MaxInFlight = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Maximum number of items in progress, over all workers; stored with the batch.",
+        show_default="as stored, at first 100",
+    ),
+]
+Rate = Annotated[
+    float | None,
+    typer.Option(
+        metavar="PER_SECOND",
+        callback=_positive,
+        help="Maximum requests per second, over all workers; stored with the batch. One worker"
+        " sends at most 100.",
+        show_default="as stored, at first 100",
+    ),
+]
+RestartUnknown = Annotated[
+    bool,
+    typer.Option(
+        "--restart-unknown",
+        help="Start unknown items again, at the risk of paying for them twice.",
+    ),
+]
+StopAfterFailures = Annotated[
+    int | None,
+    typer.Option(
+        "--stop-after-failures",
+        min=1,
+        metavar="N",
+        help="Stop when N items in a row did not succeed.",
+        show_default="never",
+    ),
+]
+
+
+@attrs.frozen
+class Settings:
+    """The settings of a `Batch` that `batch run` and `batch work` share."""
+
+    database_url: str | None
+    max_in_flight: int | None
+    rate: float | None
+    restart_unknown: bool
+
+
+def dbos() -> ModuleType:
+    """Return the package of batches, which is an extra."""
+    try:
+        from promptlayer_exec import dbos  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as error:
+        raise Misuse(f"batches need the extra dbos: {install_hint('cli,dbos')}") from error
+    return dbos
+
+
+async def working_batch(
+    name: str, settings: Settings, base_url: str | None, outage: float, *, push: bool
+) -> Batch:
+    """Return a batch to work on, with the command's default for a rate that nobody has set."""
+    retry = RetryPolicy(outage=outage, watch_outage=outage)
+    session = partial(open_session, base_url, retry, push=push)
+    session()  # reports a missing key before anything is stored
+    batch: Batch = dbos().Batch(name, session=session, **attrs.asdict(settings))
+    if settings.rate is None and (await batch.settings()).rate is None:
+        settings = attrs.evolve(settings, rate=_DEFAULT_RATE)
+        batch = dbos().Batch(name, session=session, **attrs.asdict(settings))
+    return batch
+
+
+def stored_batch(name: str, database: str | None) -> Batch:
+    """Return a batch to ask, without a session."""
+    batch: Batch = dbos().Batch(name, database_url=database, session=Session)
+    return batch
+
+
+async def chosen_batch(name: str | None, database: str | None) -> tuple[str, Batch]:
+    """Return the batch of that name, or the only one, with its name."""
+    chosen = choose(name, await names(database))
+    return chosen, stored_batch(chosen, database)
+
+
+async def names(database: str | None) -> list[str]:
+    """Return the names of the batches in a database, which has to exist."""
+    url = dbos().default_database_url() if database is None else database
+    if not await _exists(url):
+        raise Misuse(f"there is no database {printable(url)}")
+    found: list[str] = await dbos().batch_names(database)
+    return found
+
+
+async def wait_for_batch(name: str | None, database: str | None) -> str:
+    """Return the name of a batch as soon as it exists; the only one for None."""
+    url = dbos().default_database_url() if database is None else database
+    is_first = True
+    while True:
+        found = await dbos().batch_names(database) if await _exists(url) else []
+        if name in found or (name is None and found):
+            return choose(name, found)
+        if is_first:
+            known = f"; there are {', '.join(map(printable, found))}" if found else ""
+            what = "a batch" if name is None else f"batch '{printable(name)}'"
+            err(f"waiting for {what} in {printable(url)}{known}")
+            is_first = False
+        await asyncio.sleep(_WAIT_INTERVAL)
+
+
+async def _exists(url: str) -> bool:
+    """Return False for a file that does not exist: opening it would create it."""
+    path = url.removeprefix(_SQLITE)
+    return path == url or await anyio.Path(path).exists()
+
+
+def choose(name: str | None, found: list[str]) -> str:
+    """Return the name of a batch that exists."""
+    if name is None and len(found) == 1:
+        return found[0]
+    if name in found:
+        return name
+    known = ", ".join(map(printable, found)) or "none"
+    what = "give --name" if name is None else f"there is no batch '{printable(name)}'"
+    raise Misuse(f"{what}; batches in the database: {known}")

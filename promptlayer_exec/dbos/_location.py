@@ -1,0 +1,78 @@
+"""Where the database of batches is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+import sqlalchemy as sa
+from sqlalchemy import exc
+
+from promptlayer_exec import ConfigurationError
+
+_VARIABLE = "PROMPTLAYER_EXEC_DB"
+# The default of version 0.1, in the working directory.
+_FIRST_DEFAULT = "promptlayer-batches.sqlite"
+
+
+def database_url(given: str | None) -> sa.URL:
+    """Return the URL of a database: the given one, that of the environment, or the user's own."""
+    if text := given or os.environ.get(_VARIABLE):
+        return check_url(text)
+    return sa.URL.create("sqlite", database=str(_default_path()))
+
+
+def default_database_url() -> str:
+    """Return the URL of the database that `Batch` uses unless it is given another one.
+
+    Its password, if it has one, is not hidden.
+
+    Raises:
+        ConfigurationError: the environment variable `PROMPTLAYER_EXEC_DB` is not such a URL.
+    """
+    return database_url(None).render_as_string(hide_password=False)
+
+
+def prepare_default(url: sa.URL) -> None:
+    """Make the directory of the user's own database, unless the URL is another one's.
+
+    Raises:
+        ConfigurationError: the working directory has the database of an older version, whose items
+            would all be started again.
+    """
+    path = _default_path()
+    if url.database != str(path):
+        return
+    if Path(_FIRST_DEFAULT).exists() and not path.exists():
+        raise ConfigurationError(
+            f"this directory has {_FIRST_DEFAULT}, where version 0.1 stored batches; the default is"
+            f" now {path}. To continue with the old database, set"
+            f" {_VARIABLE}=sqlite:///{_FIRST_DEFAULT}; to begin a new one, rename the old file"
+        )
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _default_path() -> Path:
+    return platformdirs.user_state_path("promptlayer-exec", appauthor=False) / "batches.sqlite"
+
+
+def check_url(database_url: str) -> sa.URL:
+    """Return the URL of a SQLite file or a PostgreSQL database as SQLAlchemy and DBOS take it."""
+    try:
+        url = sa.make_url(database_url)
+    except (exc.ArgumentError, ValueError):
+        raise ConfigurationError(
+            "database_url is not a URL; use sqlite:///batches.sqlite or"
+            " postgresql://user@host/database"
+        ) from None
+    backend = url.get_backend_name()
+    if backend in ("postgres", "postgresql"):
+        return url.set(drivername="postgresql+psycopg")
+    if backend != "sqlite":
+        raise ConfigurationError(f"database_url must be sqlite or postgresql, got {backend}")
+    if url.database in (None, "", ":memory:"):
+        raise ConfigurationError(
+            "database_url must name a file; a SQLite database in memory ends with its process"
+        )
+    return url

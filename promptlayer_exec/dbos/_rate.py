@@ -1,0 +1,49 @@
+"""A rate of requests that all workers of a batch share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING
+
+import attrs
+
+if TYPE_CHECKING:
+    from promptlayer_exec.dbos._store import Store
+
+# A worker reserves slots for at most this many seconds at once, and uses a slot for at most this
+# many seconds after its time.
+_MAX_RESERVED = 0.2
+_MAX_LATE = 0.05
+
+
+@attrs.define(eq=False)
+class SharedRate:
+    """A limiter that admits HTTP attempts at a rate that all workers share through the database.
+
+    Each attempt takes one slot. A busy worker reserves several slots at once, to save round trips
+    to the database; one that missed a slot goes back to reserving one.
+    """
+
+    _store: Store
+    _batch: str
+    rate: float | None  # slots per second; None: no limit
+    _slots: deque[float] = attrs.field(init=False, factory=deque)
+    _size: int = attrs.field(init=False, default=1)
+
+    async def acquire(self) -> None:
+        """Return when one more HTTP attempt may be made."""
+        clock = asyncio.get_running_loop().time
+        missed = False
+        while (rate := self.rate) is not None:
+            while self._slots:
+                wait = self._slots.popleft() - clock()
+                if wait >= -_MAX_LATE:
+                    await asyncio.sleep(max(wait, 0.0))
+                    return
+                missed = True
+            most = max(1, int(rate * _MAX_RESERVED))
+            size = self._size = 1 if missed else min(2 * self._size, most)
+            delay = await asyncio.to_thread(self._store.reserve, self._batch, size, rate)
+            first = clock() + delay
+            self._slots.extend(first + index / rate for index in range(size))

@@ -1,0 +1,189 @@
+"""What an operator asks about a batch: one item's history, how items failed, how long runs took."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import sqlalchemy as sa
+
+from promptlayer_exec.dbos._tables import batches, items
+from promptlayer_exec.dbos._values import Kind, StoredError, StoredOutcome
+
+if TYPE_CHECKING:
+    from promptlayer_exec.dbos._store import Store
+
+_KEYS_AT_ONCE = 500
+_item = items.c
+
+
+@attrs.frozen
+class BatchSettings:
+    """The settings that all workers of a batch share.
+
+    Attributes:
+        max_in_flight: how many items they run at most; None if no worker has set it yet.
+        rate: how many HTTP attempts per second they make at most; None: no shared limit.
+        created: when the first item was added (UTC); None if an older version did so.
+    """
+
+    max_in_flight: int | None
+    rate: float | None
+    created: datetime | None
+
+
+@attrs.frozen
+class Attempt:
+    """One attempt to run an item; a retry begins the next one.
+
+    Attributes:
+        number: 1 for the first attempt.
+        added: when it was put into the queue (UTC).
+        taken: when a worker took it last (UTC); None if none has.
+        worker: the worker that has it, or had it last: its host, and an id.
+        state: `waiting`, `running` or `ended`.
+    """
+
+    number: int
+    added: datetime
+    taken: datetime | None
+    worker: str | None
+    state: str
+
+
+@attrs.frozen
+class StoredItem:
+    """What is stored about an item.
+
+    Attributes:
+        key: its key.
+        request: the JSON object of its request: workflow, inputs, label, version, metadata.
+        attempts: its attempts, the first one first.
+        outcome: how it ended; None if it has not.
+    """
+
+    key: str
+    request: dict[str, Any]
+    attempts: tuple[Attempt, ...]
+    outcome: StoredOutcome | None
+
+
+@attrs.frozen
+class Failure:
+    """Items that ended with errors of one type.
+
+    Attributes:
+        type: the name of the error's type.
+        count: how many items there are.
+        key: the key of one of them.
+        message: its error's message.
+    """
+
+    type: str
+    count: int
+    key: str
+    message: str
+
+
+@attrs.frozen
+class Durations:
+    """How long the runs of a batch took, in seconds."""
+
+    median: float
+    p95: float
+    longest: float
+
+
+def kinds(store: Store, batch: str, keys: Iterable[str]) -> dict[str, Kind | None]:
+    """Return how each item ended, None for one that has not; other keys are left out."""
+    asked = [*keys]
+    found: dict[str, Kind | None] = {}
+    for start in range(0, len(asked), _KEYS_AT_ONCE):
+        part = asked[start : start + _KEYS_AT_ONCE]
+        query = sa.select(_item.key, _item.kind).where(_item.batch == batch, _item.key.in_(part))
+        found.update((row.key, row.kind) for row in store.rows(query))
+    return found
+
+
+def latest_kinds(store: Store, batch: str, count: int) -> list[tuple[int, Kind]]:
+    """Return the numbers and kinds of the outcomes that were stored last, the newest first."""
+    query = sa.select(_item.seq, _item.kind).where(_item.batch == batch, _item.seq.is_not(None))
+    rows = store.rows(query.order_by(_item.seq.desc()).limit(count))
+    return [(row.seq, row.kind) for row in rows]
+
+
+def settings(store: Store, batch: str) -> BatchSettings:
+    """Return the settings of a batch; without any if it does not exist."""
+    query = sa.select(batches).where(batches.c.name == batch)
+    for row in store.rows(query):
+        created = None if row.created is None else datetime.fromtimestamp(row.created, UTC)
+        return BatchSettings(row.max_in_flight, row.rate, created)
+    return BatchSettings(None, None, None)
+
+
+def item(store: Store, batch: str, key: str) -> StoredItem | None:
+    """Return what is stored about an item; None if the batch does not have it."""
+    query = sa.select(_item.attempt, _item.outcome).where(_item.batch == batch, _item.key == key)
+    for row in store.rows(query):
+        workflows = store.workflows(batch, key, row.attempt)
+        outcome = None if row.outcome is None else StoredOutcome.from_json(row.outcome)
+        attempts = tuple(_attempt(number, found) for number, found in enumerate(workflows, 1))
+        request = json.loads(workflows[-1].input["args"][2]) if workflows else {}
+        return StoredItem(key, request, attempts, outcome)
+    return None
+
+
+def _attempt(number: int, workflow: Any) -> Attempt:
+    states = {"ENQUEUED": "waiting", "DELAYED": "waiting", "PENDING": "running"}
+    taken = workflow.dequeued_at
+    return Attempt(
+        number,
+        datetime.fromtimestamp(workflow.created_at / 1000, UTC),
+        None if taken is None else datetime.fromtimestamp(taken / 1000, UTC),
+        workflow.executor_id or None,
+        states.get(workflow.status, "ended"),
+    )
+
+
+def failures(store: Store, batch: str) -> tuple[Failure, ...]:
+    """Return the types of errors, the most frequent first."""
+    counts: dict[str, int] = {}
+    examples: dict[str, tuple[str, StoredError]] = {}
+    last: tuple[str, str] | None = None
+    for kind in ("failed", "unknown"):
+        last = None
+        while rows := _failed(store, batch, kind, last):
+            for key, text in rows:
+                error = StoredOutcome.from_json(text).error or StoredError("", "")
+                counts[error.type] = counts.get(error.type, 0) + 1
+                examples.setdefault(error.type, (key, error))
+            last = (kind, rows[-1][0])
+    return tuple(
+        Failure(kind, count, examples[kind][0], examples[kind][1].message)
+        for kind, count in sorted(counts.items(), key=lambda each: -each[1])
+    )
+
+
+def _failed(
+    store: Store, batch: str, kind: str, after: tuple[str, str] | None
+) -> Sequence[tuple[str, str]]:
+    query = sa.select(_item.key, _item.outcome).where(_item.batch == batch, _item.kind == kind)
+    if after is not None:
+        query = query.where(_item.key > after[1])
+    return store.rows(query.order_by(_item.key).limit(_KEYS_AT_ONCE))
+
+
+def durations(store: Store, batch: str) -> Durations | None:
+    """Return how long the runs that ended took; None if there are none."""
+    timed = sa.and_(_item.batch == batch, _item.seconds.is_not(None))
+    (row,) = store.rows(sa.select(sa.func.count()).where(timed))
+    count = row[0]
+    if not count:
+        return None
+    ordered = sa.select(_item.seconds).where(timed).order_by(_item.seconds)
+    positions = (count // 2, min(count - 1, count * 95 // 100), count - 1)
+    found = [store.rows(ordered.offset(position).limit(1))[0][0] for position in positions]
+    return Durations(*found)

@@ -1,0 +1,119 @@
+"""The tables of batches, items and workers, and the statements that write many items at once.
+
+A database of an older version gets the columns that it lacks. They are all nullable, and null in
+the rows that an older version writes.
+"""
+
+from __future__ import annotations
+
+import attrs
+import sqlalchemy as sa
+
+from promptlayer_exec.dbos._values import StoredOutcome
+
+COUNTS = ("total", "succeeded", "failed", "unknown")
+
+tables = sa.MetaData()
+batches = sa.Table(
+    "promptlayer_batch",
+    tables,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("last_seq", sa.BigInteger, nullable=False),
+    sa.Column("next_request", sa.Double, nullable=False),
+    # The clock when a slot was last reserved; it may have been put back since.
+    sa.Column("reserved_at", sa.Double),
+    sa.Column("created", sa.Double),
+    # The settings that all workers share; without a rate, there is no limit beside each session's.
+    sa.Column("max_in_flight", sa.Integer),
+    sa.Column("rate", sa.Double),
+    # How many items there are, and how many of them ended how, so that `status` need not count.
+    *(sa.Column(name, sa.BigInteger) for name in COUNTS),
+)
+items = sa.Table(
+    "promptlayer_item",
+    tables,
+    sa.Column("batch", sa.Text, primary_key=True),
+    sa.Column("key", sa.Text, primary_key=True),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("kind", sa.Text),
+    sa.Column("seq", sa.BigInteger),
+    sa.Column("outcome", sa.Text),
+    # What the key stands for; see `_requests`.
+    sa.Column("digest", sa.Text),
+    # The token of the start whose request may have left, or null.
+    sa.Column("intent", sa.Text),
+    # How long its run took, in seconds.
+    sa.Column("seconds", sa.Double),
+    sa.Index("promptlayer_item_kind", "batch", "kind"),
+    sa.Index("promptlayer_item_seq", "batch", "seq"),
+)
+workers = sa.Table(
+    "promptlayer_worker",
+    tables,
+    sa.Column("executor", sa.Text, primary_key=True),
+    sa.Column("beat", sa.BigInteger, nullable=False),
+    sa.Column("process", sa.Text, nullable=False),
+    sa.Column("batch", sa.Text),
+)
+
+# PostgreSQL: all items of a call in one round trip. `dbos.enqueue_workflow` is documented, and
+# writes the JSON of `DBOSPortableJSONSerializer`.
+ADD = sa.text(
+    """
+    WITH given AS (
+        SELECT * FROM unnest(
+            CAST(:keys AS text[]), CAST(:requests AS text[]), CAST(:digests AS text[])
+        ) AS t (key, request, digest)
+    ), new AS (
+        INSERT INTO promptlayer_item (batch, key, attempt, digest)
+        SELECT :batch, key, 1, digest FROM given
+        ON CONFLICT DO NOTHING RETURNING key
+    )
+    SELECT count(dbos.enqueue_workflow(
+        workflow_name => :workflow,
+        queue_name => :queue,
+        positional_args => ARRAY[to_json(given.key), to_json(1), to_json(given.request)],
+        workflow_id => :prefix || given.key,
+        application_name => :application,
+        app_version => :version
+    )) FROM given JOIN new USING (key)
+    """
+)
+FINISH = sa.text(
+    """
+    UPDATE promptlayer_item
+    SET kind = t.kind, outcome = t.outcome, seconds = t.seconds, seq = :first + t.position - 1
+    FROM unnest(
+        CAST(:key AS text[]), CAST(:attempt AS int[]), CAST(:kind AS text[]),
+        CAST(:outcome AS text[]), CAST(:seconds AS float[])
+    ) WITH ORDINALITY AS t (key, attempt, kind, outcome, seconds, position)
+    WHERE promptlayer_item.batch = :batch AND promptlayer_item.key = t.key
+        AND promptlayer_item.attempt = t.attempt AND promptlayer_item.kind IS NULL
+    RETURNING t.kind
+    """
+)
+FINISH_ONE = sa.text(
+    """
+    UPDATE promptlayer_item SET kind = :kind, outcome = :outcome, seconds = :seconds, seq = :seq
+    WHERE batch = :batch AND key = :key AND attempt = :attempt AND kind IS NULL
+    """
+)
+
+
+@attrs.frozen
+class Ending:
+    """How an attempt of an item ended: its kind, and the outcome as JSON."""
+
+    key: str
+    attempt: int
+    kind: str
+    outcome: str
+    seconds: float | None = None
+
+    @classmethod
+    def of(cls, attempt: int, outcome: StoredOutcome) -> Ending:
+        """Return the ending of an attempt with this outcome."""
+        seconds = None
+        if outcome.started is not None:  # the clock may have been put back
+            seconds = max((outcome.finished - outcome.started).total_seconds(), 0.0)
+        return cls(outcome.key, attempt, outcome.kind, outcome.to_json(), seconds)
