@@ -24,6 +24,7 @@ import pytest
 from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli import main
 from promptlayer_exec.cli._exit import ExitCode
+from promptlayer_exec.cli._servers import _set_variable
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, SimRequest, Simulator
 
 PROGRAM = [sys.executable, "-W", "error", "-m", "promptlayer_exec"]
@@ -962,6 +963,14 @@ class TestResults:
 
 class TestSimulate:
     """`simulate`."""
+
+    def test_variables_are_set_as_the_platform_does(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What it prints can be pasted into PowerShell, too."""
+        assert _set_variable("NAME", "value") == "export NAME=value"
+        monkeypatch.setattr("promptlayer_exec.cli._servers.os.name", "nt")
+        line = _set_variable("NAME", "value")
+        monkeypatch.undo()  # pathlib reads it
+        assert line == '$env:NAME = "value"'
 
     def test_the_other_commands_can_use_it(self, start: Start) -> None:
         """It prints commands to type and every request; an execution begins at its first one."""

@@ -185,8 +185,8 @@ A simulated PromptLayer listens at {simulator.base_url} (Ctrl-C ends it).
 
 In another terminal:
 
-  export PROMPTLAYER_BASE_URL={simulator.base_url}
-  export PROMPTLAYER_API_KEY={simulator.api_key}
+  {_set_variable("PROMPTLAYER_BASE_URL", simulator.base_url)}
+  {_set_variable("PROMPTLAYER_API_KEY", simulator.api_key)}
 {watch}
 
 Each execution begins at its first request. To start another one like the first:
@@ -194,6 +194,11 @@ Each execution begins at its first request. To start another one like the first:
   {PROGRAM} run {_WORKFLOW} -i letter="Where is my refund?"
 {_webhooks(simulator)}
 Requests:"""
+
+
+def _set_variable(name: str, value: str) -> str:
+    """Return the line that sets an environment variable in the platform's usual shell."""
+    return f'$env:{name} = "{value}"' if os.name == "nt" else f"export {name}={value}"
 
 
 def _webhooks(simulator: Simulator) -> str:
