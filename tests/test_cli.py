@@ -64,6 +64,8 @@ def open_session(*args, **kwargs):
 real, _executions.open_session = _executions.open_session, open_session
 from promptlayer_exec.__main__ import main; main()
 """
+# For a start without a description of its workflow, so that the next fault is for the start.
+_NO_DEFINITION = Fault.status(403)
 UNREACHABLE = "http://127.0.0.1:9"
 HELD = Scenario(
     [
@@ -627,6 +629,7 @@ class TestRun:
         """The error says that the run may have started; it is not started again."""
         sim.add_workflow("lost", DONE)
         before = len(sim.runs)
+        sim.inject(_NO_DEFINITION)
         sim.inject(Fault.disconnect())
         code, out, err = call("run", "lost", "--json").end()
         assert code == 4
@@ -747,6 +750,7 @@ class TestRun:
         """If there is no id, the error says whether a run may have started."""
         refused, lost = Gate(), Gate()
         with Simulator(on_request=refused) as refusing, Simulator(on_request=lost) as losing:
+            losing.inject(_NO_DEFINITION)
             losing.inject(Fault.disconnect())
             commands = [
                 start("run", "x", PROMPTLAYER_BASE_URL=sim.base_url) for sim in (refusing, losing)
@@ -845,6 +849,7 @@ class TestTerminal:
     def test_a_run(self, sim: Simulator, terminal: Callable[..., Terminal]) -> None:
         """While the run starts, one line says so and shows warnings; the table replaces it."""
         sim.add_workflow("[red]agent", HELD, warning="no letter")
+        sim.inject(_NO_DEFINITION)
         sim.inject(Fault.status(429, retry_after=0.2))
         screen = terminal("run", "[red]agent")
         screen.read_until("workflow [red]agent: starting")

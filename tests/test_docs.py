@@ -392,7 +392,8 @@ def test_the_page_on_the_command_line_shows_what_is_printed(server: Simulator) -
     """Its commands are run, and print what the page shows."""
     plan = SimNode("Plan", "habitat, diet, threats")
     report = SimNode("Report", "Otters are fine.", after=["Plan"], is_output_node=True)
-    server.add_workflow("write-report", Scenario([plan, report]))
+    scenario = Scenario([plan, report])
+    server.add_workflow("write-report", scenario, inputs={"topic": "string"}, labels=["prod"])
     page = "docs/reference/command-line.md"
     for command, shown in zip(blocks(page, "sh"), blocks(page, "text"), strict=True):
         argv = shlex.split(command.partition("|")[0])

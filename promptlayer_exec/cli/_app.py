@@ -10,15 +10,16 @@ from typing import Annotated
 
 import typer
 
+from promptlayer_exec import __version__
 from promptlayer_exec.cli._batch import batch_app
+from promptlayer_exec.cli._definitions import workflow, workflows
 from promptlayer_exec.cli._executions import demo, results, run, watch
 from promptlayer_exec.cli._exit import PROGRAM, help_epilog, report_crash
 from promptlayer_exec.cli._servers import simulate, view
-from promptlayer_exec.cli._stdio import guard_streams
+from promptlayer_exec.cli._stdio import guard_streams, out
 
 app = typer.Typer(
     name=PROGRAM,
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -26,8 +27,20 @@ app = typer.Typer(
 )
 
 
+def _print_version(value: bool) -> None:
+    if value:
+        out(f"{PROGRAM} {__version__}")
+        raise typer.Exit
+
+
 @app.callback(epilog=help_epilog())
 def _program(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version, and exit."
+        ),
+    ] = False,
     trust_env: Annotated[
         bool,
         typer.Option(
@@ -49,10 +62,24 @@ def _program(
 
 
 app.command("demo")(demo)
-app.command("run", epilog=help_epilog())(run)
-app.command("watch", epilog=help_epilog())(watch)
-app.command("results", epilog=help_epilog())(results)
-app.command("view")(view)
+app.command(
+    "run",
+    epilog=help_epilog(
+        examples=(
+            "run support-agent -i letter@letter.txt --label prod",
+            "run support-agent -i @inputs.json --json | jq .progress",
+        )
+    ),
+)(run)
+app.command("watch", epilog=help_epilog(examples=("watch 787",)))(watch)
+app.command("results", epilog=help_epilog(examples=("results 787 > report.md",)))(results)
+app.command("workflows", epilog=help_epilog("other", ("workflows --sort-by updated_at",)))(
+    workflows
+)
+app.command("workflow", epilog=help_epilog("other", ("workflow support-agent --label prod",)))(
+    workflow
+)
+app.command("view", epilog=help_epilog("other", ("view 787",)))(view)
 app.command("simulate")(simulate)
 app.add_typer(batch_app, name="batch")
 

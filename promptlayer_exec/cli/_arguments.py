@@ -30,7 +30,7 @@ def _check_seconds(value: float) -> float:
     return value
 
 
-def _parse_id(text: str) -> int:
+def parse_id(text: str) -> int:
     if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= MAX_ID:
         raise typer.BadParameter(
             "must be an execution id, a number such as the 787 that `run` prints,"
@@ -39,8 +39,23 @@ def _parse_id(text: str) -> int:
     return int(text)
 
 
+def _parse_version(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= MAX_ID:
+        raise typer.BadParameter(f"must be a number from 1, got {shorten(printable(text), 40)!r}")
+    return int(text)
+
+
 ExecutionId = Annotated[
-    int, typer.Argument(metavar="ID", parser=_parse_id, help="Id of the execution.")
+    int, typer.Argument(metavar="ID", parser=parse_id, help="Id of the execution.")
+]
+Label = Annotated[str | None, typer.Option(metavar="NAME", help="Label of the version.")]
+Version = Annotated[
+    int | None,
+    typer.Option(
+        metavar="NUMBER",
+        parser=_parse_version,
+        help="Number of the version, instead of --label.",
+    ),
 ]
 JsonLines = Annotated[bool, typer.Option("--json", help="Write JSON Lines.")]
 BaseUrl = Annotated[
@@ -62,10 +77,17 @@ Push = Annotated[
         show_default="$PROMPTLAYER_EXEC_PUSH",
     ),
 ]
-Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Host = Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")]
 Port = Annotated[
-    int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free port.")
+    int,
+    typer.Option(metavar="PORT", min=0, max=65535, help="Port to listen on; 0 takes a free port."),
 ]
+
+
+def check_version(label: str | None, version: int | None) -> None:
+    """Check that a version is not selected twice."""
+    if label is not None and version is not None:
+        raise typer.BadParameter("use only one of them", param_hint="'--label' / '--version'")
 
 
 def read_inputs(arguments: Iterable[str]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class _TooManyFailures(Exception):
 @batch_app.command(
     "run",
     epilog=help_epilog(
-        batch=True,
+        "batch",
         examples=(
             "batch run night.jsonl --workflow grade --out results.jsonl",
             "batch run topics.csv --workflow grade --out results.csv --rate 50",
@@ -156,9 +156,7 @@ def _run(
 
 @batch_app.command(
     "work",
-    epilog=help_epilog(
-        batch=True, examples=("batch work --db postgresql://me@db.internal/batches",)
-    ),
+    epilog=help_epilog("batch", examples=("batch work --db postgresql://me@db.internal/batches",)),
 )
 def _work(
     name: Annotated[str | None, name_option("the only batch")] = None,
@@ -172,11 +170,11 @@ def _work(
     base_url: BaseUrl = None,
     outage: Outage = 600,
 ) -> None:
-    """Work on a batch until all of its items have finished; wait for it if it does not exist yet.
+    """Work on a batch until all of its items have finished.
 
-    Other processes can work on it at the same time, also on other machines with the same PostgreSQL
-    database. The death of a worker is noticed within 30 seconds, and the others take over its
-    items.
+    If the batch does not exist yet, the command waits for it. Other processes can work on it at the
+    same time, also on other machines with the same PostgreSQL database. The death of a worker is
+    noticed within 30 seconds, and the others take over its items.
     """
     settings = Settings(database, max_in_flight, rate, restart_unknown)
     subject = Subject()

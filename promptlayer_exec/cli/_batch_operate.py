@@ -201,9 +201,10 @@ def delete(
         bool, typer.Option("--yes", help="Do not ask whether to do so.")
     ] = False,
 ) -> None:
-    """Delete a batch with all its items and their results, unless a worker works on it.
+    """Delete a batch with all its items and their results.
 
-    What runs at PromptLayer is not affected, and can no longer be found from here.
+    It is refused while a worker works on the batch. What runs at PromptLayer is not affected, and
+    can no longer be found from here.
     """
 
     async def work() -> ExitCode:

@@ -52,6 +52,7 @@ Database = Annotated[
 MaxInFlight = Annotated[
     int | None,
     typer.Option(
+        metavar="NUMBER",
         min=1,
         help="Maximum number of items in progress, over all workers; stored with the batch.",
         show_default="as stored, at first 100",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TypeAlias
 
 import attrs
@@ -17,7 +19,7 @@ from rich.spinner import Spinner
 from rich.table import Column, Table
 from rich.text import Text
 
-from promptlayer_exec import NodeStatus, Snapshot
+from promptlayer_exec import Node, NodeStatus, Snapshot
 from promptlayer_exec.cli._stdio import err, out
 from promptlayer_exec.cli._text import (
     duration,
@@ -38,6 +40,7 @@ _STYLES: dict[str, str] = {
 }
 _BAR_WIDTH = 40
 _MAX_NAME_WIDTH = 24
+_OTHER_LINES = 4  # of a live display: its progress, an empty line, the header, and the cursor's
 
 
 @attrs.define
@@ -80,6 +83,7 @@ class LiveDisplay:
         self._snapshot: Snapshot | None = None
         self._shown_at = 0.0
         self._warning = ""
+        self._is_over = False
         self._spinner = Spinner("line")
         self._live = Live(console=console)
 
@@ -94,9 +98,11 @@ class LiveDisplay:
             yield
         finally:
             self._warning = ""
+            # What does not fit scrolls up, where it can be read.
+            self._is_over = self._snapshot is not None and self._snapshot.complete
             self._live.transient = self._snapshot is None
             self._live.stop()
-            if self._snapshot is not None and self._snapshot.complete:
+            if self._snapshot is not None and self._is_over:
                 self._console.print("", *_summary(self._snapshot), sep="\n", soft_wrap=True)
 
     def show(self, snapshot: Snapshot) -> None:
@@ -118,7 +124,11 @@ class LiveDisplay:
         now = snapshot.elapsed
         if not snapshot.complete:
             now += time.monotonic() - self._shown_at
-        return Group(_progress_line(snapshot, now), *warning, "", node_table(snapshot, now))
+        lines = sum(len(self._console.render_lines(text)) for text in warning)
+        rows = None if self._is_over else max(1, self._console.height - _OTHER_LINES - lines)
+        nodes, rest = _in_sight(snapshot, rows)
+        table = node_table(snapshot, nodes, now)
+        return Group(_progress_line(snapshot, now), *warning, "", table, *rest)
 
 
 Display: TypeAlias = LiveDisplay | LineDisplay
@@ -143,12 +153,14 @@ def _progress_line(snapshot: Snapshot, now: float) -> Table:
     return grid
 
 
-def node_table(snapshot: Snapshot, now: float | None = None) -> Table:
-    """Return a table of all nodes, in the server's order, without times if `now` is None."""
+def node_table(
+    snapshot: Snapshot, nodes: Iterable[Node] | None = None, now: float | None = None
+) -> Table:
+    """Return a table of nodes, by default of all, without times if `now` is None."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for heading in ("Node", "Status", *([] if now is None else ["Time"]), "Value"):
         table.add_column(heading, justify="right" if heading == "Time" else "left")
-    for node in snapshot.nodes.values():
+    for node in snapshot.nodes.values() if nodes is None else nodes:
         failed = node.status == NodeStatus.FAILED
         table.add_row(
             _cell(printable(node.name)),
@@ -157,6 +169,27 @@ def node_table(snapshot: Snapshot, now: float | None = None) -> Table:
             _cell(node_detail(node), "red" if failed else ""),
         )
     return table
+
+
+def _in_sight(snapshot: Snapshot, rows: int | None) -> tuple[list[Node], list[Text]]:
+    """Return the nodes of most interest, in the server's order, and a line that counts the rest."""
+    nodes = list(snapshot.nodes.values())
+    if rows is None or len(nodes) <= rows:
+        return nodes, []
+    chosen = sorted(nodes, key=partial(_interest, snapshot))[: rows - 1]
+    names = {node.name for node in chosen}
+    rest = Counter(str(node.status) for node in nodes if node.name not in names)
+    counts = ", ".join(f"{count} {printable(status)}" for status, count in rest.most_common())
+    line = Text(f"… {rest.total()} more: {counts}", style="dim", no_wrap=True, overflow="ellipsis")
+    return [node for node in nodes if node.name in names], [line]
+
+
+def _interest(snapshot: Snapshot, node: Node) -> tuple[int, float]:
+    """Return a key that sorts failed nodes first, then those that run, then the latest ones."""
+    order = (NodeStatus.FAILED, NodeStatus.SUCCESS, NodeStatus.QUEUED, NodeStatus.SKIPPED)
+    rank = order.index(node.status) + 2 if node.status in order else 1  # running, or unknown
+    final = snapshot.times[node.name].final
+    return 0 if node.status == NodeStatus.FAILED else rank, -(final or 0.0)
 
 
 def _cell(text: str, style: str = "") -> Text:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 import sys
 from contextlib import aclosing
 from typing import Annotated, Any
@@ -19,21 +20,26 @@ from promptlayer_exec import (
     Session,
     SessionClosed,
     Snapshot,
+    StartRequest,
     StartUnknown,
 )
+from promptlayer_exec._integration import check_inputs, encode_inputs
 from promptlayer_exec.cli._arguments import (
-    MAX_ID,
     BaseUrl,
     ExecutionId,
     JsonLines,
+    Label,
     Outage,
     Push,
+    Version,
+    check_version,
     read_inputs,
     read_metadata,
     seconds,
 )
+from promptlayer_exec.cli._definitions import WorkflowName
 from promptlayer_exec.cli._display import Display, choose_display, node_table
-from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, run_command
+from promptlayer_exec.cli._exit import PROGRAM, ExitCode, Misuse, Subject, run_command
 from promptlayer_exec.cli._session import demo_session, open_session
 from promptlayer_exec.cli._stdio import OutputFailed, err, out
 from promptlayer_exec.cli._text import failure_reason, final_count, printable, result_line, shorten
@@ -67,7 +73,7 @@ asyncio.run(main())"""
 
 
 def run(
-    workflow: Annotated[str, typer.Argument(metavar="WORKFLOW", help="Name or id of a workflow.")],
+    workflow: WorkflowName,
     *,
     inputs: Annotated[
         list[str],
@@ -75,18 +81,8 @@ def run(
             "--input", "-i", metavar="KEY=VALUE", help="Input, as described above; repeatable."
         ),
     ] = [],  # noqa: B006 - Typer's way to declare a list
-    label: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Label of the version to run.")
-    ] = None,
-    version: Annotated[
-        int | None,
-        typer.Option(
-            metavar="NUMBER",
-            min=1,
-            max=MAX_ID,
-            help="Number of the version to run, instead of --label.",
-        ),
-    ] = None,
+    label: Label = None,
+    version: Version = None,
     metadata: Annotated[
         list[str],
         typer.Option(metavar="KEY=TEXT", help="Text to keep with the run; repeatable."),
@@ -108,8 +104,8 @@ def run(
 ) -> None:
     """Start a run of a workflow, and watch it until it is complete.
 
-    WORKFLOW is the name or the id of a workflow. Its inputs are given with -i in one of these
-    forms, where FILE can be - for standard input:
+    WORKFLOW is the name or the id of a workflow; `workflow` shows what it needs. Its inputs are
+    given with -i in one of these forms, where FILE can be - for standard input:
 
     \b
       -i KEY=VALUE  JSON, or text if it is not valid JSON: -i n=3
@@ -122,6 +118,10 @@ def run(
     A key ends at the first = or @. If a key is given more than once, the last one wins:
     -i @defaults.json -i n=4 changes one input.
 
+    Before the start, the inputs are compared with those that the version requires: if one is
+    missing, nothing is started. If the server does not tell within 5 seconds what is required, the
+    run is started all the same.
+
     Once the run has started, its execution id and the warnings of the server are written to
     standard error, and the command continues like `watch`, also with --json. The error of a run
     that did not start has an "execution_id" of null.
@@ -131,8 +131,7 @@ def run(
     for the answer to report the id; a second interrupt ends it at once. The run itself goes on: the
     server cannot cancel it.
     """  # noqa: D301 - \b is Typer's mark for preformatted text
-    if label is not None and version is not None:
-        raise typer.BadParameter("use only one of them", param_hint="'--label' / '--version'")
+    check_version(label, version)
     variables = read_inputs(inputs)
     texts = read_metadata(metadata) or None
     display = choose_display(as_json=as_json)
@@ -143,11 +142,16 @@ def run(
         async with open_session(
             base_url, retry, display.warn, wait_timeout=timeout, push=push
         ) as session:
+            name = shorten(printable(workflow), 40)
+            with display.waiting(f"workflow {name}: checking the inputs"):
+                await _check(
+                    session, StartRequest(workflow, variables, label=label, version=version)
+                )
             starting = asyncio.create_task(
                 session.start(workflow, variables, label=label, version=version, metadata=texts)
             )
             try:
-                with display.waiting(f"workflow {shorten(printable(workflow), 40)}: starting"):
+                with display.waiting(f"workflow {name}: starting"):
                     await asyncio.wait([starting])
             except asyncio.CancelledError:
                 await _finish_start(session, starting, subject)
@@ -175,6 +179,19 @@ def run(
         return ExitCode.SUCCEEDED
 
     raise typer.Exit(run_command(work(), subject, as_json=as_json))
+
+
+async def _check(session: Session, request: StartRequest) -> None:
+    """Check the inputs, as far as the server tells in a few seconds what they must be."""
+    try:
+        encode_inputs(session, request)
+    except (TypeError, ValueError) as error:
+        raise Misuse(str(error)) from error
+    try:
+        await check_inputs(session, request)
+    except ValueError as error:
+        command = f"{PROGRAM} workflow {shlex.quote(str(request.workflow))}"
+        raise Misuse(f"{error}; `{command}` shows what it needs") from error
 
 
 async def _finish_start(

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Coroutine
 from enum import IntEnum
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import attrs
 
@@ -43,11 +43,12 @@ class ExitCode(IntEnum):
 
     description: str
     batch_description: str  # empty if no `batch` command uses the code
+    other_description: str  # of commands that are about no execution; empty as above
 
-    SUCCEEDED = 0, "the execution succeeded", "every item succeeded"
-    FAILED = 1, "the execution failed", "some items failed or are unknown"
+    SUCCEEDED = 0, "the execution succeeded", "every item succeeded", "the command succeeded"
+    FAILED = 1, "the execution failed", "some items failed or are unknown", ""
     USAGE = 2, "the command was used incorrectly, or the API key is missing"
-    TIMED_OUT = 3, "the execution was not complete in time", ""
+    TIMED_OUT = 3, "the execution was not complete in time", "", ""
     REFUSED = (
         4,
         "the API refused a request or could not be reached",
@@ -59,17 +60,33 @@ class ExitCode(IntEnum):
     BROKEN_PIPE = 141, "standard output was closed"
     TERMINATED = 143, "terminated"
 
-    def __new__(cls, value: int, description: str, batch_description: str | None = None) -> Self:
+    def __new__(
+        cls,
+        value: int,
+        description: str,
+        batch_description: str | None = None,
+        other_description: str | None = None,
+    ) -> Self:
         code = int.__new__(cls, value)
         code._value_ = value
         code.description = description
         code.batch_description = description if batch_description is None else batch_description
+        code.other_description = description if other_description is None else other_description
         return code
 
 
-def help_epilog(*, batch: bool = False, examples: tuple[str, ...] = ()) -> str:
+def help_epilog(
+    of: Literal["execution", "batch", "other"] = "execution", examples: tuple[str, ...] = ()
+) -> str:
     """Return the end of a help text: examples, where the key comes from, and the exit codes."""
-    texts = {code: code.batch_description if batch else code.description for code in ExitCode}
+    texts = {
+        code: {
+            "execution": code.description,
+            "batch": code.batch_description,
+            "other": code.other_description,
+        }[of]
+        for code in ExitCode
+    }
     lines = [f"  {code.value:<3}  {text}" for code, text in texts.items() if text]
     return example_epilog(*examples) + _HELP_EPILOG + "\n".join(lines)
 

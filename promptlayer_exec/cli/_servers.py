@@ -16,7 +16,7 @@ import typer
 
 from promptlayer_exec import RetryPolicy
 from promptlayer_exec._integration import install_hint
-from promptlayer_exec.cli._arguments import MAX_ID, BaseUrl, Host, Outage, Port
+from promptlayer_exec.cli._arguments import BaseUrl, Host, Outage, Port, parse_id
 from promptlayer_exec.cli._exit import PROGRAM, ExitCode, Misuse, Subject, run_command
 from promptlayer_exec.cli._session import demo_session, open_session
 from promptlayer_exec.cli._stdio import err, out
@@ -35,7 +35,7 @@ _WORKFLOW = "support-agent"
 def view(
     execution_ids: Annotated[
         list[int] | None,
-        typer.Argument(metavar="ID", min=1, max=MAX_ID, help="Ids of the executions."),
+        typer.Argument(metavar="ID", parser=parse_id, help="Ids of the executions."),
     ] = None,
     *,
     host: Host = "127.0.0.1",
@@ -53,7 +53,6 @@ def view(
     The page can do what your key can do, so its URL contains a token, new at each start. For a page
     that survives a restart, set PROMPTLAYER_EXEC_VIEW_TOKEN to a token of your own, and use --port.
 
-    The API key is read from PROMPTLAYER_API_KEY only.
     """
     if is_demo and (execution_ids or base_url is not None):
         raise typer.BadParameter("cannot be combined with ID or --base-url", param_hint="'--demo'")
@@ -139,8 +138,8 @@ _EXECUTIONS = {
 
 
 def simulate(
-    port: Port = 8787,
     host: Host = "127.0.0.1",
+    port: Port = 8787,
     webhook_url: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Post a signed webhook there when a run is complete."),
@@ -165,7 +164,9 @@ async def _serve(host: str, port: int, webhook_url: str | None) -> ExitCode:
     )
     for execution_id, (_, scenario) in _EXECUTIONS.items():
         simulator.add_execution(scenario, execution_id=execution_id)
-    simulator.add_workflow(_WORKFLOW, support_agent)
+    simulator.add_workflow(
+        _WORKFLOW, support_agent, definition=support_agent(), inputs={"letter": "string"}
+    )
     async with AsyncExitStack() as stack:
         with _listening(host, port):
             await stack.enter_async_context(simulator)
