@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from functools import partial
 from random import random
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import anyio
 import attrs
 
 from promptlayer_exec._callbacks import CallbackLog
@@ -144,23 +144,23 @@ class Client:
     async def snapshot(self, execution_id: int, deadline: Deadline) -> Snapshot:
         request = results_request(execution_id, return_all_outputs=True)
         read = partial(self._node_maps.read, execution_id=execution_id)
-        reply = await self._call(request, read, deadline, due=clock())
+        reply = await self._call(request, read, deadline)
         return take_snapshot(execution_id, reply, elapsed=reply.duration)
 
     async def main_output(self, execution_id: int, deadline: Deadline) -> MainOutput:
         request = results_request(execution_id, return_all_outputs=False)
         read = partial(read_main_output, execution_id=execution_id)
-        return (await self._call(request, read, deadline, due=clock())).value
+        return (await self._call(request, read, deadline)).value
 
     async def workflow(self, request: Request, deadline: Deadline) -> Workflow:
-        return (await self._call(request, read_workflow, deadline, due=clock())).value
+        return (await self._call(request, read_workflow, deadline)).value
 
     async def workflows_page(
         self, page: int, parameters: Mapping[str, str | None]
     ) -> WorkflowsPage:
         request = workflows_request(page, parameters)
         read = partial(WorkflowsPage, page=page)
-        return (await self._call(request, read, self.deadline(), due=clock())).value
+        return (await self._call(request, read, self.deadline())).value
 
     async def _call(
         self,
@@ -168,19 +168,20 @@ class Client:
         read: Callable[[Response], T],
         deadline: Deadline,
         *,
-        due: float,
+        due: float | None = None,
         seen: Snapshot | None = None,
     ) -> Reply[T]:
-        """Send a request outside of a watch at `due`; errors carry the snapshot `seen`."""
+        """Send a request outside of a watch, now or at `due`; errors carry the snapshot `seen`."""
         state = RetryState(self._settings.retry, self._settings.retry.outage)
 
-        async def call() -> Reply[T]:
-            if (wait := due - clock()) > 0:
-                await anyio.sleep(wait)
-            return await self.transport.call(request, read, state, due=due)
-
         try:
-            return await self.lifetime.call(call, deadline)
+            now = clock()
+            if due is None:
+                due = now
+            elif (wait := due - now) > 0:
+                await self.lifetime.call(partial(asyncio.sleep, wait), deadline)
+            send = partial(self.transport.call, request, read, state, due=due)
+            return await self.lifetime.call(send, deadline)
         except PromptLayerExecError as error:
             error.execution_id = request.execution_id
             error.last_snapshot = seen

@@ -9,7 +9,7 @@ import select
 import ssl
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Protocol, Self, cast
 
 import aiohttp
@@ -79,28 +79,25 @@ async def _send_once(
     is_start = request.method == "POST" and not request.url.path.endswith(TOKEN_PATH)
     if is_start and not isinstance(request.body, GuardedBody):
         raise PermanentFailure("a middleware of http= must not replace the body of a start")
-    for _ in range(_CONNECTIONS_TRIED - 1):
-        with suppress(_UncleanConnection):  # so nothing was sent
-            return await _send_over_one(request, handler)
-    return await _send_over_one(request, handler)
-
-
-async def _send_over_one(
-    request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
-) -> aiohttp.ClientResponse:
-    try:
-        return await handler(request)
-    except aiohttp.ClientConnectorError:
-        raise
-    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
-        cause = error.__cause__
-        if is_tls_failure(cause):
-            raise PermanentFailure(reason_of(cause)) from cause
-        raise aiohttp.ClientConnectionError(reason_of(error)) from error
-    except BaseException:
-        if isinstance(request, _CleanRequest):
-            abort(request.used)
-        raise
+    tried = 0
+    while True:
+        try:
+            return await handler(request)
+        except aiohttp.ClientConnectorError:
+            raise
+        except _UncleanConnection:  # so nothing was sent
+            tried += 1
+            if tried == _CONNECTIONS_TRIED:
+                raise
+        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+            cause = error.__cause__
+            if is_tls_failure(cause):
+                raise PermanentFailure(reason_of(cause)) from cause
+            raise aiohttp.ClientConnectionError(reason_of(error)) from error
+        except BaseException:
+            if isinstance(request, _CleanRequest):
+                abort(request.used)
+            raise
 
 
 def abort(transport: asyncio.Transport | None) -> None:

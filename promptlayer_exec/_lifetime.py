@@ -37,11 +37,11 @@ class Lifetime:
     def __init__(self, resources: AsyncExitStack) -> None:
         self._loop = asyncio.get_running_loop()
         self._resources = resources
-        self._ready = anyio.Event()
-        self._closing = anyio.Event()
-        self._ended = anyio.Event()
+        self._ready = asyncio.Event()
+        self._closing = asyncio.Event()
+        self._ended = asyncio.Event()
         self._calls: set[PatientTimeout] = set()
-        self._calls_ended = anyio.Event()
+        self._calls_ended = asyncio.Event()
         self._tasks: TaskGroup
         self._watches = Tasks()
         supervisor = self._loop.create_task(self._supervise(), name="promptlayer_exec.Session")

@@ -63,6 +63,8 @@ class NodeStatus(enum.StrEnum):
     FAILED = "FAILED"
     SKIPPED = "SKIPPED"
 
+    __hash__ = str.__hash__  # Enum's own is a Python call for each node of each poll
+
 
 # PromptLayer has documented FAILED as FAILURE, too.
 STATUSES: Mapping[str, NodeStatus] = {**NodeStatus.__members__, "FAILURE": NodeStatus.FAILED}
@@ -74,7 +76,7 @@ def _read_status(status: str) -> NodeStatus | str:
 
 
 class _NodeSlots:
-    """The fields of a node, which may be set until `make_node` turns it into one."""
+    """The fields of a node, which may be set until `read_node` turns it into one."""
 
     __slots__ = (
         "__weakref__",
@@ -119,28 +121,32 @@ class Node(_NodeSlots):
         return self.status == NodeStatus.SUCCESS
 
 
-def make_node(  # noqa: PLR0917 - by position, as it is called for every node of every poll
-    name: str,
-    status: NodeStatus,
-    value: Any,
-    error_message: str | None,
-    raw_error_message: Any,
-    is_output_node: bool | None,
-) -> Node:
-    """Return the same as `Node(...)`, in a third of the time.
+def read_node(name: str, body: Any) -> Node | None:
+    """Return the node that a decoded body describes; None if it is not a well-formed one.
 
     attrs sets each field of a frozen class by a call; on a body of 50 nodes that is a tenth of a
     poll. Here the fields are set while the class still allows it, and the class comes last.
     """
+    try:
+        status = STATUSES[body["status"]]
+    except (KeyError, TypeError):
+        return None
+    get = body.get
+    message, is_output = get("error_message"), get("is_output_node")
+    if (message is not None and type(message) is not str) or (
+        is_output is not None and type(is_output) is not bool
+    ):
+        return None
     node: Any = object.__new__(_NodeSlots)
     node.name = name
     node.status = status
-    node.value = value
-    node.error_message = error_message
-    node.raw_error_message = raw_error_message
-    node.is_output_node = is_output_node
+    node.value = get("value")
+    node.error_message = message
+    node.raw_error_message = get("raw_error_message")
+    node.is_output_node = is_output
     node.__class__ = Node
-    return cast(Node, node)
+    read: Node = node
+    return read
 
 
 @attrs.frozen

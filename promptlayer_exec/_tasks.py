@@ -50,25 +50,26 @@ class PatientTimer:
         callback: called with `args`.
     """
 
-    __slots__ = ("_args", "_callback", "_handle", "_loop")
+    __slots__ = ("_handle", "_loop")
 
     def __init__(self, at: float | None, callback: Callable[..., object], *args: Any) -> None:
         self._loop = asyncio.get_running_loop()
-        self._callback = callback
-        self._args = args
-        self._handle = None if at is None else self._loop.call_at(at, self._fire, at)
+        self._handle: asyncio.TimerHandle | None = None
+        if at is not None:
+            # Kept by the handle alone: cancelling it frees them, before any garbage collection.
+            self._handle = self._loop.call_at(at, self._fire, at, callback, *args)
 
     def cancel(self) -> None:
         if self._handle is not None:
             self._handle.cancel()
 
-    def _fire(self, at: float) -> None:
+    def _fire(self, at: float, callback: Callable[..., object], *args: Any) -> None:
         late = self._loop.time() - at
         if late < _LATE:
-            self._callback(*self._args)
+            self._handle = None
+            callback(*args)
         else:
-            pause = min(late, _LONGEST_READ)
-            self._handle = self._loop.call_later(pause, self._callback, *self._args)
+            self._handle = self._loop.call_later(min(late, _LONGEST_READ), callback, *args)
 
 
 class PatientTimeout:
@@ -77,6 +78,8 @@ class PatientTimeout:
     Args:
         at: the time, on the running loop's clock; None: no limit.
     """
+
+    __slots__ = ("_at", "_timeout", "_timer")
 
     def __init__(self, at: float | None) -> None:
         self._at = at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
 from typing import Protocol
@@ -79,7 +80,7 @@ class Throttle:
     def __init__(self, rate: float | None, limiters: Sequence[Limiter] = ()) -> None:
         self._max_rate = or_infinity(rate)
         self._limiters = limiters
-        self._lock = anyio.Lock(fast_acquire=True)
+        self._lock = asyncio.Lock()
         self._next_slot = -math.inf
         self._good_answers = _MeasuredRate()
         self._refused_at = -math.inf
@@ -90,29 +91,33 @@ class Throttle:
         self._t = 0.0
         self._t_updated_at = -math.inf
 
-    async def acquire(self) -> None:
-        """Wait for the next slot, and take it."""
-        waited = self._lock.locked()
-        async with self._lock:
-            waited = await self._wait_for_slot() or waited
-            for limiter in self._limiters:
-                try:
-                    await limiter.acquire()
-                except PromptLayerExecError as error:  # it would be taken for the server's
-                    raise RuntimeError(f"the limiter raised {error!r:.200}") from error
-                await self._wait_for_slot()  # a 429 may have arrived meanwhile
-            now = clock()
-            # Only a request that had to wait makes up for lost slots: an idle session wants none.
-            slot = max(self._next_slot, now - _CATCH_UP) if waited else now
-            self._next_slot = slot + 1.0 / self._current_rate(now)
+    async def acquire(self) -> float:
+        """Wait for the next slot, take it, and return the time."""
+        now = clock()
+        waits = self._lock.locked() or self._next_slot > now
+        if waits or self._limiters:
+            async with self._lock:
+                await self._wait_for_slot()
+                for limiter in self._limiters:
+                    try:
+                        await limiter.acquire()
+                    except PromptLayerExecError as error:  # it would be taken for the server's
+                        raise RuntimeError(f"the limiter raised {error!r:.200}") from error
+                    await self._wait_for_slot()  # a 429 may have arrived meanwhile
+                now = clock()
+                self._take_slot(now, waited=waits)
+        else:
+            self._take_slot(now, waited=False)
+        return now
 
-    async def _wait_for_slot(self) -> bool:
-        """Wait until a request may be sent; return whether that took any time."""
-        waited = False
-        while (wait := self._next_slot - clock()) > 0:  # a 429 may move the slot meanwhile
-            waited = True
+    def _take_slot(self, now: float, *, waited: bool) -> None:
+        # Only a request that had to wait makes up for lost slots: an idle session wants none.
+        slot = max(self._next_slot, now - _CATCH_UP) if waited else now
+        self._next_slot = slot + 1.0 / self._current_rate(now)
+
+    async def _wait_for_slot(self) -> None:
+        while (wait := self._next_slot - clock()) > 0:  # noqa: ASYNC110 - a 429 may move the slot
             await anyio.sleep(wait)
-        return waited
 
     def answered(self) -> None:
         """Record an answer other than 429."""

@@ -120,10 +120,10 @@ class Transport:
         """Send a request once, when a connection is free and the rate allows it."""
         pool = self._pools.reads if once is None else self._pools.starts
         async with pool.slots:
-            await self._throttle.acquire()
+            sent_at = await self._throttle.acquire()
             if once is not None:
                 await once.before_send()
-            sent_at = clock()
+                sent_at = clock()
             lateness = max(sent_at - due, 0.0)
             state.excuse(lateness)
             response = await self._attempt(pool, request, sent_at, once)
@@ -226,7 +226,7 @@ class Transport:
                 answer = await pool.http.request(
                     request.method,
                     url,
-                    headers={**(pool.headers or {}), **request.headers},
+                    headers={**(pool.headers or {}), **request.headers} or None,
                     data=data,
                     timeout=_NO_TIMEOUT,
                     allow_redirects=False,
@@ -332,21 +332,22 @@ def excess(body: bytes, limit: int) -> str:
 
 def _may_be_cut(answer: aiohttp.ClientResponse, body: bytes) -> bool:
     """Return True for a number whose end is not marked: all other JSON marks its own."""
+    if not body[-1:].isdigit():
+        return False
     headers = answer.headers
     is_framed = "Content-Length" in headers or "Transfer-Encoding" in headers
     is_plain = headers.get("Content-Encoding", "identity") == "identity"
-    return not (is_framed and is_plain) and body.strip()[-1:].isdigit()
+    return not (is_framed and is_plain)
 
 
 async def _read_body(answer: aiohttp.ClientResponse, pieces: list[bytes], limit: int) -> None:
     """Read a body into `pieces`, and stop when it exceeds `limit` bytes."""
     size = 0
     try:
-        async for piece in answer.content.iter_any():
+        while size <= limit and not answer.content.at_eof():
+            piece = await answer.content.readany()
             pieces.append(piece)
             size += len(piece)
-            if size > limit:
-                break
     finally:
         if not answer.closed:  # it is closed already if the body was read to its end
             abort(answer.connection.transport if answer.connection is not None else None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from itertools import repeat
+from operator import attrgetter
 from random import random
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -76,7 +78,8 @@ def _first_seen(
 ) -> Mapping[str, NodeTimes]:
     seen_now: dict[NodeStatus | str, NodeTimes] = dict.fromkeys(FINAL, NodeTimes(final=elapsed))
     seen_now[NodeStatus.RUNNING] = NodeTimes(running=elapsed)
-    times = {name: seen_now.get(node.status, _UNSEEN) for name, node in nodes.items()}
+    statuses = map(attrgetter("status"), nodes.values())
+    times = dict(zip(nodes, map(seen_now.get, statuses, repeat(_UNSEEN)), strict=False))
     for name, earlier in before.items():
         now = times.get(name, _UNSEEN)
         running = now.running if earlier.running is None else earlier.running

@@ -26,12 +26,11 @@ from promptlayer_exec._errors import InvalidResponse
 from promptlayer_exec._events import logger
 from promptlayer_exec._json import json_kind, loads
 from promptlayer_exec._models import (
-    STATUSES,
     FrozenMap,
     MainOutput,
     Node,
     StartRequest,
-    make_node,
+    read_node,
     same_json,
 )
 from promptlayer_exec._status import status_error, status_name
@@ -256,18 +255,21 @@ class NodeMapReader:
         """Read a node map that is decoded; errors quote the body of the response."""
         if not isinstance(raw, dict):
             invalid_shape(response, "$", f"expected an object of nodes, got {json_kind(raw)}")
-        nodes = {}
-        for name, body in raw.items():
-            if before is not None and name in before.nodes and same_json(before.raw[name], body):
-                raw[name] = before.raw[name]
-                nodes[name] = before.nodes[name]
-                continue
-            node = _node(name, body)
-            if node is None:
-                node = _checked_node(response, name, body)
-                if type(node.status) is str and node.status[:_LONGEST_STATUS] not in self._reported:
-                    self._report(node, execution_id)
-            nodes[name] = node
+        nodes: dict[str, Any]
+        if before is None:
+            nodes = {name: read_node(name, body) for name, body in raw.items()}
+        else:
+            nodes = {}
+            for name, body in raw.items():
+                if name in before.nodes and same_json(before.raw[name], body):
+                    raw[name] = before.raw[name]
+                    nodes[name] = before.nodes[name]
+                else:
+                    nodes[name] = read_node(name, body)
+        for name in [name for name, node in nodes.items() if node is None]:
+            node = nodes[name] = _checked_node(response, name, raw[name])
+            if type(node.status) is str and node.status[:_LONGEST_STATUS] not in self._reported:
+                self._report(node, execution_id)
         return NodeMap(
             response.status == 200, FrozenMap(nodes), raw, (response.status, response.body)
         )
@@ -281,22 +283,6 @@ class NodeMapReader:
                 node.name,
                 node.status,
             )
-
-
-def _node(name: str, body: Any) -> Node | None:
-    """Return what `_checked_node` would, in less time; None for what only that can judge."""
-    if type(body) is not dict:
-        return None
-    get = body.get
-    word, message, is_output = get("status"), get("error_message"), get("is_output_node")
-    if (
-        type(word) is not str
-        or (status := STATUSES.get(word)) is None
-        or (message is not None and type(message) is not str)
-        or (is_output is not None and type(is_output) is not bool)
-    ):
-        return None
-    return make_node(name, status, get("value"), message, get("raw_error_message"), is_output)
 
 
 def _checked_node(response: Response, name: str, body: Any) -> Node:

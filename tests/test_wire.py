@@ -13,7 +13,14 @@ from multidict import CIMultiDict
 
 from promptlayer_exec import _wire
 from promptlayer_exec._errors import InvalidResponse, StatusError
-from promptlayer_exec._models import FrozenMap, MainOutput, Node, NodeStatus, StartRequest
+from promptlayer_exec._models import (
+    FrozenMap,
+    MainOutput,
+    Node,
+    NodeStatus,
+    StartRequest,
+    read_node,
+)
 from promptlayer_exec._wire import (
     NodeMapReader,
     Reply,
@@ -847,7 +854,7 @@ def test_the_fast_path_gives_the_node_that_cattrs_gives(body):
         expected = _wire._checked_node(Response(202, b""), "a", body)
     except InvalidResponse:
         expected = None
-    node = _wire._node("a", body)
+    node = read_node("a", body)
     if expected is None or not isinstance(expected.status, NodeStatus):
         assert node is None
     else:
