@@ -13,19 +13,21 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
 from promptlayer_exec import Session, StartRequest
-from promptlayer_exec.dbos import Batch
+from promptlayer_exec.dbos import Batch, StoredOutcome
 
 PORT = "5432"  # the name of the server's socket; it does not listen on the network
 WORKERS = 3
@@ -221,9 +223,44 @@ def measure_add(bench: Bench, count: int) -> None:
     began = time.monotonic()
     asyncio.run(bench.batch("add").add(requests(count, 1.0)))
     bench.row(f"adding {count:,} items", time.monotonic() - began, " s", 60.0)
-    began = time.monotonic()
-    status = asyncio.run(bench.batch("add", direct=True).status())
-    assert status.total == count
+    assert asyncio.run(bench.batch("add", direct=True).status()).total == count
+
+
+def measure_status(bench: Bench, count: int) -> None:
+    """Ask for the status of a batch that has many items, without the proxy."""
+    batch = bench.batch("many", direct=True)
+    asyncio.run(batch.add(requests(1, 1.0)))
+    numbers = f"generate_series(2, {count}) AS n"
+    ended = "CASE WHEN n % 2 = 0 THEN 'succeeded' END"
+    now = datetime.now(UTC)
+    outcome = StoredOutcome("a key", 7, True, "x" * 200, None, now, now).to_json()
+    bench.query(
+        "INSERT INTO promptlayer_item (batch, key, attempt, kind, seq, outcome)"
+        f" SELECT 'many', 'key ' || n, 1, {ended}, n, :outcome FROM {numbers}",
+        outcome=outcome,
+    )
+    bench.query(
+        "INSERT INTO dbos.workflow_status (workflow_uuid, status, name, queue_name)"
+        " SELECT 'promptlayer-exec/many/1/key ' || n,"
+        " CASE WHEN n % 2 = 0 THEN 'SUCCESS' WHEN n % 1000 = 1 THEN 'PENDING' ELSE 'ENQUEUED' END,"
+        f" 'promptlayer_exec.item', 'promptlayer-exec/many' FROM {numbers}"
+    )
+    bench.query("UPDATE promptlayer_batch SET total = NULL WHERE name = 'many'")
+    bench.query("VACUUM ANALYZE")
+
+    async def ask() -> float:
+        await batch.status()  # counts the items, as nothing has kept the numbers
+        async with aclosing(batch.outcomes(until_done=False)) as outcomes:
+            await anext(outcomes)  # the batch stays open, and so does its connection
+            times = []
+            for _ in range(20):
+                began = time.monotonic()
+                status = await batch.status()
+                times.append(time.monotonic() - began)
+        assert (status.total, status.succeeded) == (count, count // 2)
+        return statistics.median(times)
+
+    bench.row(f"`status()` of {count:,} items", asyncio.run(ask()) * 1000, " ms", 10.0)
 
 
 def measure_work(bench: Bench, count: int, *, show_statements: bool) -> None:
@@ -306,6 +343,7 @@ def main() -> int:
     parser.add_argument("--delay", type=float, default=10.0, help="milliseconds per round trip")
     parser.add_argument("--add", type=int, default=100_000, help="how many items to add")
     parser.add_argument("--run", type=int, default=6_000, help="how many items to work on")
+    parser.add_argument("--status", type=int, default=1_000_000, help="of how many items")
     parser.add_argument("--no-kill", action="store_true", help="do not kill a worker")
     parser.add_argument("--statements", action="store_true", help="print the statements, too")
     options = parser.parse_args()
@@ -328,6 +366,8 @@ def main() -> int:
         print("|---|---|---|")  # noqa: T201
         if options.add:
             measure_add(bench, options.add)
+        if options.status:
+            measure_status(bench, options.status)
         if options.run:
             measure_work(bench, options.run, show_statements=options.statements)
         if not options.no_kill:
