@@ -274,7 +274,7 @@ def test_a_program_with_such_a_loop_ends(sim: Simulator, tmp_path: Path) -> None
     """Its exit closes the session, and nothing keeps the process alive."""
     program = code("Threads and WSGI servers")[0] + "\nprint(write_report('otters'))"
     finished = subprocess.run(
-        [sys.executable, "-W", "error", "-X", "dev", "-c", program],
+        [sys.executable, "-W", "error", "-c", program],
         capture_output=True,
         text=True,
         timeout=20,
