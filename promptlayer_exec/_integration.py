@@ -20,12 +20,13 @@ from promptlayer_exec._models import StartRequest, node_dict
 from promptlayer_exec._policies import check_seconds
 from promptlayer_exec._repr import short_repr
 from promptlayer_exec._session import Session
-from promptlayer_exec._settings import check_count
+from promptlayer_exec._settings import check_count, find_base_url
 from promptlayer_exec._throttle import Limiter
 from promptlayer_exec._transport import excess
 from promptlayer_exec._workflows import Workflow
 
 __all__ = [
+    "base_url",
     "check_count",
     "check_inputs",
     "check_seconds",
@@ -55,6 +56,11 @@ def log_text(error: BaseException) -> str:
         what = f"at {error.path}" if isinstance(error, InvalidOutput) else str(error.args[0])
         text += f": {printable(what)}"
     return text
+
+
+def base_url(session: Session) -> str:
+    """Return the URL of the server that a session uses, without a trailing slash."""
+    return find_base_url(session._settings.base_url)
 
 
 def encode_inputs(session: Session, request: StartRequest) -> dict[str, Any]:

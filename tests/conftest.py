@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from hypothesis import settings
 
@@ -65,9 +68,12 @@ _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_settings_in_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     for name in (*_SETTINGS, *_PROXIES, *map(str.lower, _PROXIES)):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
 
 
 @pytest.fixture
@@ -165,3 +171,78 @@ async def serve() -> AsyncIterator[Callable[[Any], Awaitable[str]]]:
             return f"http://127.0.0.1:{port}"
 
         yield start
+
+
+BEARER = "Bearer secret"
+
+
+class Viewer:
+    """A board that is served, and requests to it."""
+
+    def __init__(self, board: Any, port: int) -> None:
+        self.board = board
+        self.port = port
+
+    async def request(self, head: str, **headers: str | None) -> tuple[int, str]:
+        """Send a raw request; return the status and the response, without the body of a stream.
+
+        Args:
+            head: the method and the path.
+            headers: they replace those of the page; None removes one.
+        """
+        given = {"Host": f"127.0.0.1:{self.port}", "Connection": "close", "Authorization": BEARER}
+        given.update({name.replace("_", "-"): value for name, value in headers.items()})
+        lines = [f"{name}: {value}" for name, value in given.items() if value is not None]
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write("\r\n".join([f"{head} HTTP/1.1", *lines, "", ""]).encode())
+        text = (await reader.readuntil(b"\r\n\r\n")).decode()
+        if "event-stream" not in text:
+            text += (await reader.read()).decode()
+        writer.close()
+        await writer.wait_closed()
+        return int(text.split()[1]), text
+
+    async def send(self, method: str, path: str, content: Any = None) -> tuple[int, Any]:
+        """Send a request as the page does, and return the status and the body."""
+        async with (
+            aiohttp.ClientSession(headers={"Authorization": BEARER}) as http,
+            http.request(
+                method, f"http://127.0.0.1:{self.port}/api/{path}", json=content
+            ) as response,
+        ):
+            text = await response.text()
+            is_json = response.content_type == "application/json"
+            return response.status, json.loads(text) if is_json else text
+
+    async def events(self) -> AsyncIterator[tuple[str, Any]]:
+        """Yield the events of a page."""
+        url = f"http://127.0.0.1:{self.port}/api/events"
+        headers = {"Authorization": BEARER}
+        async with (
+            aiohttp.ClientSession(headers=headers, read_bufsize=2**20) as http,
+            http.get(url) as response,
+        ):
+            kind = ""
+            async for line in response.content:
+                name, _, text = line.decode().rstrip("\n").partition(": ")
+                if name == "event":
+                    kind = text
+                elif name == "data":
+                    yield kind, json.loads(text)
+
+
+@pytest.fixture
+async def viewer(session: Session, tmp_path: Path) -> AsyncIterator[Viewer]:
+    """Return a viewer on a free port; it is stopped, as by Ctrl-C, at the end of the test."""
+    from promptlayer_exec.viewer import Address, Board, History, listen, serve
+
+    listener = listen("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    history = History(tmp_path / "history.sqlite", server="of a test", limit=5)
+    async with session, Board(session, note="of a test", history=history) as board:
+        address = Address("127.0.0.1", port)
+        serving = asyncio.create_task(serve(board, listener, address, "secret"))
+        yield Viewer(board, port)
+        serving.cancel()
+        async with asyncio.timeout(5):
+            await asyncio.wait([serving])

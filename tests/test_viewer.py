@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -23,6 +24,7 @@ import typer
 import promptlayer_exec.viewer
 from promptlayer_exec import Node, Session, Snapshot
 from promptlayer_exec._install import install_hint
+from promptlayer_exec.cli._browser import open_in_browser
 from promptlayer_exec.cli._servers import TOKEN, _print_url, view
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.viewer import Address, Board, listen, serve
@@ -34,75 +36,6 @@ BEARER = "Bearer secret"
 ROUTES = ["/", "/viewer.css", "/viewer.js", "/favicon.svg", "/api/events", "/nowhere"]
 
 
-class Viewer:
-    """A board that is served, and requests to it."""
-
-    def __init__(self, board: Board, port: int) -> None:
-        self.board = board
-        self.port = port
-
-    async def request(self, head: str, **headers: str | None) -> tuple[int, str]:
-        """Send a raw request; return the status and the response, without the body of a stream.
-
-        Args:
-            head: the method and the path.
-            headers: they replace those of the page; None removes one.
-        """
-        given = {"Host": f"127.0.0.1:{self.port}", "Connection": "close", "Authorization": BEARER}
-        given.update({name.replace("_", "-"): value for name, value in headers.items()})
-        lines = [f"{name}: {value}" for name, value in given.items() if value is not None]
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        writer.write("\r\n".join([f"{head} HTTP/1.1", *lines, "", ""]).encode())
-        text = (await reader.readuntil(b"\r\n\r\n")).decode()
-        if "event-stream" not in text:
-            text += (await reader.read()).decode()
-        writer.close()
-        await writer.wait_closed()
-        return int(text.split()[1]), text
-
-    async def send(self, method: str, path: str, content: Any = None) -> tuple[int, Any]:
-        """Send a request as the page does, and return the status and the body."""
-        async with (
-            aiohttp.ClientSession(headers={"Authorization": BEARER}) as http,
-            http.request(
-                method, f"http://127.0.0.1:{self.port}/api/{path}", json=content
-            ) as response,
-        ):
-            text = await response.text()
-            is_json = response.content_type == "application/json"
-            return response.status, json.loads(text) if is_json else text
-
-    async def events(self) -> AsyncIterator[tuple[str, Any]]:
-        """Yield the events of a page."""
-        url = f"http://127.0.0.1:{self.port}/api/events"
-        headers = {"Authorization": BEARER}
-        async with (
-            aiohttp.ClientSession(headers=headers, read_bufsize=2**20) as http,
-            http.get(url) as response,
-        ):
-            kind = ""
-            async for line in response.content:
-                name, _, text = line.decode().rstrip("\n").partition(": ")
-                if name == "event":
-                    kind = text
-                elif name == "data":
-                    yield kind, json.loads(text)
-
-
-@pytest.fixture
-async def viewer(session: Session) -> AsyncIterator[Viewer]:
-    """Return a viewer on a free port; it is stopped, as by Ctrl-C, at the end of the test."""
-    listener = listen("127.0.0.1", 0)
-    port = listener.getsockname()[1]
-    async with session, Board(session, note="of a test") as board:
-        address = Address("127.0.0.1", port)
-        serving = asyncio.create_task(serve(board, listener, address, "secret"))
-        yield Viewer(board, port)
-        serving.cancel()
-        async with asyncio.timeout(5):
-            await asyncio.wait([serving])
-
-
 async def until(events: AsyncIterator[tuple[str, Any]], wanted: str, **members: Any) -> Any:
     """Return the data of the next event of a kind that has these members."""
     async with asyncio.timeout(5):
@@ -112,7 +45,7 @@ async def until(events: AsyncIterator[tuple[str, Any]], wanted: str, **members: 
     raise AssertionError(f"the events ended without {wanted}")
 
 
-async def test_a_foreign_host_is_refused(viewer: Viewer) -> None:
+async def test_a_foreign_host_is_refused(viewer: Any) -> None:
     """DNS rebinding, which gives another name this machine's address, fails even with the token."""
     right = str(viewer.port)
     foreign = ["a.b", f"a.b:{right}", "127.0.0.1", "127.0.0.1:1", f"127.0.0.1.a.b:{right}", ""]
@@ -123,7 +56,7 @@ async def test_a_foreign_host_is_refused(viewer: Viewer) -> None:
     assert (await viewer.request("GET /", Host=None))[0] == 400
 
 
-async def test_only_its_own_origin_is_allowed(viewer: Viewer) -> None:
+async def test_only_its_own_origin_is_allowed(viewer: Any) -> None:
     """This holds for every route; its own origin is that of the Host in the request."""
     for origin in ("http://a.b", "null", f"https://127.0.0.1:{viewer.port}", "http://127.0.0.1:1"):
         for head in ("GET /", "GET /api/events", "POST /api/runs", "OPTIONS /api/runs"):
@@ -134,7 +67,7 @@ async def test_only_its_own_origin_is_allowed(viewer: Viewer) -> None:
         assert (await viewer.request("GET /api/events", **own))[0] == 200
 
 
-async def test_another_site_may_only_link_to_the_page(viewer: Viewer) -> None:
+async def test_another_site_may_only_link_to_the_page(viewer: Any) -> None:
     """It may not embed the page in a frame, load its script, or send other requests."""
     link = {"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "document"}
     frame = {"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "iframe"}
@@ -145,7 +78,7 @@ async def test_another_site_may_only_link_to_the_page(viewer: Viewer) -> None:
         assert (await viewer.request("GET /api/events", Sec_Fetch_Site=site))[0] == 403
 
 
-async def test_every_api_request_needs_the_token(viewer: Viewer) -> None:
+async def test_every_api_request_needs_the_token(viewer: Any) -> None:
     """Without it even a path that does not exist is a 401."""
     for credentials in (None, "", "Bearer", "Bearer wrong", "Bearer secre\u00e9", "secret"):
         for head in ("GET /api/events", "POST /api/runs", "DELETE /api/executions/1", "GET /api/"):
@@ -154,7 +87,7 @@ async def test_every_api_request_needs_the_token(viewer: Viewer) -> None:
             assert "open the URL that promptlayer-exec view printed" in answer
 
 
-async def test_every_response_has_the_security_headers(viewer: Viewer) -> None:
+async def test_every_response_has_the_security_headers(viewer: Any) -> None:
     """At every status, they forbid inline scripts, frames, caches and other origins."""
     given: list[dict[str, str | None]] = [{}, {"Host": "evil.example"}, {"Authorization": None}]
     for path in ROUTES:
@@ -171,19 +104,17 @@ async def test_every_response_has_the_security_headers(viewer: Viewer) -> None:
 
 
 def test_the_page_has_no_inline_code_and_no_external_resources() -> None:
-    """It is one HTML file, one CSS file and one script, which writes values as text only."""
-    assert {path.name for path in PAGE.iterdir()} == {
-        "index.html",
-        "viewer.css",
-        "viewer.js",
-        "favicon.svg",
-    }
-    page, script = (PAGE / "index.html").read_text(), (PAGE / "viewer.js").read_text()
+    """Its scripts write values as text only, and no file of it names another host."""
+    files = {path.name: path.read_text() for path in PAGE.iterdir()}
+    page = files["index.html"]
     assert re.findall(r"<script[^>]*>", page) == ['<script type="module" src="viewer.js">']
     assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:", page)
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", script)
-    for text in (page, script, (PAGE / "viewer.css").read_text()):
-        assert not re.search(r"https?:|\burl\(|@import|//\w+\.", text)
+    namespace, vendor = "http://www.w3.org/2000/svg", "https://api.promptlayer.com"
+    for name, text in files.items():
+        assert len(text.splitlines()) <= 520, name
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)
+        rest = text.replace(namespace, "").replace(vendor, "")  # the latter is only ever shown
+        assert not re.search(r"https?:|\burl\(|@import|//\w+\.", rest), name
 
 
 @pytest.mark.parametrize(
@@ -208,7 +139,7 @@ def test_the_names_of_an_address(
 
 
 async def test_a_page_gets_everything_and_then_the_changes(
-    sim: Simulator, viewer: Viewer, held: int
+    sim: Simulator, viewer: Any, held: int
 ) -> None:
     """A page that is opened later gets the same state, with the same times."""
     viewer.board.follow(held)
@@ -261,9 +192,7 @@ async def test_a_page_gets_all_nodes_if_some_were_added_or_removed(session: Sess
         assert await show("c") == (True, ["c"])
 
 
-async def test_an_idle_page_gets_heartbeats(
-    viewer: Viewer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_idle_page_gets_heartbeats(viewer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both sides can then detect a dead connection."""
     assert _HEARTBEAT == 15
     monkeypatch.setattr("promptlayer_exec.viewer._events._HEARTBEAT", 0.01)
@@ -277,7 +206,7 @@ async def test_an_idle_page_gets_heartbeats(
                 pass
 
 
-async def test_values_come_through_exactly(sim: Simulator, viewer: Viewer) -> None:
+async def test_values_come_through_exactly(sim: Simulator, viewer: Any) -> None:
     """They are sent as text, as JavaScript would round numbers; long ones in full on demand."""
     values = [2**63 + 1, [math.nan, -math.inf], "half \ud800", None, False, "", "a" * 10_001]
     nodes = [SimNode(str(index), value) for index, value in enumerate(values)]
@@ -305,7 +234,7 @@ async def test_values_come_through_exactly(sim: Simulator, viewer: Viewer) -> No
     assert value_text(deep) == "(nested too deeply to be shown)"
 
 
-async def test_a_failed_node_always_has_a_message(sim: Simulator, viewer: Viewer) -> None:
+async def test_a_failed_node_always_has_a_message(sim: Simulator, viewer: Any) -> None:
     """It is the error message, or the last line of the details, or a text that there is none."""
     cases: list[tuple[Any, ...]] = [
         ("why", {"raw": "Traceback\nwhy"}, "why", "Traceback\nwhy"),
@@ -326,7 +255,7 @@ async def test_a_failed_node_always_has_a_message(sim: Simulator, viewer: Viewer
 
 
 async def test_an_execution_is_added_once_and_can_be_removed(
-    sim: Simulator, viewer: Viewer, held: int, our_tasks: Callable[[], list[str]]
+    sim: Simulator, viewer: Any, held: int, our_tasks: Callable[[], list[str]]
 ) -> None:
     """The latest addition is first on the page; a removed execution is no longer polled."""
     other = sim.add_execution(Scenario([SimNode("a", None, None)]))
@@ -347,7 +276,7 @@ async def test_an_execution_is_added_once_and_can_be_removed(
 
 
 async def test_an_invalid_or_unknown_id_is_refused_with_a_reason(
-    sim: Simulator, viewer: Viewer
+    sim: Simulator, viewer: Any
 ) -> None:
     """The error names the field, and no card is added."""
     for wrong in ("", "x", "0", "-1", "1.5", "\u0661", str(2**63), "9" * 5000):
@@ -364,7 +293,7 @@ async def test_an_invalid_or_unknown_id_is_refused_with_a_reason(
 
 
 async def test_a_watch_that_failed_keeps_its_last_snapshot(
-    sim: Simulator, viewer: Viewer, held: int
+    sim: Simulator, viewer: Any, held: int
 ) -> None:
     """It has the error; adding the execution again follows it again, at the same position."""
     other = sim.add_execution(Scenario([SimNode("a", "b")]))
@@ -383,7 +312,7 @@ async def test_a_watch_that_failed_keeps_its_last_snapshot(
     assert list(viewer.board.cards) == [held, other]
 
 
-async def test_a_run_is_started_and_followed(sim: Simulator, viewer: Viewer) -> None:
+async def test_a_run_is_started_and_followed(sim: Simulator, viewer: Any) -> None:
     """It is followed even if the page was closed; errors name the field of the form."""
     sim.add_workflow("a/b", Scenario([SimNode("n", "v")]), warning="no tone")
     for workflow, inputs, status, field in [
@@ -396,14 +325,16 @@ async def test_a_run_is_started_and_followed(sim: Simulator, viewer: Viewer) -> 
     ]:
         answer = await viewer.send("POST", "runs", {"workflow": workflow, "inputs": inputs})
         assert (answer[0], answer[1]["field"]) == (status, field)
+    sim.inject(Fault.status(404))  # its definition
     sim.inject(Fault.disconnect())
     status, answer = await viewer.send("POST", "runs", {"workflow": "a/b", "inputs": ""})
-    assert (status, answer["field"]) == (502, None)
+    assert (status, answer["field"], answer["is_unknown"]) == (502, None, True)
     assert "may have started and be billed" in answer["message"]
     before = len(sim.runs)
+    sim.inject(Fault.status(404))  # its definition
     sim.inject(Fault.delay(0.05))
     start = asyncio.create_task(viewer.send("POST", "runs", {"workflow": "a/b", "inputs": ""}))
-    await sim.wait_for_requests(sim.request_count + 1)
+    await sim.wait_for_requests(sim.request_count + 2)
     start.cancel()
     done = await until(viewer.events(), "execution", state="succeeded")
     assert (done["workflow"], done["warning"]) == ("a/b", "no tone")
@@ -445,6 +376,15 @@ def test_an_address_that_is_not_loopback_prints_a_warning(
     assert printed.err.startswith("warning: other machines can reach this page")
 
 
+async def _post(port: int, content: Any) -> None:
+    url = f"http://127.0.0.1:{port}/api/runs"
+    async with (
+        aiohttp.ClientSession(headers={"Authorization": BEARER}) as http,
+        http.post(url, json=content),
+    ):
+        pass
+
+
 async def test_stopping_aborts_open_requests_without_log_messages(
     sim: Simulator,
     open_session: Callable[..., Session],
@@ -470,7 +410,7 @@ async def test_stopping_aborts_open_requests_without_log_messages(
             head = f"GET /api/events HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
             page.sendall(f"{head}Authorization: {BEARER}\r\n\r\n".encode())
             start = {"workflow": "any", "inputs": ""}
-            starting = asyncio.create_task(Viewer(board, port).send("POST", "runs", start))
+            starting = asyncio.create_task(_post(port, start))
             async with asyncio.timeout(5):
                 await board.opened.wait()
                 await sim.wait_for_requests(before + 1)
@@ -517,3 +457,72 @@ async def test_sigterm_stops_the_command_with_a_page_open(sim: Simulator, held: 
     assert rest.endswith(b"event: end\ndata: {}\n\n")
     assert process.returncode == 0
     assert errors == b"Open this page, which is for you alone (Ctrl-C ends it):\n"
+
+
+_BROWSER = """
+import json, os, sys, urllib.parse, urllib.request
+name = urllib.request.url2pathname(urllib.parse.urlsplit(sys.argv[1]).path)
+with open(name) as file:
+    print(json.dumps([sys.argv, name, os.stat(name).st_mode, file.read()]))
+"""
+
+
+async def test_the_page_is_opened_without_the_token_on_a_command_line(
+    sim: Simulator, tmp_path: Path
+) -> None:
+    """The browser gets a file that only the user can read."""
+    browser = tmp_path / "browser.py"
+    browser.write_text(_BROWSER)
+    token = "t" * 22
+    environment = {
+        **os.environ,
+        "PROMPTLAYER_API_KEY": sim.api_key,
+        "PROMPTLAYER_BASE_URL": sim.base_url,
+        "BROWSER": f"{sys.executable} {browser} %s",
+        TOKEN: token,
+    }
+    command = [sys.executable, "-m", "promptlayer_exec", "view", "--open", "--no-history"]
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+    )
+    try:
+        assert process.stdout is not None
+        url = (await process.stdout.readline()).decode().strip()
+        arguments, name, mode, text = json.loads(await process.stdout.readline())
+        headers = {"Authorization": f"Bearer {token}"}
+        async with (
+            aiohttp.ClientSession(headers=headers) as http,
+            http.get(url.replace("/#token=", "/api/events?")) as response,
+        ):
+            assert b'"has_history":false' in await response.content.readuntil(b"\n\n")
+            process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(5):
+                await process.wait()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert token not in " ".join(arguments)
+    assert stat.S_IMODE(mode) == 0o600
+    assert re.findall('url=([^"]*)"', text) == [url]
+    assert process.returncode == 0
+    assert not os.path.lexists(name)  # noqa: ASYNC240 - nothing else runs
+
+
+async def test_the_file_is_deleted_once_the_page_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name stays in the browser's history, and leads nowhere."""
+    urls: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda url: urls.append(url) or True)
+    opened = asyncio.Event()
+    opened.set()
+    await open_in_browser("http://a.b/#token=t", opened)
+    assert not os.path.lexists(urls[0].removeprefix("file://"))  # noqa: ASYNC240
+
+
+async def test_without_a_browser_the_page_is_opened_by_hand(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command says so, and goes on."""
+    monkeypatch.setattr("webbrowser.open", lambda _: False)
+    await open_in_browser("http://a.b/#token=t", asyncio.Event())
+    assert "open the page yourself" in capsys.readouterr().err

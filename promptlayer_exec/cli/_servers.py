@@ -9,19 +9,28 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import anyio
 import typer
 
 from promptlayer_exec import RetryPolicy
+from promptlayer_exec._integration import base_url as session_base_url
 from promptlayer_exec._integration import install_hint
 from promptlayer_exec.cli._arguments import BaseUrl, Host, Outage, Port, parse_id
+from promptlayer_exec.cli._browser import open_in_browser
 from promptlayer_exec.cli._exit import PROGRAM, ExitCode, Misuse, Subject, run_command
 from promptlayer_exec.cli._session import demo_session, open_session
 from promptlayer_exec.cli._stdio import err, out
 from promptlayer_exec.cli._text import printable
-from promptlayer_exec.cli._workflows import DEMO_NOTE, DEMO_WORKFLOWS, support_agent
+from promptlayer_exec.cli._workflows import (
+    DEMO_NOTE,
+    DEMO_WORKFLOWS,
+    add_demo_workflows,
+    support_agent,
+)
 from promptlayer_exec.simulator import Scenario, SimNode, SimRequest, Simulator
 
 if TYPE_CHECKING:
@@ -41,6 +50,15 @@ def view(
     host: Host = "127.0.0.1",
     port: Port = 0,
     is_demo: Annotated[bool, typer.Option("--demo", help="Show simulated executions.")] = False,
+    is_opened: Annotated[
+        bool, typer.Option("--open", help="Open the page in your browser, too.")
+    ] = False,
+    has_history: Annotated[
+        bool,
+        typer.Option(
+            "--history/--no-history", help="Remember executions for later visits, on this machine."
+        ),
+    ] = True,
     base_url: BaseUrl = None,
     outage: Outage = 600,
 ) -> None:
@@ -53,23 +71,34 @@ def view(
     The page can do what your key can do, so its URL contains a token, new at each start. For a page
     that survives a restart, set PROMPTLAYER_EXEC_VIEW_TOKEN to a token of your own, and use --port.
 
+    The latest 2000 executions that were followed or started are remembered, with the inputs of
+    those started here, in a file that only you can read. --no-history neither reads nor writes it.
     """
     if is_demo and (execution_ids or base_url is not None):
         raise typer.BadParameter("cannot be combined with ID or --base-url", param_hint="'--demo'")
 
     async def work() -> ExitCode:
         try:
-            from promptlayer_exec.viewer import Address, Board, listen, serve  # noqa: PLC0415 - an extra
+            import platformdirs  # noqa: PLC0415 - an extra
+
+            from promptlayer_exec.viewer import (  # noqa: PLC0415 - an extra
+                Address,
+                Board,
+                History,
+                listen,
+                serve,
+            )
         except ModuleNotFoundError as error:
             raise Misuse(f"the viewer needs an extra: {install_hint('viewer')}") from error
         token = _token()
         async with AsyncExitStack() as stack:
             if is_demo:
                 simulator = await stack.enter_async_context(Simulator(log_requests=False))
-                for workflow, (scenario, _) in DEMO_WORKFLOWS.items():
-                    simulator.add_workflow(workflow, scenario)
+                add_demo_workflows(simulator)
                 session = demo_session(simulator, err, push=True)
+                directory = Path(stack.enter_context(TemporaryDirectory()))
             else:
+                directory = platformdirs.user_state_path("promptlayer-exec", appauthor=False)
                 retry = RetryPolicy(outage=min(outage, 10.0), watch_outage=outage)
                 session = open_session(base_url, retry, err)
             await stack.enter_async_context(session)
@@ -77,13 +106,19 @@ def view(
             with _listening(host, port, hint):
                 listener = stack.enter_context(listen(host, port))
             address = Address(host, listener.getsockname()[1])
-            board = Board(session, note=DEMO_NOTE if is_demo else "")
+            history = None
+            if has_history:
+                history = History(directory / "history.sqlite", server=session_base_url(session))
+            board = Board(session, note=DEMO_NOTE if is_demo else "", history=history)
             await stack.enter_async_context(board)
             for execution_id in execution_ids or ():
                 board.follow(execution_id)
-            _print_url(f"{address.base_url}/#token={token}", is_loopback=address.is_loopback)
+            url = f"{address.base_url}/#token={token}"
+            _print_url(url, is_loopback=address.is_loopback)
             with suppress(asyncio.CancelledError):
                 async with anyio.create_task_group() as tasks:
+                    if is_opened:
+                        tasks.start_soon(open_in_browser, url, board.opened)
                     if is_demo:
                         tasks.start_soon(_start_demo_runs, board)
                     await serve(board, listener, address, token)

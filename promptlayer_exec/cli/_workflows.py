@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from promptlayer_exec.simulator import Scenario, SimNode
+from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
 _LETTER = "I was charged twice for my October plan. Could you look into it? Maria Rossi"
 _REPLY = """\
@@ -34,11 +34,7 @@ Traceback (most recent call last):
     raise OrderClosed(message)
 OrderClosed: {_CLOSED}"""
 
-DEMO_NOTE = (
-    "This is a demonstration on a simulated PromptLayer: nothing is billed. To start another run,"
-    " enter the name of one of these workflows, for example research-report with the inputs"
-    ' {"topic": "newts"}.'
-)
+DEMO_NOTE = "This is a demonstration on a simulated PromptLayer: nothing is billed."
 
 
 def support_agent(
@@ -120,3 +116,10 @@ DEMO_WORKFLOWS: Mapping[str, tuple[Callable[[Mapping[str, Any]], Scenario], Mapp
     "research-report": (_research_report, {"topic": "otters"}),
     "invoice-check": (_invoice_check, {"invoice": "INV-2093"}),
 }
+
+
+def add_demo_workflows(simulator: Simulator) -> None:
+    """Add the workflows of `view --demo` to a simulator, with their definitions."""
+    for workflow, (scenario, inputs) in DEMO_WORKFLOWS.items():
+        declared = dict.fromkeys(inputs, "string")
+        simulator.add_workflow(workflow, scenario, inputs=declared, definition=scenario({}))

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
+import time
 from collections.abc import Mapping
 from contextlib import aclosing
 from typing import Any, Self
 
 import attrs
 
-from promptlayer_exec import Execution, PromptLayerExecError, Session, Snapshot
+from promptlayer_exec import (
+    Execution,
+    PromptLayerExecError,
+    Session,
+    Snapshot,
+    StartUnknown,
+)
+from promptlayer_exec.viewer._history import History
 
 
 @attrs.define(eq=False)
 class Card:
-    """One execution of the board, with its latest snapshot."""
+    """One execution of the board, with its latest snapshot.
+
+    Moments are seconds since 1970.
+    """
 
     execution: Execution
+    workflow: str | None = None
+    label: str | None = None
+    version: int | None = None
+    inputs: str | None = None  # JSON, if the run was started in a viewer
+    started: float | None = None  # when, if it was started here
+    since: float | None = None  # when it was polled first: the origin of a snapshot's times
     snapshot: Snapshot | None = None
     received: float = 0.0  # when the snapshot was received, by the loop's clock
     error: str | None = None  # why the execution is no longer followed, if it is not complete
@@ -52,21 +70,23 @@ class Board:
     Args:
         session: the session that follows executions; the board does not close it.
         note: a text that the page shows above the executions.
+        history: where executions are remembered; the board closes it at the end. None: nowhere.
     """
 
-    def __init__(self, session: Session, *, note: str = "") -> None:
+    def __init__(self, session: Session, *, note: str = "", history: History | None = None) -> None:
         self.cards: dict[int, Card] = {}  # by execution id, in the order of the page
         self.note = note
+        self.history = history
         self.instance = secrets.token_hex(8)
         self.opened = asyncio.Event()
         self.is_closed = False
         self.changed = asyncio.Event()
-        self._session = session
+        self.session = session
         self._watches: dict[Card, asyncio.Task[None]] = {}
 
     def follow(self, execution_id: int) -> None:
         """Follow an execution as the last of the page, without checking that it exists."""
-        self._follow(self._session.execution(execution_id))
+        self._follow(Card(self.session.execution(execution_id)))
 
     async def add(self, execution_id: int) -> None:
         """Follow an execution as the first of the page, if the server knows it.
@@ -78,11 +98,19 @@ class Board:
         """
         card = self.cards.get(execution_id)
         if card is None or card.error is not None:
-            execution = self._session.execution(execution_id) if card is None else card.execution
+            execution = self.session.execution(execution_id) if card is None else card.execution
             await execution.snapshot()
-            self._follow(execution, first=True)
+            known = {} if card is None else _known(card)
+            self._follow(Card(execution, **known), first=True)
 
-    async def start(self, workflow: str, inputs: Mapping[str, Any]) -> Execution:
+    async def start(
+        self,
+        workflow: str,
+        inputs: Mapping[str, Any],
+        *,
+        label: str | None = None,
+        version: int | None = None,
+    ) -> Execution:
         """Start a run of a workflow, and follow it as the first of the page.
 
         Raises:
@@ -90,9 +118,27 @@ class Board:
             ValueError: JSON cannot represent the inputs.
             PromptLayerExecError: it was not started, or it is unknown whether it was.
         """
-        execution = await self._session.start(workflow, inputs)
-        self._follow(execution, first=True)
+        known: dict[str, Any] = {"workflow": workflow, "label": label, "version": version}
+        began = time.time()
+        try:
+            execution = await self.session.start(workflow, inputs, label=label, version=version)
+        except StartUnknown as error:
+            known |= {"inputs": _text_of(inputs), "began": began, "is_started": True}
+            self._record(**known, outcome="unknown", problem=str(error))
+            raise
+        known["inputs"] = _text_of(inputs)
+        self._record(
+            **known, execution_id=execution.id, outcome="running", began=began, is_started=True
+        )
+        self._follow(Card(execution, started=began, **known), first=True)
         return execution
+
+    def assign(self, card: Card, workflow: str) -> None:
+        """Set the workflow of an execution that was added by its id."""
+        card.workflow = workflow
+        if self.history is not None:
+            self.history.update(card.execution.id, workflow=workflow)
+        self._notify()
 
     def remove(self, execution_id: int) -> None:
         """Stop following an execution; it continues at the server."""
@@ -115,30 +161,99 @@ class Board:
             watch.cancel()
         if self._watches:
             await asyncio.wait(self._watches.values())
+        if self.history is not None:
+            await self.history.aclose()
 
-    def _follow(self, execution: Execution, *, first: bool = False) -> None:
-        before = self.cards.get(execution.id)
+    def _follow(self, card: Card, *, first: bool = False) -> None:
+        execution_id = card.execution.id
+        before = self.cards.get(execution_id)
         if before is not None and before.error is None:
             return
-        card = Card(execution)
-        start = {execution.id: card} if first and before is None else {}
-        self.cards = {**start, **self.cards, execution.id: card}
-        watch = asyncio.create_task(self._watch(card), name=f"viewer {execution.id}")
+        start = {execution_id: card} if first and before is None else {}
+        self.cards = {**start, **self.cards, execution_id: card}
+        watch = asyncio.create_task(self._watch(card), name=f"viewer {execution_id}")
         self._watches[card] = watch
         watch.add_done_callback(lambda _: self._watches.pop(card))
         self._notify()
 
     async def _watch(self, card: Card) -> None:
         try:
+            await self._recall(card)
             async with aclosing(card.execution.stream(timeout=None)) as snapshots:
                 async for snapshot in snapshots:
-                    card.snapshot = snapshot
-                    card.received = asyncio.get_running_loop().time()
-                    self._notify()
+                    self._take(card, snapshot)
         except PromptLayerExecError as error:
             card.error = str(error)
+            if self.history is not None:
+                self.history.update(card.execution.id, outcome="lost", problem=card.error)
             self._notify()
+
+    async def _recall(self, card: Card) -> None:
+        """Fill in what is remembered of an execution that was added by its id."""
+        if self.history is None or card.inputs is not None:
+            return
+        known = await self.history.find(card.execution.id)
+        if known is not None:
+            card.workflow = card.workflow or known["workflow"]
+            card.label, card.version = known["label"], known["version"]
+            card.inputs = known["inputs"]
+            card.started = known["began"] if known["is_started"] else None
+
+    def _take(self, card: Card, snapshot: Snapshot) -> None:
+        is_first = card.snapshot is None
+        card.snapshot = snapshot
+        card.received = asyncio.get_running_loop().time()
+        if is_first:
+            card.since = time.time() - snapshot.elapsed
+            self._record(
+                execution_id=card.execution.id,
+                workflow=card.workflow,
+                outcome=card.state,
+                began=card.started or card.since,
+                nodes=len(snapshot.nodes),
+            )
+        if snapshot.complete and self.history is not None:
+            self.history.update(
+                card.execution.id,
+                outcome=card.state,
+                duration=_duration(card, snapshot),
+                nodes=len(snapshot.nodes),
+                problem=_problem(snapshot),
+            )
+        self._notify()
+
+    def _record(self, **fields: Any) -> None:
+        if self.history is not None:
+            self.history.record(**fields)
 
     def _notify(self) -> None:
         self.changed.set()
         self.changed = asyncio.Event()
+
+
+def _known(card: Card) -> dict[str, Any]:
+    names = ("workflow", "label", "version", "inputs", "started")
+    return {name: getattr(card, name) for name in names}
+
+
+def _text_of(inputs: Mapping[str, Any]) -> str:
+    return json.dumps(inputs, ensure_ascii=False, indent=2)
+
+
+def _duration(card: Card, snapshot: Snapshot) -> float | None:
+    """Return the seconds from the start, or since the first poll if others started it."""
+    if snapshot.poll == 1 and card.execution.workflow is None:
+        return None  # it was complete before it was followed
+    before = 0.0
+    if card.started is not None and card.since is not None:
+        before = max(0.0, card.since - card.started)
+    return before + snapshot.elapsed
+
+
+def _problem(snapshot: Snapshot) -> str | None:
+    if snapshot.succeeded:
+        return None
+    failed = snapshot.failed_nodes
+    if not failed:
+        return "No output node succeeded."
+    return f"{failed[0].name}: {failed[0].error_message or 'the server gave no reason'}"

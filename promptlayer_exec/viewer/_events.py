@@ -15,11 +15,13 @@ import anyio
 from sse_starlette import ServerSentEvent
 
 from promptlayer_exec import Node, Snapshot
-from promptlayer_exec._integration import node_dict
+from promptlayer_exec._integration import base_url, node_dict
 from promptlayer_exec.viewer._board import Board, Card
 
 _HEARTBEAT = 15.0
 _MAX_TEXT = 10_000
+
+_Shown = tuple[Snapshot | None, str | None, str | None]
 
 
 async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
@@ -32,7 +34,7 @@ async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
     board.opened.set()
     order: list[str] | None = None
     # By card, as a new card of an execution is a new watch, whose times start again.
-    sent: WeakKeyDictionary[Card, tuple[Snapshot | None, str | None]] = WeakKeyDictionary()
+    sent: WeakKeyDictionary[Card, _Shown] = WeakKeyDictionary()
     while True:
         changed = board.changed
         if board.is_closed:
@@ -40,10 +42,16 @@ async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
             return
         cards = dict(board.cards)
         if order != (order := [str(execution_id) for execution_id in cards]):
-            board_view = {"instance": board.instance, "note": board.note, "executions": order}
+            board_view = {
+                "instance": board.instance,
+                "note": board.note,
+                "server": base_url(board.session),
+                "has_history": board.history is not None,
+                "executions": order,
+            }
             yield _event("board", board_view)
         for card in cards.values():
-            before, now = sent.get(card), (card.snapshot, card.error)
+            before, now = sent.get(card), (card.snapshot, card.error, card.workflow)
             if before == now:
                 continue
             sent[card] = now
@@ -85,10 +93,15 @@ def _nodes_view(snapshot: Snapshot, previous: Snapshot | None) -> dict[str, Any]
 
 
 def _card_view(card: Card) -> dict[str, Any]:
-    workflow, snapshot = card.execution.workflow, card.snapshot
+    snapshot = card.snapshot
     return {
         "execution_id": str(card.execution.id),
-        "workflow": None if workflow is None else str(workflow),
+        "workflow": card.workflow,
+        "label": card.label,
+        "version": card.version,
+        "has_inputs": card.inputs is not None,
+        "started": card.started,
+        "since": card.since,
         "warning": card.execution.warning,
         "state": card.state,
         "error": card.error,
@@ -109,6 +122,7 @@ def _node_view(snapshot: Snapshot, node: Node, index: int) -> dict[str, Any]:
         "is_final": node.final,
         "value": value[:_MAX_TEXT] if has_value else None,
         "length": len(value),
+        "is_text": isinstance(node.value, str),
         "error_message": message,
         "raw_error_message": details,
     }

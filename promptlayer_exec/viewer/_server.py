@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import re
 import socket
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import uvicorn
-from fastapi import Body, FastAPI
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi import FastAPI
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from promptlayer_exec import NotFound, PromptLayerExecError
 from promptlayer_exec.viewer._board import Board
-from promptlayer_exec.viewer._events import board_events, value_text
+from promptlayer_exec.viewer._definitions import Definitions
+from promptlayer_exec.viewer._events import board_events
 from promptlayer_exec.viewer._guard import Address, Guard
+from promptlayer_exec.viewer._routes import (
+    add_execution_routes,
+    add_history_routes,
+    add_start_routes,
+    add_workflow_routes,
+)
 
 _PAGE = Path(__file__).with_name("page")
-_FILES = {
-    "/": ("index.html", "text/html"),
-    "/viewer.css": ("viewer.css", "text/css"),
-    "/viewer.js": ("viewer.js", "text/javascript"),
-    "/favicon.svg": ("favicon.svg", "image/svg+xml"),
+_TYPES = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
 }
-_MAX_ID = 2**63 - 1
 _GRACE = 2
-
-_Text = Annotated[str, Body(embed=True)]
 
 
 def create_app(board: Board, address: Address, token: str) -> ASGIApp:
@@ -43,74 +44,22 @@ def create_app(board: Board, address: Address, token: str) -> ASGIApp:
         token: the token that the page sends; it takes it from the fragment of its URL.
     """
     app = FastAPI(openapi_url=None)
-    for path, (name, media_type) in _FILES.items():
-        file = Response((_PAGE / name).read_bytes(), media_type=media_type)
-        app.routes.append(Route(path, file, methods=["GET"]))
-    _add_change_routes(app, board)
+    for path in _PAGE.iterdir():
+        name = "" if path.name == "index.html" else path.name
+        file = Response(path.read_bytes(), media_type=_TYPES[path.suffix])
+        app.routes.append(Route(f"/{name}", file, methods=["GET"]))
+    add_execution_routes(app, board)
+    definitions = Definitions(board.session)
+    add_workflow_routes(app, board, definitions)
+    add_start_routes(app, board)
+    if board.history is not None:
+        add_history_routes(app, board.history)
 
     @app.get("/api/events")
     async def get_events() -> Response:
         return StreamingResponse(board_events(board), media_type="text/event-stream")
 
-    @app.get("/api/executions/{execution_id}/nodes/{index}")
-    async def get_value(execution_id: int, index: int) -> Response:
-        card = board.cards.get(execution_id)
-        nodes = [] if card is None or card.snapshot is None else [*card.snapshot.nodes.values()]
-        if not 0 <= index < len(nodes):
-            return _refuse("This node no longer exists.", 404)
-        return PlainTextResponse(value_text(nodes[index].value).encode("utf-8", "backslashreplace"))
-
     return Guard(app, address, token)
-
-
-def _add_change_routes(app: FastAPI, board: Board) -> None:
-    @app.post("/api/executions")
-    async def add_execution(execution_id: _Text) -> Response:
-        text = execution_id.strip()
-        if not re.fullmatch("[0-9]{1,19}", text) or not 1 <= int(text) <= _MAX_ID:
-            message = f"An execution id must be a whole number from 1 to {_MAX_ID}."
-            return _refuse(message, 422, "execution_id")
-        try:
-            await board.add(int(text))
-        except PromptLayerExecError as error:
-            return _refuse(str(error), 404 if isinstance(error, NotFound) else 502, "execution_id")
-        return JSONResponse({"execution_id": str(int(text))}, 201)
-
-    @app.delete("/api/executions/{execution_id}")
-    async def remove_execution(execution_id: int) -> Response:
-        board.remove(execution_id)
-        return Response(status_code=204)
-
-    @app.post("/api/runs")
-    async def start_run(workflow: _Text, inputs: _Text) -> Response:
-        if not workflow.strip():
-            return _refuse("Enter the name or the id of a workflow.", 422, "workflow")
-        try:
-            execution = await board.start(workflow, _read_inputs(inputs))
-        except NotFound as error:
-            return _refuse(str(error), 404, "workflow")
-        except PromptLayerExecError as error:
-            return _refuse(str(error), 502)
-        except (TypeError, ValueError) as error:
-            return _refuse(str(error), 422, "inputs")
-        return JSONResponse({"execution_id": str(execution.id)}, 201)
-
-
-def _read_inputs(text: str) -> dict[str, Any]:
-    try:
-        inputs = json.loads(text) if text.strip() else {}
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"This is not JSON: {error.msg} at {where}.") from None
-    except RecursionError:
-        raise ValueError("This is nested too deeply.") from None
-    if not isinstance(inputs, dict):
-        raise TypeError('The inputs must be a JSON object, for example {"topic": "otters"}.')
-    return inputs
-
-
-def _refuse(message: str, status: int, field: str | None = None) -> Response:
-    return JSONResponse({"message": message, "field": field}, status)
 
 
 class _Server(uvicorn.Server):

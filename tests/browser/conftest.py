@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
+from playwright.async_api import (
+    Browser,
+    BrowserContext,
+    Locator,
+    Page,
+    async_playwright,
+    expect,
+)
 from pytest_asyncio import fixture
 
 from promptlayer_exec import PollPolicy, RetryPolicy, Session
 from promptlayer_exec.simulator import Simulator
-from promptlayer_exec.viewer import Address, Board, listen, serve
+from promptlayer_exec.viewer import Address, Board, History, listen, serve
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [
@@ -52,7 +62,9 @@ async def sim() -> AsyncIterator[Simulator]:
 class Viewer:
     """A viewer that can be stopped, and started again on the same port."""
 
-    def __init__(self, sim: Simulator) -> None:
+    def __init__(self, sim: Simulator, directory: Path, poll: float) -> None:
+        self.poll = poll
+        self.history = directory / "history.sqlite"
         self.token = "a-token-of-the-tests"
         self.port = 0
         self.board: Board
@@ -74,12 +86,13 @@ class Viewer:
         session = Session(
             self._sim.api_key,
             base_url=self._sim.base_url,
-            poll=PollPolicy.fixed(0.02),
+            poll=PollPolicy.fixed(self.poll),
             retry=RetryPolicy(outage=1.0, watch_outage=0.2, base=0.01),
             rate=None,
         )
         await self._stack.enter_async_context(session)
-        self.board = await self._stack.enter_async_context(Board(session))
+        history = History(self.history, server="of the tests")
+        self.board = await self._stack.enter_async_context(Board(session, history=history))
         listener = listen("127.0.0.1", self.port)
         self.port = listener.getsockname()[1]
         address = Address("127.0.0.1", self.port)
@@ -96,10 +109,16 @@ class Viewer:
         await self._stack.aclose()
 
 
+@pytest.fixture
+def poll() -> float:
+    """Return the seconds between polls."""
+    return 0.02
+
+
 @fixture(loop_scope="session")
-async def viewer(sim: Simulator) -> AsyncIterator[Viewer]:
+async def viewer(sim: Simulator, tmp_path: Path, poll: float) -> AsyncIterator[Viewer]:
     """Return a running viewer."""
-    viewer = Viewer(sim)
+    viewer = Viewer(sim, tmp_path, poll)
     await viewer.start()
     yield viewer
     await viewer.stop()
@@ -144,6 +163,56 @@ def browser_errors() -> Iterator[BrowserErrors]:
     errors = BrowserErrors()
     yield errors
     assert errors.unexpected == []
+
+
+class Ui:
+    """What is on the page of an execution, and how it is reached."""
+
+    def __init__(self, page: Page, viewer: Viewer) -> None:
+        self.page = page
+        self.viewer = viewer
+        self.run = page.locator(".run")
+
+    async def open(self, address: str) -> None:
+        """Go to an address of the page."""
+        await self.page.evaluate("(address) => { location.hash = address }", address)
+
+    async def open_run(self, execution_id: int, query: str = "") -> None:
+        """Go to the page of an execution."""
+        await self.open(f"#/executions/{execution_id}{query}")
+        await expect(self.part("crumb")).to_have_text(f"Execution {execution_id}")
+
+    def part(self, name: str) -> Locator:
+        """Return a part of the page of an execution."""
+        return self.run.locator(f'[data-part="{name}"]').first
+
+    def row(self, name: str) -> Locator:
+        """Return the row of a node."""
+        exactly = re.compile(f"^{re.escape(name)}$")
+        has = self.page.locator('[data-part="name"]', has_text=exactly)
+        return self.run.locator(".node").filter(has=has)
+
+    def drawn(self, name: str) -> Locator:
+        """Return the node of the graph."""
+        return self.page.locator(f"[data-node={json.dumps(name)}]")
+
+    def edge(self, source: str, target: str) -> Locator:
+        """Return the edge of the graph between two nodes."""
+        return self.page.locator(f'.gedge[data-source="{source}"][data-target="{target}"]')
+
+    async def names(self) -> list[str]:
+        """Return the names in the rows, in their order."""
+        return await self.run.locator('.node [data-part="name"]').all_text_contents()
+
+    async def copied(self) -> str:
+        """Return what was copied last."""
+        return await self.page.evaluate("navigator.clipboard.readText()")
+
+
+@pytest.fixture
+def ui(page: Page, viewer: Viewer) -> Ui:
+    """Return the page of executions."""
+    return Ui(page, viewer)
 
 
 @fixture(loop_scope="session")

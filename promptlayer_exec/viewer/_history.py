@@ -1,0 +1,291 @@
+"""The executions that viewers have seen, in an SQLite file that they share."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sqlite3
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+PAGE_SIZE = 100
+_MAX_INPUTS = 256 * 1024
+_BUSY = 5.0  # seconds that another viewer may hold the file
+_TREND = 40  # runs
+_TRENDS = 24  # workflows
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS executions (
+    key INTEGER PRIMARY KEY AUTOINCREMENT,
+    server TEXT NOT NULL,
+    execution_id INTEGER,           -- NULL: it is not known whether the run started
+    workflow TEXT,
+    label TEXT,
+    version INTEGER,
+    inputs TEXT,                    -- JSON, of runs started in a viewer
+    outcome TEXT NOT NULL,          -- running, succeeded, failed, lost or unknown
+    began REAL NOT NULL,            -- when it was started or first seen, seconds since 1970
+    is_started INTEGER NOT NULL DEFAULT 0,
+    duration REAL,                  -- seconds; a minimum, unless it was started in a viewer
+    nodes INTEGER,
+    problem TEXT,
+    UNIQUE (server, execution_id)
+);
+CREATE INDEX IF NOT EXISTS executions_by_time ON executions (server, began DESC);
+"""
+_COLUMNS = [
+    "execution_id",
+    "workflow",
+    "label",
+    "version",
+    "inputs",
+    "outcome",
+    "began",
+    "is_started",
+    "duration",
+    "nodes",
+    "problem",
+]
+_SHOWN = "key, execution_id, workflow, label, version, outcome, began, is_started, duration, nodes"
+_TEXTS = ("workflow", "CAST(execution_id AS TEXT)", "inputs", "problem", "label")
+_OUTCOMES = ("running", "succeeded", "failed", "unknown")
+
+_logger = logging.getLogger("promptlayer_exec")
+
+
+class History:
+    """Remembers executions of one server between the viewer's runs.
+
+    Everything happens in one thread of its own, in the order of the calls. What cannot be recorded
+    is logged once, and no reason to stop following.
+
+    Args:
+        path: the SQLite file; it and its directory are created for this user alone.
+        server: the base URL of the server, as ids of two servers have nothing in common.
+        limit: how many executions are remembered; the oldest are forgotten.
+    """
+
+    def __init__(self, path: Path, *, server: str, limit: int = 2000) -> None:
+        self._path = path
+        self._server = server
+        self._limit = limit
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="viewer history")
+        self._connection: sqlite3.Connection | None = None
+        self._is_failing = False
+        self._is_closed = False
+
+    def record(self, **fields: Any) -> None:
+        """Remember an execution, or what is new about it, in the background.
+
+        Args:
+            fields: columns; those that are None or missing keep what is already known.
+        """
+        self._submit(self._write, fields)
+
+    def update(self, execution_id: int, **fields: Any) -> None:
+        """Change what is remembered, in the background, unless it was deleted."""
+        self._submit(self._change, execution_id, fields)
+
+    async def find(self, execution_id: int) -> dict[str, Any] | None:
+        """Return what is remembered of an execution, with its inputs, as far as it can be read."""
+        reading = self._thread.submit(self._read_one, "execution_id", execution_id)
+        try:
+            return await asyncio.wrap_future(reading)
+        except (sqlite3.Error, OSError):
+            self._report(reading)
+            return None
+
+    async def find_line(self, key: int) -> dict[str, Any] | None:
+        """Return what is remembered under the key of a line, with its inputs."""
+        return await self._call(self._read_one, "key", key)
+
+    async def search(
+        self,
+        text: str = "",
+        *,
+        outcome: str | None = None,
+        workflow: str | None = None,
+        since: float = 0.0,
+        offset: int = 0,
+    ) -> dict[str, Any]:
+        """Return a page of executions, the newest first, and how many there are by outcome."""
+        return await self._call(self._search, text, outcome, workflow, since, offset)
+
+    async def trends(self) -> list[dict[str, Any]]:
+        """Return the durations of the latest runs of each workflow, the oldest run first."""
+        return await self._call(self._read_trends)
+
+    async def delete(self, key: int) -> None:
+        """Forget one execution."""
+        await self._call(self._execute, "DELETE FROM executions WHERE key = ?", [key])
+
+    async def delete_all(self) -> None:
+        """Forget all executions of this server."""
+        await self._call(self._execute, "DELETE FROM executions WHERE server = ?", [self._server])
+
+    async def aclose(self) -> None:
+        """Write what is still to be recorded, and close the file; it is idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+
+        def close() -> None:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+        await asyncio.wrap_future(self._thread.submit(close))
+        self._thread.shutdown(wait=False)
+
+    async def _call(self, function: Callable[..., T], *args: Any) -> T:
+        return await asyncio.wrap_future(self._thread.submit(function, *args))
+
+    def _submit(self, function: Callable[..., None], *args: Any) -> None:
+        if not self._is_closed:
+            self._thread.submit(function, *args).add_done_callback(self._report)
+
+    def _report(self, future: Future[Any]) -> None:
+        error = future.exception()
+        if error is not None and not self._is_failing:
+            _logger.warning("the history %s cannot be used: %s", self._path, error)
+        self._is_failing = error is not None
+
+    # What follows runs in the thread.
+
+    def _connect(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # SQLite would create the file readable for everybody.
+            os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))
+            connection = sqlite3.connect(self._path, timeout=_BUSY, isolation_level=None)
+            try:
+                connection.row_factory = sqlite3.Row
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = NORMAL")
+                connection.execute("PRAGMA secure_delete = ON")
+                connection.executescript(_SCHEMA)
+            except BaseException:
+                connection.close()
+                raise
+            self._connection = connection
+        return self._connection
+
+    def _execute(self, statement: str, values: Iterable[Any]) -> None:
+        self._connect().execute(statement, list(values))
+
+    def _write(self, fields: dict[str, Any]) -> None:
+        row = dict.fromkeys(_COLUMNS) | _storable(fields)
+        row["is_started"] = int(bool(row["is_started"]))
+        if row["inputs"] is not None and len(row["inputs"]) > _MAX_INPUTS:
+            row["inputs"] = None
+        updates = [
+            f"{name} = COALESCE(excluded.{name}, {name})"
+            for name in _COLUMNS
+            if name not in ("execution_id", "began", "is_started")
+        ]
+        names, marks = ", ".join(["server", *row]), ", ".join("?" * (len(row) + 1))
+        connection = self._connect()
+        connection.execute(
+            f"INSERT INTO executions ({names}) VALUES ({marks})"  # noqa: S608 - names of ours
+            f" ON CONFLICT (server, execution_id) DO UPDATE SET {', '.join(updates)}",
+            [self._server, *row.values()],
+        )
+        connection.execute(
+            "DELETE FROM executions WHERE server = ? AND key <= (SELECT key FROM executions"
+            " WHERE server = ? ORDER BY key DESC LIMIT 1 OFFSET ?)",
+            [self._server, self._server, self._limit],
+        )
+
+    def _change(self, execution_id: int, fields: dict[str, Any]) -> None:
+        updates = ", ".join(f"{name} = COALESCE(?, {name})" for name in fields)
+        self._connect().execute(
+            f"UPDATE executions SET {updates} WHERE server = ? AND execution_id = ?",  # noqa: S608
+            [*_storable(fields).values(), self._server, execution_id],
+        )
+
+    def _read_one(self, column: str, value: int) -> dict[str, Any] | None:
+        row = self._connect().execute(
+            f"SELECT * FROM executions WHERE server = ? AND {column} = ?",  # noqa: S608
+            [self._server, value],
+        )
+        found = row.fetchone()
+        return None if found is None else dict(found)
+
+    def _search(
+        self, text: str, outcome: str | None, workflow: str | None, since: float, offset: int
+    ) -> dict[str, Any]:
+        where, values = ["server = ?", "began >= ?"], [self._server, since]
+        for word in text.split():
+            pattern = "%" + "".join(f"\\{c}" if c in "\\%_" else c for c in word) + "%"
+            where.append("(" + " OR ".join(f"{it} LIKE ? ESCAPE '\\'" for it in _TEXTS) + ")")
+            values.extend([pattern] * len(_TEXTS))
+        if workflow:
+            where.append("workflow = ?")
+            values.append(workflow)
+        found = f"FROM executions WHERE {' AND '.join(where)}"
+        connection = self._connect()
+        counts = dict.fromkeys(_OUTCOMES, 0)
+        for row in connection.execute(f"SELECT outcome, COUNT(*) {found} GROUP BY outcome", values):
+            counts[_group(row[0])] += row[1]
+        if outcome:
+            same = [one for one in (*_OUTCOMES, "lost") if _group(one) == outcome]
+            found += f" AND outcome IN ({', '.join('?' * len(same))})"
+            values.extend(same)
+        rows = connection.execute(
+            f"SELECT {_SHOWN}, substr(problem, 1, 300) AS problem,"
+            f" substr(inputs, 1, 300) AS inputs {found}"
+            " ORDER BY began DESC, key DESC LIMIT ? OFFSET ?",
+            [*values, PAGE_SIZE, offset],
+        ).fetchall()
+        matching = counts[outcome] if outcome in counts else sum(counts.values())
+        return {"entries": [_view(row) for row in rows], "counts": counts, "matching": matching}
+
+    def _read_trends(self) -> list[dict[str, Any]]:
+        rows = self._connect().execute(
+            "SELECT * FROM (SELECT workflow, execution_id, outcome, duration, is_started, began,"
+            " ROW_NUMBER() OVER (PARTITION BY workflow ORDER BY began DESC) AS number,"
+            " COUNT(*) OVER (PARTITION BY workflow) AS total"
+            " FROM executions WHERE server = ? AND workflow IS NOT NULL AND duration IS NOT NULL)"
+            " WHERE number <= ? ORDER BY began",
+            [self._server, _TREND],
+        )
+        trends: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            trend = trends.setdefault(row["workflow"], {"workflow": row["workflow"], "runs": []})
+            trend["total"] = row["total"]
+            trend["latest"] = row["began"]
+            trend["runs"].append(
+                {
+                    "execution_id": str(row["execution_id"]),
+                    "outcome": row["outcome"],
+                    "duration": round(row["duration"], 3),
+                    "is_minimum": not row["is_started"],
+                }
+            )
+        newest = sorted(trends.values(), key=lambda trend: trend["latest"], reverse=True)
+        return newest[:_TRENDS]
+
+
+def _storable(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields with lone surrogates escaped, which UTF-8 does not have."""
+    return {
+        name: value.encode("utf-8", "backslashreplace").decode()
+        if isinstance(value, str)
+        else value
+        for name, value in fields.items()
+    }
+
+
+def _group(outcome: str) -> str:
+    return "failed" if outcome == "lost" else outcome
+
+
+def _view(row: sqlite3.Row) -> dict[str, Any]:
+    view = dict(row)
+    if view["execution_id"] is not None:
+        view["execution_id"] = str(view["execution_id"])  # JavaScript rounds beyond 2**53
+    return view

@@ -1,0 +1,278 @@
+"""What the page requests: executions, starts, and the history."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Annotated, Any
+
+from fastapi import Body, FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from promptlayer_exec import (
+    NotFound,
+    PromptLayerExecError,
+    Snapshot,
+    StartRequest,
+    StartUnknown,
+    Workflow,
+)
+from promptlayer_exec._integration import check_inputs
+from promptlayer_exec.viewer._board import Board, Card
+from promptlayer_exec.viewer._definitions import Definitions, NoDefinition, definition_view
+from promptlayer_exec.viewer._events import value_text
+from promptlayer_exec.viewer._history import History
+
+_MAX_ID = 2**63 - 1
+
+_Text = Annotated[str, Body(embed=True)]
+_OptionalText = Annotated[str | None, Body(embed=True)]
+
+
+def add_execution_routes(app: FastAPI, board: Board) -> None:
+    """Add the routes that follow executions, and read what is known of them."""
+
+    @app.post("/api/executions")
+    async def add_execution(execution_id: _Text) -> Response:
+        text = execution_id.strip()
+        if not re.fullmatch("[0-9]{1,19}", text) or not 1 <= int(text) <= _MAX_ID:
+            message = f"An execution id must be a whole number from 1 to {_MAX_ID}."
+            return refuse(message, 422, "execution_id")
+        try:
+            await board.add(int(text))
+        except PromptLayerExecError as error:
+            return refuse(str(error), 404 if isinstance(error, NotFound) else 502, "execution_id")
+        return JSONResponse({"execution_id": str(int(text))}, 201)
+
+    @app.delete("/api/executions/{execution_id}")
+    async def remove_execution(execution_id: int) -> Response:
+        board.remove(execution_id)
+        return Response(status_code=204)
+
+    _add_value_routes(app, board)
+
+
+def _add_value_routes(app: FastAPI, board: Board) -> None:
+    @app.get("/api/executions/{execution_id}/nodes/{index}")
+    async def get_value(execution_id: int, index: int) -> Response:
+        card = board.cards.get(execution_id)
+        nodes = [] if card is None or card.snapshot is None else [*card.snapshot.nodes.values()]
+        if not 0 <= index < len(nodes):
+            return refuse("This node no longer exists.", 404)
+        return _text(value_text(nodes[index].value))
+
+    @app.get("/api/executions/{execution_id}/inputs")
+    async def get_inputs(execution_id: int) -> Response:
+        card = board.cards.get(execution_id)
+        if card is None or card.inputs is None:
+            return refuse("The inputs of this execution are not known here.", 404)
+        return _text(card.inputs)
+
+    @app.get("/api/compare/{left}/{right}")
+    async def compare(left: int, right: int) -> Response:
+        one, other = board.cards.get(left), board.cards.get(right)
+        before = None if one is None else one.snapshot
+        after = None if other is None else other.snapshot
+        if before is None or after is None:
+            return refuse("One of these executions is not followed.", 404)
+        return JSONResponse({"changed": [change.node.name for change in after.diff(before)]})
+
+
+def add_workflow_routes(app: FastAPI, board: Board, definitions: Definitions) -> None:
+    """Add the routes that describe workflows, and say which one an execution is of."""
+
+    @app.get("/api/workflows")
+    async def get_workflows() -> Response:
+        try:
+            summaries = await definitions.summaries()
+        except NoDefinition as error:
+            return _json({"workflows": [], "reason": str(error)})
+        workflows = [{"id": str(it.id), "name": it.name} for it in summaries]
+        return _json({"workflows": workflows, "reason": None})
+
+    @app.get("/api/definition")
+    async def get_definition(
+        workflow: str, label: str | None = None, version: int | None = None
+    ) -> Response:
+        try:
+            view = await _find_definition(definitions, workflow, label, version)
+        except NoDefinition as error:
+            return _json({"definition": None, "reason": str(error)})
+        return _json({"definition": view, "reason": None})
+
+    @app.get("/api/executions/{execution_id}/graph")
+    async def get_graph(execution_id: int) -> Response:
+        card = board.cards.get(execution_id)
+        if card is None or card.snapshot is None:
+            return refuse("This execution is not followed.", 404)
+        return await _find_graph(board, definitions, card, card.snapshot)
+
+    @app.put("/api/executions/{execution_id}/workflow")
+    async def set_workflow(execution_id: int, workflow: _Text) -> Response:
+        card = board.cards.get(execution_id)
+        try:
+            found = await definitions.get(workflow)
+        except NoDefinition as error:
+            return refuse(str(error), 502)
+        if card is not None:
+            board.assign(card, found.name)
+        return _graph(found)
+
+
+async def _find_graph(
+    board: Board, definitions: Definitions, card: Card, snapshot: Snapshot
+) -> Response:
+    """Return the definition of an execution's workflow, or the workflows that it may be of."""
+    try:
+        if card.workflow is not None:
+            return _graph(await definitions.get(card.workflow, card.label, card.version))
+        candidates = await definitions.candidates(snapshot.nodes.keys())
+    except NoDefinition as error:
+        return _graph(None, reason=f"There is no graph: {error}")
+    if len(candidates) == 1 and snapshot.nodes:
+        board.assign(card, candidates[0].name)
+        return _graph(candidates[0], candidates, is_guess=True)
+    if candidates:
+        return _graph(None, candidates, reason="The names of its nodes fit several workflows.")
+    return _graph(None, reason="There is no graph: no workflow has nodes of these names.")
+
+
+async def _find_definition(
+    definitions: Definitions, workflow: str, label: str | None, version: int | None
+) -> dict[str, Any]:
+    latest = await definitions.get(workflow)
+    found = latest
+    if label is not None or version is not None:
+        found = await definitions.get(workflow, label, version)
+    labels = await _labels(definitions, found)
+    return definition_view(found) | {"labels": labels, "latest_version": latest.version}
+
+
+async def _labels(definitions: Definitions, workflow: Workflow) -> list[str]:
+    """Return the labels of all versions of a workflow, or at least those of this one."""
+    with suppress(NoDefinition):
+        for summary in await definitions.summaries():
+            if summary.id == workflow.id:
+                return list(dict.fromkeys([*summary.labels, *workflow.labels]))
+    return list(workflow.labels)
+
+
+def _graph(
+    found: Workflow | None,
+    candidates: Sequence[Workflow] = (),
+    *,
+    reason: str | None = None,
+    is_guess: bool = False,
+) -> Response:
+    if found is not None and not found.nodes:
+        found, reason = None, "There is no graph: the server describes no nodes of this workflow."
+    return _json(
+        {
+            "definition": None if found is None else definition_view(found),
+            "candidates": [{"id": str(one.id), "name": one.name} for one in candidates],
+            "is_guess": is_guess,
+            "reason": reason,
+        }
+    )
+
+
+def add_start_routes(app: FastAPI, board: Board) -> None:
+    """Add the route that starts a run."""
+
+    @app.post("/api/runs")
+    async def start_run(
+        workflow: _Text, inputs: _Text, label: _OptionalText = None, version: _OptionalText = None
+    ) -> Response:
+        if not workflow.strip():
+            return refuse("Enter the name or the id of a workflow.", 422, "workflow")
+        if version and not re.fullmatch("[0-9]{1,9}", version):
+            return refuse("A version is a whole number.", 422, "version")
+        try:
+            given = _read_inputs(inputs)
+            chosen: dict[str, Any] = {"label": label or None, "version": int(version or 0) or None}
+            await check_inputs(board.session, StartRequest(workflow, given, **chosen))
+            execution = await board.start(workflow, given, **chosen)
+        except PromptLayerExecError as error:
+            return _refuse_start(error)
+        except (TypeError, ValueError) as error:
+            return refuse(str(error), 422, "inputs")
+        return JSONResponse({"execution_id": str(execution.id)}, 201)
+
+
+def _refuse_start(error: PromptLayerExecError) -> Response:
+    if isinstance(error, NotFound):
+        return refuse(str(error), 404, "workflow")
+    return refuse(str(error), 502, is_unknown=isinstance(error, StartUnknown))
+
+
+def add_history_routes(app: FastAPI, history: History) -> None:
+    """Add the routes that list what is remembered, and forget it."""
+
+    @app.get("/api/history")
+    async def get_history(
+        search: str = "", outcome: str = "", workflow: str = "", days: float = 0, offset: int = 0
+    ) -> Response:
+        since = time.time() - 86400 * days if days > 0 else 0.0
+        found = await history.search(
+            search, outcome=outcome, workflow=workflow, since=since, offset=max(0, offset)
+        )
+        return JSONResponse(found)
+
+    @app.get("/api/history/trends")
+    async def get_trends() -> Response:
+        return JSONResponse(await history.trends())
+
+    @app.get("/api/history/{key}/inputs")
+    async def get_remembered_inputs(key: int) -> Response:
+        known = await history.find_line(key)
+        if known is None or known["inputs"] is None:
+            return refuse("The inputs of this execution are not known here.", 404)
+        return _text(known["inputs"])
+
+    @app.delete("/api/history/{key}")
+    async def forget(key: int) -> Response:
+        await history.delete(key)
+        return Response(status_code=204)
+
+    @app.delete("/api/history")
+    async def forget_all() -> Response:
+        await history.delete_all()
+        return Response(status_code=204)
+
+    async def report(_: Request, error: Exception) -> Response:
+        return refuse(f"The history cannot be used: {error}.", 503)
+
+    app.add_exception_handler(sqlite3.Error, report)
+    app.add_exception_handler(OSError, report)
+
+
+def refuse(message: str, status: int, field: str | None = None, **more: Any) -> Response:
+    """Return a response that says why a request failed, and which field of the form is wrong."""
+    return JSONResponse({"message": message, "field": field, **more}, status)
+
+
+def _read_inputs(text: str) -> dict[str, Any]:
+    try:
+        inputs = json.loads(text) if text.strip() else {}
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"This is not JSON: {error.msg} at {where}.") from None
+    except RecursionError:
+        raise ValueError("This is nested too deeply.") from None
+    if not isinstance(inputs, dict):
+        raise TypeError('The inputs must be a JSON object, for example {"topic": "otters"}.')
+    return inputs
+
+
+def _json(content: Any) -> Response:
+    # ASCII can represent lone surrogates; UTF-8 cannot.
+    return Response(json.dumps(content), media_type="application/json")
+
+
+def _text(text: str) -> Response:
+    return PlainTextResponse(text.encode("utf-8", "backslashreplace"))

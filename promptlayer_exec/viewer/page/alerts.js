@@ -1,0 +1,59 @@
+// What tells the state of the tab: its icon, and a notification when a run ends, if allowed.
+
+import { byId } from "./dom.js";
+import { groupOf, STATES } from "./model.js";
+import { addressOf, go } from "./router.js";
+import { duration } from "./times.js";
+
+const WANTED = "notify";
+
+export function showIcon(runs) {
+  const states = new Set(runs.map((run) => groupOf(run.data.state)));
+  const state = ["running", "failed", "succeeded"].find((one) => states.has(one));
+  const name = state === undefined ? "favicon.svg" : `favicon-${state}.svg`;
+  const icon = byId("favicon");
+  if (icon.getAttribute("href") !== name) icon.setAttribute("href", name);
+}
+
+const isAllowed = () => Notification.permission === "granted";
+
+export function notifyOfEnd(run) {
+  if (!("Notification" in window) || !isAllowed() || localStorage.getItem(WANTED) !== "1") return;
+  if (document.visibilityState === "visible" && document.hasFocus()) return;
+  const [state] = STATES[run.data.state];
+  const options = {
+    body: `Execution ${run.id}: ${state.toLowerCase()} after ${duration(run.now())}.`,
+    tag: `execution-${run.id}`,
+    icon: `favicon-${groupOf(run.data.state)}.svg`,
+  };
+  const shown = new Notification(`${run.name}: ${state.toLowerCase()}`, options);
+  shown.addEventListener("click", () => {
+    window.focus();
+    go(addressOf(["executions", run.id]));
+    shown.close();
+  });
+}
+
+function showBell() {
+  const bell = byId("bell");
+  const isOn = isAllowed() && localStorage.getItem(WANTED) === "1";
+  bell.hidden = false;
+  bell.setAttribute("aria-pressed", String(isOn));
+  bell.title = isOn
+    ? "A notification is shown when a run ends, unless you are looking at this page"
+    : "Show a notification when a run ends";
+  if (Notification.permission === "denied") {
+    bell.title = "This browser does not allow notifications for this page";
+    bell.disabled = true;
+  }
+}
+
+if ("Notification" in window) {
+  showBell();
+  byId("bell").addEventListener("click", async () => {
+    const isOn = byId("bell").getAttribute("aria-pressed") === "true";
+    if (!isOn && !isAllowed()) await Notification.requestPermission();
+    localStorage.setItem(WANTED, !isOn && isAllowed() ? "1" : "0");
+    showBell();
+  });
+}

@@ -1,0 +1,62 @@
+// The token, and requests with it. It comes from the fragment, which is sent to no server.
+
+let token = sessionStorage.getItem("token");
+let onRefused = () => {};
+
+export const hasToken = () => token !== null;
+
+export function whenRefused(callback) {
+  onRefused = callback;
+}
+
+export function keepToken(given) {
+  token = given;
+  sessionStorage.setItem("token", given);
+}
+
+// Takes the token out of the address bar, where it could be seen or bookmarked.
+export function takeToken() {
+  const given = new URLSearchParams(location.hash.slice(1)).get("token");
+  if (given === null) return false;
+  keepToken(given);
+  history.replaceState(null, "", location.pathname);
+  return true;
+}
+
+export class Refusal extends Error {
+  constructor(message, { field = null, status = 0, isUnknown = false } = {}) {
+    super(message);
+    this.field = field;
+    this.status = status;
+    this.isUnknown = isUnknown;
+  }
+}
+
+export function request(path, options = {}) {
+  const headers = { Authorization: `Bearer ${token}`, ...options.headers };
+  return fetch(path, { cache: "no-store", ...options, headers });
+}
+
+export async function call(method, path, content, hint = "Is it still running?") {
+  const options = { method };
+  if (content !== undefined) {
+    options.body = JSON.stringify(content);
+    options.headers = { "Content-Type": "application/json" };
+  }
+  let response;
+  try {
+    response = await request(path, options);
+  } catch {
+    throw new Refusal(`The viewer did not answer. ${hint}`);
+  }
+  if (response.ok) return response;
+  const { message, field, is_unknown } = await response.json().catch(() => ({}));
+  const { status } = response;
+  if (status === 401) onRefused(message);
+  const text = message ?? `The viewer answered ${status}.`;
+  throw new Refusal(text, { field, status, isUnknown: is_unknown ?? false });
+}
+
+export async function get(path) {
+  return (await call("GET", path)).json();
+}

@@ -1,0 +1,328 @@
+// The view of two executions of one workflow side by side: `#/compare/787/788`.
+
+import { call, get } from "./api.js";
+import { byId, draw, make, makeSvg, part, show, write } from "./dom.js";
+import { diffLines } from "./diff.js";
+import { board, runs, spanOf, STATES, statusOf } from "./model.js";
+import { addressOf, go, replace } from "./router.js";
+import { clock, duration } from "./times.js";
+
+const LARGE = 1_000_000;
+const FEW = 8; // equal lines that are shown around differences
+const NOTABLE = 0.2; // share by which durations must differ to be marked, and at least 0.2 s
+
+let ids = [];
+let asked = "";
+let opened = new Set();
+let changed = new Set();
+let pending = null;
+
+export const compareView = {
+  element: byId("view-compare"),
+
+  show([, left = "", right = ""], params) {
+    if (ids[0] !== left || ids[1] !== right) opened = new Set(params.getAll("open"));
+    ids = [left, right];
+    byId("only-changed").checked = params.get("only") === "changes";
+    byId("compare").replaceChildren();
+    asked = "";
+    if (board.isKnown) this.onBoard();
+  },
+
+  hide() {
+    ids = [];
+    byId("compare").replaceChildren();
+  },
+
+  async onBoard() {
+    const missing = ids.filter((id) => id !== "" && !runs.has(id) && !asked.includes(`,${id},`));
+    show(byId("compare-problem"), null);
+    for (const id of missing) {
+      asked += `,${id},`;
+      try {
+        await call("POST", "api/executions", { execution_id: id });
+      } catch (error) {
+        show(byId("compare-problem"), error.message);
+      }
+    }
+    schedule();
+  },
+
+  onNodes: (run) => ids.includes(run.id) && schedule(),
+  onExecution: (run) => ids.includes(run.id) && schedule(),
+  title: () => `Compare ${ids.join(" and ")} · Executions`,
+};
+
+// Updates come in bursts; the differences of values are asked for once for each.
+function schedule() {
+  pending ??= setTimeout(async () => {
+    pending = null;
+    const [left, right] = ids.map((id) => runs.get(id));
+    if (!left?.nodes.size || !right?.nodes.size) return;
+    try {
+      changed = new Set((await get(`api/compare/${ids[0]}/${ids[1]}`)).changed);
+    } catch (error) {
+      return show(byId("compare-problem"), error.message);
+    }
+    if (ids[0] === left.id && ids[1] === right.id) render(left, right);
+  }, 100);
+}
+
+function render(left, right) {
+  const names = [...left.nodes.keys()];
+  // A node of the right alone comes after the one that it follows there.
+  [...right.nodes.keys()].forEach((name, index, all) => {
+    if (!left.nodes.has(name)) names.splice(names.indexOf(all[index - 1]) + 1, 0, name);
+  });
+  const rows = names.map((name) => compareNodes(name, left, right));
+  const differing = rows.filter((row) => row.marks.length > 0);
+  const isOnly = byId("only-changed").checked;
+  const list = make("ol", { class: "nodes pairs", "aria-label": "Nodes of both executions" });
+  list.append(...(isOnly ? differing : rows).map((row) => rowOf(row, left, right)));
+  const focused = document.activeElement?.closest?.(".pair")?.dataset.name;
+  const hasInputs = left.data.has_inputs || right.data.has_inputs;
+  if (hasInputs) list.prepend(inputsRow(left, right));
+  const card = make("div", { class: "card" }, headOf(left, right), list);
+  byId("compare").replaceChildren(card);
+  if (focused !== undefined) {
+    [...list.children].find((one) => one.dataset.name === focused)?.querySelector("summary").focus();
+  }
+  const isOther = left.data.workflow && right.data.workflow && left.data.workflow !== right.data.workflow;
+  const other = isOther ? " These are runs of different workflows." : "";
+  const count = `${differing.length} of ${names.length} nodes differ.`;
+  write(byId("compare-summary"), (differing.length === 0 ? "No node differs." : count) + other);
+}
+
+function headOf(left, right) {
+  const column = (run) => {
+    const [word, icon] = STATES[run.data.state];
+    const link = make("a", { href: addressOf(["executions", run.id]) }, run.name);
+    const moment = run.data.started ?? run.data.since;
+    const about = [`Execution ${run.id}`, moment === null ? "" : clock(moment), duration(run.now())];
+    const state = make("p", { class: "status" }, iconOf(icon), word);
+    const text = about.filter((one) => one !== "").join(" · ");
+    const head = make("div", { class: "side" }, make("h3", {}, link), state, make("p", { class: "muted" }, text));
+    head.dataset.state = run.data.state;
+    return head;
+  };
+  return make("header", { class: "pair-head" }, make("span", {}), column(left), column(right));
+}
+
+function compareNodes(name, left, right) {
+  const [one, other] = [left.nodes.get(name), right.nodes.get(name)];
+  const marks = [];
+  if (!one || !other) marks.push(one ? "only left" : "only right");
+  else {
+    if (one.status !== other.status) marks.push("status");
+    const isValue = changed.has(name) && (one.status === other.status || one.value !== other.value);
+    if (isValue) marks.push("value");
+    if (one.error_message !== other.error_message) marks.push("error");
+    if (differInTime(lengthOf(one, left), lengthOf(other, right))) marks.push("duration");
+  }
+  return { name, one, other, marks };
+}
+
+function lengthOf(node, run) {
+  const span = node === undefined ? null : spanOf(node, run.now());
+  return span?.isTimed ? span.end - span.start : null;
+}
+
+function differInTime(one, other) {
+  if (one === null || other === null) return false;
+  const difference = Math.abs(one - other);
+  return difference >= 0.2 && difference > NOTABLE * Math.max(one, other);
+}
+
+function rowOf({ name, one, other, marks }, left, right) {
+  const item = make("li", { class: marks.length > 0 ? "node pair differs" : "node pair" });
+  item.dataset.name = name;
+  const tags = marks.map((mark) => make("span", { class: "tag differs-tag" }, mark));
+  const summary = make(
+    "summary",
+    {},
+    make("span", { class: "name" }, name, " ", ...tags),
+    sideOf(one, left, marks),
+    sideOf(other, right, marks),
+  );
+  item.append(foldOf(name, summary, () => valuesOf(name, one, other, left, right)));
+  return item;
+}
+
+// The inputs are compared like the value of a node; a node may have their name.
+function inputsRow(left, right) {
+  const word = (run) => make("span", { class: "muted side" }, run.data.has_inputs ? "" : "Not known here");
+  const name = make("span", { class: "name" }, "Inputs");
+  const summary = make("summary", {}, name, word(left), word(right));
+  const textOf = async (run) =>
+    run.data.has_inputs ? (await call("GET", `api/executions/${run.id}/inputs`)).text() : "";
+  const fill = () => {
+    const place = make("div", { class: "detail pair-values" });
+    Promise.all([textOf(left), textOf(right)]).then(
+      (texts) => place.replaceChildren(...linesOf("inputs", ...texts)),
+      (error) => place.replaceChildren(make("p", { class: "error" }, error.message)),
+    );
+    return place;
+  };
+  return make("li", { class: "node pair inputs" }, foldOf("", summary, fill));
+}
+
+function foldOf(name, summary, fill) {
+  const details = make("details", {}, summary);
+  details.addEventListener("toggle", () => {
+    if (details.open) opened.add(name);
+    else opened.delete(name);
+    remember();
+    if (details.open && details.children.length === 1) details.append(fill());
+  });
+  details.open = opened.has(name);
+  return details;
+}
+
+function iconOf(icon) {
+  const use = makeSvg("use");
+  draw(use, icon);
+  return makeSvg("svg", { class: "icon", "aria-hidden": "true" }, use);
+}
+
+function sideOf(node, run, marks) {
+  if (node === undefined) return make("span", { class: "muted side" }, "Not in this execution");
+  const look = statusOf(node);
+  const length = lengthOf(node, run);
+  const word = look === "unknown" ? node.status : look[0].toUpperCase() + look.slice(1);
+  const time = make("span", { class: marks.includes("duration") ? "time changed" : "time" });
+  write(time, length === null ? "" : duration(length));
+  const state = make("span", { class: marks.includes("status") ? "status changed" : "status" }, iconOf(look), word);
+  const side = make("span", { class: "side" }, state, time);
+  side.dataset.status = look;
+  return side;
+}
+
+// Both values, or errors; lines that differ are marked.
+function valuesOf(name, one, other, left, right) {
+  const place = make("div", { class: "detail pair-values" });
+  const fill = async (isAsked) => {
+    const large = [one, other].some((node) => (node?.length ?? 0) > LARGE);
+    if (large && !isAsked) {
+      const button = make("button", { type: "button" }, "Load both values, which are large");
+      button.addEventListener("click", () => fill(true));
+      return place.replaceChildren(button);
+    }
+    try {
+      const texts = await Promise.all([textOf(one, left), textOf(other, right)]);
+      place.replaceChildren(...linesOf(`value of ${name}`, ...texts));
+    } catch (error) {
+      place.replaceChildren(make("p", { class: "error" }, error.message));
+    }
+  };
+  fill(false);
+  return place;
+}
+
+async function textOf(node, run) {
+  if (node === undefined) return "";
+  if (node.value === null) return node.raw_error_message ?? node.error_message ?? "";
+  if (node.length <= node.value.length) return node.value;
+  return (await call("GET", `api/executions/${run.id}/nodes/${node.index}`)).text();
+}
+
+function linesOf(what, left, right) {
+  if (left === right) {
+    const line = make("span", { class: "line" }, left);
+    const note = make("p", { class: "muted" }, "Both are the same:");
+    return [note, boxOf(`The same ${what}`, [line])];
+  }
+  const sides = [[], []];
+  const pairs = diffLines(left, right);
+  const isNear = nearOf(pairs);
+  let skipped = 0;
+  const flush = () => {
+    const text = `… ${skipped} equal lines`;
+    if (skipped > 0) for (const side of sides) side.push(make("span", { class: "line gap" }, text));
+    skipped = 0;
+  };
+  pairs.forEach((pair, index) => {
+    if (!isNear(index)) return (skipped += 1);
+    flush();
+    pair.forEach((line, side) => sides[side].push(lineOf(line, pair[0] === pair[1])));
+  });
+  flush();
+  return sides.map((lines, side) => boxOf(`${side === 0 ? "Left" : "Right"} ${what}`, lines));
+}
+
+function nearOf(pairs) {
+  const near = new Set();
+  pairs.forEach(([one, other], index) => {
+    if (one === other) return;
+    for (let at = index - FEW; at <= index + FEW; at += 1) near.add(at);
+  });
+  return (index) => near.has(index);
+}
+
+function lineOf(line, isSame) {
+  if (line === null) return make("span", { class: "line absent" }, "\u00a0");
+  return make("span", { class: isSame ? "line" : "line changed" }, line === "" ? "\u00a0" : line);
+}
+
+function boxOf(label, lines) {
+  return make("pre", { tabindex: "0", role: "region", "aria-label": label }, ...lines);
+}
+
+function remember() {
+  const params = new URLSearchParams();
+  for (const name of opened) params.append("open", name);
+  if (byId("only-changed").checked) params.set("only", "changes");
+  if (ids.length === 2) replace(["compare", ...ids], params);
+}
+
+byId("only-changed").addEventListener("change", () => {
+  remember();
+  schedule();
+});
+byId("swap").addEventListener("click", () => go(addressOf(["compare", ...[...ids].reverse()])));
+
+// The form on an execution's page that chooses the other one.
+export function offerComparison(root, current) {
+  const form = part(root, "compare-form");
+  const button = part(root, "compare");
+  button.addEventListener("click", async () => {
+    form.hidden = !form.hidden;
+    button.setAttribute("aria-expanded", String(!form.hidden));
+    if (form.hidden) return;
+    const others = await othersOf(current());
+    part(root, "others").replaceChildren(
+      make("option", { value: "" }, others.length > 0 ? "Choose one" : "No other run is known here"),
+      ...others.map(({ id, text }) => make("option", { value: id }, text)),
+    );
+    part(root, "others").focus();
+  });
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    const other = part(root, "other-id").value.trim() || part(root, "others").value;
+    const { id } = current();
+    const isId = /^[0-9]{1,19}$/.test(other) && other !== id;
+    write(part(root, "compare-error"), isId ? "" : "Choose another execution, or enter its id.");
+    if (!isId) return;
+    const pair = [id, other].sort((a, b) => (BigInt(a) < BigInt(b) ? -1 : 1));
+    go(addressOf(["compare", ...pair]));
+  });
+}
+
+// Other runs of the same workflow, live or remembered.
+async function othersOf(run) {
+  const found = new Map();
+  const { workflow } = run.data;
+  for (const one of runs.values()) {
+    if (one.id !== run.id && one.data.workflow === workflow) {
+      found.set(one.id, `${one.id}, ${STATES[one.data.state][0].toLowerCase()}`);
+    }
+  }
+  if (board.hasHistory && workflow !== null) {
+    const query = new URLSearchParams({ workflow });
+    const { entries } = await get(`api/history?${query}`).catch(() => ({ entries: [] }));
+    for (const { execution_id, began, outcome } of entries) {
+      if (execution_id === null || execution_id === run.id) continue;
+      found.set(execution_id, `${execution_id}, ${STATES[outcome][0].toLowerCase()}, ${clock(began)}`);
+    }
+  }
+  return [...found].map(([id, text]) => ({ id, text }));
+}

@@ -1,0 +1,139 @@
+// What an opened node shows: its times, its errors, and its whole value.
+
+import { call } from "./api.js";
+import { clone, copyWith, part, show, write } from "./dom.js";
+import { readContainer } from "./json.js";
+import { clock, duration, fully } from "./times.js";
+import { Tree } from "./tree.js";
+
+const LARGE = 1_000_000; // characters that are fetched only on demand
+const FOLDED = 120; // characters of JSON that need no tree
+
+export class Detail {
+  constructor(run, container) {
+    this.run = run;
+    this.root = clone("detail-template").firstElementChild;
+    this.node = null;
+    this.text = null; // the whole value
+    this.tree = null;
+    this.isText = false;
+    const at = (name) => part(this.root, name);
+    copyWith(at("copy"), at("copied"), () => this.whole(), () => at("value"));
+    copyWith(at("copy-error"), at("error-copied"), () => this.node.error_message);
+    copyWith(at("copy-trace"), at("error-copied"), () => this.node.raw_error_message);
+    at("show-all").addEventListener("click", () => this.load(true));
+    at("as-text").addEventListener("click", () => this.switchTo(!this.isText));
+    at("find").addEventListener("input", () => this.search());
+    at("find").addEventListener("keydown", (event) => {
+      if (event.key !== "Enter") return;
+      event.preventDefault();
+      this.step(event.shiftKey ? -1 : 1);
+    });
+    container.append(this.root);
+  }
+
+  update(node) {
+    const { root } = this;
+    const isNew = this.node === null || this.node.value !== node.value || this.node.length !== node.length;
+    if (this.node === null) this.label(node.name);
+    this.node = node;
+    this.showTimes();
+    write(part(root, "error"), node.error_message ?? "");
+    show(part(root, "trace"), node.raw_error_message);
+    part(root, "failure").hidden = node.error_message === null && node.raw_error_message === null;
+    part(root, "copy-error").hidden = node.error_message === null;
+    part(root, "copy-trace").hidden = node.raw_error_message === null;
+    part(root, "result").hidden = node.value === null;
+    if (!isNew || node.value === null) return;
+    this.text = node.length <= node.value.length ? node.value : null;
+    this.render(node.value);
+    if (this.text === null && node.length <= LARGE) this.load(false);
+  }
+
+  label(name) {
+    const labels = {
+      copy: `Copy the value of ${name}`,
+      "copy-error": `Copy the error of ${name}`,
+      "copy-trace": `Copy the traceback of ${name}`,
+      value: `Value of ${name}`,
+      trace: `Error details of ${name}`,
+      find: `Search the value of ${name}`,
+    };
+    for (const [which, label] of Object.entries(labels)) {
+      part(this.root, which).setAttribute("aria-label", label);
+    }
+  }
+
+  showTimes() {
+    const { since } = this.run.data;
+    const times = part(this.root, "times");
+    const { running, final } = this.node;
+    const at = (seconds) => (since === null ? "" : ` (${clock(since + seconds)})`);
+    const after = (seconds) => `${duration(seconds)}${at(seconds)}`;
+    let text = "Not seen running yet.";
+    if (running === null && final !== null) {
+      text = `First seen at ${after(final)}, already final.`;
+    } else if (running !== null) {
+      const end = final === null ? "." : `, and final at ${after(final)}.`;
+      text = `First seen running at ${after(running)}${end}`;
+    }
+    write(times, text);
+    if (since !== null) times.title = `Seconds since ${fully(since)}`;
+  }
+
+  // Shows a value, or the start of one whose rest is fetched later.
+  render(text) {
+    const { root, node } = this;
+    const isWhole = this.text !== null;
+    const json = isWhole && text.length > FOLDED ? readContainer(text) : null;
+    this.tree = json === null ? null : new Tree(part(root, "tree"), json);
+    write(part(root, "value"), text);
+    part(root, "value-tools").hidden = this.tree === null;
+    write(part(root, "found"), "");
+    this.switchTo(this.tree === null || node.is_text);
+    const more = part(root, "show-all");
+    more.hidden = isWhole;
+    write(more, `Show all ${node.length.toLocaleString("en")} characters`);
+  }
+
+  switchTo(isText) {
+    this.isText = isText;
+    const { root } = this;
+    part(root, "tree").hidden = isText;
+    part(root, "value").hidden = !isText;
+    part(root, "find").hidden = isText;
+    part(root, "found").hidden = isText;
+    write(part(root, "as-text"), isText ? "As a tree" : "As text");
+  }
+
+  async whole() {
+    if (this.text !== null) return this.text;
+    const response = await call("GET", `api/executions/${this.run.id}/nodes/${this.node.index}`);
+    return response.text();
+  }
+
+  async load(isAsked) {
+    const { node } = this;
+    try {
+      const text = await this.whole();
+      if (this.node.value !== node.value) return; // it has changed in the meantime
+      this.text = text;
+      this.render(text);
+      if (isAsked) part(this.root, this.isText ? "value" : "find").focus();
+    } catch (error) {
+      write(part(this.root, "copied"), error.message);
+    }
+  }
+
+  search() {
+    const count = this.tree.search(part(this.root, "find").value);
+    if (count > 0) return this.step(1);
+    write(part(this.root, "found"), part(this.root, "find").value.trim() ? "Nothing found" : "");
+  }
+
+  step(by) {
+    this.tree.step(by);
+    const { current, results } = this.tree;
+    if (results.length) write(part(this.root, "found"), `${current + 1} of ${results.length}`);
+  }
+}

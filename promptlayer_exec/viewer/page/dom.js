@@ -1,0 +1,99 @@
+// Writing to the document. Everything that is written is text, and is set as text.
+
+export const byId = (id) => document.getElementById(id);
+export const part = (root, name) => root.querySelector(`[data-part="${name}"]`);
+export const clone = (id) => byId(id).content.cloneNode(true);
+
+export function write(element, text) {
+  if (element.textContent === text) return false;
+  element.textContent = text;
+  return true;
+}
+
+export function show(element, text) {
+  element.hidden = text === null;
+  write(element, text ?? "");
+}
+
+export function draw(use, icon) {
+  const href = `#icon-${icon}`;
+  if (use.getAttribute("href") !== href) use.setAttribute("href", href);
+}
+
+// An element with attributes and children; children that are strings become text.
+export function make(tag, attributes = {}, ...children) {
+  return fill(document.createElement(tag), attributes, children);
+}
+
+export function makeSvg(tag, attributes = {}, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  return fill(element, attributes, children);
+}
+
+function fill(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value !== null && value !== undefined && value !== false) {
+      element.setAttribute(name, value === true ? "" : value);
+    }
+  }
+  element.append(...children);
+  return element;
+}
+
+export function announce(text) {
+  byId("announcer").textContent = text;
+}
+
+export function notify(text) {
+  byId("notice").hidden = false;
+  byId("notice-text").textContent = text;
+}
+
+export function oneLine(text) {
+  return text.slice(0, 300).replace(/\s+/g, " ");
+}
+
+export function capitalised(word) {
+  return word[0].toUpperCase() + word.slice(1);
+}
+
+// Puts an element at a position, and moves nothing that is already there.
+export function placeAt(list, index, element) {
+  if (list.children[index] !== element) list.insertBefore(element, list.children[index] ?? null);
+}
+
+// A button that copies a text, which may still have to be fetched.
+export function copyWith(button, result, text, shown) {
+  button.addEventListener("click", async () => {
+    write(result, "");
+    let copied;
+    try {
+      copied = await text();
+    } catch (error) {
+      return write(result, error.message);
+    }
+    try {
+      await navigator.clipboard.writeText(copied);
+      write(result, "Copied");
+    } catch {
+      if (shown) getSelection().selectAllChildren(shown());
+      const hint = shown ? " The text is selected: copy it yourself." : "";
+      write(result, `The browser does not allow copying.${hint}`);
+    }
+  });
+}
+
+// Asks in a dialog; returns "yes", "other", or "" if it was cancelled.
+export function confirmIn({ title, text, yes, other = null, details = null }) {
+  const dialog = byId("confirm");
+  write(byId("confirm-title"), title);
+  write(byId("confirm-text"), text);
+  write(byId("confirm-yes"), yes);
+  show(byId("confirm-other"), other);
+  show(byId("confirm-details"), details);
+  dialog.returnValue = "";
+  dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.addEventListener("close", () => resolve(dialog.returnValue), { once: true });
+  });
+}

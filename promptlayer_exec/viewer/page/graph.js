@@ -1,0 +1,321 @@
+// The graph of a workflow as SVG: nodes in layers, live statuses, and the edges that were taken.
+// It is panned by scrolling or dragging, and zoomed by its buttons, Ctrl and the wheel, or + and -.
+
+import { capitalised, draw, makeSvg, write } from "./dom.js";
+import { layOut } from "./layout.js";
+import { spanOf, statusOf } from "./model.js";
+import { duration } from "./times.js";
+
+const WIDTH = 176;
+const HEIGHT = 46;
+const MARGIN = 14;
+const NARROW = 640;
+const READABLE = 0.75; // the smallest scale that is chosen to fit
+const NAME_WIDTH = WIDTH - 44;
+
+const canvas = document.createElement("canvas").getContext("2d");
+
+export class Graph {
+  constructor(container, onSelect) {
+    this.container = container;
+    this.onSelect = onSelect;
+    this.nodes = new Map();
+    this.edges = [];
+    this.scale = 1;
+    this.selected = null;
+    this.listen();
+  }
+
+  listen() {
+    const { container } = this;
+    container.addEventListener("keydown", (event) => this.onKey(event));
+    container.addEventListener(
+      "wheel",
+      (event) => {
+        if (!event.ctrlKey && !event.metaKey) return;
+        event.preventDefault();
+        this.zoom(event.deltaY < 0 ? 1.1 : 1 / 1.1, event);
+      },
+      { passive: false },
+    );
+    // Touch screens scroll; a mouse drags.
+    container.addEventListener("pointerdown", (event) => {
+      if (event.pointerType !== "mouse" || event.button !== 0) return;
+      const from = [event.clientX + container.scrollLeft, event.clientY + container.scrollTop];
+      this.isDragged = false;
+      const move = (to) => {
+        const [x, y] = [from[0] - to.clientX, from[1] - to.clientY];
+        if (Math.abs(x - container.scrollLeft) + Math.abs(y - container.scrollTop) > 4) {
+          this.isDragged = true;
+          container.classList.add("dragging");
+        }
+        if (this.isDragged) container.scrollTo(x, y);
+      };
+      const end = () => {
+        removeEventListener("pointermove", move);
+        container.classList.remove("dragging");
+      };
+      addEventListener("pointermove", move);
+      addEventListener("pointerup", end, { once: true });
+    });
+  }
+
+  draw({ layers, nodes, edges }) {
+    this.isVertical = this.container.clientWidth < NARROW;
+    const [along, across] = this.isVertical ? [HEIGHT, WIDTH] : [WIDTH, HEIGHT];
+    const sizes = { along, across, gapAlong: this.isVertical ? 38 : 48, gapAcross: 14 };
+    this.layout = layOut(layers, edges, sizes);
+    this.nodes.clear();
+    const { length, breadth } = this.layout;
+    this.size = this.flip([length, breadth]).map((one) => one + 2 * MARGIN);
+    this.svg = makeSvg("svg", {
+      role: "group",
+      "aria-label": "Graph of the workflow; the arrow keys follow its edges",
+      viewBox: `${-MARGIN} ${-MARGIN} ${this.size[0]} ${this.size[1]}`,
+    });
+    this.edges = edges.map((edge, index) => this.makeEdge(edge, this.layout.routes[index]));
+    this.svg.append(...this.edges.map((edge) => edge.element));
+    for (const name of this.layout.rows.flat()) this.makeNode(name, nodes[name]);
+    for (const edge of edges) {
+      this.nodes.get(edge.source).after.push(edge.target);
+      this.nodes.get(edge.target).before.push(edge.source);
+    }
+    this.container.replaceChildren(this.svg);
+    this.focusable = this.layout.rows.flat()[0];
+    this.nodes.get(this.focusable)?.element.setAttribute("tabindex", "0");
+    this.fit();
+  }
+
+  flip([along, across]) {
+    return this.isVertical ? [across, along] : [along, across];
+  }
+
+  makeNode(name, { type, is_output }) {
+    const [x, y] = this.flip(this.layout.positions.get(name));
+    const icon = makeSvg("use", { x: -WIDTH / 2 + 10, y: -8, width: 16, height: 16 });
+    const label = makeSvg("text", { class: "gname", x: -WIDTH / 2 + 34, y: -3 }, shortened(name));
+    const state = makeSvg("text", { class: "gstate", x: -WIDTH / 2 + 34, y: 14 });
+    const element = makeSvg(
+      "g",
+      {
+        class: is_output ? "gnode output" : "gnode",
+        role: "button",
+        tabindex: "-1",
+        "data-node": name,
+        "data-status": "",
+        transform: `translate(${x} ${y})`,
+      },
+      makeSvg("title", {}, type ? `${name} (${type})` : name),
+      makeSvg("rect", { x: -WIDTH / 2, y: -HEIGHT / 2, width: WIDTH, height: HEIGHT, rx: 8 }),
+      icon,
+      label,
+      state,
+    );
+    element.addEventListener("click", () => {
+      if (!this.isDragged) this.choose(name);
+    });
+    element.addEventListener("focus", () => this.moveTabStop(name));
+    this.nodes.set(name, { element, icon, state, before: [], after: [], type, status: null });
+    this.svg.append(element);
+  }
+
+  makeEdge(edge, points) {
+    const path = this.pathOf(points);
+    const parts = [makeSvg("path", { class: "edge", d: path.text })];
+    if (edge.conditional) {
+      const [x, y] = path.middle;
+      const diamond = `M${x} ${y - 6}l6 6-6 6-6-6z`;
+      parts.push(
+        makeSvg("path", { class: "diamond", d: diamond }, makeSvg("title", {}, "Conditional")),
+      );
+    }
+    const element = makeSvg("g", {
+      class: edge.conditional ? "gedge conditional" : "gedge",
+      "data-source": edge.source,
+      "data-target": edge.target,
+    });
+    element.append(...parts);
+    return { ...edge, element, path: parts[0] };
+  }
+
+  // From the end of one node to the start of the next, curved in between.
+  pathOf(points) {
+    const half = (this.isVertical ? HEIGHT : WIDTH) / 2;
+    const ends = points.flatMap(([along, across], index) => {
+      if (index === 0) return [[along + half, across]];
+      if (index === points.length - 1) return [[along - half, across]];
+      return [[along - half, across], [along + half, across]]; // straight past the nodes beside it
+    });
+    const isBack = ends.at(-1)[0] <= ends[0][0];
+    if (isBack) ends.splice(1, 0, [ends[0][0] + 24, (ends[0][1] + ends.at(-1)[1]) / 2 + 36]);
+    const place = (point) => this.flip(point).map((one) => Number(one.toFixed(1))).join(" ");
+    let text = `M${place(ends[0])}`;
+    for (let index = 1; index < ends.length; index += 1) {
+      const [from, to] = [ends[index - 1], ends[index]];
+      const turn = (from[0] + to[0]) / 2;
+      text += `C${place([turn, from[1]])} ${place([turn, to[1]])} ${place(to)}`;
+    }
+    const at = Math.floor((ends.length - 1) / 2);
+    const [one, other] = [ends[at], ends[at + 1]];
+    return { text, middle: this.flip([(one[0] + other[0]) / 2, (one[1] + other[1]) / 2]) };
+  }
+
+  // Shows the statuses of some nodes, or of all.
+  update(run, names = null) {
+    const time = run.now();
+    for (const name of names ?? this.nodes.keys()) {
+      const node = this.nodes.get(name);
+      if (node) this.showStatus(name, node, run.nodes.get(name), time);
+    }
+    for (const edge of this.edges) this.showEdge(edge, run);
+  }
+
+  showStatus(name, node, known, time) {
+    const { element } = node;
+    const status = known === undefined ? "" : known.status;
+    const look = known === undefined ? "queued" : statusOf(known);
+    const span = known === undefined ? null : spanOf(known, time);
+    const text = known === undefined ? "Not in this execution" : wordOf(known, look);
+    const isOver = span?.isTimed && known.is_final;
+    if (element.dataset.status !== status || node.status === null) {
+      element.dataset.status = status;
+      element.dataset.look = known === undefined ? "absent" : look;
+      draw(node.icon, look);
+    }
+    node.status = status;
+    write(node.state, isOver ? `${text} · ${duration(span.end - span.start)}` : text);
+    element.setAttribute("aria-label", `${name}: ${node.state.textContent}`);
+  }
+
+  showEdge({ source, target, path, element }, run) {
+    const [from, to] = [run.nodes.get(source), run.nodes.get(target)];
+    let state = "pending";
+    if (from?.status === "SKIPPED" || to?.status === "SKIPPED") state = "skipped";
+    else if (from?.status === "SUCCESS" && to && to.status !== "QUEUED") state = "taken";
+    if (path.dataset.edge === state) return;
+    path.dataset.edge = state;
+    element.dataset.edge = state;
+  }
+
+  markCritical(names) {
+    const set = new Set(names);
+    for (const [name, { element }] of this.nodes) element.classList.toggle("critical", set.has(name));
+    for (const { source, target, path } of this.edges) {
+      path.classList.toggle("critical", set.has(source) && set.has(target));
+    }
+  }
+
+  select(name) {
+    this.selected = name;
+    for (const [one, { element }] of this.nodes) {
+      element.classList.toggle("selected", one === name);
+      element.setAttribute("aria-pressed", String(one === name));
+    }
+    if (this.nodes.has(name)) {
+      this.moveTabStop(name);
+      this.reveal(name);
+    }
+  }
+
+  choose(name) {
+    this.onSelect(name);
+  }
+
+  moveTabStop(name) {
+    this.nodes.get(this.focusable)?.element.setAttribute("tabindex", "-1");
+    this.focusable = name;
+    this.nodes.get(name).element.setAttribute("tabindex", "0");
+  }
+
+  // Scrolls the graph, and not the page.
+  reveal(name) {
+    const { container } = this;
+    const [x, y] = this.flip(this.layout.positions.get(name)).map((one) => (one + MARGIN) * this.scale);
+    const [width, height] = [container.clientWidth, container.clientHeight];
+    const isSeen =
+      x > container.scrollLeft + 60 &&
+      x < container.scrollLeft + width - 60 &&
+      y > container.scrollTop + 20 &&
+      y < container.scrollTop + height - 20;
+    if (!isSeen) container.scrollTo(x - width / 2, y - height / 2);
+  }
+
+  onKey(event) {
+    const name = event.target.dataset?.node;
+    if (event.key === "+" || event.key === "=") return this.zoom(1.25);
+    if (event.key === "-") return this.zoom(0.8);
+    if (event.key === "0") return this.fit();
+    if (name === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key === "Enter" || event.key === " ") {
+      event.preventDefault();
+      return this.choose(name);
+    }
+    const next = this.neighbour(name, event.key);
+    if (next === undefined) return;
+    event.preventDefault();
+    if (next === null) return;
+    this.reveal(next);
+    this.nodes.get(next).element.focus({ preventScroll: true });
+  }
+
+  // Returns null where there is none, and undefined for a key of no meaning here.
+  neighbour(name, key) {
+    const keys = this.isVertical
+      ? { ArrowDown: "after", ArrowUp: "before", ArrowRight: 1, ArrowLeft: -1 }
+      : { ArrowRight: "after", ArrowLeft: "before", ArrowDown: 1, ArrowUp: -1 };
+    const all = this.layout.rows.flat();
+    if (key === "Home") return all[0];
+    if (key === "End") return all.at(-1);
+    const way = keys[key];
+    if (way === undefined) return undefined;
+    if (typeof way === "number") {
+      const row = this.layout.rows[this.layout.layerOf.get(name)];
+      return row[row.indexOf(name) + way] ?? null;
+    }
+    const here = this.layout.positions.get(name)[1];
+    const distance = (one) => Math.abs(this.layout.positions.get(one)[1] - here);
+    const found = [...this.nodes.get(name)[way]].sort((a, b) => distance(a) - distance(b));
+    return found[0] ?? null;
+  }
+
+  zoom(factor, at = null) {
+    const { container } = this;
+    const box = container.getBoundingClientRect();
+    const x = at === null ? box.width / 2 : at.clientX - box.left;
+    const y = at === null ? box.height / 2 : at.clientY - box.top;
+    const before = this.scale;
+    this.resize(this.scale * factor);
+    const ratio = this.scale / before;
+    container.scrollTo((container.scrollLeft + x) * ratio - x, (container.scrollTop + y) * ratio - y);
+  }
+
+  // As large as fits, but readable: what does not fit is scrolled to.
+  fit() {
+    const width = this.container.clientWidth;
+    this.resize(Math.max(READABLE, Math.min(1, width / this.size[0])));
+    this.container.scrollTo(0, 0);
+  }
+
+  resize(scale) {
+    this.scale = Math.min(2.5, Math.max(0.25, scale));
+    this.svg.setAttribute("width", (this.size[0] * this.scale).toFixed(1));
+    this.svg.setAttribute("height", (this.size[1] * this.scale).toFixed(1));
+  }
+}
+
+function wordOf(node, look) {
+  return look === "unknown" ? node.status : capitalised(look);
+}
+
+function shortened(name) {
+  canvas.font = `600 13px ${getComputedStyle(document.body).fontFamily}`;
+  const fits = (text) => canvas.measureText(text).width <= NAME_WIDTH;
+  if (fits(name)) return name;
+  let [low, high] = [0, Math.min(name.length, 60)];
+  while (low < high) {
+    const middle = Math.ceil((low + high) / 2);
+    if (fits(`${name.slice(0, middle)}…`)) low = middle;
+    else high = middle - 1;
+  }
+  return `${name.slice(0, low)}…`;
+}

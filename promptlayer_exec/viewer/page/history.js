@@ -1,0 +1,263 @@
+// The view of what is remembered: every execution that was seen or started here.
+
+import { call, get } from "./api.js";
+import { byId, announce, clone, confirmIn, draw, make, oneLine, part, show, write } from "./dom.js";
+import { groupOf, runs, STATES } from "./model.js";
+import { trendOf } from "./plot.js";
+import { addressOf, go, replace } from "./router.js";
+import { ago, clock, duration, fully, machine } from "./times.js";
+
+const PAUSE = 150; // milliseconds without typing until it searches
+
+const picked = new Map(); // by execution id: the entry
+let entries = [];
+let matching = 0;
+let asked = 0;
+let typing = 0;
+
+export const historyView = {
+  element: byId("view-history"),
+
+  show(_, params) {
+    byId("history-search").value = params.get("search") ?? "";
+    byId("history-days").value = params.get("days") ?? "";
+    const outcome = params.get("outcome") ?? "";
+    const choice = document.querySelector(`input[name=outcome][value="${CSS.escape(outcome)}"]`);
+    (choice ?? document.querySelector("input[name=outcome]")).checked = true;
+    chooseWorkflow(params.get("workflow") ?? "");
+    load();
+    loadTrends();
+  },
+
+  // The state of those that are followed may have changed.
+  onExecution(run, before) {
+    if (run.data.state === before.state) return;
+    const row = document.querySelector(`.entry[data-id="${CSS.escape(run.id)}"]`);
+    const entry = entries.find((one) => one.execution_id === run.id);
+    if (row && entry) showState(row, entry);
+  },
+
+  refresh() {
+    for (const time of document.querySelectorAll("#entries time")) showMoment(time);
+  },
+
+  title: () => "History · Executions",
+};
+
+function filters() {
+  const params = new URLSearchParams();
+  const set = (name, value) => value && params.set(name, value);
+  set("search", byId("history-search").value.trim());
+  set("outcome", document.querySelector("input[name=outcome]:checked").value);
+  set("workflow", byId("history-workflow").value);
+  set("days", byId("history-days").value);
+  return params;
+}
+
+async function load(isMore = false) {
+  const number = (asked += 1);
+  const params = filters();
+  replace(["history"], params);
+  if (isMore) params.set("offset", String(entries.length));
+  let found;
+  try {
+    found = await get(`api/history?${params}`);
+  } catch (error) {
+    return show(byId("history-problem"), error.message);
+  }
+  if (number !== asked) return; // the filters have changed in the meantime
+  show(byId("history-problem"), null);
+  const first = entries.length;
+  entries = isMore ? [...entries, ...found.entries] : found.entries;
+  matching = found.matching;
+  const rows = found.entries.map(rowOf);
+  if (isMore) byId("entries").append(...rows);
+  else byId("entries").replaceChildren(...rows);
+  if (isMore) part(byId("entries").children[first], "title").focus();
+  showCounts(found.counts);
+}
+
+function showCounts(counts) {
+  const all = Object.values(counts).reduce((sum, one) => sum + one, 0);
+  for (const [name, count] of Object.entries({ all, ...counts })) {
+    write(document.querySelector(`[data-outcome=${name}]`), count.toLocaleString("en"));
+  }
+  const isFiltered = filters().size > 0;
+  const nothing = isFiltered
+    ? "No remembered execution matches."
+    : "Nothing is remembered yet.\nExecutions that are followed or started here appear in this list.";
+  write(byId("history-empty"), entries.length === 0 ? nothing : "");
+  const rest = matching - entries.length;
+  byId("history-more").hidden = rest <= 0;
+  write(byId("history-more"), `Show more (${rest.toLocaleString("en")} left)`);
+  byId("forget-all").disabled = all === 0 && !isFiltered;
+}
+
+function rowOf(entry) {
+  const root = clone("entry-template").firstElementChild;
+  const at = (name) => part(root, name);
+  const id = entry.execution_id;
+  root.dataset.key = entry.key;
+  if (id !== null) root.dataset.id = id;
+  const name = entry.workflow ?? `Execution ${id}`;
+  write(at("title"), name);
+  if (id !== null) at("title").href = addressOf(["executions", id]);
+  const about = [id === null || entry.workflow === null ? null : id];
+  if (entry.version !== null) about.push(`version ${entry.version}`);
+  if (entry.label !== null) about.push(entry.label);
+  write(at("subtitle"), about.filter((one) => one !== null).join(" · "));
+  write(at("preview"), oneLine(entry.problem ?? entry.inputs ?? ""));
+  at("preview").classList.toggle("wrong", entry.problem !== null);
+  at("began").dateTime = machine(entry.began);
+  at("began").title = fully(entry.began);
+  showMoment(at("began"));
+  write(at("duration"), lengthOf(entry));
+  showState(root, entry);
+  const label = id === null ? `${name}, unknown start` : `${name}, execution ${id}`;
+  for (const [which, verb] of [["rerun", "Run again"], ["forget", "Delete"]]) {
+    at(which).setAttribute("aria-label", `${verb}: ${label}`);
+  }
+  at("rerun").hidden = entry.workflow === null;
+  at("rerun").addEventListener("click", () => go(addressOf(["start"], startOf(entry))));
+  at("forget").addEventListener("click", () => forget(entry, root));
+  const box = at("pick");
+  box.setAttribute("aria-label", `Select for comparison: ${label}`);
+  box.disabled = id === null;
+  box.checked = picked.has(id);
+  box.addEventListener("change", () => pick(entry, box));
+  return root;
+}
+
+function startOf({ key, workflow, label, version }) {
+  return { line: String(key), workflow, label, version: version === null ? null : String(version) };
+}
+
+// What is followed now is known better than what was remembered.
+function showState(root, entry) {
+  const live = runs.get(entry.execution_id);
+  const isLive = live !== undefined && live.data.state !== "waiting";
+  const state = isLive ? live.data.state : entry.outcome;
+  const isOld = state === "running" && !isLive;
+  const [word, icon] = isOld ? ["Running when last seen", "queued"] : STATES[state];
+  root.dataset.state = isOld ? "old" : groupOf(state);
+  write(part(root, "state"), word);
+  draw(part(root, "icon"), icon);
+}
+
+function showMoment(time) {
+  const moment = Date.parse(time.dateTime) / 1000;
+  write(time, `${clock(moment)} (${ago(moment)})`);
+}
+
+function lengthOf({ duration: seconds, is_started }) {
+  if (seconds === null) return "";
+  return is_started ? duration(seconds) : `≥ ${duration(seconds)}`;
+}
+
+async function forget(entry, root) {
+  try {
+    await call("DELETE", `api/history/${entry.key}`);
+  } catch (error) {
+    return show(byId("history-problem"), error.message);
+  }
+  const next = root.nextElementSibling ?? root.previousElementSibling;
+  root.remove();
+  picked.delete(entry.execution_id);
+  entries = entries.filter((one) => one !== entry);
+  (next ? part(next, "forget") : byId("history-title")).focus();
+  announce("Deleted from the history. The execution itself stays at PromptLayer.");
+  const found = await get(`api/history?${filters()}`);
+  matching = found.matching;
+  showCounts(found.counts);
+  showPicked();
+  loadTrends();
+}
+
+byId("forget-all").addEventListener("click", async () => {
+  const answer = await confirmIn({
+    title: "Delete the whole history?",
+    text: "All executions, with their inputs, are deleted from this machine. At PromptLayer they stay.",
+    yes: "Delete all",
+  });
+  if (answer !== "yes") return;
+  try {
+    await call("DELETE", "api/history");
+    picked.clear();
+    showPicked();
+    byId("history-title").focus();
+    load();
+    loadTrends();
+  } catch (error) {
+    show(byId("history-problem"), error.message);
+  }
+});
+
+// Two of one workflow can be compared, the older on the left.
+
+function pick(entry, box) {
+  if (box.checked) picked.set(entry.execution_id, entry);
+  else picked.delete(entry.execution_id);
+  showPicked();
+}
+
+function showPicked() {
+  const [one, other] = picked.values();
+  const isPair = picked.size === 2;
+  const isSame = isPair && (one.workflow === other.workflow || !one.workflow || !other.workflow);
+  byId("history-compare").disabled = !isSame;
+  byId("history-compare").title = isPair && !isSame ? "They are runs of different workflows" : "";
+}
+
+byId("history-compare").addEventListener("click", () => {
+  const ids = [...picked.values()].sort((a, b) => a.began - b.began).map((one) => one.execution_id);
+  picked.clear();
+  go(addressOf(["compare", ...ids]));
+});
+
+// Trends
+
+async function loadTrends() {
+  let trends;
+  try {
+    trends = await get("api/history/trends");
+  } catch {
+    return; // the list says why
+  }
+  const chosen = byId("history-workflow").value;
+  const names = trends.map((trend) => trend.workflow);
+  const options = [...new Set([...names, chosen])].filter((name) => name !== "");
+  const every = byId("history-workflow").firstElementChild;
+  byId("history-workflow").replaceChildren(
+    every,
+    ...options.map((name) => make("option", { value: name }, name)),
+  );
+  byId("history-workflow").value = chosen;
+  byId("trends").hidden = trends.length === 0;
+  byId("trend-list").replaceChildren(...trends.map((trend) => make("li", {}, trendOf(trend))));
+}
+
+function chooseWorkflow(name) {
+  const select = byId("history-workflow");
+  if (![...select.options].some((one) => one.value === name)) {
+    select.append(make("option", { value: name }, name));
+  }
+  select.value = name;
+}
+
+byId("trend-list").addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (button === null) return;
+  const isChosen = byId("history-workflow").value === button.dataset.workflow;
+  chooseWorkflow(isChosen ? "" : button.dataset.workflow);
+  load();
+});
+
+byId("history-form").addEventListener("submit", (event) => event.preventDefault());
+byId("history-search").addEventListener("input", () => {
+  clearTimeout(typing);
+  typing = setTimeout(load, PAUSE);
+});
+for (const id of ["history-workflow", "history-days", "outcomes"]) {
+  byId(id).addEventListener("change", () => load());
+}
+byId("history-more").addEventListener("click", () => load(true));

@@ -1,0 +1,104 @@
+// What the page knows of each execution, whichever view shows it.
+
+export const KNOWN = ["queued", "running", "success", "failed", "skipped"];
+export const STATES = {
+  waiting: ["Waiting for the first answer", "queued"],
+  running: ["Running", "running"],
+  succeeded: ["Succeeded", "success"],
+  failed: ["Failed", "failed"],
+  lost: ["No longer followed", "lost"],
+  unknown: ["Unknown whether it started", "unknown"],
+};
+const STALE = 15; // seconds without an answer from PromptLayer after which the page says so
+const FIRST = {
+  workflow: null,
+  label: null,
+  version: null,
+  warning: null,
+  started: null,
+  since: null,
+  has_inputs: false,
+  state: "waiting",
+  error: null,
+  elapsed: 0,
+  final: 0,
+  total: 0,
+};
+
+export const runs = new Map(); // by id, in the order of the board
+export const board = {
+  isKnown: false,
+  instance: null,
+  note: "",
+  server: "",
+  hasHistory: false,
+  returning: new Set(), // ids that a restarted viewer is asked to follow again
+};
+export const connection = { state: "connecting", lostAt: 0 }; // lostAt: when the times stopped
+
+export class Run {
+  constructor(id) {
+    this.id = id;
+    this.data = { ...FIRST, execution_id: id };
+    this.at = performance.now(); // when the data was received
+    this.nodes = new Map(); // by name, in the server's order
+  }
+
+  get name() {
+    return this.data.workflow ?? `Execution ${this.id}`;
+  }
+
+  get isEnded() {
+    return ["succeeded", "failed", "lost"].includes(this.data.state);
+  }
+
+  // The seconds that the server sent, plus those since then while it is connected.
+  now() {
+    const { state, elapsed } = this.data;
+    if (state !== "running") return elapsed;
+    const until = connection.state === "live" ? performance.now() : connection.lostAt;
+    return elapsed + Math.max(0, until - this.at) / 1000;
+  }
+
+  // The error of an execution, or that PromptLayer does not answer, as then times may be old.
+  problem(duration) {
+    const silent = (performance.now() - this.at) / 1000;
+    const isStale = connection.state === "live" && this.data.state === "running" && silent > STALE;
+    const stale = `PromptLayer has not answered for ${duration(Math.floor(silent))}.`;
+    return this.data.error ?? (isStale ? stale : null);
+  }
+
+  take(data) {
+    const before = this.data;
+    this.data = data;
+    this.at = performance.now();
+    return before;
+  }
+
+  takeNodes({ all, nodes }) {
+    if (all) this.nodes = new Map();
+    for (const node of nodes) this.nodes.set(node.name, node);
+  }
+}
+
+export function runOf(id) {
+  if (!runs.has(id)) runs.set(id, new Run(id));
+  return runs.get(id);
+}
+
+export function groupOf(state) {
+  return { waiting: "running", lost: "failed" }[state] ?? state;
+}
+
+export function statusOf(node) {
+  const status = node.status.toLowerCase();
+  return KNOWN.includes(status) ? status : "unknown";
+}
+
+// When a node ran, in seconds since the first poll; null if that was not seen.
+export function spanOf(node, time) {
+  const end = node.final ?? (node.is_final || node.running === null ? null : time);
+  const start = node.running ?? end;
+  if (node.status === "SKIPPED" || start === null || end === null) return null;
+  return { start, end, isTimed: node.running !== null };
+}

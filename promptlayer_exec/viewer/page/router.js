@@ -1,0 +1,40 @@
+// The address of each view: `#/executions/787?node=Plan`. Reload, back and bookmarks work with it.
+
+// Returns the path's parts and the parameters of the present address.
+export function route() {
+  const [path, query = ""] = location.hash.replace(/^#\/?/, "").split(/\?(.*)/s);
+  const parts = path.split("/").filter((one) => one !== "");
+  return { parts: parts.map(decode), params: new URLSearchParams(query) };
+}
+
+export function addressOf(parts, params = {}) {
+  const query = params instanceof URLSearchParams ? params : new URLSearchParams();
+  if (!(params instanceof URLSearchParams)) {
+    for (const [name, value] of Object.entries(params)) {
+      for (const one of [value].flat()) if (one) query.append(name, one);
+    }
+  }
+  const text = query.toString();
+  return `#/${parts.map(encodeURIComponent).join("/")}${text ? `?${text}` : ""}`;
+}
+
+export function go(address) {
+  if (location.hash === address) dispatchEvent(new HashChangeEvent("hashchange"));
+  else location.hash = address;
+}
+
+// Changes the address without a new entry of the browser's history.
+export function replace(parts, params) {
+  const address = addressOf(parts, params);
+  if (location.hash !== address && !(location.hash === "" && address === "#/")) {
+    history.replaceState(null, "", address === "#/" ? location.pathname : address);
+  }
+}
+
+function decode(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
+}

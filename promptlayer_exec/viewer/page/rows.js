@@ -1,0 +1,161 @@
+// The nodes of one execution: a row each, with a bar on a time line.
+
+import { Detail } from "./detail.js";
+import { capitalised, clone, draw, make, oneLine, part, placeAt, write } from "./dom.js";
+import { spanOf, statusOf } from "./model.js";
+import { duration, tickLabel, ticks } from "./times.js";
+
+const ORDERS = {
+  start: (row) => row.span?.start ?? Infinity,
+  duration: (row) => -(row.span ? row.span.end - row.span.start : -1),
+};
+
+export class Rows {
+  // `onToggle(name, isOpen)` is called when somebody opens or closes a row.
+  constructor(run, list, axis, onToggle = () => {}) {
+    this.run = run;
+    this.list = list;
+    this.axis = axis;
+    this.rows = new Map();
+    this.onToggle = onToggle;
+    this.order = "";
+    this.text = "";
+    this.isWhole = true;
+    this.scale = 0;
+  }
+
+  // Shows the nodes of these names, or all of them.
+  update(names = null) {
+    const { nodes } = this.run;
+    if (names === null) {
+      for (const [name, row] of this.rows) {
+        if (!nodes.has(name)) {
+          row.root.remove();
+          this.rows.delete(name);
+        }
+      }
+    }
+    for (const name of names ?? nodes.keys()) this.show(nodes.get(name));
+    this.sort();
+  }
+
+  show(node) {
+    const row = this.rows.get(node.name) ?? this.make(node.name);
+    const { root } = row;
+    const status = statusOf(node);
+    row.node = node;
+    root.dataset.status = status;
+    draw(row.icon, status);
+    write(row.status, status === "unknown" ? node.status : capitalised(status));
+    row.output.hidden = !node.is_output_node;
+    write(row.preview, node.error_message ?? oneLine(node.value ?? ""));
+    row.detail?.update(node);
+    this.place(row, this.run.now());
+    this.filterRow(row);
+  }
+
+  make(name) {
+    const root = clone("node-template").firstElementChild;
+    const parts = ["icon", "status", "output", "preview", "time", "stretch", "critical"];
+    const row = { root, node: null, detail: null, span: null };
+    for (const one of parts) row[one] = part(root, one);
+    write(part(root, "name"), name);
+    const details = root.firstElementChild;
+    row.details = details;
+    details.firstElementChild.addEventListener("click", (event) => {
+      event.preventDefault();
+      this.open(name, !details.open);
+      this.onToggle(name, details.open);
+    });
+    this.rows.set(name, row);
+    this.list.append(root);
+    return row;
+  }
+
+  open(name, isOpen) {
+    const row = this.rows.get(name);
+    if (!row) return;
+    if (isOpen && row.detail === null) {
+      row.detail = new Detail(this.run, row.details);
+      row.detail.update(row.node);
+    }
+    row.details.open = isOpen;
+  }
+
+  select(name) {
+    for (const [one, { root }] of this.rows) root.classList.toggle("selected", one === name);
+  }
+
+  markCritical(names) {
+    for (const [name, row] of this.rows) {
+      row.critical.hidden = !names.includes(name);
+      row.root.classList.toggle("critical", names.includes(name));
+    }
+  }
+
+  // Moves only rows that are out of place, so that the focus and the scroll position stay.
+  sort() {
+    const rows = [...this.rows.values()];
+    const key = ORDERS[this.order];
+    rows.sort((one, other) => one.node.index - other.node.index);
+    if (key) rows.sort((one, other) => key(one) - key(other));
+    if (this.order === "name") {
+      rows.sort((one, other) => one.node.name.localeCompare(other.node.name));
+    }
+    rows.forEach((row, index) => placeAt(this.list, index, row.root));
+  }
+
+  filter(text, isWhole = false) {
+    if (text === this.text && isWhole === this.isWhole) return;
+    this.text = text;
+    this.isWhole = isWhole;
+    for (const row of this.rows.values()) this.filterRow(row);
+  }
+
+  filterRow({ root, node }) {
+    root.hidden = !this.isWhole && !matches(node, this.text);
+  }
+
+  // The bars are placed in seconds; only the length of the axis changes with time.
+  tick(time) {
+    const scale = Math.max(time, 0.001);
+    if (scale === this.scale) return;
+    this.scale = scale;
+    this.list.style.setProperty("--scale", scale.toFixed(3));
+    this.showAxis(scale);
+    for (const row of this.rows.values()) {
+      const { node } = row;
+      if (node.running !== null && node.final === null && !node.is_final) this.place(row, time);
+    }
+  }
+
+  place(row, time) {
+    const span = spanOf(row.node, time);
+    row.span = span;
+    row.stretch.hidden = span === null;
+    write(row.time, span?.isTimed ? duration(Math.max(0, span.end - span.start)) : "");
+    if (span === null) return;
+    const { style } = row.stretch;
+    if (row.from !== span.start) style.setProperty("--from", span.start.toFixed(3));
+    if (row.to !== span.end) style.setProperty("--to", span.end.toFixed(3));
+    row.from = span.start;
+    row.to = span.end;
+  }
+
+  showAxis(scale) {
+    const moments = ticks(scale);
+    const step = moments[1] ?? scale;
+    if (this.step !== step || this.axis.children.length !== moments.length) {
+      const labels = moments.map((moment) => make("span", {}, tickLabel(moment)));
+      labels.forEach((label, index) => label.style.setProperty("--at", String(moments[index])));
+      this.axis.replaceChildren(...labels);
+      this.step = step;
+    }
+    this.axis.style.setProperty("--scale", scale.toFixed(3));
+    this.list.style.setProperty("--step", String(step));
+  }
+}
+
+export function matches(node, text) {
+  return [node.name, node.status].some((one) => one.toLowerCase().includes(text));
+}

@@ -1,0 +1,57 @@
+// Durations and moments as text.
+
+export function duration(seconds) {
+  if (seconds < 59.95) return `${seconds.toFixed(1)} s`;
+  const whole = Math.round(seconds);
+  const minutes = Math.floor(whole / 60);
+  const pad = (value) => String(value).padStart(2, "0");
+  if (minutes < 60) return `${minutes} min ${pad(whole % 60)} s`;
+  return `${Math.floor(minutes / 60)} h ${pad(minutes % 60)} min`;
+}
+
+const CLOCK = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
+const DAY = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short" });
+const WHOLE = new Intl.DateTimeFormat(undefined, { dateStyle: "full", timeStyle: "long" });
+
+const date = (moment) => new Date(moment * 1000);
+
+// The time of day; with the day, if it is not today.
+export function clock(moment) {
+  const time = CLOCK.format(date(moment));
+  const isToday = date(moment).toDateString() === new Date().toDateString();
+  return isToday ? time : `${DAY.format(date(moment))}, ${time}`;
+}
+
+export const fully = (moment) => WHOLE.format(date(moment));
+export const machine = (moment) => date(moment).toISOString();
+
+const UNITS = [
+  ["day", 86_400],
+  ["hour", 3600],
+  ["minute", 60],
+];
+const RELATIVE = new Intl.RelativeTimeFormat("en", { numeric: "always" });
+
+export function ago(moment) {
+  const seconds = Math.max(0, Date.now() / 1000 - moment);
+  for (const [unit, length] of UNITS) {
+    if (seconds >= length) return RELATIVE.format(-Math.floor(seconds / length), unit);
+  }
+  return "just now";
+}
+
+// The positions of at most six labels on an axis of some seconds.
+export function ticks(seconds) {
+  const steps = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200];
+  const step = steps.find((one) => seconds / one <= 5) ?? Math.ceil(seconds / 18_000) * 3600;
+  const found = [];
+  // None at the very end, where its label would not fit.
+  for (let at = 0; at <= seconds * 0.92; at += step) found.push(Number(at.toFixed(3)));
+  return found;
+}
+
+export function tickLabel(seconds) {
+  if (seconds < 60) return `${Number(seconds.toFixed(1))} s`;
+  if (seconds < 3600) return `${Number((seconds / 60).toFixed(1))} min`;
+  return `${Number((seconds / 3600).toFixed(1))} h`;
+}

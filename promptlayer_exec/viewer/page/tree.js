@@ -1,0 +1,149 @@
+// A JSON value as a tree that can be folded and searched. Branches are made when they are opened.
+
+import { make, write } from "./dom.js";
+
+const CHUNK = 100; // children that are made at once
+const LONG = 400; // characters of a string that are shown at first
+const MOST = 1000; // results of a search
+
+export class Tree {
+  constructor(container, root) {
+    this.root = root;
+    this.branches = new Map(); // by JSON node: the element of a branch that was made
+    this.leaves = new Map();
+    this.results = [];
+    this.current = -1;
+    const list = make("ul");
+    list.append(this.item(null, root));
+    container.replaceChildren(list);
+    this.branches.get(root)?.open();
+  }
+
+  item(key, node) {
+    const item = make("li");
+    const name = key === null ? [] : [make("span", { class: "key" }, key), ": "];
+    const children = childrenOf(node);
+    if (children === null) {
+      const leaf = make("span", { class: `leaf ${node.kind}` }, ...name, ...leafOf(node));
+      this.leaves.set(node, leaf);
+      item.append(leaf);
+      return item;
+    }
+    const summary = make("summary", {}, ...name, make("span", { class: "muted" }, sizeOf(node)));
+    const details = make("details", {}, summary);
+    const branch = new Branch(this, details, children);
+    this.branches.set(node, branch);
+    details.addEventListener("toggle", () => details.open && branch.fill(CHUNK));
+    item.append(details);
+    return item;
+  }
+
+  // Finds keys and values that contain a text; returns how many.
+  search(text) {
+    const wanted = text.trim().toLowerCase();
+    this.results = [];
+    this.current = -1;
+    if (wanted !== "") this.collect(this.root, null, [], wanted);
+    this.mark(null);
+    return this.results.length;
+  }
+
+  collect(node, key, path, wanted) {
+    if (this.results.length >= MOST) return;
+    const children = childrenOf(node);
+    const text = children === null ? (node.value ?? node.text) : "";
+    if (`${key ?? ""}\n${text}`.toLowerCase().includes(wanted)) this.results.push([...path, node]);
+    const here = [...path, node];
+    for (const [name, child] of children ?? []) this.collect(child, name, here, wanted);
+  }
+
+  // Opens the branches of the next result, or the one before, and scrolls to it.
+  step(by) {
+    const count = this.results.length;
+    if (count === 0) return;
+    this.current = (this.current + by + count) % count;
+    const path = this.results[this.current];
+    path.slice(0, -1).forEach((node, index) => this.branches.get(node).reveal(path[index + 1]));
+    const last = path.at(-1);
+    const found = this.leaves.get(last) ?? this.branches.get(last).details.firstElementChild;
+    this.mark(found);
+    found.scrollIntoView({ block: "nearest" });
+  }
+
+  mark(element) {
+    this.marked?.classList.remove("found");
+    this.marked = element;
+    element?.classList.add("found");
+  }
+}
+
+class Branch {
+  constructor(tree, details, children) {
+    this.tree = tree;
+    this.details = details;
+    this.children = children;
+    this.made = 0;
+    this.list = make("ul");
+    details.append(this.list);
+  }
+
+  open() {
+    this.details.open = true;
+    this.fill(CHUNK);
+  }
+
+  fill(count) {
+    const until = Math.min(count, this.children.length);
+    this.more?.remove();
+    for (; this.made < until; this.made += 1) {
+      this.list.append(this.tree.item(...this.children[this.made]));
+    }
+    if (this.made < this.children.length) this.offerMore();
+  }
+
+  offerMore() {
+    const rest = this.children.length - this.made;
+    this.more = make("li");
+    const button = make("button", { type: "button", class: "quiet" });
+    write(button, `Show ${Math.min(CHUNK, rest)} of ${rest.toLocaleString("en")} more`);
+    button.addEventListener("click", () => {
+      const first = this.made;
+      this.fill(first + CHUNK);
+      this.list.children[first]?.querySelector("summary, button")?.focus();
+    });
+    this.more.append(button);
+    this.list.append(this.more);
+  }
+
+  reveal(node) {
+    this.details.open = true;
+    const index = this.children.findIndex((child) => child[1] === node);
+    this.fill(Math.max(this.made, CHUNK, Math.ceil((index + 1) / CHUNK) * CHUNK));
+  }
+}
+
+function childrenOf(node) {
+  if (node.kind === "object") return node.entries;
+  if (node.kind === "array") return node.items.map((item, index) => [String(index), item]);
+  return null;
+}
+
+function sizeOf(node) {
+  const [count, one, many, brackets] =
+    node.kind === "object"
+      ? [node.entries.length, "key", "keys", "{}"]
+      : [node.items.length, "item", "items", "[]"];
+  return count === 0 ? brackets : `${brackets} ${count.toLocaleString("en")} ${count === 1 ? one : many}`;
+}
+
+function leafOf(node) {
+  if (node.kind !== "string") return [node.text];
+  if (node.value.length <= LONG) return [`"${node.value}"`];
+  const text = make("span", {}, `"${node.value.slice(0, LONG)}…`);
+  const button = make("button", { type: "button", class: "quiet" }, "Show the whole string");
+  button.addEventListener("click", () => {
+    write(text, `"${node.value}"`);
+    button.remove();
+  });
+  return [text, " ", button];
+}

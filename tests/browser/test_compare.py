@@ -1,0 +1,124 @@
+"""Two executions side by side."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from playwright.async_api import Locator, Page, expect
+
+from promptlayer_exec.simulator import Scenario, SimNode, Simulator
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+HOSTILE = "<img src=x onerror=\"document.title='taken'\">"
+
+
+def essay(inputs: Mapping[str, Any]) -> Scenario:
+    """Return a run whose second node depends on the inputs."""
+    lines = [f"line {index}" for index in range(40)]
+    lines[20] = str(inputs["topic"])
+    is_odd = inputs["topic"] == HOSTILE
+    failed: dict[str, Any] = {"status": "FAILED", "error_message": "too odd"} if is_odd else {}
+    nodes = [
+        SimNode("same", {"a": 1}),
+        SimNode("essay", "\n".join(lines)),
+        SimNode("slow", "x", 0.6 if is_odd else 0.1),
+        SimNode("review", "fine", after=["essay"], is_output_node=True, **failed),
+    ]
+    if is_odd:
+        nodes.append(SimNode("extra", 1))
+    return Scenario(nodes)
+
+
+def pair(page: Page, name: str) -> Locator:
+    """Return the line of a node."""
+    return page.locator(f'.pair[data-name="{name}"]')
+
+
+async def compare(sim: Simulator, viewer: Any, ui: Any) -> tuple[int, int]:
+    """Start two runs, and go to their comparison."""
+    sim.add_workflow("essay", essay)
+    ids = [
+        (await viewer.board.start("essay", {"topic": topic})).id for topic in ("otters", HOSTILE)
+    ]
+    for execution_id in ids:
+        while viewer.board.cards[execution_id].state not in ("succeeded", "failed"):
+            await viewer.board.changed.wait()
+    await ui.open(f"#/compare/{ids[0]}/{ids[1]}")
+    return ids[0], ids[1]
+
+
+async def test_differences_are_marked(sim: Simulator, viewer: Any, ui: Any, page: Page) -> None:
+    """Statuses, durations and values; nodes that only one has; lines that differ."""
+    await compare(sim, viewer, ui)
+    await expect(page.locator("#compare-summary")).to_have_text("4 of 5 nodes differ.")
+    await expect(pair(page, "same").locator(".tag")).to_have_count(0)
+    for name, tags in (
+        ("essay", ["value"]),
+        ("slow", ["duration"]),
+        ("review", ["status", "value", "error"]),
+        ("extra", ["only right"]),
+    ):
+        assert await pair(page, name).locator(".tag").all_text_contents() == tags
+    await expect(pair(page, "extra")).to_contain_text("Not in this execution")
+    await expect(pair(page, "review").locator(".status")).to_have_text(["Success", "Failed"])
+    await pair(page, "essay").locator("summary").click()
+    changed = pair(page, "essay").locator(".line.changed")
+    await expect(changed).to_have_text(["otters", HOSTILE])
+    await expect(pair(page, "essay").locator(".gap").first).to_have_text("… 12 equal lines")
+    await pair(page, "same").locator("summary").click()
+    await expect(pair(page, "same")).to_contain_text("Both are the same:")
+    await page.locator(".pair.inputs summary").click()
+    await expect(page.locator(".pair.inputs .line.changed").first).to_contain_text("otters")
+    assert await page.locator("img").count() == 0
+    assert re.search(r"open=essay&open=same&open=$", page.url)
+    await page.reload()
+    await expect(changed).to_have_text(["otters", HOSTILE])
+    await page.get_by_label("Only differences").check()
+    await expect(pair(page, "same")).to_have_count(0)
+    await expect(pair(page, "slow")).to_be_visible()
+
+
+async def test_the_other_one_is_chosen_on_a_page(
+    sim: Simulator, viewer: Any, ui: Any, page: Page
+) -> None:
+    """Other runs of its workflow are offered; any id can be entered; sides can be swapped."""
+    left, right = await compare(sim, viewer, ui)
+    await ui.open_run(right)
+    button = page.get_by_role("button", name="Compare", exact=True).first
+    await button.click()
+    await expect(button).to_have_attribute("aria-expanded", "true")
+    choice = page.get_by_label("Compare with")
+    await expect(choice.locator("option")).to_have_count(2)
+    await page.keyboard.press("Tab")
+    await page.keyboard.type("nonsense")
+    await page.keyboard.press("Enter")
+    await expect(ui.part("compare-error")).to_contain_text("enter its id")
+    await page.get_by_label("or another id").fill("")
+    await choice.select_option(str(left))
+    await page.locator(".compare-form").get_by_role("button", name="Compare").click()
+    await expect(page.locator("#compare-summary")).to_contain_text("differ")
+    assert page.url.endswith(f"#/compare/{left}/{right}")
+    await page.get_by_role("button", name="Swap sides").click()
+    await expect(pair(page, "extra").locator(".tag")).to_have_text("only left")
+    other = sim.add_execution(Scenario([SimNode("same", {"a": 1})]))
+    await ui.open(f"#/compare/{left}/{other}")  # one that is not followed yet
+    await expect(page.locator("#compare-summary")).to_have_text("3 of 4 nodes differ.")
+
+
+async def test_lines_are_aligned(page: Page) -> None:
+    """Equal lines are beside each other; large texts are compared as a whole."""
+    diff = """([left, right]) => import("/diff.js").then(({ diffLines }) =>
+        diffLines(left.join("\\n"), right.join("\\n")))"""
+    for left, right, pairs in (
+        (["a", "b", "c"], ["a", "c"], [["a", "a"], ["b", None], ["c", "c"]]),
+        (["a", "x"], ["a", "y", "z"], [["a", "a"], ["x", "y"], [None, "z"]]),
+        (["a"], ["a"], [["a", "a"]]),
+        (["b", "a"], ["a", "b"], [["b", None], ["a", "a"], [None, "b"]]),
+    ):
+        assert await page.evaluate(diff, [left, right]) == pairs
+    many = [[str(index) for index in range(3000)], [f"x{index}" for index in range(3000)]]
+    assert len(await page.evaluate(diff, many)) == 3000

@@ -1,0 +1,260 @@
+"""The graph of an execution's page: what it draws, and how it is used."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from playwright.async_api import Page, expect
+
+from promptlayer_exec.simulator import Scenario, SimNode, Simulator
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+HOSTILE = "<img src=x onerror=\"document.title='taken'\"> '\"] & very long indeed"
+PAIR = Scenario([SimNode("plan", "p"), SimNode("answer", "a", after=["plan"])])
+BRANCHES = Scenario(
+    [
+        SimNode("plan", {"ok": True}, None),
+        SimNode("accept", "yes", None, after=["plan"], when=lambda values: values["plan"]["ok"]),
+        SimNode("reject", "no", after=["plan"], when=lambda values: not values["plan"]["ok"]),
+        SimNode("answer", "Fine.", after=["accept", "reject"], is_output_node=True),
+    ]
+)
+
+
+def sixty() -> Scenario:
+    """Return sixty nodes in twelve layers of five, with edges across; one node failed."""
+    nodes = [SimNode("start", 0)]
+    for index in range(1, 59):
+        before = [f"node {index - 5}" if index > 5 else "start"]
+        if index % 4 == 0 and index > 12:
+            before.append(f"node {index - 11}")
+        failed: dict[str, Any] = {"status": "FAILED"} if index == 33 else {}
+        nodes.append(SimNode(f"node {index}", index, after=before, **failed))
+    nodes.append(SimNode("end", 1, after=["node 58"], is_output_node=True))
+    return Scenario(nodes)
+
+
+async def start(sim: Simulator, viewer: Any, ui: Any, scenario: Scenario) -> int:
+    """Start a run of a workflow that is described, and go to its page."""
+    sim.add_workflow("flow", scenario)
+    execution = await viewer.board.start("flow", {})
+    await ui.open_run(execution.id)
+    await expect(ui.drawn(scenario.nodes[0].name)).to_be_visible()
+    return execution.id
+
+
+async def test_nodes_are_in_layers_with_live_statuses(sim: Simulator, viewer: Any, ui: Any) -> None:
+    """The edge that was taken and the branch that was skipped differ; conditions are marked."""
+    held = await start(sim, viewer, ui, BRANCHES)
+    for name, status in (("plan", "RUNNING"), ("accept", "QUEUED"), ("answer", "QUEUED")):
+        await expect(ui.drawn(name)).to_have_attribute("data-status", status)
+    boxes = {
+        name: await ui.drawn(name).bounding_box() for name in ("plan", "accept", "reject", "answer")
+    }
+    assert boxes["plan"]["x"] < boxes["accept"]["x"] == boxes["reject"]["x"] < boxes["answer"]["x"]
+    await expect(ui.edge("plan", "accept")).to_have_attribute("data-edge", "pending")
+    sim.finish(held, "plan")
+    await expect(ui.drawn("accept")).to_have_attribute("data-status", "RUNNING")
+    await expect(ui.drawn("reject")).to_have_attribute("data-status", "SKIPPED")
+    await expect(ui.edge("plan", "accept")).to_have_attribute("data-edge", "taken")
+    await expect(ui.edge("plan", "reject")).to_have_attribute("data-edge", "skipped")
+    await expect(ui.edge("reject", "answer")).to_have_attribute("data-edge", "skipped")
+    sim.finish(held, "accept")
+    await expect(ui.drawn("answer")).to_have_attribute("data-status", "SUCCESS")
+    await expect(ui.edge("accept", "answer")).to_have_attribute("data-edge", "taken")
+    for source, target, conditional in (
+        ("plan", "accept", True),
+        ("plan", "reject", True),
+        ("accept", "answer", False),
+    ):
+        assert await ui.edge(source, target).locator(".diamond").count() == conditional
+    label = await ui.drawn("answer").get_attribute("aria-label")
+    assert re.fullmatch(r"answer: Success.*", label or "")
+    await expect(ui.part("graph-note")).to_have_text("flow, version 1")
+    await expect(ui.drawn("plan")).to_have_class(re.compile("critical"))
+    await expect(ui.drawn("reject")).not_to_have_class(re.compile("critical"))
+
+
+async def test_a_click_selects_everywhere(sim: Simulator, viewer: Any, ui: Any, page: Page) -> None:
+    """In graph, table and time line alike, whichever of them is clicked."""
+    held = await start(sim, viewer, ui, BRANCHES)
+    await ui.drawn("accept").click()
+    await expect(ui.row("accept")).to_have_class(re.compile("selected"))
+    await expect(ui.row("accept").locator("details")).to_have_attribute("open", "")
+    await expect(ui.drawn("accept")).to_have_attribute("aria-pressed", "true")
+    assert page.url.endswith(f"#/executions/{held}?node=accept")
+    await ui.row("plan").locator(".track").click()
+    await expect(ui.drawn("plan")).to_have_class(re.compile("selected"))
+    await expect(ui.drawn("accept")).to_have_attribute("aria-pressed", "false")
+    assert page.url.endswith("?node=plan&open=accept")
+    await page.reload()
+    await expect(ui.drawn("plan")).to_have_class(re.compile("selected"))
+
+
+async def test_the_arrow_keys_follow_the_edges(
+    sim: Simulator, viewer: Any, ui: Any, page: Page
+) -> None:
+    """One node takes part in the tab order; Enter selects, + and - zoom, 0 fits."""
+    await start(sim, viewer, ui, BRANCHES)
+    assert await page.locator('.gnode[tabindex="0"]').count() == 1
+    await page.get_by_role("button", name="Fit").focus()
+    await page.keyboard.press("Tab")
+    focused = "document.activeElement.dataset.node ?? document.activeElement.dataset.part"
+    if await page.evaluate(focused) == "graph":  # a container that scrolls may take the focus
+        await page.keyboard.press("Tab")
+    assert await page.evaluate(focused) == "plan"
+    outline = "getComputedStyle(document.activeElement.querySelector('rect')).outlineWidth"
+    assert await page.evaluate(outline) == "2px"
+    for key, name in (
+        ("ArrowRight", "accept"),
+        ("ArrowDown", "reject"),
+        ("ArrowDown", "reject"),
+        ("ArrowRight", "answer"),
+        ("ArrowLeft", "accept"),
+        ("Home", "plan"),
+        ("End", "answer"),
+    ):
+        await page.keyboard.press(key)
+        assert await page.evaluate(focused) == name
+    await page.keyboard.press("Enter")
+    await expect(ui.row("answer")).to_have_class(re.compile("selected"))
+    before = await ui.drawn("plan").bounding_box()
+    await page.keyboard.press("+")
+    larger = await ui.drawn("plan").bounding_box()
+    assert larger["width"] > 1.2 * before["width"]
+    await page.keyboard.press("0")
+    assert await ui.drawn("plan").bounding_box() == before
+
+
+async def test_it_is_panned_and_zoomed(sim: Simulator, viewer: Any, ui: Any, page: Page) -> None:
+    """By dragging, by the wheel with Ctrl, and by buttons; a drag selects nothing."""
+    await start(sim, viewer, ui, sixty())
+    graph = ui.part("graph")
+    await graph.evaluate("(one) => one.scrollTo(0, 0)")
+    await graph.scroll_into_view_if_needed()
+    at = await ui.drawn("start").bounding_box()
+    await page.mouse.move(at["x"] + 20, at["y"] + 10)
+    await page.mouse.down()
+    await page.mouse.move(at["x"] - 180, at["y"] - 20, steps=4)
+    await page.mouse.up()
+    assert await graph.evaluate("(one) => one.scrollLeft") == 200
+    await expect(ui.drawn("start")).not_to_have_class(re.compile("selected"))
+    box = await graph.bounding_box()
+    await page.mouse.move(box["x"] + 300, box["y"] + 100)
+    width = (await ui.drawn("node 7").bounding_box())["width"]
+    await page.keyboard.down("Control")
+    await page.mouse.wheel(0, 100)
+    await page.keyboard.up("Control")
+    assert (await ui.drawn("node 7").bounding_box())["width"] < width
+    for _ in range(12):
+        await page.get_by_role("button", name="Zoom out").click()
+    sizes = "(one) => [one.scrollWidth, one.clientWidth]"
+    needed, there = await graph.evaluate(sizes)
+    assert needed <= there
+    await page.get_by_role("button", name="Zoom in").click()
+    await page.get_by_role("button", name="Fit").click()
+    assert (await ui.drawn("start").bounding_box())["width"] > 120
+
+
+async def test_sixty_nodes_stay_readable(sim: Simulator, viewer: Any, ui: Any, page: Page) -> None:
+    """No two overlap, the text is large enough, and the failed one is in sight."""
+    await start(sim, viewer, ui, sixty())
+    await expect(ui.drawn("node 33")).to_have_attribute("data-status", "FAILED")
+    await expect(ui.drawn("node 33")).to_have_class(re.compile("selected"))
+    boxes = await page.locator(".gnode rect").evaluate_all(
+        """(all) => all.map((one) => one.getBoundingClientRect())
+            .map(({ left, right, top, bottom }) => [left, right, top, bottom])"""
+    )
+    assert len(boxes) == 60
+    for index, (left, right, top, bottom) in enumerate(boxes):
+        for other in boxes[index + 1 :]:
+            apart = other[0] >= right or other[1] <= left or other[2] >= bottom or other[3] <= top
+            assert apart
+    height = await page.locator(".gname").first.evaluate(
+        "(one) => one.getBoundingClientRect().height"
+    )
+    assert height >= 10
+    inside = """(one) => {
+        const [node, graph] = [one, one.closest(".graph")].map((it) => it.getBoundingClientRect());
+        return node.left >= graph.left && node.right <= graph.right
+            && node.top >= graph.top && node.bottom <= graph.bottom;
+    }"""
+    assert await ui.drawn("node 33").evaluate(inside)
+
+
+async def test_the_only_workflow_that_fits_is_drawn(sim: Simulator, ui: Any, page: Page) -> None:
+    """The execution was added by its id, which does not tell its workflow."""
+    sim.add_workflow("first", PAIR)
+    sim.add_workflow("other", BRANCHES)
+    await ui.open_run(sim.add_execution(PAIR))
+    await expect(ui.drawn("answer")).to_have_attribute("data-status", "SUCCESS")
+    await expect(ui.part("graph-note")).to_have_text(
+        "first, version 1: its nodes fit this execution"
+    )
+    await expect(page.get_by_role("heading", name="first")).to_be_visible()
+
+
+async def test_without_a_definition_all_but_the_graph_works(sim: Simulator, ui: Any) -> None:
+    """The page says why there is no graph."""
+    await ui.open_run(sim.add_execution(PAIR))
+    await expect(ui.part("graph-note")).to_contain_text("no workflow has nodes of these names")
+    await expect(ui.part("graph")).to_be_hidden()
+    await ui.row("plan").locator("summary").click()
+    await expect(ui.row("plan").locator('[data-part="value"]')).to_have_text("p")
+
+
+async def test_one_of_several_workflows_can_be_chosen(sim: Simulator, ui: Any, page: Page) -> None:
+    """The choice is remembered with the execution."""
+    for name in ("first", "second"):
+        sim.add_workflow(name, PAIR)
+    await ui.open_run(sim.add_execution(PAIR))
+    await expect(ui.part("graph-note")).to_contain_text("fit several workflows")
+    await ui.part("candidates").select_option("second")
+    await expect(ui.drawn("plan")).to_be_visible()
+    await expect(page.get_by_role("heading", name="second")).to_be_visible()
+    await page.reload()
+    await expect(ui.drawn("plan")).to_be_visible()
+    await expect(ui.part("graph-note")).to_have_text("second, version 1")
+
+
+async def test_names_are_text_and_cycles_are_drawn(
+    sim: Simulator, viewer: Any, ui: Any, page: Page
+) -> None:
+    """A name that is too long is shortened; the whole is in its title and its label."""
+    scenario = Scenario([SimNode(HOSTILE, 1, None), SimNode("end", after=[HOSTILE])])
+    held = await start(sim, viewer, ui, scenario)
+    drawn = ui.drawn(HOSTILE)
+    await expect(drawn).to_have_attribute("data-status", "RUNNING")
+    await expect(drawn.locator("title")).to_have_text(re.compile(re.escape(HOSTILE)))
+    await expect(drawn.locator(".gname")).to_have_text(re.compile(r"^<img .*…$"))
+    await drawn.click()
+    await expect(ui.row(HOSTILE)).to_have_class(re.compile("selected"))
+    await page.reload()
+    await expect(ui.row(HOSTILE)).to_have_class(re.compile("selected"))
+    sim.finish(held, HOSTILE)
+    assert await page.locator("img").count() == 0
+    routes = await page.evaluate(
+        """() => import("/layout.js").then(({ layOut }) => {
+            const edges = [["a", "b"], ["b", "c"], ["c", "b"], ["c", "c"]];
+            const drawn = layOut([["a"], ["b", "c"]], edges.map(([source, target]) =>
+                ({ source, target })), { along: 10, across: 10, gapAlong: 5, gapAcross: 5 });
+            return drawn.routes.flat(2).concat([...drawn.positions.values()].flat());
+        })"""
+    )
+    assert all(isinstance(number, (int, float)) for number in routes)
+
+
+async def test_on_a_narrow_screen_layers_are_below_each_other(
+    sim: Simulator, viewer: Any, ui: Any, page: Page
+) -> None:
+    """The arrow keys turn with them."""
+    await page.set_viewport_size({"width": 360, "height": 740})
+    await start(sim, viewer, ui, BRANCHES)
+    plan, accept = [await ui.drawn(name).bounding_box() for name in ("plan", "accept")]
+    assert plan["y"] + plan["height"] < accept["y"]
+    await ui.drawn("plan").focus()
+    await page.keyboard.press("ArrowDown")
+    assert await page.evaluate("document.activeElement.dataset.node") == "accept"

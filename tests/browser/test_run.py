@@ -1,0 +1,363 @@
+"""The page of one execution: its address, its rows, and what can be copied from it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import sys
+from typing import Any
+
+import pytest
+from playwright.async_api import BrowserContext, Page, expect
+
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+HELD = Scenario(
+    [
+        SimNode("plan", {"parts": 3}, None),
+        SimNode("answer", "Otters are fine.", None, after=["plan"], is_output_node=True),
+    ]
+)
+ERROR = "The index is not available: HTTP 503"
+TRACE = "Traceback: ...\nOSError: HTTP 503"
+DEEP = {"rows": [{"n": n, "name": f"row {n}"} for n in range(250)], "big": 2**63 + 1, "no": None}
+
+
+def sixty(failing: int = 45) -> Scenario:
+    """Return sixty nodes, one of which failed, in ten layers of six."""
+    nodes = []
+    for index in range(60):
+        after = [] if index < 6 else [f"node {index - 6}"]
+        failed = {"status": "FAILED", "error_message": ERROR, "raw_error_message": TRACE}
+        more: dict[str, Any] = failed if index == failing else {}
+        nodes.append(SimNode(f"node {index}", index, after=after, **more))
+    return Scenario(nodes)
+
+
+async def test_it_has_an_address_that_survives(
+    sim: Simulator, viewer: Any, ui: Any, page: Page, context: BrowserContext
+) -> None:
+    """Reload, back and forward show the same nodes; another tab asks once for the token."""
+    held = sim.add_execution(HELD)
+    viewer.board.follow(held)
+    await page.get_by_role("link", name=f"Execution {held}").click()
+    await expect(page.get_by_role("heading", name=f"Execution {held}")).to_be_focused()
+    await ui.row("plan").locator("summary").click()
+    await ui.row("answer").locator("summary").click()
+    address = f"{viewer.origin}/#/executions/{held}?node=answer&open=plan"
+    assert page.url == address
+    await page.reload()
+    for name in ("plan", "answer"):
+        await expect(ui.row(name).locator("details")).to_have_attribute("open", "")
+    await expect(ui.row("answer")).to_have_class(re.compile("selected"))
+    await page.go_back()
+    await expect(page.locator(".card")).to_be_visible()
+    await page.go_forward()
+    await expect(ui.row("plan").locator("details")).to_have_attribute("open", "")
+    other = await context.new_page()
+    await other.goto(address)
+    await expect(other.locator("#refused")).to_be_visible()
+    await other.get_by_label("URL or token").fill(viewer.url)
+    await other.get_by_role("button", name="Open").click()
+    await expect(other.locator(".run .node.selected")).to_contain_text("answer")
+    assert other.url == address
+    await other.reload()
+    await expect(other.locator(".run .node.selected")).to_contain_text("answer")
+
+
+async def test_a_bookmark_follows_an_execution_again(
+    sim: Simulator, viewer: Any, ui: Any, page: Page, browser_errors: Any
+) -> None:
+    """One that is not on the page is asked for; if the server has none, the page says so."""
+    browser_errors.expected = ("404 (Not Found)",)
+    held = sim.add_execution(HELD)
+    await ui.open_run(held)
+    await expect(ui.row("plan")).to_have_attribute("data-status", "running")
+    assert list(viewer.board.cards) == [held]
+    await ui.open_run(77)
+    await expect(ui.part("problem")).to_contain_text("404 Not Found")
+    sim.add_execution(HELD, execution_id=77)
+    await page.get_by_role("button", name="Try again").click()
+    await expect(ui.row("plan")).to_have_attribute("data-status", "running")
+    await page.get_by_role("button", name="Remove").click()
+    await expect(page.locator(".card")).to_have_count(1)
+    assert list(viewer.board.cards) == [held]
+
+
+async def test_the_failed_one_of_sixty_nodes_is_shown(sim: Simulator, ui: Any, page: Page) -> None:
+    """It is opened, selected, and scrolled to."""
+    await ui.open_run(sim.add_execution(sixty()))
+    row = ui.row("node 45")
+    await expect(row.locator('[data-part="trace"]')).to_have_text(TRACE)
+    await expect(row.locator("summary")).to_be_in_viewport()
+    await expect(row).to_have_class(re.compile("selected"))
+    assert page.url.endswith("?node=node+45")
+    await row.get_by_role("button", name="Copy the error of node 45").click()
+    await expect(row.locator('[data-part="error-copied"]')).to_have_text("Copied")
+    assert await ui.copied() == ERROR
+    await row.locator('[data-part="error-copied"]').evaluate("(one) => { one.textContent = '' }")
+    await row.get_by_role("button", name="Copy the traceback of node 45").click()
+    await expect(row.locator('[data-part="error-copied"]')).to_have_text("Copied")
+    assert await ui.copied() == TRACE
+
+
+async def test_a_node_that_fails_later_is_opened_too(sim: Simulator, ui: Any) -> None:
+    """Unless somebody has chosen another one."""
+    for is_chosen in (False, True):
+        held = sim.add_execution(HELD)
+        await ui.open_run(held)
+        await expect(ui.row("plan")).to_have_attribute("data-status", "running")
+        if is_chosen:
+            await ui.row("answer").locator("summary").click()
+        sim.finish(held, "plan", status="FAILED", error_message=ERROR)
+        await expect(ui.row("plan")).to_have_attribute("data-status", "failed")
+        details = ui.row("plan").locator("details")
+        await expect(details).to_have_js_property("open", not is_chosen)
+
+
+async def test_rows_are_sorted_and_filtered_by_the_address(
+    sim: Simulator, ui: Any, page: Page
+) -> None:
+    """By start, duration and name; the filter finds names and statuses."""
+    nodes = [
+        SimNode("c long", "x", None),
+        SimNode("b", "x", None, after=["a"]),
+        SimNode("a", "x", None),
+        SimNode("d skipped", when=lambda _: False),
+    ]
+    done = sim.add_execution(Scenario(nodes))
+    await ui.open_run(done)
+    for name in ("a", "b", "c long"):
+        await expect(ui.row(name)).to_have_attribute("data-status", "running")
+        sim.finish(done, name)
+        await expect(ui.row(name)).to_have_attribute("data-status", "success")
+    await expect(page.locator('.run[data-state="succeeded"]')).to_be_visible()
+    assert await ui.names() == ["c long", "b", "a", "d skipped"]
+    sort = page.get_by_label("Sort by")
+    for order, names in (
+        ("start", ["c long", "a", "b", "d skipped"]),
+        ("duration", ["c long", "b", "a", "d skipped"]),
+        ("name", ["a", "b", "c long", "d skipped"]),
+    ):
+        await sort.select_option(order)
+        found = await ui.names()
+        if order == "duration":  # which of the other two is longer depends on the polls
+            found[1:3] = sorted(found[1:3], reverse=True)
+        assert found == names
+    await page.get_by_label("Filter", exact=True).locator("visible=true").fill("skip")
+    await expect(ui.row("a")).to_be_hidden()
+    await page.reload()
+    await expect(ui.row("d skipped")).to_be_visible()
+    await expect(ui.row("a")).to_be_hidden()
+    assert (await ui.names())[0] == "a"
+    assert page.url.endswith(f"#/executions/{done}?filter=skip&sort=name")
+
+
+async def test_the_critical_path_is_marked(sim: Simulator, ui: Any) -> None:
+    """It is what the execution waited for; without a definition, the times tell."""
+    nodes = [
+        SimNode("quick", "x", 0.1),
+        SimNode("slow", "x", 0.5),
+        SimNode("end", "x", 0.2, after=["quick", "slow"], is_output_node=True),
+    ]
+    await ui.open_run(sim.add_execution(Scenario(nodes)))
+    await expect(ui.part("facts")).to_contain_text("slow → end")
+    await expect(ui.part("facts")).to_contain_text("judged by the times alone")
+    await expect(ui.row("slow")).to_contain_text("critical")
+    await expect(ui.row("quick").locator('[data-part="critical"]')).to_be_hidden()
+
+
+async def test_times_are_those_of_the_clock_too(
+    sim: Simulator, viewer: Any, ui: Any, page: Page
+) -> None:
+    """A run that was started here says when it started, and how long ago."""
+    sim.add_workflow("report", HELD)
+    await viewer.board.start("report", {})
+    (execution_id,) = viewer.board.cards
+    await ui.open_run(execution_id)
+    now = await page.evaluate("new Date().toLocaleTimeString('en-US')")
+    hour = now.split(":")[0]
+    await expect(ui.part("facts")).to_contain_text(re.compile(rf"Started ?{hour}:\d\d:\d\d"))
+    await expect(ui.part("facts")).to_contain_text("(just now)")
+    moment = await ui.run.locator("dl time").first.get_attribute("datetime")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z", moment or "")
+    sim.finish(execution_id, "plan")
+    await expect(ui.row("plan")).to_have_attribute("data-status", "success")
+    await ui.row("plan").locator("summary").click()
+    times = ui.row("plan").locator('[data-part="times"]')
+    await expect(times).to_have_text(
+        re.compile(rf"running at \d\.\d s \({hour}:.* and final at \d\.\d s \({hour}:.*\)\.")
+    )
+
+
+async def test_snippets_and_inputs_can_be_copied_and_run(
+    sim: Simulator, viewer: Any, ui: Any, page: Page
+) -> None:
+    """The copied command and the copied program follow this execution; they hold no key."""
+    done = Scenario([SimNode("answer", "Otters!", is_output_node=True)])
+    sim.add_workflow("report", done)
+    execution = await viewer.board.start("report", {"topic": "otters", "n": 2**63})
+    await ui.open_run(execution.id)
+    await page.get_by_role("button", name="Copy inputs").click()
+    await expect(ui.part("inputs-copied")).to_have_text("Copied")
+    assert json.loads(await ui.copied()) == {"topic": "otters", "n": 2**63}
+    await expect(ui.part("inputs")).to_contain_text(str(2**63))
+    environment = {**os.environ, "PROMPTLAYER_API_KEY": sim.api_key}
+    for name, command in (("curl", ["sh", "-c"]), ("Python", [sys.executable, "-c"])):
+        if name == "curl" and shutil.which("curl") is None:
+            continue
+        await page.get_by_role("button", name=f"Copy the {name} snippet").click()
+        section = ui.run.locator(".snippet").filter(has_text=name)
+        await expect(section.locator('[data-part="copied"]')).to_have_text("Copied")
+        code = await ui.copied()
+        assert sim.api_key not in code
+        process = await asyncio.create_subprocess_exec(
+            *command, code, stdout=asyncio.subprocess.PIPE, env=environment
+        )
+        output, _ = await process.communicate()
+        assert b"Otters!" in output
+        assert process.returncode == 0
+
+
+async def test_json_is_folded_and_searched(sim: Simulator, ui: Any, page: Page) -> None:
+    """Branches are made as they are opened; Enter goes to the next result; numbers are exact."""
+    await ui.open_run(sim.add_execution(Scenario([SimNode("rows", DEEP)])))
+    row = ui.row("rows")
+    await row.locator("summary").first.click()
+    tree = row.locator('[data-part="tree"]')
+    await expect(tree).to_contain_text("{} 3 keys")
+    await expect(tree).to_contain_text("[] 250 items")
+    await expect(tree).to_contain_text(f"big: {2**63 + 1}")
+    assert await tree.locator("li").count() == 4
+    find = row.get_by_label("Search the value of rows")
+    await find.fill("row 249")
+    await expect(row.locator('[data-part="found"]')).to_have_text("1 of 1")
+    await expect(tree.locator(".found")).to_have_text('name: "row 249"')
+    await expect(tree.locator(".found")).to_be_in_viewport()
+    await find.fill("row 24")
+    await expect(row.locator('[data-part="found"]')).to_have_text("1 of 11")
+    await find.press("Enter")
+    await expect(row.locator('[data-part="found"]')).to_have_text("2 of 11")
+    await find.press("Shift+Enter")
+    await find.press("Shift+Enter")
+    await expect(row.locator('[data-part="found"]')).to_have_text("11 of 11")
+    await find.fill("nowhere")
+    await expect(row.locator('[data-part="found"]')).to_have_text("Nothing found")
+    await row.get_by_role("button", name="As text").click()
+    await expect(row.locator('[data-part="value"]')).to_have_text(json.dumps(DEEP, indent=2))
+
+
+async def test_a_long_list_is_shown_in_parts(sim: Simulator, ui: Any) -> None:
+    """A hundred items at a time."""
+    await ui.open_run(sim.add_execution(Scenario([SimNode("rows", list(range(1000)))])))
+    await ui.row("rows").locator("summary").first.click()
+    tree = ui.row("rows").locator('[data-part="tree"]')
+    await expect(tree.locator(".leaf")).to_have_count(100)
+    await tree.get_by_role("button", name="Show 100 of 900 more").click()
+    await expect(tree.locator(".leaf")).to_have_count(200)
+
+
+async def test_json_is_read_as_python_writes_it(page: Page) -> None:
+    """NaN, infinities, big integers, escapes and duplicate keys; what is no JSON is refused."""
+    read = """(text) => import("/json.js").then(({ readJson, writeJson }) => {
+        try { return writeJson(readJson(text)); } catch (error) { return error.constructor.name; }
+    })"""
+    value = [2**70, -0.5, 1e300, float("nan"), float("-inf"), None, True, {"a\n": "\ud800"}]
+    text = json.dumps(value)
+    assert await page.evaluate(read, text) == text
+    assert await page.evaluate(read, '{"a": 1, "a": [] , "b":{}}') == '{"a": 1, "a": [], "b": {}}'
+    for wrong in ("", "{", "[1,]", "01", "{a: 1}", "'a'", "[1] 2", "[" * 300, '"\\x"', "nan"):
+        assert await page.evaluate(read, wrong) == "NotJson"
+
+
+async def test_the_tab_tells_the_state(sim: Simulator, ui: Any, page: Page) -> None:
+    """Title and icon change, on the page of an execution and on that of all."""
+    icon = page.locator("#favicon")
+    await expect(icon).to_have_attribute("href", "favicon.svg")
+    held = sim.add_execution(HELD)
+    await ui.open_run(held)
+    await expect(page).to_have_title(f"0/2 Execution {held}")
+    await expect(icon).to_have_attribute("href", "favicon-running.svg")
+    progress = ui.run.get_by_role("progressbar")
+    color = "(one) => getComputedStyle(one).getPropertyValue('--bar')"
+    running = await progress.evaluate(color)
+    sim.finish(held, "plan", status="FAILED", error_message=ERROR)
+    await expect(page).to_have_title(f"✗ Execution {held}")
+    await expect(icon).to_have_attribute("href", "favicon-failed.svg")
+    failed = await progress.evaluate(color)
+    done = sim.add_execution(Scenario([SimNode("a", "b")]))
+    await ui.open_run(done)
+    await expect(page).to_have_title(f"✓ Execution {done}")
+    await expect(icon).to_have_attribute("href", "favicon-succeeded.svg")
+    assert len({running, failed, await progress.evaluate(color)}) == 3
+    response = await page.request.get(f"{ui.viewer.origin}/favicon-succeeded.svg")
+    assert response.headers["content-type"].startswith("image/svg+xml")
+    await ui.open("#/")
+    await expect(page).to_have_title("Executions")
+    await expect(icon).to_have_attribute("href", "favicon-failed.svg")
+
+
+async def test_the_end_of_a_run_is_notified_if_allowed(
+    sim: Simulator, viewer: Any, ui: Any, page: Page, context: BrowserContext
+) -> None:
+    """Only after it was asked for, and only while the page is not looked at."""
+    await context.grant_permissions(["notifications"])
+    # A headless browser shows none; this records what would be shown.
+    await page.add_init_script(
+        """window.shown = [];
+        window.Notification = class extends EventTarget {
+            static permission = "granted";
+            constructor(title, options) { super(); window.shown.push([title, options, this]); }
+            close() {}
+        };
+        Object.defineProperty(document, "hasFocus", { value: () => window.isSeen ?? false });"""
+    )
+    await page.reload()
+    ends = []
+    for is_wanted in (False, True):
+        if is_wanted:
+            await page.get_by_role("button", name="Notify me").click()
+        held = sim.add_execution(HELD)
+        viewer.board.follow(held)
+        await expect(page.locator(f'.card[data-id="{held}"] .node').first).to_be_visible()
+        sim.finish(held, "plan", status="FAILED")
+        card = page.locator(f'.card[data-id="{held}"]')
+        await expect(card).to_have_attribute("data-state", "failed")
+        ends.append(held)
+    shown = await page.evaluate("window.shown.map(([title, options]) => [title, options.body])")
+    assert [title for title, _ in shown] == [f"Execution {ends[1]}: failed"]
+    assert shown[0][1].startswith(f"Execution {ends[1]}: failed after ")
+    await page.evaluate("window.shown[0][2].dispatchEvent(new Event('click'))")
+    await expect(ui.part("crumb")).to_have_text(f"Execution {ends[1]}")
+
+
+async def test_the_page_of_an_execution_survives_a_restart(
+    sim: Simulator, viewer: Any, ui: Any, page: Page, browser_errors: Any
+) -> None:
+    """It stays on the same execution, which is followed again."""
+    browser_errors.expected = ("ERR_", "Failed to load resource")
+    held = sim.add_execution(HELD)
+    await ui.open_run(held, "?node=plan")
+    await expect(ui.row("plan")).to_have_attribute("data-status", "running")
+    await viewer.stop()
+    await expect(page.locator("#connection")).to_contain_text("The viewer has stopped")
+    sim.finish(held, "plan")
+    await viewer.start()
+    await expect(ui.row("plan")).to_have_attribute("data-status", "success")
+    await expect(ui.row("plan")).to_have_class(re.compile("selected"))
+
+
+async def test_an_execution_that_is_lost_says_so(sim: Simulator, ui: Any, page: Page) -> None:
+    """It can be followed again from its page."""
+    held = sim.add_execution(HELD)
+    await ui.open_run(held)
+    await expect(ui.row("plan")).to_have_attribute("data-status", "running")
+    sim.inject(Fault.status(403))
+    await expect(ui.part("problem")).to_contain_text("403 Forbidden")
+    await page.get_by_role("button", name="Follow again").click()
+    await expect(ui.part("state")).to_have_text("Running")

@@ -1,0 +1,169 @@
+"""The form that starts a run, and running again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from playwright.async_api import Locator, Page, expect
+
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+DONE = Scenario([SimNode("answer", "Otters are fine.", is_output_node=True)])
+BIG = 9007199254740993
+
+
+def start_button(page: Page) -> Locator:
+    """Return the button of the form."""
+    return page.get_by_role("button", name="Start", exact=True)
+
+
+async def choose(ui: Any, page: Page, workflow: str) -> None:
+    """Go to the form, and choose a workflow by keyboard."""
+    await ui.open("#/start")
+    await page.get_by_label("Workflow name or id").fill(workflow)
+    await page.keyboard.press("Tab")
+
+
+async def test_a_workflow_without_a_definition_takes_json(
+    sim: Simulator, ui: Any, page: Page, browser_errors: Any
+) -> None:
+    """Errors are at their fields, and nothing is started."""
+    browser_errors.expected = ("404 (Not Found)", "422 (")
+    sim.add_workflow("write/report", lambda _: DONE, warning="missing input variables: tone")
+    await ui.open("#/start")
+    workflow, inputs = (
+        page.get_by_label("Workflow name or id"),
+        page.get_by_label("Inputs (a JSON object)"),
+    )
+    await start_button(page).click()
+    await expect(page.locator("#workflow-error")).to_contain_text("Enter the name")
+    await workflow.fill("nothing")
+    await page.keyboard.press("Tab")
+    await expect(page.locator("#definition")).to_contain_text("404 Not Found")
+    await start_button(page).click()
+    await expect(page.locator("#workflow-error")).to_contain_text("404 Not Found")
+    await expect(workflow).to_be_focused()
+    await workflow.fill("write/report")
+    for wrong, reason in [
+        ('{"topic": otters}', "This is not JSON: Expecting value at line 1, column 11."),
+        ("[1]", "The inputs must be a JSON object"),
+        ('{"a": NaN}', "inputs.a"),
+    ]:
+        await inputs.fill(wrong)
+        await start_button(page).click()
+        await expect(page.locator("#inputs-error")).to_contain_text(reason)
+        await expect(inputs).to_be_focused()
+    assert sim.runs == []
+    await inputs.fill(f'{{"topic": "otters", "n": {BIG}}}')
+    await start_button(page).click()
+    await expect(page.get_by_role("heading", name="write/report")).to_be_visible()
+    (run,) = sim.runs
+    assert run.inputs == {"topic": "otters", "n": BIG}
+    assert page.url.endswith(f"#/executions/{run.execution_id}")
+    await expect(ui.part("warning")).to_contain_text("missing input variables: tone")
+
+
+async def test_there_is_a_field_for_each_required_input(
+    sim: Simulator, ui: Any, page: Page
+) -> None:
+    """Strings are text, other types are JSON; what is missing or wrong is said before sending."""
+    sim.add_workflow("report", DONE, inputs={"topic": "string", "depth": "number"})
+    sim.add_workflow("other", DONE)
+    await choose(ui, page, "report")
+    topic, depth = page.get_by_label("topic"), page.get_by_label("depth (number, as JSON)")
+    await expect(topic).to_be_visible()
+    options = page.locator("#workflows option")
+    await expect(options).to_have_count(2)
+    names = await options.evaluate_all("(all) => all.map((one) => one.value).sort()")
+    assert names == ["other", "report"]
+    await start_button(page).click()
+    await expect(page.locator("#field-0-error")).to_contain_text("requires topic")
+    await expect(topic).to_be_focused()
+    await topic.fill('say "hi"\nto otters')
+    await depth.fill("deep")
+    await start_button(page).click()
+    await expect(page.locator("#field-1-error")).to_contain_text("This is not JSON")
+    await depth.fill(str(BIG))
+    await page.get_by_label("More inputs (a JSON object)").fill('{"tone": "warm"}')
+    assert sim.runs == []
+    await start_button(page).click()
+    await expect(page.get_by_role("heading", name="report")).to_be_visible()
+    (run,) = sim.runs
+    assert run.inputs == {"topic": 'say "hi"\nto otters', "depth": BIG, "tone": "warm"}
+
+
+async def test_a_label_or_a_version_can_be_chosen(sim: Simulator, ui: Any, page: Page) -> None:
+    """The fields are those of that version; what was entered is kept."""
+    sim.add_workflow("report", DONE, inputs={"topic": "string"}, labels=["prod"])
+    sim.add_version("report", DONE, inputs={"topic": "string", "tone": "string"})
+    await choose(ui, page, "report")
+    release = page.get_by_label("Version")
+    versions = ["Latest version (2)", "Label prod", "Version 2", "Version 1"]
+    await expect(release.locator("option")).to_have_text(versions)
+    await page.get_by_label("topic").fill("otters")
+    await page.get_by_label("tone").fill("warm")
+    await release.select_option("label:prod")
+    await expect(page.get_by_label("tone")).to_have_count(0)
+    await expect(page.get_by_label("topic")).to_have_value("otters")
+    await start_button(page).click()
+    await expect(ui.part("subtitle")).to_contain_text("label prod")
+    assert sim.runs[0].body["workflow_label_name"] == "prod"
+    assert sim.runs[0].inputs == {"topic": "otters", "tone": "warm"}
+
+
+async def test_a_run_is_started_again_behind_a_question(
+    sim: Simulator, viewer: Any, ui: Any, page: Page
+) -> None:
+    """It says that it costs; the inputs are the same, or edited first."""
+    sim.add_workflow("report", DONE, inputs={"topic": "string"}, labels=["prod"])
+    first = await viewer.board.start("report", {"topic": "otters"}, label="prod")
+    await ui.open_run(first.id)
+    again = page.get_by_role("button", name="Run again")
+    dialog = page.get_by_role("dialog")
+    await again.click()
+    await expect(dialog).to_contain_text("It costs what a run of this workflow costs")
+    await expect(dialog.locator("pre")).to_have_text('{\n  "topic": "otters"\n}')
+    await expect(dialog.get_by_role("button", name="Cancel")).to_be_focused()
+    await page.keyboard.press("Enter")
+    await expect(dialog).to_be_hidden()
+    assert len(sim.runs) == 1
+    await again.click()
+    await dialog.get_by_role("button", name="Start a new run").click()
+    await expect(ui.part("crumb")).to_have_text(f"Execution {first.id + 1}")
+    await page.get_by_role("button", name="Run again").click()
+    await dialog.get_by_role("button", name="Edit the inputs first").click()
+    topic = page.get_by_label("topic")
+    await expect(topic).to_have_value("otters")
+    await expect(page.get_by_label("Version")).to_have_value("label:prod")
+    await topic.fill("newts")
+    await start_button(page).click()
+    await expect(dialog).to_contain_text('{"topic": "newts"}')
+    await dialog.get_by_role("button", name="Start a new run").click()
+    await expect(ui.part("crumb")).to_have_text(f"Execution {first.id + 2}")
+    assert [run.inputs["topic"] for run in sim.runs] == ["otters", "otters", "newts"]
+    assert {run.body["workflow_label_name"] for run in sim.runs} == {"prod"}
+
+
+async def test_an_unknown_start_is_shown_as_what_it_is(
+    sim: Simulator, ui: Any, page: Page, browser_errors: Any
+) -> None:
+    """On the form, and in the history, where it can be found later."""
+    browser_errors.expected = ("502 (Bad Gateway)",)
+    sim.add_workflow("report", DONE)
+    await choose(ui, page, "report")
+    await expect(page.locator("#definition")).to_have_text("It has no required inputs.")
+    sim.inject(Fault.status(404))  # its definition
+    sim.inject(Fault.disconnect())
+    await start_button(page).click()
+    unknown = page.locator("#unknown-start")
+    await expect(unknown).to_contain_text("It is not known whether this run started")
+    await expect(unknown).to_contain_text("may have started and be billed")
+    await expect(unknown).to_contain_text("a second start costs a second time")
+    await ui.open("#/history?outcome=unknown")
+    line = page.locator(".entry")
+    await expect(line).to_contain_text("Unknown whether it started")
+    await expect(line).to_contain_text("report")
+    assert len(sim.runs) == 1

@@ -1,0 +1,172 @@
+"""Which workflow an execution is of, and what the page is told of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from promptlayer_exec import Session, Workflow, WorkflowEdge, WorkflowNode
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+from promptlayer_exec.viewer._definitions import Definitions, NoDefinition, definition_view
+
+TWO = Scenario([SimNode("plan", "p"), SimNode("answer", "a", after=["plan"], is_output_node=True)])
+MORE = Scenario([*TWO.nodes, SimNode("check", after=["answer"])])
+
+
+async def _graph(viewer: Any, execution_id: int) -> Any:
+    viewer.board.follow(execution_id)
+    while viewer.board.cards[execution_id].snapshot is None:
+        await viewer.board.changed.wait()
+    status, answer = await viewer.send("GET", f"executions/{execution_id}/graph")
+    assert status == 200
+    return answer
+
+
+async def test_the_only_workflow_that_fits_is_drawn(sim: Simulator, viewer: Any) -> None:
+    """Its nodes have the same names; further nodes are allowed only if no other fits exactly."""
+    sim.add_workflow("more", MORE)
+    execution_id = sim.add_execution(TWO)
+    drawn = await _graph(viewer, execution_id)
+    assert (drawn["definition"]["name"], drawn["is_guess"]) == ("more", True)
+    assert drawn["definition"]["layers"] == [["plan"], ["answer"], ["check"]]
+    assert viewer.board.cards[execution_id].workflow == "more"
+
+
+async def test_of_several_one_can_be_chosen(sim: Simulator, viewer: Any) -> None:
+    """Nothing is drawn until then."""
+    sim.add_workflow("one", TWO)
+    sim.add_workflow("other", TWO)
+    execution_id = sim.add_execution(TWO)
+    answer = await _graph(viewer, execution_id)
+    assert answer["definition"] is None
+    assert {one["name"] for one in answer["candidates"]} == {"one", "other"}
+    path = f"executions/{execution_id}/workflow"
+    status, chosen = await viewer.send("PUT", path, {"workflow": "2"})
+    assert (status, chosen["definition"]["name"], chosen["is_guess"]) == (200, "other", False)
+    assert (await _graph(viewer, execution_id))["definition"]["name"] == "other"
+    assert (await viewer.send("PUT", path, {"workflow": "none"}))[0] == 502
+
+
+async def test_without_a_definition_there_is_a_reason(sim: Simulator, viewer: Any) -> None:
+    """That no workflow fits, or that the server does not say."""
+    execution_id = sim.add_execution(TWO)
+    sim.inject(Fault.status(403))
+    sim.inject(Fault.status(403, execution_id=execution_id, times=None))
+    assert "403 Forbidden" in (await viewer.send("GET", "workflows"))[1]["reason"]
+    sim.clear_faults()
+    answer = await _graph(viewer, execution_id)
+    assert answer["reason"] == "There is no graph: no workflow has nodes of these names."
+    assert (await viewer.send("GET", "executions/5/graph"))[0] == 404
+    sim.add_workflow("hidden", lambda _: TWO)  # described without nodes
+    _, started = await viewer.send("POST", "runs", {"workflow": "hidden", "inputs": ""})
+    answer = await _graph(viewer, int(started["execution_id"]))
+    assert "describes no nodes" in answer["reason"]
+
+
+async def test_an_error_of_the_server_is_a_reason(sim: Simulator, viewer: Any) -> None:
+    """The rest of the page does without the graph."""
+    execution_id = sim.add_execution(TWO)
+    viewer.board.follow(execution_id)
+    while viewer.board.cards[execution_id].state != "succeeded":
+        await viewer.board.changed.wait()
+    sim.inject(Fault.status(403))
+    answer = await _graph(viewer, execution_id)
+    assert "403 Forbidden" in answer["reason"]
+
+
+async def test_the_form_knows_inputs_labels_and_versions(sim: Simulator, viewer: Any) -> None:
+    """Labels are those of all versions; the inputs those of the version that is asked for."""
+    sim.add_workflow("report", TWO, inputs={"topic": "string"}, labels=["prod"])
+    sim.add_version("report", TWO, inputs={"topic": "string", "n": "number"}, labels=["beta"])
+    assert (await viewer.send("GET", "workflows"))[1]["workflows"] == [
+        {"id": "1", "name": "report"}
+    ]
+    _, latest = await viewer.send("GET", "definition?workflow=report")
+    assert latest["definition"]["required_inputs"] == {"topic": "string", "n": "number"}
+    assert latest["definition"]["latest_version"] == 2
+    assert sorted(latest["definition"]["labels"]) == ["beta", "prod"]
+    _, prod = await viewer.send("GET", "definition?workflow=report&label=prod")
+    assert prod["definition"]["required_inputs"] == {"topic": "string"}
+    _, none = await viewer.send("GET", "definition?workflow=none")
+    assert none["definition"] is None
+    assert "404 Not Found" in none["reason"]
+
+
+async def test_inputs_are_checked_before_a_start(sim: Simulator, viewer: Any) -> None:
+    """Those of the label or version that is to run; nothing is started if some are missing."""
+    sim.add_workflow("report", TWO, inputs={"topic": "string"}, labels=["prod"])
+    sim.add_version("report", TWO, inputs={"subject": "string"})
+    start = {"workflow": "report", "inputs": '{"topik": 1}'}
+    status, answer = await viewer.send("POST", "runs", start | {"label": "prod"})
+    assert (status, answer["field"]) == (422, "inputs")
+    assert "did you mean 'topic'?" in answer["message"]
+    assert (await viewer.send("POST", "runs", start | {"version": "x"}))[1]["field"] == "version"
+    assert sim.runs == []
+    start["inputs"] = '{"topic": "otters"}'
+    assert (await viewer.send("POST", "runs", start))[0] == 422
+    assert (await viewer.send("POST", "runs", start | {"version": "1"}))[0] == 201
+    assert sim.runs[0].body["workflow_version_number"] == 1
+
+
+async def test_a_definition_that_does_not_come_is_given_up(
+    sim: Simulator, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes seconds, and not the session's patience."""
+    monkeypatch.setattr("promptlayer_exec.viewer._definitions._PATIENCE", 0.05)
+    monkeypatch.setattr("promptlayer_exec.viewer._definitions._SEARCH_PATIENCE", 0.05)
+    sim.inject(Fault.stall(times=None))
+    async with session:
+        definitions = Definitions(session)
+        with pytest.raises(NoDefinition, match="not sent within"):
+            await definitions.get("report")
+        with pytest.raises(NoDefinition, match="not sent in time"):
+            await definitions.summaries()
+
+
+async def test_a_broken_workflow_hides_no_other(sim: Simulator, session: Session) -> None:
+    """The list and each definition are kept for a minute."""
+    sim.add_workflow("broken", TWO)
+    sim.add_workflow("report", TWO)
+    async with session:
+        definitions = Definitions(session)
+        await definitions.summaries()
+        sim.inject(Fault.status(403))
+        assert len(await definitions.candidates({"plan", "answer"})) == 1
+        before = sim.request_count
+        assert len(await definitions.candidates({"plan"})) == 2
+        assert sim.request_count == before + 1  # the one that failed
+
+
+def test_a_definition_has_an_edge_for_each_dependency() -> None:
+    """Edges of nodes that do not exist are left out; a cycle is one layer."""
+    nodes = {
+        "a": WorkflowNode("a", "CODE"),
+        "b": WorkflowNode("b", dependencies=("a",)),
+        "c": WorkflowNode("c", dependencies=("d",)),
+        "d": WorkflowNode("d", dependencies=("c",)),
+    }
+    edges = (WorkflowEdge("a", "b", True), WorkflowEdge("a", "c"), WorkflowEdge("a", "gone"))
+    view = definition_view(Workflow(1, "w", nodes=nodes, edges=edges))
+    assert view["layers"] == (("a",), ("b",), ("c", "d"))
+    assert [(one["source"], one["target"], one["conditional"]) for one in view["edges"]] == [
+        ("a", "b", True),
+        ("d", "c", False),
+        ("c", "d", False),
+        ("a", "c", False),
+    ]
+
+
+async def test_the_nodes_of_two_executions_are_compared(sim: Simulator, viewer: Any) -> None:
+    """Values are compared as JSON, whole."""
+    long = "x" * 20_000
+    one = sim.add_execution(Scenario([SimNode("same", {"a": 1}), SimNode("other", long + "a")]))
+    two = sim.add_execution(Scenario([SimNode("same", {"a": 1}), SimNode("other", long + "b")]))
+    for execution_id in (one, two):
+        viewer.board.follow(execution_id)
+        while viewer.board.cards[execution_id].state != "succeeded":
+            await viewer.board.changed.wait()
+    answer = await viewer.send("GET", f"compare/{one}/{two}")
+    assert answer == (200, {"changed": ["other"]})
+    assert (await viewer.send("GET", f"compare/{one}/5"))[0] == 404
+    assert (await viewer.send("GET", f"executions/{one}/inputs"))[0] == 404

@@ -1,0 +1,202 @@
+"""What the viewer remembers of executions, in a real file."""
+
+from __future__ import annotations
+
+import stat
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from promptlayer_exec import Session
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+from promptlayer_exec.viewer import Board, History
+
+DONE = Scenario([SimNode("n", "v", is_output_node=True)])
+
+
+@pytest.fixture
+async def history(tmp_path: Path) -> AsyncIterator[History]:
+    """Return a history of one server that remembers five executions."""
+    history = History(tmp_path / "state" / "history.sqlite", server="http://a", limit=5)
+    yield history
+    await history.aclose()
+
+
+def _record(history: History, execution_id: int | None, **fields: Any) -> None:
+    given = {"workflow": "w", "outcome": "succeeded", "began": 1000.0 + (execution_id or 0)}
+    history.record(execution_id=execution_id, **{**given, **fields})
+
+
+async def ids(history: History, text: str = "", **filters: Any) -> list[str | None]:
+    """Return the ids of a search."""
+    return [entry["execution_id"] for entry in (await history.search(text, **filters))["entries"]]
+
+
+async def test_only_the_latest_are_remembered(history: History) -> None:
+    """The newest come first; ids of another server are others."""
+    for execution_id in range(1, 8):
+        _record(history, execution_id)
+    assert await ids(history) == ["7", "6", "5", "4", "3"]
+    other = History(history._path, server="http://b", limit=5)
+    assert await ids(other) == []
+    _record(other, 7, outcome="failed")
+    assert (await history.search())["counts"]["failed"] == 0
+    await other.delete_all()
+    await other.aclose()
+    assert len(await ids(history)) == 5
+
+
+async def test_the_file_is_for_its_user_alone(history: History, tmp_path: Path) -> None:
+    """It holds inputs; what is deleted is overwritten."""
+    _record(history, 1, inputs='{"letter": "a secret of Maria"}')
+    await ids(history)
+    path = tmp_path / "state" / "history.sqlite"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    await history.delete_all()
+    await history.aclose()
+    assert b"secret of Maria" not in path.read_bytes()
+
+
+async def test_a_search_finds_each_word_literally(history: History) -> None:
+    """Words are found in workflow, id, inputs and error; percent signs are no patterns."""
+    _record(history, 11, inputs='{"topic": "Otters 100%"}')
+    _record(history, 12, workflow="other_flow", outcome="failed", problem="plan: HTTP 503")
+    _record(history, None, outcome="unknown", began=5000.0, problem="no answer")
+    assert await ids(history, "otters 100%") == ["11"]
+    assert await ids(history, "0%") == ["11"]
+    assert await ids(history, "503") == ["12"]
+    assert await ids(history, "other_flow") == ["12"]
+    assert await ids(history, "otherXflow") == []
+    assert await ids(history, "12") == ["12"]
+    assert await ids(history, outcome="failed") == ["12"]
+    assert await ids(history, workflow="w") == [None, "11"]
+    assert await ids(history, since=1012.0) == [None, "12"]
+    found = await history.search(outcome="unknown")
+    assert found["counts"] == {"running": 0, "succeeded": 1, "failed": 1, "unknown": 1}
+    assert found["matching"] == 1
+
+
+async def test_what_is_known_is_kept(history: History) -> None:
+    """A later visit adds what is new; a line that was deleted stays deleted."""
+    _record(history, 1, outcome="running", inputs="{}", is_started=True, label="prod")
+    _record(history, 1, outcome="succeeded", workflow=None, duration=2.5)
+    known = await history.find(1)
+    assert known is not None
+    assert (known["workflow"], known["inputs"], known["label"]) == ("w", "{}", "prod")
+    assert (known["outcome"], known["duration"], known["is_started"]) == ("succeeded", 2.5, 1)
+    await history.delete(known["key"])
+    history.update(1, outcome="failed")
+    assert await history.find(1) is None
+    assert await ids(history) == []
+
+
+async def test_text_that_utf_8_cannot_hold_is_escaped(history: History) -> None:
+    """Long inputs are not kept."""
+    _record(history, 1, workflow="half \ud800", inputs="x" * 300_000)
+    known = await history.find(1)
+    assert known is not None
+    assert (known["workflow"], known["inputs"]) == ("half \\ud800", None)
+
+
+async def test_trends_are_the_latest_durations_of_each_workflow(history: History) -> None:
+    """Durations of runs that others started are minimums."""
+    _record(history, 1, duration=2.0, is_started=True)
+    _record(history, 2, duration=3.0, outcome="failed")
+    _record(history, 3, duration=None)
+    _record(history, 4, workflow="newer", duration=1.0)
+    newer, older = await history.trends()
+    assert (newer["workflow"], older["workflow"], older["total"]) == ("newer", "w", 2)
+    assert [(run["duration"], run["is_minimum"]) for run in older["runs"]] == [
+        (2.0, False),
+        (3.0, True),
+    ]
+
+
+async def test_a_history_that_cannot_be_used_stops_nothing(
+    tmp_path: Path, session: Session, sim: Simulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged once, and executions are followed all the same."""
+    path = tmp_path / "history.sqlite"
+    path.write_text("no database at all, but long enough to be read as one" * 100)
+    history = History(path, server="http://a")
+    async with session, Board(session, history=history) as board:
+        await board.add(sim.add_execution(DONE))
+        await board.add(sim.add_execution(DONE))
+        while any(card.state != "succeeded" for card in board.cards.values()):
+            await board.changed.wait()
+    warnings = [one.getMessage() for one in caplog.records if "history" in one.getMessage()]
+    assert warnings == [f"the history {path} cannot be used: file is not a database"]
+
+
+async def test_the_board_remembers_what_it_followed(
+    sim: Simulator, viewer: Any, session: Session, tmp_path: Path
+) -> None:
+    """Another viewer then knows workflow, inputs, outcome and duration."""
+    sim.add_workflow("report", DONE)
+    content = {"workflow": "report", "inputs": '{"topic": "otters"}', "version": "1"}
+    _, started = await viewer.send("POST", "runs", content)
+    sim.inject(Fault.status(404))  # its definition
+    sim.inject(Fault.disconnect())
+    await viewer.send("POST", "runs", content)
+    failing = sim.add_execution(Scenario([SimNode("a", status="FAILED", error_message="HTTP 503")]))
+    silent = sim.add_execution(Scenario([SimNode("a", when=lambda _: False, is_output_node=True)]))
+    for execution_id in (failing, silent):
+        await viewer.send("POST", "executions", {"execution_id": str(execution_id)})
+    while any(card.state in ("waiting", "running") for card in viewer.board.cards.values()):
+        await viewer.board.changed.wait()
+    _, found = await viewer.send("GET", "history?search=")
+    entries = {entry["execution_id"]: entry for entry in found["entries"]}
+    run = entries[started["execution_id"]]
+    assert (run["workflow"], run["version"], run["outcome"]) == ("report", 1, "succeeded")
+    assert run["duration"] >= 0
+    assert entries[str(failing)]["problem"] == "a: HTTP 503"
+    assert entries[str(silent)]["problem"] == "No output node succeeded."
+    lost = entries[None]
+    assert (lost["outcome"], "may have started" in lost["problem"]) == ("unknown", True)
+    for line in (run, lost):
+        path = f"history/{line['key']}/inputs"
+        assert await viewer.send("GET", path) == (200, '{\n  "topic": "otters"\n}')
+    assert (await viewer.send("GET", f"history/{entries[str(failing)]['key']}/inputs"))[0] == 404
+    again = History(tmp_path / "history.sqlite", server="of a test")
+    async with Board(session, history=again) as board:
+        await board.add(int(started["execution_id"]))
+        card = board.cards[int(started["execution_id"])]
+        while card.snapshot is None:
+            await board.changed.wait()
+        assert (card.workflow, card.version, card.started) == ("report", 1, run["began"])
+        assert card.inputs == '{\n  "topic": "otters"\n}'
+    assert (await viewer.send("GET", "history/trends"))[1][0]["workflow"] == "report"
+    assert (await viewer.send("GET", "history?days=1"))[1]["matching"] == 4
+    assert (await viewer.send("DELETE", f"history/{lost['key']}"))[0] == 204
+    assert (await viewer.send("GET", "history?outcome=unknown"))[1]["entries"] == []
+    assert (await viewer.send("DELETE", "history"))[0] == 204
+    assert (await viewer.send("GET", "history"))[1]["matching"] == 0
+
+
+async def test_an_error_of_the_file_is_an_answer(viewer: Any, tmp_path: Path) -> None:
+    """The page shows it in place of the list."""
+    (tmp_path / "history.sqlite").mkdir()
+    status, answer = await viewer.send("GET", "history")
+    assert status == 503
+    assert "The history cannot be used" in answer["message"]
+
+
+async def test_a_lost_execution_is_remembered_as_such(
+    sim: Simulator, viewer: Any, held: int
+) -> None:
+    """Its line says why it is no longer followed."""
+    before = time.time()
+    viewer.board.follow(held)
+    while viewer.board.cards[held].snapshot is None:
+        await viewer.board.changed.wait()
+    sim.inject(Fault.status(403))
+    while viewer.board.cards[held].error is None:
+        await viewer.board.changed.wait()
+    (entry,) = (await viewer.send("GET", "history?outcome=failed"))[1]["entries"]
+    assert (entry["outcome"], entry["nodes"]) == ("lost", 2)
+    assert "403 Forbidden" in entry["problem"]
+    assert before <= entry["began"] + 1
