@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, overload
 
-from promptlayer_exec._errors import PromptLayerExecError
+from promptlayer_exec._errors import PromptLayerExecError, printable
 from promptlayer_exec._events import logger
 from promptlayer_exec._output import check_type, main_output, typed_output
 from promptlayer_exec._policies import Deadline, check_timeout
@@ -204,6 +204,23 @@ class Execution:
             yield
         except PromptLayerExecError as error:
             error.last_snapshot = error.last_snapshot or self._last
+            raise
+
+    async def _deliver(self, deadline: Deadline, into: Any) -> Any:
+        """Do what `output` does, for a caller that never gets the handle."""
+        if self.warning:
+            logger.warning(
+                "execution %d of workflow %.100r: the server warns: %s",
+                self.id,
+                self.workflow,
+                printable(self.warning),
+            )
+        try:
+            return await self._output(deadline, into)
+        except PromptLayerExecError:  # it has the id
+            raise
+        except BaseException:
+            self._report_undelivered("output")
             raise
 
     def _report_undelivered(self, what: str) -> None:

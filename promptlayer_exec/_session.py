@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
-from contextlib import aclosing
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, overload
 
@@ -11,19 +10,16 @@ import cattrs
 
 from promptlayer_exec._callbacks import recoverable_token, with_callback_url
 from promptlayer_exec._client import Client, list_workflows
-from promptlayer_exec._errors import PromptLayerExecError, StartUnknown, printable
-from promptlayer_exec._events import Observer, WakeSource, logger
+from promptlayer_exec._errors import StartUnknown
+from promptlayer_exec._events import Observer, WakeSource
 from promptlayer_exec._execution import Execution
-from promptlayer_exec._fanout import Outcome, RunningItem, Spawn, fan_out, report_abandoned
+from promptlayer_exec._fanout import Outcome
+from promptlayer_exec._items import collected, outcomes_of
 from promptlayer_exec._models import MainOutput, Snapshot, StartRequest, naming_arguments
 from promptlayer_exec._opener import Opener
 from promptlayer_exec._output import check_type
 from promptlayer_exec._policies import Deadline, PollPolicy, RetryPolicy, check_timeout
-from promptlayer_exec._settings import (
-    Settings,
-    check_count,
-    find_base_url,
-)
+from promptlayer_exec._settings import Settings, find_base_url
 from promptlayer_exec._start import BeforeSend
 from promptlayer_exec._tasks import clock
 from promptlayer_exec._throttle import Limiter
@@ -297,20 +293,7 @@ class Session:
         )
         deadline = self._settings.deadline(timeout, now=clock())
         execution = await self._start(request, deadline)
-        if execution.warning:  # the handle, which has it, is not returned
-            logger.warning(
-                "execution %d of workflow %.100r: the server warns: %s",
-                execution.id,
-                workflow,
-                printable(execution.warning),
-            )
-        try:
-            return await execution._output(deadline, into)
-        except PromptLayerExecError:  # it has the id
-            raise
-        except BaseException:
-            execution._report_undelivered("output")
-            raise
+        return await execution._deliver(deadline, into)
 
     @naming_arguments
     async def workflow(
@@ -408,8 +391,7 @@ class Session:
 
     def _prepare(self, request: StartRequest) -> tuple[dict[str, Any], Request]:
         """Return a start's inputs in JSON form, and the request that would be sent."""
-        # Imported on first use: it doubles the cost of importing the package.
-        from promptlayer_exec._structuring import encode_inputs  # noqa: PLC0415
+        from promptlayer_exec._structuring import encode_inputs  # noqa: PLC0415 - slow to import
 
         inputs = encode_inputs(request.inputs, self._settings.converter)
         return inputs, run_request(request, inputs, self._opener.channel_suffix)
@@ -464,29 +446,7 @@ class Session:
             SessionClosed: the session was closed; the items in flight are yielded with it first.
             Exception: `items` raised it; the outcomes of the items in flight are yielded first.
         """
-        if not isinstance(items, Iterable | AsyncIterable):
-            raise TypeError(f"items must be an iterable or async iterable, not {items!r:.100}")
-        if into is not None:
-            check_type(into, self._settings.converter)
-        timeout = check_timeout(timeout)
-
-        async def open_client() -> Spawn:
-            return (await self._open()).lifetime.spawn
-
-        async def run_item(running: RunningItem[ItemT]) -> Any:
-            deadline = self._settings.deadline(timeout, now=clock())
-            if isinstance(running.item, StartRequest):
-                execution = running.execution = await self._start(running.item, deadline)
-            else:
-                execution = running.execution = self._handle(running.item)
-            return await execution._output(deadline, into)
-
-        return fan_out(
-            items,
-            run_item,
-            max_in_flight=check_count("max_in_flight", max_in_flight),
-            open_client=open_client,
-        )
+        return outcomes_of(self, items, max_in_flight=max_in_flight, timeout=timeout, into=into)
 
     @overload
     async def collect(
@@ -521,35 +481,9 @@ class Session:
         Arguments and errors are those of `as_completed`. If it raises, no outcome is returned: use
         `as_completed` if you need those that arrived before the error.
         """
-        outcomes = []
-        completed: AsyncGenerator[Outcome[ItemT, Any], None] = self.as_completed(
-            items, max_in_flight=max_in_flight, timeout=timeout, into=into
+        return await collected(
+            outcomes_of(self, items, max_in_flight=max_in_flight, timeout=timeout, into=into)
         )
-        try:
-            async with aclosing(completed):
-                async for outcome in completed:
-                    outcomes.append(outcome)  # noqa: PERF401 - not inside of aclosing
-        except BaseException:
-            for outcome in outcomes:
-                report_abandoned(outcome)
-            raise
-        return sorted(outcomes, key=lambda outcome: outcome.index)
-
-    def _handle(self, item: Any) -> Execution:
-        """Return the handle of an item that is not a `StartRequest`."""
-        if not isinstance(item, Execution):
-            try:
-                return self.execution(item)
-            except TypeError:
-                raise TypeError(
-                    "an item must be an execution id, an Execution or a StartRequest,"
-                    f" not {item!r:.100}"
-                ) from None
-        if item._session is None:  # it was unpickled
-            return Execution(self, item.id, item.workflow, item.warning)
-        if item._session is not self:
-            raise ValueError(f"execution {item.id} belongs to another session: pass its id instead")
-        return item
 
     def execution(self, execution_id: int) -> Execution:
         """Return the handle of an execution, without any I/O.

@@ -419,6 +419,20 @@ def test_unrelated_nodes_are_not_below_each_other() -> None:
     ]
 
 
+def test_a_column_is_used_again() -> None:
+    """What comes later takes the place of what has ended, so the graph stays narrow."""
+    assert graph(a=(), r=(), b=("a",), c=("a", "b"), d=("c", "r")) == [
+        "●        a",
+        "├─╮",
+        "● │      b",
+        "╰─┤",
+        "  ●      c",
+        "● │      r",
+        "╰─┤",
+        "  ●      d",
+    ]
+
+
 def test_a_node_of_several_lanes_leaves_them_one_by_one() -> None:
     """Lanes are joined from the left and from the right."""
     assert graph(**TANGLED) == [

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import pickle
 from contextlib import aclosing
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from promptlayer_exec import (
     ExecutionFailed,
@@ -139,3 +141,23 @@ async def test_a_newer_snapshot_of_the_error_itself_is_kept(
         await waiting
     assert caught.value.last_snapshot is not None
     assert caught.value.last_snapshot is not first
+
+
+async def test_what_is_complete_stays_so(sim: Simulator, session: Session, held: int) -> None:
+    """An answer from before that comes late does not take the place of the complete snapshot."""
+    execution = session.execution(held)
+    running = json.dumps({"Answer": {"status": "RUNNING"}}).encode()
+    arrives = asyncio.Event()
+
+    async def old_answer(*_: Any) -> Any:
+        await arrives.wait()
+        return web.Response(status=202, body=running)
+
+    sim.inject(Fault(old_answer))
+    late = asyncio.create_task(execution.snapshot())
+    await sim.wait_for_requests(1)
+    sim.finish(held, "Answer")
+    complete = await execution.wait()
+    arrives.set()
+    assert not (await late).complete
+    assert await execution.snapshot() is complete

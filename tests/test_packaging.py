@@ -101,6 +101,7 @@ LAYERS = [
     "_client",
     "_execution",
     "_fanout",
+    "_items",
     "_opener",
     "_session",
     "_integration",
