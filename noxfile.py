@@ -162,7 +162,7 @@ def _contents(wheel: Path) -> dict[str, int]:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the pages in docs/ to build/docs; a warning is an error."""
-    _install(session, "docs", "pytest", ".[cli,dbos,fastapi,opentelemetry,viewer]")
+    _install(session, "docs", "pytest", ".[cli,dbos,fastapi,opentelemetry,push,viewer]")
     session.run("sphinx-build", "-n", "-W", "--keep-going", "docs", "build/docs")
 
 
@@ -225,14 +225,15 @@ def browser(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Run the benchmarks, and fail if one misses a target; see docs/speed.md and docs/scale.md."""
-    # polls.py also measures the package with msgspec, and the vendor's SDK.
+    # Two programs also measure the vendor's SDK, and one this package with msgspec.
     others = {"speed": ".[speed]", "vendor": f"promptlayer=={SDKS[0]}"}
     pythons = {name: _make_venv(session, name, package) for name, package in others.items()}
-    session.install(".[dbos]", "httpx", "matplotlib")
+    session.install(".[dbos,push]", "httpx", "matplotlib")
     environment = {"PYTHONSAFEPATH": "1"}
     failed = []
     for program, *arguments in (
         ("imports.py",),
+        ("latency.py", "--vendor", pythons["vendor"], "--chart", "docs/images/latency.svg"),
         ("schedule.py", "--chart", "docs/images/schedule.svg"),
         ("bucket.py",),
         ("durable.py",),

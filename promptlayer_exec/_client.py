@@ -208,7 +208,12 @@ class Client:
             self._recent_starts.add(reply.value.execution_id, now=clock())
             if self.push is not None:
                 sent_at = clock() - reply.duration
-                self.push.started(request.workflow, reply.value.execution_id, sent_at=sent_at)
+                self.push.started(
+                    request.workflow,
+                    reply.value.execution_id,
+                    sent_at=sent_at,
+                    waited=reply.lateness,
+                )
             return reply.value
 
         start = Start(

@@ -20,7 +20,7 @@ from promptlayer_exec._models import StartRequest, node_dict
 from promptlayer_exec._policies import check_seconds
 from promptlayer_exec._repr import short_repr
 from promptlayer_exec._session import Session
-from promptlayer_exec._settings import check_count, find_base_url
+from promptlayer_exec._settings import check_count, find_base_url, missing_for_push
 from promptlayer_exec._throttle import Limiter
 from promptlayer_exec._transport import excess
 from promptlayer_exec._workflows import Workflow
@@ -37,6 +37,7 @@ __all__ = [
     "limited",
     "log_text",
     "max_response_bytes",
+    "missing_for_push",
     "node_dict",
     "receive_callback",
     "short_repr",

@@ -45,7 +45,13 @@ class Opener:
         self._early_wake_ups = EarlyWakeUps()
         self._emit = broadcast(settings.observers)
         self.callbacks = CallbackLog(self._emit)
-        self.channel_suffix = secrets.token_hex(16) if settings.push else None
+        self.channel_suffix: str | None = None
+        if settings.push:
+            # Imported here: it needs an extra, and takes too long for an event loop.
+            from promptlayer_exec.push import Push  # noqa: PLC0415
+
+            self.channel_suffix = secrets.token_hex(16)
+            self._push = Push
         self._client: Client | None = None
         self._opening = threading.Lock()
         self._closed = False
@@ -130,14 +136,11 @@ class Opener:
         return client
 
     def _create_push(self, client: Client, suffix: str) -> Push:
-        # Imported on first use: it needs an extra.
-        from promptlayer_exec.push import Push  # noqa: PLC0415
-
         async def call(request: Request, read: Callable[[Response], T]) -> T:
             once = RetryState(self._settings.retry, 0.0)
             return (await client.transport.call(request, read, once, due=clock())).value
 
-        return Push(
+        return self._push(
             base_url=client.transport.base_url,
             suffix=suffix,
             proxy=True if self._settings.trust_env else None,

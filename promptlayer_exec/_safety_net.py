@@ -12,6 +12,9 @@ from promptlayer_exec._policies import Deadline
 # Seconds between two polls, as long as push can be trusted: doubling from the first to the longest.
 _FIRST = 5.0
 _LONGEST = 60.0
+# Where requests have to wait for their turn, such polls would only make others wait longer. There
+# are at least this many times as many seconds between them as the last request had to wait.
+_TIMES_WAITED = 10.0
 # A poll comes this many seconds before a deadline, so that its error has a snapshot.
 _LAST_CALL = 1.0
 # A first poll waits this long for the first subscription, which then makes it unnecessary.
@@ -58,6 +61,7 @@ class SafetyNet:
     execution_id: int
     subscription: Subscription
     _known_at: float
+    _waited: float = 0.0
     changed: Callable[[], None] = attrs.field(init=False, default=_nobody)
     _polls: int = attrs.field(init=False, default=0)
     _is_polled: bool = attrs.field(init=False, default=False)
@@ -81,7 +85,8 @@ class SafetyNet:
         if since > self._known_at:
             return min(scheduled, self._known_at + floor)  # one poll for what was missed
         doublings = min(self._polls, 64) if self.subscription.has_told else 0
-        seldom = self._known_at + min(_FIRST * 2.0**doublings, _LONGEST)
+        gap = max(_FIRST * 2.0**doublings, _TIMES_WAITED * self._waited)
+        seldom = self._known_at + min(gap, _LONGEST)
         due = max(scheduled, seldom)
         for deadline in deadlines:
             last_call = deadline.at - min(_LAST_CALL, (deadline.timeout or 0.0) / 2)
@@ -94,8 +99,15 @@ class SafetyNet:
         if self.changed == changed:
             self.changed = _nobody
 
-    def polled(self, sent_at: float, *, complete: bool, pushed: bool) -> None:
-        """Record a good poll that was sent at a time; `pushed`: a message had told to poll."""
+    def polled(self, sent_at: float, *, waited: float, complete: bool, pushed: bool) -> None:
+        """Record a good poll.
+
+        Args:
+            sent_at: when it was sent.
+            waited: the seconds for which it waited for its turn before.
+            complete: whether it found the execution complete.
+            pushed: whether a message led to it.
+        """
         since = self.subscription.since
         is_covered = since is not None and since <= self._known_at
         if complete:
@@ -103,4 +115,4 @@ class SafetyNet:
         self._is_doubted |= pushed and not complete
         self._polls = self._polls + 1 if is_covered else 0
         self._is_polled = True
-        self._known_at = sent_at
+        self._known_at, self._waited = sent_at, waited

@@ -7,7 +7,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from inspect import iscoroutinefunction, isroutine
 from types import EllipsisType
 from typing import Any
@@ -113,10 +112,27 @@ def _find_trust_env(trust_env: Any) -> bool:
 
 def _find_push(push: Any) -> bool:
     is_on = _find_switch("push", push, _PUSH_VARIABLE)
-    if is_on and find_spec("centrifuge") is None:
+    if is_on and (missing := missing_for_push()):
         source = "push=True" if push else f"{_PUSH_VARIABLE}=1"
-        raise ConfigurationError(f"{source} needs an extra: {install_hint('push')}")
+        raise ConfigurationError(f"{source} needs {missing}")
     return is_on
+
+
+def missing_for_push() -> str | None:
+    """Return what must be installed before push can be used; None: nothing."""
+    # Imported on use: it takes longer than all other checks.
+    from importlib import metadata  # noqa: PLC0415
+
+    try:
+        version = metadata.version("centrifuge-python")
+    except metadata.PackageNotFoundError:
+        return f"an extra: {install_hint('push')}"
+    if re.match(r"0\.[0-6]\.", version):
+        return (
+            f"centrifuge-python 0.7, but {version} is installed: PromptLayer's own SDK asks for an"
+            " older one, so use an environment without it"
+        )
+    return None
 
 
 def unused_proxy(settings: Settings, base_url: str) -> str:

@@ -296,7 +296,12 @@ class Watch:
         self.latest = snapshot
         if self._net is not None:
             sent_at = now - reply.duration
-            self._net.polled(sent_at, complete=snapshot.complete, pushed=self._is_pushed)
+            self._net.polled(
+                sent_at,
+                waited=reply.lateness,
+                complete=snapshot.complete,
+                pushed=self._is_pushed,
+            )
         self._notify(ended=snapshot.complete)
         self._emit(
             Polled(

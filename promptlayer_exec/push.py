@@ -149,11 +149,13 @@ class Push:
             channel = self._channels[workflow] = _Channel(self, workflow)
             self._spawn(channel.run)
 
-    def started(self, workflow: str | int, execution_id: int, *, sent_at: float) -> None:
-        """Record a run; the request that started it was sent at a time, on the loop's clock."""
+    def started(
+        self, workflow: str | int, execution_id: int, *, sent_at: float, waited: float
+    ) -> None:
+        """Record a run; its start was sent at a time, after waiting some seconds for its turn."""
         if (channel := self._channels.get(workflow)) is None:
             return
-        self._nets[execution_id] = SafetyNet(execution_id, channel, sent_at)
+        self._nets[execution_id] = SafetyNet(execution_id, channel, sent_at, waited)
         if len(self._nets) > _MOST_RUNS:
             del self._nets[next(iter(self._nets))]
 

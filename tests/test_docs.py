@@ -275,17 +275,18 @@ def test_the_evaluation_of_the_readme_runs_in_fifteen_lines(
     assert printed[3].startswith(f"bad: execution {failed}: it failed: 'Grade' FAILED (refused)")
 
 
-async def test_the_functions_of_the_readme_work(sim: Simulator, session: Session) -> None:
+async def test_the_functions_of_the_readme_work(server: Simulator) -> None:
     """Ten lines return a typed output, and the test that it shows passes."""
     (block,) = (block for block in blocks("README.md", "python") if "into=" in block)
     assert len([line for line in block.splitlines() if line]) <= 10
     report = {"title": "Otters", "score": 0.9}
-    sim.add_workflow("write-report", Scenario([SimNode("Report", report, is_output_node=True)]))
+    server.add_workflow("write-report", Scenario([SimNode("Report", report, is_output_node=True)]))
     with names("README.md") as page:
-        output = await page["write_report"](session, "otters")
+        output = await page["write_report"]("otters")
         await page["test_my_code"]()
     assert (type(output).__name__, output.title, output.score) == ("Report", "Otters", 0.9)
-    assert sim.runs[0].inputs == {"topic": "otters"}
+    assert server.runs[0].inputs == {"topic": "otters"}
+    assert "channel_name_suffix" in server.runs[0].body
 
 
 def endings(lines: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from importlib import metadata
 from typing import Any
 
 import aiohttp
@@ -27,9 +28,9 @@ from promptlayer_exec import (
     WatchStarted,
     WatchWoken,
     _safety_net,
-    _settings,
     push,
 )
+from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
 NEVER = PollPolicy.fixed(3600.0)
 OFTEN = PollPolicy.fixed(0.02)
@@ -873,6 +874,21 @@ class TestFaults:
         await polled_to_the_end(server, execution)
 
 
+async def test_a_token_that_the_simulator_lets_expire_is_renewed() -> None:
+    """The library's requests and the simulator's replies agree."""
+    async with (
+        Simulator(push_token_lifetime=1.0) as sim,
+        Session(sim.api_key, base_url=sim.base_url, push=True, poll=NEVER) as session,
+    ):
+        sim.add_workflow("w", Scenario([SimNode("Answer", "42", None, is_output_node=True)]))
+        execution = await session.start("w")
+        waiting = asyncio.create_task(execution.output(timeout=10))
+        await sim.wait_for_requests(6)  # the start, id, token, WebSocket, poll and second token
+        sim.finish(execution.id, "Answer")
+        assert await waiting == "42"
+    assert [request.path for request in sim.requests].count(TOKEN) == 2
+
+
 STAGES = [WORKFLOW, TOKEN, WEBSOCKET, "connect", "subscribe", "refresh", RUN, RESULTS]
 
 
@@ -918,12 +934,26 @@ class TestClosing:
 
 def test_the_extra_is_checked_when_the_session_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error says how to install it, and which setting asks for it."""
-    monkeypatch.setattr(_settings, "find_spec", lambda name: None)
+
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
     with pytest.raises(ConfigurationError, match=r"push=True needs an extra: .*\[push\]"):
         Session("a-key", push=True)
     monkeypatch.setenv("PROMPTLAYER_EXEC_PUSH", "1")
     with pytest.raises(ConfigurationError, match="PROMPTLAYER_EXEC_PUSH=1 needs an extra"):
         Session("a-key")
+
+
+@pytest.mark.parametrize("version", ["0.4.4", "0.6.1"])
+def test_the_library_of_the_vendor_s_sdk_is_too_old(
+    monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """Both cannot be in one environment, and the error says so."""
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    with pytest.raises(ConfigurationError, match=f"needs centrifuge-python 0.7, but {version} is"):
+        Session("a-key", push=True)
 
 
 def test_the_private_names_of_centrifuge_are_still_there() -> None:

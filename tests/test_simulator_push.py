@@ -190,7 +190,8 @@ class TestConnection:
             connect={"token": await client.token(CHANNEL), "name": "python"}
         )
         assert reply["connect"].pop("client")
-        assert reply == {"connect": {"version": "", "ping": 25, "pong": True}}
+        expiry = {"expires": True, "ttl": 3600}
+        assert reply == {"connect": {"version": "", "ping": 25, "pong": True, **expiry}}
 
     async def test_empty_subprotocol(
         self, client: Client, caplog: pytest.LogCaptureFixture
@@ -237,6 +238,35 @@ class TestConnection:
             assert reply == {"error": {"code": 109, "message": "token expired"}}
             reply = await opened.request(connect={"token": await client.token(CHANNEL)})
             assert "connect" in reply
+
+    async def test_refresh(self, open_client: Callable[[Simulator], Client]) -> None:
+        """A connected client can use a new token, which may allow other channels."""
+        clock = Clock()
+        async with Simulator(clock=clock, push_token_lifetime=7.0) as sim:
+            client = open_client(sim)
+            connected = await client.connect(CHANNEL)
+            old = await client.token(CHANNEL)
+            clock.now += 6.5
+            reply = await connected.request(refresh={"token": await client.token("another")})
+            assert reply["refresh"].pop("client")
+            assert reply == {"refresh": {"version": "", "expires": True, "ttl": 7}}
+            assert await connected.request(subscribe={"channel": "another"}) == {"subscribe": {}}
+            clock.now += 0.5
+            error = {"code": 109, "message": "token expired"}
+            assert await connected.request(refresh={"token": old}) == {"error": error}
+            await connected.send({"id": 8, "refresh": {"token": "made up"}})
+            assert await connected.end() == (3500, "invalid token")
+
+    async def test_no_refresh(self, open_client: Callable[[Simulator], Client]) -> None:
+        """A client whose token expired 25 s ago is disconnected, and may reconnect."""
+        clock = Clock()
+        async with Simulator(clock=clock, push_token_lifetime=7.0, push_ping_interval=0.3) as sim:
+            connected = await open_client(sim).connect(CHANNEL)
+            clock.now += 31.9
+            assert await connected.receive() == {}
+            await connected.send({})
+            clock.now += 0.2
+            assert await connected.end() == (3005, "connection expired")
 
     @pytest.mark.parametrize(
         "frame",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
 
 from promptlayer_exec import (
     ConfigurationError,
@@ -20,6 +19,7 @@ from promptlayer_exec import (
     Session,
     StatusError,
 )
+from promptlayer_exec._integration import missing_for_push
 from promptlayer_exec.cli._stdio import err
 from promptlayer_exec.cli._text import printable, shorten
 from promptlayer_exec.simulator import Simulator
@@ -64,7 +64,7 @@ def demo_session(
         base_url=simulator.base_url,
         poll=PollPolicy(floor=0.2, ceiling=0.4),
         observers=[report_retries(warn)],
-        push=push and find_spec("centrifuge") is not None,
+        push=push and missing_for_push() is None,
     )
 
 

@@ -30,7 +30,6 @@ from promptlayer_exec.simulator._wire import (
 )
 
 _WEBSOCKET = "/connection/websocket"
-_TOKEN_LIFETIME = 3600.0
 
 
 @attrs.define
@@ -67,6 +66,7 @@ class Api:
     _log: Log[SimRequest]
     _centrifugo: Centrifugo
     _completions: Completions
+    _token_lifetime: float
     faults: FaultQueue
     _is_development: bool
     bucket: TokenBucket | None = attrs.field(default=None, init=False)
@@ -166,8 +166,8 @@ class Api:
         channels = required_values(request.query, "capability")
         issued = time.time()
         details = {
-            "token": self._centrifugo.issue_token(channels, _TOKEN_LIFETIME),
-            "expires": int((issued + _TOKEN_LIFETIME) * 1000),
+            "token": self._centrifugo.issue_token(channels, self._token_lifetime),
+            "expires": int((issued + self._token_lifetime) * 1000),
             "issued": int(issued * 1000),
             "capability": {channel: ["presence", "subscribe"] for channel in channels},
             "clientId": "1",

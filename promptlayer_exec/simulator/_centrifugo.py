@@ -21,6 +21,8 @@ from promptlayer_exec.simulator._wire import encode, error_response
 
 _TOKEN_EXPIRED = {"code": 109, "message": "token expired"}
 _PERMISSION_DENIED = {"code": 103, "message": "permission denied"}
+# Seconds that a client has for a new token after the old one expired, as in Centrifugo.
+_EXPIRED_CLOSE_DELAY = 25.0
 _ALREADY_SUBSCRIBED = {"code": 105, "message": "already subscribed"}
 
 
@@ -33,7 +35,7 @@ class Centrifugo:
     """Publishes to the subscribers of channels, each allowed by its token.
 
     There are `ping_interval` seconds between pings; a client that did not answer the last one is
-    disconnected.
+    disconnected, and so is one that did not renew its token in time.
     """
 
     clock: Callable[[], float]
@@ -83,7 +85,9 @@ class _Connection:
     _centrifugo: Centrifugo
     socket: web.WebSocketResponse
     _channels: frozenset[str] | None = attrs.field(default=None, init=False)
+    _expires: float = attrs.field(default=math.inf, init=False)
     _awaits_pong: bool = attrs.field(default=False, init=False)
+    _client: str = attrs.field(factory=lambda: str(uuid4()), init=False)
     subscriptions: set[str] = attrs.field(factory=set, init=False)
 
     async def execute_commands(self) -> None:
@@ -107,6 +111,8 @@ class _Connection:
             raise _Disconnect(3502, "stale")
         if self._awaits_pong:
             raise _Disconnect(3012, "no pong")
+        if self._centrifugo.clock() >= self._expires + _EXPIRED_CLOSE_DELAY:
+            raise _Disconnect(3005, "connection expired")
         self._awaits_pong = True
         await self.socket.send_str(encode({}))
 
@@ -127,9 +133,11 @@ class _Connection:
     def _answer(self, request: dict[Any, Any]) -> dict[str, Any]:
         match request:
             case {"connect": {"token": str(token)}} if self._channels is None:
-                return self._connect(token)
+                return self._take_token(token, "connect", ping=self._ping_seconds, pong=True)
             case _ if self._channels is None or "connect" in request:
                 raise _Disconnect(3501, "bad request")
+            case {"refresh": {"token": str(token)}}:
+                return self._take_token(token, "refresh")
             case {"subscribe": {"channel": str(channel)}} if channel in self._channels:
                 if channel in self.subscriptions:
                     return {"error": _ALREADY_SUBSCRIBED}
@@ -140,12 +148,17 @@ class _Connection:
                 return {"unsubscribe": {}}
         return {"error": _PERMISSION_DENIED}
 
-    def _connect(self, token: str) -> dict[str, Any]:
+    @property
+    def _ping_seconds(self) -> int:
+        return math.ceil(self._centrifugo.ping_interval)
+
+    def _take_token(self, token: str, command: str, **more: Any) -> dict[str, Any]:
         if token not in self._centrifugo.tokens:
             raise _Disconnect(3500, "invalid token")
         channels, expires = self._centrifugo.tokens[token]
-        if self._centrifugo.clock() >= expires:
+        left = expires - self._centrifugo.clock()
+        if left <= 0:
             return {"error": _TOKEN_EXPIRED}
-        self._channels = channels
-        ping = math.ceil(self._centrifugo.ping_interval)
-        return {"connect": {"client": str(uuid4()), "version": "", "ping": ping, "pong": True}}
+        self._channels, self._expires = channels, expires
+        expiry = {"expires": True, "ttl": math.ceil(left)}
+        return {command: {"client": self._client, "version": "", **more, **expiry}}

@@ -49,6 +49,8 @@ class Simulator:
             its output; a longer one says `EXCEEDS_SIZE_LIMIT`. The limit of PromptLayer's own
             server is unknown.
         push_ping_interval: seconds between pings on the WebSockets of push.
+        push_token_lifetime: seconds until a token of push expires, by `clock`; 25 s later, a client
+            that has not renewed it is disconnected.
         development: whether a workflow is described as a development server of PromptLayer does
             it: by its id and name alone, in an object named `workflow`. Otherwise that object
             comes beside the documented fields.
@@ -67,6 +69,7 @@ class Simulator:
         on_request: Callable[[SimRequest], None] | None = None,
         push_limit_bytes: int = 64 * 1024,
         push_ping_interval: float = 25.0,
+        push_token_lifetime: float = 3600.0,
         development: bool = False,
         webhook_url: str | None = None,
         webhook_secret: str = "simulator-secret",  # noqa: S107 - of a simulator
@@ -88,6 +91,7 @@ class Simulator:
             self._log,
             centrifugo,
             self._completions,
+            push_token_lifetime,
             self._faults,
             development,
         )
