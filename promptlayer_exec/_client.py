@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import attrs
 
 from promptlayer_exec._callbacks import CallbackLog
-from promptlayer_exec._errors import PromptLayerExecError, StartUnknown
+from promptlayer_exec._errors import PromptLayerExecError, RequestError, StartUnknown
 from promptlayer_exec._events import Emit, WakeSource
 from promptlayer_exec._lifetime import DeadlinePassed, Lifetime
 from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
@@ -152,8 +152,12 @@ class Client:
         read = partial(read_main_output, execution_id=execution_id)
         return (await self._call(request, read, deadline)).value
 
-    async def workflow(self, request: Request, deadline: Deadline) -> Workflow:
-        return (await self._call(request, read_workflow, deadline)).value
+    async def workflow(self, name: str | int, request: Request, deadline: Deadline) -> Workflow:
+        try:
+            return (await self._call(request, read_workflow, deadline)).value
+        except RequestError as error:
+            error.args = (f"workflow {name!r:.100}: {error.args[0]}",)
+            raise
 
     async def workflows_page(
         self, page: int, parameters: Mapping[str, str | None]

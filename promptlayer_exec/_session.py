@@ -317,7 +317,7 @@ class Session:
         """
         request = workflow_request(workflow, label, version)
         client = await self._open()
-        return await client.workflow(request, client.deadline())
+        return await client.workflow(workflow, request, client.deadline())
 
     def workflows(
         self,

@@ -617,8 +617,8 @@ class TestRun:
         wrong_key = call("run", "unknown", PROMPTLAYER_API_KEY="wrong")
         code, out, err = unknown.end()
         assert code == 4
-        assert "Workflow not found" in err
-        assert err.endswith("; no run was started\n")
+        assert err.startswith("no run of workflow 'unknown' started: the server answered 404")
+        assert err.count("no run") == 1
         error = json.loads(out)["error"]
         assert (error["type"], error["execution_id"]) == ("NotFound", None)
         code, out, err = wrong_key.end()
@@ -645,7 +645,7 @@ class TestRun:
         code, out, err = call("run", "x", "--outage", "0.1", "--base-url", UNREACHABLE).end()
         assert (code, out) == (4, "")
         assert re.match(r"server unreachable, retrying in 0\.\d s \(Connection refused\)\n", err)
-        assert err.endswith("; no run was started\n")
+        assert err.splitlines()[-1].startswith("no run of workflow 'x' started: no usable answer")
 
     def test_a_timeout_is_exit_code_3(self, sim: Simulator, start: Start) -> None:
         """A run that started can be picked up again; a start is not retried for longer either."""

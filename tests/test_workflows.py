@@ -448,7 +448,9 @@ async def test_the_errors_of_a_description(
     sim.add_workflow("w", PLAN)
     sim.inject(Fault.status(503))
     assert (await session.workflow("w")).name == "w"
-    with pytest.raises(NotFound, match="Workflow not found"):
+    with pytest.raises(
+        NotFound, match=r"^workflow 'x': the server answered 404 Not Found: Workflow not found"
+    ):
         await session.workflow("x")
     with pytest.raises(TypeError, match="unexpected argument workflow_version=: it is version="):
         await session.workflow("w", workflow_version=1)  # type: ignore[call-arg]

@@ -195,7 +195,7 @@ def _report(error: Exception, subject: Subject, *, as_json: bool) -> ExitCode:
     code = next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
     message = str(error)
     execution_id = subject.execution_id
-    says_if_started = isinstance(error, ExecutionTimeout | StartUnknown)
+    says_if_started = isinstance(error, ExecutionTimeout | RequestError | StartUnknown)
     if execution_id is None and subject.note and not says_if_started:
         message = f"{message.rstrip('.')}; {subject.note}"
     message = printable(message)
