@@ -162,10 +162,7 @@ class _FanOut(Generic[ItemT]):
                 indexes = itertools.count()
                 while True:
                     await self.slots.acquire()
-                    item = RunningItem(next(indexes), await anext(items))
-                    if not self._is_taking:  # and `items` suppressed its cancellation
-                        break
-                    self._tasks.start(self._run_one(item), name="promptlayer_exec.item")
+                    self._start(RunningItem(next(indexes), await anext(items)))
         except StopAsyncIteration:
             pass
         except asyncio.CancelledError as error:
@@ -173,6 +170,11 @@ class _FanOut(Generic[ItemT]):
                 self.error = self.error or foreign_cancellation("items", error)
         except BaseException as error:  # noqa: BLE001 - raised to the consumer
             self.error = self.error or error
+
+    def _start(self, item: RunningItem[ItemT]) -> None:
+        if not self._is_taking:  # `items` suppressed its cancellation
+            raise asyncio.CancelledError
+        self._tasks.start(self._run_one(item), name="promptlayer_exec.item")
 
     async def _run_one(self, item: RunningItem[ItemT]) -> None:
         output: Any = None
