@@ -170,3 +170,6 @@ async def test_the_nodes_of_two_executions_are_compared(sim: Simulator, viewer: 
     assert answer == (200, {"changed": ["other"]})
     assert (await viewer.send("GET", f"compare/{one}/5"))[0] == 404
     assert (await viewer.send("GET", f"executions/{one}/inputs"))[0] == 404
+    _, snapshot = await viewer.send("GET", f"executions/{one}/snapshot")
+    assert snapshot == viewer.board.cards[one].snapshot.to_dict()
+    assert (await viewer.send("GET", "executions/5/snapshot"))[0] == 404

@@ -29,6 +29,7 @@ from promptlayer_exec.cli._workflows import (
     DEMO_NOTE,
     DEMO_WORKFLOWS,
     add_demo_workflows,
+    add_past_runs,
     support_agent,
 )
 from promptlayer_exec.simulator import Scenario, SimNode, SimRequest, Simulator
@@ -92,6 +93,7 @@ def view(
             raise Misuse(f"the viewer needs an extra: {install_hint('viewer')}") from error
         token = _token()
         async with AsyncExitStack() as stack:
+            simulator = None
             if is_demo:
                 simulator = await stack.enter_async_context(Simulator(log_requests=False))
                 add_demo_workflows(simulator)
@@ -109,6 +111,8 @@ def view(
             history = None
             if has_history:
                 history = History(directory / "history.sqlite", server=session_base_url(session))
+                if simulator is not None:
+                    add_past_runs(simulator, history, time.time())
             board = Board(session, note=DEMO_NOTE if is_demo else "", history=history)
             await stack.enter_async_context(board)
             for execution_id in execution_ids or ():

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import attrs
 
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
+
+if TYPE_CHECKING:
+    from promptlayer_exec.viewer import History
 
 _LETTER = "I was charged twice for my October plan. Could you look into it? Maria Rossi"
 _REPLY = """\
@@ -123,3 +130,46 @@ def add_demo_workflows(simulator: Simulator) -> None:
     for workflow, (scenario, inputs) in DEMO_WORKFLOWS.items():
         declared = dict.fromkeys(inputs, "string")
         simulator.add_workflow(workflow, scenario, inputs=declared, definition=scenario({}))
+
+
+_LETTERS = (
+    _LETTER,
+    "My invoice of October is missing. Could you send it again?",
+    "How do I change the address of my company?",
+    "The export stops at 10,000 rows. Is that a limit of my plan?",
+)
+_TOPICS = ("otters", "newts", "storks")
+_HOURS_BETWEEN = 5
+
+
+def add_past_runs(simulator: Simulator, history: History, now: float) -> None:
+    """Add runs of the last days to a simulator, and to the history of the demonstration.
+
+    Args:
+        simulator: it knows the runs, so that they can be opened and compared.
+        history: it remembers them.
+        now: seconds since 1970.
+    """
+    for number in range(36):
+        is_report = number % 3 == 2
+        workflow = "research-report" if is_report else "support-agent"
+        inputs: dict[str, Any] = {"letter": _LETTERS[number % 4]}
+        if is_report:
+            inputs = {"topic": _TOPICS[number // 3 % 3]}
+        is_failing = not is_report and number % 11 == 4
+        scenario = _research_report(inputs) if is_report else support_agent(inputs)
+        if is_failing:
+            scenario = support_agent(inputs, failing=True)
+        ended = Scenario([attrs.evolve(node, duration=0.0) for node in scenario.nodes])
+        typical, spread = (44.0, 9.0) if is_report else (7.0, 1.6)
+        history.record(
+            execution_id=simulator.add_execution(ended),
+            workflow=workflow,
+            inputs=json.dumps(inputs, indent=2),
+            outcome="failed" if is_failing else "succeeded",
+            problem=f"search handbook: {_NO_INDEX}" if is_failing else None,
+            began=now - 3600 * _HOURS_BETWEEN * (36 - number),
+            is_started=True,
+            duration=(2.6 if is_failing else typical + spread * math.sin(number * 1.7)),
+            nodes=len(scenario.nodes),
+        )

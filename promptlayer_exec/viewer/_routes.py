@@ -66,6 +66,13 @@ def _add_value_routes(app: FastAPI, board: Board) -> None:
             return refuse("This node no longer exists.", 404)
         return _text(value_text(nodes[index].value))
 
+    @app.get("/api/executions/{execution_id}/snapshot")
+    async def get_snapshot(execution_id: int) -> Response:
+        card = board.cards.get(execution_id)
+        if card is None or card.snapshot is None:
+            return refuse("This execution is not followed.", 404)
+        return _json(card.snapshot.to_dict())
+
     @app.get("/api/executions/{execution_id}/inputs")
     async def get_inputs(execution_id: int) -> Response:
         card = board.cards.get(execution_id)

@@ -94,6 +94,41 @@ async def test_a_click_selects_everywhere(sim: Simulator, viewer: Any, ui: Any, 
     await expect(ui.drawn("plan")).to_have_class(re.compile("selected"))
 
 
+async def test_the_edges_of_the_selected_node_stand_out(
+    sim: Simulator, viewer: Any, ui: Any, page: Page
+) -> None:
+    """Or those of the node under the pointer."""
+    await start(sim, viewer, ui, BRANCHES)
+    await ui.drawn("accept").click()
+    await page.mouse.move(0, 0)
+    adjacent = page.locator(".edge.adjacent")
+    await expect(adjacent).to_have_count(2)
+    await ui.drawn("plan").hover()
+    await expect(ui.edge("plan", "reject").locator(".adjacent")).to_have_count(1)
+    await page.mouse.move(0, 0)
+    await expect(ui.edge("plan", "reject").locator(".adjacent")).to_have_count(0)
+
+
+async def test_a_skipped_node_says_why(sim: Simulator, viewer: Any, ui: Any) -> None:
+    """It names the failed nodes that it depends on, through others that were skipped."""
+    scenario = Scenario(
+        [
+            SimNode("fetch", status="FAILED"),
+            SimNode("read", after=["fetch"]),
+            SimNode("answer", after=["read"], is_output_node=True),
+            SimNode("never", when=lambda _: False),
+        ]
+    )
+    await start(sim, viewer, ui, scenario)
+    await expect(ui.run).to_have_attribute("data-state", "failed")
+    for name, reason in (
+        ("answer", "Skipped, because it depends on fetch, which failed."),
+        ("never", "Skipped: no way led to it."),
+    ):
+        await ui.row(name).locator("summary").click()
+        await expect(ui.row(name).locator('[data-part="times"]')).to_have_text(reason)
+
+
 async def test_the_arrow_keys_follow_the_edges(
     sim: Simulator, viewer: Any, ui: Any, page: Page
 ) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,11 +162,16 @@ async def test_rows_are_sorted_and_filtered_by_the_address(
 async def test_the_critical_path_is_marked(sim: Simulator, ui: Any) -> None:
     """It is what the execution waited for; without a definition, the times tell."""
     nodes = [
-        SimNode("quick", "x", 0.1),
-        SimNode("slow", "x", 0.5),
-        SimNode("end", "x", 0.2, after=["quick", "slow"], is_output_node=True),
+        SimNode("quick", "x", None),
+        SimNode("slow", "x", None),
+        SimNode("end", "x", None, after=["quick", "slow"], is_output_node=True),
     ]
-    await ui.open_run(sim.add_execution(Scenario(nodes)))
+    held = sim.add_execution(Scenario(nodes))
+    await ui.open_run(held)
+    for name in ("quick", "slow", "end"):
+        await expect(ui.row(name)).to_have_attribute("data-status", "running")
+        sim.finish(held, name)
+        await expect(ui.row(name)).to_have_attribute("data-status", "success")
     await expect(ui.part("facts")).to_contain_text("slow → end")
     await expect(ui.part("facts")).to_contain_text("judged by the times alone")
     await expect(ui.row("slow")).to_contain_text("critical")
@@ -222,6 +228,30 @@ async def test_snippets_and_inputs_can_be_copied_and_run(
         output, _ = await process.communicate()
         assert b"Otters!" in output
         assert process.returncode == 0
+
+
+async def test_the_output_is_shown_beside_the_inputs(
+    sim: Simulator, viewer: Any, ui: Any, page: Page
+) -> None:
+    """Once the execution has ended; everything can be downloaded as JSON."""
+    sim.add_workflow("report", HELD)
+    execution = await viewer.board.start("report", {"topic": "otters"})
+    await ui.open_run(execution.id)
+    await expect(ui.part("inputs")).to_contain_text("otters")
+    await expect(ui.part("output-panel")).to_be_hidden()
+    for name in ("plan", "answer"):
+        sim.finish(execution.id, name)
+    await expect(ui.part("outputs")).to_contain_text("Otters are fine.")
+    await page.get_by_role("button", name="Copy the value of the output answer").click()
+    await expect(ui.part("outputs").locator('[data-part="copied"]')).to_have_text("Copied")
+    assert await ui.copied() == "Otters are fine."
+    async with page.expect_download() as started:
+        await page.get_by_role("button", name="Download as JSON").click()
+    download = await started.value
+    assert download.suggested_filename == f"execution-{execution.id}.json"
+    text = Path(await download.path()).read_text()  # noqa: ASYNC240 - nothing else runs
+    content = json.loads(text)
+    assert content["nodes"]["answer"]["value"] == "Otters are fine."
 
 
 async def test_json_is_folded_and_searched(sim: Simulator, ui: Any, page: Page) -> None:

@@ -2,7 +2,7 @@
 
 import { spanOf } from "./model.js";
 
-const SLACK = 0.05; // seconds by which two times that were seen in one poll may differ
+const SLACK = 0.01; // seconds: one poll sees the end of a node and the start of the next
 
 // Starts at the node that ended last, and goes back to the one that it waited for longest.
 // Without `dependencies` (name -> names), that is the one that ended just before it began.
@@ -25,7 +25,8 @@ export function criticalPath(nodes, dependencies, time) {
 function before(name, spans, dependencies) {
   if (dependencies === null) {
     const { start } = spans.get(name);
-    return [...spans.keys()].filter((one) => one !== name && spans.get(one).end <= start + SLACK);
+    const isBefore = (one) => one.start < start && one.end <= start + SLACK;
+    return [...spans.keys()].filter((one) => isBefore(spans.get(one)));
   }
   const found = new Set();
   const open = [...(dependencies.get(name) ?? [])];

@@ -10,8 +10,10 @@ const LARGE = 1_000_000; // characters that are fetched only on demand
 const FOLDED = 120; // characters of JSON that need no tree
 
 export class Detail {
-  constructor(run, container) {
+  // `title` names the value for those who do not see where it is; by default, the node's name.
+  constructor(run, container, title = null) {
     this.run = run;
+    this.title = title;
     this.root = clone("detail-template").firstElementChild;
     this.node = null;
     this.text = null; // the whole value
@@ -35,7 +37,7 @@ export class Detail {
   update(node) {
     const { root } = this;
     const isNew = this.node === null || this.node.value !== node.value || this.node.length !== node.length;
-    if (this.node === null) this.label(node.name);
+    if (this.node === null) this.label(this.title ?? node.name);
     this.node = node;
     this.showTimes();
     write(part(root, "error"), node.error_message ?? "");
@@ -77,6 +79,7 @@ export class Detail {
       const end = final === null ? "." : `, and final at ${after(final)}.`;
       text = `First seen running at ${after(running)}${end}`;
     }
+    if (this.node.status === "SKIPPED") text = this.run.whySkipped(this.node.name);
     write(times, text);
     if (since !== null) times.title = `Seconds since ${fully(since)}`;
   }

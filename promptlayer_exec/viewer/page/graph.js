@@ -115,6 +115,8 @@ export class Graph {
       if (!this.isDragged) this.choose(name);
     });
     element.addEventListener("focus", () => this.moveTabStop(name));
+    element.addEventListener("pointerenter", () => this.highlight(name));
+    element.addEventListener("pointerleave", () => this.highlight(this.selected));
     this.nodes.set(name, { element, icon, state, before: [], after: [], type, status: null });
     this.svg.append(element);
   }
@@ -211,6 +213,7 @@ export class Graph {
       element.classList.toggle("selected", one === name);
       element.setAttribute("aria-pressed", String(one === name));
     }
+    this.highlight(name);
     if (this.nodes.has(name)) {
       this.moveTabStop(name);
       this.reveal(name);
@@ -219,6 +222,13 @@ export class Graph {
 
   choose(name) {
     this.onSelect(name);
+  }
+
+  // The edges of a node stand out: that of the pointer, or else the selected one.
+  highlight(name) {
+    for (const { source, target, path } of this.edges) {
+      path.classList.toggle("adjacent", name !== null && (source === name || target === name));
+    }
   }
 
   moveTabStop(name) {

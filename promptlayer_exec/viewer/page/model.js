@@ -42,6 +42,7 @@ export class Run {
     this.data = { ...FIRST, execution_id: id };
     this.at = performance.now(); // when the data was received
     this.nodes = new Map(); // by name, in the server's order
+    this.dependencies = null; // name -> names, once the definition is known
   }
 
   get name() {
@@ -66,6 +67,23 @@ export class Run {
     const isStale = connection.state === "live" && this.data.state === "running" && silent > STALE;
     const stale = `PromptLayer has not answered for ${duration(Math.floor(silent))}.`;
     return this.data.error ?? (isStale ? stale : null);
+  }
+
+  // The failed nodes that a skipped one waited for, through others that were skipped.
+  whySkipped(name) {
+    const failed = new Set();
+    const seen = new Set();
+    const open = [name];
+    while (open.length > 0) {
+      const one = open.pop();
+      if (seen.has(one)) continue;
+      seen.add(one);
+      const status = this.nodes.get(one)?.status;
+      if (status === "FAILED") failed.add(one);
+      if (status === "SKIPPED") open.push(...(this.dependencies?.get(one) ?? []));
+    }
+    if (failed.size > 0) return `Skipped, because it depends on ${[...failed].join(", ")}, which failed.`;
+    return "Skipped: no way led to it.";
   }
 
   take(data) {

@@ -10,7 +10,6 @@ export class GraphPanel {
     this.id = id;
     this.onDrawn = onDrawn;
     this.definition = null;
-    this.dependencies = null; // name -> names, once the definition is known
     this.state = "none"; // none, loading, loaded
     this.graph = new Graph(part(root, "graph"), onSelect);
     part(root, "zoom-in").addEventListener("click", () => this.graph.zoom(1.25));
@@ -42,10 +41,11 @@ export class GraphPanel {
     const { definition } = answer;
     if (definition === null) return this.say(answer.reason ?? "");
     this.definition = definition;
-    this.dependencies = new Map();
+    const dependencies = new Map();
     for (const { source, target } of definition.edges) {
-      this.dependencies.set(target, [...(this.dependencies.get(target) ?? []), source]);
+      dependencies.set(target, [...(dependencies.get(target) ?? []), source]);
     }
+    this.run.dependencies = dependencies;
     for (const name of ["graph", "graph-tools", "legend"]) part(this.root, name).hidden = false;
     this.graph.draw(definition);
     this.graph.update(this.run);

@@ -2,8 +2,9 @@
 
 import { call } from "./api.js";
 import { followAgain, remove, showState, tick } from "./board.js";
-import { byId, clone, copyWith, make, part, show, write } from "./dom.js";
+import { byId, clone, copyWith, make, notify, part, show, write } from "./dom.js";
 import { criticalPath } from "./critical.js";
+import { Detail } from "./detail.js";
 import { readContainer } from "./json.js";
 import { board, runs } from "./model.js";
 import { GraphPanel } from "./panel.js";
@@ -80,6 +81,7 @@ class RunPage {
     this.isChosen = false; // somebody, or the address, has chosen a node
     this.isLoading = false;
     this.inputs = null;
+    this.outputs = new Map();
     const root = make("div", { class: "run" });
     root.append(clone("run-template"));
     this.root = root;
@@ -88,7 +90,7 @@ class RunPage {
     const onToggle = (name, isOpen) => this.toggled(name, isOpen);
     const shown = run ?? { nodes: new Map(), now: () => 0 };
     this.rows = new Rows(shown, part(root, "nodes"), part(root, "axis"), onToggle);
-    this.graph = new GraphPanel(root, id, (name) => this.select(name), () => this.showCritical());
+    this.graph = new GraphPanel(root, id, (name) => this.select(name), () => this.onDrawn());
     this.listen();
     showSnippets(part(root, "snippets"), id, board.server);
     if (run === null) this.showMissing();
@@ -106,6 +108,7 @@ class RunPage {
     at("filter").addEventListener("input", () => this.filter());
     at("sort").addEventListener("change", () => this.sort());
     copyWith(at("copy-inputs"), at("inputs-copied"), () => this.inputs);
+    at("download").addEventListener("click", () => this.download());
   }
 
   // An execution that is not followed: it is asked for, and then it is.
@@ -174,6 +177,11 @@ class RunPage {
     this.showCritical();
   }
 
+  onDrawn() {
+    for (const { detail } of this.rows.rows.values()) detail?.showTimes();
+    this.showCritical();
+  }
+
   openFailed() {
     const failed = [...this.run.nodes.values()].find((node) => node.status === "FAILED");
     if (!failed || this.opened.has(failed.name)) return;
@@ -197,6 +205,7 @@ class RunPage {
     part(root, "elapsed").hidden = ["succeeded", "failed"].includes(run.data.state);
     this.showFacts();
     if (run.data.has_inputs && this.inputs === null) this.showInputs();
+    this.showOutputs();
     this.graph.reload(run);
     if (!this.isChosen) this.openFailed();
     this.showCritical();
@@ -229,7 +238,7 @@ class RunPage {
   pathText() {
     const spans = this.path.map((name) => this.rows.rows.get(name)?.span);
     const sum = spans.reduce((total, span) => total + (span ? span.end - span.start : 0), 0);
-    const guess = this.graph.dependencies === null ? " (judged by the times alone)" : "";
+    const guess = this.run.dependencies === null ? " (judged by the times alone)" : "";
     const { length } = this.path;
     const names = length <= 5 ? this.path : [...this.path.slice(0, 2), "…", ...this.path.slice(-2)];
     const count = length <= 5 ? "" : `${length} nodes: `;
@@ -240,11 +249,38 @@ class RunPage {
     const { run } = this;
     if (run === null) return;
     const isDone = run.isEnded;
-    this.path = isDone ? criticalPath(run.nodes, this.graph.dependencies, run.now()) : [];
+    this.path = isDone ? criticalPath(run.nodes, this.run.dependencies, run.now()) : [];
     const isPath = this.path.length > 1;
     this.rows.markCritical(isPath ? this.path : []);
     this.graph.markCritical(isPath ? this.path : []);
     if (isDone) this.showFacts();
+  }
+
+  // What the execution was for: the values of its output nodes, beside its inputs.
+  showOutputs() {
+    const nodes = [...this.run.nodes.values()];
+    const outputs = nodes.filter((node) => node.is_output_node && node.status === "SUCCESS");
+    part(this.root, "output-panel").hidden = !this.run.isEnded || outputs.length === 0;
+    if (part(this.root, "output-panel").hidden) return;
+    for (const node of outputs) {
+      if (!this.outputs.has(node.name)) {
+        const place = part(this.root, "outputs");
+        if (outputs.length > 1) place.append(make("h4", { class: "output-name" }, node.name));
+        this.outputs.set(node.name, new Detail(this.run, place, `the output ${node.name}`));
+      }
+      this.outputs.get(node.name).update(node);
+    }
+  }
+
+  async download() {
+    try {
+      const response = await call("GET", `api/executions/${this.id}/snapshot`);
+      const href = URL.createObjectURL(await response.blob());
+      make("a", { href, download: `execution-${this.id}.json` }).click();
+      URL.revokeObjectURL(href);
+    } catch (error) {
+      notify(error.message);
+    }
   }
 
   async showInputs() {
