@@ -19,7 +19,7 @@ from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
 from promptlayer_exec._policies import Deadline
 from promptlayer_exec._retry import RecentStarts, RetryState
 from promptlayer_exec._settings import Settings
-from promptlayer_exec._start import BeforeSend, Start, start_unknown
+from promptlayer_exec._start import SendHooks, Start, start_unknown
 from promptlayer_exec._tasks import clock
 from promptlayer_exec._transport import Transport
 from promptlayer_exec._wakeups import EarlyWakeUps
@@ -198,7 +198,7 @@ class Client:
         request: StartRequest,
         http_request: Request,
         deadline: Deadline,
-        before_send: BeforeSend | None = None,
+        hooks: SendHooks | None = None,
         token: str | None = None,
     ) -> Started:
         """Start a run; its request must be sent before the deadline.
@@ -226,7 +226,7 @@ class Client:
             RetryState(self._settings.retry, self._settings.retry.outage),
             emit=self._emit,
             is_closing=self.lifetime.is_closing,
-            before_send=before_send,
+            hooks=hooks,
             token=token,
             on_unknown=None if token is None else partial(self._callbacks.lose, token, request),
         )

@@ -194,7 +194,10 @@ class SendOnce(Protocol):
         """Whether it must no longer be sent."""
 
     async def before_send(self) -> None:
-        """Wait for permission to send; a connection is free, and the rate allows the request."""
+        """Wait for permission to send; a connection stands, and the rate allows the request."""
+
+    async def not_sent(self) -> None:
+        """Handle an attempt that started nothing, before the next one."""
 
     def mark_sent(self) -> None:
         """Record that it is about to be sent; raises `OSError` if it must no longer be sent."""
@@ -231,6 +234,7 @@ class GuardedBody(aiohttp.Payload):
     async def write(self, writer: AbstractStreamWriter) -> None:
         if self.used is not None:  # a borrowed session's middleware sends again
             raise ConnectionAbortedError("a start must not be sent twice")
+        await self._once.before_send()
         if clock() >= self._until:  # the loop was stopped, and no time is left
             raise ConnectionAbortedError("the request timeout passed before the start was sent")
         self._once.mark_sent()

@@ -7,7 +7,7 @@ imports the public API, and this module where that is not enough; never another 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,15 +17,17 @@ from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import each
 from promptlayer_exec._install import install_hint
 from promptlayer_exec._models import StartRequest, node_dict
-from promptlayer_exec._policies import check_seconds
+from promptlayer_exec._policies import RetryPolicy, check_seconds
 from promptlayer_exec._repr import short_repr
 from promptlayer_exec._session import Session
 from promptlayer_exec._settings import check_count, find_base_url, missing_for_push
+from promptlayer_exec._start import SendHooks
 from promptlayer_exec._throttle import Limiter
 from promptlayer_exec._transport import excess
 from promptlayer_exec._workflows import Workflow
 
 __all__ = [
+    "SendHooks",
     "base_url",
     "check_count",
     "check_inputs",
@@ -40,6 +42,7 @@ __all__ = [
     "missing_for_push",
     "node_dict",
     "receive_callback",
+    "retry_policy",
     "short_repr",
     "start",
     "wake",
@@ -92,15 +95,19 @@ async def check_inputs(session: Session, request: StartRequest) -> Workflow | No
     return workflow
 
 
-async def start(
-    session: Session, request: StartRequest, *, before_send: Callable[[], Awaitable[None]]
-) -> Execution:
-    """Start a run as `Session.start` does, with a hook that is awaited just before sending.
+async def start(session: Session, request: StartRequest, *, hooks: SendHooks) -> Execution:
+    """Start a run as `Session.start` does, with hooks around sending.
 
-    `before_send` is awaited once for each attempt, when a connection is free and the rate allows
-    the request. Until it returns, cancelling the call sends nothing.
+    `hooks.before_send` is awaited once for each attempt, when the connection stands and nothing has
+    been written to it. Until it returns, cancelling the call sends nothing. If an attempt did not
+    start a run and is repeated, `hooks.not_sent` is awaited before the delay.
     """
-    return await session._start(request, before_send=before_send)
+    return await session._start(request, hooks=hooks)
+
+
+def retry_policy(session: Session) -> RetryPolicy:
+    """Return for how long a session survives failures."""
+    return session._settings.retry
 
 
 def wake(session: Session, execution_id: int, source: WakeSource) -> bool:

@@ -20,7 +20,7 @@ from promptlayer_exec._opener import Opener
 from promptlayer_exec._output import check_type
 from promptlayer_exec._policies import Deadline, PollPolicy, RetryPolicy, check_timeout
 from promptlayer_exec._settings import Settings, find_base_url
-from promptlayer_exec._start import BeforeSend
+from promptlayer_exec._start import SendHooks
 from promptlayer_exec._tasks import clock
 from promptlayer_exec._throttle import Limiter
 from promptlayer_exec._wire import Request, check_execution_id, run_request
@@ -356,14 +356,14 @@ class Session:
         self,
         request: StartRequest,
         deadline: Deadline | None = None,
-        before_send: BeforeSend | None = None,
+        hooks: SendHooks | None = None,
         token: str | None = None,
     ) -> Execution:
         posted, token = with_callback_url(request, self._settings.callbacks, token)
         _, http_request = self._prepare(posted)
         client = await self._open()
         deadline = deadline or client.deadline()
-        started = await client.start(request, http_request, deadline, before_send, token)
+        started = await client.start(request, http_request, deadline, hooks, token)
         return Execution(self, started.execution_id, request.workflow, started.warning)
 
     async def recover(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,7 +27,14 @@ if TYPE_CHECKING:
     from promptlayer_exec._wire import Started
 
 
-BeforeSend = Callable[[], Awaitable[None]]
+class SendHooks(Protocol):
+    """What a caller does before a request may reach the server, and if it did not after all."""
+
+    async def before_send(self) -> None:
+        """Return when the request may be sent; an error of it is raised to the caller instead."""
+
+    async def not_sent(self) -> None:
+        """Handle an attempt that started nothing and will be repeated, whatever it got to."""
 
 
 class Post(Protocol):
@@ -54,7 +61,7 @@ class Start:
     _state: RetryState
     _emit: Emit
     _is_closing: Callable[[], bool]
-    _before_send: BeforeSend | None = None
+    _hooks: SendHooks | None = None
     _token: str | None = None
     _on_unknown: Callable[[float], None] | None = None
     sent: bool = attrs.field(init=False, default=False)
@@ -66,6 +73,7 @@ class Start:
     _task: asyncio.Task[Any] | None = attrs.field(init=False, default=None)
     _scope: anyio.CancelScope = attrs.field(init=False, factory=anyio.CancelScope)
     _expired: Deadline | None = attrs.field(init=False, default=None)
+    _hook_error: Exception | None = attrs.field(init=False, default=None)
 
     async def result(self, deadline: Deadline) -> Started:
         """Wait for the answer; once the request has been sent, the deadline no longer matters.
@@ -102,13 +110,29 @@ class Start:
             # Not raised: it would end the task group, and with it the session.
             self._fail(self._judge_cancellation(error))
         except BaseException as error:  # noqa: BLE001 - raised to the caller
-            self._fail(self._judge_cancellation(error) if self.cancelled else self._judge(error))
+            if self._hook_error is not None:
+                self._fail(self._hook_error)
+            elif self.cancelled:
+                self._fail(self._judge_cancellation(error))
+            else:
+                self._fail(self._judge(error))
         else:
             self._succeed(started)
 
     async def before_send(self) -> None:
-        if self._before_send is not None:
-            await self._before_send()
+        if self._hooks is None:
+            return
+        try:
+            await self._hooks.before_send()
+        except Exception as error:
+            # aiohttp, which calls this, would hide it in an error about the connection.
+            self._hook_error = error
+            self.cancelled = True
+            raise ConnectionAbortedError("it must not be sent") from error
+
+    async def not_sent(self) -> None:
+        if self._hooks is not None:
+            await self._hooks.not_sent()
 
     def mark_sent(self) -> None:
         """Record that the request is being sent.
@@ -210,17 +234,23 @@ class Start:
     def _report(self, started: Started, *, abandoned: bool) -> None:
         if abandoned:
             logger.warning(
-                "execution %d of workflow %.100r started, but its caller did not get"
+                "execution %d of workflow %.100r%s started, but its caller did not get"
                 " the handle; follow it by its id",
                 started.execution_id,
                 self._request.workflow,
+                self._key,
             )
         duration = anyio.current_time() - self._called_at
         self._emit(ExecutionStarted(started.execution_id, self._request, abandoned, duration))
 
     def _warn(self, error: BaseException) -> None:
         if isinstance(error, StartUnknown):
-            logger.warning("%s", error)
+            logger.warning("%s%s", error, self._key)
+
+    @property
+    def _key(self) -> str:
+        key = self._request.key
+        return "" if key is None else f" (key {key!r:.100})"
 
 
 def start_unknown(

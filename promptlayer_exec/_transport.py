@@ -100,6 +100,8 @@ class Transport:
                 except RequestError as error:
                     if (delay := self._delay(error, request, state, once)) is None:
                         raise
+                    if once is not None:
+                        await once.not_sent()
                 else:
                     answered = True
                     return reply
@@ -121,9 +123,6 @@ class Transport:
         pool = self._pools.reads if once is None else self._pools.starts
         async with pool.slots:
             sent_at = await self._throttle.acquire()
-            if once is not None:
-                await once.before_send()
-                sent_at = clock()
             lateness = max(sent_at - due, 0.0)
             state.excuse(lateness)
             response = await self._attempt(pool, request, sent_at, once)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import gc
 import json
 import logging
 import os
@@ -34,7 +33,6 @@ from sqlalchemy.exc import OperationalError
 from promptlayer_exec import (
     ConfigurationError,
     ConnectionFailed,
-    ExecutionTimeout,
     PollPolicy,
     RequestTimeout,
     RetryPolicy,
@@ -46,6 +44,7 @@ from promptlayer_exec import (
 from promptlayer_exec.dbos import Batch, BatchStatus, StoredError, StoredOutcome, batch_names
 from promptlayer_exec.dbos import _batch as batches
 from promptlayer_exec.dbos import _dbos_internals as internals
+from promptlayer_exec.dbos import _items as items
 from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
@@ -55,7 +54,6 @@ from promptlayer_exec.dbos._rate import SharedRate
 from promptlayer_exec.dbos._requests import Row
 from promptlayer_exec.dbos._store import Heartbeat, Store, queue_name, workflow_id
 from promptlayer_exec.dbos._tables import Ending
-from promptlayer_exec.dbos._worker import PendingStart
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 
@@ -70,6 +68,7 @@ def _short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, interval in (
         (stores, "_QUEUE_INTERVAL"),
         (workers, "_CHECK_INTERVAL"),
+        (items, "_FIRST_DELAY"),
         (batches, "_POLL_INTERVAL"),
     ):
         monkeypatch.setattr(module, interval, 0.02)
@@ -658,6 +657,7 @@ class FakeStore:
 
     def __init__(self) -> None:
         self.recorded: dict[str, Heartbeat] = {}
+        self.requeued: list[list[str]] = []
         self.broken = False
 
     def record_heartbeat(self, batch: str, executor: str, process: str) -> None:
@@ -665,9 +665,16 @@ class FakeStore:
         if self.broken:
             raise ConfigurationError("the database cannot be used: away")
 
-    def running(self, batch: str, *, retry_for: float) -> list[str]:
+    def running_executors(self, batch: str) -> set[str]:
         """Return the executors of the running items."""
-        return ["me", "other"]
+        return {"me", "other"}
+
+    def requeue(self, batch: str, executors: list[str]) -> None:
+        """Keep the call."""
+        self.requeued.append(executors)
+
+    def adopt(self, batch: str) -> None:
+        """Take over nothing."""
 
     def heartbeats(self) -> dict[str, Heartbeat]:
         """Return the heartbeats that the test has set."""
@@ -682,46 +689,41 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-@pytest.fixture
-def recovered(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Return the list of calls that recover the items of dead workers."""
-    recovered: list[list[str]] = []
-    monkeypatch.setattr(liveness, "recover_items", recovered.append)
-    return recovered
+def watching(store: FakeStore) -> Liveness:
+    """Return the liveness of a worker "me", which gives up by failing."""
+    return Liveness(store, "b", "me", pytest.fail)  # type: ignore[arg-type]
 
 
-def test_a_silent_worker_is_dead_after_a_while(
-    now: list[float], recovered: list[list[str]]
-) -> None:
+def test_a_silent_worker_is_dead_after_a_while(now: list[float]) -> None:
     """It is alive while its heartbeat changes; its items are recovered once it stops changing."""
     store = FakeStore()
-    watch = Liveness(store, "b", "me")  # type: ignore[arg-type]
+    watch = watching(store)
     for count, seconds in ((1, 0.0), (2, 20.0), (2, 33.0)):
         store.recorded["other"] = Heartbeat(count, describe(os.getpid()))
         now[0] = seconds
         watch._recover_from_dead_workers()
-    assert recovered == []
+    assert store.requeued == []
     now[0] = 35.0
     watch._recover_from_dead_workers()
-    assert recovered == [["other"]]
+    assert store.requeued == [["other"]]
 
 
-def test_a_worker_without_a_heartbeat_is_dead(recovered: list[list[str]]) -> None:
+def test_a_worker_without_a_heartbeat_is_dead() -> None:
     """It deleted its heartbeat when it stopped, but not all its items had ended."""
-    watch = Liveness(FakeStore(), "b", "me")  # type: ignore[arg-type]
+    store = FakeStore()
+    watch = watching(store)
     watch._recover_from_dead_workers()
-    assert recovered == [["other"]]
+    assert store.requeued == [["other"]]
 
 
 def test_an_outage_of_the_database_makes_no_worker_dead(
     now: list[float],
-    recovered: list[list[str]],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """After a failed read of the heartbeats, their time starts again; the failure is logged."""
     store = FakeStore()
-    watch = Liveness(store, "b", "me")  # type: ignore[arg-type]
+    watch = watching(store)
     store.recorded["other"] = Heartbeat(1, describe(os.getpid()))
     watch._recover_from_dead_workers()
     store.broken = True
@@ -740,7 +742,7 @@ def test_an_outage_of_the_database_makes_no_worker_dead(
     assert waited == [2.0]
     now[0] = 60.0
     watch._recover_from_dead_workers()
-    assert recovered == []
+    assert store.requeued == []
 
 
 def test_a_process_that_has_ended_is_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -820,40 +822,6 @@ def test_a_new_database_can_be_opened_by_several_workers_at_once(url: str) -> No
         assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
-def test_a_connection_that_cannot_be_made_counts_as_lost() -> None:
-    """DBOS then retries, whatever psycopg's message says."""
-    store = Store(check_url("postgresql://me@/db?host=/nowhere"))
-    with pytest.raises(OperationalError) as caught:
-        store.engine.connect()
-    assert caught.value.connection_invalidated
-    store.close()
-
-
-async def test_a_404_soon_after_the_start_is_not_final(
-    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also for a worker that did not start the execution. A later 404 fails the item."""
-    session = Session(sim.api_key, base_url=sim.base_url)
-    worker = workers.Worker(
-        None,
-        "b",
-        session,
-        owns_session=False,
-        max_in_flight=1,
-        restart_unknown=False,  # type: ignore[arg-type]
-    )
-    execution_id = sim.add_execution(Scenario([SimNode("Answer", 1, is_output_node=True)]))
-    sim.inject(Fault.status(404))
-    started = workers._start_result(execution_id=execution_id)
-    assert (await worker._follow("a", started)).output == 1
-    sim.inject(Fault.status(404))
-    monkeypatch.setattr(workers, "_NOT_FOUND_GRACE", -1.0)
-    outcome = await worker._follow("a", started)
-    assert outcome.error is not None
-    assert outcome.error.type == "NotFound"
-    await session.aclose()
-
-
 async def test_the_id_of_a_start_whose_item_was_taken_over_is_logged(
     sim: Simulator, batch_of: Callable[..., Batch], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -867,7 +835,7 @@ async def test_the_id_of_a_start_whose_item_was_taken_over_is_logged(
     def warning(text: str, *values: object) -> None:
         loop.call_soon_threadsafe(logged.set_result, text % values)
 
-    monkeypatch.setattr(workers.logger, "warning", warning)
+    monkeypatch.setattr(items.logger, "warning", warning)
     working = asyncio.create_task(batch.work(until_done=False))
     await sim.wait_for_requests(1)
     client = DBOSClient(system_database_url=url)
@@ -912,83 +880,6 @@ async def test_a_worker_ends_after_dbos_has_recorded_its_last_items() -> None:
     assert answers == [[]]
 
 
-async def test_a_start_can_be_cancelled_until_its_intent_is_recorded() -> None:
-    """Before it begins, and while it waits to be sent; not once its request may be sent."""
-    sent = []
-
-    async def start(before_send: Callable[[], Any]) -> Any:
-        await before_send()
-        sent.append(None)
-        return "an execution"
-
-    early, waiting, late = (PendingStart(start) for _ in range(3))
-    early.cancel()
-    await early.wait_ready()
-    assert await early.send() is None
-    await waiting.wait_ready()
-    waiting.cancel()
-    assert await waiting.send() is None
-    assert sent == []
-    await late.wait_ready()
-    sending = asyncio.create_task(late.send())
-    await asyncio.sleep(0)
-    late.cancel()
-    assert await sending == "an execution"
-
-
-async def test_a_late_slot_and_a_deep_output_do_not_end_the_work(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A start without a slot is tried again; an output too deep to store fails its item."""
-    session = Session("key")
-    worker = workers.Worker(
-        None,  # type: ignore[arg-type]
-        "b",
-        session,
-        owns_session=False,
-        max_in_flight=1,
-        restart_unknown=False,
-    )
-
-    async def start(before_send: Callable[[], Any]) -> Any:
-        raise ExecutionTimeout("there was no slot in time", timeout=1.0)
-
-    late = PendingStart(start)
-    await late.wait_ready()
-    result = await worker._send_pending(late)
-    assert (result["execution_id"], result["error"]) == (None, None)
-
-    async def output(*_: Any) -> Any:
-        deep: list[Any] = []
-        for _ in range(100_000):
-            deep = [deep]
-        return deep
-
-    monkeypatch.setattr(workers.Worker, "_output", output)
-    outcome = await worker._follow("a", workers._start_result(execution_id=7))
-    assert (outcome.kind, outcome.execution_id) == ("failed", 7)
-    assert outcome.error is not None
-    assert outcome.error.type == "RecursionError"
-
-
-async def test_asyncio_does_not_log_the_error_of_an_abandoned_start() -> None:
-    """Only `send` raises the error."""
-
-    async def start(before_send: Callable[[], Any]) -> Any:
-        raise LookupError
-
-    logged: list[Any] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
-    failed, abandoned = PendingStart(start), PendingStart(start)
-    await failed.wait_ready()
-    with pytest.raises(LookupError):
-        await failed.send()
-    await abandoned.wait_ready()
-    del failed, abandoned
-    gc.collect()
-    assert logged == []
-
-
 async def test_an_unexpected_error_ends_the_work_but_no_item(
     sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1022,8 +913,8 @@ async def test_the_stored_names_of_an_item_are_fixed(
     assert list(json.loads(text)) == [
         *("workflow", "inputs", "label", "version", "metadata", "callback_url")
     ]
-    assert [step["function_name"] for step in steps] == ["intend", "start"]
-    assert list(steps[1]["output"]) == ["execution_id", "at", "error"]
+    assert [step["function_name"] for step in steps] == ["start"]
+    assert list(steps[0]["output"]) == ["execution_id", "at", "error"]
     tables = {table.name: list(table.columns.keys()) for table in stores._tables.sorted_tables}
     assert tables == {
         "promptlayer_batch": [
@@ -1122,25 +1013,17 @@ def retries_after_a_disconnect(url: str) -> None:
     engine.dispose()
 
 
-def recovers_only_from_dead_workers(url: str) -> None:
-    """An item that a live worker dequeues during the call stays with that worker."""
-    caller, statements = threading.get_ident(), []
-
-    def let_another_worker_recover_first(*arguments: Any) -> None:
-        if threading.get_ident() == caller and arguments[2].startswith("UPDATE") and not statements:
-            statements.append(arguments[2])
-            internals.recover_items(["dead"])
-            wait_until(lambda: store.running("b") == ["live"])
-            internals.stop_dequeuing(instance, queue_name("b"), 20.0)
-
+def requeues_only_from_dead_workers(url: str) -> None:
+    """All in one statement; an item that a live worker has dequeued stays with that worker."""
     with queue_of_one(url) as store:
         with launched(store, "dead"):
             wait_until(lambda: store.running("b") == ["dead"])
-        with launched(store, "live") as instance:
-            event.listen(store.engine, "before_cursor_execute", let_another_worker_recover_first)
-            internals.recover_items(["dead"])
-            assert statements
-            assert store.running("b") == ["live"]
+        assert store.running_executors("b") == {"dead"}
+        with launched(store, "live"):
+            store.requeue("b", ["dead"])
+            wait_until(lambda: store.running("b") == ["live"])
+            store.requeue("b", ["dead"])
+            assert store.running_executors("b") == {"live"}
 
 
 def stops_dequeuing(url: str) -> None:
@@ -1165,7 +1048,7 @@ def lets_a_taken_item_through(url: str) -> None:
         pytest.param(migrates, id="DBOS.migrate"),
         pytest.param(adds_no_handler, id="console handler only where there is none"),
         pytest.param(retries_after_a_disconnect, id="retries after connection_invalidated"),
-        pytest.param(recovers_only_from_dead_workers, id="DBOS._recover_pending_workflows"),
+        pytest.param(requeues_only_from_dead_workers, id="the columns of workflow_status"),
         pytest.param(stops_dequeuing, id="background_thread_stop_events and queue-worker-NAME"),
         pytest.param(lets_a_taken_item_through, id="error.DBOSWorkflowConflictIDError"),
     ],

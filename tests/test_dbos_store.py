@@ -43,8 +43,14 @@ async def test_what_is_added_meanwhile_is_written_together(monkeypatch: pytest.M
     monkeypatch.setattr(groups, "_MOST_ROWS", 3)
     monkeypatch.setattr(groups, "_MOST_BYTES", 100)
     written: list[list[int]] = []
-    group = Group(written.append, lambda size: size)
-    await asyncio.gather(*(group.add(size) for size in (1, 2, 3, 4, 60, 60, 5)))
+
+    def write(rows: list[int]) -> list[int]:
+        written.append(rows)
+        return [2 * row for row in rows]
+
+    group = Group(write, lambda size: size)
+    sizes = (1, 2, 3, 4, 60, 60, 5)
+    assert await asyncio.gather(*map(group.add, sizes)) == [2 * size for size in sizes]
     assert written == [[1, 2, 3], [4, 60, 60], [5]]
 
 
@@ -52,9 +58,10 @@ async def test_an_error_of_a_write_is_raised_for_each_of_its_rows() -> None:
     """The rows of the next write are not touched by it."""
     failures = [LookupError("away")]
 
-    def write(rows: list[int]) -> None:
+    def write(rows: list[int]) -> list[int]:
         if failures:
             raise failures.pop()
+        return rows
 
     group = Group(write, lambda _: 1)
     first = asyncio.create_task(group.add(1))
@@ -66,7 +73,12 @@ async def test_an_error_of_a_write_is_raised_for_each_of_its_rows() -> None:
 async def test_the_row_of_a_cancelled_caller_is_written() -> None:
     """Its cancellation does not reach the other rows."""
     written: list[list[int]] = []
-    group = Group(written.append, lambda _: 1)
+
+    def write(rows: list[int]) -> list[int]:
+        written.append(rows)
+        return rows
+
+    group = Group(write, lambda _: 1)
     callers = [asyncio.create_task(group.add(number)) for number in (1, 2)]
     await asyncio.sleep(0)
     callers[0].cancel()

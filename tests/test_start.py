@@ -38,6 +38,7 @@ from promptlayer_exec import (
     Unauthorized,
     UnprocessableEntity,
 )
+from promptlayer_exec import _integration as integration
 from promptlayer_exec._lifetime import Lifetime
 from promptlayer_exec._policies import Deadline
 from promptlayer_exec._retry import RetryState
@@ -415,23 +416,87 @@ async def test_before_send_may_hold_a_start_back(
     sim: Simulator, open_session: Callable[..., Session]
 ) -> None:
     """Durable batches record the intent there; polls and other starts go on meanwhile."""
-    has_slot = asyncio.Event()
-    may_be_sent = asyncio.Event()
-
-    async def before_send() -> None:
-        has_slot.set()
-        await may_be_sent.wait()
-
+    hooks = Hooks()
+    hooks.may_be_sent.clear()
     session = open_session()
-    deadline = Deadline.after(None, now=anyio.current_time())
-    held = asyncio.create_task(session._start(StartRequest(NAME, key=1), deadline, before_send))
-    await has_slot.wait()
+    held = asyncio.create_task(integration.start(session, StartRequest(NAME), hooks=hooks))
+    await hooks.is_ready.wait()
     other = await session.start(NAME)
     await other.output()
     assert posts(sim) == 1
-    may_be_sent.set()
+    hooks.may_be_sent.set()
     assert (await held).id != other.id
     assert posts(sim) == 2
+
+
+async def test_before_send_is_awaited_when_the_connection_stands(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """So not while the server refuses connections; each attempt that started nothing is told."""
+    hooks = Hooks()
+    async with Session("key", base_url="http://127.0.0.1:9", retry=RetryPolicy(outage=0.0)) as away:
+        with pytest.raises(ConnectionFailed):
+            await integration.start(away, StartRequest(NAME), hooks=hooks)
+    assert hooks.calls == []
+    sim.inject(Fault.status(429, retry_after=0.01))
+    await integration.start(open_session(), StartRequest(NAME), hooks=hooks)
+    assert hooks.calls == ["before_send", "not_sent", "before_send"]
+    assert len(sim.runs) == 1
+
+
+async def test_an_error_of_before_send_is_raised_and_nothing_is_sent(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """It is no failure of the connection, so it is not retried."""
+    hooks = Hooks()
+    hooks.error = LookupError("no intent")
+    with pytest.raises(LookupError, match="no intent"):
+        await integration.start(open_session(), StartRequest(NAME), hooks=hooks)
+    assert hooks.calls == ["before_send"]
+    assert posts(sim) == 0
+
+
+async def test_the_log_names_the_key_of_an_abandoned_start(
+    sim: Simulator, open_session: Callable[..., Session], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both if it started and if that is not known."""
+    session = open_session()
+    for fault in (Fault.delay(0.05), Fault.disconnect()):
+        hooks = Hooks()
+        sim.inject(fault)
+        starting = asyncio.create_task(
+            integration.start(session, StartRequest(NAME, key="k7"), hooks=hooks)
+        )
+        await sim.wait_for_requests(sim.request_count + 1)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+    await session.aclose()
+    assert len(caplog.messages) == 2
+    assert all("(key 'k7')" in message for message in caplog.messages)
+
+
+class Hooks:
+    """Hooks that keep what was called; the event is when `before_send` has been called."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.error: Exception | None = None
+        self.is_ready = asyncio.Event()
+        self.may_be_sent = asyncio.Event()
+        self.may_be_sent.set()
+
+    async def before_send(self) -> None:
+        """Wait until the start may be sent, or raise the error."""
+        self.calls.append("before_send")
+        self.is_ready.set()
+        await self.may_be_sent.wait()
+        if self.error is not None:
+            raise self.error
+
+    async def not_sent(self) -> None:
+        """Keep the call."""
+        self.calls.append("not_sent")
 
 
 async def test_closing_reads_a_start_on_the_wire_to_its_end(

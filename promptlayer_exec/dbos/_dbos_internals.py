@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections.abc import Sequence
 
 import psycopg
 import sqlalchemy as sa
@@ -41,7 +43,7 @@ def log_quietly() -> None:
 
 
 def mark_lost_connections(engine: sa.Engine) -> None:
-    """Let DBOS retry on PostgreSQL whenever a connection is lost or cannot be made.
+    """Let DBOS retry on PostgreSQL whenever a connection is lost, or its server became a standby.
 
     Relies on DBOS retrying after an error that SQLAlchemy calls a disconnect. By itself, DBOS
     recognizes only some of psycopg's messages.
@@ -51,17 +53,70 @@ def mark_lost_connections(engine: sa.Engine) -> None:
     def mark(context: sa.ExceptionContext) -> None:
         error = context.original_exception
         # An error that the server did not send has no state.
-        if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:
+        is_lost = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
+        if is_lost or isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
             context.is_disconnect = True
 
 
-def recover_items(executors: list[str]) -> None:
-    """Put the items of dead workers (their DBOS executors) back into their queue.
+def requeue(connection: sa.Connection, queue: str, executors: Sequence[str], version: str) -> int:
+    """Put the items of dead workers (their DBOS executors) back into their queue, all at once.
 
-    Uses `DBOS._recover_pending_workflows`, which does not touch an item that a live worker has
-    dequeued meanwhile. The documented `resume_workflow` would take the item from that worker.
+    Returns how many there were. Writes to `workflow_status`, whose columns are documented. The
+    documented `resume_workflows` would take an item from the live worker that dequeued it
+    meanwhile, and `DBOS._recover_pending_workflows` makes several round trips for each item.
     """
-    DBOS._recover_pending_workflows(executors)
+    table = _workflows(connection)
+    mine = (table.c.status == "PENDING", table.c.executor_id.in_(executors))
+    update = (
+        sa.update(table)
+        .where(table.c.queue_name == queue, *mine)
+        .values(
+            status="ENQUEUED",
+            owner_xid=None,
+            started_at_epoch_ms=None,
+            application_version=version,
+            updated_at=int(time.time() * 1000),
+        )
+    )
+    return connection.execute(update).rowcount
+
+
+def adopt(connection: sa.Connection, queue: str, earlier: Sequence[str], version: str) -> int:
+    """Let workers of this version dequeue what workers of earlier ones put back into the queue."""
+    table = _workflows(connection)
+    update = (
+        sa.update(table)
+        .where(
+            table.c.queue_name == queue,
+            table.c.status == "ENQUEUED",
+            table.c.application_version.in_(earlier),
+        )
+        .values(application_version=version)
+    )
+    return connection.execute(update).rowcount
+
+
+def running_executors(connection: sa.Connection, queue: str) -> set[str]:
+    """Return the executors that have running items."""
+    table = _workflows(connection)
+    query = sa.select(table.c.executor_id).distinct()
+    query = query.where(table.c.queue_name == queue, table.c.status == "PENDING")
+    return {executor or "" for executor in connection.execute(query).scalars()}
+
+
+def _workflows(connection: sa.Connection) -> sa.TableClause:
+    """Return DBOS's table of workflows."""
+    return sa.table(
+        "workflow_status",
+        *map(
+            sa.column,
+            (
+                *("status", "queue_name", "executor_id", "owner_xid", "application_version"),
+                *("started_at_epoch_ms", "updated_at"),
+            ),
+        ),
+        schema=None if connection.dialect.name == "sqlite" else "dbos",
+    )
 
 
 def stop_dequeuing(dbos: DBOS, queue: str, timeout: float) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import attrs
 
 R = TypeVar("R")
+V = TypeVar("V")
 
 # At most so many rows, and about so many bytes, are written at once.
 _MOST_ROWS = 500
@@ -17,47 +18,48 @@ _MOST_BYTES = 4 * 1024 * 1024
 
 
 @attrs.define(eq=False)
-class Group(Generic[R]):
+class Group(Generic[R, V]):
     """Gathers rows while others are being written, and then writes them together.
 
     A transaction takes several round trips to the database, for one row as for a hundred.
     """
 
-    _write: Callable[[list[R]], None]
+    _write: Callable[[list[R]], Sequence[V]]  # returns a value for each row
     _size: Callable[[R], int]
-    _waiting: deque[tuple[R, asyncio.Future[None]]] = attrs.field(init=False, factory=deque)
+    _waiting: deque[tuple[R, asyncio.Future[V]]] = attrs.field(init=False, factory=deque)
     _task: asyncio.Task[None] | None = attrs.field(init=False, default=None)
 
-    async def add(self, row: R) -> None:
-        """Return when the row is written; also if cancelled, it will be."""
-        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    async def add(self, row: R) -> V:
+        """Return the row's value when it is written; also if cancelled, it will be."""
+        written: asyncio.Future[V] = asyncio.get_running_loop().create_future()
         self._waiting.append((row, written))
         if self._task is None:
             self._task = asyncio.create_task(self._run())
-        await written
+        return await written
 
     async def _run(self) -> None:
         try:
             while self._waiting:
                 rows, futures = self._next_rows()
                 error: Exception | None = None
+                values: Sequence[V] = ()
                 try:
-                    await asyncio.to_thread(self._write, rows)
+                    values = await asyncio.to_thread(self._write, rows)
                 except Exception as failure:  # noqa: BLE001 - it is each caller's
                     error = failure
-                for future in futures:
+                for index, future in enumerate(futures):
                     if future.done():  # the caller was cancelled
                         continue
                     if error is None:
-                        future.set_result(None)
+                        future.set_result(values[index])
                     else:
                         future.set_exception(error)
         finally:
             self._task = None
 
-    def _next_rows(self) -> tuple[list[R], list[asyncio.Future[None]]]:
+    def _next_rows(self) -> tuple[list[R], list[asyncio.Future[V]]]:
         rows: list[R] = []
-        futures: list[asyncio.Future[None]] = []
+        futures: list[asyncio.Future[V]] = []
         size = 0
         while self._waiting and len(rows) < _MOST_ROWS and size < _MOST_BYTES:
             row, future = self._waiting.popleft()

@@ -7,14 +7,14 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import attrs
-from sqlalchemy.exc import SQLAlchemyError
 
 from promptlayer_exec import ConfigurationError
-from promptlayer_exec.dbos._dbos_internals import recover_items
+from promptlayer_exec.dbos._connector import DatabaseLost
 from promptlayer_exec.dbos._store import Heartbeat, Store
 
 logger = logging.getLogger("promptlayer_exec")
@@ -23,6 +23,9 @@ HEARTBEAT_INTERVAL = 2.0
 # which the items of a dead worker must have moved.
 DEAD_AFTER = 14.0
 _WATCH_INTERVAL = 0.5
+# An exchange that took longer says nothing about the other workers.
+_SLOW = 4.0
+_TAKE_OVER_INTERVAL = 15.0
 
 
 @attrs.define(eq=False)
@@ -37,8 +40,11 @@ class Liveness:
     _store: Store
     _batch: str
     _executor: str
+    # Called if the database was lost: the worker can do nothing more.
+    _give_up: Callable[[Exception], None]
     _process: str = attrs.field(init=False, factory=lambda: describe(os.getpid()))
     _seen: dict[str, tuple[Heartbeat, float]] = attrs.field(init=False, factory=dict)
+    _next_take_over: float = attrs.field(init=False, default=0.0)
     _stop: threading.Event = attrs.field(init=False, factory=threading.Event)
     _thread: threading.Thread | None = attrs.field(init=False, default=None)
 
@@ -59,20 +65,34 @@ class Liveness:
 
     def _run(self) -> None:
         while not self._stop.is_set():
+            began = time.monotonic()
             try:
                 self.record_heartbeat()
                 self._recover_from_dead_workers()
-            except (ConfigurationError, SQLAlchemyError) as error:
-                # It is unknown whether the other workers were silent, so their time starts again.
+                self._take_over_from_earlier_versions()
+            except ConfigurationError as error:
                 self._seen.clear()
-                logger.warning("cannot exchange heartbeats with other workers: %.300s", error)
+                if isinstance(error.__cause__, DatabaseLost):
+                    self._give_up(error)
+                else:
+                    logger.warning("cannot exchange heartbeats with other workers: %.300s", error)
+            if time.monotonic() - began > _SLOW:
+                # The database may have been away, for the other workers too: it is unknown whether
+                # they were silent, so their time starts again.
+                self._seen.clear()
             self._stop.wait(HEARTBEAT_INTERVAL)
 
     def _recover_from_dead_workers(self) -> None:
-        others = set(self._store.running(self._batch, retry_for=0.0)) - {self._executor}
+        others = self._store.running_executors(self._batch) - {self._executor}
         heartbeats = self._store.heartbeats() if others else {}
         if dead := [other for other in others if self._is_dead(other, heartbeats.get(other))]:
-            recover_items(dead)
+            self._store.requeue(self._batch, dead)
+
+    def _take_over_from_earlier_versions(self) -> None:
+        """Take over what workers of earlier versions left in the queue; rarely, as few do."""
+        if time.monotonic() >= self._next_take_over:
+            self._store.adopt(self._batch)
+            self._next_take_over = time.monotonic() + _TAKE_OVER_INTERVAL
 
     def _is_dead(self, other: str, heartbeat: Heartbeat | None) -> bool:
         if heartbeat is None or is_gone(heartbeat.process):  # it stopped properly, or was killed

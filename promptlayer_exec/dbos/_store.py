@@ -34,7 +34,14 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.schema import CreateColumn
 
 from promptlayer_exec import ConfigurationError
-from promptlayer_exec.dbos._dbos_internals import mark_lost_connections, migrate
+from promptlayer_exec.dbos._connector import POSTGRES_OPTIONS, Connector, DatabaseLost
+from promptlayer_exec.dbos._dbos_internals import (
+    adopt,
+    mark_lost_connections,
+    migrate,
+    requeue,
+    running_executors,
+)
 from promptlayer_exec.dbos._requests import Row, differences, digest_of
 from promptlayer_exec.dbos._tables import ADD, COUNTS, FINISH, FINISH_ONE, Ending
 from promptlayer_exec.dbos._tables import batches as _batches
@@ -55,7 +62,7 @@ EARLIER_VERSIONS = ("1",)
 T = TypeVar("T")
 
 # Seconds for which calls are retried while the database cannot be reached, and between two tries.
-_RETRY_FOR = 120.0
+_RETRY_FOR = 90.0
 _RETRY_INTERVAL = 0.5
 # Writing transactions lock the file when they begin, and wait for each other for up to 30 s.
 _SQLITE_OPTIONS = {"isolation_level": "IMMEDIATE", "timeout": 30.0}
@@ -80,24 +87,29 @@ class Store:
     """The database of batches.
 
     All methods block, except `run_in_thread`. While the database cannot be reached, they retry for
-    up to two minutes, unless they say otherwise, and then raise `ConfigurationError`.
+    up to 90 seconds, unless they say otherwise, and then raise `ConfigurationError`.
     """
 
     def __init__(self, url: sa.URL) -> None:
         self.url = url.render_as_string(hide_password=False)
         # Ends the retries of calls that do not come through `run_in_thread`: those of the worker.
         self.stop_retrying = threading.Event()
-        self._is_sqlite = url.get_backend_name() == "sqlite"
-        dialect = sqlite if self._is_sqlite else postgresql
+        self.is_sqlite = url.get_backend_name() == "sqlite"
+        dialect = sqlite if self.is_sqlite else postgresql
         self._insert: Callable[[sa.Table], Any] = dialect.insert
         self.engine = sa.create_engine(
             url,
             pool_size=_CONNECTIONS,
             max_overflow=0,
             pool_timeout=_RETRY_FOR,
-            connect_args=_SQLITE_OPTIONS if self._is_sqlite else {},
+            connect_args=_SQLITE_OPTIONS
+            if self.is_sqlite
+            else {name: value for name, value in POSTGRES_OPTIONS.items() if name not in url.query},
         )
-        if not self._is_sqlite:
+        shown = url.render_as_string(hide_password=True)
+        self.connector = Connector(shown, _RETRY_FOR, self._is_cancelled)
+        self.connector.attach(self.engine)
+        if not self.is_sqlite:
             mark_lost_connections(self.engine)
         # JSON, because DBOS's default is pickle: with it, write access to the database would be
         # enough to run code in every worker.
@@ -115,13 +127,13 @@ class Store:
             migrate(self.url)
             with self.engine.begin() as connection:
                 # Two processes that create the same table at once would collide.
-                if self._is_sqlite:
+                if self.is_sqlite:
                     connection.exec_driver_sql("BEGIN IMMEDIATE")
                 else:
                     connection.execute(sa.func.pg_advisory_xact_lock(_CREATE_TABLES_LOCK))
                 _tables.create_all(connection)
                 self._add_columns(connection)
-            if self._is_sqlite:
+            if self.is_sqlite:
                 # With WAL, readers do not wait for the writer, and commits flush once. This fails
                 # while another process does the same. Once is enough: the file keeps the mode.
                 with suppress(exc.OperationalError), self.engine.connect() as connection:
@@ -159,7 +171,12 @@ class Store:
                 while not running.done():
                     with suppress(asyncio.CancelledError):
                         await asyncio.wait([running])
+            if not running.cancelled():
+                running.exception()  # otherwise asyncio logs it
             raise
+
+    def _is_cancelled(self) -> bool:
+        return _stop_retrying.get(self.stop_retrying).is_set()
 
     def close(self) -> None:
         """Close the connections."""
@@ -183,7 +200,7 @@ class Store:
     def add(self, batch: str, rows: Sequence[Row]) -> int:
         """Add and enqueue the items that are new, and return how many were; checks the others."""
         insert_batch = self._insert(_batches).on_conflict_do_nothing()
-        insert = self._insert_each if self._is_sqlite else self._insert_in_one_statement
+        insert = self._insert_each if self.is_sqlite else self._insert_in_one_statement
         unique: dict[str, Row] = {}
         for row in rows:
             unique.setdefault(row.key, row)
@@ -202,7 +219,7 @@ class Store:
                 self._check(connection, batch, rows)
             return new
 
-        return self._transact(add_and_check)
+        return self.transact(add_and_check)
 
     def _insert_each(self, connection: sa.Connection, batch: str, rows: dict[str, Row]) -> int:
         insert = self._insert(_items).on_conflict_do_nothing().returning(_item.key)
@@ -269,7 +286,7 @@ class Store:
             .values(last_seq=_batches.c.last_seq + len(endings), **_added(counts))
             .returning(_batches.c.last_seq)
         )
-        finish = self._finish_each if self._is_sqlite else self._finish_in_one_statement
+        finish = self._finish_each if self.is_sqlite else self._finish_in_one_statement
 
         def transact(connection: sa.Connection) -> None:
             first = connection.execute(number).scalar_one() - len(endings) + 1
@@ -279,7 +296,7 @@ class Store:
                 correct = sa.update(_batches).where(_batches.c.name == batch)
                 connection.execute(correct.values(**_added(stored)))
 
-        self._transact(transact)
+        self.transact(transact)
 
     def _finish_each(
         self, connection: sa.Connection, batch: str, first: int, endings: Sequence[Ending]
@@ -318,7 +335,7 @@ class Store:
             for key, request in self._stored_requests(batch, last).items():
                 self._enqueue(connection, batch, key, attempts[key], request)
 
-        self._transact(restart)
+        self.transact(restart)
 
     def outcomes(self, batch: str, after: int, limit: int, size: int) -> list[tuple[int, str]]:
         """Return the numbers and the JSON of the next outcomes, in the order they were stored.
@@ -327,7 +344,7 @@ class Store:
         """
         query = sa.select(_item.seq, _item.outcome).where(_item.batch == batch, _item.seq > after)
         query = query.order_by(_item.seq).limit(limit)
-        if not self._is_sqlite:  # its driver would fetch all rows before it returns the first
+        if not self.is_sqlite:  # its driver would fetch all rows before it returns the first
             rows = query.subquery()
             length = sa.func.octet_length(rows.c.outcome)
             before = sa.func.sum(length).over(order_by=rows.c.seq) - length
@@ -359,7 +376,7 @@ class Store:
             "workflow_status",
             sa.column("queue_name"),
             sa.column("status"),
-            schema=None if self._is_sqlite else "dbos",
+            schema=None if self.is_sqlite else "dbos",
         )
         running = sa.select(sa.func.count()).where(
             table.c.queue_name == queue_name(batch), table.c.status == "PENDING"
@@ -391,7 +408,7 @@ class Store:
             numbers = {name: found.get(name, 0) for name in COUNTS[1:]}
             connection.execute(lock.values(total=sum(found.values()), **numbers))
 
-        self._transact(recount)
+        self.transact(recount)
 
     def running(self, batch: str, *, retry_for: float = _RETRY_FOR) -> list[str]:
         """Return, for each running item, the executor that runs it."""
@@ -418,7 +435,7 @@ class Store:
                 connection.execute(update.values(**changes))
             return {name: before[name] for name in changes if before[name] is not None}
 
-        return self._transact(settle)
+        return self.transact(settle)
 
     def workflows(self, batch: str, key: str, attempts: int) -> list[Any]:
         """Return the DBOS workflows of the attempts of an item, the first one first."""
@@ -444,10 +461,10 @@ class Store:
             self._retry(partial(self._client.delete_workflows, ids), _RETRY_FOR)
             keys = [row.key for row in rows]
             delete = sa.delete(_items).where(_item.batch == batch, _item.key.in_(keys))
-            self._transact(partial(_execute, delete))
+            self.transact(partial(_execute, delete))
             deleted += len(rows)
-        self._transact(partial(_execute, sa.delete(_batches).where(_batches.c.name == batch)))
-        self._transact(partial(_execute, sa.delete(_workers).where(_workers.c.batch == batch)))
+        self.transact(partial(_execute, sa.delete(_batches).where(_batches.c.name == batch)))
+        self.transact(partial(_execute, sa.delete(_workers).where(_workers.c.batch == batch)))
         return deleted
 
     def register_queue(self, batch: str, max_in_flight: int) -> None:
@@ -464,7 +481,7 @@ class Store:
         insert = self._insert(_workers).on_conflict_do_update(
             index_elements=["executor"], set_={"beat": _workers.c.beat + 1}
         )
-        self._transact(lambda connection: connection.execute(insert, row), retry_for=0.0)
+        self.transact(lambda connection: connection.execute(insert, row), retry_for=0.0)
 
     def heartbeats(self, batch: str | None = None) -> dict[str, Heartbeat]:
         """Return the last heartbeat of each worker by its executor, without retrying.
@@ -477,16 +494,32 @@ class Store:
         rows = self.rows(query, retry_for=0.0)
         return {row.executor: Heartbeat(row.beat, row.process) for row in rows}
 
+    def running_executors(self, batch: str) -> set[str]:
+        """Return the executors that have running items, without retrying."""
+        query = partial(running_executors, queue=queue_name(batch))
+        return self.transact(query, retry_for=0.0)
+
+    def requeue(self, batch: str, executors: Sequence[str]) -> None:
+        """Put the items of dead workers back into the queue, without retrying."""
+        update = partial(requeue, queue=queue_name(batch), executors=executors, version=VERSION)
+        self.transact(update, retry_for=0.0)
+
+    def adopt(self, batch: str) -> None:
+        """Take over what workers of earlier versions left in the queue, without retrying."""
+        queue = queue_name(batch)
+        update = partial(adopt, queue=queue, earlier=EARLIER_VERSIONS, version=VERSION)
+        self.transact(update, retry_for=0.0)
+
     def remove_worker(self, executor: str) -> None:
         """Delete the heartbeat of a worker that has stopped, without retrying."""
         delete = sa.delete(_workers).where(_workers.c.executor == executor)
-        self._transact(lambda connection: connection.execute(delete), retry_for=0.0)
+        self.transact(lambda connection: connection.execute(delete), retry_for=0.0)
 
     def reserve(self, batch: str, slots: int, rate: float) -> float:
         """Reserve the next slots of a rate per second; return the seconds until the first one."""
         now: Any = sa.literal(time.time())
         latest: Any = sa.func.max
-        if not self._is_sqlite:
+        if not self.is_sqlite:
             now = sa.cast(sa.func.extract("epoch", sa.func.clock_timestamp()), sa.Double)
             latest = sa.func.greatest
         length = slots / rate
@@ -501,7 +534,7 @@ class Store:
             )
             .returning(_batches.c.next_request - length - now)
         )
-        return self._transact(lambda connection: float(connection.execute(update).scalar_one()))
+        return self.transact(lambda connection: float(connection.execute(update).scalar_one()))
 
     def _enqueue(
         self, connection: sa.Connection, batch: str, key: str, attempt: int, request: str
@@ -527,7 +560,9 @@ class Store:
         """Return a connection for one query, without the round trips of a transaction."""
         return self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
 
-    def _transact(self, work: Callable[[sa.Connection], T], retry_for: float = _RETRY_FOR) -> T:
+    def transact(self, work: Callable[[sa.Connection], T], retry_for: float = _RETRY_FOR) -> T:
+        """Do some work in one transaction."""
+
         def transact() -> T:
             with self.engine.begin() as connection:
                 return work(connection)
@@ -543,6 +578,16 @@ class Store:
                 stop = _stop_retrying.get(self.stop_retrying)
                 if time.monotonic() >= give_up or stop.wait(_RETRY_INTERVAL):
                     raise self._unusable(error) from error
+            except (exc.SQLAlchemyError, DatabaseLost) as error:
+                raise self._unusable(error) from error
+
+    def explain(self, error: Exception) -> Exception:
+        """Return an error as the caller should get it: no raw error of the database."""
+        if isinstance(error, (exc.SQLAlchemyError, DatabaseLost)):
+            unusable = self._unusable(error)
+            unusable.__cause__ = error
+            return unusable
+        return error
 
     def _unusable(self, error: Exception) -> ConfigurationError:
         shown = self.engine.url.render_as_string(hide_password=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dbos import DBOSClient, DBOSPortableJSONSerializer
 
 from promptlayer_exec import Session, StartRequest
 from promptlayer_exec.dbos import Batch, StoredOutcome
@@ -158,6 +159,20 @@ class Scene:
         while not reached():
             assert time.monotonic() < give_up, asyncio.run(self.batch.status())
             time.sleep(0.1)
+
+    def recorded_ids(self) -> dict[str, int]:
+        """Return the ids of the executions whose starts DBOS has recorded, by key."""
+        client = DBOSClient(system_database_url=self.url, serializer=DBOSPortableJSONSerializer())
+        try:
+            ids = {}
+            for workflow in client.list_workflows(status=["PENDING", "SUCCESS"]):
+                stored: Any = workflow.input
+                for step in client.list_workflow_steps(workflow.workflow_id):
+                    if step["function_name"] == "start" and step["output"]:
+                        ids[stored["args"][0]] = step["output"]["execution_id"]
+            return ids
+        finally:
+            client.destroy()
 
     def executors(self) -> set[str]:
         """Return the executors that have running items."""

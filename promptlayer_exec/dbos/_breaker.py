@@ -1,0 +1,131 @@
+"""When a worker may send a start: a few at a time, and one at a time while the server fails."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import attrs
+
+# Starts of one worker that may wait for their answers at the same time: what a killed worker, or
+# the first moment of an outage, can make unknown. The number doubles with each good answer.
+_FIRST_WINDOW = 4
+_LARGEST_WINDOW = 16
+# After so many failures in a row, starts pause. The pauses double with each probe that fails.
+FAILURES = 3
+_FIRST_PAUSE = 1.0
+_LONGEST_PAUSE = 60.0
+
+
+@attrs.define(eq=False, repr=False)
+class Breaker:
+    """Lets starts through in the order in which they come, in the event loop of the session.
+
+    It is told of each failure and each good answer. Failures that say nothing about the single item
+    (5xx, a lost answer, 403) make it pause, and then let a single start through as a probe.
+
+    Attributes:
+        error: the last failure since the last good answer.
+        successes: the number of good answers.
+    """
+
+    _patience: float  # seconds of failures after which `_give_up` is called
+    _give_up: Callable[[Exception], None]
+    _clock: Callable[[], float] = attrs.field(factory=lambda: asyncio.get_running_loop().time)
+    error: Exception | None = attrs.field(init=False, default=None)
+    successes: int = attrs.field(init=False, default=0)
+    _waiting: deque[asyncio.Future[None]] = attrs.field(init=False, factory=deque)
+    _is_held: bool = attrs.field(init=False, default=False)
+    _is_closed: bool = attrs.field(init=False, default=False)
+    _window: int = attrs.field(init=False, default=_FIRST_WINDOW)
+    _in_flight: int = attrs.field(init=False, default=0)
+    _failures: int = attrs.field(init=False, default=0)
+    _failing_since: float = attrs.field(init=False, default=0.0)
+    _paused_until: float = attrs.field(init=False, default=0.0)
+    _pause: float = attrs.field(init=False, default=0.0)
+    _paused_at: float = attrs.field(init=False, default=0.0)
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the last answers were all failures."""
+        return self._failures >= FAILURES
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is another start than the one that asks."""
+        return bool(self._waiting) or self._in_flight > 1
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[float]:
+        """Wait until one more start may be sent; yield the time, for `failed`."""
+        if self._waiting or not self._has_room():
+            await self._wait()
+        else:
+            self._in_flight += 1
+        try:
+            yield self._clock()
+        finally:
+            self._in_flight -= 1
+            self._wake()
+
+    def succeeded(self) -> None:
+        """Record that the server answered as it should, whatever that means for the item."""
+        self.successes += 1
+        self.error = None
+        self._failures = 0
+        self._pause = 0.0
+        self._window = min(2 * self._window, _LARGEST_WINDOW)
+        self._wake()
+
+    def failed(self, error: Exception, *, since: float) -> None:
+        """Record a failure that other starts would meet, too; the request was sent at `since`."""
+        now = self._clock()
+        if self.error is None:
+            self._failing_since = now
+        self.error = error
+        self._failures += 1
+        self._window = 1
+        if not self.is_paused or (self._pause and since < self._paused_at):
+            return  # it was sent before the pause, so it says nothing new
+        self._pause = min(2 * self._pause or _FIRST_PAUSE, _LONGEST_PAUSE)
+        self._paused_at = now
+        self._paused_until = now + self._pause
+        if now + self._pause > self._failing_since + self._patience:
+            self._give_up(error)
+        asyncio.get_running_loop().call_at(self._paused_until, self._wake)
+
+    def hold(self, is_held: bool) -> None:
+        """Let no start through, or again: what was started could not be followed."""
+        self._is_held = is_held
+        self._wake()
+
+    def close(self) -> None:
+        """Let no start through any more: the worker stops."""
+        self._is_closed = True
+
+    def _has_room(self) -> bool:
+        if self._is_held or self._is_closed:
+            return False
+        if self.is_paused:
+            return self._in_flight == 0 and self._clock() >= self._paused_until
+        return self._in_flight < self._window
+
+    async def _wait(self) -> None:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._in_flight -= 1
+                self._wake()
+            raise
+
+    def _wake(self) -> None:
+        while self._waiting and self._has_room():
+            turn = self._waiting.popleft()
+            if not turn.done():
+                self._in_flight += 1
+                turn.set_result(None)

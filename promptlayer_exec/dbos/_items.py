@@ -1,0 +1,485 @@
+"""The path of an item, from the queue to its outcome.
+
+DBOS stores the result of a step, and the row of the item the intent to start it:
+
+1. `Store.add` stores the item and enqueues its DBOS workflow, in one transaction.
+2. DBOS dequeues the workflow in a worker, which calls `Items.run`.
+3. Step "start": `_send` waits for its turn. When the connection stands and nothing has been written
+   to it, the intent is recorded (`PendingStart.before_send`), and then the request is sent. The
+   result of the step is the execution id or the error. A request that provably started nothing is
+   sent again, and its intent is taken back while it waits.
+4. `_follow` waits until the execution is complete, and `Store.finish` stores the outcome.
+
+If the worker dies, another one gets the stored result instead of running the step, and follows the
+execution whose id is stored. If only an intent is stored, the request may have been sent: the item
+is unknown, or is started again with `restart_unknown`.
+
+Only what uses the session runs in the caller's event loop; the rest runs in DBOS's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, NoReturn, TypedDict, TypeVar
+from uuid import uuid4
+
+import attrs
+from dbos import DBOS
+
+from promptlayer_exec import (
+    ConfigurationError,
+    ConnectionFailed,
+    Execution,
+    ExecutionFailed,
+    ExecutionTimeout,
+    NotFound,
+    PromptLayerExecError,
+    RateLimited,
+    RequestError,
+    RequestTimeout,
+    Session,
+    SessionClosed,
+    StartRequest,
+    StartUnknown,
+    StatusError,
+    Unauthorized,
+)
+from promptlayer_exec import _integration as integration
+from promptlayer_exec.dbos import _intents as intents
+from promptlayer_exec.dbos._breaker import FAILURES, Breaker
+from promptlayer_exec.dbos._dbos_internals import ItemTaken
+from promptlayer_exec.dbos._groups import Group
+from promptlayer_exec.dbos._intents import Intent
+from promptlayer_exec.dbos._store import Store
+from promptlayer_exec.dbos._tables import Ending
+from promptlayer_exec.dbos._values import StoredError, StoredOutcome
+
+T = TypeVar("T")
+
+logger = logging.getLogger("promptlayer_exec")
+_CHECK_INTERVAL = 0.25
+# Seconds for which the server may answer 404 for an execution that was started.
+_NOT_FOUND_GRACE = 60.0
+# Seconds between two looks at an execution about which the server does not tell.
+_FIRST_DELAY = 1.0
+_LONGEST_DELAY = 30.0
+# Seconds after which an id that is not recorded yet is logged: the process may be killed.
+_RECORDED_WITHIN = 1.0
+# How often an item is refused, while others are not, before the refusal is its own.
+_REFUSALS = 3
+# Errors of a start or a poll that every other item would meet, too.
+_NOT_THE_ITEMS_FAULT = (Unauthorized, ConnectionFailed, RateLimited, SessionClosed)
+_ACCOUNT_STATUSES = (402, 403)
+_FIRST_INTENT = "in the row of the item"
+
+
+class StartResult(TypedDict):
+    """The stored result of the step "start"; without id and error, no run was started."""
+
+    execution_id: int | None
+    at: str
+    error: list[str] | None
+
+
+@attrs.frozen(repr=False)  # DBOS logs the arguments of a step that is cancelled
+class Item:
+    """One attempt to run an item.
+
+    Attributes:
+        request: the request as JSON.
+        started: the start of an earlier attempt, which this one only follows.
+        is_first_version: whether version 0.1 added it, so that an intent may be a step's result.
+    """
+
+    key: str
+    attempt: int
+    request: str
+    started: StartResult | None = None
+    is_first_version: bool = False
+
+
+@attrs.define(eq=False, repr=False)
+class PendingStart:
+    """A start that is to be sent: the hooks around its sending, and what is known about it.
+
+    Attributes:
+        is_leaving: whether its intent may be recorded, so that it must not be cancelled.
+        is_refused: whether its intent could not be recorded.
+        settled: set when its result is recorded, or there is nothing to record.
+    """
+
+    _item: Item
+    _intents: Group[Intent, bool]
+    token: str = attrs.field(init=False, factory=lambda: uuid4().hex)
+    replaced: str | None = attrs.field(init=False, default=None)
+    execution: Execution | None = attrs.field(init=False, default=None)
+    task: asyncio.Task[Any] | None = attrs.field(init=False, default=None)
+    is_leaving: bool = attrs.field(init=False, default=False)
+    is_cancelled: bool = attrs.field(init=False, default=False)
+    is_refused: bool = attrs.field(init=False, default=False)
+    settled: asyncio.Event = attrs.field(init=False, factory=asyncio.Event)
+    is_reported: bool = attrs.field(init=False, default=False)
+    _timer: asyncio.TimerHandle | None = attrs.field(init=False, default=None)
+    _refusals: int = attrs.field(init=False, default=0)
+    _successes_seen: int = attrs.field(init=False, default=-1)
+
+    async def before_send(self) -> None:
+        """Record the intent."""
+        self.is_leaving = True
+        if not await self._intents.add(self._intent()):
+            self.is_refused = True
+            raise _IntentRefused
+
+    async def not_sent(self) -> None:
+        """Take the intent back."""
+        if self.is_leaving:
+            await self._intents.add(self._intent(is_taken_back=True))
+            self.is_leaving = False
+        if self.is_cancelled and self.task is not None:
+            self.task.cancel()
+
+    def cancel(self) -> None:
+        """Cancel the start, unless its request may be sent."""
+        self.is_cancelled = True
+        if self.task is not None and not self.is_leaving:
+            self.task.cancel()
+
+    def is_refused_alone(self, starts: Breaker) -> bool:
+        """Return True if the server refused this start several times, and others in between not."""
+        if starts.successes > self._successes_seen:
+            self._refusals, self._successes_seen = self._refusals + 1, starts.successes
+        return self._refusals >= (_REFUSALS if starts.is_busy else _REFUSALS - 1)
+
+    def warn_if_late(self, warn: Callable[[], None]) -> None:
+        """Call `warn` unless the result is recorded soon; in DBOS's event loop."""
+        self._timer = asyncio.get_running_loop().call_later(_RECORDED_WITHIN, warn)
+
+    def recorded(self) -> None:
+        """Record that the result is recorded, or will not be; in DBOS's event loop."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self.settled.set()
+
+    def _intent(self, *, is_taken_back: bool = False) -> Intent:
+        key, attempt = self._item.key, self._item.attempt
+        return Intent(key, attempt, self.token, self.replaced, is_taken_back)
+
+
+class _IntentRefused(Exception):
+    """Another worker may have sent the start, or the item has an outcome."""
+
+
+@attrs.define(eq=False, repr=False)
+class Items:
+    """Runs items; `run` is called in DBOS's event loop, and the session is in another one.
+
+    Attributes:
+        active: the keys of the items that run.
+        waiting: the errors of those among them about which the server has not told for too long.
+        pending: the starts that have no recorded result yet.
+    """
+
+    _store: Store
+    _batch: str
+    _session: Session
+    _restart_unknown: bool
+    _stop: Callable[[Exception], None]  # ends the work with an error
+    _loop: asyncio.AbstractEventLoop = attrs.field(factory=asyncio.get_running_loop)
+    active: set[str] = attrs.field(init=False, factory=set)
+    waiting: dict[str, Exception] = attrs.field(init=False, factory=dict)
+    pending: set[PendingStart] = attrs.field(init=False, factory=set)
+    _intents: Group[Intent, bool] = attrs.field(init=False)
+    _endings: Group[Ending, None] = attrs.field(init=False)
+    _starts: Breaker = attrs.field(init=False)
+    _patience: float = attrs.field(init=False)
+    # When the server last told how an execution ended, and the failures since.
+    _told_at: float = attrs.field(init=False, default=float("-inf"))
+    _untold: int = attrs.field(init=False, default=0)
+
+    def __attrs_post_init__(self) -> None:
+        policy = integration.retry_policy(self._session)
+        self._intents = Group(partial(intents.write, self._store, self._batch), lambda _: 200)
+        self._endings = Group(self._store_endings, lambda ending: len(ending.outcome))
+        self._starts = Breaker(policy.outage, self._end, self._loop.time)
+        self._patience = float("inf") if policy.watch_outage is None else policy.watch_outage
+
+    async def run(self, item: Item) -> None:
+        """Run an item until its outcome is stored."""
+        self.active.add(item.key)
+        try:
+            started = item.started or await self._start(item)
+            if started is None:
+                return  # it has an outcome, or a later attempt
+            outcome = await self._in_callers_loop(self._follow(item.key, started))
+            await self._endings.add(Ending.of(item.attempt, outcome))
+        except Exception as error:  # noqa: BLE001 - DBOS would end the item with it
+            self._end(error)
+            await suspend()
+        finally:
+            self.active.discard(item.key)
+
+    def _end(self, error: Exception) -> None:
+        """End the work with an error, and begin no start any more."""
+        self._starts.close()
+        self._stop(error)
+
+    def _store_endings(self, endings: list[Ending]) -> list[None]:
+        self._store.finish(self._batch, endings)
+        return [None] * len(endings)
+
+    async def _start(self, item: Item) -> StartResult | None:
+        pending = PendingStart(item, self._intents)
+        self.pending.add(pending)
+        try:
+            while True:
+                intent = _FIRST_INTENT
+                if item.is_first_version:
+                    intent = await DBOS.run_step_async({"name": "intend"}, _first_intent)
+                result = await DBOS.run_step_async(
+                    {"name": "start"}, self._send, item, pending, is_ours=intent == _FIRST_INTENT
+                )
+                if result["execution_id"] is not None or result["error"] is not None:
+                    return result
+                if pending.is_refused:
+                    return None
+        except BaseException as error:
+            if pending.execution is not None:
+                self._rescue(item, pending, error)
+            raise
+        finally:
+            pending.recorded()
+            self.pending.discard(pending)
+            self._loop.call_soon_threadsafe(pending.cancel)
+
+    async def _send(self, item: Item, pending: PendingStart, *, is_ours: bool) -> StartResult:
+        """Send a start, unless an earlier worker may have done so."""
+        if not is_ours and not self._restart_unknown:
+            return _unknown(item)
+        try:
+            result = await self._in_callers_loop(self._send_pending(item, pending))
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            pending.settled.set()
+            await suspend()  # the start was cancelled, because the worker stops
+        except Exception as error:  # noqa: BLE001 - DBOS would store it as the result
+            pending.settled.set()
+            self._end(error)
+            await suspend()
+        if result["execution_id"] is not None:
+            pending.warn_if_late(partial(self._report_unrecorded, item, pending))
+        return result
+
+    async def _send_pending(self, item: Item, pending: PendingStart) -> StartResult:
+        """Send a start when it is its turn, until it has a result."""
+        pending.task = asyncio.current_task()
+        request = self._to_send(item)
+        while not pending.is_cancelled:
+            async with self._starts.turn() as since:
+                result: StartResult | None = None
+                try:
+                    execution = await integration.start(self._session, request, hooks=pending)
+                except _IntentRefused:
+                    result = await self._explain_refusal(item, pending)
+                except ExecutionTimeout:
+                    pass  # there was no slot within the session's `wait_timeout`
+                except Exception as error:  # noqa: BLE001 - some are the item's
+                    result = await self._judge(pending, error, since)
+                else:
+                    self._starts.succeeded()
+                    pending.execution = execution
+                    result = _result(execution.id)
+                if result is not None:
+                    return result
+        raise asyncio.CancelledError
+
+    async def _judge(
+        self, pending: PendingStart, error: Exception, since: float
+    ) -> StartResult | None:
+        """Return the result of a start that failed; None if it is to be tried again."""
+        if isinstance(error, StartUnknown):
+            cause = error.__cause__
+            self._starts.failed(cause if isinstance(cause, RequestError) else error, since=since)
+            return _result(error=error)
+        if isinstance(error, SessionClosed) and error.execution_id is not None:
+            pending.execution = self._session.execution(error.execution_id)
+            return _result(error.execution_id)
+        with suppress(ConfigurationError):  # then the item is unknown
+            await pending.not_sent()
+        if isinstance(error, StatusError) and error.status in _ACCOUNT_STATUSES:
+            self._starts.failed(error, since=since)
+            return _result(error=error) if pending.is_refused_alone(self._starts) else None
+        if not _is_the_items(error):
+            self._starts.close()
+            raise error
+        self._starts.succeeded()
+        return _result(error=error)
+
+    async def _explain_refusal(self, item: Item, pending: PendingStart) -> StartResult | None:
+        """Return the result of a start whose intent was refused; None to try it again."""
+        is_open, token = await asyncio.to_thread(
+            intents.read, self._store, self._batch, item.key, item.attempt
+        )
+        pending.is_leaving = False
+        if not is_open:
+            return _result()
+        pending.is_refused = False
+        if token is not None and not self._restart_unknown:
+            return _unknown(item)
+        pending.replaced = token
+        return None
+
+    def _to_send(self, item: Item) -> StartRequest:
+        """Return a stored request with metadata by which its run can be found in PromptLayer."""
+        stored = StartRequest(**json.loads(item.request), key=item.key)
+        ours = {"promptlayer_exec.batch": self._batch, "promptlayer_exec.key": item.key}
+        return attrs.evolve(stored, metadata={**(stored.metadata or {}), **ours})
+
+    def _rescue(self, item: Item, pending: PendingStart, error: BaseException) -> None:
+        """Keep the id of a run whose start could not be recorded."""
+        if isinstance(error, ItemTaken) and pending.execution is not None:
+            logger.warning(
+                "execution %d was started, but another worker has taken over its item and stores it"
+                " as unknown: %s",
+                pending.execution.id,
+                DBOS.workflow_id,
+            )
+        else:
+            self._report_unrecorded(item, pending)
+
+    def _report_unrecorded(self, item: Item, pending: PendingStart) -> None:
+        if pending.execution is None or pending.is_reported:
+            return
+        pending.is_reported = True
+        text = (
+            f"execution {pending.execution.id} was started for item {item.key!r:.1000} of batch"
+            f" {self._batch!r}, but the database could not record it yet: keep this line"
+        )
+        logger.error("%s", text)
+        if logger.hasHandlers() and not _logs_to_stderr():
+            print(text, file=sys.stderr, flush=True)  # noqa: T201 - the id must not get lost
+
+    async def _follow(self, key: str, started: StartResult) -> StoredOutcome:
+        at = datetime.fromisoformat(started["at"])
+        execution_id = started["execution_id"]
+        if execution_id is None:
+            error = StoredError(*(started["error"] or ("", "")))
+            return StoredOutcome(key, None, False, None, error, None, at)
+        try:
+            output = await self._output(key, execution_id)
+            outcome = StoredOutcome(key, execution_id, True, output, None, at, _now())
+            outcome.to_json()  # an output that cannot be stored is an error of the item
+        except (ExecutionFailed, NotFound, RecursionError) as failure:
+            stored = StoredError(type(failure).__name__, str(failure))
+            outcome = StoredOutcome(key, execution_id, False, None, stored, at, _now())
+        self._told()
+        return outcome
+
+    async def _output(self, key: str, execution_id: int) -> Any:
+        """Return the output; raises only what the server told about how the execution ended."""
+        clock = self._loop.time
+        failing_since: float | None = None
+        delay = _FIRST_DELAY
+        try:
+            while True:
+                try:
+                    return await self._session.execution(execution_id).output()
+                except ExecutionFailed:
+                    raise
+                except ExecutionTimeout as error:
+                    self._wait_for(key, error)
+                    continue
+                except NotFound:
+                    failing_since = failing_since or clock()
+                    if clock() - failing_since >= _NOT_FOUND_GRACE:
+                        raise
+                except (Unauthorized, SessionClosed) as error:
+                    self._end(error)
+                    await suspend()
+                except RequestError as error:
+                    # After several attempts, the session's own patience is used up.
+                    spent = self._patience if error.attempts > 1 else 0.0
+                    failing_since = failing_since or clock() - spent
+                    self._not_told(error)
+                    if clock() - failing_since >= self._patience:
+                        if self._told_at < failing_since:
+                            self._end(error)
+                            await suspend()
+                        self._wait_for(key, error)
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, _LONGEST_DELAY)
+        finally:
+            self.waiting.pop(key, None)
+
+    def _told(self) -> None:
+        self._told_at, self._untold = self._loop.time(), 0
+        self._starts.hold(False)
+
+    def _not_told(self, error: RequestError) -> None:
+        self._untold += 1
+        if self._untold == FAILURES:
+            logger.warning(
+                "the server does not tell how executions ended, so no item is started: %s",
+                integration.log_text(error),
+            )
+            self._starts.hold(True)
+
+    def _wait_for(self, key: str, error: PromptLayerExecError) -> None:
+        if key not in self.waiting:
+            text = "item %.100r waits, and is followed on: %s"
+            logger.warning(text, key, integration.log_text(error))
+        self.waiting[key] = error
+
+    async def _in_callers_loop(self, work: Coroutine[Any, Any, T]) -> T:
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+
+async def suspend() -> NoReturn:
+    """Wait until DBOS ends: the item stays as it is stored, for the next worker."""
+    await asyncio.get_running_loop().create_future()
+    raise AssertionError("this future is never done")
+
+
+def _is_the_items(error: Exception) -> bool:
+    """Return True if a start was refused because of the item."""
+    if isinstance(error, (*_NOT_THE_ITEMS_FAULT, RequestTimeout, ConfigurationError)):
+        return False
+    return isinstance(error, (RequestError, TypeError, ValueError))
+
+
+async def _first_intent() -> str:
+    return _FIRST_INTENT
+
+
+def _unknown(item: Item) -> StartResult:
+    message = "the worker that sent the start stopped before it recorded the answer"
+    workflow = json.loads(item.request)["workflow"]
+    return _result(error=StartUnknown(message, workflow=workflow, reason=message))
+
+
+def _result(execution_id: int | None = None, error: Exception | None = None) -> StartResult:
+    what = None if error is None else [type(error).__name__, str(error)]
+    return {"execution_id": execution_id, "at": _now().isoformat(), "error": what}
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _logs_to_stderr() -> bool:
+    """Return True if a handler of the logger writes to standard error."""
+    source: logging.Logger | None = logger
+    while source is not None:
+        for handler in source.handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
+                return True
+        source = source.parent if source.propagate else None
+    return False

@@ -1,0 +1,470 @@
+"""Outages of the server and of the database: what a batch may cost then, and how work ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from aiohttp import web
+
+from promptlayer_exec import (
+    ConfigurationError,
+    ExecutionTimeout,
+    Forbidden,
+    InvalidResponse,
+    PollPolicy,
+    RequestRetried,
+    RetryPolicy,
+    ServerError,
+    Session,
+    StartRequest,
+)
+from promptlayer_exec.dbos import Batch
+from promptlayer_exec.dbos import _breaker as breakers
+from promptlayer_exec.dbos import _connector as connectors
+from promptlayer_exec.dbos import _items as items
+from promptlayer_exec.dbos import _store as stores
+from promptlayer_exec.dbos import _worker as workers
+from promptlayer_exec.dbos._connector import Connector, DatabaseLost
+from promptlayer_exec.dbos._location import check_url
+from promptlayer_exec.dbos._store import Store
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+
+COUNT = 60
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """Return the URL of a SQLite database that does not exist yet."""
+    return f"sqlite:///{tmp_path / 'batches.sqlite'}"
+
+
+@pytest.fixture(autouse=True)
+def _short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name, interval in (
+        (stores, "_QUEUE_INTERVAL", 0.02),
+        (workers, "_CHECK_INTERVAL", 0.02),
+        (workers, "_IDLE", 0.3),
+        (items, "_FIRST_DELAY", 0.05),
+        (breakers, "_FIRST_PAUSE", 0.1),
+        (connectors, "_INTERVAL", 0.02),
+        (connectors, "_STEP", 0.01),
+    ):
+        monkeypatch.setattr(module, name, interval)
+
+
+@pytest.fixture
+def batch_of(sim: Simulator, url: str) -> Callable[..., Batch]:
+    """Return a function that makes batches, whose session has these settings."""
+    sim.add_workflow(
+        "echo", lambda inputs: Scenario([SimNode("Answer", inputs.get("n"), is_output_node=True)])
+    )
+
+    def make(*, outage: float = 30.0, watch_outage: float = 30.0, **settings: Any) -> Batch:
+        retry = RetryPolicy(
+            outage=outage, watch_outage=watch_outage, base=0.001, ceiling=0.2, not_found_grace=0.0
+        )
+        options = {"base_url": sim.base_url, "poll": PollPolicy.fixed(0.01), "rate": None}
+
+        def session() -> Session:
+            return Session(sim.api_key, retry=retry, **{**options, **settings})
+
+        return Batch("night", database_url=url, session=session)
+
+    return make
+
+
+def requests(count: int = COUNT) -> list[StartRequest]:
+    """Return items whose output is their key."""
+    return [StartRequest("echo", {"n": f"{n}"}, key=f"{n}") for n in range(count)]
+
+
+def answers(sim: Simulator, method: str, status: int, body: bytes = b"{}") -> None:
+    """Answer all requests of a method with a status, until `clear_faults`."""
+
+    async def effect(request: web.BaseRequest, _: Any) -> web.StreamResponse | None:
+        if request.method != method:
+            return None
+        return web.Response(status=status, body=body, content_type="application/json")
+
+    sim.inject(Fault(effect, times=None))
+
+
+async def endings(batch: Batch) -> Counter[str]:
+    """Return how many items ended how, with the type of their error."""
+    found = Counter[str]()
+    async for outcome in batch.outcomes():
+        found[outcome.error.type if outcome.error else "succeeded"] += 1
+        if outcome.succeeded:
+            assert outcome.output == outcome.key
+    return found
+
+
+def most_starts(sim: Simulator) -> int:
+    """Return how often the item that was started most often was started."""
+    return max(Counter(run.inputs["n"] for run in sim.runs).values())
+
+
+async def until(reached: Callable[[], bool]) -> None:
+    """Wait for at most 20 seconds until a condition holds."""
+    async with asyncio.timeout(20):
+        while not reached():  # noqa: ASYNC110 - most of what is waited for has no event
+            await asyncio.sleep(0.01)
+
+
+async def test_lost_starts_pause_the_batch(sim: Simulator, batch_of: Callable[..., Batch]) -> None:
+    """A few are unknown: those on the wire, and one probe for each pause. The rest succeeds."""
+    batch = batch_of()
+    await batch.add(requests())
+    working = asyncio.create_task(batch.work())
+    await until(lambda: len(sim.runs) >= 10)
+    answers(sim, "POST", 503)
+    await asyncio.sleep(1.0)
+    sim.clear_faults()
+    status = await working
+    assert 3 <= status.unknown <= 20
+    assert await endings(batch) == {
+        "succeeded": COUNT - status.unknown,
+        "StartUnknown": status.unknown,
+    }
+    assert most_starts(sim) == 1
+
+
+async def test_refused_starts_wait(sim: Simulator, batch_of: Callable[..., Batch]) -> None:
+    """The account is refused, and no item: all of them are started when it passes."""
+    batch = batch_of()
+    await batch.add(requests())
+    working = asyncio.create_task(batch.work())
+    await until(lambda: len(sim.runs) >= 10)
+    answers(sim, "POST", 402)
+    await asyncio.sleep(0.4)
+    sim.clear_faults()
+    assert (await working).succeeded == COUNT
+    assert most_starts(sim) == 1
+
+
+async def test_one_refused_workflow_fails_its_items_alone(
+    sim: Simulator, batch_of: Callable[..., Batch]
+) -> None:
+    """If others are started between its refusals, the refusal is the item's own."""
+    batch = batch_of()
+
+    async def effect(request: web.BaseRequest, _: Any) -> web.StreamResponse | None:
+        is_refused = request.method == "POST" and "secret" in request.path
+        return web.Response(status=403, body=b"{}") if is_refused else None
+
+    sim.inject(Fault(effect, times=None))
+    await batch.add([StartRequest("secret", key="s"), *requests(60)])
+    status = await batch.work()
+    assert (status.succeeded, status.failed) == (60, 1)
+    assert (await endings(batch))["Forbidden"] == 1
+
+
+@pytest.mark.parametrize(("status", "error"), [(503, ServerError), (403, Forbidden)])
+async def test_an_outage_that_lasts_ends_the_work(
+    sim: Simulator, batch_of: Callable[..., Batch], status: int, error: type[Exception]
+) -> None:
+    """With the server's error, after the patience of the session; most items wait."""
+    await batch_of().add(requests(20))
+    answers(sim, "POST", status)
+    with pytest.raises(error):
+        await batch_of(outage=0.2).work()
+    before = await batch_of().status()
+    assert before.unknown <= 8
+    assert before.failed == 0
+    sim.clear_faults()
+    assert (await batch_of().work()).succeeded == 20 - before.unknown
+    assert most_starts(sim) == 1
+
+
+@pytest.mark.parametrize(("status", "body"), [(522, b"<html>"), (403, b"{}"), (200, b"[1]")])
+async def test_results_that_cannot_be_read_are_waited_for(
+    sim: Simulator, batch_of: Callable[..., Batch], status: int, body: bytes
+) -> None:
+    """No paid item is lost, and no item is started meanwhile once that is noticed."""
+    batch = batch_of()
+    await batch.add(requests(30))
+    answers(sim, "GET", status, body)
+    working = asyncio.create_task(batch.work())
+    await until(lambda: sim.request_count >= 40)
+    sim.clear_faults()
+    assert (await working).succeeded == 30
+    assert await endings(batch) == {"succeeded": 30}
+    assert most_starts(sim) == 1
+
+
+@pytest.mark.parametrize(("status", "error"), [(503, ServerError), (200, InvalidResponse)])
+async def test_results_that_stay_unreadable_end_the_work_but_no_item(
+    sim: Simulator, batch_of: Callable[..., Batch], status: int, error: type[Exception]
+) -> None:
+    """The next worker follows the same executions."""
+    await batch_of().add(requests(8))
+    answers(sim, "GET", status, b"[1]")
+    with pytest.raises(error):
+        await batch_of(watch_outage=0.2).work()
+    assert (await batch_of().status()).finished == 0
+    started = len(sim.runs)
+    assert started >= 4
+    sim.clear_faults()
+    assert (await batch_of().work()).succeeded == 8
+    assert most_starts(sim) == 1
+
+
+async def test_one_execution_that_cannot_be_read_keeps_nobody_waiting(
+    sim: Simulator, batch_of: Callable[..., Batch]
+) -> None:
+    """All others end; then the work ends with its error, and the next worker follows it."""
+    sim.add_workflow("held", Scenario([SimNode("Answer", "0", None, is_output_node=True)]))
+    batch = batch_of(watch_outage=0.2)
+    await batch.add([StartRequest("held", {"n": "0"}, key="0"), *requests(30)[1:]])
+    working = asyncio.create_task(batch.work())
+    await until(lambda: any(run.inputs["n"] == "0" for run in sim.runs))
+    (held,) = (run.execution_id for run in sim.runs if run.inputs["n"] == "0")
+    sim.inject(Fault.status(403, times=None, execution_id=held))
+    with pytest.raises(Forbidden) as caught:
+        await working
+    assert caught.value.execution_id == held
+    status = await batch.status()
+    assert (status.succeeded, status.finished) == (29, 29)
+    sim.clear_faults()
+    sim.finish(held, "Answer")
+    assert (await batch.work()).succeeded == 30
+
+
+async def test_an_execution_that_takes_too_long_is_not_given_up(
+    sim: Simulator, batch_of: Callable[..., Batch], caplog: pytest.LogCaptureFixture
+) -> None:
+    """After the session's `wait_timeout` the work ends, and the next worker follows it."""
+    sim.add_workflow("held", Scenario([SimNode("Answer", "0", None, is_output_node=True)]))
+    await batch_of().add([StartRequest("held", {"n": "0"}, key="0")])
+    with pytest.raises(ExecutionTimeout):
+        await batch_of(wait_timeout=0.05).work()
+    assert "item '0' waits, and is followed on: ExecutionTimeout" in caplog.text
+    sim.finish(sim.runs[0].execution_id, "Answer")
+    assert (await batch_of().work()).succeeded == 1
+    assert len(sim.runs) == 1
+
+
+async def test_a_404_is_final_after_a_while(
+    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway may answer it for a moment, and the server for an execution that is new."""
+    await batch_of().add(requests(4))
+    answers(sim, "GET", 404)
+    working = asyncio.create_task(batch_of().work())
+    await until(lambda: sim.request_count >= 10)
+    sim.clear_faults()
+    assert (await working).succeeded == 4
+    await batch_of().add([StartRequest("echo", {"n": "lost"}, key="lost")])
+    answers(sim, "GET", 404)
+    monkeypatch.setattr(items, "_NOT_FOUND_GRACE", 0.1)
+    assert (await batch_of().work()).failed == 1
+    assert (await endings(batch_of()))["NotFound"] == 1
+
+
+def intents(url: str) -> int:
+    """Return how many items have a recorded intent and no outcome."""
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
+        query = "SELECT count(*) FROM promptlayer_item WHERE intent IS NOT NULL AND kind IS NULL"
+        return int(database.execute(query).fetchone()[0])
+
+
+async def test_a_start_that_cannot_leave_has_no_intent(
+    sim: Simulator, batch_of: Callable[..., Batch], url: str
+) -> None:
+    """Whoever is killed while the server refuses connections leaves nothing unknown."""
+    await batch_of().add(requests(20))
+    retried = []
+    working = asyncio.create_task(
+        batch_of(
+            base_url="http://127.0.0.1:9", observers=[retried.append], max_connections=100
+        ).work()
+    )
+    await until(lambda: len([e for e in retried if isinstance(e, RequestRetried)]) >= 12)
+    assert intents(url) == 0
+    working.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await working
+    assert (await batch_of().work()).succeeded == 20
+
+
+async def test_the_intent_of_a_refused_start_is_taken_back(
+    sim: Simulator, batch_of: Callable[..., Batch], url: str
+) -> None:
+    """A 429 starts nothing, however long the server then wants to be left alone."""
+    await batch_of().add(requests(3))
+    sim.inject(Fault.status(429, retry_after=60.0, times=3))
+    working = asyncio.create_task(batch_of().work())
+    await sim.wait_for_requests(1)
+    await until(lambda: intents(url) == 0)
+    working.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await working
+    assert (await batch_of().work()).succeeded == 3
+
+
+class Break:
+    """Makes the database read-only for all connections, as a full disk or a failover does."""
+
+    is_broken = False
+
+    def checkout(self, connection: Any, *_: Any) -> None:
+        """Set the state of a connection that is about to be used."""
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute(f"PRAGMA query_only = {int(self.is_broken)}")
+
+
+@contextmanager
+def breakable() -> Iterator[Break]:
+    """Yield a switch that makes SQLite databases read-only."""
+    switch = Break()
+    sa.event.listen(sa.pool.Pool, "checkout", switch.checkout)
+    try:
+        yield switch
+    finally:
+        sa.event.remove(sa.pool.Pool, "checkout", switch.checkout)
+
+
+async def test_an_id_that_cannot_be_stored_is_logged_and_printed(
+    sim: Simulator,
+    batch_of: Callable[..., Batch],
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the item's key, before the work ends with an error that is no raw one of SQLAlchemy."""
+    monkeypatch.setattr(stores, "_RETRY_FOR", 0.3)
+    batch = batch_of()
+    await batch.add(requests(1))
+    sim.inject(Fault.delay(0.3))
+    with breakable() as switch, caplog.at_level(logging.ERROR):
+        working = asyncio.create_task(batch.work())
+        await sim.wait_for_requests(1)
+        switch.is_broken = True
+        with pytest.raises(ConfigurationError, match="attempt to write a readonly database"):
+            await working
+    (run,) = sim.runs
+    text = f"execution {run.execution_id} was started for item '0' of batch 'night', but"
+    assert [message for message in caplog.messages if message.startswith(text)]
+    assert text in capsys.readouterr().err
+
+
+async def test_an_id_that_is_not_stored_soon_is_logged_at_once(
+    sim: Simulator,
+    batch_of: Callable[..., Batch],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    url: str,
+) -> None:
+    """While the worker waits for the database, it might be killed. Then the id is stored."""
+    monkeypatch.setattr(items, "_RECORDED_WITHIN", 0.05)
+    batch = batch_of()
+    await batch.add(requests(1))
+    sim.inject(Fault.delay(0.3))
+    working = asyncio.create_task(batch.work())
+    await sim.wait_for_requests(1)
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
+        database.execute("BEGIN IMMEDIATE")
+        await until(lambda: "keep this line" in caplog.text)
+        database.rollback()
+    assert (await working).succeeded == 1
+    assert caplog.text.count("keep this line") == 1
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        sa.exc.InternalError("select", None, Exception("no")),
+        sa.exc.ProgrammingError("select", None, Exception("no")),
+        sa.exc.TimeoutError("no"),
+    ],
+    ids=lambda failure: type(failure).__name__,
+)
+def test_no_raw_error_of_sqlalchemy_comes_out(url: str, failure: Any) -> None:
+    """Whatever the database answers, and also if it is not retried."""
+
+    def work() -> None:
+        raise failure
+
+    with closing(Store(check_url(url))) as store:
+        with pytest.raises(ConfigurationError, match="cannot be used: no"):
+            store._retry(work, 60.0)
+        explained = store.explain(failure)
+        assert isinstance(explained, ConfigurationError)
+        assert explained.__cause__ is failure
+        other = LookupError()
+        assert store.explain(other) is other
+
+
+class Dialect:
+    """A driver whose connections fail until `is_up`."""
+
+    is_up = False
+
+    class loaded_dbapi:  # noqa: N801 - SQLAlchemy's name
+        """The driver's module."""
+
+        OperationalError = sqlite3.OperationalError
+
+    def connect(self) -> str:
+        """Return a connection, or fail."""
+        if self.is_up:
+            return "a connection"
+        raise sqlite3.OperationalError("away")
+
+
+@pytest.fixture
+def connector(monkeypatch: pytest.MonkeyPatch) -> Connector:
+    """Return a connector that waits for a second."""
+    return Connector("sqlite:///file", 1.0, lambda: False)
+
+
+def test_a_connection_is_waited_for(connector: Connector, caplog: pytest.LogCaptureFixture) -> None:
+    """The log says when that begins and ends."""
+    driver = Dialect()
+    waits = []
+
+    def wait(seconds: float) -> bool:
+        waits.append(seconds)
+        assert connector.is_failing
+        driver.is_up = True
+        return False
+
+    connector._abandoned.wait = wait  # type: ignore[method-assign, assignment]
+    assert connector._connect(driver, None, (), {}) == "a connection"
+    assert waits
+    assert not connector.is_failing
+    assert caplog.messages == [
+        "the database sqlite:///file cannot be reached: away; trying again for up to 1 s",
+        "the database sqlite:///file can be reached again",
+    ]
+
+
+def test_a_connection_is_waited_for_only_so_long(connector: Connector) -> None:
+    """After the patience, when the call is cancelled, and at once when all is abandoned."""
+    connector.patience = 0.0
+    with pytest.raises(DatabaseLost, match="away"):
+        connector._connect(Dialect(), None, (), {})
+    connector.patience = 60.0
+    connector._is_cancelled = lambda: True
+    with pytest.raises(DatabaseLost, match="away"):
+        connector._connect(Dialect(), None, (), {})
+    connector.abandon()
+    with pytest.raises(DatabaseLost, match="ended"):
+        connector._connect(Dialect(), None, (), {})
+
+
+def test_what_uses_an_abandoned_database_fails(url: str) -> None:
+    """Also on a connection that stands: DBOS would retry an error of SQLAlchemy."""
+    with closing(Store(check_url(url))) as store, store.engine.connect() as connection:
+        store.connector.abandon()
+        with pytest.raises(DatabaseLost, match="ended"):
+            connection.execute(sa.text("no statement"))
