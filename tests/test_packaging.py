@@ -111,7 +111,6 @@ LAYERS = [
 INTEGRATIONS = ["cli", "dbos", "fastapi", "opentelemetry", "pytest_plugin", "viewer"]
 # The private names that integrations may use.
 ALLOWED = {
-    "Intent._fields",  # a public attribute of every NamedTuple
     "os._exit",  # public, in spite of its name
     "self.error._asdict",  # a public method of every NamedTuple
 }

@@ -77,10 +77,14 @@ def write(store: Store, batch: str, intents: Sequence[Intent]) -> list[bool]:
             recorded.update(connection.execute(_RECORD, {"batch": batch, **values}).scalars())
         elif given:
             for intent in given:
-                values = dict(zip(Intent._fields, intent, strict=True))
-                recorded.update(
-                    connection.execute(_RECORD_ONE, {"batch": batch} | values).scalars()
-                )
+                row = {
+                    "batch": batch,
+                    "key": intent.key,
+                    "attempt": intent.attempt,
+                    "token": intent.token,
+                    "replaced": intent.replaced,
+                }
+                recorded.update(connection.execute(_RECORD_ONE, row).scalars())
         if taken_back:
             rows = [{"batch": batch, "key": each.key, "token": each.token} for each in taken_back]
             connection.execute(_TAKE_BACK, rows)
