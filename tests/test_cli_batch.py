@@ -30,6 +30,7 @@ from promptlayer_exec.cli import _batch_results as batch_results
 from promptlayer_exec.cli._app import app
 from promptlayer_exec.cli._batch_results import LineFile
 from promptlayer_exec.dbos import BatchStatus, StoredOutcome
+from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _batch as batches
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
@@ -313,19 +314,19 @@ def test_unknown_items_are_restarted_on_request(
     assert "unknown: these runs may have started and be billed: look in PromptLayer" in err
 
     looked = threading.Event()
-    look, restart = stores.Store.outcomes, stores.Store.restart_unknown
+    look, restart = stores.Store.outcomes, again.retry
 
     def looking(*arguments: Any, **options: Any) -> Any:
         found = look(*arguments, **options)
         looked.set()
         return found
 
-    def restarting_late(*arguments: Any) -> None:
+    def restarting_late(*arguments: Any) -> int:
         assert looked.wait(10)
-        restart(*arguments)
+        return restart(*arguments)
 
     monkeypatch.setattr(stores.Store, "outcomes", looking)
-    monkeypatch.setattr(stores.Store, "restart_unknown", restarting_late)
+    monkeypatch.setattr(again, "retry", restarting_late)
     assert run(*command, "--restart-unknown")[0] == 0
     lines = results(tmp_path / "out")
     assert [(line["key"], line["succeeded"]) for line in lines] == [("a", False), ("a", True)]

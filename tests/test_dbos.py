@@ -42,6 +42,7 @@ from promptlayer_exec import (
     Unauthorized,
 )
 from promptlayer_exec.dbos import Batch, BatchStatus, StoredError, StoredOutcome, batch_names
+from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _batch as batches
 from promptlayer_exec.dbos import _dbos_internals as internals
 from promptlayer_exec.dbos import _items as items
@@ -52,7 +53,7 @@ from promptlayer_exec.dbos._liveness import Liveness, describe, is_gone
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._rate import SharedRate
 from promptlayer_exec.dbos._requests import Row
-from promptlayer_exec.dbos._store import Heartbeat, Store, queue_name, workflow_id
+from promptlayer_exec.dbos._store import Heartbeat, Store, queue_name
 from promptlayer_exec.dbos._tables import Ending
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
@@ -272,19 +273,19 @@ async def test_outcomes_last_until_unknown_items_are_restarted(
     sim.inject(Fault.disconnect())
     await batch_of().work()
     was_read = threading.Event()
-    read, restart = Store.outcomes, Store.restart_unknown
+    read, restart = Store.outcomes, again.retry
 
     def read_outcomes(store: Store, *arguments: Any, **options: Any) -> Any:
         rows = read(store, *arguments, **options)
         was_read.set()
         return rows
 
-    def restart_late(store: Store, name: str) -> None:
+    def restart_late(*arguments: Any) -> int:
         assert was_read.wait(20)
-        restart(store, name)
+        return restart(*arguments)
 
     monkeypatch.setattr(Store, "outcomes", read_outcomes)
-    monkeypatch.setattr(Store, "restart_unknown", restart_late)
+    monkeypatch.setattr(again, "retry", restart_late)
     batch = batch_of(restart_unknown=True)
     working = asyncio.create_task(batch.work())
     async with aclosing(batch.outcomes()) as outcomes:
@@ -298,19 +299,20 @@ async def test_only_one_of_two_workers_restarts_an_unknown_item(
     """The other one does not touch it, even if the new attempt has ended already."""
     await batch_of().add([request("a")])
     first, second = Store(check_url(url)), Store(check_url(url))
-    first.finish("nightly", [Ending("a", 1, "unknown", "")])
+    outcome = StoredOutcome("a", None, False, None, None, None, datetime.now(UTC)).to_json()
+    first.finish("nightly", [Ending("a", 1, "unknown", outcome)])
     between: list[Any] = []
 
     def restart_first(*arguments: Any) -> None:
-        if arguments[2].startswith("UPDATE promptlayer_item"):
-            first.restart_unknown("nightly")
+        if arguments[2].startswith("UPDATE promptlayer_batch") and not between:
+            between.append(again.retry(first, "nightly", ["unknown"]))
             between.extend(first.outcomes("nightly", after=0, limit=9, size=9))
-            first.finish("nightly", [Ending("a", 2, "failed", "")])
+            first.finish("nightly", [Ending("a", 2, "failed", outcome)])
 
     event.listen(second.engine, "before_cursor_execute", restart_first)
-    second.restart_unknown("nightly")
+    assert again.retry(second, "nightly", ["unknown"]) == 0
     assert first.status("nightly") == BatchStatus(0, 0, 0, 1, 0, 1)
-    assert between == []
+    assert between == [1]
     first.close()
     second.close()
 
@@ -676,6 +678,10 @@ class FakeStore:
     def adopt(self, batch: str) -> None:
         """Take over nothing."""
 
+    def stopped(self, batch: str) -> dict[tuple[str, int], str]:
+        """Return no workflow that others ended."""
+        return {}
+
     def heartbeats(self) -> dict[str, Heartbeat]:
         """Return the heartbeats that the test has set."""
         return self.recorded
@@ -820,40 +826,6 @@ def test_a_new_database_can_be_opened_by_several_workers_at_once(url: str) -> No
         list(threads.map(open_and_close, range(6)))
     with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
         assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-
-
-async def test_the_id_of_a_start_whose_item_was_taken_over_is_logged(
-    sim: Simulator, batch_of: Callable[..., Batch], url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A worker may be taken for dead while it sends a start; the item is stored as unknown."""
-    batch = batch_of()
-    await batch.add([request("a", 1)])
-    sim.inject(Fault.delay(0.3))
-    loop = asyncio.get_running_loop()
-    logged: asyncio.Future[str] = loop.create_future()
-
-    def warning(text: str, *values: object) -> None:
-        loop.call_soon_threadsafe(logged.set_result, text % values)
-
-    monkeypatch.setattr(items.logger, "warning", warning)
-    working = asyncio.create_task(batch.work(until_done=False))
-    await sim.wait_for_requests(1)
-    client = DBOSClient(system_database_url=url)
-    await client.resume_workflow_async(
-        workflow_id("nightly", "a", 1), queue_name=queue_name("nightly")
-    )
-    client.destroy()
-    async with asyncio.timeout(20):
-        message = await logged
-    assert message == (
-        f"execution {sim.runs[0].execution_id} was started, but another worker has taken over its"
-        " item and stores it as unknown: promptlayer-exec/nightly/1/a"
-    )
-    assert (await outcomes_of(batch))["a"].kind == "unknown"
-    working.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await working
-    assert len(sim.runs) == 1
 
 
 async def test_a_worker_ends_after_dbos_has_recorded_its_last_items() -> None:

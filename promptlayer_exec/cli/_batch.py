@@ -123,7 +123,7 @@ def _run(
     error StartUnknown. To let other processes help, see `batch work`.
     """  # noqa: D301 - \b is Typer's mark for preformatted text
     settings = Settings(database, max_in_flight, rate, restart_unknown)
-    subject = Subject()
+    subject = Subject(is_batch=True)
     batch_name = name or file.stem
 
     async def work() -> ExitCode:
@@ -177,7 +177,7 @@ def _work(
     noticed within 30 seconds, and the others take over its items.
     """
     settings = Settings(database, max_in_flight, rate, restart_unknown)
-    subject = Subject()
+    subject = Subject(is_batch=True)
 
     async def work() -> ExitCode:
         chosen = await wait_for_batch(name, database)

@@ -131,6 +131,7 @@ class Subject:
     base_url: str | None = None  # if it was given as an option
     resumable: bool = False  # whether the report shows how to watch the execution again
     note: str = ""  # what an error says in addition while there is no execution
+    is_batch: bool = False  # whether the note is about a batch, and not about whether a run started
 
     def command(self, name: str) -> str:
         """Return a command on the execution, for the user to type."""
@@ -196,7 +197,7 @@ def _report(error: Exception, subject: Subject, *, as_json: bool) -> ExitCode:
     message = str(error)
     execution_id = subject.execution_id
     says_if_started = isinstance(error, ExecutionTimeout | RequestError | StartUnknown)
-    if execution_id is None and subject.note and not says_if_started:
+    if execution_id is None and subject.note and (subject.is_batch or not says_if_started):
         message = f"{message.rstrip('.')}; {subject.note}"
     message = printable(message)
     err(message)

@@ -21,6 +21,7 @@ from typing import IO, Any, TypeVar
 
 from promptlayer_exec import ConfigurationError, Session, StartRequest
 from promptlayer_exec import _integration as integration
+from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _reports as reports
 from promptlayer_exec.dbos._liveness import is_worked_on
 from promptlayer_exec.dbos._location import database_url as locate
@@ -173,7 +174,7 @@ class Batch:
         try:
             async with self._open() as store:
                 if self._restart_unknown:
-                    await store.run_in_thread(store.restart_unknown, self._name)
+                    await store.run_in_thread(again.retry, store, self._name, ["unknown"])
                     self._is_restarting = False
                 if not until_done or not await self._is_finished(store):
                     await self._work(store, until_done=until_done)
@@ -248,6 +249,41 @@ class Batch:
                 if is_last:
                     return
                 await asyncio.sleep(_POLL_INTERVAL)
+
+    async def recheck(self) -> int:
+        """Put every item with an execution id and no output back into the queue, to be followed.
+
+        Nothing is started. The next `work`, or one that runs now, asks the server again how these
+        executions ended. An item whose execution failed fails again.
+
+        Returns:
+            How many items there are.
+
+        Raises:
+            ConfigurationError: the database cannot be used.
+        """
+        async with self._open() as store:
+            return await store.run_in_thread(again.recheck, store, self._name)
+
+    async def retry(self, *, failed: bool = False, unknown: bool = False) -> int:
+        """Put items that ended back into the queue, to be started again and billed again.
+
+        An item whose run was started, and was not seen to end, is followed instead: versions before
+        0.2 gave up some of those. A restarted item gets a new outcome in addition.
+
+        Args:
+            failed: whether to start the items again that failed.
+            unknown: whether to start the unknown items again, each of which may already run.
+
+        Returns:
+            How many items there are.
+
+        Raises:
+            ConfigurationError: the database cannot be used.
+        """
+        kinds = [kind for kind, is_meant in (("failed", failed), ("unknown", unknown)) if is_meant]
+        async with self._open() as store:
+            return await store.run_in_thread(again.retry, store, self._name, kinds)
 
     async def status(self) -> BatchStatus:
         """Return how many items are in which state.

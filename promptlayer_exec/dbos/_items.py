@@ -52,6 +52,7 @@ from promptlayer_exec import (
     Unauthorized,
 )
 from promptlayer_exec import _integration as integration
+from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos._breaker import FAILURES, Breaker
 from promptlayer_exec.dbos._dbos_internals import ItemTaken
@@ -251,7 +252,7 @@ class Items:
                     return None
         except BaseException as error:
             if pending.execution is not None:
-                self._rescue(item, pending, error)
+                await self._rescue(item, pending, error)
             raise
         finally:
             pending.recorded()
@@ -343,17 +344,22 @@ class Items:
         ours = {"promptlayer_exec.batch": self._batch, "promptlayer_exec.key": item.key}
         return attrs.evolve(stored, metadata={**(stored.metadata or {}), **ours})
 
-    def _rescue(self, item: Item, pending: PendingStart, error: BaseException) -> None:
+    async def _rescue(self, item: Item, pending: PendingStart, error: BaseException) -> None:
         """Keep the id of a run whose start could not be recorded."""
         if isinstance(error, ItemTaken) and pending.execution is not None:
-            logger.warning(
-                "execution %d was started, but another worker has taken over its item and stores it"
-                " as unknown: %s",
-                pending.execution.id,
-                DBOS.workflow_id,
-            )
-        else:
-            self._report_unrecorded(item, pending)
+            adopt = partial(again.adopt, self._store, self._batch, key=item.key)
+            started = _result(pending.execution.id)
+            adopt = partial(adopt, attempt=item.attempt, token=pending.token, started=started)
+            with suppress(ConfigurationError):
+                if await asyncio.to_thread(adopt):
+                    logger.warning(
+                        "execution %d was started for item %.100r while another worker took the"
+                        " item over; it is followed",
+                        pending.execution.id,
+                        item.key,
+                    )
+                    return
+        self._report_unrecorded(item, pending)
 
     def _report_unrecorded(self, item: Item, pending: PendingStart) -> None:
         if pending.execution is None or pending.is_reported:

@@ -14,6 +14,7 @@ from pathlib import Path
 import attrs
 
 from promptlayer_exec import ConfigurationError
+from promptlayer_exec.dbos._cancelled import settle
 from promptlayer_exec.dbos._connector import DatabaseLost
 from promptlayer_exec.dbos._store import Heartbeat, Store
 
@@ -25,7 +26,7 @@ DEAD_AFTER = 14.0
 _WATCH_INTERVAL = 0.5
 # An exchange that took longer says nothing about the other workers.
 _SLOW = 4.0
-_TAKE_OVER_INTERVAL = 15.0
+_LOOK_INTERVAL = 10.0
 
 
 @attrs.define(eq=False)
@@ -44,7 +45,7 @@ class Liveness:
     _give_up: Callable[[Exception], None]
     _process: str = attrs.field(init=False, factory=lambda: describe(os.getpid()))
     _seen: dict[str, tuple[Heartbeat, float]] = attrs.field(init=False, factory=dict)
-    _next_take_over: float = attrs.field(init=False, default=0.0)
+    _next_look: float = attrs.field(init=False, default=0.0)
     _stop: threading.Event = attrs.field(init=False, factory=threading.Event)
     _thread: threading.Thread | None = attrs.field(init=False, default=None)
 
@@ -69,7 +70,7 @@ class Liveness:
             try:
                 self.record_heartbeat()
                 self._recover_from_dead_workers()
-                self._take_over_from_earlier_versions()
+                self._look_after_others()
             except ConfigurationError as error:
                 self._seen.clear()
                 if isinstance(error.__cause__, DatabaseLost):
@@ -88,11 +89,12 @@ class Liveness:
         if dead := [other for other in others if self._is_dead(other, heartbeats.get(other))]:
             self._store.requeue(self._batch, dead)
 
-    def _take_over_from_earlier_versions(self) -> None:
-        """Take over what workers of earlier versions left in the queue; rarely, as few do."""
-        if time.monotonic() >= self._next_take_over:
+    def _look_after_others(self) -> None:
+        """Take over what workers of earlier versions left, and end what others cancelled."""
+        if time.monotonic() >= self._next_look:
             self._store.adopt(self._batch)
-            self._next_take_over = time.monotonic() + _TAKE_OVER_INTERVAL
+            settle(self._store, self._batch)
+            self._next_look = time.monotonic() + _LOOK_INTERVAL
 
     def _is_dead(self, other: str, heartbeat: Heartbeat | None) -> bool:
         if heartbeat is None or is_gone(heartbeat.process):  # it stopped properly, or was killed

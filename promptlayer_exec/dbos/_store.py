@@ -229,7 +229,7 @@ class Store:
         ]
         new = connection.execute(insert, items).scalars().all()
         for key in new:
-            self._enqueue(connection, batch, key, 1, rows[key].request)
+            self.enqueue(connection, batch, key, 1, request=rows[key].request)
         return len(new)
 
     def _insert_in_one_statement(
@@ -256,7 +256,7 @@ class Store:
         known = [row for row in rows if row.key in found]
         # Version 0.1 stored no digest.
         unclear = [row.key for row in known if found[row.key][1] != row.digest]
-        stored = self._stored_requests(batch, {key: found[key][0] for key in unclear})
+        stored = self.stored_requests(batch, {key: found[key][0] for key in unclear})
         for row in known:
             request = stored.get(row.key)
             digest = found[row.key][1] or (request and digest_of(request)) or row.digest
@@ -267,7 +267,7 @@ class Store:
                     " give this one another key, or add it to another batch; nothing was added"
                 )
 
-    def _stored_requests(self, batch: str, attempts: dict[str, int]) -> dict[str, str]:
+    def stored_requests(self, batch: str, attempts: dict[str, int]) -> dict[str, str]:
         """Return the JSON requests of items, by key, of the given attempts, if DBOS has them."""
         if not attempts:
             return {}
@@ -316,26 +316,6 @@ class Store:
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         parameters = {"batch": batch, "first": first} | columns
         return connection.execute(FINISH, parameters).scalars().all()
-
-    def restart_unknown(self, batch: str) -> None:
-        """Enqueue each unknown item again, as its next attempt."""
-        update = (
-            sa.update(_items)
-            .where(_item.batch == batch, _item.kind == "unknown")
-            .values(attempt=_item.attempt + 1, kind=None, seq=None, outcome=None, intent=None)
-            .returning(_item.key, _item.attempt)
-        )
-
-        def restart(connection: sa.Connection) -> None:
-            attempts: dict[str, int] = dict(connection.execute(update).all())
-            if attempts:
-                count = sa.update(_batches).where(_batches.c.name == batch)
-                connection.execute(count.values(unknown=_batches.c.unknown - len(attempts)))
-            last = {key: attempt - 1 for key, attempt in attempts.items()}
-            for key, request in self._stored_requests(batch, last).items():
-                self._enqueue(connection, batch, key, attempts[key], request)
-
-        self.transact(restart)
 
     def outcomes(self, batch: str, after: int, limit: int, size: int) -> list[tuple[int, str]]:
         """Return the numbers and the JSON of the next outcomes, in the order they were stored.
@@ -445,6 +425,28 @@ class Store:
         )
         return sorted(found, key=lambda workflow: ids.index(workflow.workflow_id))
 
+    def stopped(self, batch: str) -> dict[tuple[str, int], str]:
+        """Return the DBOS workflows that others ended, by key and attempt, without retrying."""
+        prefix = workflow_id(batch, "", 1).removesuffix("1/")
+        found = self._retry(
+            lambda: self._client.list_workflows(
+                workflow_id_prefix=prefix,
+                status=["CANCELLED", "ERROR", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"],
+                load_input=False,
+                load_output=False,
+            ),
+            0.0,
+        )
+        stopped = {}
+        for workflow in found:
+            attempt, _, key = workflow.workflow_id.removeprefix(prefix).partition("/")
+            stopped[key, int(attempt)] = workflow.workflow_id
+        return stopped
+
+    def steps(self, workflow: str) -> Sequence[Mapping[str, Any]]:
+        """Return the steps of a DBOS workflow, without retrying."""
+        return self._retry(lambda: self._client.list_workflow_steps(workflow), 0.0)
+
     def delete(self, batch: str) -> int:
         """Delete a batch and its items, a few hundred at a time; return how many items it had."""
         some = (
@@ -536,16 +538,25 @@ class Store:
         )
         return self.transact(lambda connection: float(connection.execute(update).scalar_one()))
 
-    def _enqueue(
-        self, connection: sa.Connection, batch: str, key: str, attempt: int, request: str
+    def enqueue(
+        self,
+        connection: sa.Connection,
+        batch: str,
+        key: str,
+        attempt: int,
+        *,
+        request: str,
+        started: Mapping[str, Any] | None = None,
     ) -> None:
+        """Enqueue an attempt of an item; with the result of a start, it is only followed."""
         options: EnqueueOptions = {
             "workflow_name": WORKFLOW,
             "queue_name": queue_name(batch),
             "workflow_id": workflow_id(batch, key, attempt),
             "app_version": VERSION,
         }
-        self._client.enqueue_in_transaction(connection, options, key, attempt, request)
+        known = [] if started is None else [dict(started)]
+        self._client.enqueue_in_transaction(connection, options, key, attempt, request, *known)
 
     def rows(self, query: sa.Select[Any], *, retry_for: float = _RETRY_FOR) -> Sequence[Any]:
         """Return the rows of a query."""

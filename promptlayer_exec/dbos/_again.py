@@ -1,0 +1,154 @@
+"""Items that ended and are run again: followed once more, or started once more, deliberately.
+
+Each begins its next attempt, a DBOS workflow of its own. One that is only followed gets the result
+of the earlier start as an argument, so that it starts nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import sqlalchemy as sa
+
+from promptlayer_exec.dbos._tables import batches, items
+from promptlayer_exec.dbos._values import StoredOutcome
+
+if TYPE_CHECKING:
+    from promptlayer_exec.dbos._store import Store
+
+_AT_ONCE = 500
+_item = items.c
+# The result of a step "start", which a new attempt follows; None to start a run.
+Started = Mapping[str, Any] | None
+
+
+class _Again(NamedTuple):
+    """An item that is to be run again."""
+
+    key: str
+    attempt: int  # the one that ended
+    kind: str | None
+    started: Started
+
+
+def recheck(store: Store, batch: str) -> int:
+    """Follow again every item that has an execution id and no output; return how many."""
+
+    def choose(outcome: StoredOutcome) -> tuple[bool, Started]:
+        started = _started(outcome)
+        return started is not None, started
+
+    return _reopen(store, batch, ["failed"], choose)
+
+
+def retry(store: Store, batch: str, kinds: Sequence[str]) -> int:
+    """Start items of these kinds again; return how many.
+
+    One whose run was not seen to end is followed instead: older versions gave some of them up.
+    """
+
+    def choose(outcome: StoredOutcome) -> tuple[bool, Started]:
+        has_ended = outcome.error is not None and outcome.error.type in _ENDINGS
+        return True, None if has_ended else _started(outcome)
+
+    return _reopen(store, batch, kinds, choose)
+
+
+# What the server told about how an execution ended; with an id, all else is no such thing.
+_ENDINGS = ("ExecutionFailed", "NotFound", "RecursionError")
+
+
+def adopt(
+    store: Store, batch: str, *, key: str, attempt: int, token: str, started: Mapping[str, Any]
+) -> bool:
+    """Follow a run whose start another worker takes for unknown; return whether it can be.
+
+    `token` is that of the intent to start it.
+    """
+    query = sa.select(_item.key, _item.attempt, _item.kind).where(
+        _item.batch == batch,
+        _item.key == key,
+        _item.attempt == attempt,
+        _item.intent == token,
+        sa.or_(_item.kind.is_(None), _item.kind == "unknown"),
+    )
+
+    def work(connection: sa.Connection) -> bool:
+        _lock(connection, batch)
+        rows = connection.execute(query).all()
+        chosen = [_Again(row.key, row.attempt, row.kind, started) for row in rows]
+        return bool(_begin(store, connection, batch, chosen))
+
+    return store.transact(work)
+
+
+def _started(outcome: StoredOutcome) -> Started:
+    if outcome.execution_id is None:
+        return None
+    at = (outcome.started or outcome.finished).isoformat()
+    return {"execution_id": outcome.execution_id, "at": at, "error": None}
+
+
+def _reopen(
+    store: Store,
+    batch: str,
+    kinds: Sequence[str],
+    choose: Callable[[StoredOutcome], tuple[bool, Started]],
+) -> int:
+    query = sa.select(_item.key, _item.attempt, _item.kind, _item.outcome)
+    query = query.where(_item.batch == batch, _item.kind.in_(kinds))
+    query = query.order_by(_item.key).limit(_AT_ONCE)
+    count, last = 0, ""
+
+    def work(after: str, connection: sa.Connection) -> tuple[int, str | None]:
+        _lock(connection, batch)
+        rows = connection.execute(query.where(_item.key > after)).all()
+        chosen = []
+        for row in rows:
+            is_chosen, started = choose(StoredOutcome.from_json(row.outcome))
+            if is_chosen:
+                chosen.append(_Again(row.key, row.attempt, row.kind, started))
+        return _begin(store, connection, batch, chosen), rows[-1].key if rows else None
+
+    while True:
+        reopened, key = store.transact(partial(work, last))
+        count += reopened
+        if key is None:
+            return count
+        last = key
+
+
+def _lock(connection: sa.Connection, batch: str) -> None:
+    """Lock the batch's row, as storing outcomes does: until the end, no item ends."""
+    connection.execute(sa.update(batches).where(batches.c.name == batch).values(name=batch))
+
+
+def _begin(store: Store, connection: sa.Connection, batch: str, chosen: Sequence[_Again]) -> int:
+    """Begin the next attempt of items, whose rows are locked, and return how many there are."""
+    requests = store.stored_requests(batch, {again.key: again.attempt for again in chosen})
+    # DBOS no longer has the others, for example because its rows were deleted.
+    possible = [again for again in chosen if again.key in requests]
+    if not possible:
+        return 0
+    update = sa.update(items).where(
+        _item.batch == batch, _item.key.in_([again.key for again in possible])
+    )
+    changes = dict.fromkeys(("kind", "seq", "outcome", "intent", "seconds"))
+    connection.execute(update.values(attempt=_item.attempt + 1, **changes))
+    counts = Counter(again.kind for again in possible if again.kind is not None)
+    if counts:
+        fewer = {kind: batches.c[kind] - count for kind, count in counts.items()}
+        connection.execute(sa.update(batches).where(batches.c.name == batch).values(**fewer))
+    for again in possible:
+        store.enqueue(
+            connection,
+            batch,
+            again.key,
+            again.attempt + 1,
+            request=requests[again.key],
+            started=again.started,
+        )
+    return len(possible)

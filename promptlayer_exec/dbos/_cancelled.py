@@ -1,0 +1,67 @@
+"""Items whose DBOS workflow was ended by others, for example by `dbos workflow cancel`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from promptlayer_exec.dbos._tables import Ending, items
+from promptlayer_exec.dbos._values import StoredError, StoredOutcome
+
+if TYPE_CHECKING:
+    from promptlayer_exec.dbos._store import Store
+
+_AT_ONCE = 500
+_item = items.c
+_CANCELLED = StoredError(
+    "Cancelled",
+    "the item was cancelled in DBOS: `batch recheck` follows its run if it has one, and"
+    " `batch retry --failed` starts it again",
+)
+_UNKNOWN = StoredError(
+    "StartUnknown", "the item was cancelled in DBOS while its start may have been sent"
+)
+
+
+def settle(store: Store, batch: str) -> int:
+    """Store the outcome of each item that nobody runs any more; return how many there were.
+
+    Otherwise the batch would wait for them for ever.
+    """
+    settled = 0
+    stopped = [*store.stopped(batch).items()]
+    for first in range(0, len(stopped), _AT_ONCE):
+        part = dict(stopped[first : first + _AT_ONCE])
+        keys = [key for key, _ in part]
+        query = sa.select(_item.key, _item.attempt, _item.intent)
+        query = query.where(_item.batch == batch, _item.key.in_(keys), _item.kind.is_(None))
+        endings = []
+        for row in store.rows(query, retry_for=0.0):
+            if (workflow := part.get((row.key, row.attempt))) is not None:
+                started = _started(store.steps(workflow))
+                outcome = _outcome(row.key, started, is_sent=row.intent is not None)
+                endings.append(Ending.of(row.attempt, outcome))
+        if endings:
+            store.finish(batch, endings)
+        settled += len(endings)
+    return settled
+
+
+def _started(steps: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return the result of the step that started a run, if there is one."""
+    for step in steps:
+        output = step["output"]
+        if step["function_name"] == "start" and output and output["execution_id"] is not None:
+            return dict(output)
+    return None
+
+
+def _outcome(key: str, started: Mapping[str, Any] | None, *, is_sent: bool) -> StoredOutcome:
+    now = datetime.now(UTC)
+    if started is not None:
+        at = datetime.fromisoformat(started["at"])
+        return StoredOutcome(key, started["execution_id"], False, None, _CANCELLED, at, now)
+    return StoredOutcome(key, None, False, None, _UNKNOWN if is_sent else _CANCELLED, None, now)

@@ -1,0 +1,270 @@
+"""Items that are run again: followed, started again, taken over, or ended by others."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from dbos import DBOSClient
+
+from promptlayer_exec import PollPolicy, Session, StartRequest
+from promptlayer_exec.dbos import Batch, BatchStatus, StoredError, StoredOutcome
+from promptlayer_exec.dbos import _again as again
+from promptlayer_exec.dbos import _cancelled as cancelled
+from promptlayer_exec.dbos import _liveness as liveness
+from promptlayer_exec.dbos import _store as stores
+from promptlayer_exec.dbos import _worker as workers
+from promptlayer_exec.dbos._location import check_url
+from promptlayer_exec.dbos._store import Store, queue_name, workflow_id
+from promptlayer_exec.dbos._tables import Ending
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+
+
+@pytest.fixture(autouse=True)
+def _short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in (
+        (stores, "_QUEUE_INTERVAL"),
+        (workers, "_CHECK_INTERVAL"),
+        (liveness, "HEARTBEAT_INTERVAL"),
+    ):
+        monkeypatch.setattr(module, name, 0.02)
+    monkeypatch.setattr(liveness, "_LOOK_INTERVAL", 0.0)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """Return the URL of a SQLite database that does not exist yet."""
+    return f"sqlite:///{tmp_path / 'batches.sqlite'}"
+
+
+@pytest.fixture
+def batch(sim: Simulator, url: str) -> Batch:
+    """Return a batch whose workflow `echo` returns its input `n`, and `held` waits."""
+    sim.add_workflow(
+        "echo",
+        lambda inputs: Scenario(
+            [
+                SimNode(
+                    "Answer",
+                    inputs["n"],
+                    status="FAILED" if inputs["n"] == "bad" else "SUCCESS",
+                    is_output_node=True,
+                )
+            ]
+        ),
+    )
+    sim.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
+
+    def session() -> Session:
+        return Session(sim.api_key, base_url=sim.base_url, poll=PollPolicy.fixed(0.01), rate=None)
+
+    return Batch("b", database_url=url, session=session)
+
+
+async def outcomes(batch: Batch) -> dict[str, StoredOutcome]:
+    """Return the latest outcome of each item that has one."""
+    return {outcome.key: outcome async for outcome in batch.outcomes(until_done=False)}
+
+
+def end(url: str, key: str, execution_id: int | None, error: str) -> None:
+    """Store an outcome as an older version did."""
+    now = datetime.now(UTC)
+    outcome = StoredOutcome(key, execution_id, False, None, StoredError(error, "old"), now, now)
+    with closing(Store(check_url(url))) as store:
+        store.finish("b", [Ending.of(1, outcome)])
+
+
+async def test_what_an_older_version_gave_up_is_followed_again(
+    sim: Simulator, batch: Batch, url: str
+) -> None:
+    """`recheck` starts nothing, and leaves alone what has no execution id."""
+    await batch.add(StartRequest("echo", {"n": n}, key=f"{n}") for n in range(4))
+    found = sim.add_execution(Scenario([SimNode("Answer", 7, is_output_node=True)]))
+    end(url, "0", found, "ServerError")
+    end(url, "1", found, "ExecutionTimeout")
+    end(url, "2", None, "NotFound")
+    end(url, "3", None, "StartUnknown")
+    assert await batch.recheck() == 2
+    assert await batch.status() == BatchStatus(2, 0, 0, 1, 1, 4)
+    assert await batch.work() == BatchStatus(0, 0, 2, 1, 1, 4)
+    assert sim.runs == []
+    ended = await outcomes(batch)
+    assert [ended[key].output for key in "01"] == [7, 7]
+    assert ended["0"].execution_id == found
+    assert await batch.recheck() == 0
+
+
+async def test_ended_items_are_started_again_on_request(
+    sim: Simulator, batch: Batch, url: str
+) -> None:
+    """`retry` starts only the kinds that are named; one that was given up it follows."""
+    await batch.add(StartRequest("echo", {"n": n}, key=f"{n}") for n in ("bad", 1, 2, 3))
+    found = sim.add_execution(Scenario([SimNode("Answer", 7, is_output_node=True)]))
+    end(url, "1", None, "NotFound")
+    end(url, "2", found, "ServerError")
+    end(url, "3", None, "StartUnknown")
+    assert (await batch.work()).finished == 4
+    assert len(sim.runs) == 1
+    assert await batch.retry() == 0
+    assert await batch.retry(unknown=True) == 1
+    assert await batch.retry(failed=True) == 3
+    assert await batch.work() == BatchStatus(0, 0, 3, 1, 0, 4)
+    assert sorted(str(run.inputs["n"]) for run in sim.runs) == ["1", "3", "bad", "bad"]
+    assert (await outcomes(batch))["2"].output == 7
+
+
+async def test_many_items_are_taken_a_few_hundred_at_a_time(
+    batch: Batch, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each once, and those whose request DBOS no longer has not at all."""
+    monkeypatch.setattr(again, "_AT_ONCE", 3)
+    await batch.add(StartRequest("echo", {"n": n}, key=f"{n}") for n in range(8))
+    for n in range(8):
+        end(url, f"{n}", None, "NotFound")
+    client = DBOSClient(system_database_url=url)
+    client.delete_workflow(workflow_id("b", "5", 1))
+    client.destroy()
+    assert await batch.retry(failed=True) == 7
+    assert await batch.status() == BatchStatus(7, 0, 0, 1, 0, 8)
+
+
+async def test_a_start_whose_item_was_taken_over_is_followed(
+    sim: Simulator, batch: Batch, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker may be taken for dead while it sends a start: the run is paid for, and not lost."""
+    await batch.add([StartRequest("echo", {"n": 5}, key="a")])
+    sim.inject(Fault.delay(0.3))
+    working = asyncio.create_task(batch.work())
+    await sim.wait_for_requests(1)
+    client = DBOSClient(system_database_url=url)
+    await client.resume_workflow_async(workflow_id("b", "a", 1), queue_name=queue_name("b"))
+    client.destroy()
+    await working
+    assert (await batch.work()).succeeded == 1
+    (run,) = sim.runs
+    text = f"execution {run.execution_id} was started for item 'a' while another worker took"
+    assert text in caplog.text
+    assert (await outcomes(batch))["a"].output == 5
+
+
+async def test_the_id_of_a_start_that_cannot_be_followed_is_logged(
+    sim: Simulator, batch: Batch, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For example because the item got another outcome meanwhile."""
+    await batch.add([StartRequest("echo", {"n": 5}, key="a")])
+    sim.inject(Fault.delay(0.3))
+    working = asyncio.create_task(batch.work(until_done=False))
+    await sim.wait_for_requests(1)
+    with closing(Store(check_url(url))) as store:
+        client = DBOSClient(system_database_url=url)
+        await client.cancel_workflow_async(workflow_id("b", "a", 1))
+        client.destroy()
+        end(url, "a", None, "Cancelled")
+        assert store.is_finished("b")
+    async with asyncio.timeout(20):
+        while "keep this line" not in caplog.text:  # noqa: ASYNC110 - the log has no event
+            await asyncio.sleep(0.01)
+    assert "was started for item 'a' of batch 'b'" in caplog.text
+    working.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await working
+
+
+async def cancel(url: str, key: str) -> None:
+    """Cancel an item as `dbos workflow cancel` does."""
+    client = DBOSClient(system_database_url=url)
+    await client.cancel_workflow_async(workflow_id("b", key, 1))
+    client.destroy()
+
+
+async def test_an_item_that_is_cancelled_in_dbos_ends(
+    sim: Simulator, batch: Batch, url: str
+) -> None:
+    """Before its start, and while its run is followed; `recheck` then finds that run again."""
+    await batch.add([StartRequest("held", {"n": 1}, key="run"), StartRequest("echo", key="wait")])
+    await cancel(url, "wait")
+    working = asyncio.create_task(batch.work())
+    await sim.wait_for_requests(2)
+    await cancel(url, "run")
+    assert await working == BatchStatus(0, 0, 0, 2, 0, 2)
+    ended = await outcomes(batch)
+    assert {outcome.error.type for outcome in ended.values() if outcome.error} == {"Cancelled"}
+    (run,) = sim.runs
+    assert (ended["run"].execution_id, ended["wait"].execution_id) == (run.execution_id, None)
+    sim.finish(run.execution_id, "Answer")
+    assert await batch.recheck() == 1
+    assert (await batch.work()).succeeded == 1
+    assert len(sim.runs) == 1
+
+
+async def test_an_item_that_is_cancelled_while_it_is_sent_is_unknown(
+    batch: Batch, url: str
+) -> None:
+    """Its intent is recorded, and no id."""
+    await batch.add([StartRequest("echo", key="a")])
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database, database:
+        database.execute("UPDATE promptlayer_item SET intent = 'token'")
+    await cancel(url, "a")
+    with closing(Store(check_url(url))) as store:
+        assert cancelled.settle(store, "b") == 1
+        assert cancelled.settle(store, "b") == 0
+    assert (await batch.status()).unknown == 1
+
+
+async def test_a_worker_of_the_next_version_finishes_what_the_last_one_began(
+    sim: Simulator, batch: Batch, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It follows its runs, and starts the items that it left in the queue."""
+    await batch.add(StartRequest("held", {"n": n}, key=f"{n}") for n in range(3))
+    working = asyncio.create_task(batch.work())
+    while len(sim.runs) < 3:
+        await sim.wait_for_requests(sim.request_count + 1)
+    working.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await working
+    await batch.add([StartRequest("echo", {"n": 9}, key="queued")])
+    monkeypatch.setattr(stores, "EARLIER_VERSIONS", (stores.VERSION, *stores.EARLIER_VERSIONS))
+    monkeypatch.setattr(stores, "VERSION", "3")
+    monkeypatch.setattr(workers, "VERSION", "3")
+    for run in sim.runs:
+        sim.finish(run.execution_id, "Answer")
+    assert (await batch.work()).succeeded == 4
+    assert len(sim.runs) == 4
+
+
+@pytest.mark.parametrize("recorded", [[], ["intend"], ["intend", "start"]])
+async def test_an_item_that_version_0_1_began_is_finished(
+    sim: Simulator, batch: Batch, url: str, recorded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its intent, between intent and answer (which is unknown), and after the answer."""
+    monkeypatch.setattr(stores, "WORKFLOW", stores.FIRST_WORKFLOW)
+    await batch.add([StartRequest("echo", {"n": 4}, key="a")])
+    monkeypatch.undo()
+    monkeypatch.setattr(stores, "_QUEUE_INTERVAL", 0.02)
+    monkeypatch.setattr(liveness, "HEARTBEAT_INTERVAL", 0.02)
+    found = sim.add_execution(Scenario([SimNode("Answer", 4, is_output_node=True)]))
+    results = {
+        "intend": '"0123456789abcdef"',
+        "start": f'{{"execution_id": {found}, "at": "2026-01-01T00:00:00+00:00", "error": null}}',
+    }
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database, database:
+        database.execute(
+            "UPDATE workflow_status SET status = 'PENDING', application_version = '1',"
+            " executor_id = 'dead'"
+        )
+        for number, name in enumerate(recorded, 1):
+            database.execute(
+                "INSERT INTO operation_outputs (workflow_uuid, function_id, function_name, output,"
+                " serialization) VALUES (?, ?, ?, ?, 'portable_json')",
+                (workflow_id("b", "a", 1), number, name, results[name]),
+            )
+    status = await batch.work()
+    assert status.finished == 1
+    (ended,) = (await outcomes(batch)).values()
+    assert ended.kind == ("unknown" if recorded == ["intend"] else "succeeded")
+    assert len(sim.runs) == (not recorded)
+    assert (ended.execution_id == found) is (len(recorded) == 2)
