@@ -43,6 +43,7 @@ nitpick_ignore = [
         "ItemT",
         "MeterProvider",
         "OutputT",
+        "Path",
         "T",
         "TracerProvider",
         "TypeForm",

@@ -48,7 +48,8 @@ async def start(sim: Simulator, viewer: Any, ui: Any, scenario: Scenario) -> int
 
 async def test_nodes_are_in_layers_with_live_statuses(sim: Simulator, viewer: Any, ui: Any) -> None:
     """The edge that was taken and the branch that was skipped differ; conditions are marked."""
-    held = await start(sim, viewer, ui, BRANCHES)
+    more = [SimNode("slow", "s", None), SimNode("both", "b", after=["plan", "slow"])]
+    held = await start(sim, viewer, ui, Scenario([*BRANCHES.nodes, *more]))
     for name, status in (("plan", "RUNNING"), ("accept", "QUEUED"), ("answer", "QUEUED")):
         await expect(ui.drawn(name)).to_have_attribute("data-status", status)
     boxes = {
@@ -62,6 +63,9 @@ async def test_nodes_are_in_layers_with_live_statuses(sim: Simulator, viewer: An
     await expect(ui.edge("plan", "accept")).to_have_attribute("data-edge", "taken")
     await expect(ui.edge("plan", "reject")).to_have_attribute("data-edge", "skipped")
     await expect(ui.edge("reject", "answer")).to_have_attribute("data-edge", "skipped")
+    await expect(ui.edge("plan", "both")).to_have_attribute("data-edge", "pending")
+    sim.finish(held, "slow")
+    await expect(ui.edge("plan", "both")).to_have_attribute("data-edge", "taken")
     sim.finish(held, "accept")
     await expect(ui.drawn("answer")).to_have_attribute("data-status", "SUCCESS")
     await expect(ui.edge("accept", "answer")).to_have_attribute("data-edge", "taken")
@@ -171,11 +175,11 @@ async def test_it_is_panned_and_zoomed(sim: Simulator, viewer: Any, ui: Any, pag
     await graph.evaluate("(one) => one.scrollTo(0, 0)")
     await graph.scroll_into_view_if_needed()
     at = await ui.drawn("start").bounding_box()
-    await page.mouse.move(at["x"] + 20, at["y"] + 10)
+    await page.mouse.move(at["x"] + 120, at["y"] + 10)
     await page.mouse.down()
-    await page.mouse.move(at["x"] - 180, at["y"] - 20, steps=4)
-    await page.mouse.up()
-    assert await graph.evaluate("(one) => one.scrollLeft") == 200
+    await page.mouse.move(at["x"] + 20, at["y"] + 10, steps=4)
+    await page.mouse.up()  # over the node on which it began
+    assert await graph.evaluate("(one) => one.scrollLeft") == 100
     await expect(ui.drawn("start")).not_to_have_class(re.compile("selected"))
     box = await graph.bounding_box()
     await page.mouse.move(box["x"] + 300, box["y"] + 100)
@@ -280,6 +284,38 @@ async def test_names_are_text_and_cycles_are_drawn(
         })"""
     )
     assert all(isinstance(number, (int, float)) for number in routes)
+
+
+async def test_nodes_are_beside_what_they_depend_on(page: Page) -> None:
+    """A chain is straight, a fork is symmetric, and edges do not cross if they need not."""
+    laid_out = """([layers, pairs]) => import("/layout.js").then(({ layOut }) => {
+        const edges = pairs.map(([source, target]) => ({ source, target }));
+        const sizes = { along: 10, across: 10, gapAlong: 5, gapAcross: 5 };
+        const { positions } = layOut(layers, edges, sizes);
+        return Object.fromEntries([...positions].map(([name, [, at]]) => [name, at]));
+    })"""
+    fork = [["a"], ["b", "c"], ["d"], ["e"]]
+    at = await page.evaluate(laid_out, [fork, ["ab", "ac", "bd", "cd", "de"]])
+    assert at["a"] == at["d"] == at["e"] == pytest.approx((at["b"] + at["c"]) / 2)
+    crossed = [["a", "b"], ["c", "d"]]
+    at = await page.evaluate(laid_out, [crossed, ["ad", "bc"]])
+    assert (at["a"], at["b"]) == pytest.approx((at["d"], at["c"]))
+    at = await page.evaluate(laid_out, [[["a", "b", "c"], ["d"]], ["cd"]])
+    assert at["d"] == pytest.approx(at["c"])
+
+
+async def test_a_graph_of_all_edges_is_laid_out(page: Page) -> None:
+    """Two hundred nodes, each after all before it: edges go straight rather than never."""
+    count = await page.evaluate(
+        """() => import("/layout.js").then(({ layOut }) => {
+            const names = [...Array(200).keys()].map(String);
+            const edges = names.flatMap((source, index) =>
+                names.slice(index + 1).map((target) => ({ source, target })));
+            const sizes = { along: 10, across: 10, gapAlong: 5, gapAcross: 5 };
+            return layOut(names.map((name) => [name]), edges, sizes).routes.length;
+        })"""
+    )
+    assert count == 19_900
 
 
 async def test_on_a_narrow_screen_layers_are_below_each_other(

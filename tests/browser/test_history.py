@@ -134,6 +134,23 @@ async def test_a_run_is_remembered_between_visits(
     await expect(page.get_by_role("heading", name="report")).to_be_visible()
 
 
+async def test_the_list_follows_what_happens(
+    sim: Simulator, viewer: Any, ui: Any, page: Page
+) -> None:
+    """A run that is started elsewhere appears, and then its end and its duration."""
+    held = Scenario([SimNode("answer", "Otters are fine.", None, is_output_node=True)])
+    sim.add_workflow("report", held)
+    await ui.open("#/history")
+    await expect(page.locator("#history-empty")).to_contain_text("Nothing is remembered yet.")
+    execution = await viewer.board.start("report", {})
+    line = entry(page, execution.id)
+    await expect(line).to_have_attribute("data-state", "running")
+    sim.finish(execution.id, "answer")
+    await expect(line).to_have_attribute("data-state", "succeeded")
+    await expect(line.locator('[data-part="duration"]')).to_have_text(re.compile(r"^\d+\.\d s$"))
+    await expect(page.locator(".trend")).to_contain_text("1 run")
+
+
 async def test_two_of_one_workflow_are_chosen_for_comparison(
     viewer: Any, ui: Any, page: Page, browser_errors: Any
 ) -> None:

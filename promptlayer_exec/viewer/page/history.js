@@ -8,6 +8,7 @@ import { addressOf, go, replace } from "./router.js";
 import { ago, clock, duration, fully, machine } from "./times.js";
 
 const PAUSE = 150; // milliseconds without typing until it searches
+const FIRST_PAGE = 100;
 
 const picked = new Map(); // by execution id: the entry
 let entries = [];
@@ -29,12 +30,13 @@ export const historyView = {
     loadTrends();
   },
 
-  // The state of those that are followed may have changed.
+  // What is followed is new, or has ended.
   onExecution(run, before) {
     if (run.data.state === before.state) return;
     const row = document.querySelector(`.entry[data-id="${CSS.escape(run.id)}"]`);
     const entry = entries.find((one) => one.execution_id === run.id);
     if (row && entry) showState(row, entry);
+    if (before.state === "waiting" || run.isEnded) loadAgain();
   },
 
   refresh() {
@@ -52,6 +54,17 @@ function filters() {
   set("workflow", byId("history-workflow").value);
   set("days", byId("history-days").value);
   return params;
+}
+
+// Unless somebody is using the list.
+function loadAgain() {
+  const isUsed = byId("entries").contains(document.activeElement) || picked.size > 0;
+  if (isUsed || entries.length > FIRST_PAGE) return;
+  clearTimeout(typing);
+  typing = setTimeout(() => {
+    load();
+    loadTrends();
+  }, PAUSE);
 }
 
 async function load(isMore = false) {

@@ -3,6 +3,8 @@
 // points between the nodes.
 
 const SWEEPS = 8;
+const MOST_POINTS = 2000; // between the nodes; further edges go straight
+const MOST_EDGES = 1000; // from one layer to the next, to look for crossings
 
 // `along` and `across` are the sizes of a node in the direction of the layers and across it.
 // Returns positions of the nodes' centres, [along, across], and the points of each edge.
@@ -15,7 +17,12 @@ export function layOut(layers, edges, { along, across, gapAlong, gapAcross }) {
       return item;
     }),
   );
-  const routes = edges.map((edge) => connect(edge, items, rows));
+  let points = 0;
+  const routes = edges.map((edge) => {
+    const route = connect(edge, items, rows, MOST_POINTS - points);
+    points += route.length - 2;
+    return route;
+  });
   orderRows(rows);
   placeRows(rows, gapAcross);
   const least = Math.min(...rows.flat().map((item) => item.at - item.size / 2), Infinity);
@@ -36,9 +43,10 @@ export function layOut(layers, edges, { along, across, gapAlong, gapAcross }) {
   };
 }
 
-function connect({ source, target }, items, rows) {
+function connect({ source, target }, items, rows, most) {
   const [from, to] = [items.get(source), items.get(target)];
   const route = [from];
+  if (to.layer - from.layer - 1 > most) return [from, to];
   for (let layer = from.layer + 1; layer < to.layer; layer += 1) {
     const point = { name: null, layer, size: 16, up: [], down: [], at: 0 };
     rows[layer].push(point);
@@ -57,6 +65,8 @@ function connect({ source, target }, items, rows) {
 
 function orderRows(rows) {
   number(rows);
+  const edges = rows.map((row) => row.reduce((sum, item) => sum + item.down.length, 0));
+  if (Math.max(...edges, 0) > MOST_EDGES) return;
   let best = rows.map((row) => [...row]);
   let fewest = crossings(rows);
   for (let sweep = 0; sweep < SWEEPS && fewest > 0; sweep += 1) {
