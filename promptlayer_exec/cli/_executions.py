@@ -39,7 +39,7 @@ from promptlayer_exec.cli._arguments import (
 )
 from promptlayer_exec.cli._definitions import WorkflowName
 from promptlayer_exec.cli._display import Display, choose_display, node_table
-from promptlayer_exec.cli._exit import PROGRAM, ExitCode, Misuse, Subject, run_command
+from promptlayer_exec.cli._exit import NO_RUN, PROGRAM, ExitCode, Misuse, Subject, run_command
 from promptlayer_exec.cli._session import demo_session, open_session
 from promptlayer_exec.cli._stdio import OutputFailed, err, out
 from promptlayer_exec.cli._text import failure_reason, final_count, printable, result_line, shorten
@@ -135,7 +135,7 @@ def run(
     variables = read_inputs(inputs)
     texts = read_metadata(metadata) or None
     display = choose_display(as_json=as_json)
-    subject = Subject(base_url=base_url, resumable=True, note="no run was started")
+    subject = Subject(base_url=base_url, resumable=True, note=NO_RUN)
 
     async def work() -> ExitCode:
         retry = RetryPolicy(outage=outage, watch_outage=outage)

@@ -28,6 +28,7 @@ from promptlayer_exec.cli._stdio import OutputFailed, err, out
 from promptlayer_exec.cli._text import printable
 
 PROGRAM = "promptlayer-exec"
+NO_RUN = "no run was started"  # a note of a start; the error of a refused one says so itself
 _HELP_EPILOG = """\
 \b
 Environment:
@@ -196,7 +197,9 @@ def _report(error: Exception, subject: Subject, *, as_json: bool) -> ExitCode:
     code = next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
     message = str(error)
     execution_id = subject.execution_id
-    says_if_started = isinstance(error, ExecutionTimeout | RequestError | StartUnknown)
+    says_if_started = isinstance(error, ExecutionTimeout | StartUnknown) or (
+        isinstance(error, RequestError) and subject.note == NO_RUN
+    )
     if execution_id is None and subject.note and (subject.is_batch or not says_if_started):
         message = f"{message.rstrip('.')}; {subject.note}"
     message = printable(message)
