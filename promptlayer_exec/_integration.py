@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from uuid import uuid4
 
 from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError, RequestError, printable
 from promptlayer_exec._events import WakeSource
@@ -24,12 +25,14 @@ from promptlayer_exec._settings import check_count, find_base_url, missing_for_p
 from promptlayer_exec._start import SendHooks
 from promptlayer_exec._throttle import Limiter
 from promptlayer_exec._transport import excess
+from promptlayer_exec._wire import check_execution_id
 from promptlayer_exec._workflows import Workflow
 
 __all__ = [
     "SendHooks",
     "base_url",
     "check_count",
+    "check_execution_id",
     "check_inputs",
     "check_seconds",
     "each",
@@ -45,6 +48,7 @@ __all__ = [
     "retry_policy",
     "short_repr",
     "start",
+    "start_token",
     "wake",
 ]
 
@@ -95,14 +99,22 @@ async def check_inputs(session: Session, request: StartRequest) -> Workflow | No
     return workflow
 
 
-async def start(session: Session, request: StartRequest, *, hooks: SendHooks) -> Execution:
+def start_token(session: Session) -> str:
+    """Return a token that no other start has, for the callback URL of one if it gets its own."""
+    callbacks = session._settings.callbacks
+    return uuid4().hex if callbacks is None else callbacks.new_token()
+
+
+async def start(
+    session: Session, request: StartRequest, *, hooks: SendHooks, token: str | None = None
+) -> Execution:
     """Start a run as `Session.start` does, with hooks around sending.
 
     `hooks.before_send` is awaited once for each attempt, when the connection stands and nothing has
     been written to it. Until it returns, cancelling the call sends nothing. If an attempt did not
     start a run and is repeated, `hooks.not_sent` is awaited before the delay.
     """
-    return await session._start(request, hooks=hooks)
+    return await session._start(request, hooks=hooks, token=token)
 
 
 def retry_policy(session: Session) -> RetryPolicy:

@@ -897,6 +897,7 @@ async def test_the_stored_names_of_an_item_are_fixed(
             *("batch", "key", "attempt", "kind", "seq", "outcome", "digest", "intent", "seconds")
         ],
         "promptlayer_worker": ["executor", "beat", "process", "batch"],
+        "promptlayer_callback": ["batch", "token", "execution_id"],
     }
 
 

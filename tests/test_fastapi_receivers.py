@@ -25,7 +25,12 @@ from promptlayer_exec import (
     StartUnknown,
     WatchWoken,
 )
-from promptlayer_exec.fastapi import _receivers, create_callback_router, create_webhook_router
+from promptlayer_exec.fastapi import (
+    _receivers,
+    create_callback_router,
+    create_router,
+    create_webhook_router,
+)
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.webhooks import Callbacks
 
@@ -439,5 +444,7 @@ def test_mistakes_are_named_when_the_routers_are_made() -> None:
         create_webhook_router(session, secret=None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="session must be a Session or a dependency, got 5"):
         create_webhook_router(5, secret=SECRET)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="session must be a Session or a dependency, got 5"):
+        create_router(5, authorize=lambda: None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"callbacks must be a .*Callbacks, got 'http://x'"):
         create_callback_router(session, callbacks="http://x")  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ def blocks(language: str, page: str = PAGE) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
-APP, OTHER_FRAMEWORK, SHARING, TESTS = blocks("python")
+APP, OTHER_FRAMEWORK, SHARING, _, TESTS = blocks("python")
 _, SERVE, RIGHT, FORGED, OVERSIZED, _ = blocks("sh")
 CURL = pytest.mark.skipif(shutil.which("curl") is None, reason="the docs' commands use curl")
 

@@ -22,6 +22,7 @@ from typing import IO, Any, TypeVar
 from promptlayer_exec import ConfigurationError, Session, StartRequest
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos import _again as again
+from promptlayer_exec.dbos import _callbacks as callbacks
 from promptlayer_exec.dbos import _reports as reports
 from promptlayer_exec.dbos._liveness import is_worked_on
 from promptlayer_exec.dbos._location import database_url as locate
@@ -173,10 +174,12 @@ class Batch:
         self._is_restarting = self._restart_unknown
         try:
             async with self._open() as store:
+                await store.run_in_thread(callbacks.resolve, store, self._name)
                 if self._restart_unknown:
                     await store.run_in_thread(again.retry, store, self._name, ["unknown"])
                     self._is_restarting = False
-                if not until_done or not await self._is_finished(store):
+                # While the last worker ends, a callback may make one more item unfinished.
+                while not until_done or not await self._is_finished(store):
                     await self._work(store, until_done=until_done)
                 status = await store.run_in_thread(store.status, self._name)
                 if status.finished < status.total and await self._is_finished(store):
@@ -283,6 +286,7 @@ class Batch:
         """
         kinds = [kind for kind, is_meant in (("failed", failed), ("unknown", unknown)) if is_meant]
         async with self._open() as store:
+            await store.run_in_thread(callbacks.resolve, store, self._name)
             return await store.run_in_thread(again.retry, store, self._name, kinds)
 
     async def status(self) -> BatchStatus:
@@ -364,6 +368,32 @@ class Batch:
     async def _report(self, report: Callable[..., T], *arguments: Any) -> T:
         async with self._open() as store:
             return await store.run_in_thread(report, store, self._name, *arguments)
+
+    async def resolve(self, token: str, execution_id: int) -> bool:
+        """Let an unknown item be followed, because the callback of its start has come.
+
+        The workers need a session with `callbacks`, whose router gets this as `on_callback`. Any
+        process may receive a callback, of any start, at any time and several times: it is stored,
+        also before its item is unknown. The next worker follows the execution; nothing is started.
+
+        Args:
+            token: the token in the callback's URL; it must be genuine.
+            execution_id: the id in the callback.
+
+        Returns:
+            True if an unknown item is followed now.
+
+        Raises:
+            TypeError: `token` is not a str, or `execution_id` not an int.
+            ValueError: `execution_id` is out of range.
+            ConfigurationError: the database cannot be used.
+        """
+        if not isinstance(token, str):
+            raise TypeError(f"token must be a str, got {token!r:.100}")
+        execution_id = integration.check_execution_id(execution_id)
+        async with self._open() as store:
+            await store.run_in_thread(callbacks.record, store, self._name, token, execution_id)
+            return await store.run_in_thread(callbacks.resolve, store, self._name) > 0
 
     def __repr__(self) -> str:
         return f"<Batch {self._name!r} in {self._url.render_as_string(hide_password=True)}>"

@@ -28,7 +28,6 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, NoReturn, TypedDict, TypeVar
-from uuid import uuid4
 
 import attrs
 from dbos import DBOS
@@ -53,6 +52,7 @@ from promptlayer_exec import (
 )
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos import _again as again
+from promptlayer_exec.dbos import _callbacks as callbacks
 from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos._breaker import FAILURES, Breaker
 from promptlayer_exec.dbos._dbos_internals import ItemTaken
@@ -118,7 +118,7 @@ class PendingStart:
 
     _item: Item
     _intents: Group[Intent, bool]
-    token: str = attrs.field(init=False, factory=lambda: uuid4().hex)
+    token: str  # also the one in the start's callback URL, if it has one of its own
     replaced: str | None = attrs.field(init=False, default=None)
     execution: Execution | None = attrs.field(init=False, default=None)
     task: asyncio.Task[Any] | None = attrs.field(init=False, default=None)
@@ -233,10 +233,12 @@ class Items:
 
     def _store_endings(self, endings: list[Ending]) -> list[None]:
         self._store.finish(self._batch, endings)
+        if any(ending.kind == "unknown" for ending in endings):
+            callbacks.resolve(self._store, self._batch)
         return [None] * len(endings)
 
     async def _start(self, item: Item) -> StartResult | None:
-        pending = PendingStart(item, self._intents)
+        pending = PendingStart(item, self._intents, integration.start_token(self._session))
         self.pending.add(pending)
         try:
             while True:
@@ -287,7 +289,9 @@ class Items:
             async with self._starts.turn() as since:
                 result: StartResult | None = None
                 try:
-                    execution = await integration.start(self._session, request, hooks=pending)
+                    execution = await integration.start(
+                        self._session, request, hooks=pending, token=pending.token
+                    )
                 except _IntentRefused:
                     result = await self._explain_refusal(item, pending)
                 except ExecutionTimeout:

@@ -1,4 +1,4 @@
-"""The database: DBOS's tables, and three of our own for batches, items and workers.
+"""The database: DBOS's tables, and four of our own for batches, items, workers and callbacks.
 
 DBOS stores which items to run and the progress of each. Our tables store the outcomes in the order
 in which they were stored, what is needed to start each item once, the heartbeats of the workers,
@@ -45,6 +45,7 @@ from promptlayer_exec.dbos._dbos_internals import (
 from promptlayer_exec.dbos._requests import Row, differences, digest_of
 from promptlayer_exec.dbos._tables import ADD, COUNTS, FINISH, FINISH_ONE, Ending
 from promptlayer_exec.dbos._tables import batches as _batches
+from promptlayer_exec.dbos._tables import callbacks as _callbacks
 from promptlayer_exec.dbos._tables import items as _items
 from promptlayer_exec.dbos._tables import tables as _tables
 from promptlayer_exec.dbos._tables import workers as _workers
@@ -465,6 +466,7 @@ class Store:
             delete = sa.delete(_items).where(_item.batch == batch, _item.key.in_(keys))
             self.transact(partial(_execute, delete))
             deleted += len(rows)
+        self.transact(partial(_execute, sa.delete(_callbacks).where(_callbacks.c.batch == batch)))
         self.transact(partial(_execute, sa.delete(_batches).where(_batches.c.name == batch)))
         self.transact(partial(_execute, sa.delete(_workers).where(_workers.c.batch == batch)))
         return deleted

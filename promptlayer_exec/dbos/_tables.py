@@ -1,4 +1,4 @@
-"""The tables of batches, items and workers, and the statements that write many items at once.
+"""The tables of batches, items, workers and callbacks, and the statements for many items at once.
 
 A database of an older version gets the columns that it lacks. They are all nullable, and null in
 the rows that an older version writes.
@@ -54,6 +54,14 @@ workers = sa.Table(
     sa.Column("beat", sa.BigInteger, nullable=False),
     sa.Column("process", sa.Text, nullable=False),
     sa.Column("batch", sa.Text),
+)
+# By the token of its start, which is the intent of an item.
+callbacks = sa.Table(
+    "promptlayer_callback",
+    tables,
+    sa.Column("batch", sa.Text, primary_key=True),
+    sa.Column("token", sa.Text, primary_key=True),
+    sa.Column("execution_id", sa.BigInteger, nullable=False),
 )
 
 # PostgreSQL: all items of a call in one round trip. `dbos.enqueue_workflow` is documented, and

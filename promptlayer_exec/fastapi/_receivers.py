@@ -8,7 +8,7 @@ from contextlib import suppress
 from inspect import isawaitable
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Header, HTTPException, Request
+from fastapi import APIRouter, Header, HTTPException, Request
 from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -16,6 +16,7 @@ from starlette.responses import Response
 from promptlayer_exec import Session, SessionClosed
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.fastapi._responses import PROBLEMS, ProblemRoute
+from promptlayer_exec.fastapi._router import session_dependency
 from promptlayer_exec.webhooks import (
     MAX_WEBHOOK_BYTES,
     Callbacks,
@@ -45,7 +46,7 @@ def create_webhook_router(session: Session | Callable[..., Any], *, secret: str)
         TypeError: an argument has the wrong type.
     """
     check_secret(secret)
-    opened = _dependency(session)
+    opened = session_dependency(session)
     router = APIRouter(route_class=ProblemRoute, responses=PROBLEMS, tags=["promptlayer"])
 
     @router.post("/webhook", status_code=204)
@@ -95,7 +96,7 @@ def create_callback_router(
         raise TypeError(
             f"callbacks must be a promptlayer_exec.webhooks.Callbacks, got {callbacks!r:.100}"
         )
-    opened = _dependency(session)
+    opened = session_dependency(session)
     router = APIRouter(route_class=ProblemRoute, responses=PROBLEMS, tags=["promptlayer"])
 
     @router.post("/callbacks/{token}", status_code=204)
@@ -120,18 +121,6 @@ def create_callback_router(
         return _accepted(session, execution_id, "callback")
 
     return router
-
-
-def _dependency(session: Session | Callable[..., Any]) -> Any:
-    if not isinstance(session, Session):
-        if not callable(session):
-            raise TypeError(f"session must be a Session or a dependency, got {session!r:.100}")
-        return Depends(session)
-
-    async def get_session() -> Session:
-        return session
-
-    return Depends(get_session)
 
 
 def _accepted(

@@ -30,8 +30,24 @@ class _Start(BaseModel):
     inputs: dict[str, Any] = {}
 
 
+def session_dependency(session: Session | Callable[..., Any]) -> Any:
+    """Return the dependency for a session, or for a function that returns it."""
+    if not isinstance(session, Session):
+        if not callable(session):
+            raise TypeError(f"session must be a Session or a dependency, got {session!r:.100}")
+        return Depends(session)
+
+    async def get_session() -> Session:
+        return session
+
+    return Depends(get_session)
+
+
 def create_router(
-    session: Callable[..., Any], *, authorize: Callable[..., Any], workflows: Collection[str] = ()
+    session: Session | Callable[..., Any],
+    *,
+    authorize: Callable[..., Any],
+    workflows: Collection[str] = (),
 ) -> APIRouter:
     """Return routes that read and follow executions, and start those of some workflows.
 
@@ -39,14 +55,14 @@ def create_router(
     `POST /executions` if there are `workflows`. Errors are problem+json (RFC 9457).
 
     Args:
-        session: a dependency that returns the open `Session`.
+        session: the open `Session`, or a dependency that returns it.
         authorize: a dependency that raises an `HTTPException` or returns False to refuse a request.
             It may declare the request, and `execution_id: int | None = None`. The code after a
             `yield` in it runs before an event is sent.
         workflows: the names of the workflows that may be started.
 
     Raises:
-        TypeError: `authorize` is not callable, or `workflows` is a single string.
+        TypeError: `session` or `authorize` is unusable, or `workflows` is a single string.
     """
     if not callable(authorize):
         raise TypeError(f"authorize must be a dependency, got {authorize!r:.100}")
@@ -65,7 +81,7 @@ def create_router(
         responses=PROBLEMS,
         tags=["executions"],
     )
-    _add_routes(router, Depends(session), frozenset(workflows))
+    _add_routes(router, session_dependency(session), frozenset(workflows))
     return router
 
 

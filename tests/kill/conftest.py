@@ -136,11 +136,11 @@ class Scene:
         self.sim._port = port
         self.sim.__enter__()
 
-    def add(self, count: int, *, seconds: float = 1.0) -> None:
+    def add(self, count: int, *, seconds: float = 1.0, workflow: str = "job") -> None:
         """Add items whose executions take up to `seconds` each."""
         self._keys = {f"item {number}" for number in range(count)}
         self._durations = {key: self.random.uniform(0.0, seconds) for key in sorted(self._keys)}
-        requests = [StartRequest("job", {"key": key}, key=key) for key in sorted(self._keys)]
+        requests = [StartRequest(workflow, {"key": key}, key=key) for key in sorted(self._keys)]
         assert asyncio.run(self.batch.add(requests)) == count
 
     def worker(self, *, in_flight: int = 20, rate: float = 0.0) -> Worker:

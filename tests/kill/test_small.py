@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from promptlayer_exec.simulator import Simulator
+from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
 NAME = "nightly"  # of the scene's batch
 ENDLESS = """
@@ -83,3 +84,68 @@ def test_a_worker_without_its_database_ends(
         key, execution_id = run.inputs["key"], run.execution_id
         line = f"execution {execution_id} was started for item {key!r} of batch '{NAME}'"
         assert stored.get(key) == execution_id or line in err, key
+
+
+CALLED_BACK = """
+import asyncio, sys
+from promptlayer_exec import PollPolicy, Session
+from promptlayer_exec.dbos import Batch
+from promptlayer_exec.webhooks import Callbacks
+
+def session():
+    callbacks = Callbacks("http://127.0.0.1:9/callbacks", secret="of the workers")
+    return Session(poll=PollPolicy.fixed(0.1), callbacks=callbacks)
+
+asyncio.run(Batch(sys.argv[2], database_url=sys.argv[1], session=session).work())
+"""
+
+
+@pytest.mark.timeout(120)
+def test_what_a_killed_worker_started_is_found_by_its_callbacks(
+    postgres_scene: Any, sim: Simulator
+) -> None:
+    """It was killed between request and answer. What stays unknown never reached the server."""
+    scene = postgres_scene
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def kill_at_the_tenth(inputs: Any) -> Scenario:
+        if len(sim.runs) == 9:
+            processes[0].kill()
+        return Scenario([SimNode("Answer", inputs["key"], is_output_node=True)])
+
+    def work() -> subprocess.Popen[bytes]:
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", CALLED_BACK, scene.url, NAME],
+                env={
+                    **os.environ,
+                    "PROMPTLAYER_API_KEY": sim.api_key,
+                    "PROMPTLAYER_BASE_URL": sim.base_url,
+                },
+            )
+        )
+        return processes[-1]
+
+    def call_back() -> None:
+        async def resolve() -> None:
+            for run in sim.runs:
+                token = run.body["callback_url"].rpartition("/")[2]
+                await scene.batch.resolve(token, run.execution_id)
+
+        asyncio.run(resolve())
+
+    sim.add_workflow("killed", kill_at_the_tenth)
+    scene.add(20, workflow="killed")
+    try:
+        assert work().wait(60) == -signal.SIGKILL
+        assert work().wait(60) == 0
+        assert asyncio.run(scene.batch.status()).unknown > 20 - len(sim.runs)
+        call_back()
+        assert work().wait(60) == 0
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    status = asyncio.run(scene.batch.status())
+    assert (status.succeeded, status.unknown) == (len(sim.runs), 20 - len(sim.runs))
+    assert sim.runs[9].inputs["key"] in scene.outcomes()

@@ -1,0 +1,52 @@
+"""Callbacks of starts whose answers were lost: they turn unknown items into items with an id.
+
+A callback may come before its item is unknown: the worker that sent the start has died, but nobody
+knows it yet. So each callback is stored, and both who stores one and who stores an unknown outcome
+look afterwards for items that have both. Whoever comes second finds them.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+from promptlayer_exec.dbos import _again as again
+from promptlayer_exec.dbos._tables import callbacks, items
+
+if TYPE_CHECKING:
+    from promptlayer_exec.dbos._store import Store
+
+_item, _callback = items.c, callbacks.c
+_RECORD = sa.text(
+    "INSERT INTO promptlayer_callback (batch, token, execution_id)"
+    " VALUES (:batch, :token, :execution_id) ON CONFLICT DO NOTHING"
+)
+
+
+def record(store: Store, batch: str, token: str, execution_id: int) -> None:
+    """Store a callback; the first one of a start counts."""
+    row = {"batch": batch, "token": token, "execution_id": execution_id}
+    store.transact(lambda connection: connection.execute(_RECORD, row))
+
+
+def resolve(store: Store, batch: str) -> int:
+    """Let each unknown item whose callback is stored be followed; return how many there were."""
+    query = (
+        sa.select(_item.key, _item.attempt, _item.intent, _callback.execution_id)
+        .join(callbacks, (_callback.batch == _item.batch) & (_callback.token == _item.intent))
+        .where(_item.batch == batch, _item.kind == "unknown")
+    )
+    at = datetime.now(UTC).isoformat()
+    return sum(
+        again.adopt(
+            store,
+            batch,
+            key=row.key,
+            attempt=row.attempt,
+            token=row.intent,
+            started={"execution_id": row.execution_id, "at": at, "error": None},
+        )
+        for row in store.rows(query)
+    )
