@@ -139,8 +139,6 @@ class Watch:
         """Add a follower; one that `streams` wants every snapshot, not just the complete one."""
         self._followers += 1
         self._streams += streams
-        if streams:
-            self._reschedule()
 
     def remove_follower(self, *, streams: bool = False) -> None:
         """Remove a follower; polling stops after the last one."""
@@ -189,7 +187,7 @@ class Watch:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiters[future] = deadline
         if self._net is not None:
-            self._reschedule()  # the deadline may be the first
+            self._reschedule()  # the deadline may be the first, or the follower one that streams
         timer = PatientTimer(deadline.when, resolve, future)
         try:
             await future

@@ -20,6 +20,7 @@ from aiohttp import web
 from promptlayer_exec import (
     ConfigurationError,
     ExecutionTimeout,
+    Polled,
     PollPolicy,
     Session,
     SessionClosed,
@@ -262,6 +263,12 @@ async def log() -> AsyncIterator[Log]:
     logging.getLogger().removeHandler(log)
 
 
+@pytest.fixture(autouse=True)
+def _polls_do_not_rescue_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_FIRST", "_LONGEST", "_SUBSCRIBING"):
+        monkeypatch.setattr(_safety_net, name, 3600.0)
+
+
 @pytest.fixture
 async def open_pushed(
     server: Server, recorder: Any, our_tasks: Callable[[], list[str]]
@@ -393,7 +400,7 @@ class TestDelivery:
     ) -> None:
         """The first run of a session costs one poll more, and then it is pushed."""
         server.hold = {"subscribe"}
-        session = open_pushed(poll=PollPolicy(floor=0.5, ceiling=3600.0))
+        session = open_pushed()
         execution = await session.start("w")
         waiting = asyncio.create_task(execution.output())
         await server.until(lambda: ("command", "subscribe") in server.log)
@@ -412,6 +419,28 @@ class TestDelivery:
         execution = await pushed.start("w")
         assert await execution.output(timeout=10) == "42"
         assert server.polls == 1
+
+    async def test_once_push_has_told_of_a_completion_polls_are_further_apart(
+        self,
+        open_pushed: Callable[..., Session],
+        server: Server,
+        recorder: Any,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Each of the safety net's gaps is twice the one before."""
+        monkeypatch.setattr(_safety_net, "_FIRST", 0.1)
+        session = open_pushed(poll=OFTEN)
+        told = await session.start("w")
+        await server.subscribed()
+        await server.finish(told.id)
+        assert await told.output() == "42"
+        execution = await session.start("w")
+        waiting = asyncio.create_task(execution.output())
+        first = (await recorder.next(Polled)).snapshot
+        second = (await recorder.next(Polled)).snapshot
+        assert second.elapsed - first.elapsed > 0.19
+        await server.finish(execution.id)
+        assert await waiting == "42"
 
     async def test_streams_are_polled_as_without_push(
         self, open_pushed: Callable[..., Session], server: Server, recorder: Any
@@ -440,11 +469,13 @@ class TestDelivery:
         assert (await waiting).poll == 2
 
     async def test_an_error_at_the_deadline_has_a_snapshot(
-        self, pushed: Session, server: Server
+        self, pushed: Session, server: Server, recorder: Any
     ) -> None:
         """Shortly before a deadline there is a poll, though nothing was pushed."""
         execution = await pushed.start("w")
         first = asyncio.create_task(execution.wait(timeout=60))
+        await recorder.next(WatchStarted)
+        await asyncio.sleep(0)  # it sleeps until shortly before the first deadline
         with pytest.raises(ExecutionTimeout, match="0 of 1 nodes were final"):
             await execution.wait(timeout=0.1)
         assert server.polls == 1
@@ -583,6 +614,7 @@ class TestFaults:
         """Three completions in a row that no message told of, and push is given up."""
         monkeypatch.setattr(push, "_SILENCE", 0.01)
         monkeypatch.setattr(_safety_net, "_FIRST", 0.02)
+        monkeypatch.setattr(_safety_net, "_LONGEST", 0.02)
         session = open_pushed(poll=PollPolicy.fixed(0.01))
         first = await session.start("w")
         await server.subscribed()
@@ -614,6 +646,92 @@ class TestFaults:
         await asyncio.sleep(0.1)  # none of the four is counted
         assert log.warnings == []
         assert len(server.sockets) == 1
+
+    async def test_one_message_that_came_true_outweighs_silence(
+        self,
+        open_pushed: Callable[..., Session],
+        server: Server,
+        monkeypatch: pytest.MonkeyPatch,
+        log: Log,
+    ) -> None:
+        """Only completions in a row count."""
+        monkeypatch.setattr(push, "_SILENCE", 0.0)
+        monkeypatch.setattr(_safety_net, "_FIRST", 0.02)
+        monkeypatch.setattr(_safety_net, "_LONGEST", 0.02)
+        session = open_pushed(poll=PollPolicy.fixed(0.01))
+        await session.start("w")
+        await server.subscribed()
+        for is_told in (False, False, True, False, False):
+            execution = await session.start("w")
+            if is_told:
+                await server.finish(execution.id)
+                await execution.output()
+            else:
+                await polled_to_the_end(server, execution)
+        await asyncio.sleep(0.02)
+        assert log.warnings == []
+        await polled_to_the_end(server, await session.start("w"))
+        await log.given_up()
+
+    async def test_what_ended_before_the_subscription_is_no_silence(
+        self,
+        open_pushed: Callable[..., Session],
+        server: Server,
+        monkeypatch: pytest.MonkeyPatch,
+        log: Log,
+    ) -> None:
+        """No message could be expected of it."""
+        monkeypatch.setattr(push, "_SILENCE", 0.0)
+        server.hold = {"subscribe"}
+        session = open_pushed()
+        executions = [await session.start("w") for _ in range(3)]
+        server.complete.update(execution.id for execution in executions)
+        waiting = [asyncio.create_task(execution.output()) for execution in executions]
+        await server.until(lambda: ("command", "subscribe") in server.log)
+        await server.release()
+        assert await asyncio.gather(*waiting) == ["42"] * 3
+        await asyncio.sleep(0.02)
+        assert log.warnings == []
+
+    async def test_what_ended_as_the_connection_was_lost_is_no_silence(
+        self,
+        open_pushed: Callable[..., Session],
+        server: Server,
+        monkeypatch: pytest.MonkeyPatch,
+        log: Log,
+    ) -> None:
+        """Its message may have been on the way."""
+        monkeypatch.setattr(push, "_SILENCE", 0.05)
+        session = open_pushed()
+        await session.start("w")
+        await server.subscribed()
+        executions = [await session.start("w") for _ in range(4)]
+        server.complete.update(execution.id for execution in executions)
+        for execution in executions:
+            session.wake(execution.id)
+            assert await execution.output() == "42"
+        await server.drop()
+        await asyncio.sleep(0.3)
+        assert log.warnings == []
+
+    async def test_first_polls_wait_for_no_subscription_that_will_not_come(
+        self, open_pushed: Callable[..., Session], server: Server, log: Log
+    ) -> None:
+        """They come at once if push was given up, and if its connection was lost."""
+        session = open_pushed()
+        server.statuses[TOKEN] = 403
+        await session.start("w")
+        await log.given_up()
+        server.statuses.clear()
+        await session.start("other")
+        await server.subscribed()
+        server.hold = {"connect"}
+        await server.drop()
+        await server.until(lambda: server.log.count(("command", "connect")) == 2)
+        for workflow in ("w", "other"):
+            execution = await session.start(workflow)
+            server.complete.add(execution.id)
+            assert await execution.output(timeout=5) == "42"
 
     async def test_a_completion_in_a_gap_is_found(
         self, pushed: Session, server: Server, recorder: Any
@@ -902,7 +1020,7 @@ class TestClosing:
         """Nothing is left, and the wait ends with `SessionClosed`."""
         server.ttl = 0.05 if stage == "refresh" else None
         server.hold = {stage}
-        session = open_pushed(poll=OFTEN, request_timeout=0.2)
+        session = open_pushed(poll=OFTEN, request_timeout=0.2 if stage == RUN else 30.0)
         waiting = asyncio.create_task(session.run("w"))
         await server.until(lambda: stage in [name for _, name in server.log])
         async with asyncio.timeout(2.0):
