@@ -22,6 +22,7 @@ from typing import TypeAlias
 import pytest
 
 from promptlayer_exec._install import install_hint
+from promptlayer_exec.cli import _session as _cli_session
 from promptlayer_exec.cli import main
 from promptlayer_exec.cli._exit import ExitCode
 from promptlayer_exec.cli._servers import _set_variable
@@ -545,6 +546,17 @@ class TestRun:
         assert first["channel_name_suffix"]
         assert second["channel_name_suffix"]
         assert "channel_name_suffix" not in third
+
+    @pytest.mark.parametrize("missing", [None, "an extra"])
+    async def test_the_demo_of_the_viewer_is_pushed_where_it_can_be(
+        self, monkeypatch: pytest.MonkeyPatch, missing: str | None
+    ) -> None:
+        """It runs without the extra, too."""
+        monkeypatch.setattr(_cli_session, "missing_for_push", lambda: missing)
+        async with Simulator() as sim, _cli_session.demo_session(sim, print, push=True) as session:
+            sim.add_workflow("pushed", DONE)
+            await session.start("pushed")
+        assert ("channel_name_suffix" in sim.runs[-1].body) is (missing is None)
 
     def test_inputs_label_and_metadata_are_sent(
         self, sim: Simulator, start: Start, tmp_path: Path
