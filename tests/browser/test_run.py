@@ -194,6 +194,9 @@ async def test_times_are_those_of_the_clock_too(
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z", moment or "")
     sim.finish(execution_id, "plan")
     await expect(ui.row("plan")).to_have_attribute("data-status", "success")
+    bar = ui.row("plan").locator('[data-part="stretch"]')
+    moments = re.compile(rf"^\d\.\d s \({hour}:.*\) to \d\.\d s \({hour}:.*\), \d\.\d s$")
+    await expect(bar).to_have_attribute("title", moments)
     await ui.row("plan").locator("summary").click()
     times = ui.row("plan").locator('[data-part="times"]')
     await expect(times).to_have_text(

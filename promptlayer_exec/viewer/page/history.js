@@ -76,7 +76,8 @@ async function load(isMore = false) {
   try {
     found = await get(`api/history?${params}`);
   } catch (error) {
-    return show(byId("history-problem"), error.message);
+    const off = "There is no history: the viewer was started with --no-history.";
+    return show(byId("history-problem"), error.status === 404 ? off : error.message);
   }
   if (number !== asked) return; // the filters have changed in the meantime
   show(byId("history-problem"), null);

@@ -3,7 +3,7 @@
 import { Detail } from "./detail.js";
 import { capitalised, clone, draw, make, oneLine, part, placeAt, write } from "./dom.js";
 import { spanOf, statusOf } from "./model.js";
-import { duration, tickLabel, ticks } from "./times.js";
+import { clock, duration, tickLabel, ticks } from "./times.js";
 
 const ORDERS = {
   start: (row) => row.span?.start ?? Infinity,
@@ -140,6 +140,14 @@ export class Rows {
     if (row.to !== span.end) style.setProperty("--to", span.end.toFixed(3));
     row.from = span.start;
     row.to = span.end;
+    if (row.node.is_final) row.stretch.title = this.momentsOf(span);
+  }
+
+  // What a bar says to the pointer.
+  momentsOf({ start, end }) {
+    const { since } = this.run.data;
+    const at = (seconds) => `${duration(seconds)}${since === null ? "" : ` (${clock(since + seconds)})`}`;
+    return `${at(start)} to ${at(end)}, ${duration(end - start)}`;
   }
 
   showAxis(scale) {
