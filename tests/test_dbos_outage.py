@@ -365,7 +365,8 @@ async def test_an_id_that_is_not_stored_soon_is_logged_at_once(
     url: str,
 ) -> None:
     """While the worker waits for the database, it might be killed. Then the id is stored."""
-    monkeypatch.setattr(items, "_RECORDED_WITHIN", 0.05)
+    monkeypatch.setattr(items, "_RECORDED_WITHIN", 0.02)
+    monkeypatch.setattr(items, "_SLOWLY_RECORDED_WITHIN", 0.05)
     batch = batch_of()
     await batch.add(requests(1))
     sim.inject(Fault.delay(0.3))

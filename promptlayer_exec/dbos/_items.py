@@ -71,8 +71,10 @@ _NOT_FOUND_GRACE = 60.0
 # Seconds between two looks at an execution about which the server does not tell.
 _FIRST_DELAY = 1.0
 _LONGEST_DELAY = 30.0
-# Seconds after which an id that is not recorded yet is logged: the process may be killed.
+# Seconds after which an id that is not recorded yet is logged, because the process may be killed:
+# while the database cannot be reached, and while it is only slow.
 _RECORDED_WITHIN = 1.0
+_SLOWLY_RECORDED_WITHIN = 30.0
 # How often an item is refused, while others are not, before the refusal is its own.
 _REFUSALS = 3
 # Errors of a start or a poll that every other item would meet, too.
@@ -159,8 +161,14 @@ class PendingStart:
         return self._refusals >= (_REFUSALS if starts.is_busy else _REFUSALS - 1)
 
     def warn_if_late(self, warn: Callable[[], None]) -> None:
-        """Call `warn` unless the result is recorded soon; in DBOS's event loop."""
-        self._timer = asyncio.get_running_loop().call_later(_RECORDED_WITHIN, warn)
+        """Call `warn` each second until the result is recorded; in DBOS's event loop."""
+        loop = asyncio.get_running_loop()
+
+        def warn_again() -> None:
+            warn()
+            self._timer = loop.call_later(_RECORDED_WITHIN, warn_again)
+
+        self._timer = loop.call_later(_RECORDED_WITHIN, warn_again)
 
     def recorded(self) -> None:
         """Record that the result is recorded, or will not be; in DBOS's event loop."""
@@ -278,8 +286,14 @@ class Items:
             self._end(error)
             await suspend()
         if result["execution_id"] is not None:
-            pending.warn_if_late(partial(self._report_unrecorded, item, pending))
+            answered_at = self._loop.time()
+            pending.warn_if_late(partial(self._report_late, item, pending, answered_at))
         return result
+
+    def _report_late(self, item: Item, pending: PendingStart, answered_at: float) -> None:
+        is_late = self._loop.time() - answered_at >= _SLOWLY_RECORDED_WITHIN
+        if is_late or self._store.connector.is_failing:
+            self._report_unrecorded(item, pending)
 
     async def _send_pending(self, item: Item, pending: PendingStart) -> StartResult:
         """Send a start when it is its turn, until it has a result."""
