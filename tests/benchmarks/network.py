@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import json
 import os
+import resource
 import shutil
 import signal
 import statistics
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,16 @@ import sqlalchemy as sa
 
 from promptlayer_exec import Session, StartRequest
 from promptlayer_exec.dbos import Batch, StoredOutcome
+from promptlayer_exec.dbos._location import check_url
+from promptlayer_exec.dbos._requests import Row
+from promptlayer_exec.dbos._store import Store
+from promptlayer_exec.dbos._tables import Ending
 
 PORT = "5432"  # the name of the server's socket; it does not listen on the network
 WORKERS = 3
 IN_FLIGHT = 300
 TIMEOUT = 600.0
+_SIZE = "select pg_database_size(current_database())"
 
 PROXY = """
 import asyncio, sys
@@ -97,6 +103,24 @@ def session():
 
 batch = Batch(name, database_url=url, session=session, max_in_flight=int(in_flight))
 asyncio.run(batch.work())
+"""
+
+
+READER = """
+import asyncio, resource, sys
+from promptlayer_exec import Session
+from promptlayer_exec.dbos import Batch
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+async def main():
+    before, batch = peak(), Batch(sys.argv[2], database_url=sys.argv[1], session=Session)
+    async for _ in batch.outcomes():
+        pass
+    print(peak() - before)
+
+asyncio.run(main())
 """
 
 
@@ -167,8 +191,19 @@ class Bench:
         """Return the single number that a query gives."""
         return float(self.query(text, **values)[0][0] or 0)
 
-    def row(self, name: str, value: float, unit: str, target: float, *, most: bool = True) -> None:
+    def row(
+        self,
+        name: str,
+        value: float,
+        unit: str,
+        target: float | None = None,
+        *,
+        most: bool = True,
+    ) -> None:
         """Print a line of the table, and record whether the target is missed."""
+        if target is None:
+            print(f"| {name} | {value:.1f}{unit} | |", flush=True)  # noqa: T201
+            return
         sign = "≤" if most else "≥"
         print(f"| {name} | {value:.1f}{unit} | {sign} {target:g}{unit} |", flush=True)  # noqa: T201
         if value > target if most else value < target:
@@ -204,6 +239,20 @@ class Bench:
                 " where application_name like 'worker%' group by application_name) as workers"
             )
         )
+
+    def server_cpu(self) -> float:
+        """Return the CPU time of all processes of the server until now, in seconds."""
+        (postmaster,) = self.query("select setting from pg_settings where name = 'data_directory'")
+        leader = int(Path(postmaster[0], "postmaster.pid").read_text(encoding="utf-8").split()[0])
+        ticks = 0
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                fields = path.read_text(encoding="utf-8").rpartition(")")[2].split()
+                if int(path.parent.name) == leader:  # also its children that have ended
+                    ticks += sum(map(int, fields[11:15]))
+                elif int(fields[1]) == leader:
+                    ticks += sum(map(int, fields[11:13]))
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def finished(self, name: str) -> int:
         """Return how many items of a batch have an outcome."""
@@ -263,10 +312,30 @@ def measure_status(bench: Bench, count: int) -> None:
     bench.row(f"`status()` of {count:,} items", asyncio.run(ask()) * 1000, " ms", 10.0)
 
 
+def measure_outcomes(bench: Bench, count: int) -> None:
+    """Read outcomes of 2 MiB each in a process of its own."""
+    store = Store(check_url(bench.direct))
+    store.prepare()
+    store.add("large", [Row(str(number), "{}", "") for number in range(count)])
+    now = datetime.now(UTC)
+    for number in range(count):
+        output = os.urandom(2**20).hex()
+        outcome = StoredOutcome(str(number), 7, True, output, None, now, now)
+        store.finish("large", [Ending.of(1, outcome)])
+    store.close()
+    command = [sys.executable, "-c", READER, bench.url, "large"]
+    finished = subprocess.run(command, stdout=subprocess.PIPE, timeout=TIMEOUT, check=True)
+    growth = int(finished.stdout) / 1024
+    bench.row(f"memory that reading {count} outcomes of 2 MiB takes", growth, " MiB", 64.0)
+
+
 def measure_work(bench: Bench, count: int, *, show_statements: bool) -> None:
     """Work on items of half a second with three workers."""
+    empty = bench.number(_SIZE)
     asyncio.run(bench.batch("work", direct=True).add(requests(count, 0.5)))
     bench.query("select pg_stat_statements_reset()")
+    server_cpu = bench.server_cpu()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     workers = bench.workers("work")
     first, last = count // 10, count * 9 // 10
     times: dict[int, float] = {}
@@ -288,6 +357,11 @@ def measure_work(bench: Bench, count: int, *, show_statements: bool) -> None:
     bench.row(f"items per second, {WORKERS} workers", rate, "", 150.0, most=False)
     bench.row("statements per item", statements / count, "", 12.0)
     bench.row("connections per worker", connections, "", 6.0)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    bench.row("CPU of the workers per item", cpu / count * 1000, " ms")
+    bench.row("CPU of PostgreSQL per item", (bench.server_cpu() - server_cpu) / count * 1000, " ms")
+    bench.row("disk per item", (bench.number(_SIZE) - empty) / count / 1024, " KiB")
     if show_statements:
         for calls, query in bench.query(
             f"select calls, query {condition} order by calls desc limit 40"
@@ -344,6 +418,7 @@ def main() -> int:
     parser.add_argument("--add", type=int, default=100_000, help="how many items to add")
     parser.add_argument("--run", type=int, default=6_000, help="how many items to work on")
     parser.add_argument("--status", type=int, default=1_000_000, help="of how many items")
+    parser.add_argument("--outcomes", type=int, default=300, help="how many of 2 MiB to read")
     parser.add_argument("--no-kill", action="store_true", help="do not kill a worker")
     parser.add_argument("--statements", action="store_true", help="print the statements, too")
     options = parser.parse_args()
@@ -368,6 +443,8 @@ def main() -> int:
             measure_add(bench, options.add)
         if options.status:
             measure_status(bench, options.status)
+        if options.outcomes:
+            measure_outcomes(bench, options.outcomes)
         if options.run:
             measure_work(bench, options.run, show_statements=options.statements)
         if not options.no_kill:
