@@ -885,8 +885,10 @@ async def test_the_stored_names_of_an_item_are_fixed(
     assert list(json.loads(text)) == [
         *("workflow", "inputs", "label", "version", "metadata", "callback_url")
     ]
-    assert [step["function_name"] for step in steps] == ["start"]
-    assert list(steps[0]["output"]) == ["execution_id", "at", "error"]
+    assert steps == []
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
+        (row,) = database.execute("SELECT started FROM promptlayer_item").fetchall()
+    assert list(json.loads(row[0])) == ["execution_id", "at", "error"]
     tables = {table.name: list(table.columns.keys()) for table in stores._tables.sorted_tables}
     assert tables == {
         "promptlayer_batch": [
@@ -894,7 +896,8 @@ async def test_the_stored_names_of_an_item_are_fixed(
             *("max_in_flight", "rate", "total", "succeeded", "failed", "unknown"),
         ],
         "promptlayer_item": [
-            *("batch", "key", "attempt", "kind", "seq", "outcome", "digest", "intent", "seconds")
+            *("batch", "key", "attempt", "kind", "seq", "outcome"),
+            *("digest", "intent", "started", "seconds"),
         ],
         "promptlayer_worker": ["executor", "beat", "process", "batch"],
         "promptlayer_callback": ["batch", "token", "execution_id"],

@@ -303,7 +303,7 @@ async def test_the_intent_of_a_refused_start_is_taken_back(
     await batch_of().add(requests(3))
     sim.inject(Fault.status(429, retry_after=60.0, times=3))
     working = asyncio.create_task(batch_of().work())
-    await sim.wait_for_requests(1)
+    await sim.wait_for_requests(3)
     await until(lambda: intents(url) == 0)
     working.cancel()
     with pytest.raises(asyncio.CancelledError):

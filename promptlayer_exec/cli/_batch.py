@@ -73,7 +73,8 @@ class _TooManyFailures(Exception):
 )
 def _run(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="The items: JSON Lines, or CSV if it ends with .csv.")
+        Path,
+        typer.Argument(metavar="FILE", help="The items: JSON Lines, or CSV if it ends with .csv."),
     ],
     *,
     workflow: Annotated[

@@ -136,7 +136,7 @@ def _begin(store: Store, connection: sa.Connection, batch: str, chosen: Sequence
     update = sa.update(items).where(
         _item.batch == batch, _item.key.in_([again.key for again in possible])
     )
-    changes = dict.fromkeys(("kind", "seq", "outcome", "intent", "seconds"))
+    changes = dict.fromkeys(("kind", "seq", "outcome", "intent", "started", "seconds"))
     connection.execute(update.values(attempt=_item.attempt + 1, **changes))
     counts = Counter(again.kind for again in possible if again.kind is not None)
     if counts:

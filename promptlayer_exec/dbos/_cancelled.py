@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -36,12 +37,13 @@ def settle(store: Store, batch: str) -> int:
     for first in range(0, len(stopped), _AT_ONCE):
         part = dict(stopped[first : first + _AT_ONCE])
         keys = [key for key, _ in part]
-        query = sa.select(_item.key, _item.attempt, _item.intent)
+        query = sa.select(_item.key, _item.attempt, _item.intent, _item.started)
         query = query.where(_item.batch == batch, _item.key.in_(keys), _item.kind.is_(None))
         endings = []
         for row in store.rows(query, retry_for=0.0):
             if (workflow := part.get((row.key, row.attempt))) is not None:
-                started = _started(store.steps(workflow))
+                started = json.loads(row.started) if row.started else None
+                started = started or _started(store.steps(workflow))
                 outcome = _outcome(row.key, started, is_sent=row.intent is not None)
                 endings.append(Ending.of(row.attempt, outcome))
         if endings:
@@ -51,7 +53,7 @@ def settle(store: Store, batch: str) -> int:
 
 
 def _started(steps: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Return the result of the step that started a run, if there is one."""
+    """Return the result of the step that started a run; only items of version 0.1 have it."""
     for step in steps:
         output = step["output"]
         if step["function_name"] == "start" and output and output["execution_id"] is not None:

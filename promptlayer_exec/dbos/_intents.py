@@ -1,7 +1,9 @@
-"""The intent to start an item: recorded just before its request is sent, and taken back if not.
+"""The intent to start an item, and the result of the start, both in the row of the item.
 
-An item with an intent and no result of its start may have been started: it is unknown. Recording
-one is also what lets only one worker send the request of an item.
+The intent is recorded just before the request is sent, and taken back if it was not sent. An item
+with an intent and no result of its start may have been started: it is unknown. Recording an intent
+is also what lets only one worker send the request of an item, and only the worker whose intent is
+there can record the result.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ _RECORD = sa.text(
     ) AS t (key, attempt, token, replaced)
     WHERE promptlayer_item.batch = :batch AND promptlayer_item.key = t.key
         AND promptlayer_item.attempt = t.attempt AND promptlayer_item.kind IS NULL
+        AND promptlayer_item.started IS NULL
         AND coalesce(promptlayer_item.intent, t.token) IN (t.token, t.replaced)
     RETURNING t.token
     """
@@ -35,7 +38,7 @@ _RECORD_ONE = sa.text(
     """
     UPDATE promptlayer_item SET intent = :token
     WHERE batch = :batch AND key = :key AND attempt = :attempt AND kind IS NULL
-        AND coalesce(intent, :token) IN (:token, :replaced)
+        AND started IS NULL AND coalesce(intent, :token) IN (:token, :replaced)
     RETURNING intent
     """
 )
@@ -43,6 +46,47 @@ _TAKE_BACK = sa.text(
     "UPDATE promptlayer_item SET intent = NULL WHERE batch = :batch AND key = :key"
     " AND intent = :token"
 )
+_RECORD_STARTS = sa.text(
+    """
+    UPDATE promptlayer_item SET started = t.started
+    FROM unnest(
+        CAST(:keys AS text[]), CAST(:attempts AS int[]), CAST(:tokens AS text[]),
+        CAST(:started AS text[])
+    ) AS t (key, attempt, token, started)
+    WHERE promptlayer_item.batch = :batch AND promptlayer_item.key = t.key
+        AND promptlayer_item.attempt = t.attempt AND promptlayer_item.kind IS NULL
+        AND promptlayer_item.intent = t.token
+    RETURNING t.token
+    """
+)
+_RECORD_START = sa.text(
+    """
+    UPDATE promptlayer_item SET started = :started
+    WHERE batch = :batch AND key = :key AND attempt = :attempt AND kind IS NULL
+        AND intent = :token
+    RETURNING intent
+    """
+)
+
+
+class Started(NamedTuple):
+    """The result of the start that a worker sent, as JSON, with the token of its intent."""
+
+    key: str
+    attempt: int
+    token: str
+    started: str
+
+
+class State(NamedTuple):
+    """Whether an attempt of an item has no outcome yet, and what is recorded about its start."""
+
+    is_open: bool
+    intent: str | None
+    started: str | None
+
+
+_CLOSED = State(False, None, None)
 
 
 class Intent(NamedTuple):
@@ -94,9 +138,34 @@ def write(store: Store, batch: str, intents: Sequence[Intent]) -> list[bool]:
     return [intent.token in recorded for intent in intents]
 
 
-def read(store: Store, batch: str, key: str, attempt: int) -> tuple[bool, str | None]:
-    """Return whether this attempt of an item has no outcome yet, and the token of its intent."""
-    query = sa.select(_item.kind, _item.intent)
-    query = query.where(_item.batch == batch, _item.key == key, _item.attempt == attempt)
-    rows = store.rows(query)
-    return (True, rows[0].intent) if rows and rows[0].kind is None else (False, None)
+def write_started(store: Store, batch: str, starts: Sequence[Started]) -> list[bool]:
+    """Record the results of starts; return for each whether it is recorded now.
+
+    One is not recorded if another worker has taken over its item.
+    """
+
+    def write(connection: sa.Connection) -> set[str]:
+        if store.is_sqlite:
+            recorded: set[str] = set()
+            for key, attempt, token, started in starts:
+                row = {"batch": batch, "key": key, "attempt": attempt, "token": token}
+                result = connection.execute(_RECORD_START, row | {"started": started})
+                recorded.update(result.scalars())
+            return recorded
+        keys, attempts, tokens, results = map(list, zip(*starts, strict=True))
+        values = {"keys": keys, "attempts": attempts, "tokens": tokens, "started": results}
+        return set(connection.execute(_RECORD_STARTS, {"batch": batch, **values}).scalars())
+
+    recorded = store.transact(write)
+    return [start.token in recorded for start in starts]
+
+
+def read(store: Store, batch: str, attempts: Sequence[tuple[str, int]]) -> list[State]:
+    """Return the state of attempts of items, given as key and number."""
+    query = sa.select(_item.key, _item.attempt, _item.kind, _item.intent, _item.started)
+    query = query.where(_item.batch == batch, _item.key.in_([key for key, _ in attempts]))
+    found = {(row.key, row.attempt): row for row in store.rows(query) if row.kind is None}
+    return [
+        State(True, found[each].intent, found[each].started) if each in found else _CLOSED
+        for each in attempts
+    ]

@@ -1,18 +1,19 @@
 """The path of an item, from the queue to its outcome.
 
-DBOS stores the result of a step, and the row of the item the intent to start it:
+DBOS stores that an item is to be run, and which worker runs it:
 
 1. `Store.add` stores the item and enqueues its DBOS workflow, in one transaction.
 2. DBOS dequeues the workflow in a worker, which calls `Items.run`.
-3. Step "start": `_send` waits for its turn. When the connection stands and nothing has been written
-   to it, the intent is recorded (`PendingStart.before_send`), and then the request is sent. The
-   result of the step is the execution id or the error. A request that provably started nothing is
+3. `_send` waits for the start's turn. When the connection stands and nothing has been written to
+   it, the intent is recorded in the item's row (`PendingStart.before_send`), and then the request
+   is sent. The execution id is recorded there, too. A request that provably started nothing is
    sent again, and its intent is taken back while it waits.
 4. `_follow` waits until the execution is complete, and `Store.finish` stores the outcome.
 
-If the worker dies, another one gets the stored result instead of running the step, and follows the
-execution whose id is stored. If only an intent is stored, the request may have been sent: the item
-is unknown, or is started again with `restart_unknown`.
+If the worker dies, another one follows the execution whose id is recorded. If only an intent is
+recorded, the request may have been sent: the item is unknown, or is started again with
+`restart_unknown`. Rows are read and written for many items at a time: a step of DBOS would take
+eight round trips for each. Only the items of version 0.1 have steps, "intend" and "start".
 
 Only what uses the session runs in the caller's event loop; the rest runs in DBOS's.
 """
@@ -57,7 +58,7 @@ from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos._breaker import FAILURES, Breaker
 from promptlayer_exec.dbos._dbos_internals import ItemTaken
 from promptlayer_exec.dbos._groups import Group
-from promptlayer_exec.dbos._intents import Intent
+from promptlayer_exec.dbos._intents import Intent, Started, State
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import Ending
 from promptlayer_exec.dbos._values import StoredError, StoredOutcome
@@ -205,6 +206,8 @@ class Items:
     waiting: dict[str, Exception] = attrs.field(init=False, factory=dict)
     pending: set[PendingStart] = attrs.field(init=False, factory=set)
     _intents: Group[Intent, bool] = attrs.field(init=False)
+    _states: Group[tuple[str, int], State] = attrs.field(init=False)
+    _started: Group[Started, bool] = attrs.field(init=False)
     _endings: Group[Ending, None] = attrs.field(init=False)
     _starts: Breaker = attrs.field(init=False)
     _patience: float = attrs.field(init=False)
@@ -215,6 +218,10 @@ class Items:
     def __attrs_post_init__(self) -> None:
         policy = integration.retry_policy(self._session)
         self._intents = Group(partial(intents.write, self._store, self._batch), lambda _: 200)
+        self._states = Group(partial(intents.read, self._store, self._batch), lambda _: 200)
+        self._started = Group(
+            partial(intents.write_started, self._store, self._batch), lambda _: 200
+        )
         self._endings = Group(self._store_endings, lambda ending: len(ending.outcome))
         self._starts = Breaker(policy.outage, self._end, self._loop.time)
         self._patience = float("inf") if policy.watch_outage is None else policy.watch_outage
@@ -249,25 +256,54 @@ class Items:
         pending = PendingStart(item, self._intents, integration.start_token(self._session))
         self.pending.add(pending)
         try:
-            while True:
-                intent = _FIRST_INTENT
-                if item.is_first_version:
-                    intent = await DBOS.run_step_async({"name": "intend"}, _first_intent)
-                result = await DBOS.run_step_async(
-                    {"name": "start"}, self._send, item, pending, is_ours=intent == _FIRST_INTENT
-                )
-                if result["execution_id"] is not None or result["error"] is not None:
-                    return result
-                if pending.is_refused:
-                    return None
+            if item.is_first_version:
+                return await self._start_in_steps(item, pending)
+            return await self._start_in_row(item, pending)
         except BaseException as error:
             if pending.execution is not None:
-                await self._rescue(item, pending, error)
+                await self._rescue(item, pending, is_taken=isinstance(error, ItemTaken))
             raise
         finally:
             pending.recorded()
             self.pending.discard(pending)
             self._loop.call_soon_threadsafe(pending.cancel)
+
+    async def _start_in_row(self, item: Item, pending: PendingStart) -> StartResult | None:
+        while True:
+            state = await self._states.add((item.key, item.attempt))
+            if not state.is_open:
+                return None
+            if state.started is not None:
+                started: StartResult = json.loads(state.started)
+                return started
+            if state.intent is not None:  # of a worker that may have sent the start
+                if not self._restart_unknown:
+                    outcome = await self._follow(item.key, _unknown(item))
+                    await self._endings.add(Ending.of(item.attempt, outcome))
+                    continue  # unless that worker has recorded the result meanwhile, it has ended
+                pending.replaced = state.intent
+            result = await self._send(item, pending, is_ours=True)
+            if pending.is_refused:
+                pending.is_refused = pending.is_leaving = False
+                continue
+            if result["execution_id"] is None:
+                return result
+            start = Started(item.key, item.attempt, pending.token, json.dumps(result))
+            if not await self._started.add(start):
+                await self._rescue(item, pending, is_taken=True)
+                return None
+            return result
+
+    async def _start_in_steps(self, item: Item, pending: PendingStart) -> StartResult | None:
+        while True:
+            intent = await DBOS.run_step_async({"name": "intend"}, _first_intent)
+            result = await DBOS.run_step_async(
+                {"name": "start"}, self._send, item, pending, is_ours=intent == _FIRST_INTENT
+            )
+            if result["execution_id"] is not None or result["error"] is not None:
+                return result
+            if pending.is_refused:
+                return None
 
     async def _send(self, item: Item, pending: PendingStart, *, is_ours: bool) -> StartResult:
         """Send a start, unless an earlier worker may have done so."""
@@ -307,7 +343,9 @@ class Items:
                         self._session, request, hooks=pending, token=pending.token
                     )
                 except _IntentRefused:
-                    result = await self._explain_refusal(item, pending)
+                    result = _result()
+                    if item.is_first_version:
+                        result = await self._explain_refusal(item, pending)
                 except ExecutionTimeout:
                     pass  # there was no slot within the session's `wait_timeout`
                 except Exception as error:  # noqa: BLE001 - some are the item's
@@ -344,16 +382,16 @@ class Items:
 
     async def _explain_refusal(self, item: Item, pending: PendingStart) -> StartResult | None:
         """Return the result of a start whose intent was refused; None to try it again."""
-        is_open, token = await asyncio.to_thread(
-            intents.read, self._store, self._batch, item.key, item.attempt
+        (state,) = await asyncio.to_thread(
+            intents.read, self._store, self._batch, [(item.key, item.attempt)]
         )
         pending.is_leaving = False
-        if not is_open:
+        if not state.is_open:
             return _result()
         pending.is_refused = False
-        if token is not None and not self._restart_unknown:
+        if state.intent is not None and not self._restart_unknown:
             return _unknown(item)
-        pending.replaced = token
+        pending.replaced = state.intent
         return None
 
     def _to_send(self, item: Item) -> StartRequest:
@@ -362,9 +400,9 @@ class Items:
         ours = {"promptlayer_exec.batch": self._batch, "promptlayer_exec.key": item.key}
         return attrs.evolve(stored, metadata={**(stored.metadata or {}), **ours})
 
-    async def _rescue(self, item: Item, pending: PendingStart, error: BaseException) -> None:
+    async def _rescue(self, item: Item, pending: PendingStart, *, is_taken: bool) -> None:
         """Keep the id of a run whose start could not be recorded."""
-        if isinstance(error, ItemTaken) and pending.execution is not None:
+        if is_taken and pending.execution is not None:
             adopt = partial(again.adopt, self._store, self._batch, key=item.key)
             started = _result(pending.execution.id)
             adopt = partial(adopt, attempt=item.attempt, token=pending.token, started=started)

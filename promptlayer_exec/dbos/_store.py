@@ -573,14 +573,14 @@ class Store:
         """Return a connection for one query, without the round trips of a transaction."""
         return self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
 
-    def transact(self, work: Callable[[sa.Connection], T], retry_for: float = _RETRY_FOR) -> T:
+    def transact(self, work: Callable[[sa.Connection], T], retry_for: float | None = None) -> T:
         """Do some work in one transaction."""
 
         def transact() -> T:
             with self.engine.begin() as connection:
                 return work(connection)
 
-        return self._retry(transact, retry_for)
+        return self._retry(transact, _RETRY_FOR if retry_for is None else retry_for)
 
     def _retry(self, work: Callable[[], T], seconds: float) -> T:
         give_up = time.monotonic() + seconds

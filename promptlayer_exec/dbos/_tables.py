@@ -42,6 +42,8 @@ items = sa.Table(
     sa.Column("digest", sa.Text),
     # The token of the start whose request may have left, or null.
     sa.Column("intent", sa.Text),
+    # The result of that start as JSON, once the execution id is known.
+    sa.Column("started", sa.Text),
     # How long its run took, in seconds.
     sa.Column("seconds", sa.Double),
     sa.Index("promptlayer_item_kind", "batch", "kind"),
@@ -97,6 +99,7 @@ FINISH = sa.text(
     ) WITH ORDINALITY AS t (key, attempt, kind, outcome, seconds, position)
     WHERE promptlayer_item.batch = :batch AND promptlayer_item.key = t.key
         AND promptlayer_item.attempt = t.attempt AND promptlayer_item.kind IS NULL
+        AND (t.kind <> 'unknown' OR promptlayer_item.started IS NULL)
     RETURNING t.kind
     """
 )
@@ -104,6 +107,7 @@ FINISH_ONE = sa.text(
     """
     UPDATE promptlayer_item SET kind = :kind, outcome = :outcome, seconds = :seconds, seq = :seq
     WHERE batch = :batch AND key = :key AND attempt = :attempt AND kind IS NULL
+        AND (:kind <> 'unknown' OR started IS NULL)
     """
 )
 

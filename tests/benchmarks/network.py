@@ -381,10 +381,7 @@ def measure_kill(bench: Bench) -> None:
     )
     try:
         give_up = time.monotonic() + TIMEOUT
-        started = (
-            "select count(*) from dbos.operation_outputs where function_name = 'start'"
-            " and workflow_uuid like 'promptlayer-exec/kill/%'"
-        )
+        started = "select count(started) from promptlayer_item where batch = 'kill'"
         while bench.number(started) < count:
             assert time.monotonic() < give_up, "the items do not start"
             time.sleep(0.2)

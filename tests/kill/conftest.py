@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import shutil
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dbos import DBOSClient, DBOSPortableJSONSerializer
+import sqlalchemy as sa
 
 from promptlayer_exec import Session, StartRequest
 from promptlayer_exec.dbos import Batch, StoredOutcome
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._store import Store
+from promptlayer_exec.dbos._tables import items
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 NAME = "nightly"
@@ -161,18 +163,13 @@ class Scene:
             time.sleep(0.1)
 
     def recorded_ids(self) -> dict[str, int]:
-        """Return the ids of the executions whose starts DBOS has recorded, by key."""
-        client = DBOSClient(system_database_url=self.url, serializer=DBOSPortableJSONSerializer())
+        """Return the ids of the executions whose starts are recorded, by key."""
+        store = Store(check_url(self.url))
         try:
-            ids = {}
-            for workflow in client.list_workflows(status=["PENDING", "SUCCESS"]):
-                stored: Any = workflow.input
-                for step in client.list_workflow_steps(workflow.workflow_id):
-                    if step["function_name"] == "start" and step["output"]:
-                        ids[stored["args"][0]] = step["output"]["execution_id"]
-            return ids
+            rows = store.rows(sa.select(items.c.key, items.c.started))
+            return {key: json.loads(started)["execution_id"] for key, started in rows if started}
         finally:
-            client.destroy()
+            store.close()
 
     def executors(self) -> set[str]:
         """Return the executors that have running items."""
