@@ -586,6 +586,26 @@ def test_an_item_can_be_looked_at(sim: Simulator, run: Run, tmp_path: Path) -> N
     assert run("show", "c") == (2, "", "batch 'night' has no item 'c'\n")
 
 
+def test_failed_and_unknown_items_are_started_again_on_request(
+    sim: Simulator, run: Run, tmp_path: Path
+) -> None:
+    """By the next worker; the same command continues the results."""
+    file = write(tmp_path / "night.jsonl", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
+    command = ("run", file, "--out", "out.jsonl")
+    sim.inject(Fault.disconnect())
+    assert run(*command)[0] == 1
+    assert run("retry") == (2, "", "give --failed, --unknown, or both\n")
+    assert "0 items will be started again\n" in run("retry", "--failed")[2]
+    code, _, err = run("retry", "--unknown")
+    assert code == 0
+    assert err.startswith("batch night: 1 item will be started again by a worker: `batch work`")
+    assert run(*command)[0] == 0
+    assert [line["succeeded"] for line in results(tmp_path / "out.jsonl")] == [False, True]
+    assert run("recheck")[2] == "batch night: 0 items will be followed again\n"
+    code, out, _ = run("show", "a")
+    assert sum(line.startswith("  attempt ") for line in out.splitlines()) == 2
+
+
 def test_a_batch_can_be_deleted(
     sim: Simulator, run: Run, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -193,6 +193,8 @@ for _name, _command, *_examples in (
     ("status", operate.status, "batch status"),
     ("list", operate.list_batches, "batch list"),
     ("show", operate.show, "batch show item-17"),
+    ("recheck", operate.recheck, "batch recheck"),
+    ("retry", operate.retry, "batch retry --failed"),
     ("export", operate.export, "batch export --out results.parquet"),
     ("delete", operate.delete, "batch delete --name night-2026-05-01"),
 ):

@@ -193,6 +193,44 @@ def export(
     raise typer.Exit(run_command(work(), Subject()))
 
 
+def recheck(name: OnlyBatch = None, database: Database = None) -> None:
+    """Follow again every run that has an id and no output. Nothing is started."""
+
+    async def work() -> ExitCode:
+        chosen, batch = await chosen_batch(name, database)
+        _report_again(chosen, await batch.recheck(), "followed")
+        return ExitCode.SUCCEEDED
+
+    raise typer.Exit(run_command(work(), Subject()))
+
+
+def retry(
+    name: OnlyBatch = None,
+    database: Database = None,
+    *,
+    failed: Annotated[bool, typer.Option("--failed", help="Items that failed.")] = False,
+    unknown: Annotated[
+        bool,
+        typer.Option("--unknown", help="Unknown items, at the risk of paying for them twice."),
+    ] = False,
+) -> None:
+    """Start items again that did not succeed, once each."""
+
+    async def work() -> ExitCode:
+        if not failed and not unknown:
+            raise Misuse("give --failed, --unknown, or both")
+        chosen, batch = await chosen_batch(name, database)
+        _report_again(chosen, await batch.retry(failed=failed, unknown=unknown), "started")
+        return ExitCode.SUCCEEDED
+
+    raise typer.Exit(run_command(work(), Subject()))
+
+
+def _report_again(batch: str, count: int, what: str) -> None:
+    text = f"batch {printable(batch)}: {item_count(count)} will be {what} again"
+    err(f"{text} by a worker: `batch work`, or the same `batch run`" if count else text)
+
+
 def delete(
     name: OnlyBatch = None,
     database: Database = None,
