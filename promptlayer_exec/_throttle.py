@@ -81,6 +81,8 @@ class Throttle:
         self._max_rate = or_infinity(rate)
         self._limiters = limiters
         self._lock = asyncio.Lock()
+        # The lock alone does not say so: between two of those that wait, it is free for a moment.
+        self._waiting = 0
         self._next_slot = -math.inf
         self._good_answers = _MeasuredRate()
         self._refused_at = -math.inf
@@ -94,8 +96,12 @@ class Throttle:
     async def acquire(self) -> float:
         """Wait for the next slot, take it, and return the time."""
         now = clock()
-        waits = self._lock.locked() or self._next_slot > now
-        if waits or self._limiters:
+        waits = self._waiting > 0 or self._next_slot > now
+        if not waits and not self._limiters:
+            self._take_slot(now, waited=False)
+            return now
+        self._waiting += 1
+        try:
             async with self._lock:
                 await self._wait_for_slot()
                 for limiter in self._limiters:
@@ -106,8 +112,8 @@ class Throttle:
                     await self._wait_for_slot()  # a 429 may have arrived meanwhile
                 now = clock()
                 self._take_slot(now, waited=waits)
-        else:
-            self._take_slot(now, waited=False)
+        finally:
+            self._waiting -= 1
         return now
 
     def _take_slot(self, now: float, *, waited: bool) -> None:

@@ -422,6 +422,23 @@ async def test_a_late_timer_is_made_up_for() -> None:
 
 
 @in_virtual_time
+async def test_nobody_overtakes_those_that_wait_after_a_late_timer() -> None:
+    """Not even a request that comes between the end of one wait and that of the next."""
+    throttle = Throttle(100.0)
+    await throttle.acquire()
+    order: list[str] = []
+
+    async def acquire(*names: str) -> None:
+        for name in names:
+            await throttle.acquire()
+            order.append(name)
+
+    virtual_loop().lateness = 0.05
+    await asyncio.gather(acquire("first", "last"), acquire("second"), acquire("third"))
+    assert order == ["first", "second", "third", "last"]
+
+
+@in_virtual_time
 async def test_a_very_late_timer_is_made_up_for_within_bounds() -> None:
     """After the event loop was blocked for 5 s, the unused slots of 0.1 s are used at once."""
     throttle = Throttle(100.0)
