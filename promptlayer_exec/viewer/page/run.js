@@ -196,6 +196,7 @@ class RunPage {
     if (run === null) return;
     showState(root, run);
     const { workflow, label, version } = run.data;
+    part(root, "rerun").hidden = workflow === null;
     const about = [workflow === null ? null : `Execution ${this.id}`];
     if (version !== null) about.push(`version ${version}`);
     if (label !== null) about.push(`label ${label}`);
