@@ -16,7 +16,7 @@ _LARGEST_WINDOW = 16
 # After so many failures in a row, starts pause. The pauses double with each probe that fails.
 FAILURES = 3
 _FIRST_PAUSE = 1.0
-_LONGEST_PAUSE = 60.0
+_LONGEST_PAUSE = 30.0
 
 
 @attrs.define(eq=False, repr=False)
