@@ -10,16 +10,17 @@ export function duration(seconds) {
 }
 
 const CLOCK = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
+const SHORT = new Intl.DateTimeFormat(undefined, { timeStyle: "short" });
 const DAY = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short" });
 const WHOLE = new Intl.DateTimeFormat(undefined, { dateStyle: "full", timeStyle: "long" });
 
 const date = (moment) => new Date(moment * 1000);
 
-// The time of day; with the day, if it is not today.
+// The time of day; of another day, the day and the minute.
 export function clock(moment) {
-  const time = CLOCK.format(date(moment));
   const isToday = date(moment).toDateString() === new Date().toDateString();
-  return isToday ? time : `${DAY.format(date(moment))}, ${time}`;
+  if (isToday) return CLOCK.format(date(moment));
+  return `${DAY.format(date(moment))}, ${SHORT.format(date(moment))}`;
 }
 
 export const fully = (moment) => WHOLE.format(date(moment));
