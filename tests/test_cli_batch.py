@@ -547,7 +547,7 @@ def test_the_work_stops_after_failures_in_a_row(sim: Simulator, run: Run, tmp_pa
 def test_settings_belong_to_the_batch(run: Run, tmp_path: Path) -> None:
     """A worker that names none takes those that are stored; others change them, and say so."""
     file = write(tmp_path / "night.jsonl", {"workflow": "echo", "inputs": {"n": 1}})
-    assert run("run", file)[0] == 0
+    assert run("run", file, "--stop-after-failures", 1)[0] == 0
     (row,) = map(json.loads, run("list", "--json")[1].splitlines())
     assert (row["max_in_flight"], row["rate"], row["total"]) == (None, 100.0, 1)
     write(file, {"workflow": "echo", "inputs": {"n": 2}})

@@ -176,7 +176,7 @@ async def test_items_are_added_in_chunks(
     """The last chunk may be smaller, but is not empty."""
     chunks: list[list[str]] = []
 
-    def add(store: Store, name: str, rows: list[Row]) -> int:
+    def add(store: Store, name: str, rows: list[Row], settings: Any) -> int:
         chunks.append([row.key for row in rows])
         return len(rows)
 

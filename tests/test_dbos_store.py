@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from promptlayer_exec.dbos import _groups as groups
+from promptlayer_exec.dbos import _reports as reports
 from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._requests import Row
@@ -36,6 +37,15 @@ def test_outcomes_are_read_a_few_bytes_at_a_time(store: Store) -> None:
         last = rows[-1][0]
     assert read == [[10, 50, 50], [200], [1]]
     assert [len(outcome) for _, outcome in store.outcomes("b", 0, limit=2, size=100)] == [10, 50]
+
+
+def test_the_settings_of_a_new_batch_are_stored_with_its_first_items(store: Store) -> None:
+    """So that a worker which names none takes them, however early it begins."""
+    store.add("b", [Row("1", "{}", "")], {"rate": 300.0})
+    store.add("b", [Row("2", "{}", "")], {"rate": 7.0})
+    assert reports.settings(store, "b").rate == 300.0
+    assert store.settle("b", {"rate": 50.0, "max_in_flight": 3}) == {"rate": 300.0}
+    assert reports.settings(store, "b").max_in_flight == 3
 
 
 async def test_what_is_added_meanwhile_is_written_together(monkeypatch: pytest.MonkeyPatch) -> None:

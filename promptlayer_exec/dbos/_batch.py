@@ -127,11 +127,12 @@ class Batch:
                     spool.write(json.dumps(self._row(request)).encode() + b"\n")
                     if number % _CHUNK == 0:
                         await asyncio.sleep(0)
-                for rows in _chunks(spool):
-                    await store.run_in_thread(store.check, self._name, rows)
+                if (await store.run_in_thread(store.status, self._name)).total:
+                    for rows in _chunks(spool):
+                        await store.run_in_thread(store.check, self._name, rows)
                 return sum(
                     [
-                        await store.run_in_thread(store.add, self._name, rows)
+                        await store.run_in_thread(store.add, self._name, rows, self._given)
                         for rows in _chunks(spool)
                     ]
                 )
@@ -142,10 +143,10 @@ class Batch:
             async for request in each:
                 rows.append(self._row(request))
                 if len(rows) == _CHUNK:
-                    new += await store.run_in_thread(store.add, self._name, rows)
+                    new += await store.run_in_thread(store.add, self._name, rows, self._given)
                     rows = []
             if rows:
-                new += await store.run_in_thread(store.add, self._name, rows)
+                new += await store.run_in_thread(store.add, self._name, rows, self._given)
         return new
 
     async def work(self, *, until_done: bool = True) -> BatchStatus:
@@ -191,8 +192,7 @@ class Batch:
             self._is_restarting = False
 
     async def _work(self, store: Store, *, until_done: bool) -> None:
-        given = {"max_in_flight": self._max_in_flight, "rate": self._rate}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = self._given
         replaced = await store.run_in_thread(store.settle, self._name, given)
         for name, before in replaced.items():
             logger.warning(
@@ -416,6 +416,11 @@ class Batch:
             if not self._users:
                 self._store = None
                 store.close()
+
+    @property
+    def _given(self) -> dict[str, float]:
+        given = {"max_in_flight": self._max_in_flight, "rate": self._rate}
+        return {name: value for name, value in given.items() if value is not None}
 
     async def _is_finished(self, store: Store) -> bool:
         return await store.run_in_thread(store.is_finished, self._name)

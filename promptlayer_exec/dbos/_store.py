@@ -198,8 +198,13 @@ class Store:
 
         self._retry(check, _RETRY_FOR)
 
-    def add(self, batch: str, rows: Sequence[Row]) -> int:
-        """Add and enqueue the items that are new, and return how many were; checks the others."""
+    def add(
+        self, batch: str, rows: Sequence[Row], settings: Mapping[str, float] | None = None
+    ) -> int:
+        """Add and enqueue the items that are new, and return how many were; checks the others.
+
+        The settings are those of a batch that does not exist yet.
+        """
         insert_batch = self._insert(_batches).on_conflict_do_nothing()
         insert = self._insert_each if self.is_sqlite else self._insert_in_one_statement
         unique: dict[str, Row] = {}
@@ -207,7 +212,7 @@ class Store:
             unique.setdefault(row.key, row)
 
         def add(connection: sa.Connection) -> int:
-            connection.execute(insert_batch, _new_batch(batch))
+            connection.execute(insert_batch, _new_batch(batch) | dict(settings or {}))
             new = insert(connection, batch, unique)
             if new:
                 count = sa.update(_batches).where(_batches.c.name == batch)
