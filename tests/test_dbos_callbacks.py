@@ -38,6 +38,7 @@ class World:
         self.sim = sim
         self.path = folder / "batches.sqlite"
         self.url = "http://127.0.0.1:9/callbacks"
+        self.request_timeout = 30.0
         sim.add_workflow("echo", Scenario([SimNode("Answer", "done", is_output_node=True)]))
 
     @property
@@ -53,7 +54,7 @@ class World:
             poll=PollPolicy.fixed(0.01),
             retry=RetryPolicy(outage=0.2, watch_outage=0.2, base=0.001),
             rate=None,
-            request_timeout=0.3,
+            request_timeout=self.request_timeout,
             callbacks=self.callbacks,
         )
 
@@ -132,6 +133,7 @@ async def test_a_callback_may_come_before_its_item_is_unknown(world: World) -> N
     """As when a worker died: the same `work` that finds the item unknown then follows it."""
     await world.batch().add([StartRequest("echo", key="a")])
     world.sim.inject(Fault.stall())
+    world.request_timeout = 0.3
     working = asyncio.create_task(world.batch().work())
     await world.sim.wait_for_requests(1)
     execution_id = world.sim.add_execution(Scenario([SimNode("A", "found", is_output_node=True)]))
