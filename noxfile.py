@@ -162,7 +162,7 @@ def _contents(wheel: Path) -> dict[str, int]:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the pages in docs/ to build/docs; a warning is an error."""
-    _install(session, "docs", "pytest", ".[cli,dbos,fastapi,opentelemetry,push,viewer]")
+    _install(session, "docs", "pytest", ".[cli,dbos,fastapi,mcp,opentelemetry,push,viewer]")
     session.run("sphinx-build", "-n", "-W", "--keep-going", "docs", "build/docs")
 
 
@@ -185,6 +185,7 @@ def vendor(session: nox.Session, sdk: str) -> None:
 FRAMEWORKS = {
     "airflow": "Airflow",
     "langgraph": "LangGraph",
+    "mcp": "MCP",
     "notebooks": "Notebooks",
     "openai_agents": "OpenAI Agents SDK",
     "pydantic_ai": "pydantic-ai",
@@ -199,7 +200,7 @@ def frameworks(session: nox.Session, framework: str) -> None:
     page = Path("docs/frameworks.md").read_text(encoding="utf-8")
     section = page.partition(f"\n## {FRAMEWORKS[framework]}\n")[2].partition("\n## ")[0]
     requirements = re.findall(r"`([\w-]+==[\w.]+)`", section)
-    _install(session, "frameworks", *requirements, ".")
+    _install(session, "frameworks", *requirements, ".[mcp]" if framework == "mcp" else ".")
     # The suite's own conftest.py needs packages that are not installed here.
     own_fixtures = "--confcutdir=tests/frameworks"
     tests = f"tests/frameworks/test_{framework}.py"

@@ -1,7 +1,8 @@
 """What the package's own integrations need beyond the public API.
 
-Internal: names here may change in any release. An integration (`fastapi`, `dbos`, `viewer`, `cli`)
-imports the public API, and this module where that is not enough; never another private module.
+Internal: names here may change in any release. An integration (`fastapi`, `dbos`, `viewer`, `mcp`,
+`cli`) imports the public API, and this module where that is not enough; never another private
+module.
 """
 
 from __future__ import annotations

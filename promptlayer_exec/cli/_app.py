@@ -15,6 +15,7 @@ from promptlayer_exec.cli._batch import batch_app
 from promptlayer_exec.cli._definitions import workflow, workflows
 from promptlayer_exec.cli._executions import demo, results, run, watch
 from promptlayer_exec.cli._exit import PROGRAM, help_epilog, report_crash
+from promptlayer_exec.cli._mcp import mcp
 from promptlayer_exec.cli._servers import simulate, view
 from promptlayer_exec.cli._stdio import guard_streams, out
 
@@ -80,6 +81,7 @@ app.command("workflow", epilog=help_epilog("other", ("workflow support-agent --l
     workflow
 )
 app.command("view", epilog=help_epilog("other", ("view 787",)))(view)
+app.command("mcp", epilog=help_epilog("other", ("mcp --workflow support-agent",)))(mcp)
 app.command("simulate")(simulate)
 app.add_typer(batch_app, name="batch")
 

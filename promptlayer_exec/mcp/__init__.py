@@ -1,0 +1,12 @@
+"""Workflows as tools for agents, over the Model Context Protocol (extra `mcp`)."""
+
+from promptlayer_exec._integration import install_hint
+
+try:
+    from promptlayer_exec.mcp._server import create_server
+    from promptlayer_exec.mcp._stdio import serve_stdio
+except ModuleNotFoundError as error:
+    error.add_note(f"this needs an extra: {install_hint('mcp')}")
+    raise
+
+__all__ = ["create_server", "serve_stdio"]

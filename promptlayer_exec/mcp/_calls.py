@@ -1,0 +1,344 @@
+"""What the tools do."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import aclosing
+from typing import Any
+
+import attrs
+from mcp.types import CallToolResult, Tool
+
+from promptlayer_exec import (
+    ConfigurationError,
+    Execution,
+    ExecutionFailed,
+    ExecutionTimeout,
+    NotFound,
+    PromptLayerExecError,
+    RequestError,
+    Session,
+    Snapshot,
+    StartRequest,
+    StartUnknown,
+    Workflow,
+)
+from promptlayer_exec._integration import check_inputs
+from promptlayer_exec.mcp import _arguments as read
+from promptlayer_exec.mcp._arguments import Refused
+from promptlayer_exec.mcp._results import (
+    error_result,
+    execution_fields,
+    failure_text,
+    final_count,
+    names_of,
+    node_fields,
+    rest_text,
+    state_text,
+    tool_result,
+    workflow_fields,
+)
+from promptlayer_exec.mcp._tools import common_tools, run_tool, run_tool_names
+from promptlayer_exec.mcp._values import Shown, Space, clean, clip, show
+
+Report = Callable[[float, float | None, str | None], Awaitable[None]]
+
+_logger = logging.getLogger("promptlayer_exec")
+_DEFINITION_TIMEOUT = 5.0
+_OUTPUT_TIMEOUT = 10.0
+_MOST_WORKFLOWS = 100
+_MOST_KNOWN = 1_000
+
+
+def _check_allowed(_: Calls, __: attrs.Attribute[Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        if not name:
+            raise ValueError("workflows must be names or ids of workflows, got an empty one")
+
+
+@attrs.define
+class Calls:
+    """The tools of one server, and the executions that it knows."""
+
+    session: Session
+    allowed: tuple[str, ...] = attrs.field(validator=_check_allowed)
+    # Executions that were not complete when last seen, the latest last, with what started them.
+    running: OrderedDict[int, str | None] = attrs.field(init=False, factory=OrderedDict)
+    _run_tools: Mapping[str, str] = attrs.field(init=False)
+    _inputs: dict[str, Mapping[str, str]] = attrs.field(init=False, factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        self._run_tools = run_tool_names(self.allowed)
+
+    async def tools(self) -> list[Tool]:
+        """Return the tools, with the inputs of the named workflows as far as they can be had."""
+        definitions = await asyncio.gather(*map(self._definition, self._run_tools.values()))
+        named = zip(self._run_tools.items(), definitions, strict=True)
+        return [
+            *common_tools(self.allowed),
+            *(run_tool(tool, workflow, definition) for (tool, workflow), definition in named),
+        ]
+
+    async def _definition(self, name: str) -> Workflow | None:
+        try:
+            async with asyncio.timeout(_DEFINITION_TIMEOUT):
+                workflow = await self.session.workflow(name)
+        except (PromptLayerExecError, TimeoutError) as error:
+            _logger.warning("the inputs of workflow %r are not known: %s", name, error)
+            return None
+        self._inputs[name] = workflow.required_inputs or {}
+        return workflow
+
+    def is_known(self, tool: str) -> bool:
+        """Return whether there is a tool of this name."""
+        return tool in self._run_tools or tool in _CALLS
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the tools."""
+        return *_CALLS, *self._run_tools
+
+    def is_run(self, tool: str) -> bool:
+        """Return whether a tool runs a named workflow to its end."""
+        return tool in self._run_tools
+
+    async def call(self, tool: str, arguments: Mapping[str, Any], report: Report) -> CallToolResult:
+        """Call a tool; what is wrong with the call or with the server is a result, too."""
+        try:
+            if tool in self._run_tools:
+                return await self._run(tool, arguments, report)
+            return await _CALLS[tool](self, arguments, report)
+        except (Refused, PromptLayerExecError) as error:
+            return error_result(str(error))
+
+    async def start_run(self, tool: str, arguments: Mapping[str, Any]) -> Execution:
+        """Start the run of a tool `run_...`.
+
+        Raises:
+            Refused: the arguments are wrong, or the start failed.
+        """
+        execution, _ = await self._start(self._run_request(tool, arguments)[0])
+        return execution
+
+    async def read(self, execution_id: int) -> tuple[Execution, Snapshot]:
+        """Read an execution, and record whether it is running."""
+        execution = self.session.execution(execution_id)
+        return execution, self._seen(await execution.snapshot())
+
+    async def result(self, execution: Execution, snapshot: Snapshot) -> CallToolResult:
+        """Return the state of an execution, as a wait for it returns it."""
+        return tool_result(await self._fields(execution, snapshot))
+
+    def close(self) -> None:
+        """Log which runs go on, as nothing here can be called any more."""
+        for execution_id, workflow in self.running.items():
+            which = "" if workflow is None else f" of workflow {workflow!r:.100}"
+            _logger.warning(
+                "execution %d%s goes on at PromptLayer; follow it with: promptlayer-exec watch %d",
+                execution_id,
+                which,
+                execution_id,
+            )
+
+    async def list_workflows(self, arguments: Mapping[str, Any], _: Report) -> CallToolResult:
+        """List the workflows that can be run."""
+        read.check_names(arguments, "search")
+        search = (read.text(arguments, "search") or "").casefold()
+        listed: list[dict[str, Any]] = []
+        space = Space()
+        async with aclosing(self.session.workflows(sort_by="name", sort_order="asc")) as found:
+            async for summary in found:
+                is_allowed = not self.allowed or {summary.name, str(summary.id)} & {*self.allowed}
+                if summary.is_deleted or not is_allowed or search not in summary.name.casefold():
+                    continue
+                entry = {
+                    "id": summary.id,
+                    "name": clean(summary.name),
+                    "labels": [clean(label) for label in summary.labels],
+                    "latest_version": summary.latest_version,
+                }
+                if len(listed) == _MOST_WORKFLOWS or not space.take(entry):
+                    message = f"The first {len(listed)} workflows. There are more: use search."
+                    break
+                listed.append(entry)
+            else:
+                message = f"{len(listed)} workflows."
+        message += " describe_workflow shows which inputs one needs."
+        return tool_result({"message": message, "workflows": listed})
+
+    async def describe_workflow(self, arguments: Mapping[str, Any], _: Report) -> CallToolResult:
+        """Show what a workflow needs and does."""
+        read.check_names(arguments, "workflow", "label", "version")
+        name = read.workflow(arguments, self.allowed)
+        request = read.start_request({**arguments, "inputs": None}, name)
+        try:
+            workflow = await self.session.workflow(
+                name, label=request.label, version=request.version
+            )
+        except NotFound as error:
+            raise Refused(await self._not_found(request, error)) from error
+        return tool_result(workflow_fields(workflow))
+
+    async def start_workflow(self, arguments: Mapping[str, Any], _: Report) -> CallToolResult:
+        """Start a run, and return its id."""
+        read.check_names(arguments, "workflow", "inputs", "label", "version")
+        name = read.workflow(arguments, self.allowed)
+        execution, warning = await self._start(read.start_request(arguments, name))
+        message = f"Execution {execution.id} of workflow {clean(name)!r:.200} has started. Call"
+        message += f" wait_execution with execution_id '{execution.id}' for its output."
+        return tool_result({"message": message, "execution_id": str(execution.id), **warning})
+
+    async def wait_execution(self, arguments: Mapping[str, Any], report: Report) -> CallToolResult:
+        """Wait for an execution."""
+        read.check_names(arguments, "execution_id", "timeout")
+        execution = self.session.execution(read.execution_id(arguments))
+        seconds = read.timeout(arguments)
+        return tool_result(await self._wait(execution, seconds, report))
+
+    async def get_execution(self, arguments: Mapping[str, Any], _: Report) -> CallToolResult:
+        """Read an execution, a node of it, or a part of a long value."""
+        read.check_names(arguments, "execution_id", "node", "start", "length")
+        execution_id = read.execution_id(arguments)
+        node, start = read.text(arguments, "node"), read.whole(arguments, "start", 0) or 0
+        length = read.whole(arguments, "length", 1)
+        execution, snapshot = await self.read(execution_id)
+        if node is None:
+            return tool_result(await self._fields(execution, snapshot, start, length))
+        found = {clean(name): it for name, it in snapshot.nodes.items()}.get(node)
+        if found is None:
+            few = names_of(snapshot.nodes.values())
+            raise Refused(
+                f"execution {execution_id} has no node {read.shown(node)}; it has: {few}."
+                + read.near(node, snapshot.nodes)
+            )
+        return tool_result(node_fields(snapshot, found, start, length))
+
+    def _run_request(self, tool: str, arguments: Mapping[str, Any]) -> tuple[StartRequest, float]:
+        """Return the start and the timeout that the arguments of a tool `run_...` ask for.
+
+        The inputs are arguments themselves. If they are in `inputs`, the others are those of
+        `start_workflow`.
+        """
+        name = self._run_tools[tool]
+        required = self._inputs.get(name, {})
+        if "inputs" in arguments and "inputs" not in required:
+            read.check_names(arguments, "inputs", "label", "version", "timeout")
+            return read.start_request(arguments, name), read.timeout(arguments)
+        inputs, options = dict(arguments), {}
+        if "timeout" not in required and "timeout" in inputs:
+            options["timeout"] = inputs.pop("timeout")
+        return StartRequest(name, inputs), read.timeout(options)
+
+    async def _run(self, tool: str, arguments: Mapping[str, Any], report: Report) -> CallToolResult:
+        request, seconds = self._run_request(tool, arguments)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        execution, warning = await self._start(request)
+        await report(0, None, f"execution {execution.id} has started")
+        left = max(0.0, deadline - loop.time())
+        return tool_result({**await self._wait(execution, left, report), **warning})
+
+    async def _start(self, request: StartRequest) -> tuple[Execution, dict[str, str]]:
+        """Start a run, and return it with the server's warning, if any, as a field."""
+        name = str(request.workflow)
+        try:
+            await check_inputs(self.session, request)
+            execution = await self.session.start(
+                name, request.inputs, label=request.label, version=request.version
+            )
+        except ConfigurationError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise Refused(
+                f"{clip(str(error), 2_000)}. No run was started. describe_workflow shows which"
+                " inputs the workflow needs."
+            ) from error
+        except NotFound as error:
+            raise Refused(await self._not_found(request, error)) from error
+        except StartUnknown as error:
+            raise Refused(
+                f"{error} Do not call this tool again for the same purpose: ask the user."
+            ) from error
+        self._record(execution.id, name)
+        warning = {"warning": clip(execution.warning, 1_000)} if execution.warning else {}
+        return execution, warning
+
+    async def _not_found(self, request: StartRequest, error: NotFound) -> str:
+        name, known = str(request.workflow), list(self.allowed)
+        if not known:
+            try:
+                async with (
+                    asyncio.timeout(_DEFINITION_TIMEOUT),
+                    aclosing(self.session.workflows()) as found,
+                ):
+                    known.extend([it.name async for it in found if not it.is_deleted])
+            except (PromptLayerExecError, TimeoutError):
+                pass  # the name alone is an answer, too
+        if name in known:
+            return f"{clip(str(error), 1_000)} describe_workflow shows the latest version."
+        near = read.near(name, known)
+        return f"{clip(str(error), 1_000)}{near} list_workflows shows all workflows."
+
+    async def _wait(self, execution: Execution, seconds: float, report: Report) -> dict[str, Any]:
+        reported = 0
+        snapshot: Snapshot | None = None
+        try:
+            async with aclosing(execution.stream(timeout=seconds)) as snapshots:
+                async for snapshot in snapshots:
+                    self._seen(snapshot)
+                    if (count := final_count(snapshot)) > reported:
+                        reported = count
+                        text = f"execution {execution.id}: {state_text(snapshot)}"
+                        await report(count, len(snapshot.nodes), text)
+        except ExecutionTimeout as error:
+            snapshot = error.last_snapshot or Snapshot(execution.id, False, {})
+            message = f"Execution {execution.id} is not complete after {seconds:g} s:"
+            message += f" {state_text(snapshot)}. It goes on. Call wait_execution with"
+            message += f" execution_id '{execution.id}' to go on waiting; do not start it again."
+            return execution_fields(snapshot, message, timed_out=True)
+        assert snapshot is not None  # noqa: S101 - a stream ends with a snapshot or an error
+        return await self._fields(execution, snapshot)
+
+    async def _fields(
+        self, execution: Execution, snapshot: Snapshot, start: int = 0, length: int | None = None
+    ) -> dict[str, Any]:
+        """Return the state of an execution, with its output, or a range of it."""
+        execution_id = execution.id
+        if not snapshot.complete:
+            message = f"Execution {execution_id} is not complete: {state_text(snapshot)}."
+            message += f" Call wait_execution with execution_id '{execution_id}'."
+            return execution_fields(snapshot, message)
+        try:
+            output: Shown = show(await execution.output(timeout=_OUTPUT_TIMEOUT), start, length)
+        except ExecutionFailed:
+            return execution_fields(snapshot, failure_text(snapshot))
+        except (ExecutionTimeout, RequestError) as error:
+            message = f"Execution {execution_id} succeeded, but its output could not be read:"
+            message += f" {clip(str(error), 1_000)} Call get_execution for it."
+            return execution_fields(snapshot, message)
+        message = f"Execution {execution_id} succeeded: {state_text(snapshot)}."
+        message += rest_text(output, str(execution_id))
+        return execution_fields(snapshot, message, output=output)
+
+    def _seen(self, snapshot: Snapshot) -> Snapshot:
+        if snapshot.complete:
+            self.running.pop(snapshot.execution_id, None)
+        elif snapshot.execution_id not in self.running:
+            self._record(snapshot.execution_id, None)
+        return snapshot
+
+    def _record(self, execution_id: int, workflow: str | None) -> None:
+        self.running[execution_id] = workflow
+        if len(self.running) > _MOST_KNOWN:
+            self.running.popitem(last=False)
+
+
+_CALLS: Mapping[str, Callable[[Calls, Mapping[str, Any], Report], Awaitable[CallToolResult]]] = {
+    "list_workflows": Calls.list_workflows,
+    "describe_workflow": Calls.describe_workflow,
+    "start_workflow": Calls.start_workflow,
+    "wait_execution": Calls.wait_execution,
+    "get_execution": Calls.get_execution,
+}

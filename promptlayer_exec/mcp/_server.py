@@ -1,0 +1,144 @@
+"""The server: it connects the protocol with the tools."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import attrs
+from mcp import MCPError
+from mcp.server import Server, ServerRequestContext
+from mcp.types import (
+    INVALID_PARAMS,
+    CallToolRequestParams,
+    CallToolResult,
+    ListResourcesResult,
+    ListResourceTemplatesResult,
+    ListToolsResult,
+    PaginatedRequestParams,
+    ReadResourceRequestParams,
+    ReadResourceResult,
+    Resource,
+    ResourceTemplate,
+    TextContent,
+    TextResourceContents,
+)
+
+from promptlayer_exec import PromptLayerExecError, Session, __version__
+from promptlayer_exec.mcp._arguments import Refused, parse_id, shown
+from promptlayer_exec.mcp._calls import Calls
+from promptlayer_exec.mcp._results import error_result
+from promptlayer_exec.mcp._tasks import Tasks, declares_tasks
+from promptlayer_exec.mcp._tools import INSTRUCTIONS
+
+_SCHEME = "execution://"
+_JSON = "application/json"
+_Context = ServerRequestContext[Any]
+_Page = PaginatedRequestParams | None
+
+
+def create_server(session: Session, *, workflows: Iterable[str] = ()) -> Server[Any]:
+    """Return an MCP server whose tools run workflows and wait for them.
+
+    It speaks all revisions of the protocol that the SDK speaks, over any of its transports. It has
+    no authorization of its own: whoever can reach it can do what the session's key can do.
+
+    https://modelcontextprotocol.io
+
+    Args:
+        session: it does the work; it stays yours to close.
+        workflows: the names or ids of the only workflows that can be started. Each gets a tool of
+            its own, `run_...`, which waits for the output. Without, all can be started.
+
+    Raises:
+        ValueError: a name is no text, or empty.
+    """
+    return make_server(Calls(session, tuple(dict.fromkeys(workflows))))
+
+
+def make_server(calls: Calls) -> Server[Any]:
+    """Return a server with these tools."""
+    tasks = Tasks(calls)
+    handlers = _Handlers(calls, tasks)
+    server: Server[Any] = Server(
+        "promptlayer-exec",
+        version=__version__,
+        title="PromptLayer workflows",
+        instructions=INSTRUCTIONS,
+        on_list_tools=handlers.list_tools,
+        on_call_tool=handlers.call_tool,
+        on_list_resources=handlers.list_resources,
+        on_list_resource_templates=handlers.list_templates,
+        on_read_resource=handlers.read_resource,
+    )
+    tasks.add_to(server)
+    return server
+
+
+@attrs.define
+class _Handlers:
+    """One method for each method of the protocol."""
+
+    _calls: Calls
+    _tasks: Tasks
+
+    async def list_tools(self, _ctx: _Context, _params: _Page) -> ListToolsResult:
+        return ListToolsResult(tools=await self._calls.tools())
+
+    async def call_tool(self, ctx: _Context, params: CallToolRequestParams) -> Any:
+        calls, arguments = self._calls, params.arguments or {}
+        if not calls.is_known(params.name):
+            known = ", ".join(calls.names())
+            what = f"there is no tool {shown(params.name)}; the tools are: {known}"
+            raise MCPError(INVALID_PARAMS, what)
+        if not (calls.is_run(params.name) and declares_tasks(ctx)):
+            return await calls.call(params.name, arguments, ctx.session.report_progress)
+        try:
+            execution = await calls.start_run(params.name, arguments)
+        except (Refused, PromptLayerExecError) as error:
+            return error_result(str(error))
+        return self._tasks.created(execution.id)
+
+    async def list_resources(self, _ctx: _Context, _params: _Page) -> ListResourcesResult:
+        return ListResourcesResult(
+            resources=[
+                Resource(
+                    uri=f"{_SCHEME}{execution_id}",
+                    name=f"execution {execution_id}",
+                    description=None if workflow is None else f"A run of {workflow!r:.100}",
+                    mime_type=_JSON,
+                )
+                for execution_id, workflow in reversed([*self._calls.running.items()][-100:])
+            ]
+        )
+
+    async def list_templates(self, _ctx: _Context, _params: _Page) -> ListResourceTemplatesResult:
+        template = ResourceTemplate(
+            uri_template=f"{_SCHEME}{{id}}",
+            name="execution",
+            title="An execution",
+            description="An execution as it is now: its nodes, and its output if it is complete.",
+            mime_type=_JSON,
+        )
+        return ListResourceTemplatesResult(resource_templates=[template])
+
+    async def read_resource(
+        self, _ctx: _Context, params: ReadResourceRequestParams
+    ) -> ReadResourceResult:
+        uri = str(params.uri)
+        execution_id = parse_id(uri.removeprefix(_SCHEME)) if uri.startswith(_SCHEME) else None
+        if execution_id is None:
+            what = f"there is no resource {shown(uri)}: an execution is {_SCHEME}{{id}}"
+            raise MCPError(INVALID_PARAMS, what)
+        try:
+            result = await self._calls.result(*await self._calls.read(execution_id))
+        except PromptLayerExecError as error:
+            raise MCPError(INVALID_PARAMS, str(error)) from error
+        contents = TextResourceContents(uri=uri, mime_type=_JSON, text=_text_of(result))
+        return ReadResourceResult(contents=[contents])
+
+
+def _text_of(result: CallToolResult) -> str:
+    (content,) = result.content
+    assert isinstance(content, TextContent)  # noqa: S101 - as all tools answer
+    return content.text

@@ -1,0 +1,198 @@
+"""The tools as clients see them: names, descriptions, schemas, annotations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mcp.types import Tool, ToolAnnotations
+
+from promptlayer_exec import Workflow
+
+WAIT = 50.0  # seconds: clients often give up after 60
+_LONGEST_NAME = 64  # of a tool; models and clients have limits of their own
+_TYPES = {"string", "number", "integer", "boolean", "array", "object"}
+
+INSTRUCTIONS = f"""\
+These tools run PromptLayer workflows. A run costs money, and cannot be cancelled.
+
+1. start_workflow returns an execution_id at once. Keep it: nothing else finds the run again.
+2. wait_execution waits until the run is complete, for at most {WAIT:.0f} seconds. If it returns
+   timed_out: true, the run goes on: call wait_execution again with the same execution_id.
+3. A complete run with succeeded: false says in `nodes` which node failed, and why.
+   get_execution with a node shows its whole value or error.
+
+Never start a run again because a wait timed out, or because the answer to a start was lost.
+"""
+
+_READS = ToolAnnotations(read_only_hint=True, idempotent_hint=True, open_world_hint=True)
+# No annotation says that a call costs money: the titles do, and clients ask before these.
+_STARTS = ToolAnnotations(
+    read_only_hint=False, destructive_hint=True, idempotent_hint=False, open_world_hint=True
+)
+
+_EXECUTION_ID = {"type": "string", "description": "Id of the execution, such as '787'."}
+_INPUTS = {"type": "object", "description": "The input variables by name."}
+_LABEL = {"type": "string", "description": "Label of the version to run, such as 'prod'."}
+_VERSION = {"type": "integer", "description": "Number of the version, instead of a label."}
+_TIMEOUT = {
+    "type": "number",
+    "minimum": 0,
+    "description": "Seconds to wait at most. Many clients give up after 60 seconds.",
+    "default": WAIT,
+}
+_MESSAGE = {"type": "string", "description": "What happened, and what to do next."}
+
+
+def _schema(required: Iterable[str] = (), /, **properties: Any) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "object", "properties": properties}
+    return {**schema, "required": list(required)} if required else schema
+
+
+_RANGE = _schema(
+    ("start", "end", "size"),
+    start={"type": "integer"},
+    end={"type": "integer"},
+    size={"type": "integer", "description": "Characters in all."},
+)
+_EXECUTION = _schema(
+    ("message", "execution_id", "complete", "succeeded", "progress", "timed_out", "nodes"),
+    message=_MESSAGE,
+    execution_id={"type": "string"},
+    complete={"type": "boolean", "description": "Whether the execution has ended."},
+    succeeded={"type": ["boolean", "null"], "description": "null until it is complete."},
+    progress={"type": "number", "description": "Share of the nodes that are final."},
+    timed_out={"type": "boolean", "description": "Whether the wait ended first."},
+    nodes={"type": "object", "description": "Status and error of each node, by its name."},
+    nodes_left_out={"type": "integer", "description": "Nodes that there was no space for."},
+    output={"description": "The output; with output_range, characters of its text."},
+    output_range=_RANGE,
+    warning={"type": "string", "description": "What the server noticed about the start."},
+)
+_STARTED = _schema(
+    ("message", "execution_id"),
+    message=_MESSAGE,
+    execution_id={"type": "string"},
+    warning={"type": "string", "description": "What the server noticed about the start."},
+)
+_WORKFLOW = _schema(
+    ("message", "id", "name", "required_inputs", "nodes"),
+    message=_MESSAGE,
+    id={"type": "integer"},
+    name={"type": "string"},
+    version={"type": ["integer", "null"]},
+    labels={"type": "array", "items": {"type": "string"}},
+    required_inputs={"description": "The type of each required input; null if unknown."},
+    nodes={"type": "array", "items": {"type": "object"}},
+    nodes_left_out={"type": "integer"},
+)
+_WORKFLOWS = _schema(
+    ("message", "workflows"),
+    message=_MESSAGE,
+    workflows={"type": "array", "items": {"type": "object"}},
+)
+
+
+def common_tools(allowed: tuple[str, ...]) -> list[Tool]:
+    """Return the five tools; with `allowed`, the names of the only workflows that they know."""
+    workflow: dict[str, Any] = {"type": "string", "description": "Name or id of the workflow."}
+    if allowed:
+        workflow["enum"] = list(allowed)
+    return [
+        Tool(
+            name="list_workflows",
+            title="List workflows",
+            description="List the workflows that can be run, with their labels.",
+            input_schema=_schema(
+                search={"type": "string", "description": "Only names that contain this text."}
+            ),
+            output_schema=_WORKFLOWS,
+            annotations=_READS,
+        ),
+        Tool(
+            name="describe_workflow",
+            title="Describe a workflow",
+            description="Show which inputs a workflow needs, and its nodes.",
+            input_schema=_schema(["workflow"], workflow=workflow, label=_LABEL, version=_VERSION),
+            output_schema=_WORKFLOW,
+            annotations=_READS,
+        ),
+        Tool(
+            name="start_workflow",
+            title="Start a run of a workflow (paid)",
+            description="Start a run of a workflow, which costs money, and return its execution_id"
+            " at once. Then call wait_execution. Missing inputs are reported before anything is"
+            " started.",
+            input_schema=_schema(
+                ["workflow"], workflow=workflow, inputs=_INPUTS, label=_LABEL, version=_VERSION
+            ),
+            output_schema=_STARTED,
+            annotations=_STARTS,
+        ),
+        Tool(
+            name="wait_execution",
+            title="Wait for an execution",
+            description="Wait until an execution is complete, and return its output, or which node"
+            f" failed and why. After {WAIT:.0f} seconds, or `timeout`, it returns timed_out: true:"
+            " call it again. Waiting costs nothing.",
+            input_schema=_schema(["execution_id"], execution_id=_EXECUTION_ID, timeout=_TIMEOUT),
+            output_schema=_EXECUTION,
+            annotations=_READS,
+        ),
+        Tool(
+            name="get_execution",
+            title="Read an execution",
+            description="Return an execution as it is now. With `node`, return the value or the"
+            " whole error of that node. With `start` and `length`, return that range of characters"
+            " of a long value: of the node, or of the output.",
+            input_schema=_schema(
+                ["execution_id"],
+                execution_id=_EXECUTION_ID,
+                node={"type": "string", "description": "Name of a node."},
+                start={"type": "integer", "minimum": 0, "default": 0},
+                length={"type": "integer", "minimum": 1},
+            ),
+            output_schema=_EXECUTION,
+            annotations=_READS,
+        ),
+    ]
+
+
+def run_tool(name: str, workflow: str, definition: Workflow | None) -> Tool:
+    """Return the tool that runs one workflow, with its required inputs as arguments."""
+    inputs = None if definition is None else definition.required_inputs
+    if inputs is None:
+        schema = _schema(inputs=_INPUTS, timeout=_TIMEOUT)
+    else:
+        properties = {"timeout": _TIMEOUT, **{it: _input(kind) for it, kind in inputs.items()}}
+        schema = _schema(list(inputs), **properties)
+    return Tool(
+        name=name,
+        title=f"Run {workflow!r:.100} (paid)",
+        description=f"Run the PromptLayer workflow {workflow!r:.100}, which costs money, and return"
+        f" its output, or which node failed and why. After {WAIT:.0f} seconds, or `timeout`, it"
+        " returns timed_out: true and an execution_id: call wait_execution with it.",
+        input_schema=schema,
+        output_schema=_EXECUTION,
+        annotations=_STARTS,
+    )
+
+
+def _input(kind: str) -> dict[str, Any]:
+    if kind.lower() in _TYPES:
+        return {"type": kind.lower()}
+    return {"description": f"A value of the type {kind!r:.100}."}
+
+
+def run_tool_names(workflows: Iterable[str]) -> Mapping[str, str]:
+    """Return the workflow of each tool `run_...`, by the name of the tool."""
+    names: dict[str, str] = {}
+    for workflow in workflows:
+        base = f"run_{re.sub(r'[^A-Za-z0-9_.-]', '_', workflow)}"[:_LONGEST_NAME]
+        name, number = base, 2
+        while name in names:
+            suffix = f"_{number}"
+            name, number = base[: _LONGEST_NAME - len(suffix)] + suffix, number + 1
+        names[name] = workflow
+    return names

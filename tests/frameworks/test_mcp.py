@@ -1,0 +1,127 @@
+"""The recipe for MCP, with the OpenAI Agents SDK and a server that speaks OpenAI's protocol."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import agents
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from openai import AsyncOpenAI
+
+from promptlayer_exec.simulator import Fault, Simulator
+
+
+class Model:
+    """A model that follows the messages of the tools, and keeps what it read."""
+
+    def __init__(self) -> None:
+        self.tools: list[str] = []
+        self.read: list[dict[str, Any]] = []
+
+    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the next message: a call of a tool, or the answer."""
+        self.tools = [tool["function"]["name"] for tool in body["tools"]]
+        last = body["messages"][-1]
+        if last["role"] == "user":
+            inputs = {"topic": last["content"]}
+            return self.call("start_workflow", workflow="write-report", inputs=inputs)
+        try:
+            content = json.loads(last["content"])
+            result = json.loads(content["text"]) if content.keys() == {"type", "text"} else content
+        except ValueError:
+            return {"role": "assistant", "content": f"I was told: {last['content']}"}
+        self.read.append(result)
+        return self.follow(result, result["execution_id"])
+
+    def follow(self, result: dict[str, Any], execution_id: str) -> dict[str, Any]:
+        """Wait, explain what failed, or answer."""
+        if "complete" not in result:
+            return self.call("wait_execution", execution_id=execution_id, timeout=0.05)
+        if result["timed_out"]:
+            return self.call("wait_execution", execution_id=execution_id)
+        if result["succeeded"]:
+            return {"role": "assistant", "content": f"It says: {result['output']}"}
+        ((name, failed),) = [
+            (name, node) for name, node in result["nodes"].items() if node["status"] == "FAILED"
+        ]
+        if len(self.read) == 3:
+            return self.call("get_execution", execution_id=execution_id, node=name)
+        return {"role": "assistant", "content": f"{name} failed: {failed['error_message']}"}
+
+    def call(self, tool: str, **arguments: Any) -> dict[str, Any]:
+        """Return the message that calls a tool."""
+        function = {"name": tool, "arguments": json.dumps(arguments)}
+        call = {"id": f"call-{len(self.read)}", "type": "function", "function": function}
+        return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+    async def complete(self, request: web.Request) -> web.Response:
+        """Answer like `POST /chat/completions`."""
+        body = await request.json()
+        choice = {"index": 0, "finish_reason": "stop", "message": self.answer(body)}
+        answer = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
+        return web.json_response(answer | {"choices": [choice]})
+
+
+@pytest.fixture
+async def model() -> AsyncIterator[Model]:
+    """Serve a model on this machine."""
+    model = Model()
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", model.complete)
+    agents.set_tracing_disabled(disabled=True)
+    agents.set_default_openai_api("chat_completions")
+    async with TestServer(app) as server:
+        client = AsyncOpenAI(api_key="key", base_url=str(server.make_url("/v1")))
+        agents.set_default_openai_client(client, use_for_tracing=False)
+        async with client:
+            yield model
+
+
+@pytest.fixture
+def page(
+    server: Simulator, load: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> ModuleType:
+    """Return the recipe, which finds the command next to this Python."""
+    scripts = str(Path(sys.executable).parent)
+    monkeypatch.setenv("PATH", os.pathsep.join([scripts, os.environ["PATH"]]))
+    return load("MCP", "mcp_recipe")
+
+
+async def test_the_model_starts_waits_and_gets_the_report(
+    server: Simulator, page: ModuleType, model: Model
+) -> None:
+    """It sees the tools, the progress of the run, and its output."""
+    assert await page.answer("otters") == "It says: Otters are fine."
+    assert model.tools[:2] == ["list_workflows", "describe_workflow"]
+    assert "run_write-report" in model.tools
+    (run,) = server.runs
+    assert run.inputs == {"topic": "otters"}
+    _, waiting, done = model.read
+    assert waiting["timed_out"]
+    assert waiting["progress"] < done["progress"] == 1
+
+
+async def test_the_model_reads_which_node_failed(
+    server: Simulator, page: ModuleType, model: Model
+) -> None:
+    """It asks for that node, and explains it."""
+    assert (await page.answer("unicorns")).startswith("Report failed: ")
+    assert len(server.runs) == 1
+
+
+async def test_the_model_is_told_not_to_repeat_a_lost_start(
+    server: Simulator, page: ModuleType, model: Model
+) -> None:
+    """Its error says what may have happened."""
+    server.inject(Fault.status(404))  # the definition: the inputs are then unchecked
+    server.inject(Fault.disconnect())
+    assert "Do not call this tool again" in await page.answer("otters")
+    assert len(server.runs) == 1
