@@ -539,7 +539,7 @@ async def test_closing_ends_everything_else_at_once_while_a_start_is_on_the_wire
     """Watches and calls do not wait for the start."""
     waiting = asyncio.create_task(session.execution(held).wait())
     await recorder.next(Polled)
-    sim.inject(Fault.stall(2))
+    sim.inject(Fault.stall(None))  # the watch also polls
     calling = asyncio.create_task(session.get_results(held + 1))
     await sim.wait_for_requests(sim.request_count + 1)
     starting = await on_the_wire(sim, session)
