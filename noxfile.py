@@ -52,6 +52,12 @@ def _install_debian(session: nox.Session, *packages: str) -> None:
     session.run("apt-get", "install", "-qy", "--no-install-recommends", *packages, external=True)
 
 
+def _install_postgresql(session: nox.Session) -> None:
+    # Debian does not put initdb on the PATH.
+    if shutil.which("initdb") is None and not Path("/usr/lib/postgresql").exists():
+        _install_debian(session, "postgresql")
+
+
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """Run the suite on the built wheel, with branch coverage; arguments go to pytest."""
@@ -230,6 +236,7 @@ def bench(session: nox.Session) -> None:
     others = {"speed": ".[speed]", "vendor": f"promptlayer=={SDKS[0]}"}
     pythons = {name: _make_venv(session, name, package) for name, package in others.items()}
     session.install(".[dbos,push]", "httpx", "matplotlib")
+    _install_postgresql(session)
     environment = {"PYTHONSAFEPATH": "1"}
     failed = []
     for program, *arguments in (
@@ -238,6 +245,7 @@ def bench(session: nox.Session) -> None:
         ("schedule.py", "--chart", "docs/images/schedule.svg"),
         ("bucket.py",),
         ("durable.py",),
+        ("network.py",),
         ("__main__.py", *session.posargs),
         ("polls.py", *(part for name in others for part in (f"--{name}", pythons[name]))),
     ):
@@ -280,7 +288,5 @@ def kill(session: nox.Session) -> None:
 
 def _run_kill_tests(session: nox.Session, tests: str) -> None:
     _install(session, "test", ".[cli,dbos]")
-    # Debian does not put initdb on the PATH.
-    if shutil.which("initdb") is None and not Path("/usr/lib/postgresql").exists():
-        _install_debian(session, "postgresql")
+    _install_postgresql(session)
     session.run("pytest", tests, *session.posargs, env={"PYTHONSAFEPATH": "1"})

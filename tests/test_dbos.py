@@ -704,12 +704,12 @@ def test_a_silent_worker_is_dead_after_a_while(now: list[float]) -> None:
     """It is alive while its heartbeat changes; its items are recovered once it stops changing."""
     store = FakeStore()
     watch = watching(store)
-    for count, seconds in ((1, 0.0), (2, 20.0), (2, 33.0)):
+    for count, seconds in ((1, 0.0), (2, 20.0), (2, 31.0)):
         store.recorded["other"] = Heartbeat(count, describe(os.getpid()))
         now[0] = seconds
         watch._recover_from_dead_workers()
     assert store.requeued == []
-    now[0] = 35.0
+    now[0] = 33.0
     watch._recover_from_dead_workers()
     assert store.requeued == [["other"]]
 

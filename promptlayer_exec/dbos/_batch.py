@@ -354,7 +354,7 @@ class Batch:
         What was started runs on. If it is interrupted, call it again.
 
         Raises:
-            RuntimeError: a worker works on the batch. It takes 14 seconds to be sure that one which
+            RuntimeError: a worker works on the batch. It takes 12 seconds to be sure that one which
                 is silent does not.
             ConfigurationError: the database cannot be used.
         """

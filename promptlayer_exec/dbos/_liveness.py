@@ -20,9 +20,9 @@ from promptlayer_exec.dbos._store import Heartbeat, Store
 
 logger = logging.getLogger("promptlayer_exec")
 HEARTBEAT_INTERVAL = 2.0
-# Longer than a stalled machine or the restart of a database takes, and well below the 30 s within
-# which the items of a dead worker must have moved.
-DEAD_AFTER = 14.0
+# Longer than a stalled machine or the restart of a database takes. With the time until another
+# worker looks, it is below the 15 s within which the items of a dead worker must move.
+DEAD_AFTER = 12.0
 _WATCH_INTERVAL = 0.5
 # An exchange that took longer says nothing about the other workers.
 _SLOW = 4.0
