@@ -33,11 +33,11 @@ class Model:
         if last["role"] == "user":
             inputs = {"topic": last["content"]}
             return self.call("start_workflow", workflow="write-report", inputs=inputs)
+        (content,) = last["content"]
         try:
-            content = json.loads(last["content"])
-            result = json.loads(content["text"]) if content.keys() == {"type", "text"} else content
+            result = json.loads(content["text"])
         except ValueError:
-            return {"role": "assistant", "content": f"I was told: {last['content']}"}
+            return {"role": "assistant", "content": f"I was told: {content['text']}"}
         self.read.append(result)
         return self.follow(result, result["execution_id"])
 
@@ -49,12 +49,10 @@ class Model:
             return self.call("wait_execution", execution_id=execution_id)
         if result["succeeded"]:
             return {"role": "assistant", "content": f"It says: {result['output']}"}
-        ((name, failed),) = [
-            (name, node) for name, node in result["nodes"].items() if node["status"] == "FAILED"
-        ]
         if len(self.read) == 3:
+            (name,) = [it for it, node in result["nodes"].items() if node["status"] == "FAILED"]
             return self.call("get_execution", execution_id=execution_id, node=name)
-        return {"role": "assistant", "content": f"{name} failed: {failed['error_message']}"}
+        return {"role": "assistant", "content": f"I was told: {result['message']}"}
 
     def call(self, tool: str, **arguments: Any) -> dict[str, Any]:
         """Return the message that calls a tool."""
@@ -113,15 +111,17 @@ async def test_the_model_reads_which_node_failed(
     server: Simulator, page: ModuleType, model: Model
 ) -> None:
     """It asks for that node, and explains it."""
-    assert (await page.answer("unicorns")).startswith("Report failed: ")
-    assert len(server.runs) == 1
+    answer = await page.answer("unicorns")
+    (run,) = server.runs
+    assert answer == f"I was told: Node 'Report' of execution {run.execution_id}: FAILED."
+    assert "'Report' FAILED" in model.read[2]["message"]
 
 
 async def test_the_model_is_told_not_to_repeat_a_lost_start(
     server: Simulator, page: ModuleType, model: Model
 ) -> None:
     """Its error says what may have happened."""
-    server.inject(Fault.status(404))  # the definition: the inputs are then unchecked
+    server.inject(Fault.status(404, times=2))  # the definition: the inputs are then unchecked
     server.inject(Fault.disconnect())
     assert "Do not call this tool again" in await page.answer("otters")
     assert len(server.runs) == 1
