@@ -18,8 +18,11 @@ import pytest
 from mcp import Client, MCPError, types
 from mcp.client.extension import ClaimContext, ClientExtension, ResultClaim
 from pydantic import ConfigDict
+from typer.testing import CliRunner
 
 from promptlayer_exec import Session
+from promptlayer_exec._install import install_hint
+from promptlayer_exec.cli._app import app as command_line
 from promptlayer_exec.mcp import create_server
 from promptlayer_exec.mcp._tools import run_tool_names
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
@@ -236,6 +239,47 @@ async def test_a_long_or_odd_output_is_read_in_parts(
             assert f"start {start} for the next ones" in result["message"]
     assert "".join(parts) == text
     assert start == len(text)
+
+
+async def test_a_plain_output_is_data(sim: Simulator, connect: Connect) -> None:
+    """It comes as it is, without a range."""
+    value = {"rows": [1.5, 2**62, None, True, "é"], "text": '"quoted"'}
+    execution_id = sim.add_execution(Scenario([SimNode("Answer", value, is_output_node=True)]))
+    async with connect() as client:
+        result = await call(client, "get_execution", execution_id=execution_id)
+    assert result["output"] == value
+    assert "output_range" not in result
+
+
+async def test_names_may_be_of_any_length(sim: Simulator, connect: Connect) -> None:
+    """Results stay small, whatever a workflow and its nodes are called."""
+    name, node = "w" * 60_000, "n" * 60_000
+    scenario = Scenario([SimNode(node, "x" * 60_000, is_output_node=True)])
+    sim.add_workflow(name, scenario, inputs={"i" * 60_000: "t"}, definition=scenario)
+    execution_id = sim.add_execution(scenario)
+    async with connect() as client:
+        asked = {"execution_id": execution_id}
+        for tool, arguments in (
+            ("get_execution", asked),
+            ("get_execution", {**asked, "node": node}),
+            ("describe_workflow", {"workflow": 1}),
+            ("list_workflows", {}),
+            ("start_workflow", {"workflow": 1}),
+            ("start_workflow", {"workflow": name}),
+        ):
+            result = await client.call_tool(tool, arguments)
+            assert len(result.model_dump_json()) < 100_000, tool
+
+
+async def test_what_is_nested_very_deeply_is_not_shown(sim: Simulator, connect: Connect) -> None:
+    """It cannot be written as JSON; the rest of the result can."""
+    text = "[" * 900 + "]" * 900
+    execution_id = sim.add_execution(
+        Scenario([SimNode("Answer", json.loads(text), is_output_node=True)])
+    )
+    async with connect() as client:
+        result = await call(client, "get_execution", execution_id=execution_id)
+    assert result["output"] in {text, '"(nested too deeply to be shown)"'}
 
 
 async def test_only_some_of_many_nodes_are_shown(sim: Simulator, connect: Connect) -> None:
@@ -680,6 +724,28 @@ async def test_a_closed_stdin_ends_the_process_at_once(
     assert all(json.loads(line)["jsonrpc"] == "2.0" for line in out.splitlines())
     assert f"execution {held} goes on at PromptLayer".encode() in err
     assert b"promptlayer-exec watch" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([], "there is no API key: set the environment variable PROMPTLAYER_API_KEY"),
+        (["--workflow", ""], "must not be empty"),
+    ],
+)
+def test_the_command_says_what_it_lacks(arguments: list[str], problem: str) -> None:
+    """On standard error: standard output is the protocol's."""
+    result = CliRunner().invoke(command_line, ["mcp", *arguments])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert problem in result.stderr
+
+
+def test_the_command_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the SDK, it says what to install."""
+    monkeypatch.setitem(sys.modules, "promptlayer_exec.mcp", None)
+    result = CliRunner().invoke(command_line, ["mcp"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"the MCP server needs an extra: {install_hint('mcp')}\n"
 
 
 async def test_a_signal_ends_the_process_while_a_start_has_no_answer(

@@ -93,11 +93,13 @@ def node_fields(snapshot: Snapshot, node: Node, start: int, length: int | None) 
     shown = show(value, start, length)
     entry |= shown.fields(name)
     execution_id = snapshot.execution_id
-    message = f"Node {clean(node.name)!r:.80} of execution {execution_id}: {node.status:.80}."
+    message = (
+        f"Node {clean(node.name)!r:.80} of execution {execution_id}: {clip(str(node.status), 80)}."
+    )
     if shown.range is not None and shown.range.is_cut:
         message += rest_text(shown, f"{execution_id}", node.name)
     fields = execution_fields(snapshot, message)
-    return {**fields, "nodes": {clean(node.name): entry}}
+    return {**fields, "nodes": {clip(node.name, 1_000): entry}}
 
 
 def rest_text(shown: Shown, execution_id: str, node: str | None = None) -> str:
@@ -175,9 +177,9 @@ def workflow_fields(workflow: Workflow) -> dict[str, Any]:
     fields = {
         "message": f"Workflow {clean(workflow.name)!r:.200}{version}. {needs}",
         "id": workflow.id,
-        "name": clean(workflow.name),
+        "name": clip(workflow.name, 1_000),
         "version": workflow.version,
-        "labels": [clean(label) for label in workflow.labels[:100]],
+        "labels": [label for label in map(clean, workflow.labels) if space.take(label)],
         "required_inputs": show(None if inputs is None else dict(inputs)).value,
         "nodes": nodes,
     }
