@@ -59,6 +59,7 @@ nitpick_ignore = [
         "collections.abc.MutableMapping",
         "datetime.datetime",
         "fastapi.routing.APIRouter",
+        "mcp.server.lowlevel.server.Server",
         "promptlayer_exec._execution.T",
         "promptlayer_exec._fanout.ItemT",
         "promptlayer_exec._fanout.OutputT",

@@ -131,6 +131,36 @@ async def test_a_run_is_started_awaited_and_read(
 
 
 @pytest.mark.parametrize("mode", MODES)
+async def test_progress_is_reported_only_when_a_node_finishes(
+    sim: Simulator, connect: Connect, mode: str
+) -> None:
+    """However often the server is polled; each report is further than the last."""
+    names = ("One", "Two", "Three")
+    execution_id = sim.add_execution(Scenario([SimNode(name, "v", None) for name in names]))
+    seen = []
+    reported = asyncio.Event()
+
+    async def record(progress: float, total: float | None, _message: str | None) -> None:
+        seen.append((progress, total))
+        reported.set()
+
+    async with connect(mode=mode) as client:
+        waiting = asyncio.create_task(
+            client.call_tool(
+                "wait_execution", {"execution_id": execution_id}, progress_callback=record
+            )
+        )
+        for name in names:
+            await sim.wait_for_requests(sim.request_count + 3)
+            reported.clear()
+            sim.finish(execution_id, name)
+            async with asyncio.timeout(10):
+                await reported.wait()
+        await waiting
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("mode", MODES)
 async def test_the_tools_say_what_they_do(
     workspace: Simulator, connect: Connect, mode: str
 ) -> None:
