@@ -32,8 +32,10 @@ from promptlayer_exec.cli._batch_results import LineFile
 from promptlayer_exec.dbos import BatchStatus, StoredOutcome
 from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _batch as batches
+from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
+from promptlayer_exec.dbos._location import database_url
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 PROGRAM = [sys.executable, "-W", "error", "-m", "promptlayer_exec", "batch"]
@@ -606,25 +608,32 @@ def test_failed_and_unknown_items_are_started_again_on_request(
     assert sum(line.startswith("  attempt ") for line in out.splitlines()) == 2
 
 
-def test_a_batch_can_be_deleted(
-    sim: Simulator, run: Run, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After a confirmation, and not while a worker works on it."""
-    file = write(tmp_path / "night.jsonl", {"key": "a", "workflow": "held", "inputs": {}})
-    process = start("run", file)
-    while sim.request_count < 2:
-        time.sleep(0.01)
+def test_a_batch_can_be_deleted(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a confirmation, and not while a worker on another machine works on it."""
+    monkeypatch.setattr(liveness, "_WATCH_INTERVAL", 0.02)
+    file = write(tmp_path / "night.jsonl", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
+    assert run("run", file)[0] == 0
+    store = stores.Store(database_url(None))
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(0.02):
+            store.record_heartbeat("night", "other", json.dumps([None, None, 1, None]))
+
+    beating = threading.Thread(target=beat)
+    beating.start()
     code, _, err = run("delete", "--yes")
-    assert (code, err) == (
-        2,
-        "a worker works on batch 'night': stop it first; nothing was deleted\n",
-    )
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=TIMEOUT)
+    ended.set()
+    beating.join()
+    assert code == 2
+    assert err == "a worker works on batch 'night': stop it first; nothing was deleted\n"
     code, _, err = run("delete")
     assert code == 2
     assert err.startswith("to delete night: 1 item: ")
+    monkeypatch.setattr(liveness, "DEAD_AFTER", 0.1)
     assert run("delete", "--yes") == (0, "", "deleted batch night with 1 item\n")
+    assert store.heartbeats() == {}
+    store.close()
     assert run("status") == (0, "", "")
 
 
