@@ -28,7 +28,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, NoReturn, TypedDict, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import attrs
 from dbos import DBOS
@@ -36,7 +36,6 @@ from dbos import DBOS
 from promptlayer_exec import (
     ConfigurationError,
     ConnectionFailed,
-    Execution,
     ExecutionFailed,
     ExecutionTimeout,
     NotFound,
@@ -59,6 +58,7 @@ from promptlayer_exec.dbos._breaker import FAILURES, Breaker
 from promptlayer_exec.dbos._dbos_internals import ItemTaken
 from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._intents import Intent, Started, State
+from promptlayer_exec.dbos._pending import IntentRefused, Item, PendingStart, StartResult
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import Ending
 from promptlayer_exec.dbos._values import StoredError, StoredOutcome
@@ -72,118 +72,12 @@ _NOT_FOUND_GRACE = 60.0
 # Seconds between two looks at an execution about which the server does not tell.
 _FIRST_DELAY = 1.0
 _LONGEST_DELAY = 30.0
-# Seconds after which an id that is not recorded yet is logged, because the process may be killed:
-# while the database cannot be reached, and while it is only slow.
-_RECORDED_WITHIN = 1.0
+# Seconds after which an id that is not recorded yet is logged although the database can be reached.
 _SLOWLY_RECORDED_WITHIN = 30.0
-# How often an item is refused, while others are not, before the refusal is its own.
-_REFUSALS = 3
 # Errors of a start or a poll that every other item would meet, too.
 _NOT_THE_ITEMS_FAULT = (Unauthorized, ConnectionFailed, RateLimited, SessionClosed)
 _ACCOUNT_STATUSES = (402, 403)
 _FIRST_INTENT = "in the row of the item"
-
-
-class StartResult(TypedDict):
-    """The stored result of the step "start"; without id and error, no run was started."""
-
-    execution_id: int | None
-    at: str
-    error: list[str] | None
-
-
-@attrs.frozen(repr=False)  # DBOS logs the arguments of a step that is cancelled
-class Item:
-    """One attempt to run an item.
-
-    Attributes:
-        request: the request as JSON.
-        started: the start of an earlier attempt, which this one only follows.
-        is_first_version: whether version 0.1 added it, so that an intent may be a step's result.
-    """
-
-    key: str
-    attempt: int
-    request: str
-    started: StartResult | None = None
-    is_first_version: bool = False
-
-
-@attrs.define(eq=False, repr=False)
-class PendingStart:
-    """A start that is to be sent: the hooks around its sending, and what is known about it.
-
-    Attributes:
-        is_leaving: whether its intent may be recorded, so that it must not be cancelled.
-        is_refused: whether its intent could not be recorded.
-        settled: set when its result is recorded, or there is nothing to record.
-    """
-
-    _item: Item
-    _intents: Group[Intent, bool]
-    token: str  # also the one in the start's callback URL, if it has one of its own
-    replaced: str | None = attrs.field(init=False, default=None)
-    execution: Execution | None = attrs.field(init=False, default=None)
-    task: asyncio.Task[Any] | None = attrs.field(init=False, default=None)
-    is_leaving: bool = attrs.field(init=False, default=False)
-    is_cancelled: bool = attrs.field(init=False, default=False)
-    is_refused: bool = attrs.field(init=False, default=False)
-    settled: asyncio.Event = attrs.field(init=False, factory=asyncio.Event)
-    is_reported: bool = attrs.field(init=False, default=False)
-    _timer: asyncio.TimerHandle | None = attrs.field(init=False, default=None)
-    _refusals: int = attrs.field(init=False, default=0)
-    _successes_seen: int = attrs.field(init=False, default=-1)
-
-    async def before_send(self) -> None:
-        """Record the intent."""
-        self.is_leaving = True
-        if not await self._intents.add(self._intent()):
-            self.is_refused = True
-            raise _IntentRefused
-
-    async def not_sent(self) -> None:
-        """Take the intent back."""
-        if self.is_leaving:
-            await self._intents.add(self._intent(is_taken_back=True))
-            self.is_leaving = False
-        if self.is_cancelled and self.task is not None:
-            self.task.cancel()
-
-    def cancel(self) -> None:
-        """Cancel the start, unless its request may be sent."""
-        self.is_cancelled = True
-        if self.task is not None and not self.is_leaving:
-            self.task.cancel()
-
-    def is_refused_alone(self, starts: Breaker) -> bool:
-        """Return True if the server refused this start several times, and others in between not."""
-        if starts.successes > self._successes_seen:
-            self._refusals, self._successes_seen = self._refusals + 1, starts.successes
-        return self._refusals >= (_REFUSALS if starts.is_busy else _REFUSALS - 1)
-
-    def warn_if_late(self, warn: Callable[[], None]) -> None:
-        """Call `warn` each second until the result is recorded; in DBOS's event loop."""
-        loop = asyncio.get_running_loop()
-
-        def warn_again() -> None:
-            warn()
-            self._timer = loop.call_later(_RECORDED_WITHIN, warn_again)
-
-        self._timer = loop.call_later(_RECORDED_WITHIN, warn_again)
-
-    def recorded(self) -> None:
-        """Record that the result is recorded, or will not be; in DBOS's event loop."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self.settled.set()
-
-    def _intent(self, *, is_taken_back: bool = False) -> Intent:
-        key, attempt = self._item.key, self._item.attempt
-        return Intent(key, attempt, self.token, self.replaced, is_taken_back)
-
-
-class _IntentRefused(Exception):
-    """Another worker may have sent the start, or the item has an outcome."""
 
 
 @attrs.define(eq=False, repr=False)
@@ -342,7 +236,7 @@ class Items:
                     execution = await integration.start(
                         self._session, request, hooks=pending, token=pending.token
                     )
-                except _IntentRefused:
+                except IntentRefused:
                     result = _result()
                     if item.is_first_version:
                         result = await self._explain_refusal(item, pending)

@@ -17,8 +17,9 @@ from dbos import DBOS, DBOSPortableJSONSerializer
 
 from promptlayer_exec import ConfigurationError, Session
 from promptlayer_exec.dbos._dbos_internals import log_quietly, stop_dequeuing
-from promptlayer_exec.dbos._items import Item, Items, StartResult, suspend
+from promptlayer_exec.dbos._items import Items, suspend
 from promptlayer_exec.dbos._liveness import Liveness
+from promptlayer_exec.dbos._pending import Item, StartResult
 from promptlayer_exec.dbos._store import (
     APPLICATION,
     FIRST_WORKFLOW,
