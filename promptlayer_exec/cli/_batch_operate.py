@@ -194,7 +194,7 @@ def export(
 
 
 def recheck(name: OnlyBatch = None, database: Database = None) -> None:
-    """Follow again every run that has an id and no output, and start nothing."""
+    """Follow every run again that has no output, and start none."""
 
     async def work() -> ExitCode:
         chosen, batch = await chosen_batch(name, database)

@@ -42,9 +42,9 @@ def mcp(
     base_url: BaseUrl = None,
     outage: Outage = 10,
 ) -> None:
-    """Serve workflows as tools for agents, over the Model Context Protocol (extra `mcp`).
+    """Serve workflows to agents as tools of an MCP server.
 
-    An MCP client starts this command, and speaks with it over standard input and output. The tools
+    MCP is the Model Context Protocol; the command needs the extra `mcp`. An MCP client starts this command, and speaks with it over standard input and output. The tools
     list, describe and start workflows, wait for executions with progress, and read them.
 
     With --workflow, only the named workflows can be started, and each has a tool of its own with
