@@ -70,7 +70,7 @@ class CallbackLog:
 
     _emit: Emit
     _callbacks: dict[str, _Callback] = attrs.field(init=False, factory=dict)  # oldest first
-    _lost: dict[str, tuple[StartRequest, float]] = attrs.field(init=False, factory=dict)
+    _lost: dict[str, tuple[StartRequest, str, float]] = attrs.field(init=False, factory=dict)
     _waiters: dict[str, set[asyncio.Future[None]]] = attrs.field(init=False, factory=dict)
 
     def receive(self, token: str, execution_id: int) -> None:
@@ -81,12 +81,12 @@ class CallbackLog:
         for future in self._waiters.get(token, ()):
             resolve(future)
 
-    def lose(self, token: str, request: StartRequest, elapsed: float = 0.0) -> None:
+    def lose(self, token: str, request: StartRequest, base_url: str, elapsed: float = 0.0) -> None:
         """Record that a start's answer was lost, `elapsed` seconds after its call."""
         callback = self._find(token)
         if token in self._lost or (callback is not None and callback.is_reported):
             return
-        _put(self._lost, token, (request, time.monotonic() - elapsed))
+        _put(self._lost, token, (request, base_url, time.monotonic() - elapsed))
         self._report(token)
 
     async def wait(self, token: str) -> int:
@@ -112,7 +112,7 @@ class CallbackLog:
         callback = self._find(token)
         if callback is None or token not in self._lost:
             return
-        request, called_at = self._lost.pop(token)
+        request, base_url, called_at = self._lost.pop(token)
         callback.is_reported = True
         if token not in self._waiters:
             logger.warning(
@@ -124,7 +124,12 @@ class CallbackLog:
         duration = time.monotonic() - called_at
         self._emit(
             ExecutionStarted(
-                callback.execution_id, request, abandoned=False, duration=duration, recovered=True
+                callback.execution_id,
+                request,
+                abandoned=False,
+                duration=duration,
+                recovered=True,
+                base_url=base_url,
             )
         )
 

@@ -87,6 +87,8 @@ class Client:
             emit=self._emit,
             on_end=self._forget,
             net=None if self.push is None else self.push.net(execution_id),
+            workflow=self._recent_starts.workflow(execution_id),
+            base_url=self.transport.base_url,
         )
         watch.add_follower(streams=streams)
         if (source := self._early_wake_ups.take(execution_id)) is not None:
@@ -209,7 +211,7 @@ class Client:
 
         async def post(state: RetryState, once: Start) -> Started:
             reply = await self.transport.call(http_request, read_started, state, due=now, once=once)
-            self._recent_starts.add(reply.value.execution_id, now=clock())
+            self._recent_starts.add(reply.value.execution_id, request.workflow, now=clock())
             if self.push is not None:
                 sent_at = clock() - reply.duration
                 self.push.started(
@@ -228,7 +230,10 @@ class Client:
             is_closing=self.lifetime.is_closing,
             hooks=hooks,
             token=token,
-            on_unknown=None if token is None else partial(self._callbacks.lose, token, request),
+            on_unknown=None
+            if token is None
+            else partial(self._callbacks.lose, token, request, self.transport.base_url),
+            base_url=self.transport.base_url,
         )
         self.lifetime.spawn(start.run)
         if self.push is not None:
@@ -237,14 +242,14 @@ class Client:
 
     async def recover(self, error: StartUnknown, token: str, deadline: Deadline) -> int:
         """Wait for the callback of a start whose answer was lost, and return the execution's id."""
-        self._callbacks.lose(token, StartRequest(error.workflow))
+        self._callbacks.lose(token, StartRequest(error.workflow), self.transport.base_url)
         try:
             wait = partial(self._callbacks.wait, token)
             execution_id = await self.lifetime.call(wait, deadline)
         except DeadlinePassed:
             since = f"; no callback came within {deadline.timeout or 0.0:g} s, which proves nothing"
             raise start_unknown(error.workflow, error.reason, token, since) from error
-        self._recent_starts.add(execution_id, now=clock())
+        self._recent_starts.add(execution_id, error.workflow, now=clock())
         return execution_id
 
 

@@ -29,7 +29,16 @@ class Event:
 
 @attrs.frozen
 class WatchStarted(Event):
-    """The first follower of an execution started its poller."""
+    """The first follower of an execution started its poller.
+
+    Attributes:
+        workflow: the name or id of its workflow, if this session started the run and has not
+            started 10,000 others since.
+        base_url: the server's URL.
+    """
+
+    workflow: str | int | None = None
+    base_url: str = ""
 
 
 @attrs.frozen
@@ -82,11 +91,15 @@ class WatchEnded(Event):
         polls: the number of polls that succeeded.
         elapsed: seconds since the first poll.
         error: the error that ended the poller, if it failed.
+        succeeded: whether the execution succeeded; None if it is not known to be complete.
+        workflow: as for `WatchStarted`.
     """
 
     polls: int
     elapsed: float
     error: Exception | None
+    succeeded: bool | None = None
+    workflow: str | int | None = None
 
 
 WakeSource: TypeAlias = Literal["push", "webhook", "callback", "caller"]
@@ -115,12 +128,36 @@ class ExecutionStarted(Event):
         recovered: whether the response was lost (`StartUnknown`), and a callback to the start's
             own URL has proved that the run started. In a session that did not send the request,
             `request` has the workflow alone.
+        base_url: the server's URL.
     """
 
     request: StartRequest
     abandoned: bool
     duration: float = 0.0
     recovered: bool = False
+    base_url: str = ""
+
+
+@attrs.frozen
+class StartFailed(Event):
+    """A start raised an error, whether or not its caller still waited for it.
+
+    Each start emits either this or `ExecutionStarted`, once. After a `StartUnknown`, an
+    `ExecutionStarted` with `recovered` may follow.
+
+    Attributes:
+        request: the request that was to be sent.
+        error: what was raised; a `CancelledError` if the caller was cancelled and no run
+            was started.
+        duration: seconds from the call to the error.
+        base_url: the server's URL; empty if the request could not be prepared, or the session not
+            be opened.
+    """
+
+    request: StartRequest
+    error: BaseException
+    duration: float = 0.0
+    base_url: str = ""
 
 
 class Observer(Protocol):

@@ -34,6 +34,7 @@ class Opener:
     """Opens and closes the client of a session, and keeps what outlives a client.
 
     Attributes:
+        emit: passes an event to the observers.
         channel_suffix: what each start carries, so that its completion is pushed; None: no push.
     """
 
@@ -43,8 +44,8 @@ class Opener:
         self._node_maps = NodeMapReader()
         self._recent_starts = RecentStarts(settings.retry.not_found_grace)
         self._early_wake_ups = EarlyWakeUps()
-        self._emit = broadcast(settings.observers)
-        self.callbacks = CallbackLog(self._emit)
+        self.emit = broadcast(settings.observers)
+        self.callbacks = CallbackLog(self.emit)
         self.channel_suffix: str | None = None
         if settings.push:
             # Imported here: it needs an extra, and takes too long for an event loop.
@@ -119,7 +120,7 @@ class Opener:
             api_key=api_key,
             throttle=Throttle(self._settings.rate, self._limiters),
             recent_starts=self._recent_starts,
-            emit=self._emit,
+            emit=self.emit,
         )
         client = Client(
             settings=self._settings,
@@ -129,7 +130,7 @@ class Opener:
             node_maps=self._node_maps,
             early_wake_ups=self._early_wake_ups,
             callbacks=self.callbacks,
-            emit=self._emit,
+            emit=self.emit,
         )
         if self.channel_suffix is not None:
             client.push = self._create_push(client, self.channel_suffix)

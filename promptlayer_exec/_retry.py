@@ -10,6 +10,8 @@ from promptlayer_exec._errors import RequestError, printable
 from promptlayer_exec._events import logger
 from promptlayer_exec._policies import RetryPolicy, or_infinity
 
+_MOST_STARTS = 10_000
+
 
 @attrs.define(eq=False)
 class RetryState:
@@ -53,20 +55,30 @@ class RetryState:
 
 @attrs.define(eq=False)
 class RecentStarts:
-    """The starts of the last `grace` seconds, for which the server may still answer 404."""
+    """The latest starts: which workflow they run, and whether the server may still answer 404.
+
+    It may for `grace` seconds. Starts are remembered for longer, unless there are too many.
+    """
 
     _grace: float
-    _started: dict[int, float] = attrs.field(factory=dict)  # oldest first
+    _started: dict[int, tuple[float, str | int]] = attrs.field(factory=dict)  # oldest first
 
-    def add(self, execution_id: int, *, now: float) -> None:
-        while self._started and not self.covers(oldest := next(iter(self._started)), now=now):
+    def add(self, execution_id: int, workflow: str | int, *, now: float) -> None:
+        self._started[execution_id] = (now, workflow)
+        while len(self._started) > _MOST_STARTS:
+            oldest = next(iter(self._started))
+            if self.covers(oldest, now=now):
+                break
             del self._started[oldest]
-        self._started[execution_id] = now
+
+    def workflow(self, execution_id: int) -> str | int | None:
+        """Return the name or id of the workflow with which an execution was started, if known."""
+        return self._started.get(execution_id, (0.0, None))[1]
 
     def covers(self, execution_id: int | None, *, now: float) -> bool:
         """Return True if an execution was started less than `grace` seconds ago."""
-        started = self._started.get(execution_id, -math.inf) if execution_id else -math.inf
-        return now - started < self._grace
+        started = self._started.get(execution_id) if execution_id else None
+        return started is not None and now - started[0] < self._grace
 
 
 @attrs.define(eq=False)

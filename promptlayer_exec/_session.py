@@ -11,7 +11,7 @@ import cattrs
 from promptlayer_exec._callbacks import recoverable_token, with_callback_url
 from promptlayer_exec._client import Client, list_workflows
 from promptlayer_exec._errors import StartUnknown
-from promptlayer_exec._events import Observer, WakeSource
+from promptlayer_exec._events import Observer, StartFailed, WakeSource
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import Outcome
 from promptlayer_exec._items import collected, outcomes_of
@@ -359,9 +359,13 @@ class Session:
         hooks: SendHooks | None = None,
         token: str | None = None,
     ) -> Execution:
-        posted, token = with_callback_url(request, self._settings.callbacks, token)
-        _, http_request = self._prepare(posted)
-        client = await self._open()
+        try:
+            posted, token = with_callback_url(request, self._settings.callbacks, token)
+            _, http_request = self._prepare(posted)
+            client = await self._open()
+        except BaseException as error:
+            self._opener.emit(StartFailed(None, request, error))
+            raise
         deadline = deadline or client.deadline()
         started = await client.start(request, http_request, deadline, hooks, token)
         return Execution(self, started.execution_id, request.workflow, started.warning)

@@ -17,7 +17,7 @@ from promptlayer_exec._errors import (
     StartUnknown,
     StatusError,
 )
-from promptlayer_exec._events import Emit, ExecutionStarted, logger
+from promptlayer_exec._events import Emit, ExecutionStarted, StartFailed, logger
 from promptlayer_exec._models import StartRequest
 from promptlayer_exec._policies import Deadline
 from promptlayer_exec._retry import RetryState
@@ -64,6 +64,7 @@ class Start:
     _hooks: SendHooks | None = None
     _token: str | None = None
     _on_unknown: Callable[[float], None] | None = None
+    _base_url: str = ""
     sent: bool = attrs.field(init=False, default=False)
     cancelled: bool = attrs.field(init=False, default=False)
     _called_at: float = attrs.field(init=False, factory=anyio.current_time)
@@ -184,6 +185,10 @@ class Start:
             self._answer.set_result(started)
 
     def _fail(self, error: BaseException) -> None:
+        duration = anyio.current_time() - self._called_at
+        self._emit(StartFailed(None, self._request, error, duration, self._base_url))
+        if isinstance(error, StartUnknown) and self._on_unknown is not None:
+            self._on_unknown(duration)
         if self._answer.cancelled():
             self._warn(error)
         else:
@@ -206,10 +211,12 @@ class Start:
         )
         return error
 
-    def _judge_cancellation(self, error: BaseException) -> Exception:
+    def _judge_cancellation(self, error: BaseException) -> BaseException:
         if self.sent:
             return self._unknown("it was cancelled, for example by the end of its event loop")
         if self._expired is None:
+            if self._answer.cancelled():
+                return asyncio.CancelledError("the caller was cancelled, and no run was started")
             closed = self._is_closing() or is_cancelled()
             return SessionClosed() if closed else foreign_cancellation("the start", error)
         cause = self._state.error
@@ -227,8 +234,6 @@ class Start:
     def _unknown(self, reason: str, cause: BaseException | None = None) -> StartUnknown:
         error = start_unknown(self._request.workflow, reason, self._token)
         error.__cause__ = cause
-        if self._on_unknown is not None:
-            self._on_unknown(anyio.current_time() - self._called_at)
         return error
 
     def _report(self, started: Started, *, abandoned: bool) -> None:
@@ -241,7 +246,11 @@ class Start:
                 self._key,
             )
         duration = anyio.current_time() - self._called_at
-        self._emit(ExecutionStarted(started.execution_id, self._request, abandoned, duration))
+        self._emit(
+            ExecutionStarted(
+                started.execution_id, self._request, abandoned, duration, base_url=self._base_url
+            )
+        )
 
     def _warn(self, error: BaseException) -> None:
         if isinstance(error, StartUnknown):

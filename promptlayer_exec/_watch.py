@@ -113,6 +113,8 @@ class Watch:
     _emit: Emit
     _on_end: Callable[[Watch], None]
     _net: SafetyNet | None = None
+    _workflow: str | int | None = None
+    _base_url: str = ""
     latest: Snapshot | None = attrs.field(init=False, default=None)
     _followers: int = attrs.field(init=False, default=0)
     _streams: int = attrs.field(init=False, default=0)
@@ -221,7 +223,7 @@ class Watch:
             return
         self._task = asyncio.current_task()
         started = clock()
-        self._emit(WatchStarted(self.execution_id))
+        self._emit(WatchStarted(self.execution_id, self._workflow, self._base_url))
         error: Exception | None = None
         try:
             error = await self._poll_until_complete(started)
@@ -332,6 +334,8 @@ class Watch:
                 resolve(future)
 
     def _end(self, error: Exception | None, *, elapsed: float) -> None:
+        is_complete = self.latest is not None and self.latest.complete
+        succeeded = self.latest.succeeded if self.latest is not None and is_complete else None
         if error is not None:
             if isinstance(error, PromptLayerExecError):
                 error.execution_id = self.execution_id
@@ -342,7 +346,7 @@ class Watch:
             self._on_end(self)
             self._notify(ended=True)
             state = f"the watch ended in {type(error).__name__}"
-        elif self.latest is not None and self.latest.complete:
+        elif is_complete:
             state = "complete"
         else:
             state = "no longer followed"
@@ -350,7 +354,16 @@ class Watch:
         logger.info(
             "execution %d: %s (%d polls in %.1f s)", self.execution_id, state, polls, elapsed
         )
-        self._emit(WatchEnded(self.execution_id, polls=polls, elapsed=elapsed, error=error))
+        self._emit(
+            WatchEnded(
+                self.execution_id,
+                polls=polls,
+                elapsed=elapsed,
+                error=error,
+                succeeded=succeeded,
+                workflow=self._workflow,
+            )
+        )
 
 
 def _statuses(snapshot: Snapshot) -> list[NodeStatus | str]:

@@ -313,7 +313,7 @@ def test_at_most_ten_thousand_lost_starts_are_remembered(
     events: list[Any] = []
     log = CallbackLog(events.append)
     for number in range(10_001):
-        log.lose(str(number), REQUEST, elapsed=2.0)
+        log.lose(str(number), REQUEST, "", elapsed=2.0)
     clock.now += 5.0
     for number in range(10_001):
         log.receive(str(number), number + 1)

@@ -11,6 +11,7 @@ from promptlayer_exec._events import (
     ExecutionStarted,
     Polled,
     RequestRetried,
+    StartFailed,
     Throttled,
     WatchEnded,
     WatchStarted,
@@ -28,6 +29,7 @@ EVENTS = [
     WatchEnded(787, 3, 1.5, None),
     WatchWoken(787, "push"),
     ExecutionStarted(787, StartRequest("a/b"), abandoned=True),
+    StartFailed(None, StartRequest("a/b"), TimeoutError("slow")),
 ]
 each_event = pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
 
@@ -123,13 +125,14 @@ def test_fields():
     """Events have exactly the documented fields."""
     names = {type(event).__name__: attrs.fields(type(event))[1:] for event in EVENTS}
     assert {name: [field.name for field in fields] for name, fields in names.items()} == {
-        "WatchStarted": [],
+        "WatchStarted": ["workflow", "base_url"],
         "Polled": ["snapshot", "duration", "lateness", "body_bytes"],
         "RequestRetried": ["error", "delay"],
         "Throttled": ["delay"],
-        "WatchEnded": ["polls", "elapsed", "error"],
+        "WatchEnded": ["polls", "elapsed", "error", "succeeded", "workflow"],
         "WatchWoken": ["source"],
-        "ExecutionStarted": ["request", "abandoned", "duration", "recovered"],
+        "ExecutionStarted": ["request", "abandoned", "duration", "recovered", "base_url"],
+        "StartFailed": ["request", "error", "duration", "base_url"],
     }
 
 

@@ -39,6 +39,7 @@ PUBLIC = [
     "WatchEnded",
     "WatchWoken",
     "ExecutionStarted",
+    "StartFailed",
     "PromptLayerExecError",
     "ConfigurationError",
     "SessionClosed",

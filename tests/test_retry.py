@@ -329,7 +329,7 @@ def test_excused_waits_do_not_count() -> None:
 def test_recent_starts_are_covered_for_the_grace() -> None:
     """A start is recent until the grace has passed; other executions never are."""
     recent_starts = RecentStarts(10.0)
-    recent_starts.add(787, now=100.0)
+    recent_starts.add(787, "report", now=100.0)
     assert recent_starts.covers(787, now=100.0)
     assert recent_starts.covers(787, now=109.9)
     assert not recent_starts.covers(787, now=110.0)
@@ -338,18 +338,23 @@ def test_recent_starts_are_covered_for_the_grace() -> None:
 
 
 def test_recent_starts_are_forgotten() -> None:
-    """Only the starts within the grace are kept in memory."""
+    """The latest 10,000 are kept in memory, and more only within the grace."""
     recent_starts = RecentStarts(10.0)
-    for execution_id in range(1, 1001):
-        recent_starts.add(execution_id, now=float(execution_id))
-    assert len(recent_starts._started) <= 11
-    assert recent_starts.covers(995, now=1000.0)
+    for execution_id in range(1, 10_101):
+        recent_starts.add(execution_id, execution_id % 3, now=float(execution_id))
+    assert recent_starts.workflow(100) is None
+    assert recent_starts.workflow(101) == 2
+    assert len(recent_starts._started) == 10_000
+    assert recent_starts.covers(10_095, now=10_100.0)
+    for execution_id in range(10_101, 20_202):
+        recent_starts.add(execution_id, "report", now=10_200.0)
+    assert len(recent_starts._started) == 10_101
 
 
 def test_no_grace_at_all() -> None:
     """With a grace of 0, no start is recent."""
     recent_starts = RecentStarts(0.0)
-    recent_starts.add(787, now=1.0)
+    recent_starts.add(787, "report", now=1.0)
     assert not recent_starts.covers(787, now=1.0)
 
 

@@ -31,6 +31,7 @@ from promptlayer_exec import (
     RetryPolicy,
     Session,
     SessionClosed,
+    StartFailed,
     StartRequest,
     StartUnknown,
     StatusError,
@@ -192,7 +193,7 @@ async def test_a_lost_answer_is_start_unknown_and_never_repeated(
     assert error.__cause__ is not None
     copy = pickle.loads(pickle.dumps(error))
     assert (copy.workflow, copy.reason, str(copy)) == (NAME, error.reason, str(error))
-    assert recorder.events == []
+    assert [event.error for event in recorder.events] == [error]
     assert await (await session.start(NAME)).wait()
 
 
@@ -354,6 +355,41 @@ async def test_a_borrowed_session_starts_and_polls_within_its_own_limit(
     assert {request.headers["X-Team"] for request in sim.requests} == {"a"}
 
 
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (Fault.status(400), BadRequest),
+        (Fault.disconnect(), StartUnknown),
+        (Fault.status(503), StartUnknown),
+    ],
+)
+async def test_a_failed_start_is_an_event(
+    sim: Simulator, session: Session, recorder: Any, fault: Fault, error: type[Exception]
+) -> None:
+    """It has the request, the error that the caller got, how long it took, and the server."""
+    sim.inject(fault)
+    with pytest.raises(error) as caught:
+        await session.start(NAME, {"topic": "cats"})
+    (event,) = recorder.of(StartFailed)
+    assert event.error is caught.value
+    assert event.request == StartRequest(NAME, {"topic": "cats"})
+    assert 0.0 < event.duration < 10.0
+    assert event.base_url == sim.base_url
+    assert recorder.of(ExecutionStarted) == []
+
+
+async def test_a_start_that_cannot_be_prepared_is_an_event(session: Session, recorder: Any) -> None:
+    """Its inputs may be wrong, or the session closed; it has no server then."""
+    with pytest.raises(TypeError):
+        await session.start(NAME, {"when": object()})
+    await session.aclose()
+    with pytest.raises(SessionClosed):
+        await session.start(NAME)
+    events = recorder.of(StartFailed)
+    assert [type(event.error) for event in events] == [TypeError, SessionClosed]
+    assert {event.base_url for event in events} == {""}
+
+
 # Cancelled callers and closed sessions
 
 
@@ -410,6 +446,9 @@ async def test_a_start_cancelled_before_it_was_sent_starts_nothing(
     await session.start(NAME)
     assert posts(sim) == 1
     assert [event.abandoned for event in recorder.of(ExecutionStarted)] == [False]
+    (failed,) = recorder.of(StartFailed)
+    assert isinstance(failed.error, asyncio.CancelledError)
+    assert (failed.execution_id, failed.request.workflow) == (None, NAME)
 
 
 async def test_before_send_may_hold_a_start_back(
@@ -704,15 +743,21 @@ async def test_a_cancellation_beside_the_answer_loses_nothing(
     await asyncio.wait([caller])
     for _ in range(5):
         await asyncio.sleep(0)
-    events = [(event.execution_id, event.abandoned) for event in recorder.events]
+    events = [(event.execution_id, event.abandoned) for event in recorder.of(ExecutionStarted)]
+    failures = recorder.of(StartFailed)
+    assert len(recorder.events) == 1
     if caller.cancelled():
         assert events == ([(787, True)] if error is None else [])
         assert logged in caplog.text
         assert len(caplog.records) == bool(logged)
+        expected = [] if error is None else [StartUnknown if error is LOSS else NotFound]
+        assert [type(failure.error) for failure in failures] == expected
     else:
         assert steps > 1
         assert events == ([(787, False)] if error is None else [])
-        assert (caller.exception() is None) == (error is None)
+        assert [failure.error for failure in failures] == (
+            [] if error is None else [caller.exception()]
+        )
         assert caplog.records == []
 
 
@@ -739,7 +784,9 @@ async def test_an_abandoned_start_that_is_refused_with_429_is_not_sent_again(
     for _ in range(5):
         await asyncio.sleep(0)
     assert not resent
-    assert (recorder.events, caplog.records) == ([], [])
+    (failed,) = recorder.events
+    assert isinstance(failed.error, asyncio.CancelledError)
+    assert caplog.records == []
 
 
 async def test_a_cancelled_request_cannot_be_sent(begin: Callable[..., Any]) -> None:
@@ -807,7 +854,7 @@ async def test_a_caller_that_is_closed_before_the_first_step_starts_nothing(reco
     caller.close()
     await asyncio.wait([asyncio.create_task(start.run())])
     assert not start.sent
-    assert recorder.events == []
+    assert [type(event.error) for event in recorder.events] == [asyncio.CancelledError]
 
 
 async def test_the_deadline_is_for_sending(begin: Callable[..., Any]) -> None:

@@ -138,9 +138,36 @@ async def test_all_followers_share_one_poller(
     (ended,) = recorder.of(WatchEnded)
     assert started.execution_id == ended.execution_id == held
     assert ended.polls == sim.request_count
+    assert ended.succeeded is True
     assert ended.error is None
     assert {id(task.result()) for task in (*streams, *waits)} == {id(waits[0].result())}
     assert [task.result() for task in finishes] == [["Plan", "Answer"]] * 10
+
+
+async def test_events_of_a_watch_name_the_workflow_if_the_session_started_the_run(
+    sim: Simulator, session: Session, recorder: Any
+) -> None:
+    """Whichever handle follows it, also after the session was reopened; else it is None."""
+    sim.add_workflow("report", Scenario([SimNode("Answer", status="FAILED")]))
+    execution = await session.start("report")
+    await session.execution(execution.id).wait()
+    await session.aclose()
+    other = sim.add_execution(Scenario([SimNode("Answer")]))
+    async with session:
+        await session.execution(execution.id).wait()
+        await session.execution(other).wait()
+    assert [
+        (event.execution_id, event.workflow, event.base_url) for event in recorder.of(WatchStarted)
+    ] == [
+        (execution.id, "report", sim.base_url),
+        (execution.id, "report", sim.base_url),
+        (other, None, sim.base_url),
+    ]
+    assert [(event.workflow, event.succeeded) for event in recorder.of(WatchEnded)] == [
+        ("report", False),
+        ("report", False),
+        (None, True),
+    ]
 
 
 async def by_exhaustion(sim: Simulator, held: int, snapshots: AsyncGenerator[Any, None]) -> None:
@@ -409,6 +436,7 @@ async def test_a_watch_ends_when_the_outage_outlasts_the_policy(
     assert error.attempts == sim.request_count - 1 >= 2
     (ended,) = recorder.of(WatchEnded)
     assert ended.error.status == 503
+    assert ended.succeeded is None
 
 
 async def test_a_timeout_has_the_last_snapshot_and_the_last_failure(
