@@ -267,12 +267,7 @@ class Session:
         started, errors carry its id, and cancelling this call logs a warning with the id.
 
         Args:
-            workflow: its name or id.
-            inputs: its input variables, as for `start`.
-            label: as for `start`.
-            version: as for `start`.
-            metadata: as for `start`.
-            callback_url: as for `start`.
+            workflow, inputs, label, version, metadata, callback_url: as for `start`.
             timeout: seconds for the start and the wait together; `...` means the session's
                 `wait_timeout`, None no limit.
             into: the type of the output, as for `Execution.output`.
