@@ -18,7 +18,7 @@ author = "The promptlayer-exec maintainers"
 project_copyright = author
 version = release = metadata.version(project)
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_llm.txt"]
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3  # links to headings are then the same here and on a code host
 
@@ -26,6 +26,15 @@ html_theme = "furo"
 pygments_dark_style = "monokai"  # the theme's own underlines every module's name
 html_title = f"{project} {release}"
 html_copy_source = False
+
+# llms.txt, llms-full.txt and each page as Markdown, beside the HTML pages.
+llms_txt_full_build = True
+llms_txt_nested_enabled = False
+llms_txt_suffix_mode = "replace"
+llms_txt_description = (
+    "The asyncio client for PromptLayer workflow executions: it starts runs, shows how far along "
+    "they are, and returns their output."
+)
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -120,9 +129,15 @@ def leave_code(
     return content if node["reftype"] == "obj" else None
 
 
+def keep_text(translator: Any, node: nodes.abbreviation) -> None:
+    """Let the text of a node be written, and nothing beside it."""
+
+
 def setup(app: Sphinx) -> None:
     """Connect the above."""
     app.add_directive("commands", Commands)
+    # The `*` of a signature: without this, the Markdown pages lack it.
+    app.add_node(nodes.abbreviation, override=True, markdown=(keep_text, keep_text))
     app.connect("autodoc-process-docstring", mark_code, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", tidy_signature)
     app.connect("missing-reference", leave_code)

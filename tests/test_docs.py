@@ -155,6 +155,60 @@ def test_the_reference_is_complete() -> None:
             assert value is PromptLayerExecError or f"\n| `{name}` |" in failures, name
 
 
+def tables(page: str) -> Iterator[list[list[str]]]:
+    """Yield the tables of a page, each as rows of cells, without the row of dashes."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        rows = [[cell.strip() for cell in row[1:-1].split(" |")] for row in table.splitlines()]
+        yield [row for row in rows if set(row[0]) - set("-|")]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_latency_table_comes_first_and_is_that_of_the_page_on_speed(page: str) -> None:
+    """Its figures are those of the first table there, and paths to four uses follow it."""
+    shown, paths = list(tables(page))[:2]
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert text.index("| 60 runs") < 300
+    measured = next(tables("docs/speed.md"))
+    figures = [[row[1], row[3].rstrip("0"), row[4]] for row in measured[1:]]
+    assert [[row[1], row[2].rstrip("0"), row[3]] for row in shown[1:]] == figures
+    words = ["FastAPI", "batch", "agent", "SDK"]
+    assert all(word in row[0] for word, row in zip(words, paths[1:], strict=True))
+
+
+def test_each_how_to_says_what_it_costs_in_requests() -> None:
+    """All but the page on observing a session, which sends none."""
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    names = index.partition(":caption: How to\n")[2].partition("```")[0].split()
+    assert "installing" in names
+    for name in sorted({*names} - {"observing"}):
+        page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        assert page.count("\n**In requests:** ") == 1, name
+
+
+def test_the_figures_on_reliability_are_those_of_the_pages_that_explain_them() -> None:
+    """Each number in a row of the last figures is on the page that the row links to."""
+    (rows,) = (table[1:] for table in tables("docs/reliability.md") if "last" in table[0][1])
+    for what, figures, _ in rows:
+        (link,) = re.findall(r"\]\(([\w-]+\.md)", figures)
+        page = (ROOT / "docs" / link).read_text(encoding="utf-8")
+        text = re.sub(r"\]\(.*?\)|p\d\d", "", figures)
+        numbers = re.findall(r"\d[\d,.]*\d|\d", text)
+        assert numbers, what
+        for number in numbers:
+            assert re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d]|[.,]\d)", page), number
+
+
+def test_the_tests_that_the_page_on_reliability_names_exist() -> None:
+    """Each file that a command runs is there, and so is each session of nox."""
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    files = set(re.findall(r"tests/[\w/]+\.py", text))
+    assert len(files) > 10
+    assert all((ROOT / name).exists() for name in files)
+    noxfile = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    assert all(f"def {name}(" in noxfile for name in re.findall(r"nox -s (\w+)", text))
+
+
 def test_the_page_on_the_sdk_names_the_versions_that_it_is_checked_with() -> None:
     """They are those of the nox session `vendor`."""
     page = " ".join((ROOT / "docs" / "from-the-sdk.md").read_text(encoding="utf-8").split())

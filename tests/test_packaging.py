@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
+import json
 import subprocess
 import sys
 import textwrap
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import promptlayer_exec
 import pytest_promptlayer_exec
 
+ROOT = Path(__file__).parents[1]
 PACKAGE = Path(promptlayer_exec.__file__).parent
 PUBLIC = [
     "Session",
@@ -348,6 +354,27 @@ def test_only_the_transport_and_its_connections_import_aiohttp() -> None:
         if "aiohttp" in names:
             users.add(module)
     assert users == {"_connections", "_transport"}
+
+
+def test_the_bill_of_materials_has_every_dependency() -> None:
+    """It comes with the sdist, and has each requirement of each extra, at a version that fits.
+
+    `python -m nox -s sbom` renews it.
+    """
+    bill = json.loads((ROOT / "sbom.cdx.json").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "/sbom.cdx.json" in project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    assert bill["bomFormat"] == "CycloneDX"
+    root = bill["metadata"]["component"]
+    assert (root["name"], root["version"]) == ("promptlayer-exec", promptlayer_exec.__version__)
+    versions = {canonicalize_name(each["name"]): each["version"] for each in bill["components"]}
+    extras = project["project"]["optional-dependencies"]
+    for line in itertools.chain(project["project"]["dependencies"], *extras.values()):
+        requirement = Requirement(line)
+        if requirement.name != "promptlayer-exec":
+            assert versions[canonicalize_name(requirement.name)] in requirement.specifier, line
+    assert {"pip", "setuptools"}.isdisjoint(versions)
+    assert "file:" not in json.dumps(bill)
 
 
 def test_a_missing_extra_is_named() -> None:
