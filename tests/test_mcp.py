@@ -20,7 +20,7 @@ from mcp.client.extension import ClaimContext, ClientExtension, ResultClaim
 from pydantic import ConfigDict
 from typer.testing import CliRunner
 
-from promptlayer_exec import Session
+from promptlayer_exec import PollPolicy, Session
 from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli._app import app as command_line
 from promptlayer_exec.mcp import create_server
@@ -491,6 +491,49 @@ async def test_the_wait_of_a_run_ends_in_time(sim: Simulator, connect: Connect) 
         assert seen == [(0, "execution 1001 has started")]
         (resource,) = (await client.list_resources()).resources
         assert (resource.uri, resource.description) == ("execution://1001", "A run of 'slow'")
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_cancelled_call_keeps_the_id(
+    sim: Simulator, connect: Connect, our_tasks: Callable[[], list[str]], mode: str
+) -> None:
+    """Nothing follows the execution any more; it goes on, and is a resource."""
+    sim.add_workflow("slow", Scenario([SimNode("Answer", "42", None, is_output_node=True)]))
+    started = asyncio.Event()
+    watch = "promptlayer_exec._watch.Watch.run"
+
+    async def record(_progress: float, _total: float | None, _message: str | None) -> None:
+        started.set()
+
+    async with connect("slow", mode=mode) as client:
+        running = asyncio.create_task(client.call_tool("run_slow", {}, progress_callback=record))
+        await started.wait()
+        await sim.wait_for_requests(sim.request_count + 2)
+        assert watch in our_tasks()
+        running.cancel()
+        await asyncio.wait([running])
+        (resource,) = (await client.list_resources()).resources
+        assert resource.uri == "execution://1001"
+        assert watch not in our_tasks()
+    assert sim.state(1001) == {"Answer": "RUNNING"}
+
+
+async def test_a_pushed_end_wakes_the_wait() -> None:
+    """With push, the output comes long before the next poll is due."""
+    never = PollPolicy.fixed(3600)
+    async with (
+        Simulator(push_token_lifetime=1.0) as sim,
+        Session(sim.api_key, base_url=sim.base_url, push=True, poll=never) as session,
+        Client(create_server(session)) as client,
+    ):
+        sim.add_workflow("slow", Scenario([SimNode("Answer", "42", None, is_output_node=True)]))
+        await call(client, "start_workflow", workflow="slow")
+        waiting = asyncio.create_task(call(client, "wait_execution", execution_id="1001"))
+        # The definition, start, id, token, WebSocket and poll, and the token of a subscription.
+        await sim.wait_for_requests(7)
+        sim.finish(1001, "Answer")
+        async with asyncio.timeout(10):
+            assert (await waiting)["output"] == "42"
 
 
 def test_tools_have_names_that_clients_accept() -> None:
