@@ -44,8 +44,9 @@ def mcp(
 ) -> None:
     """Serve workflows to agents as tools of an MCP server.
 
-    MCP is the Model Context Protocol; the command needs the extra `mcp`. An MCP client starts this command, and speaks with it over standard input and output. The tools
-    list, describe and start workflows, wait for executions with progress, and read them.
+    MCP is the Model Context Protocol; the command needs the extra `mcp`. An MCP client starts it,
+    and speaks with it over standard input and output. The tools list, describe and start workflows,
+    wait for executions with progress, and read them.
 
     With --workflow, only the named workflows can be started, and each has a tool of its own with
     its required inputs as arguments, which starts a run and waits for its output.
