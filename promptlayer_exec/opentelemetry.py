@@ -1,4 +1,4 @@
-"""OpenTelemetry traces and metrics of a session (extra `opentelemetry`)."""
+"""OpenTelemetry traces, metrics and log events of a session (extra `opentelemetry`)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,29 @@ import asyncio
 import json
 import time
 import traceback
+from functools import lru_cache
 from typing import Any
+from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 import attrs
 
-from promptlayer_exec._integration import install_hint
+from promptlayer_exec._integration import install_hint, log_text
 
 try:
+    from opentelemetry._logs import LoggerProvider, SeverityNumber, get_logger
     from opentelemetry.metrics import MeterProvider, get_meter
-    from opentelemetry.trace import Span, SpanKind, Status, StatusCode, TracerProvider, get_tracer
+    from opentelemetry.trace import (
+        Link,
+        Span,
+        SpanContext,
+        SpanKind,
+        Status,
+        StatusCode,
+        TracerProvider,
+        get_tracer,
+        set_span_in_context,
+    )
 except ModuleNotFoundError as error:
     error.add_note(f"this needs an extra: {install_hint('opentelemetry')}")
     raise
@@ -23,10 +36,10 @@ except ModuleNotFoundError as error:
 from promptlayer_exec import (
     Event,
     ExecutionStarted,
-    InvalidResponse,
     Polled,
     RequestRetried,
     Snapshot,
+    StartFailed,
     Throttled,
     WatchEnded,
     WatchStarted,
@@ -37,6 +50,10 @@ from promptlayer_exec import (
 __all__ = ["OpenTelemetryObserver"]
 
 _SCOPE = "promptlayer_exec"
+# The last version that has the conventions for GenAI; their own repository has not published one.
+_SCHEMA = "https://opentelemetry.io/schemas/1.41.0"
+_MOST_STARTS = 10_000
+_PORTS = {"http": 80, "https": 443}
 # The buckets of the semantic conventions for HTTP, and more up to an hour for watches. The SDK's
 # defaults are for milliseconds.
 _REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
@@ -45,7 +62,10 @@ _HISTOGRAMS = {
     "poll.duration": ("From sending a poll to the last byte of its response.", _REQUEST_SECONDS),
     "poll.lateness": ("How late a poll was sent, compared with its schedule.", _REQUEST_SECONDS),
     "watch.duration": ("From the start of a watch to its end.", _WATCH_SECONDS),
-    "start.duration": ("From the call of a start to its response.", _REQUEST_SECONDS),
+    "start.duration": (
+        "From the call of a start to its response or its failure.",
+        _REQUEST_SECONDS,
+    ),
 }
 
 
@@ -57,22 +77,25 @@ class _Watch:
 
 
 class OpenTelemetryObserver:
-    """An observer that records a span for each watch and each start, and metrics.
+    """An observer that records a span for each start and each watch, metrics, and log events.
 
-    The parent of a span is the span that was current where the watch or the start began. A watch's
-    span has an event for each poll that saw a status change, ended an outage or was the last, and
-    one for the start of each outage. A start that failed has no span.
+    Spans follow the semantic conventions for GenAI agents: each is named `invoke_agent` and the
+    workflow, and a watch is linked to the start of its run. The parent of a span is the span that
+    was current where the start or the watch began. Log events are correlated with the span of a
+    watch: one for each poll that saw a status change, ended an outage or was the last, one for the
+    start of each outage, and one for the exception that ended a start or a watch.
 
     By default, values, inputs and texts that may quote them are not recorded. Execution ids are on
     spans, never on metrics.
 
-    https://opentelemetry.io/docs/specs/semconv/
+    https://github.com/open-telemetry/semantic-conventions-genai
 
     Args:
         tracer_provider: receives the spans; None: the global one, which may be set later.
         meter_provider: receives the metrics; None: the global one, which may be set later.
-        record_values: whether to record inputs, outputs, and the body of a response of invalid
-            shape on spans.
+        logger_provider: receives the log events; None: the global one, which may be set later.
+        record_values: whether to record inputs, outputs, and the whole text of errors, which may
+            quote them or the body of a response of invalid shape.
     """
 
     def __init__(
@@ -80,14 +103,18 @@ class OpenTelemetryObserver:
         *,
         tracer_provider: TracerProvider | None = None,
         meter_provider: MeterProvider | None = None,
+        logger_provider: LoggerProvider | None = None,
         record_values: bool = False,
     ) -> None:
-        self._tracer = get_tracer(_SCOPE, __version__, tracer_provider)
+        self._tracer = get_tracer(_SCOPE, __version__, tracer_provider, _SCHEMA)
+        self._logger = get_logger(_SCOPE, __version__, logger_provider, _SCHEMA)
+        # Oldest first, by the server and the execution's id, so that a watch can be linked.
+        self._starts: dict[tuple[str, int | None], SpanContext] = {}
         self._record_values = record_values
         # By task, as two sessions may watch the same execution, and a session may start a new watch
         # while the previous one is still ending.
         self._watches: WeakKeyDictionary[Any, _Watch] = WeakKeyDictionary()
-        meter = get_meter(_SCOPE, __version__, meter_provider)
+        meter = get_meter(_SCOPE, __version__, meter_provider, _SCHEMA)
         self._active = meter.create_up_down_counter(
             "promptlayer_exec.active_watches", "{watch}", "Watches that are polling."
         )
@@ -123,36 +150,41 @@ class OpenTelemetryObserver:
                 self._watch_ended(event)
             case ExecutionStarted():
                 self._execution_started(event)
+            case StartFailed():
+                self._start_failed(event)
 
     def _watch_started(self, event: WatchStarted) -> None:
-        attributes = {"promptlayer_exec.execution.id": event.execution_id}
-        span = self._tracer.start_span("watch execution", attributes=attributes)
+        start = self._starts.get((event.base_url, event.execution_id))
+        span = self._tracer.start_span(
+            _name(event.workflow),
+            kind=SpanKind.CLIENT,
+            attributes={
+                **_attributes("watch", event.workflow, event.base_url),
+                "promptlayer_exec.execution.id": event.execution_id or 0,
+            },
+            links=[] if start is None else [Link(start)],
+        )
         self._watches[asyncio.current_task()] = _Watch(span)
         self._active.add(1)
 
     def _watch_woken(self, event: WatchWoken) -> None:
         source = {"promptlayer_exec.source": event.source}
         self._wake_ups.add(1, source)
-        self._watches[asyncio.current_task()].span.add_event("wake_up", source)
+        self._log(self._watches[asyncio.current_task()].span, "promptlayer_exec.wake_up", source)
 
     def _polled(self, event: Polled) -> None:
         self._polls.add(1)
         self._seconds["poll.duration"].record(event.duration)
         self._seconds["poll.lateness"].record(event.lateness)
         watch = self._watches[asyncio.current_task()]
-        old = watch.latest.nodes if watch.latest is not None else {}
-        changed = [
-            _text(f"{name}: {node.status}")
-            for name, node in event.snapshot.nodes.items()
-            if name not in old or old[name].status != node.status
-        ]
+        changed = _changes(event.snapshot, watch.latest)
         if changed or watch.is_failing or event.snapshot.complete:
             attributes: dict[str, Any] = {
                 "promptlayer_exec.poll": event.snapshot.poll,
                 "promptlayer_exec.progress": event.snapshot.progress,
                 "promptlayer_exec.changes": changed,
             }
-            watch.span.add_event("poll", attributes)
+            self._log(watch.span, "promptlayer_exec.poll", attributes)
         watch.latest = event.snapshot
         watch.is_failing = False
 
@@ -163,59 +195,153 @@ class OpenTelemetryObserver:
         watch = self._watches.get(asyncio.current_task())
         if watch is not None and not watch.is_failing:
             watch.is_failing = True
-            watch.span.add_event("outage", kind)
+            self._log(watch.span, "promptlayer_exec.outage", kind, SeverityNumber.WARN)
 
     def _watch_ended(self, event: WatchEnded) -> None:
         watch = self._watches.pop(asyncio.current_task())
         span, latest = watch.span, watch.latest
         span.set_attribute("promptlayer_exec.polls", event.polls)
-        span.set_attribute("promptlayer_exec.complete", latest is not None and latest.complete)
-        if latest is not None and latest.complete:
-            span.set_attribute("promptlayer_exec.succeeded", latest.succeeded)
-            if self._record_values:
-                outputs = {node.name: node.value for node in latest.output_nodes}
-                span.set_attribute("promptlayer_exec.outputs", _json(outputs))
-        kind = {"error.type": _type(event.error)} if event.error is not None else {}
+        span.set_attribute("promptlayer_exec.complete", event.succeeded is not None)
+        metric = _agent(event.workflow)
+        if event.succeeded is not None:
+            span.set_attribute("promptlayer_exec.succeeded", event.succeeded)
+        if latest is not None and latest.complete and self._record_values:
+            outputs = {node.name: node.value for node in latest.output_nodes}
+            span.set_attribute("promptlayer_exec.outputs", _json(outputs))
         if event.error is not None:
-            span.set_attributes(kind)
-            self._record_error(span, event.error)
+            metric["error.type"] = self._record_error(span, event.error)
+        elif latest is not None and event.succeeded is False:
+            metric["error.type"] = "promptlayer_exec.ExecutionFailed"
+            _set_error(span, metric["error.type"], _failure(latest))
         self._active.add(-1)
-        self._seconds["watch.duration"].record(event.elapsed, kind)
+        self._seconds["watch.duration"].record(event.elapsed, metric)
         span.end()
-
-    def _record_error(self, span: Span, error: Exception) -> None:
-        text = str(error)
-        shown: dict[str, str] = {"exception.type": _type(error)}
-        if not self._record_values:
-            if isinstance(error, InvalidResponse):
-                text = _text(str(error.args[0]))  # its str() quotes the body
-            # A full stack trace has the messages of the causes, too, which may quote values.
-            shown["exception.message"] = text
-            shown["exception.stacktrace"] = "".join(traceback.format_tb(error.__traceback__))
-        span.record_exception(error, shown)
-        span.set_status(Status(StatusCode.ERROR, text))
 
     def _execution_started(self, event: ExecutionStarted) -> None:
         if not event.recovered:  # what it took until the callback is no time of a response
-            self._seconds["start.duration"].record(event.duration)
-        ended = time.time_ns()
-        span = self._tracer.start_span(
-            "start execution",
-            kind=SpanKind.CLIENT,
-            start_time=ended - int(event.duration * 1e9),
-            attributes={
-                "promptlayer_exec.execution.id": event.execution_id,
-                "promptlayer_exec.workflow": _text(str(event.request.workflow)),
+            metric = _agent(event.request.workflow)
+            self._seconds["start.duration"].record(event.duration, metric)
+        span, ended = self._start_span(event)
+        span.set_attributes(
+            {
+                "promptlayer_exec.execution.id": event.execution_id or 0,
                 "promptlayer_exec.abandoned": event.abandoned,
                 "promptlayer_exec.recovered": event.recovered,
-            },
+            }
         )
-        if self._record_values:
-            span.set_attribute("promptlayer_exec.inputs", _json(event.request.inputs))
+        self._starts[event.base_url, event.execution_id] = span.get_span_context()
+        if len(self._starts) > _MOST_STARTS:
+            del self._starts[next(iter(self._starts))]
         span.end(ended)
 
+    def _start_failed(self, event: StartFailed) -> None:
+        span, ended = self._start_span(event)
+        kind = self._record_error(span, event.error)
+        metric = {**_agent(event.request.workflow), "error.type": kind}
+        self._seconds["start.duration"].record(event.duration, metric)
+        span.end(ended)
 
-def _type(error: Exception) -> str:
+    def _start_span(self, event: ExecutionStarted | StartFailed) -> tuple[Span, int]:
+        """Return a span that began when the start was called, and when it ended."""
+        request, ended = event.request, time.time_ns()
+        attributes = _attributes("start", request.workflow, event.base_url)
+        if request.version is not None:
+            attributes["gen_ai.agent.version"] = str(request.version)
+        span = self._tracer.start_span(
+            _name(request.workflow),
+            kind=SpanKind.CLIENT,
+            start_time=ended - int(event.duration * 1e9),
+            attributes=attributes,
+        )
+        if self._record_values:
+            span.set_attribute("promptlayer_exec.inputs", _json(request.inputs))
+        return span, ended
+
+    def _record_error(self, span: Span, error: BaseException) -> str:
+        """Record an error on a span and as a log event, and return its type."""
+        kind = _type(error)
+        # A full stack trace has the messages of the causes, too, which may quote values.
+        if self._record_values:
+            text, trace = _text(str(error)), traceback.format_exception(error)
+        else:
+            text, trace = _text(log_text(error)), traceback.format_tb(error.__traceback__)
+        _set_error(span, kind, text)
+        attributes = {
+            "exception.type": kind,
+            "exception.message": text,
+            "exception.stacktrace": _text("".join(trace)),
+        }
+        self._log(span, "gen_ai.client.operation.exception", attributes, SeverityNumber.WARN)
+        return kind
+
+    def _log(
+        self,
+        span: Span,
+        event_name: str,
+        attributes: dict[str, Any],
+        severity: SeverityNumber = SeverityNumber.INFO,
+    ) -> None:
+        self._logger.emit(
+            timestamp=time.time_ns(),
+            context=set_span_in_context(span),
+            severity_number=severity,
+            event_name=event_name,
+            attributes=attributes,
+        )
+
+
+def _name(workflow: str | int | None) -> str:
+    return "invoke_agent" if workflow is None else _text(f"invoke_agent {workflow}")
+
+
+def _agent(workflow: str | int | None) -> dict[str, str]:
+    return {} if workflow is None else {"gen_ai.agent.name": _text(str(workflow))}
+
+
+def _attributes(operation: str, workflow: str | int | None, base_url: str) -> dict[str, str | int]:
+    """Return what a sampler may want to know when a span is created."""
+    attributes: dict[str, str | int] = {
+        "gen_ai.operation.name": "invoke_agent",
+        "gen_ai.provider.name": "promptlayer",
+        "promptlayer_exec.operation": operation,
+        **_agent(workflow),
+        **_server(base_url),
+    }
+    if isinstance(workflow, int):
+        attributes["gen_ai.agent.id"] = str(workflow)
+    return attributes
+
+
+@lru_cache
+def _server(base_url: str) -> dict[str, str | int]:
+    if not base_url:  # the start failed before anything was to be sent
+        return {}
+    url = urlsplit(base_url)
+    return {"server.address": url.hostname or "", "server.port": url.port or _PORTS[url.scheme]}
+
+
+def _changes(new: Snapshot, old: Snapshot | None) -> list[str]:
+    if old is not None and new.nodes is old.nodes:  # most polls see no change
+        return []
+    before = {} if old is None else old.nodes
+    return [
+        _text(f"{name}: {node.status}")
+        for name, node in new.nodes.items()
+        if name not in before or before[name].status != node.status
+    ]
+
+
+def _failure(snapshot: Snapshot) -> str:
+    names = [node.name for node in snapshot.failed_nodes[:5]]
+    return _text(f"the execution failed: {', '.join(names) or 'no output node succeeded'}")
+
+
+def _set_error(span: Span, kind: str, description: str) -> None:
+    span.set_attribute("error.type", kind)
+    span.set_status(Status(StatusCode.ERROR, description))
+
+
+def _type(error: BaseException) -> str:
     cls = type(error)
     # Users import errors from the package, not from its private modules.
     is_ours = cls.__module__.startswith("promptlayer_exec.")

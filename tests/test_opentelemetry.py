@@ -1,4 +1,4 @@
-"""Traces and metrics of real watches and starts, in the SDK's in-memory exporters."""
+"""Traces, metrics and log events of real watches and starts, in the SDK's in-memory exporters."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from opentelemetry._logs import SeverityNumber
+from opentelemetry.sdk._logs import LoggerProvider
+from opentelemetry.sdk._logs.export import InMemoryLogRecordExporter, SimpleLogRecordProcessor
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -21,6 +24,7 @@ from promptlayer_exec import (
     NotFound,
     Polled,
     PollPolicy,
+    PromptLayerExecError,
     Session,
     SessionClosed,
     StartRequest,
@@ -31,6 +35,7 @@ from promptlayer_exec import (
 from promptlayer_exec.opentelemetry import OpenTelemetryObserver
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
+SCHEMA = "https://opentelemetry.io/schemas/1.41.0"
 COUNTERS = ("polls", "retries", "throttles", "wake_ups")
 
 
@@ -42,18 +47,46 @@ class Collected:
         self.tracers = TracerProvider(shutdown_on_exit=False)
         self.tracers.add_span_processor(SimpleSpanProcessor(self._exporter))
         self.tracer = self.tracers.get_tracer("test")
+        self._logs = InMemoryLogRecordExporter()
+        self.loggers = LoggerProvider(shutdown_on_exit=False)
+        self.loggers.add_log_record_processor(SimpleLogRecordProcessor(self._logs))
         self._reader = InMemoryMetricReader()
         self.meters = MeterProvider([self._reader], shutdown_on_exit=False)
 
     def observer(self, **settings: Any) -> OpenTelemetryObserver:
         """Return an observer that exports to this collection."""
         return OpenTelemetryObserver(
-            tracer_provider=self.tracers, meter_provider=self.meters, **settings
+            tracer_provider=self.tracers,
+            meter_provider=self.meters,
+            logger_provider=self.loggers,
+            **settings,
         )
 
-    def spans(self, name: str) -> list[ReadableSpan]:
-        """Return the spans of one name, in the order in which they ended."""
-        return [span for span in self._exporter.get_finished_spans() if span.name == name]
+    def spans(self, operation: str) -> list[ReadableSpan]:
+        """Return the spans of watches or of starts, in the order in which they ended."""
+        return [
+            span
+            for span in self._exporter.get_finished_spans()
+            if (span.attributes or {}).get("promptlayer_exec.operation") == operation
+        ]
+
+    def events(self, span: ReadableSpan) -> list[tuple[str | None, dict[str, Any]]]:
+        """Return the name and the attributes of each log event of a span; it has no span event."""
+        assert span.events == ()
+        assert span.context is not None
+        assert {log.instrumentation_scope.schema_url for log in self._logs.get_finished_logs()} <= {
+            SCHEMA
+        }
+        return [
+            (log.log_record.event_name, dict(log.log_record.attributes or {}))
+            for log in self._logs.get_finished_logs()
+            if log.log_record.span_id == span.context.span_id
+        ]
+
+    def severities(self) -> dict[str | None, SeverityNumber | None]:
+        """Return the severity of each log event by its name."""
+        logs = [log.log_record for log in self._logs.get_finished_logs()]
+        return {log.event_name: log.severity_number for log in logs}
 
     def metrics(self) -> dict[str, Any]:
         """Return all metrics by name."""
@@ -62,6 +95,7 @@ class Collected:
             return {}
         (scope,) = data.resource_metrics[0].scope_metrics
         assert (scope.scope.name, scope.scope.version) == ("promptlayer_exec", __version__)
+        assert scope.schema_url == SCHEMA
         return {metric.name: metric for metric in scope.metrics}
 
     def totals(self) -> dict[str, float]:
@@ -96,6 +130,19 @@ def everything(span: ReadableSpan) -> str:
     return span.to_json()
 
 
+def common(sim: Simulator, operation: str, workflow: str | None = None) -> dict[str, Any]:
+    """Return the attributes that every span has."""
+    agent = {} if workflow is None else {"gen_ai.agent.name": workflow}
+    return {
+        "gen_ai.operation.name": "invoke_agent",
+        "gen_ai.provider.name": "promptlayer",
+        "promptlayer_exec.operation": operation,
+        "server.address": "127.0.0.1",
+        "server.port": int(sim.base_url.rpartition(":")[2]),
+        **agent,
+    }
+
+
 async def test_a_watch_is_one_span_whose_events_are_the_changes(
     collected: Collected, observed: Session, recorder: Any, sim: Simulator, held: int
 ) -> None:
@@ -107,7 +154,7 @@ async def test_a_watch_is_one_span_whose_events_are_the_changes(
     await sim.wait_for_requests(8)
     sim.finish(held, "Answer")
     await asyncio.gather(*waits)
-    (span,) = collected.spans("watch execution")
+    (span,) = collected.spans("watch")
     assert span.parent is not None
     assert span.parent.span_id == parent.get_span_context().span_id
     assert span.instrumentation_scope is not None
@@ -115,16 +162,19 @@ async def test_a_watch_is_one_span_whose_events_are_the_changes(
         "promptlayer_exec",
         __version__,
     )
+    assert span.instrumentation_scope.schema_url == SCHEMA
+    assert (span.name, span.kind, span.links) == ("invoke_agent", SpanKind.CLIENT, ())
     polls = len(recorder.of(Polled))
     assert dict(span.attributes or {}) == {
+        **common(sim, "watch"),
         "promptlayer_exec.execution.id": held,
         "promptlayer_exec.polls": polls,
         "promptlayer_exec.complete": True,
         "promptlayer_exec.succeeded": True,
     }
-    assert [(event.name, dict(event.attributes or {})) for event in span.events] == [
+    assert collected.events(span) == [
         (
-            "poll",
+            "promptlayer_exec.poll",
             {
                 "promptlayer_exec.poll": 1,
                 "promptlayer_exec.progress": 0.5,
@@ -132,7 +182,7 @@ async def test_a_watch_is_one_span_whose_events_are_the_changes(
             },
         ),
         (
-            "poll",
+            "promptlayer_exec.poll",
             {
                 "promptlayer_exec.poll": polls,
                 "promptlayer_exec.progress": 1.0,
@@ -147,16 +197,28 @@ async def test_a_watch_is_one_span_whose_events_are_the_changes(
     assert (span.end_time - span.start_time) / 1e9 == pytest.approx(ended.sum, abs=0.5)
 
 
-async def test_a_failed_execution_is_not_a_failed_watch(
+async def test_a_failed_execution_is_an_error(
     collected: Collected, observed: Session, sim: Simulator
 ) -> None:
-    """An attribute of the span says so; its status is unset."""
-    execution_id = sim.add_execution(Scenario([SimNode("Out", status="FAILED")]))
-    await observed.execution(execution_id).wait()
-    (span,) = collected.spans("watch execution")
+    """The span has the names of the failed nodes, and the metric the type of the error."""
+    nodes = [
+        SimNode("Plan", status="FAILED", error_message="secret"),
+        SimNode("Out", status="SKIPPED"),
+    ]
+    sim.add_workflow("report", Scenario(nodes))
+    await (await observed.start("report")).wait()
+    (span,) = collected.spans("watch")
     assert span.attributes is not None
     assert span.attributes["promptlayer_exec.succeeded"] is False
-    assert span.status.status_code is StatusCode.UNSET
+    assert span.attributes["error.type"] == "promptlayer_exec.ExecutionFailed"
+    assert span.status.status_code is StatusCode.ERROR
+    assert span.status.description == "the execution failed: Plan"
+    assert "secret" not in everything(span)
+    (point,) = collected.metrics()["promptlayer_exec.watch.duration"].data.data_points
+    assert dict(point.attributes) == {
+        "error.type": "promptlayer_exec.ExecutionFailed",
+        "gen_ai.agent.name": "report",
+    }
 
 
 async def test_an_error_is_recorded_and_sets_the_status(
@@ -165,20 +227,109 @@ async def test_an_error_is_recorded_and_sets_the_status(
     """The span and the metric have the name under which a user imports the error."""
     with pytest.raises(NotFound):
         await observed.execution(7).wait()
-    (span,) = collected.spans("watch execution")
+    (span,) = collected.spans("watch")
     assert span.status.status_code is StatusCode.ERROR
-    assert (span.status.description or "").startswith("execution 7: the server answered 404")
+    assert (span.status.description or "").startswith(
+        "NotFound: execution 7: the server answered 404"
+    )
     assert span.attributes is not None
     assert span.attributes["error.type"] == "promptlayer_exec.NotFound"
     assert span.attributes["promptlayer_exec.complete"] is False
-    (event,) = span.events
-    assert event.name == "exception"
-    assert event.attributes is not None
-    assert event.attributes["exception.type"] == "promptlayer_exec.NotFound"
-    assert event.attributes["exception.message"] == span.status.description
-    assert "_poll_until_complete" in str(event.attributes["exception.stacktrace"])
+    ((name, attributes),) = collected.events(span)
+    assert name == "gen_ai.client.operation.exception"
+    assert attributes["exception.type"] == "promptlayer_exec.NotFound"
+    assert attributes["exception.message"] == span.status.description
+    assert "_poll_until_complete" in attributes["exception.stacktrace"]
+    assert collected.severities() == {name: SeverityNumber.WARN}
     (point,) = collected.metrics()["promptlayer_exec.watch.duration"].data.data_points
     assert dict(point.attributes) == {"error.type": "promptlayer_exec.NotFound"}
+
+
+async def test_a_watch_is_linked_to_the_start_of_its_run(
+    collected: Collected, observed: Session, sim: Simulator
+) -> None:
+    """Both have the workflow's name, whichever handle follows the run."""
+    sim.add_workflow("write/report", Scenario([SimNode("Out")]))
+    execution = await observed.start("write/report", version=3)
+    await observed.execution(execution.id).wait()
+    (start,), (watch,) = collected.spans("start"), collected.spans("watch")
+    assert start.name == watch.name == "invoke_agent write/report"
+    assert start.kind is watch.kind is SpanKind.CLIENT
+    assert [link.context for link in watch.links] == [start.context]
+    assert common(sim, "watch", "write/report").items() <= dict(watch.attributes or {}).items()
+    assert (start.attributes or {})["gen_ai.agent.version"] == "3"
+    keys = {*(start.attributes or {}), *(watch.attributes or {})}
+    assert not {key for key in keys if key.startswith(("gen_ai.request", "gen_ai.usage"))}
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(400, "promptlayer_exec.BadRequest"), (503, "promptlayer_exec.StartUnknown")],
+)
+async def test_a_failed_start_is_an_error(
+    collected: Collected, observed: Session, sim: Simulator, status: int, error: str
+) -> None:
+    """Its span has no execution id, and its duration is counted by the type of the error."""
+    sim.inject(Fault.status(status))
+    with (
+        collected.tracer.start_as_current_span("request") as parent,
+        pytest.raises(PromptLayerExecError),
+    ):
+        await observed.start(42)
+    (span,) = collected.spans("start")
+    assert (span.name, span.kind) == ("invoke_agent 42", SpanKind.CLIENT)
+    assert span.parent is not None
+    assert span.parent.span_id == parent.get_span_context().span_id
+    assert dict(span.attributes or {}) == {
+        **common(sim, "start", "42"),
+        "gen_ai.agent.id": "42",
+        "error.type": error,
+    }
+    assert span.status.status_code is StatusCode.ERROR
+    assert "workflow 42" in (span.status.description or "")
+    assert [name for name, _ in collected.events(span)] == ["gen_ai.client.operation.exception"]
+    (point,) = collected.metrics()["promptlayer_exec.start.duration"].data.data_points
+    assert dict(point.attributes) == {"error.type": error, "gen_ai.agent.name": "42"}
+
+
+async def test_a_start_that_cannot_be_prepared_is_an_error_that_quotes_nothing(
+    collected: Collected, observed: Session
+) -> None:
+    """It has no server, and its text could quote an input."""
+    with pytest.raises(TypeError):
+        await observed.start("report", {"secret-key": object()})
+    (span,) = collected.spans("start")
+    assert (span.attributes or {})["error.type"] == "TypeError"
+    assert "server.address" not in (span.attributes or {})
+    assert span.status.description == "TypeError"
+    assert "secret-key" not in str(collected.events(span))
+
+
+def test_the_latest_ten_thousand_starts_can_be_linked(collected: Collected) -> None:
+    """The memory of an observer is bounded."""
+    observer = collected.observer()
+    for execution_id in range(1, 10_003):
+        observer(ExecutionStarted(execution_id, StartRequest("w"), False, 0.1))
+    assert len(observer._starts) == 10_000
+
+
+@pytest.mark.parametrize(
+    ("base_url", "address", "port"),
+    [
+        ("https://api.promptlayer.com", "api.promptlayer.com", 443),
+        ("http://localhost/prefix", "localhost", 80),
+        ("http://[::1]:8000", "::1", 8000),
+    ],
+)
+def test_the_server_is_on_the_span(
+    collected: Collected, base_url: str, address: str, port: int
+) -> None:
+    """A port that the URL does not name is that of its scheme."""
+    observer = collected.observer()
+    observer(ExecutionStarted(787, StartRequest("w"), False, 0.1, base_url=base_url))
+    (span,) = collected.spans("start")
+    attributes = span.attributes or {}
+    assert (attributes["server.address"], attributes["server.port"]) == (address, port)
 
 
 async def test_an_error_of_another_library_keeps_its_name(
@@ -193,7 +344,7 @@ async def test_an_error_of_another_library_keeps_its_name(
     session = open_session(observers=[collected.observer()], limiter=Limiter())
     with pytest.raises(ZeroDivisionError):
         await session.execution(held).wait()
-    (span,) = collected.spans("watch execution")
+    (span,) = collected.spans("watch")
     assert (span.attributes or {})["error.type"] == "ZeroDivisionError"
 
 
@@ -208,10 +359,20 @@ async def test_an_outage_is_one_event_however_many_attempts_fail(
     await sim.wait_for_requests(seen + 6)
     sim.finish(held, "Answer")
     await waiting
-    (span,) = collected.spans("watch execution")
-    assert [event.name for event in span.events] == ["poll", "outage", "poll", "poll"]
-    assert dict(span.events[1].attributes or {}) == {"error.type": "promptlayer_exec.ServerError"}
-    assert (span.events[2].attributes or {})["promptlayer_exec.changes"] == ()
+    (span,) = collected.spans("watch")
+    events = collected.events(span)
+    assert [name for name, _ in events] == [
+        "promptlayer_exec.poll",
+        "promptlayer_exec.outage",
+        "promptlayer_exec.poll",
+        "promptlayer_exec.poll",
+    ]
+    assert events[1][1] == {"error.type": "promptlayer_exec.ServerError"}
+    assert events[2][1]["promptlayer_exec.changes"] == ()
+    assert collected.severities() == {
+        "promptlayer_exec.poll": SeverityNumber.INFO,
+        "promptlayer_exec.outage": SeverityNumber.WARN,
+    }
     assert collected.totals()["promptlayer_exec.retries"] == 3
 
 
@@ -232,8 +393,8 @@ async def test_retries_outside_of_a_watch_are_on_no_span(
     assert collected.totals()["promptlayer_exec.retries"] == 2
     waiting.cancel()
     await recorder.next(WatchEnded)
-    (span,) = collected.spans("watch execution")
-    assert [event.name for event in span.events] == ["poll"]
+    (span,) = collected.spans("watch")
+    assert [name for name, _ in collected.events(span)] == ["promptlayer_exec.poll"]
 
 
 async def test_closing_the_session_ends_the_spans(
@@ -249,7 +410,7 @@ async def test_closing_the_session_ends_the_spans(
     await observed.aclose()
     outcomes = await asyncio.gather(*waits, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes[1:]] == [SessionClosed, SessionClosed]
-    spans = collected.spans("watch execution")
+    spans = collected.spans("watch")
     assert {
         (span.attributes or {})["promptlayer_exec.execution.id"]: span.status.status_code
         for span in spans
@@ -263,9 +424,10 @@ async def test_what_woke_a_watch_is_on_its_span(
     observed.wake(held)
     sim.finish(held, "Answer")
     await observed.execution(held).wait()
-    (span,) = collected.spans("watch execution")
-    assert [event.name for event in span.events] == ["wake_up", "poll"]
-    assert dict(span.events[0].attributes or {}) == {"promptlayer_exec.source": "caller"}
+    (span,) = collected.spans("watch")
+    wake_up, poll = collected.events(span)
+    assert wake_up == ("promptlayer_exec.wake_up", {"promptlayer_exec.source": "caller"})
+    assert poll[0] == "promptlayer_exec.poll"
     (point,) = collected.metrics()["promptlayer_exec.wake_ups"].data.data_points
     assert (point.value, point.attributes) == (1, {"promptlayer_exec.source": "caller"})
 
@@ -281,7 +443,7 @@ async def test_a_watch_that_is_restarted_at_once_has_its_own_span(
     await recorder.next(WatchStarted)
     sim.finish(held, "Answer")
     await second
-    spans = collected.spans("watch execution")
+    spans = collected.spans("watch")
     assert [(span.attributes or {})["promptlayer_exec.complete"] for span in spans] == [False, True]
 
 
@@ -295,8 +457,8 @@ async def test_one_observer_serves_two_sessions(
     await sim.wait_for_requests(6)
     sim.finish(held, "Answer")
     await asyncio.gather(*waits)
-    spans = collected.spans("watch execution")
-    assert [len(span.events) for span in spans] == [2, 2]
+    spans = collected.spans("watch")
+    assert [len(collected.events(span)) for span in spans] == [2, 2]
 
 
 async def test_a_start_is_a_child_of_its_caller_s_span(
@@ -311,11 +473,11 @@ async def test_a_start_is_a_child_of_its_caller_s_span(
         await sim.wait_for_requests(2)
     orphan.cancel()
     abandoned = await recorder.next(ExecutionStarted)
-    spans = collected.spans("start execution")
+    spans = collected.spans("start")
     assert [dict(span.attributes or {}) for span in spans] == [
         {
+            **common(sim, "start", "write/report"),
             "promptlayer_exec.execution.id": id_,
-            "promptlayer_exec.workflow": "write/report",
             "promptlayer_exec.abandoned": is_abandoned,
             "promptlayer_exec.recovered": False,
         }
@@ -335,7 +497,7 @@ async def test_a_recovered_start_has_a_span_but_no_response_time(collected: Coll
     """It ends with the callback, long after any response could have come."""
     observer = collected.observer()
     observer(ExecutionStarted(787, StartRequest("report"), False, 600.0, recovered=True))
-    (span,) = collected.spans("start execution")
+    (span,) = collected.spans("start")
     assert (span.attributes or {})["promptlayer_exec.recovered"] is True
     assert "promptlayer_exec.start.duration" not in collected.totals()
 
@@ -347,7 +509,7 @@ def test_inputs_that_json_cannot_represent_do_not_prevent_the_span(collected: Co
         deep = [deep]
     request = StartRequest("w", {"deep": deep})
     collected.observer(record_values=True)(ExecutionStarted(1, request, False, 0.1))
-    (span,) = collected.spans("start execution")
+    (span,) = collected.spans("start")
     assert (span.attributes or {})[
         "promptlayer_exec.inputs"
     ] == "(nested too deeply to be recorded)"
@@ -366,8 +528,8 @@ async def test_values_are_recorded_only_on_request(
         sim.inject(Fault.malformed(body=b'{"Out": "secret-body"}'))
         with pytest.raises(InvalidResponse):
             await session.execution(execution.id).wait()  # the first handle knows how it ended
-        (start,) = collected.spans("start execution")
-        watch, broken = collected.spans("watch execution")
+        (start,) = collected.spans("start")
+        watch, broken = collected.spans("watch")
         recorded = [
             "secret-input" in everything(start),
             "secret-output" in everything(watch),
@@ -390,14 +552,15 @@ async def test_a_lone_surrogate_in_a_name_can_be_exported(
     """JSON allows it, but an exporter could not encode it."""
     execution_id = sim.add_execution(Scenario([SimNode("a\udcff")]))
     await observed.execution(execution_id).wait()
-    (span,) = collected.spans("watch execution")
-    assert (span.events[0].attributes or {})["promptlayer_exec.changes"] == ("a\\udcff: SUCCESS",)
+    (span,) = collected.spans("watch")
+    ((_, attributes),) = collected.events(span)
+    assert attributes["promptlayer_exec.changes"] == ("a\\udcff: SUCCESS",)
 
 
 async def test_metrics_follow_the_conventions_and_have_no_execution_id(
     collected: Collected, observed: Session, recorder: Any, sim: Simulator
 ) -> None:
-    """Each has a unit; their only attributes are the error's type and what woke a watch."""
+    """Each has a unit; they have the error's type, the workflow and what woke a watch."""
     sim.add_workflow("w", Scenario([SimNode("Out")]))
     sim.inject(Fault.status(429, times=1, retry_after=0.01))
     execution = await observed.start("w")
@@ -422,6 +585,7 @@ async def test_metrics_follow_the_conventions_and_have_no_execution_id(
     points = [point for metric in metrics.values() for point in metric.data.data_points]
     assert {key for point in points for key in point.attributes} == {
         "error.type",
+        "gen_ai.agent.name",
         "promptlayer_exec.source",
     }
     polls = len(recorder.of(Polled))
@@ -448,7 +612,7 @@ async def test_a_thousand_watches_are_a_thousand_spans(
     ids = [sim.add_execution(Scenario([SimNode("Out")])) for _ in range(1000)]
     with collected.tracer.start_as_current_span("evaluation") as parent:
         await observed.collect(ids)
-    spans = collected.spans("watch execution")
+    spans = collected.spans("watch")
     assert len(spans) == 1000
     assert {(span.attributes or {})["promptlayer_exec.execution.id"] for span in spans} == set(ids)
     assert {span.parent.span_id for span in spans if span.parent is not None} == {
