@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
-from types import EllipsisType, TracebackType
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, overload
 
 import cattrs
@@ -118,12 +118,7 @@ class Session:
         await self._opener.enter()
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         """Close the session."""
         await self.aclose()
 
@@ -267,7 +262,12 @@ class Session:
         started, errors carry its id, and cancelling this call logs a warning with the id.
 
         Args:
-            workflow, inputs, label, version, metadata, callback_url: as for `start`.
+            workflow: its name or id.
+            inputs: its input variables, as for `start`.
+            label: as for `start`.
+            version: as for `start`.
+            metadata: as for `start`.
+            callback_url: as for `start`.
             timeout: seconds for the start and the wait together; `...` means the session's
                 `wait_timeout`, None no limit.
             into: the type of the output, as for `Execution.output`.

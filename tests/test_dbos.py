@@ -44,6 +44,7 @@ from promptlayer_exec import (
 from promptlayer_exec.dbos import Batch, BatchStatus, StoredError, StoredOutcome, batch_names
 from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _batch as batches
+from promptlayer_exec.dbos import _database as databases
 from promptlayer_exec.dbos import _dbos_internals as internals
 from promptlayer_exec.dbos import _items as items
 from promptlayer_exec.dbos import _liveness as liveness
@@ -55,6 +56,7 @@ from promptlayer_exec.dbos._rate import SharedRate
 from promptlayer_exec.dbos._requests import Row
 from promptlayer_exec.dbos._store import Heartbeat, Store, queue_name
 from promptlayer_exec.dbos._tables import Ending
+from promptlayer_exec.dbos._tables import tables as tables_of_ours
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 
@@ -774,7 +776,7 @@ async def test_the_store_retries_while_the_database_is_unreachable(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For a limited time, after which it raises; a cancellation ends the retries of its call."""
-    monkeypatch.setattr(stores, "_RETRY_INTERVAL", 0.001)
+    monkeypatch.setattr(databases, "_RETRY_INTERVAL", 0.001)
     error = OperationalError("select", None, Exception("away"))
     answers: list[Any] = [error, error, 1]
 
@@ -889,7 +891,7 @@ async def test_the_stored_names_of_an_item_are_fixed(
     with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
         (row,) = database.execute("SELECT started FROM promptlayer_item").fetchall()
     assert list(json.loads(row[0])) == ["execution_id", "at", "error"]
-    tables = {table.name: list(table.columns.keys()) for table in stores._tables.sorted_tables}
+    tables = {table.name: list(table.columns.keys()) for table in tables_of_ours.sorted_tables}
     assert tables == {
         "promptlayer_batch": [
             *("name", "last_seq", "next_request", "reserved_at", "created"),

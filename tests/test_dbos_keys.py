@@ -17,6 +17,7 @@ from dbos import DBOSClient, DBOSPortableJSONSerializer
 from promptlayer_exec import Session, StartRequest
 from promptlayer_exec.dbos import Batch
 from promptlayer_exec.dbos import _store as stores
+from promptlayer_exec.dbos._dbos_internals import migrate
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
@@ -63,7 +64,7 @@ def old_url(url: str) -> str:
     """Return the URL of a database of version 0.1, with the item "a" of batch "b" in its queue."""
     with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
         database.executescript(_FIRST_TABLES)
-    stores.migrate(url)
+    migrate(url)
     client = DBOSClient(
         system_database_url=url,
         serializer=DBOSPortableJSONSerializer(),

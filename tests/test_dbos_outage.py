@@ -30,6 +30,7 @@ from promptlayer_exec import (
 from promptlayer_exec.dbos import Batch
 from promptlayer_exec.dbos import _breaker as breakers
 from promptlayer_exec.dbos import _connector as connectors
+from promptlayer_exec.dbos import _database as databases
 from promptlayer_exec.dbos import _items as items
 from promptlayer_exec.dbos import _pending as pending
 from promptlayer_exec.dbos import _store as stores
@@ -343,7 +344,7 @@ async def test_an_id_that_cannot_be_stored_is_logged_and_printed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With the item's key, before the work ends with an error that is no raw one of SQLAlchemy."""
-    monkeypatch.setattr(stores, "_RETRY_FOR", 0.3)
+    monkeypatch.setattr(databases, "RETRY_FOR", 0.3)
     batch = batch_of()
     await batch.add(requests(1))
     sim.inject(Fault.delay(0.3))

@@ -14,31 +14,20 @@ workflow, the names and results of its steps in `_worker`, the JSON of requests 
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
-import anyio
 import attrs
 import sqlalchemy as sa
 from dbos import DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
-from sqlalchemy import exc
-from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.schema import CreateColumn
 
-from promptlayer_exec import ConfigurationError
-from promptlayer_exec.dbos._connector import POSTGRES_OPTIONS, Connector, DatabaseLost
+from promptlayer_exec.dbos._database import RETRY_FOR, Database
 from promptlayer_exec.dbos._dbos_internals import (
     adopt,
-    mark_lost_connections,
-    migrate,
     requeue,
     running_executors,
 )
@@ -47,7 +36,6 @@ from promptlayer_exec.dbos._tables import ADD, COUNTS, FINISH, FINISH_ONE, Endin
 from promptlayer_exec.dbos._tables import batches as _batches
 from promptlayer_exec.dbos._tables import callbacks as _callbacks
 from promptlayer_exec.dbos._tables import items as _items
-from promptlayer_exec.dbos._tables import tables as _tables
 from promptlayer_exec.dbos._tables import workers as _workers
 from promptlayer_exec.dbos._values import BatchStatus
 
@@ -62,19 +50,9 @@ EARLIER_VERSIONS = ("1",)
 
 T = TypeVar("T")
 
-# Seconds for which calls are retried while the database cannot be reached, and between two tries.
-_RETRY_FOR = 90.0
-_RETRY_INTERVAL = 0.5
-# Writing transactions lock the file when they begin, and wait for each other for up to 30 s.
-_SQLITE_OPTIONS = {"isolation_level": "IMMEDIATE", "timeout": 30.0}
 _QUEUE_INTERVAL = 0.2
 _DELETED_AT_ONCE = 500
-_CREATE_TABLES_LOCK = 0x70726F6D707479
-# A worker has one more to PostgreSQL, on which DBOS listens. Calls wait for a connection as long as
-# they would retry.
-_CONNECTIONS = 5
 _item = _items.c
-_stop_retrying: ContextVar[threading.Event] = ContextVar("stop_retrying")
 
 
 class Heartbeat(NamedTuple):
@@ -84,34 +62,11 @@ class Heartbeat(NamedTuple):
     process: str
 
 
-class Store:
-    """The database of batches.
-
-    All methods block, except `run_in_thread`. While the database cannot be reached, they retry for
-    up to 90 seconds, unless they say otherwise, and then raise `ConfigurationError`.
-    """
+class Store(Database):
+    """The database of batches; each method is a call that `Database` retries."""
 
     def __init__(self, url: sa.URL) -> None:
-        self.url = url.render_as_string(hide_password=False)
-        # Ends the retries of calls that do not come through `run_in_thread`: those of the worker.
-        self.stop_retrying = threading.Event()
-        self.is_sqlite = url.get_backend_name() == "sqlite"
-        dialect = sqlite if self.is_sqlite else postgresql
-        self._insert: Callable[[sa.Table], Any] = dialect.insert
-        self.engine = sa.create_engine(
-            url,
-            pool_size=_CONNECTIONS,
-            max_overflow=0,
-            pool_timeout=_RETRY_FOR,
-            connect_args=_SQLITE_OPTIONS
-            if self.is_sqlite
-            else {name: value for name, value in POSTGRES_OPTIONS.items() if name not in url.query},
-        )
-        shown = url.render_as_string(hide_password=True)
-        self.connector = Connector(shown, _RETRY_FOR, self._is_cancelled)
-        self.connector.attach(self.engine)
-        if not self.is_sqlite:
-            mark_lost_connections(self.engine)
+        super().__init__(url)
         # JSON, because DBOS's default is pickle: with it, write access to the database would be
         # enough to run code in every worker.
         self._client = DBOSClient(
@@ -122,67 +77,9 @@ class Store:
             retry_connection_errors=False,
         )
 
-    def prepare(self) -> None:
-        """Create the tables that are missing, without retrying."""
-        try:
-            migrate(self.url)
-            with self.engine.begin() as connection:
-                # Two processes that create the same table at once would collide.
-                if self.is_sqlite:
-                    connection.exec_driver_sql("BEGIN IMMEDIATE")
-                else:
-                    connection.execute(sa.func.pg_advisory_xact_lock(_CREATE_TABLES_LOCK))
-                _tables.create_all(connection)
-                self._add_columns(connection)
-            if self.is_sqlite:
-                # With WAL, readers do not wait for the writer, and commits flush once. This fails
-                # while another process does the same. Once is enough: the file keeps the mode.
-                with suppress(exc.OperationalError), self.engine.connect() as connection:
-                    connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-        except Exception as error:
-            raise self._unusable(error) from error
-
-    def _add_columns(self, connection: sa.Connection) -> None:
-        """Add the columns that a database of an older version lacks."""
-        inspector = sa.inspect(connection)
-        quote_name = connection.dialect.identifier_preparer.format_table
-        for table in _tables.sorted_tables:
-            existing = {column["name"] for column in inspector.get_columns(table.name)}
-            for column in table.columns:
-                if column.name not in existing:
-                    definition = CreateColumn(column).compile(dialect=connection.dialect)
-                    connection.exec_driver_sql(
-                        f"ALTER TABLE {quote_name(table)} ADD COLUMN {definition}"
-                    )
-
-    async def run_in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Call a blocking function in a thread; if cancelled, stop retrying, but wait for it."""
-        stop = threading.Event()
-
-        def call() -> T:
-            _stop_retrying.set(stop)  # in the context of this call alone
-            return work(*arguments)
-
-        running = asyncio.ensure_future(asyncio.to_thread(call))
-        try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            stop.set()
-            with anyio.CancelScope(shield=True):
-                while not running.done():
-                    with suppress(asyncio.CancelledError):
-                        await asyncio.wait([running])
-            if not running.cancelled():
-                running.exception()  # otherwise asyncio logs it
-            raise
-
-    def _is_cancelled(self) -> bool:
-        return _stop_retrying.get(self.stop_retrying).is_set()
-
     def close(self) -> None:
-        """Close the connections."""
         self._client.destroy()
-        self.engine.dispose()
+        super().close()
 
     def batches(self) -> list[str]:
         """Return the names of all batches."""
@@ -193,10 +90,10 @@ class Store:
         """Raise ValueError if a key that is already there stands for another request."""
 
         def check() -> None:
-            with self._reading() as connection:
+            with self.reading() as connection:
                 self._check(connection, batch, rows)
 
-        self._retry(check, _RETRY_FOR)
+        self._retry(check, RETRY_FOR)
 
     def add(
         self, batch: str, rows: Sequence[Row], settings: Mapping[str, float] | None = None
@@ -205,7 +102,7 @@ class Store:
 
         The settings are those of a batch that does not exist yet.
         """
-        insert_batch = self._insert(_batches).on_conflict_do_nothing()
+        insert_batch = self.insert(_batches).on_conflict_do_nothing()
         insert = self._insert_each if self.is_sqlite else self._insert_in_one_statement
         unique: dict[str, Row] = {}
         for row in rows:
@@ -228,7 +125,7 @@ class Store:
         return self.transact(add_and_check)
 
     def _insert_each(self, connection: sa.Connection, batch: str, rows: dict[str, Row]) -> int:
-        insert = self._insert(_items).on_conflict_do_nothing().returning(_item.key)
+        insert = self.insert(_items).on_conflict_do_nothing().returning(_item.key)
         items = [
             {"batch": batch, "key": key, "attempt": 1, "digest": row.digest}
             for key, row in rows.items()
@@ -340,7 +237,7 @@ class Store:
 
         def read() -> list[tuple[int, str]]:
             found, read = [], 0
-            with self._reading() as connection, connection.execute(query) as result:
+            with self.reading() as connection, connection.execute(query) as result:
                 for seq, outcome in result:
                     found.append((seq, outcome))
                     read += len(outcome)
@@ -348,7 +245,7 @@ class Store:
                         break
             return found
 
-        return self._retry(read, _RETRY_FOR)
+        return self._retry(read, RETRY_FOR)
 
     def is_finished(self, batch: str) -> bool:
         """Return True if every item has an outcome."""
@@ -396,7 +293,7 @@ class Store:
 
         self.transact(recount)
 
-    def running(self, batch: str, *, retry_for: float = _RETRY_FOR) -> list[str]:
+    def running(self, batch: str, *, retry_for: float = RETRY_FOR) -> list[str]:
         """Return, for each running item, the executor that runs it."""
         workflows = self._retry(
             lambda: self._client.list_workflows(
@@ -408,7 +305,7 @@ class Store:
 
     def settle(self, batch: str, given: dict[str, float]) -> dict[str, float]:
         """Store the settings that are given, and return those of `given` that replaced others."""
-        insert_batch = self._insert(_batches).on_conflict_do_nothing()
+        insert_batch = self.insert(_batches).on_conflict_do_nothing()
         update = sa.update(_batches).where(_batches.c.name == batch)
 
         def settle(connection: sa.Connection) -> dict[str, float]:
@@ -427,7 +324,7 @@ class Store:
         """Return the DBOS workflows of the attempts of an item, the first one first."""
         ids = [workflow_id(batch, key, attempt) for attempt in range(1, attempts + 1)]
         found = self._retry(
-            lambda: self._client.list_workflows(workflow_ids=ids, load_output=False), _RETRY_FOR
+            lambda: self._client.list_workflows(workflow_ids=ids, load_output=False), RETRY_FOR
         )
         return sorted(found, key=lambda workflow: ids.index(workflow.workflow_id))
 
@@ -459,14 +356,14 @@ class Store:
             sa.select(_item.key, _item.attempt).where(_item.batch == batch).limit(_DELETED_AT_ONCE)
         )
         deleted = 0
-        self._retry(lambda: self._client.delete_queue(queue_name(batch)), _RETRY_FOR)
+        self._retry(lambda: self._client.delete_queue(queue_name(batch)), RETRY_FOR)
         while rows := self.rows(some.limit(_DELETED_AT_ONCE)):
             ids = [
                 workflow_id(batch, row.key, attempt)
                 for row in rows
                 for attempt in range(1, row.attempt + 1)
             ]
-            self._retry(partial(self._client.delete_workflows, ids), _RETRY_FOR)
+            self._retry(partial(self._client.delete_workflows, ids), RETRY_FOR)
             keys = [row.key for row in rows]
             delete = sa.delete(_items).where(_item.batch == batch, _item.key.in_(keys))
             self.transact(partial(_execute, delete))
@@ -487,7 +384,7 @@ class Store:
     def record_heartbeat(self, batch: str, executor: str, process: str) -> None:
         """Record that a worker is alive, without retrying."""
         row = {"executor": executor, "beat": 1, "process": process, "batch": batch}
-        insert = self._insert(_workers).on_conflict_do_update(
+        insert = self.insert(_workers).on_conflict_do_update(
             index_elements=["executor"], set_={"beat": _workers.c.beat + 1}
         )
         self.transact(lambda connection: connection.execute(insert, row), retry_for=0.0)
@@ -564,53 +461,6 @@ class Store:
         }
         known = [] if started is None else [dict(started)]
         self._client.enqueue_in_transaction(connection, options, key, attempt, request, *known)
-
-    def rows(self, query: sa.Select[Any], *, retry_for: float = _RETRY_FOR) -> Sequence[Any]:
-        """Return the rows of a query."""
-
-        def read() -> Sequence[Any]:
-            with self._reading() as connection:
-                return connection.execute(query).all()
-
-        return self._retry(read, retry_for)
-
-    def _reading(self) -> sa.Connection:
-        """Return a connection for one query, without the round trips of a transaction."""
-        return self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-
-    def transact(self, work: Callable[[sa.Connection], T], retry_for: float | None = None) -> T:
-        """Do some work in one transaction."""
-
-        def transact() -> T:
-            with self.engine.begin() as connection:
-                return work(connection)
-
-        return self._retry(transact, _RETRY_FOR if retry_for is None else retry_for)
-
-    def _retry(self, work: Callable[[], T], seconds: float) -> T:
-        give_up = time.monotonic() + seconds
-        while True:
-            try:
-                return work()
-            except (exc.OperationalError, exc.InterfaceError) as error:
-                stop = _stop_retrying.get(self.stop_retrying)
-                if time.monotonic() >= give_up or stop.wait(_RETRY_INTERVAL):
-                    raise self._unusable(error) from error
-            except (exc.SQLAlchemyError, DatabaseLost) as error:
-                raise self._unusable(error) from error
-
-    def explain(self, error: Exception) -> Exception:
-        """Return an error as the caller should get it: no raw error of the database."""
-        if isinstance(error, (exc.SQLAlchemyError, DatabaseLost)):
-            unusable = self._unusable(error)
-            unusable.__cause__ = error
-            return unusable
-        return error
-
-    def _unusable(self, error: Exception) -> ConfigurationError:
-        shown = self.engine.url.render_as_string(hide_password=True)
-        reason = str(getattr(error, "orig", None) or error).strip()
-        return ConfigurationError(f"the database {shown} cannot be used: {reason:.300}")
 
 
 def _new_batch(name: str) -> dict[str, Any]:

@@ -1,0 +1,173 @@
+"""The connection to the database: retries, threads, and tables of older versions."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import anyio
+import sqlalchemy as sa
+from sqlalchemy import exc
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.schema import CreateColumn
+
+from promptlayer_exec import ConfigurationError
+from promptlayer_exec.dbos._connector import POSTGRES_OPTIONS, Connector, DatabaseLost
+from promptlayer_exec.dbos._dbos_internals import mark_lost_connections, migrate
+from promptlayer_exec.dbos._tables import tables as _tables
+
+T = TypeVar("T")
+
+# Seconds for which calls are retried while the database cannot be reached, and between two tries.
+RETRY_FOR = 90.0
+_RETRY_INTERVAL = 0.5
+# Writing transactions lock the file when they begin, and wait for each other for up to 30 s.
+_SQLITE_OPTIONS = {"isolation_level": "IMMEDIATE", "timeout": 30.0}
+_CREATE_TABLES_LOCK = 0x70726F6D707479
+# A worker has one more to PostgreSQL, on which DBOS listens. Calls wait for a connection as long as
+# they would retry.
+_CONNECTIONS = 5
+_stop_retrying: ContextVar[threading.Event] = ContextVar("stop_retrying")
+
+
+class Database:
+    """A database whose calls are retried for a while.
+
+    All methods block, except `run_in_thread`. While the database cannot be reached, they retry for
+    up to 90 seconds, unless they say otherwise, and then raise `ConfigurationError`.
+    """
+
+    def __init__(self, url: sa.URL) -> None:
+        self.url = url.render_as_string(hide_password=False)
+        # Ends the retries of calls that do not come through `run_in_thread`: those of the worker.
+        self.stop_retrying = threading.Event()
+        self.is_sqlite = url.get_backend_name() == "sqlite"
+        dialect = sqlite if self.is_sqlite else postgresql
+        self.insert: Callable[[sa.Table], Any] = dialect.insert
+        self.engine = sa.create_engine(
+            url,
+            pool_size=_CONNECTIONS,
+            max_overflow=0,
+            pool_timeout=RETRY_FOR,
+            connect_args=_SQLITE_OPTIONS
+            if self.is_sqlite
+            else {name: value for name, value in POSTGRES_OPTIONS.items() if name not in url.query},
+        )
+        shown = url.render_as_string(hide_password=True)
+        self.connector = Connector(shown, RETRY_FOR, self._is_cancelled)
+        self.connector.attach(self.engine)
+        if not self.is_sqlite:
+            mark_lost_connections(self.engine)
+
+    def prepare(self) -> None:
+        """Create the tables that are missing, without retrying."""
+        try:
+            migrate(self.url)
+            with self.engine.begin() as connection:
+                # Two processes that create the same table at once would collide.
+                if self.is_sqlite:
+                    connection.exec_driver_sql("BEGIN IMMEDIATE")
+                else:
+                    connection.execute(sa.func.pg_advisory_xact_lock(_CREATE_TABLES_LOCK))
+                _tables.create_all(connection)
+                self._add_columns(connection)
+            if self.is_sqlite:
+                # With WAL, readers do not wait for the writer, and commits flush once. This fails
+                # while another process does the same. Once is enough: the file keeps the mode.
+                with suppress(exc.OperationalError), self.engine.connect() as connection:
+                    connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+        except Exception as error:
+            raise self._unusable(error) from error
+
+    def _add_columns(self, connection: sa.Connection) -> None:
+        """Add the columns that a database of an older version lacks."""
+        inspector = sa.inspect(connection)
+        quote_name = connection.dialect.identifier_preparer.format_table
+        for table in _tables.sorted_tables:
+            existing = {column["name"] for column in inspector.get_columns(table.name)}
+            for column in table.columns:
+                if column.name not in existing:
+                    definition = CreateColumn(column).compile(dialect=connection.dialect)
+                    connection.exec_driver_sql(
+                        f"ALTER TABLE {quote_name(table)} ADD COLUMN {definition}"
+                    )
+
+    async def run_in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Call a blocking function in a thread; if cancelled, stop retrying, but wait for it."""
+        stop = threading.Event()
+
+        def call() -> T:
+            _stop_retrying.set(stop)  # in the context of this call alone
+            return work(*arguments)
+
+        running = asyncio.ensure_future(asyncio.to_thread(call))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            stop.set()
+            with anyio.CancelScope(shield=True):
+                while not running.done():
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.wait([running])
+            if not running.cancelled():
+                running.exception()  # otherwise asyncio logs it
+            raise
+
+    def _is_cancelled(self) -> bool:
+        return _stop_retrying.get(self.stop_retrying).is_set()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.engine.dispose()
+
+    def rows(self, query: sa.Select[Any], *, retry_for: float = RETRY_FOR) -> Sequence[Any]:
+        """Return the rows of a query."""
+
+        def read() -> Sequence[Any]:
+            with self.reading() as connection:
+                return connection.execute(query).all()
+
+        return self._retry(read, retry_for)
+
+    def reading(self) -> sa.Connection:
+        """Return a connection for one query, without the round trips of a transaction."""
+        return self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+
+    def transact(self, work: Callable[[sa.Connection], T], retry_for: float | None = None) -> T:
+        """Do some work in one transaction."""
+
+        def transact() -> T:
+            with self.engine.begin() as connection:
+                return work(connection)
+
+        return self._retry(transact, RETRY_FOR if retry_for is None else retry_for)
+
+    def _retry(self, work: Callable[[], T], seconds: float) -> T:
+        give_up = time.monotonic() + seconds
+        while True:
+            try:
+                return work()
+            except (exc.OperationalError, exc.InterfaceError) as error:
+                stop = _stop_retrying.get(self.stop_retrying)
+                if time.monotonic() >= give_up or stop.wait(_RETRY_INTERVAL):
+                    raise self._unusable(error) from error
+            except (exc.SQLAlchemyError, DatabaseLost) as error:
+                raise self._unusable(error) from error
+
+    def explain(self, error: Exception) -> Exception:
+        """Return an error as the caller should get it: no raw error of the database."""
+        if isinstance(error, (exc.SQLAlchemyError, DatabaseLost)):
+            unusable = self._unusable(error)
+            unusable.__cause__ = error
+            return unusable
+        return error
+
+    def _unusable(self, error: Exception) -> ConfigurationError:
+        shown = self.engine.url.render_as_string(hide_password=True)
+        reason = str(getattr(error, "orig", None) or error).strip()
+        return ConfigurationError(f"the database {shown} cannot be used: {reason:.300}")
