@@ -50,6 +50,7 @@ nitpick_ignore = [
     for name in (
         "EllipsisType",
         "ItemT",
+        "LoggerProvider",
         "MeterProvider",
         "OutputT",
         "Path",
