@@ -28,7 +28,7 @@ class Subscription(Protocol):
         since: the time since which every completion reaches us, on the loop's clock; None: now
             none does.
         is_starting: whether it is being subscribed to for the first time.
-        has_told: whether push has told of a completion that was true.
+        has_told: whether push has announced a completion that was true.
     """
 
     since: float | None
@@ -38,7 +38,7 @@ class Subscription(Protocol):
     def has_told(self) -> bool: ...
 
     def completed(self, execution_id: int, *, expected: bool) -> None:
-        """Record that a poll found a completion; `expected`: push should have told of it."""
+        """Record that a poll found a completion; `expected`: push should have announced it."""
 
 
 def _nobody() -> None:

@@ -67,7 +67,7 @@ T = TypeVar("T")
 # Seconds to become subscribed for the first time, and after a connection was lost.
 _HANDSHAKE = 10.0
 _RECONNECT = 60.0
-# A completion that a poll found, and that no message told of within so many seconds, is silence.
+# A completion that a poll found, and no message announced within so many seconds, is silence.
 _SILENCE = 2.0
 # So many completions in silence, one after the other, and push is given up.
 _MOST_SILENT = 3
@@ -84,7 +84,7 @@ _COMPLETION = "SET_WORKFLOW_COMPLETE"
 
 
 class Call(Protocol):
-    """A function that sends a request once, in its turn among the session's requests."""
+    """A function that sends a request once, within the session's rate."""
 
     async def __call__(self, request: Request, read: Callable[[Response], T]) -> T:
         """Return what `read` reads from the answer, or raise a `RequestError`."""
@@ -108,10 +108,10 @@ def read_token(response: Response) -> str:
 
 
 def read_completion(data: Any) -> int | None:
-    """Return the execution id in a published message; None if it tells of no completion.
+    """Return the execution id in a published message; None if it announces no completion.
 
     Raises:
-        ValueError: it tells of a completion whose id cannot be read.
+        ValueError: it announces a completion whose id cannot be read.
     """
     if not isinstance(data, dict) or data.get("message_name") != _COMPLETION:
         return None
@@ -152,7 +152,7 @@ class Push:
     def started(
         self, workflow: str | int, execution_id: int, *, sent_at: float, waited: float
     ) -> None:
-        """Record a run; its start was sent at a time, after waiting some seconds for its turn."""
+        """Record a run; its start was sent at a time, after waiting some seconds for its slot."""
         if (channel := self._channels.get(workflow)) is None:
             return
         self._nets[execution_id] = SafetyNet(execution_id, channel, sent_at, waited)
@@ -348,7 +348,7 @@ class _Channel:
             loop.call_later(_SILENCE, self._check_silence, execution_id, self.since)
 
     def _confirm(self, execution_id: int) -> bool:
-        """Return True if a message told of a completion; it was true then."""
+        """Return True if a message announced a completion; it was true then."""
         if self._push.told.take(execution_id) is None:
             return False
         self._push.has_told = True
@@ -361,7 +361,7 @@ class _Channel:
         self._silent += 1
         if self._silent >= _MOST_SILENT:
             self._push.has_told = False
-            self.give_up(f"it did not tell of the last {self._silent} completions")
+            self.give_up(f"it did not announce the last {self._silent} completions")
 
 
 class _Client(Client):

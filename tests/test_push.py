@@ -611,7 +611,7 @@ class TestFaults:
         monkeypatch: pytest.MonkeyPatch,
         log: Log,
     ) -> None:
-        """Three completions in a row that no message told of, and push is given up."""
+        """Three completions in a row that no message announced, and push is given up."""
         monkeypatch.setattr(push, "_SILENCE", 0.01)
         monkeypatch.setattr(_safety_net, "_FIRST", 0.02)
         monkeypatch.setattr(_safety_net, "_LONGEST", 0.02)
@@ -622,7 +622,7 @@ class TestFaults:
             assert log.warnings == []
             await polled_to_the_end(server, execution)
         await log.given_up()
-        assert "it did not tell of the last 3 completions" in log.warnings[0]
+        assert "it did not announce the last 3 completions" in log.warnings[0]
         await server.until(lambda: not server.sockets)
 
     async def test_a_message_that_is_late_is_not_silence(
@@ -1082,7 +1082,7 @@ def test_the_private_names_of_centrifuge_are_still_there() -> None:
 
 
 async def polled_to_the_end(server: Server, execution: Any) -> None:
-    """Complete an execution that nobody tells of, and wait for its result."""
+    """Complete an execution that nobody announces, and wait for its result."""
     waiting = asyncio.create_task(execution.output(timeout=10))
     polls = server.polls
     await server.until(lambda: server.polls > polls)

@@ -57,7 +57,7 @@ def retry(store: Store, batch: str, kinds: Sequence[str]) -> int:
     return _reopen(store, batch, kinds, choose)
 
 
-# What the server told about how an execution ended; with an id, all else is no such thing.
+# What the server said about how an execution ended; with an id, no other error is an end.
 _ENDINGS = ("ExecutionFailed", "NotFound", "RecursionError")
 
 

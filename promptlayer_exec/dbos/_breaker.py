@@ -23,7 +23,7 @@ _LONGEST_PAUSE = 30.0
 class Breaker:
     """Lets starts through in the order in which they come, in the event loop of the session.
 
-    It is told of each failure and each good answer. Failures that say nothing about the single item
+    It records each failure and each good answer. Failures that say nothing about the single item
     (5xx, a lost answer, 403) make it pause, and then let a single start through as a probe.
 
     Attributes:

@@ -86,7 +86,7 @@ class Items:
 
     Attributes:
         active: the keys of the items that run.
-        waiting: the errors of those among them about which the server has not told for too long.
+        waiting: the errors of those whose end the server has not reported for too long.
         pending: the starts that have no recorded result yet.
     """
 
@@ -105,7 +105,7 @@ class Items:
     _endings: Group[Ending, None] = attrs.field(init=False)
     _starts: Breaker = attrs.field(init=False)
     _patience: float = attrs.field(init=False)
-    # When the server last told how an execution ended, and the failures since.
+    # When the server last said how an execution ended, and the failures since.
     _told_at: float = attrs.field(init=False, default=float("-inf"))
     _untold: int = attrs.field(init=False, default=0)
 
@@ -340,7 +340,7 @@ class Items:
         return outcome
 
     async def _output(self, key: str, execution_id: int) -> Any:
-        """Return the output; raises only what the server told about how the execution ended."""
+        """Return the output; raises only what the server said about how the execution ended."""
         clock = self._loop.time
         failing_since: float | None = None
         delay = _FIRST_DELAY

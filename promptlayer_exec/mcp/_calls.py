@@ -74,7 +74,7 @@ class Calls:
         self._run_tools = run_tool_names(self.allowed)
 
     async def tools(self) -> list[Tool]:
-        """Return the tools, with the inputs of the named workflows as far as they can be had."""
+        """Return the tools, with the inputs of the named workflows as far as they are available."""
         definitions = await asyncio.gather(*map(self._definition, self._run_tools.values()))
         named = zip(self._run_tools.items(), definitions, strict=True)
         return [

@@ -19,7 +19,7 @@ _Key = tuple[str, str | None, int | None]
 
 
 class NoDefinition(Exception):
-    """A definition cannot be had; the text says why."""
+    """A definition is not available; the text says why."""
 
 
 class Definitions:
