@@ -191,7 +191,13 @@ def sbom(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the pages in docs/, and llms.txt, to build/docs; a warning is an error."""
     _install(session, "docs", "pytest", ".[cli,dbos,fastapi,mcp,opentelemetry,push,viewer]")
+    shutil.rmtree("build/docs", ignore_errors=True)
     session.run("sphinx-build", "-n", "-W", "--keep-going", "docs", "build/docs")
+    full = Path("build/docs/llms-full.txt").read_text(encoding="utf-8")
+    for page in Path("docs").rglob("*.md"):
+        (title, *_) = re.findall("^# .*$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        if f"{title}\n" not in full:
+            session.error(f"llms-full.txt lacks docs/{page.name}")
 
 
 # The newest SDK, and one that uses Ably unless the server announces Centrifugo.
