@@ -295,6 +295,15 @@ def _make_venv(session: nox.Session, name: str, package: str) -> str:
 
 
 @nox.session
+def dashboard(session: nox.Session) -> None:
+    """Ask a real Prometheus, Debian's, for every figure of the dashboard in docs/."""
+    if shutil.which("prometheus") is None:
+        _install_debian(session, "prometheus")
+    _install(session, "test", ".[opentelemetry]")
+    session.run("pytest", "tests/dashboard", *session.posargs, env={"PYTHONSAFEPATH": "1"})
+
+
+@nox.session
 def soak(session: nox.Session) -> None:
     """Run 50,000 items against a server that often fails; the suite runs 500."""
     _install(session, "test", ".")

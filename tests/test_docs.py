@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import inspect
+import json
 import os
 import pkgutil
 import re
@@ -12,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -602,12 +604,27 @@ async def test_the_page_on_observing_is_right(
     sim: Simulator, open_session: Callable[..., Session], held: int
 ) -> None:
     """Its observer counts bytes, and the page lists every metric and attribute."""
+    sim.add_workflow("report", Scenario([SimNode("Out", status="FAILED")]))
     with names("docs/observing.md") as page:
-        async with open_session(observers=[page["count_bytes"]]) as session:
-            await session.execution(held).snapshot()
-            assert page["received"] == {}  # a single read is not a poll
-            with pytest.raises(ExecutionTimeout):
-                await session.execution(held).wait(timeout=0.05)
+        meters, server = page["serve_metrics"](0)
+        observer = opentelemetry.OpenTelemetryObserver(meter_provider=meters)
+        try:
+            async with open_session(observers=[page["count_bytes"], observer]) as session:
+                await session.execution(held).snapshot()
+                assert page["received"] == {}  # a single read is not a poll
+                with pytest.raises(ExecutionTimeout):
+                    await session.execution(held).wait(timeout=0.05)
+                sim.inject(Fault.status(429, retry_after=0.01))
+                execution = await session.start("report")
+                session.wake(execution.id)
+                await execution.wait()
+            url = f"http://127.0.0.1:{server.server_port}/metrics"
+            with await asyncio.to_thread(urllib.request.urlopen, url) as response:
+                check_dashboard(response.read().decode())
+        finally:
+            meters.shutdown()
+            server.shutdown()
+            server.server_close()
         assert page["received"][held] > 100
     text = (ROOT / "docs" / "observing.md").read_text(encoding="utf-8")
     source = inspect.getsource(opentelemetry)
@@ -616,6 +633,21 @@ async def test_the_page_on_observing_is_right(
     shown = set(re.findall(f"`{name}`", text))
     shown |= {f"promptlayer_exec{suffix}" for suffix in re.findall(r"`(\.[a-z]+)`", text)}
     assert emitted <= shown
+
+
+def check_dashboard(scraped: str) -> None:
+    """Check that its queries name what a scrape shows; `nox -s dashboard` asks a Prometheus."""
+    text = (ROOT / "docs" / "grafana-dashboard.json").read_text(encoding="utf-8")
+    panels = json.loads(text)["panels"]
+    queries = "\n".join(target["expr"] for panel in panels for target in panel["targets"])
+    metrics = set(re.findall(r"promptlayer_exec_\w+(?=[{[)])", queries))
+    grouped = {label for by in re.findall(r"by \(([^)]*)\)", queries) for label in by.split(", ")}
+    labels = grouped | set(re.findall(r'(\w+)[!=]~?"', queries))
+    assert labels == {"error_type", "gen_ai_agent_name", "le", "promptlayer_exec_source"}
+    assert labels <= set(re.findall(r'(\w+)="', scraped))
+    metrics -= labels
+    assert len(metrics) == 11
+    assert metrics <= set(re.findall(r"^(promptlayer_exec_\w+)[{ ]", scraped, re.MULTILINE))
 
 
 async def test_the_code_on_fanning_out_works(sim: Simulator, session: Session) -> None:
