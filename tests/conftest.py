@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
@@ -122,6 +123,13 @@ async def open_session(sim: Simulator, recorder: Recorder) -> AsyncIterator[Call
 def session(open_session: Callable[..., Session]) -> Session:
     """Return a session that polls `sim` every 10 ms."""
     return open_session()
+
+
+@pytest.fixture(autouse=True)
+def _log_handlers() -> Iterator[None]:
+    yield
+    # The command line adds one, for its own process.
+    logging.getLogger("promptlayer_exec").handlers.clear()
 
 
 @pytest.fixture
