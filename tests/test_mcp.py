@@ -303,7 +303,7 @@ async def test_names_may_be_of_any_length(sim: Simulator, connect: Connect) -> N
 
 async def test_what_is_nested_very_deeply_is_not_shown(sim: Simulator, connect: Connect) -> None:
     """It cannot be written as JSON; the rest of the result can."""
-    text = "[" * 900 + "]" * 900
+    text = "[" * 700 + "]" * 700
     execution_id = sim.add_execution(
         Scenario([SimNode("Answer", json.loads(text), is_output_node=True)])
     )
