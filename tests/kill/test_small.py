@@ -18,9 +18,9 @@ NAME = "nightly"  # of the scene's batch
 ENDLESS = """
 import asyncio, sys
 from promptlayer_exec import Session
-from promptlayer_exec.dbos import Batch, _store
+from promptlayer_exec.dbos import Batch, _database
 
-_store._RETRY_FOR = float(sys.argv[3])
+_database.RETRY_FOR = float(sys.argv[3])
 batch = Batch(sys.argv[2], database_url=sys.argv[1], session=Session, max_in_flight=40)
 try:
     asyncio.run(batch.work())
