@@ -68,7 +68,8 @@ def tests(session: nox.Session) -> None:
         "PYTHONSAFEPATH": "1",
         "COVERAGE_FILE": str(Path.cwd() / f".coverage.{session.python}"),
     }
-    pytest = ("pytest", "-n", "auto", "--maxprocesses=4", *session.posargs)
+    # Four on two cores, too: many tests wait for other processes.
+    pytest = ("pytest", "-n", "4", *session.posargs)
     session.run("coverage", "run", "-m", *pytest, env=environment)
 
 

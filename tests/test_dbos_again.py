@@ -156,7 +156,7 @@ async def test_the_id_of_a_start_that_cannot_be_followed_is_logged(
 ) -> None:
     """For example because the item got another outcome meanwhile."""
     await batch.add([StartRequest("echo", {"n": 5}, key="a")])
-    sim.inject(Fault.delay(0.3))
+    sim.inject(Fault.delay(1.5))
     working = asyncio.create_task(batch.work(until_done=False))
     await sim.wait_for_requests(1)
     with closing(Store(check_url(url))) as store:
