@@ -233,14 +233,6 @@ def call(environment: dict[str, str]) -> Call:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _interruptible() -> Iterator[None]:
-    """Let the commands receive SIGINT even if the tests run in the background of a script."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
-
-
-@pytest.fixture(scope="module", autouse=True)
 def demos() -> Iterator[dict[str, Command]]:
     """Start the demonstrations before the other tests, because they take seconds."""
     env = _environment()
