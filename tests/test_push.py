@@ -840,11 +840,12 @@ class TestFaults:
         executions = [await session.start("w"), await session.start("w")]
         await server.subscribed()
         waiting = [asyncio.create_task(execution.output()) for execution in executions]
-        await server.until(lambda: server.polls == 2)
+        await server.until(lambda: server.polls >= 2)
         server.complete.update(execution.id for execution in executions)
         await server.publish(data)
-        assert await asyncio.gather(*waiting) == ["42", "42"]
-        assert server.polls == 4
+        async with asyncio.timeout(4):  # the safety net polls after 5 s
+            assert await asyncio.gather(*waiting) == ["42", "42"]
+        assert server.polls <= 6
 
     async def test_duplicates_cost_nothing(self, pushed: Session, server: Server) -> None:
         """A hundred messages for one run lead to one poll, or to two."""
