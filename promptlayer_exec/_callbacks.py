@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 
@@ -12,7 +12,9 @@ from promptlayer_exec._errors import StartUnknown
 from promptlayer_exec._events import Emit, ExecutionStarted, logger
 from promptlayer_exec._models import StartRequest
 from promptlayer_exec._tasks import resolve
-from promptlayer_exec.webhooks import Callbacks
+
+if TYPE_CHECKING:
+    from promptlayer_exec.webhooks import Callbacks
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from inspect import iscoroutinefunction, isroutine
 from types import EllipsisType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.request import getproxies_environment, proxy_bypass
 
 import attrs
@@ -22,7 +22,9 @@ from promptlayer_exec._events import Observer
 from promptlayer_exec._install import install_hint
 from promptlayer_exec._policies import Deadline, PollPolicy, RetryPolicy, check_seconds
 from promptlayer_exec._throttle import Limiter
-from promptlayer_exec.webhooks import Callbacks
+
+if TYPE_CHECKING:
+    from promptlayer_exec.webhooks import Callbacks
 
 DEFAULT_BASE_URL = "https://api.promptlayer.com"
 _KEY_VARIABLE = "PROMPTLAYER_API_KEY"
@@ -163,6 +165,14 @@ def _is(kind: type, meant: str, *, optional: bool = False) -> Validator:
     return check
 
 
+def _is_callbacks(owner: Any, setting: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None:
+        # Imported at first use, as few programs receive callbacks.
+        from promptlayer_exec.webhooks import Callbacks  # noqa: PLC0415
+
+        _is(Callbacks, "a promptlayer_exec.webhooks.Callbacks")(owner, setting, value)
+
+
 def _seconds(_: Any, setting: attrs.Attribute[Any], value: Any) -> None:
     if value is not None or setting.name == "request_timeout":
         check_seconds(setting.name, value, zero=setting.name == "wait_timeout")
@@ -223,9 +233,7 @@ class Settings:
     observers: Sequence[Observer] = attrs.field(validator=_callables)
     push: bool = attrs.field(converter=_find_push)
     trust_env: bool = attrs.field(converter=_find_trust_env)
-    callbacks: Callbacks | None = attrs.field(
-        validator=_is(Callbacks, "a promptlayer_exec.webhooks.Callbacks", optional=True)
-    )
+    callbacks: Callbacks | None = attrs.field(validator=_is_callbacks)
 
     def deadline(self, timeout: float | EllipsisType | None, *, now: float) -> Deadline:
         """Return the deadline of a wait that begins now; `...` means the default timeout."""
