@@ -1,7 +1,7 @@
 """What a notebook shows of a snapshot and of a workflow: static HTML and SVG, without scripts.
 
-Colours are those of the page, except for those of statuses, which can be told apart on light and on
-dark pages.
+Colours are those of the page, except for those of statuses, which can be distinguished on light
+and on dark pages.
 """
 
 from __future__ import annotations

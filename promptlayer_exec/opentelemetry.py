@@ -124,7 +124,7 @@ class OpenTelemetryObserver:
         )
         text = "Responses with status 429, which throttle a session."
         self._throttles = meter.create_counter("promptlayer_exec.throttles", "{throttle}", text)
-        text = "Polls that came early, because something told of a change."
+        text = "Polls that came early, because something announced a change."
         self._wake_ups = meter.create_counter("promptlayer_exec.wake_ups", "{wake_up}", text)
         self._seconds = {
             name: meter.create_histogram(

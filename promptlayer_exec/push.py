@@ -132,7 +132,7 @@ class Push:
     call: Call
     wake: Callable[[int], object]
     _spawn: Callable[[Callable[[], Coroutine[Any, Any, None]]], None]
-    told: EarlyWakeUps = attrs.field(init=False, factory=EarlyWakeUps)
+    early_completions: EarlyWakeUps = attrs.field(init=False, factory=EarlyWakeUps)
     has_told: bool = attrs.field(init=False, default=False)
     _has_warned: bool = attrs.field(init=False, default=False)
     _channels: dict[str | int, _Channel] = attrs.field(init=False, factory=dict)
@@ -338,7 +338,7 @@ class _Channel:
             self.begin_subscription()  # polls for what was missed until now
             return
         if execution_id is not None:
-            self._push.told.add(execution_id, "push")
+            self._push.early_completions.add(execution_id, "push")
             self._push.wake(execution_id)
 
     def completed(self, execution_id: int, *, expected: bool) -> None:
@@ -349,7 +349,7 @@ class _Channel:
 
     def _confirm(self, execution_id: int) -> bool:
         """Return True if a message announced a completion; it was true then."""
-        if self._push.told.take(execution_id) is None:
+        if self._push.early_completions.take(execution_id) is None:
             return False
         self._push.has_told = True
         self._silent = self._failures = 0

@@ -4,9 +4,6 @@ DBOS stores which items to run and the progress of each. Our tables store the ou
 in which they were stored, what is needed to start each item once, the heartbeats of the workers,
 and the next slot of the shared rate.
 
-A database of an older version gets the columns that it lacks. They are all nullable, and null in
-the rows that an older version writes.
-
 The stored names and formats are fixed, because a batch from an older version must be continued:
 tables and columns, `APPLICATION` and `WORKFLOW`, queue names and workflow ids, the arguments of the
 workflow, the names and results of its steps in `_worker`, the JSON of requests and outcomes.
