@@ -617,10 +617,14 @@ def test_a_batch_can_be_deleted(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
     ended = threading.Event()
 
     def beat() -> None:
-        while not ended.wait(0.02):
-            store.record_heartbeat("night", "other", json.dumps([None, None, 1, None]))
+        store.record_heartbeat("night", "other", json.dumps([None, None, 1, None]))
 
-    beating = threading.Thread(target=beat)
+    def beat_on() -> None:
+        while not ended.wait(0.02):
+            beat()
+
+    beat()  # before the command looks for the first time
+    beating = threading.Thread(target=beat_on)
     beating.start()
     code, _, err = run("delete", "--yes")
     ended.set()

@@ -298,10 +298,11 @@ async def test_a_watch_that_failed_keeps_its_last_snapshot(
     """It has the error; adding the execution again follows it again, at the same position."""
     other = sim.add_execution(Scenario([SimNode("a", "b")]))
     viewer.board.follow(held)
-    viewer.board.follow(other)
     events = viewer.events()
     await until(events, "execution", execution_id=str(held), state="running")
-    sim.inject(Fault.status(403))
+    viewer.board.follow(other)
+    await until(events, "execution", execution_id=str(other), state="succeeded")
+    sim.inject(Fault.status(403))  # for the first one: the other is not polled any more
     lost = await until(events, "execution", state="lost")
     assert "403 Forbidden" in lost["error"]
     assert (lost["final"], lost["total"]) == (1, 2)
