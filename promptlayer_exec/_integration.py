@@ -82,7 +82,7 @@ async def check_inputs(session: Session, request: StartRequest) -> Workflow | No
 
     Returns:
         The version of the workflow that would run; None if it could not be had within 5 seconds:
-        the inputs are then unchecked, and the start itself tells what is wrong.
+        the inputs are then unchecked, and the start itself says what is wrong.
 
     Raises:
         TypeError: an argument or a value in the inputs has an unsupported type.

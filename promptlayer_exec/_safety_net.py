@@ -28,14 +28,14 @@ class Subscription(Protocol):
         since: the time since which every completion reaches us, on the loop's clock; None: now
             none does.
         is_starting: whether it is being subscribed to for the first time.
-        has_told: whether push has announced a completion that was true.
+        has_announced: whether push has announced a completion that was true.
     """
 
     since: float | None
     is_starting: bool
 
     @property
-    def has_told(self) -> bool: ...
+    def has_announced(self) -> bool: ...
 
     def completed(self, execution_id: int, *, expected: bool) -> None:
         """Record that a poll found a completion; `expected`: push should have announced it."""
@@ -83,8 +83,9 @@ class SafetyNet:
                 return max(scheduled, self._known_at + min(floor, _SUBSCRIBING))
             return scheduled
         if since > self._known_at:
-            return min(scheduled, self._known_at + floor)  # one poll for what was missed
-        doublings = min(self._polls, 64) if self.subscription.has_told else 0
+            # One poll for what was missed; not due before `since`, or it would seem to be late.
+            return max(since, min(scheduled, self._known_at + floor))
+        doublings = min(self._polls, 64) if self.subscription.has_announced else 0
         gap = max(_FIRST * 2.0**doublings, _TIMES_WAITED * self._waited)
         seldom = self._known_at + min(gap, _LONGEST)
         due = max(scheduled, seldom)

@@ -1,7 +1,7 @@
 """PromptLayer's push channel, as a hint that an execution is complete (extra `push`).
 
 A message wakes the watch of its execution, and is never an answer: the poll that follows is. What
-push does not tell, or tells wrongly, costs a poll or a few seconds, and never a result.
+push does not announce, or announces wrongly, costs a poll or a few seconds, and never a result.
 
 Internal: `Session(push=True)` is the interface.
 
@@ -133,7 +133,7 @@ class Push:
     wake: Callable[[int], object]
     _spawn: Callable[[Callable[[], Coroutine[Any, Any, None]]], None]
     early_completions: EarlyWakeUps = attrs.field(init=False, factory=EarlyWakeUps)
-    has_told: bool = attrs.field(init=False, default=False)
+    has_announced: bool = attrs.field(init=False, default=False)
     _has_warned: bool = attrs.field(init=False, default=False)
     _channels: dict[str | int, _Channel] = attrs.field(init=False, factory=dict)
     _nets: dict[int, SafetyNet] = attrs.field(init=False, factory=dict)  # oldest first
@@ -173,8 +173,8 @@ class Push:
             if net.subscription is channel:
                 net.changed()
 
-    def is_joined(self, channel: _Channel) -> bool:
-        """Return True if another channel is that of the same workflow, and takes over the runs."""
+    def merge(self, channel: _Channel) -> bool:
+        """Let another channel of the same workflow take over the runs; False: there is none."""
         for other in self._channels.values():
             if other is not channel and other.workflow_id == channel.workflow_id:
                 for net in self._nets.values():
@@ -221,8 +221,8 @@ class _Channel:
     _token_scope: anyio.CancelScope = attrs.field(init=False, factory=anyio.CancelScope)
 
     @property
-    def has_told(self) -> bool:
-        return self._push.has_told
+    def has_announced(self) -> bool:
+        return self._push.has_announced
 
     async def run(self) -> None:
         """Stay subscribed; whenever push is given up, try again after a pause."""
@@ -237,7 +237,7 @@ class _Channel:
         try:
             if self.workflow_id is None:
                 self.workflow_id = await self._find_workflow()
-                if self._push.is_joined(self):
+                if self._push.merge(self):
                     return None
             return await self._connect(self.workflow_id)
         except Exception as error:  # noqa: BLE001 - it would end the session
@@ -351,7 +351,7 @@ class _Channel:
         """Return True if a message announced a completion; it was true then."""
         if self._push.early_completions.take(execution_id) is None:
             return False
-        self._push.has_told = True
+        self._push.has_announced = True
         self._silent = self._failures = 0
         return True
 
@@ -360,7 +360,7 @@ class _Channel:
             return
         self._silent += 1
         if self._silent >= _MOST_SILENT:
-            self._push.has_told = False
+            self._push.has_announced = False
             self.give_up(f"it did not announce the last {self._silent} completions")
 
 

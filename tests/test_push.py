@@ -129,7 +129,7 @@ class Server:
                 await socket.send_str(text)
 
     async def finish(self, execution_id: int) -> None:
-        """Complete an execution, and tell of it."""
+        """Complete an execution, and announce it."""
         self.complete.add(execution_id)
         await self.publish(completion(execution_id))
 
@@ -420,7 +420,7 @@ class TestDelivery:
         assert await execution.output(timeout=10) == "42"
         assert server.polls == 1
 
-    async def test_once_push_has_told_of_a_completion_polls_are_further_apart(
+    async def test_once_push_has_announced_a_completion_polls_are_further_apart(
         self,
         open_pushed: Callable[..., Session],
         server: Server,
@@ -430,10 +430,10 @@ class TestDelivery:
         """Each of the safety net's gaps is twice the one before."""
         monkeypatch.setattr(_safety_net, "_FIRST", 0.1)
         session = open_pushed(poll=OFTEN)
-        told = await session.start("w")
+        announced = await session.start("w")
         await server.subscribed()
-        await server.finish(told.id)
-        assert await told.output() == "42"
+        await server.finish(announced.id)
+        assert await announced.output() == "42"
         execution = await session.start("w")
         waiting = asyncio.create_task(execution.output())
         first = (await recorder.next(Polled)).snapshot
@@ -489,7 +489,7 @@ class TestDelivery:
     async def test_the_message_is_a_hint_only(
         self, pushed: Session, server: Server, fields: dict[str, Any]
     ) -> None:
-        """The poll tells the result, whatever the result code."""
+        """The poll brings the result, whatever the result code."""
         execution = await pushed.start("w")
         waiting = asyncio.create_task(execution.output())
         server.complete.add(execution.id)
@@ -661,9 +661,9 @@ class TestFaults:
         session = open_pushed(poll=PollPolicy.fixed(0.01))
         await session.start("w")
         await server.subscribed()
-        for is_told in (False, False, True, False, False):
+        for is_announced in (False, False, True, False, False):
             execution = await session.start("w")
-            if is_told:
+            if is_announced:
                 await server.finish(execution.id)
                 await execution.output()
             else:

@@ -17,7 +17,7 @@ class Stub:
 
     since: float | None = 0.0
     is_starting: bool = False
-    has_told: bool = True
+    has_announced: bool = True
     completions: list[tuple[int, bool]] = attrs.field(factory=list)
 
     def completed(self, execution_id: int, *, expected: bool) -> None:
@@ -46,9 +46,9 @@ def test_polls_are_seldom_while_the_subscription_stands() -> None:
     assert gaps == [5.0, 10.0, 20.0, 40.0, 60.0, 60.0, 60.0]
 
 
-def test_until_push_has_told_of_a_completion_it_is_tried() -> None:
+def test_until_push_has_announced_a_completion_it_is_tried() -> None:
     """Each 5 s: nobody knows yet whether the server publishes at all."""
-    net = SafetyNet(7, Stub(has_told=False), 100.0)
+    net = SafetyNet(7, Stub(has_announced=False), 100.0)
     for at in (105.0, 110.0, 115.0):
         assert due(net, 100.0) == at
         polled(net, at)
@@ -111,6 +111,11 @@ def test_one_poll_covers_what_was_missed() -> None:
     assert due(net, 103.8) == 108.3
 
 
+def test_what_was_missed_is_not_due_before_the_subscription() -> None:
+    """The time that passed in the gap is no time for which the poll had to wait."""
+    assert due(SafetyNet(7, Stub(since=140.0), 100.0), 101.0) == 140.0
+
+
 def test_the_gaps_begin_anew_after_a_gap() -> None:
     """What push did before its connection was lost proves little."""
     subscription = Stub()
@@ -142,7 +147,7 @@ def test_push_that_lied_about_a_run_is_not_trusted_for_it() -> None:
 
 
 @pytest.mark.parametrize(("since", "expected"), [(99.0, True), (101.0, False), (None, False)])
-def test_push_is_expected_to_tell_of_what_ended_while_it_stood(
+def test_push_is_expected_to_announce_what_ended_while_it_stood(
     since: float | None, expected: bool
 ) -> None:
     """A completion from before the subscription proves nothing against it."""

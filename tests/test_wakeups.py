@@ -144,7 +144,7 @@ async def test_only_an_execution_id_can_be_woken(
 async def test_integrations_say_what_woke_a_watch(
     session: Session, sim: Simulator, held: int, recorder: Any
 ) -> None:
-    """The seam takes the source; the first one that arrived is reported."""
+    """The seam takes the source; before anybody follows, the last one counts."""
     _integration.wake(session, held, "webhook")
     _integration.wake(session, held, "callback")
     sim.finish(held, "Answer")
