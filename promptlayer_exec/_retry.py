@@ -92,12 +92,14 @@ class OutageLog:
     _failing: set[RetryState] = attrs.field(factory=set)
     _answered: bool = False
 
-    def begin(self, error: RequestError, state: RetryState) -> None:
+    def begin(self, error: RequestError, state: RetryState, *, is_start: bool) -> None:
         """Record that a request failed and will be sent again."""
         if not self._failing:
             self._answered = False
             limit = "" if state.limit == math.inf else f" for up to {state.limit:g} s"
-            subject = "a start" if error.execution_id is None else f"execution {error.execution_id}"
+            subject = "a start" if is_start else "a request"
+            if error.execution_id is not None:
+                subject = f"execution {error.execution_id}"
             # Not the whole error: its text also quotes the body and ends with advice.
             logger.warning("%s: %s; trying again%s", subject, printable(str(error.args[0])), limit)
         self._failing.add(state)

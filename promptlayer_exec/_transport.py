@@ -147,7 +147,7 @@ class Transport:
         if delay is not None:
             if once is not None and once.sent:
                 once.mark_rejected()
-            self._outages.begin(error, state)
+            self._outages.begin(error, state, is_start=once is not None)
             self._emit(RequestRetried(request.execution_id, error, delay))
         return delay
 

@@ -171,6 +171,17 @@ async def test_a_start_is_named_as_a_start(
     ]
 
 
+async def test_a_request_for_a_workflow_is_not_named_as_a_start(
+    caplog: pytest.LogCaptureFixture, session: Session, sim: Simulator
+) -> None:
+    """It has no execution id either, but nobody should look for a run."""
+    sim.add_workflow("w", Scenario([]))
+    sim.inject(Fault.status(503))
+    await session.workflow("w")
+    (line,) = lines(caplog, logging.WARNING)
+    assert line.startswith("a request: the server answered 503")
+
+
 async def test_no_answer_is_quoted(
     caplog: pytest.LogCaptureFixture, session: Session, sim: Simulator, held: int
 ) -> None:
