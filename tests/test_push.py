@@ -19,6 +19,7 @@ from aiohttp import web
 
 from promptlayer_exec import (
     ConfigurationError,
+    Execution,
     ExecutionTimeout,
     Polled,
     PollPolicy,
@@ -270,6 +271,13 @@ def _polls_do_not_rescue_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def short_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the safety net poll every 20 ms."""
+    for name in ("_FIRST", "_LONGEST"):
+        monkeypatch.setattr(_safety_net, name, 0.02)
+
+
+@pytest.fixture
 async def open_pushed(
     server: Server, recorder: Any, our_tasks: Callable[[], list[str]]
 ) -> AsyncIterator[Callable[..., Session]]:
@@ -294,6 +302,20 @@ async def open_pushed(
     assert our_tasks() == []
     left = [task.get_coro().__qualname__ for task in asyncio.all_tasks() - before]
     assert not [name for name in left if "Client" in name], left
+
+
+@pytest.fixture
+def session(open_pushed: Callable[..., Session]) -> Session:
+    """Return a session that polls often, where it does not leave it to push."""
+    return open_pushed(poll=OFTEN)
+
+
+@pytest.fixture
+async def execution(session: Session, server: Server) -> Execution:
+    """Return a run in `session` whose subscription stands."""
+    execution = await session.start("w")
+    await server.subscribed()
+    return execution
 
 
 @pytest.fixture
@@ -385,11 +407,10 @@ class TestDelivery:
         assert server.polls == 3
 
     async def test_a_hundred_workflows_are_pushed(
-        self, open_pushed: Callable[..., Session], server: Server, monkeypatch: pytest.MonkeyPatch
+        self, session: Session, server: Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Each takes a WebSocket, so the runs of further ones are polled."""
         monkeypatch.setattr(push, "_MOST_CHANNELS", 1)
-        session = open_pushed(poll=OFTEN)
         await session.start("w")
         await server.subscribed()
         await polled_to_the_end(server, await session.start("other"))
@@ -421,15 +442,10 @@ class TestDelivery:
         assert server.polls == 1
 
     async def test_once_push_has_announced_a_completion_polls_are_further_apart(
-        self,
-        open_pushed: Callable[..., Session],
-        server: Server,
-        recorder: Any,
-        monkeypatch: pytest.MonkeyPatch,
+        self, session: Session, server: Server, recorder: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Each of the safety net's gaps is twice the one before."""
         monkeypatch.setattr(_safety_net, "_FIRST", 0.1)
-        session = open_pushed(poll=OFTEN)
         announced = await session.start("w")
         await server.subscribed()
         await server.finish(announced.id)
@@ -443,12 +459,9 @@ class TestDelivery:
         assert await waiting == "42"
 
     async def test_streams_are_polled_as_without_push(
-        self, open_pushed: Callable[..., Session], server: Server, recorder: Any
+        self, execution: Execution, server: Server, recorder: Any
     ) -> None:
         """Only polls show progress; the message brings the end."""
-        session = open_pushed(poll=OFTEN)
-        execution = await session.start("w")
-        await server.subscribed()
         waiting = asyncio.create_task(execution.wait())
         async with aclosing(execution.stream()) as snapshots:
             for poll in range(1, 5):
@@ -538,18 +551,12 @@ class TestFaults:
         [(TOKEN, 403), (TOKEN, 404), (WEBSOCKET, 404), (WEBSOCKET, 403), (WORKFLOW, 404)],
     )
     async def test_a_server_without_push_is_polled(
-        self,
-        open_pushed: Callable[..., Session],
-        server: Server,
-        log: Log,
-        path: str,
-        status: int,
+        self, session: Session, server: Server, log: Log, path: str, status: int
     ) -> None:
         """One warning says what was seen, however many workflows are concerned."""
         server.statuses[path] = status
         if path == WORKFLOW:
             server.statuses["/workflows/other"] = status
-        session = open_pushed(poll=OFTEN)
         execution = await session.start("w")
         await polled_to_the_end(server, execution)
         await log.given_up()
@@ -565,11 +572,10 @@ class TestFaults:
         "body", [[], {}, {"token_details": 7}, {"token_details": {"token": 7}}]
     )
     async def test_an_answer_without_a_token_is_given_up(
-        self, open_pushed: Callable[..., Session], server: Server, log: Log, body: Any
+        self, session: Session, server: Server, log: Log, body: Any
     ) -> None:
         """The warning says where the token was looked for."""
         server.replies[TOKEN] = body
-        session = open_pushed(poll=OFTEN)
         execution = await session.start("w")
         await polled_to_the_end(server, execution)
         await log.given_up()
@@ -604,39 +610,34 @@ class TestFaults:
         await log.given_up()
         assert server.count(RUN) == 1
 
+    @pytest.mark.usefixtures("short_gaps")
     async def test_silence_is_noticed(
         self,
-        open_pushed: Callable[..., Session],
+        execution: Execution,
+        session: Session,
         server: Server,
         monkeypatch: pytest.MonkeyPatch,
         log: Log,
     ) -> None:
         """Three completions in a row that no message announced, and push is given up."""
         monkeypatch.setattr(push, "_SILENCE", 0.01)
-        monkeypatch.setattr(_safety_net, "_FIRST", 0.02)
-        monkeypatch.setattr(_safety_net, "_LONGEST", 0.02)
-        session = open_pushed(poll=PollPolicy.fixed(0.01))
-        first = await session.start("w")
-        await server.subscribed()
-        for execution in [first, await session.start("w"), await session.start("w")]:
+        for silent in [execution, await session.start("w"), await session.start("w")]:
             assert log.warnings == []
-            await polled_to_the_end(server, execution)
+            await polled_to_the_end(server, silent)
         await log.given_up()
         assert "it did not announce the last 3 completions" in log.warnings[0]
         await server.until(lambda: not server.sockets)
 
     async def test_a_message_that_is_late_is_not_silence(
         self,
-        open_pushed: Callable[..., Session],
+        execution: Execution,
+        session: Session,
         server: Server,
         monkeypatch: pytest.MonkeyPatch,
         log: Log,
     ) -> None:
         """A stream is often faster than the message; that alone says nothing against push."""
         monkeypatch.setattr(push, "_SILENCE", 0.05)
-        session = open_pushed(poll=OFTEN)
-        execution = await session.start("w")
-        await server.subscribed()
         for _ in range(4):
             server.complete.add(execution.id)
             async with aclosing(execution.stream()) as snapshots:
@@ -647,20 +648,12 @@ class TestFaults:
         assert log.warnings == []
         assert len(server.sockets) == 1
 
+    @pytest.mark.usefixtures("execution", "short_gaps")
     async def test_one_message_that_came_true_outweighs_silence(
-        self,
-        open_pushed: Callable[..., Session],
-        server: Server,
-        monkeypatch: pytest.MonkeyPatch,
-        log: Log,
+        self, session: Session, server: Server, monkeypatch: pytest.MonkeyPatch, log: Log
     ) -> None:
         """Only completions in a row count."""
         monkeypatch.setattr(push, "_SILENCE", 0.0)
-        monkeypatch.setattr(_safety_net, "_FIRST", 0.02)
-        monkeypatch.setattr(_safety_net, "_LONGEST", 0.02)
-        session = open_pushed(poll=PollPolicy.fixed(0.01))
-        await session.start("w")
-        await server.subscribed()
         for is_announced in (False, False, True, False, False):
             execution = await session.start("w")
             if is_announced:
@@ -748,12 +741,9 @@ class TestFaults:
         assert await waiting == "42"
 
     async def test_in_a_gap_the_schedule_is_the_ordinary_one(
-        self, open_pushed: Callable[..., Session], server: Server
+        self, execution: Execution, server: Server
     ) -> None:
         """While there is no connection, watches poll as if there were no push."""
-        session = open_pushed(poll=OFTEN)
-        execution = await session.start("w")
-        await server.subscribed()
         waiting = asyncio.create_task(execution.output())
         await server.until(lambda: server.polls == 1)
         server.hold = {"connect"}
@@ -763,12 +753,9 @@ class TestFaults:
         assert await waiting == "42"
 
     async def test_a_lying_message_costs_one_poll_and_puts_the_run_on_the_schedule(
-        self, open_pushed: Callable[..., Session], server: Server
+        self, execution: Execution, server: Server
     ) -> None:
         """Its GET says that the run is not complete, so push is not trusted for it any more."""
-        session = open_pushed(poll=OFTEN)
-        execution = await session.start("w")
-        await server.subscribed()
         waiting = asyncio.create_task(execution.output())
         await server.until(lambda: server.polls == 1)
         await server.publish(completion(execution.id))
@@ -887,11 +874,10 @@ class TestFaults:
         assert server.count(WEBSOCKET) == 1
 
     async def test_a_token_that_is_expired_already_is_renewed(
-        self, open_pushed: Callable[..., Session], server: Server
+        self, session: Session, server: Server
     ) -> None:
         """As after a night asleep: the server answers 109, and gets a new one."""
         server.replies["connect"] = {"error": {"code": 109, "message": "token expired"}}
-        session = open_pushed(poll=OFTEN)
         execution = await session.start("w")
         await server.until(lambda: ("command", "connect") in server.log)
         server.replies.clear()
@@ -902,16 +888,9 @@ class TestFaults:
 
     @pytest.mark.parametrize("code", [3500, 3501])
     async def test_a_connection_that_the_server_ends_for_good_is_given_up(
-        self,
-        open_pushed: Callable[..., Session],
-        server: Server,
-        log: Log,
-        code: int,
+        self, execution: Execution, server: Server, log: Log, code: int
     ) -> None:
         """Centrifugo says with such a code that the client must not come back."""
-        session = open_pushed(poll=OFTEN)
-        execution = await session.start("w")
-        await server.subscribed()
         await server.drop(code)
         await log.given_up()
         assert "the server ended the connection: " in log.warnings[0]
@@ -919,14 +898,10 @@ class TestFaults:
         await polled_to_the_end(server, execution)
 
     async def test_a_subscription_that_is_refused_is_given_up(
-        self,
-        open_pushed: Callable[..., Session],
-        server: Server,
-        log: Log,
+        self, session: Session, server: Server, log: Log
     ) -> None:
         """For example because a token does not allow the channel."""
         server.replies["subscribe"] = {"error": {"code": 103, "message": "permission denied"}}
-        session = open_pushed(poll=OFTEN)
         execution = await session.start("w")
         await polled_to_the_end(server, execution)
         await log.given_up()
@@ -934,17 +909,11 @@ class TestFaults:
 
     @pytest.mark.parametrize("path", [TOKEN, WEBSOCKET, WORKFLOW])
     async def test_an_outage_passes(
-        self,
-        open_pushed: Callable[..., Session],
-        server: Server,
-        monkeypatch: pytest.MonkeyPatch,
-        log: Log,
-        path: str,
+        self, session: Session, server: Server, monkeypatch: pytest.MonkeyPatch, log: Log, path: str
     ) -> None:
         """A 503 is no reason to give up push: it is asked for again, without a warning."""
         monkeypatch.setattr(push, "_RETRY", 0.01)
         server.statuses[path] = 503
-        session = open_pushed(poll=OFTEN)
         execution = await session.start("w")
         await server.until(lambda: server.count(path) >= 1)
         server.statuses.clear()
@@ -954,18 +923,13 @@ class TestFaults:
         assert log.warnings == []
 
     async def test_an_outage_that_lasts_is_given_up_and_tried_again(
-        self,
-        open_pushed: Callable[..., Session],
-        server: Server,
-        monkeypatch: pytest.MonkeyPatch,
-        log: Log,
+        self, session: Session, server: Server, monkeypatch: pytest.MonkeyPatch, log: Log
     ) -> None:
         """Later attempts are logged below WARNING; when one succeeds, runs are pushed again."""
         monkeypatch.setattr(push, "_HANDSHAKE", 0.05)
         monkeypatch.setattr(push, "_RETRY", 0.01)
         monkeypatch.setattr(push, "_PAUSES", (0.01, 0.02))
         server.statuses[WORKFLOW] = 503
-        session = open_pushed(poll=OFTEN)
         execution = await session.start("w")
         await log.given_up(2)
         assert len(log.warnings) == 1
@@ -978,17 +942,10 @@ class TestFaults:
         assert await execution.output() == "42"
 
     async def test_a_lost_connection_that_does_not_come_back_is_given_up(
-        self,
-        open_pushed: Callable[..., Session],
-        server: Server,
-        monkeypatch: pytest.MonkeyPatch,
-        log: Log,
+        self, execution: Execution, server: Server, monkeypatch: pytest.MonkeyPatch, log: Log
     ) -> None:
         """After a minute; until then the library tries to connect."""
         monkeypatch.setattr(push, "_RECONNECT", 0.3)
-        session = open_pushed(poll=OFTEN)
-        execution = await session.start("w")
-        await server.subscribed()
         server.statuses[WEBSOCKET] = 500
         await server.drop()
         await log.given_up()
@@ -1035,12 +992,11 @@ class TestClosing:
 
     @pytest.mark.parametrize("stage", STAGES)
     async def test_a_caller_is_cancelled_at_every_await(
-        self, open_pushed: Callable[..., Session], server: Server, stage: str
+        self, session: Session, server: Server, stage: str
     ) -> None:
         """The cancellation is prompt, and the session goes on."""
         server.ttl = 0.05 if stage == "refresh" else None
         server.hold = {stage}
-        session = open_pushed(poll=OFTEN)
         waiting = asyncio.create_task(session.run("w"))
         await server.until(lambda: stage in [name for _, name in server.log])
         waiting.cancel()
