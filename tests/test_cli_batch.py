@@ -641,6 +641,35 @@ def test_a_batch_can_be_deleted(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
     assert run("status") == (0, "", "")
 
 
+@pytest.mark.parametrize(
+    ("typed", "ends_with"),
+    [
+        (b"n\n", (1, "nothing was deleted")),
+        (b"\x04", (130, "interrupted; nothing was deleted")),
+        (b"y\n", (0, "deleted batch night with 1 item")),
+    ],
+    ids=["no", "end", "yes"],
+)
+def test_deleting_is_asked_about_on_a_terminal(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    typed: bytes,
+    ends_with: tuple[int, str],
+) -> None:
+    """What is typed there decides; the end of the input is no answer."""
+    file = write(tmp_path / "night.jsonl", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
+    assert run("run", file)[0] == 0
+    leader, follower = pty.openpty()
+    with os.fdopen(leader, "wb", 0) as keyboard, os.fdopen(follower) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        keyboard.write(typed)
+        code, _, err = run("delete")
+    question, _, rest = err.partition(" [y/N]:")
+    assert question == "delete night: 1 item: 1 succeeded, 0 failed, 0 unknown?"
+    assert (code, rest.strip()) == ends_with
+
+
 def test_a_worker_waits_for_its_batch(
     sim: Simulator, run: Run, start: Start, tmp_path: Path
 ) -> None:

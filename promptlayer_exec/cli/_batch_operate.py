@@ -68,7 +68,7 @@ def list_batches(database: Database = None, *, as_json: JsonLines = False) -> No
                 out(json.dumps(row, default=datetime.isoformat))
             return ExitCode.SUCCEEDED
         if database is None:
-            err(f"in {printable(dbos().default_database_url())}")
+            err(f"in {printable(dbos().shown_database_url())}")
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         for heading, shown in _COLUMNS.items():
             table.add_column(heading, justify="left" if shown == "batch" else "right")
@@ -244,15 +244,11 @@ def delete(
     It is refused while a worker works on the batch. What runs at PromptLayer is not affected, and
     can no longer be found from here.
     """
+    if not is_confirmed:
+        name = _confirm_deleting(name, database)
 
     async def work() -> ExitCode:
         chosen, batch = await chosen_batch(name, database)
-        counts = await batch.status()
-        if not is_confirmed:
-            what = f"delete {status_line(chosen, counts).removeprefix('batch ')}"
-            if not sys.stdin.isatty():
-                raise Misuse(f"to {what}, give --yes")
-            typer.confirm(f"{what}?", abort=True, err=True)
         try:
             deleted = await batch.delete()
         except RuntimeError as error:
@@ -261,3 +257,28 @@ def delete(
         return ExitCode.SUCCEEDED
 
     raise typer.Exit(run_command(work(), Subject()))
+
+
+def _confirm_deleting(name: str | None, database: str | None) -> str:
+    """Ask whether to delete a batch, and return its name; exit if the answer is no."""
+    chosen = what = ""
+
+    async def describe() -> ExitCode:
+        nonlocal chosen, what
+        chosen, batch = await chosen_batch(name, database)
+        what = f"delete {status_line(chosen, await batch.status()).removeprefix('batch ')}"
+        if not sys.stdin.isatty():
+            raise Misuse(f"to {what}, give --yes")
+        return ExitCode.SUCCEEDED
+
+    if code := run_command(describe(), Subject()):
+        raise typer.Exit(code)
+    try:  # not within `run_command`, whose handling of SIGINT waits for the answer
+        is_confirmed = typer.confirm(f"{what}?", err=True)
+    except typer.Abort:
+        err("\ninterrupted; nothing was deleted")
+        raise typer.Exit(ExitCode.INTERRUPTED) from None
+    if not is_confirmed:
+        err("nothing was deleted")
+        raise typer.Exit(ExitCode.FAILED)
+    return chosen

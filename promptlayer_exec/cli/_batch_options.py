@@ -134,7 +134,7 @@ async def chosen_batch(name: str | None, database: str | None) -> tuple[str, Bat
 
 async def names(database: str | None) -> list[str]:
     """Return the names of the batches in a database, which has to exist."""
-    url = dbos().default_database_url() if database is None else database
+    url = dbos().shown_database_url(database)
     if not await _exists(url):
         raise Misuse(f"there is no database {printable(url)}")
     found: list[str] = await dbos().batch_names(database)
@@ -143,7 +143,7 @@ async def names(database: str | None) -> list[str]:
 
 async def wait_for_batch(name: str | None, database: str | None) -> str:
     """Return the name of a batch as soon as it exists; the only one for None."""
-    url = dbos().default_database_url() if database is None else database
+    url = dbos().shown_database_url(database)
     is_first = True
     while True:
         found = await dbos().batch_names(database) if await _exists(url) else []

@@ -4,7 +4,7 @@ from promptlayer_exec._integration import install_hint
 
 try:
     from promptlayer_exec.dbos._batch import Batch, batch_names
-    from promptlayer_exec.dbos._location import default_database_url
+    from promptlayer_exec.dbos._location import shown_database_url
     from promptlayer_exec.dbos._reports import (
         Attempt,
         BatchSettings,
@@ -28,5 +28,5 @@ __all__ = [
     "StoredItem",
     "StoredOutcome",
     "batch_names",
-    "default_database_url",
+    "shown_database_url",
 ]

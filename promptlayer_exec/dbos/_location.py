@@ -23,15 +23,16 @@ def database_url(given: str | None) -> sa.URL:
     return sa.URL.create("sqlite", database=str(_default_path()))
 
 
-def default_database_url() -> str:
-    """Return the URL of the database that `Batch` uses unless it is given another one.
+def shown_database_url(given: str | None = None) -> str:
+    """Return the URL of the database that `Batch` uses, as messages show it: without a password.
 
-    Its password, if it has one, is not hidden.
+    Args:
+        given: as `database_url` of `Batch`.
 
     Raises:
-        ConfigurationError: the environment variable `PROMPTLAYER_EXEC_DB` is not such a URL.
+        ConfigurationError: this, or the environment variable `PROMPTLAYER_EXEC_DB`, is no such URL.
     """
-    return database_url(None).render_as_string(hide_password=False)
+    return database_url(given).render_as_string(hide_password=True)
 
 
 def prepare_default(url: sa.URL) -> None:
