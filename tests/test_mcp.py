@@ -545,9 +545,12 @@ def test_tools_have_names_that_clients_accept() -> None:
 
 
 def test_a_workflow_has_a_name(session: Session) -> None:
-    """An empty one would allow nothing, or everything."""
-    with pytest.raises(ValueError, match="got an empty one"):
-        create_server(session, workflows=["a", ""])
+    """An empty one would allow nothing, or everything; a single string would be its letters."""
+    for name in ("", 7):
+        with pytest.raises(ValueError, match=f"as text; got {name!r}"):
+            create_server(session, workflows=["a", name])
+    with pytest.raises(TypeError, match=r"write \['report'\]"):
+        create_server(session, workflows="report")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -582,6 +585,7 @@ class TaskResult(types.Result):
     task_id: str
     created_at: str
     status: str
+    status_message: str
     ttl_ms: int | None
 
 
@@ -613,13 +617,15 @@ async def request(client: Client, method: str, task_id: Any) -> dict[str, Any]:
 
 async def test_a_run_may_be_a_task(workspace: Simulator, connect: Connect) -> None:
     """The execution's id is its handle, also for a server that has never seen it."""
-    workspace.add_workflow("slow", Scenario([SimNode("Answer", "42", None, is_output_node=True)]))
+    slow = Scenario([SimNode("Answer", "42", None, is_output_node=True)])
+    workspace.add_workflow("slow", slow, warning="old model")
     async with connect("slow", extensions=[Tasks()]) as client:
         capabilities = client.server_capabilities
         assert capabilities.extensions == {"io.modelcontextprotocol/tasks": {}}
         task = await client.session.call_tool("run_slow", {}, allow_claimed=True)
         assert isinstance(task, TaskResult)
         assert (task.task_id, task.status, task.ttl_ms) == ("1001", "working", None)
+        assert task.status_message.endswith("has started; the server warns: old model")
         working = await request(client, "tasks/get", "1001")
         assert (working["status"], working["createdAt"]) == ("working", task.created_at)
         assert working["statusMessage"] == "0 of 1 nodes are final, running: 'Answer'"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -53,10 +53,16 @@ _MOST_WORKFLOWS = 100
 _MOST_KNOWN = 1_000
 
 
-def _check_allowed(_: Calls, __: attrs.Attribute[Any], names: tuple[str, ...]) -> None:
+def _names(workflows: Iterable[str]) -> tuple[str, ...]:
+    """Return the names that were given, each once."""
+    if isinstance(workflows, str):
+        raise TypeError(f"workflows takes several names: write [{workflows!r:.100}]")
+    names = tuple(dict.fromkeys(workflows))
     for name in names:
-        if not name:
-            raise ValueError("workflows must be names or ids of workflows, got an empty one")
+        if not isinstance(name, str) or not name:
+            what = f"workflows must be names or ids of workflows, as text; got {name!r:.100}"
+            raise ValueError(what)
+    return names
 
 
 @attrs.define
@@ -64,7 +70,7 @@ class Calls:
     """The tools of one server, and the executions that it knows."""
 
     session: Session
-    allowed: tuple[str, ...] = attrs.field(validator=_check_allowed)
+    allowed: tuple[str, ...] = attrs.field(converter=_names)
     # Executions that were not complete when last seen, the latest last, with what started them.
     running: OrderedDict[int, str | None] = attrs.field(init=False, factory=OrderedDict)
     _run_tools: Mapping[str, str] = attrs.field(init=False)

@@ -51,9 +51,10 @@ def create_server(session: Session, *, workflows: Iterable[str] = ()) -> Server[
             its own, `run_...`, which waits for the output. Without, all can be started.
 
     Raises:
+        TypeError: `workflows` is a single string.
         ValueError: a name is no text, or empty.
     """
-    return make_server(Calls(session, tuple(dict.fromkeys(workflows))))
+    return make_server(Calls(session, workflows))
 
 
 def make_server(calls: Calls) -> Server[Any]:
@@ -97,7 +98,7 @@ class _Handlers:
             execution = await calls.start_run(params.name, arguments)
         except (Refused, PromptLayerExecError) as error:
             return error_result(str(error))
-        return self._tasks.created(execution.id)
+        return self._tasks.created(execution)
 
     async def list_resources(self, _ctx: _Context, _params: _Page) -> ListResourcesResult:
         return ListResourcesResult(

@@ -27,9 +27,10 @@ async def serve_stdio(session: Session, *, workflows: Iterable[str] = ()) -> Non
         workflows: as for `create_server`.
 
     Raises:
-        ValueError: a name is no text, or empty.
+        TypeError: as for `create_server`.
+        ValueError: as for `create_server`.
     """
-    calls = Calls(session, tuple(dict.fromkeys(workflows)))
+    calls = Calls(session, workflows)
     server = make_server(calls)
     try:
         async with stdio_server(cast("Any", _Lines())) as (read_stream, write_stream):

@@ -89,14 +89,17 @@ class Tasks:
         ):
             server.add_request_handler(method, TaskParams, handle)
 
-    def created(self, execution_id: int) -> dict[str, Any]:
+    def created(self, execution: Execution) -> dict[str, Any]:
         """Return the task of a run that has just started."""
-        known = self._find(execution_id)
+        known = self._find(execution.id)
+        warning = (
+            f"; the server warns: {clip(execution.warning, 1_000)}" if execution.warning else ""
+        )
         return TaskResult(
             result_type="task",
-            task_id=str(execution_id),
+            task_id=str(execution.id),
             status="working",
-            status_message=f"execution {execution_id} has started",
+            status_message=f"execution {execution.id} has started{warning}",
             created_at=known.created,
             last_updated_at=known.updated,
         ).dump()
