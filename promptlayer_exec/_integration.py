@@ -26,10 +26,11 @@ from promptlayer_exec._settings import check_count, find_base_url, missing_for_p
 from promptlayer_exec._start import SendHooks
 from promptlayer_exec._throttle import Limiter
 from promptlayer_exec._transport import excess
-from promptlayer_exec._wire import check_execution_id
+from promptlayer_exec._wire import MAX_ID, check_execution_id
 from promptlayer_exec._workflows import Workflow
 
 __all__ = [
+    "MAX_ID",
     "SendHooks",
     "base_url",
     "check_count",

@@ -11,12 +11,13 @@ from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
 from promptlayer_exec import Execution, PromptLayerExecError, Session
+from promptlayer_exec._integration import MAX_ID
 from promptlayer_exec.fastapi._events import execution_events
 from promptlayer_exec.fastapi._responses import PROBLEMS, ProblemRoute, json_response
 
 T = TypeVar("T")
 
-_ExecutionId = Annotated[int, Path(ge=1, le=2**63 - 1)]
+_ExecutionId = Annotated[int, Path(ge=1, le=MAX_ID)]
 _SEEN = {"description": "The client has the last event already, as its `Last-Event-ID` says"}
 _EVENTS = {"description": "The events", "content": {"text/event-stream": {}}}
 

@@ -8,10 +8,9 @@ from difflib import get_close_matches
 from typing import Any
 
 from promptlayer_exec import StartRequest
+from promptlayer_exec._integration import MAX_ID
 from promptlayer_exec.mcp._tools import WAIT
 from promptlayer_exec.mcp._values import clip
-
-_MAX_ID = 2**63 - 1
 
 
 class Refused(Exception):
@@ -43,7 +42,7 @@ def whole(arguments: Mapping[str, Any], name: str, least: int) -> int | None:
         return None
     if isinstance(value, float) and value.is_integer():  # some models write 1.0
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MAX_ID:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MAX_ID:
         raise Refused(f"{name} must be a whole number from {least}, got {shown(value)}")
     return value
 
@@ -65,7 +64,7 @@ def parse_id(value: Any) -> int | None:
     """Return the id that a string or a number stands for; None if it stands for none."""
     if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 20:
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_ID:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_ID:
         return None
     return value
 

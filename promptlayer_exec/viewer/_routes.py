@@ -22,13 +22,11 @@ from promptlayer_exec import (
     StartUnknown,
     Workflow,
 )
-from promptlayer_exec._integration import check_inputs
+from promptlayer_exec._integration import MAX_ID, check_inputs
 from promptlayer_exec.viewer._board import Board, Card
 from promptlayer_exec.viewer._definitions import Definitions, NoDefinition, definition_view
 from promptlayer_exec.viewer._events import value_text
 from promptlayer_exec.viewer._history import History
-
-_MAX_ID = 2**63 - 1
 
 _Text = Annotated[str, Body(embed=True)]
 _OptionalText = Annotated[str | None, Body(embed=True)]
@@ -40,8 +38,8 @@ def add_execution_routes(app: FastAPI, board: Board) -> None:
     @app.post("/api/executions")
     async def add_execution(execution_id: _Text) -> Response:
         text = execution_id.strip()
-        if not re.fullmatch("[0-9]{1,19}", text) or not 1 <= int(text) <= _MAX_ID:
-            message = f"An execution id must be a whole number from 1 to {_MAX_ID}."
+        if not re.fullmatch("[0-9]{1,19}", text) or not 1 <= int(text) <= MAX_ID:
+            message = f"An execution id must be a whole number from 1 to {MAX_ID}."
             return refuse(message, 422, "execution_id")
         try:
             await board.add(int(text))
