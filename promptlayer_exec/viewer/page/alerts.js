@@ -1,4 +1,4 @@
-// What tells the state of the tab: its icon, and a notification when a run ends, if allowed.
+// What shows the state of the tab: its icon, and a notification when a run ends, if allowed.
 
 import { byId } from "./dom.js";
 import { groupOf, STATES } from "./model.js";

@@ -23,7 +23,7 @@ export function takeToken() {
   return true;
 }
 
-export class Refusal extends Error {
+class Refusal extends Error {
   constructor(message, { field = null, status = 0, isUnknown = false } = {}) {
     super(message);
     this.field = field;

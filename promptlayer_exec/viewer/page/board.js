@@ -3,7 +3,7 @@
 import { call } from "./api.js";
 import { announce, byId, clone, draw, notify, part, placeAt, show, write } from "./dom.js";
 import { handle, showErrors } from "./forms.js";
-import { board, connection, groupOf, runs, STATES } from "./model.js";
+import { board, groupOf, runs, STATES } from "./model.js";
 import { addressOf, replace } from "./router.js";
 import { matches, Rows } from "./rows.js";
 import { duration } from "./times.js";

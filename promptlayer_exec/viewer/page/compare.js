@@ -3,7 +3,7 @@
 import { call, get } from "./api.js";
 import { byId, draw, make, makeSvg, part, show, write } from "./dom.js";
 import { diffLines } from "./diff.js";
-import { board, runs, spanOf, STATES, statusOf } from "./model.js";
+import { board, runs, spanOf, STATES, statusOf, wordOf } from "./model.js";
 import { addressOf, go, replace } from "./router.js";
 import { clock, duration } from "./times.js";
 
@@ -188,10 +188,9 @@ function sideOf(node, run, marks) {
   if (node === undefined) return make("span", { class: "muted side" }, "Not in this execution");
   const look = statusOf(node);
   const length = lengthOf(node, run);
-  const word = look === "unknown" ? node.status : look[0].toUpperCase() + look.slice(1);
   const time = make("span", { class: marks.includes("duration") ? "time changed" : "time" });
   write(time, length === null ? "" : duration(length));
-  const state = make("span", { class: marks.includes("status") ? "status changed" : "status" }, iconOf(look), word);
+  const state = make("span", { class: marks.includes("status") ? "status changed" : "status" }, iconOf(look), wordOf(node));
   const side = make("span", { class: "side" }, state, time);
   side.dataset.status = look;
   return side;

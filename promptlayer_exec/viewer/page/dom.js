@@ -53,10 +53,6 @@ export function oneLine(text) {
   return text.slice(0, 300).replace(/\s+/g, " ");
 }
 
-export function capitalised(word) {
-  return word[0].toUpperCase() + word.slice(1);
-}
-
 // Puts an element at a position, and moves nothing that is already there.
 export function placeAt(list, index, element) {
   if (list.children[index] !== element) list.insertBefore(element, list.children[index] ?? null);

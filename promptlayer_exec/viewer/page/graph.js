@@ -1,9 +1,9 @@
 // The graph of a workflow as SVG: nodes in layers, live statuses, and the edges that were taken.
 // It is panned by scrolling or dragging, and zoomed by its buttons, Ctrl and the wheel, or + and -.
 
-import { capitalised, draw, makeSvg, write } from "./dom.js";
+import { draw, makeSvg, write } from "./dom.js";
 import { layOut } from "./layout.js";
-import { spanOf, statusOf } from "./model.js";
+import { spanOf, statusOf, wordOf } from "./model.js";
 import { duration } from "./times.js";
 
 const WIDTH = 176;
@@ -112,7 +112,7 @@ export class Graph {
       state,
     );
     element.addEventListener("click", () => {
-      if (!this.isDragged) this.choose(name);
+      if (!this.isDragged) this.onSelect(name);
     });
     element.addEventListener("focus", () => this.moveTabStop(name));
     element.addEventListener("pointerenter", () => this.highlight(name));
@@ -177,15 +177,15 @@ export class Graph {
     const status = known === undefined ? "" : known.status;
     const look = known === undefined ? "queued" : statusOf(known);
     const span = known === undefined ? null : spanOf(known, time);
-    const text = known === undefined ? "Not in this execution" : wordOf(known, look);
-    const isOver = span?.isTimed && known.is_final;
+    const text = known === undefined ? "Not in this execution" : wordOf(known);
+    const hasRun = span?.isTimed && known.is_final;
     if (element.dataset.status !== status || node.status === null) {
       element.dataset.status = status;
       element.dataset.look = known === undefined ? "absent" : look;
       draw(node.icon, look);
     }
     node.status = status;
-    write(node.state, isOver ? `${text} · ${duration(span.end - span.start)}` : text);
+    write(node.state, hasRun ? `${text} · ${duration(span.end - span.start)}` : text);
     element.setAttribute("aria-label", `${name}: ${node.state.textContent}`);
   }
 
@@ -218,10 +218,6 @@ export class Graph {
       this.moveTabStop(name);
       this.reveal(name);
     }
-  }
-
-  choose(name) {
-    this.onSelect(name);
   }
 
   // The edges of a node stand out: that of the pointer, or else the selected one.
@@ -258,7 +254,7 @@ export class Graph {
     if (name === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key === "Enter" || event.key === " ") {
       event.preventDefault();
-      return this.choose(name);
+      return this.onSelect(name);
     }
     const next = this.neighbour(name, event.key);
     if (next === undefined) return;
@@ -311,10 +307,6 @@ export class Graph {
     this.svg.setAttribute("width", (this.size[0] * this.scale).toFixed(1));
     this.svg.setAttribute("height", (this.size[1] * this.scale).toFixed(1));
   }
-}
-
-function wordOf(node, look) {
-  return look === "unknown" ? node.status : capitalised(look);
 }
 
 function shortened(name) {

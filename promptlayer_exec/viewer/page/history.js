@@ -30,6 +30,11 @@ export const historyView = {
     loadTrends();
   },
 
+  // A search that is still to come would write its filters into the address of the next view.
+  hide() {
+    clearTimeout(typing);
+  },
+
   // What is followed is new, or has ended.
   onExecution(run, before) {
     if (run.data.state === before.state) return;

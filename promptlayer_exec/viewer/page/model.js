@@ -1,6 +1,6 @@
 // What the page knows of each execution, whichever view shows it.
 
-export const KNOWN = ["queued", "running", "success", "failed", "skipped"];
+const KNOWN = ["queued", "running", "success", "failed", "skipped"];
 export const STATES = {
   waiting: ["Waiting for the first answer", "queued"],
   running: ["Running", "running"],
@@ -111,6 +111,11 @@ export function groupOf(state) {
 export function statusOf(node) {
   const status = node.status.toLowerCase();
   return KNOWN.includes(status) ? status : "unknown";
+}
+
+export function wordOf(node) {
+  const status = statusOf(node);
+  return status === "unknown" ? node.status : status[0].toUpperCase() + status.slice(1);
 }
 
 // When a node ran, in seconds since the first poll; null if that was not seen.

@@ -1,7 +1,7 @@
 // The graph of an execution's page: its definition, and which workflow that may be.
 
 import { call, get } from "./api.js";
-import { make, part, show, write } from "./dom.js";
+import { make, part, write } from "./dom.js";
 import { Graph } from "./graph.js";
 
 export class GraphPanel {
@@ -30,10 +30,6 @@ export class GraphPanel {
       this.say(`There is no graph: ${error.message}`);
     }
     this.state = "loaded";
-  }
-
-  reload(run) {
-    if (this.state === "none") this.load(run);
   }
 
   take(answer) {
@@ -85,7 +81,7 @@ export class GraphPanel {
 
   update(run, names = null) {
     this.run = run;
-    if (this.state === "none") this.load(run);
+    this.load(run);
     if (this.definition !== null) this.graph.update(run, names);
   }
 

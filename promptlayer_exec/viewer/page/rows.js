@@ -1,8 +1,8 @@
 // The nodes of one execution: a row each, with a bar on a time line.
 
 import { Detail } from "./detail.js";
-import { capitalised, clone, draw, make, oneLine, part, placeAt, write } from "./dom.js";
-import { spanOf, statusOf } from "./model.js";
+import { clone, draw, make, oneLine, part, placeAt, write } from "./dom.js";
+import { spanOf, statusOf, wordOf } from "./model.js";
 import { clock, duration, tickLabel, ticks } from "./times.js";
 
 const ORDERS = {
@@ -46,7 +46,7 @@ export class Rows {
     row.node = node;
     root.dataset.status = status;
     draw(row.icon, status);
-    write(row.status, status === "unknown" ? node.status : capitalised(status));
+    write(row.status, wordOf(node));
     row.output.hidden = !node.is_output_node;
     write(row.preview, node.error_message ?? oneLine(node.value ?? ""));
     row.detail?.update(node);

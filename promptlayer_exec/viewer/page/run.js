@@ -8,7 +8,7 @@ import { Detail } from "./detail.js";
 import { readContainer } from "./json.js";
 import { board, runs } from "./model.js";
 import { GraphPanel } from "./panel.js";
-import { addressOf, go, replace } from "./router.js";
+import { go, replace } from "./router.js";
 import { matches, Rows } from "./rows.js";
 import { showSnippets } from "./snippets.js";
 import { runAgain } from "./again.js";
@@ -207,7 +207,7 @@ class RunPage {
     this.showFacts();
     if (run.data.has_inputs && this.inputs === null) this.showInputs();
     this.showOutputs();
-    this.graph.reload(run);
+    this.graph.load(run);
     if (!this.isChosen) this.openFailed();
     this.showCritical();
   }

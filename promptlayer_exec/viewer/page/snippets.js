@@ -6,7 +6,7 @@ const VENDOR = "https://api.promptlayer.com";
 
 const shell = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
-export function snippetsOf(id, server) {
+function snippetsOf(id, server) {
   const query = `workflow_version_execution_id=${id}&return_all_outputs=true`;
   const isVendor = server === VENDOR;
   const base = isVendor ? "" : `base_url=${JSON.stringify(server)}`;

@@ -100,7 +100,7 @@ function showDefinition(found, reason, inputs = null, release = "") {
   const fields = required.map(([name, type], index) => fieldOf(name, type, index));
   byId("fields").replaceChildren(byId("fields").firstElementChild, ...fields);
   let text = "";
-  if (found === null && reason) text = `Its definition is not to be had, so inputs are not checked: ${reason}`;
+  if (found === null && reason) text = `Its definition is not available, so inputs are not checked: ${reason}`;
   if (found !== null && required.length === 0) text = "It has no required inputs.";
   write(byId("definition"), text);
   spread(kept, required);
