@@ -53,7 +53,7 @@ _MOST_WORKFLOWS = 100
 _MOST_KNOWN = 1_000
 
 
-def _names(workflows: Iterable[str]) -> tuple[str, ...]:
+def _names(workflows: Iterable[Any]) -> tuple[str, ...]:
     """Return the names that were given, each once."""
     if isinstance(workflows, str):
         raise TypeError(f"workflows takes several names: write [{workflows!r:.100}]")
