@@ -24,7 +24,6 @@ from promptlayer_exec import PollPolicy, Session
 from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli._app import app as command_line
 from promptlayer_exec.mcp import create_server
-from promptlayer_exec.mcp._tools import run_tool_names
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 TRACEBACK = "Traceback (most recent call last):\n" + "  File ...\n" * 300 + "OrderClosed: PO-4711"
@@ -536,12 +535,19 @@ async def test_a_pushed_end_wakes_the_wait() -> None:
             assert (await waiting)["output"] == "42"
 
 
-def test_tools_have_names_that_clients_accept() -> None:
+async def test_tools_have_names_that_clients_accept(connect: Connect) -> None:
     """Characters are replaced, long names cut, and equal ones numbered."""
-    names = run_tool_names(["a b", "a_b", "a.b", "ü" * 99, "ö" * 99, "42"])
-    assert [*names] == ["run_a_b", "run_a_b_2", "run_a.b", "run_" + "_" * 60, *[*names][4:]]
-    assert [*names][4] == "run_" + "_" * 58 + "_2"
-    assert names["run_a_b_2"] == "a_b"
+    async with connect("a b", "a_b", "a.b", "ü" * 99, "ö" * 99, "42") as client:
+        tools = (await client.list_tools()).tools[5:]
+    assert [tool.name.removeprefix("run_") for tool in tools] == [
+        "a_b",
+        "a_b_2",
+        "a.b",
+        "_" * 60,
+        "_" * 58 + "_2",
+        "42",
+    ]
+    assert tools[1].title == "Run 'a_b' (paid)"
 
 
 def test_a_workflow_has_a_name(session: Session) -> None:

@@ -125,11 +125,6 @@ async def observed(
     assert collected.totals().get("promptlayer_exec.active_watches", 0) == 0
 
 
-def everything(span: ReadableSpan) -> str:
-    """Return a span as text."""
-    return span.to_json()
-
-
 def common(sim: Simulator, operation: str, workflow: str | None = None) -> dict[str, Any]:
     """Return the attributes that every span has."""
     agent = {} if workflow is None else {"gen_ai.agent.name": workflow}
@@ -213,7 +208,7 @@ async def test_a_failed_execution_is_an_error(
     assert span.attributes["error.type"] == "promptlayer_exec.ExecutionFailed"
     assert span.status.status_code is StatusCode.ERROR
     assert span.status.description == "the execution failed: Plan"
-    assert "secret" not in everything(span)
+    assert "secret" not in span.to_json()
     (point,) = collected.metrics()["promptlayer_exec.watch.duration"].data.data_points
     assert dict(point.attributes) == {
         "error.type": "promptlayer_exec.ExecutionFailed",
@@ -305,12 +300,15 @@ async def test_a_start_that_cannot_be_prepared_is_an_error_that_quotes_nothing(
     assert "secret-key" not in str(collected.events(span))
 
 
-def test_the_latest_ten_thousand_starts_can_be_linked(collected: Collected) -> None:
+async def test_the_latest_ten_thousand_starts_can_be_linked(collected: Collected) -> None:
     """The memory of an observer is bounded."""
     observer = collected.observer()
     for execution_id in range(1, 10_003):
         observer(ExecutionStarted(execution_id, StartRequest("w"), False, 0.1))
-    assert len(observer._starts) == 10_000
+    for execution_id in (2, 3):
+        observer(WatchStarted(execution_id))
+        observer(WatchEnded(execution_id, polls=0, elapsed=0.0, error=None))
+    assert [len(span.links) for span in collected.spans("watch")] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -531,13 +529,13 @@ async def test_values_are_recorded_only_on_request(
         (start,) = collected.spans("start")
         watch, broken = collected.spans("watch")
         recorded = [
-            "secret-input" in everything(start),
-            "secret-output" in everything(watch),
-            "secret-body" in everything(broken),
+            "secret-input" in start.to_json(),
+            "secret-output" in watch.to_json(),
+            "secret-body" in broken.to_json(),
         ]
         assert recorded == [record_values] * 3
         assert "unexpected shape" in (broken.status.description or "")
-        assert sim.api_key not in everything(start) + everything(watch) + everything(broken)
+        assert sim.api_key not in start.to_json() + watch.to_json() + broken.to_json()
     assert json.loads(str((start.attributes or {})["promptlayer_exec.inputs"])) == {
         "topic": "secret-input"
     }

@@ -1,4 +1,4 @@
-"""Which workflow an execution is of, and what the page is told of it."""
+"""Which workflow an execution is of, and what the page learns of it."""
 
 from __future__ import annotations
 

@@ -35,12 +35,12 @@ async def ids(history: History, text: str = "", **filters: Any) -> list[str | No
     return [entry["execution_id"] for entry in (await history.search(text, **filters))["entries"]]
 
 
-async def test_only_the_latest_are_remembered(history: History) -> None:
+async def test_only_the_latest_are_remembered(history: History, tmp_path: Path) -> None:
     """The newest come first; ids of another server are others."""
     for execution_id in range(1, 8):
         _record(history, execution_id)
     assert await ids(history) == ["7", "6", "5", "4", "3"]
-    other = History(history._path, server="http://b", limit=5)
+    other = History(tmp_path / "state" / "history.sqlite", server="http://b", limit=5)
     assert await ids(other) == []
     _record(other, 7, outcome="failed")
     assert (await history.search())["counts"]["failed"] == 0
