@@ -663,6 +663,7 @@ class FakeStore:
         self.recorded: dict[str, Heartbeat] = {}
         self.requeued: list[list[str]] = []
         self.broken = False
+        self.idle: set[str] = set()
 
     def record_heartbeat(self, batch: str, executor: str, process: str) -> None:
         """Fail if the store is broken."""
@@ -673,9 +674,13 @@ class FakeStore:
         """Return the executors of the running items."""
         return {"me", "other"}
 
-    def requeue(self, batch: str, executors: list[str]) -> None:
+    def requeue(self, batch: str, executors: list[str], only: set[str] | None = None) -> None:
         """Keep the call."""
-        self.requeued.append(executors)
+        self.requeued.append(executors if only is None else sorted(only))
+
+    def taken(self, batch: str, executor: str) -> set[str]:
+        """Return the workflows that the database says this worker has taken."""
+        return {"active", *self.idle}
 
     def adopt(self, batch: str) -> None:
         """Take over nothing."""
@@ -699,7 +704,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def watching(store: FakeStore) -> Liveness:
     """Return the liveness of a worker "me", which gives up by failing."""
-    return Liveness(store, "b", "me", pytest.fail)  # type: ignore[arg-type]
+    return Liveness(store, "b", "me", {"active"}, pytest.fail)  # type: ignore[arg-type]
 
 
 def test_a_silent_worker_is_dead_after_a_while(now: list[float]) -> None:
@@ -751,6 +756,16 @@ def test_an_outage_of_the_database_makes_no_worker_dead(
     now[0] = 60.0
     watch._recover_from_dead_workers()
     assert store.requeued == []
+
+
+def test_what_was_taken_and_is_not_run_goes_back(now: list[float]) -> None:
+    """Unless it has just been taken, or has just ended: then it is not idle twice."""
+    store = FakeStore()
+    watch = watching(store)
+    for number, store.idle in enumerate(({"lost", "ending"}, {"lost", "beginning"}, {"new"})):
+        now[0] = 10.0 * number
+        watch._look_after_others()
+    assert store.requeued == [["lost"]]
 
 
 def test_a_process_that_has_ended_is_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -832,13 +847,13 @@ def test_a_new_database_can_be_opened_by_several_workers_at_once(url: str) -> No
 
 async def test_a_worker_ends_after_dbos_has_recorded_its_last_items() -> None:
     """Otherwise the next worker would recover them as items of a dead worker."""
-    answers = [[], []]
+    answers = [{"later"}, set(), {"last"}, {"last", "another"}]
 
     class Slow:
         async def run_in_thread(self, work: Any, *arguments: Any) -> Any:
             return work(*arguments)
 
-        def running(self, batch: str) -> list[str]:
+        def taken(self, batch: str, executor: str) -> set[str]:
             return answers.pop()
 
     worker = workers.Worker(
@@ -849,9 +864,8 @@ async def test_a_worker_ends_after_dbos_has_recorded_its_last_items() -> None:
         max_in_flight=1,
         restart_unknown=False,
     )
-    answers[1:] = [["another"], [worker._executor], [worker._executor]]
     await worker._wait_until_idle()
-    assert answers == [[]]
+    assert answers == [{"later"}]
 
 
 async def test_an_unexpected_error_ends_the_work_but_no_item(
@@ -995,11 +1009,10 @@ def requeues_only_from_dead_workers(url: str) -> None:
     """All in one statement; an item that a live worker has dequeued stays with that worker."""
     with queue_of_one(url) as store:
         with launched(store, "dead"):
-            wait_until(lambda: store.running("b") == ["dead"])
-        assert store.running_executors("b") == {"dead"}
+            wait_until(lambda: store.running_executors("b") == {"dead"})
         with launched(store, "live"):
             store.requeue("b", ["dead"])
-            wait_until(lambda: store.running("b") == ["live"])
+            wait_until(lambda: store.running_executors("b") == {"live"})
             store.requeue("b", ["dead"])
             assert store.running_executors("b") == {"live"}
 
@@ -1007,7 +1020,7 @@ def requeues_only_from_dead_workers(url: str) -> None:
 def stops_dequeuing(url: str) -> None:
     """The thread of the queue has its name, and ends at the stop events."""
     with queue_of_one(url) as store, launched(store, "me") as instance:
-        wait_until(lambda: store.running("b") == ["me"])
+        wait_until(lambda: store.running_executors("b") == {"me"})
         name = f"queue-worker-{queue_name('b')}"
         (thread,) = [thread for thread in threading.enumerate() if thread.name == name]
         internals.stop_dequeuing(instance, queue_name("b"), 20.0)

@@ -32,6 +32,7 @@ from promptlayer_exec.dbos import _breaker as breakers
 from promptlayer_exec.dbos import _connector as connectors
 from promptlayer_exec.dbos import _database as databases
 from promptlayer_exec.dbos import _items as items
+from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _pending as pending
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
@@ -70,7 +71,14 @@ def batch_of(sim: Simulator, url: str) -> Callable[..., Batch]:
         "echo", lambda inputs: Scenario([SimNode("Answer", inputs.get("n"), is_output_node=True)])
     )
 
-    def make(*, outage: float = 30.0, watch_outage: float = 30.0, **settings: Any) -> Batch:
+    def make(
+        *,
+        outage: float = 30.0,
+        watch_outage: float = 30.0,
+        in_flight: int | None = None,
+        rate: float | None = None,
+        **settings: Any,
+    ) -> Batch:
         retry = RetryPolicy(
             outage=outage, watch_outage=watch_outage, base=0.001, ceiling=0.2, not_found_grace=0.0
         )
@@ -79,7 +87,7 @@ def batch_of(sim: Simulator, url: str) -> Callable[..., Batch]:
         def session() -> Session:
             return Session(sim.api_key, retry=retry, **{**options, **settings})
 
-        return Batch("night", database_url=url, session=session)
+        return Batch("night", database_url=url, session=session, max_in_flight=in_flight, rate=rate)
 
     return make
 
@@ -312,6 +320,30 @@ async def test_the_intent_of_a_refused_start_is_taken_back(
     with pytest.raises(asyncio.CancelledError):
         await working
     assert (await batch_of().work()).succeeded == 1
+
+
+async def test_what_a_broken_connection_took_from_the_queue_is_run(
+    sim: Simulator, batch_of: Callable[..., Batch], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DBOS does not know of an item that it took in a transaction whose end it did not see."""
+    monkeypatch.setattr(liveness, "HEARTBEAT_INTERVAL", 0.02)
+    monkeypatch.setattr(liveness, "_LOOK_INTERVAL", 0.1)
+    sim.add_workflow("held", Scenario([SimNode("Answer", "0", None, is_output_node=True)]))
+    batch = batch_of(in_flight=1)
+    await batch.add([StartRequest("held", {"n": "0"}, key="0"), *requests(2)[1:]])
+    working = asyncio.create_task(batch.work())
+    await until(lambda: len(sim.runs) == 1)
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
+        (executor,) = database.execute("SELECT executor FROM promptlayer_worker").fetchone()
+        database.execute(
+            "UPDATE workflow_status SET status = 'PENDING', executor_id = ?"
+            " WHERE status = 'ENQUEUED'",
+            [executor],
+        )
+        database.commit()
+    sim.finish(sim.runs[0].execution_id, "Answer")
+    assert (await working).succeeded == 2
+    assert most_starts(sim) == 1
 
 
 class Break:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import psycopg
 import sqlalchemy as sa
@@ -58,18 +58,27 @@ def mark_lost_connections(engine: sa.Engine) -> None:
             context.is_disconnect = True
 
 
-def requeue(connection: sa.Connection, queue: str, executors: Sequence[str], version: str) -> int:
-    """Put the items of dead workers (their DBOS executors) back into their queue, all at once.
+def requeue(
+    connection: sa.Connection,
+    queue: str,
+    executors: Sequence[str],
+    version: str,
+    only: Collection[str] | None,
+) -> int:
+    """Put the items of some workers (their DBOS executors) back into their queue, all at once.
 
-    Returns how many there were. Writes to `workflow_status`, whose columns are documented. The
-    documented `resume_workflows` would take an item from the live worker that dequeued it
-    meanwhile, and `DBOS._recover_pending_workflows` makes several round trips for each item.
+    `only` are the workflows of these items, None for all that the workers have. Returns how many
+    there were. Writes to `workflow_status`, whose columns are documented. The documented
+    `resume_workflows` would take an item from the live worker that dequeued it meanwhile, and
+    `DBOS._recover_pending_workflows` makes several round trips for each item.
     """
     table = _workflows(connection)
-    mine = (table.c.status == "PENDING", table.c.executor_id.in_(executors))
+    taken = [table.c.status == "PENDING", table.c.executor_id.in_(executors)]
+    if only is not None:
+        taken.append(table.c.workflow_uuid.in_(only))
     update = (
         sa.update(table)
-        .where(table.c.queue_name == queue, *mine)
+        .where(table.c.queue_name == queue, *taken)
         .values(
             status="ENQUEUED",
             owner_xid=None,
@@ -104,6 +113,18 @@ def running_executors(connection: sa.Connection, queue: str) -> set[str]:
     return {executor or "" for executor in connection.execute(query).scalars()}
 
 
+def taken(connection: sa.Connection, queue: str, executor: str) -> set[str]:
+    """Return the workflows that an executor has dequeued, as far as the database knows.
+
+    The executor itself may not: DBOS dequeues in a transaction, and if the connection is lost while
+    it commits, DBOS logs the error and never runs what it has dequeued.
+    """
+    table = _workflows(connection)
+    query = sa.select(table.c.workflow_uuid)
+    query = query.where(table.c.queue_name == queue, table.c.status == "PENDING")
+    return {*connection.execute(query.where(table.c.executor_id == executor)).scalars()}
+
+
 def _workflows(connection: sa.Connection) -> sa.TableClause:
     """Return DBOS's table of workflows."""
     return sa.table(
@@ -112,7 +133,7 @@ def _workflows(connection: sa.Connection) -> sa.TableClause:
             sa.column,
             (
                 *("status", "queue_name", "executor_id", "owner_xid", "application_version"),
-                *("started_at_epoch_ms", "updated_at"),
+                *("started_at_epoch_ms", "updated_at", "workflow_uuid"),
             ),
         ),
         schema=None if connection.dialect.name == "sqlite" else "dbos",

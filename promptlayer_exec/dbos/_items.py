@@ -59,7 +59,7 @@ from promptlayer_exec.dbos._dbos_internals import ItemTaken
 from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._intents import Intent, Started, State
 from promptlayer_exec.dbos._pending import IntentRefused, Item, PendingStart, StartResult
-from promptlayer_exec.dbos._store import Store
+from promptlayer_exec.dbos._store import Store, workflow_id
 from promptlayer_exec.dbos._tables import Ending
 from promptlayer_exec.dbos._values import StoredError, StoredOutcome
 
@@ -85,7 +85,7 @@ class Items:
     """Runs items; `run` is called in DBOS's event loop, and the session is in another one.
 
     Attributes:
-        active: the keys of the items that run.
+        active: the DBOS workflows of the items that run.
         waiting: the errors of those whose end the server has not reported for too long.
         pending: the starts that have no recorded result yet.
     """
@@ -122,7 +122,8 @@ class Items:
 
     async def run(self, item: Item) -> None:
         """Run an item until its outcome is stored."""
-        self.active.add(item.key)
+        workflow = workflow_id(self._batch, item.key, item.attempt)
+        self.active.add(workflow)
         try:
             started = item.started or await self._start(item)
             if started is None:
@@ -133,7 +134,7 @@ class Items:
             self._end(error)
             await suspend()
         finally:
-            self.active.discard(item.key)
+            self.active.discard(workflow)
 
     def _end(self, error: Exception) -> None:
         """End the work with an error, and begin no start any more."""

@@ -31,7 +31,7 @@ _LOOK_INTERVAL = 10.0
 
 @attrs.define(eq=False)
 class Liveness:
-    """A thread that records this worker's heartbeat, and recovers the items of dead workers.
+    """A thread that records this worker's heartbeat, and recovers items that nobody runs.
 
     A worker is dead if its heartbeat has not changed for `DEAD_AFTER` seconds on the clock of the
     worker that watches it; the clocks of two machines are never compared. On the same machine, a
@@ -41,11 +41,14 @@ class Liveness:
     _store: Store
     _batch: str
     _executor: str
+    # The DBOS workflows that this worker runs; another thread changes it.
+    _active: set[str]
     # Called if the database was lost: the worker can do nothing more.
     _give_up: Callable[[Exception], None]
     _process: str = attrs.field(init=False, factory=lambda: describe(os.getpid()))
     _seen: dict[str, tuple[Heartbeat, float]] = attrs.field(init=False, factory=dict)
     _next_look: float = attrs.field(init=False, default=0.0)
+    _idle: set[str] = attrs.field(init=False, factory=set)
     _stop: threading.Event = attrs.field(init=False, factory=threading.Event)
     _thread: threading.Thread | None = attrs.field(init=False, default=None)
 
@@ -94,7 +97,19 @@ class Liveness:
         if time.monotonic() >= self._next_look:
             self._store.adopt(self._batch)
             settle(self._store, self._batch)
+            self._put_back_what_was_lost()
             self._next_look = time.monotonic() + _LOOK_INTERVAL
+
+    def _put_back_what_was_lost(self) -> None:
+        """Put the items back into the queue that this worker has taken, and does not know of."""
+        idle = self._store.taken(self._batch, self._executor) - self._active
+        # One that has just been taken, or has just ended, is idle only once.
+        if lost := idle & self._idle:
+            logger.warning(
+                "%d items were taken from the queue and not run: they go back", len(lost)
+            )
+            self._store.requeue(self._batch, [self._executor], lost)
+        self._idle = idle - lost
 
     def _is_dead(self, other: str, heartbeat: Heartbeat | None) -> bool:
         if heartbeat is None or is_gone(heartbeat.process):  # it stopped properly, or was killed

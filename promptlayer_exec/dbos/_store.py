@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
@@ -27,6 +27,7 @@ from promptlayer_exec.dbos._dbos_internals import (
     adopt,
     requeue,
     running_executors,
+    taken,
 )
 from promptlayer_exec.dbos._requests import Row, differences, digest_of
 from promptlayer_exec.dbos._tables import ADD, COUNTS, FINISH, FINISH_ONE, Ending
@@ -290,16 +291,6 @@ class Store(Database):
 
         self.transact(recount)
 
-    def running(self, batch: str, *, retry_for: float = RETRY_FOR) -> list[str]:
-        """Return, for each running item, the executor that runs it."""
-        workflows = self._retry(
-            lambda: self._client.list_workflows(
-                queue_name=queue_name(batch), status="PENDING", load_input=False, load_output=False
-            ),
-            retry_for,
-        )
-        return [workflow.executor_id or "" for workflow in workflows]
-
     def settle(self, batch: str, given: dict[str, float]) -> dict[str, float]:
         """Store the settings that are given, and return those of `given` that replaced others."""
         insert_batch = self.insert(_batches).on_conflict_do_nothing()
@@ -402,10 +393,18 @@ class Store(Database):
         query = partial(running_executors, queue=queue_name(batch))
         return self.transact(query, retry_for=0.0)
 
-    def requeue(self, batch: str, executors: Sequence[str]) -> None:
-        """Put the items of dead workers back into the queue, without retrying."""
-        update = partial(requeue, queue=queue_name(batch), executors=executors, version=VERSION)
+    def requeue(
+        self, batch: str, executors: Sequence[str], only: Collection[str] | None = None
+    ) -> None:
+        """Put the items of some workers, or `only` some of these, back into the queue, once."""
+        queue = queue_name(batch)
+        update = partial(requeue, queue=queue, executors=executors, version=VERSION, only=only)
         self.transact(update, retry_for=0.0)
+
+    def taken(self, batch: str, executor: str) -> set[str]:
+        """Return the workflows of the items that a worker has taken, without retrying."""
+        query = partial(taken, queue=queue_name(batch), executor=executor)
+        return self.transact(query, retry_for=0.0)
 
     def adopt(self, batch: str) -> None:
         """Take over what workers of earlier versions left in the queue, without retrying."""

@@ -59,9 +59,11 @@ class Worker:
 
     def __attrs_post_init__(self) -> None:
         self._executor = f"{socket.gethostname()}-{uuid4().hex}"
-        self._liveness = Liveness(self._store, self._batch, self._executor, self._give_up)
         self._items = Items(
             self._store, self._batch, self._session, self._restart_unknown, self._give_up
+        )
+        self._liveness = Liveness(
+            self._store, self._batch, self._executor, self._items.active, self._give_up
         )
 
     async def run(self, *, until_done: bool) -> None:
@@ -136,9 +138,10 @@ class Worker:
         """Wait up to 2 s until DBOS has ended the last items; other workers would recover them."""
         give_up = time.monotonic() + 2.0
         while time.monotonic() < give_up:
-            running = await self._store.run_in_thread(self._store.running, self._batch)
-            if self._executor not in running:
-                return
+            with suppress(ConfigurationError):  # all items have ended: nothing is lost
+                store = self._store
+                if not await store.run_in_thread(store.taken, self._batch, self._executor):
+                    return
             await asyncio.sleep(0.02)
 
     async def run_item(self, item: Item) -> None:

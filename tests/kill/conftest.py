@@ -175,7 +175,7 @@ class Scene:
         """Return the executors that have running items."""
         store = Store(check_url(self.url))
         try:
-            return set(store.running(NAME))
+            return store.running_executors(NAME)
         finally:
             store.close()
 
