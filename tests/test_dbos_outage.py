@@ -34,6 +34,7 @@ from promptlayer_exec.dbos import _database as databases
 from promptlayer_exec.dbos import _items as items
 from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _pending as pending
+from promptlayer_exec.dbos import _rate as rates
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._connector import Connector, DatabaseLost
@@ -280,6 +281,21 @@ async def test_a_404_is_final_after_a_while(
     assert (await endings(batch_of()))["NotFound"] == 1
 
 
+async def test_a_404_right_after_an_outage_is_not_final(
+    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway may answer it for a moment, however long the server could not be read before."""
+    monkeypatch.setattr(items, "_NOT_FOUND_GRACE", 0.3)
+    await batch_of().add(requests(1))
+    answers(sim, "GET", 403)
+    working = asyncio.create_task(batch_of().work())
+    await until(lambda: sim.request_count >= 2)
+    await asyncio.sleep(0.4)
+    sim.clear_faults()
+    sim.inject(Fault.status(404))
+    assert (await working).succeeded == 1
+
+
 def intents(url: str) -> int:
     """Return how many items have a recorded intent and no outcome."""
     with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
@@ -413,6 +429,27 @@ async def test_an_id_that_is_not_stored_soon_is_logged_at_once(
         database.rollback()
     assert (await working).succeeded == 1
     assert caplog.text.count("keep this line") == 1
+
+
+@pytest.mark.parametrize("good", [0, 2], ids=["start", "poll"])
+async def test_a_shared_rate_without_its_database_ends_the_work_with_the_database_s_error(
+    batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch, good: int
+) -> None:
+    """A session takes any error of its limiter for a defect of the limiter."""
+    reserved = []
+
+    def reserve(store: Store, batch: str, slots: int, rate: float) -> float:
+        reserved.append(slots)
+        if len(reserved) > good:
+            raise ConfigurationError("the database cannot be used: away")
+        return 0.0
+
+    monkeypatch.setattr(Store, "reserve", reserve)
+    monkeypatch.setattr(rates, "_MAX_RESERVED", 0.0)
+    batch = batch_of(rate=50.0)
+    await batch.add(requests(2))
+    with pytest.raises(ConfigurationError, match="the database cannot be used: away"):
+        await batch.work()
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,8 @@ class Database:
 
     def explain(self, error: Exception) -> Exception:
         """Return an error as the caller should get it: no raw error of the database."""
+        if isinstance(error.__cause__, ConfigurationError):
+            return error.__cause__  # the shared rate's: a session calls it a defect of its limiter
         if isinstance(error, (exc.SQLAlchemyError, DatabaseLost)):
             unusable = self._unusable(error)
             unusable.__cause__ = error

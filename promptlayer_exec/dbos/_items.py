@@ -344,6 +344,7 @@ class Items:
         """Return the output; raises only what the server said about how the execution ended."""
         clock = self._loop.time
         failing_since: float | None = None
+        unknown_since: float | None = None
         delay = _FIRST_DELAY
         try:
             while True:
@@ -352,16 +353,18 @@ class Items:
                 except ExecutionFailed:
                     raise
                 except ExecutionTimeout as error:
+                    failing_since = unknown_since = None
                     self._wait_for(key, error)
                     continue
                 except NotFound:
-                    failing_since = failing_since or clock()
-                    if clock() - failing_since >= _NOT_FOUND_GRACE:
+                    unknown_since = unknown_since or clock()
+                    if clock() - unknown_since >= _NOT_FOUND_GRACE:
                         raise
                 except (Unauthorized, SessionClosed) as error:
                     self._end(error)
                     await suspend()
                 except RequestError as error:
+                    unknown_since = None
                     # After several attempts, the session's own patience is used up.
                     spent = self._patience if error.attempts > 1 else 0.0
                     failing_since = failing_since or clock() - spent
