@@ -98,13 +98,25 @@ async def test_a_key_stands_for_one_request(
     """Another request is refused with what differs, and nothing of the call is added."""
     assert await batch.add([REQUEST]) == 1
     items = [StartRequest("echo", key=f"{n}") for n in range(600)]
-    with pytest.raises(ValueError, match="nothing was added") as caught:
+    with pytest.raises(ValueError, match="was not added") as caught:
         await batch.add([*items, request_])
     assert str(caught.value) == (
         f"the key 'a' of batch 'b' stands for another request ({names} differs): give this one"
-        " another key, or add it to another batch; nothing was added"
+        " another key, or add it to another batch; it was not added"
     )
     assert (await batch.status()).total == 1
+
+
+@pytest.mark.parametrize("between", [0, 1000], ids=["next to each other", "far apart"])
+async def test_two_requests_of_one_call_with_one_key_are_refused(
+    batch: Batch, between: int
+) -> None:
+    """Nothing of the call is added, also to a batch that is new."""
+    others = [StartRequest("echo", key=f"{n}") for n in range(between)]
+    with pytest.raises(ValueError, match=r"another request \(label differs\)"):
+        await batch.add([REQUEST, *others, attrs.evolve(REQUEST, label="prod")])
+    assert (await batch.status()).total == 0
+    assert await batch.add([REQUEST, *others, REQUEST]) == 1 + between
 
 
 async def test_many_differences_are_counted(batch: Batch) -> None:

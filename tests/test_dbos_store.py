@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _groups as groups
+from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos import _reports as reports
 from promptlayer_exec.dbos._groups import Group
+from promptlayer_exec.dbos._intents import Intent
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._requests import Row
 from promptlayer_exec.dbos._store import Store
@@ -46,6 +52,26 @@ def test_the_settings_of_a_new_batch_are_stored_with_its_first_items(store: Stor
     assert reports.settings(store, "b").rate == 300.0
     assert store.settle("b", {"rate": 50.0, "max_in_flight": 3}) == {"rate": 300.0}
     assert reports.settings(store, "b").max_in_flight == 3
+
+
+def test_many_runs_are_adopted_at_once(store: Store) -> None:
+    """Whoever has the lock of the batch needs no other connection: the others wait on all of them.
+
+    A worker that was stalled adopts the runs of all starts that were on the wire.
+    """
+    keys = [str(n) for n in range(16)]
+    store.add("b", [Row(key, json.dumps({"workflow": "w"}), "") for key in keys])
+    intents.write(store, "b", [Intent(key, 1, f"token {key}", None, False) for key in keys])
+
+    def adopt(key: str) -> bool:
+        started = {"execution_id": int(key), "at": "2026-01-01", "error": None}
+        return again.adopt(store, "b", key=key, attempt=1, token=f"token {key}", started=started)
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(len(keys)) as threads:
+        assert all(threads.map(adopt, keys))
+    assert time.monotonic() - began < 20.0
+    assert reports.kinds(store, "b", keys) == dict.fromkeys(keys)
 
 
 async def test_what_is_added_meanwhile_is_written_together(monkeypatch: pytest.MonkeyPatch) -> None:

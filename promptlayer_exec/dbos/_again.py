@@ -75,12 +75,13 @@ def adopt(
         _item.intent == token,
         sa.or_(_item.kind.is_(None), _item.kind == "unknown"),
     )
+    requests = store.stored_requests(batch, {key: attempt})
 
     def work(connection: sa.Connection) -> bool:
         _lock(connection, batch)
         rows = connection.execute(query).all()
         chosen = [_Again(row.key, row.attempt, row.kind, started) for row in rows]
-        return bool(_begin(store, connection, batch, chosen))
+        return bool(_begin(store, connection, batch, chosen, requests))
 
     return store.transact(work)
 
@@ -100,35 +101,42 @@ def _reopen(
 ) -> int:
     query = sa.select(_item.key, _item.attempt, _item.kind, _item.outcome)
     query = query.where(_item.batch == batch, _item.kind.in_(kinds))
-    query = query.order_by(_item.key).limit(_AT_ONCE)
+    page = query.order_by(_item.key).limit(_AT_ONCE)
     count, last = 0, ""
 
-    def work(after: str, connection: sa.Connection) -> tuple[int, str | None]:
+    def work(requests: Mapping[str, str], connection: sa.Connection) -> int:
         _lock(connection, batch)
-        rows = connection.execute(query.where(_item.key > after)).all()
         chosen = []
-        for row in rows:
+        for row in connection.execute(query.where(_item.key.in_(requests))):
             is_chosen, started = choose(StoredOutcome.from_json(row.outcome))
             if is_chosen:
                 chosen.append(_Again(row.key, row.attempt, row.kind, started))
-        return _begin(store, connection, batch, chosen), rows[-1].key if rows else None
+        return _begin(store, connection, batch, chosen, requests)
 
-    while True:
-        reopened, key = store.transact(partial(work, last))
-        count += reopened
-        if key is None:
-            return count
-        last = key
+    while rows := store.rows(page.where(_item.key > last)):
+        requests = store.stored_requests(batch, {row.key: row.attempt for row in rows})
+        count += store.transact(partial(work, requests))
+        last = rows[-1].key
+    return count
 
 
 def _lock(connection: sa.Connection, batch: str) -> None:
-    """Lock the batch's row, as storing outcomes does: until the end, no item ends."""
+    """Lock the batch's row, as storing outcomes does: until the end, no item ends.
+
+    Others may wait for it with all connections of this process, so whoever has the lock must not
+    need another one.
+    """
     connection.execute(sa.update(batches).where(batches.c.name == batch).values(name=batch))
 
 
-def _begin(store: Store, connection: sa.Connection, batch: str, chosen: Sequence[_Again]) -> int:
+def _begin(
+    store: Store,
+    connection: sa.Connection,
+    batch: str,
+    chosen: Sequence[_Again],
+    requests: Mapping[str, str],
+) -> int:
     """Begin the next attempt of items, whose rows are locked, and return how many there are."""
-    requests = store.stored_requests(batch, {again.key: again.attempt for again in chosen})
     # DBOS no longer has the others, for example because its rows were deleted.
     possible = [again for again in chosen if again.key in requests]
     if not possible:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import tempfile
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
     AsyncIterator,
     Callable,
     Iterable,
-    Iterator,
 )
 from contextlib import aclosing, asynccontextmanager, closing, suppress
 from functools import cached_property
-from itertools import islice
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from promptlayer_exec import ConfigurationError, Session, StartRequest
 from promptlayer_exec import _integration as integration
@@ -34,7 +30,7 @@ from promptlayer_exec.dbos._reports import (
     Failure,
     StoredItem,
 )
-from promptlayer_exec.dbos._requests import Row, encode
+from promptlayer_exec.dbos._requests import Row, Spool, encode
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._values import BatchStatus, Kind, StoredOutcome
 from promptlayer_exec.dbos._worker import Worker
@@ -107,7 +103,7 @@ class Batch:
         Args:
             requests: what to start, each with a unique `key`: a str of 1 to 1000 bytes. All of them
                 are checked before the first is added, unless they come from an async iterable:
-                these are checked and added a few hundred at a time.
+                these are checked and added a thousand at a time.
 
         Returns:
             How many items were new.
@@ -122,18 +118,18 @@ class Batch:
         async with self._open() as store:
             if isinstance(requests, AsyncIterable):
                 return await self._add_as_they_come(store, requests)
-            with tempfile.TemporaryFile() as spool:  # a million items need no memory
+            with closing(Spool(self._name)) as spool:
                 for number, request in enumerate(requests, 1):
-                    spool.write(json.dumps(self._row(request)).encode() + b"\n")
+                    spool.add(self._row(request))
                     if number % _CHUNK == 0:
                         await asyncio.sleep(0)
                 if (await store.run_in_thread(store.status, self._name)).total:
-                    for rows in _chunks(spool):
+                    for rows in spool.chunks(_CHUNK):
                         await store.run_in_thread(store.check, self._name, rows)
                 return sum(
                     [
                         await store.run_in_thread(store.add, self._name, rows, self._given)
-                        for rows in _chunks(spool)
+                        for rows in spool.chunks(_CHUNK)
                     ]
                 )
 
@@ -436,13 +432,6 @@ class Batch:
             raise TypeError(f"item key must be a str, got {request.key!r:.100}")
         _check_text("item key", request.key, _LONGEST_KEY, ValueError)
         return encode(request, integration.encode_inputs(self._session, request))
-
-
-def _chunks(spool: IO[bytes]) -> Iterator[list[Row]]:
-    """Yield the rows that were written to a file, a few hundred at a time."""
-    spool.seek(0)
-    while lines := list(islice(spool, _CHUNK)):
-        yield [Row(*json.loads(line)) for line in lines]
 
 
 async def batch_names(database_url: str | None = None) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sqlite3
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -53,6 +54,44 @@ def differences(stored: str, given: str) -> str:
         names += _paths(name, before[name], after[name])
     more = len(names) - _MOST_DIFFERENCES
     return ", ".join(names[:_MOST_DIFFERENCES]) + (f" and {more} more" if more > 0 else "")
+
+
+def another_request(batch: str, row: Row, stored: str | None) -> ValueError:
+    """Return the error of a key that stands for another request: `stored`, if it is known."""
+    what = "" if stored is None else f" ({differences(stored, row.request)} differs)"
+    return ValueError(
+        f"the key {row.key!r:.100} of batch {batch!r} stands for another request{what}: give this"
+        " one another key, or add it to another batch; it was not added"
+    )
+
+
+class Spool:
+    """Rows in a temporary file, because a million may be added at once; it has each key once."""
+
+    def __init__(self, batch: str) -> None:
+        self._batch = batch
+        self._database = sqlite3.connect("")
+        self._database.execute("CREATE TABLE row (key TEXT PRIMARY KEY, request TEXT, digest TEXT)")
+
+    def add(self, row: Row) -> None:
+        """Add a row, unless it is there; raise ValueError if its key stands for another request."""
+        try:
+            self._database.execute("INSERT INTO row VALUES (?, ?, ?)", row)
+        except sqlite3.IntegrityError:
+            query = "SELECT * FROM row WHERE key = ?"
+            known = Row(*self._database.execute(query, [row.key]).fetchone())
+            if known.digest != row.digest:
+                raise another_request(self._batch, row, known.request) from None
+
+    def chunks(self, size: int) -> Iterator[list[Row]]:
+        """Yield the rows in their order, `size` at a time."""
+        rows = self._database.execute("SELECT * FROM row ORDER BY rowid")
+        while chunk := [Row(*row) for row in rows.fetchmany(size)]:
+            yield chunk
+
+    def close(self) -> None:
+        """Delete the file."""
+        self._database.close()
 
 
 def _paths(path: str, before: Any, after: Any) -> Iterator[str]:

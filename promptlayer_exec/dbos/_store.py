@@ -29,7 +29,7 @@ from promptlayer_exec.dbos._dbos_internals import (
     running_executors,
     taken,
 )
-from promptlayer_exec.dbos._requests import Row, differences, digest_of
+from promptlayer_exec.dbos._requests import Row, another_request, digest_of
 from promptlayer_exec.dbos._tables import ADD, COUNTS, FINISH, FINISH_ONE, Ending
 from promptlayer_exec.dbos._tables import batches as _batches
 from promptlayer_exec.dbos._tables import callbacks as _callbacks
@@ -87,11 +87,18 @@ class Store(Database):
     def check(self, batch: str, rows: Sequence[Row]) -> None:
         """Raise ValueError if a key that is already there stands for another request."""
 
-        def check() -> None:
+        def read() -> dict[str, tuple[int, str | None]]:
             with self.reading() as connection:
-                self._check(connection, batch, rows)
+                return _unclear(connection, batch, rows)
 
-        self._retry(check, RETRY_FOR)
+        unclear = self._retry(read, RETRY_FOR)
+        stored = self.stored_requests(batch, {key: found[0] for key, found in unclear.items()})
+        for row in rows:
+            if row.key in unclear:
+                request = stored.get(row.key)
+                digest = unclear[row.key][1] or (request and digest_of(request))
+                if digest and digest != row.digest:
+                    raise another_request(batch, row, request)
 
     def add(
         self, batch: str, rows: Sequence[Row], settings: Mapping[str, float] | None = None
@@ -104,7 +111,9 @@ class Store(Database):
         insert = self._insert_each if self.is_sqlite else self._insert_in_one_statement
         unique: dict[str, Row] = {}
         for row in rows:
-            unique.setdefault(row.key, row)
+            known = unique.setdefault(row.key, row)
+            if known.digest != row.digest:
+                raise another_request(batch, row, known.request)
 
         def add(connection: sa.Connection) -> int:
             connection.execute(insert_batch, _new_batch(batch) | dict(settings or {}))
@@ -116,11 +125,15 @@ class Store(Database):
 
         def add_and_check(connection: sa.Connection) -> int:
             new = add(connection)
-            if new < len(rows):
-                self._check(connection, batch, rows)
+            if new < len(unique) and _unclear(connection, batch, rows):
+                raise _Unclear
             return new
 
-        return self.transact(add_and_check)
+        try:
+            return self.transact(add_and_check)
+        except _Unclear:
+            self.check(batch, rows)
+            return self.transact(add)
 
     def _insert_each(self, connection: sa.Connection, batch: str, rows: dict[str, Row]) -> int:
         insert = self.insert(_items).on_conflict_do_nothing().returning(_item.key)
@@ -149,31 +162,12 @@ class Store(Database):
         }
         return int(connection.execute(ADD, values).scalar_one())
 
-    def _check(self, connection: sa.Connection, batch: str, rows: Sequence[Row]) -> None:
-        query = sa.select(_item.key, _item.attempt, _item.digest).where(
-            _item.batch == batch, _item.key.in_([row.key for row in rows])
-        )
-        found = {key: (attempt, digest) for key, attempt, digest in connection.execute(query)}
-        known = [row for row in rows if row.key in found]
-        # Version 0.1 stored no digest.
-        unclear = [row.key for row in known if found[row.key][1] != row.digest]
-        stored = self.stored_requests(batch, {key: found[key][0] for key in unclear})
-        for row in known:
-            request = stored.get(row.key)
-            digest = found[row.key][1] or (request and digest_of(request)) or row.digest
-            if digest != row.digest:
-                what = f" ({differences(request, row.request)} differs)" if request else ""
-                raise ValueError(
-                    f"the key {row.key!r:.100} of batch {batch!r} stands for another request{what}:"
-                    " give this one another key, or add it to another batch; nothing was added"
-                )
-
     def stored_requests(self, batch: str, attempts: dict[str, int]) -> dict[str, str]:
         """Return the JSON requests of items, by key, of the given attempts, if DBOS has them."""
         if not attempts:
             return {}
         ids = [workflow_id(batch, key, attempt) for key, attempt in attempts.items()]
-        stored: Any = self._client.list_workflows(workflow_ids=ids, load_output=False)
+        stored: Any = self._list_workflows(workflow_ids=ids)
         return {workflow.input["args"][0]: workflow.input["args"][2] for workflow in stored}
 
     def finish(self, batch: str, endings: Sequence[Ending]) -> None:
@@ -311,28 +305,27 @@ class Store(Database):
     def workflows(self, batch: str, key: str, attempts: int) -> list[Any]:
         """Return the DBOS workflows of the attempts of an item, the first one first."""
         ids = [workflow_id(batch, key, attempt) for attempt in range(1, attempts + 1)]
-        found = self._retry(
-            lambda: self._client.list_workflows(workflow_ids=ids, load_output=False), RETRY_FOR
-        )
+        found = self._list_workflows(workflow_ids=ids)
         return sorted(found, key=lambda workflow: ids.index(workflow.workflow_id))
 
     def stopped(self, batch: str) -> dict[tuple[str, int], str]:
         """Return the DBOS workflows that others ended, by key and attempt, without retrying."""
         prefix = workflow_id(batch, "", 1).removesuffix("1/")
-        found = self._retry(
-            lambda: self._client.list_workflows(
-                workflow_id_prefix=prefix,
-                status=["CANCELLED", "ERROR", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"],
-                load_input=False,
-                load_output=False,
-            ),
-            0.0,
+        found = self._list_workflows(
+            retry_for=0.0,
+            workflow_id_prefix=prefix,
+            status=["CANCELLED", "ERROR", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"],
+            load_input=False,
         )
         stopped = {}
         for workflow in found:
             attempt, _, key = workflow.workflow_id.removeprefix(prefix).partition("/")
             stopped[key, int(attempt)] = workflow.workflow_id
         return stopped
+
+    def _list_workflows(self, *, retry_for: float = RETRY_FOR, **which: Any) -> list[Any]:
+        list_workflows = partial(self._client.list_workflows, load_output=False, **which)
+        return self._retry(list_workflows, retry_for)
 
     def steps(self, workflow: str) -> Sequence[Mapping[str, Any]]:
         """Return the steps of a DBOS workflow, without retrying."""
@@ -345,7 +338,7 @@ class Store(Database):
         )
         deleted = 0
         self._retry(lambda: self._client.delete_queue(queue_name(batch)), RETRY_FOR)
-        while rows := self.rows(some.limit(_DELETED_AT_ONCE)):
+        while rows := self.rows(some):
             ids = [
                 workflow_id(batch, row.key, attempt)
                 for row in rows
@@ -457,6 +450,25 @@ class Store(Database):
         }
         known = [] if started is None else [dict(started)]
         self._client.enqueue_in_transaction(connection, options, key, attempt, request, *known)
+
+
+class _Unclear(Exception):
+    """Ends a transaction: DBOS has to be asked what a key stands for, on another connection."""
+
+
+def _unclear(
+    connection: sa.Connection, batch: str, rows: Sequence[Row]
+) -> dict[str, tuple[int, str | None]]:
+    """Return the attempt and the digest of the items whose keys may stand for other requests."""
+    digests = {row.key: row.digest for row in rows}
+    query = sa.select(_item.key, _item.attempt, _item.digest)
+    query = query.where(_item.batch == batch, _item.key.in_(digests))
+    # Version 0.1 stored no digest.
+    return {
+        key: (attempt, digest)
+        for key, attempt, digest in connection.execute(query)
+        if digest != digests[key]
+    }
 
 
 def _new_batch(name: str) -> dict[str, Any]:
