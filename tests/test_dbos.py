@@ -682,7 +682,7 @@ class FakeStore:
         """Return the workflows that the database says this worker has taken."""
         return {"active", *self.idle}
 
-    def adopt(self, batch: str) -> None:
+    def adopt_earlier(self, batch: str) -> None:
         """Take over nothing."""
 
     def stopped(self, batch: str) -> dict[tuple[str, int], str]:
@@ -804,9 +804,9 @@ async def test_the_store_retries_while_the_database_is_unreachable(
 
     store = Store(check_url(url))
     called = threading.Event()
-    assert store._retry(work, 60.0) == 1
+    assert store._retry(work) == 1
     with pytest.raises(ConfigurationError, match="cannot be used: away"):
-        store._retry(work, 0.0)
+        store._retry(work, once=True)
     called.clear()
     waiting = asyncio.create_task(store.run_in_thread(store._retry, work, 60.0))
     await asyncio.to_thread(called.wait)
@@ -817,7 +817,7 @@ async def test_the_store_retries_while_the_database_is_unreachable(
     assert await store.run_in_thread(store._retry, work, 60.0) == 2
     store.stop_retrying.set()
     with pytest.raises(ConfigurationError):
-        store._retry(work, 60.0)
+        store._retry(work)
     store.close()
 
 

@@ -210,8 +210,8 @@ async def test_an_item_that_is_cancelled_while_it_is_sent_is_unknown(
         database.execute("UPDATE promptlayer_item SET intent = 'token'")
     await cancel(url, "a")
     with closing(Store(check_url(url))) as store:
-        assert cancelled.settle(store, "b") == 1
-        assert cancelled.settle(store, "b") == 0
+        assert cancelled.end_cancelled(store, "b") == 1
+        assert cancelled.end_cancelled(store, "b") == 0
     assert (await batch.status()).unknown == 1
 
 

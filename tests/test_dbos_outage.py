@@ -452,6 +452,21 @@ async def test_a_shared_rate_without_its_database_ends_the_work_with_the_databas
         await batch.work()
 
 
+def test_a_server_that_became_a_standby_is_waited_for(url: str) -> None:
+    """`mark_lost_connections` calls its error a lost connection."""
+    error = sa.exc.InternalError("update", None, Exception("read-only"))
+    failures = [error]
+    error.connection_invalidated = True
+
+    def work() -> str:
+        if failures:
+            raise failures.pop()
+        return "written"
+
+    with closing(Store(check_url(url))) as store:
+        assert store._retry(work) == "written"
+
+
 @pytest.mark.parametrize(
     "failure",
     [
@@ -469,7 +484,7 @@ def test_no_raw_error_of_sqlalchemy_comes_out(url: str, failure: Any) -> None:
 
     with closing(Store(check_url(url))) as store:
         with pytest.raises(ConfigurationError, match="cannot be used: no"):
-            store._retry(work, 60.0)
+            store._retry(work)
         explained = store.explain(failure)
         assert isinstance(explained, ConfigurationError)
         assert explained.__cause__ is failure

@@ -50,7 +50,7 @@ def test_the_settings_of_a_new_batch_are_stored_with_its_first_items(store: Stor
     store.add("b", [Row("1", "{}", "")], {"rate": 300.0})
     store.add("b", [Row("2", "{}", "")], {"rate": 7.0})
     assert reports.settings(store, "b").rate == 300.0
-    assert store.settle("b", {"rate": 50.0, "max_in_flight": 3}) == {"rate": 300.0}
+    assert store.store_settings("b", {"rate": 50.0, "max_in_flight": 3}) == {"rate": 300.0}
     assert reports.settings(store, "b").max_in_flight == 3
 
 

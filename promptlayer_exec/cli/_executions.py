@@ -119,7 +119,7 @@ def run(
     -i @defaults.json -i n=4 changes one input.
 
     Before the start, the inputs are compared with those that the version requires: if one is
-    missing, nothing is started. If the server does not tell within 5 seconds what is required, the
+    missing, nothing is started. If the server does not say within 5 seconds what is required, the
     run is started all the same.
 
     Once the run has started, its execution id and the warnings of the server are written to
@@ -182,7 +182,7 @@ def run(
 
 
 async def _check(session: Session, request: StartRequest) -> None:
-    """Check the inputs, as far as the server tells in a few seconds what they must be."""
+    """Check the inputs, as far as the server says in a few seconds what they must be."""
     try:
         encode_inputs(session, request)
     except (TypeError, ValueError) as error:

@@ -189,7 +189,7 @@ class Batch:
 
     async def _work(self, store: Store, *, until_done: bool) -> None:
         given = self._given
-        replaced = await store.run_in_thread(store.settle, self._name, given)
+        replaced = await store.run_in_thread(store.store_settings, self._name, given)
         for name, before in replaced.items():
             logger.warning(
                 "batch %r: %s is now %g for all its workers; it was %g",

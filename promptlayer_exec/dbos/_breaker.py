@@ -58,7 +58,7 @@ class Breaker:
         return bool(self._waiting) or self._in_flight > 1
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[float]:
+    async def slot(self) -> AsyncIterator[float]:
         """Wait until one more start may be sent; yield the time, for `failed`."""
         if self._waiting or not self._has_room():
             await self._wait()
@@ -113,19 +113,19 @@ class Breaker:
         return self._in_flight < self._window
 
     async def _wait(self) -> None:
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
+        slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(slot)
         try:
-            await turn
+            await slot
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
+            if slot.done() and not slot.cancelled():
                 self._in_flight -= 1
                 self._wake()
             raise
 
     def _wake(self) -> None:
         while self._waiting and self._has_room():
-            turn = self._waiting.popleft()
-            if not turn.done():
+            slot = self._waiting.popleft()
+            if not slot.done():
                 self._in_flight += 1
-                turn.set_result(None)
+                slot.set_result(None)

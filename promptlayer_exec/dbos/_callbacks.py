@@ -7,13 +7,14 @@ look afterwards for items that have both. Whoever comes second finds them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
 from promptlayer_exec.dbos import _again as again
-from promptlayer_exec.dbos._tables import callbacks, items
+from promptlayer_exec.dbos._tables import Ending, callbacks, items
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos._store import Store
@@ -29,6 +30,13 @@ def record(store: Store, batch: str, token: str, execution_id: int) -> None:
     """Store a callback; the first one of a start counts."""
     row = {"batch": batch, "token": token, "execution_id": execution_id}
     store.transact(lambda connection: connection.execute(_RECORD, row))
+
+
+def finish(store: Store, batch: str, endings: Sequence[Ending]) -> None:
+    """Store the outcomes of items, and let those unknown be followed whose callbacks are stored."""
+    store.finish(batch, endings)
+    if any(ending.kind == "unknown" for ending in endings):
+        resolve(store, batch)
 
 
 def resolve(store: Store, batch: str) -> int:

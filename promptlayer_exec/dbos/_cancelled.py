@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
+from promptlayer_exec.dbos import _callbacks as callbacks
 from promptlayer_exec.dbos._tables import Ending, items
 from promptlayer_exec.dbos._values import StoredError, StoredOutcome
 
@@ -27,12 +28,12 @@ _UNKNOWN = StoredError(
 )
 
 
-def settle(store: Store, batch: str) -> int:
+def end_cancelled(store: Store, batch: str) -> int:
     """Store the outcome of each item that nobody runs any more; return how many there were.
 
     Otherwise the batch would wait for them for ever.
     """
-    settled = 0
+    count = 0
     stopped = [*store.stopped(batch).items()]
     for first in range(0, len(stopped), _AT_ONCE):
         part = dict(stopped[first : first + _AT_ONCE])
@@ -40,16 +41,16 @@ def settle(store: Store, batch: str) -> int:
         query = sa.select(_item.key, _item.attempt, _item.intent, _item.started)
         query = query.where(_item.batch == batch, _item.key.in_(keys), _item.kind.is_(None))
         endings = []
-        for row in store.rows(query, retry_for=0.0):
+        for row in store.rows(query, once=True):
             if (workflow := part.get((row.key, row.attempt))) is not None:
                 started = json.loads(row.started) if row.started else None
                 started = started or _started(store.steps(workflow))
                 outcome = _outcome(row.key, started, is_sent=row.intent is not None)
                 endings.append(Ending.of(row.attempt, outcome))
         if endings:
-            store.finish(batch, endings)
-        settled += len(endings)
-    return settled
+            callbacks.finish(store, batch, endings)
+        count += len(endings)
+    return count
 
 
 def _started(steps: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

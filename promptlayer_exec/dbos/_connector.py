@@ -17,7 +17,7 @@ import psycopg
 import sqlalchemy as sa
 
 logger = logging.getLogger("promptlayer_exec")
-# Seconds between two attempts, and between two looks at whether they are still wanted.
+# Seconds between two attempts, and between two checks whether they are still wanted.
 _INTERVAL = 0.5
 _STEP = 0.1
 # Without these, a connection over which nothing comes any more keeps its thread for many minutes.

@@ -125,39 +125,40 @@ class Database:
         """Close the connections."""
         self.engine.dispose()
 
-    def rows(self, query: sa.Select[Any], *, retry_for: float = RETRY_FOR) -> Sequence[Any]:
+    def rows(self, query: sa.Select[Any], *, once: bool = False) -> Sequence[Any]:
         """Return the rows of a query."""
 
         def read() -> Sequence[Any]:
             with self.reading() as connection:
                 return connection.execute(query).all()
 
-        return self._retry(read, retry_for)
+        return self._retry(read, once=once)
 
     def reading(self) -> sa.Connection:
         """Return a connection for one query, without the round trips of a transaction."""
         return self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
 
-    def transact(self, work: Callable[[sa.Connection], T], retry_for: float | None = None) -> T:
+    def transact(self, work: Callable[[sa.Connection], T], *, once: bool = False) -> T:
         """Do some work in one transaction."""
 
         def transact() -> T:
             with self.engine.begin() as connection:
                 return work(connection)
 
-        return self._retry(transact, RETRY_FOR if retry_for is None else retry_for)
+        return self._retry(transact, once=once)
 
-    def _retry(self, work: Callable[[], T], seconds: float) -> T:
-        give_up = time.monotonic() + seconds
+    def _retry(self, work: Callable[[], T], *, once: bool = False) -> T:
+        give_up = time.monotonic() + (0.0 if once else RETRY_FOR)
         while True:
             try:
                 return work()
-            except (exc.OperationalError, exc.InterfaceError) as error:
-                stop = _stop_retrying.get(self.stop_retrying)
-                if time.monotonic() >= give_up or stop.wait(_RETRY_INTERVAL):
-                    raise self._unusable(error) from error
             except (exc.SQLAlchemyError, DatabaseLost) as error:
-                raise self._unusable(error) from error
+                may_pass = isinstance(error, exc.OperationalError | exc.InterfaceError) or (
+                    isinstance(error, exc.DBAPIError) and error.connection_invalidated
+                )
+                stop = _stop_retrying.get(self.stop_retrying)
+                if not may_pass or time.monotonic() >= give_up or stop.wait(_RETRY_INTERVAL):
+                    raise self._unusable(error) from error
 
     def explain(self, error: Exception) -> Exception:
         """Return an error as the caller should get it: no raw error of the database."""

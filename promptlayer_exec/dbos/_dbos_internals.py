@@ -90,7 +90,9 @@ def requeue(
     return connection.execute(update).rowcount
 
 
-def adopt(connection: sa.Connection, queue: str, earlier: Sequence[str], version: str) -> int:
+def adopt_earlier(
+    connection: sa.Connection, queue: str, earlier: Sequence[str], version: str
+) -> int:
     """Let workers of this version dequeue what workers of earlier ones put back into the queue."""
     table = _workflows(connection)
     update = (

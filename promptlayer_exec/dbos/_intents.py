@@ -93,7 +93,7 @@ class Intent(NamedTuple):
     """The intent of a worker to start one attempt of an item, or that it is taken back.
 
     Attributes:
-        token: tells the intents of several workers apart.
+        token: distinguishes the intents of several workers.
         replaced: the token of another worker's intent that this one may replace.
     """
 

@@ -4,7 +4,7 @@ DBOS stores that an item is to be run, and which worker runs it:
 
 1. `Store.add` stores the item and enqueues its DBOS workflow, in one transaction.
 2. DBOS dequeues the workflow in a worker, which calls `Items.run`.
-3. `_send` waits for the start's turn. When the connection stands and nothing has been written to
+3. `_send` waits for a slot. When the connection stands and nothing has been written to
    it, the intent is recorded in the item's row (`PendingStart.before_send`), and then the request
    is sent. The execution id is recorded there, too. A request that provably started nothing is
    sent again, and its intent is taken back while it waits.
@@ -69,7 +69,7 @@ logger = logging.getLogger("promptlayer_exec")
 _CHECK_INTERVAL = 0.25
 # Seconds for which the server may answer 404 for an execution that was started.
 _NOT_FOUND_GRACE = 60.0
-# Seconds between two looks at an execution about which the server does not tell.
+# Seconds between two reads of an execution about which the server says nothing.
 _FIRST_DELAY = 1.0
 _LONGEST_DELAY = 30.0
 # Seconds after which an id that is not recorded yet is logged although the database can be reached.
@@ -106,8 +106,8 @@ class Items:
     _starts: Breaker = attrs.field(init=False)
     _patience: float = attrs.field(init=False)
     # When the server last said how an execution ended, and the failures since.
-    _told_at: float = attrs.field(init=False, default=float("-inf"))
-    _untold: int = attrs.field(init=False, default=0)
+    _answered_at: float = attrs.field(init=False, default=float("-inf"))
+    _unanswered: int = attrs.field(init=False, default=0)
 
     def __attrs_post_init__(self) -> None:
         policy = integration.retry_policy(self._session)
@@ -142,9 +142,7 @@ class Items:
         self._stop(error)
 
     def _store_endings(self, endings: list[Ending]) -> list[None]:
-        self._store.finish(self._batch, endings)
-        if any(ending.kind == "unknown" for ending in endings):
-            callbacks.resolve(self._store, self._batch)
+        callbacks.finish(self._store, self._batch, endings)
         return [None] * len(endings)
 
     async def _start(self, item: Item) -> StartResult | None:
@@ -179,7 +177,7 @@ class Items:
                 pending.replaced = state.intent
             result = await self._send(item, pending, is_ours=True)
             if pending.is_refused:
-                pending.is_refused = pending.is_leaving = False
+                pending.is_refused = pending.may_be_sent = False
                 continue
             if result["execution_id"] is None:
                 return result
@@ -227,11 +225,11 @@ class Items:
             self._report_unrecorded(item, pending)
 
     async def _send_pending(self, item: Item, pending: PendingStart) -> StartResult:
-        """Send a start when it is its turn, until it has a result."""
+        """Send a start, in a slot of its own each time, until it has a result."""
         pending.task = asyncio.current_task()
         request = self._to_send(item)
         while not pending.is_cancelled:
-            async with self._starts.turn() as since:
+            async with self._starts.slot() as since:
                 result: StartResult | None = None
                 try:
                     execution = await integration.start(
@@ -280,7 +278,7 @@ class Items:
         (state,) = await asyncio.to_thread(
             intents.read, self._store, self._batch, [(item.key, item.attempt)]
         )
-        pending.is_leaving = False
+        pending.may_be_sent = False
         if not state.is_open:
             return _result()
         pending.is_refused = False
@@ -337,7 +335,7 @@ class Items:
         except (ExecutionFailed, NotFound, RecursionError) as failure:
             stored = StoredError(type(failure).__name__, str(failure))
             outcome = StoredOutcome(key, execution_id, False, None, stored, at, _now())
-        self._told()
+        self._answered()
         return outcome
 
     async def _output(self, key: str, execution_id: int) -> Any:
@@ -368,9 +366,9 @@ class Items:
                     # After several attempts, the session's own patience is used up.
                     spent = self._patience if error.attempts > 1 else 0.0
                     failing_since = failing_since or clock() - spent
-                    self._not_told(error)
+                    self._not_answered(error)
                     if clock() - failing_since >= self._patience:
-                        if self._told_at < failing_since:
+                        if self._answered_at < failing_since:
                             self._end(error)
                             await suspend()
                         self._wait_for(key, error)
@@ -379,15 +377,15 @@ class Items:
         finally:
             self.waiting.pop(key, None)
 
-    def _told(self) -> None:
-        self._told_at, self._untold = self._loop.time(), 0
+    def _answered(self) -> None:
+        self._answered_at, self._unanswered = self._loop.time(), 0
         self._starts.hold(False)
 
-    def _not_told(self, error: RequestError) -> None:
-        self._untold += 1
-        if self._untold == FAILURES:
+    def _not_answered(self, error: RequestError) -> None:
+        self._unanswered += 1
+        if self._unanswered == FAILURES:
             logger.warning(
-                "the server does not tell how executions ended, so no item is started: %s",
+                "the server does not say how executions ended, so no item is started: %s",
                 integration.log_text(error),
             )
             self._starts.hold(True)

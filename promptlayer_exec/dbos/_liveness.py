@@ -14,7 +14,7 @@ from pathlib import Path
 import attrs
 
 from promptlayer_exec import ConfigurationError
-from promptlayer_exec.dbos._cancelled import settle
+from promptlayer_exec.dbos._cancelled import end_cancelled
 from promptlayer_exec.dbos._connector import DatabaseLost
 from promptlayer_exec.dbos._store import Heartbeat, Store
 
@@ -95,8 +95,8 @@ class Liveness:
     def _look_after_others(self) -> None:
         """Take over what workers of earlier versions left, and end what others cancelled."""
         if time.monotonic() >= self._next_look:
-            self._store.adopt(self._batch)
-            settle(self._store, self._batch)
+            self._store.adopt_earlier(self._batch)
+            end_cancelled(self._store, self._batch)
             self._put_back_what_was_lost()
             self._next_look = time.monotonic() + _LOOK_INTERVAL
 

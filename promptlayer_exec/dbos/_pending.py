@@ -13,7 +13,7 @@ from promptlayer_exec.dbos._breaker import Breaker
 from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._intents import Intent
 
-# Seconds between two looks at whether an id is recorded: the process may be killed.
+# Seconds between two checks whether an id is recorded: the process may be killed.
 _RECORDED_WITHIN = 1.0
 # How often an item is refused, while others are not, before the refusal is its own.
 _REFUSALS = 3
@@ -49,7 +49,7 @@ class PendingStart:
     """A start that is to be sent: the hooks around its sending, and what is known about it.
 
     Attributes:
-        is_leaving: whether its intent may be recorded, so that it must not be cancelled.
+        may_be_sent: whether its intent may be recorded, so that it must not be cancelled any more.
         is_refused: whether its intent could not be recorded.
         settled: set when its result is recorded, or there is nothing to record.
     """
@@ -60,7 +60,7 @@ class PendingStart:
     replaced: str | None = attrs.field(init=False, default=None)
     execution: Execution | None = attrs.field(init=False, default=None)
     task: asyncio.Task[Any] | None = attrs.field(init=False, default=None)
-    is_leaving: bool = attrs.field(init=False, default=False)
+    may_be_sent: bool = attrs.field(init=False, default=False)
     is_cancelled: bool = attrs.field(init=False, default=False)
     is_refused: bool = attrs.field(init=False, default=False)
     settled: asyncio.Event = attrs.field(init=False, factory=asyncio.Event)
@@ -71,23 +71,23 @@ class PendingStart:
 
     async def before_send(self) -> None:
         """Record the intent."""
-        self.is_leaving = True
+        self.may_be_sent = True
         if not await self._intents.add(self._intent()):
             self.is_refused = True
             raise IntentRefused
 
     async def not_sent(self) -> None:
         """Take the intent back."""
-        if self.is_leaving:
+        if self.may_be_sent:
             await self._intents.add(self._intent(is_taken_back=True))
-            self.is_leaving = False
+            self.may_be_sent = False
         if self.is_cancelled and self.task is not None:
             self.task.cancel()
 
     def cancel(self) -> None:
         """Cancel the start, unless its request may be sent."""
         self.is_cancelled = True
-        if self.task is not None and not self.is_leaving:
+        if self.task is not None and not self.may_be_sent:
             self.task.cancel()
 
     def is_refused_alone(self, starts: Breaker) -> bool:

@@ -152,27 +152,23 @@ def failures(store: Store, batch: str) -> tuple[Failure, ...]:
     """Return the types of errors, the most frequent first."""
     counts: dict[str, int] = {}
     examples: dict[str, tuple[str, StoredError]] = {}
-    last: tuple[str, str] | None = None
     for kind in ("failed", "unknown"):
-        last = None
+        last = ""
         while rows := _failed(store, batch, kind, last):
             for key, text in rows:
                 error = StoredOutcome.from_json(text).error or StoredError("", "")
                 counts[error.type] = counts.get(error.type, 0) + 1
                 examples.setdefault(error.type, (key, error))
-            last = (kind, rows[-1][0])
+            last = rows[-1][0]
     return tuple(
         Failure(kind, count, examples[kind][0], examples[kind][1].message)
         for kind, count in sorted(counts.items(), key=lambda each: -each[1])
     )
 
 
-def _failed(
-    store: Store, batch: str, kind: str, after: tuple[str, str] | None
-) -> Sequence[tuple[str, str]]:
-    query = sa.select(_item.key, _item.outcome).where(_item.batch == batch, _item.kind == kind)
-    if after is not None:
-        query = query.where(_item.key > after[1])
+def _failed(store: Store, batch: str, kind: str, after: str) -> Sequence[tuple[str, str]]:
+    query = sa.select(_item.key, _item.outcome)
+    query = query.where(_item.batch == batch, _item.kind == kind, _item.key > after)
     return store.rows(query.order_by(_item.key).limit(_KEYS_AT_ONCE))
 
 

@@ -22,9 +22,9 @@ import attrs
 import sqlalchemy as sa
 from dbos import DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
 
-from promptlayer_exec.dbos._database import RETRY_FOR, Database
+from promptlayer_exec.dbos._database import Database
 from promptlayer_exec.dbos._dbos_internals import (
-    adopt,
+    adopt_earlier,
     requeue,
     running_executors,
     taken,
@@ -91,7 +91,7 @@ class Store(Database):
             with self.reading() as connection:
                 return _unclear(connection, batch, rows)
 
-        unclear = self._retry(read, RETRY_FOR)
+        unclear = self._retry(read)
         stored = self.stored_requests(batch, {key: found[0] for key, found in unclear.items()})
         for row in rows:
             if row.key in unclear:
@@ -237,7 +237,7 @@ class Store(Database):
                         break
             return found
 
-        return self._retry(read, RETRY_FOR)
+        return self._retry(read)
 
     def is_finished(self, batch: str) -> bool:
         """Return True if every item has an outcome."""
@@ -285,12 +285,12 @@ class Store(Database):
 
         self.transact(recount)
 
-    def settle(self, batch: str, given: dict[str, float]) -> dict[str, float]:
+    def store_settings(self, batch: str, given: dict[str, float]) -> dict[str, float]:
         """Store the settings that are given, and return those of `given` that replaced others."""
         insert_batch = self.insert(_batches).on_conflict_do_nothing()
         update = sa.update(_batches).where(_batches.c.name == batch)
 
-        def settle(connection: sa.Connection) -> dict[str, float]:
+        def work(connection: sa.Connection) -> dict[str, float]:
             connection.execute(insert_batch, _new_batch(batch))
             # Writes first, because a reading transaction on SQLite may not write later.
             locked = connection.execute(update.values(name=batch).returning(_batches))
@@ -300,7 +300,7 @@ class Store(Database):
                 connection.execute(update.values(**changes))
             return {name: before[name] for name in changes if before[name] is not None}
 
-        return self.transact(settle)
+        return self.transact(work)
 
     def workflows(self, batch: str, key: str, attempts: int) -> list[Any]:
         """Return the DBOS workflows of the attempts of an item, the first one first."""
@@ -312,7 +312,7 @@ class Store(Database):
         """Return the DBOS workflows that others ended, by key and attempt, without retrying."""
         prefix = workflow_id(batch, "", 1).removesuffix("1/")
         found = self._list_workflows(
-            retry_for=0.0,
+            once=True,
             workflow_id_prefix=prefix,
             status=["CANCELLED", "ERROR", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"],
             load_input=False,
@@ -323,13 +323,13 @@ class Store(Database):
             stopped[key, int(attempt)] = workflow.workflow_id
         return stopped
 
-    def _list_workflows(self, *, retry_for: float = RETRY_FOR, **which: Any) -> list[Any]:
+    def _list_workflows(self, *, once: bool = False, **which: Any) -> list[Any]:
         list_workflows = partial(self._client.list_workflows, load_output=False, **which)
-        return self._retry(list_workflows, retry_for)
+        return self._retry(list_workflows, once=once)
 
     def steps(self, workflow: str) -> Sequence[Mapping[str, Any]]:
         """Return the steps of a DBOS workflow, without retrying."""
-        return self._retry(lambda: self._client.list_workflow_steps(workflow), 0.0)
+        return self._retry(lambda: self._client.list_workflow_steps(workflow), once=True)
 
     def delete(self, batch: str) -> int:
         """Delete a batch and its items, a few hundred at a time; return how many items it had."""
@@ -337,14 +337,14 @@ class Store(Database):
             sa.select(_item.key, _item.attempt).where(_item.batch == batch).limit(_DELETED_AT_ONCE)
         )
         deleted = 0
-        self._retry(lambda: self._client.delete_queue(queue_name(batch)), RETRY_FOR)
+        self._retry(lambda: self._client.delete_queue(queue_name(batch)))
         while rows := self.rows(some):
             ids = [
                 workflow_id(batch, row.key, attempt)
                 for row in rows
                 for attempt in range(1, row.attempt + 1)
             ]
-            self._retry(partial(self._client.delete_workflows, ids), RETRY_FOR)
+            self._retry(partial(self._client.delete_workflows, ids))
             keys = [row.key for row in rows]
             delete = sa.delete(_items).where(_item.batch == batch, _item.key.in_(keys))
             self.transact(partial(_execute, delete))
@@ -368,7 +368,7 @@ class Store(Database):
         insert = self.insert(_workers).on_conflict_do_update(
             index_elements=["executor"], set_={"beat": _workers.c.beat + 1}
         )
-        self.transact(lambda connection: connection.execute(insert, row), retry_for=0.0)
+        self.transact(lambda connection: connection.execute(insert, row), once=True)
 
     def heartbeats(self, batch: str | None = None) -> dict[str, Heartbeat]:
         """Return the last heartbeat of each worker by its executor, without retrying.
@@ -378,37 +378,37 @@ class Store(Database):
         query = sa.select(_workers.c.executor, _workers.c.beat, _workers.c.process)
         if batch is not None:
             query = query.where(sa.or_(_workers.c.batch == batch, _workers.c.batch.is_(None)))
-        rows = self.rows(query, retry_for=0.0)
+        rows = self.rows(query, once=True)
         return {row.executor: Heartbeat(row.beat, row.process) for row in rows}
 
     def running_executors(self, batch: str) -> set[str]:
         """Return the executors that have running items, without retrying."""
         query = partial(running_executors, queue=queue_name(batch))
-        return self.transact(query, retry_for=0.0)
+        return self.transact(query, once=True)
 
     def requeue(
         self, batch: str, executors: Sequence[str], only: Collection[str] | None = None
     ) -> None:
-        """Put the items of some workers, or `only` some of these, back into the queue, once."""
+        """Put the items of some workers, or `only` some of these, back into the queue, without retrying."""
         queue = queue_name(batch)
         update = partial(requeue, queue=queue, executors=executors, version=VERSION, only=only)
-        self.transact(update, retry_for=0.0)
+        self.transact(update, once=True)
 
     def taken(self, batch: str, executor: str) -> set[str]:
         """Return the workflows of the items that a worker has taken, without retrying."""
         query = partial(taken, queue=queue_name(batch), executor=executor)
-        return self.transact(query, retry_for=0.0)
+        return self.transact(query, once=True)
 
-    def adopt(self, batch: str) -> None:
+    def adopt_earlier(self, batch: str) -> None:
         """Take over what workers of earlier versions left in the queue, without retrying."""
         queue = queue_name(batch)
-        update = partial(adopt, queue=queue, earlier=EARLIER_VERSIONS, version=VERSION)
-        self.transact(update, retry_for=0.0)
+        update = partial(adopt_earlier, queue=queue, earlier=EARLIER_VERSIONS, version=VERSION)
+        self.transact(update, once=True)
 
     def remove_worker(self, executor: str) -> None:
         """Delete the heartbeat of a worker that has stopped, without retrying."""
         delete = sa.delete(_workers).where(_workers.c.executor == executor)
-        self.transact(lambda connection: connection.execute(delete), retry_for=0.0)
+        self.transact(lambda connection: connection.execute(delete), once=True)
 
     def reserve(self, batch: str, slots: int, rate: float) -> float:
         """Reserve the next slots of a rate per second; return the seconds until the first one."""

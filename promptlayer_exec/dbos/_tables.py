@@ -40,7 +40,7 @@ items = sa.Table(
     sa.Column("outcome", sa.Text),
     # What the key stands for; see `_requests`.
     sa.Column("digest", sa.Text),
-    # The token of the start whose request may have left, or null.
+    # The token of the start whose request may have been sent, or null.
     sa.Column("intent", sa.Text),
     # The result of that start as JSON, once the execution id is known.
     sa.Column("started", sa.Text),

@@ -90,9 +90,7 @@ class Workflow:
             "workflow_name": self.name,
             "version": version.number,
             "workflow_version_id": version.id,
-            "release_labels": [
-                it for it, number in self.labels.items() if number == version.number
-            ],
+            "release_labels": self._labels_of(version),
             "created_at": version.created_at.isoformat(),
             "nodes": [
                 {
