@@ -808,13 +808,13 @@ async def test_the_store_retries_while_the_database_is_unreachable(
     with pytest.raises(ConfigurationError, match="cannot be used: away"):
         store._retry(work, once=True)
     called.clear()
-    waiting = asyncio.create_task(store.run_in_thread(store._retry, work, 60.0))
+    waiting = asyncio.create_task(store.run_in_thread(store._retry, work))
     await asyncio.to_thread(called.wait)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
     answers[:] = [error, 2]
-    assert await store.run_in_thread(store._retry, work, 60.0) == 2
+    assert await store.run_in_thread(store._retry, work) == 2
     store.stop_retrying.set()
     with pytest.raises(ConfigurationError):
         store._retry(work)

@@ -389,7 +389,7 @@ class Store(Database):
     def requeue(
         self, batch: str, executors: Sequence[str], only: Collection[str] | None = None
     ) -> None:
-        """Put the items of some workers, or `only` some of these, back into the queue, without retrying."""
+        """Put the items of some workers back into the queue, or `only` these, without retrying."""
         queue = queue_name(batch)
         update = partial(requeue, queue=queue, executors=executors, version=VERSION, only=only)
         self.transact(update, once=True)
