@@ -26,9 +26,9 @@ import promptlayer_exec
 from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli import _batch as commands
 from promptlayer_exec.cli import _batch_display as shown
-from promptlayer_exec.cli import _batch_results as batch_results
+from promptlayer_exec.cli import _batch_files as batch_files
 from promptlayer_exec.cli._app import app
-from promptlayer_exec.cli._batch_results import LineFile
+from promptlayer_exec.cli._batch_files import LineFile
 from promptlayer_exec.dbos import BatchStatus, StoredOutcome
 from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _batch as batches
@@ -403,7 +403,7 @@ def test_a_failing_result_file_is_reported(
 
     def write_result(file: LineFile, _outcome: StoredOutcome) -> None:
         error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        raise batch_results._cannot_write(file.name, error)
+        raise batch_files._cannot_write(file.name, error)
 
     monkeypatch.setattr(LineFile, "write", write_result)
     items = [{"workflow": "echo", "inputs": {"n": 1}}, {"workflow": "held"}]

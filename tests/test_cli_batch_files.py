@@ -15,8 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from promptlayer_exec import StartRequest
-from promptlayer_exec.cli._batch_items import ItemFile
-from promptlayer_exec.cli._batch_results import LineFile, Result, TableFile, open_results
+from promptlayer_exec.cli._batch_files import ItemFile, LineFile, Result, TableFile, open_results
 from promptlayer_exec.cli._exit import Misuse
 from promptlayer_exec.dbos import StoredError, StoredOutcome
 
@@ -203,7 +202,7 @@ def test_parquet_without_pyarrow_says_what_to_install(
     def missing(_name: str) -> Any:
         raise ModuleNotFoundError
 
-    monkeypatch.setattr("promptlayer_exec.cli._batch_results.import_module", missing)
+    monkeypatch.setattr("promptlayer_exec.cli._batch_files.import_module", missing)
     with pytest.raises(Misuse, match="pip install pyarrow"):
         open_results(tmp_path / "out.parquet")
     assert list(tmp_path.iterdir()) == []

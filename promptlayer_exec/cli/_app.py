@@ -15,8 +15,7 @@ from promptlayer_exec.cli._batch import batch_app
 from promptlayer_exec.cli._definitions import workflow, workflows
 from promptlayer_exec.cli._executions import demo, results, run, watch
 from promptlayer_exec.cli._exit import PROGRAM, help_epilog, report_crash
-from promptlayer_exec.cli._mcp import mcp
-from promptlayer_exec.cli._servers import simulate, view
+from promptlayer_exec.cli._servers import mcp, simulate, view
 from promptlayer_exec.cli._stdio import guard_streams, out
 
 app = typer.Typer(

@@ -21,7 +21,7 @@ from promptlayer_exec.cli._batch_display import (
     item_count,
     status_line,
 )
-from promptlayer_exec.cli._batch_items import ItemFile
+from promptlayer_exec.cli._batch_files import ItemFile, LineFile, Result, TableFile, open_results
 from promptlayer_exec.cli._batch_options import (
     Database,
     MaxInFlight,
@@ -33,7 +33,6 @@ from promptlayer_exec.cli._batch_options import (
     wait_for_batch,
     working_batch,
 )
-from promptlayer_exec.cli._batch_results import LineFile, Result, TableFile, open_results
 from promptlayer_exec.cli._exit import (
     ExitCode,
     Misuse,
@@ -261,8 +260,8 @@ async def _work_on(
                 code = ExitCode.FAILED
             elif isinstance(result, Exception):
                 raise result
-        progress.show(await batch.status())
-    status = await batch.status()
+        status = await batch.status()
+        progress.show(status)
     lines = duration_lines(await batch.durations()) + failure_lines(await batch.failures())
     took = duration(time.monotonic() - began)
     err(f"{status_line(name, status)}, in {took}")

@@ -1,4 +1,4 @@
-"""The `batch` commands that look at batches and keep them in order, without running items."""
+"""The `batch` commands that show batches, and change them without running items."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from promptlayer_exec.cli._arguments import JsonLines
 from promptlayer_exec.cli._batch_display import item_count, status_line
+from promptlayer_exec.cli._batch_files import LineFile, open_results
 from promptlayer_exec.cli._batch_options import (
     Database,
     OnlyBatch,
@@ -26,7 +27,6 @@ from promptlayer_exec.cli._batch_options import (
     names,
     stored_batch,
 )
-from promptlayer_exec.cli._batch_results import LineFile, open_results
 from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, run_command
 from promptlayer_exec.cli._stdio import err, out
 from promptlayer_exec.cli._text import preview, printable
