@@ -41,7 +41,7 @@ class Subscription(Protocol):
         """Record that a poll found a completion; `expected`: push should have announced it."""
 
 
-def _nobody() -> None:
+def _do_nothing() -> None:
     """Nobody polls the execution at present."""
 
 
@@ -62,7 +62,7 @@ class SafetyNet:
     subscription: Subscription
     _known_at: float
     _waited: float = 0.0
-    changed: Callable[[], None] = attrs.field(init=False, default=_nobody)
+    changed: Callable[[], None] = attrs.field(init=False, default=_do_nothing)
     _polls: int = attrs.field(init=False, default=0)
     _is_polled: bool = attrs.field(init=False, default=False)
     _is_doubted: bool = attrs.field(init=False, default=False)
@@ -98,7 +98,7 @@ class SafetyNet:
     def release(self, changed: Callable[[], None]) -> None:
         """Forget the watch that set `changed`, unless another one has followed it."""
         if self.changed == changed:
-            self.changed = _nobody
+            self.changed = _do_nothing
 
     def polled(self, sent_at: float, *, waited: float, complete: bool, pushed: bool) -> None:
         """Record a good poll.

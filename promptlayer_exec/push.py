@@ -217,7 +217,7 @@ class _Channel:
     _failures: int = attrs.field(init=False, default=0)
     _end: asyncio.Future[str] = attrs.field(init=False)
     last_error: str = attrs.field(init=False, default="")
-    _limit: asyncio.TimerHandle | None = attrs.field(init=False, default=None)
+    _time_limit: asyncio.TimerHandle | None = attrs.field(init=False, default=None)
     _token_scope: anyio.CancelScope = attrs.field(init=False, factory=anyio.CancelScope)
 
     @property
@@ -245,7 +245,7 @@ class _Channel:
         finally:
             self.is_starting = False
             self.lose_subscription()
-            self._limit_seconds(None)
+            self._set_time_limit(None)
 
     async def _find_workflow(self) -> int:
         if isinstance(self.workflow, int):
@@ -275,11 +275,11 @@ class _Channel:
         )
         await client.new_subscription(name, _SubscriptionEvents(self)).subscribe()
         connecting = asyncio.ensure_future(client.connect())
-        self._limit_seconds(_HANDSHAKE)
+        self._set_time_limit(_HANDSHAKE)
         try:
             return await self._end
         finally:
-            self._limit_seconds(None)
+            self._set_time_limit(None)
             self._token_scope.cancel()
             with anyio.CancelScope(shield=True):
                 await client.disconnect()
@@ -297,16 +297,16 @@ class _Channel:
             self.give_up(_reason(error))
         raise UnauthorizedError
 
-    def _limit_seconds(self, seconds: float | None) -> None:
+    def _set_time_limit(self, seconds: float | None) -> None:
         """Give up push if there is no subscription within some seconds; None: no limit."""
-        if self._limit is not None:
-            self._limit.cancel()
-            self._limit = None
+        if self._time_limit is not None:
+            self._time_limit.cancel()
+            self._time_limit = None
         if seconds is not None:
             loop = asyncio.get_running_loop()
-            self._limit = loop.call_later(seconds, self._run_out, seconds)
+            self._time_limit = loop.call_later(seconds, self._time_out, seconds)
 
-    def _run_out(self, seconds: float) -> None:
+    def _time_out(self, seconds: float) -> None:
         failure = f"; last failure: {self.last_error}" if self.last_error else ""
         self.give_up(f"there was no subscription within {seconds:g} s{failure}")
 
@@ -319,14 +319,14 @@ class _Channel:
         self.since = clock()
         self.is_starting = False
         self.last_error = ""
-        self._limit_seconds(None)
+        self._set_time_limit(None)
         self._push.changed(self)
 
     def lose_subscription(self) -> None:
         """Record that completions are missed from now on."""
         if self.since is not None:
             self.since = None
-            self._limit_seconds(_RECONNECT)
+            self._set_time_limit(_RECONNECT)
         self._push.changed(self)
 
     def receive(self, data: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import pickle
 from collections.abc import Callable
@@ -48,6 +49,11 @@ def token_of(error: StartUnknown) -> str:
     """Return the token of a start that can be recovered."""
     assert error.callback_token is not None
     return error.callback_token
+
+
+def token_in(start: Any) -> str:
+    """Return the token in the callback URL of a start."""
+    return str(start["callback_url"]).rpartition("/")[2]
 
 
 async def test_each_start_has_a_callback_url_of_its_own(
@@ -134,7 +140,7 @@ async def test_the_callback_of_a_start_that_was_answered_is_no_recovery(
 ) -> None:
     """It was reported as started already."""
     execution = await session.start("report")
-    token = sim.runs[0].body["callback_url"].rpartition("/")[2]
+    token = token_in(sim.runs[0].body)
     receive_callback(session, token, execution.id)
     assert [event.recovered for event in recorder.of(ExecutionStarted)] == [False]
 
@@ -146,7 +152,7 @@ async def test_a_callback_may_come_before_the_answer_is_lost(
     sim.inject(Fault.stall())
     starting = asyncio.create_task(session.start("report"))
     await sim.wait_for_requests(1)
-    token = json_of(sim.requests[0].body)["callback_url"].rpartition("/")[2]
+    token = token_in(json.loads(sim.requests[0].body))
     receive_callback(session, token, 1001)
     assert recorder.events == []
     await sim.__aexit__()
@@ -165,7 +171,7 @@ async def test_a_start_whose_caller_was_cancelled_is_recovered_too(
     sim.inject(Fault.stall())
     starting = asyncio.create_task(session.start("report"))
     await sim.wait_for_requests(1)
-    token = json_of(sim.requests[0].body)["callback_url"].rpartition("/")[2]
+    token = token_in(json.loads(sim.requests[0].body))
     starting.cancel()
     receive_callback(session, token, 1001)
     event = await recorder.next(ExecutionStarted)
@@ -247,13 +253,6 @@ async def test_a_session_without_callbacks_can_receive_them(
     other = open_session()
     receive_callback(other, token_of(error), 1001)
     assert (await other.recover(error)).id == 1001
-
-
-def json_of(body: bytes) -> Any:
-    """Return a decoded body."""
-    import json
-
-    return json.loads(body)
 
 
 class Clock:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import os
 import re
 import shlex
@@ -201,9 +203,6 @@ FINISHED = '{"details": {"agent_execution_id": 1001}, "event_type": "agent_run_f
 
 def sign(text: str, secret: str) -> str:
     """Sign a text that is spelled as the signature wants it."""
-    import hashlib
-    import hmac
-
     return hmac.new(secret.encode(), text.encode(), hashlib.sha256).hexdigest()
 
 
