@@ -62,26 +62,14 @@ print(len(refused))
 class Worker:
     """A process that works on the batch, and prints how many 429s it got."""
 
-    def __init__(self, url: str, sim: Simulator, in_flight: int, rate: float) -> None:
-        arguments = [url, NAME, str(in_flight), str(rate)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", WORKER, *arguments],
-            env={
-                **os.environ,
-                "PROMPTLAYER_API_KEY": sim.api_key,
-                "PROMPTLAYER_BASE_URL": sim.base_url,
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "ready\n", self.close()
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n", end(process)
 
     def kill(self) -> None:
         """Send SIGKILL, and wait until the process has ended."""
-        self.process.kill()
-        self.close()
+        end(self.process)
 
     def suspend(self) -> None:
         """Stop the process with SIGSTOP: to the others it seems to be a lost machine."""
@@ -97,13 +85,12 @@ class Worker:
         assert self.process.returncode == 0, errors
         return int(refused)
 
-    def close(self) -> str:
-        """Kill the process if it still runs, and return what it wrote to standard error."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGCONT)
-            self.process.kill()
-        _, errors = self.process.communicate(timeout=TIMEOUT)
-        return errors
+
+def end(process: subprocess.Popen[Any]) -> Any:
+    """Kill a process, even one that is stopped, and return what it wrote to standard error."""
+    process.kill()
+    _, errors = process.communicate(timeout=TIMEOUT)
+    return errors
 
 
 class Scene:
@@ -121,7 +108,7 @@ class Scene:
         self.batch = Batch(
             NAME, database_url=url, session=lambda: Session(sim.api_key, base_url=sim.base_url)
         )
-        self._workers: list[Worker] = []
+        self._processes: list[subprocess.Popen[Any]] = []
         self._keys: set[str] = set()
         self._durations: dict[str, float] = {}
         sim.add_workflow("job", self._scenario)
@@ -145,11 +132,24 @@ class Scene:
         requests = [StartRequest(workflow, {"key": key}, key=key) for key in sorted(self._keys)]
         assert asyncio.run(self.batch.add(requests)) == count
 
+    def start(self, program: str, *arguments: object, **options: Any) -> subprocess.Popen[Any]:
+        """Start a program with the URL of the database, the name of the batch, and arguments."""
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, self.url, NAME, *map(str, arguments)],
+            env={
+                **os.environ,
+                "PROMPTLAYER_API_KEY": self.sim.api_key,
+                "PROMPTLAYER_BASE_URL": self.sim.base_url,
+            },
+            **options,
+        )
+        self._processes.append(process)
+        return process
+
     def worker(self, *, in_flight: int = 20, rate: float = 0.0) -> Worker:
         """Start a worker."""
-        worker = Worker(self.url, self.sim, in_flight, rate)
-        self._workers.append(worker)
-        return worker
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return Worker(self.start(WORKER, in_flight, rate, **pipes))
 
     def wait_for(self, finished: int) -> None:
         """Wait until this many items have an outcome."""
@@ -205,9 +205,10 @@ class Scene:
         return {outcome.key: outcome for outcome in outcomes}
 
     def close(self) -> None:
-        """End the workers that still run."""
-        for worker in self._workers:
-            worker.close()
+        """End the processes that still run."""
+        for process in self._processes:
+            if process.returncode is None:
+                end(process)
 
 
 @pytest.fixture

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import subprocess
-import sys
 import time
 from typing import Any
 
@@ -14,7 +12,6 @@ import pytest
 
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
-NAME = "nightly"  # of the scene's batch
 ENDLESS = """
 import asyncio, sys
 from promptlayer_exec import Session
@@ -55,17 +52,8 @@ def test_a_worker_without_its_database_ends(
     """
     scene = postgres_scene
     scene.add(500, seconds=3.0)
-    process = subprocess.Popen(
-        [sys.executable, "-c", ENDLESS, scene.url, NAME, str(patience)],
-        env={
-            **os.environ,
-            "PROMPTLAYER_API_KEY": sim.api_key,
-            "PROMPTLAYER_BASE_URL": sim.base_url,
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = scene.start(ENDLESS, patience, **pipes)
     try:
         scene.wait_until(lambda: len(sim.runs) >= 40)
         postgres.stop()
@@ -74,15 +62,13 @@ def test_a_worker_without_its_database_ends(
             process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
     finally:
-        process.kill()
-        process.wait()
         postgres.start()
     assert out == f"{ends_with}\n"
     assert "never retrieved" not in err
     stored = scene.recorded_ids()
     for run in sim.runs:
         key, execution_id = run.inputs["key"], run.execution_id
-        line = f"execution {execution_id} was started for item {key!r} of batch '{NAME}'"
+        line = f"execution {execution_id} was started for item {key!r} of batch 'nightly'"
         assert stored.get(key) == execution_id or line in err, key
 
 
@@ -113,18 +99,9 @@ def test_what_a_killed_worker_started_is_found_by_its_callbacks(
             processes[0].kill()
         return Scenario([SimNode("Answer", inputs["key"], is_output_node=True)])
 
-    def work() -> subprocess.Popen[bytes]:
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", CALLED_BACK, scene.url, NAME],
-                env={
-                    **os.environ,
-                    "PROMPTLAYER_API_KEY": sim.api_key,
-                    "PROMPTLAYER_BASE_URL": sim.base_url,
-                },
-            )
-        )
-        return processes[-1]
+    def work() -> int:
+        processes.append(scene.start(CALLED_BACK))
+        return processes[-1].wait(60)
 
     def call_back() -> None:
         async def resolve() -> None:
@@ -136,16 +113,11 @@ def test_what_a_killed_worker_started_is_found_by_its_callbacks(
 
     sim.add_workflow("killed", kill_at_the_tenth)
     scene.add(20, workflow="killed")
-    try:
-        assert work().wait(60) == -signal.SIGKILL
-        assert work().wait(60) == 0
-        assert asyncio.run(scene.batch.status()).unknown > 20 - len(sim.runs)
-        call_back()
-        assert work().wait(60) == 0
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    assert work() == -signal.SIGKILL
+    assert work() == 0
+    assert asyncio.run(scene.batch.status()).unknown > 20 - len(sim.runs)
+    call_back()
+    assert work() == 0
     status = asyncio.run(scene.batch.status())
     assert (status.succeeded, status.unknown) == (len(sim.runs), 20 - len(sim.runs))
     assert sim.runs[9].inputs["key"] in scene.outcomes()
