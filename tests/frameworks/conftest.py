@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
@@ -62,3 +65,34 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     yield load
     for name in names:
         del sys.modules[name]
+
+
+# Takes the body of a request with the messages so far, and returns the next message.
+Model = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+@pytest.fixture
+async def serve_model() -> AsyncIterator[Callable[[Model], Awaitable[None]]]:
+    """Return a function that serves a model on this machine, to the OpenAI Agents SDK."""
+    import agents  # only two of the recipes have it
+    from openai import AsyncOpenAI
+
+    async with AsyncExitStack() as stack:
+
+        async def serve(model: Model) -> None:
+            async def complete(request: web.Request) -> web.Response:
+                body = await request.json()
+                choice = {"index": 0, "finish_reason": "stop", "message": model(body)}
+                answer = {"id": "1", "object": "chat.completion", "created": 0, "choices": [choice]}
+                return web.json_response({**answer, "model": body["model"]})
+
+            app = web.Application()
+            app.router.add_post("/v1/chat/completions", complete)
+            server = await stack.enter_async_context(TestServer(app))
+            client = AsyncOpenAI(api_key="key", base_url=str(server.make_url("/v1")))
+            agents.set_tracing_disabled(disabled=True)
+            agents.set_default_openai_api("chat_completions")
+            agents.set_default_openai_client(client, use_for_tracing=False)
+            await stack.enter_async_context(client)
+
+        yield serve

@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import agents
 import pytest
-from aiohttp import web
-from aiohttp.test_utils import TestServer
-from openai import AsyncOpenAI
 
 from promptlayer_exec.simulator import Fault, Simulator
 
@@ -60,27 +56,13 @@ class Model:
         call = {"id": f"call-{len(self.read)}", "type": "function", "function": function}
         return {"role": "assistant", "content": None, "tool_calls": [call]}
 
-    async def complete(self, request: web.Request) -> web.Response:
-        """Answer like `POST /chat/completions`."""
-        body = await request.json()
-        choice = {"index": 0, "finish_reason": "stop", "message": self.answer(body)}
-        answer = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
-        return web.json_response(answer | {"choices": [choice]})
-
 
 @pytest.fixture
-async def model() -> AsyncIterator[Model]:
-    """Serve a model on this machine."""
+async def model(serve_model: Callable[..., Any]) -> Model:
+    """Serve a model."""
     model = Model()
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", model.complete)
-    agents.set_tracing_disabled(disabled=True)
-    agents.set_default_openai_api("chat_completions")
-    async with TestServer(app) as server:
-        client = AsyncOpenAI(api_key="key", base_url=str(server.make_url("/v1")))
-        agents.set_default_openai_client(client, use_for_tracing=False)
-        async with client:
-            yield model
+    await serve_model(model.answer)
+    return model
 
 
 @pytest.fixture

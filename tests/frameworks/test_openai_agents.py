@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import agents
 import pytest
-from aiohttp import web
-from aiohttp.test_utils import TestServer
-from openai import AsyncOpenAI
 
 from promptlayer_exec import StartUnknown
 from promptlayer_exec.simulator import Fault, Simulator
@@ -28,26 +25,11 @@ def message(body: dict[str, Any]) -> dict[str, Any]:
     return {"role": "assistant", "content": None, "tool_calls": [call]}
 
 
-async def complete(request: web.Request) -> web.Response:
-    """Answer like `POST /chat/completions`."""
-    body = await request.json()
-    choice = {"index": 0, "finish_reason": "stop", "message": message(body)}
-    answer = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
-    return web.json_response(answer | {"choices": [choice]})
-
-
 @pytest.fixture
-async def page(load: Callable[..., ModuleType]) -> AsyncIterator[ModuleType]:
-    """Return the recipe; its model is a server on this machine."""
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", complete)
-    agents.set_tracing_disabled(disabled=True)
-    agents.set_default_openai_api("chat_completions")
-    async with TestServer(app) as server:
-        client = AsyncOpenAI(api_key="key", base_url=str(server.make_url("/v1")))
-        agents.set_default_openai_client(client, use_for_tracing=False)
-        async with client:
-            yield load("OpenAI Agents SDK", "openai_agents_recipe")
+async def page(load: Callable[..., ModuleType], serve_model: Callable[..., Any]) -> ModuleType:
+    """Return the recipe."""
+    await serve_model(message)
+    return load("OpenAI Agents SDK", "openai_agents_recipe")
 
 
 async def test_the_model_gets_the_report(server: Simulator, page: ModuleType) -> None:
