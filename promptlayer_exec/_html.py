@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _MOST_ROWS = 100
 _MOST_NODES = 200
+_MOST_EDGES = 1000
 _LONGEST_NAME = 60
 _LONGEST_ERROR = 200
 _MARKS = {
@@ -117,13 +118,16 @@ def workflow_html(workflow: Workflow) -> str:
             for it, kind in list(workflow.required_inputs.items())[:_MOST_ROWS]
         ]
         lines.append(f"Required inputs: {', '.join(inputs) or 'none'}")
-    count = len(workflow.nodes)
-    if not count:
+    nodes = len(workflow.nodes)
+    edges = sum(len(node.dependencies) for node in workflow.nodes.values())
+    graph = ""
+    if not nodes:
         lines.append("The server described no nodes.")
-    elif count > _MOST_NODES:
-        lines.append(f"{count} nodes: too many to draw.")
+    elif nodes > _MOST_NODES or edges > _MOST_EDGES:
+        lines.append(f"{nodes} nodes and {edges} edges: too many to draw.")
+    else:
+        graph = _graph(workflow, name)
     heads = "".join(f"<div>{line}</div>" for line in lines)
-    graph = _graph(workflow, name) if 0 < count <= _MOST_NODES else ""
     return f"<div>{heads}{graph}</div>"
 
 
@@ -177,9 +181,9 @@ def _columns(workflow: Workflow) -> tuple[list[list[_Spot]], dict[tuple[str, str
             path = [(source, passed) for passed in range(max(length, 1))] + [(name, 0)]
             steps[source, name] = path
             for spot, following in pairwise(path):
-                before.setdefault(following, []).append(spot)
-                if following[1] and following not in columns[layer_of[source] + following[1]]:
+                if following[1] and following not in before:
                     columns[layer_of[source] + following[1]].append(following)
+                before.setdefault(following, []).append(spot)
     position: dict[_Spot, float] = {}
 
     def middle(spot: _Spot) -> float:

@@ -200,8 +200,12 @@ def test_layers_are_ordered_so_that_fewer_edges_cross() -> None:
     assert tops["after a"] == tops["a"] < tops["b"] == tops["after b"]
 
 
-def test_a_graph_of_many_nodes_is_not_drawn() -> None:
-    """A page of thousands of boxes would help nobody."""
+def test_a_graph_of_many_nodes_or_edges_is_not_drawn() -> None:
+    """A page of thousands of boxes or lines would help nobody, and take long to draw."""
     page = Page(workflow(*(WorkflowNode(f"n{n}") for n in range(201))))
-    assert "201 nodes: too many to draw." in page.text
+    assert "201 nodes and 0 edges: too many to draw." in page.text
     assert "svg" not in page.tags
+    names = [f"n{n}" for n in range(46)]
+    every = [WorkflowNode(it, "", False, tuple(names[:n])) for n, it in enumerate(names)]
+    assert "46 nodes and 1035 edges: too many to draw." in Page(workflow(*every)).text
+    assert "svg" in Page(workflow(*every[:45])).tags
