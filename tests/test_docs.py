@@ -258,6 +258,17 @@ def test_the_page_on_installing_lists_every_extra() -> None:
     assert sorted(listed) == sorted(project["optional-dependencies"])
 
 
+def test_the_names_on_the_page_on_architecture_exist() -> None:
+    """Whoever renames something private renames it there, too."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    code = " ".join(re.findall(r"`([^`\n]+)`", page))
+    modules = [*Path(promptlayer_exec.__file__).parent.rglob("*.py")]
+    source = " ".join(f"{path.stem} {path.read_text(encoding='utf-8')}" for path in modules)
+    private = re.compile(r"\b_\w+")
+    assert len(private.findall(code)) > 50
+    assert sorted({*private.findall(code)} - {*private.findall(source)}) == []
+
+
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     """CI runs exactly what the README tells a newcomer to type."""
     command = blocks("README.md", "sh")[1].strip()
