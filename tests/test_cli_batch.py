@@ -490,7 +490,7 @@ def test_results_that_the_database_does_not_know_are_not_run_again(
         before = (tmp_path / name).read_text()
         code, _, err = run(*command, "--db", "sqlite:///other.sqlite")
         assert code == 2
-        assert f"{name} has 2 results that Batch 'night' in sqlite:///other.sqlite does not" in err
+        assert f"{name} has 2 results that batch 'night' in sqlite:///other.sqlite does not" in err
         assert "that item would be run and paid for again. Use the database that" in err
         assert (tmp_path / name).read_text() == before
     assert len(sim.runs) == 2

@@ -69,7 +69,7 @@ def test_a_row_of_a_csv_file_is_an_item(tmp_path: Path) -> None:
         (
             'n,m\n"1\n",2\n1\n',
             "1 invalid line",
-            ["line 4: has not as many cells as the"],
+            ["line 4: must have as many cells as the"],
         ),
         ("version\nx\n", "1 invalid line", ['line 2: "version" must be a number']),
         ("n,n\n1,2\n", "has columns of the same name: n", []),

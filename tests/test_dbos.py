@@ -616,18 +616,23 @@ async def test_a_shared_rate_limits_all_workers_together(
     assert 0.27 < clock() - began < 2.0
 
 
-async def test_missed_slots_are_not_used(batch_of: Callable[..., Batch], url: str) -> None:
+async def test_missed_slots_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that was busy reserves new slots, beginning with one."""
-    await batch_of().add([request("a")])
-    store = Store(check_url(url))
-    limiter = SharedRate(store, "nightly", 1000.0)
+    reserved: list[int] = []
+
+    class Free:
+        def reserve(self, batch: str, slots: int, rate: float) -> float:
+            reserved.append(slots)
+            return 0.0
+
+    limiter = SharedRate(Free(), "nightly", 1000.0)  # type: ignore[arg-type]
     for _ in range(10):
         await limiter.acquire()
-    assert limiter._slots
-    await asyncio.sleep(0.4)
+    assert reserved == [2, 4, 8]
+    clock = asyncio.get_running_loop().time
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: clock() + 1.0)
     await limiter.acquire()
-    assert not limiter._slots
-    store.close()
+    assert reserved == [2, 4, 8, 1]
 
 
 @pytest.mark.parametrize("opened", [False, True])
@@ -714,10 +719,10 @@ def test_a_silent_worker_is_dead_after_a_while(now: list[float]) -> None:
     for count, seconds in ((1, 0.0), (2, 20.0), (2, 31.0)):
         store.recorded["other"] = Heartbeat(count, describe(os.getpid()))
         now[0] = seconds
-        watch._recover_from_dead_workers()
+        watch.recover_from_dead_workers()
     assert store.requeued == []
     now[0] = 33.0
-    watch._recover_from_dead_workers()
+    watch.recover_from_dead_workers()
     assert store.requeued == [["other"]]
 
 
@@ -725,7 +730,7 @@ def test_a_worker_without_a_heartbeat_is_dead() -> None:
     """It deleted its heartbeat when it stopped, but not all its items had ended."""
     store = FakeStore()
     watch = watching(store)
-    watch._recover_from_dead_workers()
+    watch.recover_from_dead_workers()
     assert store.requeued == [["other"]]
 
 
@@ -738,7 +743,7 @@ def test_an_outage_of_the_database_makes_no_worker_dead(
     store = FakeStore()
     watch = watching(store)
     store.recorded["other"] = Heartbeat(1, describe(os.getpid()))
-    watch._recover_from_dead_workers()
+    watch.recover_from_dead_workers()
     store.broken = True
     waited: list[float] = []
 
@@ -754,7 +759,7 @@ def test_an_outage_of_the_database_makes_no_worker_dead(
     ]
     assert waited == [2.0]
     now[0] = 60.0
-    watch._recover_from_dead_workers()
+    watch.recover_from_dead_workers()
     assert store.requeued == []
 
 
@@ -764,7 +769,7 @@ def test_what_was_taken_and_is_not_run_goes_back(now: list[float]) -> None:
     watch = watching(store)
     for number, store.idle in enumerate(({"lost", "ending"}, {"lost", "beginning"}, {"new"})):
         now[0] = 10.0 * number
-        watch._look_after_others()
+        watch.look_after_others()
     assert store.requeued == [["lost"]]
 
 
@@ -804,20 +809,20 @@ async def test_the_store_retries_while_the_database_is_unreachable(
 
     store = Store(check_url(url))
     called = threading.Event()
-    assert store._retry(work) == 1
+    assert store.retry(work) == 1
     with pytest.raises(ConfigurationError, match="cannot be used: away"):
-        store._retry(work, once=True)
+        store.retry(work, once=True)
     called.clear()
-    waiting = asyncio.create_task(store.run_in_thread(store._retry, work))
+    waiting = asyncio.create_task(store.run_in_thread(store.retry, work))
     await asyncio.to_thread(called.wait)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
     answers[:] = [error, 2]
-    assert await store.run_in_thread(store._retry, work) == 2
+    assert await store.run_in_thread(store.retry, work) == 2
     store.stop_retrying.set()
     with pytest.raises(ConfigurationError):
-        store._retry(work)
+        store.retry(work)
     store.close()
 
 

@@ -464,7 +464,7 @@ def test_a_server_that_became_a_standby_is_waited_for(url: str) -> None:
         return "written"
 
     with closing(Store(check_url(url))) as store:
-        assert store._retry(work) == "written"
+        assert store.retry(work) == "written"
 
 
 @pytest.mark.parametrize(
@@ -484,7 +484,7 @@ def test_no_raw_error_of_sqlalchemy_comes_out(url: str, failure: Any) -> None:
 
     with closing(Store(check_url(url))) as store:
         with pytest.raises(ConfigurationError, match="cannot be used: no"):
-            store._retry(work)
+            store.retry(work)
         explained = store.explain(failure)
         assert isinstance(explained, ConfigurationError)
         assert explained.__cause__ is failure
@@ -527,7 +527,7 @@ def test_a_connection_is_waited_for(connector: Connector, caplog: pytest.LogCapt
         return False
 
     connector._abandoned.wait = wait  # type: ignore[method-assign, assignment]
-    assert connector._connect(driver, None, (), {}) == "a connection"
+    assert connector.connect(driver, None, (), {}) == "a connection"
     assert waits
     assert not connector.is_failing
     assert caplog.messages == [
@@ -540,14 +540,14 @@ def test_a_connection_is_waited_for_only_so_long(connector: Connector) -> None:
     """After the patience, when the call is cancelled, and at once when all is abandoned."""
     connector.patience = 0.0
     with pytest.raises(DatabaseLost, match="away"):
-        connector._connect(Dialect(), None, (), {})
+        connector.connect(Dialect(), None, (), {})
     connector.patience = 60.0
     connector._is_cancelled = lambda: True
     with pytest.raises(DatabaseLost, match="away"):
-        connector._connect(Dialect(), None, (), {})
+        connector.connect(Dialect(), None, (), {})
     connector.abandon()
     with pytest.raises(DatabaseLost, match="ended"):
-        connector._connect(Dialect(), None, (), {})
+        connector.connect(Dialect(), None, (), {})
 
 
 def test_what_uses_an_abandoned_database_fails(url: str) -> None:

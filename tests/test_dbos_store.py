@@ -99,7 +99,7 @@ async def test_an_error_of_a_write_is_raised_for_each_of_its_rows() -> None:
             raise failures.pop()
         return rows
 
-    group = Group(write, lambda _: 1)
+    group = Group(write)
     first = asyncio.create_task(group.add(1))
     await asyncio.sleep(0)
     assert isinstance((await asyncio.gather(first, return_exceptions=True))[0], LookupError)
@@ -114,7 +114,7 @@ async def test_the_row_of_a_cancelled_caller_is_written() -> None:
         written.append(rows)
         return rows
 
-    group = Group(write, lambda _: 1)
+    group = Group(write)
     callers = [asyncio.create_task(group.add(number)) for number in (1, 2)]
     await asyncio.sleep(0)
     callers[0].cancel()

@@ -30,6 +30,7 @@ from promptlayer_exec.cli._batch_options import (
     Settings,
     StopAfterFailures,
     name_option,
+    shown_database,
     wait_for_batch,
     working_batch,
 )
@@ -130,7 +131,8 @@ def _run(
         items = ItemFile(file, workflow)
         with closing(open_results(results)) as result_file:
             batch = await working_batch(batch_name, settings, base_url, outage, push=push)
-            await _refuse_foreign_results(batch, result_file)
+            shown = f"batch '{printable(batch_name)}' in {shown_database(database)}"
+            await _refuse_foreign_results(batch, shown, result_file)
             # Version 0.1 took the number of the line, and its batches have to be continued.
             first = items.first_without_key
             items.is_numbered = first is not None and bool(await batch.kinds([str(first)]))
@@ -200,7 +202,7 @@ for _name, _command, *_examples in (
     batch_app.command(_name, epilog=example_epilog(*_examples))(_command)
 
 
-async def _refuse_foreign_results(batch: Batch, file: LineFile | TableFile) -> None:
+async def _refuse_foreign_results(batch: Batch, shown: str, file: LineFile | TableFile) -> None:
     """Refuse to run items whose results are in the file, although the database has none of them."""
     results = file.results()
     foreign: list[str] = []
@@ -210,7 +212,7 @@ async def _refuse_foreign_results(batch: Batch, file: LineFile | TableFile) -> N
     if foreign:
         what = "a result" if len(foreign) == 1 else f"{len(foreign)} results"
         raise Misuse(
-            f"{file.name} has {what} that {printable(repr(batch)[1:-1])} does not have, for example"
+            f"{file.name} has {what} that {shown} does not have, for example"
             f" of '{shorten(printable(foreign[0]), 100)}': that item would be run and paid for"
             " again. Use the database that the results are from (--db, PROMPTLAYER_EXEC_DB), or"
             " another --out"

@@ -144,7 +144,7 @@ def _digest(line: bytes | dict[str, Any]) -> str:
 def _named(row: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of an item from the cells of a row; an empty one is a missing field."""
     if None in row or None in row.values():
-        raise Misuse("has not as many cells as the first line has names of columns")
+        raise Misuse("must have as many cells as the first line has columns")
     inputs: dict[str, str] = {}
     metadata: dict[str, str] = {}
     fields: dict[str, Any] = {"inputs": inputs}

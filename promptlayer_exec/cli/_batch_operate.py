@@ -22,9 +22,9 @@ from promptlayer_exec.cli._batch_options import (
     OnlyBatch,
     choose,
     chosen_batch,
-    dbos,
     name_option,
     names,
+    shown_database,
     stored_batch,
 )
 from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, run_command
@@ -68,7 +68,7 @@ def list_batches(database: Database = None, *, as_json: JsonLines = False) -> No
                 out(json.dumps(row, default=datetime.isoformat))
             return ExitCode.SUCCEEDED
         if database is None:
-            err(f"in {printable(dbos().shown_database_url())}")
+            err(f"in {shown_database(database)}")
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         for heading, shown in _COLUMNS.items():
             table.add_column(heading, justify="left" if shown == "batch" else "right")

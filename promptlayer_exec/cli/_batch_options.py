@@ -132,33 +132,37 @@ async def chosen_batch(name: str | None, database: str | None) -> tuple[str, Bat
     return chosen, stored_batch(chosen, database)
 
 
+def shown_database(database: str | None) -> str:
+    """Return the URL of the database, without its password."""
+    return printable(dbos().shown_database_url(database))
+
+
 async def names(database: str | None) -> list[str]:
     """Return the names of the batches in a database, which has to exist."""
-    url = dbos().shown_database_url(database)
-    if not await _exists(url):
-        raise Misuse(f"there is no database {printable(url)}")
+    if not await _exists(database):
+        raise Misuse(f"there is no database {shown_database(database)}")
     found: list[str] = await dbos().batch_names(database)
     return found
 
 
 async def wait_for_batch(name: str | None, database: str | None) -> str:
     """Return the name of a batch as soon as it exists; the only one for None."""
-    url = dbos().shown_database_url(database)
     is_first = True
     while True:
-        found = await dbos().batch_names(database) if await _exists(url) else []
+        found = await dbos().batch_names(database) if await _exists(database) else []
         if name in found or (name is None and found):
             return choose(name, found)
         if is_first:
             known = f"; there are {', '.join(map(printable, found))}" if found else ""
             what = "a batch" if name is None else f"batch '{printable(name)}'"
-            err(f"waiting for {what} in {printable(url)}{known}")
+            err(f"waiting for {what} in {shown_database(database)}{known}")
             is_first = False
         await asyncio.sleep(_WAIT_INTERVAL)
 
 
-async def _exists(url: str) -> bool:
+async def _exists(database: str | None) -> bool:
     """Return False for a file that does not exist: opening it would create it."""
+    url: str = dbos().shown_database_url(database)
     path = url.removeprefix(_SQLITE)
     return path == url or await anyio.Path(path).exists()
 

@@ -58,7 +58,7 @@ class Connector:
 
     def attach(self, engine: sa.Engine) -> None:
         """Make the connections of an engine from now on."""
-        sa.event.listen(engine, "do_connect", self._connect)
+        sa.event.listen(engine, "do_connect", self.connect)
         sa.event.listen(engine, "handle_error", self._translate)
 
     @property
@@ -79,7 +79,12 @@ class Connector:
             ):
                 wire.shutdown(socket.SHUT_RDWR)
 
-    def _connect(self, dialect: Any, _record: Any, args: Any, options: Any) -> Any:
+    def connect(self, dialect: Any, _record: Any, args: Any, options: Any) -> Any:
+        """Make a connection for SQLAlchemy's event `do_connect`; wait until one can be made.
+
+        Raises:
+            DatabaseLost: it could not be made for too long, or is not wanted any more.
+        """
         while True:
             if self._abandoned.is_set():
                 raise DatabaseLost("the work was ended")

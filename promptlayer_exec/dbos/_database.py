@@ -132,7 +132,7 @@ class Database:
             with self.reading() as connection:
                 return connection.execute(query).all()
 
-        return self._retry(read, once=once)
+        return self.retry(read, once=once)
 
     def reading(self) -> sa.Connection:
         """Return a connection for one query, without the round trips of a transaction."""
@@ -145,9 +145,10 @@ class Database:
             with self.engine.begin() as connection:
                 return work(connection)
 
-        return self._retry(transact, once=once)
+        return self.retry(transact, once=once)
 
-    def _retry(self, work: Callable[[], T], *, once: bool = False) -> T:
+    def retry(self, work: Callable[[], T], *, once: bool = False) -> T:
+        """Call a function, again and again while the database cannot be reached, unless `once`."""
         give_up = time.monotonic() + (0.0 if once else RETRY_FOR)
         while True:
             try:

@@ -25,7 +25,7 @@ class Group(Generic[R, V]):
     """
 
     _write: Callable[[list[R]], Sequence[V]]  # returns a value for each row
-    _size: Callable[[R], int]
+    _size: Callable[[R], int] = attrs.field(default=lambda _: 200)  # bytes, roughly
     _waiting: deque[tuple[R, asyncio.Future[V]]] = attrs.field(init=False, factory=deque)
     _task: asyncio.Task[None] | None = attrs.field(init=False, default=None)
 

@@ -66,7 +66,6 @@ from promptlayer_exec.dbos._values import StoredError, StoredOutcome
 T = TypeVar("T")
 
 logger = logging.getLogger("promptlayer_exec")
-_CHECK_INTERVAL = 0.25
 # Seconds for which the server may answer 404 for an execution that was started.
 _NOT_FOUND_GRACE = 60.0
 # Seconds between two reads of an execution about which the server says nothing.
@@ -111,11 +110,9 @@ class Items:
 
     def __attrs_post_init__(self) -> None:
         policy = integration.retry_policy(self._session)
-        self._intents = Group(partial(intents.write, self._store, self._batch), lambda _: 200)
-        self._states = Group(partial(intents.read, self._store, self._batch), lambda _: 200)
-        self._started = Group(
-            partial(intents.write_started, self._store, self._batch), lambda _: 200
-        )
+        self._intents = Group(partial(intents.write, self._store, self._batch))
+        self._states = Group(partial(intents.read, self._store, self._batch))
+        self._started = Group(partial(intents.write_started, self._store, self._batch))
         self._endings = Group(self._store_endings, lambda ending: len(ending.outcome))
         self._starts = Breaker(policy.outage, self._end, self._loop.time)
         self._patience = float("inf") if policy.watch_outage is None else policy.watch_outage

@@ -72,8 +72,8 @@ class Liveness:
             began = time.monotonic()
             try:
                 self.record_heartbeat()
-                self._recover_from_dead_workers()
-                self._look_after_others()
+                self.recover_from_dead_workers()
+                self.look_after_others()
             except ConfigurationError as error:
                 self._seen.clear()
                 if isinstance(error.__cause__, DatabaseLost):
@@ -86,13 +86,14 @@ class Liveness:
                 self._seen.clear()
             self._stop.wait(HEARTBEAT_INTERVAL)
 
-    def _recover_from_dead_workers(self) -> None:
+    def recover_from_dead_workers(self) -> None:
+        """Put the items of dead workers back into the queue."""
         others = self._store.running_executors(self._batch) - {self._executor}
         heartbeats = self._store.heartbeats() if others else {}
         if dead := [other for other in others if self._is_dead(other, heartbeats.get(other))]:
             self._store.requeue(self._batch, dead)
 
-    def _look_after_others(self) -> None:
+    def look_after_others(self) -> None:
         """Take over what workers of earlier versions left, and end what others cancelled."""
         if time.monotonic() >= self._next_look:
             self._store.adopt_earlier(self._batch)

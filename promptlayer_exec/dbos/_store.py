@@ -91,7 +91,7 @@ class Store(Database):
             with self.reading() as connection:
                 return _unclear(connection, batch, rows)
 
-        unclear = self._retry(read)
+        unclear = self.retry(read)
         stored = self.stored_requests(batch, {key: found[0] for key, found in unclear.items()})
         for row in rows:
             if row.key in unclear:
@@ -237,7 +237,7 @@ class Store(Database):
                         break
             return found
 
-        return self._retry(read)
+        return self.retry(read)
 
     def is_finished(self, batch: str) -> bool:
         """Return True if every item has an outcome."""
@@ -325,11 +325,11 @@ class Store(Database):
 
     def _list_workflows(self, *, once: bool = False, **which: Any) -> list[Any]:
         list_workflows = partial(self._client.list_workflows, load_output=False, **which)
-        return self._retry(list_workflows, once=once)
+        return self.retry(list_workflows, once=once)
 
     def steps(self, workflow: str) -> Sequence[Mapping[str, Any]]:
         """Return the steps of a DBOS workflow, without retrying."""
-        return self._retry(lambda: self._client.list_workflow_steps(workflow), once=True)
+        return self.retry(lambda: self._client.list_workflow_steps(workflow), once=True)
 
     def delete(self, batch: str) -> int:
         """Delete a batch and its items, a few hundred at a time; return how many items it had."""
@@ -337,14 +337,14 @@ class Store(Database):
             sa.select(_item.key, _item.attempt).where(_item.batch == batch).limit(_DELETED_AT_ONCE)
         )
         deleted = 0
-        self._retry(lambda: self._client.delete_queue(queue_name(batch)))
+        self.retry(lambda: self._client.delete_queue(queue_name(batch)))
         while rows := self.rows(some):
             ids = [
                 workflow_id(batch, row.key, attempt)
                 for row in rows
                 for attempt in range(1, row.attempt + 1)
             ]
-            self._retry(partial(self._client.delete_workflows, ids))
+            self.retry(partial(self._client.delete_workflows, ids))
             keys = [row.key for row in rows]
             delete = sa.delete(_items).where(_item.batch == batch, _item.key.in_(keys))
             self.transact(partial(_execute, delete))

@@ -2,7 +2,7 @@
 
 Between the batch and the server is a proxy that adds a delay to each round trip.
 
-Usage: python tests/benchmarks/network.py [--delay MILLISECONDS] [--add N] [--run N] [--statements]
+Usage: python tests/benchmarks/network.py [--help]
 """
 
 from __future__ import annotations
