@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -31,6 +32,7 @@ from promptlayer_exec.dbos import Batch
 from promptlayer_exec.dbos import _breaker as breakers
 from promptlayer_exec.dbos import _connector as connectors
 from promptlayer_exec.dbos import _database as databases
+from promptlayer_exec.dbos import _intents as intents_
 from promptlayer_exec.dbos import _items as items
 from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _pending as pending
@@ -360,6 +362,26 @@ async def test_what_a_broken_connection_took_from_the_queue_is_run(
     sim.finish(sim.runs[0].execution_id, "Answer")
     assert (await working).succeeded == 2
     assert most_starts(sim) == 1
+
+
+async def test_an_intent_that_is_recorded_too_late_to_send_is_taken_back(
+    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the session's `wait_timeout`, nothing is sent; the start is tried again."""
+    taken_back: list[bool] = []
+    write = intents_.write
+
+    def write_slowly(store: Store, batch: str, rows: list[intents_.Intent]) -> list[bool]:
+        if not taken_back:
+            time.sleep(0.4)
+        taken_back.extend(row.is_taken_back for row in rows)
+        return write(store, batch, rows)
+
+    monkeypatch.setattr(intents_, "write", write_slowly)
+    await batch_of().add(requests(1))
+    assert (await batch_of(wait_timeout=0.3).work()).succeeded == 1
+    assert taken_back == [False, True, False]
+    assert len(sim.runs) == 1
 
 
 class Break:

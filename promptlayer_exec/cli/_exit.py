@@ -49,7 +49,12 @@ class ExitCode(IntEnum):
     SUCCEEDED = 0, "the execution succeeded", "every item succeeded", "the command succeeded"
     FAILED = 1, "the execution failed", "some items failed or are unknown", ""
     USAGE = 2, "the command was used incorrectly, or the API key is missing"
-    TIMED_OUT = 3, "the execution was not complete in time", "", ""
+    TIMED_OUT = (
+        3,
+        "the execution was not complete in time",
+        "an execution was not complete within an hour; its item waits",
+        "",
+    )
     REFUSED = (
         4,
         "the API refused a request or could not be reached",

@@ -236,8 +236,9 @@ class Items:
                     result = _result()
                     if item.is_first_version:
                         result = await self._explain_refusal(item, pending)
-                except ExecutionTimeout:
-                    pass  # there was no slot within the session's `wait_timeout`
+                except ExecutionTimeout:  # it was not sent within the session's `wait_timeout`
+                    with suppress(ConfigurationError):  # then the item is unknown
+                        await pending.not_sent()
                 except Exception as error:  # noqa: BLE001 - some are the item's
                     result = await self._judge(pending, error, since)
                 else:
