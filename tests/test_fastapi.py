@@ -238,6 +238,21 @@ async def test_the_response_to_head_ends_the_watch(
     await ended
 
 
+async def test_a_heartbeat_of_zero_sends_none(sim: Simulator, session: Session, held: int) -> None:
+    """The stream has its events alone, however long it takes."""
+    app = FastAPI()
+
+    @app.get("/")
+    async def follow() -> Any:
+        return await execution_events(session.execution(held), heartbeat=0)
+
+    async with connect(app) as client:
+        reading = asyncio.create_task(client.get("/"))
+        await sim.wait_for_requests(5)
+        sim.finish(held, "Answer")
+        assert ": \n" not in (await reading).text
+
+
 async def test_a_negative_heartbeat_is_refused(sim: Simulator, session: Session) -> None:
     """No request is sent."""
     with pytest.raises(ValueError, match="at least 0 seconds"):
