@@ -311,6 +311,24 @@ async def test_a_watch_that_failed_keeps_its_last_snapshot(
     assert list(viewer.board.cards) == [held, other]
 
 
+async def test_an_error_of_any_kind_ends_a_watch_visibly(
+    sim: Simulator, open_session: Callable[..., Session], held: int
+) -> None:
+    """The execution does not show as running for ever."""
+
+    class Broken:
+        async def acquire(self) -> None:
+            if sim.request_count >= 2:
+                raise OSError("the limiter is gone")
+
+    async with open_session(limiter=Broken()) as session, Board(session) as board:
+        board.follow(held)
+        async with asyncio.timeout(5):
+            while board.cards[held].state != "lost":
+                await board.changed.wait()
+        assert board.cards[held].error == "the limiter is gone"
+
+
 async def test_a_run_is_started_and_followed(sim: Simulator, viewer: Any) -> None:
     """It is followed even if the page was closed; errors name the field of the form."""
     sim.add_workflow("a/b", Scenario([SimNode("n", "v")]), warning="no tone")

@@ -12,13 +12,7 @@ from typing import Any, Self
 
 import attrs
 
-from promptlayer_exec import (
-    Execution,
-    PromptLayerExecError,
-    Session,
-    Snapshot,
-    StartUnknown,
-)
+from promptlayer_exec import Execution, Session, Snapshot, StartUnknown
 from promptlayer_exec.viewer._history import History
 
 
@@ -182,8 +176,8 @@ class Board:
             async with aclosing(card.execution.stream(timeout=None)) as snapshots:
                 async for snapshot in snapshots:
                     self._take(card, snapshot)
-        except PromptLayerExecError as error:
-            card.error = str(error)
+        except Exception as error:  # noqa: BLE001 - shown on the page, else it would show as running
+            card.error = str(error) or type(error).__name__
             if self.history is not None:
                 self.history.update(card.execution.id, outcome="lost", problem=card.error)
             self._notify()
