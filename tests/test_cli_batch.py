@@ -532,7 +532,8 @@ def test_items_of_a_csv_file_are_run(sim: Simulator, run: Run, tmp_path: Path) -
 def test_the_work_stops_after_failures_in_a_row(sim: Simulator, run: Run, tmp_path: Path) -> None:
     """The items that are left wait; failures of an earlier command do not count."""
     items = [{"key": f"k{n}", "workflow": "echo", "inputs": {"n": "bad"}} for n in range(3)]
-    file = write(tmp_path / "night.jsonl", *items, {"key": "held", "workflow": "held"})
+    # The first item is started first: the others fail soon.
+    file = write(tmp_path / "night.jsonl", {"key": "held", "workflow": "held"}, *items)
     command = ("run", file, "--stop-after-failures", 3)
     code, _, err = run(*command)
     assert code == 1

@@ -43,8 +43,8 @@ class ExitCode(IntEnum):
     """The exit codes, with their descriptions in the help texts."""
 
     description: str
-    batch_description: str  # empty if no `batch` command uses the code
-    other_description: str  # of commands that are about no execution; empty as above
+    batch_description: str
+    other_description: str  # of commands that are about no execution; empty if none uses the code
 
     SUCCEEDED = 0, "the execution succeeded", "every item succeeded", "the command succeeded"
     FAILED = 1, "the execution failed", "some items failed or are unknown", ""
