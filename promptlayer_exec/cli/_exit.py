@@ -106,7 +106,7 @@ def example_epilog(*examples: str) -> str:
 
 
 class Misuse(Exception):
-    """The command cannot do what it was asked to do; nothing was sent."""
+    """The command cannot do what it was asked to do."""
 
 
 class Interrupted(Exception):

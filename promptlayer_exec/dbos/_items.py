@@ -390,7 +390,7 @@ class Items:
 
     def _wait_for(self, key: str, error: PromptLayerExecError) -> None:
         if key not in self.waiting:
-            text = "item %.100r waits, and is followed on: %s"
+            text = "item %.100r has to wait, and is still followed: %s"
             logger.warning(text, key, integration.log_text(error))
         self.waiting[key] = error
 
