@@ -155,6 +155,7 @@ class Push:
         """Record a run; its start was sent at a time, after waiting some seconds for its slot."""
         if (channel := self._channels.get(workflow)) is None:
             return
+        channel.record_run()
         self._nets[execution_id] = SafetyNet(execution_id, channel, sent_at, waited)
         if len(self._nets) > _MOST_RUNS:
             del self._nets[next(iter(self._nets))]
@@ -180,10 +181,15 @@ class Push:
                 for net in self._nets.values():
                     if net.subscription is channel:
                         net.subscription = other
+                        other.record_run()
                         net.changed()
                 self._channels[channel.workflow] = other
                 return True
         return False
+
+    def drop(self, channel: _Channel) -> None:
+        """Forget a channel; the next start of its workflow subscribes anew."""
+        self._channels = {key: it for key, it in self._channels.items() if it is not channel}
 
     def warn(self, workflow: str | int, reason: str) -> None:
         """Log that push is given up for a workflow; a session warns of it once."""
@@ -213,6 +219,8 @@ class _Channel:
     workflow_id: int | None = attrs.field(init=False, default=None)
     since: float | None = attrs.field(init=False, default=None)
     is_starting: bool = attrs.field(init=False, default=True)
+    _has_runs: bool = attrs.field(init=False, default=False)
+    _unlogged: str | None = attrs.field(init=False, default=None)  # why push was given up
     _silent: int = attrs.field(init=False, default=0)
     _failures: int = attrs.field(init=False, default=0)
     _end: asyncio.Future[str] = attrs.field(init=False)
@@ -225,12 +233,29 @@ class _Channel:
         return self._push.has_announced
 
     async def run(self) -> None:
-        """Stay subscribed; whenever push is given up, try again after a pause."""
+        """Stay subscribed; whenever push is given up, try again after a pause.
+
+        Without any run by then, there may be no such workflow.
+        """
         while (reason := await self._stay_subscribed()) is not None:
-            self._push.warn(self.workflow, reason)
+            self._unlogged = reason
+            self._log()
             pause = _PAUSES[min(self._failures, len(_PAUSES) - 1)]
             self._failures += 1
             await anyio.sleep(pause)
+            if not self._has_runs:
+                self._push.drop(self)
+                return
+
+    def record_run(self) -> None:
+        """Record that a run has started."""
+        self._has_runs = True
+        self._log()
+
+    def _log(self) -> None:
+        if self._has_runs and self._unlogged is not None:
+            self._push.warn(self.workflow, self._unlogged)
+            self._unlogged = None
 
     async def _stay_subscribed(self) -> str | None:
         """Return why push was given up in the end; None: another channel is used instead."""

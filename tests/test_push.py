@@ -21,6 +21,7 @@ from promptlayer_exec import (
     ConfigurationError,
     Execution,
     ExecutionTimeout,
+    NotFound,
     Polled,
     PollPolicy,
     Session,
@@ -567,6 +568,28 @@ class TestFaults:
         await log.given_up(2)
         assert server.count(RUN) == 1
         assert len(log.warnings) == 1
+
+    async def test_a_workflow_that_does_not_exist_is_forgotten(
+        self,
+        session: Session,
+        server: Server,
+        monkeypatch: pytest.MonkeyPatch,
+        log: Log,
+    ) -> None:
+        """A mistyped name is no reason to warn of push, and takes no other's WebSocket for good."""
+        monkeypatch.setattr(push, "_PAUSES", (0.01,))
+        monkeypatch.setattr(push, "_MOST_CHANNELS", 1)
+        server.statuses = {RUN: 404, WORKFLOW: 404}
+        with pytest.raises(NotFound):
+            await session.start("w")
+        await server.until(lambda: server.count(WORKFLOW) == 1)
+        await asyncio.sleep(0.1)
+        execution = await session.start("other")
+        await server.subscribed()
+        await server.finish(execution.id)
+        assert await execution.output() == "42"
+        assert server.count(WORKFLOW) == 1
+        assert log.warnings == []
 
     @pytest.mark.parametrize(
         "body", [[], {}, {"token_details": 7}, {"token_details": {"token": 7}}]
