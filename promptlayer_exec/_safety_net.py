@@ -95,6 +95,11 @@ class SafetyNet:
                 due = min(due, last_call)
         return due
 
+    def distrust(self) -> None:
+        """Leave the execution to the ordinary schedule from now on."""
+        self._is_doubted = True
+        self.changed()
+
     def release(self, changed: Callable[[], None]) -> None:
         """Forget the watch that set `changed`, unless another one has followed it."""
         if self.changed == changed:

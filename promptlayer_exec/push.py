@@ -158,7 +158,9 @@ class Push:
         channel.record_run()
         self._nets[execution_id] = SafetyNet(execution_id, channel, sent_at, waited)
         if len(self._nets) > _MOST_RUNS:
-            del self._nets[next(iter(self._nets))]
+            self._nets.pop(
+                next(iter(self._nets))
+            ).distrust()  # gaps are not reported to it any more
 
     def net(self, execution_id: int) -> SafetyNet | None:
         """Return the safety net of a run; None for what was not started here, or has ended."""

@@ -395,12 +395,16 @@ class TestDelivery:
         assert (server.count(WEBSOCKET), server.polls) == (1, 2)
 
     async def test_only_the_latest_runs_are_kept_in_mind(
-        self, pushed: Session, server: Server, monkeypatch: pytest.MonkeyPatch
+        self, pushed: Session, server: Server, recorder: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """An older one is polled by the ordinary schedule, and a message wakes it all the same."""
         monkeypatch.setattr(push, "_MOST_RUNS", 1)
-        old, new = await pushed.start("w"), await pushed.start("w")
-        waiting = [asyncio.create_task(one.output()) for one in (old, new)]
+        old = await pushed.start("w")
+        waiting = [asyncio.create_task(old.output())]
+        await recorder.next(WatchStarted)
+        assert server.polls == 0
+        new = await pushed.start("w")
+        waiting.append(asyncio.create_task(new.output()))
         await server.until(lambda: server.polls == 1)  # the first poll of any watch
         for execution in (old, new):
             await server.finish(execution.id)
