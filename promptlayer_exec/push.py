@@ -158,9 +158,8 @@ class Push:
         channel.record_run()
         self._nets[execution_id] = SafetyNet(execution_id, channel, sent_at, waited)
         if len(self._nets) > _MOST_RUNS:
-            self._nets.pop(
-                next(iter(self._nets))
-            ).distrust()  # gaps are not reported to it any more
+            # Gaps are not reported to it any more.
+            self._nets.pop(next(iter(self._nets))).distrust()
 
     def net(self, execution_id: int) -> SafetyNet | None:
         """Return the safety net of a run; None for what was not started here, or has ended."""
