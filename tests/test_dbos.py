@@ -41,7 +41,14 @@ from promptlayer_exec import (
     StartRequest,
     Unauthorized,
 )
-from promptlayer_exec.dbos import Batch, BatchStatus, StoredError, StoredOutcome, batch_names
+from promptlayer_exec.dbos import (
+    Batch,
+    BatchStatus,
+    StoredError,
+    StoredOutcome,
+    batch_names,
+    shown_database_url,
+)
 from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _batch as batches
 from promptlayer_exec.dbos import _database as databases
@@ -565,11 +572,15 @@ async def test_the_error_about_a_database_hides_its_password(
     batch_of: Callable[..., Batch],
 ) -> None:
     """The password is part of the URL, which both the error and the repr show."""
-    batch = batch_of(database_url="postgres://me:secret@127.0.0.1:9/db")
+    url = "postgres://me:secret@127.0.0.1:9/db"
+    shown = "postgresql://me:***@127.0.0.1:9/db"
+    assert shown_database_url(url) == shown
+    batch = batch_of(database_url=url)
     with pytest.raises(ConfigurationError) as caught:
         await batch.status()
+    assert str(caught.value).startswith(f"the database {shown} cannot be used: ")
     assert "refused" in str(caught.value)
-    assert "secret" not in str(caught.value) + repr(batch)
+    assert repr(batch) == f"<Batch 'nightly' in {shown}>"
 
 
 def test_an_outcome_is_the_same_after_json() -> None:

@@ -22,7 +22,7 @@ from promptlayer_exec.dbos import _callbacks as callbacks
 from promptlayer_exec.dbos import _reports as reports
 from promptlayer_exec.dbos._liveness import is_worked_on
 from promptlayer_exec.dbos._location import database_url as locate
-from promptlayer_exec.dbos._location import prepare_default
+from promptlayer_exec.dbos._location import prepare_default, shown
 from promptlayer_exec.dbos._rate import SharedRate
 from promptlayer_exec.dbos._reports import (
     BatchSettings,
@@ -392,7 +392,7 @@ class Batch:
             return await store.run_in_thread(callbacks.resolve, store, self._name) > 0
 
     def __repr__(self) -> str:
-        return f"<Batch {self._name!r} in {self._url.render_as_string(hide_password=True)}>"
+        return f"<Batch {self._name!r} in {shown(self._url)}>"
 
     @asynccontextmanager
     async def _open(self) -> AsyncIterator[Store]:

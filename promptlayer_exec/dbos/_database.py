@@ -19,6 +19,7 @@ from sqlalchemy.schema import CreateColumn
 from promptlayer_exec import ConfigurationError
 from promptlayer_exec.dbos._connector import POSTGRES_OPTIONS, Connector, DatabaseLost
 from promptlayer_exec.dbos._dbos_internals import mark_lost_connections, migrate
+from promptlayer_exec.dbos._location import shown
 from promptlayer_exec.dbos._tables import tables as _tables
 
 T = TypeVar("T")
@@ -58,8 +59,7 @@ class Database:
             if self.is_sqlite
             else {name: value for name, value in POSTGRES_OPTIONS.items() if name not in url.query},
         )
-        shown = url.render_as_string(hide_password=True)
-        self.connector = Connector(shown, RETRY_FOR, self._is_cancelled)
+        self.connector = Connector(shown(url), RETRY_FOR, self._is_cancelled)
         self.connector.attach(self.engine)
         if not self.is_sqlite:
             mark_lost_connections(self.engine)
@@ -172,6 +172,7 @@ class Database:
         return error
 
     def _unusable(self, error: Exception) -> ConfigurationError:
-        shown = self.engine.url.render_as_string(hide_password=True)
         reason = str(getattr(error, "orig", None) or error).strip()
-        return ConfigurationError(f"the database {shown} cannot be used: {reason:.300}")
+        return ConfigurationError(
+            f"the database {shown(self.engine.url)} cannot be used: {reason:.300}"
+        )

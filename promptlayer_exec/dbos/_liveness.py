@@ -106,7 +106,7 @@ class Liveness:
         idle = self._store.taken(self._batch, self._executor) - self._active
         # One that has just been taken, or has just ended, is idle only once.
         if lost := idle & self._idle:
-            text = "batch %r: %d items that were taken from the queue and not run are put back"
+            text = "batch %r: items that were taken from the queue and not run are put back: %d"
             logger.warning(text, self._batch, len(lost))
             self._store.requeue(self._batch, [self._executor], lost)
         self._idle = idle - lost

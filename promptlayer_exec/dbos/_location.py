@@ -32,7 +32,12 @@ def shown_database_url(given: str | None = None) -> str:
     Raises:
         ConfigurationError: this, or the environment variable `PROMPTLAYER_EXEC_DB`, is no such URL.
     """
-    return database_url(given).render_as_string(hide_password=True)
+    return shown(database_url(given))
+
+
+def shown(url: sa.URL) -> str:
+    """Return a URL as messages show it: as it was given, but without a password."""
+    return url.set(drivername=url.get_backend_name()).render_as_string(hide_password=True)
 
 
 def prepare_default(url: sa.URL) -> None:
