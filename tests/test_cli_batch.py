@@ -228,9 +228,7 @@ def test_an_interrupted_run_says_how_to_continue(
     }
 
 
-def test_invalid_lines_are_reported_with_their_numbers(
-    sim: Simulator, run: Run, tmp_path: Path
-) -> None:
+def test_invalid_lines_are_reported_with_their_numbers(run: Run, tmp_path: Path) -> None:
     """All of them are reported before anything is stored or started."""
     bad = {
         '{"key": 1}': '"key" must be a string',
@@ -358,7 +356,7 @@ def test_an_outage_is_reported_once(run: Run, tmp_path: Path) -> None:
 
 
 def test_work_without_a_name_takes_the_only_batch(
-    sim: Simulator, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If there are several batches, `work` needs --name."""
     monkeypatch.setenv("PROMPTLAYER_EXEC_DB", "sqlite:///other.sqlite")
@@ -671,9 +669,7 @@ def test_deleting_is_asked_about_on_a_terminal(
     assert (code, rest.strip()) == ends_with
 
 
-def test_a_worker_waits_for_its_batch(
-    sim: Simulator, run: Run, start: Start, tmp_path: Path
-) -> None:
+def test_a_worker_waits_for_its_batch(run: Run, start: Start, tmp_path: Path) -> None:
     """It says what it waits for, and works once the batch is added."""
     process = start("work", "--name", "night")
     assert process.stderr.readline().startswith("waiting for batch 'night' in sqlite:////")
@@ -690,9 +686,7 @@ def test_each_batch_command_shows_how_it_is_used(run: Run) -> None:
         assert f"  promptlayer-exec batch {command.name}" in out
 
 
-def test_a_terminal_gets_a_bar(
-    sim: Simulator, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_terminal_gets_a_bar(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bar shows how many items are done and how many failed."""
     lines = [{"inputs": {"n": "bad" if n == 3 else n}} for n in range(9)]
     file = write(tmp_path / "night.jsonl", *lines)

@@ -425,7 +425,7 @@ async def test_a_refused_key_ends_the_work_but_no_item(
 
 
 async def test_an_unreachable_server_ends_the_work_but_no_item(
-    sim: Simulator, batch_of: Callable[..., Batch]
+    batch_of: Callable[..., Batch],
 ) -> None:
     """If the outage is longer than the session's `RetryPolicy` allows, `work` raises."""
     await batch_of().add([request("a", 1)])
@@ -609,7 +609,7 @@ async def test_the_first_stored_outcome_is_kept(batch_of: Callable[..., Batch], 
 
 
 async def test_a_shared_rate_limits_all_workers_together(
-    sim: Simulator, batch_of: Callable[..., Batch], url: str
+    batch_of: Callable[..., Batch], url: str
 ) -> None:
     """Two limiters on one database admit almost the rate together, and not more."""
     await batch_of().add([request("a")])

@@ -306,7 +306,7 @@ def intents(url: str) -> int:
 
 
 async def test_a_start_that_cannot_leave_has_no_intent(
-    sim: Simulator, batch_of: Callable[..., Batch], url: str
+    batch_of: Callable[..., Batch], url: str
 ) -> None:
     """Whoever is killed while the server refuses connections leaves nothing unknown."""
     await batch_of().add(requests(20))
@@ -532,7 +532,7 @@ class Dialect:
 
 
 @pytest.fixture
-def connector(monkeypatch: pytest.MonkeyPatch) -> Connector:
+def connector() -> Connector:
     """Return a connector that waits for a second."""
     return Connector("sqlite:///file", 1.0, lambda: False)
 

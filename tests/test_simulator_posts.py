@@ -71,9 +71,7 @@ async def test_only_runs_that_were_started_over_the_api_are_webhooks(
     assert [post.execution_id for post in sim.posts] == [execution_id]
 
 
-async def test_a_run_may_be_both_a_webhook_and_a_callback(
-    session: Session, receiver: Simulator, sim: Simulator
-) -> None:
+async def test_a_run_may_be_both_a_webhook_and_a_callback(receiver: Simulator) -> None:
     """The URL and the secret of webhooks can be given when the simulator is made."""
     async with (
         Simulator(webhook_url=f"{receiver.base_url}/w", webhook_secret="x") as other,
@@ -168,9 +166,7 @@ def test_unusable_faults_are_named() -> None:
         Fault.delay_post("callback", 1, times=0)
 
 
-async def test_exiting_ends_what_is_still_to_be_posted(
-    session: Session, receiver: Simulator
-) -> None:
+async def test_exiting_ends_what_is_still_to_be_posted(receiver: Simulator) -> None:
     """No task is left, whatever a fault delays."""
     before = asyncio.all_tasks()
     async with Simulator(webhook_url=receiver.base_url) as sim:

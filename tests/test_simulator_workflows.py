@@ -90,7 +90,7 @@ async def test_a_scenario_becomes_nodes_and_edges(sim: Simulator, client: Client
     }
 
 
-async def test_a_development_server_says_less(client: Client) -> None:
+async def test_a_development_server_says_less() -> None:
     """By a switch, the answer is the recorded one."""
     async with Simulator(development=True) as sim, aiohttp.ClientSession() as http:
         sim.add_workflow("w", PLAN, inputs={"topic": "string"})
