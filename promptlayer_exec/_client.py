@@ -186,8 +186,8 @@ class Client:
                 due = now
             elif (wait := due - now) > 0:
                 await self.lifetime.call(partial(asyncio.sleep, wait), deadline)
-            send = partial(self.transport.call, request, read, state, due=due)
-            return await self.lifetime.call(send, deadline)
+            timeout = partial(self.lifetime.timeout, deadline)
+            return await self.transport.call(request, read, state, due=due, timeout=timeout)
         except PromptLayerExecError as error:
             error.execution_id = request.execution_id
             error.last_snapshot = seen

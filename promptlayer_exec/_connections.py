@@ -49,13 +49,14 @@ class _CleanRequest(aiohttp.ClientRequest):
     used: asyncio.Transport | None = None
 
     async def send(self, conn: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
-        if conn.transport is not None and _is_readable(conn.transport):
+        transport, protocol = conn.transport, conn.protocol
+        if transport is not None and _is_readable(transport):
             # Let the loop read what is in the socket: one step to notice it, one to read it.
             await asyncio.sleep(0)
             await asyncio.sleep(0)
-        if conn.protocol is None or not conn.protocol.is_connected() or conn.protocol.should_close:
+        if protocol is None or not protocol.is_connected() or protocol.should_close:
             raise _UncleanConnection("the connection was closed, or had unrequested bytes")
-        self.used = conn.transport
+        self.used = transport
         return await super().send(conn)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -40,7 +41,7 @@ class Lifetime:
         self._ready = asyncio.Event()
         self._closing = asyncio.Event()
         self._ended = asyncio.Event()
-        self._calls: set[PatientTimeout] = set()
+        self.calls: set[PatientTimeout] = set()
         self._calls_ended = asyncio.Event()
         self._tasks: TaskGroup
         self._watches = Tasks()
@@ -78,33 +79,27 @@ class Lifetime:
         """Run a watch in the same way; it never raises, and there may be ten thousand."""
         self._watches.start(run(), name="promptlayer_exec._watch.Watch.run")
 
-    async def call(self, work: Callable[[], Awaitable[T]], deadline: Deadline) -> T:
-        """Await a call; the deadline and the closing of the session end it.
+    def timeout(self, deadline: Deadline, *, soonest: float = math.inf) -> PatientTimeout:
+        """Return a timeout for a part of a call, which the closing of the session ends, too.
+
+        Leaving it raises `DeadlinePassed` or `SessionClosed` if that is why it expired, and
+        `TimeoutError` if its `end_by` is.
 
         Raises:
-            DeadlinePassed: the deadline passed.
-            SessionClosed: the session was closed.
+            SessionClosed: closing has begun.
         """
-        if self.is_closing():
-            raise SessionClosed
-        limit = PatientTimeout(deadline.when)
-        self._calls.add(limit)
-        try:
-            async with limit:
-                return await work()
-        except TimeoutError:
-            # A request may time out in the same loop step in which the deadline passes.
-            if not limit.expired():
-                raise
-            raise (SessionClosed if self.is_closing() else DeadlinePassed) from None
-        except asyncio.CancelledError as error:
-            if is_cancelled():
-                raise
-            raise foreign_cancellation("the call", error) from error
-        finally:
-            self._calls.discard(limit)
-            if not self._calls and self.is_closing():
-                self._calls_ended.set()
+        return _CallTimeout(self, deadline, soonest)
+
+    async def call(self, work: Callable[[], Awaitable[T]], deadline: Deadline) -> T:
+        """Await a call within `timeout`."""
+        async with self.timeout(deadline):
+            return await work()
+
+    def left(self, timeout: PatientTimeout) -> None:
+        """Forget the timeout of a part of a call that has ended."""
+        self.calls.discard(timeout)
+        if not self.calls and self._closing.is_set():
+            self._calls_ended.set()
 
     def close(self) -> None:
         """Begin closing: end everything that runs.
@@ -145,7 +140,7 @@ class Lifetime:
             self._ready.set()
             try:
                 self._stop()
-                if self._calls:
+                if self.calls:
                     await self._calls_ended.wait()
                 await self._watches.ended()
                 await self._resources.aclose()
@@ -153,6 +148,41 @@ class Lifetime:
                 self._ended.set()
 
     def _stop(self) -> None:
-        for limit in self._calls:
+        for limit in self.calls:
             limit.expire()
         self._watches.cancel()
+
+
+class _CallTimeout(PatientTimeout):
+    """The timeout of a part of a call, as `Lifetime.timeout` describes it."""
+
+    __slots__ = ("_deadline", "_lifetime")
+
+    def __init__(self, lifetime: Lifetime, deadline: Deadline, soonest: float) -> None:
+        if lifetime.is_closing():
+            raise SessionClosed
+        super().__init__(deadline.at, soonest=soonest)
+        self._deadline = deadline
+        self._lifetime = lifetime
+        lifetime.calls.add(self)
+
+    async def __aexit__(self, *exc_info: Any) -> None:  # noqa: PYI036 - handed on
+        self._lifetime.left(self)
+        error = exc_info[1]
+        is_foreign = isinstance(error, asyncio.CancelledError) and not is_cancelled()
+        try:
+            await super().__aexit__(*exc_info)
+        except TimeoutError:
+            self._raise_if_over()
+            raise
+        if is_foreign:
+            raise foreign_cancellation("the call", error) from error
+        # A request may time out in the same loop step in which the deadline passes.
+        if isinstance(error, TimeoutError) and self.expired():
+            self._raise_if_over()
+
+    def _raise_if_over(self) -> None:
+        if self._lifetime.is_closing():
+            raise SessionClosed from None
+        if self.has_passed(self._deadline.at):
+            raise DeadlinePassed from None

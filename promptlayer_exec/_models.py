@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import operator
 from collections import Counter
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from functools import wraps
@@ -76,7 +77,7 @@ def _read_status(status: str) -> NodeStatus | str:
 
 
 class _NodeSlots:
-    """The fields of a node, which may be set until `read_node` turns it into one."""
+    """The fields of a node, which may be set until `read_nodes` turns it into one."""
 
     __slots__ = (
         "__weakref__",
@@ -121,32 +122,39 @@ class Node(_NodeSlots):
         return self.status == NodeStatus.SUCCESS
 
 
-def read_node(name: str, body: Any) -> Node | None:
-    """Return the node that a decoded body describes; None if it is not a well-formed one.
+_node_fields = operator.itemgetter(
+    "status", "value", "error_message", "raw_error_message", "is_output_node"
+)
+
+
+def read_nodes(bodies: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the nodes that decoded bodies describe; None for one without well-formed fields.
 
     attrs sets each field of a frozen class by a call; on a body of 50 nodes that is a tenth of a
     poll. Here the fields are set while the class still allows it, and the class comes last.
     """
-    try:
-        status = STATUSES[body["status"]]
-    except (KeyError, TypeError):
-        return None
-    get = body.get
-    message, is_output = get("error_message"), get("is_output_node")
-    if (message is not None and type(message) is not str) or (
-        is_output is not None and type(is_output) is not bool
-    ):
-        return None
-    node: Any = object.__new__(_NodeSlots)
-    node.name = name
-    node.status = status
-    node.value = get("value")
-    node.error_message = message
-    node.raw_error_message = get("raw_error_message")
-    node.is_output_node = is_output
-    node.__class__ = Node
-    read: Node = node
-    return read
+    nodes: dict[str, Any] = {}
+    for name, body in bodies.items():
+        nodes[name] = None
+        try:
+            status, value, message, raw_message, is_output = _node_fields(body)
+            known = STATUSES[status]
+        except (KeyError, TypeError):
+            continue
+        if (message is not None and type(message) is not str) or (
+            is_output is not None and type(is_output) is not bool
+        ):
+            continue
+        node: Any = _NodeSlots()
+        nodes[name] = node
+        node.name = name
+        node.status = known
+        node.value = value
+        node.error_message = message
+        node.raw_error_message = raw_message
+        node.is_output_node = is_output
+        node.__class__ = Node
+    return nodes
 
 
 @attrs.frozen

@@ -194,11 +194,6 @@ class Deadline:
         """Return the deadline `timeout` seconds after `now`; None for no limit."""
         return cls(timeout, now + or_infinity(timeout))
 
-    @property
-    def when(self) -> float | None:
-        """The time, as `asyncio.timeout_at` takes it: None where there is no limit."""
-        return None if self.timeout is None else self.at
-
 
 def or_infinity(limit: float | None) -> float:
     """Return a limit as a number; None stands for no limit."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import attrs
 
 from promptlayer_exec._errors import RequestError, printable
@@ -22,7 +20,7 @@ class RetryState:
     """
 
     _policy: RetryPolicy
-    limit: float = attrs.field(converter=or_infinity)
+    limit: float | None
     _since: float | None = None
     _excused: float = 0.0
     failures: int = 0
@@ -44,7 +42,7 @@ class RetryState:
         self.failures += 1
         if self._since is None:
             self._since = now
-        left = self.limit - (now - self._since - self._excused)
+        left = or_infinity(self.limit) - (now - self._since - self._excused)
         if left <= 0:
             return None
         delay = min(self._policy.delay(self.failures, chance), left)
@@ -96,7 +94,7 @@ class OutageLog:
         """Record that a request failed and will be sent again."""
         if not self._failing:
             self._answered = False
-            limit = "" if state.limit == math.inf else f" for up to {state.limit:g} s"
+            limit = "" if state.limit is None else f" for up to {state.limit:g} s"
             subject = "a start" if is_start else "a request"
             if error.execution_id is not None:
                 subject = f"execution {error.execution_id}"

@@ -86,8 +86,8 @@ class Start:
             SessionClosed: the session was closed; with the execution's id if it started.
         """
         timer = None
-        if deadline.when is not None:
-            timer = asyncio.get_running_loop().call_at(deadline.when, self._expire, deadline)
+        if deadline.timeout is not None:
+            timer = asyncio.get_running_loop().call_at(deadline.at, self._expire, deadline)
         try:
             started = await self._answer
         except (asyncio.CancelledError, GeneratorExit):

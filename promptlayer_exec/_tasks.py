@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Coroutine
 from typing import Any, Self
 
@@ -37,6 +38,8 @@ class Tasks:
 _LATE = 0.05
 # The most seconds to spend on reading what arrived meanwhile, before the callback is called.
 _LONGEST_READ = 1.0
+# Rounding may let a timer fire a little early.
+_EARLY = 0.001
 
 
 class PatientTimer:
@@ -46,54 +49,65 @@ class PatientTimer:
     again, at most a second.
 
     Args:
-        at: the time, on the running loop's clock; None: never.
+        at: the time, on the running loop's clock; infinity: never.
         callback: called with `args`.
     """
 
-    __slots__ = ("_handle", "_loop")
+    __slots__ = ("_at", "_handle", "_loop")
 
-    def __init__(self, at: float | None, callback: Callable[..., object], *args: Any) -> None:
+    def __init__(self, at: float, callback: Callable[..., object], *args: Any) -> None:
+        self._at = at
         self._loop = asyncio.get_running_loop()
         self._handle: asyncio.TimerHandle | None = None
-        if at is not None:
+        if at < math.inf:
             # Kept by the handle alone: cancelling it frees them, before any garbage collection.
-            self._handle = self._loop.call_at(at, self._fire, at, callback, *args)
+            self._handle = self._loop.call_at(at, self._fire, callback, *args)
 
     def cancel(self) -> None:
         if self._handle is not None:
             self._handle.cancel()
 
-    def _fire(self, at: float, callback: Callable[..., object], *args: Any) -> None:
-        late = self._loop.time() - at
-        if late < _LATE:
-            self._handle = None
-            callback(*args)
-        else:
+    def _fire(self, callback: Callable[..., object], *args: Any) -> None:
+        self._handle = None
+        late = self._loop.time() - self._at
+        if late >= _LATE:
             self._handle = self._loop.call_later(min(late, _LONGEST_READ), callback, *args)
+        elif late > -_EARLY:
+            callback(*args)
+        elif self._at < math.inf:
+            self._handle = self._loop.call_at(self._at, self._fire, callback, *args)
 
 
-class PatientTimeout:
-    """`asyncio.timeout_at` with a `PatientTimer`; `expire` ends it early.
+class PatientTimeout(PatientTimer):
+    """`asyncio.timeout_at` with a `PatientTimer`; enter it at once.
 
     Args:
-        at: the time, on the running loop's clock; None: no limit.
+        at: the time, on the running loop's clock; infinity: no limit.
+        soonest: when the timer first looks at the time; until then, `end_by` costs nothing.
     """
 
-    __slots__ = ("_at", "_timeout", "_timer")
+    __slots__ = ("_timeout",)
 
-    def __init__(self, at: float | None) -> None:
+    def __init__(self, at: float = math.inf, *, soonest: float = math.inf) -> None:
+        super().__init__(min(at, soonest), self.expire)
         self._at = at
-        self._timer: PatientTimer
         self._timeout = asyncio.timeout(None)
 
     async def __aenter__(self) -> Self:
         await self._timeout.__aenter__()
-        self._timer = PatientTimer(self._at, self.expire)
         return self
 
     async def __aexit__(self, *exc_info: Any) -> None:  # noqa: PYI036 - handed on
-        self._timer.cancel()
+        self.cancel()
         await self._timeout.__aexit__(*exc_info)
+
+    def end_by(self, at: float) -> None:
+        """Expire at `at`, if that is sooner."""
+        if at < self._at:
+            self._at = at
+            if self._handle is None or self._handle.when() > at:
+                self.cancel()
+                self._handle = self._loop.call_at(at, self._fire, self.expire)
 
     def expire(self) -> None:
         """Expire now, unless it has expired already."""
@@ -102,6 +116,10 @@ class PatientTimeout:
 
     def expired(self) -> bool:
         return self._timeout.expired()
+
+    def has_passed(self, at: float) -> bool:
+        """Return True if a time has passed, for a timer."""
+        return self._loop.time() - at > -_EARLY
 
 
 def resolve(future: asyncio.Future[None]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import traceback
 from collections.abc import Callable
 from random import random
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import aiohttp
 import anyio
@@ -61,6 +62,24 @@ _FEW_VALUES = 1000
 _OPENING_A_VALUE = (b",", b"[", b"{")
 
 
+class NewTimeout(Protocol):
+    """Returns the timeout of a part of a call; until `soonest`, it can be reduced for free."""
+
+    def __call__(self, *, soonest: float = math.inf) -> PatientTimeout: ...
+
+
+@attrs.define(eq=False, repr=False)
+class Exchange:
+    """What arrived in one attempt, and why it ended early."""
+
+    answer: aiohttp.ClientResponse | None = None
+    pieces: list[bytes] = attrs.field(factory=list)
+    failure: BaseException | None = None
+
+    def body(self) -> bytes:
+        return self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
+
+
 @attrs.define(eq=False, kw_only=True)
 class Transport:
     """Sends requests to one server with one key."""
@@ -86,17 +105,21 @@ class Transport:
         *,
         due: float,
         once: SendOnce | None = None,
+        timeout: NewTimeout = PatientTimeout,
     ) -> Reply[T]:
         """Send a request until there is a good answer, or the retries are used up.
 
         An error from `read` is handled like any other failure. `due` is when the request should be
-        sent, on the event loop's clock; `once` is a request that must not be sent twice.
+        sent, on the event loop's clock; `once` is a request that must not be sent twice. Whatever
+        waits does so within a `timeout`.
         """
         answered = False
         try:
             while True:
                 try:
-                    reply = await self._send(request, read, state, due, once)
+                    reply = await self._send(
+                        request, read, state, due=due, once=once, timeout=timeout
+                    )
                 except RequestError as error:
                     if (delay := self._delay(error, request, state, once)) is None:
                         raise
@@ -106,7 +129,8 @@ class Transport:
                     answered = True
                     return reply
                 due = clock() + delay
-                await anyio.sleep(delay)
+                async with timeout():
+                    await anyio.sleep(delay)
         finally:
             if state.failures:
                 self._outages.end(state, answered=answered)
@@ -116,19 +140,38 @@ class Transport:
         request: Request,
         read: Callable[[Response], T],
         state: RetryState,
+        *,
         due: float,
         once: SendOnce | None,
+        timeout: NewTimeout,
     ) -> Reply[T]:
         """Send a request once, when a connection is free and the rate allows it."""
         pool = self._pools.reads if once is None else self._pools.starts
-        async with pool.slots:
-            sent_at = await self._throttle.acquire()
-            lateness = max(sent_at - due, 0.0)
-            state.excuse(lateness)
-            response = await self._attempt(pool, request, sent_at, once)
-        duration = clock() - sent_at
+        exchange = Exchange()
+        try:
+            async with (
+                timeout(soonest=due + self._settings.request_timeout) as limit,
+                pool.slots,
+            ):
+                sent_at = await self._throttle.acquire()
+                lateness = max(sent_at - due, 0.0)
+                state.excuse(lateness)
+                until = sent_at + self._settings.request_timeout
+                limit.end_by(until)
+                await self._exchange(pool, request, exchange, until, once)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            exchange.failure = error
+        now = clock()
+        response = self._response(exchange, once)
+        if response.status == 429:
+            announced = self._settings.retry.announced(response.retry_after)
+            self._emit(Throttled(request.execution_id, self._throttle.refused(sent_at, announced)))
+        else:
+            self._throttle.answered()
         value = self._read(read, response)
-        return Reply(value, len(response.body), duration, lateness, response.retry_after)
+        return Reply(value, len(response.body), now - sent_at, lateness, response.retry_after)
 
     def _delay(
         self, error: RequestError, request: Request, state: RetryState, once: SendOnce | None
@@ -166,13 +209,9 @@ class Transport:
             return error.path is None and not isinstance(error, ResponseTooLarge)
         return not is_permanent(error.__cause__)
 
-    async def _attempt(
-        self, pool: Pool, request: Request, sent_at: float, once: SendOnce | None
-    ) -> Response:
-        """Make one attempt, and return the response."""
-        if pool.http.closed:
-            raise SessionClosed("the borrowed aiohttp.ClientSession is closed")
-        answer, body, failure = await self._exchange(pool, request, sent_at, once)
+    def _response(self, exchange: Exchange, once: SendOnce | None) -> Response:
+        """Return the response of one attempt, or raise its failure."""
+        answer, body, failure = exchange.answer, exchange.body(), exchange.failure
         if answer is None:
             if once is not None and once.sent and is_tls_failure(failure):
                 once.mark_rejected()  # the handshake was refused, so the server read nothing
@@ -190,13 +229,7 @@ class Transport:
             location = answer.headers.get("Location")
             body = self._redactor.redact_bytes(body)[:_ERROR_BODY_BYTES]
         retry_after = read_retry_after(answer.headers, now=time.time())
-        response = Response(answer.status, body, location, retry_after)
-        if response.status == 429:
-            announced = self._settings.retry.announced(response.retry_after)
-            self._emit(Throttled(request.execution_id, self._throttle.refused(sent_at, announced)))
-        else:
-            self._throttle.answered()
-        return response
+        return Response(answer.status, body, location, retry_after)
 
     def _check_size(self, status: int, body: bytes) -> None:
         limit = self._settings.max_response_bytes
@@ -209,52 +242,53 @@ class Transport:
             )
 
     async def _exchange(
-        self, pool: Pool, request: Request, sent_at: float, once: SendOnce | None
-    ) -> tuple[aiohttp.ClientResponse | None, bytes, BaseException | None]:
-        """Send a request; return what arrived of the answer and its body, and the failure."""
+        self,
+        pool: Pool,
+        request: Request,
+        exchange: Exchange,
+        until: float,
+        once: SendOnce | None,
+    ) -> None:
+        """Send a request, and record in `exchange` what arrived of the answer, or the failure."""
+        if pool.http.closed:
+            raise SessionClosed("the borrowed aiohttp.ClientSession is closed")
         data = None
-        until = sent_at + self._settings.request_timeout
         if request.body is not None and once is not None:
             data = GuardedBody(request.body, once, until)
         url = request.url or self._url(request)
-        answer: aiohttp.ClientResponse | None = None
-        pieces: list[bytes] = []
-        failure: BaseException | None = None
         try:
-            async with PatientTimeout(until):
-                answer = await pool.http.request(
-                    request.method,
-                    url,
-                    headers={**(pool.headers or {}), **request.headers} or None,
-                    data=data,
-                    timeout=_NO_TIMEOUT,
-                    allow_redirects=False,
-                    raise_for_status=False,
-                    auto_decompress=True,
-                    middlewares=pool.middlewares,
-                    max_line_size=_LONGEST_HEADER,
-                    max_field_size=_LONGEST_HEADER,
-                    max_headers=_MOST_HEADERS,
-                    # Connections are pooled by this name: starts share none with other requests.
-                    server_hostname=url.host if data is not None and pool.is_borrowed else None,
-                )
-                # Read a little more of a refusal, so that a key at the cut is redacted as a whole.
-                limit = _ERROR_BODY_BYTES + _LONGEST_KEY
-                if answer.status < 300:
-                    limit = self._settings.max_response_bytes
-                await _read_body(answer, pieces, limit)
+            exchange.answer = answer = await pool.http.request(
+                request.method,
+                url,
+                headers={**(pool.headers or {}), **request.headers},
+                data=data,
+                timeout=_NO_TIMEOUT,
+                allow_redirects=False,
+                raise_for_status=False,
+                auto_decompress=True,
+                middlewares=pool.middlewares,
+                max_line_size=_LONGEST_HEADER,
+                max_field_size=_LONGEST_HEADER,
+                max_headers=_MOST_HEADERS,
+                # Connections are pooled by this name: starts share none with other requests.
+                server_hostname=url.host if data is not None and pool.is_borrowed else None,
+            )
+            # Read a little more of a refusal, so that a key at the cut is redacted as a whole.
+            limit = _ERROR_BODY_BYTES + _LONGEST_KEY
+            if answer.status < 300:
+                limit = self._settings.max_response_bytes
+            await _read_body(answer, exchange.pieces, limit)
         except (aiohttp.ClientError, OSError) as error:  # OSError: also every TimeoutError
-            failure = error
+            exchange.failure = error
         except ValueError as error:  # aiohttp's, for a borrowed session's headers and auth
             raise ConfigurationError(f"http= cannot send the request: {error}") from error
         except asyncio.CancelledError as error:
             if is_cancelled():
                 raise
-            failure = error  # this task was not cancelled, only something that it awaited
+            exchange.failure = error  # this task was not cancelled, only something that it awaited
         finally:
             if data is not None:  # its connection is not used again
                 abort(data.used)
-        return answer, pieces[0] if len(pieces) == 1 else b"".join(pieces), failure
 
     def _url(self, request: Request) -> URL:
         return URL(self.base_url + request.target, encoded=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from itertools import repeat
-from operator import attrgetter
 from random import random
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -78,8 +76,8 @@ def _first_seen(
 ) -> Mapping[str, NodeTimes]:
     seen_now: dict[NodeStatus | str, NodeTimes] = dict.fromkeys(FINAL, NodeTimes(final=elapsed))
     seen_now[NodeStatus.RUNNING] = NodeTimes(running=elapsed)
-    statuses = map(attrgetter("status"), nodes.values())
-    times = dict(zip(nodes, map(seen_now.get, statuses, repeat(_UNSEEN)), strict=False))
+    seen = seen_now.get
+    times = {name: seen(node.status, _UNSEEN) for name, node in nodes.items()}
     for name, earlier in before.items():
         now = times.get(name, _UNSEEN)
         running = now.running if earlier.running is None else earlier.running
@@ -190,7 +188,7 @@ class Watch:
         waiters[future] = deadline
         if self._net is not None:
             self._reschedule()  # the deadline may be the first, or the follower one that streams
-        timer = PatientTimer(deadline.when, resolve, future)
+        timer = PatientTimer(deadline.at, resolve, future)
         try:
             await future
         finally:

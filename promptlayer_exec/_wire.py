@@ -30,7 +30,7 @@ from promptlayer_exec._models import (
     MainOutput,
     Node,
     StartRequest,
-    read_node,
+    read_nodes,
     same_json,
 )
 from promptlayer_exec._status import status_error, status_name
@@ -257,22 +257,31 @@ class NodeMapReader:
             invalid_shape(response, "$", f"expected an object of nodes, got {json_kind(raw)}")
         nodes: dict[str, Any]
         if before is None:
-            nodes = {name: read_node(name, body) for name, body in raw.items()}
+            nodes = read_nodes(raw)
         else:
-            nodes = {}
+            changed = {}
             for name, body in raw.items():
                 if name in before.nodes and same_json(before.raw[name], body):
                     raw[name] = before.raw[name]
-                    nodes[name] = before.nodes[name]
                 else:
-                    nodes[name] = read_node(name, body)
-        for name in [name for name, node in nodes.items() if node is None]:
-            node = nodes[name] = _checked_node(response, name, raw[name])
-            if type(node.status) is str and node.status[:_LONGEST_STATUS] not in self._reported:
-                self._report(node, execution_id)
+                    changed[name] = body
+            news = read_nodes(changed)
+            nodes = {name: news[name] if name in news else before.nodes[name] for name in raw}
+        if not all(nodes.values()):
+            for name, node in nodes.items():
+                if node is None:
+                    nodes[name] = self._read_unusual_node(response, name, raw[name], execution_id)
         return NodeMap(
             response.status == 200, FrozenMap(nodes), raw, (response.status, response.body)
         )
+
+    def _read_unusual_node(
+        self, response: Response, name: str, body: Any, execution_id: int
+    ) -> Node:
+        node = _checked_node(response, name, body)
+        if type(node.status) is str and node.status[:_LONGEST_STATUS] not in self._reported:
+            self._report(node, execution_id)
+        return node
 
     def _report(self, node: Node, execution_id: int) -> None:
         if len(self._reported) < _REPORTED_AT_MOST:
