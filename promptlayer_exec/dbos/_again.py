@@ -99,9 +99,9 @@ def _reopen(
     kinds: Sequence[str],
     choose: Callable[[StoredOutcome], tuple[bool, Started]],
 ) -> int:
-    query = sa.select(_item.key, _item.attempt, _item.kind, _item.outcome)
-    query = query.where(_item.batch == batch, _item.kind.in_(kinds))
-    page = query.order_by(_item.key).limit(_AT_ONCE)
+    ended = sa.and_(_item.batch == batch, _item.kind.in_(kinds))
+    page = sa.select(_item.key, _item.attempt).where(ended).order_by(_item.key).limit(_AT_ONCE)
+    query = sa.select(_item.key, _item.attempt, _item.kind, _item.outcome).where(ended)
     count, last = 0, ""
 
     def work(requests: Mapping[str, str], connection: sa.Connection) -> int:
