@@ -11,9 +11,16 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 import anyio
 import attrs
 
-from promptlayer_exec._errors import PromptLayerExecError, SessionClosed, Unauthorized, copy_error
+from promptlayer_exec._errors import (
+    PromptLayerExecError,
+    SessionClosed,
+    StartUnknown,
+    Unauthorized,
+    copy_error,
+)
 from promptlayer_exec._models import Snapshot, StartRequest
 from promptlayer_exec._repr import short_repr
+from promptlayer_exec._start import log_unknown
 from promptlayer_exec._tasks import Tasks, foreign_cancellation, is_cancelled
 
 if TYPE_CHECKING:
@@ -70,9 +77,13 @@ class RunningItem(Generic[ItemT]):
 
 
 def report_abandoned(ended: Outcome[Any, Any] | RunningItem[Any]) -> None:
-    """Log the id of a started run whose outcome will not be delivered."""
-    if ended.execution is not None and isinstance(ended.item, StartRequest):
+    """Log what was started, or may have been, if its outcome will not be delivered."""
+    if not isinstance(ended.item, StartRequest):
+        return
+    if ended.execution is not None:
         ended.execution._report_undelivered("outcome")
+    elif isinstance(ended, Outcome) and isinstance(ended.error, StartUnknown):
+        log_unknown(ended.error, ended.item)
 
 
 async def fan_out(
@@ -192,12 +203,11 @@ class _FanOut(Generic[ItemT]):
             self._fail(fatal)
             report_abandoned(item)
             return
+        outcome = Outcome(item.index, item.item, item.execution, item.snapshot, output, error)
         if self._is_abandoned:
-            report_abandoned(item)
-            return
-        self.outcomes.put_nowait(
-            Outcome(item.index, item.item, item.execution, item.snapshot, output, error)
-        )
+            report_abandoned(outcome)
+        else:
+            self.outcomes.put_nowait(outcome)
 
     def _fail(self, error: BaseException) -> None:
         self.error = self.error or error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import threading
 import warnings
@@ -18,7 +19,7 @@ from promptlayer_exec._events import WakeSource, broadcast
 from promptlayer_exec._lifetime import Lifetime
 from promptlayer_exec._retry import RecentStarts, RetryState
 from promptlayer_exec._settings import Settings, find_api_key, find_base_url, sends_in_the_clear
-from promptlayer_exec._tasks import clock
+from promptlayer_exec._tasks import clock, foreign_cancellation, is_cancelled
 from promptlayer_exec._throttle import Limiter, Throttle
 from promptlayer_exec._transport import Transport
 from promptlayer_exec._wakeups import EarlyWakeUps
@@ -139,7 +140,16 @@ class Opener:
     def _create_push(self, client: Client, suffix: str) -> Push:
         async def call(request: Request, read: Callable[[Response], T]) -> T:
             once = RetryState(self._settings.retry, 0.0)
-            return (await client.transport.call(request, read, once, due=clock())).value
+            try:
+                return (await client.transport.call(request, read, once, due=clock())).value
+            except asyncio.CancelledError as error:
+                if is_cancelled():
+                    raise
+                raise foreign_cancellation("push", error) from error
+            except Exception:
+                raise
+            except BaseException as fatal:  # a limiter's; it would end the session
+                raise RuntimeError(f"push ended in {type(fatal).__name__}") from fatal
 
         return self._push(
             base_url=client.transport.base_url,

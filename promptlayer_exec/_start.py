@@ -243,7 +243,7 @@ class Start:
                 " the handle; follow it by its id",
                 started.execution_id,
                 self._request.workflow,
-                self._key,
+                _key(self._request),
             )
         duration = anyio.current_time() - self._called_at
         self._emit(
@@ -254,12 +254,16 @@ class Start:
 
     def _warn(self, error: BaseException) -> None:
         if isinstance(error, StartUnknown):
-            logger.warning("%s%s", error, self._key)
+            log_unknown(error, self._request)
 
-    @property
-    def _key(self) -> str:
-        key = self._request.key
-        return "" if key is None else f" (key {key!r:.100})"
+
+def _key(request: StartRequest) -> str:
+    return "" if request.key is None else f" (key {request.key!r:.100})"
+
+
+def log_unknown(error: StartUnknown, request: StartRequest) -> None:
+    """Log a start that may have started a run, because nobody will get the error."""
+    logger.warning("%s%s", error, _key(request))
 
 
 def start_unknown(

@@ -257,7 +257,7 @@ class Transport:
             data = GuardedBody(request.body, once, until)
         url = request.url or self._url(request)
         try:
-            exchange.answer = answer = await pool.http.request(
+            answer = await pool.http.request(
                 request.method,
                 url,
                 headers={**(pool.headers or {}), **request.headers},
@@ -273,6 +273,10 @@ class Transport:
                 # Connections are pooled by this name: starts share none with other requests.
                 server_hostname=url.host if data is not None and pool.is_borrowed else None,
             )
+            if once is not None and not once.sent:  # so it is no answer to the start
+                answer.close()
+                raise aiohttp.ClientConnectionError("the server answered before the start was sent")
+            exchange.answer = answer
             # Read a little more of a refusal, so that a key at the cut is redacted as a whole.
             limit = _ERROR_BODY_BYTES + _LONGEST_KEY
             if answer.status < 300:

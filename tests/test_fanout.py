@@ -553,6 +553,29 @@ async def test_stopping_early_reports_the_starts_on_the_wire(
     assert len(abandoned) == 2
 
 
+async def test_lost_starts_whose_outcomes_nobody_gets_are_logged(
+    sim: Simulator, session: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their runs may have started, and be billed."""
+    sim.inject(Fault.disconnect(times=3))
+    all_unknown = asyncio.Event()
+
+    async def items() -> AsyncIterator[StartRequest]:
+        for n in (0, 2, 4):
+            yield run(n)
+        all_unknown.set()
+        await asyncio.Event().wait()
+
+    collecting = asyncio.create_task(session.collect(items(), max_in_flight=1))
+    await all_unknown.wait()
+    collecting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await collecting
+    for n, message in zip((0, 2, 4), caplog.messages, strict=True):
+        assert message.startswith("it is not known whether a run of workflow 'w' started: ")
+        assert message.endswith(f" (key 'item {n}')")
+
+
 async def test_a_cancelled_consumer_leaves_no_task(
     sim: Simulator, session: Session, held: int, our_tasks: Callable[[], list[str]]
 ) -> None:

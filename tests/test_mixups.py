@@ -25,8 +25,10 @@ from promptlayer_exec import (
     RequestTimeout,
     RetryPolicy,
     Session,
+    StartRequest,
     StartUnknown,
 )
+from promptlayer_exec import _integration as integration
 
 KEY = "key-of-a-test"
 RETRY = RetryPolicy(outage=5.0, watch_outage=5.0, base=0.001)
@@ -383,6 +385,36 @@ async def test_a_middleware_must_not_replace_the_body_of_a_start(peer: Peer) -> 
         ) as caught:
             await session.start("name")
     assert (peer.posts(), caught.value.attempts) == (0, 1)
+
+
+@pytest.mark.parametrize("status", [201, 408, 429, 503])
+async def test_what_arrives_before_a_start_is_sent_is_not_its_answer(
+    peer: Peer, status: int
+) -> None:
+    """The start is sent on another connection, once; a proxy may tire of a slow hook."""
+
+    class Hooks:
+        def __init__(self) -> None:
+            self.calls: list[str] = []
+
+        async def before_send(self) -> None:
+            """Let something arrive on the first connection, and wait until it was read."""
+            self.calls.append("before_send")
+            if len(self.calls) == 1:
+                (writer,) = peer.writers
+                writer.write(answer(status, {"workflow_version_execution_id": 666}))
+                await asyncio.Event().wait()
+
+        async def not_sent(self) -> None:
+            """Keep the call."""
+            self.calls.append("not_sent")
+
+    hooks = Hooks()
+    async with session_at(peer) as session:
+        execution = await integration.start(session, StartRequest("name"), hooks=hooks)
+    assert execution.id == 787
+    assert peer.posts() == 1
+    assert hooks.calls == ["before_send", "not_sent", "before_send"]
 
 
 async def test_a_start_is_not_sent_when_its_time_is_up(peer: Peer) -> None:

@@ -334,14 +334,19 @@ async def pushed(open_pushed: Callable[..., Session], server: Server) -> Session
 class BrokenLimiter:
     """A limiter that fails for one request, counted from one."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, error: BaseException) -> None:
         self._number = number
+        self._error = error
 
     async def acquire(self) -> None:
         """Count down, and raise at zero."""
         self._number -= 1
         if not self._number:
-            raise KeyError("secret")
+            raise self._error
+
+
+class Panic(BaseException):
+    """An error that is no `Exception`."""
 
 
 class TestDelivery:
@@ -609,14 +614,29 @@ class TestFaults:
         assert "$.token_details.token: there is no token" in log.warnings[0]
 
     @pytest.mark.parametrize("request_number", [2, 3])
+    @pytest.mark.parametrize(
+        ("error", "reason"),
+        [
+            (KeyError("secret"), "KeyError"),
+            (asyncio.CancelledError(), "RuntimeError"),
+            (Panic("secret"), "RuntimeError"),
+        ],
+    )
     async def test_an_error_of_the_user_s_own_code_is_given_up(
-        self, open_pushed: Callable[..., Session], server: Server, log: Log, request_number: int
+        self,
+        open_pushed: Callable[..., Session],
+        server: Server,
+        log: Log,
+        *,
+        request_number: int,
+        error: BaseException,
+        reason: str,
     ) -> None:
         """A limiter that raises does not end the session; its text may be secret."""
-        session = open_pushed(poll=OFTEN, limiter=BrokenLimiter(request_number))
+        session = open_pushed(poll=OFTEN, limiter=BrokenLimiter(request_number, error))
         execution = await session.start("w")
         await log.given_up()
-        assert "only polling: KeyError; " in log.warnings[0]
+        assert f"only polling: {reason}; " in log.warnings[0]
         await polled_to_the_end(server, execution)
 
     @pytest.mark.parametrize("held", [WORKFLOW, TOKEN, WEBSOCKET, "connect", "subscribe"])
