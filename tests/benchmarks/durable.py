@@ -6,13 +6,14 @@ Usage: python tests/benchmarks/durable.py [ITEMS]
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+
+from network import program
 
 from promptlayer_exec import PollPolicy, Session, StartRequest
 from promptlayer_exec.dbos import Batch
@@ -101,24 +102,17 @@ async def durable(session: Callable[[], Session], items: int) -> str:
 def main() -> None:
     """Print the table."""
     items = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
-    simulator = subprocess.Popen(
-        [sys.executable, "-c", SIMULATOR], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert simulator.stdout is not None
-    base_url, key = simulator.stdout.readline().split()
-
-    def session() -> Session:
-        return Session(key, base_url=base_url, poll=PollPolicy.fixed(1.0), rate=None)
-
     say = partial(print, flush=True)
     say(f"{items:,} executions of a second each, {IN_FLIGHT} in flight")
     say("| | CPU per item | items per second | after a quarter | at the end |")
     say("|---|---|---|---|---|")
-    try:
+    with program(SIMULATOR) as (base_url, key):
+
+        def session() -> Session:
+            return Session(key, base_url=base_url, poll=PollPolicy.fixed(1.0), rate=None)
+
         for work in (fan_out, durable):
             say(asyncio.run(work(session, items)))
-    finally:
-        simulator.communicate("")
 
 
 if __name__ == "__main__":
