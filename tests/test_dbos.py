@@ -373,6 +373,32 @@ async def test_the_next_worker_follows_the_items_of_a_cancelled_one(
     await session.aclose()
 
 
+async def test_a_cancelled_worker_starts_nothing_more(
+    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although it may still take an item from the queue while it stops."""
+    stop = Liveness.stop
+
+    def stop_late(watch: Liveness) -> None:
+        sim.finish(sim.runs[0].execution_id, "Answer")
+        give_up = time.monotonic() + 0.5
+        while len(sim.runs) == 1 and time.monotonic() < give_up:
+            time.sleep(0.01)
+        stop(watch)
+
+    monkeypatch.setattr(Liveness, "stop", stop_late)
+    sim.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
+    async with Session(sim.api_key, base_url=sim.base_url, poll=PollPolicy.fixed(0.01)) as session:
+        batch = batch_of(max_in_flight=1, session=session)
+        await batch.add(request(key, workflow="held") for key in "ab")
+        working = asyncio.create_task(batch.work())
+        await sim.wait_for_requests(2)
+        working.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await working
+    assert len(sim.runs) == 1
+
+
 async def test_a_worker_in_a_cancelled_scope_waits_for_its_start(
     sim: Simulator, batch_of: Callable[..., Batch]
 ) -> None:

@@ -133,9 +133,13 @@ class Items:
         finally:
             self.active.discard(workflow)
 
-    def _end(self, error: Exception) -> None:
-        """End the work with an error, and begin no start any more."""
+    def close(self) -> None:
+        """Send no start any more, whatever is still taken from the queue."""
         self._starts.close()
+
+    def _end(self, error: Exception) -> None:
+        """End the work with an error, and send no start any more."""
+        self.close()
         self._stop(error)
 
     def _store_endings(self, endings: list[Ending]) -> list[None]:

@@ -157,6 +157,7 @@ class Worker:
 
     async def _shut_down(self) -> None:
         self._store.connector.patience = _PATIENCE_AT_END
+        self._items.close()
         try:
             if self._owns_session:
                 await self._session.aclose()
