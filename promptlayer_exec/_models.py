@@ -135,15 +135,16 @@ def read_nodes(bodies: Mapping[str, Any]) -> dict[str, Any]:
     """
     nodes: dict[str, Any] = {}
     for name, body in bodies.items():
-        nodes[name] = None
         try:
             status, value, message, raw_message, is_output = _node_fields(body)
             known = STATUSES[status]
         except (KeyError, TypeError):
+            nodes[name] = None
             continue
         if (message is not None and type(message) is not str) or (
-            is_output is not None and type(is_output) is not bool
+            is_output is not None and is_output is not True and is_output is not False
         ):
+            nodes[name] = None
             continue
         node: Any = _NodeSlots()
         nodes[name] = node

@@ -388,8 +388,9 @@ def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
 
     https://www.rfc-editor.org/rfc/rfc9110#field.retry-after
     """
-    if (milliseconds := _number(headers.get("retry-after-ms", ""))) is not None:
-        return milliseconds / 1000
+    milliseconds = headers.get("retry-after-ms")
+    if milliseconds and (number := _number(milliseconds)) is not None:
+        return number / 1000
     if not (value := headers.get("Retry-After")):
         return None
     if (seconds := _number(value)) is not None:
