@@ -47,6 +47,7 @@ __all__ = [
     "missing_for_push",
     "node_dict",
     "receive_callback",
+    "report_undelivered",
     "retry_policy",
     "short_repr",
     "start",
@@ -55,6 +56,11 @@ __all__ = [
 ]
 
 _DEFINITION_TIMEOUT = 5.0
+
+
+def report_undelivered(execution: Execution) -> None:
+    """Log the id of a started run whose caller is gone."""
+    execution._report_undelivered("id")
 
 
 def log_text(error: BaseException) -> str:

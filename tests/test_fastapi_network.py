@@ -177,6 +177,43 @@ async def test_a_start_whose_client_disconnects_is_reported(
     assert f"execution {event.execution_id} of workflow 'report'" in caplog.text
 
 
+@pytest.mark.parametrize("steps", range(12))
+async def test_no_start_is_lost_in_whatever_step_its_client_disconnects(
+    sim: Simulator, session: Session, caplog: pytest.LogCaptureFixture, steps: int
+) -> None:
+    """Either the response is sent before the app is told, or the log has the id."""
+    sim.add_workflow("report", Scenario([SimNode("Report")]))
+    body = [b'{"workflow": "report"}']
+    is_told = False
+    was_told_when_sending: list[bool] = []
+
+    async def receive() -> dict[str, Any]:
+        nonlocal is_told
+        if body:
+            return {"type": "http.request", "body": body.pop()}
+        while not sim.runs:  # noqa: ASYNC110 - each step counts
+            await asyncio.sleep(0)
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        is_told = True
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        was_told_when_sending.append(is_told)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/executions",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+    await make_app(session)(scope, receive, send)
+    await session.aclose()
+    (run,) = sim.runs
+    assert not was_told_when_sending[0] or str(run.execution_id) in caplog.text
+
+
 async def test_heartbeats_are_comments(
     session: Session, held: int, serve: Serve, http: aiohttp.ClientSession
 ) -> None:

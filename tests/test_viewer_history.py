@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import stat
 import time
 from collections.abc import AsyncIterator
@@ -59,6 +60,25 @@ async def test_the_file_is_for_its_user_alone(history: History, tmp_path: Path) 
     await history.delete_all()
     await history.aclose()
     assert b"secret of Maria" not in path.read_bytes()
+
+
+async def test_only_one_write_waits_for_a_locked_file(
+    history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is queued behind it is not recorded, and delays neither reading nor closing."""
+    monkeypatch.setattr("promptlayer_exec.viewer._history._BUSY", 0.2)
+    assert await ids(history) == []
+    other = sqlite3.connect(tmp_path / "state" / "history.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    began = time.monotonic()
+    for execution_id in range(1, 21):
+        _record(history, execution_id)
+    assert await history.find(1) is None
+    assert time.monotonic() - began < 2.0
+    other.execute("ROLLBACK")
+    other.close()
+    _record(history, 21)
+    assert await ids(history) == ["21"]
 
 
 async def test_a_search_finds_each_word_literally(history: History) -> None:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
 from promptlayer_exec import Execution, PromptLayerExecError, Session
-from promptlayer_exec._integration import MAX_ID
+from promptlayer_exec._integration import MAX_ID, report_undelivered
 from promptlayer_exec.fastapi._events import execution_events
 from promptlayer_exec.fastapi._responses import PROBLEMS, ProblemRoute, json_response
 
@@ -154,7 +154,11 @@ async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(cancel_on_disconnect)
         try:
-            return await work
+            result = await work
+            if not tasks.cancel_scope.cancel_called:
+                return result
+            if isinstance(result, Execution):
+                report_undelivered(result)
         except Exception as error:  # noqa: BLE001 - raised below, so not in an ExceptionGroup
             failure = error
         finally:

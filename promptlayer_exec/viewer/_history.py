@@ -172,6 +172,9 @@ class History:
                 connection.close()
                 raise
             self._connection = connection
+        # Once the file could not be written, nothing queued behind waits for it any more.
+        busy = 0 if self._is_failing else round(1000 * _BUSY)
+        self._connection.execute(f"PRAGMA busy_timeout = {busy}")
         return self._connection
 
     def _execute(self, statement: str, values: Iterable[Any]) -> None:
