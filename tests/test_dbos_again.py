@@ -117,6 +117,20 @@ async def test_ended_items_are_started_again_on_request(
     assert (await outcomes(batch))["2"].output == 7
 
 
+async def test_an_attempt_keeps_its_number(batch: Batch, url: str) -> None:
+    """Also when DBOS no longer has an earlier one."""
+    await batch.add([StartRequest("echo", {"n": 1}, key="a/b")])
+    end(url, "a/b", None, "NotFound")
+    assert await batch.retry(failed=True) == 1
+    client = DBOSClient(system_database_url=url)
+    client.delete_workflow(workflow_id("b", "a/b", 1))
+    client.destroy()
+    item = await batch.item("a/b")
+    assert item is not None
+    assert [attempt.number for attempt in item.attempts] == [2]
+    assert item.request["inputs"] == {"n": 1}
+
+
 async def test_many_items_are_taken_a_few_hundred_at_a_time(
     batch: Batch, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import sqlalchemy as sa
 
+from promptlayer_exec.dbos._store import key_and_attempt
 from promptlayer_exec.dbos._tables import batches, items
 from promptlayer_exec.dbos._values import Kind, StoredError, StoredOutcome
 
@@ -130,17 +131,17 @@ def item(store: Store, batch: str, key: str) -> StoredItem | None:
     for row in store.rows(query):
         workflows = store.workflows(batch, key, row.attempt)
         outcome = None if row.outcome is None else StoredOutcome.from_json(row.outcome)
-        attempts = tuple(_attempt(number, found) for number, found in enumerate(workflows, 1))
+        attempts = tuple(map(_attempt, workflows))
         request = json.loads(workflows[-1].input["args"][2]) if workflows else {}
         return StoredItem(key, request, attempts, outcome)
     return None
 
 
-def _attempt(number: int, workflow: Any) -> Attempt:
+def _attempt(workflow: Any) -> Attempt:
     states = {"ENQUEUED": "waiting", "DELAYED": "waiting", "PENDING": "running"}
     taken = workflow.dequeued_at
     return Attempt(
-        number,
+        key_and_attempt(workflow.workflow_id)[1],
         datetime.fromtimestamp(workflow.created_at / 1000, UTC),
         None if taken is None else datetime.fromtimestamp(taken / 1000, UTC),
         workflow.executor_id or None,

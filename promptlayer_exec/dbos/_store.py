@@ -306,22 +306,17 @@ class Store(Database):
         """Return the DBOS workflows of the attempts of an item, the first one first."""
         ids = [workflow_id(batch, key, attempt) for attempt in range(1, attempts + 1)]
         found = self._list_workflows(workflow_ids=ids)
-        return sorted(found, key=lambda workflow: ids.index(workflow.workflow_id))
+        return sorted(found, key=lambda each: key_and_attempt(each.workflow_id)[1])
 
     def stopped(self, batch: str) -> dict[tuple[str, int], str]:
         """Return the DBOS workflows that others ended, by key and attempt, without retrying."""
-        prefix = workflow_id(batch, "", 1).removesuffix("1/")
         found = self._list_workflows(
             once=True,
-            workflow_id_prefix=prefix,
+            workflow_id_prefix=workflow_id(batch, "", 1).removesuffix("1/"),
             status=["CANCELLED", "ERROR", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"],
             load_input=False,
         )
-        stopped = {}
-        for workflow in found:
-            attempt, _, key = workflow.workflow_id.removeprefix(prefix).partition("/")
-            stopped[key, int(attempt)] = workflow.workflow_id
-        return stopped
+        return {key_and_attempt(each.workflow_id): each.workflow_id for each in found}
 
     def _list_workflows(self, *, once: bool = False, **which: Any) -> list[Any]:
         list_workflows = partial(self._client.list_workflows, load_output=False, **which)
@@ -492,3 +487,9 @@ def queue_name(batch: str) -> str:
 def workflow_id(batch: str, key: str, attempt: int) -> str:
     """Return the id of the DBOS workflow that runs one attempt of an item."""
     return f"{APPLICATION}/{quote(batch, safe='')}/{attempt}/{key}"
+
+
+def key_and_attempt(workflow_id: str) -> tuple[str, int]:
+    """Return the key and the attempt that are in the id of a workflow."""
+    _, _, attempt, key = workflow_id.split("/", 3)
+    return key, int(attempt)
