@@ -229,6 +229,18 @@ async def test_an_item_that_is_cancelled_while_it_is_sent_is_unknown(
     assert (await batch.status()).unknown == 1
 
 
+async def test_a_cancelled_item_of_a_batch_whose_name_is_almost_the_same_is_another_one(
+    batch: Batch, url: str
+) -> None:
+    """SQLite compares prefixes without regard to case."""
+    await batch.add([StartRequest("echo", key="a")])
+    await Batch("B", database_url=url, session=Session).add([StartRequest("echo", key="a")])
+    await cancel(url, "a")
+    with closing(Store(check_url(url))) as store:
+        assert cancelled.end_cancelled(store, "B") == 0
+        assert cancelled.end_cancelled(store, "b") == 1
+
+
 async def test_a_worker_of_the_next_version_finishes_what_the_last_one_began(
     sim: Simulator, batch: Batch, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

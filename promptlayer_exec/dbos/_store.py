@@ -310,13 +310,16 @@ class Store(Database):
 
     def stopped(self, batch: str) -> dict[tuple[str, int], str]:
         """Return the DBOS workflows that others ended, by key and attempt, without retrying."""
+        prefix = workflow_id(batch, "", 1).removesuffix("1/")
         found = self._list_workflows(
             once=True,
-            workflow_id_prefix=workflow_id(batch, "", 1).removesuffix("1/"),
+            workflow_id_prefix=prefix,
             status=["CANCELLED", "ERROR", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"],
             load_input=False,
         )
-        return {key_and_attempt(each.workflow_id): each.workflow_id for each in found}
+        ids = [each.workflow_id for each in found]
+        # SQLite also gives those whose prefix differs in case.
+        return {key_and_attempt(each): each for each in ids if each.startswith(prefix)}
 
     def _list_workflows(self, *, once: bool = False, **which: Any) -> list[Any]:
         list_workflows = partial(self._client.list_workflows, load_output=False, **which)
