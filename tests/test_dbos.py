@@ -800,6 +800,16 @@ def test_an_outage_of_the_database_makes_no_worker_dead(
     assert store.requeued == []
 
 
+def test_a_worker_without_heartbeats_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the error is: the others take its items."""
+    store, ended = FakeStore(), []
+    watch = Liveness(store, "b", "me", set(), ended.append)  # type: ignore[arg-type]
+    monkeypatch.setattr(store, "record_heartbeat", lambda *_: {}["no such key"])
+    monkeypatch.setattr(watch._stop, "wait", lambda _: watch._stop.set())
+    watch._run()
+    assert [type(error) for error in ended] == [KeyError]
+
+
 def test_what_was_taken_and_is_not_run_goes_back(now: list[float]) -> None:
     """Unless it has just been taken, or has just ended: then it is not idle twice."""
     store = FakeStore()

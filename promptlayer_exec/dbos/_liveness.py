@@ -74,12 +74,13 @@ class Liveness:
                 self.record_heartbeat()
                 self.recover_from_dead_workers()
                 self.look_after_others()
-            except ConfigurationError as error:
+            except Exception as error:  # noqa: BLE001 - nobody else would see that the thread ends
                 self._seen.clear()
-                if isinstance(error.__cause__, DatabaseLost):
-                    self._give_up(error)
-                else:
+                is_lost = isinstance(error.__cause__, DatabaseLost)
+                if isinstance(error, ConfigurationError) and not is_lost:
                     logger.warning("cannot exchange heartbeats with other workers: %.300s", error)
+                else:
+                    self._give_up(error)
             if time.monotonic() - began > _SLOW:
                 # The database may have been away, for the other workers too: it is unknown whether
                 # they were silent, so their time starts again.
@@ -94,7 +95,7 @@ class Liveness:
             self._store.requeue(self._batch, dead)
 
     def look_after_others(self) -> None:
-        """Take over what workers of earlier versions left, and end what others cancelled."""
+        """Take over what earlier versions left, end what was cancelled, put back what was lost."""
         if time.monotonic() >= self._next_look:
             self._store.adopt_earlier(self._batch)
             end_cancelled(self._store, self._batch)
