@@ -35,6 +35,7 @@ from promptlayer_exec import (
     StartUnknown,
     WatchEnded,
     WatchStarted,
+    WatchWoken,
 )
 
 SERVER = Path(__file__).with_name("server.py")
@@ -105,8 +106,9 @@ class Size(NamedTuple):
 class Ledger:
     """Hands out the items, and checks the outcome of each."""
 
-    def __init__(self, pool: list[int]) -> None:
+    def __init__(self, pool: list[int], started_every: int) -> None:
         self._value = {execution_id: value for value, execution_id in enumerate(pool)}
+        self._every = started_every
         # Two items with one execution at once would share its faults.
         self._free = deque(pool)
         self._outcomes = bytearray(ITEMS)  # how many each item has
@@ -123,7 +125,7 @@ class Ledger:
             if i and i % INTERVAL == 0:
                 await self._wait_for(i)
                 self.sizes.append(Size.now())
-            yield self._free.popleft() if i % STARTED_EVERY else StartRequest("echo", {"n": i})
+            yield self._free.popleft() if i % self._every else StartRequest("echo", {"n": i})
 
     async def _wait_for(self, completed: int) -> None:
         self._all_completed.clear()
@@ -188,8 +190,9 @@ def sockets() -> int:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("push", [False, True], ids=["polled", "pushed"])
 async def test_each_item_has_exactly_one_outcome_and_nothing_leaks(
-    our_tasks: Callable[[], list[str]],
+    our_tasks: Callable[[], list[str]], *, push: bool
 ) -> None:
     """Each item has its own output, or the error that belongs to its fault."""
     counter = EventCounter()
@@ -197,7 +200,7 @@ async def test_each_item_has_exactly_one_outcome_and_nothing_leaks(
     began = time.monotonic()
     with server(2 * MAX_IN_FLIGHT) as soak_server:
         sockets_before = sockets()
-        ledger = Ledger(soak_server.pool)
+        ledger = Ledger(soak_server.pool, started_every=1 if push else STARTED_EVERY)
         async with Session(
             soak_server.key,
             base_url=soak_server.base_url,
@@ -206,6 +209,7 @@ async def test_each_item_has_exactly_one_outcome_and_nothing_leaks(
             request_timeout=REQUEST_TIMEOUT,
             max_response_bytes=64 * 1024,
             rate=None,
+            push=push,  # it is used for the runs that the session starts
             observers=[counter],
         ) as session:
             async for outcome in session.as_completed(ledger.items(), max_in_flight=MAX_IN_FLIGHT):
@@ -234,6 +238,7 @@ async def test_each_item_has_exactly_one_outcome_and_nothing_leaks(
     del outcome
     assert kept() <= kept_before  # other tests may have kept some
     kinds = Counter(f"{method} {kind}" for method, kind, _ in faults)
+    assert counter.counts[WatchWoken] > (ITEMS / 2 if push else -1)
     if LONG:
         show(seconds, report["requests"], kinds, ledger)
         assert growth([size.objects for size in ledger.sizes]) <= MOST_OBJECTS
