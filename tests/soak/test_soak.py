@@ -189,7 +189,7 @@ def sockets() -> int:
     return sum(link.startswith("socket:") for link in links)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("push", [False, True], ids=["polled", "pushed"])
 async def test_each_item_has_exactly_one_outcome_and_nothing_leaks(
     our_tasks: Callable[[], list[str]], *, push: bool
