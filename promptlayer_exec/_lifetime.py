@@ -73,7 +73,15 @@ class Lifetime:
 
     def spawn(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run a task until it ends by itself or the session is closed."""
-        self._tasks.start_soon(run)
+        self._tasks.start_soon(self._run, run)
+
+    async def _run(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        try:
+            await run()
+        except Exception as error:  # noqa: BLE001 - for example of a logging handler of the user
+            # In a task group, it would end all other tasks, and the session.
+            message = "a task of promptlayer_exec failed"
+            self._loop.call_exception_handler({"message": message, "exception": error})
 
     def spawn_watch(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run a watch in the same way; it never raises, and there may be ten thousand."""
