@@ -305,7 +305,7 @@ def intents(url: str) -> int:
         return int(database.execute(query).fetchone()[0])
 
 
-async def test_a_start_that_cannot_leave_has_no_intent(
+async def test_a_start_that_cannot_be_sent_has_no_intent(
     batch_of: Callable[..., Batch], url: str
 ) -> None:
     """Whoever is killed while the server refuses connections leaves nothing unknown."""
