@@ -87,7 +87,7 @@ async def lose_one(world: World) -> None:
 
 
 async def test_a_callback_makes_an_unknown_item_one_that_is_followed(world: World) -> None:
-    """The token is stored with the intent; there is one POST in all, whoever gets the callback, and when."""
+    """The token is stored with the intent; there is one POST in all, whoever calls back when."""
     await lose_one(world)
     (token,) = world.tokens()
     assert world.row() == (1, "unknown", token)

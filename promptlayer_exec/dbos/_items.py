@@ -298,11 +298,12 @@ class Items:
     async def _rescue(self, item: Item, pending: PendingStart, *, is_taken: bool) -> None:
         """Keep the id of a run whose start could not be recorded."""
         if is_taken and pending.execution is not None:
-            adopt = partial(again.adopt, self._store, self._batch, key=item.key)
+            adopt = partial(
+                again.adopt, self._store, self._batch, key=item.key, attempt=item.attempt
+            )
             started = _result(pending.execution.id)
-            adopt = partial(adopt, attempt=item.attempt, token=pending.token, started=started)
             with suppress(ConfigurationError):
-                if await asyncio.to_thread(adopt):
+                if await asyncio.to_thread(adopt, token=pending.token, started=started):
                     logger.warning(
                         "execution %d was started for item %.100r while another worker took the"
                         " item over; it is followed",
