@@ -83,8 +83,7 @@ class SafetyNet:
                 return max(scheduled, self._known_at + min(floor, _SUBSCRIBING))
             return scheduled
         if since > self._known_at:
-            # One poll for what was missed; not due before `since`, or it would seem to be late.
-            return max(since, min(scheduled, self._known_at + floor))
+            return min(scheduled, self._known_at + floor)  # one poll for what was missed
         doublings = min(self._polls, 64) if self.subscription.has_announced else 0
         gap = max(_FIRST * 2.0**doublings, _TIMES_WAITED * self._waited)
         seldom = self._known_at + min(gap, _LONGEST)

@@ -254,7 +254,9 @@ class Watch:
         if is_cancelled():  # and a limiter, for example, suppressed it
             raise asyncio.CancelledError
         loop = asyncio.get_running_loop()
-        while (due := self._due(scheduled)) > loop.time():
+        # What is found out only now does not make the poll late, as waiting for the rate does.
+        earliest = loop.time()
+        while (due := max(self._due(scheduled), earliest)) > loop.time():
             self._alarm = loop.create_future()
             timer = loop.call_at(due, resolve, self._alarm)
             try:
@@ -262,6 +264,7 @@ class Watch:
             finally:
                 timer.cancel()
                 self._alarm = None
+            earliest = min(due, loop.time())
         self._is_pushed = self._woken_by == "push"
         if self._woken_by is not None:
             self._emit(WatchWoken(self.execution_id, self._woken_by))

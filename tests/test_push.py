@@ -364,6 +364,22 @@ class TestDelivery:
         assert server.log == [("POST", RUN), ("GET", RESULTS)]
         assert recorder.of(WatchWoken)[-1] == WatchWoken(execution.id, "push")
 
+    async def test_a_poll_that_was_put_off_is_not_late(
+        self, execution: Execution, server: Server, recorder: Any
+    ) -> None:
+        """Neither the one that a message leads to, nor the one after a gap."""
+        waiting = asyncio.create_task(execution.output())
+        await asyncio.sleep(0.2)
+        server.hold = {"connect"}
+        await server.drop()
+        await server.until(lambda: server.polls == 1)
+        await server.release()
+        await server.subscribed()
+        await asyncio.sleep(0.2)
+        await server.finish(execution.id)
+        assert await waiting == "42"
+        assert max(poll.lateness for poll in recorder.of(Polled)) < 0.1
+
     async def test_all_runs_of_a_workflow_share_one_subscription(
         self, open_pushed: Callable[..., Session], server: Server
     ) -> None:

@@ -111,11 +111,6 @@ def test_one_poll_covers_what_was_missed() -> None:
     assert due(net, 103.8) == 108.3
 
 
-def test_what_was_missed_is_not_due_before_the_subscription() -> None:
-    """The time that passed in the gap is no time for which the poll had to wait."""
-    assert due(SafetyNet(7, Stub(since=140.0), 100.0), 101.0) == 140.0
-
-
 def test_the_gaps_begin_anew_after_a_gap() -> None:
     """What push did before its connection was lost proves little."""
     subscription = Stub()
