@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Protocol
 
 import anyio
@@ -55,7 +56,10 @@ _CATCH_UP = 0.1
 
 
 class Throttle:
-    """Gives each HTTP attempt a slot, first come first served: first by rate, then by limiters.
+    """Gives each HTTP attempt a slot, first by rate, then by limiters.
+
+    They are served in the order in which they come, except for those that go first: the polls of
+    watches that were woken. Each of them most likely brings a result and frees a place.
 
     A 429 stops all requests for as long as the server asked for, and then slows them down. The
     rate recovers as a congestion window does in CUBIC (RFC 9438), TCP's congestion control:
@@ -80,6 +84,7 @@ class Throttle:
     def __init__(self, rate: float | None, limiters: Sequence[Limiter] = ()) -> None:
         self._max_rate = or_infinity(rate)
         self._limiters = limiters
+        self._queue = asyncio.Lock()
         self._lock = asyncio.Lock()
         # The lock alone does not say so: between two of those that wait, it is free for a moment.
         self._waiting = 0
@@ -93,8 +98,11 @@ class Throttle:
         self._t = 0.0
         self._t_updated_at = -math.inf
 
-    async def acquire(self) -> float:
-        """Wait for the next slot, take it, and return the time."""
+    async def acquire(self, *, first: bool = False) -> float:
+        """Wait for the next slot, take it, and return the time.
+
+        A request that goes `first` waits for one other at most, and for those that also go first.
+        """
         now = clock()
         waits = self._waiting > 0 or self._next_slot > now
         if not waits and not self._limiters:
@@ -102,7 +110,8 @@ class Throttle:
             return now
         self._waiting += 1
         try:
-            async with self._lock:
+            # Of those that do not go first, only one at a time waits for the lock.
+            async with nullcontext() if first else self._queue, self._lock:
                 await self._wait_for_slot()
                 for limiter in self._limiters:
                     try:

@@ -106,19 +106,21 @@ class Transport:
         due: float,
         once: SendOnce | None = None,
         timeout: NewTimeout = PatientTimeout,
+        first: bool = False,
     ) -> Reply[T]:
         """Send a request until there is a good answer, or the retries are used up.
 
         An error from `read` is handled like any other failure. `due` is when the request should be
         sent, on the event loop's clock; `once` is a request that must not be sent twice. Whatever
-        waits does so within a `timeout`.
+        waits does so within a `timeout`. A request that goes `first` does not wait for the rate
+        behind others.
         """
         answered = False
         try:
             while True:
                 try:
                     reply = await self._send(
-                        request, read, state, due=due, once=once, timeout=timeout
+                        request, read, state, due=due, once=once, timeout=timeout, first=first
                     )
                 except RequestError as error:
                     if (delay := self._delay(error, request, state, once)) is None:
@@ -144,6 +146,7 @@ class Transport:
         due: float,
         once: SendOnce | None,
         timeout: NewTimeout,
+        first: bool,
     ) -> Reply[T]:
         """Send a request once, when a connection is free and the rate allows it."""
         pool = self._pools.reads if once is None else self._pools.starts
@@ -153,7 +156,7 @@ class Transport:
                 timeout(soonest=due + self._settings.request_timeout) as limit,
                 pool.slots,
             ):
-                sent_at = await self._throttle.acquire()
+                sent_at = await self._throttle.acquire(first=first)
                 lateness = max(sent_at - due, 0.0)
                 state.excuse(lateness)
                 until = sent_at + self._settings.request_timeout

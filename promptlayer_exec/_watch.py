@@ -38,8 +38,11 @@ if TYPE_CHECKING:
 class Fetch(Protocol):
     """A function that requests an execution's node map, with retries."""
 
-    async def __call__(self, state: RetryState, *, due: float) -> Reply[NodeMap]:
-        """Return the answer to a request that is due at `due`, on the loop's clock."""
+    async def __call__(self, state: RetryState, *, due: float, first: bool) -> Reply[NodeMap]:
+        """Return the answer to a request that is due at `due`, on the loop's clock.
+
+        One that goes `first` does not wait for the rate behind others.
+        """
 
 
 def take_snapshot(
@@ -126,7 +129,7 @@ class Watch:
     # Resolved at the time of the next poll, or by a wake-up; None during a poll.
     _alarm: asyncio.Future[None] | None = attrs.field(init=False, default=None)
     _woken_by: WakeSource | None = attrs.field(init=False, default=None)
-    _is_pushed: bool = attrs.field(init=False, default=False)  # the poll in flight
+    _cause: WakeSource | None = attrs.field(init=False, default=None)  # of the poll in flight
     _woken_at: float = attrs.field(init=False, default=0.0)
     _no_wake_before: float = attrs.field(init=False, default=-math.inf)
 
@@ -265,7 +268,7 @@ class Watch:
                 timer.cancel()
                 self._alarm = None
             earliest = min(due, loop.time())
-        self._is_pushed = self._woken_by == "push"
+        self._cause = self._woken_by
         if self._woken_by is not None:
             self._emit(WatchWoken(self.execution_id, self._woken_by))
             self._woken_by = None
@@ -286,7 +289,7 @@ class Watch:
         # A separate method, so that a poll's locals are freed while the watch sleeps.
         if self._retries.failures:
             self._retries = RetryState(self._retry, self._retry.watch_outage)
-        reply = await self._fetch(self._retries, due=due)
+        reply = await self._fetch(self._retries, due=due, first=self._cause is not None)
         now = clock()
         previous = self.latest
         snapshot = take_snapshot(self.execution_id, reply, elapsed=now - started, previous=previous)
@@ -301,7 +304,7 @@ class Watch:
                 sent_at,
                 waited=reply.lateness,
                 complete=snapshot.complete,
-                pushed=self._is_pushed,
+                pushed=self._cause == "push",
             )
         self._notify(ended=snapshot.complete)
         self._emit(

@@ -415,6 +415,23 @@ class TestDelivery:
         assert await waiting == "42"
         assert (server.count(WEBSOCKET), server.polls) == (1, 2)
 
+    async def test_the_poll_for_a_message_goes_before_starts(
+        self, open_pushed: Callable[..., Session], server: Server
+    ) -> None:
+        """At a full rate, a result comes at once, and not after all that waits already."""
+        session = open_pushed(rate=20.0)
+        execution = await session.start("w")
+        await server.subscribed()
+        waiting = asyncio.create_task(execution.output())
+        starting = asyncio.create_task(session.collect([StartRequest("w")] * 20))
+        await server.until(lambda: server.count(RUN) == 2)
+        await server.finish(execution.id)
+        assert await waiting == "42"
+        assert server.count(RUN) <= 4
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+
     async def test_only_the_latest_runs_are_kept_in_mind(
         self, pushed: Session, server: Server, recorder: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -55,7 +55,7 @@ def test_until_push_has_announced_a_completion_it_is_tried() -> None:
 
 
 def test_where_requests_have_to_wait_polls_are_fewer() -> None:
-    """They would only make the polls of those wait that are complete; each minute there is one."""
+    """They would only make starts wait; each minute there is one."""
     net = SafetyNet(7, Stub(), 100.0, 0.8)
     assert due(net, 100.0) == 108.0
     polled(net, 108.0, waited=0.1)

@@ -439,6 +439,41 @@ async def test_nobody_overtakes_those_that_wait_after_a_late_timer() -> None:
 
 
 @in_virtual_time
+async def test_what_goes_first_waits_for_one_other_at_most() -> None:
+    """And for what came before it and goes first, too; the others keep their order."""
+    throttle = Throttle(100.0)
+    await throttle.acquire()
+    order: list[str] = []
+
+    async def acquire(name: str, *, first: bool = False) -> None:
+        await throttle.acquire(first=first)
+        order.append(name)
+
+    others = [acquire(name) for name in ("one", "two", "three")]
+    await asyncio.gather(*others, acquire("a", first=True), acquire("b", first=True))
+    assert order == ["one", "a", "b", "two", "three"]
+
+
+@in_virtual_time
+async def test_what_goes_first_starves_nobody() -> None:
+    """Of ten that always go first, each gets one slot before one that does not."""
+    throttle = Throttle(100.0)
+
+    async def flood() -> None:
+        while True:
+            await throttle.acquire(first=True)
+
+    floods = [asyncio.create_task(flood()) for _ in range(10)]
+    await asyncio.sleep(1.0)
+    started = now()
+    await throttle.acquire()
+    assert now() - started == pytest.approx(0.11, abs=0.011)
+    for task in floods:
+        task.cancel()
+    await asyncio.wait(floods)
+
+
+@in_virtual_time
 async def test_a_very_late_timer_is_made_up_for_within_bounds() -> None:
     """After the event loop was blocked for 5 s, the unused slots of 0.1 s are used at once."""
     throttle = Throttle(100.0)

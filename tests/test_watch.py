@@ -525,11 +525,13 @@ class Script:
 
     def __init__(self) -> None:
         self.dues: list[float] = []
+        self.firsts: list[bool] = []
         self.send, self._receive = anyio.create_memory_object_stream[Any](10)
 
-    async def __call__(self, state: Any, *, due: float) -> Any:
+    async def __call__(self, state: Any, *, due: float, first: bool) -> Any:
         """Return the next answer, or raise it if it is an error."""
         self.dues.append(due)
+        self.firsts.append(first)
         answer = await self._receive.receive()
         if isinstance(answer, Exception):
             raise answer
@@ -625,7 +627,10 @@ async def test_a_poller_without_followers_sends_nothing(script: Script) -> None:
 
 
 async def test_a_wake_up_during_a_poll_leads_to_one_more(script: Script) -> None:
-    """The answer on its way may be older than the news; however many wake-ups, one poll follows."""
+    """The answer on its way may be older than the news; however many wake-ups, one poll follows.
+
+    It goes first, where requests wait for the rate.
+    """
     watch = Watch(
         7,
         script,
@@ -646,6 +651,7 @@ async def test_a_wake_up_during_a_poll_leads_to_one_more(script: Script) -> None
         assert (await watch.completed(FOREVER)).complete
     assert len(script.dues) == 2
     assert script.dues[1] - script.dues[0] < 60.0
+    assert script.firsts == [False, True]
 
 
 async def test_a_watch_without_followers_ends_without_an_error(
