@@ -213,11 +213,10 @@ class Client:
             reply = await self.transport.call(http_request, read_started, state, due=now, once=once)
             self._recent_starts.add(reply.value.execution_id, request.workflow, now=clock())
             if self.push is not None:
-                sent_at = clock() - reply.duration
                 self.push.started(
                     request.workflow,
                     reply.value.execution_id,
-                    sent_at=sent_at,
+                    sent_at=reply.sent_at,
                     waited=reply.lateness,
                 )
             return reply.value

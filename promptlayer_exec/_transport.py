@@ -174,7 +174,8 @@ class Transport:
         else:
             self._throttle.answered()
         value = self._read(read, response)
-        return Reply(value, len(response.body), now - sent_at, lateness, response.retry_after)
+        size = len(response.body)
+        return Reply(value, size, sent_at, now - sent_at, lateness, response.retry_after)
 
     def _delay(
         self, error: RequestError, request: Request, state: RetryState, once: SendOnce | None

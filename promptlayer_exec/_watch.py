@@ -299,9 +299,8 @@ class Watch:
                 self._changed_at = now
         self.latest = snapshot
         if self._net is not None:
-            sent_at = now - reply.duration
             self._net.polled(
-                sent_at,
+                reply.sent_at,
                 waited=reply.lateness,
                 complete=snapshot.complete,
                 pushed=self._cause == "push",

@@ -77,10 +77,14 @@ class Response:
 
 @attrs.define
 class Reply(Generic[T]):
-    """The value of a successful response, with its measurements, which are those of `Polled`."""
+    """The value of a successful response, with the measurements of `Polled`.
+
+    `sent_at` is when its request was sent, on the event loop's clock.
+    """
 
     value: T
     body_bytes: int
+    sent_at: float
     duration: float
     lateness: float
     retry_after: float | None

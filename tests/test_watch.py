@@ -541,7 +541,14 @@ class Script:
         """Answer with a node map of one node."""
         node_map = NodeMap(complete, FrozenMap({"A": Node("A", status)}), {})
         self.send.send_nowait(
-            Reply(node_map, body_bytes=1, duration=0.0, lateness=0.0, retry_after=retry_after)
+            Reply(
+                node_map,
+                body_bytes=1,
+                sent_at=0.0,
+                duration=0.0,
+                lateness=0.0,
+                retry_after=retry_after,
+            )
         )
 
 
@@ -819,7 +826,7 @@ def test_times_of_nodes_that_disappeared_are_forgotten_in_the_end() -> None:
     for poll in range(1100):
         name = f"Node {poll}"
         nodes = {"stays": Node("stays", "RUNNING"), name: Node(name, "RUNNING")}
-        reply = Reply(NodeMap(False, FrozenMap(nodes), {}), 0, 0.0, 0.0, None)
+        reply = Reply(NodeMap(False, FrozenMap(nodes), {}), 0, 0.0, 0.0, 0.0, None)
         snapshot = take_snapshot(7, reply, elapsed=float(poll), previous=snapshot)
     assert snapshot is not None
     assert len(snapshot.times) == 1002
@@ -834,7 +841,7 @@ def test_long_names_of_nodes_that_disappeared_are_forgotten_sooner() -> None:
     for poll in range(30):
         name = f"{poll} " + "x" * 100_000
         reply = Reply(
-            NodeMap(False, FrozenMap({name: Node(name, "RUNNING")}), {}), 0, 0.0, 0.0, None
+            NodeMap(False, FrozenMap({name: Node(name, "RUNNING")}), {}), 0, 0.0, 0.0, 0.0, None
         )
         snapshot = take_snapshot(7, reply, elapsed=float(poll), previous=snapshot)
     assert snapshot is not None

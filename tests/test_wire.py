@@ -531,7 +531,7 @@ def test_requests_and_responses_have_slots():
     for value in (
         Request("GET", "/", 1),
         Response(200, b""),
-        Reply(1, body_bytes=2, duration=0.1, lateness=0.0, retry_after=None),
+        Reply(1, body_bytes=2, sent_at=0.0, duration=0.1, lateness=0.0, retry_after=None),
         read(RECORDED),
     ):
         assert not hasattr(value, "__dict__")
