@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import resource
 from collections.abc import AsyncIterator, Iterable
 from contextlib import closing
 from datetime import UTC, datetime
@@ -130,6 +131,25 @@ def test_a_last_line_that_a_crash_cut_is_mended(tmp_path: Path, rest: str) -> No
         for outcome in OUTCOMES:
             file.write(outcome)
     assert path.read_text().splitlines() == lines
+
+
+def test_a_line_that_cannot_be_written_is_an_error_that_says_so(tmp_path: Path) -> None:
+    """Also when the file is closed after it, and the next command mends the file."""
+    path = tmp_path / "out.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # as a disk that is full
+    try:
+        with (
+            pytest.raises(Misuse, match=r"^cannot write to .*out\.jsonl: File too large$"),
+            closing(LineFile(path)) as file,
+        ):
+            file.write(OUTCOMES[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.stat().st_size == 100
+    with closing(LineFile(path)) as file:
+        file.write(OUTCOMES[0])
+    assert path.read_text() == OUTCOMES[0].to_json() + "\n"
 
 
 async def test_a_csv_file_of_results(tmp_path: Path) -> None:

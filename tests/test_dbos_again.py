@@ -165,6 +165,23 @@ async def test_a_start_whose_item_was_taken_over_is_followed(
     assert (await outcomes(batch))["a"].output == 5
 
 
+async def test_a_run_whose_intent_is_lost_is_followed(
+    sim: Simulator, batch: Batch, url: str
+) -> None:
+    """Otherwise DBOS would end the item, nobody would finish it, and all work would wait for it."""
+    await batch.add([StartRequest("echo", {"n": 5}, key="a")])
+    sim.inject(Fault.delay(0.3))
+    working = asyncio.create_task(batch.work())
+    await sim.wait_for_requests(1)
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
+        assert database.execute("UPDATE promptlayer_item SET intent = NULL").rowcount == 1
+        database.commit()
+    async with asyncio.timeout(10):
+        assert (await working).succeeded == 1
+    (run,) = sim.runs
+    assert (await outcomes(batch))["a"].execution_id == run.execution_id
+
+
 async def test_the_id_of_a_start_that_cannot_be_followed_is_logged(
     sim: Simulator, batch: Batch, url: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -291,7 +291,10 @@ class LineFile:
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            try:
+                self._file.close()
+            except OSError as error:  # a line that could not be written is tried once more
+                raise _cannot_write(self.name, error) from error
 
 
 class TableFile:

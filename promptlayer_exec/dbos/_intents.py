@@ -2,8 +2,8 @@
 
 The intent is recorded just before the request is sent, and taken back if it was not sent. An item
 with an intent and no result of its start may have been started: it is unknown. Recording an intent
-is also what lets only one worker send the request of an item, and only the worker whose intent is
-there can record the result.
+is also what lets only one worker send the request of an item. If the intent of a worker is there,
+only that worker can record the result.
 """
 
 from __future__ import annotations
@@ -48,22 +48,22 @@ _TAKE_BACK = sa.text(
 )
 _RECORD_STARTS = sa.text(
     """
-    UPDATE promptlayer_item SET started = t.started
+    UPDATE promptlayer_item SET started = t.started, intent = t.token
     FROM unnest(
         CAST(:keys AS text[]), CAST(:attempts AS int[]), CAST(:tokens AS text[]),
         CAST(:started AS text[])
     ) AS t (key, attempt, token, started)
     WHERE promptlayer_item.batch = :batch AND promptlayer_item.key = t.key
         AND promptlayer_item.attempt = t.attempt AND promptlayer_item.kind IS NULL
-        AND promptlayer_item.intent = t.token
+        AND coalesce(promptlayer_item.intent, t.token) = t.token
     RETURNING t.token
     """
 )
 _RECORD_START = sa.text(
     """
-    UPDATE promptlayer_item SET started = :started
+    UPDATE promptlayer_item SET started = :started, intent = :token
     WHERE batch = :batch AND key = :key AND attempt = :attempt AND kind IS NULL
-        AND intent = :token
+        AND coalesce(intent, :token) = :token
     RETURNING intent
     """
 )
@@ -141,7 +141,8 @@ def write(store: Store, batch: str, intents: Sequence[Intent]) -> list[bool]:
 def write_started(store: Store, batch: str, starts: Sequence[Started]) -> list[bool]:
     """Record the results of starts; return for each whether it is recorded now.
 
-    One is not recorded if another worker has taken over its item.
+    One is not recorded if the item has an outcome, another worker's intent, or a later attempt:
+    then its DBOS workflow may end.
     """
 
     def write(connection: sa.Connection) -> set[str]:
