@@ -20,6 +20,7 @@ from promptlayer_exec._errors import (
 from promptlayer_exec._events import Emit, ExecutionStarted, StartFailed, logger
 from promptlayer_exec._models import StartRequest
 from promptlayer_exec._policies import Deadline
+from promptlayer_exec._repr import short_repr
 from promptlayer_exec._retry import RetryState
 from promptlayer_exec._tasks import foreign_cancellation, is_cancelled
 
@@ -197,8 +198,7 @@ class Start:
     def _judge(self, error: BaseException) -> BaseException:
         """Return the failure itself if it proves that no run started, else `StartUnknown`."""
         if not isinstance(error, RequestError):  # from a limiter, or a borrowed session's hook
-            reason = f"{type(error).__name__}: {error}"
-            return self._unknown(reason, error) if self.sent else error
+            return self._unknown(_text_of(error), error) if self.sent else error
         if isinstance(error, StatusError):
             is_lost = error.status >= 500 or error.status == HTTPStatus.REQUEST_TIMEOUT
         else:
@@ -257,8 +257,15 @@ class Start:
             log_unknown(error, self._request)
 
 
+def _text_of(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - the text of a user's error may be an error itself
+        return type(error).__name__
+
+
 def _key(request: StartRequest) -> str:
-    return "" if request.key is None else f" (key {request.key!r:.100})"
+    return "" if request.key is None else f" (key {short_repr(request.key)})"
 
 
 def log_unknown(error: StartUnknown, request: StartRequest) -> None:

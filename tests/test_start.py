@@ -998,6 +998,51 @@ async def test_a_foreign_error_after_the_request_was_sent_is_an_unknown_start(
             await caller
 
 
+class Unprintable(Exception):
+    """An error whose text is an error, as those of some libraries are."""
+
+    def __str__(self) -> str:
+        raise LookupError("no text")
+
+    __repr__ = __str__
+
+
+@pytest.mark.parametrize("is_sent", [True, False])
+async def test_an_error_without_a_text_ends_the_start(
+    begin: Callable[..., Any], *, is_sent: bool
+) -> None:
+    """It is raised, or named by its type."""
+    server = Server()
+
+    async def fail(state: RetryState, once: Start) -> Started:
+        if is_sent:
+            return await server.post(state, once)
+        raise Unprintable
+
+    server.answer.set_exception(Unprintable())
+    with pytest.raises(StartUnknown if is_sent else Unprintable) as caught:
+        await begin(fail)
+    if is_sent:
+        assert caught.value.reason == "Unprintable"  # type: ignore[attr-defined]
+
+
+async def test_the_log_of_an_abandoned_start_survives_a_key_without_a_repr(
+    sim: Simulator, session: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A row of an object-relational mapper has none after its transaction."""
+    sim.inject(Fault.delay(0.05))
+    request = StartRequest(NAME, key=Unprintable())
+    starting = asyncio.create_task(session.collect([request]))
+    await sim.wait_for_requests(1)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    await session.aclose()
+    (run,) = sim.runs
+    assert f"execution {run.execution_id} of workflow" in caplog.text
+    assert "(key <Unprintable instance at " in caplog.text
+
+
 async def test_an_unexpected_error_reaches_only_the_caller(begin: Callable[..., Any]) -> None:
     """It ends neither the session nor other starts."""
 
