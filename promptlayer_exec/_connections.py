@@ -219,6 +219,7 @@ class GuardedBody(aiohttp.Payload):
         self._body = body
         self._once = once
         self._until = until
+        self.is_held = False  # whether it waits for the permission to be sent
         self.used: asyncio.Transport | None = None
 
     @property
@@ -235,7 +236,9 @@ class GuardedBody(aiohttp.Payload):
     async def write(self, writer: AbstractStreamWriter) -> None:
         if self.used is not None:  # a borrowed session's middleware sends again
             raise ConnectionAbortedError("a start must not be sent twice")
+        self.is_held = True
         await self._once.before_send()
+        self.is_held = False
         if clock() >= self._until:  # the loop was stopped, and no time is left
             raise ConnectionAbortedError("the request timeout passed before the start was sent")
         self._once.mark_sent()

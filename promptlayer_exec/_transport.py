@@ -70,9 +70,14 @@ class NewTimeout(Protocol):
 
 @attrs.define(eq=False, repr=False)
 class Exchange:
-    """What arrived in one attempt, and why it ended early."""
+    """What arrived in one attempt, and why it ended early.
+
+    Attributes:
+        is_held: whether the request was about to be sent, and waited for permission.
+    """
 
     answer: aiohttp.ClientResponse | None = None
+    is_held: bool = False
     pieces: list[bytes] = attrs.field(factory=list)
     failure: BaseException | None = None
 
@@ -165,6 +170,10 @@ class Transport:
         except TimeoutError as error:
             if not limit.expired():
                 raise
+            if exchange.is_held:  # it is not the server's fault
+                seconds = self._settings.request_timeout
+                what = f"it was not sent within {seconds:g} s, because its before_send hook waited"
+                raise RequestTimeout(what) from error
             exchange.failure = error
         now = clock()
         response = self._response(exchange, once)
@@ -296,6 +305,7 @@ class Transport:
             exchange.failure = error  # this task was not cancelled, only something that it awaited
         finally:
             if data is not None:  # its connection is not used again
+                exchange.is_held = data.is_held
                 abort(data.used)
 
     def _url(self, request: Request) -> URL:

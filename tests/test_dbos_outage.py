@@ -474,6 +474,112 @@ async def test_a_shared_rate_without_its_database_ends_the_work_with_the_databas
         await batch.work()
 
 
+@contextmanager
+def locked(url: str) -> Iterator[None]:
+    """Lock a SQLite file, as a database browser with unsaved changes does."""
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
+        database.execute("BEGIN IMMEDIATE")
+        yield
+
+
+@pytest.fixture
+def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(databases, "RETRY_FOR", 0.5)
+    monkeypatch.setitem(databases._SQLITE_OPTIONS, "timeout", 0.05)
+    monkeypatch.setattr(connectors, "_CONTENTION", 0.2)
+    monkeypatch.setattr(liveness, "HEARTBEAT_INTERVAL", 0.02)
+    monkeypatch.setattr(liveness, "DEAD_AFTER", 0.1)
+    for module in (connectors, workers):
+        monkeypatch.setattr(module, "PATIENCE_AT_END", 0.3)
+
+
+@pytest.mark.usefixtures("_short_patience")
+@pytest.mark.parametrize("rate", [None, 100.0])
+async def test_a_file_that_stays_locked_ends_the_work_in_time(
+    sim: Simulator,
+    batch_of: Callable[..., Batch],
+    url: str,
+    rate: float | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """All that wait for it have one patience together; nothing is lost, and nothing twice."""
+    batch = batch_of(rate=rate)
+    await batch.add(requests(20))
+    working = asyncio.create_task(batch.work())
+    await until(lambda: len(sim.runs) >= 5)
+    with locked(url):
+        async with asyncio.timeout(5):
+            with pytest.raises(ConfigurationError, match="cannot be used: database is locked"):
+                await working
+    assert "cannot be written: database is locked; trying again for up to 0.5 s" in caplog.text
+    status = await batch.work()
+    assert status.finished == 20
+    ids = [run.execution_id for run in sim.runs]
+    stored = [outcome.execution_id async for outcome in batch.outcomes()]
+    assert all(each in stored or f"execution {each} was started" in caplog.text for each in ids)
+    assert most_starts(sim) == 1
+
+
+@pytest.mark.usefixtures("_short_patience")
+async def test_work_on_a_locked_file_can_be_interrupted(
+    sim: Simulator, batch_of: Callable[..., Batch], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before it would give up, and so can adding."""
+    monkeypatch.setattr(databases, "RETRY_FOR", 60.0)
+    batch = batch_of()
+    await batch.add(requests(20))
+    working = asyncio.create_task(batch.work())
+    await until(lambda: len(sim.runs) >= 5)
+    with locked(url):
+        for call in (lambda: working, lambda: asyncio.create_task(batch.add(requests(30)))):
+            calling = call()
+            await asyncio.sleep(0.1)
+            calling.cancel()
+            async with asyncio.timeout(5):
+                with pytest.raises(asyncio.CancelledError):
+                    await calling
+
+
+@pytest.mark.usefixtures("_short_patience")
+async def test_work_goes_on_when_the_file_is_unlocked(
+    sim: Simulator, batch_of: Callable[..., Batch], url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever was tried meanwhile is done once."""
+    batch = batch_of()
+    await batch.add(requests(20))
+    working = asyncio.create_task(batch.work())
+    await until(lambda: len(sim.runs) >= 5)
+    with locked(url):
+        await until(lambda: "cannot be written" in caplog.text)
+    assert (await working).succeeded == 20
+    assert "can be written again" in caplog.text
+    assert most_starts(sim) == 1
+
+
+def test_all_calls_that_write_share_one_patience(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk, one call in turn after another would each have its own."""
+    monkeypatch.setattr(databases, "RETRY_FOR", 0.3)
+    monkeypatch.setattr(databases, "_RETRY_INTERVAL", 0.01)
+    tried = []
+
+    def work(_connection: sa.Connection) -> None:
+        tried.append(time.monotonic())
+        raise sa.exc.OperationalError("update", None, Exception("disk is full"))
+
+    with closing(Store(check_url(url))) as store:
+        with pytest.raises(ConfigurationError, match="disk is full"):
+            store.transact(work)
+        assert len(tried) > 1
+        tried.clear()
+        with pytest.raises(ConfigurationError, match="disk is full"):
+            store.transact(work)
+        assert len(tried) == 1
+        store.transact(lambda _: None)
+        with pytest.raises(ConfigurationError, match="disk is full"):
+            store.transact(work)
+        assert len(tried) > 2
+
+
 def test_a_server_that_became_a_standby_is_waited_for(url: str) -> None:
     """`mark_lost_connections` calls its error a lost connection."""
     error = sa.exc.InternalError("update", None, Exception("read-only"))

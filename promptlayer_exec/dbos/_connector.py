@@ -1,14 +1,16 @@
-"""The connections to the database, and what happens while they cannot be made."""
+"""The connections to the database, and what happens while there are none, or the file is locked."""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -20,6 +22,12 @@ logger = logging.getLogger("promptlayer_exec")
 # Seconds between two attempts, and between two checks whether they are still wanted.
 _INTERVAL = 0.5
 _STEP = 0.1
+# Seconds that a database which cannot be used may keep a call that is cancelled.
+PATIENCE_AT_END = 5.0
+# Seconds for which workers that write to one SQLite file may lock each other out.
+_CONTENTION = 5.0
+# Seconds without a failure after which the next one is another trouble; a failure may take 10.
+_FORGOTTEN_AFTER = 30.0
 # Without these, a connection over which nothing comes any more keeps its thread for many minutes.
 # In seconds, except for the one in milliseconds.
 POSTGRES_OPTIONS = {
@@ -41,30 +49,85 @@ class DatabaseLost(Exception):
 
 
 @attrs.define(eq=False)
+class Trouble:
+    """What fails for all threads that use a database, and since when."""
+
+    _shown: str  # the database, without its password
+    _what: str  # the database cannot be ...
+    _grace: float  # seconds before it is logged
+    _since: float | None = attrs.field(init=False, default=None)
+    _last: float = attrs.field(init=False, default=0.0)
+    _is_logged: bool = attrs.field(init=False, default=False)
+    _lock: threading.Lock = attrs.field(init=False, factory=threading.Lock)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it has been there for longer than the grace."""
+        since = self._since
+        return since is not None and self._last - since >= self._grace
+
+    def failed(self, reason: str, patience: float) -> float:
+        """Record a failure; return when the first one was."""
+        now = time.monotonic()
+        with self._lock:
+            if self._since is None or now - self._last > _FORGOTTEN_AFTER:
+                self._since, self._is_logged = now, False
+            since, self._last = self._since, now
+            is_news = self.lasts and not self._is_logged and now < since + patience
+            self._is_logged = self._is_logged or is_news
+        if is_news:
+            text = "the database %s cannot be %s: %.300s; trying again for up to %g s"
+            logger.warning(text, self._shown, self._what, reason, patience)
+        return since
+
+    def ended(self) -> None:
+        """Record that it works."""
+        if self._since is None:
+            return
+        with self._lock:
+            was_logged, self._is_logged, self._since = self._is_logged, False, None
+        if was_logged:
+            logger.warning("the database %s can be %s again", self._shown, self._what)
+
+
+@attrs.define(eq=False)
 class Connector:
     """Makes an engine's connections: where one cannot be made, it waits, and then gives up.
 
-    All threads that need the database wait here, those of DBOS too, so that all of them end in
-    time. `abandon` ends them at once.
+    It also waits while another program has locked a SQLite file. All threads that need the database
+    wait here, those of DBOS too, so that all of them end in time. `abandon` ends them at once.
+
+    Attributes:
+        patience: the seconds for which a trouble may last, for all threads together.
+        writing: the trouble with transactions.
     """
 
-    _shown: str  # the database, without its password
-    patience: float  # seconds, from the first connection that could not be made
+    _shown: str
+    patience: float
     _is_cancelled: Callable[[], bool]  # whether the call that needs the connection is cancelled
-    _failing_since: float | None = attrs.field(init=False, default=None)
+    writing: Trouble = attrs.field(init=False)
+    _reaching: Trouble = attrs.field(init=False)
     _abandoned: threading.Event = attrs.field(init=False, factory=threading.Event)
     _lock: threading.Lock = attrs.field(init=False, factory=threading.Lock)
     _connections: WeakSet[psycopg.Connection[Any]] = attrs.field(init=False, factory=WeakSet)
+
+    def __attrs_post_init__(self) -> None:
+        self.writing = Trouble(self._shown, "written", _CONTENTION)
+        self._reaching = Trouble(self._shown, "reached", 0.0)
 
     def attach(self, engine: sa.Engine) -> None:
         """Make the connections of an engine from now on."""
         sa.event.listen(engine, "do_connect", self.connect)
         sa.event.listen(engine, "handle_error", self._translate)
+        if engine.dialect.name == "sqlite":
+            sa.event.listen(engine, "do_execute", partial(self._execute, sqlite3.Cursor.execute))
+            many = partial(self._execute, sqlite3.Cursor.executemany)
+            sa.event.listen(engine, "do_executemany", many)
 
     @property
     def is_failing(self) -> bool:
-        """Whether the last attempt to make a connection failed."""
-        return self._failing_since is not None
+        """Whether no connection can be made, or nothing has been written for some seconds."""
+        return self._reaching.lasts or self.writing.lasts
 
     def abandon(self) -> None:
         """Make every use of the database fail from now on, also one that is under way."""
@@ -91,26 +154,19 @@ class Connector:
             try:
                 connection = dialect.connect(*args, **options)
             except dialect.loaded_dbapi.OperationalError as error:
-                self._failed(error)
+                self._wait(error)
             else:
-                self._succeeded()
+                self._reaching.ended()
                 if isinstance(connection, psycopg.Connection):
                     with self._lock:
                         self._connections.add(connection)
                 return connection
 
-    def _failed(self, error: Exception) -> None:
+    def _wait(self, error: Exception) -> None:
         """Wait a little, or raise `DatabaseLost`."""
+        reason = reason_of(error)
+        since = self._reaching.failed(reason, self.patience)
         now = time.monotonic()
-        with self._lock:
-            is_first = self._failing_since is None
-            since = self._failing_since = (
-                now if self._failing_since is None else self._failing_since
-            )
-        reason = " ".join(str(error).split())
-        if is_first and self.patience > 0:
-            text = "the database %s cannot be reached: %.300s; trying again for up to %g s"
-            logger.warning(text, self._shown, reason, self.patience)
         until = min(now + _INTERVAL, since + self.patience)
         if until <= now:
             raise DatabaseLost(reason) from error
@@ -118,12 +174,44 @@ class Connector:
             if self._abandoned.wait(_STEP) or self._is_cancelled():
                 raise DatabaseLost(reason) from error
 
-    def _succeeded(self) -> None:
-        with self._lock:
-            was_failing, self._failing_since = self._failing_since is not None, None
-        if was_failing:
-            logger.warning("the database %s can be reached again", self._shown)
+    def _execute(
+        self,
+        execute: Callable[[sqlite3.Cursor, str, Any], object],
+        cursor: sqlite3.Cursor,
+        statement: str,
+        parameters: Any,
+        _context: Any,
+    ) -> bool:
+        """Execute a statement for SQLAlchemy; wait until another program unlocks the file.
+
+        SQLite's own wait could not be ended.
+
+        Raises:
+            DatabaseLost: it was locked for too long, or is not wanted any more.
+        """
+        if cursor.connection.in_transaction:  # which has locked the file
+            return False
+        while True:
+            try:
+                execute(cursor, statement, parameters)
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                    raise
+                cursor.connection.rollback()  # of what this statement began
+                since = self.writing.failed(reason_of(error), self.patience)
+                patience = self.patience
+                if self._is_cancelled():
+                    patience = min(patience, PATIENCE_AT_END)
+                if self._abandoned.is_set() or time.monotonic() >= since + patience:
+                    raise DatabaseLost(reason_of(error)) from error
+            else:
+                return True
 
     def _translate(self, context: sa.ExceptionContext) -> None:
         if self._abandoned.is_set():
             raise DatabaseLost("the work was ended") from context.original_exception
+
+
+def reason_of(error: Exception) -> str:
+    """Return what an error of the database says, on one line."""
+    return " ".join(str(getattr(error, "orig", None) or error).split())

@@ -17,7 +17,13 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.schema import CreateColumn
 
 from promptlayer_exec import ConfigurationError
-from promptlayer_exec.dbos._connector import POSTGRES_OPTIONS, Connector, DatabaseLost
+from promptlayer_exec.dbos._connector import (
+    POSTGRES_OPTIONS,
+    Connector,
+    DatabaseLost,
+    Trouble,
+    reason_of,
+)
 from promptlayer_exec.dbos._dbos_internals import mark_lost_connections, migrate
 from promptlayer_exec.dbos._location import shown
 from promptlayer_exec.dbos._tables import tables as _tables
@@ -27,8 +33,9 @@ T = TypeVar("T")
 # Seconds for which calls are retried while the database cannot be reached, and between two tries.
 RETRY_FOR = 90.0
 _RETRY_INTERVAL = 0.5
-# Writing transactions lock the file when they begin, and wait for each other for up to 30 s.
-_SQLITE_OPTIONS = {"isolation_level": "IMMEDIATE", "timeout": 30.0}
+# Writing transactions lock the file when they begin. A call of SQLite waits so many seconds for the
+# others, and cannot be interrupted; `Connector` repeats it.
+_SQLITE_OPTIONS = {"isolation_level": "IMMEDIATE", "timeout": 1.0}
 _CREATE_TABLES_LOCK = 0x70726F6D707479
 # A worker has one more to PostgreSQL, on which DBOS listens. Calls wait for a connection as long as
 # they would retry.
@@ -136,20 +143,33 @@ class Database:
 
     def reading(self) -> sa.Connection:
         """Return a connection for one query, without the round trips of a transaction."""
-        return self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        connection = self.engine.connect()
+        # SQLite begins no transaction to read, and SQLAlchemy would not set "IMMEDIATE" again.
+        return (
+            connection
+            if self.is_sqlite
+            else connection.execution_options(isolation_level="AUTOCOMMIT")
+        )
 
     def transact(self, work: Callable[[sa.Connection], T], *, once: bool = False) -> T:
         """Do some work in one transaction."""
 
         def transact() -> T:
             with self.engine.begin() as connection:
-                return work(connection)
+                done = work(connection)
+            self.connector.writing.ended()
+            return done
 
-        return self.retry(transact, once=once)
+        return self.retry(transact, once=once, trouble=self.connector.writing)
 
-    def retry(self, work: Callable[[], T], *, once: bool = False) -> T:
-        """Call a function, again and again while the database cannot be reached, unless `once`."""
-        give_up = time.monotonic() + (0.0 if once else RETRY_FOR)
+    def retry(
+        self, work: Callable[[], T], *, once: bool = False, trouble: Trouble | None = None
+    ) -> T:
+        """Call a function, again and again while the database cannot be reached, unless `once`.
+
+        With a `trouble`, all calls that meet it have one patience together: some wait in turn.
+        """
+        since = time.monotonic()
         while True:
             try:
                 return work()
@@ -157,9 +177,14 @@ class Database:
                 may_pass = isinstance(error, exc.OperationalError | exc.InterfaceError) or (
                     isinstance(error, exc.DBAPIError) and error.connection_invalidated
                 )
-                stop = _stop_retrying.get(self.stop_retrying)
-                if not may_pass or time.monotonic() >= give_up or stop.wait(_RETRY_INTERVAL):
-                    raise self._unusable(error) from error
+                if may_pass and not once:
+                    patience = self.connector.patience
+                    if trouble is not None:
+                        since = trouble.failed(reason_of(error), patience)
+                    stop = _stop_retrying.get(self.stop_retrying)
+                    if time.monotonic() < since + patience and not stop.wait(_RETRY_INTERVAL):
+                        continue
+                raise self._unusable(error) from error
 
     def explain(self, error: Exception) -> Exception:
         """Return an error as the caller should get it: no raw error of the database."""
@@ -172,7 +197,6 @@ class Database:
         return error
 
     def _unusable(self, error: Exception) -> ConfigurationError:
-        reason = str(getattr(error, "orig", None) or error).strip()
         return ConfigurationError(
-            f"the database {shown(self.engine.url)} cannot be used: {reason:.300}"
+            f"the database {shown(self.engine.url)} cannot be used: {reason_of(error):.300}"
         )

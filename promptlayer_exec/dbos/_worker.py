@@ -16,6 +16,7 @@ import attrs
 from dbos import DBOS, DBOSPortableJSONSerializer
 
 from promptlayer_exec import ConfigurationError, Session
+from promptlayer_exec.dbos._connector import PATIENCE_AT_END
 from promptlayer_exec.dbos._dbos_internals import log_quietly, stop_dequeuing
 from promptlayer_exec.dbos._items import Items, suspend
 from promptlayer_exec.dbos._liveness import Liveness
@@ -34,8 +35,6 @@ _DRAIN_TIMEOUT = 60.0
 _THREADS = 16
 # Seconds for which no item may come while all others wait for the server, before the work ends.
 _IDLE = 3.0
-# Seconds that a database which cannot be reached may keep a worker that stops.
-_PATIENCE_AT_END = 5.0
 
 
 @attrs.define(eq=False)
@@ -156,7 +155,7 @@ class Worker:
             self._is_stopping = True
 
     async def _shut_down(self) -> None:
-        self._store.connector.patience = _PATIENCE_AT_END
+        self._store.connector.patience = PATIENCE_AT_END
         self._items.close()
         try:
             if self._owns_session:
