@@ -74,6 +74,9 @@ class Database:
     def prepare(self) -> None:
         """Create the tables that are missing, without retrying."""
         try:
+            if self.is_sqlite:  # DBOS would wait for a locked file, too, but could not be ended
+                with self.engine.begin() as connection:
+                    connection.exec_driver_sql("BEGIN IMMEDIATE")
             migrate(self.url)
             with self.engine.begin() as connection:
                 # Two processes that create the same table at once would collide.
@@ -156,8 +159,11 @@ class Database:
 
         def transact() -> T:
             with self.engine.begin() as connection:
+                before = _changes(connection)
                 done = work(connection)
-            self.connector.writing.ended()
+                has_written = _changes(connection) != before
+            if has_written or not self.is_sqlite:
+                self.connector.writing.ended()
             return done
 
         return self.retry(transact, once=once, trouble=self.connector.writing)
@@ -200,3 +206,8 @@ class Database:
         return ConfigurationError(
             f"the database {shown(self.engine.url)} cannot be used: {reason_of(error):.300}"
         )
+
+
+def _changes(connection: sa.Connection) -> int:
+    """Return how many rows a connection to SQLite has changed; to change none proves nothing."""
+    return getattr(connection.connection.dbapi_connection, "total_changes", 0)
