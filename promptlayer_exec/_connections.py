@@ -239,13 +239,23 @@ class GuardedBody(aiohttp.Payload):
         self.is_held = True
         await self._once.before_send()
         self.is_held = False
+        stream = cast(aiohttp.http.StreamWriter, writer)
+        protocol = cast("ResponseHandler", stream.protocol)
+        await _read_what_arrived(stream.transport, protocol)
         if clock() >= self._until:  # the loop was stopped, and no time is left
             raise ConnectionAbortedError("the request timeout passed before the start was sent")
         self._once.mark_sent()
-        stream = cast(aiohttp.http.StreamWriter, writer)
         self.used = stream.transport
-        cast("ResponseHandler", stream.protocol).force_close()
+        protocol.force_close()
         await writer.write(self._body)
+
+
+async def _read_what_arrived(
+    transport: asyncio.Transport | None, protocol: ResponseHandler
+) -> None:
+    """Let the loop read what has arrived before a start is sent: an answer cancels this task."""
+    while len(protocol) or (transport is not None and _is_readable(transport)):  # noqa: ASYNC110 - a step each
+        await asyncio.sleep(0)
 
 
 class PermanentFailure(aiohttp.ClientError):

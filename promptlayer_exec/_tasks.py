@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Coroutine
-from typing import Any, Self
+from typing import Any, Self, cast
 
 
 def clock() -> float:
@@ -40,6 +40,8 @@ _LATE = 0.05
 _LONGEST_READ = 1.0
 # Rounding may let a timer fire a little early.
 _EARLY = 0.001
+# A cancellation that was suppressed is repeated after so many seconds.
+_AGAIN = 1.0
 
 
 class PatientTimer:
@@ -81,24 +83,31 @@ class PatientTimer:
 class PatientTimeout(PatientTimer):
     """`asyncio.timeout_at` with a `PatientTimer`; enter it at once.
 
+    If what runs within it suppresses the cancellation, it is cancelled again.
+
     Args:
         at: the time, on the running loop's clock; infinity: no limit.
         soonest: when the timer first looks at the time; until then, `end_by` costs nothing.
     """
 
-    __slots__ = ("_timeout",)
+    __slots__ = ("_repeated", "_task", "_timeout")
 
     def __init__(self, at: float = math.inf, *, soonest: float = math.inf) -> None:
         super().__init__(min(at, soonest), self.expire)
         self._at = at
         self._timeout = asyncio.timeout(None)
+        self._task: asyncio.Task[Any]
+        self._repeated = 0
 
     async def __aenter__(self) -> Self:
+        self._task = cast("asyncio.Task[Any]", asyncio.current_task())
         await self._timeout.__aenter__()
         return self
 
     async def __aexit__(self, *exc_info: Any) -> None:  # noqa: PYI036 - handed on
         self.cancel()
+        for _ in range(self._repeated):
+            self._task.uncancel()
         await self._timeout.__aexit__(*exc_info)
 
     def end_by(self, at: float) -> None:
@@ -113,9 +122,21 @@ class PatientTimeout(PatientTimer):
         """Expire now, unless it has expired already."""
         if not self.expired():
             self._timeout.reschedule(0.0)
+            self.cancel()
+            self._handle = self._loop.call_later(_AGAIN, self._repeat)
+
+    def _repeat(self) -> None:
+        self._repeated += 1
+        self._task.cancel()
+        self._handle = self._loop.call_later(_AGAIN, self._repeat)
 
     def expired(self) -> bool:
         return self._timeout.expired()
+
+    def check(self) -> None:
+        """Raise `TimeoutError` if it has expired, and the cancellation was suppressed."""
+        if self.expired():
+            raise TimeoutError
 
     def has_passed(self, at: float) -> bool:
         """Return True if a time has passed, for a timer."""

@@ -162,6 +162,7 @@ class Transport:
                 pool.slots,
             ):
                 sent_at = await self._throttle.acquire(first=first)
+                limit.check()
                 lateness = max(sent_at - due, 0.0)
                 state.excuse(lateness)
                 until = sent_at + self._settings.request_timeout

@@ -387,9 +387,10 @@ async def test_a_middleware_must_not_replace_the_body_of_a_start(peer: Peer) -> 
     assert (peer.posts(), caught.value.attempts) == (0, 1)
 
 
-@pytest.mark.parametrize("status", [201, 408, 429, 503])
+@pytest.mark.parametrize("is_read", [True, False], ids=["read by the loop", "still in the socket"])
+@pytest.mark.parametrize("status", [201, 408, 429, 503, None])
 async def test_what_arrives_before_a_start_is_sent_is_not_its_answer(
-    peer: Peer, status: int
+    peer: Peer, *, status: int | None, is_read: bool
 ) -> None:
     """The start is sent on another connection, once; a proxy may tire of a slow hook."""
 
@@ -402,8 +403,13 @@ async def test_what_arrives_before_a_start_is_sent_is_not_its_answer(
             self.calls.append("before_send")
             if len(self.calls) == 1:
                 (writer,) = peer.writers
-                writer.write(answer(status, {"workflow_version_execution_id": 666}))
-                await asyncio.Event().wait()
+                if status is None:  # the connection ends
+                    writer.transport.abort()
+                    await asyncio.sleep(0)  # asyncio closes the socket in the next step
+                else:
+                    writer.write(answer(status, {"workflow_version_execution_id": 666}))
+                if is_read:
+                    await asyncio.Event().wait()
 
         async def not_sent(self) -> None:
             """Keep the call."""

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import UserDict
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import aiohttp
@@ -775,3 +775,52 @@ def test_only_one_of_many_threads_gets_the_session(
         thread.join()
     assert ended.count("fine") == 1
     assert sum("open in another event loop" in text for text in ended) == 15
+
+
+@pytest.mark.parametrize("close", [False, True])
+@pytest.mark.parametrize("suppressed_by", ["limiter", "middleware"])
+async def test_a_call_ends_in_time_even_if_its_cancellation_is_suppressed(
+    sim: Simulator, monkeypatch: pytest.MonkeyPatch, *, suppressed_by: str, close: bool
+) -> None:
+    """As `asyncio.wait_for` of Python 3.11 does at times; no cancellation stays pending."""
+    monkeypatch.setattr("promptlayer_exec._tasks._AGAIN", 0.05)
+    waits = asyncio.Event()
+
+    async def suppress_one() -> None:
+        waits.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    class Limiter:
+        async def acquire(self) -> None:
+            if suppressed_by == "limiter":
+                await suppress_one()
+
+    async def middleware(
+        request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+    ) -> aiohttp.ClientResponse:
+        if suppressed_by == "middleware":
+            await suppress_one()
+        return await handler(request)
+
+    async def call() -> int:
+        with pytest.raises(SessionClosed if close else ExecutionTimeout):
+            await session.get_results(7)
+        task = asyncio.current_task()
+        assert task is not None
+        return task.cancelling()
+
+    sim.inject(Fault.stall())
+    timeout = None if close else 0.05
+    async with (
+        aiohttp.ClientSession(middlewares=[middleware]) as http,
+        Session(
+            sim.api_key, base_url=sim.base_url, limiter=Limiter(), http=http, wait_timeout=timeout
+        ) as session,
+    ):
+        calling = asyncio.create_task(call())
+        await waits.wait()
+        if close:
+            await session.aclose()
+        assert await calling == 0
+    assert sim.request_count == (suppressed_by == "middleware")
