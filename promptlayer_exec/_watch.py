@@ -130,6 +130,8 @@ class Watch:
     _alarm: asyncio.Future[None] | None = attrs.field(init=False, default=None)
     _woken_by: WakeSource | None = attrs.field(init=False, default=None)
     _cause: WakeSource | None = attrs.field(init=False, default=None)  # of the poll in flight
+    # Until a woken poll finds no completion: those of many watches would leave others no slots.
+    _goes_first: bool = attrs.field(init=False, default=True)
     _woken_at: float = attrs.field(init=False, default=0.0)
     _no_wake_before: float = attrs.field(init=False, default=-math.inf)
 
@@ -289,7 +291,8 @@ class Watch:
         # A separate method, so that a poll's locals are freed while the watch sleeps.
         if self._retries.failures:
             self._retries = RetryState(self._retry, self._retry.watch_outage)
-        reply = await self._fetch(self._retries, due=due, first=self._cause is not None)
+        is_woken = self._cause is not None
+        reply = await self._fetch(self._retries, due=due, first=is_woken and self._goes_first)
         now = clock()
         previous = self.latest
         snapshot = take_snapshot(self.execution_id, reply, elapsed=now - started, previous=previous)
@@ -305,6 +308,8 @@ class Watch:
                 complete=snapshot.complete,
                 pushed=self._cause == "push",
             )
+        if is_woken and not snapshot.complete:
+            self._goes_first = False
         self._notify(ended=snapshot.complete)
         self._emit(
             Polled(

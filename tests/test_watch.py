@@ -633,11 +633,8 @@ async def test_a_poller_without_followers_sends_nothing(script: Script) -> None:
     assert script.dues == events == []
 
 
-async def test_a_wake_up_during_a_poll_leads_to_one_more(script: Script) -> None:
-    """The answer on its way may be older than the news; however many wake-ups, one poll follows.
-
-    It goes first, where requests wait for the rate.
-    """
+def make_watch(script: Script) -> Watch:
+    """Return a watch with a follower that polls only when it is woken."""
     watch = Watch(
         7,
         script,
@@ -647,6 +644,31 @@ async def test_a_wake_up_during_a_poll_leads_to_one_more(script: Script) -> None
         on_end=lambda watch: None,
     )
     watch.add_follower()
+    return watch
+
+
+async def test_a_woken_poll_that_finds_no_completion_was_the_last_to_go_first(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If hundreds of watches are woken all the time, starts and other polls still get slots."""
+    monkeypatch.setattr("promptlayer_exec._watch._WAKE_GAP", 0.0)
+    watch = make_watch(script)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(watch.run())
+        for complete in (False, False, False, True):
+            await one_step()
+            script.answer("RUNNING", complete=complete)
+            watch.wake("webhook")
+        assert (await watch.completed(FOREVER)).complete
+    assert script.firsts == [False, True, False, False]
+
+
+async def test_a_wake_up_during_a_poll_leads_to_one_more(script: Script) -> None:
+    """The answer on its way may be older than the news; however many wake-ups, one poll follows.
+
+    It goes first, where requests wait for the rate.
+    """
+    watch = make_watch(script)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(watch.run())
         await one_step()
