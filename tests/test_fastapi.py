@@ -519,6 +519,16 @@ async def test_an_allowed_workflow_is_started(sim: Simulator, session: Session) 
     assert [run.inputs for run in sim.runs] == [{"topic": "otters"}]
 
 
+async def test_the_warning_of_a_start_is_passed_on(sim: Simulator, session: Session) -> None:
+    """Only the server knows that an input is missing; the run was started all the same."""
+    sim.add_workflow("report", Scenario([SimNode("Report")]), inputs={"topic": "string"})
+    async with connect(make_app(session, workflows=["report"])) as client:
+        response = await client.post("/executions", json={"workflow": "report"})
+    warning = "Missing input variables: topic"
+    assert response.status_code == 201
+    assert response.json() == {"execution_id": "1001", "warning": warning}
+
+
 @pytest.mark.parametrize(
     ("body", "status"),
     [

@@ -358,7 +358,7 @@ async def test_near_names_are_suggested(workspace: Simulator, connect: Connect) 
     async with connect() as client:
         for tool in ("describe_workflow", "start_workflow"):
             text = await refused(client, tool, workflow="write_report")
-            assert "Did you mean 'write report'?" in text
+            assert "no workflow is named 'write_report'; did you mean 'write report'?" in text
         text = await refused(
             client, "start_workflow", workflow="write report", inputs={"Topik": 1, "rows": []}
         )
@@ -449,6 +449,43 @@ async def test_only_named_workflows_are_known(workspace: Simulator, connect: Con
         with pytest.raises(MCPError, match="there is no tool 'run_other'; the tools are: list_"):
             await client.call_tool("run_other", {})
     assert workspace.runs == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_name_that_the_server_was_started_with_may_be_misspelt(
+    workspace: Simulator, connect: Connect, mode: str
+) -> None:
+    """Each tool says so, and which name was perhaps meant; an id can be wrong, too."""
+    problem = "no workflow is named 'write-reprot'; did you mean 'write report'?"
+    async with connect("write-reprot", "77", mode=mode) as client:
+        listed = await call(client, "list_workflows")
+        assert listed["workflows"] == []
+        assert listed["message"].startswith(f"0 workflows. {problem} no workflow has the id '77'.")
+        for tool, arguments in (
+            ("run_write-reprot", {"inputs": INPUTS}),
+            ("start_workflow", {"workflow": "write-reprot"}),
+            ("describe_workflow", {"workflow": "write-reprot"}),
+        ):
+            text = await refused(client, tool, **arguments)
+            assert text.startswith(problem)
+            assert text.endswith("started with that name: ask the user to correct it.")
+    assert workspace.runs == []
+
+
+async def test_a_server_that_does_not_answer_leaves_inputs_unknown(
+    workspace: Simulator,
+    connect: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The tools are listed all the same, and the log says why they lack the inputs."""
+    monkeypatch.setattr("promptlayer_exec.mcp._calls._DEFINITION_TIMEOUT", 0.05)
+    workspace.inject(Fault.stall())
+    async with connect("write report") as client:
+        tools = (await client.list_tools()).tools
+    assert tools[-1].name == "run_write_report"
+    problem = "the inputs of workflow 'write report' are not known: there was no answer within "
+    assert f"{problem}0.05 s" in caplog.messages
 
 
 async def test_a_named_workflow_is_run_by_its_tool(workspace: Simulator, connect: Connect) -> None:
@@ -747,6 +784,11 @@ async def test_the_program_of_the_page_prints_what_it_says(
     exec(program.replace("asyncio.run(main())", ""), names)
     await names["main"]()
     assert capsys.readouterr().out == printed
+    sim.add_version("write-report", report, inputs={"animal": "string"})
+    await names["main"]()
+    errors = [it for it in capsys.readouterr().out.splitlines() if it.startswith("error: ")]
+    assert len(errors) == 2
+    assert "needs the" in errors[0]
 
 
 Serve = Callable[..., Awaitable[asyncio.subprocess.Process]]

@@ -127,7 +127,10 @@ def _add_routes(router: APIRouter, opened: Any, workflows: Collection[str]) -> N
     async def start_execution(
         request: Request, body: _Start, session: Session = opened
     ) -> Response:
-        """Start an execution of a workflow; `Location` is where to read it."""
+        """Start an execution of a workflow; `Location` is where to read it.
+
+        The server's `warning`, such as of a missing input, is in the response if there is one.
+        """
         if body.workflow not in workflows:
             raise HTTPException(403, "This workflow cannot be started here.")
         try:
@@ -139,7 +142,9 @@ def _add_routes(router: APIRouter, opened: Any, workflows: Collection[str]) -> N
             raise HTTPException(422, str(error)) from error
         # Relative, so that it is correct under any prefix that a proxy removes.
         location = f"executions/{started.id}"
-        return json_response({"execution_id": str(started.id)}, 201, {"Location": location})
+        answer = {"execution_id": str(started.id), "warning": started.warning}
+        answer = {name: value for name, value in answer.items() if value is not None}
+        return json_response(answer, 201, {"Location": location})
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:

@@ -25,6 +25,7 @@ from promptlayer_exec import (
     StartRequest,
     StartUnknown,
     Workflow,
+    WorkflowSummary,
 )
 from promptlayer_exec._integration import check_inputs
 from promptlayer_exec.mcp import _arguments as read
@@ -65,6 +66,18 @@ def _names(workflows: Iterable[Any]) -> tuple[str, ...]:
     return names
 
 
+def _names_of(summary: WorkflowSummary) -> tuple[str, ...]:
+    """Return what a workflow can be called by: nothing if it was deleted."""
+    return () if summary.is_deleted else (summary.name, str(summary.id))
+
+
+def _absence(name: str, known: Iterable[str]) -> str:
+    """Say that there is no workflow of a name, or id, and which were perhaps meant."""
+    which = "has the id" if name.isdecimal() else "is named"
+    near = read.near(name, known).strip()
+    return f"no workflow {which} {read.shown(name)}" + (f"; d{near[1:]}" if near else ".")
+
+
 @attrs.define
 class Calls:
     """The tools of one server, and the executions that it knows."""
@@ -93,7 +106,8 @@ class Calls:
             async with asyncio.timeout(_DEFINITION_TIMEOUT):
                 workflow = await self.session.workflow(name)
         except (PromptLayerExecError, TimeoutError) as error:
-            _logger.warning("the inputs of workflow %r are not known: %s", name, error)
+            why = str(error) or f"there was no answer within {_DEFINITION_TIMEOUT:g} s"
+            _logger.warning("the inputs of workflow %r are not known: %s", name, why)
             return None
         self._inputs[name] = workflow.required_inputs or {}
         return workflow
@@ -153,9 +167,11 @@ class Calls:
         read.check_names(arguments, "search")
         search = (read.text(arguments, "search") or "").casefold()
         listed: list[dict[str, Any]] = []
+        known: list[str] = []
         space = Space()
         async with aclosing(self.session.workflows(sort_by="name", sort_order="asc")) as found:
             async for summary in found:
+                known.extend(_names_of(summary))
                 is_allowed = not self.allowed or {summary.name, str(summary.id)} & {*self.allowed}
                 if summary.is_deleted or not is_allowed or search not in summary.name.casefold():
                     continue
@@ -170,7 +186,9 @@ class Calls:
                     break
                 listed.append(entry)
             else:
-                message = f"{len(listed)} workflows."
+                s = "" if len(listed) == 1 else "s"
+                absent = [_absence(name, known) for name in self.allowed if name not in known]
+                message = " ".join([f"{len(listed)} workflow{s}.", *absent])
         message += " describe_workflow shows which inputs one needs."
         return tool_result({"message": message, "workflows": listed})
 
@@ -272,20 +290,23 @@ class Calls:
         return execution, warning
 
     async def _not_found(self, request: StartRequest, error: NotFound) -> str:
-        name, known = str(request.workflow), list(self.allowed)
-        if not known:
-            try:
-                async with (
-                    asyncio.timeout(_DEFINITION_TIMEOUT),
-                    aclosing(self.session.workflows()) as found,
-                ):
-                    known.extend([it.name async for it in found if not it.is_deleted])
-            except (PromptLayerExecError, TimeoutError):
-                pass  # the name alone is an answer, too
+        """Return whether there is no such workflow, or no such version of it."""
+        name, known = str(request.workflow), list[str]()
+        try:
+            async with (
+                asyncio.timeout(_DEFINITION_TIMEOUT),
+                aclosing(self.session.workflows()) as found,
+            ):
+                async for summary in found:
+                    known.extend(_names_of(summary))
+        except (PromptLayerExecError, TimeoutError):
+            return f"{clip(str(error), 1_000)} list_workflows shows all workflows."
         if name in known:
             return f"{clip(str(error), 1_000)} describe_workflow shows the latest version."
-        near = read.near(name, known)
-        return f"{clip(str(error), 1_000)}{near} list_workflows shows all workflows."
+        cause = "" if self.allowed else " list_workflows shows all workflows."
+        if name in self.allowed:
+            cause = " This server was started with that name: ask the user to correct it."
+        return f"{_absence(name, known)}{cause}"
 
     async def _wait(self, execution: Execution, seconds: float, report: Report) -> dict[str, Any]:
         reported = 0
