@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import attrs
 
 if TYPE_CHECKING:
     from promptlayer_exec._models import Snapshot, StartRequest
 
+
+class _Logger(logging.LoggerAdapter[logging.Logger]):
+    """Prints what a user's filter or handler raises, as `logging.Handler` does with most errors."""
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        try:
+            super().log(level, msg, *args, stacklevel=2, **kwargs)
+        except Exception:  # noqa: BLE001 - it would end a watch, a start or the session
+            traceback.print_exc()
+
+
 # It has no NullHandler: if logging is not set up, Python prints warnings to standard error, so that
 # outages are seen.
-logger = logging.getLogger("promptlayer_exec")
+logger = _Logger(logging.getLogger("promptlayer_exec"))
 
 
 @attrs.frozen

@@ -78,7 +78,7 @@ class Lifetime:
     async def _run(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
         try:
             await run()
-        except Exception as error:  # noqa: BLE001 - for example of a logging handler of the user
+        except Exception as error:  # noqa: BLE001 - handed on
             # In a task group, it would end all other tasks, and the session.
             message = "a task of promptlayer_exec failed"
             self._loop.call_exception_handler({"message": message, "exception": error})

@@ -138,6 +138,7 @@ def test_fields():
 
 def test_the_logger_is_the_application_s_to_configure():
     """It is called `promptlayer_exec`, and has no handler and no level of its own."""
-    assert logger.name == "promptlayer_exec"
-    assert logger.handlers == []
-    assert logger.level == logging.NOTSET
+    configured = logging.getLogger("promptlayer_exec")
+    assert logger.logger is configured
+    assert configured.handlers == []
+    assert configured.level == logging.NOTSET

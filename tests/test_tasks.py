@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
 
@@ -128,6 +129,29 @@ async def test_closing_ends_a_call(lifetime: Lifetime) -> None:
     with pytest.raises(SessionClosed):
         await task
     assert steps == ["cleaned up", "closed"]
+
+
+async def test_a_task_that_fails_ends_no_other(lifetime: Lifetime) -> None:
+    """Its error goes to the event loop's exception handler."""
+    contexts: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: contexts.append(context))
+
+    async def fail() -> None:
+        raise ZeroDivisionError
+
+    going_on = asyncio.Event()
+
+    async def go_on() -> None:
+        await asyncio.sleep(0)
+        going_on.set()
+        await forever()
+
+    lifetime.spawn(go_on)
+    lifetime.spawn(fail)
+    await going_on.wait()
+    (context,) = contexts
+    assert isinstance(context["exception"], ZeroDivisionError)
+    assert lifetime.is_ready()
 
 
 async def test_no_call_begins_once_the_end_has_begun(lifetime: Lifetime) -> None:
