@@ -30,6 +30,7 @@ from promptlayer_exec._wire import MAX_ID, check_execution_id
 from promptlayer_exec._workflows import Workflow
 
 __all__ = [
+    "DEFINITION_TIMEOUT",
     "MAX_ID",
     "SendHooks",
     "base_url",
@@ -55,7 +56,7 @@ __all__ = [
     "wake",
 ]
 
-_DEFINITION_TIMEOUT = 5.0
+DEFINITION_TIMEOUT = 5.0  # seconds; what a check of inputs may cost
 
 
 def report_undelivered(execution: Execution) -> None:
@@ -97,7 +98,7 @@ async def check_inputs(session: Session, request: StartRequest) -> Workflow | No
     """
     inputs = encode_inputs(session, request)
     try:
-        async with asyncio.timeout(_DEFINITION_TIMEOUT):
+        async with asyncio.timeout(DEFINITION_TIMEOUT):
             workflow = await session.workflow(
                 request.workflow, label=request.label, version=request.version
             )

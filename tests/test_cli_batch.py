@@ -125,6 +125,16 @@ def results(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def on(method: str, path: str, fault: Fault) -> Fault:
+    """Return a fault of all requests with this method and this start of their path."""
+
+    async def effect(request: Any, answer: Any) -> Any:
+        is_meant = request.method == method and request.path.startswith(path)
+        return await fault.effect(request, answer) if is_meant else None
+
+    return Fault(effect, times=None)
+
+
 def test_a_batch_is_run_and_its_results_are_written(
     sim: Simulator, run: Run, tmp_path: Path
 ) -> None:
@@ -137,9 +147,12 @@ def test_a_batch_is_run_and_its_results_are_written(
         {"key": "c", "inputs": {"n": 3}, "workflow": "none"},
     )
     command = ("run", file, "--workflow", "echo", "--out", "out.jsonl")
+    sim.inject(on("GET", "/workflows/none", Fault.status(403)))
     code, out, err = run(*command)
     assert (code, out) == (1, "")
-    first, second, third, *others = err.splitlines()
+    unchecked, first, second, third, *others = err.splitlines()
+    assert unchecked.startswith("inputs are not checked: workflow 'none': the server answered 403")
+    sim.clear_faults()
     assert first == "batch night: 3 items"
     assert second.startswith("batch night: 3 items: 1 succeeded, 2 failed, 0 unknown, in ")
     assert re.fullmatch(
@@ -258,6 +271,44 @@ def test_invalid_lines_are_reported_with_their_numbers(run: Run, tmp_path: Path)
     assert "has 30 invalid lines, 20 of them shown; nothing was added" in err
 
 
+def test_lines_that_cannot_run_are_reported_before_anything_is_added(
+    sim: Simulator, run: Run, tmp_path: Path
+) -> None:
+    """One request for each workflow, label and version finds them; known items go on."""
+    scenario = Scenario([SimNode("Answer", 1, is_output_node=True)])
+    inputs = {"first": "string", "last": "string"}
+    sim.add_workflow("pair", scenario, inputs=inputs, labels=["prod"])
+    file = write(
+        tmp_path / "night.jsonl",
+        {"key": "a", "inputs": {"first": "x", "last": "y"}},
+        *({"key": f"b{n}", "inputs": {"first": "x", "lats": n}} for n in range(3)),
+        {"key": "c", "inputs": {"first": "x", "last": "y"}, "label": "live"},
+        {"key": "d", "workflow": "pear"},
+        {"key": "e", "workflow": "pear", "version": 3},
+    )
+    code, out, err = run("run", file, "--workflow", "pair")
+    assert (code, out) == (2, "")
+    misspelt = (
+        "workflow 'pair' needs the missing input 'last' (string); lats (did you mean 'last'?);"
+        " `promptlayer-exec workflow pair` shows what it needs"
+    )
+    hint = "; `promptlayer-exec workflows` lists names and labels"
+    assert err.splitlines() == [
+        *(f"line {number}: {misspelt}" for number in (2, 3, 4)),
+        f"line 5: there is no workflow 'pair' with the label 'live'{hint}",
+        f"line 6: there is no workflow 'pear'{hint}",
+        f"line 7: there is no workflow 'pear' with a version 3{hint}",
+        f"{file} has 6 invalid lines; nothing was added",
+    ]
+    assert sim.request_count == 4
+    assert (run("status")[1], sim.runs) == ("", [])
+    write(file, {"key": "a", "inputs": {"first": "x", "last": "y"}})
+    assert run("run", file, "--workflow", "pair", "--out", "out.jsonl")[0] == 0
+    sim.add_version("pair", scenario, inputs={"name": "string"})
+    code, _, err = run("run", file, "--workflow", "pair", "--out", "out.jsonl")
+    assert (code, err.splitlines()[0]) == (0, "batch night: 1 item, 1 already known")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -308,10 +359,11 @@ def test_unknown_items_are_restarted_on_request(
     """Each has a second result, even if the first is read just before the item is restarted."""
     file = write(tmp_path / "night", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
     command = ("run", file, "--out", "out")
-    sim.inject(Fault.disconnect())
+    sim.inject(on("POST", "/", Fault.disconnect()))
     code, _, err = run(*command)
     assert code == 1
     assert "unknown: these runs may have started and be billed: look in PromptLayer" in err
+    sim.clear_faults()
 
     looked = threading.Event()
     look, restart = stores.Store.outcomes, again.retry
@@ -352,7 +404,8 @@ def test_an_outage_is_reported_once(run: Run, tmp_path: Path) -> None:
     code, _, err = run("run", file, "--base-url", "http://127.0.0.1:9", "--outage", "0.7")
     assert code == 4
     assert err.count("trying again for up to 0.7 s") == 1
-    assert len(err.splitlines()) == 3
+    assert err.count("inputs are not checked: workflow 'echo': ") == 1
+    assert len(err.splitlines()) == 4
 
 
 def test_work_without_a_name_takes_the_only_batch(
@@ -593,8 +646,9 @@ def test_failed_and_unknown_items_are_started_again_on_request(
     """By the next worker; the same command continues the results."""
     file = write(tmp_path / "night.jsonl", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
     command = ("run", file, "--out", "out.jsonl")
-    sim.inject(Fault.disconnect())
+    sim.inject(on("POST", "/", Fault.disconnect()))
     assert run(*command)[0] == 1
+    sim.clear_faults()
     assert run("retry") == (2, "", "give --failed, --unknown, or both\n")
     assert "0 items will be started again\n" in run("retry", "--failed")[2]
     code, _, err = run("retry", "--unknown")

@@ -71,7 +71,7 @@ async def test_a_start_goes_on_without_a_definition(
     sim: Simulator, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the server refuses it, answers something else, or takes too long."""
-    monkeypatch.setattr(_integration, "_DEFINITION_TIMEOUT", 0.05)
+    monkeypatch.setattr(_integration, "DEFINITION_TIMEOUT", 0.05)
     sim.add_workflow("w", Scenario([]), inputs={"topic": "string"})
     for fault in (Fault.status(403), Fault.status(200, body=b"[]"), Fault.stall()):
         sim.inject(fault)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from promptlayer_exec import RetryPolicy
 from promptlayer_exec.cli import _batch_operate as operate
 from promptlayer_exec.cli._arguments import BaseUrl, Outage, Push
 from promptlayer_exec.cli._batch_display import (
@@ -42,6 +43,8 @@ from promptlayer_exec.cli._exit import (
     help_epilog,
     run_command,
 )
+from promptlayer_exec.cli._inputs import find_problems
+from promptlayer_exec.cli._session import open_session
 from promptlayer_exec.cli._stdio import err
 from promptlayer_exec.cli._text import duration, printable, shorten
 
@@ -109,7 +112,8 @@ def _run(
       {"key": "a", "inputs": {"topic": "otters"}}
 
     An item can also have a "workflow", a "label" or "version", and "metadata". Its default key is a
-    digest of its line. Invalid lines are reported before anything starts.
+    digest of its line. Invalid lines, also those whose inputs the workflow cannot use, are reported
+    before anything is added.
 
     In CSV, the first line names the columns. The columns key, workflow, label, version and
     metadata.NAME have the same meaning; every other column is an input, a text.
@@ -136,6 +140,7 @@ def _run(
             # Version 0.1 took the number of the line, and its batches have to be continued.
             first = items.first_without_key
             items.is_numbered = first is not None and bool(await batch.kinds([str(first)]))
+            await _check_inputs(batch, items, base_url, outage)
             progress = BatchProgress(transient=True)
             with progress.shown():
                 new = await _add(batch, items, progress)
@@ -222,6 +227,17 @@ async def _refuse_foreign_results(batch: Batch, shown: str, file: LineFile | Tab
 def _is_foreign(result: Result, kinds: dict[str, Any]) -> bool:
     # An item that did not succeed may wait again meanwhile; one that succeeded stays as it is.
     return result.key not in kinds or (result.succeeded and kinds[result.key] != "succeeded")
+
+
+async def _check_inputs(batch: Batch, items: ItemFile, base_url: str | None, outage: float) -> None:
+    """Refuse lines that cannot run, unless the batch has them already."""
+    async with open_session(base_url, RetryPolicy(outage=outage)) as session:
+        problems = await find_problems(session, items.starts)
+    if problems:
+        keys = dict(items.keys(problems))
+        known = await batch.kinds(keys.values())
+        problems = {number: why for number, why in problems.items() if keys[number] not in known}
+    items.refuse(problems)
 
 
 async def _add(batch: Batch, items: ItemFile, progress: BatchProgress) -> int:

@@ -6,9 +6,10 @@ import csv
 import hashlib
 import json
 import sys
-from collections.abc import AsyncIterable, Iterator
+from collections.abc import AsyncIterable, Container, Iterator, Mapping
 from contextlib import closing
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -19,6 +20,7 @@ from promptlayer_exec.cli._stdio import err, out
 from promptlayer_exec.cli._text import printable, shorten
 
 if TYPE_CHECKING:
+    from promptlayer_exec.cli._inputs import Target
     from promptlayer_exec.dbos import StoredOutcome
 
 if sys.platform == "win32":  # pragma: no cover
@@ -64,32 +66,47 @@ class ItemFile:
         # The number of the first line without a key, and whether the numbers of lines are the keys.
         self.first_without_key: int | None = None
         self.is_numbered = False
+        # The numbers of the lines, by what is started and by the names of its inputs.
+        self.starts: dict[Target, dict[tuple[str, ...], list[int]]] = {}
         if path.is_fifo() or path.is_char_device():
             raise Misuse(f"{self._name} is read twice: write the items to a regular file first")
-        problems = []
+        problems: dict[int, str] = {}
         first_lines: dict[str, int] = {}
         for number, line in self._lines():
             try:
                 request = self._request(number, line)
             except Misuse as error:
-                problems.append(f"line {number}: {error}")
+                problems[number] = str(error)
                 continue
             first = first_lines.setdefault(request.key, number)
             if first == number:
+                target = request.workflow, request.label, request.version
+                names = tuple(request.inputs)
+                self.starts.setdefault(target, {}).setdefault(names, []).append(number)
                 continue
             what = f"the key '{shorten(printable(request.key), 100)}' is already used in"
             if request.key == _digest(line):
                 what = "a key is missing: without one, this line is the same item as"
-            problems.append(f"line {number}: {what} line {first}")
-        for problem in problems[:_MAX_SHOWN]:
-            err(problem)
+            problems[number] = f"{what} line {first}"
+        self.refuse(problems)
+        if not first_lines:
+            raise Misuse(f"{self._name} has no items")
+        self.count = len(first_lines)
+
+    def refuse(self, problems: Mapping[int, str]) -> None:
+        """Report what is wrong with lines, by their numbers, and raise `Misuse` if something is."""
+        for number, problem in islice(sorted(problems.items()), _MAX_SHOWN):
+            err(f"line {number}: {problem}")
         if problems:
             count = f"{len(problems)} invalid line{'s' * (len(problems) > 1)}"
             shown = f", {_MAX_SHOWN} of them shown" if len(problems) > _MAX_SHOWN else ""
             raise Misuse(f"{self._name} has {count}{shown}; nothing was added")
-        if not first_lines:
-            raise Misuse(f"{self._name} has no items")
-        self.count = len(first_lines)
+
+    def keys(self, numbers: Container[int]) -> Iterator[tuple[int, str]]:
+        """Yield the number and the key of those of the lines."""
+        for number, line in self._lines():
+            if number in numbers:
+                yield number, self._request(number, line).key
 
     def __iter__(self) -> Iterator[StartRequest]:
         for number, line in self._lines():

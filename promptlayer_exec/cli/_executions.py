@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shlex
 import sys
 from contextlib import aclosing
 from typing import Annotated, Any
@@ -23,7 +22,6 @@ from promptlayer_exec import (
     StartRequest,
     StartUnknown,
 )
-from promptlayer_exec._integration import check_inputs, encode_inputs
 from promptlayer_exec.cli._arguments import (
     BaseUrl,
     ExecutionId,
@@ -39,7 +37,8 @@ from promptlayer_exec.cli._arguments import (
 )
 from promptlayer_exec.cli._definitions import WorkflowName
 from promptlayer_exec.cli._display import Display, choose_display, node_table
-from promptlayer_exec.cli._exit import NO_RUN, PROGRAM, ExitCode, Misuse, Subject, run_command
+from promptlayer_exec.cli._exit import NO_RUN, ExitCode, Misuse, Subject, run_command
+from promptlayer_exec.cli._inputs import check_start
 from promptlayer_exec.cli._session import demo_session, open_session
 from promptlayer_exec.cli._stdio import OutputFailed, err, out
 from promptlayer_exec.cli._text import failure_reason, final_count, printable, result_line, shorten
@@ -144,7 +143,7 @@ def run(
         ) as session:
             name = shorten(printable(workflow), 40)
             with display.waiting(f"workflow {name}: checking the inputs"):
-                await _check(
+                await check_start(
                     session, StartRequest(workflow, variables, label=label, version=version)
                 )
             starting = asyncio.create_task(
@@ -179,19 +178,6 @@ def run(
         return ExitCode.SUCCEEDED
 
     raise typer.Exit(run_command(work(), subject, as_json=as_json))
-
-
-async def _check(session: Session, request: StartRequest) -> None:
-    """Check the inputs, as far as the server says in a few seconds what they must be."""
-    try:
-        encode_inputs(session, request)
-    except (TypeError, ValueError) as error:
-        raise Misuse(str(error)) from error
-    try:
-        await check_inputs(session, request)
-    except ValueError as error:
-        command = f"{PROGRAM} workflow {shlex.quote(str(request.workflow))}"
-        raise Misuse(f"{error}; `{command}` shows what it needs") from error
 
 
 async def _finish_start(
