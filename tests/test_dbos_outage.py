@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -560,6 +561,21 @@ async def test_work_goes_on_when_the_file_is_unlocked(
     assert (await working).succeeded == 20
     assert "can be written again" in caplog.text
     assert most_starts(sim) == 1
+
+
+@pytest.mark.usefixtures("_short_patience")
+async def test_what_only_reads_does_not_wait_for_a_locked_file(url: str) -> None:
+    """However many others wait with a connection each: a worker that cannot read cannot end."""
+    with closing(Store(check_url(url))) as store:
+        store.prepare()
+        with locked(url):
+            beat = partial(store.record_heartbeat, "night", "worker", "process")
+            writing = [asyncio.create_task(asyncio.to_thread(beat)) for _ in range(5)]
+            await asyncio.sleep(0.1)
+            assert await asyncio.to_thread(store.is_finished, "night")
+            assert not any(task.done() for task in writing)
+            results = await asyncio.gather(*writing, return_exceptions=True)
+    assert all(isinstance(result, ConfigurationError) for result in results)
 
 
 def test_all_calls_that_write_share_one_patience(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

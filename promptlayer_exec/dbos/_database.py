@@ -38,7 +38,8 @@ _RETRY_INTERVAL = 0.5
 _SQLITE_OPTIONS = {"isolation_level": "IMMEDIATE", "timeout": 1.0}
 _CREATE_TABLES_LOCK = 0x70726F6D707479
 # A worker has one more to PostgreSQL, on which DBOS listens. Calls wait for a connection as long as
-# they would retry.
+# they would retry. To SQLite there are as many as are needed (0): those that wait for a locked file
+# would keep all others waiting, and nothing can end that.
 _CONNECTIONS = 5
 _stop_retrying: ContextVar[threading.Event] = ContextVar("stop_retrying")
 
@@ -59,7 +60,7 @@ class Database:
         self.insert: Callable[[sa.Table], Any] = dialect.insert
         self.engine = sa.create_engine(
             url,
-            pool_size=_CONNECTIONS,
+            pool_size=0 if self.is_sqlite else _CONNECTIONS,
             max_overflow=0,
             pool_timeout=RETRY_FOR,
             connect_args=_SQLITE_OPTIONS
