@@ -205,6 +205,11 @@ def docs(session: nox.Session) -> None:
         (title, *_) = re.findall("^# .*$", page.read_text(encoding="utf-8"), re.MULTILINE)
         if f"{title}\n" not in full:
             session.error(f"llms-full.txt lacks docs/{page.name}")
+    for path in Path("build/docs").rglob("*.md"):
+        text = path.read_text(encoding="utf-8")
+        images = [path.parent / it for it in re.findall(r"!\[.*?\]\((?!http)(.*?)\)", text)]
+        if "]()" in text or not all(it.exists() for it in images):
+            session.error(f"{path} has a link or an image that leads nowhere")
 
 
 # The newest SDK, and one that uses Ably unless the server announces Centrifugo.

@@ -1,5 +1,6 @@
 """How Sphinx builds these pages: `python -m nox -s docs`."""
 
+import posixpath
 import re
 from collections.abc import Iterator
 from importlib import metadata
@@ -130,6 +131,18 @@ def leave_code(
     return content if node["reftype"] == "obj" else None
 
 
+def finish_markdown(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Make links within a page, and images, lead to what the output has."""
+    if "markdown" not in app.builder.name:
+        return
+    for reference in doctree.findall(nodes.reference):
+        reference["internal"] = reference.get("internal", "refid" in reference)
+    directory = posixpath.dirname(docname) or "."
+    for image in doctree.findall(nodes.image):
+        file = app.env.images[image["uri"]][1]
+        image["uri"] = posixpath.relpath(f"_images/{file}", directory)
+
+
 def keep_text(translator: Any, node: nodes.abbreviation) -> None:
     """Let the text of a node be written, and nothing beside it."""
 
@@ -142,3 +155,4 @@ def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", mark_code, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", tidy_signature)
     app.connect("missing-reference", leave_code)
+    app.connect("doctree-resolved", finish_markdown)

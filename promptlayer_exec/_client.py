@@ -246,7 +246,10 @@ class Client:
             wait = partial(self._callbacks.wait, token)
             execution_id = await self.lifetime.call(wait, deadline)
         except DeadlinePassed:
-            since = f"; no callback came within {deadline.timeout or 0.0:g} s, which proves nothing"
+            since = f"; no callback came within {deadline.timeout or 0.0:g} s"
+            if self._settings.callbacks is None:
+                since += " to this session, which has no callbacks="
+            since += "; the run may still be running, so call Session.recover again"
             raise start_unknown(error.workflow, error.reason, token, since) from error
         self._recent_starts.add(execution_id, error.workflow, now=clock())
         return execution_id

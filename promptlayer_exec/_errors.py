@@ -318,8 +318,10 @@ class StartUnknown(PromptLayerExecError):
         self.callback_token = callback_token
 
     def _what(self) -> str:
-        hint = "" if self.callback_token is None else "; Session.recover waits for its callback"
-        return f"{super()._what()}{hint}"
+        what = super()._what()
+        if self.callback_token is None or "Session.recover" in what:
+            return what
+        return f"{what}; Session.recover waits for its callback"
 
 
 class ExecutionTimeout(PromptLayerExecError, TimeoutError):

@@ -64,7 +64,7 @@ def snapshot_html(snapshot: Snapshot) -> str:
         rows.append(
             f'<tr><td colspan="5" style="{_CELL}">… {len(nodes) - len(rows)} more</td></tr>'
         )
-    columns = ("Node", "Status", *(("Seconds",) if is_watched else ()), "Value or error")
+    columns = ("Node", "Status", *(("Ended at, s",) if is_watched else ()), "Value or error")
     titles = "".join(f'<th scope="col" style="{_CELL}">{column}</th>' for column in columns)
     table = ""
     if rows:

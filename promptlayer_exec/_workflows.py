@@ -11,6 +11,8 @@ import attrs
 from promptlayer_exec._errors import printable
 from promptlayer_exec._models import FrozenMap, frozen_map
 
+_MOST_NAMED = 20  # unknown inputs in an error
+
 
 @attrs.frozen
 class WorkflowNode:
@@ -133,7 +135,7 @@ class Workflow:
 
         Raises:
             ValueError: inputs are missing. The message names all of them, and suggests those that
-                may be misspelt: `topik (did you mean 'topic'?)`.
+                may be misspelt: `it has no input topik (did you mean 'topic'?)`.
             TypeError: `inputs` is none of these.
         """
         if not self.required_inputs:
@@ -142,12 +144,11 @@ class Workflow:
         missing = {name: kind for name, kind in self.required_inputs.items() if name not in given}
         if missing:
             named = ", ".join(f"{name!r} ({kind})" for name, kind in missing.items())
-            guesses = "".join(
-                f"; {name:.100} (did you mean {near!r}?)"
-                for name, near in _near_misses(given - self.required_inputs.keys(), missing)
-            )
-            s = "s" if len(missing) > 1 else ""
-            what = f"workflow {self.name!r:.100} needs the missing input{s} {named}{guesses}"
+            s, are = ("s", "are") if len(missing) > 1 else ("", "is")
+            what = f"workflow {self.name!r:.100} needs the input{s} {named}, which {are} missing"
+            if guesses := _guesses(given - self.required_inputs.keys(), missing):
+                more = f" and {len(guesses) - _MOST_NAMED} more" * (len(guesses) > _MOST_NAMED)
+                what += f"; it does not require {', '.join(guesses[:_MOST_NAMED])}{more}"
             raise ValueError(printable(what))
 
     def _repr_html_(self) -> str:
@@ -170,13 +171,14 @@ def _names(inputs: Any) -> set[str]:
     return set(encode_inputs(inputs))
 
 
-def _near_misses(given: Iterable[str], missing: Iterable[str]) -> list[tuple[str, str]]:
-    """Return each given name that resembles a missing one, with that one."""
+def _guesses(given: Iterable[str], missing: Iterable[str]) -> list[str]:
+    """Return each given name, and the missing one that it resembles, if any."""
     from difflib import get_close_matches  # noqa: PLC0415 - rarely needed
 
     folded = {name.casefold(): name for name in missing}
+    found = [(name, get_close_matches(name.casefold(), folded, n=1)) for name in sorted(given)]
+    found.sort(key=lambda it: not it[1])  # those that were probably meant come first
     return [
-        (name, folded[near[0]])
-        for name in sorted(given)
-        if (near := get_close_matches(name.casefold(), folded, n=1))
+        f"{name:.100} (did you mean {folded[near[0]]!r}?)" if near else f"{name:.100}"
+        for name, near in found
     ]

@@ -289,7 +289,8 @@ def test_lines_that_cannot_run_are_reported_before_anything_is_added(
     code, out, err = run("run", file, "--workflow", "pair")
     assert (code, out) == (2, "")
     misspelt = (
-        "workflow 'pair' needs the missing input 'last' (string); lats (did you mean 'last'?);"
+        "workflow 'pair' needs the input 'last' (string), which is missing; it does not require"
+        " lats (did you mean 'last'?);"
         " `promptlayer-exec workflow pair` shows what it needs"
     )
     hint = "; `promptlayer-exec workflows` lists names and labels"

@@ -263,9 +263,9 @@ class TestRun:
         code, out, err = call("run", "support agent", "-i", "leter=Hi", "--label", "old")
         assert (code, out) == (2, "")
         assert err == (
-            "workflow 'support agent' needs the missing inputs 'letter' (string), 'language'"
-            " (string); leter (did you mean 'letter'?); `promptlayer-exec workflow 'support agent'`"
-            " shows what it needs; no run was started\n"
+            "workflow 'support agent' needs the inputs 'letter' (string), 'language' (string),"
+            " which are missing; it does not require leter (did you mean 'letter'?);"
+            " `promptlayer-exec workflow 'support agent'` shows what it needs; no run was started\n"
         )
         assert len(sim.runs) == before
 

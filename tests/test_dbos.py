@@ -1125,7 +1125,7 @@ async def test_the_example_in_docs_batches_works(
     monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
     monkeypatch.setenv("PROMPTLAYER_BASE_URL", sim.base_url)
     page = Path(__file__).parents[1] / "docs" / "batches.md"
-    (block,) = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    _, block = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(block, str(page), "exec"), names)
 

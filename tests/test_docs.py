@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -185,7 +186,7 @@ def test_each_how_to_says_what_it_costs_in_requests() -> None:
     assert "installing" in names
     for name in names:
         page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-        assert page.count("\n**In requests:** ") == 1, name
+        assert page.count("\n**Requests to PromptLayer:** ") == 1, name
 
 
 def test_the_figures_on_reliability_are_those_of_the_pages_that_explain_them() -> None:
@@ -436,8 +437,33 @@ async def test_the_code_on_push_is_pushed(server: Simulator) -> None:
     """The result takes two requests, beside those that subscribe."""
     server.add_workflow("write-report", Scenario([SimNode("Report", "done", 0.1)]))
     with names("docs/push.md") as page:
-        assert await page["write_report"]("otters") == "done"
+        assert await page["write_reports"](["otters", "newts"]) == ["done", "done"]
     assert "/connection/websocket" in [request.path for request in server.requests]
+
+
+def test_the_server_with_an_outage_on_batches_has_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its workflow is there before the outage and after it; meanwhile the answer is 503."""
+    (program,) = filter(is_program, blocks("docs/batches.md", "python"))
+    printed: list[str] = []
+    statuses: list[int] = []
+
+    def press_enter(_: str) -> str:
+        printed.append(capsys.readouterr().out)
+        key, url = re.findall(r"=(\S+)", printed[0])
+        request = urllib.request.Request(f"{url}/workflows/grade", headers={"X-API-KEY": key})
+        try:
+            with urllib.request.urlopen(request) as response:
+                statuses.append(response.status)
+        except urllib.error.HTTPError as error:
+            with error:
+                statuses.append(error.code)
+        return ""
+
+    monkeypatch.setattr("builtins.input", press_enter)
+    run_program(program, capsys)
+    assert statuses == [200, 503, 200]
 
 
 async def test_the_page_on_picking_up_pays_once(

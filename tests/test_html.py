@@ -82,7 +82,7 @@ def test_a_snapshot_is_a_table_of_its_nodes() -> None:
     )
     page = Page(snapshot(*nodes, poll=3, times={"plan": NodeTimes(0.5, 1.25)}))
     assert page.text == (
-        "Execution 787 · running · 3 of 5 nodes final Node Status Seconds Value or error"
+        "Execution 787 · running · 3 of 5 nodes final Node Status Ended at, s Value or error"
         " plan ✓ SUCCESS 1.2 {'a': 1} check ✗ FAILED no answer wait ● RUNNING"
         " approve ? AWAITING_APPROVAL write (output) ✓ SUCCESS None"
     )
@@ -94,7 +94,7 @@ def test_a_complete_snapshot_says_how_it_ended(status: str, state: str) -> None:
     """A single request knows no times, so it shows none."""
     page = Page(snapshot(Node("a", status), complete=True))
     assert f"· {state} · 1 of 1 nodes final" in page.text
-    assert "Seconds" not in page.text
+    assert "Ended" not in page.text
 
 
 def test_of_many_nodes_the_failed_and_running_are_shown() -> None:

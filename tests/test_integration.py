@@ -48,7 +48,7 @@ async def test_inputs_are_checked_for_the_version_that_would_run(
         (StartRequest("w", {"topik": 1}, version=1), "'topic'"),
         (StartRequest("w", {"topik": 1}), "'text'"),
     ):
-        with pytest.raises(ValueError, match=f"needs the missing input {name}"):
+        with pytest.raises(ValueError, match=f"needs the input {name}"):
             await check_inputs(session, request)
     checked = await check_inputs(session, StartRequest("w", {"topic": 1}, label="prod"))
     assert checked is not None

@@ -362,11 +362,11 @@ async def test_near_names_are_suggested(workspace: Simulator, connect: Connect) 
         text = await refused(
             client, "start_workflow", workflow="write report", inputs={"Topik": 1, "rows": []}
         )
-        assert "missing inputs 'topic' (string), 'when' (date)" in text
+        assert "needs the inputs 'topic' (string), 'when' (date), which are missing" in text
         assert "did you mean 'topic'?" in text
         assert "No run was started. describe_workflow" in text
         text = await refused(client, "start_workflow", workflow="write report", version=9)
-        assert "missing inputs" not in text
+        assert "missing" not in text
         assert "describe_workflow shows the latest version" in text
         assert workspace.runs == []
         workspace.inject(Fault.status(404))
@@ -498,7 +498,7 @@ async def test_a_named_workflow_is_run_by_its_tool(workspace: Simulator, connect
             assert result["output"] == {"text": "Otters are fine."}
             nested = {"inputs": INPUTS, "label": "prod", "timeout": 30}
             assert (await call(client, "run_write_report", **nested))["succeeded"]
-        assert "missing input" in await refused(client, "run_write_report", topic="otters")
+        assert "which are missing" in await refused(client, "run_write_report", topic="otters")
     assert [run.inputs for run in workspace.runs] == [INPUTS] * 4
 
 
@@ -696,7 +696,7 @@ async def test_a_call_that_starts_nothing_is_no_task(
 ) -> None:
     """Neither one that only waits, nor one whose arguments are wrong."""
     async with connect("write report", extensions=[Tasks()]) as client:
-        assert "missing inputs" in await refused(client, "run_write_report", rows=[])
+        assert "missing" in await refused(client, "run_write_report", rows=[])
         started = await call(client, "start_workflow", workflow="write report", inputs=INPUTS)
         assert (await call(client, "wait_execution", execution_id=started["execution_id"]))[
             "succeeded"

@@ -376,11 +376,14 @@ def test_missing_inputs_are_named_with_near_misses() -> None:
             {"topik": 1, "LANGUAGE": 2, "other": 3}
         )
     assert str(caught.value) == (
-        "workflow 'analyze' needs the missing inputs 'topic' (string), 'language' (string),"
-        " 'n' (int); LANGUAGE (did you mean 'language'?); topik (did you mean 'topic'?)"
+        "workflow 'analyze' needs the inputs 'topic' (string), 'language' (string), 'n' (int),"
+        " which are missing; it does not require LANGUAGE (did you mean 'language'?), topik (did"
+        " you mean 'topic'?), other"
     )
-    with pytest.raises(ValueError, match=r"needs the missing input 'a\\nb' \(x\\x1b\)$"):
+    with pytest.raises(ValueError, match=r"the input 'a\\nb' \(x\\x1b\), which is missing$"):
         requires(**{"a\nb": "x\x1b"}).check_inputs(None)
+    with pytest.raises(ValueError, match=r"does not require o00, o01, .*, o19 and 5 more$"):
+        requires(topic="string").check_inputs({f"o{n:02}": n for n in range(25)})
 
 
 @pytest.mark.parametrize("inputs", [{"topic": None, "more": 1}, Inputs("x")], ids=repr)
