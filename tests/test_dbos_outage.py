@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import sqlite3
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from aiohttp import web
+from dbos import DBOS
 
 from promptlayer_exec import (
     ConfigurationError,
@@ -700,6 +702,88 @@ def test_a_connection_is_waited_for_only_so_long(connector: Connector) -> None:
     connector.abandon()
     with pytest.raises(DatabaseLost, match="ended"):
         connector.connect(Dialect(), None, (), {})
+
+
+class Unanswered:
+    """A connection to a PostgreSQL that does not answer."""
+
+    closed = False
+
+    def __init__(self, wire: socket.socket) -> None:
+        self.fileno = wire.fileno
+
+
+def test_a_use_without_an_answer_is_ended(connector: Connector) -> None:
+    """After the patience at the end, when its call is cancelled; not one that is too recent."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        connection: Any = Unanswered(ours)
+        assert connector.longest_use == 0.0
+        connector._used(connection)
+        connector.patience = 60.0
+        connector.end_long_uses()
+        assert not connector.is_stuck
+        connector._connections[connection] = time.monotonic() - 61
+        assert connector.is_stuck
+        connector._not_used(connection)
+        connector._not_used(None)
+        connector.end_long_uses()
+        assert not connector.is_stuck
+        theirs.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            theirs.recv(1)  # nothing was ended so far
+        connector._connections[connection] = time.monotonic() - 61
+        connector.end_long_uses()
+        assert theirs.recv(1) == b""
+        connection.closed = True
+        assert not connector.is_stuck
+
+
+def _lost_connection() -> sa.exc.OperationalError:
+    return sa.exc.OperationalError("SELECT 1", None, sqlite3.OperationalError("restarting"))
+
+
+async def test_dbos_is_launched_again_when_its_connection_breaks(
+    batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when PostgreSQL restarts; the worker waits as it does later."""
+    monkeypatch.setattr(databases, "_RETRY_INTERVAL", 0.01)
+    launch, failures = DBOS.launch, [_lost_connection(), _lost_connection()]
+
+    def launch_at_last() -> None:
+        launch()
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(DBOS, "launch", staticmethod(launch_at_last))
+    batch = batch_of()
+    await batch.add(requests(5))
+    status = await batch.work()
+    assert (status.succeeded, failures) == (5, [])
+
+
+@pytest.mark.parametrize(("statement", "tries"), [("SELECT 1", 2), (None, 1)])
+def test_a_database_that_breaks_while_it_is_prepared_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, statement: str | None, tries: int
+) -> None:
+    """But one that could not be reached is said at once: its URL may be wrong."""
+    monkeypatch.setattr(databases, "_RETRY_INTERVAL", 0.01)
+    failure = sa.exc.OperationalError(statement, None, sqlite3.OperationalError("restarting"))
+    calls: list[str] = []
+
+    def prepare() -> None:
+        calls.append("")
+        if len(calls) == 1:
+            raise failure
+
+    with closing(Store(check_url("postgresql://127.0.0.1:9/none"))) as store:
+        monkeypatch.setattr(store, "_prepare", prepare)
+        if tries == 1:
+            with pytest.raises(ConfigurationError, match="restarting"):
+                store.prepare()
+        else:
+            store.prepare()
+    assert len(calls) == tries
 
 
 def test_what_uses_an_abandoned_database_fails(url: str) -> None:

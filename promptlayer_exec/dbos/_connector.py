@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import attrs
 import psycopg
@@ -95,7 +95,8 @@ class Connector:
     """Makes an engine's connections: where one cannot be made, it waits, and then gives up.
 
     It also waits while another program has locked a SQLite file. All threads that need the database
-    wait here, those of DBOS too, so that all of them end in time. `abandon` ends them at once.
+    wait here, those of DBOS too, so that all of them end in time. `abandon` ends them at once, also
+    those that wait for an answer of PostgreSQL, for which nothing else limits the time.
 
     Attributes:
         patience: the seconds for which a trouble may last, for all threads together.
@@ -109,7 +110,12 @@ class Connector:
     _reaching: Trouble = attrs.field(init=False)
     _abandoned: threading.Event = attrs.field(init=False, factory=threading.Event)
     _lock: threading.Lock = attrs.field(init=False, factory=threading.Lock)
-    _connections: WeakSet[psycopg.Connection[Any]] = attrs.field(init=False, factory=WeakSet)
+    _ended_by: str = attrs.field(init=False, default="the work was ended")
+    # Since when each connection to PostgreSQL is used, None if it is not.
+    _connections: WeakKeyDictionary[psycopg.Connection[Any], float | None] = attrs.field(
+        init=False, factory=WeakKeyDictionary
+    )
+    _connecting: dict[int, float] = attrs.field(init=False, factory=dict)  # threads, since when
 
     def __attrs_post_init__(self) -> None:
         self.writing = Trouble(self._shown, "written", _CONTENTION)
@@ -123,17 +129,58 @@ class Connector:
             sa.event.listen(engine, "do_execute", partial(self._execute, sqlite3.Cursor.execute))
             many = partial(self._execute, sqlite3.Cursor.executemany)
             sa.event.listen(engine, "do_executemany", many)
+        else:
+            sa.event.listen(engine, "checkout", self._used)
+            for event in ("checkin", "detach"):  # DBOS listens on one that it has detached
+                sa.event.listen(engine, event, self._not_used)
 
     @property
     def is_failing(self) -> bool:
         """Whether no connection can be made, or nothing has been written for some seconds."""
         return self._reaching.lasts or self.writing.lasts
 
-    def abandon(self) -> None:
+    @property
+    def longest_use(self) -> float:
+        """For how many seconds a connection to PostgreSQL has been used or made, at most."""
+        began = [since for _, since in self._in_use()] + [*self._connecting.copy().values()]
+        return time.monotonic() - min(began) if began else 0.0
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether PostgreSQL has not answered for longer than the patience."""
+        return self.longest_use > self.patience
+
+    def abandon(self, reason: str | None = None) -> None:
         """Make every use of the database fail from now on, also one that is under way."""
+        self._ended_by = reason or self._ended_by
         self._abandoned.set()
         with self._lock:
             connections = [*self._connections]
+        self._shut(connections)
+
+    def end_long_uses(self) -> None:
+        """Let what has used a connection for longer than the patience at the end fail, once."""
+        before = time.monotonic() - PATIENCE_AT_END
+        self._shut([connection for connection, since in self._in_use() if since < before])
+
+    def _in_use(self) -> list[tuple[psycopg.Connection[Any], float]]:
+        with self._lock:
+            return [
+                (connection, since)
+                for connection, since in self._connections.items()
+                if since is not None and not connection.closed
+            ]
+
+    def _used(self, connection: psycopg.Connection[Any], *_: object) -> None:
+        with self._lock:
+            self._connections[connection] = time.monotonic()
+
+    def _not_used(self, connection: psycopg.Connection[Any] | None, *_: object) -> None:
+        if connection is not None:  # otherwise it is lost
+            with self._lock:
+                self._connections[connection] = None
+
+    def _shut(self, connections: list[psycopg.Connection[Any]]) -> None:
         for connection in connections:
             # Whatever another thread waits for on it ends with an error.
             with (
@@ -150,7 +197,8 @@ class Connector:
         """
         while True:
             if self._abandoned.is_set():
-                raise DatabaseLost("the work was ended")
+                raise DatabaseLost(self._ended_by)
+            self._connecting[threading.get_ident()] = time.monotonic()
             try:
                 connection = dialect.connect(*args, **options)
             except dialect.loaded_dbapi.OperationalError as error:
@@ -158,9 +206,12 @@ class Connector:
             else:
                 self._reaching.ended()
                 if isinstance(connection, psycopg.Connection):
-                    with self._lock:
-                        self._connections.add(connection)
+                    self._used(connection)
+                    if self._abandoned.is_set():  # meanwhile
+                        self._shut([connection])
                 return connection
+            finally:
+                self._connecting.pop(threading.get_ident(), None)
 
     def _wait(self, error: Exception) -> None:
         """Wait a little, or raise `DatabaseLost`."""
@@ -208,10 +259,13 @@ class Connector:
                 return True
 
     def _translate(self, context: sa.ExceptionContext) -> None:
+        error = context.original_exception
         if self._abandoned.is_set():
-            raise DatabaseLost("the work was ended") from context.original_exception
+            raise DatabaseLost(self._ended_by) from error
+        if context.is_disconnect and self._is_cancelled():  # DBOS would try again for ever
+            raise DatabaseLost(reason_of(error)) from error
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """Return what an error of the database says, on one line."""
     return " ".join(str(getattr(error, "orig", None) or error).split())

@@ -73,27 +73,40 @@ class Database:
             mark_lost_connections(self.engine)
 
     def prepare(self) -> None:
-        """Create the tables that are missing, without retrying."""
+        """Create the tables that are missing; retry only if a connection that stood breaks.
+
+        A database that cannot be reached at all, or not with this password, is said at once.
+        """
         try:
-            if self.is_sqlite:  # DBOS would wait for a locked file, too, but could not be ended
-                with self.engine.begin() as connection:
-                    connection.exec_driver_sql("BEGIN IMMEDIATE")
-            migrate(self.url)
-            with self.engine.begin() as connection:
-                # Two processes that create the same table at once would collide.
-                if self.is_sqlite:
-                    connection.exec_driver_sql("BEGIN IMMEDIATE")
-                else:
-                    connection.execute(sa.func.pg_advisory_xact_lock(_CREATE_TABLES_LOCK))
-                _tables.create_all(connection)
-                self._add_columns(connection)
-            if self.is_sqlite:
-                # With WAL, readers do not wait for the writer, and commits flush once. This fails
-                # while another process does the same. Once is enough: the file keeps the mode.
-                with suppress(exc.OperationalError), self.engine.connect() as connection:
-                    connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+            try:
+                self._prepare()
+            except exc.DBAPIError as error:
+                if self.is_sqlite or not (error.connection_invalidated or error.statement):
+                    raise
+                self.retry(self._prepare)
+        except ConfigurationError:
+            raise
         except Exception as error:
             raise self._unusable(error) from error
+
+    def _prepare(self) -> None:
+        if self.is_sqlite:  # DBOS would wait for a locked file, too, but could not be ended
+            with self.engine.begin() as connection:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+        migrate(self.url)
+        with self.engine.begin() as connection:
+            # Two processes that create the same table at once would collide.
+            if self.is_sqlite:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            else:
+                connection.execute(sa.func.pg_advisory_xact_lock(_CREATE_TABLES_LOCK))
+            _tables.create_all(connection)
+            self._add_columns(connection)
+        if self.is_sqlite:
+            # With WAL, readers do not wait for the writer, and commits flush once. This fails
+            # while another process does the same. Once is enough: the file keeps the mode.
+            with suppress(exc.OperationalError), self.engine.connect() as connection:
+                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
 
     def _add_columns(self, connection: sa.Connection) -> None:
         """Add the columns that a database of an older version lacks."""
@@ -109,7 +122,10 @@ class Database:
                     )
 
     async def run_in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Call a blocking function in a thread; if cancelled, stop retrying, but wait for it."""
+        """Call a blocking function in a thread; if cancelled, stop retrying, but wait for it.
+
+        It ends soon, because connections that PostgreSQL leaves without an answer are shut then.
+        """
         stop = threading.Event()
 
         def call() -> T:
@@ -124,7 +140,8 @@ class Database:
             with anyio.CancelScope(shield=True):
                 while not running.done():
                     with suppress(asyncio.CancelledError):
-                        await asyncio.wait([running])
+                        await asyncio.wait([running], timeout=_RETRY_INTERVAL)
+                    self.connector.end_long_uses()
             if not running.cancelled():
                 running.exception()  # otherwise asyncio logs it
             raise

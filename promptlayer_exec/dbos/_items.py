@@ -55,6 +55,7 @@ from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _callbacks as callbacks
 from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos._breaker import FAILURES, Breaker
+from promptlayer_exec.dbos._connector import PATIENCE_AT_END
 from promptlayer_exec.dbos._dbos_internals import ItemTaken
 from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._intents import Intent, Started, State
@@ -222,7 +223,8 @@ class Items:
 
     def _report_late(self, item: Item, pending: PendingStart, answered_at: float) -> None:
         is_late = self._loop.time() - answered_at >= _SLOWLY_RECORDED_WITHIN
-        if is_late or self._store.connector.is_failing:
+        connector = self._store.connector
+        if is_late or connector.is_failing or connector.longest_use >= PATIENCE_AT_END:
             self._report_unrecorded(item, pending)
 
     async def _send_pending(self, item: Item, pending: PendingStart) -> StartResult:

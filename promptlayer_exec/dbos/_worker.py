@@ -72,6 +72,7 @@ class Worker:
             raise RuntimeError("this process already works on a batch; work on one batch at a time")
         _worker = self
         self._store.stop_retrying.clear()
+        watching = asyncio.create_task(self._watch_database())
         try:
             if self._owns_session:
                 await self._session.__aenter__()
@@ -90,12 +91,19 @@ class Worker:
                 finally:
                     self._store.connector.patience = patience
                     _worker = None
+                    watching.cancel()
+                    await asyncio.wait([watching])
         if self._error is not None:
             raise self._error
 
     def _launch(self) -> None:
         log_quietly()
         self._store.register_queue(self._batch, self._max_in_flight)
+        self._liveness.record_heartbeat()
+        self._store.retry(self._launch_dbos)
+        self._liveness.start()
+
+    def _launch_dbos(self) -> None:
         dbos = DBOS(
             config={
                 "name": APPLICATION,
@@ -113,11 +121,22 @@ class Worker:
             raise RuntimeError(
                 "this process already uses DBOS; work on the batch in another process"
             )
-        self._dbos = dbos
-        self._liveness.record_heartbeat()
         DBOS.listen_queues([queue_name(self._batch)])
-        DBOS.launch()
-        self._liveness.start()
+        try:
+            DBOS.launch()
+        except BaseException:
+            DBOS.destroy()  # it cannot be launched twice
+            raise
+        self._dbos = dbos
+
+    async def _watch_database(self) -> None:
+        """Abandon the database when it does not answer, also while the work ends."""
+        connector = self._store.connector
+        while True:
+            await asyncio.sleep(_CHECK_INTERVAL)
+            if connector.is_stuck:
+                connector.abandon(f"it has not answered for {connector.patience:g} s")
+                return
 
     async def _wait(self, *, until_done: bool) -> None:
         waiting_since = None
@@ -165,6 +184,15 @@ class Worker:
                 await asyncio.wait([asyncio.wrap_future(draining)], timeout=_DRAIN_TIMEOUT)
         finally:  # also if cancelled again: the threads would keep the process alive
             await self._store.run_in_thread(self._end)
+            await self._wait_for_threads()
+
+    async def _wait_for_threads(self) -> None:
+        """Wait until no thread waits for PostgreSQL any more, whose caller was cancelled."""
+        ended = time.monotonic()
+        while True:
+            if self._store.connector.longest_use <= time.monotonic() - ended:
+                return
+            await asyncio.sleep(0.02)
 
     async def _drain(self) -> None:
         """Cancel the starts that were not sent, and wait until all other results are recorded."""

@@ -8,6 +8,7 @@ import subprocess
 import time
 from typing import Any
 
+import psycopg
 import pytest
 
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
@@ -65,6 +66,35 @@ def test_a_worker_without_its_database_ends(
         postgres.start()
     assert out == f"{ends_with}\n"
     assert "never retrieved" not in err
+    check_ids(scene, sim, err)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("patience", "ends_with"), [(4.0, "ConfigurationError"), (90.0, "KeyboardInterrupt")]
+)
+def test_a_worker_whose_database_does_not_answer_ends(
+    postgres_scene: Any, sim: Simulator, patience: float, ends_with: str
+) -> None:
+    """It ends as without a database, while another program has locked the table of the items."""
+    scene = postgres_scene
+    scene.add(500, seconds=3.0)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = scene.start(ENDLESS, patience, **pipes)
+    scene.wait_until(lambda: len(sim.runs) >= 40)
+    with psycopg.connect(scene.url) as other:
+        other.execute("LOCK TABLE promptlayer_item IN ACCESS EXCLUSIVE MODE")
+        if patience > 60:
+            time.sleep(2.0)
+            process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert out == f"{ends_with}\n"
+    assert "never retrieved" not in err
+    check_ids(scene, sim, err)
+
+
+def check_ids(scene: Any, sim: Simulator, err: str) -> None:
+    """Check that each id is in the database, or on standard error with its key."""
     stored = scene.recorded_ids()
     for run in sim.runs:
         key, execution_id = run.inputs["key"], run.execution_id
