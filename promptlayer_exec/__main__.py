@@ -29,7 +29,7 @@ def _run() -> None:
     except ImportError as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and missing.partition(".")[0] in _REQUIRED:
-            sys.stderr.write(f"the command line needs an extra: {install_hint('cli')}\n")
+            sys.stderr.write(f"the command line needs {install_hint('cli')}\n")
             sys.exit(2)
         traceback.print_exception(error)
         sys.exit(70)  # ExitCode.BUG, which cannot be imported here

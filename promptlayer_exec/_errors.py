@@ -101,6 +101,10 @@ class SessionClosed(PromptLayerExecError):
     def __init__(self, message: str = "the session is closed", **context: Unpack[_Context]) -> None:
         super().__init__(message, **context)
 
+    def __str__(self) -> str:
+        hint = "" if self.execution_id is not None else " Call it while the session is open."
+        return super().__str__() + hint
+
 
 class RequestError(PromptLayerExecError):
     """An HTTP request failed and is not retried any more.

@@ -109,7 +109,8 @@ class Opener:
         api_key = find_api_key(self._settings.api_key)
         if api_key is None:
             raise ConfigurationError(
-                "there is no API key: set PROMPTLAYER_API_KEY or pass api_key= to Session"
+                "there is no API key: create one in PromptLayer's settings, and set"
+                " PROMPTLAYER_API_KEY or pass api_key= to Session"
             )
         base_url = find_base_url(self._settings.base_url)
         self.warn_of_plain_http(base_url)

@@ -128,7 +128,7 @@ def missing_for_push() -> str | None:
     try:
         version = metadata.version("centrifuge-python")
     except metadata.PackageNotFoundError:
-        return f"an extra: {install_hint('push')}"
+        return install_hint("push")
     if re.match(r"0\.[0-6]\.", version):
         return (
             f"centrifuge-python 0.7, but {version} is installed: PromptLayer's own SDK asks for an"

@@ -43,6 +43,8 @@ def status_error(response: Response) -> StatusError:
     if status < 400 and response.location:
         target = response.location[:_LONGEST_QUOTE]
         shown = f"a redirect to {target}, not followed because the key is for base_url alone"
+    if shown == responses.get(status):
+        shown = ""  # it only repeats the name
     cls = _CLASSES.get(status, ServerError if status >= 500 else StatusError)
     extra: dict[str, Any] = {"details": _details(body)} if cls is UnprocessableEntity else {}
     return cls(

@@ -30,7 +30,7 @@ try:
         set_span_in_context,
     )
 except ModuleNotFoundError as error:
-    error.add_note(f"this needs an extra: {install_hint('opentelemetry')}")
+    error.add_note(f"this needs {install_hint('opentelemetry')}")
     raise
 
 from promptlayer_exec import (

@@ -496,7 +496,7 @@ class TestWatch:
         cases = {
             call("watch", "0"): "Invalid value for 'ID'",
             call("watch", 2**63): "Invalid value for 'ID'",
-            call("watch", 5, "--base-url", "http://a..b"): "base_url",
+            call("watch", 5, "--base-url", "http://a..b"): "--base-url must be a valid URL",
             call("watch", 5, "--timeout", "nan"): "Invalid value for '--timeout'",
             call("results", 5, "--base-url", "ftp://x"): "must be an http:// or https:// URL",
             call("watch", 5, PROMPTLAYER_API_KEY=""): "variable PROMPTLAYER_API_KEY",
@@ -672,6 +672,7 @@ class TestRun:
         cases = {
             call("run"): "Missing argument",
             call("run", ""): "workflow name must not be empty; no run was started",
+            call("run", "unused", "letter=x"): "inputs are given with -i: -i 'letter=x'",
             call("run", "unused", "-i", "letter"): "Invalid value for '--input'",
             call("run", "unused", "-i", "rows=[1, NaN]"): "rows[1]",
             call("run", "unused", "--metadata", "7"): "Invalid value for '--metadata'",
@@ -1024,6 +1025,7 @@ class TestSimulate:
         code, out, err = call("simulate", "--port", port).end()
         assert (code, out) == (2, "")
         assert err.startswith(f"cannot listen on 127.0.0.1, port {port}: ")
+        assert err.endswith("; --port 0 takes a free port\n")
         assert err.count("\n") == 1
         code, out, err = malformed.end()
         assert (code, out) == (2, "")
@@ -1059,7 +1061,7 @@ class TestProgram:
 
     def test_without_the_extra(self, start: Start) -> None:
         """Without typer or rich, one line says what to install, and the exit code is 2."""
-        hint = f"the command line needs an extra: {install_hint('cli')}\n"
+        hint = f"the command line needs {install_hint('cli')}\n"
         call = "from promptlayer_exec.__main__ import main; main()"
         commands = [
             start(program=python(f"import sys; sys.modules[{missing!r}] = None; {call}"))

@@ -329,7 +329,7 @@ def test_lines_that_cannot_run_are_reported_before_anything_is_added(
             "good, line 1, is not a result; the file is unchanged",
         ),
         (("run", "/dev/null"), "/dev/null is read twice: write the items to a regular file first"),
-        (("run", "good", "--db", "nothing"), "database_url is not a URL"),
+        (("run", "good", "--db", "nothing"), "--db is not a URL"),
         (("run", "long"), "item key must be 1 to 1000 bytes of text"),
         (("run", "good", "--rate", "inf"), "must be a number greater than 0"),
         (("run", "good", "--rate", "0"), "must be a number greater than 0"),
@@ -396,7 +396,9 @@ def test_a_run_with_nothing_to_do_says_so(run: Run, tmp_path: Path) -> None:
     write(tmp_path / "night", {"key": "1", "workflow": "echo", "inputs": {"n": 2}})
     code, out, err = run("run", file)
     assert (code, out) == (2, "")
-    assert "the key '1' of batch 'night' stands for another request (inputs.n differs)" in err
+    what = "the key '1' of batch 'night' stands for another request (inputs.n differs): give this"
+    way = " one another key, or add it to another batch with --name NEW; nothing was added"
+    assert what + way in err
 
 
 def test_an_outage_is_reported_once(run: Run, tmp_path: Path) -> None:
@@ -435,6 +437,7 @@ def test_a_refused_key_is_exit_code_4(
     monkeypatch.setenv("PROMPTLAYER_API_KEY", "wrong")
     code, _, err = run("run", file)
     assert code == 4
+    assert "Check PROMPTLAYER_API_KEY; no item is lost" in err
     assert err.endswith("; no item is lost: run the same command again to continue\n")
     monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
     assert run("run", file, "--base-url", "http://127.0.0.1:9", "--outage", "0.01")[0] == 4
@@ -553,6 +556,21 @@ def test_results_that_the_database_does_not_know_are_not_run_again(
         is_bad = json.loads(out.readline())["key"] == "bad"
     code, _, err = run("run", file, "--out", "out.jsonl", "--db", "sqlite:///other.sqlite")
     assert (code == 2) is not is_bad
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.csv", "out.parquet"])
+def test_results_of_refused_starts_do_not_stop_another_batch(
+    sim: Simulator, run: Run, tmp_path: Path, name: str
+) -> None:
+    """They cost nothing; a start that may have reached the server may have."""
+    file = write(tmp_path / "night", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
+    command = ("run", file, "--out", name)
+    for fault, code in ((Fault.status(422), 0), (Fault.disconnect(), 2)):
+        sim.inject(on("POST", "/", fault))
+        assert run(*command, "--name", f"first {code}")[0] == 1
+        sim.clear_faults()
+        assert run(*command, "--name", f"second {code}")[0] == code
+        (tmp_path / name).unlink()
 
 
 def test_a_batch_of_numbered_lines_is_continued(sim: Simulator, run: Run, tmp_path: Path) -> None:

@@ -169,7 +169,8 @@ async def test_a_csv_file_of_results(tmp_path: Path) -> None:
     assert rows[2]["error_message"] == "lost \\ud800"
     assert [row["execution_id"] for row in rows] == ["7", "8", ""]
     assert results == [
-        Result(outcome.key, NOW.isoformat(), outcome.succeeded) for outcome in OUTCOMES
+        Result(outcome.key, NOW.isoformat(), outcome.succeeded, may_be_paid=True)
+        for outcome in OUTCOMES
     ]
     assert not list_parts(tmp_path)
 
@@ -189,7 +190,8 @@ async def test_a_parquet_file_of_results(tmp_path: Path) -> None:
     assert [row["started"] for row in table] == [NOW, NOW, None]
     assert table[2]["error_type"] == "StartUnknown"
     assert results == [
-        Result(outcome.key, NOW.isoformat(), outcome.succeeded) for outcome in OUTCOMES
+        Result(outcome.key, NOW.isoformat(), outcome.succeeded, may_be_paid=True)
+        for outcome in OUTCOMES
     ]
 
 

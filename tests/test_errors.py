@@ -364,5 +364,7 @@ def test_a_start_that_can_be_recovered_says_so_without_its_token():
 
 def test_a_closed_session_speaks_of_an_execution_only_if_there_is_one():
     """A start that was refused started nothing."""
-    assert str(_errors.SessionClosed()) == "the session is closed."
+    assert str(_errors.SessionClosed()) == (
+        "the session is closed. Call it while the session is open."
+    )
     assert "The execution goes on" in str(_errors.SessionClosed(execution_id=787))

@@ -872,7 +872,7 @@ def test_the_command_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "promptlayer_exec.mcp", None)
     result = CliRunner().invoke(command_line, ["mcp"])
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == f"the MCP server needs an extra: {install_hint('mcp')}\n"
+    assert result.stderr == f"the MCP server needs {install_hint('mcp')}\n"
 
 
 async def test_a_signal_ends_the_process_while_a_start_has_no_answer(

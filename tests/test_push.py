@@ -1097,10 +1097,10 @@ def test_the_extra_is_checked_when_the_session_is_made(monkeypatch: pytest.Monke
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", missing)
-    with pytest.raises(ConfigurationError, match=r"push=True needs an extra: .*\[push\]"):
+    with pytest.raises(ConfigurationError, match=r"push=True needs the extra .push.: .*\[push\]"):
         Session("a-key", push=True)
     monkeypatch.setenv("PROMPTLAYER_EXEC_PUSH", "1")
-    with pytest.raises(ConfigurationError, match="PROMPTLAYER_EXEC_PUSH=1 needs an extra"):
+    with pytest.raises(ConfigurationError, match="PROMPTLAYER_EXEC_PUSH=1 needs the extra"):
         Session("a-key")
 
 

@@ -64,6 +64,7 @@ def _program(
 app.command("demo")(demo)
 app.command(
     "run",
+    context_settings={"allow_extra_args": True},  # to say how inputs are given
     epilog=help_epilog(
         examples=(
             "run support-agent -i letter@letter.txt --label prod",

@@ -106,6 +106,13 @@ def read_inputs(arguments: Iterable[str]) -> dict[str, Any]:
     return inputs
 
 
+def refuse_arguments(arguments: list[str]) -> None:
+    """Refuse inputs without their option."""
+    if arguments:
+        given = _quoted(arguments[0])
+        _refuse(f"{given} is not expected; inputs are given with -i: -i {given}")
+
+
 def read_metadata(arguments: Iterable[str]) -> dict[str, str]:
     """Return the texts given with `--metadata`; the last text of a key wins."""
     metadata = {}

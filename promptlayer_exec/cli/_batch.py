@@ -226,7 +226,9 @@ async def _refuse_foreign_results(batch: Batch, shown: str, file: LineFile | Tab
 
 def _is_foreign(result: Result, kinds: dict[str, Any]) -> bool:
     # An item that did not succeed may wait again meanwhile; one that succeeded stays as it is.
-    return result.key not in kinds or (result.succeeded and kinds[result.key] != "succeeded")
+    if result.key not in kinds:
+        return result.may_be_paid
+    return result.succeeded and kinds[result.key] != "succeeded"
 
 
 async def _check_inputs(batch: Batch, items: ItemFile, base_url: str | None, outage: float) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from promptlayer_exec.cli._stdio import err
-from promptlayer_exec.cli._text import duration, printable, shorten
+from promptlayer_exec.cli._text import duration, in_options, printable, shorten
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import BatchStatus, Durations, Failure
@@ -95,7 +95,7 @@ def failure_lines(failures: Iterable[Failure]) -> list[str]:
     """Return a line with an example for each type of error."""
     lines = []
     for failure in failures:
-        example = shorten(printable(f"{failure.key}: {failure.message}"), 160)
+        example = shorten(printable(f"{failure.key}: {in_options(failure.message)}"), 160)
         lines.append(f"  {failure.count} {failure.type}, for example {example}")
     return lines
 

@@ -48,6 +48,7 @@ _COLUMNS = (
     *("key", "execution_id", "succeeded", "output"),
     *("error_type", "error_message", "started", "finished"),
 )
+_RESULT_COLUMNS = ["key", "finished", "succeeded", "execution_id", "error_type"]
 _ROW_GROUP = 1000
 
 
@@ -225,11 +226,17 @@ def _refuse_constant(constant: str) -> NoReturn:
 
 
 class Result(NamedTuple):
-    """A result that a file has: its key, when it was finished, and whether it succeeded."""
+    """A result that a file has; `may_be_paid` unless the start was refused."""
 
     key: str
     finished: str
     succeeded: bool
+    may_be_paid: bool
+
+
+def _result(key: str, finished: str, succeeded: bool, execution_id: Any, kind: Any) -> Result:
+    is_paid = succeeded or bool(execution_id) or kind == "StartUnknown"
+    return Result(key, finished, succeeded, is_paid)
 
 
 def open_results(path: Path | None) -> LineFile | TableFile:
@@ -279,8 +286,14 @@ class LineFile:
             is_whole = line.endswith(b"\n")
             try:
                 fields = json.loads(line)
-                result = Result(str(fields["key"]), str(fields["finished"]), fields["succeeded"])
-            except (ValueError, TypeError, KeyError) as error:
+                result = _result(
+                    str(fields["key"]),
+                    str(fields["finished"]),
+                    fields["succeeded"],
+                    fields.get("execution_id"),
+                    (fields.get("error") or {}).get("type"),
+                )
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
                 # What a power failure cuts off can be zeros.
                 text = line.rstrip(b"\0")
                 is_start = text[: len(_RESULT_START)] == _RESULT_START[: len(text)]
@@ -381,7 +394,9 @@ class _Csv:
     def read(path: Path) -> Iterator[Result]:
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                yield Result(row["key"], row["finished"], row["succeeded"] == "true")
+                values: list[Any] = [row[name] for name in _RESULT_COLUMNS]
+                values[2] = row["succeeded"] == "true"
+                yield _result(*values)
 
 
 class _Parquet:
@@ -414,9 +429,11 @@ class _Parquet:
     @staticmethod
     def read(path: Path) -> Iterator[Result]:
         with _pyarrow().parquet.ParquetFile(path) as file:
-            for part in file.iter_batches(columns=["key", "finished", "succeeded"]):
+            for part in file.iter_batches(columns=_RESULT_COLUMNS):
                 for row in part.to_pylist():
-                    yield Result(row["key"], row["finished"].isoformat(), row["succeeded"])
+                    values = [row[name] for name in _RESULT_COLUMNS]
+                    values[1] = row["finished"].isoformat()
+                    yield _result(*values)
 
 
 _TABLES: dict[str, type[_Csv | _Parquet]] = {".csv": _Csv, ".parquet": _Parquet}

@@ -29,7 +29,7 @@ from promptlayer_exec.cli._batch_options import (
 )
 from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, run_command
 from promptlayer_exec.cli._stdio import err, out
-from promptlayer_exec.cli._text import preview, printable
+from promptlayer_exec.cli._text import in_options, preview, printable
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import StoredItem
@@ -150,7 +150,7 @@ def _item_lines(batch: str, item: StoredItem) -> list[str]:
             lines.append(f"  started: {_time(outcome.started)}, execution {outcome.execution_id}")
         lines.append(f"  finished: {_time(outcome.finished)}")
         if outcome.error is not None:
-            lines.append(f"  {outcome.error.type}: {printable(outcome.error.message)}")
+            lines.append(f"  {outcome.error.type}: {printable(in_options(outcome.error.message))}")
         else:
             lines.append(f"  output: {preview(outcome.output)}")
     return lines

@@ -33,6 +33,7 @@ from promptlayer_exec.cli._arguments import (
     check_version,
     read_inputs,
     read_metadata,
+    refuse_arguments,
     seconds,
 )
 from promptlayer_exec.cli._definitions import WorkflowName
@@ -72,6 +73,7 @@ asyncio.run(main())"""
 
 
 def run(
+    context: typer.Context,
     workflow: WorkflowName,
     *,
     inputs: Annotated[
@@ -130,6 +132,7 @@ def run(
     for the answer to report the id; a second interrupt ends it at once. The run itself goes on: the
     server cannot cancel it.
     """  # noqa: D301 - \b is Typer's mark for preformatted text
+    refuse_arguments(context.args)
     check_version(label, version)
     variables = read_inputs(inputs)
     texts = read_metadata(metadata) or None

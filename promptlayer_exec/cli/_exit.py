@@ -19,13 +19,14 @@ import attrs
 from promptlayer_exec import (
     ConfigurationError,
     ExecutionTimeout,
+    NotFound,
     RequestError,
     RetryPolicy,
     StartUnknown,
     StatusError,
 )
 from promptlayer_exec.cli._stdio import OutputFailed, err, out
-from promptlayer_exec.cli._text import printable
+from promptlayer_exec.cli._text import in_options, printable
 
 PROGRAM = "promptlayer-exec"
 NO_RUN = "no run was started"  # a note of a start; the error of a refused one says so itself
@@ -200,7 +201,7 @@ async def _until_signal(work: Coroutine[Any, Any, ExitCode]) -> ExitCode:
 
 def _report(error: Exception, subject: Subject, *, as_json: bool) -> ExitCode:
     code = next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
-    message = str(error)
+    message = in_options(str(error))
     execution_id = subject.execution_id
     says_if_started = isinstance(error, ExecutionTimeout | StartUnknown) or (
         isinstance(error, RequestError) and subject.note == NO_RUN
@@ -208,6 +209,8 @@ def _report(error: Exception, subject: Subject, *, as_json: bool) -> ExitCode:
     if execution_id is None and subject.note and (subject.is_batch or not says_if_started):
         message = f"{message.rstrip('.')}; {subject.note}"
     message = printable(message)
+    if isinstance(error, NotFound) and execution_id is None:
+        message += f" `{PROGRAM} workflows` lists the names."
     err(message)
     # The server refused the id or the key itself, so that a retry cannot help.
     is_permanent = (

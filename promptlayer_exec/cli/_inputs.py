@@ -11,7 +11,7 @@ from promptlayer_exec import NotFound, RequestError, Session, StartRequest
 from promptlayer_exec._integration import DEFINITION_TIMEOUT, check_inputs, encode_inputs
 from promptlayer_exec.cli._exit import PROGRAM, Misuse
 from promptlayer_exec.cli._stdio import err
-from promptlayer_exec.cli._text import printable, shorten
+from promptlayer_exec.cli._text import in_options, printable, shorten
 
 # A workflow with its label and version; the names of the inputs that the lines of a file give it.
 Target: TypeAlias = tuple[str | int, str | None, int | None]
@@ -48,7 +48,7 @@ async def find_problems(session: Session, starts: Mapping[Target, Given]) -> dic
             continue
         except (RequestError, TimeoutError) as error:
             late = f"{_named(workflow)}: no answer within {DEFINITION_TIMEOUT:g} s"
-            err(f"inputs are not checked: {str(error) or late}")
+            err(f"inputs are not checked: {in_options(str(error)) or late}")
             break
         for names, numbers in given.items():
             try:

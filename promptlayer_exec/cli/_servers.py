@@ -98,7 +98,7 @@ def view(
                 serve,
             )
         except ModuleNotFoundError as error:
-            raise Misuse(f"the viewer needs an extra: {install_hint('viewer')}") from error
+            raise Misuse(f"the viewer needs {install_hint('viewer')}") from error
         token = _token()
         async with AsyncExitStack() as stack:
             simulator = None
@@ -112,8 +112,7 @@ def view(
                 retry = RetryPolicy(outage=min(outage, 10.0), watch_outage=outage)
                 session = open_session(base_url, retry, err)
             await stack.enter_async_context(session)
-            hint = f"; `{PROGRAM} view --port 0` takes a free port" if port else ""
-            with _listening(host, port, hint):
+            with _listening(host, port):
                 listener = stack.enter_context(listen(host, port))
             address = Address(host, listener.getsockname()[1])
             history = None
@@ -303,7 +302,7 @@ def mcp(
         try:
             from promptlayer_exec.mcp import serve_stdio  # noqa: PLC0415 - an extra
         except ModuleNotFoundError as error:
-            raise Misuse(f"the MCP server needs an extra: {install_hint('mcp')}") from error
+            raise Misuse(f"the MCP server needs {install_hint('mcp')}") from error
         logging.getLogger("promptlayer_exec").addHandler(_ToStandardError())
         session = open_session(
             base_url, RetryPolicy(outage=outage), wait_timeout=_REQUEST_TIME, push=push
@@ -342,11 +341,12 @@ class _ToStandardError(logging.Handler):
 
 
 @contextmanager
-def _listening(host: str, port: int, hint: str = "") -> Iterator[None]:
+def _listening(host: str, port: int) -> Iterator[None]:
     """Report that a server cannot listen; a `UnicodeError` stands for a malformed host name."""
     try:
         yield
     except (OSError, UnicodeError) as error:
         # socket.create_server repeats the address after the reason.
         reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        hint = "; --port 0 takes a free port" if port else ""
         raise Misuse(f"cannot listen on {host}, port {port}: {reason}{hint}") from None

@@ -36,7 +36,8 @@ def open_session(
     """Return a session with the key from the environment; `warn` is called with each retry."""
     if not os.environ.get("PROMPTLAYER_API_KEY"):
         raise ConfigurationError(
-            "there is no API key: set the environment variable PROMPTLAYER_API_KEY"
+            "there is no API key: set the environment variable PROMPTLAYER_API_KEY to one from"
+            " PromptLayer's settings"
         )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -9,6 +9,21 @@ from unicodedata import category
 from promptlayer_exec import Node, NodeStatus, NodeTimes, Snapshot
 
 _PREVIEW = 200
+# What messages of the library tell a program to do, and what to say at a command line instead.
+_WORDS = {
+    "Check PROMPTLAYER_API_KEY or api_key=.": "Check PROMPTLAYER_API_KEY.",
+    "Check the network and base_url;": "Check the network and --base-url;",
+    "Check base_url and the arguments.": "Check --base-url and the arguments.",
+    "Check that base_url is": "Check that --base-url is",
+    "Check the id or name, base_url, and": "Check the id or name, --base-url, and",
+    "base_url must": "--base-url must",
+    "database_url is": "--db is",
+    "database_url must": "--db must",
+    "push=True needs": "--push needs",
+    " last_snapshot has every node.": "",
+    "add it to another batch; it was not added": "add it to another batch with --name NEW; nothing"
+    " was added",
+}
 _encoder = json.JSONEncoder(ensure_ascii=False)
 
 
@@ -22,6 +37,13 @@ def printable(text: str, *, keep: str = "") -> str:
         else json.dumps(char)[1:-1]
         for char in text
     )
+
+
+def in_options(text: str) -> str:
+    """Return a message of the library with the options of the command line in it."""
+    for words, options in _WORDS.items():
+        text = text.replace(words, options)
+    return text
 
 
 def shorten(text: str, limit: int = _PREVIEW) -> str:

@@ -14,7 +14,7 @@ try:
     )
     from promptlayer_exec.dbos._values import BatchStatus, StoredError, StoredOutcome
 except ModuleNotFoundError as error:
-    error.add_note(f"this needs an extra: {install_hint('dbos')}")
+    error.add_note(f"this needs {install_hint('dbos')}")
     raise
 
 __all__ = [

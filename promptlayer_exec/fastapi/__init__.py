@@ -8,7 +8,7 @@ try:
     from promptlayer_exec.fastapi._responses import add_error_handlers
     from promptlayer_exec.fastapi._router import create_router
 except ModuleNotFoundError as error:
-    error.add_note(f"this needs an extra: {install_hint('fastapi')}")
+    error.add_note(f"this needs {install_hint('fastapi')}")
     raise
 
 __all__ = [

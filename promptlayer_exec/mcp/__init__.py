@@ -6,7 +6,7 @@ try:
     from promptlayer_exec.mcp._server import create_server
     from promptlayer_exec.mcp._stdio import serve_stdio
 except ModuleNotFoundError as error:
-    error.add_note(f"this needs an extra: {install_hint('mcp')}")
+    error.add_note(f"this needs {install_hint('mcp')}")
     raise
 
 __all__ = ["create_server", "serve_stdio"]

@@ -8,7 +8,7 @@ try:
     from promptlayer_exec.viewer._history import History
     from promptlayer_exec.viewer._server import create_app, listen, serve
 except ModuleNotFoundError as error:
-    error.add_note(f"this needs an extra: {install_hint('viewer')}")
+    error.add_note(f"this needs {install_hint('viewer')}")
     raise
 
 __all__ = ["Address", "Board", "History", "create_app", "listen", "serve"]
