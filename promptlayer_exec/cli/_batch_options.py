@@ -102,7 +102,7 @@ def dbos() -> ModuleType:
     try:
         from promptlayer_exec import dbos  # noqa: PLC0415 - an extra
     except ModuleNotFoundError as error:
-        raise Misuse(f"batches need {install_hint('cli,dbos')}") from error
+        raise Misuse(f"batches need {install_hint('cli', 'dbos')}") from error
     return dbos
 
 
