@@ -622,6 +622,7 @@ class TestRun:
         code, out, err = unknown.end()
         assert code == 4
         assert err.startswith("no run of workflow 'unknown' started: the server answered 404")
+        assert "`promptlayer-exec workflows` lists the names." in err
         assert err.count("no run") == 1
         error = json.loads(out)["error"]
         assert (error["type"], error["execution_id"]) == ("NotFound", None)

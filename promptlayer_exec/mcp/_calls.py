@@ -321,7 +321,7 @@ class Calls:
                         await report(count, len(snapshot.nodes), text)
         except ExecutionTimeout as error:
             snapshot = error.last_snapshot or Snapshot(execution.id, False, {})
-            message = f"Execution {execution.id} is not complete after {seconds:g} s:"
+            message = f"Execution {execution.id} is not complete after {round(seconds, 2):g} s:"
             message += f" {state_text(snapshot)}. It goes on. Call wait_execution with"
             message += f" execution_id '{execution.id}' to go on waiting; do not start it again."
             return execution_fields(snapshot, message, timed_out=True)
