@@ -318,7 +318,7 @@ def dashboard(session: nox.Session) -> None:
 @nox.session
 def soak(session: nox.Session) -> None:
     """Run 50,000 items against a server that often fails; the suite runs 500."""
-    _install(session, "test", ".")
+    _install(session, "test", ".[push]")
     environment = {"PYTHONSAFEPATH": "1", "PROMPTLAYER_EXEC_SOAK_ITEMS": "50000"}
     session.run("pytest", "-s", "tests/soak", *session.posargs, env=environment)
 

@@ -824,3 +824,18 @@ async def test_a_call_ends_in_time_even_if_its_cancellation_is_suppressed(
             await session.aclose()
         assert await calling == 0
     assert sim.request_count == (suppressed_by == "middleware")
+
+
+async def test_a_timeout_of_the_limiter_s_own_reaches_the_caller(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """It is no timeout of the call or of the request, so it is not retried either."""
+
+    class Limiter:
+        async def acquire(self) -> None:
+            raise TimeoutError("the limiter's own")
+
+    with pytest.raises(TimeoutError, match="the limiter's own") as caught:
+        await open_session(limiter=Limiter()).get_results(7)
+    assert type(caught.value) is TimeoutError
+    assert sim.request_count == 0
