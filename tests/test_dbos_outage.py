@@ -43,6 +43,7 @@ from promptlayer_exec.dbos import _rate as rates
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._connector import Connector, DatabaseLost
+from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
@@ -792,3 +793,36 @@ def test_what_uses_an_abandoned_database_fails(url: str) -> None:
         store.connector.abandon()
         with pytest.raises(DatabaseLost, match="ended"):
             connection.execute(sa.text("no statement"))
+
+
+async def test_no_intent_is_recorded_once_a_start_is_cancelled() -> None:
+    """Nobody would take it back: the request may be torn down a few steps after the cancellation."""
+    recorded: list[str] = []
+
+    def record(intents: Any) -> list[bool]:
+        recorded.extend(intent.key for intent in intents)
+        return [True] * len(intents)
+
+    start = pending.PendingStart(pending.Item("k", 1, "{}"), Group(record), "token")
+    start.cancel()
+    sending = asyncio.create_task(start.before_send())
+    for _ in range(3):
+        await asyncio.sleep(0)
+    sending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sending
+    assert recorded == []
+
+
+async def test_a_second_cancellation_does_not_end_the_wait_for_starts() -> None:
+    """Their answers would arrive unrecorded. The cancellation is raised at the end."""
+    answered = asyncio.get_running_loop().create_future()
+    waiting = asyncio.create_task(workers._wait_even_if_cancelled(answered, 5.0))
+    for _ in range(2):
+        await asyncio.sleep(0)
+        waiting.cancel()
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    answered.set_result(None)
+    with pytest.raises(asyncio.CancelledError):
+        await waiting

@@ -71,6 +71,8 @@ class PendingStart:
 
     async def before_send(self) -> None:
         """Record the intent."""
+        if self.is_cancelled:  # in the step before: the cancellation is still on its way here
+            await asyncio.Event().wait()
         self.may_be_sent = True
         if not await self._intents.add(self._intent()):
             self.is_refused = True

@@ -181,7 +181,7 @@ class Worker:
                 await self._session.aclose()
             if self._dbos_loop is not None:
                 draining = asyncio.run_coroutine_threadsafe(self._drain(), self._dbos_loop)
-                await asyncio.wait([asyncio.wrap_future(draining)], timeout=_DRAIN_TIMEOUT)
+                await _wait_even_if_cancelled(asyncio.wrap_future(draining), _DRAIN_TIMEOUT)
         finally:  # also if cancelled again: the threads would keep the process alive
             await self._store.run_in_thread(self._end)
             await self._wait_for_threads()
@@ -230,3 +230,14 @@ async def _item(key: str, attempt: int, request: str, started: StartResult | Non
 @DBOS.workflow(name=FIRST_WORKFLOW, max_recovery_attempts=None)
 async def _first_item(key: str, attempt: int, request: str) -> None:
     await _run(Item(key, attempt, request, is_first_version=True))
+
+
+async def _wait_even_if_cancelled(future: asyncio.Future[None], timeout: float) -> None:
+    """Wait for a future for `timeout` seconds at most, and raise a cancellation afterwards."""
+    waiting = asyncio.ensure_future(asyncio.wait([future], timeout=timeout))
+    try:
+        await asyncio.shield(waiting)
+    finally:
+        while not waiting.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.shield(waiting)
