@@ -796,7 +796,7 @@ def test_what_uses_an_abandoned_database_fails(url: str) -> None:
 
 
 async def test_no_intent_is_recorded_once_a_start_is_cancelled() -> None:
-    """Nobody would take it back: the request may be torn down a few steps after the cancellation."""
+    """Nobody would take it back: the request is torn down a few steps after the cancellation."""
     recorded: list[str] = []
 
     def record(intents: Any) -> list[bool]:
