@@ -787,6 +787,17 @@ def test_a_database_that_breaks_while_it_is_prepared_is_waited_for(
     assert len(calls) == tries
 
 
+def test_the_tables_are_created_on_connections_with_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DBOS makes these connections; what the user's URL says counts."""
+    urls: list[str] = []
+    monkeypatch.setattr(databases, "migrate", lambda url: [urls.append(url), 1 / 0])
+    store = Store(check_url("postgresql://127.0.0.1:9/none?connect_timeout=3"))
+    with closing(store), pytest.raises(ConfigurationError, match="division"):
+        store.prepare()
+    query = sa.make_url(urls[0]).query
+    assert (query["connect_timeout"], query["tcp_user_timeout"]) == ("3", "20000")
+
+
 def test_what_uses_an_abandoned_database_fails(url: str) -> None:
     """Also on a connection that stands: DBOS would retry an error of SQLAlchemy."""
     with closing(Store(check_url(url))) as store, store.engine.connect() as connection:

@@ -58,14 +58,19 @@ class Database:
         self.is_sqlite = url.get_backend_name() == "sqlite"
         dialect = sqlite if self.is_sqlite else postgresql
         self.insert: Callable[[sa.Table], Any] = dialect.insert
+        options = {name: value for name, value in POSTGRES_OPTIONS.items() if name not in url.query}
+        # DBOS creates its tables on connections of its own, which take their options from the URL.
+        self._migrated = (
+            url
+            if self.is_sqlite
+            else url.update_query_pairs((name, str(value)) for name, value in options.items())
+        )
         self.engine = sa.create_engine(
             url,
             pool_size=0 if self.is_sqlite else _CONNECTIONS,
             max_overflow=0,
             pool_timeout=RETRY_FOR,
-            connect_args=_SQLITE_OPTIONS
-            if self.is_sqlite
-            else {name: value for name, value in POSTGRES_OPTIONS.items() if name not in url.query},
+            connect_args=_SQLITE_OPTIONS if self.is_sqlite else options,
         )
         self.connector = Connector(shown(url), RETRY_FOR, self._is_cancelled)
         self.connector.attach(self.engine)
@@ -93,7 +98,7 @@ class Database:
         if self.is_sqlite:  # DBOS would wait for a locked file, too, but could not be ended
             with self.engine.begin() as connection:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
-        migrate(self.url)
+        migrate(self._migrated.render_as_string(hide_password=False))
         with self.engine.begin() as connection:
             # Two processes that create the same table at once would collide.
             if self.is_sqlite:
