@@ -100,7 +100,7 @@ class PatientTimeout(PatientTimer):
         self._repeated = 0
 
     async def __aenter__(self) -> Self:
-        self._task = cast("asyncio.Task[Any]", asyncio.current_task())
+        self._task = cast("asyncio.Task[Any]", asyncio.current_task(self._loop))
         await self._timeout.__aenter__()
         return self
 
