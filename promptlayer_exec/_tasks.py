@@ -76,7 +76,7 @@ class PatientTimer:
             self._handle = self._loop.call_later(min(late, _LONGEST_READ), callback, *args)
         elif late > -_EARLY:
             callback(*args)
-        elif self._at < math.inf:
+        else:
             self._handle = self._loop.call_at(self._at, self._fire, callback, *args)
 
 
@@ -93,7 +93,8 @@ class PatientTimeout(PatientTimer):
     __slots__ = ("_repeated", "_task", "_timeout")
 
     def __init__(self, at: float = math.inf, *, soonest: float = math.inf) -> None:
-        super().__init__(min(at, soonest), self.expire)
+        # Without a limit there is no timer before `end_by`: ten thousand may wait for their turn.
+        super().__init__(soonest if soonest < at < math.inf else at, self.expire)
         self._at = at
         self._timeout = asyncio.timeout(None)
         self._task: asyncio.Task[Any]
