@@ -126,12 +126,16 @@ class Database:
                         f"ALTER TABLE {quote_name(table)} ADD COLUMN {definition}"
                     )
 
-    async def run_in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+    async def run_in_thread(
+        self, work: Callable[..., T], *arguments: Any, stops_all: bool = False
+    ) -> T:
         """Call a blocking function in a thread; if cancelled, stop retrying, but wait for it.
 
         It ends soon, because connections that PostgreSQL leaves without an answer are shut then.
+        One that `stops_all` ends the retries of other threads, too: they may hold the connections
+        that it waits for.
         """
-        stop = threading.Event()
+        stop = self.stop_retrying if stops_all else threading.Event()
 
         def call() -> T:
             _stop_retrying.set(stop)  # in the context of this call alone

@@ -9,6 +9,7 @@ import asyncio
 import socket
 import time
 from contextlib import suppress
+from functools import partial
 from uuid import uuid4
 
 import anyio
@@ -76,7 +77,7 @@ class Worker:
         try:
             if self._owns_session:
                 await self._session.__aenter__()
-            await self._store.run_in_thread(self._launch)
+            await self._store.run_in_thread(self._launch, stops_all=True)
             await self._wait(until_done=until_done)
         except asyncio.CancelledError:
             self._store.stop_retrying.set()
@@ -141,7 +142,8 @@ class Worker:
     async def _wait(self, *, until_done: bool) -> None:
         waiting_since = None
         while not self._is_stopping:
-            if until_done and await self._store.run_in_thread(self._store.is_finished, self._batch):
+            is_finished = partial(self._store.is_finished, self._batch)
+            if until_done and await self._store.run_in_thread(is_finished, stops_all=True):
                 await self._wait_until_idle()
                 return
             if not until_done or len(self._items.waiting) < max(len(self._items.active), 1):
@@ -158,7 +160,8 @@ class Worker:
         while time.monotonic() < give_up:
             with suppress(ConfigurationError):  # all items have ended: nothing is lost
                 store = self._store
-                if not await store.run_in_thread(store.taken, self._batch, self._executor):
+                taken = partial(store.taken, self._batch, self._executor)
+                if not await store.run_in_thread(taken, stops_all=True):
                     return
             await asyncio.sleep(0.02)
 
