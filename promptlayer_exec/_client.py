@@ -185,7 +185,8 @@ class Client:
             if due is None:
                 due = now
             elif (wait := due - now) > 0:
-                await self.lifetime.call(partial(asyncio.sleep, wait), deadline)
+                async with self.lifetime.timeout(deadline):
+                    await asyncio.sleep(wait)
             timeout = partial(self.lifetime.timeout, deadline)
             return await self.transport.call(request, read, state, due=due, timeout=timeout)
         except PromptLayerExecError as error:
@@ -243,8 +244,8 @@ class Client:
         """Wait for the callback of a start whose answer was lost, and return the execution's id."""
         self._callbacks.lose(token, StartRequest(error.workflow), self.transport.base_url)
         try:
-            wait = partial(self._callbacks.wait, token)
-            execution_id = await self.lifetime.call(wait, deadline)
+            async with self.lifetime.timeout(deadline):
+                execution_id = await self._callbacks.wait(token)
         except DeadlinePassed:
             since = f"; no callback came within {deadline.timeout or 0.0:g} s"
             if self._settings.callbacks is None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
@@ -16,8 +16,6 @@ from promptlayer_exec._tasks import PatientTimeout, Tasks, foreign_cancellation,
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
-
-T = TypeVar("T")
 
 # Event loops hold their tasks weakly: without these references, the garbage collector would destroy
 # an unclosed session, and the shutdown of the loop could not close it.
@@ -97,11 +95,6 @@ class Lifetime:
             SessionClosed: closing has begun.
         """
         return _CallTimeout(self, deadline, soonest)
-
-    async def call(self, work: Callable[[], Awaitable[T]], deadline: Deadline) -> T:
-        """Await a call within `timeout`."""
-        async with self.timeout(deadline):
-            return await work()
 
     def left(self, timeout: PatientTimeout) -> None:
         """Forget the timeout of a part of a call that has ended."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -20,6 +20,12 @@ FOREVER = Deadline.after(None, now=0.0)
 async def forever() -> None:
     """Wait until cancelled."""
     await asyncio.Event().wait()
+
+
+async def call(lifetime: Lifetime, work: Callable[[], Awaitable[None]], deadline: Deadline) -> None:
+    """Do some work within the timeout of a call."""
+    async with lifetime.timeout(deadline):
+        await work()
 
 
 @pytest.fixture
@@ -67,7 +73,7 @@ async def test_a_call_ends_at_its_deadline(lifetime: Lifetime) -> None:
     """This holds even if the deadline has already passed; no cancellation stays pending."""
     for timeout in (0.001, -1.0):
         with pytest.raises(DeadlinePassed):
-            await lifetime.call(forever, Deadline.after(timeout, now=clock()))
+            await call(lifetime, forever, Deadline.after(timeout, now=clock()))
     assert not is_cancelled()
 
 
@@ -78,7 +84,7 @@ async def test_a_timeout_within_the_call_is_its_own(lifetime: Lifetime) -> None:
         raise RequestTimeout("no answer")
 
     with pytest.raises(RequestTimeout):
-        await lifetime.call(fail, FOREVER)
+        await call(lifetime, fail, FOREVER)
 
 
 async def test_a_timeout_in_the_step_of_the_deadline_is_the_deadline(lifetime: Lifetime) -> None:
@@ -91,7 +97,7 @@ async def test_a_timeout_in_the_step_of_the_deadline_is_the_deadline(lifetime: L
             raise RequestTimeout("no answer") from None
 
     with pytest.raises(DeadlinePassed):
-        await lifetime.call(fail, Deadline.after(0.001, now=clock()))
+        await call(lifetime, fail, Deadline.after(0.001, now=clock()))
 
 
 async def test_a_cancelled_call_is_cancelled_even_at_its_deadline(lifetime: Lifetime) -> None:
@@ -102,7 +108,7 @@ async def test_a_cancelled_call_is_cancelled_even_at_its_deadline(lifetime: Life
         started.set()
         await forever()
 
-    task = asyncio.create_task(lifetime.call(work, Deadline.after(0.0, now=clock())))
+    task = asyncio.create_task(call(lifetime, work, Deadline.after(0.0, now=clock())))
     await asyncio.sleep(0)
     task.cancel()
     await asyncio.wait([task])
@@ -121,7 +127,7 @@ async def test_closing_ends_a_call(lifetime: Lifetime) -> None:
             await asyncio.sleep(0.001)
             steps.append("cleaned up")
 
-    task = asyncio.create_task(lifetime.call(work, FOREVER))
+    task = asyncio.create_task(call(lifetime, work, FOREVER))
     await asyncio.sleep(0)
     lifetime.close()
     await lifetime.wait_closed()
@@ -164,5 +170,5 @@ async def test_no_call_begins_once_the_end_has_begun(lifetime: Lifetime) -> None
 
     lifetime.close()
     with pytest.raises(SessionClosed):
-        await lifetime.call(work, FOREVER)
+        await call(lifetime, work, FOREVER)
     assert not called
