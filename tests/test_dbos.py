@@ -902,8 +902,8 @@ async def test_a_worker_ends_after_dbos_has_recorded_its_last_items() -> None:
     answers = [{"later"}, set(), {"last"}, {"last", "another"}]
 
     class Slow:
-        async def run_in_thread(self, work: Any, *, stops_all: bool) -> Any:
-            return work()
+        async def run_in_thread(self, work: Any, *arguments: Any, stops_all: bool) -> Any:
+            return work(*arguments)
 
         def taken(self, batch: str, executor: str) -> set[str]:
             return answers.pop()

@@ -9,7 +9,6 @@ import asyncio
 import socket
 import time
 from contextlib import suppress
-from functools import partial
 from uuid import uuid4
 
 import anyio
@@ -140,10 +139,12 @@ class Worker:
                 return
 
     async def _wait(self, *, until_done: bool) -> None:
+        store = self._store
         waiting_since = None
         while not self._is_stopping:
-            is_finished = partial(self._store.is_finished, self._batch)
-            if until_done and await self._store.run_in_thread(is_finished, stops_all=True):
+            if until_done and await store.run_in_thread(
+                store.is_finished, self._batch, stops_all=True
+            ):
                 await self._wait_until_idle()
                 return
             if not until_done or len(self._items.waiting) < max(len(self._items.active), 1):
@@ -156,12 +157,13 @@ class Worker:
 
     async def _wait_until_idle(self) -> None:
         """Wait up to 2 s until DBOS has ended the last items; other workers would recover them."""
+        store = self._store
         give_up = time.monotonic() + 2.0
         while time.monotonic() < give_up:
             with suppress(ConfigurationError):  # all items have ended: nothing is lost
-                store = self._store
-                taken = partial(store.taken, self._batch, self._executor)
-                if not await store.run_in_thread(taken, stops_all=True):
+                if not await store.run_in_thread(
+                    store.taken, self._batch, self._executor, stops_all=True
+                ):
                     return
             await asyncio.sleep(0.02)
 
