@@ -109,7 +109,7 @@ def test_the_default_key_is_a_digest_of_the_line(tmp_path: Path) -> None:
 
 
 def test_two_commands_do_not_write_to_one_file(tmp_path: Path) -> None:
-    """The second is told, whatever the format is, and can use the file after the first."""
+    """The second gets an error, whatever the format is, and can use the file after the first."""
     for name in ("out.jsonl", "out.csv"):
         with (
             closing(open_results(tmp_path / name)),

@@ -132,7 +132,7 @@ class TestWorkflows:
         assert lines[3] == ["1", "2", "support", "agent", "old,", "prod"]
 
     def test_none(self, sim: Simulator, call: Call) -> None:
-        """A terminal is told so; what is deleted, or has no version, shows."""
+        """A terminal shows that; what is deleted, or has no version, shows."""
         empty = {"items": [], "page": 1, "has_next": False}
         sim.inject(Fault.status(200, body=json.dumps(empty).encode()))
         assert call("workflows", terminal=True) == (0, "", "the workspace has no workflows\n")

@@ -181,25 +181,25 @@ async def test_a_start_whose_client_disconnects_is_reported(
 async def test_no_start_is_lost_in_whatever_step_its_client_disconnects(
     sim: Simulator, session: Session, caplog: pytest.LogCaptureFixture, steps: int
 ) -> None:
-    """Either the response is sent before the app is told, or the log has the id."""
+    """Either the response is sent before the app is notified, or the log has the id."""
     sim.add_workflow("report", Scenario([SimNode("Report")]))
     body = [b'{"workflow": "report"}']
-    is_told = False
-    was_told_when_sending: list[bool] = []
+    is_notified = False
+    was_notified_when_sending: list[bool] = []
 
     async def receive() -> dict[str, Any]:
-        nonlocal is_told
+        nonlocal is_notified
         if body:
             return {"type": "http.request", "body": body.pop()}
         while not sim.runs:  # noqa: ASYNC110 - each step counts
             await asyncio.sleep(0)
         for _ in range(steps):
             await asyncio.sleep(0)
-        is_told = True
+        is_notified = True
         return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
-        was_told_when_sending.append(is_told)
+        was_notified_when_sending.append(is_notified)
 
     scope = {
         "type": "http",
@@ -211,7 +211,7 @@ async def test_no_start_is_lost_in_whatever_step_its_client_disconnects(
     await make_app(session)(scope, receive, send)
     await session.aclose()
     (run,) = sim.runs
-    assert not was_told_when_sending[0] or str(run.execution_id) in caplog.text
+    assert not was_notified_when_sending[0] or str(run.execution_id) in caplog.text
 
 
 async def test_heartbeats_are_comments(

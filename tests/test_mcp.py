@@ -479,7 +479,7 @@ async def test_a_server_that_does_not_answer_leaves_inputs_unknown(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The tools are listed all the same, and the log says why they lack the inputs."""
-    monkeypatch.setattr("promptlayer_exec.mcp._calls._DEFINITION_TIMEOUT", 0.05)
+    monkeypatch.setattr("promptlayer_exec.mcp._calls.DEFINITION_TIMEOUT", 0.05)
     workspace.inject(Fault.stall())
     async with connect("write report") as client:
         tools = (await client.list_tools()).tools

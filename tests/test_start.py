@@ -517,7 +517,7 @@ async def test_a_start_that_before_send_holds_too_long_is_tried_again(
 async def test_before_send_is_awaited_when_the_connection_stands(
     sim: Simulator, open_session: Callable[..., Session]
 ) -> None:
-    """So not while the server refuses connections; each attempt that started nothing is told."""
+    """So not while the server refuses connections; attempts that started nothing are reported."""
     hooks = Hooks()
     async with Session("key", base_url="http://127.0.0.1:9", retry=RetryPolicy(outage=0.0)) as away:
         with pytest.raises(ConnectionFailed):

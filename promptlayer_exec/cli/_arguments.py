@@ -12,10 +12,10 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from promptlayer_exec._integration import MAX_ID
 from promptlayer_exec.cli._stdio import err
 from promptlayer_exec.cli._text import printable, shorten
 
-MAX_ID = 2**63 - 1
 _STDIN = "-"
 
 

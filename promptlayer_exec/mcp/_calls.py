@@ -27,7 +27,7 @@ from promptlayer_exec import (
     Workflow,
     WorkflowSummary,
 )
-from promptlayer_exec._integration import check_inputs
+from promptlayer_exec._integration import DEFINITION_TIMEOUT, check_inputs
 from promptlayer_exec.mcp import _arguments as read
 from promptlayer_exec.mcp._arguments import Refused
 from promptlayer_exec.mcp._results import (
@@ -48,7 +48,6 @@ from promptlayer_exec.mcp._values import Shown, Space, clean, clip, show
 Report = Callable[[float, float | None, str | None], Awaitable[None]]
 
 _logger = logging.getLogger("promptlayer_exec")
-_DEFINITION_TIMEOUT = 5.0
 _OUTPUT_TIMEOUT = 10.0
 _MOST_WORKFLOWS = 100
 _MOST_KNOWN = 1_000
@@ -103,10 +102,10 @@ class Calls:
 
     async def _definition(self, name: str) -> Workflow | None:
         try:
-            async with asyncio.timeout(_DEFINITION_TIMEOUT):
+            async with asyncio.timeout(DEFINITION_TIMEOUT):
                 workflow = await self.session.workflow(name)
         except (PromptLayerExecError, TimeoutError) as error:
-            why = str(error) or f"there was no answer within {_DEFINITION_TIMEOUT:g} s"
+            why = str(error) or f"there was no answer within {DEFINITION_TIMEOUT:g} s"
             _logger.warning("the inputs of workflow %r are not known: %s", name, why)
             return None
         self._inputs[name] = workflow.required_inputs or {}
@@ -294,7 +293,7 @@ class Calls:
         name, known = str(request.workflow), list[str]()
         try:
             async with (
-                asyncio.timeout(_DEFINITION_TIMEOUT),
+                asyncio.timeout(DEFINITION_TIMEOUT),
                 aclosing(self.session.workflows()) as found,
             ):
                 async for summary in found:
