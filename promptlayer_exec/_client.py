@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from functools import partial
 from random import random
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import attrs
 
@@ -44,6 +44,26 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+@attrs.define(eq=False)
+class _Fetch:
+    """Requests the node map of one execution; unchanged nodes are those of the last one."""
+
+    _transport: Transport
+    _request: Request
+    _node_maps: NodeMapReader
+    _latest: NodeMap | None = None
+
+    def __call__(
+        self, state: RetryState, *, due: float, first: bool
+    ) -> Coroutine[Any, Any, Reply[NodeMap]]:
+        return self._transport.call(self._request, self._read, state, due=due, first=first)
+
+    def _read(self, response: Response) -> NodeMap:
+        execution_id = cast(int, self._request.execution_id)
+        self._latest = self._node_maps.read(response, execution_id, self._latest)
+        return self._latest
+
+
 @attrs.define(eq=False, kw_only=True)
 class Client:
     """The connections and tasks of an open session; closing the session ends it."""
@@ -72,16 +92,9 @@ class Client:
             watch.add_follower(streams=streams)
             return watch
         request = self.transport.with_url(results_request(execution_id, return_all_outputs=True))
-        node_map: NodeMap | None = None
-
-        def read(response: Response) -> NodeMap:
-            nonlocal node_map
-            node_map = self._node_maps.read(response, execution_id, node_map)
-            return node_map
-
         watch = self._watches[execution_id] = Watch(
             execution_id,
-            partial(self.transport.call, request, read),
+            _Fetch(self.transport, request, self._node_maps),
             poll=self._settings.poll,
             retry=self._settings.retry,
             emit=self._emit,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator
+from functools import partial
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, overload
 
@@ -65,7 +65,7 @@ class Execution:
         if self._last is not None and self._last.complete:
             return self._last
         client = await self._client()
-        with self._recalling():
+        with _Recalling(self):
             return self._remember(await client.snapshot(self.id, client.deadline()))
 
     def stream(
@@ -157,27 +157,26 @@ class Execution:
     async def _output(self, deadline: Deadline, into: Any) -> Any:
         """Do what `output` does, with checked arguments."""
         snapshot = await self._completed(deadline)
-
-        async def ask() -> Any:
-            if self._main_output is None:
-                client = await self._client()
-                self._main_output = (await client.ask_main_output(snapshot, deadline),)
-            return self._main_output[0]
-
-        value = await main_output(snapshot, ask)
+        value = await main_output(snapshot, partial(self._ask_main_output, snapshot, deadline))
         if into is None:
             return value
         return typed_output(value, into, self._require_session()._settings.converter, snapshot)
+
+    async def _ask_main_output(self, snapshot: Snapshot, deadline: Deadline) -> Any:
+        if self._main_output is None:
+            client = await self._client()
+            self._main_output = (await client.ask_main_output(snapshot, deadline),)
+        return self._main_output[0]
 
     async def _completed(self, deadline: Deadline) -> Snapshot:
         if self._last is not None and self._last.complete:
             return self._last
         client = await self._client()
-        with self._recalling():
+        with _Recalling(self):
             return await client.completed(self.id, deadline, self._remember)
 
     async def _client(self) -> Client:
-        with self._recalling():
+        with _Recalling(self):
             return await self._require_session()._open(self.id)
 
     def _joining(self, timeout: float | EllipsisType | None) -> Join:
@@ -196,15 +195,6 @@ class Execution:
         if self._last is None or not self._last.complete:
             self._last = snapshot
         return snapshot
-
-    @contextmanager
-    def _recalling(self) -> Iterator[None]:
-        """Give an error the last snapshot of earlier calls, if it has none itself."""
-        try:
-            yield
-        except PromptLayerExecError as error:
-            error.last_snapshot = error.last_snapshot or self._last
-            raise
 
     async def _deliver(self, deadline: Deadline, into: Any) -> Any:
         """Do what `output` does, for a caller that never gets the handle."""
@@ -264,6 +254,25 @@ class Execution:
         return type(self), (None, self.id, self.workflow, self.warning)
 
 
+class _Recalling:
+    """Gives an error the last snapshot of a handle's earlier calls, if it has none itself.
+
+    Ten thousand waits may hold one each, and a `contextmanager` takes half a kilobyte.
+    """
+
+    __slots__ = ("_execution",)
+
+    def __init__(self, execution: Execution) -> None:
+        self._execution = execution
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, PromptLayerExecError):
+            error.last_snapshot = error.last_snapshot or self._execution._last
+
+
 class _Following:
     """A watch as one handle follows it; without a watch, the handle's complete snapshot."""
 
@@ -274,7 +283,7 @@ class _Following:
     async def newer(self, seen: Snapshot | None, deadline: Deadline) -> Snapshot:
         if self._watch is None:
             return cast("Snapshot", self._execution._last)
-        with self._execution._recalling():
+        with _Recalling(self._execution):
             return self._execution._remember(await self._watch.newer(seen, deadline))
 
     def remove_follower(self) -> None:

@@ -96,7 +96,7 @@ class PatientTimeout(PatientTimer):
         # Without a limit there is no timer before `end_by`: ten thousand may wait for their turn.
         super().__init__(soonest if soonest < at < math.inf else at, self.expire)
         self._at = at
-        self._timeout = asyncio.timeout(None)
+        self._timeout = asyncio.Timeout(None)
         self._task: asyncio.Task[Any]
         self._repeated = 0
 

@@ -70,6 +70,7 @@ def take_snapshot(
 # The shortest time between two polls after wake-ups, if the policy's floor is longer.
 _WAKE_GAP = 0.5
 _UNSEEN = NodeTimes()
+_RUNNING = NodeStatus.RUNNING
 _GONE_NODES = 1000
 _NAMES_OF_GONE_NODES = 1_000_000
 
@@ -77,16 +78,17 @@ _NAMES_OF_GONE_NODES = 1_000_000
 def _first_seen(
     nodes: Mapping[str, Node], before: Mapping[str, NodeTimes], elapsed: float
 ) -> Mapping[str, NodeTimes]:
-    seen_now: dict[NodeStatus | str, NodeTimes] = dict.fromkeys(FINAL, NodeTimes(final=elapsed))
-    seen_now[NodeStatus.RUNNING] = NodeTimes(running=elapsed)
-    seen = seen_now.get
-    times = {name: seen(node.status, _UNSEEN) for name, node in nodes.items()}
+    running, final = NodeTimes(running=elapsed), NodeTimes(final=elapsed)
+    times = {
+        name: final if node.status in FINAL else running if node.status is _RUNNING else _UNSEEN
+        for name, node in nodes.items()
+    }
     for name, earlier in before.items():
         now = times.get(name, _UNSEEN)
-        running = now.running if earlier.running is None else earlier.running
-        final = now.final if earlier.final is None else earlier.final
-        is_news = running is not earlier.running or final is not earlier.final
-        times[name] = NodeTimes(running, final) if is_news else earlier
+        first_running = now.running if earlier.running is None else earlier.running
+        first_final = now.final if earlier.final is None else earlier.final
+        is_news = first_running is not earlier.running or first_final is not earlier.final
+        times[name] = NodeTimes(first_running, first_final) if is_news else earlier
     # If node names keep changing, drop the times of the nodes gone longest: they come last.
     gone = len(times) - len(nodes)
     length = sum(map(len, times)) if gone else 0
@@ -225,15 +227,20 @@ class Watch:
         if not self._followers:
             return
         self._task = asyncio.current_task()
-        started = clock()
+        started = self._changed_at = clock()
         self._emit(WatchStarted(self.execution_id, self._workflow, self._base_url))
         error: Exception | None = None
+        following: float | None = started
         try:
-            error = await self._poll_until_complete(started)
+            while following is not None:
+                due = await self._sleep_until(following)
+                following = await self._poll_once(started, due)
         except asyncio.CancelledError as cancelled:
             if self._followers:
                 closed = is_cancelled()
                 error = SessionClosed() if closed else foreign_cancellation("a poll", cancelled)
+        except Exception as failure:  # noqa: BLE001 - raised to the followers
+            error = failure
         except BaseException as fatal:  # noqa: BLE001 - raised to the followers
             error = RuntimeError(f"a poll ended in {type(fatal).__name__}")
             error.__cause__ = fatal
@@ -242,17 +249,6 @@ class Watch:
             if self._net is not None:
                 self._net.release(self._reschedule)
             self._end(error, elapsed=clock() - started)
-
-    async def _poll_until_complete(self, started: float) -> Exception | None:
-        following: float | None = started
-        self._changed_at = started
-        try:
-            while following is not None:
-                due = await self._sleep_until(following)
-                following = await self._poll_once(started, due)
-        except Exception as error:  # noqa: BLE001 - raised to the followers
-            return error
-        return None
 
     async def _sleep_until(self, scheduled: float) -> float:
         """Sleep until the next poll, and return when it was due: as scheduled, or woken."""
