@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections import Counter
@@ -27,6 +29,7 @@ from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli import _batch as commands
 from promptlayer_exec.cli import _batch_display as shown
 from promptlayer_exec.cli import _batch_files as batch_files
+from promptlayer_exec.cli import _stdio as stdio
 from promptlayer_exec.cli._app import app
 from promptlayer_exec.cli._batch_files import LineFile
 from promptlayer_exec.dbos import BatchStatus, StoredOutcome
@@ -480,6 +483,35 @@ def test_a_closed_standard_output_is_exit_code_141(start: Start, tmp_path: Path)
     assert process.stderr.read() == "batch night: 3 items\n"
 
 
+def test_a_run_goes_on_while_its_output_is_not_read(
+    sim: Simulator, start: Start, run: Run, tmp_path: Path
+) -> None:
+    """Other runs are followed meanwhile, and an interrupt ends it."""
+    long = {"key": "long", "workflow": "echo", "inputs": {"n": "x" * 200_000}}
+    file = write(tmp_path / "night", {"key": "held", "workflow": "held"}, long)
+    process = start("run", file)
+    while _unread(process.stdout) < 32768:  # of the line, which does not fit into the pipe
+        time.sleep(0.01)
+        assert process.poll() is None
+    (held,) = (run.execution_id for run in sim.runs if not run.inputs)
+    sim.finish(held, "Answer")
+    while "2 succeeded" not in run("status")[1]:
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(TIMEOUT) == 130
+    assert process.stderr.read().endswith(
+        "interrupted; no item is lost: run the same command again to continue\n"
+    )
+    code, out, _ = run("run", file)
+    assert code == 0
+    assert {json.loads(line)["key"] for line in out.splitlines()} == {"held", "long"}
+
+
+def _unread(pipe: IO[str]) -> int:
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
 def test_without_the_extra_the_error_says_what_to_install(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -508,6 +540,20 @@ def test_progress_has_the_rate_and_the_remaining_time(
         "103/400 done, 7 running, 2 failed, 1 unknown, 10.0/s, 29.7 s left",
         "problem",
     ]
+
+
+def test_progress_and_warnings_do_not_wait_for_their_reader(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is not read within a second of the end is lost, and so is all that follows."""
+    monkeypatch.setattr(stdio, "_PATIENCE", 0.01)
+    leader, follower = os.pipe()
+    with os.fdopen(leader) as reader, os.fdopen(follower, "w") as blocked:
+        monkeypatch.setattr(sys, "stderr", blocked)
+        with shown.BatchProgress().shown():
+            logging.getLogger("promptlayer_exec").warning("x" * 200_000)
+        stdio.err("interrupted")
+        assert reader.readline() == "x" * 200_000 + "\n"
 
 
 def test_the_same_batch_is_found_from_every_directory(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine
-from contextlib import aclosing, closing
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -22,7 +22,14 @@ from promptlayer_exec.cli._batch_display import (
     item_count,
     status_line,
 )
-from promptlayer_exec.cli._batch_files import ItemFile, LineFile, Result, TableFile, open_results
+from promptlayer_exec.cli._batch_files import (
+    ItemFile,
+    Result,
+    Results,
+    TableFile,
+    open_results,
+    write_results,
+)
 from promptlayer_exec.cli._batch_options import (
     Database,
     MaxInFlight,
@@ -151,12 +158,12 @@ def _run(
             restarted = status.unknown if restart_unknown else 0
             if status.finished - restarted == status.total:
                 err("all of them have already finished: to run them again, use another --name")
-            lines = [_write(batch, result_file)] if isinstance(result_file, LineFile) else []
-            code = await _work_on(batch_name, batch, stop_after_failures, *lines)
             if isinstance(result_file, TableFile):
-                async with aclosing(batch.outcomes(until_done=False)) as outcomes:
-                    await result_file.write_all(outcomes)
-            return code
+                code = await _work_on(batch_name, batch, stop_after_failures)
+                await write_results(batch, result_file, until_done=False)
+                return code
+            lines = write_results(batch, result_file, until_done=True)
+            return await _work_on(batch_name, batch, stop_after_failures, lines)
 
     raise typer.Exit(run_command(work(), subject))
 
@@ -207,7 +214,7 @@ for _name, _command, *_examples in (
     batch_app.command(_name, epilog=example_epilog(*_examples))(_command)
 
 
-async def _refuse_foreign_results(batch: Batch, shown: str, file: LineFile | TableFile) -> None:
+async def _refuse_foreign_results(batch: Batch, shown: str, file: Results) -> None:
     """Refuse to run items whose results are in the file, although the database has none of them."""
     results = file.results()
     foreign: list[str] = []
@@ -299,7 +306,7 @@ async def _work_on(
 
 async def _follow(batch: Batch, progress: BatchProgress) -> NoReturn:
     while True:
-        progress.show(await batch.status())
+        await progress.follow(await batch.status())
         await asyncio.sleep(_REFRESH_INTERVAL)
 
 
@@ -313,9 +320,3 @@ async def _stop_after(batch: Batch, failures: int) -> NoReturn:
                 f"stopped, because {failures} items in a row did not succeed; {_NOTE}"
             )
         await asyncio.sleep(_REFRESH_INTERVAL)
-
-
-async def _write(batch: Batch, file: LineFile) -> None:
-    async with aclosing(batch.outcomes()) as outcomes:
-        async for outcome in outcomes:
-            file.write(outcome)

@@ -7,14 +7,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import attrs
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from promptlayer_exec.cli._stdio import err
+from promptlayer_exec.cli._stdio import Writer, err
 from promptlayer_exec.cli._text import duration, in_options, printable, shorten
 
 if TYPE_CHECKING:
@@ -44,16 +44,19 @@ class BatchProgress(logging.Handler):
     def shown(self) -> Iterator[None]:
         """Show the bar, and the warnings of the log, in this context."""
         log = logging.getLogger("promptlayer_exec")
-        log.addHandler(self)
-        try:
-            with nullcontext() if self._bar.disable else self._bar:
+        with nullcontext() if self._bar.disable else self._bar, closing(Writer("stderr")) as writer:
+            self._writer = writer
+            log.addHandler(self)
+            try:
                 yield
-        finally:
-            log.removeHandler(self)
+            finally:
+                log.removeHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Show a warning."""
-        text = printable(record.getMessage())
+        """Show a warning, without waiting for it."""
+        self._writer.start(self._warn, printable(record.getMessage()))
+
+    def _warn(self, text: str) -> None:
         if self._bar.disable:
             err(text)
         else:
@@ -62,6 +65,10 @@ class BatchProgress(logging.Handler):
     def show_added(self, added: int, total: int) -> None:
         """Show how many of the items are in the database already."""
         self._show(f"{added}/{total} items added", added, total)
+
+    async def follow(self, status: BatchStatus) -> None:
+        """Show the current status in a thread, while the work goes on."""
+        await self._writer.call(self.show, status)
 
     def show(self, status: BatchStatus) -> None:
         """Show the current status."""

@@ -7,21 +7,21 @@ import hashlib
 import json
 import sys
 from collections.abc import AsyncIterable, Container, Iterator, Mapping
-from contextlib import closing
+from contextlib import aclosing, closing
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 
 from promptlayer_exec import StartRequest
 from promptlayer_exec.cli._exit import Misuse
-from promptlayer_exec.cli._stdio import err, out
+from promptlayer_exec.cli._stdio import Writer, err, out
 from promptlayer_exec.cli._text import printable, shorten
 
 if TYPE_CHECKING:
     from promptlayer_exec.cli._inputs import Target
-    from promptlayer_exec.dbos import StoredOutcome
+    from promptlayer_exec.dbos import Batch, StoredOutcome
 
 if sys.platform == "win32":  # pragma: no cover
     import msvcrt
@@ -239,45 +239,73 @@ def _result(key: str, finished: str, succeeded: bool, execution_id: Any, kind: A
     return Result(key, finished, succeeded, is_paid)
 
 
-def open_results(path: Path | None) -> LineFile | TableFile:
+def open_results(path: Path | None) -> Results:
     """Return the results for a path, by its suffix; standard output for none."""
-    if path is not None and path.suffix.lower() in _TABLES:
-        return TableFile(path)
-    return LineFile(path)
+    if path is None:
+        return StandardOutput()
+    return (TableFile if path.suffix.lower() in _TABLES else LineFile)(path)
+
+
+async def write_results(batch: Batch, file: Results, *, until_done: bool) -> None:
+    """Write the results of a batch; `until_done`, also those of the items that end later."""
+    async with aclosing(batch.outcomes(until_done=until_done)) as outcomes:
+        await file.write_all(outcomes)
+
+
+class StandardOutput:
+    """Results on standard output, one a line: it gets all of them."""
+
+    name = "standard output"
+
+    def __init__(self) -> None:
+        self._writer = Writer("stdout")
+
+    def results(self) -> Iterator[Result]:
+        """Yield nothing."""
+        return iter(())
+
+    async def write_all(self, outcomes: AsyncIterable[StoredOutcome]) -> None:
+        """Write all results, as soon as they are read there."""
+        async for outcome in outcomes:
+            await self._writer.call(out, outcome.to_json())
+
+    def close(self) -> None:
+        """Stop writing."""
+        self._writer.close()
 
 
 class LineFile:
-    """Results, one a line: a file that is continued, or standard output for no path.
+    """Results, one a line, in a file that is continued.
 
     The file is locked until it is closed: with two writers, each result would be there twice.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
         self.name = printable(str(path))
-        self._file: IO[bytes] | None = None
         self._written: set[tuple[str, str]] = set()
-        if path is not None:
-            try:
-                self._file = path.open("a+b")
-                _lock(self._file, self.name)
-                end = 0
-                for result, length in self._read(self._file):
-                    self._written.add(result[:2])
-                    end += length
-                self._file.truncate(end)  # without a last line that a crash cut off
-            except BaseException as error:
-                self.close()
-                if isinstance(error, OSError):
-                    raise _cannot_write(self.name, error) from error
-                raise
+        try:
+            self._file = path.open("a+b")
+        except OSError as error:
+            raise _cannot_write(self.name, error) from error
+        try:
+            _lock(self._file, self.name)
+            end = 0
+            for result, length in self._read(self._file):
+                self._written.add(result[:2])
+                end += length
+            self._file.truncate(end)  # without a last line that a crash cut off
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError):
+                raise _cannot_write(self.name, error) from error
+            raise
 
     def results(self) -> Iterator[Result]:
         """Yield the results that the file has."""
-        if self._path is not None:
-            with self._path.open("rb") as file:
-                for result, _ in self._read(file):
-                    yield result
+        with self._path.open("rb") as file:
+            for result, _ in self._read(file):
+                yield result
 
     def _read(self, file: IO[bytes]) -> Iterator[tuple[Result, int]]:
         """Yield each result with the length of its line, except an incomplete last one."""
@@ -305,11 +333,13 @@ class LineFile:
                 return
             yield result, len(line)
 
+    async def write_all(self, outcomes: AsyncIterable[StoredOutcome]) -> None:
+        """Write all results, each at once."""
+        async for outcome in outcomes:
+            self.write(outcome)
+
     def write(self, outcome: StoredOutcome) -> None:
         """Write a line and flush it, unless the file already contains it."""
-        if self._file is None:
-            out(outcome.to_json())
-            return
         if (outcome.key, outcome.finished.isoformat()) in self._written:
             return
         try:
@@ -320,11 +350,10 @@ class LineFile:
 
     def close(self) -> None:
         """Close the file."""
-        if self._file is not None:
-            try:
-                self._file.close()
-            except OSError as error:  # a line that could not be written is tried once more
-                raise _cannot_write(self.name, error) from error
+        try:
+            self._file.close()
+        except OSError as error:  # a line that could not be written is tried once more
+            raise _cannot_write(self.name, error) from error
 
 
 class TableFile:
@@ -437,6 +466,7 @@ class _Parquet:
 
 
 _TABLES: dict[str, type[_Csv | _Parquet]] = {".csv": _Csv, ".parquet": _Parquet}
+Results: TypeAlias = StandardOutput | LineFile | TableFile
 
 
 def _row(outcome: StoredOutcome) -> dict[str, Any]:

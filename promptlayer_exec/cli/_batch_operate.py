@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import aclosing, closing
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +16,7 @@ from rich.table import Table
 
 from promptlayer_exec.cli._arguments import JsonLines
 from promptlayer_exec.cli._batch_display import item_count, status_line
-from promptlayer_exec.cli._batch_files import LineFile, open_results
+from promptlayer_exec.cli._batch_files import open_results, write_results
 from promptlayer_exec.cli._batch_options import (
     Database,
     OnlyBatch,
@@ -182,12 +182,7 @@ def export(
     async def work() -> ExitCode:
         _, batch = await chosen_batch(name, database)
         with closing(open_results(results)) as file:
-            async with aclosing(batch.outcomes(until_done=False)) as outcomes:
-                if isinstance(file, LineFile):
-                    async for outcome in outcomes:
-                        file.write(outcome)
-                else:
-                    await file.write_all(outcomes)
+            await write_results(batch, file, until_done=False)
         return ExitCode.SUCCEEDED
 
     raise typer.Exit(run_command(work(), Subject()))

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import shutil
 import sys
 import textwrap
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
-from typing import TextIO
+from queue import SimpleQueue
+from typing import Any, Literal, TextIO
+
+_PATIENCE = 1.0  # seconds that a stream which blocks has at the end
 
 
 class OutputFailed(Exception):
@@ -80,3 +87,45 @@ def err(text: str) -> None:
             width = shutil.get_terminal_size().columns
             shown = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
         print(shown, file=sys.stderr, flush=True)  # noqa: T201
+
+
+class Writer:
+    """Writes to a standard stream in a thread, so that the event loop goes on while that blocks.
+
+    A pipe that nobody reads, or a terminal that Ctrl-S has stopped, blocks for any time.
+    """
+
+    def __init__(self, stream: Literal["stdout", "stderr"]) -> None:
+        self._stream = stream
+        self._calls: SimpleQueue[tuple[Future[None], Callable[..., None], Any] | None]
+        self._calls = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"writes to {stream}", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while call := self._calls.get():
+            done, write, arguments = call
+            try:
+                write(*arguments)
+            except Exception as error:  # noqa: BLE001 - the caller gets it
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+    def start(self, write: Callable[..., None], *arguments: Any) -> Future[None]:
+        """Call a function that writes, after all earlier ones; do not wait for it."""
+        done: Future[None] = Future()
+        done.set_running_or_notify_cancel()
+        self._calls.put((done, write, arguments))
+        return done
+
+    async def call(self, write: Callable[..., None], *arguments: Any) -> None:
+        """Call a function that writes, and wait for it; if cancelled, it goes on in the thread."""
+        await asyncio.wrap_future(self.start(write, *arguments))
+
+    def close(self) -> None:
+        """End the thread; if it blocks, let it, and let what is written from now on disappear."""
+        self._calls.put(None)
+        self._thread.join(_PATIENCE)
+        if self._thread.is_alive():  # whose lock the interpreter would wait for when it exits
+            setattr(sys, self._stream, _guarded(None, _Output))
