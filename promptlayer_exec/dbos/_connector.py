@@ -38,6 +38,8 @@ POSTGRES_OPTIONS = {
     "tcp_user_timeout": 20_000,
     # A server that became a standby cannot be used: the next connection is to wait for the primary.
     "target_session_attrs": "read-write",
+    # Whatever the settings of the role, the database or the environment are.
+    "client_encoding": "utf8",
 }
 
 

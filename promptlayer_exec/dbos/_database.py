@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import anyio
+import psycopg
 import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.dialects import postgresql, sqlite
@@ -230,8 +231,11 @@ class Database:
         return error
 
     def _unusable(self, error: Exception) -> ConfigurationError:
+        remedy = ""
+        if isinstance(getattr(error, "orig", None), psycopg.errors.UntranslatableCharacter):
+            remedy = "; use one whose encoding is UTF8: `createdb -T template0 -E UTF8 batches`"
         return ConfigurationError(
-            f"the database {shown(self.engine.url)} cannot be used: {reason_of(error):.300}"
+            f"the database {shown(self.engine.url)} cannot be used: {reason_of(error):.300}{remedy}"
         )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import psycopg
 import pytest
 
+from promptlayer_exec import ConfigurationError, Session, StartRequest
+from promptlayer_exec.dbos import Batch
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
 ENDLESS = """
@@ -100,6 +102,29 @@ def check_ids(scene: Any, sim: Simulator, err: str) -> None:
         key, execution_id = run.inputs["key"], run.execution_id
         line = f"execution {execution_id} was started for item {key!r} of batch 'nightly'"
         assert stored.get(key) == execution_id or line in err, key
+
+
+@pytest.mark.timeout(120)
+def test_the_encoding_of_the_database_does_not_matter_if_it_has_the_keys(
+    postgres: Any, sim: Simulator
+) -> None:
+    """The client's is always UTF-8; a database that lacks a character is an error that says so."""
+    request = StartRequest("job", {}, key="ключ")
+    session = Session(sim.api_key, base_url=sim.base_url)
+    with psycopg.connect(postgres.url.replace("/batches", "/postgres"), autocommit=True) as server:
+        for encoding in ("SQL_ASCII", "LATIN1"):
+            options = f"TEMPLATE template0 LOCALE 'C' ENCODING '{encoding}'"
+            server.execute(f"CREATE DATABASE {encoding.lower()} {options}".encode())
+        server.execute("ALTER ROLE tester SET client_encoding = 'LATIN1'")
+    ascii_batch, utf8_batch, latin_batch = (
+        Batch("b", database_url=postgres.url.replace("/batches", f"/{name}"), session=session)
+        for name in ("sql_ascii", "batches", "latin1")
+    )
+    for batch in (ascii_batch, utf8_batch):
+        assert asyncio.run(batch.add([request])) == 1
+        assert asyncio.run(batch.kinds([request.key])) == {request.key: None}
+    with pytest.raises(ConfigurationError, match=r"in encoding .LATIN1.*; use one whose encoding"):
+        asyncio.run(latin_batch.add([request]))
 
 
 CALLED_BACK = """
