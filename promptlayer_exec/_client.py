@@ -122,21 +122,6 @@ class Client:
         if self._watches.get(watch.execution_id) is watch:
             del self._watches[watch.execution_id]
 
-    async def completed(
-        self,
-        execution_id: int,
-        deadline: Deadline,
-        see: Callable[[Snapshot], object],
-    ) -> Snapshot:
-        """Wait for the complete snapshot; `see` gets the last snapshot, even after an error."""
-        watch = self.follow(execution_id)
-        try:
-            return await watch.completed(deadline)
-        finally:
-            if watch.latest is not None:
-                see(watch.latest)
-            watch.remove_follower()
-
     async def ask_main_output(self, snapshot: Snapshot, deadline: Deadline) -> Any:
         """Request the main output of a complete execution until the server has it."""
         request = results_request(snapshot.execution_id, return_all_outputs=False)

@@ -171,9 +171,14 @@ class Execution:
     async def _completed(self, deadline: Deadline) -> Snapshot:
         if self._last is not None and self._last.complete:
             return self._last
-        client = await self._client()
-        with _Recalling(self):
-            return await client.completed(self.id, deadline, self._remember)
+        watch = (await self._client()).follow(self.id)
+        try:
+            with _Recalling(self):
+                return await watch.completed(deadline)
+        finally:
+            if watch.latest is not None:
+                self._remember(watch.latest)
+            watch.remove_follower()
 
     async def _client(self) -> Client:
         with _Recalling(self):

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Coroutine, Iterable
 from contextlib import aclosing, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import anyio
@@ -185,12 +186,14 @@ class _FanOut(Generic[ItemT]):
     def _start(self, item: RunningItem[ItemT]) -> None:
         if not self._is_taking:  # `items` suppressed its cancellation
             raise asyncio.CancelledError
-        self._tasks.start(self._run_one(item), name="promptlayer_exec.item")
+        self._tasks.start(partial(self._run_one, item), name="promptlayer_exec.item")
 
     async def _run_one(self, item: RunningItem[ItemT]) -> None:
         output: Any = None
         error: Exception | None = None
         try:
+            if is_cancelled():  # before it began
+                raise asyncio.CancelledError  # noqa: TRY301 - handled like any other
             output = await self._run_item(item)
         except asyncio.CancelledError as cancelled:
             foreign = not is_cancelled()

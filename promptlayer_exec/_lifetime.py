@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
 from promptlayer_exec._errors import SessionClosed
 from promptlayer_exec._policies import Deadline
-from promptlayer_exec._tasks import PatientTimeout, Tasks, foreign_cancellation, is_cancelled
+from promptlayer_exec._tasks import (
+    PatientTimeout,
+    Run,
+    Tasks,
+    begin_cancelled,
+    foreign_cancellation,
+    is_cancelled,
+)
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
 # Event loops hold their tasks weakly: without these references, the garbage collector would destroy
 # an unclosed session, and the shutdown of the loop could not close it.
-_supervisors: set[asyncio.Task[None]] = set()
+_supervisors = Tasks()
 
 
 class DeadlinePassed(Exception):
@@ -42,10 +50,9 @@ class Lifetime:
         self.calls: set[PatientTimeout] = set()
         self._calls_ended = asyncio.Event()
         self._tasks: TaskGroup
+        self._not_begun: dict[Run, Coroutine[Any, Any, None]] = {}
         self._watches = Tasks()
-        supervisor = self._loop.create_task(self._supervise(), name="promptlayer_exec.Session")
-        _supervisors.add(supervisor)
-        supervisor.add_done_callback(_supervisors.discard)
+        _supervisors.start(self._supervise, name="promptlayer_exec.Session")
 
     def is_closing(self) -> bool:
         """Return True if closing has begun, or the event loop is closed."""
@@ -69,11 +76,13 @@ class Lifetime:
         self._check_loop()
         return self._ready.is_set() and not self.is_closing()
 
-    def spawn(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def spawn(self, run: Run) -> None:
         """Run a task until it ends by itself or the session is closed."""
-        self._tasks.start_soon(self._run, run)
+        work = self._not_begun[run] = self._run(run)
+        self._tasks.start_soon(lambda: work, name="promptlayer_exec.Session.spawn")
 
-    async def _run(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def _run(self, run: Run) -> None:
+        del self._not_begun[run]
         try:
             await run()
         except Exception as error:  # noqa: BLE001 - handed on
@@ -81,9 +90,9 @@ class Lifetime:
             message = "a task of promptlayer_exec failed"
             self._loop.call_exception_handler({"message": message, "exception": error})
 
-    def spawn_watch(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def spawn_watch(self, run: Run) -> None:
         """Run a watch in the same way; it never raises, and there may be ten thousand."""
-        self._watches.start(run(), name="promptlayer_exec._watch.Watch.run")
+        self._watches.start(run, name="promptlayer_exec._watch.Watch.run")
 
     def timeout(self, deadline: Deadline, *, soonest: float = math.inf) -> PatientTimeout:
         """Return a timeout for a part of a call, which the closing of the session ends, too.
@@ -132,15 +141,20 @@ class Lifetime:
         try:
             async with anyio.create_task_group() as self._tasks:
                 self._ready.set()
-                await self._closing.wait()
-                self._stop()  # before the group's own tasks, which may depend on it
-                self._tasks.cancel_scope.cancel()
+                try:
+                    await self._closing.wait()
+                finally:  # also when asyncio.run cancels every task, as the loop shuts down
+                    self._closing.set()
+                    self._stop()  # before the group's own tasks, which may depend on it
+                    self._tasks.cancel_scope.cancel()
+        except asyncio.CancelledError:
+            pass
         finally:
-            # Reached without `close`, too: asyncio.run cancels every task when the loop shuts down.
-            self._closing.set()
-            self._ready.set()
             try:
-                self._stop()
+                for run, never_awaited in list(self._not_begun.items()):
+                    never_awaited.close()
+                    begin = begin_cancelled(partial(self._run, run))
+                    await asyncio.wait([asyncio.create_task(begin)])
                 if self.calls:
                     await self._calls_ended.wait()
                 await self._watches.ended()

@@ -265,8 +265,10 @@ class NodeMapReader:
         else:
             changed = {}
             for name, body in raw.items():
-                if name in before.nodes and same_json(before.raw[name], body):
-                    raw[name] = before.raw[name]
+                # Whoever got the last snapshot may have changed its `raw`.
+                earlier = before.raw.get(name)
+                if earlier is not None and name in before.nodes and same_json(earlier, body):
+                    raw[name] = earlier
                 else:
                     changed[name] = body
             news = read_nodes(changed)

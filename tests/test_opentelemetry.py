@@ -234,7 +234,7 @@ async def test_an_error_is_recorded_and_sets_the_status(
     assert name == "gen_ai.client.operation.exception"
     assert attributes["exception.type"] == "promptlayer_exec.NotFound"
     assert attributes["exception.message"] == span.status.description
-    assert "_poll_until_complete" in attributes["exception.stacktrace"]
+    assert "_poll_once" in attributes["exception.stacktrace"]
     assert collected.severities() == {name: SeverityNumber.WARN}
     (point,) = collected.metrics()["promptlayer_exec.watch.duration"].data.data_points
     assert dict(point.attributes) == {"error.type": "promptlayer_exec.NotFound"}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from promptlayer_exec._errors import RequestTimeout, SessionClosed
 from promptlayer_exec._lifetime import DeadlinePassed, Lifetime
 from promptlayer_exec._policies import Deadline
-from promptlayer_exec._tasks import Tasks, clock, is_cancelled
+from promptlayer_exec._tasks import PatientTimeout, Tasks, clock, is_cancelled
 
 FOREVER = Deadline.after(None, now=0.0)
 
@@ -20,6 +21,12 @@ FOREVER = Deadline.after(None, now=0.0)
 async def forever() -> None:
     """Wait until cancelled."""
     await asyncio.Event().wait()
+
+
+async def until_cancelled() -> None:
+    """Wait until cancelled, and then return."""
+    with suppress(asyncio.CancelledError):
+        await forever()
 
 
 async def call(lifetime: Lifetime, work: Callable[[], Awaitable[None]], deadline: Deadline) -> None:
@@ -41,12 +48,55 @@ async def lifetime() -> AsyncIterator[Lifetime]:
 async def test_tasks_are_cancelled_together_and_awaited() -> None:
     """Tasks that have already ended are allowed among them."""
     tasks = Tasks()
-    tasks.start(asyncio.sleep(0), name="short")
-    tasks.start(forever(), name="long")
+    tasks.start(partial(asyncio.sleep, 0), name="short")
+    tasks.start(until_cancelled, name="long")
     await asyncio.sleep(0.001)
     tasks.cancel()
     await tasks.ended()
     assert {task.get_name() for task in asyncio.all_tasks()}.isdisjoint({"short", "long"})
+
+
+@pytest.mark.parametrize("times", [1, 3])
+async def test_a_task_that_is_cancelled_before_its_first_step_begins(times: int) -> None:
+    """Otherwise nothing of it would run, and what waits for its end would wait for ever."""
+    seen: list[str] = []
+
+    async def run() -> None:
+        seen.append("began")
+        with suppress(asyncio.CancelledError):
+            await forever()
+        seen.append("cancelled")
+
+    tasks = Tasks()
+    tasks.start(run, name="late")
+    for _ in range(times):
+        tasks.cancel()
+    await tasks.ended()
+    assert seen == ["began", "cancelled"]
+
+
+async def test_a_task_of_a_session_that_is_cancelled_before_its_first_step_begins() -> None:
+    """This holds for every task, and the supervisor itself, if all are cancelled at once."""
+    for steps in range(4):
+        seen: list[str] = []
+
+        async def run(seen: list[str] = seen) -> None:
+            try:
+                seen.append("began")
+                await forever()
+            finally:
+                seen.append("ended")
+
+        lifetime = Lifetime(AsyncExitStack())
+        if steps:
+            await lifetime.ready()
+            lifetime.spawn(run)
+        for _ in range(steps - 1):
+            await asyncio.sleep(0)
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await lifetime.wait_closed()
+        assert seen == (["began", "ended"] if steps else [])
 
 
 async def test_only_the_cancelled_task_is_cancelled() -> None:
@@ -172,3 +222,24 @@ async def test_no_call_begins_once_the_end_has_begun(lifetime: Lifetime) -> None
     with pytest.raises(SessionClosed):
         await call(lifetime, work, FOREVER)
     assert not called
+
+
+async def test_a_suppressed_timeout_is_repeated_even_if_it_was_just_limited(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The limit of an attempt may be set in the same step in which its call expires."""
+    monkeypatch.setattr("promptlayer_exec._tasks._AGAIN", 0.01)
+
+    async def expire() -> None:
+        async with PatientTimeout() as limit:
+            limit.expire()
+            assert limit.expired()
+            with pytest.raises(TimeoutError):
+                limit.check()
+            limit.end_by(clock() + 0.005)
+            await until_cancelled()
+            await forever()
+
+    with pytest.raises(TimeoutError):
+        await expire()
+    assert not is_cancelled()

@@ -823,6 +823,19 @@ def test_an_unchanged_body_gives_the_same_node_map():
     assert reader.read(Response(202, body + b" "), 787, first) is not first
 
 
+@pytest.mark.parametrize("change", ["clear", "popitem"])
+def test_a_snapshot_s_reader_may_change_its_raw(change):
+    """`raw` is shared, but what one consumer does to it ends no watch."""
+    reader = NodeMapReader()
+    body = {"a": {"status": "RUNNING", "value": 1}}
+    first = reader.read(Response(202, json.dumps(body).encode()), 787)
+    getattr(first.raw, change)()
+    body["b"] = {"status": "QUEUED"}
+    second = reader.read(Response(202, json.dumps(body).encode()), 787, first)
+    assert second.raw == body
+    assert second.nodes["a"] == first.nodes["a"]
+
+
 def test_an_error_status_between_two_equal_bodies_is_raised():
     """The node map before it is the one of the next response."""
     reader = NodeMapReader()
