@@ -98,6 +98,14 @@ class CallbackLog:
             self._waiters.setdefault(token, set()).add(future)
             try:
                 await future
+            except BaseException:
+                if (callback := self._find(token)) is not None:  # it came in this loop step
+                    logger.warning(
+                        "execution %d had started, although its answer was lost, but its caller"
+                        " did not get the handle; follow it by its id",
+                        callback.execution_id,
+                    )
+                raise
             finally:
                 self._waiters[token].discard(future)
                 if not self._waiters[token]:

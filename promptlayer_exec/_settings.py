@@ -173,6 +173,14 @@ def _is_callbacks(owner: Any, setting: attrs.Attribute[Any], value: Any) -> None
         _is(Callbacks, "a promptlayer_exec.webhooks.Callbacks")(owner, setting, value)
 
 
+def _expects_nothing(_: Any, __: Any, value: BorrowedHttp | None) -> None:
+    if value is not None and "Expect" in value.headers:
+        raise ConfigurationError(
+            "http= must not have the header Expect: the server would have read a start's headers"
+            " before its body is sent, and nobody could tell whether the run started"
+        )
+
+
 def _seconds(_: Any, setting: attrs.Attribute[Any], value: Any) -> None:
     if value is not None or setting.name == "request_timeout":
         check_seconds(setting.name, value, zero=setting.name == "wait_timeout")
@@ -225,7 +233,7 @@ class Settings:
     rate: float | None = attrs.field(validator=_seconds)
     limiter: Limiter | None = attrs.field(validator=_acquirable)
     http: BorrowedHttp | None = attrs.field(
-        validator=_is(BorrowedHttp, "an aiohttp.ClientSession", optional=True)
+        validator=[_is(BorrowedHttp, "an aiohttp.ClientSession", optional=True), _expects_nothing]
     )
     converter: cattrs.Converter | None = attrs.field(
         validator=_is(cattrs.Converter, "a cattrs.Converter", optional=True)

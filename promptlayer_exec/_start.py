@@ -98,7 +98,11 @@ class Start:
         finally:
             if timer is not None:
                 timer.cancel()
-        self._report(started, abandoned=False)
+        try:
+            self._report(started, abandoned=False)
+        except BaseException:  # an observer was interrupted
+            self._warn_of_lost_handle(started)
+            raise
         return started
 
     async def run(self) -> None:
@@ -186,14 +190,14 @@ class Start:
             self._answer.set_result(started)
 
     def _fail(self, error: BaseException) -> None:
-        duration = anyio.current_time() - self._called_at
-        self._emit(StartFailed(None, self._request, error, duration, self._base_url))
-        if isinstance(error, StartUnknown) and self._on_unknown is not None:
-            self._on_unknown(duration)
         if self._answer.cancelled():
             self._warn(error)
-        else:
+        else:  # first, because an observer may be interrupted
             self._answer.set_exception(error)
+        duration = anyio.current_time() - self._called_at
+        if isinstance(error, StartUnknown) and self._on_unknown is not None:
+            self._on_unknown(duration)
+        self._emit(StartFailed(None, self._request, error, duration, self._base_url))
 
     def _judge(self, error: BaseException) -> BaseException:
         """Return the failure itself if it proves that no run started, else `StartUnknown`."""
@@ -236,15 +240,18 @@ class Start:
         error.__cause__ = cause
         return error
 
+    def _warn_of_lost_handle(self, started: Started) -> None:
+        logger.warning(
+            "execution %d of workflow %.100r%s started, but its caller did not get"
+            " the handle; follow it by its id",
+            started.execution_id,
+            self._request.workflow,
+            _key(self._request),
+        )
+
     def _report(self, started: Started, *, abandoned: bool) -> None:
         if abandoned:
-            logger.warning(
-                "execution %d of workflow %.100r%s started, but its caller did not get"
-                " the handle; follow it by its id",
-                started.execution_id,
-                self._request.workflow,
-                _key(self._request),
-            )
+            self._warn_of_lost_handle(started)
         duration = anyio.current_time() - self._called_at
         self._emit(
             ExecutionStarted(

@@ -225,6 +225,23 @@ async def test_closing_the_session_ends_a_recovery(sim: Simulator, session: Sess
         assert (await session.recover(error)).id == 1001
 
 
+async def test_a_callback_that_comes_as_its_recovery_is_cancelled_is_logged(
+    sim: Simulator, session: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody gets the handle, and the callback will not come again."""
+    error = await lose(sim, session)
+    recovering = asyncio.create_task(session.recover(error))
+    await asyncio.sleep(0.01)
+    receive_callback(session, token_of(error), 1001)
+    recovering.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await recovering
+    assert caplog.messages[-1] == (
+        "execution 1001 had started, although its answer was lost, but its caller did not get the"
+        " handle; follow it by its id"
+    )
+
+
 async def test_a_recovered_run_may_not_be_known_to_all_of_the_server(
     sim: Simulator, session: Session
 ) -> None:

@@ -23,9 +23,12 @@ import pytest
 
 from promptlayer_exec import (
     ConfigurationError,
+    Event,
     Execution,
+    ExecutionStarted,
     ExecutionTimeout,
     MainOutput,
+    NotFound,
     PollPolicy,
     RequestRetried,
     RetryPolicy,
@@ -33,6 +36,7 @@ from promptlayer_exec import (
     Session,
     SessionClosed,
     Snapshot,
+    StartFailed,
     Unauthorized,
 )
 from promptlayer_exec._integration import limited
@@ -584,6 +588,48 @@ async def test_a_borrowed_client_session_is_used_and_left_open(
     assert request.headers["X-Proxy"] == "yes"
     assert request.headers["User-Agent"] == "mine/1"
     assert request.headers["X-API-KEY"] == sim.api_key
+
+
+async def test_a_borrowed_client_session_that_waits_for_100_continue_is_refused() -> None:
+    """It sends the headers of a start early, and the server may answer before it is sent."""
+    async with aiohttp.ClientSession(headers={"expect": "100-continue"}) as http:
+        with pytest.raises(ConfigurationError, match="http= must not have the header Expect"):
+            Session("key", http=http)
+
+
+def test_a_start_that_fails_reaches_its_caller_though_an_observer_is_interrupted(
+    threaded_sim: Simulator,
+) -> None:
+    """A notebook's event loop goes on after Ctrl-C, and with it whoever waits."""
+    assert isinstance(interrupted_start(threaded_sim, StartFailed), NotFound)
+
+
+def test_the_id_of_a_start_is_logged_if_an_observer_is_interrupted(
+    threaded_sim: Simulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its caller gets the interrupt instead of the handle."""
+    threaded_sim.add_workflow("Example", Scenario([SimNode("A")]))
+    error = interrupted_start(threaded_sim, ExecutionStarted)
+    assert isinstance(error, KeyboardInterrupt)
+    assert "execution 1001 of workflow 'Example' started" in caplog.text
+
+
+def interrupted_start(sim: Simulator, event: type[Event]) -> BaseException | None:
+    """Return how a start ends when an observer of an event is interrupted."""
+
+    def observe(seen: Event) -> None:
+        if isinstance(seen, event):
+            raise KeyboardInterrupt
+
+    session = Session(sim.api_key, base_url=sim.base_url, observers=[observe])
+    with asyncio.Runner() as runner:
+        loop = runner.get_loop()
+        start = loop.create_task(session.start("Example"))
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(asyncio.wait([start]))
+        loop.run_until_complete(asyncio.wait([start]))
+        loop.run_until_complete(session.aclose())
+        return start.exception()
 
 
 async def test_a_borrowed_client_session_that_was_closed_is_reported(
