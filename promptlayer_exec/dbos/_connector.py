@@ -42,6 +42,11 @@ POSTGRES_OPTIONS = {
     "client_encoding": "utf8",
 }
 
+# Milliseconds after which the server ends a transaction in which nothing happens: that of a worker
+# that stands still, or whose machine is lost, would lock out all others. Set when the connection
+# stands, because PgBouncer takes no such option.
+_IDLE_IN_TRANSACTION = 10_000
+
 
 class DatabaseLost(Exception):
     """The database could not be reached for too long.
@@ -203,14 +208,15 @@ class Connector:
             self._connecting[threading.get_ident()] = time.monotonic()
             try:
                 connection = dialect.connect(*args, **options)
-            except dialect.loaded_dbapi.OperationalError as error:
-                self._wait(error)
-            else:
-                self._reaching.ended()
                 if isinstance(connection, psycopg.Connection):
                     self._used(connection)
                     if self._abandoned.is_set():  # meanwhile
                         self._shut([connection])
+                    _limit_transactions(connection)
+            except dialect.loaded_dbapi.OperationalError as error:
+                self._wait(error)
+            else:
+                self._reaching.ended()
                 return connection
             finally:
                 self._connecting.pop(threading.get_ident(), None)
@@ -266,6 +272,12 @@ class Connector:
             raise DatabaseLost(self._ended_by) from error
         if context.is_disconnect and self._is_cancelled():  # DBOS would try again for ever
             raise DatabaseLost(reason_of(error)) from error
+
+
+def _limit_transactions(connection: psycopg.Connection[Any]) -> None:
+    connection.autocommit = True  # one round trip
+    connection.execute(f"SET idle_in_transaction_session_timeout = {_IDLE_IN_TRANSACTION}".encode())
+    connection.autocommit = False
 
 
 def reason_of(error: BaseException) -> str:

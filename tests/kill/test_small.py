@@ -6,13 +6,18 @@ import asyncio
 import signal
 import subprocess
 import time
+from contextlib import closing
 from typing import Any
 
 import psycopg
 import pytest
+import sqlalchemy as sa
 
 from promptlayer_exec import ConfigurationError, Session, StartRequest
-from promptlayer_exec.dbos import Batch
+from promptlayer_exec.dbos import Batch, _connector
+from promptlayer_exec.dbos._location import check_url
+from promptlayer_exec.dbos._store import Store
+from promptlayer_exec.dbos._tables import batches
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
 ENDLESS = """
@@ -93,6 +98,24 @@ def test_a_worker_whose_database_does_not_answer_ends(
     assert out == f"{ends_with}\n"
     assert "never retrieved" not in err
     check_ids(scene, sim, err)
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_that_stands_still_in_a_transaction_keeps_no_other_waiting(
+    postgres_scene: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server ends its transaction; the worker notices when it goes on."""
+    monkeypatch.setattr(_connector, "_IDLE_IN_TRANSACTION", 1000)
+    scene = postgres_scene
+    scene.add(20)
+    with closing(Store(check_url(scene.url))) as store:
+        still = store.engine.connect()  # as a worker that is frozen
+        still.execute(sa.select(batches).with_for_update())
+        scene.worker().end()
+        with pytest.raises(sa.exc.DBAPIError) as error, still:
+            still.execute(sa.select(1))
+        assert error.value.connection_invalidated
+    scene.outcomes()
 
 
 def check_ids(scene: Any, sim: Simulator, err: str) -> None:
