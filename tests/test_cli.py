@@ -731,11 +731,15 @@ class TestRun:
         assert start("run", "x", program=python(EARLY)).end() == (130, "", message)
 
     @pytest.mark.parametrize(
-        ("number", "code", "word"),
-        [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+        ("number", "others", "code", "word"),
+        [
+            (signal.SIGINT, (), 130, "interrupted"),
+            (signal.SIGTERM, (), 143, "terminated"),
+            (signal.SIGHUP, (signal.SIGHUP,), 143, "terminated"),  # the shell's, and the kernel's
+        ],
     )
     def test_an_interrupted_start_reports_the_id(
-        self, start: Start, number: signal.Signals, code: int, word: str
+        self, start: Start, number: signal.Signals, others: tuple[int, ...], code: int, word: str
     ) -> None:
         """The command waits for the answer of a start that was sent."""
         gate = Gate()
@@ -745,6 +749,8 @@ class TestRun:
             assert gate.reached.wait(TIMEOUT)
             command.process.send_signal(number)
             assert "the run may have started; waiting for its id" in command.error_line()
+            for other in others:
+                command.process.send_signal(other)
             gate.opened.set()
             command.process.wait(TIMEOUT)
             execution_id = sim.runs[0].execution_id

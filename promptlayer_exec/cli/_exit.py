@@ -30,6 +30,7 @@ from promptlayer_exec.cli._text import in_options, printable
 
 PROGRAM = "promptlayer-exec"
 NO_RUN = "no run was started"  # a note of a start; the error of a refused one says so itself
+_HANGUP: int | None = getattr(signal, "SIGHUP", None)  # Windows has none
 _HELP_EPILOG = """\
 \b
 Environment:
@@ -115,7 +116,7 @@ class Interrupted(Exception):
 
 
 class Terminated(Exception):
-    """The process received SIGTERM."""
+    """The process received SIGTERM, or SIGHUP because its terminal was closed."""
 
 
 # Every error that can be expected to end a command early.
@@ -178,14 +179,17 @@ async def _until_signal(work: Coroutine[Any, Any, ExitCode]) -> ExitCode:
     def handle(number: int, _frame: FrameType | None) -> None:
         nonlocal received
         if received is not None:
+            if number == _HANGUP:  # a closed terminal can send two
+                return
             os._exit(128 + number)
         received = number
         loop.call_soon_threadsafe(task.cancel)
 
     previous = {
         number: signal.signal(number, handle)
-        for number in (signal.SIGINT, signal.SIGTERM)
-        if signal.getsignal(number) is not signal.SIG_IGN  # as in a script's background job
+        for number in (signal.SIGINT, signal.SIGTERM, _HANGUP)
+        # They are ignored in a script's background job, or with nohup.
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
         return await task
