@@ -810,6 +810,25 @@ def test_a_worker_without_heartbeats_ends(monkeypatch: pytest.MonkeyPatch) -> No
     assert [type(error) for error in ended] == [KeyError]
 
 
+def test_a_worker_whose_heartbeats_fail_for_long_ends(
+    now: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a damaged file, for which no other call of the worker fails."""
+    store, ended = FakeStore(), []
+    store.broken = True
+    watch = Liveness(store, "b", "me", set(), ended.append)  # type: ignore[arg-type]
+
+    def wait(seconds: float) -> None:
+        now[0] += seconds
+        if ended or now[0] > 200:
+            watch._stop.set()
+
+    monkeypatch.setattr(watch._stop, "wait", wait)
+    watch._run()
+    assert [str(error) for error in ended] == ["the database cannot be used: away."]
+    assert now[0] == 94.0
+
+
 def test_what_was_taken_and_is_not_run_goes_back(now: list[float]) -> None:
     """Unless it has just been taken, or has just ended: then it is not idle twice."""
     store = FakeStore()

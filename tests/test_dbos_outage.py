@@ -740,6 +740,24 @@ def test_a_use_without_an_answer_is_ended(connector: Connector) -> None:
         assert not connector.is_stuck
 
 
+async def test_a_call_that_gets_no_answer_ends(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the patience, also where no worker runs that would see it."""
+    monkeypatch.setattr(databases, "_RETRY_INTERVAL", 0.01)
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(5)
+    with ours, theirs, closing(Store(check_url(url))) as store:
+        connection: Any = Unanswered(ours)
+        store.connector.patience = 60.0
+        store.connector._connections[connection] = time.monotonic() - 61
+
+        def work() -> Any:
+            assert theirs.recv(1) == b""
+            return store.rows(sa.select(sa.literal(1)))
+
+        with pytest.raises(ConfigurationError, match="used: it has not answered for 60 s"):
+            await store.run_in_thread(work)
+
+
 def _lost_connection() -> sa.exc.OperationalError:
     return sa.exc.OperationalError("SELECT 1", None, sqlite3.OperationalError("restarting"))
 

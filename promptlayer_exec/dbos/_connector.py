@@ -165,6 +165,11 @@ class Connector:
             connections = [*self._connections]
         self._shut(connections)
 
+    def abandon_if_stuck(self) -> None:
+        """Make every use of the database fail if PostgreSQL has not answered for too long."""
+        if self.is_stuck:
+            self.abandon(f"it has not answered for {self.patience:g} s")
+
     def end_long_uses(self) -> None:
         """Let what has used a connection for longer than the patience at the end fail, once."""
         before = time.monotonic() - PATIENCE_AT_END

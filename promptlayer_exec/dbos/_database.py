@@ -132,7 +132,8 @@ class Database:
     ) -> T:
         """Call a blocking function in a thread; if cancelled, stop retrying, but wait for it.
 
-        It ends soon, because connections that PostgreSQL leaves without an answer are shut then.
+        It ends soon, because connections that PostgreSQL leaves without an answer are shut then,
+        or after its patience in any case.
         One that `stops_all` ends the retries of other threads, too: they may hold the connections
         that it waits for.
         """
@@ -144,7 +145,10 @@ class Database:
 
         running = asyncio.ensure_future(asyncio.to_thread(call))
         try:
-            return await asyncio.shield(running)
+            while not running.done():
+                await asyncio.wait([running], timeout=_RETRY_INTERVAL)
+                self.connector.abandon_if_stuck()
+            return running.result()
         except asyncio.CancelledError:
             stop.set()
             with anyio.CancelScope(shield=True):

@@ -16,6 +16,7 @@ import attrs
 from promptlayer_exec import ConfigurationError
 from promptlayer_exec.dbos._cancelled import end_cancelled
 from promptlayer_exec.dbos._connector import DatabaseLost
+from promptlayer_exec.dbos._database import RETRY_FOR
 from promptlayer_exec.dbos._store import Heartbeat, Store
 
 logger = logging.getLogger("promptlayer_exec")
@@ -68,15 +69,19 @@ class Liveness:
             self._thread.join()
 
     def _run(self) -> None:
+        failing_since: float | None = None
         while not self._stop.is_set():
             began = time.monotonic()
             try:
                 self.record_heartbeat()
                 self.recover_from_dead_workers()
                 self.look_after_others()
+                failing_since = None
             except Exception as error:  # noqa: BLE001 - nobody else would see that the thread ends
                 self._seen.clear()
+                failing_since = began if failing_since is None else failing_since
                 is_lost = isinstance(error.__cause__, DatabaseLost)
+                is_lost = is_lost or began - failing_since > RETRY_FOR
                 if isinstance(error, ConfigurationError) and not is_lost:
                     logger.warning("cannot exchange heartbeats with other workers: %.300s", error)
                 else:

@@ -131,12 +131,9 @@ class Worker:
 
     async def _watch_database(self) -> None:
         """Abandon the database when it does not answer, also while the work ends."""
-        connector = self._store.connector
         while True:
             await asyncio.sleep(_CHECK_INTERVAL)
-            if connector.is_stuck:
-                connector.abandon(f"it has not answered for {connector.patience:g} s")
-                return
+            self._store.connector.abandon_if_stuck()
 
     async def _wait(self, *, until_done: bool) -> None:
         store = self._store
