@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import re
 import signal
 import sys
+import termios
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from itertools import pairwise
@@ -799,11 +801,11 @@ async def serve_mcp(environment: dict[str, str]) -> AsyncIterator[Serve]:
     """Return a function that starts the command, and speaks the older revision to it."""
     processes = []
 
-    async def start(*messages: dict[str, Any]) -> asyncio.subprocess.Process:
+    async def start(*messages: dict[str, Any], stdout: int = -1) -> asyncio.subprocess.Process:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "promptlayer_exec", "mcp"),
             stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
+            stdout=stdout,  # -1 is PIPE
             stderr=asyncio.subprocess.PIPE,
             env=environment,
         )
@@ -851,6 +853,32 @@ async def test_a_closed_stdin_ends_the_process_at_once(
     assert all(json.loads(line)["jsonrpc"] == "2.0" for line in out.splitlines())
     assert f"execution {held} goes on at PromptLayer".encode() in err
     assert b"promptlayer-exec watch" in err
+
+
+@pytest.mark.parametrize("by", ["end", "signal"])
+async def test_a_client_that_does_not_read_keeps_no_process(
+    sim: Simulator, held: int, serve_mcp: Serve, by: str
+) -> None:
+    """What was running is named all the same."""
+    reader, writer = os.pipe()
+    lists = ({"id": number, "method": "tools/list"} for number in range(2, 60))
+    process = await serve_mcp(tool_call("wait_execution", execution_id=held), *lists, stdout=writer)
+    os.close(writer)
+    await sim.wait_for_requests(1, timeout=40)
+    unread = 0
+    while unread < 32768:  # of much more than fits into the pipe
+        await asyncio.sleep(0.01)
+        answer = fcntl.ioctl(reader, termios.FIONREAD, bytes(4))
+        unread = int.from_bytes(answer, sys.byteorder)
+    if by == "end":
+        process.stdin.close()
+    else:
+        process.send_signal(signal.SIGTERM)
+    async with asyncio.timeout(20):
+        err = await process.stderr.read()
+        assert await process.wait() == (0 if by == "end" else 143)
+    os.close(reader)
+    assert f"execution {held} goes on at PromptLayer".encode() in err
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
+import anyio
 from mcp.server.stdio import stdio_server
 
 from promptlayer_exec import Session
 from promptlayer_exec.mcp._calls import Calls
 from promptlayer_exec.mcp._server import make_server
+
+_PATIENCE = 1.0  # seconds for the last answers, once the client has closed standard input
 
 
 async def serve_stdio(session: Session, *, workflows: Iterable[str] = ()) -> None:
@@ -33,12 +38,23 @@ async def serve_stdio(session: Session, *, workflows: Iterable[str] = ()) -> Non
     calls = Calls(session, workflows)
     server = make_server(calls)
     try:
-        async with stdio_server(cast("Any", _Lines())) as (read_stream, write_stream):
-            await server.run(read_stream, write_stream, server.create_initialization_options())
-    except* BrokenPipeError:
-        pass  # the client has gone
+        async with asyncio.timeout(None) as limit:
+            with _standard_output() as output:
+                async with stdio_server(cast("Any", _Lines()), cast("Any", output)) as (
+                    given,
+                    sent,
+                ):
+                    await server.run(given, sent, server.create_initialization_options())
+                    limit.reschedule(asyncio.get_running_loop().time() + _PATIENCE)
+    except* (BrokenPipeError, TimeoutError):
+        pass  # the client has gone, or does not read
+    except* anyio.BrokenResourceError:
+        pass  # the SDK's, if it is cancelled while it passes a message on
     finally:
         calls.close()
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():  # which such an error hides
+        raise asyncio.CancelledError
 
 
 class _Lines:
@@ -65,3 +81,43 @@ class _Lines:
     async def __aiter__(self) -> AsyncIterator[str]:
         while (line := await self._lines.get()) is not None:
             yield line
+
+
+@contextmanager
+def _standard_output() -> Iterator[_Output]:
+    """Yield standard output; what anything else prints goes to standard error meanwhile."""
+    wire = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield _Output(wire)
+    finally:
+        os.dup2(wire, 1)
+
+
+class _Output:
+    """Standard output, for the SDK.
+
+    Nothing can end a write that blocks, because the client does not read. So threads write, one at
+    a time, which do not keep the process alive, as a thread of the SDK's own writer would.
+    """
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+
+    async def write(self, text: str) -> None:
+        written: Future[None] = Future()
+        written.set_running_or_notify_cancel()
+        threading.Thread(target=self._write, args=(text.encode(), written), daemon=True).start()
+        await asyncio.wrap_future(written)
+
+    def _write(self, data: bytes, written: Future[None]) -> None:
+        try:
+            while data:
+                data = data[os.write(self._file, data) :]
+        except OSError as error:
+            written.set_exception(error)
+        else:
+            written.set_result(None)
+
+    async def flush(self) -> None:
+        """Do nothing: nothing is buffered."""
