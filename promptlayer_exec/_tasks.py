@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from typing import Any, Self, cast
 
@@ -50,7 +51,12 @@ class Tasks:
 async def begin_cancelled(run: Run) -> None:
     """Run what ends at its first `await`, because its task is cancelled."""
     cast("asyncio.Task[None]", asyncio.current_task()).cancel()
-    await run()
+    try:
+        await run()
+    finally:
+        # If it ended without an `await`, the cancellation still waits for one.
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
 
 
 # A timer this many seconds late means that the loop was stopped, as by a debugger or Ctrl-Z.

@@ -320,6 +320,22 @@ async def test_a_closed_session_refuses_a_fan_out(session: Session) -> None:
     assert next(items) == 1
 
 
+async def test_an_item_that_is_cancelled_before_it_begins_has_one_outcome(
+    sim: Simulator, session: Session
+) -> None:
+    """No run is started for it."""
+    await session.workflow("w")
+    collecting = asyncio.create_task(session.collect([StartRequest("w", {"n": -1})]))
+    items: list[asyncio.Task[Any]] = []
+    while not items:
+        await asyncio.sleep(0)
+        items = [t for t in asyncio.all_tasks() if t.get_name() == "promptlayer_exec.item"]
+    items[0].cancel()
+    (outcome,) = await collecting
+    assert isinstance(outcome.error, SessionClosed)
+    assert [request.method for request in sim.requests] == ["GET"]
+
+
 @pytest.mark.parametrize("kind", ["iterable", "async iterable"])
 async def test_an_error_of_the_items_waits_for_the_items_in_flight(
     sim: Simulator, session: Session, held: int, kind: str

@@ -75,6 +75,21 @@ async def test_a_task_that_is_cancelled_before_its_first_step_begins(times: int)
     assert seen == ["began", "cancelled"]
 
 
+async def test_a_task_that_begins_cancelled_and_awaits_nothing_runs_once() -> None:
+    """At its end, asyncio counts it as cancelled, as if it had never begun."""
+    runs = 0
+
+    async def run() -> None:
+        nonlocal runs
+        runs += 1
+
+    tasks = Tasks()
+    tasks.start(run, name="short")
+    tasks.cancel()
+    await tasks.ended()
+    assert runs == 1
+
+
 async def test_a_task_of_a_session_that_is_cancelled_before_its_first_step_begins() -> None:
     """This holds for every task, and the supervisor itself, if all are cancelled at once."""
     for steps in range(4):
