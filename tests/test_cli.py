@@ -758,6 +758,27 @@ class TestRun:
         message = f"{word}\nexecution {execution_id} {pick_up} {execution_id}\n"
         assert command.end() == (code, "", message)
 
+    def test_a_start_in_a_terminal_that_is_closed_reports_the_id(self, start: Start) -> None:
+        """Standard error gets it, although the display can no longer be written."""
+        gate = Gate()
+        leader, follower = pty.openpty()
+        with Simulator(on_request=gate) as sim:
+            sim.add_workflow("held", HELD)
+            program = redirected(f"RUN >{os.ttyname(follower)}")
+            env = {"TERM": "xterm", "PYTHONUNBUFFERED": "1"}  # the end of the display is written
+            url = sim.base_url
+            command = start("run", "held", program=program, PROMPTLAYER_BASE_URL=url, **env)
+            assert gate.reached.wait(TIMEOUT)
+            os.close(follower)
+            os.close(leader)
+            command.process.send_signal(signal.SIGHUP)
+            assert "waiting for its id" in command.error_line()
+            gate.opened.set()
+            code, _, err = command.end()
+            execution_id = sim.runs[0].execution_id
+        assert code == 143
+        assert err.endswith(f"pick it up again with:\n  promptlayer-exec watch {execution_id}\n")
+
     def test_an_interrupted_start_that_fails(self, start: Start) -> None:
         """If there is no id, the error says whether a run may have started."""
         refused, lost = Gate(), Gate()

@@ -155,7 +155,7 @@ def run(
             try:
                 with display.waiting(f"workflow {name}: starting"):
                     await asyncio.wait([starting])
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, OutputFailed):  # the latter as the display ends
                 await _finish_start(session, starting, subject)
                 raise
             try:

@@ -193,9 +193,11 @@ async def _until_signal(work: Coroutine[Any, Any, ExitCode]) -> ExitCode:
     }
     try:
         return await task
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, OutputFailed) as error:
         if received is None:
             raise
+        if isinstance(error, OutputFailed):  # as on a terminal that was closed
+            _discard_output()
         stopped = Interrupted if received == signal.SIGINT else Terminated
         raise stopped(stopped.__name__.lower()) from None
     finally:
@@ -239,9 +241,13 @@ def report_crash(error: BaseException) -> ExitCode:
         traceback.print_exception(error, file=sys.stderr)
         err("this is a bug in promptlayer-exec: please report it with the lines above")
         return ExitCode.BUG
-    # The interpreter flushes what standard output still buffers when it exits.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _discard_output()
     if isinstance(error.__cause__, BrokenPipeError):
         return ExitCode.BROKEN_PIPE
     err(f"cannot write to standard output: {error}")
     return ExitCode.OUTPUT_FAILED
+
+
+def _discard_output() -> None:
+    # The interpreter flushes what standard output still buffers when it exits.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
