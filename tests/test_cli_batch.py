@@ -28,10 +28,10 @@ import promptlayer_exec
 from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli import _batch as commands
 from promptlayer_exec.cli import _batch_display as shown
-from promptlayer_exec.cli import _batch_files as batch_files
+from promptlayer_exec.cli import _batch_results as batch_results
 from promptlayer_exec.cli import _stdio as stdio
 from promptlayer_exec.cli._app import app
-from promptlayer_exec.cli._batch_files import LineFile
+from promptlayer_exec.cli._batch_results import LineFile
 from promptlayer_exec.dbos import BatchStatus, StoredOutcome
 from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _batch as batches
@@ -254,6 +254,9 @@ def test_invalid_lines_are_reported_with_their_numbers(run: Run, tmp_path: Path)
         '{"inputs": {"a": NaN}}': "NaN is not a JSON number",
         '{"input": {}}': "'input' is not one of key, inputs, workflow, label, version, metadata",
         '{"version": true}': '"version" must be a number',
+        '{"version": 0}': '"version" must be between 1 and 2**63-1',
+        '{"workflow": -1}': '"workflow" must be between 1 and 2**63-1',
+        '{"label": "\\ud800"}': '"label" has half of a surrogate pair, which is no text',
         '{"metadata": {"a": 1}}': '"metadata" must be an object of strings',
         '{"label": "a", "version": 1}': 'use "label" or "version", not both',
         '{"key": ""}': '"key" must not be empty',
@@ -263,10 +266,10 @@ def test_invalid_lines_are_reported_with_their_numbers(run: Run, tmp_path: Path)
     code, out, err = run("run", file, "--workflow", "w")
     assert (code, out) == (2, "")
     lines = err.splitlines()
-    assert lines[:11] == [f"line {number}: {why}" for number, why in enumerate(bad.values(), 1)]
-    assert lines[11] == "line 13: the key 'x' is already used in line 12"
-    assert lines[12].startswith("line 14: cannot be read: ")
-    assert lines[13].endswith("bad.jsonl has 13 invalid lines; nothing was added")
+    assert lines[:14] == [f"line {number}: {why}" for number, why in enumerate(bad.values(), 1)]
+    assert lines[14] == "line 16: the key 'x' is already used in line 15"
+    assert lines[15].startswith("line 17: cannot be read: ")
+    assert lines[16].endswith("bad.jsonl has 16 invalid lines; nothing was added")
     assert not list(tmp_path.rglob("*.sqlite"))
     (tmp_path / "latin").write_bytes(b'\xff{"key": "a"}\n' * 30)
     _, _, err = run("run", "latin", "--workflow", "w")
@@ -461,7 +464,7 @@ def test_a_failing_result_file_is_reported(
 
     def write_result(file: LineFile, _outcome: StoredOutcome) -> None:
         error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        raise batch_files._cannot_write(file.name, error)
+        raise batch_results._cannot_write(file.name, error)
 
     monkeypatch.setattr(LineFile, "write", write_result)
     items = [{"workflow": "echo", "inputs": {"n": 1}}, {"workflow": "held"}]

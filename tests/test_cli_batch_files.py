@@ -16,7 +16,8 @@ import pyarrow.parquet
 import pytest
 
 from promptlayer_exec import StartRequest
-from promptlayer_exec.cli._batch_files import ItemFile, LineFile, Result, TableFile, open_results
+from promptlayer_exec.cli._batch_items import ItemFile
+from promptlayer_exec.cli._batch_results import LineFile, Result, TableFile, open_results
 from promptlayer_exec.cli._exit import Misuse
 from promptlayer_exec.dbos import StoredError, StoredOutcome
 
@@ -74,6 +75,12 @@ def test_a_row_of_a_csv_file_is_an_item(tmp_path: Path) -> None:
         ),
         ("version\nx\n", "1 invalid line", ['line 2: "version" must be a number']),
         ("n,n\n1,2\n", "has columns of the same name: n", []),
+        ("n,inputs.n\n1,2\n", "has columns of the same name: n, inputs.n", []),
+        (
+            "version\n99999999999999999999\n",
+            "1 invalid line",
+            ['line 2: "version" must be between'],
+        ),
         ("n\n", "has no items", []),
         ('n\n"1\n', "is not CSV: unexpected end of data", []),
         ("n\n\udcff\n", "is not UTF-8 text: save it as 'CSV UTF-8'", []),
@@ -224,7 +231,7 @@ def test_parquet_without_pyarrow_says_what_to_install(
     def missing(_name: str) -> Any:
         raise ModuleNotFoundError
 
-    monkeypatch.setattr("promptlayer_exec.cli._batch_files.import_module", missing)
+    monkeypatch.setattr("promptlayer_exec.cli._batch_results.import_module", missing)
     with pytest.raises(Misuse, match="pip install pyarrow"):
         open_results(tmp_path / "out.parquet")
     assert list(tmp_path.iterdir()) == []

@@ -22,14 +22,7 @@ from promptlayer_exec.cli._batch_display import (
     item_count,
     status_line,
 )
-from promptlayer_exec.cli._batch_files import (
-    ItemFile,
-    Result,
-    Results,
-    TableFile,
-    open_results,
-    write_results,
-)
+from promptlayer_exec.cli._batch_items import ItemFile
 from promptlayer_exec.cli._batch_options import (
     Database,
     MaxInFlight,
@@ -41,6 +34,13 @@ from promptlayer_exec.cli._batch_options import (
     shown_database,
     wait_for_batch,
     working_batch,
+)
+from promptlayer_exec.cli._batch_results import (
+    Result,
+    Results,
+    TableFile,
+    open_results,
+    write_results,
 )
 from promptlayer_exec.cli._exit import (
     ExitCode,

@@ -16,7 +16,6 @@ from rich.table import Table
 
 from promptlayer_exec.cli._arguments import JsonLines
 from promptlayer_exec.cli._batch_display import item_count, status_line
-from promptlayer_exec.cli._batch_files import open_results, write_results
 from promptlayer_exec.cli._batch_options import (
     Database,
     OnlyBatch,
@@ -27,6 +26,7 @@ from promptlayer_exec.cli._batch_options import (
     shown_database,
     stored_batch,
 )
+from promptlayer_exec.cli._batch_results import open_results, write_results
 from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, run_command
 from promptlayer_exec.cli._stdio import err, out
 from promptlayer_exec.cli._text import in_options, preview, printable

@@ -1,0 +1,229 @@
+"""The file of a batch's items, in JSON Lines or CSV."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from promptlayer_exec import StartRequest
+from promptlayer_exec._integration import MAX_ID
+from promptlayer_exec.cli._exit import Misuse
+from promptlayer_exec.cli._stdio import err
+from promptlayer_exec.cli._text import printable, shorten
+
+if TYPE_CHECKING:
+    from promptlayer_exec.cli._inputs import Target
+
+csv.field_size_limit(2**31 - 1)  # a cell can be as long as any input
+
+_MAX_SHOWN = 20
+_BOM = b"\xef\xbb\xbf"
+_FIELDS: dict[str, tuple[Any, str]] = {
+    "key": (str, "a string"),
+    "inputs": (dict, "an object"),
+    "workflow": (str | int, "a name or an id"),
+    "label": (str, "a string"),
+    "version": (int, "a number"),
+    "metadata": (dict, "an object of strings"),
+}
+_METADATA = "metadata."
+_INPUT = "inputs."
+_KEY_LENGTH = 20
+
+
+class ItemFile:
+    """The items in a file, checked first. Each iteration reads the file again.
+
+    Args:
+        path: a file of JSON Lines; of CSV, if its suffix is `.csv`.
+        workflow: the workflow of lines that name none.
+    """
+
+    def __init__(self, path: Path, workflow: str | None) -> None:
+        self._path = path
+        self._name = printable(str(path))
+        self._workflow = workflow
+        # The number of the first line without a key, and whether the numbers of lines are the keys.
+        self.first_without_key: int | None = None
+        self.is_numbered = False
+        # The numbers of the lines, by what is started and by the names of its inputs.
+        self.starts: dict[Target, dict[tuple[str, ...], list[int]]] = {}
+        if path.is_fifo() or path.is_char_device():
+            raise Misuse(f"{self._name} is read twice: write the items to a regular file first")
+        problems: dict[int, str] = {}
+        first_lines: dict[str, int] = {}
+        for number, line in self._lines():
+            try:
+                request = self._request(number, line)
+            except Misuse as error:
+                problems[number] = str(error)
+                continue
+            first = first_lines.setdefault(request.key, number)
+            if first == number:
+                target = request.workflow, request.label, request.version
+                names = tuple(request.inputs)
+                self.starts.setdefault(target, {}).setdefault(names, []).append(number)
+                continue
+            what = f"the key '{shorten(printable(request.key), 100)}' is already used in"
+            if request.key == _digest(line):
+                what = "a key is missing: without one, this line is the same item as"
+            problems[number] = f"{what} line {first}"
+        self.refuse(problems)
+        if not first_lines:
+            raise Misuse(f"{self._name} has no items")
+        self.count = len(first_lines)
+
+    def refuse(self, problems: Mapping[int, str]) -> None:
+        """Report what is wrong with lines, by their numbers, and raise `Misuse` if something is."""
+        for number, problem in islice(sorted(problems.items()), _MAX_SHOWN):
+            err(f"line {number}: {problem}")
+        if problems:
+            count = f"{len(problems)} invalid line{'s' * (len(problems) > 1)}"
+            shown = f", {_MAX_SHOWN} of them shown" if len(problems) > _MAX_SHOWN else ""
+            raise Misuse(f"{self._name} has {count}{shown}; nothing was added")
+
+    def keys(self, numbers: Container[int]) -> Iterator[tuple[int, str]]:
+        """Yield the number and the key of those of the lines."""
+        for number, line in self._lines():
+            if number in numbers:
+                yield number, self._request(number, line).key
+
+    def __iter__(self) -> Iterator[StartRequest]:
+        for number, line in self._lines():
+            yield self._request(number, line)
+
+    def _lines(self) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
+        """Yield the number and the text of each line, or the cells of each row by column."""
+        try:
+            if self._path.suffix.lower() == ".csv":
+                yield from self._rows()
+                return
+            with self._path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    text = line.removeprefix(_BOM) if number == 1 else line
+                    if text.strip():
+                        yield number, text
+        except OSError as error:
+            raise Misuse(f"cannot read {self._name}: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise Misuse(f"{self._name} is not UTF-8 text: save it as 'CSV UTF-8'") from error
+        except csv.Error as error:
+            raise Misuse(f"{self._name} is not CSV: {error}") from error
+
+    def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        with self._path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            columns = reader.fieldnames or []
+            meanings = Counter(map(_meaning, columns))
+            if same := {printable(name): 1 for name in columns if meanings[_meaning(name)] > 1}:
+                raise Misuse(f"{self._name} has columns of the same name: {', '.join(same)}")
+            while True:
+                number = reader.line_num + 1  # a cell can have several lines
+                row = next(reader, None)
+                if row is None:
+                    return
+                yield number, row
+
+    def _request(self, number: int, line: bytes | dict[str, Any]) -> StartRequest:
+        """Return the item of a line; if it is not one, the message of the `Misuse` says why."""
+        fields = _parse(line) if isinstance(line, bytes) else _named(line)
+        if "key" not in fields:
+            if self.first_without_key is None:
+                self.first_without_key = number
+            fields["key"] = str(number) if self.is_numbered else _digest(line)
+        return _checked({"workflow": self._workflow} | fields)
+
+
+def _digest(line: bytes | dict[str, Any]) -> str:
+    text = line.strip() if isinstance(line, bytes) else json.dumps(line).encode()
+    return hashlib.sha256(text).hexdigest()[:_KEY_LENGTH]
+
+
+def _meaning(column: str) -> str:
+    """Return the name of a column, with its prefix if it is an input."""
+    if column.startswith(_METADATA) or column in _FIELDS.keys() - {"inputs", "metadata"}:
+        return column
+    return _INPUT + column.removeprefix(_INPUT)
+
+
+def _named(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of an item from the cells of a row; an empty one is a missing field."""
+    if None in row or None in row.values():
+        raise Misuse("must have as many cells as the first line has columns")
+    inputs: dict[str, str] = {}
+    metadata: dict[str, str] = {}
+    fields: dict[str, Any] = {"inputs": inputs}
+    for column, text in row.items():
+        name = _meaning(column)
+        if name.startswith(_METADATA):
+            if text:
+                metadata[name.removeprefix(_METADATA)] = text
+        elif name.startswith(_INPUT):
+            inputs[name.removeprefix(_INPUT)] = text
+        elif text:
+            fields[name] = text
+    if metadata:
+        fields["metadata"] = metadata
+    if "version" in fields:
+        try:
+            fields["version"] = int(fields["version"])
+        except ValueError:
+            raise Misuse('"version" must be a number') from None
+    return fields
+
+
+def _checked(fields: dict[str, Any]) -> StartRequest:
+    for name, value in fields.items():
+        if name not in _FIELDS:
+            known = ", ".join(_FIELDS)
+            raise Misuse(f"'{shorten(printable(name), 40)}' is not one of {known}")
+        if name != "workflow" or value is not None:
+            _check(name, value)
+    if not all(isinstance(value, str) for value in fields.get("metadata", {}).values()):
+        raise Misuse('"metadata" must be an object of strings')
+    if "label" in fields and "version" in fields:
+        raise Misuse('use "label" or "version", not both')
+    request = StartRequest(**fields)
+    if request.workflow in (None, ""):
+        raise Misuse('"workflow" is missing, and --workflow is not given')
+    if not request.key:
+        raise Misuse('"key" must not be empty')
+    return request
+
+
+def _check(name: str, value: Any) -> None:
+    kind, expected = _FIELDS[name]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise Misuse(f'"{name}" must be {expected}')
+    if isinstance(value, int) and not 1 <= value <= MAX_ID:
+        raise Misuse(f'"{name}" must be between 1 and 2**63-1')
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise Misuse(f'"{name}" has half of a surrogate pair, which is no text') from None
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    """Return the fields of a line; null stands for a missing field, except for the inputs."""
+    try:
+        fields = json.loads(text.decode(), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise Misuse(f"not UTF-8 text: byte {error.start + 1} is invalid") from error
+    except json.JSONDecodeError as error:
+        raise Misuse(f"not valid JSON: {error.msg}, column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
+        raise Misuse(f"cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise Misuse('not a JSON object like {"key": "a", "inputs": {}}')
+    return {name: value for name, value in fields.items() if value is not None or name == "inputs"}
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise Misuse(f"{constant} is not a JSON number")
