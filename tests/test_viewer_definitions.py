@@ -101,7 +101,9 @@ async def test_inputs_are_checked_before_a_start(sim: Simulator, viewer: Any) ->
     status, answer = await viewer.send("POST", "runs", start | {"label": "prod"})
     assert (status, answer["field"]) == (422, "inputs")
     assert "did you mean 'topic'?" in answer["message"]
-    assert (await viewer.send("POST", "runs", start | {"version": "x"}))[1]["field"] == "version"
+    for version in ("x", "-1", "0"):
+        answer = await viewer.send("POST", "runs", start | {"version": version})
+        assert (answer[0], answer[1]["field"]) == (422, "version")
     assert sim.runs == []
     start["inputs"] = '{"topic": "otters"}'
     assert (await viewer.send("POST", "runs", start))[0] == 422
@@ -159,15 +161,15 @@ def test_a_definition_has_an_edge_for_each_dependency() -> None:
 
 async def test_the_nodes_of_two_executions_are_compared(sim: Simulator, viewer: Any) -> None:
     """Values are compared as JSON, whole."""
-    long = "x" * 20_000
-    one = sim.add_execution(Scenario([SimNode("same", {"a": 1}), SimNode("other", long + "a")]))
-    two = sim.add_execution(Scenario([SimNode("same", {"a": 1}), SimNode("other", long + "b")]))
+    long, other = "x" * 20_000, "half \ud800"
+    one = sim.add_execution(Scenario([SimNode("same", {"a": 1}), SimNode(other, long + "a")]))
+    two = sim.add_execution(Scenario([SimNode("same", {"a": 1}), SimNode(other, long + "b")]))
     for execution_id in (one, two):
         viewer.board.follow(execution_id)
         while viewer.board.cards[execution_id].state != "succeeded":
             await viewer.board.changed.wait()
     answer = await viewer.send("GET", f"compare/{one}/{two}")
-    assert answer == (200, {"changed": ["other"]})
+    assert answer == (200, {"changed": [other]})
     assert (await viewer.send("GET", f"compare/{one}/5"))[0] == 404
     assert (await viewer.send("GET", f"executions/{one}/inputs"))[0] == 404
     _, snapshot = await viewer.send("GET", f"executions/{one}/snapshot")

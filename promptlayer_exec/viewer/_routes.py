@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated, Any
 
-from fastapi import Body, FastAPI
+from fastapi import Body, FastAPI, Path, Query
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
 from promptlayer_exec import (
     NotFound,
@@ -30,6 +30,8 @@ from promptlayer_exec.viewer._history import History
 
 _Text = Annotated[str, Body(embed=True)]
 _OptionalText = Annotated[str | None, Body(embed=True)]
+_Key = Annotated[int, Path(ge=1, le=MAX_ID)]
+_Offset = Annotated[int, Query(ge=0, le=MAX_ID)]
 
 
 def add_execution_routes(app: FastAPI, board: Board) -> None:
@@ -45,7 +47,7 @@ def add_execution_routes(app: FastAPI, board: Board) -> None:
             await board.add(int(text))
         except PromptLayerExecError as error:
             return refuse(str(error), 404 if isinstance(error, NotFound) else 502, "execution_id")
-        return JSONResponse({"execution_id": str(int(text))}, 201)
+        return _json({"execution_id": str(int(text))}, 201)
 
     @app.delete("/api/executions/{execution_id}")
     async def remove_execution(execution_id: int) -> Response:
@@ -85,7 +87,7 @@ def _add_value_routes(app: FastAPI, board: Board) -> None:
         after = None if other is None else other.snapshot
         if before is None or after is None:
             return refuse("One of these executions is not followed.", 404)
-        return JSONResponse({"changed": [change.node.name for change in after.diff(before)]})
+        return _json({"changed": [change.node.name for change in after.diff(before)]})
 
 
 def add_workflow_routes(app: FastAPI, board: Board, definitions: Definitions) -> None:
@@ -195,18 +197,21 @@ def add_start_routes(app: FastAPI, board: Board) -> None:
     ) -> Response:
         if not workflow.strip():
             return refuse("Enter the name or the id of a workflow.", 422, "workflow")
-        if version and not re.fullmatch("[0-9]{1,9}", version):
-            return refuse("A version is a whole number.", 422, "version")
+        if version and not re.fullmatch("[1-9][0-9]{0,8}", version):
+            return refuse("A version is a whole number from 1.", 422, "version")
         try:
             given = _read_inputs(inputs)
-            chosen: dict[str, Any] = {"label": label or None, "version": int(version or 0) or None}
+            chosen: dict[str, Any] = {
+                "label": label or None,
+                "version": int(version) if version else None,
+            }
             await check_inputs(board.session, StartRequest(workflow, given, **chosen))
             execution = await board.start(workflow, given, **chosen)
         except PromptLayerExecError as error:
             return _refuse_start(error)
         except (TypeError, ValueError) as error:
             return refuse(str(error), 422, "inputs")
-        return JSONResponse({"execution_id": str(execution.id)}, 201)
+        return _json({"execution_id": str(execution.id)}, 201)
 
 
 def _refuse_start(error: PromptLayerExecError) -> Response:
@@ -220,27 +225,31 @@ def add_history_routes(app: FastAPI, history: History) -> None:
 
     @app.get("/api/history")
     async def get_history(
-        search: str = "", outcome: str = "", workflow: str = "", days: float = 0, offset: int = 0
+        search: str = "",
+        outcome: str = "",
+        workflow: str = "",
+        days: float = 0,
+        offset: _Offset = 0,
     ) -> Response:
         since = time.time() - 86400 * days if days > 0 else 0.0
         found = await history.search(
-            search, outcome=outcome, workflow=workflow, since=since, offset=max(0, offset)
+            search, outcome=outcome, workflow=workflow, since=since, offset=offset
         )
-        return JSONResponse(found)
+        return _json(found)
 
     @app.get("/api/history/trends")
     async def get_trends() -> Response:
-        return JSONResponse(await history.trends())
+        return _json(await history.trends())
 
     @app.get("/api/history/{key}/inputs")
-    async def get_remembered_inputs(key: int) -> Response:
+    async def get_remembered_inputs(key: _Key) -> Response:
         known = await history.find_line(key)
         if known is None or known["inputs"] is None:
             return refuse("The inputs of this execution are not known here.", 404)
         return _text(known["inputs"])
 
     @app.delete("/api/history/{key}")
-    async def forget(key: int) -> Response:
+    async def forget(key: _Key) -> Response:
         await history.delete(key)
         return Response(status_code=204)
 
@@ -258,7 +267,7 @@ def add_history_routes(app: FastAPI, history: History) -> None:
 
 def refuse(message: str, status: int, field: str | None = None, **more: Any) -> Response:
     """Return a response that says why a request failed, and which field of the form is wrong."""
-    return JSONResponse({"message": message, "field": field, **more}, status)
+    return _json({"message": message, "field": field, **more}, status)
 
 
 def _read_inputs(text: str) -> dict[str, Any]:
@@ -274,9 +283,9 @@ def _read_inputs(text: str) -> dict[str, Any]:
     return inputs
 
 
-def _json(content: Any) -> Response:
+def _json(content: Any, status: int = 200) -> Response:
     # ASCII can represent lone surrogates; UTF-8 cannot.
-    return Response(json.dumps(content), media_type="application/json")
+    return Response(json.dumps(content), status, media_type="application/json")
 
 
 def _text(text: str) -> Response:
