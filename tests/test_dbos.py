@@ -60,7 +60,7 @@ from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._liveness import Liveness, describe, is_gone
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._rate import SharedRate
-from promptlayer_exec.dbos._requests import Row
+from promptlayer_exec.dbos._requests import Row, Spool
 from promptlayer_exec.dbos._store import Heartbeat, Store, queue_name
 from promptlayer_exec.dbos._tables import Ending
 from promptlayer_exec.dbos._tables import tables as tables_of_ours
@@ -586,6 +586,8 @@ async def test_a_request_that_cannot_be_sent_is_not_stored(
         ({"database_url": "no url"}, "not a URL"),
         ({"database_url": "mysql://host/db"}, "sqlite or postgresql, got mysql"),
         ({"database_url": "sqlite://"}, "must name a file"),
+        ({"database_url": "sqlite:///a?timeout=b"}, "could not convert string to float"),
+        ({"database_url": "sqlite:///\udcff"}, "surrogates not allowed"),
     ],
 )
 def test_a_malformed_setting_is_refused(settings: dict[str, Any], message: str) -> None:
@@ -607,6 +609,44 @@ async def test_the_error_about_a_database_hides_its_password(
     assert str(caught.value).startswith(f"the database {shown} cannot be used: ")
     assert "refused" in str(caught.value)
     assert repr(batch) == f"<Batch 'nightly' in {shown}>"
+
+
+@pytest.mark.parametrize("path", ["none/batches.sqlite", ""])
+async def test_a_file_that_cannot_be_opened_is_not_waited_for(
+    batch_of: Callable[..., Batch], tmp_path: Path, path: str
+) -> None:
+    """Its name may be mistyped: its directory does not exist, or it is one itself."""
+    batch = batch_of(database_url=f"sqlite:///{tmp_path / path}")
+    with pytest.raises(ConfigurationError, match="unable to open database file; it must be a file"):
+        await asyncio.wait_for(batch.status(), 10)
+
+
+async def test_a_default_database_that_cannot_be_made_is_an_error(
+    batch_of: Callable[..., Batch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says where to name another one."""
+    monkeypatch.setenv("XDG_STATE_HOME", "/dev/null")
+    monkeypatch.delenv("PROMPTLAYER_EXEC_DB", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"cannot be made: .*; name another database in"):
+        await batch_of(database_url=None).status()
+
+
+async def test_items_that_do_not_fit_into_the_temporary_directory_are_not_added(
+    batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error says which directory to change."""
+
+    class FullSpool(Spool):
+        def __init__(self, batch: str) -> None:
+            super().__init__(batch)
+            self._database.execute("PRAGMA max_page_count = 2")
+
+    monkeypatch.setattr(batches, "Spool", FullSpool)
+    batch = batch_of()
+    with pytest.raises(ConfigurationError, match=r"disk is full; set SQLITE_TMPDIR .*Nothing was"):
+        await batch.add(StartRequest("w", {"n": "x" * 5000}, key=str(n)) for n in range(50))
+    assert (await batch.status()).total == 0
 
 
 def test_an_outcome_is_the_same_after_json() -> None:

@@ -781,6 +781,23 @@ async def test_dbos_is_launched_again_when_its_connection_breaks(
     assert (status.succeeded, failures) == (5, [])
 
 
+def test_the_queue_is_registered_again_when_the_connection_breaks(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when PostgreSQL restarts just then."""
+    monkeypatch.setattr(databases, "_RETRY_INTERVAL", 0.01)
+    failures = [_lost_connection(), _lost_connection()]
+
+    def register(*_: object, **__: object) -> None:
+        if failures:
+            raise failures.pop()
+
+    with closing(Store(check_url(url))) as store:
+        monkeypatch.setattr(store._client, "register_queue", register)
+        store.register_queue("b", 7)
+    assert failures == []
+
+
 @pytest.mark.parametrize(("statement", "tries"), [("SELECT 1", 2), (None, 1)])
 def test_a_database_that_breaks_while_it_is_prepared_is_waited_for(
     monkeypatch: pytest.MonkeyPatch, statement: str | None, tries: int

@@ -8,9 +8,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
+from promptlayer_exec.dbos import Durations
 from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _groups as groups
 from promptlayer_exec.dbos import _intents as intents
@@ -20,7 +23,7 @@ from promptlayer_exec.dbos._intents import Intent
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._requests import Row
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import Ending
+from promptlayer_exec.dbos._tables import Ending, items
 
 
 @pytest.fixture
@@ -43,6 +46,22 @@ def test_outcomes_are_read_a_few_bytes_at_a_time(store: Store) -> None:
         last = rows[-1][0]
     assert read == [[10, 50, 50], [200], [1]]
     assert [len(outcome) for _, outcome in store.outcomes("b", 0, limit=2, size=100)] == [10, 50]
+
+
+def test_durations_are_missing_while_items_are_put_back(store: Store) -> None:
+    """They are read one after another, and another worker may begin an item again meanwhile."""
+    store.add("b", [Row("1", "{}", "")])
+    store.finish("b", [Ending("1", 1, "succeeded", "{}", 2.0)])
+    assert reports.durations(store, "b") == Durations(2.0, 2.0, 2.0)
+    read = store.rows
+
+    def rows(query: Any) -> Any:
+        found = read(query)
+        store.transact(lambda connection: connection.execute(sa.delete(items)))
+        return found
+
+    store.rows = rows  # type: ignore[method-assign, assignment]
+    assert reports.durations(store, "b") is None
 
 
 def test_the_settings_of_a_new_batch_are_stored_with_its_first_items(store: Store) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from contextlib import suppress
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -164,7 +165,9 @@ async def _exists(database: str | None) -> bool:
     """Return False for a file that does not exist: opening it would create it."""
     url: str = dbos().shown_database_url(database)
     path = url.removeprefix(_SQLITE)
-    return path == url or await anyio.Path(path).exists()
+    with suppress(OSError):  # opening it says why
+        return path == url or await anyio.Path(path).exists()
+    return True
 
 
 def choose(name: str | None, found: list[str]) -> str:

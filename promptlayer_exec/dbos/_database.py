@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -96,7 +97,11 @@ class Database:
             raise self._unusable(error) from error
 
     def _prepare(self) -> None:
-        if self.is_sqlite:  # DBOS would wait for a locked file, too, but could not be ended
+        if self.is_sqlite:
+            # What cannot be opened may be mistyped: only an engine's connections are waited for.
+            arguments, options = self.engine.dialect.create_connect_args(self.engine.url)
+            self.engine.dialect.connect(*arguments, **options).close()
+            # DBOS would wait for a locked file, too, but could not be ended
             with self.engine.begin() as connection:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
         migrate(self._migrated.render_as_string(hide_password=False))
@@ -235,8 +240,11 @@ class Database:
         return error
 
     def _unusable(self, error: Exception) -> ConfigurationError:
+        cause = getattr(error, "orig", None) or error
         remedy = ""
-        if isinstance(getattr(error, "orig", None), psycopg.errors.UntranslatableCharacter):
+        if getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_CANTOPEN:
+            remedy = "; it must be a file, or a new one in a directory that you can write to"
+        elif isinstance(cause, psycopg.errors.UntranslatableCharacter):
             remedy = "; use one whose encoding is UTF8: `createdb -T template0 -E UTF8 batches`"
         return ConfigurationError(
             f"the database {shown(self.engine.url)} cannot be used: {reason_of(error):.300}{remedy}"

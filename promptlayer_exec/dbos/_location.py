@@ -44,19 +44,27 @@ def prepare_default(url: sa.URL) -> None:
     """Make the directory of the user's own database, unless the URL is another one's.
 
     Raises:
-        ConfigurationError: the working directory has the database of an older version, whose items
-            would all be started again.
+        ConfigurationError: the directory cannot be made, or the working directory has the database
+            of an older version, whose items would all be started again.
     """
     path = _default_path()
     if url.database != str(path):
         return
-    if Path(_FIRST_DEFAULT).exists() and not path.exists():
+    try:
+        is_elsewhere = Path(_FIRST_DEFAULT).exists() and not path.exists()
+        if not is_elsewhere:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"the directory {path.parent}, for the database of batches, cannot be made:"
+            f" {error.strerror or error}; name another database in {_VARIABLE}"
+        ) from error
+    if is_elsewhere:
         raise ConfigurationError(
             f"this directory has {_FIRST_DEFAULT}, where version 0.1 stored batches; the default is"
             f" now {path}. To continue with the old database, set"
             f" {_VARIABLE}=sqlite:///{_FIRST_DEFAULT}; to begin a new one, rename the old file"
         )
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def _default_path() -> Path:
@@ -81,4 +89,9 @@ def check_url(database_url: str) -> sa.URL:
         raise ConfigurationError(
             "database_url must name a file; a SQLite database in memory ends with its process"
         )
+    try:
+        url.database.encode()
+        url.get_dialect()().create_connect_args(url)
+    except ValueError as error:
+        raise ConfigurationError(f"database_url is unusable: {error}") from error
     return url

@@ -182,5 +182,7 @@ def durations(store: Store, batch: str) -> Durations | None:
         return None
     ordered = sa.select(_item.seconds).where(timed).order_by(_item.seconds)
     positions = (count // 2, min(count - 1, count * 95 // 100), count - 1)
-    found = [store.rows(ordered.offset(position).limit(1))[0][0] for position in positions]
-    return Durations(*found)
+    found = [store.rows(ordered.offset(position).limit(1)) for position in positions]
+    if not all(found):  # items are put back into the queue meanwhile
+        return None
+    return Durations(*(rows[0][0] for rows in found))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from promptlayer_exec import StartRequest
+from promptlayer_exec import ConfigurationError, StartRequest
 
 # Not `callback_url`: it is where to report, and not what to run.
 _IDENTITY = ("workflow", "inputs", "label", "version", "metadata")
@@ -71,12 +71,12 @@ class Spool:
     def __init__(self, batch: str) -> None:
         self._batch = batch
         self._database = sqlite3.connect("")
-        self._database.execute("CREATE TABLE row (key TEXT PRIMARY KEY, request TEXT, digest TEXT)")
+        self._execute("CREATE TABLE row (key TEXT PRIMARY KEY, request TEXT, digest TEXT)")
 
     def add(self, row: Row) -> None:
         """Add a row, unless it is there; raise ValueError if its key stands for another request."""
         try:
-            self._database.execute("INSERT INTO row VALUES (?, ?, ?)", row)
+            self._execute("INSERT INTO row VALUES (?, ?, ?)", row)
         except sqlite3.IntegrityError:
             query = "SELECT * FROM row WHERE key = ?"
             known = Row(*self._database.execute(query, [row.key]).fetchone())
@@ -88,6 +88,15 @@ class Spool:
         rows = self._database.execute("SELECT * FROM row ORDER BY rowid")
         while chunk := [Row(*row) for row in rows.fetchmany(size)]:
             yield chunk
+
+    def _execute(self, statement: str, row: Sequence[str] = ()) -> None:
+        try:
+            self._database.execute(statement, row)
+        except sqlite3.OperationalError as error:
+            raise ConfigurationError(
+                f"the items cannot be written to a temporary file: {error}; set SQLITE_TMPDIR to a"
+                " directory with more space. Nothing was added"
+            ) from error
 
     def close(self) -> None:
         """Delete the file."""

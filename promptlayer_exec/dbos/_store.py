@@ -354,11 +354,13 @@ class Store(Database):
 
     def register_queue(self, batch: str, max_in_flight: int) -> None:
         """Create the batch's queue in DBOS, or change its limit if it exists."""
-        self._client.register_queue(
+        register = partial(
+            self._client.register_queue,
             queue_name(batch),
             global_concurrency=max_in_flight,
             polling_interval_sec=_QUEUE_INTERVAL,
         )
+        self.retry(register)
 
     def record_heartbeat(self, batch: str, executor: str, process: str) -> None:
         """Record that a worker is alive, without retrying."""
