@@ -55,6 +55,7 @@ from promptlayer_exec.dbos import _database as databases
 from promptlayer_exec.dbos import _dbos_internals as internals
 from promptlayer_exec.dbos import _items as items
 from promptlayer_exec.dbos import _liveness as liveness
+from promptlayer_exec.dbos import _rate as rates
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._liveness import Liveness, describe, is_gone
@@ -710,6 +711,31 @@ async def test_missed_slots_are_not_used(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: clock() + 1.0)
     await limiter.acquire()
     assert reserved == [2, 4, 8, 1]
+
+
+async def test_a_rate_that_is_raised_counts_at_once(
+    batch_of: Callable[..., Batch], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a request that already waits for its slot, and for the next worker."""
+    monkeypatch.setattr(rates, "_STEP", 0.01)
+    await batch_of(rate=0.01).add([request("a")])
+    with closing(Store(check_url(url))) as store:
+        limiter = SharedRate(store, "nightly", 0.01)
+        await limiter.acquire()
+        reserve, reserved = store.reserve, threading.Event()
+
+        def reserving(*arguments: Any) -> float:
+            delay = reserve(*arguments)
+            reserved.set()
+            return delay
+
+        monkeypatch.setattr(store, "reserve", reserving)
+        waiting = asyncio.create_task(limiter.acquire())
+        assert await asyncio.to_thread(reserved.wait, 10)
+        store.store_settings("nightly", {"rate": 1000.0})
+        limiter.rate = 1000.0
+        await asyncio.wait_for(waiting, 10)
+        assert reserve("nightly", 1, 1000.0) < 10
 
 
 @pytest.mark.parametrize("opened", [False, True])

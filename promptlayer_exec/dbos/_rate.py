@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 # many seconds after its time.
 _MAX_RESERVED = 0.2
 _MAX_LATE = 0.05
+# Seconds after which one that waits for its slot sees that the rate has changed.
+_STEP = 0.5
 
 
 @attrs.define(eq=False)
@@ -29,6 +31,7 @@ class SharedRate:
     _batch: str
     rate: float | None  # slots per second; None: no limit
     _slots: deque[float] = attrs.field(init=False, factory=deque)
+    _slots_rate: float | None = attrs.field(init=False, default=None)  # at which they were reserved
     _size: int = attrs.field(init=False, default=1)
 
     async def acquire(self) -> None:
@@ -36,12 +39,18 @@ class SharedRate:
         clock = asyncio.get_running_loop().time
         missed = False
         while (rate := self.rate) is not None:
-            while self._slots:
-                wait = self._slots.popleft() - clock()
+            if rate != self._slots_rate:
+                self._slots.clear()
+                self._slots_rate = rate
+            while self._slots and (wait := self._slots[0] - clock()) <= _STEP:
+                self._slots.popleft()
                 if wait >= -_MAX_LATE:
                     await asyncio.sleep(max(wait, 0.0))
                     return
                 missed = True
+            if self._slots:
+                await asyncio.sleep(_STEP)
+                continue
             most = max(1, int(rate * _MAX_RESERVED))
             size = self._size = 1 if missed else min(2 * self._size, most)
             delay = await asyncio.to_thread(self._store.reserve, self._batch, size, rate)

@@ -296,6 +296,8 @@ class Store(Database):
             locked = connection.execute(update.values(name=batch).returning(_batches))
             before = locked.mappings().one()
             changes = {name: value for name, value in given.items() if before[name] != value}
+            if "rate" in changes:  # the slot after the last one of a slow rate is far away
+                connection.execute(update.values(next_request=0.0))
             if changes:
                 connection.execute(update.values(**changes))
             return {name: before[name] for name in changes if before[name] is not None}
