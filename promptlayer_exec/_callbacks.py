@@ -83,6 +83,13 @@ class CallbackLog:
         for future in self._waiters.get(token, ()):
             resolve(future)
 
+    def _drop_waiters_of_closed_loops(self, token: str) -> None:
+        # This log outlives event loops, and one that was stopped and closed ended no `wait`.
+        if waiters := self._waiters.pop(token, None):
+            living = {future for future in waiters if not future.get_loop().is_closed()}
+            if living:
+                self._waiters[token] = living
+
     def lose(self, token: str, request: StartRequest, base_url: str, elapsed: float = 0.0) -> None:
         """Record that a start's answer was lost, `elapsed` seconds after its call."""
         callback = self._find(token)
@@ -107,9 +114,8 @@ class CallbackLog:
                     )
                 raise
             finally:
-                self._waiters[token].discard(future)
-                if not self._waiters[token]:
-                    del self._waiters[token]
+                self._waiters.get(token, set()).discard(future)
+                self._drop_waiters_of_closed_loops(token)
         return callback.execution_id
 
     def _find(self, token: str) -> _Callback | None:
@@ -119,6 +125,7 @@ class CallbackLog:
         return self._callbacks.get(token)
 
     def _report(self, token: str) -> None:
+        self._drop_waiters_of_closed_loops(token)
         callback = self._find(token)
         if callback is None or token not in self._lost:
             return

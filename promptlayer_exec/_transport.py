@@ -301,9 +301,11 @@ class Transport:
         except ValueError as error:  # aiohttp's, for a borrowed session's headers and auth
             raise ConfigurationError(f"http= cannot send the request: {error}") from error
         except asyncio.CancelledError as error:
-            if is_cancelled():
+            # If this task was cancelled, and not only something that it awaited, it ends now; but
+            # an id that has arrived is not thrown away.
+            if is_cancelled() and (once is None or not has_id(exchange.body())):
                 raise
-            exchange.failure = error  # this task was not cancelled, only something that it awaited
+            exchange.failure = error
         finally:
             if data is not None:  # its connection is not used again
                 exchange.is_held = data.is_held

@@ -242,6 +242,30 @@ async def test_a_callback_that_comes_as_its_recovery_is_cancelled_is_logged(
     )
 
 
+def test_a_callback_ignores_who_waited_in_a_loop_that_was_closed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A loop that is stopped and closed, as in a notebook, ends none of its tasks."""
+    log = CallbackLog(lambda _: None)
+    stopped = asyncio.new_event_loop()
+    dead = [stopped.create_task(log.wait(token)) for token in ("followed", "left")]
+    stopped.run_until_complete(asyncio.sleep(0))
+    stopped.close()
+
+    async def recover() -> int:
+        waiting = asyncio.create_task(log.wait("followed"))
+        await asyncio.sleep(0)
+        for token in ("followed", "left"):
+            log.lose(token, REQUEST, "http://127.0.0.1:9")
+            log.receive(token, 1001)
+        return await waiting
+
+    assert asyncio.run(recover()) == 1001
+    assert ["had started" in message for message in caplog.messages] == [True]
+    for task in dead:
+        task.get_coro().close()  # type: ignore[union-attr]
+
+
 async def test_a_recovered_run_may_not_be_known_to_all_of_the_server(
     sim: Simulator, session: Session
 ) -> None:

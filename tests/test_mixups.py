@@ -318,6 +318,32 @@ async def test_a_whole_id_is_read_from_a_body_that_is_not_whole(
     assert peer.posts() == 1
 
 
+async def test_an_id_that_has_arrived_survives_a_cancellation_of_the_start(
+    peer: Peer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The end of the event loop cancels every task while the rest of the body is on its way."""
+    has_id = asyncio.Event()
+
+    async def respond(head: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 201 Created\r\nContent-Length: 99\r\n\r\n")
+        writer.write(b'{"workflow_version_execution_id": 787, "message": "')
+        await writer.drain()
+        has_id.set()
+
+    peer.respond = respond
+    async with session_at(peer) as session:
+        starting = asyncio.create_task(session.start("name"))
+        await has_id.wait()
+        await asyncio.sleep(0.01)
+        for task in asyncio.all_tasks():
+            if task is starting or task.get_name().startswith("promptlayer_exec"):
+                task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+    assert "execution 787 of workflow 'name' started" in caplog.text
+    assert peer.posts() == 1
+
+
 @pytest.mark.parametrize("how", ["reset after a part", "gzip that ends in the middle"])
 async def test_a_cut_number_is_not_taken_for_a_complete_one(peer: Peer, how: str) -> None:
     """A number is the only JSON value that does not show that its end is missing."""
