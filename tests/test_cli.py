@@ -45,6 +45,12 @@ async def follow(*args, **kwargs):
 _executions._follow = follow
 from promptlayer_exec.__main__ import main; main()
 """
+IMPATIENT = """
+from promptlayer_exec.cli import _exit
+
+_exit._PATIENCE = 0.05
+from promptlayer_exec.__main__ import main; main()
+"""
 BROKEN = """
 from promptlayer_exec.cli import _executions
 
@@ -745,7 +751,9 @@ class TestRun:
         gate = Gate()
         with Simulator(on_request=gate) as sim:
             sim.add_workflow("held", HELD)
-            command = start("run", "held", PROMPTLAYER_BASE_URL=sim.base_url)
+            # It does not take the loop, which waits, for one that is blocked.
+            program = python(IMPATIENT)
+            command = start("run", "held", program=program, PROMPTLAYER_BASE_URL=sim.base_url)
             assert gate.reached.wait(TIMEOUT)
             command.process.send_signal(number)
             assert "the run may have started; waiting for its id" in command.error_line()
@@ -937,6 +945,18 @@ class TestTerminal:
 
 class TestResults:
     """`results ID`."""
+
+    def test_an_interrupt_ends_it_while_its_output_is_not_read(
+        self, sim: Simulator, start: Start
+    ) -> None:
+        """The event loop cannot: it waits for the write, as on a terminal stopped by Ctrl-S."""
+        nodes = [SimNode("reply", "x" * 200_000, is_output_node=True)]
+        execution_id = sim.add_execution(Scenario(nodes))
+        command = start("results", execution_id, program=python(IMPATIENT))
+        assert command.process.stdout is not None
+        assert os.read(command.process.stdout.fileno(), 1) == b"x"
+        command.process.send_signal(signal.SIGINT)
+        assert command.process.wait(TIMEOUT) == 130
 
     def test_the_main_output(self, sim: Simulator, call: Call) -> None:
         """A string is printed as it is, anything else as JSON; --all prints every node."""

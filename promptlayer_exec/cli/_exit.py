@@ -8,9 +8,13 @@ import os
 import shlex
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Coroutine
+from contextlib import suppress
 from enum import IntEnum
+from queue import SimpleQueue
 from types import FrameType
 from typing import Any, Literal, Self
 
@@ -31,6 +35,7 @@ from promptlayer_exec.cli._text import in_options, printable
 PROGRAM = "promptlayer-exec"
 NO_RUN = "no run was started"  # a note of a start; the error of a refused one says so itself
 _HANGUP: int | None = getattr(signal, "SIGHUP", None)  # Windows has none
+_PATIENCE = 1.0  # seconds, five times, that an event loop may stand still after a signal
 _HELP_EPILOG = """\
 \b
 Environment:
@@ -171,10 +176,14 @@ async def _until_signal(work: Coroutine[Any, Any, ExitCode]) -> ExitCode:
     These handlers run between any two instructions, even while standard output blocks. Handlers
     of the event loop do not, and closing the loop would restore KeyboardInterrupt, which could
     interrupt the closing of the loop or of a session and make it hang.
+
+    A write that blocks the event loop, as to a terminal that does not read, ends the process, too.
     """
     loop = asyncio.get_running_loop()
     task = loop.create_task(work)
     received: int | None = None
+    signals: SimpleQueue[int | None] = SimpleQueue()  # which a handler may use
+    threading.Thread(target=_end_if_stuck, args=(loop, signals), daemon=True).start()
 
     def handle(number: int, _frame: FrameType | None) -> None:
         nonlocal received
@@ -184,6 +193,7 @@ async def _until_signal(work: Coroutine[Any, Any, ExitCode]) -> ExitCode:
             os._exit(128 + number)
         received = number
         loop.call_soon_threadsafe(task.cancel)
+        signals.put(number)
 
     previous = {
         number: signal.signal(number, handle)
@@ -198,11 +208,30 @@ async def _until_signal(work: Coroutine[Any, Any, ExitCode]) -> ExitCode:
             raise
         if isinstance(error, OutputFailed):  # as on a terminal that was closed
             _discard_output()
-        stopped = Interrupted if received == signal.SIGINT else Terminated
+        stopped = _ended_by(received)
         raise stopped(stopped.__name__.lower()) from None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        signals.put(None)
+
+
+def _ended_by(number: int) -> type[Exception]:
+    return Interrupted if number == signal.SIGINT else Terminated
+
+
+def _end_if_stuck(loop: asyncio.AbstractEventLoop, signals: SimpleQueue[int | None]) -> None:
+    """Exit the process if the loop is blocked after a signal, and does not just compute."""
+    number = signals.get()
+    while number is not None and not loop.is_closed():
+        turn, used = threading.Event(), time.process_time()
+        with suppress(RuntimeError):  # it was closed just now
+            loop.call_soon_threadsafe(turn.set)
+        # Several waits: the first one is over when a process that was stopped goes on.
+        is_alive = any(turn.wait(_PATIENCE) for _ in range(5)) or loop.is_closed()
+        if not is_alive and time.process_time() - used < _PATIENCE:
+            os._exit(_EXIT_CODES[_ended_by(number)])
+        time.sleep(_PATIENCE)
 
 
 def _report(error: Exception, subject: Subject, *, as_json: bool) -> ExitCode:
