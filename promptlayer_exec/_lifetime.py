@@ -86,9 +86,11 @@ class Lifetime:
         try:
             await run()
         except Exception as error:  # noqa: BLE001 - handed on
-            # In a task group, it would end all other tasks, and the session.
+            # Raised in the task group, it would end all other tasks, and the session.
             message = "a task of promptlayer_exec failed"
             self._loop.call_exception_handler({"message": message, "exception": error})
+        except (KeyboardInterrupt, SystemExit) as interrupt:
+            self._loop.call_soon(_raise, interrupt)
 
     def spawn_watch(self, run: Run) -> None:
         """Run a watch in the same way; it never raises, and there may be ten thousand."""
@@ -166,6 +168,10 @@ class Lifetime:
         for limit in self.calls:
             limit.expire()
         self._watches.cancel()
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 class _CallTimeout(PatientTimeout):

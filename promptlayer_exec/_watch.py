@@ -228,10 +228,10 @@ class Watch:
             return
         self._task = asyncio.current_task()
         started = self._changed_at = clock()
-        self._emit(WatchStarted(self.execution_id, self._workflow, self._base_url))
         error: Exception | None = None
         following: float | None = started
         try:
+            self._emit(WatchStarted(self.execution_id, self._workflow, self._base_url))
             while following is not None:
                 due = await self._sleep_until(following)
                 following = await self._poll_once(started, due)

@@ -13,7 +13,7 @@ import textwrap
 import threading
 import time
 from collections import UserDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, suppress
 from typing import Any
 
@@ -29,6 +29,7 @@ from promptlayer_exec import (
     ExecutionTimeout,
     MainOutput,
     NotFound,
+    Polled,
     PollPolicy,
     RequestRetried,
     RetryPolicy,
@@ -38,6 +39,8 @@ from promptlayer_exec import (
     Snapshot,
     StartFailed,
     Unauthorized,
+    WatchEnded,
+    WatchStarted,
 )
 from promptlayer_exec._integration import limited
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
@@ -611,11 +614,29 @@ def test_the_id_of_a_start_is_logged_if_an_observer_is_interrupted(
     threaded_sim.add_workflow("Example", Scenario([SimNode("A")]))
     error = interrupted_start(threaded_sim, ExecutionStarted)
     assert isinstance(error, KeyboardInterrupt)
-    assert "execution 1001 of workflow 'Example' started" in caplog.text
+    assert "execution 1002 of workflow 'Example' started" in caplog.text
+
+
+@pytest.mark.parametrize("event", [WatchStarted, Polled, WatchEnded])
+def test_a_wait_ends_though_an_observer_is_interrupted(
+    threaded_sim: Simulator, event: type[Event]
+) -> None:
+    """Whoever follows the execution learns that its watch has ended."""
+    done = threaded_sim.add_execution(Scenario([SimNode("A", duration=0.0)]))
+    ended = interrupted(threaded_sim, event, lambda session: session.execution(done).wait())
+    assert isinstance(ended.exception(), RuntimeError) or ended.result().complete
 
 
 def interrupted_start(sim: Simulator, event: type[Event]) -> BaseException | None:
     """Return how a start ends when an observer of an event is interrupted."""
+    return interrupted(sim, event, lambda session: session.start("Example")).exception()
+
+
+def interrupted(
+    sim: Simulator, event: type[Event], call: Callable[[Session], Coroutine[Any, Any, Any]]
+) -> asyncio.Task[Any]:
+    """Return a call that has ended, although an observer was interrupted; the session goes on."""
+    held = sim.add_execution(Scenario([SimNode("A", duration=None)]))
 
     def observe(seen: Event) -> None:
         if isinstance(seen, event):
@@ -624,12 +645,15 @@ def interrupted_start(sim: Simulator, event: type[Event]) -> BaseException | Non
     session = Session(sim.api_key, base_url=sim.base_url, observers=[observe])
     with asyncio.Runner() as runner:
         loop = runner.get_loop()
-        start = loop.create_task(session.start("Example"))
-        with pytest.raises(KeyboardInterrupt):
-            loop.run_until_complete(asyncio.wait([start]))
-        loop.run_until_complete(asyncio.wait([start]))
+        task = loop.create_task(call(session))
+        with suppress(KeyboardInterrupt):
+            loop.run_until_complete(asyncio.wait([task]))
+        with suppress(KeyboardInterrupt):  # the result may come before the interrupt
+            loop.run_until_complete(asyncio.wait([task], timeout=5.0))
+        assert task.done()
+        loop.run_until_complete(session.get_results(held))
         loop.run_until_complete(session.aclose())
-        return start.exception()
+        return task
 
 
 async def test_a_borrowed_client_session_that_was_closed_is_reported(
