@@ -148,7 +148,7 @@ class _FanOut(Generic[ItemT]):
                 finally:
                     self._tasks.cancel()
                     with anyio.CancelScope(shield=True):
-                        await self._tasks.ended()
+                        await self._tasks.ended_by_cancellation()
         except anyio.get_cancelled_exc_class():
             self.error = self.error or SessionClosed()
             raise

@@ -159,7 +159,7 @@ class Lifetime:
                     await asyncio.wait([asyncio.create_task(begin)])
                 if self.calls:
                     await self._calls_ended.wait()
-                await self._watches.ended()
+                await self._watches.ended_by_cancellation()
                 await self._resources.aclose()
             finally:
                 self._ended.set()

@@ -44,8 +44,15 @@ class Tasks:
             task.cancel()
 
     async def ended(self) -> None:
+        """Wait until all tasks have ended."""
         while self._tasks:
             await asyncio.wait(self._tasks)
+
+    async def ended_by_cancellation(self) -> None:
+        """Wait, after `cancel`, until all tasks have ended; repeat it if they suppress it."""
+        while self._tasks:
+            await asyncio.wait(self._tasks, timeout=_AGAIN)
+            self.cancel()
 
 
 async def begin_cancelled(run: Run) -> None:
@@ -169,6 +176,21 @@ class PatientTimeout(PatientTimer):
     def has_passed(self, at: float) -> bool:
         """Return True if a time has passed, for a timer."""
         return self._loop.time() - at > -_EARLY
+
+
+class TaskTimeout(PatientTimeout):
+    """The timeout of a part of a task of our own; a task that was cancelled does not enter it.
+
+    What ran before may have suppressed the cancellation, as `asyncio.wait_for` does at times on
+    Python 3.11.
+    """
+
+    __slots__ = ()
+
+    async def __aenter__(self) -> Self:
+        if is_cancelled():
+            raise asyncio.CancelledError
+        return await super().__aenter__()
 
 
 def resolve(future: asyncio.Future[None]) -> None:

@@ -42,7 +42,7 @@ from promptlayer_exec._events import Emit, RequestRetried, Throttled
 from promptlayer_exec._redaction import Redactor
 from promptlayer_exec._retry import OutageLog, RecentStarts, RetryState
 from promptlayer_exec._settings import Settings, unused_proxy
-from promptlayer_exec._tasks import PatientTimeout, clock, is_cancelled
+from promptlayer_exec._tasks import PatientTimeout, TaskTimeout, clock, is_cancelled
 from promptlayer_exec._throttle import Throttle
 from promptlayer_exec._wire import Reply, Request, Response, excerpt, has_id, read_retry_after
 
@@ -110,7 +110,7 @@ class Transport:
         *,
         due: float,
         once: SendOnce | None = None,
-        timeout: NewTimeout = PatientTimeout,
+        timeout: NewTimeout = TaskTimeout,
         first: bool = False,
     ) -> Reply[T]:
         """Send a request until there is a good answer, or the retries are used up.

@@ -439,7 +439,7 @@ def test_a_session_of_a_dead_loop_can_be_entered_again(threaded_sim: Simulator) 
     asyncio.run(enter())
 
 
-@pytest.mark.parametrize("steps", range(5))
+@pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("is_open", [False, True])
 @pytest.mark.parametrize("what", ["wait", "stream", "start", "collect", "get_results", "aclose"])
 def test_nothing_waits_for_a_loop_that_shuts_down(

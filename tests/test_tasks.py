@@ -13,7 +13,7 @@ import pytest
 from promptlayer_exec._errors import RequestTimeout, SessionClosed
 from promptlayer_exec._lifetime import DeadlinePassed, Lifetime
 from promptlayer_exec._policies import Deadline
-from promptlayer_exec._tasks import PatientTimeout, Tasks, clock, is_cancelled
+from promptlayer_exec._tasks import PatientTimeout, Tasks, TaskTimeout, clock, is_cancelled
 
 FOREVER = Deadline.after(None, now=0.0)
 
@@ -73,6 +73,45 @@ async def test_a_task_that_is_cancelled_before_its_first_step_begins(times: int)
         tasks.cancel()
     await tasks.ended()
     assert seen == ["began", "cancelled"]
+
+
+async def test_a_cancellation_that_a_task_suppresses_is_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As `asyncio.wait_for` of Python 3.11 does at times, in a limiter for example."""
+    monkeypatch.setattr("promptlayer_exec._tasks._AGAIN", 0.01)
+    tasks = Tasks()
+    suppressed = []
+
+    async def run() -> None:
+        for _ in range(2):
+            with suppress(asyncio.CancelledError):
+                await forever()
+            suppressed.append(is_cancelled())
+
+    tasks.start(run, name="stubborn")
+    await asyncio.sleep(0)
+    tasks.cancel()
+    await tasks.ended_by_cancellation()
+    assert suppressed == [True, True]
+
+
+async def test_a_task_of_our_own_that_was_cancelled_enters_no_timeout() -> None:
+    """Whatever suppressed the cancellation, the task makes no other attempt."""
+    entered = []
+
+    async def run() -> None:
+        with suppress(asyncio.CancelledError):
+            await forever()
+        async with TaskTimeout():
+            entered.append(True)
+
+    task = asyncio.create_task(run())
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert not entered
 
 
 async def test_a_task_that_begins_cancelled_and_awaits_nothing_runs_once() -> None:
@@ -248,6 +287,7 @@ async def test_a_suppressed_timeout_is_repeated_even_if_it_was_just_limited(
     async def expire() -> None:
         async with PatientTimeout() as limit:
             limit.expire()
+            limit.expire()  # as closing does after the deadline
             assert limit.expired()
             with pytest.raises(TimeoutError):
                 limit.check()
