@@ -189,6 +189,8 @@ class TaskTimeout(PatientTimeout):
 
     async def __aenter__(self) -> Self:
         if is_cancelled():
+            # Raised here if it is still pending: a task that ends with it counts as cancelled.
+            await asyncio.sleep(0)
             raise asyncio.CancelledError
         return await super().__aenter__()
 

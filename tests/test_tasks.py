@@ -114,6 +114,22 @@ async def test_a_task_of_our_own_that_was_cancelled_enters_no_timeout() -> None:
     assert not entered
 
 
+async def test_a_task_that_handles_its_cancellation_at_a_timeout_has_not_been_cancelled() -> None:
+    """In a task group, a child that ends as cancelled would end the whole group."""
+
+    async def run() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            async with TaskTimeout():
+                pass
+
+    task = asyncio.create_task(run())
+    await asyncio.wait([task])
+    assert not task.cancelled()
+
+
 async def test_a_task_that_begins_cancelled_and_awaits_nothing_runs_once() -> None:
     """At its end, asyncio counts it as cancelled, as if it had never begun."""
     runs = 0
