@@ -13,7 +13,6 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Protocol, Self, cast
 
 import aiohttp
-import anyio
 import attrs
 from aiohttp.abc import AbstractStreamWriter
 
@@ -120,7 +119,7 @@ class Pool:
     """
 
     http: aiohttp.ClientSession
-    slots: anyio.Semaphore
+    slots: asyncio.Semaphore
     headers: Mapping[str, str] | None = None
     middlewares: Sequence[aiohttp.ClientMiddlewareType] | None = None
     is_borrowed: bool = False
@@ -176,11 +175,11 @@ class Pools:
         )
 
 
-def _slots(connections: int) -> tuple[anyio.Semaphore, anyio.Semaphore]:
+def _slots(connections: int) -> tuple[asyncio.Semaphore, asyncio.Semaphore]:
     """Divide connections between reads and starts; a single one serves both."""
     starts = max(connections // 4, 1)
-    reads = anyio.Semaphore(max(connections - starts, 1), fast_acquire=True)
-    return reads, reads if connections == 1 else anyio.Semaphore(starts, fast_acquire=True)
+    reads = asyncio.Semaphore(max(connections - starts, 1))
+    return reads, reads if connections == 1 else asyncio.Semaphore(starts)
 
 
 class SendOnce(Protocol):

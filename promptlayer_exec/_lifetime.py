@@ -187,17 +187,17 @@ class _CallTimeout(PatientTimeout):
         self._lifetime = lifetime
         lifetime.calls.add(self)
 
-    async def __aexit__(self, *exc_info: Any) -> None:  # noqa: PYI036 - handed on
+    def _leave(self, error: BaseException | None) -> None:
         self._lifetime.left(self)
-        error = exc_info[1]
-        is_foreign = isinstance(error, asyncio.CancelledError) and not is_cancelled()
+        is_cancellation = isinstance(error, asyncio.CancelledError)
+        foreign = error if is_cancellation and not is_cancelled() else None
         try:
-            await super().__aexit__(*exc_info)
+            super()._leave(error)
         except TimeoutError:
             self._raise_if_over()
             raise
-        if is_foreign:
-            raise foreign_cancellation("the call", error) from error
+        if foreign is not None:
+            raise foreign_cancellation("the call", foreign) from foreign
         # A request may time out in the same loop step in which the deadline passes.
         if isinstance(error, TimeoutError) and self.expired():
             self._raise_if_over()

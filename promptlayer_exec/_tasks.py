@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import partial
+from types import TracebackType
 from typing import Any, Self, cast
 
 Run = Callable[[], Coroutine[Any, Any, None]]
@@ -122,27 +123,39 @@ class PatientTimeout(PatientTimer):
         soonest: when the timer first looks at the time; until then, `end_by` costs nothing.
     """
 
-    __slots__ = ("_is_expired", "_repeated", "_task", "_timeout")
+    __slots__ = ("_cancellations", "_cancelling", "_is_expired", "_task")
 
     def __init__(self, at: float = math.inf, *, soonest: float = math.inf) -> None:
         # Without a limit there is no timer before `end_by`: ten thousand may wait for their turn.
         super().__init__(soonest if soonest < at < math.inf else at, self.expire)
         self._at = at
-        self._timeout = asyncio.Timeout(None)
         self._task: asyncio.Task[Any]
-        self._repeated = 0
+        self._cancelling = 0  # what others had asked for before
+        self._cancellations = 0
         self._is_expired = False
 
     async def __aenter__(self) -> Self:
         self._task = cast("asyncio.Task[Any]", asyncio.current_task(self._loop))
-        await self._timeout.__aenter__()
+        self._cancelling = self._task.cancelling()
         return self
 
-    async def __aexit__(self, *exc_info: Any) -> None:  # noqa: PYI036 - handed on
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> None:
         self.cancel()
-        for _ in range(self._repeated):
+        if not self._cancellations:
+            return
+        for _ in range(self._cancellations):
             self._task.uncancel()
-        await self._timeout.__aexit__(*exc_info)
+        is_ours = self._task.cancelling() <= self._cancelling
+        if is_ours and isinstance(error, asyncio.CancelledError):
+            raise TimeoutError from error
 
     def end_by(self, at: float) -> None:
         """Expire at `at`, if that is sooner."""
@@ -156,14 +169,14 @@ class PatientTimeout(PatientTimer):
         """Expire now, unless it has expired already."""
         if not self._is_expired:
             self._is_expired = True
-            self._timeout.reschedule(0.0)
             self.cancel()
-            self._handle = self._loop.call_later(_AGAIN, self._repeat)
+            # Not in this step: the task may have been woken already, by an answer.
+            self._handle = self._loop.call_later(0.0, self._cancel_task)
 
-    def _repeat(self) -> None:
-        self._repeated += 1
+    def _cancel_task(self) -> None:
+        self._cancellations += 1
         self._task.cancel()
-        self._handle = self._loop.call_later(_AGAIN, self._repeat)
+        self._handle = self._loop.call_later(_AGAIN, self._cancel_task)
 
     def expired(self) -> bool:
         return self._is_expired

@@ -78,11 +78,11 @@ _NAMES_OF_GONE_NODES = 1_000_000
 def _first_seen(
     nodes: Mapping[str, Node], before: Mapping[str, NodeTimes], elapsed: float
 ) -> Mapping[str, NodeTimes]:
-    running, final = NodeTimes(running=elapsed), NodeTimes(final=elapsed)
-    times = {
-        name: final if node.status in FINAL else running if node.status is _RUNNING else _UNSEEN
-        for name, node in nodes.items()
-    }
+    running, final = NodeTimes(elapsed), NodeTimes(None, elapsed)
+    times = {}
+    for name, node in nodes.items():
+        status = node.status
+        times[name] = final if status in FINAL else running if status is _RUNNING else _UNSEEN
     for name, earlier in before.items():
         now = times.get(name, _UNSEEN)
         first_running = now.running if earlier.running is None else earlier.running
