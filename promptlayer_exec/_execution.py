@@ -12,7 +12,7 @@ from promptlayer_exec._events import logger
 from promptlayer_exec._output import check_type, main_output, typed_output
 from promptlayer_exec._policies import Deadline, check_timeout
 from promptlayer_exec._tasks import clock
-from promptlayer_exec._watch import Followed, Join, Watch, finished_nodes, follow
+from promptlayer_exec._watch import Followed, Join, finished_nodes, follow
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -192,7 +192,7 @@ class Execution:
             if self._last is not None and self._last.complete:
                 return _Following(self, None), Deadline.after(None, now=0.0)
             client = await self._client()
-            return _Following(self, client.follow(self.id, streams=True)), client.deadline(timeout)
+            return _Following(self, client), client.deadline(timeout)
 
         return join
 
@@ -281,13 +281,15 @@ class _Recalling:
 class _Following:
     """A watch as one handle follows it; without a watch, the handle's complete snapshot."""
 
-    def __init__(self, execution: Execution, watch: Watch | None) -> None:
+    def __init__(self, execution: Execution, client: Client | None) -> None:
         self._execution = execution
-        self._watch = watch
+        self._client = client
+        self._watch = None if client is None else client.follow(execution.id, streams=True)
 
     async def newer(self, seen: Snapshot | None, deadline: Deadline) -> Snapshot:
-        if self._watch is None:
+        if self._client is None or self._watch is None:
             return cast("Snapshot", self._execution._last)
+        self._client.lifetime.check_loop()  # the watch would never wake a task of another loop
         with _Recalling(self._execution):
             return self._execution._remember(await self._watch.newer(seen, deadline))
 

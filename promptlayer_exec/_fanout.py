@@ -31,6 +31,9 @@ ItemT = TypeVar("ItemT")
 OutputT = TypeVar("OutputT")
 Spawn = Callable[[Callable[[], Coroutine[Any, Any, None]]], None]
 
+# So many seconds after its cancellation, what gives the items has suppressed it.
+_CLEAN_UP = 10.0
+
 
 @attrs.frozen
 class Outcome(Generic[ItemT, OutputT]):
@@ -157,16 +160,17 @@ class _FanOut(Generic[ItemT]):
             self.outcomes.put_nowait(None)
 
     async def _take_all(self) -> None:
-        # In a task of its own, which is cancelled only once: a scope would cancel each `await` in
-        # the clean-up of a user's async generator.
+        # In a task of its own, which is cancelled seldom: a scope would cancel each `await` in the
+        # clean-up of a user's async generator.
         taking = asyncio.create_task(self._take(), name="promptlayer_exec.items")
         try:
             await asyncio.wait([taking])
         finally:
             self._is_taking = False
-            taking.cancel()
             with anyio.CancelScope(shield=True):
-                await asyncio.wait([taking])
+                while not taking.done():
+                    taking.cancel()
+                    await asyncio.wait([taking], timeout=_CLEAN_UP)
 
     async def _take(self) -> None:
         try:

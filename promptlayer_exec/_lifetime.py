@@ -65,7 +65,7 @@ class Lifetime:
             RuntimeError: another event loop is running.
             SessionClosed: closing has begun.
         """
-        self._check_loop()
+        self.check_loop()
         if not self._ready.is_set():
             await self._ready.wait()
         if self.is_closing():
@@ -73,7 +73,7 @@ class Lifetime:
 
     def is_ready(self) -> bool:
         """Return True if `ready` would return at once."""
-        self._check_loop()
+        self.check_loop()
         return self._ready.is_set() and not self.is_closing()
 
     def spawn(self, run: Run) -> None:
@@ -120,19 +120,20 @@ class Lifetime:
             RuntimeError: the session is open in another event loop.
         """
         if not self._has_ended():
-            self._check_loop()
+            self.check_loop()
             self._closing.set()
 
     async def wait_closed(self) -> None:
         """Wait until everything has ended; any number of tasks may wait at once."""
         if not self._has_ended():
-            self._check_loop()
+            self.check_loop()
             await self._ended.wait()
 
     def _has_ended(self) -> bool:
         return self._ended.is_set() or self._loop.is_closed()
 
-    def _check_loop(self) -> None:
+    def check_loop(self) -> None:
+        """Raise a `RuntimeError` if another event loop is running."""
         if self._loop is not asyncio.get_running_loop():
             raise RuntimeError(
                 "this session is open in another event loop: close it there, enter it again once"

@@ -22,7 +22,7 @@ from promptlayer_exec._models import StartRequest
 from promptlayer_exec._policies import Deadline
 from promptlayer_exec._repr import short_repr
 from promptlayer_exec._retry import RetryState
-from promptlayer_exec._tasks import foreign_cancellation, is_cancelled
+from promptlayer_exec._tasks import AGAIN, foreign_cancellation, is_cancelled
 
 if TYPE_CHECKING:
     from promptlayer_exec._wire import Started
@@ -100,7 +100,9 @@ class Start:
                 timer.cancel()
         try:
             self._report(started, abandoned=False)
-        except BaseException:  # an observer was interrupted
+            if is_cancelled():  # by an observer: the caller may have no `await` left
+                await asyncio.sleep(0)
+        except BaseException:  # also if an observer was interrupted
             self._warn_of_lost_handle(started)
             raise
         return started
@@ -167,9 +169,12 @@ class Start:
         return self._expired is not None or self._answer.cancelled()
 
     def _cancel_if_unneeded(self) -> None:
-        if self._task is not None and not self.sent and self._is_unneeded():
-            # The scope would take one more loop step, in which the request may be sent.
-            self._task.cancel()
+        if self._task is None or self._task.done() or self.sent or not self._is_unneeded():
+            return
+        # The scope would take one more loop step, in which the request may be sent.
+        self._task.cancel()
+        # A limiter may suppress it, as `asyncio.wait_for` does at times on Python 3.11.
+        asyncio.get_running_loop().call_later(AGAIN, self._cancel_if_unneeded)
 
     def _abandon(self) -> None:
         """Handle a start whose caller was cancelled, whether or not it has ended."""

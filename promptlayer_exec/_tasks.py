@@ -52,7 +52,7 @@ class Tasks:
     async def ended_by_cancellation(self) -> None:
         """Wait, after `cancel`, until all tasks have ended; repeat it if they suppress it."""
         while self._tasks:
-            await asyncio.wait(self._tasks, timeout=_AGAIN)
+            await asyncio.wait(self._tasks, timeout=AGAIN)
             self.cancel()
 
 
@@ -74,7 +74,7 @@ _LONGEST_READ = 1.0
 # Rounding may let a timer fire a little early.
 _EARLY = 0.001
 # A cancellation that was suppressed is repeated after so many seconds.
-_AGAIN = 1.0
+AGAIN = 1.0
 
 
 class PatientTimer:
@@ -123,11 +123,12 @@ class PatientTimeout(PatientTimer):
         soonest: when the timer first looks at the time; until then, `end_by` costs nothing.
     """
 
-    __slots__ = ("_cancellations", "_cancelling", "_is_expired", "_task")
+    __slots__ = ("_cancellations", "_cancelling", "_is_expired", "_looks_at", "_task")
 
     def __init__(self, at: float = math.inf, *, soonest: float = math.inf) -> None:
         # Without a limit there is no timer before `end_by`: ten thousand may wait for their turn.
-        super().__init__(soonest if soonest < at < math.inf else at, self.expire)
+        self._looks_at = soonest if soonest < at < math.inf else at
+        super().__init__(self._looks_at, self.expire)
         self._at = at
         self._task: asyncio.Task[Any]
         self._cancelling = 0  # what others had asked for before
@@ -161,8 +162,9 @@ class PatientTimeout(PatientTimer):
         """Expire at `at`, if that is sooner."""
         if at < self._at and not self._is_expired:
             self._at = at
-            if self._handle is None or self._handle.when() > at:
+            if self._handle is None or self._looks_at > at:
                 self.cancel()
+                self._looks_at = at
                 self._handle = self._loop.call_at(at, self._fire, self.expire)
 
     def expire(self) -> None:
@@ -176,7 +178,7 @@ class PatientTimeout(PatientTimer):
     def _cancel_task(self) -> None:
         self._cancellations += 1
         self._task.cancel()
-        self._handle = self._loop.call_later(_AGAIN, self._cancel_task)
+        self._handle = self._loop.call_later(AGAIN, self._cancel_task)
 
     def expired(self) -> bool:
         return self._is_expired

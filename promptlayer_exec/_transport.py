@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import time
 import traceback
 from collections.abc import Callable
@@ -44,7 +45,15 @@ from promptlayer_exec._retry import OutageLog, RecentStarts, RetryState
 from promptlayer_exec._settings import Settings, unused_proxy
 from promptlayer_exec._tasks import PatientTimeout, TaskTimeout, clock, is_cancelled
 from promptlayer_exec._throttle import Throttle
-from promptlayer_exec._wire import Reply, Request, Response, excerpt, has_id, read_retry_after
+from promptlayer_exec._wire import (
+    Reply,
+    Request,
+    Response,
+    excerpt,
+    has_id,
+    read_retry_after,
+    up_to_id,
+)
 
 T = TypeVar("T")
 
@@ -53,12 +62,14 @@ _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
 # The body of a refusal is only read by people.
 _ERROR_BODY_BYTES = 64 * 1024
 _LONGEST_KEY = 1024
+_LEAST_START_LIMIT = 64 * 1024
 # More than aiohttp's defaults: large headers must not cost us the id of a started run.
 _LONGEST_HEADER = 32 * 1024
 _MOST_HEADERS = 512
 # Bounds the memory of a decoded body: at most one value per this many bytes of the limit.
 _BYTES_PER_VALUE = 48
 _FEW_VALUES = 1000
+_CHUNKED = re.compile(r"\bchunked\s*$", re.IGNORECASE)
 _OPENING_A_VALUE = (b",", b"[", b"{")
 
 
@@ -226,6 +237,8 @@ class Transport:
     def _response(self, exchange: Exchange, once: SendOnce | None) -> Response:
         """Return the response of one attempt, or raise its failure."""
         answer, body, failure = exchange.answer, exchange.body(), exchange.failure
+        if once is not None and excess(body, self._limit(once)):
+            body = up_to_id(body)
         if answer is None:
             if once is not None and once.sent and is_tls_failure(failure):
                 once.mark_rejected()  # the handshake was refused, so the server read nothing
@@ -237,7 +250,7 @@ class Transport:
             if _may_be_cut(answer, body):
                 cut = aiohttp.ClientPayloadError("the response does not mark where the number ends")
                 raise self._failure(cut, answer, body)
-            self._check_size(answer.status, body)
+            self._check_size(answer.status, body, self._limit(once))
             location = None
         else:  # a part of the body is enough: the status says what is wrong
             location = answer.headers.get("Location")
@@ -245,8 +258,12 @@ class Transport:
         retry_after = read_retry_after(answer.headers, now=time.time())
         return Response(answer.status, body, location, retry_after)
 
-    def _check_size(self, status: int, body: bytes) -> None:
+    def _limit(self, once: SendOnce | None) -> int:
+        """Return the most bytes of a good answer; that to a start may have a long warning."""
         limit = self._settings.max_response_bytes
+        return limit if once is None else max(limit, _LEAST_START_LIMIT)
+
+    def _check_size(self, status: int, body: bytes, limit: int) -> None:
         if too_large := excess(body, limit):
             raise ResponseTooLarge(
                 f"the {status} answer {too_large}",
@@ -294,7 +311,7 @@ class Transport:
             # Read a little more of a refusal, so that a key at the cut is redacted as a whole.
             limit = _ERROR_BODY_BYTES + _LONGEST_KEY
             if answer.status < 300:
-                limit = self._settings.max_response_bytes
+                limit = self._limit(once)
             await _read_body(answer, exchange.pieces, limit)
         except (aiohttp.ClientError, OSError) as error:  # OSError: also every TimeoutError
             exchange.failure = error
@@ -389,7 +406,9 @@ def _may_be_cut(answer: aiohttp.ClientResponse, body: bytes) -> bool:
     if not body[-1:].isdigit():
         return False
     headers = answer.headers
-    is_framed = "Content-Length" in headers or "Transfer-Encoding" in headers
+    # Other transfer codings end with the connection: https://www.rfc-editor.org/rfc/rfc9112#section-6.3
+    coding = headers.get("Transfer-Encoding")
+    is_framed = "Content-Length" in headers if coding is None else _CHUNKED.search(coding)
     is_plain = headers.get("Content-Encoding", "identity") == "identity"
     return not (is_framed and is_plain)
 

@@ -208,6 +208,12 @@ def has_id(body: bytes) -> bool:
         return _WHOLE_ID.match(body) is not None
 
 
+def up_to_id(body: bytes) -> bytes:
+    """Return the part of a too large body that ends with the id; the whole body if none is seen."""
+    whole = _WHOLE_ID.match(body)
+    return body if whole is None else whole[0]
+
+
 def read_started(response: Response) -> Started:
     """Read the response to the request that starts a run; a 2xx must have a usable id."""
     if response.status >= 300:

@@ -227,7 +227,8 @@ class _Channel:
     _end: asyncio.Future[str] = attrs.field(init=False)
     last_error: str = attrs.field(init=False, default="")
     _time_limit: asyncio.TimerHandle | None = attrs.field(init=False, default=None)
-    _token_scope: anyio.CancelScope = attrs.field(init=False, factory=anyio.CancelScope)
+    # Of each request for a token: a refresh and a new connection may both need one.
+    _token_scopes: set[anyio.CancelScope] = attrs.field(init=False, factory=set)
 
     @property
     def has_announced(self) -> bool:
@@ -306,7 +307,8 @@ class _Channel:
             return await self._end
         finally:
             self._set_time_limit(None)
-            self._token_scope.cancel()
+            for scope in self._token_scopes:
+                scope.cancel()
             with anyio.CancelScope(shield=True):
                 await client.disconnect()
                 await client.finished()
@@ -314,13 +316,17 @@ class _Channel:
 
     async def _get_token(self, channel: str) -> str:
         """Return a token; called by the library, at first and whenever the last one expires."""
+        scope = anyio.CancelScope()
+        self._token_scopes.add(scope)
         try:
-            with anyio.CancelScope() as self._token_scope:
+            with scope:
                 return await self._push.call(token_request(channel), read_token)
         except Exception as error:
             if _is_transient(error):
                 raise  # the library tries again
             self.give_up(_reason(error))
+        finally:
+            self._token_scopes.remove(scope)
         raise UnauthorizedError
 
     def _set_time_limit(self, seconds: float | None) -> None:

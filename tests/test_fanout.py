@@ -841,6 +841,26 @@ async def test_items_that_suppress_a_cancellation_start_nothing_more(
     assert sim.runs == []
 
 
+@pytest.mark.parametrize("ending", ["stopping early", "closing"])
+async def test_items_that_suppress_a_cancellation_and_wait_on_are_cancelled_again(
+    sim: Simulator, session: Session, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """As a consumer with `asyncio.wait_for` in a loop does at times on Python 3.11."""
+    monkeypatch.setattr("promptlayer_exec._fanout._CLEAN_UP", 0.01)
+
+    async def items() -> AsyncIterator[int]:
+        yield done(sim)
+        for _ in range(3):
+            with suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+
+    completed = session.as_completed(items())
+    await anext(completed)
+    async with asyncio.timeout(5.0):
+        await (session.aclose() if ending == "closing" else completed.aclose())
+    await completed.aclose()
+
+
 async def test_an_observer_that_raises_anything_is_logged_and_ignored(
     sim: Simulator, open_session: Callable[..., Session], caplog: pytest.LogCaptureFixture
 ) -> None:

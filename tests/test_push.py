@@ -1070,6 +1070,23 @@ class TestClosing:
         with pytest.raises(StartUnknown if stage == RUN else SessionClosed):
             await waiting
 
+    async def test_a_session_closes_while_two_tokens_are_requested(
+        self, open_pushed: Callable[..., Session], server: Server
+    ) -> None:
+        """The refresh of one waits when the connection ends, and the next needs a token, too."""
+        server.ttl = 0.05
+        session = open_pushed()
+        server.before_start_is_answered = None
+        await session.start("w")
+        await server.subscribed()
+        server.hold = {TOKEN}
+        await server.until(lambda: server.count(TOKEN) == 2)
+        server.replies["connect"] = {"error": {"code": 109, "message": "token expired"}}
+        await server.drop(3005)
+        await server.until(lambda: server.count(TOKEN) == 3)
+        async with asyncio.timeout(2.0):
+            await session.aclose()
+
     @pytest.mark.parametrize("stage", STAGES)
     async def test_a_caller_is_cancelled_at_every_await(
         self, session: Session, server: Server, stage: str

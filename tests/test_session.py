@@ -379,6 +379,7 @@ def test_an_open_session_is_refused_in_a_second_loop(threaded_sim: Simulator) ->
     held = threaded_sim.add_execution(Scenario([SimNode("A", duration=None)]))
     session = quick(threaded_sim)
     refusals = []
+    stream = session.execution(held).stream()
 
     async def elsewhere() -> None:
         for use in (
@@ -386,6 +387,7 @@ def test_an_open_session_is_refused_in_a_second_loop(threaded_sim: Simulator) ->
             session.execution(held).wait,
             session.__aenter__,
             session.aclose,
+            lambda: anext(stream),
         ):
             with pytest.raises(RuntimeError, match="another event loop"):
                 await use()
@@ -393,13 +395,14 @@ def test_an_open_session_is_refused_in_a_second_loop(threaded_sim: Simulator) ->
 
     async def main() -> None:
         async with session:
+            await anext(stream)
             thread = threading.Thread(target=asyncio.run, args=(elsewhere(),))
             thread.start()
             await asyncio.to_thread(thread.join)
             await session.get_results(held)
 
     asyncio.run(main())
-    assert len(refusals) == 4
+    assert len(refusals) == 5
 
 
 def test_a_session_left_open_ends_with_its_loop(threaded_sim: Simulator) -> None:
@@ -615,6 +618,23 @@ def test_the_id_of_a_start_is_logged_if_an_observer_is_interrupted(
     error = interrupted_start(threaded_sim, ExecutionStarted)
     assert isinstance(error, KeyboardInterrupt)
     assert "execution 1002 of workflow 'Example' started" in caplog.text
+
+
+async def test_the_id_of_a_start_is_logged_if_an_observer_cancels_its_caller(
+    sim: Simulator, open_session: Callable[..., Session], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Asyncio drops what a task returns if its cancellation has not arrived by then."""
+    sim.add_workflow("Example", Scenario([SimNode("A")]))
+    starting: asyncio.Task[Any]
+
+    def observe(event: Event) -> None:
+        if isinstance(event, ExecutionStarted):
+            starting.cancel()
+
+    starting = asyncio.create_task(open_session(observers=[observe]).start("Example"))
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert "execution 1001 of workflow 'Example' started" in caplog.text
 
 
 @pytest.mark.parametrize("event", [WatchStarted, Polled, WatchEnded])

@@ -993,6 +993,25 @@ async def test_a_limiter_that_swallows_the_cancellation_cannot_prolong_a_start(
     assert sim.request_count == 0
 
 
+async def test_a_limiter_that_swallows_a_cancellation_and_waits_on_is_cancelled_again(
+    sim: Simulator, open_session: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one with `asyncio.wait_for` in a loop does at times on Python 3.11."""
+    monkeypatch.setattr("promptlayer_exec._start.AGAIN", 0.01)
+
+    class Limiter:
+        async def acquire(self) -> None:
+            for _ in range(3):
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.Event().wait()
+
+    session = open_session(limiter=Limiter(), wait_timeout=0.05)
+    async with asyncio.timeout(5.0):
+        with pytest.raises(ExecutionTimeout, match="could not send the start within"):
+            await session.start(NAME)
+    assert sim.request_count == 0
+
+
 @pytest.mark.parametrize("cancelled", [False, True])
 async def test_a_foreign_error_after_the_request_was_sent_is_an_unknown_start(
     begin: Callable[..., Any], caplog: pytest.LogCaptureFixture, cancelled: bool

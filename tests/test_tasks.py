@@ -294,6 +294,31 @@ async def test_no_call_begins_once_the_end_has_begun(lifetime: Lifetime) -> None
     assert not called
 
 
+class LateLoop(asyncio.SelectorEventLoop):
+    """An event loop that, like uvloop, has no timer for a time that has passed."""
+
+    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> Any:
+        """Call it in the next step, if it is late."""
+        if when <= self.time():
+            return self.call_soon(callback, *args, context=context)
+        return super().call_at(when, callback, *args, context=context)
+
+
+def test_a_timeout_that_looked_too_early_may_be_reduced_on_uvloop() -> None:
+    """Its handles of late timers have no `when`."""
+
+    async def main() -> None:
+        async with PatientTimeout(clock() + 60.0, soonest=clock() - 1.0) as limit:
+            limit.end_by(clock() + 0.01)
+            await forever()
+
+    with (
+        asyncio.Runner(loop_factory=LateLoop) as runner,
+        pytest.raises(TimeoutError),
+    ):
+        runner.run(asyncio.wait_for(main(), 5.0))
+
+
 async def test_a_suppressed_timeout_is_repeated_even_if_it_was_just_limited(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

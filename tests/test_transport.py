@@ -563,6 +563,27 @@ async def test_a_body_of_exactly_the_limit_is_read() -> None:
         assert (await session.get_results(1)).value == "x" * 998
 
 
+STARTED = {"workflow_version_execution_id": 787}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"warning": "x" * 20_000, **STARTED},
+        {**STARTED, "warning": "x" * 100_000},
+        {**STARTED, "warning": [[]] * 20_000},
+    ],
+    ids=["long", "too long", "too many values"],
+)
+async def test_the_id_of_a_start_is_found_in_an_answer_beyond_the_limit(body: Any) -> None:
+    """The limit is for outputs; the server's warning may name every input."""
+    async with (
+        raw_server(answering(http(json.dumps(body).encode(), status="201 Created"))) as base_url,
+        Session("key", base_url=base_url, max_response_bytes=1000) as session,
+    ):
+        assert (await session.start("workflow")).id == 787
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize("call", [read_results, start])
 async def test_redirects_are_not_followed(sim: Simulator, call: Call, status: int) -> None:
