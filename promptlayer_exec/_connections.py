@@ -49,18 +49,44 @@ class _CleanRequest(aiohttp.ClientRequest):
 
     async def send(self, conn: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
         transport, protocol = conn.transport, conn.protocol
-        if transport is not None and _is_readable(transport):
-            # Let the loop read what is in the socket: one step to notice it, one to read it.
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-        if protocol is None or not protocol.is_connected() or protocol.should_close:
+        is_unclean = protocol is None or (
+            transport is not None
+            and _is_readable(transport)
+            and await _is_for_protocol(transport, protocol)
+        )
+        if is_unclean or protocol is None or not protocol.is_connected() or protocol.should_close:
             raise _UncleanConnection("the connection was closed, or had unrequested bytes")
         self.used = transport
         return await super().send(conn)
 
 
+async def _is_for_protocol(transport: asyncio.Transport, protocol: ResponseHandler) -> bool:
+    """Return True if what is in the socket, which the loop has not read, is more than TLS's own.
+
+    The head of a response would start in aiohttp's parser, which shows nothing until it is whole.
+    """
+    if transport.get_extra_info("ssl_object") is None:
+        return True
+    received = []
+    receive = protocol.data_received
+
+    def note(data: bytes) -> None:
+        received.append(data)
+        receive(data)
+
+    protocol.data_received = note  # type: ignore[method-assign]
+    try:
+        await asyncio.sleep(0)  # one step to notice it, one to read it
+        await asyncio.sleep(0)
+    finally:
+        del protocol.data_received
+    return bool(received)
+
+
 def _is_readable(transport: asyncio.Transport) -> bool:
     descriptor = transport.get_extra_info("socket").fileno()
+    if descriptor < 0:  # it was closed
+        return True
     if not hasattr(select, "poll"):  # Windows
         return bool(select.select([descriptor], [], [], 0)[0])
     poll = select.poll()
@@ -240,7 +266,7 @@ class GuardedBody(aiohttp.Payload):
         self.is_held = False
         stream = cast(aiohttp.http.StreamWriter, writer)
         protocol = cast("ResponseHandler", stream.protocol)
-        await _read_what_arrived(stream.transport, protocol)
+        await _check_unrequested(stream.transport, protocol)
         if clock() >= self._until:  # the loop was stopped, and no time is left
             raise ConnectionAbortedError("the request timeout passed before the start was sent")
         self._once.mark_sent()
@@ -249,12 +275,15 @@ class GuardedBody(aiohttp.Payload):
         await writer.write(self._body)
 
 
-async def _read_what_arrived(
+async def _check_unrequested(
     transport: asyncio.Transport | None, protocol: ResponseHandler
 ) -> None:
-    """Let the loop read what has arrived before a start is sent: an answer cancels this task."""
-    while len(protocol) or (transport is not None and _is_readable(transport)):  # noqa: ASYNC110 - a step each
+    """Raise an error if a part of an answer has arrived before a start is sent."""
+    while len(protocol):  # noqa: ASYNC110 - a whole answer: it soon cancels this task
         await asyncio.sleep(0)
+    while transport is not None and _is_readable(transport):
+        if await _is_for_protocol(transport, protocol):
+            raise ConnectionAbortedError("the server answered before the start was sent")
 
 
 class PermanentFailure(aiohttp.ClientError):

@@ -69,6 +69,7 @@ _MOST_HEADERS = 512
 # Bounds the memory of a decoded body: at most one value per this many bytes of the limit.
 _BYTES_PER_VALUE = 48
 _FEW_VALUES = 1000
+_STATUS_LINE = re.compile(rb"HTTP/1\.\d \d{3}\b")
 _CHUNKED = re.compile(r"\bchunked\s*$", re.IGNORECASE)
 _OPENING_A_VALUE = (b",", b"[", b"{")
 
@@ -304,9 +305,10 @@ class Transport:
                 # Connections are pooled by this name: starts share none with other requests.
                 server_hostname=url.host if data is not None and pool.is_borrowed else None,
             )
-            if once is not None and not once.sent:  # so it is no answer to the start
+            if (once is not None and not once.sent) or _holds_another(answer):
                 answer.close()
-                raise aiohttp.ClientConnectionError("the server answered before the start was sent")
+                what = "the server answered before the request was sent"
+                raise aiohttp.ClientConnectionError(what)
             exchange.answer = answer
             # Read a little more of a refusal, so that a key at the cut is redacted as a whole.
             limit = _ERROR_BODY_BYTES + _LONGEST_KEY
@@ -399,6 +401,17 @@ def excess(body: bytes, limit: int) -> str:
     if len(body) > limit // 6 and sum(map(body.count, _OPENING_A_VALUE)) > values:
         return f"holds more than {values:,} values, the most for {limit} bytes"
     return ""
+
+
+def _holds_another(answer: aiohttp.ClientResponse) -> bool:
+    """Return True if the head began with an unrequested one, which had arrived in part.
+
+    aiohttp reads what arrives before the request is sent into the same parser. Only a head that
+    ends within the value of a header can be continued by another head.
+    """
+    return any(
+        b"HTTP/1." in value and _STATUS_LINE.search(value) for _, value in answer.raw_headers
+    )
 
 
 def _may_be_cut(answer: aiohttp.ClientResponse, body: bytes) -> bool:

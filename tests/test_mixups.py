@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import select
+import ssl
 import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,6 +17,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+import trustme
 
 from promptlayer_exec import (
     ConfigurationError,
@@ -144,6 +146,46 @@ async def test_a_surplus_response_on_an_idle_connection_is_never_used(
         for number in range(2, 12):
             assert await value_of(session, number) == str(number)
     assert {connection for connection, _ in peer.requests} == {0, 1}
+
+
+@pytest.mark.parametrize("is_secure", [False, True], ids=["plain", "TLS"])
+async def test_the_first_bytes_of_a_surplus_head_are_never_used(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch, *, is_secure: bool
+) -> None:
+    """They would become the head of the next answer, with another status."""
+    server = None
+    if is_secure:
+        authority = trustme.CA()
+        ours, theirs = ssl.create_default_context(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.configure_trust(ours)
+        authority.issue_cert("localhost").configure_cert(theirs)
+        monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", ours)
+        server = await asyncio.start_server(peer.serve, "127.0.0.1", 0, ssl=theirs)
+        peer.url = f"https://localhost:{server.sockets[0].getsockname()[1]}"
+    async with session_at(peer) as session:
+        assert await value_of(session, 1) == "1"
+        peer.writers[0].write(b"HTTP/1.1 404 Not Found\r\nX-Stale: ")
+        for number in range(2, 12):
+            assert await value_of(session, number) == str(number)
+    assert {connection for connection, _ in peer.requests} == {0, 1}
+    if server is not None:
+        server.close()
+
+
+async def test_a_head_within_a_head_is_no_answer(peer: Peer) -> None:
+    """A part of one may have arrived with the handshake, where only this shows it."""
+
+    async def respond(head: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 429 Too Many Requests\r\nVia: ")
+        await peer.echo(head, writer)
+
+    peer.respond = respond
+    async with session_at(peer, retry=RetryPolicy(outage=0.0)) as session:
+        with pytest.raises(StartUnknown, match="answered before the request was sent"):
+            await session.start("name")
+        with pytest.raises(ConnectionFailed, match="answered before the request was sent"):
+            await value_of(session, 1)
+    assert peer.posts() == 1
 
 
 async def test_many_connections_with_surplus_responses_are_all_closed(peer: Peer) -> None:
