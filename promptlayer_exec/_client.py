@@ -20,7 +20,6 @@ from promptlayer_exec._policies import Deadline
 from promptlayer_exec._retry import RecentStarts, RetryState
 from promptlayer_exec._settings import Settings
 from promptlayer_exec._start import SendHooks, Start, start_unknown
-from promptlayer_exec._tasks import clock
 from promptlayer_exec._transport import Transport
 from promptlayer_exec._wakeups import EarlyWakeUps
 from promptlayer_exec._watch import Watch, take_snapshot, timed_out
@@ -80,7 +79,7 @@ class Client:
     _watches: dict[int, Watch] = attrs.field(init=False, factory=dict)
 
     def deadline(self, timeout: float | EllipsisType | None = ...) -> Deadline:
-        return self._settings.deadline(timeout, now=clock())
+        return self._settings.deadline(timeout, now=self.transport.clock())
 
     def follow(self, execution_id: int, *, streams: bool = False) -> Watch:
         """Add a follower to the execution's watch, and return the watch; the first starts it.
@@ -126,12 +125,12 @@ class Client:
         """Request the main output of a complete execution until the server has it."""
         request = results_request(snapshot.execution_id, return_all_outputs=False)
         read = partial(read_main_output, execution_id=snapshot.execution_id)
-        due = started = clock()
+        due = started = self.transport.clock()
         while True:
             reply = await self._call(request, read, deadline, due=due, seen=snapshot)
             if reply.value.complete:
                 return reply.value.value
-            now = clock()
+            now = self.transport.clock()
             due = now + self._settings.poll.delay(
                 elapsed=now - started,
                 final=len(snapshot.nodes),
@@ -179,7 +178,7 @@ class Client:
         state = RetryState(self._settings.retry, self._settings.retry.outage)
 
         try:
-            now = clock()
+            now = self.transport.clock()
             if due is None:
                 due = now
             elif (wait := due - now) > 0:
@@ -206,11 +205,13 @@ class Client:
 
         `token` is the one in the start's own callback URL, if it has one.
         """
-        now = clock()
+        now = self.transport.clock()
 
         async def post(state: RetryState, once: Start) -> Started:
             reply = await self.transport.call(http_request, read_started, state, due=now, once=once)
-            self._recent_starts.add(reply.value.execution_id, request.workflow, now=clock())
+            self._recent_starts.add(
+                reply.value.execution_id, request.workflow, now=self.transport.clock()
+            )
             if self.push is not None:
                 self.push.started(
                     request.workflow,
@@ -250,7 +251,7 @@ class Client:
                 since += " to this session, which has no callbacks="
             since += "; the run may still be running, so call Session.recover again"
             raise start_unknown(error.workflow, error.reason, token, since) from error
-        self._recent_starts.add(execution_id, error.workflow, now=clock())
+        self._recent_starts.add(execution_id, error.workflow, now=self.transport.clock())
         return execution_id
 
 

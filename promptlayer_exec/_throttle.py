@@ -13,7 +13,6 @@ import attrs
 
 from promptlayer_exec._errors import PromptLayerExecError
 from promptlayer_exec._policies import or_infinity
-from promptlayer_exec._tasks import clock
 
 
 class Limiter(Protocol):
@@ -82,6 +81,7 @@ class Throttle:
     """
 
     def __init__(self, rate: float | None, limiters: Sequence[Limiter] = ()) -> None:
+        self._clock = asyncio.get_running_loop().time
         self._max_rate = or_infinity(rate)
         self._limiters = limiters
         self._queue = asyncio.Lock()
@@ -103,7 +103,7 @@ class Throttle:
 
         A request that goes `first` waits for one other at most, and for those that also go first.
         """
-        now = clock()
+        now = self._clock()
         waits = self._waiting > 0 or self._next_slot > now
         if not waits and not self._limiters:
             self._take_slot(now, waited=False)
@@ -119,7 +119,7 @@ class Throttle:
                     except PromptLayerExecError as error:  # it would be taken for the server's
                         raise RuntimeError(f"the limiter raised {error!r:.200}") from error
                     await self._wait_for_slot()  # a 429 may have arrived meanwhile
-                now = clock()
+                now = self._clock()
                 self._take_slot(now, waited=waits)
         finally:
             self._waiting -= 1
@@ -131,19 +131,19 @@ class Throttle:
         self._next_slot = slot + 1.0 / self._current_rate(now)
 
     async def _wait_for_slot(self) -> None:
-        while (wait := self._next_slot - clock()) > 0:  # noqa: ASYNC110 - a 429 may move the slot
+        while (wait := self._next_slot - self._clock()) > 0:  # noqa: ASYNC110 - a 429 may move the slot
             await anyio.sleep(wait)
 
     def answered(self) -> None:
         """Record an answer other than 429."""
-        self._good_answers.count(clock())
+        self._good_answers.count(self._clock())
 
     def refused(self, sent_at: float, announced: float) -> float:
         """Record a 429, and return the seconds until the next request may be sent.
 
         `announced` is the seconds that the server asked to wait; 0 if it named none.
         """
-        now = clock()
+        now = self._clock()
         # A request that was sent before the last 429 arrived says nothing new about the rate.
         if sent_at >= self._refused_at:
             if not announced or now - self._refused_at < _SETTLED:

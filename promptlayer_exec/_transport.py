@@ -43,7 +43,7 @@ from promptlayer_exec._events import Emit, RequestRetried, Throttled
 from promptlayer_exec._redaction import Redactor
 from promptlayer_exec._retry import OutageLog, RecentStarts, RetryState
 from promptlayer_exec._settings import Settings, unused_proxy
-from promptlayer_exec._tasks import PatientTimeout, TaskTimeout, clock, is_cancelled
+from promptlayer_exec._tasks import PatientTimeout, TaskTimeout, is_cancelled
 from promptlayer_exec._throttle import Throttle
 from promptlayer_exec._wire import (
     Reply,
@@ -109,6 +109,10 @@ class Transport:
     _recent_starts: RecentStarts
     _emit: Emit
     _outages: OutageLog = attrs.field(init=False, factory=OutageLog)
+    # The time of the loop; asking for the running loop takes a system call on Python 3.11.
+    clock: Callable[[], float] = attrs.field(
+        init=False, factory=lambda: asyncio.get_running_loop().time
+    )
 
     def with_url(self, request: Request) -> Request:
         """Return a request with its URL, so that attempts do not build it again."""
@@ -147,7 +151,7 @@ class Transport:
                 else:
                     answered = True
                     return reply
-                due = clock() + delay
+                due = self.clock() + delay
                 async with timeout():
                     await anyio.sleep(delay)
         finally:
@@ -188,7 +192,7 @@ class Transport:
                 what = f"it was not sent within {seconds:g} s, because its before_send hook waited"
                 raise RequestTimeout(what) from error
             exchange.failure = error
-        now = clock()
+        now = self.clock()
         response = self._response(exchange, once)
         if response.status == 429:
             announced = self._settings.retry.announced(response.retry_after)
@@ -209,7 +213,7 @@ class Transport:
             return None
         delay = state.delay(
             error,
-            now=clock(),
+            now=self.clock(),
             chance=random(),
             retry_after=error.retry_after if isinstance(error, StatusError) else None,
         )
@@ -229,7 +233,7 @@ class Transport:
         if isinstance(error, StatusError):
             return error.status in self._settings.retry.statuses or (
                 isinstance(error, NotFound)
-                and self._recent_starts.covers(error.execution_id, now=clock())
+                and self._recent_starts.covers(error.execution_id, now=self.clock())
             )
         if isinstance(error, InvalidResponse):
             return error.path is None and not isinstance(error, ResponseTooLarge)
@@ -409,9 +413,10 @@ def _holds_another(answer: aiohttp.ClientResponse) -> bool:
     aiohttp reads what arrives before the request is sent into the same parser. Only a head that
     ends within the value of a header can be continued by another head.
     """
-    return any(
-        b"HTTP/1." in value and _STATUS_LINE.search(value) for _, value in answer.raw_headers
-    )
+    for _, value in answer.raw_headers:
+        if b"HTTP/1." in value and _STATUS_LINE.search(value):
+            return True
+    return False
 
 
 def _may_be_cut(answer: aiohttp.ClientResponse, body: bytes) -> bool:

@@ -79,7 +79,7 @@ async def test_a_cancellation_that_a_task_suppresses_is_repeated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As `asyncio.wait_for` of Python 3.11 does at times, in a limiter for example."""
-    monkeypatch.setattr("promptlayer_exec._tasks._AGAIN", 0.01)
+    monkeypatch.setattr("promptlayer_exec._tasks.AGAIN", 0.01)
     tasks = Tasks()
     suppressed = []
 
@@ -323,7 +323,7 @@ async def test_a_suppressed_timeout_is_repeated_even_if_it_was_just_limited(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The limit of an attempt may be set in the same step in which its call expires."""
-    monkeypatch.setattr("promptlayer_exec._tasks._AGAIN", 0.01)
+    monkeypatch.setattr("promptlayer_exec._tasks.AGAIN", 0.01)
 
     async def expire() -> None:
         async with PatientTimeout() as limit:
