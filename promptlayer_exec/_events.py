@@ -177,7 +177,8 @@ class Observer(Protocol):
 
     It is called in the event loop, so it must not block. All events of a watch are emitted in the
     task of that watch, in the `contextvars` context of the call that started it; the events of a
-    start are emitted in a task of their own, in the context of the caller.
+    start are emitted in a task of their own, in the context of the caller; only `ExecutionStarted`
+    is emitted in the caller's task, if the caller still waits.
     """
 
     def __call__(self, event: Event, /) -> None:

@@ -224,6 +224,11 @@ class _FanOut(Generic[ItemT]):
         """Return the error of an item that is cancelled because the fan-out cannot continue."""
         cause = self.error if isinstance(self.error, PromptLayerExecError) else SessionClosed()
         error = cast(PromptLayerExecError, copy_error(cause))
+        if isinstance(error, Unauthorized):  # its text may say that no run was started
+            what = "this item was given up, because another failed"
+            if item.execution is None and isinstance(item.item, StartRequest):
+                what += " (if its start was sent already, its id is in the log)"
+            error.args = (f"{what}: {error.args[0]}",)
         error.execution_id = None if item.execution is None else item.execution.id
         error.last_snapshot = item.snapshot
         return error

@@ -290,6 +290,33 @@ async def test_a_401_ends_the_fan_out_and_abandons_the_rest(
     assert our_tasks() == SUPERVISOR
 
 
+async def test_a_401_says_of_a_start_on_the_wire_that_it_may_have_started(
+    sim: Simulator, session: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That no run was started is true only of the item that was refused."""
+    sim.inject(Fault.delay(0.1))
+
+    async def items() -> AsyncIterator[StartRequest]:
+        yield run(1)
+        await sim.wait_for_requests(1)
+        sim.inject(Fault.status(401))
+        yield run(2)
+
+    outcomes: dict[int, Any] = {}
+
+    async def consume() -> None:
+        async for outcome in session.as_completed(items()):
+            outcomes[outcome.index] = outcome
+
+    with pytest.raises(Unauthorized, match="no run of workflow"):
+        await consume()
+    await session.aclose()
+    assert str(outcomes[0].error).startswith(
+        "this item was given up, because another failed (if its start was sent already, its id is"
+    )
+    assert "execution 1001 of workflow" in caplog.text
+
+
 async def test_closing_the_session_ends_the_fan_out(
     sim: Simulator, session: Session, held: int, our_tasks: Callable[[], list[str]]
 ) -> None:
