@@ -190,6 +190,9 @@ class _CallTimeout(PatientTimeout):
 
     def _leave(self, error: BaseException | None) -> None:
         self._lifetime.left(self)
+        if error is None:
+            super()._leave(None)
+            return
         is_cancellation = isinstance(error, asyncio.CancelledError)
         foreign = error if is_cancellation and not is_cancelled() else None
         try:

@@ -86,15 +86,14 @@ class Opener:
         try:
             if self._closed:
                 raise SessionClosed
-            with self._opening:  # two threads, each with its own loop, may get here at once
-                if self._client is None:
-                    self._client = self._create()
-            if not self._client.lifetime.is_ready():
-                await self._client.lifetime.ready()
+            if (client := self._client) is None:
+                client = self._open_once()
+            if not client.lifetime.is_ready():
+                await client.lifetime.ready()
         except PromptLayerExecError as error:
             error.execution_id = execution_id
             raise
-        return self._client
+        return client
 
     def wake(self, execution_id: int, source: WakeSource) -> bool:
         """Poll an execution now; return True if somebody follows it."""
@@ -104,6 +103,12 @@ class Opener:
             return self._client.wake(execution_id, source)
         self._early_wake_ups.add(execution_id, source)
         return False
+
+    def _open_once(self) -> Client:
+        with self._opening:  # two threads, each with its own loop, may get here at once
+            if self._client is None:
+                self._client = self._create()
+            return self._client
 
     def _create(self) -> Client:
         api_key = find_api_key(self._settings.api_key)

@@ -245,7 +245,9 @@ class Settings:
 
     def deadline(self, timeout: float | EllipsisType | None, *, now: float) -> Deadline:
         """Return the deadline of a wait that begins now; `...` means the default timeout."""
-        return Deadline.after(self.wait_timeout if timeout is ... else timeout, now=now)
+        if timeout is ...:
+            timeout = self.wait_timeout
+        return Deadline(timeout, math.inf if timeout is None else now + timeout)
 
     def __attrs_post_init__(self) -> None:
         find_api_key(self.api_key)

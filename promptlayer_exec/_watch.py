@@ -78,11 +78,16 @@ _NAMES_OF_GONE_NODES = 1_000_000
 def _first_seen(
     nodes: Mapping[str, Node], before: Mapping[str, NodeTimes], elapsed: float
 ) -> Mapping[str, NodeTimes]:
-    running, final = NodeTimes(elapsed), NodeTimes(None, elapsed)
+    running = final = None  # made when needed, and shared
     times = {}
     for name, node in nodes.items():
         status = node.status
-        times[name] = final if status in FINAL else running if status is _RUNNING else _UNSEEN
+        if status in FINAL:
+            times[name] = final = final or NodeTimes(None, elapsed)
+        elif status is _RUNNING:
+            times[name] = running = running or NodeTimes(elapsed)
+        else:
+            times[name] = _UNSEEN
     for name, earlier in before.items():
         now = times.get(name, _UNSEEN)
         first_running = now.running if earlier.running is None else earlier.running
