@@ -22,6 +22,7 @@ from promptlayer_exec._wire import TOKEN_PATH
 
 if TYPE_CHECKING:
     from aiohttp.client_proto import ResponseHandler
+    from aiohttp.tracing import Trace
 
     from promptlayer_exec._settings import Settings
 
@@ -36,6 +37,19 @@ _HEADERS = {"Accept": "application/json", "User-Agent": USER_AGENT}
 
 class _UncleanConnection(aiohttp.ClientConnectionError):
     """The connection was not used: it was closed, or had bytes that no request asked for."""
+
+
+class _CleanConnector(aiohttp.TCPConnector):
+    """Gives no connection on which the server spoke first, as with the end of the handshake."""
+
+    async def connect(
+        self, req: aiohttp.ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
+    ) -> aiohttp.connector.Connection:
+        connection = await super().connect(req, traces, timeout)
+        if connection.protocol is None or connection.protocol.should_close:
+            connection.close()
+            raise _UncleanConnection("the server spoke first")
+        return connection
 
 
 class _CleanRequest(aiohttp.ClientRequest):
@@ -57,6 +71,8 @@ class _CleanRequest(aiohttp.ClientRequest):
         if is_unclean or protocol is None or not protocol.is_connected() or protocol.should_close:
             raise _UncleanConnection("the connection was closed, or had unrequested bytes")
         self.used = transport
+        if isinstance(self.body, GuardedBody):
+            self.body.guard(protocol)
         return await super().send(conn)
 
 
@@ -67,20 +83,30 @@ async def _is_for_protocol(transport: asyncio.Transport, protocol: ResponseHandl
     """
     if transport.get_extra_info("ssl_object") is None:
         return True
-    received = []
-    receive = protocol.data_received
-
-    def note(data: bytes) -> None:
-        received.append(data)
-        receive(data)
-
-    protocol.data_received = note  # type: ignore[method-assign]
+    received = _Received(protocol)
     try:
         await asyncio.sleep(0)  # one step to notice it, one to read it
         await asyncio.sleep(0)
     finally:
-        del protocol.data_received
-    return bool(received)
+        received.end()
+    return received.anything
+
+
+class _Received:
+    """Notes whether any data is received; not on uvloop, whose transports do not look it up."""
+
+    def __init__(self, protocol: ResponseHandler) -> None:
+        self.anything = False
+        self._protocol = protocol
+        self._receive = protocol.data_received
+        protocol.data_received = self._note  # type: ignore[method-assign]
+
+    def _note(self, data: bytes) -> None:
+        self.anything = True
+        self._receive(data)
+
+    def end(self) -> None:
+        self._protocol.data_received = self._receive  # type: ignore[method-assign]
 
 
 def _is_readable(transport: asyncio.Transport) -> bool:
@@ -172,7 +198,7 @@ class Pools:
         pools = []
         for slots, force_close in zip(_slots(settings.max_connections), (False, True), strict=True):
             http = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, force_close=force_close),
+                connector=_CleanConnector(limit=0, force_close=force_close),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers=headers,
                 middlewares=[_send_once],
@@ -232,6 +258,9 @@ class SendOnce(Protocol):
         """Record that the server refused it, and started nothing."""
 
 
+_ANSWERED_BEFORE = "the server answered, or closed the connection, before the start was sent"
+
+
 class GuardedBody(aiohttp.Payload):
     """A body that reports when it and its headers are about to be sent.
 
@@ -246,6 +275,7 @@ class GuardedBody(aiohttp.Payload):
         self._until = until
         self.is_held = False  # whether it waits for the permission to be sent
         self.used: asyncio.Transport | None = None
+        self._received: _Received | None = None
 
     @property
     def size(self) -> int:
@@ -258,15 +288,28 @@ class GuardedBody(aiohttp.Payload):
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return self._body.decode(encoding, errors)
 
+    def guard(self, protocol: ResponseHandler) -> _Received:
+        """Note from now on whether the server answers before this is sent."""
+        if self._received is None:
+            self._received = _Received(protocol)
+        return self._received
+
     async def write(self, writer: AbstractStreamWriter) -> None:
         if self.used is not None:  # a borrowed session's middleware sends again
             raise ConnectionAbortedError("a start must not be sent twice")
-        self.is_held = True
-        await self._once.before_send()
-        self.is_held = False
         stream = cast(aiohttp.http.StreamWriter, writer)
         protocol = cast("ResponseHandler", stream.protocol)
-        await _check_unrequested(stream.transport, protocol)
+        received = self.guard(protocol)
+        try:
+            self.is_held = True
+            await self._once.before_send()
+            self.is_held = False
+            await _let_answer_arrive(stream.transport, protocol)
+        finally:
+            self._received = None
+            received.end()
+        if received.anything:
+            raise ConnectionAbortedError(_ANSWERED_BEFORE)
         if clock() >= self._until:  # the loop was stopped, and no time is left
             raise ConnectionAbortedError("the request timeout passed before the start was sent")
         self._once.mark_sent()
@@ -275,15 +318,16 @@ class GuardedBody(aiohttp.Payload):
         await writer.write(self._body)
 
 
-async def _check_unrequested(
+async def _let_answer_arrive(
     transport: asyncio.Transport | None, protocol: ResponseHandler
 ) -> None:
-    """Raise an error if a part of an answer has arrived before a start is sent."""
-    while len(protocol):  # noqa: ASYNC110 - a whole answer: it soon cancels this task
+    """Let the loop read what has arrived before a start is sent: an answer cancels this task."""
+    while len(protocol):  # noqa: ASYNC110 - a step each
         await asyncio.sleep(0)
     while transport is not None and _is_readable(transport):
-        if await _is_for_protocol(transport, protocol):
-            raise ConnectionAbortedError("the server answered before the start was sent")
+        if transport.is_closing() or transport.get_extra_info("ssl_object") is None:
+            raise ConnectionAbortedError(_ANSWERED_BEFORE)
+        await asyncio.sleep(0)
 
 
 class PermanentFailure(aiohttp.ClientError):

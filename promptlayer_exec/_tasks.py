@@ -88,10 +88,10 @@ class PatientTimer:
         callback: called with `args`.
     """
 
-    __slots__ = ("_at", "_handle", "_loop")
+    __slots__ = ("_at", "_fires_at", "_handle", "_loop")
 
     def __init__(self, at: float, callback: Callable[..., object], *args: Any) -> None:
-        self._at = at
+        self._at = self._fires_at = at
         self._loop = asyncio.get_running_loop()
         self._handle: asyncio.TimerHandle | None = None
         if at < math.inf:
@@ -110,6 +110,7 @@ class PatientTimer:
         elif late > -_EARLY:
             callback(*args)
         else:
+            self._fires_at = self._at
             self._handle = self._loop.call_at(self._at, self._fire, callback, *args)
 
 
@@ -123,12 +124,11 @@ class PatientTimeout(PatientTimer):
         soonest: when the timer first looks at the time; until then, `end_by` costs nothing.
     """
 
-    __slots__ = ("_cancellations", "_cancelling", "_is_expired", "_looks_at", "_task")
+    __slots__ = ("_cancellations", "_cancelling", "_is_expired", "_task")
 
     def __init__(self, at: float = math.inf, *, soonest: float = math.inf) -> None:
         # Without a limit there is no timer before `end_by`: ten thousand may wait for their turn.
-        self._looks_at = soonest if soonest < at < math.inf else at
-        super().__init__(self._looks_at, self.expire)
+        super().__init__(soonest if soonest < at < math.inf else at, self.expire)
         self._at = at
         self._task: asyncio.Task[Any]
         self._cancelling = 0  # what others had asked for before
@@ -162,9 +162,9 @@ class PatientTimeout(PatientTimer):
         """Expire at `at`, if that is sooner."""
         if at < self._at and not self._is_expired:
             self._at = at
-            if self._handle is None or self._looks_at > at:
+            if self._handle is None or self._fires_at > at:
                 self.cancel()
-                self._looks_at = at
+                self._fires_at = at
                 self._handle = self._loop.call_at(at, self._fire, self.expire)
 
     def expire(self) -> None:

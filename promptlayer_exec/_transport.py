@@ -62,15 +62,15 @@ _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
 # The body of a refusal is only read by people.
 _ERROR_BODY_BYTES = 64 * 1024
 _LONGEST_KEY = 1024
-_LEAST_START_LIMIT = 64 * 1024
+# For the answer to a start: with a lower one, the values in 64 KiB would be counted.
+_LEAST_START_LIMIT = 6 * 64 * 1024
 # More than aiohttp's defaults: large headers must not cost us the id of a started run.
 _LONGEST_HEADER = 32 * 1024
 _MOST_HEADERS = 512
 # Bounds the memory of a decoded body: at most one value per this many bytes of the limit.
 _BYTES_PER_VALUE = 48
 _FEW_VALUES = 1000
-_STATUS_LINE = re.compile(rb"HTTP/1\.\d \d{3}\b")
-_CHUNKED = re.compile(r"\bchunked\s*$", re.IGNORECASE)
+_STATUS_LINE = re.compile(r"HTTP/1\.\d \d{3}( |$)")
 _OPENING_A_VALUE = (b",", b"[", b"{")
 
 
@@ -85,9 +85,11 @@ class Exchange:
     """What arrived in one attempt, and why it ended early.
 
     Attributes:
+        limit: the most bytes of a good answer.
         is_held: whether the request was about to be sent, and waited for permission.
     """
 
+    limit: int
     answer: aiohttp.ClientResponse | None = None
     is_held: bool = False
     pieces: list[bytes] = attrs.field(factory=list)
@@ -171,7 +173,7 @@ class Transport:
     ) -> Reply[T]:
         """Send a request once, when a connection is free and the rate allows it."""
         pool = self._pools.reads if once is None else self._pools.starts
-        exchange = Exchange()
+        exchange = Exchange(self._limit(once))
         try:
             async with (
                 timeout(soonest=due + self._settings.request_timeout) as limit,
@@ -242,7 +244,7 @@ class Transport:
     def _response(self, exchange: Exchange, once: SendOnce | None) -> Response:
         """Return the response of one attempt, or raise its failure."""
         answer, body, failure = exchange.answer, exchange.body(), exchange.failure
-        if once is not None and excess(body, self._limit(once)):
+        if once is not None and excess(body, exchange.limit):
             body = up_to_id(body)
         if answer is None:
             if once is not None and once.sent and is_tls_failure(failure):
@@ -255,7 +257,7 @@ class Transport:
             if _may_be_cut(answer, body):
                 cut = aiohttp.ClientPayloadError("the response does not mark where the number ends")
                 raise self._failure(cut, answer, body)
-            self._check_size(answer.status, body, self._limit(once))
+            self._check_size(answer.status, body, exchange.limit)
             location = None
         else:  # a part of the body is enough: the status says what is wrong
             location = answer.headers.get("Location")
@@ -309,7 +311,7 @@ class Transport:
                 # Connections are pooled by this name: starts share none with other requests.
                 server_hostname=url.host if data is not None and pool.is_borrowed else None,
             )
-            if (once is not None and not once.sent) or _holds_another(answer):
+            if once is not None and (not once.sent or _is_doubtful(answer)):
                 answer.close()
                 what = "the server answered before the request was sent"
                 raise aiohttp.ClientConnectionError(what)
@@ -317,7 +319,7 @@ class Transport:
             # Read a little more of a refusal, so that a key at the cut is redacted as a whole.
             limit = _ERROR_BODY_BYTES + _LONGEST_KEY
             if answer.status < 300:
-                limit = self._limit(once)
+                limit = exchange.limit
             await _read_body(answer, exchange.pieces, limit)
         except (aiohttp.ClientError, OSError) as error:  # OSError: also every TimeoutError
             exchange.failure = error
@@ -397,26 +399,26 @@ class Transport:
 
 def excess(body: bytes, limit: int) -> str:
     """Return what is too much about a JSON body for a limit in bytes; empty if nothing is."""
-    if len(body) > limit:
-        return f"is larger than {limit} bytes"
     # A decoded value takes up to 400 bytes, and a body up to fifty times its size. So one under a
     # sixth of the limit takes no more than `values` do, and the slow count is not needed.
+    if len(body) <= limit // 6:
+        return ""
+    if len(body) > limit:
+        return f"is larger than {limit} bytes"
     values = max(limit // _BYTES_PER_VALUE, _FEW_VALUES)
-    if len(body) > limit // 6 and sum(map(body.count, _OPENING_A_VALUE)) > values:
+    if sum(map(body.count, _OPENING_A_VALUE)) > values:
         return f"holds more than {values:,} values, the most for {limit} bytes"
     return ""
 
 
-def _holds_another(answer: aiohttp.ClientResponse) -> bool:
-    """Return True if the head began with an unrequested one, which had arrived in part.
+def _is_doubtful(answer: aiohttp.ClientResponse) -> bool:
+    """Return True for a refusal whose head may have begun with another, unrequested head.
 
-    aiohttp reads what arrives before the request is sent into the same parser. Only a head that
-    ends within the value of a header can be continued by another head.
+    A part of one may have arrived on a borrowed connection before the start was sent. It then ends
+    within the reason or the value of a header, and the status line of the real answer follows.
     """
-    for _, value in answer.raw_headers:
-        if b"HTTP/1." in value and _STATUS_LINE.search(value):
-            return True
-    return False
+    texts = [answer.reason or "", *answer.headers.values()]
+    return answer.status >= 300 and any(map(_STATUS_LINE.search, texts))
 
 
 def _may_be_cut(answer: aiohttp.ClientResponse, body: bytes) -> bool:
@@ -425,8 +427,8 @@ def _may_be_cut(answer: aiohttp.ClientResponse, body: bytes) -> bool:
         return False
     headers = answer.headers
     # Other transfer codings end with the connection: https://www.rfc-editor.org/rfc/rfc9112#section-6.3
-    coding = headers.get("Transfer-Encoding")
-    is_framed = "Content-Length" in headers if coding is None else _CHUNKED.search(coding)
+    codings = [coding.strip().lower() for coding in headers.getall("Transfer-Encoding", ())]
+    is_framed = codings == ["chunked"] if codings else "Content-Length" in headers
     is_plain = headers.get("Content-Encoding", "identity") == "identity"
     return not (is_framed and is_plain)
 

@@ -319,6 +319,21 @@ def test_a_timeout_that_looked_too_early_may_be_reduced_on_uvloop() -> None:
         runner.run(asyncio.wait_for(main(), 5.0))
 
 
+async def test_a_timeout_that_looked_too_early_may_still_be_reduced() -> None:
+    """A request may wait for its turn for longer than `request_timeout`."""
+
+    async def attempt() -> None:
+        async with PatientTimeout(clock() + 60.0, soonest=clock() + 0.01) as limit:
+            await asyncio.sleep(0.02)
+            limit.end_by(clock() + 0.01)
+            await forever()
+
+    began = clock()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(attempt(), 5.0)
+    assert clock() - began < 4.0
+
+
 async def test_a_suppressed_timeout_is_repeated_even_if_it_was_just_limited(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

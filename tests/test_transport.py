@@ -570,10 +570,11 @@ STARTED = {"workflow_version_execution_id": 787}
     "body",
     [
         {"warning": "x" * 20_000, **STARTED},
-        {**STARTED, "warning": "x" * 100_000},
+        {"warning": ["variable"] * 1_500, **STARTED},
+        {**STARTED, "warning": "x" * 500_000},
         {**STARTED, "warning": [[]] * 20_000},
     ],
-    ids=["long", "too long", "too many values"],
+    ids=["long", "many values", "too long", "too many values"],
 )
 async def test_the_id_of_a_start_is_found_in_an_answer_beyond_the_limit(body: Any) -> None:
     """The limit is for outputs; the server's warning may name every input."""
