@@ -104,6 +104,7 @@ class Lifetime:
 
         Raises:
             SessionClosed: closing has begun.
+            DeadlinePassed: the deadline has passed already.
         """
         return _CallTimeout(self, deadline, soonest)
 
@@ -183,6 +184,9 @@ class _CallTimeout(PatientTimeout):
     def __init__(self, lifetime: Lifetime, deadline: Deadline, soonest: float) -> None:
         if lifetime.is_closing():
             raise SessionClosed
+        # Its timer would take it for one that fires late, and wait: each part of a call anew.
+        if lifetime._loop.time() > deadline.at:
+            raise DeadlinePassed
         super().__init__(deadline.at, soonest=soonest)
         self._deadline = deadline
         self._lifetime = lifetime

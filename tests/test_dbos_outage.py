@@ -555,7 +555,7 @@ async def test_work_goes_on_when_the_file_is_unlocked(
     sim: Simulator, batch_of: Callable[..., Batch], url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whatever was tried meanwhile is done once."""
-    batch = batch_of()
+    batch = batch_of(rate=20.0)  # so that not all is done before the file is locked
     await batch.add(requests(20))
     working = asyncio.create_task(batch.work())
     await until(lambda: len(sim.runs) >= 5)

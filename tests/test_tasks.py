@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from functools import partial
@@ -197,6 +198,12 @@ async def test_a_call_ends_at_its_deadline(lifetime: Lifetime) -> None:
     assert not is_cancelled()
 
 
+async def test_no_part_of_a_call_begins_after_its_deadline(lifetime: Lifetime) -> None:
+    """A timer that fires late is patient; parts that are short would all be granted that."""
+    with pytest.raises(DeadlinePassed):
+        await call(lifetime, partial(asyncio.sleep, 0.0), Deadline.after(-0.1, now=clock()))
+
+
 async def test_a_timeout_within_the_call_is_its_own(lifetime: Lifetime) -> None:
     """Only the call's own deadline becomes `DeadlinePassed`."""
 
@@ -228,8 +235,9 @@ async def test_a_cancelled_call_is_cancelled_even_at_its_deadline(lifetime: Life
         started.set()
         await forever()
 
-    task = asyncio.create_task(call(lifetime, work, Deadline.after(0.0, now=clock())))
+    task = asyncio.create_task(call(lifetime, work, Deadline.after(0.01, now=clock())))
     await asyncio.sleep(0)
+    time.sleep(0.01)  # noqa: ASYNC251 - so that the deadline passes in this step
     task.cancel()
     await asyncio.wait([task])
     assert started.is_set()
