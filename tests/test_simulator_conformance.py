@@ -131,7 +131,7 @@ def schemathesis(
         "--header": f"X-API-KEY: {sim.api_key}",
         "--checks": "all",
         "--phases": phases,
-        "--max-examples": "60",
+        "--max-examples": "30",
         "--warnings": "off",
         **{f"--{name.replace('_', '-')}": value for name, value in more.items()},
     }

@@ -1,6 +1,6 @@
 """A fan-out against a server that often fails: every item has one outcome, and nothing leaks.
 
-`nox -s soak` runs it with 50,000 items, the suite with 500.
+`nox -s soak` runs it with 50,000 items, the suite with 250.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SERVER = Path(__file__).with_name("server.py")
 DESCRIPTORS = Path("/proc/self/fd")
 SMAPS = Path("/proc/self/smaps_rollup")
 
-ITEMS = int(os.environ.get("PROMPTLAYER_EXEC_SOAK_ITEMS", "500"))
+ITEMS = int(os.environ.get("PROMPTLAYER_EXEC_SOAK_ITEMS", "250"))
 LONG = ITEMS >= 10_000
 MAX_IN_FLIGHT = 500 if LONG else 50
 FAULTY_EVERY = 100 if LONG else 20
