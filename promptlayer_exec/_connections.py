@@ -97,7 +97,7 @@ class _Received:
 
     def __init__(self, protocol: ResponseHandler) -> None:
         self.anything = False
-        self._protocol = protocol
+        self.protocol = protocol
         self._receive = protocol.data_received
         protocol.data_received = self._note  # type: ignore[method-assign]
 
@@ -106,7 +106,7 @@ class _Received:
         self._receive(data)
 
     def end(self) -> None:
-        self._protocol.data_received = self._receive  # type: ignore[method-assign]
+        vars(self.protocol).pop("data_received", None)
 
 
 def _is_readable(transport: asyncio.Transport) -> bool:
@@ -290,7 +290,7 @@ class GuardedBody(aiohttp.Payload):
 
     def guard(self, protocol: ResponseHandler) -> _Received:
         """Note from now on whether the server answers before this is sent."""
-        if self._received is None:
+        if self._received is None or self._received.protocol is not protocol:
             self._received = _Received(protocol)
         return self._received
 

@@ -174,7 +174,7 @@ class Start:
         # The scope would take one more loop step, in which the request may be sent.
         self._task.cancel()
         # A limiter may suppress it, as `asyncio.wait_for` does at times on Python 3.11.
-        asyncio.get_running_loop().call_later(AGAIN, self._cancel_if_unneeded)
+        self._task.get_loop().call_later(AGAIN, self._cancel_if_unneeded)
 
     def _abandon(self) -> None:
         """Handle a start whose caller was cancelled, whether or not it has ended."""
