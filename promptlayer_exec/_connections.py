@@ -48,7 +48,7 @@ class _CleanConnector(aiohttp.TCPConnector):
         connection = await super().connect(req, traces, timeout)
         if connection.protocol is None or connection.protocol.should_close:
             connection.close()
-            raise _UncleanConnection("the server spoke first")
+            raise _UncleanConnection("the server spoke first, or closed the connection")
         return connection
 
 
@@ -102,7 +102,7 @@ class _Received:
         protocol.data_received = self._note  # type: ignore[method-assign]
 
     def _note(self, data: bytes) -> None:
-        self.anything = True
+        self.anything = self.anything or bool(data)
         self._receive(data)
 
     def end(self) -> None:
@@ -141,6 +141,9 @@ async def _send_once(
             tried += 1
             if tried == _CONNECTIONS_TRIED:
                 raise
+            # Let the loop notice which others the server has closed while the loop was busy.
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
         except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
             cause = error.__cause__
             if is_tls_failure(cause):
@@ -258,6 +261,7 @@ class SendOnce(Protocol):
         """Record that the server refused it, and started nothing."""
 
 
+_SENT_TWICE = "a start must not be sent twice"
 _ANSWERED_BEFORE = "the server answered, or closed the connection, before the start was sent"
 
 
@@ -296,7 +300,7 @@ class GuardedBody(aiohttp.Payload):
 
     async def write(self, writer: AbstractStreamWriter) -> None:
         if self.used is not None:  # a borrowed session's middleware sends again
-            raise ConnectionAbortedError("a start must not be sent twice")
+            raise ConnectionAbortedError(_SENT_TWICE)
         stream = cast(aiohttp.http.StreamWriter, writer)
         protocol = cast("ResponseHandler", stream.protocol)
         received = self.guard(protocol)
@@ -306,10 +310,11 @@ class GuardedBody(aiohttp.Payload):
             self.is_held = False
             await _let_answer_arrive(stream.transport, protocol)
         finally:
-            self._received = None
             received.end()
         if received.anything:
             raise ConnectionAbortedError(_ANSWERED_BEFORE)
+        if self.used is not None:  # the middleware sends several at once
+            raise ConnectionAbortedError(_SENT_TWICE)
         if clock() >= self._until:  # the loop was stopped, and no time is left
             raise ConnectionAbortedError("the request timeout passed before the start was sent")
         self._once.mark_sent()

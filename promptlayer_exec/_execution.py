@@ -289,7 +289,9 @@ class _Following:
     async def newer(self, seen: Snapshot | None, deadline: Deadline) -> Snapshot:
         if self._client is None or self._watch is None:
             return cast("Snapshot", self._execution._last)
-        self._client.lifetime.check_loop()  # the watch would never wake a task of another loop
+        lifetime = self._client.lifetime
+        if self._watch.latest is seen and not lifetime.is_closing():
+            lifetime.check_loop()  # the watch would never wake a task of another loop
         with _Recalling(self._execution):
             return self._execution._remember(await self._watch.newer(seen, deadline))
 

@@ -22,7 +22,7 @@ from promptlayer_exec._errors import (
 from promptlayer_exec._models import Snapshot, StartRequest
 from promptlayer_exec._repr import short_repr
 from promptlayer_exec._start import log_unknown
-from promptlayer_exec._tasks import Tasks, foreign_cancellation, is_cancelled
+from promptlayer_exec._tasks import CLEAN_UP, Tasks, foreign_cancellation, is_cancelled
 
 if TYPE_CHECKING:
     from promptlayer_exec._execution import Execution
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 ItemT = TypeVar("ItemT")
 OutputT = TypeVar("OutputT")
 Spawn = Callable[[Callable[[], Coroutine[Any, Any, None]]], None]
-
-# So many seconds after its cancellation, what gives the items has suppressed it.
-_CLEAN_UP = 10.0
 
 
 @attrs.frozen
@@ -160,8 +157,8 @@ class _FanOut(Generic[ItemT]):
             self.outcomes.put_nowait(None)
 
     async def _take_all(self) -> None:
-        # In a task of its own, which is cancelled seldom: a scope would cancel each `await` in the
-        # clean-up of a user's async generator.
+        # In a task of its own, which is cancelled once, and again if it seems to have suppressed
+        # that: a scope would cancel each `await` in the clean-up of a user's async generator.
         taking = asyncio.create_task(self._take(), name="promptlayer_exec.items")
         try:
             await asyncio.wait([taking])
@@ -170,7 +167,7 @@ class _FanOut(Generic[ItemT]):
             with anyio.CancelScope(shield=True):
                 while not taking.done():
                     taking.cancel()
-                    await asyncio.wait([taking], timeout=_CLEAN_UP)
+                    await asyncio.wait([taking], timeout=CLEAN_UP)
 
     async def _take(self) -> None:
         try:

@@ -14,6 +14,7 @@ import anyio
 from promptlayer_exec._errors import SessionClosed
 from promptlayer_exec._policies import Deadline
 from promptlayer_exec._tasks import (
+    LATE,
     PatientTimeout,
     Run,
     Tasks,
@@ -104,7 +105,7 @@ class Lifetime:
 
         Raises:
             SessionClosed: closing has begun.
-            DeadlinePassed: the deadline has passed already.
+            DeadlinePassed: the deadline has passed a while ago.
         """
         return _CallTimeout(self, deadline, soonest)
 
@@ -184,8 +185,8 @@ class _CallTimeout(PatientTimeout):
     def __init__(self, lifetime: Lifetime, deadline: Deadline, soonest: float) -> None:
         if lifetime.is_closing():
             raise SessionClosed
-        # Its timer would take it for one that fires late, and wait: each part of a call anew.
-        if lifetime._loop.time() > deadline.at:
+        # A timer set so far in the past counts as late, and would give each part more time.
+        if lifetime._loop.time() - deadline.at >= LATE:
             raise DeadlinePassed
         super().__init__(deadline.at, soonest=soonest)
         self._deadline = deadline

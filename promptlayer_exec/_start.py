@@ -22,7 +22,7 @@ from promptlayer_exec._models import StartRequest
 from promptlayer_exec._policies import Deadline
 from promptlayer_exec._repr import short_repr
 from promptlayer_exec._retry import RetryState
-from promptlayer_exec._tasks import AGAIN, foreign_cancellation, is_cancelled
+from promptlayer_exec._tasks import AGAIN, CLEAN_UP, foreign_cancellation, is_cancelled
 
 if TYPE_CHECKING:
     from promptlayer_exec._wire import Started
@@ -74,6 +74,7 @@ class Start:
     )
     _task: asyncio.Task[Any] | None = attrs.field(init=False, default=None)
     _scope: anyio.CancelScope = attrs.field(init=False, factory=anyio.CancelScope)
+    _repeat: asyncio.TimerHandle | None = attrs.field(init=False, default=None)
     _expired: Deadline | None = attrs.field(init=False, default=None)
     _hook_error: Exception | None = attrs.field(init=False, default=None)
 
@@ -126,6 +127,9 @@ class Start:
                 self._fail(self._judge(error))
         else:
             self._succeed(started)
+        finally:
+            self._task = None
+            self._stop_repeating()
 
     async def before_send(self) -> None:
         if self._hooks is None:
@@ -169,12 +173,19 @@ class Start:
         return self._expired is not None or self._answer.cancelled()
 
     def _cancel_if_unneeded(self) -> None:
-        if self._task is None or self._task.done() or self.sent or not self._is_unneeded():
+        self._stop_repeating()
+        if self._task is None or self.sent or not self._is_unneeded():
             return
         # The scope would take one more loop step, in which the request may be sent.
         self._task.cancel()
         # A limiter may suppress it, as `asyncio.wait_for` does at times on Python 3.11.
-        self._task.get_loop().call_later(AGAIN, self._cancel_if_unneeded)
+        again = CLEAN_UP if self._expired is None else AGAIN
+        self._repeat = self._task.get_loop().call_later(again, self._cancel_if_unneeded)
+
+    def _stop_repeating(self) -> None:
+        if self._repeat is not None:
+            self._repeat.cancel()
+            self._repeat = None
 
     def _abandon(self) -> None:
         """Handle a start whose caller was cancelled, whether or not it has ended."""

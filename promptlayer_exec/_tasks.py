@@ -68,13 +68,15 @@ async def begin_cancelled(run: Run) -> None:
 
 
 # A timer this many seconds late means that the loop was stopped, as by a debugger or Ctrl-Z.
-_LATE = 0.05
+LATE = 0.05
 # The most seconds to spend on reading what arrived meanwhile, before the callback is called.
 _LONGEST_READ = 1.0
 # Rounding may let a timer fire a little early.
 _EARLY = 0.001
-# A cancellation that was suppressed is repeated after so many seconds.
+# A cancellation that was suppressed is repeated after so many seconds, if somebody waits, ...
 AGAIN = 1.0
+# ... and after so many if it may be the clean-up of a user's code that takes so long.
+CLEAN_UP = 10.0
 
 
 class PatientTimer:
@@ -105,7 +107,7 @@ class PatientTimer:
     def _fire(self, callback: Callable[..., object], *args: Any) -> None:
         self._handle = None
         late = self._loop.time() - self._at
-        if late >= _LATE:
+        if late >= LATE:
             self._handle = self._loop.call_later(min(late, _LONGEST_READ), callback, *args)
         elif late > -_EARLY:
             callback(*args)
@@ -172,7 +174,7 @@ class PatientTimeout(PatientTimer):
         if not self._is_expired:
             self._is_expired = True
             self.cancel()
-            # Not in this step: the task may have been woken already, by an answer.
+            # Not in this step: an answer may have woken the task already, and would be lost.
             self._handle = self._loop.call_later(0.0, self._cancel_task)
 
     def _cancel_task(self) -> None:

@@ -62,7 +62,7 @@ _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
 # The body of a refusal is only read by people.
 _ERROR_BODY_BYTES = 64 * 1024
 _LONGEST_KEY = 1024
-# For the answer to a start: with a lower one, the values in 64 KiB would be counted.
+# For the answer to a start: so large that in one of up to 64 KiB no values are counted.
 _LEAST_START_LIMIT = 6 * 64 * 1024
 # More than aiohttp's defaults: large headers must not cost us the id of a started run.
 _LONGEST_HEADER = 32 * 1024
@@ -313,7 +313,7 @@ class Transport:
             )
             if once is not None and (not once.sent or _is_doubtful(answer)):
                 answer.close()
-                what = "the server answered before the request was sent"
+                what = "a part of the answer came before the start was sent"
                 raise aiohttp.ClientConnectionError(what)
             exchange.answer = answer
             # Read a little more of a refusal, so that a key at the cut is redacted as a whole.
@@ -414,8 +414,9 @@ def excess(body: bytes, limit: int) -> str:
 def _is_doubtful(answer: aiohttp.ClientResponse) -> bool:
     """Return True for a refusal whose head may have begun with another, unrequested head.
 
-    A part of one may have arrived on a borrowed connection before the start was sent. It then ends
-    within the reason or the value of a header, and the status line of the real answer follows.
+    A part of one may have arrived before the start was sent, unnoticed on a borrowed connection or
+    on uvloop. It then ends within the reason or the value of a header, and the status line of the
+    real answer follows.
     """
     texts = [answer.reason or "", *answer.headers.values()]
     return answer.status >= 300 and any(map(_STATUS_LINE.search, texts))

@@ -873,7 +873,7 @@ async def test_items_that_suppress_a_cancellation_and_wait_on_are_cancelled_agai
     sim: Simulator, session: Session, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
     """As a consumer with `asyncio.wait_for` in a loop does at times on Python 3.11."""
-    monkeypatch.setattr("promptlayer_exec._fanout._CLEAN_UP", 0.01)
+    monkeypatch.setattr("promptlayer_exec._fanout.CLEAN_UP", 0.01)
 
     async def items() -> AsyncIterator[int]:
         yield done(sim)

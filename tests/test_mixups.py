@@ -181,7 +181,9 @@ async def test_a_refusal_with_another_head_in_its_own_does_not_prove_that_nothin
 
     peer.respond = respond
     async with session_at(peer) as session:
-        with pytest.raises(StartUnknown, match="answered before the request was sent"):
+        with pytest.raises(
+            StartUnknown, match="a part of the answer came before the start was sent"
+        ):
             await session.start("name")
     assert peer.posts() == 1
 
@@ -254,6 +256,27 @@ def trust(monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
     authority.issue_cert("localhost").configure_cert(theirs)
     monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", ours)
     return theirs
+
+
+async def test_many_connections_that_the_server_closed_meanwhile_are_no_failure(
+    peer: Peer, recorder: Any
+) -> None:
+    """However many were closed while the loop was busy, each request soon has a good one."""
+    both = asyncio.Barrier(30)
+
+    async def together(head: str, writer: asyncio.StreamWriter) -> None:
+        await both.wait()
+        await peer.echo(head, writer)
+
+    async with session_at(peer, observers=[recorder]) as session:
+        peer.respond = together
+        await asyncio.gather(*(value_of(session, number) for number in range(1, 31)))
+        peer.respond = peer.echo
+        for writer in peer.writers:
+            writer.write_eof()  # which the loop reads only after the next step
+        got = await asyncio.gather(*(value_of(session, number) for number in range(1, 31)))
+    assert got == [str(number) for number in range(1, 31)]
+    assert recorder.events == []
 
 
 async def test_many_connections_with_surplus_responses_are_all_closed(peer: Peer) -> None:
@@ -490,6 +513,35 @@ async def test_a_cut_number_is_not_taken_for_a_complete_one(peer: Peer, how: str
         assert (await session.get_results(1)).value == 1234567890
     assert len(peer.requests) == 2
     assert "Accept-Encoding: identity" in peer.requests[0][1]
+
+
+async def test_a_middleware_that_sends_twice_at_once_does_not_send_a_start_twice(
+    peer: Peer,
+) -> None:
+    """As a hedging one does, while `before_send` waits."""
+
+    async def hedge(
+        request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+    ) -> aiohttp.ClientResponse:
+        tasks = [asyncio.ensure_future(handler(request)) for _ in range(2)]
+        await asyncio.wait(tasks)
+        return next(task.result() for task in tasks if task.exception() is None)
+
+    class Hooks:
+        async def before_send(self) -> None:
+            for _ in range(20):
+                await asyncio.sleep(0)
+
+        async def not_sent(self) -> None:
+            pass
+
+    async with (
+        aiohttp.ClientSession(middlewares=[hedge]) as http,
+        session_at(peer, http=http) as session,
+    ):
+        with suppress(StartUnknown):
+            await integration.start(session, StartRequest("name"), hooks=Hooks())
+    assert peer.posts() == 1
 
 
 async def test_a_middleware_that_sends_again_does_not_send_a_start_twice(peer: Peer) -> None:

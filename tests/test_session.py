@@ -405,6 +405,28 @@ def test_an_open_session_is_refused_in_a_second_loop(threaded_sim: Simulator) ->
     assert len(refusals) == 5
 
 
+def test_a_stream_may_end_in_a_second_loop_if_it_need_not_wait(threaded_sim: Simulator) -> None:
+    """The complete snapshot is at hand, and the session is closed."""
+    held = threaded_sim.add_execution(Scenario([SimNode("A", duration=None)]))
+    session = quick(threaded_sim)
+    stream = session.execution(held).stream()
+
+    async def begin() -> None:
+        assert not (await anext(stream)).complete
+        threaded_sim.finish(held, "A")
+        await session.execution(held).wait()
+        await session.aclose()
+
+    async def end() -> None:
+        assert [snapshot.complete async for snapshot in stream] == [True]
+
+    loops = [asyncio.new_event_loop(), asyncio.new_event_loop()]
+    loops[0].run_until_complete(begin())  # `asyncio.run` would close the stream
+    loops[1].run_until_complete(end())
+    for loop in loops:
+        loop.close()
+
+
 def test_a_session_left_open_ends_with_its_loop(threaded_sim: Simulator) -> None:
     """Nothing leaks; another loop can use it once it has entered it."""
     held = threaded_sim.add_execution(Scenario([SimNode("A", duration=None)]))

@@ -993,6 +993,32 @@ async def test_a_limiter_that_swallows_the_cancellation_cannot_prolong_a_start(
     assert sim.request_count == 0
 
 
+async def test_a_limiter_may_clean_up_when_the_caller_is_cancelled(
+    open_session: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for the start any more, so the cancellation is repeated only after a while."""
+    monkeypatch.setattr("promptlayer_exec._start.AGAIN", 0.0)
+    entered, released = asyncio.Event(), asyncio.Event()
+
+    class Limiter:
+        async def acquire(self) -> None:
+            entered.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                for _ in range(20):
+                    await asyncio.sleep(0)
+                released.set()
+
+    starting = asyncio.create_task(open_session(limiter=Limiter()).start(NAME))
+    await entered.wait()
+    starting.cancel()
+    async with asyncio.timeout(5.0):
+        await released.wait()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+
+
 async def test_a_limiter_that_swallows_a_cancellation_and_waits_on_is_cancelled_again(
     sim: Simulator, open_session: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
 ) -> None:
