@@ -111,8 +111,6 @@ class _Received:
 
 def _is_readable(transport: asyncio.Transport) -> bool:
     descriptor = transport.get_extra_info("socket").fileno()
-    if descriptor < 0:  # it was closed
-        return True
     if not hasattr(select, "poll"):  # Windows
         return bool(select.select([descriptor], [], [], 0)[0])
     poll = select.poll()
@@ -308,10 +306,10 @@ class GuardedBody(aiohttp.Payload):
             self.is_held = True
             await self._once.before_send()
             self.is_held = False
-            await _let_answer_arrive(stream.transport, protocol)
+            await _let_answer_arrive(stream.transport)
         finally:
             received.end()
-        if received.anything:
+        if received.anything or len(protocol):
             raise ConnectionAbortedError(_ANSWERED_BEFORE)
         if self.used is not None:  # the middleware sends several at once
             raise ConnectionAbortedError(_SENT_TWICE)
@@ -323,14 +321,14 @@ class GuardedBody(aiohttp.Payload):
         await writer.write(self._body)
 
 
-async def _let_answer_arrive(
-    transport: asyncio.Transport | None, protocol: ResponseHandler
-) -> None:
-    """Let the loop read what has arrived before a start is sent: an answer cancels this task."""
-    while len(protocol):  # noqa: ASYNC110 - a step each
-        await asyncio.sleep(0)
-    while transport is not None and _is_readable(transport):
-        if transport.is_closing() or transport.get_extra_info("ssl_object") is None:
+async def _let_answer_arrive(transport: asyncio.Transport | None) -> None:
+    """Let the loop read what has arrived before a start is sent."""
+    while True:
+        if transport is None or transport.is_closing():
+            raise ConnectionAbortedError(_ANSWERED_BEFORE)
+        if not _is_readable(transport):
+            return
+        if transport.get_extra_info("ssl_object") is None:  # there, nothing else can arrive
             raise ConnectionAbortedError(_ANSWERED_BEFORE)
         await asyncio.sleep(0)
 
