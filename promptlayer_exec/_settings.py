@@ -247,7 +247,7 @@ class Settings:
         """Return the deadline of a wait that begins now; `...` means the default timeout."""
         if timeout is ...:
             timeout = self.wait_timeout
-        return Deadline(timeout, math.inf if timeout is None else now + timeout)
+        return Deadline.after(timeout, now=now)
 
     def __attrs_post_init__(self) -> None:
         find_api_key(self.api_key)
