@@ -81,7 +81,7 @@ async def _is_for_protocol(transport: asyncio.Transport, protocol: ResponseHandl
 
     The head of a response would start in aiohttp's parser, which shows nothing until it is whole.
     """
-    if transport.get_extra_info("ssl_object") is None:
+    if _is_plain(transport):
         return True
     received = _Received(protocol)
     try:
@@ -107,6 +107,11 @@ class _Received:
 
     def end(self) -> None:
         vars(self.protocol).pop("data_received", None)
+
+
+def _is_plain(transport: asyncio.Transport) -> bool:
+    """Return True without TLS, which has messages of its own: then all that arrives is HTTP."""
+    return transport.get_extra_info("ssl_object") is None
 
 
 def _is_readable(transport: asyncio.Transport) -> bool:
@@ -328,7 +333,7 @@ async def _let_answer_arrive(transport: asyncio.Transport | None) -> None:
             raise ConnectionAbortedError(_ANSWERED_BEFORE)
         if not _is_readable(transport):
             return
-        if transport.get_extra_info("ssl_object") is None:  # there, nothing else can arrive
+        if _is_plain(transport):
             raise ConnectionAbortedError(_ANSWERED_BEFORE)
         await asyncio.sleep(0)
 
