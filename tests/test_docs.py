@@ -15,8 +15,8 @@ import sys
 import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -538,32 +538,30 @@ def test_the_line_on_observing_silences_the_first_failure(*, silenced: bool) -> 
     assert shown in text
 
 
-async def test_the_client_session_on_security_reads_no_surplus_response() -> None:
+async def test_the_client_session_on_security_reads_no_surplus_response(
+    listen: Callable[..., Awaitable[int]],
+) -> None:
     """The server repeats its last response on a connection just after the next request came."""
     text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
     (call,) = re.findall(r"`(aiohttp\.ClientSession\(.*)`", text)
 
     async def repeat(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         last = b""
-        with suppress(asyncio.IncompleteReadError, ConnectionError):
-            while head := await reader.readuntil(b"\r\n\r\n"):
-                number = head.partition(b"execution_id=")[2].partition(b"&")[0]
-                response = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(number) + number
-                writer.write(last + response)
-                await writer.drain()
-                last = response
-        writer.close()
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            number = head.partition(b"execution_id=")[2].partition(b"&")[0]
+            response = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(number) + number
+            writer.write(last + response)
+            await writer.drain()
+            last = response
 
     async def read(**settings: Any) -> list[Any]:
         async with Session("key", base_url=base_url, **settings) as session:
             return [(await session.get_results(number)).value for number in (1, 2)]
 
-    server = await asyncio.start_server(repeat, "127.0.0.1", 0)
-    base_url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    async with server:
-        assert await read() == [1, 1]  # what cannot be detected
-        async with eval(call, {"aiohttp": aiohttp}) as http:
-            assert await read(http=http) == [1, 2]
+    base_url = f"http://127.0.0.1:{await listen(repeat)}"
+    assert await read() == [1, 1]  # what cannot be detected
+    async with eval(call, {"aiohttp": aiohttp}) as http:
+        assert await read(http=http) == [1, 2]
 
 
 async def test_the_code_on_failures_returns_the_result_or_the_reason(

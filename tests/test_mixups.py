@@ -48,6 +48,9 @@ def nodes(value: Any) -> dict[str, Any]:
     return {"Node 1": {"status": "SUCCESS", "value": value, "is_output_node": True}}
 
 
+Listen = Callable[..., Awaitable[int]]
+
+
 class Peer:
     """A server of raw answers.
 
@@ -150,22 +153,17 @@ async def test_a_surplus_response_on_an_idle_connection_is_never_used(
 
 @pytest.mark.parametrize("is_secure", [False, True], ids=["plain", "TLS"])
 async def test_the_first_bytes_of_a_surplus_head_are_never_used(
-    peer: Peer, monkeypatch: pytest.MonkeyPatch, *, is_secure: bool
+    listen: Listen, peer: Peer, monkeypatch: pytest.MonkeyPatch, *, is_secure: bool
 ) -> None:
     """They would become the head of the next answer, with another status."""
-    server = None
     if is_secure:
-        theirs = trust(monkeypatch)
-        server = await asyncio.start_server(peer.serve, "127.0.0.1", 0, ssl=theirs)
-        peer.url = f"https://localhost:{server.sockets[0].getsockname()[1]}"
+        peer.url = f"https://localhost:{await listen(peer.serve, trust(monkeypatch))}"
     async with session_at(peer) as session:
         assert await value_of(session, 1) == "1"
         peer.writers[0].write(b"HTTP/1.1 404 Not Found\r\nX-Stale: ")
         for number in range(2, 12):
             assert await value_of(session, number) == str(number)
     assert {connection for connection, _ in peer.requests} == {0, 1}
-    if server is not None:
-        server.close()
 
 
 @pytest.mark.parametrize("part", [b"Too Many", b"Too Many Requests\r\nVia: "])
@@ -252,6 +250,7 @@ async def do_nothing(writer: asyncio.StreamWriter) -> None:
 @pytest.mark.parametrize("is_secure", [False, True], ids=["plain", "TLS"])
 @pytest.mark.parametrize("act", [do_nothing, write_early, write_late, end])
 async def test_a_part_of_a_head_before_a_start_is_sent_is_not_its_answer(
+    listen: Listen,
     peer: Peer,
     monkeypatch: pytest.MonkeyPatch,
     *,
@@ -273,10 +272,9 @@ async def test_a_part_of_a_head_before_a_start_is_sent_is_not_its_answer(
         await asyncio.sleep(0)
         await act(peer.writers[0])
 
-    theirs = trust(monkeypatch) if is_secure else None
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=theirs)
-    peer.url = f"http{'s' if is_secure else ''}://localhost:{server.sockets[0].getsockname()[1]}"
-    async with server, AsyncExitStack() as stack:
+    port = await listen(serve, trust(monkeypatch) if is_secure else None)
+    peer.url = f"http{'s' if is_secure else ''}://localhost:{port}"
+    async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(aiohttp.ClientSession()) if is_borrowed else None
         session = await stack.enter_async_context(session_at(peer, http=http))
         request = StartRequest("name")
@@ -338,19 +336,18 @@ async def test_many_connections_with_surplus_responses_are_all_closed(peer: Peer
     assert got == [str(number) for number in range(1, 41)]
 
 
-async def test_a_response_before_any_request_is_a_failed_connection(peer: Peer) -> None:
+async def test_a_response_before_any_request_is_a_failed_connection(
+    listen: Listen, peer: Peer
+) -> None:
     """Its bytes cannot be the answer; after a few connections it is an error."""
 
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(answer(200, nodes("a greeting")))
         peer.writers.append(writer)
-        with suppress(ConnectionError):
-            await reader.read()
-        writer.close()
+        await reader.read()
 
-    server = await asyncio.start_server(greet, "127.0.0.1", 0)
-    peer.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    async with server, session_at(peer, retry=RetryPolicy(outage=0.0)) as session:
+    peer.url = f"http://127.0.0.1:{await listen(greet)}"
+    async with session_at(peer, retry=RetryPolicy(outage=0.0)) as session:
 
         async def ask() -> None:
             # A request that is sent just before the greeting arrives takes it for its response.

@@ -14,8 +14,8 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -189,6 +189,9 @@ def server_context(
     return context
 
 
+Listen = Callable[..., Awaitable[int]]
+
+
 async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Write what is read until the end, and close."""
     with suppress(OSError):
@@ -198,25 +201,31 @@ async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
     writer.close()
 
 
-@asynccontextmanager
-async def tls_before(sim: Simulator, context: ssl.SSLContext | None) -> AsyncIterator[str]:
-    """Yield the https URL of a server in front of a simulator; without a context, it has no TLS."""
+@pytest.fixture
+def tls_before_sim(listen: Listen, sim: Simulator) -> Callable[..., Awaitable[str]]:
+    """Return a function that starts a TLS server before `sim`, and returns its https URL.
+
+    Without a context it has no TLS.
+    """
     port = int(sim.base_url.rpartition(":")[2])
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         up, down = await asyncio.open_connection("127.0.0.1", port)
-        await asyncio.gather(copy(reader, down), copy(up, writer))
+        try:
+            await asyncio.gather(copy(reader, down), copy(up, writer))
+        finally:
+            down.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
-    async with server:
-        yield f"https://localhost:{server.sockets[0].getsockname()[1]}"
+    async def start(context: ssl.SSLContext | None) -> str:
+        return f"https://localhost:{await listen(serve, context)}"
+
+    return start
 
 
 @pytest.fixture
-async def https(sim: Simulator, authority: trustme.CA) -> AsyncIterator[str]:
+async def https(tls_before_sim: Callable[..., Awaitable[str]], authority: trustme.CA) -> str:
     """Return the URL of a server with a certificate of the authority's, in front of `sim`."""
-    async with tls_before(sim, server_context(authority)) as url:
-        yield url
+    return await tls_before_sim(server_context(authority))
 
 
 @pytest.fixture
@@ -439,20 +448,22 @@ async def test_https_is_tunnelled(
 
 
 async def test_a_client_certificate_is_shown_to_a_server_that_demands_one(
+    tls_before_sim: Callable[..., Awaitable[str]],
     sim: Simulator,
     authority: trustme.CA,
     authority_file: Path,
     client_certificate: Path,
+    *,
     page_session: Callable[..., Any],
 ) -> None:
     """The page's function loads it."""
     context = server_context(authority)
     context.verify_mode = ssl.CERT_REQUIRED
     authority.configure_trust(context)
-    async with tls_before(sim, context) as url:
-        arguments = (url, authority_file, client_certificate)
-        async with page_session(PRIVATE, "private_session", *arguments) as session:
-            await use(session, sim)
+    url = await tls_before_sim(context)
+    arguments = (url, authority_file, client_certificate)
+    async with page_session(PRIVATE, "private_session", *arguments) as session:
+        await use(session, sim)
 
 
 async def run(*command: str, **variables: str) -> tuple[str, str]:
@@ -578,12 +589,13 @@ def retries(recorder: Any) -> int:
     ids=["unknown authority", "another host", "expired", "no TLS"],
 )
 async def test_tls_failures_are_raised_at_once_with_the_text_on_the_page(
-    sim: Simulator,
+    tls_before_sim: Callable[..., Awaitable[str]],
     open_session: Callable[..., Session],
     recorder: Any,
     authority: trustme.CA,
     proxy: Proxy,
     *,
+    sim: Simulator,
     index: int,
     server: dict[str, Any] | None,
     trusted: bool,
@@ -593,17 +605,15 @@ async def test_tls_failures_are_raised_at_once_with_the_text_on_the_page(
     mine = ssl.create_default_context()
     if trusted:
         authority.configure_trust(mine)
-    async with tls_before(sim, context) as url:
-        for through in (None, f"http://{proxy.address}"):
-            async with (
-                aiohttp.ClientSession(
-                    connector=aiohttp.TCPConnector(ssl=mine), proxy=through
-                ) as http,
-                open_session(base_url=url, http=http) as session,
-            ):
-                assert as_on_the_page(await failure(session), url) == TLS_FAILURES[index]
-                with pytest.raises(ConnectionFailed, match="no TLS connection"):
-                    await session.start("write-report")
+    url = await tls_before_sim(context)
+    for through in (None, f"http://{proxy.address}"):
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=mine), proxy=through) as http,
+            open_session(base_url=url, http=http) as session,
+        ):
+            assert as_on_the_page(await failure(session), url) == TLS_FAILURES[index]
+            with pytest.raises(ConnectionFailed, match="no TLS connection"):
+                await session.start("write-report")
     assert retries(recorder) == 0
     assert sim.requests == []
     proxy.request()
@@ -630,9 +640,9 @@ async def test_a_proxy_that_is_down_is_a_connection_that_failed(
         assert (await failure(session)).attempts == 1 + retries(recorder) > 1
 
 
-@asynccontextmanager
-async def refusing_proxy() -> AsyncIterator[tuple[str, list[str]]]:
-    """Yield the address of a proxy that answers 407, and the heads of the requests to it."""
+@pytest.fixture
+async def refusing_proxy(listen: Listen) -> tuple[str, list[str]]:
+    """Return the address of a proxy that answers 407, and the heads of the requests to it."""
     heads: list[str] = []
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -643,15 +653,13 @@ async def refusing_proxy() -> AsyncIterator[tuple[str, list[str]]]:
             b"Content-Length: 17\r\nConnection: close\r\n\r\n<h1>Refused</h1>\n"
         )
         await writer.drain()
-        writer.close()
 
-    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
-    async with server:
-        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}", heads
+    return f"127.0.0.1:{await listen(refuse)}", heads
 
 
 @pytest.mark.parametrize("borrowed", [False, True])
 async def test_a_refused_tunnel_sends_neither_the_key_nor_a_start(
+    refusing_proxy: tuple[str, list[str]],
     open_session: Callable[..., Session],
     settings: Callable[..., None],
     caplog: pytest.LogCaptureFixture,
@@ -660,8 +668,8 @@ async def test_a_refused_tunnel_sends_neither_the_key_nor_a_start(
 ) -> None:
     """The error has the proxy's status, and no password that was in its URL."""
     url = "https://localhost:1"
+    proxy, heads = refusing_proxy
     async with AsyncExitStack() as stack:
-        proxy, heads = await stack.enter_async_context(refusing_proxy())
         proxy_url = f"http://{USER}:secret@{proxy}"
         overrides: dict[str, Any] = {"trust_env": True}
         if borrowed:
@@ -687,14 +695,17 @@ async def test_a_refused_tunnel_sends_neither_the_key_nor_a_start(
 
 
 async def test_a_refused_request_over_http_is_an_error_status(
-    open_session: Callable[..., Session], recorder: Any, settings: Callable[..., None]
+    refusing_proxy: tuple[str, list[str]],
+    open_session: Callable[..., Session],
+    recorder: Any,
+    settings: Callable[..., None],
 ) -> None:
     """It is raised at once; a start was refused, too, and not lost."""
-    async with refusing_proxy() as (proxy, heads):
-        settings(HTTP_PROXY=f"http://{proxy}")
-        async with open_session(base_url="http://localhost:1", trust_env=True) as session:
-            assert str(await failure(session, StatusError)) == REFUSED[0]
-            with pytest.raises(StatusError, match="407"):
-                await session.start("write-report")
+    proxy, heads = refusing_proxy
+    settings(HTTP_PROXY=f"http://{proxy}")
+    async with open_session(base_url="http://localhost:1", trust_env=True) as session:
+        assert str(await failure(session, StatusError)) == REFUSED[0]
+        with pytest.raises(StatusError, match="407"):
+            await session.start("write-report")
     assert [head.split()[0] for head in heads] == ["GET", "POST"]
     assert retries(recorder) == 0

@@ -9,7 +9,7 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,33 +30,22 @@ def authority() -> trustme.CA:
 
 
 @pytest.fixture
-async def serve() -> AsyncIterator[Callable[..., str]]:
+def serve(listen: Callable[..., Awaitable[int]]) -> Callable[..., Awaitable[str]]:
     """Return a function that starts a server with an SSL context, and returns its base URL."""
-    servers: list[asyncio.Server] = []
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            # A server without TLS does not understand the first bytes, and says so.
-            first = await reader.readexactly(3)
-            if first == b"GET":
-                await reader.readuntil(b"\r\n\r\n")
-            writer.write(ANSWER)
-            await writer.drain()
-            await reader.read()
-        except (OSError, asyncio.IncompleteReadError):
-            pass
-        finally:
-            writer.close()
+        # A server without TLS does not understand the first bytes, and says so.
+        first = await reader.readexactly(3)
+        if first == b"GET":
+            await reader.readuntil(b"\r\n\r\n")
+        writer.write(ANSWER)
+        await writer.drain()
+        await reader.read()
 
     async def start(context: ssl.SSLContext | None) -> str:
-        server = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context)
-        servers.append(server)
-        return f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        return f"https://127.0.0.1:{await listen(answer, context)}"
 
-    yield start
-    for server in servers:
-        server.close()
-        await server.wait_closed()
+    return start
 
 
 def server_context(authority: trustme.CA, *names: str, expired: bool = False) -> ssl.SSLContext:
@@ -304,7 +293,7 @@ async def test_ssl_cert_file_is_used(
 
 
 async def test_a_connection_closed_in_the_handshake_is_retried(
-    authority: trustme.CA,
+    listen: Callable[..., Awaitable[int]],
 ) -> None:
     """It can pass by waiting, so it is not a TLS failure."""
     tries = 0
@@ -313,14 +302,10 @@ async def test_a_connection_closed_in_the_handshake_is_retried(
         nonlocal tries
         tries += 1
         await reader.read(1)
-        writer.close()
 
-    server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
-    base_url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    async with (
-        server,
-        Session("key", base_url=base_url, retry=RetryPolicy(outage=0.05, base=0.01)) as session,
-    ):
+    base_url = f"https://127.0.0.1:{await listen(hang_up)}"
+    retry = RetryPolicy(outage=0.05, base=0.01)
+    async with Session("key", base_url=base_url, retry=retry) as session:
         with pytest.raises(ConnectionFailed):
             await session.get_results(787)
     assert tries > 1
