@@ -48,7 +48,8 @@ class Lifetime:
         self._ready = asyncio.Event()
         self._closing = asyncio.Event()
         self._ended = asyncio.Event()
-        self.calls: set[PatientTimeout] = set()
+        # In order: of those that wait for a slot, the first to end is then the first in its queue.
+        self.calls: dict[PatientTimeout, None] = {}
         self._calls_ended = asyncio.Event()
         self._tasks: TaskGroup
         self._not_begun: dict[Run, Coroutine[Any, Any, None]] = {}
@@ -111,7 +112,7 @@ class Lifetime:
 
     def left(self, timeout: PatientTimeout) -> None:
         """Forget the timeout of a part of a call that has ended."""
-        self.calls.discard(timeout)
+        self.calls.pop(timeout, None)
         if not self.calls and self._closing.is_set():
             self._calls_ended.set()
 
@@ -191,7 +192,7 @@ class _CallTimeout(PatientTimeout):
         super().__init__(deadline.at, soonest=soonest)
         self._deadline = deadline
         self._lifetime = lifetime
-        lifetime.calls.add(self)
+        lifetime.calls[self] = None
 
     def _leave(self, error: BaseException | None) -> None:
         self._lifetime.left(self)

@@ -586,6 +586,26 @@ async def test_closing_ends_a_call_that_waits_for_the_rate(
     assert sim.request_count == 1
 
 
+async def test_closing_ends_waiting_calls_in_their_order(
+    sim: Simulator, open_session: Callable[..., Session], held: int
+) -> None:
+    """In another order, each would be searched for in the queue of the connections."""
+    sim.inject(Fault.stall(None))
+    ended: list[int] = []
+
+    async def wait(number: int) -> None:
+        with pytest.raises(SessionClosed):
+            await session.get_results(held)
+        ended.append(number)
+
+    session = open_session(max_connections=1, rate=None)
+    calls = [asyncio.create_task(wait(number)) for number in range(100)]
+    await sim.wait_for_requests(1)
+    await session.aclose()
+    await asyncio.gather(*calls)
+    assert ended[1:] == list(range(1, 100))  # the first closes its connection
+
+
 async def test_cancelling_a_call_cancels_it_alone(
     sim: Simulator, session: Session, held: int
 ) -> None:
