@@ -71,6 +71,7 @@ class RunningItem(Generic[ItemT]):
     index: int
     item: ItemT
     execution: Execution | None = None
+    has_ended: bool = False
 
     @property
     def snapshot(self) -> Snapshot | None:
@@ -190,6 +191,8 @@ class _FanOut(Generic[ItemT]):
         self._tasks.start(partial(self._run_one, item), name="promptlayer_exec.item")
 
     async def _run_one(self, item: RunningItem[ItemT]) -> None:
+        if item.has_ended:  # and was cancelled in its last step
+            return
         output: Any = None
         error: Exception | None = None
         try:
@@ -207,6 +210,8 @@ class _FanOut(Generic[ItemT]):
             self._fail(fatal)
             report_abandoned(item)
             return
+        finally:
+            item.has_ended = True
         outcome = Outcome(item.index, item.item, item.execution, item.snapshot, output, error)
         if self._is_abandoned:
             report_abandoned(outcome)

@@ -23,7 +23,8 @@ class Tasks:
 
     asyncio runs nothing of a task that is cancelled before its first step, not even its `finally`.
     Here, such a task begins all the same, and is cancelled at its first `await`, so that whatever
-    waits for it learns that it has ended.
+    waits for it learns that it has ended. So does a task that is cancelled in its last step: it
+    must then find that its work is done.
     """
 
     def __init__(self) -> None:
@@ -62,7 +63,12 @@ async def begin_cancelled(run: Run) -> None:
     try:
         await run()
     finally:
-        # If it ended without an `await`, the cancellation still waits for one.
+        await receive_cancellation()
+
+
+async def receive_cancellation() -> None:
+    """Receive a cancellation that waits for an `await`: a task that ends with it is cancelled."""
+    if is_cancelled():
         with suppress(asyncio.CancelledError):
             await asyncio.sleep(0)
 

@@ -338,6 +338,27 @@ async def test_closing_the_session_ends_the_fan_out(
     assert our_tasks() == []
 
 
+async def test_an_item_that_is_cancelled_in_its_last_step_has_one_outcome(
+    open_session: Callable[..., Session], sim: Simulator
+) -> None:
+    """Nothing of it is left to be awaited, so its task ends as cancelled all the same."""
+
+    def convert(value: Any, _: Any) -> int:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        return int(value)
+
+    class Number:
+        pass
+
+    converter = cattrs.Converter()
+    converter.register_structure_hook(Number, convert)
+    session = open_session(converter=converter)
+    outcomes = await session.collect([done(sim, 1), done(sim, 2)], into=Number)
+    assert [outcome.output for outcome in outcomes] == [1, 2]
+
+
 async def test_a_closed_session_refuses_a_fan_out(session: Session) -> None:
     """It raises `SessionClosed` and takes no item."""
     items = iter([1, 2])

@@ -22,6 +22,7 @@ import anyio
 import pytest
 
 from promptlayer_exec import (
+    BadRequest,
     ConfigurationError,
     Event,
     Execution,
@@ -716,6 +717,26 @@ def interrupted(
         loop.run_until_complete(session.get_results(held))
         loop.run_until_complete(session.aclose())
         return task
+
+
+async def test_a_start_whose_task_is_cancelled_in_its_last_step_does_not_close_the_session(
+    sim: Simulator, open_session: Callable[..., Session], held: int
+) -> None:
+    """Here, an observer cancels it; so does the library itself when a handshake is refused."""
+
+    def observe(event: Event) -> None:
+        task = asyncio.current_task()
+        if isinstance(event, StartFailed) and task is not None:
+            task.cancel()
+
+    session = open_session(observers=[observe])
+    waiting = asyncio.create_task(session.execution(held).wait())
+    await sim.wait_for_requests(1)
+    sim.inject(Fault.status(400))
+    with pytest.raises(BadRequest):
+        await session.start("Example")
+    sim.finish(held, "Answer")
+    assert (await waiting).complete
 
 
 async def test_a_borrowed_client_session_that_was_closed_is_reported(
