@@ -10,6 +10,7 @@ import ssl
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, Self, cast
 
 import aiohttp
@@ -39,6 +40,42 @@ class _UncleanConnection(aiohttp.ClientConnectionError):
     """The connection was not used: it was closed, or had bytes that no request asked for."""
 
 
+class _Interposed(asyncio.Protocol):
+    """Stands between a transport and its protocol until `end`, and notes whether data arrives."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self.transport = transport
+        self.protocol = cast("ResponseHandler", transport.get_protocol())
+        self.anything = False
+        transport.set_protocol(self)
+
+    def data_received(self, data: bytes) -> None:
+        self.anything = True
+        self.protocol.data_received(data)
+
+    def eof_received(self) -> None:
+        self.protocol.eof_received()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.protocol.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self.protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        self.protocol.resume_writing()
+
+    def end(self) -> None:
+        self.transport.set_protocol(self.protocol)
+
+
+class _Idle(_Interposed):
+    """Closes a connection of the pool on which the server speaks without being asked."""
+
+    def data_received(self, _data: bytes) -> None:
+        self.transport.abort()
+
+
 class _CleanConnector(aiohttp.TCPConnector):
     """Gives no connection on which the server spoke first, as with the end of the handshake."""
 
@@ -46,10 +83,31 @@ class _CleanConnector(aiohttp.TCPConnector):
         self, req: aiohttp.ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
     ) -> aiohttp.connector.Connection:
         connection = await super().connect(req, traces, timeout)
+        try:
+            await _take(connection.transport)
+        except BaseException:
+            connection.close()
+            raise
         if connection.protocol is None or connection.protocol.should_close:
             connection.close()
             raise _UncleanConnection("the server spoke first, or closed the connection")
+        connection.add_callback(partial(_leave_idle, connection.transport))
         return connection
+
+
+async def _take(transport: asyncio.Transport | None) -> None:
+    """Take a connection into use, from the pool or new."""
+    if transport is None:
+        return
+    if isinstance(idle := transport.get_protocol(), _Idle):
+        idle.end()
+    elif not _is_plain(transport):
+        await asyncio.sleep(0)  # uvloop hands on what came with the handshake a step later
+
+
+def _leave_idle(transport: asyncio.Transport | None) -> None:
+    if transport is not None and not transport.is_closing():
+        _Idle(transport)
 
 
 class _CleanRequest(aiohttp.ClientRequest):
@@ -63,50 +121,40 @@ class _CleanRequest(aiohttp.ClientRequest):
 
     async def send(self, conn: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
         transport, protocol = conn.transport, conn.protocol
-        is_unclean = protocol is None or (
-            transport is not None
-            and _is_readable(transport)
-            and await _is_for_protocol(transport, protocol)
-        )
-        if is_unclean or protocol is None or not protocol.is_connected() or protocol.should_close:
+        if transport is None or protocol is None or not await _is_clean(transport, protocol):
             raise _UncleanConnection("the connection was closed, or had unrequested bytes")
         self.used = transport
         if isinstance(self.body, GuardedBody):
-            self.body.guard(protocol)
+            self.body.guard(transport)
         return await super().send(conn)
 
 
-async def _is_for_protocol(transport: asyncio.Transport, protocol: ResponseHandler) -> bool:
+async def _is_clean(transport: asyncio.Transport, protocol: ResponseHandler) -> bool:
+    if transport.is_closing():
+        return False
+    if _is_readable(transport) and await _is_for_protocol(transport):
+        return False
+    return not (transport.is_closing() or protocol.should_close)
+
+
+# Steps of the loop in which it notices what is in a socket, and hands it to the protocol.
+_STEPS = 2
+
+
+async def _is_for_protocol(transport: asyncio.Transport) -> bool:
     """Return True if what is in the socket, which the loop has not read, is more than TLS's own.
 
     The head of a response would start in aiohttp's parser, which shows nothing until it is whole.
     """
     if _is_plain(transport):
         return True
-    received = _Received(protocol)
+    received = _Interposed(transport)
     try:
-        await asyncio.sleep(0)  # one step to notice it, one to read it
-        await asyncio.sleep(0)
+        for _ in range(_STEPS):
+            await asyncio.sleep(0)
     finally:
         received.end()
     return received.anything
-
-
-class _Received:
-    """Notes whether any data is received; not on uvloop, whose transports do not look it up."""
-
-    def __init__(self, protocol: ResponseHandler) -> None:
-        self.anything = False
-        self.protocol = protocol
-        self._receive = protocol.data_received
-        protocol.data_received = self._note  # type: ignore[method-assign]
-
-    def _note(self, data: bytes) -> None:
-        self.anything = self.anything or bool(data)
-        self._receive(data)
-
-    def end(self) -> None:
-        vars(self.protocol).pop("data_received", None)
 
 
 def _is_plain(transport: asyncio.Transport) -> bool:
@@ -282,7 +330,7 @@ class GuardedBody(aiohttp.Payload):
         self._until = until
         self.is_held = False  # whether it waits for the permission to be sent
         self.used: asyncio.Transport | None = None
-        self._received: _Received | None = None
+        self._received: _Interposed | None = None
 
     @property
     def size(self) -> int:
@@ -295,23 +343,25 @@ class GuardedBody(aiohttp.Payload):
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return self._body.decode(encoding, errors)
 
-    def guard(self, protocol: ResponseHandler) -> _Received:
+    def guard(self, transport: asyncio.Transport) -> _Interposed:
         """Note from now on whether the server answers before this is sent."""
-        if self._received is None or self._received.protocol is not protocol:
-            self._received = _Received(protocol)
+        if self._received is None or self._received.transport is not transport:
+            self._received = _Interposed(transport)
         return self._received
 
     async def write(self, writer: AbstractStreamWriter) -> None:
         if self.used is not None:  # a borrowed session's middleware sends again
             raise ConnectionAbortedError(_SENT_TWICE)
         stream = cast(aiohttp.http.StreamWriter, writer)
-        protocol = cast("ResponseHandler", stream.protocol)
-        received = self.guard(protocol)
+        protocol, transport = cast("ResponseHandler", stream.protocol), stream.transport
+        if transport is None:
+            raise ConnectionAbortedError(_ANSWERED_BEFORE)
+        received = self.guard(transport)
         try:
             self.is_held = True
             await self._once.before_send()
             self.is_held = False
-            await _let_answer_arrive(stream.transport)
+            await _let_answer_arrive(transport)
         finally:
             received.end()
         if received.anything or len(protocol):
@@ -321,21 +371,22 @@ class GuardedBody(aiohttp.Payload):
         if clock() >= self._until:  # the loop was stopped, and no time is left
             raise ConnectionAbortedError("the request timeout passed before the start was sent")
         self._once.mark_sent()
-        self.used = stream.transport
+        self.used = transport
         protocol.force_close()
         await writer.write(self._body)
 
 
-async def _let_answer_arrive(transport: asyncio.Transport | None) -> None:
+async def _let_answer_arrive(transport: asyncio.Transport) -> None:
     """Let the loop read what has arrived before a start is sent."""
-    while True:
-        if transport is None or transport.is_closing():
+    quiet = 0
+    while quiet < _STEPS:
+        if transport.is_closing():
             raise ConnectionAbortedError(_ANSWERED_BEFORE)
-        if not _is_readable(transport):
-            return
-        if _is_plain(transport):
+        quiet = 0 if _is_readable(transport) else quiet + 1
+        if not _is_plain(transport):
+            await asyncio.sleep(0)
+        elif not quiet:
             raise ConnectionAbortedError(_ANSWERED_BEFORE)
-        await asyncio.sleep(0)
 
 
 class PermanentFailure(aiohttp.ClientError):

@@ -414,9 +414,9 @@ def excess(body: bytes, limit: int) -> str:
 def _is_doubtful(answer: aiohttp.ClientResponse) -> bool:
     """Return True for a refusal whose head may have begun with another, unrequested head.
 
-    A part of one may have arrived before the start was sent, unnoticed on a borrowed connection or
-    on uvloop. It then ends within the reason or the value of a header, and the status line of the
-    real answer follows.
+    A part of one may have arrived before the start was sent, unnoticed on a borrowed connection. It
+    then ends within the reason or the value of a header, and the status line of the real answer
+    follows.
     """
     texts = [answer.reason or "", *answer.headers.values()]
     return answer.status >= 300 and any(map(_STATUS_LINE.search, texts))

@@ -13,11 +13,13 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import aiohttp
 import pytest
 import trustme
+import uvloop
 
 from promptlayer_exec import (
     ConfigurationError,
@@ -32,6 +34,7 @@ from promptlayer_exec import (
 )
 from promptlayer_exec import _integration as integration
 
+T = TypeVar("T")
 KEY = "key-of-a-test"
 RETRY = RetryPolicy(outage=5.0, watch_outage=5.0, base=0.001)
 
@@ -334,6 +337,93 @@ async def test_many_connections_with_surplus_responses_are_all_closed(peer: Peer
             writer.write(answer(200, nodes("nobody's")))
         got = await asyncio.gather(*(value_of(session, number) for number in range(1, 41)))
     assert got == [str(number) for number in range(1, 41)]
+
+
+async def test_an_idle_connection_on_which_the_server_speaks_is_closed(peer: Peer) -> None:
+    """Otherwise a server that goes on would fill the memory with responses to nothing."""
+    async with session_at(peer) as session:
+        assert await value_of(session, 1) == "1"
+        (writer,) = peer.writers
+        writer.write(answer(200, nodes("nobody's")))
+        async with asyncio.timeout(5):
+            with suppress(ConnectionError):
+                await writer.wait_closed()
+        assert await value_of(session, 2) == "2"
+    assert [connection for connection, _ in peer.requests] == [0, 1]
+
+
+async def with_the_handshake(
+    peer: Peer,
+    response: bytes,
+    context: ssl.SSLContext,
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+) -> None:
+    """Serve TLS; the first connection gets `response` in one segment with the handshake's end."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(incoming, outgoing, server_side=True)
+
+    async def call(method: Callable[..., T]) -> T:
+        while True:
+            try:
+                return method()
+            except ssl.SSLWantReadError:
+                writer.write(outgoing.read())
+                if not (data := await reader.read(2**16)):
+                    raise ConnectionResetError from None
+                incoming.write(data)
+
+    class Writer:
+        def write(self, data: bytes) -> None:
+            tls.write(data)
+
+    peer.writers.append(writer)
+    try:
+        await call(tls.do_handshake)
+        if len(peer.writers) == 1:
+            tls.write(response)
+        while part := (await call(lambda: tls.read(2**16))).decode():
+            if part.startswith(("GET", "POST")):  # not the body of a start
+                peer.requests.append((len(peer.writers), part))
+                await peer.respond(part, Writer())  # type: ignore[arg-type]
+    except OSError:
+        pass
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+@pytest.mark.parametrize(
+    ("is_start", "is_borrowed"),
+    [(False, False), (True, False), (True, True)],
+    ids=["read", "start", "borrowed start"],
+)
+def test_a_response_with_the_end_of_the_handshake_is_never_used(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_start: bool,
+    is_borrowed: bool,
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    """With TLS 1.2, both may be in one segment, and in no socket any more; on uvloop, too."""
+    theirs = trust(monkeypatch)
+    theirs.maximum_version = ssl.TLSVersion.TLSv1_2
+    stale: Any = {"workflow_version_execution_id": 1} if is_start else nodes("nobody's")
+    peer = Peer()
+
+    async def main() -> Any:
+        status = 201 if is_start else 200
+        serve = partial(with_the_handshake, peer, answer(status, stale), theirs)
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        peer.url = f"https://localhost:{server.sockets[0].getsockname()[1]}"
+        async with server, AsyncExitStack() as stack:
+            http = await stack.enter_async_context(aiohttp.ClientSession()) if is_borrowed else None
+            session = await stack.enter_async_context(session_at(peer, http=http))
+            return (await session.start("w")).id if is_start else await value_of(session, 5)
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        assert runner.run(main()) == (787 if is_start else "5")
+    assert [connection for connection, _ in peer.requests] == [2]
 
 
 async def test_a_response_before_any_request_is_a_failed_connection(
