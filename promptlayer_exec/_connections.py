@@ -455,7 +455,10 @@ def reason_of(error: BaseException | None) -> str:
         return _connect_reason(error)
     if isinstance(error, aiohttp.ClientResponseError):
         return f"not a valid HTTP response: {_unquoted(error.message)}"
-    return _unquoted(str(error)) or type(error).__name__
+    # The text of aiohttp's own may show the headers of an answer that was cut in its head.
+    is_cut = isinstance(error, aiohttp.ServerDisconnectedError)
+    text = "Server disconnected" if is_cut else str(error)
+    return _unquoted(text) or type(error).__name__
 
 
 def _unquoted(text: str) -> str:

@@ -289,12 +289,13 @@ class _Following:
     async def newer(self, seen: Snapshot | None, deadline: Deadline) -> Snapshot:
         if self._client is None or self._watch is None:
             return cast("Snapshot", self._execution._last)
-        lifetime = self._client.lifetime
-        if self._watch.latest is seen and not lifetime.is_closing():
-            lifetime.check_loop()  # the watch would never wake a task of another loop
+        if not self._watch.has_newer(seen):
+            self._client.lifetime.check_loop()  # the watch never wakes a task of another loop
         with _Recalling(self._execution):
             return self._execution._remember(await self._watch.newer(seen, deadline))
 
     def remove_follower(self) -> None:
-        if self._watch is not None:
+        if self._client is None or self._watch is None:
+            return
+        if not self._client.lifetime.is_closing():  # then the watch ends anyway
             self._watch.remove_follower(streams=True)

@@ -103,7 +103,7 @@ async def fan_out(
     fan = _FanOut(items, run_item, anyio.Semaphore(max_in_flight))
     (await open_client())(fan.run)
     try:
-        while (outcome := await fan.outcomes.get()) is not None:
+        while (outcome := await fan.next_outcome()) is not None:
             fan.slots.release()
             yield outcome
         if fan.error is not None:
@@ -118,8 +118,9 @@ class _FanOut(Generic[ItemT]):
     _run_item: Callable[[RunningItem[ItemT]], Awaitable[Any]]
     # Released when an outcome is taken, so that a slow consumer does not let outcomes pile up.
     slots: anyio.Semaphore
-    outcomes: asyncio.Queue[Outcome[ItemT, Any] | None] = attrs.field(factory=asyncio.Queue)
     error: BaseException | None = None
+    _loop: asyncio.AbstractEventLoop = attrs.field(factory=asyncio.get_running_loop)
+    _outcomes: asyncio.Queue[Outcome[ItemT, Any] | None] = attrs.field(factory=asyncio.Queue)
     _scope: anyio.CancelScope = attrs.field(factory=anyio.CancelScope)
     _is_running: bool = False
     _is_taking: bool = True
@@ -127,11 +128,23 @@ class _FanOut(Generic[ItemT]):
     _tasks: Tasks = attrs.field(factory=Tasks)
     _ended: anyio.Event = attrs.field(factory=anyio.Event)
 
+    async def next_outcome(self) -> Outcome[ItemT, Any] | None:
+        """Wait for the next outcome; None means that there are no more."""
+        if self._outcomes.empty():
+            self._check_loop()
+        return await self._outcomes.get()
+
+    def _check_loop(self) -> None:
+        if self._loop is not asyncio.get_running_loop():
+            raise RuntimeError("these outcomes come from another event loop: take them there")
+
     async def cancel(self) -> None:
         """Cancel what is in flight, and wait until it has ended."""
+        if not self._ended.is_set():
+            self._check_loop()
         self._is_abandoned = True
-        while not self.outcomes.empty():
-            if (outcome := self.outcomes.get_nowait()) is not None:
+        while not self._outcomes.empty():
+            if (outcome := self._outcomes.get_nowait()) is not None:
                 report_abandoned(outcome)
         self._scope.cancel()
         if self._is_running:
@@ -155,7 +168,7 @@ class _FanOut(Generic[ItemT]):
             raise
         finally:
             self._ended.set()
-            self.outcomes.put_nowait(None)
+            self._outcomes.put_nowait(None)
 
     async def _take_all(self) -> None:
         # In a task of its own, which is cancelled once, and again if it seems to have suppressed
@@ -216,7 +229,7 @@ class _FanOut(Generic[ItemT]):
         if self._is_abandoned:
             report_abandoned(outcome)
         else:
-            self.outcomes.put_nowait(outcome)
+            self._outcomes.put_nowait(outcome)
 
     def _fail(self, error: BaseException) -> None:
         self.error = self.error or error

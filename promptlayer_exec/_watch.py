@@ -177,6 +177,10 @@ class Watch:
         if self._alarm is not None:
             resolve(self._alarm)
 
+    def has_newer(self, seen: Snapshot | None) -> bool:
+        """Return True if `newer` would return, or raise, at once."""
+        return self.latest is not seen or self._error is not None
+
     async def newer(self, seen: Snapshot | None, deadline: Deadline) -> Snapshot:
         """Wait until the latest snapshot is not `seen`, and return it.
 

@@ -13,8 +13,8 @@ import textwrap
 import threading
 import time
 from collections import UserDict
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, aclosing, suppress
 from typing import Any
 
 import aiohttp
@@ -426,6 +426,55 @@ def test_a_stream_may_end_in_a_second_loop_if_it_need_not_wait(threaded_sim: Sim
     loops[1].run_until_complete(end())
     for loop in loops:
         loop.close()
+
+
+class Closable(asyncio.SelectorEventLoop):
+    """A loop that can say that it is closed; the tasks of one that is would only warn."""
+
+    says_closed = False
+
+    def is_closed(self) -> bool:
+        """Return True if the loop is closed, or should say so."""
+        return self.says_closed or super().is_closed()
+
+
+@pytest.mark.parametrize("is_closed", [False, True], ids=["stopped", "closed"])
+@pytest.mark.parametrize("name", ["stream", "finished_nodes", "as_completed"])
+def test_what_was_begun_in_a_loop_is_refused_in_a_second_one(
+    threaded_sim: Simulator, name: str, *, is_closed: bool
+) -> None:
+    """The first loop was never told to end, so nothing would ever come from it."""
+    nodes = [SimNode("A", duration=0.0), SimNode("B", duration=None)]
+    held = threaded_sim.add_execution(Scenario(nodes))
+    done = threaded_sim.add_execution(Scenario([SimNode("A", duration=0.0)]))
+    session = quick(threaded_sim)
+    begin: dict[str, Callable[[], AsyncGenerator[Any, None]]] = {
+        "stream": session.execution(held).stream,
+        "finished_nodes": session.execution(held).finished_nodes,
+        "as_completed": lambda: session.as_completed([done, held]),
+    }
+    values = begin[name]()
+
+    async def take() -> None:
+        await anext(values)
+
+    async def take_all() -> None:
+        async with asyncio.timeout(5), aclosing(values):
+            while True:
+                await take()
+
+    async def take_elsewhere() -> None:
+        with pytest.raises(RuntimeError, match="another event loop"):
+            await take_all()
+
+    first, second = Closable(), asyncio.new_event_loop()
+    first.run_until_complete(take())
+    first.says_closed = is_closed
+    second.run_until_complete(take_elsewhere())
+    second.close()
+    first.says_closed = False
+    first.run_until_complete(session.aclose())
+    first.close()
 
 
 def test_a_session_left_open_ends_with_its_loop(threaded_sim: Simulator) -> None:

@@ -623,6 +623,7 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
         http(b'{"A": "secret-key"}')[:-3],
         b"SSH secret-key\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nX: secret-key\x01\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: secret-key; a\r\nY: ",
         http(b'{"workflow_version_execution_id": "secret-key"}', status="201 Created"),
         http(b"secret-key", status="503 No"),
         b"",
@@ -643,6 +644,19 @@ async def test_the_key_is_nowhere_in_an_error(
         said += [str(link), repr(link), repr(vars(link)), *traceback.format_exception(link)]
     said.append(pickle.dumps(error).decode("latin-1"))
     assert [text for text in said if "secret-key" in text] == []
+
+
+async def test_the_headers_of_an_answer_cut_in_its_head_are_not_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The text of the error of aiohttp shows them."""
+    answer = b"HTTP/1.1 200 OK\r\nSet-Cookie: id=787\r\nX: "
+    retry = RetryPolicy(outage=0.02, base=0.01)
+    async with raw_server(answering(answer)) as base_url:
+        error = await failure_at(base_url, read_results, retry=retry)
+    assert "Server disconnected" in str(error)
+    assert "Server disconnected" in caplog.text
+    assert "Cookie" not in str(error) + caplog.text
 
 
 async def test_aiohttp_still_has_the_private_name_we_use() -> None:
