@@ -10,7 +10,6 @@ import ssl
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from functools import partial
 from typing import TYPE_CHECKING, Protocol, Self, cast
 
 import aiohttp
@@ -47,7 +46,12 @@ class _Interposed(asyncio.Protocol):
         self.transport = transport
         self.protocol = cast("ResponseHandler", transport.get_protocol())
         self.anything = False
-        transport.set_protocol(self)
+
+    def begin(self) -> None:
+        self.transport.set_protocol(self)
+
+    def end(self) -> None:
+        self.transport.set_protocol(self.protocol)
 
     def data_received(self, data: bytes) -> None:
         self.anything = True
@@ -65,9 +69,6 @@ class _Interposed(asyncio.Protocol):
     def resume_writing(self) -> None:
         self.protocol.resume_writing()
 
-    def end(self) -> None:
-        self.transport.set_protocol(self.protocol)
-
 
 class _Idle(_Interposed):
     """Closes a connection of the pool on which the server speaks without being asked."""
@@ -83,31 +84,29 @@ class _CleanConnector(aiohttp.TCPConnector):
         self, req: aiohttp.ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
     ) -> aiohttp.connector.Connection:
         connection = await super().connect(req, traces, timeout)
-        try:
-            await _take(connection.transport)
-        except BaseException:
-            connection.close()
-            raise
-        if connection.protocol is None or connection.protocol.should_close:
+        transport, protocol = connection.transport, connection.protocol
+        if transport is not None:
+            idle = transport.get_protocol()
+            if isinstance(idle, _Idle):
+                idle.end()
+            else:
+                idle = _Idle(transport)
+                if not _is_plain(transport):
+                    await _let_handshake_end(connection)
+            connection.add_callback(idle.begin)
+        if protocol is None or protocol.should_close:
             connection.close()
             raise _UncleanConnection("the server spoke first, or closed the connection")
-        connection.add_callback(partial(_leave_idle, connection.transport))
         return connection
 
 
-async def _take(transport: asyncio.Transport | None) -> None:
-    """Take a connection into use, from the pool or new."""
-    if transport is None:
-        return
-    if isinstance(idle := transport.get_protocol(), _Idle):
-        idle.end()
-    elif not _is_plain(transport):
-        await asyncio.sleep(0)  # uvloop hands on what came with the handshake a step later
-
-
-def _leave_idle(transport: asyncio.Transport | None) -> None:
-    if transport is not None and not transport.is_closing():
-        _Idle(transport)
+async def _let_handshake_end(connection: aiohttp.connector.Connection) -> None:
+    """Let uvloop hand on what came with the end of a handshake: it does so a step later."""
+    try:
+        await asyncio.sleep(0)
+    except BaseException:
+        connection.close()
+        raise
 
 
 class _CleanRequest(aiohttp.ClientRequest):
@@ -121,20 +120,18 @@ class _CleanRequest(aiohttp.ClientRequest):
 
     async def send(self, conn: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
         transport, protocol = conn.transport, conn.protocol
-        if transport is None or protocol is None or not await _is_clean(transport, protocol):
+        if (
+            transport is None
+            or protocol is None
+            or (_is_readable(transport) and await _is_for_protocol(transport))
+            or transport.is_closing()
+            or protocol.should_close
+        ):
             raise _UncleanConnection("the connection was closed, or had unrequested bytes")
         self.used = transport
         if isinstance(self.body, GuardedBody):
             self.body.guard(transport)
         return await super().send(conn)
-
-
-async def _is_clean(transport: asyncio.Transport, protocol: ResponseHandler) -> bool:
-    if transport.is_closing():
-        return False
-    if _is_readable(transport) and await _is_for_protocol(transport):
-        return False
-    return not (transport.is_closing() or protocol.should_close)
 
 
 # Steps of the loop in which it notices what is in a socket, and hands it to the protocol.
@@ -149,6 +146,7 @@ async def _is_for_protocol(transport: asyncio.Transport) -> bool:
     if _is_plain(transport):
         return True
     received = _Interposed(transport)
+    received.begin()
     try:
         for _ in range(_STEPS):
             await asyncio.sleep(0)
@@ -347,6 +345,7 @@ class GuardedBody(aiohttp.Payload):
         """Note from now on whether the server answers before this is sent."""
         if self._received is None or self._received.transport is not transport:
             self._received = _Interposed(transport)
+            self._received.begin()
         return self._received
 
     async def write(self, writer: AbstractStreamWriter) -> None:
