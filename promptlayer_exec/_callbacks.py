@@ -98,6 +98,11 @@ class CallbackLog:
         _put(self._lost, token, (request, base_url, time.monotonic() - elapsed))
         self._report(token)
 
+    def execution_id(self, token: str) -> int | None:
+        """Return the execution id of a start whose callback has come."""
+        callback = self._find(token)
+        return None if callback is None else callback.execution_id
+
     async def wait(self, token: str) -> int:
         """Wait for the callback of a start, and return its execution id."""
         while (callback := self._find(token)) is None:

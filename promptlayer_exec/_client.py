@@ -243,8 +243,9 @@ class Client:
         """Wait for the callback of a start whose answer was lost, and return the execution's id."""
         self._callbacks.lose(token, StartRequest(error.workflow), self.transport.base_url)
         try:
-            async with self.lifetime.timeout(deadline):
-                execution_id = await self._callbacks.wait(token)
+            if (execution_id := self._callbacks.execution_id(token)) is None:
+                async with self.lifetime.timeout(deadline):
+                    execution_id = await self._callbacks.wait(token)
         except DeadlinePassed:
             since = f"; no callback came within {deadline.timeout or 0.0:g} s"
             if self._settings.callbacks is None:

@@ -327,6 +327,7 @@ class GuardedBody(aiohttp.Payload):
         self._once = once
         self._until = until
         self.is_held = False  # whether it waits for the permission to be sent
+        self.is_over = False  # whether its attempt has ended, though a middleware may go on
         self.used: asyncio.Transport | None = None
         self._received: _Interposed | None = None
 
@@ -367,6 +368,8 @@ class GuardedBody(aiohttp.Payload):
             raise ConnectionAbortedError(_ANSWERED_BEFORE)
         if self.used is not None:  # the middleware sends several at once
             raise ConnectionAbortedError(_SENT_TWICE)
+        if self.is_over:
+            raise ConnectionAbortedError("the attempt to send this start has ended")
         if clock() >= self._until:  # the loop was stopped, and no time is left
             raise ConnectionAbortedError("the request timeout passed before the start was sent")
         self._once.mark_sent()

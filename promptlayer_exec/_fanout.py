@@ -173,15 +173,15 @@ class _FanOut(Generic[ItemT]):
     async def _take_all(self) -> None:
         # In a task of its own, which is cancelled once, and again if it seems to have suppressed
         # that: a scope would cancel each `await` in the clean-up of a user's async generator.
-        taking = asyncio.create_task(self._take(), name="promptlayer_exec.items")
+        taking = Tasks()
+        taking.start(self._take, name="promptlayer_exec.items")
         try:
-            await asyncio.wait([taking])
+            await taking.ended()
         finally:
             self._is_taking = False
+            taking.cancel()
             with anyio.CancelScope(shield=True):
-                while not taking.done():
-                    taking.cancel()
-                    await asyncio.wait([taking], timeout=CLEAN_UP)
+                await taking.ended_by_cancellation(CLEAN_UP)
 
     async def _take(self) -> None:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,7 @@ class Lifetime:
         self._calls_ended = asyncio.Event()
         self._tasks: TaskGroup
         self._not_begun: dict[Run, Coroutine[Any, Any, None]] = {}
-        self._watches = Tasks()
+        self._others = Tasks()  # those that are not in the group
         _supervisors.start(self._supervise, name="promptlayer_exec.Session")
 
     def is_closing(self) -> bool:
@@ -101,7 +101,7 @@ class Lifetime:
 
     def spawn_watch(self, run: Run) -> None:
         """Run a watch in the same way; it never raises, and there may be ten thousand."""
-        self._watches.start(run, name="promptlayer_exec._watch.Watch.run")
+        self._others.start(run, name="promptlayer_exec._watch.Watch.run")
 
     def timeout(self, deadline: Deadline, *, soonest: float = math.inf) -> PatientTimeout:
         """Return a timeout for a part of a call, which the closing of the session ends, too.
@@ -164,11 +164,12 @@ class Lifetime:
             try:
                 for run, never_awaited in list(self._not_begun.items()):
                     never_awaited.close()
-                    begin = begin_cancelled(partial(self._run, run))
-                    await asyncio.wait([asyncio.create_task(begin)])
-                if self.calls:
-                    await self._calls_ended.wait()
-                await self._watches.ended_by_cancellation()
+                    begin = partial(begin_cancelled, partial(self._run, run))
+                    self._others.start(begin, name="promptlayer_exec.Session.spawn")
+                while self.calls:
+                    with suppress(asyncio.CancelledError):
+                        await self._calls_ended.wait()
+                await self._others.ended_by_cancellation()
                 await self._resources.aclose()
             finally:
                 self._ended.set()
@@ -176,7 +177,7 @@ class Lifetime:
     def _stop(self) -> None:
         for limit in self.calls:
             limit.expire()
-        self._watches.cancel()
+        self._others.cancel()
 
 
 def _raise(error: BaseException) -> None:

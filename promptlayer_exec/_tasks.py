@@ -12,6 +12,11 @@ from typing import Any, Self, cast
 
 Run = Callable[[], Coroutine[Any, Any, None]]
 
+# A cancellation that was suppressed is repeated after so many seconds, if somebody waits, ...
+AGAIN = 1.0
+# ... and after so many if it may be the clean-up of a user's code that takes so long.
+CLEAN_UP = 10.0
+
 
 def clock() -> float:
     """Return the time on the running loop's clock, in seconds."""
@@ -50,11 +55,18 @@ class Tasks:
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def ended_by_cancellation(self) -> None:
-        """Wait, after `cancel`, until all tasks have ended; repeat it if they suppress it."""
+    async def ended_by_cancellation(self, again: float = AGAIN) -> None:
+        """Wait, after `cancel`, until all tasks have ended; repeat it if they suppress it.
+
+        It is repeated after `again` seconds. A cancellation of the waiting task changes nothing.
+        """
+        repeat_at = clock() + again
         while self._tasks:
-            await asyncio.wait(self._tasks, timeout=AGAIN)
-            self.cancel()
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait(self._tasks, timeout=repeat_at - clock())
+            if clock() >= repeat_at:
+                self.cancel()
+                repeat_at = clock() + again
 
 
 async def begin_cancelled(run: Run) -> None:
@@ -79,10 +91,6 @@ LATE = 0.05
 _LONGEST_READ = 1.0
 # Rounding may let a timer fire a little early.
 _EARLY = 0.001
-# A cancellation that was suppressed is repeated after so many seconds, if somebody waits, ...
-AGAIN = 1.0
-# ... and after so many if it may be the clean-up of a user's code that takes so long.
-CLEAN_UP = 10.0
 
 
 class PatientTimer:

@@ -333,7 +333,7 @@ class Transport:
             exchange.failure = error
         finally:
             if data is not None:  # its connection is not used again
-                exchange.is_held = data.is_held
+                exchange.is_held, data.is_over = data.is_held, True
                 abort(data.used)
 
     def _url(self, request: Request) -> URL:

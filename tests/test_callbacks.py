@@ -6,12 +6,14 @@ import asyncio
 import json
 import logging
 import pickle
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from promptlayer_exec import (
+    Event,
     ExecutionStarted,
     NotFound,
     Session,
@@ -105,6 +107,20 @@ async def test_a_lost_start_is_found_by_its_callback(
     assert (event.execution_id, event.recovered) == (run.execution_id, True)
     assert (event.abandoned, event.request) == (False, REQUEST)
     assert event.duration > 0
+
+
+async def test_a_callback_that_has_come_is_used_though_the_deadline_has_passed(
+    sim: Simulator, session: Session, open_session: Callable[..., Session]
+) -> None:
+    """Here, an observer takes long."""
+    error = await lose(sim, session)
+
+    def observe(event: Event) -> None:
+        time.sleep(0.1)
+
+    other = open_session(callbacks=CALLBACKS, observers=[observe])
+    receive_callback(other, token_of(error), 1001)
+    assert (await other.recover(error, timeout=0.01)).id == 1001
 
 
 async def test_a_recovery_is_reported_once_however_often_the_callback_comes(

@@ -569,6 +569,38 @@ async def test_an_async_generator_is_closed_and_may_clean_up(
         assert type(consuming.exception()) is expected
 
 
+async def test_items_are_closed_before_the_session_however_often_all_is_cancelled(
+    session: Session, our_tasks: Callable[[], list[str]]
+) -> None:
+    """As by a shutdown routine, and a second time by asyncio.run or Ctrl-C."""
+    seen = []
+    begun = asyncio.Event()
+
+    async def items() -> AsyncIterator[int]:
+        try:
+            begun.set()
+            await asyncio.Event().wait()
+            yield 1
+        finally:
+            seen.append("closing")
+            for _ in range(20):
+                with suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0)
+            seen.append("closed")
+
+    collecting = asyncio.create_task(session.collect(items()))
+    await begun.wait()
+    for _ in range(2):
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        for _ in range(3):
+            await asyncio.sleep(0)
+    await asyncio.wait([collecting])
+    await session.aclose()
+    assert seen == ["closing", "closed"]
+    assert our_tasks() == []
+
+
 async def test_stopping_early_leaves_no_task(
     sim: Simulator, session: Session, held: int, our_tasks: Callable[[], list[str]]
 ) -> None:

@@ -672,6 +672,44 @@ async def test_a_middleware_that_sends_twice_at_once_does_not_send_a_start_twice
     assert peer.posts() == 1
 
 
+async def test_an_attempt_that_a_middleware_gave_up_does_not_send_a_start_later(
+    peer: Peer,
+) -> None:
+    """As one does that shields what it sends, and waits for it for a while only."""
+    held, repeated = asyncio.Event(), asyncio.Event()
+    given_up: list[asyncio.Task[Any]] = []
+
+    async def give_up(
+        request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+    ) -> aiohttp.ClientResponse:
+        if given_up:
+            return await handler(request)
+        given_up.append(asyncio.create_task(handler(request)))  # type: ignore[arg-type]
+        await held.wait()
+        raise aiohttp.ClientConnectionError("it takes too long")
+
+    class Hooks:
+        async def before_send(self) -> None:
+            if held.is_set():
+                repeated.set()
+            else:
+                held.set()
+                await repeated.wait()
+
+        async def not_sent(self) -> None:
+            pass
+
+    async with (
+        aiohttp.ClientSession(middlewares=[give_up]) as http,
+        session_at(peer, http=http) as session,
+    ):
+        execution = await integration.start(session, StartRequest("name"), hooks=Hooks())
+        with pytest.raises(aiohttp.ClientConnectionError):
+            await given_up[0]
+    assert execution.id == 787
+    assert peer.posts() == 1
+
+
 async def test_a_middleware_that_sends_again_does_not_send_a_start_twice(peer: Peer) -> None:
     """A borrowed session's own retries do not apply to starts."""
 
