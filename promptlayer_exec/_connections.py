@@ -45,7 +45,7 @@ class _Interposed(asyncio.Protocol):
     def __init__(self, transport: asyncio.Transport) -> None:
         self.transport = transport
         self.protocol = cast("ResponseHandler", transport.get_protocol())
-        self.anything = False
+        self.has_received = False
 
     def begin(self) -> None:
         self.transport.set_protocol(self)
@@ -54,7 +54,7 @@ class _Interposed(asyncio.Protocol):
         self.transport.set_protocol(self.protocol)
 
     def data_received(self, data: bytes) -> None:
-        self.anything = True
+        self.has_received = True
         self.protocol.data_received(data)
 
     def eof_received(self) -> None:
@@ -134,7 +134,7 @@ class _CleanRequest(aiohttp.ClientRequest):
         return await super().send(conn)
 
 
-# Steps of the loop in which it notices what is in a socket, and hands it to the protocol.
+# How many steps of the loop it takes to notice what is in a socket, and to hand it on.
 _STEPS = 2
 
 
@@ -152,7 +152,7 @@ async def _is_for_protocol(transport: asyncio.Transport) -> bool:
             await asyncio.sleep(0)
     finally:
         received.end()
-    return received.anything
+    return received.has_received
 
 
 def _is_plain(transport: asyncio.Transport) -> bool:
@@ -364,7 +364,7 @@ class GuardedBody(aiohttp.Payload):
             await _let_answer_arrive(transport)
         finally:
             received.end()
-        if received.anything or len(protocol):
+        if received.has_received or len(protocol):
             raise ConnectionAbortedError(_ANSWERED_BEFORE)
         if self.used is not None:  # the middleware sends several at once
             raise ConnectionAbortedError(_SENT_TWICE)
@@ -380,15 +380,16 @@ class GuardedBody(aiohttp.Payload):
 
 async def _let_answer_arrive(transport: asyncio.Transport) -> None:
     """Let the loop read what has arrived before a start is sent."""
+    if transport.is_closing() or (_is_plain(transport) and _is_readable(transport)):
+        raise ConnectionAbortedError(_ANSWERED_BEFORE)
+    if _is_plain(transport):
+        return
     quiet = 0
     while quiet < _STEPS:
+        await asyncio.sleep(0)
         if transport.is_closing():
             raise ConnectionAbortedError(_ANSWERED_BEFORE)
         quiet = 0 if _is_readable(transport) else quiet + 1
-        if not _is_plain(transport):
-            await asyncio.sleep(0)
-        elif not quiet:
-            raise ConnectionAbortedError(_ANSWERED_BEFORE)
 
 
 class PermanentFailure(aiohttp.ClientError):
@@ -443,6 +444,11 @@ def _connect_reason(error: aiohttp.ClientConnectorError) -> str:
     if error.errno is None:
         return str(error.os_error) or "the connection was closed while it was being made"
     return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
+
+
+def shows_secrets(error: BaseException | None) -> bool:
+    """Return True if the repr of an error shows request headers, or the password of a proxy."""
+    return isinstance(error, aiohttp.ClientResponseError) or "BasicAuth(" in repr(error)
 
 
 def reason_of(error: BaseException | None) -> str:

@@ -136,16 +136,25 @@ class _FanOut(Generic[ItemT]):
 
     def _check_loop(self) -> None:
         if self._loop is not asyncio.get_running_loop():
-            raise RuntimeError("these outcomes come from another event loop: take them there")
+            raise RuntimeError(
+                "this fan-out began in another event loop, where it is ended now; the ids of its"
+                " runs are in the log"
+            )
 
     async def cancel(self) -> None:
         """Cancel what is in flight, and wait until it has ended."""
-        if not self._ended.is_set():
-            self._check_loop()
         self._is_abandoned = True
         while not self._outcomes.empty():
             if (outcome := self._outcomes.get_nowait()) is not None:
                 report_abandoned(outcome)
+        if self._ended.is_set():
+            return
+        try:
+            self._check_loop()
+        except RuntimeError:
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._scope.cancel)
+            raise
         self._scope.cancel()
         if self._is_running:
             with anyio.CancelScope(shield=True):

@@ -86,17 +86,16 @@ class Lifetime:
 
     async def _run(self, run: Run) -> None:
         del self._not_begun[run]
-        # What is raised in the task group ends all other tasks, and the session.
         try:
             await run()
-        except asyncio.CancelledError:
-            pass
         except Exception as error:  # noqa: BLE001 - handed on
+            # Raised in the task group, it would end all other tasks, and the session.
             message = "a task of promptlayer_exec failed"
             self._loop.call_exception_handler({"message": message, "exception": error})
         except (KeyboardInterrupt, SystemExit) as interrupt:
             self._loop.call_soon(_raise, interrupt)
         finally:
+            # A task that ends as cancelled does the same.
             await receive_cancellation()
 
     def spawn_watch(self, run: Run) -> None:

@@ -77,6 +77,7 @@ class Start:
     _repeat: asyncio.TimerHandle | None = attrs.field(init=False, default=None)
     _expired: Deadline | None = attrs.field(init=False, default=None)
     _hook_error: Exception | None = attrs.field(init=False, default=None)
+    _is_settling: bool = attrs.field(init=False, default=False)
 
     async def result(self, deadline: Deadline) -> Started:
         """Wait for the answer; once the request has been sent, the deadline no longer matters.
@@ -144,7 +145,12 @@ class Start:
 
     async def not_sent(self) -> None:
         if self._hooks is not None:
-            await self._hooks.not_sent()
+            self._is_settling = True
+            try:
+                await self._hooks.not_sent()
+            finally:
+                self._is_settling = False
+        self._cancel_if_unneeded()
 
     def mark_sent(self) -> None:
         """Record that the request is being sent.
@@ -163,7 +169,6 @@ class Start:
         """Record that the server refused the request, and started nothing."""
         self.sent = False
         self._scope.shield = False
-        self._cancel_if_unneeded()
 
     def _expire(self, deadline: Deadline) -> None:
         self._expired = deadline
@@ -175,6 +180,8 @@ class Start:
     def _cancel_if_unneeded(self) -> None:
         self._stop_repeating()
         if self._task is None or self.sent or not self._is_unneeded():
+            return
+        if self._is_settling and self._expired is None:  # the hook ends first
             return
         # The scope would take one more loop step, in which the request may be sent.
         self._task.cancel()

@@ -26,6 +26,7 @@ from promptlayer_exec._connections import (
     is_permanent,
     is_tls_failure,
     reason_of,
+    shows_secrets,
 )
 from promptlayer_exec._errors import (
     ConfigurationError,
@@ -368,8 +369,7 @@ class Transport:
                 reason=reason,
             )
         error.__cause__ = failure
-        # The repr of a ClientResponseError shows all request headers, with the API key.
-        if isinstance(failure, aiohttp.ClientResponseError) or self._redactor.is_shown_by(failure):
+        if shows_secrets(failure) or self._redactor.is_shown_by(failure):
             cause = PermanentFailure if is_permanent(failure) else aiohttp.ClientError
             error.__cause__ = cause(f"{type(failure).__name__}: {reason}")
         return error
@@ -437,12 +437,29 @@ def _may_be_cut(answer: aiohttp.ClientResponse, body: bytes) -> bool:
 async def _read_body(answer: aiohttp.ClientResponse, pieces: list[bytes], limit: int) -> None:
     """Read a body into `pieces`, and stop when it exceeds `limit` bytes."""
     size = 0
+    content = answer.content
+    if not content.is_eof():
+        _end_with_connection(answer)
     try:
-        while size <= limit and not answer.content.at_eof():
-            piece = await answer.content.readany()
+        while size <= limit and not content.at_eof():
+            piece = await content.readany()
             pieces.append(piece)
             size += len(piece)
     finally:
         if not answer.closed:  # it is closed already if the body was read to its end
             abort(answer.connection.transport if answer.connection is not None else None)
             answer.close()
+
+
+def _end_with_connection(answer: aiohttp.ClientResponse) -> None:
+    """Let the body end with its connection: aiohttp only closes that if a chunk is malformed."""
+
+    def end(_: object) -> None:
+        if not content.is_eof() and content.exception() is None:
+            content.set_exception(aiohttp.ClientPayloadError("the connection was closed"))
+
+    content, connection = answer.content, answer.connection
+    protocol = None if connection is None else connection.protocol
+    closed = None if protocol is None else protocol.closed
+    if closed is not None:
+        closed.add_done_callback(end)

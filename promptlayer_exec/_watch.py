@@ -125,6 +125,7 @@ class Watch:
     _base_url: str = ""
     latest: Snapshot | None = attrs.field(init=False, default=None)
     _followers: int = attrs.field(init=False, default=0)
+    _has_ended: bool = attrs.field(init=False, default=False)
     _streams: int = attrs.field(init=False, default=0)
     _snapshot_waiters: Waiters = attrs.field(init=False, factory=dict)
     _completion_waiters: Waiters = attrs.field(init=False, factory=dict)
@@ -178,7 +179,7 @@ class Watch:
             resolve(self._alarm)
 
     def has_newer(self, seen: Snapshot | None) -> bool:
-        """Return True if `newer` would return, or raise, at once."""
+        """Return True if there is another snapshot than `seen`, or the error of the poller."""
         return self.latest is not seen or self._error is not None
 
     async def newer(self, seen: Snapshot | None, deadline: Deadline) -> Snapshot:
@@ -233,7 +234,7 @@ class Watch:
 
     async def run(self) -> None:
         """Poll until the execution is complete, the last follower is removed, or a poll fails."""
-        if not self._followers:
+        if not self._followers or self._has_ended:  # and was cancelled in its last step
             return
         self._task = asyncio.current_task()
         started = self._changed_at = clock()
@@ -254,6 +255,7 @@ class Watch:
             error = RuntimeError(f"a poll ended in {type(fatal).__name__}")
             error.__cause__ = fatal
         finally:
+            self._has_ended = True
             self._task = None
             if self._net is not None:
                 self._net.release(self._reschedule)

@@ -197,7 +197,9 @@ class Started:
 
 # A whole id, certainly that of the outermost object, in a body that may be cut after it; ASCII,
 # because corrupt bytes before it leave it in doubt.
-_WHOLE_ID = re.compile(rb'\s*\{[^][{}\x80-\xff]*"%b"\s*:\s*(\d{1,19})\s*[,}]' % _ID_FIELD.encode())
+_WHOLE_ID = re.compile(
+    rb'\s*\{[^][{}\x80-\xff]*(?<!\\)"%b"\s*:\s*(\d{1,19})\s*[,}]' % _ID_FIELD.encode()
+)
 
 
 def has_id(body: bytes) -> bool:

@@ -6,6 +6,7 @@ The peer is a plain asyncio server that writes what a faulty proxy might write.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import select
 import ssl
@@ -19,7 +20,6 @@ from typing import Any, TypeVar
 import aiohttp
 import pytest
 import trustme
-import uvloop
 
 from promptlayer_exec import (
     ConfigurationError,
@@ -249,6 +249,24 @@ async def do_nothing(writer: asyncio.StreamWriter) -> None:
     """Leave the connection as it is."""
 
 
+async def test_a_call_over_tls_that_is_cancelled_leaves_no_connection(
+    listen: Listen, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whichever step of connecting and reading: aiohttp would warn of one that is not closed."""
+    peer.url = f"https://localhost:{await listen(peer.serve, trust(monkeypatch))}"
+    async with session_at(peer) as session:
+        for steps in range(100):
+            reading = asyncio.create_task(value_of(session, 1))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            was_done = reading.done()
+            reading.cancel()
+            await asyncio.wait([reading])
+            assert was_done or reading.cancelled()
+        assert await value_of(session, 2) == "2"
+    gc.collect()
+
+
 @pytest.mark.parametrize("is_borrowed", [False, True], ids=["own", "borrowed"])
 @pytest.mark.parametrize("is_secure", [False, True], ids=["plain", "TLS"])
 @pytest.mark.parametrize("act", [do_nothing, write_early, write_late, end])
@@ -392,7 +410,7 @@ async def with_the_handshake(
         writer.close()
 
 
-@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 @pytest.mark.parametrize(
     ("is_start", "is_borrowed"),
     [(False, False), (True, False), (True, True)],
@@ -403,7 +421,7 @@ def test_a_response_with_the_end_of_the_handshake_is_never_used(
     *,
     is_start: bool,
     is_borrowed: bool,
-    new_loop: Callable[[], asyncio.AbstractEventLoop],
+    loop: str,
 ) -> None:
     """With TLS 1.2, both may be in one segment, and in no socket any more; on uvloop, too."""
     theirs = trust(monkeypatch)
@@ -421,6 +439,7 @@ def test_a_response_with_the_end_of_the_handshake_is_never_used(
             session = await stack.enter_async_context(session_at(peer, http=http))
             return (await session.start("w")).id if is_start else await value_of(session, 5)
 
+    new_loop = pytest.importorskip(loop).new_event_loop  # there is no uvloop on Windows
     with asyncio.Runner(loop_factory=new_loop) as runner:
         assert runner.run(main()) == (787 if is_start else "5")
     assert [connection for connection, _ in peer.requests] == [2]
@@ -554,8 +573,16 @@ async def test_a_complete_id_is_read_from_an_otherwise_broken_response(
         (b'{"workflow_version_execution_id": 787', None),
         (b'{"parent": {"workflow_version_execution_id": 5}, "warning": "n', None),
         (b'{"warning": "\\"workflow_version_execution_id\\": 5, or so", "m', None),
+        (b'{"\\"workflow_version_execution_id": 5, "m', None),
     ],
-    ids=["cut after it", "followed by something", "cut in it", "another object's", "in a string"],
+    ids=[
+        "cut after it",
+        "followed by something",
+        "cut in it",
+        "another object's",
+        "in a string",
+        "another name",
+    ],
 )
 async def test_a_whole_id_is_read_from_a_body_that_is_not_whole(
     peer: Peer, body: bytes, found: int | None

@@ -694,6 +694,23 @@ async def test_a_refused_tunnel_sends_neither_the_key_nor_a_start(
     assert all("Proxy-Authorization: Basic" in head for head in heads)
 
 
+async def test_the_cause_of_a_broken_tunnel_shows_no_password(
+    listen: Listen, open_session: Callable[..., Session], settings: Callable[..., None]
+) -> None:
+    """The repr of aiohttp's error has all that is known of the proxy."""
+
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+
+    settings(HTTPS_PROXY=f"http://{USER}:secret@127.0.0.1:{await listen(hang_up)}")
+    once = RetryPolicy(outage=0.001)
+    async with open_session(base_url="https://localhost:1", trust_env=True, retry=once) as session:
+        error = await failure(session)
+    assert error.__cause__ is not None
+    assert "secret" not in "".join(traceback.format_exception(error)) + repr(error.__cause__)
+
+
 async def test_a_refused_request_over_http_is_an_error_status(
     refusing_proxy: tuple[str, list[str]],
     open_session: Callable[..., Session],

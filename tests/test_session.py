@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import itertools
 import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -39,6 +41,7 @@ from promptlayer_exec import (
     SessionClosed,
     Snapshot,
     StartFailed,
+    StartRequest,
     Unauthorized,
     WatchEnded,
     WatchStarted,
@@ -437,6 +440,14 @@ class Closable(asyncio.SelectorEventLoop):
         """Return True if the loop is closed, or should say so."""
         return self.says_closed or super().is_closed()
 
+    def call_soon(self, *args: Any, **kwargs: Any) -> asyncio.Handle:
+        """Refuse calls if it should be closed."""
+        if self.says_closed:
+            raise RuntimeError("Event loop is closed")
+        return super().call_soon(*args, **kwargs)
+
+    call_soon_threadsafe = call_soon
+
 
 @pytest.mark.parametrize("is_closed", [False, True], ids=["stopped", "closed"])
 @pytest.mark.parametrize("name", ["stream", "finished_nodes", "as_completed"])
@@ -473,6 +484,70 @@ def test_what_was_begun_in_a_loop_is_refused_in_a_second_one(
     second.run_until_complete(take_elsewhere())
     second.close()
     first.says_closed = False
+    first.run_until_complete(session.aclose())
+    first.close()
+
+
+@pytest.mark.parametrize("how", ["anext", "aclose"])
+def test_a_fan_out_that_is_continued_elsewhere_loses_no_started_run(
+    threaded_sim: Simulator, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    """It is ended where it began, and the log has the ids of all runs that it did not deliver."""
+    threaded_sim.add_workflow("Example", Scenario([SimNode("A", duration=0.0)]))
+    session = quick(threaded_sim)
+    requests = (StartRequest("Example", key=str(number)) for number in itertools.count())
+    outcomes = session.as_completed(requests, max_in_flight=4)
+    delivered: set[int] = set()
+
+    async def take() -> None:
+        outcome = await anext(outcomes)
+        assert outcome.execution is not None
+        delivered.add(outcome.execution.id)
+
+    async def take_all() -> None:
+        while how == "anext":
+            await take()
+        await outcomes.aclose()
+
+    async def take_elsewhere() -> None:
+        with pytest.raises(RuntimeError, match="another event loop"):
+            await take_all()
+
+    first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+    first.run_until_complete(take())
+    second.run_until_complete(take_elsewhere())
+    second.close()
+    first.run_until_complete(asyncio.sleep(0))  # now it is told to end
+    count = len(threaded_sim.runs)
+    first.run_until_complete(session.aclose())
+    first.close()
+    logged = {int(number) for number in re.findall(r"execution (\d+) of", caplog.text)}
+    assert {run.execution_id for run in threaded_sim.runs} == delivered | logged
+    assert len(threaded_sim.runs) <= count + 4
+
+
+def test_a_stream_whose_watch_failed_raises_its_error_in_a_second_loop(
+    threaded_sim: Simulator,
+) -> None:
+    """There is nothing to wait for."""
+    held = threaded_sim.add_execution(Scenario([SimNode("A", duration=None)]))
+    session = quick(threaded_sim)
+    stream = session.execution(held).stream()
+
+    async def begin() -> None:
+        await anext(stream)
+        threaded_sim.inject(Fault.status(404))
+        with pytest.raises(NotFound):
+            await session.execution(held).wait()
+
+    async def go_on() -> None:
+        with pytest.raises(NotFound):
+            await anext(stream)
+
+    first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+    first.run_until_complete(begin())
+    second.run_until_complete(go_on())
+    second.close()
     first.run_until_complete(session.aclose())
     first.close()
 

@@ -529,6 +529,28 @@ async def test_before_send_is_awaited_when_the_connection_stands(
     assert len(sim.runs) == 1
 
 
+async def test_not_sent_is_not_interrupted_because_the_caller_is_gone(
+    sim: Simulator, session: Session
+) -> None:
+    """It takes back what was recorded before the start, which the server refused."""
+    ended = asyncio.Event()
+
+    class Slow(Hooks):
+        async def not_sent(self) -> None:
+            await asyncio.sleep(0)
+            ended.set()
+
+    sim.inject(Fault.status(429, times=None))
+    request = StartRequest(NAME)
+    starting = asyncio.create_task(integration.start(session, request, hooks=Slow()))
+    await sim.wait_for_requests(1)
+    starting.cancel()
+    async with asyncio.timeout(5):
+        await ended.wait()
+    await session.aclose()
+    assert posts(sim) == 1
+
+
 async def test_an_error_of_before_send_is_raised_and_nothing_is_sent(
     sim: Simulator, open_session: Callable[..., Session]
 ) -> None:
@@ -818,6 +840,7 @@ async def test_an_abandoned_start_that_is_refused_with_429_is_not_sent_again(
         nonlocal resent
         await server.post(state, once)
         once.mark_rejected()
+        await once.not_sent()
         await asyncio.sleep(0)
         resent = True
         raise AssertionError
@@ -923,6 +946,7 @@ async def test_a_refusal_after_the_deadline_is_a_timeout(begin: Callable[..., An
         await server.post(state, once)
         own_state.delay(refusal, now=0.0, chance=0.0)
         once.mark_rejected()
+        await once.not_sent()
         return await asyncio.Future()
 
     caller = begin(post, timeout=0.02, state=own_state)

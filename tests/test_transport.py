@@ -344,6 +344,25 @@ async def test_a_refusal_whose_body_trickles_is_still_the_refusal() -> None:
     assert caught.value.status == 500
 
 
+@pytest.mark.parametrize("call", [read_results, start])
+async def test_a_malformed_chunk_ends_the_attempt_at_once(call: Call) -> None:
+    """All that aiohttp does is close the connection; the reader of the body is not told."""
+    chunk = b'{"workflow_version_execution_id"'
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        writer.write(b"no length\r\n")
+        await reader.read()
+
+    async with asyncio.timeout(5), raw_server(serve) as base_url:
+        error = await failure_at(base_url, call)
+    assert "the 200 answer is cut short or cannot be decoded" in str(error)
+
+
 async def test_a_refusal_whose_body_is_cut_short_is_still_the_refusal() -> None:
     """A reset within the body does not hide the status."""
     whole = http(b'{"message": "wrong key"}', status="401 Unauthorized")

@@ -12,6 +12,7 @@ import anyio
 import pytest
 
 from promptlayer_exec import (
+    Event,
     ExecutionTimeout,
     Node,
     NodeStatus,
@@ -394,6 +395,32 @@ async def test_following_again_after_an_error_starts_a_new_watch(
             await execution.wait()
         async with aclosing(execution.stream()) as new:
             assert (await anext(new)).poll == 1
+
+
+async def test_a_watch_that_is_cancelled_in_its_last_step_ends_once(
+    sim: Simulator, open_session: Callable[..., Session], held: int
+) -> None:
+    """A follower that has not seen its error yet still gets that."""
+    ended = asyncio.Event()
+    events: list[str] = []
+
+    def observe(event: Event) -> None:
+        events.append(type(event).__name__)
+        task = asyncio.current_task()
+        if isinstance(event, WatchEnded) and task is not None:
+            task.cancel()
+            ended.set()
+
+    session = open_session(observers=[observe])
+    async with aclosing(session.execution(held).stream()) as snapshots:
+        await anext(snapshots)
+        sim.inject(Fault.status(404))
+        await ended.wait()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        with pytest.raises(NotFound):
+            await anext(snapshots)
+    assert [name for name in events if name.startswith("Watch")] == ["WatchStarted", "WatchEnded"]
 
 
 async def test_a_watch_survives_an_outage(
