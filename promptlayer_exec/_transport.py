@@ -7,7 +7,8 @@ import math
 import re
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from random import random
 from typing import Protocol, TypeVar
 
@@ -438,21 +439,21 @@ async def _read_body(answer: aiohttp.ClientResponse, pieces: list[bytes], limit:
     """Read a body into `pieces`, and stop when it exceeds `limit` bytes."""
     size = 0
     content = answer.content
-    if not content.is_eof():
-        _end_with_connection(answer)
-    try:
-        while size <= limit and not content.at_eof():
-            piece = await content.readany()
-            pieces.append(piece)
-            size += len(piece)
-    finally:
-        if not answer.closed:  # it is closed already if the body was read to its end
-            abort(answer.connection.transport if answer.connection is not None else None)
-            answer.close()
+    with nullcontext() if content.is_eof() else _ended_with_connection(answer):
+        try:
+            while size <= limit and not content.at_eof():
+                piece = await content.readany()
+                pieces.append(piece)
+                size += len(piece)
+        finally:
+            if not answer.closed:  # it is closed already if the body was read to its end
+                abort(answer.connection.transport if answer.connection is not None else None)
+                answer.close()
 
 
-def _end_with_connection(answer: aiohttp.ClientResponse) -> None:
-    """Let the body end with its connection: aiohttp only closes that if a chunk is malformed."""
+@contextmanager
+def _ended_with_connection(answer: aiohttp.ClientResponse) -> Iterator[None]:
+    """End the body with its connection: aiohttp only closes that if a chunk is malformed."""
 
     def end(_: object) -> None:
         if not content.is_eof() and content.exception() is None:
@@ -461,5 +462,11 @@ def _end_with_connection(answer: aiohttp.ClientResponse) -> None:
     content, connection = answer.content, answer.connection
     protocol = None if connection is None else connection.protocol
     closed = None if protocol is None else protocol.closed
-    if closed is not None:
-        closed.add_done_callback(end)
+    if closed is None:
+        yield
+        return
+    closed.add_done_callback(end)
+    try:
+        yield
+    finally:  # the connection may be used for thousands of answers
+        closed.remove_done_callback(end)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import gzip
 import json
 import logging
@@ -361,6 +362,24 @@ async def test_a_malformed_chunk_ends_the_attempt_at_once(call: Call) -> None:
     async with asyncio.timeout(5), raw_server(serve) as base_url:
         error = await failure_at(base_url, call)
     assert "the 200 answer is cut short or cannot be decoded" in str(error)
+
+
+async def test_a_connection_keeps_nothing_of_the_bodies_that_came_over_it() -> None:
+    """It may carry thousands, each after its head."""
+    body = json.dumps({"A": {"status": "SUCCESS", "value": 1}}).encode()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.readuntil(b"\r\n\r\n"):
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body))
+            for _ in range(20):
+                await asyncio.sleep(0)
+            writer.write(body)
+
+    async with raw_server(serve) as base_url, Session("key", base_url=base_url) as session:
+        for _ in range(20):
+            await read_results(session)
+        gc.collect()
+        assert sum(isinstance(it, aiohttp.StreamReader) for it in gc.get_objects()) < 10
 
 
 async def test_a_refusal_whose_body_is_cut_short_is_still_the_refusal() -> None:
