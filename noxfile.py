@@ -81,7 +81,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def coverage(session: nox.Session) -> None:
     """Check that branch coverage is 100 % in private modules, and at least 90 % elsewhere."""
-    _install(session, "test")
+    _install(session, "coverage")
     session.run("coverage", "combine")
     private = "promptlayer_exec/_*.py,promptlayer_exec/_*/*.py"
     session.run("coverage", "report", f"--include={private}", "--fail-under=100")
@@ -325,7 +325,7 @@ def soak(session: nox.Session) -> None:
 @nox.session
 def kill_small(session: nox.Session) -> None:
     """Kill one of three workers of a batch on PostgreSQL; the suite does so on SQLite."""
-    _run_kill_tests(session, "tests/kill/test_small.py")
+    _run_kill_tests(session, "-n", "4", "tests/kill/test_small.py")  # they mostly wait
 
 
 @nox.session
@@ -334,7 +334,8 @@ def kill(session: nox.Session) -> None:
     _run_kill_tests(session, "tests/kill")
 
 
-def _run_kill_tests(session: nox.Session, tests: str) -> None:
-    _install(session, "test", ".[cli,dbos]")
+def _run_kill_tests(session: nox.Session, *arguments: str) -> None:
+    _install(session, "kill", ".[cli,dbos]")
     _install_postgresql(session)
-    session.run("pytest", tests, *session.posargs, env={"PYTHONSAFEPATH": "1"})
+    environment = {"PYTHONSAFEPATH": "1"}
+    session.run("pytest", *arguments, *session.posargs, env=environment)
