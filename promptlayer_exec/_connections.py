@@ -8,7 +8,7 @@ import re
 import select
 import ssl
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Protocol, Self, cast
 
@@ -51,7 +51,8 @@ class _Interposed(asyncio.Protocol):
         self.transport.set_protocol(self)
 
     def end(self) -> None:
-        self.transport.set_protocol(self.protocol)
+        if self.transport.get_protocol() is self:  # else another one stands there already
+            self.transport.set_protocol(self.protocol)
 
     def data_received(self, data: bytes) -> None:
         self.has_received = True
@@ -75,6 +76,35 @@ class _Idle(_Interposed):
 
     def data_received(self, _data: bytes) -> None:
         self.transport.abort()
+
+
+class _ReadingBody(_Interposed):
+    """Ends a body with its connection; of a malformed chunk, aiohttp does not tell its reader."""
+
+    def __init__(self, transport: asyncio.Transport, body: aiohttp.StreamReader) -> None:
+        super().__init__(transport)
+        self._body = body
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        _end_body(self._body)
+
+
+def end_with_connection(answer: aiohttp.ClientResponse) -> Callable[[], None] | None:
+    """Let the body of an answer end with its connection, until the returned function is called."""
+    connection = answer.connection
+    transport = None if connection is None else connection.transport
+    if transport is None:
+        _end_body(answer.content)
+        return None
+    reading = _ReadingBody(transport, answer.content)
+    reading.begin()
+    return reading.end
+
+
+def _end_body(body: aiohttp.StreamReader) -> None:
+    if not body.is_eof() and body.exception() is None:
+        body.set_exception(aiohttp.ClientPayloadError("the connection was closed"))
 
 
 class _CleanConnector(aiohttp.TCPConnector):

@@ -7,8 +7,7 @@ import math
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from random import random
 from typing import Protocol, TypeVar
 
@@ -24,6 +23,7 @@ from promptlayer_exec._connections import (
     Pools,
     SendOnce,
     abort,
+    end_with_connection,
     is_permanent,
     is_tls_failure,
     reason_of,
@@ -439,34 +439,15 @@ async def _read_body(answer: aiohttp.ClientResponse, pieces: list[bytes], limit:
     """Read a body into `pieces`, and stop when it exceeds `limit` bytes."""
     size = 0
     content = answer.content
-    with nullcontext() if content.is_eof() else _ended_with_connection(answer):
-        try:
-            while size <= limit and not content.at_eof():
-                piece = await content.readany()
-                pieces.append(piece)
-                size += len(piece)
-        finally:
-            if not answer.closed:  # it is closed already if the body was read to its end
-                abort(answer.connection.transport if answer.connection is not None else None)
-                answer.close()
-
-
-@contextmanager
-def _ended_with_connection(answer: aiohttp.ClientResponse) -> Iterator[None]:
-    """End the body with its connection: aiohttp only closes that if a chunk is malformed."""
-
-    def end(_: object) -> None:
-        if not content.is_eof() and content.exception() is None:
-            content.set_exception(aiohttp.ClientPayloadError("the connection was closed"))
-
-    content, connection = answer.content, answer.connection
-    protocol = None if connection is None else connection.protocol
-    closed = None if protocol is None else protocol.closed
-    if closed is None:
-        yield
-        return
-    closed.add_done_callback(end)
+    end = None if content.is_eof() else end_with_connection(answer)
     try:
-        yield
-    finally:  # the connection may be used for thousands of answers
-        closed.remove_done_callback(end)
+        while size <= limit and not content.at_eof():
+            piece = await content.readany()
+            pieces.append(piece)
+            size += len(piece)
+    finally:
+        if end is not None:
+            end()
+        if not answer.closed:  # it is closed already if the body was read to its end
+            abort(answer.connection.transport if answer.connection is not None else None)
+            answer.close()
