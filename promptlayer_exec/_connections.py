@@ -410,9 +410,9 @@ class GuardedBody(aiohttp.Payload):
 
 async def _let_answer_arrive(transport: asyncio.Transport) -> None:
     """Let the loop read what has arrived before a start is sent."""
-    if transport.is_closing() or (_is_plain(transport) and _is_readable(transport)):
-        raise ConnectionAbortedError(_ANSWERED_BEFORE)
     if _is_plain(transport):
+        if transport.is_closing() or _is_readable(transport):
+            raise ConnectionAbortedError(_ANSWERED_BEFORE)
         return
     quiet = 0
     while quiet < _STEPS:
@@ -478,7 +478,15 @@ def _connect_reason(error: aiohttp.ClientConnectorError) -> str:
 
 def shows_secrets(error: BaseException | None) -> bool:
     """Return True if the repr of an error shows request headers, or the password of a proxy."""
-    return isinstance(error, aiohttp.ClientResponseError) or "BasicAuth(" in repr(error)
+    return isinstance(error, aiohttp.ClientResponseError) or _shows_password(error)
+
+
+def _shows_password(error: BaseException | None) -> bool:
+    return error is not None and (
+        "BasicAuth(" in repr(error)
+        or _shows_password(error.__cause__)
+        or _shows_password(error.__context__)
+    )
 
 
 def reason_of(error: BaseException | None) -> str:

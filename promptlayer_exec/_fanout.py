@@ -72,6 +72,7 @@ class RunningItem(Generic[ItemT]):
     item: ItemT
     execution: Execution | None = None
     has_ended: bool = False
+    is_reported: bool = False
 
     @property
     def snapshot(self) -> Snapshot | None:
@@ -112,6 +113,12 @@ async def fan_out(
         await fan.cancel()
 
 
+_ELSEWHERE = (
+    "this fan-out began in another event loop, where it is ended now; the log has the ids of the"
+    " runs that it started and did not deliver"
+)
+
+
 @attrs.define(eq=False)
 class _FanOut(Generic[ItemT]):
     _items: Iterable[ItemT] | AsyncIterable[ItemT]
@@ -126,20 +133,17 @@ class _FanOut(Generic[ItemT]):
     _is_taking: bool = True
     _is_abandoned: bool = False
     _tasks: Tasks = attrs.field(factory=Tasks)
+    _in_flight: set[RunningItem[ItemT]] = attrs.field(factory=set)
     _ended: anyio.Event = attrs.field(factory=anyio.Event)
 
     async def next_outcome(self) -> Outcome[ItemT, Any] | None:
         """Wait for the next outcome; None means that there are no more."""
-        if self._outcomes.empty():
-            self._check_loop()
+        if self._outcomes.empty() and self._is_elsewhere():
+            raise RuntimeError(_ELSEWHERE)
         return await self._outcomes.get()
 
-    def _check_loop(self) -> None:
-        if self._loop is not asyncio.get_running_loop():
-            raise RuntimeError(
-                "this fan-out began in another event loop, where it is ended now; the ids of its"
-                " runs are in the log"
-            )
+    def _is_elsewhere(self) -> bool:
+        return self._loop is not asyncio.get_running_loop()
 
     async def cancel(self) -> None:
         """Cancel what is in flight, and wait until it has ended."""
@@ -149,12 +153,13 @@ class _FanOut(Generic[ItemT]):
                 report_abandoned(outcome)
         if self._ended.is_set():
             return
-        try:
-            self._check_loop()
-        except RuntimeError:
+        if self._is_elsewhere():
+            for item in list(self._in_flight):  # that loop may never run again
+                item.is_reported = item.execution is not None
+                report_abandoned(item)
             if not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._scope.cancel)
-            raise
+            raise RuntimeError(_ELSEWHERE)
         self._scope.cancel()
         if self._is_running:
             with anyio.CancelScope(shield=True):
@@ -163,34 +168,28 @@ class _FanOut(Generic[ItemT]):
     async def run(self) -> None:
         """Take items, and run each to its end."""
         self._is_running = True
+        # Items are taken in a task of their own, which is cancelled once, and again if it seems to
+        # have suppressed that: a scope would cancel each `await` in a user's clean-up.
+        taking = Tasks()
+        taking.start(self._take, name="promptlayer_exec.items")
         try:
             with self._scope:
                 try:
-                    await self._take_all()
+                    await taking.ended()
                     await self._tasks.ended()
                 finally:
+                    self._is_taking = False
+                    taking.cancel()
                     self._tasks.cancel()
                     with anyio.CancelScope(shield=True):
                         await self._tasks.ended_by_cancellation()
+                        await taking.ended_by_cancellation(CLEAN_UP)
         except anyio.get_cancelled_exc_class():
             self.error = self.error or SessionClosed()
             raise
         finally:
             self._ended.set()
             self._outcomes.put_nowait(None)
-
-    async def _take_all(self) -> None:
-        # In a task of its own, which is cancelled once, and again if it seems to have suppressed
-        # that: a scope would cancel each `await` in the clean-up of a user's async generator.
-        taking = Tasks()
-        taking.start(self._take, name="promptlayer_exec.items")
-        try:
-            await taking.ended()
-        finally:
-            self._is_taking = False
-            taking.cancel()
-            with anyio.CancelScope(shield=True):
-                await taking.ended_by_cancellation(CLEAN_UP)
 
     async def _take(self) -> None:
         try:
@@ -210,6 +209,7 @@ class _FanOut(Generic[ItemT]):
     def _start(self, item: RunningItem[ItemT]) -> None:
         if not self._is_taking:  # `items` suppressed its cancellation
             raise asyncio.CancelledError
+        self._in_flight.add(item)
         self._tasks.start(partial(self._run_one, item), name="promptlayer_exec.item")
 
     async def _run_one(self, item: RunningItem[ItemT]) -> None:
@@ -234,11 +234,12 @@ class _FanOut(Generic[ItemT]):
             return
         finally:
             item.has_ended = True
+            self._in_flight.discard(item)
         outcome = Outcome(item.index, item.item, item.execution, item.snapshot, output, error)
-        if self._is_abandoned:
-            report_abandoned(outcome)
-        else:
+        if not self._is_abandoned:
             self._outcomes.put_nowait(outcome)
+        elif not item.is_reported:
+            report_abandoned(outcome)
 
     def _fail(self, error: BaseException) -> None:
         self.error = self.error or error

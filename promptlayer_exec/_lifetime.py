@@ -54,7 +54,7 @@ class Lifetime:
         self._calls_ended = asyncio.Event()
         self._tasks: TaskGroup
         self._not_begun: dict[Run, Coroutine[Any, Any, None]] = {}
-        self._others = Tasks()  # those that are not in the group
+        self._others = Tasks()  # outside of the group
         _supervisors.start(self._supervise, name="promptlayer_exec.Session")
 
     def is_closing(self) -> bool:
@@ -85,21 +85,22 @@ class Lifetime:
         self._tasks.start_soon(lambda: work, name="promptlayer_exec.Session.spawn")
 
     async def _run(self, run: Run) -> None:
-        del self._not_begun[run]
+        self._not_begun.pop(run, None)
+        # What is raised in the task group ends all other tasks, and the session.
         try:
             await run()
+        except asyncio.CancelledError:
+            pass
         except Exception as error:  # noqa: BLE001 - handed on
-            # Raised in the task group, it would end all other tasks, and the session.
             message = "a task of promptlayer_exec failed"
             self._loop.call_exception_handler({"message": message, "exception": error})
         except (KeyboardInterrupt, SystemExit) as interrupt:
             self._loop.call_soon(_raise, interrupt)
         finally:
-            # A task that ends as cancelled does the same.
             await receive_cancellation()
 
     def spawn_watch(self, run: Run) -> None:
-        """Run a watch in the same way; it never raises, and there may be ten thousand."""
+        """Run a watch in the same way, but cheaper: there may be ten thousand."""
         self._others.start(run, name="promptlayer_exec._watch.Watch.run")
 
     def timeout(self, deadline: Deadline, *, soonest: float = math.inf) -> PatientTimeout:
@@ -148,6 +149,8 @@ class Lifetime:
             )
 
     async def _supervise(self) -> None:
+        if self._ended.is_set():  # and it was cancelled in its last step
+            return
         try:
             async with anyio.create_task_group() as self._tasks:
                 self._ready.set()
@@ -169,7 +172,8 @@ class Lifetime:
                     with suppress(asyncio.CancelledError):
                         await self._calls_ended.wait()
                 await self._others.ended_by_cancellation()
-                await self._resources.aclose()
+                with suppress(asyncio.CancelledError):
+                    await self._resources.aclose()
             finally:
                 self._ended.set()
 

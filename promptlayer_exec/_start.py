@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Protocol
@@ -77,7 +78,8 @@ class Start:
     _repeat: asyncio.TimerHandle | None = attrs.field(init=False, default=None)
     _expired: Deadline | None = attrs.field(init=False, default=None)
     _hook_error: Exception | None = attrs.field(init=False, default=None)
-    _is_settling: bool = attrs.field(init=False, default=False)
+    # Until then, `not_sent` may go on although the caller is gone.
+    _hook_ends_by: float = attrs.field(init=False, default=-math.inf)
 
     async def result(self, deadline: Deadline) -> Started:
         """Wait for the answer; once the request has been sent, the deadline no longer matters.
@@ -145,11 +147,12 @@ class Start:
 
     async def not_sent(self) -> None:
         if self._hooks is not None:
-            self._is_settling = True
+            self._hook_ends_by = self._answer.get_loop().time() + CLEAN_UP
+            self._cancel_again(CLEAN_UP if self._expired is None else AGAIN)
             try:
                 await self._hooks.not_sent()
             finally:
-                self._is_settling = False
+                self._hook_ends_by = -math.inf
         self._cancel_if_unneeded()
 
     def mark_sent(self) -> None:
@@ -181,13 +184,19 @@ class Start:
         self._stop_repeating()
         if self._task is None or self.sent or not self._is_unneeded():
             return
-        if self._is_settling and self._expired is None:  # the hook ends first
+        left = self._hook_ends_by - self._answer.get_loop().time()
+        if self._expired is None and left > 0.0:  # nobody waits for the hook to end
+            self._cancel_again(left)
             return
         # The scope would take one more loop step, in which the request may be sent.
         self._task.cancel()
         # A limiter may suppress it, as `asyncio.wait_for` does at times on Python 3.11.
-        again = CLEAN_UP if self._expired is None else AGAIN
-        self._repeat = self._task.get_loop().call_later(again, self._cancel_if_unneeded)
+        self._cancel_again(CLEAN_UP if self._expired is None else AGAIN)
+
+    def _cancel_again(self, seconds: float) -> None:
+        self._stop_repeating()
+        loop = self._answer.get_loop()
+        self._repeat = loop.call_later(seconds, self._cancel_if_unneeded)
 
     def _stop_repeating(self) -> None:
         if self._repeat is not None:

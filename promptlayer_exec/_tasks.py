@@ -58,7 +58,8 @@ class Tasks:
     async def ended_by_cancellation(self, again: float = AGAIN) -> None:
         """Wait, after `cancel`, until all tasks have ended; repeat it if they suppress it.
 
-        It is repeated after `again` seconds. A cancellation of the waiting task changes nothing.
+        It is repeated after `again` seconds. A cancellation of the waiting task changes nothing, so
+        no scope around it may be cancelled that does not shield it.
         """
         repeat_at = clock() + again
         while self._tasks:

@@ -616,6 +616,38 @@ async def test_stopping_early_leaves_no_task(
     assert sim.request_count <= count + 1
 
 
+async def test_stopping_early_sends_no_start_while_items_clean_up(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """What waits for its turn is cancelled at once."""
+    waits, may_go_on = asyncio.Event(), asyncio.Event()
+
+    class Turns:
+        is_first = True
+
+        async def acquire(self) -> None:
+            if not self.is_first:
+                waits.set()
+                await may_go_on.wait()
+            self.is_first = False
+
+    async def items() -> AsyncIterator[Any]:
+        try:
+            yield done(sim)
+            while True:
+                yield run(-2)
+        finally:
+            may_go_on.set()
+            for _ in range(100):
+                await asyncio.sleep(0)
+
+    session = open_session(limiter=Turns(), rate=None)
+    async with aclosing(session.as_completed(items(), max_in_flight=10)) as outcomes:
+        await anext(outcomes)
+        await waits.wait()
+    assert sim.runs == []
+
+
 async def test_stopping_early_cancels_the_starts_that_wait(
     sim: Simulator, session: Session, recorder: Any
 ) -> None:

@@ -25,6 +25,7 @@ from promptlayer_exec import (
     ConfigurationError,
     ConnectionFailed,
     ExecutionStarted,
+    InvalidResponse,
     PollPolicy,
     RequestTimeout,
     RetryPolicy,
@@ -604,6 +605,38 @@ async def test_a_whole_id_is_read_from_a_body_that_is_not_whole(
         else:
             assert (await session.start("name")).id == found
     assert peer.posts() == 1
+
+
+async def test_a_malformed_body_is_an_invalid_response_though_a_middleware_looks_at_it_first(
+    peer: Peer,
+) -> None:
+    """When the body is read, the connection is closed already."""
+
+    async def look(
+        request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+    ) -> aiohttp.ClientResponse:
+        response = await handler(request)
+        connection = response.connection
+        assert connection is not None
+        async with asyncio.timeout(5):
+            while connection.transport is not None:  # noqa: ASYNC110 - aiohttp has no event
+                await asyncio.sleep(0)
+        return response
+
+    async def respond(head: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(10):
+            await asyncio.sleep(0)
+        writer.write(b"2\r\n{ \r\nno length\r\n")
+
+    peer.respond = respond
+    retry = RetryPolicy(outage=0.0)
+    async with (
+        aiohttp.ClientSession(middlewares=[look]) as http,
+        session_at(peer, http=http, retry=retry) as session,
+    ):
+        with pytest.raises(InvalidResponse, match="cut short or cannot be decoded"):
+            await value_of(session, 1)
 
 
 async def test_an_id_that_has_arrived_survives_a_cancellation_of_the_start(

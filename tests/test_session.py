@@ -342,6 +342,24 @@ async def test_closing_twice_at_once_closes_once(session: Session, held: int) ->
         await session.get_results(held)
 
 
+async def test_closing_ends_once_however_often_all_tasks_are_cancelled(
+    sim: Simulator, open_session: Callable[..., Session], our_tasks: Callable[[], list[str]]
+) -> None:
+    """As by a shutdown routine and by asyncio.run; here, while the connections are closed."""
+    done = sim.add_execution(Scenario([SimNode("A", duration=0.0)]))
+    for steps in range(12):
+        session = open_session()
+        await asyncio.gather(*(session.get_results(done) for _ in range(3)))
+        closing = asyncio.create_task(session.aclose())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        for task in asyncio.all_tasks() - {asyncio.current_task(), closing}:
+            if task.get_name().startswith("promptlayer_exec"):
+                task.cancel()
+        await closing
+        assert our_tasks() == []
+
+
 async def test_a_cancelled_closing_still_closes(session: Session, held: int) -> None:
     """Only the wait for the closing is cancelled."""
     await session.get_results(held)
@@ -524,6 +542,38 @@ def test_a_fan_out_that_is_continued_elsewhere_loses_no_started_run(
     logged = {int(number) for number in re.findall(r"execution (\d+) of", caplog.text)}
     assert {run.execution_id for run in threaded_sim.runs} == delivered | logged
     assert len(threaded_sim.runs) <= count + 4
+
+
+def test_a_fan_out_that_is_continued_elsewhere_logs_the_runs_in_flight_at_once(
+    threaded_sim: Simulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The loop that follows them may never run again; if it does, they are not logged again."""
+    durations = iter([0.0, None, None])
+    threaded_sim.add_workflow(
+        "Example", lambda _: Scenario([SimNode("A", duration=next(durations))])
+    )
+    session = quick(threaded_sim)
+    outcomes = session.as_completed(StartRequest("Example") for _ in range(3))
+
+    async def begin() -> None:
+        await anext(outcomes)
+        await threaded_sim.wait_for_requests(6)  # all are started, and polled
+
+    async def go_on() -> None:
+        with pytest.raises(RuntimeError, match="another event loop"):
+            await anext(outcomes)
+
+    def logged() -> list[str]:
+        return sorted(re.findall(r"execution (\d+) of .* was not delivered", caplog.text))
+
+    first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+    first.run_until_complete(begin())
+    second.run_until_complete(go_on())
+    second.close()
+    assert len(logged()) == 2
+    first.run_until_complete(session.aclose())
+    first.close()
+    assert len(logged()) == 2
 
 
 def test_a_stream_whose_watch_failed_raises_its_error_in_a_second_loop(
@@ -841,6 +891,23 @@ def interrupted(
         loop.run_until_complete(session.get_results(held))
         loop.run_until_complete(session.aclose())
         return task
+
+
+async def test_a_fan_out_whose_task_is_cancelled_does_not_close_the_session(
+    sim: Simulator, session: Session, held: int
+) -> None:
+    """It ends, and nothing else does."""
+    waiting = asyncio.create_task(session.execution(held).wait())
+    await sim.wait_for_requests(1)
+    collecting = asyncio.create_task(session.collect([held]))
+    await sim.wait_for_requests(2)
+    for task in asyncio.all_tasks():
+        if task.get_name() == "promptlayer_exec.Session.spawn":
+            task.cancel()
+    with pytest.raises(SessionClosed):
+        await collecting
+    sim.finish(held, "Answer")
+    assert (await waiting).complete
 
 
 async def test_a_start_whose_task_is_cancelled_in_its_last_step_does_not_close_the_session(

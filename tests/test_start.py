@@ -551,6 +551,29 @@ async def test_not_sent_is_not_interrupted_because_the_caller_is_gone(
     assert posts(sim) == 1
 
 
+async def test_not_sent_cannot_hold_a_caller_whose_deadline_has_passed(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """It has a second, as what suppresses a cancellation has."""
+
+    class Endless(Hooks):
+        async def not_sent(self) -> None:
+            await asyncio.Event().wait()
+
+    async def slow_429(request: aiohttp.ClientRequest, handler: Any) -> aiohttp.ClientResponse:
+        response: aiohttp.ClientResponse = await handler(request)
+        await asyncio.sleep(0.1)
+        return response
+
+    sim.inject(Fault.status(429, times=None))
+    async with aiohttp.ClientSession(middlewares=[slow_429]) as http:
+        session = open_session(http=http, wait_timeout=0.05)
+        async with asyncio.timeout(5):
+            with pytest.raises(ExecutionTimeout):
+                await integration.start(session, StartRequest(NAME), hooks=Endless())
+    assert posts(sim) == 1
+
+
 async def test_an_error_of_before_send_is_raised_and_nothing_is_sent(
     sim: Simulator, open_session: Callable[..., Session]
 ) -> None:
