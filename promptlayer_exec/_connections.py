@@ -10,7 +10,7 @@ import ssl
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import aiohttp
 import attrs
@@ -39,8 +39,11 @@ class _UncleanConnection(aiohttp.ClientConnectionError):
     """The connection was not used: it was closed, or had bytes that no request asked for."""
 
 
-class _Interposed(asyncio.Protocol):
-    """Stands between a transport and its protocol until `end`, and notes whether data arrives."""
+class _Interposed:
+    """Stands between a transport and its protocol until `end`, and notes whether data arrives.
+
+    Everything else goes to the protocol itself.
+    """
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self.transport = transport
@@ -48,27 +51,21 @@ class _Interposed(asyncio.Protocol):
         self.has_received = False
 
     def begin(self) -> None:
-        self.transport.set_protocol(self)
+        self.transport.set_protocol(cast("asyncio.Protocol", self))
 
     def end(self) -> None:
-        if self.transport.get_protocol() is self:  # else another one stands there already
+        if cast(object, self.transport.get_protocol()) is self:  # else another one stands there
             self.transport.set_protocol(self.protocol)
 
     def data_received(self, data: bytes) -> None:
         self.has_received = True
         self.protocol.data_received(data)
 
-    def eof_received(self) -> None:
-        self.protocol.eof_received()
-
     def connection_lost(self, exc: BaseException | None) -> None:
         self.protocol.connection_lost(exc)
 
-    def pause_writing(self) -> None:
-        self.protocol.pause_writing()
-
-    def resume_writing(self) -> None:
-        self.protocol.resume_writing()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.protocol, name)
 
 
 class _Idle(_Interposed):
@@ -116,7 +113,7 @@ class _CleanConnector(aiohttp.TCPConnector):
         connection = await super().connect(req, traces, timeout)
         transport, protocol = connection.transport, connection.protocol
         if transport is not None:
-            idle = transport.get_protocol()
+            idle = cast(object, transport.get_protocol())
             if isinstance(idle, _Idle):
                 idle.end()
             else:

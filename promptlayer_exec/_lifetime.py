@@ -149,8 +149,6 @@ class Lifetime:
             )
 
     async def _supervise(self) -> None:
-        if self._ended.is_set():  # and it was cancelled in its last step
-            return
         try:
             async with anyio.create_task_group() as self._tasks:
                 self._ready.set()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import math
 import select
 import ssl
 import time
@@ -16,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
+from unittest.mock import AsyncMock, Mock
 
 import aiohttp
 import pytest
@@ -34,6 +36,7 @@ from promptlayer_exec import (
     StartUnknown,
 )
 from promptlayer_exec import _integration as integration
+from promptlayer_exec._connections import GuardedBody
 
 T = TypeVar("T")
 KEY = "key-of-a-test"
@@ -467,6 +470,44 @@ async def test_a_response_before_any_request_is_a_failed_connection(
         with pytest.raises(ConnectionFailed, match="unrequested bytes"):
             await ask()
     assert len(peer.writers) < 50
+
+
+async def test_a_connection_that_is_lost_when_it_is_made_is_a_failed_one(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is handed out by aiohttp all the same."""
+    connect = aiohttp.TCPConnector.connect
+
+    async def connect_and_lose(*args: Any, **kwargs: Any) -> aiohttp.connector.Connection:
+        connection = await connect(*args, **kwargs)
+        assert connection.transport is not None
+        connection.transport.abort()
+        await asyncio.sleep(0)
+        assert connection.transport is None
+        return connection
+
+    monkeypatch.setattr(aiohttp.TCPConnector, "connect", connect_and_lose)
+    async with session_at(peer, retry=RetryPolicy(outage=0.0)) as session:
+        with pytest.raises(ConnectionFailed, match="closed the connection"):
+            await value_of(session, 1)
+        with pytest.raises(ConnectionFailed, match="no run of workflow 'w' started"):
+            await session.start("w")
+    async with (
+        aiohttp.ClientSession() as http,
+        session_at(peer, http=http, retry=RetryPolicy(outage=0.0)) as session,
+    ):
+        with pytest.raises(ConnectionFailed, match="no run of workflow 'w' started"):
+            await session.start("w")
+    assert peer.posts() == 0
+
+
+async def test_a_start_is_not_written_to_a_connection_that_is_gone() -> None:
+    """It may be lost between the moment when it is made and that when the body is asked for."""
+    once = AsyncMock()
+    body = GuardedBody(b"{}", once, math.inf)
+    with pytest.raises(ConnectionAbortedError, match="before the start was sent"):
+        await body.write(Mock(transport=None))
+    assert once.mock_calls == []
 
 
 async def test_a_borrowed_session_that_cannot_send_says_so(peer: Peer) -> None:

@@ -24,7 +24,6 @@ import anyio
 import pytest
 
 from promptlayer_exec import (
-    BadRequest,
     ConfigurationError,
     Event,
     Execution,
@@ -923,9 +922,8 @@ async def test_a_start_whose_task_is_cancelled_in_its_last_step_does_not_close_t
     session = open_session(observers=[observe])
     waiting = asyncio.create_task(session.execution(held).wait())
     await sim.wait_for_requests(1)
-    sim.inject(Fault.status(400))
-    with pytest.raises(BadRequest):
-        await session.start("Example")
+    with pytest.raises(NotFound):
+        await session.start("Unknown")
     sim.finish(held, "Answer")
     assert (await waiting).complete
 
