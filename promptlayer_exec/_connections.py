@@ -87,11 +87,18 @@ class _ReadingBody(_Interposed):
         _end_body(self._body)
 
 
-def end_with_connection(answer: aiohttp.ClientResponse) -> Callable[[], None] | None:
-    """Let the body of an answer end with its connection, until the returned function is called."""
+def end_with_connection(
+    answer: aiohttp.ClientResponse, pieces: list[bytes]
+) -> Callable[[], None] | None:
+    """Let the body of an answer end with its connection, until the returned function is called.
+
+    If the connection is gone already, what has arrived of the body goes to `pieces`.
+    """
     connection = answer.connection
     transport = None if connection is None else connection.transport
     if transport is None:
+        if answer.content.exception() is None:
+            pieces.append(answer.content.read_nowait())
         _end_body(answer.content)
         return None
     reading = _ReadingBody(transport, answer.content)
@@ -388,7 +395,7 @@ class GuardedBody(aiohttp.Payload):
             self.is_held = True
             await self._once.before_send()
             self.is_held = False
-            await _let_answer_arrive(transport)
+            await _let_answer_arrive(received)
         finally:
             received.end()
         if received.has_received or len(protocol):
@@ -405,14 +412,15 @@ class GuardedBody(aiohttp.Payload):
         await writer.write(self._body)
 
 
-async def _let_answer_arrive(transport: asyncio.Transport) -> None:
+async def _let_answer_arrive(received: _Interposed) -> None:
     """Let the loop read what has arrived before a start is sent."""
+    transport = received.transport
     if _is_plain(transport):
         if transport.is_closing() or _is_readable(transport):
             raise ConnectionAbortedError(_ANSWERED_BEFORE)
         return
     quiet = 0
-    while quiet < _STEPS:
+    while quiet < _STEPS and not received.has_received:
         await asyncio.sleep(0)
         if transport.is_closing():
             raise ConnectionAbortedError(_ANSWERED_BEFORE)

@@ -439,7 +439,7 @@ async def _read_body(answer: aiohttp.ClientResponse, pieces: list[bytes], limit:
     """Read a body into `pieces`, and stop when it exceeds `limit` bytes."""
     size = 0
     content = answer.content
-    end = None if content.is_eof() else end_with_connection(answer)
+    end = None if content.is_eof() else end_with_connection(answer, pieces)
     try:
         while size <= limit and not content.at_eof():
             piece = await content.readany()

@@ -668,7 +668,8 @@ async def test_a_malformed_body_is_an_invalid_response_though_a_middleware_looks
         writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
         for _ in range(10):
             await asyncio.sleep(0)
-        writer.write(b"2\r\n{ \r\nno length\r\n")
+        part = b'{"workflow_version_execution_id": 787, '
+        writer.write(b"%x\r\n%b\r\nno length\r\n" % (len(part), part))
 
     peer.respond = respond
     retry = RetryPolicy(outage=0.0)
@@ -676,8 +677,9 @@ async def test_a_malformed_body_is_an_invalid_response_though_a_middleware_looks
         aiohttp.ClientSession(middlewares=[look]) as http,
         session_at(peer, http=http, retry=retry) as session,
     ):
-        with pytest.raises(InvalidResponse, match="cut short or cannot be decoded"):
+        with pytest.raises(InvalidResponse, match="cut short or cannot be decoded, after 39 bytes"):
             await value_of(session, 1)
+        assert (await session.start("name")).id == 787
 
 
 async def test_an_id_that_has_arrived_survives_a_cancellation_of_the_start(
