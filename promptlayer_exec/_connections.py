@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import aiohttp
+import anyio
 import attrs
 from aiohttp.abc import AbstractStreamWriter
 
@@ -364,6 +365,7 @@ class GuardedBody(aiohttp.Payload):
         self.is_over = False  # whether its attempt has ended, though a middleware may go on
         self.used: asyncio.Transport | None = None
         self._received: _Interposed | None = None
+        self._writing: asyncio.Task[Any] | None = None
 
     @property
     def size(self) -> int:
@@ -383,9 +385,21 @@ class GuardedBody(aiohttp.Payload):
             self._received.begin()
         return self._received
 
+    async def ended(self) -> None:
+        """End the attempt, and wait for the hook: aiohttp calls it in a task of its own."""
+        self.is_over = True
+        abort(self.used)
+        if self._writing is None or self._writing.done():
+            return
+        if self._writing is not asyncio.current_task():
+            self._writing.cancel()
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([self._writing])
+
     async def write(self, writer: AbstractStreamWriter) -> None:
         if self.used is not None:  # a borrowed session's middleware sends again
             raise ConnectionAbortedError(_SENT_TWICE)
+        self._writing = asyncio.current_task()
         stream = cast(aiohttp.http.StreamWriter, writer)
         protocol, transport = cast("ResponseHandler", stream.protocol), stream.transport
         if transport is None:

@@ -335,8 +335,8 @@ class Transport:
             exchange.failure = error
         finally:
             if data is not None:  # its connection is not used again
-                exchange.is_held, data.is_over = data.is_held, True
-                abort(data.used)
+                exchange.is_held = data.is_held
+                await data.ended()
 
     def _url(self, request: Request) -> URL:
         return URL(self.base_url + request.target, encoded=True)

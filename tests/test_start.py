@@ -529,6 +529,35 @@ async def test_before_send_is_awaited_when_the_connection_stands(
     assert len(sim.runs) == 1
 
 
+@pytest.mark.parametrize("how", ["a cancelled caller", "closing"])
+async def test_before_send_may_clean_up_before_the_session_is_closed(
+    session: Session, how: str
+) -> None:
+    """It is called by aiohttp in a task of its own, which would be left."""
+    waits = asyncio.Event()
+    cleaned_up = False
+
+    class Tidy(Hooks):
+        async def before_send(self) -> None:
+            nonlocal cleaned_up
+            waits.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                for _ in range(50):
+                    await asyncio.sleep(0)
+                cleaned_up = True
+
+    starting = asyncio.create_task(integration.start(session, StartRequest(NAME), hooks=Tidy()))
+    await waits.wait()
+    if how == "a cancelled caller":
+        starting.cancel()
+    await session.aclose()
+    assert cleaned_up
+    await asyncio.wait([starting])
+    assert starting.cancelled() or isinstance(starting.exception(), SessionClosed)
+
+
 async def test_not_sent_is_not_interrupted_because_the_caller_is_gone(
     sim: Simulator, session: Session
 ) -> None:
