@@ -143,7 +143,10 @@ class _FanOut(Generic[ItemT]):
         return await self._outcomes.get()
 
     def _is_elsewhere(self) -> bool:
-        return self._loop is not asyncio.get_running_loop()
+        try:
+            return self._loop is not asyncio.get_running_loop()
+        except RuntimeError:  # there is none: the generator was dropped
+            return True
 
     async def cancel(self) -> None:
         """Cancel what is in flight, and wait until it has ended."""

@@ -575,6 +575,33 @@ def test_a_fan_out_that_is_continued_elsewhere_logs_the_runs_in_flight_at_once(
     assert len(logged()) == 2
 
 
+def test_a_fan_out_that_is_closed_without_a_loop_is_ended_in_its_own(
+    threaded_sim: Simulator,
+) -> None:
+    """As when the generator is dropped after its loop has stopped."""
+    held = threaded_sim.add_execution(Scenario([SimNode("A", duration=None)]))
+    done = threaded_sim.add_execution(Scenario([SimNode("A", duration=0.0)]))
+    session = quick(threaded_sim)
+    outcomes = session.as_completed([done, held])
+
+    async def begin() -> None:
+        await anext(outcomes)
+
+    async def polls() -> int:
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return len(asyncio.all_tasks())
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(begin())
+    closing = outcomes.aclose()
+    with pytest.raises(RuntimeError, match="another event loop"):
+        closing.send(None)
+    assert loop.run_until_complete(polls()) == 2  # this one and the session
+    loop.run_until_complete(session.aclose())
+    loop.close()
+
+
 def test_a_stream_whose_watch_failed_raises_its_error_in_a_second_loop(
     threaded_sim: Simulator,
 ) -> None:
