@@ -385,20 +385,25 @@ class GuardedBody(aiohttp.Payload):
             self._received.begin()
         return self._received
 
+    def _check_is_first(self) -> None:
+        # A borrowed session's middleware may send again, several at once, or too late.
+        if self.used is not None:
+            raise ConnectionAbortedError(_SENT_TWICE)
+        if self.is_over:
+            raise ConnectionAbortedError("the attempt to send this start has ended")
+
     async def ended(self) -> None:
         """End the attempt, and wait for the hook: aiohttp calls it in a task of its own."""
         self.is_over = True
         abort(self.used)
-        if self._writing is None or self._writing.done():
-            return
-        if self._writing is not asyncio.current_task():
-            self._writing.cancel()
+        writing = self._writing
+        if writing is not None and writing is not asyncio.current_task() and not writing.done():
+            writing.cancel()
             with anyio.CancelScope(shield=True):
-                await asyncio.wait([self._writing])
+                await asyncio.wait([writing])
 
     async def write(self, writer: AbstractStreamWriter) -> None:
-        if self.used is not None:  # a borrowed session's middleware sends again
-            raise ConnectionAbortedError(_SENT_TWICE)
+        self._check_is_first()
         self._writing = asyncio.current_task()
         stream = cast(aiohttp.http.StreamWriter, writer)
         protocol, transport = cast("ResponseHandler", stream.protocol), stream.transport
@@ -414,10 +419,7 @@ class GuardedBody(aiohttp.Payload):
             received.end()
         if received.has_received or len(protocol):
             raise ConnectionAbortedError(_ANSWERED_BEFORE)
-        if self.used is not None:  # the middleware sends several at once
-            raise ConnectionAbortedError(_SENT_TWICE)
-        if self.is_over:
-            raise ConnectionAbortedError("the attempt to send this start has ended")
+        self._check_is_first()
         if clock() >= self._until:  # the loop was stopped, and no time is left
             raise ConnectionAbortedError("the request timeout passed before the start was sent")
         self._once.mark_sent()

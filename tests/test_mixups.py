@@ -648,8 +648,9 @@ async def test_a_whole_id_is_read_from_a_body_that_is_not_whole(
     assert peer.posts() == 1
 
 
+@pytest.mark.parametrize("is_chunked", [True, False])
 async def test_a_malformed_body_is_an_invalid_response_though_a_middleware_looks_at_it_first(
-    peer: Peer,
+    peer: Peer, *, is_chunked: bool
 ) -> None:
     """When the body is read, the connection is closed already."""
 
@@ -665,11 +666,16 @@ async def test_a_malformed_body_is_an_invalid_response_though_a_middleware_looks
         return response
 
     async def respond(head: str, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        framing = b"Transfer-Encoding: chunked" if is_chunked else b"Content-Length: 100"
+        writer.write(b"HTTP/1.1 200 OK\r\n%b\r\n\r\n" % framing)
         for _ in range(10):
             await asyncio.sleep(0)
         part = b'{"workflow_version_execution_id": 787, '
-        writer.write(b"%x\r\n%b\r\nno length\r\n" % (len(part), part))
+        if is_chunked:
+            writer.write(b"%x\r\n%b\r\nno length\r\n" % (len(part), part))
+        else:
+            writer.write(part)
+            writer.close()
 
     peer.respond = respond
     retry = RetryPolicy(outage=0.0)
@@ -677,9 +683,10 @@ async def test_a_malformed_body_is_an_invalid_response_though_a_middleware_looks
         aiohttp.ClientSession(middlewares=[look]) as http,
         session_at(peer, http=http, retry=retry) as session,
     ):
-        with pytest.raises(InvalidResponse, match="cut short or cannot be decoded, after 39 bytes"):
+        with pytest.raises(InvalidResponse, match="cut short or cannot be decoded"):
             await value_of(session, 1)
-        assert (await session.start("name")).id == 787
+        if is_chunked:  # else aiohttp keeps what it has received
+            assert (await session.start("name")).id == 787
 
 
 async def test_an_id_that_has_arrived_survives_a_cancellation_of_the_start(
@@ -775,42 +782,63 @@ async def test_a_middleware_that_sends_twice_at_once_does_not_send_a_start_twice
     assert peer.posts() == 1
 
 
+@pytest.mark.parametrize("is_held", [True, False], ids=["held by a hook", "not begun"])
 async def test_an_attempt_that_a_middleware_gave_up_does_not_send_a_start_later(
-    peer: Peer,
+    peer: Peer, *, is_held: bool
 ) -> None:
     """As one does that shields what it sends, and waits for it for a while only."""
-    held, repeated = asyncio.Event(), asyncio.Event()
     given_up: list[asyncio.Task[Any]] = []
+    hooks = Hooks()
 
     async def give_up(
         request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
     ) -> aiohttp.ClientResponse:
         if given_up:
             return await handler(request)
-        given_up.append(asyncio.create_task(handler(request)))  # type: ignore[arg-type]
-        await held.wait()
+
+        async def send() -> aiohttp.ClientResponse:
+            if not is_held:
+                await hooks.repeated.wait()
+            return await handler(request)
+
+        given_up.append(asyncio.create_task(send()))
+        if is_held:
+            await hooks.held.wait()
         raise aiohttp.ClientConnectionError("it takes too long")
 
-    class Hooks:
-        async def before_send(self) -> None:
-            if held.is_set():
-                repeated.set()
-            else:
-                held.set()
-                await repeated.wait()
+    async def respond(head: str, writer: asyncio.StreamWriter) -> None:
+        await asyncio.wait(given_up)
+        await peer.echo(head, writer)
 
-        async def not_sent(self) -> None:
-            pass
-
+    peer.respond = respond
+    if not is_held:
+        hooks.held.set()
     async with (
         aiohttp.ClientSession(middlewares=[give_up]) as http,
         session_at(peer, http=http) as session,
     ):
-        execution = await integration.start(session, StartRequest("name"), hooks=Hooks())
-        with pytest.raises(aiohttp.ClientConnectionError):
-            await given_up[0]
+        execution = await integration.start(session, StartRequest("name"), hooks=hooks)
     assert execution.id == 787
+    assert given_up[0].cancelled() or given_up[0].exception() is not None
     assert peer.posts() == 1
+
+
+class Hooks:
+    """Hooks of a start that hold its first attempt until the second."""
+
+    def __init__(self) -> None:
+        self.held, self.repeated = asyncio.Event(), asyncio.Event()
+
+    async def before_send(self) -> None:
+        """Wait, the first time."""
+        if self.held.is_set():
+            self.repeated.set()
+        else:
+            self.held.set()
+            await self.repeated.wait()
+
+    async def not_sent(self) -> None:
+        """Do nothing."""
 
 
 async def test_a_middleware_that_sends_again_does_not_send_a_start_twice(peer: Peer) -> None:
