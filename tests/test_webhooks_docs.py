@@ -77,7 +77,7 @@ class Process:
         )
         sim.webhook_url = f"{self.url}/webhook"
         self.log = ""
-        while "Application startup complete" not in self.log:
+        while "Uvicorn running on" not in self.log:
             line = self.process.stdout.readline()  # type: ignore[union-attr]
             assert line, self.log
             self.log += line
