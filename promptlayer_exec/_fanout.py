@@ -71,7 +71,6 @@ class RunningItem(Generic[ItemT]):
     index: int
     item: ItemT
     execution: Execution | None = None
-    has_ended: bool = False
     is_reported: bool = False
 
     @property
@@ -216,7 +215,7 @@ class _FanOut(Generic[ItemT]):
         self._tasks.start(partial(self._run_one, item), name="promptlayer_exec.item")
 
     async def _run_one(self, item: RunningItem[ItemT]) -> None:
-        if item.has_ended:  # and was cancelled in its last step
+        if item not in self._in_flight:  # it ended, and was cancelled in its last step
             return
         output: Any = None
         error: Exception | None = None
@@ -236,7 +235,6 @@ class _FanOut(Generic[ItemT]):
             report_abandoned(item)
             return
         finally:
-            item.has_ended = True
             self._in_flight.discard(item)
         outcome = Outcome(item.index, item.item, item.execution, item.snapshot, output, error)
         if not self._is_abandoned:
