@@ -8,7 +8,7 @@ import re
 import select
 import ssl
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
@@ -17,6 +17,7 @@ import anyio
 import attrs
 from aiohttp.abc import AbstractStreamWriter
 
+from promptlayer_exec._protocols import Idle, Interposed
 from promptlayer_exec._tasks import clock
 from promptlayer_exec._version import __version__
 from promptlayer_exec._wire import TOKEN_PATH
@@ -40,78 +41,6 @@ class _UncleanConnection(aiohttp.ClientConnectionError):
     """The connection was not used: it was closed, or had bytes that no request asked for."""
 
 
-class _Interposed:
-    """Stands between a transport and its protocol until `end`, and notes whether data arrives.
-
-    Everything else goes to the protocol itself.
-    """
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self.transport = transport
-        self.protocol = cast("ResponseHandler", transport.get_protocol())
-        self.has_received = False
-
-    def begin(self) -> None:
-        self.transport.set_protocol(cast("asyncio.Protocol", self))
-
-    def end(self) -> None:
-        if cast(object, self.transport.get_protocol()) is self:  # else another one stands there
-            self.transport.set_protocol(self.protocol)
-
-    def data_received(self, data: bytes) -> None:
-        self.has_received = True
-        self.protocol.data_received(data)
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self.protocol.connection_lost(exc)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.protocol, name)
-
-
-class _Idle(_Interposed):
-    """Closes a connection of the pool on which the server speaks without being asked."""
-
-    def data_received(self, _data: bytes) -> None:
-        self.transport.abort()
-
-
-class _ReadingBody(_Interposed):
-    """Ends a body with its connection; of a malformed chunk, aiohttp does not tell its reader."""
-
-    def __init__(self, transport: asyncio.Transport, body: aiohttp.StreamReader) -> None:
-        super().__init__(transport)
-        self._body = body
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        super().connection_lost(exc)
-        _end_body(self._body)
-
-
-def end_with_connection(
-    answer: aiohttp.ClientResponse, pieces: list[bytes]
-) -> Callable[[], None] | None:
-    """Let the body of an answer end with its connection, until the returned function is called.
-
-    If the connection is gone already, what has arrived of the body goes to `pieces`.
-    """
-    connection = answer.connection
-    transport = None if connection is None else connection.transport
-    if transport is None:
-        if answer.content.exception() is None:
-            pieces.append(answer.content.read_nowait())
-        _end_body(answer.content)
-        return None
-    reading = _ReadingBody(transport, answer.content)
-    reading.begin()
-    return reading.end
-
-
-def _end_body(body: aiohttp.StreamReader) -> None:
-    if not body.is_eof() and body.exception() is None:
-        body.set_exception(aiohttp.ClientPayloadError("the connection was closed"))
-
-
 class _CleanConnector(aiohttp.TCPConnector):
     """Gives no connection on which the server spoke first, as with the end of the handshake."""
 
@@ -122,10 +51,10 @@ class _CleanConnector(aiohttp.TCPConnector):
         transport, protocol = connection.transport, connection.protocol
         if transport is not None:
             idle = cast(object, transport.get_protocol())
-            if isinstance(idle, _Idle):
+            if isinstance(idle, Idle):
                 idle.end()
             else:
-                idle = _Idle(transport)
+                idle = Idle(transport)
                 if not _is_plain(transport):
                     await _let_handshake_end(connection)
             connection.add_callback(idle.begin)
@@ -180,7 +109,7 @@ async def _is_for_protocol(transport: asyncio.Transport) -> bool:
     """
     if _is_plain(transport):
         return True
-    received = _Interposed(transport)
+    received = Interposed(transport)
     received.begin()
     try:
         for _ in range(_STEPS):
@@ -364,7 +293,7 @@ class GuardedBody(aiohttp.Payload):
         self.is_held = False  # whether it waits for the permission to be sent
         self.is_over = False  # whether its attempt has ended, though a middleware may go on
         self.used: asyncio.Transport | None = None
-        self._received: _Interposed | None = None
+        self._received: Interposed | None = None
         self._writing: asyncio.Task[Any] | None = None
 
     @property
@@ -378,10 +307,10 @@ class GuardedBody(aiohttp.Payload):
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return self._body.decode(encoding, errors)
 
-    def guard(self, transport: asyncio.Transport) -> _Interposed:
+    def guard(self, transport: asyncio.Transport) -> Interposed:
         """Note from now on whether the server answers before this is sent."""
         if self._received is None or self._received.transport is not transport:
-            self._received = _Interposed(transport)
+            self._received = Interposed(transport)
             self._received.begin()
         return self._received
 
@@ -428,7 +357,7 @@ class GuardedBody(aiohttp.Payload):
         await writer.write(self._body)
 
 
-async def _let_answer_arrive(received: _Interposed) -> None:
+async def _let_answer_arrive(received: Interposed) -> None:
     """Let the loop read what has arrived before a start is sent."""
     transport = received.transport
     if _is_plain(transport):

@@ -23,7 +23,6 @@ from promptlayer_exec._connections import (
     Pools,
     SendOnce,
     abort,
-    end_with_connection,
     is_permanent,
     is_tls_failure,
     reason_of,
@@ -42,6 +41,7 @@ from promptlayer_exec._errors import (
     StatusError,
 )
 from promptlayer_exec._events import Emit, RequestRetried, Throttled
+from promptlayer_exec._protocols import Interposed
 from promptlayer_exec._redaction import Redactor
 from promptlayer_exec._retry import OutageLog, RecentStarts, RetryState
 from promptlayer_exec._settings import Settings, unused_proxy
@@ -439,7 +439,7 @@ async def _read_body(answer: aiohttp.ClientResponse, pieces: list[bytes], limit:
     """Read a body into `pieces`, and stop when it exceeds `limit` bytes."""
     size = 0
     content = answer.content
-    end = None if content.is_eof() else end_with_connection(answer, pieces)
+    end = None if content.is_eof() else _end_with_connection(answer, pieces)
     try:
         while size <= limit and not content.at_eof():
             piece = await content.readany()
@@ -451,3 +451,39 @@ async def _read_body(answer: aiohttp.ClientResponse, pieces: list[bytes], limit:
         if not answer.closed:  # it is closed already if the body was read to its end
             abort(answer.connection.transport if answer.connection is not None else None)
             answer.close()
+
+
+class _ReadingBody(Interposed):
+    """Ends a body with its connection: aiohttp reports a malformed chunk only by closing that."""
+
+    def __init__(self, transport: asyncio.Transport, body: aiohttp.StreamReader) -> None:
+        super().__init__(transport)
+        self._body = body
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        _end_body(self._body)
+
+
+def _end_with_connection(
+    answer: aiohttp.ClientResponse, pieces: list[bytes]
+) -> Callable[[], None] | None:
+    """Let the body of an answer end with its connection, until the returned function is called.
+
+    If the connection is gone already, what has arrived of the body goes to `pieces`.
+    """
+    connection = answer.connection
+    transport = None if connection is None else connection.transport
+    if transport is None:
+        if answer.content.exception() is None:
+            pieces.append(answer.content.read_nowait())
+        _end_body(answer.content)
+        return None
+    reading = _ReadingBody(transport, answer.content)
+    reading.begin()
+    return reading.end
+
+
+def _end_body(body: aiohttp.StreamReader) -> None:
+    if not body.is_eof() and body.exception() is None:
+        body.set_exception(aiohttp.ClientPayloadError("the connection was closed"))

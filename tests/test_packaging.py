@@ -97,6 +97,7 @@ LAYERS = [
     "_callbacks",
     "_throttle",
     "_redaction",
+    "_protocols",
     "_connections",
     "_settings",
     "_transport",

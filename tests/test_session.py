@@ -534,7 +534,7 @@ def test_a_fan_out_that_is_continued_elsewhere_loses_no_started_run(
     first.run_until_complete(take())
     second.run_until_complete(take_elsewhere())
     second.close()
-    first.run_until_complete(asyncio.sleep(0))  # now it is told to end
+    first.run_until_complete(asyncio.sleep(0))  # now it ends
     count = len(threaded_sim.runs)
     first.run_until_complete(session.aclose())
     first.close()
