@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,17 @@ def test_the_settings_of_a_new_batch_are_stored_with_its_first_items(store: Stor
     assert reports.settings(store, "b").rate == 300.0
     assert store.store_settings("b", {"rate": 50.0, "max_in_flight": 3}) == {"rate": 300.0}
     assert reports.settings(store, "b").max_in_flight == 3
+
+
+def test_a_connection_that_is_returned_after_the_end_is_closed(store: Store) -> None:
+    """A thread of DBOS may outlast `DBOS.destroy`; nobody would use the pool that it returns to."""
+    connection = store.engine.connect()
+    raw = connection.connection.dbapi_connection
+    assert raw is not None
+    store.close()
+    connection.close()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+        raw.cursor()
 
 
 def test_many_runs_are_adopted_at_once(store: Store) -> None:

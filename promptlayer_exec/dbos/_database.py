@@ -76,6 +76,8 @@ class Database:
         )
         self.connector = Connector(shown(url), RETRY_FOR, self._is_cancelled)
         self.connector.attach(self.engine)
+        self._is_closed = False
+        sa.event.listen(self.engine, "checkin", self._close_if_returned_late)
         if not self.is_sqlite:
             mark_lost_connections(self.engine)
 
@@ -169,8 +171,14 @@ class Database:
         return _stop_retrying.get(self.stop_retrying).is_set()
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections, and those in use as soon as they are returned."""
+        self._is_closed = True  # first: one that is returned just now would stay in the old pool
         self.engine.dispose()
+
+    def _close_if_returned_late(self, _: object, record: sa.pool.ConnectionPoolEntry) -> None:
+        """Close a connection that a thread of DBOS, which may outlast `DBOS.destroy`, returns."""
+        if self._is_closed:
+            record.invalidate()
 
     def rows(self, query: sa.Select[Any], *, once: bool = False) -> Sequence[Any]:
         """Return the rows of a query."""
