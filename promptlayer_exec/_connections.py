@@ -6,18 +6,20 @@ import asyncio
 import os
 import re
 import select
+import socket
 import ssl
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast
+from weakref import WeakKeyDictionary
 
 import aiohttp
 import anyio
 import attrs
 from aiohttp.abc import AbstractStreamWriter
 
-from promptlayer_exec._protocols import Idle, Interposed
+from promptlayer_exec._protocols import Idle, Interposed, has_partial_head, protocol_of
 from promptlayer_exec._tasks import clock
 from promptlayer_exec._version import __version__
 from promptlayer_exec._wire import TOKEN_PATH
@@ -44,24 +46,52 @@ class _UncleanConnection(aiohttp.ClientConnectionError):
 class _CleanConnector(aiohttp.TCPConnector):
     """Gives no connection on which the server spoke first, as with the end of the handshake."""
 
+    def __init__(self, *, force_close: bool) -> None:
+        super().__init__(limit=0, force_close=force_close)
+        self._tls_sockets: WeakKeyDictionary[asyncio.Transport, socket.socket] = WeakKeyDictionary()
+
     async def connect(
         self, req: aiohttp.ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
     ) -> aiohttp.connector.Connection:
         connection = await super().connect(req, traces, timeout)
         transport, protocol = connection.transport, connection.protocol
-        if transport is not None:
-            idle = cast(object, transport.get_protocol())
+        if transport is not None and (current := protocol_of(transport)) is not None:
+            idle = cast(object, current)
             if isinstance(idle, Idle):
                 idle.end()
+                if protocol is not None and has_partial_head(protocol):
+                    protocol.force_close()
             else:
                 idle = Idle(transport)
                 if not _is_plain(transport):
+                    with suppress(TypeError):  # uvloop's is not affected
+                        self._tls_sockets[transport] = transport.get_extra_info("socket")
                     await _let_handshake_end(connection)
             connection.add_callback(idle.begin)
         if protocol is None or protocol.should_close:
             connection.close()
             raise _UncleanConnection("the server spoke first, or closed the connection")
         return connection
+
+    async def close(self, *, abort_ssl: bool = False) -> None:
+        """Close all connections, first those that asyncio closed twice.
+
+        Only the end of its socket can end such a one at once. aiohttp would ask it whether it uses
+        TLS, fail, and forget the others.
+        """
+        sockets = [
+            tls_socket
+            for transport, tls_socket in self._tls_sockets.items()
+            if protocol_of(transport) is None
+        ]
+        for tls_socket in sockets:
+            with suppress(OSError):
+                tls_socket.shutdown(socket.SHUT_RDWR)
+        try:
+            for _ in range(_STEPS_TO_END if sockets else 0):
+                await asyncio.sleep(0)
+        finally:
+            await super().close(abort_ssl=abort_ssl)
 
 
 async def _let_handshake_end(connection: aiohttp.connector.Connection) -> None:
@@ -87,6 +117,7 @@ class _CleanRequest(aiohttp.ClientRequest):
         if (
             transport is None
             or protocol is None
+            or transport.is_closing()
             or (_is_readable(transport) and await _is_for_protocol(transport))
             or transport.is_closing()
             or protocol.should_close
@@ -100,6 +131,9 @@ class _CleanRequest(aiohttp.ClientRequest):
 
 # How many steps of the loop it takes to notice what is in a socket, and to hand it on.
 _STEPS = 2
+# How many it takes, generously, until aiohttp knows that a connection has ended whose socket was
+# shut down.
+_STEPS_TO_END = 10
 
 
 async def _is_for_protocol(transport: asyncio.Transport) -> bool:
@@ -214,7 +248,7 @@ class Pools:
         pools = []
         for slots, force_close in zip(_slots(settings.max_connections), (False, True), strict=True):
             http = aiohttp.ClientSession(
-                connector=_CleanConnector(limit=0, force_close=force_close),
+                connector=_CleanConnector(force_close=force_close),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers=headers,
                 middlewares=[_send_once],
@@ -336,7 +370,7 @@ class GuardedBody(aiohttp.Payload):
         self._writing = asyncio.current_task()
         stream = cast(aiohttp.http.StreamWriter, writer)
         protocol, transport = cast("ResponseHandler", stream.protocol), stream.transport
-        if transport is None:
+        if transport is None or transport.is_closing():
             raise ConnectionAbortedError(_ANSWERED_BEFORE)
         received = self.guard(transport)
         try:

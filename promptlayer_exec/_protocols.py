@@ -9,6 +9,31 @@ if TYPE_CHECKING:
     from aiohttp.client_proto import ResponseHandler
 
 
+def protocol_of(transport: asyncio.Transport) -> asyncio.BaseProtocol | None:
+    """Return the protocol, None for one of asyncio's for TLS that was closed twice.
+
+    Such a transport knows neither its protocol nor anything else, and raises AttributeError. The
+    end of a response that ends with its connection is one close, aiohttp's release another.
+    """
+    try:
+        return transport.get_protocol()
+    except AttributeError:
+        return None
+
+
+def has_partial_head(protocol: ResponseHandler) -> bool:
+    """Return True if the last bytes of a response were followed by a part of another's head.
+
+    aiohttp's parser shows such a part only when it is told that nothing more will come. The next
+    request gets a parser of its own. Uses `ResponseHandler._parser`.
+    """
+    parser = getattr(protocol, "_parser", None)
+    try:
+        return parser is not None and parser.feed_eof() is not None
+    except Exception:  # noqa: BLE001 - the part is no head, and it may be anything
+        return True
+
+
 class Interposed:
     """Stands between a transport and its protocol until `end`, and notes whether data arrives.
 
@@ -24,7 +49,8 @@ class Interposed:
         self.transport.set_protocol(cast("asyncio.Protocol", self))
 
     def end(self) -> None:
-        if cast(object, self.transport.get_protocol()) is self:  # else another one stands there
+        current = protocol_of(self.transport)
+        if cast(object, current) is self:  # else another one stands there, or it is closed
             self.transport.set_protocol(self.protocol)
 
     def data_received(self, data: bytes) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import gzip
 import json
 import math
 import select
@@ -171,6 +172,104 @@ async def test_the_first_bytes_of_a_surplus_head_are_never_used(
         for number in range(2, 12):
             assert await value_of(session, number) == str(number)
     assert {connection for connection, _ in peer.requests} == {0, 1}
+
+
+@pytest.mark.parametrize("is_secure", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize("part", [b"H", b"HTTP/1.1 404 Not Found\r\nX-Stale: "])
+async def test_a_connection_with_a_part_of_a_head_behind_a_response_is_not_used_again(
+    listen: Listen, peer: Peer, monkeypatch: pytest.MonkeyPatch, part: bytes, *, is_secure: bool
+) -> None:
+    """Although it came in one segment with the response, and the rest may never come."""
+    if is_secure:
+        peer.url = f"https://localhost:{await listen(peer.serve, trust(monkeypatch))}"
+
+    async def respond(head: str, writer: asyncio.StreamWriter) -> None:
+        number = execution_id(head)
+        writer.write(answer(200, nodes(number)) + (part if number == "1" else b""))
+
+    peer.respond = respond
+    async with session_at(peer) as session:
+        for number in range(1, 4):
+            assert await value_of(session, number) == str(number)
+    assert [connection for connection, _ in peer.requests] == [0, 1, 1]
+
+
+# HTTP/1.0, or no length: the end of the connection is that of the response. It closes a transport
+# for TLS once, and aiohttp does so again.
+CLOSING = {
+    "HTTP/1.0": b"HTTP/1.0 %d Whatever\r\n\r\n%b",
+    "no length": b"HTTP/1.1 %d Whatever\r\nConnection: close\r\n\r\n%b",
+    "large and compressed": b"HTTP/1.1 %d Whatever\r\nConnection: close\r\n"
+    b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n%b",
+}
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("framing", CLOSING)
+def test_a_response_that_ends_with_its_connection_is_read_over_tls(
+    monkeypatch: pytest.MonkeyPatch, framing: str, loop: str
+) -> None:
+    """As proxies send it; also a refusal, which is tried again."""
+    theirs = trust(monkeypatch)
+    peer = Peer()
+    statuses = iter([429, 201, 503, 200])
+    text = "x" * 3_000_000
+
+    async def respond(head: str, writer: asyncio.StreamWriter) -> None:
+        value = {"workflow_version_execution_id": 787} if head[0] == "P" else nodes(text)
+        body = json.dumps(value).encode()
+        if "compressed" in framing:
+            packed = gzip.compress(body, 1)
+            writer.write(CLOSING[framing] % (next(statuses), len(packed), packed))
+        else:
+            writer.write(CLOSING[framing] % (next(statuses), body))
+        await writer.drain()
+        writer.close()
+
+    async def main() -> tuple[int, str]:
+        server = await asyncio.start_server(peer.serve, "127.0.0.1", 0, ssl=theirs)
+        peer.url = f"https://localhost:{server.sockets[0].getsockname()[1]}"
+        async with server, session_at(peer) as session:
+            execution = await session.start("w")
+            return execution.id, await value_of(session, execution.id)
+
+    peer.respond = respond
+    new_loop = pytest.importorskip(loop).new_event_loop  # there is no uvloop on Windows
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        assert runner.run(main()) == (787, text)
+    assert peer.posts() == 2
+    assert len(peer.requests) == 4
+
+
+async def test_a_broken_connection_does_not_keep_others_open(
+    listen: Listen, peer: Peer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A byte too many closes it twice: aiohttp could not close it then, and forgot all others."""
+    peer.url = f"https://localhost:{await listen(peer.serve, trust(monkeypatch))}"
+    broken: list[asyncio.StreamWriter] = []
+
+    async def respond(head: str, writer: asyncio.StreamWriter) -> None:
+        response = answer(200, nodes(execution_id(head)))
+        size = response.index(b"\r\n\r\n") + 4
+        writer.write(response[:size])
+        for _ in range(20):  # until the head is read
+            await asyncio.sleep(0)
+        writer.write(response[size:])
+        if execution_id(head) == "1":
+            writer.write(b"X")
+            writer.transport.pause_reading()  # so that nothing answers TLS's `close_notify`
+            broken.append(writer)
+
+    peer.respond = respond
+    async with session_at(peer) as session:
+        values = await asyncio.gather(*(value_of(session, number) for number in range(1, 5)))
+    assert values == ["1", "2", "3", "4"]
+    async with asyncio.timeout(5):
+        for writer in peer.writers:
+            if writer not in broken:
+                with suppress(ConnectionError):
+                    await writer.wait_closed()
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("part", [b"Too Many", b"Too Many Requests\r\nVia: "])
