@@ -21,7 +21,7 @@ from promptlayer_exec._errors import (
 )
 from promptlayer_exec._models import Snapshot, StartRequest
 from promptlayer_exec._repr import short_repr
-from promptlayer_exec._start import log_unknown
+from promptlayer_exec._start import log_unknown, start_unknown
 from promptlayer_exec._tasks import CLEAN_UP, Tasks, foreign_cancellation, is_cancelled
 
 if TYPE_CHECKING:
@@ -104,7 +104,6 @@ async def fan_out(
     (await open_client())(fan.run)
     try:
         while (outcome := await fan.next_outcome()) is not None:
-            fan.slots.release()
             yield outcome
         if fan.error is not None:
             raise fan.error
@@ -123,7 +122,7 @@ class _FanOut(Generic[ItemT]):
     _items: Iterable[ItemT] | AsyncIterable[ItemT]
     _run_item: Callable[[RunningItem[ItemT]], Awaitable[Any]]
     # Released when an outcome is taken, so that a slow consumer does not let outcomes pile up.
-    slots: anyio.Semaphore
+    _slots: anyio.Semaphore
     error: BaseException | None = None
     _loop: asyncio.AbstractEventLoop = attrs.field(factory=asyncio.get_running_loop)
     _outcomes: asyncio.Queue[Outcome[ItemT, Any] | None] = attrs.field(factory=asyncio.Queue)
@@ -137,9 +136,14 @@ class _FanOut(Generic[ItemT]):
 
     async def next_outcome(self) -> Outcome[ItemT, Any] | None:
         """Wait for the next outcome; None means that there are no more."""
-        if self._outcomes.empty() and self._is_elsewhere():
-            raise RuntimeError(_ELSEWHERE)
-        return await self._outcomes.get()
+        if self._is_elsewhere():  # nothing of that loop may be woken from here
+            if self._outcomes.empty():
+                raise RuntimeError(_ELSEWHERE)
+            return self._outcomes.get_nowait()
+        outcome = await self._outcomes.get()
+        if outcome is not None:
+            self._slots.release()
+        return outcome
 
     def _is_elsewhere(self) -> bool:
         try:
@@ -158,7 +162,11 @@ class _FanOut(Generic[ItemT]):
         if self._is_elsewhere():
             for item in list(self._in_flight):  # that loop may never run again
                 item.is_reported = item.execution is not None
-                report_abandoned(item)
+                if item.is_reported:
+                    report_abandoned(item)
+                elif isinstance(item.item, StartRequest):
+                    reason = "its event loop was left while it was in flight"
+                    log_unknown(start_unknown(item.item.workflow, reason, None), item.item)
             if not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._scope.cancel)
             raise RuntimeError(_ELSEWHERE)
@@ -198,7 +206,7 @@ class _FanOut(Generic[ItemT]):
             async with aclosing(each(self._items)) as items:
                 indexes = itertools.count()
                 while True:
-                    await self.slots.acquire()
+                    await self._slots.acquire()
                     self._start(RunningItem(next(indexes), await anext(items)))
         except StopAsyncIteration:
             pass

@@ -575,6 +575,78 @@ def test_a_fan_out_that_is_continued_elsewhere_logs_the_runs_in_flight_at_once(
     assert len(logged()) == 2
 
 
+def test_a_fan_out_whose_loop_was_closed_delivers_what_waits(
+    threaded_sim: Simulator, recorder: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Although `items` waits for a place there. What did not wait yet is logged."""
+    threaded_sim.add_workflow("Example", Scenario([SimNode("A", duration=0.0)]))
+    session = Session(
+        threaded_sim.api_key, base_url=threaded_sim.base_url, observers=[recorder], rate=None
+    )
+    outcomes = session.as_completed(
+        (StartRequest("Example") for _ in itertools.count()), max_in_flight=3
+    )
+
+    async def begin() -> int:
+        first = await anext(outcomes)
+        assert first.execution is not None
+        while len(recorder.of(WatchEnded)) < 4:
+            await recorder.next(WatchEnded)
+        return first.execution.id
+
+    async def take() -> None:
+        async for outcome in outcomes:
+            assert outcome.execution is not None
+            delivered.append(outcome.execution.id)
+
+    async def go_on() -> None:
+        with pytest.raises(RuntimeError, match="another event loop"):
+            await take()
+
+    first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+    delivered = [first.run_until_complete(begin())]
+    first.close()
+    second.run_until_complete(go_on())
+    second.close()
+    logged = [int(number) for number in re.findall(r"execution (\d+) of", caplog.text)]
+    assert sorted(delivered + logged) == [run.execution_id for run in threaded_sim.runs]
+    assert len(delivered) >= 3
+
+
+@pytest.mark.parametrize("is_closed", [False, True], ids=["stopped", "closed"])
+def test_a_fan_out_that_is_continued_elsewhere_logs_a_start_on_the_wire(
+    threaded_sim: Simulator, caplog: pytest.LogCaptureFixture, *, is_closed: bool
+) -> None:
+    """Nobody knows if it started a run, and that loop may never run again."""
+    threaded_sim.add_workflow("Example", Scenario([SimNode("A", duration=0.0)]))
+    session = quick(threaded_sim)
+    outcomes = session.as_completed(
+        (StartRequest("Example", key=f"key {number}") for number in itertools.count()),
+        max_in_flight=1,
+    )
+
+    async def begin() -> None:
+        await anext(outcomes)
+        threaded_sim.inject(Fault.delay(0.2))
+        await threaded_sim.wait_for_requests(3)
+
+    async def go_on() -> None:
+        with pytest.raises(RuntimeError, match="another event loop"):
+            await anext(outcomes)
+
+    first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+    first.run_until_complete(begin())
+    if is_closed:
+        first.close()
+    second.run_until_complete(go_on())
+    second.close()
+    assert "a run of workflow 'Example' started: its event loop was left" in caplog.text
+    assert "(key 'key 1')" in caplog.text
+    if not is_closed:
+        first.run_until_complete(session.aclose())
+        first.close()
+
+
 def test_a_fan_out_that_is_closed_without_a_loop_is_ended_in_its_own(
     threaded_sim: Simulator,
 ) -> None:
