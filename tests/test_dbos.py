@@ -414,19 +414,71 @@ async def test_a_worker_in_a_cancelled_scope_waits_for_its_start(
     assert (await batch.work()).succeeded == 1
 
 
+@pytest.mark.parametrize("is_ending", [False, True], ids=["working", "ending by itself"])
+async def test_a_worker_that_is_cancelled_again_and_again_waits_for_its_starts(
+    sim: Simulator,
+    batch_of: Callable[..., Batch],
+    our_tasks: Callable[[], list[str]],
+    caplog: pytest.LogCaptureFixture,
+    *,
+    is_ending: bool,
+) -> None:
+    """Also with a session of its own: nothing of what was paid for is lost, and no task is left."""
+    batch = batch_of(max_in_flight=3)
+    await batch.add([request(key) for key in "abc"])
+    if is_ending:
+        sim.inject(Fault.status(401))
+    sim.inject(Fault.delay(0.5, times=3))
+    working = asyncio.create_task(batch.work())
+    await sim.wait_for_requests(3)
+    while not working.done():
+        working.cancel()
+        await asyncio.sleep(0.01)
+    assert our_tasks() == []
+    assert len(sim.runs) == (2 if is_ending else 3)
+    assert "did not get the handle" not in caplog.text
+    status = await batch_of().work()
+    assert (status.succeeded, status.unknown) == (3, 0)
+    assert len(sim.runs) == 3
+
+
+async def test_a_wait_timeout_of_0_does_not_stop_the_loop(
+    sim: Simulator, batch_of: Callable[..., Batch], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A started item is followed for as long as it takes, with a pause after each wait."""
+    sim.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
+    batch = batch_of()
+    await batch.add([request("a", workflow="held")])
+    working = asyncio.create_task(batch.work())
+    await sim.wait_for_requests(2)  # it is started, and polled
+    working.cancel()
+    await asyncio.wait([working])
+    async with Session(sim.api_key, base_url=sim.base_url, wait_timeout=0.0) as session:
+        working = asyncio.create_task(batch_of(session=session).work(until_done=False))
+        async with asyncio.timeout(10):
+            while "item 'a' has to wait" not in caplog.text:  # noqa: ASYNC110 - a log has no event
+                await asyncio.sleep(0.01)
+        working.cancel()
+        await asyncio.wait([working])
+    sim.finish(sim.runs[0].execution_id, "Answer")
+    assert (await batch.work()).succeeded == 1
+
+
 @pytest.mark.parametrize("restart_unknown", [False, True])
 async def test_a_start_that_was_cut_off_is_unknown(
-    sim: Simulator, batch_of: Callable[..., Batch], restart_unknown: bool
+    sim: Simulator,
+    batch_of: Callable[..., Batch],
+    monkeypatch: pytest.MonkeyPatch,
+    restart_unknown: bool,
 ) -> None:
-    """A second cancellation cuts it off. With `restart_unknown`, the item is started again."""
+    """A worker waits for it for a minute. With `restart_unknown`, the item is started again."""
+    monkeypatch.setattr(workers, "_DRAIN_TIMEOUT", 0.05)
     batch = batch_of()
     await batch.add([request("a")])
     sim.inject(Fault.delay(1.0))
     working = asyncio.create_task(batch.work())
     await sim.wait_for_requests(1)
-    while not working.done():
-        working.cancel()
-        await asyncio.sleep(0)
+    working.cancel()
     with pytest.raises(asyncio.CancelledError):
         await working
     status = await batch_of(restart_unknown=restart_unknown).work()

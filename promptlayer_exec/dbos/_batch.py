@@ -148,7 +148,7 @@ class Batch:
     async def work(self, *, until_done: bool = True) -> BatchStatus:
         """Start items, follow them, and store their outcomes, together with all other workers.
 
-        If cancelled, it waits for the starts that are being sent; the next worker continues with
+        If cancelled, however often, it waits for the starts that are being sent; the next worker continues with
         all other items.
 
         Args:

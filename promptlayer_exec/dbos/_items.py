@@ -357,8 +357,8 @@ class Items:
                     raise
                 except ExecutionTimeout as error:
                     failing_since = unknown_since = None
+                    delay = _FIRST_DELAY
                     self._wait_for(key, error)
-                    continue
                 except NotFound:
                     unknown_since = unknown_since or clock()
                     if clock() - unknown_since >= _NOT_FOUND_GRACE:

@@ -179,14 +179,17 @@ class Worker:
         self._store.connector.patience = PATIENCE_AT_END
         self._items.close()
         try:
-            if self._owns_session:
-                await self._session.aclose()
             if self._dbos_loop is not None:
                 draining = asyncio.run_coroutine_threadsafe(self._drain(), self._dbos_loop)
                 await _wait_even_if_cancelled(asyncio.wrap_future(draining), _DRAIN_TIMEOUT)
         finally:  # also if cancelled again: the threads would keep the process alive
-            await self._store.run_in_thread(self._end)
-            await self._wait_for_threads()
+            try:
+                if self._owns_session:
+                    closing = asyncio.ensure_future(self._session.aclose())
+                    await _wait_even_if_cancelled(closing, _DRAIN_TIMEOUT)
+            finally:
+                await self._store.run_in_thread(self._end)
+                await self._wait_for_threads()
 
     async def _wait_for_threads(self) -> None:
         """Wait until no thread waits for PostgreSQL any more, whose caller was cancelled."""
