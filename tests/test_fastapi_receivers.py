@@ -15,7 +15,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import APIRouter, Depends, FastAPI, HTTPException
 
 from promptlayer_exec import (
     ConfigurationError,
@@ -55,11 +55,13 @@ class App:
             app.include_router(router)
         self.url = await self._serve(app)
 
-    async def post(self, path: str, payload: Any = None, **options: Any) -> tuple[int, Any]:
+    async def post(
+        self, path: str, payload: Any = None, *, method: str = "POST", **options: Any
+    ) -> tuple[int, Any]:
         """Return the status and the decoded body of the response, None if it is empty."""
         if payload is not None:
             options["json"] = payload
-        async with self._http.post(self.url + path, **options) as response:
+        async with self._http.request(method, self.url + path, **options) as response:
             text = await response.text()
             is_json = response.content_type.endswith("json")
             return response.status, json.loads(text) if is_json else text or None
@@ -414,6 +416,28 @@ async def test_no_log_shows_a_token_or_a_secret(
     assert len(access) == 4
     assert '"POST /app/callbacks/... HTTP/1.1" 204' in access[0]
     assert not any(secret in caplog.text for secret in (token, SECRET, "s3cret"))
+
+
+async def test_no_answer_of_the_app_itself_shows_a_token_either(
+    app: App, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as those to another method, to a slash at the end, and while the app is starting."""
+    caplog.set_level(logging.INFO)
+
+    def get_session() -> Session:
+        raise HTTPException(503, "The app is starting.")
+
+    await app.serve(create_callback_router(get_session, callbacks=CALLBACKS))
+    path = f"/callbacks/{CALLBACKS.new_token()}"
+    assert (await app.post(path, callback()))[0] == 503
+    assert (await app.post(f"{path}/", callback()))[0] == 503
+    assert (await app.post(path, callback(), method="GET"))[0] == 405
+    access = [line.getMessage() for line in caplog.records if line.name == "uvicorn.access"]
+    assert [line.partition(" - ")[2] for line in access] == [
+        '"POST /callbacks/... HTTP/1.1" 503',
+        '"POST /callbacks/.../ HTTP/1.1" 503',
+        '"GET /callbacks/... HTTP/1.1" 405',
+    ]
 
 
 async def test_the_session_may_be_a_dependency(
