@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import partial
@@ -67,6 +68,9 @@ T = TypeVar("T")
 # Seconds to become subscribed for the first time, and after a connection was lost.
 _HANDSHAKE = 10.0
 _RECONNECT = 60.0
+# Seconds between a token and the request for the next, at least: a server may say that one lives
+# for 0 s.
+_TOKEN_INTERVAL = 1.0
 # A completion that a poll found, and no message announced within so many seconds, is silence.
 _SILENCE = 2.0
 # So many completions in silence, one after the other, and push is given up.
@@ -229,6 +233,7 @@ class _Channel:
     _time_limit: asyncio.TimerHandle | None = attrs.field(init=False, default=None)
     # Of each request for a token: a refresh and a new connection may both need one.
     _token_scopes: set[anyio.CancelScope] = attrs.field(init=False, factory=set)
+    _next_token_at: float = attrs.field(init=False, default=-math.inf)
 
     @property
     def has_announced(self) -> bool:
@@ -320,7 +325,10 @@ class _Channel:
         self._token_scopes.add(scope)
         try:
             with scope:
-                return await self._push.call(token_request(channel), read_token)
+                await anyio.sleep(max(self._next_token_at - clock(), 0.0))
+                token = await self._push.call(token_request(channel), read_token)
+                self._next_token_at = clock() + _TOKEN_INTERVAL
+                return token
         except Exception as error:
             if _is_transient(error):
                 raise  # the library tries again

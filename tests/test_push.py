@@ -953,6 +953,26 @@ class TestFaults:
         assert [token.split()[0] for token in server.tokens[:2]] == ["token-1", "token-2"]
         assert server.count(WEBSOCKET) == 1
 
+    async def test_tokens_that_expire_at_once_are_not_requested_without_a_pause(
+        self, session: Session, server: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A server may say that they live for 0 s: each would take a slot of the rate."""
+        pauses: list[float] = []
+
+        async def sleep(seconds: float) -> None:
+            pauses.append(seconds)
+            await real_sleep(0)
+
+        real_sleep = push.anyio.sleep
+        monkeypatch.setattr(push.anyio, "sleep", sleep)
+        server.ttl = 0.0
+        execution = await session.start("w")
+        await server.subscribed()
+        await server.until(lambda: server.count(TOKEN) >= 4)
+        await server.finish(execution.id)
+        assert await execution.output() == "42"
+        assert [round(seconds) for seconds in pauses[:4]] == [0, 1, 1, 1]
+
     async def test_a_token_that_is_expired_already_is_renewed(
         self, session: Session, server: Server
     ) -> None:
