@@ -22,28 +22,40 @@ class Limiter(Protocol):
         """Return when one more HTTP attempt may be made; called by one attempt at a time."""
 
 
-# The multiplicative decrease factor. RFC 9438 takes 0.7 of a window that was too large; here W_max
-# is a rate that the server did accept.
-_BETA = 0.9
+# A congestion event takes this many requests per second off the rate, as a multiplicative decrease
+# factor beta between these two; the smaller one while the session has not found a rate yet. The
+# more each session gives up, the sooner those that share a server's limit have equal parts of it,
+# but the less of it is used by one that is alone. RFC 9438 takes 0.7.
+_DECREASE = 4.0
+_MIN_BETA = 0.65
+_MAX_BETA = 0.9
 # K in seconds: this much, and more for each second that the congestion event cost (the announced
 # pause, or the time that a request takes). A server whose 429s are dear is probed less often.
 _K = 1.0
 _K_PER_SECOND_LOST = 3.0
 _MAX_K = 8.0
-# K in requests, after a first congestion event: the session needs a few good answers to measure.
-_MIN_K_SLOTS = 5
-# K of a slow session, in seconds times the root of its rate. Sessions that share a server's limit
-# must probe seldom together, and none of them so often that it takes the share of another.
-_K_SLOW = 20.0
-_MAX_K_SLOW = 12.0
+# K in requests: after a first congestion event the session needs a few good answers to measure, and
+# at its slowest it must not grow for as long as it has none.
+_FIRST_K_SLOTS = 5
+_MIN_K_SLOTS = 2
+# K is at least this many seconds times the rate, so that slow sessions grow by the same amount each
+# second: the slower ones catch up. It need not be more than the second number, nor, for the sake of
+# fast sessions, more than the third divided by the root of the rate.
+_K_SLOW = 7.0
+_MAX_K_SLOW = 14.0
+_K_FAST = 44.0
 # In the convex region K is at most this: what was not refused until then can soon be more.
 _MAX_K_CONVEX = 3.0
 # The first 429 with Retry-After only pauses the session: it may be due to a burst. Another within
 # this many seconds is a congestion event.
 _SETTLED = 10.0
-# Within a second, fewer good answers than this say nothing about a rate. The first congestion event
-# then halves the rate, to at most this; a later one reduces it by the decrease factor alone.
+# The seconds over which good answers are measured. In the shorter time, fewer than so many per
+# second say nothing about a rate.
+_SHORT_MEMORY = 1.0
+_LONG_MEMORY = 10.0
 _MIN_MEASURED_RATE = 10.0
+# The first congestion event halves the rate, to at most this, unless more was measured.
+_FIRST_RATE = 10.0
 # However long the server refuses: a session must notice when it does not any more.
 _MIN_RATE = 0.1
 # Good answers within a shorter time than this, in seconds, say nothing about a rate.
@@ -64,16 +76,16 @@ class Throttle:
     rate recovers as a congestion window does in CUBIC (RFC 9438), TCP's congestion control:
 
     - A 429 to a request that was sent after the last one is a *congestion event*. W_max is the
-      rate of good answers measured up to it, or the present rate of a session that is too slow
-      to measure it, and the rate falls to beta * W_max.
+      rate of good answers measured up to it, and the rate falls to beta * W_max. A slow session
+      that has not held a rate for a while yet has measured nothing: W_max is its present rate.
     - Then the rate follows the *cubic function* W_max * (1 + (1 - beta) * (t / K - 1)**3) of the
       time t since the event. In its *concave region* the rate is back at W_max after K seconds,
       approaching it ever more slowly. In the *convex region* beyond, it grows ever faster.
 
     So the rate stays near the one that the server accepted, which keeps both 429s and unused
     capacity rare, and a W_max that was measured too low soon corrects itself. RFC 9438 derives K
-    from a constant C; here K is chosen: longer where a 429 costs more, and for slow sessions, so
-    that several which share a limit each find a fair part of it.
+    from a constant C; here beta and K are chosen: K is longer where a 429 costs more, and both let
+    sessions that share a limit each find a fair part of it.
 
     Args:
         rate: slots per second; None means unlimited.
@@ -89,12 +101,15 @@ class Throttle:
         # The lock alone does not say so: between two of those that wait, it is free for a moment.
         self._waiting = 0
         self._next_slot = -math.inf
-        self._good_answers = _MeasuredRate()
+        self._good_answers = _MeasuredRate(_SHORT_MEMORY)
+        self._good_answers_for_long = _MeasuredRate(_LONG_MEMORY)
         self._refused_at = -math.inf
         # The rate that corresponds to CUBIC's congestion window, and its last congestion event.
         self._rate = math.inf
         self._w_max = math.inf
+        self._beta = _MAX_BETA
         self._k = _K
+        self._has_held = False  # whether a rate has held for half of a K
         self._t = 0.0
         self._t_updated_at = -math.inf
 
@@ -136,7 +151,9 @@ class Throttle:
 
     def answered(self) -> None:
         """Record an answer other than 429."""
-        self._good_answers.count(self._clock())
+        now = self._clock()
+        self._good_answers.count(now)
+        self._good_answers_for_long.count(now)
 
     def refused(self, sent_at: float, announced: float) -> float:
         """Record a 429, and return the seconds until the next request may be sent.
@@ -150,7 +167,9 @@ class Throttle:
                 self._reduce_rate(now, lost=max(announced, now - sent_at))
             self._refused_at = now
         pause = announced or 1.0 / min(self._rate, self._max_rate)
-        self._good_answers.pause(now + pause - max(self._next_slot, now))
+        idle = now + pause - max(self._next_slot, now)
+        self._good_answers.pause(idle)
+        self._good_answers_for_long.pause(idle)
         self._next_slot = max(self._next_slot, now + pause)
         return self._next_slot - now
 
@@ -158,13 +177,25 @@ class Throttle:
         """Handle a congestion event, which costs `lost` seconds."""
         is_first = self._rate >= self._max_rate
         w_max = self._good_answers.per_second(now)
-        if w_max < _MIN_MEASURED_RATE:
-            start = min(self._max_rate, 2.0 * _MIN_MEASURED_RATE) / 2.0 / _BETA
-            w_max = max(w_max, start) if is_first else max(self._rate, _MIN_RATE / _BETA)
-        self._w_max = min(w_max, self._max_rate)
-        self._rate = _BETA * self._w_max
-        slow = min(_K_SLOW / math.sqrt(self._w_max), _MAX_K_SLOW)
-        least = _MIN_K_SLOTS / self._rate if is_first else slow
+        if is_first:
+            self._beta = _MAX_BETA
+            w_max = max(w_max, min(self._max_rate / 2.0, _FIRST_RATE) / _MAX_BETA)
+        elif not self._has_held:
+            self._beta = _MIN_BETA
+            if w_max < _MIN_MEASURED_RATE:
+                w_max = self._rate
+        else:
+            if w_max < _MIN_MEASURED_RATE:
+                # Not less than a quarter: a few refusals in a row may be chance.
+                w_max = max(self._good_answers_for_long.per_second(now), self._rate / 4.0)
+            self._beta = min(max(1.0 - _DECREASE / w_max, _MIN_BETA), _MAX_BETA)
+        self._w_max = max(min(w_max, self._max_rate), _MIN_RATE / self._beta)
+        self._rate = self._beta * self._w_max
+        if is_first:
+            least = _FIRST_K_SLOTS / self._rate
+        else:
+            least = max(_K_SLOW * self._w_max, _MIN_K_SLOTS / self._rate)
+            least = min(least, _MAX_K_SLOW, _K_FAST / math.sqrt(self._w_max))
         self._k = max(min(_K + _K_PER_SECOND_LOST * lost, _MAX_K), least)
         self._t = 0.0
         self._t_updated_at = now
@@ -176,9 +207,10 @@ class Throttle:
             self._t += min(max(now - self._t_updated_at, 0.0), 2.0 / self._rate)
             self._t_updated_at = now
             x = self._t / self._k - 1.0
+            self._has_held = self._has_held or x > -0.5
             if x > 1.0:
                 x = 1.0 + (self._t - 2.0 * self._k) / min(self._k, _MAX_K_CONVEX)
-            self._rate = self._w_max * (1.0 + (1.0 - _BETA) * x**3)
+            self._rate = self._w_max * (1.0 + (1.0 - self._beta) * x**3)
             if self._rate > _NO_LIMIT:
                 self._rate = math.inf
         return min(self._rate, self._max_rate)
@@ -186,8 +218,9 @@ class Throttle:
 
 @attrs.define(eq=False)
 class _MeasuredRate:
-    """Answers per second: an average that decays within about a second."""
+    """Answers per second: an average that decays within about as many seconds as its memory."""
 
+    _memory: float
     _weight: float = 0.0
     _since: float = -math.inf
     _last: float = -math.inf
@@ -195,18 +228,19 @@ class _MeasuredRate:
     def count(self, now: float) -> None:
         """Count an answer."""
         passed = now - self._last
-        if passed > 1.0:
+        if passed > self._memory:
             self._since = now
         if passed > 0.0:  # not during a pause, when answers to earlier requests still arrive
-            self._weight *= math.exp(-passed)
+            self._weight *= math.exp(-passed / self._memory)
             self._last = now
         self._weight += 1.0
 
     def per_second(self, now: float) -> float:
         """Return the rate at `now`."""
-        weight = self._weight * math.exp(min(self._last - now, 0.0))
-        # An average over less than a second has not reached its full weight.
-        return weight / (1.0 - math.exp(min(self._since - now, -_MIN_MEASURED)))
+        weight = self._weight * math.exp(min(self._last - now, 0.0) / self._memory)
+        # An average over less than its memory has not reached its full weight.
+        covered = 1.0 - math.exp(min(self._since - now, -_MIN_MEASURED) / self._memory)
+        return weight / (self._memory * covered)
 
     def pause(self, seconds: float) -> None:
         """Exclude the next `seconds`, in which no request is sent, from the average."""

@@ -292,7 +292,7 @@ async def test_a_429_slows_the_session_to_the_rate_of_good_answers() -> None:
 async def test_429s_slow_a_session_without_good_answers_step_by_step(
     rate: float | None, slots: float
 ) -> None:
-    """The first halves the rate, from 20 per second at most; later ones take at most a tenth."""
+    """The first halves the rate, from 20 per second at most; later ones leave a sixth, or 0.1."""
     throttle = Throttle(rate)
     spacing = [1 / slots]
     for _ in range(10):
@@ -302,7 +302,9 @@ async def test_429s_slow_a_session_without_good_answers_step_by_step(
         (time,) = await send(throttle, 1)
         spacing.append(time - refused_at)
     assert spacing[1] == pytest.approx(2 / slots, rel=0.2)
-    assert all(1.0 < after / before < 1.12 for before, after in pairwise(spacing[1:]))
+    assert all(1.0 <= after / before < 6.2 for before, after in pairwise(spacing[1:]))
+    assert spacing[2] > spacing[1]
+    assert spacing[-1] <= 10.0
 
 
 @pytest.mark.parametrize("announced", [False, True], ids=["unannounced", "announced"])
@@ -634,19 +636,20 @@ async def test_a_token_bucket_is_used_well_with_few_refusals(
     assert len(late_refusals) <= refused * (len(accepted) + len(late_refusals))
 
 
+@pytest.mark.parametrize("seed", range(1, 4))
 @pytest.mark.parametrize(
     ("sessions", "per_second", "burst"), [(3, 5.0, 5), (8, 20.0, 20), (30, 60.0, 20)]
 )
 @in_virtual_time
 async def test_sessions_that_share_a_bucket_each_find_a_fair_part(
-    sessions: int, per_second: float, burst: int
+    sessions: int, per_second: float, burst: int, seed: int
 ) -> None:
     """They know nothing of each other, and the server names no time to wait.
 
     Over two minutes none gets less than half of its fair share, at least 85 % of the bucket is
-    used, and once they have found their rates, after 20 s, less than 10 % is refused.
+    used, and less than 10 % is refused. Chance decides: of 72 seeds, two missed one of these.
     """
-    chance = random.Random(787)
+    chance = random.Random(seed)
     bucket = TokenBucket(per_second, burst, 0.05, nothing)
     shares = [0] * sessions
     began = now()
@@ -664,8 +667,7 @@ async def test_sessions_that_share_a_bucket_each_find_a_fair_part(
     async with asyncio.TaskGroup() as tasks:
         for number in range(sessions):
             tasks.create_task(use(number))
-    refused = [time for time in bucket.refused if time > began + 20.0]
-    accepted = [time for time in bucket.accepted if time > began + 20.0]
+    refused, accepted = bucket.refused, bucket.accepted
     assert min(shares) >= 0.5 * 120.0 * per_second / sessions
-    assert len(bucket.accepted) >= 0.85 * (120.0 * per_second + burst)
+    assert len(accepted) >= 0.85 * (120.0 * per_second + burst)
     assert len(refused) < 0.1 * (len(refused) + len(accepted))
