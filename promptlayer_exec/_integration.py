@@ -24,6 +24,7 @@ from promptlayer_exec._repr import short_repr
 from promptlayer_exec._session import Session
 from promptlayer_exec._settings import check_count, find_base_url, missing_for_push
 from promptlayer_exec._start import SendHooks
+from promptlayer_exec._tasks import wait_even_if_cancelled
 from promptlayer_exec._throttle import Limiter
 from promptlayer_exec._transport import excess
 from promptlayer_exec._wire import MAX_ID, check_execution_id
@@ -49,10 +50,12 @@ __all__ = [
     "node_dict",
     "receive_callback",
     "report_undelivered",
+    "request_timeout",
     "retry_policy",
     "short_repr",
     "start",
     "start_token",
+    "wait_even_if_cancelled",
     "wake",
 ]
 
@@ -147,6 +150,11 @@ def receive_callback(session: Session, token: str, execution_id: int) -> None:
 def max_response_bytes(session: Session) -> int:
     """Return the setting of a session."""
     return session._settings.max_response_bytes
+
+
+def request_timeout(session: Session) -> float:
+    """Return the setting of a session, in seconds."""
+    return session._settings.request_timeout
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, cast
 
+import anyio
+
 Run = Callable[[], Coroutine[Any, Any, None]]
 
 # A cancellation that was suppressed is repeated after so many seconds, if somebody waits, ...
@@ -225,6 +227,18 @@ class TaskTimeout(PatientTimeout):
             await asyncio.sleep(0)
             raise asyncio.CancelledError
         return await super().__aenter__()
+
+
+async def wait_even_if_cancelled(future: asyncio.Future[Any], timeout: float | None = None) -> None:
+    """Wait for a future for `timeout` seconds at most, and raise a cancellation afterwards."""
+    waiting = asyncio.ensure_future(asyncio.wait([future], timeout=timeout))
+    with anyio.CancelScope(shield=True):
+        try:
+            await asyncio.shield(waiting)
+        finally:
+            while not waiting.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.shield(waiting)
 
 
 def resolve(future: asyncio.Future[None]) -> None:

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing, contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from promptlayer_exec import (
     RetryPolicy,
     Session,
     SessionClosed,
+    StartFailed,
     StartRequest,
     Unauthorized,
 )
@@ -442,6 +444,43 @@ async def test_a_worker_that_is_cancelled_again_and_again_waits_for_its_starts(
     assert len(sim.runs) == 3
 
 
+async def test_an_error_of_the_closing_session_is_raised(
+    sim: Simulator, batch_of: Callable[..., Batch]
+) -> None:
+    """Once the batch has been worked on."""
+
+    class Unclosable(Session):
+        async def aclose(self) -> None:
+            await super().aclose()
+            raise OSError("it does not close")
+
+    batch = batch_of(session=lambda: Unclosable(sim.api_key, base_url=sim.base_url))
+    await batch.add([request("a")])
+    with pytest.raises(OSError, match="it does not close"):
+        await batch.work()
+    assert (await batch.status()).succeeded == 1
+
+
+async def test_a_start_that_is_not_sent_in_time_is_tried_again_after_a_pause(
+    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch, recorder: Any
+) -> None:
+    """Without one, a `wait_timeout` of 0 would keep a core busy; the work ends all the same."""
+    monkeypatch.setattr(items, "_FIRST_DELAY", 3600.0)
+    batch = batch_of()
+    await batch.add([request("a")])
+    settings = {"base_url": sim.base_url, "wait_timeout": 0.0, "observers": [recorder]}
+    async with Session(sim.api_key, **settings) as session:
+        working = asyncio.create_task(batch_of(session=session).work())
+        await recorder.next(StartFailed)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert len(recorder.of(StartFailed)) == 1
+        working.cancel()
+        async with asyncio.timeout(10):
+            await asyncio.wait([working])
+    assert (await batch.work()).succeeded == 1
+
+
 async def test_a_wait_timeout_of_0_does_not_stop_the_loop(
     sim: Simulator, batch_of: Callable[..., Batch], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -465,15 +504,13 @@ async def test_a_wait_timeout_of_0_does_not_stop_the_loop(
 
 
 @pytest.mark.parametrize("restart_unknown", [False, True])
-async def test_a_start_that_was_cut_off_is_unknown(
-    sim: Simulator,
-    batch_of: Callable[..., Batch],
-    monkeypatch: pytest.MonkeyPatch,
-    restart_unknown: bool,
+async def test_a_start_that_is_not_answered_while_the_work_ends_is_unknown(
+    sim: Simulator, batch_of: Callable[..., Batch], restart_unknown: bool
 ) -> None:
-    """A worker waits for it for a minute. With `restart_unknown`, the item is started again."""
-    monkeypatch.setattr(workers, "_DRAIN_TIMEOUT", 0.05)
-    batch = batch_of()
+    """A worker waits for the request timeout. With `restart_unknown`, it is started again."""
+    batch = batch_of(
+        session=partial(Session, sim.api_key, base_url=sim.base_url, request_timeout=0.2)
+    )
     await batch.add([request("a")])
     sim.inject(Fault.delay(1.0))
     working = asyncio.create_task(batch.work())

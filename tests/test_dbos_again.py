@@ -151,10 +151,10 @@ async def test_a_start_whose_item_was_taken_over_is_followed(
 ) -> None:
     """A worker may be taken for dead while it sends a start: the run is paid for, and not lost."""
     await batch.add([StartRequest("echo", {"n": 5}, key="a")])
-    sim.inject(Fault.delay(0.3))
+    sim.inject(Fault.delay(1.0))
+    client = DBOSClient(system_database_url=url)
     working = asyncio.create_task(batch.work())
     await sim.wait_for_requests(1)
-    client = DBOSClient(system_database_url=url)
     await client.resume_workflow_async(workflow_id("b", "a", 1), queue_name=queue_name("b"))
     client.destroy()
     await working
@@ -170,7 +170,7 @@ async def test_a_run_whose_intent_is_lost_is_followed(
 ) -> None:
     """Otherwise DBOS would end the item, nobody would finish it, and all work would wait for it."""
     await batch.add([StartRequest("echo", {"n": 5}, key="a")])
-    sim.inject(Fault.delay(0.3))
+    sim.inject(Fault.delay(1.0))
     working = asyncio.create_task(batch.work())
     await sim.wait_for_requests(1)
     with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:

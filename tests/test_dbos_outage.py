@@ -32,6 +32,7 @@ from promptlayer_exec import (
     Session,
     StartRequest,
 )
+from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos import Batch
 from promptlayer_exec.dbos import _breaker as breakers
 from promptlayer_exec.dbos import _connector as connectors
@@ -868,7 +869,7 @@ async def test_no_intent_is_recorded_once_a_start_is_cancelled() -> None:
 async def test_a_second_cancellation_does_not_end_the_wait_for_starts() -> None:
     """Their answers would arrive unrecorded. The cancellation is raised at the end."""
     answered = asyncio.get_running_loop().create_future()
-    waiting = asyncio.create_task(workers._wait_even_if_cancelled(answered, 5.0))
+    waiting = asyncio.create_task(integration.wait_even_if_cancelled(answered, 5.0))
     for _ in range(2):
         await asyncio.sleep(0)
         waiting.cancel()

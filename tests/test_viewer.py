@@ -402,11 +402,13 @@ async def _post(port: int, content: Any) -> None:
         pass
 
 
+@pytest.mark.parametrize("times", [1, 3])
 async def test_stopping_aborts_open_requests_without_log_messages(
     sim: Simulator,
     open_session: Callable[..., Session],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    times: int,
 ) -> None:
     """The requests are a page that does not read, and a start without an answer."""
     monkeypatch.setattr("promptlayer_exec.viewer._server._GRACE", 0.1)
@@ -431,8 +433,11 @@ async def test_stopping_aborts_open_requests_without_log_messages(
             async with asyncio.timeout(5):
                 await board.opened.wait()
                 await sim.wait_for_requests(before + 1)
-                serving.cancel()
+                for _ in range(times):
+                    serving.cancel()
+                    await asyncio.sleep(0)
                 await asyncio.wait([serving])
+                assert "viewer" not in [task.get_name() for task in asyncio.all_tasks()]
         with pytest.raises(aiohttp.ClientError):
             await starting
     assert [one.getMessage() for one in caplog.records if one.name.startswith("uvicorn")] == []

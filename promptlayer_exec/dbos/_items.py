@@ -232,6 +232,7 @@ class Items:
         pending.task = asyncio.current_task()
         request = self._to_send(item)
         while not pending.is_cancelled:
+            pause = 0.0
             async with self._starts.slot() as since:
                 result: StartResult | None = None
                 try:
@@ -243,6 +244,7 @@ class Items:
                     if item.is_first_version:
                         result = await self._explain_refusal(item, pending)
                 except ExecutionTimeout:  # it was not sent within the session's `wait_timeout`
+                    pause = _FIRST_DELAY
                     with suppress(ConfigurationError):  # then the item is unknown
                         await pending.not_sent()
                 except Exception as error:  # noqa: BLE001 - some are the item's
@@ -253,6 +255,7 @@ class Items:
                     result = _result(execution.id)
                 if result is not None:
                     return result
+            await asyncio.sleep(pause)
         raise asyncio.CancelledError
 
     async def _judge(

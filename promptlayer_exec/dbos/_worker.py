@@ -16,6 +16,7 @@ import attrs
 from dbos import DBOS, DBOSPortableJSONSerializer
 
 from promptlayer_exec import ConfigurationError, Session
+from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos._connector import PATIENCE_AT_END
 from promptlayer_exec.dbos._dbos_internals import log_quietly, stop_dequeuing
 from promptlayer_exec.dbos._items import Items, suspend
@@ -31,7 +32,8 @@ from promptlayer_exec.dbos._store import (
 )
 
 _CHECK_INTERVAL = 0.25
-_DRAIN_TIMEOUT = 60.0
+# Seconds in which the answers of all starts that were sent are recorded.
+_RECORDING_TIMEOUT = 30.0
 _THREADS = 16
 # Seconds for which no item may come while all others wait for the server, before the work ends.
 _IDLE = 3.0
@@ -180,13 +182,16 @@ class Worker:
         self._items.close()
         try:
             if self._dbos_loop is not None:
+                # A start that was sent has an answer, or fails, within the request timeout.
+                timeout = integration.request_timeout(self._session) + _RECORDING_TIMEOUT
                 draining = asyncio.run_coroutine_threadsafe(self._drain(), self._dbos_loop)
-                await _wait_even_if_cancelled(asyncio.wrap_future(draining), _DRAIN_TIMEOUT)
+                await integration.wait_even_if_cancelled(asyncio.wrap_future(draining), timeout)
         finally:  # also if cancelled again: the threads would keep the process alive
             try:
                 if self._owns_session:
                     closing = asyncio.ensure_future(self._session.aclose())
-                    await _wait_even_if_cancelled(closing, _DRAIN_TIMEOUT)
+                    await integration.wait_even_if_cancelled(closing)
+                    closing.result()
             finally:
                 await self._store.run_in_thread(self._end)
                 await self._wait_for_threads()
@@ -212,7 +217,7 @@ class Worker:
             self._store.connector.abandon()
         self._liveness.stop()
         if self._dbos is not None:
-            stop_dequeuing(self._dbos, queue_name(self._batch), _DRAIN_TIMEOUT)
+            stop_dequeuing(self._dbos, queue_name(self._batch), _RECORDING_TIMEOUT)
             DBOS.destroy()
             with suppress(ConfigurationError):  # the other workers will miss its heartbeat
                 self._store.remove_worker(self._executor)
@@ -235,14 +240,3 @@ async def _item(key: str, attempt: int, request: str, started: StartResult | Non
 @DBOS.workflow(name=FIRST_WORKFLOW, max_recovery_attempts=None)
 async def _first_item(key: str, attempt: int, request: str) -> None:
     await _run(Item(key, attempt, request, is_first_version=True))
-
-
-async def _wait_even_if_cancelled(future: asyncio.Future[None], timeout: float) -> None:
-    """Wait for a future for `timeout` seconds at most, and raise a cancellation afterwards."""
-    waiting = asyncio.ensure_future(asyncio.wait([future], timeout=timeout))
-    try:
-        await asyncio.shield(waiting)
-    finally:
-        while not waiting.done():
-            with suppress(asyncio.CancelledError):
-                await asyncio.shield(waiting)

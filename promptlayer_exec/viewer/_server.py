@@ -14,6 +14,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from promptlayer_exec import _integration as integration
 from promptlayer_exec.viewer._board import Board
 from promptlayer_exec.viewer._definitions import Definitions
 from promptlayer_exec.viewer._events import board_events
@@ -114,10 +115,15 @@ async def serve(board: Board, listener: socket.socket, address: Address, token: 
     finally:
         board.close()
         server.should_exit = True
-        await asyncio.wait([serving], timeout=_GRACE)
-        # Still open: pages that do not read, and requests that wait for PromptLayer.
-        for connection in server.server_state.connections:
-            connection.transport.abort()
-        for task in server.server_state.tasks:
-            task.cancel()
-        await serving
+        await integration.wait_even_if_cancelled(asyncio.ensure_future(_end(server, serving)))
+
+
+async def _end(server: _Server, serving: asyncio.Task[None]) -> None:
+    """Wait until a server has ended, and help it after a while."""
+    await asyncio.wait([serving], timeout=_GRACE)
+    # Still open: pages that do not read, and requests that wait for PromptLayer.
+    for connection in server.server_state.connections:
+        connection.transport.abort()
+    for task in server.server_state.tasks:
+        task.cancel()
+    await serving
