@@ -197,13 +197,15 @@ class Client:
         self,
         request: StartRequest,
         http_request: Request,
-        deadline: Deadline,
-        hooks: SendHooks | None = None,
-        token: str | None = None,
+        deadline: Deadline | None,
+        *,
+        hooks: SendHooks | None,
+        token: str | None,
+        began: Callable[[Start], None],
     ) -> Started:
-        """Start a run; its request must be sent before the deadline.
+        """Start a run; its request must be sent before the deadline, by default the session's.
 
-        `token` is the one in the start's own callback URL, if it has one.
+        `token` is the one in the start's own callback URL, if it has one. `began` gets the start.
         """
         now = self.transport.clock()
 
@@ -234,10 +236,11 @@ class Client:
             else partial(self._callbacks.lose, token, request, self.transport.base_url),
             base_url=self.transport.base_url,
         )
+        began(start)
         self.lifetime.spawn(start.run)
         if self.push is not None:
             self.push.subscribe(request.workflow)
-        return await start.result(deadline)
+        return await start.result(deadline or self.deadline())
 
     async def recover(self, error: StartUnknown, token: str, deadline: Deadline) -> int:
         """Wait for the callback of a start whose answer was lost, and return the execution's id."""

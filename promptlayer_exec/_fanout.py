@@ -21,7 +21,7 @@ from promptlayer_exec._errors import (
 )
 from promptlayer_exec._models import Snapshot, StartRequest
 from promptlayer_exec._repr import short_repr
-from promptlayer_exec._start import log_unknown, start_unknown
+from promptlayer_exec._start import Start, log_unknown, start_unknown
 from promptlayer_exec._tasks import CLEAN_UP, Tasks, foreign_cancellation, is_cancelled
 
 if TYPE_CHECKING:
@@ -66,10 +66,11 @@ class Outcome(Generic[ItemT, OutputT]):
 
 @attrs.define(eq=False)
 class RunningItem(Generic[ItemT]):
-    """One item in flight, with its execution and last snapshot so far."""
+    """One item in flight, with its start, execution and last snapshot so far."""
 
     index: int
     item: ItemT
+    start: Start | None = None
     execution: Execution | None = None
     is_reported: bool = False
 
@@ -136,14 +137,16 @@ class _FanOut(Generic[ItemT]):
 
     async def next_outcome(self) -> Outcome[ItemT, Any] | None:
         """Wait for the next outcome; None means that there are no more."""
-        if self._is_elsewhere():  # nothing of that loop may be woken from here
-            if self._outcomes.empty():
-                raise RuntimeError(_ELSEWHERE)
-            return self._outcomes.get_nowait()
-        outcome = await self._outcomes.get()
-        if outcome is not None:
-            self._slots.release()
-        return outcome
+        if not self._is_elsewhere():
+            outcome = await self._outcomes.get()
+            if outcome is not None:
+                self._slots.release()
+            return outcome
+        if self._outcomes.empty():
+            raise RuntimeError(_ELSEWHERE)
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._slots.release)
+        return self._outcomes.get_nowait()
 
     def _is_elsewhere(self) -> bool:
         try:
@@ -164,8 +167,8 @@ class _FanOut(Generic[ItemT]):
                 item.is_reported = item.execution is not None
                 if item.is_reported:
                     report_abandoned(item)
-                elif isinstance(item.item, StartRequest):
-                    reason = "its event loop was left while it was in flight"
+                elif isinstance(item.item, StartRequest) and item.start and item.start.sent:
+                    reason = "its event loop was left while it was on the wire"
                     log_unknown(start_unknown(item.item.workflow, reason, None), item.item)
             if not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._scope.cancel)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from contextlib import aclosing
+from functools import partial
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -42,7 +43,9 @@ def outcomes_of(
     async def run_item(running: RunningItem[ItemT]) -> Any:
         deadline = session._settings.deadline(timeout, now=clock())
         if isinstance(running.item, StartRequest):
-            execution = running.execution = await session._start(running.item, deadline)
+            began = partial(setattr, running, "start")
+            execution = await session._start(running.item, deadline, began=began)
+            running.execution = execution
         else:
             execution = running.execution = _handle(session, running.item)
         return await execution._output(deadline, into)

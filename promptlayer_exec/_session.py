@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, overload
 
@@ -20,7 +20,7 @@ from promptlayer_exec._opener import Opener
 from promptlayer_exec._output import check_type
 from promptlayer_exec._policies import Deadline, PollPolicy, RetryPolicy, check_timeout
 from promptlayer_exec._settings import Settings, find_base_url
-from promptlayer_exec._start import SendHooks
+from promptlayer_exec._start import SendHooks, Start
 from promptlayer_exec._tasks import clock
 from promptlayer_exec._throttle import Limiter
 from promptlayer_exec._wire import Request, check_execution_id, run_request
@@ -353,16 +353,16 @@ class Session:
         deadline: Deadline | None = None,
         hooks: SendHooks | None = None,
         token: str | None = None,
+        began: Callable[[Start], None] = lambda _: None,
     ) -> Execution:
         try:
             posted, token = with_callback_url(request, self._settings.callbacks, token)
-            _, http_request = self._prepare(posted)
+            _, post = self._prepare(posted)
             client = await self._open()
         except BaseException as error:
             self._opener.emit(StartFailed(None, request, error))
             raise
-        deadline = deadline or client.deadline()
-        started = await client.start(request, http_request, deadline, hooks, token)
+        started = await client.start(request, post, deadline, hooks=hooks, token=token, began=began)
         return Execution(self, started.execution_id, request.workflow, started.warning)
 
     async def recover(
