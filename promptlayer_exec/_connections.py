@@ -64,7 +64,7 @@ class _CleanConnector(aiohttp.TCPConnector):
             else:
                 idle = Idle(transport)
                 if not _is_plain(transport):
-                    with suppress(TypeError):  # uvloop's is not affected
+                    with suppress(TypeError):  # uvloop's has no weak references
                         self._tls_sockets[transport] = transport.get_extra_info("socket")
                     await _let_handshake_end(connection)
             connection.add_callback(idle.begin)
@@ -74,21 +74,19 @@ class _CleanConnector(aiohttp.TCPConnector):
         return connection
 
     async def close(self, *, abort_ssl: bool = False) -> None:
-        """Close all connections, first those that asyncio closed twice.
+        """Close all connections, first those over TLS that wait for the peer's `close_notify`.
 
-        Only the end of its socket can end such a one at once. aiohttp would ask it whether it uses
-        TLS, fail, and forget the others.
+        Only the end of its socket can end one at once that asyncio closed twice. aiohttp would ask
+        it whether it uses TLS, fail, and forget the others.
         """
-        sockets = [
-            tls_socket
-            for transport, tls_socket in self._tls_sockets.items()
-            if protocol_of(transport) is None
-        ]
-        for tls_socket in sockets:
-            with suppress(OSError):
-                tls_socket.shutdown(socket.SHUT_RDWR)
+        closing = [pair for pair in self._tls_sockets.items() if pair[0].is_closing()]
+        for transport, tls_socket in closing:
+            transport.abort()
+            if protocol_of(transport) is None:
+                with suppress(OSError):
+                    tls_socket.shutdown(socket.SHUT_RDWR)
         try:
-            for _ in range(_STEPS_TO_END if sockets else 0):
+            for _ in range(_STEPS_TO_END if closing else 0):
                 await asyncio.sleep(0)
         finally:
             await super().close(abort_ssl=abort_ssl)

@@ -28,8 +28,11 @@ def has_partial_head(protocol: ResponseHandler) -> bool:
     request gets a parser of its own. Uses `ResponseHandler._parser`.
     """
     parser = getattr(protocol, "_parser", None)
+    if parser is None:
+        return False
     try:
-        return parser is not None and parser.feed_eof() is not None
+        # The parser that is written in Python keeps what it cannot parse in `_lines`.
+        return parser.feed_eof() is not None or bool(getattr(parser, "_lines", None))
     except Exception:  # noqa: BLE001 - the part is no head, and it may be anything
         return True
 

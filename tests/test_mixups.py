@@ -241,6 +241,29 @@ def test_a_response_that_ends_with_its_connection_is_read_over_tls(
     assert len(peer.requests) == 4
 
 
+async def test_a_connection_that_its_peer_does_not_close_ends_with_the_session(
+    listen: Listen, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A response said that it would be closed; TLS would wait 30 s for the peer's part of that."""
+    peer.url = f"https://localhost:{await listen(peer.serve, trust(monkeypatch))}"
+
+    async def respond(head: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(200, nodes(execution_id(head)), "Connection: close"))
+        writer.transport.pause_reading()
+
+    peer.respond = respond
+    async with session_at(peer) as session:
+        assert await value_of(session, 1) == "1"
+        (writer,) = peer.writers
+        connection = writer.get_extra_info("socket").dup()
+    with connection:
+        connection.setblocking(True)
+        connection.settimeout(5)
+        with suppress(ConnectionError):
+            while await asyncio.to_thread(connection.recv, 65536):
+                pass
+
+
 async def test_a_broken_connection_does_not_keep_others_open(
     listen: Listen, peer: Peer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
