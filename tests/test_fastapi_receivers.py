@@ -15,7 +15,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from fastapi import APIRouter, Depends, FastAPI, HTTPException
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 
 from promptlayer_exec import (
     ConfigurationError,
@@ -438,6 +438,23 @@ async def test_no_answer_of_the_app_itself_shows_a_token_either(
         '"POST /callbacks/.../ HTTP/1.1" 503',
         '"GET /callbacks/... HTTP/1.1" 405',
     ]
+
+
+async def test_the_router_of_callbacks_takes_other_routes(session: Session, app: App) -> None:
+    """The token is hidden in its own place, and only in the path of a callback."""
+    router = create_callback_router(session, callbacks=CALLBACKS)
+
+    @router.get("/callbacks")
+    async def is_well(request: Request) -> str:
+        return request.scope["path"]
+
+    @router.get("/callbacks/{token}/path")
+    async def path(request: Request) -> str:
+        return request.scope["path"]
+
+    await app.serve(router)
+    assert await app.post("/callbacks", method="GET") == (200, "/callbacks")
+    assert await app.post("/callbacks/callbacks/path", method="GET") == (200, "/callbacks/.../path")
 
 
 async def test_the_session_may_be_a_dependency(

@@ -39,8 +39,10 @@ class _CallbackRoute(ProblemRoute):
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request whose path matches, whatever its method is."""
-        token = scope["path_params"]["token"]
-        scope["path"] = scope["path"].replace(token, _IN_PLACE_OF_TOKENS)
+        token = scope["path_params"].get("token")
+        if token is not None:  # else it is a route that the app has added
+            before, _, after = scope["path"].rpartition(token)
+            scope["path"] = before + _IN_PLACE_OF_TOKENS + after
         await super().handle(scope, receive, send)
 
 
