@@ -899,9 +899,20 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
+def liveness_of(
+    store: Any,
+    give_up: Callable[[Exception], Any],
+    *,
+    active: set[str] | None = None,
+    is_abandoned: Callable[[], bool] = lambda: False,
+) -> Liveness:
+    """Return the liveness of a worker "me"."""
+    return Liveness(store, "b", "me", active or set(), is_abandoned, give_up)
+
+
 def watching(store: FakeStore) -> Liveness:
     """Return the liveness of a worker "me", which gives up by failing."""
-    return Liveness(store, "b", "me", {"active"}, pytest.fail)  # type: ignore[arg-type]
+    return liveness_of(store, pytest.fail, active={"active"})
 
 
 def test_a_silent_worker_is_dead_after_a_while(now: list[float]) -> None:
@@ -955,10 +966,57 @@ def test_an_outage_of_the_database_makes_no_worker_dead(
     assert store.requeued == []
 
 
+@pytest.mark.parametrize("is_closed", [True, False])
+async def test_a_worker_whose_loop_was_closed_is_dead(
+    sim: Simulator, batch_of: Callable[..., Batch], url: str, is_closed: bool
+) -> None:
+    """As with Ctrl-C and a loop that is closed without ending its tasks; the process exits, too."""
+    sim.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
+    await batch_of().add([request("a", workflow="held")])
+    program = """
+import asyncio, sys
+from promptlayer_exec import Session
+from promptlayer_exec.dbos import Batch
+loop = asyncio.new_event_loop()
+session = Session(sys.argv[4], base_url=sys.argv[1])
+working = loop.create_task(Batch("nightly", database_url=sys.argv[2], session=session).work())
+async def until_read():
+    await asyncio.to_thread(sys.stdin.readline)
+loop.run_until_complete(until_read())
+if sys.argv[3] == "True":
+    loop.close()
+"""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        program,
+        sim.base_url,
+        url,
+        str(is_closed),
+        sim.api_key,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    await sim.wait_for_requests(2, timeout=30)
+    assert process.stdin is not None
+    process.stdin.write(b"\n")
+    async with asyncio.timeout(30):
+        await process.wait()
+    sim.finish(sim.runs[0].execution_id, "Answer")
+    assert (await batch_of().work()).succeeded == 1
+
+
+def test_no_heartbeat_is_recorded_for_a_worker_that_was_abandoned() -> None:
+    """Otherwise the others would wait for its items for ever."""
+    store = FakeStore()
+    store.broken = True  # each use would be reported
+    liveness_of(store, pytest.fail, is_abandoned=lambda: True)._run()
+
+
 def test_a_worker_without_heartbeats_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the error is: the others take its items."""
     store, ended = FakeStore(), []
-    watch = Liveness(store, "b", "me", set(), ended.append)  # type: ignore[arg-type]
+    watch = liveness_of(store, ended.append)
     monkeypatch.setattr(store, "record_heartbeat", lambda *_: {}["no such key"])
     monkeypatch.setattr(watch._stop, "wait", lambda _: watch._stop.set())
     watch._run()
@@ -971,7 +1029,7 @@ def test_a_worker_whose_heartbeats_fail_for_long_ends(
     """As with a damaged file, for which no other call of the worker fails."""
     store, ended = FakeStore(), []
     store.broken = True
-    watch = Liveness(store, "b", "me", set(), ended.append)  # type: ignore[arg-type]
+    watch = liveness_of(store, ended.append)
 
     def wait(seconds: float) -> None:
         now[0] += seconds

@@ -44,6 +44,8 @@ class Liveness:
     _executor: str
     # The DBOS workflows that this worker runs; another thread changes it.
     _active: set[str]
+    # Whether the worker was left without its end: then it is as good as dead.
+    _is_abandoned: Callable[[], bool]
     # Called if the database was lost: the worker can do nothing more.
     _give_up: Callable[[Exception], None]
     _process: str = attrs.field(init=False, factory=lambda: describe(os.getpid()))
@@ -59,7 +61,9 @@ class Liveness:
 
     def start(self) -> None:
         """Start the thread."""
-        self._thread = threading.Thread(target=self._run, name="promptlayer_exec-liveness")
+        # As a daemon, it does not keep the process of a worker that was left without its end.
+        name = "promptlayer_exec-liveness"
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -70,7 +74,7 @@ class Liveness:
 
     def _run(self) -> None:
         failing_since: float | None = None
-        while not self._stop.is_set():
+        while not (self._stop.is_set() or self._is_abandoned()):
             began = time.monotonic()
             try:
                 self.record_heartbeat()

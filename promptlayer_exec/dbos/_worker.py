@@ -64,7 +64,12 @@ class Worker:
             self._store, self._batch, self._session, self._restart_unknown, self._give_up
         )
         self._liveness = Liveness(
-            self._store, self._batch, self._executor, self._items.active, self._give_up
+            self._store,
+            self._batch,
+            self._executor,
+            self._items.active,
+            self._loop.is_closed,
+            self._give_up,
         )
 
     async def run(self, *, until_done: bool) -> None:
