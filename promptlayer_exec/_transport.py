@@ -323,7 +323,8 @@ class Transport:
             if answer.status < 300:
                 limit = exchange.limit
             await _read_body(answer, exchange.pieces, limit)
-        except (aiohttp.ClientError, OSError) as error:  # OSError: also every TimeoutError
+        # OSError is also every TimeoutError. aiohttp's parser in Python raises its own error.
+        except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError) as error:
             exchange.failure = error
         except ValueError as error:  # aiohttp's, for a borrowed session's headers and auth
             raise ConfigurationError(f"http= cannot send the request: {error}") from error

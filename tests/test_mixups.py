@@ -174,6 +174,40 @@ async def test_the_first_bytes_of_a_surplus_head_are_never_used(
     assert {connection for connection, _ in peer.requests} == {0, 1}
 
 
+@pytest.fixture(params=["C", "Python"])
+def parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Use aiohttp's parser in C, or the one in Python, which some platforms have to use."""
+    if request.param == "Python":
+        python = aiohttp.http_parser.HttpResponseParserPy
+        monkeypatch.setattr(aiohttp.client_proto, "HttpResponseParser", python)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("parser")
+async def test_a_malformed_chunk_behind_a_whole_body_costs_no_id_and_no_error_of_aiohttp(
+    peer: Peer,
+) -> None:
+    """It comes in a segment of its own; a poll is tried again."""
+
+    async def respond(head: str, writer: asyncio.StreamWriter) -> None:
+        is_start = head.startswith("POST")
+        value = {"workflow_version_execution_id": 787} if is_start else nodes("5")
+        body = json.dumps(value).encode()
+        status = b"201" if is_start else b"200"
+        writer.write(b"HTTP/1.1 %b OK\r\nTransfer-Encoding: chunked\r\n\r\n" % status)
+        writer.write(b"%x\r\n%b\r\n" % (len(body), body))
+        for _ in range(20):  # until it is read
+            await asyncio.sleep(0)
+        writer.write(b"zz\r\n" if is_start or len(peer.requests) == 2 else b"0\r\n\r\n")
+
+    peer.respond = respond
+    async with session_at(peer) as session:
+        assert (await session.start("name")).id == 787
+        assert await value_of(session, 787) == "5"
+    assert len(peer.requests) == 3
+
+
+@pytest.mark.usefixtures("parser")
 @pytest.mark.parametrize("is_secure", [False, True], ids=["plain", "TLS"])
 @pytest.mark.parametrize("part", [b"H", b"HTTP/1.1 404 Not Found\r\nX-Stale: "])
 async def test_a_connection_with_a_part_of_a_head_behind_a_response_is_not_used_again(
