@@ -61,25 +61,26 @@ class Opener:
 
     async def enter(self) -> None:
         """Open the client, or another one if it was closed."""
-        if self._client is not None and self._client.lifetime.is_closing():
-            await self._wait_closed(self._client)
+        # Read once: another thread may change it, though it will get an error for that.
+        if (client := self._client) is not None and client.lifetime.is_closing():
+            await self._wait_closed(client)
         self._closed = False
         is_new = self._client is None
         try:
             await self.open()
         except BaseException:
             # A task that is cancelled here never calls `__aexit__`.
-            if is_new and self._client is not None:
-                self._client.lifetime.close()
+            if is_new and (client := self._client) is not None:
+                client.lifetime.close()
             raise
 
     async def close(self) -> None:
         """Close the client; from then on, `open` raises `SessionClosed`."""
-        if self._client is not None:
-            self._client.lifetime.close()
+        if (client := self._client) is not None:
+            client.lifetime.close()
         self._closed = True
-        if self._client is not None:
-            await self._wait_closed(self._client)
+        if (client := self._client) is not None:
+            await self._wait_closed(client)
 
     async def open(self, execution_id: int | None = None) -> Client:
         """Return the open client; the first use opens it. Errors carry the execution's id."""
@@ -99,8 +100,8 @@ class Opener:
         """Poll an execution now; return True if somebody follows it."""
         if self._closed:
             raise SessionClosed(execution_id=execution_id)
-        if self._client is not None and self._client.lifetime.is_ready():
-            return self._client.wake(execution_id, source)
+        if (client := self._client) is not None and client.lifetime.is_ready():
+            return client.wake(execution_id, source)
         self._early_wake_ups.add(execution_id, source)
         return False
 
@@ -183,8 +184,8 @@ class Opener:
 
     def describe(self) -> str:
         """Return the base URL, and whether the client is open."""
-        if self._client is not None and not self._client.lifetime.is_closing():
-            return f"{self._client.transport.base_url}, open"
+        if (client := self._client) is not None and not client.lifetime.is_closing():
+            return f"{client.transport.base_url}, open"
         try:
             base_url = find_base_url(self._settings.base_url)
         except ConfigurationError:
