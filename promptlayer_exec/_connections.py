@@ -85,11 +85,10 @@ class _CleanConnector(aiohttp.TCPConnector):
             if protocol_of(transport) is None:
                 with suppress(OSError):
                     tls_socket.shutdown(socket.SHUT_RDWR)
-        try:
-            for _ in range(_STEPS_TO_END if closing else 0):
+        for _ in range(_STEPS_TO_END if closing else 0):
+            with suppress(asyncio.CancelledError):  # the rest must be closed all the same
                 await asyncio.sleep(0)
-        finally:
-            await super().close(abort_ssl=abort_ssl)
+        await super().close(abort_ssl=abort_ssl)
 
 
 async def _let_handshake_end(connection: aiohttp.connector.Connection) -> None:

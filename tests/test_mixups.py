@@ -298,10 +298,18 @@ async def test_a_connection_that_its_peer_does_not_close_ends_with_the_session(
                 pass
 
 
+@pytest.mark.parametrize("steps", [None, *range(16)])
 async def test_a_broken_connection_does_not_keep_others_open(
-    listen: Listen, peer: Peer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    listen: Listen,
+    peer: Peer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    steps: int | None,
 ) -> None:
-    """A byte too many closes it twice: aiohttp could not close it then, and forgot all others."""
+    """A byte too many closes it twice: aiohttp could not close it then, and forgot all others.
+
+    Also if all tasks are cancelled some steps later, as by the end of `asyncio.run`.
+    """
     peer.url = f"https://localhost:{await listen(peer.serve, trust(monkeypatch))}"
     broken: list[asyncio.StreamWriter] = []
 
@@ -320,6 +328,15 @@ async def test_a_broken_connection_does_not_keep_others_open(
     peer.respond = respond
     async with session_at(peer) as session:
         values = await asyncio.gather(*(value_of(session, number) for number in range(1, 5)))
+        if steps is not None:
+            closing = [asyncio.create_task(session.aclose())]
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            closing += [task for task in asyncio.all_tasks() if "promptlayer" in task.get_name()]
+            for task in closing:
+                task.cancel()
+            ended = await asyncio.gather(*closing, return_exceptions=True)
+            assert not [error for error in ended if isinstance(error, Exception)]
     assert values == ["1", "2", "3", "4"]
     async with asyncio.timeout(5):
         for writer in peer.writers:
