@@ -43,7 +43,7 @@ _MIN_K_SLOTS = 2
 # fast sessions, more than the third divided by the root of the rate.
 _K_SLOW = 7.0
 _MAX_K_SLOW = 14.0
-_K_FAST = 44.0
+_K_FAST = 20.0
 # In the convex region K is at most this: what was not refused until then can soon be more.
 _MAX_K_CONVEX = 3.0
 # The first 429 with Retry-After only pauses the session: it may be due to a burst. Another within
@@ -109,6 +109,7 @@ class Throttle:
         self._w_max = math.inf
         self._beta = _MAX_BETA
         self._k = _K
+        self._unused_at = -math.inf  # when a slot was last free before it was wanted
         self._has_held = False  # whether a rate has held for half of a K
         self._t = 0.0
         self._t_updated_at = -math.inf
@@ -141,6 +142,8 @@ class Throttle:
         return now
 
     def _take_slot(self, now: float, *, waited: bool) -> None:
+        if not waited:
+            self._unused_at = now
         # Only a request that had to wait makes up for lost slots: an idle session wants none.
         slot = max(self._next_slot, now - _CATCH_UP) if waited else now
         self._next_slot = slot + 1.0 / self._current_rate(now)
@@ -186,8 +189,12 @@ class Throttle:
                 w_max = self._rate
         else:
             if w_max < _MIN_MEASURED_RATE:
-                # Not less than a quarter: a few refusals in a row may be chance.
-                w_max = max(self._good_answers_for_long.per_second(now), self._rate / 4.0)
+                w_max = self._rate
+                # What a session got says something about the server only if it wanted more. Not
+                # less than a quarter: a few refusals in a row may be chance.
+                if now - self._unused_at > _LONG_MEMORY:
+                    known = self._good_answers_for_long.per_second(now)
+                    w_max = max(min(known, w_max), w_max / 4.0)
             self._beta = min(max(1.0 - _DECREASE / w_max, _MIN_BETA), _MAX_BETA)
         self._w_max = max(min(w_max, self._max_rate), _MIN_RATE / self._beta)
         self._rate = self._beta * self._w_max

@@ -558,6 +558,10 @@ class TokenBucket:
         self.accepted: list[float] = []
         self.refused: list[float] = []
 
+    def stop(self) -> None:
+        """Add no more tokens."""
+        self._tokens = self._per_second = 1e-9
+
     def receive(self, throttle: Throttle, on_accepted: Callable[[], None] = lambda: None) -> None:
         """Receive a request that is sent now, and answer it in time."""
         loop = asyncio.get_running_loop()
@@ -634,6 +638,44 @@ async def test_a_token_bucket_is_used_well_with_few_refusals(
     late_refusals = [time for time in bucket.refused if time > began + 2.0]
     assert len(bucket.accepted) >= used * (60.0 * server[0] + server[1])
     assert len(late_refusals) <= refused * (len(accepted) + len(late_refusals))
+
+
+@in_virtual_time
+async def test_a_server_that_accepts_nothing_any_more_is_asked_ever_less_often() -> None:
+    """What was measured before says nothing about the limit now, and no 429 raises the rate."""
+    throttle = Throttle(100.0)
+    bucket = TokenBucket(50.0, 20, 0.05, nothing)
+    began = now()
+    while now() < began + 60.0:
+        await throttle.acquire()
+        bucket.receive(throttle)
+    bucket.stop()
+    while now() < began + 90.0:
+        await throttle.acquire()
+        bucket.receive(throttle)
+    late = [time for time in bucket.refused if time > began + 60.0]
+    assert len(late) < 80
+    assert sum(time > began + 75.0 for time in late) < 10
+
+
+@pytest.mark.parametrize("quiet", [5, 30, 300])
+@in_virtual_time
+async def test_one_429_after_a_quiet_time_costs_a_tenth_of_the_rate(quiet: int) -> None:
+    """How few requests there were says nothing about the limit."""
+    throttle = Throttle(1000.0)
+    bucket = TokenBucket(40.0, 20, 0.05, nothing)
+    began, times = now(), []
+    while now() < began + 60.0:
+        await throttle.acquire()
+        times.append(now())
+        bucket.receive(throttle)
+    for _ in range(quiet // 2):
+        await asyncio.sleep(2.0)
+        await send_accepted(throttle, 1)
+    before = gaps(times)[-1]
+    refuse(throttle, announced=False)
+    await send_accepted(throttle, 1)
+    assert gaps(await send_accepted(throttle, 3))[-1] < 1.2 * before
 
 
 @pytest.mark.parametrize("seed", range(1, 4))
