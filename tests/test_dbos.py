@@ -462,7 +462,11 @@ async def test_an_error_of_the_closing_session_is_raised(
 
 
 async def test_a_start_that_is_not_sent_in_time_is_tried_again_after_a_pause(
-    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch, recorder: Any
+    sim: Simulator,
+    batch_of: Callable[..., Batch],
+    monkeypatch: pytest.MonkeyPatch,
+    recorder: Any,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Without one, a `wait_timeout` of 0 would keep a core busy; the work ends all the same."""
     monkeypatch.setattr(items, "_FIRST_DELAY", 3600.0)
@@ -475,6 +479,7 @@ async def test_a_start_that_is_not_sent_in_time_is_tried_again_after_a_pause(
         for _ in range(100):
             await asyncio.sleep(0)
         assert len(recorder.of(StartFailed)) == 1
+        assert "item 'a' was not started in time, and is tried again" in caplog.text
         working.cancel()
         async with asyncio.timeout(10):
             await asyncio.wait([working])

@@ -108,6 +108,7 @@ class Items:
     # When the server last said how an execution ended, and the failures since.
     _answered_at: float = attrs.field(init=False, default=float("-inf"))
     _unanswered: int = attrs.field(init=False, default=0)
+    _has_warned: bool = attrs.field(init=False, default=False)
 
     def __attrs_post_init__(self) -> None:
         policy = integration.retry_policy(self._session)
@@ -243,8 +244,9 @@ class Items:
                     result = _result()
                     if item.is_first_version:
                         result = await self._explain_refusal(item, pending)
-                except ExecutionTimeout:  # it was not sent within the session's `wait_timeout`
+                except ExecutionTimeout as error:  # not sent within the session's `wait_timeout`
                     pause = _FIRST_DELAY
+                    self._warn_of_late_start(item.key, error)
                     with suppress(ConfigurationError):  # then the item is unknown
                         await pending.not_sent()
                 except Exception as error:  # noqa: BLE001 - some are the item's
@@ -257,6 +259,16 @@ class Items:
                     return result
             await asyncio.sleep(pause)
         raise asyncio.CancelledError
+
+    def _warn_of_late_start(self, key: str, error: ExecutionTimeout) -> None:
+        """Log the first start that is not sent in time: all may have to wait for the rate."""
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "item %.100r was not started in time, and is tried again, as any other: %s",
+                key,
+                integration.log_text(error),
+            )
 
     async def _judge(
         self, pending: PendingStart, error: Exception, since: float

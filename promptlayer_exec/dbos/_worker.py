@@ -185,18 +185,19 @@ class Worker:
     async def _shut_down(self) -> None:
         self._store.connector.patience = PATIENCE_AT_END
         self._items.close()
+        # A start that was sent has an answer, or fails, within the request timeout.
+        timeout = integration.request_timeout(self._session) + _RECORDING_TIMEOUT
         try:
             if self._dbos_loop is not None:
-                # A start that was sent has an answer, or fails, within the request timeout.
-                timeout = integration.request_timeout(self._session) + _RECORDING_TIMEOUT
                 draining = asyncio.run_coroutine_threadsafe(self._drain(), self._dbos_loop)
                 await integration.wait_even_if_cancelled(asyncio.wrap_future(draining), timeout)
         finally:  # also if cancelled again: the threads would keep the process alive
             try:
                 if self._owns_session:
                     closing = asyncio.ensure_future(self._session.aclose())
-                    await integration.wait_even_if_cancelled(closing)
-                    closing.result()
+                    await integration.wait_even_if_cancelled(closing, timeout)
+                    if closing.done():
+                        closing.result()
             finally:
                 await self._store.run_in_thread(self._end)
                 await self._wait_for_threads()

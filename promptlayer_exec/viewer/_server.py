@@ -115,7 +115,9 @@ async def serve(board: Board, listener: socket.socket, address: Address, token: 
     finally:
         board.close()
         server.should_exit = True
-        await integration.wait_even_if_cancelled(asyncio.ensure_future(_end(server, serving)))
+        ending = asyncio.ensure_future(_end(server, serving))
+        await integration.wait_even_if_cancelled(ending)
+        ending.result()
 
 
 async def _end(server: _Server, serving: asyncio.Task[None]) -> None:
