@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -27,14 +28,9 @@ def has_partial_head(protocol: ResponseHandler) -> bool:
     aiohttp's parser shows such a part only when it is told that nothing more will come. The next
     request gets a parser of its own. Uses `ResponseHandler._parser`.
     """
-    parser = getattr(protocol, "_parser", None)
-    if parser is None:
-        return False
-    try:
-        # The parser that is written in Python keeps what it cannot parse in `_lines`.
-        return parser.feed_eof() is not None or bool(getattr(parser, "_lines", None))
-    except Exception:  # noqa: BLE001 - the part is no head, and it may be anything
-        return True
+    parser = cast(Any, protocol)._parser
+    # The parser that is written in Python keeps what it cannot parse in `_lines`.
+    return parser.feed_eof() is not None or bool(getattr(parser, "_lines", None))
 
 
 class Interposed:
@@ -45,11 +41,12 @@ class Interposed:
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self.transport = transport
-        self.protocol = cast("ResponseHandler", transport.get_protocol())
+        self.protocol = cast("ResponseHandler", protocol_of(transport))
         self.has_received = False
 
     def begin(self) -> None:
-        self.transport.set_protocol(cast("asyncio.Protocol", self))
+        with suppress(AttributeError):  # it was closed twice
+            self.transport.set_protocol(cast("asyncio.Protocol", self))
 
     def end(self) -> None:
         current = protocol_of(self.transport)

@@ -41,7 +41,7 @@ from promptlayer_exec._errors import (
     StatusError,
 )
 from promptlayer_exec._events import Emit, RequestRetried, Throttled
-from promptlayer_exec._protocols import Interposed, protocol_of
+from promptlayer_exec._protocols import Interposed
 from promptlayer_exec._redaction import Redactor
 from promptlayer_exec._retry import OutageLog, RecentStarts, RetryState
 from promptlayer_exec._settings import Settings, unused_proxy
@@ -479,8 +479,6 @@ def _end_with_connection(
         if answer.content.exception() is None:
             pieces.append(answer.content.read_nowait())
         _end_body(answer.content)
-        return None
-    if protocol_of(transport) is None:
         return None
     reading = _ReadingBody(transport, answer.content)
     reading.begin()

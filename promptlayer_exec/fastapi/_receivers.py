@@ -41,7 +41,7 @@ class _CallbackRoute(ProblemRoute):
         """Handle a request whose path matches, whatever its method is."""
         token = scope["path_params"].get("token")
         if token is not None:  # else it is a route that the app has added
-            before, _, after = scope["path"].rpartition(token)
+            before, _, after = scope["path"].rpartition(str(token))
             scope["path"] = before + _IN_PLACE_OF_TOKENS + after
         await super().handle(scope, receive, send)
 
