@@ -689,7 +689,7 @@ async def test_sessions_that_share_a_bucket_each_find_a_fair_part(
     """They know nothing of each other, and the server names no time to wait.
 
     Over two minutes none gets less than half of its fair share, at least 85 % of the bucket is
-    used, and less than 10 % is refused. Chance decides: of 72 seeds, two missed one of these.
+    used, and less than 10 % is refused. Chance decides: of 48 crowds, one missed one of these.
     """
     chance = random.Random(seed)
     bucket = TokenBucket(per_second, burst, 0.05, nothing)
