@@ -28,9 +28,14 @@ def has_partial_head(protocol: ResponseHandler) -> bool:
     aiohttp's parser shows such a part only when it is told that nothing more will come. The next
     request gets a parser of its own. Uses `ResponseHandler._parser`.
     """
-    parser = cast(Any, protocol)._parser
-    # The parser that is written in Python keeps what it cannot parse in `_lines`.
-    return parser.feed_eof() is not None or bool(getattr(parser, "_lines", None))
+    parser = getattr(protocol, "_parser", None)
+    with suppress(Exception):  # the part may be anything
+        return parser is not None and (
+            parser.feed_eof() is not None
+            # The parser that is written in Python keeps what it cannot parse.
+            or bool(getattr(parser, "_lines", None))
+        )
+    return True
 
 
 class Interposed:

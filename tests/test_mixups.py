@@ -38,6 +38,7 @@ from promptlayer_exec import (
 )
 from promptlayer_exec import _integration as integration
 from promptlayer_exec._connections import GuardedBody
+from promptlayer_exec._protocols import has_partial_head
 
 T = TypeVar("T")
 KEY = "key-of-a-test"
@@ -226,6 +227,13 @@ async def test_a_connection_with_a_part_of_a_head_behind_a_response_is_not_used_
         for number in range(1, 4):
             assert await value_of(session, number) == str(number)
     assert [connection for connection, _ in peer.requests] == [0, 1, 1]
+
+
+def test_a_part_that_the_parser_refuses_is_a_part_of_a_head() -> None:
+    """Whatever aiohttp's parser raises; without a parser there was no response yet."""
+    refusing = Mock(feed_eof=Mock(side_effect=ValueError))
+    assert has_partial_head(Mock(_parser=refusing))
+    assert not has_partial_head(Mock(_parser=None))
 
 
 # HTTP/1.0, or no length: the end of the connection is that of the response. It closes a transport
