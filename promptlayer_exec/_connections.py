@@ -10,7 +10,7 @@ import socket
 import ssl
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 from weakref import WeakKeyDictionary
 
@@ -93,11 +93,10 @@ class _CleanConnector(aiohttp.TCPConnector):
 
 async def _let_handshake_end(connection: aiohttp.connector.Connection) -> None:
     """Let uvloop hand on what came with the end of a handshake: it does so a step later."""
-    try:
+    with ExitStack() as stack:
+        stack.callback(connection.close)  # if this is cancelled
         await asyncio.sleep(0)
-    except BaseException:
-        connection.close()
-        raise
+        stack.pop_all()
 
 
 class _CleanRequest(aiohttp.ClientRequest):
