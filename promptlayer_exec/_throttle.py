@@ -183,19 +183,16 @@ class Throttle:
         if is_first:
             self._beta = _MAX_BETA
             w_max = max(w_max, min(self._max_rate / 2.0, _FIRST_RATE) / _MAX_BETA)
-        elif not self._has_held:
-            self._beta = _MIN_BETA
-            if w_max < _MIN_MEASURED_RATE:
-                w_max = self._rate
         else:
             if w_max < _MIN_MEASURED_RATE:
                 w_max = self._rate
                 # What a session got says something about the server only if it wanted more. Not
                 # less than a quarter: a few refusals in a row may be chance.
-                if now - self._unused_at > _LONG_MEMORY:
+                if self._has_held and now - self._unused_at > _LONG_MEMORY:
                     known = self._good_answers_for_long.per_second(now)
                     w_max = max(min(known, w_max), w_max / 4.0)
-            self._beta = min(max(1.0 - _DECREASE / w_max, _MIN_BETA), _MAX_BETA)
+            most = _MAX_BETA if self._has_held else _MIN_BETA
+            self._beta = min(max(1.0 - _DECREASE / w_max, _MIN_BETA), most)
         self._w_max = max(min(w_max, self._max_rate), _MIN_RATE / self._beta)
         self._rate = self._beta * self._w_max
         if is_first:
