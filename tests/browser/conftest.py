@@ -216,8 +216,13 @@ def ui(page: Page, viewer: Viewer) -> Ui:
 
 
 @fixture(loop_scope="session")
-async def context(browser: Browser, browser_errors: BrowserErrors) -> AsyncIterator[BrowserContext]:
-    """Return a new browser context that may use the clipboard."""
+async def context(
+    browser: Browser, browser_errors: BrowserErrors, viewer: Viewer
+) -> AsyncIterator[BrowserContext]:
+    """Return a new browser context that may use the clipboard.
+
+    It is closed before the viewer stops, lest a request that a page still sends is refused.
+    """
     context = await browser.new_context(
         viewport=WIDE, permissions=["clipboard-read", "clipboard-write"]
     )
