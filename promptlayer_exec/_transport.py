@@ -88,17 +88,33 @@ class Exchange:
 
     Attributes:
         limit: the most bytes of a good answer.
+        expected: the body that the last answer had.
         is_held: whether the request was about to be sent, and waited for permission.
     """
 
     limit: int
+    expected: bytes = b""
     answer: aiohttp.ClientResponse | None = None
     is_held: bool = False
-    pieces: list[bytes] = attrs.field(factory=list)
     failure: BaseException | None = None
+    # What arrived of the body: so many bytes of the expected one, and then these pieces.
+    _as_expected: int = attrs.field(init=False, default=0)
+    _pieces: list[bytes] = attrs.field(init=False, factory=list)
+
+    def add(self, piece: bytes) -> None:
+        """Add the next piece of the body; as long as it is as expected, it takes no memory."""
+        if not self._pieces and self.expected.startswith(piece, self._as_expected):
+            self._as_expected += len(piece)
+        else:
+            self._pieces.append(piece)
 
     def body(self) -> bytes:
-        return self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
+        """Return what arrived of the body; the expected one itself if it is the same."""
+        if not self._pieces:
+            return self.expected[: self._as_expected]
+        if not self._as_expected and len(self._pieces) == 1:
+            return self._pieces[0]
+        return b"".join([memoryview(self.expected)[: self._as_expected], *self._pieces])
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -175,7 +191,7 @@ class Transport:
     ) -> Reply[T]:
         """Send a request once, when a connection is free and the rate allows it."""
         pool = self._pools.reads if once is None else self._pools.starts
-        exchange = Exchange(self._limit(once))
+        exchange = Exchange(self._limit(once), request.expected)
         try:
             async with (
                 timeout(soonest=due + self._settings.request_timeout) as limit,
@@ -322,7 +338,7 @@ class Transport:
             limit = _ERROR_BODY_BYTES + _LONGEST_KEY
             if answer.status < 300:
                 limit = exchange.limit
-            await _read_body(answer, exchange.pieces, limit)
+            await _read_body(answer, exchange, limit)
         # OSError is also every TimeoutError. aiohttp's parser in Python raises its own error.
         except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError) as error:
             exchange.failure = error
@@ -436,15 +452,15 @@ def _may_be_cut(answer: aiohttp.ClientResponse, body: bytes) -> bool:
     return not (is_framed and is_plain)
 
 
-async def _read_body(answer: aiohttp.ClientResponse, pieces: list[bytes], limit: int) -> None:
-    """Read a body into `pieces`, and stop when it exceeds `limit` bytes."""
+async def _read_body(answer: aiohttp.ClientResponse, exchange: Exchange, limit: int) -> None:
+    """Read a body into `exchange`, and stop when it exceeds `limit` bytes."""
     size = 0
     content = answer.content
-    end = None if content.is_eof() else _end_with_connection(answer, pieces)
+    end = None if content.is_eof() else _end_with_connection(answer, exchange)
     try:
         while size <= limit and not content.at_eof():
             piece = await content.readany()
-            pieces.append(piece)
+            exchange.add(piece)
             size += len(piece)
     finally:
         if end is not None:
@@ -467,17 +483,17 @@ class _ReadingBody(Interposed):
 
 
 def _end_with_connection(
-    answer: aiohttp.ClientResponse, pieces: list[bytes]
+    answer: aiohttp.ClientResponse, exchange: Exchange
 ) -> Callable[[], None] | None:
     """Let the body of an answer end with its connection, until the returned function is called.
 
-    If the connection is gone already, what has arrived of the body goes to `pieces`.
+    If the connection is gone already, what has arrived of the body goes to `exchange`.
     """
     connection = answer.connection
     transport = None if connection is None else connection.transport
     if transport is None:
         if answer.content.exception() is None:
-            pieces.append(answer.content.read_nowait())
+            exchange.add(answer.content.read_nowait())
         _end_body(answer.content)
         return None
     reading = _ReadingBody(transport, answer.content)

@@ -54,7 +54,8 @@ class Request:
     """A request to the server.
 
     `target` is the path and query below the base URL, percent-encoded; `url` is the whole URL, if
-    it was built in advance; `headers` are those that this request needs.
+    it was built in advance; `headers` are those that this request needs; `expected` is a body that
+    the answer may well have again, which is then not read into memory once more.
     """
 
     method: str
@@ -63,6 +64,7 @@ class Request:
     body: bytes | None = None
     url: URL | None = None
     headers: Mapping[str, str] = {}
+    expected: bytes = b""
 
 
 @attrs.define

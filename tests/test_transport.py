@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import traceback
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from itertools import pairwise
@@ -26,10 +27,13 @@ from aioresponses import aioresponses
 from promptlayer_exec import (
     BadRequest,
     ConnectionFailed,
+    Event,
     FieldError,
     Forbidden,
     InvalidResponse,
     NotFound,
+    Polled,
+    PollPolicy,
     PromptLayerExecError,
     RateLimited,
     RequestError,
@@ -314,6 +318,97 @@ async def test_silence_is_a_request_timeout() -> None:
         error = await failure_at(base_url, request_timeout=0.05)
     assert type(error) is RequestTimeout
     assert "0.05 s" in str(error)
+
+
+def node_map(*values: str) -> bytes:
+    """Return a node map with a running node for each value."""
+    nodes = {str(i): {"status": "RUNNING", "value": value} for i, value in enumerate(values)}
+    return json.dumps(nodes).encode()
+
+
+def running(body: bytes) -> bytes:
+    """Return a complete 202 answer."""
+    return http(body, status="202 Accepted")
+
+
+async def test_each_poll_gets_its_own_body() -> None:
+    """Even if it begins, ends or goes on like the one before, which may be longer or cut."""
+    one, two = "1" * 200_000, "2" * 200_000
+    bodies = [
+        node_map(one, one),
+        node_map(one, one),  # the same
+        node_map(one, two),  # begins the same
+        node_map(one, two) + b" " * 200_000,  # the same and more
+        node_map(one, two),  # a part
+        node_map(two, two),  # ends the same
+        node_map(one),
+        node_map(),
+        node_map(one * 20),
+        node_map(one * 5 + "2" + one * 14),  # the same but for one character
+        node_map(one, one, two),
+    ]
+    cut = running(bodies[-1])[:-300_000]
+    seen: list[Any] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for answer in [*map(running, bodies), cut]:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(answer)
+            await writer.drain()
+
+    def observe(event: Event) -> None:
+        if isinstance(event, Polled):
+            seen.append(event.snapshot)
+
+    retry = RetryPolicy(watch_outage=0.0)
+    settings: Any = {"retry": retry, "poll": PollPolicy.fixed(1e-9), "observers": [observe]}
+    async with (
+        raw_server(serve) as base_url,
+        Session("key", base_url=base_url, **settings) as session,
+    ):
+        with pytest.raises(InvalidResponse, match=r"cut short .* after \d+ bytes") as caught:
+            await session.execution(787).wait()
+    assert [snapshot.raw for snapshot in seen] == [json.loads(body) for body in bodies]
+    assert caught.value.last_snapshot is seen[-1]
+    assert caught.value.excerpt == bodies[-1][:200].decode()
+
+
+async def test_a_body_that_stays_the_same_takes_no_memory_again() -> None:
+    """It is compared with the one before as it arrives."""
+    answer = running(node_map("x" * 4_000_000))
+    polls, peak = 0, 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await reader.readuntil(b"\r\n\r\n")
+            for begin in range(0, len(answer), 2**16):
+                writer.write(answer[begin : begin + 2**16])
+                await writer.drain()
+
+    enough = asyncio.Event()
+
+    def observe(event: Event) -> None:
+        nonlocal polls, peak
+        if isinstance(event, Polled):
+            polls += 1
+            if polls == 2:
+                tracemalloc.start()
+            elif polls == 5:
+                peak = tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
+                enough.set()
+
+    settings: Any = {"poll": PollPolicy.fixed(1e-9), "observers": [observe]}
+    async with (
+        asyncio.timeout(30),
+        raw_server(serve) as base_url,
+        Session("key", base_url=base_url, **settings) as session,
+    ):
+        wait = asyncio.create_task(session.execution(787).wait())
+        await enough.wait()
+        wait.cancel()
+        await asyncio.wait([wait])
+    assert 0 < peak < len(answer) // 2
 
 
 async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
