@@ -81,6 +81,8 @@ class Throttle:
     - Then the rate follows the *cubic function* W_max * (1 + (1 - beta) * (t / K - 1)**3) of the
       time t since the event. In its *concave region* the rate is back at W_max after K seconds,
       approaching it ever more slowly. In the *convex region* beyond, it grows ever faster.
+    - A good answer after several congestion events ends an outage, or the rest of a fixed window
+      of time. The rate goes back to beta * W_max with the W_max measured before them.
 
     So the rate stays near the one that the server accepted, which keeps both 429s and unused
     capacity rare, and a W_max that was measured too low soon corrects itself. RFC 9438 derives K
@@ -111,6 +113,7 @@ class Throttle:
         self._k = _K
         self._unused_at = -math.inf  # when a slot was last free before it was wanted
         self._has_held = False  # whether a rate has held for half of a K
+        self._rate_before_429s = 0.0  # what was measured, if no good answer came since; else 0
         self._t = 0.0
         self._t_updated_at = -math.inf
 
@@ -142,7 +145,7 @@ class Throttle:
         return now
 
     def _take_slot(self, now: float, *, waited: bool) -> None:
-        if not waited:
+        if not waited or now - self._next_slot > _CATCH_UP:  # or only a limiter made it wait
             self._unused_at = now
         # Only a request that had to wait makes up for lost slots: an idle session wants none.
         slot = max(self._next_slot, now - _CATCH_UP) if waited else now
@@ -157,6 +160,8 @@ class Throttle:
         now = self._clock()
         self._good_answers.count(now)
         self._good_answers_for_long.count(now)
+        if self._rate_before_429s:
+            self._recover(now)
 
     def refused(self, sent_at: float, announced: float) -> float:
         """Record a 429, and return the seconds until the next request may be sent.
@@ -173,36 +178,47 @@ class Throttle:
         idle = now + pause - max(self._next_slot, now)
         self._good_answers.pause(idle)
         self._good_answers_for_long.pause(idle)
+        self._unused_at += max(idle, 0.0)
         self._next_slot = max(self._next_slot, now + pause)
         return self._next_slot - now
 
     def _reduce_rate(self, now: float, lost: float) -> None:
         """Handle a congestion event, which costs `lost` seconds."""
-        is_first = self._rate >= self._max_rate
         w_max = self._good_answers.per_second(now)
-        if is_first:
-            self._beta = _MAX_BETA
+        k = min(_K + _K_PER_SECOND_LOST * lost, _MAX_K)
+        if self._rate >= self._max_rate:  # the first
             w_max = max(w_max, min(self._max_rate / 2.0, _FIRST_RATE) / _MAX_BETA)
-        else:
-            if w_max < _MIN_MEASURED_RATE:
-                w_max = self._rate
-                # What a session got says something about the server only if it wanted more. Not
-                # less than a quarter: a few refusals in a row may be chance.
-                if self._has_held and now - self._unused_at > _LONG_MEMORY:
-                    known = self._good_answers_for_long.per_second(now)
-                    w_max = max(min(known, w_max), w_max / 4.0)
-            most = _MAX_BETA if self._has_held else _MIN_BETA
-            self._beta = min(max(1.0 - _DECREASE / w_max, _MIN_BETA), most)
-        self._w_max = max(min(w_max, self._max_rate), _MIN_RATE / self._beta)
-        self._rate = self._beta * self._w_max
-        if is_first:
-            least = _FIRST_K_SLOTS / self._rate
-        else:
-            least = max(_K_SLOW * self._w_max, _MIN_K_SLOTS / self._rate)
-            least = min(least, _MAX_K_SLOW, _K_FAST / math.sqrt(self._w_max))
-        self._k = max(min(_K + _K_PER_SECOND_LOST * lost, _MAX_K), least)
-        self._t = 0.0
-        self._t_updated_at = now
+            self._begin_epoch(now, w_max, _MAX_BETA, max(k, _FIRST_K_SLOTS / (_MAX_BETA * w_max)))
+            return
+        known = self._good_answers_for_long.per_second(now) if self._has_held else 0.0
+        if not self._rate_before_429s:
+            self._rate_before_429s = known
+        if w_max < _MIN_MEASURED_RATE:
+            w_max = self._rate
+            # What a session got says something about the server only if it wanted more. Not less
+            # than a quarter: a few refusals in a row may be chance.
+            if known and now - self._unused_at > _LONG_MEMORY:
+                w_max = max(min(known, w_max), w_max / 4.0)
+        w_max = min(w_max, self._rate)
+        most = _MAX_BETA if self._has_held else _MIN_BETA
+        beta = min(max(1.0 - _DECREASE / w_max, _MIN_BETA), most)
+        self._begin_epoch(now, w_max, beta, max(k, _least_k(w_max, beta)))
+
+    def _recover(self, now: float) -> None:
+        """Go back to the rate before a series of 429s, if the server refused everything since.
+
+        That was an outage, or the rest of a time in which so many requests are accepted.
+        """
+        w_max, self._rate_before_429s = self._rate_before_429s, 0.0
+        if self._rate < _MIN_BETA * w_max:
+            self._begin_epoch(now, w_max, _MIN_BETA, max(_K, _least_k(w_max, _MIN_BETA)))
+
+    def _begin_epoch(self, now: float, w_max: float, beta: float, k: float) -> None:
+        """Move along another cubic function from now on."""
+        self._beta, self._k = beta, k
+        self._w_max = max(min(w_max, self._max_rate), _MIN_RATE / beta)
+        self._rate = beta * self._w_max
+        self._t, self._t_updated_at = 0.0, now
 
     def _current_rate(self, now: float) -> float:
         """Return the slots per second, after moving along the cubic function."""
@@ -218,6 +234,12 @@ class Throttle:
             if self._rate > _NO_LIMIT:
                 self._rate = math.inf
         return min(self._rate, self._max_rate)
+
+
+def _least_k(w_max: float, beta: float) -> float:
+    """Return the least K in seconds for a W_max in slots per second."""
+    slots = max(_K_SLOW * w_max, _MIN_K_SLOTS / (beta * w_max))
+    return min(slots, _MAX_K_SLOW, _K_FAST / math.sqrt(w_max))
 
 
 @attrs.define(eq=False)

@@ -567,9 +567,12 @@ class TokenBucket:
         loop = asyncio.get_running_loop()
         loop.call_later(self._latency / 2, self._decide, throttle, now(), on_accepted)
 
-    def _decide(self, throttle: Throttle, sent_at: float, on_accepted: Callable[[], None]) -> None:
+    def _refill(self) -> None:
         grown = self._tokens + (now() - self._updated_at) * self._per_second
         self._tokens, self._updated_at = min(grown, self._burst), now()
+
+    def _decide(self, throttle: Throttle, sent_at: float, on_accepted: Callable[[], None]) -> None:
+        self._refill()
         answer: Callable[[], object] = throttle.answered
         if self._tokens >= 1.0:
             self._tokens -= 1.0
@@ -580,6 +583,16 @@ class TokenBucket:
             self.refused.append(sent_at)
             answer = functools.partial(throttle.refused, sent_at, announced)
         asyncio.get_running_loop().call_later(self._latency / 2, answer)
+
+
+class FixedWindows(TokenBucket):
+    """A server that accepts `burst` requests in each time of `burst / per_second` seconds."""
+
+    def _refill(self) -> None:
+        window = self._burst / self._per_second
+        if now() // window > self._updated_at // window:
+            self._tokens = self._burst
+        self._updated_at = now()
 
 
 def nothing(seconds: float) -> float:
@@ -640,6 +653,56 @@ async def test_a_token_bucket_is_used_well_with_few_refusals(
     assert len(late_refusals) <= refused * (len(accepted) + len(late_refusals))
 
 
+@pytest.mark.parametrize(
+    ("per_second", "window"), [(5.0, 2.0), (5.0, 5.0), (2.0, 10.0), (40.0, 10.0), (10.0, 60.0)]
+)
+@in_virtual_time
+async def test_fixed_windows_are_used_well(per_second: float, window: float) -> None:
+    """A server that refuses everything until its next window names no time to wait.
+
+    In four minutes, a session uses at least 90 % of what the windows after the first minute allow.
+    """
+    throttle = Throttle(100.0)
+    server = FixedWindows(per_second, round(per_second * window), 0.05, nothing)
+    began = now()
+    while now() < began + 240.0:
+        await throttle.acquire()
+        server.receive(throttle)
+    assert sum(time >= began + 60.0 for time in server.accepted) >= 0.9 * 180.0 * per_second
+
+
+@in_virtual_time
+async def test_an_outage_that_ends_is_forgotten_at_the_first_good_answer() -> None:
+    """A session that was refused for half a minute is then at most half slower for 10 s."""
+    throttle = Throttle(100.0)
+    bucket = TokenBucket(50.0, 20, 0.05, nothing)
+    began = now()
+    while now() < began + 60.0:
+        await throttle.acquire()
+        bucket.receive(throttle)
+    while now() < began + 90.0:
+        await throttle.acquire()
+        await asyncio.sleep(0.05)
+        throttle.refused(now() - 0.05, 0.0)
+    await send_accepted(throttle, 1)
+    began = now()
+    assert (await send_accepted(throttle, 250))[-1] < began + 10.0
+
+
+@in_virtual_time
+async def test_good_answers_that_come_together_do_not_let_a_429_raise_the_rate() -> None:
+    """As after a server that stood still: they say nothing about how many it accepts."""
+    throttle = Throttle(100.0)
+    for _ in range(6):
+        await throttle.acquire()
+        refuse(throttle, announced=False)
+    times = await send(throttle, 5)
+    for _ in times:
+        throttle.answered()
+    refuse(throttle, announced=False)
+    assert gaps(await send(throttle, 2))[0] > gaps(times)[-1]
+
+
 @in_virtual_time
 async def test_a_server_that_accepts_nothing_any_more_is_asked_ever_less_often() -> None:
     """What was measured before says nothing about the limit now, and no 429 raises the rate."""
@@ -658,22 +721,56 @@ async def test_a_server_that_accepts_nothing_any_more_is_asked_ever_less_often()
     assert sum(time > began + 75.0 for time in late) < 10
 
 
-@pytest.mark.parametrize("quiet", [5, 30, 300])
-@in_virtual_time
-async def test_one_429_after_a_quiet_time_costs_a_tenth_of_the_rate(quiet: int) -> None:
-    """How few requests there were says nothing about the limit."""
-    throttle = Throttle(1000.0)
+async def recover_to_full_speed(throttle: Throttle) -> float:
+    """Send to a bucket of 40 per second for a minute, and return the last gap in seconds."""
     bucket = TokenBucket(40.0, 20, 0.05, nothing)
     began, times = now(), []
     while now() < began + 60.0:
         await throttle.acquire()
         times.append(now())
         bucket.receive(throttle)
+    return gaps(times)[-1]
+
+
+@pytest.mark.parametrize("quiet", [5, 30, 300])
+@in_virtual_time
+async def test_one_429_after_a_quiet_time_costs_a_tenth_of_the_rate(quiet: int) -> None:
+    """How few requests there were says nothing about the limit."""
+    throttle = Throttle(1000.0)
+    before = await recover_to_full_speed(throttle)
     for _ in range(quiet // 2):
         await asyncio.sleep(2.0)
         await send_accepted(throttle, 1)
-    before = gaps(times)[-1]
     refuse(throttle, announced=False)
+    await send_accepted(throttle, 1)
+    assert gaps(await send_accepted(throttle, 3))[-1] < 1.2 * before
+
+
+@in_virtual_time
+async def test_time_that_the_server_asked_to_wait_is_no_busy_time() -> None:
+    """Three 429s of a quiet session, which announce 9 s each, cost a quarter of its rate."""
+    throttle = Throttle(1000.0)
+    before = await recover_to_full_speed(throttle)
+    for _ in range(20):
+        await asyncio.sleep(2.0)
+        await send_accepted(throttle, 1)
+    for _ in range(3):
+        await throttle.acquire()
+        throttle.refused(now(), 9.0)
+    await send_accepted(throttle, 1)
+    assert gaps(await send_accepted(throttle, 3))[-1] < 1.5 * before
+
+
+@in_virtual_time
+async def test_time_that_a_limiter_waits_is_no_busy_time() -> None:
+    """One 429 costs a session that its own limiter holds at 3 per second a tenth of its rate."""
+    limiters: list[RecordingLimiter] = []
+    throttle = Throttle(1000.0, limiters)
+    before = await recover_to_full_speed(throttle)
+    limiters.append(RecordingLimiter(1 / 3))
+    await asyncio.gather(*(send_accepted(throttle, 1) for _ in range(60)))
+    refuse(throttle, announced=False)
+    limiters.clear()
     await send_accepted(throttle, 1)
     assert gaps(await send_accepted(throttle, 3))[-1] < 1.2 * before
 
@@ -689,7 +786,7 @@ async def test_sessions_that_share_a_bucket_each_find_a_fair_part(
     """They know nothing of each other, and the server names no time to wait.
 
     Over two minutes none gets less than half of its fair share, at least 85 % of the bucket is
-    used, and less than 10 % is refused. Chance decides: of 48 crowds, one missed one of these.
+    used, and less than 10 % is refused. Chance decides: of 48 crowds, two missed one of these.
     """
     chance = random.Random(seed)
     bucket = TokenBucket(per_second, burst, 0.05, nothing)
