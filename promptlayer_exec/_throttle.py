@@ -47,7 +47,7 @@ _K_FAST = 20.0
 # In the convex region K is at most this: what was not refused until then can soon be more.
 _MAX_K_CONVEX = 3.0
 # The first 429 with Retry-After only pauses the session: it may be due to a burst. Another within
-# this many seconds is a congestion event.
+# this many seconds after the pause is a congestion event.
 _SETTLED = 10.0
 # The seconds over which good answers are measured. In the shorter time, fewer than so many per
 # second say nothing about a rate.
@@ -82,7 +82,8 @@ class Throttle:
       time t since the event. In its *concave region* the rate is back at W_max after K seconds,
       approaching it ever more slowly. In the *convex region* beyond, it grows ever faster.
     - A good answer after several congestion events ends an outage, or the rest of a fixed window
-      of time. The rate goes back to beta * W_max with the W_max measured before them.
+      of time. The rate goes back to beta * W_max, with the W_max measured before them,
+      but to no more than a new session begins with.
 
     So the rate stays near the one that the server accepted, which keeps both 429s and unused
     capacity rare, and a W_max that was measured too low soon corrects itself. RFC 9438 derives K
@@ -106,6 +107,7 @@ class Throttle:
         self._good_answers = _MeasuredRate(_SHORT_MEMORY)
         self._good_answers_for_long = _MeasuredRate(_LONG_MEMORY)
         self._refused_at = -math.inf
+        self._paused_until = -math.inf
         # The rate that corresponds to CUBIC's congestion window, and its last congestion event.
         self._rate = math.inf
         self._w_max = math.inf
@@ -171,7 +173,7 @@ class Throttle:
         now = self._clock()
         # A request that was sent before the last 429 arrived says nothing new about the rate.
         if sent_at >= self._refused_at:
-            if not announced or now - self._refused_at < _SETTLED:
+            if not announced or now - self._paused_until < _SETTLED:
                 self._reduce_rate(now, lost=max(announced, now - sent_at))
             self._refused_at = now
         pause = announced or 1.0 / min(self._rate, self._max_rate)
@@ -179,7 +181,7 @@ class Throttle:
         self._good_answers.pause(idle)
         self._good_answers_for_long.pause(idle)
         self._unused_at += max(idle, 0.0)
-        self._next_slot = max(self._next_slot, now + pause)
+        self._next_slot = self._paused_until = max(self._next_slot, now + pause)
         return self._next_slot - now
 
     def _reduce_rate(self, now: float, lost: float) -> None:
@@ -207,9 +209,10 @@ class Throttle:
     def _recover(self, now: float) -> None:
         """Go back to the rate before a series of 429s, if the server refused everything since.
 
-        That was an outage, or the rest of a time in which so many requests are accepted.
+        That was an outage, or the rest of a fixed window of time. The fastest of those that share
+        the next window must not use it up, so no session goes back to more than a new one has.
         """
-        w_max, self._rate_before_429s = self._rate_before_429s, 0.0
+        w_max, self._rate_before_429s = min(self._rate_before_429s, _FIRST_RATE), 0.0
         if self._rate < _MIN_BETA * w_max:
             self._begin_epoch(now, w_max, _MIN_BETA, max(_K, _least_k(w_max, _MIN_BETA)))
 

@@ -355,15 +355,14 @@ async def test_429s_of_requests_sent_after_the_slow_down_slow_further() -> None:
 
 @in_virtual_time
 async def test_the_measured_rate_outlasts_a_pause() -> None:
-    """After an announced pause of 20 s, and late good answers within it, it is known as before."""
+    """After announced pauses, and late good answers within the first, it is known as before."""
     throttle = Throttle(100.0)
     await send_accepted(throttle, 500)
     throttle.refused(now(), 20.0)
     await asyncio.sleep(0.05)
     throttle.answered()
-    for _ in range(2):
-        await send_accepted(throttle, 10)
-        throttle.refused(now(), 0.1)
+    await send_accepted(throttle, 10)
+    throttle.refused(now(), 20.0)
     first, second = await send(throttle, 2)
     assert 1 / 95 < second - first < 1 / 75
 
@@ -660,7 +659,8 @@ async def test_a_token_bucket_is_used_well_with_few_refusals(
 async def test_fixed_windows_are_used_well(per_second: float, window: float) -> None:
     """A server that refuses everything until its next window names no time to wait.
 
-    In four minutes, a session uses at least 90 % of what the windows after the first minute allow.
+    In four minutes, a session uses at least 90 % of what the windows after the first minute allow;
+    60 % if that is much more than the ten per second with which a new session begins.
     """
     throttle = Throttle(100.0)
     server = FixedWindows(per_second, round(per_second * window), 0.05, nothing)
@@ -668,12 +668,26 @@ async def test_fixed_windows_are_used_well(per_second: float, window: float) -> 
     while now() < began + 240.0:
         await throttle.acquire()
         server.receive(throttle)
-    assert sum(time >= began + 60.0 for time in server.accepted) >= 0.9 * 180.0 * per_second
+    used = 0.6 if per_second > 10.0 else 0.9
+    assert sum(time >= began + 60.0 for time in server.accepted) >= used * 180.0 * per_second
+
+
+@pytest.mark.parametrize("announced", [1.0, 12.0, 60.0])
+@in_virtual_time
+async def test_429s_that_announce_a_long_pause_slow_the_session_too(announced: float) -> None:
+    """After a minute at most 10 % of the requests were refused."""
+    throttle = Throttle(100.0)
+    bucket = TokenBucket(20.0, 5, 0.05, lambda _: announced)
+    began = now()
+    while now() < began + 60.0 + 10.0 * announced:
+        await throttle.acquire()
+        bucket.receive(throttle)
+    assert len(bucket.refused) <= 0.1 * (len(bucket.refused) + len(bucket.accepted))
 
 
 @in_virtual_time
-async def test_an_outage_that_ends_is_forgotten_at_the_first_good_answer() -> None:
-    """A session that was refused for half a minute is then at most half slower for 10 s."""
+async def test_a_session_recovers_soon_from_an_outage_full_of_429s() -> None:
+    """A session that was refused for half a minute sends 250 requests within 20 s after it."""
     throttle = Throttle(100.0)
     bucket = TokenBucket(50.0, 20, 0.05, nothing)
     began = now()
@@ -686,7 +700,7 @@ async def test_an_outage_that_ends_is_forgotten_at_the_first_good_answer() -> No
         throttle.refused(now() - 0.05, 0.0)
     await send_accepted(throttle, 1)
     began = now()
-    assert (await send_accepted(throttle, 250))[-1] < began + 10.0
+    assert (await send_accepted(throttle, 250))[-1] < began + 20.0
 
 
 @in_virtual_time
@@ -775,6 +789,28 @@ async def test_time_that_a_limiter_waits_is_no_busy_time() -> None:
     assert gaps(await send_accepted(throttle, 3))[-1] < 1.2 * before
 
 
+async def share(server: TokenBucket, sessions: int, *, seed: int, seconds: float) -> list[int]:
+    """Let sessions use a server for so long, and return how many requests it accepted of each."""
+    chance = random.Random(seed)
+    shares = [0] * sessions
+    began = now()
+
+    async def use(number: int) -> None:
+        throttle = Throttle(100.0)
+        await asyncio.sleep(chance.uniform(0.0, 2.0))
+        while now() < began + seconds:
+            await throttle.acquire()
+            server.receive(throttle, lambda: count(number))
+
+    def count(number: int) -> None:
+        shares[number] += 1
+
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(sessions):
+            tasks.create_task(use(number))
+    return shares
+
+
 @pytest.mark.parametrize("seed", range(1, 4))
 @pytest.mark.parametrize(
     ("sessions", "per_second", "burst"), [(3, 5.0, 5), (8, 20.0, 20), (30, 60.0, 20)]
@@ -786,26 +822,10 @@ async def test_sessions_that_share_a_bucket_each_find_a_fair_part(
     """They know nothing of each other, and the server names no time to wait.
 
     Over two minutes none gets less than half of its fair share, at least 85 % of the bucket is
-    used, and less than 10 % is refused. Chance decides: of 48 crowds, two missed one of these.
+    used, and less than 10 % is refused. Chance decides: of 48 crowds, one missed one of these.
     """
-    chance = random.Random(seed)
     bucket = TokenBucket(per_second, burst, 0.05, nothing)
-    shares = [0] * sessions
-    began = now()
-
-    async def use(number: int) -> None:
-        throttle = Throttle(100.0)
-        await asyncio.sleep(chance.uniform(0.0, 2.0))
-        while now() < began + 120.0:
-            await throttle.acquire()
-            bucket.receive(throttle, lambda: count(number))
-
-    def count(number: int) -> None:
-        shares[number] += 1
-
-    async with asyncio.TaskGroup() as tasks:
-        for number in range(sessions):
-            tasks.create_task(use(number))
+    shares = await share(bucket, sessions, seed=seed, seconds=120.0)
     refused, accepted = bucket.refused, bucket.accepted
     assert min(shares) >= 0.5 * 120.0 * per_second / sessions
     assert len(accepted) >= 0.85 * (120.0 * per_second + burst)
