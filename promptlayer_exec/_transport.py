@@ -327,7 +327,7 @@ class Transport:
                 max_field_size=_LONGEST_HEADER,
                 max_headers=_MOST_HEADERS,
                 # Connections are pooled by this name: starts share none with other requests.
-                server_hostname=url.host if data is not None and pool.is_borrowed else None,
+                server_hostname=url.raw_host if data is not None and pool.is_borrowed else None,
             )
             if once is not None and (not once.sent or _is_doubtful(answer)):
                 answer.close()

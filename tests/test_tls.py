@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import os
+import re
 import socket
 import ssl
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 import trustme
+from aiohttp.abc import AbstractResolver, ResolveResult
 
 from promptlayer_exec import ConnectionFailed, RequestRetried, RetryPolicy, Session, Snapshot
 
@@ -229,6 +231,48 @@ gc.collect()
 for opened in (*kept, listener):
     opened.close()
 """
+
+
+class Loopback(AbstractResolver):
+    """Resolves every name to the loopback address."""
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        """Return the loopback address."""
+        address = ResolveResult(
+            hostname=host, host="127.0.0.1", port=port, family=family, proto=0, flags=0
+        )
+        return [address]
+
+    async def close(self) -> None:
+        """Do nothing."""
+
+
+@pytest.mark.parametrize("host", ["faß.example", "xn--fa-hia.example"])
+async def test_a_start_in_a_borrowed_session_checks_the_same_name_as_a_read(
+    authority: trustme.CA, listen: Callable[..., Awaitable[int]], host: str
+) -> None:
+    """Also of a host whose name differs between IDNA 2003 and 2008."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = re.search(rb"Content-Length: (\d+)", head)
+            await reader.readexactly(int(length[1]) if length else 0)
+            is_start = line.startswith(b"POST")
+            body = b'{"workflow_version_execution_id": 7}' if is_start else BODY
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            await writer.drain()
+
+    port = await listen(serve, server_context(authority, "xn--fa-hia.example"))
+    connector = aiohttp.TCPConnector(ssl=client_context(authority), resolver=Loopback())
+    async with (
+        aiohttp.ClientSession(connector=connector) as http,
+        Session("key", base_url=f"https://{host}:{port}", http=http) as session,
+    ):
+        assert (await session.get_results(7, return_all_outputs=True)).complete
+        assert (await session.start("name")).id == 7
 
 
 @pytest.mark.parametrize(
