@@ -22,10 +22,12 @@ from dbos import DBOS
 
 from promptlayer_exec import (
     ConfigurationError,
+    ConnectionFailed,
     ExecutionTimeout,
     Forbidden,
     InvalidResponse,
     PollPolicy,
+    RateLimited,
     RequestRetried,
     RetryPolicy,
     ServerError,
@@ -388,6 +390,24 @@ async def test_an_intent_that_is_recorded_too_late_to_send_is_taken_back(
     assert (await batch_of(wait_timeout=0.3).work()).succeeded == 1
     assert taken_back == [False, True, False]
     assert len(sim.runs) == 1
+
+
+@pytest.mark.parametrize("server", ["away", "busy"])
+async def test_an_outage_ends_the_work_although_the_wait_timeout_is_shorter(
+    sim: Simulator, batch_of: Callable[..., Batch], server: str
+) -> None:
+    """The error is the server's, and the items wait for the next call of `work`."""
+    settings: dict[str, Any] = {"wait_timeout": 0.1, "outage": 0.5}
+    answers(sim, "POST", 429)
+    await batch_of().add(requests(4))
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        port = bound.getsockname()[1]
+    if server == "away":
+        settings["base_url"] = f"http://127.0.0.1:{port}"
+    with pytest.raises(ConnectionFailed if server == "away" else RateLimited):
+        await asyncio.wait_for(batch_of(**settings).work(), 20)
+    sim.clear_faults()
+    assert (await batch_of().work()).succeeded == 4
 
 
 class Break:

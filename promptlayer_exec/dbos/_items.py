@@ -247,6 +247,8 @@ class Items:
                 except ExecutionTimeout as error:  # not sent within the session's `wait_timeout`
                     pause = _FIRST_DELAY
                     self._warn_of_late_start(item.key, error)
+                    if isinstance(error.__cause__, RequestError):  # not only the rate is to blame
+                        self._starts.failed(error.__cause__, since=since)
                     with suppress(ConfigurationError):  # then the item is unknown
                         await pending.not_sent()
                 except Exception as error:  # noqa: BLE001 - some are the item's
