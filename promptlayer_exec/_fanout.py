@@ -21,7 +21,7 @@ from promptlayer_exec._errors import (
 )
 from promptlayer_exec._models import Snapshot, StartRequest
 from promptlayer_exec._repr import short_repr
-from promptlayer_exec._start import Start, log_unknown, start_unknown
+from promptlayer_exec._start import Start, log_unknown
 from promptlayer_exec._tasks import CLEAN_UP, Tasks, foreign_cancellation, is_cancelled
 
 if TYPE_CHECKING:
@@ -167,9 +167,8 @@ class _FanOut(Generic[ItemT]):
                 item.is_reported = item.execution is not None
                 if item.is_reported:
                     report_abandoned(item)
-                elif isinstance(item.item, StartRequest) and item.start and item.start.sent:
-                    reason = "its event loop was left while it was on the wire"
-                    log_unknown(start_unknown(item.item.workflow, reason, None), item.item)
+                elif item.start is not None:
+                    item.start.report_left()
             if not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._scope.cancel)
             raise RuntimeError(_ELSEWHERE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -134,6 +135,14 @@ class Start:
             self._task = None
             self._stop_repeating()
 
+    def report_left(self) -> None:
+        """Log what is known of a start whose event loop may never run again."""
+        if self._answer.done():
+            self._report_answer(self._warn_of_lost_handle)
+        elif self.sent:
+            reason = "its event loop was left while it was on the wire"
+            log_unknown(start_unknown(self._request.workflow, reason, None), self._request)
+
     async def before_send(self) -> None:
         if self._hooks is None:
             return
@@ -207,8 +216,15 @@ class Start:
         """Handle a start whose caller was cancelled, whether or not it has ended."""
         if self._answer.cancelled():
             self._cancel_if_unneeded()
-        elif (error := self._answer.exception()) is None:
-            self._report(self._answer.result(), abandoned=True)
+        else:
+            self._report_answer(partial(self._report, abandoned=True))
+
+    def _report_answer(self, report: Callable[[Started], None]) -> None:
+        """Report the answer to a start that has ended, or log that it was lost."""
+        if self._answer.cancelled():
+            return
+        if (error := self._answer.exception()) is None:
+            report(self._answer.result())
         else:
             self._warn(error)
 

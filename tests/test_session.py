@@ -647,6 +647,53 @@ def test_a_fan_out_whose_loop_was_closed_delivers_what_waits(
     assert len(delivered) == 4
 
 
+@pytest.mark.parametrize("is_refused", [False, True], ids=["started", "refused"])
+def test_a_fan_out_that_is_continued_elsewhere_knows_the_answers_that_it_read(
+    threaded_sim: Simulator, caplog: pytest.LogCaptureFixture, *, is_refused: bool
+) -> None:
+    """The log has the id of such a run, and does not say of a refused one that it may go on."""
+    threaded_sim.add_workflow("Example", Scenario([SimNode("A", duration=0.0)]))
+    tracing = aiohttp.TraceConfig()
+
+    async def stop_at_second_answer(http: Any, context: Any, request: Any) -> None:
+        if request.method == "POST" and threaded_sim.request_count > 1:
+            first.stop()  # at the end of this step, in which the answer is read
+
+    tracing.on_request_end.append(stop_at_second_answer)
+    requests = (StartRequest("Example", key=f"key {number}") for number in itertools.count())
+
+    async def begin() -> None:
+        async with (
+            aiohttp.ClientSession(trace_configs=[tracing]) as http,
+            Session(threaded_sim.api_key, base_url=threaded_sim.base_url, http=http) as session,
+        ):
+            outcomes.append(session.as_completed(requests, max_in_flight=1))
+            await anext(outcomes[0])
+            if is_refused:
+                threaded_sim.inject(Fault.status(400))
+            await asyncio.Event().wait()
+
+    async def go_on() -> None:
+        with pytest.raises(RuntimeError, match="another event loop"):
+            await anext(outcomes[0])
+
+    outcomes: list[Any] = []
+    first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+    task = first.create_task(begin())
+    first.run_forever()
+    second.run_until_complete(go_on())
+    second.close()
+    assert "not known" not in caplog.text
+    ids = [run.execution_id for run in threaded_sim.runs[1:]]
+    logged = re.findall(r"execution (\d+) of workflow 'Example' \(key 'key 1'\)", caplog.text)
+    assert list(map(int, logged)) == ids
+    assert len(ids) == (not is_refused)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        first.run_until_complete(task)
+    first.close()
+
+
 @pytest.mark.parametrize("is_closed", [False, True], ids=["stopped", "closed"])
 def test_a_fan_out_that_is_continued_elsewhere_logs_a_start_on_the_wire(
     threaded_sim: Simulator, caplog: pytest.LogCaptureFixture, *, is_closed: bool
