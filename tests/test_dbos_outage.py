@@ -410,6 +410,48 @@ async def test_an_outage_ends_the_work_although_the_wait_timeout_is_shorter(
     assert (await batch_of().work()).succeeded == 4
 
 
+@pytest.mark.parametrize("moment", ["while it follows", "while it starts"])
+async def test_a_worker_does_not_mistake_a_batch_that_was_added_again_for_its_own(
+    sim: Simulator,
+    batch_of: Callable[..., Batch],
+    url: str,
+    caplog: pytest.LogCaptureFixture,
+    moment: str,
+) -> None:
+    """While it stood still, its batch was deleted; its items have the same keys, and other inputs.
+
+    Its work ends with an error, and the log has the id of a run that it had just started.
+    """
+    sim.add_workflow(
+        "held",
+        lambda inputs: Scenario([SimNode("Answer", inputs["n"], None, is_output_node=True)]),
+    )
+    await batch_of().add([StartRequest("held", {"n": "old"}, key="0")])
+    if moment == "while it starts":
+        sim.inject(Fault.delay(0.5))
+    working = asyncio.create_task(batch_of().work())
+    if moment == "while it starts":
+        await until(lambda: intents(url) == 1)
+    else:
+        await until(lambda: sim.request_count >= 3)
+    with closing(Store(check_url(url))) as store:
+        await asyncio.to_thread(store.delete, "night")
+    await batch_of().add([StartRequest("held", {"n": "new"}, key="0")])
+    if moment == "while it follows":
+        sim.finish(sim.runs[0].execution_id, "Answer")
+    with pytest.raises(ConfigurationError, match="'night' was deleted while this worker"):
+        await working
+    if moment == "while it starts":
+        execution_id = sim.runs[0].execution_id
+        assert f"execution {execution_id} was started for item '0'" in caplog.text
+    assert (await batch_of().status()).finished == 0
+    working = asyncio.create_task(batch_of().work())
+    await until(lambda: len(sim.runs) == 2)
+    sim.finish(sim.runs[1].execution_id, "Answer")
+    assert (await working).succeeded == 1
+    assert [outcome.output async for outcome in batch_of().outcomes()] == ["new"]
+
+
 class Break:
     """Makes the database read-only for all connections, as a full disk or a failover does."""
 

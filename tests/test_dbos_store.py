@@ -20,7 +20,7 @@ from promptlayer_exec.dbos import _groups as groups
 from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos import _reports as reports
 from promptlayer_exec.dbos._groups import Group
-from promptlayer_exec.dbos._intents import Intent
+from promptlayer_exec.dbos._intents import Intent, Started
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._requests import Row
 from promptlayer_exec.dbos._store import Store
@@ -103,6 +103,24 @@ def test_many_runs_are_adopted_at_once(store: Store) -> None:
         assert all(threads.map(adopt, keys))
     assert time.monotonic() - began < 20.0
     assert reports.kinds(store, "b", keys) == dict.fromkeys(keys)
+
+
+@pytest.mark.parametrize("kind", ["failed", "unknown"])
+def test_a_start_that_started_nothing_does_not_end_an_item_with_another_start(
+    store: Store, kind: str
+) -> None:
+    """A worker that stood still may say so late, when another one has started the item again."""
+    store.add("b", [Row(key, "{}", "") for key in ("sent", "started", "own", "taken back")])
+    tokens = {"sent": "another", "started": "a third", "own": "its own"}
+    write = [Intent(key, 1, token, None, False) for key, token in tokens.items()]
+    assert all(intents.write(store, "b", write))
+    assert all(intents.write_started(store, "b", [Started("started", 1, "a third", "{}")]))
+    keys = [*tokens, "taken back"]
+    store.finish("b", [Ending(key, 1, kind, "{}", None, "its own") for key in keys])
+    ended = reports.kinds(store, "b", keys)
+    assert ended == {"sent": None, "started": None, "own": kind, "taken back": kind}
+    status = store.status("b")
+    assert (status.waiting, status.finished) == (2, 2)
 
 
 async def test_what_is_added_meanwhile_is_written_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,7 +164,8 @@ class Batch:
             RequestTimeout: the server did not answer in time. No item failed: work again later.
             RateLimited: the server answered nothing but 429. No item failed: work again later.
             SessionClosed: the session was closed.
-            ConfigurationError: the database cannot be used, or a setting is missing.
+            ConfigurationError: the database cannot be used, a setting is missing, or the batch was
+                deleted while this process stood still.
             RuntimeError: this process already works on a batch, or uses DBOS otherwise.
         """
         # Set before the first await: until the items are restarted, `outcomes` must not end.

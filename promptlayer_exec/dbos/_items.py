@@ -124,11 +124,14 @@ class Items:
         workflow = workflow_id(self._batch, item.key, item.attempt)
         self.active.add(workflow)
         try:
-            started = item.started or await self._start(item)
+            token = integration.start_token(self._session)
+            started = item.started or await self._start(item, token)
             if started is None:
                 return  # it has an outcome, or a later attempt
             outcome = await self._in_callers_loop(self._follow(item.key, started))
-            await self._endings.add(Ending.of(item.attempt, outcome))
+            # The step of an item of version 0.1 may be that of another worker.
+            intent = None if item.is_first_version else token
+            await self._endings.add(Ending.of(item.attempt, outcome, intent))
         except Exception as error:  # noqa: BLE001 - DBOS would end the item with it
             self._end(error)
             await suspend()
@@ -148,8 +151,8 @@ class Items:
         callbacks.finish(self._store, self._batch, endings)
         return [None] * len(endings)
 
-    async def _start(self, item: Item) -> StartResult | None:
-        pending = PendingStart(item, self._intents, integration.start_token(self._session))
+    async def _start(self, item: Item, token: str) -> StartResult | None:
+        pending = PendingStart(item, self._intents, token)
         self.pending.add(pending)
         try:
             if item.is_first_version:
@@ -175,7 +178,7 @@ class Items:
             if state.intent is not None:  # of a worker that may have sent the start
                 if not self._restart_unknown:
                     outcome = await self._follow(item.key, _unknown(item))
-                    await self._endings.add(Ending.of(item.attempt, outcome))
+                    await self._endings.add(Ending.of(item.attempt, outcome, state.intent))
                     continue  # unless that worker has recorded the result meanwhile, it has ended
                 pending.replaced = state.intent
             result = await self._send(item, pending, is_ours=True)

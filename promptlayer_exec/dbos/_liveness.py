@@ -17,7 +17,7 @@ from promptlayer_exec import ConfigurationError
 from promptlayer_exec.dbos._cancelled import end_cancelled
 from promptlayer_exec.dbos._connector import DatabaseLost
 from promptlayer_exec.dbos._database import RETRY_FOR
-from promptlayer_exec.dbos._store import Heartbeat, Store
+from promptlayer_exec.dbos._store import BatchDeleted, Heartbeat, Store
 
 logger = logging.getLogger("promptlayer_exec")
 HEARTBEAT_INTERVAL = 2.0
@@ -86,6 +86,7 @@ class Liveness:
                 failing_since = began if failing_since is None else failing_since
                 is_lost = isinstance(error.__cause__, DatabaseLost)
                 is_lost = is_lost or began - failing_since > RETRY_FOR
+                is_lost = is_lost or isinstance(error, BatchDeleted)
                 if isinstance(error, ConfigurationError) and not is_lost:
                     logger.warning("cannot exchange heartbeats with other workers: %.300s", error)
                 else:

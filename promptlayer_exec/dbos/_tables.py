@@ -95,11 +95,13 @@ FINISH = sa.text(
     SET kind = t.kind, outcome = t.outcome, seconds = t.seconds, seq = :first + t.position - 1
     FROM unnest(
         CAST(:key AS text[]), CAST(:attempt AS int[]), CAST(:kind AS text[]),
-        CAST(:outcome AS text[]), CAST(:seconds AS float[])
-    ) WITH ORDINALITY AS t (key, attempt, kind, outcome, seconds, position)
+        CAST(:outcome AS text[]), CAST(:seconds AS float[]), CAST(:intent AS text[])
+    ) WITH ORDINALITY AS t (key, attempt, kind, outcome, seconds, intent, position)
     WHERE promptlayer_item.batch = :batch AND promptlayer_item.key = t.key
         AND promptlayer_item.attempt = t.attempt AND promptlayer_item.kind IS NULL
-        AND (t.kind <> 'unknown' OR promptlayer_item.started IS NULL)
+        AND (promptlayer_item.started IS NULL OR t.kind <> 'unknown' AND t.intent IS NULL)
+        AND coalesce(t.intent, promptlayer_item.intent, '')
+            = coalesce(promptlayer_item.intent, t.intent, '')
     RETURNING t.kind
     """
 )
@@ -107,25 +109,34 @@ FINISH_ONE = sa.text(
     """
     UPDATE promptlayer_item SET kind = :kind, outcome = :outcome, seconds = :seconds, seq = :seq
     WHERE batch = :batch AND key = :key AND attempt = :attempt AND kind IS NULL
-        AND (:kind <> 'unknown' OR started IS NULL)
+        AND (started IS NULL OR :kind <> 'unknown' AND :intent IS NULL)
+        AND coalesce(:intent, intent, '') = coalesce(intent, :intent, '')
     """
 )
 
 
 @attrs.frozen
 class Ending:
-    """How an attempt of an item ended: its kind, and the outcome as JSON."""
+    """How an attempt of an item ended: its kind, and the outcome as JSON.
+
+    Attributes:
+        intent: the token of the start that started no run, or may have. If another one is recorded
+            meanwhile, the item goes on with that.
+    """
 
     key: str
     attempt: int
     kind: str
     outcome: str
     seconds: float | None = None
+    intent: str | None = None
 
     @classmethod
-    def of(cls, attempt: int, outcome: StoredOutcome) -> Ending:
-        """Return the ending of an attempt with this outcome."""
+    def of(cls, attempt: int, outcome: StoredOutcome, intent: str | None = None) -> Ending:
+        """Return the ending of an attempt with this outcome; `intent` is that of its start."""
         seconds = None
         if outcome.started is not None:  # the clock may have been put back
             seconds = max((outcome.finished - outcome.started).total_seconds(), 0.0)
-        return cls(outcome.key, attempt, outcome.kind, outcome.to_json(), seconds)
+        if outcome.execution_id is not None:
+            intent = None
+        return cls(outcome.key, attempt, outcome.kind, outcome.to_json(), seconds, intent)

@@ -105,6 +105,7 @@ class Worker:
 
     def _launch(self) -> None:
         log_quietly()
+        self._store.pin(self._batch)
         self._store.register_queue(self._batch, self._max_in_flight)
         self._liveness.record_heartbeat()
         self._store.retry(self._launch_dbos)

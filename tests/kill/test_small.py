@@ -15,9 +15,13 @@ import sqlalchemy as sa
 
 from promptlayer_exec import ConfigurationError, Session, StartRequest
 from promptlayer_exec.dbos import Batch, _connector
+from promptlayer_exec.dbos import _intents as intents
+from promptlayer_exec.dbos import _reports as reports
+from promptlayer_exec.dbos._intents import Intent, Started
 from promptlayer_exec.dbos._location import check_url
+from promptlayer_exec.dbos._requests import Row
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import batches
+from promptlayer_exec.dbos._tables import Ending, batches
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
 ENDLESS = """
@@ -116,6 +120,34 @@ def test_a_worker_that_stands_still_in_a_transaction_keeps_no_other_waiting(
             still.execute(sa.select(1))
         assert error.value.connection_invalidated
     scene.outcomes()
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_that_stood_still_ends_no_item_of_another_start_or_batch(
+    postgres_scene: Any,
+) -> None:
+    """An item that was started again, or whose batch was deleted and added again, goes on."""
+    rows = [Row(key, "{}", "") for key in ("sent", "started", "own")]
+    endings = [Ending(row.key, 1, "failed", "{}", None, "its own") for row in rows]
+    tokens = {"sent": "another", "started": "a third", "own": "its own"}
+    url = check_url(postgres_scene.url)
+    with closing(Store(url)) as store, closing(Store(url)) as other:
+        store.prepare()
+        store.add("b", rows)
+        store.pin("b")
+        write = [Intent(key, 1, token, None, False) for key, token in tokens.items()]
+        assert all(intents.write(store, "b", write))
+        assert all(intents.write_started(store, "b", [Started("started", 1, "a third", "{}")]))
+        store.finish("b", endings)
+        ended = reports.kinds(store, "b", [*tokens])
+        assert ended == {"sent": None, "started": None, "own": "failed"}
+        other.delete("b")
+        with pytest.raises(ConfigurationError, match="deleted"):
+            store.finish("b", endings)
+        other.add("b", rows)
+        with pytest.raises(ConfigurationError, match="deleted"):
+            store.finish("b", endings)
+        assert other.status("b").finished == 0
 
 
 def check_ids(scene: Any, sim: Simulator, err: str) -> None:
