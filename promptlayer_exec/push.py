@@ -35,6 +35,7 @@ from centrifuge import (
     UnauthorizedError,
     UnsubscribedContext,
 )
+from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from promptlayer_exec._errors import (
@@ -376,6 +377,7 @@ class _Channel:
         except ValueError as error:
             logger.debug("push: a completion cannot be read (%s)", printable(str(error)))
             self.begin_subscription()  # polls for what was missed until now
+            self._miss(f"the last {_MOST_SILENT} completions that it announced cannot be read")
             return
         if execution_id is not None:
             self._push.early_completions.add(execution_id, "push")
@@ -398,17 +400,28 @@ class _Channel:
     def _check_silence(self, execution_id: int, since: float | None) -> None:
         if self._confirm(execution_id) or self.since != since:
             return
+        self._miss(f"it did not announce the last {_MOST_SILENT} completions")
+
+    def _miss(self, reason: str) -> None:
+        """Count a completion that was not announced readably; give up after several in a row."""
         self._silent += 1
         if self._silent >= _MOST_SILENT:
             self._push.has_announced = False
-            self.give_up(f"it did not announce the last {self._silent} completions")
+            self.give_up(reason)
 
 
 class _Client(Client):
-    """The library's client, which ignores frames that it cannot read, and ends soon.
+    """The library's client; it ignores frames that it cannot read, redirects nothing, ends soon.
 
-    It uses three private names of the library; a test fails if one of them disappears.
+    It uses four private names of the library; a test fails if one of them disappears.
     """
+
+    def __init__(self, address: str, *, proxy: Literal[True] | None, **settings: Any) -> None:
+        super().__init__(address, **settings)
+        self._open = partial(_Connect, address, proxy=proxy)
+
+    async def _open_transport(self) -> ClientConnection:
+        return await self._open(open_timeout=_HANDSHAKE, close_timeout=_CLOSE, max_size=None)
 
     async def _process_incoming_data(self, message: Any, attempt: int) -> None:
         try:
@@ -428,6 +441,13 @@ class _Client(Client):
         """Wait until a disconnected client has no task left."""
         while self._background_tasks:
             await asyncio.wait(self._background_tasks)
+
+
+class _Connect(connect):
+    """Connects without following redirects: the token must go to the server of `base_url` only."""
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        return exc
 
 
 class _ConnectionEvents(ClientEventHandler):

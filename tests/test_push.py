@@ -16,6 +16,7 @@ import aiohttp
 import centrifuge
 import pytest
 from aiohttp import web
+from websockets.asyncio.client import connect
 
 from promptlayer_exec import (
     ConfigurationError,
@@ -54,6 +55,7 @@ class Server:
         log: the method and path of each request.
         hold: paths, and commands on the WebSocket, that are not answered until it is emptied.
         statuses: statuses to answer instead, by path.
+        redirects: statuses and locations to answer instead, by path.
         ttl: the lifetime of tokens in seconds that the server announces; None: for ever.
         replies: replies to give instead, by the name of the command, or path.
         bodies: the bodies of the starts.
@@ -66,6 +68,7 @@ class Server:
         self.log: list[tuple[str, str]] = []
         self.hold: set[str] = set()
         self.statuses: dict[str, int] = {}
+        self.redirects: dict[str, tuple[int, str]] = {}
         self.ttl: float | None = None
         self.replies: dict[str, Any] = {}
         self.bodies: list[dict[str, Any]] = []
@@ -152,6 +155,9 @@ class Server:
         await self._note(path)
         if path in self.statuses:
             return web.json_response({"success": False}, status=self.statuses[path])
+        if path in self.redirects:
+            status, location = self.redirects[path]
+            return web.Response(status=status, headers={"Location": location})
         match request.method, path.split("/")[1:]:
             case "GET", ["workflows", _]:
                 number = 8 if path.endswith("/other") else 7
@@ -706,6 +712,41 @@ class TestFaults:
             await polled_to_the_end(server, silent)
         await log.given_up()
         assert "it did not announce the last 3 completions" in log.warnings[0]
+
+    @pytest.mark.usefixtures("short_gaps")
+    async def test_completions_that_cannot_be_read_are_noticed(
+        self, execution: Execution, session: Session, server: Server, log: Log
+    ) -> None:
+        """After three in a row push is given up, as if they had not been announced."""
+        await server.subscribed()
+        for unread in [execution, await session.start("w"), await session.start("w")]:
+            assert log.warnings == []
+            server.complete.add(unread.id)
+            await server.publish({**completion(0), "data": "{}"})
+            await unread.wait()
+        await log.given_up()
+        assert "the last 3 completions that it announced cannot be read" in log.warnings[0]
+
+    @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+    async def test_a_redirect_of_the_handshake_is_not_followed(
+        self,
+        open_pushed: Callable[..., Session],
+        server: Server,
+        monkeypatch: pytest.MonkeyPatch,
+        log: Log,
+        status: int,
+    ) -> None:
+        """The token goes to the server of `base_url` only."""
+        monkeypatch.setattr(push, "_HANDSHAKE", 0.2)
+        other = Server()
+        await other.start()
+        server.redirects["/connection/websocket"] = status, f"ws://localhost:{other.port}/"
+        execution = await open_pushed(poll=OFTEN).start("w")
+        await polled_to_the_end(server, execution)
+        await log.given_up()
+        await other.stop()
+        assert other.log == []
+        assert f"HTTP {status}" in log.warnings[0]
         await server.until(lambda: not server.sockets)
 
     async def test_a_message_that_is_late_is_not_silence(
@@ -1152,7 +1193,9 @@ def test_the_library_of_the_vendor_s_sdk_is_too_old(
 
 
 def test_the_private_names_of_centrifuge_are_still_there() -> None:
-    """Frames that cannot be read are ignored, and ends awaited, with names that may change."""
+    """Frames that cannot be read are ignored, redirects not followed, and ends awaited."""
+    assert asyncio.iscoroutinefunction(centrifuge.Client._open_transport)
+    assert callable(connect.process_redirect)
     assert asyncio.iscoroutinefunction(centrifuge.Client._close_conn)
     assert asyncio.iscoroutinefunction(centrifuge.Client._process_incoming_data)
     assert centrifuge.Client("ws://127.0.0.1")._background_tasks == set()
