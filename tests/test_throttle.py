@@ -594,6 +594,14 @@ class FixedWindows(TokenBucket):
         self._updated_at = now()
 
 
+async def saturate(server: TokenBucket, throttle: Throttle, seconds: float) -> None:
+    """Send for so long, and each time as soon as the throttle allows."""
+    end = now() + seconds
+    while now() < end:
+        await throttle.acquire()
+        server.receive(throttle)
+
+
 def nothing(seconds: float) -> float:
     """Send no Retry-After."""
     return 0.0
@@ -643,9 +651,7 @@ async def test_a_token_bucket_is_used_well_with_few_refusals(
     throttle = Throttle(1000.0)
     bucket = TokenBucket(*server)
     began = now()
-    while now() < began + 60.0:
-        await throttle.acquire()
-        bucket.receive(throttle)
+    await saturate(bucket, throttle, 60.0)
     accepted = [time for time in bucket.accepted if time > began + 2.0]
     late_refusals = [time for time in bucket.refused if time > began + 2.0]
     assert len(bucket.accepted) >= used * (60.0 * server[0] + server[1])
@@ -665,9 +671,7 @@ async def test_fixed_windows_are_used_well(per_second: float, window: float) -> 
     throttle = Throttle(100.0)
     server = FixedWindows(per_second, round(per_second * window), 0.05, nothing)
     began = now()
-    while now() < began + 240.0:
-        await throttle.acquire()
-        server.receive(throttle)
+    await saturate(server, throttle, 240.0)
     used = 0.6 if per_second > 10.0 else 0.9
     assert sum(time >= began + 60.0 for time in server.accepted) >= used * 180.0 * per_second
 
@@ -678,10 +682,7 @@ async def test_429s_that_announce_a_long_pause_slow_the_session_too(announced: f
     """After a minute at most 10 % of the requests were refused."""
     throttle = Throttle(100.0)
     bucket = TokenBucket(20.0, 5, 0.05, lambda _: announced)
-    began = now()
-    while now() < began + 60.0 + 10.0 * announced:
-        await throttle.acquire()
-        bucket.receive(throttle)
+    await saturate(bucket, throttle, 60.0 + 10.0 * announced)
     assert len(bucket.refused) <= 0.1 * (len(bucket.refused) + len(bucket.accepted))
 
 
@@ -691,9 +692,7 @@ async def test_a_session_recovers_soon_from_an_outage_full_of_429s() -> None:
     throttle = Throttle(100.0)
     bucket = TokenBucket(50.0, 20, 0.05, nothing)
     began = now()
-    while now() < began + 60.0:
-        await throttle.acquire()
-        bucket.receive(throttle)
+    await saturate(bucket, throttle, 60.0)
     while now() < began + 90.0:
         await throttle.acquire()
         await asyncio.sleep(0.05)
@@ -723,13 +722,9 @@ async def test_a_server_that_accepts_nothing_any_more_is_asked_ever_less_often()
     throttle = Throttle(100.0)
     bucket = TokenBucket(50.0, 20, 0.05, nothing)
     began = now()
-    while now() < began + 60.0:
-        await throttle.acquire()
-        bucket.receive(throttle)
+    await saturate(bucket, throttle, 60.0)
     bucket.stop()
-    while now() < began + 90.0:
-        await throttle.acquire()
-        bucket.receive(throttle)
+    await saturate(bucket, throttle, 30.0)
     late = [time for time in bucket.refused if time > began + 60.0]
     assert len(late) < 80
     assert sum(time > began + 75.0 for time in late) < 10
