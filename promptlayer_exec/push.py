@@ -411,7 +411,7 @@ class _Channel:
 
 
 class _Client(Client):
-    """The library's client; it ignores frames that it cannot read, redirects nothing, ends soon.
+    """The library's client, which ignores what it cannot read, follows no redirect and ends soon.
 
     It uses four private names of the library; a test fails if one of them disappears.
     """

@@ -124,14 +124,12 @@ class Items:
         workflow = workflow_id(self._batch, item.key, item.attempt)
         self.active.add(workflow)
         try:
-            token = integration.start_token(self._session)
-            started = item.started or await self._start(item, token)
+            pending = PendingStart(item, self._intents, integration.start_token(self._session))
+            started = item.started or await self._start(item, pending)
             if started is None:
                 return  # it has an outcome, or a later attempt
             outcome = await self._in_callers_loop(self._follow(item.key, started))
-            # The step of an item of version 0.1 may be that of another worker.
-            intent = None if item.is_first_version else token
-            await self._endings.add(Ending.of(item.attempt, outcome, intent))
+            await self._endings.add(Ending.of(item.attempt, outcome, pending.recorded_intent))
         except Exception as error:  # noqa: BLE001 - DBOS would end the item with it
             self._end(error)
             await suspend()
@@ -151,8 +149,7 @@ class Items:
         callbacks.finish(self._store, self._batch, endings)
         return [None] * len(endings)
 
-    async def _start(self, item: Item, token: str) -> StartResult | None:
-        pending = PendingStart(item, self._intents, token)
+    async def _start(self, item: Item, pending: PendingStart) -> StartResult | None:
         self.pending.add(pending)
         try:
             if item.is_first_version:

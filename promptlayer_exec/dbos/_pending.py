@@ -51,6 +51,7 @@ class PendingStart:
     Attributes:
         may_be_sent: whether its intent may be recorded, so that it must not be cancelled any more.
         is_refused: whether its intent could not be recorded.
+        recorded_intent: the token of its intent, if that was recorded, even if it was taken back.
         settled: set when its result is recorded, or there is nothing to record.
     """
 
@@ -63,6 +64,7 @@ class PendingStart:
     may_be_sent: bool = attrs.field(init=False, default=False)
     is_cancelled: bool = attrs.field(init=False, default=False)
     is_refused: bool = attrs.field(init=False, default=False)
+    recorded_intent: str | None = attrs.field(init=False, default=None)
     settled: asyncio.Event = attrs.field(init=False, factory=asyncio.Event)
     is_reported: bool = attrs.field(init=False, default=False)
     _timer: asyncio.TimerHandle | None = attrs.field(init=False, default=None)
@@ -77,6 +79,7 @@ class PendingStart:
         if not await self._intents.add(self._intent()):
             self.is_refused = True
             raise IntentRefused
+        self.recorded_intent = self.token
 
     async def not_sent(self) -> None:
         """Take the intent back."""

@@ -89,12 +89,12 @@ class Store(Database):
         """Let each later transaction raise `BatchDeleted` if this batch is deleted.
 
         A worker that stood still does not know of it. If the batch was added again, its items have
-        the same keys as those that the worker had.
+        the same keys as those that the worker had. No lock is needed: a transaction of a worker
+        that stands still ends before the worker is taken for dead.
         """
-        query = sa.select(_batches.c.name).where(_batches.c.name == batch)
-        (created,) = self.rows(sa.select(_batches.c.created).where(_batches.c.name == batch))[0]
-        query = query.where(_batches.c.created.is_not_distinct_from(created))
-        self._pinned = batch, query.with_for_update(read=True, key_share=True)
+        query = sa.select(_batches.c.created).where(_batches.c.name == batch)
+        (created,) = self.rows(query)[0]
+        self._pinned = batch, query.where(_batches.c.created.is_not_distinct_from(created))
 
     def transact(self, work: Callable[[sa.Connection], T], *, once: bool = False) -> T:
         def check_and_work(connection: sa.Connection) -> T:
