@@ -297,6 +297,9 @@ class SendOnce(Protocol):
     async def not_sent(self) -> None:
         """Handle an attempt that started nothing, before the next one."""
 
+    def mark_connecting(self) -> None:
+        """Record that the rate allows it, and that a connection is being made for it."""
+
     def mark_sent(self) -> None:
         """Record that it is about to be sent; raises `OSError` if it must no longer be sent."""
 

@@ -15,6 +15,7 @@ import attrs
 from promptlayer_exec._errors import (
     ExecutionTimeout,
     RequestError,
+    RequestTimeout,
     SessionClosed,
     StartUnknown,
     StatusError,
@@ -79,6 +80,7 @@ class Start:
     _repeat: asyncio.TimerHandle | None = attrs.field(init=False, default=None)
     _expired: Deadline | None = attrs.field(init=False, default=None)
     _hook_error: Exception | None = attrs.field(init=False, default=None)
+    _is_connecting: bool = attrs.field(init=False, default=False)
     # Until then, `not_sent` may go on although the caller is gone.
     _hook_ends_by: float = attrs.field(init=False, default=-math.inf)
 
@@ -137,13 +139,14 @@ class Start:
 
     def report_left(self) -> None:
         """Log what is known of a start whose event loop may never run again."""
-        if self._answer.done():
+        if self._answer.done() and not self._answer.cancelled():
             self._report_answer(self._warn_of_lost_handle)
-        elif self.sent:
+        elif self.sent and self._task is not None:
             reason = "its event loop was left while it was on the wire"
             log_unknown(start_unknown(self._request.workflow, reason, None), self._request)
 
     async def before_send(self) -> None:
+        self._is_connecting = False
         if self._hooks is None:
             return
         try:
@@ -163,6 +166,10 @@ class Start:
             finally:
                 self._hook_ends_by = -math.inf
         self._cancel_if_unneeded()
+
+    def mark_connecting(self) -> None:
+        """Record that the rate allows the request, and a connection is being made for it."""
+        self._is_connecting = True
 
     def mark_sent(self) -> None:
         """Record that the request is being sent.
@@ -221,8 +228,6 @@ class Start:
 
     def _report_answer(self, report: Callable[[Started], None]) -> None:
         """Report the answer to a start that has ended, or log that it was lost."""
-        if self._answer.cancelled():
-            return
         if (error := self._answer.exception()) is None:
             report(self._answer.result())
         else:
@@ -272,6 +277,8 @@ class Start:
             closed = self._is_closing() or is_cancelled()
             return SessionClosed() if closed else foreign_cancellation("the start", error)
         cause = self._state.error
+        if cause is None and self._is_connecting:
+            cause = RequestTimeout(f"no connection to {self._base_url} was made in time")
         why = "no connection was free, or the rate did not allow it"
         if cause is not None:
             why = f"last failure: {cause.args[0]}"

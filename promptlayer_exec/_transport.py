@@ -311,6 +311,7 @@ class Transport:
         data = None
         if request.body is not None and once is not None:
             data = GuardedBody(request.body, once, until)
+            once.mark_connecting()
         url = request.url or self._url(request)
         try:
             answer = await pool.http.request(

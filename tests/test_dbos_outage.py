@@ -9,7 +9,7 @@ import socket
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -108,13 +108,21 @@ def requests(count: int = COUNT) -> list[StartRequest]:
     return [StartRequest("echo", {"n": f"{n}"}, key=f"{n}") for n in range(count)]
 
 
-def answers(sim: Simulator, method: str, status: int, body: bytes = b"{}") -> None:
+def answers(
+    sim: Simulator,
+    method: str,
+    status: int,
+    body: bytes = b"{}",
+    headers: Mapping[str, str] | None = None,
+) -> None:
     """Answer all requests of a method with a status, until `clear_faults`."""
 
     async def effect(request: web.BaseRequest, _: Any) -> web.StreamResponse | None:
         if request.method != method:
             return None
-        return web.Response(status=status, body=body, content_type="application/json")
+        return web.Response(
+            status=status, body=body, content_type="application/json", headers=headers
+        )
 
     sim.inject(Fault(effect, times=None))
 
@@ -390,6 +398,34 @@ async def test_an_intent_that_is_recorded_too_late_to_send_is_taken_back(
     assert (await batch_of(wait_timeout=0.3).work()).succeeded == 1
     assert taken_back == [False, True, False]
     assert len(sim.runs) == 1
+
+
+async def test_announced_pauses_are_no_outage(
+    sim: Simulator, batch_of: Callable[..., Batch]
+) -> None:
+    """Even if they are longer than the session's `wait_timeout` and `outage`."""
+    answers(sim, "POST", 429, headers={"Retry-After": "0.3"})
+    await batch_of().add(requests(4))
+    working = asyncio.create_task(batch_of(wait_timeout=0.1, outage=0.2).work())
+    await until(lambda: working.done() or sim.request_count >= 8)
+    working.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await working
+    sim.clear_faults()
+    assert (await batch_of().work()).succeeded == 4
+
+
+async def test_the_work_does_not_end_before_the_outage_has_lasted_so_long() -> None:
+    """The last pause is only as long as the patience, and one more start is a probe."""
+    given_up: list[float] = []
+    now = 0.0
+    breaker = breakers.Breaker(10.0, lambda _: given_up.append(now), lambda: now)
+    for now in (0.0, 1.0, 2.0, 4.0, 8.0, 9.9):
+        breaker.failed(ConnectionFailed("away"), since=now)
+    assert given_up == []
+    now = 10.0
+    breaker.failed(ConnectionFailed("away"), since=now)
+    assert given_up == [10.0]
 
 
 @pytest.mark.parametrize("server", ["away", "busy"])

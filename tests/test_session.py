@@ -575,6 +575,66 @@ def test_a_fan_out_that_is_continued_elsewhere_logs_the_runs_in_flight_at_once(
     assert len(logged()) == 2
 
 
+@pytest.mark.parametrize("steps", range(5))
+def test_a_fan_out_that_is_left_while_it_fails_logs_a_start_on_the_wire(
+    threaded_sim: Simulator, caplog: pytest.LogCaptureFixture, steps: int
+) -> None:
+    """Also in the step in which its caller is cancelled, because another item got a 401."""
+    threaded_sim.add_workflow("Example", Scenario([SimNode("A", duration=None)]))
+    tracing = aiohttp.TraceConfig()
+
+    def stop_after(steps: int) -> None:
+        if steps:
+            first.call_soon(stop_after, steps - 1)
+        else:
+            first.stop()
+
+    async def stop_at_401(http: Any, context: Any, request: Any) -> None:
+        if request.response.status == 401:
+            stop_after(steps)
+
+    tracing.on_request_end.append(stop_at_401)
+
+    async def requests() -> AsyncIterator[Any]:
+        yield threaded_sim.add_execution(Scenario([SimNode("A", duration=0.0)]))
+        await is_taken.wait()
+        threaded_sim.inject(Fault.delay(0.2))
+        yield StartRequest("Example", key="on the wire")
+        await threaded_sim.wait_for_requests(2)
+        threaded_sim.inject(Fault.status(401))
+        yield StartRequest("Example", key="refused")
+
+    async def begin() -> None:
+        async with (
+            aiohttp.ClientSession(trace_configs=[tracing]) as http,
+            Session(threaded_sim.api_key, base_url=threaded_sim.base_url, http=http) as session,
+        ):
+            outcomes.append(session.as_completed(requests()))
+            await anext(outcomes[0])
+            is_taken.set()
+            await asyncio.Event().wait()
+
+    async def go_on() -> None:
+        while True:
+            delivered.append((await anext(outcomes[0])).item.key)
+
+    outcomes: list[Any] = []
+    delivered: list[str] = []
+    is_taken = asyncio.Event()
+    first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+    task = first.create_task(begin())
+    first.run_forever()
+    with pytest.raises((RuntimeError, Unauthorized)):
+        second.run_until_complete(go_on())
+    second.close()
+    is_logged = "(key 'on the wire')" in caplog.text
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        first.run_until_complete(task)
+    first.close()
+    assert is_logged or "on the wire" in delivered
+
+
 def test_a_fan_out_is_not_stuck_after_its_outcomes_were_taken_in_another_loop(
     threaded_sim: Simulator, recorder: Any
 ) -> None:

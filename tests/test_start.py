@@ -283,6 +283,24 @@ async def test_a_server_that_comes_up_in_time_gets_one_start(
         assert [run.execution_id for run in late.runs] == [execution.id]
 
 
+@pytest.mark.parametrize("wait", ["connecting", "rate"])
+async def test_a_deadline_while_connecting_names_the_connection(
+    open_session: Callable[..., Session], wait: str
+) -> None:
+    """What caused it is a `RequestTimeout`, and not the rate: a batch takes it for an outage."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it never answers the handshake
+        base_url = f"https://127.0.0.1:{silent.getsockname()[1]}"
+        session = open_session(base_url=base_url, wait_timeout=0.05, rate=0.01)
+        if wait == "rate":
+            with pytest.raises(ExecutionTimeout):
+                await session.start(NAME)
+        with pytest.raises(ExecutionTimeout) as caught:
+            await session.start(NAME)
+    error = caught.value
+    assert isinstance(error.__cause__, RequestTimeout) == (wait == "connecting")
+    assert ("no connection to https://127.0.0.1" in str(error)) == (wait == "connecting")
+
+
 @pytest.mark.parametrize("where", ["refused", "unresolvable"])
 async def test_a_server_that_cannot_be_reached_is_connection_failed(
     sim: Simulator, open_session: Callable[..., Session], free_port: int, where: str

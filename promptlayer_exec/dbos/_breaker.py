@@ -89,11 +89,13 @@ class Breaker:
         self._window = 1
         if not self.is_paused or (self._pause and since < self._paused_at):
             return  # it was sent before the pause, so it says nothing new
+        left = self._failing_since + self._patience - now
+        if left <= 0.0:
+            self._give_up(error)
+            return
         self._pause = min(2 * self._pause or _FIRST_PAUSE, _LONGEST_PAUSE)
         self._paused_at = now
-        self._paused_until = now + self._pause
-        if now + self._pause > self._failing_since + self._patience:
-            self._give_up(error)
+        self._paused_until = now + min(self._pause, left)
         asyncio.get_running_loop().call_at(self._paused_until, self._wake)
 
     def hold(self, is_held: bool) -> None:

@@ -247,8 +247,10 @@ class Items:
                 except ExecutionTimeout as error:  # not sent within the session's `wait_timeout`
                     pause = _FIRST_DELAY
                     self._warn_of_late_start(item.key, error)
-                    if isinstance(error.__cause__, RequestError):  # not only the rate is to blame
-                        self._starts.failed(error.__cause__, since=since)
+                    cause = error.__cause__
+                    # Otherwise the rate is to blame, or the server said how long to wait.
+                    if isinstance(cause, RequestError) and not _is_announced(cause):
+                        self._starts.failed(cause, since=since)
                     with suppress(ConfigurationError):  # then the item is unknown
                         await pending.not_sent()
                 except Exception as error:  # noqa: BLE001 - some are the item's
@@ -426,6 +428,11 @@ async def suspend() -> NoReturn:
     """Wait until DBOS ends: the item stays as it is stored, for the next worker."""
     await asyncio.get_running_loop().create_future()
     raise AssertionError("this future is never done")
+
+
+def _is_announced(error: RequestError) -> bool:
+    """Return True if the server said how long to wait, which is no outage."""
+    return isinstance(error, StatusError) and error.retry_after is not None
 
 
 def _is_the_items(error: Exception) -> bool:
