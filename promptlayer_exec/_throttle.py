@@ -194,7 +194,7 @@ class Throttle:
             return
         known = self._good_answers_for_long.per_second(now) if self._has_held else 0.0
         if not self._rate_before_429s:
-            self._rate_before_429s = known
+            self._rate_before_429s = min(known, self._rate)
         if w_max < _MIN_MEASURED_RATE:
             w_max = self._rate
             # What a session got says something about the server only if it wanted more. Not less
