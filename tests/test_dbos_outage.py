@@ -10,7 +10,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import aclosing, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,7 @@ def batch_of(sim: Simulator, url: str) -> Callable[..., Batch]:
         watch_outage: float = 30.0,
         in_flight: int | None = None,
         rate: float | None = None,
+        restart_unknown: bool = False,
         **settings: Any,
     ) -> Batch:
         retry = RetryPolicy(
@@ -98,7 +99,14 @@ def batch_of(sim: Simulator, url: str) -> Callable[..., Batch]:
         def session() -> Session:
             return Session(sim.api_key, retry=retry, **{**options, **settings})
 
-        return Batch("night", database_url=url, session=session, max_in_flight=in_flight, rate=rate)
+        return Batch(
+            "night",
+            database_url=url,
+            session=session,
+            max_in_flight=in_flight,
+            rate=rate,
+            restart_unknown=restart_unknown,
+        )
 
     return make
 
@@ -486,6 +494,38 @@ async def test_a_worker_does_not_mistake_a_batch_that_was_added_again_for_its_ow
     sim.finish(sim.runs[1].execution_id, "Answer")
     assert (await working).succeeded == 1
     assert [outcome.output async for outcome in batch_of().outcomes()] == ["new"]
+
+
+async def test_a_batch_can_be_deleted_and_added_again_while_its_outcomes_are_followed(
+    batch_of: Callable[..., Batch],
+) -> None:
+    """All calls of one `Batch` share its database; a check of the worker ends with its work."""
+    batch = batch_of()
+    await batch.add(requests(1))
+    async with aclosing(batch.outcomes()) as outcomes:
+        following = asyncio.create_task(anext(outcomes))
+        assert (await batch.work()).succeeded == 1
+        assert (await following).succeeded
+        assert await batch.delete() == 1
+        assert await batch.add(requests(2)) == 2
+        assert (await batch.work()).succeeded == 2
+
+
+async def test_a_start_that_fails_before_it_is_sent_ends_an_item_of_a_worker_that_is_gone(
+    batch_of: Callable[..., Batch], url: str
+) -> None:
+    """Its intent, which this start was to replace, is still recorded."""
+
+    class Broken:
+        async def acquire(self) -> None:
+            raise TypeError("of the user")
+
+    await batch_of().add(requests(1))
+    with closing(Store(check_url(url))) as store:
+        intent = intents_.Intent("0", 1, "of another worker", None, False)
+        assert intents_.write(store, "night", [intent]) == [True]
+    status = await batch_of(restart_unknown=True, limiter=Broken()).work()
+    assert status.failed == 1
 
 
 class Break:

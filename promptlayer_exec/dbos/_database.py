@@ -51,7 +51,12 @@ class Database:
 
     All methods block, except `run_in_thread`. While the database cannot be reached, they retry for
     up to 90 seconds, unless they say otherwise, and then raise `ConfigurationError`.
+
+    Attributes:
+        precondition: called first in each transaction, which an error of it ends.
     """
+
+    precondition: Callable[[sa.Connection], None] | None = None
 
     def __init__(self, url: sa.URL) -> None:
         self.url = url.render_as_string(hide_password=False)
@@ -200,10 +205,12 @@ class Database:
         )
 
     def transact(self, work: Callable[[sa.Connection], T], *, once: bool = False) -> T:
-        """Do some work in one transaction."""
+        """Do some work in one transaction, after its `precondition`."""
 
         def transact() -> T:
             with self.engine.begin() as connection:
+                if (check := self.precondition) is not None:
+                    check(connection)
                 before = _changes(connection)
                 done = work(connection)
                 has_written = _changes(connection) != before

@@ -12,12 +12,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import attrs
+import sqlalchemy as sa
 
 from promptlayer_exec import ConfigurationError
 from promptlayer_exec.dbos._cancelled import end_cancelled
 from promptlayer_exec.dbos._connector import DatabaseLost
 from promptlayer_exec.dbos._database import RETRY_FOR
-from promptlayer_exec.dbos._store import BatchDeleted, Heartbeat, Store
+from promptlayer_exec.dbos._store import Heartbeat, Store
+from promptlayer_exec.dbos._tables import batches
 
 logger = logging.getLogger("promptlayer_exec")
 HEARTBEAT_INTERVAL = 2.0
@@ -84,9 +86,8 @@ class Liveness:
             except Exception as error:  # noqa: BLE001 - nobody else would see that the thread ends
                 self._seen.clear()
                 failing_since = began if failing_since is None else failing_since
-                is_lost = isinstance(error.__cause__, DatabaseLost)
+                is_lost = isinstance(error.__cause__, DatabaseLost | BatchDeleted)
                 is_lost = is_lost or began - failing_since > RETRY_FOR
-                is_lost = is_lost or isinstance(error, BatchDeleted)
                 if isinstance(error, ConfigurationError) and not is_lost:
                     logger.warning("cannot exchange heartbeats with other workers: %.300s", error)
                 else:
@@ -129,6 +130,30 @@ class Liveness:
         if other not in self._seen or self._seen[other][0] != heartbeat:
             self._seen[other] = (heartbeat, now)
         return now - self._seen[other][1] > DEAD_AFTER
+
+
+class BatchDeleted(Exception):
+    """The cause of an error: a batch was deleted while a worker stood still."""
+
+
+def check_of(store: Store, batch: str) -> Callable[[sa.Connection], None]:
+    """Return a check that raises an error if the batch is deleted, even if it is added again.
+
+    The items of another batch of that name have the same keys. The check needs no lock: a
+    transaction of a worker that stands still ends before the worker is taken for dead.
+    """
+    query = sa.select(batches.c.created).where(batches.c.name == batch)
+    (created,) = store.rows(query)[0]
+    query = query.where(batches.c.created.is_not_distinct_from(created))
+
+    def check(connection: sa.Connection) -> None:
+        if not connection.execute(query).first():
+            raise ConfigurationError(
+                f"batch {batch!r} was deleted while this worker was silent; what it had started"
+                " runs on"
+            ) from BatchDeleted()
+
+    return check
 
 
 def is_worked_on(store: Store, batch: str) -> bool:

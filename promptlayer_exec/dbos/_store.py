@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
@@ -22,7 +22,6 @@ import attrs
 import sqlalchemy as sa
 from dbos import DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
 
-from promptlayer_exec import ConfigurationError
 from promptlayer_exec.dbos._database import Database
 from promptlayer_exec.dbos._dbos_internals import (
     adopt_earlier,
@@ -61,16 +60,11 @@ class Heartbeat(NamedTuple):
     process: str
 
 
-class BatchDeleted(ConfigurationError):
-    """A batch was deleted while a worker stood still."""
-
-
 class Store(Database):
     """The database of batches; each method is a call that `Database` retries."""
 
     def __init__(self, url: sa.URL) -> None:
         super().__init__(url)
-        self._pinned: tuple[str, sa.Select[Any]] | None = None
         # JSON, because DBOS's default is pickle: with it, write access to the database would be
         # enough to run code in every worker.
         self._client = DBOSClient(
@@ -84,28 +78,6 @@ class Store(Database):
     def close(self) -> None:
         self._client.destroy()
         super().close()
-
-    def pin(self, batch: str) -> None:
-        """Let each later transaction raise `BatchDeleted` if this batch is deleted.
-
-        A worker that stood still does not know of it. If the batch was added again, its items have
-        the same keys as those that the worker had. No lock is needed: a transaction of a worker
-        that stands still ends before the worker is taken for dead.
-        """
-        query = sa.select(_batches.c.created).where(_batches.c.name == batch)
-        (created,) = self.rows(query)[0]
-        self._pinned = batch, query.where(_batches.c.created.is_not_distinct_from(created))
-
-    def transact(self, work: Callable[[sa.Connection], T], *, once: bool = False) -> T:
-        def check_and_work(connection: sa.Connection) -> T:
-            if self._pinned is not None and not connection.execute(self._pinned[1]).first():
-                raise BatchDeleted(
-                    f"batch {self._pinned[0]!r} was deleted while this worker was silent; what it"
-                    " had started runs on"
-                )
-            return work(connection)
-
-        return super().transact(check_and_work, once=once)
 
     def batches(self) -> list[str]:
         """Return the names of all batches."""

@@ -20,7 +20,7 @@ from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos._connector import PATIENCE_AT_END
 from promptlayer_exec.dbos._dbos_internals import log_quietly, stop_dequeuing
 from promptlayer_exec.dbos._items import Items, suspend
-from promptlayer_exec.dbos._liveness import Liveness
+from promptlayer_exec.dbos._liveness import Liveness, check_of
 from promptlayer_exec.dbos._pending import Item, StartResult
 from promptlayer_exec.dbos._store import (
     APPLICATION,
@@ -97,6 +97,7 @@ class Worker:
                     await self._shut_down()
                 finally:
                     self._store.connector.patience = patience
+                    self._store.precondition = None  # others may use the store for longer
                     _worker = None
                     watching.cancel()
                     await asyncio.wait([watching])
@@ -105,7 +106,7 @@ class Worker:
 
     def _launch(self) -> None:
         log_quietly()
-        self._store.pin(self._batch)
+        self._store.precondition = check_of(self._store, self._batch)
         self._store.register_queue(self._batch, self._max_in_flight)
         self._liveness.record_heartbeat()
         self._store.retry(self._launch_dbos)

@@ -18,6 +18,7 @@ from promptlayer_exec.dbos import Batch, _connector
 from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos import _reports as reports
 from promptlayer_exec.dbos._intents import Intent, Started
+from promptlayer_exec.dbos._liveness import check_of
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._requests import Row
 from promptlayer_exec.dbos._store import Store
@@ -134,7 +135,7 @@ def test_a_worker_that_stood_still_ends_no_item_of_another_start_or_batch(
     with closing(Store(url)) as store, closing(Store(url)) as other:
         store.prepare()
         store.add("b", rows)
-        store.pin("b")
+        store.precondition = check_of(store, "b")
         write = [Intent(key, 1, token, None, False) for key, token in tokens.items()]
         assert all(intents.write(store, "b", write))
         assert all(intents.write_started(store, "b", [Started("started", 1, "a third", "{}")]))
