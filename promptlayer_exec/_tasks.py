@@ -88,9 +88,10 @@ async def receive_cancellation() -> None:
             await asyncio.sleep(0)
 
 
-# A timer this many seconds late means that the loop was stopped, as by a debugger or Ctrl-Z.
-LATE = 0.05
-# The most seconds to spend on reading what arrived meanwhile, before the callback is called.
+# A timer this many seconds late may mean that the loop was stopped, as by a debugger or Ctrl-Z.
+LATE = 0.002
+# The seconds to spend on reading what arrived meanwhile, before the callback is called.
+_SHORTEST_READ = 0.01
 _LONGEST_READ = 1.0
 # Rounding may let a timer fire a little early.
 _EARLY = 0.001
@@ -100,7 +101,7 @@ class PatientTimer:
     """A timer that first lets the loop read what has arrived, if the loop was stopped.
 
     The callback is called at its time. If the loop is late, it is called after the same delay
-    again, at most a second.
+    again, at least 10 ms and at most a second.
 
     Args:
         at: the time, on the running loop's clock; infinity: never.
@@ -125,7 +126,8 @@ class PatientTimer:
         self._handle = None
         late = self._loop.time() - self._at
         if late >= LATE:
-            self._handle = self._loop.call_later(min(late, _LONGEST_READ), callback, *args)
+            delay = min(max(late, _SHORTEST_READ), _LONGEST_READ)
+            self._handle = self._loop.call_later(delay, callback, *args)
         elif late > -_EARLY:
             callback(*args)
         else:

@@ -89,6 +89,7 @@ class Exchange:
     Attributes:
         limit: the most bytes of a good answer.
         expected: the body that the last answer had.
+        size: how many bytes of the body have arrived.
         is_held: whether the request was about to be sent, and waited for permission.
     """
 
@@ -97,14 +98,16 @@ class Exchange:
     answer: aiohttp.ClientResponse | None = None
     is_held: bool = False
     failure: BaseException | None = None
+    size: int = 0
     # What arrived of the body: so many bytes of the expected one, and then these pieces.
     _as_expected: int = attrs.field(init=False, default=0)
     _pieces: list[bytes] = attrs.field(init=False, factory=list)
 
     def add(self, piece: bytes) -> None:
         """Add the next piece of the body; as long as it is as expected, it takes no memory."""
+        self.size += len(piece)
         if not self._pieces and self.expected.startswith(piece, self._as_expected):
-            self._as_expected += len(piece)
+            self._as_expected = self.size
         else:
             self._pieces.append(piece)
 
@@ -115,6 +118,11 @@ class Exchange:
         if not self._as_expected and len(self._pieces) == 1:
             return self._pieces[0]
         return b"".join([memoryview(self.expected)[: self._as_expected], *self._pieces])
+
+    def clear(self) -> None:
+        """Forget what arrived: the traceback of a failure has this, and nothing else frees it."""
+        self.failure = None
+        self._pieces.clear()
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -262,6 +270,7 @@ class Transport:
     def _response(self, exchange: Exchange, once: SendOnce | None) -> Response:
         """Return the response of one attempt, or raise its failure."""
         answer, body, failure = exchange.answer, exchange.body(), exchange.failure
+        exchange.clear()
         if once is not None and excess(body, exchange.limit):
             body = up_to_id(body)
         if answer is None:
@@ -407,9 +416,12 @@ class Transport:
             body=self._redactor.redact_json(response.body),
             location=response.location and self._redactor.redact(response.location),
         )
-        if redacted == response:
-            raise failure
-        return read(redacted)
+        try:
+            if redacted == response:
+                raise failure
+            return read(redacted)
+        finally:
+            del failure, raised  # its traceback has this frame, as above
 
     def _excerpt(self, body: bytes) -> str:
         # Redacted before it is cut: half a key would also reveal much.
@@ -443,7 +455,7 @@ def _is_doubtful(answer: aiohttp.ClientResponse) -> bool:
 
 def _may_be_cut(answer: aiohttp.ClientResponse, body: bytes) -> bool:
     """Return True for a number whose end is not marked: all other JSON marks its own."""
-    if not body[-1:].isdigit():
+    if not body[-4:].rstrip(b"\0")[-1:].isdigit():  # also in UTF-16 and UTF-32
         return False
     headers = answer.headers
     # Other transfer codings end with the connection: https://www.rfc-editor.org/rfc/rfc9112#section-6.3
@@ -455,14 +467,11 @@ def _may_be_cut(answer: aiohttp.ClientResponse, body: bytes) -> bool:
 
 async def _read_body(answer: aiohttp.ClientResponse, exchange: Exchange, limit: int) -> None:
     """Read a body into `exchange`, and stop when it exceeds `limit` bytes."""
-    size = 0
     content = answer.content
     end = None if content.is_eof() else _end_with_connection(answer, exchange)
     try:
-        while size <= limit and not content.at_eof():
-            piece = await content.readany()
-            exchange.add(piece)
-            size += len(piece)
+        while exchange.size <= limit and not content.at_eof():
+            exchange.add(await content.readany())
     finally:
         if end is not None:
             end()

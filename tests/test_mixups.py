@@ -903,6 +903,9 @@ async def test_an_id_that_has_arrived_survives_a_cancellation_of_the_start(
         "gzip that ends in the middle",
         "coding: identity",
         "coding: x-chunked",
+        "utf-16",
+        "utf-16-be",
+        "utf-32-le",
         "coding: chunked\r\nTransfer-Encoding: identity",
     ],
 )
@@ -917,6 +920,9 @@ async def test_a_cut_number_is_not_taken_for_a_complete_one(peer: Peer, how: str
             writer.write(b"HTTP/1.1 200 OK\r\n\r\n123")
             await writer.drain()
             writer.transport.abort()
+        elif how.startswith("utf-"):
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + "123".encode(how))
+            writer.close()
         elif how.startswith("coding: "):
             coding = how.removeprefix("coding: ").encode()
             writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: %b\r\n\r\n123" % coding)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import selectors
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
@@ -300,6 +302,45 @@ async def test_no_call_begins_once_the_end_has_begun(lifetime: Lifetime) -> None
     with pytest.raises(SessionClosed):
         await call(lifetime, work, FOREVER)
     assert not called
+
+
+class InterruptedSelector(selectors.DefaultSelector):
+    """Returns no events after a signal that comes late, such as that which continues a process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.interrupted_for = 0.0
+
+    def select(self, timeout: float | None = None) -> Any:
+        """Return the events that are ready."""
+        if self.interrupted_for:
+            time.sleep(self.interrupted_for)
+            self.interrupted_for = 0.0
+            return []
+        return super().select(timeout)
+
+
+@pytest.mark.parametrize("late", [0.005, 0.02, 0.1])
+def test_what_has_arrived_is_read_although_the_process_was_stopped(late: float) -> None:
+    """The timer fires before the loop looks at the socket, however little late it is."""
+    selector = InterruptedSelector()
+
+    async def main() -> bytes:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.setblocking(False)
+            receiving = asyncio.ensure_future(receive(ours))
+            await asyncio.sleep(0.0)
+            theirs.send(b"answer")
+            selector.interrupted_for = 0.01 + late
+            return await receiving
+
+    async def receive(ours: socket.socket) -> bytes:
+        async with PatientTimeout(clock() + 0.01):
+            return await asyncio.get_running_loop().sock_recv(ours, 100)
+
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
+        assert runner.run(main()) == b"answer"
 
 
 class LateLoop(asyncio.SelectorEventLoop):

@@ -598,6 +598,41 @@ SHAPES = {
 }
 
 
+@pytest.mark.parametrize("is_cut", [False, True], ids=["invalid", "cut"])
+async def test_a_body_that_cannot_be_read_is_freed_at_once(*, is_cut: bool) -> None:
+    """Its error's traceback does not keep it until the next garbage collection."""
+    body = json.dumps("x" * 1_000_000).encode()
+    whole = http(body)
+    answer = whole[:-100] if is_cut else http(body[:-1] + b"!")
+    sizes: list[int] = []
+    enough = asyncio.Event()
+
+    def observe(event: Event) -> None:
+        if isinstance(event, RequestRetried):
+            sizes.append(tracemalloc.get_traced_memory()[0])
+            if len(sizes) == 6:
+                enough.set()
+
+    settings: Any = {"retry": RetryPolicy(base=0.001, ceiling=0.001), "observers": [observe]}
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        async with (
+            asyncio.timeout(30),
+            raw_server(answering(answer)) as base_url,
+            Session("key", base_url=base_url, **settings) as session,
+        ):
+            call = asyncio.create_task(read_results(session))
+            await enough.wait()
+            call.cancel()
+            await asyncio.wait([call])
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert max(sizes[2:]) < sizes[1] + 1_000_000
+
+
 @on_linux
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_decoded_bodies_are_bounded_too(shape: str) -> None:
