@@ -289,6 +289,8 @@ class Transport:
         else:  # a part of the body is enough: the status says what is wrong
             location = answer.headers.get("Location")
             body = self._redactor.redact_bytes(body)[:_ERROR_BODY_BYTES]
+        if once is not None:  # its warning is for the log
+            body = self._redactor.redact_json(body)
         retry_after = read_retry_after(answer.headers, now=time.time())
         return Response(answer.status, body, location, retry_after)
 
@@ -472,6 +474,8 @@ async def _read_body(answer: aiohttp.ClientResponse, exchange: Exchange, limit: 
     try:
         while exchange.size <= limit and not content.at_eof():
             exchange.add(await content.readany())
+        if content.total_bytes and not exchange.size:  # a middleware has read it, or a trace
+            exchange.add(await answer.read())
     finally:
         if end is not None:
             end()

@@ -483,7 +483,7 @@ async def test_a_worker_does_not_mistake_a_batch_that_was_added_again_for_its_ow
     await batch_of().add([StartRequest("held", {"n": "new"}, key="0")])
     if moment == "while it follows":
         sim.finish(sim.runs[0].execution_id, "Answer")
-    with pytest.raises(ConfigurationError, match="'night' was deleted while this worker"):
+    with pytest.raises(ConfigurationError, match="'night' was deleted meanwhile"):
         await working
     if moment == "while it starts":
         execution_id = sim.runs[0].execution_id

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from promptlayer_exec import ConfigurationError
 from promptlayer_exec.dbos import Durations
 from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _groups as groups
@@ -21,10 +22,11 @@ from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos import _reports as reports
 from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._intents import Intent, Started
+from promptlayer_exec.dbos._liveness import check_of
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._requests import Row
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import Ending, items
+from promptlayer_exec.dbos._tables import NO_INTENT, Ending, items
 
 
 @pytest.fixture
@@ -121,6 +123,25 @@ def test_a_start_that_started_nothing_does_not_end_an_item_with_another_start(
     assert ended == {"sent": None, "started": None, "own": kind, "taken back": kind}
     status = store.status("b")
     assert (status.waiting, status.finished) == (2, 2)
+
+
+def test_a_batch_that_is_deleted_before_its_worker_begins_is_missed(store: Store) -> None:
+    """It was deleted between two calls, and the error is the same as later."""
+    store.precondition = check_of(store, "b")
+    with pytest.raises(ConfigurationError, match="'b' was deleted meanwhile"):
+        store.finish("b", [Ending("1", 1, "failed", "{}")])
+
+
+def test_an_item_that_is_started_while_its_cancellation_is_stored_goes_on(store: Store) -> None:
+    """One that was cancelled in DBOS is judged by what was read before."""
+    store.add("b", [Row(key, "{}", "") for key in ("cancelled", "sent", "started")])
+    write = [Intent(key, 1, f"token {key}", None, False) for key in ("sent", "started")]
+    assert all(intents.write(store, "b", write))
+    assert all(intents.write_started(store, "b", [Started("started", 1, "token started", "{}")]))
+    keys = ["cancelled", "sent", "started"]
+    store.finish("b", [Ending(key, 1, "failed", "{}", None, NO_INTENT) for key in keys])
+    ended = reports.kinds(store, "b", keys)
+    assert ended == {"cancelled": "failed", "sent": None, "started": None}
 
 
 async def test_what_is_added_meanwhile_is_written_together(monkeypatch: pytest.MonkeyPatch) -> None:

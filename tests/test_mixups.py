@@ -940,6 +940,32 @@ async def test_a_cut_number_is_not_taken_for_a_complete_one(peer: Peer, how: str
     assert "Accept-Encoding: identity" in peer.requests[0][1]
 
 
+@pytest.mark.parametrize("reader", ["middleware", "trace"])
+async def test_a_body_that_a_borrowed_session_has_read_already_is_not_lost(
+    peer: Peer, reader: str
+) -> None:
+    """As for a log; aiohttp keeps it in the response."""
+
+    async def read(request: Any, handler: Any) -> Any:
+        response = await handler(request)
+        assert await response.text()
+        return response
+
+    async def look(http: Any, context: Any, request: Any) -> None:
+        assert await request.response.text()
+
+    tracing = aiohttp.TraceConfig()
+    tracing.on_request_end.append(look)
+    settings: Any = {"middlewares": [read]} if reader == "middleware" else {}
+    if reader == "trace":
+        settings = {"trace_configs": [tracing]}
+    async with aiohttp.ClientSession(**settings) as http, session_at(peer, http=http) as session:
+        execution = await session.start("name")
+        assert execution.id == 787
+        assert (await execution.wait()).nodes["Node 1"].value == "787"
+    assert peer.posts() == 1
+
+
 async def test_a_middleware_that_sends_twice_at_once_does_not_send_a_start_twice(
     peer: Peer,
 ) -> None:

@@ -127,6 +127,17 @@ async def test_a_workflow_may_be_given_by_id_and_a_version_by_number(
     }
 
 
+async def test_the_key_is_redacted_in_the_server_s_warning(
+    sim: Simulator, session: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It goes to the log."""
+    sim.add_workflow("careless", DONE, warning=f"the key {sim.api_key} expires soon")
+    assert (await session.start("careless")).warning == "the key *** expires soon"
+    await session.run("careless")
+    assert "the key *** expires soon" in caplog.text
+    assert sim.api_key not in caplog.text
+
+
 async def test_the_server_s_warning_is_on_the_handle(sim: Simulator, session: Session) -> None:
     """The warning has the server's words."""
     sim.add_workflow("careless", DONE, warning="missing input variables: topic")

@@ -165,7 +165,7 @@ class Batch:
             RateLimited: the server answered nothing but 429. No item failed: work again later.
             SessionClosed: the session was closed.
             ConfigurationError: the database cannot be used, a setting is missing, or the batch was
-                deleted while this process stood still.
+                deleted meanwhile.
             RuntimeError: this process already works on a batch, or uses DBOS otherwise.
         """
         # Set before the first await: until the items are restarted, `outcomes` must not end.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from promptlayer_exec.dbos import _callbacks as callbacks
-from promptlayer_exec.dbos._tables import Ending, items
+from promptlayer_exec.dbos._tables import NO_INTENT, Ending, items
 from promptlayer_exec.dbos._values import StoredError, StoredOutcome
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def end_cancelled(store: Store, batch: str) -> int:
                 started = json.loads(row.started) if row.started else None
                 started = started or _started(store.steps(workflow))
                 outcome = _outcome(row.key, started, is_sent=row.intent is not None)
-                endings.append(Ending.of(row.attempt, outcome))
+                # It may be started meanwhile; then this is decided again at the next look.
+                endings.append(Ending.of(row.attempt, outcome, row.intent or NO_INTENT))
         if endings:
             callbacks.finish(store, batch, endings)
         count += len(endings)

@@ -143,14 +143,13 @@ def check_of(store: Store, batch: str) -> Callable[[sa.Connection], None]:
     transaction of a worker that stands still ends before the worker is taken for dead.
     """
     query = sa.select(batches.c.created).where(batches.c.name == batch)
-    (created,) = store.rows(query)[0]
-    query = query.where(batches.c.created.is_not_distinct_from(created))
+    created = [row.created for row in store.rows(query)]
+    query = query.where(batches.c.created.is_not_distinct_from(created[0] if created else 0.0))
 
     def check(connection: sa.Connection) -> None:
         if not connection.execute(query).first():
             raise ConfigurationError(
-                f"batch {batch!r} was deleted while this worker was silent; what it had started"
-                " runs on"
+                f"batch {batch!r} was deleted meanwhile; what this worker had started runs on"
             ) from BatchDeleted()
 
     return check

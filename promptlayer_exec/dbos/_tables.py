@@ -115,6 +115,10 @@ FINISH_ONE = sa.text(
 )
 
 
+# For the ending of an item whose start was never about to be sent.
+NO_INTENT = ""
+
+
 @attrs.frozen
 class Ending:
     """How an attempt of an item ended: its kind, and the outcome as JSON.
