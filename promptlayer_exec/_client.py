@@ -222,7 +222,9 @@ class Client:
                     sent_at=reply.sent_at,
                     waited=reply.lateness,
                 )
-            return reply.value
+            if (warning := reply.value.warning) is not None:  # it goes to the log
+                warning = self.transport.redactor.redact(warning)
+            return Started(reply.value.execution_id, warning)
 
         start = Start(
             request,

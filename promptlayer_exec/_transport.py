@@ -132,7 +132,7 @@ class Transport:
     _settings: Settings
     _pools: Pools
     base_url: str
-    _redactor: Redactor = attrs.field(alias="api_key", converter=Redactor)
+    redactor: Redactor = attrs.field(alias="api_key", converter=Redactor)
     _throttle: Throttle
     _recent_starts: RecentStarts
     _emit: Emit
@@ -211,6 +211,8 @@ class Transport:
                 state.excuse(lateness)
                 until = sent_at + self._settings.request_timeout
                 limit.end_by(until)
+                if once is not None and not pool.is_borrowed:  # there it may wait for others
+                    once.mark_connecting()
                 await self._exchange(pool, request, exchange, until, once)
         except TimeoutError as error:
             if not limit.expired():
@@ -288,9 +290,7 @@ class Transport:
             location = None
         else:  # a part of the body is enough: the status says what is wrong
             location = answer.headers.get("Location")
-            body = self._redactor.redact_bytes(body)[:_ERROR_BODY_BYTES]
-        if once is not None:  # its warning is for the log
-            body = self._redactor.redact_json(body)
+            body = self.redactor.redact_bytes(body)[:_ERROR_BODY_BYTES]
         retry_after = read_retry_after(answer.headers, now=time.time())
         return Response(answer.status, body, location, retry_after)
 
@@ -322,7 +322,6 @@ class Transport:
         data = None
         if request.body is not None and once is not None:
             data = GuardedBody(request.body, once, until)
-            once.mark_connecting()
         url = request.url or self._url(request)
         try:
             answer = await pool.http.request(
@@ -373,7 +372,7 @@ class Transport:
     def _failure(
         self, failure: BaseException | None, answer: aiohttp.ClientResponse | None, body: bytes
     ) -> RequestError:
-        reason = self._redactor.redact(reason_of(failure))
+        reason = self.redactor.redact(reason_of(failure))
         error: RequestError
         if is_tls_failure(failure):
             error = ConnectionFailed(
@@ -399,7 +398,7 @@ class Transport:
                 reason=reason,
             )
         error.__cause__ = failure
-        if shows_secrets(failure) or self._redactor.is_shown_by(failure):
+        if shows_secrets(failure) or self.redactor.is_shown_by(failure):
             cause = PermanentFailure if is_permanent(failure) else aiohttp.ClientError
             error.__cause__ = cause(f"{type(failure).__name__}: {reason}")
         return error
@@ -415,8 +414,8 @@ class Transport:
                 traceback.clear_frames(raised.__traceback__)
         redacted = attrs.evolve(
             response,
-            body=self._redactor.redact_json(response.body),
-            location=response.location and self._redactor.redact(response.location),
+            body=self.redactor.redact_json(response.body),
+            location=response.location and self.redactor.redact(response.location),
         )
         try:
             if redacted == response:
@@ -427,7 +426,7 @@ class Transport:
 
     def _excerpt(self, body: bytes) -> str:
         # Redacted before it is cut: half a key would also reveal much.
-        return excerpt(self._redactor.redact_bytes(body[:_ERROR_BODY_BYTES]))
+        return excerpt(self.redactor.redact_bytes(body[:_ERROR_BODY_BYTES]))
 
 
 def excess(body: bytes, limit: int) -> str:
@@ -475,7 +474,7 @@ async def _read_body(answer: aiohttp.ClientResponse, exchange: Exchange, limit: 
         while exchange.size <= limit and not content.at_eof():
             exchange.add(await content.readany())
         if content.total_bytes and not exchange.size:  # a middleware has read it, or a trace
-            exchange.add(await answer.read())
+            exchange.add((await answer.text("latin-1")).encode("latin-1"))  # also if released
     finally:
         if end is not None:
             end()

@@ -362,6 +362,8 @@ def decode(response: Response) -> Any:
         return loads(response.body)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         what = f"the {response.status} response is not JSON ({error})"
+        if isinstance(error, json.JSONDecodeError):
+            error.doc = ""  # it is the whole body, at up to four bytes per character
         raise _invalid(response, what, reason=str(error)) from error
     except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
         invalid_shape(response, "$", f"the JSON cannot be read ({error})", error)

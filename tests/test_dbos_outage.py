@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import logging
 import socket
 import sqlite3
@@ -29,6 +30,7 @@ from promptlayer_exec import (
     PollPolicy,
     RateLimited,
     RequestRetried,
+    RequestTimeout,
     RetryPolicy,
     ServerError,
     Session,
@@ -436,6 +438,16 @@ async def test_the_work_does_not_end_before_the_outage_has_lasted_so_long() -> N
     assert given_up == [10.0]
 
 
+async def test_a_pause_ends_although_its_timer_fires_a_little_early() -> None:
+    """As on uvloop, whose timers know whole milliseconds; no other wakes those that wait."""
+    clock = asyncio.get_running_loop().time
+    breaker = breakers.Breaker(60.0, lambda _: None, lambda: clock() - 0.001)
+    for _ in range(breakers.FAILURES):
+        breaker.failed(ConnectionFailed("away"), since=clock())
+    async with asyncio.timeout(5), breaker.slot():
+        pass
+
+
 @pytest.mark.parametrize("server", ["away", "busy"])
 async def test_an_outage_ends_the_work_although_the_wait_timeout_is_shorter(
     sim: Simulator, batch_of: Callable[..., Batch], server: str
@@ -448,7 +460,7 @@ async def test_an_outage_ends_the_work_although_the_wait_timeout_is_shorter(
         port = bound.getsockname()[1]
     if server == "away":
         settings["base_url"] = f"http://127.0.0.1:{port}"
-    with pytest.raises(ConnectionFailed if server == "away" else RateLimited):
+    with pytest.raises(ConnectionFailed if server == "away" else (RateLimited, RequestTimeout)):
         await asyncio.wait_for(batch_of(**settings).work(), 20)
     sim.clear_faults()
     assert (await batch_of().work()).succeeded == 4
@@ -509,6 +521,26 @@ async def test_a_batch_can_be_deleted_and_added_again_while_its_outcomes_are_fol
         assert await batch.delete() == 1
         assert await batch.add(requests(2)) == 2
         assert (await batch.work()).succeeded == 2
+
+
+async def test_an_item_whose_ending_is_refused_is_followed_as_it_is_stored(
+    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker had recorded its start, just before this one's was refused, and died."""
+    other = sim.add_execution(Scenario([SimNode("Answer", "0", is_output_node=True)]))
+    started = json.dumps({"execution_id": other, "at": "2026-01-01T00:00:00+00:00", "error": None})
+    finish = Store.finish
+
+    def record_first(store: Store, batch: str, endings: Any) -> Any:
+        monkeypatch.setattr(Store, "finish", finish)
+        intents_.write_started(store, batch, [intents_.Started("0", 1, "of another", started)])
+        return finish(store, batch, endings)
+
+    await batch_of().add(requests(1))
+    answers(sim, "POST", 400)
+    monkeypatch.setattr(Store, "finish", record_first)
+    assert (await batch_of(restart_unknown=True).work()).succeeded == 1
+    assert [outcome.execution_id async for outcome in batch_of().outcomes()] == [other]
 
 
 async def test_a_start_that_fails_before_it_is_sent_ends_an_item_of_a_worker_that_is_gone(

@@ -940,7 +940,7 @@ async def test_a_cut_number_is_not_taken_for_a_complete_one(peer: Peer, how: str
     assert "Accept-Encoding: identity" in peer.requests[0][1]
 
 
-@pytest.mark.parametrize("reader", ["middleware", "trace"])
+@pytest.mark.parametrize("reader", ["middleware", "releasing middleware", "trace"])
 async def test_a_body_that_a_borrowed_session_has_read_already_is_not_lost(
     peer: Peer, reader: str
 ) -> None:
@@ -949,6 +949,8 @@ async def test_a_body_that_a_borrowed_session_has_read_already_is_not_lost(
     async def read(request: Any, handler: Any) -> Any:
         response = await handler(request)
         assert await response.text()
+        if reader.startswith("releasing"):
+            response.release()
         return response
 
     async def look(http: Any, context: Any, request: Any) -> None:
@@ -956,7 +958,7 @@ async def test_a_body_that_a_borrowed_session_has_read_already_is_not_lost(
 
     tracing = aiohttp.TraceConfig()
     tracing.on_request_end.append(look)
-    settings: Any = {"middlewares": [read]} if reader == "middleware" else {}
+    settings: Any = {"middlewares": [read]}
     if reader == "trace":
         settings = {"trace_configs": [tracing]}
     async with aiohttp.ClientSession(**settings) as http, session_at(peer, http=http) as session:

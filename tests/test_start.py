@@ -127,6 +127,16 @@ async def test_a_workflow_may_be_given_by_id_and_a_version_by_number(
     }
 
 
+async def test_a_key_that_is_a_word_of_the_answer_costs_no_id() -> None:
+    """Only the warning is redacted."""
+    async with (
+        Simulator(api_key="execution") as sim,
+        Session("execution", base_url=sim.base_url) as session,
+    ):
+        sim.add_workflow(NAME, DONE)
+        assert (await session.start(NAME)).id == sim.runs[0].execution_id
+
+
 async def test_the_key_is_redacted_in_the_server_s_warning(
     sim: Simulator, session: Session, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -294,19 +304,24 @@ async def test_a_server_that_comes_up_in_time_gets_one_start(
         assert [run.execution_id for run in late.runs] == [execution.id]
 
 
-@pytest.mark.parametrize("wait", ["connecting", "rate"])
+@pytest.mark.parametrize("wait", ["connecting", "rate", "borrowed"])
 async def test_a_deadline_while_connecting_names_the_connection(
     open_session: Callable[..., Session], wait: str
 ) -> None:
-    """What caused it is a `RequestTimeout`, and not the rate: a batch takes it for an outage."""
+    """What caused it is a `RequestTimeout`, and not the rate: a batch takes it for an outage.
+
+    In a borrowed session the start may wait for a connection that others use.
+    """
     with socket.create_server(("127.0.0.1", 0)) as silent:  # it never answers the handshake
         base_url = f"https://127.0.0.1:{silent.getsockname()[1]}"
-        session = open_session(base_url=base_url, wait_timeout=0.05, rate=0.01)
-        if wait == "rate":
-            with pytest.raises(ExecutionTimeout):
+        async with aiohttp.ClientSession() as theirs:
+            http = theirs if wait == "borrowed" else None
+            session = open_session(base_url=base_url, wait_timeout=0.05, rate=0.01, http=http)
+            if wait == "rate":
+                with pytest.raises(ExecutionTimeout):
+                    await session.start(NAME)
+            with pytest.raises(ExecutionTimeout) as caught:
                 await session.start(NAME)
-        with pytest.raises(ExecutionTimeout) as caught:
-            await session.start(NAME)
     error = caught.value
     assert isinstance(error.__cause__, RequestTimeout) == (wait == "connecting")
     assert ("no connection to https://127.0.0.1" in str(error)) == (wait == "connecting")

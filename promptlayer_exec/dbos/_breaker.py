@@ -96,7 +96,8 @@ class Breaker:
         self._pause = min(2 * self._pause or _FIRST_PAUSE, _LONGEST_PAUSE)
         self._paused_at = now
         self._paused_until = now + min(self._pause, left)
-        asyncio.get_running_loop().call_at(self._paused_until, self._wake)
+        loop = asyncio.get_running_loop()
+        loop.call_at(self._paused_until, self._end_pause, self._paused_until)
 
     def hold(self, is_held: bool) -> None:
         """Let no start through, or again: what was started could not be followed."""
@@ -124,6 +125,11 @@ class Breaker:
                 self._in_flight -= 1
                 self._wake()
             raise
+
+    def _end_pause(self, until: float) -> None:
+        if self._paused_until == until:  # the timer may fire a little early, on uvloop for one
+            self._paused_until = 0.0
+        self._wake()
 
     def _wake(self) -> None:
         while self._waiting and self._has_room():

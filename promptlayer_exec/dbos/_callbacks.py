@@ -32,11 +32,15 @@ def record(store: Store, batch: str, token: str, execution_id: int) -> None:
     store.transact(lambda connection: connection.execute(_RECORD, row))
 
 
-def finish(store: Store, batch: str, endings: Sequence[Ending]) -> None:
-    """Store the outcomes of items, and let those unknown be followed whose callbacks are stored."""
-    store.finish(batch, endings)
+def finish(store: Store, batch: str, endings: Sequence[Ending]) -> set[tuple[str, int]]:
+    """Store the outcomes of items, and let those unknown be followed whose callbacks are stored.
+
+    Returns the keys and attempts of those that were stored.
+    """
+    stored = store.finish(batch, endings)
     if any(ending.kind == "unknown" for ending in endings):
         resolve(store, batch)
+    return stored
 
 
 def resolve(store: Store, batch: str) -> int:

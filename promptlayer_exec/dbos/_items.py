@@ -102,7 +102,7 @@ class Items:
     _intents: Group[Intent, bool] = attrs.field(init=False)
     _states: Group[tuple[str, int], State] = attrs.field(init=False)
     _started: Group[Started, bool] = attrs.field(init=False)
-    _endings: Group[Ending, None] = attrs.field(init=False)
+    _endings: Group[Ending, bool] = attrs.field(init=False)
     _starts: Breaker = attrs.field(init=False)
     _patience: float = attrs.field(init=False)
     # When the server last said how an execution ended, and the failures since.
@@ -124,12 +124,16 @@ class Items:
         workflow = workflow_id(self._batch, item.key, item.attempt)
         self.active.add(workflow)
         try:
-            pending = PendingStart(item, self._intents, integration.start_token(self._session))
-            started = item.started or await self._start(item, pending)
-            if started is None:
-                return  # it has an outcome, or a later attempt
-            outcome = await self._in_callers_loop(self._follow(item.key, started))
-            await self._endings.add(Ending.of(item.attempt, outcome, pending.recorded_intent))
+            is_stored = False
+            while not is_stored:  # another worker may have started it meanwhile: follow that
+                pending = PendingStart(item, self._intents, integration.start_token(self._session))
+                started = item.started or await self._start(item, pending)
+                if started is None:
+                    return  # it has an outcome, or a later attempt
+                outcome = await self._in_callers_loop(self._follow(item.key, started))
+                intent = None if item.is_first_version else pending.recorded_intent
+                is_stored = await self._endings.add(Ending.of(item.attempt, outcome, intent))
+                is_stored = is_stored or item.is_first_version or item.started is not None
         except Exception as error:  # noqa: BLE001 - DBOS would end the item with it
             self._end(error)
             await suspend()
@@ -145,9 +149,9 @@ class Items:
         self.close()
         self._stop(error)
 
-    def _store_endings(self, endings: list[Ending]) -> list[None]:
-        callbacks.finish(self._store, self._batch, endings)
-        return [None] * len(endings)
+    def _store_endings(self, endings: list[Ending]) -> list[bool]:
+        stored = callbacks.finish(self._store, self._batch, endings)
+        return [(ending.key, ending.attempt) in stored for ending in endings]
 
     async def _start(self, item: Item, pending: PendingStart) -> StartResult | None:
         self.pending.add(pending)

@@ -170,8 +170,11 @@ class Store(Database):
         stored: Any = self._list_workflows(workflow_ids=ids)
         return {workflow.input["args"][0]: workflow.input["args"][2] for workflow in stored}
 
-    def finish(self, batch: str, endings: Sequence[Ending]) -> None:
-        """Store the outcome of each item, unless it has one or a later attempt has begun."""
+    def finish(self, batch: str, endings: Sequence[Ending]) -> set[tuple[str, int]]:
+        """Store the outcome of each item; return the keys and attempts of those that were stored.
+
+        It is not if the item has one, a later attempt has begun, or another start goes on.
+        """
         counts = Counter(ending.kind for ending in endings)
         # This locks the batch's row: nobody gets the next numbers before these are visible, so
         # `outcomes` skips none.
@@ -183,34 +186,38 @@ class Store(Database):
         )
         finish = self._finish_each if self.is_sqlite else self._finish_in_one_statement
 
-        def transact(connection: sa.Connection) -> None:
+        kinds = {(ending.key, ending.attempt): ending.kind for ending in endings}
+
+        def transact(connection: sa.Connection) -> set[tuple[str, int]]:
             first = connection.execute(number).scalar_one() - len(endings) + 1
-            stored = Counter(finish(connection, batch, first, endings))
+            attempts = finish(connection, batch, first, endings)
+            stored = Counter(map(kinds.__getitem__, attempts))
             if stored != counts:
                 stored.subtract(counts)
                 correct = sa.update(_batches).where(_batches.c.name == batch)
                 connection.execute(correct.values(**_added(stored)))
+            return attempts
 
-        self.transact(transact)
+        return self.transact(transact)
 
     def _finish_each(
         self, connection: sa.Connection, batch: str, first: int, endings: Sequence[Ending]
-    ) -> list[str]:
-        return [
-            ending.kind
+    ) -> set[tuple[str, int]]:
+        return {
+            (ending.key, ending.attempt)
             for seq, ending in enumerate(endings, first)
             if connection.execute(
                 FINISH_ONE, {"seq": seq, "batch": batch} | attrs.asdict(ending)
             ).rowcount
-        ]
+        }
 
     def _finish_in_one_statement(
         self, connection: sa.Connection, batch: str, first: int, endings: Sequence[Ending]
-    ) -> Sequence[str]:
+    ) -> set[tuple[str, int]]:
         rows = [attrs.asdict(ending) for ending in endings]
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         parameters = {"batch": batch, "first": first} | columns
-        return connection.execute(FINISH, parameters).scalars().all()
+        return {(row.key, row.attempt) for row in connection.execute(FINISH, parameters)}
 
     def outcomes(self, batch: str, after: int, limit: int, size: int) -> list[tuple[int, str]]:
         """Return the numbers and the JSON of the next outcomes, in the order they were stored.

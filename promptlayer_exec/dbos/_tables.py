@@ -102,7 +102,7 @@ FINISH = sa.text(
         AND (promptlayer_item.started IS NULL OR t.kind <> 'unknown' AND t.intent IS NULL)
         AND coalesce(t.intent, promptlayer_item.intent, '')
             = coalesce(promptlayer_item.intent, t.intent, '')
-    RETURNING t.kind
+    RETURNING t.key, t.attempt
     """
 )
 FINISH_ONE = sa.text(
