@@ -132,6 +132,23 @@ def test_a_batch_that_is_deleted_before_its_worker_begins_is_missed(store: Store
         store.finish("b", [Ending("1", 1, "failed", "{}")])
 
 
+def test_a_batch_that_is_added_again_before_the_first_write_is_missed_too(store: Store) -> None:
+    """SQLite begins a transaction only then, and a worker may stand still before it."""
+    rows = [Row("1", "{}", "")]
+    store.add("b", rows)
+    store.precondition = check_of(store, "b")
+
+    def work(connection: sa.Connection) -> None:
+        store.precondition = None
+        store.delete("b")
+        store.add("b", rows)
+        connection.execute(sa.update(items).values(kind="failed"))
+
+    with pytest.raises(ConfigurationError, match="'b' was deleted meanwhile"):
+        store.transact(work)
+    assert reports.kinds(store, "b", ["1"]) == {"1": None}
+
+
 def test_an_item_that_is_started_while_its_cancellation_is_stored_goes_on(store: Store) -> None:
     """One that was cancelled in DBOS is judged by what was read before."""
     store.add("b", [Row(key, "{}", "") for key in ("cancelled", "sent", "started")])

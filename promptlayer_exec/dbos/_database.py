@@ -214,6 +214,9 @@ class Database:
                 before = _changes(connection)
                 done = work(connection)
                 has_written = _changes(connection) != before
+                # SQLite begins the transaction with the first write: nothing changes after that.
+                if check is not None and has_written:
+                    check(connection)
             if has_written or not self.is_sqlite:
                 self.connector.writing.ended()
             return done
