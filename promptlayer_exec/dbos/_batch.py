@@ -162,7 +162,8 @@ class Batch:
             Unauthorized: the server refused the key. No item failed: work again later.
             ConnectionFailed: the server could not be reached. No item failed: work again later.
             RequestTimeout: the server did not answer in time. No item failed: work again later.
-            RateLimited: the server answered nothing but 429. No item failed: work again later.
+            RateLimited: the server answered nothing but 429, and named no time to wait. No item
+                failed: work again later.
             SessionClosed: the session was closed.
             ConfigurationError: the database cannot be used, a setting is missing, or the batch was
                 deleted meanwhile.
