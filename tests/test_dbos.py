@@ -27,6 +27,7 @@ import anyio
 import attrs
 import dbos
 import pytest
+from aiohttp import web
 from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer
 from sqlalchemy import ExceptionContext, create_engine, event
 from sqlalchemy.exc import OperationalError
@@ -428,8 +429,13 @@ async def test_a_worker_that_is_cancelled_again_and_again_waits_for_its_starts(
     """Also with a session of its own: nothing of what was paid for is lost, and no task is left."""
     batch = batch_of(max_in_flight=3)
     await batch.add([request(key) for key in "abc"])
+
+    async def refuse(request: web.BaseRequest, _: Any) -> web.StreamResponse:
+        await sim.wait_for_requests(3)  # the others are sent before the work ends
+        return web.json_response({"success": False}, status=401)
+
     if is_ending:
-        sim.inject(Fault.status(401))
+        sim.inject(Fault(refuse))
     sim.inject(Fault.delay(0.5, times=3))
     working = asyncio.create_task(batch.work())
     await sim.wait_for_requests(3)
