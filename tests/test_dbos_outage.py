@@ -665,6 +665,7 @@ def locked(url: str) -> Iterator[None]:
 @pytest.fixture
 def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(databases, "RETRY_FOR", 0.5)
+    monkeypatch.setattr(databases, "_RETRY_INTERVAL", 0.05)
     monkeypatch.setitem(databases._SQLITE_OPTIONS, "timeout", 0.05)
     monkeypatch.setattr(connectors, "_CONTENTION", 0.2)
     monkeypatch.setattr(liveness, "HEARTBEAT_INTERVAL", 0.02)
