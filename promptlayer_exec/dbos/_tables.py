@@ -100,8 +100,7 @@ FINISH = sa.text(
     WHERE promptlayer_item.batch = :batch AND promptlayer_item.key = t.key
         AND promptlayer_item.attempt = t.attempt AND promptlayer_item.kind IS NULL
         AND (promptlayer_item.started IS NULL OR t.kind <> 'unknown' AND t.intent IS NULL)
-        AND coalesce(t.intent, promptlayer_item.intent, '')
-            = coalesce(promptlayer_item.intent, t.intent, '')
+        AND (t.intent IS NULL OR coalesce(promptlayer_item.intent, t.intent) = t.intent)
     RETURNING t.key, t.attempt
     """
 )
@@ -110,7 +109,7 @@ FINISH_ONE = sa.text(
     UPDATE promptlayer_item SET kind = :kind, outcome = :outcome, seconds = :seconds, seq = :seq
     WHERE batch = :batch AND key = :key AND attempt = :attempt AND kind IS NULL
         AND (started IS NULL OR :kind <> 'unknown' AND :intent IS NULL)
-        AND coalesce(:intent, intent, '') = coalesce(intent, :intent, '')
+        AND (:intent IS NULL OR coalesce(intent, :intent) = :intent)
     """
 )
 
