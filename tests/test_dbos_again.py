@@ -19,7 +19,7 @@ from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._location import check_url
-from promptlayer_exec.dbos._store import Store, queue_name, workflow_id
+from promptlayer_exec.dbos._store import Store, workflow_id
 from promptlayer_exec.dbos._tables import Ending
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
@@ -152,11 +152,9 @@ async def test_a_start_whose_item_was_taken_over_is_followed(
     """A worker may be taken for dead while it sends a start: the run is paid for, and not lost."""
     await batch.add([StartRequest("echo", {"n": 5}, key="a")])
     sim.inject(Fault.delay(1.0))
-    client = DBOSClient(system_database_url=url)
     working = asyncio.create_task(batch.work())
     await sim.wait_for_requests(1)
-    await client.resume_workflow_async(workflow_id("b", "a", 1), queue_name=queue_name("b"))
-    client.destroy()
+    end(url, "a", None, "StartUnknown")
     await working
     assert (await batch.work()).succeeded == 1
     (run,) = sim.runs
@@ -180,6 +178,22 @@ async def test_a_run_whose_intent_is_lost_is_followed(
         assert (await working).succeeded == 1
     (run,) = sim.runs
     assert (await outcomes(batch))["a"].execution_id == run.execution_id
+
+
+async def test_an_item_with_the_intent_of_another_worker_ends(
+    sim: Simulator, batch: Batch, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is given to the worker whose start another one replaced, and nobody else goes on."""
+    await batch.add([StartRequest("echo", {"n": 5}, key="a")])
+    sim.inject(Fault.delay(1.0))
+    working = asyncio.create_task(batch.work())
+    await sim.wait_for_requests(1)
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
+        database.execute("UPDATE promptlayer_item SET intent = 'of another'")
+        database.commit()
+    async with asyncio.timeout(10):
+        assert (await working).unknown == 1
+    assert f"execution {sim.runs[0].execution_id} was started for item 'a'" in caplog.text
 
 
 async def test_the_id_of_a_start_that_cannot_be_followed_is_logged(

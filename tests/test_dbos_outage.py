@@ -6,12 +6,14 @@ import asyncio
 import gc
 import json
 import logging
+import os
 import socket
 import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import aclosing, closing, contextmanager
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,8 @@ from promptlayer_exec.dbos._connector import Connector, DatabaseLost
 from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._store import Store
+from promptlayer_exec.dbos._tables import Ending
+from promptlayer_exec.dbos._values import StoredOutcome
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 COUNT = 60
@@ -397,11 +401,13 @@ async def test_an_intent_that_is_recorded_too_late_to_send_is_taken_back(
     taken_back: list[bool] = []
     write = intents_.write
 
-    def write_slowly(store: Store, batch: str, rows: list[intents_.Intent]) -> list[bool]:
+    def write_slowly(
+        store: Store, batch: str, rows: list[intents_.Intent], **options: Any
+    ) -> list[bool]:
         if not taken_back:
             time.sleep(0.4)
         taken_back.extend(row.is_taken_back for row in rows)
-        return write(store, batch, rows)
+        return write(store, batch, rows, **options)
 
     monkeypatch.setattr(intents_, "write", write_slowly)
     await batch_of().add(requests(1))
@@ -547,21 +553,173 @@ async def test_an_item_whose_ending_is_refused_is_followed_as_it_is_stored(
     assert [outcome.execution_id async for outcome in batch_of().outcomes()] == [other]
 
 
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the keys of the items that a worker has ended, or left."""
+    keys: list[str] = []
+    run = items.Items.run
+
+    async def note(self: items.Items, item: pending.Item) -> None:
+        await run(self, item)
+        keys.append(item.key)
+
+    monkeypatch.setattr(items.Items, "run", note)
+    return keys
+
+
+def take_over(url: str) -> None:
+    """Let another worker, which is alive, take over the item "0" and be about to start it."""
+    with closing(Store(check_url(url))) as store:
+        store.record_heartbeat("night", "another", liveness.describe(os.getpid()))
+
+        def update(connection: sa.Connection) -> None:
+            connection.execute(sa.text("UPDATE workflow_status SET executor_id = 'another'"))
+            connection.execute(sa.text("UPDATE promptlayer_item SET intent = 'of another'"))
+
+        store.transact(update)
+
+
+def end_of_another(url: str) -> None:
+    """Store the outcome of the item "0" as the other worker does."""
+    now = datetime.now(UTC)
+    outcome = StoredOutcome("0", 7, True, "0", None, now, now)
+    with closing(Store(check_url(url))) as store:
+        store.finish("night", [Ending.of(1, outcome)])
+
+
+class Held:
+    """A limiter that lets no request pass before `release` is set."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.release = asyncio.Event()
+
+    async def acquire(self) -> None:
+        """Wait for the event."""
+        self.asked += 1
+        await self.release.wait()
+
+
+@pytest.mark.parametrize("restart_unknown", [False, True])
+async def test_a_worker_that_stood_still_leaves_an_item_that_it_has_lost(
+    sim: Simulator,
+    batch_of: Callable[..., Batch],
+    url: str,
+    ended: list[str],
+    *,
+    restart_unknown: bool,
+) -> None:
+    """It neither sends the start that waited for its turn, nor calls that of the other unknown."""
+    held = Held()
+    batch = batch_of(limiter=held, restart_unknown=restart_unknown)
+    await batch.add(requests(1))
+    working = asyncio.create_task(batch.work())
+    await until(lambda: held.asked == 1)
+    take_over(url)
+    held.release.set()
+    await until(lambda: bool(ended))
+    assert (await batch.status()).finished == 0
+    end_of_another(url)
+    assert (await working).succeeded == 1
+    assert sim.request_count == 0
+
+
+async def test_a_worker_whose_ending_is_refused_leaves_an_item_that_it_has_lost(
+    sim: Simulator,
+    batch_of: Callable[..., Batch],
+    url: str,
+    ended: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With `restart_unknown`, two workers would start it in turn, again and again."""
+    finish = Store.finish
+
+    def take_over_first(store: Store, batch: str, endings: Any) -> Any:
+        monkeypatch.setattr(Store, "finish", finish)
+        take_over(url)
+        return finish(store, batch, endings)
+
+    batch = batch_of(restart_unknown=True)
+    await batch.add(requests(1))
+    answers(sim, "POST", 400)
+    monkeypatch.setattr(Store, "finish", take_over_first)
+    working = asyncio.create_task(batch.work())
+    await until(lambda: bool(ended))
+    assert (await batch.status()).finished == 0
+    end_of_another(url)
+    assert (await working).succeeded == 1
+    assert sim.request_count == 1
+
+
+@pytest.mark.parametrize("restart_unknown", [False, True])
+async def test_an_item_that_a_worker_is_given_again_while_it_runs_is_started_once(
+    sim: Simulator, batch_of: Callable[..., Batch], url: str, *, restart_unknown: bool
+) -> None:
+    """Another worker put it back into the queue while this one stood still."""
+    held = Held()
+    batch = batch_of(limiter=held, restart_unknown=restart_unknown)
+    await batch.add(requests(1))
+    working = asyncio.create_task(batch.work())
+    await until(lambda: held.asked == 1)
+    with closing(Store(check_url(url))) as store:
+        (executor,) = store.running_executors("night")
+        store.requeue("night", [executor])
+        await until(lambda: store.running_executors("night") == {executor})
+    sim.inject(Fault.delay(0.5))
+    held.release.set()
+    assert (await working).succeeded == 1
+    assert len(sim.runs) == 1
+
+
 async def test_a_start_that_fails_before_it_is_sent_ends_an_item_of_a_worker_that_is_gone(
-    batch_of: Callable[..., Batch], url: str
+    batch_of: Callable[..., Batch], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its intent, which this start was to replace, is still recorded."""
 
-    class Broken:
-        async def acquire(self) -> None:
-            raise TypeError("of the user")
+    def refuse(*_: Any) -> Any:
+        raise ValueError("of the user's converter")
 
     await batch_of().add(requests(1))
     with closing(Store(check_url(url))) as store:
         intent = intents_.Intent("0", 1, "of another worker", None, False)
         assert intents_.write(store, "night", [intent]) == [True]
-    status = await batch_of(restart_unknown=True, limiter=Broken()).work()
+    monkeypatch.setattr(integration, "encode_inputs", refuse)
+    status = await batch_of(restart_unknown=True).work()
     assert status.failed == 1
+
+
+@pytest.mark.parametrize("kind", [TypeError, ValueError, KeyError])
+async def test_a_limiter_that_fails_ends_the_work_and_no_item(
+    batch_of: Callable[..., Batch], kind: type[Exception]
+) -> None:
+    """It may ask a service whose answer cannot be decoded, or have a defect."""
+
+    class Broken:
+        async def acquire(self) -> None:
+            raise kind("of the user")
+
+    batch = batch_of(limiter=Broken())
+    await batch.add(requests(5))
+    with pytest.raises(kind, match="of the user"):
+        await batch.work()
+    assert (await batch.status()).finished == 0
+
+
+async def test_one_execution_without_results_keeps_no_other_item_waiting(
+    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often the server says nothing about it, and although no other one is followed."""
+    monkeypatch.setattr(items, "_LONGEST_DELAY", 0.1)
+    batch = batch_of()
+    await batch.add(requests(1))
+    sim.inject(Fault.status(403, times=None, execution_id=1001))
+    working = asyncio.create_task(batch.work())
+    await until(lambda: bool(sim.runs))
+    await sim.wait_for_requests(8)
+    await batch.add(requests(5))
+    await until(lambda: len(sim.runs) == 5)
+    sim.clear_faults()
+    assert (await working).succeeded == 5
 
 
 class Break:
@@ -608,6 +766,31 @@ async def test_an_id_that_cannot_be_stored_is_logged_and_printed(
     text = f"execution {run.execution_id} was started for item '0' of batch 'night', but"
     assert [message for message in caplog.messages if message.startswith(text)]
     assert text in capsys.readouterr().err
+
+
+async def test_a_batch_whose_outcomes_are_being_read_works_again_after_an_outage(
+    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker gave the database up, and with it the connections that the reader has."""
+    monkeypatch.setattr(databases, "RETRY_FOR", 0.3)
+    monkeypatch.setattr(connectors, "_CONTENTION", 0.1)
+    monkeypatch.setattr(liveness, "HEARTBEAT_INTERVAL", 0.1)
+    monkeypatch.setattr(liveness, "DEAD_AFTER", 1.0)
+    batch = batch_of()
+    await batch.add(requests(1))
+    assert (await batch.work()).succeeded == 1
+    async with aclosing(batch.outcomes(until_done=False)) as outcomes:
+        await anext(outcomes)
+        await batch.add(requests(2))
+        sim.inject(Fault.delay(0.3))
+        with breakable() as switch:
+            working = asyncio.create_task(batch.work())
+            await sim.wait_for_requests(sim.request_count + 1)
+            switch.is_broken = True
+            with pytest.raises(ConfigurationError, match="readonly"):
+                await working
+            switch.is_broken = False
+            assert (await batch.work()).finished == 2
 
 
 async def test_an_id_that_is_not_stored_soon_is_logged_at_once(

@@ -125,6 +125,37 @@ def test_a_start_that_started_nothing_does_not_end_an_item_with_another_start(
     assert (status.waiting, status.finished) == (2, 2)
 
 
+def test_an_item_that_ends_twice_in_one_call_is_counted_once(store: Store) -> None:
+    """As the ending that is stored."""
+    store.add("b", [Row("1", "{}", "")])
+    store.finish("b", [Ending("1", 1, kind, "{}") for kind in ("unknown", "failed")])
+    ended = reports.kinds(store, "b", ["1"])["1"]
+    status = store.status("b")
+    counts = {"unknown": status.unknown, "failed": status.failed}
+    assert counts == dict.fromkeys(counts, 0) | {ended: 1}
+
+
+def test_items_that_are_added_while_their_batch_is_deleted_are_deleted(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise they would be in no batch, and nobody would count them."""
+    rows = Store.rows
+    store.add("b", [Row("1", "{}", "")])
+
+    def add_at_the_end(self: Store, query: sa.Select[Any], **options: Any) -> Any:
+        found = rows(self, query, **options)
+        if not found:
+            monkeypatch.setattr(Store, "rows", rows)
+            store.add("b", [Row("2", "{}", "")])
+        return found
+
+    monkeypatch.setattr(Store, "rows", add_at_the_end)
+    assert store.delete("b") == 2
+    assert reports.kinds(store, "b", ["1", "2"]) == {}
+    assert store.add("b", [Row("2", "{}", "")]) == 1
+    assert store.status("b").total == 1
+
+
 def test_a_batch_that_is_deleted_before_its_worker_begins_is_missed(store: Store) -> None:
     """It was deleted between two calls, and the error is the same as later."""
     store.precondition = check_of(store, "b")

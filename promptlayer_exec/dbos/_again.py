@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sqlalchemy as sa
 
-from promptlayer_exec.dbos._tables import batches, items
+from promptlayer_exec.dbos._tables import batches, items, lock_batch
 from promptlayer_exec.dbos._values import StoredOutcome
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def adopt(
     requests = store.stored_requests(batch, {key: attempt})
 
     def work(connection: sa.Connection) -> bool:
-        _lock(connection, batch)
+        lock_batch(connection, batch)
         rows = connection.execute(query).all()
         chosen = [_Again(row.key, row.attempt, row.kind, started) for row in rows]
         return bool(_begin(store, connection, batch, chosen, requests))
@@ -105,7 +105,7 @@ def _reopen(
     count, last = 0, ""
 
     def work(requests: Mapping[str, str], connection: sa.Connection) -> int:
-        _lock(connection, batch)
+        lock_batch(connection, batch)
         chosen = []
         for row in connection.execute(query.where(_item.key.in_(requests))):
             is_chosen, started = choose(StoredOutcome.from_json(row.outcome))
@@ -118,15 +118,6 @@ def _reopen(
         count += store.transact(partial(work, requests))
         last = rows[-1].key
     return count
-
-
-def _lock(connection: sa.Connection, batch: str) -> None:
-    """Lock the batch's row, as storing outcomes does: until the end, no item ends.
-
-    Others may wait for it with all connections of this process, so whoever has the lock must not
-    need another one.
-    """
-    connection.execute(sa.update(batches).where(batches.c.name == batch).values(name=batch))
 
 
 def _begin(

@@ -93,7 +93,6 @@ class Batch:
         self._rate = None if rate is None else integration.check_seconds("rate", rate, zero=False)
         self._restart_unknown = restart_unknown
         self._store: Store | None = None
-        self._users = 0
         self._is_prepared = False
         self._is_restarting = False
 
@@ -399,9 +398,10 @@ class Batch:
     @asynccontextmanager
     async def _open(self) -> AsyncIterator[Store]:
         """Yield the database, one for all that is done with the batch at the same time."""
-        if self._store is None:
+        if self._store is None or self._store.connector.is_abandoned:
             self._store = Store(self._url)
-        store, self._users = self._store, self._users + 1
+        store = self._store
+        store.users += 1
         try:
             # Only once: `prepare` does not retry, and all else does.
             if not self._is_prepared:
@@ -410,9 +410,10 @@ class Batch:
                 self._is_prepared = True
             yield store
         finally:
-            self._users -= 1
-            if not self._users:
-                self._store = None
+            store.users -= 1
+            if not store.users:
+                if self._store is store:
+                    self._store = None
                 store.close()
 
     @property

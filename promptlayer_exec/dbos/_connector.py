@@ -157,6 +157,11 @@ class Connector:
         """Whether PostgreSQL has not answered for longer than the patience."""
         return self.longest_use > self.patience
 
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether every use of the database fails."""
+        return self._abandoned.is_set()
+
     def abandon(self, reason: str | None = None) -> None:
         """Make every use of the database fail from now on, also one that is under way."""
         self._ended_by = reason or self._ended_by

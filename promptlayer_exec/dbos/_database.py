@@ -39,6 +39,13 @@ _RETRY_INTERVAL = 0.5
 # others, and cannot be interrupted; `Connector` repeats it.
 _SQLITE_OPTIONS = {"isolation_level": "IMMEDIATE", "timeout": 1.0}
 _CREATE_TABLES_LOCK = 0x70726F6D707479
+_OTHER_SCHEMAS = sa.text(
+    """
+    SELECT nspname FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
+    WHERE relname = 'promptlayer_batch' AND relkind = 'r'
+        AND pg_class.oid IS DISTINCT FROM to_regclass('promptlayer_batch')
+    """
+)
 # A worker has one more to PostgreSQL, on which DBOS listens. Calls wait for a connection as long as
 # they would retry. To SQLite there are as many as are needed (0): those that wait for a locked file
 # would keep all others waiting, and nothing can end that.
@@ -54,9 +61,11 @@ class Database:
 
     Attributes:
         precondition: called first in each transaction, which an error of it ends.
+        users: how many calls use it; the last one closes it.
     """
 
     precondition: Callable[[sa.Connection], None] | None = None
+    users = 0
 
     def __init__(self, url: sa.URL) -> None:
         self.url = url.render_as_string(hide_password=False)
@@ -118,6 +127,7 @@ class Database:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
             else:
                 connection.execute(sa.func.pg_advisory_xact_lock(_CREATE_TABLES_LOCK))
+                _check_schema(connection)
             _tables.create_all(connection)
             self._add_columns(connection)
         if self.is_sqlite:
@@ -272,3 +282,17 @@ class Database:
 def _changes(connection: sa.Connection) -> int:
     """Return how many rows a connection to SQLite has changed; to change none proves nothing."""
     return getattr(connection.connection.dbapi_connection, "total_changes", 0)
+
+
+def _check_schema(connection: sa.Connection) -> None:
+    """Refuse a database that has the tables in another schema than this connection finds.
+
+    DBOS has its tables in one schema, `dbos`, so two batches of one name would share their items.
+    """
+    found = connection.execute(_OTHER_SCHEMAS).scalars().all()
+    if found:
+        raise ConfigurationError(
+            f"the batches of the database {shown(connection.engine.url)} are in the schema"
+            f" {found[0]!r}, which is not where this connection looks: use a database of its own,"
+            " or one schema for all (https://www.postgresql.org/docs/current/ddl-schemas.html)"
+        )

@@ -115,15 +115,19 @@ def running_executors(connection: sa.Connection, queue: str) -> set[str]:
     return {executor or "" for executor in connection.execute(query).scalars()}
 
 
-def taken(connection: sa.Connection, queue: str, executor: str) -> set[str]:
-    """Return the workflows that an executor has dequeued, as far as the database knows.
+def taken(
+    connection: sa.Connection, queue: str, executor: str, only: Collection[str] | None = None
+) -> set[str]:
+    """Return the workflows, `only` some or all, that an executor has dequeued and still has.
 
-    The executor itself may not: DBOS dequeues in a transaction, and if the connection is lost while
-    it commits, DBOS logs the error and never runs what it has dequeued.
+    The executor itself may not know of one: DBOS dequeues in a transaction, and if the connection
+    is lost while it commits, DBOS logs the error and never runs what it has dequeued.
     """
     table = _workflows(connection)
     query = sa.select(table.c.workflow_uuid)
     query = query.where(table.c.queue_name == queue, table.c.status == "PENDING")
+    if only is not None:
+        query = query.where(table.c.workflow_uuid.in_(only))
     return {*connection.execute(query.where(table.c.executor_id == executor)).scalars()}
 
 

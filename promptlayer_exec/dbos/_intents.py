@@ -2,21 +2,21 @@
 
 The intent is recorded just before the request is sent, and taken back if it was not sent. An item
 with an intent and no result of its start may have been started: it is unknown. Recording an intent
-is also what lets only one worker send the request of an item. If the intent of a worker is there,
-only that worker can record the result.
+is also what lets only one worker send the request of an item: the one that DBOS gave the item last.
+A worker that stood still while another one took over its items starts none of them. If the intent
+of a worker is there, only that worker can record the result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import sqlalchemy as sa
 
+from promptlayer_exec.dbos._dbos_internals import taken
+from promptlayer_exec.dbos._store import Store, queue_name, workflow_id
 from promptlayer_exec.dbos._tables import items
-
-if TYPE_CHECKING:
-    from promptlayer_exec.dbos._store import Store
 
 _item = items.c
 # PostgreSQL: all intents of a call in one round trip.
@@ -25,12 +25,16 @@ _RECORD = sa.text(
     UPDATE promptlayer_item SET intent = t.token
     FROM unnest(
         CAST(:keys AS text[]), CAST(:attempts AS int[]), CAST(:tokens AS text[]),
-        CAST(:replaced AS text[])
-    ) AS t (key, attempt, token, replaced)
+        CAST(:replaced AS text[]), CAST(:workflows AS text[])
+    ) AS t (key, attempt, token, replaced, workflow)
     WHERE promptlayer_item.batch = :batch AND promptlayer_item.key = t.key
         AND promptlayer_item.attempt = t.attempt AND promptlayer_item.kind IS NULL
         AND promptlayer_item.started IS NULL
         AND coalesce(promptlayer_item.intent, t.token) IN (t.token, t.replaced)
+        AND (CAST(:worker AS text) IS NULL OR EXISTS (
+            SELECT 1 FROM dbos.workflow_status AS w
+            WHERE w.workflow_uuid = t.workflow AND w.executor_id = :worker AND w.status = 'PENDING'
+        ))
     RETURNING t.token
     """
 )
@@ -39,6 +43,10 @@ _RECORD_ONE = sa.text(
     UPDATE promptlayer_item SET intent = :token
     WHERE batch = :batch AND key = :key AND attempt = :attempt AND kind IS NULL
         AND started IS NULL AND coalesce(intent, :token) IN (:token, :replaced)
+        AND (:worker IS NULL OR EXISTS (
+            SELECT 1 FROM workflow_status AS w
+            WHERE w.workflow_uuid = :workflow AND w.executor_id = :worker AND w.status = 'PENDING'
+        ))
     RETURNING intent
     """
 )
@@ -104,10 +112,13 @@ class Intent(NamedTuple):
     is_taken_back: bool
 
 
-def write(store: Store, batch: str, intents: Sequence[Intent]) -> list[bool]:
+def write(
+    store: Store, batch: str, intents: Sequence[Intent], worker: str | None = None
+) -> list[bool]:
     """Record intents, or take them back; return for each whether it is recorded now.
 
-    One is not recorded if the item has an outcome, another worker's intent, or a later attempt.
+    One is not recorded if the item has an outcome, another worker's intent, or a later attempt, or
+    if it was taken from the `worker`, given as its DBOS executor.
     """
     latest = {intent.token: intent for intent in intents}
     given = [intent for intent in latest.values() if not intent.is_taken_back]
@@ -117,12 +128,22 @@ def write(store: Store, batch: str, intents: Sequence[Intent]) -> list[bool]:
         recorded: set[str] = set()
         if given and not store.is_sqlite:
             keys, attempts, tokens, replaced, _ = map(list, zip(*given, strict=True))
-            values = {"keys": keys, "attempts": attempts, "tokens": tokens, "replaced": replaced}
-            recorded.update(connection.execute(_RECORD, {"batch": batch, **values}).scalars())
+            values = {
+                "batch": batch,
+                "worker": worker,
+                "keys": keys,
+                "attempts": attempts,
+                "tokens": tokens,
+                "replaced": replaced,
+                "workflows": [workflow_id(batch, each.key, each.attempt) for each in given],
+            }
+            recorded.update(connection.execute(_RECORD, values).scalars())
         elif given:
             for intent in given:
                 row = {
                     "batch": batch,
+                    "workflow": workflow_id(batch, intent.key, intent.attempt),
+                    "worker": worker,
                     "key": intent.key,
                     "attempt": intent.attempt,
                     "token": intent.token,
@@ -161,12 +182,29 @@ def write_started(store: Store, batch: str, starts: Sequence[Started]) -> list[b
     return [start.token in recorded for start in starts]
 
 
-def read(store: Store, batch: str, attempts: Sequence[tuple[str, int]]) -> list[State]:
-    """Return the state of attempts of items, given as key and number."""
+def read(
+    store: Store, batch: str, attempts: Sequence[tuple[str, int]], worker: str | None = None
+) -> list[State]:
+    """Return the state of attempts of items, given as key and number.
+
+    One that was taken from the `worker` is not open: whoever has it now goes on with it.
+    """
     query = sa.select(_item.key, _item.attempt, _item.kind, _item.intent, _item.started)
     query = query.where(_item.batch == batch, _item.key.in_([key for key, _ in attempts]))
-    found = {(row.key, row.attempt): row for row in store.rows(query) if row.kind is None}
-    return [
-        State(True, found[each].intent, found[each].started) if each in found else _CLOSED
-        for each in attempts
-    ]
+    workflows = {workflow_id(batch, *each): each for each in attempts}
+
+    def read() -> dict[tuple[str, int], State]:
+        with store.reading() as connection:
+            found = {
+                (row.key, row.attempt): State(True, row.intent, row.started)
+                for row in connection.execute(query)
+                if row.kind is None
+            }
+            if worker is not None:
+                ours = taken(connection, queue_name(batch), worker, workflows)
+                kept = {workflows[each] for each in ours}
+                found = {each: state for each, state in found.items() if each in kept}
+        return found
+
+    found = store.retry(read)
+    return [found.get(each, _CLOSED) for each in attempts]

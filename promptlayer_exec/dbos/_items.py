@@ -85,7 +85,7 @@ class Items:
     """Runs items; `run` is called in DBOS's event loop, and the session is in another one.
 
     Attributes:
-        active: the DBOS workflows of the items that run.
+        active: the DBOS workflows of the items that run, and what is set when they end.
         waiting: the errors of those whose end the server has not reported for too long.
         pending: the starts that have no recorded result yet.
     """
@@ -93,10 +93,11 @@ class Items:
     _store: Store
     _batch: str
     _session: Session
+    _executor: str
     _restart_unknown: bool
     _stop: Callable[[Exception], None]  # ends the work with an error
     _loop: asyncio.AbstractEventLoop = attrs.field(factory=asyncio.get_running_loop)
-    active: set[str] = attrs.field(init=False, factory=set)
+    active: dict[str, asyncio.Event] = attrs.field(init=False, factory=dict)
     waiting: dict[str, Exception] = attrs.field(init=False, factory=dict)
     pending: set[PendingStart] = attrs.field(init=False, factory=set)
     _intents: Group[Intent, bool] = attrs.field(init=False)
@@ -105,15 +106,17 @@ class Items:
     _endings: Group[Ending, bool] = attrs.field(init=False)
     _starts: Breaker = attrs.field(init=False)
     _patience: float = attrs.field(init=False)
-    # When the server last said how an execution ended, and the failures since.
+    # When the server last said how an execution ended, and about which it said nothing since.
     _answered_at: float = attrs.field(init=False, default=float("-inf"))
-    _unanswered: int = attrs.field(init=False, default=0)
+    _unanswered: set[int] = attrs.field(init=False, factory=set)
     _has_warned: bool = attrs.field(init=False, default=False)
 
     def __attrs_post_init__(self) -> None:
         policy = integration.retry_policy(self._session)
-        self._intents = Group(partial(intents.write, self._store, self._batch))
-        self._states = Group(partial(intents.read, self._store, self._batch))
+        write = partial(intents.write, self._store, self._batch)
+        self._intents = Group(partial(write, worker=self._executor))
+        read = partial(intents.read, self._store, self._batch)
+        self._states = Group(partial(read, worker=self._executor))
         self._started = Group(partial(intents.write_started, self._store, self._batch))
         self._endings = Group(self._store_endings, lambda ending: len(ending.outcome))
         self._starts = Breaker(policy.outage, self._end, self._loop.time)
@@ -122,14 +125,19 @@ class Items:
     async def run(self, item: Item) -> None:
         """Run an item until its outcome is stored."""
         workflow = workflow_id(self._batch, item.key, item.attempt)
-        self.active.add(workflow)
+        # A worker that stood still may be given an item again that it still runs.
+        while (earlier := self.active.get(workflow)) is not None:
+            await earlier.wait()
+        ended = self.active[workflow] = asyncio.Event()
         try:
             is_stored = False
-            while not is_stored:  # another worker may have started it meanwhile: follow that
+            while not is_stored:  # another worker may have started it meanwhile
                 pending = PendingStart(item, self._intents, integration.start_token(self._session))
                 started = item.started or await self._start(item, pending)
                 if started is None:
-                    return  # it has an outcome, or a later attempt
+                    return  # it has an outcome, or another worker, or a later attempt
+                if pending.is_refused:
+                    continue
                 outcome = await self._in_callers_loop(self._follow(item.key, started))
                 intent = None if item.is_first_version else pending.recorded_intent
                 is_stored = await self._endings.add(Ending.of(item.attempt, outcome, intent))
@@ -138,7 +146,8 @@ class Items:
             self._end(error)
             await suspend()
         finally:
-            self.active.discard(workflow)
+            del self.active[workflow]
+            ended.set()
 
     def close(self) -> None:
         """Send no start any more, whatever is still taken from the queue."""
@@ -169,30 +178,24 @@ class Items:
             self._loop.call_soon_threadsafe(pending.cancel)
 
     async def _start_in_row(self, item: Item, pending: PendingStart) -> StartResult | None:
-        while True:
-            state = await self._states.add((item.key, item.attempt))
-            if not state.is_open:
-                return None
-            if state.started is not None:
-                started: StartResult = json.loads(state.started)
-                return started
-            if state.intent is not None:  # of a worker that may have sent the start
-                if not self._restart_unknown:
-                    outcome = await self._follow(item.key, _unknown(item))
-                    await self._endings.add(Ending.of(item.attempt, outcome, state.intent))
-                    continue  # unless that worker has recorded the result meanwhile, it has ended
-                pending.replaced = state.intent
-            result = await self._send(item, pending, is_ours=True)
-            if pending.is_refused:
-                pending.is_refused = pending.may_be_sent = False
-                continue
-            if result["execution_id"] is None:
-                return result
+        state = await self._states.add((item.key, item.attempt))
+        if not state.is_open:
+            return None
+        if state.started is not None:
+            started: StartResult = json.loads(state.started)
+            return started
+        if state.intent is not None:  # of a worker that may have sent the start
+            if not self._restart_unknown:
+                pending.recorded_intent = state.intent
+                return _unknown(item)
+            pending.replaced = state.intent
+        result = await self._send(item, pending, is_ours=True)
+        if result["execution_id"] is not None:
             start = Started(item.key, item.attempt, pending.token, json.dumps(result))
             if not await self._started.add(start):
+                pending.is_refused = True
                 await self._rescue(item, pending, is_taken=True)
-                return None
-            return result
+        return result
 
     async def _start_in_steps(self, item: Item, pending: PendingStart) -> StartResult | None:
         while True:
@@ -236,6 +239,10 @@ class Items:
         """Send a start, in a slot of its own each time, until it has a result."""
         pending.task = asyncio.current_task()
         request = self._to_send(item)
+        try:
+            integration.encode_inputs(self._session, request)
+        except (TypeError, ValueError) as error:  # later, they are not the item's
+            return _result(error=error)
         while not pending.is_cancelled:
             pause = 0.0
             async with self._starts.slot() as since:
@@ -303,7 +310,11 @@ class Items:
     async def _explain_refusal(self, item: Item, pending: PendingStart) -> StartResult | None:
         """Return the result of a start whose intent was refused; None to try it again."""
         (state,) = await asyncio.to_thread(
-            intents.read, self._store, self._batch, [(item.key, item.attempt)]
+            intents.read,
+            self._store,
+            self._batch,
+            [(item.key, item.attempt)],
+            self._executor,
         )
         pending.may_be_sent = False
         if not state.is_open:
@@ -394,7 +405,7 @@ class Items:
                     # After several attempts, the session's own patience is used up.
                     spent = self._patience if error.attempts > 1 else 0.0
                     failing_since = failing_since or clock() - spent
-                    self._not_answered(error)
+                    self._not_answered(execution_id, error)
                     if clock() - failing_since >= self._patience:
                         if self._answered_at < failing_since:
                             self._end(error)
@@ -406,12 +417,15 @@ class Items:
             self.waiting.pop(key, None)
 
     def _answered(self) -> None:
-        self._answered_at, self._unanswered = self._loop.time(), 0
+        self._answered_at = self._loop.time()
+        self._unanswered.clear()
         self._starts.hold(False)
 
-    def _not_answered(self, error: RequestError) -> None:
-        self._unanswered += 1
-        if self._unanswered == FAILURES:
+    def _not_answered(self, execution_id: int, error: RequestError) -> None:
+        if execution_id in self._unanswered:
+            return  # one alone keeps no other item waiting
+        self._unanswered.add(execution_id)
+        if len(self._unanswered) == FAILURES:
             logger.warning(
                 "the server does not say how executions ended, so no item is started: %s",
                 integration.log_text(error),
@@ -443,7 +457,7 @@ def _is_the_items(error: Exception) -> bool:
     """Return True if a start was refused because of the item."""
     if isinstance(error, (*_NOT_THE_ITEMS_FAULT, RequestTimeout, ConfigurationError)):
         return False
-    return isinstance(error, (RequestError, TypeError, ValueError))
+    return isinstance(error, RequestError)
 
 
 async def _first_intent() -> str:

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -45,7 +45,7 @@ class Liveness:
     _batch: str
     _executor: str
     # The DBOS workflows that this worker runs; another thread changes it.
-    _active: set[str]
+    _active: Mapping[str, object]
     # Whether the worker was left without its end: then it is as good as dead.
     _is_abandoned: Callable[[], bool]
     # Called if the database was lost: the worker can do nothing more.
@@ -115,7 +115,7 @@ class Liveness:
 
     def _put_back_what_was_lost(self) -> None:
         """Put the items back into the queue that this worker has taken, and does not know of."""
-        idle = self._store.taken(self._batch, self._executor) - self._active
+        idle = self._store.taken(self._batch, self._executor).difference(self._active)
         # One that has just been taken, or has just ended, is idle only once.
         if lost := idle & self._idle:
             text = "batch %r: items that were taken from the queue and not run are put back: %d"

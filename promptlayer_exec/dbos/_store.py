@@ -30,7 +30,7 @@ from promptlayer_exec.dbos._dbos_internals import (
     taken,
 )
 from promptlayer_exec.dbos._requests import Row, another_request, digest_of
-from promptlayer_exec.dbos._tables import ADD, COUNTS, FINISH, FINISH_ONE, Ending
+from promptlayer_exec.dbos._tables import ADD, COUNTS, FINISH, FINISH_ONE, Ending, lock_batch
 from promptlayer_exec.dbos._tables import batches as _batches
 from promptlayer_exec.dbos._tables import callbacks as _callbacks
 from promptlayer_exec.dbos._tables import items as _items
@@ -107,7 +107,10 @@ class Store(Database):
 
         The settings are those of a batch that does not exist yet.
         """
-        insert_batch = self.insert(_batches).on_conflict_do_nothing()
+        # It also locks a row that is there: meanwhile, nobody deletes the batch.
+        insert_batch = self.insert(_batches).on_conflict_do_update(
+            index_elements=["name"], set_={"name": batch}
+        )
         insert = self._insert_each if self.is_sqlite else self._insert_in_one_statement
         unique: dict[str, Row] = {}
         for row in rows:
@@ -186,25 +189,23 @@ class Store(Database):
         )
         finish = self._finish_each if self.is_sqlite else self._finish_in_one_statement
 
-        kinds = {(ending.key, ending.attempt): ending.kind for ending in endings}
-
         def transact(connection: sa.Connection) -> set[tuple[str, int]]:
             first = connection.execute(number).scalar_one() - len(endings) + 1
-            attempts = finish(connection, batch, first, endings)
-            stored = Counter(map(kinds.__getitem__, attempts))
+            kinds = finish(connection, batch, first, endings)
+            stored = Counter(kinds.values())
             if stored != counts:
                 stored.subtract(counts)
                 correct = sa.update(_batches).where(_batches.c.name == batch)
                 connection.execute(correct.values(**_added(stored)))
-            return attempts
+            return {*kinds}
 
         return self.transact(transact)
 
     def _finish_each(
         self, connection: sa.Connection, batch: str, first: int, endings: Sequence[Ending]
-    ) -> set[tuple[str, int]]:
+    ) -> dict[tuple[str, int], str]:
         return {
-            (ending.key, ending.attempt)
+            (ending.key, ending.attempt): ending.kind
             for seq, ending in enumerate(endings, first)
             if connection.execute(
                 FINISH_ONE, {"seq": seq, "batch": batch} | attrs.asdict(ending)
@@ -213,11 +214,12 @@ class Store(Database):
 
     def _finish_in_one_statement(
         self, connection: sa.Connection, batch: str, first: int, endings: Sequence[Ending]
-    ) -> set[tuple[str, int]]:
+    ) -> dict[tuple[str, int], str]:
         rows = [attrs.asdict(ending) for ending in endings]
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         parameters = {"batch": batch, "first": first} | columns
-        return {(row.key, row.attempt) for row in connection.execute(FINISH, parameters)}
+        found = connection.execute(FINISH, parameters)
+        return {(row.key, row.attempt): row.kind for row in found}
 
     def outcomes(self, batch: str, after: int, limit: int, size: int) -> list[tuple[int, str]]:
         """Return the numbers and the JSON of the next outcomes, in the order they were stored.
@@ -345,20 +347,20 @@ class Store(Database):
         )
         deleted = 0
         self.retry(lambda: self._client.delete_queue(queue_name(batch)))
-        while rows := self.rows(some):
-            ids = [
-                workflow_id(batch, row.key, attempt)
-                for row in rows
-                for attempt in range(1, row.attempt + 1)
-            ]
-            self.retry(partial(self._client.delete_workflows, ids))
-            keys = [row.key for row in rows]
-            delete = sa.delete(_items).where(_item.batch == batch, _item.key.in_(keys))
-            self.transact(partial(_execute, delete))
-            deleted += len(rows)
-        self.transact(partial(_execute, sa.delete(_callbacks).where(_callbacks.c.batch == batch)))
-        self.transact(partial(_execute, sa.delete(_batches).where(_batches.c.name == batch)))
-        self.transact(partial(_execute, sa.delete(_workers).where(_workers.c.batch == batch)))
+        is_deleted = False
+        while not is_deleted:  # or items were added meanwhile
+            while rows := self.rows(some):
+                ids = [
+                    workflow_id(batch, row.key, attempt)
+                    for row in rows
+                    for attempt in range(1, row.attempt + 1)
+                ]
+                self.retry(partial(self._client.delete_workflows, ids))
+                keys = [row.key for row in rows]
+                delete = sa.delete(_items).where(_item.batch == batch, _item.key.in_(keys))
+                self.transact(partial(sa.Connection.execute, statement=delete))
+                deleted += len(rows)
+            is_deleted = self.transact(partial(_delete_if_empty, batch=batch))
         return deleted
 
     def register_queue(self, batch: str, max_in_flight: int) -> None:
@@ -485,12 +487,18 @@ def _new_batch(name: str) -> dict[str, Any]:
     return row | dict.fromkeys(COUNTS, 0)
 
 
-def _execute(statement: sa.Executable, connection: sa.Connection) -> None:
-    connection.execute(statement)
-
-
 def _added(counts: Mapping[str, int]) -> dict[str, Any]:
     return {kind: _batches.c[kind] + count for kind, count in counts.items()}
+
+
+def _delete_if_empty(connection: sa.Connection, batch: str) -> bool:
+    """Delete a batch, unless it has items; return whether it is deleted."""
+    lock_batch(connection, batch)
+    if connection.execute(sa.select(_item.key).where(_item.batch == batch).limit(1)).first():
+        return False
+    for column in (_callbacks.c.batch, _batches.c.name, _workers.c.batch):
+        connection.execute(sa.delete(column.table).where(column == batch))
+    return True
 
 
 def queue_name(batch: str) -> str:

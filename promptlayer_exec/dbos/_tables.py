@@ -101,7 +101,7 @@ FINISH = sa.text(
         AND promptlayer_item.attempt = t.attempt AND promptlayer_item.kind IS NULL
         AND (promptlayer_item.started IS NULL OR t.kind <> 'unknown' AND t.intent IS NULL)
         AND (t.intent IS NULL OR coalesce(promptlayer_item.intent, t.intent) = t.intent)
-    RETURNING t.key, t.attempt
+    RETURNING t.key, t.attempt, t.kind
     """
 )
 FINISH_ONE = sa.text(
@@ -112,6 +112,15 @@ FINISH_ONE = sa.text(
         AND (:intent IS NULL OR coalesce(intent, :intent) = :intent)
     """
 )
+
+
+def lock_batch(connection: sa.Connection, batch: str) -> None:
+    """Lock the batch's row, as storing outcomes does: until the end, no item comes or ends.
+
+    Others may wait for it with all connections of this process, so whoever has the lock must not
+    need another one.
+    """
+    connection.execute(sa.update(batches).where(batches.c.name == batch).values(name=batch))
 
 
 # For the ending of an item whose start was never about to be sent.

@@ -61,7 +61,12 @@ class Worker:
     def __attrs_post_init__(self) -> None:
         self._executor = f"{socket.gethostname()}-{uuid4().hex}"
         self._items = Items(
-            self._store, self._batch, self._session, self._restart_unknown, self._give_up
+            self._store,
+            self._batch,
+            self._session,
+            self._executor,
+            self._restart_unknown,
+            self._give_up,
         )
         self._liveness = Liveness(
             self._store,

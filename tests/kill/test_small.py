@@ -183,6 +183,23 @@ def test_the_encoding_of_the_database_does_not_matter_if_it_has_the_keys(
         asyncio.run(latin_batch.add([request]))
 
 
+def test_batches_in_two_schemas_of_one_database_are_refused(postgres: Any, sim: Simulator) -> None:
+    """DBOS has its tables in one schema, so each batch would get the results of the other."""
+    session = Session(sim.api_key, base_url=sim.base_url)
+    url = postgres.url.replace("/batches", "/postgres")  # a database that is there
+    with psycopg.connect(url, autocommit=True) as server:
+        server.execute("CREATE SCHEMA ours")
+        server.execute("CREATE SCHEMA theirs")
+    ours, theirs = (
+        Batch("b", database_url=f"{url}&options=-csearch_path%3D{schema}", session=session)
+        for schema in ("ours", "theirs")
+    )
+    assert asyncio.run(ours.add([StartRequest("job", {"n": 1}, key="1")])) == 1
+    with pytest.raises(ConfigurationError, match=r"are in the schema 'ours', which is not where"):
+        asyncio.run(theirs.add([StartRequest("job", {"n": 2}, key="1")]))
+    assert asyncio.run(ours.kinds(["1"])) == {"1": None}
+
+
 CALLED_BACK = """
 import asyncio, sys
 from promptlayer_exec import PollPolicy, Session
