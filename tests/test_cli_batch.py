@@ -633,6 +633,19 @@ def test_a_batch_of_numbered_lines_is_continued(sim: Simulator, run: Run, tmp_pa
     assert len(sim.runs) == 2
 
 
+def test_a_key_that_is_a_number_does_not_make_numbers_the_keys(
+    sim: Simulator, run: Run, tmp_path: Path
+) -> None:
+    """The same command again runs nothing, also if the line with that key is gone."""
+    lines = [{"workflow": "echo", "inputs": {"n": n}} for n in range(4)]
+    file = write(tmp_path / "night.jsonl", {"key": "2", **lines[0]}, *lines[1:])
+    assert run("run", file)[0] == 0
+    assert run("run", file)[0] == 0
+    write(file, lines[1], {"key": "x", **lines[0]}, *lines[2:])
+    assert run("run", file)[0] == 0
+    assert len(sim.runs) == 5
+
+
 def test_items_of_a_csv_file_are_run(sim: Simulator, run: Run, tmp_path: Path) -> None:
     """Its results can be a table, too, which later is exported once more."""
     file = write(tmp_path / "night.csv", "key,n", "a,1", "b,2")

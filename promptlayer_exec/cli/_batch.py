@@ -145,8 +145,9 @@ def _run(
             shown = f"batch '{printable(batch_name)}' in {shown_database(database)}"
             await _refuse_foreign_results(batch, shown, result_file)
             # Version 0.1 took the number of the line, and its batches have to be continued.
-            first = items.first_without_key
-            items.is_numbered = first is not None and bool(await batch.kinds([str(first)]))
+            if (keys := items.first_without_key) is not None:
+                added = await batch.kinds(keys)
+                items.is_numbered = keys[0] in added and keys[1] not in added
             await _check_inputs(batch, items, base_url, outage)
             progress = BatchProgress(transient=True)
             with progress.shown():

@@ -49,8 +49,9 @@ class ItemFile:
         self._path = path
         self._name = printable(str(path))
         self._workflow = workflow
-        # The number of the first line without a key, and whether the numbers of lines are the keys.
-        self.first_without_key: int | None = None
+        # The number of the first line without a key, unless it is the key of another line, and the
+        # key that the line gets; and whether the numbers of lines are the keys, as in version 0.1.
+        self.first_without_key: tuple[str, str] | None = None
         self.is_numbered = False
         # The numbers of the lines, by what is started and by the names of its inputs.
         self.starts: dict[Target, dict[tuple[str, ...], list[int]]] = {}
@@ -65,6 +66,8 @@ class ItemFile:
                 problems[number] = str(error)
                 continue
             first = first_lines.setdefault(request.key, number)
+            if self.first_without_key is None and request.key == _digest(line):
+                self.first_without_key = str(number), request.key
             if first == number:
                 target = request.workflow, request.label, request.version
                 names = tuple(request.inputs)
@@ -77,6 +80,8 @@ class ItemFile:
         self.refuse(problems)
         if not first_lines:
             raise Misuse(f"{self._name} has no items")
+        if self.first_without_key is not None and self.first_without_key[0] in first_lines:
+            self.first_without_key = None
         self.count = len(first_lines)
 
     def refuse(self, problems: Mapping[int, str]) -> None:
@@ -134,8 +139,6 @@ class ItemFile:
         """Return the item of a line; if it is not one, the message of the `Misuse` says why."""
         fields = _parse(line) if isinstance(line, bytes) else _named(line)
         if "key" not in fields:
-            if self.first_without_key is None:
-                self.first_without_key = number
             fields["key"] = str(number) if self.is_numbered else _digest(line)
         return _checked({"workflow": self._workflow} | fields)
 
