@@ -162,6 +162,7 @@ class Opener:
             base_url=client.transport.base_url,
             suffix=suffix,
             proxy=True if self._settings.trust_env else None,
+            max_bytes=self._settings.max_response_bytes,
             call=call,
             wake=partial(client.wake, source="push"),
             spawn=client.lifetime.spawn,

@@ -283,10 +283,10 @@ class Transport:
             # The id of a run that was paid for may be whole in spite of it.
             if failure is not None and not (once is not None and has_id(body)):
                 raise self._failure(failure, answer, body)
+            self._check_size(answer.status, body, exchange.limit)  # nothing was read beyond it
             if _may_be_cut(answer, body):
                 cut = aiohttp.ClientPayloadError("the response does not mark where the number ends")
                 raise self._failure(cut, answer, body)
-            self._check_size(answer.status, body, exchange.limit)
             location = None
         else:  # a part of the body is enough: the status says what is wrong
             location = answer.headers.get("Location")
@@ -474,7 +474,8 @@ async def _read_body(answer: aiohttp.ClientResponse, exchange: Exchange, limit: 
         while exchange.size <= limit and not content.at_eof():
             exchange.add(await content.readany())
         if content.total_bytes and not exchange.size:  # a middleware has read it, or a trace
-            exchange.add((await answer.text("latin-1")).encode("latin-1"))  # also if released
+            text = await aiohttp.ClientResponse.text(answer, "latin-1")  # also if it was released
+            exchange.add(text.encode("latin-1"))
     finally:
         if end is not None:
             end()

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, TypeVar
 from urllib.parse import quote
 
 import anyio
@@ -134,6 +134,7 @@ class Push:
     _base_url: str
     suffix: str
     proxy: Literal[True] | None
+    max_bytes: int  # of a message
     call: Call
     wake: Callable[[int], object]
     _spawn: Callable[[Callable[[], Coroutine[Any, Any, None]]], None]
@@ -305,6 +306,7 @@ class _Channel:
             timeout=_HANDSHAKE,
             name="promptlayer_exec",
             proxy=self._push.proxy,
+            max_bytes=self._push.max_bytes,
         )
         await client.new_subscription(name, _SubscriptionEvents(self)).subscribe()
         connecting = asyncio.ensure_future(client.connect())
@@ -416,15 +418,20 @@ class _Client(Client):
     It uses four private names of the library; a test fails if one of them disappears.
     """
 
-    def __init__(self, address: str, *, proxy: Literal[True] | None, **settings: Any) -> None:
+    def __init__(
+        self, address: str, *, proxy: Literal[True] | None, max_bytes: int, **settings: Any
+    ) -> None:
         super().__init__(address, **settings)
-        self._open = partial(_Connect, address, proxy=proxy)
+        self._open = partial(_Connect, address, proxy=proxy, max_size=max_bytes)
 
     async def _open_transport(self) -> ClientConnection:
-        return await self._open(open_timeout=_HANDSHAKE, close_timeout=_CLOSE, max_size=None)
+        return await self._open(open_timeout=_HANDSHAKE, close_timeout=_CLOSE)
 
     async def _process_incoming_data(self, message: Any, attempt: int) -> None:
         try:
+            # The library would set a timer with a NaN, after which the loop calls no other timer.
+            for line in message.strip().split("\n"):
+                json.loads(line, parse_constant=_refuse)
             await super()._process_incoming_data(message, attempt)
         except Exception as error:  # noqa: BLE001 - the library would log it and stop for good
             logger.debug("push: a frame cannot be read (%s)", type(error).__name__)
@@ -441,6 +448,10 @@ class _Client(Client):
         """Wait until a disconnected client has no task left."""
         while self._background_tasks:
             await asyncio.wait(self._background_tasks)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
 
 
 class _Connect(connect):

@@ -940,7 +940,15 @@ async def test_a_cut_number_is_not_taken_for_a_complete_one(peer: Peer, how: str
     assert "Accept-Encoding: identity" in peer.requests[0][1]
 
 
-@pytest.mark.parametrize("reader", ["middleware", "releasing middleware", "trace"])
+class OwnResponse(aiohttp.ClientResponse):
+    """A response whose text is not what was received."""
+
+    async def text(self, *_: Any, **__: Any) -> str:
+        """Return it with a character that it has not."""
+        return (await self.read()).decode() + "\u20ac"
+
+
+@pytest.mark.parametrize("reader", ["middleware", "releasing middleware", "trace", "own text"])
 async def test_a_body_that_a_borrowed_session_has_read_already_is_not_lost(
     peer: Peer, reader: str
 ) -> None:
@@ -961,6 +969,8 @@ async def test_a_body_that_a_borrowed_session_has_read_already_is_not_lost(
     settings: Any = {"middlewares": [read]}
     if reader == "trace":
         settings = {"trace_configs": [tracing]}
+    elif reader == "own text":
+        settings["response_class"] = OwnResponse
     async with aiohttp.ClientSession(**settings) as http, session_at(peer, http=http) as session:
         execution = await session.start("name")
         assert execution.id == 787

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from importlib import metadata
@@ -1013,6 +1014,34 @@ class TestFaults:
         await server.finish(execution.id)
         assert await execution.output() == "42"
         assert [round(seconds) for seconds in pauses[:4]] == [0, 1, 1, 1]
+
+    async def test_a_lifetime_that_is_not_a_number_stops_no_timer(
+        self,
+        open_pushed: Callable[..., Session],
+        server: Server,
+        monkeypatch: pytest.MonkeyPatch,
+        log: Log,
+    ) -> None:
+        """With a NaN, the loop would call none of those that come later, the caller's included."""
+        monkeypatch.setattr(push, "_HANDSHAKE", 0.2)
+        server.ttl = math.nan
+        execution = await open_pushed(poll=OFTEN).start("w")
+        await server.until(lambda: server.count(WEBSOCKET) == 1)
+        await polled_to_the_end(server, execution)
+        await log.given_up()
+
+    async def test_a_message_beyond_the_limit_is_not_read(
+        self, open_pushed: Callable[..., Session], server: Server
+    ) -> None:
+        """It ends the connection, and the next one announces what follows."""
+        session = open_pushed(max_response_bytes=100_000)
+        execution = await session.start("w")
+        await server.subscribed()
+        await server.publish({**completion(0), "more": "x" * 200_000})
+        await server.until(lambda: server.count(WEBSOCKET) == 2)
+        waiting = asyncio.create_task(execution.output(timeout=10))
+        await server.finish(execution.id)
+        assert await waiting == "42"
 
     async def test_a_token_that_is_expired_already_is_renewed(
         self, session: Session, server: Server
