@@ -353,8 +353,8 @@ class Transport:
         # OSError is also every TimeoutError. aiohttp's parser in Python raises its own error.
         except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError) as error:
             exchange.failure = error
-        except ValueError as error:  # aiohttp's, for a borrowed session's headers and auth
-            raise ConfigurationError(f"http= cannot send the request: {error}") from error
+        except ValueError as error:  # for a borrowed session's headers and auth, or a middleware's
+            raise ConfigurationError(f"the request failed in http=: {error}") from error
         except asyncio.CancelledError as error:
             # If this task was cancelled, and not only something that it awaited, it ends now; but
             # an id that has arrived is not thrown away.

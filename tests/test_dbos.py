@@ -63,9 +63,10 @@ from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._liveness import Liveness, describe, is_gone
 from promptlayer_exec.dbos._location import check_url
+from promptlayer_exec.dbos._names import queue_name
 from promptlayer_exec.dbos._rate import SharedRate
 from promptlayer_exec.dbos._requests import Row, Spool
-from promptlayer_exec.dbos._store import Heartbeat, Store, queue_name
+from promptlayer_exec.dbos._store import Heartbeat, Store
 from promptlayer_exec.dbos._tables import Ending
 from promptlayer_exec.dbos._tables import tables as tables_of_ours
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
@@ -890,7 +891,7 @@ class FakeStore:
         """Return the workflows that the database says this worker has taken."""
         return {"active", *self.idle}
 
-    def adopt_earlier(self, batch: str) -> None:
+    def take_over(self, batch: str) -> None:
         """Take over nothing."""
 
     def stopped(self, batch: str) -> dict[tuple[str, int], str]:

@@ -6,10 +6,12 @@ import asyncio
 import sqlite3
 from contextlib import closing
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
 from dbos import DBOSClient
+from dbos._utils import INTERNAL_QUEUE_NAME
 
 from promptlayer_exec import PollPolicy, Session, StartRequest
 from promptlayer_exec.dbos import Batch, BatchStatus, StoredError, StoredOutcome
@@ -19,7 +21,8 @@ from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._location import check_url
-from promptlayer_exec.dbos._store import Store, workflow_id
+from promptlayer_exec.dbos._names import workflow_id
+from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import Ending
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
@@ -59,10 +62,12 @@ def batch(sim: Simulator, url: str) -> Batch:
     )
     sim.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
 
-    def session() -> Session:
-        return Session(sim.api_key, base_url=sim.base_url, poll=PollPolicy.fixed(0.01), rate=None)
+    return Batch("b", database_url=url, session=partial(open_session, sim))
 
-    return Batch("b", database_url=url, session=session)
+
+def open_session(sim: Simulator) -> Session:
+    """Return a session on a simulator."""
+    return Session(sim.api_key, base_url=sim.base_url, poll=PollPolicy.fixed(0.01), rate=None)
 
 
 async def outcomes(batch: Batch) -> dict[str, StoredOutcome]:
@@ -161,6 +166,59 @@ async def test_a_start_whose_item_was_taken_over_is_followed(
     text = f"execution {run.execution_id} was started for item 'a' while another worker took"
     assert text in caplog.text
     assert (await outcomes(batch))["a"].output == 5
+
+
+async def test_an_item_that_is_resumed_in_dbos_is_run_by_a_worker_of_its_batch(
+    sim: Simulator, batch: Batch, url: str
+) -> None:
+    """DBOS gives it to any worker, and another batch may have an item with the same key."""
+    other = Batch("other", database_url=url, session=partial(open_session, sim))
+    await other.add([StartRequest("echo", {"n": "of other"}, key="a")])
+    await batch.add([StartRequest("echo", {"n": "own"}, key="a")])
+    client = DBOSClient(system_database_url=url)
+    await client.cancel_workflow_async(workflow_id("other", "a", 1))
+    await client.resume_workflow_async(workflow_id("other", "a", 1))
+    client.destroy()
+    assert (await batch.work()).succeeded == 1
+    assert (await outcomes(batch))["a"].output == "own"
+    async with asyncio.timeout(20):
+        assert (await other.work()).succeeded == 1
+    assert (await outcomes(other))["a"].output == "of other"
+    assert len(sim.runs) == 2
+
+
+async def test_an_item_that_is_resumed_in_dbos_goes_on_if_its_worker_dies(
+    batch: Batch, url: str
+) -> None:
+    """It is in another queue of DBOS then."""
+    await batch.add([StartRequest("echo", {"n": 5}, key="a")])
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
+        database.execute(
+            "UPDATE workflow_status SET status = 'PENDING', executor_id = 'dead', queue_name = ?",
+            [INTERNAL_QUEUE_NAME],
+        )
+        database.commit()
+    async with asyncio.timeout(20):
+        assert (await batch.work()).succeeded == 1
+
+
+async def test_an_item_that_is_forked_in_dbos_is_not_run_twice(
+    sim: Simulator, batch: Batch, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The fork does not say to which batch it belongs; it ends with an error that says so."""
+    held = StartRequest("held", {}, key="a")
+    await batch.add([held])
+    working = asyncio.create_task(batch.work())
+    await sim.wait_for_requests(1)
+    client = DBOSClient(system_database_url=url)
+    fork = await client.fork_workflow_async(workflow_id("b", "a", 1), 1)
+    with pytest.raises(Exception, match="an item cannot be forked: `batch retry` starts it again"):
+        await fork.get_result()
+    client.destroy()
+    (run,) = sim.runs
+    sim.finish(run.execution_id, "Answer")
+    assert (await working).succeeded == 1
+    assert "cannot be forked" in caplog.text
 
 
 async def test_a_run_whose_intent_is_lost_is_followed(

@@ -16,6 +16,7 @@ import psycopg
 import sqlalchemy as sa
 from dbos import DBOS
 from dbos import error as dbos_errors
+from dbos._utils import INTERNAL_QUEUE_NAME
 
 _HANDLER = logging.NullHandler()
 
@@ -115,19 +116,37 @@ def running_executors(connection: sa.Connection, queue: str) -> set[str]:
     return {executor or "" for executor in connection.execute(query).scalars()}
 
 
-def taken(
-    connection: sa.Connection, queue: str, executor: str, only: Collection[str] | None = None
-) -> set[str]:
-    """Return the workflows, `only` some or all, that an executor has dequeued and still has.
+def move_resumed(connection: sa.Connection, queue: str, prefix: str) -> int:
+    """Move the items of a batch, by the prefix of their workflows, into its queue.
 
-    The executor itself may not know of one: DBOS dequeues in a transaction, and if the connection
+    What somebody resumes in DBOS goes to a queue of its own, which all workers listen to.
+    """
+    table = _workflows(connection)
+    update = sa.update(table).where(
+        table.c.queue_name == INTERNAL_QUEUE_NAME,
+        table.c.status.in_(["ENQUEUED", "PENDING"]),
+        sa.func.substr(table.c.workflow_uuid, 1, len(prefix)) == prefix,
+    )
+    return connection.execute(update.values(queue_name=queue)).rowcount
+
+
+def owned(connection: sa.Connection, executor: str, workflows: Collection[str]) -> set[str]:
+    """Return those of the workflows that an executor has dequeued and still has."""
+    table = _workflows(connection)
+    query = sa.select(table.c.workflow_uuid).where(table.c.workflow_uuid.in_(workflows))
+    query = query.where(table.c.status == "PENDING", table.c.executor_id == executor)
+    return {*connection.execute(query).scalars()}
+
+
+def taken(connection: sa.Connection, queue: str, executor: str) -> set[str]:
+    """Return the workflows that an executor has dequeued, as far as the database knows.
+
+    The executor itself may not: DBOS dequeues in a transaction, and if the connection
     is lost while it commits, DBOS logs the error and never runs what it has dequeued.
     """
     table = _workflows(connection)
     query = sa.select(table.c.workflow_uuid)
     query = query.where(table.c.queue_name == queue, table.c.status == "PENDING")
-    if only is not None:
-        query = query.where(table.c.workflow_uuid.in_(only))
     return {*connection.execute(query.where(table.c.executor_id == executor)).scalars()}
 
 

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import sqlalchemy as sa
 
-from promptlayer_exec.dbos._dbos_internals import taken
-from promptlayer_exec.dbos._store import Store, queue_name, workflow_id
+from promptlayer_exec.dbos._dbos_internals import owned
+from promptlayer_exec.dbos._names import workflow_id
+from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import items
 
 _item = items.c
@@ -201,8 +202,7 @@ def read(
                 if row.kind is None
             }
             if worker is not None:
-                ours = taken(connection, queue_name(batch), worker, workflows)
-                kept = {workflows[each] for each in ours}
+                kept = {workflows[each] for each in owned(connection, worker, workflows)}
                 found = {each: state for each, state in found.items() if each in kept}
         return found
 

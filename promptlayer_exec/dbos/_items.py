@@ -59,8 +59,9 @@ from promptlayer_exec.dbos._connector import PATIENCE_AT_END
 from promptlayer_exec.dbos._dbos_internals import ItemTaken
 from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._intents import Intent, Started, State
+from promptlayer_exec.dbos._names import workflow_id
 from promptlayer_exec.dbos._pending import IntentRefused, Item, PendingStart, StartResult
-from promptlayer_exec.dbos._store import Store, workflow_id
+from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import Ending
 from promptlayer_exec.dbos._values import StoredError, StoredOutcome
 

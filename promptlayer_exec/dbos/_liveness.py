@@ -108,7 +108,7 @@ class Liveness:
     def look_after_others(self) -> None:
         """Take over what earlier versions left, end what was cancelled, put back what was lost."""
         if time.monotonic() >= self._next_look:
-            self._store.adopt_earlier(self._batch)
+            self._store.take_over(self._batch)
             end_cancelled(self._store, self._batch)
             self._put_back_what_was_lost()
             self._next_look = time.monotonic() + _LOOK_INTERVAL

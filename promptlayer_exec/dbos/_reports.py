@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import sqlalchemy as sa
 
-from promptlayer_exec.dbos._store import key_and_attempt
+from promptlayer_exec.dbos._names import key_and_attempt
 from promptlayer_exec.dbos._tables import batches, items
 from promptlayer_exec.dbos._values import Kind, StoredError, StoredOutcome
 

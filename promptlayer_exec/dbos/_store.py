@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import quote
 
 import attrs
 import sqlalchemy as sa
@@ -25,9 +24,17 @@ from dbos import DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
 from promptlayer_exec.dbos._database import Database
 from promptlayer_exec.dbos._dbos_internals import (
     adopt_earlier,
+    move_resumed,
     requeue,
     running_executors,
     taken,
+)
+from promptlayer_exec.dbos._names import (
+    APPLICATION,
+    key_and_attempt,
+    queue_name,
+    workflow_id,
+    workflow_prefix,
 )
 from promptlayer_exec.dbos._requests import Row, another_request, digest_of
 from promptlayer_exec.dbos._tables import ADD, COUNTS, FINISH, FINISH_ONE, Ending, lock_batch
@@ -37,7 +44,6 @@ from promptlayer_exec.dbos._tables import items as _items
 from promptlayer_exec.dbos._tables import workers as _workers
 from promptlayer_exec.dbos._values import BatchStatus
 
-APPLICATION = "promptlayer-exec"
 WORKFLOW = "promptlayer_exec.item.2"
 # The workflow of the items that version 0.1 added.
 FIRST_WORKFLOW = "promptlayer_exec.item"
@@ -321,7 +327,7 @@ class Store(Database):
 
     def stopped(self, batch: str) -> dict[tuple[str, int], str]:
         """Return the DBOS workflows that others ended, by key and attempt, without retrying."""
-        prefix = workflow_id(batch, "", 1).removesuffix("1/")
+        prefix = workflow_prefix(batch)
         found = self._list_workflows(
             once=True,
             workflow_id_prefix=prefix,
@@ -410,11 +416,23 @@ class Store(Database):
         query = partial(taken, queue=queue_name(batch), executor=executor)
         return self.transact(query, once=True)
 
-    def adopt_earlier(self, batch: str) -> None:
-        """Take over what workers of earlier versions left in the queue, without retrying."""
+    def take_over(self, batch: str) -> None:
+        """Take over what earlier versions left, and what was resumed, without retrying."""
         queue = queue_name(batch)
         update = partial(adopt_earlier, queue=queue, earlier=EARLIER_VERSIONS, version=VERSION)
         self.transact(update, once=True)
+        move = partial(move_resumed, queue=queue, prefix=workflow_prefix(batch))
+        self.transact(move, once=True)
+
+    def give_back(self, workflow: str, batch: str, executor: str) -> None:
+        """Put an item that was taken for another batch into the queue of its own batch."""
+        queue = queue_name(batch)
+
+        def work(connection: sa.Connection) -> None:
+            move_resumed(connection, queue, workflow)
+            requeue(connection, queue, [executor], VERSION, {workflow})
+
+        self.transact(work)
 
     def remove_worker(self, executor: str) -> None:
         """Delete the heartbeat of a worker that has stopped, without retrying."""
@@ -499,19 +517,3 @@ def _delete_if_empty(connection: sa.Connection, batch: str) -> bool:
     for column in (_callbacks.c.batch, _batches.c.name, _workers.c.batch):
         connection.execute(sa.delete(column.table).where(column == batch))
     return True
-
-
-def queue_name(batch: str) -> str:
-    """Return the name of a batch's queue."""
-    return f"{APPLICATION}/{batch}"
-
-
-def workflow_id(batch: str, key: str, attempt: int) -> str:
-    """Return the id of the DBOS workflow that runs one attempt of an item."""
-    return f"{APPLICATION}/{quote(batch, safe='')}/{attempt}/{key}"
-
-
-def key_and_attempt(workflow_id: str) -> tuple[str, int]:
-    """Return the key and the attempt that are in the id of a workflow."""
-    _, _, attempt, key = workflow_id.split("/", 3)
-    return key, int(attempt)

@@ -9,6 +9,7 @@ import asyncio
 import socket
 import time
 from contextlib import suppress
+from typing import NoReturn
 from uuid import uuid4
 
 import anyio
@@ -21,15 +22,9 @@ from promptlayer_exec.dbos._connector import PATIENCE_AT_END
 from promptlayer_exec.dbos._dbos_internals import log_quietly, stop_dequeuing
 from promptlayer_exec.dbos._items import Items, suspend
 from promptlayer_exec.dbos._liveness import Liveness, check_of
+from promptlayer_exec.dbos._names import APPLICATION, batch_of, queue_name, workflow_id
 from promptlayer_exec.dbos._pending import Item, StartResult
-from promptlayer_exec.dbos._store import (
-    APPLICATION,
-    FIRST_WORKFLOW,
-    VERSION,
-    WORKFLOW,
-    Store,
-    queue_name,
-)
+from promptlayer_exec.dbos._store import FIRST_WORKFLOW, VERSION, WORKFLOW, Store
 
 _CHECK_INTERVAL = 0.25
 # Seconds in which the answers of all starts that were sent are recorded.
@@ -181,7 +176,18 @@ class Worker:
     async def run_item(self, item: Item) -> None:
         """Run an item until its outcome is stored; called in DBOS's event loop."""
         self._dbos_loop = asyncio.get_running_loop()
+        workflow = str(DBOS.workflow_id)
+        if workflow != workflow_id(self._batch, item.key, item.attempt):
+            await self._decline(workflow)
         await self._items.run(item)
+
+    async def _decline(self, workflow: str) -> NoReturn:
+        """Give back an item of another batch: all workers take what somebody resumes in DBOS."""
+        batch = batch_of(workflow)
+        if batch is None:
+            raise RuntimeError("an item cannot be forked: `batch retry` starts it again")
+        await asyncio.to_thread(self._store.give_back, workflow, batch, self._executor)
+        await suspend()
 
     def _give_up(self, error: Exception) -> None:
         """Stop working, and let `run` raise the error, unless the worker is already stopping."""

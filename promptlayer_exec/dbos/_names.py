@@ -1,0 +1,34 @@
+"""The names that batches and their items have in DBOS."""
+
+from __future__ import annotations
+
+from urllib.parse import quote, unquote
+
+APPLICATION = "promptlayer-exec"
+
+
+def queue_name(batch: str) -> str:
+    """Return the name of a batch's queue."""
+    return f"{APPLICATION}/{batch}"
+
+
+def workflow_prefix(batch: str) -> str:
+    """Return what the ids of all workflows of a batch begin with."""
+    return f"{APPLICATION}/{quote(batch, safe='')}/"
+
+
+def workflow_id(batch: str, key: str, attempt: int) -> str:
+    """Return the id of the DBOS workflow that runs one attempt of an item."""
+    return f"{workflow_prefix(batch)}{attempt}/{key}"
+
+
+def key_and_attempt(workflow_id: str) -> tuple[str, int]:
+    """Return the key and the attempt that are in the id of a workflow."""
+    _, _, attempt, key = workflow_id.split("/", 3)
+    return key, int(attempt)
+
+
+def batch_of(workflow_id: str) -> str | None:
+    """Return the name of the batch that is in the id of a workflow, None if there is none."""
+    application, _, rest = workflow_id.partition("/")
+    return unquote(rest.partition("/")[0]) if application == APPLICATION else None
