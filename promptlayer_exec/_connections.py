@@ -417,7 +417,7 @@ def is_permanent(error: BaseException | None) -> bool:
     """Return True if no connection can be made, and waiting will not change that."""
     if isinstance(error, aiohttp.ClientHttpProxyError):
         return 400 <= error.status < 500 and error.status not in (408, 425, 429)
-    return is_tls_failure(error) or isinstance(error, PermanentFailure)
+    return is_tls_failure(error) or isinstance(error, PermanentFailure | aiohttp.InvalidURL)
 
 
 def is_tls_failure(error: BaseException | None) -> bool:
@@ -461,7 +461,8 @@ def _connect_reason(error: aiohttp.ClientConnectorError) -> str:
 
 def shows_secrets(error: BaseException | None) -> bool:
     """Return True if the repr of an error shows request headers, or the password of a proxy."""
-    return isinstance(error, aiohttp.ClientResponseError) or _shows_password(error)
+    shown = aiohttp.ClientResponseError | aiohttp.InvalidURL
+    return isinstance(error, shown) or _shows_password(error)
 
 
 def _shows_password(error: BaseException | None) -> bool:
@@ -475,11 +476,8 @@ def _shows_password(error: BaseException | None) -> bool:
 def reason_of(error: BaseException | None) -> str:
     if error is not None and is_tls_failure(error) and not isinstance(error, PermanentFailure):
         return _tls_reason(error)
-    if isinstance(error, aiohttp.ClientHttpProxyError):
-        # Its own text shows the proxy's URL, with the password.
-        return f"the proxy refused the connection: {error.status} {error.message}"
-    if isinstance(error, aiohttp.ClientProxyConnectionError):
-        return f"no connection to the proxy {error.host}:{error.port}: {_connect_reason(error)}"
+    if (reason := _proxy_reason(error)) is not None:
+        return reason
     if isinstance(error, aiohttp.ClientConnectorError):
         return _connect_reason(error)
     if isinstance(error, aiohttp.ClientResponseError):
@@ -488,6 +486,17 @@ def reason_of(error: BaseException | None) -> str:
     is_cut = isinstance(error, aiohttp.ServerDisconnectedError)
     text = "Server disconnected" if is_cut else str(error)
     return _unquoted(text) or type(error).__name__
+
+
+def _proxy_reason(error: BaseException | None) -> str | None:
+    """Return what is wrong with a proxy, without its password, which aiohttp's own text shows."""
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return f"the proxy refused the connection: {error.status} {error.message}"
+    if isinstance(error, aiohttp.ClientProxyConnectionError):
+        return f"no connection to the proxy {error.host}:{error.port}: {_connect_reason(error)}"
+    if isinstance(error, aiohttp.InvalidURL):  # ours is checked when the session is made
+        return "the URL of the proxy is not valid: it must begin with http:// or https://"
+    return None
 
 
 def _unquoted(text: str) -> str:

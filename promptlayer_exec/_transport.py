@@ -346,15 +346,14 @@ class Transport:
                 raise aiohttp.ClientConnectionError(what)
             exchange.answer = answer
             # Read a little more of a refusal, so that a key at the cut is redacted as a whole.
-            limit = _ERROR_BODY_BYTES + _LONGEST_KEY
-            if answer.status < 300:
-                limit = exchange.limit
+            limit = exchange.limit if answer.status < 300 else _ERROR_BODY_BYTES + _LONGEST_KEY
             await _read_body(answer, exchange, limit)
         # OSError is also every TimeoutError. aiohttp's parser in Python raises its own error.
         except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError) as error:
             exchange.failure = error
-        except ValueError as error:  # for a borrowed session's headers and auth, or a middleware's
-            raise ConfigurationError(f"the request failed in http=: {error}") from error
+        except ValueError as error:
+            what = "http=" if pool.is_borrowed else "the URL of the proxy"
+            raise ConfigurationError(f"the request failed because of {what}: {error}") from error
         except asyncio.CancelledError as error:
             # If this task was cancelled, and not only something that it awaited, it ends now; but
             # an id that has arrived is not thrown away.

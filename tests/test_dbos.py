@@ -894,7 +894,7 @@ class FakeStore:
     def take_over(self, batch: str) -> None:
         """Take over nothing."""
 
-    def stopped(self, batch: str) -> dict[tuple[str, int], str]:
+    def stopped(self, batch: str) -> dict[str, bool]:
         """Return no workflow that others ended."""
         return {}
 

@@ -302,6 +302,25 @@ async def test_an_item_that_is_cancelled_in_dbos_ends(
     assert len(sim.runs) == 1
 
 
+async def test_an_item_that_is_followed_again_and_cancelled_in_dbos_keeps_its_id(
+    sim: Simulator, batch: Batch, url: str
+) -> None:
+    """It was paid for: `recheck` follows it once more, and nothing starts it again."""
+    await batch.add([StartRequest("echo", {"n": 5}, key="a")])
+    found = sim.add_execution(Scenario([SimNode("Answer", 7, is_output_node=True)]))
+    end(url, "a", found, "ServerError")
+    assert await batch.recheck() == 1
+    client = DBOSClient(system_database_url=url)
+    await client.cancel_workflow_async(workflow_id("b", "a", 2))
+    client.destroy()
+    assert (await batch.work()).failed == 1
+    ended = (await outcomes(batch))["a"]
+    assert (ended.execution_id, ended.error and ended.error.type) == (found, "Cancelled")
+    assert await batch.recheck() == 1
+    assert (await batch.work()).succeeded == 1
+    assert sim.runs == []
+
+
 async def test_an_item_that_is_cancelled_while_it_is_sent_is_unknown(
     batch: Batch, url: str
 ) -> None:
@@ -347,6 +366,27 @@ async def test_a_worker_of_the_next_version_finishes_what_the_last_one_began(
         sim.finish(run.execution_id, "Answer")
     assert (await batch.work()).succeeded == 4
     assert len(sim.runs) == 4
+
+
+async def test_items_that_version_0_1_adds_after_this_one_has_worked_are_run(
+    batch: Batch, url: str
+) -> None:
+    """It named no version, and DBOS then waits for a worker of the latest one."""
+    await batch.add([StartRequest("echo", {"n": 1}, key="a")])
+    assert (await batch.work()).succeeded == 1
+    await batch.add([StartRequest("echo", {"n": 2}, key="b")])
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
+        database.execute(
+            "UPDATE workflow_status SET application_version = NULL WHERE status = 'ENQUEUED'"
+        )
+        database.execute(
+            "INSERT INTO application_versions (version_id, version_name, version_timestamp,"
+            " created_at) VALUES ('v', '1', ?, ?)",
+            [2**42, 2**42],
+        )
+        database.commit()
+    async with asyncio.timeout(20):
+        assert (await batch.work()).succeeded == 2
 
 
 @pytest.mark.parametrize("recorded", [[], ["intend"], ["intend", "start"]])

@@ -711,6 +711,26 @@ async def test_the_cause_of_a_broken_tunnel_shows_no_password(
     assert "secret" not in "".join(traceback.format_exception(error)) + repr(error.__cause__)
 
 
+@pytest.mark.parametrize("url", [f"{USER}:secret@127.0.0.1:9", "127.0.0.1:9"])
+async def test_a_proxy_s_url_without_a_scheme_is_refused_at_once(
+    open_session: Callable[..., Session],
+    settings: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+    url: str,
+) -> None:
+    """Other programs accept it; the error says what is missing, and shows no password."""
+    settings(HTTP_PROXY=url)
+    async with open_session(base_url="http://localhost:1", trust_env=True) as session:
+        error = await failure(session)
+        with pytest.raises(ConnectionFailed) as raised:
+            await session.start("write-report")
+    for shown in (error, raised.value):
+        assert "the URL of the proxy is not valid: it must begin with http://" in str(shown)
+        assert shown.attempts == 1
+        assert "secret" not in "".join(traceback.format_exception(shown)) + repr(shown.__cause__)
+    assert "secret" not in caplog.text
+
+
 async def test_a_refused_request_over_http_is_an_error_status(
     refusing_proxy: tuple[str, list[str]],
     open_session: Callable[..., Session],

@@ -6,6 +6,7 @@ of the earlier start as an argument, so that it starts nothing.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -137,6 +138,15 @@ def _begin(
     )
     changes = dict.fromkeys(("kind", "seq", "outcome", "intent", "started", "seconds"))
     connection.execute(update.values(attempt=_item.attempt + 1, **changes))
+    # Also in the row: where the item is cancelled in DBOS, only that is read.
+    followed = [
+        {"at": again.key, "value": json.dumps(again.started)} for again in possible if again.started
+    ]
+    if followed:
+        store_started = sa.update(items).where(
+            _item.batch == batch, _item.key == sa.bindparam("at")
+        )
+        connection.execute(store_started.values(started=sa.bindparam("value")), followed)
     counts = Counter(again.kind for again in possible if again.kind is not None)
     if counts:
         fewer = {kind: batches.c[kind] - count for kind, count in counts.items()}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from promptlayer_exec.dbos import _callbacks as callbacks
+from promptlayer_exec.dbos._names import key_and_attempt
 from promptlayer_exec.dbos._tables import NO_INTENT, Ending, items
 from promptlayer_exec.dbos._values import StoredError, StoredOutcome
 
@@ -34,7 +35,11 @@ def end_cancelled(store: Store, batch: str) -> int:
     Otherwise the batch would wait for them for ever.
     """
     count = 0
-    stopped = [*store.stopped(batch).items()]
+    # Only items of version 0.1 have steps in DBOS, for which it takes a query each.
+    stopped = [
+        (key_and_attempt(workflow), workflow if is_first_version else None)
+        for workflow, is_first_version in store.stopped(batch).items()
+    ]
     for first in range(0, len(stopped), _AT_ONCE):
         part = dict(stopped[first : first + _AT_ONCE])
         keys = [key for key, _ in part]
@@ -42,9 +47,10 @@ def end_cancelled(store: Store, batch: str) -> int:
         query = query.where(_item.batch == batch, _item.key.in_(keys), _item.kind.is_(None))
         endings = []
         for row in store.rows(query, once=True):
-            if (workflow := part.get((row.key, row.attempt))) is not None:
+            if (row.key, row.attempt) in part:
                 started = json.loads(row.started) if row.started else None
-                started = started or _started(store.steps(workflow))
+                if (workflow := part[row.key, row.attempt]) is not None:
+                    started = started or _started(store.steps(workflow))
                 outcome = _outcome(row.key, started, is_sent=row.intent is not None)
                 # It may be started meanwhile; then this is decided again at the next look.
                 endings.append(Ending.of(row.attempt, outcome, row.intent or NO_INTENT))

@@ -101,7 +101,8 @@ def adopt_earlier(
         .where(
             table.c.queue_name == queue,
             table.c.status == "ENQUEUED",
-            table.c.application_version.in_(earlier),
+            # Version 0.1 named none; DBOS gives that to workers of the latest version it has seen.
+            sa.or_(table.c.application_version.in_(earlier), table.c.application_version.is_(None)),
         )
         .values(application_version=version)
     )

@@ -325,8 +325,8 @@ class Store(Database):
         found = self._list_workflows(workflow_ids=ids)
         return sorted(found, key=lambda each: key_and_attempt(each.workflow_id)[1])
 
-    def stopped(self, batch: str) -> dict[tuple[str, int], str]:
-        """Return the DBOS workflows that others ended, by key and attempt, without retrying."""
+    def stopped(self, batch: str) -> dict[str, bool]:
+        """Return the workflows that others ended in DBOS, and whether version 0.1 added them."""
         prefix = workflow_prefix(batch)
         found = self._list_workflows(
             once=True,
@@ -334,9 +334,9 @@ class Store(Database):
             status=["CANCELLED", "ERROR", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"],
             load_input=False,
         )
-        ids = [each.workflow_id for each in found]
+        is_first = {each.workflow_id: each.name == FIRST_WORKFLOW for each in found}
         # SQLite also gives those whose prefix differs in case.
-        return {key_and_attempt(each): each for each in ids if each.startswith(prefix)}
+        return {each: first for each, first in is_first.items() if each.startswith(prefix)}
 
     def _list_workflows(self, *, once: bool = False, **which: Any) -> list[Any]:
         list_workflows = partial(self._client.list_workflows, load_output=False, **which)
