@@ -37,9 +37,8 @@ from promptlayer_exec.dbos._names import (
     workflow_prefix,
 )
 from promptlayer_exec.dbos._requests import Row, another_request, digest_of
-from promptlayer_exec.dbos._tables import ADD, COUNTS, FINISH, FINISH_ONE, Ending, lock_batch
+from promptlayer_exec.dbos._tables import ADD, COUNTS, FINISH, FINISH_ONE, Ending, delete_if_empty
 from promptlayer_exec.dbos._tables import batches as _batches
-from promptlayer_exec.dbos._tables import callbacks as _callbacks
 from promptlayer_exec.dbos._tables import items as _items
 from promptlayer_exec.dbos._tables import workers as _workers
 from promptlayer_exec.dbos._values import BatchStatus
@@ -113,10 +112,10 @@ class Store(Database):
 
         The settings are those of a batch that does not exist yet.
         """
-        # It also locks a row that is there: meanwhile, nobody deletes the batch.
-        insert_batch = self.insert(_batches).on_conflict_do_update(
-            index_elements=["name"], set_={"name": batch}
-        )
+        insert_batch = self.insert(_batches).on_conflict_do_nothing()
+        # Keeps others from deleting the batch, and from nothing else.
+        keep_batch = sa.select(_batches.c.name).where(_batches.c.name == batch)
+        keep_batch = keep_batch.with_for_update(read=True, key_share=True)
         insert = self._insert_each if self.is_sqlite else self._insert_in_one_statement
         unique: dict[str, Row] = {}
         for row in rows:
@@ -125,7 +124,10 @@ class Store(Database):
                 raise another_request(batch, row, known.request)
 
         def add(connection: sa.Connection) -> int:
-            connection.execute(insert_batch, _new_batch(batch) | dict(settings or {}))
+            is_kept = False
+            while not is_kept:
+                connection.execute(insert_batch, _new_batch(batch) | dict(settings or {}))
+                is_kept = connection.execute(keep_batch).first() is not None
             new = insert(connection, batch, unique)
             if new:
                 count = sa.update(_batches).where(_batches.c.name == batch)
@@ -366,7 +368,7 @@ class Store(Database):
                 delete = sa.delete(_items).where(_item.batch == batch, _item.key.in_(keys))
                 self.transact(partial(sa.Connection.execute, statement=delete))
                 deleted += len(rows)
-            is_deleted = self.transact(partial(_delete_if_empty, batch=batch))
+            is_deleted = self.transact(partial(delete_if_empty, batch=batch))
         return deleted
 
     def register_queue(self, batch: str, max_in_flight: int) -> None:
@@ -507,13 +509,3 @@ def _new_batch(name: str) -> dict[str, Any]:
 
 def _added(counts: Mapping[str, int]) -> dict[str, Any]:
     return {kind: _batches.c[kind] + count for kind, count in counts.items()}
-
-
-def _delete_if_empty(connection: sa.Connection, batch: str) -> bool:
-    """Delete a batch, unless it has items; return whether it is deleted."""
-    lock_batch(connection, batch)
-    if connection.execute(sa.select(_item.key).where(_item.batch == batch).limit(1)).first():
-        return False
-    for column in (_callbacks.c.batch, _batches.c.name, _workers.c.batch):
-        connection.execute(sa.delete(column.table).where(column == batch))
-    return True

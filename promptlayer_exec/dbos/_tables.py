@@ -123,6 +123,17 @@ def lock_batch(connection: sa.Connection, batch: str) -> None:
     connection.execute(sa.update(batches).where(batches.c.name == batch).values(name=batch))
 
 
+def delete_if_empty(connection: sa.Connection, batch: str) -> bool:
+    """Delete a batch, unless it has items; return whether it is deleted."""
+    lock_batch(connection, batch)  # on SQLite, a transaction begins with a write
+    connection.execute(sa.select(batches).where(batches.c.name == batch).with_for_update())
+    if connection.execute(sa.select(items.c.key).where(items.c.batch == batch).limit(1)).first():
+        return False
+    for column in (callbacks.c.batch, batches.c.name, workers.c.batch):
+        connection.execute(sa.delete(column.table).where(column == batch))
+    return True
+
+
 # For the ending of an item whose start was never about to be sent.
 NO_INTENT = ""
 
