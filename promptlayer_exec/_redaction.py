@@ -3,41 +3,39 @@
 from __future__ import annotations
 
 import json
+import re
 
 # A shorter key is a test's, and may be a word of ordinary messages.
 _LEAST_LENGTH = 6
+_NOTHING = "(?!)"
 
 
 class Redactor:
     """Redacts a secret, unless it has fewer than 6 characters."""
 
     def __init__(self, text: str) -> None:
-        in_json = json.dumps(text)[1:-1]
-        quoted = repr(text)[1:-1], repr(text.encode())[2:-1]  # as parsers' errors quote it
-        spellings = {text, in_json, in_json.replace("/", "\\/"), *quoted}
-        self._spellings = spellings if len(text) >= _LEAST_LENGTH else set()
+        # Encoded, a character that is not ASCII has several bytes, or the one of Latin-1.
+        encoded = text.encode("utf-8", "surrogatepass").decode("latin-1")
+        spellings = {"".join(map(_spellings, each)) for each in (text, encoded)}
+        pattern = "|".join(spellings) if len(text) >= _LEAST_LENGTH else _NOTHING
+        self._pattern = re.compile(pattern)
 
     def redact(self, text: str) -> str:
-        """Return `text` with `***` in place of the secret."""
-        for spelling in self._spellings:
-            text = text.replace(spelling, "***")
-        return text
+        """Return `text` with `***` in place of the secret, however JSON or Python spells it."""
+        return self._pattern.sub("***", text)
 
     def redact_bytes(self, text: bytes) -> bytes:
         """Return `text`, in any superset of ASCII, with `***` in place of the secret."""
         return self.redact(text.decode("latin-1")).encode("latin-1")
 
-    def redact_json(self, body: bytes) -> bytes:
-        """Return a body with `***` in place of the secret, whichever way JSON spells it.
-
-        A body that is not JSON is redacted as text.
-        """
-        try:
-            plain = json.dumps(json.loads(body), ensure_ascii=False)
-        except (ValueError, RecursionError):
+    def redact_body(self, body: bytes) -> bytes:
+        """Return a body that may be JSON, in one of its encodings, with `***` for the secret."""
+        encoding = json.detect_encoding(body)
+        if encoding.startswith("utf-8"):
             return self.redact_bytes(body)
-        clean = self.redact(plain)
-        return self.redact_bytes(body) if clean == plain else clean.encode("utf-8", "surrogatepass")
+        text = body.decode(encoding, "replace")
+        clean = self.redact(text)
+        return body if clean == text else clean.encode()
 
     def is_shown_by(self, error: BaseException | None) -> bool:
         """Return True if the error, its attributes, its cause or its context show the secret."""
@@ -49,3 +47,15 @@ class Redactor:
             or self.is_shown_by(error.__cause__)
             or self.is_shown_by(error.__context__)
         )
+
+
+def _spellings(character: str) -> str:
+    """Return a pattern for a character: itself, or escaped as JSON or Python may do it."""
+    units = character.encode("utf-16-be", "surrogatepass").hex()
+    escaped = "".join(rf"\\u{units[n : n + 4]}" for n in range(0, len(units), 4))
+    spellings = [re.escape(character), f"(?i:{escaped})"]
+    if ord(character) < 0x100:
+        spellings.append(rf"(?i:\\x{ord(character):02x})")
+    if character in "\"'\\/":
+        spellings.append(r"\\" + re.escape(character))
+    return f"(?:{'|'.join(spellings)})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 
@@ -31,7 +32,7 @@ def test_a_text_without_the_key_is_unchanged() -> None:
     """Bytes that are not UTF-8 are unchanged, too."""
     assert REDACTOR.redact("harmless") == "harmless"
     assert REDACTOR.redact_bytes(b"\xff\xfe") == b"\xff\xfe"
-    assert REDACTOR.redact_json(b'{"a": "\xc3\xa9"}') == b'{"a": "\xc3\xa9"}'
+    assert REDACTOR.redact_body(b'{"a": "\xc3\xa9"}') == b'{"a": "\xc3\xa9"}'
 
 
 @pytest.mark.parametrize(
@@ -40,18 +41,32 @@ def test_a_text_without_the_key_is_unchanged() -> None:
         json.dumps({"message": KEY}).encode(),
         json.dumps({"message": KEY}).encode("utf-16"),
         ('{"message": "' + "".join(f"\\u{ord(char):04x}" for char in KEY) + '"}').encode(),
+        ('{"message": "' + "".join(f"\\u{ord(char):04X}" for char in KEY) + '"}').encode("utf-16"),
     ],
-    ids=["plain", "UTF-16", "escaped"],
+    ids=["plain", "UTF-16", "escaped", "both"],
 )
 def test_every_spelling_in_json_is_redacted(body: bytes) -> None:
     """The decoded values are redacted."""
-    assert json.loads(REDACTOR.redact_json(body)) == {"message": "***"}
+    assert json.loads(REDACTOR.redact_body(body)) == {"message": "***"}
+
+
+@pytest.mark.parametrize("spell", [str, lambda key: json.dumps(key)[1:-1], repr, ascii])
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_key_that_is_not_ascii_is_redacted(spell: Callable[[str], str], encoding: str) -> None:
+    """In a text, and in bytes of either encoding, also where a parser's error quotes them."""
+    redactor = Redactor("clé-secrète")
+    text = f"the key {spell('clé-secrète')} is unknown"
+    assert "cl" not in redactor.redact(text)
+    assert b"cl" not in redactor.redact_bytes(text.encode(encoding))
+    assert "cl" not in redactor.redact(repr("the key clé-secrète".encode(encoding)))
 
 
 def test_a_body_that_is_not_json_is_redacted_as_text() -> None:
     """The same is true for JSON that is nested too deeply."""
-    assert REDACTOR.redact_json(f"<b>{KEY}".encode()) == b"<b>***"
-    assert REDACTOR.redact_json(b"[" * 100_000) == b"[" * 100_000
+    escaped = "".join(f"\\u{ord(char):04x}" for char in KEY)
+    assert REDACTOR.redact_body(f"<b>{escaped}".encode()) == b"<b>***"
+    assert REDACTOR.redact_body(f"<b>{KEY}".encode()) == b"<b>***"
+    assert REDACTOR.redact_body(b"[" * 100_000) == b"[" * 100_000
 
 
 def test_a_short_key_is_not_redacted() -> None:
