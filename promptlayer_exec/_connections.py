@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import re
 import select
 import socket
-import ssl
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack, ExitStack, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 from weakref import WeakKeyDictionary
 
@@ -19,6 +16,7 @@ import anyio
 import attrs
 from aiohttp.abc import AbstractStreamWriter
 
+from promptlayer_exec._connection_errors import PermanentFailure, is_tls_failure, reason_of
 from promptlayer_exec._protocols import Idle, Interposed, has_partial_head, protocol_of
 from promptlayer_exec._tasks import clock
 from promptlayer_exec._version import __version__
@@ -36,6 +34,8 @@ USER_AGENT = (
     f"promptlayer-exec/{__version__} aiohttp/{aiohttp.__version__}"
     f" Python/{sys.version_info.major}.{sys.version_info.minor}"
 )
+# Beside `max_connections`, as its WebSockets are.
+_CONNECTIONS_OF_PUSH = 4
 _HEADERS = {"Accept": "application/json", "User-Agent": USER_AGENT}
 
 
@@ -204,6 +204,28 @@ def abort(transport: asyncio.Transport | None) -> None:
         transport.abort()
 
 
+class Slots(AbstractAsyncContextManager[None]):
+    """A slot for each request that enters, and has a connection.
+
+    Attributes:
+        first: entered by a request that waits for one other at most, and for those that enter here.
+    """
+
+    def __init__(self, connections: int) -> None:
+        self.first = asyncio.Semaphore(connections)
+        self._queue = asyncio.Lock()
+
+    async def __aenter__(self) -> None:
+        if self.first.locked():
+            async with self._queue:
+                await self.first.acquire()
+        else:
+            await self.first.acquire()
+
+    async def __aexit__(self, *_: object) -> None:
+        self.first.release()
+
+
 @attrs.frozen(eq=False)
 class Pool:
     """Connections for one kind of request, and slots for as many requests.
@@ -217,7 +239,7 @@ class Pool:
     """
 
     http: aiohttp.ClientSession
-    slots: asyncio.Semaphore
+    slots: Slots
     headers: Mapping[str, str] | None = None
     middlewares: Sequence[aiohttp.ClientMiddlewareType] | None = None
     is_borrowed: bool = False
@@ -225,15 +247,16 @@ class Pool:
 
 @attrs.define(eq=False)
 class Pools:
-    """The connections of a session: one pool for reads, one for starts.
+    """The connections of a session: one pool for reads, one for starts, one for push.
 
     Starts have a share of their own, so that neither kind keeps the other waiting. In our own
     pools, each start gets a new connection: a used one might be closing just then, and the start
-    would be lost needlessly.
+    would be lost needlessly. The requests of push come on top, so that they keep nothing waiting.
     """
 
     reads: Pool
     starts: Pool
+    push: Pool
 
     @classmethod
     def open(cls, settings: Settings, api_key: str, resources: AsyncExitStack) -> Self:
@@ -253,7 +276,8 @@ class Pools:
             )
             resources.push_async_callback(http.close)
             pools.append(Pool(http, slots))
-        return cls(*pools)
+        reads, starts = pools
+        return cls(reads, starts, Pool(reads.http, Slots(_CONNECTIONS_OF_PUSH)))
 
     @classmethod
     def _borrow(
@@ -270,14 +294,15 @@ class Pools:
         return cls(
             Pool(http, reads, headers, middlewares, is_borrowed=True),
             Pool(http, starts, headers | {"Connection": "close"}, middlewares, is_borrowed=True),
+            Pool(http, Slots(_CONNECTIONS_OF_PUSH), headers, middlewares, is_borrowed=True),
         )
 
 
-def _slots(connections: int) -> tuple[asyncio.Semaphore, asyncio.Semaphore]:
+def _slots(connections: int) -> tuple[Slots, Slots]:
     """Divide connections between reads and starts; a single one serves both."""
     starts = max(connections // 4, 1)
-    reads = asyncio.Semaphore(max(connections - starts, 1))
-    return reads, reads if connections == 1 else asyncio.Semaphore(starts)
+    reads = Slots(max(connections - starts, 1))
+    return reads, reads if connections == 1 else Slots(starts)
 
 
 class SendOnce(Protocol):
@@ -403,102 +428,3 @@ async def _let_answer_arrive(received: Interposed) -> None:
         if transport.is_closing():
             raise ConnectionAbortedError(_ANSWERED_BEFORE)
         quiet = 0 if _is_readable(transport) else quiet + 1
-
-
-class PermanentFailure(aiohttp.ClientError):
-    """A failure that waiting will not fix; its text is safe to show."""
-
-
-# Alerts of a server that refuses the handshake. Under TLS 1.3 they come after our last message.
-_REFUSED_HANDSHAKE = re.compile("ALERT.*(CERTIFICATE|UNKNOWN_CA|HANDSHAKE|ACCESS_DENIED)")
-
-
-def is_permanent(error: BaseException | None) -> bool:
-    """Return True if no connection can be made, and waiting will not change that."""
-    if isinstance(error, aiohttp.ClientHttpProxyError):
-        return 400 <= error.status < 500 and error.status not in (408, 425, 429)
-    return is_tls_failure(error) or isinstance(error, PermanentFailure | aiohttp.InvalidURL)
-
-
-def is_tls_failure(error: BaseException | None) -> bool:
-    """Return True if no TLS connection can be made."""
-    if isinstance(error, PermanentFailure):
-        error = error.__cause__
-    if isinstance(error, aiohttp.ClientConnectorSSLError):
-        return not isinstance(error.os_error, ssl.SSLEOFError)  # the server disconnected
-    if isinstance(error, (aiohttp.ClientSSLError, aiohttp.ServerFingerprintMismatch)):
-        return True
-    return isinstance(error, ssl.SSLError) and bool(_REFUSED_HANDSHAKE.search(str(error.reason)))
-
-
-def _tls_reason(error: BaseException) -> str:
-    """Return what is wrong with a TLS connection, and what to do about it."""
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        error = error.certificate_error
-    elif isinstance(error, aiohttp.ClientConnectorSSLError):
-        error = error.os_error
-    if isinstance(error, ssl.SSLCertVerificationError):
-        said = str(error.verify_message).rstrip(".")
-        return (
-            f"the server's certificate is not valid: {said}; if a private authority issued it, set"
-            " SSL_CERT_FILE to that authority's certificate, or pass http= with an SSL context"
-        )
-    name = getattr(error, "reason", None) or str(error)
-    if name == "WRONG_VERSION_NUMBER":
-        return f"the server does not speak TLS on this port ({name}): check base_url"
-    return (
-        f"the handshake failed ({name}): if the server requires a client certificate or another TLS"
-        " version, pass http= with an SSL context"
-    )
-
-
-def _connect_reason(error: aiohttp.ClientConnectorError) -> str:
-    # aiohttp's own text shows its internal connection key.
-    if error.errno is None:
-        return str(error.os_error) or "the connection was closed while it was being made"
-    return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
-
-
-def shows_secrets(error: BaseException | None) -> bool:
-    """Return True if the repr of an error shows request headers, or the password of a proxy."""
-    shown = aiohttp.ClientResponseError | aiohttp.InvalidURL
-    return isinstance(error, shown) or _shows_password(error)
-
-
-def _shows_password(error: BaseException | None) -> bool:
-    return error is not None and (
-        "BasicAuth(" in repr(error)
-        or _shows_password(error.__cause__)
-        or _shows_password(error.__context__)
-    )
-
-
-def reason_of(error: BaseException | None) -> str:
-    if error is not None and is_tls_failure(error) and not isinstance(error, PermanentFailure):
-        return _tls_reason(error)
-    if (reason := _proxy_reason(error)) is not None:
-        return reason
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return _connect_reason(error)
-    if isinstance(error, aiohttp.ClientResponseError):
-        return f"not a valid HTTP response: {_unquoted(error.message)}"
-    # The text of aiohttp's own may show the headers of an answer that was cut in its head.
-    is_cut = isinstance(error, aiohttp.ServerDisconnectedError)
-    text = "Server disconnected" if is_cut else str(error)
-    return _unquoted(text) or type(error).__name__
-
-
-def _proxy_reason(error: BaseException | None) -> str | None:
-    """Return what is wrong with a proxy, without its password, which aiohttp's own text shows."""
-    if isinstance(error, aiohttp.ClientHttpProxyError):
-        return f"the proxy refused the connection: {error.status} {error.message}"
-    if isinstance(error, aiohttp.ClientProxyConnectionError):
-        return f"no connection to the proxy {error.host}:{error.port}: {_connect_reason(error)}"
-    if isinstance(error, aiohttp.InvalidURL):  # ours is checked when the session is made
-        return "the URL of the proxy is not valid: it must begin with http:// or https://"
-    return None
-
-
-def _unquoted(text: str) -> str:
-    """Remove the bytes that aiohttp's parsers quote: they may be the whole response."""
-    return " ".join(re.split(r"b['\"]", text)[0].split()).rstrip(": ")[:200]

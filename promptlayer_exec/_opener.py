@@ -148,7 +148,8 @@ class Opener:
         async def call(request: Request, read: Callable[[Response], T]) -> T:
             once = RetryState(self._settings.retry, 0.0)
             try:
-                return (await client.transport.call(request, read, once, due=clock())).value
+                transport, due = client.transport, clock()
+                return (await transport.call(request, read, once, due=due, of_push=True)).value
             except asyncio.CancelledError as error:
                 if is_cancelled():
                     raise

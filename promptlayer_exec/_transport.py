@@ -16,18 +16,14 @@ import anyio
 import attrs
 from yarl import URL
 
-from promptlayer_exec._connections import (
-    GuardedBody,
+from promptlayer_exec._connection_errors import (
     PermanentFailure,
-    Pool,
-    Pools,
-    SendOnce,
-    abort,
     is_permanent,
     is_tls_failure,
     reason_of,
     shows_secrets,
 )
+from promptlayer_exec._connections import GuardedBody, Pool, Pools, SendOnce, abort
 from promptlayer_exec._errors import (
     ConfigurationError,
     ConnectionFailed,
@@ -156,20 +152,23 @@ class Transport:
         once: SendOnce | None = None,
         timeout: NewTimeout = TaskTimeout,
         first: bool = False,
+        of_push: bool = False,
     ) -> Reply[T]:
         """Send a request until there is a good answer, or the retries are used up.
 
         An error from `read` is handled like any other failure. `due` is when the request should be
         sent, on the event loop's clock; `once` is a request that must not be sent twice. Whatever
-        waits does so within a `timeout`. A request that goes `first` does not wait for the rate
-        behind others.
+        waits does so within a `timeout`. A request that goes `first` waits behind no others; those
+        of push have connections of their own.
         """
+        pools = self._pools
+        pool = pools.push if of_push else pools.reads if once is None else pools.starts
         answered = False
         try:
             while True:
                 try:
                     reply = await self._send(
-                        request, read, state, due=due, once=once, timeout=timeout, first=first
+                        pool, request, read, state, due=due, once=once, timeout=timeout, first=first
                     )
                 except RequestError as error:
                     if (delay := self._delay(error, request, state, once)) is None:
@@ -188,6 +187,7 @@ class Transport:
 
     async def _send(
         self,
+        pool: Pool,
         request: Request,
         read: Callable[[Response], T],
         state: RetryState,
@@ -198,12 +198,11 @@ class Transport:
         first: bool,
     ) -> Reply[T]:
         """Send a request once, when a connection is free and the rate allows it."""
-        pool = self._pools.reads if once is None else self._pools.starts
         exchange = Exchange(self._limit(once), request.expected)
         try:
             async with (
                 timeout(soonest=due + self._settings.request_timeout) as limit,
-                pool.slots,
+                pool.slots.first if first else pool.slots,
             ):
                 sent_at = await self._throttle.acquire(first=first)
                 limit.check()
@@ -413,7 +412,7 @@ class Transport:
                 traceback.clear_frames(raised.__traceback__)
         redacted = attrs.evolve(
             response,
-            body=self.redactor.redact_json(response.body),
+            body=self.redactor.redact_body(response.body),
             location=response.location and self.redactor.redact(response.location),
         )
         try:

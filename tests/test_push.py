@@ -697,6 +697,18 @@ class TestFaults:
         await log.given_up()
         assert server.count(RUN) == 1
 
+    @pytest.mark.parametrize("held", [WORKFLOW, TOKEN])
+    async def test_a_handshake_that_hangs_takes_no_connection_of_the_session(
+        self, open_pushed: Callable[..., Session], server: Server, held: str
+    ) -> None:
+        """Even one connection is enough for starts and polls."""
+        server.hold = {held}
+        session = open_pushed(poll=OFTEN, max_connections=1)
+        execution = await session.start("w")
+        await server.until(lambda: server.count(held) == 1)
+        await polled_to_the_end(server, execution)
+        await polled_to_the_end(server, await session.start("w"))
+
     @pytest.mark.usefixtures("short_gaps")
     async def test_silence_is_noticed(
         self,

@@ -25,6 +25,7 @@ from promptlayer_exec import (
     ExecutionTimeout,
     NotFound,
     Polled,
+    PollPolicy,
     RateLimited,
     RequestRetried,
     RequestTimeout,
@@ -386,6 +387,25 @@ async def test_starts_do_not_wait_behind_polls_nor_polls_behind_starts(
     assert not (await session.get_results(held)).complete
     assert not starting.done()
     await starting
+
+
+async def test_a_woken_poll_waits_for_one_other_at_most(
+    sim: Simulator, open_session: Callable[..., Session], held: int
+) -> None:
+    """However many polls wait for a connection."""
+    session = open_session(max_connections=2, poll=PollPolicy.fixed(3600.0))
+    following = asyncio.create_task(session.execution(held).wait())
+    await sim.wait_for_requests(1)
+    sim.inject(Fault.delay(0.05, times=None))
+    others = [sim.add_execution(DONE) for _ in range(6)]
+    reading = asyncio.gather(*(session.get_results(other) for other in others))
+    await sim.wait_for_requests(2)
+    assert session.wake(held)
+    await reading
+    asked = [int(request.query["workflow_version_execution_id"]) for request in sim.requests]
+    assert asked[:2] == [held, others[0]]
+    assert held in asked[2:4]
+    following.cancel()
 
 
 @pytest.mark.parametrize("limit", [1, 2, 0])
