@@ -641,9 +641,10 @@ def test_a_key_that_is_a_number_does_not_make_numbers_the_keys(
     file = write(tmp_path / "night.jsonl", {"key": "2", **lines[0]}, *lines[1:])
     assert run("run", file)[0] == 0
     assert run("run", file)[0] == 0
-    write(file, lines[1], {"key": "x", **lines[0]}, *lines[2:])
+    new = {"workflow": "echo", "inputs": {"n": 9}}
+    write(file, {"key": "x", **new}, new, *lines[1:])
     assert run("run", file)[0] == 0
-    assert len(sim.runs) == 5
+    assert len(sim.runs) == 6
 
 
 def test_items_of_a_csv_file_are_run(sim: Simulator, run: Run, tmp_path: Path) -> None:

@@ -107,14 +107,19 @@ def test_the_default_key_is_a_digest_of_the_line(tmp_path: Path) -> None:
     path.write_text('{"inputs": {"n": 0}}\n' + line)
     items = ItemFile(path, "grade")
     assert [item.key for item in items][1] == before.key
-    assert items.first_without_key == ("1", next(iter(items)).key)
+    assert items.first_without_key == 1
+    assert [*items.default_keys()] == [item.key for item in items]
     items.is_numbered = True
     assert [item.key for item in items] == ["1", "2"]
-    path.write_text(line + '{"key": "1", "inputs": {"n": 0}}\n')
-    assert ItemFile(path, "grade").first_without_key is None
     path.write_text(line + line)
     with pytest.raises(Misuse, match="1 invalid line"):
         ItemFile(path, "grade")
+
+
+def test_a_device_is_no_file_for_results() -> None:
+    """Some can be read without an end."""
+    with pytest.raises(Misuse, match="/dev/full is a device: name a file, or omit --out"):
+        open_results(Path("/dev/full"))
 
 
 def test_two_commands_do_not_write_to_one_file(tmp_path: Path) -> None:

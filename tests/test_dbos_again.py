@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from contextlib import closing
+from contextlib import closing, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
-from dbos import DBOSClient
+from dbos import DBOSClient, SetWorkflowID
 from dbos._utils import INTERNAL_QUEUE_NAME
 
-from promptlayer_exec import PollPolicy, Session, StartRequest
+from promptlayer_exec import ConfigurationError, PollPolicy, Session, StartRequest
 from promptlayer_exec.dbos import Batch, BatchStatus, StoredError, StoredOutcome
 from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _cancelled as cancelled
@@ -21,7 +22,7 @@ from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._location import check_url
-from promptlayer_exec.dbos._names import workflow_id
+from promptlayer_exec.dbos._names import queue_name, workflow_id
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import Ending
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
@@ -168,8 +169,9 @@ async def test_a_start_whose_item_was_taken_over_is_followed(
     assert (await outcomes(batch))["a"].output == 5
 
 
+@pytest.mark.parametrize("queue", [None, queue_name("b")])
 async def test_an_item_that_is_resumed_in_dbos_is_run_by_a_worker_of_its_batch(
-    sim: Simulator, batch: Batch, url: str
+    sim: Simulator, batch: Batch, url: str, queue: str | None
 ) -> None:
     """DBOS gives it to any worker, and another batch may have an item with the same key."""
     other = Batch("other", database_url=url, session=partial(open_session, sim))
@@ -177,7 +179,7 @@ async def test_an_item_that_is_resumed_in_dbos_is_run_by_a_worker_of_its_batch(
     await batch.add([StartRequest("echo", {"n": "own"}, key="a")])
     client = DBOSClient(system_database_url=url)
     await client.cancel_workflow_async(workflow_id("other", "a", 1))
-    await client.resume_workflow_async(workflow_id("other", "a", 1))
+    await client.resume_workflow_async(workflow_id("other", "a", 1), queue_name=queue)
     client.destroy()
     assert (await batch.work()).succeeded == 1
     assert (await outcomes(batch))["a"].output == "own"
@@ -185,6 +187,30 @@ async def test_an_item_that_is_resumed_in_dbos_is_run_by_a_worker_of_its_batch(
         assert (await other.work()).succeeded == 1
     assert (await outcomes(other))["a"].output == "of other"
     assert len(sim.runs) == 2
+
+
+async def test_an_item_of_another_batch_that_cannot_be_given_back_goes_on(
+    batch: Batch, url: str, sim: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker that has taken it ends, and the item does not."""
+
+    def fail(*_: Any) -> None:
+        raise ConfigurationError("the database is gone")
+
+    other = Batch("other", database_url=url, session=partial(open_session, sim))
+    await other.add([StartRequest("echo", {"n": 1}, key="a")])
+    await batch.add([StartRequest("held", key="held")])
+    client = DBOSClient(system_database_url=url)
+    await client.cancel_workflow_async(workflow_id("other", "a", 1))
+    await client.resume_workflow_async(workflow_id("other", "a", 1))
+    client.destroy()
+    requeue = Store.requeue
+    monkeypatch.setattr(Store, "requeue", fail)
+    with pytest.raises(ConfigurationError, match="is gone"):
+        await batch.work()
+    monkeypatch.setattr(Store, "requeue", requeue)
+    async with asyncio.timeout(20):
+        assert (await other.work()).succeeded == 1
 
 
 async def test_an_item_that_is_resumed_in_dbos_goes_on_if_its_worker_dies(
@@ -202,8 +228,9 @@ async def test_an_item_that_is_resumed_in_dbos_goes_on_if_its_worker_dies(
         assert (await batch.work()).succeeded == 1
 
 
+@pytest.mark.parametrize("fork_id", [None, workflow_id("b", "another", 1)])
 async def test_an_item_that_is_forked_in_dbos_is_not_run_twice(
-    sim: Simulator, batch: Batch, url: str, caplog: pytest.LogCaptureFixture
+    sim: Simulator, batch: Batch, url: str, caplog: pytest.LogCaptureFixture, fork_id: str | None
 ) -> None:
     """The fork does not say to which batch it belongs; it ends with an error that says so."""
     held = StartRequest("held", {}, key="a")
@@ -211,7 +238,8 @@ async def test_an_item_that_is_forked_in_dbos_is_not_run_twice(
     working = asyncio.create_task(batch.work())
     await sim.wait_for_requests(1)
     client = DBOSClient(system_database_url=url)
-    fork = await client.fork_workflow_async(workflow_id("b", "a", 1), 1)
+    with nullcontext() if fork_id is None else SetWorkflowID(fork_id):
+        fork = await client.fork_workflow_async(workflow_id("b", "a", 1), 1)
     with pytest.raises(Exception, match="an item cannot be forked: `batch retry` starts it again"):
         await fork.get_result()
     client.destroy()

@@ -683,9 +683,25 @@ async def test_a_start_that_fails_before_it_is_sent_ends_an_item_of_a_worker_tha
     with closing(Store(check_url(url))) as store:
         intent = intents_.Intent("0", 1, "of another worker", None, False)
         assert intents_.write(store, "night", [intent]) == [True]
-    monkeypatch.setattr(integration, "encode_inputs", refuse)
-    status = await batch_of(restart_unknown=True).work()
+    monkeypatch.setattr(Session, "_prepare", refuse)
+    events: list[Any] = []
+    status = await batch_of(restart_unknown=True, observers=[events.append]).work()
     assert status.failed == 1
+    assert [type(event).__name__ for event in events if "Start" in type(event).__name__] == [
+        "StartFailed"
+    ]
+
+
+async def test_an_item_with_another_request_in_dbos_is_not_run(
+    sim: Simulator, batch_of: Callable[..., Batch], url: str
+) -> None:
+    """As where two schemas of one database have batches of one name, and DBOS has one schema."""
+    await batch_of().add(requests(1))
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database, database:
+        database.execute("UPDATE promptlayer_item SET digest = 'of another request'")
+    with pytest.raises(ConfigurationError, match=r"item '0' .*another request in DBOS.*schemas"):
+        await batch_of().work()
+    assert sim.runs == []
 
 
 @pytest.mark.parametrize("kind", [TypeError, ValueError, KeyError])

@@ -21,7 +21,7 @@ from promptlayer_exec.dbos import _groups as groups
 from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos import _reports as reports
 from promptlayer_exec.dbos._groups import Group
-from promptlayer_exec.dbos._intents import Intent, Started
+from promptlayer_exec.dbos._intents import Intent, Started, State
 from promptlayer_exec.dbos._liveness import check_of
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._requests import Row
@@ -154,6 +154,15 @@ def test_items_that_are_added_while_their_batch_is_deleted_are_deleted(
     assert reports.kinds(store, "b", ["1", "2"]) == {}
     assert store.add("b", [Row("2", "{}", "")]) == 1
     assert store.status("b").total == 1
+
+
+def test_an_intent_that_is_refused_leaves_none_of_an_earlier_try(store: Store) -> None:
+    """Its commit was not seen, and another worker has the item now: nothing was or is sent."""
+    store.add("b", [Row("1", "{}", "")])
+    intent = Intent("1", 1, "token", None, False)
+    assert intents.write(store, "b", [intent]) == [True]
+    assert intents.write(store, "b", [intent], "a worker that has lost it") == [False]
+    assert intents.read(store, "b", [("1", 1)]) == [State(True, digest="")]
 
 
 def test_a_batch_that_is_deleted_before_its_worker_begins_is_missed(store: Store) -> None:

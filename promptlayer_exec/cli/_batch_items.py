@@ -49,9 +49,8 @@ class ItemFile:
         self._path = path
         self._name = printable(str(path))
         self._workflow = workflow
-        # The number of the first line without a key, unless it is the key of another line, and the
-        # key that the line gets; and whether the numbers of lines are the keys, as in version 0.1.
-        self.first_without_key: tuple[str, str] | None = None
+        # The number of the first line without a key, and whether the numbers of lines are the keys.
+        self.first_without_key: int | None = None
         self.is_numbered = False
         # The numbers of the lines, by what is started and by the names of its inputs.
         self.starts: dict[Target, dict[tuple[str, ...], list[int]]] = {}
@@ -67,7 +66,7 @@ class ItemFile:
                 continue
             first = first_lines.setdefault(request.key, number)
             if self.first_without_key is None and request.key == _digest(line):
-                self.first_without_key = str(number), request.key
+                self.first_without_key = number
             if first == number:
                 target = request.workflow, request.label, request.version
                 names = tuple(request.inputs)
@@ -80,8 +79,6 @@ class ItemFile:
         self.refuse(problems)
         if not first_lines:
             raise Misuse(f"{self._name} has no items")
-        if self.first_without_key is not None and self.first_without_key[0] in first_lines:
-            self.first_without_key = None
         self.count = len(first_lines)
 
     def refuse(self, problems: Mapping[int, str]) -> None:
@@ -98,6 +95,12 @@ class ItemFile:
         for number, line in self._lines():
             if number in numbers:
                 yield number, self._request(number, line).key
+
+    def default_keys(self) -> Iterator[str]:
+        """Yield the digests of the lines without a key."""
+        for number, line in self._lines():
+            if self._request(number, line).key == (digest := _digest(line)):
+                yield digest
 
     def __iter__(self) -> Iterator[StartRequest]:
         for number, line in self._lines():

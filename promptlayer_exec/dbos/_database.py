@@ -43,9 +43,9 @@ _OTHER_SCHEMAS = sa.text(
     """
     SELECT nspname FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
     WHERE relname = 'promptlayer_batch' AND relkind = 'r'
-        AND pg_class.oid IS DISTINCT FROM to_regclass('promptlayer_batch')
     """
 )
+_OWN_TABLE = sa.select(sa.func.to_regclass("promptlayer_batch"))
 # A worker has one more to PostgreSQL, on which DBOS listens. Calls wait for a connection as long as
 # they would retry. To SQLite there are as many as are needed (0): those that wait for a locked file
 # would keep all others waiting, and nothing can end that.
@@ -285,10 +285,12 @@ def _changes(connection: sa.Connection) -> int:
 
 
 def _check_schema(connection: sa.Connection) -> None:
-    """Refuse a database that has the tables in another schema than this connection finds.
+    """Refuse to make the tables if another schema has them, which this connection does not see.
 
     DBOS has its tables in one schema, `dbos`, so two batches of one name would share their items.
     """
+    if connection.execute(_OWN_TABLE).scalar_one() is not None:
+        return
     found = connection.execute(_OTHER_SCHEMAS).scalars().all()
     if found:
         raise ConfigurationError(

@@ -68,20 +68,21 @@ def requeue(
 ) -> int:
     """Put the items of some workers (their DBOS executors) back into their queue, all at once.
 
-    `only` are the workflows of these items, None for all that the workers have. Returns how many
-    there were. Writes to `workflow_status`, whose columns are documented. The documented
-    `resume_workflows` would take an item from the live worker that dequeued it meanwhile, and
-    `DBOS._recover_pending_workflows` makes several round trips for each item.
+    `only` are the workflows of these items, from whichever queue they come; None for all that the
+    workers have from this one. Returns how many there were. Writes to `workflow_status`, whose
+    columns are documented. The documented `resume_workflows` would take an item from the live
+    worker that dequeued it meanwhile, and `DBOS._recover_pending_workflows` makes several round
+    trips for each item.
     """
     table = _workflows(connection)
     taken = [table.c.status == "PENDING", table.c.executor_id.in_(executors)]
-    if only is not None:
-        taken.append(table.c.workflow_uuid.in_(only))
+    which = table.c.queue_name == queue if only is None else table.c.workflow_uuid.in_(only)
     update = (
         sa.update(table)
-        .where(table.c.queue_name == queue, *taken)
+        .where(which, *taken)
         .values(
             status="ENQUEUED",
+            queue_name=queue,
             owner_xid=None,
             started_at_epoch_ms=None,
             application_version=version,

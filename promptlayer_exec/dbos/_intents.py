@@ -88,14 +88,18 @@ class Started(NamedTuple):
 
 
 class State(NamedTuple):
-    """Whether an attempt of an item has no outcome yet, and what is recorded about its start."""
+    """Whether an attempt of an item has no outcome yet, and what is recorded about its start.
+
+    The digest says what the key stands for; version 0.1 stored none.
+    """
 
     is_open: bool
-    intent: str | None
-    started: str | None
+    intent: str | None = None
+    started: str | None = None
+    digest: str | None = None
 
 
-_CLOSED = State(False, None, None)
+_CLOSED = State(False)
 
 
 class Intent(NamedTuple):
@@ -151,8 +155,12 @@ def write(
                     "replaced": intent.replaced,
                 }
                 recorded.update(connection.execute(_RECORD_ONE, row).scalars())
-        if taken_back:
-            rows = [{"batch": batch, "key": each.key, "token": each.token} for each in taken_back]
+        # One that is refused now may have been recorded before, by a commit whose end was not seen.
+        refused = [intent for intent in given if intent.token not in recorded]
+        rows = [
+            {"batch": batch, "key": each.key, "token": each.token} for each in taken_back + refused
+        ]
+        if rows:
             connection.execute(_TAKE_BACK, rows)
         return recorded
 
@@ -190,14 +198,15 @@ def read(
 
     One that was taken from the `worker` is not open: whoever has it now goes on with it.
     """
-    query = sa.select(_item.key, _item.attempt, _item.kind, _item.intent, _item.started)
-    query = query.where(_item.batch == batch, _item.key.in_([key for key, _ in attempts]))
+    columns = _item.key, _item.attempt, _item.kind, _item.intent, _item.started, _item.digest
+    query = sa.select(*columns).where(_item.batch == batch)
+    query = query.where(_item.key.in_([key for key, _ in attempts]))
     workflows = {workflow_id(batch, *each): each for each in attempts}
 
     def read() -> dict[tuple[str, int], State]:
         with store.reading() as connection:
             found = {
-                (row.key, row.attempt): State(True, row.intent, row.started)
+                (row.key, row.attempt): State(True, row.intent, row.started, row.digest)
                 for row in connection.execute(query)
                 if row.kind is None
             }

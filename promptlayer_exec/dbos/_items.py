@@ -61,6 +61,7 @@ from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._intents import Intent, Started, State
 from promptlayer_exec.dbos._names import workflow_id
 from promptlayer_exec.dbos._pending import IntentRefused, Item, PendingStart, StartResult
+from promptlayer_exec.dbos._requests import digest_of
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import Ending
 from promptlayer_exec.dbos._values import StoredError, StoredOutcome
@@ -182,6 +183,11 @@ class Items:
         state = await self._states.add((item.key, item.attempt))
         if not state.is_open:
             return None
+        if state.digest not in (None, digest_of(item.request)):
+            raise ConfigurationError(
+                f"item {item.key!r:.100} of batch {self._batch!r} has another request in DBOS: the"
+                " database has the tables of batches in two schemas; use one"
+            )
         if state.started is not None:
             started: StartResult = json.loads(state.started)
             return started
@@ -240,10 +246,6 @@ class Items:
         """Send a start, in a slot of its own each time, until it has a result."""
         pending.task = asyncio.current_task()
         request = self._to_send(item)
-        try:
-            integration.encode_inputs(self._session, request)
-        except (TypeError, ValueError) as error:  # later, they are not the item's
-            return _result(error=error)
         while not pending.is_cancelled:
             pause = 0.0
             async with self._starts.slot() as since:
@@ -266,7 +268,7 @@ class Items:
                     with suppress(ConfigurationError):  # then the item is unknown
                         await pending.not_sent()
                 except Exception as error:  # noqa: BLE001 - some are the item's
-                    result = await self._judge(pending, error, since)
+                    result = await self._judge(pending, request, error, since)
                 else:
                     self._starts.succeeded()
                     pending.execution = execution
@@ -287,7 +289,7 @@ class Items:
             )
 
     async def _judge(
-        self, pending: PendingStart, error: Exception, since: float
+        self, pending: PendingStart, request: StartRequest, error: Exception, since: float
     ) -> StartResult | None:
         """Return the result of a start that failed; None if it is to be tried again."""
         if isinstance(error, StartUnknown):
@@ -302,11 +304,19 @@ class Items:
         if isinstance(error, StatusError) and error.status in _ACCOUNT_STATUSES:
             self._starts.failed(error, since=since)
             return _result(error=error) if pending.is_refused_alone(self._starts) else None
-        if not _is_the_items(error):
+        if not (_is_the_items(error) or self._cannot_be_sent(request)):
             self._starts.close()
             raise error
         self._starts.succeeded()
         return _result(error=error)
+
+    def _cannot_be_sent(self, request: StartRequest) -> bool:
+        """Return True if the inputs are to blame: a limiter, for one, may raise the same errors."""
+        try:
+            integration.encode_inputs(self._session, request)
+        except (TypeError, ValueError):
+            return True
+        return False
 
     async def _explain_refusal(self, item: Item, pending: PendingStart) -> StartResult | None:
         """Return the result of a start whose intent was refused; None to try it again."""

@@ -426,16 +426,6 @@ class Store(Database):
         move = partial(move_resumed, queue=queue, prefix=workflow_prefix(batch))
         self.transact(move, once=True)
 
-    def give_back(self, workflow: str, batch: str, executor: str) -> None:
-        """Put an item that was taken for another batch into the queue of its own batch."""
-        queue = queue_name(batch)
-
-        def work(connection: sa.Connection) -> None:
-            move_resumed(connection, queue, workflow)
-            requeue(connection, queue, [executor], VERSION, {workflow})
-
-        self.transact(work)
-
     def remove_worker(self, executor: str) -> None:
         """Delete the heartbeat of a worker that has stopped, without retrying."""
         delete = sa.delete(_workers).where(_workers.c.executor == executor)

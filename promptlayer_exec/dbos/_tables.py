@@ -114,23 +114,28 @@ FINISH_ONE = sa.text(
 )
 
 
-def lock_batch(connection: sa.Connection, batch: str) -> None:
-    """Lock the batch's row, as storing outcomes does: until the end, no item comes or ends.
+def lock_batch(connection: sa.Connection, batch: str) -> bool:
+    """Lock the batch's row, as storing outcomes does: until the end, no item ends.
+
+    Returns whether there is one.
 
     Others may wait for it with all connections of this process, so whoever has the lock must not
     need another one.
     """
-    connection.execute(sa.update(batches).where(batches.c.name == batch).values(name=batch))
+    lock = sa.update(batches).where(batches.c.name == batch).values(name=batch)
+    return connection.execute(lock).rowcount > 0
 
 
 def delete_if_empty(connection: sa.Connection, batch: str) -> bool:
     """Delete a batch, unless it has items; return whether it is deleted."""
-    lock_batch(connection, batch)  # on SQLite, a transaction begins with a write
+    found = lock_batch(connection, batch)  # on SQLite, a transaction begins with a write
     connection.execute(sa.select(batches).where(batches.c.name == batch).with_for_update())
     if connection.execute(sa.select(items.c.key).where(items.c.batch == batch).limit(1)).first():
         return False
-    for column in (callbacks.c.batch, batches.c.name, workers.c.batch):
+    for column in (callbacks.c.batch, workers.c.batch):
         connection.execute(sa.delete(column.table).where(column == batch))
+    if found:  # one that is added now is not deleted
+        connection.execute(sa.delete(batches).where(batches.c.name == batch))
     return True
 
 

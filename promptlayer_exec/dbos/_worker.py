@@ -184,9 +184,12 @@ class Worker:
     async def _decline(self, workflow: str) -> NoReturn:
         """Give back an item of another batch: all workers take what somebody resumes in DBOS."""
         batch = batch_of(workflow)
-        if batch is None:
+        if batch in {None, self._batch}:
             raise RuntimeError("an item cannot be forked: `batch retry` starts it again")
-        await asyncio.to_thread(self._store.give_back, workflow, batch, self._executor)
+        try:
+            await asyncio.to_thread(self._store.requeue, batch, [self._executor], {workflow})
+        except Exception as error:  # noqa: BLE001 - DBOS would end the item with it
+            self._give_up(error)
         await suspend()
 
     def _give_up(self, error: Exception) -> None:

@@ -183,6 +183,23 @@ def test_the_encoding_of_the_database_does_not_matter_if_it_has_the_keys(
         asyncio.run(latin_batch.add([request]))
 
 
+def test_a_batch_that_is_added_while_nothing_is_deleted_stays(postgres_scene: Any) -> None:
+    """Two calls delete a batch: one has done so, and the other finds nothing to lock."""
+    url = check_url(postgres_scene.url)
+    added: list[int] = []
+    with closing(Store(url)) as store, closing(Store(url)) as other:
+        store.prepare()
+
+        @sa.event.listens_for(store.engine, "before_cursor_execute")
+        def add_first(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+            if statement.startswith("DELETE FROM promptlayer_callback") and not added:
+                added.append(other.add("b", [Row("1", "{}", "")]))
+
+        assert store.delete("b") == 0
+        assert added == [1]
+        assert other.status("b").total == 1
+
+
 def test_batches_in_two_schemas_of_one_database_are_refused(postgres: Any, sim: Simulator) -> None:
     """DBOS has its tables in one schema, so each batch would get the results of the other."""
     session = Session(sim.api_key, base_url=sim.base_url)
@@ -190,14 +207,17 @@ def test_batches_in_two_schemas_of_one_database_are_refused(postgres: Any, sim: 
     with psycopg.connect(url, autocommit=True) as server:
         server.execute("CREATE SCHEMA ours")
         server.execute("CREATE SCHEMA theirs")
-    ours, theirs = (
+    ours, theirs, again = (
         Batch("b", database_url=f"{url}&options=-csearch_path%3D{schema}", session=session)
-        for schema in ("ours", "theirs")
+        for schema in ("ours", "theirs", "ours")
     )
     assert asyncio.run(ours.add([StartRequest("job", {"n": 1}, key="1")])) == 1
     with pytest.raises(ConfigurationError, match=r"are in the schema 'ours', which is not where"):
         asyncio.run(theirs.add([StartRequest("job", {"n": 2}, key="1")]))
     assert asyncio.run(ours.kinds(["1"])) == {"1": None}
+    with psycopg.connect(url, autocommit=True) as server:
+        server.execute("CREATE TABLE theirs.promptlayer_batch AS TABLE ours.promptlayer_batch")
+    assert asyncio.run(again.status()).total == 1
 
 
 CALLED_BACK = """
