@@ -214,13 +214,18 @@ class Slots(AbstractAsyncContextManager[None]):
     def __init__(self, connections: int) -> None:
         self.first = asyncio.Semaphore(connections)
         self._queue = asyncio.Lock()
+        self._waiting = 0
 
     async def __aenter__(self) -> None:
-        if self.first.locked():
+        if not self._waiting and not self.first.locked():
+            await self.first.acquire()
+            return
+        self._waiting += 1
+        try:
             async with self._queue:
                 await self.first.acquire()
-        else:
-            await self.first.acquire()
+        finally:
+            self._waiting -= 1
 
     async def __aexit__(self, *_: object) -> None:
         self.first.release()

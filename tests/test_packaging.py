@@ -98,6 +98,7 @@ LAYERS = [
     "_throttle",
     "_redaction",
     "_protocols",
+    "_connection_errors",
     "_connections",
     "_settings",
     "_transport",
@@ -354,7 +355,7 @@ def test_only_the_transport_and_its_connections_import_aiohttp() -> None:
         ]
         if "aiohttp" in names:
             users.add(module)
-    assert users == {"_connections", "_transport"}
+    assert users == {"_connection_errors", "_connections", "_transport"}
 
 
 def test_the_bill_of_materials_has_every_dependency() -> None:
