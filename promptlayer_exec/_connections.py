@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 from weakref import WeakKeyDictionary
 
@@ -268,7 +269,7 @@ class Pools:
         """Open our own pools, closed by `resources`, or divide a borrowed client session."""
         headers = _HEADERS | {"X-API-KEY": api_key}
         if settings.http is not None:
-            return cls._borrow(settings.http, settings.max_connections, headers)
+            return cls._borrow(settings.http, settings, headers)
         pools = []
         for slots, force_close in zip(_slots(settings.max_connections), (False, True), strict=True):
             http = aiohttp.ClientSession(
@@ -286,20 +287,30 @@ class Pools:
 
     @classmethod
     def _borrow(
-        cls, http: aiohttp.ClientSession, max_connections: int, headers: dict[str, str]
+        cls, http: aiohttp.ClientSession, settings: Settings, headers: dict[str, str]
     ) -> Self:
-        """Divide the connections of the caller's client session between reads and starts."""
+        """Divide the connections of the caller's client session between reads and starts.
+
+        If their number is limited, push takes a share of them, and shares that of reads if there
+        are less than three.
+        """
         connector = http.connector
         limits = (connector.limit, connector.limit_per_host) if connector is not None else ()
+        most = min((limit for limit in limits if limit), default=0)
+        of_push = _CONNECTIONS_OF_PUSH
+        if settings.push and most:
+            of_push = min(most // 4 or 1, of_push) if most > 2 else 0
+            most -= of_push
         if "User-Agent" in http.headers:
             del headers["User-Agent"]
         # A request's middlewares replace the session's, which have no public name.
         middlewares = (*http._middlewares, _send_once)
-        reads, starts = _slots(min([max_connections, *(limit for limit in limits if limit)]))
+        pool = partial(Pool, http, middlewares=middlewares, is_borrowed=True)
+        reads, starts = _slots(min(settings.max_connections, most or settings.max_connections))
         return cls(
-            Pool(http, reads, headers, middlewares, is_borrowed=True),
-            Pool(http, starts, headers | {"Connection": "close"}, middlewares, is_borrowed=True),
-            Pool(http, Slots(_CONNECTIONS_OF_PUSH), headers, middlewares, is_borrowed=True),
+            pool(slots=reads, headers=headers),
+            pool(slots=starts, headers=headers | {"Connection": "close"}),
+            pool(slots=Slots(of_push) if of_push else reads, headers=headers),
         )
 
 

@@ -30,9 +30,10 @@ class Redactor:
 
     def redact_body(self, body: bytes) -> bytes:
         """Return a body that may be JSON, in one of its encodings, with `***` for the secret."""
-        encoding = json.detect_encoding(body)
+        body = self.redact_bytes(body)
+        encoding = json.detect_encoding(body)  # of the first bytes, which may mislead
         if encoding.startswith("utf-8"):
-            return self.redact_bytes(body)
+            return body
         text = body.decode(encoding, "replace")
         clean = self.redact(text)
         return body if clean == text else clean.encode()

@@ -49,6 +49,7 @@ from promptlayer_exec._events import logger
 from promptlayer_exec._policies import TRANSIENT_STATUSES
 from promptlayer_exec._safety_net import SafetyNet
 from promptlayer_exec._tasks import clock
+from promptlayer_exec._transport import excess
 from promptlayer_exec._wakeups import EarlyWakeUps
 from promptlayer_exec._wire import (
     TOKEN_PATH,
@@ -423,15 +424,14 @@ class _Client(Client):
     ) -> None:
         super().__init__(address, **settings)
         self._open = partial(_Connect, address, proxy=proxy, max_size=max_bytes)
+        self._max_bytes = max_bytes
 
     async def _open_transport(self) -> ClientConnection:
         return await self._open(open_timeout=_HANDSHAKE, close_timeout=_CLOSE)
 
     async def _process_incoming_data(self, message: Any, attempt: int) -> None:
         try:
-            # The library would set a timer with a NaN, after which the loop calls no other timer.
-            for line in message.strip().split("\n"):
-                json.loads(line, parse_constant=_refuse)
+            _check_frame(message, self._max_bytes)
             await super()._process_incoming_data(message, attempt)
         except Exception as error:  # noqa: BLE001 - the library would log it and stop for good
             logger.debug("push: a frame cannot be read (%s)", type(error).__name__)
@@ -448,6 +448,17 @@ class _Client(Client):
         """Wait until a disconnected client has no task left."""
         while self._background_tasks:
             await asyncio.wait(self._background_tasks)
+
+
+def _check_frame(frame: str, max_bytes: int) -> None:
+    """Raise `ValueError` for a frame that would take too much memory, or stop timers.
+
+    The library sets some by what it reads. After a NaN, asyncio's loop calls no other timer.
+    """
+    if too_large := excess(frame.encode(), max_bytes):
+        raise ValueError(f"the frame {too_large}")
+    for line in frame.strip().split("\n"):
+        json.loads(line, parse_constant=_refuse)
 
 
 def _refuse(constant: str) -> NoReturn:

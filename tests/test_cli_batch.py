@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import termios
@@ -18,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -626,6 +627,9 @@ def test_a_batch_of_numbered_lines_is_continued(sim: Simulator, run: Run, tmp_pa
     """In version 0.1, a line without a key had its number as the key."""
     file = write(tmp_path / "night.jsonl", {"key": "1", "workflow": "echo", "inputs": {"n": 1}})
     assert run("run", file)[0] == 0
+    database_file = tmp_path / "state/promptlayer-exec/batches.sqlite"
+    with closing(sqlite3.connect(database_file)) as database, database:
+        database.execute("UPDATE promptlayer_item SET digest = NULL")
     write(file, *({"workflow": "echo", "inputs": {"n": n}} for n in (1, 2)))
     code, out, _ = run("run", file)
     assert code == 0

@@ -41,6 +41,7 @@ from promptlayer_exec import (
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos import Batch
 from promptlayer_exec.dbos import _breaker as breakers
+from promptlayer_exec.dbos import _callbacks as callbacks
 from promptlayer_exec.dbos import _connector as connectors
 from promptlayer_exec.dbos import _database as databases
 from promptlayer_exec.dbos import _intents as intents_
@@ -649,6 +650,22 @@ async def test_a_worker_whose_ending_is_refused_leaves_an_item_that_it_has_lost(
     end_of_another(url)
     assert (await working).succeeded == 1
     assert sim.request_count == 1
+
+
+@pytest.mark.parametrize("restart_unknown", [False, True])
+async def test_a_start_of_a_worker_that_is_gone_is_followed_if_its_callback_has_come(
+    sim: Simulator, batch_of: Callable[..., Batch], url: str, *, restart_unknown: bool
+) -> None:
+    """It has started a run, and the id is known."""
+    found = sim.add_execution(Scenario([SimNode("Answer", "0", is_output_node=True)]))
+    batch = batch_of(restart_unknown=restart_unknown)
+    await batch.add(requests(1))
+    with closing(Store(check_url(url))) as store:
+        intents_.write(store, "night", [intents_.Intent("0", 1, "of another", None, False)])
+        callbacks.record(store, "night", "of another", found)
+    assert (await batch.work()).succeeded == 1
+    assert [outcome.execution_id async for outcome in batch.outcomes()] == [found]
+    assert sim.runs == []
 
 
 @pytest.mark.parametrize("restart_unknown", [False, True])

@@ -125,6 +125,28 @@ def test_a_start_that_started_nothing_does_not_end_an_item_with_another_start(
     assert (status.waiting, status.finished) == (2, 2)
 
 
+@pytest.mark.parametrize(
+    ("kind", "intent", "started", "ends"),
+    [
+        ("unknown", "another", None, True),
+        ("unknown", None, None, False),
+        ("unknown", "a third", None, False),
+        ("unknown", "another", "{}", False),
+        ("failed", "another", None, True),
+        ("failed", "another", "{}", False),
+    ],
+)
+def test_an_ending_because_of_another_start_needs_that_start(
+    store: Store, kind: str, intent: str | None, started: str | None, ends: bool
+) -> None:
+    """It may have been taken back meanwhile, replaced, or recorded."""
+    store.add("b", [Row("1", "{}", "")])
+    with store.engine.begin() as connection:
+        connection.execute(sa.update(items).values(intent=intent, started=started))
+    ending = Ending("1", 1, kind, "{}", of_another="another")
+    assert store.finish("b", [ending]) == ({("1", 1)} if ends else set())
+
+
 def test_an_item_that_ends_twice_in_one_call_is_counted_once(store: Store) -> None:
     """As the ending that is stored."""
     store.add("b", [Row("1", "{}", "")])

@@ -709,6 +709,21 @@ class TestFaults:
         await polled_to_the_end(server, execution)
         await polled_to_the_end(server, await session.start("w"))
 
+    @pytest.mark.parametrize("limit", [3, 8])
+    async def test_a_handshake_that_hangs_takes_few_connections_of_a_borrowed_session(
+        self, open_pushed: Callable[..., Session], server: Server, limit: int
+    ) -> None:
+        """Starts and polls have the others, however many workflows there are."""
+        server.hold = {TOKEN}
+        connector = aiohttp.TCPConnector(limit=limit)
+        async with asyncio.timeout(10), aiohttp.ClientSession(connector=connector) as http:
+            session = open_pushed(poll=OFTEN, http=http, request_timeout=60.0)
+            executions = [await session.start(workflow) for workflow in range(1, limit + 2)]
+            await server.until(lambda: server.count(TOKEN) >= 1)
+            for execution in executions:
+                await polled_to_the_end(server, execution)
+            await session.aclose()
+
     @pytest.mark.usefixtures("short_gaps")
     async def test_silence_is_noticed(
         self,
@@ -1054,6 +1069,23 @@ class TestFaults:
         waiting = asyncio.create_task(execution.output(timeout=10))
         await server.finish(execution.id)
         assert await waiting == "42"
+
+    async def test_a_message_of_too_many_values_is_not_read(
+        self, open_pushed: Callable[..., Session], server: Server
+    ) -> None:
+        """They would take many times the limit; what follows is read."""
+        session = open_pushed(max_response_bytes=10_000_000)
+        execution = await session.start("w")
+        await server.subscribed()
+        other = await session.start("w")
+        waiting = [asyncio.create_task(one.output(timeout=10)) for one in (execution, other)]
+        await server.until(lambda: server.polls == 2)
+        await server.publish({**completion(execution.id), "more": [0] * 2_000_000})
+        await server.finish(other.id)
+        assert await waiting[1] == "42"
+        assert server.polls == 3
+        await server.finish(execution.id)
+        assert await waiting[0] == "42"
 
     async def test_a_token_that_is_expired_already_is_renewed(
         self, session: Session, server: Server

@@ -70,6 +70,8 @@ def test_a_body_that_is_not_json_is_redacted_as_text() -> None:
     """The same is true for JSON that is nested too deeply."""
     escaped = "".join(f"\\u{ord(char):04x}" for char in KEY)
     assert REDACTOR.redact_body(f"<b>{escaped}".encode()) == b"<b>***"
+    for start in (b"\0", b"\xff\xfe", b"\xfe\xff", b"a\0", b"\0\0\0a"):
+        assert REDACTOR.redact_body(start + KEY.encode()) == start + b"***"
     assert REDACTOR.redact_body(f"<b>{KEY}".encode()) == b"<b>***"
     assert REDACTOR.redact_body(b"[" * 100_000) == b"[" * 100_000
 

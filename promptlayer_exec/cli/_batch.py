@@ -144,7 +144,9 @@ def _run(
             batch = await working_batch(batch_name, settings, base_url, outage, push=push)
             shown = f"batch '{printable(batch_name)}' in {shown_database(database)}"
             await _refuse_foreign_results(batch, shown, result_file)
-            items.is_numbered = await _is_numbered(batch, items)
+            # Version 0.1 took the number of the line, and its batches have to be continued.
+            first = items.first_without_key
+            items.is_numbered = first is not None and await batch.has_old_item(str(first))
             await _check_inputs(batch, items, base_url, outage)
             progress = BatchProgress(transient=True)
             with progress.shown():
@@ -164,18 +166,6 @@ def _run(
             return await _work_on(batch_name, batch, stop_after_failures, lines)
 
     raise typer.Exit(run_command(work(), subject))
-
-
-async def _is_numbered(batch: Batch, items: ItemFile) -> bool:
-    """Return True if version 0.1 added the lines: it took numbers for keys, and no digests."""
-    first = items.first_without_key
-    if first is None or not await batch.kinds([str(first)]):
-        return False
-    digests = items.default_keys()
-    while some := [*islice(digests, _KEYS_AT_ONCE)]:
-        if await batch.kinds(some):
-            return False
-    return True
 
 
 @batch_app.command(

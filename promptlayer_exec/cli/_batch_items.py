@@ -96,12 +96,6 @@ class ItemFile:
             if number in numbers:
                 yield number, self._request(number, line).key
 
-    def default_keys(self) -> Iterator[str]:
-        """Yield the digests of the lines without a key."""
-        for number, line in self._lines():
-            if self._request(number, line).key == (digest := _digest(line)):
-                yield digest
-
     def __iter__(self) -> Iterator[StartRequest]:
         for number, line in self._lines():
             yield self._request(number, line)

@@ -313,6 +313,14 @@ class Batch:
         """
         return await self._report(reports.kinds, keys)
 
+    async def has_old_item(self, key: str) -> bool:
+        """Return whether version 0.1 added the item of this key.
+
+        Raises:
+            ConfigurationError: the database cannot be used.
+        """
+        return await self._report(reports.has_old_item, key)
+
     async def latest_kinds(self, count: int) -> list[tuple[int, Kind]]:
         """Return how the items that ended last did, each with a growing number, the newest first.
 

@@ -53,7 +53,9 @@ def end_cancelled(store: Store, batch: str) -> int:
                     started = started or _started(store.steps(workflow))
                 outcome = _outcome(row.key, started, is_sent=row.intent is not None)
                 # It may be started meanwhile; then this is decided again at the next look.
-                endings.append(Ending.of(row.attempt, outcome, row.intent or NO_INTENT))
+                intent = NO_INTENT if row.intent is None else None
+                ending = Ending.of(row.attempt, outcome, intent, of_another=row.intent)
+                endings.append(ending)
         if endings:
             callbacks.finish(store, batch, endings)
         count += len(endings)

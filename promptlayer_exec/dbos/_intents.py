@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from promptlayer_exec.dbos._dbos_internals import owned
 from promptlayer_exec.dbos._names import workflow_id
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import items
+from promptlayer_exec.dbos._tables import callbacks, items
 
 _item = items.c
 # PostgreSQL: all intents of a call in one round trip.
@@ -90,13 +90,16 @@ class Started(NamedTuple):
 class State(NamedTuple):
     """Whether an attempt of an item has no outcome yet, and what is recorded about its start.
 
-    The digest says what the key stands for; version 0.1 stored none.
+    Attributes:
+        digest: says what the key stands for; version 0.1 stored none.
+        called_back: the execution id in the callback of the start with this intent.
     """
 
     is_open: bool
     intent: str | None = None
     started: str | None = None
     digest: str | None = None
+    called_back: int | None = None
 
 
 _CLOSED = State(False)
@@ -198,15 +201,23 @@ def read(
 
     One that was taken from the `worker` is not open: whoever has it now goes on with it.
     """
-    columns = _item.key, _item.attempt, _item.kind, _item.intent, _item.started, _item.digest
-    query = sa.select(*columns).where(_item.batch == batch)
-    query = query.where(_item.key.in_([key for key, _ in attempts]))
+    called_back = sa.and_(callbacks.c.batch == _item.batch, callbacks.c.token == _item.intent)
+    query = (
+        sa.select(
+            *(_item.key, _item.attempt, _item.kind, _item.intent, _item.started, _item.digest),
+            callbacks.c.execution_id,
+        )
+        .outerjoin(callbacks, called_back)
+        .where(_item.batch == batch, _item.key.in_([key for key, _ in attempts]))
+    )
     workflows = {workflow_id(batch, *each): each for each in attempts}
 
     def read() -> dict[tuple[str, int], State]:
         with store.reading() as connection:
             found = {
-                (row.key, row.attempt): State(True, row.intent, row.started, row.digest)
+                (row.key, row.attempt): State(
+                    True, row.intent, row.started, row.digest, row.execution_id
+                )
                 for row in connection.execute(query)
                 if row.kind is None
             }

@@ -141,8 +141,13 @@ class Items:
                 if pending.is_refused:
                     continue
                 outcome = await self._in_callers_loop(self._follow(item.key, started))
-                intent = None if item.is_first_version else pending.recorded_intent
-                is_stored = await self._endings.add(Ending.of(item.attempt, outcome, intent))
+                intent, of_another = pending.recorded_intent, None
+                if intent is None:
+                    of_another = pending.replaced
+                if item.is_first_version:  # DBOS does not run its steps again
+                    intent = of_another = None
+                ending = Ending.of(item.attempt, outcome, intent, of_another=of_another)
+                is_stored = await self._endings.add(ending)
                 is_stored = is_stored or item.is_first_version or item.started is not None
         except Exception as error:  # noqa: BLE001 - DBOS would end the item with it
             self._end(error)
@@ -192,16 +197,23 @@ class Items:
             started: StartResult = json.loads(state.started)
             return started
         if state.intent is not None:  # of a worker that may have sent the start
-            if not self._restart_unknown:
-                pending.recorded_intent = state.intent
-                return _unknown(item)
+            if state.called_back is not None:  # it has
+                return await self._record(item, pending, state.intent, _result(state.called_back))
             pending.replaced = state.intent
+            if not self._restart_unknown:
+                return _unknown(item)
         result = await self._send(item, pending, is_ours=True)
-        if result["execution_id"] is not None:
-            start = Started(item.key, item.attempt, pending.token, json.dumps(result))
-            if not await self._started.add(start):
-                pending.is_refused = True
-                await self._rescue(item, pending, is_taken=True)
+        if result["execution_id"] is None:
+            return result
+        return await self._record(item, pending, pending.token, result)
+
+    async def _record(
+        self, item: Item, pending: PendingStart, token: str, result: StartResult
+    ) -> StartResult:
+        start = Started(item.key, item.attempt, token, json.dumps(result))
+        if not await self._started.add(start):
+            pending.is_refused = True
+            await self._rescue(item, pending, is_taken=True)
         return result
 
     async def _start_in_steps(self, item: Item, pending: PendingStart) -> StartResult | None:

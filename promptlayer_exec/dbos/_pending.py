@@ -51,8 +51,9 @@ class PendingStart:
     Attributes:
         may_be_sent: whether its intent may be recorded, so that it must not be cancelled any more.
         is_refused: whether its intent, or its result, was not recorded: another one is there.
-        recorded_intent: the token of its intent, if that was recorded, even if it was taken back;
-            or of the intent of another worker, because of which it is not sent.
+        replaced: the token of the intent of another worker, which may have sent the start: this one
+            replaces it, or is not sent.
+        recorded_intent: the token of its intent, if that was recorded, even if it was taken back.
         settled: set when its result is recorded, or there is nothing to record.
     """
 

@@ -109,6 +109,12 @@ def kinds(store: Store, batch: str, keys: Iterable[str]) -> dict[str, Kind | Non
     return found
 
 
+def has_old_item(store: Store, batch: str, key: str) -> bool:
+    """Return whether there is an item of this key without a digest: version 0.1 stored none."""
+    query = sa.select(_item.key).where(_item.batch == batch, _item.key == key)
+    return bool(store.rows(query.where(_item.digest.is_(None))))
+
+
 def latest_kinds(store: Store, batch: str, count: int) -> list[tuple[int, Kind]]:
     """Return the numbers and kinds of the outcomes that were stored last, the newest first."""
     query = sa.select(_item.seq, _item.kind).where(_item.batch == batch, _item.seq.is_not(None))

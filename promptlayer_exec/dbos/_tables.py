@@ -95,12 +95,17 @@ FINISH = sa.text(
     SET kind = t.kind, outcome = t.outcome, seconds = t.seconds, seq = :first + t.position - 1
     FROM unnest(
         CAST(:key AS text[]), CAST(:attempt AS int[]), CAST(:kind AS text[]),
-        CAST(:outcome AS text[]), CAST(:seconds AS float[]), CAST(:intent AS text[])
-    ) WITH ORDINALITY AS t (key, attempt, kind, outcome, seconds, intent, position)
+        CAST(:outcome AS text[]), CAST(:seconds AS float[]), CAST(:intent AS text[]),
+        CAST(:of_another AS text[])
+    ) WITH ORDINALITY AS t (key, attempt, kind, outcome, seconds, intent, of_another, position)
     WHERE promptlayer_item.batch = :batch AND promptlayer_item.key = t.key
         AND promptlayer_item.attempt = t.attempt AND promptlayer_item.kind IS NULL
-        AND (promptlayer_item.started IS NULL OR t.kind <> 'unknown' AND t.intent IS NULL)
+        AND (
+            promptlayer_item.started IS NULL
+            OR t.kind <> 'unknown' AND t.intent IS NULL AND t.of_another IS NULL
+        )
         AND (t.intent IS NULL OR coalesce(promptlayer_item.intent, t.intent) = t.intent)
+        AND (t.of_another IS NULL OR promptlayer_item.intent = t.of_another)
     RETURNING t.key, t.attempt, t.kind
     """
 )
@@ -108,8 +113,9 @@ FINISH_ONE = sa.text(
     """
     UPDATE promptlayer_item SET kind = :kind, outcome = :outcome, seconds = :seconds, seq = :seq
     WHERE batch = :batch AND key = :key AND attempt = :attempt AND kind IS NULL
-        AND (started IS NULL OR :kind <> 'unknown' AND :intent IS NULL)
+        AND (started IS NULL OR :kind <> 'unknown' AND :intent IS NULL AND :of_another IS NULL)
         AND (:intent IS NULL OR coalesce(intent, :intent) = :intent)
+        AND (:of_another IS NULL OR intent = :of_another)
     """
 )
 
@@ -150,6 +156,8 @@ class Ending:
     Attributes:
         intent: the token of the start that started no run, or may have. If another one is recorded
             meanwhile, the item goes on with that.
+        of_another: the token of another worker's start, which may have started a run. If it is no
+            longer recorded, it did not.
     """
 
     key: str
@@ -158,13 +166,22 @@ class Ending:
     outcome: str
     seconds: float | None = None
     intent: str | None = None
+    of_another: str | None = None
 
     @classmethod
-    def of(cls, attempt: int, outcome: StoredOutcome, intent: str | None = None) -> Ending:
+    def of(
+        cls,
+        attempt: int,
+        outcome: StoredOutcome,
+        intent: str | None = None,
+        *,
+        of_another: str | None = None,
+    ) -> Ending:
         """Return the ending of an attempt with this outcome; `intent` is that of its start."""
         seconds = None
         if outcome.started is not None:  # the clock may have been put back
             seconds = max((outcome.finished - outcome.started).total_seconds(), 0.0)
         if outcome.execution_id is not None:
-            intent = None
-        return cls(outcome.key, attempt, outcome.kind, outcome.to_json(), seconds, intent)
+            intent = of_another = None
+        kind, text = outcome.kind, outcome.to_json()
+        return cls(outcome.key, attempt, kind, text, seconds, intent, of_another)
