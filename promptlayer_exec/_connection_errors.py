@@ -98,7 +98,7 @@ def _proxy_reason(error: BaseException | None) -> str | None:
         return f"the proxy refused the connection: {error.status} {error.message}"
     if isinstance(error, aiohttp.ClientProxyConnectionError):
         return f"no connection to the proxy {error.host}:{error.port}: {_connect_reason(error)}"
-    if isinstance(error, aiohttp.InvalidURL):  # ours is checked when the session is made
+    if isinstance(error, aiohttp.InvalidURL):  # not base_url: the session has checked that
         return "the URL of the proxy is not valid: it must begin with http:// or https://"
     return None
 

@@ -35,7 +35,7 @@ USER_AGENT = (
     f"promptlayer-exec/{__version__} aiohttp/{aiohttp.__version__}"
     f" Python/{sys.version_info.major}.{sys.version_info.minor}"
 )
-# Beside `max_connections`, as its WebSockets are.
+# In addition to `max_connections`; WebSockets are not counted there either.
 _CONNECTIONS_OF_PUSH = 4
 _HEADERS = {"Accept": "application/json", "User-Agent": USER_AGENT}
 
@@ -206,10 +206,11 @@ def abort(transport: asyncio.Transport | None) -> None:
 
 
 class Slots(AbstractAsyncContextManager[None]):
-    """A slot for each request that enters, and has a connection.
+    """The right to use one of so many connections; `async with` waits behind all others.
 
     Attributes:
-        first: entered by a request that waits for one other at most, and for those that enter here.
+        first: entered instead by an urgent request, which waits for at most one ordinary request
+            and for earlier urgent ones.
     """
 
     def __init__(self, connections: int) -> None:
@@ -257,7 +258,8 @@ class Pools:
 
     Starts have a share of their own, so that neither kind keeps the other waiting. In our own
     pools, each start gets a new connection: a used one might be closing just then, and the start
-    would be lost needlessly. The requests of push come on top, so that they keep nothing waiting.
+    would be lost needlessly. Push has a few more, so that a push server that does not answer holds
+    up no poll or start.
     """
 
     reads: Pool

@@ -158,8 +158,8 @@ class Transport:
 
         An error from `read` is handled like any other failure. `due` is when the request should be
         sent, on the event loop's clock; `once` is a request that must not be sent twice. Whatever
-        waits does so within a `timeout`. A request that goes `first` waits behind no others; those
-        of push have connections of their own.
+        waits does so within a `timeout`. A request that goes `first` waits for at most one ordinary
+        request; those of push have connections of their own.
         """
         pools = self._pools
         pool = pools.push if of_push else pools.reads if once is None else pools.starts
@@ -351,7 +351,7 @@ class Transport:
         except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError) as error:
             exchange.failure = error
         except ValueError as error:
-            what = "http=" if pool.is_borrowed else "the URL of the proxy"
+            what = "http=" if pool.is_borrowed else "the URL of a proxy"
             raise ConfigurationError(f"the request failed because of {what}: {error}") from error
         except asyncio.CancelledError as error:
             # If this task was cancelled, and not only something that it awaited, it ends now; but

@@ -119,6 +119,8 @@ def test_a_device_is_no_file_for_results() -> None:
     """Some can be read without an end."""
     with pytest.raises(Misuse, match="/dev/full is a device: name a file, or omit --out"):
         open_results(Path("/dev/full"))
+    with pytest.raises(Misuse, match=r"cannot write to .*: File name too long"):
+        open_results(Path("x" * 300))
 
 
 def test_two_commands_do_not_write_to_one_file(tmp_path: Path) -> None:

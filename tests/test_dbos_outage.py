@@ -709,6 +709,26 @@ async def test_a_start_that_fails_before_it_is_sent_ends_an_item_of_a_worker_tha
     ]
 
 
+async def test_items_that_cannot_be_sent_say_nothing_about_the_server(
+    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise each would end the pause of an outage, in which starts become unknown."""
+    prepare = Session._prepare
+
+    def refuse(session: Session, request: StartRequest) -> Any:
+        if int(request.key or "") % 2:
+            raise ValueError("of the user's converter")
+        return prepare(session, request)
+
+    batch = batch_of(outage=0.5)
+    await batch.add(requests(60))
+    monkeypatch.setattr(Session, "_prepare", refuse)
+    answers(sim, "POST", 503)
+    with pytest.raises(ServerError):
+        await batch.work()
+    assert (await batch.status()).unknown <= 10
+
+
 async def test_an_item_with_another_request_in_dbos_is_not_run(
     sim: Simulator, batch_of: Callable[..., Batch], url: str
 ) -> None:

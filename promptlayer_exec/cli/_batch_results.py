@@ -94,9 +94,9 @@ class LineFile:
         self._path = path
         self.name = printable(str(path))
         self._written: set[tuple[str, str]] = set()
-        if path.is_char_device():  # to read what it has would take for ever
-            raise Misuse(f"{self.name} is a device: name a file, or omit --out")
         try:
+            if path.is_char_device():  # to read what it has would take for ever
+                raise Misuse(f"{self.name} is a device: name a file, or omit --out")
             self._file = path.open("a+b")
         except OSError as error:
             raise _cannot_write(self.name, error) from error

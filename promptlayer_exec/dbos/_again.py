@@ -138,15 +138,17 @@ def _begin(
     )
     changes = dict.fromkeys(("kind", "seq", "outcome", "intent", "started", "seconds"))
     connection.execute(update.values(attempt=_item.attempt + 1, **changes))
-    # Also in the row: where the item is cancelled in DBOS, only that is read.
+    # `end_cancelled` reads the id from the row, not from the workflow's arguments.
     followed = [
-        {"at": again.key, "value": json.dumps(again.started)} for again in possible if again.started
+        {"item_key": again.key, "result": json.dumps(again.started)}
+        for again in possible
+        if again.started
     ]
     if followed:
         store_started = sa.update(items).where(
-            _item.batch == batch, _item.key == sa.bindparam("at")
+            _item.batch == batch, _item.key == sa.bindparam("item_key")
         )
-        connection.execute(store_started.values(started=sa.bindparam("value")), followed)
+        connection.execute(store_started.values(started=sa.bindparam("result")), followed)
     counts = Counter(again.kind for again in possible if again.kind is not None)
     if counts:
         fewer = {kind: batches.c[kind] - count for kind, count in counts.items()}

@@ -68,8 +68,8 @@ def requeue(
 ) -> int:
     """Put the items of some workers (their DBOS executors) back into their queue, all at once.
 
-    `only` are the workflows of these items, from whichever queue they come; None for all that the
-    workers have from this one. Returns how many there were. Writes to `workflow_status`, whose
+    `only`: the workflows to put back, whatever queue they were taken from. None: all that the
+    workers took from `queue`. Returns how many there were. Writes to `workflow_status`, whose
     columns are documented. The documented `resume_workflows` would take an item from the live
     worker that dequeued it meanwhile, and `DBOS._recover_pending_workflows` makes several round
     trips for each item.
@@ -95,14 +95,14 @@ def requeue(
 def adopt_earlier(
     connection: sa.Connection, queue: str, earlier: Sequence[str], version: str
 ) -> int:
-    """Let workers of this version dequeue what workers of earlier ones put back into the queue."""
+    """Let workers of this version dequeue what earlier ones added, or put back into the queue."""
     table = _workflows(connection)
     update = (
         sa.update(table)
         .where(
             table.c.queue_name == queue,
             table.c.status == "ENQUEUED",
-            # Version 0.1 named none; DBOS gives that to workers of the latest version it has seen.
+            # Version 0.1 stored none; DBOS gives such items only to workers of the newest one.
             sa.or_(table.c.application_version.in_(earlier), table.c.application_version.is_(None)),
         )
         .values(application_version=version)

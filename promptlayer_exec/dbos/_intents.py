@@ -158,7 +158,8 @@ def write(
                     "replaced": intent.replaced,
                 }
                 recorded.update(connection.execute(_RECORD_ONE, row).scalars())
-        # One that is refused now may have been recorded before, by a commit whose end was not seen.
+        # One that is refused now may have been recorded before, by a transaction that committed
+        # although its connection was lost.
         refused = [intent for intent in given if intent.token not in recorded]
         rows = [
             {"batch": batch, "key": each.key, "token": each.token} for each in taken_back + refused

@@ -190,8 +190,8 @@ class Items:
             return None
         if state.digest not in (None, digest_of(item.request)):
             raise ConfigurationError(
-                f"item {item.key!r:.100} of batch {self._batch!r} has another request in DBOS: the"
-                " database has the tables of batches in two schemas; use one"
+                f"item {item.key!r:.100} of batch {self._batch!r} has another request in DBOS than"
+                " in the table of items: two schemas of one database may share DBOS's; use one"
             )
         if state.started is not None:
             started: StartResult = json.loads(state.started)
@@ -316,14 +316,16 @@ class Items:
         if isinstance(error, StatusError) and error.status in _ACCOUNT_STATUSES:
             self._starts.failed(error, since=since)
             return _result(error=error) if pending.is_refused_alone(self._starts) else None
-        if not (_is_the_items(error) or self._cannot_be_sent(request)):
+        if not _is_the_items(error):
+            if self._cannot_be_sent(request):
+                return _result(error=error)  # the server has said nothing
             self._starts.close()
             raise error
         self._starts.succeeded()
         return _result(error=error)
 
     def _cannot_be_sent(self, request: StartRequest) -> bool:
-        """Return True if the inputs are to blame: a limiter, for one, may raise the same errors."""
+        """Return True if the request itself cannot be sent; a limiter can raise the same errors."""
         try:
             integration.encode_inputs(self._session, request)
         except (TypeError, ValueError):

@@ -113,7 +113,7 @@ class Store(Database):
         The settings are those of a batch that does not exist yet.
         """
         insert_batch = self.insert(_batches).on_conflict_do_nothing()
-        # Keeps others from deleting the batch, and from nothing else.
+        # FOR KEY SHARE: others cannot delete the batch, but can still change its row.
         keep_batch = sa.select(_batches.c.name).where(_batches.c.name == batch)
         keep_batch = keep_batch.with_for_update(read=True, key_share=True)
         insert = self._insert_each if self.is_sqlite else self._insert_in_one_statement
@@ -328,7 +328,7 @@ class Store(Database):
         return sorted(found, key=lambda each: key_and_attempt(each.workflow_id)[1])
 
     def stopped(self, batch: str) -> dict[str, bool]:
-        """Return the workflows that others ended in DBOS, and whether version 0.1 added them."""
+        """Return the workflows that ended without an outcome, and which version 0.1 added."""
         prefix = workflow_prefix(batch)
         found = self._list_workflows(
             once=True,
@@ -406,12 +406,17 @@ class Store(Database):
         return self.transact(query, once=True)
 
     def requeue(
-        self, batch: str, executors: Sequence[str], only: Collection[str] | None = None
+        self,
+        batch: str,
+        executors: Sequence[str],
+        only: Collection[str] | None = None,
+        *,
+        once: bool = True,
     ) -> None:
-        """Put the items of some workers back into the queue, or `only` these, without retrying."""
+        """Put the items of some workers, or `only` these, back into their batch's queue."""
         queue = queue_name(batch)
         update = partial(requeue, queue=queue, executors=executors, version=VERSION, only=only)
-        self.transact(update, once=True)
+        self.transact(update, once=once)
 
     def taken(self, batch: str, executor: str) -> set[str]:
         """Return the workflows of the items that a worker has taken, without retrying."""

@@ -76,7 +76,7 @@ ADD = sa.text(
         ) AS t (key, request, digest)
     ), new AS (
         INSERT INTO promptlayer_item (batch, key, attempt, digest)
-        SELECT :batch, key, 1, digest FROM given
+        SELECT :batch, key, 1, digest FROM given ORDER BY key
         ON CONFLICT DO NOTHING RETURNING key
     )
     SELECT count(dbos.enqueue_workflow(
@@ -120,27 +120,26 @@ FINISH_ONE = sa.text(
 )
 
 
-def lock_batch(connection: sa.Connection, batch: str) -> bool:
+def lock_batch(connection: sa.Connection, batch: str) -> None:
     """Lock the batch's row, as storing outcomes does: until the end, no item ends.
-
-    Returns whether there is one.
 
     Others may wait for it with all connections of this process, so whoever has the lock must not
     need another one.
     """
-    lock = sa.update(batches).where(batches.c.name == batch).values(name=batch)
-    return connection.execute(lock).rowcount > 0
+    connection.execute(sa.update(batches).where(batches.c.name == batch).values(name=batch))
 
 
 def delete_if_empty(connection: sa.Connection, batch: str) -> bool:
     """Delete a batch, unless it has items; return whether it is deleted."""
-    found = lock_batch(connection, batch)  # on SQLite, a transaction begins with a write
-    connection.execute(sa.select(batches).where(batches.c.name == batch).with_for_update())
+    if connection.dialect.name == "sqlite":
+        lock_batch(connection, batch)  # a transaction begins with a write
+    lock = sa.select(batches.c.name).where(batches.c.name == batch).with_for_update()
+    found = connection.execute(lock).first()
     if connection.execute(sa.select(items.c.key).where(items.c.batch == batch).limit(1)).first():
         return False
     for column in (callbacks.c.batch, workers.c.batch):
         connection.execute(sa.delete(column.table).where(column == batch))
-    if found:  # one that is added now is not deleted
+    if found:  # a batch that was added since then stays
         connection.execute(sa.delete(batches).where(batches.c.name == batch))
     return True
 

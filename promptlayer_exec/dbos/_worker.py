@@ -9,6 +9,7 @@ import asyncio
 import socket
 import time
 from contextlib import suppress
+from functools import partial
 from typing import NoReturn
 from uuid import uuid4
 
@@ -187,7 +188,8 @@ class Worker:
         if batch in {None, self._batch}:
             raise RuntimeError("an item cannot be forked: `batch retry` starts it again")
         try:
-            await asyncio.to_thread(self._store.requeue, batch, [self._executor], {workflow})
+            give_back = partial(self._store.requeue, batch, [self._executor], {workflow})
+            await asyncio.to_thread(give_back, once=False)
         except Exception as error:  # noqa: BLE001 - DBOS would end the item with it
             self._give_up(error)
         await suspend()
