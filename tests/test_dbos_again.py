@@ -194,7 +194,7 @@ async def test_an_item_of_another_batch_that_cannot_be_given_back_goes_on(
 ) -> None:
     """The worker that has taken it ends, and the item does not."""
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise ConfigurationError("the database is gone")
 
     other = Batch("other", database_url=url, session=partial(open_session, sim))
