@@ -99,7 +99,7 @@ def _proxy_reason(error: BaseException | None) -> str | None:
     if isinstance(error, aiohttp.ClientProxyConnectionError):
         return f"no connection to the proxy {error.host}:{error.port}: {_connect_reason(error)}"
     if isinstance(error, aiohttp.InvalidURL):  # not base_url: the session has checked that
-        return "the URL of the proxy is not valid: it must begin with http:// or https://"
+        return "the URL of the proxy is not valid: it must be like http://user:password@host:port"
     return None
 
 

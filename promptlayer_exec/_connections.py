@@ -36,7 +36,7 @@ USER_AGENT = (
     f" Python/{sys.version_info.major}.{sys.version_info.minor}"
 )
 # In addition to `max_connections`; WebSockets are not counted there either.
-_CONNECTIONS_OF_PUSH = 4
+_CONNECTIONS_OF_PUSH = 16
 _HEADERS = {"Accept": "application/json", "User-Agent": USER_AGENT}
 
 

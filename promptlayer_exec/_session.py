@@ -54,7 +54,7 @@ class Session:
         request_timeout: seconds for one HTTP attempt, from connecting to the last byte. Waiting
             for a free connection or for the rate does not count.
         max_connections: how many requests may be in flight at once. A quarter of them, at least
-            one, is reserved for starts; push has up to four more.
+            one, is reserved for starts; push has up to 16 more.
         max_response_bytes: the largest response body, in bytes after decompression.
         rate: HTTP attempts per second, for the whole session; None: unlimited.
         limiter: an additional limit, acquired once per HTTP attempt.

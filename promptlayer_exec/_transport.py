@@ -351,8 +351,9 @@ class Transport:
         except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError) as error:
             exchange.failure = error
         except ValueError as error:
-            what = "http=" if pool.is_borrowed else "the URL of a proxy"
-            raise ConfigurationError(f"the request failed because of {what}: {error}") from error
+            if pool.is_borrowed:
+                raise ConfigurationError(f"the request failed in http=: {error}") from error
+            exchange.failure = aiohttp.InvalidURL("the proxy's, which may have a password")
         except asyncio.CancelledError as error:
             # If this task was cancelled, and not only something that it awaited, it ends now; but
             # an id that has arrived is not thrown away.

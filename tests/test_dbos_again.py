@@ -14,10 +14,11 @@ import pytest
 from dbos import DBOSClient, SetWorkflowID
 from dbos._utils import INTERNAL_QUEUE_NAME
 
-from promptlayer_exec import ConfigurationError, PollPolicy, Session, StartRequest
+from promptlayer_exec import ConfigurationError, ExecutionTimeout, PollPolicy, Session, StartRequest
 from promptlayer_exec.dbos import Batch, BatchStatus, StoredError, StoredOutcome
 from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _cancelled as cancelled
+from promptlayer_exec.dbos import _items as items_
 from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
@@ -66,9 +67,10 @@ def batch(sim: Simulator, url: str) -> Batch:
     return Batch("b", database_url=url, session=partial(open_session, sim))
 
 
-def open_session(sim: Simulator) -> Session:
+def open_session(sim: Simulator, **settings: Any) -> Session:
     """Return a session on a simulator."""
-    return Session(sim.api_key, base_url=sim.base_url, poll=PollPolicy.fixed(0.01), rate=None)
+    often = PollPolicy.fixed(0.01)
+    return Session(sim.api_key, base_url=sim.base_url, poll=often, rate=None, **settings)
 
 
 async def outcomes(batch: Batch) -> dict[str, StoredOutcome]:
@@ -347,6 +349,25 @@ async def test_an_item_that_is_followed_again_and_cancelled_in_dbos_keeps_its_id
     assert await batch.recheck() == 1
     assert (await batch.work()).succeeded == 1
     assert sim.runs == []
+
+
+async def test_an_item_of_which_two_attempts_are_followed_waits_for_both(
+    sim: Simulator, batch: Batch, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker may still follow the one that was cancelled in DBOS, and ends with an error."""
+    monkeypatch.setattr(workers, "_IDLE", 0.3)
+    monkeypatch.setattr(items_, "_FIRST_DELAY", 0.05)
+    slow = Batch("b", database_url=url, session=partial(open_session, sim, wait_timeout=0.2))
+    await slow.add(StartRequest("held", {"n": key}, key=key) for key in ("a", "other"))
+    working = asyncio.create_task(slow.work())
+    while len(sim.runs) < 2:
+        await sim.wait_for_requests(sim.request_count + 1)
+    await cancel(url, "a")
+    while not (await batch.status()).failed:  # noqa: ASYNC110 - there is no event
+        await asyncio.sleep(0.01)
+    assert await batch.recheck() == 1
+    with pytest.raises(ExecutionTimeout):
+        await asyncio.wait_for(working, 20)
 
 
 async def test_an_item_that_is_cancelled_while_it_is_sent_is_unknown(

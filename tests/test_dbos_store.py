@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from promptlayer_exec import ConfigurationError
 from promptlayer_exec.dbos import Durations
 from promptlayer_exec.dbos import _again as again
+from promptlayer_exec.dbos import _callbacks as callbacks
 from promptlayer_exec.dbos import _groups as groups
 from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos import _reports as reports
@@ -176,6 +177,19 @@ def test_items_that_are_added_while_their_batch_is_deleted_are_deleted(
     assert reports.kinds(store, "b", ["1", "2"]) == {}
     assert store.add("b", [Row("2", "{}", "")]) == 1
     assert store.status("b").total == 1
+
+
+def test_an_intent_whose_callback_has_come_is_not_replaced(store: Store) -> None:
+    """It came after another worker had read the row, and says that there is a run already."""
+    store.add("b", [Row(key, "{}", "") for key in ("called back", "unknown")])
+    mine = [Intent(key, 1, f"mine {key}", None, False) for key in ("called back", "unknown")]
+    assert intents.write(store, "b", mine) == [True, True]
+    callbacks.record(store, "b", "mine called back", 787)
+    theirs = [Intent(each.key, 1, f"theirs {each.key}", each.token, False) for each in mine]
+    assert intents.write(store, "b", theirs) == [False, True]
+    assert intents.write(store, "b", mine) == [True, False]
+    (state,) = intents.read(store, "b", [("called back", 1)])
+    assert (state.intent, state.called_back) == ("mine called back", 787)
 
 
 def test_an_intent_that_is_refused_leaves_none_of_an_earlier_try(store: Store) -> None:

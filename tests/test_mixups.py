@@ -701,7 +701,7 @@ async def test_a_borrowed_session_that_cannot_send_says_so(peer: Peer) -> None:
         session_at(peer, http=http) as session,
     ):
         for call in (session.get_results(1), session.start("name")):
-            with pytest.raises(ConfigurationError, match="the request failed because of http="):
+            with pytest.raises(ConfigurationError, match="the request failed in http="):
                 await call
     assert peer.requests == []
 

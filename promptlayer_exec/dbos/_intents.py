@@ -31,7 +31,11 @@ _RECORD = sa.text(
     WHERE promptlayer_item.batch = :batch AND promptlayer_item.key = t.key
         AND promptlayer_item.attempt = t.attempt AND promptlayer_item.kind IS NULL
         AND promptlayer_item.started IS NULL
-        AND coalesce(promptlayer_item.intent, t.token) IN (t.token, t.replaced)
+        AND (coalesce(promptlayer_item.intent, t.token) = t.token
+            OR promptlayer_item.intent = t.replaced AND NOT EXISTS (
+                SELECT 1 FROM promptlayer_callback AS c
+                WHERE c.batch = :batch AND c.token = t.replaced
+            ))
         AND (CAST(:worker AS text) IS NULL OR EXISTS (
             SELECT 1 FROM dbos.workflow_status AS w
             WHERE w.workflow_uuid = t.workflow AND w.executor_id = :worker AND w.status = 'PENDING'
@@ -43,7 +47,12 @@ _RECORD_ONE = sa.text(
     """
     UPDATE promptlayer_item SET intent = :token
     WHERE batch = :batch AND key = :key AND attempt = :attempt AND kind IS NULL
-        AND started IS NULL AND coalesce(intent, :token) IN (:token, :replaced)
+        AND started IS NULL
+        AND (coalesce(intent, :token) = :token
+            OR intent = :replaced AND NOT EXISTS (
+                SELECT 1 FROM promptlayer_callback AS c
+                WHERE c.batch = :batch AND c.token = :replaced
+            ))
         AND (:worker IS NULL OR EXISTS (
             SELECT 1 FROM workflow_status AS w
             WHERE w.workflow_uuid = :workflow AND w.executor_id = :worker AND w.status = 'PENDING'
@@ -110,7 +119,8 @@ class Intent(NamedTuple):
 
     Attributes:
         token: distinguishes the intents of several workers.
-        replaced: the token of another worker's intent that this one may replace.
+        replaced: the token of another worker's intent that this one may replace, unless its
+            callback has come.
     """
 
     key: str

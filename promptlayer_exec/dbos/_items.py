@@ -88,7 +88,7 @@ class Items:
 
     Attributes:
         active: the DBOS workflows of the items that run, and what is set when they end.
-        waiting: the errors of those whose end the server has not reported for too long.
+        waiting: the errors of workflows whose end the server has not reported for too long.
         pending: the starts that have no recorded result yet.
     """
 
@@ -140,7 +140,7 @@ class Items:
                     return  # it has an outcome, or another worker, or a later attempt
                 if pending.is_refused:
                     continue
-                outcome = await self._in_callers_loop(self._follow(item.key, started))
+                outcome = await self._in_callers_loop(self._follow(item, started))
                 intent, of_another = pending.recorded_intent, None
                 if intent is None:
                     of_another = pending.replaced
@@ -386,14 +386,15 @@ class Items:
         if logger.hasHandlers() and not _logs_to_stderr():
             print(text, file=sys.stderr, flush=True)  # noqa: T201 - the id must not get lost
 
-    async def _follow(self, key: str, started: StartResult) -> StoredOutcome:
+    async def _follow(self, item: Item, started: StartResult) -> StoredOutcome:
+        key = item.key
         at = datetime.fromisoformat(started["at"])
         execution_id = started["execution_id"]
         if execution_id is None:
             error = StoredError(*(started["error"] or ("", "")))
             return StoredOutcome(key, None, False, None, error, None, at)
         try:
-            output = await self._output(key, execution_id)
+            output = await self._output(item, execution_id)
             outcome = StoredOutcome(key, execution_id, True, output, None, at, _now())
             outcome.to_json()  # an output that cannot be stored is an error of the item
         except (ExecutionFailed, NotFound, RecursionError) as failure:
@@ -402,8 +403,9 @@ class Items:
         self._answered()
         return outcome
 
-    async def _output(self, key: str, execution_id: int) -> Any:
+    async def _output(self, item: Item, execution_id: int) -> Any:
         """Return the output; raises only what the server said about how the execution ended."""
+        workflow = workflow_id(self._batch, item.key, item.attempt)
         clock = self._loop.time
         failing_since: float | None = None
         unknown_since: float | None = None
@@ -417,7 +419,7 @@ class Items:
                 except ExecutionTimeout as error:
                     failing_since = unknown_since = None
                     delay = _FIRST_DELAY
-                    self._wait_for(key, error)
+                    self._wait_for(item.key, workflow, error)
                 except NotFound:
                     unknown_since = unknown_since or clock()
                     if clock() - unknown_since >= _NOT_FOUND_GRACE:
@@ -435,11 +437,11 @@ class Items:
                         if self._answered_at < failing_since:
                             self._end(error)
                             await suspend()
-                        self._wait_for(key, error)
+                        self._wait_for(item.key, workflow, error)
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, _LONGEST_DELAY)
         finally:
-            self.waiting.pop(key, None)
+            self.waiting.pop(workflow, None)
 
     def _answered(self) -> None:
         self._answered_at = self._loop.time()
@@ -457,11 +459,11 @@ class Items:
             )
             self._starts.hold(True)
 
-    def _wait_for(self, key: str, error: PromptLayerExecError) -> None:
-        if key not in self.waiting:
+    def _wait_for(self, key: str, workflow: str, error: PromptLayerExecError) -> None:
+        if workflow not in self.waiting:
             text = "item %.100r has to wait, and is still followed: %s"
             logger.warning(text, key, integration.log_text(error))
-        self.waiting[key] = error
+        self.waiting[workflow] = error
 
     async def _in_callers_loop(self, work: Coroutine[Any, Any, T]) -> T:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
