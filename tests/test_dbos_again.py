@@ -17,11 +17,14 @@ from dbos._utils import INTERNAL_QUEUE_NAME
 from promptlayer_exec import ConfigurationError, ExecutionTimeout, PollPolicy, Session, StartRequest
 from promptlayer_exec.dbos import Batch, BatchStatus, StoredError, StoredOutcome
 from promptlayer_exec.dbos import _again as again
+from promptlayer_exec.dbos import _callbacks as callbacks
 from promptlayer_exec.dbos import _cancelled as cancelled
+from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos import _items as items_
 from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
+from promptlayer_exec.dbos._intents import Intent
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._names import queue_name, workflow_id
 from promptlayer_exec.dbos._store import Store
@@ -436,6 +439,29 @@ async def test_items_that_version_0_1_adds_after_this_one_has_worked_are_run(
         database.commit()
     async with asyncio.timeout(20):
         assert (await batch.work()).succeeded == 2
+
+
+@pytest.mark.parametrize("restart_unknown", [False, True])
+async def test_an_item_of_version_0_1_is_followed_if_its_callback_has_come(
+    sim: Simulator, url: str, monkeypatch: pytest.MonkeyPatch, *, restart_unknown: bool
+) -> None:
+    """A worker of this version sent its start, and is gone."""
+    found = sim.add_execution(Scenario([SimNode("Answer", 4, is_output_node=True)]))
+    batch = Batch(
+        "b",
+        database_url=url,
+        session=partial(open_session, sim),
+        restart_unknown=restart_unknown,
+    )
+    monkeypatch.setattr(stores, "WORKFLOW", stores.FIRST_WORKFLOW)
+    await batch.add([StartRequest("echo", {"n": 4}, key="a")])
+    monkeypatch.undo()
+    monkeypatch.setattr(stores, "_QUEUE_INTERVAL", 0.02)
+    with closing(Store(check_url(url))) as store:
+        intents.write(store, "b", [Intent("a", 1, "of another", None, False)])
+        callbacks.record(store, "b", "of another", found)
+    assert (await batch.work()).succeeded == 1
+    assert (await outcomes(batch))["a"].execution_id == found
 
 
 @pytest.mark.parametrize("recorded", [[], ["intend"], ["intend", "start"]])

@@ -345,6 +345,8 @@ class Items:
         if not state.is_open:
             return _result()
         pending.is_refused = False
+        if state.called_back is not None:
+            return _result(state.called_back)
         if state.intent is not None and not self._restart_unknown:
             return _unknown(item)
         pending.replaced = state.intent
