@@ -978,6 +978,28 @@ def test_an_outage_of_the_database_makes_no_worker_dead(
     assert store.requeued == []
 
 
+@pytest.mark.parametrize(("seconds", "requeued"), [(14.0, []), (5.0, [["other"]])])
+def test_workers_that_stood_still_together_are_not_dead(
+    now: list[float], monkeypatch: pytest.MonkeyPatch, seconds: float, requeued: list[list[str]]
+) -> None:
+    """As on a machine that sleeps: the first to go on sees heartbeats of before."""
+    store = FakeStore()
+    watch = watching(store)
+    store.recorded["other"] = Heartbeat(1, describe(os.getpid()))
+    rounds = 0
+
+    def wait(_: float) -> None:
+        nonlocal rounds
+        now[0] += seconds
+        rounds += 1
+        if rounds == 4:
+            watch._stop.set()
+
+    monkeypatch.setattr(watch._stop, "wait", wait)
+    watch._run()
+    assert store.requeued[:1] == requeued
+
+
 @pytest.mark.parametrize("is_closed", [True, False])
 async def test_a_worker_whose_loop_was_closed_is_dead(
     sim: Simulator, batch_of: Callable[..., Batch], url: str, is_closed: bool

@@ -27,7 +27,7 @@ HEARTBEAT_INTERVAL = 2.0
 # worker looks, it is below the 15 s within which the items of a dead worker must move.
 DEAD_AFTER = 12.0
 _WATCH_INTERVAL = 0.5
-# An exchange that took longer says nothing about the other workers.
+# Seconds by which an exchange may be late; a later one says nothing about the other workers.
 _SLOW = 4.0
 _LOOK_INTERVAL = 10.0
 
@@ -92,11 +92,11 @@ class Liveness:
                     logger.warning("cannot exchange heartbeats with other workers: %.300s", error)
                 else:
                     self._give_up(error)
-            if time.monotonic() - began > _SLOW:
-                # The database may have been away, for the other workers too: it is unknown whether
-                # they were silent, so their time starts again.
-                self._seen.clear()
             self._stop.wait(HEARTBEAT_INTERVAL)
+            if time.monotonic() - began > HEARTBEAT_INTERVAL + _SLOW:
+                # The database may have been away, or the machine have stood still, for the other
+                # workers too: it is unknown whether they were silent, so their time starts again.
+                self._seen.clear()
 
     def recover_from_dead_workers(self) -> None:
         """Put the items of dead workers back into the queue."""
