@@ -141,9 +141,7 @@ class Items:
                 if pending.is_refused:
                     continue
                 outcome = await self._in_callers_loop(self._follow(item, started))
-                intent, of_another = pending.recorded_intent, None
-                if intent is None:
-                    of_another = pending.replaced
+                intent, of_another = pending.recorded_intent, pending.replaced
                 if item.is_first_version:  # DBOS does not run its steps again
                     intent = of_another = None
                 ending = Ending.of(item.attempt, outcome, intent, of_another=of_another)

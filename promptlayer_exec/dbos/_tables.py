@@ -176,11 +176,13 @@ class Ending:
         *,
         of_another: str | None = None,
     ) -> Ending:
-        """Return the ending of an attempt with this outcome; `intent` is that of its start."""
+        """Return the ending of an attempt with this outcome; `intent` is that of its own start."""
         seconds = None
         if outcome.started is not None:  # the clock may have been put back
             seconds = max((outcome.finished - outcome.started).total_seconds(), 0.0)
         if outcome.execution_id is not None:
             intent = of_another = None
+        if intent is not None:  # it has replaced the other one
+            of_another = None
         kind, text = outcome.kind, outcome.to_json()
         return cls(outcome.key, attempt, kind, text, seconds, intent, of_another)
