@@ -63,7 +63,7 @@ from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._liveness import Liveness, describe, is_gone
 from promptlayer_exec.dbos._location import check_url
-from promptlayer_exec.dbos._names import queue_name
+from promptlayer_exec.dbos._names import queue_name, workflow_id, workflow_prefix
 from promptlayer_exec.dbos._rate import SharedRate
 from promptlayer_exec.dbos._requests import Row, Spool
 from promptlayer_exec.dbos._store import Heartbeat, Store
@@ -1335,6 +1335,19 @@ def requeues_only_from_dead_workers(url: str) -> None:
             assert store.running_executors("b") == {"live"}
 
 
+def resumes_into_a_queue_of_its_own(url: str) -> None:
+    """From there, an item is moved into the queue of its batch, and only into that."""
+    with queue_of_one(url) as store:
+        client = DBOSClient(system_database_url=url)
+        client.resume_workflow(workflow_id("b", "key", 1))
+        with store.engine.begin() as connection:
+            move = partial(internals.move_resumed, connection, "another queue")
+            assert move(workflow_prefix("another")) == 0
+            assert move(workflow_prefix("b")) == 1
+            assert move(workflow_prefix("b")) == 0
+        client.destroy()
+
+
 def stops_dequeuing(url: str) -> None:
     """The thread of the queue has its name, and ends at the stop events."""
     with queue_of_one(url) as store, launched(store, "me") as instance:
@@ -1358,6 +1371,7 @@ def lets_a_taken_item_through(url: str) -> None:
         pytest.param(adds_no_handler, id="console handler only where there is none"),
         pytest.param(retries_after_a_disconnect, id="retries after connection_invalidated"),
         pytest.param(requeues_only_from_dead_workers, id="the columns of workflow_status"),
+        pytest.param(resumes_into_a_queue_of_its_own, id="INTERNAL_QUEUE_NAME"),
         pytest.param(stops_dequeuing, id="background_thread_stop_events and queue-worker-NAME"),
         pytest.param(lets_a_taken_item_through, id="error.DBOSWorkflowConflictIDError"),
     ],

@@ -115,10 +115,10 @@ class Items:
 
     def __attrs_post_init__(self) -> None:
         policy = integration.retry_policy(self._session)
-        write = partial(intents.write, self._store, self._batch)
-        self._intents = Group(partial(write, worker=self._executor))
-        read = partial(intents.read, self._store, self._batch)
-        self._states = Group(partial(read, worker=self._executor))
+        self._intents = Group(
+            partial(intents.write, self._store, self._batch, worker=self._executor)
+        )
+        self._states = Group(partial(intents.read, self._store, self._batch, worker=self._executor))
         self._started = Group(partial(intents.write_started, self._store, self._batch))
         self._endings = Group(self._store_endings, lambda ending: len(ending.outcome))
         self._starts = Breaker(policy.outage, self._end, self._loop.time)

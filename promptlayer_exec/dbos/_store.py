@@ -426,10 +426,12 @@ class Store(Database):
     def take_over(self, batch: str) -> None:
         """Take over what earlier versions left, and what was resumed, without retrying."""
         queue = queue_name(batch)
-        update = partial(adopt_earlier, queue=queue, earlier=EARLIER_VERSIONS, version=VERSION)
-        self.transact(update, once=True)
-        move = partial(move_resumed, queue=queue, prefix=workflow_prefix(batch))
-        self.transact(move, once=True)
+
+        def work(connection: sa.Connection) -> None:
+            adopt_earlier(connection, queue, EARLIER_VERSIONS, VERSION)
+            move_resumed(connection, queue, workflow_prefix(batch))
+
+        self.transact(work, once=True)
 
     def remove_worker(self, executor: str) -> None:
         """Delete the heartbeat of a worker that has stopped, without retrying."""
