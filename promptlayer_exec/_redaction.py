@@ -38,6 +38,14 @@ class Redactor:
         clean = self.redact(text)
         return body if clean == text else clean.encode()
 
+    def redact_start(self, body: bytes, size: int) -> bytes:
+        """Return the first `size` bytes of a body, or fewer, redacted, and no part of a cut secret.
+
+        Of a longer body, at least the length of the secret beyond `size` must be given.
+        """
+        clean = self.redact_body(body)
+        return clean[: max(len(clean) - max(len(body) - size, 0), 0)]
+
     def is_shown_by(self, error: BaseException | None) -> bool:
         """Return True if the error, its attributes, its cause or its context show the secret."""
         if error is None:

@@ -15,16 +15,14 @@ import json
 import logging
 import math
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 from urllib.parse import quote
 
 import anyio
 import attrs
 from centrifuge import (
     CentrifugeError,
-    Client,
     ClientEventHandler,
     DisconnectedContext,
     ErrorContext,
@@ -35,7 +33,6 @@ from centrifuge import (
     UnauthorizedError,
     UnsubscribedContext,
 )
-from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from promptlayer_exec._errors import (
@@ -47,9 +44,9 @@ from promptlayer_exec._errors import (
 )
 from promptlayer_exec._events import logger
 from promptlayer_exec._policies import TRANSIENT_STATUSES
+from promptlayer_exec._push_client import PushClient
 from promptlayer_exec._safety_net import SafetyNet
 from promptlayer_exec._tasks import clock
-from promptlayer_exec._transport import excess
 from promptlayer_exec._wakeups import EarlyWakeUps
 from promptlayer_exec._wire import (
     TOKEN_PATH,
@@ -61,9 +58,6 @@ from promptlayer_exec._wire import (
     invalid_shape,
 )
 from promptlayer_exec._workflow_wire import read_workflow, workflow_request
-
-if TYPE_CHECKING:
-    from websockets.asyncio.client import ClientConnection
 
 T = TypeVar("T")
 
@@ -81,8 +75,6 @@ _MOST_SILENT = 3
 _PAUSES = (60.0, 300.0, 900.0)
 # Seconds between two attempts to find out a workflow's id.
 _RETRY = 1.0
-# Seconds for the closing handshake; a session that closes waits for it.
-_CLOSE = 0.1
 _MOST_RUNS = 10_000
 # Each is a WebSocket; the runs of further workflows are polled as without push.
 _MOST_CHANNELS = 100
@@ -300,7 +292,7 @@ class _Channel:
         self._end = asyncio.get_running_loop().create_future()
         self._silent = 0
         name = f"workflows:{workflow_id}:run:{self._push.suffix}"
-        client = _Client(
+        client = PushClient(
             self._push.address,
             events=_ConnectionEvents(self),
             get_token=partial(self._get_token, name),
@@ -411,65 +403,6 @@ class _Channel:
         if self._silent >= _MOST_SILENT:
             self._push.has_announced = False
             self.give_up(reason)
-
-
-class _Client(Client):
-    """The library's client, which ignores what it cannot read, follows no redirect and ends soon.
-
-    It uses four private names of the library; a test fails if one of them disappears.
-    """
-
-    def __init__(
-        self, address: str, *, proxy: Literal[True] | None, max_bytes: int, **settings: Any
-    ) -> None:
-        super().__init__(address, **settings)
-        self._open = partial(_Connect, address, proxy=proxy, max_size=max_bytes)
-        self._max_bytes = max_bytes
-
-    async def _open_transport(self) -> ClientConnection:
-        return await self._open(open_timeout=_HANDSHAKE, close_timeout=_CLOSE)
-
-    async def _process_incoming_data(self, message: Any, attempt: int) -> None:
-        try:
-            _check_frame(message, self._max_bytes)
-            await super()._process_incoming_data(message, attempt)
-        except Exception as error:  # noqa: BLE001 - the library would log it and stop for good
-            logger.debug("push: a frame cannot be read (%s)", type(error).__name__)
-
-    @staticmethod
-    async def _close_conn(conn: ClientConnection) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_CLOSE):
-                await conn.close()
-        conn.transport.abort()  # the peer may never answer
-        await conn.wait_closed()
-
-    async def finished(self) -> None:
-        """Wait until a disconnected client has no task left."""
-        while self._background_tasks:
-            await asyncio.wait(self._background_tasks)
-
-
-def _check_frame(frame: str, max_bytes: int) -> None:
-    """Raise `ValueError` for a frame that would take too much memory, or stop timers.
-
-    The library sets some by what it reads. After a NaN, asyncio's loop calls no other timer.
-    """
-    if too_large := excess(frame.encode(), max_bytes):
-        raise ValueError(f"the frame {too_large}")
-    for line in frame.strip().split("\n"):
-        json.loads(line, parse_constant=_refuse)
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
-
-
-class _Connect(connect):
-    """Connects without following redirects: the token must go to the server of `base_url` only."""
-
-    def process_redirect(self, exc: Exception) -> Exception | str:
-        return exc
 
 
 class _ConnectionEvents(ClientEventHandler):

@@ -106,6 +106,7 @@ LAYERS = [
     "_start",
     "_lifetime",
     "_output",
+    "_push_client",
     "push",
     "_client",
     "_execution",

@@ -17,7 +17,9 @@ import aiohttp
 import centrifuge
 import pytest
 from aiohttp import web
-from websockets.asyncio.client import connect
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.client import ClientProtocol
+from websockets.uri import parse_uri
 
 from promptlayer_exec import (
     ConfigurationError,
@@ -62,6 +64,7 @@ class Server:
         bodies: the bodies of the starts.
         complete: the executions that are complete.
         sockets: the open WebSockets, and the channel that each is subscribed to.
+        transports: the connections of the WebSockets.
         tokens: the tokens that clients sent.
     """
 
@@ -75,6 +78,7 @@ class Server:
         self.bodies: list[dict[str, Any]] = []
         self.complete: set[int] = set()
         self.sockets: dict[web.WebSocketResponse, str] = {}
+        self.transports: dict[web.WebSocketResponse, asyncio.Transport] = {}
         self.tokens: list[str] = []
         self.before_start_is_answered: Callable[[int], Awaitable[None]] | None = None
         self._ids = itertools.count(1)
@@ -187,12 +191,14 @@ class Server:
         socket = web.WebSocketResponse()
         await socket.prepare(request)
         self.sockets[socket] = ""
+        assert request.transport is not None
+        self.transports[socket] = request.transport
         try:
             async for message in socket:
                 for line in message.data.split("\n"):
                     await self._execute(socket, json.loads(line))
         finally:
-            del self.sockets[socket]
+            del self.sockets[socket], self.transports[socket]
             await self._note("")
         return socket
 
@@ -1070,6 +1076,23 @@ class TestFaults:
         await server.finish(execution.id)
         assert await waiting == "42"
 
+    async def test_a_server_that_sends_pings_and_reads_nothing_is_left(
+        self, open_pushed: Callable[..., Session], server: Server, log: Log
+    ) -> None:
+        """The answers to its pings would fill the memory; the next connection announces."""
+        execution = await open_pushed().start("w")
+        await server.subscribed()
+        (transport,) = server.transports.values()
+        transport.pause_reading()
+        transport.write((b"\x89\x7d" + bytes(125)) * 2**16)
+        await server.until(lambda: server.count("subscribe") == 2)
+        transport.resume_reading()
+        await server.until(lambda: len(server.sockets) == 1)
+        waiting = asyncio.create_task(execution.output(timeout=10))
+        await server.finish(execution.id)
+        assert await waiting == "42"
+        assert log.warnings == []
+
     async def test_a_message_of_too_many_values_is_not_read(
         self, open_pushed: Callable[..., Session], server: Server
     ) -> None:
@@ -1265,13 +1288,15 @@ def test_the_library_of_the_vendor_s_sdk_is_too_old(
         Session("a-key", push=True)
 
 
-def test_the_private_names_of_centrifuge_are_still_there() -> None:
+def test_the_private_names_of_centrifuge_and_websockets_are_still_there() -> None:
     """Frames that cannot be read are ignored, redirects not followed, and ends awaited."""
     assert asyncio.iscoroutinefunction(centrifuge.Client._open_transport)
     assert callable(connect.process_redirect)
     assert asyncio.iscoroutinefunction(centrifuge.Client._close_conn)
     assert asyncio.iscoroutinefunction(centrifuge.Client._process_incoming_data)
     assert centrifuge.Client("ws://127.0.0.1")._background_tasks == set()
+    assert callable(ClientConnection.send_data)
+    assert ClientProtocol(parse_uri("ws://127.0.0.1")).writes == []
 
 
 async def polled_to_the_end(server: Server, execution: Any) -> None:

@@ -76,6 +76,19 @@ def test_a_body_that_is_not_json_is_redacted_as_text() -> None:
     assert REDACTOR.redact_body(b"[" * 100_000) == b"[" * 100_000
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-32-be"])
+@pytest.mark.parametrize("count", [1, 50])
+@pytest.mark.parametrize("kept", [0, 1, 30])
+def test_no_part_of_a_key_is_left_where_a_body_is_cut(encoding: str, count: int, kept: int) -> None:
+    """Wherever it was cut when it was read, and however much shorter the rest became."""
+    whole = (KEY * count + "x" * 200).encode(encoding)
+    read = whole + KEY.encode(encoding)[:kept]
+    for size in range(len(whole) - 90, len(whole) - 50):
+        start = REDACTOR.redact_start(read, size)
+        assert len(start) <= size
+        assert set(start) <= set(b"*x")
+
+
 def test_a_short_key_is_not_redacted() -> None:
     """The key of a test may be an ordinary word."""
     assert Redactor("key").redact("no such key") == "no such key"

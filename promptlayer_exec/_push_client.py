@@ -1,0 +1,107 @@
+"""The library's client for the push channel, made fit for any server (extra `push`)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import suppress
+from functools import partial
+from typing import Any, Literal, NoReturn
+
+from centrifuge import Client
+from websockets.asyncio.client import ClientConnection, connect
+
+from promptlayer_exec._events import logger
+from promptlayer_exec._transport import excess
+
+# Seconds for the closing handshake; a session that closes waits for it.
+_CLOSE = 0.1
+# Bytes that a server may leave unread. The commands of a channel are a few hundred.
+_MOST_UNREAD = 65_536
+
+
+class PushClient(Client):
+    """The library's client, which ignores what it cannot read, follows no redirect and ends soon.
+
+    It uses four private names of the library; a test fails if one of them disappears.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout: float,
+        proxy: Literal[True] | None,
+        max_bytes: int,
+        **settings: Any,
+    ) -> None:
+        super().__init__(address, timeout=timeout, **settings)
+        self._open = partial(
+            _Connect,
+            address,
+            proxy=proxy,
+            max_size=max_bytes,
+            open_timeout=timeout,
+            close_timeout=_CLOSE,
+            create_connection=_Connection,
+        )
+        self._max_bytes = max_bytes
+
+    async def _open_transport(self) -> ClientConnection:
+        return await self._open()
+
+    async def _process_incoming_data(self, message: Any, attempt: int) -> None:
+        try:
+            _check_frame(message, self._max_bytes)
+            await super()._process_incoming_data(message, attempt)
+        except Exception as error:  # noqa: BLE001 - the library would log it and stop for good
+            logger.debug("push: a frame cannot be read (%s)", type(error).__name__)
+
+    @staticmethod
+    async def _close_conn(conn: ClientConnection) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE):
+                await conn.close()
+        conn.transport.abort()  # the peer may never answer
+        await conn.wait_closed()
+
+    async def finished(self) -> None:
+        """Wait until a disconnected client has no task left."""
+        while self._background_tasks:
+            await asyncio.wait(self._background_tasks)
+
+
+class _Connect(connect):
+    """Connects without following redirects: the token must go to the server of `base_url` only."""
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        return exc
+
+
+class _Connection(ClientConnection):
+    """Ends if the server reads nothing: the answers to its pings would fill the memory."""
+
+    def send_data(self) -> None:
+        frames = self.protocol.data_to_send()
+        if data := b"".join(frames):
+            # In one write: with thousands, asyncio's buffer would hold the loop for seconds.
+            self.transport.write(data)
+        self.protocol.writes = [end for end in frames if not end]
+        super().send_data()
+        if self.transport.get_write_buffer_size() > _MOST_UNREAD:
+            self.transport.abort()
+
+
+def _check_frame(frame: str, max_bytes: int) -> None:
+    """Raise `ValueError` for a frame that would take too much memory, or stop timers.
+
+    The library sets some by what it reads. After a NaN, asyncio's loop calls no other timer.
+    """
+    if too_large := excess(frame.encode(), max_bytes):
+        raise ValueError(f"the frame {too_large}")
+    for line in frame.strip().split("\n"):
+        json.loads(line, parse_constant=_refuse)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
