@@ -21,6 +21,7 @@ from contextlib import aclosing, closing, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -868,6 +869,8 @@ async def test_starts_and_polls_keep_to_the_rate_of_the_batch(
 class FakeStore:
     """A store in which this worker, "me", and another one, "other", have running items."""
 
+    engine = SimpleNamespace(dialect=SimpleNamespace(name="sqlite"))
+
     def __init__(self) -> None:
         self.recorded: dict[str, Heartbeat] = {}
         self.requeued: list[list[str]] = []
@@ -894,9 +897,9 @@ class FakeStore:
     def take_over(self, batch: str) -> None:
         """Take over nothing."""
 
-    def stopped(self, batch: str) -> dict[str, bool]:
-        """Return no workflow that others ended."""
-        return {}
+    def rows(self, query: object, *, once: bool) -> list[Any]:
+        """Return no item that others cancelled."""
+        return []
 
     def heartbeats(self) -> dict[str, Heartbeat]:
         """Return the heartbeats that the test has set."""
@@ -931,12 +934,12 @@ def test_a_silent_worker_is_dead_after_a_while(now: list[float]) -> None:
     """It is alive while its heartbeat changes; its items are recovered once it stops changing."""
     store = FakeStore()
     watch = watching(store)
-    for count, seconds in ((1, 0.0), (2, 20.0), (2, 31.0)):
-        store.recorded["other"] = Heartbeat(count, describe(os.getpid()))
-        now[0] = seconds
+    for seconds in range(0, 34, 2):
+        assert store.requeued == []
+        store.recorded["other"] = Heartbeat(min(seconds, 20), describe(os.getpid()))
+        now[0] = float(seconds)
         watch.recover_from_dead_workers()
-    assert store.requeued == []
-    now[0] = 33.0
+    now[0] += 2.0
     watch.recover_from_dead_workers()
     assert store.requeued == [["other"]]
 
@@ -978,26 +981,60 @@ def test_an_outage_of_the_database_makes_no_worker_dead(
     assert store.requeued == []
 
 
-@pytest.mark.parametrize(("seconds", "requeued"), [(14.0, []), (5.0, [["other"]])])
-def test_workers_that_stood_still_together_are_not_dead(
-    now: list[float], monkeypatch: pytest.MonkeyPatch, seconds: float, requeued: list[list[str]]
-) -> None:
-    """As on a machine that sleeps: the first to go on sees heartbeats of before."""
-    store = FakeStore()
-    watch = watching(store)
-    store.recorded["other"] = Heartbeat(1, describe(os.getpid()))
-    rounds = 0
+class Rounds:
+    """Runs some rounds of a worker that watches another one, which is silent from the first."""
 
-    def wait(_: float) -> None:
-        nonlocal rounds
-        now[0] += seconds
-        rounds += 1
-        if rounds == 4:
-            watch._stop.set()
+    def __init__(self, now: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.store = FakeStore()
+        self.store.recorded["other"] = Heartbeat(1, describe(os.getpid()))
+        self.now = now
+        self.monkeypatch = monkeypatch
 
-    monkeypatch.setattr(watch._stop, "wait", wait)
-    watch._run()
-    assert store.requeued[:1] == requeued
+    def run(self, count: int, seconds: dict[str, Callable[[int], float]]) -> None:
+        """Run so many rounds; each call in `seconds` takes so long in each of them."""
+        watch = watching(self.store)
+        done = 0
+
+        def taking(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*arguments: Any) -> Any:
+                self.now[0] += seconds[name](done)
+                return call(*arguments)
+
+            return wrapped
+
+        def wait(interval: float) -> None:
+            nonlocal done
+            self.now[0] += interval
+            done += 1
+            if done == count:
+                watch._stop.set()
+
+        self.monkeypatch.setattr(watch._stop, "wait", wait)
+        for name in {*seconds} - {"wait"}:
+            self.monkeypatch.setattr(self.store, name, taking(name, getattr(self.store, name)))
+        if "wait" in seconds:
+            self.monkeypatch.setattr(watch._stop, "wait", taking("wait", wait))
+        watch._run()
+
+
+@pytest.fixture
+def rounds(now: list[float], monkeypatch: pytest.MonkeyPatch) -> Rounds:
+    """Return what runs rounds of a worker on the clock of the test."""
+    return Rounds(now, monkeypatch)
+
+
+@pytest.mark.parametrize("where", ["wait", "record_heartbeat", "running_executors"])
+def test_workers_that_stood_still_together_are_not_dead(rounds: Rounds, where: str) -> None:
+    """As in paused containers: the first one that goes on still reads old heartbeats."""
+    rounds.run(3, {where: lambda done: 14.0 if done == 1 else 0.0})
+    assert rounds.store.requeued == []
+
+
+@pytest.mark.parametrize("call", ["record_heartbeat", "running_executors", "take_over"])
+def test_a_dead_worker_is_noticed_although_the_database_is_slow(rounds: Rounds, call: str) -> None:
+    """Whichever call takes long, whenever it is made."""
+    rounds.run(12, {call: lambda _: 8.0})
+    assert rounds.store.requeued[:1] == [["other"]]
 
 
 @pytest.mark.parametrize("is_closed", [True, False])

@@ -26,7 +26,7 @@ from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._intents import Intent
 from promptlayer_exec.dbos._location import check_url
-from promptlayer_exec.dbos._names import queue_name, workflow_id
+from promptlayer_exec.dbos._names import FIRST_WORKFLOW, queue_name, workflow_id
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import Ending
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
@@ -453,7 +453,7 @@ async def test_an_item_of_version_0_1_is_followed_if_its_callback_has_come(
         session=partial(open_session, sim),
         restart_unknown=restart_unknown,
     )
-    monkeypatch.setattr(stores, "WORKFLOW", stores.FIRST_WORKFLOW)
+    monkeypatch.setattr(stores, "WORKFLOW", FIRST_WORKFLOW)
     await batch.add([StartRequest("echo", {"n": 4}, key="a")])
     monkeypatch.undo()
     monkeypatch.setattr(stores, "_QUEUE_INTERVAL", 0.02)
@@ -469,7 +469,7 @@ async def test_an_item_that_version_0_1_began_is_finished(
     sim: Simulator, batch: Batch, url: str, recorded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before its intent, between intent and answer (which is unknown), and after the answer."""
-    monkeypatch.setattr(stores, "WORKFLOW", stores.FIRST_WORKFLOW)
+    monkeypatch.setattr(stores, "WORKFLOW", FIRST_WORKFLOW)
     await batch.add([StartRequest("echo", {"n": 4}, key="a")])
     monkeypatch.undo()
     monkeypatch.setattr(stores, "_QUEUE_INTERVAL", 0.02)

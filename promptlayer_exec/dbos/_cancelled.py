@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -10,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from promptlayer_exec.dbos import _callbacks as callbacks
-from promptlayer_exec.dbos._names import key_and_attempt
-from promptlayer_exec.dbos._tables import NO_INTENT, Ending, items
+from promptlayer_exec.dbos._names import FIRST_WORKFLOW, workflow_prefix
+from promptlayer_exec.dbos._tables import NO_INTENT, WORKFLOWS, Ending, items
 from promptlayer_exec.dbos._values import StoredError, StoredOutcome
 
 if TYPE_CHECKING:
@@ -29,37 +31,49 @@ _UNKNOWN = StoredError(
 )
 
 
-def end_cancelled(store: Store, batch: str) -> int:
+def end_cancelled(store: Store, batch: str, until: float = math.inf) -> int:
     """Store the outcome of each item that nobody runs any more; return how many there were.
 
-    Otherwise the batch would wait for them for ever.
+    Otherwise the batch would wait for them for ever. It takes some hundreds at a time, and the next
+    ones only until `until`, on the clock of `time.monotonic`.
     """
-    count = 0
-    # Only items of version 0.1 have steps in DBOS, for which it takes a query each.
-    stopped = [
-        (key_and_attempt(workflow), workflow if is_first_version else None)
-        for workflow, is_first_version in store.stopped(batch).items()
-    ]
-    for first in range(0, len(stopped), _AT_ONCE):
-        part = dict(stopped[first : first + _AT_ONCE])
-        keys = [key for key, _ in part]
-        query = sa.select(_item.key, _item.attempt, _item.intent, _item.started)
-        query = query.where(_item.batch == batch, _item.key.in_(keys), _item.kind.is_(None))
+    query = _cancelled(store.engine.dialect.name, batch)
+    rows = store.rows(query, once=True)
+    for first in range(0, len(rows), _AT_ONCE):
         endings = []
-        for row in store.rows(query, once=True):
-            if (row.key, row.attempt) in part:
-                started = json.loads(row.started) if row.started else None
-                if (workflow := part[row.key, row.attempt]) is not None:
-                    started = started or _started(store.steps(workflow))
-                outcome = _outcome(row.key, started, is_sent=row.intent is not None)
-                # It may be started meanwhile; then this is decided again at the next look.
-                intent = NO_INTENT if row.intent is None else None
-                ending = Ending.of(row.attempt, outcome, intent, of_another=row.intent)
-                endings.append(ending)
-        if endings:
-            callbacks.finish(store, batch, endings)
-        count += len(endings)
-    return count
+        for row in rows[first : first + _AT_ONCE]:
+            started = json.loads(row.started) if row.started else None
+            if started is None and row.name == FIRST_WORKFLOW:
+                # Only items of version 0.1 have steps in DBOS, for which it takes a query each.
+                started = _started(store.steps(row.workflow_uuid))
+            outcome = _outcome(row.key, started, is_sent=row.intent is not None)
+            # It may be started meanwhile; then this is decided again at the next look.
+            intent = NO_INTENT if row.intent is None else None
+            endings.append(Ending.of(row.attempt, outcome, intent, of_another=row.intent))
+        callbacks.finish(store, batch, endings)
+        if time.monotonic() > until:
+            return first + len(endings)
+    return len(rows)
+
+
+def _cancelled(dialect: str, batch: str) -> sa.Select[Any]:
+    """Return the query for the items without an outcome whose workflow has ended."""
+    workflow = WORKFLOWS[dialect].c
+    prefix = workflow_prefix(batch)
+    # The id of a workflow is the prefix, the number of the attempt, a slash, and the key.
+    rest = sa.func.substr(workflow.workflow_uuid, len(prefix) + 1)
+    find = sa.func.instr if dialect == "sqlite" else sa.func.strpos
+    slash = find(rest, "/")
+    return sa.select(
+        _item.key, _item.attempt, _item.intent, _item.started, workflow.workflow_uuid, workflow.name
+    ).where(
+        workflow.status.in_(["CANCELLED", "ERROR", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"]),
+        sa.func.substr(workflow.workflow_uuid, 1, len(prefix)) == prefix,
+        _item.batch == batch,
+        _item.key == sa.func.substr(rest, slash + 1),
+        sa.cast(_item.attempt, sa.Text) == sa.func.substr(rest, 1, slash - 1),
+        _item.kind.is_(None),
+    )
 
 
 def _started(steps: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

@@ -18,6 +18,8 @@ from dbos import DBOS
 from dbos import error as dbos_errors
 from dbos._utils import INTERNAL_QUEUE_NAME
 
+from promptlayer_exec.dbos._tables import WORKFLOWS
+
 _HANDLER = logging.NullHandler()
 
 # A step raises it when another worker has taken over the item. `dbos.error` is public, but none of
@@ -74,7 +76,7 @@ def requeue(
     worker that dequeued it meanwhile, and `DBOS._recover_pending_workflows` makes several round
     trips for each item.
     """
-    table = _workflows(connection)
+    table = WORKFLOWS[connection.dialect.name]
     taken = [table.c.status == "PENDING", table.c.executor_id.in_(executors)]
     which = table.c.queue_name == queue if only is None else table.c.workflow_uuid.in_(only)
     update = (
@@ -96,7 +98,7 @@ def adopt_earlier(
     connection: sa.Connection, queue: str, earlier: Sequence[str], version: str
 ) -> int:
     """Let workers of this version dequeue what earlier ones added, or put back into the queue."""
-    table = _workflows(connection)
+    table = WORKFLOWS[connection.dialect.name]
     update = (
         sa.update(table)
         .where(
@@ -112,7 +114,7 @@ def adopt_earlier(
 
 def running_executors(connection: sa.Connection, queue: str) -> set[str]:
     """Return the executors that have running items."""
-    table = _workflows(connection)
+    table = WORKFLOWS[connection.dialect.name]
     query = sa.select(table.c.executor_id).distinct()
     query = query.where(table.c.queue_name == queue, table.c.status == "PENDING")
     return {executor or "" for executor in connection.execute(query).scalars()}
@@ -121,9 +123,10 @@ def running_executors(connection: sa.Connection, queue: str) -> set[str]:
 def move_resumed(connection: sa.Connection, queue: str, prefix: str) -> int:
     """Move the items of a batch, by the prefix of their workflows, into its queue.
 
-    What somebody resumes in DBOS goes to a queue of its own, which all workers listen to.
+    What somebody resumes in DBOS goes to a queue of DBOS's own, which all workers listen to. Its
+    name is `dbos._utils.INTERNAL_QUEUE_NAME`.
     """
-    table = _workflows(connection)
+    table = WORKFLOWS[connection.dialect.name]
     update = sa.update(table).where(
         table.c.queue_name == INTERNAL_QUEUE_NAME,
         table.c.status.in_(["ENQUEUED", "PENDING"]),
@@ -134,7 +137,7 @@ def move_resumed(connection: sa.Connection, queue: str, prefix: str) -> int:
 
 def owned(connection: sa.Connection, executor: str, workflows: Collection[str]) -> set[str]:
     """Return those of the workflows that an executor has dequeued and still has."""
-    table = _workflows(connection)
+    table = WORKFLOWS[connection.dialect.name]
     query = sa.select(table.c.workflow_uuid).where(table.c.workflow_uuid.in_(workflows))
     query = query.where(table.c.status == "PENDING", table.c.executor_id == executor)
     return {*connection.execute(query).scalars()}
@@ -146,25 +149,10 @@ def taken(connection: sa.Connection, queue: str, executor: str) -> set[str]:
     The executor itself may not: DBOS dequeues in a transaction, and if the connection
     is lost while it commits, DBOS logs the error and never runs what it has dequeued.
     """
-    table = _workflows(connection)
+    table = WORKFLOWS[connection.dialect.name]
     query = sa.select(table.c.workflow_uuid)
     query = query.where(table.c.queue_name == queue, table.c.status == "PENDING")
     return {*connection.execute(query.where(table.c.executor_id == executor)).scalars()}
-
-
-def _workflows(connection: sa.Connection) -> sa.TableClause:
-    """Return DBOS's table of workflows."""
-    return sa.table(
-        "workflow_status",
-        *map(
-            sa.column,
-            (
-                *("status", "queue_name", "executor_id", "owner_xid", "application_version"),
-                *("started_at_epoch_ms", "updated_at", "workflow_uuid"),
-            ),
-        ),
-        schema=None if connection.dialect.name == "sqlite" else "dbos",
-    )
 
 
 def stop_dequeuing(dbos: DBOS, queue: str, timeout: float) -> None:

@@ -27,9 +27,11 @@ HEARTBEAT_INTERVAL = 2.0
 # worker looks, it is below the 15 s within which the items of a dead worker must move.
 DEAD_AFTER = 12.0
 _WATCH_INTERVAL = 0.5
-# Seconds by which an exchange may be late; a later one says nothing about the other workers.
+# Seconds by which a round may be late; silence beyond that is not counted.
 _SLOW = 4.0
 _LOOK_INTERVAL = 10.0
+# Seconds for which a round may store outcomes of cancelled items: heartbeats wait for it.
+_LOOK_TIME = 1.0
 
 
 @attrs.define(eq=False)
@@ -37,7 +39,8 @@ class Liveness:
     """A thread that records this worker's heartbeat, and recovers items that nobody runs.
 
     A worker is dead if its heartbeat has not changed for `DEAD_AFTER` seconds on the clock of the
-    worker that watches it; the clocks of two machines are never compared. On the same machine, a
+    worker that watches it; the clocks of two machines are never compared. Time in which the
+    watching worker stood still does not count, as the others may have, too. On the same machine, a
     worker is dead as soon as its process has ended.
     """
 
@@ -51,7 +54,9 @@ class Liveness:
     # Called if the database was lost: the worker can do nothing more.
     _give_up: Callable[[Exception], None]
     _process: str = attrs.field(init=False, factory=lambda: describe(os.getpid()))
+    # The last heartbeat of each other worker, and for how many seconds it has been the same.
     _seen: dict[str, tuple[Heartbeat, float]] = attrs.field(init=False, factory=dict)
+    _seen_at: float = attrs.field(init=False, factory=time.monotonic)
     _next_look: float = attrs.field(init=False, default=0.0)
     _idle: set[str] = attrs.field(init=False, factory=set)
     _stop: threading.Event = attrs.field(init=False, factory=threading.Event)
@@ -93,23 +98,23 @@ class Liveness:
                 else:
                     self._give_up(error)
             self._stop.wait(HEARTBEAT_INTERVAL)
-            if time.monotonic() - began > HEARTBEAT_INTERVAL + _SLOW:
-                # The database may have been away, or the machine have stood still, for the other
-                # workers too: it is unknown whether they were silent, so their time starts again.
-                self._seen.clear()
 
     def recover_from_dead_workers(self) -> None:
         """Put the items of dead workers back into the queue."""
         others = self._store.running_executors(self._batch) - {self._executor}
         heartbeats = self._store.heartbeats() if others else {}
-        if dead := [other for other in others if self._is_dead(other, heartbeats.get(other))]:
+        now = time.monotonic()
+        passed = min(now - self._seen_at, HEARTBEAT_INTERVAL + _SLOW)
+        self._seen_at = now
+        dead = [each for each in others if self._is_dead(each, heartbeats.get(each), passed)]
+        if dead:
             self._store.requeue(self._batch, dead)
 
     def look_after_others(self) -> None:
         """Take over what earlier versions left, end what was cancelled, put back what was lost."""
         if time.monotonic() >= self._next_look:
             self._store.take_over(self._batch)
-            end_cancelled(self._store, self._batch)
+            end_cancelled(self._store, self._batch, time.monotonic() + _LOOK_TIME)
             self._put_back_what_was_lost()
             self._next_look = time.monotonic() + _LOOK_INTERVAL
 
@@ -123,13 +128,13 @@ class Liveness:
             self._store.requeue(self._batch, [self._executor], lost)
         self._idle = idle - lost
 
-    def _is_dead(self, other: str, heartbeat: Heartbeat | None) -> bool:
+    def _is_dead(self, other: str, heartbeat: Heartbeat | None, passed: float) -> bool:
         if heartbeat is None or is_gone(heartbeat.process):  # it stopped properly, or was killed
             return True
-        now = time.monotonic()
-        if other not in self._seen or self._seen[other][0] != heartbeat:
-            self._seen[other] = (heartbeat, now)
-        return now - self._seen[other][1] > DEAD_AFTER
+        before, silent = self._seen.get(other, (None, 0.0))
+        silent = silent + passed if heartbeat == before else 0.0
+        self._seen[other] = heartbeat, silent
+        return silent > DEAD_AFTER
 
 
 class BatchDeleted(Exception):

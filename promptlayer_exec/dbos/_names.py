@@ -5,6 +5,9 @@ from __future__ import annotations
 from urllib.parse import quote, unquote
 
 APPLICATION = "promptlayer-exec"
+WORKFLOW = "promptlayer_exec.item.2"
+# The workflow of the items that version 0.1 added.
+FIRST_WORKFLOW = "promptlayer_exec.item"
 
 
 def queue_name(batch: str) -> str:

@@ -31,21 +31,27 @@ from promptlayer_exec.dbos._dbos_internals import (
 )
 from promptlayer_exec.dbos._names import (
     APPLICATION,
+    WORKFLOW,
     key_and_attempt,
     queue_name,
     workflow_id,
     workflow_prefix,
 )
 from promptlayer_exec.dbos._requests import Row, another_request, digest_of
-from promptlayer_exec.dbos._tables import ADD, COUNTS, FINISH, FINISH_ONE, Ending, delete_if_empty
+from promptlayer_exec.dbos._tables import (
+    ADD,
+    COUNTS,
+    FINISH,
+    FINISH_ONE,
+    WORKFLOWS,
+    Ending,
+    delete_if_empty,
+)
 from promptlayer_exec.dbos._tables import batches as _batches
 from promptlayer_exec.dbos._tables import items as _items
 from promptlayer_exec.dbos._tables import workers as _workers
 from promptlayer_exec.dbos._values import BatchStatus
 
-WORKFLOW = "promptlayer_exec.item.2"
-# The workflow of the items that version 0.1 added.
-FIRST_WORKFLOW = "promptlayer_exec.item"
 # The version of an item's steps: DBOS gives an item only to workers of the same version. Workers of
 # a later version take over the items of these earlier ones.
 VERSION = "2"
@@ -178,7 +184,7 @@ class Store(Database):
         if not attempts:
             return {}
         ids = [workflow_id(batch, key, attempt) for key, attempt in attempts.items()]
-        stored: Any = self._list_workflows(workflow_ids=ids)
+        stored: Any = self._list_workflows(ids)
         return {workflow.input["args"][0]: workflow.input["args"][2] for workflow in stored}
 
     def finish(self, batch: str, endings: Sequence[Ending]) -> set[tuple[str, int]]:
@@ -263,13 +269,7 @@ class Store(Database):
 
     def status(self, batch: str) -> BatchStatus:
         """Return how many items are in which state."""
-        # DBOS documents this table.
-        table = sa.table(
-            "workflow_status",
-            sa.column("queue_name"),
-            sa.column("status"),
-            schema=None if self.is_sqlite else "dbos",
-        )
+        table = WORKFLOWS[self.engine.dialect.name]
         running = sa.select(sa.func.count()).where(
             table.c.queue_name == queue_name(batch), table.c.status == "PENDING"
         )
@@ -324,25 +324,12 @@ class Store(Database):
     def workflows(self, batch: str, key: str, attempts: int) -> list[Any]:
         """Return the DBOS workflows of the attempts of an item, the first one first."""
         ids = [workflow_id(batch, key, attempt) for attempt in range(1, attempts + 1)]
-        found = self._list_workflows(workflow_ids=ids)
+        found = self._list_workflows(ids)
         return sorted(found, key=lambda each: key_and_attempt(each.workflow_id)[1])
 
-    def stopped(self, batch: str) -> dict[str, bool]:
-        """Return the workflows that ended without an outcome, and which version 0.1 added."""
-        prefix = workflow_prefix(batch)
-        found = self._list_workflows(
-            once=True,
-            workflow_id_prefix=prefix,
-            status=["CANCELLED", "ERROR", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"],
-            load_input=False,
-        )
-        is_first = {each.workflow_id: each.name == FIRST_WORKFLOW for each in found}
-        # SQLite also gives those whose prefix differs in case.
-        return {each: first for each, first in is_first.items() if each.startswith(prefix)}
-
-    def _list_workflows(self, *, once: bool = False, **which: Any) -> list[Any]:
-        list_workflows = partial(self._client.list_workflows, load_output=False, **which)
-        return self.retry(list_workflows, once=once)
+    def _list_workflows(self, ids: list[str]) -> list[Any]:
+        found = partial(self._client.list_workflows, workflow_ids=ids, load_output=False)
+        return self.retry(found)
 
     def steps(self, workflow: str) -> Sequence[Mapping[str, Any]]:
         """Return the steps of a DBOS workflow, without retrying."""
@@ -428,8 +415,8 @@ class Store(Database):
         queue = queue_name(batch)
 
         def work(connection: sa.Connection) -> None:
-            adopt_earlier(connection, queue, EARLIER_VERSIONS, VERSION)
             move_resumed(connection, queue, workflow_prefix(batch))
+            adopt_earlier(connection, queue, EARLIER_VERSIONS, VERSION)
 
         self.transact(work, once=True)
 

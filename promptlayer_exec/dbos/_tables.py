@@ -66,6 +66,22 @@ callbacks = sa.Table(
     sa.Column("execution_id", sa.BigInteger, nullable=False),
 )
 
+# DBOS's table of workflows, which it documents, by the dialect of SQL.
+WORKFLOWS = {
+    dialect: sa.table(
+        "workflow_status",
+        *map(
+            sa.column,
+            (
+                *("workflow_uuid", "name", "status", "queue_name", "executor_id", "owner_xid"),
+                *("application_version", "started_at_epoch_ms", "updated_at"),
+            ),
+        ),
+        schema=schema,
+    )
+    for dialect, schema in (("sqlite", None), ("postgresql", "dbos"))
+}
+
 # PostgreSQL: all items of a call in one round trip. `dbos.enqueue_workflow` is documented, and
 # writes the JSON of `DBOSPortableJSONSerializer`.
 ADD = sa.text(
@@ -156,7 +172,7 @@ class Ending:
         intent: the token of the start that started no run, or may have. If another one is recorded
             meanwhile, the item goes on with that.
         of_another: the token of another worker's start, which may have started a run. If it is no
-            longer recorded, it did not.
+            longer recorded, it was taken back or replaced, and the item goes on.
     """
 
     key: str
@@ -182,7 +198,7 @@ class Ending:
             seconds = max((outcome.finished - outcome.started).total_seconds(), 0.0)
         if outcome.execution_id is not None:
             intent = of_another = None
-        if intent is not None:  # it has replaced the other one
+        if intent is not None:  # it replaced the other worker's
             of_another = None
         kind, text = outcome.kind, outcome.to_json()
         return cls(outcome.key, attempt, kind, text, seconds, intent, of_another)

@@ -23,9 +23,16 @@ from promptlayer_exec.dbos._connector import PATIENCE_AT_END
 from promptlayer_exec.dbos._dbos_internals import log_quietly, stop_dequeuing
 from promptlayer_exec.dbos._items import Items, suspend
 from promptlayer_exec.dbos._liveness import Liveness, check_of
-from promptlayer_exec.dbos._names import APPLICATION, batch_of, queue_name, workflow_id
+from promptlayer_exec.dbos._names import (
+    APPLICATION,
+    FIRST_WORKFLOW,
+    WORKFLOW,
+    batch_of,
+    queue_name,
+    workflow_id,
+)
 from promptlayer_exec.dbos._pending import Item, StartResult
-from promptlayer_exec.dbos._store import FIRST_WORKFLOW, VERSION, WORKFLOW, Store
+from promptlayer_exec.dbos._store import VERSION, Store
 
 _CHECK_INTERVAL = 0.25
 # Seconds in which the answers of all starts that were sent are recorded.
