@@ -209,6 +209,7 @@ class Client:
         `token` is the one in the start's own callback URL, if it has one. `began` gets the start.
         """
         now = self.transport.clock()
+        http_request = attrs.evolve(http_request, secret=token)
 
         async def post(state: RetryState, once: Start) -> Started:
             reply = await self.transport.call(http_request, read_started, state, due=now, once=once)
@@ -223,7 +224,7 @@ class Client:
                     waited=reply.lateness,
                 )
             if (warning := reply.value.warning) is not None:  # it goes to the log
-                warning = self.transport.redactor.redact(warning)
+                warning = self.transport.redactor.also(token).redact(warning)
             return Started(reply.value.execution_id, warning)
 
         start = Start(

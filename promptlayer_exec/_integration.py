@@ -15,6 +15,7 @@ from uuid import uuid4
 
 from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError, RequestError, printable
 from promptlayer_exec._events import WakeSource
+from promptlayer_exec._exchange import excess
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import each
 from promptlayer_exec._install import install_hint
@@ -26,7 +27,6 @@ from promptlayer_exec._settings import check_count, find_base_url, missing_for_p
 from promptlayer_exec._start import SendHooks
 from promptlayer_exec._tasks import wait_even_if_cancelled
 from promptlayer_exec._throttle import Limiter
-from promptlayer_exec._transport import excess
 from promptlayer_exec._wire import MAX_ID, check_execution_id
 from promptlayer_exec._workflows import Workflow
 

@@ -164,6 +164,7 @@ class Opener:
             suffix=suffix,
             proxy=True if self._settings.trust_env else None,
             max_bytes=self._settings.max_response_bytes,
+            redact=client.transport.redactor.redact,
             call=call,
             wake=partial(client.wake, source="push"),
             spawn=client.lifetime.spawn,

@@ -12,7 +12,7 @@ from centrifuge import Client
 from websockets.asyncio.client import ClientConnection, connect
 
 from promptlayer_exec._events import logger
-from promptlayer_exec._transport import excess
+from promptlayer_exec._exchange import excess
 
 # Seconds for the closing handshake; a session that closes waits for it.
 _CLOSE = 0.1
@@ -41,6 +41,7 @@ class PushClient(Client):
             address,
             proxy=proxy,
             max_size=max_bytes,
+            compression=None,  # one read could hold thousands of messages of that size
             open_timeout=timeout,
             close_timeout=_CLOSE,
             create_connection=_Connection,

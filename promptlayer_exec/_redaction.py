@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from copy import copy
 
 # A shorter key is a test's, and may be a word of ordinary messages.
 _LEAST_LENGTH = 6
@@ -19,10 +20,20 @@ class Redactor:
         spellings = {"".join(map(_spellings, each)) for each in (text, encoded)}
         pattern = "|".join(spellings) if len(text) >= _LEAST_LENGTH else _NOTHING
         self._pattern = re.compile(pattern)
+        self._other: str | None = None
+
+    def also(self, other: str | None) -> Redactor:
+        """Return one that redacts another secret, too, which has no characters to be escaped."""
+        if other is None:
+            return self
+        both = copy(self)
+        both._other = other
+        return both
 
     def redact(self, text: str) -> str:
         """Return `text` with `***` in place of the secret, however JSON or Python spells it."""
-        return self._pattern.sub("***", text)
+        text = self._pattern.sub("***", text)
+        return text if self._other is None else text.replace(self._other, "***")
 
     def redact_bytes(self, text: bytes) -> bytes:
         """Return `text`, in any superset of ASCII, with `***` in place of the secret."""

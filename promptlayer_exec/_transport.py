@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import re
 import time
 import traceback
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from promptlayer_exec._connection_errors import (
     reason_of,
     shows_secrets,
 )
-from promptlayer_exec._connections import GuardedBody, Pool, Pools, SendOnce, abort
+from promptlayer_exec._connections import GuardedBody, Pool, Pools, SendOnce
 from promptlayer_exec._errors import (
     ConfigurationError,
     ConnectionFailed,
@@ -37,7 +36,7 @@ from promptlayer_exec._errors import (
     StatusError,
 )
 from promptlayer_exec._events import Emit, RequestRetried, Throttled
-from promptlayer_exec._protocols import Interposed
+from promptlayer_exec._exchange import Exchange, excess, is_doubtful, may_be_cut, read_body
 from promptlayer_exec._redaction import Redactor
 from promptlayer_exec._retry import OutageLog, RecentStarts, RetryState
 from promptlayer_exec._settings import Settings, unused_proxy
@@ -65,60 +64,12 @@ _LEAST_START_LIMIT = 6 * 64 * 1024
 # More than aiohttp's defaults: large headers must not cost us the id of a started run.
 _LONGEST_HEADER = 32 * 1024
 _MOST_HEADERS = 512
-# Bounds the memory of a decoded body: at most one value per this many bytes of the limit.
-_BYTES_PER_VALUE = 48
-_FEW_VALUES = 1000
-_STATUS_LINE = re.compile(r"HTTP/1\.\d \d{3}( |$)")
-_OPENING_A_VALUE = (b",", b"[", b"{")
 
 
 class NewTimeout(Protocol):
     """Returns the timeout of a part of a call; until `soonest`, it can be reduced for free."""
 
     def __call__(self, *, soonest: float = math.inf) -> PatientTimeout: ...
-
-
-@attrs.define(eq=False, repr=False)
-class Exchange:
-    """What arrived in one attempt, and why it ended early.
-
-    Attributes:
-        limit: the most bytes of a good answer.
-        expected: the body that the last answer had.
-        size: how many bytes of the body have arrived.
-        is_held: whether the request was about to be sent, and waited for permission.
-    """
-
-    limit: int
-    expected: bytes = b""
-    answer: aiohttp.ClientResponse | None = None
-    is_held: bool = False
-    failure: BaseException | None = None
-    size: int = 0
-    # What arrived of the body: so many bytes of the expected one, and then these pieces.
-    _as_expected: int = attrs.field(init=False, default=0)
-    _pieces: list[bytes] = attrs.field(init=False, factory=list)
-
-    def add(self, piece: bytes) -> None:
-        """Add the next piece of the body; as long as it is as expected, it takes no memory."""
-        self.size += len(piece)
-        if not self._pieces and self.expected.startswith(piece, self._as_expected):
-            self._as_expected = self.size
-        else:
-            self._pieces.append(piece)
-
-    def body(self) -> bytes:
-        """Return what arrived of the body; the expected one itself if it is the same."""
-        if not self._pieces:
-            return self.expected[: self._as_expected]
-        if not self._as_expected and len(self._pieces) == 1:
-            return self._pieces[0]
-        return b"".join([memoryview(self.expected)[: self._as_expected], *self._pieces])
-
-    def clear(self) -> None:
-        """Forget what arrived: the traceback of a failure has this, and nothing else frees it."""
-        self.failure = None
-        self._pieces.clear()
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -198,7 +149,8 @@ class Transport:
         first: bool,
     ) -> Reply[T]:
         """Send a request once, when a connection is free and the rate allows it."""
-        exchange = Exchange(self._limit(once), request.expected)
+        redactor = self.redactor.also(request.secret)
+        exchange = Exchange(self._limit(once), redactor, request.expected)
         try:
             async with (
                 timeout(soonest=due + self._settings.request_timeout) as limit,
@@ -210,6 +162,8 @@ class Transport:
                 state.excuse(lateness)
                 until = sent_at + self._settings.request_timeout
                 limit.end_by(until)
+                if request.before_sent is not None:
+                    request.before_sent()
                 if once is not None and not pool.is_borrowed:  # there it may wait for others
                     once.mark_connecting()
                 await self._exchange(pool, request, exchange, until, once)
@@ -228,7 +182,7 @@ class Transport:
             self._emit(Throttled(request.execution_id, self._throttle.refused(sent_at, announced)))
         else:
             self._throttle.answered()
-        value = self._read(read, response)
+        value = self._read(read, response, redactor)
         size = len(response.body)
         return Reply(value, size, sent_at, now - sent_at, lateness, response.retry_after)
 
@@ -271,25 +225,33 @@ class Transport:
     def _response(self, exchange: Exchange, once: SendOnce | None) -> Response:
         """Return the response of one attempt, or raise its failure."""
         answer, body, failure = exchange.answer, exchange.body(), exchange.failure
+        redactor = exchange.redactor
         exchange.clear()
         if once is not None and excess(body, exchange.limit):
             body = up_to_id(body)
         if answer is None:
             if once is not None and once.sent and is_tls_failure(failure):
                 once.mark_rejected()  # the handshake was refused, so the server read nothing
-            raise self._failure(failure, answer, body)
+            raise self._failure(failure, answer, body, redactor)
         if answer.status < 300:
             # The id of a run that was paid for may be whole in spite of it.
             if failure is not None and not (once is not None and has_id(body)):
-                raise self._failure(failure, answer, body)
-            self._check_size(answer.status, body, exchange.limit)  # nothing was read beyond it
-            if _may_be_cut(answer, body):
+                raise self._failure(failure, answer, body, redactor)
+            # Nothing was read beyond the limit.
+            if too_large := excess(body, exchange.limit):
+                raise ResponseTooLarge(
+                    f"the {answer.status} answer {too_large}",
+                    limit=exchange.limit,
+                    status=answer.status,
+                    excerpt=_excerpt(body, redactor),
+                )
+            if may_be_cut(answer, body):
                 cut = aiohttp.ClientPayloadError("the response does not mark where the number ends")
-                raise self._failure(cut, answer, body)
+                raise self._failure(cut, answer, body, redactor)
             location = None
         else:  # a part of the body is enough: the status says what is wrong
             location = answer.headers.get("Location")
-            body = self.redactor.redact_start(body, _ERROR_BODY_BYTES)
+            body = redactor.redact_start(body, _ERROR_BODY_BYTES)
         retry_after = read_retry_after(answer.headers, now=time.time())
         return Response(answer.status, body, location, retry_after)
 
@@ -297,15 +259,6 @@ class Transport:
         """Return the most bytes of a good answer; that to a start may have a long warning."""
         limit = self._settings.max_response_bytes
         return limit if once is None else max(limit, _LEAST_START_LIMIT)
-
-    def _check_size(self, status: int, body: bytes, limit: int) -> None:
-        if too_large := excess(body, limit):
-            raise ResponseTooLarge(
-                f"the {status} answer {too_large}",
-                limit=limit,
-                status=status,
-                excerpt=self._excerpt(body),
-            )
 
     async def _exchange(
         self,
@@ -339,14 +292,14 @@ class Transport:
                 # Connections are pooled by this name: starts share none with other requests.
                 server_hostname=url.raw_host if data is not None and pool.is_borrowed else None,
             )
-            if once is not None and (not once.sent or _is_doubtful(answer)):
+            if once is not None and (not once.sent or is_doubtful(answer)):
                 answer.close()
                 what = "a part of the answer came before the start was sent"
                 raise aiohttp.ClientConnectionError(what)
             exchange.answer = answer
             # Read a little more of a refusal, so that a key at the cut is redacted as a whole.
             limit = exchange.limit if answer.status < 300 else _ERROR_BODY_BYTES + _LONGEST_KEY
-            await _read_body(answer, exchange, limit)
+            await read_body(answer, exchange, limit)
         # OSError is also every TimeoutError. aiohttp's parser in Python raises its own error.
         except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError) as error:
             exchange.failure = error
@@ -369,9 +322,13 @@ class Transport:
         return URL(self.base_url + request.target, encoded=True)
 
     def _failure(
-        self, failure: BaseException | None, answer: aiohttp.ClientResponse | None, body: bytes
+        self,
+        failure: BaseException | None,
+        answer: aiohttp.ClientResponse | None,
+        body: bytes,
+        redactor: Redactor,
     ) -> RequestError:
-        reason = self.redactor.redact(reason_of(failure))
+        reason = redactor.redact(reason_of(failure))
         error: RequestError
         if is_tls_failure(failure):
             error = ConnectionFailed(
@@ -393,16 +350,16 @@ class Transport:
                 f"the {answer.status} answer is cut short or cannot be decoded, after"
                 f" {len(body)} bytes ({reason})",
                 status=answer.status,
-                excerpt=self._excerpt(body),
+                excerpt=_excerpt(body, redactor),
                 reason=reason,
             )
         error.__cause__ = failure
-        if shows_secrets(failure) or self.redactor.is_shown_by(failure):
+        if shows_secrets(failure) or redactor.is_shown_by(failure):
             cause = PermanentFailure if is_permanent(failure) else aiohttp.ClientError
             error.__cause__ = cause(f"{type(failure).__name__}: {reason}")
         return error
 
-    def _read(self, read: Callable[[Response], T], response: Response) -> T:
+    def _read(self, read: Callable[[Response], T], response: Response, redactor: Redactor) -> T:
         try:
             return read(response)
         except RequestError as error:
@@ -413,8 +370,8 @@ class Transport:
                 traceback.clear_frames(raised.__traceback__)
         redacted = attrs.evolve(
             response,
-            body=self.redactor.redact_body(response.body),
-            location=response.location and self.redactor.redact(response.location),
+            body=redactor.redact_body(response.body),
+            location=response.location and redactor.redact(response.location),
         )
         try:
             if redacted == response:
@@ -423,97 +380,7 @@ class Transport:
         finally:
             del failure, raised  # its traceback has this frame, as above
 
-    def _excerpt(self, body: bytes) -> str:
-        # Redacted before it is cut: half a key would also reveal much.
-        return excerpt(self.redactor.redact_bytes(body[:_ERROR_BODY_BYTES]))
 
-
-def excess(body: bytes, limit: int) -> str:
-    """Return what is too much about a JSON body for a limit in bytes; empty if nothing is."""
-    # A decoded value takes up to 400 bytes, and a body up to fifty times its size. So one under a
-    # sixth of the limit takes no more than `values` do, and the slow count is not needed.
-    if len(body) <= limit // 6:
-        return ""
-    if len(body) > limit:
-        return f"is larger than {limit} bytes"
-    values = max(limit // _BYTES_PER_VALUE, _FEW_VALUES)
-    if sum(map(body.count, _OPENING_A_VALUE)) > values:
-        return f"holds more than {values:,} values, the most for {limit} bytes"
-    return ""
-
-
-def _is_doubtful(answer: aiohttp.ClientResponse) -> bool:
-    """Return True for a refusal whose head may have begun with another, unrequested head.
-
-    A part of one may have arrived before the start was sent, unnoticed on a borrowed connection. It
-    then ends within the reason or the value of a header, and the status line of the real answer
-    follows.
-    """
-    texts = [answer.reason or "", *answer.headers.values()]
-    return answer.status >= 300 and any(map(_STATUS_LINE.search, texts))
-
-
-def _may_be_cut(answer: aiohttp.ClientResponse, body: bytes) -> bool:
-    """Return True for a number whose end is not marked: all other JSON marks its own."""
-    if not body[-4:].rstrip(b"\0")[-1:].isdigit():  # also in UTF-16 and UTF-32
-        return False
-    headers = answer.headers
-    # Other transfer codings end with the connection: https://www.rfc-editor.org/rfc/rfc9112#section-6.3
-    codings = [coding.strip().lower() for coding in headers.getall("Transfer-Encoding", ())]
-    is_framed = codings == ["chunked"] if codings else "Content-Length" in headers
-    is_plain = headers.get("Content-Encoding", "identity") == "identity"
-    return not (is_framed and is_plain)
-
-
-async def _read_body(answer: aiohttp.ClientResponse, exchange: Exchange, limit: int) -> None:
-    """Read a body into `exchange`, and stop when it exceeds `limit` bytes."""
-    content = answer.content
-    end = None if content.is_eof() else _end_with_connection(answer, exchange)
-    try:
-        while exchange.size <= limit and not content.at_eof():
-            exchange.add(await content.readany())
-        if content.total_bytes and not exchange.size:  # a middleware has read it, or a trace
-            text = await aiohttp.ClientResponse.text(answer, "latin-1")  # also if it was released
-            exchange.add(text.encode("latin-1"))
-    finally:
-        if end is not None:
-            end()
-        if not answer.closed:  # it is closed already if the body was read to its end
-            abort(answer.connection.transport if answer.connection is not None else None)
-            answer.close()
-
-
-class _ReadingBody(Interposed):
-    """Ends a body with its connection: aiohttp reports a malformed chunk only by closing that."""
-
-    def __init__(self, transport: asyncio.Transport, body: aiohttp.StreamReader) -> None:
-        super().__init__(transport)
-        self._body = body
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        super().connection_lost(exc)
-        _end_body(self._body)
-
-
-def _end_with_connection(
-    answer: aiohttp.ClientResponse, exchange: Exchange
-) -> Callable[[], None] | None:
-    """Let the body of an answer end with its connection, until the returned function is called.
-
-    If the connection is gone already, what has arrived of the body goes to `exchange`.
-    """
-    connection = answer.connection
-    transport = None if connection is None else connection.transport
-    if transport is None:
-        if answer.content.exception() is None:
-            exchange.add(answer.content.read_nowait())
-        _end_body(answer.content)
-        return None
-    reading = _ReadingBody(transport, answer.content)
-    reading.begin()
-    return reading.end
-
-
-def _end_body(body: aiohttp.StreamReader) -> None:
-    if not body.is_eof() and body.exception() is None:
-        body.set_exception(aiohttp.ClientPayloadError("the connection was closed"))
+def _excerpt(body: bytes, redactor: Redactor) -> str:
+    # Redacted before it is cut: half a key would also reveal much.
+    return excerpt(redactor.redact_bytes(body[:_ERROR_BODY_BYTES]))

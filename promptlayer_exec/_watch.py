@@ -289,9 +289,10 @@ class Watch:
             return min(scheduled, max(self._woken_at, self._no_wake_before))
         if self._net is None or self._streams:
             return scheduled
-        return self._net.due(
+        due = self._net.due(
             scheduled, floor=self._poll.floor, deadlines=self._completion_waiters.values()
         )
+        return max(due, self._no_wake_before)
 
     async def _poll_once(self, started: float, due: float) -> float | None:
         """Poll, and return the time of the next poll, or None if the execution is complete."""

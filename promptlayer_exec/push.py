@@ -14,7 +14,8 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 from urllib.parse import quote
@@ -37,8 +38,10 @@ from websockets.exceptions import InvalidStatus
 
 from promptlayer_exec._errors import (
     ConnectionFailed,
+    InvalidResponse,
     RequestError,
     RequestTimeout,
+    ResponseTooLarge,
     StatusError,
     printable,
 )
@@ -128,6 +131,7 @@ class Push:
     suffix: str
     proxy: Literal[True] | None
     max_bytes: int  # of a message
+    redact: Callable[[str], str]  # what the server says may have the API key
     call: Call
     wake: Callable[[int], object]
     _spawn: Callable[[Callable[[], Coroutine[Any, Any, None]]], None]
@@ -199,7 +203,7 @@ class Push:
             level,
             "push is not used for workflow %.100r, only polling: %s; it is tried again in a while",
             workflow,
-            printable(reason),
+            printable(self.redact(reason)),
         )
 
 
@@ -225,10 +229,14 @@ class _Channel:
     _failures: int = attrs.field(init=False, default=0)
     _end: asyncio.Future[str] = attrs.field(init=False)
     last_error: str = attrs.field(init=False, default="")
-    _time_limit: asyncio.TimerHandle | None = attrs.field(init=False, default=None)
+    # Push is given up if there is no subscription until then.
+    _time_limit: _TimeLimit = attrs.field(init=False)
     # Of each request for a token: a refresh and a new connection may both need one.
     _token_scopes: set[anyio.CancelScope] = attrs.field(init=False, factory=set)
     _next_token_at: float = attrs.field(init=False, default=-math.inf)
+
+    def __attrs_post_init__(self) -> None:
+        self._time_limit = _TimeLimit(self._time_out)
 
     @property
     def has_announced(self) -> bool:
@@ -272,7 +280,7 @@ class _Channel:
         finally:
             self.is_starting = False
             self.lose_subscription()
-            self._set_time_limit(None)
+            self._time_limit.set(None)
 
     async def _find_workflow(self) -> int:
         if isinstance(self.workflow, int):
@@ -303,11 +311,11 @@ class _Channel:
         )
         await client.new_subscription(name, _SubscriptionEvents(self)).subscribe()
         connecting = asyncio.ensure_future(client.connect())
-        self._set_time_limit(_HANDSHAKE)
+        self._time_limit.set(_HANDSHAKE)
         try:
             return await self._end
         finally:
-            self._set_time_limit(None)
+            self._time_limit.set(None)
             for scope in self._token_scopes:
                 scope.cancel()
             with anyio.CancelScope(shield=True):
@@ -322,7 +330,9 @@ class _Channel:
         try:
             with scope:
                 await anyio.sleep(max(self._next_token_at - clock(), 0.0))
-                token = await self._push.call(token_request(channel), read_token)
+                with self._time_limit.paused() as go_on:  # the session's rate may be slow
+                    request = attrs.evolve(token_request(channel), before_sent=go_on)
+                    token = await self._push.call(request, read_token)
                 self._next_token_at = clock() + _TOKEN_INTERVAL
                 return token
         except Exception as error:
@@ -332,15 +342,6 @@ class _Channel:
         finally:
             self._token_scopes.remove(scope)
         raise UnauthorizedError
-
-    def _set_time_limit(self, seconds: float | None) -> None:
-        """Give up push if there is no subscription within some seconds; None: no limit."""
-        if self._time_limit is not None:
-            self._time_limit.cancel()
-            self._time_limit = None
-        if seconds is not None:
-            loop = asyncio.get_running_loop()
-            self._time_limit = loop.call_later(seconds, self._time_out, seconds)
 
     def _time_out(self, seconds: float) -> None:
         failure = f"; last failure: {self.last_error}" if self.last_error else ""
@@ -355,14 +356,14 @@ class _Channel:
         self.since = clock()
         self.is_starting = False
         self.last_error = ""
-        self._set_time_limit(None)
+        self._time_limit.set(None)
         self._push.changed(self)
 
     def lose_subscription(self) -> None:
         """Record that completions are missed from now on."""
         if self.since is not None:
             self.since = None
-            self._set_time_limit(_RECONNECT)
+            self._time_limit.set(_RECONNECT)
         self._push.changed(self)
 
     def receive(self, data: Any) -> None:
@@ -370,7 +371,8 @@ class _Channel:
         try:
             execution_id = read_completion(data)
         except ValueError as error:
-            logger.debug("push: a completion cannot be read (%s)", printable(str(error)))
+            reason = printable(self._push.redact(str(error)))
+            logger.debug("push: a completion cannot be read (%s)", reason)
             self.begin_subscription()  # polls for what was missed until now
             self._miss(f"the last {_MOST_SILENT} completions that it announced cannot be read")
             return
@@ -403,6 +405,53 @@ class _Channel:
         if self._silent >= _MOST_SILENT:
             self._push.has_announced = False
             self.give_up(reason)
+
+
+@attrs.define(eq=False)
+class _TimeLimit:
+    """Calls a function with a number of seconds when so many have passed, pauses not counted."""
+
+    _time_out: Callable[[float], None]
+    _seconds: float = attrs.field(init=False, default=0.0)
+    _remaining: float | None = attrs.field(init=False, default=None)
+    _timer: asyncio.TimerHandle | None = attrs.field(init=False, default=None)
+    _pauses: int = attrs.field(init=False, default=0)
+
+    def set(self, seconds: float | None) -> None:
+        """Begin to count, in place of what was set before; None: there is no limit."""
+        self._hold()
+        self._remaining, self._seconds = seconds, seconds or 0.0
+        self._go_on()
+
+    @contextmanager
+    def paused(self) -> Iterator[Callable[[], None]]:
+        """Do not count until the function that this gives is called, or the end."""
+        is_paused = True
+
+        def go_on() -> None:
+            nonlocal is_paused
+            if is_paused:
+                is_paused = False
+                self._pauses -= 1
+                self._go_on()
+
+        self._pauses += 1
+        self._hold()
+        try:
+            yield go_on
+        finally:
+            go_on()
+
+    def _hold(self) -> None:
+        if self._timer is not None:
+            self._remaining = max(self._timer.when() - clock(), 0.0)
+            self._timer.cancel()
+            self._timer = None
+
+    def _go_on(self) -> None:
+        if self._remaining is not None and not self._pauses:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._remaining, self._time_out, self._seconds)
 
 
 class _ConnectionEvents(ClientEventHandler):
@@ -440,6 +489,8 @@ class _SubscriptionEvents(SubscriptionEventHandler):
 def _is_transient(error: Exception) -> bool:
     if isinstance(error, StatusError):
         return error.status in TRANSIENT_STATUSES
+    if isinstance(error, InvalidResponse):  # cut short, or a gateway's page
+        return error.path is None and not isinstance(error, ResponseTooLarge)
     return isinstance(error, ConnectionFailed | RequestTimeout)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import pickle
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,8 @@ from promptlayer_exec import (
     Event,
     ExecutionStarted,
     NotFound,
+    PromptLayerExecError,
+    RetryPolicy,
     Session,
     SessionClosed,
     StartRequest,
@@ -71,6 +74,39 @@ async def test_each_start_has_a_callback_url_of_its_own(
         assert CALLBACKS.is_genuine(url.rpartition("/")[2])
     assert {event.request.callback_url for event in recorder.of(ExecutionStarted)} == {None}
     assert {event.recovered for event in recorder.of(ExecutionStarted)} == {False}
+
+
+@pytest.mark.parametrize("status", [201, 307, 400, 422, 429, 503])
+async def test_the_token_is_in_no_error_and_no_log_line(
+    listen: Any, open_session: Callable[..., Session], caplog: Any, status: int
+) -> None:
+    """A server may quote what it got; whoever has the token can forge the callback."""
+    tokens = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            length = re.search(rb"Content-Length: (\d+)", head)
+            assert length is not None
+            url = json.loads(await reader.readexactly(int(length[1])))["callback_url"]
+            tokens.append(url.rpartition("/")[2])
+            body = json.dumps({"message": f"no {url}", "detail": [{"input": {"url": url}}]})
+            writer.write(
+                f"HTTP/1.1 {status} No\r\nLocation: {url}\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+            )
+
+    base_url = f"http://127.0.0.1:{await listen(serve)}"
+    session = open_session(base_url=base_url, callbacks=CALLBACKS, retry=RetryPolicy(outage=0.1))
+    with caplog.at_level(logging.DEBUG), pytest.raises(PromptLayerExecError) as caught:
+        await session.start("report")
+    error: BaseException | None = caught.value
+    shown = caplog.text
+    while error is not None:
+        attributes = {k: v for k, v in vars(error).items() if k != "callback_token"}
+        shown += f"{error} {attributes}"
+        error = error.__cause__ or error.__context__
+    assert tokens
+    assert tokens[0] not in shown
 
 
 async def test_a_callback_url_of_the_caller_s_wins(sim: Simulator, session: Session) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from promptlayer_exec import PollPolicy, RetryPolicy, Session, StartRequest
 from promptlayer_exec.dbos import Batch, BatchStatus
+from promptlayer_exec.dbos import _again as again_
 from promptlayer_exec.dbos import _batch as batches
 from promptlayer_exec.dbos import _callbacks as callbacks
 from promptlayer_exec.dbos import _store as stores
@@ -102,6 +103,30 @@ async def test_a_callback_makes_an_unknown_item_one_that_is_followed(world: Worl
     assert outcome.started is not None
     assert [request.method for request in world.sim.requests].count("POST") == 1
     assert await server.resolve(token, 1001) is False
+
+
+@pytest.mark.parametrize("again", ["restart", "retry"])
+async def test_a_callback_that_comes_as_its_item_is_started_again_is_followed(
+    world: World, monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
+    """It may be stored while another process has the lock that the restart waits for."""
+    await lose_one(world)
+    (token,) = world.tokens()
+    real = again_.lock_batch
+    batch = world.batch(restart_unknown=again == "restart")
+
+    def lock_late(connection: Any, name: str) -> None:
+        real(connection, name)
+        row = {"batch": name, "token": token, "execution_id": 1001}
+        connection.execute(callbacks._RECORD, row)
+
+    monkeypatch.setattr(again_, "lock_batch", lock_late)
+    if again == "retry":
+        assert await batch.retry(unknown=True) == 1
+    assert await batch.work() == BatchStatus(0, 0, 1, 0, 0, 1)
+    (outcome,) = [outcome async for outcome in batch.outcomes()]
+    assert outcome.execution_id == 1001
+    assert len(world.sim.runs) == 1
 
 
 async def test_the_server_in_docs_webhooks_resolves_items_of_a_batch(

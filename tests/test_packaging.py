@@ -100,6 +100,7 @@ LAYERS = [
     "_protocols",
     "_connection_errors",
     "_connections",
+    "_exchange",
     "_settings",
     "_transport",
     "_watch",
@@ -356,7 +357,7 @@ def test_only_the_transport_and_its_connections_import_aiohttp() -> None:
         ]
         if "aiohttp" in names:
             users.add(module)
-    assert users == {"_connection_errors", "_connections", "_transport"}
+    assert users == {"_connection_errors", "_connections", "_exchange", "_transport"}
 
 
 def test_the_bill_of_materials_has_every_dependency() -> None:

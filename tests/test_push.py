@@ -65,6 +65,8 @@ class Server:
         complete: the executions that are complete.
         sockets: the open WebSockets, and the channel that each is subscribed to.
         transports: the connections of the WebSockets.
+        extensions: the extensions that the clients of the WebSockets offered.
+        retry_after: the header of that name in answers for incomplete executions.
         tokens: the tokens that clients sent.
     """
 
@@ -79,6 +81,8 @@ class Server:
         self.complete: set[int] = set()
         self.sockets: dict[web.WebSocketResponse, str] = {}
         self.transports: dict[web.WebSocketResponse, asyncio.Transport] = {}
+        self.extensions: list[str | None] = []
+        self.retry_after: str | None = None
         self.tokens: list[str] = []
         self.before_start_is_answered: Callable[[int], Awaitable[None]] | None = None
         self._ids = itertools.count(1)
@@ -158,11 +162,8 @@ class Server:
         self.log.append((request.method, path))
         body = await request.read()
         await self._note(path)
-        if path in self.statuses:
-            return web.json_response({"success": False}, status=self.statuses[path])
-        if path in self.redirects:
-            status, location = self.redirects[path]
-            return web.Response(status=status, headers={"Location": location})
+        if path in self.statuses or path in self.redirects:
+            return self._misbehave(path)
         match request.method, path.split("/")[1:]:
             case "GET", ["workflows", _]:
                 number = 8 if path.endswith("/other") else 7
@@ -182,10 +183,24 @@ class Server:
                 return web.json_response({"token_details": {"token": token}}, status=201)
             case "GET", ["workflow-version-execution-results"]:
                 done = int(request.query["workflow_version_execution_id"]) in self.complete
-                return web.json_response(NODES if done else RUNNING, status=200 if done else 202)
+                return self._results(done=done)
             case "GET", ["connection", "websocket"]:
                 return await self._serve(request)
         return web.json_response({"success": False}, status=404)
+
+    def _misbehave(self, path: str) -> web.Response:
+        if path in self.redirects:
+            status, location = self.redirects[path]
+            return web.Response(status=status, headers={"Location": location})
+        if self.statuses[path] == 200:
+            return web.Response(text="<p>The page of a gateway</p>", content_type="text/html")
+        return web.json_response({"success": False}, status=self.statuses[path])
+
+    def _results(self, *, done: bool) -> web.Response:
+        if done:
+            return web.json_response(NODES)
+        headers = {} if self.retry_after is None else {"Retry-After": self.retry_after}
+        return web.json_response(RUNNING, status=202, headers=headers)
 
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
         socket = web.WebSocketResponse()
@@ -193,6 +208,7 @@ class Server:
         self.sockets[socket] = ""
         assert request.transport is not None
         self.transports[socket] = request.transport
+        self.extensions.append(request.headers.get("Sec-WebSocket-Extensions"))
         try:
             async for message in socket:
                 for line in message.data.split("\n"):
@@ -356,6 +372,20 @@ class BrokenLimiter:
         self._number -= 1
         if not self._number:
             raise self._error
+
+
+class HoldingLimiter:
+    """A limiter that holds one request, counted from one."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self.may_go_on = asyncio.Event()
+
+    async def acquire(self) -> None:
+        """Count down, and wait at zero."""
+        self._number -= 1
+        if not self._number:
+            await self.may_go_on.wait()
 
 
 class Panic(BaseException):
@@ -703,6 +733,28 @@ class TestFaults:
         await log.given_up()
         assert server.count(RUN) == 1
 
+    async def test_a_request_that_waits_for_its_turn_is_no_reason_to_give_up(
+        self,
+        open_pushed: Callable[..., Session],
+        server: Server,
+        monkeypatch: pytest.MonkeyPatch,
+        log: Log,
+    ) -> None:
+        """The server has not been asked for a token yet; but then it has to answer in time."""
+        monkeypatch.setattr(push, "_HANDSHAKE", 0.2)
+        limiter = HoldingLimiter(3)
+        session = open_pushed(poll=OFTEN, limiter=limiter)
+        execution = await session.start("w")
+        await server.until(lambda: server.count(WORKFLOW) == 1)
+        await asyncio.sleep(0.4)
+        assert server.count(TOKEN) == 0
+        server.hold = {TOKEN}
+        limiter.may_go_on.set()
+        await server.until(lambda: server.count(TOKEN) == 1)
+        assert log.warnings == []
+        await log.given_up()
+        await polled_to_the_end(server, execution)
+
     @pytest.mark.parametrize("held", [WORKFLOW, TOKEN])
     async def test_a_handshake_that_hangs_takes_no_connection_of_the_session(
         self, open_pushed: Callable[..., Session], server: Server, held: str
@@ -895,6 +947,24 @@ class TestFaults:
         await server.release()
         assert await waiting == "42"
 
+    async def test_a_poll_after_a_gap_respects_retry_after(
+        self, open_pushed: Callable[..., Session], server: Server
+    ) -> None:
+        """The server named a time, and knows nothing of the gap."""
+        server.retry_after = "3600"
+        server.hold = {"subscribe"}
+        execution = await open_pushed(poll=OFTEN).start("w")
+        waiting = asyncio.create_task(execution.output())
+        await server.until(lambda: ("command", "subscribe") in server.log)
+        await server.release()
+        await server.until(lambda: server.polls == 1)
+        await server.drop()
+        await server.until(lambda: server.count("subscribe") == 2)
+        await server.subscribed()
+        await asyncio.sleep(0.1)
+        assert server.polls == 1
+        waiting.cancel()
+
     async def test_in_a_gap_the_schedule_is_the_ordinary_one(
         self, execution: Execution, server: Server
     ) -> None:
@@ -1076,6 +1146,11 @@ class TestFaults:
         await server.finish(execution.id)
         assert await waiting == "42"
 
+    @pytest.mark.usefixtures("execution")
+    async def test_messages_are_not_compressed(self, server: Server) -> None:
+        """A few kilobytes could hold thousands of messages, each as large as the limit allows."""
+        assert server.extensions == [None]
+
     async def test_a_server_that_sends_pings_and_reads_nothing_is_left(
         self, open_pushed: Callable[..., Session], server: Server, log: Log
     ) -> None:
@@ -1144,13 +1219,33 @@ class TestFaults:
         await log.given_up()
         assert "permission denied (103)" in log.warnings[0]
 
-    @pytest.mark.parametrize("path", [TOKEN, WEBSOCKET, WORKFLOW])
-    async def test_an_outage_passes(
-        self, session: Session, server: Server, monkeypatch: pytest.MonkeyPatch, log: Log, path: str
+    async def test_the_server_s_reason_is_logged_without_the_key(
+        self, open_pushed: Callable[..., Session], server: Server, log: Log
     ) -> None:
-        """A 503 is no reason to give up push: it is asked for again, without a warning."""
+        """It may quote the key, as for one that is not allowed to subscribe."""
+        message = "a-secret-key may not subscribe"
+        server.replies["subscribe"] = {"error": {"code": 103, "message": message}}
+        await open_pushed(api_key="a-secret-key").start("w")
+        await log.given_up()
+        assert "the subscription: *** may not subscribe (103)" in log.warnings[0]
+
+    @pytest.mark.parametrize(
+        ("path", "status"),
+        [(TOKEN, 503), (WEBSOCKET, 503), (WORKFLOW, 503), (TOKEN, 200), (WORKFLOW, 200)],
+    )
+    async def test_an_outage_passes(
+        self,
+        session: Session,
+        server: Server,
+        monkeypatch: pytest.MonkeyPatch,
+        log: Log,
+        *,
+        path: str,
+        status: int,
+    ) -> None:
+        """A 503, or the page of a gateway, is no reason to give up push: it is asked for again."""
         monkeypatch.setattr(push, "_RETRY", 0.01)
-        server.statuses[path] = 503
+        server.statuses[path] = status
         execution = await session.start("w")
         await server.until(lambda: server.count(path) >= 1)
         server.statuses.clear()

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sqlalchemy as sa
 
-from promptlayer_exec.dbos._tables import batches, items, lock_batch
+from promptlayer_exec.dbos._tables import batches, callbacks, called_back, items, lock_batch
 from promptlayer_exec.dbos._values import StoredOutcome
 
 if TYPE_CHECKING:
@@ -87,6 +88,11 @@ def adopt(
     return store.transact(work)
 
 
+def result_of_callback(execution_id: int) -> Mapping[str, Any]:
+    """Return the result of a start whose callback has come."""
+    return {"execution_id": execution_id, "at": datetime.now(UTC).isoformat(), "error": None}
+
+
 def _started(outcome: StoredOutcome) -> Started:
     if outcome.execution_id is None:
         return None
@@ -102,7 +108,11 @@ def _reopen(
 ) -> int:
     ended = sa.and_(_item.batch == batch, _item.kind.in_(kinds))
     page = sa.select(_item.key, _item.attempt).where(ended).order_by(_item.key).limit(_AT_ONCE)
-    query = sa.select(_item.key, _item.attempt, _item.kind, _item.outcome).where(ended)
+    query = (
+        sa.select(_item.key, _item.attempt, _item.kind, _item.outcome, callbacks.c.execution_id)
+        .outerjoin(callbacks, called_back)
+        .where(ended)
+    )
     count, last = 0, ""
 
     def work(requests: Mapping[str, str], connection: sa.Connection) -> int:
@@ -110,6 +120,9 @@ def _reopen(
         chosen = []
         for row in connection.execute(query.where(_item.key.in_(requests))):
             is_chosen, started = choose(StoredOutcome.from_json(row.outcome))
+            # Its callback may have come while this waited for the lock.
+            if row.kind == "unknown" and row.execution_id is not None:
+                started = result_of_callback(row.execution_id)
             if is_chosen:
                 chosen.append(_Again(row.key, row.attempt, row.kind, started))
         return _begin(store, connection, batch, chosen, requests)

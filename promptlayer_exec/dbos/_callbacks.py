@@ -8,13 +8,12 @@ look afterwards for items that have both. Whoever comes second finds them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
 from promptlayer_exec.dbos import _again as again
-from promptlayer_exec.dbos._tables import Ending, callbacks, items
+from promptlayer_exec.dbos._tables import Ending, callbacks, called_back, items
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos._store import Store
@@ -47,10 +46,9 @@ def resolve(store: Store, batch: str) -> int:
     """Let each unknown item whose callback is stored be followed; return how many there were."""
     query = (
         sa.select(_item.key, _item.attempt, _item.intent, _callback.execution_id)
-        .join(callbacks, (_callback.batch == _item.batch) & (_callback.token == _item.intent))
+        .join(callbacks, called_back)
         .where(_item.batch == batch, _item.kind == "unknown")
     )
-    at = datetime.now(UTC).isoformat()
     return sum(
         again.adopt(
             store,
@@ -58,7 +56,7 @@ def resolve(store: Store, batch: str) -> int:
             key=row.key,
             attempt=row.attempt,
             token=row.intent,
-            started={"execution_id": row.execution_id, "at": at, "error": None},
+            started=again.result_of_callback(row.execution_id),
         )
         for row in store.rows(query)
     )

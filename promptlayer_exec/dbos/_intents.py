@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from promptlayer_exec.dbos._dbos_internals import owned
 from promptlayer_exec.dbos._names import workflow_id
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import callbacks, items
+from promptlayer_exec.dbos._tables import callbacks, called_back, items
 
 _item = items.c
 # PostgreSQL: all intents of a call in one round trip.
@@ -212,7 +212,6 @@ def read(
 
     One that was taken from the `worker` is not open: whoever has it now goes on with it.
     """
-    called_back = sa.and_(callbacks.c.batch == _item.batch, callbacks.c.token == _item.intent)
     query = (
         sa.select(
             *(_item.key, _item.attempt, _item.kind, _item.intent, _item.started, _item.digest),

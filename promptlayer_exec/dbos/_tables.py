@@ -66,6 +66,8 @@ callbacks = sa.Table(
     sa.Column("execution_id", sa.BigInteger, nullable=False),
 )
 
+# The callback of an item's start.
+called_back = sa.and_(callbacks.c.batch == items.c.batch, callbacks.c.token == items.c.intent)
 # DBOS's table of workflows, which it documents, by the dialect of SQL.
 WORKFLOWS = {
     dialect: sa.table(

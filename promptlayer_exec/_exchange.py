@@ -1,0 +1,156 @@
+"""What arrives in answer to a request: read up to a limit, and judged before it is decoded."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+
+import aiohttp
+import attrs
+
+from promptlayer_exec._connections import abort
+from promptlayer_exec._protocols import Interposed
+from promptlayer_exec._redaction import Redactor
+
+# Bounds the memory of a decoded body: at most one value per this many bytes of the limit.
+_BYTES_PER_VALUE = 48
+_FEW_VALUES = 1000
+_STATUS_LINE = re.compile(r"HTTP/1\.\d \d{3}( |$)")
+_OPENING_A_VALUE = (b",", b"[", b"{")
+
+
+@attrs.define(eq=False, repr=False)
+class Exchange:
+    """What arrived in one attempt, and why it ended early.
+
+    Attributes:
+        limit: the most bytes of a good answer.
+        expected: the body that the last answer had.
+        size: how many bytes of the body have arrived.
+        is_held: whether the request was about to be sent, and waited for permission.
+        redactor: redacts what is shown of it.
+    """
+
+    limit: int
+    redactor: Redactor
+    expected: bytes = b""
+    answer: aiohttp.ClientResponse | None = None
+    is_held: bool = False
+    failure: BaseException | None = None
+    size: int = 0
+    # What arrived of the body: so many bytes of the expected one, and then these pieces.
+    _as_expected: int = attrs.field(init=False, default=0)
+    _pieces: list[bytes] = attrs.field(init=False, factory=list)
+
+    def add(self, piece: bytes) -> None:
+        """Add the next piece of the body; as long as it is as expected, it takes no memory."""
+        self.size += len(piece)
+        if not self._pieces and self.expected.startswith(piece, self._as_expected):
+            self._as_expected = self.size
+        else:
+            self._pieces.append(piece)
+
+    def body(self) -> bytes:
+        """Return what arrived of the body; the expected one itself if it is the same."""
+        if not self._pieces:
+            return self.expected[: self._as_expected]
+        if not self._as_expected and len(self._pieces) == 1:
+            return self._pieces[0]
+        return b"".join([memoryview(self.expected)[: self._as_expected], *self._pieces])
+
+    def clear(self) -> None:
+        """Forget what arrived: the traceback of a failure has this, and nothing else frees it."""
+        self.failure = None
+        self._pieces.clear()
+
+
+def excess(body: bytes, limit: int) -> str:
+    """Return what is too much about a JSON body for a limit in bytes; empty if nothing is."""
+    # A decoded value takes up to 400 bytes, and a body up to fifty times its size. So one under a
+    # sixth of the limit takes no more than `values` do, and the slow count is not needed.
+    if len(body) <= limit // 6:
+        return ""
+    if len(body) > limit:
+        return f"is larger than {limit} bytes"
+    values = max(limit // _BYTES_PER_VALUE, _FEW_VALUES)
+    if sum(map(body.count, _OPENING_A_VALUE)) > values:
+        return f"holds more than {values:,} values, the most for {limit} bytes"
+    return ""
+
+
+def is_doubtful(answer: aiohttp.ClientResponse) -> bool:
+    """Return True for a refusal whose head may have begun with another, unrequested head.
+
+    A part of one may have arrived before the start was sent, unnoticed on a borrowed connection. It
+    then ends within the reason or the value of a header, and the status line of the real answer
+    follows.
+    """
+    texts = [answer.reason or "", *answer.headers.values()]
+    return answer.status >= 300 and any(map(_STATUS_LINE.search, texts))
+
+
+def may_be_cut(answer: aiohttp.ClientResponse, body: bytes) -> bool:
+    """Return True for a number whose end is not marked: all other JSON marks its own."""
+    if not body[-4:].rstrip(b"\0")[-1:].isdigit():  # also in UTF-16 and UTF-32
+        return False
+    headers = answer.headers
+    # Other transfer codings end with the connection: https://www.rfc-editor.org/rfc/rfc9112#section-6.3
+    codings = [coding.strip().lower() for coding in headers.getall("Transfer-Encoding", ())]
+    is_framed = codings == ["chunked"] if codings else "Content-Length" in headers
+    is_plain = headers.get("Content-Encoding", "identity") == "identity"
+    return not (is_framed and is_plain)
+
+
+async def read_body(answer: aiohttp.ClientResponse, exchange: Exchange, limit: int) -> None:
+    """Read a body into `exchange`, and stop when it exceeds `limit` bytes."""
+    content = answer.content
+    end = None if content.is_eof() else _end_with_connection(answer, exchange)
+    try:
+        while exchange.size <= limit and not content.at_eof():
+            exchange.add(await content.readany())
+        if content.total_bytes and not exchange.size:  # a middleware has read it, or a trace
+            text = await aiohttp.ClientResponse.text(answer, "latin-1")  # also if it was released
+            exchange.add(text.encode("latin-1"))
+    finally:
+        if end is not None:
+            end()
+        if not answer.closed:  # it is closed already if the body was read to its end
+            abort(answer.connection.transport if answer.connection is not None else None)
+            answer.close()
+
+
+class _ReadingBody(Interposed):
+    """Ends a body with its connection: aiohttp reports a malformed chunk only by closing that."""
+
+    def __init__(self, transport: asyncio.Transport, body: aiohttp.StreamReader) -> None:
+        super().__init__(transport)
+        self._body = body
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        _end_body(self._body)
+
+
+def _end_with_connection(
+    answer: aiohttp.ClientResponse, exchange: Exchange
+) -> Callable[[], None] | None:
+    """Let the body of an answer end with its connection, until the returned function is called.
+
+    If the connection is gone already, what has arrived of the body goes to `exchange`.
+    """
+    connection = answer.connection
+    transport = None if connection is None else connection.transport
+    if transport is None:
+        if answer.content.exception() is None:
+            exchange.add(answer.content.read_nowait())
+        _end_body(answer.content)
+        return None
+    reading = _ReadingBody(transport, answer.content)
+    reading.begin()
+    return reading.end
+
+
+def _end_body(body: aiohttp.StreamReader) -> None:
+    if not body.is_eof() and body.exception() is None:
+        body.set_exception(aiohttp.ClientPayloadError("the connection was closed"))
