@@ -335,6 +335,19 @@ async def test_an_item_that_is_cancelled_in_dbos_ends(
     assert len(sim.runs) == 1
 
 
+async def test_an_item_whose_workflow_is_deleted_in_dbos_ends(batch: Batch, url: str) -> None:
+    """Its request is gone with it; the batch would wait for it for ever."""
+    await batch.add(StartRequest("echo", {"n": 1}, key=key) for key in ("a/1", "b"))
+    client = DBOSClient(system_database_url=url)
+    await asyncio.to_thread(client.delete_workflows, [workflow_id("b", "a/1", 1)])
+    client.destroy()
+    assert await batch.work() == BatchStatus(0, 0, 1, 1, 0, 2)
+    error = (await outcomes(batch))["a/1"].error
+    assert error is not None
+    assert error.type == "Cancelled"
+    assert "add it to a batch under another key" in error.message
+
+
 async def test_an_item_that_is_followed_again_and_cancelled_in_dbos_keeps_its_id(
     sim: Simulator, batch: Batch, url: str
 ) -> None:

@@ -21,13 +21,18 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 500
 _item = items.c
+_DELETED = StoredError(
+    "Cancelled",
+    "the workflow of the item was deleted in DBOS, and its request with it: to run it again, add it"
+    " to a batch under another key",
+)
 _CANCELLED = StoredError(
     "Cancelled",
     "the item was cancelled in DBOS: `batch recheck` follows its run if it has one, and"
     " `batch retry --failed` starts it again",
 )
 _UNKNOWN = StoredError(
-    "StartUnknown", "the item was cancelled in DBOS while its start may have been sent"
+    "StartUnknown", "the item was cancelled or deleted in DBOS while its start may have been sent"
 )
 
 
@@ -37,23 +42,38 @@ def end_cancelled(store: Store, batch: str, until: float = math.inf) -> int:
     Otherwise the batch would wait for them for ever. It takes some hundreds at a time, and the next
     ones only until `until`, on the clock of `time.monotonic`.
     """
-    query = _cancelled(store.engine.dialect.name, batch)
-    rows = store.rows(query, once=True)
+    rows = store.rows(_cancelled(store.engine.dialect.name, batch), once=True)
     for first in range(0, len(rows), _AT_ONCE):
-        endings = []
-        for row in rows[first : first + _AT_ONCE]:
-            started = json.loads(row.started) if row.started else None
-            if started is None and row.name == FIRST_WORKFLOW:
-                # Only items of version 0.1 have steps in DBOS, for which it takes a query each.
-                started = _started(store.steps(row.workflow_uuid))
-            outcome = _outcome(row.key, started, is_sent=row.intent is not None)
-            # It may be started meanwhile; then this is decided again at the next look.
-            intent = NO_INTENT if row.intent is None else None
-            endings.append(Ending.of(row.attempt, outcome, intent, of_another=row.intent))
-        callbacks.finish(store, batch, endings)
+        part = rows[first : first + _AT_ONCE]
+        _end(store, batch, part, _CANCELLED)
         if time.monotonic() > until:
-            return first + len(endings)
+            return first + len(part)
     return len(rows)
+
+
+def end_deleted(store: Store, batch: str) -> int:
+    """Store the outcome of some hundred items whose workflow is gone; return how many there were.
+
+    This looks at all items without an outcome.
+    """
+    rows = store.rows(_deleted(store.engine.dialect.name, batch).limit(_AT_ONCE), once=True)
+    _end(store, batch, rows, _DELETED)
+    return len(rows)
+
+
+def _end(store: Store, batch: str, rows: Sequence[Any], error: StoredError) -> None:
+    endings = []
+    for row in rows:
+        started = json.loads(row.started) if row.started else None
+        if started is None and row.name == FIRST_WORKFLOW:
+            # Only items of version 0.1 have steps in DBOS, for which it takes a query each.
+            started = _started(store.steps(row.workflow_uuid))
+        outcome = _outcome(row.key, started, error, is_sent=row.intent is not None)
+        # It may be started meanwhile; then this is decided again at the next look.
+        intent = NO_INTENT if row.intent is None else None
+        endings.append(Ending.of(row.attempt, outcome, intent, of_another=row.intent))
+    if endings:
+        callbacks.finish(store, batch, endings)
 
 
 def _cancelled(dialect: str, batch: str) -> sa.Select[Any]:
@@ -76,6 +96,17 @@ def _cancelled(dialect: str, batch: str) -> sa.Select[Any]:
     )
 
 
+def _deleted(dialect: str, batch: str) -> sa.Select[Any]:
+    """Return the query for the items without an outcome that have no workflow."""
+    workflow = WORKFLOWS[dialect].c
+    uuid = sa.literal(workflow_prefix(batch)) + sa.cast(_item.attempt, sa.Text) + "/" + _item.key
+    return (
+        sa.select(_item.key, _item.attempt, _item.intent, _item.started, workflow.name)
+        .outerjoin_from(items, WORKFLOWS[dialect], workflow.workflow_uuid == uuid)
+        .where(_item.batch == batch, _item.kind.is_(None), workflow.workflow_uuid.is_(None))
+    )
+
+
 def _started(steps: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """Return the result of the step that started a run; only items of version 0.1 have it."""
     for step in steps:
@@ -85,9 +116,11 @@ def _started(steps: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     return None
 
 
-def _outcome(key: str, started: Mapping[str, Any] | None, *, is_sent: bool) -> StoredOutcome:
+def _outcome(
+    key: str, started: Mapping[str, Any] | None, error: StoredError, *, is_sent: bool
+) -> StoredOutcome:
     now = datetime.now(UTC)
     if started is not None:
         at = datetime.fromisoformat(started["at"])
-        return StoredOutcome(key, started["execution_id"], False, None, _CANCELLED, at, now)
-    return StoredOutcome(key, None, False, None, _UNKNOWN if is_sent else _CANCELLED, None, now)
+        return StoredOutcome(key, started["execution_id"], False, None, error, at, now)
+    return StoredOutcome(key, None, False, None, _UNKNOWN if is_sent else error, None, now)

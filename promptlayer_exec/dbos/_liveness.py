@@ -15,7 +15,7 @@ import attrs
 import sqlalchemy as sa
 
 from promptlayer_exec import ConfigurationError
-from promptlayer_exec.dbos._cancelled import end_cancelled
+from promptlayer_exec.dbos._cancelled import end_cancelled, end_deleted
 from promptlayer_exec.dbos._connector import DatabaseLost
 from promptlayer_exec.dbos._database import RETRY_FOR
 from promptlayer_exec.dbos._store import Heartbeat, Store
@@ -115,6 +115,8 @@ class Liveness:
         if time.monotonic() >= self._next_look:
             self._store.take_over(self._batch)
             end_cancelled(self._store, self._batch, time.monotonic() + _LOOK_TIME)
+            if not self._active:  # while it has items to run, this need not hold it up
+                end_deleted(self._store, self._batch)
             self._put_back_what_was_lost()
             self._next_look = time.monotonic() + _LOOK_INTERVAL
 
