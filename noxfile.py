@@ -267,7 +267,8 @@ def browser(session: nox.Session) -> None:
     # The suite's own conftest.py needs packages that are not installed here.
     own_fixtures = "--confcutdir=tests/browser"
     environment = {"PYTHONSAFEPATH": "1"}
-    session.run("pytest", own_fixtures, "tests/browser", *session.posargs, env=environment)
+    pytest = ("pytest", "-n", "2", "--dist=worksteal", own_fixtures, "tests/browser")
+    session.run(*pytest, *session.posargs, env=environment)
 
 
 @nox.session

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ _BYTES_PER_VALUE = 48
 _FEW_VALUES = 1000
 _STATUS_LINE = re.compile(r"HTTP/1\.\d \d{3}( |$)")
 _OPENING_A_VALUE = (b",", b"[", b"{")
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 
 
 @attrs.define(eq=False, repr=False)
@@ -74,9 +76,21 @@ def excess(body: bytes, limit: int) -> str:
     if len(body) > limit:
         return f"is larger than {limit} bytes"
     values = max(limit // _BYTES_PER_VALUE, _FEW_VALUES)
-    if sum(map(body.count, _OPENING_A_VALUE)) > values:
+    if _count_values(body) > values and _count_values(_without_strings(body, values)) > values:
         return f"holds more than {values:,} values, the most for {limit} bytes"
     return ""
+
+
+def _count_values(body: bytes) -> int:
+    return sum(map(body.count, _OPENING_A_VALUE))
+
+
+def _without_strings(body: bytes, most: int) -> bytes:
+    """Return JSON without its strings, unless there are so many that this would take memory."""
+    quotes = body.count(b'"') - body.count(rb"\"")
+    if quotes > 4 * most or not json.detect_encoding(body).startswith("utf-8"):
+        return body
+    return _STRING.sub(b"", body)
 
 
 def is_doubtful(answer: aiohttp.ClientResponse) -> bool:

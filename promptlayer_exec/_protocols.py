@@ -70,7 +70,16 @@ class Interposed:
 
 
 class Idle(Interposed):
-    """Closes a connection of the pool on which the server speaks without being asked."""
+    """Closes a connection of the pool on which the server speaks without being asked.
+
+    One that is not used again is closed at once: over TLS, the peer could keep it open.
+    """
+
+    def begin(self) -> None:
+        if self.protocol.should_close:
+            self.transport.abort()
+        else:
+            super().begin()
 
     def data_received(self, _data: bytes) -> None:
         self.transport.abort()

@@ -198,7 +198,7 @@ async def test_a_borrowed_session_brings_its_own_authority_and_certificate(
 
 
 GOODBYE = """
-import asyncio, gc, socket, ssl, sys, threading
+import asyncio, gc, os, socket, ssl, sys, threading
 from promptlayer_exec import RequestTimeout, RetryPolicy, Session, StartUnknown
 
 theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -219,7 +219,11 @@ async def main():
             if sys.argv[2] == "start":
                 await session.start("name", {"text": "x" * int(sys.argv[3])})
             else:
+                before = len(os.listdir("/dev/fd"))
                 await session.get_results(1)
+                for _ in range(10):
+                    await asyncio.sleep(0)
+                print(len(os.listdir("/dev/fd")) - before, "more")  # the server's
         except (RequestTimeout, StartUnknown) as error:
             print(type(error).__name__)
 
@@ -285,9 +289,10 @@ async def test_a_start_in_a_borrowed_session_checks_the_same_name_as_a_read(
             "",
         ),
         (r"200 OK\r\nContent-Length: 100\r\n\r\n{", "read", 0, "RequestTimeout\n"),
+        (r"200 OK\r\nConnection: close\r\nContent-Length: 1\r\n\r\n7", "read", 0, "1 more\n"),
         ("", "start", 20_000_000, "StartUnknown\n"),
     ],
-    ids=["an answered start", "a read that stalls", "a start that is not read"],
+    ids=["an answered start", "a read that stalls", "a last answer", "a start that is not read"],
 )
 def test_a_peer_that_does_not_close_its_side_keeps_no_socket(  # noqa: PLR0917
     answer: str, call: str, size: int, printed: str, authority: trustme.CA, tmp_path: Path

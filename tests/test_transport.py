@@ -700,6 +700,32 @@ asyncio.run(main())
     assert "holds more than 87,381 values" in message
 
 
+@pytest.mark.parametrize(
+    ("text", "is_read"),
+    [
+        ("1,2,[3],{4}\n" * 20_000, True),
+        ('"a","b\\",",c,\n' * 20_000, True),
+        ("[" * 200_000 + '"\\', True),
+        ([","] * 50_000, False),
+        ([[]] * 50_000, False),
+    ],
+    ids=["CSV", "quotes", "brackets", "strings", "lists"],
+)
+async def test_what_is_in_a_text_is_no_value(text: Any, is_read: bool) -> None:
+    """Only values take many times the memory of their JSON."""
+    body = json.dumps({"A": {"status": "SUCCESS", "value": text, "is_output_node": True}}).encode()
+    async with (
+        raw_server(answering(http(body))) as base_url,
+        Session("key", base_url=base_url, max_response_bytes=1_000_000) as session,
+    ):
+        getting = session.get_results(1)
+        if is_read:
+            assert (await getting).value["A"]["value"] == text
+        else:
+            with pytest.raises(ResponseTooLarge, match="holds more than 20,833 values"):
+                await getting
+
+
 async def test_a_borrowed_session_s_middleware_sees_the_body_of_a_start(sim: Simulator) -> None:
     """A middleware that signs requests needs the body."""
     sim.add_workflow("workflow", Scenario([SimNode("A")]))
