@@ -23,7 +23,7 @@ class Redactor:
         self._other: str | None = None
 
     def also(self, other: str | None) -> Redactor:
-        """Return one that redacts another secret, too, which has no characters to be escaped."""
+        """Return a redactor that also redacts `other`, which JSON need not escape."""
         if other is None:
             return self
         both = copy(self)

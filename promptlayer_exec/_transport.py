@@ -251,6 +251,7 @@ class Transport:
             location = None
         else:  # a part of the body is enough: the status says what is wrong
             location = answer.headers.get("Location")
+            body = body[: _ERROR_BODY_BYTES + _LONGEST_KEY]
             body = redactor.redact_start(body, _ERROR_BODY_BYTES)
         retry_after = read_retry_after(answer.headers, now=time.time())
         return Response(answer.status, body, location, retry_after)

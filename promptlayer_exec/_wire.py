@@ -56,7 +56,8 @@ class Request:
     `target` is the path and query below the base URL, percent-encoded; `url` is the whole URL, if
     it was built in advance; `headers` are those that this request needs; `expected` is a body that
     the answer may well have again, which is then not read into memory once more. `secret` is a part
-    of the body that no error may show; `before_sent` is called when the request's turn has come.
+    of the body that no error may show; `before_sent` is called just before the request is sent,
+    after it has waited for a connection and for the rate.
     """
 
     method: str

@@ -286,11 +286,12 @@ class _Channel:
         if isinstance(self.workflow, int):
             return self.workflow
         request = workflow_request(self.workflow, None, None)
-        give_up_at = clock() + _HANDSHAKE
+        give_up_at = None
         while True:
             try:
                 return (await self._push.call(request, read_workflow)).id
             except Exception as error:
+                give_up_at = give_up_at or clock() + _HANDSHAKE
                 if not _is_transient(error) or clock() >= give_up_at:
                     raise
             await anyio.sleep(_RETRY)
@@ -409,7 +410,7 @@ class _Channel:
 
 @attrs.define(eq=False)
 class _TimeLimit:
-    """Calls a function with a number of seconds when so many have passed, pauses not counted."""
+    """Calls a function after some seconds, not counting pauses, with their number."""
 
     _time_out: Callable[[float], None]
     _seconds: float = attrs.field(init=False, default=0.0)
@@ -425,7 +426,7 @@ class _TimeLimit:
 
     @contextmanager
     def paused(self) -> Iterator[Callable[[], None]]:
-        """Do not count until the function that this gives is called, or the end."""
+        """Stop counting until the yielded function is called, or the block ends."""
         is_paused = True
 
         def go_on() -> None:
@@ -451,7 +452,11 @@ class _TimeLimit:
     def _go_on(self) -> None:
         if self._remaining is not None and not self._pauses:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._remaining, self._time_out, self._seconds)
+            self._timer = loop.call_later(self._remaining, self._end)
+
+    def _end(self) -> None:
+        self._timer = self._remaining = None
+        self._time_out(self._seconds)
 
 
 class _ConnectionEvents(ClientEventHandler):

@@ -395,9 +395,23 @@ async def test_an_item_that_is_cancelled_while_it_is_sent_is_unknown(
         database.execute("UPDATE promptlayer_item SET intent = 'token'")
     await cancel(url, "a")
     with closing(Store(check_url(url))) as store:
-        assert cancelled.end_cancelled(store, "b") == 1
-        assert cancelled.end_cancelled(store, "b") == 0
+        for _ in range(2):
+            cancelled.end_cancelled(store, "b")
     assert (await batch.status()).unknown == 1
+
+
+async def test_many_cancelled_items_end_some_at_a_time(
+    batch: Batch, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heartbeats wait meanwhile."""
+    monkeypatch.setattr(cancelled, "_AT_ONCE", 2)
+    await batch.add(StartRequest("echo", key=key) for key in "abcde")
+    for key in "abcde":
+        await cancel(url, key)
+    with closing(Store(check_url(url))) as store:
+        rounds = [cancelled.end_cancelled(store, "b", until=0.0) for _ in range(3)]
+    assert rounds == [False, False, True]
+    assert (await batch.status()).failed == 5
 
 
 async def test_a_cancelled_item_of_a_batch_whose_name_is_almost_the_same_is_another_one(
@@ -408,8 +422,9 @@ async def test_a_cancelled_item_of_a_batch_whose_name_is_almost_the_same_is_anot
     await Batch("B", database_url=url, session=Session).add([StartRequest("echo", key="a")])
     await cancel(url, "a")
     with closing(Store(check_url(url))) as store:
-        assert cancelled.end_cancelled(store, "B") == 0
-        assert cancelled.end_cancelled(store, "b") == 1
+        cancelled.end_cancelled(store, "B")
+        cancelled.end_cancelled(store, "b")
+        assert [store.status(name).finished for name in ("B", "b")] == [0, 1]
 
 
 async def test_a_worker_of_the_next_version_finishes_what_the_last_one_began(
@@ -477,16 +492,13 @@ async def test_an_item_of_version_0_1_is_followed_if_its_callback_has_come(
     assert (await outcomes(batch))["a"].execution_id == found
 
 
-@pytest.mark.parametrize("recorded", [[], ["intend"], ["intend", "start"]])
-async def test_an_item_that_version_0_1_began_is_finished(
+async def begin_as_version_0_1(
     sim: Simulator, batch: Batch, url: str, recorded: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before its intent, between intent and answer (which is unknown), and after the answer."""
-    monkeypatch.setattr(stores, "WORKFLOW", FIRST_WORKFLOW)
-    await batch.add([StartRequest("echo", {"n": 4}, key="a")])
-    monkeypatch.undo()
-    monkeypatch.setattr(stores, "_QUEUE_INTERVAL", 0.02)
-    monkeypatch.setattr(liveness, "HEARTBEAT_INTERVAL", 0.02)
+) -> int:
+    """Add an item, and begin it as a worker of that version did; return the id of its run."""
+    with monkeypatch.context() as patch:
+        patch.setattr(stores, "WORKFLOW", FIRST_WORKFLOW)
+        await batch.add([StartRequest("echo", {"n": 4}, key="a")])
     found = sim.add_execution(Scenario([SimNode("Answer", 4, is_output_node=True)]))
     results = {
         "intend": '"0123456789abcdef"',
@@ -503,9 +515,42 @@ async def test_an_item_that_version_0_1_began_is_finished(
                 " serialization) VALUES (?, ?, ?, ?, 'portable_json')",
                 (workflow_id("b", "a", 1), number, name, results[name]),
             )
+    return found
+
+
+@pytest.mark.parametrize("recorded", [[], ["intend"], ["intend", "start"]])
+async def test_an_item_that_version_0_1_began_is_finished(
+    sim: Simulator, batch: Batch, url: str, recorded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its intent, between intent and answer (which is unknown), and after the answer."""
+    found = await begin_as_version_0_1(sim, batch, url, recorded, monkeypatch)
     status = await batch.work()
     assert status.finished == 1
     (ended,) = (await outcomes(batch)).values()
     assert ended.kind == ("unknown" if recorded == ["intend"] else "succeeded")
     assert len(sim.runs) == (not recorded)
     assert (ended.execution_id == found) is (len(recorded) == 2)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "error"),
+    [([], "Cancelled"), (["intend"], "StartUnknown"), (["intend", "start"], "Cancelled")],
+)
+async def test_an_item_that_version_0_1_began_and_somebody_cancelled_ends(
+    sim: Simulator,
+    batch: Batch,
+    url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    recorded: list[str],
+    error: str,
+) -> None:
+    """Where its start may have been sent, nothing may start it again unasked."""
+    found = await begin_as_version_0_1(sim, batch, url, recorded, monkeypatch)
+    await cancel(url, "a")
+    assert (await batch.work()).finished == 1
+    (ended,) = (await outcomes(batch)).values()
+    assert ended.error is not None
+    assert ended.error.type == error
+    assert ended.execution_id == (found if "start" in recorded else None)
+    assert sim.runs == []

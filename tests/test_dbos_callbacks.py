@@ -129,6 +129,28 @@ async def test_a_callback_that_comes_as_its_item_is_started_again_is_followed(
     assert len(world.sim.runs) == 1
 
 
+async def test_outcomes_do_not_end_before_work_does(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A callback that comes as the last worker ends opens its item again."""
+    await world.batch().add([StartRequest("echo", key="a")])
+    world.sim.inject(Fault.disconnect())
+    batch = world.batch()
+    real = workers.Worker._shut_down
+
+    async def call_back_late(worker: workers.Worker) -> None:
+        await asyncio.sleep(0.2)  # for ten looks of `outcomes`
+        if world.row()[1] == "unknown":
+            assert await world.batch().resolve(world.tokens()[0], 1001)
+        await real(worker)
+
+    monkeypatch.setattr(workers.Worker, "_shut_down", call_back_late)
+    working = asyncio.create_task(batch.work())
+    kinds = [outcome.kind async for outcome in batch.outcomes()]
+    assert (await working).succeeded == 1
+    assert kinds == ["unknown", "succeeded"]
+
+
 async def test_the_server_in_docs_webhooks_resolves_items_of_a_batch(
     world: World, serve: Callable[[Any], Awaitable[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import json
 import logging
@@ -1168,6 +1169,19 @@ class TestFaults:
         assert await waiting == "42"
         assert log.warnings == []
 
+    async def test_subscriptions_of_the_server_s_own_are_not_kept(
+        self, open_pushed: Callable[..., Session], server: Server
+    ) -> None:
+        """It could add more and more of them."""
+        execution = await open_pushed(poll=OFTEN).start("w")
+        await server.subscribed()
+        for name in ("x" * 1000, "y" * 1000):
+            await server.frame(json.dumps({"push": {"channel": name, "subscribe": {}}}))
+        await server.finish(execution.id)
+        assert await execution.output() == "42"
+        clients = [one for one in gc.get_objects() if issubclass(type(one), centrifuge.Client)]
+        assert [client._server_subs for client in clients if client._server_subs] == []
+
     async def test_a_message_of_too_many_values_is_not_read(
         self, open_pushed: Callable[..., Session], server: Server
     ) -> None:
@@ -1390,6 +1404,7 @@ def test_the_private_names_of_centrifuge_and_websockets_are_still_there() -> Non
     assert asyncio.iscoroutinefunction(centrifuge.Client._close_conn)
     assert asyncio.iscoroutinefunction(centrifuge.Client._process_incoming_data)
     assert centrifuge.Client("ws://127.0.0.1")._background_tasks == set()
+    assert centrifuge.Client("ws://127.0.0.1")._server_subs == {}
     assert callable(ClientConnection.send_data)
     assert ClientProtocol(parse_uri("ws://127.0.0.1")).writes == []
 

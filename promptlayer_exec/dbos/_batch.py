@@ -95,6 +95,7 @@ class Batch:
         self._store: Store | None = None
         self._is_prepared = False
         self._is_restarting = False
+        self._working = 0  # calls of `work` that return once every item has an outcome
 
     async def add(self, requests: Iterable[StartRequest] | AsyncIterable[StartRequest]) -> int:
         """Add items to the database; one whose key and request are already there is not new.
@@ -147,8 +148,9 @@ class Batch:
     async def work(self, *, until_done: bool = True) -> BatchStatus:
         """Start items, follow them, and store their outcomes, together with all other workers.
 
-        If cancelled, however often, it waits for the starts that are being sent; the next worker
-        continues with all other items.
+        If cancelled, however often, it waits for the starts that are being sent, unless its event
+        loop ends meanwhile, as when `asyncio.run` returns; the next worker continues with all other
+        items.
 
         Args:
             until_done: whether to return once every item has an outcome. Otherwise it waits for
@@ -168,8 +170,10 @@ class Batch:
                 deleted meanwhile.
             RuntimeError: this process already works on a batch, or uses DBOS otherwise.
         """
-        # Set before the first await: until the items are restarted, `outcomes` must not end.
+        # Set before the first await: until the items are restarted, `outcomes` must not end. Nor
+        # must it before this returns: a callback may make one more item unfinished.
         self._is_restarting = self._restart_unknown
+        self._working += until_done
         try:
             async with self._open() as store:
                 await store.run_in_thread(callbacks.resolve, store, self._name)
@@ -187,6 +191,7 @@ class Batch:
                 return status
         finally:
             self._is_restarting = False
+            self._working -= until_done
 
     async def _work(self, store: Store, *, until_done: bool) -> None:
         given = self._given
@@ -225,8 +230,9 @@ class Batch:
     async def outcomes(self, *, until_done: bool = True) -> AsyncGenerator[StoredOutcome, None]:
         """Yield the outcome of each item: first those that are stored, then each new one.
 
-        The iteration ends when every item has an outcome. An unknown item that is restarted is
-        yielded again. To end the iteration early, use `contextlib.aclosing`.
+        The iteration ends when every item has an outcome, and `work` of this object has returned.
+        An unknown item that is restarted is yielded again. To end the iteration early, use
+        `contextlib.aclosing`.
 
         Args:
             until_done: whether to wait for new outcomes, or to end with the last stored one.
@@ -238,7 +244,7 @@ class Batch:
         async with self._open() as store:
             while True:
                 is_last = not until_done or (
-                    not self._is_restarting and await self._is_finished(store)
+                    not self._is_restarting and not self._working and await self._is_finished(store)
                 )
                 while rows := await store.run_in_thread(
                     store.outcomes, self._name, last, _CHUNK, _CHUNK_BYTES

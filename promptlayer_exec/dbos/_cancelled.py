@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from promptlayer_exec.dbos import _callbacks as callbacks
-from promptlayer_exec.dbos._names import FIRST_WORKFLOW, workflow_prefix
+from promptlayer_exec.dbos._names import FIRST_WORKFLOW, INTENT_IN_ROW, workflow_prefix
 from promptlayer_exec.dbos._tables import NO_INTENT, WORKFLOWS, Ending, items
 from promptlayer_exec.dbos._values import StoredError, StoredOutcome
 
@@ -36,8 +36,8 @@ _UNKNOWN = StoredError(
 )
 
 
-def end_cancelled(store: Store, batch: str, until: float = math.inf) -> int:
-    """Store the outcome of each item that nobody runs any more; return how many there were.
+def end_cancelled(store: Store, batch: str, until: float = math.inf) -> bool:
+    """Store the outcome of each item that nobody runs any more; return False if some are left.
 
     Otherwise the batch would wait for them for ever. It takes some hundreds at a time, and the next
     ones only until `until`, on the clock of `time.monotonic`.
@@ -47,28 +47,29 @@ def end_cancelled(store: Store, batch: str, until: float = math.inf) -> int:
         part = rows[first : first + _AT_ONCE]
         _end(store, batch, part, _CANCELLED)
         if time.monotonic() > until:
-            return first + len(part)
-    return len(rows)
+            return first + len(part) == len(rows)
+    return True
 
 
-def end_deleted(store: Store, batch: str) -> int:
-    """Store the outcome of some hundred items whose workflow is gone; return how many there were.
+def end_deleted(store: Store, batch: str) -> None:
+    """Store the outcomes of some hundred items whose workflow is gone.
 
     This looks at all items without an outcome.
     """
     rows = store.rows(_deleted(store.engine.dialect.name, batch).limit(_AT_ONCE), once=True)
     _end(store, batch, rows, _DELETED)
-    return len(rows)
 
 
 def _end(store: Store, batch: str, rows: Sequence[Any], error: StoredError) -> None:
     endings = []
     for row in rows:
         started = json.loads(row.started) if row.started else None
+        is_sent = row.intent is not None
         if started is None and row.name == FIRST_WORKFLOW:
             # Only items of version 0.1 have steps in DBOS, for which it takes a query each.
-            started = _started(store.steps(row.workflow_uuid))
-        outcome = _outcome(row.key, started, error, is_sent=row.intent is not None)
+            steps = store.steps(row.workflow_uuid)
+            started, is_sent = _started(steps), is_sent or _may_be_sent(steps)
+        outcome = _outcome(row.key, started, error, is_sent=is_sent)
         # It may be started meanwhile; then this is decided again at the next look.
         intent = NO_INTENT if row.intent is None else None
         endings.append(Ending.of(row.attempt, outcome, intent, of_another=row.intent))
@@ -92,7 +93,9 @@ def _cancelled(dialect: str, batch: str) -> sa.Select[Any]:
         _item.batch == batch,
         _item.key == sa.func.substr(rest, slash + 1),
         sa.cast(_item.attempt, sa.Text) == sa.func.substr(rest, 1, slash - 1),
-        _item.kind.is_(None),
+        # Without the index on `kind`: where its statistics are old, PostgreSQL would begin with it,
+        # and then read all workflows once for each item.
+        sa.func.coalesce(_item.kind, "") == "",
     )
 
 
@@ -114,6 +117,12 @@ def _started(steps: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
         if step["function_name"] == "start" and output and output["execution_id"] is not None:
             return dict(output)
     return None
+
+
+def _may_be_sent(steps: Sequence[Mapping[str, Any]]) -> bool:
+    """Return True if a worker of version 0.1 recorded its intent to start a run, and no result."""
+    last = steps[-1] if steps else {"function_name": "none"}
+    return last["function_name"] == "intend" and last["output"] != INTENT_IN_ROW
 
 
 def _outcome(

@@ -59,7 +59,7 @@ from promptlayer_exec.dbos._connector import PATIENCE_AT_END
 from promptlayer_exec.dbos._dbos_internals import ItemTaken
 from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._intents import Intent, Started, State
-from promptlayer_exec.dbos._names import workflow_id
+from promptlayer_exec.dbos._names import INTENT_IN_ROW, workflow_id
 from promptlayer_exec.dbos._pending import IntentRefused, Item, PendingStart, StartResult
 from promptlayer_exec.dbos._requests import digest_of
 from promptlayer_exec.dbos._store import Store
@@ -79,7 +79,6 @@ _SLOWLY_RECORDED_WITHIN = 30.0
 # Errors of a start or a poll that every other item would meet, too.
 _NOT_THE_ITEMS_FAULT = (Unauthorized, ConnectionFailed, RateLimited, SessionClosed)
 _ACCOUNT_STATUSES = (402, 403)
-_FIRST_INTENT = "in the row of the item"
 
 
 @attrs.define(eq=False, repr=False)
@@ -142,7 +141,7 @@ class Items:
                     continue
                 outcome = await self._in_callers_loop(self._follow(item, started))
                 intent, of_another = pending.recorded_intent, pending.replaced
-                if item.is_first_version:  # DBOS does not run its steps again
+                if item.is_first_version:  # its steps keep their results, so no other start
                     intent = of_another = None
                 ending = Ending.of(item.attempt, outcome, intent, of_another=of_another)
                 is_stored = await self._endings.add(ending)
@@ -218,7 +217,7 @@ class Items:
         while True:
             intent = await DBOS.run_step_async({"name": "intend"}, _first_intent)
             result = await DBOS.run_step_async(
-                {"name": "start"}, self._send, item, pending, is_ours=intent == _FIRST_INTENT
+                {"name": "start"}, self._send, item, pending, is_ours=intent == INTENT_IN_ROW
             )
             if result["execution_id"] is not None or result["error"] is not None:
                 return result
@@ -488,7 +487,7 @@ def _is_the_items(error: Exception) -> bool:
 
 
 async def _first_intent() -> str:
-    return _FIRST_INTENT
+    return INTENT_IN_ROW
 
 
 def _unknown(item: Item) -> StartResult:

@@ -27,7 +27,7 @@ HEARTBEAT_INTERVAL = 2.0
 # worker looks, it is below the 15 s within which the items of a dead worker must move.
 DEAD_AFTER = 12.0
 _WATCH_INTERVAL = 0.5
-# Seconds by which a round may be late; silence beyond that is not counted.
+# Seconds by which a round may be late; the rest of a longer one does not count as silence.
 _SLOW = 4.0
 _LOOK_INTERVAL = 10.0
 # Seconds for which a round may store outcomes of cancelled items: heartbeats wait for it.
@@ -40,8 +40,8 @@ class Liveness:
 
     A worker is dead if its heartbeat has not changed for `DEAD_AFTER` seconds on the clock of the
     worker that watches it; the clocks of two machines are never compared. Time in which the
-    watching worker stood still does not count, as the others may have, too. On the same machine, a
-    worker is dead as soon as its process has ended.
+    watching worker itself stood still does not count, because the others may have stood still as
+    well. On the same machine, a worker is dead as soon as its process has ended.
     """
 
     _store: Store
@@ -114,11 +114,13 @@ class Liveness:
         """Take over what earlier versions left, end what was cancelled, put back what was lost."""
         if time.monotonic() >= self._next_look:
             self._store.take_over(self._batch)
-            end_cancelled(self._store, self._batch, time.monotonic() + _LOOK_TIME)
+            until = time.monotonic() + _LOOK_TIME
+            has_ended_all = end_cancelled(self._store, self._batch, until)
             if not self._active:  # while it has items to run, this need not hold it up
                 end_deleted(self._store, self._batch)
             self._put_back_what_was_lost()
-            self._next_look = time.monotonic() + _LOOK_INTERVAL
+            if has_ended_all:
+                self._next_look = time.monotonic() + _LOOK_INTERVAL
 
     def _put_back_what_was_lost(self) -> None:
         """Put the items back into the queue that this worker has taken, and does not know of."""

@@ -8,6 +8,9 @@ APPLICATION = "promptlayer-exec"
 WORKFLOW = "promptlayer_exec.item.2"
 # The workflow of the items that version 0.1 added.
 FIRST_WORKFLOW = "promptlayer_exec.item"
+# What their step "intend" returns if a worker of this version runs it. In version 0.1, it returned
+# the intent itself.
+INTENT_IN_ROW = "in the row of the item"
 
 
 def queue_name(batch: str) -> str:
