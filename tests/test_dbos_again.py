@@ -348,6 +348,17 @@ async def test_an_item_whose_workflow_is_deleted_in_dbos_ends(batch: Batch, url:
     assert "add it to a batch under another key" in error.message
 
 
+async def test_an_item_of_version_0_1_whose_workflow_is_deleted_is_unknown(
+    sim: Simulator, batch: Batch, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether its start was sent stood in the workflow."""
+    await begin_as_version_0_1(sim, batch, url, ["intend"], monkeypatch)
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database, database:
+        database.execute("UPDATE promptlayer_item SET digest = NULL")
+        database.execute("DELETE FROM workflow_status")
+    assert (await batch.work()).unknown == 1
+
+
 async def test_an_item_that_is_followed_again_and_cancelled_in_dbos_keeps_its_id(
     sim: Simulator, batch: Batch, url: str
 ) -> None:

@@ -64,7 +64,7 @@ def _end(store: Store, batch: str, rows: Sequence[Any], error: StoredError) -> N
     endings = []
     for row in rows:
         started = json.loads(row.started) if row.started else None
-        is_sent = row.intent is not None
+        is_sent = row.may_be_sent
         if started is None and row.name == FIRST_WORKFLOW:
             # Only items of version 0.1 have steps in DBOS, for which it takes a query each.
             steps = store.steps(row.workflow_uuid)
@@ -86,7 +86,9 @@ def _cancelled(dialect: str, batch: str) -> sa.Select[Any]:
     find = sa.func.instr if dialect == "sqlite" else sa.func.strpos
     slash = find(rest, "/")
     return sa.select(
-        _item.key, _item.attempt, _item.intent, _item.started, workflow.workflow_uuid, workflow.name
+        *(_item.key, _item.attempt, _item.intent, _item.started),
+        *(workflow.workflow_uuid, workflow.name),
+        _item.intent.is_not(None).label("may_be_sent"),
     ).where(
         workflow.status.in_(["CANCELLED", "ERROR", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"]),
         sa.func.substr(workflow.workflow_uuid, 1, len(prefix)) == prefix,
@@ -104,7 +106,11 @@ def _deleted(dialect: str, batch: str) -> sa.Select[Any]:
     workflow = WORKFLOWS[dialect].c
     uuid = sa.literal(workflow_prefix(batch)) + sa.cast(_item.attempt, sa.Text) + "/" + _item.key
     return (
-        sa.select(_item.key, _item.attempt, _item.intent, _item.started, workflow.name)
+        sa.select(
+            *(_item.key, _item.attempt, _item.intent, _item.started, workflow.name),
+            # Version 0.1, which stored no digest, had its intents in the workflow that is gone.
+            sa.or_(_item.intent.is_not(None), _item.digest.is_(None)).label("may_be_sent"),
+        )
         .outerjoin_from(items, WORKFLOWS[dialect], workflow.workflow_uuid == uuid)
         .where(_item.batch == batch, _item.kind.is_(None), workflow.workflow_uuid.is_(None))
     )
