@@ -13,13 +13,22 @@ import attrs
 from promptlayer_exec._connections import abort
 from promptlayer_exec._protocols import Interposed
 from promptlayer_exec._redaction import Redactor
+from promptlayer_exec._wire import is_object, up_to_id
 
 # Bounds the memory of a decoded body: at most one value per this many bytes of the limit.
 _BYTES_PER_VALUE = 48
 _FEW_VALUES = 1000
 _STATUS_LINE = re.compile(r"HTTP/1\.\d \d{3}( |$)")
 _OPENING_A_VALUE = (b",", b"[", b"{")
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+# Without escaped quotes. A text that is JSON itself may be decoded, too; its first bracket, or
+# spaces before it, may be escaped.
+_STRING = re.compile(
+    rb"""
+    "(?! (?: [ ] | \\[nrt] )*+ (?: [\[{] | \\u ) ) [^"]*+ "?
+    | ( "[^"]*+ "? )
+    """,
+    re.VERBOSE,
+)
 
 
 @attrs.define(eq=False, repr=False)
@@ -67,6 +76,11 @@ class Exchange:
         self._pieces.clear()
 
 
+def has_id(body: bytes, limit: int) -> bool:
+    """Return True if a broken answer to a start may still have the id of its run."""
+    return up_to_id(body) is not None or (not excess(body, limit) and is_object(body))
+
+
 def excess(body: bytes, limit: int) -> str:
     """Return what is too much about a JSON body for a limit in bytes; empty if nothing is."""
     # A decoded value takes up to 400 bytes, and a body up to fifty times its size. So one under a
@@ -86,11 +100,15 @@ def _count_values(body: bytes) -> int:
 
 
 def _without_strings(body: bytes, most: int) -> bytes:
-    """Return JSON without its strings, unless there are so many that this would take memory."""
-    quotes = body.count(b'"') - body.count(rb"\"")
-    if quotes > 4 * most or not json.detect_encoding(body).startswith("utf-8"):
+    """Return JSON without its texts, or as it is if they alone are more than `most` values.
+
+    A value has at most two, its key and itself. To remove millions would take much memory. A text
+    that is JSON itself stays: it may be decoded, too.
+    """
+    if not json.detect_encoding(body).startswith("utf-8"):
         return body
-    return _STRING.sub(b"", body)
+    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    return body if plain.count(b'"') > 4 * most else _STRING.sub(rb"\1", plain)
 
 
 def is_doubtful(answer: aiohttp.ClientResponse) -> bool:

@@ -72,7 +72,7 @@ class Interposed:
 class Idle(Interposed):
     """Closes a connection of the pool on which the server speaks without being asked.
 
-    One that is not used again is closed at once: over TLS, the peer could keep it open.
+    One that cannot be used again is closed at once: over TLS, an ordinary close waits for the peer.
     """
 
     def begin(self) -> None:

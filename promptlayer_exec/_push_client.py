@@ -53,15 +53,13 @@ class PushClient(Client):
         return await self._open()
 
     async def _process_incoming_data(self, message: Any, attempt: int) -> None:
-        # Many messages may wait, and the library would handle them all in one step of the loop.
-        await asyncio.sleep(0)
         try:
             _check_frame(message, self._max_bytes)
             await super()._process_incoming_data(message, attempt)
         except Exception as error:  # noqa: BLE001 - the library would log it and stop for good
             logger.debug("push: a frame cannot be read (%s)", type(error).__name__)
         finally:
-            self._server_subs.clear()  # not used; a server could add more and more
+            self._server_subs.clear()  # these are not used, and a server could add any number
 
     @staticmethod
     async def _close_conn(conn: ClientConnection) -> None:
@@ -86,6 +84,11 @@ class _Connect(connect):
 
 class _Connection(ClientConnection):
     """Ends if the server reads nothing: the answers to its pings would fill the memory."""
+
+    async def recv(self, decode: bool | None = None) -> Any:
+        # Otherwise the library would read all that waits in one step of the loop.
+        await asyncio.sleep(0)
+        return await super().recv(decode)
 
     def send_data(self) -> None:
         frames = self.protocol.data_to_send()

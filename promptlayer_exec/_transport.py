@@ -36,7 +36,14 @@ from promptlayer_exec._errors import (
     StatusError,
 )
 from promptlayer_exec._events import Emit, RequestRetried, Throttled
-from promptlayer_exec._exchange import Exchange, excess, is_doubtful, may_be_cut, read_body
+from promptlayer_exec._exchange import (
+    Exchange,
+    excess,
+    has_id,
+    is_doubtful,
+    may_be_cut,
+    read_body,
+)
 from promptlayer_exec._redaction import Redactor
 from promptlayer_exec._retry import OutageLog, RecentStarts, RetryState
 from promptlayer_exec._settings import Settings, unused_proxy
@@ -47,7 +54,7 @@ from promptlayer_exec._wire import (
     Request,
     Response,
     excerpt,
-    has_id,
+    is_object,
     read_retry_after,
     up_to_id,
 )
@@ -227,18 +234,21 @@ class Transport:
         answer, body, failure = exchange.answer, exchange.body(), exchange.failure
         redactor = exchange.redactor
         exchange.clear()
-        if once is not None and excess(body, exchange.limit):
-            body = up_to_id(body)
         if answer is None:
             if once is not None and once.sent and is_tls_failure(failure):
                 once.mark_rejected()  # the handshake was refused, so the server read nothing
             raise self._failure(failure, answer, body, redactor)
         if answer.status < 300:
-            # The id of a run that was paid for may be whole in spite of it.
-            if failure is not None and not (once is not None and has_id(body)):
+            if failure is not None and once is None:
                 raise self._failure(failure, answer, body, redactor)
-            # Nothing was read beyond the limit.
-            if too_large := excess(body, exchange.limit):
+            too_large = excess(body, exchange.limit)  # nothing was read beyond the limit
+            # The id of a run that was paid for may be whole in spite of that, and of a failure.
+            id_part = None if once is None else up_to_id(body)
+            if too_large and id_part is not None:
+                body, too_large = id_part, ""
+            if failure is not None and id_part is None and (too_large or not is_object(body)):
+                raise self._failure(failure, answer, body, redactor)
+            if too_large:
                 raise ResponseTooLarge(
                     f"the {answer.status} answer {too_large}",
                     limit=exchange.limit,
@@ -311,7 +321,8 @@ class Transport:
         except asyncio.CancelledError as error:
             # If this task was cancelled, and not only something that it awaited, it ends now; but
             # an id that has arrived is not thrown away.
-            if is_cancelled() and (once is None or not has_id(exchange.body())):
+            body = exchange.body()
+            if is_cancelled() and (once is None or not has_id(body, exchange.limit)):
                 raise
             exchange.failure = error
         finally:

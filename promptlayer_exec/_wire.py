@@ -208,18 +208,21 @@ _WHOLE_ID = re.compile(
 )
 
 
-def has_id(body: bytes) -> bool:
-    """Return True if a broken response to the request that starts a run may still have its id."""
+def up_to_id(body: bytes) -> bytes | None:
+    """Return the part of a body that ends with the id of a run; None if no whole id is seen.
+
+    The body may be broken, or too large to be decoded.
+    """
+    whole = _WHOLE_ID.match(body)
+    return None if whole is None else whole[0]
+
+
+def is_object(body: bytes) -> bool:
+    """Return True if a body is a whole JSON object."""
     try:
         return isinstance(loads(body), dict)
     except (ValueError, RecursionError):
-        return _WHOLE_ID.match(body) is not None
-
-
-def up_to_id(body: bytes) -> bytes:
-    """Return the part of a too large body that ends with the id; the whole body if none is seen."""
-    whole = _WHOLE_ID.match(body)
-    return body if whole is None else whole[0]
+        return False
 
 
 def read_started(response: Response) -> Started:

@@ -234,6 +234,7 @@ class _Channel:
     # Of each request for a token: a refresh and a new connection may both need one.
     _token_scopes: set[anyio.CancelScope] = attrs.field(init=False, factory=set)
     _next_token_at: float = attrs.field(init=False, default=-math.inf)
+    _sent_at: float = attrs.field(init=False, default=math.inf)
 
     def __attrs_post_init__(self) -> None:
         self._time_limit = _TimeLimit(self._time_out)
@@ -286,15 +287,21 @@ class _Channel:
         if isinstance(self.workflow, int):
             return self.workflow
         request = workflow_request(self.workflow, None, None)
-        give_up_at = None
+        request = attrs.evolve(request, before_sent=self._record_request)
+        spent = 0.0
         while True:
+            self._sent_at = math.inf
             try:
                 return (await self._push.call(request, read_workflow)).id
             except Exception as error:
-                give_up_at = give_up_at or clock() + _HANDSHAKE
-                if not _is_transient(error) or clock() >= give_up_at:
+                spent += max(clock() - self._sent_at, 0.0)
+                if not _is_transient(error) or spent >= _HANDSHAKE:
                     raise
             await anyio.sleep(_RETRY)
+            spent += _RETRY
+
+    def _record_request(self) -> None:
+        self._sent_at = clock()
 
     async def _connect(self, workflow_id: int) -> str:
         """Subscribe with a client of the library, and return why push was given up."""
@@ -410,7 +417,7 @@ class _Channel:
 
 @attrs.define(eq=False)
 class _TimeLimit:
-    """Calls a function after some seconds, not counting pauses, with their number."""
+    """Calls a function with a number of seconds once they have passed; pauses do not count."""
 
     _time_out: Callable[[float], None]
     _seconds: float = attrs.field(init=False, default=0.0)

@@ -157,15 +157,23 @@ async def test_many_items_are_taken_a_few_hundred_at_a_time(
     assert await batch.status() == BatchStatus(7, 0, 0, 1, 0, 8)
 
 
+@pytest.mark.parametrize("is_deleted", [False, True])
 async def test_a_start_whose_item_was_taken_over_is_followed(
-    sim: Simulator, batch: Batch, url: str, caplog: pytest.LogCaptureFixture
+    sim: Simulator, batch: Batch, url: str, caplog: pytest.LogCaptureFixture, *, is_deleted: bool
 ) -> None:
-    """A worker may be taken for dead while it sends a start: the run is paid for, and not lost."""
+    """A worker may be taken for dead while it sends a start: the run is paid for, and not lost.
+
+    Nor is it if somebody deletes the item's workflow in DBOS.
+    """
     await batch.add([StartRequest("echo", {"n": 5}, key="a")])
     sim.inject(Fault.delay(1.0))
     working = asyncio.create_task(batch.work())
     await sim.wait_for_requests(1)
     end(url, "a", None, "StartUnknown")
+    if is_deleted:
+        client = DBOSClient(system_database_url=url)
+        await asyncio.to_thread(client.delete_workflows, [workflow_id("b", "a", 1)])
+        client.destroy()
     await working
     assert (await batch.work()).succeeded == 1
     (run,) = sim.runs
@@ -346,6 +354,25 @@ async def test_an_item_whose_workflow_is_deleted_in_dbos_ends(batch: Batch, url:
     assert error is not None
     assert error.type == "Cancelled"
     assert "add it to a batch under another key" in error.message
+
+
+async def test_many_items_are_looked_at_some_at_a_time(
+    batch: Batch, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next look goes on with the next key; heartbeats wait meanwhile."""
+    monkeypatch.setattr(cancelled, "_AT_ONCE", 2)
+    await batch.add(StartRequest("echo", {"n": 1}, key=key) for key in "abcde")
+    client = DBOSClient(system_database_url=url)
+    await asyncio.to_thread(
+        client.delete_workflows, [workflow_id("b", key, 1) for key in ("b", "e")]
+    )
+    client.destroy()
+    after, seen = "", []
+    with closing(Store(check_url(url))) as store:
+        for _ in range(4):
+            after = cancelled.end_deleted(store, "b", after, until=0.0)
+            seen.append((after, store.status("b").failed))
+    assert seen == [("b", 1), ("d", 1), ("e", 2), ("", 2)]
 
 
 async def test_an_item_of_version_0_1_whose_workflow_is_deleted_is_unknown(

@@ -151,6 +151,26 @@ async def test_outcomes_do_not_end_before_work_does(
     assert kinds == ["unknown", "succeeded"]
 
 
+async def test_outcomes_end_with_work_although_an_item_is_opened_again_just_then(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody works on it any more; the next `work` does."""
+    monkeypatch.setattr(batches, "_POLL_INTERVAL", 0.3)
+    await world.batch().add([StartRequest("echo", key="a")])
+    world.sim.inject(Fault.disconnect())
+    batch = world.batch()
+
+    async def read() -> set[str]:
+        return {outcome.kind async for outcome in batch.outcomes()}
+
+    reading = asyncio.create_task(read())
+    assert (await batch.work()).unknown == 1
+    assert await world.batch().resolve(world.tokens()[0], 1001)
+    async with asyncio.timeout(10):
+        assert await reading <= {"unknown"}
+    assert (await batch.work()).succeeded == 1
+
+
 async def test_the_server_in_docs_webhooks_resolves_items_of_a_batch(
     world: World, serve: Callable[[Any], Awaitable[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

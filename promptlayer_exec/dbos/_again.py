@@ -64,11 +64,18 @@ _ENDINGS = ("ExecutionFailed", "NotFound", "RecursionError")
 
 
 def adopt(
-    store: Store, batch: str, *, key: str, attempt: int, token: str, started: Mapping[str, Any]
+    store: Store,
+    batch: str,
+    *,
+    key: str,
+    attempt: int,
+    token: str,
+    started: Mapping[str, Any],
+    request: str | None = None,
 ) -> bool:
     """Follow a run whose start another worker takes for unknown; return whether it can be.
 
-    `token` is that of the intent to start it.
+    `token` is that of the intent to start it. Without the `request`, DBOS must still have it.
     """
     query = sa.select(_item.key, _item.attempt, _item.kind).where(
         _item.batch == batch,
@@ -77,7 +84,7 @@ def adopt(
         _item.intent == token,
         sa.or_(_item.kind.is_(None), _item.kind == "unknown"),
     )
-    requests = store.stored_requests(batch, {key: attempt})
+    requests = store.stored_requests(batch, {key: attempt}) if request is None else {key: request}
 
     def work(connection: sa.Connection) -> bool:
         lock_batch(connection, batch)

@@ -95,7 +95,9 @@ class Batch:
         self._store: Store | None = None
         self._is_prepared = False
         self._is_restarting = False
-        self._working = 0  # calls of `work` that return once every item has an outcome
+        # The calls of `work` that return once every item has an outcome, and that have returned.
+        self._working = 0
+        self._finished = 0
 
     async def add(self, requests: Iterable[StartRequest] | AsyncIterable[StartRequest]) -> int:
         """Add items to the database; one whose key and request are already there is not new.
@@ -188,6 +190,7 @@ class Batch:
                     # A worker of an older version finished some, and does not keep the numbers.
                     await store.run_in_thread(store.recount, self._name)
                     status = await store.run_in_thread(store.status, self._name)
+                self._finished += until_done
                 return status
         finally:
             self._is_restarting = False
@@ -230,9 +233,9 @@ class Batch:
     async def outcomes(self, *, until_done: bool = True) -> AsyncGenerator[StoredOutcome, None]:
         """Yield the outcome of each item: first those that are stored, then each new one.
 
-        The iteration ends when every item has an outcome, and `work` of this object has returned.
-        An unknown item that is restarted is yielded again. To end the iteration early, use
-        `contextlib.aclosing`.
+        The iteration ends when every item has an outcome, and each `work` of this object that waits
+        for that has returned. An unknown item that is restarted is yielded again. To end the
+        iteration early, use `contextlib.aclosing`.
 
         Args:
             until_done: whether to wait for new outcomes, or to end with the last stored one.
@@ -240,11 +243,14 @@ class Batch:
         Raises:
             ConfigurationError: the database cannot be used.
         """
-        last = 0
+        last, finished_before = 0, self._finished
         async with self._open() as store:
             while True:
                 is_last = not until_done or (
-                    not self._is_restarting and not self._working and await self._is_finished(store)
+                    not self._is_restarting
+                    and not self._working
+                    # What is opened again after `work` has returned waits for the next one.
+                    and (self._finished != finished_before or await self._is_finished(store))
                 )
                 while rows := await store.run_in_thread(
                     store.outcomes, self._name, last, _CHUNK, _CHUNK_BYTES

@@ -1,4 +1,4 @@
-"""Items whose DBOS workflow was ended by others, for example by `dbos workflow cancel`."""
+"""Items whose workflow was cancelled, ended or deleted by others, as by `dbos workflow cancel`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from promptlayer_exec.dbos import _callbacks as callbacks
-from promptlayer_exec.dbos._names import FIRST_WORKFLOW, INTENT_IN_ROW, workflow_prefix
+from promptlayer_exec.dbos._names import (
+    FIRST_WORKFLOW,
+    INTENT_IN_ROW,
+    workflow_id,
+    workflow_prefix,
+)
 from promptlayer_exec.dbos._tables import NO_INTENT, WORKFLOWS, Ending, items
 from promptlayer_exec.dbos._values import StoredError, StoredOutcome
 
@@ -39,8 +44,8 @@ _UNKNOWN = StoredError(
 def end_cancelled(store: Store, batch: str, until: float = math.inf) -> bool:
     """Store the outcome of each item that nobody runs any more; return False if some are left.
 
-    Otherwise the batch would wait for them for ever. It takes some hundreds at a time, and the next
-    ones only until `until`, on the clock of `time.monotonic`.
+    Without this, the batch would wait for them for ever. It takes some hundreds at a time, and the
+    next ones only until `until`, on the clock of `time.monotonic`.
     """
     rows = store.rows(_cancelled(store.engine.dialect.name, batch), once=True)
     for first in range(0, len(rows), _AT_ONCE):
@@ -51,13 +56,32 @@ def end_cancelled(store: Store, batch: str, until: float = math.inf) -> bool:
     return True
 
 
-def end_deleted(store: Store, batch: str) -> None:
-    """Store the outcomes of some hundred items whose workflow is gone.
+def end_deleted(store: Store, batch: str, after: str = "", until: float = math.inf) -> str:
+    """Store the outcomes of items whose workflow is gone, in the order of their keys.
 
-    This looks at all items without an outcome.
+    It takes some hundred of those without an outcome at a time, the next ones only until `until`,
+    on the clock of `time.monotonic`, and returns the last key, or "" after the last item.
     """
-    rows = store.rows(_deleted(store.engine.dialect.name, batch).limit(_AT_ONCE), once=True)
-    _end(store, batch, rows, _DELETED)
+    workflow = WORKFLOWS[store.engine.dialect.name].c.workflow_uuid
+    page = (
+        sa.select(
+            *(_item.key, _item.attempt, _item.intent, _item.started, sa.null().label("name")),
+            # Version 0.1, which stored no digest, had its intents in the workflow that is gone.
+            sa.or_(_item.intent.is_not(None), _item.digest.is_(None)).label("may_be_sent"),
+        )
+        .where(_item.batch == batch, _item.kind.is_(None))
+        .order_by(_item.key)
+        .limit(_AT_ONCE)
+    )
+    while rows := store.rows(page.where(_item.key > after), once=True):
+        ids = {workflow_id(batch, row.key, row.attempt): row for row in rows}
+        found = store.rows(sa.select(workflow).where(workflow.in_(ids)), once=True)
+        there = {row.workflow_uuid for row in found}
+        _end(store, batch, [row for each, row in ids.items() if each not in there], _DELETED)
+        after = rows[-1].key
+        if time.monotonic() > until:
+            return after
+    return ""
 
 
 def _end(store: Store, batch: str, rows: Sequence[Any], error: StoredError) -> None:
@@ -98,21 +122,6 @@ def _cancelled(dialect: str, batch: str) -> sa.Select[Any]:
         # Without the index on `kind`: where its statistics are old, PostgreSQL would begin with it,
         # and then read all workflows once for each item.
         sa.func.coalesce(_item.kind, "") == "",
-    )
-
-
-def _deleted(dialect: str, batch: str) -> sa.Select[Any]:
-    """Return the query for the items without an outcome that have no workflow."""
-    workflow = WORKFLOWS[dialect].c
-    uuid = sa.literal(workflow_prefix(batch)) + sa.cast(_item.attempt, sa.Text) + "/" + _item.key
-    return (
-        sa.select(
-            *(_item.key, _item.attempt, _item.intent, _item.started, workflow.name),
-            # Version 0.1, which stored no digest, had its intents in the workflow that is gone.
-            sa.or_(_item.intent.is_not(None), _item.digest.is_(None)).label("may_be_sent"),
-        )
-        .outerjoin_from(items, WORKFLOWS[dialect], workflow.workflow_uuid == uuid)
-        .where(_item.batch == batch, _item.kind.is_(None), workflow.workflow_uuid.is_(None))
     )
 
 

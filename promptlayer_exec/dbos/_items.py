@@ -141,7 +141,7 @@ class Items:
                     continue
                 outcome = await self._in_callers_loop(self._follow(item, started))
                 intent, of_another = pending.recorded_intent, pending.replaced
-                if item.is_first_version:  # its steps keep their results, so no other start
+                if item.is_first_version:  # its steps keep their results: no other start
                     intent = of_another = None
                 ending = Ending.of(item.attempt, outcome, intent, of_another=of_another)
                 is_stored = await self._endings.add(ending)
@@ -358,12 +358,11 @@ class Items:
     async def _rescue(self, item: Item, pending: PendingStart, *, is_taken: bool) -> None:
         """Keep the id of a run whose start could not be recorded."""
         if is_taken and pending.execution is not None:
-            adopt = partial(
-                again.adopt, self._store, self._batch, key=item.key, attempt=item.attempt
-            )
+            adopt = partial(again.adopt, self._store, self._batch, request=item.request)
+            adopt = partial(adopt, key=item.key, attempt=item.attempt, token=pending.token)
             started = _result(pending.execution.id)
             with suppress(ConfigurationError):
-                if await asyncio.to_thread(adopt, token=pending.token, started=started):
+                if await asyncio.to_thread(adopt, started=started):
                     logger.warning(
                         "execution %d was started for item %.100r while another worker took the"
                         " item over; it is followed",

@@ -30,7 +30,7 @@ _WATCH_INTERVAL = 0.5
 # Seconds by which a round may be late; the rest of a longer one does not count as silence.
 _SLOW = 4.0
 _LOOK_INTERVAL = 10.0
-# Seconds for which a round may store outcomes of cancelled items: heartbeats wait for it.
+# Seconds for which a round may look for items that others ended: heartbeats wait for it.
 _LOOK_TIME = 1.0
 
 
@@ -58,6 +58,8 @@ class Liveness:
     _seen: dict[str, tuple[Heartbeat, float]] = attrs.field(init=False, factory=dict)
     _seen_at: float = attrs.field(init=False, factory=time.monotonic)
     _next_look: float = attrs.field(init=False, default=0.0)
+    _are_cancelled: bool = attrs.field(init=False, default=False)  # items that have not ended yet
+    _looked_at: str = attrs.field(init=False, default="")  # the last key for `end_deleted`
     _idle: set[str] = attrs.field(init=False, factory=set)
     _stop: threading.Event = attrs.field(init=False, factory=threading.Event)
     _thread: threading.Thread | None = attrs.field(init=False, default=None)
@@ -111,16 +113,19 @@ class Liveness:
             self._store.requeue(self._batch, dead)
 
     def look_after_others(self) -> None:
-        """Take over what earlier versions left, end what was cancelled, put back what was lost."""
-        if time.monotonic() >= self._next_look:
+        """Take over what earlier versions left, end what others ended, put back what was lost."""
+        is_time = time.monotonic() >= self._next_look
+        if is_time:
             self._store.take_over(self._batch)
+        if is_time or self._are_cancelled:
             until = time.monotonic() + _LOOK_TIME
-            has_ended_all = end_cancelled(self._store, self._batch, until)
-            if not self._active:  # while it has items to run, this need not hold it up
-                end_deleted(self._store, self._batch)
+            self._are_cancelled = not end_cancelled(self._store, self._batch, until)
+        if is_time:
+            if not self._active:  # this can wait while the worker has items to run
+                until = time.monotonic() + _LOOK_TIME
+                self._looked_at = end_deleted(self._store, self._batch, self._looked_at, until)
             self._put_back_what_was_lost()
-            if has_ended_all:
-                self._next_look = time.monotonic() + _LOOK_INTERVAL
+            self._next_look = time.monotonic() + _LOOK_INTERVAL
 
     def _put_back_what_was_lost(self) -> None:
         """Put the items back into the queue that this worker has taken, and does not know of."""

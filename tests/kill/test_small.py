@@ -220,7 +220,7 @@ def test_items_that_are_cancelled_or_deleted_in_dbos_end(postgres_scene: Any) ->
             cancelled.end_cancelled(store, batch)
         assert store.status("b").finished == 3
         for batch in ("B/%", "b", "b"):
-            cancelled.end_deleted(store, batch)
+            assert cancelled.end_deleted(store, batch) == ""
         assert reports.kinds(store, "b", keys) == dict.fromkeys(keys, "failed")
         assert store.status("b").finished == 5
         assert store.status("B/%").finished == 0
