@@ -82,6 +82,7 @@ _MOST_RUNS = 10_000
 # Each is a WebSocket; the runs of further workflows are polled as without push.
 _MOST_CHANNELS = 100
 _COMPLETION = "SET_WORKFLOW_COMPLETE"
+_LONGEST_REASON = 1000
 
 
 class Call(Protocol):
@@ -203,7 +204,7 @@ class Push:
             level,
             "push is not used for workflow %.100r, only polling: %s; it is tried again in a while",
             workflow,
-            printable(self.redact(reason)),
+            printable(self.redact(reason))[:_LONGEST_REASON],
         )
 
 

@@ -386,6 +386,26 @@ async def test_an_item_of_version_0_1_whose_workflow_is_deleted_is_unknown(
     assert (await batch.work()).unknown == 1
 
 
+async def test_a_workflow_of_another_batch_of_that_name_gives_no_result(
+    sim: Simulator, batch: Batch, url: str
+) -> None:
+    """Older versions could leave one behind when a batch was deleted as an item was rechecked."""
+    found = sim.add_execution(Scenario([SimNode("Answer", "old", is_output_node=True)]))
+    await batch.add([StartRequest("echo", {"n": 2}, key="a")])
+    with closing(Store(check_url(url))) as store:
+        request = store.stored_requests("b", {"a": 1})["a"].replace("2", "1")
+        started = {"execution_id": found, "at": "2026-01-01T00:00:00+00:00", "error": None}
+    client = DBOSClient(system_database_url=url)
+    await asyncio.to_thread(client.delete_workflows, [workflow_id("b", "a", 1)])
+    client.destroy()
+    with closing(Store(check_url(url))) as store:
+        enqueue = partial(store.enqueue, batch="b", key="a", attempt=1)
+        store.transact(partial(enqueue, request=request, started=started))
+    with pytest.raises(ConfigurationError, match="item 'a' of batch 'b' has another request"):
+        await batch.work()
+    assert await outcomes(batch) == {}
+
+
 async def test_an_item_that_is_followed_again_and_cancelled_in_dbos_keeps_its_id(
     sim: Simulator, batch: Batch, url: str
 ) -> None:

@@ -8,6 +8,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import sqlalchemy as sa
 
 from promptlayer_exec import ConfigurationError
-from promptlayer_exec.dbos import Durations
+from promptlayer_exec.dbos import Durations, StoredError, StoredOutcome
 from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _callbacks as callbacks
 from promptlayer_exec.dbos import _groups as groups
@@ -177,6 +178,32 @@ def test_items_that_are_added_while_their_batch_is_deleted_are_deleted(
     assert reports.kinds(store, "b", ["1", "2"]) == {}
     assert store.add("b", [Row("2", "{}", "")]) == 1
     assert store.status("b").total == 1
+
+
+def test_items_that_are_started_again_while_their_batch_is_deleted_are_deleted(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the workflows of their new attempts, which a batch of that name would meet."""
+    error = StoredError("UnprocessableRequest", "no")
+    outcome = StoredOutcome("1", None, False, None, error, None, datetime.now(UTC))
+    store.add("b", [Row("1", "{}", "")])
+    store.finish("b", [Ending.of(1, outcome)])
+    real = store.transact
+    restarted = []
+
+    def restart_first(work: Any, **options: Any) -> Any:
+        if not restarted:
+            restarted.append(0)
+            restarted.append(again.retry(store, "b", ["failed"]))
+        return real(work, **options)
+
+    with monkeypatch.context() as patch:
+        requests = store.stored_requests("b", {"1": 1})
+        patch.setattr(store, "stored_requests", lambda *_: requests)
+        patch.setattr(store, "transact", restart_first)
+        assert store.delete("b") == 1
+    assert restarted == [0, 1]
+    assert store.workflows("b", "1", 2) == []
 
 
 def test_an_intent_whose_callback_has_come_is_not_replaced(store: Store) -> None:

@@ -134,7 +134,7 @@ class Items:
             is_stored = False
             while not is_stored:  # another worker may have started it meanwhile
                 pending = PendingStart(item, self._intents, integration.start_token(self._session))
-                started = item.started or await self._start(item, pending)
+                started = await self._start(item, pending)
                 if started is None:
                     return  # it has an outcome, or another worker, or a later attempt
                 if pending.is_refused:
@@ -169,7 +169,7 @@ class Items:
     async def _start(self, item: Item, pending: PendingStart) -> StartResult | None:
         self.pending.add(pending)
         try:
-            if item.is_first_version:
+            if item.is_first_version and item.started is None:
                 return await self._start_in_steps(item, pending)
             return await self._start_in_row(item, pending)
         except BaseException as error:
@@ -190,8 +190,8 @@ class Items:
                 f"item {item.key!r:.100} of batch {self._batch!r} has another request in DBOS than"
                 " in the table of items: two schemas of one database may share DBOS's; use one"
             )
-        if state.started is not None:
-            started: StartResult = json.loads(state.started)
+        if item.started is not None or state.started is not None:  # it is only followed
+            started: StartResult = item.started or json.loads(state.started or "")
             return started
         if state.intent is not None:  # of a worker that may have sent the start
             if state.called_back is not None:  # it has
