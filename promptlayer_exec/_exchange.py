@@ -20,11 +20,11 @@ _BYTES_PER_VALUE = 48
 _FEW_VALUES = 1000
 _STATUS_LINE = re.compile(r"HTTP/1\.\d \d{3}( |$)")
 _OPENING_A_VALUE = (b",", b"[", b"{")
-# Without escaped quotes. A text that is JSON itself may be decoded, too; its first bracket, or
-# spaces before it, may be escaped.
+# For JSON whose escaped quotes are removed. A text that may be JSON itself is kept, because `into=`
+# decodes it; its first bracket, and the spaces before it, may be escaped.
 _STRING = re.compile(
     rb"""
-    "(?! (?: [ ] | \\[nrt] )*+ (?: [\[{] | \\u ) ) [^"]*+ "?
+    "(?! (?: [ ] | \\[nrt] | \\u00(?:09|0[aAdD]|20) )*+ (?: [\[{] | \\u00[57][bB] ) ) [^"]*+ "?
     | ( "[^"]*+ "? )
     """,
     re.VERBOSE,
@@ -100,15 +100,15 @@ def _count_values(body: bytes) -> int:
 
 
 def _without_strings(body: bytes, most: int) -> bytes:
-    """Return JSON without its texts, or as it is if they alone are more than `most` values.
+    """Return JSON without its texts, except for those that may be JSON themselves.
 
-    A value has at most two, its key and itself. To remove millions would take much memory. A text
-    that is JSON itself stays: it may be decoded, too.
+    If there are more than two for each of `most` values, its key and itself, it is returned as it
+    is: to remove millions takes much memory.
     """
     if not json.detect_encoding(body).startswith("utf-8"):
         return body
     plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
-    return body if plain.count(b'"') > 4 * most else _STRING.sub(rb"\1", plain)
+    return body if plain.count(b'"') > 4 * most else b"".join(filter(None, _STRING.split(plain)))
 
 
 def is_doubtful(answer: aiohttp.ClientResponse) -> bool:

@@ -18,6 +18,8 @@ from promptlayer_exec._exchange import excess
 _CLOSE = 0.1
 # Bytes that a server may leave unread. The commands of a channel are a few hundred.
 _MOST_UNREAD = 65_536
+# Messages in a frame: the library handles all of them in one step of the loop.
+_MOST_LINES = 1000
 
 
 class PushClient(Client):
@@ -110,9 +112,14 @@ def _check_frame(frame: str, max_bytes: int) -> None:
     """
     if too_large := excess(frame.encode(), max_bytes):
         raise ValueError(f"the frame {too_large}")
+    if frame.count("\n") > _MOST_LINES:
+        raise ValueError(f"the frame has more than {_MOST_LINES} messages")
     for line in frame.strip().split("\n"):
-        json.loads(line, parse_constant=_refuse)
+        _JSON.decode(line)
 
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse)

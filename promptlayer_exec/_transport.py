@@ -243,7 +243,7 @@ class Transport:
                 raise self._failure(failure, answer, body, redactor)
             too_large = excess(body, exchange.limit)  # nothing was read beyond the limit
             # The id of a run that was paid for may be whole in spite of that, and of a failure.
-            id_part = None if once is None else up_to_id(body)
+            id_part = up_to_id(body) if once is not None and (too_large or failure) else None
             if too_large and id_part is not None:
                 body, too_large = id_part, ""
             if failure is not None and id_part is None and (too_large or not is_object(body)):

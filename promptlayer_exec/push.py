@@ -418,7 +418,7 @@ class _Channel:
 
 @attrs.define(eq=False)
 class _TimeLimit:
-    """Calls a function with a number of seconds once they have passed; pauses do not count."""
+    """Calls a function once some seconds have passed, with their number; pauses do not count."""
 
     _time_out: Callable[[float], None]
     _seconds: float = attrs.field(init=False, default=0.0)

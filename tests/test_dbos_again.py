@@ -353,7 +353,7 @@ async def test_an_item_whose_workflow_is_deleted_in_dbos_ends(batch: Batch, url:
     error = (await outcomes(batch))["a/1"].error
     assert error is not None
     assert error.type == "Cancelled"
-    assert "add it to a batch under another key" in error.message
+    assert "add it under a new key" in error.message
 
 
 async def test_many_items_are_looked_at_some_at_a_time(

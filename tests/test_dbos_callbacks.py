@@ -6,7 +6,7 @@ import asyncio
 import re
 import sqlite3
 from collections.abc import Awaitable, Callable
-from contextlib import closing
+from contextlib import aclosing, closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from promptlayer_exec.dbos import _batch as batches
 from promptlayer_exec.dbos import _callbacks as callbacks
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
+from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.webhooks import Callbacks
 
@@ -169,6 +170,30 @@ async def test_outcomes_end_with_work_although_an_item_is_opened_again_just_then
     async with asyncio.timeout(10):
         assert await reading <= {"unknown"}
     assert (await batch.work()).succeeded == 1
+
+
+async def test_outcomes_wait_for_what_was_added_after_work(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow reader of one `work` is still there when the next one fails, and the third."""
+    batch = world.batch()
+    await batch.add([StartRequest("echo", key="a")])
+    outcomes = batch.outcomes()
+    async with aclosing(outcomes):
+        reading = asyncio.create_task(anext(outcomes))
+        await batch.work()
+        assert (await reading).key == "a"
+        await batch.add([StartRequest("echo", key="b")])
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "register_queue", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await batch.work()
+        reading = asyncio.create_task(anext(outcomes))
+        await asyncio.sleep(0.1)  # for some looks
+        assert not reading.done()
+        await batch.work()
+        assert (await reading).key == "b"
+        assert [outcome async for outcome in outcomes] == []
 
 
 async def test_the_server_in_docs_webhooks_resolves_items_of_a_batch(

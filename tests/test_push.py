@@ -1182,6 +1182,16 @@ class TestFaults:
         clients = [one for one in gc.get_objects() if issubclass(type(one), centrifuge.Client)]
         assert [client._server_subs for client in clients if client._server_subs] == []
 
+    async def test_a_frame_of_too_many_messages_is_not_read(
+        self, execution: Execution, session: Session, server: Server
+    ) -> None:
+        """The library would answer a million pings in one step of the loop."""
+        await server.frame("{}\n" * 2_000)
+        await server.frame("{}\n" * 3)
+        await server.finish(execution.id)
+        assert await execution.output() == "42"
+        assert server.count("pong") == 3
+
     async def test_a_message_of_too_many_values_is_not_read(
         self, open_pushed: Callable[..., Session], server: Server
     ) -> None:

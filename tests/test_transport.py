@@ -706,13 +706,14 @@ asyncio.run(main())
         ("1,2,[3],{4}\n" * 20_000, True),
         ('"a","b\\",",c,\n' * 20_000, True),
         ("x" + "[" * 200_000 + '"\\', True),
+        ("\ufeffÜ," * 50_000, True),
         (" \n[" + "1," * 100_000 + "1]", False),
         ([","] * 50_000, False),
         (["\\"] * 50_000, False),
         (['\\"'] * 50_000, False),
         ([[]] * 50_000, False),
     ],
-    ids=["CSV", "quotes", "brackets", "JSON", "strings", "backslashes", "escapes", "lists"],
+    ids=["CSV", "quotes", "brackets", "BOM", "JSON", "strings", "backslashes", "escapes", "lists"],
 )
 async def test_what_is_in_a_text_is_no_value(text: Any, is_read: bool) -> None:
     """Unless the text is JSON itself, which `into=` decodes."""

@@ -95,9 +95,10 @@ class Batch:
         self._store: Store | None = None
         self._is_prepared = False
         self._is_restarting = False
-        # The calls of `work` that return once every item has an outcome, and that have returned.
+        # The calls of `work` that return once every item has an outcome; and the last of them that
+        # has returned, until the next begins, or items are added or opened again.
         self._working = 0
-        self._finished = 0
+        self._finished: object = None
 
     async def add(self, requests: Iterable[StartRequest] | AsyncIterable[StartRequest]) -> int:
         """Add items to the database; one whose key and request are already there is not new.
@@ -117,6 +118,7 @@ class Batch:
                 metadata.
             ConfigurationError: the database cannot be used.
         """
+        self._finished = None
         async with self._open() as store:
             if isinstance(requests, AsyncIterable):
                 return await self._add_as_they_come(store, requests)
@@ -176,6 +178,7 @@ class Batch:
         # must it before this returns: a callback may make one more item unfinished.
         self._is_restarting = self._restart_unknown
         self._working += until_done
+        self._finished = None
         try:
             async with self._open() as store:
                 await store.run_in_thread(callbacks.resolve, store, self._name)
@@ -190,7 +193,7 @@ class Batch:
                     # A worker of an older version finished some, and does not keep the numbers.
                     await store.run_in_thread(store.recount, self._name)
                     status = await store.run_in_thread(store.status, self._name)
-                self._finished += until_done
+                self._finished = object()
                 return status
         finally:
             self._is_restarting = False
@@ -249,8 +252,11 @@ class Batch:
                 is_last = not until_done or (
                     not self._is_restarting
                     and not self._working
-                    # What is opened again after `work` has returned waits for the next one.
-                    and (self._finished != finished_before or await self._is_finished(store))
+                    # An item that is opened again after `work` has returned waits for the next.
+                    and (
+                        self._finished not in {None, finished_before}
+                        or await self._is_finished(store)
+                    )
                 )
                 while rows := await store.run_in_thread(
                     store.outcomes, self._name, last, _CHUNK, _CHUNK_BYTES
@@ -274,6 +280,7 @@ class Batch:
         Raises:
             ConfigurationError: the database cannot be used.
         """
+        self._finished = None
         async with self._open() as store:
             return await store.run_in_thread(again.recheck, store, self._name)
 
@@ -294,6 +301,7 @@ class Batch:
             ConfigurationError: the database cannot be used.
         """
         kinds = [kind for kind, is_meant in (("failed", failed), ("unknown", unknown)) if is_meant]
+        self._finished = None
         async with self._open() as store:
             await store.run_in_thread(callbacks.resolve, store, self._name)
             return await store.run_in_thread(again.retry, store, self._name, kinds)

@@ -29,7 +29,7 @@ _item = items.c
 _DELETED = StoredError(
     "Cancelled",
     "the workflow of the item was deleted in DBOS, and its request with it: to run it again, add it"
-    " to a batch under another key",
+    " under a new key, or to a batch with another name",
 )
 _CANCELLED = StoredError(
     "Cancelled",
@@ -59,8 +59,9 @@ def end_cancelled(store: Store, batch: str, until: float = math.inf) -> bool:
 def end_deleted(store: Store, batch: str, after: str = "", until: float = math.inf) -> str:
     """Store the outcomes of items whose workflow is gone, in the order of their keys.
 
-    It takes some hundred of those without an outcome at a time, the next ones only until `until`,
-    on the clock of `time.monotonic`, and returns the last key, or "" after the last item.
+    It looks at some hundred items without an outcome at a time, until `until`, on the clock of
+    `time.monotonic`. It returns the last key, from which the next call goes on, or "" after the
+    last item.
     """
     workflow = WORKFLOWS[store.engine.dialect.name].c.workflow_uuid
     page = (
