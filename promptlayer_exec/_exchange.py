@@ -102,8 +102,8 @@ def _count_values(body: bytes) -> int:
 def _without_strings(body: bytes, most: int) -> bytes:
     """Return JSON without its texts, except for those that may be JSON themselves.
 
-    If there are more than two for each of `most` values, its key and itself, it is returned as it
-    is: to remove millions takes much memory.
+    A value has two texts at most, its key and itself. JSON with more than that for `most` values is
+    returned as it is, because to remove millions takes much memory.
     """
     if not json.detect_encoding(body).startswith("utf-8"):
         return body

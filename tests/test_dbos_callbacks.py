@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import sqlite3
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, closing
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,18 @@ async def test_a_callback_that_comes_as_its_item_is_started_again_is_followed(
     assert len(world.sim.runs) == 1
 
 
+@pytest.fixture
+def slow_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let workers take 0.2 s longer to end: `outcomes` looks ten times meanwhile."""
+    real = workers.Worker._shut_down
+
+    async def shut_down_late(worker: workers.Worker) -> None:
+        await asyncio.sleep(0.2)
+        await real(worker)
+
+    monkeypatch.setattr(workers.Worker, "_shut_down", shut_down_late)
+
+
 async def test_outcomes_do_not_end_before_work_does(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +184,41 @@ async def test_outcomes_end_with_work_although_an_item_is_opened_again_just_then
     assert (await batch.work()).succeeded == 1
 
 
+@pytest.mark.usefixtures("slow_end")
+async def test_outcomes_wait_for_what_is_being_added_as_work_returns(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The items may come one by one, from a queue for example."""
+    monkeypatch.setattr(batches, "_CHUNK", 2)
+    batch = world.batch()
+    is_added, may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def come() -> AsyncIterator[StartRequest]:
+        for key in "ab":
+            yield StartRequest("echo", key=key)
+        is_added.set()
+        await may_go_on.wait()
+        yield StartRequest("echo", key="c")
+
+    adding = asyncio.create_task(batch.add(come()))
+    await is_added.wait()
+    outcomes = batch.outcomes()
+    async with aclosing(outcomes):
+        reading = asyncio.create_task(anext(outcomes))
+        await batch.work()
+        keys = {(await reading).key}
+        may_go_on.set()
+        assert await adding == 3
+        keys.add((await anext(outcomes)).key)
+        reading = asyncio.create_task(anext(outcomes))
+        await asyncio.sleep(0.1)  # for some looks
+        assert not reading.done()
+        await batch.work()
+        keys.add((await reading).key)
+    assert keys == {*"abc"}
+
+
+@pytest.mark.usefixtures("slow_end")
 async def test_outcomes_wait_for_what_was_added_after_work(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1188,6 +1188,7 @@ class TestFaults:
         """The library would answer a million pings in one step of the loop."""
         await server.frame("{}\n" * 2_000)
         await server.frame("{}\n" * 3)
+        await server.until(lambda: server.count("pong") == 3)
         await server.finish(execution.id)
         assert await execution.output() == "42"
         assert server.count("pong") == 3

@@ -95,9 +95,11 @@ class Batch:
         self._store: Store | None = None
         self._is_prepared = False
         self._is_restarting = False
-        # The calls of `work` that return once every item has an outcome; and the last of them that
-        # has returned, until the next begins, or items are added or opened again.
+        # The calls of `work` that return once every item has an outcome. `_finished` is a new
+        # object each time one of them looks whether that is so, and None again once the next one
+        # begins or fails, or items were added or opened again, which `_opening` calls do now.
         self._working = 0
+        self._opening = 0
         self._finished: object = None
 
     async def add(self, requests: Iterable[StartRequest] | AsyncIterable[StartRequest]) -> int:
@@ -118,8 +120,7 @@ class Batch:
                 metadata.
             ConfigurationError: the database cannot be used.
         """
-        self._finished = None
-        async with self._open() as store:
+        async with self._open_items() as store:
             if isinstance(requests, AsyncIterable):
                 return await self._add_as_they_come(store, requests)
             with closing(Spool(self._name)) as spool:
@@ -186,18 +187,36 @@ class Batch:
                     await store.run_in_thread(again.retry, store, self._name, ["unknown"])
                     self._is_restarting = False
                 # While the last worker ends, a callback may make one more item unfinished.
-                while not until_done or not await self._is_finished(store):
+                while not (until_done and await self._look(store)):
                     await self._work(store, until_done=until_done)
                 status = await store.run_in_thread(store.status, self._name)
                 if status.finished < status.total and await self._is_finished(store):
                     # A worker of an older version finished some, and does not keep the numbers.
                     await store.run_in_thread(store.recount, self._name)
                     status = await store.run_in_thread(store.status, self._name)
-                self._finished = object()
                 return status
+        except BaseException:
+            self._finished = None
+            raise
         finally:
             self._is_restarting = False
             self._working -= until_done
+
+    async def _look(self, store: Store) -> bool:
+        """Return whether every item has an outcome, and let `outcomes` end if that was the last."""
+        self._finished = object()
+        return await self._is_finished(store)
+
+    @asynccontextmanager
+    async def _open_items(self) -> AsyncIterator[Store]:
+        """Open the database to add items or to open some again: `outcomes` waits for those."""
+        self._opening += 1
+        try:
+            async with self._open() as store:
+                yield store
+        finally:
+            self._opening -= 1
+            self._finished = None
 
     async def _work(self, store: Store, *, until_done: bool) -> None:
         given = self._given
@@ -252,9 +271,9 @@ class Batch:
                 is_last = not until_done or (
                     not self._is_restarting
                     and not self._working
-                    # An item that is opened again after `work` has returned waits for the next.
+                    # An item that is opened again after `work` has looked waits for the next one.
                     and (
-                        self._finished not in {None, finished_before}
+                        (not self._opening and self._finished not in {None, finished_before})
                         or await self._is_finished(store)
                     )
                 )
@@ -280,8 +299,7 @@ class Batch:
         Raises:
             ConfigurationError: the database cannot be used.
         """
-        self._finished = None
-        async with self._open() as store:
+        async with self._open_items() as store:
             return await store.run_in_thread(again.recheck, store, self._name)
 
     async def retry(self, *, failed: bool = False, unknown: bool = False) -> int:
@@ -301,8 +319,7 @@ class Batch:
             ConfigurationError: the database cannot be used.
         """
         kinds = [kind for kind, is_meant in (("failed", failed), ("unknown", unknown)) if is_meant]
-        self._finished = None
-        async with self._open() as store:
+        async with self._open_items() as store:
             await store.run_in_thread(callbacks.resolve, store, self._name)
             return await store.run_in_thread(again.retry, store, self._name, kinds)
 

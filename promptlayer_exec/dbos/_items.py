@@ -28,7 +28,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import attrs
 from dbos import DBOS
@@ -169,7 +169,7 @@ class Items:
     async def _start(self, item: Item, pending: PendingStart) -> StartResult | None:
         self.pending.add(pending)
         try:
-            if item.is_first_version and item.started is None:
+            if item.is_first_version:
                 return await self._start_in_steps(item, pending)
             return await self._start_in_row(item, pending)
         except BaseException as error:
@@ -188,10 +188,14 @@ class Items:
         if state.digest not in (None, digest_of(item.request)):
             raise ConfigurationError(
                 f"item {item.key!r:.100} of batch {self._batch!r} has another request in DBOS than"
-                " in the table of items: two schemas of one database may share DBOS's; use one"
+                " in the table of items: an earlier batch of this name left it behind, or two"
+                " schemas of one database share DBOS's: delete the batch and add it again, or use"
+                " one schema"
             )
-        if item.started is not None or state.started is not None:  # it is only followed
-            started: StartResult = item.started or json.loads(state.started or "")
+        started = item.started  # it is only followed
+        if started is None and state.started is not None:
+            started = cast("StartResult", json.loads(state.started))
+        if started is not None:
             return started
         if state.intent is not None:  # of a worker that may have sent the start
             if state.called_back is not None:  # it has

@@ -351,11 +351,12 @@ class Store(Database):
                     for attempt in range(1, row.attempt + 1)
                 ]
                 self.retry(partial(self._client.delete_workflows, ids))
+                these = (_item.batch == batch, _item.key.in_([row.key for row in rows]))
                 # One that was started again meanwhile has one more workflow.
                 same = sa.tuple_(_item.key, _item.attempt).in_([tuple(row) for row in rows])
-                delete = sa.delete(_items).where(_item.batch == batch, same)
-                result = self.transact(partial(sa.Connection.execute, statement=delete))
-                deleted += result.rowcount
+                delete = sa.delete(_items).where(*these, same)
+                self.transact(partial(sa.Connection.execute, statement=delete))
+                deleted += len(rows) - len(self.rows(sa.select(_item.key).where(*these)))
             is_deleted = self.transact(partial(delete_if_empty, batch=batch))
         return deleted
 
