@@ -184,6 +184,21 @@ async def test_outcomes_end_with_work_although_an_item_is_opened_again_just_then
     assert (await batch.work()).succeeded == 1
 
 
+async def test_outcomes_go_on_with_what_their_reader_adds(world: World) -> None:
+    """Every item had an outcome when the last one was read; now there is one more."""
+    batch = world.batch()
+    await batch.add([StartRequest("echo", key="a")])
+    await batch.work()
+    keys, working = [], []
+    async for outcome in batch.outcomes():
+        keys.append(outcome.key)
+        if outcome.key == "a":
+            await batch.add([StartRequest("echo", key="b")])
+            working.append(asyncio.create_task(batch.work()))
+    assert keys == ["a", "b"]
+    await asyncio.gather(*working)
+
+
 @pytest.mark.usefixtures("slow_end")
 async def test_outcomes_wait_for_what_is_being_added_as_work_returns(
     world: World, monkeypatch: pytest.MonkeyPatch

@@ -95,12 +95,14 @@ class Batch:
         self._store: Store | None = None
         self._is_prepared = False
         self._is_restarting = False
-        # The calls of `work` that return once every item has an outcome. `_finished` is a new
-        # object each time one of them looks whether that is so, and None again once the next one
-        # begins or fails, or items were added or opened again, which `_opening` calls do now.
+        # How many calls of `work` that return once every item has an outcome there are now.
         self._working = 0
-        self._opening = 0
+        # A new object each time one of them looks whether that is so; None again when a call
+        # begins or fails, and after items were added or opened again.
         self._finished: object = None
+        # How many calls add or open items now, and how often this object began or ended to.
+        self._opening = 0
+        self._changes = 0
 
     async def add(self, requests: Iterable[StartRequest] | AsyncIterable[StartRequest]) -> int:
         """Add items to the database; one whose key and request are already there is not new.
@@ -179,6 +181,7 @@ class Batch:
         # must it before this returns: a callback may make one more item unfinished.
         self._is_restarting = self._restart_unknown
         self._working += until_done
+        self._changes += 1
         self._finished = None
         try:
             async with self._open() as store:
@@ -203,19 +206,21 @@ class Batch:
             self._working -= until_done
 
     async def _look(self, store: Store) -> bool:
-        """Return whether every item has an outcome, and let `outcomes` end if that was the last."""
+        """Return whether every item has an outcome; after the last look, `outcomes` may end."""
         self._finished = object()
         return await self._is_finished(store)
 
     @asynccontextmanager
     async def _open_items(self) -> AsyncIterator[Store]:
-        """Open the database to add items or to open some again: `outcomes` waits for those."""
+        """Open the database to add items, or to open some again, of which `outcomes` must know."""
         self._opening += 1
+        self._changes += 1
         try:
             async with self._open() as store:
                 yield store
         finally:
             self._opening -= 1
+            self._changes += 1
             self._finished = None
 
     async def _work(self, store: Store, *, until_done: bool) -> None:
@@ -265,13 +270,14 @@ class Batch:
         Raises:
             ConfigurationError: the database cannot be used.
         """
-        last, finished_before = 0, self._finished
+        last, finished_before = 0, None if self._working else self._finished
         async with self._open() as store:
             while True:
+                changes = self._changes
                 is_last = not until_done or (
                     not self._is_restarting
                     and not self._working
-                    # An item that is opened again after `work` has looked waits for the next one.
+                    # What a callback opens again after `work` has looked waits for the next `work`.
                     and (
                         (not self._opening and self._finished not in {None, finished_before})
                         or await self._is_finished(store)
@@ -283,7 +289,8 @@ class Batch:
                     for seq, text in rows:
                         last = seq
                         yield StoredOutcome.from_json(text)
-                if is_last:
+                # The reader of the last ones may have added some, or begun to work again.
+                if is_last and (changes == self._changes or not until_done):
                     return
                 await asyncio.sleep(_POLL_INTERVAL)
 

@@ -188,9 +188,9 @@ class Items:
         if state.digest not in (None, digest_of(item.request)):
             raise ConfigurationError(
                 f"item {item.key!r:.100} of batch {self._batch!r} has another request in DBOS than"
-                " in the table of items: an earlier batch of this name left it behind, or two"
-                " schemas of one database share DBOS's: delete the batch and add it again, or use"
-                " one schema"
+                " in the table of items. If two schemas of one database share DBOS's, use one."
+                " Otherwise, an earlier batch of this name left it behind: delete the batch and"
+                " add it again"
             )
         started = item.started  # it is only followed
         if started is None and state.started is not None:

@@ -46,6 +46,7 @@ from promptlayer_exec.dbos._tables import (
     WORKFLOWS,
     Ending,
     delete_if_empty,
+    delete_items,
 )
 from promptlayer_exec.dbos._tables import batches as _batches
 from promptlayer_exec.dbos._tables import items as _items
@@ -354,8 +355,7 @@ class Store(Database):
                 these = (_item.batch == batch, _item.key.in_([row.key for row in rows]))
                 # One that was started again meanwhile has one more workflow.
                 same = sa.tuple_(_item.key, _item.attempt).in_([tuple(row) for row in rows])
-                delete = sa.delete(_items).where(*these, same)
-                self.transact(partial(sa.Connection.execute, statement=delete))
+                self.transact(partial(delete_items, batch, sa.and_(*these, same)))
                 deleted += len(rows) - len(self.rows(sa.select(_item.key).where(*these)))
             is_deleted = self.transact(partial(delete_if_empty, batch=batch))
         return deleted

@@ -147,6 +147,12 @@ def lock_batch(connection: sa.Connection, batch: str) -> None:
     connection.execute(sa.update(batches).where(batches.c.name == batch).values(name=batch))
 
 
+def delete_items(batch: str, which: sa.ColumnElement[bool], connection: sa.Connection) -> None:
+    """Delete some items of a batch; none of them can be started again meanwhile."""
+    lock_batch(connection, batch)
+    connection.execute(sa.delete(items).where(which))
+
+
 def delete_if_empty(connection: sa.Connection, batch: str) -> bool:
     """Delete a batch, unless it has items; return whether it is deleted."""
     if connection.dialect.name == "sqlite":
