@@ -83,9 +83,8 @@ class _CleanConnector(aiohttp.TCPConnector):
         closing = [pair for pair in self._tls_sockets.items() if pair[0].is_closing()]
         for transport, tls_socket in closing:
             transport.abort()
-            if protocol_of(transport) is None:
-                with suppress(OSError):
-                    tls_socket.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):
+                tls_socket.shutdown(socket.SHUT_RDWR)
         for _ in range(_STEPS_TO_END if closing else 0):
             with suppress(asyncio.CancelledError):  # the rest must be closed all the same
                 await asyncio.sleep(0)

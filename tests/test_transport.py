@@ -730,6 +730,17 @@ async def test_what_is_in_a_text_is_no_value(text: Any, is_read: bool) -> None:
                 await getting
 
 
+async def test_all_commas_count_in_an_encoding_that_json_seldom_has() -> None:
+    """A text cannot be told from values there without decoding it."""
+    body = json.dumps({"A": {"value": "a," * 50_000}}).encode("utf-16")
+    async with (
+        raw_server(answering(http(body))) as base_url,
+        Session("key", base_url=base_url, max_response_bytes=1_000_000) as session,
+    ):
+        with pytest.raises(ResponseTooLarge, match="holds more than 20,833 values"):
+            await session.get_results(1)
+
+
 async def test_a_borrowed_session_s_middleware_sees_the_body_of_a_start(sim: Simulator) -> None:
     """A middleware that signs requests needs the body."""
     sim.add_workflow("workflow", Scenario([SimNode("A")]))
