@@ -55,7 +55,8 @@ class Redactor:
         Of a longer body, at least the length of the secret beyond `size` must be given.
         """
         clean = self.redact_body(body)
-        return clean[: max(len(clean) - max(len(body) - size, 0), 0)]
+        surplus = max(len(body) - size, 0)
+        return clean[: max(len(clean) - surplus, 0)]
 
     def is_shown_by(self, error: BaseException | None) -> bool:
         """Return True if the error, its attributes, its cause or its context show the secret."""

@@ -171,9 +171,7 @@ async def test_a_start_whose_item_was_taken_over_is_followed(
     await sim.wait_for_requests(1)
     end(url, "a", None, "StartUnknown")
     if is_deleted:
-        client = DBOSClient(system_database_url=url)
-        await asyncio.to_thread(client.delete_workflows, [workflow_id("b", "a", 1)])
-        client.destroy()
+        await delete(url, "a")
     await working
     assert (await batch.work()).succeeded == 1
     (run,) = sim.runs
@@ -323,6 +321,13 @@ async def cancel(url: str, key: str) -> None:
     client.destroy()
 
 
+async def delete(url: str, *keys: str) -> None:
+    """Delete the workflows of items, as the client of DBOS does."""
+    client = DBOSClient(system_database_url=url)
+    await asyncio.to_thread(client.delete_workflows, [workflow_id("b", key, 1) for key in keys])
+    client.destroy()
+
+
 async def test_an_item_that_is_cancelled_in_dbos_ends(
     sim: Simulator, batch: Batch, url: str
 ) -> None:
@@ -346,9 +351,7 @@ async def test_an_item_that_is_cancelled_in_dbos_ends(
 async def test_an_item_whose_workflow_is_deleted_in_dbos_ends(batch: Batch, url: str) -> None:
     """Its request is gone with it; the batch would wait for it for ever."""
     await batch.add(StartRequest("echo", {"n": 1}, key=key) for key in ("a/1", "b"))
-    client = DBOSClient(system_database_url=url)
-    await asyncio.to_thread(client.delete_workflows, [workflow_id("b", "a/1", 1)])
-    client.destroy()
+    await delete(url, "a/1")
     assert await batch.work() == BatchStatus(0, 0, 1, 1, 0, 2)
     error = (await outcomes(batch))["a/1"].error
     assert error is not None
@@ -362,11 +365,7 @@ async def test_many_items_are_looked_at_some_at_a_time(
     """The next look goes on with the next key; heartbeats wait meanwhile."""
     monkeypatch.setattr(cancelled, "_AT_ONCE", 2)
     await batch.add(StartRequest("echo", {"n": 1}, key=key) for key in "abcde")
-    client = DBOSClient(system_database_url=url)
-    await asyncio.to_thread(
-        client.delete_workflows, [workflow_id("b", key, 1) for key in ("b", "e")]
-    )
-    client.destroy()
+    await delete(url, "b", "e")
     after, seen = "", []
     with closing(Store(check_url(url))) as store:
         for _ in range(4):
@@ -395,9 +394,7 @@ async def test_a_workflow_of_another_batch_of_that_name_gives_no_result(
     with closing(Store(check_url(url))) as store:
         request = store.stored_requests("b", {"a": 1})["a"].replace("2", "1")
         started = {"execution_id": found, "at": "2026-01-01T00:00:00+00:00", "error": None}
-    client = DBOSClient(system_database_url=url)
-    await asyncio.to_thread(client.delete_workflows, [workflow_id("b", "a", 1)])
-    client.destroy()
+    await delete(url, "a")
     with closing(Store(check_url(url))) as store:
         enqueue = partial(store.enqueue, batch="b", key="a", attempt=1)
         store.transact(partial(enqueue, request=request, started=started))

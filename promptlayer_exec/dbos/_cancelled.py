@@ -137,8 +137,9 @@ def _started(steps: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
 
 def _may_be_sent(steps: Sequence[Mapping[str, Any]]) -> bool:
     """Return True if a worker of version 0.1 recorded its intent to start a run, and no result."""
-    last = steps[-1] if steps else {"function_name": "none"}
-    return last["function_name"] == "intend" and last["output"] != INTENT_IN_ROW
+    return any(
+        step["function_name"] == "intend" and step["output"] != INTENT_IN_ROW for step in steps[-1:]
+    )
 
 
 def _outcome(
