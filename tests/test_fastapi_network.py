@@ -14,7 +14,7 @@ from aiohttp import web
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from promptlayer_exec import ExecutionStarted, Session, WatchEnded
+from promptlayer_exec import Event, ExecutionStarted, Session, WatchEnded
 from promptlayer_exec.fastapi import _events, create_router, execution_events
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
@@ -212,6 +212,59 @@ async def test_no_start_is_lost_in_whatever_step_its_client_disconnects(
     await session.aclose()
     (run,) = sim.runs
     assert not was_notified_when_sending[0] or str(run.execution_id) in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("event", "steps"), [("disconnected", 0), *(("cancelled", steps) for steps in range(6))]
+)
+async def test_no_start_is_lost_in_whatever_step_after_it_its_request_ends(
+    sim: Simulator,
+    open_session: Callable[..., Session],
+    caplog: pytest.LogCaptureFixture,
+    *,
+    event: str,
+    steps: int,
+) -> None:
+    """A server drops what is sent to a client that is gone, and may cancel a slow request."""
+    sim.add_workflow("report", Scenario([SimNode("Report")]))
+    gone = asyncio.Event()
+    sent: list[bytes] = []
+    bodies = [b'{"workflow": "report"}']
+
+    def end(steps: int) -> None:
+        if steps:
+            asyncio.get_running_loop().call_soon(end, steps - 1)
+        elif event == "cancelled":
+            request.cancel()
+        else:
+            gone.set()
+
+    async def receive() -> dict[str, Any]:
+        if bodies:
+            return {"type": "http.request", "body": bodies.pop()}
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        if not gone.is_set():
+            sent.append(message.get("body", b""))
+
+    def observe(event: Event) -> None:
+        if isinstance(event, ExecutionStarted):
+            end(steps)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/executions",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+    app = make_app(open_session(observers=[observe]))
+    request = asyncio.create_task(app(scope, receive, send))
+    await asyncio.wait([request])
+    (run,) = sim.runs
+    assert str(run.execution_id) in caplog.text + b"".join(sent).decode()
 
 
 async def test_heartbeats_are_comments(

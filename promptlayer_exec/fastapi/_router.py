@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import anyio
 from fastapi import APIRouter, Depends, Header, HTTPException, Path, Request
@@ -149,24 +149,33 @@ def _add_routes(router: APIRouter, opened: Any, workflows: Collection[str]) -> N
 
 async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
     """Await `work`, and cancel it when the client disconnects: no server does that itself."""
+    is_disconnected = False
 
     async def cancel_on_disconnect() -> None:
+        nonlocal is_disconnected
         while (await request.receive())["type"] != "http.disconnect":
             pass
+        is_disconnected = True
         tasks.cancel_scope.cancel()
 
+    result: T | None = None
     failure: Exception | None = None
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(cancel_on_disconnect)
-        try:
-            result = await work
-            if not tasks.cancel_scope.cancel_called:
-                return result
-            if isinstance(result, Execution):
-                report_undelivered(result)
-        except Exception as error:  # noqa: BLE001 - raised below, so not in an ExceptionGroup
-            failure = error
-        finally:
-            tasks.cancel_scope.cancel()
-    # nginx's "client closed request": only the access log shows it.
-    raise failure or HTTPException(499, "The client disconnected.")
+    is_answered = False
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(cancel_on_disconnect)
+            try:
+                result = await work
+            except Exception as error:  # noqa: BLE001 - raised below, so not in an ExceptionGroup
+                failure = error
+            finally:
+                tasks.cancel_scope.cancel()
+        is_answered = not is_disconnected
+    finally:
+        if isinstance(result, Execution) and not is_answered:
+            report_undelivered(result)
+    if failure is not None:
+        raise failure
+    if is_disconnected:  # nginx's "client closed request": only the access log shows it
+        raise HTTPException(499, "The client disconnected.")
+    return cast(T, result)
