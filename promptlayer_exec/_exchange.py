@@ -16,11 +16,13 @@ from promptlayer_exec._redaction import Redactor
 from promptlayer_exec._wire import is_object, up_to_id
 
 # Bounds the memory of a decoded body: at most one value per this many bytes of the limit.
-_BYTES_PER_VALUE = 48
+_BYTES_PER_VALUE = 64
 _FEW_VALUES = 1000
 _STATUS_LINE = re.compile(r"HTTP/1\.\d \d{3}( |$)")
 _OPENING_A_VALUE = (b",", b"[", b"{")
-# For JSON whose escaped quotes are removed. A text that may be JSON itself is kept, because `into=`
+# So they may be written in a text, which may be JSON itself.
+_ESCAPED = (rb"\u002c", rb"\u002C", rb"\u005b", rb"\u005B", rb"\u007b", rb"\u007B")
+# For JSON without escaped quotes. A text that may be JSON itself is kept, because `into=`
 # decodes it; its first bracket, and the spaces before it, may be escaped.
 _STRING = re.compile(
     rb"""
@@ -83,8 +85,8 @@ def has_id(body: bytes, limit: int) -> bool:
 
 def excess(body: bytes, limit: int) -> str:
     """Return what is too much about a JSON body for a limit in bytes; empty if nothing is."""
-    # A decoded value takes up to 400 bytes, and a body up to fifty times its size. So one under a
-    # sixth of the limit takes no more than `values` do, and the slow count is not needed.
+    # A decoded body takes up to fifty times its size, so one under a sixth of the limit takes less
+    # than nine times that, and the slow count is not needed.
     if len(body) <= limit // 6:
         return ""
     if len(body) > limit:
@@ -96,7 +98,7 @@ def excess(body: bytes, limit: int) -> str:
 
 
 def _count_values(body: bytes) -> int:
-    return sum(map(body.count, _OPENING_A_VALUE))
+    return sum(map(body.count, _OPENING_A_VALUE + _ESCAPED))
 
 
 def _without_strings(body: bytes, most: int) -> bytes:
@@ -107,7 +109,8 @@ def _without_strings(body: bytes, most: int) -> bytes:
     """
     if not json.detect_encoding(body).startswith("utf-8"):
         return body
-    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    # A letter, because a bracket behind it does not begin the text.
+    plain = body.replace(rb"\\", b"x").replace(rb"\"", b"x")
     return body if plain.count(b'"') > 4 * most else b"".join(filter(None, _STRING.split(plain)))
 
 

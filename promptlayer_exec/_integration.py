@@ -19,6 +19,7 @@ from promptlayer_exec._exchange import excess
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import each
 from promptlayer_exec._install import install_hint
+from promptlayer_exec._json import indented
 from promptlayer_exec._models import StartRequest, node_dict
 from promptlayer_exec._policies import RetryPolicy, check_seconds
 from promptlayer_exec._repr import short_repr
@@ -42,6 +43,7 @@ __all__ = [
     "each",
     "encode_inputs",
     "excess",
+    "indented",
     "install_hint",
     "limited",
     "log_text",

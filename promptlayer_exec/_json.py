@@ -1,4 +1,4 @@
-"""Decoding JSON as the standard library does, and naming the kinds of JSON values.
+"""Decoding JSON as the standard library does, naming the kinds of JSON values, and showing them.
 
 With or without msgspec, `loads(body)` returns what `json.loads` returns and raises the same errors:
 `ValueError` for a body that is not JSON or has a number with too many digits, `RecursionError` for
@@ -32,6 +32,26 @@ def json_kind(value: Any) -> str:
     name = type(value).__name__
     article = "an" if name[0] in "AEIOUaeiou" else "a"
     return JSON_KINDS.get(type(value), f"{article} {name}")
+
+
+_INDENTING = json.JSONEncoder(ensure_ascii=False, indent=2)
+_LONGEST_INDENTED = 10
+
+
+def indented(value: Any) -> str:
+    """Return a value as JSON to be read by people; on one line if it is nested very deeply.
+
+    Indented, that would be hundreds of times as long.
+    """
+    compact = json.dumps(value, ensure_ascii=False)
+    most = _LONGEST_INDENTED * len(compact) + 1000
+    pieces = []
+    for piece in _INDENTING.iterencode(value):
+        pieces.append(piece)
+        most -= len(piece)
+        if most < 0:
+            return compact
+    return "".join(pieces)
 
 
 try:

@@ -18,8 +18,9 @@ from promptlayer_exec._exchange import excess
 _CLOSE = 0.1
 # Bytes that a server may leave unread. The commands of a channel are a few hundred.
 _MOST_UNREAD = 65_536
-# Messages in a frame: the library handles all of them in one step of the loop.
-_MOST_LINES = 1000
+# Messages in a frame, and what comes with one of them: the library handles all of them in one step
+# of the loop.
+_MOST_AT_ONCE = 1000
 
 
 class PushClient(Client):
@@ -112,10 +113,21 @@ def _check_frame(frame: str, max_bytes: int) -> None:
     """
     if too_large := excess(frame.encode(), max_bytes):
         raise ValueError(f"the frame {too_large}")
-    if frame.count("\n") > _MOST_LINES:
-        raise ValueError(f"the frame has more than {_MOST_LINES} messages")
-    for line in frame.strip().split("\n"):
-        _JSON.decode(line)
+    if frame.count("\n") > _MOST_AT_ONCE:
+        raise ValueError(f"the frame has more than {_MOST_AT_ONCE} messages")
+    if sum(_count_parts(_JSON.decode(line)) for line in frame.strip().split("\n")) > _MOST_AT_ONCE:
+        raise ValueError(f"the frame has more than {_MOST_AT_ONCE} publications or subscriptions")
+
+
+def _count_parts(message: Any) -> int:
+    """Return how many earlier publications and server-side subscriptions come with a message."""
+    match message:
+        case {"subscribe": {"publications": [*publications]}}:
+            return len(publications)
+        case {"connect": {"subs": {**subscriptions}}}:
+            return sum(1 + _count_parts({"subscribe": each}) for each in subscriptions.values())
+        case _:
+            return 0
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -1193,6 +1193,33 @@ class TestFaults:
         assert await execution.output() == "42"
         assert server.count("pong") == 3
 
+    @pytest.mark.parametrize(
+        ("command", "reply"),
+        [
+            ("connect", {"subs": {str(number): {} for number in range(1_001)}}),
+            ("connect", {"subs": {"a": {"recovered": True, "publications": [{}] * 1_000}}}),
+            ("subscribe", {"publications": [{}] * 1_001}),
+        ],
+        ids=["subscriptions", "of a subscription", "publications"],
+    )
+    async def test_a_message_with_too_many_others_is_not_read(
+        self,
+        session: Session,
+        server: Server,
+        log: Log,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        command: str,
+        reply: Any,
+    ) -> None:
+        """The library would handle all of them in one step of the loop."""
+        monkeypatch.setattr(push, "_HANDSHAKE", 0.2)
+        server.replies[command] = {command: reply}
+        execution = await session.start("w")
+        await polled_to_the_end(server, execution)
+        await log.given_up()
+        assert "there was no subscription within 0.2 s" in log.warnings[0]
+
     async def test_a_message_of_too_many_values_is_not_read(
         self, open_pushed: Callable[..., Session], server: Server
     ) -> None:

@@ -649,7 +649,7 @@ from contextlib import aclosing
 from promptlayer_exec import PollPolicy, ResponseTooLarge, Session
 
 LIMIT = 4 * 2**20
-MOST = LIMIT // 48
+MOST = LIMIT // 64
 
 def body(n):
     return eval(sys.argv[1].strip(), {"n": n})
@@ -697,7 +697,7 @@ asyncio.run(main())
     polls, times, message = finished.stdout.split(maxsplit=2)
     assert polls == "3"
     assert float(times) < 20.0
-    assert "holds more than 87,381 values" in message
+    assert "holds more than 65,536 values" in message
 
 
 @pytest.mark.parametrize(
@@ -708,12 +708,17 @@ asyncio.run(main())
         ("x" + "[" * 200_000 + '"\\', True),
         ("\ufeffÜ," * 50_000, True),
         (" \n[" + "1," * 100_000 + "1]", False),
+        ("\\[x," + "y," * 100_000, True),
+        ('"{",' * 50_000, True),
         ([","] * 50_000, False),
         (["\\"] * 50_000, False),
         (['\\"'] * 50_000, False),
         ([[]] * 50_000, False),
     ],
-    ids=["CSV", "quotes", "brackets", "BOM", "JSON", "strings", "backslashes", "escapes", "lists"],
+    ids=[
+        *("CSV", "quotes", "brackets", "BOM", "JSON", "TeX", "cells"),
+        *("strings", "backslashes", "escapes", "lists"),
+    ],
 )
 async def test_what_is_in_a_text_is_no_value(text: Any, is_read: bool) -> None:
     """Unless the text is JSON itself, which `into=` decodes."""
@@ -726,8 +731,27 @@ async def test_what_is_in_a_text_is_no_value(text: Any, is_read: bool) -> None:
         if is_read:
             assert (await getting).value["A"]["value"] == text
         else:
-            with pytest.raises(ResponseTooLarge, match="holds more than 20,833 values"):
+            with pytest.raises(ResponseTooLarge, match="holds more than 15,625 values"):
                 await getting
+
+
+@pytest.mark.parametrize("mark", [*",[{"])
+@pytest.mark.parametrize("case", [str.lower, str.upper])
+async def test_what_is_escaped_in_a_text_that_is_json_is_a_value(
+    mark: str, case: Callable[[str], str]
+) -> None:
+    """Otherwise `into=` could take many times the limit."""
+    value = "[" + {",": "1,", "[": "[],", "{": "{},"}[mark] * 40_000 + "1]"
+    escaped = value.replace(mark, "\\u" + case(f"{ord(mark):04x}"))
+    if mark != ",":
+        escaped = escaped.replace(",", " ")  # is not JSON, but counts as much
+    body = f'{{"A": {{"status": "SUCCESS", "value": "{escaped}", "is_output_node": true}}}}'
+    async with (
+        raw_server(answering(http(body.encode()))) as base_url,
+        Session("key", base_url=base_url, max_response_bytes=1_000_000) as session,
+    ):
+        with pytest.raises(ResponseTooLarge, match="holds more than 15,625 values"):
+            await session.get_results(1)
 
 
 async def test_all_commas_count_in_an_encoding_that_json_seldom_has() -> None:
@@ -737,7 +761,7 @@ async def test_all_commas_count_in_an_encoding_that_json_seldom_has() -> None:
         raw_server(answering(http(body))) as base_url,
         Session("key", base_url=base_url, max_response_bytes=1_000_000) as session,
     ):
-        with pytest.raises(ResponseTooLarge, match="holds more than 20,833 values"):
+        with pytest.raises(ResponseTooLarge, match="holds more than 15,625 values"):
             await session.get_results(1)
 
 

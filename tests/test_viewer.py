@@ -234,6 +234,17 @@ async def test_values_come_through_exactly(sim: Simulator, viewer: Any) -> None:
     assert value_text(deep) == "(nested too deeply to be shown)"
 
 
+def test_a_value_that_is_nested_very_deeply_is_shown_on_one_line() -> None:
+    """Indented, it would be hundreds of times as long."""
+    value: Any = [0] * 1_000
+    for _ in range(200):
+        value = [value]
+    assert value_text(value) == json.dumps(value)
+    for _ in range(195):
+        (value,) = value
+    assert value_text(value) == json.dumps(value, indent=2)
+
+
 async def test_a_failed_node_always_has_a_message(sim: Simulator, viewer: Any) -> None:
     """It is the error message, or the last line of the details, or a text that there is none."""
     cases: list[tuple[Any, ...]] = [

@@ -22,6 +22,7 @@ from promptlayer_exec import (
     StartRequest,
     StartUnknown,
 )
+from promptlayer_exec._integration import indented
 from promptlayer_exec.cli._arguments import (
     BaseUrl,
     ExecutionId,
@@ -313,7 +314,7 @@ def _print_output(value: Any, *, as_json: bool = False) -> None:
     if as_json or not sys.stdout.isatty():
         out(value if is_text else json.dumps(value))
     else:
-        text = value if is_text else json.dumps(value, indent=2, ensure_ascii=False)
+        text = value if is_text else indented(value)
         out(printable(text, keep="\n\t"))
 
 

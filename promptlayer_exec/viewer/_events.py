@@ -15,7 +15,7 @@ import anyio
 from sse_starlette import ServerSentEvent
 
 from promptlayer_exec import Node, Snapshot
-from promptlayer_exec._integration import base_url, node_dict
+from promptlayer_exec._integration import base_url, indented, node_dict
 from promptlayer_exec.viewer._board import Board, Card
 
 _HEARTBEAT = 15.0
@@ -74,7 +74,7 @@ def value_text(value: Any) -> str:
     if isinstance(value, str):
         return value
     try:
-        return json.dumps(value, ensure_ascii=False, indent=2)
+        return indented(value)
     except RecursionError:
         return "(nested too deeply to be shown)"
 
