@@ -532,6 +532,22 @@ async def test_a_batch_can_be_deleted_and_added_again_while_its_outcomes_are_fol
         assert await batch.delete() == 1
         assert await batch.add(requests(2)) == 2
         assert (await batch.work()).succeeded == 2
+        with pytest.raises(ConfigurationError, match="was deleted while its outcomes were read"):
+            await anext(outcomes)
+
+
+async def test_outcomes_of_a_batch_that_is_deleted_end_in_an_error(
+    batch_of: Callable[..., Batch],
+) -> None:
+    """Those that were not read yet are gone."""
+    batch = batch_of()
+    async with aclosing(batch.outcomes()) as outcomes:
+        await batch.add(requests(1))
+        assert (await batch.work()).succeeded == 1
+        assert (await anext(outcomes)).succeeded
+        assert await batch_of().delete() == 1
+        with pytest.raises(ConfigurationError, match="was deleted"):
+            await anext(outcomes)
 
 
 async def test_an_item_whose_ending_is_refused_is_followed_as_it_is_stored(

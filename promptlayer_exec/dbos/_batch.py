@@ -94,15 +94,14 @@ class Batch:
         self._restart_unknown = restart_unknown
         self._store: Store | None = None
         self._is_prepared = False
-        self._is_restarting = False
-        # How many calls of `work` that return once every item has an outcome there are now.
+        # How many calls of `work` there are now before whose end `outcomes` must not end, and how
+        # many calls that add items or open some again.
         self._working = 0
-        # A new object each time one of them looks whether that is so; None again when a call
-        # begins or fails, and after items were added or opened again.
-        self._finished: object = None
-        # How many calls add or open items now, and how often this object began or ended to.
         self._opening = 0
+        # How often a `work` began or failed, or one of the other calls began or ended; and that
+        # number when a `work` last looked whether every item has an outcome.
         self._changes = 0
+        self._looked = -1
 
     async def add(self, requests: Iterable[StartRequest] | AsyncIterable[StartRequest]) -> int:
         """Add items to the database; one whose key and request are already there is not new.
@@ -177,18 +176,19 @@ class Batch:
                 deleted meanwhile.
             RuntimeError: this process already works on a batch, or uses DBOS otherwise.
         """
-        # Set before the first await: until the items are restarted, `outcomes` must not end. Nor
-        # must it before this returns: a callback may make one more item unfinished.
-        self._is_restarting = self._restart_unknown
-        self._working += until_done
+        # Before the first await: `outcomes` must not end before the unknown items are restarted,
+        # nor before all have ended: until this returns, a callback may open one more.
+        self._working += 1
         self._changes += 1
-        self._finished = None
+        is_counted = True
         try:
             async with self._open() as store:
                 await store.run_in_thread(callbacks.resolve, store, self._name)
                 if self._restart_unknown:
                     await store.run_in_thread(again.retry, store, self._name, ["unknown"])
-                    self._is_restarting = False
+                if not until_done:
+                    self._working -= 1
+                    is_counted = False
                 # While the last worker ends, a callback may make one more item unfinished.
                 while not (until_done and await self._look(store)):
                     await self._work(store, until_done=until_done)
@@ -199,15 +199,14 @@ class Batch:
                     status = await store.run_in_thread(store.status, self._name)
                 return status
         except BaseException:
-            self._finished = None
+            self._changes += 1
             raise
         finally:
-            self._is_restarting = False
-            self._working -= until_done
+            self._working -= is_counted
 
     async def _look(self, store: Store) -> bool:
         """Return whether every item has an outcome; after the last look, `outcomes` may end."""
-        self._finished = object()
+        self._looked = self._changes
         return await self._is_finished(store)
 
     @asynccontextmanager
@@ -221,7 +220,6 @@ class Batch:
         finally:
             self._opening -= 1
             self._changes += 1
-            self._finished = None
 
     async def _work(self, store: Store, *, until_done: bool) -> None:
         given = self._given
@@ -260,31 +258,29 @@ class Batch:
     async def outcomes(self, *, until_done: bool = True) -> AsyncGenerator[StoredOutcome, None]:
         """Yield the outcome of each item: first those that are stored, then each new one.
 
-        The iteration ends when every item has an outcome, and each `work` of this object that waits
-        for that has returned. An unknown item that is restarted is yielded again. To end the
-        iteration early, use `contextlib.aclosing`.
+        The iteration ends when every item has an outcome, or had one when the last `work` of this
+        object looked, and each `work` of it that waits for that has returned. An unknown item that
+        is restarted is yielded again. To end the iteration early, use `contextlib.aclosing`.
 
         Args:
             until_done: whether to wait for new outcomes, or to end with the last stored one.
 
         Raises:
-            ConfigurationError: the database cannot be used.
+            ConfigurationError: the database cannot be used, or the batch was deleted meanwhile.
         """
-        last, finished_before = 0, None if self._working else self._finished
+        last, looked_before, created = 0, -1 if self._working else self._looked, None
         async with self._open() as store:
             while True:
                 changes = self._changes
+                if created is None:  # until there is a batch
+                    created = await store.run_in_thread(store.created, self._name)
+                # What a callback opens again after `work` has looked waits for the next `work`.
+                has_looked = not self._opening and self._looked == changes != looked_before
                 is_last = not until_done or (
-                    not self._is_restarting
-                    and not self._working
-                    # What a callback opens again after `work` has looked waits for the next `work`.
-                    and (
-                        (not self._opening and self._finished not in {None, finished_before})
-                        or await self._is_finished(store)
-                    )
+                    not self._working and (has_looked or await self._is_finished(store))
                 )
                 while rows := await store.run_in_thread(
-                    store.outcomes, self._name, last, _CHUNK, _CHUNK_BYTES
+                    store.outcomes, self._name, last, _CHUNK, _CHUNK_BYTES, created
                 ):
                     for seq, text in rows:
                         last = seq

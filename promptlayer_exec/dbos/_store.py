@@ -21,6 +21,7 @@ import attrs
 import sqlalchemy as sa
 from dbos import DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
 
+from promptlayer_exec import ConfigurationError
 from promptlayer_exec.dbos._database import Database
 from promptlayer_exec.dbos._dbos_internals import (
     adopt_earlier,
@@ -236,10 +237,18 @@ class Store(Database):
         found = connection.execute(FINISH, parameters)
         return {(row.key, row.attempt): row.kind for row in found}
 
-    def outcomes(self, batch: str, after: int, limit: int, size: int) -> list[tuple[int, str]]:
+    def created(self, batch: str) -> float | None:
+        """Return when a batch was created, by which it differs from others of its name."""
+        rows = self.rows(_created(batch))
+        return rows[0].created if rows else None
+
+    def outcomes(
+        self, batch: str, after: int, limit: int, size: int, created: float | None = None
+    ) -> list[tuple[int, str]]:
         """Return the numbers and the JSON of the next outcomes, in the order they were stored.
 
-        They are `limit` at most, and not more than one longer than `size` bytes.
+        They are `limit` at most, and not more than one longer than `size` bytes. Raises an error if
+        the batch is not the one that was created then.
         """
         query = sa.select(_item.seq, _item.outcome).where(_item.batch == batch, _item.seq > after)
         query = query.order_by(_item.seq).limit(limit)
@@ -259,6 +268,11 @@ class Store(Database):
                     read += len(outcome)
                     if read >= size:
                         break
+                if created is not None and connection.scalar(_created(batch)) != created:
+                    raise ConfigurationError(
+                        f"batch {batch!r} was deleted while its outcomes were read; to read those"
+                        " of a new batch of that name, call outcomes again"
+                    )
             return found
 
         return self.retry(read)
@@ -486,6 +500,10 @@ def _unclear(
         for key, attempt, digest in connection.execute(query)
         if digest != digests[key]
     }
+
+
+def _created(batch: str) -> sa.Select[Any]:
+    return sa.select(_batches.c.created).where(_batches.c.name == batch)
 
 
 def _new_batch(name: str) -> dict[str, Any]:
