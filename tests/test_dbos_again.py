@@ -19,6 +19,7 @@ from promptlayer_exec.dbos import Batch, BatchStatus, StoredError, StoredOutcome
 from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _callbacks as callbacks
 from promptlayer_exec.dbos import _cancelled as cancelled
+from promptlayer_exec.dbos import _database as databases
 from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos import _items as items_
 from promptlayer_exec.dbos import _liveness as liveness
@@ -374,6 +375,40 @@ async def test_many_items_are_looked_at_some_at_a_time(
         # Those that have ended count, too: there may be millions of them.
         assert cancelled.end_deleted(store, "b", until=0.0) == "b"
     assert seen == [("b", 1), ("d", 1), ("e", 2), ("", 2)]
+
+
+@pytest.mark.parametrize("call", ["retry", "resolve", "delete"])
+async def test_a_call_that_is_cancelled_soon_ends_however_many_items_there_are(
+    batch: Batch, url: str, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """It takes a transaction for some hundred, and with a million of them half an hour."""
+    monkeypatch.setattr(again, "_AT_ONCE", 1)
+    monkeypatch.setattr(stores, "_DELETED_AT_ONCE", 1)
+    await batch.add(StartRequest("echo", {"n": 1}, key=key) for key in "abc")
+    for key in "abc":
+        end(url, key, None, "StartUnknown" if call == "resolve" else "Forbidden")
+    if call == "resolve":
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database, database:
+            database.execute("UPDATE promptlayer_item SET intent = key")
+        with closing(Store(check_url(url))) as store:
+            for key in "abc":
+                callbacks.record(store, "b", key, 1)
+    loop, transact = asyncio.get_running_loop(), Store.transact
+
+    def transact_and_cancel(store: Store, work: Any, **options: Any) -> Any:
+        done = transact(store, work, **options)
+        loop.call_soon_threadsafe(calling.cancel)
+        assert databases._stop_retrying.get().wait(10.0)
+        return done
+
+    monkeypatch.setattr(Store, "transact", transact_and_cancel)
+    calling = asyncio.create_task(
+        batch.delete() if call == "delete" else batch.retry(failed=True, unknown=True)
+    )
+    await asyncio.wait([calling])
+    assert calling.cancelled()
+    monkeypatch.undo()
+    assert len(await outcomes(batch)) == 2
 
 
 async def test_an_item_of_version_0_1_whose_workflow_is_deleted_is_unknown(

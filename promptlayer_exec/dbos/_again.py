@@ -134,7 +134,7 @@ def _reopen(
                 chosen.append(_Again(row.key, row.attempt, row.kind, started))
         return _begin(store, connection, batch, chosen, requests)
 
-    while rows := store.rows(page.where(_item.key > last)):
+    while not store.is_cancelled() and (rows := store.rows(page.where(_item.key > last))):
         requests = store.stored_requests(batch, {row.key: row.attempt for row in rows})
         count += store.transact(partial(work, requests))
         last = rows[-1].key

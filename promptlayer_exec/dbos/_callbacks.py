@@ -59,4 +59,5 @@ def resolve(store: Store, batch: str) -> int:
             started=again.result_of_callback(row.execution_id),
         )
         for row in store.rows(query)
+        if not store.is_cancelled()
     )

@@ -88,7 +88,7 @@ class Database:
             pool_timeout=RETRY_FOR,
             connect_args=_SQLITE_OPTIONS if self.is_sqlite else options,
         )
-        self.connector = Connector(shown(url), RETRY_FOR, self._is_cancelled)
+        self.connector = Connector(shown(url), RETRY_FOR, self.is_cancelled)
         self.connector.attach(self.engine)
         self._is_closed = False
         sa.event.listen(self.engine, "checkin", self._close_if_returned_late)
@@ -155,7 +155,7 @@ class Database:
         """Call a blocking function in a thread; if cancelled, stop retrying, but wait for it.
 
         It ends soon, because connections that PostgreSQL leaves without an answer are shut then,
-        or after its patience in any case.
+        or after its patience in any case. What takes many transactions must ask `is_cancelled`.
         One that `stops_all` ends the retries of other threads, too: they may hold the connections
         that it waits for.
         """
@@ -182,7 +182,8 @@ class Database:
                 running.exception()  # otherwise asyncio logs it
             raise
 
-    def _is_cancelled(self) -> bool:
+    def is_cancelled(self) -> bool:
+        """Return True if nobody waits for what this thread does: it should end soon."""
         return _stop_retrying.get(self.stop_retrying).is_set()
 
     def close(self) -> None:

@@ -216,7 +216,9 @@ def _pid_scope() -> list[str | None]:
 
 
 def _start_time(pid: int) -> str | None:
+    """Return when a process started; "" if it has ended, and its parent did not wait for it."""
     with suppress(OSError):
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        return stat.rpartition(")")[2].split()[19]
+        state, *fields = stat.rpartition(")")[2].split()
+        return "" if state in "ZX" else fields[18]
     return None

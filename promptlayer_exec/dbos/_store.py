@@ -358,8 +358,8 @@ class Store(Database):
         deleted = 0
         self.retry(lambda: self._client.delete_queue(queue_name(batch)))
         is_deleted = False
-        while not is_deleted:  # or items were added meanwhile
-            while rows := self.rows(some):
+        while not (is_deleted or self.is_cancelled()):  # or items were added meanwhile
+            while not self.is_cancelled() and (rows := self.rows(some)):
                 ids = [
                     workflow_id(batch, row.key, attempt)
                     for row in rows
