@@ -360,6 +360,19 @@ async def test_an_item_whose_workflow_is_deleted_in_dbos_ends(batch: Batch, url:
     assert "add it under a new key" in error.message
 
 
+async def test_the_callback_of_an_unknown_item_whose_workflow_is_deleted_tells_the_id(
+    batch: Batch, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing can be followed without the request, but the run may be looked for."""
+    await batch.add([StartRequest("echo", {"n": 1}, key="a")])
+    end(url, "a", None, "StartUnknown")
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database, database:
+        database.execute("UPDATE promptlayer_item SET intent = 'token'")
+    await delete(url, "a")
+    assert not await batch.resolve("token", 77)
+    assert "execution 77 was started for item 'a', but cannot be followed" in caplog.text
+
+
 async def test_many_items_are_looked_at_some_at_a_time(
     batch: Batch, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

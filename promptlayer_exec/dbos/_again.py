@@ -7,6 +7,7 @@ of the earlier start as an argument, so that it starts nothing.
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from promptlayer_exec.dbos._values import StoredOutcome
 if TYPE_CHECKING:
     from promptlayer_exec.dbos._store import Store
 
+logger = logging.getLogger("promptlayer_exec")
 _AT_ONCE = 500
 _item = items.c
 # The result of a step "start", which a new attempt follows; None to start a run.
@@ -75,7 +77,8 @@ def adopt(
 ) -> bool:
     """Follow a run whose start another worker takes for unknown; return whether it can be.
 
-    `token` is that of the intent to start it. Without the `request`, DBOS must still have it.
+    `token` is that of the intent to start it. Without the `request`, DBOS must still have it; if it
+    does not, a warning tells the id.
     """
     query = sa.select(_item.key, _item.attempt, _item.kind).where(
         _item.batch == batch,
@@ -85,6 +88,13 @@ def adopt(
         sa.or_(_item.kind.is_(None), _item.kind == "unknown"),
     )
     requests = store.stored_requests(batch, {key: attempt}) if request is None else {key: request}
+    if not requests:
+        logger.warning(
+            "batch %r: execution %d was started for item %r, but cannot be followed, because the"
+            " item's workflow was deleted in DBOS: look for it in PromptLayer",
+            *(batch, started["execution_id"], key),
+        )
+        return False
 
     def work(connection: sa.Connection) -> bool:
         lock_batch(connection, batch)
