@@ -70,7 +70,8 @@ class Throttle:
     """Gives each HTTP attempt a slot, first by rate, then by limiters.
 
     They are served in the order in which they come, except for those that go first: the polls of
-    watches that were woken. Each of them most likely brings a result and frees a place.
+    watches that were woken. Each of them most likely brings a result and frees a place. Those of
+    push go last: many at once must not keep a start waiting.
 
     A 429 stops all requests for as long as the server asked for, and then slows them down. The
     rate recovers as a congestion window does in CUBIC (RFC 9438), TCP's congestion control:
@@ -100,6 +101,7 @@ class Throttle:
         self._max_rate = or_infinity(rate)
         self._limiters = limiters
         self._queue = asyncio.Lock()
+        self._last = asyncio.Lock()
         self._lock = asyncio.Lock()
         # The lock alone does not say so: between two of those that wait, it is free for a moment.
         self._waiting = 0
@@ -119,10 +121,11 @@ class Throttle:
         self._t = 0.0
         self._t_updated_at = -math.inf
 
-    async def acquire(self, *, first: bool = False) -> float:
+    async def acquire(self, *, first: bool = False, last: bool = False) -> float:
         """Wait for the next slot, take it, and return the time.
 
         A request that goes `first` waits for one other at most, and for those that also go first.
+        Of those that go `last`, one at a time waits with the others.
         """
         now = self._clock()
         waits = self._waiting > 0 or self._next_slot > now
@@ -132,7 +135,11 @@ class Throttle:
         self._waiting += 1
         try:
             # Of those that do not go first, only one at a time waits for the lock.
-            async with nullcontext() if first else self._queue, self._lock:
+            async with (
+                self._last if last else nullcontext(),
+                nullcontext() if first else self._queue,
+                self._lock,
+            ):
                 await self._wait_for_slot()
                 for limiter in self._limiters:
                     try:

@@ -163,7 +163,8 @@ class Transport:
                 timeout(soonest=due + self._settings.request_timeout) as limit,
                 pool.slots.first if first else pool.slots,
             ):
-                sent_at = await self._throttle.acquire(first=first)
+                is_last = pool is self._pools.push
+                sent_at = await self._throttle.acquire(first=first, last=is_last)
                 limit.check()
                 lateness = max(sent_at - due, 0.0)
                 state.excuse(lateness)

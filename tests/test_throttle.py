@@ -456,6 +456,22 @@ async def test_what_goes_first_waits_for_one_other_at_most() -> None:
 
 
 @in_virtual_time
+async def test_what_goes_last_keeps_others_waiting_for_one_slot_at_most() -> None:
+    """However many there are."""
+    throttle = Throttle(100.0)
+    await throttle.acquire()
+    order: list[str] = []
+
+    async def acquire(name: str, *, last: bool = False) -> None:
+        await throttle.acquire(last=last)
+        order.append(name)
+
+    last = [acquire(name, last=True) for name in ("one", "two", "three")]
+    await asyncio.gather(*last, acquire("a"), acquire("b"))
+    assert order == ["one", "a", "b", "two", "three"]
+
+
+@in_virtual_time
 async def test_what_goes_first_starves_nobody() -> None:
     """Of ten that always go first, each gets one slot before one that does not."""
     throttle = Throttle(100.0)
