@@ -43,7 +43,8 @@ PYTHONS = [version for version in ("3.11", "3.12", "3.13") if _is_installed(vers
 
 
 def _install(session: nox.Session, group: str, *packages: str) -> None:
-    session.install(*nox.project.dependency_groups(PROJECT, group), *packages)
+    # pip would compile every module of every package, which takes longer than to install them.
+    session.install("--no-compile", *nox.project.dependency_groups(PROJECT, group), *packages)
 
 
 def _install_debian(session: nox.Session, *packages: str) -> None:
@@ -225,7 +226,8 @@ def vendor(session: nox.Session, sdk: str) -> None:
     # The suite's own conftest.py needs packages that are not installed here.
     own_fixtures = "--confcutdir=tests/vendor"
     environment = {"PYTHONSAFEPATH": "1"}
-    session.run("pytest", own_fixtures, "tests/vendor", *session.posargs, env=environment)
+    pytest = ("pytest", "-n", "3", "--dist=worksteal", own_fixtures, "tests/vendor")
+    session.run(*pytest, *session.posargs, env=environment)
 
 
 # Sections of docs/frameworks.md, by the test of each.
