@@ -245,6 +245,24 @@ def test_many_items_that_were_cancelled_twice_end_soon(postgres_scene: Any) -> N
         assert time.monotonic() - began < 5
 
 
+def test_whether_every_item_has_an_outcome_is_seen_in_an_index(postgres_scene: Any) -> None:
+    """Also if PostgreSQL still thinks that hardly any item has one: there may be millions."""
+    plans: list[str] = []
+    with closing(Store(check_url(postgres_scene.url))) as store:
+        store.prepare()
+        store.add("b", [Row(f"{number}", "{}", "") for number in range(5000)])
+        with store.engine.connect() as connection:
+            connection.execution_options(isolation_level="AUTOCOMMIT").execute(sa.text("ANALYZE"))
+
+        @sa.event.listens_for(store.engine, "before_cursor_execute")
+        def explain(_connection: Any, cursor: Any, statement: str, values: Any, *_: Any) -> None:
+            cursor.execute(f"EXPLAIN {statement}", values)
+            plans.extend(row[0] for row in cursor.fetchall())
+
+        assert not store.is_finished("b")
+    assert "promptlayer_item_kind" in plans[1]
+
+
 def test_batches_in_two_schemas_of_one_database_are_refused(postgres: Any, sim: Simulator) -> None:
     """DBOS has its tables in one schema, so each batch would get the results of the other."""
     session = Session(sim.api_key, base_url=sim.base_url)
