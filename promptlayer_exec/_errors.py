@@ -71,6 +71,8 @@ class PromptLayerExecError(Exception):
 
 def printable(text: str) -> str:
     """Escape what does not print, such as control characters that could steer a terminal."""
+    if text.isprintable():
+        return text
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )

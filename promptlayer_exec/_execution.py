@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_LONGEST_WARNING = 1000  # in a log line
+
 
 class Execution:
     """The handle of one execution, returned by `Session.execution` and `Session.start`.
@@ -208,7 +210,7 @@ class Execution:
                 "execution %d of workflow %.100r: the server warns: %s",
                 self.id,
                 self.workflow,
-                printable(self.warning),
+                printable(self.warning[:_LONGEST_WARNING]),
             )
         try:
             return await self._output(deadline, into)

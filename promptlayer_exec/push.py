@@ -204,7 +204,7 @@ class Push:
             level,
             "push is not used for workflow %.100r, only polling: %s; it is tried again in a while",
             workflow,
-            printable(self.redact(reason))[:_LONGEST_REASON],
+            printable(self.redact(reason)[:_LONGEST_REASON]),
         )
 
 

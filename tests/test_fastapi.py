@@ -6,7 +6,8 @@ import asyncio
 import json
 import math
 import re
-from collections.abc import AsyncIterator, Callable
+import tracemalloc
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,14 @@ from promptlayer_exec import (
     ServerError,
     Session,
     SessionClosed,
+    Snapshot,
     StartUnknown,
     StatusError,
     Unauthorized,
     UnprocessableEntity,
     WatchEnded,
 )
-from promptlayer_exec.fastapi import add_error_handlers, create_router, execution_events
+from promptlayer_exec.fastapi import _events, add_error_handlers, create_router, execution_events
 from promptlayer_exec.fastapi._responses import dump_json
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
@@ -627,6 +629,16 @@ def test_json_is_valid_whatever_the_value(value: Any) -> None:
     assert repr(strict(text)) == repr(cleaned(value))
 
 
+def test_the_json_of_a_long_text_takes_little_memory() -> None:
+    """Even if words that browsers cannot parse are in it, as in a table with empty cells."""
+    text = "1,NaN\n" * 100_000
+    tracemalloc.start()
+    dump_json({"t": text})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20 * len(text)
+
+
 async def test_values_that_browsers_cannot_parse_are_replaced(
     sim: Simulator, session: Session
 ) -> None:
@@ -653,6 +665,21 @@ async def test_a_deeply_nested_value_does_not_hang_the_client(
     async with connect(make_app(session)) as client:
         response = await client.get(f"/executions/{execution_id}/events")
     assert read_events(response.text)[-1][1] in {"complete", "failure"}
+
+
+async def test_a_value_that_can_be_read_and_not_written_ends_the_events() -> None:
+    """On Python 3.11, a value of just under a thousand levels is one."""
+    value: Any = None
+    for _ in range(100_000):
+        value = [value]
+    snapshot = Snapshot(7, True, {"A": Node("A", "SUCCESS", value)})
+
+    async def snapshots() -> AsyncGenerator[Snapshot, None]:
+        yield snapshot
+
+    (event,) = [event async for event in _events._events(snapshot, snapshots())]
+    assert event.event == "failure"
+    assert json.loads(event.data)["execution_id"] == "7"
 
 
 def test_the_router_has_an_openapi_description(session: Session) -> None:

@@ -93,6 +93,16 @@ async def test_the_servers_warning_is_logged(
     assert len(caplog.messages) == 1
 
 
+async def test_only_the_start_of_a_long_warning_is_logged(
+    sim: Simulator, session: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server may send megabytes."""
+    done = Scenario([SimNode("Answer", 1, is_output_node=True)])
+    sim.add_workflow("warns", done, warning="x" * 100_000)
+    await session.run("warns")
+    assert caplog.messages[0].endswith("the server warns: " + "x" * 1_000)
+
+
 async def test_a_refused_run_names_its_workflow(session: Session) -> None:
     """The server's own message does not."""
     with pytest.raises(NotFound) as caught:

@@ -107,8 +107,12 @@ async def _events(
     except Exception as error:  # noqa: BLE001 - the status is already sent, so it must be an event
         _, kind, message = describe(error)
         last = (getattr(error, "last_snapshot", None) or sent).to_dict()
-        data = {"type": kind, "message": message, "execution_id": execution_id, "last": last}
-        yield _event("failure", f"{execution_id}:failure", data)
+        data = {"type": kind, "message": message, "execution_id": execution_id}
+        try:
+            failure = _event("failure", f"{execution_id}:failure", data | {"last": last})
+        except RecursionError:  # it may be what is nested too deeply
+            failure = _event("failure", f"{execution_id}:failure", data)
+        yield failure
 
 
 def _event(kind: str, event_id: str, data: Any, retry: int | None = None) -> ServerSentEvent:

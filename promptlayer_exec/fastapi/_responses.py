@@ -47,7 +47,8 @@ from promptlayer_exec.webhooks import InvalidSignature
 logger = logging.getLogger("promptlayer_exec.fastapi")
 
 _JSON = "application/json"
-_STRING_OR_NOT_JSON = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity')
+# Possessive, because otherwise a state is kept for each character of a text.
+_STRING_OR_NOT_JSON = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|NaN|-?Infinity')
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _URN = "urn:promptlayer-exec:"
 _DEFAULT_RETRY_AFTER = 5.0
