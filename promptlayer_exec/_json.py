@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from types import NoneType
 from typing import Any
 
@@ -46,12 +47,15 @@ def indented(value: Any) -> str:
     compact = json.dumps(value, ensure_ascii=False)
     most = _LONGEST_INDENTED * len(compact) + 1000
     pieces = []
-    for piece in _INDENTING.iterencode(value):
-        pieces.append(piece)
-        most -= len(piece)
-        if most < 0:
-            return compact
-    return "".join(pieces)
+    with suppress(RecursionError):
+        for piece in _INDENTING.iterencode(value):
+            pieces.append(piece)
+            most -= len(piece)
+            if most < 0:
+                break
+        else:
+            return "".join(pieces)
+    return compact
 
 
 try:

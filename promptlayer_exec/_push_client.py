@@ -121,11 +121,20 @@ def _check_frame(frame: str, max_bytes: int) -> None:
 
 def _count_parts(message: Any) -> int:
     """Return how many earlier publications and server-side subscriptions come with a message."""
+    count = 0
     match message:
-        case {"subscribe": {"publications": [*publications]}}:
-            return len(publications)
         case {"connect": {"subs": {**subscriptions}}}:
-            return sum(1 + _count_parts({"subscribe": each}) for each in subscriptions.values())
+            count += len(subscriptions) + sum(map(_count_publications, subscriptions.values()))
+    match message:  # it may have both
+        case {"subscribe": subscription}:
+            count += _count_publications(subscription)
+    return count
+
+
+def _count_publications(subscription: Any) -> int:
+    match subscription:
+        case {"publications": [*publications]}:
+            return len(publications)
         case _:
             return 0
 

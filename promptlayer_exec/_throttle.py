@@ -71,7 +71,7 @@ class Throttle:
 
     They are served in the order in which they come, except for those that go first: the polls of
     watches that were woken. Each of them most likely brings a result and frees a place. Those of
-    push go last: many at once must not keep a start waiting.
+    push go last: however many there are, a start waits for one of them at most.
 
     A 429 stops all requests for as long as the server asked for, and then slows them down. The
     rate recovers as a congestion window does in CUBIC (RFC 9438), TCP's congestion control:

@@ -373,6 +373,23 @@ async def test_the_callback_of_an_unknown_item_whose_workflow_is_deleted_tells_t
     assert "execution 77 was started for item 'a', but cannot be followed" in caplog.text
 
 
+async def test_a_stored_callback_is_applied_though_the_worker_is_being_stopped(
+    batch: Batch, url: str
+) -> None:
+    """The item has just become unknown, and perhaps no other worker looks for it again."""
+    await batch.add([StartRequest("echo", {"n": 1}, key="a")])
+    outcome = StoredOutcome(
+        "a", None, False, None, StoredError("StartUnknown", "lost"), None, datetime.now(UTC)
+    )
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database, database:
+        database.execute("UPDATE promptlayer_item SET intent = 'token'")
+    with closing(Store(check_url(url))) as store:
+        callbacks.record(store, "b", "token", 77)
+        store.stop_retrying.set()
+        callbacks.finish(store, "b", [Ending.of(1, outcome, "token")])
+    assert await batch.status() == BatchStatus(1, 0, 0, 0, 0, 1)
+
+
 async def test_many_items_are_looked_at_some_at_a_time(
     batch: Batch, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -421,7 +438,7 @@ async def test_a_call_that_is_cancelled_soon_ends_however_many_items_there_are(
     await asyncio.wait([calling])
     assert calling.cancelled()
     monkeypatch.undo()
-    assert len(await outcomes(batch)) == 2
+    assert len(await outcomes(batch)) >= 2
 
 
 async def test_an_item_of_version_0_1_whose_workflow_is_deleted_is_unknown(

@@ -40,6 +40,7 @@ from promptlayer_exec import (
 )
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos import Batch
+from promptlayer_exec.dbos import _batch as batches
 from promptlayer_exec.dbos import _breaker as breakers
 from promptlayer_exec.dbos import _callbacks as callbacks
 from promptlayer_exec.dbos import _connector as connectors
@@ -522,7 +523,10 @@ async def test_a_worker_does_not_mistake_a_batch_that_was_added_again_for_its_ow
 async def test_a_batch_can_be_deleted_and_added_again_while_its_outcomes_are_followed(
     batch_of: Callable[..., Batch],
 ) -> None:
-    """All calls of one `Batch` share its database; a check of the worker ends with its work."""
+    """All calls of one `Batch` share its database; a check of the worker ends with its work.
+
+    The outcomes of the first one end in an error.
+    """
     batch = batch_of()
     await batch.add(requests(1))
     async with aclosing(batch.outcomes()) as outcomes:
@@ -546,6 +550,27 @@ async def test_outcomes_of_a_batch_that_is_deleted_end_in_an_error(
         assert (await batch.work()).succeeded == 1
         assert (await anext(outcomes)).succeeded
         assert await batch_of().delete() == 1
+        with pytest.raises(ConfigurationError, match="was deleted"):
+            await anext(outcomes)
+
+
+async def test_outcomes_of_a_batch_that_is_being_deleted_end_in_an_error(
+    batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of those that were not read yet may be gone; so it is if the deletion is interrupted."""
+    monkeypatch.setattr(batches, "_CHUNK", 1)
+    batch = batch_of()
+    await batch.add(requests(2))
+    assert (await batch.work()).succeeded == 2
+    async with aclosing(batch.outcomes()) as outcomes:
+        assert (await anext(outcomes)).succeeded
+
+        def interrupt(*_: Any) -> None:
+            raise KeyError
+
+        monkeypatch.setattr(stores, "delete_items", interrupt)
+        with pytest.raises(KeyError):
+            await batch_of().delete()
         with pytest.raises(ConfigurationError, match="was deleted"):
             await anext(outcomes)
 

@@ -239,7 +239,7 @@ class Server:
         )
         if reply is not None and not socket.closed:
             await socket.send_str(json.dumps({"id": command["id"], **reply}))
-            if "subscribe" in reply:
+            if name == "subscribe" and name in reply:
                 self.sockets[socket] = command["subscribe"]["channel"]
                 await self._note("")
 
@@ -676,6 +676,17 @@ class TestFaults:
         assert await execution.output() == "42"
         assert server.count(WORKFLOW) == 1
         assert log.warnings == []
+
+    async def test_a_start_waits_for_no_more_than_one_request_of_push(
+        self, open_pushed: Callable[..., Session], server: Server
+    ) -> None:
+        """Each workflow needs two; at a low rate they would take seconds."""
+        session = open_pushed(rate=100.0)
+        await asyncio.gather(*(session.start(f"w{number}") for number in range(10)))
+        await server.until(lambda: server.count(TOKEN) > 0)
+        paths = [path for _, path in server.log]
+        last = max(number for number, path in enumerate(paths) if path.endswith("/run"))
+        assert len([path for path in paths[:last] if not path.endswith("/run")]) <= 2
 
     @pytest.mark.parametrize(
         "body", [[], {}, {"token_details": 7}, {"token_details": {"token": 7}}]
@@ -1194,13 +1205,14 @@ class TestFaults:
         assert server.count("pong") == 3
 
     @pytest.mark.parametrize(
-        ("command", "reply"),
+        "reply",
         [
-            ("connect", {"subs": {str(number): {} for number in range(1_001)}}),
-            ("connect", {"subs": {"a": {"recovered": True, "publications": [{}] * 1_000}}}),
-            ("subscribe", {"publications": [{}] * 1_001}),
+            {"connect": {"subs": {str(number): {} for number in range(1_001)}}},
+            {"connect": {"subs": {"a": {"recovered": True, "publications": [{}] * 1_000}}}},
+            {"connect": {"subs": {str(number): {} for number in range(1_001)}}, "subscribe": {}},
+            {"subscribe": {"publications": [{}] * 1_001}},
         ],
-        ids=["subscriptions", "of a subscription", "publications"],
+        ids=["subscriptions", "of a subscription", "both", "publications"],
     )
     async def test_a_message_with_too_many_others_is_not_read(
         self,
@@ -1208,13 +1220,11 @@ class TestFaults:
         server: Server,
         log: Log,
         monkeypatch: pytest.MonkeyPatch,
-        *,
-        command: str,
         reply: Any,
     ) -> None:
         """The library would handle all of them in one step of the loop."""
         monkeypatch.setattr(push, "_HANDSHAKE", 0.2)
-        server.replies[command] = {command: reply}
+        server.replies[next(iter(reply))] = reply
         execution = await session.start("w")
         await polled_to_the_end(server, execution)
         await log.given_up()

@@ -240,6 +240,14 @@ def test_a_value_that_is_nested_very_deeply_is_shown_on_one_line() -> None:
     for _ in range(200):
         value = [value]
     assert value_text(value) == json.dumps(value)
+    deeper: Any = "x" * 100_000
+    for _ in range(1_500):
+        deeper = [deeper]
+    try:
+        shown = json.dumps(deeper)
+    except RecursionError:  # on Python 3.11
+        shown = "(nested too deeply to be shown)"
+    assert value_text(deeper) == shown
     for _ in range(195):
         (value,) = value
     assert value_text(value) == json.dumps(value, indent=2)

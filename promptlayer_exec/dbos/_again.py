@@ -89,11 +89,12 @@ def adopt(
     )
     requests = store.stored_requests(batch, {key: attempt}) if request is None else {key: request}
     if not requests:
-        logger.warning(
-            "batch %r: execution %d was started for item %r, but cannot be followed, because the"
-            " item's workflow was deleted in DBOS: look for it in PromptLayer",
-            *(batch, started["execution_id"], key),
-        )
+        if store.rows(query):
+            logger.warning(
+                "batch %r: execution %d was started for item %r, but cannot be followed, because"
+                " the item's workflow was deleted in DBOS: look for it in PromptLayer",
+                *(batch, started["execution_id"], key),
+            )
         return False
 
     def work(connection: sa.Connection) -> bool:

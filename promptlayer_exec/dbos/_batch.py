@@ -98,8 +98,8 @@ class Batch:
         # many calls that add items or open some again.
         self._working = 0
         self._opening = 0
-        # How often a `work` began or failed, or one of the other calls began or ended; and that
-        # number when a `work` last looked whether every item has an outcome.
+        # How often a `work` began, failed or opened items again, or one of the other calls began or
+        # ended; and that number when a `work` last looked whether every item has an outcome.
         self._changes = 0
         self._looked = -1
 
@@ -188,6 +188,7 @@ class Batch:
                     await store.run_in_thread(again.retry, store, self._name, ["unknown"])
                 if not until_done:
                     self._working -= 1
+                    self._changes += 1
                     is_counted = False
                 # While the last worker ends, a callback may make one more item unfinished.
                 while not (until_done and await self._look(store)):
@@ -258,9 +259,10 @@ class Batch:
     async def outcomes(self, *, until_done: bool = True) -> AsyncGenerator[StoredOutcome, None]:
         """Yield the outcome of each item: first those that are stored, then each new one.
 
-        The iteration ends when every item has an outcome, or had one when the last `work` of this
-        object looked, and each `work` of it that waits for that has returned. An unknown item that
-        is restarted is yielded again. To end the iteration early, use `contextlib.aclosing`.
+        The iteration ends when every item has an outcome, and no `work` of this object is still
+        waiting for that. If a callback opens an item again after that `work` looked for the last
+        time, it ends all the same. An unknown item that is restarted is yielded again. To end the
+        iteration early, use `contextlib.aclosing`.
 
         Args:
             until_done: whether to wait for new outcomes, or to end with the last stored one.
@@ -396,7 +398,7 @@ class Batch:
     async def delete(self) -> int:
         """Delete the batch with all its items and their outcomes, and return how many there were.
 
-        What was started runs on. If it is interrupted, call it again.
+        What was started runs on. If this is interrupted, some items may be left: call it again.
 
         Raises:
             RuntimeError: a worker works on the batch. It takes 12 seconds to be sure that one which

@@ -38,12 +38,16 @@ def finish(store: Store, batch: str, endings: Sequence[Ending]) -> set[tuple[str
     """
     stored = store.finish(batch, endings)
     if any(ending.kind == "unknown" for ending in endings):
-        resolve(store, batch)
+        resolve(store, batch, to_the_end=True)
     return stored
 
 
-def resolve(store: Store, batch: str) -> int:
-    """Let each unknown item whose callback is stored be followed; return how many there were."""
+def resolve(store: Store, batch: str, *, to_the_end: bool = False) -> int:
+    """Let each unknown item whose callback is stored be followed; return how many there were.
+
+    There may be many. If this is cancelled, it stops before the next one, unless it goes on
+    `to_the_end`, as when the items have just become unknown: then nobody may look for them again.
+    """
     query = (
         sa.select(_item.key, _item.attempt, _item.intent, _callback.execution_id)
         .join(callbacks, called_back)
@@ -59,5 +63,5 @@ def resolve(store: Store, batch: str) -> int:
             started=again.result_of_callback(row.execution_id),
         )
         for row in store.rows(query)
-        if not store.is_cancelled()
+        if to_the_end or not store.is_cancelled()
     )

@@ -357,9 +357,11 @@ class Store(Database):
         some = (
             sa.select(_item.key, _item.attempt).where(_item.batch == batch).limit(_DELETED_AT_ONCE)
         )
-        deleted = 0
+        deleted, is_deleted = 0, False
+        # First: from now on it is not the batch whose outcomes others read.
+        renew = sa.update(_batches).where(_batches.c.name == batch).values(created=time.time())
+        self.transact(lambda connection: connection.execute(renew))
         self.retry(lambda: self._client.delete_queue(queue_name(batch)))
-        is_deleted = False
         while not (is_deleted or self.is_cancelled()):  # or items were added meanwhile
             while not self.is_cancelled() and (rows := self.rows(some)):
                 ids = [
