@@ -1209,7 +1209,10 @@ class TestFaults:
         [
             {"connect": {"subs": {str(number): {} for number in range(1_001)}}},
             {"connect": {"subs": {"a": {"recovered": True, "publications": [{}] * 1_000}}}},
-            {"connect": {"subs": {str(number): {} for number in range(1_001)}}, "subscribe": {}},
+            {
+                "connect": {"subs": {str(number): {} for number in range(1_001)}},
+                "subscribe": {"publications": []},
+            },
             {"subscribe": {"publications": [{}] * 1_001}},
         ],
         ids=["subscriptions", "of a subscription", "both", "publications"],
