@@ -25,7 +25,7 @@ from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli import _session as _cli_session
 from promptlayer_exec.cli import main
 from promptlayer_exec.cli._exit import ExitCode
-from promptlayer_exec.cli._servers import _set_variable
+from promptlayer_exec.cli._workflows import _set_variable
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, SimRequest, Simulator
 
 PROGRAM = [sys.executable, "-W", "error", "-m", "promptlayer_exec"]
@@ -1025,7 +1025,7 @@ class TestSimulate:
     def test_variables_are_set_as_the_platform_does(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What it prints can be pasted into PowerShell, too."""
         assert _set_variable("NAME", "value") == "export NAME=value"
-        monkeypatch.setattr("promptlayer_exec.cli._servers.os.name", "nt")
+        monkeypatch.setattr("promptlayer_exec.cli._workflows.os.name", "nt")
         line = _set_variable("NAME", "value")
         monkeypatch.undo()  # pathlib reads it
         assert line == '$env:NAME = "value"'
@@ -1127,12 +1127,12 @@ class TestProgram:
     def test_another_import_error_is_not_hidden(self, start: Start) -> None:
         """Only a missing extra is reported in one line; other errors have a traceback."""
         call = (
-            "import sys; sys.modules['promptlayer_exec.simulator'] = None\n"
+            "import sys; sys.modules['promptlayer_exec.cli._batch'] = None\n"
             "from promptlayer_exec.__main__ import main; main()"
         )
         code, out, err = start(program=python(call)).end(traceback=True)
         assert (code, out) == (70, "")
-        assert "import of promptlayer_exec.simulator halted" in err
+        assert "import of promptlayer_exec.cli._batch halted" in err
 
     def test_an_interrupt_during_an_import(self, start: Start) -> None:
         """Ctrl-C is exit code 130, without a message, even if an import suppresses exceptions."""
@@ -1157,6 +1157,16 @@ class TestProgram:
         )
         code, _, err = start("--help", program=python(call)).end()
         assert (code, err) == (0, "")
+
+    def test_the_simulator_is_imported_only_when_it_is_shown(self) -> None:
+        """Otherwise each command would take an eighth longer to begin."""
+        program = (
+            "import promptlayer_exec.cli, sys; print('promptlayer_exec.simulator' in sys.modules)"
+        )
+        finished = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+        )
+        assert finished.stdout == "False\n"
 
     def test_script_and_module_are_the_same(self, start: Start) -> None:
         """The script's `main` and `python -m` print the same help, with the exit codes."""

@@ -44,8 +44,6 @@ from promptlayer_exec.cli._inputs import check_start
 from promptlayer_exec.cli._session import demo_session, open_session
 from promptlayer_exec.cli._stdio import OutputFailed, err, out
 from promptlayer_exec.cli._text import failure_reason, final_count, printable, result_line, shorten
-from promptlayer_exec.cli._workflows import support_agent
-from promptlayer_exec.simulator import Simulator
 
 _DEMO_ID = 787
 # Enough to cancel a start that was not sent yet, and short enough to wait without a message.
@@ -330,6 +328,9 @@ def demo(
     display = choose_display(as_json=as_json)
 
     async def work() -> ExitCode:
+        from promptlayer_exec.cli._workflows import support_agent  # noqa: PLC0415 - slow to import
+        from promptlayer_exec.simulator import Simulator  # noqa: PLC0415
+
         if not as_json:
             out("A support agent with ten nodes answers a letter, on a simulated PromptLayer.\n")
         async with Simulator() as simulator, demo_session(simulator, display.warn) as session:

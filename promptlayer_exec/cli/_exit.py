@@ -11,8 +11,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Coroutine
-from contextlib import suppress
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from queue import SimpleQueue
 from types import FrameType
@@ -280,3 +280,15 @@ def report_crash(error: BaseException) -> ExitCode:
 def _discard_output() -> None:
     # The interpreter flushes what standard output still buffers when it exits.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def listening(host: str, port: int) -> Iterator[None]:
+    """Report that a server cannot listen; a `UnicodeError` stands for a malformed host name."""
+    try:
+        yield
+    except (OSError, UnicodeError) as error:
+        # socket.create_server repeats the address after the reason.
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        hint = "; --port 0 takes a free port" if port else ""
+        raise Misuse(f"cannot listen on {host}, port {port}: {reason}{hint}") from None

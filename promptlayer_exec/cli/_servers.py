@@ -10,8 +10,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -25,25 +24,15 @@ from promptlayer_exec._integration import install_hint
 from promptlayer_exec.cli._arguments import BaseUrl, Host, Outage, Port, Push, parse_id
 from promptlayer_exec.cli._browser import open_in_browser
 from promptlayer_exec.cli._definitions import complete_workflow
-from promptlayer_exec.cli._exit import PROGRAM, ExitCode, Misuse, Subject, run_command
+from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, listening, run_command
 from promptlayer_exec.cli._session import demo_session, open_session
 from promptlayer_exec.cli._stdio import err, out
 from promptlayer_exec.cli._text import printable
-from promptlayer_exec.cli._workflows import (
-    DEMO_NOTE,
-    DEMO_WORKFLOWS,
-    add_demo_workflows,
-    add_past_runs,
-    support_agent,
-)
-from promptlayer_exec.simulator import Scenario, SimNode, SimRequest, Simulator
 
 if TYPE_CHECKING:
-    from promptlayer_exec.viewer import Board
+    pass
 
 TOKEN = "PROMPTLAYER_EXEC_VIEW_TOKEN"  # noqa: S105 - the name of a variable
-_HELD = "read letter"
-_WORKFLOW = "support-agent"
 # A start, and any other single request, ends before the client gives up, often after 60 s.
 _REQUEST_TIME = 45.0
 # A client waits about two seconds for the process to end, and then kills it.
@@ -101,10 +90,12 @@ def view(
             raise Misuse(f"the viewer needs {install_hint('viewer')}") from error
         token = _token()
         async with AsyncExitStack() as stack:
-            simulator = None
             if is_demo:
+                from promptlayer_exec.cli import _workflows as demo  # noqa: PLC0415 - slow to import
+                from promptlayer_exec.simulator import Simulator  # noqa: PLC0415
+
                 simulator = await stack.enter_async_context(Simulator(log_requests=False))
-                add_demo_workflows(simulator)
+                demo.add_demo_workflows(simulator)
                 session = demo_session(simulator, err, push=True)
                 directory = Path(stack.enter_context(TemporaryDirectory()))
             else:
@@ -112,15 +103,15 @@ def view(
                 retry = RetryPolicy(outage=min(outage, 10.0), watch_outage=outage)
                 session = open_session(base_url, retry, err)
             await stack.enter_async_context(session)
-            with _listening(host, port):
+            with listening(host, port):
                 listener = stack.enter_context(listen(host, port))
             address = Address(host, listener.getsockname()[1])
             history = None
             if has_history:
                 history = History(directory / "history.sqlite", server=session_base_url(session))
-                if simulator is not None:
-                    add_past_runs(simulator, history, time.time())
-            board = Board(session, note=DEMO_NOTE if is_demo else "", history=history)
+                if is_demo:
+                    demo.add_past_runs(simulator, history, time.time())
+            board = Board(session, note=demo.NOTE if is_demo else "", history=history)
             await stack.enter_async_context(board)
             for execution_id in execution_ids or ():
                 board.follow(execution_id)
@@ -131,7 +122,7 @@ def view(
                     if is_opened:
                         tasks.start_soon(open_in_browser, url, board.opened)
                     if is_demo:
-                        tasks.start_soon(_start_demo_runs, board)
+                        tasks.start_soon(demo.start_runs, board)
                     await serve(board, listener, address, token)
         return ExitCode.SUCCEEDED
 
@@ -148,12 +139,6 @@ def _token() -> str:
     return token
 
 
-async def _start_demo_runs(board: Board) -> None:
-    await board.opened.wait()
-    for workflow, (_, inputs) in DEMO_WORKFLOWS.items():
-        await board.start(workflow, inputs)
-
-
 def _print_url(url: str, *, is_loopback: bool) -> None:
     if not is_loopback:
         err(
@@ -162,25 +147,6 @@ def _print_url(url: str, *, is_loopback: bool) -> None:
         )
     err("Open this page, which is for you alone (Ctrl-C ends it):")
     out(url)
-
-
-def _incomplete(node: SimNode) -> Scenario:
-    first = SimNode(_HELD, "Dear all, ...", None)
-    return Scenario([first, node, SimNode("final reply", after=[node.name], is_output_node=True)])
-
-
-_EXECUTIONS = {
-    1: ("ten nodes, succeeds after seven seconds", support_agent(reading=None)),
-    2: ("a node fails, so there is no reply", support_agent(reading=None, failing=True)),
-    3: (
-        "a node gets an unknown status: never complete",
-        _incomplete(SimNode("approve", None, 1.0, after=[_HELD], status="AWAITING_APPROVAL")),
-    ),
-    4: (
-        "a node never ends: try --timeout 5, or Ctrl-C",
-        _incomplete(SimNode("think", None, None, after=[_HELD])),
-    ),
-}
 
 
 def simulate(
@@ -196,73 +162,9 @@ def simulate(
     Use it to try `run`, `watch`, `results` and your own code. It prints its base URL, its key and
     the ids of some executions, and then every request, until Ctrl-C, with exit code 0.
     """
-    raise typer.Exit(run_command(_serve(host, port, webhook_url), Subject()))
+    from promptlayer_exec.cli._workflows import serve  # noqa: PLC0415 - slow to import
 
-
-async def _serve(host: str, port: int, webhook_url: str | None) -> ExitCode:
-    requests: asyncio.Queue[SimRequest] = asyncio.Queue()
-    simulator = Simulator(
-        host=host,
-        port=port,
-        log_requests=False,
-        on_request=requests.put_nowait,
-        webhook_url=webhook_url,
-    )
-    for execution_id, (_, scenario) in _EXECUTIONS.items():
-        simulator.add_execution(scenario, execution_id=execution_id)
-    simulator.add_workflow(
-        _WORKFLOW, support_agent, definition=support_agent(), inputs={"letter": "string"}
-    )
-    async with AsyncExitStack() as stack:
-        with _listening(host, port):
-            await stack.enter_async_context(simulator)
-        out(_introduction(simulator))
-        with suppress(asyncio.CancelledError):
-            await _print_requests(simulator, requests)
-    return ExitCode.SUCCEEDED
-
-
-def _introduction(simulator: Simulator) -> str:
-    watch = "\n".join(
-        f"  {PROGRAM} watch {execution_id}   # {description}"
-        for execution_id, (description, _) in _EXECUTIONS.items()
-    )
-    return f"""\
-A simulated PromptLayer listens at {simulator.base_url} (Ctrl-C ends it).
-
-In another terminal:
-
-  {_set_variable("PROMPTLAYER_BASE_URL", simulator.base_url)}
-  {_set_variable("PROMPTLAYER_API_KEY", simulator.api_key)}
-{watch}
-
-Each execution begins at its first request. To start another one like the first:
-
-  {PROGRAM} run {_WORKFLOW} -i letter="Where is my refund?"
-{_webhooks(simulator)}
-Requests:"""
-
-
-def _set_variable(name: str, value: str) -> str:
-    """Return the line that sets an environment variable in the platform's usual shell."""
-    return f'$env:{name} = "{value}"' if os.name == "nt" else f"export {name}={value}"
-
-
-def _webhooks(simulator: Simulator) -> str:
-    url, secret = simulator.webhook_url, simulator.webhook_secret
-    return "" if url is None else f"\nIts webhook goes to {url}, with the secret {secret}\n"
-
-
-async def _print_requests(simulator: Simulator, requests: asyncio.Queue[SimRequest]) -> NoReturn:
-    waiting = {str(execution_id): execution_id for execution_id in _EXECUTIONS}
-    while True:
-        request = await requests.get()
-        query = "&".join(f"{name}={value}" for name, value in request.query.items())
-        path = f"{request.path}?{query}" if query else request.path
-        out(printable(f"{time.strftime('%H:%M:%S')} {request.method} {path}"))
-        requested = request.query.get("workflow_version_execution_id", "")
-        if (execution_id := waiting.pop(requested, None)) is not None:
-            simulator.finish(execution_id, _HELD)
+    raise typer.Exit(run_command(serve(host, port, webhook_url), Subject()))
 
 
 def mcp(
@@ -338,15 +240,3 @@ class _ToStandardError(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         err(printable(record.getMessage()))
-
-
-@contextmanager
-def _listening(host: str, port: int) -> Iterator[None]:
-    """Report that a server cannot listen; a `UnicodeError` stands for a malformed host name."""
-    try:
-        yield
-    except (OSError, UnicodeError) as error:
-        # socket.create_server repeats the address after the reason.
-        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
-        hint = "; --port 0 takes a free port" if port else ""
-        raise Misuse(f"cannot listen on {host}, port {port}: {reason}{hint}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from promptlayer_exec import (
     ConfigurationError,
@@ -22,7 +23,9 @@ from promptlayer_exec import (
 from promptlayer_exec._integration import missing_for_push
 from promptlayer_exec.cli._stdio import err
 from promptlayer_exec.cli._text import printable, shorten
-from promptlayer_exec.simulator import Simulator
+
+if TYPE_CHECKING:
+    from promptlayer_exec.simulator import Simulator
 
 
 def open_session(

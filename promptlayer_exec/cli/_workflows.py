@@ -1,18 +1,25 @@
-"""Simulated workflows that `demo`, `simulate` and `view --demo` show."""
+"""What `demo`, `simulate` and `view --demo` show: simulated workflows."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+import os
+import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from contextlib import AsyncExitStack, suppress
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import attrs
 
-from promptlayer_exec.simulator import Scenario, SimNode, Simulator
+from promptlayer_exec.cli._exit import PROGRAM, ExitCode, listening
+from promptlayer_exec.cli._stdio import out
+from promptlayer_exec.cli._text import printable
+from promptlayer_exec.simulator import Scenario, SimNode, SimRequest, Simulator
 
 if TYPE_CHECKING:
-    from promptlayer_exec.viewer import History
+    from promptlayer_exec.viewer import Board, History
 
 _LETTER = "I was charged twice for my October plan. Could you look into it? Maria Rossi"
 _REPLY = """\
@@ -41,7 +48,7 @@ Traceback (most recent call last):
     raise OrderClosed(message)
 OrderClosed: {_CLOSED}"""
 
-DEMO_NOTE = "This is a demonstration on a simulated PromptLayer: nothing is billed."
+NOTE = "This is a demonstration on a simulated PromptLayer: nothing is billed."
 
 
 def support_agent(
@@ -173,3 +180,101 @@ def add_past_runs(simulator: Simulator, history: History, now: float) -> None:
             duration=(2.6 if is_failing else typical + spread * math.sin(number * 1.7)),
             nodes=len(scenario.nodes),
         )
+
+
+async def start_runs(board: Board) -> None:
+    """Start a run of each workflow once the page of the board is open."""
+    await board.opened.wait()
+    for workflow, (_, inputs) in DEMO_WORKFLOWS.items():
+        await board.start(workflow, inputs)
+
+
+# What `simulate` shows: a node that ends only after a request, and a workflow that can be started.
+_HELD = "read letter"
+_WORKFLOW = "support-agent"
+
+
+def _incomplete(node: SimNode) -> Scenario:
+    first = SimNode(_HELD, "Dear all, ...", None)
+    return Scenario([first, node, SimNode("final reply", after=[node.name], is_output_node=True)])
+
+
+_EXECUTIONS = {
+    1: ("ten nodes, succeeds after seven seconds", support_agent(reading=None)),
+    2: ("a node fails, so there is no reply", support_agent(reading=None, failing=True)),
+    3: (
+        "a node gets an unknown status: never complete",
+        _incomplete(SimNode("approve", None, 1.0, after=[_HELD], status="AWAITING_APPROVAL")),
+    ),
+    4: (
+        "a node never ends: try --timeout 5, or Ctrl-C",
+        _incomplete(SimNode("think", None, None, after=[_HELD])),
+    ),
+}
+
+
+async def serve(host: str, port: int, webhook_url: str | None) -> ExitCode:
+    """Do what the command `simulate` does."""
+    requests: asyncio.Queue[SimRequest] = asyncio.Queue()
+    simulator = Simulator(
+        host=host,
+        port=port,
+        log_requests=False,
+        on_request=requests.put_nowait,
+        webhook_url=webhook_url,
+    )
+    for execution_id, (_, scenario) in _EXECUTIONS.items():
+        simulator.add_execution(scenario, execution_id=execution_id)
+    simulator.add_workflow(
+        _WORKFLOW, support_agent, definition=support_agent(), inputs={"letter": "string"}
+    )
+    async with AsyncExitStack() as stack:
+        with listening(host, port):
+            await stack.enter_async_context(simulator)
+        out(_introduction(simulator))
+        with suppress(asyncio.CancelledError):
+            await _print_requests(simulator, requests)
+    return ExitCode.SUCCEEDED
+
+
+def _introduction(simulator: Simulator) -> str:
+    watch = "\n".join(
+        f"  {PROGRAM} watch {execution_id}   # {description}"
+        for execution_id, (description, _) in _EXECUTIONS.items()
+    )
+    return f"""\
+A simulated PromptLayer listens at {simulator.base_url} (Ctrl-C ends it).
+
+In another terminal:
+
+  {_set_variable("PROMPTLAYER_BASE_URL", simulator.base_url)}
+  {_set_variable("PROMPTLAYER_API_KEY", simulator.api_key)}
+{watch}
+
+Each execution begins at its first request. To start another one like the first:
+
+  {PROGRAM} run {_WORKFLOW} -i letter="Where is my refund?"
+{_webhooks(simulator)}
+Requests:"""
+
+
+def _set_variable(name: str, value: str) -> str:
+    """Return the line that sets an environment variable in the platform's usual shell."""
+    return f'$env:{name} = "{value}"' if os.name == "nt" else f"export {name}={value}"
+
+
+def _webhooks(simulator: Simulator) -> str:
+    url, secret = simulator.webhook_url, simulator.webhook_secret
+    return "" if url is None else f"\nIts webhook goes to {url}, with the secret {secret}\n"
+
+
+async def _print_requests(simulator: Simulator, requests: asyncio.Queue[SimRequest]) -> NoReturn:
+    waiting = {str(execution_id): execution_id for execution_id in _EXECUTIONS}
+    while True:
+        request = await requests.get()
+        query = "&".join(f"{name}={value}" for name, value in request.query.items())
+        path = f"{request.path}?{query}" if query else request.path
+        out(printable(f"{time.strftime('%H:%M:%S')} {request.method} {path}"))
+        requested = request.query.get("workflow_version_execution_id", "")
+        if (execution_id := waiting.pop(requested, None)) is not None:
+            simulator.finish(execution_id, _HELD)
