@@ -19,6 +19,14 @@ from promptlayer_exec.fastapi import _events, create_router, execution_events
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 Serve = Callable[[ASGIApp], Awaitable[str]]
+# The scope of a request that starts a run.
+START = {
+    "type": "http",
+    "method": "POST",
+    "path": "/executions",
+    "query_string": b"",
+    "headers": [(b"content-type", b"application/json")],
+}
 
 
 class Watched:
@@ -201,14 +209,7 @@ async def test_no_start_is_lost_in_whatever_step_its_client_disconnects(
     async def send(message: Any) -> None:
         was_notified_when_sending.append(is_notified)
 
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/executions",
-        "query_string": b"",
-        "headers": [(b"content-type", b"application/json")],
-    }
-    await make_app(session)(scope, receive, send)
+    await make_app(session)(START.copy(), receive, send)
     await session.aclose()
     (run,) = sim.runs
     assert not was_notified_when_sending[0] or str(run.execution_id) in caplog.text
@@ -253,15 +254,8 @@ async def test_no_start_is_lost_in_whatever_step_after_it_its_request_ends(
         if isinstance(event, ExecutionStarted):
             end(steps)
 
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/executions",
-        "query_string": b"",
-        "headers": [(b"content-type", b"application/json")],
-    }
     app = make_app(open_session(observers=[observe]))
-    request = asyncio.create_task(app(scope, receive, send))
+    request = asyncio.create_task(app(START.copy(), receive, send))
     await asyncio.wait([request])
     (run,) = sim.runs
     assert str(run.execution_id) in caplog.text + b"".join(sent).decode()
