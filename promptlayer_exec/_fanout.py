@@ -230,8 +230,6 @@ class _FanOut(Generic[ItemT]):
         output: Any = None
         error: Exception | None = None
         try:
-            if is_cancelled():  # before it began
-                raise asyncio.CancelledError  # noqa: TRY301 - handled like any other
             output = await self._run_item(item)
         except asyncio.CancelledError as cancelled:
             foreign = not is_cancelled()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from contextlib import aclosing
 from functools import partial
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import Outcome, RunningItem, Spawn, fan_out, report_abandoned
@@ -14,7 +15,7 @@ from promptlayer_exec._models import StartRequest
 from promptlayer_exec._output import check_type
 from promptlayer_exec._policies import check_timeout
 from promptlayer_exec._settings import check_count
-from promptlayer_exec._tasks import clock
+from promptlayer_exec._tasks import clock, is_cancelled
 
 if TYPE_CHECKING:
     from promptlayer_exec._session import Session
@@ -41,14 +42,15 @@ def outcomes_of(
         return (await session._open()).lifetime.spawn
 
     async def run_item(running: RunningItem[ItemT]) -> Any:
+        if not isinstance(running.item, StartRequest):
+            running.execution = _handle(session, running.item)
+        if is_cancelled():  # before it began; its error has the id all the same
+            raise asyncio.CancelledError
         deadline = session._settings.deadline(timeout, now=clock())
         if isinstance(running.item, StartRequest):
             began = partial(setattr, running, "start")
-            execution = await session._start(running.item, deadline, began=began)
-            running.execution = execution
-        else:
-            execution = running.execution = _handle(session, running.item)
-        return await execution._output(deadline, into)
+            running.execution = await session._start(running.item, deadline, began=began)
+        return await cast(Execution, running.execution)._output(deadline, into)
 
     return fan_out(
         items,

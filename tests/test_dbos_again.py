@@ -369,8 +369,13 @@ async def test_the_callback_of_an_unknown_item_whose_workflow_is_deleted_tells_t
     with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database, database:
         database.execute("UPDATE promptlayer_item SET intent = 'token'")
     await delete(url, "a")
-    assert not await batch.resolve("token", 77)
-    assert "execution 77 was started for item 'a', but cannot be followed" in caplog.text
+    for _ in range(2):
+        assert not await batch.resolve("token", 77)
+        assert not await batch.resolve("another", 78)
+    told = "execution 77 was started for item 'a', but cannot be followed"
+    assert caplog.text.count(told) == 2
+    outcome = (await outcomes(batch))["a"]
+    assert (outcome.kind, outcome.execution_id) == ("unknown", 77)
 
 
 async def test_a_stored_callback_is_applied_though_the_worker_is_being_stopped(

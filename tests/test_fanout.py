@@ -338,6 +338,35 @@ async def test_closing_the_session_ends_the_fan_out(
     assert our_tasks() == []
 
 
+@pytest.mark.parametrize("steps", range(6))
+async def test_the_error_of_an_item_has_its_id_in_whatever_step_the_session_is_closed(
+    session: Session, held: int, steps: int
+) -> None:
+    """It may be given up before it has begun."""
+    closing: list[asyncio.Task[None]] = []
+    outcomes: list[Outcome[Any, Any]] = []
+
+    async def items() -> AsyncIterator[Any]:
+        yield held
+        closing.append(asyncio.create_task(session.aclose()))
+        with suppress(asyncio.CancelledError):
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            yield session.execution(held)
+
+    async def consume() -> None:
+        async for outcome in session.as_completed(items()):
+            outcomes.append(outcome)  # noqa: PERF401 - an error would lose them all
+
+    with pytest.raises(SessionClosed):
+        await consume()
+    await closing[0]
+    for outcome in outcomes:
+        assert isinstance(outcome.error, SessionClosed)
+        assert outcome.error.execution_id == held
+        assert outcome.execution is not None
+
+
 async def test_an_item_that_is_cancelled_in_its_last_step_has_one_outcome(
     open_session: Callable[..., Session], sim: Simulator
 ) -> None:

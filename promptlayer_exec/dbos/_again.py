@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import attrs
 import sqlalchemy as sa
 
 from promptlayer_exec.dbos._tables import batches, callbacks, called_back, items, lock_batch
@@ -77,10 +78,10 @@ def adopt(
 ) -> bool:
     """Follow a run whose start another worker takes for unknown; return whether it can be.
 
-    `token` is that of the intent to start it. Without the `request`, DBOS must still have it; if it
-    does not, a warning tells the id.
+    `token` is that of the intent to start it. Without the `request`, DBOS must still have it. If it
+    does not, the outcome of an unknown item gets the id, and a warning tells it, once.
     """
-    query = sa.select(_item.key, _item.attempt, _item.kind).where(
+    query = sa.select(_item.key, _item.attempt, _item.kind, _item.outcome).where(
         _item.batch == batch,
         _item.key == key,
         _item.attempt == attempt,
@@ -88,22 +89,36 @@ def adopt(
         sa.or_(_item.kind.is_(None), _item.kind == "unknown"),
     )
     requests = store.stored_requests(batch, {key: attempt}) if request is None else {key: request}
-    if not requests:
-        if store.rows(query):
-            logger.warning(
-                "batch %r: execution %d was started for item %r, but cannot be followed, because"
-                " the item's workflow was deleted in DBOS: look for it in PromptLayer",
-                *(batch, started["execution_id"], key),
-            )
-        return False
 
     def work(connection: sa.Connection) -> bool:
         lock_batch(connection, batch)
         rows = connection.execute(query).all()
+        if not requests:
+            _tell(connection, batch, token, rows, started["execution_id"])
         chosen = [_Again(row.key, row.attempt, row.kind, started) for row in rows]
         return bool(_begin(store, connection, batch, chosen, requests))
 
     return store.transact(work)
+
+
+def _tell(
+    connection: sa.Connection, batch: str, token: str, rows: Sequence[Any], execution_id: int
+) -> None:
+    """Put the id of a run that cannot be followed into the outcome of its item, and log it."""
+    for row in rows:
+        if row.kind != "unknown":
+            return
+        outcome = attrs.evolve(StoredOutcome.from_json(row.outcome), execution_id=execution_id)
+        of_item = sa.update(items).where(_item.batch == batch, _item.key == row.key)
+        connection.execute(of_item.values(outcome=outcome.to_json()))
+        logger.warning(
+            "batch %r: execution %d was started for item %r, but cannot be followed, because the"
+            " item's workflow was deleted in DBOS: look for it in PromptLayer",
+            *(batch, execution_id, row.key),
+        )
+        # Otherwise it would be tried again, and told again, with each later callback.
+        of_start = (callbacks.c.batch == batch, callbacks.c.token == token)
+        connection.execute(sa.delete(callbacks).where(*of_start))
 
 
 def result_of_callback(execution_id: int) -> Mapping[str, Any]:

@@ -238,7 +238,10 @@ class Store(Database):
         return {(row.key, row.attempt): row.kind for row in found}
 
     def created(self, batch: str) -> float | None:
-        """Return when a batch was created, by which it differs from others of its name."""
+        """Return when a batch was created, by which it differs from others of its name.
+
+        None: there is no batch. Version 0.1 did not store it: then it is 0.
+        """
         rows = self.rows(_created(batch))
         return rows[0].created if rows else None
 
@@ -507,7 +510,8 @@ def _unclear(
 
 
 def _created(batch: str) -> sa.Select[Any]:
-    return sa.select(_batches.c.created).where(_batches.c.name == batch)
+    created = sa.func.coalesce(_batches.c.created, 0.0).label("created")
+    return sa.select(created).where(_batches.c.name == batch)
 
 
 def _new_batch(name: str) -> dict[str, Any]:
