@@ -23,6 +23,7 @@ from promptlayer_exec.dbos import _database as databases
 from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos import _items as items_
 from promptlayer_exec.dbos import _liveness as liveness
+from promptlayer_exec.dbos import _reports as reports
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._intents import Intent
@@ -444,6 +445,30 @@ async def test_a_call_that_is_cancelled_soon_ends_however_many_items_there_are(
     assert calling.cancelled()
     monkeypatch.undo()
     assert len(await outcomes(batch)) >= 2
+
+
+@pytest.mark.parametrize("call", ["kinds", "failures"])
+async def test_a_report_that_is_cancelled_soon_ends_however_many_items_there_are(
+    batch: Batch, url: str, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """It takes a query for some hundred."""
+    monkeypatch.setattr(reports, "_KEYS_AT_ONCE", 1)
+    await batch.add(StartRequest("echo", {"n": 1}, key=key) for key in "abc")
+    for key in "abc":
+        end(url, key, None, "Forbidden")
+    loop, rows, queries = asyncio.get_running_loop(), Store.rows, []
+
+    def read_and_cancel(store: Store, query: Any, **options: Any) -> Any:
+        queries.append(query)
+        loop.call_soon_threadsafe(calling.cancel)
+        assert databases._stop_retrying.get().wait(10.0)
+        return rows(store, query, **options)
+
+    monkeypatch.setattr(Store, "rows", read_and_cancel)
+    calling = asyncio.create_task(batch.kinds("abc") if call == "kinds" else batch.failures())
+    await asyncio.wait([calling])
+    assert calling.cancelled()
+    assert len(queries) == 1
 
 
 async def test_an_item_of_version_0_1_whose_workflow_is_deleted_is_unknown(

@@ -103,6 +103,8 @@ def kinds(store: Store, batch: str, keys: Iterable[str]) -> dict[str, Kind | Non
     asked = [*keys]
     found: dict[str, Kind | None] = {}
     for start in range(0, len(asked), _KEYS_AT_ONCE):
+        if store.is_cancelled():
+            break
         part = asked[start : start + _KEYS_AT_ONCE]
         query = sa.select(_item.key, _item.kind).where(_item.batch == batch, _item.key.in_(part))
         found.update((row.key, row.kind) for row in store.rows(query))
@@ -161,7 +163,7 @@ def failures(store: Store, batch: str) -> tuple[Failure, ...]:
     examples: dict[str, tuple[str, StoredError]] = {}
     for kind in ("failed", "unknown"):
         last = ""
-        while rows := _failed(store, batch, kind, last):
+        while not store.is_cancelled() and (rows := _failed(store, batch, kind, last)):
             for key, text in rows:
                 error = StoredOutcome.from_json(text).error or StoredError("", "")
                 counts[error.type] = counts.get(error.type, 0) + 1
