@@ -13,7 +13,7 @@ import time
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import anyio
 import typer
@@ -28,9 +28,6 @@ from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, listening, run
 from promptlayer_exec.cli._session import demo_session, open_session
 from promptlayer_exec.cli._stdio import err, out
 from promptlayer_exec.cli._text import printable
-
-if TYPE_CHECKING:
-    pass
 
 TOKEN = "PROMPTLAYER_EXEC_VIEW_TOKEN"  # noqa: S105 - the name of a variable
 # A start, and any other single request, ends before the client gives up, often after 60 s.

@@ -94,7 +94,7 @@ def adopt(
         lock_batch(connection, batch)
         rows = connection.execute(query).all()
         if not requests:
-            _tell(connection, batch, token, rows, started["execution_id"])
+            _tell(connection, batch, token, rows, started)
         chosen = [_Again(row.key, row.attempt, row.kind, started) for row in rows]
         return bool(_begin(store, connection, batch, chosen, requests))
 
@@ -102,20 +102,27 @@ def adopt(
 
 
 def _tell(
-    connection: sa.Connection, batch: str, token: str, rows: Sequence[Any], execution_id: int
+    connection: sa.Connection,
+    batch: str,
+    token: str,
+    rows: Sequence[Any],
+    started: Mapping[str, Any],
 ) -> None:
     """Put the id of a run that cannot be followed into the outcome of its item, and log it."""
     for row in rows:
         if row.kind != "unknown":
             return
-        outcome = attrs.evolve(StoredOutcome.from_json(row.outcome), execution_id=execution_id)
-        of_item = sa.update(items).where(_item.batch == batch, _item.key == row.key)
-        connection.execute(of_item.values(outcome=outcome.to_json()))
-        logger.warning(
-            "batch %r: execution %d was started for item %r, but cannot be followed, because the"
-            " item's workflow was deleted in DBOS: look for it in PromptLayer",
-            *(batch, execution_id, row.key),
-        )
+        outcome = StoredOutcome.from_json(row.outcome)
+        if outcome.execution_id is None:  # the first callback of a start counts
+            execution_id, at = started["execution_id"], datetime.fromisoformat(started["at"])
+            outcome = attrs.evolve(outcome, execution_id=execution_id, started=at)
+            of_item = sa.update(items).where(_item.batch == batch, _item.key == row.key)
+            connection.execute(of_item.values(outcome=outcome.to_json()))
+            logger.warning(
+                "batch %r: execution %d was started for item %r, but cannot be followed, because"
+                " the item's workflow was deleted in DBOS: look for it in PromptLayer",
+                *(batch, execution_id, row.key),
+            )
         # Otherwise it would be tried again, and told again, with each later callback.
         of_start = (callbacks.c.batch == batch, callbacks.c.token == token)
         connection.execute(sa.delete(callbacks).where(*of_start))
