@@ -100,6 +100,7 @@ async def fan_out(
 
     Items are taken one at a time, when fewer than `max_in_flight` are in flight or wait to be
     yielded. `open_client` returns a function that runs a task until the session is closed.
+    `run_item` may be called in a task that is cancelled already: then it must begin nothing.
     """
     fan = _FanOut(items, run_item, anyio.Semaphore(max_in_flight))
     (await open_client())(fan.run)

@@ -29,7 +29,7 @@ from promptlayer_exec._start import SendHooks
 from promptlayer_exec._tasks import wait_even_if_cancelled
 from promptlayer_exec._throttle import Limiter
 from promptlayer_exec._wire import MAX_ID, check_execution_id
-from promptlayer_exec._workflows import Workflow
+from promptlayer_exec._workflows import Workflow, near
 
 __all__ = [
     "DEFINITION_TIMEOUT",
@@ -49,6 +49,7 @@ __all__ = [
     "log_text",
     "max_response_bytes",
     "missing_for_push",
+    "near",
     "node_dict",
     "receive_callback",
     "report_undelivered",

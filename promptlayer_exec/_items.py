@@ -42,15 +42,16 @@ def outcomes_of(
         return (await session._open()).lifetime.spawn
 
     async def run_item(running: RunningItem[ItemT]) -> Any:
-        if not isinstance(running.item, StartRequest):
-            running.execution = _handle(session, running.item)
+        item, execution = running.item, None
+        if not isinstance(item, StartRequest):
+            execution = running.execution = _handle(session, item)
         if is_cancelled():  # before it began; its error has the id all the same
             raise asyncio.CancelledError
         deadline = session._settings.deadline(timeout, now=clock())
-        if isinstance(running.item, StartRequest):
+        if isinstance(item, StartRequest):
             began = partial(setattr, running, "start")
-            running.execution = await session._start(running.item, deadline, began=began)
-        return await cast(Execution, running.execution)._output(deadline, into)
+            execution = running.execution = await session._start(item, deadline, began=began)
+        return await cast(Execution, execution)._output(deadline, into)
 
     return fan_out(
         items,

@@ -36,16 +36,19 @@ def json_kind(value: Any) -> str:
 
 
 _INDENTING = json.JSONEncoder(ensure_ascii=False, indent=2)
-_LONGEST_INDENTED = 10
+_LONGEST_TO_INDENT = 1_000_000
+_TIMES_AS_LONG = 10
 
 
 def indented(value: Any) -> str:
-    """Return a value as JSON to be read by people; on one line if it is nested very deeply.
+    """Return a value as JSON to be read by people; on one line if it is very long or deep.
 
-    Indented, that would be hundreds of times as long.
+    Indented, a deeply nested one would be hundreds of times as long.
     """
     compact = json.dumps(value, ensure_ascii=False)
-    most = _LONGEST_INDENTED * len(compact) + 1000
+    if len(compact) > _LONGEST_TO_INDENT:
+        return compact
+    most = _TIMES_AS_LONG * len(compact) + 1000
     pieces = []
     with suppress(RecursionError):
         for piece in _INDENTING.iterencode(value):

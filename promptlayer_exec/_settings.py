@@ -78,6 +78,10 @@ def find_base_url(base_url: str | None) -> str:
         raise ConfigurationError(
             f"{source} must be an http:// or https:// URL with a host, got {base_url!r}"
         )
+    if _matches(r"[\d.]+", url.host) and not _is_ip_address(url.host):  # aiohttp takes it for none
+        raise ConfigurationError(
+            f"{source} must have an IP address of four numbers or a name, got {base_url!r}"
+        )
     if url.raw_query_string or url.raw_fragment:
         raise ConfigurationError(f"{source} must not have a query or fragment, got {base_url!r}")
     return str(url).rstrip("/")
@@ -89,10 +93,15 @@ def sends_in_the_clear(base_url: str) -> bool:
     host = url.host or ""
     if url.scheme != "http" or host == "localhost" or host.endswith(".localhost"):
         return False
+    return not (_is_ip_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def _is_ip_address(host: str) -> bool:
     try:
-        return not ipaddress.ip_address(host).is_loopback
+        ipaddress.ip_address(host)
     except ValueError:
-        return True
+        return False
+    return True
 
 
 def _matches(pattern: str, value: Any) -> bool:

@@ -65,7 +65,7 @@ T = TypeVar("T")
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
 # The body of a refusal is only read by people.
 _ERROR_BODY_BYTES = 64 * 1024
-_LONGEST_KEY = 1024
+_LONGEST_KEY = 6 * 1024  # a character that is escaped has six bytes
 # For the answer to a start: so large that in one of up to 64 KiB no values are counted.
 _LEAST_START_LIMIT = 6 * 64 * 1024
 # More than aiohttp's defaults: large headers must not cost us the id of a started run.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 import attrs
@@ -12,6 +13,10 @@ from promptlayer_exec._errors import printable
 from promptlayer_exec._models import FrozenMap, frozen_map
 
 _MOST_NAMED = 20  # unknown inputs in an error
+# A definition may have any number of names, of any length.
+_MOST_GUESSED = 20
+_MOST_COMPARED = 1000
+_LONGEST_COMPARED = 100
 
 
 @attrs.frozen
@@ -173,12 +178,26 @@ def _names(inputs: Any) -> set[str]:
 
 def _guesses(given: Iterable[str], missing: Iterable[str]) -> list[str]:
     """Return each given name, and the missing one that it resembles, if any."""
-    from difflib import get_close_matches  # noqa: PLC0415 - rarely needed
-
-    folded = {name.casefold(): name for name in missing}
-    found = [(name, get_close_matches(name.casefold(), folded, n=1)) for name in sorted(given)]
+    found = [
+        (name, near(name, missing, 1) if number < _MOST_GUESSED else [])
+        for number, name in enumerate(sorted(given))
+    ]
     found.sort(key=lambda it: not it[1])  # those that were probably meant come first
     return [
-        f"{name:.100} (did you mean {folded[near[0]]!r}?)" if near else f"{name:.100}"
-        for name, near in found
+        f"{name:.100} (did you mean {likely[0]!r}?)" if likely else f"{name:.100}"
+        for name, likely in found
     ]
+
+
+def near(name: str, known: Iterable[str], most: int) -> list[str]:
+    """Return the names that this one resembles, of the first thousand that are not very long.
+
+    To compare two takes a time that grows with the square of their length.
+    """
+    from difflib import get_close_matches  # noqa: PLC0415 - rarely needed
+
+    if len(name) > _LONGEST_COMPARED:
+        return []
+    short = (it for it in known if len(it) <= _LONGEST_COMPARED)
+    folded = {it.casefold(): it for it in islice(short, _MOST_COMPARED)}
+    return [folded[it] for it in get_close_matches(name.casefold(), folded, n=most)]

@@ -163,6 +163,8 @@ BAD_URLS = {
     "null": "https://api.test\0",
     "delete": "https://api.test/\x7f",
     "backslash": "https:\\\\api.test",
+    "short-address": "http://127.1:8000",
+    "number": "http://2130706433",
     "surrogate": "https://\ud800",
     "nbsp-in-host": "https://api\xa0test",
 }

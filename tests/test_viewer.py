@@ -234,8 +234,10 @@ async def test_values_come_through_exactly(sim: Simulator, viewer: Any) -> None:
     assert value_text(deep) == "(nested too deeply to be shown)"
 
 
-def test_a_value_that_is_nested_very_deeply_is_shown_on_one_line() -> None:
-    """Indented, it would be hundreds of times as long."""
+def test_a_value_that_is_very_long_or_deep_is_shown_on_one_line() -> None:
+    """Indented, a deep one would be hundreds of times as long, and a long one takes seconds."""
+    long = [1] * 400_000
+    assert value_text(long) == json.dumps(long)
     value: Any = [0] * 1_000
     for _ in range(200):
         value = [value]

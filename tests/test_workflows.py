@@ -386,6 +386,24 @@ def test_missing_inputs_are_named_with_near_misses() -> None:
         requires(topic="string").check_inputs({f"o{n:02}": n for n in range(25)})
 
 
+@pytest.mark.parametrize(
+    ("required", "given"),
+    [
+        ([*(f"n{n}" for n in range(1000)), "topic"], ["topik"]),
+        (["x" * 200], ["x" * 199]),
+        (["topic"], [*(f"a{n:02}" for n in range(20)), "topik"]),
+    ],
+    ids=["many", "long", "many given"],
+)
+def test_near_misses_are_looked_for_among_so_many_names(
+    required: list[str], given: list[str]
+) -> None:
+    """A definition may have hundreds of thousands, and the event loop would wait."""
+    with pytest.raises(ValueError, match="needs the input") as caught:
+        requires(**dict.fromkeys(required, "string")).check_inputs(dict.fromkeys(given))
+    assert "did you mean" not in str(caught.value)
+
+
 @pytest.mark.parametrize("inputs", [{"topic": None, "more": 1}, Inputs("x")], ids=repr)
 def test_inputs_with_all_that_is_required_pass(inputs: Any) -> None:
     """Others are let through, and an input may be null."""

@@ -1,4 +1,4 @@
-"""What `demo`, `simulate` and `view --demo` show: simulated workflows."""
+"""What `demo`, `simulate` and `view --demo` show, and the server of `simulate`."""
 
 from __future__ import annotations
 

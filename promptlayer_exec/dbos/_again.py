@@ -94,38 +94,40 @@ def adopt(
         lock_batch(connection, batch)
         rows = connection.execute(query).all()
         if not requests:
-            _tell(connection, batch, token, rows, started)
+            return any(_keep_id(connection, batch, token, row, started) for row in rows)
         chosen = [_Again(row.key, row.attempt, row.kind, started) for row in rows]
         return bool(_begin(store, connection, batch, chosen, requests))
 
-    return store.transact(work)
+    is_done = store.transact(work)
+    if is_done and not requests:
+        logger.warning(
+            "batch %r: execution %d was started for item %r, but cannot be followed, because the"
+            " item's workflow was deleted in DBOS: look for it in PromptLayer",
+            *(batch, started["execution_id"], key),
+        )
+    return is_done and bool(requests)
 
 
-def _tell(
-    connection: sa.Connection,
-    batch: str,
-    token: str,
-    rows: Sequence[Any],
-    started: Mapping[str, Any],
-) -> None:
-    """Put the id of a run that cannot be followed into the outcome of its item, and log it."""
-    for row in rows:
-        if row.kind != "unknown":
-            return
-        outcome = StoredOutcome.from_json(row.outcome)
-        if outcome.execution_id is None:  # the first callback of a start counts
-            execution_id, at = started["execution_id"], datetime.fromisoformat(started["at"])
-            outcome = attrs.evolve(outcome, execution_id=execution_id, started=at)
-            of_item = sa.update(items).where(_item.batch == batch, _item.key == row.key)
-            connection.execute(of_item.values(outcome=outcome.to_json()))
-            logger.warning(
-                "batch %r: execution %d was started for item %r, but cannot be followed, because"
-                " the item's workflow was deleted in DBOS: look for it in PromptLayer",
-                *(batch, execution_id, row.key),
-            )
-        # Otherwise it would be tried again, and told again, with each later callback.
-        of_start = (callbacks.c.batch == batch, callbacks.c.token == token)
-        connection.execute(sa.delete(callbacks).where(*of_start))
+def _keep_id(
+    connection: sa.Connection, batch: str, token: str, row: Any, started: Mapping[str, Any]
+) -> bool:
+    """Put the id of a run that cannot be followed into the outcome of its item, if it is unknown.
+
+    Return False if the outcome has an id already: the first callback of a start counts.
+    """
+    if row.kind != "unknown":
+        return False
+    # Otherwise it would be tried again with each later callback.
+    of_start = (callbacks.c.batch == batch, callbacks.c.token == token)
+    connection.execute(sa.delete(callbacks).where(*of_start))
+    outcome = StoredOutcome.from_json(row.outcome)
+    if outcome.execution_id is not None:
+        return False
+    at = datetime.fromisoformat(started["at"])
+    outcome = attrs.evolve(outcome, execution_id=started["execution_id"], started=at)
+    of_item = sa.update(items).where(_item.batch == batch, _item.key == row.key)
+    connection.execute(of_item.values(outcome=outcome.to_json()))
+    return True
 
 
 def result_of_callback(execution_id: int) -> Mapping[str, Any]:

@@ -260,8 +260,8 @@ class Batch:
         """Yield the outcome of each item: first those that are stored, then each new one.
 
         The iteration ends when every item has an outcome, and no `work` of this object is still
-        waiting for that. If a callback or another process adds an item, or opens one again, after
-        that `work` looked for the last time, it ends all the same. An unknown item that is
+        waiting for that. It does not wait for what another process adds, or a callback or another
+        process opens again, after that `work` has looked for the last time. An unknown item that is
         restarted is yielded again. To end the iteration early, use `contextlib.aclosing`.
 
         Args:

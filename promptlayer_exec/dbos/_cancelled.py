@@ -60,7 +60,7 @@ def end_cancelled(store: Store, batch: str, until: float = math.inf) -> bool:
 def end_deleted(store: Store, batch: str, after: str = "", until: float = math.inf) -> str:
     """Store the outcomes of items whose workflow is gone, in the order of their keys.
 
-    It looks at two thousand items at a time, with those that have ended, until `until`, on the
+    It looks at two thousand items at a time, counting those that have ended, until `until`, on the
     clock of `time.monotonic`. It returns the last key, from which the next call goes on, or ""
     after the last item.
     """

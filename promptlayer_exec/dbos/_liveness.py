@@ -220,6 +220,6 @@ def _start_time(pid: int) -> str | None:
     with suppress(OSError):
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         state, *fields = stat.rpartition(")")[2].split()
-        # If only its first thread has ended, there are others.
+        # A process of which only the first thread has ended is a zombie here, too, and runs on.
         return "" if state in "ZX" and fields[16] in "01" else fields[18]
     return None

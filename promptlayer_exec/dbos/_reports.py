@@ -28,7 +28,8 @@ class BatchSettings:
     Attributes:
         max_in_flight: how many items they run at most; None if no worker has set it yet.
         rate: how many HTTP attempts per second they make at most; None: no shared limit.
-        created: when the first item was added (UTC); None if an older version did so.
+        created: when the first item was added (UTC), or a deletion began that was interrupted; None
+            if an older version did so.
     """
 
     max_in_flight: int | None

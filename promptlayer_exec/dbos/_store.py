@@ -187,7 +187,8 @@ class Store(Database):
             return {}
         ids = [workflow_id(batch, key, attempt) for key, attempt in attempts.items()]
         stored: Any = self._list_workflows(ids)
-        return {workflow.input["args"][0]: workflow.input["args"][2] for workflow in stored}
+        inputs = [workflow.input["args"] for workflow in stored if workflow.input]
+        return {arguments[0]: arguments[2] for arguments in inputs}
 
     def finish(self, batch: str, endings: Sequence[Ending]) -> set[tuple[str, int]]:
         """Store the outcome of each item; return the keys and attempts of those that were stored.

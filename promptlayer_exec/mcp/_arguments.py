@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from promptlayer_exec import StartRequest
 from promptlayer_exec._integration import MAX_ID
+from promptlayer_exec._integration import near as near_names
 from promptlayer_exec.mcp._tools import WAIT
 from promptlayer_exec.mcp._values import clip
 
@@ -116,6 +116,5 @@ def shown(value: Any) -> str:
 
 def near(name: str, known: Iterable[str]) -> str:
     """Return a question that names those that were perhaps meant; empty if none is near."""
-    folded = {it.casefold(): it for it in known}
-    matches = get_close_matches(name.casefold(), folded, n=3)
-    return f" Did you mean {' or '.join(shown(folded[it]) for it in matches)}?" if matches else ""
+    likely = near_names(name, known, 3)
+    return f" Did you mean {' or '.join(map(shown, likely))}?" if likely else ""
