@@ -19,7 +19,7 @@ from promptlayer_exec.dbos._cancelled import end_cancelled, end_deleted
 from promptlayer_exec.dbos._connector import DatabaseLost
 from promptlayer_exec.dbos._database import RETRY_FOR
 from promptlayer_exec.dbos._store import Heartbeat, Store
-from promptlayer_exec.dbos._tables import batches
+from promptlayer_exec.dbos._tables import created_of
 
 logger = logging.getLogger("promptlayer_exec")
 HEARTBEAT_INTERVAL = 2.0
@@ -156,12 +156,10 @@ def check_of(store: Store, batch: str) -> Callable[[sa.Connection], None]:
     The items of another batch of that name have the same keys. The check needs no lock: a
     transaction of a worker that stands still ends before the worker is taken for dead.
     """
-    query = sa.select(batches.c.created).where(batches.c.name == batch)
-    created = [row.created for row in store.rows(query)]
-    query = query.where(batches.c.created.is_not_distinct_from(created[0] if created else 0.0))
+    created = store.created(batch)
 
     def check(connection: sa.Connection) -> None:
-        if not connection.execute(query).first():
+        if created is None or connection.scalar(created_of(batch)) != created:
             raise ConfigurationError(
                 f"batch {batch!r} was deleted meanwhile; what this worker had started runs on"
             ) from BatchDeleted()

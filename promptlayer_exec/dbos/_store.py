@@ -46,6 +46,7 @@ from promptlayer_exec.dbos._tables import (
     FINISH_ONE,
     WORKFLOWS,
     Ending,
+    created_of,
     delete_if_empty,
     delete_items,
 )
@@ -187,8 +188,7 @@ class Store(Database):
             return {}
         ids = [workflow_id(batch, key, attempt) for key, attempt in attempts.items()]
         stored: Any = self._list_workflows(ids)
-        inputs = [workflow.input["args"] for workflow in stored if workflow.input]
-        return {arguments[0]: arguments[2] for arguments in inputs}
+        return {it.input["args"][0]: it.input["args"][2] for it in stored if it.input}
 
     def finish(self, batch: str, endings: Sequence[Ending]) -> set[tuple[str, int]]:
         """Store the outcome of each item; return the keys and attempts of those that were stored.
@@ -239,11 +239,8 @@ class Store(Database):
         return {(row.key, row.attempt): row.kind for row in found}
 
     def created(self, batch: str) -> float | None:
-        """Return when a batch was created, by which it differs from others of its name.
-
-        None: there is no batch. Version 0.1 did not store it: then it is 0.
-        """
-        rows = self.rows(_created(batch))
+        """Return when a batch was created, as `created_of` does; None if there is no batch."""
+        rows = self.rows(created_of(batch))
         return rows[0].created if rows else None
 
     def outcomes(
@@ -272,7 +269,7 @@ class Store(Database):
                     read += len(outcome)
                     if read >= size:
                         break
-                if created is not None and connection.scalar(_created(batch)) != created:
+                if created is not None and connection.scalar(created_of(batch)) != created:
                     raise ConfigurationError(
                         f"batch {batch!r} was deleted while its outcomes were read; to read those"
                         " of a new batch of that name, call outcomes again"
@@ -508,11 +505,6 @@ def _unclear(
         for key, attempt, digest in connection.execute(query)
         if digest != digests[key]
     }
-
-
-def _created(batch: str) -> sa.Select[Any]:
-    created = sa.func.coalesce(_batches.c.created, 0.0).label("created")
-    return sa.select(created).where(_batches.c.name == batch)
 
 
 def _new_batch(name: str) -> dict[str, Any]:

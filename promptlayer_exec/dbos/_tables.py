@@ -6,6 +6,8 @@ the rows that an older version writes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import attrs
 import sqlalchemy as sa
 
@@ -145,6 +147,15 @@ def lock_batch(connection: sa.Connection, batch: str) -> None:
     need another one.
     """
     connection.execute(sa.update(batches).where(batches.c.name == batch).values(name=batch))
+
+
+def created_of(batch: str) -> sa.Select[Any]:
+    """Return the query for when a batch was created, by which it differs from others of its name.
+
+    Version 0.1 did not store that: then it is 0.
+    """
+    created = sa.func.coalesce(batches.c.created, 0.0).label("created")
+    return sa.select(created).where(batches.c.name == batch)
 
 
 def delete_items(batch: str, which: sa.ColumnElement[bool], connection: sa.Connection) -> None:
