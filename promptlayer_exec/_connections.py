@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import select
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ import attrs
 from aiohttp.abc import AbstractStreamWriter
 
 from promptlayer_exec._connection_errors import PermanentFailure, is_tls_failure, reason_of
-from promptlayer_exec._protocols import Idle, Interposed, has_partial_head, protocol_of
+from promptlayer_exec._protocols import Idle, Interposed, is_plain, protocol_of, readable
 from promptlayer_exec._tasks import clock
 from promptlayer_exec._version import __version__
 from promptlayer_exec._wire import TOKEN_PATH
@@ -55,24 +54,28 @@ class _CleanConnector(aiohttp.TCPConnector):
         self, req: aiohttp.ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
     ) -> aiohttp.connector.Connection:
         connection = await super().connect(req, traces, timeout)
-        transport, protocol = connection.transport, connection.protocol
-        if transport is not None and (current := protocol_of(transport)) is not None:
-            idle = cast(object, current)
-            if isinstance(idle, Idle):
-                idle.end()
-                if protocol is not None and has_partial_head(protocol):
-                    protocol.force_close()
-            else:
-                idle = Idle(transport)
-                if not _is_plain(transport):
-                    with suppress(TypeError):  # uvloop's has no weak references
-                        self._tls_sockets[transport] = transport.get_extra_info("socket")
-                    await _let_handshake_end(connection)
-            connection.add_callback(idle.begin)
-        if protocol is None or protocol.should_close:
+        idle = self._idle(connection)
+        if idle is not None and not idle.is_plain and (idle.is_new or idle.is_readable()):
+            await _let_arrive(connection)
+        if idle is None or not idle.take():
             connection.close()
-            raise _UncleanConnection("the server spoke first, or closed the connection")
+            raise _UncleanConnection("the connection was closed, or had unrequested bytes")
+        connection.add_callback(idle.begin)
         return connection
+
+    def _idle(self, connection: aiohttp.connector.Connection) -> Idle | None:
+        """Return what has watched a connection while nobody used it; None if that is closed."""
+        if (transport := connection.transport) is None:
+            return None
+        idle = protocol_of(transport)
+        if idle is None or isinstance(idle, Idle):
+            return idle
+        idle = Idle(transport)
+        idle.begin()
+        if not idle.is_plain:
+            with suppress(TypeError):  # uvloop's has no weak references
+                self._tls_sockets[transport] = transport.get_extra_info("socket")
+        return idle
 
     async def close(self, *, abort_ssl: bool = False) -> None:
         """Close all connections, first those over TLS that wait for the peer's `close_notify`.
@@ -91,37 +94,27 @@ class _CleanConnector(aiohttp.TCPConnector):
         await super().close(abort_ssl=abort_ssl)
 
 
-async def _let_handshake_end(connection: aiohttp.connector.Connection) -> None:
-    """Let uvloop hand on what came with the end of a handshake: it does so a step later."""
+async def _let_arrive(connection: aiohttp.connector.Connection) -> None:
+    """Let the loop read what is in a socket: TLS has messages of its own, which are no HTTP.
+
+    uvloop hands on what came with the end of a handshake a step later.
+    """
     with ExitStack() as stack:
         stack.callback(connection.close)  # if this is cancelled
-        await asyncio.sleep(0)
+        for _ in range(_STEPS):
+            await asyncio.sleep(0)
         stack.pop_all()
 
 
-class _CleanRequest(aiohttp.ClientRequest):
-    """A request that is sent only if the next bytes on the connection can be its response.
-
-    aiohttp's pool checks only that a connection is open. Bytes that arrived while it was idle would
-    be read as the response to the next request, and its response as that of the one after it.
-    """
+class _GuardedRequest(aiohttp.ClientRequest):
+    """A request that knows its connection, and lets a start guard it before anything is sent."""
 
     used: asyncio.Transport | None = None
 
     async def send(self, conn: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
-        transport, protocol = conn.transport, conn.protocol
-        if (
-            transport is None
-            or protocol is None
-            or transport.is_closing()
-            or (_is_readable(transport) and await _is_for_protocol(transport))
-            or transport.is_closing()
-            or protocol.should_close
-        ):
-            raise _UncleanConnection("the connection was closed, or had unrequested bytes")
-        self.used = transport
-        if isinstance(self.body, GuardedBody):
-            self.body.guard(transport)
+        self.used = conn.transport
+        if self.method == "POST" and self.used is not None and isinstance(self.body, GuardedBody):
+            self.body.guard(self.used)
         return await super().send(conn)
 
 
@@ -130,37 +123,6 @@ _STEPS = 2
 # How many it takes, generously, until aiohttp knows that a connection has ended whose socket was
 # shut down.
 _STEPS_TO_END = 10
-
-
-async def _is_for_protocol(transport: asyncio.Transport) -> bool:
-    """Return True if what is in the socket, which the loop has not read, is more than TLS's own.
-
-    The head of a response would start in aiohttp's parser, which shows nothing until it is whole.
-    """
-    if _is_plain(transport):
-        return True
-    received = Interposed(transport)
-    received.begin()
-    try:
-        for _ in range(_STEPS):
-            await asyncio.sleep(0)
-    finally:
-        received.end()
-    return received.has_received
-
-
-def _is_plain(transport: asyncio.Transport) -> bool:
-    """Return True without TLS, which has messages of its own: then all that arrives is HTTP."""
-    return transport.get_extra_info("ssl_object") is None
-
-
-def _is_readable(transport: asyncio.Transport) -> bool:
-    descriptor = transport.get_extra_info("socket").fileno()
-    if not hasattr(select, "poll"):  # Windows
-        return bool(select.select([descriptor], [], [], 0)[0])
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(0))
 
 
 # How many connections are tried without a delay. After that, the attempt has failed.
@@ -193,7 +155,7 @@ async def _send_once(
                 raise PermanentFailure(reason_of(cause)) from cause
             raise aiohttp.ClientConnectionError(reason_of(error)) from error
         except BaseException:
-            if isinstance(request, _CleanRequest):
+            if isinstance(request, _GuardedRequest):
                 abort(request.used)
             raise
 
@@ -213,13 +175,13 @@ class Slots(AbstractAsyncContextManager[None]):
     """
 
     def __init__(self, connections: int) -> None:
-        self.first = asyncio.Semaphore(connections)
+        self.first = anyio.Semaphore(connections, fast_acquire=True)
         self._queue = asyncio.Lock()
         self._waiting = 0
 
     async def __aenter__(self) -> None:
-        if not self._waiting and not self.first.locked():
-            await self.first.acquire()
+        if not self._waiting and self.first.value:
+            self.first.acquire_nowait()
             return
         self._waiting += 1
         try:
@@ -278,7 +240,7 @@ class Pools:
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers=headers,
                 middlewares=[_send_once],
-                request_class=_CleanRequest,
+                request_class=_GuardedRequest,
                 trust_env=settings.trust_env,
             )
             resources.push_async_callback(http.close)
@@ -435,8 +397,9 @@ class GuardedBody(aiohttp.Payload):
 async def _let_answer_arrive(received: Interposed) -> None:
     """Let the loop read what has arrived before a start is sent."""
     transport = received.transport
-    if _is_plain(transport):
-        if transport.is_closing() or _is_readable(transport):
+    is_readable = readable(transport)
+    if is_plain(transport):
+        if transport.is_closing() or is_readable():
             raise ConnectionAbortedError(_ANSWERED_BEFORE)
         return
     quiet = 0
@@ -444,4 +407,4 @@ async def _let_answer_arrive(received: Interposed) -> None:
         await asyncio.sleep(0)
         if transport.is_closing():
             raise ConnectionAbortedError(_ANSWERED_BEFORE)
-        quiet = 0 if _is_readable(transport) else quiet + 1
+        quiet = 0 if is_readable() else quiet + 1

@@ -196,7 +196,7 @@ class _CallTimeout(PatientTimeout):
         # A timer set so far in the past counts as late, and would give each part more time.
         if lifetime._loop.time() - deadline.at >= LATE:
             raise DeadlinePassed
-        super().__init__(deadline.at, soonest=soonest)
+        super().__init__(deadline.at, soonest=soonest, loop=lifetime._loop)
         self._deadline = deadline
         self._lifetime = lifetime
         lifetime.calls[self] = None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+import select
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from aiohttp.client_proto import ResponseHandler
 
 
-def protocol_of(transport: asyncio.Transport) -> asyncio.BaseProtocol | None:
+def protocol_of(transport: asyncio.Transport) -> object:
     """Return the protocol, None for one of asyncio's for TLS that was closed twice.
 
     Such a transport knows neither its protocol nor anything else, and raises AttributeError. The
@@ -29,13 +30,29 @@ def has_partial_head(protocol: ResponseHandler) -> bool:
     request gets a parser of its own. Uses `ResponseHandler._parser`.
     """
     parser = getattr(protocol, "_parser", None)
-    with suppress(Exception):  # the part may be anything
+    try:
         return parser is not None and (
             parser.feed_eof() is not None
             # The parser that is written in Python keeps what it cannot parse.
             or bool(getattr(parser, "_lines", None))
         )
-    return True
+    except Exception:  # noqa: BLE001 - the part may be anything
+        return True
+
+
+def is_plain(transport: asyncio.Transport) -> bool:
+    """Return True without TLS, which has messages of its own: then all that arrives is HTTP."""
+    return transport.get_extra_info("ssl_object") is None
+
+
+def readable(transport: asyncio.Transport) -> Callable[[], bool]:
+    """Return a function that returns True if the socket has bytes that the loop has not read."""
+    descriptor = transport.get_extra_info("socket").fileno()
+    if not hasattr(select, "poll"):  # Windows
+        return lambda: bool(select.select([descriptor], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return lambda: bool(poll.poll(0))
 
 
 class Interposed:
@@ -50,12 +67,13 @@ class Interposed:
         self.has_received = False
 
     def begin(self) -> None:
-        with suppress(AttributeError):  # it was closed twice
+        try:
             self.transport.set_protocol(cast("asyncio.Protocol", self))
+        except AttributeError:  # it was closed twice
+            return
 
     def end(self) -> None:
-        current = protocol_of(self.transport)
-        if cast(object, current) is self:  # else another one stands there, or it is closed
+        if protocol_of(self.transport) is self:  # else another one stands there, or it is closed
             self.transport.set_protocol(self.protocol)
 
     def data_received(self, data: bytes) -> None:
@@ -72,14 +90,31 @@ class Interposed:
 class Idle(Interposed):
     """Closes a connection of the pool on which the server speaks without being asked.
 
+    aiohttp's pool checks only that a connection is open. Bytes that arrived while it was idle would
+    be read as the response to the next request, and its response as that of the one after it.
+
     One that cannot be used again is closed at once: over TLS, an ordinary close waits for the peer.
     """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        super().__init__(transport)
+        self.is_new = True
+        self.is_plain = is_plain(transport)
+        self.is_readable = readable(transport)
 
     def begin(self) -> None:
         if self.protocol.should_close:
             self.transport.abort()
         else:
             super().begin()
+
+    def take(self) -> bool:
+        """End, and return True if the next bytes can be the response to a request."""
+        if self.transport.is_closing() or (self.is_plain and self.is_readable()):
+            return False
+        self.transport.set_protocol(self.protocol)
+        is_first, self.is_new = self.is_new, False
+        return not self.protocol.should_close and (is_first or not has_partial_head(self.protocol))
 
     def data_received(self, _data: bytes) -> None:
         self.transport.abort()

@@ -106,13 +106,20 @@ class PatientTimer:
     Args:
         at: the time, on the running loop's clock; infinity: never.
         callback: called with `args`.
+        loop: the running loop; to ask for it takes a system call on Python 3.11.
     """
 
     __slots__ = ("_at", "_fires_at", "_handle", "_loop")
 
-    def __init__(self, at: float, callback: Callable[..., object], *args: Any) -> None:
+    def __init__(
+        self,
+        at: float,
+        callback: Callable[..., object],
+        *args: Any,
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
         self._at = self._fires_at = at
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop or asyncio.get_running_loop()
         self._handle: asyncio.TimerHandle | None = None
         if at < math.inf:
             # Kept by the handle alone: cancelling it frees them, before any garbage collection.
@@ -143,13 +150,20 @@ class PatientTimeout(PatientTimer):
     Args:
         at: the time, on the running loop's clock; infinity: no limit.
         soonest: when the timer first looks at the time; until then, `end_by` costs nothing.
+        loop: the running loop.
     """
 
     __slots__ = ("_cancellations", "_cancelling", "_is_expired", "_task")
 
-    def __init__(self, at: float = math.inf, *, soonest: float = math.inf) -> None:
+    def __init__(
+        self,
+        at: float = math.inf,
+        *,
+        soonest: float = math.inf,
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
         # Without a limit there is no timer before `end_by`: ten thousand may wait for their turn.
-        super().__init__(soonest if soonest < at < math.inf else at, self.expire)
+        super().__init__(soonest if soonest < at < math.inf else at, self.expire, loop=loop)
         self._at = at
         self._task: asyncio.Task[Any]
         self._cancelling = 0  # what others had asked for before

@@ -291,7 +291,7 @@ class Transport:
             answer = await pool.http.request(
                 request.method,
                 url,
-                headers={**(pool.headers or {}), **request.headers},
+                headers={**pool.headers, **request.headers} if pool.headers else request.headers,
                 data=data,
                 timeout=_NO_TIMEOUT,
                 allow_redirects=False,
