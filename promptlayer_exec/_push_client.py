@@ -10,6 +10,7 @@ from typing import Any, Literal, NoReturn
 
 from centrifuge import Client
 from websockets.asyncio.client import ClientConnection, connect
+from websockets.protocol import Event
 
 from promptlayer_exec._events import logger
 from promptlayer_exec._exchange import excess
@@ -21,6 +22,10 @@ _MOST_UNREAD = 65_536
 # Messages in a frame, and what comes with one of them: the library handles all of them in one step
 # of the loop.
 _MOST_AT_ONCE = 1000
+# One read has up to 256 KiB, of which each two bytes may be a frame. It is handed on in pieces, and
+# no more of it once it has had so many frames.
+_PIECE = 16_384
+_MOST_FRAMES = 10_000
 
 
 class PushClient(Client):
@@ -86,7 +91,30 @@ class _Connect(connect):
 
 
 class _Connection(ClientConnection):
-    """Ends if the server reads nothing: the answers to its pings would fill the memory."""
+    """Ends if the server floods it with tiny frames, or reads nothing.
+
+    The library handles all frames of a read in one step of the loop, and the answers to pings would
+    fill the memory.
+    """
+
+    _frames = 0  # of the present read
+
+    def data_received(self, data: bytes) -> None:
+        self._frames = 0
+        for begin in range(0, len(data), _PIECE):
+            super().data_received(data[begin : begin + _PIECE])
+            if self._frames > _MOST_FRAMES:
+                self.transport.abort()
+                return
+
+    def process_event(self, event: Event) -> None:
+        self._frames += 1
+        super().process_event(event)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        # Else it was lost in the TLS handshake through a proxy, and the library has not begun.
+        if hasattr(self, "recv_messages"):
+            super().connection_lost(exc)
 
     async def recv(self, decode: bool | None = None) -> Any:
         # Otherwise the library would read all that waits in one step of the loop.

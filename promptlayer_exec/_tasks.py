@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, cast
 
 import anyio
+import attrs
 
 Run = Callable[[], Coroutine[Any, Any, None]]
 
@@ -243,6 +244,57 @@ class TaskTimeout(PatientTimeout):
             await asyncio.sleep(0)
             raise asyncio.CancelledError
         return await super().__aenter__()
+
+
+@attrs.define(eq=False)
+class TimeLimit:
+    """Calls a function once some seconds have passed, with their number; pauses do not count."""
+
+    _time_out: Callable[[float], None]
+    _seconds: float = attrs.field(init=False, default=0.0)
+    _remaining: float | None = attrs.field(init=False, default=None)
+    _timer: asyncio.TimerHandle | None = attrs.field(init=False, default=None)
+    _pauses: int = attrs.field(init=False, default=0)
+
+    def set(self, seconds: float | None) -> None:
+        """Begin to count, in place of what was set before; None: there is no limit."""
+        self._hold()
+        self._remaining, self._seconds = seconds, seconds or 0.0
+        self._go_on()
+
+    @contextmanager
+    def paused(self) -> Iterator[Callable[[], None]]:
+        """Stop counting until the yielded function is called, or the block ends."""
+        is_paused = True
+
+        def go_on() -> None:
+            nonlocal is_paused
+            if is_paused:
+                is_paused = False
+                self._pauses -= 1
+                self._go_on()
+
+        self._pauses += 1
+        self._hold()
+        try:
+            yield go_on
+        finally:
+            go_on()
+
+    def _hold(self) -> None:
+        if self._timer is not None:
+            self._remaining = max(self._timer.when() - clock(), 0.0)
+            self._timer.cancel()
+            self._timer = None
+
+    def _go_on(self) -> None:
+        if self._remaining is not None and not self._pauses:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._remaining, self._end)
+
+    def _end(self) -> None:
+        self._timer = self._remaining = None
+        self._time_out(self._seconds)
 
 
 async def wait_even_if_cancelled(future: asyncio.Future[Any], timeout: float | None = None) -> None:

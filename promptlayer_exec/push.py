@@ -14,8 +14,7 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 from urllib.parse import quote
@@ -49,7 +48,7 @@ from promptlayer_exec._events import logger
 from promptlayer_exec._policies import TRANSIENT_STATUSES
 from promptlayer_exec._push_client import PushClient
 from promptlayer_exec._safety_net import SafetyNet
-from promptlayer_exec._tasks import clock
+from promptlayer_exec._tasks import TimeLimit, clock
 from promptlayer_exec._wakeups import EarlyWakeUps
 from promptlayer_exec._wire import (
     TOKEN_PATH,
@@ -74,6 +73,10 @@ _TOKEN_INTERVAL = 1.0
 _SILENCE = 2.0
 # So many completions in silence, one after the other, and push is given up.
 _MOST_SILENT = 3
+# So many subscriptions, one after the other, that last for less than so many seconds each, and push
+# is given up: each costs a handshake, and a poll of each run.
+_MOST_SHORT = 5
+_SHORT = 10.0
 # Seconds until push is tried again, for the first time, the second, and from then on.
 _PAUSES = (60.0, 300.0, 900.0)
 # Seconds between two attempts to find out a workflow's id.
@@ -227,18 +230,19 @@ class _Channel:
     _has_runs: bool = attrs.field(init=False, default=False)
     _unlogged: str | None = attrs.field(init=False, default=None)  # why push was given up
     _silent: int = attrs.field(init=False, default=0)
+    _short: int = attrs.field(init=False, default=0)
     _failures: int = attrs.field(init=False, default=0)
     _end: asyncio.Future[str] = attrs.field(init=False)
     last_error: str = attrs.field(init=False, default="")
     # Push is given up if there is no subscription until then.
-    _time_limit: _TimeLimit = attrs.field(init=False)
+    _time_limit: TimeLimit = attrs.field(init=False)
     # Of each request for a token: a refresh and a new connection may both need one.
     _token_scopes: set[anyio.CancelScope] = attrs.field(init=False, factory=set)
     _next_token_at: float = attrs.field(init=False, default=-math.inf)
     _sent_at: float = attrs.field(init=False, default=math.inf)
 
     def __attrs_post_init__(self) -> None:
-        self._time_limit = _TimeLimit(self._time_out)
+        self._time_limit = TimeLimit(self._time_out)
 
     @property
     def has_announced(self) -> bool:
@@ -307,7 +311,7 @@ class _Channel:
     async def _connect(self, workflow_id: int) -> str:
         """Subscribe with a client of the library, and return why push was given up."""
         self._end = asyncio.get_running_loop().create_future()
-        self._silent = 0
+        self._silent = self._short = 0
         name = f"workflows:{workflow_id}:run:{self._push.suffix}"
         client = PushClient(
             self._push.address,
@@ -371,8 +375,11 @@ class _Channel:
     def lose_subscription(self) -> None:
         """Record that completions are missed from now on."""
         if self.since is not None:
+            self._short = self._short + 1 if clock() - self.since < _SHORT else 0
             self.since = None
             self._time_limit.set(_RECONNECT)
+            if self._short >= _MOST_SHORT:
+                self.give_up(f"the last {_MOST_SHORT} subscriptions ended within {_SHORT:g} s each")
         self._push.changed(self)
 
     def receive(self, data: Any) -> None:
@@ -414,57 +421,6 @@ class _Channel:
         if self._silent >= _MOST_SILENT:
             self._push.has_announced = False
             self.give_up(reason)
-
-
-@attrs.define(eq=False)
-class _TimeLimit:
-    """Calls a function once some seconds have passed, with their number; pauses do not count."""
-
-    _time_out: Callable[[float], None]
-    _seconds: float = attrs.field(init=False, default=0.0)
-    _remaining: float | None = attrs.field(init=False, default=None)
-    _timer: asyncio.TimerHandle | None = attrs.field(init=False, default=None)
-    _pauses: int = attrs.field(init=False, default=0)
-
-    def set(self, seconds: float | None) -> None:
-        """Begin to count, in place of what was set before; None: there is no limit."""
-        self._hold()
-        self._remaining, self._seconds = seconds, seconds or 0.0
-        self._go_on()
-
-    @contextmanager
-    def paused(self) -> Iterator[Callable[[], None]]:
-        """Stop counting until the yielded function is called, or the block ends."""
-        is_paused = True
-
-        def go_on() -> None:
-            nonlocal is_paused
-            if is_paused:
-                is_paused = False
-                self._pauses -= 1
-                self._go_on()
-
-        self._pauses += 1
-        self._hold()
-        try:
-            yield go_on
-        finally:
-            go_on()
-
-    def _hold(self) -> None:
-        if self._timer is not None:
-            self._remaining = max(self._timer.when() - clock(), 0.0)
-            self._timer.cancel()
-            self._timer = None
-
-    def _go_on(self) -> None:
-        if self._remaining is not None and not self._pauses:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._remaining, self._end)
-
-    def _end(self) -> None:
-        self._timer = self._remaining = None
-        self._time_out(self._seconds)
 
 
 class _ConnectionEvents(ClientEventHandler):

@@ -35,6 +35,7 @@ from promptlayer_exec import (
     StartUnknown,
     WatchStarted,
     WatchWoken,
+    _push_client,
     _safety_net,
     push,
 )
@@ -1180,6 +1181,19 @@ class TestFaults:
         assert await waiting == "42"
         assert log.warnings == []
 
+    async def test_a_flood_of_tiny_frames_is_left(
+        self, execution: Execution, server: Server, log: Log
+    ) -> None:
+        """A read has more than a hundred thousand, and all would be handled in one step."""
+        (transport,) = server.transports.values()
+        transport.write(b"\x8a\x00" * 1_000_000)
+        await server.until(lambda: server.count("subscribe") == 2)
+        await server.subscribed()
+        waiting = asyncio.create_task(execution.output(timeout=10))
+        await server.finish(execution.id)
+        assert await waiting == "42"
+        assert log.warnings == []
+
     async def test_subscriptions_of_the_server_s_own_are_not_kept(
         self, open_pushed: Callable[..., Session], server: Server
     ) -> None:
@@ -1338,6 +1352,19 @@ class TestFaults:
         await server.finish(execution.id)
         assert await execution.output() == "42"
 
+    async def test_subscriptions_that_soon_end_are_given_up(
+        self, execution: Execution, server: Server, log: Log
+    ) -> None:
+        """Each costs a handshake and a poll of each run, more than polling alone."""
+        for number in range(1, 6):
+            await server.until(lambda: server.count("subscribe") == number)  # noqa: B023 - awaited
+            await server.subscribed()
+            await server.drop()
+        await log.given_up()
+        assert "the last 5 subscriptions ended within 10 s each" in log.warnings[0]
+        await polled_to_the_end(server, execution)
+        assert server.count("subscribe") == 5
+
     async def test_a_lost_connection_that_does_not_come_back_is_given_up(
         self, execution: Execution, server: Server, monkeypatch: pytest.MonkeyPatch, log: Log
     ) -> None:
@@ -1458,6 +1485,12 @@ def test_the_private_names_of_centrifuge_and_websockets_are_still_there() -> Non
     assert centrifuge.Client("ws://127.0.0.1")._server_subs == {}
     assert callable(ClientConnection.send_data)
     assert ClientProtocol(parse_uri("ws://127.0.0.1")).writes == []
+
+
+async def test_a_connection_that_is_lost_before_the_library_knows_it_is_no_error() -> None:
+    """A proxy may end a tunnel in the TLS handshake; asyncio would log an AttributeError."""
+    protocol = ClientProtocol(parse_uri("ws://127.0.0.1"))
+    _push_client._Connection(protocol).connection_lost(EOFError())
 
 
 async def polled_to_the_end(server: Server, execution: Any) -> None:
