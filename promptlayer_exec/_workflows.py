@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any
@@ -13,9 +13,8 @@ from promptlayer_exec._errors import printable
 from promptlayer_exec._models import FrozenMap, frozen_map
 
 _MOST_NAMED = 20  # unknown inputs in an error
-# A definition may have any number of names, of any length.
-_MOST_GUESSED = 20
-_MOST_COMPARED = 1000
+# A definition may have any number of names, of any length. Comparing two takes up to a millisecond.
+_MOST_COMPARED = 1000  # for one error
 _LONGEST_COMPARED = 100
 
 
@@ -151,9 +150,10 @@ class Workflow:
             named = ", ".join(f"{name!r} ({kind})" for name, kind in missing.items())
             s, are = ("s", "are") if len(missing) > 1 else ("", "is")
             what = f"workflow {self.name!r:.100} needs the input{s} {named}, which {are} missing"
-            if guesses := _guesses(given - self.required_inputs.keys(), missing):
-                more = f" and {len(guesses) - _MOST_NAMED} more" * (len(guesses) > _MOST_NAMED)
-                what += f"; it does not require {', '.join(guesses[:_MOST_NAMED])}{more}"
+            if unknown := sorted(given - self.required_inputs.keys()):
+                more = f" and {len(unknown) - _MOST_NAMED} more" * (len(unknown) > _MOST_NAMED)
+                guesses = ", ".join(_guesses(unknown[:_MOST_NAMED], missing))
+                what += f"; it does not require {guesses}{more}"
             raise ValueError(printable(what))
 
     def _repr_html_(self) -> str:
@@ -176,12 +176,10 @@ def _names(inputs: Any) -> set[str]:
     return set(encode_inputs(inputs))
 
 
-def _guesses(given: Iterable[str], missing: Iterable[str]) -> list[str]:
+def _guesses(given: Sequence[str], missing: Iterable[str]) -> list[str]:
     """Return each given name, and the missing one that it resembles, if any."""
-    found = [
-        (name, near(name, missing, 1) if number < _MOST_GUESSED else [])
-        for number, name in enumerate(sorted(given))
-    ]
+    compared = list(islice(missing, _MOST_COMPARED // len(given)))
+    found = [(name, near(name, compared, 1)) for name in given]
     found.sort(key=lambda it: not it[1])  # those that were probably meant come first
     return [
         f"{name:.100} (did you mean {likely[0]!r}?)" if likely else f"{name:.100}"
@@ -192,7 +190,7 @@ def _guesses(given: Iterable[str], missing: Iterable[str]) -> list[str]:
 def near(name: str, known: Iterable[str], most: int) -> list[str]:
     """Return the names that this one resembles, of the first thousand that are not very long.
 
-    To compare two takes a time that grows with the square of their length.
+    Comparing two takes time that grows at least with the square of their length.
     """
     from difflib import get_close_matches  # noqa: PLC0415 - rarely needed
 
