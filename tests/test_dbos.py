@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -204,6 +205,27 @@ async def test_items_are_added_in_chunks(
     assert await batch_of().add(request(key) for key in "abcde") == 5
     assert await batch_of().add(fg()) == 2
     assert chunks == [["a", "b"], ["c", "d"], ["e"], ["f", "g"]]
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["iterable", "async iterable"])
+async def test_large_items_are_added_a_few_at_a_time(
+    batch_of: Callable[..., Batch], is_async: bool
+) -> None:
+    """A thousand of a megabyte would be more than PostgreSQL takes in one statement."""
+
+    def large() -> Iterator[StartRequest]:
+        for number in range(40):
+            yield StartRequest("echo", {"text": "x" * 1_000_000}, key=str(number))
+
+    async def large_ones() -> AsyncIterator[StartRequest]:
+        for one in large():
+            yield one
+
+    tracemalloc.start()
+    assert await batch_of().add(large_ones() if is_async else large()) == 40
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 30_000_000
 
 
 def test_a_request_is_stored_unchanged(batch_of: Callable[..., Batch]) -> None:

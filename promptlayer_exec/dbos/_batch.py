@@ -30,7 +30,7 @@ from promptlayer_exec.dbos._reports import (
     Failure,
     StoredItem,
 )
-from promptlayer_exec.dbos._requests import Row, Spool, encode
+from promptlayer_exec.dbos._requests import Chunk, Row, Spool, encode
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._values import BatchStatus, Kind, StoredOutcome
 from promptlayer_exec.dbos._worker import Worker
@@ -109,7 +109,7 @@ class Batch:
         Args:
             requests: what to start, each with a unique `key`: a str of 1 to 1000 bytes. All of them
                 are checked before the first is added, unless they come from an async iterable:
-                these are checked and added a thousand at a time.
+                these are checked and added at most a thousand, or some 4 MiB, at a time.
 
         Returns:
             How many items were new.
@@ -130,25 +130,23 @@ class Batch:
                     if number % _CHUNK == 0:
                         await asyncio.sleep(0)
                 if (await store.run_in_thread(store.status, self._name)).total:
-                    for rows in spool.chunks(_CHUNK):
+                    for rows in spool.chunks(_CHUNK, _CHUNK_BYTES):
                         await store.run_in_thread(store.check, self._name, rows)
                 return sum(
                     [
                         await store.run_in_thread(store.add, self._name, rows, self._given)
-                        for rows in spool.chunks(_CHUNK)
+                        for rows in spool.chunks(_CHUNK, _CHUNK_BYTES)
                     ]
                 )
 
     async def _add_as_they_come(self, store: Store, requests: AsyncIterable[StartRequest]) -> int:
-        new, rows = 0, []
+        new, chunk = 0, Chunk(_CHUNK, _CHUNK_BYTES)
         async with aclosing(integration.each(requests)) as each:
             async for request in each:
-                rows.append(self._row(request))
-                if len(rows) == _CHUNK:
+                if rows := chunk.add(self._row(request)):
                     new += await store.run_in_thread(store.add, self._name, rows, self._given)
-                    rows = []
-            if rows:
-                new += await store.run_in_thread(store.add, self._name, rows, self._given)
+            if chunk.rows:
+                new += await store.run_in_thread(store.add, self._name, chunk.rows, self._given)
         return new
 
     async def work(self, *, until_done: bool = True) -> BatchStatus:
@@ -293,7 +291,7 @@ class Batch:
                 await asyncio.sleep(_POLL_INTERVAL)
 
     async def recheck(self) -> int:
-        """Put every item with an execution id and no output back into the queue, to be followed.
+        """Put every failed item with an execution id back into the queue, to be followed.
 
         Nothing is started. The next `work`, or one that runs now, asks the server again how these
         executions ended. An item whose execution failed fails again.

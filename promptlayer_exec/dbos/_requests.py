@@ -65,6 +65,24 @@ def another_request(batch: str, row: Row, stored: str | None) -> ValueError:
     )
 
 
+class Chunk:
+    """Rows for one transaction: at most `most` of them, until their requests have a length."""
+
+    def __init__(self, most: int, length: int) -> None:
+        self._most, self._length = most, length
+        self.rows: list[Row] = []
+        self._added = 0
+
+    def add(self, row: Row) -> list[Row]:
+        """Add a row; return all of them, and begin anew, if there are enough."""
+        self.rows.append(row)
+        self._added += len(row.request)
+        if len(self.rows) < self._most and self._added < self._length:
+            return []
+        rows, self.rows, self._added = self.rows, [], 0
+        return rows
+
+
 class Spool:
     """Rows in a temporary file, because a million may be added at once; it has each key once."""
 
@@ -83,11 +101,14 @@ class Spool:
             if known.digest != row.digest:
                 raise another_request(self._batch, row, known.request) from None
 
-    def chunks(self, size: int) -> Iterator[list[Row]]:
-        """Yield the rows in their order, `size` at a time."""
-        rows = self._database.execute("SELECT * FROM row ORDER BY rowid")
-        while chunk := [Row(*row) for row in rows.fetchmany(size)]:
-            yield chunk
+    def chunks(self, most: int, length: int) -> Iterator[list[Row]]:
+        """Yield the rows in their order: at most so many at a time, until they have that length."""
+        chunk = Chunk(most, length)
+        for row in self._database.execute("SELECT * FROM row ORDER BY rowid"):
+            if rows := chunk.add(Row(*row)):
+                yield rows
+        if chunk.rows:
+            yield chunk.rows
 
     def _execute(self, statement: str, row: Sequence[str] = ()) -> None:
         try:
