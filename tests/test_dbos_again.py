@@ -376,6 +376,7 @@ async def test_the_callback_of_an_unknown_item_whose_workflow_is_deleted_tells_t
     assert "execution 77 was started for item 'a', but cannot be followed" in caplog.text
     outcome = (await outcomes(batch))["a"]
     assert (outcome.kind, outcome.execution_id) == ("unknown", 77)
+    assert (outcome.started or outcome.finished) <= outcome.finished
 
 
 async def test_a_stored_callback_is_applied_though_the_worker_is_being_stopped(

@@ -40,7 +40,7 @@ class _Again(NamedTuple):
 
 
 def recheck(store: Store, batch: str) -> int:
-    """Follow again every item that has an execution id and no output; return how many."""
+    """Follow again every failed item that has an execution id; return how many."""
 
     def choose(outcome: StoredOutcome) -> tuple[bool, Started]:
         started = _started(outcome)
@@ -78,8 +78,9 @@ def adopt(
 ) -> bool:
     """Follow a run whose start another worker takes for unknown; return whether it can be.
 
-    `token` is that of the intent to start it. Without the `request`, DBOS must still have it. If it
-    does not, the outcome of an unknown item gets the id, and a warning tells it, once.
+    `token` is that of the intent to start it. Without the `request`, the item is unknown, and DBOS
+    must still have the request. If it does not, the item's outcome gets the id, and a warning tells
+    it, once.
     """
     query = sa.select(_item.key, _item.attempt, _item.kind, _item.outcome).where(
         _item.batch == batch,
@@ -99,32 +100,31 @@ def adopt(
         return bool(_begin(store, connection, batch, chosen, requests))
 
     is_done = store.transact(work)
-    if is_done and not requests:
+    if requests:
+        return is_done
+    if is_done:
         logger.warning(
             "batch %r: execution %d was started for item %r, but cannot be followed, because the"
             " item's workflow was deleted in DBOS: look for it in PromptLayer",
             *(batch, started["execution_id"], key),
         )
-    return is_done and bool(requests)
+    return False
 
 
 def _keep_id(
     connection: sa.Connection, batch: str, token: str, row: Any, started: Mapping[str, Any]
 ) -> bool:
-    """Put the id of a run that cannot be followed into the outcome of its item, if it is unknown.
+    """Put the id of a run that cannot be followed into the outcome of its item.
 
     Return False if the outcome has an id already: the first callback of a start counts.
     """
-    if row.kind != "unknown":
-        return False
     # Otherwise it would be tried again with each later callback.
     of_start = (callbacks.c.batch == batch, callbacks.c.token == token)
     connection.execute(sa.delete(callbacks).where(*of_start))
     outcome = StoredOutcome.from_json(row.outcome)
     if outcome.execution_id is not None:
         return False
-    at = datetime.fromisoformat(started["at"])
-    outcome = attrs.evolve(outcome, execution_id=started["execution_id"], started=at)
+    outcome = attrs.evolve(outcome, execution_id=started["execution_id"])
     of_item = sa.update(items).where(_item.batch == batch, _item.key == row.key)
     connection.execute(of_item.values(outcome=outcome.to_json()))
     return True

@@ -188,7 +188,7 @@ class Store(Database):
             return {}
         ids = [workflow_id(batch, key, attempt) for key, attempt in attempts.items()]
         stored: Any = self._list_workflows(ids)
-        return {it.input["args"][0]: it.input["args"][2] for it in stored if it.input}
+        return {it.input["args"][0]: it.input["args"][2] for it in stored}
 
     def finish(self, batch: str, endings: Sequence[Ending]) -> set[tuple[str, int]]:
         """Store the outcome of each item; return the keys and attempts of those that were stored.
