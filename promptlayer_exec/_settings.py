@@ -78,9 +78,9 @@ def find_base_url(base_url: str | None) -> str:
         raise ConfigurationError(
             f"{source} must be an http:// or https:// URL with a host, got {base_url!r}"
         )
-    if _matches(r"[\d.]+", url.host) and not _is_ip_address(url.host):  # aiohttp takes it for none
-        raise ConfigurationError(
-            f"{source} must have an IP address of four numbers or a name, got {base_url!r}"
+    if _matches(r"[\d.]+", url.host) and _ip_address(url.host) is None:
+        raise ConfigurationError(  # aiohttp would refuse it at each request
+            f"{source} must have the name or the complete IP address of a host, got {base_url!r}"
         )
     if url.raw_query_string or url.raw_fragment:
         raise ConfigurationError(f"{source} must not have a query or fragment, got {base_url!r}")
@@ -93,15 +93,15 @@ def sends_in_the_clear(base_url: str) -> bool:
     host = url.host or ""
     if url.scheme != "http" or host == "localhost" or host.endswith(".localhost"):
         return False
-    return not (_is_ip_address(host) and ipaddress.ip_address(host).is_loopback)
+    address = _ip_address(host)
+    return address is None or not address.is_loopback
 
 
-def _is_ip_address(host: str) -> bool:
+def _ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        ipaddress.ip_address(host)
+        return ipaddress.ip_address(host)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _matches(pattern: str, value: Any) -> bool:

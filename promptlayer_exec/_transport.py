@@ -315,9 +315,11 @@ class Transport:
         # OSError is also every TimeoutError. aiohttp's parser in Python raises its own error.
         except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError) as error:
             exchange.failure = error
-        except ValueError as error:
+        # aiohttp asserts that a host has an address of the family that a connector is made for.
+        except (AssertionError, ValueError) as error:
             if pool.is_borrowed:
-                raise ConfigurationError(f"the request failed in http=: {error}") from error
+                what = str(error) or repr(error)
+                raise ConfigurationError(f"the request failed in http=: {what}") from error
             exchange.failure = aiohttp.InvalidURL("the proxy's, which may have a password")
         except asyncio.CancelledError as error:
             # If this task was cancelled, and not only something that it awaited, it ends now; but

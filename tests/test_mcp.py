@@ -340,6 +340,7 @@ async def test_only_some_of_many_nodes_are_shown(sim: Simulator, connect: Connec
         ("wait_execution", {"execution_id": "1e3"}, "got '1e3'"),
         ("wait_execution", {"execution_id": True}, "got True"),
         ("wait_execution", {"execution_id": "787", "timeout": -1}, "from 0, got -1"),
+        ("wait_execution", {"execution_id": "787", "timeout": 10**400}, "from 0, got 1000"),
         ("wait_execution", {"execution_id": "787", "timeout": "9"}, "from 0, got '9'"),
         ("get_execution", {"execution_id": "787"}, "404 Not Found"),
         ("get_execution", {"execution_id": "787", "start": -1}, "start must be a whole number"),

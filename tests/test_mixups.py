@@ -11,6 +11,7 @@ import gzip
 import json
 import math
 import select
+import socket
 import ssl
 import time
 import zlib
@@ -706,6 +707,21 @@ async def test_a_borrowed_session_that_cannot_send_says_so(peer: Peer) -> None:
     assert peer.requests == []
 
 
+async def test_a_connector_for_another_family_of_addresses_is_a_mistake_in_the_settings(
+    peer: Peer,
+) -> None:
+    """Aiohttp has only an AssertionError without a text for it."""
+    connector = aiohttp.TCPConnector(family=socket.AF_INET6)
+    async with (
+        aiohttp.ClientSession(connector=connector) as http,
+        session_at(peer, http=http) as session,
+    ):
+        with pytest.raises(ConfigurationError, match=r"failed in http=: AssertionError\(\)"):
+            await value_of(session, 1)
+        with pytest.raises(ConfigurationError, match=r"failed in http=: AssertionError\(\)"):
+            await session.start("w")
+
+
 async def test_a_connection_that_the_server_has_closed_is_not_used(
     peer: Peer, recorder: Any
 ) -> None:
@@ -745,13 +761,14 @@ async def test_a_borrowed_session_is_returned_unchanged(peer: Peer) -> None:
             assert (await response.json(content_type=None)) == nodes("5")
 
 
+@pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 "], ids=["no HTTP", "a long status line"])
 async def test_what_is_not_http_is_quoted_nowhere(
-    peer: Peer, caplog: pytest.LogCaptureFixture
+    peer: Peer, caplog: pytest.LogCaptureFixture, start: bytes
 ) -> None:
     """The parser of aiohttp quotes all that it received, including outputs and the key."""
 
     async def respond(head: str, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"confidential: " + KEY.encode() + b" " + b"x" * 10_000 + b"\r\n\r\n")
+        writer.write(start + b"confidential: " + KEY.encode() + b" " + b"x" * 40_000 + b"\r\n\r\n")
 
     peer.respond = respond
     async with session_at(peer, retry=RetryPolicy(outage=0.01, base=0.001)) as session:
@@ -761,6 +778,7 @@ async def test_what_is_not_http_is_quoted_nowhere(
             await session.start("name")
     said = caplog.text + str(caught.value) + repr(caught.value.__cause__) + str(lost.value)
     assert "confidential" not in said
+    assert "bytearray" not in said
     assert KEY not in said
     assert len(str(caught.value)) < 500
 

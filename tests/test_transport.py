@@ -500,6 +500,20 @@ async def test_a_key_at_the_end_of_a_long_refusal_is_not_cut_in_half(before: int
     assert re.fullmatch(r"x+(\*\*\*[ andmore]*|\**)", error.body)
 
 
+async def test_an_escaped_key_at_the_end_of_a_long_refusal_is_not_cut_in_half() -> None:
+    """One of 1,024 characters has six times as many when each is escaped."""
+    key = "0123456789abcdef" * 64
+    escaped = "".join(f"\\u{ord(char):04x}" for char in key).encode()
+    body = b"x" * 65_000 + escaped + b"y" * 10_000
+    async with (
+        raw_server(answering(http(body, status="403 No"))) as base_url,
+        Session(key, base_url=base_url) as session,
+    ):
+        with pytest.raises(Forbidden) as caught:
+            await read_results(session)
+    assert "u0030" not in caught.value.body
+
+
 async def test_a_refusal_s_body_is_read_to_64_kib() -> None:
     """A large page from a proxy does not fill the memory."""
     async with raw_server(answering(http(b"x" * 1_000_000, status="403 No"))) as base_url:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -75,7 +75,7 @@ def timeout(arguments: Mapping[str, Any]) -> float:
     if value is None:
         return WAIT
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value < math.inf:
+    if not is_number or not 0 <= value <= sys.float_info.max:
         raise Refused(f"timeout must be a number of seconds from 0, got {shown(value)}")
     return float(value)
 
