@@ -105,6 +105,7 @@ class _Connection(ClientConnection):
             super().data_received(data[begin : begin + _PIECE])
             if self._frames > _MOST_FRAMES:
                 self.transport.abort()
+            if self.transport.is_closing():
                 return
 
     def process_event(self, event: Event) -> None:
