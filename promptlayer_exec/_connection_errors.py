@@ -105,4 +105,4 @@ def _proxy_reason(error: BaseException | None) -> str | None:
 
 def _unquoted(text: str) -> str:
     """Remove the bytes that aiohttp's parsers quote: they may be the whole response."""
-    return " ".join(re.split(r"(bytearray\()?b['\"]", text)[0].split()).rstrip(": ")[:200]
+    return " ".join(re.split(r"(?:bytearray\()?b['\"]", text)[0].split()).rstrip(": ")[:200]

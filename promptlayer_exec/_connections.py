@@ -56,7 +56,10 @@ class _CleanConnector(aiohttp.TCPConnector):
         connection = await super().connect(req, traces, timeout)
         idle = self._idle(connection)
         if idle is not None and not idle.is_plain and (idle.is_new or idle.is_readable()):
-            await _let_arrive(connection)
+            with ExitStack() as stack:
+                stack.callback(connection.close)  # if this is cancelled
+                await _until_quiet(idle)
+                stack.pop_all()
         if idle is None or not idle.take():
             connection.close()
             raise _UncleanConnection("the connection was closed, or had unrequested bytes")
@@ -65,7 +68,7 @@ class _CleanConnector(aiohttp.TCPConnector):
 
     def _idle(self, connection: aiohttp.connector.Connection) -> Idle | None:
         """Return what has watched a connection while nobody used it; None if that is closed."""
-        if (transport := connection.transport) is None:
+        if (transport := connection.transport) is None or transport.is_closing():
             return None
         idle = protocol_of(transport)
         if idle is None or isinstance(idle, Idle):
@@ -94,16 +97,23 @@ class _CleanConnector(aiohttp.TCPConnector):
         await super().close(abort_ssl=abort_ssl)
 
 
-async def _let_arrive(connection: aiohttp.connector.Connection) -> None:
-    """Let the loop read what is in a socket: TLS has messages of its own, which are no HTTP.
+# How many steps of the loop it takes to notice what is in a socket, and to hand it on: uvloop does
+# so a step later with what came with the end of a handshake.
+_STEPS = 2
+# How many it takes, generously, until aiohttp knows that a connection has ended whose socket was
+# shut down.
+_STEPS_TO_END = 10
 
-    uvloop hands on what came with the end of a handshake a step later.
+
+async def _until_quiet(watching: Interposed) -> None:
+    """Let the loop read what is in a socket, until it is empty, data has come, or it is closed.
+
+    For TLS, which has messages of its own: only what is handed on as data is HTTP.
     """
-    with ExitStack() as stack:
-        stack.callback(connection.close)  # if this is cancelled
-        for _ in range(_STEPS):
-            await asyncio.sleep(0)
-        stack.pop_all()
+    transport, quiet = watching.transport, 0
+    while quiet < _STEPS and not (watching.has_received or transport.is_closing()):
+        await asyncio.sleep(0)
+        quiet = 0 if not transport.is_closing() and readable(transport)() else quiet + 1
 
 
 class _GuardedRequest(aiohttp.ClientRequest):
@@ -113,16 +123,9 @@ class _GuardedRequest(aiohttp.ClientRequest):
 
     async def send(self, conn: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
         self.used = conn.transport
-        if self.method == "POST" and self.used is not None and isinstance(self.body, GuardedBody):
+        if self.used is not None and isinstance(self.body, GuardedBody):
             self.body.guard(self.used)
         return await super().send(conn)
-
-
-# How many steps of the loop it takes to notice what is in a socket, and to hand it on.
-_STEPS = 2
-# How many it takes, generously, until aiohttp knows that a connection has ended whose socket was
-# shut down.
-_STEPS_TO_END = 10
 
 
 # How many connections are tried without a delay. After that, the attempt has failed.
@@ -397,14 +400,7 @@ class GuardedBody(aiohttp.Payload):
 async def _let_answer_arrive(received: Interposed) -> None:
     """Let the loop read what has arrived before a start is sent."""
     transport = received.transport
-    is_readable = readable(transport)
-    if is_plain(transport):
-        if transport.is_closing() or is_readable():
-            raise ConnectionAbortedError(_ANSWERED_BEFORE)
-        return
-    quiet = 0
-    while quiet < _STEPS and not received.has_received:
-        await asyncio.sleep(0)
-        if transport.is_closing():
-            raise ConnectionAbortedError(_ANSWERED_BEFORE)
-        quiet = 0 if is_readable() else quiet + 1
+    if not is_plain(transport):
+        await _until_quiet(received)
+    if transport.is_closing() or (is_plain(transport) and readable(transport)()):
+        raise ConnectionAbortedError(_ANSWERED_BEFORE)

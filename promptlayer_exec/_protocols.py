@@ -69,7 +69,7 @@ class Interposed:
     def begin(self) -> None:
         try:
             self.transport.set_protocol(cast("asyncio.Protocol", self))
-        except AttributeError:  # it was closed twice
+        except AttributeError:  # it was closed twice; `suppress` would cost every poll something
             return
 
     def end(self) -> None:
@@ -117,4 +117,5 @@ class Idle(Interposed):
         return not self.protocol.should_close and (is_first or not has_partial_head(self.protocol))
 
     def data_received(self, _data: bytes) -> None:
+        self.has_received = True
         self.transport.abort()

@@ -15,7 +15,7 @@ from promptlayer_exec._models import FrozenMap, frozen_map
 _MOST_NAMED = 20  # unknown inputs in an error
 # A definition may have any number of names, of any length. Comparing two takes up to a millisecond.
 _MOST_COMPARED = 1000  # for one error
-_LONGEST_COMPARED = 100
+_LONGEST_COMPARED = 50
 
 
 @attrs.frozen
@@ -139,7 +139,7 @@ class Workflow:
 
         Raises:
             ValueError: inputs are missing. The message names all of them, and suggests those that
-                may be misspelt: `it has no input topik (did you mean 'topic'?)`.
+                may be misspelt: `it does not require topik (did you mean 'topic'?)`.
             TypeError: `inputs` is none of these.
         """
         if not self.required_inputs:
@@ -190,12 +190,12 @@ def _guesses(given: Sequence[str], missing: Iterable[str]) -> list[str]:
 def near(name: str, known: Iterable[str], most: int) -> list[str]:
     """Return the names that this one resembles, of the first thousand that are not very long.
 
-    Comparing two takes time that grows at least with the square of their length.
+    Comparing two takes time that grows faster than the square of their length.
     """
     from difflib import get_close_matches  # noqa: PLC0415 - rarely needed
 
-    if len(name) > _LONGEST_COMPARED:
+    if len(name.casefold()) > _LONGEST_COMPARED:
         return []
-    short = (it for it in known if len(it) <= _LONGEST_COMPARED)
+    short = (it for it in known if len(it.casefold()) <= _LONGEST_COMPARED)
     folded = {it.casefold(): it for it in islice(short, _MOST_COMPARED)}
     return [folded[it] for it in get_close_matches(name.casefold(), folded, n=most)]

@@ -631,6 +631,37 @@ def test_a_response_with_the_end_of_the_handshake_is_never_used(
     assert [connection for connection, _ in peer.requests] == [2]
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_response_while_a_new_connection_is_looked_at_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, steps: int, loop: str
+) -> None:
+    """Over TLS, that takes steps of the loop; in each, it may be in the socket before the next."""
+    theirs = trust(monkeypatch)
+    peer = Peer()
+    sleep, slept = asyncio.sleep, 0
+
+    async def sleep_while_the_server_speaks(seconds: float) -> None:
+        nonlocal slept
+        await sleep(seconds)
+        slept += 1
+        if slept == steps:
+            peer.writers[0].write(answer(200, nodes("nobody's")))
+
+    async def main() -> Any:
+        server = await asyncio.start_server(peer.serve, "127.0.0.1", 0, ssl=theirs)
+        peer.url = f"https://localhost:{server.sockets[0].getsockname()[1]}"
+        async with server, session_at(peer) as session:
+            monkeypatch.setattr(asyncio, "sleep", sleep_while_the_server_speaks)
+            got = await value_of(session, 5)
+            monkeypatch.setattr(asyncio, "sleep", sleep)
+            return got
+
+    new_loop = pytest.importorskip(loop).new_event_loop  # there is no uvloop on Windows
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        assert runner.run(main()) == "5"
+
+
 async def test_a_response_before_any_request_is_a_failed_connection(
     listen: Listen, peer: Peer
 ) -> None:

@@ -390,11 +390,12 @@ def test_missing_inputs_are_named_with_near_misses() -> None:
     ("required", "given"),
     [
         ([*(f"n{n}" for n in range(1000)), "topic"], ["topik"]),
-        (["x" * 200], ["x" * 199]),
+        (["x" * 60], ["x" * 59]),
+        (["\ufb03" * 20], ["\ufb03" * 19]),
         (["topic"], [*(f"a{n:02}" for n in range(20)), "topik"]),
         ([*(f"n{n}" for n in range(100)), "topic"], [*(f"a{n}" * 9 for n in range(19)), "topik"]),
     ],
-    ids=["many", "long", "many given", "many of both"],
+    ids=["many", "long", "long if folded", "many given", "many of both"],
 )
 def test_near_misses_are_looked_for_among_so_many_names(
     required: list[str], given: list[str]

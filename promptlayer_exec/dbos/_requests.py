@@ -66,7 +66,7 @@ def another_request(batch: str, row: Row, stored: str | None) -> ValueError:
 
 
 class Chunk:
-    """Rows for one transaction: at most `most` of them, until their requests have a length."""
+    """Rows for one transaction: at most `most`, or about `length` characters of requests."""
 
     def __init__(self, most: int, length: int) -> None:
         self._most, self._length = most, length
@@ -102,7 +102,7 @@ class Spool:
                 raise another_request(self._batch, row, known.request) from None
 
     def chunks(self, most: int, length: int) -> Iterator[list[Row]]:
-        """Yield the rows in their order: at most so many at a time, until they have that length."""
+        """Yield the rows in their order, a chunk at a time."""
         chunk = Chunk(most, length)
         for row in self._database.execute("SELECT * FROM row ORDER BY rowid"):
             if rows := chunk.add(Row(*row)):
