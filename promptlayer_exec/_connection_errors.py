@@ -86,6 +86,8 @@ def reason_of(error: BaseException | None) -> str:
         return _connect_reason(error)
     if isinstance(error, aiohttp.ClientResponseError):
         return f"not a valid HTTP response: {_unquoted(error.message)}"
+    if isinstance(error, aiohttp.ClientOSError) and error.errno is None and error.__cause__:
+        return reason_of(error.__cause__)  # for one while writing, as from `GuardedBody`
     # The text of aiohttp's own may show the headers of an answer that was cut in its head.
     is_cut = isinstance(error, aiohttp.ServerDisconnectedError)
     text = "Server disconnected" if is_cut else str(error)

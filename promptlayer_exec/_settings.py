@@ -68,7 +68,7 @@ def find_base_url(base_url: str | None) -> str:
     try:
         url = URL(base_url)
         port_is_valid = url.port is not None
-        (url.raw_host or "").encode("idna")  # name resolution will do the same
+        (url.host or "").encode("idna")  # name resolution will do the same
     except ValueError:
         # The cause would show the URL, with any password.
         raise ConfigurationError(f"{source} must be a valid URL") from None

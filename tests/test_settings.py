@@ -164,6 +164,7 @@ BAD_URLS = {
     "delete": "https://api.test/\x7f",
     "backslash": "https:\\\\api.test",
     "short-address": "http://127.1:8000",
+    "no-name": "http://xn--a",
     "number": "http://2130706433",
     "surrogate": "https://\ud800",
     "nbsp-in-host": "https://api\xa0test",

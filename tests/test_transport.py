@@ -48,6 +48,7 @@ from promptlayer_exec import (
     Unauthorized,
     UnprocessableEntity,
 )
+from promptlayer_exec._connection_errors import reason_of
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 NO_RETRY = RetryPolicy(outage=0.0)
@@ -498,6 +499,13 @@ async def test_a_key_at_the_end_of_a_long_refusal_is_not_cut_in_half(before: int
         error = await failure_at(base_url)
     assert len(error.body) <= 65536
     assert re.fullmatch(r"x+(\*\*\*[ andmore]*|\**)", error.body)
+
+
+def test_the_reason_for_which_a_body_was_not_written_is_told() -> None:
+    """The text of aiohttp for it is only "[Errno None] Can not write request body for ..."."""
+    error = aiohttp.ClientOSError(None, "Can not write request body for http://x")
+    error.__cause__ = ConnectionAbortedError("the server closed the connection")
+    assert reason_of(error) == "the server closed the connection"
 
 
 async def test_an_escaped_key_at_the_end_of_a_long_refusal_is_not_cut_in_half() -> None:
