@@ -39,7 +39,7 @@ from promptlayer_exec import (
 )
 from promptlayer_exec import _integration as integration
 from promptlayer_exec._connections import GuardedBody
-from promptlayer_exec._protocols import has_partial_head
+from promptlayer_exec._protocols import Interposed, has_partial_head
 
 T = TypeVar("T")
 KEY = "key-of-a-test"
@@ -721,6 +721,15 @@ async def test_a_start_is_not_written_to_a_connection_that_is_gone() -> None:
     with pytest.raises(ConnectionAbortedError, match="before the start was sent"):
         await body.write(Mock(transport=None))
     assert once.mock_calls == []
+
+
+def test_nothing_stands_before_the_protocol_of_a_connection_that_was_closed_twice() -> None:
+    """Over TLS, asyncio's transport has none by then, and raises AttributeError."""
+    gone = {"get_protocol.side_effect": AttributeError, "set_protocol.side_effect": AttributeError}
+    received = Interposed(Mock(**gone))
+    received.begin()
+    received.end()
+    assert not received.has_received
 
 
 async def test_a_borrowed_session_that_cannot_send_says_so(peer: Peer) -> None:
