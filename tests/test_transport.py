@@ -9,6 +9,7 @@ import json
 import logging
 import pickle
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -221,10 +222,11 @@ async def failure_at(base_url: str, call: Call = read_results, **settings: Any) 
 @pytest.mark.parametrize("borrowed", [False, True])
 async def test_a_refused_connection_is_connection_failed(borrowed: bool) -> None:
     """The error has the system's message and the execution's id."""
-    async with raw_server(answering()) as base_url:
-        pass
-    async with aiohttp.ClientSession() as theirs:
-        error = await failure_at(base_url, http=theirs if borrowed else None)
+    with socket.socket() as bound:  # and no other test can listen there
+        bound.bind(("127.0.0.1", 0))
+        base_url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        async with aiohttp.ClientSession() as theirs:
+            error = await failure_at(base_url, http=theirs if borrowed else None)
     assert type(error) is ConnectionFailed
     assert error.execution_id == 787
     assert base_url in str(error)
