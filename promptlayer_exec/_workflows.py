@@ -194,8 +194,10 @@ def near(name: str, known: Iterable[str], most: int) -> list[str]:
     """
     from difflib import get_close_matches  # noqa: PLC0415 - rarely needed
 
-    if len(name.casefold()) > _LONGEST_COMPARED:
+    wanted = name.casefold()
+    if len(wanted) > _LONGEST_COMPARED:
         return []
-    short = (it for it in known if len(it.casefold()) <= _LONGEST_COMPARED)
-    folded = {it.casefold(): it for it in islice(short, _MOST_COMPARED)}
-    return [folded[it] for it in get_close_matches(name.casefold(), folded, n=most)]
+    pairs = ((it.casefold(), it) for it in known)
+    short = (pair for pair in pairs if len(pair[0]) <= _LONGEST_COMPARED)
+    folded = dict(islice(short, _MOST_COMPARED))
+    return [folded[it] for it in get_close_matches(wanted, folded, n=most)]
