@@ -402,5 +402,5 @@ async def _let_answer_arrive(received: Interposed) -> None:
     transport = received.transport
     if not is_plain(transport):
         await _until_quiet(received)
-    if transport.is_closing() or (is_plain(transport) and readable(transport)()):
+    if transport.is_closing() or readable(transport)():
         raise ConnectionAbortedError(_ANSWERED_BEFORE)
