@@ -1,4 +1,4 @@
-"""The callbacks that arrived, and the starts that they recover. It knows no HTTP."""
+"""The callbacks that arrived, and the starts whose runs they prove. It knows no HTTP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# For how long a callback is remembered, and how many callbacks and lost starts are.
+# For how long a callback is remembered, and how many callbacks, lost and other starts are.
 _SECONDS = 3600.0
 _MOST = 10_000
 
@@ -62,17 +62,30 @@ class _Callback:
     is_reported: bool = False
 
 
+@attrs.define
+class _Settled:
+    """A start of which is known what came of it, and the ids of its runs: none if it failed."""
+
+    request: StartRequest
+    base_url: str
+    called_at: float
+    ids: list[int]
+
+
 @attrs.define(eq=False)
 class CallbackLog:
-    """Brings together callbacks and the starts whose answers were lost, by the starts' tokens.
+    """Brings together callbacks and starts, by the starts' tokens.
 
     Either may come first, and each may be recorded several times. The first callback of a start
-    counts. A start is reported as recovered once, even if nobody waits for it.
+    whose answer was lost counts: the start is reported as recovered once, even if nobody waits for
+    it. A callback may also prove a run that the start's answer denied: a refusal may come from a
+    proxy, and the start that is sent again after a 429 begins a second run.
     """
 
     _emit: Emit
     _callbacks: dict[str, _Callback] = attrs.field(init=False, factory=dict)  # oldest first
     _lost: dict[str, tuple[StartRequest, str, float]] = attrs.field(init=False, factory=dict)
+    _settled: dict[str, _Settled] = attrs.field(init=False, factory=dict)
     _waiters: dict[str, set[asyncio.Future[None]]] = attrs.field(init=False, factory=dict)
 
     def receive(self, token: str, execution_id: int) -> None:
@@ -80,6 +93,7 @@ class CallbackLog:
         if self._find(token) is None:
             _put(self._callbacks, token, _Callback(execution_id, time.monotonic()))
         self._report(token)
+        self._report_denied(token, execution_id)
         for future in self._waiters.get(token, ()):
             resolve(future)
 
@@ -97,6 +111,23 @@ class CallbackLog:
             return
         _put(self._lost, token, (request, base_url, time.monotonic() - elapsed))
         self._report(token)
+
+    def settle(
+        self,
+        token: str,
+        request: StartRequest,
+        base_url: str,
+        execution_id: int | None = None,
+        elapsed: float = 0.0,
+    ) -> None:
+        """Record the id in the answer to a start, or that it failed, `elapsed` seconds after it."""
+        # Inputs may be large, and most starts never need this.
+        request = StartRequest(request.workflow, key=request.key)
+        ids = [] if execution_id is None else [execution_id]
+        called_at = time.monotonic() - elapsed
+        _put(self._settled, token, _Settled(request, base_url, called_at, ids))
+        if (callback := self._find(token)) is not None:
+            self._report_denied(token, callback.execution_id)
 
     def execution_id(self, token: str) -> int | None:
         """Return the execution id of a start whose callback has come."""
@@ -136,17 +167,41 @@ class CallbackLog:
             return
         request, base_url, called_at = self._lost.pop(token)
         callback.is_reported = True
+        execution_id = callback.execution_id
         if token not in self._waiters:
             logger.warning(
                 "execution %d of workflow %.100r had started, although its answer was lost;"
                 " follow it by its id",
-                callback.execution_id,
+                execution_id,
                 request.workflow,
             )
-        duration = time.monotonic() - called_at
+        elapsed = time.monotonic() - called_at
+        self._emit_recovered(execution_id, request, base_url, elapsed)
+        self.settle(token, request, base_url, execution_id, elapsed)
+
+    def _report_denied(self, token: str, execution_id: int) -> None:
+        settled = self._settled.get(token)
+        if settled is None or execution_id in settled.ids:
+            return
+        why = "although its start failed"
+        if settled.ids:
+            why = f"too, by the same start as execution {settled.ids[0]}"
+        settled.ids.append(execution_id)
+        logger.warning(
+            "execution %d of workflow %.100r had started, %s; follow it by its id",
+            execution_id,
+            settled.request.workflow,
+            why,
+        )
+        elapsed = time.monotonic() - settled.called_at
+        self._emit_recovered(execution_id, settled.request, settled.base_url, elapsed)
+
+    def _emit_recovered(
+        self, execution_id: int, request: StartRequest, base_url: str, duration: float
+    ) -> None:
         self._emit(
             ExecutionStarted(
-                callback.execution_id,
+                execution_id,
                 request,
                 abandoned=False,
                 duration=duration,

@@ -137,9 +137,9 @@ class ExecutionStarted(Event):
         request: the request that was sent.
         abandoned: whether the caller was cancelled before the response arrived.
         duration: seconds from the call to the response, or to the callback if `recovered`.
-        recovered: whether the response was lost (`StartUnknown`), and a callback to the start's
-            own URL has proved that the run started. In a session that did not send the request,
-            `request` has the workflow alone.
+        recovered: whether a callback to the start's own URL has proved that the run started,
+            because the response was lost (`StartUnknown`), or denied it. `request` has only the
+            workflow and the key then, unless this session sent it and its response was lost.
         base_url: the server's URL.
     """
 
@@ -154,8 +154,8 @@ class ExecutionStarted(Event):
 class StartFailed(Event):
     """A start raised an error, whether or not its caller still waited for it.
 
-    Each start emits either this or `ExecutionStarted`, once. After a `StartUnknown`, an
-    `ExecutionStarted` with `recovered` may follow.
+    Each start emits either this or `ExecutionStarted`, once. If a callback proves later that a run
+    started all the same, an `ExecutionStarted` with `recovered` follows.
 
     Attributes:
         request: the request that was to be sent.

@@ -67,7 +67,7 @@ class Start:
     _is_closing: Callable[[], bool]
     _hooks: SendHooks | None = None
     _token: str | None = None
-    _on_unknown: Callable[[float], None] | None = None
+    _on_failure: Callable[[BaseException, float], None] | None = None
     _base_url: str = ""
     sent: bool = attrs.field(init=False, default=False)
     cancelled: bool = attrs.field(init=False, default=False)
@@ -248,8 +248,8 @@ class Start:
         else:  # first, because an observer may be interrupted
             self._answer.set_exception(error)
         duration = anyio.current_time() - self._called_at
-        if isinstance(error, StartUnknown) and self._on_unknown is not None:
-            self._on_unknown(duration)
+        if self._on_failure is not None:
+            self._on_failure(error, duration)
         self._emit(StartFailed(None, self._request, error, duration, self._base_url))
 
     def _judge(self, error: BaseException) -> BaseException:

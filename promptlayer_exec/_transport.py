@@ -319,7 +319,9 @@ class Transport:
         except (AssertionError, ValueError) as error:
             if pool.is_borrowed:
                 what = str(error) or repr(error)
-                raise ConfigurationError(f"the request failed in http=: {what}") from error
+                # A UnicodeError's repr has the whole text, such as the password of a proxy.
+                cause = ValueError(what) if isinstance(error, UnicodeError) else error
+                raise ConfigurationError(f"the request failed in http=: {what}") from cause
             exchange.failure = aiohttp.InvalidURL("the proxy's, which may have a password")
         except asyncio.CancelledError as error:
             # If this task was cancelled, and not only something that it awaited, it ends now; but

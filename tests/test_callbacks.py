@@ -56,6 +56,14 @@ def token_of(error: StartUnknown) -> str:
     return error.callback_token
 
 
+async def read_start(reader: asyncio.StreamReader) -> Any:
+    """Return the body of the POST that a server gets."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = re.search(rb"Content-Length: (\d+)", head)
+    assert length is not None
+    return json.loads(await reader.readexactly(int(length[1])))
+
+
 def token_in(start: Any) -> str:
     """Return the token in the callback URL of a start."""
     return str(start["callback_url"]).rpartition("/")[2]
@@ -84,10 +92,8 @@ async def test_the_token_is_in_no_error_and_no_log_line(
     tokens = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while head := await reader.readuntil(b"\r\n\r\n"):
-            length = re.search(rb"Content-Length: (\d+)", head)
-            assert length is not None
-            url = json.loads(await reader.readexactly(int(length[1])))["callback_url"]
+        while start := await read_start(reader):
+            url = start["callback_url"]
             tokens.append(url.rpartition("/")[2])
             body = json.dumps({"message": f"no {url}", "detail": [{"input": {"url": url}}]})
             writer.write(
@@ -195,6 +201,64 @@ async def test_the_callback_of_a_start_that_was_answered_is_no_recovery(
     token = token_in(sim.runs[0].body)
     receive_callback(session, token, execution.id)
     assert [event.recovered for event in recorder.of(ExecutionStarted)] == [False]
+
+
+@pytest.mark.parametrize("callback", ["first", "last"])
+@pytest.mark.parametrize("statuses", [[307], [403], [429], [429, 201]], ids=str)
+async def test_the_callback_of_a_run_that_the_answer_denied_is_reported(
+    listen: Any,
+    open_session: Callable[..., Session],
+    caplog: pytest.LogCaptureFixture,
+    statuses: list[int],
+    callback: str,
+) -> None:
+    """A gateway can refuse a start that it has passed on; the event and the log have the id."""
+    tokens: list[str] = []
+    to_send = iter(statuses)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tokens.append(token_in(await read_start(reader)))
+        if callback == "first":
+            receive_callback(session, tokens[0], 1001)
+        body = b'{"workflow_version_execution_id": 1002}'
+        status = next(to_send)
+        writer.write(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body))
+
+    events: list[Event] = []
+    session = open_session(
+        base_url=f"http://127.0.0.1:{await listen(serve)}",
+        callbacks=CALLBACKS,
+        retry=RetryPolicy(outage=5.0 if 201 in statuses else 0.0, base=0.001),
+        observers=[events.append],
+    )
+    if 201 in statuses:
+        assert (await session.start("report", {"topic": "otters"})).id == 1002
+        why = "too, by the same start as execution 1002"
+    else:
+        with pytest.raises(PromptLayerExecError):
+            await session.start("report", {"topic": "otters"})
+        why = "although its start failed"
+    for _ in range(2):
+        receive_callback(session, tokens[0], 1001)
+    (event,) = [event for event in events if getattr(event, "recovered", False)]
+    assert isinstance(event, ExecutionStarted)
+    assert (event.execution_id, event.abandoned) == (1001, False)
+    assert event.request == StartRequest("report")
+    (warning,) = [line.message for line in caplog.records if "1001" in line.message]
+    assert warning == (
+        f"execution 1001 of workflow 'report' had started, {why}; follow it by its id"
+    )
+
+
+async def test_the_second_run_of_a_lost_start_is_reported_too(
+    sim: Simulator, session: Session, recorder: Any
+) -> None:
+    """A proxy can send a start twice."""
+    error = await lose(sim, session)
+    for execution_id in (1001, 1002, 1001, 1002):
+        receive_callback(session, token_of(error), execution_id)
+    assert [event.execution_id for event in recorder.of(ExecutionStarted)] == [1001, 1002]
+    assert (await session.recover(error)).id == 1001
 
 
 async def test_a_callback_may_come_before_the_answer_is_lost(
@@ -417,3 +481,21 @@ def test_at_most_ten_thousand_lost_starts_are_remembered(
         log.receive(str(number), number + 1)
     assert [event.execution_id for event in events] == list(range(2, 10_002))
     assert {event.duration for event in events} == {7.0}
+
+
+def test_at_most_ten_thousand_other_starts_are_remembered(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They drive out no lost one."""
+    caplog.set_level(logging.CRITICAL)
+    events: list[Any] = []
+    log = CallbackLog(events.append)
+    log.lose("lost", REQUEST, "")
+    for number in range(10_001):
+        log.settle(str(number), REQUEST, "", elapsed=2.0)
+    clock.now += 5.0
+    for number in range(10_001):
+        log.receive(str(number), number + 1)
+    log.receive("lost", 20_000)
+    assert [event.execution_id for event in events] == [*range(2, 10_002), 20_000]
+    assert {event.duration for event in events[:-1]} == {7.0}

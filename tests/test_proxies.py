@@ -25,6 +25,7 @@ import pytest
 import trustme
 
 from promptlayer_exec import (
+    ConfigurationError,
     ConnectionFailed,
     RequestError,
     RequestRetried,
@@ -735,6 +736,20 @@ async def test_a_proxy_s_url_that_is_not_valid_is_refused_at_once(
         assert shown.attempts == 1
         assert "secret" not in "".join(traceback.format_exception(shown)) + repr(shown.__cause__)
     assert "secret" not in caplog.text
+
+
+async def test_the_proxy_s_password_that_cannot_be_sent_is_not_shown(
+    open_session: Callable[..., Session], settings: Callable[..., None]
+) -> None:
+    """It has a character beyond latin-1; the repr of Python's error has all of it."""
+    settings(HTTP_PROXY=f"http://{USER}:secret\u2603@127.0.0.1:9")
+    async with (
+        aiohttp.ClientSession(trust_env=True) as http,
+        open_session(base_url="http://localhost:1", http=http) as session,
+    ):
+        with pytest.raises(ConfigurationError, match="failed in http=: 'latin-1' codec") as caught:
+            await session.get_results(1)
+    assert "secret" not in f"{caught.value!r} {caught.value.__cause__!r}"
 
 
 async def test_a_refused_request_over_http_is_an_error_status(

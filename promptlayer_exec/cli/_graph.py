@@ -41,17 +41,17 @@ def _in_depth_order(workflow: Workflow) -> Iterator[str]:
         name: set(node.dependencies) & workflow.nodes.keys()
         for name, node in workflow.nodes.items()
     }
+    dependents: dict[str, list[str]] = {name: [] for name in waiting}
+    for name, missing in waiting.items():
+        for dependency in missing:
+            dependents[dependency].append(name)
     stack = [name for name in reversed(waiting) if not waiting[name]]
     while stack:
         done = stack.pop()
         yield done
-        ready = []
-        for name, missing in waiting.items():
-            if done in missing:
-                missing.remove(done)
-                if not missing:
-                    ready.append(name)
-        stack += reversed(ready)
+        for name in dependents[done]:
+            waiting[name].remove(done)
+        stack += [name for name in reversed(dependents[done]) if not waiting[name]]
 
 
 @attrs.define(eq=False)
@@ -60,9 +60,14 @@ class _Drawing:
     lines: list[tuple[str, str | None]] = attrs.field(init=False, factory=list)
     _columns: list[_Lane | None] = attrs.field(init=False, factory=list)
     _targets_left: Counter[_Lane] = attrs.field(init=False)
+    _lanes_from: dict[str, list[_Lane]] = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._targets_left = Counter(self.lanes_into.values())
+        self._lanes_from = {name: [] for name in self.lanes_into}
+        for lane in dict.fromkeys(self.lanes_into.values()):
+            for name in lane:
+                self._lanes_from.setdefault(name, []).append(lane)
 
     def add(self, name: str, mark: str) -> None:
         """Draw a node, and the edges that leave it."""
@@ -84,7 +89,7 @@ class _Drawing:
                 at = column
                 self._draw({at: mark}, name)
         self._columns[at] = _TAKEN
-        leaving = dict.fromkeys(it for it in self.lanes_into.values() if name in it)
+        leaving = self._lanes_from[name]
         new = [it for it in leaving if it not in self._columns]
         joined = [self._columns.index(it) for it in leaving if it in self._columns]
         for lane in new[1:]:
