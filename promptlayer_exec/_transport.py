@@ -71,6 +71,8 @@ _LEAST_START_LIMIT = 6 * 64 * 1024
 # More than aiohttp's defaults: large headers must not cost us the id of a started run.
 _LONGEST_HEADER = 32 * 1024
 _MOST_HEADERS = 512
+# As much as asyncio reads at once: with less, a large body pauses its connection at each read.
+_READ_BUFFER = 256 * 1024
 
 
 class NewTimeout(Protocol):
@@ -301,6 +303,7 @@ class Transport:
                 max_line_size=_LONGEST_HEADER,
                 max_field_size=_LONGEST_HEADER,
                 max_headers=_MOST_HEADERS,
+                read_bufsize=_READ_BUFFER,
                 # Connections are pooled by this name: starts share none with other requests.
                 server_hostname=url.raw_host if data is not None and pool.is_borrowed else None,
             )
