@@ -55,11 +55,15 @@ def recoverable_token(error: StartUnknown, callbacks: Callbacks | None) -> str:
 
 @attrs.define
 class _Callback:
-    """What a callback said, when it arrived, and whether it was reported as a recovery."""
+    """The ids that callbacks told, when the first arrived, and whether it was reported."""
 
-    execution_id: int
+    ids: list[int]
     at: float
     is_reported: bool = False
+
+    @property
+    def execution_id(self) -> int:
+        return self.ids[0]
 
 
 @attrs.define
@@ -90,10 +94,12 @@ class CallbackLog:
 
     def receive(self, token: str, execution_id: int) -> None:
         """Record a callback."""
-        if self._find(token) is None:
-            _put(self._callbacks, token, _Callback(execution_id, time.monotonic()))
+        if (callback := self._find(token)) is None:
+            _put(self._callbacks, token, _Callback([execution_id], time.monotonic()))
+        elif execution_id not in callback.ids:
+            callback.ids.append(execution_id)
         self._report(token)
-        self._report_denied(token, execution_id)
+        self._report_denied(token)
         for future in self._waiters.get(token, ()):
             resolve(future)
 
@@ -126,8 +132,7 @@ class CallbackLog:
         ids = [] if execution_id is None else [execution_id]
         called_at = time.monotonic() - elapsed
         _put(self._settled, token, _Settled(request, base_url, called_at, ids))
-        if (callback := self._find(token)) is not None:
-            self._report_denied(token, callback.execution_id)
+        self._report_denied(token)
 
     def execution_id(self, token: str) -> int | None:
         """Return the execution id of a start whose callback has come."""
@@ -179,22 +184,25 @@ class CallbackLog:
         self._emit_recovered(execution_id, request, base_url, elapsed)
         self.settle(token, request, base_url, execution_id, elapsed)
 
-    def _report_denied(self, token: str, execution_id: int) -> None:
-        settled = self._settled.get(token)
-        if settled is None or execution_id in settled.ids:
+    def _report_denied(self, token: str) -> None:
+        callback, settled = self._find(token), self._settled.get(token)
+        if callback is None or settled is None:
             return
-        why = "although its start failed"
-        if settled.ids:
-            why = f"too, by the same start as execution {settled.ids[0]}"
-        settled.ids.append(execution_id)
-        logger.warning(
-            "execution %d of workflow %.100r had started, %s; follow it by its id",
-            execution_id,
-            settled.request.workflow,
-            why,
-        )
-        elapsed = time.monotonic() - settled.called_at
-        self._emit_recovered(execution_id, settled.request, settled.base_url, elapsed)
+        for execution_id in callback.ids:
+            if execution_id in settled.ids:
+                continue
+            why = "although its start failed"
+            if settled.ids:
+                why = f"too, by the same start as execution {settled.ids[0]}"
+            settled.ids.append(execution_id)
+            logger.warning(
+                "execution %d of workflow %.100r had started, %s; follow it by its id",
+                execution_id,
+                settled.request.workflow,
+                why,
+            )
+            elapsed = time.monotonic() - settled.called_at
+            self._emit_recovered(execution_id, settled.request, settled.base_url, elapsed)
 
     def _emit_recovered(
         self, execution_id: int, request: StartRequest, base_url: str, duration: float

@@ -223,10 +223,6 @@ class Client:
                     sent_at=reply.sent_at,
                     waited=reply.lateness,
                 )
-            if token is not None:
-                self._callbacks.settle(
-                    token, request, self.transport.base_url, reply.value.execution_id
-                )
             if (warning := reply.value.warning) is not None:  # it goes to the log
                 warning = self.transport.redactor.also(token).redact(warning)
             return Started(reply.value.execution_id, warning)
@@ -239,7 +235,7 @@ class Client:
             is_closing=self.lifetime.is_closing,
             hooks=hooks,
             token=token,
-            on_failure=None if token is None else partial(self._failed, token, request),
+            on_end=None if token is None else partial(self._start_ended, token, request),
             base_url=self.transport.base_url,
         )
         began(start)
@@ -248,14 +244,15 @@ class Client:
             self.push.subscribe(request.workflow)
         return await start.result(deadline or self.deadline())
 
-    def _failed(
-        self, token: str, request: StartRequest, error: BaseException, elapsed: float
+    def _start_ended(
+        self, token: str, request: StartRequest, outcome: Started | BaseException, elapsed: float
     ) -> None:
         log, base_url = self._callbacks, self.transport.base_url
-        if isinstance(error, StartUnknown):
+        if isinstance(outcome, StartUnknown):
             log.lose(token, request, base_url, elapsed)
         else:
-            log.settle(token, request, base_url, elapsed=elapsed)
+            execution_id = outcome.execution_id if isinstance(outcome, Started) else None
+            log.settle(token, request, base_url, execution_id, elapsed)
 
     async def recover(self, error: StartUnknown, token: str, deadline: Deadline) -> int:
         """Wait for the callback of a start whose answer was lost, and return the execution's id."""

@@ -67,7 +67,7 @@ class Start:
     _is_closing: Callable[[], bool]
     _hooks: SendHooks | None = None
     _token: str | None = None
-    _on_failure: Callable[[BaseException, float], None] | None = None
+    _on_end: Callable[[Started | BaseException, float], None] | None = None
     _base_url: str = ""
     sent: bool = attrs.field(init=False, default=False)
     cancelled: bool = attrs.field(init=False, default=False)
@@ -241,16 +241,22 @@ class Start:
             self._report(started, abandoned=True)
         else:
             self._answer.set_result(started)
+        self._end(started)  # last, because an observer may be interrupted
 
     def _fail(self, error: BaseException) -> None:
         if self._answer.cancelled():
             self._warn(error)
         else:  # first, because an observer may be interrupted
             self._answer.set_exception(error)
-        duration = anyio.current_time() - self._called_at
-        if self._on_failure is not None:
-            self._on_failure(error, duration)
+        duration = self._end(error)
         self._emit(StartFailed(None, self._request, error, duration, self._base_url))
+
+    def _end(self, outcome: Started | BaseException) -> float:
+        """Hand on what came of the start, and return how long it took in seconds."""
+        duration = anyio.current_time() - self._called_at
+        if self._on_end is not None:
+            self._on_end(outcome, duration)
+        return duration
 
     def _judge(self, error: BaseException) -> BaseException:
         """Return the failure itself if it proves that no run started, else `StartUnknown`."""

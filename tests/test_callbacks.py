@@ -219,7 +219,8 @@ async def test_the_callback_of_a_run_that_the_answer_denied_is_reported(
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         tokens.append(token_in(await read_start(reader)))
         if callback == "first":
-            receive_callback(session, tokens[0], 1001)
+            for execution_id in (1001, 1003, 1001):
+                receive_callback(session, tokens[0], execution_id)
         body = b'{"workflow_version_execution_id": 1002}'
         status = next(to_send)
         writer.write(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body))
@@ -238,27 +239,67 @@ async def test_the_callback_of_a_run_that_the_answer_denied_is_reported(
         with pytest.raises(PromptLayerExecError):
             await session.start("report", {"topic": "otters"})
         why = "although its start failed"
-    for _ in range(2):
-        receive_callback(session, tokens[0], 1001)
-    (event,) = [event for event in events if getattr(event, "recovered", False)]
-    assert isinstance(event, ExecutionStarted)
-    assert (event.execution_id, event.abandoned) == (1001, False)
-    assert event.request == StartRequest("report")
-    (warning,) = [line.message for line in caplog.records if "1001" in line.message]
-    assert warning == (
+    for execution_id in (1001, 1003, 1001) if callback == "last" else (1001,):
+        receive_callback(session, tokens[0], execution_id)
+    found = [it for it in events if isinstance(it, ExecutionStarted) and it.recovered]
+    assert [(event.execution_id, event.abandoned) for event in found] == [
+        (1001, False),
+        (1003, False),
+    ]
+    assert found[0].request == StartRequest("report")
+    warnings = [line.message for line in caplog.records if "had started" in line.message]
+    assert len(warnings) == 2
+    assert warnings[0] == (
         f"execution 1001 of workflow 'report' had started, {why}; follow it by its id"
     )
 
 
+@pytest.mark.parametrize("callbacks", ["before", "after"])
 async def test_the_second_run_of_a_lost_start_is_reported_too(
-    sim: Simulator, session: Session, recorder: Any
+    sim: Simulator, session: Session, recorder: Any, callbacks: str
 ) -> None:
-    """A proxy can send a start twice."""
-    error = await lose(sim, session)
-    for execution_id in (1001, 1002, 1001, 1002):
-        receive_callback(session, token_of(error), execution_id)
+    """A proxy can send a start twice; `recover` has the one that was told first."""
+    sim.inject(Fault.stall())
+    starting = asyncio.create_task(session.start("report"))
+    await sim.wait_for_requests(1)
+    token = token_in(json.loads(sim.requests[0].body))
+    told = (1001, 1002, 1001, 1002)
+    if callbacks == "before":
+        for execution_id in told:
+            receive_callback(session, token, execution_id)
+    await sim.__aexit__()
+    with pytest.raises(StartUnknown) as caught:
+        await starting
+    for execution_id in told if callbacks == "after" else (1001,):
+        receive_callback(session, token, execution_id)
     assert [event.execution_id for event in recorder.of(ExecutionStarted)] == [1001, 1002]
-    assert (await session.recover(error)).id == 1001
+    assert (await session.recover(caught.value)).id == 1001
+
+
+def test_an_answer_is_not_lost_if_an_observer_of_another_run_is_interrupted() -> None:
+    """The callback has proved a first run, so the observer is called when the start is answered."""
+    started = []
+
+    def interrupt(event: Event) -> None:
+        assert isinstance(event, ExecutionStarted)
+        started.append((event.execution_id, event.recovered))
+        if event.recovered:
+            raise SystemExit
+
+    async def start() -> None:
+        async with Simulator() as sim:
+            sim.add_workflow("report", DONE)
+            sim.inject(Fault.delay(0.05))
+            settings: Any = {"base_url": sim.base_url, "callbacks": CALLBACKS}
+            async with Session(sim.api_key, observers=[interrupt], **settings) as session:
+                starting = asyncio.create_task(session.start("report"))
+                await sim.wait_for_requests(1)
+                receive_callback(session, token_in(json.loads(sim.requests[0].body)), 7)
+                await starting
+
+    with pytest.raises(SystemExit):
+        asyncio.run(start())
+    assert started == [(7, True), (1001, False)]
 
 
 async def test_a_callback_may_come_before_the_answer_is_lost(

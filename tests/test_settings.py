@@ -127,6 +127,7 @@ def test_empty_base_url_variable_counts_as_unset(monkeypatch):
         ("http://[::1]:8000/x", "http://[::1]:8000/x"),
         ("http://[2001:db8::1]", "http://[2001:db8::1]"),
         ("http://bücher.test/ä", "http://xn--bcher-kva.test/%C3%A4"),
+        ("https://xn--hqbpi0jcw.test", "https://xn--hqbpi0jcw.test"),  # not valid in IDNA 2003
     ],
 )
 def test_base_url_is_kept(given, used):
