@@ -26,6 +26,8 @@ nox.options.sessions = [
 ]
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True
+# Tests start hundreds of processes; without a cache, each would compile all that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def _is_installed(version: str) -> bool:
