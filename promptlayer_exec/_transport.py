@@ -283,7 +283,7 @@ class Transport:
         once: SendOnce | None,
     ) -> None:
         """Send a request, and record in `exchange` what arrived of the answer, or the failure."""
-        if pool.http.closed:
+        if pool.is_borrowed and pool.http.closed:
             raise SessionClosed("the borrowed aiohttp.ClientSession is closed")
         data = None
         if request.body is not None and once is not None:
