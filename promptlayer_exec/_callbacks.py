@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# For how long a callback is remembered, and how many callbacks, lost and other starts are.
+# For how long a callback is remembered.
 _SECONDS = 3600.0
+# How many callbacks are remembered, how many starts whose answers were lost, and how many others.
 _MOST = 10_000
+# How many runs of one start are reported: whoever has its token can name any number of them.
+_MOST_RUNS = 100
 
 
 def with_callback_url(
@@ -55,53 +58,63 @@ def recoverable_token(error: StartUnknown, callbacks: Callbacks | None) -> str:
 
 @attrs.define
 class _Callback:
-    """The ids that callbacks told, when the first arrived, and whether it was reported."""
+    """The ids that a start's callbacks named, and which were reported; when the first arrived."""
 
-    ids: list[int]
+    ids: dict[int, bool]
     at: float
-    is_reported: bool = False
 
     @property
     def execution_id(self) -> int:
-        return self.ids[0]
+        return next(iter(self.ids))
 
 
 @attrs.define
 class _Settled:
-    """A start of which is known what came of it, and the ids of its runs: none if it failed."""
+    """A start that has ended: with the id in its answer, with a lost answer, or with a failure."""
 
     request: StartRequest
     base_url: str
     called_at: float
-    ids: list[int]
+    execution_id: int | None = None
+    is_lost: bool = False
+
+    def describe_run(self, other: int | None) -> str:
+        if other is not None:
+            return f"was begun by the same start as execution {other}"
+        return f"had started, although its {'answer was lost' if self.is_lost else 'start failed'}"
 
 
 @attrs.define(eq=False)
 class CallbackLog:
     """Brings together callbacks and starts, by the starts' tokens.
 
-    Either may come first, and each may be recorded several times. The first callback of a start
-    whose answer was lost counts: the start is reported as recovered once, even if nobody waits for
-    it. A callback may also prove a run that the start's answer denied: a refusal may come from a
-    proxy, and the start that is sent again after a 429 begins a second run.
+    Either may come first, and each may be recorded several times. A callback proves a run. If the
+    start's answer was lost, or told nothing of that run, the run is reported once, even if nobody
+    waits for it: a proxy may refuse a start that it has passed on, and a start that is sent again
+    after a 429 may begin a second run. The first callback is the one that recovers a lost start.
     """
 
     _emit: Emit
     _callbacks: dict[str, _Callback] = attrs.field(init=False, factory=dict)  # oldest first
-    _lost: dict[str, tuple[StartRequest, str, float]] = attrs.field(init=False, factory=dict)
+    # Without a callback. Apart from the others, so that those cannot drive them out.
+    _lost: dict[str, _Settled] = attrs.field(init=False, factory=dict)
     _settled: dict[str, _Settled] = attrs.field(init=False, factory=dict)
     _waiters: dict[str, set[asyncio.Future[None]]] = attrs.field(init=False, factory=dict)
 
     def receive(self, token: str, execution_id: int) -> None:
         """Record a callback."""
         if (callback := self._find(token)) is None:
-            _put(self._callbacks, token, _Callback([execution_id], time.monotonic()))
-        elif execution_id not in callback.ids:
-            callback.ids.append(execution_id)
+            _put(self._callbacks, token, _Callback({execution_id: False}, time.monotonic()))
+        elif len(callback.ids) < _MOST_RUNS:
+            callback.ids.setdefault(execution_id, False)
         self._report(token)
-        self._report_denied(token)
         for future in self._waiters.get(token, ()):
             resolve(future)
+
+    def begin(self, token: str) -> None:
+        """Record that a start is sent, perhaps not for the first time."""
+        self._settled.pop(token, None)
+        self._lost.pop(token, None)
 
     def _drop_waiters_of_closed_loops(self, token: str) -> None:
         # This log outlives event loops, and one that was stopped and closed ended no `wait`.
@@ -112,27 +125,24 @@ class CallbackLog:
 
     def lose(self, token: str, request: StartRequest, base_url: str, elapsed: float = 0.0) -> None:
         """Record that a start's answer was lost, `elapsed` seconds after its call."""
-        callback = self._find(token)
-        if token in self._lost or (callback is not None and callback.is_reported):
-            return
-        _put(self._lost, token, (request, base_url, time.monotonic() - elapsed))
-        self._report(token)
+        if token not in self._lost and token not in self._settled:
+            called_at = time.monotonic() - elapsed
+            _put(self._lost, token, _Settled(request, base_url, called_at, is_lost=True))
+            self._report(token)
 
     def settle(
         self,
         token: str,
         request: StartRequest,
         base_url: str,
-        execution_id: int | None = None,
-        elapsed: float = 0.0,
+        execution_id: int | None,
+        elapsed: float,
     ) -> None:
-        """Record the id in the answer to a start, or that it failed, `elapsed` seconds after it."""
-        # Inputs may be large, and most starts never need this.
-        request = StartRequest(request.workflow, key=request.key)
-        ids = [] if execution_id is None else [execution_id]
+        """Record an answer, or with None a failure, `elapsed` seconds after the start's call."""
         called_at = time.monotonic() - elapsed
-        _put(self._settled, token, _Settled(request, base_url, called_at, ids))
-        self._report_denied(token)
+        start = _Settled(_without_inputs(request), base_url, called_at, execution_id)
+        _put(self._settled, token, start)
+        self._report(token)
 
     def execution_id(self, token: str) -> int | None:
         """Return the execution id of a start whose callback has come."""
@@ -167,56 +177,41 @@ class CallbackLog:
 
     def _report(self, token: str) -> None:
         self._drop_waiters_of_closed_loops(token)
-        callback = self._find(token)
-        if callback is None or token not in self._lost:
+        if (callback := self._find(token)) is None:
             return
-        request, base_url, called_at = self._lost.pop(token)
-        callback.is_reported = True
-        execution_id = callback.execution_id
-        if token not in self._waiters:
-            logger.warning(
-                "execution %d of workflow %.100r had started, although its answer was lost;"
-                " follow it by its id",
-                execution_id,
-                request.workflow,
-            )
-        elapsed = time.monotonic() - called_at
-        self._emit_recovered(execution_id, request, base_url, elapsed)
-        self.settle(token, request, base_url, execution_id, elapsed)
-
-    def _report_denied(self, token: str) -> None:
-        callback, settled = self._find(token), self._settled.get(token)
-        if callback is None or settled is None:
+        if (lost := self._lost.pop(token, None)) is not None:
+            _put(self._settled, token, lost)
+        if (start := self._settled.get(token)) is None:
             return
-        for execution_id in callback.ids:
-            if execution_id in settled.ids:
-                continue
-            why = "although its start failed"
-            if settled.ids:
-                why = f"too, by the same start as execution {settled.ids[0]}"
-            settled.ids.append(execution_id)
-            logger.warning(
-                "execution %d of workflow %.100r had started, %s; follow it by its id",
-                execution_id,
-                settled.request.workflow,
-                why,
+        if start.execution_id is not None:
+            callback.ids[start.execution_id] = True
+        for execution_id in [it for it, is_reported in callback.ids.items() if not is_reported]:
+            other = next((it for it, is_reported in callback.ids.items() if is_reported), None)
+            callback.ids[execution_id] = True  # first, because an observer may be interrupted
+            is_awaited = start.is_lost and other is None and token in self._waiters
+            if not is_awaited:
+                logger.warning(
+                    "execution %d of workflow %.100r %s; follow it by its id",
+                    execution_id,
+                    start.request.workflow,
+                    start.describe_run(other),
+                )
+            self._emit(
+                ExecutionStarted(
+                    execution_id,
+                    start.request,
+                    abandoned=False,
+                    duration=time.monotonic() - start.called_at,
+                    recovered=True,
+                    base_url=start.base_url,
+                )
             )
-            elapsed = time.monotonic() - settled.called_at
-            self._emit_recovered(execution_id, settled.request, settled.base_url, elapsed)
+        start.request = _without_inputs(start.request)
 
-    def _emit_recovered(
-        self, execution_id: int, request: StartRequest, base_url: str, duration: float
-    ) -> None:
-        self._emit(
-            ExecutionStarted(
-                execution_id,
-                request,
-                abandoned=False,
-                duration=duration,
-                recovered=True,
-                base_url=base_url,
-            )
-        )
+
+def _without_inputs(request: StartRequest) -> StartRequest:
+    # They may be large, and ten thousand starts are remembered.
+    return StartRequest(request.workflow, key=request.key)
 
 
 def _put(log: dict[str, T], token: str, entry: T) -> None:

@@ -209,6 +209,8 @@ class Client:
         `token` is the one in the start's own callback URL, if it has one. `began` gets the start.
         """
         now = self.transport.clock()
+        if token is not None:
+            self._callbacks.begin(token)
         http_request = attrs.evolve(http_request, secret=token)
 
         async def post(state: RetryState, once: Start) -> Started:

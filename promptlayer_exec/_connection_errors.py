@@ -77,6 +77,14 @@ def _shows_password(error: BaseException | None) -> bool:
     )
 
 
+def text_of(error: AssertionError | ValueError) -> str:
+    """Return the text of an error, and blank its repr if that may show the password of a proxy."""
+    text = str(error) or repr(error)
+    if isinstance(error, UnicodeError):  # its repr has all that could not be encoded
+        error.args = ()
+    return text
+
+
 def reason_of(error: BaseException | None) -> str:
     if error is not None and is_tls_failure(error) and not isinstance(error, PermanentFailure):
         return _tls_reason(error)
@@ -87,7 +95,8 @@ def reason_of(error: BaseException | None) -> str:
     if isinstance(error, aiohttp.ClientResponseError):
         return f"not a valid HTTP response: {_unquoted(error.message)}"
     if isinstance(error, aiohttp.ClientOSError) and error.errno is None and error.__cause__:
-        return reason_of(error.__cause__)  # for one while writing, as from `GuardedBody`
+        # aiohttp's text for a failed write does not say why.
+        return reason_of(error.__cause__)
     # The text of aiohttp's own may show the headers of an answer that was cut in its head.
     is_cut = isinstance(error, aiohttp.ServerDisconnectedError)
     text = "Server disconnected" if is_cut else str(error)

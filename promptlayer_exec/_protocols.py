@@ -117,5 +117,4 @@ class Idle(Interposed):
         return not self.protocol.should_close and (is_first or not has_partial_head(self.protocol))
 
     def data_received(self, _data: bytes) -> None:
-        self.has_received = True
         self.transport.abort()

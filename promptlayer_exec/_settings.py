@@ -68,9 +68,9 @@ def find_base_url(base_url: str | None) -> str:
     try:
         url = URL(base_url)
         port_is_valid = url.port is not None
-        # It is decoded for errors, though IDNA 2003, which Python has, refuses some valid names.
+        # `host` raises if the name cannot be decoded. Name resolution encodes the other form.
         if url.host and url.raw_host:
-            url.raw_host.encode("idna")  # name resolution will do the same
+            url.raw_host.encode("idna")
     except ValueError:
         # The cause would show the URL, with any password.
         raise ConfigurationError(f"{source} must be a valid URL") from None

@@ -21,6 +21,7 @@ from promptlayer_exec._connection_errors import (
     is_tls_failure,
     reason_of,
     shows_secrets,
+    text_of,
 )
 from promptlayer_exec._connections import GuardedBody, Pool, Pools, SendOnce
 from promptlayer_exec._errors import (
@@ -321,10 +322,9 @@ class Transport:
         # aiohttp asserts that a host has an address of the family that a connector is made for.
         except (AssertionError, ValueError) as error:
             if pool.is_borrowed:
-                what = str(error) or repr(error)
-                # A UnicodeError's repr has the whole text, such as the password of a proxy.
-                cause = ValueError(what) if isinstance(error, UnicodeError) else error
-                raise ConfigurationError(f"the request failed in http=: {what}") from cause
+                raise ConfigurationError(
+                    f"the request failed in http=: {text_of(error)}"
+                ) from error
             exchange.failure = aiohttp.InvalidURL("the proxy's, which may have a password")
         except asyncio.CancelledError as error:
             # If this task was cancelled, and not only something that it awaited, it ends now; but

@@ -194,10 +194,10 @@ def near(name: str, known: Iterable[str], most: int) -> list[str]:
     """
     from difflib import get_close_matches  # noqa: PLC0415 - rarely needed
 
-    wanted = name.casefold()
+    wanted = name[: _LONGEST_COMPARED + 1].casefold()  # which is not shorter
     if len(wanted) > _LONGEST_COMPARED:
         return []
-    pairs = ((it.casefold(), it) for it in known)
+    pairs = ((it.casefold(), it) for it in known if len(it) <= _LONGEST_COMPARED)
     short = (pair for pair in pairs if len(pair[0]) <= _LONGEST_COMPARED)
     folded = dict(islice(short, _MOST_COMPARED))
     return [folded[it] for it in get_close_matches(wanted, folded, n=most)]

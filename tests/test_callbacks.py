@@ -234,11 +234,11 @@ async def test_the_callback_of_a_run_that_the_answer_denied_is_reported(
     )
     if 201 in statuses:
         assert (await session.start("report", {"topic": "otters"})).id == 1002
-        why = "too, by the same start as execution 1002"
+        why = "was begun by the same start as execution 1002"
     else:
         with pytest.raises(PromptLayerExecError):
             await session.start("report", {"topic": "otters"})
-        why = "although its start failed"
+        why = "had started, although its start failed"
     for execution_id in (1001, 1003, 1001) if callback == "last" else (1001,):
         receive_callback(session, tokens[0], execution_id)
     found = [it for it in events if isinstance(it, ExecutionStarted) and it.recovered]
@@ -247,11 +247,9 @@ async def test_the_callback_of_a_run_that_the_answer_denied_is_reported(
         (1003, False),
     ]
     assert found[0].request == StartRequest("report")
-    warnings = [line.message for line in caplog.records if "had started" in line.message]
+    warnings = [line.message for line in caplog.records if "follow it by its id" in line.message]
     assert len(warnings) == 2
-    assert warnings[0] == (
-        f"execution 1001 of workflow 'report' had started, {why}; follow it by its id"
-    )
+    assert warnings[0] == f"execution 1001 of workflow 'report' {why}; follow it by its id"
 
 
 @pytest.mark.parametrize("callbacks", ["before", "after"])
@@ -274,6 +272,57 @@ async def test_the_second_run_of_a_lost_start_is_reported_too(
         receive_callback(session, token, execution_id)
     assert [event.execution_id for event in recorder.of(ExecutionStarted)] == [1001, 1002]
     assert (await session.recover(caught.value)).id == 1001
+
+
+@pytest.mark.parametrize("outcome", ["lost", "refused"])
+def test_runs_of_a_start_that_is_sent_again_are_reported_once(outcome: str) -> None:
+    """A durable batch does so after a refusal; meanwhile, a callback may be that of any attempt."""
+    events: list[Any] = []
+    log = CallbackLog(events.append)
+    log.begin("a")
+    log.settle("a", REQUEST, "", None, 0.0)
+    log.receive("a", 1)
+    log.begin("a")
+    log.receive("a", 2)
+    assert [event.execution_id for event in events] == [1]
+    if outcome == "lost":
+        log.lose("a", REQUEST, "")
+    else:
+        log.settle("a", REQUEST, "", 2, 0.0)
+    for execution_id in (1, 2, 3):
+        log.receive("a", execution_id)
+    told = [1, 2, 3] if outcome == "lost" else [1, 3]
+    assert [event.execution_id for event in events] == told
+
+
+def test_at_most_a_hundred_runs_of_one_start_are_reported(caplog: Any) -> None:
+    """Whoever has its token can name any number of them."""
+    caplog.set_level(logging.CRITICAL)
+    events: list[Any] = []
+    log = CallbackLog(events.append)
+    for execution_id in range(1, 1000):
+        log.receive("a", execution_id)
+    log.lose("a", REQUEST, "")
+    assert [event.execution_id for event in events] == list(range(1, 101))
+    assert events[0].request is REQUEST
+
+
+def test_a_run_is_reported_though_the_observer_of_another_was_interrupted() -> None:
+    """Its next callback does so."""
+    told = []
+
+    def observe(event: Any) -> None:
+        told.append(event.execution_id)
+        if told == [1]:
+            raise KeyboardInterrupt
+
+    log = CallbackLog(observe)
+    for execution_id in (1, 2):
+        log.receive("a", execution_id)
+    with pytest.raises(KeyboardInterrupt):
+        log.lose("a", REQUEST, "")
+    log.receive("a", 2)
+    assert told == [1, 2]
 
 
 def test_an_answer_is_not_lost_if_an_observer_of_another_run_is_interrupted() -> None:
@@ -533,7 +582,7 @@ def test_at_most_ten_thousand_other_starts_are_remembered(
     log = CallbackLog(events.append)
     log.lose("lost", REQUEST, "")
     for number in range(10_001):
-        log.settle(str(number), REQUEST, "", elapsed=2.0)
+        log.settle(str(number), REQUEST, "", None, 2.0)
     clock.now += 5.0
     for number in range(10_001):
         log.receive(str(number), number + 1)

@@ -749,7 +749,8 @@ async def test_the_proxy_s_password_that_cannot_be_sent_is_not_shown(
     ):
         with pytest.raises(ConfigurationError, match="failed in http=: 'latin-1' codec") as caught:
             await session.get_results(1)
-    assert "secret" not in f"{caught.value!r} {caught.value.__cause__!r}"
+    error = caught.value
+    assert "secret" not in f"{error!r} {error.__cause__!r} {error.__context__!r}"
 
 
 async def test_a_refused_request_over_http_is_an_error_status(

@@ -31,6 +31,7 @@ from promptlayer_exec._workflow_wire import (
     workflows_filter,
     workflows_request,
 )
+from promptlayer_exec._workflows import near
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 DOCUMENTED: dict[str, Any] = {
@@ -404,6 +405,18 @@ def test_near_misses_are_looked_for_among_so_many_names(
     with pytest.raises(ValueError, match="needs the input") as caught:
         requires(**dict.fromkeys(required, "string")).check_inputs(dict.fromkeys(given))
     assert "did you mean" not in str(caught.value)
+
+
+def test_long_names_are_not_folded() -> None:
+    """That of megabytes of text would hold the event loop."""
+
+    class Long(str):
+        __slots__ = ()
+
+        def casefold(self) -> str:
+            raise AssertionError
+
+    assert near("topik", [Long("x" * 51), "topic"], 1) == ["topic"]
 
 
 @pytest.mark.parametrize("inputs", [{"topic": None, "more": 1}, Inputs("x")], ids=repr)

@@ -67,7 +67,7 @@ class _Drawing:
         self._lanes_from = {name: [] for name in self.lanes_into}
         for lane in dict.fromkeys(self.lanes_into.values()):
             for name in lane:
-                self._lanes_from.setdefault(name, []).append(lane)
+                self._lanes_from[name].append(lane)
 
     def add(self, name: str, mark: str) -> None:
         """Draw a node, and the edges that leave it."""
