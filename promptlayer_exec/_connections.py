@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import aiohttp
 import anyio
@@ -47,8 +47,8 @@ class _CleanConnector(aiohttp.TCPConnector):
     """Gives no connection on which the server spoke first, as with the end of the handshake."""
 
     def __init__(self, *, force_close: bool) -> None:
-        super().__init__(limit=0, force_close=force_close)
-        self._tls_sockets: WeakKeyDictionary[asyncio.Transport, socket.socket] = WeakKeyDictionary()
+        super().__init__(limit=0, force_close=force_close, socket_factory=self._open_socket)
+        self._sockets: WeakSet[socket.socket] = WeakSet()
 
     async def connect(
         self, req: aiohttp.ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
@@ -75,23 +75,25 @@ class _CleanConnector(aiohttp.TCPConnector):
             return idle
         idle = Idle(transport)
         idle.begin()
-        if not idle.is_plain:
-            with suppress(TypeError):  # uvloop's has no weak references
-                self._tls_sockets[transport] = transport.get_extra_info("socket")
         return idle
 
-    async def close(self, *, abort_ssl: bool = False) -> None:
-        """Close all connections, first those over TLS that wait for the peer's `close_notify`.
+    def _open_socket(self, address: aiohttp.AddrInfoType) -> socket.socket:
+        family, kind, protocol, *_ = address
+        opened = socket.socket(family, kind, protocol)
+        self._sockets.add(opened)
+        return opened
 
-        Only the end of its socket can end one at once that asyncio closed twice. aiohttp would ask
-        it whether it uses TLS, fail, and forget the others.
+    async def close(self, *, abort_ssl: bool = False) -> None:
+        """Close all connections, beginning with their sockets.
+
+        Over TLS, one that was being made when its task was cancelled waits for the peer's
+        `close_notify`, and aiohttp does not know it. One that was closed twice is known, but makes
+        aiohttp fail and forget the others.
         """
-        closing = [pair for pair in self._tls_sockets.items() if pair[0].is_closing()]
-        for transport, tls_socket in closing:
-            transport.abort()
-            with suppress(OSError):
-                tls_socket.shutdown(socket.SHUT_RDWR)
-        for _ in range(_STEPS_TO_END if closing else 0):
+        for opened in self._sockets:
+            with suppress(OSError):  # it is closed already
+                opened.shutdown(socket.SHUT_RDWR)
+        for _ in range(_STEPS_TO_END if self._sockets else 0):
             with suppress(asyncio.CancelledError):  # the rest must be closed all the same
                 await asyncio.sleep(0)
         await super().close(abort_ssl=abort_ssl)

@@ -307,6 +307,41 @@ async def test_a_connection_that_its_peer_does_not_close_ends_with_the_session(
                 pass
 
 
+async def test_closing_leaves_no_socket_of_a_tls_connection_that_was_being_made(
+    listen: Listen, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its task is cancelled as the handshake ends; asyncio then waits for a `close_notify`."""
+
+    class Silent(ssl.SSLObject):
+        def unwrap(self) -> Any:
+            raise ssl.SSLWantReadError  # so that no `close_notify` is sent
+
+    class CancelledHandshake(ssl.SSLObject):
+        def do_handshake(self) -> None:
+            super().do_handshake()
+            asyncio.get_running_loop().call_soon(call.cancel)
+
+    class Recorded(socket.socket):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            opened.append(self)
+
+    theirs = trust(monkeypatch)
+    theirs.sslobject_class = Silent
+    port = await listen(peer.serve, theirs)
+    peer.url = f"https://localhost:{port}"
+    ours = aiohttp.connector._SSL_CONTEXT_VERIFIED  # type: ignore[attr-defined]
+    ours.sslobject_class = CancelledHandshake
+    opened: list[socket.socket] = []
+    monkeypatch.setattr(socket, "socket", Recorded)
+    async with session_at(peer) as session:
+        call = asyncio.create_task(session.get_results(1))
+        await asyncio.wait([call])
+    assert call.cancelled()
+    assert opened
+    assert not [one for one in opened if one.fileno() >= 0 and one.getsockname()[1] != port]
+
+
 @pytest.mark.parametrize("steps", [None, *range(16)])
 async def test_a_broken_connection_does_not_keep_others_open(
     listen: Listen,
@@ -494,12 +529,12 @@ async def test_a_part_of_a_head_before_a_start_is_sent_is_not_its_answer(
     assert peer.posts() == 1
 
 
-def trust(monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
-    """Return the context of a server for localhost, which aiohttp trusts from now on."""
+def trust(monkeypatch: pytest.MonkeyPatch, host: str = "localhost") -> ssl.SSLContext:
+    """Return the context of a server, which aiohttp trusts from now on."""
     authority = trustme.CA()
     ours, theirs = ssl.create_default_context(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.configure_trust(ours)
-    authority.issue_cert("localhost").configure_cert(theirs)
+    authority.issue_cert(host).configure_cert(theirs)
     monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", ours)
     return theirs
 
