@@ -698,6 +698,26 @@ def test_a_response_while_a_new_connection_is_looked_at_is_not_used(
     assert slept >= steps
 
 
+async def test_a_call_that_is_cancelled_while_its_connection_is_looked_at_closes_it(
+    listen: Listen, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the garbage collector does, with a warning."""
+    peer.url = f"https://localhost:{await listen(peer.serve, trust(monkeypatch))}"
+    sleep = asyncio.sleep
+
+    async def be_cancelled(_: float) -> None:
+        call.cancel()
+        await sleep(0)
+
+    async with session_at(peer) as session:
+        call = asyncio.create_task(value_of(session, 5))
+        monkeypatch.setattr(asyncio, "sleep", be_cancelled)
+        await asyncio.wait([call])
+        monkeypatch.setattr(asyncio, "sleep", sleep)
+        assert call.cancelled()
+        assert await value_of(session, 6) == "6"
+
+
 async def test_a_response_before_any_request_is_a_failed_connection(
     listen: Listen, peer: Peer
 ) -> None:
