@@ -234,14 +234,16 @@ class Start:
             self._warn(error)
 
     def _succeed(self, started: Started) -> None:
-        if self._answer.cancelled():
-            self._report(started, abandoned=True)
-        elif self._is_closing():
-            self._answer.set_exception(SessionClosed(execution_id=started.execution_id))
-            self._report(started, abandoned=True)
-        else:
-            self._answer.set_result(started)
-        self._end(started)  # last, because an observer may be interrupted
+        try:
+            if self._answer.cancelled():
+                self._report(started, abandoned=True)
+            elif self._is_closing():
+                self._answer.set_exception(SessionClosed(execution_id=started.execution_id))
+                self._report(started, abandoned=True)
+            else:
+                self._answer.set_result(started)
+        finally:  # each of the two calls observers, which may be interrupted
+            self._end(started)
 
     def _fail(self, error: BaseException) -> None:
         if self._answer.cancelled():

@@ -1055,6 +1055,27 @@ async def test_a_cut_number_is_not_taken_for_a_complete_one(peer: Peer, how: str
     assert "Accept-Encoding: identity" in peer.requests[0][1]
 
 
+@pytest.mark.parametrize("how", ["gzip", "until the connection ends"])
+async def test_an_id_before_a_cut_behind_a_digit_is_used(peer: Peer, how: str) -> None:
+    """The answer to a start is an object, so the digit is not a part of a number that is all."""
+    part = b'{"workflow_version_execution_id": 787, "warning": "took 12'
+
+    async def respond(head: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 201 Created\r\n")
+        if how == "gzip":
+            packer = zlib.compressobj(wbits=31)
+            packed = packer.compress(part) + packer.flush(zlib.Z_SYNC_FLUSH)
+            writer.write(b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(packed))
+            writer.write(packed)
+        else:
+            writer.write(b"\r\n" + part)
+        writer.close()
+
+    peer.respond = respond
+    async with session_at(peer) as session:
+        assert (await session.start("name")).id == 787
+
+
 class OwnResponse(aiohttp.ClientResponse):
     """A response whose text is not what was received."""
 

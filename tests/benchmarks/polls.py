@@ -1,9 +1,12 @@
 """Compare the cost of a poll with aiohttp, httpx and the vendor's SDK; fail on a missed target.
 
-Usage: python tests/benchmarks/polls.py [--rounds N] [--speed PYTHON] [--vendor PYTHON]
+Usage: python tests/benchmarks/polls.py [--instructions] [--rounds N] [--speed PYTHON]
+           [--vendor PYTHON]
 
 Run it with a Python that has this package and httpx installed. The Python of `--speed` has this
-package with msgspec, and that of `--vendor` has the vendor's SDK.
+package with msgspec, and that of `--vendor` has the vendor's SDK. With `--instructions`, valgrind
+counts what the processor executes: unlike its time, that does not depend on what else the machine
+does. It is slow, so only those contenders run that have targets.
 """
 
 from __future__ import annotations
@@ -12,13 +15,17 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+from contender import CONNECTIONS
 
 HERE = Path(__file__).parent
 LONGEST_RUN = 100.0
@@ -59,6 +66,13 @@ LEAST_VENDOR = 50.0
 SLOW_POLLS = 100
 
 Measured = dict[str, float]
+Columns = dict[str, Callable[[Measured], str]]
+TIME: Columns = {
+    "polls/s": lambda it: f"{it['rate']:,.0f}",
+    "CPU per poll": lambda it: f"{it['cpu'] * 1e6:,.0f} µs",
+    "peak memory": lambda it: f"{it['peak'] / 2**20:.0f} MiB",
+}
+INSTRUCTIONS: Columns = {"instructions per poll": lambda it: f"{it['cpu']:,.0f}"}
 
 
 @contextmanager
@@ -79,56 +93,89 @@ def pinned(core: int, command: list[str]) -> list[str]:
     return ["taskset", "--cpu-list", str(core), *command]
 
 
-def measure(contender: Contender, body: Body) -> Measured:
-    """Return what one run measured, in its own process."""
+def run(contender: Contender, body: Body, polls: int, *wrapper: str) -> tuple[str, str]:
+    """Run a contender in its own process, and return its standard output and error."""
     program = contender.program
-    polls = min(body.polls, SLOW_POLLS) if program == "vendor" else body.polls
-    command = [contender.python, str(HERE / "contender.py"), program]
     # A watch continues while the answer is 202; the vendor's SDK accepts only 200.
     with server(202 if program == "unchanged" else 200, body) as base_url:
+        command = [*wrapper, contender.python, str(HERE / "contender.py"), program, base_url]
         finished = subprocess.run(
-            pinned(CLIENT_CORE, [*command, base_url, str(polls)]),
-            stdout=subprocess.PIPE,
-            env=os.environ | MALLOC,
+            pinned(CLIENT_CORE, [*command, str(polls)]),
+            capture_output=True,
+            text=True,
+            env=os.environ | MALLOC | {"PYTHONHASHSEED": "0"},
             timeout=LONGEST_RUN,
             check=True,
         )
-    measured: Measured = json.loads(finished.stdout)
+    return finished.stdout, finished.stderr
+
+
+def measure(contender: Contender, body: Body) -> Measured:
+    """Return what one run measured."""
+    is_slow = contender.program == "vendor"
+    output, _ = run(contender, body, min(body.polls, SLOW_POLLS) if is_slow else body.polls)
+    measured: Measured = json.loads(output)
     return measured
 
 
-def medians(contenders: list[Contender], body: Body, rounds: int) -> dict[str, Measured]:
+def count_instructions(contender: Contender, body: Body) -> Measured:
+    """Return the instructions per poll: those of a longer run that a shorter one does not have."""
+    valgrind = (
+        "valgrind",
+        "--tool=cachegrind",
+        "--cache-sim=no",
+        "--cachegrind-out-file=/dev/null",
+    )
+    polls = max(body.polls // 10 // CONNECTIONS, 1) * CONNECTIONS
+    counts = []
+    for each in (polls, 2 * polls):
+        _, errors = run(contender, body, each, *valgrind)
+        count = re.search(r"I\s+refs:\s+([\d,]+)", errors)
+        assert count is not None, errors
+        counts.append(int(count[1].replace(",", "")))
+    return {"cpu": (counts[1] - counts[0]) / polls}
+
+
+Results = dict[str, Measured]
+
+
+def ratios(contenders: list[Contender], body: Body, measure: Callable[..., Measured]) -> Results:
+    """Return what each contender needs, also ÷ what bare aiohttp needs."""
+    results = {contender.name: measure(contender, body) for contender in contenders}
+    for measured in results.values():
+        measured["ratio"] = measured["cpu"] / results[BARE]["cpu"]
+    return results
+
+
+def medians(contenders: list[Contender], body: Body, rounds: int) -> Results:
     """Return the medians over rounds for each contender, also of the ratios within each round."""
-    runs = []
-    for _ in range(rounds):
-        run = {contender.name: measure(contender, body) for contender in contenders}
-        for measured in run.values():
-            measured["ratio"] = measured["cpu"] / run[BARE]["cpu"]
-        runs.append(run)
+    runs = [ratios(contenders, body, measure) for _ in range(rounds)]
     return {
         name: {key: statistics.median(run[name][key] for run in runs) for key in measured}
         for name, measured in runs[0].items()
     }
 
 
-def table(contenders: list[Contender], rounds: int) -> tuple[list[str], list[str]]:
+def table(
+    contenders: list[Contender],
+    results_for: Callable[[list[Contender], Body], Results],
+    columns: Columns,
+) -> tuple[list[str], list[str]]:
     """Return the lines of the tables, and of each missed target."""
     lines, misses = [], []
     for number, body in enumerate(BODIES):
-        results = medians(contenders, body, rounds)
+        results = results_for(contenders, body)
         lines += [
             "",
-            f"| {body.name} | polls/s | CPU per poll | ÷ bare aiohttp | target | peak memory |",
-            "|---|---|---|---|---|---|",
+            f"| {body.name} | {' | '.join(columns)} | ÷ bare aiohttp | target |",
+            "|---" * (len(columns) + 3) + "|",
         ]
         for contender in contenders:
             measured = results[contender.name]
             most = contender.targets[number] if contender.targets else None
-            lines.append(
-                f"| {contender.name} | {measured['rate']:,.0f} | {measured['cpu'] * 1e6:,.0f} µs"
-                f" | {measured['ratio']:.2f} | {f'≤ {most:.2f}' if most else ''}"
-                f" | {measured['peak'] / 2**20:.0f} MiB |"
-            )
+            cells = [contender.name, *(show(measured) for show in columns.values())]
+            target = f"≤ {most:.2f}" if most else ""
+            lines.append(f"| {' | '.join(cells)} | {measured['ratio']:.2f} | {target} |")
             if most is not None and measured["ratio"] > most:
                 misses.append(
                     f"{contender.name}, {body.name}: {measured['ratio']:.2f} > {most:.2f}"
@@ -145,6 +192,7 @@ def main() -> int:
     """Print the tables, and return 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--instructions", action="store_true", help="count them, with valgrind")
     parser.add_argument("--speed", metavar="PYTHON", help="a Python with this package and msgspec")
     parser.add_argument("--vendor", metavar="PYTHON", help="a Python with the vendor's SDK")
     given = parser.parse_args()
@@ -153,15 +201,21 @@ def main() -> int:
         Contender(BARE, "bare", own),
         Contender("ours", "ours", own, (1.50, 1.40, 1.10)),
         Contender("ours, unchanged", "unchanged", own, (1.15, 0.50, 0.35)),
-        Contender("httpx", "httpx", own),
     ]
     if given.speed:
         contenders.insert(2, Contender("ours, `speed`", "ours", given.speed, (1.45, 0.90, 0.50)))
-    if given.vendor:
-        contenders.append(Contender("vendor", "vendor", given.vendor))
-    lines, misses = table(contenders, given.rounds)
+    if given.instructions:
+        what = "instructions counted by valgrind"
+        count = partial(ratios, measure=count_instructions)
+        lines, misses = table(contenders, count, INSTRUCTIONS)
+    else:
+        what = f"medians of {given.rounds} rounds"
+        contenders.append(Contender("httpx", "httpx", own))
+        if given.vendor:
+            contenders.append(Contender("vendor", "vendor", given.vendor))
+        lines, misses = table(contenders, partial(medians, rounds=given.rounds), TIME)
     sys.stdout.write(
-        f"Python {platform.python_version()}, medians of {given.rounds} rounds, "
+        f"Python {platform.python_version()}, {what}, "
         + " ".join(f"{name}={value}" for name, value in MALLOC.items())
         + "\n"
         + "\n".join([*lines, "", *(f"missed: {miss}" for miss in misses)])
