@@ -283,6 +283,8 @@ def bench(session: nox.Session) -> None:
     pythons = {name: _make_venv(session, name, package) for name, package in others.items()}
     session.install(".[dbos,push]", "httpx", "matplotlib")
     _install_postgresql(session)
+    if shutil.which("valgrind") is None:
+        _install_debian(session, "valgrind")
     failed = []
     for program, *arguments in (
         ("imports.py",),
@@ -293,6 +295,7 @@ def bench(session: nox.Session) -> None:
         ("network.py",),
         ("__main__.py", *session.posargs),
         ("polls.py", *(part for name in others for part in (f"--{name}", pythons[name]))),
+        ("polls.py", "--instructions", "--speed", pythons["speed"]),
     ):
         try:
             session.run("python", f"tests/benchmarks/{program}", *arguments)
