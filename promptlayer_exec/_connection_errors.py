@@ -77,7 +77,7 @@ def _shows_password(error: BaseException | None) -> bool:
     )
 
 
-def text_of(error: AssertionError | ValueError) -> str:
+def text_of(error: Exception) -> str:
     """Return the text of an error, and blank its repr if that may show the password of a proxy."""
     text = str(error) or repr(error)
     if isinstance(error, UnicodeError):  # its repr has all that could not be encoded

@@ -74,6 +74,7 @@ _LONGEST_HEADER = 32 * 1024
 _MOST_HEADERS = 512
 # As much as asyncio reads at once: with less, a large body pauses its connection at each read.
 _READ_BUFFER = 256 * 1024
+_CLOSED = "the borrowed aiohttp.ClientSession is closed"
 
 
 class NewTimeout(Protocol):
@@ -285,7 +286,7 @@ class Transport:
     ) -> None:
         """Send a request, and record in `exchange` what arrived of the answer, or the failure."""
         if pool.is_borrowed and pool.http.closed:
-            raise SessionClosed("the borrowed aiohttp.ClientSession is closed")
+            raise SessionClosed(_CLOSED)
         data = None
         if request.body is not None and once is not None:
             data = GuardedBody(request.body, once, until)
@@ -319,13 +320,8 @@ class Transport:
         # OSError is also every TimeoutError. aiohttp's parser in Python raises its own error.
         except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError) as error:
             exchange.failure = error
-        # aiohttp asserts that a host has an address of the family that a connector is made for.
-        except (AssertionError, ValueError) as error:
-            if pool.is_borrowed:
-                raise ConfigurationError(
-                    f"the request failed in http=: {text_of(error)}"
-                ) from error
-            exchange.failure = aiohttp.InvalidURL("the proxy's, which may have a password")
+        except (AssertionError, AttributeError, ValueError) as error:
+            exchange.failure = _explain(error, pool)
         except asyncio.CancelledError as error:
             # If this task was cancelled, and not only something that it awaited, it ends now; but
             # an id that has arrived is not thrown away.
@@ -404,3 +400,18 @@ class Transport:
 def _excerpt(body: bytes, redactor: Redactor) -> str:
     # Redacted before it is cut: half a key would also reveal much.
     return excerpt(redactor.redact_bytes(body[:_ERROR_BODY_BYTES]))
+
+
+def _explain(error: Exception, pool: Pool) -> aiohttp.InvalidURL:
+    """Return or raise what an error that is not about a connection means.
+
+    aiohttp asserts that a connector is open, and that a host has an address of the family that the
+    connector is made for; a session that is detached has no connector.
+    """
+    if pool.is_borrowed and pool.http.closed:
+        raise SessionClosed(_CLOSED) from error
+    if isinstance(error, AttributeError):
+        raise error
+    if pool.is_borrowed:
+        raise ConfigurationError(f"the request failed in http=: {text_of(error)}") from error
+    return aiohttp.InvalidURL("the proxy's, which may have a password")

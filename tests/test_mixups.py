@@ -34,6 +34,7 @@ from promptlayer_exec import (
     RequestTimeout,
     RetryPolicy,
     Session,
+    SessionClosed,
     StartRequest,
     StartUnknown,
 )
@@ -817,6 +818,47 @@ async def test_a_connector_for_another_family_of_addresses_is_a_mistake_in_the_s
             await value_of(session, 1)
         with pytest.raises(ConfigurationError, match=r"failed in http=: AssertionError\(\)"):
             await session.start("w")
+
+
+@pytest.mark.parametrize("end", [aiohttp.ClientSession.close, aiohttp.ClientSession.detach])
+async def test_a_borrowed_session_that_is_closed_during_a_call_is_named(
+    peer: Peer, end: Callable[[aiohttp.ClientSession], Any]
+) -> None:
+    """Otherwise the error is one of aiohttp's assertions, or an AttributeError."""
+
+    async def end_session(
+        request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+    ) -> aiohttp.ClientResponse:
+        if asyncio.iscoroutine(ended := end(http)):
+            await ended
+        return await handler(request)
+
+    for call in (lambda session: session.get_results(1), lambda session: session.start("w")):
+        connector = aiohttp.TCPConnector()
+        async with (
+            connector,
+            aiohttp.ClientSession(connector=connector, middlewares=[end_session]) as http,
+            session_at(peer, http=http) as session,
+        ):
+            with pytest.raises(
+                SessionClosed, match=r"the borrowed aiohttp\.ClientSession is closed"
+            ):
+                await call(session)
+    assert peer.posts() == 0
+
+
+async def test_an_attribute_error_of_a_middleware_is_raised_as_it_is(peer: Peer) -> None:
+    """It is a fault of the caller's, whose traceback shows where."""
+
+    async def fail(*_: Any) -> Any:
+        raise AttributeError("mine")
+
+    async with (
+        aiohttp.ClientSession(middlewares=[fail]) as http,
+        session_at(peer, http=http) as session,
+    ):
+        with pytest.raises(AttributeError, match="mine"):
+            await session.get_results(1)
 
 
 async def test_a_connection_that_the_server_has_closed_is_not_used(

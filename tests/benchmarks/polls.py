@@ -28,7 +28,7 @@ from typing import NamedTuple
 from contender import CONNECTIONS
 
 HERE = Path(__file__).parent
-LONGEST_RUN = 100.0
+LONGEST_RUN = 600.0
 ROUNDS = 5
 BARE = "bare aiohttp"
 CLIENT_CORE, SERVER_CORE = 1, 0
