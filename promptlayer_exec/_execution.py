@@ -262,7 +262,7 @@ class Execution:
 
 
 class _Recalling:
-    """Gives an error the last snapshot of a handle's earlier calls, if it has none itself.
+    """Gives an error the last snapshot of a handle's other calls, if it has none, or not the last.
 
     Ten thousand waits may hold one each, and a `contextmanager` takes half a kilobyte.
     """
@@ -277,7 +277,8 @@ class _Recalling:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, PromptLayerExecError):
-            error.last_snapshot = error.last_snapshot or self._execution._last
+            own, last = error.last_snapshot, self._execution._last
+            error.last_snapshot = last if last is not None and last.complete else own or last
 
 
 class _Following:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -15,6 +16,7 @@ from promptlayer_exec import (
     ExecutionFailed,
     ExecutionTimeout,
     NotFound,
+    PollPolicy,
     Session,
     SessionClosed,
 )
@@ -141,6 +143,22 @@ async def test_a_newer_snapshot_of_the_error_itself_is_kept(
         await waiting
     assert caught.value.last_snapshot is not None
     assert caught.value.last_snapshot is not first
+
+
+async def test_an_error_has_the_complete_snapshot_that_another_call_saw(
+    sim: Simulator, open_session: Callable[..., Session], held: int
+) -> None:
+    """The wait's own last poll was before the end."""
+    session = open_session(poll=PollPolicy.fixed(10.0))
+    execution = session.execution(held)
+    waiting = asyncio.create_task(execution.wait(timeout=0.2))
+    await sim.wait_for_requests(1)
+    sim.finish(held, "Answer")
+    complete = await execution.snapshot()
+    assert complete.complete
+    with pytest.raises(ExecutionTimeout) as caught:
+        await waiting
+    assert caught.value.last_snapshot is complete
 
 
 async def test_what_is_complete_stays_so(sim: Simulator, session: Session, held: int) -> None:
