@@ -1334,17 +1334,17 @@ async def test_a_start_is_not_sent_when_its_time_is_up(peer: Peer) -> None:
         nonlocal stood_still
         if not stood_still:
             stood_still = True
-            time.sleep(0.15)  # noqa: ASYNC251 - as in a debugger
+            time.sleep(0.6)  # noqa: ASYNC251 - as in a debugger
         return await handler(request)
 
     async def respond(head: str, writer: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(0.08)
+        await asyncio.sleep(0.2)
         await peer.echo(head, writer)
 
     peer.respond = respond
     async with (
         aiohttp.ClientSession(middlewares=[block]) as http,
-        session_at(peer, http=http, request_timeout=0.1) as session,
+        session_at(peer, http=http, request_timeout=0.5) as session,
     ):
         assert (await session.start("name")).id == 787
     assert peer.posts() == 1
