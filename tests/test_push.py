@@ -687,7 +687,8 @@ class TestFaults:
         await server.until(lambda: server.count(TOKEN) > 0)
         paths = [path for _, path in server.log]
         last = max(number for number, path in enumerate(paths) if path.endswith("/run"))
-        assert len([path for path in paths[:last] if not path.endswith("/run")]) <= 2
+        # Otherwise there are nine or more. A start makes a connection, so some overtake it.
+        assert len([path for path in paths[:last] if not path.endswith("/run")]) <= 5
 
     @pytest.mark.parametrize(
         "body", [[], {}, {"token_details": 7}, {"token_details": {"token": 7}}]
