@@ -530,12 +530,12 @@ async def test_a_part_of_a_head_before_a_start_is_sent_is_not_its_answer(
     assert peer.posts() == 1
 
 
-def trust(monkeypatch: pytest.MonkeyPatch, host: str = "localhost") -> ssl.SSLContext:
-    """Return the context of a server, which aiohttp trusts from now on."""
+def trust(monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
+    """Return the context of a server for localhost, which aiohttp trusts from now on."""
     authority = trustme.CA()
     ours, theirs = ssl.create_default_context(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.configure_trust(ours)
-    authority.issue_cert(host).configure_cert(theirs)
+    authority.issue_cert("localhost").configure_cert(theirs)
     monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", ours)
     return theirs
 
