@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast
@@ -68,11 +68,13 @@ class _CleanConnector(aiohttp.TCPConnector):
 
     def _idle(self, connection: aiohttp.connector.Connection) -> Idle | None:
         """Return what has watched a connection while nobody used it; None if that is closed."""
-        if (transport := connection.transport) is None or transport.is_closing():
+        if (transport := connection.transport) is None:
             return None
         idle = protocol_of(transport)
-        if idle is None or isinstance(idle, Idle):
+        if isinstance(idle, Idle):  # `take` finds out whether it is closed
             return idle
+        if idle is None or transport.is_closing():
+            return None
         idle = Idle(transport)
         idle.begin()
         return idle
@@ -123,11 +125,13 @@ class _GuardedRequest(aiohttp.ClientRequest):
 
     used: asyncio.Transport | None = None
 
-    async def send(self, conn: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
+    def send(
+        self, conn: aiohttp.connector.Connection
+    ) -> Coroutine[Any, Any, aiohttp.ClientResponse]:
         self.used = conn.transport
         if self.used is not None and isinstance(self.body, GuardedBody):
             self.body.guard(self.used)
-        return await super().send(conn)
+        return super().send(conn)
 
 
 # How many connections are tried without a delay. After that, the attempt has failed.

@@ -90,6 +90,9 @@ class Interposed:
 class Idle(Interposed):
     """Closes a connection of the pool on which the server speaks without being asked.
 
+    It stays when a request uses the connection, between `take` and `begin`, and passes on what
+    arrives: to change a transport's protocol twice would cost more.
+
     aiohttp's pool checks only that a connection is open. Bytes that arrived while it was idle would
     be read as the response to the next request, and its response as that of the one after it.
 
@@ -99,22 +102,28 @@ class Idle(Interposed):
     def __init__(self, transport: asyncio.Transport) -> None:
         super().__init__(transport)
         self.is_new = True
+        self.is_idle = False
         self.is_plain = is_plain(transport)
         self.is_readable = readable(transport)
 
     def begin(self) -> None:
         if self.protocol.should_close:
             self.transport.abort()
-        else:
+            return
+        self.is_idle = True
+        if protocol_of(self.transport) is not self:  # it is new, or a `_ReadingBody` stands there
             super().begin()
 
     def take(self) -> bool:
-        """End, and return True if the next bytes can be the response to a request."""
+        """Return True if the connection can be used: the next bytes are those of a response."""
         if self.transport.is_closing() or (self.is_plain and self.is_readable()):
             return False
-        self.transport.set_protocol(self.protocol)
+        self.is_idle = False
         is_first, self.is_new = self.is_new, False
         return not self.protocol.should_close and (is_first or not has_partial_head(self.protocol))
 
-    def data_received(self, _data: bytes) -> None:
-        self.transport.abort()
+    def data_received(self, data: bytes) -> None:
+        if self.is_idle:
+            self.transport.abort()
+        else:
+            self.protocol.data_received(data)

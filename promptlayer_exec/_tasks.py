@@ -239,11 +239,13 @@ class TaskTimeout(PatientTimeout):
     __slots__ = ()
 
     async def __aenter__(self) -> Self:
-        if is_cancelled():
+        await super().__aenter__()
+        if self._cancelling:
+            self.cancel()
             # Raised here if it is still pending: a task that ends with it counts as cancelled.
             await asyncio.sleep(0)
             raise asyncio.CancelledError
-        return await super().__aenter__()
+        return self
 
 
 @attrs.define(eq=False)

@@ -7,6 +7,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from random import random
 from typing import Protocol, TypeVar
 
@@ -95,10 +96,14 @@ class Transport:
     _recent_starts: RecentStarts
     _emit: Emit
     _outages: OutageLog = attrs.field(init=False, factory=OutageLog)
-    # The time of the loop; asking for the running loop takes a system call on Python 3.11.
-    clock: Callable[[], float] = attrs.field(
-        init=False, factory=lambda: asyncio.get_running_loop().time
-    )
+    # Asking for the running loop takes a system call on Python 3.11.
+    _loop: asyncio.AbstractEventLoop = attrs.field(init=False, factory=asyncio.get_running_loop)
+    clock: Callable[[], float] = attrs.field(init=False)  # the time of the loop
+    _task_timeout: NewTimeout = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.clock = self._loop.time
+        self._task_timeout = partial(TaskTimeout, loop=self._loop)
 
     def with_url(self, request: Request) -> Request:
         """Return a request with its URL, so that attempts do not build it again."""
@@ -112,7 +117,7 @@ class Transport:
         *,
         due: float,
         once: SendOnce | None = None,
-        timeout: NewTimeout = TaskTimeout,
+        timeout: NewTimeout | None = None,
         first: bool = False,
         of_push: bool = False,
     ) -> Reply[T]:
@@ -120,9 +125,10 @@ class Transport:
 
         An error from `read` is handled like any other failure. `due` is when the request should be
         sent, on the event loop's clock; `once` is a request that must not be sent twice. Whatever
-        waits does so within a `timeout`. A request that goes `first` waits for at most one ordinary
-        request; those of push have connections of their own.
+        waits does so within a `timeout`, by default one for a task of our own. A request that goes
+        `first` waits for at most one ordinary request; those of push have connections of their own.
         """
+        timeout = timeout or self._task_timeout
         pools = self._pools
         pool = pools.push if of_push else pools.reads if once is None else pools.starts
         answered = False
@@ -290,7 +296,7 @@ class Transport:
         data = None
         if request.body is not None and once is not None:
             data = GuardedBody(request.body, once, until)
-        url = request.url or self._url(request)
+        url = self._url(request) if request.url is None else request.url
         try:
             answer = await pool.http.request(
                 request.method,

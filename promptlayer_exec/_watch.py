@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from random import random
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import attrs
 
@@ -134,6 +134,7 @@ class Watch:
     _final_count: int = attrs.field(init=False, default=0)
     _error: Exception | None = attrs.field(init=False, default=None)
     _task: asyncio.Task[Any] | None = attrs.field(init=False, default=None)
+    _loop: asyncio.AbstractEventLoop = attrs.field(init=False)  # while it runs
     # Resolved at the time of the next poll, or by a wake-up; None during a poll.
     _alarm: asyncio.Future[None] | None = attrs.field(init=False, default=None)
     _woken_by: WakeSource | None = attrs.field(init=False, default=None)
@@ -236,14 +237,15 @@ class Watch:
         """Poll until the execution is complete, the last follower is removed, or a poll fails."""
         if not self._followers or self._has_ended:  # and was cancelled in its last step
             return
-        self._task = asyncio.current_task()
-        started = self._changed_at = clock()
+        self._task = task = cast("asyncio.Task[None]", asyncio.current_task())
+        self._loop = asyncio.get_running_loop()
+        started = self._changed_at = self._loop.time()
         error: Exception | None = None
         following: float | None = started
         try:
             self._emit(WatchStarted(self.execution_id, self._workflow, self._base_url))
             while following is not None:
-                due = await self._sleep_until(following)
+                due = await self._sleep_until(following, task)
                 following = await self._poll_once(started, due)
         except asyncio.CancelledError as cancelled:
             if self._followers:
@@ -259,13 +261,13 @@ class Watch:
             self._task = None
             if self._net is not None:
                 self._net.release(self._reschedule)
-            self._end(error, elapsed=clock() - started)
+            self._end(error, elapsed=self._loop.time() - started)
 
-    async def _sleep_until(self, scheduled: float) -> float:
+    async def _sleep_until(self, scheduled: float, task: asyncio.Task[None]) -> float:
         """Sleep until the next poll, and return when it was due: as scheduled, or woken."""
-        if is_cancelled():  # and a limiter, for example, suppressed it
+        if task.cancelling():  # and a limiter, for example, suppressed it
             raise asyncio.CancelledError
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         # What is found out only now does not make the poll late, as waiting for the rate does.
         earliest = loop.time()
         while (due := max(self._due(scheduled), earliest)) > loop.time():
@@ -301,7 +303,7 @@ class Watch:
             self._retries = RetryState(self._retry, self._retry.watch_outage)
         is_woken = self._cause is not None
         reply = await self._fetch(self._retries, due=due, first=is_woken and self._goes_first)
-        now = clock()
+        now = self._loop.time()
         previous = self.latest
         snapshot = take_snapshot(self.execution_id, reply, elapsed=now - started, previous=previous)
         if previous is None or snapshot.nodes is not previous.nodes:
