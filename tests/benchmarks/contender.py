@@ -1,10 +1,15 @@
 """Poll with one client over 50 connections, and print what that cost as JSON.
 
-Usage: contender.py NAME BASE_URL POLLS
+Usage: contender.py NAME BASE_URL --polls NUMBER
+       contender.py NAME BASE_URL --seconds NUMBER
+
+With a number of seconds, it prints `ready` when its connections are open, and measures that long
+once it has read a line.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import resource
@@ -69,76 +74,103 @@ async def vendor(base_url: str) -> AsyncIterator[Poll]:
     yield lambda: _get_final_output(base_url, 7, True, headers={"X-API-KEY": KEY})
 
 
-async def poll_repeatedly(open_: Open, base_url: str, polls: int) -> dict[str, float]:
-    """Measure that many polls in all, made by all connections at once after they are open."""
-    async with open_(base_url) as poll:
+class Meter:
+    """Counts polls, and measures what those cost that come within the given limit."""
 
-        async def repeat(times: int) -> None:
-            for _ in range(times):
+    def __init__(self, polls: int | None, seconds: float | None) -> None:
+        self._polls = polls
+        self._seconds = seconds
+        self._count = 0
+        self._goal = 2 * CONNECTIONS
+        self._reached = asyncio.Event()
+
+    def count(self) -> None:
+        """Count a poll."""
+        self._count += 1
+        if self._count == self._goal:
+            self._reached.set()
+
+    async def measure(self) -> dict[str, float]:
+        """Return CPU seconds per poll, and the peak memory in bytes, of what others poll now."""
+        await self._reached.wait()
+        if self._polls is not None:
+            self._goal = self._count + self._polls
+            self._reached.clear()
+        else:
+            sys.stdout.write("ready\n")
+            sys.stdout.flush()
+            await asyncio.to_thread(sys.stdin.readline)
+        before, cpu = self._count, time.process_time()
+        if self._seconds is None:
+            await self._reached.wait()
+        else:
+            await asyncio.sleep(self._seconds)
+        cpu, polls = time.process_time() - cpu, self._count - before
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"cpu": cpu / polls, "peak": peak}
+
+
+async def poll_repeatedly(open_: Open, base_url: str, meter: Meter) -> dict[str, float]:
+    """Measure polls that are made by all connections at once, without delay."""
+    async with open_(base_url) as poll, asyncio.TaskGroup() as tasks:
+
+        async def repeat() -> None:
+            while True:
                 await poll()
+                meter.count()
 
-        await asyncio.gather(*(repeat(2) for _ in range(CONNECTIONS)))
-        each = max(polls // CONNECTIONS, 1)
-        began, cpu = time.perf_counter(), time.process_time()
-        await asyncio.gather(*(repeat(each) for _ in range(CONNECTIONS)))
-        cpu, seconds = time.process_time() - cpu, time.perf_counter() - began
-    return per_poll(each * CONNECTIONS, cpu, seconds)
-
-
-async def unchanged(base_url: str, polls: int) -> dict[str, float]:
-    """Measure that many polls, without delay, of 50 watched executions that never change."""
-    from promptlayer_exec import Event, Polled, PollPolicy, Session
-
-    count, goal = 0, 2 * CONNECTIONS
-    reached = asyncio.Event()
-
-    def observe(event: Event) -> None:
-        nonlocal count
-        if isinstance(event, Polled):
-            count += 1
-            if count == goal:
-                reached.set()
-
-    async with Session(
-        KEY,
-        base_url=base_url,
-        max_connections=2 * CONNECTIONS,
-        rate=None,
-        poll=PollPolicy.fixed(1e-9),
-        observers=[observe],
-    ) as session:
-        waits = [asyncio.create_task(session.execution(i + 1).wait()) for i in range(CONNECTIONS)]
-        await reached.wait()
-        goal, before = count + polls, count
-        reached.clear()
-        began, cpu = time.perf_counter(), time.process_time()
-        await reached.wait()
-        cpu, seconds = time.process_time() - cpu, time.perf_counter() - began
-        measured = per_poll(count - before, cpu, seconds)
-        for wait in waits:
-            assert not wait.done()
-            wait.cancel()
-        await asyncio.wait(waits)
+        pollers = [tasks.create_task(repeat()) for _ in range(CONNECTIONS)]
+        measured = await meter.measure()
+        for poller in pollers:
+            poller.cancel()
     return measured
 
 
-def per_poll(polls: int, cpu: float, seconds: float) -> dict[str, float]:
-    """Return polls per second, CPU seconds per poll, and the peak memory in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"rate": polls / seconds, "cpu": cpu / polls, "peak": peak}
+async def unchanged(base_url: str, meter: Meter) -> dict[str, float]:
+    """Measure the polls, without delay, of 50 watched executions that never change."""
+    from promptlayer_exec import Event, Polled, PollPolicy, Session
+
+    def observe(event: Event) -> None:
+        if isinstance(event, Polled):
+            meter.count()
+
+    async with (
+        Session(
+            KEY,
+            base_url=base_url,
+            max_connections=2 * CONNECTIONS,
+            rate=None,
+            poll=PollPolicy.fixed(1e-9),
+            observers=[observe],
+        ) as session,
+        asyncio.TaskGroup() as tasks,
+    ):
+        waits = [tasks.create_task(session.execution(i + 1).wait()) for i in range(CONNECTIONS)]
+        measured = await meter.measure()
+        for wait in waits:
+            assert not wait.done()
+            wait.cancel()
+    return measured
 
 
 CONTENDERS: dict[str, Open] = {"bare": bare, "ours": ours, "httpx": httpx, "vendor": vendor}
 
 
-def main(name: str, base_url: str, polls: str) -> None:
+async def run(name: str, base_url: str, polls: int | None, seconds: float | None) -> None:
     """Measure one client, and print the result."""
+    meter = Meter(polls, seconds)
     if name == "unchanged":
-        measured = asyncio.run(unchanged(base_url, int(polls)))
+        measured = await unchanged(base_url, meter)
     else:
-        measured = asyncio.run(poll_repeatedly(CONTENDERS[name], base_url, int(polls)))
+        measured = await poll_repeatedly(CONTENDERS[name], base_url, meter)
     sys.stdout.write(json.dumps(measured))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=[*CONTENDERS, "unchanged"])
+    parser.add_argument("base_url")
+    limit = parser.add_mutually_exclusive_group(required=True)
+    limit.add_argument("--polls", type=int)
+    limit.add_argument("--seconds", type=float)
+    asyncio.run(run(**vars(parser.parse_args())))

@@ -4,9 +4,12 @@ Usage: python tests/benchmarks/polls.py [--instructions] [--rounds N] [--speed P
            [--vendor PYTHON]
 
 Run it with a Python that has this package and httpx installed. The Python of `--speed` has this
-package with msgspec, and that of `--vendor` has the vendor's SDK. With `--instructions`, valgrind
-counts what the processor executes: unlike its time, that does not depend on what else the machine
-does. It is slow, so only those contenders run that have targets.
+package with msgspec, and that of `--vendor` has the vendor's SDK.
+
+A processor that is shared changes its speed from one second to the next. So each contender runs
+beside bare aiohttp, on the same core at the same time, and the ratios are the medians of what they
+needed there. With `--instructions`, valgrind counts what the processor executes, which does not
+depend on its speed at all. It is slow, so only those contenders run that have targets.
 """
 
 from __future__ import annotations
@@ -19,18 +22,16 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from contender import CONNECTIONS
-
 HERE = Path(__file__).parent
 LONGEST_RUN = 600.0
+SECONDS = 3.0
 ROUNDS = 5
-BARE = "bare aiohttp"
 CLIENT_CORE, SERVER_CORE = 1, 0
 # For all contenders. By default the allocator asks the kernel for new pages for allocations of
 # about 100 KB and more, the size of some bodies here, which makes the cost of a poll erratic.
@@ -38,7 +39,7 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "268435456", "MALLOC_TRIM_THRESHOLD_": "2684
 
 
 class Body(NamedTuple):
-    """A body with `nodes` values of `size` bytes each, and how often a run polls it."""
+    """A body with `nodes` values of `size` bytes each; how many polls of it valgrind counts."""
 
     name: str
     nodes: int
@@ -56,19 +57,16 @@ class Contender(NamedTuple):
 
 
 BODIES = (
-    Body("10 nodes of 100 B", 10, 100, 5_000),
-    Body("50 nodes of 2 KB", 50, 2_000, 2_000),
-    Body("200 nodes of 20 KB", 200, 20_000, 400),
+    Body("10 nodes of 100 B", 10, 100, 500),
+    Body("50 nodes of 2 KB", 50, 2_000, 200),
+    Body("200 nodes of 20 KB", 200, 20_000, 50),
 )
 # The vendor's CPU per poll ÷ ours, for the smallest body.
 LEAST_VENDOR = 50.0
-# The vendor's SDK makes a TLS context and a connection for each poll, so it is given fewer.
-SLOW_POLLS = 100
 
 Measured = dict[str, float]
 Columns = dict[str, Callable[[Measured], str]]
 TIME: Columns = {
-    "polls/s": lambda it: f"{it['rate']:,.0f}",
     "CPU per poll": lambda it: f"{it['cpu'] * 1e6:,.0f} µs",
     "peak memory": lambda it: f"{it['peak'] / 2**20:.0f} MiB",
 }
@@ -93,29 +91,52 @@ def pinned(core: int, command: list[str]) -> list[str]:
     return ["taskset", "--cpu-list", str(core), *command]
 
 
-def run(contender: Contender, body: Body, polls: int, *wrapper: str) -> tuple[str, str]:
-    """Run a contender in its own process, and return its standard output and error."""
+@contextmanager
+def running(
+    contender: Contender, body: Body, *limit: str, wrapper: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[str]]:
+    """Run a contender in its own process, with its own server."""
     program = contender.program
     # A watch continues while the answer is 202; the vendor's SDK accepts only 200.
     with server(202 if program == "unchanged" else 200, body) as base_url:
         command = [*wrapper, contender.python, str(HERE / "contender.py"), program, base_url]
-        finished = subprocess.run(
-            pinned(CLIENT_CORE, [*command, str(polls)]),
-            capture_output=True,
+        with subprocess.Popen(
+            pinned(CLIENT_CORE, [*command, *limit]),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             env=os.environ | MALLOC | {"PYTHONHASHSEED": "0"},
-            timeout=LONGEST_RUN,
-            check=True,
-        )
-    return finished.stdout, finished.stderr
+        ) as process:
+            try:
+                yield process
+            except BaseException:
+                process.kill()
+                raise
 
 
-def measure(contender: Contender, body: Body) -> Measured:
-    """Return what one run measured."""
-    is_slow = contender.program == "vendor"
-    output, _ = run(contender, body, min(body.polls, SLOW_POLLS) if is_slow else body.polls)
-    measured: Measured = json.loads(output)
-    return measured
+def finish(process: subprocess.Popen[str], start: str = "") -> tuple[str, str]:
+    """Return the standard output and error of a process that ends by itself."""
+    output, errors = process.communicate(start, timeout=LONGEST_RUN)
+    if process.returncode:
+        raise RuntimeError(errors)
+    return output, errors
+
+
+def measure(contenders: Sequence[Contender], body: Body) -> list[Measured]:
+    """Return what each of some contenders needs beside the others."""
+    with ExitStack() as stack:
+        limit = ("--seconds", str(SECONDS * len(contenders)))
+        processes = [stack.enter_context(running(it, body, *limit)) for it in contenders]
+        for process in processes:
+            assert process.stdout is not None
+            if process.stdout.readline() != "ready\n":
+                finish(process)
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        return [json.loads(finish(process)[0]) for process in processes]
 
 
 def count_instructions(contender: Contender, body: Body) -> Measured:
@@ -126,34 +147,40 @@ def count_instructions(contender: Contender, body: Body) -> Measured:
         "--cache-sim=no",
         "--cachegrind-out-file=/dev/null",
     )
-    polls = max(body.polls // 10 // CONNECTIONS, 1) * CONNECTIONS
     counts = []
-    for each in (polls, 2 * polls):
-        _, errors = run(contender, body, each, *valgrind)
+    for polls in (body.polls, 2 * body.polls):
+        with running(contender, body, "--polls", str(polls), wrapper=valgrind) as process:
+            _, errors = finish(process)
         count = re.search(r"I\s+refs:\s+([\d,]+)", errors)
         assert count is not None, errors
         counts.append(int(count[1].replace(",", "")))
-    return {"cpu": (counts[1] - counts[0]) / polls}
+    return {"cpu": (counts[1] - counts[0]) / body.polls}
 
 
 Results = dict[str, Measured]
 
 
-def ratios(contenders: list[Contender], body: Body, measure: Callable[..., Measured]) -> Results:
-    """Return what each contender needs, also ÷ what bare aiohttp needs."""
-    results = {contender.name: measure(contender, body) for contender in contenders}
-    for measured in results.values():
-        measured["ratio"] = measured["cpu"] / results[BARE]["cpu"]
-    return results
-
-
-def medians(contenders: list[Contender], body: Body, rounds: int) -> Results:
-    """Return the medians over rounds for each contender, also of the ratios within each round."""
-    runs = [ratios(contenders, body, measure) for _ in range(rounds)]
+def side_by_side(contenders: list[Contender], body: Body, rounds: int) -> Results:
+    """Return the medians over rounds for each contender, each beside the first."""
+    first, *others = contenders
+    runs: dict[str, list[Measured]] = {contender.name: [] for contender in contenders}
+    for _ in range(rounds):
+        for contender in others:
+            base, measured = measure([first, contender], body)
+            runs[first.name].append(base | {"ratio": 1.0})
+            runs[contender.name].append(measured | {"ratio": measured["cpu"] / base["cpu"]})
     return {
-        name: {key: statistics.median(run[name][key] for run in runs) for key in measured}
-        for name, measured in runs[0].items()
+        name: {key: statistics.median(run[key] for run in of_one) for key in of_one[0]}
+        for name, of_one in runs.items()
     }
+
+
+def instructions(contenders: list[Contender], body: Body) -> Results:
+    """Return the instructions per poll of each contender."""
+    results = {contender.name: count_instructions(contender, body) for contender in contenders}
+    for measured in results.values():
+        measured["ratio"] = measured["cpu"] / results[contenders[0].name]["cpu"]
+    return results
 
 
 def table(
@@ -172,16 +199,15 @@ def table(
         ]
         for contender in contenders:
             measured = results[contender.name]
+            ratio = measured["ratio"]
             most = contender.targets[number] if contender.targets else None
             cells = [contender.name, *(show(measured) for show in columns.values())]
             target = f"≤ {most:.2f}" if most else ""
-            lines.append(f"| {' | '.join(cells)} | {measured['ratio']:.2f} | {target} |")
-            if most is not None and measured["ratio"] > most:
-                misses.append(
-                    f"{contender.name}, {body.name}: {measured['ratio']:.2f} > {most:.2f}"
-                )
+            lines.append(f"| {' | '.join(cells)} | {ratio:.2f} | {target} |")
+            if most is not None and ratio > most:
+                misses.append(f"{contender.name}, {body.name}: {ratio:.3f} > {most:.2f}")
         if number == 0 and "vendor" in results:
-            ratio = results["vendor"]["cpu"] / results["ours"]["cpu"]
+            ratio = results["vendor"]["ratio"] / results["ours"]["ratio"]
             lines += ["", f"The vendor's SDK takes {ratio:.0f} times the CPU of ours."]
             if ratio < LEAST_VENDOR:
                 misses.append(f"vendor ÷ ours: {ratio:.0f} < {LEAST_VENDOR:.0f}")
@@ -198,7 +224,7 @@ def main() -> int:
     given = parser.parse_args()
     own = sys.executable
     contenders = [
-        Contender(BARE, "bare", own),
+        Contender("bare aiohttp", "bare", own),
         Contender("ours", "ours", own, (1.50, 1.40, 1.10)),
         Contender("ours, unchanged", "unchanged", own, (1.15, 0.50, 0.35)),
     ]
@@ -206,14 +232,13 @@ def main() -> int:
         contenders.insert(2, Contender("ours, `speed`", "ours", given.speed, (1.45, 0.90, 0.50)))
     if given.instructions:
         what = "instructions counted by valgrind"
-        count = partial(ratios, measure=count_instructions)
-        lines, misses = table(contenders, count, INSTRUCTIONS)
+        lines, misses = table(contenders, instructions, INSTRUCTIONS)
     else:
         what = f"medians of {given.rounds} rounds"
         contenders.append(Contender("httpx", "httpx", own))
         if given.vendor:
             contenders.append(Contender("vendor", "vendor", given.vendor))
-        lines, misses = table(contenders, partial(medians, rounds=given.rounds), TIME)
+        lines, misses = table(contenders, partial(side_by_side, rounds=given.rounds), TIME)
     sys.stdout.write(
         f"Python {platform.python_version()}, {what}, "
         + " ".join(f"{name}={value}" for name, value in MALLOC.items())
