@@ -223,7 +223,7 @@ SDKS = ("1.5.16", "1.4.7")
 @nox.session
 @nox.parametrize("sdk", SDKS)
 def vendor(session: nox.Session, sdk: str) -> None:
-    """Run workflows with the vendor's own SDK against the simulator of the built wheel."""
+    """Check the simulator of the built wheel with the vendor's own SDK and OpenAPI documents."""
     _install(session, "vendor", f"promptlayer=={sdk}", ".")
     # The suite's own conftest.py needs packages that are not installed here.
     own_fixtures = "--confcutdir=tests/vendor"

@@ -62,9 +62,7 @@ def test_an_unused_plugin_imports_nothing(pytester: pytest.Pytester) -> None:
         """
     )
     # Under coverage, coverage itself imports the package to find its files.
-    pytester.runpytest_subprocess(
-        "-p", "no:hypothesispytest", "-p", "no:schemathesis"
-    ).assert_outcomes(passed=1)
+    pytester.runpytest_subprocess("-p", "no:hypothesispytest").assert_outcomes(passed=1)
 
 
 def test_the_entry_point_loads_the_plugin(promptlayer_simulator) -> None:  # type: ignore[no-untyped-def]

@@ -1,4 +1,7 @@
-"""The simulator against the OpenAPI documents of the results operation and of workflows."""
+"""The simulator against the OpenAPI documents of the results operation and of workflows.
+
+`nox -s vendor` installs Schemathesis and runs these tests.
+"""
 
 from __future__ import annotations
 
