@@ -69,7 +69,7 @@ class _Callback:
 
 
 @attrs.define
-class _Settled:
+class _EndedStart:
     """A start that has ended: with the id in its answer, with a lost answer, or with a failure."""
 
     request: StartRequest
@@ -97,8 +97,8 @@ class CallbackLog:
     _emit: Emit
     _callbacks: dict[str, _Callback] = attrs.field(init=False, factory=dict)  # oldest first
     # Without a callback. Apart from the others, so that those cannot drive them out.
-    _lost: dict[str, _Settled] = attrs.field(init=False, factory=dict)
-    _settled: dict[str, _Settled] = attrs.field(init=False, factory=dict)
+    _lost: dict[str, _EndedStart] = attrs.field(init=False, factory=dict)
+    _settled: dict[str, _EndedStart] = attrs.field(init=False, factory=dict)
     _waiters: dict[str, set[asyncio.Future[None]]] = attrs.field(init=False, factory=dict)
 
     def receive(self, token: str, execution_id: int) -> None:
@@ -127,7 +127,7 @@ class CallbackLog:
         """Record that a start's answer was lost, `elapsed` seconds after its call."""
         if token not in self._lost and token not in self._settled:
             called_at = time.monotonic() - elapsed
-            _put(self._lost, token, _Settled(request, base_url, called_at, is_lost=True))
+            _put(self._lost, token, _EndedStart(request, base_url, called_at, is_lost=True))
             self._report(token)
 
     def settle(
@@ -140,7 +140,7 @@ class CallbackLog:
     ) -> None:
         """Record an answer, or with None a failure, `elapsed` seconds after the start's call."""
         called_at = time.monotonic() - elapsed
-        start = _Settled(_without_inputs(request), base_url, called_at, execution_id)
+        start = _EndedStart(_without_inputs(request), base_url, called_at, execution_id)
         _put(self._settled, token, start)
         self._report(token)
 
