@@ -24,8 +24,8 @@ import pytest
 from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli import _session as _cli_session
 from promptlayer_exec.cli import main
+from promptlayer_exec.cli._demo import _set_variable
 from promptlayer_exec.cli._exit import ExitCode
-from promptlayer_exec.cli._workflows import _set_variable
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, SimRequest, Simulator
 
 PROGRAM = [sys.executable, "-W", "error", "-m", "promptlayer_exec"]
@@ -1025,7 +1025,7 @@ class TestSimulate:
     def test_variables_are_set_as_the_platform_does(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What it prints can be pasted into PowerShell, too."""
         assert _set_variable("NAME", "value") == "export NAME=value"
-        monkeypatch.setattr("promptlayer_exec.cli._workflows.os.name", "nt")
+        monkeypatch.setattr("promptlayer_exec.cli._demo.os.name", "nt")
         line = _set_variable("NAME", "value")
         monkeypatch.undo()  # pathlib reads it
         assert line == '$env:NAME = "value"'

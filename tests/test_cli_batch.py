@@ -28,9 +28,9 @@ import pytest
 import promptlayer_exec
 from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli import _batch as commands
-from promptlayer_exec.cli import _batch_display as shown
 from promptlayer_exec.cli import _batch_results as batch_results
-from promptlayer_exec.cli import _stdio as stdio
+from promptlayer_exec.cli import _display as shown
+from promptlayer_exec.cli import _text as text
 from promptlayer_exec.cli._app import app
 from promptlayer_exec.cli._batch_results import LineFile
 from promptlayer_exec.dbos import BatchStatus, StoredOutcome
@@ -550,13 +550,13 @@ def test_progress_and_warnings_do_not_wait_for_their_reader(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is not read within a second of the end is lost, and so is all that follows."""
-    monkeypatch.setattr(stdio, "_PATIENCE", 0.01)
+    monkeypatch.setattr(text, "_PATIENCE", 0.01)
     leader, follower = os.pipe()
     with os.fdopen(leader) as reader, os.fdopen(follower, "w") as blocked:
         monkeypatch.setattr(sys, "stderr", blocked)
         with shown.BatchProgress().shown():
             logging.getLogger("promptlayer_exec").warning("x" * 200_000)
-        stdio.err("interrupted")
+        text.err("interrupted")
         assert reader.readline() == "x" * 200_000 + "\n"
 
 

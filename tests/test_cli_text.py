@@ -23,9 +23,9 @@ from promptlayer_exec import (
     Snapshot,
 )
 from promptlayer_exec.cli._session import report_retries
-from promptlayer_exec.cli._stdio import err
 from promptlayer_exec.cli._text import (
     duration,
+    err,
     failure_reason,
     node_detail,
     preview,

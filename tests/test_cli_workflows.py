@@ -18,9 +18,8 @@ from rich.console import Console
 
 from promptlayer_exec import Node, NodeTimes, Snapshot, Workflow, WorkflowNode, __version__
 from promptlayer_exec.cli import app, main
-from promptlayer_exec.cli._definitions import complete_workflow
 from promptlayer_exec.cli._display import LiveDisplay
-from promptlayer_exec.cli._graph import ASCII, draw
+from promptlayer_exec.cli._workflows import ASCII, complete_workflow, draw
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 DONE = Scenario([SimNode("reply", "Good day", is_output_node=True)])

@@ -24,8 +24,7 @@ import typer
 import promptlayer_exec.viewer
 from promptlayer_exec import Node, Session, Snapshot
 from promptlayer_exec._install import install_hint
-from promptlayer_exec.cli._browser import open_in_browser
-from promptlayer_exec.cli._servers import TOKEN, _print_url, view
+from promptlayer_exec.cli._servers import TOKEN, _print_url, open_in_browser, view
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.viewer import Address, Board, listen, serve
 from promptlayer_exec.viewer._board import Card

@@ -12,11 +12,11 @@ import typer
 
 from promptlayer_exec import __version__
 from promptlayer_exec.cli._batch import batch_app
-from promptlayer_exec.cli._definitions import workflow, workflows
 from promptlayer_exec.cli._executions import demo, results, run, watch
 from promptlayer_exec.cli._exit import PROGRAM, help_epilog, report_crash
 from promptlayer_exec.cli._servers import mcp, simulate, view
-from promptlayer_exec.cli._stdio import guard_streams, out
+from promptlayer_exec.cli._text import guard_streams, out
+from promptlayer_exec.cli._workflows import workflow, workflows
 
 app = typer.Typer(
     name=PROGRAM,

@@ -14,14 +14,7 @@ import typer
 
 from promptlayer_exec import RetryPolicy
 from promptlayer_exec.cli import _batch_operate as operate
-from promptlayer_exec.cli._arguments import BaseUrl, Outage, Push
-from promptlayer_exec.cli._batch_display import (
-    BatchProgress,
-    duration_lines,
-    failure_lines,
-    item_count,
-    status_line,
-)
+from promptlayer_exec.cli._arguments import BaseUrl, Outage, Push, find_problems
 from promptlayer_exec.cli._batch_items import ItemFile
 from promptlayer_exec.cli._batch_options import (
     Database,
@@ -42,6 +35,13 @@ from promptlayer_exec.cli._batch_results import (
     open_results,
     write_results,
 )
+from promptlayer_exec.cli._display import (
+    BatchProgress,
+    duration_lines,
+    failure_lines,
+    item_count,
+    status_line,
+)
 from promptlayer_exec.cli._exit import (
     ExitCode,
     Misuse,
@@ -50,10 +50,8 @@ from promptlayer_exec.cli._exit import (
     help_epilog,
     run_command,
 )
-from promptlayer_exec.cli._inputs import find_problems
 from promptlayer_exec.cli._session import open_session
-from promptlayer_exec.cli._stdio import err
-from promptlayer_exec.cli._text import duration, printable, shorten
+from promptlayer_exec.cli._text import duration, err, printable, shorten
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import Batch

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from promptlayer_exec import StartRequest
 from promptlayer_exec._integration import MAX_ID
 from promptlayer_exec.cli._exit import Misuse
-from promptlayer_exec.cli._stdio import err
-from promptlayer_exec.cli._text import printable, shorten
+from promptlayer_exec.cli._text import err, printable, shorten
 
 if TYPE_CHECKING:
-    from promptlayer_exec.cli._inputs import Target
+    from promptlayer_exec.cli._arguments import Target
 
 csv.field_size_limit(2**31 - 1)  # a cell can be as long as any input
 

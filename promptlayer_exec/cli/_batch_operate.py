@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from promptlayer_exec.cli._arguments import JsonLines
-from promptlayer_exec.cli._batch_display import item_count, status_line
 from promptlayer_exec.cli._batch_options import (
     Database,
     OnlyBatch,
@@ -27,9 +26,9 @@ from promptlayer_exec.cli._batch_options import (
     stored_batch,
 )
 from promptlayer_exec.cli._batch_results import open_results, write_results
+from promptlayer_exec.cli._display import item_count, status_line
 from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, run_command
-from promptlayer_exec.cli._stdio import err, out
-from promptlayer_exec.cli._text import in_options, preview, printable
+from promptlayer_exec.cli._text import err, in_options, out, preview, printable
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import StoredItem

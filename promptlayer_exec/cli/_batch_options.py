@@ -17,8 +17,7 @@ from promptlayer_exec import RetryPolicy, Session
 from promptlayer_exec._integration import install_hint
 from promptlayer_exec.cli._exit import Misuse
 from promptlayer_exec.cli._session import open_session
-from promptlayer_exec.cli._stdio import err
-from promptlayer_exec.cli._text import printable
+from promptlayer_exec.cli._text import err, printable
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import Batch

@@ -13,8 +13,7 @@ from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from promptlayer_exec.cli._exit import Misuse
-from promptlayer_exec.cli._stdio import Writer, out
-from promptlayer_exec.cli._text import printable
+from promptlayer_exec.cli._text import Writer, out, printable
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import Batch, StoredOutcome

@@ -31,19 +31,27 @@ from promptlayer_exec.cli._arguments import (
     Outage,
     Push,
     Version,
+    check_start,
     check_version,
     read_inputs,
     read_metadata,
     refuse_arguments,
     seconds,
 )
-from promptlayer_exec.cli._definitions import WorkflowName
 from promptlayer_exec.cli._display import Display, choose_display, node_table
 from promptlayer_exec.cli._exit import NO_RUN, ExitCode, Misuse, Subject, run_command
-from promptlayer_exec.cli._inputs import check_start
 from promptlayer_exec.cli._session import demo_session, open_session
-from promptlayer_exec.cli._stdio import OutputFailed, err, out
-from promptlayer_exec.cli._text import failure_reason, final_count, printable, result_line, shorten
+from promptlayer_exec.cli._text import (
+    OutputFailed,
+    err,
+    failure_reason,
+    final_count,
+    out,
+    printable,
+    result_line,
+    shorten,
+)
+from promptlayer_exec.cli._workflows import WorkflowName
 
 _DEMO_ID = 787
 # Enough to cancel a start that was not sent yet, and short enough to wait without a message.
@@ -328,7 +336,7 @@ def demo(
     display = choose_display(as_json=as_json)
 
     async def work() -> ExitCode:
-        from promptlayer_exec.cli._workflows import support_agent  # noqa: PLC0415 - slow to import
+        from promptlayer_exec.cli._demo import support_agent  # noqa: PLC0415 - slow to import
         from promptlayer_exec.simulator import Simulator  # noqa: PLC0415
 
         if not as_json:

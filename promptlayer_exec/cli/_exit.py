@@ -29,8 +29,7 @@ from promptlayer_exec import (
     StartUnknown,
     StatusError,
 )
-from promptlayer_exec.cli._stdio import OutputFailed, err, out
-from promptlayer_exec.cli._text import in_options, printable
+from promptlayer_exec.cli._text import OutputFailed, err, in_options, out, printable
 
 PROGRAM = "promptlayer-exec"
 NO_RUN = "no run was started"  # a note of a start; the error of a refused one says so itself

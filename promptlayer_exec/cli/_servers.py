@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import html
 import logging
 import os
 import re
 import secrets
 import sys
 import time
+import webbrowser
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, NoReturn
 
 import anyio
+import anyio.to_thread
 import typer
 
 from promptlayer_exec import RetryPolicy
 from promptlayer_exec._integration import base_url as session_base_url
 from promptlayer_exec._integration import install_hint
 from promptlayer_exec.cli._arguments import BaseUrl, Host, Outage, Port, Push, parse_id
-from promptlayer_exec.cli._browser import open_in_browser
-from promptlayer_exec.cli._definitions import complete_workflow
 from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, listening, run_command
 from promptlayer_exec.cli._session import demo_session, open_session
-from promptlayer_exec.cli._stdio import err, out
-from promptlayer_exec.cli._text import printable
+from promptlayer_exec.cli._text import err, out, printable
+from promptlayer_exec.cli._workflows import complete_workflow
 
 TOKEN = "PROMPTLAYER_EXEC_VIEW_TOKEN"  # noqa: S105 - the name of a variable
+_PAGE = """\
+<!doctype html>
+<meta charset="utf-8">
+<meta name="referrer" content="no-referrer">
+<meta http-equiv="refresh" content="0;url={url}">
+<title>Executions</title>
+<a href="{url}">Open the page</a>
+"""
 # A start, and any other single request, ends before the client gives up, often after 60 s.
 _REQUEST_TIME = 45.0
 # A client waits about two seconds for the process to end, and then kills it.
@@ -88,7 +97,7 @@ def view(
         token = _token()
         async with AsyncExitStack() as stack:
             if is_demo:
-                from promptlayer_exec.cli import _workflows as demo  # noqa: PLC0415 - slow to import
+                from promptlayer_exec.cli import _demo as demo  # noqa: PLC0415 - slow to import
                 from promptlayer_exec.simulator import Simulator  # noqa: PLC0415
 
                 simulator = await stack.enter_async_context(Simulator(log_requests=False))
@@ -159,7 +168,7 @@ def simulate(
     Use it to try `run`, `watch`, `results` and your own code. It prints its base URL, its key and
     the ids of some executions, and then every request, until Ctrl-C, with exit code 0.
     """
-    from promptlayer_exec.cli._workflows import serve  # noqa: PLC0415 - slow to import
+    from promptlayer_exec.cli._demo import serve  # noqa: PLC0415 - slow to import
 
     raise typer.Exit(run_command(serve(host, port, webhook_url), Subject()))
 
@@ -237,3 +246,27 @@ class _ToStandardError(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         err(printable(record.getMessage()))
+
+
+async def open_in_browser(url: str, opened: asyncio.Event) -> None:
+    """Open a URL with the user's browser.
+
+    A browser gets what it opens as an argument, which every user of the machine can read. So it
+    gets the name of a file that only this user can read, and that leads to the URL; the file is
+    deleted once the page is open.
+
+    Args:
+        url: the URL with its token.
+        opened: set once a page is open.
+    """
+    with TemporaryDirectory(prefix="promptlayer-exec-") as directory:
+        path = Path(directory) / "open.html"
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            file.write(_PAGE.format(url=html.escape(url)))
+        is_open = await anyio.to_thread.run_sync(
+            webbrowser.open, path.as_uri(), abandon_on_cancel=True
+        )
+        if not is_open:
+            err("there is no browser that could be opened here: open the page yourself")
+            return
+        await opened.wait()

@@ -21,8 +21,7 @@ from promptlayer_exec import (
     StatusError,
 )
 from promptlayer_exec._integration import missing_for_push
-from promptlayer_exec.cli._stdio import err
-from promptlayer_exec.cli._text import printable, shorten
+from promptlayer_exec.cli._text import err, printable, shorten
 
 if TYPE_CHECKING:
     from promptlayer_exec.simulator import Simulator

@@ -1,280 +1,368 @@
-"""What `demo`, `simulate` and `view --demo` show, and the server of `simulate`."""
+"""The commands `workflows` and `workflow`, a workflow's graph, and completing names."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import math
+import logging
 import os
-import time
-from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack, suppress
-from typing import TYPE_CHECKING, Any, NoReturn
+import re
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import aclosing
+from typing import Annotated, Any, Literal
 
 import attrs
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from promptlayer_exec.cli._exit import PROGRAM, ExitCode, listening
-from promptlayer_exec.cli._stdio import out
-from promptlayer_exec.cli._text import printable
-from promptlayer_exec.simulator import Scenario, SimNode, SimRequest, Simulator
-
-if TYPE_CHECKING:
-    from promptlayer_exec.viewer import Board, History
-
-_LETTER = "I was charged twice for my October plan. Could you look into it? Maria Rossi"
-_REPLY = """\
-Dear Ms. Rossi,
-
-you are right: your October plan was charged twice, on the 1st and on the 3rd.
-We have refunded the second payment of 29.00 EUR; it will reach you within five days.
-
-Kind regards, your support team"""
-_NO_INDEX = "The handbook index is not available: HTTP 503 from vector-store"
-_PAGE = """\
-<html><head><title>The Eurasian otter</title></head>
-<body><script>alert("a page's script is only text here")</script>
-<p>Otters of the Danube delta eat mostly fish.</p></body></html>"""
-_REPORT = """\
-# Otters of the Danube delta
-
-Numbers have doubled since 2009. Two of the three counts agree; the third one
-covers the southern arm alone, and is left out."""
-_CLOSED = "Purchase order PO-4711 is closed: the ERP answered 409 Conflict"
-_TRACEBACK = f"""\
-Traceback (most recent call last):
-  File "/app/nodes/match_order.py", line 41, in run
-    order = erp.reserve(invoice["order"], amount=invoice["total"])
-  File "/app/clients/erp.py", line 118, in reserve
-    raise OrderClosed(message)
-OrderClosed: {_CLOSED}"""
-
-NOTE = "This is a demonstration on a simulated PromptLayer: nothing is billed."
-
-
-def support_agent(
-    inputs: Mapping[str, Any] | None = None, *, reading: float | None = 0.4, failing: bool = False
-) -> Scenario:
-    """Return an agent that answers a customer's letter with ten nodes in about seven seconds.
-
-    Its first node takes `reading` seconds; None holds it until `Simulator.finish`.
-    """
-    letter = {"from": "Maria Rossi", "text": (inputs or {}).get("letter", _LETTER)}
-    rules = ["Refunds: a double charge is refunded in full.", "Tone: warm, brief, no jargon."]
-    account = {"customer": 40817, "charges": ["10-01 29.00 EUR", "10-03 29.00 EUR"]}
-    facts = ["detect language", "search handbook", "look up account"]
-    checks = ["check tone", "check facts"]
-    nodes = [
-        SimNode("read letter", letter, reading),
-        SimNode("detect language", "en", 0.5, after=["read letter"]),
-        SimNode("classify", {"topic": "billing", "urgency": 2}, 0.9, after=["read letter"]),
-        SimNode(
-            "search handbook",
-            rules,
-            1.6,
-            after=["classify"],
-            status="FAILED" if failing else "SUCCESS",
-            error_message=_NO_INDEX,
-            raw_error_message={"raw": f"Traceback (most recent call last): ...\n{_NO_INDEX}"},
-        ),
-        SimNode("look up account", account, 0.8, after=["classify"]),
-        SimNode("draft answer", _REPLY, 2.2, after=facts),
-        SimNode("check tone", {"ok": True, "score": 0.94}, 0.7, after=["draft answer"]),
-        SimNode("check facts", {"ok": True, "claims": 3}, 1.3, after=["draft answer"]),
-        SimNode(
-            "ask a colleague", after=checks, when=lambda values: not values["check facts"]["ok"]
-        ),
-        SimNode("final reply", _REPLY, 0.6, [*checks, "ask a colleague"], is_output_node=True),
-    ]
-    return Scenario(nodes)
-
-
-def _research_report(inputs: Mapping[str, Any]) -> Scenario:
-    topic = inputs.get("topic", "otters")
-    counts = [{"year": year, "otters": 40 + 7 * (year - 2009)} for year in range(2009, 2026)]
-    sources = ["search the web", "search the archive", "query the counts"]
-    nodes = [
-        SimNode("plan", {"topic": topic, "questions": 3}, 1.2),
-        SimNode("search the web", _PAGE, 4.0, after=["plan"]),
-        SimNode("search the archive", ["report-2009.pdf", "report-2021.pdf"], 6.5, after=["plan"]),
-        SimNode("query the counts", counts, 2.4, after=["plan"]),
-        SimNode("weigh the sources", {"agree": 2, "differ": 1}, 5.0, after=sources),
-        SimNode("write the report", _REPORT, 24.0, after=["weigh the sources"]),
-        SimNode("review", {"ok": True}, 6.0, after=["write the report"]),
-        SimNode("final report", _REPORT, 0.5, after=["review"], is_output_node=True),
-    ]
-    return Scenario(nodes)
-
-
-def _invoice_check(inputs: Mapping[str, Any]) -> Scenario:
-    invoice = {"invoice": inputs.get("invoice", "INV-2093"), "total": "1,180.00 EUR"}
-    nodes = [
-        SimNode("read invoice", {**invoice, "order": "PO-4711"}, 1.5),
-        SimNode("check sender", "known since 2019", 0.9, after=["read invoice"]),
-        SimNode(
-            "match purchase order",
-            duration=2.8,
-            after=["read invoice"],
-            status="FAILED",
-            error_message=_CLOSED,
-            raw_error_message={"raw": _TRACEBACK},
-        ),
-        SimNode("book payment", after=["check sender", "match purchase order"]),
-        SimNode("receipt", after=["book payment"], is_output_node=True),
-    ]
-    return Scenario(nodes)
-
-
-# The workflows of `view --demo`: what each does, and the inputs of its first run.
-DEMO_WORKFLOWS: Mapping[str, tuple[Callable[[Mapping[str, Any]], Scenario], Mapping[str, Any]]] = {
-    "support-agent": (support_agent, {"letter": _LETTER}),
-    "research-report": (_research_report, {"topic": "otters"}),
-    "invoice-check": (_invoice_check, {"invoice": "INV-2093"}),
-}
-
-
-def add_demo_workflows(simulator: Simulator) -> None:
-    """Add the workflows of `view --demo` to a simulator, with their definitions."""
-    for workflow, (scenario, inputs) in DEMO_WORKFLOWS.items():
-        declared = dict.fromkeys(inputs, "string")
-        simulator.add_workflow(workflow, scenario, inputs=declared, definition=scenario({}))
-
-
-_LETTERS = (
-    _LETTER,
-    "My invoice of October is missing. Could you send it again?",
-    "How do I change the address of my company?",
-    "The export stops at 10,000 rows. Is that a limit of my plan?",
+from promptlayer_exec import RetryPolicy, Workflow, WorkflowNode, WorkflowSummary
+from promptlayer_exec.cli._arguments import (
+    BaseUrl,
+    JsonLines,
+    Label,
+    Outage,
+    Version,
+    check_version,
 )
-_TOPICS = ("otters", "newts", "storks")
-_HOURS_BETWEEN = 5
+from promptlayer_exec.cli._exit import PROGRAM, ExitCode, Misuse, Subject, run_command
+from promptlayer_exec.cli._session import open_session
+from promptlayer_exec.cli._text import err, out, printable, shorten
+
+_COMPLETION_TIMEOUT = 2.0
+_MOST_COMPLETIONS = 200
+_WIDEST_GRAPH = 0.5  # of the terminal
+NODE, OUTPUT = "●", "◎"
+# For terminals that have no box-drawing characters.
+ASCII = str.maketrans(f"{NODE}{OUTPUT}│├┤─╮╯╰", "*@|||-.'`")
+# Edges of the same origin share a lane: all nodes that depend on the same nodes hang off one.
+_Lane = frozenset[str]
+# Takes up the column of a node until its last edge has left it.
+_TAKEN: _Lane = frozenset()
 
 
-def add_past_runs(simulator: Simulator, history: History, now: float) -> None:
-    """Add runs of the last days to a simulator, and to the history of the demonstration.
+async def _complete(base_url: str | None, incomplete: str) -> list[str]:
+    names: list[str] = []
+    async with (
+        asyncio.timeout(_COMPLETION_TIMEOUT),
+        open_session(base_url, RetryPolicy(outage=0.0)) as session,
+        aclosing(session.workflows(sort_by="name", sort_order="asc")) as found,
+    ):
+        async for summary in found:
+            if summary.name.startswith(incomplete) and not summary.is_deleted:
+                names.append(summary.name)
+            if len(names) == _MOST_COMPLETIONS:
+                break
+    return names
 
-    Args:
-        simulator: it knows the runs, so that they can be opened and compared.
-        history: it remembers them.
-        now: seconds since 1970.
+
+def complete_workflow(context: typer.Context, incomplete: str) -> list[str]:
+    """Return the names of workflows that begin with `incomplete`, for the shell; none on errors."""
+    # A message would be printed into the line that is being typed.
+    logging.getLogger("promptlayer_exec").addHandler(logging.NullHandler())
+    try:
+        names = asyncio.run(_complete(context.params.get("base_url"), incomplete))
+    except Exception:  # noqa: BLE001 - no key, no network, or too slow
+        return []
+    if os.environ.get(f"_{PROGRAM.replace('-', '_')}_COMPLETE".upper()) == "complete_bash":
+        # bash puts a completion into the line as it is; other shells quote it.
+        names = [re.sub(r"([^\w%+,./:=@-])", r"\\\1", name) for name in names]
+    return [name for name in names if name.isprintable()]
+
+
+WorkflowName = Annotated[
+    str,
+    typer.Argument(
+        metavar="WORKFLOW", help="Name or id of the workflow.", autocompletion=complete_workflow
+    ),
+]
+
+
+def workflows(
+    sort_by: Annotated[
+        Literal["created_at", "updated_at", "name", "id"], typer.Option(help="Field to sort by.")
+    ] = "name",
+    sort_order: Annotated[Literal["asc", "desc"], typer.Option(help="Order to sort in.")] = "asc",
+    as_json: JsonLines = False,
+    base_url: BaseUrl = None,
+    outage: Outage = 10,
+) -> None:
+    """List the workflows of the workspace.
+
+    On a terminal, the list is a table. Otherwise each workflow is written as one line with its id,
+    its latest version, its name and its labels, separated by tabs.
+
+    With --json, each is written as one line of ASCII JSON:
+
+    \b
+      {"id": 3, "name": "support-agent", "labels": ["prod"], "latest_version": 7,
+       "is_deleted": false}
+    """  # noqa: D301 - \b is Typer's mark for preformatted text
+
+    async def work() -> ExitCode:
+        is_table = sys.stdout.isatty() and not as_json
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for heading in ("Id", "Version", "Name", "Labels"):
+            table.add_column(heading, overflow="fold")
+        async with (
+            open_session(base_url, RetryPolicy(outage=outage), err) as session,
+            aclosing(session.workflows(sort_by=sort_by, sort_order=sort_order)) as found,
+        ):
+            async for summary in found:
+                if is_table:
+                    table.add_row(*map(Text, _columns(summary)))
+                elif as_json:
+                    out(_summary_json(summary))
+                else:
+                    out("\t".join(_columns(summary)))
+        if table.row_count:
+            Console().print(table)
+        elif is_table:
+            err("the workspace has no workflows")
+        return ExitCode.SUCCEEDED
+
+    raise typer.Exit(run_command(work(), Subject(base_url=base_url), as_json=as_json))
+
+
+def _columns(summary: WorkflowSummary) -> tuple[str, str, str, str]:
+    version = "" if summary.latest_version is None else str(summary.latest_version)
+    labels = [*summary.labels, *(["(deleted)"] if summary.is_deleted else [])]
+    return str(summary.id), version, printable(summary.name), printable(", ".join(labels))
+
+
+def _summary_json(summary: WorkflowSummary) -> str:
+    fields = ("id", "name", "labels", "latest_version", "is_deleted")
+    return json.dumps({name: getattr(summary, name) for name in fields})
+
+
+def workflow(
+    workflow: WorkflowName,
+    *,
+    label: Label = None,
+    version: Version = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write one line of JSON.")] = False,
+    base_url: BaseUrl = None,
+    outage: Outage = 10,
+) -> None:
+    """Show what a workflow requires, its labels and its graph.
+
+    Without --label and --version, it is the latest version. In the graph, each node comes below
+    those that it depends on; an output node is marked with ◎.
+
+    With --json, the workflow is written as one line of ASCII JSON with the keys "id", "name",
+    "version", "labels", "required_inputs", "nodes", "edges" and "layers".
     """
-    for number in range(36):
-        is_report = number % 3 == 2
-        workflow = "research-report" if is_report else "support-agent"
-        inputs: dict[str, Any] = {"letter": _LETTERS[number % 4]}
-        if is_report:
-            inputs = {"topic": _TOPICS[number // 3 % 3]}
-        is_failing = not is_report and number % 11 == 4
-        scenario = _research_report(inputs) if is_report else support_agent(inputs)
-        if is_failing:
-            scenario = support_agent(inputs, failing=True)
-        ended = Scenario([attrs.evolve(node, duration=0.0) for node in scenario.nodes])
-        typical, spread = (44.0, 9.0) if is_report else (7.0, 1.6)
-        history.record(
-            execution_id=simulator.add_execution(ended),
-            workflow=workflow,
-            inputs=json.dumps(inputs, indent=2),
-            outcome="failed" if is_failing else "succeeded",
-            problem=f"search handbook: {_NO_INDEX}" if is_failing else None,
-            began=now - 3600 * _HOURS_BETWEEN * (36 - number),
-            is_started=True,
-            duration=(2.6 if is_failing else typical + spread * math.sin(number * 1.7)),
-            nodes=len(scenario.nodes),
-        )
+    check_version(label, version)
+
+    async def work() -> ExitCode:
+        async with open_session(base_url, RetryPolicy(outage=outage), err) as session:
+            try:
+                found = await session.workflow(workflow, label=label, version=version)
+            except (TypeError, ValueError) as error:
+                raise Misuse(str(error)) from error
+        if as_json:
+            out(json.dumps(_fields(found)))
+            return ExitCode.SUCCEEDED
+        for line in _description(found):
+            _print(line)
+        return ExitCode.SUCCEEDED
+
+    raise typer.Exit(run_command(work(), Subject(base_url=base_url), as_json=as_json))
 
 
-async def start_runs(board: Board) -> None:
-    """Start a run of each workflow once the page of the board is open."""
-    await board.opened.wait()
-    for workflow, (_, inputs) in DEMO_WORKFLOWS.items():
-        await board.start(workflow, inputs)
+def _fields(found: Workflow) -> dict[str, Any]:
+    inputs = found.required_inputs
+    return {
+        "id": found.id,
+        "name": found.name,
+        "version": found.version,
+        "labels": found.labels,
+        "required_inputs": None if inputs is None else dict(inputs),
+        "nodes": [
+            {
+                "name": node.name,
+                "node_type": node.node_type,
+                "is_output_node": node.is_output_node,
+                "dependencies": node.dependencies,
+            }
+            for node in found.nodes.values()
+        ],
+        "edges": [
+            {"source": edge.source, "target": edge.target, "conditional": edge.conditional}
+            for edge in found.edges
+        ],
+        "layers": found.layers(),
+    }
 
 
-# What `simulate` shows: a node that ends only after a request, and a workflow that can be started.
-_HELD = "read letter"
-_WORKFLOW = "support-agent"
+def _print(line: Text) -> None:
+    if sys.stdout.isatty():
+        Console(highlight=False).print(line, no_wrap=True, overflow="ellipsis")
+    else:
+        out(line.plain)
 
 
-def _incomplete(node: SimNode) -> Scenario:
-    first = SimNode(_HELD, "Dear all, ...", None)
-    return Scenario([first, node, SimNode("final reply", after=[node.name], is_output_node=True)])
+def _description(found: Workflow) -> Iterator[Text]:
+    version = "" if found.version is None else f", version {found.version}"
+    yield Text.assemble((printable(found.name), "bold"), f" (workflow {found.id}{version})")
+    if found.labels:
+        yield Text(f"labels: {printable(', '.join(found.labels))}")
+    inputs = found.required_inputs
+    if inputs is not None:
+        yield Text("inputs:" if inputs else "inputs: none required")
+        width = max((len(printable(name)) for name in inputs), default=0)
+        for name, kind in inputs.items():
+            yield Text.assemble(f"  {printable(name):<{width}}  ", (printable(kind), "dim"))
+    yield Text("")
+    if not found.nodes:
+        yield Text("The server did not describe its nodes.")
+        return
+    lines = draw(found)
+    width = max((len(line) for line, _ in lines), default=0)
+    if width > shutil.get_terminal_size().columns * _WIDEST_GRAPH:
+        yield from _list(found, [name for layer in found.layers() for name in layer])
+        return
+    for line, node in lines:
+        drawn = _in_encoding(f"{line:<{width}}  ")
+        yield Text(drawn.rstrip()) if node is None else Text(drawn) + _details(found, node)
+    names = {node for _, node in lines}
+    if cycle := [name for name in found.nodes if name not in names]:
+        yield Text("In a cycle, or after one:")
+        yield from _list(found, cycle)
 
 
-_EXECUTIONS = {
-    1: ("ten nodes, succeeds after seven seconds", support_agent(reading=None)),
-    2: ("a node fails, so there is no reply", support_agent(reading=None, failing=True)),
-    3: (
-        "a node gets an unknown status: never complete",
-        _incomplete(SimNode("approve", None, 1.0, after=[_HELD], status="AWAITING_APPROVAL")),
-    ),
-    4: (
-        "a node never ends: try --timeout 5, or Ctrl-C",
-        _incomplete(SimNode("think", None, None, after=[_HELD])),
-    ),
-}
+def _list(found: Workflow, names: list[str]) -> Iterator[Text]:
+    """Yield a line for each node that cannot be drawn, or not on this terminal."""
+    for name in names:
+        after = ", ".join(map(printable, found.nodes[name].dependencies))
+        yield _details(found, name) + Text(f"  after {shorten(after, 60)}" if after else "")
 
 
-async def serve(host: str, port: int, webhook_url: str | None) -> ExitCode:
-    """Do what the command `simulate` does."""
-    requests: asyncio.Queue[SimRequest] = asyncio.Queue()
-    simulator = Simulator(
-        host=host,
-        port=port,
-        log_requests=False,
-        on_request=requests.put_nowait,
-        webhook_url=webhook_url,
+def _details(found: Workflow, name: str) -> Text:
+    node: WorkflowNode = found.nodes[name]
+    facts = [printable(node.node_type)] if node.node_type else []
+    facts += ["output"] * node.is_output_node
+    if any(edge.conditional and edge.target == name for edge in found.edges):
+        facts.append("conditional")
+    return Text.assemble(printable(name), (f"  {', '.join(facts)}" if facts else "", "dim"))
+
+
+def _in_encoding(line: str) -> str:
+    """Return a line of a graph in characters that standard output has."""
+    try:
+        line.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return line.translate(ASCII)
+    return line
+
+
+def draw(workflow: Workflow) -> list[tuple[str, str | None]]:
+    """Return the lines of the graph, each with the name of the node that is in it, if one is.
+
+    They are drawn from top to bottom, like those of `git log --graph`.
+
+    Nodes in a cycle, and those after them, are left out.
+    """
+    drawing = _Drawing(
+        {
+            name: frozenset(workflow.nodes[name].dependencies).intersection(workflow.nodes)
+            for name in _in_depth_order(workflow)
+        }
     )
-    for execution_id, (_, scenario) in _EXECUTIONS.items():
-        simulator.add_execution(scenario, execution_id=execution_id)
-    simulator.add_workflow(
-        _WORKFLOW, support_agent, definition=support_agent(), inputs={"letter": "string"}
-    )
-    async with AsyncExitStack() as stack:
-        with listening(host, port):
-            await stack.enter_async_context(simulator)
-        out(_introduction(simulator))
-        with suppress(asyncio.CancelledError):
-            await _print_requests(simulator, requests)
-    return ExitCode.SUCCEEDED
+    for name in drawing.lanes_into:
+        drawing.add(name, OUTPUT if workflow.nodes[name].is_output_node else NODE)
+    return drawing.lines
 
 
-def _introduction(simulator: Simulator) -> str:
-    watch = "\n".join(
-        f"  {PROGRAM} watch {execution_id}   # {description}"
-        for execution_id, (description, _) in _EXECUTIONS.items()
-    )
-    return f"""\
-A simulated PromptLayer listens at {simulator.base_url} (Ctrl-C ends it).
-
-In another terminal:
-
-  {_set_variable("PROMPTLAYER_BASE_URL", simulator.base_url)}
-  {_set_variable("PROMPTLAYER_API_KEY", simulator.api_key)}
-{watch}
-
-Each execution begins at its first request. To start another one like the first:
-
-  {PROGRAM} run {_WORKFLOW} -i letter="Where is my refund?"
-{_webhooks(simulator)}
-Requests:"""
+def _in_depth_order(workflow: Workflow) -> Iterator[str]:
+    """Yield each node after all that it depends on, and soon after the last of them."""
+    waiting = {
+        name: set(node.dependencies) & workflow.nodes.keys()
+        for name, node in workflow.nodes.items()
+    }
+    dependents: dict[str, list[str]] = {name: [] for name in waiting}
+    for name, missing in waiting.items():
+        for dependency in missing:
+            dependents[dependency].append(name)
+    stack = [name for name in reversed(waiting) if not waiting[name]]
+    while stack:
+        done = stack.pop()
+        yield done
+        for name in dependents[done]:
+            waiting[name].remove(done)
+        stack += [name for name in reversed(dependents[done]) if not waiting[name]]
 
 
-def _set_variable(name: str, value: str) -> str:
-    """Return the line that sets an environment variable in the platform's usual shell."""
-    return f'$env:{name} = "{value}"' if os.name == "nt" else f"export {name}={value}"
+@attrs.define(eq=False)
+class _Drawing:
+    lanes_into: Mapping[str, _Lane]
+    lines: list[tuple[str, str | None]] = attrs.field(init=False, factory=list)
+    _columns: list[_Lane | None] = attrs.field(init=False, factory=list)
+    _targets_left: Counter[_Lane] = attrs.field(init=False)
+    _lanes_from: dict[str, list[_Lane]] = attrs.field(init=False)
 
+    def __attrs_post_init__(self) -> None:
+        self._targets_left = Counter(self.lanes_into.values())
+        self._lanes_from = {name: [] for name in self.lanes_into}
+        for lane in dict.fromkeys(self.lanes_into.values()):
+            for name in lane:
+                self._lanes_from[name].append(lane)
 
-def _webhooks(simulator: Simulator) -> str:
-    url, secret = simulator.webhook_url, simulator.webhook_secret
-    return "" if url is None else f"\nIts webhook goes to {url}, with the secret {secret}\n"
+    def add(self, name: str, mark: str) -> None:
+        """Draw a node, and the edges that leave it."""
+        lane = self.lanes_into[name]
+        if not lane:
+            # Not right below another node: it would look as if it depended on that one.
+            above = self.lines[-1][0] if self.lines else ""
+            at = self._free_column()
+            while above[2 * at : 2 * at + 1].strip():
+                at = self._free_column(at + 1)
+            self._draw({at: mark}, name)
+        else:
+            column = self._columns.index(lane)
+            self._targets_left[lane] -= 1
+            if self._targets_left[lane]:
+                at = self._free_column(column + 1)
+                self._draw({column: "├", at: mark}, name)
+            else:
+                at = column
+                self._draw({at: mark}, name)
+        self._columns[at] = _TAKEN
+        leaving = self._lanes_from[name]
+        new = [it for it in leaving if it not in self._columns]
+        joined = [self._columns.index(it) for it in leaving if it in self._columns]
+        for lane in new[1:]:
+            column = self._free_column(at + 1)
+            self._draw({at: "├", column: "╮"})
+            self._columns[column] = lane
+        for index, column in enumerate(joined, 1):
+            goes_on = bool(new) or index < len(joined)
+            if column < at:
+                self._draw({column: "├", at: "┤" if goes_on else "╯"})
+            else:
+                self._draw({at: "├" if goes_on else "╰", column: "┤"})
+        self._columns[at] = new[0] if new else None
+        while self._columns and self._columns[-1] is None:
+            self._columns.pop()
 
+    def _free_column(self, start: int = 0) -> int:
+        for column in range(start, len(self._columns)):
+            if self._columns[column] is None:
+                return column
+        self._columns += [None] * (max(start, len(self._columns)) + 1 - len(self._columns))
+        return len(self._columns) - 1
 
-async def _print_requests(simulator: Simulator, requests: asyncio.Queue[SimRequest]) -> NoReturn:
-    waiting = {str(execution_id): execution_id for execution_id in _EXECUTIONS}
-    while True:
-        request = await requests.get()
-        query = "&".join(f"{name}={value}" for name, value in request.query.items())
-        path = f"{request.path}?{query}" if query else request.path
-        out(printable(f"{time.strftime('%H:%M:%S')} {request.method} {path}"))
-        requested = request.query.get("workflow_version_execution_id", "")
-        if (execution_id := waiting.pop(requested, None)) is not None:
-            simulator.finish(execution_id, _HELD)
+    def _draw(self, marks: Mapping[int, str], name: str | None = None) -> None:
+        """Add a line; marks in two columns are connected, behind the lanes between them."""
+        first, last = min(marks), max(marks)
+        text = ""
+        for column, lane in enumerate(self._columns):
+            is_between = first < column < last
+            passing = "─" if is_between else " "
+            text += marks.get(column) or (passing if lane is None else "│")
+            text += "─" if first <= column < last else " "
+        self.lines.append((text.rstrip(), name))
