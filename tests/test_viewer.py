@@ -26,7 +26,7 @@ from promptlayer_exec import Node, Session, Snapshot
 from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli._servers import TOKEN, _print_url, open_in_browser, view
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
-from promptlayer_exec.viewer import Address, Board, listen, serve
+from promptlayer_exec.viewer import Address, Board, History, listen, serve
 from promptlayer_exec.viewer._board import Card
 from promptlayer_exec.viewer._events import _HEARTBEAT, board_events, value_text
 
@@ -499,6 +499,52 @@ async def test_sigterm_stops_the_command_with_a_page_open(sim: Simulator, held: 
     assert rest.endswith(b"event: end\ndata: {}\n\n")
     assert process.returncode == 0
     assert errors == b"Open this page, which is for you alone (Ctrl-C ends it):\n"
+
+
+async def test_a_start_that_is_answered_after_the_end_is_reported(
+    sim: Simulator, tmp_path: Path
+) -> None:
+    """The command waits for the answer; the id is on standard error, the inputs in the history."""
+    sim.add_workflow("w", Scenario([SimNode("n")]))
+    sim.inject(Fault.delay(0.0))  # for the request of the definition
+    sim.inject(Fault.delay(2.3))
+    token = "t" * 22
+    environment = {
+        **os.environ,
+        "PROMPTLAYER_API_KEY": sim.api_key,
+        "PROMPTLAYER_BASE_URL": sim.base_url,
+        "XDG_STATE_HOME": str(tmp_path),
+        TOKEN: token,
+    }
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "promptlayer_exec", "view"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+    )
+    try:
+        assert process.stdout is not None
+        url = (await process.stdout.readline()).decode().partition("/#")[0]
+        headers = {"Authorization": f"Bearer {token}"}
+        start = {"workflow": "w", "inputs": '{"letter": "of Maria"}'}
+        async with aiohttp.ClientSession(headers=headers) as http:
+            starting = asyncio.create_task(http.post(f"{url}/api/runs", json=start))
+            while not any(request.method == "POST" for request in sim.requests):
+                await sim.wait_for_requests(sim.request_count + 1)
+            process.send_signal(signal.SIGINT)
+            _, errors = await process.communicate()
+            with pytest.raises(aiohttp.ClientError):
+                await starting
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == 0
+    assert b"execution 1001 of workflow 'w' started, but its caller did not get" in errors
+    history = History(tmp_path / "promptlayer-exec" / "history.sqlite", server=sim.base_url)
+    (entry,) = (await history.search("Maria"))["entries"]
+    await history.aclose()
+    assert entry["outcome"] == "unknown"
 
 
 _BROWSER = """

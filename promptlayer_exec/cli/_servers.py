@@ -12,7 +12,8 @@ import secrets
 import sys
 import time
 import webbrowser
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, NoReturn
@@ -96,6 +97,7 @@ def view(
             raise Misuse(f"the viewer needs {install_hint('viewer')}") from error
         token = _token()
         async with AsyncExitStack() as stack:
+            stack.enter_context(_showing_warnings())
             if is_demo:
                 from promptlayer_exec.cli import _demo as demo  # noqa: PLC0415 - slow to import
                 from promptlayer_exec.simulator import Simulator  # noqa: PLC0415
@@ -107,7 +109,7 @@ def view(
             else:
                 directory = platformdirs.user_state_path("promptlayer-exec", appauthor=False)
                 retry = RetryPolicy(outage=min(outage, 10.0), watch_outage=outage)
-                session = open_session(base_url, retry, err)
+                session = open_session(base_url, retry)
             await stack.enter_async_context(session)
             with listening(host, port):
                 listener = stack.enter_context(listen(host, port))
@@ -211,19 +213,19 @@ def mcp(
             from promptlayer_exec.mcp import serve_stdio  # noqa: PLC0415 - an extra
         except ModuleNotFoundError as error:
             raise Misuse(f"the MCP server needs {install_hint('mcp')}") from error
-        logging.getLogger("promptlayer_exec").addHandler(_ToStandardError())
-        session = open_session(
-            base_url, RetryPolicy(outage=outage), wait_timeout=_REQUEST_TIME, push=push
-        )
-        if sys.stdin.isatty():
-            err("this is a server for MCP clients, which start it themselves; Ctrl-C ends it")
-        is_served = True
-        try:
-            await serve_stdio(session, workflows=workflows)
-        finally:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_CLOSE_TIME):
-                    await session.aclose()
+        with _showing_warnings():
+            session = open_session(
+                base_url, RetryPolicy(outage=outage), wait_timeout=_REQUEST_TIME, push=push
+            )
+            if sys.stdin.isatty():
+                err("this is a server for MCP clients, which start it themselves; Ctrl-C ends it")
+            is_served = True
+            try:
+                await serve_stdio(session, workflows=workflows)
+            finally:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_CLOSE_TIME):
+                        await session.aclose()
         return ExitCode.SUCCEEDED
 
     code = run_command(work(), Subject(base_url=base_url))
@@ -238,11 +240,19 @@ def _exit(code: ExitCode) -> NoReturn:
     os._exit(code)
 
 
-class _ToStandardError(logging.Handler):
-    """Writes warnings as lines; standard output is the protocol's."""
+@contextmanager
+def _showing_warnings() -> Iterator[None]:
+    """Write the library's warnings to standard error, such as the id of a run that nobody got."""
+    log, handler = logging.getLogger("promptlayer_exec"), _ToStandardError(logging.WARNING)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+
+class _ToStandardError(logging.Handler):
+    """Writes messages as lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
         err(printable(record.getMessage()))

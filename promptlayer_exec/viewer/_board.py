@@ -116,9 +116,13 @@ class Board:
         began = time.time()
         try:
             execution = await self.session.start(workflow, inputs, label=label, version=version)
-        except StartUnknown as error:
+        except (StartUnknown, asyncio.CancelledError) as error:
             known |= {"inputs": _text_of(inputs), "began": began, "is_started": True}
-            self._record(**known, outcome="unknown", problem=str(error))
+            stopped = (
+                "the viewer was stopped before the answer; if a run started, a warning has its id"
+            )
+            problem = str(error) or stopped
+            self._record(**known, outcome="unknown", problem=problem)
             raise
         known["inputs"] = _text_of(inputs)
         self._record(
