@@ -71,6 +71,31 @@ def open_session(*args, **kwargs):
 real, _executions.open_session = _executions.open_session, open_session
 from promptlayer_exec.__main__ import main; main()
 """
+WHILE_CLOSING = """
+import asyncio, signal
+from promptlayer_exec import Session
+
+async def close(self, *error):
+    signal.raise_signal(signal.SIGINT)
+    try:
+        await asyncio.sleep(60)
+    finally:
+        await real(self, *error)
+
+real, Session.__aexit__ = Session.__aexit__, close
+from promptlayer_exec.__main__ import main; main()
+"""
+WHILE_REPORTING = """
+import signal
+from promptlayer_exec.cli import _exit
+
+def err(text):
+    signal.raise_signal(signal.SIGINT)
+    real(text)
+
+real, _exit.err = _exit.err, err
+from promptlayer_exec.__main__ import main; main()
+"""
 # For a start without a description of its workflow, so that the next fault is for the start.
 _NO_DEFINITION = Fault.status(403)
 UNREACHABLE = "http://127.0.0.1:9"
@@ -806,6 +831,21 @@ class TestRun:
         assert code == 130
         assert err.startswith("interrupted; it is not known whether a run of workflow 'x' started")
         assert "The run may have started" in err
+
+    @pytest.mark.parametrize(
+        ("program", "code", "before"),
+        [(WHILE_CLOSING, 130, "interrupted; "), (WHILE_REPORTING, 4, "")],
+        ids=["closing", "reporting"],
+    )
+    def test_an_interrupt_after_a_start_that_fails(
+        self, sim: Simulator, start: Start, program: str, code: int, before: str
+    ) -> None:
+        """The error still says that a run may have started."""
+        sim.inject(_NO_DEFINITION)
+        sim.inject(Fault.disconnect())
+        ended, out, err = start("run", "x", program=python(program)).end()
+        assert (ended, out) == (code, "")
+        assert err.startswith(f"{before}it is not known whether a run of workflow 'x' started")
 
     def test_a_second_interrupt_ends_a_start_at_once(self, start: Start) -> None:
         """The command does not wait for the answer."""

@@ -169,6 +169,9 @@ def run(
                 execution = starting.result()
             except (TypeError, ValueError) as error:
                 raise Misuse(str(error)) from error
+            except StartUnknown as error:
+                subject.note = str(error)  # to be said also if the closing is interrupted
+                raise
             subject.execution_id = execution.id
             if execution.warning:
                 err(f"warning: {printable(execution.warning)}")

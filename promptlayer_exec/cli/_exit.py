@@ -11,9 +11,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
+from functools import partial
 from queue import SimpleQueue
 from types import FrameType
 from typing import Any, Literal, Self
@@ -155,22 +156,21 @@ def run_command(
     work: Coroutine[Any, Any, ExitCode], subject: Subject, *, as_json: bool = False
 ) -> ExitCode:
     """Run a command, report its error if it fails (in JSON, too), and return the exit code."""
-
-    async def run() -> ExitCode:
-        # Reported inside the loop: closing it takes long while a host name is being resolved.
-        try:
-            return await _until_signal(work)
-        except tuple(_EXIT_CODES) as error:
-            return _report(error, subject, as_json=as_json)
-
+    report = partial(_report, subject=subject, as_json=as_json)
     try:
-        return asyncio.run(run())
+        return asyncio.run(_until_signal(work, report))
     except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - Typer hides some
         return report_crash(error)
 
 
-async def _until_signal(work: Coroutine[Any, Any, ExitCode]) -> ExitCode:
-    """Await the work; cancel it at the first signal, and exit the process at the second.
+async def _until_signal(
+    work: Coroutine[Any, Any, ExitCode], report: Callable[[Exception], ExitCode]
+) -> ExitCode:
+    """Await the work, and report its error if it fails.
+
+    The first signal cancels the work, and the second exits the process. Errors are reported while
+    these handlers stand, so that a signal does not keep one from being written; and inside the
+    loop, because closing it takes long while a host name is being resolved.
 
     These handlers run between any two instructions, even while standard output blocks. Handlers
     of the event loop do not, and closing the loop would restore KeyboardInterrupt, which could
@@ -208,7 +208,9 @@ async def _until_signal(work: Coroutine[Any, Any, ExitCode]) -> ExitCode:
         if isinstance(error, OutputFailed):  # as on a terminal that was closed
             _discard_output()
         stopped = _ended_by(received)
-        raise stopped(stopped.__name__.lower()) from None
+        return report(stopped(stopped.__name__.lower()))
+    except tuple(_EXIT_CODES) as error:
+        return report(error)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
