@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import re
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from promptlayer_exec import PollPolicy, RetryPolicy, Session, StartRequest
 from promptlayer_exec.dbos import Batch, BatchStatus
@@ -312,6 +314,59 @@ async def test_what_a_dead_worker_left_is_resolved_before_it_is_restarted(
         assert await world.batch().retry(unknown=True) == 0
     assert (await world.batch(restart_unknown=how == "restart_unknown").work()).succeeded == 1
     assert len(world.sim.runs) == 1
+
+
+def refuse_when(gate: threading.Event) -> Fault:
+    """Return the fault of a gateway that refuses a start, as soon as it may."""
+
+    async def refuse(_request: web.BaseRequest, _answer: Callable[[], Any]) -> web.Response:
+        assert await asyncio.to_thread(gate.wait, 10)
+        return web.json_response({"message": "no route"}, status=404)
+
+    return Fault(refuse)
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+@pytest.mark.parametrize("again", ["recheck", "retry"])
+async def test_a_callback_of_a_refused_start_is_reported(
+    world: World, caplog: pytest.LogCaptureFixture, *, again: str, is_early: bool
+) -> None:
+    """A gateway may have passed the start on; its run is then followed, and not started again."""
+    execution_id = world.sim.add_execution(Scenario([SimNode("A", "found", is_output_node=True)]))
+    gate, batch = threading.Event(), world.batch()
+    await batch.add([StartRequest("echo", key="a")])
+    world.sim.inject(refuse_when(gate))
+    working = asyncio.create_task(batch.work())
+    await world.sim.wait_for_requests(1)
+    token = world.row()[2]
+    if is_early:
+        assert await batch.resolve(token, execution_id) is False
+    gate.set()
+    assert (await working).failed == 1
+    for _ in range(2):
+        assert await batch.resolve(token, execution_id) is False
+    (warning,) = [one for one in caplog.messages if "although its start failed" in one]
+    assert f"execution {execution_id} of item 'a'" in warning
+    assert await (batch.recheck() if again == "recheck" else batch.retry(failed=True)) == 1
+    assert (await batch.work()).succeeded == 1
+    assert [outcome.execution_id async for outcome in batch.outcomes()] == [execution_id]
+    assert [request.method for request in world.sim.requests].count("POST") == 1
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_a_second_run_of_one_start_is_reported(
+    world: World, caplog: pytest.LogCaptureFixture, *, is_first: bool
+) -> None:
+    """As when a gateway passes on a start and answers 429: it is sent again."""
+    await world.batch().add([StartRequest("echo", key="a")])
+    assert (await world.batch().work()).succeeded == 1
+    (token,) = world.tokens()
+    for execution_id in (77, 1001) if is_first else (1001, 77):
+        assert await world.batch().resolve(token, execution_id) is False
+        assert await world.batch().resolve(token, 1001) is False
+    warnings = {one for one in caplog.messages if "was begun by the same start" in one}
+    text = "execution 77 was begun by the same start as execution 1001 of item 'a'"
+    assert warnings == {f"batch 'nightly': {text}"}
 
 
 async def test_deleting_a_batch_deletes_its_callbacks(world: World) -> None:

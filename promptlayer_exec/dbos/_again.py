@@ -40,7 +40,7 @@ class _Again(NamedTuple):
 
 
 def recheck(store: Store, batch: str) -> int:
-    """Follow again every failed item that has an execution id; return how many."""
+    """Follow again every failed item whose id is known, if only by a callback; return how many."""
 
     def choose(outcome: StoredOutcome) -> tuple[bool, Started]:
         started = _started(outcome)
@@ -161,10 +161,13 @@ def _reopen(
         lock_batch(connection, batch)
         chosen = []
         for row in connection.execute(query.where(_item.key.in_(requests))):
-            is_chosen, started = choose(StoredOutcome.from_json(row.outcome))
-            # Its callback may have come while this waited for the lock.
-            if row.kind == "unknown" and row.execution_id is not None:
-                started = result_of_callback(row.execution_id)
+            outcome = StoredOutcome.from_json(row.outcome)
+            is_chosen, started = choose(outcome)
+            # Its callback may have come while this waited for the lock, or after a refusal.
+            if row.execution_id is not None and (
+                row.kind == "unknown" or outcome.execution_id is None
+            ):
+                is_chosen, started = True, result_of_callback(row.execution_id)
             if is_chosen:
                 chosen.append(_Again(row.key, row.attempt, row.kind, started))
         return _begin(store, connection, batch, chosen, requests)

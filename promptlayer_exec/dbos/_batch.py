@@ -293,6 +293,8 @@ class Batch:
     async def recheck(self) -> int:
         """Put every failed item with an execution id back into the queue, to be followed.
 
+        The id may also be that in the callback of a start that was refused.
+
         Nothing is started. The next `work`, or one that runs now, asks the server again how these
         executions ended. An item whose execution failed fails again.
 

@@ -3,10 +3,16 @@
 A callback may come before its item is unknown: the worker that sent the start has died, but nobody
 knows it yet. So each callback is stored, and both who stores one and who stores an unknown outcome
 look afterwards for items that have both. Whoever comes second finds them.
+
+A callback may also contradict the answer: a gateway refused a start that it passed on, or a start
+that was sent again after a 429 began two runs. Then the item stays as it is, and a warning tells of
+the run that its outcome does not know.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +24,7 @@ from promptlayer_exec.dbos._tables import Ending, callbacks, called_back, items
 if TYPE_CHECKING:
     from promptlayer_exec.dbos._store import Store
 
+logger = logging.getLogger("promptlayer_exec")
 _item, _callback = items.c, callbacks.c
 _RECORD = sa.text(
     "INSERT INTO promptlayer_callback (batch, token, execution_id)"
@@ -26,9 +33,24 @@ _RECORD = sa.text(
 
 
 def record(store: Store, batch: str, token: str, execution_id: int) -> None:
-    """Store a callback; the first one of a start counts."""
+    """Store a callback; the first one of a start counts.
+
+    Warn of an execution that the item's outcome denies or does not know. If the outcome has the id
+    of a later callback, the run of the first one is the one to warn of.
+    """
     row = {"batch": batch, "token": token, "execution_id": execution_id}
-    store.transact(lambda connection: connection.execute(_RECORD, row))
+    is_first = store.transact(lambda connection: connection.execute(_RECORD, row).rowcount > 0)
+    query = (
+        sa.select(_item.key, _item.kind, _item.started, _callback.execution_id)
+        .join(callbacks, called_back)
+        .where(_item.batch == batch, _item.intent == token)
+    )
+    for key, kind, started, first in store.rows(query):
+        known = None if started is None else json.loads(started)["execution_id"]
+        is_repeated = first == execution_id and not is_first
+        if not is_repeated and (known is not None or kind == "failed"):
+            for other in {first, execution_id} - {known}:
+                _warn(batch, key, other, known)
 
 
 def finish(store: Store, batch: str, endings: Sequence[Ending]) -> set[tuple[str, int]]:
@@ -39,6 +61,15 @@ def finish(store: Store, batch: str, endings: Sequence[Ending]) -> set[tuple[str
     stored = store.finish(batch, endings)
     if any(ending.kind == "unknown" for ending in endings):
         resolve(store, batch, to_the_end=True)
+    refused = [each.key for each in endings if each.kind == "failed" and each.intent is not None]
+    if refused:
+        query = (
+            sa.select(_item.key, _callback.execution_id)
+            .join(callbacks, called_back)
+            .where(_item.batch == batch, _item.kind == "failed", _item.key.in_(refused))
+        )
+        for key, execution_id in store.rows(query):
+            _warn(batch, key, execution_id, None)
     return stored
 
 
@@ -65,3 +96,17 @@ def resolve(store: Store, batch: str, *, to_the_end: bool = False) -> int:
         for row in store.rows(query)
         if to_the_end or not store.is_cancelled()
     )
+
+
+def _warn(batch: str, key: str, execution_id: int, known: int | None) -> None:
+    if known is None:
+        logger.warning(
+            "batch %r: execution %d of item %r had started, although its start failed; recheck"
+            " follows it",
+            *(batch, execution_id, key),
+        )
+    else:
+        logger.warning(
+            "batch %r: execution %d was begun by the same start as execution %d of item %r",
+            *(batch, execution_id, known, key),
+        )

@@ -42,7 +42,7 @@ items = sa.Table(
     sa.Column("outcome", sa.Text),
     # What the key stands for; see `_requests`.
     sa.Column("digest", sa.Text),
-    # The token of the start whose request may have been sent, or null.
+    # The token of the start whose request may have been sent, or was refused; or null.
     sa.Column("intent", sa.Text),
     # The result of that start as JSON, once the execution id is known.
     sa.Column("started", sa.Text),
@@ -112,7 +112,8 @@ ADD = sa.text(
 FINISH = sa.text(
     """
     UPDATE promptlayer_item
-    SET kind = t.kind, outcome = t.outcome, seconds = t.seconds, seq = :first + t.position - 1
+    SET kind = t.kind, outcome = t.outcome, seconds = t.seconds, seq = :first + t.position - 1,
+        intent = coalesce(promptlayer_item.intent, t.intent)
     FROM unnest(
         CAST(:key AS text[]), CAST(:attempt AS int[]), CAST(:kind AS text[]),
         CAST(:outcome AS text[]), CAST(:seconds AS float[]), CAST(:intent AS text[]),
@@ -131,7 +132,8 @@ FINISH = sa.text(
 )
 FINISH_ONE = sa.text(
     """
-    UPDATE promptlayer_item SET kind = :kind, outcome = :outcome, seconds = :seconds, seq = :seq
+    UPDATE promptlayer_item SET kind = :kind, outcome = :outcome, seconds = :seconds, seq = :seq,
+        intent = coalesce(intent, :intent)
     WHERE batch = :batch AND key = :key AND attempt = :attempt AND kind IS NULL
         AND (started IS NULL OR :kind <> 'unknown' AND :intent IS NULL AND :of_another IS NULL)
         AND (:intent IS NULL OR coalesce(intent, :intent) = :intent)
