@@ -33,7 +33,7 @@ from centrifuge import (
     UnauthorizedError,
     UnsubscribedContext,
 )
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import InvalidProxyStatus, InvalidStatus
 
 from promptlayer_exec._errors import (
     ConnectionFailed,
@@ -467,6 +467,6 @@ def _reason(error: BaseException) -> str:
     """Return what an error says; of a foreign one only what cannot hold a password."""
     if isinstance(error, RequestError):
         return str(error.args[0])
-    if isinstance(error, OSError | InvalidStatus | CentrifugeError):
+    if isinstance(error, OSError | InvalidStatus | InvalidProxyStatus | CentrifugeError):
         return f"{error}" or type(error).__name__
     return type(error).__name__

@@ -741,6 +741,29 @@ class TestFaults:
         assert f"only polling: {reason}; " in log.warnings[0]
         await polled_to_the_end(server, execution)
 
+    async def test_a_proxy_that_refuses_the_connection_is_named(
+        self,
+        open_pushed: Callable[..., Session],
+        server: Server,
+        monkeypatch: pytest.MonkeyPatch,
+        log: Log,
+    ) -> None:
+        """The warning has its status, and not only the name of an exception."""
+
+        async def refuse(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+            writer.close()
+            await writer.wait_closed()
+
+        monkeypatch.setattr(push, "_HANDSHAKE", 0.3)
+        async with await asyncio.start_server(refuse, "127.0.0.1") as proxy:
+            port = proxy.sockets[0].getsockname()[1]
+            monkeypatch.setenv("WS_PROXY", f"http://127.0.0.1:{port}")
+            execution = await open_pushed(poll=OFTEN, trust_env=True).start("w")
+            await log.given_up()
+        assert "HTTP 407" in log.warnings[0]
+        await polled_to_the_end(server, execution)
+
     @pytest.mark.parametrize("held", [WORKFLOW, TOKEN, WEBSOCKET, "connect", "subscribe"])
     async def test_a_handshake_that_hangs_delays_nothing(
         self,
