@@ -12,8 +12,7 @@ import secrets
 import sys
 import time
 import webbrowser
-from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, NoReturn
@@ -96,8 +95,8 @@ def view(
         except ModuleNotFoundError as error:
             raise Misuse(f"the viewer needs {install_hint('viewer')}") from error
         token = _token()
+        _show_warnings()
         async with AsyncExitStack() as stack:
-            stack.enter_context(_showing_warnings())
             if is_demo:
                 from promptlayer_exec.cli import _demo as demo  # noqa: PLC0415 - slow to import
                 from promptlayer_exec.simulator import Simulator  # noqa: PLC0415
@@ -213,19 +212,19 @@ def mcp(
             from promptlayer_exec.mcp import serve_stdio  # noqa: PLC0415 - an extra
         except ModuleNotFoundError as error:
             raise Misuse(f"the MCP server needs {install_hint('mcp')}") from error
-        with _showing_warnings():
-            session = open_session(
-                base_url, RetryPolicy(outage=outage), wait_timeout=_REQUEST_TIME, push=push
-            )
-            if sys.stdin.isatty():
-                err("this is a server for MCP clients, which start it themselves; Ctrl-C ends it")
-            is_served = True
-            try:
-                await serve_stdio(session, workflows=workflows)
-            finally:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(_CLOSE_TIME):
-                        await session.aclose()
+        _show_warnings()
+        session = open_session(
+            base_url, RetryPolicy(outage=outage), wait_timeout=_REQUEST_TIME, push=push
+        )
+        if sys.stdin.isatty():
+            err("this is a server for MCP clients, which start it themselves; Ctrl-C ends it")
+        is_served = True
+        try:
+            await serve_stdio(session, workflows=workflows)
+        finally:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_TIME):
+                    await session.aclose()
         return ExitCode.SUCCEEDED
 
     code = run_command(work(), Subject(base_url=base_url))
@@ -240,15 +239,12 @@ def _exit(code: ExitCode) -> NoReturn:
     os._exit(code)
 
 
-@contextmanager
-def _showing_warnings() -> Iterator[None]:
-    """Write the library's warnings to standard error, such as the id of a run that nobody got."""
-    log, handler = logging.getLogger("promptlayer_exec"), _ToStandardError(logging.WARNING)
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
+def _show_warnings() -> None:
+    """Write the library's warnings to standard error, to the very end of the process.
+
+    Some come when a session is closed, such as the id of a run that nobody got.
+    """
+    logging.getLogger("promptlayer_exec").addHandler(_ToStandardError(logging.WARNING))
 
 
 class _ToStandardError(logging.Handler):
