@@ -69,6 +69,7 @@ class Execution:
         client = await self._client()
         with _Recalling(self):
             return self._remember(await client.snapshot(self.id, client.deadline()))
+        return cast("Snapshot", self._last)
 
     def stream(
         self, *, timeout: float | EllipsisType | None = ...
@@ -177,14 +178,18 @@ class Execution:
         try:
             with _Recalling(self):
                 return await watch.completed(deadline)
+            return cast("Snapshot", self._last)
         finally:
             if watch.latest is not None:
                 self._remember(watch.latest)
             watch.remove_follower()
 
     async def _client(self) -> Client:
-        with _Recalling(self):
+        try:
             return await self._require_session()._open(self.id)
+        except PromptLayerExecError as error:
+            error.last_snapshot = self._last
+            raise
 
     def _joining(self, timeout: float | EllipsisType | None) -> Join:
         self._require_session()
@@ -262,9 +267,10 @@ class Execution:
 
 
 class _Recalling:
-    """Gives an error the last snapshot of a handle's other calls, if it has none, or not the last.
+    """Gives an error without a snapshot the last one of a handle's other calls.
 
-    Ten thousand waits may hold one each, and a `contextmanager` takes half a kilobyte.
+    If that is complete, the error is suppressed: the call returns it instead. Ten thousand waits
+    may hold one of these each, and a `contextmanager` takes half a kilobyte.
     """
 
     __slots__ = ("_execution",)
@@ -275,10 +281,12 @@ class _Recalling:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, PromptLayerExecError):
-            own, last = error.last_snapshot, self._execution._last
-            error.last_snapshot = last if last is not None and last.complete else own or last
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, PromptLayerExecError):
+            return False
+        last = self._execution._last
+        error.last_snapshot = error.last_snapshot or last
+        return last is not None and last.complete
 
 
 class _Following:
@@ -296,6 +304,7 @@ class _Following:
             self._client.lifetime.check_loop()  # the watch never wakes a task of another loop
         with _Recalling(self._execution):
             return self._execution._remember(await self._watch.newer(seen, deadline))
+        return cast("Snapshot", self._execution._last)
 
     def remove_follower(self) -> None:
         if self._client is None or self._watch is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import threading
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
@@ -19,6 +20,7 @@ from promptlayer_exec import (
     PollPolicy,
     Session,
     SessionClosed,
+    Snapshot,
 )
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
@@ -145,20 +147,35 @@ async def test_a_newer_snapshot_of_the_error_itself_is_kept(
     assert caught.value.last_snapshot is not first
 
 
-async def test_an_error_has_the_complete_snapshot_that_another_call_saw(
-    sim: Simulator, open_session: Callable[..., Session], held: int
+@pytest.mark.parametrize("how", ["wait", "stream", "snapshot"])
+async def test_a_call_that_fails_returns_the_complete_snapshot_that_another_saw(
+    sim: Simulator, open_session: Callable[..., Session], held: int, how: str
 ) -> None:
-    """The wait's own last poll was before the end."""
+    """Its own last poll was before the end, or is refused afterwards."""
     session = open_session(poll=PollPolicy.fixed(10.0))
     execution = session.execution(held)
-    waiting = asyncio.create_task(execution.wait(timeout=0.2))
-    await sim.wait_for_requests(1)
+    await execution.snapshot()
+
+    async def call() -> Snapshot:
+        if how == "wait":
+            return await execution.wait(timeout=0.2)
+        if how == "snapshot":
+            return await execution.snapshot()
+        return [snapshot async for snapshot in execution.stream(timeout=0.2)][-1]
+
+    async def refuse(_request: web.BaseRequest, _answer: Callable[[], Any]) -> web.Response:
+        assert await asyncio.to_thread(gate.wait, 10)
+        return web.json_response({}, status=403)
+
+    gate = threading.Event()
+    if how == "snapshot":
+        sim.inject(Fault(refuse))
+    calling = asyncio.create_task(call())
+    await sim.wait_for_requests(2)
     sim.finish(held, "Answer")
-    complete = await execution.snapshot()
-    assert complete.complete
-    with pytest.raises(ExecutionTimeout) as caught:
-        await waiting
-    assert caught.value.last_snapshot is complete
+    assert (complete := await execution.snapshot()).complete
+    gate.set()
+    assert await calling is complete
 
 
 async def test_what_is_complete_stays_so(sim: Simulator, session: Session, held: int) -> None:
