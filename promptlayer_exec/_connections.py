@@ -67,7 +67,7 @@ class _CleanConnector(aiohttp.TCPConnector):
         return connection
 
     def _idle(self, connection: aiohttp.connector.Connection) -> Idle | None:
-        """Return what has watched a connection while nobody used it; None if that is closed."""
+        """Return what watches a connection; None if that is a new one, and closed already."""
         if (transport := connection.transport) is None:
             return None
         idle = protocol_of(transport)

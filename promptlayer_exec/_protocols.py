@@ -1,4 +1,4 @@
-"""Protocols that stand between a connection and aiohttp's own for a while."""
+"""Protocols that stand between a connection and aiohttp's own."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def readable(transport: asyncio.Transport) -> Callable[[], bool]:
 
 
 class Interposed:
-    """Stands between a transport and its protocol until `end`, and notes whether data arrives.
+    """Stands between a transport and its protocol, from `begin` to `end`.
 
-    Everything else goes to the protocol itself.
+    It notes whether data arrives. Everything goes to the protocol itself.
     """
 
     def __init__(self, transport: asyncio.Transport) -> None:

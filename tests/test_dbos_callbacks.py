@@ -369,6 +369,34 @@ async def test_a_second_run_of_one_start_is_reported(
     assert warnings == {f"batch 'nightly': {text}"}
 
 
+async def test_an_item_that_was_never_sent_has_no_token(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its workflow was cancelled in DBOS; no callback is about it."""
+    batch = world.batch()
+    await batch.add([StartRequest("echo", key="a")])
+    with closing(sqlite3.connect(world.path)) as database, database:
+        database.execute("UPDATE workflow_status SET status = 'CANCELLED'")
+    assert (await batch.work()).failed == 1
+    assert world.row() == (1, "failed", None)
+    assert await batch.resolve("", 77) is False
+    assert [one for one in caplog.messages if "77" in one] == []
+
+
+async def test_a_callback_of_an_item_that_version_0_1_started_is_none_of_a_refused_start(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The id is only in its outcome."""
+    batch = world.batch()
+    await batch.add([StartRequest("echo", key="a")])
+    await batch.work()
+    (token,) = world.tokens()
+    with closing(sqlite3.connect(world.path)) as database, database:
+        database.execute("UPDATE promptlayer_item SET started = NULL, kind = 'failed'")
+    assert await batch.resolve(token, 1001) is False
+    assert [one for one in caplog.messages if "1001" in one] == []
+
+
 async def test_deleting_a_batch_deletes_its_callbacks(world: World) -> None:
     """Those that came for items that were never unknown, too."""
     await lose_one(world)

@@ -904,15 +904,19 @@ def test_the_command_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.stderr == f"the MCP server needs {install_hint('mcp')}\n"
 
 
-async def test_a_signal_ends_the_process_while_a_start_has_no_answer(
-    workspace: Simulator, serve_mcp: Serve
+@pytest.mark.parametrize(("end", "code"), [("signal", 143), ("stdin", 0)])
+async def test_the_process_ends_while_a_start_has_no_answer(
+    workspace: Simulator, serve_mcp: Serve, end: str, code: int
 ) -> None:
     """It says that a run may have started."""
     workspace.inject(Fault.status(404))
     workspace.inject(Fault.stall())
     process = await serve_mcp(tool_call("start_workflow", workflow="other"))
     await workspace.wait_for_requests(2, timeout=40)
-    process.send_signal(signal.SIGTERM)
+    if end == "signal":
+        process.send_signal(signal.SIGTERM)
+    else:
+        process.stdin.close()
     _, err = await process.communicate()
-    assert process.returncode == 143
+    assert process.returncode == code
     assert b"not known whether a run of workflow 'other' started" in err

@@ -12,6 +12,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import aiohttp
 import pytest
 import typer
+from aiohttp import web
 
 import promptlayer_exec.viewer
 from promptlayer_exec import Node, Session, Snapshot
@@ -506,8 +508,14 @@ async def test_a_start_that_is_answered_after_the_end_is_reported(
 ) -> None:
     """The command waits for the answer; the id is on standard error, the inputs in the history."""
     sim.add_workflow("w", Scenario([SimNode("n")]))
+    gate = threading.Event()
+
+    async def wait(_request: web.BaseRequest, answer: Callable[[], Any]) -> Any:
+        assert await asyncio.to_thread(gate.wait, 10)
+        return answer()
+
     sim.inject(Fault.delay(0.0))  # for the request of the definition
-    sim.inject(Fault.delay(2.3))
+    sim.inject(Fault(wait))
     token = "t" * 22
     environment = {
         **os.environ,
@@ -532,9 +540,10 @@ async def test_a_start_that_is_answered_after_the_end_is_reported(
             await sim.wait_for_requests(2)
             assert sim.requests[-1].method == "POST"
             process.send_signal(signal.SIGINT)
-            _, errors = await process.communicate()
             with pytest.raises(aiohttp.ClientError):
                 await starting
+            gate.set()
+            _, errors = await process.communicate()
     finally:
         if process.returncode is None:
             process.kill()

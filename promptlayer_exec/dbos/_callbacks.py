@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("promptlayer_exec")
 _item, _callback = items.c, callbacks.c
+# The outcome may be large, and is needed only if version 0.1 started the item.
+_without_start = sa.case((_item.started.is_(None), _item.outcome))
 _RECORD = sa.text(
     "INSERT INTO promptlayer_callback (batch, token, execution_id)"
     " VALUES (:batch, :token, :execution_id) ON CONFLICT DO NOTHING"
@@ -41,12 +43,12 @@ def record(store: Store, batch: str, token: str, execution_id: int) -> None:
     row = {"batch": batch, "token": token, "execution_id": execution_id}
     is_first = store.transact(lambda connection: connection.execute(_RECORD, row).rowcount > 0)
     query = (
-        sa.select(_item.key, _item.kind, _item.started, _callback.execution_id)
+        sa.select(_item.key, _item.kind, _item.started, _without_start, _callback.execution_id)
         .join(callbacks, called_back)
         .where(_item.batch == batch, _item.intent == token)
     )
-    for key, kind, started, first in store.rows(query):
-        known = None if started is None else json.loads(started)["execution_id"]
+    for key, kind, started, outcome, first in store.rows(query):
+        known = json.loads(started or outcome or '{"execution_id": null}')["execution_id"]
         is_repeated = first == execution_id and not is_first
         if not is_repeated and (known is not None or kind == "failed"):
             for other in {first, execution_id} - {known}:
@@ -61,7 +63,11 @@ def finish(store: Store, batch: str, endings: Sequence[Ending]) -> set[tuple[str
     stored = store.finish(batch, endings)
     if any(ending.kind == "unknown" for ending in endings):
         resolve(store, batch, to_the_end=True)
-    refused = [each.key for each in endings if each.kind == "failed" and each.intent is not None]
+    refused = [
+        each.key
+        for each in endings
+        if each.kind == "failed" and each.intent and (each.key, each.attempt) in stored
+    ]
     if refused:
         query = (
             sa.select(_item.key, _callback.execution_id)
@@ -101,12 +107,12 @@ def resolve(store: Store, batch: str, *, to_the_end: bool = False) -> int:
 def _warn(batch: str, key: str, execution_id: int, known: int | None) -> None:
     if known is None:
         logger.warning(
-            "batch %r: execution %d of item %r had started, although its start failed; recheck"
+            "batch %r: execution %d of item %.100r had started, although its start failed; recheck"
             " follows it",
             *(batch, execution_id, key),
         )
     else:
         logger.warning(
-            "batch %r: execution %d was begun by the same start as execution %d of item %r",
+            "batch %r: execution %d was begun by the same start as execution %d of item %.100r",
             *(batch, execution_id, known, key),
         )

@@ -113,7 +113,7 @@ FINISH = sa.text(
     """
     UPDATE promptlayer_item
     SET kind = t.kind, outcome = t.outcome, seconds = t.seconds, seq = :first + t.position - 1,
-        intent = coalesce(promptlayer_item.intent, t.intent)
+        intent = coalesce(promptlayer_item.intent, nullif(t.intent, ''))
     FROM unnest(
         CAST(:key AS text[]), CAST(:attempt AS int[]), CAST(:kind AS text[]),
         CAST(:outcome AS text[]), CAST(:seconds AS float[]), CAST(:intent AS text[]),
@@ -133,7 +133,7 @@ FINISH = sa.text(
 FINISH_ONE = sa.text(
     """
     UPDATE promptlayer_item SET kind = :kind, outcome = :outcome, seconds = :seconds, seq = :seq,
-        intent = coalesce(intent, :intent)
+        intent = coalesce(intent, nullif(:intent, ''))
     WHERE batch = :batch AND key = :key AND attempt = :attempt AND kind IS NULL
         AND (started IS NULL OR :kind <> 'unknown' AND :intent IS NULL AND :of_another IS NULL)
         AND (:intent IS NULL OR coalesce(intent, :intent) = :intent)

@@ -118,10 +118,8 @@ class Board:
             execution = await self.session.start(workflow, inputs, label=label, version=version)
         except (StartUnknown, asyncio.CancelledError) as error:
             known |= {"inputs": _text_of(inputs), "began": began, "is_started": True}
-            stopped = (
-                "the viewer was stopped before the answer; if a run started, a warning has its id"
-            )
-            problem = str(error) or stopped
+            stopped = "the viewer was stopped before the start was answered"
+            problem = str(error) if isinstance(error, StartUnknown) else stopped
             self._record(**known, outcome="unknown", problem=problem)
             raise
         known["inputs"] = _text_of(inputs)

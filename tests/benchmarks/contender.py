@@ -90,6 +90,11 @@ class Meter:
         if self._count == self._goal:
             self._reached.set()
 
+    @property
+    def counted(self) -> int:
+        """How many polls there were in all."""
+        return self._count
+
     async def measure(self) -> dict[str, float]:
         """Return CPU seconds per poll, and the peak memory in bytes, of what others poll now."""
         await self._reached.wait()
@@ -163,7 +168,7 @@ async def run(name: str, base_url: str, polls: int | None, seconds: float | None
         measured = await unchanged(base_url, meter)
     else:
         measured = await poll_repeatedly(CONTENDERS[name], base_url, meter)
-    sys.stdout.write(json.dumps(measured))
+    sys.stdout.write(json.dumps(measured | {"counted": meter.counted}))
 
 
 if __name__ == "__main__":

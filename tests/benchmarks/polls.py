@@ -22,6 +22,7 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -31,7 +32,7 @@ from typing import NamedTuple
 HERE = Path(__file__).parent
 LONGEST_RUN = 600.0
 SECONDS = 3.0
-ROUNDS = 5
+ROUNDS = 4
 CLIENT_CORE, SERVER_CORE = 1, 0
 # For all contenders. By default the allocator asks the kernel for new pages for allocations of
 # about 100 KB and more, the size of some bodies here, which makes the cost of a poll erratic.
@@ -108,16 +109,20 @@ def running(
             text=True,
             env=os.environ | MALLOC | {"PYTHONHASHSEED": "0"},
         ) as process:
+            timer = threading.Timer(LONGEST_RUN, process.kill)
+            timer.start()
             try:
                 yield process
             except BaseException:
                 process.kill()
                 raise
+            finally:
+                timer.cancel()
 
 
-def finish(process: subprocess.Popen[str], start: str = "") -> tuple[str, str]:
+def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
     """Return the standard output and error of a process that ends by itself."""
-    output, errors = process.communicate(start, timeout=LONGEST_RUN)
+    output, errors = process.communicate()
     if process.returncode:
         raise RuntimeError(errors)
     return output, errors
@@ -131,7 +136,7 @@ def measure(contenders: Sequence[Contender], body: Body) -> list[Measured]:
         for process in processes:
             assert process.stdout is not None
             if process.stdout.readline() != "ready\n":
-                finish(process)
+                raise RuntimeError(f"a contender did not begin: {finish(process)[1]}")
         for process in processes:
             assert process.stdin is not None
             process.stdin.write("go\n")
@@ -147,14 +152,15 @@ def count_instructions(contender: Contender, body: Body) -> Measured:
         "--cache-sim=no",
         "--cachegrind-out-file=/dev/null",
     )
-    counts = []
+    executed, counted = [], []
     for polls in (body.polls, 2 * body.polls):
         with running(contender, body, "--polls", str(polls), wrapper=valgrind) as process:
-            _, errors = finish(process)
+            output, errors = finish(process)
         count = re.search(r"I\s+refs:\s+([\d,]+)", errors)
         assert count is not None, errors
-        counts.append(int(count[1].replace(",", "")))
-    return {"cpu": (counts[1] - counts[0]) / body.polls}
+        executed.append(int(count[1].replace(",", "")))
+        counted.append(json.loads(output)["counted"])
+    return {"cpu": (executed[1] - executed[0]) / (counted[1] - counted[0])}
 
 
 Results = dict[str, Measured]
