@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import io
 import json
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
+from aiohttp import web
 
 from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli import _session as _cli_session
@@ -569,6 +571,36 @@ class TestRun:
         assert first["channel_name_suffix"]
         assert second["channel_name_suffix"]
         assert "channel_name_suffix" not in third
+
+    async def test_a_server_without_push_is_reported(self, environment: dict[str, str]) -> None:
+        """The run is polled, and ends here once the request of push was refused."""
+        requests: list[str] = []
+
+        async def answer(request: web.BaseRequest) -> web.Response:
+            requests.append(request.path)
+            if request.path == "/workflows/w/run":
+                return web.json_response({"workflow_version_execution_id": 1}, status=201)
+            if request.path == "/workflow-version-execution-results":
+                node = {"value": 1, "error_message": None, "raw_error_message": None}
+                node |= {"status": "SUCCESS", "is_output_node": True}
+                is_refused = requests.count("/workflows/w") == 2
+                return web.json_response({"n": node}, status=200 if is_refused else 202)
+            return web.json_response({"message": "no such route"}, status=404)
+
+        runner = web.ServerRunner(web.Server(answer), shutdown_timeout=0.01)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "promptlayer_exec", "run", "w", "--push"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment
+            | {"PROMPTLAYER_BASE_URL": f"http://127.0.0.1:{runner.addresses[0][1]}"},
+        )
+        _, err = await process.communicate()
+        await runner.cleanup()
+        assert process.returncode == 0
+        assert b"\npush is not used for workflow 'w', only polling: the server answered 404" in err
 
     @pytest.mark.parametrize("missing", [None, "an extra"])
     async def test_the_demo_of_the_viewer_is_pushed_where_it_can_be(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import html
-import logging
 import os
 import re
 import secrets
@@ -26,8 +25,8 @@ from promptlayer_exec._integration import base_url as session_base_url
 from promptlayer_exec._integration import install_hint
 from promptlayer_exec.cli._arguments import BaseUrl, Host, Outage, Port, Push, parse_id
 from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, listening, run_command
-from promptlayer_exec.cli._session import demo_session, open_session
-from promptlayer_exec.cli._text import err, out, printable
+from promptlayer_exec.cli._session import demo_session, open_session, show_warnings
+from promptlayer_exec.cli._text import err, out
 from promptlayer_exec.cli._workflows import complete_workflow
 
 TOKEN = "PROMPTLAYER_EXEC_VIEW_TOKEN"  # noqa: S105 - the name of a variable
@@ -95,7 +94,7 @@ def view(
         except ModuleNotFoundError as error:
             raise Misuse(f"the viewer needs {install_hint('viewer')}") from error
         token = _token()
-        _show_warnings()
+        show_warnings(err)
         async with AsyncExitStack() as stack:
             if is_demo:
                 from promptlayer_exec.cli import _demo as demo  # noqa: PLC0415 - slow to import
@@ -212,7 +211,7 @@ def mcp(
             from promptlayer_exec.mcp import serve_stdio  # noqa: PLC0415 - an extra
         except ModuleNotFoundError as error:
             raise Misuse(f"the MCP server needs {install_hint('mcp')}") from error
-        _show_warnings()
+        show_warnings(err)
         session = open_session(
             base_url, RetryPolicy(outage=outage), wait_timeout=_REQUEST_TIME, push=push
         )
@@ -237,21 +236,6 @@ def _exit(code: ExitCode) -> NoReturn:
     """Exit without freeing every object first, which takes longer than all of the above."""
     atexit._run_exitfuncs()  # exporters of traces and metrics have theirs there
     os._exit(code)
-
-
-def _show_warnings() -> None:
-    """Write the library's warnings to standard error, to the very end of the process.
-
-    Some come when a session is closed, such as the id of a run that nobody got.
-    """
-    logging.getLogger("promptlayer_exec").addHandler(_ToStandardError(logging.WARNING))
-
-
-class _ToStandardError(logging.Handler):
-    """Writes messages as lines."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        err(printable(record.getMessage()))
 
 
 async def open_in_browser(url: str, opened: asyncio.Event) -> None:

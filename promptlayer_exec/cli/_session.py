@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -35,12 +36,17 @@ def open_session(
     wait_timeout: float = 3600.0,
     push: bool = False,
 ) -> Session:
-    """Return a session with the key from the environment; `warn` is called with each retry."""
+    """Return a session with the key from the environment.
+
+    `warn` is called with each retry, and if push is given up.
+    """
     if not os.environ.get("PROMPTLAYER_API_KEY"):
         raise ConfigurationError(
             "there is no API key: set the environment variable PROMPTLAYER_API_KEY to one from"
             " PromptLayer's settings"
         )
+    if push and warn is not None:
+        show_warnings(warn, of="push")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         session = Session(
@@ -69,6 +75,28 @@ def demo_session(
         observers=[report_retries(warn)],
         push=push and missing_for_push() is None,
     )
+
+
+def show_warnings(write: Callable[[str], None], *, of: str | None = None) -> None:
+    """Write the library's warnings, or those `of` one module, to the very end of the process.
+
+    Some come when a session is closed, such as the id of a run that nobody got.
+    """
+    handler = _Warnings(write)
+    if of is not None:
+        handler.addFilter(lambda record: record.module == of)
+    logging.getLogger("promptlayer_exec").addHandler(handler)
+
+
+class _Warnings(logging.Handler):
+    """Writes each warning as a line."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._write(printable(record.getMessage()))
 
 
 def report_retries(warn: Callable[[str], None]) -> Observer:
