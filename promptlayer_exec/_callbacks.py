@@ -89,7 +89,7 @@ class CallbackLog:
     """Brings together callbacks and starts, by the starts' tokens.
 
     Either may come first, and each may be recorded several times. A callback proves a run. If the
-    start's answer was lost, or told nothing of that run, the run is reported once, even if nobody
+    start's answer was lost, or did not name that run, the run is reported once, even if nobody
     waits for it: a proxy may refuse a start that it has passed on, and a start that is sent again
     after a 429 may begin a second run. The first callback is the one that recovers a lost start.
     """

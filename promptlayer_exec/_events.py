@@ -138,7 +138,7 @@ class ExecutionStarted(Event):
         abandoned: whether the caller was cancelled before the response arrived.
         duration: seconds from the call to the response, or to the callback if `recovered`.
         recovered: whether a callback to the start's own URL has proved that the run started,
-            because the response was lost (`StartUnknown`), or told nothing of it. `request` then
+            because the response was lost (`StartUnknown`), or did not name it. `request` then
             has at most the workflow and the key, unless this session lost the response.
         base_url: the server's URL.
     """

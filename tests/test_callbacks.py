@@ -256,19 +256,19 @@ async def test_the_callback_of_a_run_that_the_answer_denied_is_reported(
 async def test_the_second_run_of_a_lost_start_is_reported_too(
     sim: Simulator, session: Session, recorder: Any, callbacks: str
 ) -> None:
-    """A proxy can send a start twice; `recover` has the one that was told first."""
+    """A proxy can send a start twice; `recover` has the one that came first."""
     sim.inject(Fault.stall())
     starting = asyncio.create_task(session.start("report"))
     await sim.wait_for_requests(1)
     token = token_in(json.loads(sim.requests[0].body))
-    told = (1001, 1002, 1001, 1002)
+    ids = (1001, 1002, 1001, 1002)
     if callbacks == "before":
-        for execution_id in told:
+        for execution_id in ids:
             receive_callback(session, token, execution_id)
     await sim.__aexit__()
     with pytest.raises(StartUnknown) as caught:
         await starting
-    for execution_id in told if callbacks == "after" else (1001,):
+    for execution_id in ids if callbacks == "after" else (1001,):
         receive_callback(session, token, execution_id)
     assert [event.execution_id for event in recorder.of(ExecutionStarted)] == [1001, 1002]
     assert (await session.recover(caught.value)).id == 1001
@@ -291,8 +291,8 @@ def test_runs_of_a_start_that_is_sent_again_are_reported_once(outcome: str) -> N
         log.settle("a", REQUEST, "", 2, 0.0)
     for execution_id in (1, 2, 3):
         log.receive("a", execution_id)
-    told = [1, 2, 3] if outcome == "lost" else [1, 3]
-    assert [event.execution_id for event in events] == told
+    reported = [1, 2, 3] if outcome == "lost" else [1, 3]
+    assert [event.execution_id for event in events] == reported
 
 
 def test_at_most_a_hundred_runs_of_one_start_are_reported(caplog: Any) -> None:
@@ -309,11 +309,11 @@ def test_at_most_a_hundred_runs_of_one_start_are_reported(caplog: Any) -> None:
 
 def test_a_run_is_reported_though_the_observer_of_another_was_interrupted() -> None:
     """Its next callback does so."""
-    told = []
+    reported = []
 
     def observe(event: Any) -> None:
-        told.append(event.execution_id)
-        if told == [1]:
+        reported.append(event.execution_id)
+        if reported == [1]:
             raise KeyboardInterrupt
 
     log = CallbackLog(observe)
@@ -322,7 +322,7 @@ def test_a_run_is_reported_though_the_observer_of_another_was_interrupted() -> N
     with pytest.raises(KeyboardInterrupt):
         log.lose("a", REQUEST, "")
     log.receive("a", 2)
-    assert told == [1, 2]
+    assert reported == [1, 2]
 
 
 @pytest.mark.parametrize(
