@@ -353,6 +353,32 @@ async def test_a_callback_of_a_refused_start_is_reported(
     assert [request.method for request in world.sim.requests].count("POST") == 1
 
 
+@pytest.mark.parametrize("others", [(77,), (77, 1001), (1001, 77)])
+async def test_a_second_run_whose_callback_comes_before_the_answer_is_reported(
+    world: World, caplog: pytest.LogCaptureFixture, others: tuple[int, ...]
+) -> None:
+    """As when a short run ends while its start is sent again after a 429."""
+    gate = threading.Event()
+
+    async def wait(_request: web.BaseRequest, answer: Callable[[], Any]) -> Any:
+        assert await asyncio.to_thread(gate.wait, 10)
+        return answer()
+
+    await world.batch().add([StartRequest("echo", key="a")])
+    world.sim.inject(Fault(wait))
+    working = asyncio.create_task(world.batch().work())
+    await world.sim.wait_for_requests(1)
+    token = world.row()[2]
+    for execution_id in others:
+        assert await world.batch().resolve(token, execution_id) is False
+    gate.set()
+    assert (await working).succeeded == 1
+    assert any(
+        "execution 77 was begun by the same start as execution 1001" in one
+        for one in caplog.messages
+    )
+
+
 @pytest.mark.parametrize("is_first", [True, False])
 async def test_a_second_run_of_one_start_is_reported(
     world: World, caplog: pytest.LogCaptureFixture, *, is_first: bool

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
@@ -37,46 +37,45 @@ _RECORD = sa.text(
 def record(store: Store, batch: str, token: str, execution_id: int) -> None:
     """Store a callback; the first one of a start counts.
 
-    Warn of an execution that the item's outcome denies or does not know. If the outcome has the id
-    of a later callback, the run of the first one is the one to warn of.
+    Warn of its execution if the item's outcome denies or does not know it. While there is no
+    outcome, `finish` will do so, except for a later callback, which is not stored.
     """
     row = {"batch": batch, "token": token, "execution_id": execution_id}
     is_first = store.transact(lambda connection: connection.execute(_RECORD, row).rowcount > 0)
-    query = (
-        sa.select(_item.key, _item.kind, _item.started, _without_start, _callback.execution_id)
-        .join(callbacks, called_back)
-        .where(_item.batch == batch, _item.intent == token)
-    )
-    for key, kind, started, outcome, first in store.rows(query):
-        known = json.loads(started or outcome or '{"execution_id": null}')["execution_id"]
-        is_repeated = first == execution_id and not is_first
-        if not is_repeated and (known is not None or kind == "failed"):
-            for other in {first, execution_id} - {known}:
-                _warn(batch, key, other, known)
+    for key, kind, known, first in _called_back(store, batch, _item.intent == token):
+        is_news = execution_id != first or (is_first and kind is not None)
+        if is_news and execution_id != known:
+            _warn(batch, key, execution_id, first if kind is None and known is None else known)
 
 
 def finish(store: Store, batch: str, endings: Sequence[Ending]) -> set[tuple[str, int]]:
     """Store the outcomes of items, and let those unknown be followed whose callbacks are stored.
 
-    Returns the keys and attempts of those that were stored.
+    Warn of callbacks that the outcomes deny or do not know. Returns the keys and attempts of those
+    that were stored.
     """
     stored = store.finish(batch, endings)
     if any(ending.kind == "unknown" for ending in endings):
         resolve(store, batch, to_the_end=True)
-    refused = [
-        each.key
-        for each in endings
-        if each.kind == "failed" and each.intent and (each.key, each.attempt) in stored
-    ]
-    if refused:
-        query = (
-            sa.select(_item.key, _callback.execution_id)
-            .join(callbacks, called_back)
-            .where(_item.batch == batch, _item.kind == "failed", _item.key.in_(refused))
-        )
-        for key, execution_id in store.rows(query):
-            _warn(batch, key, execution_id, None)
+    keys = [each.key for each in endings if (each.key, each.attempt) in stored]
+    for key, _, known, first in _called_back(store, batch, _item.key.in_(keys)):
+        if first != known:
+            _warn(batch, key, first, known)
     return stored
+
+
+def _called_back(
+    store: Store, batch: str, which: sa.ColumnElement[bool]
+) -> Iterator[tuple[str, str | None, int | None, int]]:
+    """Yield the key and kind of items with callbacks, their id, and that in the first callback."""
+    query = (
+        sa.select(_item.key, _item.kind, _item.started, _without_start, _callback.execution_id)
+        .join(callbacks, called_back)
+        .where(_item.batch == batch, _item.kind.is_distinct_from("unknown"), which)
+    )
+    for key, kind, started, outcome, first in store.rows(query):
+        known = json.loads(started or outcome or '{"execution_id": null}')["execution_id"]
+        yield key, kind, known, first
 
 
 def resolve(store: Store, batch: str, *, to_the_end: bool = False) -> int:
