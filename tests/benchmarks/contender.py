@@ -80,9 +80,14 @@ class Meter:
     def __init__(self, polls: int | None, seconds: float | None) -> None:
         self._polls = polls
         self._seconds = seconds
-        self._count = 0
+        self._begun = self._count = 0
         self._goal = 2 * CONNECTIONS
         self._reached = asyncio.Event()
+
+    def begin(self) -> bool:
+        """Return True if there is to be another poll; with a number of polls, there are as many."""
+        self._begun += 1
+        return self._polls is None or self._begun <= 2 * CONNECTIONS + self._polls
 
     def count(self) -> None:
         """Count a poll."""
@@ -99,7 +104,7 @@ class Meter:
         """Return CPU seconds per poll, and the peak memory in bytes, of what others poll now."""
         await self._reached.wait()
         if self._polls is not None:
-            self._goal = self._count + self._polls
+            self._goal = 2 * CONNECTIONS + self._polls
             self._reached.clear()
         else:
             sys.stdout.write("ready\n")
@@ -120,7 +125,7 @@ async def poll_repeatedly(open_: Open, base_url: str, meter: Meter) -> dict[str,
     async with open_(base_url) as poll, asyncio.TaskGroup() as tasks:
 
         async def repeat() -> None:
-            while True:
+            while meter.begin():
                 await poll()
                 meter.count()
 
