@@ -71,13 +71,10 @@ class _CleanConnector(aiohttp.TCPConnector):
         if (transport := connection.transport) is None:
             return None
         idle = protocol_of(transport)
-        if isinstance(idle, Idle):  # `take` finds out whether it is closed
-            return idle
-        if idle is None or transport.is_closing():
-            return None
-        idle = Idle(transport)
-        idle.begin()
-        return idle
+        if idle is not None and not isinstance(idle, Idle) and not transport.is_closing():
+            idle = Idle(transport)
+            idle.begin()
+        return idle if isinstance(idle, Idle) else None  # `take` finds out whether it is closed
 
     def _open_socket(self, address: aiohttp.AddrInfoType) -> socket.socket:
         family, kind, protocol, *_ = address

@@ -600,7 +600,7 @@ class TestRun:
         _, err = await process.communicate()
         await runner.cleanup()
         assert process.returncode == 0
-        assert b"\npush is not used for workflow 'w', only polling: the server answered 404" in err
+        assert b"push is not used for workflow 'w', only polling: the server answered 404" in err
 
     @pytest.mark.parametrize("missing", [None, "an extra"])
     async def test_the_demo_of_the_viewer_is_pushed_where_it_can_be(

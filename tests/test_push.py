@@ -390,16 +390,22 @@ class OrderlyLimiter:
 
 
 class HoldingLimiter:
-    """A limiter that holds one request, counted from one."""
+    """A limiter that holds one request."""
 
-    def __init__(self, number: int) -> None:
-        self._number = number
+    def __init__(self) -> None:
+        self._number = 0
+        self.is_holding = asyncio.Event()
         self.may_go_on = asyncio.Event()
+
+    def hold(self, number: int) -> None:
+        """Hold the request of that number, counted from now and from one."""
+        self._number = number
 
     async def acquire(self) -> None:
         """Count down, and wait at zero."""
         self._number -= 1
         if not self._number:
+            self.is_holding.set()
             await self.may_go_on.wait()
 
 
@@ -474,21 +480,26 @@ class TestDelivery:
         assert (server.count(WEBSOCKET), server.polls) == (1, 2)
 
     async def test_the_poll_for_a_message_goes_before_starts(
-        self, open_pushed: Callable[..., Session], server: Server
+        self, open_pushed: Callable[..., Session], server: Server, recorder: Any
     ) -> None:
-        """At a full rate, a result comes at once, and not after all that waits already."""
-        session = open_pushed(rate=20.0)
+        """A result comes after one of them at most, and not after all that wait already."""
+        limiter = HoldingLimiter()
+        session = open_pushed(limiter=limiter)
         execution = await session.start("w")
         await server.subscribed()
         waiting = asyncio.create_task(execution.output())
-        starting = asyncio.create_task(session.collect([StartRequest("w")] * 20))
-        await server.until(lambda: server.count(RUN) == 2)
+        await server.until(lambda: server.polls == 1)
+        limiter.hold(1)
+        starting = asyncio.gather(*(session.start("w") for _ in range(10)))
+        await limiter.is_holding.wait()
+        before = len(server.log)
         await server.finish(execution.id)
+        await recorder.next(WatchWoken)
+        limiter.may_go_on.set()
         assert await waiting == "42"
-        assert server.count(RUN) <= 4
-        starting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await starting
+        paths = [path for _, path in server.log[before:]]
+        assert paths[: paths.index(RESULTS)].count(RUN) <= 1
+        await starting
 
     async def test_only_the_latest_runs_are_kept_in_mind(
         self, pushed: Session, server: Server, recorder: Any, monkeypatch: pytest.MonkeyPatch
@@ -791,7 +802,8 @@ class TestFaults:
     ) -> None:
         """The server has not been asked for a token yet; but then it has to answer in time."""
         monkeypatch.setattr(push, "_HANDSHAKE", 0.2)
-        limiter = HoldingLimiter(3)
+        limiter = HoldingLimiter()
+        limiter.hold(3)
         session = open_pushed(poll=OFTEN, limiter=limiter)
         execution = await session.start("w")
         await server.until(lambda: server.count(WORKFLOW) == 1)
@@ -872,7 +884,7 @@ class TestFaults:
         status: int,
     ) -> None:
         """The token goes to the server of `base_url` only."""
-        monkeypatch.setattr(push, "_HANDSHAKE", 0.2)
+        monkeypatch.setattr(push, "_HANDSHAKE", 0.5)
         other = Server()
         await other.start()
         server.redirects["/connection/websocket"] = status, f"ws://localhost:{other.port}/"
