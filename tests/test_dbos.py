@@ -1297,6 +1297,7 @@ async def test_the_stored_names_of_an_item_are_fixed(
         ],
         "promptlayer_worker": ["executor", "beat", "process", "batch"],
         "promptlayer_callback": ["batch", "token", "execution_id"],
+        "promptlayer_earlier_start": ["batch", "token", "key"],
     }
 
 

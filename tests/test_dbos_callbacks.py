@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import sqlite3
 import threading
@@ -351,6 +352,37 @@ async def test_a_callback_of_a_refused_start_is_reported(
     assert (await batch.work()).succeeded == 1
     assert [outcome.execution_id async for outcome in batch.outcomes()] == [execution_id]
     assert [request.method for request in world.sim.requests].count("POST") == 1
+
+
+@pytest.mark.parametrize("how", ["refused", "lost", "restarted", "followed"])
+async def test_a_late_callback_of_an_earlier_start_is_reported(
+    world: World, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    """The item was started again, or is followed, and has another id."""
+    batch = world.batch(restart_unknown=how == "restarted")
+    await batch.add([StartRequest("echo", key="a")])
+    world.sim.inject(Fault.status(404) if how == "refused" else Fault.disconnect())
+    await world.batch().work()
+    (token, *_) = [
+        json.loads(request.body)["callback_url"].rpartition("/")[2]
+        for request in world.sim.requests
+        if request.method == "POST"
+    ]
+    if how == "followed":
+        assert await batch.resolve(token, 1001) is True
+    elif how != "restarted":
+        assert await batch.retry(failed=True, unknown=True) == 1
+    assert (await batch.work()).succeeded == 1
+    for _ in range(2):
+        assert await batch.resolve(token, 77) is False
+    text = "batch 'nightly': execution 77 was begun by an earlier start of item 'a'"
+    assert set(caplog.messages).issuperset({text})
+    if how != "followed":  # there, the first callback is another one
+        assert caplog.messages.count(text) == 1
+    await batch.delete()
+    with closing(sqlite3.connect(world.path)) as database:
+        query = "SELECT count(*) FROM promptlayer_earlier_start"
+        assert database.execute(query).fetchone() == (0,)
 
 
 @pytest.mark.parametrize("others", [(77,), (77, 1001), (1001, 77)])

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import attrs
 import sqlalchemy as sa
 
-from promptlayer_exec.dbos._tables import batches, callbacks, called_back, items, lock_batch
+from promptlayer_exec.dbos._tables import (
+    batches,
+    callbacks,
+    called_back,
+    earlier_starts,
+    items,
+    lock_batch,
+)
 from promptlayer_exec.dbos._values import StoredOutcome
 
 if TYPE_CHECKING:
@@ -191,9 +198,14 @@ def _begin(
     possible = [again for again in chosen if again.key in requests]
     if not possible:
         return 0
-    update = sa.update(items).where(
-        _item.batch == batch, _item.key.in_([again.key for again in possible])
+    these = (_item.batch == batch, _item.key.in_([again.key for again in possible]))
+    earlier = sa.select(_item.batch, _item.intent, _item.key).where(
+        *these, _item.intent.is_not(None)
     )
+    columns = ["batch", "token", "key"]
+    remember = store.insert(earlier_starts).from_select(columns, earlier)
+    connection.execute(remember.on_conflict_do_nothing())
+    update = sa.update(items).where(*these)
     changes = dict.fromkeys(("kind", "seq", "outcome", "intent", "started", "seconds"))
     connection.execute(update.values(attempt=_item.attempt + 1, **changes))
     # `end_cancelled` reads the id from the row, not from the workflow's arguments.

@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from promptlayer_exec.dbos import _again as again
-from promptlayer_exec.dbos._tables import Ending, callbacks, called_back, items
+from promptlayer_exec.dbos._tables import (
+    Ending,
+    callbacks,
+    called_back,
+    earlier_starts,
+    items,
+)
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos._store import Store
@@ -46,6 +52,20 @@ def record(store: Store, batch: str, token: str, execution_id: int) -> None:
         is_news = execution_id != first or (is_first and kind is not None)
         if is_news and execution_id != known:
             _warn(batch, key, execution_id, first if kind is None and known is None else known)
+    of_earlier = (earlier_starts.c.batch == batch, earlier_starts.c.token == token)
+    query = (
+        sa.select(_item.key, _item.started, _callback.execution_id)
+        .join(earlier_starts, sa.and_(_item.key == earlier_starts.c.key, *of_earlier))
+        .join(callbacks, sa.and_(_callback.batch == batch, _callback.token == token))
+        .where(_item.batch == batch)
+    )
+    for key, started, first in store.rows(query):
+        is_news = is_first or execution_id != first
+        if is_news and (started is None or json.loads(started)["execution_id"] != execution_id):
+            logger.warning(
+                "batch %r: execution %d was begun by an earlier start of item %.100r",
+                *(batch, execution_id, key),
+            )
 
 
 def finish(store: Store, batch: str, endings: Sequence[Ending]) -> set[tuple[str, int]]:

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from promptlayer_exec.dbos._dbos_internals import owned
 from promptlayer_exec.dbos._names import workflow_id
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import callbacks, called_back, items
+from promptlayer_exec.dbos._tables import callbacks, called_back, earlier_starts, items
 
 _item = items.c
 # PostgreSQL: all intents of a call in one round trip.
@@ -176,6 +176,13 @@ def write(
         ]
         if rows:
             connection.execute(_TAKE_BACK, rows)
+        replaced = [
+            {"batch": batch, "token": intent.replaced, "key": intent.key}
+            for intent in given
+            if intent.replaced is not None and intent.token in recorded
+        ]
+        if replaced:
+            connection.execute(store.insert(earlier_starts).on_conflict_do_nothing(), replaced)
         return recorded
 
     recorded = store.transact(write)

@@ -1,4 +1,4 @@
-"""The database: DBOS's tables, and four of our own for batches, items, workers and callbacks.
+"""The database: DBOS's tables, and our own for batches, items, workers and callbacks.
 
 DBOS stores which items to run and the progress of each. Our tables store the outcomes in the order
 in which they were stored, what is needed to start each item once, the heartbeats of the workers,

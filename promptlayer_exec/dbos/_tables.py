@@ -1,4 +1,4 @@
-"""The tables of batches, items, workers and callbacks, and the statements for many items at once.
+"""The tables of batches, their items and workers, and the statements for many items at once.
 
 A database of an older version gets the columns that it lacks. They are all nullable, and null in
 the rows that an older version writes.
@@ -66,6 +66,15 @@ callbacks = sa.Table(
     sa.Column("batch", sa.Text, primary_key=True),
     sa.Column("token", sa.Text, primary_key=True),
     sa.Column("execution_id", sa.BigInteger, nullable=False),
+)
+
+# The starts of earlier attempts of items, whose callbacks may still come.
+earlier_starts = sa.Table(
+    "promptlayer_earlier_start",
+    tables,
+    sa.Column("batch", sa.Text, primary_key=True),
+    sa.Column("token", sa.Text, primary_key=True),
+    sa.Column("key", sa.Text, nullable=False),
 )
 
 # The callback of an item's start.
@@ -174,7 +183,7 @@ def delete_if_empty(connection: sa.Connection, batch: str) -> bool:
     found = connection.execute(lock).first()
     if connection.execute(sa.select(items.c.key).where(items.c.batch == batch).limit(1)).first():
         return False
-    for column in (callbacks.c.batch, workers.c.batch):
+    for column in (callbacks.c.batch, earlier_starts.c.batch, workers.c.batch):
         connection.execute(sa.delete(column.table).where(column == batch))
     if found:  # a batch that was added since then stays
         connection.execute(sa.delete(batches).where(batches.c.name == batch))
