@@ -162,6 +162,15 @@ class _ReadingBody(Interposed):
         super().__init__(transport)
         self._body = body
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.abort_if_closing()
+
+    def abort_if_closing(self) -> None:
+        """End a connection at once that is closed already: over TLS, that waits for the peer."""
+        if self.transport.is_closing():
+            self.transport.abort()
+
     def connection_lost(self, exc: BaseException | None) -> None:
         super().connection_lost(exc)
         _end_body(self._body)
@@ -183,6 +192,7 @@ def _end_with_connection(
         return None
     reading = _ReadingBody(transport, answer.content)
     reading.begin()
+    reading.abort_if_closing()
     return reading.end
 
 

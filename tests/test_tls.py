@@ -198,8 +198,8 @@ async def test_a_borrowed_session_brings_its_own_authority_and_certificate(
 
 
 GOODBYE = """
-import asyncio, gc, os, socket, ssl, sys, threading
-from promptlayer_exec import RequestTimeout, RetryPolicy, Session, StartUnknown
+import asyncio, gc, os, socket, ssl, sys, threading, time
+from promptlayer_exec import InvalidResponse, RequestTimeout, RetryPolicy, Session, StartUnknown
 
 theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
 theirs.load_cert_chain("server.pem")
@@ -210,7 +210,9 @@ def serve():
     connection = theirs.wrap_socket(listener.accept()[0], server_side=True)
     kept.append(connection)  # and no longer read: nothing answers its `close_notify`
     connection.recv(65536)
-    connection.sendall(answer)
+    for part in answer.split(b"|"):
+        connection.sendall(part)
+        time.sleep(0.1)  # so that the next part comes apart
 
 async def main():
     # Long enough for a busy machine, and short where it passes.
@@ -225,7 +227,7 @@ async def main():
                 for _ in range(10):
                     await asyncio.sleep(0)
                 print(len(os.listdir("/dev/fd")) - before, "more")  # the server's
-        except (RequestTimeout, StartUnknown) as error:
+        except (InvalidResponse, RequestTimeout, StartUnknown) as error:
             print(type(error).__name__)
 
 listener = socket.create_server(("127.0.0.1", 0))
@@ -236,6 +238,9 @@ gc.collect()
 for opened in (*kept, listener):
     opened.close()
 """
+
+
+CHUNKS = r"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n7\r\n"
 
 
 class Loopback(AbstractResolver):
@@ -291,9 +296,13 @@ async def test_a_start_in_a_borrowed_session_checks_the_same_name_as_a_read(
         ),
         (r"200 OK\r\nContent-Length: 100\r\n\r\n{", "read", 0, "RequestTimeout\n"),
         (r"200 OK\r\nConnection: close\r\nContent-Length: 1\r\n\r\n7", "read", 0, "1 more\n"),
+        (CHUNKS + r"|zz\r\n", "read", 0, "InvalidResponse\n"),
         ("", "start", 20_000_000, "StartUnknown\n"),
     ],
-    ids=["an answered start", "a read that stalls", "a last answer", "a start that is not read"],
+    ids=[
+        *("an answered start", "a read that stalls", "a last answer", "a malformed chunk"),
+        "a start that is not read",
+    ],
 )
 def test_a_peer_that_does_not_close_its_side_keeps_no_socket(  # noqa: PLR0917
     answer: str, call: str, size: int, printed: str, authority: trustme.CA, tmp_path: Path

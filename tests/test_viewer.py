@@ -556,6 +556,19 @@ async def test_a_start_that_is_answered_after_the_end_is_reported(
     assert entry["outcome"] == "unknown"
 
 
+async def test_a_start_that_is_answered_as_the_pages_are_closed_is_logged(
+    sim: Simulator, session: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Perhaps no page gets the answer, and there may be no history."""
+    sim.add_workflow("w", Scenario([SimNode("n", duration=None)]))
+    async with Board(session) as board:
+        await board.start("w", {})
+        assert caplog.messages == []
+        board.close()
+        execution = await board.start("w", {})
+    assert f"execution {execution.id} of workflow 'w' started" in caplog.messages
+
+
 _BROWSER = """
 import json, os, sys, urllib.parse, urllib.request
 name = urllib.request.url2pathname(urllib.parse.urlsplit(sys.argv[1]).path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import secrets
 import time
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ import attrs
 
 from promptlayer_exec import Execution, Session, Snapshot, StartUnknown
 from promptlayer_exec.viewer._history import History
+
+logger = logging.getLogger("promptlayer_exec")
 
 
 @attrs.define(eq=False)
@@ -127,6 +130,8 @@ class Board:
             **known, execution_id=execution.id, outcome="running", began=began, is_started=True
         )
         self._follow(Card(execution, started=began, **known), first=True)
+        if self.is_closed:  # perhaps no page gets the answer
+            logger.warning("execution %d of workflow %.100r started", execution.id, workflow)
         return execution
 
     def assign(self, card: Card, workflow: str) -> None:
