@@ -204,9 +204,10 @@ class Execution:
         return join
 
     def _remember(self, snapshot: Snapshot) -> Snapshot:
+        """Return the snapshot, or the complete one that another call has seen meanwhile."""
         if self._last is None or not self._last.complete:
             self._last = snapshot
-        return snapshot
+        return self._last
 
     async def _deliver(self, deadline: Deadline, into: Any) -> Any:
         """Do what `output` does, for a caller that never gets the handle."""

@@ -179,7 +179,7 @@ async def test_a_call_that_fails_returns_the_complete_snapshot_that_another_saw(
 
 
 async def test_what_is_complete_stays_so(sim: Simulator, session: Session, held: int) -> None:
-    """An answer from before that comes late does not take the place of the complete snapshot."""
+    """An answer from before that comes late is replaced by the complete snapshot."""
     execution = session.execution(held)
     running = json.dumps({"Answer": {"status": "RUNNING"}}).encode()
     arrives = asyncio.Event()
@@ -194,5 +194,5 @@ async def test_what_is_complete_stays_so(sim: Simulator, session: Session, held:
     sim.finish(held, "Answer")
     complete = await execution.wait()
     arrives.set()
-    assert not (await late).complete
+    assert await late is complete
     assert await execution.snapshot() is complete
