@@ -68,6 +68,11 @@ def workflows_request(page: int, parameters: Mapping[str, str | None]) -> Reques
 
 def _query(**parameters: Any) -> str:
     given = {name: value for name, value in parameters.items() if value is not None}
+    for name, value in given.items():
+        try:
+            str(value).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name} must be valid Unicode text, got {value!r:.100}") from error
     return f"?{urlencode(given, quote_via=quote)}" if given else ""
 
 

@@ -613,6 +613,13 @@ def test_unusable_type_is_a_type_error(into: Any) -> None:
         check_type(into)
 
 
+def test_the_error_of_an_unusable_type_is_short() -> None:
+    """Whatever is given instead of a type."""
+    with pytest.raises(TypeError, match="cannot structure into") as caught:
+        check_type({str(number): "x" * 100 for number in range(100)})
+    assert len(str(caught.value)) < 1000
+
+
 def test_a_usable_type_passes_the_check() -> None:
     """A type without a hook passes if the converter has one."""
     converter = cattrs.Converter()

@@ -93,7 +93,7 @@ def _usable_hook(into: Any, converter: cattrs.Converter) -> rules.Hook:
                 converter.get_structure_hook(member)
         return converter.get_structure_hook(into)
     except Exception as error:
-        raise TypeError(f"cannot structure into {into!r}: {error}") from error
+        raise TypeError(f"cannot structure into {into!r:.200}: {error!s:.500}") from error
 
 
 # cattrs tries the last rule first.
