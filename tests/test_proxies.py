@@ -6,6 +6,7 @@ import asyncio
 import datetime as dt
 import json
 import os
+import pickle
 import queue
 import re
 import socket
@@ -710,6 +711,26 @@ async def test_the_cause_of_a_broken_tunnel_shows_no_password(
         error = await failure(session)
     assert error.__cause__ is not None
     assert "secret" not in "".join(traceback.format_exception(error)) + repr(error.__cause__)
+
+
+async def test_a_text_of_aiohttp_s_with_the_proxy_s_url_shows_no_password(
+    open_session: Callable[..., Session], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As that of TLS within TLS, if the inner handshake ends early on Python 3.11."""
+
+    async def fail(_request: aiohttp.ClientRequest, _handler: Any) -> aiohttp.ClientResponse:
+        proxy = f"https://{USER}:secret@proxy.example:3128 ssl:True"
+        raise aiohttp.ClientConnectionError(f"no TLS through an underlying connection to {proxy}")
+
+    once = RetryPolicy(outage=0.001)
+    async with aiohttp.ClientSession(middlewares=[fail]) as http:
+        session = open_session(base_url="https://localhost:1", http=http, retry=once)
+        async with session:
+            error = await failure(session)
+    shown = "".join(traceback.format_exception(error)) + repr(error.__cause__) + caplog.text
+    assert "https://proxy.example:3128" in shown
+    assert "secret" not in shown
+    assert b"secret" not in pickle.dumps(error)
 
 
 @pytest.mark.parametrize(
