@@ -429,4 +429,5 @@ def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
 
 
 def _number(value: str) -> float | None:
-    return float(value) if _NUMBER.fullmatch(value.strip()) else None
+    value = value.strip()  # `float` does not take all that this does for white space
+    return float(value) if _NUMBER.fullmatch(value) else None
