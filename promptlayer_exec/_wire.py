@@ -147,16 +147,21 @@ def version_selection(label: Any, version: Any) -> tuple[str | None, int | None]
     return optional_str("label", label), version
 
 
+def percent_encoded(name: str, text: str) -> str:
+    """Return a text percent-encoded as a whole; `name` is for the error."""
+    try:
+        return quote(text, safe="")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} must be valid Unicode text, got {text!r:.100}") from error
+
+
 def path_segment(workflow: Any) -> str:
     """Return a workflow's name or id as one percent-encoded segment of a path."""
     if not isinstance(workflow, str):
         return str(_positive_int64("workflow", workflow, "a name or an int id"))
     if not workflow:
         raise ValueError("workflow name must not be empty")
-    try:
-        segment = quote(workflow, safe="")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"workflow must be valid Unicode text, got {workflow!r:.100}") from error
+    segment = percent_encoded("workflow", workflow)
     # Many servers resolve a segment of dots as a relative path, some even if it is encoded.
     return segment.replace(".", "%2E") if set(segment) == {"."} else segment
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
-from urllib.parse import quote, urlencode
 
 from promptlayer_exec._json import JSON_KINDS, json_kind
 from promptlayer_exec._wire import (
@@ -22,6 +21,7 @@ from promptlayer_exec._wire import (
     invalid_shape,
     optional_str,
     path_segment,
+    percent_encoded,
     version_selection,
 )
 from promptlayer_exec._workflows import Workflow, WorkflowEdge, WorkflowNode, WorkflowSummary
@@ -68,12 +68,8 @@ def workflows_request(page: int, parameters: Mapping[str, str | None]) -> Reques
 
 def _query(**parameters: Any) -> str:
     given = {name: value for name, value in parameters.items() if value is not None}
-    for name, value in given.items():
-        try:
-            str(value).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{name} must be valid Unicode text, got {value!r:.100}") from error
-    return f"?{urlencode(given, quote_via=quote)}" if given else ""
+    query = "&".join(f"{name}={percent_encoded(name, str(value))}" for name, value in given.items())
+    return f"?{query}" if query else ""
 
 
 class _Object:
