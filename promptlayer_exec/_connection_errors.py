@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import ssl
+from urllib.request import getproxies
 
 import aiohttp
+from yarl import URL
 
 
 class PermanentFailure(aiohttp.ClientError):
@@ -18,6 +20,20 @@ _REFUSED_HANDSHAKE = re.compile("ALERT.*(CERTIFICATE|UNKNOWN_CA|HANDSHAKE|ACCESS
 
 # The user and the password in a URL, such as that of a proxy.
 _CREDENTIALS = re.compile(r"(?<=//)[^/\s@]*@")
+
+
+def has_invalid_proxy() -> bool:
+    """Return True if aiohttp cannot read the proxies of the environment, for all four schemes.
+
+    The text of its own error may show a password.
+    """
+    proxies = getproxies()
+    try:
+        for scheme in ("http", "https", "ws", "wss"):
+            URL(proxies.get(scheme, ""))
+    except ValueError:
+        return True
+    return False
 
 
 def is_permanent(error: BaseException | None) -> bool:

@@ -18,6 +18,7 @@ from yarl import URL
 
 from promptlayer_exec._connection_errors import (
     PermanentFailure,
+    has_invalid_proxy,
     is_permanent,
     is_tls_failure,
     reason_of,
@@ -418,6 +419,6 @@ def _explain(error: Exception, pool: Pool) -> aiohttp.InvalidURL:
         raise SessionClosed(_CLOSED) from error
     if isinstance(error, AttributeError):
         raise error
-    if pool.is_borrowed:
+    if pool.is_borrowed and not (pool.http.trust_env and has_invalid_proxy()):
         raise ConfigurationError(f"the request failed in http=: {text_of(error)}") from error
     return aiohttp.InvalidURL("the proxy's, which may have a password")

@@ -738,17 +738,27 @@ async def test_a_text_of_aiohttp_s_with_the_proxy_s_url_shows_no_password(
     [
         *(f"{USER}:secret@127.0.0.1:9", "127.0.0.1:9", f"http://{USER}:secret@proxy\uff1a3128"),
         *(f"http://{USER}:secret@:99999", f"http://{USER}:secret@127.0.0.1:port"),
+        *(f"http://{USER}:secret/2@127.0.0.1:9", f"http://{USER}:secret\uff0f2@127.0.0.1:9"),
     ],
 )
+@pytest.mark.parametrize("is_borrowed", [False, True], ids=["own", "borrowed"])
 async def test_a_proxy_s_url_that_is_not_valid_is_refused_at_once(
     open_session: Callable[..., Session],
     settings: Callable[..., None],
     caplog: pytest.LogCaptureFixture,
     url: str,
+    is_borrowed: bool,
 ) -> None:
     """The error shows no password. Other programs accept one without a scheme."""
     settings(HTTP_PROXY=url)
-    async with open_session(base_url="http://localhost:1", trust_env=True) as session:
+    async with (
+        aiohttp.ClientSession(trust_env=True) as http,
+        open_session(
+            base_url="http://localhost:1",
+            http=http if is_borrowed else None,
+            trust_env=not is_borrowed,
+        ) as session,
+    ):
         error = await failure(session)
         with pytest.raises(ConnectionFailed) as raised:
             await session.start("write-report")
@@ -763,7 +773,7 @@ async def test_the_proxy_s_password_that_cannot_be_sent_is_not_shown(
     open_session: Callable[..., Session], settings: Callable[..., None]
 ) -> None:
     """It has a character beyond latin-1; the repr of Python's error has all of it."""
-    settings(HTTP_PROXY=f"http://{USER}:secret\u2603@127.0.0.1:9")
+    settings(HTTP_PROXY=f"http://{USER}:secret\u2603@127.0.0.1:9", NO_PROXY="//[")
     async with (
         aiohttp.ClientSession(trust_env=True) as http,
         open_session(base_url="http://localhost:1", http=http) as session,
