@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Callable
 
 import aiohttp
 import attrs
@@ -140,16 +139,18 @@ def may_be_cut(answer: aiohttp.ClientResponse, body: bytes) -> bool:
 async def read_body(answer: aiohttp.ClientResponse, exchange: Exchange, limit: int) -> None:
     """Read a body into `exchange`, and stop when it exceeds `limit` bytes."""
     content = answer.content
-    end = None if content.is_eof() else _end_with_connection(answer, exchange)
+    reading = None if content.is_eof() else _end_with_connection(answer, exchange)
     try:
         while exchange.size <= limit and not content.at_eof():
             exchange.add(await content.readany())
+            if reading is not None:  # aiohttp may have parsed more just now
+                reading.abort_if_closing()
         if content.total_bytes and not exchange.size:  # a middleware has read it, or a trace
             text = await aiohttp.ClientResponse.text(answer, "latin-1")  # also if it was released
             exchange.add(text.encode("latin-1"))
     finally:
-        if end is not None:
-            end()
+        if reading is not None:
+            reading.end()
         if not answer.closed:  # it is closed already if the body was read to its end
             abort(answer.connection.transport if answer.connection is not None else None)
             answer.close()
@@ -176,10 +177,8 @@ class _ReadingBody(Interposed):
         _end_body(self._body)
 
 
-def _end_with_connection(
-    answer: aiohttp.ClientResponse, exchange: Exchange
-) -> Callable[[], None] | None:
-    """Let the body of an answer end with its connection, until the returned function is called.
+def _end_with_connection(answer: aiohttp.ClientResponse, exchange: Exchange) -> _ReadingBody | None:
+    """Let the body of an answer end with its connection, until the returned protocol is ended.
 
     If the connection is gone already, what has arrived of the body goes to `exchange`.
     """
@@ -193,7 +192,7 @@ def _end_with_connection(
     reading = _ReadingBody(transport, answer.content)
     reading.begin()
     reading.abort_if_closing()
-    return reading.end
+    return reading
 
 
 def _end_body(body: aiohttp.StreamReader) -> None:
