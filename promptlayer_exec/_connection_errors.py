@@ -54,6 +54,15 @@ def is_tls_failure(error: BaseException | None) -> bool:
     return isinstance(error, ssl.SSLError) and bool(_REFUSED_HANDSHAKE.search(str(error.reason)))
 
 
+def tls_peer(error: BaseException | None, base_url: str) -> str:
+    """Return who failed a handshake: the server, or the https proxy that aiohttp's error names."""
+    if isinstance(error, PermanentFailure):
+        error = error.__cause__
+    url, host, port = URL(base_url), getattr(error, "host", None), getattr(error, "port", None)
+    is_server = host is None or (host, port) == (url.raw_host, url.port)
+    return base_url if is_server else f"the proxy {host}:{port}"
+
+
 def _tls_reason(error: BaseException) -> str:
     """Return what is wrong with a TLS connection, and what to do about it."""
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
@@ -126,7 +135,7 @@ def reason_of(error: BaseException | None) -> str:
 def _proxy_reason(error: BaseException | None) -> str | None:
     """Return what is wrong with a proxy, without its password, which aiohttp's own text shows."""
     if isinstance(error, aiohttp.ClientHttpProxyError):
-        return f"the proxy refused the connection: {error.status} {error.message}"
+        return f"the proxy refused the connection: {error.status} {_unquoted(error.message)}"
     if isinstance(error, aiohttp.ClientProxyConnectionError):
         return f"no connection to the proxy {error.host}:{error.port}: {_connect_reason(error)}"
     if isinstance(error, aiohttp.InvalidURL):  # not base_url: the session has checked that

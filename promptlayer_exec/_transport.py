@@ -24,6 +24,7 @@ from promptlayer_exec._connection_errors import (
     reason_of,
     shows_secrets,
     text_of,
+    tls_peer,
 )
 from promptlayer_exec._connections import GuardedBody, Pool, Pools, SendOnce
 from promptlayer_exec._errors import (
@@ -354,9 +355,8 @@ class Transport:
         reason = redactor.redact(reason_of(failure))
         error: RequestError
         if is_tls_failure(failure):
-            error = ConnectionFailed(
-                f"no TLS connection to {self.base_url}: {reason}", reason=reason
-            )
+            peer = tls_peer(failure, self.base_url)
+            error = ConnectionFailed(f"no TLS connection to {peer}: {reason}", reason=reason)
         elif isinstance(failure, TimeoutError):
             seconds = self._settings.request_timeout
             hint = unused_proxy(self._settings, self.base_url)

@@ -622,6 +622,47 @@ async def test_tls_failures_are_raised_at_once_with_the_text_on_the_page(
     proxy.request()
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_the_certificate_of_an_https_proxy_is_not_said_to_be_the_server_s(
+    listen: Listen, open_session: Callable[..., Session], authority: trustme.CA, scheme: str
+) -> None:
+    """The server is never asked."""
+
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    proxy = f"127.0.0.1:{await listen(hang_up, server_context(authority))}"
+    async with (
+        aiohttp.ClientSession(proxy=f"https://{proxy}") as http,
+        open_session(base_url=f"{scheme}://localhost:1", http=http) as session,
+    ):
+        error = await failure(session)
+        with pytest.raises(ConnectionFailed) as caught:
+            await session.start("write-report")
+    for shown in (error, caught.value):
+        assert f"no TLS connection to the proxy {proxy}: the server's certificate" in str(shown)
+
+
+async def test_what_a_proxy_says_is_cut(
+    listen: Listen, open_session: Callable[..., Session]
+) -> None:
+    """The reason phrase of its refusal may have kilobytes."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 403 %b\r\nContent-Length: 0\r\n\r\n" % (b"No" * 4000))
+        await writer.drain()
+
+    proxy = f"http://127.0.0.1:{await listen(refuse)}"
+    async with (
+        aiohttp.ClientSession(proxy=proxy) as http,
+        open_session(base_url="https://localhost:1", http=http) as session,
+    ):
+        error = await failure(session)
+    assert "the proxy refused the connection: 403 NoNo" in str(error)
+    assert len(str(error)) < 500
+
+
 async def test_a_proxy_that_is_down_is_a_connection_that_failed(
     open_session: Callable[..., Session],
     recorder: Any,
