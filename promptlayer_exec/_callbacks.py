@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from typing import TYPE_CHECKING, TypeVar
 
 import attrs
@@ -22,6 +23,8 @@ T = TypeVar("T")
 _SECONDS = 3600.0
 # How many callbacks are remembered, how many starts whose answers were lost, and how many others.
 _MOST = 10_000
+# How many lost starts are remembered with their inputs, which may be large.
+_MOST_INPUTS = 100
 # How many runs of one start are reported: whoever has its token can name any number of them.
 _MOST_RUNS = 100
 
@@ -78,6 +81,9 @@ class _EndedStart:
     execution_id: int | None = None
     is_lost: bool = False
 
+    def drop_inputs(self) -> None:
+        self.request = StartRequest(self.request.workflow, key=self.request.key)
+
     def describe_run(self, other: int | None) -> str:
         if other is not None:
             return f"was begun by the same start as execution {other}"
@@ -99,6 +105,7 @@ class CallbackLog:
     # Without a callback. Apart from the others, so that those cannot drive them out.
     _lost: dict[str, _EndedStart] = attrs.field(init=False, factory=dict)
     _settled: dict[str, _EndedStart] = attrs.field(init=False, factory=dict)
+    _with_inputs: deque[_EndedStart] = attrs.field(init=False, factory=deque)  # oldest first
     _waiters: dict[str, set[asyncio.Future[None]]] = attrs.field(init=False, factory=dict)
 
     def receive(self, token: str, execution_id: int) -> None:
@@ -127,8 +134,12 @@ class CallbackLog:
         """Record that a start's answer was lost, `elapsed` seconds after its call."""
         if token not in self._lost and token not in self._settled:
             called_at = time.monotonic() - elapsed
-            _put(self._lost, token, _EndedStart(request, base_url, called_at, is_lost=True))
+            start = _EndedStart(request, base_url, called_at, is_lost=True)
+            _put(self._lost, token, start)
             self._report(token)
+            self._with_inputs.append(start)
+            if len(self._with_inputs) > _MOST_INPUTS:
+                self._with_inputs.popleft().drop_inputs()
 
     def settle(
         self,
@@ -140,7 +151,8 @@ class CallbackLog:
     ) -> None:
         """Record an answer, or with None a failure, `elapsed` seconds after the start's call."""
         called_at = time.monotonic() - elapsed
-        start = _EndedStart(_without_inputs(request), base_url, called_at, execution_id)
+        start = _EndedStart(request, base_url, called_at, execution_id)
+        start.drop_inputs()
         _put(self._settled, token, start)
         self._report(token)
 
@@ -206,12 +218,7 @@ class CallbackLog:
                     base_url=start.base_url,
                 )
             )
-        start.request = _without_inputs(start.request)
-
-
-def _without_inputs(request: StartRequest) -> StartRequest:
-    # They may be large, and ten thousand starts are remembered.
-    return StartRequest(request.workflow, key=request.key)
+        start.drop_inputs()
 
 
 def _put(log: dict[str, T], token: str, entry: T) -> None:

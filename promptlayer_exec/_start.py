@@ -68,6 +68,7 @@ class Start:
     _hooks: SendHooks | None = None
     _token: str | None = None
     _on_end: Callable[[Started | BaseException, float], None] | None = None
+    _has_callback: Callable[[], bool] = lambda: False
     _base_url: str = ""
     sent: bool = attrs.field(init=False, default=False)
     cancelled: bool = attrs.field(init=False, default=False)
@@ -175,8 +176,12 @@ class Start:
         """Record that the request is being sent.
 
         Raises:
-            ConnectionAbortedError: the start was just cancelled, so it must not be sent.
+            ConnectionAbortedError: it must not be sent, because it was just cancelled, or because a
+                callback proves that an earlier attempt has begun a run.
         """
+        if self._has_callback():
+            self.cancelled = True
+            raise ConnectionAbortedError("a callback of this start has come")
         if self._task is None or self._task.cancelling():
             # Not if the attempt timed out just now: that also cancels the task for a moment.
             self.cancelled = self._is_unneeded() or self._is_closing()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import aiohttp
 import pytest
 
 from promptlayer_exec import (
@@ -203,8 +204,14 @@ async def test_the_callback_of_a_start_that_was_answered_is_no_recovery(
     assert [event.recovered for event in recorder.of(ExecutionStarted)] == [False]
 
 
-@pytest.mark.parametrize("callback", ["first", "last"])
-@pytest.mark.parametrize("statuses", [[307], [403], [429], [429, 201]], ids=str)
+@pytest.mark.parametrize(
+    ("statuses", "callback"),
+    [
+        *(([status], callback) for status in (307, 403, 429) for callback in ("first", "last")),
+        ([429, 201], "last"),
+    ],
+    ids=str,
+)
 async def test_the_callback_of_a_run_that_the_answer_denied_is_reported(
     listen: Any,
     open_session: Callable[..., Session],
@@ -250,6 +257,62 @@ async def test_the_callback_of_a_run_that_the_answer_denied_is_reported(
     warnings = [line.message for line in caplog.records if "follow it by its id" in line.message]
     assert len(warnings) == 2
     assert warnings[0] == f"execution 1001 of workflow 'report' {why}; follow it by its id"
+
+
+@pytest.mark.parametrize("moment", ["waiting", "connecting", "given up"])
+async def test_a_start_is_not_sent_again_once_its_callback_has_come(
+    listen: Any,
+    open_session: Callable[..., Session],
+    caplog: pytest.LogCaptureFixture,
+    moment: str,
+) -> None:
+    """A gateway refused with 429 what it had passed on: that run is the start's."""
+    tokens: list[str] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tokens.append(token_in(await read_start(reader)))
+        writer.write(b"HTTP/1.1 429 X\r\nContent-Length: 0\r\n\r\n")
+        if moment == "waiting":
+            receive_callback(session, tokens[0], 1001)
+
+    async def connect(*_: Any) -> None:
+        if tokens:
+            receive_callback(session, tokens[0], 1001)
+            if moment == "given up":
+                raise ConnectionRefusedError
+
+    trace = aiohttp.TraceConfig()
+    trace.on_connection_create_start.append(connect)
+    events: list[Event] = []
+    async with aiohttp.ClientSession(trace_configs=[trace]) as http:
+        session = open_session(
+            base_url=f"http://127.0.0.1:{await listen(serve)}",
+            callbacks=CALLBACKS,
+            retry=RetryPolicy(outage=0.1 if moment == "given up" else 5.0, base=0.001),
+            observers=[events.append],
+            http=http,
+        )
+        execution = await session.start("report", {"topic": "otters"})
+    assert (execution.id, execution.workflow, execution.warning) == (1001, "report", None)
+    assert len(tokens) == 1
+    found = [event for event in events if isinstance(event, ExecutionStarted)]
+    assert [(event.execution_id, event.recovered) for event in found] == [(1001, False)]
+    assert "follow it by its id" not in caplog.text
+
+
+def test_the_inputs_of_only_a_hundred_lost_starts_are_remembered() -> None:
+    """They may have a megabyte each, and ten thousand starts are remembered."""
+    events: list[Any] = []
+    log = CallbackLog(events.append)
+    for number in range(102):
+        log.lose(str(number), StartRequest("report", {"n": number}, key=number), "")
+    for number in range(102):
+        log.receive(str(number), 1000 + number)
+    requests = [event.request for event in events]
+    assert requests[:2] == [StartRequest("report", key=number) for number in range(2)]
+    assert requests[2:] == [
+        StartRequest("report", {"n": number}, key=number) for number in range(2, 102)
+    ]
 
 
 @pytest.mark.parametrize("callbacks", ["before", "after"])
