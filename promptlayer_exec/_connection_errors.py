@@ -10,6 +10,8 @@ from urllib.request import getproxies
 import aiohttp
 from yarl import URL
 
+from promptlayer_exec._redaction import CREDENTIALS
+
 
 class PermanentFailure(aiohttp.ClientError):
     """A failure that waiting will not fix; its text is safe to show."""
@@ -17,9 +19,6 @@ class PermanentFailure(aiohttp.ClientError):
 
 # Alerts of a server that refuses the handshake. Under TLS 1.3 they come after our last message.
 _REFUSED_HANDSHAKE = re.compile("ALERT.*(CERTIFICATE|UNKNOWN_CA|HANDSHAKE|ACCESS_DENIED)")
-
-# The user and the password in a URL, such as that of a proxy.
-_CREDENTIALS = re.compile(r"(?<=//)[^/\s@]*@")
 
 
 def has_invalid_proxy() -> bool:
@@ -100,7 +99,7 @@ def shows_secrets(error: BaseException | None) -> bool:
 def _shows_password(error: BaseException | None) -> bool:
     return error is not None and (
         "BasicAuth(" in repr(error)
-        or _CREDENTIALS.search(repr(error)) is not None
+        or CREDENTIALS.search(repr(error)) is not None
         or _shows_password(error.__cause__)
         or _shows_password(error.__context__)
     )
@@ -128,7 +127,7 @@ def reason_of(error: BaseException | None) -> str:
         return reason_of(error.__cause__)
     # The text of aiohttp's own may show the headers of an answer that was cut in its head.
     is_cut = isinstance(error, aiohttp.ServerDisconnectedError)
-    text = "Server disconnected" if is_cut else _CREDENTIALS.sub("", str(error))
+    text = "Server disconnected" if is_cut else CREDENTIALS.sub("", str(error))
     return _unquoted(text) or type(error).__name__
 
 

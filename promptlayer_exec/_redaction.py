@@ -1,4 +1,4 @@
-"""Keeping the API key out of every text that is shown."""
+"""Keeping the API key, and the passwords in URLs, out of every text that is shown."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from copy import copy
 # A shorter key is a test's, and may be a word of ordinary messages.
 _LEAST_LENGTH = 6
 _NOTHING = "(?!)"
+
+# The user and the password in a URL, such as that of a proxy.
+CREDENTIALS = re.compile(r"(?<=//)[^/\s@]*@")
 
 
 class Redactor:

@@ -21,6 +21,7 @@ from yarl import URL
 from promptlayer_exec._errors import ConfigurationError, InvalidResponse, InvalidSignature
 from promptlayer_exec._json import json_kind, loads
 from promptlayer_exec._models import Snapshot
+from promptlayer_exec._redaction import CREDENTIALS
 from promptlayer_exec._wire import MAX_ID, NodeMapReader, Response
 
 __all__ = ["Callbacks", "InvalidSignature", "Webhook", "read_callback", "read_webhook"]
@@ -170,7 +171,7 @@ class Callbacks:
         TypeError: `secret` is not a str.
     """
 
-    url: str = attrs.field()
+    url: str = attrs.field(repr=lambda url: repr(CREDENTIALS.sub("", url)))
     _secret: str = attrs.field(kw_only=True, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -220,7 +221,7 @@ def _callbacks_url(text: Any) -> str:
     if not is_usable:
         raise ConfigurationError(
             "the callbacks' url must be an http:// or https:// URL with a host, such as"
-            f" 'https://app.example.com/callbacks', got {text!r:.100}"
+            f" 'https://app.example.com/callbacks', got {CREDENTIALS.sub('', repr(text)):.100}"
         )
     if url.raw_query_string or url.raw_fragment:
         raise ConfigurationError("the callbacks' url must not have a query or fragment")

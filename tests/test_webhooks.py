@@ -316,6 +316,15 @@ def test_the_secret_of_callbacks_is_checked_and_not_shown() -> None:
     assert repr(Callbacks(URL, secret=SECRET)) == f"Callbacks(url='{URL}')"
 
 
+def test_the_password_in_the_url_of_callbacks_is_not_shown() -> None:
+    """PromptLayer gets it with each start."""
+    callbacks = Callbacks("https://jane:hunter2@app.example/callbacks", secret=SECRET)
+    assert repr(callbacks) == "Callbacks(url='https://app.example/callbacks')"
+    assert callbacks.url_for("t") == "https://jane:hunter2@app.example/callbacks/t"
+    with pytest.raises(ConfigurationError, match=r"got 'ftp://app\.example'"):
+        Callbacks("ftp://jane:hunter2@app.example", secret=SECRET)
+
+
 def test_a_session_takes_callbacks_and_nothing_else() -> None:
     """A URL alone is a mistake that is named when the session is made."""
     with pytest.raises(ConfigurationError, match=r"callbacks must be a promptlayer_exec.webhooks"):
