@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import logging
+import shutil
 import signal
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -47,6 +48,24 @@ def _quick_garbage_collection() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def _prepared_batches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from promptlayer_exec.dbos._location import check_url
+    from promptlayer_exec.dbos._store import Store
+
+    path = tmp_path_factory.mktemp("prepared") / "batches.sqlite"
+    store = Store(check_url(f"sqlite:///{path}"))
+    store.prepare()
+    store.close()
+    return path
+
+
+@pytest.fixture
+def batches_file(_prepared_batches: Path, tmp_path: Path) -> Path:
+    """Return a SQLite database without batches: a copy, because to create one takes a while."""
+    return Path(shutil.copy(_prepared_batches, tmp_path))
 
 
 @pytest.fixture

@@ -46,9 +46,9 @@ def _short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    """Return the URL of a SQLite database that does not exist yet."""
-    return f"sqlite:///{tmp_path / 'batches.sqlite'}"
+def url(batches_file: Path) -> str:
+    """Return the URL of a SQLite database without batches."""
+    return f"sqlite:///{batches_file}"
 
 
 @pytest.fixture

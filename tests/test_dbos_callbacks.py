@@ -40,9 +40,9 @@ def _short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
 class World:
     """A simulator with a workflow, and the database of a batch."""
 
-    def __init__(self, sim: Simulator, folder: Path) -> None:
+    def __init__(self, sim: Simulator, path: Path) -> None:
         self.sim = sim
-        self.path = folder / "batches.sqlite"
+        self.path = path
         self.url = "http://127.0.0.1:9/callbacks"
         self.request_timeout = 30.0
         sim.add_workflow("echo", Scenario([SimNode("Answer", "done", is_output_node=True)]))
@@ -80,9 +80,9 @@ class World:
 
 
 @pytest.fixture
-def world(sim: Simulator, tmp_path: Path) -> World:
+def world(sim: Simulator, batches_file: Path) -> World:
     """Return a simulator and a batch."""
-    return World(sim, tmp_path)
+    return World(sim, batches_file)
 
 
 async def lose_one(world: World) -> None:
@@ -496,6 +496,7 @@ async def test_an_item_with_a_callback_url_of_its_own_keeps_it(world: World) -> 
 
 async def test_unusable_arguments_are_named(world: World) -> None:
     """Before the database is opened."""
+    world.path.unlink()
     with pytest.raises(TypeError, match="token must be a str, got None"):
         await world.batch().resolve(None, 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="execution id must be between"):

@@ -45,9 +45,9 @@ REQUEST = StartRequest("echo", {"n": 1, "deep": {"x": 1}}, metadata={"job": "7"}
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    """Return the URL of a SQLite database that does not exist yet."""
-    return f"sqlite:///{tmp_path / 'batches.sqlite'}"
+def url(batches_file: Path) -> str:
+    """Return the URL of a SQLite database without batches."""
+    return f"sqlite:///{batches_file}"
 
 
 @pytest.fixture
@@ -60,9 +60,10 @@ def batch(url: str, sim: Simulator) -> Batch:
 
 
 @pytest.fixture
-def old_url(url: str) -> str:
+def old_url(url: str, batches_file: Path) -> str:
     """Return the URL of a database of version 0.1, with the item "a" of batch "b" in its queue."""
-    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
+    batches_file.unlink()
+    with closing(sqlite3.connect(batches_file)) as database:
         database.executescript(_FIRST_TABLES)
     migrate(url)
     client = DBOSClient(

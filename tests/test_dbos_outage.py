@@ -64,9 +64,9 @@ COUNT = 60
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    """Return the URL of a SQLite database that does not exist yet."""
-    return f"sqlite:///{tmp_path / 'batches.sqlite'}"
+def url(batches_file: Path) -> str:
+    """Return the URL of a SQLite database without batches."""
+    return f"sqlite:///{batches_file}"
 
 
 @pytest.fixture(autouse=True)
