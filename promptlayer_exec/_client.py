@@ -213,23 +213,15 @@ class Client:
             self._callbacks.begin(token)
         http_request = attrs.evolve(http_request, secret=token)
 
-        def proved_run() -> Started | None:
-            # By a callback: a gateway may refuse with 429 what it has passed on.
+        def called_back() -> Started | None:
             execution_id = None if token is None else self._callbacks.execution_id(token)
-            return None if execution_id is None else Started(execution_id, warning=None)
+            if execution_id is None:
+                return None
+            self._recent_starts.add(execution_id, request.workflow, now=self.transport.clock())
+            return Started(execution_id, warning=None)
 
         async def post(state: RetryState, once: Start) -> Started:
-            try:
-                reply = await self.transport.call(
-                    http_request, read_started, state, due=now, once=once
-                )
-            except RequestError:
-                if once.sent or (started := proved_run()) is None:
-                    raise
-                self._recent_starts.add(
-                    started.execution_id, request.workflow, now=self.transport.clock()
-                )
-                return started
+            reply = await self.transport.call(http_request, read_started, state, due=now, once=once)
             self._recent_starts.add(
                 reply.value.execution_id, request.workflow, now=self.transport.clock()
             )
@@ -253,7 +245,7 @@ class Client:
             hooks=hooks,
             token=token,
             on_end=None if token is None else partial(self._start_ended, token, request),
-            has_callback=lambda: proved_run() is not None,
+            called_back=called_back,
             base_url=self.transport.base_url,
         )
         began(start)

@@ -14,6 +14,7 @@ import attrs
 
 from promptlayer_exec._errors import (
     ExecutionTimeout,
+    RateLimited,
     RequestError,
     RequestTimeout,
     SessionClosed,
@@ -68,7 +69,7 @@ class Start:
     _hooks: SendHooks | None = None
     _token: str | None = None
     _on_end: Callable[[Started | BaseException, float], None] | None = None
-    _has_callback: Callable[[], bool] = lambda: False
+    _called_back: Callable[[], Started | None] = lambda: None
     _base_url: str = ""
     sent: bool = attrs.field(init=False, default=False)
     cancelled: bool = attrs.field(init=False, default=False)
@@ -122,16 +123,12 @@ class Start:
         try:
             with self._scope:
                 started = await self._post(self._state, self)
-        except asyncio.CancelledError as error:
-            # Not raised: it would end the task group, and with it the session.
-            self._fail(self._judge_cancellation(error))
+        # A cancellation, too: it would end the task group, and with it the session.
         except BaseException as error:  # noqa: BLE001 - raised to the caller
-            if self._hook_error is not None:
-                self._fail(self._hook_error)
-            elif self.cancelled:
-                self._fail(self._judge_cancellation(error))
-            else:
+            if (proved := self._proved_run(error)) is None:
                 self._fail(self._judge(error))
+            else:
+                self._succeed(proved)
         else:
             self._succeed(started)
         finally:
@@ -179,7 +176,7 @@ class Start:
             ConnectionAbortedError: it must not be sent, because it was just cancelled, or because a
                 callback proves that an earlier attempt has begun a run.
         """
-        if self._has_callback():
+        if self._called_back() is not None:
             self.cancelled = True
             raise ConnectionAbortedError("a callback of this start has come")
         if self._task is None or self._task.cancelling():
@@ -265,20 +262,42 @@ class Start:
             self._on_end(outcome, duration)
         return duration
 
+    def _is_lost(self, error: BaseException) -> bool:
+        if isinstance(error, StatusError):
+            return error.status >= 500 or error.status == HTTPStatus.REQUEST_TIMEOUT
+        return self.sent
+
+    def _proved_run(self, error: BaseException) -> Started | None:
+        """Return the run that a callback proves, in place of an error that says there is none.
+
+        Of a refusal other than 429, only the error's `execution_id` says so.
+        """
+        denies_run = isinstance(error, RequestError | asyncio.CancelledError)
+        if self._hook_error is not None or self._is_lost(error) or not denies_run:
+            return None
+        started = self._called_back()
+        if isinstance(error, StatusError) and not isinstance(error, RateLimited):
+            error.execution_id = None if started is None else started.execution_id
+            return None
+        return started
+
     def _judge(self, error: BaseException) -> BaseException:
         """Return the failure itself if it proves that no run started, else `StartUnknown`."""
+        if isinstance(error, asyncio.CancelledError):
+            return self._judge_cancellation(error)
+        if self._hook_error is not None:
+            return self._hook_error
+        if self.cancelled:
+            return self._judge_cancellation(error)
         if not isinstance(error, RequestError):  # from a limiter, or a borrowed session's hook
             return self._unknown(_text_of(error), error) if self.sent else error
-        if isinstance(error, StatusError):
-            is_lost = error.status >= 500 or error.status == HTTPStatus.REQUEST_TIMEOUT
-        else:
-            is_lost = self.sent
-        if is_lost:
+        if self._is_lost(error):
             # Without the quoted body, which may hold outputs: the cause has it.
             return self._unknown(RequestError._what(error), error)
-        error.args = (
-            f"no run of workflow {self._request.workflow!r:.100} started: {error.args[0]}",
-        )
+        if error.execution_id is None:
+            error.args = (
+                f"no run of workflow {self._request.workflow!r:.100} started: {error.args[0]}",
+            )
         return error
 
     def _judge_cancellation(self, error: BaseException) -> BaseException:

@@ -19,6 +19,7 @@ from promptlayer_exec import (
     ExecutionStarted,
     NotFound,
     PromptLayerExecError,
+    RequestRetried,
     RetryPolicy,
     Session,
     SessionClosed,
@@ -207,8 +208,8 @@ async def test_the_callback_of_a_start_that_was_answered_is_no_recovery(
 @pytest.mark.parametrize(
     ("statuses", "callback"),
     [
-        *(([status], callback) for status in (307, 403, 429) for callback in ("first", "last")),
-        ([429, 201], "last"),
+        *(([status], callback) for status in (307, 403) for callback in ("first", "last")),
+        *(([429], "last"), ([429, 201], "last")),
     ],
     ids=str,
 )
@@ -243,9 +244,11 @@ async def test_the_callback_of_a_run_that_the_answer_denied_is_reported(
         assert (await session.start("report", {"topic": "otters"})).id == 1002
         why = "was begun by the same start as execution 1002"
     else:
-        with pytest.raises(PromptLayerExecError):
+        with pytest.raises(PromptLayerExecError) as caught:
             await session.start("report", {"topic": "otters"})
         why = "had started, although its start failed"
+        assert caught.value.execution_id == (1001 if callback == "first" else None)
+        assert ("no run of workflow 'report'" in str(caught.value)) is (callback == "last")
     for execution_id in (1001, 1003, 1001) if callback == "last" else (1001,):
         receive_callback(session, tokens[0], execution_id)
     found = [it for it in events if isinstance(it, ExecutionStarted) and it.recovered]
@@ -259,7 +262,7 @@ async def test_the_callback_of_a_run_that_the_answer_denied_is_reported(
     assert warnings[0] == f"execution 1001 of workflow 'report' {why}; follow it by its id"
 
 
-@pytest.mark.parametrize("moment", ["waiting", "connecting", "given up"])
+@pytest.mark.parametrize("moment", ["waiting", "connecting", "given up", "not repeated"])
 async def test_a_start_is_not_sent_again_once_its_callback_has_come(
     listen: Any,
     open_session: Callable[..., Session],
@@ -271,9 +274,9 @@ async def test_a_start_is_not_sent_again_once_its_callback_has_come(
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         tokens.append(token_in(await read_start(reader)))
-        writer.write(b"HTTP/1.1 429 X\r\nContent-Length: 0\r\n\r\n")
-        if moment == "waiting":
+        if moment in {"waiting", "not repeated"}:
             receive_callback(session, tokens[0], 1001)
+        writer.write(b"HTTP/1.1 429 X\r\nContent-Length: 0\r\n\r\n")
 
     async def connect(*_: Any) -> None:
         if tokens:
@@ -288,7 +291,9 @@ async def test_a_start_is_not_sent_again_once_its_callback_has_come(
         session = open_session(
             base_url=f"http://127.0.0.1:{await listen(serve)}",
             callbacks=CALLBACKS,
-            retry=RetryPolicy(outage=0.1 if moment == "given up" else 5.0, base=0.001),
+            retry=RetryPolicy(
+                outage={"given up": 0.1, "not repeated": 0.0}.get(moment, 5.0), base=0.001
+            ),
             observers=[events.append],
             http=http,
         )
@@ -298,6 +303,55 @@ async def test_a_start_is_not_sent_again_once_its_callback_has_come(
     found = [event for event in events if isinstance(event, ExecutionStarted)]
     assert [(event.execution_id, event.recovered) for event in found] == [(1001, False)]
     assert "follow it by its id" not in caplog.text
+
+
+@pytest.mark.parametrize("end", ["deadline", "close", "cancel"])
+async def test_a_start_that_ends_while_it_waits_knows_its_callback(
+    listen: Any, open_session: Callable[..., Session], caplog: pytest.LogCaptureFixture, end: str
+) -> None:
+    """It was refused with 429, and says nowhere that no run was started."""
+    has_called_back = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        token = token_in(await read_start(reader))
+        writer.write(b"HTTP/1.1 429 X\r\nRetry-After: 60\r\nContent-Length: 0\r\n\r\n")
+        await writer.drain()
+        await refused.wait()
+        receive_callback(session, token, 1001)
+        has_called_back.set()
+
+    refused = asyncio.Event()
+    events: list[Event] = []
+
+    def observe(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, RequestRetried):
+            refused.set()
+
+    session = open_session(
+        base_url=f"http://127.0.0.1:{await listen(serve)}",
+        callbacks=CALLBACKS,
+        wait_timeout=0.5 if end == "deadline" else 30.0,
+        observers=[observe],
+    )
+    starting = asyncio.create_task(session.start("report", {"topic": "otters"}))
+    await has_called_back.wait()
+    if end == "deadline":
+        assert (await starting).id == 1001
+    elif end == "close":
+        await session.aclose()
+        with pytest.raises(SessionClosed) as caught:
+            await starting
+        assert caught.value.execution_id == 1001
+    else:
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        await session.aclose()
+    found = [event for event in events if isinstance(event, ExecutionStarted)]
+    assert [(event.execution_id, event.abandoned) for event in found] == [(1001, end != "deadline")]
+    assert ("execution 1001 of workflow 'report' started" in caplog.text) is (end != "deadline")
+    assert "no run" not in caplog.text
 
 
 def test_the_inputs_of_only_a_hundred_lost_starts_are_remembered() -> None:
