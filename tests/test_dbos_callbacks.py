@@ -428,7 +428,10 @@ async def test_a_second_run_of_one_start_is_reported(
     assert warnings == {f"batch 'nightly': {text}"}
 
 
-async def test_an_item_is_not_sent_again_once_its_callback_has_come(world: World) -> None:
+@pytest.mark.parametrize("receiver", ["the worker", "another process"])
+async def test_an_item_is_not_sent_again_once_its_callback_has_come(
+    world: World, receiver: str
+) -> None:
     """A gateway passed its start on and answered 429: the item is that run's."""
     sessions: list[Session] = []
 
@@ -438,7 +441,11 @@ async def test_an_item_is_not_sent_again_once_its_callback_has_come(world: World
 
     async def refuse(_request: web.BaseRequest, answer: Callable[[], Any]) -> web.Response:
         answer()
-        receive_callback(sessions[-1], world.tokens()[0], world.sim.runs[0].execution_id)
+        (token,) = world.tokens()
+        if receiver == "the worker":
+            receive_callback(sessions[-1], token, 1001)
+        else:
+            await world.batch().resolve(token, 1001)
         return web.Response(status=429)
 
     batch = world.batch(session=session)

@@ -60,7 +60,14 @@ from promptlayer_exec.dbos._dbos_internals import ItemTaken
 from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._intents import Intent, Started, State
 from promptlayer_exec.dbos._names import INTENT_IN_ROW, workflow_id
-from promptlayer_exec.dbos._pending import IntentRefused, Item, PendingStart, StartResult
+from promptlayer_exec.dbos._pending import (
+    IntentRefused,
+    Item,
+    PendingStart,
+    StartResult,
+    start_result,
+    unknown_start,
+)
 from promptlayer_exec.dbos._requests import digest_of
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import Ending
@@ -133,7 +140,8 @@ class Items:
         try:
             is_stored = False
             while not is_stored:  # another worker may have started it meanwhile
-                pending = PendingStart(item, self._intents, integration.start_token(self._session))
+                token = integration.start_token(self._session)
+                pending = PendingStart(item, self._intents, token, self._look_for_callback)
                 started = await self._start(item, pending)
                 if started is None:
                     return  # it has an outcome, or another worker, or a later attempt
@@ -192,17 +200,17 @@ class Items:
                 " Otherwise, an earlier batch of this name left it behind: delete the batch and"
                 " add it again"
             )
-        started = item.started  # it is only followed
-        if started is None and state.started is not None:
-            started = cast("StartResult", json.loads(state.started))
+        # An item that was started before is only followed.
+        started = item.started or json.loads(state.started or "null")
         if started is not None:
-            return started
+            return cast("StartResult", started)
         if state.intent is not None:  # of a worker that may have sent the start
             if state.called_back is not None:  # it has
-                return await self._record(item, pending, state.intent, _result(state.called_back))
+                result = start_result(state.called_back)
+                return await self._record(item, pending, state.intent, result)
             pending.replaced = state.intent
             if not self._restart_unknown:
-                return _unknown(item)
+                return unknown_start(item)
         result = await self._send(item, pending, is_ours=True)
         if result["execution_id"] is None:
             return result
@@ -231,7 +239,7 @@ class Items:
     async def _send(self, item: Item, pending: PendingStart, *, is_ours: bool) -> StartResult:
         """Send a start, unless an earlier worker may have done so."""
         if not is_ours and not self._restart_unknown:
-            return _unknown(item)
+            return unknown_start(item)
         try:
             result = await self._in_callers_loop(self._send_pending(item, pending))
         except asyncio.CancelledError:
@@ -268,7 +276,7 @@ class Items:
                         self._session, request, hooks=pending, token=pending.token
                     )
                 except IntentRefused:
-                    result = _result()
+                    result = start_result()
                     if item.is_first_version:
                         result = await self._explain_refusal(item, pending)
                 except ExecutionTimeout as error:  # not sent within the session's `wait_timeout`
@@ -285,7 +293,7 @@ class Items:
                 else:
                     self._starts.succeeded()
                     pending.execution = execution
-                    result = _result(execution.id)
+                    result = start_result(execution.id)
                 if result is not None:
                     return result
             await asyncio.sleep(pause)
@@ -308,22 +316,22 @@ class Items:
         if isinstance(error, StartUnknown):
             cause = error.__cause__
             self._starts.failed(cause if isinstance(cause, RequestError) else error, since=since)
-            return _result(error=error)
+            return start_result(error=error)
         if isinstance(error, SessionClosed) and error.execution_id is not None:
             pending.execution = self._session.execution(error.execution_id)
-            return _result(error.execution_id)
+            return start_result(error.execution_id)
         with suppress(ConfigurationError):  # then the item is unknown
             await pending.not_sent()
         if isinstance(error, StatusError) and error.status in _ACCOUNT_STATUSES:
             self._starts.failed(error, since=since)
-            return _result(error=error) if pending.is_refused_alone(self._starts) else None
+            return start_result(error=error) if pending.is_refused_alone(self._starts) else None
         if not _is_the_items(error):
             if self._cannot_be_sent(request):
-                return _result(error=error)  # the server has said nothing
+                return start_result(error=error)  # the server has said nothing
             self._starts.close()
             raise error
         self._starts.succeeded()
-        return _result(error=error)
+        return start_result(error=error)
 
     def _cannot_be_sent(self, request: StartRequest) -> bool:
         """Return True if the request itself cannot be sent; a limiter can raise the same errors."""
@@ -333,23 +341,27 @@ class Items:
             return True
         return False
 
+    async def _look_for_callback(self, item: Item, token: str) -> None:
+        """Hand a callback that was stored for this start to the session, which then sends none."""
+        if (execution_id := (await self._read_state(item)).called_back) is not None:
+            integration.receive_callback(self._session, token, execution_id)
+
+    async def _read_state(self, item: Item) -> State:
+        key = (item.key, item.attempt)
+        read = partial(intents.read, self._store, self._batch, [key], self._executor)
+        return (await asyncio.to_thread(read))[0]
+
     async def _explain_refusal(self, item: Item, pending: PendingStart) -> StartResult | None:
         """Return the result of a start whose intent was refused; None to try it again."""
-        (state,) = await asyncio.to_thread(
-            intents.read,
-            self._store,
-            self._batch,
-            [(item.key, item.attempt)],
-            self._executor,
-        )
+        state = await self._read_state(item)
         pending.may_be_sent = False
         if not state.is_open:
-            return _result()
+            return start_result()
         pending.is_refused = False
         if state.called_back is not None:
-            return _result(state.called_back)
+            return start_result(state.called_back)
         if state.intent is not None and not self._restart_unknown:
-            return _unknown(item)
+            return unknown_start(item)
         pending.replaced = state.intent
         return None
 
@@ -364,7 +376,7 @@ class Items:
         if is_taken and pending.execution is not None:
             adopt = partial(again.adopt, self._store, self._batch, request=item.request)
             adopt = partial(adopt, key=item.key, attempt=item.attempt, token=pending.token)
-            started = _result(pending.execution.id)
+            started = start_result(pending.execution.id)
             with suppress(ConfigurationError):
                 if await asyncio.to_thread(adopt, started=started):
                     logger.warning(
@@ -491,17 +503,6 @@ def _is_the_items(error: Exception) -> bool:
 
 async def _first_intent() -> str:
     return INTENT_IN_ROW
-
-
-def _unknown(item: Item) -> StartResult:
-    message = "the worker that sent the start stopped before it recorded the answer"
-    workflow = json.loads(item.request)["workflow"]
-    return _result(error=StartUnknown(message, workflow=workflow, reason=message))
-
-
-def _result(execution_id: int | None = None, error: Exception | None = None) -> StartResult:
-    what = None if error is None else [type(error).__name__, str(error)]
-    return {"execution_id": execution_id, "at": _now().isoformat(), "error": what}
 
 
 def _now() -> datetime:

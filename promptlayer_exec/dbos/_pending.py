@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import json
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any, TypedDict
 
 import attrs
 
-from promptlayer_exec import Execution
+from promptlayer_exec import Execution, StartUnknown
 from promptlayer_exec.dbos._breaker import Breaker
 from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._intents import Intent
@@ -25,6 +27,11 @@ class StartResult(TypedDict):
     execution_id: int | None
     at: str
     error: list[str] | None
+
+
+def start_result(execution_id: int | None = None, error: Exception | None = None) -> StartResult:
+    what = None if error is None else [type(error).__name__, str(error)]
+    return {"execution_id": execution_id, "at": datetime.now(UTC).isoformat(), "error": what}
 
 
 @attrs.frozen(repr=False)  # DBOS logs the arguments of a step that is cancelled
@@ -44,6 +51,13 @@ class Item:
     is_first_version: bool = False
 
 
+def unknown_start(item: Item) -> StartResult:
+    """Return the result of a start that another worker may have sent."""
+    message = "the worker that sent the start stopped before it recorded the answer"
+    workflow = json.loads(item.request)["workflow"]
+    return start_result(error=StartUnknown(message, workflow=workflow, reason=message))
+
+
 @attrs.define(eq=False, repr=False)
 class PendingStart:
     """A start that is to be sent: the hooks around its sending, and what is known about it.
@@ -60,6 +74,7 @@ class PendingStart:
     _item: Item
     _intents: Group[Intent, bool]
     token: str  # also the one in the start's callback URL, if it has one of its own
+    _look_for_callback: Callable[[Item, str], Awaitable[None]] | None = None
     replaced: str | None = attrs.field(init=False, default=None)
     execution: Execution | None = attrs.field(init=False, default=None)
     task: asyncio.Task[Any] | None = attrs.field(init=False, default=None)
@@ -74,7 +89,8 @@ class PendingStart:
     _successes_seen: int = attrs.field(init=False, default=-1)
 
     async def before_send(self) -> None:
-        """Record the intent."""
+        """Record the intent; before the start is sent again, look whether its callback has come."""
+        is_sent_again = self.recorded_intent is not None
         if self.is_cancelled:  # in the step before: the cancellation is still on its way here
             await asyncio.Event().wait()
         self.may_be_sent = True
@@ -82,6 +98,8 @@ class PendingStart:
             self.is_refused = True
             raise IntentRefused
         self.recorded_intent = self.token
+        if is_sent_again and self._look_for_callback is not None:
+            await self._look_for_callback(self._item, self.token)
 
     async def not_sent(self) -> None:
         """Take the intent back."""
