@@ -12,6 +12,7 @@ import attrs
 from promptlayer_exec._errors import StartUnknown
 from promptlayer_exec._events import Emit, ExecutionStarted, logger
 from promptlayer_exec._models import StartRequest
+from promptlayer_exec._retry import RecentStarts
 from promptlayer_exec._tasks import resolve
 
 if TYPE_CHECKING:
@@ -73,7 +74,11 @@ class _Callback:
 
 @attrs.define
 class _EndedStart:
-    """A start that has ended: with the id in its answer, with a lost answer, or with a failure."""
+    """A start that has ended: with an answer, with a lost one, or with a failure.
+
+    Attributes:
+        execution_id: the id in the answer, or in the first callback.
+    """
 
     request: StartRequest
     base_url: str
@@ -101,6 +106,7 @@ class CallbackLog:
     """
 
     _emit: Emit
+    _recent_starts: RecentStarts
     _callbacks: dict[str, _Callback] = attrs.field(init=False, factory=dict)  # oldest first
     # Without a callback. Apart from the others, so that those cannot drive them out.
     _lost: dict[str, _EndedStart] = attrs.field(init=False, factory=dict)
@@ -200,6 +206,8 @@ class CallbackLog:
         for execution_id in [it for it, is_reported in callback.ids.items() if not is_reported]:
             other = next((it for it, is_reported in callback.ids.items() if is_reported), None)
             callback.ids[execution_id] = True  # first, because an observer may be interrupted
+            # The server may still answer 404 for it.
+            self._recent_starts.add(execution_id, start.request.workflow, now=time.monotonic())
             is_awaited = start.is_lost and other is None and token in self._waiters
             if not is_awaited:
                 logger.warning(
@@ -218,6 +226,7 @@ class CallbackLog:
                     base_url=start.base_url,
                 )
             )
+        start.execution_id = start.execution_id or callback.execution_id  # to be reported once
         start.drop_inputs()
 
 

@@ -46,7 +46,7 @@ class Opener:
         self._recent_starts = RecentStarts(settings.retry.not_found_grace)
         self._early_wake_ups = EarlyWakeUps()
         self.emit = broadcast(settings.observers)
-        self.callbacks = CallbackLog(self.emit)
+        self.callbacks = CallbackLog(self.emit, self._recent_starts)
         self.channel_suffix: str | None = None
         if settings.push:
             # Imported here: it needs an extra, and takes too long for an event loop.

@@ -25,10 +25,12 @@ from promptlayer_exec import (
     SessionClosed,
     StartRequest,
     StartUnknown,
+    WatchStarted,
     _callbacks,
 )
 from promptlayer_exec._callbacks import CallbackLog
 from promptlayer_exec._integration import receive_callback
+from promptlayer_exec._retry import RecentStarts
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.webhooks import Callbacks
 
@@ -357,7 +359,7 @@ async def test_a_start_that_ends_while_it_waits_knows_its_callback(
 def test_the_inputs_of_only_a_hundred_lost_starts_are_remembered() -> None:
     """They may have a megabyte each, and ten thousand starts are remembered."""
     events: list[Any] = []
-    log = CallbackLog(events.append)
+    log = CallbackLog(events.append, RecentStarts(0.0))
     for number in range(102):
         log.lose(str(number), StartRequest("report", {"n": number}, key=number), "")
     for number in range(102):
@@ -392,10 +394,41 @@ async def test_the_second_run_of_a_lost_start_is_reported_too(
 
 
 @pytest.mark.parametrize("outcome", ["lost", "refused"])
+def test_a_callback_that_is_repeated_after_ten_thousand_others_is_not_news(outcome: str) -> None:
+    """By then it is forgotten, but the start is not."""
+    events: list[Any] = []
+    log = CallbackLog(events.append, RecentStarts(0.0))
+    if outcome == "lost":
+        log.lose("a", REQUEST, "")
+    else:
+        log.settle("a", REQUEST, "", None, 0.0)
+    log.receive("a", 1)
+    for number in range(10_000):
+        log.receive(f"of another start {number}", 2 + number)
+    log.receive("a", 1)
+    assert [event.execution_id for event in events] == [1]
+
+
+async def test_a_404_on_a_run_that_only_its_callback_has_told_of_is_not_final(
+    sim: Simulator, session: Session, recorder: Any
+) -> None:
+    """As on any run that this session has just started."""
+    sim.inject(Fault.disconnect())
+    with pytest.raises(StartUnknown):
+        await session.start("report")
+    (run,) = sim.runs
+    receive_callback(session, token_in(run.body), run.execution_id)
+    sim.inject(Fault.status(404))
+    assert (await session.execution(run.execution_id).wait()).complete
+    (watch,) = recorder.of(WatchStarted)
+    assert watch.workflow == "report"
+
+
+@pytest.mark.parametrize("outcome", ["lost", "refused"])
 def test_runs_of_a_start_that_is_sent_again_are_reported_once(outcome: str) -> None:
     """A durable batch does so after a refusal; meanwhile, a callback may be that of any attempt."""
     events: list[Any] = []
-    log = CallbackLog(events.append)
+    log = CallbackLog(events.append, RecentStarts(0.0))
     log.begin("a")
     log.settle("a", REQUEST, "", None, 0.0)
     log.receive("a", 1)
@@ -416,7 +449,7 @@ def test_at_most_a_hundred_runs_of_one_start_are_reported(caplog: Any) -> None:
     """Whoever has its token can name any number of them."""
     caplog.set_level(logging.CRITICAL)
     events: list[Any] = []
-    log = CallbackLog(events.append)
+    log = CallbackLog(events.append, RecentStarts(0.0))
     for execution_id in range(1, 1000):
         log.receive("a", execution_id)
     log.lose("a", REQUEST, "")
@@ -433,7 +466,7 @@ def test_a_run_is_reported_though_the_observer_of_another_was_interrupted() -> N
         if reported == [1]:
             raise KeyboardInterrupt
 
-    log = CallbackLog(observe)
+    log = CallbackLog(observe, RecentStarts(0.0))
     for execution_id in (1, 2):
         log.receive("a", execution_id)
     with pytest.raises(KeyboardInterrupt):
@@ -577,7 +610,7 @@ def test_a_callback_ignores_who_waited_in_a_loop_that_was_closed(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A loop that is stopped and closed, as in a notebook, ends none of its tasks."""
-    log = CallbackLog(lambda _: None)
+    log = CallbackLog(lambda _: None, RecentStarts(0.0))
     stopped = asyncio.new_event_loop()
     dead = [stopped.create_task(log.wait(token)) for token in ("followed", "left")]
     stopped.run_until_complete(asyncio.sleep(0))
@@ -663,7 +696,7 @@ async def is_known(log: CallbackLog, token: str) -> bool:
 
 async def test_a_callback_is_remembered_for_an_hour(clock: Clock) -> None:
     """A repeat does not prolong it, and the first id counts."""
-    log = CallbackLog(lambda _: None)
+    log = CallbackLog(lambda _: None, RecentStarts(0.0))
     log.receive("a", 1)
     clock.now += 3599
     log.receive("a", 2)
@@ -674,7 +707,7 @@ async def test_a_callback_is_remembered_for_an_hour(clock: Clock) -> None:
 
 async def test_at_most_ten_thousand_callbacks_are_remembered(clock: Clock) -> None:
     """The oldest is forgotten first."""
-    log = CallbackLog(lambda _: None)
+    log = CallbackLog(lambda _: None, RecentStarts(0.0))
     for number in range(10_001):
         log.receive(str(number), number + 1)
     assert not await is_known(log, "0")
@@ -688,7 +721,7 @@ def test_at_most_ten_thousand_lost_starts_are_remembered(
     """So an outage of any length needs bounded memory."""
     caplog.set_level(logging.CRITICAL)
     events: list[Any] = []
-    log = CallbackLog(events.append)
+    log = CallbackLog(events.append, RecentStarts(0.0))
     for number in range(10_001):
         log.lose(str(number), REQUEST, "", elapsed=2.0)
     clock.now += 5.0
@@ -704,7 +737,7 @@ def test_at_most_ten_thousand_other_starts_are_remembered(
     """They drive out no lost one."""
     caplog.set_level(logging.CRITICAL)
     events: list[Any] = []
-    log = CallbackLog(events.append)
+    log = CallbackLog(events.append, RecentStarts(0.0))
     log.lose("lost", REQUEST, "")
     for number in range(10_001):
         log.settle(str(number), REQUEST, "", None, 2.0)
