@@ -104,20 +104,20 @@ class SafetyNet:
         if self.changed == changed:
             self.changed = _do_nothing
 
-    def polled(self, sent_at: float, *, waited: float, complete: bool, pushed: bool) -> None:
+    def polled(self, sent_at: float, *, waited: float, complete: bool, woken: bool) -> None:
         """Record a good poll.
 
         Args:
             sent_at: when it was sent.
             waited: the seconds for which it waited for its turn before.
             complete: whether it found the execution complete.
-            pushed: whether a message led to it.
+            woken: whether a wake-up led to it, which should have come with the completion.
         """
         since = self.subscription.since
         is_covered = since is not None and since <= self._known_at
         if complete:
             self.subscription.completed(self.execution_id, expected=is_covered)
-        self._is_doubted |= pushed and not complete
+        self._is_doubted |= woken and not complete
         self._polls = self._polls + 1 if is_covered else 0
         self._is_polled = True
         self._known_at, self._waited = sent_at, waited

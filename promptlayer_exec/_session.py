@@ -52,7 +52,7 @@ class Session:
         retry: which failures to survive, and for how long.
         wait_timeout: the default deadline of every wait, in seconds; None: no limit.
         request_timeout: seconds for one HTTP attempt, from connecting to the last byte. Waiting
-            for a free connection or for the rate does not count.
+            for the rate or a connection does not count, except for one that others hold in `http=`.
         max_connections: how many requests may be in flight at once. A quarter of them, at least
             one, is reserved for starts; push has up to 16 more.
         max_response_bytes: the largest response body, in bytes after decompression.

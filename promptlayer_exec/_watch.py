@@ -138,7 +138,7 @@ class Watch:
     # Resolved at the time of the next poll, or by a wake-up; None during a poll.
     _alarm: asyncio.Future[None] | None = attrs.field(init=False, default=None)
     _woken_by: WakeSource | None = attrs.field(init=False, default=None)
-    _cause: WakeSource | None = attrs.field(init=False, default=None)  # of the poll in flight
+    _is_woken: bool = attrs.field(init=False, default=False)  # the poll in flight
     # Until a woken poll finds no completion: those of many watches would leave others no slots.
     _goes_first: bool = attrs.field(init=False, default=True)
     _woken_at: float = attrs.field(init=False, default=0.0)
@@ -279,7 +279,7 @@ class Watch:
                 timer.cancel()
                 self._alarm = None
             earliest = min(due, loop.time())
-        self._cause = self._woken_by
+        self._is_woken = self._woken_by is not None
         if self._woken_by is not None:
             self._emit(WatchWoken(self.execution_id, self._woken_by))
             self._woken_by = None
@@ -301,8 +301,8 @@ class Watch:
         # A separate method, so that a poll's locals are freed while the watch sleeps.
         if self._retries.failures:
             self._retries = RetryState(self._retry, self._retry.watch_outage)
-        is_woken = self._cause is not None
-        reply = await self._fetch(self._retries, due=due, first=is_woken and self._goes_first)
+        first = self._is_woken and self._goes_first
+        reply = await self._fetch(self._retries, due=due, first=first)
         now = self._loop.time()
         previous = self.latest
         snapshot = take_snapshot(self.execution_id, reply, elapsed=now - started, previous=previous)
@@ -316,9 +316,9 @@ class Watch:
                 reply.sent_at,
                 waited=reply.lateness,
                 complete=snapshot.complete,
-                pushed=self._cause == "push",
+                woken=self._is_woken,
             )
-        if is_woken and not snapshot.complete:
+        if self._is_woken and not snapshot.complete:
             self._goes_first = False
         self._notify(ended=snapshot.complete)
         self._emit(

@@ -39,6 +39,7 @@ from promptlayer_exec import (
     _safety_net,
     push,
 )
+from promptlayer_exec._integration import wake
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
 NEVER = PollPolicy.fixed(3600.0)
@@ -1038,13 +1039,17 @@ class TestFaults:
         server.complete.add(execution.id)
         assert await waiting == "42"
 
-    async def test_a_lying_message_costs_one_poll_and_puts_the_run_on_the_schedule(
-        self, execution: Execution, server: Server
+    @pytest.mark.parametrize("source", ["push", "webhook", "callback", "caller"])
+    async def test_a_lying_wake_up_costs_one_poll_and_puts_the_run_on_the_schedule(
+        self, execution: Execution, session: Session, server: Server, source: Any
     ) -> None:
-        """Its GET says that the run is not complete, so push is not trusted for it any more."""
+        """Its GET says that the run is not complete: push's own message may have been lost."""
         waiting = asyncio.create_task(execution.output())
         await server.until(lambda: server.polls == 1)
-        await server.publish(completion(execution.id))
+        if source == "push":
+            await server.publish(completion(execution.id))
+        else:
+            assert wake(session, execution.id, source)
         await server.until(lambda: server.polls >= 5)
         server.complete.add(execution.id)
         assert await waiting == "42"

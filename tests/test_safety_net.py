@@ -32,7 +32,7 @@ def due(net: SafetyNet, scheduled: float, *deadlines: Deadline) -> float:
 
 def polled(net: SafetyNet, at: float, **how: Any) -> None:
     """Record a poll that found the execution running."""
-    net.polled(at, **{"waited": 0.0, "complete": False, "pushed": False, **how})
+    net.polled(at, **{"waited": 0.0, "complete": False, "woken": False, **how})
 
 
 def test_polls_are_seldom_while_the_subscription_stands() -> None:
@@ -135,7 +135,7 @@ def test_a_first_poll_waits_half_a_second_for_the_first_subscription() -> None:
 def test_push_that_lied_about_a_run_is_not_trusted_for_it() -> None:
     """From then on it is polled by the ordinary schedule."""
     net = SafetyNet(7, Stub(), 100.0)
-    polled(net, 101.0, pushed=True)
+    polled(net, 101.0, woken=True)
     assert due(net, 101.7) == 101.7
     polled(net, 101.7)
     assert due(net, 102.5) == 102.5
@@ -147,7 +147,7 @@ def test_push_is_expected_to_announce_what_ended_while_it_stood(
 ) -> None:
     """A completion from before the subscription proves nothing against it."""
     subscription = Stub(since=since)
-    SafetyNet(7, subscription, 100.0).polled(102.0, waited=0.0, complete=True, pushed=False)
+    SafetyNet(7, subscription, 100.0).polled(102.0, waited=0.0, complete=True, woken=False)
     assert subscription.completions == [(7, expected)]
 
 
