@@ -112,9 +112,16 @@ class _Connection(ClientConnection):
         self._frames += 1
         super().process_event(event)
 
+    def has_begun(self) -> bool:
+        """Return False in the TLS handshake through a proxy: the library does not use it yet."""
+        return hasattr(self, "recv_messages")
+
+    def eof_received(self) -> None:
+        if self.has_begun():
+            super().eof_received()
+
     def connection_lost(self, exc: Exception | None) -> None:
-        # Else it was lost in the TLS handshake through a proxy, and the library has not begun.
-        if hasattr(self, "recv_messages"):
+        if self.has_begun():
             super().connection_lost(exc)
 
     async def recv(self, decode: bool | None = None) -> Any:

@@ -272,7 +272,7 @@ class Start:
 
         Of a refusal other than 429, only the error's `execution_id` says so.
         """
-        denies_run = isinstance(error, RequestError | asyncio.CancelledError)
+        denies_run = isinstance(error, RequestError | SessionClosed | asyncio.CancelledError)
         if self._hook_error is not None or self._is_lost(error) or not denies_run:
             return None
         started = self._called_back()

@@ -264,7 +264,9 @@ async def test_the_callback_of_a_run_that_the_answer_denied_is_reported(
     assert warnings[0] == f"execution 1001 of workflow 'report' {why}; follow it by its id"
 
 
-@pytest.mark.parametrize("moment", ["waiting", "connecting", "given up", "not repeated"])
+@pytest.mark.parametrize(
+    "moment", ["waiting", "connecting", "given up", "not repeated", "client session closed"]
+)
 async def test_a_start_is_not_sent_again_once_its_callback_has_come(
     listen: Any,
     open_session: Callable[..., Session],
@@ -283,6 +285,9 @@ async def test_a_start_is_not_sent_again_once_its_callback_has_come(
     async def connect(*_: Any) -> None:
         if tokens:
             receive_callback(session, tokens[0], 1001)
+            if moment == "client session closed":
+                await http.close()
+                raise AssertionError  # as aiohttp does then
             if moment == "given up":
                 raise ConnectionRefusedError
 

@@ -1543,7 +1543,9 @@ def test_the_private_names_of_centrifuge_and_websockets_are_still_there() -> Non
 async def test_a_connection_that_is_lost_before_the_library_knows_it_is_no_error() -> None:
     """A proxy may end a tunnel in the TLS handshake; asyncio would log an AttributeError."""
     protocol = ClientProtocol(parse_uri("ws://127.0.0.1"))
-    _push_client._Connection(protocol).connection_lost(EOFError())
+    connection = _push_client._Connection(protocol)
+    connection.eof_received()
+    connection.connection_lost(EOFError())
 
 
 async def polled_to_the_end(server: Server, execution: Any) -> None:
