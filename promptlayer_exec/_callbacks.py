@@ -142,10 +142,10 @@ class CallbackLog:
             called_at = time.monotonic() - elapsed
             start = _EndedStart(request, base_url, called_at, is_lost=True)
             _put(self._lost, token, start)
-            self._report(token)
             self._with_inputs.append(start)
             if len(self._with_inputs) > _MOST_INPUTS:
                 self._with_inputs.popleft().drop_inputs()
+            self._report(token)  # last, because an observer may be interrupted
 
     def settle(
         self,

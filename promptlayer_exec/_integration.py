@@ -58,6 +58,7 @@ __all__ = [
     "short_repr",
     "start",
     "start_token",
+    "takes_callbacks",
     "wait_even_if_cancelled",
     "wake",
 ]
@@ -118,6 +119,11 @@ def start_token(session: Session) -> str:
     """Return a token that no other start has, for the callback URL of one if it gets its own."""
     callbacks = session._settings.callbacks
     return uuid4().hex if callbacks is None else callbacks.new_token()
+
+
+def takes_callbacks(session: Session) -> bool:
+    """Return True if each start has a callback URL of its own."""
+    return session._settings.callbacks is not None
 
 
 async def start(

@@ -1332,7 +1332,10 @@ async def test_no_intent_is_recorded_once_a_start_is_cancelled() -> None:
         recorded.extend(intent.key for intent in intents)
         return [True] * len(intents)
 
-    start = pending.PendingStart(pending.Item("k", 1, "{}"), Group(record), "token")
+    async def look(*_: Any) -> None:
+        raise AssertionError("it was never sent")
+
+    start = pending.PendingStart(pending.Item("k", 1, "{}"), Group(record), "token", look)
     start.cancel()
     sending = asyncio.create_task(start.before_send())
     for _ in range(3):

@@ -10,7 +10,6 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,7 +24,7 @@ from promptlayer_exec.dbos._tables import (
     items,
     lock_batch,
 )
-from promptlayer_exec.dbos._values import StoredOutcome
+from promptlayer_exec.dbos._values import StoredOutcome, start_result
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos._store import Store
@@ -137,11 +136,6 @@ def _keep_id(
     return True
 
 
-def result_of_callback(execution_id: int) -> Mapping[str, Any]:
-    """Return the result of a start whose callback has come."""
-    return {"execution_id": execution_id, "at": datetime.now(UTC).isoformat(), "error": None}
-
-
 def _started(outcome: StoredOutcome) -> Started:
     if outcome.execution_id is None:
         return None
@@ -174,7 +168,7 @@ def _reopen(
             if row.execution_id is not None and (
                 row.kind == "unknown" or outcome.execution_id is None
             ):
-                is_chosen, started = True, result_of_callback(row.execution_id)
+                is_chosen, started = True, start_result(row.execution_id)
             if is_chosen:
                 chosen.append(_Again(row.key, row.attempt, row.kind, started))
         return _begin(store, connection, batch, chosen, requests)

@@ -26,6 +26,7 @@ from promptlayer_exec.dbos._tables import (
     earlier_starts,
     items,
 )
+from promptlayer_exec.dbos._values import start_result
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos._store import Store
@@ -116,7 +117,7 @@ def resolve(store: Store, batch: str, *, to_the_end: bool = False) -> int:
             key=row.key,
             attempt=row.attempt,
             token=row.intent,
-            started=again.result_of_callback(row.execution_id),
+            started=start_result(row.execution_id),
         )
         for row in store.rows(query)
         if to_the_end or not store.is_cancelled()

@@ -60,18 +60,11 @@ from promptlayer_exec.dbos._dbos_internals import ItemTaken
 from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._intents import Intent, Started, State
 from promptlayer_exec.dbos._names import INTENT_IN_ROW, workflow_id
-from promptlayer_exec.dbos._pending import (
-    IntentRefused,
-    Item,
-    PendingStart,
-    StartResult,
-    start_result,
-    unknown_start,
-)
+from promptlayer_exec.dbos._pending import IntentRefused, Item, PendingStart, unknown_start
 from promptlayer_exec.dbos._requests import digest_of
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import Ending
-from promptlayer_exec.dbos._values import StoredError, StoredOutcome
+from promptlayer_exec.dbos._values import StartResult, StoredError, StoredOutcome, start_result
 
 T = TypeVar("T")
 
@@ -343,6 +336,8 @@ class Items:
 
     async def _look_for_callback(self, item: Item, token: str) -> None:
         """Hand a callback that was stored for this start to the session, which then sends none."""
+        if not integration.takes_callbacks(self._session):  # then none can come
+            return
         if (execution_id := (await self._read_state(item)).called_back) is not None:
             integration.receive_callback(self._session, token, execution_id)
 

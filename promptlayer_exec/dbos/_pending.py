@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
-from typing import Any, TypedDict
+from typing import Any
 
 import attrs
 
@@ -14,24 +13,12 @@ from promptlayer_exec import Execution, StartUnknown
 from promptlayer_exec.dbos._breaker import Breaker
 from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._intents import Intent
+from promptlayer_exec.dbos._values import StartResult, start_result
 
 # Seconds between two checks whether an id is recorded: the process may be killed.
 _RECORDED_WITHIN = 1.0
 # How often an item is refused, while others are not, before the refusal is its own.
 _REFUSALS = 3
-
-
-class StartResult(TypedDict):
-    """The stored result of the step "start"; without id and error, no run was started."""
-
-    execution_id: int | None
-    at: str
-    error: list[str] | None
-
-
-def start_result(execution_id: int | None = None, error: Exception | None = None) -> StartResult:
-    what = None if error is None else [type(error).__name__, str(error)]
-    return {"execution_id": execution_id, "at": datetime.now(UTC).isoformat(), "error": what}
 
 
 @attrs.frozen(repr=False)  # DBOS logs the arguments of a step that is cancelled
@@ -74,7 +61,7 @@ class PendingStart:
     _item: Item
     _intents: Group[Intent, bool]
     token: str  # also the one in the start's callback URL, if it has one of its own
-    _look_for_callback: Callable[[Item, str], Awaitable[None]] | None = None
+    _look_for_callback: Callable[[Item, str], Awaitable[None]]
     replaced: str | None = attrs.field(init=False, default=None)
     execution: Execution | None = attrs.field(init=False, default=None)
     task: asyncio.Task[Any] | None = attrs.field(init=False, default=None)
@@ -98,7 +85,7 @@ class PendingStart:
             self.is_refused = True
             raise IntentRefused
         self.recorded_intent = self.token
-        if is_sent_again and self._look_for_callback is not None:
+        if is_sent_again:
             await self._look_for_callback(self._item, self.token)
 
     async def not_sent(self) -> None:

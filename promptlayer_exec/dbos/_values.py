@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
-from typing import Any, Literal, NamedTuple
+from datetime import UTC, datetime
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import attrs
 
@@ -97,3 +97,16 @@ class BatchStatus:
     def finished(self) -> int:
         """How many items have an outcome."""
         return self.succeeded + self.failed + self.unknown
+
+
+class StartResult(TypedDict):
+    """The stored result of the step "start"; without id and error, no run was started."""
+
+    execution_id: int | None
+    at: str
+    error: list[str] | None
+
+
+def start_result(execution_id: int | None = None, error: Exception | None = None) -> StartResult:
+    what = None if error is None else [type(error).__name__, str(error)]
+    return {"execution_id": execution_id, "at": datetime.now(UTC).isoformat(), "error": what}

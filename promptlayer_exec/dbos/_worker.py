@@ -31,8 +31,9 @@ from promptlayer_exec.dbos._names import (
     queue_name,
     workflow_id,
 )
-from promptlayer_exec.dbos._pending import Item, StartResult
+from promptlayer_exec.dbos._pending import Item
 from promptlayer_exec.dbos._store import VERSION, Store
+from promptlayer_exec.dbos._values import StartResult
 
 _CHECK_INTERVAL = 0.25
 # Seconds in which the answers of all starts that were sent are recorded.
