@@ -117,7 +117,7 @@ def extras(session: nox.Session, extra: str) -> None:
     """Import the module that an extra is for, with only that extra installed."""
     session.install(f".[{extra}]")
     environment = {"PYTHONSAFEPATH": "1"}
-    module = "_json" if extra == "speed" else extra
+    module = {"speed": "_api.json", "push": "_push.channels"}.get(extra, extra)
     session.run("python", "-W", "error", "-c", f"import promptlayer_exec.{module}", env=environment)
     if extra == "cli":
         session.run("promptlayer-exec", "--help", silent=True, env=environment)

@@ -46,9 +46,8 @@ from promptlayer_exec._models import (
     Snapshot,
     StartRequest,
 )
-from promptlayer_exec._policies import PollPolicy, RetryPolicy
+from promptlayer_exec._policies import Limiter, PollPolicy, RetryPolicy
 from promptlayer_exec._session import Session
-from promptlayer_exec._throttle import Limiter
 from promptlayer_exec._version import __version__
 from promptlayer_exec._workflows import Workflow, WorkflowEdge, WorkflowNode, WorkflowSummary
 

@@ -7,17 +7,17 @@ from functools import partial
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, overload
 
+from promptlayer_exec._engine.tasks import clock
+from promptlayer_exec._engine.watch import Followed, Join, finished_nodes, follow
 from promptlayer_exec._errors import PromptLayerExecError, printable
 from promptlayer_exec._events import logger
 from promptlayer_exec._output import check_type, main_output, typed_output
 from promptlayer_exec._policies import Deadline, check_timeout
-from promptlayer_exec._tasks import clock
-from promptlayer_exec._watch import Followed, Join, finished_nodes, follow
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
 
-    from promptlayer_exec._client import Client
+    from promptlayer_exec._engine.client import Client
     from promptlayer_exec._models import Node, Snapshot
     from promptlayer_exec._session import Session
 

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 import anyio
 import attrs
 
+from promptlayer_exec._display import short_repr
+from promptlayer_exec._engine.start import Start, log_unknown
+from promptlayer_exec._engine.tasks import CLEAN_UP, Tasks, foreign_cancellation, is_cancelled
 from promptlayer_exec._errors import (
     PromptLayerExecError,
     SessionClosed,
@@ -20,9 +23,6 @@ from promptlayer_exec._errors import (
     copy_error,
 )
 from promptlayer_exec._models import Snapshot, StartRequest
-from promptlayer_exec._repr import short_repr
-from promptlayer_exec._start import Start, log_unknown
-from promptlayer_exec._tasks import CLEAN_UP, Tasks, foreign_cancellation, is_cancelled
 
 if TYPE_CHECKING:
     from promptlayer_exec._execution import Execution

@@ -13,22 +13,20 @@ from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
+from promptlayer_exec._api.executions import MAX_ID, check_execution_id
+from promptlayer_exec._display import indented, short_repr
+from promptlayer_exec._engine.start import SendHooks
+from promptlayer_exec._engine.tasks import wait_even_if_cancelled
 from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError, RequestError, printable
 from promptlayer_exec._events import WakeSource
-from promptlayer_exec._exchange import excess
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import each
+from promptlayer_exec._http.exchange import excess
 from promptlayer_exec._install import install_hint
-from promptlayer_exec._json import indented
 from promptlayer_exec._models import StartRequest, node_dict
-from promptlayer_exec._policies import RetryPolicy, check_seconds
-from promptlayer_exec._repr import short_repr
+from promptlayer_exec._policies import Limiter, RetryPolicy, check_seconds
 from promptlayer_exec._session import Session
 from promptlayer_exec._settings import check_count, find_base_url, missing_for_push
-from promptlayer_exec._start import SendHooks
-from promptlayer_exec._tasks import wait_even_if_cancelled
-from promptlayer_exec._throttle import Limiter
-from promptlayer_exec._wire import MAX_ID, check_execution_id
 from promptlayer_exec._workflows import Workflow, near
 
 __all__ = [

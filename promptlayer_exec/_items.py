@@ -9,13 +9,13 @@ from functools import partial
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from promptlayer_exec._engine.tasks import clock, is_cancelled
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import Outcome, RunningItem, Spawn, fan_out, report_abandoned
 from promptlayer_exec._models import StartRequest
 from promptlayer_exec._output import check_type
 from promptlayer_exec._policies import check_timeout
 from promptlayer_exec._settings import check_count
-from promptlayer_exec._tasks import clock, is_cancelled
 
 if TYPE_CHECKING:
     from promptlayer_exec._session import Session

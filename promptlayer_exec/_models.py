@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import attrs
 
+from promptlayer_exec._display import counts_repr, short_repr
 from promptlayer_exec._errors import ExecutionFailed
-from promptlayer_exec._repr import counts_repr, short_repr
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -338,7 +338,7 @@ class Snapshot:
 
     def _repr_html_(self) -> str:
         """Return a table of the nodes, for notebooks."""
-        from promptlayer_exec._html import snapshot_html  # noqa: PLC0415 - only notebooks need it
+        from promptlayer_exec._display import snapshot_html  # noqa: PLC0415 - only notebooks need it
 
         return snapshot_html(self)
 

@@ -11,22 +11,23 @@ from contextlib import AsyncExitStack
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from promptlayer_exec._callbacks import CallbackLog
-from promptlayer_exec._client import Client
-from promptlayer_exec._connections import Pools
+from promptlayer_exec._api.executions import NodeMapReader, Request, Response
+from promptlayer_exec._engine.callbacks import CallbackLog
+from promptlayer_exec._engine.client import Client
+from promptlayer_exec._engine.lifetime import Lifetime
+from promptlayer_exec._engine.retry import RecentStarts, RetryState
+from promptlayer_exec._engine.tasks import clock, foreign_cancellation, is_cancelled
 from promptlayer_exec._errors import ConfigurationError, PromptLayerExecError, SessionClosed
 from promptlayer_exec._events import WakeSource, broadcast
-from promptlayer_exec._lifetime import Lifetime
-from promptlayer_exec._retry import RecentStarts, RetryState
+from promptlayer_exec._http.connections import Pools
+from promptlayer_exec._http.throttle import Throttle
+from promptlayer_exec._http.transport import Transport
+from promptlayer_exec._policies import Limiter
+from promptlayer_exec._push.wakeups import EarlyWakeUps
 from promptlayer_exec._settings import Settings, find_api_key, find_base_url, sends_in_the_clear
-from promptlayer_exec._tasks import clock, foreign_cancellation, is_cancelled
-from promptlayer_exec._throttle import Limiter, Throttle
-from promptlayer_exec._transport import Transport
-from promptlayer_exec._wakeups import EarlyWakeUps
-from promptlayer_exec._wire import NodeMapReader, Request, Response
 
 if TYPE_CHECKING:
-    from promptlayer_exec.push import Push
+    from promptlayer_exec._push.channels import Push
 
 T = TypeVar("T")
 
@@ -50,7 +51,7 @@ class Opener:
         self.channel_suffix: str | None = None
         if settings.push:
             # Imported here: it needs an extra, and takes too long for an event loop.
-            from promptlayer_exec.push import Push  # noqa: PLC0415
+            from promptlayer_exec._push.channels import Push  # noqa: PLC0415
 
             self.channel_suffix = secrets.token_hex(16)
             self._push = Push

@@ -1,11 +1,11 @@
-"""When to poll again and when to retry: pure arithmetic, with time and chance as arguments."""
+"""When to poll again and when to retry: arithmetic with time and chance as arguments."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from types import EllipsisType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import attrs
 
@@ -180,6 +180,13 @@ class RetryPolicy:
             At most `retry_after_ceiling`; 0 if the server did not ask.
         """
         return min(retry_after or 0.0, self.retry_after_ceiling)
+
+
+class Limiter(Protocol):
+    """A rate limit of your own, for example one that several processes share."""
+
+    async def acquire(self) -> None:
+        """Return when one more HTTP attempt may be made; called by one attempt at a time."""
 
 
 @attrs.frozen

@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, overloa
 
 import cattrs
 
-from promptlayer_exec._callbacks import recoverable_token, with_callback_url
-from promptlayer_exec._client import Client, list_workflows
+from promptlayer_exec._api.executions import Request, check_execution_id, run_request
+from promptlayer_exec._api.workflows import workflow_request, workflows_filter
+from promptlayer_exec._engine.callbacks import recoverable_token, with_callback_url
+from promptlayer_exec._engine.client import Client, list_workflows
+from promptlayer_exec._engine.start import SendHooks, Start
+from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._errors import StartUnknown
 from promptlayer_exec._events import Observer, StartFailed, WakeSource
 from promptlayer_exec._execution import Execution
@@ -18,13 +22,8 @@ from promptlayer_exec._items import collected, outcomes_of
 from promptlayer_exec._models import MainOutput, Snapshot, StartRequest, naming_arguments
 from promptlayer_exec._opener import Opener
 from promptlayer_exec._output import check_type
-from promptlayer_exec._policies import Deadline, PollPolicy, RetryPolicy, check_timeout
+from promptlayer_exec._policies import Deadline, Limiter, PollPolicy, RetryPolicy, check_timeout
 from promptlayer_exec._settings import Settings, find_base_url
-from promptlayer_exec._start import SendHooks, Start
-from promptlayer_exec._tasks import clock
-from promptlayer_exec._throttle import Limiter
-from promptlayer_exec._wire import Request, check_execution_id, run_request
-from promptlayer_exec._workflow_wire import workflow_request, workflows_filter
 from promptlayer_exec._workflows import Workflow, WorkflowSummary
 
 if TYPE_CHECKING:

@@ -16,12 +16,11 @@ import attrs
 import cattrs
 from yarl import URL
 
-from promptlayer_exec._connections import BorrowedHttp
 from promptlayer_exec._errors import ConfigurationError
 from promptlayer_exec._events import Observer
+from promptlayer_exec._http.connections import BorrowedHttp
 from promptlayer_exec._install import install_hint
-from promptlayer_exec._policies import Deadline, PollPolicy, RetryPolicy, check_seconds
-from promptlayer_exec._throttle import Limiter
+from promptlayer_exec._policies import Deadline, Limiter, PollPolicy, RetryPolicy, check_seconds
 
 if TYPE_CHECKING:
     from promptlayer_exec.webhooks import Callbacks

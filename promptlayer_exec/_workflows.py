@@ -158,7 +158,7 @@ class Workflow:
 
     def _repr_html_(self) -> str:
         """Return the required inputs and the graph, for notebooks."""
-        from promptlayer_exec._html import workflow_html  # noqa: PLC0415 - only notebooks need it
+        from promptlayer_exec._display import workflow_html  # noqa: PLC0415 - only notebooks need it
 
         return workflow_html(self)
 

@@ -18,11 +18,12 @@ from typing import Any, NoReturn, TypeGuard
 import attrs
 from yarl import URL
 
+from promptlayer_exec._api.executions import MAX_ID, NodeMapReader, Response
+from promptlayer_exec._api.json import loads
+from promptlayer_exec._api.redaction import CREDENTIALS
+from promptlayer_exec._display import json_kind
 from promptlayer_exec._errors import ConfigurationError, InvalidResponse, InvalidSignature
-from promptlayer_exec._json import json_kind, loads
 from promptlayer_exec._models import Snapshot
-from promptlayer_exec._redaction import CREDENTIALS
-from promptlayer_exec._wire import MAX_ID, NodeMapReader, Response
 
 __all__ = ["Callbacks", "InvalidSignature", "Webhook", "read_callback", "read_webhook"]
 

@@ -28,9 +28,9 @@ from promptlayer_exec import (
     WatchStarted,
     _callbacks,
 )
-from promptlayer_exec._callbacks import CallbackLog
+from promptlayer_exec._engine.callbacks import CallbackLog
+from promptlayer_exec._engine.retry import RecentStarts
 from promptlayer_exec._integration import receive_callback
-from promptlayer_exec._retry import RecentStarts
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.webhooks import Callbacks
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promptlayer_exec import _json
+from promptlayer_exec._api import json as _json
 
 DIGITS = st.text("0123456789", min_size=1, max_size=400)
 NUMBERS = st.builds("{}{}{}".format, st.sampled_from(["", "-"]), DIGITS, st.just("")) | st.builds(

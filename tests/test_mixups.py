@@ -39,8 +39,8 @@ from promptlayer_exec import (
     StartUnknown,
 )
 from promptlayer_exec import _integration as integration
-from promptlayer_exec._connections import GuardedBody
-from promptlayer_exec._protocols import Interposed, has_partial_head
+from promptlayer_exec._http.connections import GuardedBody
+from promptlayer_exec._http.protocols import Interposed, has_partial_head
 
 T = TypeVar("T")
 KEY = "key-of-a-test"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from promptlayer_exec._redaction import Redactor
+from promptlayer_exec._api.redaction import Redactor
 
 KEY = 'pl/se"cret'
 REDACTOR = Redactor(KEY)

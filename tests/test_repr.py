@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from promptlayer_exec import Execution, MainOutput, Node, Outcome, Snapshot, StartRequest
-from promptlayer_exec._repr import short_repr
+from promptlayer_exec._display import short_repr
 from promptlayer_exec.dbos import StoredOutcome
 
 HUGE: list[Any] = [

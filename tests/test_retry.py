@@ -27,7 +27,7 @@ from promptlayer_exec import (
     SessionClosed,
     WatchEnded,
 )
-from promptlayer_exec._retry import RecentStarts, RetryState
+from promptlayer_exec._engine.retry import RecentStarts, RetryState
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 

@@ -8,7 +8,7 @@ import attrs
 import pytest
 
 from promptlayer_exec._policies import Deadline
-from promptlayer_exec._safety_net import SafetyNet
+from promptlayer_exec._push.safety_net import SafetyNet
 
 
 @attrs.define

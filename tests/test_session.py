@@ -1422,7 +1422,7 @@ async def test_a_call_ends_in_time_even_if_its_cancellation_is_suppressed(
     sim: Simulator, monkeypatch: pytest.MonkeyPatch, *, suppressed_by: str, close: bool
 ) -> None:
     """As `asyncio.wait_for` of Python 3.11 does at times; no cancellation stays pending."""
-    monkeypatch.setattr("promptlayer_exec._tasks.AGAIN", 0.05)
+    monkeypatch.setattr("promptlayer_exec._engine.tasks.AGAIN", 0.05)
     waits = asyncio.Event()
 
     async def suppress_one() -> None:

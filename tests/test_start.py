@@ -41,11 +41,11 @@ from promptlayer_exec import (
     UnprocessableEntity,
 )
 from promptlayer_exec import _integration as integration
-from promptlayer_exec._lifetime import Lifetime
+from promptlayer_exec._api.executions import Started
+from promptlayer_exec._engine.lifetime import Lifetime
+from promptlayer_exec._engine.retry import RetryState
+from promptlayer_exec._engine.start import Start
 from promptlayer_exec._policies import Deadline
-from promptlayer_exec._retry import RetryState
-from promptlayer_exec._start import Start
-from promptlayer_exec._wire import Started
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 DONE = Scenario([SimNode("Answer", "42", is_output_node=True)])
@@ -1139,7 +1139,7 @@ async def test_a_limiter_may_clean_up_when_the_caller_is_cancelled(
     open_session: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody waits for the start any more, so the cancellation is repeated only after a while."""
-    monkeypatch.setattr("promptlayer_exec._start.AGAIN", 0.0)
+    monkeypatch.setattr("promptlayer_exec._engine.start.AGAIN", 0.0)
     entered, released = asyncio.Event(), asyncio.Event()
 
     class Limiter:
@@ -1165,7 +1165,7 @@ async def test_a_limiter_that_swallows_a_cancellation_and_waits_on_is_cancelled_
     sim: Simulator, open_session: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one with `asyncio.wait_for` in a loop does at times on Python 3.11."""
-    monkeypatch.setattr("promptlayer_exec._start.AGAIN", 0.01)
+    monkeypatch.setattr("promptlayer_exec._engine.start.AGAIN", 0.01)
 
     class Limiter:
         async def acquire(self) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from promptlayer_exec._engine.lifetime import DeadlinePassed, Lifetime
+from promptlayer_exec._engine.tasks import PatientTimeout, Tasks, TaskTimeout, clock, is_cancelled
 from promptlayer_exec._errors import RequestTimeout, SessionClosed
-from promptlayer_exec._lifetime import DeadlinePassed, Lifetime
 from promptlayer_exec._policies import Deadline
-from promptlayer_exec._tasks import PatientTimeout, Tasks, TaskTimeout, clock, is_cancelled
 
 FOREVER = Deadline.after(None, now=0.0)
 
@@ -82,7 +82,7 @@ async def test_a_cancellation_that_a_task_suppresses_is_repeated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As `asyncio.wait_for` of Python 3.11 does at times, in a limiter for example."""
-    monkeypatch.setattr("promptlayer_exec._tasks.AGAIN", 0.01)
+    monkeypatch.setattr("promptlayer_exec._engine.tasks.AGAIN", 0.01)
     tasks = Tasks()
     suppressed = []
 
@@ -387,7 +387,7 @@ async def test_a_suppressed_timeout_is_repeated_even_if_it_was_just_limited(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The limit of an attempt may be set in the same step in which its call expires."""
-    monkeypatch.setattr("promptlayer_exec._tasks.AGAIN", 0.01)
+    monkeypatch.setattr("promptlayer_exec._engine.tasks.AGAIN", 0.01)
 
     async def expire() -> None:
         async with PatientTimeout() as limit:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promptlayer_exec._throttle import Throttle
+from promptlayer_exec._http.throttle import Throttle
 
 
 class VirtualTimeSelector(selectors.DefaultSelector):

@@ -49,7 +49,7 @@ from promptlayer_exec import (
     Unauthorized,
     UnprocessableEntity,
 )
-from promptlayer_exec._connection_errors import reason_of
+from promptlayer_exec._http.failures import reason_of
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 NO_RETRY = RetryPolicy(outage=0.0)

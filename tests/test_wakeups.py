@@ -19,7 +19,7 @@ from promptlayer_exec import (
     _integration,
     _wakeups,
 )
-from promptlayer_exec._wakeups import EarlyWakeUps
+from promptlayer_exec._push.wakeups import EarlyWakeUps
 from promptlayer_exec.simulator import Fault, Simulator
 
 NEVER = PollPolicy.fixed(3600.0)

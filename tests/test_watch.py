@@ -27,14 +27,14 @@ from promptlayer_exec import (
     WatchEnded,
     WatchStarted,
 )
+from promptlayer_exec._api.executions import NodeMap, Reply
+from promptlayer_exec._engine.watch import Watch, take_snapshot
 from promptlayer_exec._models import FrozenMap
 from promptlayer_exec._policies import Deadline
-from promptlayer_exec._watch import Watch, take_snapshot
-from promptlayer_exec._wire import NodeMap, Reply
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 SUPERVISOR = "promptlayer_exec.Session"
-POLLER = "promptlayer_exec._watch.Watch.run"
+POLLER = "promptlayer_exec._engine.watch.Watch.run"
 
 
 async def failure(
@@ -323,7 +323,7 @@ async def test_finished_nodes_keeps_the_deadline_between_two_nodes_of_one_poll(
     async with aclosing(session.execution(two_done).finished_nodes(timeout=1000.0)) as nodes:
         assert (await anext(nodes)).name == "A"
         now = anyio.current_time()
-        monkeypatch.setattr("promptlayer_exec._watch.clock", lambda: now + 2000.0)
+        monkeypatch.setattr("promptlayer_exec._engine.watch.clock", lambda: now + 2000.0)
         with pytest.raises(ExecutionTimeout) as caught:
             await anext(nodes)
         monkeypatch.undo()
@@ -678,7 +678,7 @@ async def test_a_woken_poll_that_finds_no_completion_was_the_last_to_go_first(
     script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If hundreds of watches are woken all the time, starts and other polls still get slots."""
-    monkeypatch.setattr("promptlayer_exec._watch._WAKE_GAP", 0.0)
+    monkeypatch.setattr("promptlayer_exec._engine.watch._WAKE_GAP", 0.0)
     watch = make_watch(script)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(watch.run())

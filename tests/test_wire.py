@@ -11,17 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
-from promptlayer_exec import _wire
-from promptlayer_exec._errors import InvalidResponse, StatusError
-from promptlayer_exec._models import (
-    FrozenMap,
-    MainOutput,
-    Node,
-    NodeStatus,
-    StartRequest,
-    read_nodes,
-)
-from promptlayer_exec._wire import (
+from promptlayer_exec._api import executions as _wire
+from promptlayer_exec._api.executions import (
     NodeMapReader,
     Reply,
     Request,
@@ -34,6 +25,15 @@ from promptlayer_exec._wire import (
     read_started,
     results_request,
     run_request,
+)
+from promptlayer_exec._errors import InvalidResponse, StatusError
+from promptlayer_exec._models import (
+    FrozenMap,
+    MainOutput,
+    Node,
+    NodeStatus,
+    StartRequest,
+    read_nodes,
 )
 
 RECORDED = (

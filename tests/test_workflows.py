@@ -23,8 +23,8 @@ from promptlayer_exec import (
     WorkflowNode,
     WorkflowSummary,
 )
-from promptlayer_exec._wire import Request, Response
-from promptlayer_exec._workflow_wire import (
+from promptlayer_exec._api.executions import Request, Response
+from promptlayer_exec._api.workflows import (
     WorkflowsPage,
     read_workflow,
     workflow_request,

@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import cattrs
 
-from promptlayer_exec._json import json_kind
+from promptlayer_exec._display import json_kind
 from promptlayer_exec._structuring._errors import step
 
 _ADVICE = "convert it, or give Session a converter= with an unstructure hook for it"

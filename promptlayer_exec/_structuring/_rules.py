@@ -32,7 +32,7 @@ from cattrs.errors import (
     StructureHandlerNotFoundError,
 )
 
-from promptlayer_exec._json import JSON_KINDS, json_kind
+from promptlayer_exec._display import JSON_KINDS, json_kind
 from promptlayer_exec._structuring._errors import locate
 
 Hook = Callable[[Any, Any], Any]

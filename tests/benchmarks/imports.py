@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tracemalloc
 
-from promptlayer_exec._wire import NodeMapReader, Response
+from promptlayer_exec._api.executions import NodeMapReader, Response
 
 ROUNDS = 41
 MOST_IMPORT = 1.15

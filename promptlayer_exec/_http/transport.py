@@ -16,17 +16,18 @@ import anyio
 import attrs
 from yarl import URL
 
-from promptlayer_exec._connection_errors import (
-    PermanentFailure,
-    has_invalid_proxy,
-    is_permanent,
-    is_tls_failure,
-    reason_of,
-    shows_secrets,
-    text_of,
-    tls_peer,
+from promptlayer_exec._api.executions import (
+    Reply,
+    Request,
+    Response,
+    excerpt,
+    is_object,
+    read_retry_after,
+    up_to_id,
 )
-from promptlayer_exec._connections import GuardedBody, Pool, Pools, SendOnce
+from promptlayer_exec._api.redaction import Redactor
+from promptlayer_exec._engine.retry import OutageLog, RecentStarts, RetryState
+from promptlayer_exec._engine.tasks import PatientTimeout, TaskTimeout, is_cancelled
 from promptlayer_exec._errors import (
     ConfigurationError,
     ConnectionFailed,
@@ -40,7 +41,8 @@ from promptlayer_exec._errors import (
     StatusError,
 )
 from promptlayer_exec._events import Emit, RequestRetried, Throttled
-from promptlayer_exec._exchange import (
+from promptlayer_exec._http.connections import GuardedBody, Pool, Pools, SendOnce
+from promptlayer_exec._http.exchange import (
     Exchange,
     excess,
     has_id,
@@ -48,20 +50,18 @@ from promptlayer_exec._exchange import (
     may_be_cut,
     read_body,
 )
-from promptlayer_exec._redaction import Redactor
-from promptlayer_exec._retry import OutageLog, RecentStarts, RetryState
-from promptlayer_exec._settings import Settings, unused_proxy
-from promptlayer_exec._tasks import PatientTimeout, TaskTimeout, is_cancelled
-from promptlayer_exec._throttle import Throttle
-from promptlayer_exec._wire import (
-    Reply,
-    Request,
-    Response,
-    excerpt,
-    is_object,
-    read_retry_after,
-    up_to_id,
+from promptlayer_exec._http.failures import (
+    PermanentFailure,
+    has_invalid_proxy,
+    is_permanent,
+    is_tls_failure,
+    reason_of,
+    shows_secrets,
+    text_of,
+    tls_peer,
 )
+from promptlayer_exec._http.throttle import Throttle
+from promptlayer_exec._settings import Settings, unused_proxy
 
 T = TypeVar("T")
 

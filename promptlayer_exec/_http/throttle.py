@@ -6,21 +6,12 @@ import asyncio
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Protocol
 
 import anyio
 import attrs
 
 from promptlayer_exec._errors import PromptLayerExecError
-from promptlayer_exec._policies import or_infinity
-
-
-class Limiter(Protocol):
-    """A rate limit of your own, for example one that several processes share."""
-
-    async def acquire(self) -> None:
-        """Return when one more HTTP attempt may be made; called by one attempt at a time."""
-
+from promptlayer_exec._policies import Limiter, or_infinity
 
 # A congestion event takes this many requests per second off the rate, as a multiplicative decrease
 # factor beta between these two; the smaller one while the session has not found a rate yet. The

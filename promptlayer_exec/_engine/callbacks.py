@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 
+from promptlayer_exec._engine.retry import RecentStarts
+from promptlayer_exec._engine.tasks import resolve
 from promptlayer_exec._errors import StartUnknown
 from promptlayer_exec._events import Emit, ExecutionStarted, logger
 from promptlayer_exec._models import StartRequest
-from promptlayer_exec._retry import RecentStarts
-from promptlayer_exec._tasks import resolve
 
 if TYPE_CHECKING:
     from promptlayer_exec.webhooks import Callbacks

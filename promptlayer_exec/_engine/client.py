@@ -11,19 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import attrs
 
-from promptlayer_exec._callbacks import CallbackLog
-from promptlayer_exec._errors import PromptLayerExecError, RequestError, StartUnknown
-from promptlayer_exec._events import Emit, WakeSource
-from promptlayer_exec._lifetime import DeadlinePassed, Lifetime
-from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
-from promptlayer_exec._policies import Deadline
-from promptlayer_exec._retry import RecentStarts, RetryState
-from promptlayer_exec._settings import Settings
-from promptlayer_exec._start import SendHooks, Start, start_unknown
-from promptlayer_exec._transport import Transport
-from promptlayer_exec._wakeups import EarlyWakeUps
-from promptlayer_exec._watch import Watch, take_snapshot, timed_out
-from promptlayer_exec._wire import (
+from promptlayer_exec._api.executions import (
     NodeMap,
     NodeMapReader,
     Reply,
@@ -34,11 +22,23 @@ from promptlayer_exec._wire import (
     read_started,
     results_request,
 )
-from promptlayer_exec._workflow_wire import WorkflowsPage, read_workflow, workflows_request
+from promptlayer_exec._api.workflows import WorkflowsPage, read_workflow, workflows_request
+from promptlayer_exec._engine.callbacks import CallbackLog
+from promptlayer_exec._engine.lifetime import DeadlinePassed, Lifetime
+from promptlayer_exec._engine.retry import RecentStarts, RetryState
+from promptlayer_exec._engine.start import SendHooks, Start, start_unknown
+from promptlayer_exec._engine.watch import Watch, take_snapshot, timed_out
+from promptlayer_exec._errors import PromptLayerExecError, RequestError, StartUnknown
+from promptlayer_exec._events import Emit, WakeSource
+from promptlayer_exec._http.transport import Transport
+from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
+from promptlayer_exec._policies import Deadline
+from promptlayer_exec._push.wakeups import EarlyWakeUps
+from promptlayer_exec._settings import Settings
 from promptlayer_exec._workflows import Workflow, WorkflowSummary
 
 if TYPE_CHECKING:
-    from promptlayer_exec.push import Push
+    from promptlayer_exec._push.channels import Push
 
 T = TypeVar("T")
 

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from promptlayer_exec._errors import SessionClosed
-from promptlayer_exec._policies import Deadline
-from promptlayer_exec._tasks import (
+from promptlayer_exec._engine.tasks import (
     LATE,
     PatientTimeout,
     Run,
@@ -23,6 +21,8 @@ from promptlayer_exec._tasks import (
     is_cancelled,
     receive_cancellation,
 )
+from promptlayer_exec._errors import SessionClosed
+from promptlayer_exec._policies import Deadline
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
@@ -101,7 +101,7 @@ class Lifetime:
 
     def spawn_watch(self, run: Run) -> None:
         """Run a watch in the same way, but cheaper: there may be ten thousand."""
-        self._others.start(run, name="promptlayer_exec._watch.Watch.run")
+        self._others.start(run, name="promptlayer_exec._engine.watch.Watch.run")
 
     def timeout(self, deadline: Deadline, *, soonest: float = math.inf) -> PatientTimeout:
         """Return a timeout for a part of a call, which the closing of the session ends, too.

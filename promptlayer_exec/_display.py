@@ -1,22 +1,112 @@
-"""What a notebook shows of a snapshot and of a workflow: static HTML and SVG, without scripts.
+"""Values in words and as short reprs, and what a notebook shows of a snapshot and of a workflow.
 
-Colours are those of the page, except for those of statuses, which can be distinguished on light
-and on dark pages.
+A repr stays short, whatever a server or a user puts into a value. A notebook gets static HTML and
+SVG, without scripts. Its colours are those of the page, except for those of statuses, which can be
+distinguished on light and on dark pages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from html import escape
-from itertools import pairwise
-from typing import TYPE_CHECKING
+import json
+import reprlib
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from itertools import islice, pairwise
+from types import NoneType
+from typing import TYPE_CHECKING, Any
 
 from promptlayer_exec._errors import printable
-from promptlayer_exec._repr import short_repr
 
 if TYPE_CHECKING:
     from promptlayer_exec._models import Node, Snapshot
     from promptlayer_exec._workflows import Workflow
+
+LONGEST = 80
+_MOST_STATUSES = 8
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxstring = self.maxother = self.maxlong = LONGEST
+
+    def repr_dict(self, x: Mapping[Any, Any], level: int) -> str:
+        # That of the standard library sorts all keys first.
+        if level <= 0 and x:
+            return "{...}"
+        shown = [
+            f"{self.repr1(key, level - 1)}: {self.repr1(value, level - 1)}"
+            for key, value in islice(x.items(), self.maxdict)
+        ]
+        return "{" + ", ".join([*shown, "..."] if len(x) > self.maxdict else shown) + "}"
+
+
+_SHORT = _Short()
+
+
+def short_repr(value: Any) -> str:
+    """Return the repr of a value in at most 80 characters, reading only a small part of it."""
+    text = _SHORT.repr(value)
+    half = (LONGEST - 3) // 2
+    return text if len(text) <= LONGEST else f"{text[:half]}...{text[-half:]}"
+
+
+def counts_repr(counts: Mapping[str, int]) -> str:
+    """Return the number of nodes with each status, such as `<3 SUCCESS, 1 RUNNING>`."""
+    shown = [f"{count} {status!s:.40}" for status, count in islice(counts.items(), _MOST_STATUSES)]
+    if len(counts) > _MOST_STATUSES:
+        shown.append("...")
+    return f"<{', '.join(shown) or 'no nodes'}>"
+
+
+JSON_KINDS: dict[type, str] = {
+    NoneType: "null",
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    list: "an array",
+    dict: "an object",
+}
+
+
+def json_kind(value: Any) -> str:
+    """Return the kind of a value in words for an error message, such as "null" or "a datetime"."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    article = "an" if name[0] in "AEIOUaeiou" else "a"
+    return JSON_KINDS.get(type(value), f"{article} {name}")
+
+
+_INDENTING = json.JSONEncoder(ensure_ascii=False, indent=2)
+_LONGEST_TO_INDENT = 1_000_000
+_TIMES_AS_LONG = 10
+
+
+def indented(value: Any) -> str:
+    """Return a value as JSON to be read by people; on one line if it is very long or deep.
+
+    Indented, a deeply nested one would be hundreds of times as long.
+    """
+    compact = json.dumps(value, ensure_ascii=False)
+    if len(compact) > _LONGEST_TO_INDENT:
+        return compact
+    most = _TIMES_AS_LONG * len(compact) + 1000
+    pieces = []
+    with suppress(RecursionError):
+        for piece in _INDENTING.iterencode(value):
+            pieces.append(piece)
+            most -= len(piece)
+            if most < 0:
+                break
+        else:
+            return "".join(pieces)
+    return compact
+
 
 _MOST_ROWS = 100
 _MOST_NODES = 200
@@ -40,6 +130,8 @@ _LONGEST_LABEL = 20
 
 def _text(text: object, longest: int) -> str:
     """Return text that came from a server, cut and escaped."""
+    from html import escape  # noqa: PLC0415 - only notebooks need it
+
     words = str(text)
     return escape(printable(words if len(words) <= longest else f"{words[: longest - 1]}…"))
 

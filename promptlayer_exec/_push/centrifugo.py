@@ -13,7 +13,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.protocol import Event
 
 from promptlayer_exec._events import logger
-from promptlayer_exec._exchange import excess
+from promptlayer_exec._http.exchange import excess
 
 # Seconds for the closing handshake; a session that closes waits for it.
 _CLOSE = 0.1

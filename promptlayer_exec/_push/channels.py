@@ -35,6 +35,17 @@ from centrifuge import (
 )
 from websockets.exceptions import InvalidProxyStatus, InvalidStatus
 
+from promptlayer_exec._api.executions import (
+    TOKEN_PATH,
+    Request,
+    Response,
+    check_execution_id,
+    check_status,
+    decode,
+    invalid_shape,
+)
+from promptlayer_exec._api.workflows import read_workflow, workflow_request
+from promptlayer_exec._engine.tasks import TimeLimit, clock
 from promptlayer_exec._errors import (
     ConnectionFailed,
     InvalidResponse,
@@ -46,20 +57,9 @@ from promptlayer_exec._errors import (
 )
 from promptlayer_exec._events import logger
 from promptlayer_exec._policies import TRANSIENT_STATUSES
-from promptlayer_exec._push_client import PushClient
-from promptlayer_exec._safety_net import SafetyNet
-from promptlayer_exec._tasks import TimeLimit, clock
-from promptlayer_exec._wakeups import EarlyWakeUps
-from promptlayer_exec._wire import (
-    TOKEN_PATH,
-    Request,
-    Response,
-    check_execution_id,
-    check_status,
-    decode,
-    invalid_shape,
-)
-from promptlayer_exec._workflow_wire import read_workflow, workflow_request
+from promptlayer_exec._push.centrifugo import PushClient
+from promptlayer_exec._push.safety_net import SafetyNet
+from promptlayer_exec._push.wakeups import EarlyWakeUps
 
 T = TypeVar("T")
 

@@ -16,11 +16,11 @@ import anyio
 import attrs
 from aiohttp.abc import AbstractStreamWriter
 
-from promptlayer_exec._connection_errors import PermanentFailure, is_tls_failure, reason_of
-from promptlayer_exec._protocols import Idle, Interposed, is_plain, protocol_of, readable
-from promptlayer_exec._tasks import clock
+from promptlayer_exec._api.executions import TOKEN_PATH
+from promptlayer_exec._engine.tasks import clock
+from promptlayer_exec._http.failures import PermanentFailure, is_tls_failure, reason_of
+from promptlayer_exec._http.protocols import Idle, Interposed, is_plain, protocol_of, readable
 from promptlayer_exec._version import __version__
-from promptlayer_exec._wire import TOKEN_PATH
 
 if TYPE_CHECKING:
     from aiohttp.client_proto import ResponseHandler

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import anyio
 import attrs
 
+from promptlayer_exec._display import short_repr
+from promptlayer_exec._engine.retry import RetryState
+from promptlayer_exec._engine.tasks import AGAIN, CLEAN_UP, foreign_cancellation, is_cancelled
 from promptlayer_exec._errors import (
     ExecutionTimeout,
     RateLimited,
@@ -24,12 +27,9 @@ from promptlayer_exec._errors import (
 from promptlayer_exec._events import Emit, ExecutionStarted, StartFailed, logger
 from promptlayer_exec._models import StartRequest
 from promptlayer_exec._policies import Deadline
-from promptlayer_exec._repr import short_repr
-from promptlayer_exec._retry import RetryState
-from promptlayer_exec._tasks import AGAIN, CLEAN_UP, foreign_cancellation, is_cancelled
 
 if TYPE_CHECKING:
-    from promptlayer_exec._wire import Started
+    from promptlayer_exec._api.executions import Started
 
 
 class SendHooks(Protocol):

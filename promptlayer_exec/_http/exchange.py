@@ -9,10 +9,10 @@ import re
 import aiohttp
 import attrs
 
-from promptlayer_exec._connections import abort
-from promptlayer_exec._protocols import Interposed
-from promptlayer_exec._redaction import Redactor
-from promptlayer_exec._wire import is_object, up_to_id
+from promptlayer_exec._api.executions import is_object, up_to_id
+from promptlayer_exec._api.redaction import Redactor
+from promptlayer_exec._http.connections import abort
+from promptlayer_exec._http.protocols import Interposed
 
 # Bounds the memory of a decoded body: at most one value per this many bytes of the limit.
 _BYTES_PER_VALUE = 64

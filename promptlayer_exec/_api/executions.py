@@ -22,9 +22,11 @@ import cattrs
 from cattrs.errors import ClassValidationError
 from cattrs.gen import make_dict_structure_fn, override
 
+from promptlayer_exec._api.json import loads
+from promptlayer_exec._api.status import status_error, status_name
+from promptlayer_exec._display import json_kind
 from promptlayer_exec._errors import InvalidResponse
 from promptlayer_exec._events import logger
-from promptlayer_exec._json import json_kind, loads
 from promptlayer_exec._models import (
     FrozenMap,
     MainOutput,
@@ -33,7 +35,6 @@ from promptlayer_exec._models import (
     read_nodes,
     same_json,
 )
-from promptlayer_exec._status import status_error, status_name
 
 if TYPE_CHECKING:
     from yarl import URL

@@ -10,7 +10,7 @@ from urllib.request import getproxies
 import aiohttp
 from yarl import URL
 
-from promptlayer_exec._redaction import CREDENTIALS
+from promptlayer_exec._api.redaction import CREDENTIALS
 
 
 class PermanentFailure(aiohttp.ClientError):

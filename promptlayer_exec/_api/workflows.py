@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
 
-from promptlayer_exec._json import JSON_KINDS, json_kind
-from promptlayer_exec._wire import (
+from promptlayer_exec._api.executions import (
     Request,
     Response,
     check_status,
@@ -24,6 +23,7 @@ from promptlayer_exec._wire import (
     percent_encoded,
     version_selection,
 )
+from promptlayer_exec._display import JSON_KINDS, json_kind
 from promptlayer_exec._workflows import Workflow, WorkflowEdge, WorkflowNode, WorkflowSummary
 
 T = TypeVar("T")

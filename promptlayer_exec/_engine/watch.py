@@ -10,6 +10,14 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import attrs
 
+from promptlayer_exec._engine.retry import RetryState
+from promptlayer_exec._engine.tasks import (
+    PatientTimer,
+    clock,
+    foreign_cancellation,
+    is_cancelled,
+    resolve,
+)
 from promptlayer_exec._errors import (
     ExecutionTimeout,
     PromptLayerExecError,
@@ -27,12 +35,10 @@ from promptlayer_exec._events import (
 )
 from promptlayer_exec._models import FINAL, FrozenMap, Node, NodeStatus, NodeTimes, Snapshot
 from promptlayer_exec._policies import Deadline, PollPolicy, RetryPolicy
-from promptlayer_exec._retry import RetryState
-from promptlayer_exec._safety_net import SafetyNet
-from promptlayer_exec._tasks import PatientTimer, clock, foreign_cancellation, is_cancelled, resolve
+from promptlayer_exec._push.safety_net import SafetyNet
 
 if TYPE_CHECKING:
-    from promptlayer_exec._wire import NodeMap, Reply
+    from promptlayer_exec._api.executions import NodeMap, Reply
 
 
 class Fetch(Protocol):

@@ -1,0 +1,1 @@
+"""The only package that makes requests: aiohttp, its connections, and the rate of requests."""

@@ -1,0 +1,1 @@
+"""Wake-ups: the channels on which completions are pushed, and the polls that do not trust them."""
