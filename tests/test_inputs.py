@@ -47,16 +47,13 @@ class Shout(str):
 
 
 class Count(int):
-    def __int__(self) -> int:
-        return 0
-
     def __str__(self) -> str:
         return "lies"
 
 
 class Share(float):
-    def __float__(self) -> float:
-        return 0.0
+    def __repr__(self) -> str:
+        return "lies"
 
 
 class Point(NamedTuple):
@@ -222,7 +219,7 @@ _EXPECTED = "expected a mapping, or an attrs, dataclass or pydantic instance, go
         ({"a": [float("nan")]}, ValueError, "inputs.a[0]: nan is not a JSON value"),
         ({"a": Share("-inf")}, ValueError, "inputs.a: -inf is not a JSON value"),
         ({"a": -(10**5000)}, ValueError, "inputs.a: the integer has too many digits"),
-        (_loop(), ValueError, "inputs.a[1].b: contains itself"),
+        (_loop(), ValueError, "inputs: contains itself, or is nested too deeply"),
         (_deep(), ValueError, "inputs: contains itself, or is nested too deeply"),
         (
             {"a": Broken()},
@@ -251,7 +248,7 @@ def test_causes_are_kept() -> None:
     with pytest.raises(TypeError) as caught:
         encode_inputs({"a": object()})
     assert caught.value.__cause__ is None
-    assert caught.value.__suppress_context__
+    assert caught.value.__context__ is None
 
 
 def test_an_instance_that_contains_itself_is_refused() -> None:
@@ -271,12 +268,12 @@ def test_a_dataclass_instance_that_contains_itself_is_refused() -> None:
 
 
 def test_endless_recursion_of_a_hook_is_refused() -> None:
-    """A RecursionError of any origin is a ValueError."""
+    """Like any other exception of a hook, with the path."""
 
     def recurse(value: Any) -> Any:
         return recurse(value)
 
-    with pytest.raises(ValueError, match=r"^inputs: contains itself, or is nested too deeply"):
+    with pytest.raises(TypeError, match=r"^inputs\.row: a Row could not be converted \(Recursion"):
         encode_inputs({"row": Row(1)}, _converter(Row, recurse))
 
 

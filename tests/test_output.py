@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import attrs
+import cattrs
 import pytest
 
 from promptlayer_exec import (
+    Execution,
     ExecutionFailed,
     ExecutionTimeout,
     InvalidOutput,
@@ -22,8 +24,8 @@ from promptlayer_exec import (
     RetryPolicy,
     Session,
     Snapshot,
+    strict_converter,
 )
-from promptlayer_exec._output import main_output
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 NODE_MAP = {
@@ -45,6 +47,26 @@ def complete(*nodes: tuple[str, str, Any, bool | None]) -> Snapshot:
     }
     raw = json.dumps({name: attrs.asdict(node) for name, node in made.items()})
     return Snapshot(787, True, made, raw=json.loads(raw))
+
+
+class Decided(Execution):
+    """A handle whose request for the main output is answered by a function."""
+
+    def __init__(self, ask: Callable[[], Any]) -> None:
+        super().__init__(None, 787)
+        self._ask = ask
+
+    def _client(self) -> Any:
+        return self
+
+    async def ask_main_output(self, *_: Any) -> Any:
+        """Answer in place of the server."""
+        return await self._ask()
+
+
+async def main_output(snapshot: Snapshot, ask: Callable[[], Any]) -> Any:
+    """Return the main output that a handle finds in a complete snapshot."""
+    return await Decided(ask)._main_output_of(snapshot, None)  # type: ignore[arg-type]
 
 
 async def not_asked() -> Any:
@@ -329,6 +351,34 @@ async def test_output_that_does_not_fit_the_class_is_invalid(
     assert (copy.path, copy.value, copy.reason) == (error.path, value, error.reason)
 
 
+async def test_a_plain_converter_of_the_session_coerces_the_output(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """It structures in place of the strict rules; a mismatch is the same error."""
+    session = open_session(converter=cattrs.Converter())
+    execution_id = sim.add_execution(Scenario([answer({"title": 1, "score": "2.5"})]))
+    assert await session.execution(execution_id).output(into=Report) == Report("1", 2.5)
+    execution_id = sim.add_execution(Scenario([answer({"title": 1, "score": "high"})]))
+    with pytest.raises(InvalidOutput) as caught:
+        await session.execution(execution_id).output(into=Report)
+    assert (caught.value.path, caught.value.execution_id) == ("$.score", execution_id)
+    assert caught.value.last_snapshot is not None
+
+
+async def test_a_strict_converter_of_the_session_has_hooks_of_the_user(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """They are used at any depth, and the strict rules for all other types."""
+    converter = strict_converter()
+    converter.register_structure_hook(float, lambda value, _: float(value))
+    session = open_session(converter=converter)
+    execution_id = sim.add_execution(Scenario([answer([{"title": "t", "score": "2.5"}])]))
+    execution = session.execution(execution_id)
+    assert await execution.output(into=list[Report]) == [Report("t", 2.5)]
+    with pytest.raises(InvalidOutput):
+        await execution.output(into=list[dict[str, int]])
+
+
 async def test_an_invalid_type_is_refused_before_any_request(
     sim: Simulator, session: Session, held: int
 ) -> None:
@@ -357,6 +407,5 @@ async def test_a_part_of_the_type_that_cannot_be_structured_names_the_execution(
 ) -> None:
     """The part shows only when a value has it, so the error comes after the wait."""
     execution_id = sim.add_execution(Scenario([answer({"part": {"number": 1}})]))
-    with pytest.raises(TypeError) as caught:
+    with pytest.raises(TypeError, match=rf"execution {execution_id}: \$\.part"):
         await session.execution(execution_id).output(into=Envelope)
-    assert caught.value.__notes__ == [f"for the output of execution {execution_id}"]

@@ -12,9 +12,10 @@ import datetime as dt
 import enum
 import json
 import math
+import subprocess
 import sys
 import typing
-from collections.abc import Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from collections.abc import Set as AbstractSet
 from decimal import Decimal
 from importlib import metadata
@@ -43,8 +44,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, RootModel
 
-from promptlayer_exec import InvalidOutput, _structuring
-from promptlayer_exec._structuring import check_type, structure
+from promptlayer_exec import InvalidOutput, Node, Snapshot, _structuring, strict_converter
+from promptlayer_exec._structuring import check_type, structure_output
 
 T = TypeVar("T")
 OrderId = NewType("OrderId", int)
@@ -115,12 +116,10 @@ class Pair(TypedDict, Generic[T]):
 
 class Point(NamedTuple):
     x: int
-    y: int = 0
 
 
-class Chain(NamedTuple):
-    value: int
-    rest: list[Chain]
+class Both(NamedTuple, Generic[T]):
+    first: T
 
 
 @attrs.frozen
@@ -139,6 +138,14 @@ class Model(BaseModel):
 class Holder:
     model: Model
     models: list[Model] = attrs.field(factory=list)
+
+
+def structure(value: Any, into: Any, converter: cattrs.Converter | None = None) -> Any:
+    """Return the output of a snapshot, structured into a type."""
+    snapshot = Snapshot(787, True, {"a": Node("a", "SUCCESS", value, is_output_node=True)})
+    if converter is None:
+        return snapshot.output(into=into)
+    return structure_output(value, into, converter, snapshot)
 
 
 def error_of(value: Any, into: Any, converter: cattrs.Converter | None = None) -> InvalidOutput:
@@ -167,17 +174,14 @@ def typed(value: Any) -> Any:
         (None, None, None),
         (None, type(None), None),
         ({"a": [1]}, Any, {"a": [1]}),
-        ([1, "a"], object, [1, "a"]),
         (1, OrderId, 1),
         (1, Annotated[int, "unit"], 1),
         ([1, "a"], list, [1, "a"]),
         ([1], list[float], [1.0]),
         ([1], Sequence[int], (1,)),
-        ([1], MutableSequence[int], [1]),
         ([1, 1], set[int], {1}),
         ([1], frozenset[int], frozenset({1})),
         ([1], AbstractSet[int], frozenset({1})),
-        ([1], collections.deque[int], collections.deque([1])),
         ([1, "a"], tuple, (1, "a")),
         ([1, 2], tuple[int, ...], (1, 2)),
         ([1, "a"], tuple[int, str], (1, "a")),
@@ -215,9 +219,6 @@ def typed(value: Any) -> Any:
         ({"name": "n"}, Row, {"name": "n"}),
         ({"value": 1, "children": [{"value": 2}]}, Tree, {"value": 1, "children": [{"value": 2}]}),
         ({"first": 1}, Pair[int], {"first": 1}),
-        ([1, 2], Point, Point(1, 2)),
-        ({"x": 1}, Point, Point(1)),
-        ({"value": 1, "rest": [[2, []]]}, Chain, Chain(1, [Chain(2, [])])),
         ({"model": {"number": 1}}, Holder, Holder(Model(number=1))),
     ],
 )
@@ -257,7 +258,6 @@ _ORACLE: dict[Any, Any] = {
     Report: lambda value: type(value) is dict and "title" in value,
     Summary: lambda value: type(value) is dict and "text" in value,
     Row: lambda value: type(value) is dict and "name" in value,
-    Point: lambda value: typed(value) == typed({"x": 1}),
     Model: lambda value: typed(value) == typed({"number": 1}),
     dt.datetime: lambda value: False,
     Decimal: lambda value: type(value) in (int, float),
@@ -323,11 +323,11 @@ def test_a_model_gets_the_decoded_value(value: Any) -> None:
         (
             {"title": "t", "items": [{"name": "n", "price": -1}]},
             Report,
-            "$.items[0].price",
+            "$.items[0]",
             "'price' must be >= 0: -1.0",
         ),
         ({"1": 2}, dict[int, int], '$["1"]', "expected an integer, got a string"),
-        (10**400, float, "$", "is too large for a float"),
+        (10**400, float, "$", "OverflowError: int too large to convert to float"),
         ("green", Color, "$", "expected one of ['red', 'blue'], got 'green'"),
         (True, Level, "$", "expected one of [1, 2], got True"),
         (1.0, Rights, "$", "expected one of [1, 2], got 1.0"),
@@ -340,8 +340,6 @@ def test_a_model_gets_the_decoded_value(value: Any) -> None:
         ([{}], set[Any], "$", "unhashable type: 'dict'"),
         ([], Row, "$", "expected an object, got an array"),
         ({"value": 1, "children": [{}]}, Tree, "$.children[0].value", "is missing"),
-        ([1], Point, "$", "expected an array of 2, got one of 1"),
-        ({}, Point, "$.x", "is missing"),
         (5, Report | None, "$", "expected Report | None, got an integer"),
         ({"title": 1}, Report | None, "$.title", "expected a string, got an integer"),
         ({"number": "1"}, Model, "$.number", "Input should be a valid integer"),
@@ -466,7 +464,7 @@ def test_order_of_a_union_does_not_matter(value: Any, members: tuple[Any, Any]) 
 
     def outcome(into: Any) -> Any:
         try:
-            return typed(structure(value, into, cattrs.Converter()))
+            return typed(structure(value, into, strict_converter()))
         except InvalidOutput as error:
             return error.path
 
@@ -495,27 +493,6 @@ def test_union_names_the_closest_error(value: Any, into: Any, path: str, reason:
     """If one member takes the value's kind, its error is raised; if several do, all are listed."""
     error = error_of(value, into)
     assert (error.path, error.reason) == (path, reason)
-
-
-@attrs.frozen
-class And:
-    terms: list[And | Or | str]
-
-
-@attrs.frozen
-class Or:
-    terms: list[And | Or | str]
-
-
-def test_recursive_classes_that_cannot_be_told_apart() -> None:
-    """The time to find a mismatch in them grows linearly with its depth, not exponentially."""
-    value: Any = 1
-    for _ in range(40):
-        value = {"terms": [value]}
-    error = error_of(value, And | Or)
-    assert error.path == "$"
-    assert error.reason.startswith("fits none of And | Or (And.terms[0]: fits none of And | Or")
-    assert len(error.reason) < 300
 
 
 def test_generic_classes() -> None:
@@ -560,7 +537,7 @@ class Checked:
 @pytest.mark.parametrize(
     ("value", "path", "reason"),
     [
-        ({"low": -1}, "$.low", "is negative"),
+        ({"low": -1}, "$", "is negative"),
         ({"low": 10}, "$", "RuntimeError: low is above high"),
         ({"low": 5}, "$", "KeyError: five"),
         ({"low": 4}, "$", "four"),
@@ -571,7 +548,7 @@ class Checked:
 def test_errors_of_the_user_s_classes_are_structure_errors(
     value: Any, path: str, reason: str
 ) -> None:
-    """An exception of a validator or `__attrs_post_init__` is a structure error at its field."""
+    """An exception of a validator or `__attrs_post_init__` is a structure error at its instance."""
     error = error_of(value, Checked)
     assert (error.path, error.reason) == (path, reason)
 
@@ -607,9 +584,9 @@ class Unresolved:
 )  # fmt: skip
 def test_unusable_type_is_a_type_error(into: Any) -> None:
     """A type that is none, or has a part without a hook, is refused for any value."""
-    with pytest.raises(TypeError, match="cannot structure into"):
+    with pytest.raises(TypeError, match=r"cannot structure into|into must be a type"):
         structure(None, into)
-    with pytest.raises(TypeError, match="cannot structure into"):
+    with pytest.raises(TypeError, match=r"cannot structure into|into must be a type"):
         check_type(into)
 
 
@@ -621,20 +598,35 @@ def test_the_error_of_an_unusable_type_is_short() -> None:
 
 
 def test_a_usable_type_passes_the_check() -> None:
-    """A type without a hook passes if the converter has one."""
-    converter = cattrs.Converter()
+    """A type without a rule passes if the converter has a hook for it."""
+    converter = strict_converter()
     converter.register_structure_hook(Opaque, lambda value, _: Opaque())
     check_type(list[Opaque] | None, converter)
     check_type(Report | Model | None)
+    converter = strict_converter()
+    converter.register_structure_hook(Opaque | None, lambda value, _: Opaque())
+    check_type(Opaque | None, converter)
 
 
 def test_bytes_need_a_hook() -> None:
     """JSON has no bytes, and there are several ways to encode them."""
-    with pytest.raises(TypeError, match=r"\$\[0\]: JSON has no bytes"):
+    with pytest.raises(TypeError, match=r"execution 787: \$\[0\]: there is no rule for bytes"):
         structure(["x"], list[bytes])
-    converter = cattrs.Converter()
+    converter = strict_converter()
     converter.register_structure_hook(bytes, lambda value, _: bytes.fromhex(value))
     assert structure(["00"], list[bytes], converter) == [b"\0"]
+
+
+@pytest.mark.parametrize(
+    "into", [collections.deque[str], collections.Counter[str], Point, Both[int]], ids=str
+)
+def test_other_collections_need_a_hook(into: Any) -> None:
+    """The hooks of cattrs for them take a string for an array of characters."""
+    with pytest.raises(TypeError, match="there is no rule for"):
+        check_type(into)
+    converter = strict_converter()
+    converter.register_structure_hook_func(lambda kind: kind == into, lambda value, _: "hook")
+    assert structure("abc", into, converter) == "hook"
 
 
 class Strict(BaseModel):
@@ -656,15 +648,6 @@ class Former:
         return "former", value
 
 
-class Latter:
-    """A class whose `model_validate` has a strict mode but no JSON variant."""
-
-    @classmethod
-    def model_validate(cls, value: Any, *, strict: bool = False) -> Any:
-        """Accept any value."""
-        return strict, value
-
-
 def test_models_validate_themselves_strictly() -> None:
     """A model reads the JSON form of its types, keeps its own rules, and validates strictly."""
     value = {"number": 1, "at": "2026-01-31T10:00:00Z", "color": "red", "inner": {"number": 2}}
@@ -677,7 +660,6 @@ def test_models_validate_themselves_strictly() -> None:
     assert error_of({"number": "1"}, Lenient).path == "$.number"
     assert error_of({"number": 1, "other": 2}, Strict).path == "$.other"
     assert structure([1], Former) == ("former", [1])
-    assert structure([1], Latter) == (True, [1])
 
 
 class Odd(BaseModel):
@@ -702,15 +684,15 @@ def _money(value: Any, _: Any) -> Money:
     return Money(round(float(amount) * 100))
 
 
-def test_hooks_of_the_user_take_precedence() -> None:
-    """Hooks of the user's converter are used before our rules, which apply to all other types."""
-    converter = cattrs.Converter()
+def test_a_strict_converter_takes_hooks() -> None:
+    """They take precedence over the strict rules, which apply to all other types."""
+    converter = strict_converter()
     converter.register_structure_hook(Money, _money)
     converter.register_structure_hook(
         dt.datetime, lambda value, _: dt.datetime.fromtimestamp(value, dt.UTC)
     )
     converter.register_structure_hook(Cat | str, lambda value, _: "a cat or a string")
-    converter.register_structure_hook_func(lambda kind: kind is Level, lambda value, _: Level.LOW)
+    converter.register_structure_hook_func(lambda kind: kind is Mixed, lambda value, _: Mixed.ONE)
     converter.register_structure_hook_func(
         lambda kind: kind == list[str], lambda value, _: value.split(",")
     )
@@ -721,82 +703,117 @@ def test_hooks_of_the_user_take_precedence() -> None:
     assert structure(0, dt.datetime, converter).year == 1970
     assert structure("a,b", list[str], converter) == ["a", "b"]
     assert structure(0, Cat | str, converter) == "a cat or a string"
+    assert structure(0, Mixed, converter) is Mixed.ONE
     assert error_of({"title": 1}, Report, converter).path == "$.title"
+
+
+def test_the_last_hook_for_a_type_wins() -> None:
+    """As on every converter of cattrs, for unions and other types."""
+    converter = strict_converter()
+    for into in (Money, Cat | str):
+        converter.register_structure_hook(into, lambda value, _: "first")
+        converter.register_structure_hook(into, lambda value, _: "second")
+        assert structure(0, into, converter) == "second"
+
+
+def test_a_hook_may_be_registered_by_its_annotation() -> None:
+    """`register_structure_hook` is a decorator, too, for a union as for a class."""
+    converter = strict_converter()
+
+    @converter.register_structure_hook
+    def _(value: Any, _: Any) -> Money:
+        return Money(value)
+
+    @converter.register_structure_hook
+    def _(value: Any, _: Any) -> Cat | Dog:
+        return Dog(value, [])
+
+    assert structure(1, Money, converter) == Money(1)
+    assert structure("n", Cat | Dog, converter) == Dog("n", [])
+
+
+def test_each_strict_converter_is_new() -> None:
+    """A hook on one changes neither the next nor the default rules."""
+    strict_converter().register_structure_hook(Money, _money)
     assert error_of("1.50 EUR", Money).reason == "expected an object, got a string"
+    assert error_of("1.50 EUR", Money, strict_converter()).path == "$"
 
 
 def test_hook_for_int_does_not_apply_to_bool() -> None:
     """A lenient hook for int leaves bool strict, although bool is a subclass of int."""
-    converter = cattrs.Converter()
+    converter = strict_converter()
     converter.register_structure_hook(int, lambda value, _: int(value))
     assert structure({"cents": "1"}, Money, converter) == Money(1)
     assert error_of({"cents": "1", "final": 1}, Money, converter).path == "$.final"
-    converter = cattrs.Converter()
-    converter.register_structure_hook(bool, lambda value, _: value == "yes")
-    assert structure("yes", bool, converter) is True
 
 
-def test_one_hook_for_int_and_bool_applies_to_both() -> None:
-    """A hook that is registered for bool itself is used, even if int has the same."""
-
-    def lenient(value: Any, kind: Any) -> Any:
-        return kind(value)
-
-    converter = cattrs.Converter()
-    converter.register_structure_hook(int, lenient)
-    converter.register_structure_hook(bool, lenient)
-    assert structure({"cents": "1", "final": 1}, Money, converter) == Money(1, final=True)
-
-
-def test_preconfigured_converter_does_not_bring_coercion() -> None:
-    """Our rule replaces the union hook of cattrs' JSON converter; its other hooks are kept."""
-    converter = make_converter()
-    assert structure("2026-01-31", dt.datetime, converter) == dt.datetime(2026, 1, 31)
-    assert structure({"cents": 1}, Money | str | None, converter) == Money(1)
-    assert error_of({"cents": "1"}, Money | str | None, converter).path == "$.cents"
-    assert error_of(True, int | str, converter).path == "$"
-
-
-def test_strategies_of_the_user_s_converter() -> None:
-    """The tags of a tagged union are used."""
-    converter = cattrs.Converter()
+def test_strategies_work_on_a_strict_converter() -> None:
+    """The tags of a tagged union are used, and the classes are structured strictly."""
+    converter = strict_converter()
     configure_tagged_union(Puppy | Item, converter, tag_name="type")
     assert structure([{"type": "Item", "name": "n"}], list[Puppy | Item], converter) == [Item("n")]
+    error = error_of([{"type": "Item", "name": 1}], list[Puppy | Item], converter)
+    assert error.path == "$[0].name"
 
 
-def test_settings_of_the_user_s_converter() -> None:
-    """Its settings for extra keys and attrs converters are kept."""
-    converter = cattrs.Converter(forbid_extra_keys=True)
-    for into in (Item, Row, Point):
-        error = error_of({"name": "n", "x": 1, "zz": 1}, into, converter)
-        assert error.reason == "is not expected"
-        assert error.path in ("$.x", "$.name", "$.zz")
+def test_a_copy_of_a_strict_converter_has_other_settings() -> None:
+    """The copy is as strict, and has the hooks of the original."""
+    converter = strict_converter()
+    converter.register_structure_hook(Cat | str, lambda value, _: "a cat or a string")
+    converter = converter.copy(forbid_extra_keys=True)
+    for into in (Item, Row):
+        error = error_of({"name": "n", "zz": 1}, into, converter)
+        assert (error.path, error.reason) == ("$.zz", "is not expected")
+    assert error_of({"name": 1}, Item, converter).path == "$.name"
+    assert structure(0, Cat | str, converter) == "a cat or a string"
 
-    @attrs.frozen
-    class Shout:
-        text: str = attrs.field(converter=lambda text: str(text).upper())
 
-    assert error_of({"text": 1}, Shout).path == "$.text"
-    terse = cattrs.Converter(detailed_validation=False)
-    assert error_of({"name": 1}, Item, terse).path == "$.name"
-    preferring = cattrs.Converter(prefer_attrib_converters=True)
-    assert structure({"text": 1}, Shout, preferring) == Shout("1")
-    positional = cattrs.Converter(unstruct_strat=cattrs.UnstructureStrategy.AS_TUPLE)
-    assert structure({"name": "n"}, Item, positional) == Item("n")
+def test_a_plain_converter_coerces() -> None:
+    """A converter of cattrs structures as it does for itself."""
+    converter = cattrs.Converter()
+    assert structure({"cents": "1", "final": 1}, Money, converter) == Money(1, final=True)
+    assert structure(1, str, converter) == "1"
+    assert structure("2026-01-31", dt.datetime, make_converter()) == dt.datetime(2026, 1, 31)
+    assert structure({"cents": "1"}, Money | str | None, make_converter()) == Money(1)
+    with pytest.raises(TypeError, match="cannot structure into"):
+        check_type(Model, converter)
+
+
+def test_a_mismatch_of_a_plain_converter_is_an_invalid_output() -> None:
+    """With path, value and reason, like one of the strict rules."""
+    value = [{"name": "n"}, {"name": "n", "price": "high"}]
+    error = error_of(value, list[Item], cattrs.Converter())
+    assert (error.path, error.value) == ("$[1].price", value)
+    assert error.reason == "could not convert string to float: 'high'"
+    assert error_of([{}], list[Item], cattrs.Converter()).reason == "is missing"
+
+
+def test_json_in_a_string_is_parsed_for_a_plain_converter() -> None:
+    """Second, as for the strict rules."""
+    assert structure('{"cents": "1"}', Money, cattrs.Converter()) == Money(1)
+    assert structure("1", str, cattrs.Converter()) == "1"
+    assert error_of('{"cents": "x"}', Money, cattrs.Converter()).path == "$.cents"
+
+
+@pytest.mark.parametrize("value", [{"name": "n", "price": "high"}, {}, 5])
+def test_without_detailed_validation_the_path_is_the_root(value: Any) -> None:
+    """Such a converter does not tell where the mismatch is."""
+    error = error_of(value, Item, cattrs.Converter(detailed_validation=False))
+    assert error.path == "$"
+    assert error.reason
 
 
 def test_path_has_the_key_and_not_the_attribute() -> None:
     """If an attribute is renamed, the path has the JSON key."""
-    converter = cattrs.Converter()
+    converter = strict_converter()
     converter.register_structure_hook_factory(
-        lambda kind: kind in (Money, Checked),
+        lambda kind: kind is Money,
         lambda kind, converter: make_dict_structure_fn(
-            kind, converter, cents=override(rename="Cents"), low=override(rename="Low")
+            kind, converter, cents=override(rename="Cents")
         ),
     )
     assert error_of({"Cents": "1"}, Money, converter).path == "$.Cents"
     assert error_of({}, Money, converter).path == "$.Cents"
-    assert error_of({"Low": -1}, Checked, converter).path == "$.Low"
 
 
 @pytest.mark.skipif(
@@ -804,20 +821,13 @@ def test_path_has_the_key_and_not_the_attribute() -> None:
 )
 def test_path_has_the_alias_where_aliases_are_used() -> None:
     """With a converter that uses aliases, the path has the alias."""
-    converter = cattrs.Converter(use_alias=True)
+    converter = strict_converter().copy(use_alias=True)
     assert error_of({"low": 1, "top": "2"}, Checked, converter).path == "$.top"
-
-
-def test_the_user_s_converter_is_not_changed() -> None:
-    """It structures as before."""
-    converter = cattrs.Converter()
-    structure({"cents": 1}, Money, converter)
-    assert converter.structure({"cents": "1", "final": 1}, Money) == Money(1, final=True)
 
 
 def test_a_key_error_of_a_hook_is_not_a_missing_key() -> None:
     """The reason is "is missing" only if the key is missing in the JSON."""
-    converter = cattrs.Converter()
+    converter = strict_converter()
     converter.register_structure_hook(Money, lambda value, _: Money(value["cents"]))
     error = error_of({"money": {}}, dict[str, Money], converter)
     assert (error.path, error.reason) == ("$.money", "KeyError: cents")
@@ -828,30 +838,6 @@ def test_json_round_trip() -> None:
     report = Report("t", [Item("n", 1.5)], Report("p"), {"a b": Item("m")})
     assert structure(json.loads(json.dumps(attrs.asdict(report))), Report) == report
     assert structure(json.dumps(attrs.asdict(report)), Report) == report
-
-
-class Both(NamedTuple, Generic[T]):
-    first: T
-    second: int = 0
-
-
-def test_a_generic_named_tuple_is_refused() -> None:
-    """Cattrs would structure it as a plain tuple."""
-    with pytest.raises(TypeError, match="generic NamedTuple"):
-        check_type(Both[int])
-
-
-def test_a_model_gets_values_that_pydantic_cannot_parse() -> None:
-    """Such as a lone surrogate, or a value nested deeper than pydantic parses."""
-    deep: Any = []
-    for _ in range(300):
-        deep = [deep]
-
-    class Free(BaseModel):
-        text: Any
-
-    assert structure({"text": deep}, Free).text == deep
-    assert structure({"text": 1, "other": "\ud800"}, Free).text == 1
 
 
 def private_names(source: str) -> set[str]:
@@ -866,28 +852,19 @@ def private_names(source: str) -> set[str]:
     }
 
 
-def test_private_names_of_cattrs_are_in_one_function() -> None:
-    """`_move_hooks_of_the_user_to_the_top` explains why; all of them must exist."""
-    found = {}
+def test_no_private_names_of_cattrs_are_used() -> None:
+    """So its next major version needs no upper bound."""
     for path in Path(_structuring.__file__).parent.glob("*.py"):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            name = getattr(node, "name", "")
-            if names := private_names(ast.unparse(node)) - {"_fields"}:
-                found[name] = names
-    assert found == {
-        "_move_hooks_of_the_user_to_the_top": {
-            "_structure_func",
-            "_struct_copy_skip",
-            "_union_struct_registry",
-        }
-    }
-    converter = cattrs.Converter()
-    assert callable(converter._structure_func.copy_to)
-    assert type(converter._struct_copy_skip) is int
-    assert type(converter._union_struct_registry) is dict
+        assert private_names(path.read_text(encoding="utf-8")) == set(), path.name
 
 
-def test_the_union_hook_of_preconfigured_converters_is_recognised_by_name() -> None:
-    """The strict converter looks for this prefix in the name of the hook."""
-    hook = make_converter().get_structure_hook(int | str)
-    assert hook.__qualname__.startswith("configure_union_passthrough.")
+def test_the_rules_are_imported_at_the_first_use() -> None:
+    """Importing the package does not import them."""
+    program = (
+        "import sys, promptlayer_exec\n"
+        "rules = 'promptlayer_exec._structuring._rules'\n"
+        "assert rules not in sys.modules\n"
+        "promptlayer_exec.strict_converter()\n"
+        "assert rules in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import reprlib
 from collections.abc import Iterable, Mapping
-from functools import partial
 from types import NoneType
 from typing import Any
 
@@ -20,17 +19,6 @@ _ADVICE = "convert it, or give Session a converter= with an unstructure hook for
 _PLAIN = cattrs.Converter()
 _UNCHANGED = frozenset({str, bool, NoneType})
 _ENCODED = frozenset({int, float, dict, list, tuple})
-_LONGEST_REASON = 200
-_SMALL = 2**63  # smaller integers have far fewer digits than Python's limit for printing them
-
-
-@attrs.define(eq=False)
-class _NotJSON(Exception):
-    """A value cannot be encoded as JSON; `keys` lead to it, the innermost first."""
-
-    kind: type[TypeError | ValueError]
-    reason: str
-    keys: list[Any] = attrs.field(factory=list)
 
 
 def encode_inputs(inputs: Any, converter: cattrs.Converter | None = None) -> dict[str, Any]:
@@ -46,10 +34,7 @@ def encode_inputs(inputs: Any, converter: cattrs.Converter | None = None) -> dic
             nested too deeply.
     """
     try:
-        encoded = _Encoder(converter or _PLAIN).encode(inputs)
-    except _NotJSON as error:
-        path = "inputs" + "".join(map(step, reversed(error.keys)))
-        raise error.kind(f"{path}: {error.reason}") from error.__cause__
+        encoded = _Encoder(_PLAIN if converter is None else converter).encode(inputs)
     except RecursionError as error:
         raise ValueError("inputs: contains itself, or is nested too deeply") from error
     if type(encoded) is not dict:
@@ -63,7 +48,7 @@ def encode_inputs(inputs: Any, converter: cattrs.Converter | None = None) -> dic
 @attrs.define(eq=False)
 class _Encoder:
     _converter: cattrs.Converter
-    _entered: set[int] = attrs.field(factory=set)
+    _keys: list[Any] = attrs.field(factory=list)  # to the value that is being encoded
 
     def encode(self, value: Any) -> Any:
         kind = type(value)
@@ -73,80 +58,62 @@ class _Encoder:
             unstructured = self._unstructured(value)
             if type(unstructured) is not kind:
                 return self.encode(unstructured)
-        if isinstance(value, int):
-            return _number(int.__int__(value))  # a subclass may override these
-        if isinstance(value, float):
-            return _number(float.__float__(value))
+        if isinstance(value, (int, float)):
+            return self._number(value)
         if isinstance(value, str):
             return str.__str__(value)
-        if isinstance(value, (dict, list, tuple, Mapping)):
+        if isinstance(value, (list, tuple, Mapping)):
             return self._container(value)
-        raise _NotJSON(TypeError, f"{json_kind(value)} is not a JSON value; {_ADVICE}")
+        raise self._error(TypeError, f"{json_kind(value)} is not a JSON value; {_ADVICE}")
 
     def _unstructured(self, value: Any) -> Any:
-        if _contains_itself(value):
-            raise _NotJSON(ValueError, "contains itself")
+        if _contains_itself(value, frozenset({id(value)})):
+            raise self._error(ValueError, "contains itself")
         try:
             unstructured = self._converter.unstructure(value)
             if unstructured is value and callable(getattr(type(value), "model_dump", None)):
                 return value.model_dump(mode="json")
-        except RecursionError:
-            raise
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
+            reason = f"{type(error).__name__}: {error!s:.150}"
             what = f"{json_kind(value)} could not be converted ({reason})"
-            raise _NotJSON(TypeError, what) from error
+            raise self._error(TypeError, what) from error
         return unstructured
 
     def _container(self, value: Any) -> dict[str, Any] | list[Any]:
-        if id(value) in self._entered:
-            raise _NotJSON(ValueError, "contains itself")
-        self._entered.add(id(value))
         is_object = isinstance(value, Mapping)
         encoded: dict[Any, Any] = {}  # of an array: by index
         for key, item in value.items() if is_object else enumerate(value):
-            name = _name(key) if is_object else key
-            try:
-                encoded[name] = item if type(item) in _UNCHANGED else self.encode(item)
-            except _NotJSON as error:
-                error.keys.append(name)
-                raise
-        self._entered.remove(id(value))
+            if is_object and not isinstance(key, str):
+                what = f"the key {reprlib.repr(key)} is not a string"
+                raise self._error(TypeError, what)
+            name = str.__str__(key) if is_object else key
+            self._keys.append(name)
+            encoded[name] = self.encode(item)
+            self._keys.pop()
         return encoded if is_object else list(encoded.values())
 
-
-def _contains_itself(value: Any, outer: frozenset[int] = frozenset()) -> bool:
-    """Return True if an instance contains itself; cattrs would recurse until memory is full."""
-    parts = _parts(value)
-    if not parts or id(value) in outer:
-        return bool(parts)
-    return any(map(partial(_contains_itself, outer=outer | {id(value)}), parts))
-
-
-def _parts(value: Any) -> Iterable[Any]:
-    kind = type(value)
-    if attrs.has(kind):
-        return [getattr(value, field.name, None) for field in attrs.fields(kind)]
-    if dataclasses.is_dataclass(kind):
-        return [getattr(value, field.name, None) for field in dataclasses.fields(kind)]
-    if isinstance(value, Mapping):
-        return value.values()
-    return value if isinstance(value, (list, tuple)) else ()
-
-
-def _number(value: float) -> float:
-    if type(value) is float:
-        if not math.isfinite(value):
-            raise _NotJSON(ValueError, f"{value!r} is not a JSON value")
-    elif not -_SMALL < value < _SMALL:
+    def _number(self, value: float) -> float:
+        plain = int(value) if isinstance(value, int) else float(value)
+        if isinstance(plain, float) and not math.isfinite(plain):
+            raise self._error(ValueError, f"{plain!r} is not a JSON value")
         try:
-            str(value)
-        except ValueError as error:
-            raise _NotJSON(ValueError, "the integer has too many digits") from error
-    return value
+            str(plain)
+        except ValueError as error:  # Python has a limit for digits
+            raise self._error(ValueError, "the integer has too many digits") from error
+        return plain
+
+    def _error(self, kind: type[Exception], reason: str) -> Exception:
+        return kind(f"inputs{''.join(map(step, self._keys))}: {reason}")
 
 
-def _name(key: Any) -> str:
-    if not isinstance(key, str):
-        raise _NotJSON(TypeError, f"the key {reprlib.repr(key)} is not a string")
-    return str.__str__(key)
+def _contains_itself(value: Any, outer: frozenset[int]) -> bool:
+    """Return whether a value contains itself; from Python 3.12 on, cattrs would fill the memory."""
+    kind = type(value)
+    parts: Iterable[Any] = value if isinstance(value, (list, tuple)) else ()
+    if isinstance(value, Mapping):
+        parts = value.values()
+    elif attrs.has(kind):
+        parts = [getattr(value, field.name, None) for field in attrs.fields(kind)]
+    elif dataclasses.is_dataclass(kind):
+        parts = [getattr(value, field.name, None) for field in dataclasses.fields(kind)]
+    return any(id(part) in outer or _contains_itself(part, outer | {id(part)}) for part in parts)
