@@ -1,8 +1,7 @@
 """Values in words and as short reprs, and what a notebook shows of a snapshot and of a workflow.
 
 A repr stays short, whatever a server or a user puts into a value. A notebook gets static HTML and
-SVG, without scripts. Its colours are those of the page, except for those of statuses, which can be
-distinguished on light and on dark pages.
+SVG, without scripts. Its colours are those of the page around it, except for those of statuses.
 """
 
 from __future__ import annotations
@@ -10,12 +9,12 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from itertools import islice, pairwise
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from promptlayer_exec._errors import printable
+from promptlayer_exec._statuses import status_entry
 
 if TYPE_CHECKING:
     from promptlayer_exec._models import Node, Snapshot
@@ -82,30 +81,18 @@ def json_kind(value: Any) -> str:
     return JSON_KINDS.get(type(value), f"{article} {name}")
 
 
-_INDENTING = json.JSONEncoder(ensure_ascii=False, indent=2)
 _LONGEST_TO_INDENT = 1_000_000
-_TIMES_AS_LONG = 10
 
 
 def indented(value: Any) -> str:
-    """Return a value as JSON to be read by people; on one line if it is very long or deep.
-
-    Indented, a deeply nested one would be hundreds of times as long.
-    """
+    """Return a value as JSON to be read by people; on one line if it is very long or deep."""
     compact = json.dumps(value, ensure_ascii=False)
     if len(compact) > _LONGEST_TO_INDENT:
         return compact
-    most = _TIMES_AS_LONG * len(compact) + 1000
-    pieces = []
-    with suppress(RecursionError):
-        for piece in _INDENTING.iterencode(value):
-            pieces.append(piece)
-            most -= len(piece)
-            if most < 0:
-                break
-        else:
-            return "".join(pieces)
-    return compact
+    try:
+        return json.dumps(value, ensure_ascii=False, indent=2)
+    except RecursionError:
+        return compact
 
 
 _MOST_ROWS = 100
@@ -113,14 +100,6 @@ _MOST_NODES = 200
 _MOST_EDGES = 1000
 _LONGEST_NAME = 60
 _LONGEST_ERROR = 200
-_MARKS = {
-    "SUCCESS": ("✓", "#2f9e5f"),
-    "FAILED": ("✗", "#e0524d"),
-    "RUNNING": ("●", "#3b82d6"),
-    "SKIPPED": ("↷", "#8a8a8a"),
-    "QUEUED": ("○", "#8a8a8a"),
-}
-_UNKNOWN = ("?", "#c27d0e")
 _CELL = "padding:2px 12px 2px 0;text-align:left;vertical-align:top"
 _WIDTH, _HEIGHT = 160, 40
 _GAP_X, _GAP_Y = 32, 14
@@ -146,16 +125,11 @@ def snapshot_html(snapshot: Snapshot) -> str:
     head = f"Execution {snapshot.execution_id}</b> · {state} · {final} of {len(nodes)} nodes final"
     # Where not all fit, those that failed or run say the most.
     is_watched = snapshot.poll > 1  # the times of a single request say nothing
-    shown = set(sorted(range(len(nodes)), key=lambda i: _rank(nodes[i]))[:_MOST_ROWS])
-    rows = [
-        _row(snapshot, node, is_watched=is_watched)
-        for index, node in enumerate(nodes)
-        if index in shown
-    ]
-    if len(nodes) > len(rows):
-        rows.append(
-            f'<tr><td colspan="5" style="{_CELL}">… {len(nodes) - len(rows)} more</td></tr>'
-        )
+    ranked = sorted(range(len(nodes)), key=lambda index: status_entry(nodes[index].status).rank)
+    shown = sorted(ranked[:_MOST_ROWS])
+    rows = [_row(snapshot, nodes[index], is_watched=is_watched) for index in shown]
+    if rest := len(nodes) - len(rows):
+        rows.append(f'<tr><td colspan="5" style="{_CELL}">… {rest} more</td></tr>')
     columns = ("Node", "Status", *(("Ended at, s",) if is_watched else ()), "Value or error")
     titles = "".join(f'<th scope="col" style="{_CELL}">{column}</th>' for column in columns)
     table = ""
@@ -167,24 +141,18 @@ def snapshot_html(snapshot: Snapshot) -> str:
     return f"<div><div><b>{head}</div>{table}</div>"
 
 
-def _rank(node: Node) -> int:
-    order = ("FAILED", "RUNNING", "SUCCESS", "QUEUED", "SKIPPED")
-    return order.index(node.status) if node.status in order else 1
-
-
 def _row(snapshot: Snapshot, node: Node, *, is_watched: bool) -> str:
-    mark, colour = _MARKS.get(node.status, _UNKNOWN)
+    entry = status_entry(node.status)
+    mark = f'<span style="color:{entry.colour}">{entry.mark}</span>'
     name = _text(node.name, _LONGEST_NAME)
-    status = f'<span style="color:{colour}">{mark}</span> {_text(node.status, _LONGEST_LABEL)}'
+    times = snapshot.times.get(node.name)
+    ended_at = "" if times is None or times.final is None else f"{times.final:.1f}"
     cells = [
         f"<b>{name}</b> (output)" if node.is_output_node else name,
-        f'<span style="white-space:nowrap">{status}</span>',
+        f'<span style="white-space:nowrap">{mark} {_text(node.status, _LONGEST_LABEL)}</span>',
+        *([ended_at] if is_watched else []),
         _result(node),
     ]
-    if is_watched:
-        times = snapshot.times.get(node.name)
-        final = None if times is None else times.final
-        cells.insert(2, "" if final is None else f"{final:.1f}")
     return "<tr>" + "".join(f'<td style="{_CELL}">{cell}</td>' for cell in cells) + "</tr>"
 
 

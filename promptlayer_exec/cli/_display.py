@@ -22,6 +22,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from promptlayer_exec import Node, NodeStatus, Snapshot
+from promptlayer_exec._integration import status_entry
 from promptlayer_exec.cli._text import (
     Writer,
     duration,
@@ -40,13 +41,6 @@ from promptlayer_exec.cli._text import (
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import BatchStatus, Durations, Failure
 
-_STYLES: dict[str, str] = {
-    NodeStatus.QUEUED: "dim",
-    NodeStatus.RUNNING: "yellow",
-    NodeStatus.SUCCESS: "green",
-    NodeStatus.FAILED: "bold red",
-    NodeStatus.SKIPPED: "dim",
-}
 _BAR_WIDTH = 40
 _MAX_NAME_WIDTH = 24
 _RATE_WINDOW = 30.0
@@ -175,7 +169,7 @@ def node_table(
         failed = node.status == NodeStatus.FAILED
         table.add_row(
             _cell(printable(node.name)),
-            _cell(printable(node.status), _STYLES.get(node.status, "magenta")),
+            _cell(printable(node.status), status_entry(node.status).style),
             *([] if now is None else [_cell(running_time(snapshot.times[node.name], now))]),
             _cell(node_detail(node), "red" if failed else ""),
         )
@@ -196,11 +190,8 @@ def _in_sight(snapshot: Snapshot, rows: int | None) -> tuple[list[Node], list[Te
 
 
 def _interest(snapshot: Snapshot, node: Node) -> tuple[int, float]:
-    """Return a key that sorts failed nodes first, then those that run, then the latest ones."""
-    order = (NodeStatus.FAILED, NodeStatus.SUCCESS, NodeStatus.QUEUED, NodeStatus.SKIPPED)
-    rank = order.index(node.status) + 2 if node.status in order else 1  # running, or unknown
-    final = snapshot.times[node.name].final
-    return 0 if node.status == NodeStatus.FAILED else rank, -(final or 0.0)
+    """Return a key that sorts by the ranks of statuses, and the latest ones first in each."""
+    return status_entry(node.status).rank, -(snapshot.times[node.name].final or 0.0)
 
 
 def _cell(text: str, style: str = "") -> Text:

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import anyio
 from sse_starlette import ServerSentEvent
 
-from promptlayer_exec import Node, Snapshot
+from promptlayer_exec import Node, NodeStatus, Snapshot
 from promptlayer_exec._integration import base_url, indented, node_dict
 from promptlayer_exec.viewer._board import Board, Card
 
@@ -119,7 +119,6 @@ def _node_view(snapshot: Snapshot, node: Node, index: int) -> dict[str, Any]:
     return {
         **node_dict(snapshot, node.name),
         "index": index,
-        "is_final": node.final,
         "value": value[:_MAX_TEXT] if has_value else None,
         "length": len(value),
         "is_text": isinstance(node.value, str),
@@ -136,7 +135,7 @@ def _error_texts(node: Node) -> tuple[str | None, str | None]:
     details = value_text(raw) if raw not in (None, "") else None
     if node.error_message:
         return node.error_message, None if details == node.error_message else details
-    if node.status != "FAILED":
+    if node.status != NodeStatus.FAILED:
         return None, details
     if details is None:
         return "The server gave no reason.", None

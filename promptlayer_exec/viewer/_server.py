@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from weakref import WeakSet
 
+import attrs
 import uvicorn
 from fastapi import FastAPI
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from promptlayer_exec import NodeStatus
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.viewer._board import Board
 from promptlayer_exec.viewer._definitions import Definitions
@@ -49,6 +54,8 @@ def create_app(board: Board, address: Address, token: str) -> ASGIApp:
         name = "" if path.name == "index.html" else path.name
         file = Response(path.read_bytes(), media_type=_TYPES[path.suffix])
         app.routes.append(Route(f"/{name}", file, methods=["GET"]))
+    script = Response(_statuses_script(), media_type=_TYPES[".js"])
+    app.routes.append(Route("/statuses.js", script, methods=["GET"]))
     add_execution_routes(app, board)
     definitions = Definitions(board.session)
     add_workflow_routes(app, board, definitions)
@@ -61,6 +68,16 @@ def create_app(board: Board, address: Address, token: str) -> ASGIApp:
         return StreamingResponse(board_events(board), media_type="text/event-stream")
 
     return Guard(app, address, token)
+
+
+def _statuses_script() -> str:
+    """Return the page's module that has the client's table of statuses."""
+    known = [(status, attrs.asdict(integration.status_entry(status))) for status in NodeStatus]
+    unknown = attrs.asdict(integration.UNKNOWN_STATUS)
+    return (
+        f"export const STATUSES = new Map({json.dumps(known)});\n"
+        f"export const UNKNOWN = {json.dumps(unknown)};\n"
+    )
 
 
 class _Server(uvicorn.Server):
@@ -94,14 +111,32 @@ async def serve(board: Board, listener: socket.socket, address: Address, token: 
         token: the token that the page sends.
     """
     app = create_app(board, address, token)
+    # uvicorn can end late requests, but not connections: a page that does not read would stay.
+    connections: WeakSet[asyncio.Transport] = WeakSet()
+    requests: WeakSet[asyncio.Task[Any]] = WeakSet()
+
+    class Protocol(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            connections.add(transport)
+            super().connection_made(transport)
 
     async def run(scope: Scope, receive: Receive, send: Send) -> None:
+        requests.add(cast("asyncio.Task[Any]", asyncio.current_task()))
         with suppress(asyncio.CancelledError):  # uvicorn would log its traceback
             await app(scope, receive, send)
 
+    async def end() -> None:
+        await asyncio.wait([serving], timeout=_GRACE)
+        # Still open: pages that do not read, and requests that wait for PromptLayer.
+        for connection in connections:
+            connection.abort()
+        for request in requests:
+            request.cancel()
+        await serving
+
     config = uvicorn.Config(
         run,
-        http="h11",
+        http=Protocol,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -115,17 +150,6 @@ async def serve(board: Board, listener: socket.socket, address: Address, token: 
     finally:
         board.close()
         server.should_exit = True
-        ending = asyncio.ensure_future(_end(server, serving))
+        ending = asyncio.ensure_future(end())
         await integration.wait_even_if_cancelled(ending)
         ending.result()
-
-
-async def _end(server: _Server, serving: asyncio.Task[None]) -> None:
-    """Wait until a server has ended, and help it after a while."""
-    await asyncio.wait([serving], timeout=_GRACE)
-    # Still open: pages that do not read, and requests that wait for PromptLayer.
-    for connection in server.server_state.connections:
-        connection.transport.abort()
-    for task in server.server_state.tasks:
-        task.cancel()
-    await serving

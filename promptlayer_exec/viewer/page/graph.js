@@ -3,7 +3,7 @@
 
 import { draw, makeSvg, write } from "./dom.js";
 import { layOut } from "./layout.js";
-import { spanOf, statusOf, wordOf } from "./model.js";
+import { isFinal, spanOf, statusOf, wordOf } from "./model.js";
 import { duration } from "./times.js";
 
 const WIDTH = 176;
@@ -178,7 +178,7 @@ export class Graph {
     const look = known === undefined ? "queued" : statusOf(known);
     const span = known === undefined ? null : spanOf(known, time);
     const text = known === undefined ? "Not in this execution" : wordOf(known);
-    const hasRun = span?.isTimed && known.is_final;
+    const hasRun = span?.isTimed && isFinal(known);
     if (element.dataset.status !== status || node.status === null) {
       element.dataset.status = status;
       element.dataset.look = known === undefined ? "absent" : look;

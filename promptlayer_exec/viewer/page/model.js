@@ -1,6 +1,7 @@
 // What the page knows of each execution, whichever view shows it.
 
-const KNOWN = ["queued", "running", "success", "failed", "skipped"];
+import { STATUSES, UNKNOWN } from "./statuses.js"; // made by the server
+
 export const STATES = {
   waiting: ["Waiting for the first answer", "queued"],
   running: ["Running", "running"],
@@ -108,9 +109,13 @@ export function groupOf(state) {
   return { waiting: "running", lost: "failed" }[state] ?? state;
 }
 
+// The status as styles and icons name it.
 export function statusOf(node) {
-  const status = node.status.toLowerCase();
-  return KNOWN.includes(status) ? status : "unknown";
+  return STATUSES.has(node.status) ? node.status.toLowerCase() : "unknown";
+}
+
+export function isFinal(node) {
+  return (STATUSES.get(node.status) ?? UNKNOWN).final;
 }
 
 export function wordOf(node) {
@@ -120,7 +125,7 @@ export function wordOf(node) {
 
 // When a node ran, in seconds since the first poll; null if that was not seen.
 export function spanOf(node, time) {
-  const end = node.final ?? (node.is_final || node.running === null ? null : time);
+  const end = node.final ?? (isFinal(node) || node.running === null ? null : time);
   const start = node.running ?? end;
   if (node.status === "SKIPPED" || start === null || end === null) return null;
   return { start, end, isTimed: node.running !== null };

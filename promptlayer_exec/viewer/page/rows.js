@@ -2,7 +2,7 @@
 
 import { Detail } from "./detail.js";
 import { clone, draw, make, oneLine, part, placeAt, write } from "./dom.js";
-import { spanOf, statusOf, wordOf } from "./model.js";
+import { isFinal, spanOf, statusOf, wordOf } from "./model.js";
 import { clock, duration, tickLabel, ticks } from "./times.js";
 
 const ORDERS = {
@@ -125,7 +125,7 @@ export class Rows {
     this.showAxis(scale);
     for (const row of this.rows.values()) {
       const { node } = row;
-      if (node.running !== null && node.final === null && !node.is_final) this.place(row, time);
+      if (node.running !== null && node.final === null && !isFinal(node)) this.place(row, time);
     }
   }
 
@@ -140,7 +140,7 @@ export class Rows {
     if (row.to !== span.end) style.setProperty("--to", span.end.toFixed(3));
     row.from = span.start;
     row.to = span.end;
-    if (row.node.is_final) row.stretch.title = this.momentsOf(span);
+    if (isFinal(row.node)) row.stretch.title = this.momentsOf(span);
   }
 
   // What a bar says to the pointer.

@@ -11,10 +11,17 @@ import { GraphPanel } from "./panel.js";
 import { go, replace } from "./router.js";
 import { matches, Rows } from "./rows.js";
 import { showSnippets } from "./snippets.js";
+import { STATUSES, UNKNOWN } from "./statuses.js";
 import { runAgain } from "./again.js";
 import { offerComparison } from "./compare.js";
 import { ago, clock, duration, fully, machine } from "./times.js";
 import { Tree } from "./tree.js";
+
+const MARKS = {
+  succeeded: STATUSES.get("SUCCESS").mark,
+  failed: STATUSES.get("FAILED").mark,
+  lost: UNKNOWN.mark,
+};
 
 let page = null; // of the execution that is shown
 
@@ -64,8 +71,7 @@ export const runView = {
   title() {
     if (page === null || page.run === null) return "Executions";
     const { name, data } = page.run;
-    const mark = { succeeded: "✓", failed: "✗", lost: "?" }[data.state];
-    return `${mark ?? `${data.final}/${data.total}`} ${name}`;
+    return `${MARKS[data.state] ?? `${data.final}/${data.total}`} ${name}`;
   },
 
   run: () => page?.run ?? null,

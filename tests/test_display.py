@@ -1,17 +1,45 @@
-"""What a notebook shows: tables and graphs that are escaped, static and bounded."""
+"""How values are displayed: short reprs, what notebooks show, and one table of statuses."""
 
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.style import Style
+from rich.text import Text
 
-from promptlayer_exec import Node, NodeTimes, Snapshot, Workflow, WorkflowEdge, WorkflowNode
+from promptlayer_exec import (
+    Execution,
+    MainOutput,
+    Node,
+    NodeStatus,
+    NodeTimes,
+    Outcome,
+    Snapshot,
+    StartRequest,
+    Workflow,
+    WorkflowEdge,
+    WorkflowNode,
+)
+from promptlayer_exec._statuses import STATUS_TABLE, UNKNOWN_STATUS, status_entry
+from promptlayer_exec.cli._display import node_table
+from promptlayer_exec.dbos import StoredOutcome
 
 HOSTILE = "<script>alert('1')</script>\"&\x1b[31m\ud800"
+HUGE: list[Any] = [
+    "x" * 10**6,
+    ["y" * 1000] * 1000,
+    {"k" * 1000: {"v": ["z" * 1000]}} | {f"key {n}": n for n in range(1000)},
+    [[[[[["deep"]]]]]],
+    10**4000,
+    b"bytes" * 1000,
+]
 
 
 class Page(HTMLParser):
@@ -54,6 +82,11 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.texts).split())
 
 
+def repr_of(value: Any) -> str:
+    """Return the repr of a value as that of a model has it."""
+    return repr(MainOutput(787, True, value)).partition("value=")[2].removesuffix(")")
+
+
 def snapshot(*nodes: Node, **fields: Any) -> Snapshot:
     """Return a snapshot of execution 787."""
     return Snapshot(787, fields.pop("complete", False), {it.name: it for it in nodes}, **fields)
@@ -71,8 +104,93 @@ def svg(shown: Workflow) -> ElementTree.Element:
     return ElementTree.fromstring(found[0])
 
 
+def test_every_status_has_an_entry() -> None:
+    """The table has the documented statuses and no others, each with a mark of its own."""
+    assert list(STATUS_TABLE) == list(NodeStatus)
+    marks = {entry.mark for entry in (*STATUS_TABLE.values(), UNKNOWN_STATUS)}
+    assert len(marks) == len(NodeStatus) + 1
+
+
+@pytest.mark.parametrize("status", [*NodeStatus, "PAUSED", ""])
+def test_models_and_displays_read_the_table(status: str) -> None:
+    """Whether a node is final, its mark in a notebook and its style in a terminal are there."""
+    entry = status_entry(status)
+    shown = snapshot(Node("a", status))
+    assert shown.nodes["a"].final is entry.final
+    assert f'<span style="color:{entry.colour}">{entry.mark}</span> {status}' in shown._repr_html_()
+    (cell,) = node_table(shown).columns[1].cells
+    assert isinstance(cell, Text)
+    assert cell.style == entry.style
+    Style.parse(entry.style)
+
+
+@pytest.mark.parametrize("value", HUGE, ids=lambda value: type(value).__name__)
+def test_values_of_any_size_have_short_reprs(value: Any) -> None:
+    """At most 80 characters of a value or a message are shown, and under 1,000 in all."""
+    text = str(value) if type(value) is not int else "x" * 5000
+    node = Node(text, text, value, text, value, True)
+    snapshot = Snapshot(787, True, {text + str(n): node for n in range(100)}, raw=value)
+    execution = Execution(None, 787, text)
+    outcome = Outcome(
+        0, StartRequest(text, {"a": value}), execution, snapshot, value, ValueError(text)
+    )
+    now = datetime.now(UTC)
+    stored = StoredOutcome(text, 787, True, value, None, now, now)
+    request = StartRequest(text, value, text, None, {"a": text}, text, value)
+    for shown in (node, snapshot, outcome, stored, request, MainOutput(787, True, value)):
+        assert 20 < len(repr(shown)) < 1000
+    assert len(repr_of(value)) <= 80
+
+
+@given(st.recursive(st.none() | st.integers() | st.text() | st.floats(), st.lists, max_leaves=5))
+def test_small_values_are_shown_whole(value: Any) -> None:
+    """A value is shown in at most 80 characters, and in full if it needs at most 20."""
+    if len(repr(value)) <= 20:
+        assert repr_of(value) == repr(value)
+    assert len(repr_of(value)) <= 80
+
+
+def test_the_start_and_the_end_of_a_value_are_shown() -> None:
+    """An ellipsis stands for what is left out, and dicts keep their order."""
+    assert repr_of("a" * 50 + "b" * 50) == "'" + "a" * 37 + "..." + "b" * 38 + "'"
+    assert repr_of({"b": 1, "a": {}, "c": [{"d": {"e": {"f": 1}}}]}) == (
+        "{'b': 1, 'a': {}, 'c': [{'d': {...}}]}"
+    )
+    assert repr_of(dict.fromkeys("edcba", 0)) == "{'e': 0, 'd': 0, 'c': 0, 'b': 0, ...}"
+
+
+def test_a_large_dict_is_not_read_whole() -> None:
+    """A repr shows the first keys of a dict, and neither compares nor shows the others."""
+
+    class Key:
+        shown = compared = 0
+
+        def __lt__(self, other: object) -> bool:
+            Key.compared += 1
+            return False
+
+        def __repr__(self) -> str:
+            Key.shown += 1
+            return "key"
+
+    assert repr_of({Key(): 0 for _ in range(1000)}) == "{key: 0, key: 0, key: 0, key: 0, ...}"
+    assert (Key.shown, Key.compared) == (4, 0)
+
+
+def test_a_snapshot_shows_its_counts_and_no_values() -> None:
+    """The repr of a snapshot counts the nodes of each status, of at most eight statuses."""
+    nodes = {str(n): Node(str(n), "SUCCESS" if n else "FAILED", "secret") for n in range(3)}
+    assert repr(Snapshot(787, False, nodes, poll=4, elapsed=1.23456)) == (
+        "Snapshot(execution_id=787, complete=False, nodes=<1 FAILED, 2 SUCCESS>, poll=4,"
+        " elapsed=1.235)"
+    )
+    assert "nodes=<no nodes>" in repr(Snapshot(787, True, {}))
+    strange = {str(n): Node(str(n), f"STATUS {n}") for n in range(9)}
+    assert "1 STATUS 7, ...>" in repr(Snapshot(787, False, strange))
+
+
 def test_a_snapshot_is_a_table_of_its_nodes() -> None:
-    """Each has its status, its time, and its value or error."""
+    """A row has the status of a node, when it ended, and its value or error."""
     nodes = (
         Node("plan", "SUCCESS", {"a": 1}),
         Node("check", "FAILED", None, "no answer"),
@@ -91,21 +209,27 @@ def test_a_snapshot_is_a_table_of_its_nodes() -> None:
 
 @pytest.mark.parametrize(("status", "state"), [("SUCCESS", "succeeded"), ("FAILED", "failed")])
 def test_a_complete_snapshot_says_how_it_ended(status: str, state: str) -> None:
-    """A single request knows no times, so it shows none."""
+    """The state is in the first line; a single request knows no times, so it shows none."""
     page = Page(snapshot(Node("a", status), complete=True))
     assert f"· {state} · 1 of 1 nodes final" in page.text
     assert "Ended" not in page.text
 
 
 def test_of_many_nodes_the_failed_and_running_are_shown() -> None:
-    """The rest is counted, and the server's order is kept."""
+    """Failed, running and unknown nodes come first; rows keep the server's order."""
     nodes = [Node(f"n{n}", "SUCCESS") for n in range(150)]
+    nodes[10] = Node("skipped", "SKIPPED")
+    nodes[11] = Node("queued", "QUEUED")
+    nodes[110] = Node("paused", "PAUSED")
     nodes[120] = Node("late", "RUNNING")
     nodes[140] = Node("bad", "FAILED")
     page = Page(snapshot(*nodes))
     assert page.tags.count("tr") == 102
     assert "… 50 more" in page.text
-    assert page.text.index("n97") < page.text.index("late") < page.text.index("bad")
+    last = page.text.split("n98 ")[1]
+    assert re.findall(r"[a-z]+(?= \S [A-Z])", last) == ["paused", "late", "bad"]
+    assert "skipped" not in page.text
+    assert "queued" not in page.text
 
 
 def test_nothing_of_a_server_is_markup() -> None:
@@ -131,7 +255,7 @@ def test_nothing_of_a_server_is_markup() -> None:
 
 
 def test_snapshots_and_workflows_without_nodes() -> None:
-    """They say so."""
+    """A notebook shows no empty table and no empty graph."""
     assert Page(snapshot()).tags == ["div", "div", "b"]
     assert "The server described no nodes." in Page(workflow()).text
     assert "Required inputs: none" in Page(workflow(required_inputs={})).text
