@@ -51,7 +51,6 @@ nitpick_ignore = [
     for name in (
         "EllipsisType",
         "ItemT",
-        "LoggerProvider",
         "MeterProvider",
         "OutputT",
         "Path",

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces, metrics and log events of a session (extra `opentelemetry`)."""
+"""OpenTelemetry traces and metrics of a session (extra `opentelemetry`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import attrs
 from promptlayer_exec._integration import install_hint, log_text
 
 try:
-    from opentelemetry._logs import LoggerProvider, SeverityNumber, get_logger
     from opentelemetry.metrics import MeterProvider, get_meter
     from opentelemetry.trace import (
         Link,
@@ -27,7 +26,6 @@ try:
         StatusCode,
         TracerProvider,
         get_tracer,
-        set_span_in_context,
     )
 except ModuleNotFoundError as error:
     error.add_note(f"this needs {install_hint('opentelemetry')}")
@@ -62,10 +60,7 @@ _HISTOGRAMS = {
     "poll.duration": ("From sending a poll to the last byte of its response.", _REQUEST_SECONDS),
     "poll.lateness": ("How late a poll was sent, compared with its schedule.", _REQUEST_SECONDS),
     "watch.duration": ("From the start of a watch to its end.", _WATCH_SECONDS),
-    "start.duration": (
-        "From the call of a start to its response or its failure.",
-        _REQUEST_SECONDS,
-    ),
+    "start.duration": ("From the call of a start to its response or error.", _REQUEST_SECONDS),
 }
 
 
@@ -77,13 +72,13 @@ class _Watch:
 
 
 class OpenTelemetryObserver:
-    """An observer that records a span for each start and each watch, metrics, and log events.
+    """An observer that records a span for each start and each watch, and metrics.
 
     Spans follow the semantic conventions for GenAI agents: each is named `invoke_agent` and the
     workflow, and a watch is linked to the start of its run. The parent of a span is the span that
-    was current where the start or the watch began. Log events are correlated with the span of a
-    watch: one for each poll that saw a status change, ended an outage or was the last, one for the
-    start of each outage, and one for the exception that ended a start or a watch.
+    was current where the start or the watch began. The span of a watch has an event for each poll
+    that saw a status change, ended an outage or was the last, for the start of each outage and for
+    each wake-up; any span has one for the exception that ended it.
 
     By default, values, inputs and texts that may quote them are not recorded. Execution ids are on
     spans, never on metrics.
@@ -93,7 +88,6 @@ class OpenTelemetryObserver:
     Args:
         tracer_provider: receives the spans; None: the global one, which may be set later.
         meter_provider: receives the metrics; None: the global one, which may be set later.
-        logger_provider: receives the log events; None: the global one, which may be set later.
         record_values: whether to record inputs, outputs, and the whole text of errors, which may
             quote them or the body of a response of invalid shape.
     """
@@ -103,11 +97,9 @@ class OpenTelemetryObserver:
         *,
         tracer_provider: TracerProvider | None = None,
         meter_provider: MeterProvider | None = None,
-        logger_provider: LoggerProvider | None = None,
         record_values: bool = False,
     ) -> None:
         self._tracer = get_tracer(_SCOPE, __version__, tracer_provider, _SCHEMA)
-        self._logger = get_logger(_SCOPE, __version__, logger_provider, _SCHEMA)
         # Oldest first, by the server and the execution's id, so that a watch can be linked.
         self._starts: dict[tuple[str, int | None], SpanContext] = {}
         self._record_values = record_values
@@ -119,9 +111,8 @@ class OpenTelemetryObserver:
             "promptlayer_exec.active_watches", "{watch}", "Watches that are polling."
         )
         self._polls = meter.create_counter("promptlayer_exec.polls", "{poll}", "Successful polls.")
-        self._retries = meter.create_counter(
-            "promptlayer_exec.retries", "{retry}", "Failed attempts that are retried."
-        )
+        text = "Failed attempts that are retried."
+        self._retries = meter.create_counter("promptlayer_exec.retries", "{retry}", text)
         text = "Responses with status 429, which throttle a session."
         self._throttles = meter.create_counter("promptlayer_exec.throttles", "{throttle}", text)
         text = "Polls that came early, because something announced a change."
@@ -148,10 +139,8 @@ class OpenTelemetryObserver:
                 self._watch_woken(event)
             case WatchEnded():
                 self._watch_ended(event)
-            case ExecutionStarted():
-                self._execution_started(event)
-            case StartFailed():
-                self._start_failed(event)
+            case ExecutionStarted() | StartFailed():
+                self._start_ended(event)
 
     def _watch_started(self, event: WatchStarted) -> None:
         start = self._starts.get((event.base_url, event.execution_id))
@@ -170,21 +159,25 @@ class OpenTelemetryObserver:
     def _watch_woken(self, event: WatchWoken) -> None:
         source = {"promptlayer_exec.source": event.source}
         self._wake_ups.add(1, source)
-        self._log(self._watches[asyncio.current_task()].span, "promptlayer_exec.wake_up", source)
+        self._watches[asyncio.current_task()].span.add_event("promptlayer_exec.wake_up", source)
 
     def _polled(self, event: Polled) -> None:
         self._polls.add(1)
         self._seconds["poll.duration"].record(event.duration)
         self._seconds["poll.lateness"].record(event.lateness)
         watch = self._watches[asyncio.current_task()]
-        changed = _changes(event.snapshot, watch.latest)
+        changed = [
+            _text(f"{change.node.name}: {change.node.status}")
+            for change in event.snapshot.diff(watch.latest)
+            if change.node.status != change.before
+        ]
         if changed or watch.is_failing or event.snapshot.complete:
             attributes: dict[str, Any] = {
                 "promptlayer_exec.poll": event.snapshot.poll,
                 "promptlayer_exec.progress": event.snapshot.progress,
                 "promptlayer_exec.changes": changed,
             }
-            self._log(watch.span, "promptlayer_exec.poll", attributes)
+            watch.span.add_event("promptlayer_exec.poll", attributes)
         watch.latest = event.snapshot
         watch.is_failing = False
 
@@ -195,7 +188,7 @@ class OpenTelemetryObserver:
         watch = self._watches.get(asyncio.current_task())
         if watch is not None and not watch.is_failing:
             watch.is_failing = True
-            self._log(watch.span, "promptlayer_exec.outage", kind, SeverityNumber.WARN)
+            watch.span.add_event("promptlayer_exec.outage", kind)
 
     def _watch_ended(self, event: WatchEnded) -> None:
         watch = self._watches.pop(asyncio.current_task())
@@ -211,38 +204,16 @@ class OpenTelemetryObserver:
         if event.error is not None:
             metric["error.type"] = self._record_error(span, event.error)
         elif latest is not None and event.succeeded is False:
+            names = ", ".join(node.name for node in latest.failed_nodes[:5])
+            text = _text(f"the execution failed: {names or 'no output node succeeded'}")
             metric["error.type"] = "promptlayer_exec.ExecutionFailed"
-            _set_error(span, metric["error.type"], _failure(latest))
+            _set_error(span, metric["error.type"], text)
         self._active.add(-1)
         self._seconds["watch.duration"].record(event.elapsed, metric)
         span.end()
 
-    def _execution_started(self, event: ExecutionStarted) -> None:
-        if not event.recovered:  # what it took until the callback is no time of a response
-            metric = _agent(event.request.workflow)
-            self._seconds["start.duration"].record(event.duration, metric)
-        span, ended = self._start_span(event)
-        span.set_attributes(
-            {
-                "promptlayer_exec.execution.id": event.execution_id or 0,
-                "promptlayer_exec.abandoned": event.abandoned,
-                "promptlayer_exec.recovered": event.recovered,
-            }
-        )
-        self._starts[event.base_url, event.execution_id] = span.get_span_context()
-        if len(self._starts) > _MOST_STARTS:
-            del self._starts[next(iter(self._starts))]
-        span.end(ended)
-
-    def _start_failed(self, event: StartFailed) -> None:
-        span, ended = self._start_span(event)
-        kind = self._record_error(span, event.error)
-        metric = {**_agent(event.request.workflow), "error.type": kind}
-        self._seconds["start.duration"].record(event.duration, metric)
-        span.end(ended)
-
-    def _start_span(self, event: ExecutionStarted | StartFailed) -> tuple[Span, int]:
-        """Return a span that began when the start was called, and when it ended."""
+    def _start_ended(self, event: ExecutionStarted | StartFailed) -> None:
+        """Record a span that began when the start was called, and ends now."""
         request, ended = event.request, time.time_ns()
         attributes = _attributes("start", request.workflow, event.base_url)
         if request.version is not None:
@@ -255,39 +226,37 @@ class OpenTelemetryObserver:
         )
         if self._record_values:
             span.set_attribute("promptlayer_exec.inputs", _json(request.inputs))
-        return span, ended
+        metric = _agent(request.workflow)
+        if isinstance(event, StartFailed):
+            metric["error.type"] = self._record_error(span, event.error)
+        else:
+            span.set_attribute("promptlayer_exec.execution.id", event.execution_id or 0)
+            span.set_attribute("promptlayer_exec.abandoned", event.abandoned)
+            span.set_attribute("promptlayer_exec.recovered", event.recovered)
+            self._starts[event.base_url, event.execution_id] = span.get_span_context()
+            if len(self._starts) > _MOST_STARTS:
+                del self._starts[next(iter(self._starts))]
+        # What it took until the callback is no time of a response.
+        if isinstance(event, StartFailed) or not event.recovered:
+            self._seconds["start.duration"].record(event.duration, metric)
+        span.end(ended)
 
     def _record_error(self, span: Span, error: BaseException) -> str:
-        """Record an error on a span and as a log event, and return its type."""
+        """Record an error on a span, and return its type."""
         kind = _type(error)
-        # A full stack trace has the messages of the causes, too, which may quote values.
         if self._record_values:
             text, trace = _text(str(error)), traceback.format_exception(error)
         else:
             text, trace = _text(log_text(error)), traceback.format_tb(error.__traceback__)
         _set_error(span, kind, text)
+        # `record_exception` would add the messages of the causes, too, which may quote values.
         attributes = {
             "exception.type": kind,
             "exception.message": text,
             "exception.stacktrace": _text("".join(trace)),
         }
-        self._log(span, "gen_ai.client.operation.exception", attributes, SeverityNumber.WARN)
+        span.add_event("exception", attributes)
         return kind
-
-    def _log(
-        self,
-        span: Span,
-        event_name: str,
-        attributes: dict[str, Any],
-        severity: SeverityNumber = SeverityNumber.INFO,
-    ) -> None:
-        self._logger.emit(
-            timestamp=time.time_ns(),
-            context=set_span_in_context(span),
-            severity_number=severity,
-            event_name=event_name,
-            attributes=attributes,
-        )
 
 
 def _name(workflow: str | int | None) -> str:
@@ -318,22 +287,6 @@ def _server(base_url: str) -> dict[str, str | int]:
         return {}
     url = urlsplit(base_url)
     return {"server.address": url.hostname or "", "server.port": url.port or _PORTS[url.scheme]}
-
-
-def _changes(new: Snapshot, old: Snapshot | None) -> list[str]:
-    if old is not None and new.nodes is old.nodes:  # most polls see no change
-        return []
-    before = {} if old is None else old.nodes
-    return [
-        _text(f"{name}: {node.status}")
-        for name, node in new.nodes.items()
-        if name not in before or before[name].status != node.status
-    ]
-
-
-def _failure(snapshot: Snapshot) -> str:
-    names = [node.name for node in snapshot.failed_nodes[:5]]
-    return _text(f"the execution failed: {', '.join(names) or 'no output node succeeded'}")
 
 
 def _set_error(span: Span, kind: str, description: str) -> None:

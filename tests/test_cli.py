@@ -101,6 +101,7 @@ from promptlayer_exec.__main__ import main; main()
 # For a start without a description of its workflow, so that the next fault is for the start.
 _NO_DEFINITION = Fault.status(403)
 UNREACHABLE = "http://127.0.0.1:9"
+PROXIES = {"HTTP_PROXY": UNREACHABLE, "HTTPS_PROXY": UNREACHABLE}
 HELD = Scenario(
     [
         SimNode("think", {"plan": 1}, None),
@@ -269,8 +270,8 @@ def call(environment: dict[str, str]) -> Call:
 def demos() -> Iterator[dict[str, Command]]:
     """Start the demonstrations before the other tests, because they take seconds."""
     env = _environment()
-    # Invalid settings: the demonstrations must not use them.
-    env |= {"PROMPTLAYER_API_KEY": "wrong key", "PROMPTLAYER_BASE_URL": "ftp://nowhere"}
+    # Invalid settings, and proxies that do not exist: the demonstrations must not use them.
+    env |= {"PROMPTLAYER_API_KEY": "wrong key", "PROMPTLAYER_BASE_URL": "ftp://nowhere"} | PROXIES
     commands = {
         "plain": Command("demo", program=PROGRAM, env=env),
         "json": Command("demo", "--json", program=PROGRAM, env=env),
@@ -606,8 +607,10 @@ class TestRun:
     async def test_the_demo_of_the_viewer_is_pushed_where_it_can_be(
         self, monkeypatch: pytest.MonkeyPatch, missing: str | None
     ) -> None:
-        """It runs without the extra, too."""
+        """It runs without the extra, too, and does not use the proxies of the environment."""
         monkeypatch.setattr(_cli_session, "missing_for_push", lambda: missing)
+        for name, proxy in PROXIES.items():
+            monkeypatch.setenv(name, proxy)
         async with Simulator() as sim, _cli_session.demo_session(sim, print, push=True) as session:
             sim.add_workflow("pushed", DONE)
             await session.start("pushed")
@@ -1113,7 +1116,7 @@ class TestSimulate:
         server = start("simulate", "--port", "0", "--webhook-url", "http://127.0.0.1:9/webhook")
         url = server.line().split()[-4]
         exports = [server.line_with("export "), server.line()]
-        env = dict(line.split()[1].split("=") for line in exports)
+        env = PROXIES | dict(line.split()[1].split("=") for line in exports)
         assert env["PROMPTLAYER_BASE_URL"] == url
         watched = [server.line() for _ in range(4)]
         assert [line.split()[2] for line in watched] == ["1", "2", "3", "4"]
@@ -1176,14 +1179,15 @@ class TestProgram:
         assert "trying again" not in err
 
     def test_proxies_of_the_environment(self, call: Call) -> None:
-        """`--trust-env` uses them; without it they are ignored."""
-        with Simulator() as sim:
-            results = ("results", sim.add_execution(DONE), "--outage", "0")
-            env = {"PROMPTLAYER_BASE_URL": sim.base_url, "PROMPTLAYER_API_KEY": sim.api_key}
-            env |= {"HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": ""}
-            assert call(*results, **env).end()[0] == 0
-            assert call("--trust-env", *results, **env).end()[0] == 4
-            assert call(*results, **env, PROMPTLAYER_EXEC_TRUST_ENV="1").end()[0] == 4
+        """They are used, unless PROMPTLAYER_EXEC_TRUST_ENV is 0."""
+        results = ("results", 787, "--outage", "0")
+        env = PROXIES | {"PROMPTLAYER_BASE_URL": "https://api.invalid"}
+        code, _, err = call(*results, **env).end()
+        assert code == 4
+        assert "no connection to the proxy 127.0.0.1:9" in err
+        code, _, err = call(*results, **env, PROMPTLAYER_EXEC_TRUST_ENV="0").end()
+        assert code == 4
+        assert "proxy" not in err
 
     def test_without_the_extra(self, start: Start) -> None:
         """Without typer or rich, one line says what to install, and the exit code is 2."""
@@ -1229,6 +1233,33 @@ class TestProgram:
         )
         code, _, err = start("--help", program=python(call)).end()
         assert (code, err) == (0, "")
+
+    def test_the_end_of_the_mcp_server_loses_no_telemetry_and_no_log(self, start: Start) -> None:
+        """It exits at once, but sends the spans, metrics and log lines that are buffered."""
+        call = (
+            "import logging, logging.handlers, sys\n"
+            "from opentelemetry import metrics, trace\n"
+            "from opentelemetry.sdk.metrics import MeterProvider, export as metric_export\n"
+            "from opentelemetry.sdk.trace import TracerProvider, export as span_export\n"
+            "spans, exporter = TracerProvider(), span_export.ConsoleSpanExporter()\n"
+            "spans.add_span_processor(span_export.BatchSpanProcessor(exporter))\n"
+            "trace.set_tracer_provider(spans)\n"
+            "exporter = metric_export.ConsoleMetricExporter()\n"
+            "reader = metric_export.PeriodicExportingMetricReader(exporter)\n"
+            "metrics.set_meter_provider(MeterProvider([reader]))\n"
+            "trace.get_tracer('t').start_span('last span').end()\n"
+            "metrics.get_meter('t').create_counter('last_metric').add(1)\n"
+            "lines = logging.StreamHandler(sys.stdout)\n"
+            "logging.getLogger().addHandler(logging.handlers.MemoryHandler(99, target=lines))\n"
+            "logging.warning('last line')\n"
+            "from promptlayer_exec.cli import _exit, _servers\n"
+            "_servers._exit(_exit.ExitCode.TERMINATED)\n"
+        )
+        code, out, _ = start(program=python(call)).end()
+        assert code == 143
+        assert '"name": "last span"' in out
+        assert '"name": "last_metric"' in out
+        assert "last line\n" in out
 
     def test_the_simulator_is_imported_only_when_it_is_shown(self) -> None:
         """Otherwise each command would take an eighth longer to begin."""
@@ -1357,7 +1388,7 @@ class TestExit:
 
 
 class TestDemo:
-    """`demo`, with invalid settings in the environment."""
+    """`demo`, with invalid settings and proxies that do not exist in the environment."""
 
     def test_plain(self, demos: dict[str, Command], sim: Simulator) -> None:
         """It prints every node, including a skipped one, the main output, and a working program."""

@@ -355,9 +355,12 @@ async def test_a_client_that_never_reads_is_dropped(
     open_session: Callable[..., Session],
     serve: Serve,
     recorder: Any,
+    *,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Otherwise it could keep the polling going forever."""
+    """Otherwise it could keep the polling going forever; the log has one line, and no traceback."""
+    caplog.set_level("INFO", "promptlayer_exec")
     monkeypatch.setattr(_events, "_SEND_TIMEOUT", 0.2)
     _, base_url = restless
     app = make_app(open_session(base_url=base_url))
@@ -366,3 +369,5 @@ async def test_a_client_that_never_reads_is_dropped(
     await ended
     await app.until_active(0)
     writer.close()
+    assert "a client did not read its events for 0.2 s" in caplog.messages
+    assert not any(record.exc_info for record in caplog.records)

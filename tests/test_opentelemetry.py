@@ -1,4 +1,4 @@
-"""Traces, metrics and log events of real watches and starts, in the SDK's in-memory exporters."""
+"""Traces and metrics of real watches and starts, in the SDK's in-memory exporters."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from opentelemetry._logs import SeverityNumber
-from opentelemetry.sdk._logs import LoggerProvider
-from opentelemetry.sdk._logs.export import InMemoryLogRecordExporter, SimpleLogRecordProcessor
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -47,19 +44,13 @@ class Collected:
         self.tracers = TracerProvider(shutdown_on_exit=False)
         self.tracers.add_span_processor(SimpleSpanProcessor(self._exporter))
         self.tracer = self.tracers.get_tracer("test")
-        self._logs = InMemoryLogRecordExporter()
-        self.loggers = LoggerProvider(shutdown_on_exit=False)
-        self.loggers.add_log_record_processor(SimpleLogRecordProcessor(self._logs))
         self._reader = InMemoryMetricReader()
         self.meters = MeterProvider([self._reader], shutdown_on_exit=False)
 
     def observer(self, **settings: Any) -> OpenTelemetryObserver:
         """Return an observer that exports to this collection."""
         return OpenTelemetryObserver(
-            tracer_provider=self.tracers,
-            meter_provider=self.meters,
-            logger_provider=self.loggers,
-            **settings,
+            tracer_provider=self.tracers, meter_provider=self.meters, **settings
         )
 
     def spans(self, operation: str) -> list[ReadableSpan]:
@@ -69,24 +60,6 @@ class Collected:
             for span in self._exporter.get_finished_spans()
             if (span.attributes or {}).get("promptlayer_exec.operation") == operation
         ]
-
-    def events(self, span: ReadableSpan) -> list[tuple[str | None, dict[str, Any]]]:
-        """Return the name and the attributes of each log event of a span; it has no span event."""
-        assert span.events == ()
-        assert span.context is not None
-        assert {log.instrumentation_scope.schema_url for log in self._logs.get_finished_logs()} <= {
-            SCHEMA
-        }
-        return [
-            (log.log_record.event_name, dict(log.log_record.attributes or {}))
-            for log in self._logs.get_finished_logs()
-            if log.log_record.span_id == span.context.span_id
-        ]
-
-    def severities(self) -> dict[str | None, SeverityNumber | None]:
-        """Return the severity of each log event by its name."""
-        logs = [log.log_record for log in self._logs.get_finished_logs()]
-        return {log.event_name: log.severity_number for log in logs}
 
     def metrics(self) -> dict[str, Any]:
         """Return all metrics by name."""
@@ -107,6 +80,11 @@ class Collected:
             )
             for name, metric in self.metrics().items()
         }
+
+
+def span_events(span: ReadableSpan) -> list[tuple[str, dict[str, Any]]]:
+    """Return the name and the attributes of each event of a span."""
+    return [(event.name, dict(event.attributes or {})) for event in span.events]
 
 
 @pytest.fixture
@@ -167,7 +145,7 @@ async def test_a_watch_is_one_span_whose_events_are_the_changes(
         "promptlayer_exec.complete": True,
         "promptlayer_exec.succeeded": True,
     }
-    assert collected.events(span) == [
+    assert span_events(span) == [
         (
             "promptlayer_exec.poll",
             {
@@ -230,12 +208,11 @@ async def test_an_error_is_recorded_and_sets_the_status(
     assert span.attributes is not None
     assert span.attributes["error.type"] == "promptlayer_exec.NotFound"
     assert span.attributes["promptlayer_exec.complete"] is False
-    ((name, attributes),) = collected.events(span)
-    assert name == "gen_ai.client.operation.exception"
+    ((name, attributes),) = span_events(span)
+    assert name == "exception"
     assert attributes["exception.type"] == "promptlayer_exec.NotFound"
     assert attributes["exception.message"] == span.status.description
     assert "_poll_once" in attributes["exception.stacktrace"]
-    assert collected.severities() == {name: SeverityNumber.WARN}
     (point,) = collected.metrics()["promptlayer_exec.watch.duration"].data.data_points
     assert dict(point.attributes) == {"error.type": "promptlayer_exec.NotFound"}
 
@@ -282,7 +259,7 @@ async def test_a_failed_start_is_an_error(
     }
     assert span.status.status_code is StatusCode.ERROR
     assert "workflow 42" in (span.status.description or "")
-    assert [name for name, _ in collected.events(span)] == ["gen_ai.client.operation.exception"]
+    assert [name for name, _ in span_events(span)] == ["exception"]
     (point,) = collected.metrics()["promptlayer_exec.start.duration"].data.data_points
     assert dict(point.attributes) == {"error.type": error, "gen_ai.agent.name": "42"}
 
@@ -297,7 +274,7 @@ async def test_a_start_that_cannot_be_prepared_is_an_error_that_quotes_nothing(
     assert (span.attributes or {})["error.type"] == "TypeError"
     assert "server.address" not in (span.attributes or {})
     assert span.status.description == "TypeError"
-    assert "secret-key" not in str(collected.events(span))
+    assert "secret-key" not in str(span_events(span))
 
 
 async def test_the_latest_ten_thousand_starts_can_be_linked(collected: Collected) -> None:
@@ -358,7 +335,7 @@ async def test_an_outage_is_one_event_however_many_attempts_fail(
     sim.finish(held, "Answer")
     await waiting
     (span,) = collected.spans("watch")
-    events = collected.events(span)
+    events = span_events(span)
     assert [name for name, _ in events] == [
         "promptlayer_exec.poll",
         "promptlayer_exec.outage",
@@ -367,10 +344,6 @@ async def test_an_outage_is_one_event_however_many_attempts_fail(
     ]
     assert events[1][1] == {"error.type": "promptlayer_exec.ServerError"}
     assert events[2][1]["promptlayer_exec.changes"] == ()
-    assert collected.severities() == {
-        "promptlayer_exec.poll": SeverityNumber.INFO,
-        "promptlayer_exec.outage": SeverityNumber.WARN,
-    }
     assert collected.totals()["promptlayer_exec.retries"] == 3
 
 
@@ -392,7 +365,7 @@ async def test_retries_outside_of_a_watch_are_on_no_span(
     waiting.cancel()
     await recorder.next(WatchEnded)
     (span,) = collected.spans("watch")
-    assert [name for name, _ in collected.events(span)] == ["promptlayer_exec.poll"]
+    assert [name for name, _ in span_events(span)] == ["promptlayer_exec.poll"]
 
 
 async def test_closing_the_session_ends_the_spans(
@@ -423,7 +396,7 @@ async def test_what_woke_a_watch_is_on_its_span(
     sim.finish(held, "Answer")
     await observed.execution(held).wait()
     (span,) = collected.spans("watch")
-    wake_up, poll = collected.events(span)
+    wake_up, poll = span_events(span)
     assert wake_up == ("promptlayer_exec.wake_up", {"promptlayer_exec.source": "caller"})
     assert poll[0] == "promptlayer_exec.poll"
     (point,) = collected.metrics()["promptlayer_exec.wake_ups"].data.data_points
@@ -456,7 +429,7 @@ async def test_one_observer_serves_two_sessions(
     sim.finish(held, "Answer")
     await asyncio.gather(*waits)
     spans = collected.spans("watch")
-    assert [len(collected.events(span)) for span in spans] == [2, 2]
+    assert [len(span_events(span)) for span in spans] == [2, 2]
 
 
 async def test_a_start_is_a_child_of_its_caller_s_span(
@@ -551,7 +524,7 @@ async def test_a_lone_surrogate_in_a_name_can_be_exported(
     execution_id = sim.add_execution(Scenario([SimNode("a\udcff")]))
     await observed.execution(execution_id).wait()
     (span,) = collected.spans("watch")
-    ((_, attributes),) = collected.events(span)
+    ((_, attributes),) = span_events(span)
     assert attributes["promptlayer_exec.changes"] == ("a\\udcff: SUCCESS",)
 
 

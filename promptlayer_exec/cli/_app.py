@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sys
 from typing import Annotated
 
@@ -41,22 +40,12 @@ def _program(
             "--version", callback=_print_version, is_eager=True, help="Print the version, and exit."
         ),
     ] = False,
-    trust_env: Annotated[
-        bool,
-        typer.Option(
-            "--trust-env",
-            help="Use the proxies of HTTP_PROXY, HTTPS_PROXY and NO_PROXY, and .netrc.",
-            show_default="$PROMPTLAYER_EXEC_TRUST_ENV",
-        ),
-    ] = False,
 ) -> None:
     """Follow PromptLayer workflow executions, node by node.
 
     The API key is read from the environment variable PROMPTLAYER_API_KEY only: every user of the
     machine can see the arguments of a command. To see how it works, try `demo`.
     """
-    if trust_env:
-        os.environ["PROMPTLAYER_EXEC_TRUST_ENV"] = "1"
     # The commands report outages in their own words.
     logging.getLogger("promptlayer_exec").addHandler(logging.NullHandler())
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import html
+import logging
 import os
 import re
 import secrets
@@ -42,6 +42,7 @@ _PAGE = """\
 _REQUEST_TIME = 45.0
 # A client waits about two seconds for the process to end, and then kills it.
 _CLOSE_TIME = 0.5
+_FLUSH_MILLISECONDS = 1000
 
 
 def view(
@@ -233,8 +234,17 @@ def mcp(
 
 
 def _exit(code: ExitCode) -> NoReturn:
-    """Exit without freeing every object first, which takes longer than all of the above."""
-    atexit._run_exitfuncs()  # exporters of traces and metrics have theirs there
+    """Exit at once, even while a thread is blocked in a read of standard input.
+
+    Freeing every object first would also take longer than all of the above. What handlers of
+    `atexit` would still write is written here: OpenTelemetry's spans and metrics, and the log.
+    """
+    for module, getter in (("trace", "get_tracer_provider"), ("metrics", "get_meter_provider")):
+        if (loaded := sys.modules.get(f"opentelemetry.{module}")) is not None:
+            provider = getattr(loaded, getter)()
+            with suppress(Exception):  # an exporter's; the API's own providers have nothing to send
+                provider.force_flush(_FLUSH_MILLISECONDS)
+    logging.shutdown()
     os._exit(code)
 
 

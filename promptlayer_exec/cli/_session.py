@@ -46,7 +46,7 @@ def open_session(
             " PromptLayer's settings"
         )
     if push and warn is not None:
-        show_warnings(warn, of="push")
+        show_warnings(warn, of="channels")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         session = Session(

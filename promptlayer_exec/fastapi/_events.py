@@ -11,7 +11,6 @@ from typing import Any
 
 import anyio
 from sse_starlette import EventSourceResponse, ServerSentEvent
-from sse_starlette.sse import SendTimeoutError
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -75,7 +74,7 @@ class _EventStream(EventSourceResponse):
 
         try:
             await super().__call__(scope, receive, observed)
-        except SendTimeoutError:
+        except TimeoutError:  # of `send_timeout`
             logger.info("a client did not read its events for %g s", _SEND_TIMEOUT)
         else:
             if unfinished:  # the server is shutting down, or the client has disconnected
