@@ -48,6 +48,7 @@ from promptlayer_exec._models import (
 )
 from promptlayer_exec._policies import Limiter, PollPolicy, RetryPolicy
 from promptlayer_exec._session import Session
+from promptlayer_exec._structuring import strict_converter
 from promptlayer_exec._version import __version__
 from promptlayer_exec._workflows import Workflow, WorkflowEdge, WorkflowNode, WorkflowSummary
 
@@ -101,4 +102,5 @@ __all__ = [
     "WorkflowNode",
     "WorkflowSummary",
     "__version__",
+    "strict_converter",
 ]

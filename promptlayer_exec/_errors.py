@@ -114,7 +114,10 @@ class RequestError(PromptLayerExecError):
     Attributes:
         attempts: how many attempts were made, including those that could not connect.
         reason: the message of the cause; `__cause__` itself does not survive pickling.
+        is_permanent: whether waiting cannot help, as with a certificate that is not valid.
     """
+
+    is_permanent = False
 
     def __init__(
         self, message: str, *, attempts: int = 1, reason: str = "", **context: Unpack[_Context]

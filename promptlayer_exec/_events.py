@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import attrs
 
@@ -13,19 +12,9 @@ if TYPE_CHECKING:
     from promptlayer_exec._models import Snapshot, StartRequest
 
 
-class _Logger(logging.LoggerAdapter[logging.Logger]):
-    """Prints what a user's filter or handler raises, as `logging.Handler` does with most errors."""
-
-    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
-        try:
-            super().log(level, msg, *args, stacklevel=2, **kwargs)
-        except Exception:  # noqa: BLE001 - it would end a watch, a start or the session
-            traceback.print_exc()
-
-
 # It has no NullHandler: if logging is not set up, Python prints warnings to standard error, so that
 # outages are seen.
-logger = _Logger(logging.getLogger("promptlayer_exec"))
+logger = logging.getLogger("promptlayer_exec")
 
 
 @attrs.frozen
@@ -137,9 +126,8 @@ class ExecutionStarted(Event):
         request: the request that was sent.
         abandoned: whether the caller was cancelled before the response arrived.
         duration: seconds from the call to the response, or to the callback if `recovered`.
-        recovered: whether a callback to the start's own URL has proved that the run started,
-            because the response was lost (`StartUnknown`), or did not name it. `request` then
-            has at most the workflow and the key, unless this session lost the response.
+        recovered: whether the response was lost (`StartUnknown`), and a callback to the start's own
+            URL has proved that the run started. `request` then has no inputs.
         base_url: the server's URL.
     """
 
@@ -196,9 +184,7 @@ def broadcast(observers: Iterable[Observer]) -> Emit:
         for observer in observers:
             try:
                 observer(event)
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException:  # also a cancellation that the observer raises
+            except Exception:
                 logger.exception("observer %r failed on %s", observer, type(event).__name__)
 
     return emit

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from functools import partial
+from contextlib import aclosing
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from promptlayer_exec._engine.tasks import clock
-from promptlayer_exec._engine.watch import Followed, Join, finished_nodes, follow
-from promptlayer_exec._errors import PromptLayerExecError, printable
+from promptlayer_exec._errors import ExecutionFailed, PromptLayerExecError, printable
 from promptlayer_exec._events import logger
-from promptlayer_exec._output import check_type, main_output, typed_output
+from promptlayer_exec._models import same_json
 from promptlayer_exec._policies import Deadline, check_timeout
 
 if TYPE_CHECKING:
+    import cattrs
     from typing_extensions import TypeForm
 
     from promptlayer_exec._engine.client import Client
@@ -66,10 +66,9 @@ class Execution:
         """
         if self._last is not None and self._last.complete:
             return self._last
-        client = await self._client()
+        client = self._client()
         with _Recalling(self):
             return self._remember(await client.snapshot(self.id, client.deadline()))
-        return cast("Snapshot", self._last)
 
     def stream(
         self, *, timeout: float | EllipsisType | None = ...
@@ -89,7 +88,8 @@ class Execution:
             RequestError: the server refused, or could not be reached for too long.
             SessionClosed: the session was closed.
         """
-        return follow(self._joining(timeout))
+        self._require_session()
+        return self._stream(check_timeout(timeout))
 
     def finished_nodes(
         self, *, timeout: float | EllipsisType | None = ...
@@ -102,7 +102,8 @@ class Execution:
         Raises:
             PromptLayerExecError: as for `stream`.
         """
-        return finished_nodes(self._joining(timeout))
+        self._require_session()
+        return self._finished_nodes(check_timeout(timeout))
 
     async def wait(self, *, timeout: float | EllipsisType | None = ...) -> Snapshot:
         """Wait until the execution is complete; failed nodes do not raise.
@@ -160,48 +161,83 @@ class Execution:
     async def _output(self, deadline: Deadline, into: Any) -> Any:
         """Do what `output` does, with checked arguments."""
         snapshot = await self._completed(deadline)
-        value = await main_output(snapshot, partial(self._ask_main_output, snapshot, deadline))
+        value = await self._main_output_of(snapshot, deadline)
         if into is None:
             return value
-        return typed_output(value, into, self._require_session()._settings.converter, snapshot)
+        # Imported late, because it would add a quarter to the import time of the package.
+        from promptlayer_exec._structuring import structure_output  # noqa: PLC0415
 
-    async def _ask_main_output(self, snapshot: Snapshot, deadline: Deadline) -> Any:
+        return structure_output(value, into, self._require_session()._settings.converter, snapshot)
+
+    async def _main_output_of(self, snapshot: Snapshot, deadline: Deadline) -> Any:
+        """Return the main output; the server is asked where the snapshot does not decide."""
+        snapshot.raise_for_failure()
+        succeeded = [node for node in snapshot.output_nodes if node.succeeded]
+        if len(succeeded) == 1:
+            return succeeded[0].value
         if self._main_output is None:
-            client = await self._client()
-            self._main_output = (await client.ask_main_output(snapshot, deadline),)
-        return self._main_output[0]
+            self._main_output = (await self._client().ask_main_output(snapshot, deadline),)
+        (value,) = self._main_output
+        # The server sends the node map if there is no main output.
+        if not succeeded and same_json(value, snapshot.raw):
+            raise ExecutionFailed(
+                "it completed without a main output: no node is marked as output",
+                failed=(),
+                execution_id=self.id,
+                last_snapshot=snapshot,
+            )
+        return value
 
     async def _completed(self, deadline: Deadline) -> Snapshot:
         if self._last is not None and self._last.complete:
             return self._last
-        watch = (await self._client()).follow(self.id)
+        followers = self._client().follow(self.id)
         try:
             with _Recalling(self):
-                return await watch.completed(deadline)
-            return cast("Snapshot", self._last)
+                return await followers.completed(deadline)
         finally:
-            if watch.latest is not None:
-                self._remember(watch.latest)
-            watch.remove_follower()
+            if followers.latest is not None:
+                self._remember(followers.latest)
+            followers.remove(streams=False)
 
-    async def _client(self) -> Client:
+    def _client(self) -> Client:
         try:
-            return await self._require_session()._open(self.id)
+            return self._require_session()._open(self.id)
         except PromptLayerExecError as error:
             error.last_snapshot = self._last
             raise
 
-    def _joining(self, timeout: float | EllipsisType | None) -> Join:
-        self._require_session()
-        timeout = check_timeout(timeout)
+    async def _stream(self, timeout: float | EllipsisType | None) -> AsyncGenerator[Snapshot, None]:
+        """Do what `stream` does, with a checked timeout."""
+        if self._last is not None and self._last.complete:
+            yield self._last
+            return
+        client = self._client()
+        deadline = client.deadline(timeout)
+        followers = client.follow(self.id, streams=True)
+        try:
+            snapshot: Snapshot | None = None
+            while snapshot is None or not snapshot.complete:
+                with _Recalling(self):
+                    snapshot = self._remember(await followers.newer(snapshot, deadline))
+                yield snapshot
+        finally:
+            followers.remove(streams=True)
 
-        async def join() -> tuple[Followed, Deadline]:
-            if self._last is not None and self._last.complete:
-                return _Following(self, None), Deadline.after(None, now=0.0)
-            client = await self._client()
-            return _Following(self, client), client.deadline(timeout)
-
-        return join
+    async def _finished_nodes(
+        self, timeout: float | EllipsisType | None
+    ) -> AsyncGenerator[Node, None]:
+        deadline = self._require_session()._settings.deadline(timeout, now=clock())
+        yielded = set()
+        async with aclosing(self._stream(timeout)) as snapshots:
+            async for snapshot in snapshots:
+                for name, node in snapshot.nodes.items():
+                    if name in yielded or not (node.final or snapshot.complete):
+                        continue
+                    if not snapshot.complete and clock() >= deadline.at:
+                        break  # after the deadline, only a complete snapshot is delivered
+                    yielded.add(name)
+                    yield node
 
     def _remember(self, snapshot: Snapshot) -> Snapshot:
         """Return the snapshot, or the complete one that another call has seen meanwhile."""
@@ -270,8 +306,8 @@ class Execution:
 class _Recalling:
     """Gives an error without a snapshot the last one of a handle's other calls.
 
-    If that is complete, the error is suppressed: the call returns it instead. Ten thousand waits
-    may hold one of these each, and a `contextmanager` takes half a kilobyte.
+    A class, because ten thousand waits may hold one each, and a `contextmanager` takes half a
+    kilobyte.
     """
 
     __slots__ = ("_execution",)
@@ -282,33 +318,16 @@ class _Recalling:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
-        if not isinstance(error, PromptLayerExecError):
-            return False
-        last = self._execution._last
-        error.last_snapshot = error.last_snapshot or last
-        return last is not None and last.complete
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, PromptLayerExecError):
+            last = self._execution._last
+            if error.last_snapshot is None or (last is not None and last.complete):
+                error.last_snapshot = last
 
 
-class _Following:
-    """A watch as one handle follows it; without a watch, the handle's complete snapshot."""
+def check_type(into: Any, converter: cattrs.Converter | None) -> None:
+    """Check, before there is an output, that a type can be structured into; else a `TypeError`."""
+    # Imported late, because it would add a quarter to the import time of the package.
+    from promptlayer_exec import _structuring  # noqa: PLC0415
 
-    def __init__(self, execution: Execution, client: Client | None) -> None:
-        self._execution = execution
-        self._client = client
-        self._watch = None if client is None else client.follow(execution.id, streams=True)
-
-    async def newer(self, seen: Snapshot | None, deadline: Deadline) -> Snapshot:
-        if self._client is None or self._watch is None:
-            return cast("Snapshot", self._execution._last)
-        if not self._watch.has_newer(seen):
-            self._client.lifetime.check_loop()  # the watch never wakes a task of another loop
-        with _Recalling(self._execution):
-            return self._execution._remember(await self._watch.newer(seen, deadline))
-        return cast("Snapshot", self._execution._last)
-
-    def remove_follower(self) -> None:
-        if self._client is None or self._watch is None:
-            return
-        if not self._client.lifetime.is_closing():  # then the watch ends anyway
-            self._watch.remove_follower(streams=True)
+    _structuring.check_type(into, converter)

@@ -1,20 +1,22 @@
-"""Many executions at once: bounded, lazy, each outcome as it arrives. It knows no HTTP."""
+"""Many executions at once: bounded, lazy, each outcome as it arrives."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Coroutine, Iterable
-from contextlib import aclosing, nullcontext
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable
+from contextlib import aclosing, nullcontext, suppress
 from functools import partial
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import anyio
 import attrs
 
+from promptlayer_exec._arguments import check_count
 from promptlayer_exec._display import short_repr
-from promptlayer_exec._engine.start import Start, log_unknown
-from promptlayer_exec._engine.tasks import CLEAN_UP, Tasks, foreign_cancellation, is_cancelled
+from promptlayer_exec._engine.start import log_unknown
+from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._errors import (
     PromptLayerExecError,
     SessionClosed,
@@ -22,14 +24,15 @@ from promptlayer_exec._errors import (
     Unauthorized,
     copy_error,
 )
+from promptlayer_exec._execution import Execution, check_type
 from promptlayer_exec._models import Snapshot, StartRequest
+from promptlayer_exec._policies import check_timeout
 
 if TYPE_CHECKING:
-    from promptlayer_exec._execution import Execution
+    from promptlayer_exec._session import Session
 
 ItemT = TypeVar("ItemT")
 OutputT = TypeVar("OutputT")
-Spawn = Callable[[Callable[[], Coroutine[Any, Any, None]]], None]
 
 
 @attrs.frozen
@@ -64,200 +67,167 @@ class Outcome(Generic[ItemT, OutputT]):
         return self.output
 
 
+def outcomes_of(
+    session: Session,
+    items: Iterable[ItemT] | AsyncIterable[ItemT],
+    *,
+    max_in_flight: int,
+    timeout: float | EllipsisType | None,
+    into: Any,
+) -> AsyncGenerator[Outcome[ItemT, Any], None]:
+    """Do what `Session.as_completed` does."""
+    if not isinstance(items, Iterable | AsyncIterable):
+        raise TypeError(f"items must be an iterable or async iterable, not {items!r:.100}")
+    if into is not None:
+        check_type(into, session._settings.converter)
+    slots = anyio.Semaphore(check_count("max_in_flight", max_in_flight))
+    return _FanOut(session, items, slots, check_timeout(timeout), into).outcomes()
+
+
+async def collected(
+    completed: AsyncGenerator[Outcome[ItemT, Any], None],
+) -> list[Outcome[ItemT, Any]]:
+    """Return all outcomes in the order of the items; if that fails, no started run is lost."""
+    outcomes = []
+    try:
+        async with aclosing(completed):
+            async for outcome in completed:
+                outcomes.append(outcome)  # noqa: PERF401 - not inside of aclosing
+    except BaseException:
+        for outcome in outcomes:
+            _report_abandoned(outcome)
+        raise
+    return sorted(outcomes, key=lambda outcome: outcome.index)
+
+
+def _report_abandoned(outcome: Outcome[Any, Any]) -> None:
+    """Log what was started, or may have been, if its outcome will not be delivered."""
+    if not isinstance(outcome.item, StartRequest):
+        return
+    if outcome.execution is not None:
+        outcome.execution._report_undelivered("outcome")
+    elif isinstance(outcome.error, StartUnknown):
+        log_unknown(outcome.error, outcome.item)
+
+
 @attrs.define(eq=False)
-class RunningItem(Generic[ItemT]):
-    """One item in flight, with its start, execution and last snapshot so far."""
+class _Item(Generic[ItemT]):
+    """One item in flight, with its execution so far."""
 
     index: int
     item: ItemT
-    start: Start | None = None
     execution: Execution | None = None
-    is_reported: bool = False
-
-    @property
-    def snapshot(self) -> Snapshot | None:
-        return None if self.execution is None else self.execution._last
-
-
-def report_abandoned(ended: Outcome[Any, Any] | RunningItem[Any]) -> None:
-    """Log what was started, or may have been, if its outcome will not be delivered."""
-    if not isinstance(ended.item, StartRequest):
-        return
-    if ended.execution is not None:
-        ended.execution._report_undelivered("outcome")
-    elif isinstance(ended, Outcome) and isinstance(ended.error, StartUnknown):
-        log_unknown(ended.error, ended.item)
-
-
-async def fan_out(
-    items: Iterable[ItemT] | AsyncIterable[ItemT],
-    run_item: Callable[[RunningItem[ItemT]], Awaitable[Any]],
-    *,
-    max_in_flight: int,
-    open_client: Callable[[], Awaitable[Spawn]],
-) -> AsyncGenerator[Outcome[ItemT, Any], None]:
-    """Yield the outcome of each item as it arrives; errors are those of `Session.as_completed`.
-
-    Items are taken one at a time, when fewer than `max_in_flight` are in flight or wait to be
-    yielded. `open_client` returns a function that runs a task until the session is closed.
-    `run_item` may be called in a task that is cancelled already: then it must begin nothing.
-    """
-    fan = _FanOut(items, run_item, anyio.Semaphore(max_in_flight))
-    (await open_client())(fan.run)
-    try:
-        while (outcome := await fan.next_outcome()) is not None:
-            yield outcome
-        if fan.error is not None:
-            raise fan.error
-    finally:
-        await fan.cancel()
-
-
-_ELSEWHERE = (
-    "this fan-out began in another event loop, where it is ended now; the log has the ids of the"
-    " runs that it started and did not deliver"
-)
 
 
 @attrs.define(eq=False)
 class _FanOut(Generic[ItemT]):
+    """One task takes items while fewer than so many are in flight; each item runs in its own."""
+
+    _session: Session
     _items: Iterable[ItemT] | AsyncIterable[ItemT]
-    _run_item: Callable[[RunningItem[ItemT]], Awaitable[Any]]
     # Released when an outcome is taken, so that a slow consumer does not let outcomes pile up.
     _slots: anyio.Semaphore
-    error: BaseException | None = None
-    _loop: asyncio.AbstractEventLoop = attrs.field(factory=asyncio.get_running_loop)
-    _outcomes: asyncio.Queue[Outcome[ItemT, Any] | None] = attrs.field(factory=asyncio.Queue)
-    _scope: anyio.CancelScope = attrs.field(factory=anyio.CancelScope)
-    _is_running: bool = False
-    _is_taking: bool = True
-    _is_abandoned: bool = False
-    _tasks: Tasks = attrs.field(factory=Tasks)
-    _in_flight: set[RunningItem[ItemT]] = attrs.field(factory=set)
-    _ended: anyio.Event = attrs.field(factory=anyio.Event)
+    _timeout: float | EllipsisType | None
+    _into: Any
+    _error: Exception | None = attrs.field(init=False, default=None)
+    _outcomes: asyncio.Queue[Outcome[ItemT, Any] | None] = attrs.field(
+        init=False, factory=asyncio.Queue
+    )
+    _is_abandoned: bool = attrs.field(init=False, default=False)
+    _tasks: set[asyncio.Task[Any]] = attrs.field(init=False, factory=set)
 
-    async def next_outcome(self) -> Outcome[ItemT, Any] | None:
-        """Wait for the next outcome; None means that there are no more."""
-        if not self._is_elsewhere():
-            outcome = await self._outcomes.get()
-            if outcome is not None:
-                self._slots.release()
-            return outcome
-        if self._outcomes.empty():
-            raise RuntimeError(_ELSEWHERE)
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._slots.release)
-        return self._outcomes.get_nowait()
-
-    def _is_elsewhere(self) -> bool:
+    async def outcomes(self) -> AsyncGenerator[Outcome[ItemT, Any], None]:
+        """Yield each outcome as it arrives; errors are those of `Session.as_completed`."""
+        lifetime = self._session._open().lifetime
+        taking = lifetime.spawn(self._take(), name="promptlayer_exec.items")
+        self._tasks.add(taking)
+        taking.add_done_callback(self._taken)
         try:
-            return self._loop is not asyncio.get_running_loop()
-        except RuntimeError:  # there is none: the generator was dropped
-            return True
+            while (outcome := await self._outcomes.get()) is not None:
+                self._slots.release()
+                yield outcome
+            if self._error is not None:
+                raise self._error
+        finally:
+            await self._abandon()
 
-    async def cancel(self) -> None:
+    async def _take(self) -> None:
+        """Take items, and run each in a task of its own."""
+        async with aclosing(each(self._items)) as items:
+            indexes = itertools.count()
+            while True:
+                await self._slots.acquire()
+                try:
+                    item = _Item(next(indexes), await anext(items))
+                except StopAsyncIteration:
+                    return
+                task = self._session._open().lifetime.spawn(
+                    self._run(item), name="promptlayer_exec.item", cancel=lambda: None
+                )
+                self._tasks.add(task)
+                task.add_done_callback(partial(self._ended, item))
+
+    async def _run(self, running: _Item[ItemT]) -> Any:
+        session, item = self._session, running.item
+        if not isinstance(item, StartRequest):
+            running.execution = _handle(session, item)
+        deadline = session._settings.deadline(self._timeout, now=clock())
+        if isinstance(item, StartRequest):
+            running.execution = await session._start(item, deadline)
+        return await cast(Execution, running.execution)._output(deadline, self._into)
+
+    def _taken(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            self._error = self._error or SessionClosed()
+        elif isinstance(error := task.exception(), Exception):
+            self._error = self._error or error
+        self._remove(task)
+
+    def _ended(self, item: _Item[ItemT], task: asyncio.Task[Any]) -> None:
+        output: Any = None
+        error: Exception | None = None
+        if task.cancelled():
+            error = self._end_error(item)
+        elif (failure := task.exception()) is None:
+            output = task.result()
+        else:
+            error = cast(Exception, failure)
+            if isinstance(error, Unauthorized | SessionClosed) and self._error is None:
+                self._error = copy_error(error)  # no later item could succeed
+                self._cancel()
+        snapshot = None if item.execution is None else item.execution._last
+        outcome = Outcome(item.index, item.item, item.execution, snapshot, output, error)
+        if self._is_abandoned:
+            _report_abandoned(outcome)
+        else:
+            self._outcomes.put_nowait(outcome)
+        self._remove(task)
+
+    def _remove(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not self._tasks:
+            self._outcomes.put_nowait(None)
+
+    def _cancel(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    async def _abandon(self) -> None:
         """Cancel what is in flight, and wait until it has ended."""
         self._is_abandoned = True
         while not self._outcomes.empty():
             if (outcome := self._outcomes.get_nowait()) is not None:
-                report_abandoned(outcome)
-        if self._ended.is_set():
-            return
-        if self._is_elsewhere():
-            for item in list(self._in_flight):  # that loop may never run again
-                item.is_reported = item.execution is not None
-                if item.is_reported:
-                    report_abandoned(item)
-                elif item.start is not None:
-                    item.start.report_left()
-            if not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self._scope.cancel)
-            raise RuntimeError(_ELSEWHERE)
-        self._scope.cancel()
-        if self._is_running:
-            with anyio.CancelScope(shield=True):
-                await self._ended.wait()
+                _report_abandoned(outcome)
+        self._cancel()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
 
-    async def run(self) -> None:
-        """Take items, and run each to its end."""
-        self._is_running = True
-        # Items are taken in a task of their own, which is cancelled once, and again if it seems to
-        # have suppressed that: a scope would cancel each `await` in a user's clean-up.
-        taking = Tasks()
-        taking.start(self._take, name="promptlayer_exec.items")
-        try:
-            with self._scope:
-                try:
-                    await taking.ended()
-                    await self._tasks.ended()
-                finally:
-                    self._is_taking = False
-                    taking.cancel()
-                    self._tasks.cancel()
-                    with anyio.CancelScope(shield=True):
-                        await self._tasks.ended_by_cancellation()
-                        await taking.ended_by_cancellation(CLEAN_UP)
-        except anyio.get_cancelled_exc_class():
-            self.error = self.error or SessionClosed()
-            raise
-        finally:
-            self._ended.set()
-            self._outcomes.put_nowait(None)
-
-    async def _take(self) -> None:
-        try:
-            async with aclosing(each(self._items)) as items:
-                indexes = itertools.count()
-                while True:
-                    await self._slots.acquire()
-                    self._start(RunningItem(next(indexes), await anext(items)))
-        except StopAsyncIteration:
-            pass
-        except asyncio.CancelledError as error:
-            if not is_cancelled():
-                self.error = self.error or foreign_cancellation("items", error)
-        except BaseException as error:  # noqa: BLE001 - raised to the consumer
-            self.error = self.error or error
-
-    def _start(self, item: RunningItem[ItemT]) -> None:
-        if not self._is_taking:  # `items` suppressed its cancellation
-            raise asyncio.CancelledError
-        self._in_flight.add(item)
-        self._tasks.start(partial(self._run_one, item), name="promptlayer_exec.item")
-
-    async def _run_one(self, item: RunningItem[ItemT]) -> None:
-        if item not in self._in_flight:  # it ended, and was cancelled in its last step
-            return
-        output: Any = None
-        error: Exception | None = None
-        try:
-            output = await self._run_item(item)
-        except asyncio.CancelledError as cancelled:
-            foreign = not is_cancelled()
-            error = foreign_cancellation("an item", cancelled) if foreign else self._end_error(item)
-        except Exception as failure:  # noqa: BLE001 - the error of this outcome
-            error = failure
-            if isinstance(failure, Unauthorized | SessionClosed):
-                self._fail(copy_error(failure))
-        except BaseException as fatal:  # noqa: BLE001 - raised, it would end the session
-            self._fail(fatal)
-            report_abandoned(item)
-            return
-        finally:
-            self._in_flight.discard(item)
-        outcome = Outcome(item.index, item.item, item.execution, item.snapshot, output, error)
-        if not self._is_abandoned:
-            self._outcomes.put_nowait(outcome)
-        elif not item.is_reported:
-            report_abandoned(outcome)
-
-    def _fail(self, error: BaseException) -> None:
-        self.error = self.error or error
-        self._scope.cancel()
-
-    def _end_error(self, item: RunningItem[ItemT]) -> PromptLayerExecError:
+    def _end_error(self, item: _Item[ItemT]) -> PromptLayerExecError:
         """Return the error of an item that is cancelled because the fan-out cannot continue."""
-        cause = self.error if isinstance(self.error, PromptLayerExecError) else SessionClosed()
+        if item.execution is None and not isinstance(item.item, StartRequest):
+            with suppress(TypeError, ValueError):  # it was cancelled before its first step
+                item.execution = _handle(self._session, item.item)
+        cause = self._error if isinstance(self._error, PromptLayerExecError) else SessionClosed()
         error = cast(PromptLayerExecError, copy_error(cause))
         if isinstance(error, Unauthorized):  # its text may say that no run was started
             what = "this item was given up, because another failed"
@@ -265,7 +235,7 @@ class _FanOut(Generic[ItemT]):
                 what += " (if its start was sent already, its id is in the log)"
             error.args = (f"{what}: {error.args[0]}",)
         error.execution_id = None if item.execution is None else item.execution.id
-        error.last_snapshot = item.snapshot
+        error.last_snapshot = None if item.execution is None else item.execution._last
         return error
 
 
@@ -279,3 +249,20 @@ async def each(items: Iterable[ItemT] | AsyncIterable[ItemT]) -> AsyncGenerator[
     async with aclosing(iterator) if isinstance(iterator, AsyncGenerator) else nullcontext():
         async for item in iterator:
             yield item
+
+
+def _handle(session: Session, item: Any) -> Execution:
+    """Return the handle of an item that is not a `StartRequest`."""
+    if not isinstance(item, Execution):
+        try:
+            return session.execution(item)
+        except TypeError:
+            raise TypeError(
+                "an item must be an execution id, an Execution or a StartRequest,"
+                f" not {item!r:.100}"
+            ) from None
+    if item._session is None:  # it was unpickled
+        return Execution(session, item.id, item.workflow, item.warning)
+    if item._session is not session:
+        raise ValueError(f"execution {item.id} belongs to another session: pass its id instead")
+    return item

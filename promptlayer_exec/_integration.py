@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
-from promptlayer_exec._api.executions import MAX_ID, check_execution_id
+from promptlayer_exec._api.messages import excess
+from promptlayer_exec._arguments import MAX_ID, check_count, check_execution_id
 from promptlayer_exec._display import indented, short_repr
 from promptlayer_exec._engine.start import SendHooks
 from promptlayer_exec._engine.tasks import wait_even_if_cancelled
@@ -21,17 +22,18 @@ from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError, Reques
 from promptlayer_exec._events import WakeSource
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import each
-from promptlayer_exec._http.exchange import excess
 from promptlayer_exec._install import install_hint
 from promptlayer_exec._models import StartRequest, node_dict
 from promptlayer_exec._policies import Limiter, RetryPolicy, check_seconds
 from promptlayer_exec._session import Session
-from promptlayer_exec._settings import check_count, find_base_url, missing_for_push
+from promptlayer_exec._settings import find_base_url, missing_for_push
+from promptlayer_exec._statuses import UNKNOWN_STATUS, status_entry
 from promptlayer_exec._workflows import Workflow, near
 
 __all__ = [
     "DEFINITION_TIMEOUT",
     "MAX_ID",
+    "UNKNOWN_STATUS",
     "SendHooks",
     "base_url",
     "check_count",
@@ -56,7 +58,7 @@ __all__ = [
     "short_repr",
     "start",
     "start_token",
-    "takes_callbacks",
+    "status_entry",
     "wait_even_if_cancelled",
     "wake",
 ]
@@ -119,11 +121,6 @@ def start_token(session: Session) -> str:
     return uuid4().hex if callbacks is None else callbacks.new_token()
 
 
-def takes_callbacks(session: Session) -> bool:
-    """Return True if each start has a callback URL of its own."""
-    return session._settings.callbacks is not None
-
-
 async def start(
     session: Session, request: StartRequest, *, hooks: SendHooks, token: str | None = None
 ) -> Execution:
@@ -151,7 +148,7 @@ def receive_callback(session: Session, token: str, execution_id: int) -> None:
 
     `token` must be genuine. The session need not be open.
     """
-    session._opener.callbacks.receive(token, execution_id)
+    session._callbacks.receive(token, execution_id)
 
 
 def max_response_bytes(session: Session) -> int:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import enum
 import operator
 from collections import Counter
-from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
-from functools import wraps
-from inspect import iscoroutinefunction
-from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import attrs
 
-from promptlayer_exec._display import counts_repr, short_repr
+from promptlayer_exec._arguments import naming_arguments
+from promptlayer_exec._display import counts_repr, json_kind, short_repr
 from promptlayer_exec._errors import ExecutionFailed
+from promptlayer_exec._statuses import FINAL as FINAL  # noqa: PLC0414 - re-exported
+from promptlayer_exec._statuses import STATUSES
+from promptlayer_exec._statuses import NodeStatus as NodeStatus  # noqa: PLC0414 - re-exported
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
 
 T = TypeVar("T")
 V = TypeVar("V")
-F = TypeVar("F", bound=Callable[..., Any])
 
 # An error names so many nodes at most: their names can be as long as a body, and a million.
 _SHOWN_NODES = 20
@@ -55,29 +55,12 @@ class FrozenMap(Mapping[str, V]):
         return f"{type(self).__name__}({self._items!r})"
 
 
-class NodeStatus(enum.StrEnum):
-    """The documented statuses of a node; the last three are final."""
-
-    QUEUED = "QUEUED"
-    RUNNING = "RUNNING"
-    SUCCESS = "SUCCESS"
-    FAILED = "FAILED"
-    SKIPPED = "SKIPPED"
-
-    __hash__ = str.__hash__  # Enum's own is a Python call for each node of each poll
-
-
-# PromptLayer has documented FAILED as FAILURE, too.
-STATUSES: Mapping[str, NodeStatus] = {**NodeStatus.__members__, "FAILURE": NodeStatus.FAILED}
-FINAL = (NodeStatus.SUCCESS, NodeStatus.FAILED, NodeStatus.SKIPPED)
-
-
 def _read_status(status: str) -> NodeStatus | str:
     return STATUSES.get(status, status)
 
 
 class _NodeSlots:
-    """The fields of a node, which may be set until `read_nodes` turns it into one."""
+    """The fields of a node, which may be set until `read_node` turns it into one."""
 
     __slots__ = (
         "__weakref__",
@@ -122,40 +105,50 @@ class Node(_NodeSlots):
         return self.status == NodeStatus.SUCCESS
 
 
-_node_fields = operator.itemgetter(
-    "status", "value", "error_message", "raw_error_message", "is_output_node"
-)
+_NODE_FIELDS = ("status", "value", "error_message", "raw_error_message", "is_output_node")
+_node_fields = operator.itemgetter(*_NODE_FIELDS)
 
 
-def read_nodes(bodies: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the nodes that decoded bodies describe; None for one without well-formed fields.
+class InvalidNode(Exception):
+    """A decoded body is not a node; the arguments are the field, if it is one, and the reason."""
+
+
+def read_node(name: str, body: Any) -> Node:
+    """Return the node that a decoded body describes, or raise `InvalidNode`.
 
     attrs sets each field of a frozen class by a call; on a body of 50 nodes that is a tenth of a
     poll. Here the fields are set while the class still allows it, and the class comes last.
     """
-    nodes: dict[str, Any] = {}
-    for name, body in bodies.items():
-        try:
-            status, value, message, raw_message, is_output = _node_fields(body)
-            known = STATUSES[status]
-        except (KeyError, TypeError):
-            nodes[name] = None
-            continue
-        if (message is not None and type(message) is not str) or (
-            is_output is not None and is_output is not True and is_output is not False
-        ):
-            nodes[name] = None
-            continue
-        node: Any = _NodeSlots()
-        nodes[name] = node
-        node.name = name
-        node.status = known
-        node.value = value
-        node.error_message = message
-        node.raw_error_message = raw_message
-        node.is_output_node = is_output
-        node.__class__ = Node
-    return nodes
+    try:
+        status, value, message, raw_message, is_output = _node_fields(body)
+        status = STATUSES[status]
+    except (KeyError, TypeError):  # the status may be unknown, and all other fields missing
+        if not isinstance(body, dict):
+            raise InvalidNode("", f"expected a node, got {json_kind(body)}") from None
+        status, value, message, raw_message, is_output = map(body.get, _NODE_FIELDS)
+        if type(status) is not str:
+            raise _invalid_field(body, "status", "a string") from None
+        status = _read_status(status)
+    if message is not None and type(message) is not str:
+        raise _invalid_field(body, "error_message", "a string or null")
+    if is_output is not None and is_output is not True and is_output is not False:
+        raise _invalid_field(body, "is_output_node", "true, false or null")
+    node: Any = _NodeSlots()
+    node.name = name
+    node.status = status
+    node.value = value
+    node.error_message = message
+    node.raw_error_message = raw_message
+    node.is_output_node = is_output
+    node.__class__ = Node
+    finished: Node = node
+    return finished
+
+
+def _invalid_field(body: dict[str, Any], field: str, expected: str) -> InvalidNode:
+    is_missing = field not in body
+    reason = "is missing" if is_missing else f"expected {expected}, got {json_kind(body[field])}"
+    return InvalidNode(field, reason)
 
 
 @attrs.frozen
@@ -427,37 +420,6 @@ class MainOutput:
     execution_id: int
     complete: bool
     value: Any = attrs.field(repr=short_repr)
-
-
-# The names of the vendor's SDK and of its API, and ours.
-_OTHER_NAMES = {
-    "workflow_name": "workflow",
-    "workflow_id": "workflow",
-    "workflow_id_or_name": "workflow",
-    "input_variables": "inputs",
-    "workflow_label_name": "label",
-    "workflow_version": "version",
-    "workflow_version_number": "version",
-}
-
-
-def naming_arguments(function: F) -> F:
-    """Let a function that is called with the vendor's name of an argument say what ours is."""
-
-    @wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        for name in kwargs:
-            if name in _OTHER_NAMES:
-                raise TypeError(f"unexpected argument {name}=: it is {_OTHER_NAMES[name]}= here")
-            if name == "return_all_outputs":
-                raise TypeError(f"unexpected argument {name}=: use (await execution.wait()).raw")
-        return function(*args, **kwargs)
-
-    @wraps(function)
-    async def checked_coroutine(*args: Any, **kwargs: Any) -> Any:
-        return await checked(*args, **kwargs)
-
-    return cast(F, checked_coroutine if iscoroutinefunction(function) else checked)
 
 
 @attrs.frozen

@@ -1,37 +1,58 @@
-"""The session: its settings, and how its parts are wired together."""
+"""The session: its settings, its opening and closing, and how its parts are wired together."""
 
 from __future__ import annotations
 
+import secrets
+import threading
+import warnings
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, overload
 
 import cattrs
+from yarl import URL
 
-from promptlayer_exec._api.executions import Request, check_execution_id, run_request
+from promptlayer_exec._api.attempt import Attempt
+from promptlayer_exec._api.executions import NodeMapReader, run_request
+from promptlayer_exec._api.messages import Request, Response
+from promptlayer_exec._api.redaction import Redactor
 from promptlayer_exec._api.workflows import workflow_request, workflows_filter
-from promptlayer_exec._engine.callbacks import recoverable_token, with_callback_url
+from promptlayer_exec._arguments import check_execution_id, naming_arguments
+from promptlayer_exec._engine.callbacks import CallbackLog, recoverable_token, with_callback_url
 from promptlayer_exec._engine.client import Client, list_workflows
-from promptlayer_exec._engine.start import SendHooks, Start
+from promptlayer_exec._engine.lifetime import Lifetime
+from promptlayer_exec._engine.retry import RecentStarts, Retrying
+from promptlayer_exec._engine.start import SendHooks
 from promptlayer_exec._engine.tasks import clock
-from promptlayer_exec._errors import StartUnknown
-from promptlayer_exec._events import Observer, StartFailed, WakeSource
-from promptlayer_exec._execution import Execution
-from promptlayer_exec._fanout import Outcome
-from promptlayer_exec._items import collected, outcomes_of
-from promptlayer_exec._models import MainOutput, Snapshot, StartRequest, naming_arguments
-from promptlayer_exec._opener import Opener
-from promptlayer_exec._output import check_type
+from promptlayer_exec._errors import ConfigurationError, SessionClosed, StartUnknown
+from promptlayer_exec._events import Observer, StartFailed, WakeSource, broadcast
+from promptlayer_exec._execution import Execution, check_type
+from promptlayer_exec._fanout import Outcome, collected, outcomes_of
+from promptlayer_exec._http.connections import Pools
+from promptlayer_exec._http.throttle import Throttle
+from promptlayer_exec._http.transport import Transport
+from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
 from promptlayer_exec._policies import Deadline, Limiter, PollPolicy, RetryPolicy, check_timeout
-from promptlayer_exec._settings import Settings, find_base_url
+from promptlayer_exec._push.wakeups import EarlyWakeUps
+from promptlayer_exec._settings import (
+    Settings,
+    find_api_key,
+    find_base_url,
+    find_proxy,
+    sends_in_the_clear,
+)
 from promptlayer_exec._workflows import Workflow, WorkflowSummary
 
 if TYPE_CHECKING:
     import aiohttp
     from typing_extensions import TypeForm
 
+    from promptlayer_exec._push.channels import Push
     from promptlayer_exec.webhooks import Callbacks
 
+T = TypeVar("T")
 ItemT = TypeVar("ItemT")
 OutputT = TypeVar("OutputT")
 
@@ -53,23 +74,26 @@ class Session:
         request_timeout: seconds for one HTTP attempt, from connecting to the last byte. Waiting
             for the rate or a connection does not count, except for one that others hold in `http=`.
         max_connections: how many requests may be in flight at once. A quarter of them, at least
-            one, is reserved for starts; push has up to 16 more.
+            one, is reserved for starts.
         max_response_bytes: the largest response body, in bytes after decompression.
         rate: HTTP attempts per second, for the whole session; None: unlimited.
         limiter: an additional limit, acquired once per HTTP attempt.
         http: a client session to borrow, with its proxy, TLS and headers; not closed at the end.
-        converter: hooks for inputs and for structuring outputs; never used for the node map.
+        converter: structures inputs and outputs in place of the strict one, which
+            `promptlayer_exec.strict_converter` returns; never used for the node map.
         observers: called with every event.
         push: whether PromptLayer's push channel wakes the watches of runs started here, so that
             results come within milliseconds; also with `$PROMPTLAYER_EXEC_PUSH=1`. Extra `push`.
-        trust_env: whether to use HTTP_PROXY, HTTPS_PROXY, NO_PROXY and .netrc, as aiohttp reads
-            them; also with `$PROMPTLAYER_EXEC_TRUST_ENV=1`. A borrowed `http` has its own setting.
+        trust_env: whether to use HTTP_PROXY, HTTPS_PROXY and NO_PROXY, read when the session opens;
+            `$PROMPTLAYER_EXEC_TRUST_ENV=0` turns it off. A loopback host is never asked through a
+            proxy, and a borrowed `http` has its own setting.
         callbacks: gives each start a callback URL of its own, so that `recover` can find it.
 
     Raises:
         ConfigurationError: a setting is malformed. A missing key is reported at first use.
     """
 
+    @naming_arguments
     def __init__(
         self,
         api_key: str | None = None,
@@ -87,7 +111,7 @@ class Session:
         converter: cattrs.Converter | None = None,
         observers: Sequence[Observer] = (),
         push: bool = False,
-        trust_env: bool = False,
+        trust_env: bool = True,
         callbacks: Callbacks | None = None,
     ) -> None:
         self._settings = Settings(
@@ -109,12 +133,32 @@ class Session:
             callbacks=callbacks,
         )
         self._limiters = [] if limiter is None else [limiter]
-        self._opener = Opener(self._settings, self._limiters)
-        self._opener.warn_of_plain_http(find_base_url(self._settings.base_url), stacklevel=3)
+        self._client: Client | None = None
+        self._opening = threading.Lock()  # two threads, each with its own loop, may use it at once
+        self._closed = False
+        self._has_warned = False
+        # What outlives a client:
+        self._node_maps = NodeMapReader()
+        self._recent_starts = RecentStarts(retry.not_found_grace)
+        self._early_wake_ups = EarlyWakeUps()
+        self._emit = broadcast(observers)
+        self._callbacks = CallbackLog(self._emit, self._recent_starts)
+        # What each start carries, so that its completion is pushed.
+        self._channel_suffix = secrets.token_hex(16) if self._settings.push else None
+        self._warn_of_plain_http(find_base_url(base_url), stacklevel=4)
+
+    def __enter__(self) -> NoReturn:
+        raise TypeError("a Session is asynchronous: use `async with`, not `with`")
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Never called: it lets `with` reach the error of `__enter__`."""
 
     async def __aenter__(self) -> Self:
         """Open the session, or reopen it if it was closed."""
-        await self._opener.enter()
+        if (client := self._client) is not None and client.lifetime.is_closing():
+            await self._wait_closed(client)
+        self._closed = False
+        self._open()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -127,32 +171,123 @@ class Session:
         Raises:
             RuntimeError: the session is open in another event loop that is still running.
         """
-        await self._opener.close()
+        client = self._client
+        if client is not None:
+            client.lifetime.close()
+        self._closed = True
+        if client is not None:
+            await self._wait_closed(client)
+
+    async def _wait_closed(self, client: Client) -> None:
+        await client.lifetime.wait_closed()
+        if self._client is client:
+            self._client = None
+
+    def _open(self, execution_id: int | None = None) -> Client:
+        """Return the open client; the first use opens it. Errors carry the execution's id."""
+        if self._closed:
+            raise SessionClosed(execution_id=execution_id)
+        try:
+            with self._opening:
+                if self._client is None:
+                    self._client = self._connect()
+            self._client.lifetime.check_open()
+        except (ConfigurationError, SessionClosed) as error:
+            error.execution_id = execution_id
+            raise
+        return self._client
+
+    def _warn_of_plain_http(self, base_url: str, *, stacklevel: int) -> None:
+        if not self._has_warned and sends_in_the_clear(base_url):
+            self._has_warned = True
+            warnings.warn(
+                f"{base_url} is plain http: anyone on the network path can read the API key and"
+                " every output; use https, or a loopback address",
+                stacklevel=stacklevel,
+            )
+
+    def _connect(self) -> Client:
+        """Make the parts of an open session, in the running event loop. No I/O."""
+        settings = self._settings
+        api_key = find_api_key(settings.api_key)
+        if api_key is None:
+            raise ConfigurationError(
+                "there is no API key: create one in PromptLayer's settings, and set"
+                " PROMPTLAYER_API_KEY or pass api_key= to Session"
+            )
+        base_url = find_base_url(settings.base_url)
+        self._warn_of_plain_http(base_url, stacklevel=2)  # the environment may have changed
+        proxy = None if settings.http is not None else find_proxy(settings, base_url)
+        password = None if proxy is None else URL(proxy).password
+        resources = AsyncExitStack()
+        transport = Transport(
+            settings=settings,
+            pools=Pools.open(settings, api_key, proxy, resources),
+            base_url=base_url,
+            redactor=Redactor((api_key,)).also(password),
+            throttle=Throttle(settings.rate, self._limiters),
+            emit=self._emit,
+        )
+        client = Client(
+            settings=settings,
+            lifetime=Lifetime(resources),
+            base_url=base_url,
+            redact=transport.redactor.redact,
+            retrying=Retrying(transport.send, settings.retry, self._recent_starts, self._emit),
+            recent_starts=self._recent_starts,
+            node_maps=self._node_maps,
+            early_wake_ups=self._early_wake_ups,
+            callbacks=self._callbacks,
+            emit=self._emit,
+        )
+        if self._channel_suffix is not None:
+            client.push = self._make_push(client, transport, proxy, self._channel_suffix)
+        return client
+
+    def _make_push(
+        self, client: Client, transport: Transport, proxy: str | None, suffix: str
+    ) -> Push:
+        # Imported here: it needs an extra.
+        from promptlayer_exec._push.channels import Push  # noqa: PLC0415
+
+        async def call(request: Request, read: Callable[[Response], T]) -> T:
+            return (await transport.send(request, read, Attempt(clock(), first=True))).value
+
+        return Push(
+            base_url=client.base_url,
+            suffix=suffix,
+            proxy=proxy,
+            max_bytes=self._settings.max_response_bytes,
+            redact=transport.redactor.redact,
+            call=call,
+            wake=partial(client.wake, source="push"),
+            spawn=lambda run: client.lifetime.spawn(run(), name="promptlayer_exec.Push"),
+        )
 
     @overload
     async def get_results(
-        self, execution_id: int, *, return_all_outputs: Literal[False] = False
+        self, execution_id: int | str, *, return_all_outputs: Literal[False] = False
     ) -> MainOutput: ...
 
     @overload
     async def get_results(
-        self, execution_id: int, *, return_all_outputs: Literal[True]
+        self, execution_id: int | str, *, return_all_outputs: Literal[True]
     ) -> Snapshot: ...
 
     @overload
     async def get_results(
-        self, execution_id: int, *, return_all_outputs: bool
+        self, execution_id: int | str, *, return_all_outputs: bool
     ) -> MainOutput | Snapshot: ...
 
     async def get_results(
-        self, execution_id: int, *, return_all_outputs: bool = False
+        self, execution_id: int | str, *, return_all_outputs: bool = False
     ) -> MainOutput | Snapshot:
         """Return an execution's results as they are now, with one GET.
 
         https://docs.promptlayer.com/reference/get-workflow-version-execution-results
 
         Args:
-            execution_id: 1 ... 2**63-1.
+            execution_id: 1 ... 2**63-1, or a string of its digits.
             return_all_outputs: True returns every node, False only the main output.
 
         Raises:
@@ -163,7 +298,7 @@ class Session:
             SessionClosed: the session was closed.
         """
         execution_id = check_execution_id(execution_id)
-        client = await self._open(execution_id)
+        client = self._open(execution_id)
         if return_all_outputs:
             return await client.snapshot(execution_id, client.deadline())
         return await client.main_output(execution_id, client.deadline())
@@ -310,7 +445,7 @@ class Session:
             SessionClosed: the session was closed.
         """
         request = workflow_request(workflow, label, version)
-        client = await self._open()
+        client = self._open()
         return await client.workflow(workflow, request, client.deadline())
 
     def workflows(
@@ -352,16 +487,16 @@ class Session:
         deadline: Deadline | None = None,
         hooks: SendHooks | None = None,
         token: str | None = None,
-        began: Callable[[Start], None] = lambda _: None,
     ) -> Execution:
         try:
             posted, token = with_callback_url(request, self._settings.callbacks, token)
-            _, post = self._prepare(posted)
-            client = await self._open()
-        except BaseException as error:
-            self._opener.emit(StartFailed(None, request, error))
+            _, http_request = self._prepare(posted)
+            http_request.secret = token
+            client = self._open()
+        except Exception as error:
+            self._emit(StartFailed(None, request, error))
             raise
-        started = await client.start(request, post, deadline, hooks=hooks, token=token, began=began)
+        started = await client.start(request, http_request, deadline, hooks=hooks)
         return Execution(self, started.execution_id, request.workflow, started.warning)
 
     async def recover(
@@ -383,7 +518,7 @@ class Session:
         """
         token = recoverable_token(error, self._settings.callbacks)
         timeout = check_timeout(timeout)
-        client = await self._open()
+        client = self._open()
         execution_id = await client.recover(error, token, client.deadline(timeout))
         return Execution(self, execution_id, error.workflow)
 
@@ -392,7 +527,7 @@ class Session:
         from promptlayer_exec._structuring import encode_inputs  # noqa: PLC0415 - slow to import
 
         inputs = encode_inputs(request.inputs, self._settings.converter)
-        return inputs, run_request(request, inputs, self._opener.channel_suffix)
+        return inputs, run_request(request, inputs, self._channel_suffix)
 
     @overload
     def as_completed(
@@ -483,7 +618,7 @@ class Session:
             outcomes_of(self, items, max_in_flight=max_in_flight, timeout=timeout, into=into)
         )
 
-    def execution(self, execution_id: int) -> Execution:
+    def execution(self, execution_id: int | str) -> Execution:
         """Return the handle of an execution, without any I/O.
 
         Raises:
@@ -492,7 +627,7 @@ class Session:
         """
         return Execution(self, check_execution_id(execution_id))
 
-    def wake(self, execution_id: int) -> bool:
+    def wake(self, execution_id: int | str) -> bool:
         """Poll an execution now: something else, such as a message of yours, says it has changed.
 
         If nobody follows it yet, the wake-up is remembered for 10 minutes. Any number of them
@@ -507,13 +642,18 @@ class Session:
         return self._wake(check_execution_id(execution_id), "caller")
 
     def _wake(self, execution_id: int, source: WakeSource) -> bool:
-        return self._opener.wake(execution_id, source)
+        if self._closed:
+            raise SessionClosed(execution_id=execution_id)
+        if (client := self._client) is not None:
+            client.lifetime.check_loop()
+            return client.wake(execution_id, source)
+        self._early_wake_ups.add(execution_id, source)
+        return False
 
     def __repr__(self) -> str:
-        return f"<Session {self._opener.describe()}>"
+        if (client := self._client) is not None and not client.lifetime.is_closing():
+            return f"<Session {client.base_url}, open>"
+        return "<Session, not open>"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Session holds a key and connections, and cannot be pickled or copied")
-
-    async def _open(self, execution_id: int | None = None) -> Client:
-        return await self._opener.open(execution_id)

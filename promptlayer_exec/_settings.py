@@ -10,15 +10,16 @@ from collections.abc import Callable, Sequence
 from inspect import iscoroutinefunction, isroutine
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
-from urllib.request import getproxies_environment, proxy_bypass
+from urllib.request import getproxies, proxy_bypass
 
+import aiohttp
 import attrs
 import cattrs
 from yarl import URL
 
+from promptlayer_exec._arguments import check_count
 from promptlayer_exec._errors import ConfigurationError
 from promptlayer_exec._events import Observer
-from promptlayer_exec._http.connections import BorrowedHttp
 from promptlayer_exec._install import install_hint
 from promptlayer_exec._policies import Deadline, Limiter, PollPolicy, RetryPolicy, check_seconds
 
@@ -31,7 +32,7 @@ _URL_VARIABLE = "PROMPTLAYER_BASE_URL"
 _PUSH_VARIABLE = "PROMPTLAYER_EXEC_PUSH"
 _TRUST_VARIABLE = "PROMPTLAYER_EXEC_TRUST_ENV"
 _YES = ("1", "true", "yes", "on")
-_NO = ("", "0", "false", "no", "off")
+_NO = ("0", "false", "no", "off")
 
 
 def find_api_key(api_key: str | None) -> str | None:
@@ -91,11 +92,14 @@ def find_base_url(base_url: str | None) -> str:
 def sends_in_the_clear(base_url: str) -> bool:
     """Return True if the API key would be sent over a network without encryption."""
     url = URL(base_url)
-    host = url.host or ""
-    if url.scheme != "http" or host == "localhost" or host.endswith(".localhost"):
-        return False
+    return url.scheme == "http" and not _is_loopback(url.host or "")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
     address = _ip_address(host)
-    return address is None or not address.is_loopback
+    return address is not None and address.is_loopback
 
 
 def _ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -109,25 +113,29 @@ def _matches(pattern: str, value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
-def _find_switch(name: str, value: Any, variable: str) -> bool:
+def _find_switch(name: str, value: Any, variable: str) -> tuple[bool, bool | None]:
+    """Return the setting, and what its environment variable says: None if it says nothing."""
     if not isinstance(value, bool):
         raise ConfigurationError(f"{name} must be True or False, got {value!r:.100}")
     text = os.environ.get(variable, "").lower()
-    if text not in (*_YES, *_NO):
+    if text not in ("", *_YES, *_NO):
         raise ConfigurationError(f"{variable} must be 1 or 0, got {text!r:.100}")
-    return value or text in _YES
+    return value, (text in _YES if text else None)
 
 
 def _find_trust_env(trust_env: Any) -> bool:
-    return _find_switch("trust_env", trust_env, _TRUST_VARIABLE)
+    given, variable = _find_switch("trust_env", trust_env, _TRUST_VARIABLE)
+    return given and variable is not False
 
 
 def _find_push(push: Any) -> bool:
-    is_on = _find_switch("push", push, _PUSH_VARIABLE)
-    if is_on and (missing := missing_for_push()):
-        source = "push=True" if push else f"{_PUSH_VARIABLE}=1"
+    given, variable = _find_switch("push", push, _PUSH_VARIABLE)
+    if not given and not variable:
+        return False
+    if missing := missing_for_push():
+        source = "push=True" if given else f"{_PUSH_VARIABLE}=1"
         raise ConfigurationError(f"{source} needs {missing}")
-    return is_on
+    return True
 
 
 def missing_for_push() -> str | None:
@@ -147,21 +155,29 @@ def missing_for_push() -> str | None:
     return None
 
 
-def unused_proxy(settings: Settings, base_url: str) -> str:
-    """Return what to do about a proxy that the environment names and the session does not use."""
+def find_proxy(settings: Settings, base_url: str) -> str | None:
+    """Return the URL of the proxy that the environment names for the server; None: no proxy.
+
+    A loopback host is never asked through a proxy.
+    """
     url = URL(base_url)
-    is_used = settings.trust_env or settings.http is not None
-    if is_used or url.scheme not in getproxies_environment() or proxy_bypass(url.host or ""):
-        return ""
-    variable = f"{url.scheme.upper()}_PROXY"
-    return f"; {variable} is set but not used: pass trust_env=True, or set {_TRUST_VARIABLE}=1"
-
-
-def check_count(name: str, value: Any) -> int:
-    """Return a setting that must be an int of at least 1, or raise `ConfigurationError`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{name} must be an int of at least 1, got {value!r:.100}")
-    return value
+    if not settings.trust_env or _is_loopback(url.host or ""):
+        return None
+    proxy = getproxies().get(url.scheme)
+    if not proxy or proxy_bypass(f"{url.host}:{url.port}"):
+        return None
+    try:
+        parsed = URL(proxy if "://" in proxy else f"http://{proxy}")
+        is_valid = parsed.scheme in ("http", "https") and bool(parsed.host)
+        (parsed.password or "").encode("latin-1")  # as aiohttp does
+    except ValueError:
+        is_valid = False
+    if not is_valid:  # not shown: it may have a password
+        raise ConfigurationError(
+            f"{url.scheme.upper()}_PROXY must be a URL like http://user:password@host:port; set"
+            f" {_TRUST_VARIABLE}=0 or pass trust_env=False to use no proxy"
+        )
+    return str(parsed)
 
 
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
@@ -183,7 +199,7 @@ def _is_callbacks(owner: Any, setting: attrs.Attribute[Any], value: Any) -> None
         _is(Callbacks, "a promptlayer_exec.webhooks.Callbacks")(owner, setting, value)
 
 
-def _expects_nothing(_: Any, __: Any, value: BorrowedHttp | None) -> None:
+def _expects_nothing(_: Any, __: Any, value: aiohttp.ClientSession | None) -> None:
     if value is not None and "Expect" in value.headers:
         raise ConfigurationError(
             "http= must not have the header Expect: the server would have read a start's headers"
@@ -242,8 +258,11 @@ class Settings:
     max_response_bytes: int = attrs.field(validator=_count)
     rate: float | None = attrs.field(validator=_seconds)
     limiter: Limiter | None = attrs.field(validator=_acquirable)
-    http: BorrowedHttp | None = attrs.field(
-        validator=[_is(BorrowedHttp, "an aiohttp.ClientSession", optional=True), _expects_nothing]
+    http: aiohttp.ClientSession | None = attrs.field(
+        validator=[
+            _is(aiohttp.ClientSession, "an aiohttp.ClientSession", optional=True),
+            _expects_nothing,
+        ]
     )
     converter: cattrs.Converter | None = attrs.field(
         validator=_is(cattrs.Converter, "a cattrs.Converter", optional=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from itertools import islice
 from typing import Any
@@ -13,9 +13,8 @@ from promptlayer_exec._errors import printable
 from promptlayer_exec._models import FrozenMap, frozen_map
 
 _MOST_NAMED = 20  # unknown inputs in an error
-# A definition may have any number of names, of any length. Comparing two takes up to a millisecond.
-_MOST_COMPARED = 1000  # for one error
-_LONGEST_COMPARED = 50
+_MOST_COMPARED = 200  # names; a definition may have any number, of any length
+_LONGEST_COMPARED = 50  # characters
 
 
 @attrs.frozen
@@ -176,28 +175,20 @@ def _names(inputs: Any) -> set[str]:
     return set(encode_inputs(inputs))
 
 
-def _guesses(given: Sequence[str], missing: Iterable[str]) -> list[str]:
+def _guesses(given: Iterable[str], missing: Iterable[str]) -> list[str]:
     """Return each given name, and the missing one that it resembles, if any."""
-    compared = list(islice(missing, _MOST_COMPARED // len(given)))
-    found = [(name, near(name, compared, 1)) for name in given]
+    found = [(name, near(name, missing, 1)) for name in given]
     found.sort(key=lambda it: not it[1])  # those that were probably meant come first
     return [
-        f"{name:.100} (did you mean {likely[0]!r}?)" if likely else f"{name:.100}"
+        f"{name:.100} (did you mean {likely[0]!r:.100}?)" if likely else f"{name:.100}"
         for name, likely in found
     ]
 
 
 def near(name: str, known: Iterable[str], most: int) -> list[str]:
-    """Return the names that this one resembles, of the first thousand that are not very long.
-
-    Comparing two takes time that grows faster than the square of their length.
-    """
+    """Return the names that this one resembles in their beginnings, of the first 200."""
     from difflib import get_close_matches  # noqa: PLC0415 - rarely needed
 
-    wanted = name[: _LONGEST_COMPARED + 1].casefold()  # which is not shorter
-    if len(wanted) > _LONGEST_COMPARED:
-        return []
-    pairs = ((it.casefold(), it) for it in known if len(it) <= _LONGEST_COMPARED)
-    short = (pair for pair in pairs if len(pair[0]) <= _LONGEST_COMPARED)
-    folded = dict(islice(short, _MOST_COMPARED))
-    return [folded[it] for it in get_close_matches(wanted, folded, n=most)]
+    folded = {it[:_LONGEST_COMPARED].casefold(): it for it in islice(known, _MOST_COMPARED)}
+    close = get_close_matches(name[:_LONGEST_COMPARED].casefold(), folded, n=most)
+    return [folded[it] for it in close]

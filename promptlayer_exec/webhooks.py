@@ -18,9 +18,11 @@ from typing import Any, NoReturn, TypeGuard
 import attrs
 from yarl import URL
 
-from promptlayer_exec._api.executions import MAX_ID, NodeMapReader, Response
+from promptlayer_exec._api.executions import NodeMapReader
 from promptlayer_exec._api.json import loads
+from promptlayer_exec._api.messages import Response
 from promptlayer_exec._api.redaction import CREDENTIALS
+from promptlayer_exec._arguments import MAX_ID
 from promptlayer_exec._display import json_kind
 from promptlayer_exec._errors import ConfigurationError, InvalidResponse, InvalidSignature
 from promptlayer_exec._models import Snapshot

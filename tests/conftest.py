@@ -8,7 +8,10 @@ import json
 import logging
 import shutil
 import signal
+import socket
 import ssl
+import struct
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
@@ -257,6 +260,210 @@ async def listen() -> AsyncIterator[Callable[..., Awaitable[int]]]:
     await asyncio.gather(*connections, return_exceptions=True)
     for server in servers:
         await server.wait_closed()
+
+
+class RawRequest:
+    """One request to a `RawServer`, which a test answers as it likes.
+
+    Attributes:
+        head: the request line and the headers.
+        body: what followed them.
+        connection: the number of its connection, from 0.
+        is_reused: whether it is not the first there.
+        reader: what the client sends next.
+        writer: what the client receives.
+    """
+
+    def __init__(self, head: str, body: bytes, connection: int, server: RawServer) -> None:
+        self.head = head
+        self.body = body
+        self.connection = connection
+        self.reader, self.writer = server.streams[connection]
+        self.is_reused = any(earlier.connection == connection for earlier in server.requests)
+        self._upstream = server.upstream
+
+    @property
+    def method(self) -> str:
+        """The method."""
+        return self.head.partition(" ")[0]
+
+    @property
+    def execution_id(self) -> str:
+        """The id of the execution that it asks for."""
+        return self.head.partition("workflow_version_execution_id=")[2].partition("&")[0]
+
+    async def send(self, *parts: bytes) -> None:
+        """Send parts of an answer; the client reads each by itself."""
+        for part in parts:
+            self.writer.write(part)
+            await self.writer.drain()
+            for _ in range(20 * (len(parts) > 1)):
+                await asyncio.sleep(0)
+
+    async def answer(self, status: str, value: Any, *headers: str) -> None:
+        """Send a complete answer: bytes as they are, all else as JSON."""
+        body = value if isinstance(value, bytes) else json.dumps(value).encode()
+        lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers, "", ""]
+        await self.send("\r\n".join(lines).encode() + body)
+
+    async def fetch(self) -> tuple[bytes, bytes]:
+        """Send it to the server's `upstream`, and return the head and the body of the answer."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._upstream)
+        try:
+            writer.write(self.head.encode("latin-1") + self.body)
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = head.partition(b"Content-Length: ")[2].partition(b"\r\n")[0]
+            return head, await reader.readexactly(int(length))
+        finally:
+            writer.close()
+
+    async def hold(self, seconds: float | None = None) -> None:
+        """Send nothing for some seconds; end when the client disconnects."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.reader.read()
+                raise ConnectionResetError
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.writer.close()
+
+    def reset(self) -> None:
+        """End the connection with a TCP reset."""
+        RawServer.reset(self.writer)
+
+
+class RawServer:
+    """A hand-written HTTP server, for all that the simulator does not do.
+
+    Attributes:
+        requests: what it received.
+        streams: its connections, in the order in which they were opened.
+        idle: those on which it waits for a request.
+        answers: what the next requests get: bytes, or a function of the request.
+        respond: answers the other requests: by default with the execution's own id as the output of
+            its node "Answer", and with the id 787 for a start.
+        accept: called with each new connection.
+        url: where it listens.
+        upstream: the port to which `RawRequest.fetch` sends requests.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[RawRequest] = []
+        self.streams: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self.idle: set[asyncio.StreamWriter] = set()
+        self.answers: deque[bytes | Callable[[RawRequest], Awaitable[None]]] = deque()
+        self.respond: Callable[[RawRequest], Awaitable[None]] = self.echo
+        self.accept: Callable[[asyncio.StreamWriter], object] = lambda _: None
+        self.url = ""
+        self.upstream = 0
+        self._bind()
+        self._server: asyncio.Server | None = None
+        self._tasks: dict[asyncio.Task[Any], asyncio.StreamWriter] = {}
+
+    @property
+    def writers(self) -> list[asyncio.StreamWriter]:
+        """What it sends over its connections."""
+        return [writer for _, writer in self.streams]
+
+    def count(self, method: str) -> int:
+        """Return how many requests with a method it received."""
+        return [request.method for request in self.requests].count(method)
+
+    @staticmethod
+    async def echo(request: RawRequest) -> None:
+        """Answer as `respond` does by default."""
+        if request.method == "POST":
+            await request.answer("201 Created", {"workflow_version_execution_id": 787})
+        else:
+            node = {"status": "SUCCESS", "value": request.execution_id, "is_output_node": True}
+            await request.answer("200 OK", {"Answer": node})
+
+    @staticmethod
+    def reset(writer: asyncio.StreamWriter) -> None:
+        """End a connection with a TCP reset."""
+        at_once = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+        writer.transport.abort()
+
+    async def listen(self, context: ssl.SSLContext | None = None) -> None:
+        """Accept connections; with a context, by TLS."""
+        await self.refuse()
+        self._server = await asyncio.start_server(self._serve, sock=self._socket, ssl=context)
+        scheme, host = ("http", "127.0.0.1") if context is None else ("https", "localhost")
+        self.url = f"{scheme}://{host}:{self._port}"
+
+    async def refuse(self) -> None:
+        """Refuse connections, and end the open ones."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+            self._bind(self._port)  # at once, so that no other process takes the port
+        for task, writer in self._tasks.items():
+            writer.transport.abort()
+            task.cancel()
+        ended = await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+        for error in ended:
+            if isinstance(error, Exception):
+                raise error
+
+    async def wait_until_closed(self) -> None:
+        """Wait until the client has closed each connection."""
+        async with asyncio.timeout(10):
+            await asyncio.gather(*self._tasks)
+
+    def _bind(self, port: int = 0) -> None:
+        self._socket = socket.socket()  # without `listen` it refuses
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind(("127.0.0.1", port))
+        self._port = self._socket.getsockname()[1]
+
+    async def aclose(self) -> None:
+        """Refuse connections, and free the port."""
+        await self.refuse()
+        self._socket.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks[task] = writer
+        number = len(self.streams)
+        self.streams.append((reader, writer))
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            self.accept(writer)
+            while not writer.is_closing():
+                self.idle.add(writer)
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+                self.idle.discard(writer)
+                length = head.lower().partition("content-length: ")[2].partition("\r\n")[0]
+                body = await reader.readexactly(int(length or 0))
+                request = RawRequest(head, body, number, self)
+                self.requests.append(request)
+                answer = self.answers.popleft() if self.answers else self.respond
+                await (request.send(answer) if isinstance(answer, bytes) else answer(request))
+        self.idle.discard(writer)
+        writer.close()
+
+
+@pytest.fixture
+async def make_raw_server() -> AsyncIterator[Callable[..., Awaitable[RawServer]]]:
+    """Return a function that starts a server of raw answers; the end ends its connections."""
+    async with AsyncExitStack() as stack:
+
+        async def make(context: ssl.SSLContext | None = None) -> RawServer:
+            server = RawServer()
+            stack.push_async_callback(server.aclose)
+            await server.listen(context)
+            return server
+
+        yield make
+
+
+@pytest.fixture
+async def raw_server(make_raw_server: Callable[..., Awaitable[RawServer]]) -> RawServer:
+    """Return a running server of raw answers."""
+    return await make_raw_server()
 
 
 class Viewer:

@@ -11,22 +11,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import aiohttp
 import pytest
 
 from promptlayer_exec import (
     Event,
     ExecutionStarted,
-    NotFound,
     PromptLayerExecError,
-    RequestRetried,
     RetryPolicy,
     Session,
     SessionClosed,
     StartRequest,
     StartUnknown,
     WatchStarted,
-    _callbacks,
 )
 from promptlayer_exec._engine.callbacks import CallbackLog
 from promptlayer_exec._engine.retry import RecentStarts
@@ -151,7 +147,7 @@ async def test_a_lost_start_is_found_by_its_callback(
     assert [request.method for request in sim.requests].count("POST") == 1
     (event,) = recorder.of(ExecutionStarted)
     assert (event.execution_id, event.recovered) == (run.execution_id, True)
-    assert (event.abandoned, event.request) == (False, REQUEST)
+    assert (event.abandoned, event.request) == (False, StartRequest("report"))
     assert event.duration > 0
 
 
@@ -207,213 +203,6 @@ async def test_the_callback_of_a_start_that_was_answered_is_no_recovery(
     assert [event.recovered for event in recorder.of(ExecutionStarted)] == [False]
 
 
-@pytest.mark.parametrize(
-    ("statuses", "callback"),
-    [
-        *(([status], callback) for status in (307, 403) for callback in ("first", "last")),
-        *(([429], "last"), ([429, 201], "last")),
-    ],
-    ids=str,
-)
-async def test_the_callback_of_a_run_that_the_answer_denied_is_reported(
-    listen: Any,
-    open_session: Callable[..., Session],
-    caplog: pytest.LogCaptureFixture,
-    statuses: list[int],
-    callback: str,
-) -> None:
-    """A gateway can refuse a start that it has passed on; the event and the log have the id."""
-    tokens: list[str] = []
-    to_send = iter(statuses)
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        tokens.append(token_in(await read_start(reader)))
-        if callback == "first":
-            for execution_id in (1001, 1003, 1001):
-                receive_callback(session, tokens[0], execution_id)
-        body = b'{"workflow_version_execution_id": 1002}'
-        status = next(to_send)
-        writer.write(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body))
-
-    events: list[Event] = []
-    session = open_session(
-        base_url=f"http://127.0.0.1:{await listen(serve)}",
-        callbacks=CALLBACKS,
-        retry=RetryPolicy(outage=5.0 if 201 in statuses else 0.0, base=0.001),
-        observers=[events.append],
-    )
-    if 201 in statuses:
-        assert (await session.start("report", {"topic": "otters"})).id == 1002
-        why = "was begun by the same start as execution 1002"
-    else:
-        with pytest.raises(PromptLayerExecError) as caught:
-            await session.start("report", {"topic": "otters"})
-        why = "had started, although its start failed"
-        assert caught.value.execution_id == (1001 if callback == "first" else None)
-        assert ("no run of workflow 'report'" in str(caught.value)) is (callback == "last")
-    for execution_id in (1001, 1003, 1001) if callback == "last" else (1001,):
-        receive_callback(session, tokens[0], execution_id)
-    found = [it for it in events if isinstance(it, ExecutionStarted) and it.recovered]
-    assert [(event.execution_id, event.abandoned) for event in found] == [
-        (1001, False),
-        (1003, False),
-    ]
-    assert found[0].request == StartRequest("report")
-    warnings = [line.message for line in caplog.records if "follow it by its id" in line.message]
-    assert len(warnings) == 2
-    assert warnings[0] == f"execution 1001 of workflow 'report' {why}; follow it by its id"
-
-
-@pytest.mark.parametrize(
-    "moment", ["waiting", "connecting", "given up", "not repeated", "client session closed"]
-)
-async def test_a_start_is_not_sent_again_once_its_callback_has_come(
-    listen: Any,
-    open_session: Callable[..., Session],
-    caplog: pytest.LogCaptureFixture,
-    moment: str,
-) -> None:
-    """A gateway refused with 429 what it had passed on: that run is the start's."""
-    tokens: list[str] = []
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        tokens.append(token_in(await read_start(reader)))
-        if moment in {"waiting", "not repeated"}:
-            receive_callback(session, tokens[0], 1001)
-        writer.write(b"HTTP/1.1 429 X\r\nContent-Length: 0\r\n\r\n")
-
-    async def connect(*_: Any) -> None:
-        if tokens:
-            receive_callback(session, tokens[0], 1001)
-            if moment == "client session closed":
-                await http.close()
-                raise AssertionError  # as aiohttp does then
-            if moment == "given up":
-                raise ConnectionRefusedError
-
-    trace = aiohttp.TraceConfig()
-    trace.on_connection_create_start.append(connect)
-    events: list[Event] = []
-    async with aiohttp.ClientSession(trace_configs=[trace]) as http:
-        session = open_session(
-            base_url=f"http://127.0.0.1:{await listen(serve)}",
-            callbacks=CALLBACKS,
-            retry=RetryPolicy(
-                outage={"given up": 0.1, "not repeated": 0.0}.get(moment, 5.0), base=0.001
-            ),
-            observers=[events.append],
-            http=http,
-        )
-        execution = await session.start("report", {"topic": "otters"})
-    assert (execution.id, execution.workflow, execution.warning) == (1001, "report", None)
-    assert len(tokens) == 1
-    found = [event for event in events if isinstance(event, ExecutionStarted)]
-    assert [(event.execution_id, event.recovered) for event in found] == [(1001, False)]
-    assert "follow it by its id" not in caplog.text
-
-
-@pytest.mark.parametrize("end", ["deadline", "close", "cancel"])
-async def test_a_start_that_ends_while_it_waits_knows_its_callback(
-    listen: Any, open_session: Callable[..., Session], caplog: pytest.LogCaptureFixture, end: str
-) -> None:
-    """It was refused with 429, and says nowhere that no run was started."""
-    has_called_back = asyncio.Event()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        token = token_in(await read_start(reader))
-        writer.write(b"HTTP/1.1 429 X\r\nRetry-After: 60\r\nContent-Length: 0\r\n\r\n")
-        await writer.drain()
-        await refused.wait()
-        receive_callback(session, token, 1001)
-        has_called_back.set()
-
-    refused = asyncio.Event()
-    events: list[Event] = []
-
-    def observe(event: Event) -> None:
-        events.append(event)
-        if isinstance(event, RequestRetried):
-            refused.set()
-
-    session = open_session(
-        base_url=f"http://127.0.0.1:{await listen(serve)}",
-        callbacks=CALLBACKS,
-        wait_timeout=0.5 if end == "deadline" else 30.0,
-        observers=[observe],
-    )
-    starting = asyncio.create_task(session.start("report", {"topic": "otters"}))
-    await has_called_back.wait()
-    if end == "deadline":
-        assert (await starting).id == 1001
-    elif end == "close":
-        await session.aclose()
-        with pytest.raises(SessionClosed) as caught:
-            await starting
-        assert caught.value.execution_id == 1001
-    else:
-        starting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await starting
-        await session.aclose()
-    found = [event for event in events if isinstance(event, ExecutionStarted)]
-    assert [(event.execution_id, event.abandoned) for event in found] == [(1001, end != "deadline")]
-    assert ("execution 1001 of workflow 'report' started" in caplog.text) is (end != "deadline")
-    assert "no run" not in caplog.text
-
-
-def test_the_inputs_of_only_a_hundred_lost_starts_are_remembered() -> None:
-    """They may have a megabyte each, and ten thousand starts are remembered."""
-    events: list[Any] = []
-    log = CallbackLog(events.append, RecentStarts(0.0))
-    for number in range(102):
-        log.lose(str(number), StartRequest("report", {"n": number}, key=number), "")
-    for number in range(102):
-        log.receive(str(number), 1000 + number)
-    requests = [event.request for event in events]
-    assert requests[:2] == [StartRequest("report", key=number) for number in range(2)]
-    assert requests[2:] == [
-        StartRequest("report", {"n": number}, key=number) for number in range(2, 102)
-    ]
-
-
-@pytest.mark.parametrize("callbacks", ["before", "after"])
-async def test_the_second_run_of_a_lost_start_is_reported_too(
-    sim: Simulator, session: Session, recorder: Any, callbacks: str
-) -> None:
-    """A proxy can send a start twice; `recover` has the one that came first."""
-    sim.inject(Fault.stall())
-    starting = asyncio.create_task(session.start("report"))
-    await sim.wait_for_requests(1)
-    token = token_in(json.loads(sim.requests[0].body))
-    ids = (1001, 1002, 1001, 1002)
-    if callbacks == "before":
-        for execution_id in ids:
-            receive_callback(session, token, execution_id)
-    await sim.__aexit__()
-    with pytest.raises(StartUnknown) as caught:
-        await starting
-    for execution_id in ids if callbacks == "after" else (1001,):
-        receive_callback(session, token, execution_id)
-    assert [event.execution_id for event in recorder.of(ExecutionStarted)] == [1001, 1002]
-    assert (await session.recover(caught.value)).id == 1001
-
-
-@pytest.mark.parametrize("outcome", ["lost", "refused"])
-def test_a_callback_that_is_repeated_after_ten_thousand_others_is_not_news(outcome: str) -> None:
-    """By then it is forgotten, but the start is not."""
-    events: list[Any] = []
-    log = CallbackLog(events.append, RecentStarts(0.0))
-    if outcome == "lost":
-        log.lose("a", REQUEST, "")
-    else:
-        log.settle("a", REQUEST, "", None, 0.0)
-    log.receive("a", 1)
-    for number in range(10_000):
-        log.receive(f"of another start {number}", 2 + number)
-    log.receive("a", 1)
-    assert [event.execution_id for event in events] == [1]
-
-
 async def test_a_404_on_a_run_that_only_its_callback_has_told_of_is_not_final(
     sim: Simulator, session: Session, recorder: Any
 ) -> None:
@@ -427,91 +216,6 @@ async def test_a_404_on_a_run_that_only_its_callback_has_told_of_is_not_final(
     assert (await session.execution(run.execution_id).wait()).complete
     (watch,) = recorder.of(WatchStarted)
     assert watch.workflow == "report"
-
-
-@pytest.mark.parametrize("outcome", ["lost", "refused"])
-def test_runs_of_a_start_that_is_sent_again_are_reported_once(outcome: str) -> None:
-    """A durable batch does so after a refusal; meanwhile, a callback may be that of any attempt."""
-    events: list[Any] = []
-    log = CallbackLog(events.append, RecentStarts(0.0))
-    log.begin("a")
-    log.settle("a", REQUEST, "", None, 0.0)
-    log.receive("a", 1)
-    log.begin("a")
-    log.receive("a", 2)
-    assert [event.execution_id for event in events] == [1]
-    if outcome == "lost":
-        log.lose("a", REQUEST, "")
-    else:
-        log.settle("a", REQUEST, "", 2, 0.0)
-    for execution_id in (1, 2, 3):
-        log.receive("a", execution_id)
-    reported = [1, 2, 3] if outcome == "lost" else [1, 3]
-    assert [event.execution_id for event in events] == reported
-
-
-def test_at_most_a_hundred_runs_of_one_start_are_reported(caplog: Any) -> None:
-    """Whoever has its token can name any number of them."""
-    caplog.set_level(logging.CRITICAL)
-    events: list[Any] = []
-    log = CallbackLog(events.append, RecentStarts(0.0))
-    for execution_id in range(1, 1000):
-        log.receive("a", execution_id)
-    log.lose("a", REQUEST, "")
-    assert [event.execution_id for event in events] == list(range(1, 101))
-    assert events[0].request is REQUEST
-
-
-def test_a_run_is_reported_though_the_observer_of_another_was_interrupted() -> None:
-    """Its next callback does so."""
-    reported = []
-
-    def observe(event: Any) -> None:
-        reported.append(event.execution_id)
-        if reported == [1]:
-            raise KeyboardInterrupt
-
-    log = CallbackLog(observe, RecentStarts(0.0))
-    for execution_id in (1, 2):
-        log.receive("a", execution_id)
-    with pytest.raises(KeyboardInterrupt):
-        log.lose("a", REQUEST, "")
-    log.receive("a", 2)
-    assert reported == [1, 2]
-
-
-@pytest.mark.parametrize(
-    ("is_abandoned", "interrupted"), [(False, 7), (True, 1001)], ids=["awaited", "abandoned"]
-)
-def test_no_run_is_lost_if_the_observer_of_another_is_interrupted(
-    is_abandoned: bool, interrupted: int
-) -> None:
-    """A callback has proved a first run of the start, which is answered with a second one."""
-    started = []
-
-    def observe(event: Event) -> None:
-        if isinstance(event, ExecutionStarted):
-            started.append((event.execution_id, event.recovered))
-            if event.execution_id == interrupted:
-                raise SystemExit
-
-    async def start() -> None:
-        async with Simulator() as sim:
-            sim.add_workflow("report", DONE)
-            sim.inject(Fault.delay(0.05))
-            settings: Any = {"base_url": sim.base_url, "callbacks": CALLBACKS}
-            async with Session(sim.api_key, observers=[observe], **settings) as session:
-                starting = asyncio.create_task(session.start("report"))
-                await sim.wait_for_requests(1)
-                receive_callback(session, token_in(json.loads(sim.requests[0].body)), 7)
-                if is_abandoned:
-                    starting.cancel()
-                await asyncio.wait([starting])
-                await asyncio.sleep(10)
-
-    with pytest.raises(SystemExit):
-        asyncio.run(start())
-    assert sorted(started) == [(7, True), (1001, False)]
 
 
 async def test_a_callback_may_come_before_the_answer_is_lost(
@@ -600,53 +304,13 @@ async def test_a_callback_that_comes_as_its_recovery_is_cancelled_is_logged(
     """Nobody gets the handle, and the callback will not come again."""
     error = await lose(sim, session)
     recovering = asyncio.create_task(session.recover(error))
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0)
     receive_callback(session, token_of(error), 1001)
     recovering.cancel()
     with pytest.raises(asyncio.CancelledError):
         await recovering
-    assert caplog.messages[-1] == (
-        "execution 1001 had started, although its answer was lost, but its caller did not get the"
-        " handle; follow it by its id"
-    )
-
-
-def test_a_callback_ignores_who_waited_in_a_loop_that_was_closed(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """A loop that is stopped and closed, as in a notebook, ends none of its tasks."""
-    log = CallbackLog(lambda _: None, RecentStarts(0.0))
-    stopped = asyncio.new_event_loop()
-    dead = [stopped.create_task(log.wait(token)) for token in ("followed", "left")]
-    stopped.run_until_complete(asyncio.sleep(0))
-    stopped.close()
-
-    async def recover() -> int:
-        waiting = asyncio.create_task(log.wait("followed"))
-        await asyncio.sleep(0)
-        for token in ("followed", "left"):
-            log.lose(token, REQUEST, "http://127.0.0.1:9")
-            log.receive(token, 1001)
-        return await waiting
-
-    assert asyncio.run(recover()) == 1001
-    assert ["had started" in message for message in caplog.messages] == [True]
-    for task in dead:
-        task.get_coro().close()  # type: ignore[union-attr]
-
-
-async def test_a_recovered_run_may_not_be_known_to_all_of_the_server(
-    sim: Simulator, session: Session
-) -> None:
-    """Its first 404 is retried, as after any other start."""
-    error = await lose(sim, session)
-    receive_callback(session, token_of(error), 1001)
-    execution = await session.recover(error)
-    sim.inject(Fault.status(404))
-    assert await execution.output() == "done"
-    other = session.execution(1002)
-    with pytest.raises(NotFound):
-        await other.wait()
+    assert caplog.messages[-1].startswith("execution 1001 ")
+    assert caplog.messages[-1].endswith("follow it by its id")
 
 
 async def test_what_cannot_be_recovered_is_named(sim: Simulator, session: Session) -> None:
@@ -686,38 +350,27 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Return the clock that the log of callbacks uses."""
     clock = Clock()
-    monkeypatch.setattr(_callbacks.time, "monotonic", clock)
+    monkeypatch.setattr(time, "monotonic", clock)
     return clock
 
 
-async def is_known(log: CallbackLog, token: str) -> bool:
-    """Return True if the callback of a start is remembered."""
-    waiting = asyncio.create_task(log.wait(token))
-    await asyncio.sleep(0)
-    waiting.cancel()
-    await asyncio.wait([waiting])
-    return not waiting.cancelled()
-
-
-async def test_a_callback_is_remembered_for_an_hour(clock: Clock) -> None:
+def test_a_callback_is_remembered_for_an_hour(clock: Clock) -> None:
     """A repeat does not prolong it, and the first id counts."""
     log = CallbackLog(lambda _: None, RecentStarts(0.0))
     log.receive("a", 1)
     clock.now += 3599
     log.receive("a", 2)
-    assert await log.wait("a") == 1
+    assert log.execution_id("a") == 1
     clock.now += 2
-    assert not await is_known(log, "a")
+    assert log.execution_id("a") is None
 
 
-async def test_at_most_ten_thousand_callbacks_are_remembered(clock: Clock) -> None:
+def test_at_most_ten_thousand_callbacks_are_remembered() -> None:
     """The oldest is forgotten first."""
     log = CallbackLog(lambda _: None, RecentStarts(0.0))
     for number in range(10_001):
         log.receive(str(number), number + 1)
-    assert not await is_known(log, "0")
-    assert await is_known(log, "1")
-    assert await log.wait("10000") == 10_001
+    assert [log.execution_id(token) for token in ("0", "1", "10000")] == [None, 2, 10_001]
 
 
 def test_at_most_ten_thousand_lost_starts_are_remembered(
@@ -734,21 +387,3 @@ def test_at_most_ten_thousand_lost_starts_are_remembered(
         log.receive(str(number), number + 1)
     assert [event.execution_id for event in events] == list(range(2, 10_002))
     assert {event.duration for event in events} == {7.0}
-
-
-def test_at_most_ten_thousand_other_starts_are_remembered(
-    clock: Clock, caplog: pytest.LogCaptureFixture
-) -> None:
-    """They drive out no lost one."""
-    caplog.set_level(logging.CRITICAL)
-    events: list[Any] = []
-    log = CallbackLog(events.append, RecentStarts(0.0))
-    log.lose("lost", REQUEST, "")
-    for number in range(10_001):
-        log.settle(str(number), REQUEST, "", None, 2.0)
-    clock.now += 5.0
-    for number in range(10_001):
-        log.receive(str(number), number + 1)
-    log.receive("lost", 20_000)
-    assert [event.execution_id for event in events] == [*range(2, 10_002), 20_000]
-    assert {event.duration for event in events[:-1]} == {7.0}

@@ -442,7 +442,7 @@ async def test_a_worker_in_a_cancelled_scope_waits_for_its_start(
 
 
 @pytest.mark.parametrize("is_ending", [False, True], ids=["working", "ending by itself"])
-async def test_a_worker_that_is_cancelled_again_and_again_waits_for_its_starts(
+async def test_a_cancelled_worker_with_its_own_session_waits_for_its_starts(
     sim: Simulator,
     batch_of: Callable[..., Batch],
     our_tasks: Callable[[], list[str]],
@@ -450,7 +450,7 @@ async def test_a_worker_that_is_cancelled_again_and_again_waits_for_its_starts(
     *,
     is_ending: bool,
 ) -> None:
-    """Also with a session of its own: nothing of what was paid for is lost, and no task is left."""
+    """Nothing of what was paid for is lost, and no task is left."""
     batch = batch_of(max_in_flight=3)
     await batch.add([request(key) for key in "abc"])
 
@@ -463,9 +463,8 @@ async def test_a_worker_that_is_cancelled_again_and_again_waits_for_its_starts(
     sim.inject(Fault.delay(0.5, times=3))
     working = asyncio.create_task(batch.work())
     await sim.wait_for_requests(3)
-    while not working.done():
-        working.cancel()
-        await asyncio.sleep(0.01)
+    working.cancel()
+    await asyncio.wait([working])
     assert our_tasks() == []
     assert len(sim.runs) == (2 if is_ending else 3)
     assert "did not get the handle" not in caplog.text

@@ -16,7 +16,6 @@ import pytest
 from aiohttp import web
 
 from promptlayer_exec import PollPolicy, RetryPolicy, Session, StartRequest
-from promptlayer_exec._integration import receive_callback
 from promptlayer_exec.dbos import Batch, BatchStatus
 from promptlayer_exec.dbos import _again as again_
 from promptlayer_exec.dbos import _batch as batches
@@ -426,35 +425,6 @@ async def test_a_second_run_of_one_start_is_reported(
     warnings = {one for one in caplog.messages if "was begun by the same start" in one}
     text = "execution 77 was begun by the same start as execution 1001 of item 'a'"
     assert warnings == {f"batch 'nightly': {text}"}
-
-
-@pytest.mark.parametrize("receiver", ["the worker", "another process"])
-async def test_an_item_is_not_sent_again_once_its_callback_has_come(
-    world: World, receiver: str
-) -> None:
-    """A gateway passed its start on and answered 429: the item is that run's."""
-    sessions: list[Session] = []
-
-    def session() -> Session:
-        sessions.append(world.session())
-        return sessions[-1]
-
-    async def refuse(_request: web.BaseRequest, answer: Callable[[], Any]) -> web.Response:
-        answer()
-        (token,) = world.tokens()
-        if receiver == "the worker":
-            receive_callback(sessions[-1], token, 1001)
-        else:
-            await world.batch().resolve(token, 1001)
-        return web.Response(status=429)
-
-    batch = world.batch(session=session)
-    await batch.add([StartRequest("echo", key="a")])
-    world.sim.inject(Fault(refuse))
-    assert (await batch.work()).succeeded == 1
-    assert [outcome.execution_id async for outcome in batch.outcomes()] == [1001]
-    assert world.row() == (1, "succeeded", world.tokens()[0])
-    assert [request.method for request in world.sim.requests].count("POST") == 1
 
 
 async def test_an_item_that_was_never_sent_has_no_token(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
-import threading
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
@@ -17,10 +16,10 @@ from promptlayer_exec import (
     ExecutionFailed,
     ExecutionTimeout,
     NotFound,
+    Polled,
     PollPolicy,
     Session,
     SessionClosed,
-    Snapshot,
 )
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
@@ -147,35 +146,20 @@ async def test_a_newer_snapshot_of_the_error_itself_is_kept(
     assert caught.value.last_snapshot is not first
 
 
-@pytest.mark.parametrize("how", ["wait", "stream", "snapshot"])
-async def test_a_call_that_fails_returns_the_complete_snapshot_that_another_saw(
-    sim: Simulator, open_session: Callable[..., Session], held: int, how: str
+async def test_an_error_has_the_complete_snapshot_that_another_call_saw_meanwhile(
+    sim: Simulator, open_session: Callable[..., Session], held: int, recorder: Any
 ) -> None:
-    """Its own last poll was before the end, or is refused afterwards."""
+    """The call itself failed before its next poll."""
     session = open_session(poll=PollPolicy.fixed(10.0))
     execution = session.execution(held)
-    await execution.snapshot()
-
-    async def call() -> Snapshot:
-        if how == "wait":
-            return await execution.wait(timeout=0.2)
-        if how == "snapshot":
-            return await execution.snapshot()
-        return [snapshot async for snapshot in execution.stream(timeout=0.2)][-1]
-
-    async def refuse(_request: web.BaseRequest, _answer: Callable[[], Any]) -> web.Response:
-        assert await asyncio.to_thread(gate.wait, 10)
-        return web.json_response({}, status=403)
-
-    gate = threading.Event()
-    if how == "snapshot":
-        sim.inject(Fault(refuse))
-    calling = asyncio.create_task(call())
-    await sim.wait_for_requests(2)
+    waiting = asyncio.create_task(execution.wait())
+    await recorder.next(Polled)
     sim.finish(held, "Answer")
-    assert (complete := await execution.snapshot()).complete
-    gate.set()
-    assert await calling is complete
+    complete = await execution.snapshot()
+    await session.aclose()
+    with pytest.raises(SessionClosed) as caught:
+        await waiting
+    assert caught.value.last_snapshot is complete
 
 
 async def test_what_is_complete_stays_so(sim: Simulator, session: Session, held: int) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from promptlayer_exec._api import json as _json
+from promptlayer_exec._display import json_kind
 
 DIGITS = st.text("0123456789", min_size=1, max_size=400)
 NUMBERS = st.builds("{}{}{}".format, st.sampled_from(["", "-"]), DIGITS, st.just("")) | st.builds(
@@ -111,7 +112,7 @@ class Level(enum.IntEnum):
 )
 def test_kind_of_a_json_value(value: Any, kind: str) -> None:
     """Each kind of JSON value has its name."""
-    assert _json.json_kind(value) == kind
+    assert json_kind(value) == kind
 
 
 @pytest.mark.parametrize(
@@ -127,4 +128,4 @@ def test_kind_of_a_json_value(value: Any, kind: str) -> None:
 )
 def test_kind_of_another_value(value: Any, kind: str) -> None:
     """A value that JSON does not have is named by its type, subclasses of JSON's types included."""
-    assert _json.json_kind(value) == kind
+    assert json_kind(value) == kind

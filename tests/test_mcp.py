@@ -539,7 +539,7 @@ async def test_a_cancelled_call_keeps_the_id(
     """Nothing follows the execution any more; it goes on, and is a resource."""
     sim.add_workflow("slow", Scenario([SimNode("Answer", "42", None, is_output_node=True)]))
     started = asyncio.Event()
-    watch = "promptlayer_exec._engine.watch.Watch.run"
+    watch = "promptlayer_exec.Watch"
 
     async def record(_progress: float, _total: float | None, _message: str | None) -> None:
         started.set()

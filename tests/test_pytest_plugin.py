@@ -49,6 +49,16 @@ def test_the_fixture_works_in_every_kind_of_test(pytester: pytest.Pytester) -> N
     pytester.runpytest_subprocess("-W", "error", *named).assert_outcomes(passed=3)
 
 
+def test_the_fixture_needs_no_proxy(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session reaches it although the environment names proxies, which do not exist."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    pytester.makepyfile(ASYNCHRONOUS.format(mark="asyncio"))
+    pytester.runpytest_subprocess().assert_outcomes(passed=1)
+
+
 def test_an_unused_plugin_imports_nothing(pytester: pytest.Pytester) -> None:
     """The active plugin imports neither the package nor its dependencies."""
     pytester.makepyfile(

@@ -32,7 +32,7 @@ def due(net: SafetyNet, scheduled: float, *deadlines: Deadline) -> float:
 
 def polled(net: SafetyNet, at: float, **how: Any) -> None:
     """Record a poll that found the execution running."""
-    net.polled(at, **{"waited": 0.0, "complete": False, "woken": False, **how})
+    net.polled(at, **{"complete": False, "woken": False, **how})
 
 
 def test_polls_are_seldom_while_the_subscription_stands() -> None:
@@ -52,16 +52,6 @@ def test_until_push_has_announced_a_completion_it_is_tried() -> None:
     for at in (105.0, 110.0, 115.0):
         assert due(net, 100.0) == at
         polled(net, at)
-
-
-def test_where_requests_have_to_wait_polls_are_fewer() -> None:
-    """They would only make starts wait; each minute there is one."""
-    net = SafetyNet(7, Stub(), 100.0, 0.8)
-    assert due(net, 100.0) == 108.0
-    polled(net, 108.0, waited=0.1)
-    assert due(net, 109.0) == 118.0
-    polled(net, 118.0, waited=20.0)
-    assert due(net, 119.0) == 178.0
 
 
 def test_a_day_of_polls_does_not_overflow() -> None:
@@ -147,7 +137,7 @@ def test_push_is_expected_to_announce_what_ended_while_it_stood(
 ) -> None:
     """A completion from before the subscription proves nothing against it."""
     subscription = Stub(since=since)
-    SafetyNet(7, subscription, 100.0).polled(102.0, waited=0.0, complete=True, woken=False)
+    SafetyNet(7, subscription, 100.0).polled(102.0, complete=True, woken=False)
     assert subscription.completions == [(7, expected)]
 
 

@@ -1,6 +1,7 @@
 """The settings of a session: where they are read from, and which are refused."""
 
 import threading
+import traceback
 from typing import Any
 
 import pytest
@@ -285,18 +286,30 @@ def test_settings_of_the_right_kind_are_taken() -> None:
     Session("a-key-to-test", limiter=_Acquirable(), observers=(print,), trust_env=True)
 
 
-@pytest.mark.parametrize("setting", ["trust_env", "push"])
 @pytest.mark.parametrize(
-    ("value", "expected"), [("1", True), ("TRUE", True), ("0", False), ("", False)]
+    ("variable", "expected"),
+    [("1", True), ("TRUE", True), ("0", False), ("off", False), ("", True)],
 )
-def test_a_switch_comes_from_the_environment_too(
-    monkeypatch: pytest.MonkeyPatch, setting: str, value: str, *, expected: bool
+def test_the_environment_can_turn_trust_env_off(
+    monkeypatch: pytest.MonkeyPatch, variable: str, *, expected: bool
 ) -> None:
-    """The variable can switch it on, and not off."""
-    monkeypatch.setenv(f"PROMPTLAYER_EXEC_{setting.upper()}", value)
-    assert getattr(Session("a-key-to-test")._settings, setting) is expected
-    on: dict[str, Any] = {setting: True}
-    assert getattr(Session("a-key-to-test", **on)._settings, setting) is True
+    """It is on by default, and the variable cannot turn it on again."""
+    assert Session("a-key-to-test")._settings.trust_env is True
+    monkeypatch.setenv("PROMPTLAYER_EXEC_TRUST_ENV", variable)
+    assert Session("a-key-to-test")._settings.trust_env is expected
+    assert Session("a-key-to-test", trust_env=False)._settings.trust_env is False
+
+
+@pytest.mark.parametrize(
+    ("variable", "expected"), [("1", True), ("TRUE", True), ("0", False), ("", False)]
+)
+def test_the_environment_can_turn_push_on(
+    monkeypatch: pytest.MonkeyPatch, variable: str, *, expected: bool
+) -> None:
+    """And not off."""
+    monkeypatch.setenv("PROMPTLAYER_EXEC_PUSH", variable)
+    assert Session("a-key-to-test")._settings.push is expected
+    assert Session("a-key-to-test", push=True)._settings.push is True
 
 
 def test_an_unclear_trust_env_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,6 +317,64 @@ def test_an_unclear_trust_env_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("PROMPTLAYER_EXEC_TRUST_ENV", "maybe")
     with pytest.raises(ConfigurationError, match="PROMPTLAYER_EXEC_TRUST_ENV must be 1 or 0"):
         Session("a-key-to-test")
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    ["http://me:hunter2@proxy:port", "me:hunter2@:1", "http://me:hunter2@", "ftp://me:hunter2@p"],
+)
+async def test_an_invalid_proxy_is_refused_when_the_session_opens(
+    monkeypatch: pytest.MonkeyPatch, proxy: str
+) -> None:
+    """The error names the variable, and does not show the password."""
+    session = Session("a-key-to-test")
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    with pytest.raises(ConfigurationError, match="HTTPS_PROXY must be a URL") as caught:
+        await session.get_results(787)
+    assert caught.value.execution_id == 787
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+    monkeypatch.delenv("HTTPS_PROXY")
+    async with session:
+        assert repr(session).endswith(", open>")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"trust_env": False},
+        {"base_url": "https://localhost:1"},
+        {"base_url": "https://127.0.0.1:1"},
+        {"base_url": "http://[::1]:1"},
+    ],
+)
+async def test_a_proxy_that_is_not_used_may_be_invalid(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """A session that is not to use one, or whose server is on this machine, uses none."""
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:port")
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy:port")
+    async with Session("a-key-to-test", **settings) as session:
+        assert repr(session).endswith(", open>")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("timeout", "Session has wait_timeout= for a wait, and request_timeout= for one HTTP att"),
+        ("throw_on_error", "errors are always raised here"),
+        ("cache_ttl_seconds", "there is no cache"),
+        ("enable_tracing", "see promptlayer_exec.opentelemetry"),
+        ("tracer_provider", "see promptlayer_exec.opentelemetry"),
+        ("tracing_providers", "see promptlayer_exec.opentelemetry"),
+        ("max_retries", r"it is retry=RetryPolicy\(...\) here"),
+    ],
+)
+def test_another_client_s_setting_is_answered_with_ours(theirs: str, ours: str) -> None:
+    """The vendor's SDK and others have such arguments; any other unknown name is Python's error."""
+    with pytest.raises(TypeError, match=f"unexpected argument {theirs}=: {ours}"):
+        Session(**{theirs: 5})
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        Session(unknown=5)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import promptlayer_exec
 
 PACKAGE = Path(promptlayer_exec.__file__).parent
 SCOPE_CALL = re.compile(
-    r"\b(CancelScope|PatientTimeout|fail_after|move_on_after|timeout|timeout_at|create_task_group|TaskGroup)\("
+    r"\b(CancelScope|fail_after|move_on_after|timeout|timeout_at|StartTimeout|_?lifetime\.call|Call"
+    r"|create_task_group|TaskGroup)\("
 )
 ENTER_OTHER = {"enter_context", "enter_async_context", "push", "push_async_exit"}
 ENTER_ITSELF = {"__enter__", "__aenter__"}
@@ -126,8 +127,13 @@ def test_no_scope_spans_a_yield(path: Path) -> None:
         """,
         """
         def f():
-            with PatientTimeout(1):
+            with StartTimeout(1):
                 yield from y  # found
+        """,
+        """
+        async def f(self):
+            async with self._lifetime.call(deadline):
+                yield 1  # found
         """,
         """
         async def f():

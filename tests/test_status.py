@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from promptlayer_exec import _errors
-from promptlayer_exec._api.executions import Response
+from promptlayer_exec._api.messages import Response
 from promptlayer_exec._api.status import status_error, status_name
 from promptlayer_exec._errors import FieldError, StatusError
 

@@ -17,8 +17,8 @@ from promptlayer_exec import (
     SessionClosed,
     WatchWoken,
     _integration,
-    _wakeups,
 )
+from promptlayer_exec._push import wakeups
 from promptlayer_exec._push.wakeups import EarlyWakeUps
 from promptlayer_exec.simulator import Fault, Simulator
 
@@ -132,7 +132,9 @@ async def test_a_closed_session_cannot_be_woken(session: Session, held: int) -> 
     assert caught.value.execution_id == held
 
 
-@pytest.mark.parametrize(("value", "error"), [("7", TypeError), (True, TypeError), (0, ValueError)])
+@pytest.mark.parametrize(
+    ("value", "error"), [("seven", TypeError), (True, TypeError), (0, ValueError)]
+)
 async def test_only_an_execution_id_can_be_woken(
     session: Session, value: Any, error: type[Exception]
 ) -> None:
@@ -169,7 +171,7 @@ def test_a_wake_up_is_remembered_for_ten_minutes(monkeypatch: pytest.MonkeyPatch
     """After that, the execution is polled by the schedule alone."""
     early = EarlyWakeUps()
     now = 1000.0
-    monkeypatch.setattr(_wakeups.time, "monotonic", lambda: now)
+    monkeypatch.setattr(wakeups.time, "monotonic", lambda: now)
     early.add(1, "push")
     early.add(2, "push")
     now += 599.0

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any
 
 import anyio
 import pytest
 
 from promptlayer_exec import (
-    Event,
     ExecutionTimeout,
-    Node,
+    Forbidden,
     NodeStatus,
+    NodeTimes,
     NotFound,
     Polled,
     PollPolicy,
@@ -26,15 +26,13 @@ from promptlayer_exec import (
     Snapshot,
     WatchEnded,
     WatchStarted,
+    WatchWoken,
 )
-from promptlayer_exec._api.executions import NodeMap, Reply
-from promptlayer_exec._engine.watch import Watch, take_snapshot
-from promptlayer_exec._models import FrozenMap
-from promptlayer_exec._policies import Deadline
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 SUPERVISOR = "promptlayer_exec.Session"
-POLLER = "promptlayer_exec._engine.watch.Watch.run"
+POLLER = "promptlayer_exec.Watch"
+NEVER = PollPolicy.fixed(3600.0)
 
 
 async def failure(
@@ -313,8 +311,20 @@ async def test_finished_nodes_yields_the_rest_at_completion(
         assert [node.name async for node in nodes] == ["A", "B", "C"]
 
 
+@pytest.fixture
+def pass_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return a function that makes it 2,000 s later at once."""
+
+    def jump() -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time
+        monkeypatch.setattr(loop, "time", lambda: now() + 2000.0)
+
+    return jump
+
+
 async def test_finished_nodes_keeps_the_deadline_between_two_nodes_of_one_poll(
-    session: Session, held: int, sim: Simulator, monkeypatch: pytest.MonkeyPatch
+    sim: Simulator, session: Session, pass_time: Callable[[], None]
 ) -> None:
     """Once the deadline has passed, no more nodes of an incomplete snapshot are yielded."""
     two_done = sim.add_execution(
@@ -322,11 +332,9 @@ async def test_finished_nodes_keeps_the_deadline_between_two_nodes_of_one_poll(
     )
     async with aclosing(session.execution(two_done).finished_nodes(timeout=1000.0)) as nodes:
         assert (await anext(nodes)).name == "A"
-        now = anyio.current_time()
-        monkeypatch.setattr("promptlayer_exec._engine.watch.clock", lambda: now + 2000.0)
+        pass_time()
         with pytest.raises(ExecutionTimeout) as caught:
             await anext(nodes)
-        monkeypatch.undo()
     assert caught.value.last_snapshot is not None
     assert caught.value.last_snapshot.nodes["B"].final
 
@@ -381,46 +389,6 @@ async def test_every_follower_gets_its_own_copy_of_the_error(
         assert error.last_snapshot is not None
         assert error.last_snapshot.nodes["Plan"].succeeded
         assert error.status == 404
-
-
-async def test_following_again_after_an_error_starts_a_new_watch(
-    sim: Simulator, session: Session, held: int
-) -> None:
-    """The failed poller is forgotten, even while one of its followers is still there."""
-    execution = session.execution(held)
-    async with aclosing(execution.stream()) as old:
-        await anext(old)
-        sim.inject(Fault.status(403))
-        with pytest.raises(Exception, match="403"):
-            await execution.wait()
-        async with aclosing(execution.stream()) as new:
-            assert (await anext(new)).poll == 1
-
-
-async def test_a_watch_that_is_cancelled_in_its_last_step_ends_once(
-    sim: Simulator, open_session: Callable[..., Session], held: int
-) -> None:
-    """A follower that has not seen its error yet still gets that."""
-    ended = asyncio.Event()
-    events: list[str] = []
-
-    def observe(event: Event) -> None:
-        events.append(type(event).__name__)
-        task = asyncio.current_task()
-        if isinstance(event, WatchEnded) and task is not None:
-            task.cancel()
-            ended.set()
-
-    session = open_session(observers=[observe])
-    async with aclosing(session.execution(held).stream()) as snapshots:
-        await anext(snapshots)
-        sim.inject(Fault.status(404))
-        await ended.wait()
-        for _ in range(10):
-            await asyncio.sleep(0)
-        with pytest.raises(NotFound):
-            await anext(snapshots)
-    assert [name for name in events if name.startswith("Watch")] == ["WatchStarted", "WatchEnded"]
 
 
 async def test_a_watch_survives_an_outage(
@@ -547,173 +515,131 @@ async def test_followers_of_a_closed_session_are_released(
     assert isinstance(ended.error, SessionClosed)
 
 
-class Script:
-    """A `fetch` that gets its answers from the test, not from a server."""
-
-    def __init__(self) -> None:
-        self.dues: list[float] = []
-        self.firsts: list[bool] = []
-        self.send, self._receive = anyio.create_memory_object_stream[Any](10)
-
-    async def __call__(self, state: Any, *, due: float, first: bool) -> Any:
-        """Return the next answer, or raise it if it is an error."""
-        self.dues.append(due)
-        self.firsts.append(first)
-        answer = await self._receive.receive()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def answer(self, status: str, *, complete: bool = False, retry_after: Any = None) -> None:
-        """Answer with a node map of one node."""
-        node_map = NodeMap(complete, FrozenMap({"A": Node("A", status)}), {})
-        self.send.send_nowait(
-            Reply(
-                node_map,
-                body_bytes=1,
-                sent_at=0.0,
-                duration=0.0,
-                lateness=0.0,
-                retry_after=retry_after,
-            )
-        )
-
-
-@pytest.fixture
-async def script() -> AsyncIterator[Script]:
-    """Return a script whose streams are closed at the end."""
-    script = Script()
-    with script.send, script._receive:
-        yield script
-
-
-@pytest.fixture
-async def watch(script: Script) -> AsyncIterator[Watch]:
-    """Return a running watch with one follower."""
-    watch = Watch(
-        7,
-        script,
-        poll=PollPolicy.fixed(0.001),
-        retry=RetryPolicy(),
-        emit=lambda event: None,
-        on_end=lambda watch: None,
-    )
-    watch.add_follower()
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(watch.run())
-        yield watch
-        watch.remove_follower()
-
-
-def past() -> Deadline:
-    """Return a deadline that passed a second ago."""
-    return Deadline(9.0, at=anyio.current_time() - 1.0)
-
-
-FOREVER = Deadline.after(None, now=0.0)
+@pytest.mark.parametrize("how", ["wait", "output"])
+async def test_a_deadline_is_not_overshot(
+    sim: Simulator, session: Session, held: int, how: str
+) -> None:
+    """A run that completes a fifth of a second after the deadline is too late."""
+    asyncio.get_running_loop().call_later(0.3, sim.finish, held, "Answer")
+    with pytest.raises(ExecutionTimeout):
+        await getattr(session.execution(held), how)(timeout=0.1)
 
 
 async def test_past_its_deadline_a_follower_gets_a_complete_snapshot(
-    watch: Watch, script: Script
+    sim: Simulator, session: Session, held: int, pass_time: Callable[[], None]
 ) -> None:
     """A complete snapshot is delivered, however late the follower asks for it."""
-    script.answer("SUCCESS", complete=True)
-    complete = await watch.newer(None, FOREVER)
-    assert await watch.newer(None, past()) is complete
+    async with aclosing(session.execution(held).stream(timeout=1000.0)) as snapshots:
+        await anext(snapshots)
+        sim.finish(held, "Answer")
+        complete = await session.execution(held).wait()
+        pass_time()
+        assert await anext(snapshots) is complete
 
 
-async def test_past_its_deadline_a_follower_gets_nothing_else(watch: Watch, script: Script) -> None:
+async def test_past_its_deadline_a_follower_gets_nothing_else(
+    session: Session, held: int, pass_time: Callable[[], None]
+) -> None:
     """An incomplete snapshot that it has not seen is in the error, and is not yielded."""
-    script.answer("RUNNING")
-    latest = await watch.newer(None, FOREVER)
-    with pytest.raises(ExecutionTimeout) as caught:
-        await watch.newer(None, past())
+    execution = session.execution(held)
+    async with (
+        aclosing(execution.stream(timeout=1000.0)) as slow,
+        aclosing(execution.stream()) as fast,
+    ):
+        await anext(slow)
+        await anext(fast)
+        latest = await anext(fast)
+        pass_time()
+        with pytest.raises(ExecutionTimeout) as caught:
+            await anext(slow)
     assert caught.value.last_snapshot is latest
 
 
 async def test_past_its_deadline_a_follower_gets_the_timeout_before_an_error(
-    watch: Watch, script: Script
+    sim: Simulator, session: Session, held: int, pass_time: Callable[[], None]
 ) -> None:
     """The poller's error is the cause of the timeout."""
-    script.send.send_nowait(SessionClosed())
-    with pytest.raises(SessionClosed):
-        await watch.newer(None, FOREVER)
-    with pytest.raises(ExecutionTimeout) as caught:
-        await watch.newer(None, past())
-    assert isinstance(caught.value.__cause__, SessionClosed)
+    execution = session.execution(held)
+    async with aclosing(execution.stream(timeout=1000.0)) as snapshots:
+        await anext(snapshots)
+        sim.inject(Fault.status(403))
+        with pytest.raises(Forbidden):
+            await execution.wait()
+        pass_time()
+        with pytest.raises(ExecutionTimeout) as caught:
+            await anext(snapshots)
+    assert isinstance(caught.value.__cause__, Forbidden)
 
 
-async def test_a_poller_without_followers_sends_nothing(script: Script) -> None:
-    """The last follower may stop before the poller's first step."""
-    events: list[Any] = []
-    watch = Watch(
-        7,
-        script,
-        poll=PollPolicy(),
-        retry=RetryPolicy(),
-        emit=events.append,
-        on_end=lambda watch: None,
-    )
-    watch.add_follower()
-    watch.remove_follower()
-    await watch.run()
-    assert script.dues == events == []
-
-
-def make_watch(script: Script) -> Watch:
-    """Return a watch with a follower that polls only when it is woken."""
-    watch = Watch(
-        7,
-        script,
-        poll=PollPolicy.fixed(3600.0),
-        retry=RetryPolicy(),
-        emit=lambda event: None,
-        on_end=lambda watch: None,
-    )
-    watch.add_follower()
-    return watch
+async def test_a_wait_without_any_time_sends_nothing(
+    sim: Simulator, session: Session, held: int, our_tasks: Any
+) -> None:
+    """Its poller ends before its first step."""
+    with pytest.raises(ExecutionTimeout):
+        await session.execution(held).wait(timeout=0)
+    await one_step()
+    assert our_tasks() == [SUPERVISOR]
+    assert sim.request_count == 0
 
 
 async def test_a_woken_poll_that_finds_no_completion_was_the_last_to_go_first(
-    script: Script, monkeypatch: pytest.MonkeyPatch
+    sim: Simulator, open_session: Callable[..., Session], recorder: Any
 ) -> None:
     """If hundreds of watches are woken all the time, starts and other polls still get slots."""
-    monkeypatch.setattr("promptlayer_exec._engine.watch._WAKE_GAP", 0.0)
-    watch = make_watch(script)
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(watch.run())
-        for complete in (False, False, False, True):
+    free = asyncio.Semaphore(1)
+
+    class Limiter:
+        async def acquire(self) -> None:
+            await free.acquire()
+
+    class Seldom(PollPolicy):
+        def delay(self, **seen: Any) -> float:
+            return 3600.0
+
+    running = Scenario([SimNode("Answer", duration=None)])
+    woken, other = sim.add_execution(running), sim.add_execution(running)
+    session = open_session(limiter=Limiter(), poll=Seldom(floor=0.001))
+    orders = []
+    async with aclosing(session.execution(woken).stream()) as snapshots:
+        await anext(snapshots)
+        for _ in range(2):
+            calls = [asyncio.create_task(session.execution(other).snapshot()) for _ in range(2)]
             await one_step()
-            script.answer("RUNNING", complete=complete)
-            watch.wake("webhook")
-        assert (await watch.completed(FOREVER)).complete
-    assert script.firsts == [False, True, False, False]
+            session.wake(woken)
+            await recorder.next(WatchWoken)
+            for _ in range(10):
+                await one_step()
+            seen = sim.request_count
+            for _ in range(3):
+                free.release()
+            await asyncio.gather(*calls, anext(snapshots))
+            orders.append([str(woken) in str(request.query) for request in sim.requests[seen:]])
+    assert orders == [[False, True, False], [False, False, True]]
 
 
-async def test_a_wake_up_during_a_poll_leads_to_one_more(script: Script) -> None:
-    """The answer on its way may be older than the news; however many wake-ups, one poll follows.
-
-    It goes first, where requests wait for the rate.
-    """
-    watch = make_watch(script)
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(watch.run())
-        await one_step()
-        assert len(script.dues) == 1
-        watch.wake("push")
-        watch.wake("webhook")
-        script.answer("RUNNING")
-        script.answer("SUCCESS", complete=True)
-        assert (await watch.completed(FOREVER)).complete
-    assert len(script.dues) == 2
-    assert script.dues[1] - script.dues[0] < 60.0
-    assert script.firsts == [False, True]
+async def test_a_wake_up_during_a_poll_leads_to_one_more(
+    sim: Simulator, open_session: Callable[..., Session], held: int
+) -> None:
+    """The answer on its way may be older than the news; however many wake-ups, one poll follows."""
+    session = open_session(poll=NEVER)
+    sim.inject(Fault.delay(0.05))
+    async with aclosing(session.execution(held).stream()) as snapshots:
+        first = asyncio.create_task(anext(snapshots))
+        await sim.wait_for_requests(1)
+        assert session.wake(held)
+        assert session.wake(held)
+        assert not (await first).complete
+        assert not (await anext(snapshots)).complete
+        sim.finish(held, "Answer")
+        assert session.wake(held)
+        assert (await anext(snapshots)).complete
+    assert sim.request_count == 3
 
 
 async def test_a_watch_without_followers_ends_without_an_error(
     sim: Simulator, session: Session, held: int, recorder: Any
 ) -> None:
-    """A watch without followers ends without an error."""
+    """Its event says how many polls there were."""
     async with aclosing(session.execution(held).stream()) as snapshots:
         await anext(snapshots)
         ended = asyncio.ensure_future(recorder.next(WatchEnded))
@@ -726,14 +652,14 @@ async def test_each_good_answer_resets_the_outage_limit(
     sim: Simulator, open_session: Callable[..., Session], held: int
 ) -> None:
     """A watch survives any number of failures if the server answers in between."""
-    session = open_session(retry=RetryPolicy(watch_outage=1.0, base=0.1))
+    session = open_session(retry=RetryPolicy(watch_outage=0.2, base=0.02))
     started = anyio.current_time()
     async with aclosing(session.execution(held).stream()) as snapshots:
         async for snapshot in snapshots:
             if snapshot.complete:
                 break
             sim.inject(Fault.status(503))
-            if anyio.current_time() - started > 1.1:
+            if anyio.current_time() - started > 0.25:
                 sim.finish(held, "Answer")
     assert snapshot.complete
 
@@ -749,7 +675,7 @@ async def test_a_watch_that_ends_forgets_only_itself(
     with pytest.raises(Exception, match="403"):
         await execution.wait()
     async with aclosing(execution.stream()) as new:
-        await anext(new)
+        assert (await anext(new)).poll == 1
         await old.aclose()
         async with aclosing(execution.stream()) as third:
             await anext(third)
@@ -773,74 +699,19 @@ async def test_an_error_of_the_users_limiter_is_copied_for_each_follower(
         assert error.__notes__ == [f"while watching execution {held}"]
 
 
-async def test_a_cancellation_inside_one_poller_does_not_affect_others(
-    sim: Simulator, open_session: Callable[..., Session], held: int
-) -> None:
-    """It ends that watch with an error; the session and the other watches go on."""
-
-    class Cancelled:
-        calls = 0
-
-        async def acquire(self) -> None:
-            self.calls += 1
-            if self.calls == 1:
-                raise asyncio.CancelledError
-
-    session = open_session(limiter=Cancelled())
-    with pytest.raises(RuntimeError, match="was cancelled"):
-        await session.execution(held).wait()
-    assert not (await session.execution(held).snapshot()).complete
-
-
-async def test_a_limiter_that_suppresses_cancellations_keeps_no_watch_alive(
-    sim: Simulator, open_session: Callable[..., Session], our_tasks: Callable[[], list[str]]
-) -> None:
-    """Neither after the last follower has left, nor when the session is closed."""
-    waits = asyncio.Semaphore(0)
-
-    class Stubborn:
-        async def acquire(self) -> None:
-            with suppress(asyncio.CancelledError):
-                waits.release()
-                await asyncio.Event().wait()
-
-    scenario = Scenario([SimNode("Out", duration=None, is_output_node=True)])
-    session = open_session(limiter=Stubborn())
-    waiting = asyncio.create_task(session.execution(sim.add_execution(scenario)).wait())
-    await waits.acquire()
-    waiting.cancel()
-    await sim.wait_for_requests(1)
-    other = asyncio.create_task(session.execution(sim.add_execution(scenario)).wait())
-    await waits.acquire()
-    await session.aclose()
-    with pytest.raises(SessionClosed):
-        await other
-    assert our_tasks() == []
-    assert sim.request_count <= 2
-
-
-async def test_a_foreign_error_ends_the_watch_it_belongs_to(watch: Watch, script: Script) -> None:
-    """The error of a user's limiter reaches the followers, with a note that names the execution."""
-    script.send.send_nowait(ZeroDivisionError("limiter"))
-    with pytest.raises(ZeroDivisionError) as caught:
-        await watch.newer(None, FOREVER)
-    assert caught.value.__notes__ == ["while watching execution 7"]
-
-
 async def test_retry_after_on_a_good_answer_postpones_the_next_poll(
-    watch: Watch, script: Script
+    sim: Simulator, session: Session, held: int
 ) -> None:
     """It is a minimum for the delay until the next poll."""
-    script.answer("RUNNING", retry_after=0.05)
-    script.answer("SUCCESS", complete=True)
-    running = await watch.newer(None, FOREVER)
-    await watch.newer(running, FOREVER)
-    first, second = script.dues
-    assert second - first >= 0.05
+    sim.inject(Fault.status(202, body=b"{}", retry_after=0.05))
+    sim.finish(held, "Answer")
+    await session.execution(held).wait()
+    first, second = sim.requests
+    assert second.at - first.at >= 0.05
 
 
 async def test_the_schedule_sees_what_the_watch_has_seen(
-    script: Script, monkeypatch: pytest.MonkeyPatch
+    sim: Simulator, open_session: Callable[..., Session]
 ) -> None:
     """The policy gets the nodes, the final nodes, and the time since a status last changed."""
     asked: list[dict[str, Any]] = []
@@ -848,50 +719,36 @@ async def test_the_schedule_sees_what_the_watch_has_seen(
     class Policy(PollPolicy):
         def delay(self, **seen: Any) -> float:
             asked.append(seen)
-            return 0.0
+            return 0.001
 
-    watch = Watch(
-        7,
-        script,
-        poll=Policy(),
-        retry=RetryPolicy(),
-        emit=lambda event: None,
-        on_end=lambda watch: None,
-    )
     for status in ("QUEUED", "QUEUED", "RUNNING"):
-        script.answer(status)
-    script.answer("SUCCESS", complete=True)
-    watch.add_follower()
-    await watch.run()
-    assert [(seen["nodes"], seen["final"]) for seen in asked] == [(1, 0)] * 3
-    first, second, third = (seen["unchanged"] for seen in asked)
+        body = b'{"A": {"status": "%b"}, "B": {"status": "SKIPPED"}}' % status.encode()
+        sim.inject(Fault.status(202, body=body))
+    sim.inject(Fault.status(200, body=b"{}"))
+    await open_session(poll=Policy()).execution(1).wait()
+    assert [(seen["nodes"], seen["final"]) for seen in asked[:3]] == [(2, 1)] * 3
+    first, second, third = (seen["unchanged"] for seen in asked[:3])
     assert first == third == 0.0 < second
     assert asked[1]["elapsed"] > 0
 
 
-def test_times_of_nodes_that_disappeared_are_forgotten_in_the_end() -> None:
-    """Times are kept for the nodes of the snapshot and for the last thousand that disappeared."""
-    snapshot: Snapshot | None = None
-    for poll in range(1100):
-        name = f"Node {poll}"
-        nodes = {"stays": Node("stays", "RUNNING"), name: Node(name, "RUNNING")}
-        reply = Reply(NodeMap(False, FrozenMap(nodes), {}), 0, 0.0, 0.0, 0.0, None)
-        snapshot = take_snapshot(7, reply, elapsed=float(poll), previous=snapshot)
-    assert snapshot is not None
-    assert len(snapshot.times) == 1002
-    assert snapshot.times["stays"].running == 0.0
-    assert "Node 1098" in snapshot.times
-    assert "Node 1" not in snapshot.times
+async def test_a_node_that_is_missing_for_a_while_keeps_its_times(
+    sim: Simulator, session: Session
+) -> None:
+    """When it was first seen running does not change."""
+    for name in ("A", "B", "A"):
+        sim.inject(Fault.status(202, body=b'{"%b": {"status": "RUNNING"}}' % name.encode()))
+    sim.inject(Fault.status(200, body=b'{"A": {"status": "SUCCESS"}}'))
+    async with aclosing(session.execution(1).stream()) as snapshots:
+        seen = [snapshot async for snapshot in snapshots]
+    first, last = seen[0], seen[-1]
+    assert last.times["A"] == NodeTimes(first.elapsed, last.elapsed)
+    assert last.times["B"] == NodeTimes(seen[1].elapsed)
 
 
-def test_long_names_of_nodes_that_disappeared_are_forgotten_sooner() -> None:
-    """One name can be as long as a whole body."""
-    snapshot: Snapshot | None = None
-    for poll in range(30):
-        name = f"{poll} " + "x" * 100_000
-        reply = Reply(
-            NodeMap(False, FrozenMap({name: Node(name, "RUNNING")}), {}), 0, 0.0, 0.0, 0.0, None
-        )
-        snapshot = take_snapshot(7, reply, elapsed=float(poll), previous=snapshot)
-    assert snapshot is not None
-    assert sum(map(len, snapshot.times)) < 1_200_000
+async def test_a_single_snapshot_has_times_of_its_own(session: Session, held: int) -> None:
+    """It is poll 1, and its nodes are seen when it has taken so long."""
+    snapshot = await session.execution(held).snapshot()
+    assert snapshot.poll == 1
+    assert snapshot.times["Plan"] == NodeTimes(None, snapshot.elapsed)
+    assert snapshot.times["Answer"] == NodeTimes(snapshot.elapsed)

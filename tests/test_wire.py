@@ -11,30 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
-from promptlayer_exec._api import executions as _wire
 from promptlayer_exec._api.executions import (
     NodeMapReader,
-    Reply,
-    Request,
-    Response,
     Started,
-    check_execution_id,
-    check_status,
     read_main_output,
-    read_retry_after,
     read_started,
     results_request,
     run_request,
 )
+from promptlayer_exec._api.messages import Reply, Request, Response, check_status, read_retry_after
+from promptlayer_exec._arguments import check_execution_id
 from promptlayer_exec._errors import InvalidResponse, StatusError
-from promptlayer_exec._models import (
-    FrozenMap,
-    MainOutput,
-    Node,
-    NodeStatus,
-    StartRequest,
-    read_nodes,
-)
+from promptlayer_exec._models import FrozenMap, MainOutput, Node, NodeStatus, StartRequest
 
 RECORDED = (
     b'{"Node 1":{"status":"SUCCESS","value":"AAA","error_message":null,'
@@ -60,18 +48,14 @@ def main_output(body, status=200):
     return read_main_output(Response(status, body), 787)
 
 
-@pytest.mark.parametrize(
-    ("flag", "word", "headers"),
-    [(True, "true", {}), (False, "false", {"Accept-Encoding": "identity"})],
-)
-def test_results_request(flag, word, headers):
+@pytest.mark.parametrize(("flag", "word"), [(True, "true"), (False, "false")])
+def test_results_request(flag, word):
     """The results are one GET; booleans are sent as true and false."""
     assert results_request(787, return_all_outputs=flag) == Request(
         "GET",
         "/workflow-version-execution-results"
         f"?workflow_version_execution_id=787&return_all_outputs={word}",
         787,
-        headers=headers,
     )
 
 
@@ -88,46 +72,49 @@ class Index:
         return self.value
 
 
-@pytest.mark.parametrize("value", [1, 787, 2**63 - 1, Index(787)], ids=repr)
-def test_execution_id(value):
-    """Any integer between 1 and 2**63-1 is an id, and is returned as a plain int."""
+class Id(int):
+    """A subclass of int."""
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [(1, 1), (787, 787), (2**63 - 1, 2**63 - 1), (Index(787), 787), (Id(787), 787), ("787", 787)],
+    ids=repr,
+)
+def test_execution_id(value, number):
+    """Any integer between 1 and 2**63-1 is an id, and a string of its digits, as in our JSON."""
     checked = check_execution_id(value)
     assert type(checked) is int
-    assert checked == getattr(value, "value", value)
+    assert checked == number
 
 
-def test_execution_id_of_an_int_subclass():
-    """A subclass of int becomes a plain int."""
-
-    class Id(int):
-        __slots__ = ()
-
-    assert type(check_execution_id(Id(787))) is int
+OTHER_TYPES = [True, False, b"787", 787.0, None, [787], 1j, "", "a", " 7", "-7", "7.0", "\u0667"]
 
 
-@pytest.mark.parametrize("value", [True, False, "787", b"787", 787.0, None, [787], 1j], ids=repr)
+@pytest.mark.parametrize("value", OTHER_TYPES, ids=ascii)
 def test_execution_id_of_another_type(value):
-    """A value that is not an integer is a TypeError that shows it."""
+    """A value that is neither an integer nor its digits is a TypeError that shows it."""
     with pytest.raises(TypeError, match="execution id must be an int, got ") as caught:
         check_execution_id(value)
     assert repr(value) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [0, -1, 2**63, -(2**63), Index(0), 10**5000],
-    ids=["zero", "negative", "beyond", "far-below", "index", "huge"],
-)
+OUT_OF_RANGE = [0, -1, 2**63, -(2**63), Index(0), "0", str(2**63), "9" * 5000]
+
+
+@pytest.mark.parametrize("value", OUT_OF_RANGE, ids=lambda value: repr(value)[:10])
 def test_execution_id_out_of_range(value):
-    """An integer out of range is a ValueError."""
-    with pytest.raises(ValueError):  # noqa: PT011 - for too many digits, the message is Python's
+    """The error has the range and the value."""
+    with pytest.raises(
+        ValueError, match=r"^execution id must be between 1 and 2\*\*63-1, got -?\d"
+    ):
         check_execution_id(value)
 
 
-def test_execution_id_out_of_range_is_shown():
-    """The message has the range and the value."""
-    with pytest.raises(ValueError, match=r"^execution id must be between 1 and 2\*\*63-1, got 0$"):
-        check_execution_id(0)
+def test_execution_id_of_too_many_digits():
+    """It is a ValueError, too; the message is Python's."""
+    with pytest.raises(ValueError, match="digits"):
+        check_execution_id(10**5000)
 
 
 def test_recorded_node_map():
@@ -147,21 +134,8 @@ def test_completeness_is_the_status_code(status, word):
 
 
 VALUES = [
-    None,
-    True,
-    False,
-    0,
-    1.0,
-    -0.0,
-    2**100,
-    1e308,
-    "",
-    "AAA",
-    "\ud800",
-    [],
-    {},
-    [[1], {"a": None}],
-    {"status": "FAILED", "value": {"name": 1}},
+    *[None, True, False, 0, 1.0, -0.0, 2**100, 1e308, "", "AAA", "\ud800", [], {}],
+    *[[[1], {"a": None}], {"status": "FAILED", "value": {"name": 1}}],
 ]
 
 
@@ -179,14 +153,10 @@ def test_value_is_not_copied():
 
 
 def test_missing_keys_are_null():
-    """A node needs a status; every other missing key is read as null."""
-    assert read({"a": {"status": "QUEUED"}}).nodes["a"] == Node("a", "QUEUED")
-
-
-def test_explicit_nulls():
-    """Null is accepted where the documentation allows it."""
-    body = dict.fromkeys(["value", "error_message", "raw_error_message", "is_output_node"])
-    assert read({"a": {"status": "QUEUED", **body}}).nodes["a"] == Node("a", "QUEUED")
+    """A node needs a status; every other key may be missing or null."""
+    nulls = dict.fromkeys(["value", "error_message", "raw_error_message", "is_output_node"])
+    for rest in ({}, nulls):
+        assert read({"a": {"status": "QUEUED", **rest}}).nodes["a"] == Node("a", "QUEUED")
 
 
 def test_unknown_fields_are_in_raw():
@@ -217,9 +187,8 @@ def test_raw_error_message(raw):
 @pytest.mark.parametrize("flag", [True, False, None])
 def test_is_output_node(flag):
     """`is_output_node` is true, false or null."""
-    assert (
-        read({"a": {"status": "QUEUED", "is_output_node": flag}}).nodes["a"].is_output_node is flag
-    )
+    body = {"a": {"status": "QUEUED", "is_output_node": flag}}
+    assert read(body).nodes["a"].is_output_node is flag
 
 
 def test_failure_is_failed():
@@ -249,62 +218,44 @@ def test_path_of_any_name(name):
     assert refusal({"fine": {"status": "QUEUED"}, name: {}}).path == f"$.{name}.status"
 
 
-INVALID_NODES = {
-    "missing": ({}, "$.Node 1.status", "is missing"),
-    "status-null": ({"status": None}, "$.Node 1.status", "expected a string, got null"),
-    "status-number": ({"status": 1}, "$.Node 1.status", "expected a string, got an integer"),
-    "status-true": ({"status": True}, "$.Node 1.status", "expected a string, got true"),
-    "status-object": ({"status": {}}, "$.Node 1.status", "expected a string, got an object"),
-    "status-array": ({"status": []}, "$.Node 1.status", "expected a string, got an array"),
-    "error-number": (
-        {"status": "FAILED", "error_message": 1.5},
-        "$.Node 1.error_message",
-        "expected a string or null, got a number",
-    ),
-    "error-object": (
-        {"status": "FAILED", "error_message": {"raw": "x"}},
-        "$.Node 1.error_message",
-        "expected a string or null, got an object",
-    ),
-    "output-text": (
-        {"status": "QUEUED", "is_output_node": "false"},
-        "$.Node 1.is_output_node",
-        "expected true, false or null, got a string",
-    ),
-    "output-number": (
-        {"status": "QUEUED", "is_output_node": 1},
-        "$.Node 1.is_output_node",
-        "expected true, false or null, got an integer",
-    ),
-    "node-null": (None, "$.Node 1", "expected a node, got null"),
-    "node-text": ("SUCCESS", "$.Node 1", "expected a node, got a string"),
-    "node-array": ([], "$.Node 1", "expected a node, got an array"),
-    "node-false": (False, "$.Node 1", "expected a node, got false"),
-    "node-number": (7, "$.Node 1", "expected a node, got an integer"),
-}
+INVALID_NODES = [
+    ({}, ".status", "is missing"),
+    ({"status": None}, ".status", "expected a string, got null"),
+    ({"status": 1}, ".status", "expected a string, got an integer"),
+    ({"status": True}, ".status", "expected a string, got true"),
+    ({"status": {}}, ".status", "expected a string, got an object"),
+    ({"status": []}, ".status", "expected a string, got an array"),
+    ({"error_message": 1.5}, ".error_message", "expected a string or null, got a number"),
+    ({"error_message": {"raw": 1}}, ".error_message", "expected a string or null, got an object"),
+    ({"is_output_node": "false"}, ".is_output_node", "expected true, false or null, got a string"),
+    ({"is_output_node": 1}, ".is_output_node", "expected true, false or null, got an integer"),
+    (None, "", "expected a node, got null"),
+    ("SUCCESS", "", "expected a node, got a string"),
+    ([], "", "expected a node, got an array"),
+    (False, "", "expected a node, got false"),
+    (7, "", "expected a node, got an integer"),
+]
 
 
 @pytest.mark.parametrize("status", [200, 202])
-@pytest.mark.parametrize(("node", "path", "reason"), INVALID_NODES.values(), ids=INVALID_NODES)
-def test_invalid_node(node, path, reason, status):
+@pytest.mark.parametrize(("node", "field", "reason"), INVALID_NODES, ids=repr)
+def test_invalid_node(node, field, reason, status):
     """The error has the path to an invalid node, the reason, and the start of the body."""
+    if node and isinstance(node, dict):
+        node = {"status": "QUEUED", **node}
     error = refusal({"Node 0": {"status": "SUCCESS"}, "Node 1": node}, status)
-    assert error.path == path
-    assert reason in error.reason
+    assert error.path == f"$.Node 1{field}"
+    assert error.reason == reason
     assert error.status == status
     assert error.excerpt.startswith('{"Node 0"')
-    assert f"{path}: " in str(error)
+    assert f"{error.path}: {reason}" in str(error)
 
 
 @pytest.mark.parametrize(
     ("body", "kind"),
     [
-        (b"null", "null"),
-        (b"true", "true"),
-        (b"0", "an integer"),
-        (b"NaN", "a number"),
-        (b'"AAA"\n', "a string"),
-        (b"[]", "an array"),
+        *[(b"null", "null"), (b"true", "true"), (b"0", "an integer"), (b"NaN", "a number")],
+        *[(b'"AAA"\n', "a string"), (b"[]", "an array")],
     ],
 )
 def test_top_level_is_not_an_object(body, kind):
@@ -375,23 +326,12 @@ def test_fidelity(value, escaped, marked):
     assert repr(main_output(body).value) == repr(json.loads(text))
 
 
+UNUSUAL = r"""-18446744073709551617 NaN -Infinity 1e999 "\ud800" "\ude00\ud83d" {"k":1,"k":2} 1.0
+    1E2 0.1000000000000000055511151231257827"""
+
+
 @pytest.mark.parametrize(
-    "text",
-    [
-        "9" * 4300,
-        "-18446744073709551617",
-        "NaN",
-        "-Infinity",
-        "1e999",
-        r'"\ud800"',
-        r'"\ude00\ud83d"',
-        '"\x7f\u2028"',
-        '{"k": 1, "k": 2}',
-        "1.0",
-        "1E2",
-        "0.1000000000000000055511151231257827",
-    ],
-    ids=lambda text: ascii(text[:20]),
+    "text", ["9" * 4300, '"\x7f\u2028"', *UNUSUAL.split()], ids=lambda it: ascii(it[:20])
 )
 def test_unusual_json(text):
     """Big integers, NaN, lone surrogates and duplicate keys are read like by `json.loads`."""
@@ -411,12 +351,10 @@ def test_encodings(encoding):
     assert read(RECORDED.decode().encode(encoding)).nodes["Node 1"].value == "AAA"
 
 
+SOME_VALUE = b'{"a": {"status": "SUCCESS", "value": %b}}'
 UNREADABLE = {
-    "digits": b'{"a": {"status": "SUCCESS", "value": ' + b"9" * 4301 + b"}}",
-    "deep-array": b'{"a": {"status": "SUCCESS", "value": '
-    + b"[" * 300_000
-    + b"]" * 300_000
-    + b"}}",
+    "digits": SOME_VALUE % (b"9" * 4301),
+    "deep-array": SOME_VALUE % (b"[" * 300_000 + b"]" * 300_000),
     "deep-object": b'{"a":' * 300_000 + b"1" + b"}" * 300_000,
 }
 
@@ -436,11 +374,8 @@ NOT_JSON = {
     "blank": b" \n",
     "html": b"<html><body>Bad gateway</body></html>",
     "truncated": RECORDED[:40],
-    "truncated-text": b'{"Node 1":{"status":"SUC',
-    "one-brace": b"{",
     "trailing": b'{"a": {"status": "QUEUED"}} x',
     "two": RECORDED * 2,
-    "prose": b"upstream timed out",
     "single-quotes": b"{'a': {'status': 'QUEUED'}}",
     "control": b'{"a": {"status": "QUEUED", "value": "\x01"}}',
     "cut-utf-16": RECORDED.decode().encode("utf-16")[:41],
@@ -461,29 +396,18 @@ def test_not_json(body, reader):
     assert isinstance(error.__cause__, ValueError)
 
 
-def test_excerpt_is_short():
-    """The excerpt of a long body is its start."""
-    assert refusal(b"x" * 10_000).excerpt == "x" * 200
-
-
-def test_excerpt_that_cuts_a_character():
-    """An excerpt that ends inside a character is still text."""
-    assert refusal("é".encode() * 1000 + b"\xff").excerpt.startswith("ééé")
+@pytest.mark.parametrize(
+    ("body", "excerpt"),
+    [(b"x" * 10_000, "x" * 200), ("é".encode() * 1000 + b"\xff", "é" * 100)],
+)
+def test_excerpt_is_short(body, excerpt):
+    """The excerpt of a long body is its start, as text."""
+    assert refusal(body).excerpt == excerpt
 
 
 OUTPUTS = [
-    b'"AAA"\n',
-    b"false",
-    b"true",
-    b"null",
-    b"0",
-    b"{}",
-    b"[]",
-    b'""',
-    b"1.0",
-    b'"{\\"a\\": 1}"',
-    RECORDED,
-    b'{"success": false, "message": "x"}',
+    *[b'"AAA"\n', b"false", b"true", b"null", b"0", b"{}", b"[]", b'""', b"1.0"],
+    *[b'"{\\"a\\": 1}"', b'{"success": false, "message": "x"}', RECORDED],
 ]
 
 
@@ -509,12 +433,6 @@ def test_both_readers_check_the_status(reader, status):
     """No reader takes the body of an error status for a result."""
     with pytest.raises(StatusError):
         reader(RECORDED, status)
-
-
-@pytest.mark.parametrize("status", [200, 202])
-def test_good_status(status):
-    """200 and 202 are no errors, whatever the body is."""
-    check_status(Response(status, b'{"success": false, "message": "x"}'))
 
 
 @pytest.mark.parametrize("status", [201, 203, 204, 205, 206, 299])
@@ -550,14 +468,8 @@ def retry_after(value, **others):
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ("0", 0.0),
-        ("120", 120.0),
-        ("1.5", 1.5),
-        (".5", 0.5),
-        ("2.", 2.0),
-        (" 7\t", 7.0),
-        ("\x1c7\x1f", 7.0),
-        ("007", 7.0),
+        *[("0", 0.0), ("120", 120.0), ("1.5", 1.5), (".5", 0.5), ("2.", 2.0), ("007", 7.0)],
+        *[(" 7\t", 7.0), ("\x1c7\x1f", 7.0)],
         ("Wed, 21 Oct 2015 07:28:30 GMT", 30.0),
         ("Wed, 21 Oct 2015 07:28:30 -0000", 30.0),
         ("Wed, 21 Oct 2015 09:28:30 +0200", 30.0),
@@ -583,46 +495,23 @@ def test_retry_after_in_another_time_zone(monkeypatch):
     time.tzset()
 
 
-def test_no_retry_after():
-    """Without the header there is no wait."""
-    assert retry_after(None) is None
+NO_NUMBERS = "-1 +1 -0 nan inf Infinity 1e3 0x10 1_000 1,5 soon . \u0661\u0662 \uff11 \u00b2"
+NO_DATES = [
+    "Wed, 99 Oct 2015 07:28:30 GMT",
+    "Wed, 21 Oct 2015 25:28:30 GMT",
+    "Wed, 21 Oct 999999999999 07:28:30 GMT",
+    "Wed, 21 Oct 2015 07:28:30 +9999999999",
+    "Wed, 21 Oct",
+    "GMT",
+]
 
 
 @pytest.mark.parametrize(
-    "value",
-    [
-        "",
-        " ",
-        "-1",
-        "+1",
-        "-0",
-        "nan",
-        "inf",
-        "Infinity",
-        "1e3",
-        "0x10",
-        "1_000",
-        "1,5",
-        "1 2",
-        "1 s",
-        "soon",
-        ".",
-        "\u0661\u0662",
-        "\uff11",
-        "\u00b2",
-        "1\n2",
-        "Wed, 99 Oct 2015 07:28:30 GMT",
-        "Wed, 21 Oct 2015 25:28:30 GMT",
-        "Wed, 21 Oct 999999999999 07:28:30 GMT",
-        "Wed, 21 Oct 2015 07:28:30 +9999999999",
-        "Wed, 21 Oct",
-        "GMT",
-    ],
-    ids=ascii,
+    "value", ["", " ", "1 2", "1 s", "1\n2", *NO_NUMBERS.split(), *NO_DATES], ids=ascii
 )
 def test_invalid_retry_after(value):
-    """An invalid value is ignored."""
-    assert retry_after(value) is None
+    """An invalid value is ignored, like a missing one."""
+    assert retry_after(value) is retry_after(None) is None
 
 
 def test_huge_retry_after():
@@ -635,14 +524,8 @@ def test_huge_retry_after():
 @pytest.mark.parametrize(
     ("milliseconds", "value", "expected"),
     [
-        ("1500", None, 1.5),
-        ("1500", "120", 1.5),
-        ("0", "120", 0.0),
-        ("0.5", None, 0.0005),
-        ("", "120", 120.0),
-        ("-5", "120", 120.0),
-        ("nan", "120", 120.0),
-        ("soon", None, None),
+        *[("1500", None, 1.5), ("1500", "120", 1.5), ("0", "120", 0.0), ("0.5", None, 0.0005)],
+        *[("", "120", 120.0), ("-5", "120", 120.0), ("nan", "120", 120.0), ("soon", None, None)],
         ("Wed, 21 Oct 2015 07:28:30 GMT", None, None),
     ],
 )
@@ -676,20 +559,11 @@ def test_any_retry_after(value, milliseconds, now):
 @pytest.mark.parametrize(
     ("workflow", "segment"),
     [
-        ("a/b?c#d é", "a%2Fb%3Fc%23d%20%C3%A9"),
-        ("plain-name_1.2~x", "plain-name_1.2~x"),
-        ("100%", "100%25"),
-        ("%2F", "%252F"),
-        ("a+b&c=d;e", "a%2Bb%26c%3Dd%3Be"),
-        ("\r\nX-Evil: 1", "%0D%0AX-Evil%3A%201"),
-        ("..", "%2E%2E"),
-        (".", "%2E"),
-        (" ", "%20"),
-        ("日本", "%E6%97%A5%E6%9C%AC"),
-        ("787", "787"),
-        (3, "3"),
-        (Index(3), "3"),
-        (2**63 - 1, str(2**63 - 1)),
+        *[("a/b?c#d é", "a%2Fb%3Fc%23d%20%C3%A9"), ("plain-name_1.2~x", "plain-name_1.2~x")],
+        *[("100%", "100%25"), ("%2F", "%252F"), ("a+b&c=d;e", "a%2Bb%26c%3Dd%3Be")],
+        *[("\r\nX-Evil: 1", "%0D%0AX-Evil%3A%201"), ("日本", "%E6%97%A5%E6%9C%AC")],
+        *[("..", "%2E%2E"), (".", "%2E"), (" ", "%20")],
+        *[("787", "787"), (3, "3"), (Index(3), "3"), (2**63 - 1, str(2**63 - 1))],
     ],
 )
 def test_run_request_encodes_the_workflow(workflow, segment):
@@ -699,20 +573,14 @@ def test_run_request_encodes_the_workflow(workflow, segment):
 
 
 @pytest.mark.parametrize(
-    ("workflow", "error"),
+    ("error", "workflow"),
     [
-        ("", ValueError),
-        ("\ud800", ValueError),
-        (0, ValueError),
-        (2**63, ValueError),
-        (True, TypeError),
-        (None, TypeError),
-        (1.0, TypeError),
-        (b"name", TypeError),
+        *[(ValueError, workflow) for workflow in ("", "\ud800", 0, 2**63)],
+        *[(TypeError, workflow) for workflow in (True, None, 1.0, b"name")],
     ],
     ids=repr,
 )
-def test_run_request_without_a_workflow(workflow, error):
+def test_run_request_without_a_workflow(error, workflow):
     """A value that is neither a name nor an id is refused."""
     with pytest.raises(error, match="workflow"):
         run_request(StartRequest(workflow), {})
@@ -759,19 +627,19 @@ def test_run_request_checks_the_fields(given, error, message):
 
 @pytest.mark.parametrize("status", [200, 201, 202])
 @pytest.mark.parametrize(
-    ("extra", "warning"),
-    [
-        ({}, None),
-        ({"warning": None}, None),
-        ({"warning": ""}, None),
-        ({"warning": "missing: topic"}, "missing: topic"),
-        ({"warning": ["topic", "tone"]}, '["topic", "tone"]'),
-    ],
+    ("warning", "text"),
+    [(None, None), ("", None), ("missing: a", "missing: a"), (["a", "b"], '["a", "b"]')],
 )
-def test_read_started(status, extra, warning):
+def test_read_started(status, warning, text):
     """Any 2xx with a usable id is a started run; a warning that is no string is shown as JSON."""
-    body = json.dumps({"workflow_version_execution_id": 787, **extra}).encode()
-    assert read_started(Response(status, body)) == Started(787, warning)
+    body = json.dumps({"workflow_version_execution_id": 787, "warning": warning}).encode()
+    assert read_started(Response(status, body)) == Started(787, text)
+
+
+def test_read_started_without_a_warning():
+    """The id is all that is needed."""
+    body = b'{"workflow_version_execution_id": 787}'
+    assert read_started(Response(201, body)) == Started(787, None)
 
 
 @pytest.mark.parametrize("value", [None, 0, -1, 2**63, True, "787", 787.0, [787], {}], ids=repr)
@@ -862,22 +730,16 @@ def test_an_error_status_between_two_equal_bodies_is_raised():
     )
     | JSON
 )
-def test_the_fast_path_gives_the_node_that_cattrs_gives(body):
-    """It leaves to cattrs the invalid nodes, and those with a missing field or unknown status."""
+def test_a_node_is_what_its_body_says(body):
+    """It is the `Node` of its fields, or the response is invalid, whatever JSON there is."""
     try:
-        expected = _wire._checked_node(Response(202, b""), "a", body)
+        node = read({"a": body}).nodes["a"]
     except InvalidResponse:
-        expected = None
-    node = read_nodes({"a": body})["a"]
-    if (
-        expected is None
-        or not isinstance(expected.status, NodeStatus)
-        or not {field.name for field in attrs.fields(Node)} <= {"name", *body}
-    ):
-        assert node is None
-    else:
-        assert type(node) is Node
-        # By their reprs, 1 differs from 1.0, and NaN does not differ from itself.
-        assert repr(attrs.astuple(node, recurse=False)) == repr(
-            attrs.astuple(expected, recurse=False)
-        )
+        return
+    expected = Node("a", *(body.get(field.name) for field in attrs.fields(Node)[1:]))
+    # By their reprs, 1 differs from 1.0, and NaN does not differ from itself.
+    assert type(node) is Node
+    assert repr(attrs.astuple(node, recurse=False)) == repr(attrs.astuple(expected, recurse=False))
+    assert isinstance(body["status"], str)
+    assert isinstance(node.error_message, str | None)
+    assert isinstance(node.is_output_node, bool | None)

@@ -23,7 +23,7 @@ from promptlayer_exec import (
     WorkflowNode,
     WorkflowSummary,
 )
-from promptlayer_exec._api.executions import Request, Response
+from promptlayer_exec._api.messages import Request, Response
 from promptlayer_exec._api.workflows import (
     WorkflowsPage,
     read_workflow,
@@ -31,7 +31,6 @@ from promptlayer_exec._api.workflows import (
     workflows_filter,
     workflows_request,
 )
-from promptlayer_exec._workflows import near
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 DOCUMENTED: dict[str, Any] = {
@@ -388,36 +387,12 @@ def test_missing_inputs_are_named_with_near_misses() -> None:
         requires(topic="string").check_inputs({f"o{n:02}": n for n in range(25)})
 
 
-@pytest.mark.parametrize(
-    ("required", "given"),
-    [
-        ([*(f"n{n}" for n in range(1000)), "topic"], ["topik"]),
-        (["x" * 60], ["x" * 59]),
-        (["\ufb03" * 20], ["\ufb03" * 19]),
-        (["topic"], [*(f"a{n:02}" for n in range(20)), "topik"]),
-        ([*(f"n{n}" for n in range(100)), "topic"], [*(f"a{n}" * 9 for n in range(19)), "topik"]),
-    ],
-    ids=["many", "long", "long if folded", "many given", "many of both"],
-)
-def test_near_misses_are_looked_for_among_so_many_names(
-    required: list[str], given: list[str]
-) -> None:
+def test_near_misses_are_looked_for_among_so_many_names() -> None:
     """A definition may have hundreds of thousands, and the event loop would wait."""
+    required = dict.fromkeys([*(f"n{n}" for n in range(200)), "topic"], "string")
     with pytest.raises(ValueError, match="needs the input") as caught:
-        requires(**dict.fromkeys(required, "string")).check_inputs(dict.fromkeys(given))
+        requires(**required).check_inputs({"topik": 1})
     assert "did you mean" not in str(caught.value)
-
-
-def test_long_names_are_not_folded() -> None:
-    """That of megabytes of text would hold the event loop."""
-
-    class Long(str):
-        __slots__ = ()
-
-        def casefold(self) -> str:
-            raise AssertionError
-
-    assert near("topik", [Long("x" * 51), "topic"], 1) == ["topic"]
 
 
 @pytest.mark.parametrize("inputs", [{"topic": None, "more": 1}, Inputs("x")], ids=repr)

@@ -19,7 +19,7 @@ from promptlayer_exec._errors import (
 )
 
 if TYPE_CHECKING:
-    from promptlayer_exec._api.executions import Response
+    from promptlayer_exec._api.messages import Response
 
 _LONGEST_QUOTE = 200
 _LONGEST_MESSAGE = 500

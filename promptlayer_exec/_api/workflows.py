@@ -12,17 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
 
-from promptlayer_exec._api.executions import (
-    Request,
-    Response,
-    check_status,
-    decode,
-    invalid_shape,
-    optional_str,
-    path_segment,
-    percent_encoded,
-    version_selection,
-)
+from promptlayer_exec._api.executions import path_segment, percent_encoded, version_selection
+from promptlayer_exec._api.messages import Request, Response, check_status, decode, invalid_shape
+from promptlayer_exec._arguments import optional_str
 from promptlayer_exec._display import JSON_KINDS, json_kind
 from promptlayer_exec._workflows import Workflow, WorkflowEdge, WorkflowNode, WorkflowSummary
 

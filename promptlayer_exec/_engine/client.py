@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from functools import partial
 from random import random
 from types import EllipsisType
@@ -14,23 +14,22 @@ import attrs
 from promptlayer_exec._api.executions import (
     NodeMap,
     NodeMapReader,
-    Reply,
-    Request,
-    Response,
     Started,
     read_main_output,
     read_started,
     results_request,
 )
+from promptlayer_exec._api.messages import Reply, Request, Response
 from promptlayer_exec._api.workflows import WorkflowsPage, read_workflow, workflows_request
 from promptlayer_exec._engine.callbacks import CallbackLog
+from promptlayer_exec._engine.follow import Followers, timed_out
 from promptlayer_exec._engine.lifetime import DeadlinePassed, Lifetime
-from promptlayer_exec._engine.retry import RecentStarts, RetryState
+from promptlayer_exec._engine.retry import RecentStarts, Retrying, RetryState
 from promptlayer_exec._engine.start import SendHooks, Start, start_unknown
-from promptlayer_exec._engine.watch import Watch, take_snapshot, timed_out
+from promptlayer_exec._engine.tasks import clock
+from promptlayer_exec._engine.watch import Watch, take_snapshot
 from promptlayer_exec._errors import PromptLayerExecError, RequestError, StartUnknown
 from promptlayer_exec._events import Emit, WakeSource
-from promptlayer_exec._http.transport import Transport
 from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
 from promptlayer_exec._policies import Deadline
 from promptlayer_exec._push.wakeups import EarlyWakeUps
@@ -47,30 +46,35 @@ T = TypeVar("T")
 class _Fetch:
     """Requests the node map of one execution; unchanged nodes are those of the last one."""
 
-    _transport: Transport
+    _retrying: Retrying
     _request: Request
     _node_maps: NodeMapReader
     _latest: NodeMap | None = None
 
-    def __call__(
-        self, state: RetryState, *, due: float, first: bool
-    ) -> Coroutine[Any, Any, Reply[NodeMap]]:
-        return self._transport.call(self._request, self._read, state, due=due, first=first)
+    async def __call__(self, state: RetryState, *, due: float, first: bool) -> Reply[NodeMap]:
+        return await self._retrying.call(self._request, self._read, state, due=due, first=first)
 
     def _read(self, response: Response) -> NodeMap:
         execution_id = cast(int, self._request.execution_id)
         self._latest = self._node_maps.read(response, execution_id, self._latest)
-        self._request.expected = response.body
         return self._latest
 
 
 @attrs.define(eq=False, kw_only=True)
 class Client:
-    """The connections and tasks of an open session; closing the session ends it."""
+    """What an open session does at its server; closing the session ends it.
+
+    Attributes:
+        lifetime: owns the tasks.
+        base_url: the server's URL.
+        push: the channels on which completions are pushed; None without push.
+    """
 
     _settings: Settings
     lifetime: Lifetime
-    transport: Transport
+    base_url: str
+    _redact: Callable[[str], str]
+    _retrying: Retrying
     _recent_starts: RecentStarts
     _node_maps: NodeMapReader
     _early_wake_ups: EarlyWakeUps
@@ -80,34 +84,32 @@ class Client:
     _watches: dict[int, Watch] = attrs.field(init=False, factory=dict)
 
     def deadline(self, timeout: float | EllipsisType | None = ...) -> Deadline:
-        return self._settings.deadline(timeout, now=self.transport.clock())
+        return self._settings.deadline(timeout, now=clock())
 
-    def follow(self, execution_id: int, *, streams: bool = False) -> Watch:
-        """Add a follower to the execution's watch, and return the watch; the first starts it.
+    def follow(self, execution_id: int, *, streams: bool = False) -> Followers:
+        """Add a follower of an execution, and return its followers; the first starts the watch.
 
-        A follower that `streams` wants every snapshot, not only the complete one.
+        One that `streams` wants every snapshot, not only the complete one.
         """
         watch = self._watches.get(execution_id)
-        if watch is not None:
-            watch.add_follower(streams=streams)
-            return watch
-        request = self.transport.with_url(results_request(execution_id, return_all_outputs=True))
-        watch = self._watches[execution_id] = Watch(
-            execution_id,
-            _Fetch(self.transport, request, self._node_maps),
-            poll=self._settings.poll,
-            retry=self._settings.retry,
-            emit=self._emit,
-            on_end=self._forget,
-            net=None if self.push is None else self.push.net(execution_id),
-            workflow=self._recent_starts.workflow(execution_id),
-            base_url=self.transport.base_url,
-        )
-        watch.add_follower(streams=streams)
-        if (source := self._early_wake_ups.take(execution_id)) is not None:
-            watch.wake(source)
-        self.lifetime.spawn_watch(watch.run)
-        return watch
+        if watch is None:
+            request = results_request(execution_id, return_all_outputs=True)
+            watch = self._watches[execution_id] = Watch(
+                execution_id,
+                _Fetch(self._retrying, request, self._node_maps),
+                lifetime=self.lifetime,
+                poll=self._settings.poll,
+                retry=self._settings.retry,
+                net=None if self.push is None else self.push.net(execution_id),
+                emit=self._emit,
+                on_end=self._forget,
+                workflow=self._recent_starts.workflow(execution_id),
+                base_url=self.base_url,
+            )
+            if (source := self._early_wake_ups.take(execution_id)) is not None:
+                watch.schedule.wake(source)
+        watch.followers.add(streams=streams)
+        return watch.followers
 
     def wake(self, execution_id: int, source: WakeSource) -> bool:
         """Wake the execution's watch, and return True; without one, remember the wake-up."""
@@ -115,7 +117,7 @@ class Client:
         if watch is None:
             self._early_wake_ups.add(execution_id, source)
             return False
-        watch.wake(source)
+        watch.schedule.wake(source)
         return True
 
     def _forget(self, watch: Watch) -> None:
@@ -126,12 +128,12 @@ class Client:
         """Request the main output of a complete execution until the server has it."""
         request = results_request(snapshot.execution_id, return_all_outputs=False)
         read = partial(read_main_output, execution_id=snapshot.execution_id)
-        due = started = self.transport.clock()
+        due = started = clock()
         while True:
             reply = await self._call(request, read, deadline, due=due, seen=snapshot)
             if reply.value.complete:
                 return reply.value.value
-            now = self.transport.clock()
+            now = clock()
             due = now + self._settings.poll.delay(
                 elapsed=now - started,
                 final=len(snapshot.nodes),
@@ -177,16 +179,12 @@ class Client:
     ) -> Reply[T]:
         """Send a request outside of a watch, now or at `due`; errors carry the snapshot `seen`."""
         state = RetryState(self._settings.retry, self._settings.retry.outage)
-
+        now = clock()
         try:
-            now = self.transport.clock()
-            if due is None:
-                due = now
-            elif (wait := due - now) > 0:
-                async with self.lifetime.timeout(deadline):
-                    await asyncio.sleep(wait)
-            timeout = partial(self.lifetime.timeout, deadline)
-            return await self.transport.call(request, read, state, due=due, timeout=timeout)
+            async with self.lifetime.call(deadline):
+                if due is not None:
+                    await asyncio.sleep(due - now)
+                return await self._retrying.call(request, read, state, due=due or now)
         except PromptLayerExecError as error:
             error.execution_id = request.execution_id
             error.last_snapshot = seen
@@ -201,94 +199,75 @@ class Client:
         deadline: Deadline | None,
         *,
         hooks: SendHooks | None,
-        token: str | None,
-        began: Callable[[Start], None],
     ) -> Started:
         """Start a run; its request must be sent before the deadline, by default the session's.
 
-        `token` is the one in the start's own callback URL, if it has one. `began` gets the start.
+        The secret of the HTTP request is the token in the start's own callback URL, if it has one.
         """
-        now = self.transport.clock()
-        if token is not None:
-            self._callbacks.begin(token)
-        http_request = attrs.evolve(http_request, secret=token)
-
-        def called_back() -> Started | None:
-            execution_id = None if token is None else self._callbacks.execution_id(token)
-            if execution_id is None:
-                return None
-            self._recent_starts.add(execution_id, request.workflow, now=self.transport.clock())
-            return Started(execution_id, warning=None)
-
-        async def post(state: RetryState, once: Start) -> Started:
-            reply = await self.transport.call(http_request, read_started, state, due=now, once=once)
-            self._recent_starts.add(
-                reply.value.execution_id, request.workflow, now=self.transport.clock()
-            )
-            if self.push is not None:
-                self.push.started(
-                    request.workflow,
-                    reply.value.execution_id,
-                    sent_at=reply.sent_at,
-                    waited=reply.lateness,
-                )
-            if (warning := reply.value.warning) is not None:  # it goes to the log
-                warning = self.transport.redactor.also(token).redact(warning)
-            return Started(reply.value.execution_id, warning)
-
+        token = http_request.secret
         start = Start(
             request,
-            post,
+            self.base_url,
+            self.lifetime,
+            self._emit,
             RetryState(self._settings.retry, self._settings.retry.outage),
-            emit=self._emit,
-            is_closing=self.lifetime.is_closing,
-            hooks=hooks,
             token=token,
-            on_end=None if token is None else partial(self._start_ended, token, request),
-            called_back=called_back,
-            base_url=self.transport.base_url,
+            hooks=hooks,
+            on_end=partial(self._start_ended, token, request),
         )
-        began(start)
-        self.lifetime.spawn(start.run)
         if self.push is not None:
             self.push.subscribe(request.workflow)
-        return await start.result(deadline or self.deadline())
+        post = self._post(request, http_request, start)
+        return await start.run(post, deadline or self.deadline())
+
+    async def _post(self, request: StartRequest, http_request: Request, start: Start) -> Started:
+        reply = await self._retrying.call(
+            http_request, read_started, start.state, due=clock(), once=start
+        )
+        execution_id, warning = reply.value.execution_id, reply.value.warning
+        self._recent_starts.add(execution_id, request.workflow, now=clock())
+        if self.push is not None:
+            self.push.started(request.workflow, execution_id, sent_at=reply.sent_at)
+        if warning is not None:  # it goes to the log
+            warning = self._redact(warning)
+            if http_request.secret is not None:
+                warning = warning.replace(http_request.secret, "***")
+        return Started(execution_id, warning)
 
     def _start_ended(
-        self, token: str, request: StartRequest, outcome: Started | BaseException, elapsed: float
+        self,
+        token: str | None,
+        request: StartRequest,
+        outcome: Started | BaseException,
+        elapsed: float,
     ) -> None:
-        log, base_url = self._callbacks, self.transport.base_url
-        if isinstance(outcome, StartUnknown):
-            log.lose(token, request, base_url, elapsed)
-        else:
-            execution_id = outcome.execution_id if isinstance(outcome, Started) else None
-            log.settle(token, request, base_url, execution_id, elapsed)
+        if token is not None and isinstance(outcome, StartUnknown):
+            self._callbacks.lose(token, request, self.base_url, elapsed)
 
     async def recover(self, error: StartUnknown, token: str, deadline: Deadline) -> int:
         """Wait for the callback of a start whose answer was lost, and return the execution's id."""
-        self._callbacks.lose(token, StartRequest(error.workflow), self.transport.base_url)
+        self._callbacks.lose(token, StartRequest(error.workflow), self.base_url)
         try:
-            if (execution_id := self._callbacks.execution_id(token)) is None:
-                async with self.lifetime.timeout(deadline):
-                    execution_id = await self._callbacks.wait(token)
+            async with self.lifetime.call(deadline):
+                execution_id = await self._callbacks.wait(token)
         except DeadlinePassed:
             since = f"; no callback came within {deadline.timeout or 0.0:g} s"
             if self._settings.callbacks is None:
                 since += " to this session, which has no callbacks="
             since += "; the run may still be running, so call Session.recover again"
             raise start_unknown(error.workflow, error.reason, token, since) from error
-        self._recent_starts.add(execution_id, error.workflow, now=self.transport.clock())
+        self._recent_starts.add(execution_id, error.workflow, now=clock())
         return execution_id
 
 
 async def list_workflows(
-    open_client: Callable[[], Awaitable[Client]], parameters: Mapping[str, str | None]
+    open_client: Callable[[], Client], parameters: Mapping[str, str | None]
 ) -> AsyncGenerator[WorkflowSummary, None]:
     """Yield each workflow once, page by page."""
     seen: set[int] = set()
     following: int | None = 1
     while following is not None:
-        page = await (await open_client()).workflows_page(following, parameters)
+        page = await open_client().workflows_page(following, parameters)
         # Workflows that are added meanwhile move others to the next page.
         new = [summary for summary in page.summaries if summary.id not in seen]
         seen.update(summary.id for summary in new)

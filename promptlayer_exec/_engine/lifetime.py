@@ -1,35 +1,22 @@
-"""The lifetime of an open session: its supervisor task and all tasks in its event loop."""
+"""The lifetime of an open session: one task owns what the session runs, and closing ends it."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Coroutine
-from contextlib import AsyncExitStack, suppress
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Any, TypeVar
 
-import anyio
-
-from promptlayer_exec._engine.tasks import (
-    LATE,
-    PatientTimeout,
-    Run,
-    Tasks,
-    begin_cancelled,
-    foreign_cancellation,
-    is_cancelled,
-    receive_cancellation,
-)
 from promptlayer_exec._errors import SessionClosed
 from promptlayer_exec._policies import Deadline
 
-if TYPE_CHECKING:
-    from anyio.abc import TaskGroup
+T = TypeVar("T")
 
 # Event loops hold their tasks weakly: without these references, the garbage collector would destroy
-# an unclosed session, and the shutdown of the loop could not close it.
-_supervisors = Tasks()
+# a session that nobody closed, and the end of the loop could not close it.
+_supervisors: set[asyncio.Task[None]] = set()
 
 
 class DeadlinePassed(Exception):
@@ -37,89 +24,76 @@ class DeadlinePassed(Exception):
 
 
 class Lifetime:
-    """The supervisor of an open session, in the running event loop.
+    """The supervisor task of an open session, and all that runs in the session.
 
-    All tasks run in a task group inside one supervisor task, or are awaited by it, so that a
-    session may be opened, used and closed by three different tasks.
+    The supervisor waits for the session to be closed, so the session may be opened, used and closed
+    by three different tasks.
     """
 
     def __init__(self, resources: AsyncExitStack) -> None:
         self._loop = asyncio.get_running_loop()
         self._resources = resources
-        self._ready = asyncio.Event()
         self._closing = asyncio.Event()
-        self._ended = asyncio.Event()
-        # In order: of those that wait for a slot, the first to end is then the first in its queue.
-        self.calls: dict[PatientTimeout, None] = {}
+        self._tasks: dict[asyncio.Task[Any], Callable[[], object]] = {}
+        self._calls: dict[asyncio.Timeout, None] = {}
         self._calls_ended = asyncio.Event()
-        self._tasks: TaskGroup
-        self._not_begun: dict[Run, Coroutine[Any, Any, None]] = {}
-        self._others = Tasks()  # outside of the group
-        _supervisors.start(self._supervise, name="promptlayer_exec.Session")
+        self._supervisor = asyncio.create_task(self._supervise(), name="promptlayer_exec.Session")
+        _supervisors.add(self._supervisor)
+        self._supervisor.add_done_callback(self._ended)
+
+    def _ended(self, supervisor: asyncio.Task[None]) -> None:
+        _supervisors.discard(supervisor)
+        self._closing.set()  # asyncio.run may have cancelled the task before its first step
+        self._stop()
 
     def is_closing(self) -> bool:
         """Return True if closing has begun, or the event loop is closed."""
         return self._closing.is_set() or self._loop.is_closed()
 
-    async def ready(self) -> None:
-        """Wait until tasks can be started.
-
-        Raises:
-            RuntimeError: another event loop is running.
-            SessionClosed: closing has begun.
-        """
+    def check_open(self) -> None:
+        """Raise `SessionClosed` if closing has begun, `RuntimeError` in another event loop."""
         self.check_loop()
-        if not self._ready.is_set():
-            await self._ready.wait()
         if self.is_closing():
             raise SessionClosed
 
-    def is_ready(self) -> bool:
-        """Return True if `ready` would return at once."""
-        self.check_loop()
-        return self._ready.is_set() and not self.is_closing()
+    def check_loop(self) -> None:
+        """Raise a `RuntimeError` if another event loop is running."""
+        if self._loop is not asyncio.get_running_loop():
+            raise RuntimeError(
+                "this session is open in another event loop: close it there, enter it again once"
+                " that loop has ended, or use one Session per loop"
+            )
 
-    def spawn(self, run: Run) -> None:
-        """Run a task until it ends by itself or the session is closed."""
-        work = self._not_begun[run] = self._run(run)
-        self._tasks.start_soon(lambda: work, name="promptlayer_exec.Session.spawn")
+    def spawn(
+        self,
+        work: Coroutine[Any, Any, T],
+        *,
+        name: str,
+        cancel: Callable[[], object] | None = None,
+    ) -> asyncio.Task[T]:
+        """Run a task until it ends by itself or the session is closed.
 
-    async def _run(self, run: Run) -> None:
-        self._not_begun.pop(run, None)
-        # What is raised in the task group ends all other tasks, and the session.
-        try:
-            await run()
-        except asyncio.CancelledError:
-            pass
-        except Exception as error:  # noqa: BLE001 - handed on
-            message = "a task of promptlayer_exec failed"
-            self._loop.call_exception_handler({"message": message, "exception": error})
-        except (KeyboardInterrupt, SystemExit) as interrupt:
-            self._loop.call_soon(_raise, interrupt)
-        finally:
-            await receive_cancellation()
+        Args:
+            work: what it runs.
+            name: the name of the task.
+            cancel: what closing calls in place of the task's own `cancel`; closing waits for the
+                task in any case.
+        """
+        task = asyncio.create_task(work, name=name)
+        self._tasks[task] = cancel or task.cancel
+        task.add_done_callback(self._tasks.pop)
+        return task
 
-    def spawn_watch(self, run: Run) -> None:
-        """Run a watch in the same way, but cheaper: there may be ten thousand."""
-        self._others.start(run, name="promptlayer_exec._engine.watch.Watch.run")
+    def call(self, deadline: Deadline) -> Call:
+        """Return what limits a call in the caller's own task, to be entered with `async with`.
 
-    def timeout(self, deadline: Deadline, *, soonest: float = math.inf) -> PatientTimeout:
-        """Return a timeout for a part of a call, which the closing of the session ends, too.
-
-        Leaving it raises `DeadlinePassed` or `SessionClosed` if that is why it expired, and
-        `TimeoutError` if its `end_by` is.
+        Leaving it raises `DeadlinePassed` or `SessionClosed` if that is what has ended the call.
 
         Raises:
             SessionClosed: closing has begun.
-            DeadlinePassed: the deadline has passed a while ago.
         """
-        return _CallTimeout(self, deadline, soonest)
-
-    def left(self, timeout: PatientTimeout) -> None:
-        """Forget the timeout of a part of a call that has ended."""
-        self.calls.pop(timeout, None)
-        if not self.calls and self._closing.is_set():
-            self._calls_ended.set()
+        self.check_open()
+        return Call(self, deadline)
 
     def close(self) -> None:
         """Begin closing: end everything that runs.
@@ -135,92 +109,62 @@ class Lifetime:
         """Wait until everything has ended; any number of tasks may wait at once."""
         if not self._has_ended():
             self.check_loop()
-            await self._ended.wait()
+            await asyncio.wait([self._supervisor])
 
     def _has_ended(self) -> bool:
-        return self._ended.is_set() or self._loop.is_closed()
-
-    def check_loop(self) -> None:
-        """Raise a `RuntimeError` if another event loop is running."""
-        if self._loop is not asyncio.get_running_loop():
-            raise RuntimeError(
-                "this session is open in another event loop: close it there, enter it again once"
-                " that loop has ended, or use one Session per loop"
-            )
+        return self._supervisor.done() or self._loop.is_closed()
 
     async def _supervise(self) -> None:
         try:
-            async with anyio.create_task_group() as self._tasks:
-                self._ready.set()
-                try:
-                    await self._closing.wait()
-                finally:  # also when asyncio.run cancels every task, as the loop shuts down
-                    self._closing.set()
-                    self._stop()  # before the group's own tasks, which may depend on it
-                    self._tasks.cancel_scope.cancel()
-        except asyncio.CancelledError:
-            pass
-        finally:
+            await self._closing.wait()
+        finally:  # also when asyncio.run cancels every task at its end
+            self._closing.set()
             try:
-                for run, never_awaited in list(self._not_begun.items()):
-                    never_awaited.close()
-                    begin = partial(begin_cancelled, partial(self._run, run))
-                    self._others.start(begin, name="promptlayer_exec.Session.spawn")
-                while self.calls:
-                    with suppress(asyncio.CancelledError):
+                while self._tasks or self._calls:
+                    self._stop()
+                    if self._calls:
                         await self._calls_ended.wait()
-                await self._others.ended_by_cancellation()
-                with suppress(asyncio.CancelledError):
-                    await self._resources.aclose()
+                    if self._tasks:
+                        await asyncio.wait(self._tasks)
             finally:
-                self._ended.set()
+                await self._resources.aclose()
 
     def _stop(self) -> None:
-        for limit in self.calls:
-            limit.expire()
-        self._others.cancel()
+        """End all that runs."""
+        for timeout in self._calls:
+            if not timeout.expired():
+                timeout.reschedule(self._loop.time())
+        for cancel in list(self._tasks.values()):
+            cancel()
+
+    def entered(self, timeout: asyncio.Timeout) -> None:
+        self._calls[timeout] = None
+
+    def left(self, timeout: asyncio.Timeout) -> None:
+        self._calls.pop(timeout, None)
+        if not self._calls and self._closing.is_set():
+            self._calls_ended.set()
 
 
-def _raise(error: BaseException) -> None:
-    raise error
+class Call:
+    """A part of a call, which its deadline or the closing of the session ends."""
 
-
-class _CallTimeout(PatientTimeout):
-    """The timeout of a part of a call, as `Lifetime.timeout` describes it."""
-
-    __slots__ = ("_deadline", "_lifetime")
-
-    def __init__(self, lifetime: Lifetime, deadline: Deadline, soonest: float) -> None:
-        if lifetime.is_closing():
-            raise SessionClosed
-        # A timer set so far in the past counts as late, and would give each part more time.
-        if lifetime._loop.time() - deadline.at >= LATE:
-            raise DeadlinePassed
-        super().__init__(deadline.at, soonest=soonest, loop=lifetime._loop)
-        self._deadline = deadline
+    def __init__(self, lifetime: Lifetime, deadline: Deadline) -> None:
         self._lifetime = lifetime
-        lifetime.calls[self] = None
+        self._timeout = asyncio.timeout_at(deadline.at if deadline.at < math.inf else None)
 
-    def _leave(self, error: BaseException | None) -> None:
-        self._lifetime.left(self)
-        if error is None:
-            super()._leave(None)
-            return
-        is_cancellation = isinstance(error, asyncio.CancelledError)
-        foreign = error if is_cancellation and not is_cancelled() else None
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+        self._lifetime.entered(self._timeout)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._lifetime.left(self._timeout)
         try:
-            super()._leave(error)
+            await self._timeout.__aexit__(kind, error, traceback)
         except TimeoutError:
-            self._raise_if_over()
-            raise
-        if foreign is not None:
-            raise foreign_cancellation("the call", foreign) from foreign
-        # A request may time out in the same loop step in which the deadline passes.
-        if isinstance(error, TimeoutError) and self.expired():
-            self._raise_if_over()
-
-    def _raise_if_over(self) -> None:
-        if self._lifetime.is_closing():
-            raise SessionClosed from None
-        if self.has_passed(self._deadline.at):
-            raise DeadlinePassed from None
+            raise (SessionClosed if self._lifetime.is_closing() else DeadlinePassed) from None

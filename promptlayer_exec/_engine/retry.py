@@ -1,12 +1,30 @@
-"""The retry state of one request, the recent starts, and the log of outages."""
+"""Sending a request until there is a good answer: its retries, and the log of outages."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+from random import random
+from typing import TypeVar
+
 import attrs
 
-from promptlayer_exec._errors import RequestError, printable
-from promptlayer_exec._events import logger
+from promptlayer_exec._api.attempt import Attempt, Send, SendOnce
+from promptlayer_exec._api.messages import Reply, Request, Response
+from promptlayer_exec._engine.tasks import clock
+from promptlayer_exec._errors import (
+    InvalidResponse,
+    NotFound,
+    RateLimited,
+    RequestError,
+    ResponseTooLarge,
+    StatusError,
+    printable,
+)
+from promptlayer_exec._events import Emit, RequestRetried, logger
 from promptlayer_exec._policies import RetryPolicy, or_infinity
+
+T = TypeVar("T")
 
 _MOST_STARTS = 10_000
 
@@ -90,11 +108,13 @@ class OutageLog:
     _failing: set[RetryState] = attrs.field(factory=set)
     _answered: bool = False
 
-    def begin(self, error: RequestError, state: RetryState, *, is_start: bool) -> None:
-        """Record that a request failed and will be sent again."""
+    def begin(
+        self, error: RequestError, state: RetryState, *, seconds: float | None, is_start: bool
+    ) -> None:
+        """Record that a request failed, and is sent again for up to so many seconds."""
         if not self._failing:
             self._answered = False
-            limit = "" if state.limit is None else f" for up to {state.limit:g} s"
+            limit = "" if seconds is None else f" for up to {seconds:g} s"
             subject = "a start" if is_start else "a request"
             if error.execution_id is not None:
                 subject = f"execution {error.execution_id}"
@@ -110,3 +130,99 @@ class OutageLog:
         self._answered |= answered
         if self._answered and not self._failing:
             logger.info("the server answers again")
+
+
+@attrs.define(eq=False)
+class Retrying:
+    """Sends requests again, until there is a good answer or the retries are used up."""
+
+    _send: Send
+    _policy: RetryPolicy
+    _recent_starts: RecentStarts
+    _emit: Emit
+    _outages: OutageLog = attrs.field(init=False, factory=OutageLog)
+
+    async def call(
+        self,
+        request: Request,
+        read: Callable[[Response], T],
+        state: RetryState,
+        *,
+        due: float,
+        first: bool = False,
+        once: SendOnce | None = None,
+    ) -> Reply[T]:
+        """Return the first good answer.
+
+        Args:
+            request: what to send.
+            read: reads the answer; an error that it raises is handled like any other failure.
+            state: the failures so far, of this request or of its watch.
+            due: when to send the request, on the event loop's clock.
+            first: whether it goes before ordinary requests.
+            once: the start that is sent, which must not be sent twice.
+
+        Raises:
+            RequestError: the last failure.
+        """
+        answered = False
+        try:
+            while True:
+                attempt = Attempt(due, first, once)
+                try:
+                    reply = await self._send(request, read, attempt)
+                except RequestError as error:
+                    state.excuse(attempt.lateness)
+                    if (delay := self._delay(error, request, state, once)) is None:
+                        raise
+                    if once is not None:
+                        await once.not_sent()
+                else:
+                    answered = True
+                    return reply
+                due = clock() + delay
+                await asyncio.sleep(delay)
+        finally:
+            if state.failures:
+                self._outages.end(state, answered=answered)
+
+    def _delay(
+        self, error: RequestError, request: Request, state: RetryState, once: SendOnce | None
+    ) -> float | None:
+        """Record a failed attempt; return the seconds before the next, or None."""
+        error.execution_id = request.execution_id
+        error.attempts = state.failures + 1
+        if not self._is_transient(error, once):
+            return None
+        delay = state.delay(
+            error,
+            now=clock(),
+            chance=random(),
+            retry_after=error.retry_after if isinstance(error, StatusError) else None,
+        )
+        if delay is not None:
+            if once is not None and once.sent:
+                once.mark_rejected()
+            seconds = self._policy.not_found_grace if self._is_new_run(error) else state.limit
+            self._outages.begin(error, state, seconds=seconds, is_start=once is not None)
+            self._emit(RequestRetried(request.execution_id, error, delay))
+        return delay
+
+    def _is_transient(self, error: RequestError, once: SendOnce | None) -> bool:
+        """Return True if a failure is worth another attempt."""
+        if once is not None:
+            may_have_arrived = once.sent or isinstance(error, StatusError)
+            # A 429 starts nothing.
+            if once.cancelled or (may_have_arrived and not isinstance(error, RateLimited)):
+                return False
+        if isinstance(error, StatusError):
+            return error.status in self._policy.statuses or self._is_new_run(error)
+        if isinstance(error, InvalidResponse):
+            return error.path is None and not isinstance(error, ResponseTooLarge)
+        return not error.is_permanent
+
+    def _is_new_run(self, error: RequestError) -> bool:
+        """Return True for a 404 on a run that was started so recently that it may still appear."""
+        return isinstance(error, NotFound) and self._recent_starts.covers(
+            error.execution_id, now=clock()
+        )

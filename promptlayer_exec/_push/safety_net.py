@@ -12,9 +12,6 @@ from promptlayer_exec._policies import Deadline
 # Seconds between two polls, as long as push can be trusted: doubling from the first to the longest.
 _FIRST = 5.0
 _LONGEST = 60.0
-# Where requests have to wait for their turn, such polls would only make others wait longer. There
-# are at least this many times as many seconds between them as the last request had to wait.
-_TIMES_WAITED = 10.0
 # A poll comes this many seconds before a deadline, so that its error has a snapshot.
 _LAST_CALL = 1.0
 # A first poll waits this long for the first subscription, which then makes it unnecessary.
@@ -61,7 +58,6 @@ class SafetyNet:
     execution_id: int
     subscription: Subscription
     _known_at: float
-    _waited: float = 0.0
     changed: Callable[[], None] = attrs.field(init=False, default=_do_nothing)
     _polls: int = attrs.field(init=False, default=0)
     _is_polled: bool = attrs.field(init=False, default=False)
@@ -85,14 +81,9 @@ class SafetyNet:
         if since > self._known_at:
             return min(scheduled, self._known_at + floor)  # one poll for what was missed
         doublings = min(self._polls, 64) if self.subscription.has_announced else 0
-        gap = max(_FIRST * 2.0**doublings, _TIMES_WAITED * self._waited)
-        seldom = self._known_at + min(gap, _LONGEST)
-        due = max(scheduled, seldom)
-        for deadline in deadlines:
-            last_call = deadline.at - min(_LAST_CALL, (deadline.timeout or 0.0) / 2)
-            if last_call > self._known_at:
-                due = min(due, last_call)
-        return due
+        due = max(scheduled, self._known_at + min(_FIRST * 2.0**doublings, _LONGEST))
+        last_calls = (one.at - min(_LAST_CALL, (one.timeout or 0.0) / 2) for one in deadlines)
+        return min([due, *(at for at in last_calls if at > self._known_at)])
 
     def distrust(self) -> None:
         """Leave the execution to the ordinary schedule from now on."""
@@ -104,12 +95,17 @@ class SafetyNet:
         if self.changed == changed:
             self.changed = _do_nothing
 
-    def polled(self, sent_at: float, *, waited: float, complete: bool, woken: bool) -> None:
+    def polled(
+        self,
+        sent_at: float,
+        *,
+        complete: bool,
+        woken: bool,
+    ) -> None:
         """Record a good poll.
 
         Args:
             sent_at: when it was sent.
-            waited: the seconds for which it waited for its turn before.
             complete: whether it found the execution complete.
             woken: whether a wake-up led to it, which should have come with the completion.
         """
@@ -120,4 +116,4 @@ class SafetyNet:
         self._is_doubted |= woken and not complete
         self._polls = self._polls + 1 if is_covered else 0
         self._is_polled = True
-        self._known_at, self._waited = sent_at, waited
+        self._known_at = sent_at

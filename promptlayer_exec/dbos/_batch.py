@@ -152,9 +152,8 @@ class Batch:
     async def work(self, *, until_done: bool = True) -> BatchStatus:
         """Start items, follow them, and store their outcomes, together with all other workers.
 
-        If cancelled, however often, it waits for the starts that are being sent, unless its event
-        loop ends meanwhile, as when `asyncio.run` returns; the next worker continues with all other
-        items.
+        If cancelled, it waits for the starts that are being sent; the next worker continues with
+        all other items.
 
         Args:
             until_done: whether to return once every item has an outcome. Otherwise it waits for

@@ -134,7 +134,7 @@ class Items:
             is_stored = False
             while not is_stored:  # another worker may have started it meanwhile
                 token = integration.start_token(self._session)
-                pending = PendingStart(item, self._intents, token, self._look_for_callback)
+                pending = PendingStart(item, self._intents, token)
                 started = await self._start(item, pending)
                 if started is None:
                     return  # it has an outcome, or another worker, or a later attempt
@@ -333,13 +333,6 @@ class Items:
         except (TypeError, ValueError):
             return True
         return False
-
-    async def _look_for_callback(self, item: Item, token: str) -> None:
-        """Hand a callback that was stored for this start to the session, which then sends none."""
-        if not integration.takes_callbacks(self._session):  # then none can come
-            return
-        if (execution_id := (await self._read_state(item)).called_back) is not None:
-            integration.receive_callback(self._session, token, execution_id)
 
     async def _read_state(self, item: Item) -> State:
         key = (item.key, item.attempt)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -61,7 +61,6 @@ class PendingStart:
     _item: Item
     _intents: Group[Intent, bool]
     token: str  # also the one in the start's callback URL, if it has one of its own
-    _look_for_callback: Callable[[Item, str], Awaitable[None]]
     replaced: str | None = attrs.field(init=False, default=None)
     execution: Execution | None = attrs.field(init=False, default=None)
     task: asyncio.Task[Any] | None = attrs.field(init=False, default=None)
@@ -76,8 +75,7 @@ class PendingStart:
     _successes_seen: int = attrs.field(init=False, default=-1)
 
     async def before_send(self) -> None:
-        """Record the intent; before the start is sent again, look whether its callback has come."""
-        is_sent_again = self.recorded_intent is not None
+        """Record the intent."""
         if self.is_cancelled:  # in the step before: the cancellation is still on its way here
             await asyncio.Event().wait()
         self.may_be_sent = True
@@ -85,8 +83,6 @@ class PendingStart:
             self.is_refused = True
             raise IntentRefused
         self.recorded_intent = self.token
-        if is_sent_again:
-            await self._look_for_callback(self._item, self.token)
 
     async def not_sent(self) -> None:
         """Take the intent back."""

@@ -61,6 +61,7 @@ async def follow(execution_id: int, everything: bool) -> None:
     async with session as opened:
         assert_type(opened, Session)
     assert_type(await session.get_results(execution_id), MainOutput)
+    assert_type(await session.get_results(str(execution_id)), MainOutput)
     assert_type(await session.get_results(execution_id, return_all_outputs=False), MainOutput)
     assert_type(await session.get_results(execution_id, return_all_outputs=True), Snapshot)
     assert_type(
@@ -69,6 +70,8 @@ async def follow(execution_id: int, everything: bool) -> None:
     )
     execution = session.execution(execution_id)
     assert_type(execution, Execution)
+    assert_type(session.execution(str(execution_id)), Execution)
+    assert_type(session.wake(str(execution_id)), bool)
     assert_type(await execution.snapshot(), Snapshot)
     assert_type(await execution.wait(timeout=None), Snapshot)
     previous: Snapshot | None = None

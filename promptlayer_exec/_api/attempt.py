@@ -1,0 +1,62 @@
+"""What the engine and HTTP agree on: one attempt to send a request, and a request sent once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import attrs
+
+from promptlayer_exec._api.messages import Reply, Request, Response
+
+T = TypeVar("T")
+
+
+class SendOnce(Protocol):
+    """A request that must not reach the server twice, and whether it may have reached it."""
+
+    @property
+    def sent(self) -> bool:
+        """Whether it may have reached the server."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it must no longer be sent."""
+
+    async def before_send(self) -> None:
+        """Wait for permission to send; a connection stands, and the rate allows the request."""
+
+    async def not_sent(self) -> None:
+        """Handle an attempt that started nothing, before the next one."""
+
+    def mark_sent(self) -> None:
+        """Record that it is about to be sent; raises `OSError` if it must not be sent."""
+
+    def mark_rejected(self) -> None:
+        """Record that the server refused it, or the TLS handshake, and started nothing."""
+
+
+@attrs.define
+class Attempt:
+    """One try to send a request.
+
+    Attributes:
+        due: when it should be sent, on the event loop's clock.
+        first: whether it goes before ordinary requests, as a poll after a wake-up does.
+        once: a request that must not be sent twice; None for any other.
+        lateness: the seconds for which it waited for a connection or the rate; set as it is sent.
+    """
+
+    due: float
+    first: bool = False
+    once: SendOnce | None = None
+    lateness: float = 0.0
+
+
+class Send(Protocol):
+    """A function that makes one attempt to send a request."""
+
+    async def __call__(
+        self, request: Request, read: Callable[[Response], T], attempt: Attempt
+    ) -> Reply[T]:
+        """Return what `read` reads from the response, or raise a `RequestError`."""

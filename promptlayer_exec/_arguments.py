@@ -1,0 +1,92 @@
+"""Checks of arguments: bad input is named before any I/O."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from functools import wraps
+from inspect import iscoroutinefunction
+from typing import Any, TypeVar, cast
+
+from promptlayer_exec._errors import ConfigurationError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MAX_ID = 2**63 - 1
+
+# What other clients call an argument, the vendor's SDK and its API among them, and what to say.
+_OTHER_NAMES = {
+    "workflow_name": "it is workflow= here",
+    "workflow_id": "it is workflow= here",
+    "workflow_id_or_name": "it is workflow= here",
+    "input_variables": "it is inputs= here",
+    "workflow_label_name": "it is label= here",
+    "workflow_version": "it is version= here",
+    "workflow_version_number": "it is version= here",
+    "return_all_outputs": "use (await execution.wait()).raw",
+    "timeout": "Session has wait_timeout= for a wait, and request_timeout= for one HTTP attempt",
+    "throw_on_error": "errors are always raised here",
+    "cache_ttl_seconds": "there is no cache of prompt templates here",
+    "enable_tracing": "see promptlayer_exec.opentelemetry",
+    "tracer_provider": "see promptlayer_exec.opentelemetry",
+    "tracing_providers": "see promptlayer_exec.opentelemetry",
+    "session": "it is http= here",
+    "retries": "it is retry=RetryPolicy(...) here",
+    "max_retries": "it is retry=RetryPolicy(...) here",
+}
+
+
+def check_execution_id(value: Any) -> int:
+    """Return an execution id as an int.
+
+    It may be any value with `__index__` but a bool, or a string of decimal digits: JSON of this
+    package carries ids as strings.
+    """
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        value = int(value[:20])  # more digits are out of range in any case
+    return positive_int64("execution id", value, "an int")
+
+
+def positive_int64(name: str, value: Any, expected: str) -> int:
+    """Return an argument that must be an int from 1 to 2**63-1."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{name} must be {expected}, got {value!r:.100}")
+    if not 1 <= number <= MAX_ID:
+        raise ValueError(f"{name} must be between 1 and 2**63-1, got {number}")
+    return number
+
+
+def optional_str(name: str, value: Any) -> str | None:
+    """Return an argument that must be a string or None."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name} must be a str or None, got {value!r:.100}")
+    return value
+
+
+def check_count(name: str, value: Any) -> int:
+    """Return a setting that must be an int of at least 1, or raise `ConfigurationError`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"{name} must be an int of at least 1, got {value!r:.100}")
+    return value
+
+
+def naming_arguments(function: F) -> F:
+    """Let a function that is called with another client's name of an argument say what ours is."""
+    known = function.__code__.co_varnames
+
+    @wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for name in kwargs:
+            if name in _OTHER_NAMES and name not in known:
+                raise TypeError(f"unexpected argument {name}=: {_OTHER_NAMES[name]}")
+        return function(*args, **kwargs)
+
+    @wraps(function)
+    async def checked_coroutine(*args: Any, **kwargs: Any) -> Any:
+        return await checked(*args, **kwargs)
+
+    return cast(F, checked_coroutine if iscoroutinefunction(function) else checked)

@@ -1,0 +1,142 @@
+"""When a watch polls: as the policy says, sooner after a wake-up, seldom while push stands."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from random import random
+
+import attrs
+
+from promptlayer_exec._engine.follow import Followers
+from promptlayer_exec._engine.tasks import clock, resolve
+from promptlayer_exec._events import WakeSource
+from promptlayer_exec._models import NodeStatus, Snapshot
+from promptlayer_exec._policies import PollPolicy
+from promptlayer_exec._push.safety_net import SafetyNet
+
+# The shortest time between two polls after wake-ups, if the policy's floor is longer.
+_WAKE_GAP = 0.5
+
+
+@attrs.define(eq=False)
+class Schedule:
+    """The times of one watch's polls, on the event loop's clock.
+
+    Attributes:
+        goes_first: whether the poll that is due goes before ordinary requests, because a wake-up
+            most likely brings a result. Not after one that brought none.
+    """
+
+    _poll: PollPolicy
+    _followers: Followers
+    _net: SafetyNet | None
+    _started: float = attrs.field(init=False, factory=clock)
+    _scheduled: float = attrs.field(init=False, default=-math.inf)
+    _changed_at: float = attrs.field(init=False, factory=clock)
+    _final_count: int = attrs.field(init=False, default=0)
+    # Resolved at the time of the next poll, or by a wake-up; None during a poll.
+    _alarm: asyncio.Future[None] | None = attrs.field(init=False, default=None)
+    _woken_by: WakeSource | None = attrs.field(init=False, default=None)
+    _woken_at: float = attrs.field(init=False, default=0.0)
+    _no_wake_before: float = attrs.field(init=False, default=-math.inf)
+    _is_woken: bool = attrs.field(init=False, default=False)  # the poll in flight
+    _wakes_for_nothing: bool = attrs.field(init=False, default=False)
+
+    def __attrs_post_init__(self) -> None:
+        if self._net is not None:
+            self._net.changed = self.changed
+            self._followers.changed = self.changed
+
+    def wake(self, source: WakeSource) -> None:
+        """Poll now, or once more if a poll is in flight; many wake-ups lead to a single poll.
+
+        A flood of them polls at most every half second, or every `floor` seconds if that is less;
+        and none comes before the time that the server asked to wait.
+        """
+        if self._woken_by is None:
+            self._woken_by, self._woken_at = source, clock()
+            self.changed()
+
+    def changed(self) -> None:
+        """Find out again when the next poll is due."""
+        if self._alarm is not None:
+            resolve(self._alarm)
+
+    @property
+    def goes_first(self) -> bool:
+        return self._is_woken and not self._wakes_for_nothing
+
+    async def next_poll(self) -> tuple[float, WakeSource | None]:
+        """Sleep until the next poll; return when it was due, and what woke the watch, if so."""
+        loop = asyncio.get_running_loop()
+        # What is found out only now does not make the poll late, as waiting for the rate does.
+        earliest = loop.time()
+        while (due := max(self._due(), earliest)) > loop.time():
+            self._alarm = loop.create_future()
+            timer = loop.call_at(due, resolve, self._alarm)
+            try:
+                await self._alarm
+            finally:
+                timer.cancel()
+                self._alarm = None
+            earliest = min(due, loop.time())
+        source, self._woken_by = self._woken_by, None
+        self._is_woken = source is not None
+        if source is not None:
+            self._no_wake_before = loop.time() + min(self._poll.floor, _WAKE_GAP)
+        return due, source
+
+    def _due(self) -> float:
+        if self._woken_by is not None:
+            return min(self._scheduled, max(self._woken_at, self._no_wake_before))
+        if self._net is None or self._followers.streams:
+            return self._scheduled
+        due = self._net.due(
+            self._scheduled, floor=self._poll.floor, deadlines=self._followers.deadlines()
+        )
+        return max(due, self._no_wake_before)
+
+    def polled(
+        self,
+        snapshot: Snapshot,
+        previous: Snapshot | None,
+        *,
+        sent_at: float,
+        announced: float,
+    ) -> None:
+        """Record a good poll, and find out when the next one is due.
+
+        Args:
+            snapshot: what it has read.
+            previous: what the poll before it has read.
+            sent_at: when it was sent.
+            announced: the seconds that the server asked to wait.
+        """
+        now = clock()
+        if previous is None or snapshot.nodes is not previous.nodes:
+            self._final_count = sum(node.final for node in snapshot.nodes.values())
+            if previous is None or _statuses(previous) != _statuses(snapshot):
+                self._changed_at = now
+        if self._net is not None:
+            self._net.polled(sent_at, complete=snapshot.complete, woken=self._is_woken)
+        self._wakes_for_nothing |= self._is_woken and not snapshot.complete
+        if announced:
+            self._no_wake_before = max(self._no_wake_before, now + announced)
+        self._scheduled = now + self._poll.delay(
+            elapsed=now - self._started,
+            final=self._final_count,
+            nodes=len(snapshot.nodes),
+            unchanged=now - self._changed_at,
+            chance=random(),
+            retry_after=announced,
+        )
+
+    def end(self) -> None:
+        """Forget the watch: it does not poll any more."""
+        if self._net is not None:
+            self._net.release(self.changed)
+
+
+def _statuses(snapshot: Snapshot) -> list[NodeStatus | str]:
+    return [node.status for node in snapshot.nodes.values()]
