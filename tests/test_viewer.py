@@ -262,18 +262,10 @@ async def test_values_come_through_exactly(sim: Simulator, viewer: Any) -> None:
     assert value_text(deep) == "(nested too deeply to be shown)"
 
 
-def test_a_value_that_is_very_long_or_too_deep_to_indent_is_shown_on_one_line() -> None:
-    """To indent a long one takes seconds, and Python cannot indent every deep one."""
+def test_a_very_long_value_is_shown_on_one_line() -> None:
+    """To indent it takes seconds."""
     long = [1] * 400_000
     assert value_text(long) == json.dumps(long)
-    deeper: Any = "x" * 100_000
-    for _ in range(1_500):
-        deeper = [deeper]
-    try:
-        shown = json.dumps(deeper)
-    except RecursionError:  # on Python 3.11
-        shown = "(nested too deeply to be shown)"
-    assert value_text(deeper) == shown
     assert value_text([[0]]) == json.dumps([[0]], indent=2)
 
 
