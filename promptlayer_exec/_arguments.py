@@ -14,7 +14,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 MAX_ID = 2**63 - 1
 
-# What other clients call an argument, the vendor's SDK and its API among them, and what to say.
+# Names of arguments in other clients, such as the vendor's SDK and API, and what to say.
 _OTHER_NAMES = {
     "workflow_name": "it is workflow= here",
     "workflow_id": "it is workflow= here",
@@ -39,12 +39,12 @@ _OTHER_NAMES = {
 def check_execution_id(value: Any) -> int:
     """Return an execution id as an int.
 
-    It may be any value with `__index__` but a bool, or a string of decimal digits: JSON of this
-    package carries ids as strings.
+    It may be any value with `__index__` except a bool, or a string of decimal digits, as in this
+    package's own JSON.
     """
     if isinstance(value, str) and value.isascii() and value.isdigit():
         value = int(value[:20])  # more digits are out of range in any case
-    return positive_int64("execution id", value, "an int")
+    return positive_int64("execution id", value, "an int or a string of its digits")
 
 
 def positive_int64(name: str, value: Any, expected: str) -> int:
@@ -75,7 +75,7 @@ def check_count(name: str, value: Any) -> int:
 
 
 def naming_arguments(function: F) -> F:
-    """Let a function that is called with another client's name of an argument say what ours is."""
+    """Make a function answer another client's argument names with an error that names ours."""
     known = function.__code__.co_varnames
 
     @wraps(function)

@@ -57,7 +57,7 @@ class Execution:
         self.warning = warning
 
     async def snapshot(self) -> Snapshot:
-        """Return all nodes as they are now: one request, retried by the session's retry policy.
+        """Return all nodes as they are now: one request, retried as the session's policy says.
 
         Raises:
             RequestError: the server refused, or could not be reached.
@@ -137,11 +137,11 @@ class Execution:
         """Wait until the execution is complete, and return its main output.
 
         The main output is the value of the output node that succeeded. If several succeeded, or no
-        node is marked as output, one more request asks the server which it is.
+        node is marked as output, one more request asks the server.
 
         Args:
             timeout: as for `stream`.
-            into: the type to structure it into: an attrs class, dataclass, TypedDict, enum,
+            into: the type of the output: an attrs class, dataclass, TypedDict, enum,
                 pydantic model, `list[Report]`, `Report | None` and so on. Nothing is coerced
                 except int to float. A string that does not fit is read as JSON. None returns the
                 output as it is.
@@ -304,7 +304,7 @@ class Execution:
 
 
 class _Recalling:
-    """Gives an error without a snapshot the last one of a handle's other calls.
+    """Adds the last snapshot of a handle's other calls to an error without one.
 
     A class, because ten thousand waits may hold one each, and a `contextmanager` takes half a
     kilobyte.
@@ -326,7 +326,7 @@ class _Recalling:
 
 
 def check_type(into: Any, converter: cattrs.Converter | None) -> None:
-    """Check, before there is an output, that a type can be structured into; else a `TypeError`."""
+    """Raise a `TypeError`, before there is an output, if a type cannot be structured into."""
     # Imported late, because it would add a quarter to the import time of the package.
     from promptlayer_exec import _structuring  # noqa: PLC0415
 

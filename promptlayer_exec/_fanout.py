@@ -87,7 +87,7 @@ def outcomes_of(
 async def collected(
     completed: AsyncGenerator[Outcome[ItemT, Any], None],
 ) -> list[Outcome[ItemT, Any]]:
-    """Return all outcomes in the order of the items; if that fails, no started run is lost."""
+    """Return all outcomes in the order of the items; if that fails, log every started run."""
     outcomes = []
     try:
         async with aclosing(completed):
@@ -101,7 +101,7 @@ async def collected(
 
 
 def _report_abandoned(outcome: Outcome[Any, Any]) -> None:
-    """Log what was started, or may have been, if its outcome will not be delivered."""
+    """Log a run that was or may have been started, if its outcome will not be delivered."""
     if not isinstance(outcome.item, StartRequest):
         return
     if outcome.execution is not None:
@@ -121,7 +121,7 @@ class _Item(Generic[ItemT]):
 
 @attrs.define(eq=False)
 class _FanOut(Generic[ItemT]):
-    """One task takes items while fewer than so many are in flight; each item runs in its own."""
+    """One task takes items while a slot is free; each item runs in a task of its own."""
 
     _session: Session
     _items: Iterable[ItemT] | AsyncIterable[ItemT]
@@ -213,7 +213,7 @@ class _FanOut(Generic[ItemT]):
             task.cancel()
 
     async def _abandon(self) -> None:
-        """Cancel what is in flight, and wait until it has ended."""
+        """Cancel the items in flight, and wait until they have ended."""
         self._is_abandoned = True
         while not self._outcomes.empty():
             if (outcome := self._outcomes.get_nowait()) is not None:

@@ -69,23 +69,23 @@ class Session:
         base_url: the server; else `$PROMPTLAYER_BASE_URL`, else https://api.promptlayer.com. A
             path prefix is kept.
         poll: when to poll an execution again.
-        retry: which failures to survive, and for how long.
+        retry: which failures to retry, and for how long.
         wait_timeout: the default deadline of every wait, in seconds; None: no limit.
         request_timeout: seconds for one HTTP attempt, from connecting to the last byte. Waiting
-            for the rate or a connection does not count, except for one that others hold in `http=`.
+            for the rate or a connection does not count, except for one that you hold in `http=`.
         max_connections: how many requests may be in flight at once. A quarter of them, at least
             one, is reserved for starts.
         max_response_bytes: the largest response body, in bytes after decompression.
         rate: HTTP attempts per second, for the whole session; None: unlimited.
         limiter: an additional limit, acquired once per HTTP attempt.
         http: a client session to borrow, with its proxy, TLS and headers; not closed at the end.
-        converter: structures inputs and outputs in place of the strict one, which
+        converter: for inputs and outputs, in place of the strict one that
             `promptlayer_exec.strict_converter` returns; never used for the node map.
         observers: called with every event.
         push: whether PromptLayer's push channel wakes the watches of runs started here, so that
             results come within milliseconds; also with `$PROMPTLAYER_EXEC_PUSH=1`. Extra `push`.
         trust_env: whether to use HTTP_PROXY, HTTPS_PROXY and NO_PROXY, read when the session opens;
-            `$PROMPTLAYER_EXEC_TRUST_ENV=0` turns it off. A loopback host is never asked through a
+            `$PROMPTLAYER_EXEC_TRUST_ENV=0` turns it off. Requests to a loopback host never use a
             proxy, and a borrowed `http` has its own setting.
         callbacks: gives each start a callback URL of its own, so that `recover` can find it.
 
@@ -287,11 +287,11 @@ class Session:
         https://docs.promptlayer.com/reference/get-workflow-version-execution-results
 
         Args:
-            execution_id: 1 ... 2**63-1, or a string of its digits.
+            execution_id: an int from 1 to 2**63-1, or a string of its digits.
             return_all_outputs: True returns every node, False only the main output.
 
         Raises:
-            TypeError: `execution_id` is not an int.
+            TypeError: `execution_id` is neither an int nor a string of digits.
             ValueError: `execution_id` is out of range.
             RequestError: the server refused, or could not be reached.
             ExecutionTimeout: the session's `wait_timeout` passed.
@@ -461,14 +461,14 @@ class Session:
         https://docs.promptlayer.com/reference/list-workflows
 
         Args:
-            sort_by: the field to sort by; the server's default without.
-            sort_order: the direction; `desc` without.
+            sort_by: the field to sort by; None: the server's default.
+            sort_order: the direction; None: `desc`.
             external_source: only workflows with an id of this source; needs `external_id`.
             external_id: only workflows with this id in `external_source`.
 
         Raises:
             TypeError: an argument has an unsupported type.
-            ValueError: an argument is unknown, or one of the last two is missing.
+            ValueError: a value is unknown, or only one of the last two is given.
             RequestError: the server refused, or could not be reached.
             ExecutionTimeout: the session's `wait_timeout` passed while a page was requested.
             SessionClosed: the session was closed.
@@ -504,7 +504,7 @@ class Session:
     ) -> Execution:
         """Wait for the callback of a start whose answer was lost; it is never started again.
 
-        This session must receive the callback, by `promptlayer_exec.fastapi`; it may already have.
+        This session must receive the callback with `promptlayer_exec.fastapi`, now or earlier.
         The error may come from another session with the same `Callbacks(url, secret=...)`.
 
         Args:
@@ -513,7 +513,7 @@ class Session:
 
         Raises:
             StartUnknown: no callback came in time; the run may still exist.
-            ValueError: the start had no callback URL of its own, or one of other callbacks.
+            ValueError: the start had no callback URL of its own, or one with another secret.
             SessionClosed: the session was closed.
         """
         token = recoverable_token(error, self._settings.callbacks)
@@ -576,7 +576,7 @@ class Session:
         Raises:
             Unauthorized: the server refused the key, so no later item could succeed. The items in
                 flight are cancelled, and each is yielded with that error before it is raised.
-            SessionClosed: the session was closed; the items in flight are yielded with it first.
+            SessionClosed: the session was closed; the items in flight are first yielded with it.
             Exception: `items` raised it; the outcomes of the items in flight are yielded first.
         """
         return outcomes_of(self, items, max_in_flight=max_in_flight, timeout=timeout, into=into)
@@ -612,7 +612,7 @@ class Session:
         """Run `as_completed` to its end, and return all outcomes in the order of the items.
 
         Arguments and errors are those of `as_completed`. If it raises, no outcome is returned: use
-        `as_completed` if you need those that arrived before the error.
+        `as_completed` if you need the outcomes that arrived before the error.
         """
         return await collected(
             outcomes_of(self, items, max_in_flight=max_in_flight, timeout=timeout, into=into)
@@ -622,16 +622,16 @@ class Session:
         """Return the handle of an execution, without any I/O.
 
         Raises:
-            TypeError: `execution_id` is not an int.
+            TypeError: `execution_id` is neither an int nor a string of digits.
             ValueError: `execution_id` is out of range.
         """
         return Execution(self, check_execution_id(execution_id))
 
     def wake(self, execution_id: int | str) -> bool:
-        """Poll an execution now: something else, such as a message of yours, says it has changed.
+        """Poll an execution now, for example because a message of yours says that it has changed.
 
-        If nobody follows it yet, the wake-up is remembered for 10 minutes. Any number of them
-        causes at most two polls a second by default. Call it in the session's event loop.
+        If nobody follows it yet, the wake-up is remembered for 10 minutes. Wake-ups cause
+        at most two polls a second by default. Call it in the session's event loop.
 
         Returns:
             True if somebody follows the execution in this session.

@@ -114,7 +114,7 @@ def _matches(pattern: str, value: Any) -> bool:
 
 
 def _find_switch(name: str, value: Any, variable: str) -> tuple[bool, bool | None]:
-    """Return the setting, and what its environment variable says: None if it says nothing."""
+    """Return the setting, and what its environment variable says; None: the variable is not set."""
     if not isinstance(value, bool):
         raise ConfigurationError(f"{name} must be True or False, got {value!r:.100}")
     text = os.environ.get(variable, "").lower()
@@ -149,8 +149,8 @@ def missing_for_push() -> str | None:
         return install_hint("push")
     if re.match(r"0\.[0-6]\.", version):
         return (
-            f"centrifuge-python 0.7, but {version} is installed: PromptLayer's own SDK asks for an"
-            " older one, so use an environment without it"
+            f"centrifuge-python 0.7, but {version} is installed: PromptLayer's own SDK needs an"
+            " older one, so use an environment without that SDK"
         )
     return None
 
@@ -158,7 +158,7 @@ def missing_for_push() -> str | None:
 def find_proxy(settings: Settings, base_url: str) -> str | None:
     """Return the URL of the proxy that the environment names for the server; None: no proxy.
 
-    A loopback host is never asked through a proxy.
+    Requests to a loopback host never use a proxy.
     """
     url = URL(base_url)
     if not settings.trust_env or _is_loopback(url.host or ""):
@@ -202,7 +202,7 @@ def _is_callbacks(owner: Any, setting: attrs.Attribute[Any], value: Any) -> None
 def _expects_nothing(_: Any, __: Any, value: aiohttp.ClientSession | None) -> None:
     if value is not None and "Expect" in value.headers:
         raise ConfigurationError(
-            "http= must not have the header Expect: the server would have read a start's headers"
+            "http= must not have the header Expect: the server would read a start's headers"
             " before its body is sent, and nobody could tell whether the run started"
         )
 

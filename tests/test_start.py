@@ -651,32 +651,28 @@ async def test_an_error_of_before_send_is_raised_and_nothing_is_sent(
 
 
 class Server:
-    """A server that answers starts when the test says."""
+    """Answers starts when the test says."""
 
-    def __init__(self) -> None:
-        self.base_url = ""
+    def __init__(self, raw_server: Any) -> None:
+        raw_server.respond = self.respond
+        self.base_url = raw_server.url
         self.posts = 0
         self.asked = asyncio.Event()
         self.may_answer = asyncio.Event()
         self.status = 201
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def respond(self, request: Any) -> None:
         """Answer one start."""
-        await reader.readuntil(b"}}")
         self.posts += 1
         self.asked.set()
         await self.may_answer.wait()
-        body = b'{"workflow_version_execution_id": 787}'
-        head = b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n" % (self.status, len(body))
-        writer.write(head + body)
+        await request.answer(f"{self.status} X", {"workflow_version_execution_id": 787})
 
 
 @pytest.fixture
-async def server(listen: Any) -> Server:
+def server(raw_server: Any) -> Server:
     """Return a server that answers starts when the test says."""
-    server = Server()
-    server.base_url = f"http://127.0.0.1:{await listen(server.serve)}"
-    return server
+    return Server(raw_server)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ async def send_accepted(throttle: Throttle, count: int) -> list[float]:
     times = []
     for _ in range(count):
         times += await send(throttle, 1)
-        throttle.accepted()
+        throttle.rate.accepted()
     return times
 
 
@@ -281,7 +281,7 @@ def test_no_history_exceeds_the_rate_or_breaks_a_pause(
             elif step == "cancel" and number < len(tasks):
                 tasks[number].cancel()
             elif step == "answer":
-                throttle.accepted()
+                throttle.rate.accepted()
             elif step == "refuse":
                 throttle.refused(now(), number)
                 pauses.append((now(), now() + number))
@@ -423,7 +423,7 @@ class TokenBucket:
 
     def _decide(self, throttle: Throttle, sent_at: float) -> None:
         self._refill()
-        answer: Callable[[], object] = throttle.accepted
+        answer: Callable[[], object] = throttle.rate.accepted
         if self._tokens >= 1.0:
             self._tokens -= 1.0
             self.accepted[throttle] += 1

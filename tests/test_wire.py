@@ -94,7 +94,9 @@ OTHER_TYPES = [True, False, b"787", 787.0, None, [787], 1j, "", "a", " 7", "-7",
 @pytest.mark.parametrize("value", OTHER_TYPES, ids=ascii)
 def test_execution_id_of_another_type(value):
     """A value that is neither an integer nor its digits is a TypeError that shows it."""
-    with pytest.raises(TypeError, match="execution id must be an int, got ") as caught:
+    with pytest.raises(
+        TypeError, match="execution id must be an int or a string of its digits, got "
+    ) as caught:
         check_execution_id(value)
     assert repr(value) in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""What the engine and HTTP agree on: one attempt to send a request, and a request sent once."""
+"""The interface of `_engine` and `_http`: one attempt, and a request that is sent once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SendOnce(Protocol):
         """Whether it must no longer be sent."""
 
     async def before_send(self) -> None:
-        """Wait for permission to send; a connection stands, and the rate allows the request."""
+        """Wait for permission to send; the connection is made, and the rate allows the request."""
 
     async def not_sent(self) -> None:
         """Handle an attempt that started nothing, before the next one."""
@@ -33,7 +33,7 @@ class SendOnce(Protocol):
         """Record that it is about to be sent; raises `OSError` if it must not be sent."""
 
     def mark_rejected(self) -> None:
-        """Record that the server refused it, or the TLS handshake, and started nothing."""
+        """Record that the server refused the request or the TLS handshake, and started nothing."""
 
 
 @attrs.define

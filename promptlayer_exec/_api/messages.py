@@ -1,4 +1,4 @@
-"""Requests and responses as plain data, and what is checked of every response."""
+"""Requests and responses as plain data, and the checks of every response."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Response:
 class Reply(Generic[T]):
     """The value of a successful response, with the measurements of `Polled`.
 
-    `sent_at` is when the rate let its request go, on the event loop's clock.
+    `sent_at` is when the rate allowed the request, on the event loop's clock.
     """
 
     value: T
@@ -87,7 +87,7 @@ def is_object(body: bytes) -> bool:
 
 
 def excess(body: bytes, limit: int) -> str:
-    """Return what is too much about a JSON body for a limit in bytes; empty if nothing is."""
+    """Return how a JSON body exceeds a limit in bytes, in words; empty if it does not."""
     # A decoded body takes up to fifty times its size, so one under a sixth of the limit takes less
     # than nine times the limit, and is not counted.
     if len(body) <= limit // 6:
@@ -128,7 +128,7 @@ def check_status(response: Response) -> None:
 
 
 def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
-    """Return the seconds that a server asks to wait; None if it does not, or is not understood.
+    """Return the seconds that a server asks to wait; None without a valid header.
 
     `headers` is case-insensitive, and `now` is in seconds since the epoch.
 
@@ -150,5 +150,5 @@ def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
 
 
 def _number(value: str) -> float | None:
-    value = value.strip()  # `float` does not take all that this does for white space
+    value = value.strip()  # `float` does not strip all the white space that this does
     return float(value) if _NUMBER.fullmatch(value) else None

@@ -1,1 +1,1 @@
-"""An open session in plain asyncio: watches, calls and starts. It knows no HTTP."""
+"""An open session in plain asyncio, without HTTP: watches, calls and starts."""

@@ -1,4 +1,4 @@
-"""The callbacks that arrived, and the lost starts whose runs they prove. It knows no HTTP."""
+"""Matches callbacks that arrived with lost starts. No HTTP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# For how long a callback is remembered, and how many of them, and of lost starts.
+# How long a callback is remembered; the most callbacks, and the most lost starts.
 _SECONDS = 3600.0
 _MOST = 10_000
 
@@ -29,7 +29,7 @@ def with_callback_url(
 ) -> tuple[StartRequest, str | None]:
     """Return a start with a callback URL of its own, and the token in it.
 
-    A start that has a URL already keeps it, and then there is no token.
+    A start that already has a callback URL keeps it; the token is then None.
     """
     if callbacks is None or request.callback_url is not None:
         return request, None
@@ -38,13 +38,13 @@ def with_callback_url(
 
 
 def recoverable_token(error: StartUnknown, callbacks: Callbacks | None) -> str:
-    """Return the token by which the callback of a lost start can be recognized."""
+    """Return the token that identifies the callback of a lost start."""
     if not isinstance(error, StartUnknown):
         raise TypeError(f"error must be a StartUnknown, not {error!r:.100}")
     token = error.callback_token
     if token is None:
         raise ValueError(
-            "this start cannot be recovered, as it had no callback URL of its own: pass callbacks="
+            "this start cannot be recovered: it had no callback URL of its own; pass callbacks="
             " to Session, and no callback_url= to the start"
         )
     if callbacks is not None and not callbacks.is_genuine(token):
@@ -65,10 +65,10 @@ class _LostStart:
 
 @attrs.define(eq=False)
 class CallbackLog:
-    """Brings together callbacks and lost starts, by the starts' tokens.
+    """Matches callbacks with lost starts, by the starts' tokens.
 
-    Either may come first, and each may be recorded several times: the first callback counts. It is
-    reported once, even if nobody waits for it.
+    Either may come first, and each may be recorded several times. Only the first callback counts;
+    it is reported once, even if nobody waits for it.
     """
 
     _emit: Emit
@@ -109,7 +109,7 @@ class CallbackLog:
             while (execution_id := self.execution_id(token)) is None:
                 await future
         except asyncio.CancelledError:
-            if token in self._callbacks:  # the callback came in the same turn
+            if token in self._callbacks:  # the callback came at the same time
                 self._warn(token)
             raise
         finally:

@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 @attrs.define(eq=False)
 class _Fetch:
-    """Requests the node map of one execution; unchanged nodes are those of the last one."""
+    """Requests the node map of one execution; unchanged nodes stay the same objects."""
 
     _retrying: Retrying
     _request: Request
@@ -62,7 +62,7 @@ class _Fetch:
 
 @attrs.define(eq=False, kw_only=True)
 class Client:
-    """What an open session does at its server; closing the session ends it.
+    """The watches, calls and starts of an open session; closing the session ends them.
 
     Attributes:
         lifetime: owns the tasks.
@@ -87,9 +87,9 @@ class Client:
         return self._settings.deadline(timeout, now=clock())
 
     def follow(self, execution_id: int, *, streams: bool = False) -> Followers:
-        """Add a follower of an execution, and return its followers; the first starts the watch.
+        """Add a follower to an execution, and return all of them; the first starts the watch.
 
-        One that `streams` wants every snapshot, not only the complete one.
+        A follower that `streams` wants every snapshot, not only the complete one.
         """
         watch = self._watches.get(execution_id)
         if watch is None:
@@ -273,5 +273,5 @@ async def list_workflows(
         seen.update(summary.id for summary in new)
         for summary in new:
             yield summary
-        # A page without news ends a list that claims to have no end.
+        # A page without new workflows ends the list, whatever the server says.
         following = page.following if new else None

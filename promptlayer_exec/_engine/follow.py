@@ -31,7 +31,7 @@ class Followers:
         retries: the failures since the last good poll.
         count: how many followers there are.
         streams: how many of them want every snapshot, not only the complete one.
-        changed: called when the next poll may be due at another time: a deadline has come.
+        changed: called when a follower's new deadline may change the time of the next poll.
     """
 
     execution_id: int
@@ -47,7 +47,7 @@ class Followers:
     _completion_waiters: _Waiters = attrs.field(init=False, factory=dict)
 
     def add(self, *, streams: bool) -> None:
-        """Add a follower; one that `streams` wants every snapshot, not just the complete one."""
+        """Add a follower; if it `streams`, it wants every snapshot, not only the complete one."""
         self.count += 1
         self.streams += streams
 
@@ -59,7 +59,7 @@ class Followers:
             self._last_left()
 
     def deadlines(self) -> Iterable[Deadline]:
-        """Return the deadlines of those that wait for the completion alone."""
+        """Return the deadlines of the completion waiters."""
         return self._completion_waiters.values()
 
     async def newer(self, seen: Snapshot | None, deadline: Deadline) -> Snapshot:
@@ -74,7 +74,7 @@ class Followers:
         return snapshot
 
     async def completed(self, deadline: Deadline) -> Snapshot:
-        """Wait for the complete snapshot, and return it; errors are those of `newer`."""
+        """Wait for the complete snapshot, and return it; raises the errors of `newer`."""
         while True:
             snapshot = self._newer(None, deadline)
             if snapshot is not None and snapshot.complete:
@@ -113,7 +113,7 @@ class Followers:
                 timer.cancel()
 
     def notify(self, *, ended: bool) -> None:
-        """Wake those that wait for a snapshot, and at the end those that wait for it."""
+        """Wake the snapshot waiters, and at the end the completion waiters, too."""
         for future in self._snapshot_waiters:
             resolve(future)
         if ended:

@@ -1,4 +1,4 @@
-"""The lifetime of an open session: one task owns what the session runs, and closing ends it."""
+"""The lifetime of an open session: one task owns all that the session runs, and closing ends it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Lifetime:
         """Run a task until it ends by itself or the session is closed.
 
         Args:
-            work: what it runs.
+            work: the coroutine to run.
             name: the name of the task.
             cancel: what closing calls in place of the task's own `cancel`; closing waits for the
                 task in any case.
@@ -85,9 +85,9 @@ class Lifetime:
         return task
 
     def call(self, deadline: Deadline) -> Call:
-        """Return what limits a call in the caller's own task, to be entered with `async with`.
+        """Return an async context manager that limits a call in the caller's own task.
 
-        Leaving it raises `DeadlinePassed` or `SessionClosed` if that is what has ended the call.
+        Its exit raises `DeadlinePassed` or `SessionClosed` if that has ended the call.
 
         Raises:
             SessionClosed: closing has begun.
@@ -130,7 +130,7 @@ class Lifetime:
                 await self._resources.aclose()
 
     def _stop(self) -> None:
-        """End all that runs."""
+        """End everything that runs."""
         for timeout in self._calls:
             if not timeout.expired():
                 timeout.reschedule(self._loop.time())
@@ -147,7 +147,7 @@ class Lifetime:
 
 
 class Call:
-    """A part of a call, which its deadline or the closing of the session ends."""
+    """A call in progress, which its deadline or the closing of the session ends."""
 
     def __init__(self, lifetime: Lifetime, deadline: Deadline) -> None:
         self._lifetime = lifetime

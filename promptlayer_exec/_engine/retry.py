@@ -54,7 +54,7 @@ class RetryState:
     ) -> float | None:
         """Record a failed attempt, and return the seconds before the next; None: give up.
 
-        `chance` is a random number in [0, 1), and `retry_after` what the server asked to wait.
+        `chance` is a random number in [0, 1), and `retry_after` how long the server asked to wait.
         """
         self.error = error
         self.failures += 1
@@ -73,7 +73,7 @@ class RetryState:
 class RecentStarts:
     """The latest starts: which workflow they run, and whether the server may still answer 404.
 
-    It may for `grace` seconds. Starts are remembered for longer, unless there are too many.
+    A 404 may come for `grace` seconds. Starts are remembered for longer, unless there are too many.
     """
 
     _grace: float
@@ -101,8 +101,8 @@ class RecentStarts:
 class OutageLog:
     """Logs the outages of a session: one line when an outage begins, one when it has ended.
 
-    All requests that fail at the same time are one outage. It lasts at least until the delay of a
-    failed request has passed, which limits the lines in the log.
+    All requests that fail at the same time are one outage. An outage lasts at least as long as the
+    delay of a failed request, which limits the lines in the log.
     """
 
     _failing: set[RetryState] = attrs.field(factory=set)
@@ -111,7 +111,7 @@ class OutageLog:
     def begin(
         self, error: RequestError, state: RetryState, *, seconds: float | None, is_start: bool
     ) -> None:
-        """Record that a request failed, and is sent again for up to so many seconds."""
+        """Record that a request failed, and is sent again for up to `seconds`."""
         if not self._failing:
             self._answered = False
             limit = "" if seconds is None else f" for up to {seconds:g} s"

@@ -1,4 +1,4 @@
-"""When a watch polls: as the policy says, sooner after a wake-up, seldom while push stands."""
+"""When a watch polls: as the policy says, sooner after a wake-up, rarely while push works."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Schedule:
     """The times of one watch's polls, on the event loop's clock.
 
     Attributes:
-        goes_first: whether the poll that is due goes before ordinary requests, because a wake-up
-            most likely brings a result. Not after one that brought none.
+        goes_first: whether the next poll goes before ordinary requests, because a wake-up most
+            likely brings a result. False once a wake-up has brought none.
     """
 
     _poll: PollPolicy
@@ -51,15 +51,15 @@ class Schedule:
     def wake(self, source: WakeSource) -> None:
         """Poll now, or once more if a poll is in flight; many wake-ups lead to a single poll.
 
-        A flood of them polls at most every half second, or every `floor` seconds if that is less;
-        and none comes before the time that the server asked to wait.
+        A flood of wake-ups polls at most every half second, or every `floor` seconds if that is
+        less. No poll comes before the time that the server asked to wait has passed.
         """
         if self._woken_by is None:
             self._woken_by, self._woken_at = source, clock()
             self.changed()
 
     def changed(self) -> None:
-        """Find out again when the next poll is due."""
+        """Compute again when the next poll is due."""
         if self._alarm is not None:
             resolve(self._alarm)
 
@@ -68,9 +68,9 @@ class Schedule:
         return self._is_woken and not self._wakes_for_nothing
 
     async def next_poll(self) -> tuple[float, WakeSource | None]:
-        """Sleep until the next poll; return when it was due, and what woke the watch, if so."""
+        """Sleep until the next poll; return when it was due, and what woke the watch, or None."""
         loop = asyncio.get_running_loop()
-        # What is found out only now does not make the poll late, as waiting for the rate does.
+        # A poll that turns out to be overdue is not late; one that waits for the rate is.
         earliest = loop.time()
         while (due := max(self._due(), earliest)) > loop.time():
             self._alarm = loop.create_future()
@@ -105,12 +105,12 @@ class Schedule:
         sent_at: float,
         announced: float,
     ) -> None:
-        """Record a good poll, and find out when the next one is due.
+        """Record a good poll, and compute when the next one is due.
 
         Args:
-            snapshot: what it has read.
-            previous: what the poll before it has read.
-            sent_at: when it was sent.
+            snapshot: what the poll read.
+            previous: what the poll before read.
+            sent_at: when the poll was sent.
             announced: the seconds that the server asked to wait.
         """
         now = clock()
@@ -133,7 +133,7 @@ class Schedule:
         )
 
     def end(self) -> None:
-        """Forget the watch: it does not poll any more."""
+        """Release the safety net: the watch does not poll any more."""
         if self._net is not None:
             self._net.release(self.changed)
 

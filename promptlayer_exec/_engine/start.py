@@ -1,4 +1,4 @@
-"""Starting a run: a request that is sent at most once, and its answer. It knows no HTTP."""
+"""Starting a run, without HTTP: a request that is sent at most once, and its answer."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from promptlayer_exec._policies import Deadline
 
 
 class SendHooks(Protocol):
-    """What a caller does before a request may reach the server, and if it did not after all."""
+    """A caller's hooks: before a request may reach the server, and if it started nothing."""
 
     async def before_send(self) -> None:
-        """Return when the request may be sent; an error of it is raised to the caller instead."""
+        """Return when the request may be sent, or raise an error, which the caller gets."""
 
     async def not_sent(self) -> None:
-        """Handle an attempt that started nothing and will be repeated, whatever it got to."""
+        """Handle an attempt that started nothing and will be repeated."""
 
 
 @attrs.define(eq=False)
@@ -69,7 +69,7 @@ class Start:
     )
 
     async def run(self, post: Coroutine[Any, Any, Started], deadline: Deadline) -> Started:
-        """Send the request by `post`, and return the answer.
+        """Send the request with `post`, and return the answer.
 
         Once the request has been sent, the deadline no longer matters.
 
@@ -107,13 +107,13 @@ class Start:
         try:
             await self._hooks.before_send()
         except Exception as error:
-            # aiohttp, which calls this, would hide it in an error about the connection.
+            # aiohttp calls this, and would hide the error in one about the connection.
             self._hook_error = error
             raise ConnectionAbortedError("it must not be sent") from error
 
     async def not_sent(self) -> None:
         if self._hooks is not None:
-            # Even if the caller is gone: what it recorded must be taken back.
+            # Even if the caller is gone: what the caller recorded must be undone.
             taking_back = asyncio.ensure_future(self._hooks.not_sent())
             await wait_even_if_cancelled(taking_back)
             taking_back.result()
@@ -122,8 +122,8 @@ class Start:
         """Record that the request is being sent.
 
         Raises:
-            ConnectionAbortedError: it must not be sent, because it was just cancelled, or because
-                it was sent already.
+            ConnectionAbortedError: the request must not be sent, because it was just cancelled or
+                was sent already.
         """
         if self.sent:  # a middleware of http= repeats it
             raise ConnectionAbortedError("a start must not be sent twice")
@@ -166,7 +166,7 @@ class Start:
         else:
             self._outcome.set_result(outcome)
         if self._is_abandoned:
-            self._outcome.exception()  # nobody else looks at it
+            self._outcome.exception()  # marks the error as retrieved
             self._report_undelivered(outcome)
 
     def _judge(self, error: BaseException) -> BaseException:
@@ -217,7 +217,7 @@ class Start:
         return error
 
     def _report_undelivered(self, outcome: Started | BaseException) -> None:
-        """Report what came of a start whose caller does not get it."""
+        """Report the outcome of a start whose caller will not get the outcome."""
         if isinstance(outcome, Started):
             self._report(outcome, abandoned=True)
         elif isinstance(outcome, StartUnknown):

@@ -1,4 +1,4 @@
-"""What asyncio does not say in one call."""
+"""Functions that asyncio lacks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def resolve(future: asyncio.Future[None]) -> None:
 
 
 async def wait_even_if_cancelled(future: asyncio.Future[Any], timeout: float | None = None) -> None:
-    """Wait for a future for `timeout` seconds at most, and raise a cancellation afterwards."""
+    """Wait for a future, at most `timeout` seconds, and raise a cancellation only afterwards."""
     waiting = asyncio.ensure_future(asyncio.wait([future], timeout=timeout))
     try:
         await asyncio.shield(waiting)

@@ -1,4 +1,4 @@
-"""One poller for one execution. It knows no HTTP."""
+"""One poller for one execution, without HTTP."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Fetch(Protocol):
     async def __call__(self, state: RetryState, *, due: float, first: bool) -> Reply[NodeMap]:
         """Return the answer to a request that is due at `due`, on the loop's clock.
 
-        One that goes `first` does not wait for the rate behind others.
+        A `first` request does not wait behind others for the rate.
         """
 
 

@@ -32,15 +32,15 @@ _HEADERS = {
         f" Python/{sys.version_info.major}.{sys.version_info.minor}"
     ),
 }
-# How many pooled connections are tried for one request before the attempt has failed.
+# How many pooled connections are tried for one request before the attempt fails.
 _CONNECTIONS_TRIED = 10
 
 
 class _CleanConnector(aiohttp.TCPConnector):
-    """Gives out no connection on which the server has spoken unasked.
+    """Gives out no connection on which the server has sent bytes unasked.
 
-    aiohttp's pool would hand those bytes to the next request as its answer, and then each answer to
-    the request after it.
+    aiohttp's pool would give those bytes to the next request as its answer, and then each answer to
+    the request after that.
     """
 
     async def connect(
@@ -86,11 +86,11 @@ async def _send_once(
 
 
 class Slots(AbstractAsyncContextManager[None]):
-    """The right to use one of so many connections; `async with` waits behind all others.
+    """The right to use one of a number of connections; `async with` waits in order of arrival.
 
     Attributes:
-        first: entered instead by a request that goes first, which waits for at most one ordinary
-            request and for earlier ones of its kind.
+        first: for a request that goes first, which waits for at most one ordinary request, and for
+            earlier requests that go first.
     """
 
     def __init__(self, connections: int) -> None:
@@ -136,7 +136,7 @@ class Pools:
     """The connections of a session: one pool for reads, one for starts.
 
     Starts have a share of their own, so that neither kind keeps the other waiting. Each start gets
-    a new connection: a used one might be closing just then, and the start would be lost needlessly.
+    a new connection: a reused one might be closing, and the start would be lost needlessly.
     """
 
     reads: Pool
@@ -214,14 +214,12 @@ class OnceBody(aiohttp.Payload):
         self._writing = asyncio.current_task()
         await self._once.before_send()
         self._once.mark_sent()
-        if isinstance(
-            writer, aiohttp.http.StreamWriter
-        ):  # no mock: its connection is not used again
+        if isinstance(writer, aiohttp.http.StreamWriter):  # no mock; do not reuse the connection
             cast("ResponseHandler", writer.protocol).force_close()
         await writer.write(self._body)
 
     async def ended(self) -> None:
-        """Wait for `before_send`: aiohttp calls it in a task of its own, which it leaves behind."""
+        """End `before_send`: aiohttp calls it in a task of its own, which may still run."""
         writing = self._writing
         if writing is not None and writing is not asyncio.current_task() and not writing.done():
             writing.cancel()
@@ -229,9 +227,9 @@ class OnceBody(aiohttp.Payload):
 
 
 class StartTimeout:
-    """`asyncio.timeout_at` for a start, which lets an answer that has arrived be read first.
+    """`asyncio.timeout_at` for a start; an answer that has arrived is read before it expires.
 
-    If the loop was blocked beyond the time, `asyncio.timeout_at` would cancel before the answer is
+    If the loop was blocked past the time, `asyncio.timeout_at` would cancel before the answer is
     read, and the id of a paid run would be lost.
     """
 

@@ -35,7 +35,7 @@ def is_tls_failure(error: BaseException | None) -> bool:
 
 
 def tls_peer(error: BaseException, base_url: str) -> str:
-    """Return who failed a handshake: the server, or the https proxy that aiohttp's error names."""
+    """Return the peer of a failed handshake: the server, or the https proxy in aiohttp's error."""
     url, host, port = URL(base_url), getattr(error, "host", None), getattr(error, "port", None)
     is_server = host is None or (host, port) == (url.raw_host, url.port)
     return base_url if is_server else f"the proxy {host}:{port}"

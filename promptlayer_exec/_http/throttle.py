@@ -15,23 +15,23 @@ from promptlayer_exec._policies import Limiter, or_infinity
 # What a 429 leaves of the rate. With less, a lone session uses less of the server's limit; with
 # more, sessions that share the limit get unequal parts for longer, and more is refused.
 _DECREASE = 0.7
-# By this part of itself the rate grows each second. A higher one means more 429s.
+# The rate grows by this part of itself each second. A higher value means more 429s.
 _GROWTH = 0.02
 # It grows by at least so many requests per second each second: slower sessions catch up, and one
 # that is refused everything still asks every few seconds.
 _MIN_GROWTH = 0.06
 # After so many seconds without a 429 it grows twice as fast, then three times.
 _ACCELERATION = 15.0
-# More than one process sends: a session without `rate` slows down from here.
+# More than one process can send: a session without `rate` slows down from this rate.
 _UNLIMITED = 1000.0
-# Unused time of at most so many seconds is made up for, after a timer that fired late.
+# After a timer that fired late, at most this many unused seconds are made up for.
 _CATCH_UP = 0.1
 
 
 class Rate:
     """Requests per second, slowed down by 429s; the time is an argument.
 
-    The rate finds its way back as TCP's does, by additive increase and multiplicative decrease.
+    The rate adapts as TCP's does, by additive increase and multiplicative decrease.
     """
 
     def __init__(self, most: float) -> None:
@@ -43,7 +43,7 @@ class Rate:
     def at(self, now: float) -> float:
         """Return the rate for a request that is sent now."""
         if self._now < self._most:
-            # Time without requests says nothing about the server, so it lets the rate grow no more.
+            # Time without requests says nothing about the server, so the rate does not grow in it.
             passed = min(now - self._grown_at, 2.0 / self._now)
             self._grown_at = now
             self._growing += passed
@@ -74,28 +74,31 @@ class Rate:
 class Throttle:
     """Lets HTTP attempts go one after the other, by rate and then by limiters.
 
-    They go in the order in which they come, except for those that go first: the polls of watches
-    that were woken, and what push sends. A 429 stops all for as long as the server asked.
+    Attempts go in order of arrival, except for those that go first: the polls of watches that were
+    woken, and the requests of push. A 429 stops all attempts for as long as the server asked.
 
     Args:
         rate: attempts per second; None means unlimited.
         limiters: each is acquired once per attempt, after `rate`. The sequence may change.
+
+    Attributes:
+        rate: records each answer.
     """
 
     def __init__(self, rate: float | None, limiters: Sequence[Limiter] = ()) -> None:
         self._clock = asyncio.get_running_loop().time
-        self._rate = Rate(or_infinity(rate))
+        self.rate = Rate(or_infinity(rate))
         self._limiters = limiters
         self._queue = asyncio.Lock()
         self._lock = asyncio.Lock()
-        # The lock alone does not say so: between two of those that wait, it is free for a moment.
+        # The lock alone does not say so: it is free for a moment between two waiting attempts.
         self._waiting = 0
         self._next_at = -math.inf
 
     async def acquire(self, *, first: bool = False) -> float:
         """Wait until an attempt may be made, and return the time.
 
-        A request that goes `first` waits for one other at most, and for those that also go first.
+        A request that goes `first` waits for at most one other, and for those that also go first.
         """
         now = self._clock()
         waits = self._waiting > 0 or self._next_at > now
@@ -104,7 +107,7 @@ class Throttle:
             return now
         self._waiting += 1
         try:
-            # Of those that do not go first, only one at a time waits for the lock.
+            # Only one request at a time that does not go first waits for the lock.
             async with nullcontext() if first else self._queue, self._lock:
                 await self._wait()
                 for limiter in self._limiters:
@@ -124,13 +127,9 @@ class Throttle:
             await anyio.sleep(wait)
 
     def _take(self, now: float, *, waited: bool) -> None:
-        # Only a request that had to wait makes up for lost time: an idle session wants none.
+        # Only a request that had to wait makes up for lost time: an idle session has lost none.
         at = max(self._next_at, now - _CATCH_UP) if waited else now
-        self._next_at = at + 1.0 / self._rate.at(now)
-
-    def accepted(self) -> None:
-        """Record an answer other than 429."""
-        self._rate.accepted()
+        self._next_at = at + 1.0 / self.rate.at(now)
 
     def refused(self, sent_at: float, announced: float) -> float:
         """Record a 429, and return the seconds until the next request may be sent.
@@ -138,6 +137,6 @@ class Throttle:
         `announced` is the seconds that the server asked to wait; 0 if it named none.
         """
         now = self._clock()
-        rate = self._rate.refused(sent_at, now)
+        rate = self.rate.refused(sent_at, now)
         self._next_at = max(self._next_at, now + (announced or 1.0 / rate))
         return self._next_at - now

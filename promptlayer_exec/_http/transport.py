@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 # aiohttp's timeout is off: one of ours limits the whole attempt, body included.
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
-# The body of a refusal is only read by people.
+# Only people read the body of a refusal.
 _ERROR_BODY_BYTES = 64 * 1024
 # More than aiohttp's default of 8 KiB: large headers must not cost us the id of a started run.
 _LONGEST_HEADER = 32 * 1024
@@ -98,7 +98,7 @@ class Transport:
             announced = self._settings.retry.announced(response.retry_after)
             self._emit(Throttled(request.execution_id, self._throttle.refused(sent_at, announced)))
         else:
-            self._throttle.accepted()
+            self._throttle.rate.accepted()
         value = _read(read, response, redactor)
         return Reply(
             value, len(response.body), sent_at, duration, attempt.lateness, response.retry_after
@@ -136,7 +136,7 @@ class Transport:
                     # A mock has answered, or a middleware of http= has sent another body.
                     once.mark_sent()
                 await _read_body(answer.response, answer.pieces, self._limit(answer.response))
-        # OSError is also every TimeoutError.
+        # Every TimeoutError is an OSError.
         # A ValueError is about settings of http=, such as a header that cannot be encoded.
         except (aiohttp.ClientError, _ParserError, OSError, ValueError) as error:
             answer.failure = error
@@ -155,7 +155,7 @@ class Transport:
         response, failure = answer.response, answer.failure
         is_cut = failure is not None and response is not None and response.status < 300
         if is_cut and once is not None and is_object(body):
-            is_cut = False  # the id of a paid run counts, even if its connection broke behind it
+            is_cut = False  # the id of a paid run counts, even if the connection broke after it
         if response is None or is_cut:
             if once is not None and once.sent and is_tls_failure(failure):
                 once.mark_rejected()  # the handshake was refused, so the server read nothing
@@ -221,7 +221,7 @@ async def _read_body(response: aiohttp.ClientResponse, pieces: list[bytes], limi
         while size <= limit and (piece := await content.readany()):
             pieces.append(piece)
             size += len(piece)
-        if not pieces and content.total_bytes:  # a middleware of http= has read it, or a trace
+        if not pieces and content.total_bytes:  # a middleware or a trace of http= has read it
             pieces.append((await response.text("latin-1")).encode("latin-1"))
     finally:
         response.close()  # does nothing if the body was read to its end
