@@ -180,11 +180,12 @@ class Client:
         """Send a request outside of a watch, now or at `due`; errors carry the snapshot `seen`."""
         state = RetryState(self._settings.retry, self._settings.retry.outage)
         now = clock()
+        due = now if due is None else due
         try:
             async with self.lifetime.call(deadline):
-                if due is not None:
+                if due > now:
                     await asyncio.sleep(due - now)
-                return await self._retrying.call(request, read, state, due=due or now)
+                return await self._retrying.call(request, read, state, due=due)
         except PromptLayerExecError as error:
             error.execution_id = request.execution_id
             error.last_snapshot = seen

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import select
 import sys
-from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -14,6 +13,7 @@ import aiohttp
 import anyio
 import attrs
 from aiohttp.abc import AbstractStreamWriter
+from multidict import CIMultiDict
 
 from promptlayer_exec._http.failures import reason_of
 from promptlayer_exec._version import __version__
@@ -120,14 +120,14 @@ class Pool:
     Attributes:
         http: holds the connections.
         slots: where a request waits, without a timeout, until a connection is free.
-        headers: sent with each request, overriding those of `http`. Not set on `http`, because
-            aiohttp sends a session's headers to a proxy, too.
+        headers: sent with each request, overriding those of `http`. The key is never set on `http`,
+            because aiohttp sends a session's headers to a proxy, too.
         is_borrowed: whether the connections belong to the caller, who may also use them.
     """
 
     http: aiohttp.ClientSession
     slots: Slots
-    headers: Mapping[str, str] = attrs.field(repr=False)
+    headers: CIMultiDict[str] = attrs.field(repr=False)
     is_borrowed: bool = False
 
 
@@ -147,19 +147,20 @@ class Pools:
         cls, settings: Settings, api_key: str, proxy: str | None, resources: AsyncExitStack
     ) -> Self:
         """Open our own pools, closed by `resources`, or divide a borrowed client session."""
-        headers = _HEADERS | {"X-API-KEY": api_key}
+        key = {"X-API-KEY": api_key}
         if settings.http is not None:
-            return cls._borrow(settings.http, settings.max_connections, headers)
+            return cls._borrow(settings.http, settings.max_connections, _HEADERS | key)
         pools = []
         for slots, force_close in zip(_slots(settings.max_connections), (False, True), strict=True):
             http = aiohttp.ClientSession(
                 connector=_CleanConnector(limit=0, force_close=force_close),
                 cookie_jar=aiohttp.DummyCookieJar(),
+                headers=_HEADERS,
                 middlewares=[_send_once],
                 proxy=proxy,
             )
             resources.push_async_callback(http.close)
-            pools.append(Pool(http, slots, headers))
+            pools.append(Pool(http, slots, CIMultiDict(key)))
         return cls(*pools)
 
     @classmethod
@@ -171,8 +172,8 @@ class Pools:
             del headers["User-Agent"]
         reads, starts = _slots(min([most, *(limit for limit in limits if limit)]))
         return cls(
-            Pool(http, reads, headers, is_borrowed=True),
-            Pool(http, starts, headers | {"Connection": "close"}, is_borrowed=True),
+            Pool(http, reads, CIMultiDict(headers), is_borrowed=True),
+            Pool(http, starts, CIMultiDict(headers, Connection="close"), is_borrowed=True),
         )
 
 
@@ -226,6 +227,12 @@ class OnceBody(aiohttp.Payload):
             await asyncio.wait([writing])
 
 
+# A timer that is so many seconds late shows that the loop was blocked; then so many more let the
+# loop read what has arrived.
+_LATE = 0.002
+_READING = 0.02
+
+
 class StartTimeout:
     """`asyncio.timeout_at` for a start; an answer that has arrived is read before it expires.
 
@@ -244,8 +251,8 @@ class StartTimeout:
 
     def _expire(self) -> None:
         loop = asyncio.get_running_loop()
-        is_late = loop.time() - self._at > 0.002
-        self._handle = loop.call_later(0.02 * is_late, self._timeout.reschedule, loop.time())
+        delay = _READING if loop.time() - self._at > _LATE else 0.0
+        self._handle = loop.call_later(delay, self._timeout.reschedule, loop.time())
 
     async def __aexit__(
         self,

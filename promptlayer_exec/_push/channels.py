@@ -114,7 +114,7 @@ class Push:
 
     base_url: str
     suffix: str
-    proxy: str | None  # its URL; it may have a password
+    proxy: str | None = attrs.field(repr=False)  # its URL; it may have a password
     max_bytes: int  # of a message
     redact: Callable[[str], str]  # what the server says may have the API key
     _call: Call
