@@ -89,7 +89,7 @@ def _tls_reason(error: BaseException) -> str:
 def _connect_reason(error: aiohttp.ClientConnectorError) -> str:
     # aiohttp's own text shows its internal connection key.
     if isinstance(error, aiohttp.ClientConnectorDNSError):  # it may be that of a proxy
-        return f"the name of the host {error.host} cannot be resolved: {error.os_error}"
+        return f"the name of the host {error.host} cannot be resolved: {error.os_error.strerror}"
     if error.errno is None:
         return str(error.os_error) or "the connection was closed while it was being made"
     return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
