@@ -93,7 +93,7 @@ class Transport:
             answer = await self._exchange(pool, request, attempt.once, until)
         duration = self._clock() - sent_at
         redactor = self.redactor.also(request.secret)
-        response = self._response(answer, attempt.once, redactor)
+        response = self._response(answer, attempt.once, redactor, request.last)
         if response.status == 429:
             announced = self._settings.retry.announced(response.retry_after)
             self._emit(Throttled(request.execution_id, self._throttle.refused(sent_at, announced)))
@@ -149,9 +149,11 @@ class Transport:
         """Return the most bytes to read of a body."""
         return self._settings.max_response_bytes if response.status < 300 else _ERROR_BODY_BYTES
 
-    def _response(self, answer: _Answer, once: SendOnce | None, redactor: Redactor) -> Response:
-        """Return the response of one attempt, or raise its failure."""
-        body = answer.pieces[0] if len(answer.pieces) == 1 else b"".join(answer.pieces)
+    def _response(
+        self, answer: _Answer, once: SendOnce | None, redactor: Redactor, last: bytes
+    ) -> Response:
+        """Return the response of one attempt, or raise its failure; `last` as for a `Request`."""
+        body = _join(answer.pieces, last)
         response, failure = answer.response, answer.failure
         is_cut = failure is not None and response is not None and response.status < 300
         if is_cut and once is not None and is_object(body):
@@ -160,9 +162,10 @@ class Transport:
             if once is not None and once.sent and is_tls_failure(failure):
                 once.mark_rejected()  # the handshake was refused, so the server read nothing
             raise self._failure(failure or TimeoutError(), response, body, redactor)
-        location = response.headers.get("Location")
+        location = None
         if response.status >= 300:  # a part of the body is enough: the status says what is wrong
             body = redactor.redact_bytes(body[:_ERROR_BODY_BYTES])
+            location = redactor.redact(response.headers.get("Location", ""))
         elif too_large := excess(body, self._settings.max_response_bytes):
             raise ResponseTooLarge(
                 f"the {response.status} answer {too_large}",
@@ -173,7 +176,7 @@ class Transport:
         return Response(
             response.status,
             body,
-            None if location is None else redactor.redact(location),
+            location,
             read_retry_after(response.headers, now=time.time()),
         )
 
@@ -224,7 +227,20 @@ async def _read_body(response: aiohttp.ClientResponse, pieces: list[bytes], limi
         if not pieces and content.total_bytes:  # a middleware or a trace of http= has read it
             pieces.append((await response.text("latin-1")).encode("latin-1"))
     finally:
-        response.close()  # does nothing if the body was read to its end
+        if response.connection is not None:  # the body was not read to its end
+            response.close()
+
+
+def _join(pieces: list[bytes], last: bytes) -> bytes:
+    """Return a body; the last one itself if it is the same, so that megabytes are not copied."""
+    if len(pieces) == 1:
+        return pieces[0]
+    size = 0
+    for piece in pieces:
+        if not last.startswith(piece, size):
+            return b"".join(pieces)
+        size += len(piece)
+    return last if size == len(last) else b"".join(pieces)
 
 
 def _read(read: Callable[[Response], T], response: Response, redactor: Redactor) -> T:
