@@ -24,9 +24,9 @@ from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import each
 from promptlayer_exec._install import install_hint
 from promptlayer_exec._models import StartRequest, node_dict
-from promptlayer_exec._policies import Limiter, RetryPolicy, check_seconds
+from promptlayer_exec._policies import Limiter, check_seconds
 from promptlayer_exec._session import Session
-from promptlayer_exec._settings import find_base_url, missing_for_push
+from promptlayer_exec._settings import Settings, find_base_url, missing_for_push
 from promptlayer_exec._statuses import UNKNOWN_STATUS, status_entry
 from promptlayer_exec._workflows import Workflow, near
 
@@ -47,14 +47,12 @@ __all__ = [
     "install_hint",
     "limited",
     "log_text",
-    "max_response_bytes",
     "missing_for_push",
     "near",
     "node_dict",
     "receive_callback",
     "report_undelivered",
-    "request_timeout",
-    "retry_policy",
+    "settings",
     "short_repr",
     "start",
     "start_token",
@@ -133,11 +131,6 @@ async def start(
     return await session._start(request, hooks=hooks, token=token)
 
 
-def retry_policy(session: Session) -> RetryPolicy:
-    """Return for how long a session survives failures."""
-    return session._settings.retry
-
-
 def wake(session: Session, execution_id: int, source: WakeSource) -> bool:
     """Poll an execution now, as `Session.wake` does; observers see `source`."""
     return session._wake(execution_id, source)
@@ -151,14 +144,9 @@ def receive_callback(session: Session, token: str, execution_id: int) -> None:
     session._callbacks.receive(token, execution_id)
 
 
-def max_response_bytes(session: Session) -> int:
-    """Return the setting of a session."""
-    return session._settings.max_response_bytes
-
-
-def request_timeout(session: Session) -> float:
-    """Return the setting of a session, in seconds."""
-    return session._settings.request_timeout
+def settings(session: Session) -> Settings:
+    """Return the checked settings of a session."""
+    return session._settings
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import attrs
@@ -60,7 +60,7 @@ def _read_status(status: str) -> NodeStatus | str:
 
 
 class _NodeSlots:
-    """The fields of a node, which may be set until `read_node` turns it into one."""
+    """The fields of a node, which may be set until `read_nodes` turns it into one."""
 
     __slots__ = (
         "__weakref__",
@@ -110,45 +110,55 @@ _node_fields = operator.itemgetter(*_NODE_FIELDS)
 
 
 class InvalidNode(Exception):
-    """A decoded body is not a node; the arguments are the field, if it is one, and the reason."""
+    """A decoded body is not a node; the arguments are its path and the reason."""
 
 
-def read_node(name: str, body: Any) -> Node:
-    """Return the node that a decoded body describes, or raise `InvalidNode`.
+def read_nodes(
+    bodies: Mapping[str, Any], report_unknown: Callable[[str, str], object]
+) -> dict[str, Node]:
+    """Return the nodes that decoded bodies describe, or raise `InvalidNode`.
 
     attrs sets each field of a frozen class by a call; on a body of 50 nodes that is a tenth of a
     poll. Here the fields are set while the class still allows it, and the class comes last.
+
+    Args:
+        bodies: by the name of the node.
+        report_unknown: called with the name of a node and its status, if the status is unknown.
     """
-    try:
-        status, value, message, raw_message, is_output = _node_fields(body)
-        status = STATUSES[status]
-    except (KeyError, TypeError):  # the status may be unknown, and all other fields missing
-        if not isinstance(body, dict):
-            raise InvalidNode("", f"expected a node, got {json_kind(body)}") from None
-        status, value, message, raw_message, is_output = map(body.get, _NODE_FIELDS)
-        if type(status) is not str:
-            raise _invalid_field(body, "status", "a string") from None
-        status = _read_status(status)
-    if message is not None and type(message) is not str:
-        raise _invalid_field(body, "error_message", "a string or null")
-    if is_output is not None and is_output is not True and is_output is not False:
-        raise _invalid_field(body, "is_output_node", "true, false or null")
-    node: Any = _NodeSlots()
-    node.name = name
-    node.status = status
-    node.value = value
-    node.error_message = message
-    node.raw_error_message = raw_message
-    node.is_output_node = is_output
-    node.__class__ = Node
-    finished: Node = node
-    return finished
+    nodes: dict[str, Any] = {}
+    for name, body in bodies.items():
+        try:
+            status, value, message, raw_message, is_output = _node_fields(body)
+            status = STATUSES[status]
+        except (KeyError, TypeError):  # the status may be unknown, and all other fields missing
+            if not isinstance(body, dict):
+                reason = f"expected a node, got {json_kind(body)}"
+                raise InvalidNode(f"$.{name:.1000}", reason) from None
+            status, value, message, raw_message, is_output = map(body.get, _NODE_FIELDS)
+            if type(status) is not str:
+                raise _invalid_field(name, body, "status", "a string") from None
+            if (status := _read_status(status)) not in STATUSES:
+                report_unknown(name, status)
+        if message is not None and type(message) is not str:
+            raise _invalid_field(name, body, "error_message", "a string or null")
+        if is_output is not None and is_output is not True and is_output is not False:
+            raise _invalid_field(name, body, "is_output_node", "true, false or null")
+        node: Any = _NodeSlots()
+        nodes[name] = node
+        node.name = name
+        node.status = status
+        node.value = value
+        node.error_message = message
+        node.raw_error_message = raw_message
+        node.is_output_node = is_output
+        node.__class__ = Node
+    return nodes
 
 
-def _invalid_field(body: dict[str, Any], field: str, expected: str) -> InvalidNode:
+def _invalid_field(name: str, body: dict[str, Any], field: str, expected: str) -> InvalidNode:
     is_missing = field not in body
     reason = "is missing" if is_missing else f"expected {expected}, got {json_kind(body[field])}"
-    return InvalidNode(field, reason)
+    return InvalidNode(f"$.{name:.1000}.{field}", reason)
 
 
 @attrs.frozen

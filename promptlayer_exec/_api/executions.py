@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -24,7 +25,7 @@ from promptlayer_exec._models import (
     MainOutput,
     Node,
     StartRequest,
-    read_node,
+    read_nodes,
     same_json,
 )
 
@@ -163,31 +164,29 @@ class NodeMapReader:
         """Read a node map that is decoded; errors quote the body of the response."""
         if not isinstance(raw, dict):
             invalid_shape(response, "$", f"expected an object of nodes, got {json_kind(raw)}")
-        nodes: dict[str, Node] = {}
-        for name, body in raw.items():
-            if before is not None and _is_unchanged(before, name, body):
-                raw[name], nodes[name] = before.raw[name], before.nodes[name]
-                continue
-            try:
-                node = nodes[name] = read_node(name, body)
-            except InvalidNode as error:
-                field, reason = error.args
-                invalid_shape(response, f"$.{name:.1000}" + (field and f".{field}"), reason)
-            if type(node.status) is str:
-                self._report(node, execution_id)
+        changed = raw
+        if before is not None:
+            changed = {name: it for name, it in raw.items() if not _is_unchanged(before, name, it)}
+        try:
+            nodes = read_nodes(changed, partial(self._report, execution_id))
+        except InvalidNode as error:
+            invalid_shape(response, *error.args)
+        if before is not None:
+            raw.update({name: before.raw[name] for name in raw if name not in changed})
+            nodes = {name: nodes.get(name) or before.nodes[name] for name in raw}
         return NodeMap(
             response.status == 200, FrozenMap(nodes), raw, (response.status, response.body)
         )
 
-    def _report(self, node: Node, execution_id: int) -> None:
-        status = node.status[:_LONGEST_STATUS]
+    def _report(self, execution_id: int, name: str, status: str) -> None:
+        status = status[:_LONGEST_STATUS]
         if status not in self._reported and len(self._reported) < _REPORTED_AT_MOST:
             self._reported.add(status)
             logger.warning(
                 "execution %d: node %.100r has the unknown status %.100r; it counts as not final",
                 execution_id,
-                node.name,
-                node.status,
+                name,
+                status,
             )
 
 

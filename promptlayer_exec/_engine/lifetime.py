@@ -92,7 +92,8 @@ class Lifetime:
         Raises:
             SessionClosed: closing has begun.
         """
-        self.check_open()
+        if self.is_closing():
+            raise SessionClosed
         return Call(self, deadline)
 
     def close(self) -> None:

@@ -135,7 +135,9 @@ class Transport:
                 if once is not None and not once.sent:
                     # A mock has answered, or a middleware of http= has sent another body.
                     once.mark_sent()
-                await _read_body(answer.response, answer.pieces, self._limit(answer.response))
+                is_good = answer.response.status < 300
+                limit = self._settings.max_response_bytes if is_good else _ERROR_BODY_BYTES
+                await _read_body(answer.response, answer.pieces, limit)
         # Every TimeoutError is an OSError.
         # A ValueError is about settings of http=, such as a header that cannot be encoded.
         except (aiohttp.ClientError, _ParserError, OSError, ValueError) as error:
@@ -144,10 +146,6 @@ class Transport:
             if body is not None:
                 await body.ended()
         return answer
-
-    def _limit(self, response: aiohttp.ClientResponse) -> int:
-        """Return the most bytes to read of a body."""
-        return self._settings.max_response_bytes if response.status < 300 else _ERROR_BODY_BYTES
 
     def _response(
         self, answer: _Answer, once: SendOnce | None, redactor: Redactor, last: bytes

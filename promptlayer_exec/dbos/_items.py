@@ -113,7 +113,7 @@ class Items:
     _has_warned: bool = attrs.field(init=False, default=False)
 
     def __attrs_post_init__(self) -> None:
-        policy = integration.retry_policy(self._session)
+        policy = integration.settings(self._session).retry
         self._intents = Group(
             partial(intents.write, self._store, self._batch, worker=self._executor)
         )

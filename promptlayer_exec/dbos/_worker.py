@@ -212,7 +212,7 @@ class Worker:
         self._store.connector.patience = PATIENCE_AT_END
         self._items.close()
         # A start that was sent has an answer, or fails, within the request timeout.
-        timeout = integration.request_timeout(self._session) + _RECORDING_TIMEOUT
+        timeout = integration.settings(self._session).request_timeout + _RECORDING_TIMEOUT
         try:
             if self._dbos_loop is not None:
                 draining = asyncio.run_coroutine_threadsafe(self._drain(), self._dbos_loop)

@@ -122,8 +122,9 @@ def create_callback_router(
         """Receive the callback of a start, at the start's own URL."""
         if not callbacks.is_genuine(token):
             raise HTTPException(404)
-        body = await _read_body(request, integration.max_response_bytes(session))
-        if too_large := integration.excess(body, integration.max_response_bytes(session)):
+        most = integration.settings(session).max_response_bytes
+        body = await _read_body(request, most)
+        if too_large := integration.excess(body, most):
             raise HTTPException(413, f"The body {too_large}.")
         try:
             execution_id = read_callback(body).execution_id
