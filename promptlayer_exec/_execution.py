@@ -164,7 +164,7 @@ class Execution:
         value = await self._main_output_of(snapshot, deadline)
         if into is None:
             return value
-        # Imported late, because it would add a quarter to the import time of the package.
+        # Imported late, to keep the import of the package short.
         from promptlayer_exec._structuring import structure_output  # noqa: PLC0415
 
         return structure_output(value, into, self._require_session()._settings.converter, snapshot)
@@ -207,13 +207,15 @@ class Execution:
             error.last_snapshot = self._last
             raise
 
-    async def _stream(self, timeout: float | EllipsisType | None) -> AsyncGenerator[Snapshot, None]:
-        """Do what `stream` does, with a checked timeout."""
+    async def _stream(
+        self, timeout: float | EllipsisType | None, deadline: Deadline | None = None
+    ) -> AsyncGenerator[Snapshot, None]:
+        """Do what `stream` does, with a checked timeout, or the deadline of a caller."""
         if self._last is not None and self._last.complete:
             yield self._last
             return
         client = self._client()
-        deadline = client.deadline(timeout)
+        deadline = deadline or client.deadline(timeout)
         followers = client.follow(self.id, streams=True)
         try:
             snapshot: Snapshot | None = None
@@ -229,7 +231,7 @@ class Execution:
     ) -> AsyncGenerator[Node, None]:
         deadline = self._require_session()._settings.deadline(timeout, now=clock())
         yielded = set()
-        async with aclosing(self._stream(timeout)) as snapshots:
+        async with aclosing(self._stream(timeout, deadline)) as snapshots:
             async for snapshot in snapshots:
                 for name, node in snapshot.nodes.items():
                     if name in yielded or not (node.final or snapshot.complete):
@@ -327,7 +329,7 @@ class _Recalling:
 
 def check_type(into: Any, converter: cattrs.Converter | None) -> None:
     """Raise a `TypeError`, before there is an output, if a type cannot be structured into."""
-    # Imported late, because it would add a quarter to the import time of the package.
+    # Imported late, to keep the import of the package short.
     from promptlayer_exec import _structuring  # noqa: PLC0415
 
     _structuring.check_type(into, converter)

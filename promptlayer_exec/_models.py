@@ -334,7 +334,7 @@ class Snapshot:
         value = succeeded[0].value
         if into is None:
             return value
-        # Imported late, because it would add a quarter to the import time of the package.
+        # Imported late, to keep the import of the package short.
         from promptlayer_exec._structuring import structure_output  # noqa: PLC0415
 
         return structure_output(value, into, None, self)

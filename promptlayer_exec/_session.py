@@ -232,7 +232,7 @@ class Session:
             settings=settings,
             lifetime=Lifetime(resources),
             base_url=base_url,
-            redact=transport.redactor.redact,
+            redactor=transport.redactor,
             retrying=Retrying(transport.send, settings.retry, self._recent_starts, self._emit),
             recent_starts=self._recent_starts,
             node_maps=self._node_maps,

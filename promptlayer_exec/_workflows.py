@@ -169,7 +169,7 @@ class Workflow:
 def _names(inputs: Any) -> set[str]:
     if isinstance(inputs, Mapping):
         return {name for name in inputs if isinstance(name, str)}
-    # Imported late: it doubles the cost of importing the package.
+    # Imported late, to keep the import of the package short.
     from promptlayer_exec._structuring import encode_inputs  # noqa: PLC0415
 
     return set(encode_inputs(inputs))

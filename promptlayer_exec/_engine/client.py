@@ -20,6 +20,7 @@ from promptlayer_exec._api.executions import (
     results_request,
 )
 from promptlayer_exec._api.messages import Reply, Request, Response
+from promptlayer_exec._api.redaction import Redactor
 from promptlayer_exec._api.workflows import WorkflowsPage, read_workflow, workflows_request
 from promptlayer_exec._engine.callbacks import CallbackLog
 from promptlayer_exec._engine.follow import Followers, timed_out
@@ -74,7 +75,7 @@ class Client:
     _settings: Settings
     lifetime: Lifetime
     base_url: str
-    _redact: Callable[[str], str]
+    _redactor: Redactor
     _retrying: Retrying
     _recent_starts: RecentStarts
     _node_maps: NodeMapReader
@@ -231,9 +232,7 @@ class Client:
         if self.push is not None:
             self.push.started(request.workflow, execution_id, sent_at=reply.sent_at)
         if warning is not None:  # it goes to the log
-            warning = self._redact(warning)
-            if http_request.secret is not None:
-                warning = warning.replace(http_request.secret, "***")
+            warning = self._redactor.also(http_request.secret).redact(warning)
         return Started(execution_id, warning)
 
     def _start_ended(

@@ -177,7 +177,7 @@ class Start:
             said = "".join(traceback.format_exception_only(error)).strip()
             return self._unknown(said, error) if self.sent else error
         if is_refused := isinstance(error, RateLimited):
-            self.sent = False  # a 429 starts nothing
+            self.mark_rejected()  # a 429 starts nothing
         if self._is_lost(error):
             # Without the quoted body, which may hold outputs: the cause has it.
             return self._unknown(RequestError._what(error), error)
