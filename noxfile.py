@@ -128,7 +128,7 @@ def extras(session: nox.Session, extra: str) -> None:
     """Import the module that an extra is for, with only that extra installed."""
     session.install(f".[{extra}]")
     environment = {"PYTHONSAFEPATH": "1"}
-    module = {"speed": "_api.json", "push": "_push.channels"}.get(extra, extra)
+    module = {"speed": "_api.json"}.get(extra, extra)
     session.run("python", "-W", "error", "-c", f"import promptlayer_exec.{module}", env=environment)
     if extra == "cli":
         session.run("promptlayer-exec", "--help", silent=True, env=environment)
@@ -212,7 +212,7 @@ def sbom(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the pages in docs/, and llms.txt, to build/docs; a warning is an error."""
-    _install(session, "docs", "pytest", ".[cli,dbos,fastapi,mcp,opentelemetry,push,viewer]")
+    _install(session, "docs", "pytest", ".[cli,dbos,fastapi,mcp,opentelemetry,viewer]")
     shutil.rmtree("build/docs", ignore_errors=True)
     session.run("sphinx-build", "-n", "-W", "--keep-going", "docs", "build/docs")
     full = Path("build/docs/llms-full.txt").read_text(encoding="utf-8")
@@ -229,16 +229,20 @@ def docs(session: nox.Session) -> None:
 
 # The newest SDK, and one that uses Ably unless the server announces Centrifugo.
 SDKS = ("1.5.16", "1.4.7")
+JAVASCRIPT_SDK = "1.3.6"
 
 
 @nox.session
 @nox.parametrize("sdk", SDKS)
 def vendor(session: nox.Session, sdk: str) -> None:
-    """Check the simulator of the built wheel with the vendor's own SDK and OpenAPI documents."""
+    """Check the simulator of the built wheel with the vendor's own SDKs and OpenAPI documents."""
     _install(session, "vendor", f"promptlayer=={sdk}", ".")
+    prefix = str(Path(session.create_tmp()).resolve())
+    npm = ("npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", prefix)
+    session.run(*npm, f"promptlayer@{JAVASCRIPT_SDK}", silent=True)
     # The suite's own conftest.py needs packages that are not installed here.
     own_fixtures = "--confcutdir=tests/vendor"
-    environment = {"PYTHONSAFEPATH": "1"}
+    environment = {"PYTHONSAFEPATH": "1", "NODE_PATH": f"{prefix}/node_modules"}
     pytest = ("pytest", "-n", "3", "--dist=worksteal", own_fixtures, "tests/vendor")
     session.run(*pytest, *session.posargs, env=environment)
 
@@ -292,7 +296,7 @@ def bench(session: nox.Session) -> None:
     # Two programs also measure the vendor's SDK, and one this package with msgspec.
     others = {"speed": ".[speed]", "vendor": f"promptlayer=={SDKS[0]}"}
     pythons = {name: _make_venv(session, name, package) for name, package in others.items()}
-    session.install(".[dbos,push]", "httpx", "matplotlib")
+    session.install(".[dbos]", "httpx", "matplotlib")
     _install_postgresql(session)
     if shutil.which("valgrind") is None:
         _install_debian(session, "valgrind")
@@ -337,7 +341,7 @@ def dashboard(session: nox.Session) -> None:
 @nox.session
 def soak(session: nox.Session) -> None:
     """Run 50,000 items against a server that often fails; the suite runs 500."""
-    _install(session, "test", ".[push]")
+    _install(session, "test", ".")
     environment = {"PYTHONSAFEPATH": "1", "PROMPTLAYER_EXEC_SOAK_ITEMS": "50000"}
     session.run("pytest", "-s", "tests/soak", *session.posargs, env=environment)
 

@@ -18,23 +18,19 @@ from typing import Any, NoReturn, TypeGuard
 import attrs
 from yarl import URL
 
-from promptlayer_exec._api.executions import NodeMapReader
 from promptlayer_exec._api.json import loads
-from promptlayer_exec._api.messages import Response
 from promptlayer_exec._api.redaction import CREDENTIALS
 from promptlayer_exec._arguments import MAX_ID
 from promptlayer_exec._display import json_kind
-from promptlayer_exec._errors import ConfigurationError, InvalidResponse, InvalidSignature
-from promptlayer_exec._models import Snapshot
+from promptlayer_exec._errors import ConfigurationError, InvalidSignature
 
-__all__ = ["Callbacks", "InvalidSignature", "Webhook", "read_callback", "read_webhook"]
+__all__ = ["Callback", "Callbacks", "InvalidSignature", "Webhook", "read_callback", "read_webhook"]
 
 MAX_WEBHOOK_BYTES = 1024 * 1024
 _FINISHED = "agent_run_finished"
 _CALLBACK_ID = "workflow_version_execution_id"
 _NONCE_BYTES = 16
 _PURPOSE = b"promptlayer_exec callback "
-_NODE_MAPS = NodeMapReader()
 
 
 @attrs.frozen
@@ -123,8 +119,23 @@ def _verified(body: bytes, signature: str | None, secret: str) -> Any:
     return payload
 
 
-def read_callback(body: bytes) -> Snapshot:
-    """Return the complete snapshot in what PromptLayer posted to a start's `callback_url`.
+@attrs.frozen
+class Callback:
+    """What PromptLayer posted to a start's `callback_url`.
+
+    Attributes:
+        execution_id: the id of the execution, which is complete.
+        output: the callback's `final_output` as it was posted, None if it has none. A start of this
+            package asks for all nodes; for other starts, it may be the main output alone, which is
+            any JSON value.
+    """
+
+    execution_id: int
+    output: Any = attrs.field(repr=False)
+
+
+def read_callback(body: bytes) -> Callback:
+    """Return what PromptLayer posted to a start's `callback_url`.
 
     Nobody signed it. So take it as a hint to look at the execution, unless only PromptLayer can
     know the URL that it was posted to.
@@ -133,7 +144,7 @@ def read_callback(body: bytes) -> Snapshot:
         body: the request's body as it was received.
 
     Raises:
-        ValueError: it is not a callback as PromptLayer documents it.
+        ValueError: it is not a JSON object with the id of an execution.
         TypeError: `body` is not bytes.
     """
     _check_bytes(body)
@@ -146,13 +157,7 @@ def read_callback(body: bytes) -> Snapshot:
     execution_id = callback.get(_CALLBACK_ID)
     if not _is_id(execution_id):
         _malformed("callback", f"$.{_CALLBACK_ID}", f"expected an id, got {execution_id!r:.100}")
-    nodes = callback.get("final_output")
-    try:
-        node_map = _NODE_MAPS.read_nodes(Response(200, bytes(body)), nodes, execution_id)
-    except InvalidResponse as error:
-        path = f"$.final_output{(error.path or '$')[1:]}"
-        raise ValueError(f"the callback is malformed: {path}: {error.reason}") from None
-    return Snapshot(execution_id, True, node_map.nodes, raw=nodes)
+    return Callback(execution_id, callback.get("final_output"))
 
 
 @attrs.frozen

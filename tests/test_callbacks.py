@@ -72,9 +72,13 @@ def token_in(start: Any) -> str:
 async def test_each_start_has_a_callback_url_of_its_own(
     sim: Simulator, session: Session, recorder: Any
 ) -> None:
-    """Only the request has it: events have what the caller asked for, so nobody logs a token."""
+    """Only the request has it: events have what the caller asked for, so nobody logs a token.
+
+    Its callback is to have all nodes, as PromptLayer documents it.
+    """
     for _ in range(2):
         await session.start("report", {"topic": "otters"})
+    assert [run.body["return_all_outputs"] for run in sim.runs] == [True, True]
     first, second = (run.body["callback_url"] for run in sim.runs)
     assert first != second
     for url in (first, second):

@@ -351,6 +351,41 @@ async def test_a_lost_start_is_found_again(
     assert [(post.kind, post.status) for post in sim.posts] == [("callback", 204)]
 
 
+@pytest.mark.parametrize(
+    "posted",
+    [
+        {"final_output": {"Report": {"status": "SUCCESS", "value": "done"}}},
+        {"final_output": "done"},
+        {"final_output": None},
+        {},
+    ],
+    ids=["node map", "main output", "null", "none"],
+)
+async def test_a_lost_start_is_found_again_whatever_output_its_callback_has(
+    sim: Simulator, open_session: Callable[..., Session], app: App, posted: dict[str, Any]
+) -> None:
+    """With its token, the id is all that counts."""
+    session = open_session(callbacks=CALLBACKS)
+    await app.serve(create_callback_router(session, callbacks=CALLBACKS))
+    sim.add_workflow("report", HELD)
+    sim.inject(Fault.disconnect())
+    with pytest.raises(StartUnknown) as caught:
+        await session.start("report")
+    (run,) = sim.runs
+    body = {"workflow_version_execution_id": run.execution_id, **posted}
+    assert await app.post(f"/callbacks/{caught.value.callback_token}", body) == (204, None)
+    assert (await session.recover(caught.value, timeout=0)).id == run.execution_id
+
+
+async def test_a_callback_without_an_id_is_422(session: Session, app: App) -> None:
+    """The problem says where, and quotes no output."""
+    await app.serve(create_callback_router(session, callbacks=CALLBACKS))
+    for body in ([], {"final_output": "private"}, {"workflow_version_execution_id": "787"}):
+        status, problem = await app.post(f"/callbacks/{CALLBACKS.new_token()}", body)
+        assert (status, "expected an" in problem["detail"]) == (422, True)
+        assert "private" not in problem["detail"]
+
+
 @pytest.mark.parametrize("is_async", [True, False])
 async def test_a_callback_wakes_its_execution_and_is_handed_on(
     sim: Simulator, slow: Session, held: int, app: App, is_async: bool

@@ -13,7 +13,7 @@ import pytest
 
 from promptlayer_exec import Session
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
-from promptlayer_exec.webhooks import read_webhook
+from promptlayer_exec.webhooks import read_callback, read_webhook
 
 HELD = Scenario([SimNode("Report", "AAA", None, is_output_node=True)])
 
@@ -72,7 +72,10 @@ async def test_only_runs_that_were_started_over_the_api_are_webhooks(
 
 
 async def test_a_run_may_be_both_a_webhook_and_a_callback(receiver: Simulator) -> None:
-    """The URL and the secret of webhooks can be given when the simulator is made."""
+    """The URL and the secret of webhooks can be given when the simulator is made.
+
+    A session's start asks for all nodes, so its callback has them.
+    """
     async with (
         Simulator(webhook_url=f"{receiver.base_url}/w", webhook_secret="x") as other,
         Session(other.api_key, base_url=other.base_url) as client,
@@ -87,6 +90,7 @@ async def test_a_run_may_be_both_a_webhook_and_a_callback(receiver: Simulator) -
     signature = by_path["/w"].headers["X-PromptLayer-Signature"]
     assert read_webhook(by_path["/w"].body, signature, "x").execution_id == 1001
     assert "X-PromptLayer-Signature" not in by_path["/c"].headers
+    assert read_callback(by_path["/c"].body).output["Report"]["value"] == "AAA"
 
 
 async def test_a_webhook_that_nobody_receives_has_no_status(

@@ -515,13 +515,24 @@ class TestPublication:
         client.sim.finish(await client.run(), "Node 1")
         assert (await subscribed.completion())["workflow_version_execution_id"] == 1002
 
-    async def test_no_notification_requested(self, client: Client) -> None:
-        """A run without a suffix and a callback needs no task."""
+    async def test_without_a_suffix(self, client: Client) -> None:
+        """A run without a suffix is published on the channel of its id, for later subscribers."""
         client.sim.add_workflow("w", HELD)
-        await client.run(channel_name_suffix=None)
-        assert tasks_of_runs() == []
-        await client.run()
-        assert len(tasks_of_runs()) == 1
+        execution_id = await client.run(channel_name_suffix=None)
+        channel = f"workflow_updates:{execution_id}"
+        subscribed = await client.subscribe(channel)
+        client.sim.finish(execution_id, "Node 1")
+        assert (await subscribed.completion(channel))["final_output"] == "AAA"
+
+    async def test_with_a_suffix(self, client: Client) -> None:
+        """A run with a suffix is not published on the channel of its id."""
+        client.sim.add_workflow("w", HELD)
+        execution_id = await client.run()
+        channel = f"workflow_updates:{execution_id}"
+        subscribed = await client.subscribe(channel)
+        client.sim.finish(execution_id, "Node 1")
+        await asyncio.gather(*tasks_of_runs())
+        assert await subscribed.request(unsubscribe={"channel": channel}) == {"unsubscribe": {}}
 
     @pytest.mark.parametrize(("limit", "code"), [(78, "OK"), (77, "EXCEEDS_SIZE_LIMIT")])
     async def test_size_limit(
@@ -562,14 +573,19 @@ class TestPublication:
 class TestCallback:
     """Posting completions to a callback URL."""
 
-    @pytest.mark.parametrize("all_outputs", [False, True])
-    async def test_posted(self, client: Client, all_outputs: bool) -> None:
-        """The URL gets one unsigned POST of the node map, whichever outputs were requested."""
+    @pytest.mark.parametrize(
+        ("asked", "output"),
+        [
+            ({}, "AAA"),
+            ({"return_all_outputs": False}, "AAA"),
+            ({"return_all_outputs": True}, NODE_MAP),
+        ],
+    )
+    async def test_posted(self, client: Client, asked: dict[str, bool], output: object) -> None:
+        """The URL gets one unsigned POST of the outputs that were requested."""
         client.sim.add_workflow("w", HELD)
         async with Simulator() as receiver:
-            execution_id = await client.run(
-                callback_url=f"{receiver.base_url}/hook?a=1", return_all_outputs=all_outputs
-            )
+            execution_id = await client.run(callback_url=f"{receiver.base_url}/hook?a=1", **asked)
             client.sim.finish(execution_id, "Node 1")
             await receiver.wait_for_requests(1)
             await asyncio.gather(*tasks_of_runs())
@@ -579,7 +595,7 @@ class TestCallback:
         assert "X-API-KEY" not in request.headers
         assert json.loads(request.body) == {
             "workflow_version_execution_id": execution_id,
-            "final_output": NODE_MAP,
+            "final_output": output,
         }
 
     @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ async def test_a_start_is_one_request_with_all_that_was_asked(
         "workflow_label_name": "prod",
         "metadata": {"user": "maria"},
         "callback_url": "http://127.0.0.1:9/done",
+        "return_all_outputs": True,
     }
     (run,) = sim.runs
     assert execution == session.execution(run.execution_id)

@@ -148,7 +148,7 @@ def test_the_app_receives_webhooks_and_finds_a_lost_start(
     assert app.run(OVERSIZED).startswith("HTTP/1.1 413")
     assert sim.request_count == 0
 
-    sim.inject(Fault.disconnect())
+    sim.inject(Fault.disconnect(), path="/run")
     assert app.start_report() == '{"execution_id":"1001"}'
     assert len(sim.runs) == 1
     events = app.run(f"curl -i -u me:secret {app.url}/executions/1001/events")
@@ -175,12 +175,12 @@ def with_sharing() -> str:
 def test_a_callback_to_one_process_is_found_by_another(
     threaded_sim: Simulator, serve: Callable[..., Process]
 ) -> None:
-    """One worker process loses a start, and the other is called back; there is one POST in all."""
+    """One worker process loses a start, and the other is called back; there is one start in all."""
     called = serve(with_sharing())
     app = serve(with_sharing(), called.url)
-    threaded_sim.inject(Fault.disconnect())
+    threaded_sim.inject(Fault.disconnect(), path="/run")
     assert app.start_report() == '{"execution_id":"1001"}'
-    assert [request.method for request in threaded_sim.requests] == ["POST"]
+    assert [request.method for request in threaded_sim.requests] == ["GET", "POST"]
     assert '"POST /callbacks/... HTTP/1.1" 204' in called.end()
     log = app.end()
     assert "callbacks" not in log

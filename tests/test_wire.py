@@ -597,7 +597,10 @@ def test_run_request_without_a_workflow(error, workflow):
         ({"version": Index(2)}, {"workflow_version_number": 2}),
         ({"metadata": {}}, {"metadata": {}}),
         ({"metadata": {"a": "\ud800"}}, {"metadata": {"a": "\ud800"}}),
-        ({"callback_url": "https://x.test"}, {"callback_url": "https://x.test"}),
+        (
+            {"callback_url": "https://x.test"},
+            {"callback_url": "https://x.test", "return_all_outputs": True},
+        ),
         ({"key": "mine"}, {}),
     ],
 )

@@ -54,12 +54,15 @@ def run_request(
     All other fields of `start` are checked; raises `TypeError` or `ValueError`.
     """
     label, version = version_selection(start.label, start.version)
+    callback_url = optional_str("callback_url", start.callback_url)
     body = {
         "input_variables": inputs,
         "metadata": _metadata(start.metadata),
         "workflow_label_name": label,
         "workflow_version_number": version,
-        "callback_url": optional_str("callback_url", start.callback_url),
+        "callback_url": callback_url,
+        # The documented callback is that of such a start: it has the node map.
+        "return_all_outputs": None if callback_url is None else True,
         "channel_name_suffix": channel_suffix,
     }
     given = {name: value for name, value in body.items() if value is not None}
@@ -156,12 +159,7 @@ class NodeMapReader:
         if before is not None and before.source == (response.status, response.body):
             return before
         check_status(response)
-        return self.read_nodes(response, decode(response), execution_id, before)
-
-    def read_nodes(
-        self, response: Response, raw: Any, execution_id: int, before: NodeMap | None = None
-    ) -> NodeMap:
-        """Read a node map that is decoded; errors quote the body of the response."""
+        raw = decode(response)
         if not isinstance(raw, dict):
             invalid_shape(response, "$", f"expected an object of nodes, got {json_kind(raw)}")
         changed = raw

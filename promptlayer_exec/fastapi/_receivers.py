@@ -95,8 +95,9 @@ def create_callback_router(
     """Return the route `POST /callbacks/{token}`, for the callbacks of `Session(callbacks=...)`.
 
     A callback to a start whose answer was lost ends `Session.recover`. Every callback wakes the
-    execution, as a webhook does. For a token that was not made with the secret of `callbacks`, the
-    answer is 404; for a body over the session's `max_response_bytes`, 413.
+    execution, as a webhook does; only the execution's id in it counts, whatever its output is. For
+    a token that was not made with the secret of `callbacks`, the answer is 404; for a body over the
+    session's `max_response_bytes`, 413; for one without an id, 422.
 
     Args:
         session: the open `Session`, or a dependency that returns it.

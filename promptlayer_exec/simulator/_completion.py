@@ -25,12 +25,11 @@ _MIN_SLEEP = 0.005
 
 @attrs.define(eq=False)
 class Completions:
-    """Notifies of the completion of each run that named a channel or a callback URL.
+    """Notifies of the completion of each run.
 
-    If there is a URL for webhooks, it notifies of every run. Each run of these has a task until
-    the notifications are sent. The task sleeps until the next node ends by itself, assuming that
-    the clock counts seconds. It also wakes whenever a node is finished by `finish` or the execution
-    is read complete, so that it can follow any other clock.
+    A run has a task until the notifications are sent. The task sleeps until the next node ends by
+    itself, assuming that the clock counts seconds. It also wakes whenever a node is finished by
+    `finish` or the execution is read complete, so that it can follow any other clock.
     """
 
     _backend: Backend
@@ -40,13 +39,9 @@ class Completions:
     _tasks: set[asyncio.Task[None]] = attrs.field(factory=set, init=False)
 
     def follow(self, execution_id: int, workflow: Workflow, body: Mapping[str, Any]) -> None:
-        """Notify of a run's completion, if anybody wants to know of it."""
-        webhook_url = self._posts.webhook_url
-        named = body.get("channel_name_suffix"), body.get("callback_url")
-        if named == (None, None) and webhook_url is None:
-            return
+        """Notify of a run's completion."""
         task = asyncio.create_task(
-            self._notify(execution_id, workflow, body, webhook_url),
+            self._notify(execution_id, workflow, body, self._posts.webhook_url),
             name=f"simulator run {execution_id}",
         )
         self._tasks.add(task)
@@ -71,14 +66,13 @@ class Completions:
             _LOGGER.exception("execution %d: a function of its scenario failed", execution_id)
             return
         suffix, callback_url = body.get("channel_name_suffix"), body.get("callback_url")
-        notifications = []
+        output = results.json(all_outputs=body.get("return_all_outputs", False))
+        channel = f"workflow_updates:{execution_id}"
         if suffix is not None:
             channel = f"workflows:{workflow.id}:run:{suffix}"
-            output = results.json(all_outputs=body.get("return_all_outputs", False))
-            notifications.append(self._publish(execution_id, channel, output))
+        notifications = [self._publish(execution_id, channel, output)]
         if callback_url is not None:
-            node_map = results.node_map()
-            notifications.append(self._posts.post_callback(execution_id, callback_url, node_map))
+            notifications.append(self._posts.post_callback(execution_id, callback_url, output))
         if webhook_url is not None:
             notifications.append(
                 self._posts.post_webhook(execution_id, webhook_url, workflow.name, workflow.id)

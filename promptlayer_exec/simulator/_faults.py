@@ -38,8 +38,8 @@ class Fault:
 
     All of them take `times`, the number of requests that it affects (None: every one until
     `Simulator.clear_faults`), and `execution_id`, which limits it to requests for the results of
-    that execution. `repeat_post`, `delay_post` and `lose_post` affect what the simulator itself
-    posts, instead: webhooks or callbacks.
+    that execution; `Simulator.inject` can limit it to a path. `repeat_post`, `delay_post` and
+    `lose_post` affect what the simulator itself posts, instead: webhooks or callbacks.
     """
 
     effect: Effect
@@ -47,6 +47,7 @@ class Fault:
     execution_id: int | None = None
     post: PostKind | None = None
     delays: tuple[float, ...] = ()
+    path: str = ""
 
     @staticmethod
     def status(
@@ -221,6 +222,8 @@ class Fault:
     def concerns(self, request: web.BaseRequest) -> bool:
         """Return True if it may affect this request."""
         if self.post is not None:
+            return False
+        if not request.path.endswith(self.path):
             return False
         if self.execution_id is None:
             return True

@@ -69,8 +69,8 @@ class Posts:
         headers = {**JSON_TYPE, "X-PromptLayer-Signature": signature}
         await self._post("webhook", execution_id, url, headers, encode(payload))
 
-    async def post_callback(self, execution_id: int, url: str, node_map: str) -> None:
-        body = f'{{"workflow_version_execution_id":{execution_id},"final_output":{node_map}}}'
+    async def post_callback(self, execution_id: int, url: str, output: str) -> None:
+        body = f'{{"workflow_version_execution_id":{execution_id},"final_output":{output}}}'
         await self._post("callback", execution_id, url, JSON_TYPE, body)
 
     async def _post(

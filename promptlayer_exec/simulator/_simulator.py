@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, Self
 
+import attrs
 from anyio.from_thread import start_blocking_portal
 
 from promptlayer_exec.simulator._api import Api, TokenBucket
@@ -29,12 +30,12 @@ class Simulator:
     was exited: it then still has its workflows and executions, and listens on a new port unless
     `port` is given.
 
-    The completion of a run that named a `channel_name_suffix` or a `callback_url` is pushed or
-    posted, and with a `webhook_url`, that of every run is posted there, signed. Executions of
-    `add_execution` are not: they are like those that were started on PromptLayer's dashboard.
-    Nothing is posted after the simulator is exited. With a `clock` other than the machine's, that
-    happens once `state`, `finish` or a request for the results shows the completion, or after as
-    many seconds as remained by `clock`.
+    The completion of a run is pushed, to the channel of its `channel_name_suffix` or else to that
+    of its id, and posted to its `callback_url`; with a `webhook_url`, that of every run is posted
+    there, signed. Executions of `add_execution` are not: they are like those that were started on
+    PromptLayer's dashboard. Nothing is posted after the simulator is exited. With a `clock` other
+    than the machine's, that happens once `state`, `finish` or a request for the results shows the
+    completion, or after as many seconds as remained by `clock`.
 
     Args:
         host: the address to listen on.
@@ -278,9 +279,15 @@ class Simulator:
         states = self._backend.results(execution_id).states
         return {name: state.status for name, state in states.items()}
 
-    def inject(self, fault: Fault) -> None:
-        """Let a fault affect the next requests or posts that it concerns, after earlier faults."""
-        self._faults.add(fault)
+    def inject(self, fault: Fault, *, path: str = "") -> None:
+        """Let a fault affect the next requests or posts that it concerns, after earlier faults.
+
+        Args:
+            fault: what goes wrong.
+            path: what the path of a request must end in, such as `/run` for starts: a start may be
+                preceded by requests of its workflow's definition.
+        """
+        self._faults.add(attrs.evolve(fault, path=path))
 
     def clear_faults(self) -> None:
         """Remove the faults that have not affected a request or post yet."""
