@@ -7,7 +7,6 @@ module.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +17,7 @@ from promptlayer_exec._arguments import MAX_ID, check_count, check_execution_id
 from promptlayer_exec._display import indented, short_repr
 from promptlayer_exec._engine.start import SendHooks
 from promptlayer_exec._engine.tasks import wait_even_if_cancelled
-from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError, RequestError, printable
+from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError, printable
 from promptlayer_exec._events import WakeSource
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import each
@@ -26,19 +25,19 @@ from promptlayer_exec._install import install_hint
 from promptlayer_exec._models import StartRequest, node_dict
 from promptlayer_exec._policies import Limiter, check_seconds
 from promptlayer_exec._session import Session
-from promptlayer_exec._settings import Settings, find_base_url, missing_for_push
+from promptlayer_exec._settings import Settings, find_base_url
 from promptlayer_exec._statuses import UNKNOWN_STATUS, status_entry
-from promptlayer_exec._workflows import Workflow, near
+from promptlayer_exec._workflows import MissingInputs, near
 
 __all__ = [
     "DEFINITION_TIMEOUT",
     "MAX_ID",
     "UNKNOWN_STATUS",
+    "MissingInputs",
     "SendHooks",
     "base_url",
     "check_count",
     "check_execution_id",
-    "check_inputs",
     "check_seconds",
     "each",
     "encode_inputs",
@@ -47,7 +46,6 @@ __all__ = [
     "install_hint",
     "limited",
     "log_text",
-    "missing_for_push",
     "near",
     "node_dict",
     "receive_callback",
@@ -88,29 +86,6 @@ def base_url(session: Session) -> str:
 def encode_inputs(session: Session, request: StartRequest) -> dict[str, Any]:
     """Check a start as `Session.start` does, and return its inputs in JSON form."""
     return session._prepare(request)[0]
-
-
-async def check_inputs(session: Session, request: StartRequest) -> Workflow | None:
-    """Check a start before it costs anything, also that all required inputs are there.
-
-    Returns:
-        The version of the workflow that would run; None if it could not be had within 5 seconds:
-        the inputs are then unchecked, and the start itself says what is wrong.
-
-    Raises:
-        TypeError: an argument or a value in the inputs has an unsupported type.
-        ValueError: inputs are missing, or an argument or an input cannot be sent.
-    """
-    inputs = encode_inputs(session, request)
-    try:
-        async with asyncio.timeout(DEFINITION_TIMEOUT):
-            workflow = await session.workflow(
-                request.workflow, label=request.label, version=request.version
-            )
-    except (RequestError, TimeoutError):
-        return None
-    workflow.check_inputs(inputs)
-    return workflow
 
 
 def start_token(session: Session) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import threading
 import warnings
@@ -22,6 +23,7 @@ from promptlayer_exec._api.workflows import workflow_request, workflows_filter
 from promptlayer_exec._arguments import check_execution_id, naming_arguments
 from promptlayer_exec._engine.callbacks import CallbackLog, recoverable_token, with_callback_url
 from promptlayer_exec._engine.client import Client, list_workflows
+from promptlayer_exec._engine.definitions import Definitions
 from promptlayer_exec._engine.lifetime import Lifetime
 from promptlayer_exec._engine.retry import RecentStarts, Retrying
 from promptlayer_exec._engine.start import SendHooks
@@ -35,6 +37,7 @@ from promptlayer_exec._http.throttle import Throttle
 from promptlayer_exec._http.transport import Transport
 from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
 from promptlayer_exec._policies import Deadline, Limiter, PollPolicy, RetryPolicy, check_timeout
+from promptlayer_exec._push.channels import Push
 from promptlayer_exec._push.wakeups import EarlyWakeUps
 from promptlayer_exec._settings import (
     Settings,
@@ -49,7 +52,6 @@ if TYPE_CHECKING:
     import aiohttp
     from typing_extensions import TypeForm
 
-    from promptlayer_exec._push.channels import Push
     from promptlayer_exec.webhooks import Callbacks
 
 T = TypeVar("T")
@@ -83,7 +85,11 @@ class Session:
             `promptlayer_exec.strict_converter` returns; never used for the node map.
         observers: called with every event.
         push: whether PromptLayer's push channel wakes the watches of runs started here, so that
-            results come within milliseconds; also with `$PROMPTLAYER_EXEC_PUSH=1`. Extra `push`.
+            results come within milliseconds: None, once a workflow's run is not complete at its
+            first poll, or a second one is started; True, at once, with a warning where push cannot
+            be used; False, never. `$PROMPTLAYER_EXEC_PUSH` has the default, 1 or 0; 0 wins.
+        check_inputs: whether a start first looks at the workflow's required inputs, so that a
+            missing one is a `ValueError` and not a run that is paid for.
         trust_env: whether to use HTTP_PROXY, HTTPS_PROXY and NO_PROXY, read when the session opens;
             `$PROMPTLAYER_EXEC_TRUST_ENV=0` turns it off. Requests to a loopback host never use a
             proxy, and a borrowed `http` has its own setting.
@@ -110,7 +116,8 @@ class Session:
         http: aiohttp.ClientSession | None = None,
         converter: cattrs.Converter | None = None,
         observers: Sequence[Observer] = (),
-        push: bool = False,
+        push: bool | None = None,
+        check_inputs: bool = True,
         trust_env: bool = True,
         callbacks: Callbacks | None = None,
     ) -> None:
@@ -129,6 +136,7 @@ class Session:
             converter=converter,
             observers=observers,
             push=push,
+            check_inputs=check_inputs,
             trust_env=trust_env,
             callbacks=callbacks,
         )
@@ -144,7 +152,7 @@ class Session:
         self._emit = broadcast(observers)
         self._callbacks = CallbackLog(self._emit, self._recent_starts)
         # What each start carries, so that its completion is pushed.
-        self._channel_suffix = secrets.token_hex(16) if self._settings.push else None
+        self._channel_suffix = None if self._settings.push is False else secrets.token_hex(16)
         self._warn_of_plain_http(find_base_url(base_url), stacklevel=4)
 
     def __enter__(self) -> NoReturn:
@@ -228,9 +236,15 @@ class Session:
             throttle=Throttle(settings.rate, self._limiters),
             emit=self._emit,
         )
+        lifetime = Lifetime(resources)
+
+        async def call(request: Request, read: Callable[[Response], T]) -> T:
+            return (await transport.send(request, read, Attempt(clock(), first=True))).value
+
+        definitions = Definitions(call, partial(lifetime.spawn, name="promptlayer_exec.Definition"))
         client = Client(
             settings=settings,
-            lifetime=Lifetime(resources),
+            lifetime=lifetime,
             base_url=base_url,
             redactor=transport.redactor,
             retrying=Retrying(transport.send, settings.retry, self._recent_starts, self._emit),
@@ -238,31 +252,23 @@ class Session:
             node_maps=self._node_maps,
             early_wake_ups=self._early_wake_ups,
             callbacks=self._callbacks,
+            definitions=definitions,
             emit=self._emit,
         )
         if self._channel_suffix is not None:
-            client.push = self._make_push(client, transport, proxy, self._channel_suffix)
+            client.push = Push(
+                suffix=self._channel_suffix,
+                is_eager=settings.push is True,
+                room=transport.pools.sockets,
+                call=call,
+                connect=partial(transport.open_websocket, "/connection/websocket"),
+                find_id=definitions.find_id,
+                wake=partial(client.wake, source="push"),
+                early_wake_ups=self._early_wake_ups,
+                redact=transport.redactor.redact,
+                spawn=partial(lifetime.spawn, name="promptlayer_exec.Push"),
+            )
         return client
-
-    def _make_push(
-        self, client: Client, transport: Transport, proxy: str | None, suffix: str
-    ) -> Push:
-        # Imported here: it needs an extra.
-        from promptlayer_exec._push.channels import Push  # noqa: PLC0415
-
-        async def call(request: Request, read: Callable[[Response], T]) -> T:
-            return (await transport.send(request, read, Attempt(clock(), first=True))).value
-
-        return Push(
-            base_url=client.base_url,
-            suffix=suffix,
-            proxy=proxy,
-            max_bytes=self._settings.max_response_bytes,
-            redact=transport.redactor.redact,
-            call=call,
-            wake=partial(client.wake, source="push"),
-            spawn=lambda run: client.lifetime.spawn(run(), name="promptlayer_exec.Push"),
-        )
 
     @overload
     async def get_results(
@@ -332,7 +338,7 @@ class Session:
 
         Raises:
             TypeError: an argument or a value in the inputs has an unsupported type.
-            ValueError: an argument or a value in the inputs cannot be sent.
+            ValueError: an argument or a value in the inputs cannot be sent, or inputs are missing.
             StartUnknown: the answer was lost, so the run may have started; it is never repeated.
             StatusError: the server refused.
             ConnectionFailed: the server could not be reached.
@@ -490,10 +496,12 @@ class Session:
     ) -> Execution:
         try:
             posted, token = with_callback_url(request, self._settings.callbacks, token)
-            _, http_request = self._prepare(posted)
+            inputs, http_request = self._prepare(posted)
             http_request.secret = token
             client = self._open()
-        except Exception as error:
+            if self._settings.check_inputs:
+                await client.check_inputs(request, inputs, deadline)
+        except (Exception, asyncio.CancelledError) as error:
             self._emit(StartFailed(None, request, error))
             raise
         started = await client.start(request, http_request, deadline, hooks=hooks)

@@ -20,7 +20,6 @@ from yarl import URL
 from promptlayer_exec._arguments import check_count
 from promptlayer_exec._errors import ConfigurationError
 from promptlayer_exec._events import Observer
-from promptlayer_exec._install import install_hint
 from promptlayer_exec._policies import Deadline, Limiter, PollPolicy, RetryPolicy, check_seconds
 
 if TYPE_CHECKING:
@@ -113,46 +112,36 @@ def _matches(pattern: str, value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
-def _find_switch(name: str, value: Any, variable: str) -> tuple[bool, bool | None]:
-    """Return the setting, and what its environment variable says; None: the variable is not set."""
+def _check_switch(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ConfigurationError(f"{name} must be True or False, got {value!r:.100}")
+    return value
+
+
+def _read_switch(variable: str) -> bool | None:
+    """Return what an environment variable says; None if it is not set."""
     text = os.environ.get(variable, "").lower()
     if text not in ("", *_YES, *_NO):
         raise ConfigurationError(f"{variable} must be 1 or 0, got {text!r:.100}")
-    return value, (text in _YES if text else None)
+    return text in _YES if text else None
 
 
 def _find_trust_env(trust_env: Any) -> bool:
-    given, variable = _find_switch("trust_env", trust_env, _TRUST_VARIABLE)
-    return given and variable is not False
+    variable = _read_switch(_TRUST_VARIABLE)
+    return _check_switch("trust_env", trust_env) and variable is not False
 
 
-def _find_push(push: Any) -> bool:
-    given, variable = _find_switch("push", push, _PUSH_VARIABLE)
-    if not given and not variable:
-        return False
-    if missing := missing_for_push():
-        source = "push=True" if given else f"{_PUSH_VARIABLE}=1"
-        raise ConfigurationError(f"{source} needs {missing}")
-    return True
+def _check_check_inputs(check_inputs: Any) -> bool:
+    return _check_switch("check_inputs", check_inputs)
 
 
-def missing_for_push() -> str | None:
-    """Return what must be installed before push can be used; None: nothing."""
-    # Imported on use: it takes longer than all other checks.
-    from importlib import metadata  # noqa: PLC0415
-
-    try:
-        version = metadata.version("centrifuge-python")
-    except metadata.PackageNotFoundError:
-        return install_hint("push")
-    if re.match(r"0\.[0-6]\.", version):
-        return (
-            f"centrifuge-python 0.7, but {version} is installed: PromptLayer's own SDK needs an"
-            " older one, so use an environment without that SDK"
-        )
-    return None
+def _find_push(push: Any) -> bool | None:
+    variable = _read_switch(_PUSH_VARIABLE)
+    if push is None:
+        return variable
+    if not isinstance(push, bool):
+        raise ConfigurationError(f"push must be None, True or False, got {push!r:.100}")
+    return push and variable is not False
 
 
 def find_proxy(settings: Settings, base_url: str) -> str | None:
@@ -268,7 +257,8 @@ class Settings:
         validator=_is(cattrs.Converter, "a cattrs.Converter", optional=True)
     )
     observers: Sequence[Observer] = attrs.field(validator=_callables)
-    push: bool = attrs.field(converter=_find_push)
+    push: bool | None = attrs.field(converter=_find_push)
+    check_inputs: bool = attrs.field(converter=_check_check_inputs)
     trust_env: bool = attrs.field(converter=_find_trust_env)
     callbacks: Callbacks | None = attrs.field(validator=_is_callbacks)
 

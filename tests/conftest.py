@@ -155,6 +155,9 @@ async def open_session(sim: Simulator, recorder: Recorder) -> AsyncIterator[Call
                 "retry": RetryPolicy(outage=5.0, watch_outage=5.0, base=0.001),
                 "rate": None,
                 "observers": [recorder],
+                # Only what a test asks for is sent.
+                "push": False,
+                "check_inputs": False,
             }
             session = Session(**{**settings, **overrides})
             stack.push_async_callback(session.aclose)
@@ -522,10 +525,11 @@ class Viewer:
 
 
 @pytest.fixture
-async def viewer(session: Session, tmp_path: Path) -> AsyncIterator[Viewer]:
+async def viewer(open_session: Callable[..., Session], tmp_path: Path) -> AsyncIterator[Viewer]:
     """Return a viewer on a free port; it is stopped, as by Ctrl-C, at the end of the test."""
     from promptlayer_exec.viewer import Address, Board, History, listen, serve
 
+    session = open_session(check_inputs=True)
     listener = listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
     history = History(tmp_path / "history.sqlite", server="of a test", limit=5)

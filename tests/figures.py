@@ -24,13 +24,11 @@ MOST_LINES = 8450
 MOST_ATTRIBUTES = 15
 # Why a class of the core may have more attributes; one that no longer does comes off the list.
 WIDE = {"Settings": "only declares what a session can be given; each is a public argument"}
-# What `_push` and `dbos` still use, as "folder: name"; what they no longer do comes off the list.
+# What `dbos` still uses, as "folder: name"; what they no longer do comes off the list.
 LEFT = {
-    "_push: _background_tasks",
-    "_push: _process_incoming_data",
     "dbos: dbos._utils.INTERNAL_QUEUE_NAME",
 }
-LEFT_CAPS = {"centrifuge-python", "dbos"}
+LEFT_CAPS = {"dbos"}
 # Documented, in spite of their names.
 DOCUMENTED = {"os._exit", "_asdict", "_fields", "_make", "_replace"}
 # As good as private, in spite of their names: in no `__all__` and in no documentation.

@@ -24,10 +24,10 @@ import pytest
 from aiohttp import web
 
 from promptlayer_exec._install import install_hint
-from promptlayer_exec.cli import _session as _cli_session
 from promptlayer_exec.cli import main
 from promptlayer_exec.cli._demo import _set_variable
 from promptlayer_exec.cli._exit import ExitCode
+from promptlayer_exec.cli._session import demo_session
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, SimRequest, Simulator
 
 PROGRAM = [sys.executable, "-W", "error", "-m", "promptlayer_exec"]
@@ -98,8 +98,6 @@ def err(text):
 real, _exit.err = _exit.err, err
 from promptlayer_exec.__main__ import main; main()
 """
-# For a start without a description of its workflow, so that the next fault is for the start.
-_NO_DEFINITION = Fault.status(403)
 UNREACHABLE = "http://127.0.0.1:9"
 PROXIES = {"HTTP_PROXY": UNREACHABLE, "HTTPS_PROXY": UNREACHABLE}
 HELD = Scenario(
@@ -559,21 +557,23 @@ class TestRun:
         assert f"\nexecution {execution_id} succeeded after" in out
         assert err == (f"print its main output with:\n  promptlayer-exec results {execution_id}\n")
 
-    def test_a_run_is_pushed_on_request(self, sim: Simulator, call: Call) -> None:
-        """With `--push` or the variable, the start asks for a message at the end."""
+    def test_a_run_is_pushed_unless_that_is_refused(self, sim: Simulator, call: Call) -> None:
+        """Without `--no-push` and the variable, the start asks for a message at the end."""
         sim.add_workflow("pushed", DONE)
         for options, env in (
-            (["--push"], {}),
-            ([], {"PROMPTLAYER_EXEC_PUSH": "1"}),
             ([], {}),
+            (["--no-push"], {}),
+            ([], {"PROMPTLAYER_EXEC_PUSH": "0"}),
         ):
             assert call("run", "pushed", *options, **env).end()[0] == 0
         first, second, third = (run.body for run in sim.runs[-3:])
         assert first["channel_name_suffix"]
-        assert second["channel_name_suffix"]
+        assert "channel_name_suffix" not in second
         assert "channel_name_suffix" not in third
 
-    async def test_a_server_without_push_is_reported(self, environment: dict[str, str]) -> None:
+    async def test_a_server_without_push_is_not_spoken_of(
+        self, environment: dict[str, str]
+    ) -> None:
         """The run is polled, and ends here once the request of push was refused."""
         requests: list[str] = []
 
@@ -592,7 +592,7 @@ class TestRun:
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "promptlayer_exec", "run", "w", "--push"),
+            *(sys.executable, "-m", "promptlayer_exec", "run", "w"),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment
@@ -601,20 +601,20 @@ class TestRun:
         _, err = await process.communicate()
         await runner.cleanup()
         assert process.returncode == 0
-        assert b"push is not used for workflow 'w', only polling: the server answered 404" in err
+        assert err.splitlines() == [
+            b"execution 1 started",
+            b"print its main output with:",
+            b"  promptlayer-exec results 1",
+        ]
 
-    @pytest.mark.parametrize("missing", [None, "an extra"])
-    async def test_the_demo_of_the_viewer_is_pushed_where_it_can_be(
-        self, monkeypatch: pytest.MonkeyPatch, missing: str | None
-    ) -> None:
-        """It runs without the extra, too, and does not use the proxies of the environment."""
-        monkeypatch.setattr(_cli_session, "missing_for_push", lambda: missing)
+    async def test_the_demo_of_the_viewer_is_pushed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It does not use the proxies of the environment."""
         for name, proxy in PROXIES.items():
             monkeypatch.setenv(name, proxy)
-        async with Simulator() as sim, _cli_session.demo_session(sim, print, push=True) as session:
+        async with Simulator() as sim, demo_session(sim, print) as session:
             sim.add_workflow("pushed", DONE)
             await session.start("pushed")
-        assert ("channel_name_suffix" in sim.runs[-1].body) is (missing is None)
+        assert sim.runs[-1].body["channel_name_suffix"]
 
     def test_inputs_label_and_metadata_are_sent(
         self, sim: Simulator, start: Start, tmp_path: Path
@@ -625,7 +625,7 @@ class TestRun:
         letter.write_text("12\n")
         piped = redirected("""printf '{"n": 1, "who": "Maria"}' | RUN""")
         options = ("-i", "@-", "--input", "n=2", "-i", f"letter@{letter}", "--label", "prod")
-        metadata = ("--metadata", "source=nightly", "--metadata", "run=7")
+        metadata = ("--metadata", "source=nightly", "--metadata", "run=7", "--no-push")
         code, _, _ = start("run", "a/b 7", *options, *metadata, program=piped).end()
         assert code == 0
         assert sim.runs[-1].workflow == "a/b 7"
@@ -638,7 +638,7 @@ class TestRun:
     def test_workflow_id_and_version_number_are_sent(self, sim: Simulator, call: Call) -> None:
         """A workflow can be given by its id, and a version by its number."""
         workflow_id = sim.add_workflow("by id", DONE)
-        assert call("run", workflow_id, "--version", 3).end()[0] == 0
+        assert call("run", workflow_id, "--version", 3, "--no-push").end()[0] == 0
         assert sim.runs[-1].workflow == "by id"
         assert sim.runs[-1].body == {"input_variables": {}, "workflow_version_number": 3}
 
@@ -648,6 +648,14 @@ class TestRun:
         code, _, err = call("run", "warned").end()
         assert code == 0
         assert err.startswith("warning: Missing: letter\\u001b[2J\n")
+
+    def test_a_number_for_a_string_is_reported(self, sim: Simulator, call: Call) -> None:
+        """The run is started: PromptLayer decides what it takes."""
+        sim.add_workflow("typed", DONE, inputs={"n": "string"})
+        code, _, err = call("run", "typed", "--input", "n=2").end()
+        assert code == 0
+        said = "the input 'n' of workflow 'typed' is a number, but must be a string"
+        assert err.splitlines()[0] == said
 
     def test_a_failed_execution_is_exit_code_1(self, sim: Simulator, call: Call) -> None:
         """The command for the output is not printed."""
@@ -700,8 +708,7 @@ class TestRun:
         """The error says that the run may have started; it is not started again."""
         sim.add_workflow("lost", DONE)
         before = len(sim.runs)
-        sim.inject(_NO_DEFINITION)
-        sim.inject(Fault.disconnect())
+        sim.inject(Fault.disconnect(), path="/run")
         code, out, err = call("run", "lost", "--json").end()
         assert code == 4
         assert "The run may have started" in err
@@ -851,8 +858,7 @@ class TestRun:
         """If there is no id, the error says whether a run may have started."""
         refused, lost = Gate(), Gate()
         with Simulator(on_request=refused) as refusing, Simulator(on_request=lost) as losing:
-            losing.inject(_NO_DEFINITION)
-            losing.inject(Fault.disconnect())
+            losing.inject(Fault.disconnect(), path="/run")
             commands = [
                 start("run", "x", PROMPTLAYER_BASE_URL=sim.base_url) for sim in (refusing, losing)
             ]
@@ -876,8 +882,7 @@ class TestRun:
         self, sim: Simulator, start: Start, program: str, code: int, before: str
     ) -> None:
         """The error still says that a run may have started."""
-        sim.inject(_NO_DEFINITION)
-        sim.inject(Fault.disconnect())
+        sim.inject(Fault.disconnect(), path="/run")
         ended, out, err = start("run", "x", program=python(program)).end()
         assert (ended, out) == (code, "")
         assert err.startswith(f"{before}it is not known whether a run of workflow 'x' started")
@@ -965,8 +970,7 @@ class TestTerminal:
     def test_a_run(self, sim: Simulator, terminal: Callable[..., Terminal]) -> None:
         """While the run starts, one line says so and shows warnings; the table replaces it."""
         sim.add_workflow("[red]agent", HELD, warning="no letter")
-        sim.inject(_NO_DEFINITION)
-        sim.inject(Fault.status(429, retry_after=0.2))
+        sim.inject(Fault.status(429, retry_after=0.2), path="/run")
         screen = terminal("run", "[red]agent")
         screen.read_until("workflow [red]agent: starting")
         screen.read_until("too many requests, retrying in")

@@ -451,11 +451,15 @@ def test_a_refused_key_is_exit_code_4(
     assert run("run", file)[0] == 0
 
 
-def test_a_batch_is_pushed_on_request(sim: Simulator, run: Run, tmp_path: Path) -> None:
-    """With `--push`, each start asks for a message at its end."""
+@pytest.mark.parametrize(("options", "suffixes"), [((), 1), (("--no-push",), 0)])
+def test_a_batch_is_pushed_unless_that_is_refused(
+    sim: Simulator, run: Run, tmp_path: Path, options: tuple[str, ...], suffixes: int
+) -> None:
+    """Without `--no-push`, each start asks for a message at its end."""
     file = write(tmp_path / "night.jsonl", *({"key": key, "inputs": {"n": 1}} for key in "ab"))
-    assert run("run", file, "--workflow", "echo", "--push", "--out", "out.jsonl")[0] == 0
-    assert len({run.body["channel_name_suffix"] for run in sim.runs}) == 1
+    assert run("run", file, "--workflow", "echo", *options, "--out", "out.jsonl")[0] == 0
+    assert len(sim.runs) == 2
+    assert len({run.body.get("channel_name_suffix") for run in sim.runs} - {None}) == suffixes
 
 
 def test_a_failing_result_file_is_reported(

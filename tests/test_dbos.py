@@ -73,6 +73,9 @@ from promptlayer_exec.dbos._tables import Ending
 from promptlayer_exec.dbos._tables import tables as tables_of_ours
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
+# Sessions that send only what a test asks for: starts and polls.
+BARE: dict[str, Any] = {"push": False, "check_inputs": False}
+
 
 @pytest.fixture
 def url(tmp_path: Path) -> str:
@@ -118,6 +121,7 @@ def batch_of(sim: Simulator, url: str) -> Callable[..., Batch]:
             poll=PollPolicy.fixed(0.01),
             retry=RetryPolicy(outage=0.2, watch_outage=0.2, base=0.001),
             rate=None,
+            **BARE,
         )
 
     def make(name: str = "nightly", **settings: Any) -> Batch:
@@ -378,7 +382,8 @@ async def test_the_next_worker_follows_the_items_of_a_cancelled_one(
     sim: Simulator, batch_of: Callable[..., Batch], borrowed: bool
 ) -> None:
     """The cancelled worker waits for its starts and records them, so nothing is started twice."""
-    session = Session(sim.api_key, base_url=sim.base_url, poll=PollPolicy.fixed(0.01))
+    often = PollPolicy.fixed(0.01)
+    session = Session(sim.api_key, base_url=sim.base_url, poll=often, **BARE)
     batch = batch_of(max_in_flight=2, session=session if borrowed else lambda: session)
     sim.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
     await batch.add(request(f"{n}", workflow="held") for n in range(3))
@@ -416,7 +421,8 @@ async def test_a_cancelled_worker_starts_nothing_more(
 
     monkeypatch.setattr(Liveness, "stop", stop_late)
     sim.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
-    async with Session(sim.api_key, base_url=sim.base_url, poll=PollPolicy.fixed(0.01)) as session:
+    often = PollPolicy.fixed(0.01)
+    async with Session(sim.api_key, base_url=sim.base_url, poll=often, **BARE) as session:
         batch = batch_of(max_in_flight=1, session=session)
         await batch.add(request(key, workflow="held") for key in "ab")
         working = asyncio.create_task(batch.work())
@@ -501,7 +507,7 @@ async def test_a_start_that_is_not_sent_in_time_is_tried_again_after_a_pause(
     monkeypatch.setattr(items, "_FIRST_DELAY", 3600.0)
     batch = batch_of()
     await batch.add([request("a")])
-    settings = {"base_url": sim.base_url, "wait_timeout": 0.0, "observers": [recorder]}
+    settings = {"base_url": sim.base_url, "wait_timeout": 0.0, "observers": [recorder], **BARE}
     async with Session(sim.api_key, **settings) as session:
         working = asyncio.create_task(batch_of(session=session).work())
         await recorder.next(StartFailed)
@@ -543,7 +549,7 @@ async def test_a_start_that_is_not_answered_while_the_work_ends_is_unknown(
 ) -> None:
     """A worker waits for the request timeout. With `restart_unknown`, it is started again."""
     batch = batch_of(
-        session=partial(Session, sim.api_key, base_url=sim.base_url, request_timeout=0.2)
+        session=partial(Session, sim.api_key, base_url=sim.base_url, request_timeout=0.2, **BARE)
     )
     await batch.add([request("a")])
     sim.inject(Fault.delay(1.0))
@@ -556,6 +562,22 @@ async def test_a_start_that_is_not_answered_while_the_work_ends_is_unknown(
     kind = (await outcomes_of(batch))["a"].kind
     assert (status.finished, kind) == (1, "succeeded" if restart_unknown else "unknown")
     assert sim.request_count <= 1 + 2 * restart_unknown
+
+
+async def test_an_item_without_an_input_that_is_required_has_failed(
+    sim: Simulator, batch_of: Callable[..., Batch]
+) -> None:
+    """Nothing was started for it, and the others go on."""
+    scenario = Scenario([SimNode("Answer", "done", is_output_node=True)])
+    sim.add_workflow("typed", scenario, inputs={"n": "string"})
+    batch = batch_of(session=partial(Session, sim.api_key, base_url=sim.base_url, push=False))
+    await batch.add([request("a", "x", "typed"), StartRequest("typed", {"m": 1}, key="b")])
+    status = await batch.work()
+    assert (status.succeeded, status.failed, status.unknown) == (1, 1, 0)
+    error = (await outcomes_of(batch))["b"].error
+    assert error is not None
+    assert "needs the input 'n' (string), which is missing" in error.message
+    assert [run.inputs for run in sim.runs] == [{"n": "x"}]
 
 
 @pytest.mark.parametrize("borrowed", [False, True])
@@ -588,6 +610,7 @@ async def test_an_unreachable_server_ends_the_work_but_no_item(
                     base_url=f"http://127.0.0.1:{port}",
                     retry=RetryPolicy(outage=0.01),
                     request_timeout=0.05,
+                    **BARE,
                 )
                 with pytest.raises(error):
                     await batch_of(session=lambda session=session: session).work()
@@ -599,7 +622,7 @@ async def test_closing_the_session_ends_the_work(
 ) -> None:
     """The next worker follows the execution to its end."""
     sim.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
-    async with Session(sim.api_key, base_url=sim.base_url) as session:
+    async with Session(sim.api_key, base_url=sim.base_url, **BARE) as session:
         batch = batch_of(session=session)
         await batch.add([request("a", workflow="held")])
         working = asyncio.create_task(batch.work())
@@ -872,7 +895,7 @@ async def test_starts_and_polls_keep_to_the_rate_of_the_batch(
         async def acquire(self) -> None:
             acquired.append(sim.request_count)
 
-    session = Session(sim.api_key, base_url=sim.base_url, limiter=Own(), rate=None)
+    session = Session(sim.api_key, base_url=sim.base_url, limiter=Own(), rate=None, **BARE)
     if opened:
         await session.__aenter__()
     batch = batch_of(session=session, rate=50.0)
@@ -1070,7 +1093,7 @@ import asyncio, sys
 from promptlayer_exec import Session
 from promptlayer_exec.dbos import Batch
 loop = asyncio.new_event_loop()
-session = Session(sys.argv[4], base_url=sys.argv[1])
+session = Session(sys.argv[4], base_url=sys.argv[1], push=False, check_inputs=False)
 working = loop.create_task(Batch("nightly", database_url=sys.argv[2], session=session).work())
 async def until_read():
     await asyncio.to_thread(sys.stdin.readline)

@@ -74,8 +74,8 @@ def batch(sim: Simulator, url: str) -> Batch:
 
 def open_session(sim: Simulator, **settings: Any) -> Session:
     """Return a session on a simulator."""
-    often = PollPolicy.fixed(0.01)
-    return Session(sim.api_key, base_url=sim.base_url, poll=often, rate=None, **settings)
+    bare = {"poll": PollPolicy.fixed(0.01), "rate": None, "push": False, "check_inputs": False}
+    return Session(sim.api_key, base_url=sim.base_url, **{**bare, **settings})
 
 
 async def outcomes(batch: Batch) -> dict[str, StoredOutcome]:

@@ -61,6 +61,8 @@ class World:
             rate=None,
             request_timeout=self.request_timeout,
             callbacks=self.callbacks,
+            push=False,
+            check_inputs=False,
         )
 
     def batch(self, **settings: Any) -> Batch:

@@ -102,6 +102,7 @@ def batch_of(sim: Simulator, url: str) -> Callable[..., Batch]:
             outage=outage, watch_outage=watch_outage, base=0.001, ceiling=0.2, not_found_grace=0.0
         )
         options = {"base_url": sim.base_url, "poll": PollPolicy.fixed(0.01), "rate": None}
+        options |= {"push": False, "check_inputs": False}
 
         def session() -> Session:
             return Session(sim.api_key, retry=retry, **{**options, **settings})

@@ -67,6 +67,12 @@ def workspace(sim: Simulator) -> Simulator:
 
 
 @pytest.fixture
+def session(open_session: Callable[..., Session]) -> Session:
+    """Return a session that checks inputs, as by default."""
+    return open_session(check_inputs=True)
+
+
+@pytest.fixture
 def connect(session: Session) -> Connect:
     """Return a function that connects the official client to a server in this process."""
 
@@ -383,8 +389,7 @@ async def test_near_names_are_suggested(workspace: Simulator, connect: Connect) 
 
 async def test_a_lost_start_is_not_repeated(workspace: Simulator, connect: Connect) -> None:
     """The model is told not to start it again."""
-    workspace.inject(Fault.status(404))  # the definition: the inputs are then unchecked
-    workspace.inject(Fault.disconnect())
+    workspace.inject(Fault.disconnect(), path="/run")
     async with connect("other") as client:
         text = await refused(client, "run_other", topic="otters")
     assert "it is not known whether a run of workflow 'other' started" in text
@@ -568,8 +573,8 @@ async def test_a_pushed_end_wakes_the_wait() -> None:
         sim.add_workflow("slow", Scenario([SimNode("Answer", "42", None, is_output_node=True)]))
         await call(client, "start_workflow", workflow="slow")
         waiting = asyncio.create_task(call(client, "wait_execution", execution_id="1001"))
-        # The definition, start, id, token, WebSocket and poll, and the token of a subscription.
-        await sim.wait_for_requests(7)
+        # The definition, start, token, WebSocket and poll, and the token of a subscription.
+        await sim.wait_for_requests(6)
         sim.finish(1001, "Answer")
         async with asyncio.timeout(10):
             assert (await waiting)["output"] == "42"

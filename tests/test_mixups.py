@@ -41,6 +41,7 @@ def connect(raw_server: Any) -> Callable[..., Session]:
 
     def make(**settings: Any) -> Session:
         defaults: dict[str, Any] = {"retry": RETRY, "poll": PollPolicy.fixed(0.01), "rate": None}
+        defaults |= {"push": False, "check_inputs": False}
         return Session(KEY, base_url=raw_server.url, **{**defaults, **settings})
 
     return make

@@ -320,7 +320,7 @@ def test_the_viewer_s_page_is_in_the_package() -> None:
     assert {"index.html", "viewer.css", "viewer.js"} <= page
 
 
-def test_only_http_and_a_setting_import_aiohttp() -> None:
+def test_only_http_push_and_a_setting_import_aiohttp() -> None:
     """The engine knows no HTTP, and `Session(http=...)` is checked; others may for annotations."""
     users = set()
     for module in set().union(*LAYERS):
@@ -331,7 +331,7 @@ def test_only_http_and_a_setting_import_aiohttp() -> None:
                     names = [node.module or ""]
                 if any(name.split(".")[0] == "aiohttp" for name in names):
                     users.add(module)
-    assert users == {"_http", "_settings"}
+    assert users == {"_http", "_push", "_settings"}
 
 
 def test_the_bill_of_materials_has_every_dependency() -> None:

@@ -36,6 +36,7 @@ from promptlayer_exec import (
     RetryPolicy,
     Session,
     StatusError,
+    WatchWoken,
 )
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
@@ -179,12 +180,12 @@ def page_session(scene: Scene, url: str, block: str, name: str, *arguments: Any)
     return namespace[name](*arguments)
 
 
-async def use(session: Session, sim: Simulator) -> None:
-    """Start a run, and watch it until it has its output."""
+async def use(session: Session, sim: Simulator, *sent: str) -> None:
+    """Start a run, and watch it until it has its output; `sent` is what is to come before."""
     sim.add_workflow("write-report", REPORT)
     execution = await session.start("write-report", {"topic": "otters"})
     assert await execution.output() == "done"
-    assert [request.method for request in sim.requests] == ["POST", "GET"]
+    assert [request.method for request in sim.requests] == [*sent, "POST", "GET"]
 
 
 def quoted(password: str) -> str:
@@ -271,8 +272,8 @@ async def test_the_proxy_of_a_borrowed_session_is_used(scene: Scene) -> None:
     scene.set(HTTP_PROXY="http://127.0.0.1:1")
     proxy = scene.proxy.url
     async with page_session(scene, scene.url, WITH_PROXY, "session_with_proxy", proxy) as session:
-        await use(session, scene.sim)
-    assert [request.method for request in scene.proxy.requests] == ["POST", "GET"]
+        await use(session, scene.sim, "GET")
+    assert [request.method for request in scene.proxy.requests] == ["GET", "POST", "GET"]
 
 
 # https
@@ -293,12 +294,39 @@ async def test_https_is_tunnelled(
     async with page_session(
         scene, f"https://{address}", PRIVATE, "private_session", *files
     ) as session:
-        await use(session, scene.sim)
+        await use(session, scene.sim, "GET")
         await session.get_results(scene.sim.runs[0].execution_id)
-    assert len(scene.sim.requests) == 3
+    assert len(scene.sim.requests) == 4
     heads = [request.head for request in scene.proxy.requests]
     assert [head.partition(" HTTP/")[0] for head in heads] == [f"CONNECT {address}"] * 2
     assert not [head for head in heads if scene.sim.api_key in head]
+
+
+async def test_push_is_tunnelled(
+    scene: Scene, listen: Callable[..., Awaitable[int]], authority: trustme.CA
+) -> None:
+    """The WebSocket has a tunnel of its own, and trusts the borrowed session's authority."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        up, down = await asyncio.open_connection("127.0.0.1", port_of(scene.sim.base_url))
+        await asyncio.gather(copy(reader, down), copy(up, writer))
+
+    address = f"{HOST}:{await listen(serve, server_context(authority))}"
+    scene.set(HTTPS_PROXY=scene.proxy.url)
+    scene.sim.add_workflow("w", Scenario([SimNode("a", "done", 0.2, is_output_node=True)]))
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    connector = aiohttp.TCPConnector(ssl=context)
+    async with (
+        aiohttp.ClientSession(connector=connector, trust_env=True) as http,
+        scene.open(http=http, base_url=f"https://{address}", push=True) as session,
+        asyncio.timeout(10),
+    ):
+        while not scene.recorder.of(WatchWoken):
+            assert await session.run("w") == "done"
+    heads = [request.head.partition(" HTTP/")[0] for request in scene.proxy.requests]
+    assert set(heads) == {f"CONNECT {address}"}
+    assert "/connection/websocket" in [request.path for request in scene.sim.requests]
 
 
 PLUGIN = """

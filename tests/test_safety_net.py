@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import attrs
@@ -13,16 +14,31 @@ from promptlayer_exec._push.safety_net import SafetyNet
 
 @attrs.define
 class Stub:
-    """A subscription whose state the test sets."""
+    """A channel whose state the test sets; it keeps what was recorded."""
 
     since: float | None = 0.0
     is_starting: bool = False
     has_announced: bool = True
+    needs: int = 0
+    watches: int = 0
     completions: list[tuple[int, bool]] = attrs.field(factory=list)
 
-    def completed(self, execution_id: int, *, expected: bool) -> None:
-        """Keep what was recorded."""
-        self.completions.append((execution_id, expected))
+    def need(self) -> None:
+        """Keep that a poll found a run incomplete."""
+        self.needs += 1
+
+    def watched(self, change: int) -> None:
+        """Keep how many watches there are."""
+        self.watches += change
+
+    def completed(self, net: SafetyNet, *, expected: bool) -> None:
+        """Keep which run ended."""
+        self.completions.append((net.execution_id, expected))
+
+
+def net_of(channel: Stub, known_at: float) -> SafetyNet:
+    """Return the net of execution 7, whose start was sent at a time."""
+    return SafetyNet(7, channel, known_at)  # type: ignore[arg-type]
 
 
 def due(net: SafetyNet, scheduled: float, *deadlines: Deadline) -> float:
@@ -37,7 +53,7 @@ def polled(net: SafetyNet, at: float, **how: Any) -> None:
 
 def test_polls_are_seldom_while_the_subscription_stands() -> None:
     """They come 5, 10, 20 and 40 s after one another, and then each minute."""
-    net = SafetyNet(7, Stub(), 100.0)
+    net = net_of(Stub(), 100.0)
     now, gaps = 100.0, []
     for _ in range(7):
         at = due(net, now)
@@ -48,7 +64,7 @@ def test_polls_are_seldom_while_the_subscription_stands() -> None:
 
 def test_until_push_has_announced_a_completion_it_is_tried() -> None:
     """Each 5 s: nobody knows yet whether the server publishes at all."""
-    net = SafetyNet(7, Stub(has_announced=False), 100.0)
+    net = net_of(Stub(has_announced=False), 100.0)
     for at in (105.0, 110.0, 115.0):
         assert due(net, 100.0) == at
         polled(net, at)
@@ -56,7 +72,7 @@ def test_until_push_has_announced_a_completion_it_is_tried() -> None:
 
 def test_a_day_of_polls_does_not_overflow() -> None:
     """Two to the power of a thousand polls is no float any more."""
-    net = SafetyNet(7, Stub(), 0.0)
+    net = net_of(Stub(), 0.0)
     for at in range(2000):
         polled(net, float(at))
     assert due(net, 0.0) == 1999.0 + 60.0
@@ -64,7 +80,7 @@ def test_a_day_of_polls_does_not_overflow() -> None:
 
 def test_polls_are_never_more_frequent_than_the_policy_s() -> None:
     """A policy of one poll an hour is kept."""
-    assert due(SafetyNet(7, Stub(), 100.0), 3700.0) == 3700.0
+    assert due(net_of(Stub(), 100.0), 3700.0) == 3700.0
 
 
 @pytest.mark.parametrize(
@@ -79,13 +95,13 @@ def test_polls_are_never_more_frequent_than_the_policy_s() -> None:
 )
 def test_a_poll_comes_shortly_before_a_deadline(deadline: Deadline, at: float) -> None:
     """A second before, or half of a shorter timeout; not again if it was polled since."""
-    assert due(SafetyNet(7, Stub(), 100.0), 100.0, Deadline(90.0, 190.0), deadline) == at
+    assert due(net_of(Stub(), 100.0), 100.0, Deadline(90.0, 190.0), deadline) == at
 
 
 def test_without_a_subscription_the_schedule_is_the_ordinary_one() -> None:
     """A gap ends what was seldom at once."""
     subscription = Stub()
-    net = SafetyNet(7, subscription, 100.0)
+    net = net_of(subscription, 100.0)
     assert due(net, 100.7) == 105.0
     subscription.since = None
     assert due(net, 100.7) == 100.7
@@ -94,7 +110,7 @@ def test_without_a_subscription_the_schedule_is_the_ordinary_one() -> None:
 def test_one_poll_covers_what_was_missed() -> None:
     """It comes at once, but no sooner than the policy's floor; then polls are seldom again."""
     subscription = Stub(since=103.0)
-    net = SafetyNet(7, subscription, 102.8)
+    net = net_of(subscription, 102.8)
     assert due(net, 110.0) == 103.3
     assert due(net, 103.1) == 103.1
     polled(net, 103.3)
@@ -104,7 +120,7 @@ def test_one_poll_covers_what_was_missed() -> None:
 def test_the_gaps_begin_anew_after_a_gap() -> None:
     """What push did before its connection was lost proves little."""
     subscription = Stub()
-    net = SafetyNet(7, subscription, 100.0)
+    net = net_of(subscription, 100.0)
     polled(net, 105.0)
     subscription.since = 106.0
     polled(net, 106.5)
@@ -114,7 +130,7 @@ def test_the_gaps_begin_anew_after_a_gap() -> None:
 def test_a_first_poll_waits_half_a_second_for_the_first_subscription() -> None:
     """The run was only just started, and the subscription makes that poll unnecessary."""
     subscription = Stub(since=None, is_starting=True)
-    net = SafetyNet(7, subscription, 100.0)
+    net = net_of(subscription, 100.0)
     assert due(net, 100.1) == 100.5
     assert net.due(100.1, floor=0.2, deadlines=()) == 100.2
     assert due(net, 300.0) == 300.0
@@ -124,7 +140,7 @@ def test_a_first_poll_waits_half_a_second_for_the_first_subscription() -> None:
 
 def test_push_that_lied_about_a_run_is_not_trusted_for_it() -> None:
     """From then on it is polled by the ordinary schedule."""
-    net = SafetyNet(7, Stub(), 100.0)
+    net = net_of(Stub(), 100.0)
     polled(net, 101.0, woken=True)
     assert due(net, 101.7) == 101.7
     polled(net, 101.7)
@@ -137,19 +153,32 @@ def test_push_is_expected_to_announce_what_ended_while_it_stood(
 ) -> None:
     """A completion from before the subscription proves nothing against it."""
     subscription = Stub(since=since)
-    SafetyNet(7, subscription, 100.0).polled(102.0, complete=True, woken=False)
+    net = net_of(subscription, 100.0)
+    for at in (102.0, 103.0):  # it is complete only once
+        net.polled(at, complete=True, woken=False)
     assert subscription.completions == [(7, expected)]
+    assert subscription.needs == 0
+
+
+def test_a_poll_that_finds_a_run_incomplete_says_that_push_is_needed() -> None:
+    """The channel decides whether that begins a subscription."""
+    channel = Stub(since=None)
+    polled(net_of(channel, 100.0), 101.0)
+    assert (channel.needs, channel.completions) == (1, [])
 
 
 def test_only_the_last_watch_hears_of_changes() -> None:
-    """A watch that ends does not take the place of the one that replaced it."""
-    heard = []
-    net = SafetyNet(7, Stub(), 100.0)
+    """A watch that ends does not take the place of the one that replaced it; each is counted."""
+    heard, channel = list[str](), Stub()
+    net = net_of(channel, 100.0)
     net.changed()
-    net.changed = first = lambda: heard.append("first")
-    net.changed = second = lambda: heard.append("second")
+    first, second = partial(heard.append, "first"), partial(heard.append, "second")
+    net.attach(first)
+    net.attach(second)
+    assert channel.watches == 2
     net.release(first)
     net.changed()
     net.release(second)
     net.changed()
     assert heard == ["second"]
+    assert channel.watches == 0

@@ -271,7 +271,9 @@ class _Acquirable:
         ("observers", print, "observers must be a list of callables, got <built-in"),
         ("observers", "abc", "observers must be a list of callables, got 'abc'"),
         ("trust_env", "no", "trust_env must be True or False, got 'no'"),
-        ("push", 1, "push must be True or False, got 1"),
+        ("push", 1, "push must be None, True or False, got 1"),
+        ("check_inputs", 1, "check_inputs must be True or False, got 1"),
+        ("check_inputs", None, "check_inputs must be True or False, got None"),
     ],
 )
 def test_settings_of_the_wrong_kind_are_refused(name: str, value: Any, meant: str) -> None:
@@ -301,15 +303,17 @@ def test_the_environment_can_turn_trust_env_off(
 
 
 @pytest.mark.parametrize(
-    ("variable", "expected"), [("1", True), ("TRUE", True), ("0", False), ("", False)]
+    ("variable", "by_default", "turned_on"),
+    [("1", True, True), ("TRUE", True, True), ("0", False, False), ("", None, True)],
 )
-def test_the_environment_can_turn_push_on(
-    monkeypatch: pytest.MonkeyPatch, variable: str, *, expected: bool
+def test_the_environment_can_turn_push_on_by_default_and_off(
+    monkeypatch: pytest.MonkeyPatch, variable: str, by_default: bool | None, turned_on: bool
 ) -> None:
-    """And not off."""
+    """Off even where a program turned it on, and never on where that turned it off."""
+    assert Session("a-key-to-test")._settings.push is None
     monkeypatch.setenv("PROMPTLAYER_EXEC_PUSH", variable)
-    assert Session("a-key-to-test")._settings.push is expected
-    assert Session("a-key-to-test", push=True)._settings.push is True
+    for push, expected in ((None, by_default), (True, turned_on), (False, False)):
+        assert Session("a-key-to-test", push=push)._settings.push is expected
 
 
 def test_an_unclear_trust_env_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,7 +148,9 @@ async def test_mocked_requests_are_answered_as_mocked(mocks: Mocks, *, borrowed:
     node = {"status": "SUCCESS", "value": "done", "is_output_node": True}
     async with (
         aiohttp.ClientSession() as http,
-        Session("key", retry=AT_ONCE, http=http if borrowed else None) as session,
+        Session(
+            "key", retry=AT_ONCE, http=http if borrowed else None, check_inputs=False
+        ) as session,
     ):
         mocks.add("POST", exception=aiohttp.ClientConnectionError("no network"))
         mocks.add("POST", status=429)
@@ -187,7 +189,7 @@ Call = Callable[[Session], Awaitable[Any]]
 
 async def failure_at(base_url: str, call: Call = read_results, **settings: Any) -> Any:
     """Return the error of one call to a server."""
-    settings = {"retry": NO_RETRY, **settings}
+    settings = {"retry": NO_RETRY, "check_inputs": False, **settings}
     async with Session("secret-key", base_url=base_url, **settings) as session:
         with pytest.raises(PromptLayerExecError) as caught:
             await call(session)
@@ -400,7 +402,7 @@ async def test_a_borrowed_session_s_middleware_sees_the_body_of_a_start(sim: Sim
 
     async with (
         aiohttp.ClientSession(middlewares=(sign,)) as theirs,
-        Session(sim.api_key, base_url=sim.base_url, http=theirs) as session,
+        Session(sim.api_key, base_url=sim.base_url, http=theirs, check_inputs=False) as session,
     ):
         await session.start("workflow", {"a": 1})
     (request,) = sim.requests

@@ -377,16 +377,14 @@ async def test_a_run_is_started_and_followed(sim: Simulator, viewer: Any) -> Non
     ]:
         answer = await viewer.send("POST", "runs", {"workflow": workflow, "inputs": inputs})
         assert (answer[0], answer[1]["field"]) == (status, field)
-    sim.inject(Fault.status(404))  # its definition
-    sim.inject(Fault.disconnect())
+    sim.inject(Fault.disconnect(), path="/run")
     status, answer = await viewer.send("POST", "runs", {"workflow": "a/b", "inputs": ""})
     assert (status, answer["field"], answer["is_unknown"]) == (502, None, True)
     assert "may have started and be billed" in answer["message"]
     before = len(sim.runs)
-    sim.inject(Fault.status(404))  # its definition
-    sim.inject(Fault.delay(0.05))
+    sim.inject(Fault.delay(0.05), path="/run")
     start = asyncio.create_task(viewer.send("POST", "runs", {"workflow": "a/b", "inputs": ""}))
-    await sim.wait_for_requests(sim.request_count + 2)
+    await sim.wait_for_requests(sim.request_count + 1)
     start.cancel()
     done = await until(viewer.events(), "execution", state="succeeded")
     assert (done["workflow"], done["warning"]) == ("a/b", "no tone")
@@ -443,12 +441,13 @@ async def test_stopping_aborts_open_requests_without_log_messages(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The requests are a page that does not read, and a start without an answer."""
+    """The requests are a page that does not read, and a start whose check has no answer."""
     monkeypatch.setattr("promptlayer_exec.viewer._server._GRACE", 0.1)
     long = [SimNode(f"node {index}", "x" * 10_000) for index in range(1000)]
     listener = listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
-    async with open_session(request_timeout=30) as session, Board(session) as board:
+    slow = open_session(request_timeout=30, check_inputs=True)
+    async with slow as session, Board(session) as board:
         await board.add(sim.add_execution(Scenario(long)))
         address = Address("127.0.0.1", port)
         serving = asyncio.create_task(serve(board, listener, address, "secret"))

@@ -159,8 +159,7 @@ async def test_the_board_remembers_what_it_followed(
     sim.add_workflow("report", DONE)
     content = {"workflow": "report", "inputs": '{"topic": "otters"}', "version": "1"}
     _, started = await viewer.send("POST", "runs", content)
-    sim.inject(Fault.status(404))  # its definition
-    sim.inject(Fault.disconnect())
+    sim.inject(Fault.disconnect(), path="/run")
     await viewer.send("POST", "runs", content)
     failing = sim.add_execution(Scenario([SimNode("a", status="FAILED", error_message="HTTP 503")]))
     silent = sim.add_execution(Scenario([SimNode("a", when=lambda _: False, is_output_node=True)]))

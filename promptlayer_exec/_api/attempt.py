@@ -53,6 +53,13 @@ class Attempt:
     lateness: float = 0.0
 
 
+class Call(Protocol):
+    """A function that sends a request once, before ordinary requests, within the rate."""
+
+    async def __call__(self, request: Request, read: Callable[[Response], T]) -> T:
+        """Return what `read` reads from the answer, or raise a `RequestError`."""
+
+
 class Send(Protocol):
     """A function that makes one attempt to send a request."""
 

@@ -23,13 +23,19 @@ from promptlayer_exec._api.messages import Reply, Request, Response
 from promptlayer_exec._api.redaction import Redactor
 from promptlayer_exec._api.workflows import WorkflowsPage, read_workflow, workflows_request
 from promptlayer_exec._engine.callbacks import CallbackLog
+from promptlayer_exec._engine.definitions import Definitions
 from promptlayer_exec._engine.follow import Followers, timed_out
 from promptlayer_exec._engine.lifetime import DeadlinePassed, Lifetime
 from promptlayer_exec._engine.retry import RecentStarts, Retrying, RetryState
 from promptlayer_exec._engine.start import SendHooks, Start, start_unknown
 from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._engine.watch import Watch, take_snapshot
-from promptlayer_exec._errors import PromptLayerExecError, RequestError, StartUnknown
+from promptlayer_exec._errors import (
+    ExecutionTimeout,
+    PromptLayerExecError,
+    RequestError,
+    StartUnknown,
+)
 from promptlayer_exec._events import Emit, WakeSource
 from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
 from promptlayer_exec._policies import Deadline
@@ -81,6 +87,7 @@ class Client:
     _node_maps: NodeMapReader
     _early_wake_ups: EarlyWakeUps
     _callbacks: CallbackLog
+    _definitions: Definitions
     _emit: Emit
     push: Push | None = attrs.field(init=False, default=None)
     _watches: dict[int, Watch] = attrs.field(init=False, factory=dict)
@@ -102,7 +109,7 @@ class Client:
                 lifetime=self.lifetime,
                 poll=self._settings.poll,
                 retry=self._settings.retry,
-                net=None if self.push is None else self.push.net(execution_id),
+                net=None if self.push is None else self.push.nets.get(execution_id),
                 emit=self._emit,
                 on_end=self._forget,
                 workflow=self._recent_starts.workflow(execution_id),
@@ -195,6 +202,22 @@ class Client:
         except DeadlinePassed:
             raise timed_out(request.execution_id, deadline, seen, state.error) from state.error
 
+    async def check_inputs(
+        self, request: StartRequest, inputs: Mapping[str, Any], deadline: Deadline | None
+    ) -> None:
+        """Raise a `ValueError` if a start lacks inputs that its workflow requires."""
+        deadline = deadline or self.deadline()
+        try:
+            async with self.lifetime.call(deadline):
+                await self._definitions.check(request, inputs)
+        except DeadlinePassed:
+            timeout = deadline.timeout or 0.0
+            raise ExecutionTimeout(
+                f"could not send the start within {timeout:g} s; no run was started: the server did"
+                f" not say what workflow {request.workflow!r:.100} requires",
+                timeout=timeout,
+            ) from None
+
     async def start(
         self,
         request: StartRequest,
@@ -218,8 +241,6 @@ class Client:
             hooks=hooks,
             on_end=partial(self._start_ended, token, request),
         )
-        if self.push is not None:
-            self.push.subscribe(request.workflow)
         post = self._post(request, http_request, start)
         return await start.run(post, deadline or self.deadline())
 

@@ -45,7 +45,7 @@ class Schedule:
 
     def __attrs_post_init__(self) -> None:
         if self._net is not None:
-            self._net.changed = self.changed
+            self._net.attach(self.changed)
             self._followers.changed = self.changed
 
     def wake(self, source: WakeSource) -> None:

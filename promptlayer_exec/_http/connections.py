@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import select
 import sys
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -15,6 +16,7 @@ import attrs
 from aiohttp.abc import AbstractStreamWriter
 from multidict import CIMultiDict
 
+from promptlayer_exec._errors import SessionClosed
 from promptlayer_exec._http.failures import reason_of
 from promptlayer_exec._version import __version__
 
@@ -32,6 +34,8 @@ _HEADERS = {
         f" Python/{sys.version_info.major}.{sys.version_info.minor}"
     ),
 }
+# At most a quarter of the connections of a borrowed client session, if those are limited.
+_MOST_SOCKETS = 20
 # How many pooled connections are tried for one request before the attempt fails.
 _CONNECTIONS_TRIED = 10
 
@@ -76,13 +80,22 @@ def _is_readable(transport: asyncio.Transport) -> bool:
 async def _send_once(
     request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
 ) -> aiohttp.ClientResponse:
-    """Keep aiohttp from repeating a request by itself: unthrottled, uncounted and unobserved."""
+    """Keep aiohttp from sending a request again by itself: repeated, or to where it is redirected.
+
+    It would be unthrottled, uncounted and unobserved; and `ws_connect` follows redirects.
+    """
     try:
-        return await handler(request)
+        response = await handler(request)
     except aiohttp.ClientConnectorError:  # aiohttp does not repeat these
         raise
     except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
         raise aiohttp.ClientConnectionError(reason_of(error)) from error
+    if "Upgrade" in request.headers and 300 <= response.status < 400:
+        response.close()
+        raise aiohttp.WSServerHandshakeError(
+            response.request_info, (), status=response.status, headers=response.headers
+        )
+    return response
 
 
 class Slots(AbstractAsyncContextManager[None]):
@@ -130,6 +143,11 @@ class Pool:
     headers: CIMultiDict[str] = attrs.field(repr=False)
     is_borrowed: bool = False
 
+    def check_open(self) -> None:
+        """Raise `SessionClosed` if the caller has closed a borrowed client session."""
+        if self.is_borrowed and self.http.closed:
+            raise SessionClosed("the borrowed aiohttp.ClientSession is closed")
+
 
 @attrs.frozen(eq=False)
 class Pools:
@@ -141,6 +159,7 @@ class Pools:
 
     reads: Pool
     starts: Pool
+    sockets: int  # how many WebSockets there may be, beside all requests
 
     @classmethod
     def open(
@@ -149,8 +168,8 @@ class Pools:
         """Open our own pools, closed by `resources`, or divide a borrowed client session."""
         key = {"X-API-KEY": api_key}
         if settings.http is not None:
-            return cls._borrow(settings.http, settings.max_connections, _HEADERS | key)
-        pools = []
+            return cls._borrow(settings.http, settings, _HEADERS | key)
+        pools: list[Pool] = []
         for slots, force_close in zip(_slots(settings.max_connections), (False, True), strict=True):
             http = aiohttp.ClientSession(
                 connector=_CleanConnector(limit=0, force_close=force_close),
@@ -161,19 +180,24 @@ class Pools:
             )
             resources.push_async_callback(http.close)
             pools.append(Pool(http, slots, CIMultiDict(key)))
-        return cls(*pools)
+        return cls(pools[0], pools[1], _MOST_SOCKETS)
 
     @classmethod
-    def _borrow(cls, http: aiohttp.ClientSession, most: int, headers: dict[str, str]) -> Self:
-        """Divide the connections of the caller's client session between reads and starts."""
+    def _borrow(
+        cls, http: aiohttp.ClientSession, settings: Settings, headers: dict[str, str]
+    ) -> Self:
+        """Divide the connections of the caller's client session."""
         connector = http.connector
         limits = (connector.limit, connector.limit_per_host) if connector is not None else ()
+        most = min((limit for limit in limits if limit), default=math.inf)
+        sockets = 0 if settings.push is False else int(min(_MOST_SOCKETS, most // 4))
         if "User-Agent" in http.headers:
             del headers["User-Agent"]
-        reads, starts = _slots(min([most, *(limit for limit in limits if limit)]))
+        reads, starts = _slots(int(min(settings.max_connections, most - sockets)))
         return cls(
             Pool(http, reads, CIMultiDict(headers), is_borrowed=True),
             Pool(http, starts, CIMultiDict(headers, Connection="close"), is_borrowed=True),
+            sockets,
         )
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import aiohttp
 import attrs
+from multidict import CIMultiDict
 from yarl import URL
 
 from promptlayer_exec._api.attempt import Attempt, SendOnce
@@ -16,6 +17,7 @@ from promptlayer_exec._api.messages import (
     Reply,
     Request,
     Response,
+    check_status,
     excerpt,
     excess,
     is_object,
@@ -29,7 +31,6 @@ from promptlayer_exec._errors import (
     RequestError,
     RequestTimeout,
     ResponseTooLarge,
-    SessionClosed,
 )
 from promptlayer_exec._events import Emit, Throttled
 from promptlayer_exec._http.connections import OnceBody, Pool, Pools, StartTimeout
@@ -47,6 +48,8 @@ _ERROR_BODY_BYTES = 64 * 1024
 _LONGEST_HEADER = 32 * 1024
 # As much as asyncio reads at once: with less, a large body pauses its connection at each read.
 _READ_BUFFER = 256 * 1024
+# The closing handshake of a WebSocket; a session that closes waits for it.
+_CLOSE_SECONDS = 0.1
 _ParserError = aiohttp.http.HttpProcessingError  # of aiohttp's parser in Python
 
 
@@ -64,7 +67,7 @@ class Transport:
     """Sends requests to one server with one key."""
 
     _settings: Settings
-    _pools: Pools
+    pools: Pools
     base_url: str
     redactor: Redactor
     _throttle: Throttle
@@ -85,7 +88,7 @@ class Transport:
             RequestError: there is no good answer, or `read` raised the error.
             SessionClosed: the borrowed client session is closed.
         """
-        pool = self._pools.reads if attempt.once is None else self._pools.starts
+        pool = self.pools.reads if attempt.once is None else self.pools.starts
         async with pool.slots.first if attempt.first else pool.slots:
             sent_at = await self._throttle.acquire(first=attempt.first)
             attempt.lateness = max(sent_at - attempt.due, 0.0)
@@ -108,8 +111,7 @@ class Transport:
         self, pool: Pool, request: Request, once: SendOnce | None, until: float
     ) -> _Answer:
         """Send a request, and return what arrived of the answer, and the failure."""
-        if pool.is_borrowed and pool.http.closed:
-            raise SessionClosed("the borrowed aiohttp.ClientSession is closed")
+        pool.check_open()
         if request.url is None:
             request.url = URL(self.base_url + request.target, encoded=True)
         body = None if once is None else OnceBody(request.body or b"", once)
@@ -146,6 +148,35 @@ class Transport:
             if body is not None:
                 await body.ended()
         return answer
+
+    async def open_websocket(self, path: str) -> aiohttp.ClientWebSocketResponse:
+        """Open a WebSocket, without the key, before ordinary requests, when the rate allows it.
+
+        Raises:
+            RequestError: the server refused, or could not be reached.
+            SessionClosed: the borrowed client session is closed.
+        """
+        pool = self.pools.reads
+        pool.check_open()
+        await self._throttle.acquire(first=True)
+        # With https in place of wss, aiohttp finds the same proxy as for requests.
+        url = URL(self.base_url + path, encoded=True)
+        failure: Exception
+        try:
+            return await pool.http.ws_connect(
+                url,
+                timeout=aiohttp.ClientWSTimeout(ws_close=_CLOSE_SECONDS),
+                max_msg_size=self._settings.max_response_bytes,
+                # A borrowed session follows redirects; over TLS, they can lead to no other host.
+                server_hostname=url.raw_host,
+            )
+        except (aiohttp.ClientError, _ParserError, OSError, ValueError) as error:
+            failure = error
+        if isinstance(failure, aiohttp.WSServerHandshakeError) and failure.status != 101:
+            headers = failure.headers or CIMultiDict[str]()
+            location = self.redactor.redact(headers.get("Location", ""))
+            check_status(Response(failure.status, b"", location))
+        raise self._failure(failure, None, b"", self.redactor)
 
     def _response(
         self, answer: _Answer, once: SendOnce | None, redactor: Redactor, last: bytes

@@ -1,65 +1,158 @@
-"""The library's client for the push channel, which goes on after what it cannot read."""
+"""Centrifugo's JSON protocol on a WebSocket: one subscription, until its connection ends.
+
+https://centrifugal.dev/docs/transports/client_protocol
+"""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
-from functools import partial
-from typing import Any
+import itertools
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn
 
-from centrifuge import Client
-from websockets.asyncio.client import ClientConnection, connect
+import aiohttp
+import attrs
 
 from promptlayer_exec._events import logger
 
-# Seconds for the closing handshake; a session that closes waits for it.
-_CLOSE = 0.1
+_TOKEN_EXPIRED = 109
+_ALREADY_SUBSCRIBED = 105
+# Codes with which a server ends a connection for good, and from which an unsubscription is for now.
+_FINAL = (range(3500, 4000), range(4500, 5000))
+_RESUBSCRIBE = 2500
+# Seconds by which the server's ping may be late before the connection counts as dead.
+_PING_DELAY = 10.0
+# A token is renewed after this part of its lifetime; a server may say that a token lives for 0 s.
+_RENEWAL = 0.8
+_SHORTEST = 1.0
 
 
-class PushClient(Client):
-    """The library's client, which ignores what it cannot read, follows no redirect and ends soon.
+class Lost(Exception):
+    """The subscription is gone; another one may succeed."""
 
-    It uses four private names of the library; a test fails if one of them disappears.
+
+class Refused(Exception):
+    """The server refuses the subscription for good."""
+
+
+@attrs.define(eq=False, kw_only=True)
+class Subscription:
+    """One subscription on one open WebSocket.
+
+    Attributes:
+        channel: the name of the channel.
+        get_token: returns a token for that channel, whenever the last one is about to expire.
+        on_subscribed: called once the subscription stands.
+        on_message: called with the data of each message.
     """
 
-    def __init__(
-        self, address: str, *, timeout: float, proxy: str | None, max_bytes: int, **settings: Any
-    ) -> None:
-        super().__init__(address, timeout=timeout, **settings)
-        self._open = partial(
-            _Connect,
-            address,
-            proxy=proxy,
-            max_size=max_bytes,
-            open_timeout=timeout,
-            close_timeout=_CLOSE,
-        )
+    _socket: aiohttp.ClientWebSocketResponse
+    channel: str
+    get_token: Callable[[], Awaitable[str]]
+    on_subscribed: Callable[[], object]
+    on_message: Callable[[Any], object]
+    _numbers: itertools.count[int] = attrs.field(init=False, factory=lambda: itertools.count(1))
+    # What waits for the reply to each command, by its number.
+    _replies: dict[int, asyncio.Future[dict[str, Any]]] = attrs.field(init=False, factory=dict)
+    _patience: float | None = attrs.field(init=False, default=None)  # seconds without a frame
 
-    async def _open_transport(self) -> ClientConnection:
-        return await self._open()
+    async def run(self, token: str) -> NoReturn:
+        """Subscribe, and stay subscribed; close the WebSocket at the end.
 
-    async def _process_incoming_data(self, message: Any, attempt: int) -> None:
+        Raises:
+            Lost: the subscription is gone.
+            Refused: the server refused the token or the channel, or ended the connection for good.
+            Exception: `get_token` raised it.
+        """
+        work = self._read(), self._subscribe(token)
+        tasks = [asyncio.create_task(each, name="promptlayer_exec.Push") for each in work]
         try:
-            await super()._process_incoming_data(message, attempt)
-        except Exception as error:  # noqa: BLE001 - the library would log it and stop for good
-            logger.debug("push: a frame cannot be read (%s)", type(error).__name__)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            for task in tasks:
+                task.cancel()
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+            await self._socket.close()
+        raise next(end for end in ends if isinstance(end, Exception))
 
-    @staticmethod
-    async def _close_conn(conn: ClientConnection) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_CLOSE):
-                await conn.close()
-        conn.transport.abort()  # the peer may never answer
-        await conn.wait_closed()
+    async def _subscribe(self, token: str) -> None:
+        """Connect, subscribe, and renew the token for as long as the server wants that."""
+        reply = await self._ask("connect", token=token, name="promptlayer_exec")
+        if ping := _seconds(reply, "ping"):
+            self._patience = ping + _PING_DELAY
+        await self._ask("subscribe", channel=self.channel)
+        self.on_subscribed()
+        while reply.get("expires"):
+            await asyncio.sleep(max(_seconds(reply, "ttl") * _RENEWAL, _SHORTEST))
+            reply = await self._ask("refresh", token=await self.get_token())
 
-    async def finished(self) -> None:
-        """Wait until a disconnected client has no task left."""
-        while self._background_tasks:
-            await asyncio.wait(self._background_tasks)
+    async def _ask(self, command: str, **fields: str) -> dict[str, Any]:
+        """Send a command, and return the reply."""
+        number = next(self._numbers)
+        replied = self._replies[number] = asyncio.get_running_loop().create_future()
+        await self._send({"id": number, command: fields})
+        reply = await replied
+        match reply.get("error"):
+            case {"code": code, **error} if code != _ALREADY_SUBSCRIBED:
+                text = f"{error.get('message')} ({code})"
+                if code == _TOKEN_EXPIRED or error.get("temporary"):
+                    raise Lost(text)
+                raise Refused(f"the server refused to {command}: {text}")
+            case _:
+                result = reply.get(command)
+                return result if isinstance(result, dict) else {}
+
+    async def _send(self, frame: dict[str, Any]) -> None:
+        try:
+            await self._socket.send_str(json.dumps(frame))
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise Lost("the connection was closed") from error
+
+    async def _read(self) -> NoReturn:
+        while True:
+            try:
+                frame = await self._socket.receive(self._patience)
+            except TimeoutError:
+                raise Lost(f"the server was silent for {self._patience:g} s") from None
+            match frame.type:
+                case aiohttp.WSMsgType.TEXT:
+                    # Not splitlines: JSON may have other line separators in its strings.
+                    for line in frame.data.split("\n"):
+                        await self._handle(line)
+                case aiohttp.WSMsgType.BINARY:
+                    logger.debug("push: a binary frame is ignored")
+                case aiohttp.WSMsgType.ERROR:
+                    raise Lost(f"the connection broke: {frame.data}")
+                case _:
+                    self._end(frame)
+
+    async def _handle(self, line: str) -> None:
+        """Handle one line of a frame; what cannot be read is ignored."""
+        try:
+            message: Any = json.loads(line) if line else None
+        except (ValueError, RecursionError) as error:
+            logger.debug("push: a line is not JSON (%s)", type(error).__name__)
+            return
+        match message:
+            case {"id": int(number)}:
+                replied = self._replies.pop(number, None)
+                if replied is not None and not replied.done():
+                    replied.set_result(message)
+            case {"push": {"channel": self.channel, "pub": {"data": data}}}:
+                self.on_message(data)
+            case {"push": {"channel": self.channel, "unsubscribe": {"code": int(code), **more}}}:
+                text = f"the server ended the subscription: {more.get('reason')} ({code})"
+                raise Lost(text) if code >= _RESUBSCRIBE else Refused(text)
+            case dict() if not message:  # a ping
+                await self._send({})
+
+    def _end(self, frame: aiohttp.WSMessage) -> NoReturn:
+        code = self._socket.close_code or 0
+        text = f"the server ended the connection: {frame.extra or 'no reason'} ({code})"
+        raise Refused(text) if any(code in codes for codes in _FINAL) else Lost(text)
 
 
-class _Connect(connect):
-    """Connects without following redirects: the token must go to the server of `base_url` only."""
-
-    def process_redirect(self, exc: Exception) -> Exception | str:
-        return exc
+def _seconds(reply: dict[str, Any], name: str) -> float:
+    value = reply.get(name)
+    return float(value) if isinstance(value, int | float) and value > 0 else 0.0

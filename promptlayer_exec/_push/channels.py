@@ -1,9 +1,7 @@
-"""PromptLayer's push channel, as a hint that an execution is complete (extra `push`).
+"""PromptLayer's push channel, as a hint that an execution is complete.
 
 A message wakes the watch of its execution, and is never an answer: the poll that follows is. What
 push does not announce, or announces wrongly, costs a poll or a few seconds, and never a result.
-
-https://centrifugal.dev/docs/transports/client_api
 """
 
 from __future__ import annotations
@@ -12,18 +10,18 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from random import random
+from typing import Any, TypeVar
 from urllib.parse import quote
 
+import aiohttp
 import anyio
 import attrs
-import centrifuge
-from websockets.exceptions import InvalidProxyStatus, InvalidStatus
 
+from promptlayer_exec._api.attempt import Call
 from promptlayer_exec._api.messages import Request, Response, check_status, decode, invalid_shape
-from promptlayer_exec._api.workflows import read_workflow, workflow_request
 from promptlayer_exec._arguments import check_execution_id
 from promptlayer_exec._errors import (
     ConnectionFailed,
@@ -36,7 +34,7 @@ from promptlayer_exec._errors import (
 )
 from promptlayer_exec._events import logger
 from promptlayer_exec._policies import TRANSIENT_STATUSES
-from promptlayer_exec._push.centrifugo import PushClient
+from promptlayer_exec._push.centrifugo import Lost, Refused, Subscription
 from promptlayer_exec._push.safety_net import SafetyNet
 from promptlayer_exec._push.wakeups import EarlyWakeUps
 
@@ -45,31 +43,22 @@ T = TypeVar("T")
 # Seconds to become subscribed for the first time, and after a connection was lost.
 _HANDSHAKE = 10.0
 _RECONNECT = 60.0
-# Seconds between a token and the request for the next, at least: a server may say that one lives
-# for 0 s.
-_TOKEN_INTERVAL = 1.0
+# Seconds after which a subscription that no watch needs is dropped.
+_IDLE = 60.0
 # A completion that a poll found, and no message announced within so many seconds, is silence.
 _SILENCE = 2.0
 # So many completions in silence, one after the other, and push is given up.
 _MOST_SILENT = 3
 # Seconds until push is tried again, for the first time, the second, and from then on.
 _PAUSES = (60.0, 300.0, 900.0)
-# Seconds between two requests for a workflow's id.
-_RETRY = 1.0
+# Seconds until a request or a connection that failed is tried again: doubling between these.
+_RETRY = 0.5
+_LONGEST_RETRY = 10.0
 _MOST_RUNS = 10_000
-# Each is a WebSocket; the runs of further workflows are polled as without push.
-_MOST_CHANNELS = 100
 # Requests of all channels at once: if they are not answered, polls need the other connections.
 _REQUESTS = 4
 _COMPLETION = "SET_WORKFLOW_COMPLETE"
 _LONGEST_REASON = 1000
-
-
-class Call(Protocol):
-    """A function that sends a request once, within the session's rate."""
-
-    async def __call__(self, request: Request, read: Callable[[Response], T]) -> T:
-        """Return what `read` reads from the answer, or raise a `RequestError`."""
 
 
 def token_request(channel: str) -> Request:
@@ -90,18 +79,15 @@ def read_token(response: Response) -> str:
 
 
 def read_completion(data: Any) -> int | None:
-    """Return the execution id in a published message; None if it announces no completion.
-
-    Raises:
-        ValueError: it announces a completion whose id cannot be read.
-    """
+    """Return the execution id in a published message; None if it announces no completion."""
     if not isinstance(data, dict) or data.get("message_name") != _COMPLETION:
         return None
     try:
         completion = json.loads(data.get("data", ""))
         return check_execution_id(completion["workflow_version_execution_id"])
-    except (KeyError, TypeError, RecursionError) as error:
-        raise ValueError(str(error)) from error
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        logger.debug("push: a completion cannot be read (%s)", type(error).__name__)
+        return None
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -110,299 +96,233 @@ class Push:
 
     There is one for each name or id with which runs are started; those of one workflow get the
     same messages.
+
+    Attributes:
+        suffix: what each start carries, and the name of each channel ends in.
+        is_eager: whether to subscribe at the first start of a workflow, and to warn where push
+            cannot be used; else once push pays.
+        room: how many more WebSockets there may be.
+        connect: opens a WebSocket, or raises a `RequestError`.
+        find_id: returns the id of the workflow with a name.
+        nets: the safety net of each run that was started here and has not ended, oldest first.
     """
 
-    base_url: str
     suffix: str
-    proxy: str | None = attrs.field(repr=False)  # its URL; it may have a password
-    max_bytes: int  # of a message
-    redact: Callable[[str], str]  # what the server says may have the API key
+    is_eager: bool
+    room: int
     _call: Call
-    wake: Callable[[int], object]
-    _spawn: Callable[[Callable[[], Coroutine[Any, Any, None]]], object]
+    connect: Callable[[], Awaitable[aiohttp.ClientWebSocketResponse]]
+    find_id: Callable[[str], Awaitable[int]]
+    _wake: Callable[[int], object]
+    _early_wake_ups: EarlyWakeUps
+    _redact: Callable[[str], str]  # what the server says may have the API key
+    spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
     _slots: anyio.Semaphore = attrs.field(init=False, factory=lambda: anyio.Semaphore(_REQUESTS))
-    early_completions: EarlyWakeUps = attrs.field(init=False, factory=EarlyWakeUps)
     has_announced: bool = attrs.field(init=False, default=False)
-    _has_warned: bool = attrs.field(init=False, default=False)
-    _channels: dict[str | int, _Channel] = attrs.field(init=False, factory=dict)
-    _nets: dict[int, SafetyNet] = attrs.field(init=False, factory=dict)  # oldest first
+    _has_reported: bool = attrs.field(init=False, default=False)
+    _channels: dict[str | int, Channel] = attrs.field(init=False, factory=dict)
+    nets: dict[int, SafetyNet] = attrs.field(init=False, factory=dict)
 
-    def subscribe(self, workflow: str | int) -> None:
-        """Begin to subscribe to the channel of a workflow, if it is the first time."""
-        if workflow not in self._channels and len(self._channels) < _MOST_CHANNELS:
-            channel = self._channels[workflow] = _Channel(self, workflow)
-            self._spawn(channel.run)
-
-    def started(
-        self,
-        workflow: str | int,
-        execution_id: int,
-        *,
-        sent_at: float,
-    ) -> None:
+    def started(self, workflow: str | int, execution_id: int, *, sent_at: float) -> None:
         """Record a run, whose start was sent at a time."""
-        if (channel := self._channels.get(workflow)) is None:
-            return
-        channel.record_run()
-        self._nets[execution_id] = SafetyNet(execution_id, channel, sent_at)
-        if len(self._nets) > _MOST_RUNS:
-            # Gaps are not reported to it any more.
-            self._nets.pop(next(iter(self._nets))).distrust()
+        channel = self._channels.setdefault(workflow, Channel(self, workflow))
+        net = self.nets[execution_id] = SafetyNet(execution_id, channel, sent_at)
+        # Its message may have come before the answer to its start.
+        net.is_announced = self._early_wake_ups.source(execution_id) == "push"
+        if len(self.nets) > _MOST_RUNS:
+            del self.nets[next(iter(self.nets))]
+        channel.started()
 
     async def request(self, request: Request, read: Callable[[Response], T]) -> T:
         """Send a request of a channel once, and return what `read` returns."""
         async with self._slots:
             return await self._call(request, read)
 
-    def net(self, execution_id: int) -> SafetyNet | None:
-        """Return the safety net of a run; None for what was not started here, or has ended."""
-        return self._nets.get(execution_id)
+    def receive(self, data: Any) -> None:
+        """Wake the watch that a message is for."""
+        if (execution_id := read_completion(data)) is not None:
+            if (net := self.nets.get(execution_id)) is not None:
+                net.is_announced = True
+            self._wake(execution_id)
 
-    def forget(self, execution_id: int) -> None:
-        """Forget a run that has ended."""
-        self._nets.pop(execution_id, None)
-
-    def changed(self, channel: _Channel) -> None:
+    def changed(self, channel: Channel) -> None:
         """Have the watches of a channel find out when to poll."""
-        for net in self._nets.values():
-            if net.subscription is channel:
+        for net in self.nets.values():
+            if net.channel is channel:
                 net.changed()
 
-    def drop(self, workflow: str | int) -> None:
-        """Forget the channel of a workflow; the next start subscribes anew."""
-        del self._channels[workflow]
-
-    def warn(self, workflow: str | int, reason: str) -> None:
-        """Log that push is given up for a workflow; a session warns of it once."""
-        level = logging.INFO if self._has_warned else logging.WARNING
-        self._has_warned = True
+    def report(self, workflow: str | int, reason: str) -> None:
+        """Log that push is given up for a workflow; the first line of a session is the loudest."""
+        level = logging.WARNING if self.is_eager else logging.INFO
         logger.log(
-            level,
+            level - 10 if self._has_reported else level,
             "push is not used for workflow %.100r, only polling: %s; it is tried again in a while",
             workflow,
-            printable(self.redact(reason)[:_LONGEST_REASON]),
+            printable(self._redact(reason)[:_LONGEST_REASON]),
         )
+        self._has_reported = True
 
 
 @attrs.define(eq=False)
-class _Channel:
-    """The subscription for the runs of one workflow: kept, given up, and tried again.
+class Channel:
+    """The subscription for the runs of one workflow: kept while needed, given up, tried again.
 
     Attributes:
         workflow: the name or id that the runs are started with.
         since: since when the subscription stands, on the loop's clock; None: it does not.
-        is_starting: whether the first subscription has neither succeeded nor failed yet.
+        is_starting: whether it is being subscribed to for the first time.
+        has_announced: whether push has announced a completion that was true, of any workflow.
     """
 
     _push: Push
     workflow: str | int
     since: float | None = attrs.field(init=False, default=None)
-    is_starting: bool = attrs.field(init=False, default=True)
-    _has_runs: bool = attrs.field(init=False, default=False)
-    _unlogged: str | None = attrs.field(init=False, default=None)  # why push was given up
+    is_starting: bool = attrs.field(init=False, default=False)
+    _is_running: bool = attrs.field(init=False, default=False)
+    _starts: int = attrs.field(init=False, default=0)
+    _watches: int = attrs.field(init=False, default=0)
     _silent: int = attrs.field(init=False, default=0)
     _failures: int = attrs.field(init=False, default=0)
-    # Cancelled to give push up; its deadline is that of the next subscription.
-    _attempt: anyio.CancelScope = attrs.field(init=False)
-    _limit: float = attrs.field(init=False)  # the seconds until that deadline
-    _reason: str = attrs.field(init=False)
-    last_error: str = attrs.field(init=False, default="")
-    # Of each request for a token: a refresh and a new connection may both need one.
-    _token_scopes: set[anyio.CancelScope] = attrs.field(init=False, factory=set)
-    _next_token_at: float = attrs.field(init=False, default=0.0)
+    _not_before: float = attrs.field(init=False, default=-math.inf)
+    # Ends the subscription, and why: None, because nobody needs it.
+    _limit: asyncio.Timeout = attrs.field(init=False)
+    _reason: str | None = attrs.field(init=False)
+    _last_error: str = attrs.field(init=False)
 
     @property
     def has_announced(self) -> bool:
         return self._push.has_announced
 
-    async def run(self) -> None:
-        """Stay subscribed; whenever push is given up, try again after a pause.
+    def started(self) -> None:
+        """Record a start; the second one shows that push pays."""
+        self._starts += 1
+        self._limit_idleness()
+        if self._push.is_eager or self._starts > 1:
+            self.need()
 
-        Without any run by then, there may be no such workflow.
-        """
-        while True:
-            self._unlogged = await self._stay_subscribed()
-            self._log()
-            await asyncio.sleep(_PAUSES[min(self._failures, len(_PAUSES) - 1)])
-            self._failures += 1
-            if not self._has_runs:
-                self._push.drop(self.workflow)
-                return
+    def watched(self, change: int) -> None:
+        """Record that a run has one watch more or less."""
+        self._watches += change
+        self._limit_idleness()
 
-    def record_run(self) -> None:
-        """Record that a run has started."""
-        self._has_runs = True
-        self._log()
+    def need(self) -> None:
+        """Begin to subscribe, unless push was given up for now, or has too many WebSockets."""
+        if not self._is_running and self._push.room and _now() >= self._not_before:
+            self._is_running = self.is_starting = True
+            self._push.room -= 1
+            self._push.spawn(self._run()).add_done_callback(self._ended)
 
-    def _log(self) -> None:
-        if self._has_runs and self._unlogged is not None:
-            self._push.warn(self.workflow, self._unlogged)
-            self._unlogged = None
-
-    async def _stay_subscribed(self) -> str:
-        """Return why push was given up in the end."""
-        self._reason = ""
+    async def _run(self) -> None:
+        self._last_error, self._silent = "", 0
         try:
-            with anyio.CancelScope() as self._attempt:
+            async with asyncio.timeout(None) as self._limit:
                 self._expect_subscription(_HANDSHAKE)
-                await self._connect(await self._find_workflow())
+                await self._stay_subscribed()
         except Exception as error:  # noqa: BLE001 - it would end the session
-            self._reason = _describe(error)
+            if not self._limit.expired():
+                self._reason, self._last_error = _describe(error), ""
+        if self._reason is not None:
+            self._not_before = _now() + _PAUSES[min(self._failures, len(_PAUSES) - 1)]
+            self._failures += 1
+            self._push.report(self.workflow, self._reason + self._last_error)
+
+    def _ended(self, _: object) -> None:
+        self._is_running = self.is_starting = False
+        self._push.room += 1
+        self._push.changed(self)
+
+    async def _stay_subscribed(self) -> None:
+        workflow_id = self.workflow
+        if isinstance(workflow_id, str):
+            workflow_id = await self._retrying(partial(self._push.find_id, workflow_id))
+        channel = f"workflows:{workflow_id}:run:{self._push.suffix}"
+        get_token = partial(self._push.request, token_request(channel), read_token)
+        await self._retrying(partial(self._listen, channel, partial(self._retrying, get_token)))
+
+    async def _listen(self, channel: str, get_token: Callable[[], Awaitable[str]]) -> None:
+        """Stay subscribed over one connection."""
+        token = await get_token()
+        subscription = Subscription(
+            socket=await self._push.connect(),
+            channel=channel,
+            get_token=get_token,
+            on_subscribed=self._begin,
+            on_message=self._push.receive,
+        )
+        try:
+            await subscription.run(token)
         finally:
-            self.is_starting = False
-            self.lose_subscription()
-        failure = f"; last failure: {self.last_error}" if self.last_error else ""
-        return self._reason or f"there was no subscription within {self._limit:g} s{failure}"
+            self._lose()
 
-    def _expect_subscription(self, seconds: float) -> None:
-        self._limit = seconds
-        self._attempt.deadline = anyio.current_time() + seconds
-
-    async def _find_workflow(self) -> int:
-        if isinstance(self.workflow, int):
-            return self.workflow
+    async def _retrying(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Return what an attempt returns; after failures that may pass, there is another one."""
+        pause = _RETRY
         while True:
+            began = _now()
             try:
-                request = workflow_request(self.workflow, None, None)
-                return (await self._push.request(request, read_workflow)).id
+                return await attempt()
             except Exception as error:
                 if not _is_transient(error):
                     raise
-                self.last_error = _describe(error)
-            await asyncio.sleep(_RETRY)
+                self._last_error = f"; last failure: {_describe(error)}"
+            if _now() - began > _LONGEST_RETRY:
+                pause = _RETRY  # it went well for a while
+            await asyncio.sleep(pause * (0.5 + random() / 2))
+            pause = min(pause * 2, _LONGEST_RETRY)
 
-    async def _connect(self, workflow_id: int) -> None:
-        """Stay subscribed with a client of the library until push is given up."""
-        self._silent = 0
-        name = f"workflows:{workflow_id}:run:{self._push.suffix}"
-        client = PushClient(
-            self._push.base_url.replace("http", "ws", 1) + "/connection/websocket",
-            events=_ConnectionEvents(self),
-            get_token=partial(self._get_token, name),
-            timeout=_HANDSHAKE,
-            name="promptlayer_exec",
-            proxy=self._push.proxy,
-            max_bytes=self._push.max_bytes,
-        )
-        try:
-            await client.new_subscription(name, _SubscriptionEvents(self)).subscribe()
-            await client.connect()
-            await anyio.sleep_forever()
-        finally:
-            for scope in self._token_scopes:
-                scope.cancel()
-            with anyio.CancelScope(shield=True):
-                await client.disconnect()
-                await client.finished()
-
-    async def _get_token(self, channel: str) -> str:
-        """Return a token; called by the library, at first and whenever the last one expires."""
-        loop = asyncio.get_running_loop()
-        scope = anyio.CancelScope()
-        self._token_scopes.add(scope)
-        try:
-            with scope:
-                await asyncio.sleep(self._next_token_at - loop.time())
-                token = await self._push.request(token_request(channel), read_token)
-                self._next_token_at = loop.time() + _TOKEN_INTERVAL
-                return token
-        except Exception as error:
-            if _is_transient(error):
-                raise  # the library tries again
-            self.give_up(_describe(error))
-        finally:
-            self._token_scopes.remove(scope)
-        raise centrifuge.UnauthorizedError
-
-    def give_up(self, reason: str) -> None:
-        if not self._attempt.cancel_called:  # otherwise the library tells of what we did
-            self._reason = reason
-            self._attempt.cancel()
-
-    def begin_subscription(self) -> None:
+    def _begin(self) -> None:
         """Record that every completion from now on will be published to us."""
-        self.since = asyncio.get_running_loop().time()
+        self.since = _now()
         self.is_starting = False
-        self.last_error = ""
-        self._attempt.deadline = math.inf
+        self._last_error = ""
+        self._limit_idleness()
         self._push.changed(self)
 
-    def lose_subscription(self) -> None:
+    def _lose(self) -> None:
         """Record that completions are missed from now on."""
         if self.since is not None:
             self.since = None
             self._expect_subscription(_RECONNECT)
-        self._push.changed(self)
+            self._push.changed(self)
 
-    def receive(self, data: Any) -> None:
-        """Wake the watch that a message is for."""
-        try:
-            execution_id = read_completion(data)
-        except ValueError as error:
-            reason = printable(self._push.redact(str(error)))
-            logger.debug("push: a completion cannot be read (%s)", reason)
-            self.begin_subscription()  # polls for what was missed until now
-            self._miss(f"the last {_MOST_SILENT} completions that it announced cannot be read")
-            return
-        if execution_id is not None:
-            self._push.early_completions.add(execution_id, "push")
-            self._push.wake(execution_id)
+    def _expect_subscription(self, seconds: float) -> None:
+        self._end_after(seconds, f"there was no subscription within {seconds:g} s")
 
-    def completed(self, execution_id: int, *, expected: bool) -> None:
-        self._push.forget(execution_id)
-        if not self._confirm(execution_id) and expected:
-            check = partial(self._check_silence, execution_id, self.since)
+    def _limit_idleness(self) -> None:
+        if self.since is not None:
+            self._end_after(None if self._watches else _IDLE, None)
+
+    def _end_after(self, seconds: float | None, reason: str | None) -> None:
+        if not self._limit.expired():
+            self._reason = reason
+            self._limit.reschedule(None if seconds is None else _now() + seconds)
+
+    def completed(self, net: SafetyNet, *, expected: bool) -> None:
+        if net.is_announced or not expected:
+            self._conclude(net)
+        else:  # its message may still be on the way
+            check = partial(self._check_silence, net, self.since)
             asyncio.get_running_loop().call_later(_SILENCE, check)
 
-    def _confirm(self, execution_id: int) -> bool:
-        """Return True if a message announced a completion; it was true then."""
-        if self._push.early_completions.take(execution_id) is None:
-            return False
-        self._push.has_announced = True
-        self._silent = self._failures = 0
-        return True
-
-    def _check_silence(self, execution_id: int, since: float | None) -> None:
-        if not self._confirm(execution_id) and self.since == since:
-            self._miss(f"it did not announce the last {_MOST_SILENT} completions")
-
-    def _miss(self, reason: str) -> None:
-        """Count a completion that was not announced readably; give up after several in a row."""
+    def _check_silence(self, net: SafetyNet, since: float | None) -> None:
+        self._conclude(net)
+        if net.is_announced or self.since != since:
+            return
         self._silent += 1
         if self._silent >= _MOST_SILENT:
             self._push.has_announced = False
-            self.give_up(reason)
+            self._end_after(0.0, f"it did not announce the last {_MOST_SILENT} completions")
+
+    def _conclude(self, net: SafetyNet) -> None:
+        """Forget a run that is complete; if a message said so, push can be trusted."""
+        self._push.nets.pop(net.execution_id, None)
+        if net.is_announced:
+            self._push.has_announced = True
+            self._silent = self._failures = 0
 
 
-class _ConnectionEvents(centrifuge.ClientEventHandler):
-    def __init__(self, channel: _Channel) -> None:
-        self._channel = channel
-
-    async def on_error(self, ctx: centrifuge.ErrorContext) -> None:
-        self._channel.last_error = _describe(ctx.error)
-        status = ctx.error.response.status_code if isinstance(ctx.error, InvalidStatus) else 0
-        if 400 <= status < 500 and status not in TRANSIENT_STATUSES:
-            self._channel.give_up(_describe(ctx.error))
-
-    async def on_disconnected(self, ctx: centrifuge.DisconnectedContext) -> None:
-        self._channel.give_up(f"the server ended the connection: {ctx.reason} ({ctx.code})")
-
-
-class _SubscriptionEvents(centrifuge.SubscriptionEventHandler):
-    def __init__(self, channel: _Channel) -> None:
-        self._channel = channel
-
-    async def on_subscribing(self, _: centrifuge.SubscribingContext) -> None:
-        self._channel.lose_subscription()
-
-    async def on_subscribed(self, _: centrifuge.SubscribedContext) -> None:
-        self._channel.begin_subscription()
-
-    async def on_unsubscribed(self, ctx: centrifuge.UnsubscribedContext) -> None:
-        self._channel.give_up(f"the server refused the subscription: {ctx.reason} ({ctx.code})")
-
-    async def on_publication(self, ctx: centrifuge.PublicationContext) -> None:
-        self._channel.receive(ctx.pub.data)
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _is_transient(error: Exception) -> bool:
@@ -410,13 +330,13 @@ def _is_transient(error: Exception) -> bool:
         return error.status in TRANSIENT_STATUSES
     if isinstance(error, InvalidResponse):  # cut short, or a gateway's page
         return error.path is None and not isinstance(error, ResponseTooLarge)
-    return isinstance(error, ConnectionFailed | RequestTimeout)
+    if isinstance(error, ConnectionFailed):
+        return not error.is_permanent
+    return isinstance(error, RequestTimeout | Lost)
 
 
 def _describe(error: BaseException) -> str:
-    """Return what an error says; of a foreign one only what cannot hold a password."""
-    if isinstance(error, RequestError):
+    """Return what an error says; of a foreign one only its type, as its text may be secret."""
+    if isinstance(error, RequestError | Lost | Refused):
         return str(error.args[0])
-    if isinstance(error, OSError | InvalidStatus | InvalidProxyStatus | centrifuge.CentrifugeError):
-        return f"{error}" or type(error).__name__
     return type(error).__name__

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import attrs
 
 from promptlayer_exec._policies import Deadline
+
+if TYPE_CHECKING:
+    from promptlayer_exec._push.channels import Channel
 
 # Seconds between two polls, as long as push can be trusted: doubling from the first to the longest.
 _FIRST = 5.0
@@ -16,26 +19,6 @@ _LONGEST = 60.0
 _LAST_CALL = 1.0
 # A first poll waits this long for the first subscription, which then makes it unnecessary.
 _SUBSCRIBING = 0.5
-
-
-class Subscription(Protocol):
-    """What push knows of the channel on which a run's completion will be published.
-
-    Attributes:
-        since: the time since which every completion reaches us, on the loop's clock; None: now
-            none does.
-        is_starting: whether it is being subscribed to for the first time.
-        has_announced: whether push has announced a completion that was true.
-    """
-
-    since: float | None
-    is_starting: bool
-
-    @property
-    def has_announced(self) -> bool: ...
-
-    def completed(self, execution_id: int, *, expected: bool) -> None:
-        """Record that a poll found a completion; `expected`: push should have announced it."""
 
 
 def _do_nothing() -> None:
@@ -51,16 +34,19 @@ class SafetyNet:
 
     Attributes:
         execution_id: the execution's id.
-        subscription: the state of its channel.
-        changed: called when that state has changed.
+        channel: the state of its channel.
+        is_announced: whether push has announced its completion.
+        changed: called when the state of the channel has changed.
     """
 
     execution_id: int
-    subscription: Subscription
+    channel: Channel
     _known_at: float
+    is_announced: bool = attrs.field(init=False, default=False)
     changed: Callable[[], None] = attrs.field(init=False, default=_do_nothing)
     _polls: int = attrs.field(init=False, default=0)
     _is_polled: bool = attrs.field(init=False, default=False)
+    _is_complete: bool = attrs.field(init=False, default=False)
     _is_doubted: bool = attrs.field(init=False, default=False)
 
     def due(self, scheduled: float, *, floor: float, deadlines: Iterable[Deadline]) -> float:
@@ -71,27 +57,28 @@ class SafetyNet:
             floor: the policy's.
             deadlines: those of the followers, which all wait for the completion.
         """
-        since = self.subscription.since
-        if self._is_doubted:
+        since = self.channel.since
+        if self._is_doubted or self._is_complete:
             return scheduled
         if since is None:
-            if self.subscription.is_starting and not self._is_polled:
+            if self.channel.is_starting and not self._is_polled:
                 return max(scheduled, self._known_at + min(floor, _SUBSCRIBING))
             return scheduled
         if since > self._known_at:
             return min(scheduled, self._known_at + floor)  # one poll for what was missed
-        doublings = min(self._polls, 64) if self.subscription.has_announced else 0
+        doublings = min(self._polls, 64) if self.channel.has_announced else 0
         due = max(scheduled, self._known_at + min(_FIRST * 2.0**doublings, _LONGEST))
         last_calls = (one.at - min(_LAST_CALL, (one.timeout or 0.0) / 2) for one in deadlines)
         return min([due, *(at for at in last_calls if at > self._known_at)])
 
-    def distrust(self) -> None:
-        """Leave the execution to the ordinary schedule from now on."""
-        self._is_doubted = True
-        self.changed()
+    def attach(self, changed: Callable[[], None]) -> None:
+        """Begin a watch, whose times `changed` computes again."""
+        self.changed = changed
+        self.channel.watched(1)
 
     def release(self, changed: Callable[[], None]) -> None:
-        """Forget the watch that set `changed`, unless another one has followed it."""
+        """End that watch; another one may have followed it."""
+        self.channel.watched(-1)
         if self.changed == changed:
             self.changed = _do_nothing
 
@@ -109,10 +96,13 @@ class SafetyNet:
             complete: whether it found the execution complete.
             woken: whether a wake-up led to it, which should have come with the completion.
         """
-        since = self.subscription.since
+        since = self.channel.since
         is_covered = since is not None and since <= self._known_at
-        if complete:
-            self.subscription.completed(self.execution_id, expected=is_covered)
+        if not complete:
+            self.channel.need()
+        elif not self._is_complete:
+            self._is_complete = True
+            self.channel.completed(self, expected=is_covered)
         self._is_doubted |= woken and not complete
         self._polls = self._polls + 1 if is_covered else 0
         self._is_polled = True

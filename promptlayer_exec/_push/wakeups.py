@@ -26,7 +26,13 @@ class EarlyWakeUps:
         if len(self._sources) > _MOST:
             del self._sources[next(iter(self._sources))]
 
-    def take(self, execution_id: int) -> WakeSource | None:
-        """Forget an execution's wake-up, and return its source; None if there is none."""
-        source, at = self._sources.pop(execution_id, (None, -math.inf))
+    def source(self, execution_id: int) -> WakeSource | None:
+        """Return the source of an execution's wake-up; None if there is none."""
+        source, at = self._sources.get(execution_id, (None, -math.inf))
         return source if time.monotonic() - at < _SECONDS else None
+
+    def take(self, execution_id: int) -> WakeSource | None:
+        """Forget an execution's wake-up, and return its source."""
+        source = self.source(execution_id)
+        self._sources.pop(execution_id, None)
+        return source

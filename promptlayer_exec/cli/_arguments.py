@@ -14,9 +14,9 @@ from typing import Annotated, Any, NoReturn, TypeAlias
 
 import typer
 
-from promptlayer_exec import NotFound, RequestError, Session, StartRequest
-from promptlayer_exec._integration import DEFINITION_TIMEOUT, MAX_ID, check_inputs, encode_inputs
-from promptlayer_exec.cli._exit import PROGRAM, Misuse
+from promptlayer_exec import NotFound, RequestError, Session
+from promptlayer_exec._integration import DEFINITION_TIMEOUT, MAX_ID
+from promptlayer_exec.cli._exit import PROGRAM
 from promptlayer_exec.cli._text import err, in_options, printable, shorten
 
 # A workflow with its label and version; the names of the inputs that the lines of a file give it.
@@ -75,12 +75,11 @@ BaseUrl = Annotated[
 Outage = Annotated[
     float, seconds("Maximum time to keep retrying while the server is unreachable or failing.")
 ]
-Push = Annotated[
+NoPush = Annotated[
     bool,
     typer.Option(
-        "--push",
-        help="Poll at once when PromptLayer pushes a completion (extra `push`).",
-        show_default="$PROMPTLAYER_EXEC_PUSH",
+        "--no-push",
+        help="Only poll: do not listen for completions that PromptLayer pushes.",
     ),
 ]
 Host = Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")]
@@ -212,18 +211,6 @@ def _refuse(message: str, option: str = "--input") -> NoReturn:
     raise typer.BadParameter(message, param_hint=f"'{option}'")
 
 
-async def check_start(session: Session, request: StartRequest) -> None:
-    """Check the inputs, as far as the server says in a few seconds what they must be."""
-    try:
-        encode_inputs(session, request)
-    except (TypeError, ValueError) as error:
-        raise Misuse(str(error)) from error
-    try:
-        await check_inputs(session, request)
-    except ValueError as error:
-        raise Misuse(_needs(error, request.workflow)) from error
-
-
 async def find_problems(session: Session, starts: Mapping[Target, Given]) -> dict[int, str]:
     """Return what is wrong with the workflow or the inputs of lines, by their numbers.
 
@@ -248,11 +235,12 @@ async def find_problems(session: Session, starts: Mapping[Target, Given]) -> dic
             try:
                 found.check_inputs(dict.fromkeys(names))
             except ValueError as error:
-                problems |= dict.fromkeys(numbers, _needs(error, workflow))
+                problems |= dict.fromkeys(numbers, needs(error, workflow))
     return problems
 
 
-def _needs(error: ValueError, workflow: str | int) -> str:
+def needs(error: ValueError, workflow: str | int) -> str:
+    """Say that inputs are missing, and how to find out which there are."""
     return f"{error}; `{PROGRAM} workflow {shlex.quote(str(workflow))}` shows what it needs"
 
 

@@ -14,7 +14,7 @@ import typer
 
 from promptlayer_exec import RetryPolicy
 from promptlayer_exec.cli import _batch_operate as operate
-from promptlayer_exec.cli._arguments import BaseUrl, Outage, Push, find_problems
+from promptlayer_exec.cli._arguments import BaseUrl, NoPush, Outage, find_problems
 from promptlayer_exec.cli._batch_items import ItemFile
 from promptlayer_exec.cli._batch_options import (
     Database,
@@ -105,7 +105,7 @@ def _run(
     rate: Rate = None,
     restart_unknown: RestartUnknown = False,
     stop_after_failures: StopAfterFailures = None,
-    push: Push = False,
+    no_push: NoPush = False,
     base_url: BaseUrl = None,
     outage: Outage = 600,
 ) -> None:
@@ -139,7 +139,7 @@ def _run(
     async def work() -> ExitCode:
         items = ItemFile(file, workflow)
         with closing(open_results(results)) as result_file:
-            batch = await working_batch(batch_name, settings, base_url, outage, push=push)
+            batch = await working_batch(batch_name, settings, base_url, outage, push=not no_push)
             shown = f"batch '{printable(batch_name)}' in {shown_database(database)}"
             await _refuse_foreign_results(batch, shown, result_file)
             # Version 0.1 took the number of the line, and its batches have to be continued.
@@ -178,7 +178,7 @@ def _work(
     *,
     restart_unknown: RestartUnknown = False,
     stop_after_failures: StopAfterFailures = None,
-    push: Push = False,
+    no_push: NoPush = False,
     base_url: BaseUrl = None,
     outage: Outage = 600,
 ) -> None:
@@ -194,7 +194,7 @@ def _work(
     async def work() -> ExitCode:
         chosen = await wait_for_batch(name, database)
         subject.note = _NOTE
-        batch = await working_batch(chosen, settings, base_url, outage, push=push)
+        batch = await working_batch(chosen, settings, base_url, outage, push=not no_push)
         return await _work_on(chosen, batch, stop_after_failures)
 
     raise typer.Exit(run_command(work(), subject))

@@ -111,7 +111,7 @@ async def working_batch(
 ) -> Batch:
     """Return a batch to work on, with the command's default for a rate that nobody has set."""
     retry = RetryPolicy(outage=outage, watch_outage=outage)
-    session = partial(open_session, base_url, retry, push=push)
+    session = partial(open_session, base_url, retry, push=None if push else False)
     session()  # reports a missing key before anything is stored
     batch: Batch = dbos().Batch(name, session=session, **attrs.asdict(settings))
     if settings.rate is None and (await batch.settings()).rate is None:

@@ -22,17 +22,17 @@ from promptlayer_exec import (
     StartRequest,
     StartUnknown,
 )
-from promptlayer_exec._integration import indented
+from promptlayer_exec._integration import MissingInputs, encode_inputs, indented
 from promptlayer_exec.cli._arguments import (
     BaseUrl,
     ExecutionId,
     JsonLines,
     Label,
+    NoPush,
     Outage,
-    Push,
     Version,
-    check_start,
     check_version,
+    needs,
     read_inputs,
     read_metadata,
     refuse_arguments,
@@ -105,7 +105,7 @@ def run(
     timeout: Annotated[
         float, seconds("Maximum time to wait for the start, and then for the execution.")
     ] = 3600,
-    push: Push = False,
+    no_push: NoPush = False,
     as_json: JsonLines = False,
     base_url: BaseUrl = None,
     outage: Outage = 600,
@@ -149,13 +149,20 @@ def run(
     async def work() -> ExitCode:
         retry = RetryPolicy(outage=outage, watch_outage=outage)
         async with open_session(
-            base_url, retry, display.warn, wait_timeout=timeout, push=push
+            base_url,
+            retry,
+            display.warn,
+            wait_timeout=timeout,
+            push=False if no_push else None,
         ) as session:
+            request = StartRequest(
+                workflow, variables, label=label, version=version, metadata=texts
+            )
+            try:
+                encode_inputs(session, request)
+            except (TypeError, ValueError) as error:
+                raise Misuse(str(error)) from error
             name = shorten(printable(workflow), 40)
-            with display.waiting(f"workflow {name}: checking the inputs"):
-                await check_start(
-                    session, StartRequest(workflow, variables, label=label, version=version)
-                )
             starting = asyncio.create_task(
                 session.start(workflow, variables, label=label, version=version, metadata=texts)
             )
@@ -165,13 +172,7 @@ def run(
             except (asyncio.CancelledError, OutputFailed):  # the latter as the display ends
                 await _finish_start(session, starting, subject)
                 raise
-            try:
-                execution = starting.result()
-            except (TypeError, ValueError) as error:
-                raise Misuse(str(error)) from error
-            except StartUnknown as error:
-                subject.note = str(error)  # to be said also if the closing is interrupted
-                raise
+            execution = _started(starting, request, subject)
             subject.execution_id = execution.id
             if execution.warning:
                 err(f"warning: {printable(execution.warning)}")
@@ -191,6 +192,18 @@ def run(
         return ExitCode.SUCCEEDED
 
     raise typer.Exit(run_command(work(), subject, as_json=as_json))
+
+
+def _started(
+    starting: asyncio.Task[Execution], request: StartRequest, subject: Subject
+) -> Execution:
+    try:
+        return starting.result()
+    except MissingInputs as error:
+        raise Misuse(needs(error, request.workflow)) from error
+    except StartUnknown as error:
+        subject.note = str(error)  # to be said also if the closing is interrupted
+        raise
 
 
 async def _finish_start(

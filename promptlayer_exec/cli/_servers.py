@@ -23,7 +23,7 @@ import typer
 from promptlayer_exec import RetryPolicy
 from promptlayer_exec._integration import base_url as session_base_url
 from promptlayer_exec._integration import install_hint
-from promptlayer_exec.cli._arguments import BaseUrl, Host, Outage, Port, Push, parse_id
+from promptlayer_exec.cli._arguments import BaseUrl, Host, NoPush, Outage, Port, parse_id
 from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, listening, run_command
 from promptlayer_exec.cli._session import demo_session, open_session, show_warnings
 from promptlayer_exec.cli._text import err, out
@@ -103,7 +103,7 @@ def view(
 
                 simulator = await stack.enter_async_context(Simulator(log_requests=False))
                 demo.add_demo_workflows(simulator)
-                session = demo_session(simulator, err, push=True)
+                session = demo_session(simulator, err)
                 directory = Path(stack.enter_context(TemporaryDirectory()))
             else:
                 directory = platformdirs.user_state_path("promptlayer-exec", appauthor=False)
@@ -185,7 +185,7 @@ def mcp(
         ),
     ] = [],  # noqa: B006 - Typer's way to declare a list
     *,
-    push: Push = False,
+    no_push: NoPush = False,
     base_url: BaseUrl = None,
     outage: Outage = 10,
 ) -> None:
@@ -214,7 +214,10 @@ def mcp(
             raise Misuse(f"the MCP server needs {install_hint('mcp')}") from error
         show_warnings(err)
         session = open_session(
-            base_url, RetryPolicy(outage=outage), wait_timeout=_REQUEST_TIME, push=push
+            base_url,
+            RetryPolicy(outage=outage),
+            wait_timeout=_REQUEST_TIME,
+            push=False if no_push else None,
         )
         if sys.stdin.isatty():
             err("this is a server for MCP clients, which start it themselves; Ctrl-C ends it")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from promptlayer_exec import (
@@ -21,7 +21,6 @@ from promptlayer_exec import (
     Session,
     StatusError,
 )
-from promptlayer_exec._integration import missing_for_push
 from promptlayer_exec.cli._text import err, printable, shorten
 
 if TYPE_CHECKING:
@@ -34,19 +33,20 @@ def open_session(
     warn: Callable[[str], None] | None = None,
     *,
     wait_timeout: float = 3600.0,
-    push: bool = False,
+    push: bool | None = None,
 ) -> Session:
     """Return a session with the key from the environment.
 
-    `warn` is called with each retry, and if push is given up.
+    `warn` is called with each retry, with an input of a doubtful type, and if push was asked for
+    and cannot be used.
     """
     if not os.environ.get("PROMPTLAYER_API_KEY"):
         raise ConfigurationError(
             "there is no API key: set the environment variable PROMPTLAYER_API_KEY to one from"
             " PromptLayer's settings"
         )
-    if push and warn is not None:
-        show_warnings(warn, of="channels")
+    if warn is not None:
+        show_warnings(warn, of=("definitions", "channels"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         session = Session(
@@ -61,30 +61,24 @@ def open_session(
     return session
 
 
-def demo_session(
-    simulator: Simulator, warn: Callable[[str], None], *, push: bool = False
-) -> Session:
-    """Return a session on a simulator that polls often enough to see short nodes running.
-
-    With `push`, the ends of the runs that it starts are pushed, if that extra is installed.
-    """
+def demo_session(simulator: Simulator, warn: Callable[[str], None]) -> Session:
+    """Return a session on a simulator that polls often enough to see short nodes running."""
     return Session(
         simulator.api_key,
         base_url=simulator.base_url,
         poll=PollPolicy(floor=0.2, ceiling=0.4),
         observers=[report_retries(warn)],
-        push=push and missing_for_push() is None,
     )
 
 
-def show_warnings(write: Callable[[str], None], *, of: str | None = None) -> None:
-    """Write the library's warnings, or those `of` one module, to the very end of the process.
+def show_warnings(write: Callable[[str], None], *, of: Collection[str] = ()) -> None:
+    """Write the library's warnings, or those `of` some modules, to the very end of the process.
 
     Some come when a session is closed, such as the id of a run that nobody got.
     """
     handler = _Warnings(write)
-    if of is not None:
-        handler.addFilter(lambda record: record.module == of)
+    if of:
+        handler.addFilter(lambda record: record.module in of)
     logging.getLogger("promptlayer_exec").addHandler(handler)
 
 

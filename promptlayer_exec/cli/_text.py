@@ -31,7 +31,6 @@ _WORDS = {
     "base_url must": "--base-url must",
     "database_url is": "--db is",
     "database_url must": "--db must",
-    "push=True needs": "--push needs",
     " last_snapshot has every node.": "",
     "add it to another batch; it was not added": "add it to another batch with --name NEW; nothing"
     " was added",

@@ -486,7 +486,7 @@ def _is_the_items(error: Exception) -> bool:
     """Return True if a start was refused because of the item."""
     if isinstance(error, (*_NOT_THE_ITEMS_FAULT, RequestTimeout, ConfigurationError)):
         return False
-    return isinstance(error, RequestError)
+    return isinstance(error, (RequestError, integration.MissingInputs))
 
 
 async def _first_intent() -> str:

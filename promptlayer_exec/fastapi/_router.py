@@ -138,7 +138,7 @@ def _add_routes(router: APIRouter, opened: Any, workflows: Collection[str]) -> N
             started = await _unless_disconnected(request, start)
         except PromptLayerExecError:
             raise
-        except (TypeError, ValueError) as error:  # JSON cannot represent an input: NaN, say
+        except (TypeError, ValueError) as error:  # an input is missing, or is no JSON, such as NaN
             raise HTTPException(422, str(error)) from error
         # Relative, so that it is correct under any prefix that a proxy removes.
         location = f"executions/{started.id}"

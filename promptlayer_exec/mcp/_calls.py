@@ -27,7 +27,7 @@ from promptlayer_exec import (
     Workflow,
     WorkflowSummary,
 )
-from promptlayer_exec._integration import DEFINITION_TIMEOUT, check_inputs
+from promptlayer_exec._integration import DEFINITION_TIMEOUT
 from promptlayer_exec.mcp import _arguments as read
 from promptlayer_exec.mcp._arguments import Refused
 from promptlayer_exec.mcp._results import (
@@ -267,7 +267,6 @@ class Calls:
         """Start a run, and return it with the server's warning, if any, as a field."""
         name = str(request.workflow)
         try:
-            await check_inputs(self.session, request)
             execution = await self.session.start(
                 name, request.inputs, label=request.label, version=request.version
             )

@@ -18,11 +18,10 @@ from promptlayer_exec import (
     NotFound,
     PromptLayerExecError,
     Snapshot,
-    StartRequest,
     StartUnknown,
     Workflow,
 )
-from promptlayer_exec._integration import MAX_ID, check_inputs
+from promptlayer_exec._integration import MAX_ID
 from promptlayer_exec.viewer._board import Board, Card
 from promptlayer_exec.viewer._definitions import Definitions, NoDefinition, definition_view
 from promptlayer_exec.viewer._events import value_text
@@ -205,7 +204,6 @@ def add_start_routes(app: FastAPI, board: Board) -> None:
                 "label": label or None,
                 "version": int(version) if version else None,
             }
-            await check_inputs(board.session, StartRequest(workflow, given, **chosen))
             execution = await board.start(workflow, given, **chosen)
         except PromptLayerExecError as error:
             return _refuse_start(error)

@@ -81,8 +81,7 @@ async def test_every_view_fits_and_axe_finds_nothing(
     await ui.open(f"#/start?workflow={WORD}")
     await page.get_by_label("topic").fill("x")
     await page.get_by_label(f"{WORD} (number, as JSON)").fill("1")
-    sim.inject(Fault.status(404))  # its definition
-    sim.inject(Fault.disconnect())
+    sim.inject(Fault.disconnect(), path="/run")
     await page.get_by_role("button", name="Start", exact=True).click()
     await expect(page.locator("#unknown-start")).to_be_visible()
     await check(page, "unknown start")

@@ -88,6 +88,6 @@ def test_a_retry_follows_the_same_execution(
 
 def test_a_lost_start_is_not_retried(server: Simulator, run: Callable[[], Any]) -> None:
     """The task fails at once, in spite of its retries."""
-    server.inject(Fault.disconnect())
+    server.inject(Fault.disconnect(), path="/run")
     assert run().state == "failed"
     assert len(server.runs) == 1

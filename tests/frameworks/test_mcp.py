@@ -103,7 +103,6 @@ async def test_the_model_is_told_not_to_repeat_a_lost_start(
     server: Simulator, page: ModuleType, model: Model
 ) -> None:
     """Its error says what may have happened."""
-    server.inject(Fault.status(404, times=2))  # the definition: the inputs are then unchecked
-    server.inject(Fault.disconnect())
+    server.inject(Fault.disconnect(), path="/run")
     assert "Do not call this tool again" in await page.answer("otters")
     assert len(server.runs) == 1

@@ -47,7 +47,7 @@ async def test_the_model_reads_why_a_workflow_failed(server: Simulator, page: Mo
 
 async def test_a_lost_start_ends_the_run(server: Simulator, page: ModuleType) -> None:
     """The model does not see it, so it cannot start another run."""
-    server.inject(Fault.disconnect())
+    server.inject(Fault.disconnect(), path="/run")
     with pytest.raises(agents.UserError) as caught:
         await page.answer("otters")
     assert isinstance(caught.value.__cause__, StartUnknown)

@@ -45,7 +45,7 @@ async def test_the_model_reads_why_a_workflow_failed(server: Simulator, page: Mo
 
 async def test_a_lost_start_ends_the_agents_run(server: Simulator, page: ModuleType) -> None:
     """The model does not see it, so it cannot start another run."""
-    server.inject(Fault.disconnect())
+    server.inject(Fault.disconnect(), path="/run")
     with page.agent.override(model=FunctionModel(call_once)), pytest.raises(StartUnknown):
         await page.answer("otters")
     assert len(server.runs) == 1

@@ -82,7 +82,7 @@ async def test_what_a_retry_would_pay_for_is_not_retried(
 ) -> None:
     """A failed execution, and a start whose answer was lost, fail the workflow."""
     if topic == "otters":
-        server.inject(Fault.disconnect())
+        server.inject(Fault.disconnect(), path="/run")
     with pytest.raises(WorkflowFailureError) as caught:
         await asyncio.wait_for(write(client, page, topic), 20)
     error = caught.value.cause.cause

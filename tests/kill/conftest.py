@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def observe(event):
 def session():
     retry = RetryPolicy(outage=60.0, ceiling=2.0)
     poll = PollPolicy(floor=0.05, ceiling=0.5)
-    return Session(poll=poll, retry=retry, rate=None, observers=[observe])
+    bare = {"push": False, "check_inputs": False}
+    return Session(poll=poll, retry=retry, rate=None, observers=[observe], **bare)
 
 url, name, in_flight, rate = sys.argv[1:]
 batch = Batch(
@@ -105,9 +107,9 @@ class Scene:
         self.url = url
         self.sim = sim
         self.random = random.Random(8)
-        self.batch = Batch(
-            NAME, database_url=url, session=lambda: Session(sim.api_key, base_url=sim.base_url)
-        )
+        bare: dict[str, Any] = {"push": False, "check_inputs": False}
+        session = partial(Session, sim.api_key, base_url=sim.base_url, **bare)
+        self.batch = Batch(NAME, database_url=url, session=session)
         self._processes: list[subprocess.Popen[Any]] = []
         self._keys: set[str] = set()
         self._durations: dict[str, float] = {}

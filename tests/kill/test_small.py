@@ -291,7 +291,8 @@ from promptlayer_exec.webhooks import Callbacks
 
 def session():
     callbacks = Callbacks("http://127.0.0.1:9/callbacks", secret="of the workers")
-    return Session(poll=PollPolicy.fixed(0.1), callbacks=callbacks)
+    bare = {"push": False, "check_inputs": False}
+    return Session(poll=PollPolicy.fixed(0.1), callbacks=callbacks, **bare)
 
 asyncio.run(Batch(sys.argv[2], database_url=sys.argv[1], session=session).work())
 """

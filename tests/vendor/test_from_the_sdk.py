@@ -14,6 +14,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -247,9 +248,16 @@ def test_both_versions_of_the_function_return_the_same(
 def test_a_synchronous_program_keeps_one_loop(
     sim: Simulator, load: Callable[..., ModuleType]
 ) -> None:
-    """One session serves all calls of a runner."""
+    """One session serves all calls of a portal; those with other arguments need a `partial`."""
     page = load("From synchronous code", "synchronous")
-    assert page.write_reports(["otters", "newts"]) == ["About otters.", "About newts."]
+    assert page.write_reports() == ["About otters.", "About newts."]
+    (call,) = re.findall(r"`(portal\.call\(partial.*)`", section("From synchronous code"))
+    with (
+        page.start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(page.Session()) as session,
+    ):
+        names = {"partial": partial, "portal": portal, "session": session}
+        assert eval(call, names) == "About otters."
 
 
 def test_threads_share_a_session(sim: Simulator, load: Callable[..., ModuleType]) -> None:

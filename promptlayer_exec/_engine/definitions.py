@@ -1,0 +1,104 @@
+"""What is known of workflows before a run is paid for: their ids, and their required inputs."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeAlias
+
+import attrs
+
+from promptlayer_exec._api.attempt import Call
+from promptlayer_exec._api.workflows import read_workflow, workflow_request
+from promptlayer_exec._engine.tasks import clock
+from promptlayer_exec._errors import RequestError, printable
+from promptlayer_exec._events import logger
+from promptlayer_exec._models import StartRequest
+from promptlayer_exec._workflows import MissingInputs, Workflow
+
+# Seconds for which a start waits for the definition, and for which what came of it is kept.
+_TIMEOUT = 5.0
+_KEPT = 300.0
+_MOST = 1_000
+
+# A workflow's name or id, a label and a version.
+_Key: TypeAlias = tuple[str | int, str | None, int | None]
+
+
+@attrs.define(eq=False)
+class Definitions:
+    """Reads the definition of each version that is to run once, and keeps it for five minutes."""
+
+    _call: Call
+    _spawn: Callable[[Coroutine[Any, Any, Workflow | None]], asyncio.Task[Workflow | None]]
+    # Oldest first: the definition, or None if there is none, and when it was read.
+    _kept: dict[_Key, tuple[Workflow | None, float]] = attrs.field(init=False, factory=dict)
+    _reading: dict[_Key, asyncio.Task[Workflow | None]] = attrs.field(init=False, factory=dict)
+    _warned: set[tuple[int, str]] = attrs.field(init=False, factory=set)
+
+    async def check(self, request: StartRequest, inputs: Mapping[str, Any]) -> None:
+        """Check a start's inputs, as far as the server says in a few seconds what they must be.
+
+        Raises:
+            ValueError: inputs are missing.
+        """
+        key = request.workflow, request.label, request.version
+        kept, read_at = self._kept.get(key, (None, -math.inf))
+        if clock() - read_at < _KEPT:
+            with suppress(MissingInputs):  # it may have changed since, so it is read once more
+                self._check(kept, inputs)
+                return
+        self._check(await self._look(key), inputs)
+
+    def _check(self, workflow: Workflow | None, inputs: Mapping[str, Any]) -> None:
+        if workflow is None:
+            return
+        workflow.check_inputs(inputs)
+        for name, kind in (workflow.required_inputs or {}).items():
+            is_number = isinstance(inputs[name], int | float) and not isinstance(inputs[name], bool)
+            if kind == "string" and is_number and (workflow.id, name) not in self._warned:
+                self._warned.add((workflow.id, name))
+                text = "the input %.100s of workflow %.100s is a number, but must be a string"
+                logger.warning(text, printable(repr(name)), printable(repr(workflow.name)))
+
+    async def find_id(self, workflow: str) -> int:
+        """Return the id of the workflow with a name; raises a `RequestError`."""
+        for (name, _, _), (kept, _) in self._kept.items():
+            if name == workflow and kept is not None:
+                return kept.id
+        return (await self._read((workflow, None, None))).id
+
+    async def _look(self, key: _Key) -> Workflow | None:
+        """Return a definition, or None if it does not come; all who look at once share it."""
+        if (reading := self._reading.get(key)) is None:
+            reading = self._reading[key] = self._spawn(self._read_in_time(key))
+            reading.add_done_callback(partial(self._read_ended, key))
+        await asyncio.wait([reading])
+        return None if reading.cancelled() else reading.result()
+
+    def _read_ended(self, key: _Key, reading: asyncio.Task[Workflow | None]) -> None:
+        del self._reading[key]
+        if not reading.cancelled():
+            reading.exception()  # retrieved, also if nobody waits any more
+
+    async def _read_in_time(self, key: _Key) -> Workflow | None:
+        with suppress(RequestError, TimeoutError):
+            async with asyncio.timeout(_TIMEOUT):
+                return await self._read(key)
+        self._keep(key, None)
+        return None
+
+    async def _read(self, key: _Key) -> Workflow:
+        workflow = await self._call(workflow_request(*key), read_workflow)
+        # Without its nodes, whose prompts may be large.
+        self._keep(key, attrs.evolve(workflow, nodes={}, edges=(), raw=None))
+        return workflow
+
+    def _keep(self, key: _Key, workflow: Workflow | None) -> None:
+        self._kept.pop(key, None)
+        self._kept[key] = workflow, clock()
+        if len(self._kept) > _MOST:
+            del self._kept[next(iter(self._kept))]

@@ -1,0 +1,158 @@
+"""Inputs are checked before a run is paid for, by the definition of the version that would run."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from promptlayer_exec import (
+    ExecutionStarted,
+    ExecutionTimeout,
+    Session,
+    SessionClosed,
+    StartFailed,
+    StartRequest,
+)
+from promptlayer_exec._engine import definitions
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+
+DONE = Scenario([SimNode("Answer", "42", is_output_node=True)])
+MISSPELT = r"needs the input 'topic' \(string\), which is missing; .* topik \(did you mean 'topic'"
+
+
+@pytest.fixture
+def checking(open_session: Callable[..., Session], sim: Simulator) -> Session:
+    """Return a session that checks inputs; the workflow `w` requires a topic."""
+    sim.add_workflow("w", DONE, inputs={"topic": "string"}, labels=["prod"])
+    return open_session(check_inputs=True)
+
+
+def reads(sim: Simulator) -> int:
+    """Return how often a definition was asked for."""
+    return [(it.method, it.path) for it in sim.requests].count(("GET", "/workflows/w"))
+
+
+async def test_a_misspelt_input_starts_nothing(
+    sim: Simulator, checking: Session, recorder: Any
+) -> None:
+    """`start`, `run` and a fan-out say what was meant."""
+    inputs = {"topik": "otters"}
+    for attempt in (checking.start, checking.run):
+        with pytest.raises(ValueError, match=MISSPELT):
+            await attempt("w", inputs)
+    (outcome,) = await checking.collect([StartRequest("w", inputs)])
+    with pytest.raises(ValueError, match=MISSPELT):
+        outcome.result()
+    assert sim.runs == []
+    assert [str(event.error) for event in recorder.of(StartFailed)] == [str(outcome.error)] * 3
+    assert recorder.of(ExecutionStarted) == []
+
+
+async def test_the_version_that_would_run_is_looked_at(sim: Simulator, checking: Session) -> None:
+    """A label or a number selects it."""
+    sim.add_version("w", DONE, inputs={"text": "string"})
+    for chosen in ({"label": "prod"}, {"version": 1}):
+        with pytest.raises(ValueError, match="'topic'"):
+            await checking.start("w", {"text": "x"}, **chosen)
+        await checking.start("w", {"topic": "x"}, **chosen)
+    with pytest.raises(ValueError, match="'text'"):
+        await checking.start("w", {"topic": "x"})
+
+
+async def test_starts_share_one_definition(sim: Simulator, checking: Session) -> None:
+    """Those at once, and those of the next five minutes."""
+    requests = [StartRequest("w", {"topic": "otters"})] * 20
+    assert all(outcome.ok for outcome in await checking.collect(requests))
+    await checking.start("w", {"topic": "otters"})
+    assert (len(sim.runs), reads(sim)) == (21, 1)
+
+
+async def test_after_five_minutes_a_definition_is_read_again(
+    sim: Simulator, checking: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have changed meanwhile."""
+    await checking.start("w", {"topic": "otters"})
+    monkeypatch.setattr(definitions, "_KEPT", 0.0)
+    await checking.start("w", {"topic": "otters"})
+    assert reads(sim) == 2
+
+
+async def test_nothing_is_refused_on_a_kept_definition(sim: Simulator, checking: Session) -> None:
+    """It is read once more first: the input may have been renamed."""
+    await checking.start("w", {"topic": "otters"})
+    sim.add_version("w", DONE, inputs={"text": "string"})
+    await checking.start("w", {"text": "otters"})
+    with pytest.raises(ValueError, match="'text'"):
+        await checking.start("w", {})
+    assert (len(sim.runs), reads(sim)) == (2, 3)
+
+
+@pytest.mark.parametrize("fault", [Fault.status(403), Fault.status(200, body=b"[]"), Fault.stall()])
+async def test_a_start_goes_on_without_a_definition(
+    sim: Simulator, checking: Session, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    """That there is none is kept, too: the next start does not wait for it."""
+    monkeypatch.setattr(definitions, "_TIMEOUT", 0.05)
+    sim.inject(fault)
+    await checking.start("w")
+    await checking.start("w")
+    assert (len(sim.runs), reads(sim)) == (2, 1)
+
+
+async def test_a_check_can_be_turned_off(
+    sim: Simulator, checking: Session, open_session: Callable[..., Session]
+) -> None:
+    """Then the start is the only request."""
+    await open_session(check_inputs=False).start("w")
+    assert [request.method for request in sim.requests] == ["POST"]
+
+
+async def test_a_number_for_a_string_is_a_warning(
+    sim: Simulator, checking: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One for each input, without the value; PromptLayer may take the number."""
+    sim.add_workflow("n", DONE, inputs={"text": "string", "count": "number", "flag": "string"})
+    with caplog.at_level(logging.WARNING, "promptlayer_exec"):
+        for _ in range(2):
+            await checking.start("n", {"text": 12345, "count": 1, "flag": True})
+    assert caplog.messages == ["the input 'text' of workflow 'n' is a number, but must be a string"]
+
+
+class TestEnds:
+    """Whatever ends a start while its workflow's definition does not come."""
+
+    @pytest.fixture
+    async def starting(self, sim: Simulator, checking: Session, recorder: Any) -> asyncio.Task[Any]:
+        """Return a start that waits for the definition."""
+        sim.inject(Fault.stall(), path="/workflows/w")
+        starting = asyncio.create_task(checking.run("w", {"topic": "otters"}, timeout=0.2))
+        await sim.wait_for_requests(1)
+        return starting
+
+    async def test_a_cancellation(
+        self, sim: Simulator, checking: Session, starting: asyncio.Task[Any], recorder: Any
+    ) -> None:
+        """It is prompt, nothing is started, and others still get the definition."""
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert (sim.runs, len(recorder.of(StartFailed))) == ([], 1)
+
+    async def test_a_deadline(self, sim: Simulator, starting: asyncio.Task[Any]) -> None:
+        """The error says that nothing was started, and why."""
+        with pytest.raises(ExecutionTimeout, match="no run was started: the server did not say"):
+            await starting
+        assert sim.runs == []
+
+    async def test_the_end_of_the_session(
+        self, sim: Simulator, checking: Session, starting: asyncio.Task[Any]
+    ) -> None:
+        """The start ends like any call."""
+        await checking.aclose()
+        with pytest.raises(SessionClosed):
+            await starting
+        assert sim.runs == []
