@@ -168,14 +168,14 @@ def tables(page: str) -> Iterator[list[list[str]]]:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
 def test_the_latency_table_comes_first_and_is_that_of_the_page_on_speed(page: str) -> None:
-    """Its figures are those of the first table there, and paths to four uses follow it."""
+    """Its figures are those of the first table there, and paths to five uses follow it."""
     shown, paths = list(tables(page))[:2]
     text = (ROOT / page).read_text(encoding="utf-8")
     assert text.index("| 60 runs") < 300
     measured = next(tables("docs/speed.md"))
     figures = [[row[1], row[3].rstrip("0"), row[4]] for row in measured[1:]]
     assert [[row[1], row[2].rstrip("0"), row[3]] for row in shown[1:]] == figures
-    words = ["FastAPI", "batch", "agent", "SDK"]
+    words = ["FastAPI", "batch", "synchronous", "agent", "SDK"]
     assert all(word in row[0] for word, row in zip(words, paths[1:], strict=True))
 
 
@@ -436,11 +436,25 @@ async def test_the_sessions_on_polling_work(server: Simulator) -> None:
 
 
 async def test_the_code_on_push_is_pushed(server: Simulator) -> None:
-    """The result takes two requests, beside those that subscribe."""
+    """The runs share the WebSocket that the first one needed."""
     server.add_workflow("write-report", Scenario([SimNode("Report", "done", 0.1)]))
     with names("docs/push.md") as page:
         assert await page["write_reports"](["otters", "newts"]) == ["done", "done"]
-    assert "/connection/websocket" in [request.path for request in server.requests]
+    paths = [request.path for request in server.requests]
+    assert paths.count("/connection/websocket") == 1
+
+
+async def test_the_line_on_push_is_logged_where_there_is_none(
+    server: Simulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run is polled, and the log says why, at the level that the page names."""
+    server.add_workflow("write-report", Scenario([SimNode("Report", "done", 0.3)]))
+    server.inject(Fault.status(404, times=None), path="/ws-token-request-library")
+    with caplog.at_level("INFO", "promptlayer_exec"):
+        async with Session() as session:
+            assert await session.run("write-report") == "done"
+    lines = [f"{record.levelname} {record.message}\n" for record in caplog.records]
+    assert blocks("docs/push.md", "text") == [line for line in lines if "push" in line]
 
 
 def test_the_server_with_an_outage_on_batches_has_one(
@@ -590,16 +604,16 @@ async def test_the_code_on_outputs_works(
         started = await page["start_report"](session, "otters")
         assert await started.output(into=page["Report"]) == output
         sim.add_workflow("write-report", REPORT, inputs={"topic": "string"})
-        assert await page["run_checked"](session, "write-report", {"topic": "otters"}) == "done"
-        with pytest.raises(ValueError, match="topik") as caught:
-            await page["run_checked"](session, "write-report", {"topik": "otters"})
+        async with Session(sim.api_key, base_url=sim.base_url) as checking:
+            with pytest.raises(ValueError, match="topik") as caught:
+                await checking.run("write-report", {"topik": "otters"})
         assert blocks("docs/outputs.md", "text") == [f"ValueError: {caught.value}\n"]
         assert await page["result_so_far"](session, held) == "50% done"
         assert await page["main_output"](session, held) is None
         sim.finish(held, "Answer", value="42")
         assert await page["result_so_far"](session, held) == {"Answer": "42"}
         assert await page["main_output"](session, held) == "42"
-    first, second, _ = sim.runs
+    first, second = sim.runs
     assert first.body["metadata"] == {"job": "job-1"}
     warning = f"execution {second.execution_id}: missing input variables: tone\n"
     assert capsys.readouterr().out == warning

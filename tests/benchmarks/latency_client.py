@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from typing import Any
 
 # Each contender yields the time at which each run was complete, or None for one that failed, as
 # soon as it knows it.
@@ -49,17 +50,21 @@ async def vendor(
 
 
 def ours(name: str) -> Contender:
-    """Return a contender that runs them with one session, by default with the default settings."""
+    """Return a contender that runs them with one session."""
     from promptlayer_exec import Session, StartRequest
 
     sessions: list[Session] = []
+    settings: dict[str, Any] = {
+        "default": {},
+        "polling": {"push": False},
+        "unlimited": {"push": False, "rate": None},
+    }[name]
 
     async def run(
         base_url: str, key: str, runs: range, in_flight: int
     ) -> AsyncIterator[float | None]:
         if not sessions:
-            rate = None if name == "unlimited" else 100.0
-            sessions.append(Session(key, base_url=base_url, push=name == "push", rate=rate))
+            sessions.append(Session(key, base_url=base_url, **settings))
         requests = (StartRequest(WORKFLOW, {"n": n}) for n in runs)
         outcomes = sessions[0].as_completed(requests, max_in_flight=in_flight)
         async with aclosing(outcomes):
