@@ -521,6 +521,20 @@ async def test_an_allowed_workflow_is_started(sim: Simulator, session: Session) 
     assert [run.inputs for run in sim.runs] == [{"topic": "otters"}]
 
 
+async def test_a_missing_input_starts_nothing(
+    sim: Simulator, open_session: Callable[..., Session]
+) -> None:
+    """The problem says what is missing, and what was perhaps meant."""
+    sim.add_workflow("report", Scenario([]), inputs={"topic": "string"})
+    session = open_session(check_inputs=True)
+    async with connect(make_app(session, workflows=["report"])) as client:
+        body = {"workflow": "report", "inputs": {"topik": "otters"}}
+        response = await client.post("/executions", json=body)
+    assert (response.status_code, response.headers["content-type"]) == (422, PROBLEM)
+    assert "topik (did you mean 'topic'?)" in response.json()["detail"]
+    assert sim.runs == []
+
+
 async def test_the_warning_of_a_start_is_passed_on(sim: Simulator, session: Session) -> None:
     """Only the server knows that an input is missing; the run was started all the same."""
     sim.add_workflow("report", Scenario([SimNode("Report")]), inputs={"topic": "string"})

@@ -38,7 +38,7 @@ class Stub:
 
 def net_of(channel: Stub, known_at: float) -> SafetyNet:
     """Return the net of execution 7, whose start was sent at a time."""
-    return SafetyNet(7, channel, known_at)  # type: ignore[arg-type]
+    return SafetyNet(7, channel, known_at, waited=0.0)  # type: ignore[arg-type]
 
 
 def due(net: SafetyNet, scheduled: float, *deadlines: Deadline) -> float:
@@ -48,7 +48,7 @@ def due(net: SafetyNet, scheduled: float, *deadlines: Deadline) -> float:
 
 def polled(net: SafetyNet, at: float, **how: Any) -> None:
     """Record a poll that found the execution running."""
-    net.polled(at, **{"complete": False, "woken": False, **how})
+    net.polled(at, **{"waited": 0.0, "complete": False, "woken": False, **how})
 
 
 def test_polls_are_seldom_while_the_subscription_stands() -> None:
@@ -68,6 +68,17 @@ def test_until_push_has_announced_a_completion_it_is_tried() -> None:
     for at in (105.0, 110.0, 115.0):
         assert due(net, 100.0) == at
         polled(net, at)
+
+
+def test_where_requests_wait_for_the_rate_there_are_fewer_polls() -> None:
+    """Ten times the wait lies between two of them, and at most a minute."""
+    net = net_of(Stub(), 100.0)
+    polled(net, 105.0, waited=1.5)
+    assert due(net, 105.0) == 120.0
+    polled(net, 120.0, waited=3.0)
+    assert due(net, 120.0) == 150.0
+    polled(net, 150.0, waited=20.0)
+    assert due(net, 150.0) == 210.0
 
 
 def test_a_day_of_polls_does_not_overflow() -> None:
@@ -155,7 +166,7 @@ def test_push_is_expected_to_announce_what_ended_while_it_stood(
     subscription = Stub(since=since)
     net = net_of(subscription, 100.0)
     for at in (102.0, 103.0):  # it is complete only once
-        net.polled(at, complete=True, woken=False)
+        net.polled(at, waited=0.0, complete=True, woken=False)
     assert subscription.completions == [(7, expected)]
     assert subscription.needs == 0
 

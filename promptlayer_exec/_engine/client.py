@@ -251,7 +251,9 @@ class Client:
         execution_id, warning = reply.value.execution_id, reply.value.warning
         self._recent_starts.add(execution_id, request.workflow, now=clock())
         if self.push is not None:
-            self.push.started(request.workflow, execution_id, sent_at=reply.sent_at)
+            self.push.started(
+                request.workflow, execution_id, sent_at=reply.sent_at, waited=reply.lateness
+            )
         if warning is not None:  # it goes to the log
             warning = self._redactor.also(http_request.secret).redact(warning)
         return Started(execution_id, warning)

@@ -103,6 +103,7 @@ class Schedule:
         previous: Snapshot | None,
         *,
         sent_at: float,
+        waited: float,
         announced: float,
     ) -> None:
         """Record a good poll, and compute when the next one is due.
@@ -111,6 +112,7 @@ class Schedule:
             snapshot: what the poll read.
             previous: what the poll before read.
             sent_at: when the poll was sent.
+            waited: the seconds for which the poll waited for a connection or the rate.
             announced: the seconds that the server asked to wait.
         """
         now = clock()
@@ -119,7 +121,9 @@ class Schedule:
             if previous is None or _statuses(previous) != _statuses(snapshot):
                 self._changed_at = now
         if self._net is not None:
-            self._net.polled(sent_at, complete=snapshot.complete, woken=self._is_woken)
+            self._net.polled(
+                sent_at, waited=waited, complete=snapshot.complete, woken=self._is_woken
+            )
         self._wakes_for_nothing |= self._is_woken and not snapshot.complete
         if announced:
             self._no_wake_before = max(self._no_wake_before, now + announced)

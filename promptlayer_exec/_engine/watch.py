@@ -163,6 +163,7 @@ class Watch:
             snapshot,
             previous,
             sent_at=reply.sent_at,
+            waited=reply.lateness,
             announced=self._retry.announced(reply.retry_after),
         )
         followers.latest = snapshot

@@ -123,10 +123,12 @@ class Push:
     _channels: dict[str | int, Channel] = attrs.field(init=False, factory=dict)
     nets: dict[int, SafetyNet] = attrs.field(init=False, factory=dict)
 
-    def started(self, workflow: str | int, execution_id: int, *, sent_at: float) -> None:
-        """Record a run, whose start was sent at a time."""
+    def started(
+        self, workflow: str | int, execution_id: int, *, sent_at: float, waited: float
+    ) -> None:
+        """Record a run, whose start was sent at a time, after it waited for so many seconds."""
         channel = self._channels.setdefault(workflow, Channel(self, workflow))
-        net = self.nets[execution_id] = SafetyNet(execution_id, channel, sent_at)
+        net = self.nets[execution_id] = SafetyNet(execution_id, channel, sent_at, waited)
         # Its message may have come before the answer to its start.
         net.is_announced = self._early_wake_ups.source(execution_id) == "push"
         if len(self.nets) > _MOST_RUNS:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 # Seconds between two polls, as long as push can be trusted: doubling from the first to the longest.
 _FIRST = 5.0
 _LONGEST = 60.0
+# Where requests wait for the rate, more polls would make all wait longer: there are at least
+# this many times as many seconds between two polls as the last request waited.
+_TIMES_WAITED = 10.0
 # A poll comes this many seconds before a deadline, so that its error has a snapshot.
 _LAST_CALL = 1.0
 # A first poll waits this long for the first subscription, which then makes it unnecessary.
@@ -42,6 +45,7 @@ class SafetyNet:
     execution_id: int
     channel: Channel
     _known_at: float
+    _waited: float
     is_announced: bool = attrs.field(init=False, default=False)
     changed: Callable[[], None] = attrs.field(init=False, default=_do_nothing)
     _polls: int = attrs.field(init=False, default=0)
@@ -67,7 +71,8 @@ class SafetyNet:
         if since > self._known_at:
             return min(scheduled, self._known_at + floor)  # one poll for what was missed
         doublings = min(self._polls, 64) if self.channel.has_announced else 0
-        due = max(scheduled, self._known_at + min(_FIRST * 2.0**doublings, _LONGEST))
+        gap = max(_FIRST * 2.0**doublings, _TIMES_WAITED * self._waited)
+        due = max(scheduled, self._known_at + min(gap, _LONGEST))
         last_calls = (one.at - min(_LAST_CALL, (one.timeout or 0.0) / 2) for one in deadlines)
         return min([due, *(at for at in last_calls if at > self._known_at)])
 
@@ -86,6 +91,7 @@ class SafetyNet:
         self,
         sent_at: float,
         *,
+        waited: float,
         complete: bool,
         woken: bool,
     ) -> None:
@@ -93,6 +99,7 @@ class SafetyNet:
 
         Args:
             sent_at: when it was sent.
+            waited: the seconds for which it waited for a connection or the rate.
             complete: whether it found the execution complete.
             woken: whether a wake-up led to it, which should have come with the completion.
         """
@@ -106,4 +113,4 @@ class SafetyNet:
         self._is_doubted |= woken and not complete
         self._polls = self._polls + 1 if is_covered else 0
         self._is_polled = True
-        self._known_at = sent_at
+        self._known_at, self._waited = sent_at, waited
