@@ -27,13 +27,12 @@ from promptlayer_exec._policies import Limiter, check_seconds
 from promptlayer_exec._session import Session
 from promptlayer_exec._settings import Settings, find_base_url
 from promptlayer_exec._statuses import UNKNOWN_STATUS, status_entry
-from promptlayer_exec._workflows import MissingInputs, near
+from promptlayer_exec._workflows import near
 
 __all__ = [
     "DEFINITION_TIMEOUT",
     "MAX_ID",
     "UNKNOWN_STATUS",
-    "MissingInputs",
     "SendHooks",
     "base_url",
     "check_count",
@@ -44,6 +43,7 @@ __all__ = [
     "excess",
     "indented",
     "install_hint",
+    "lacks_inputs",
     "limited",
     "log_text",
     "near",
@@ -86,6 +86,15 @@ def base_url(session: Session) -> str:
 def encode_inputs(session: Session, request: StartRequest) -> dict[str, Any]:
     """Check a start as `Session.start` does, and return its inputs in JSON form."""
     return session._prepare(request)[0]
+
+
+async def lacks_inputs(session: Session, request: StartRequest) -> bool:
+    """Return True if a start lacks inputs that its workflow requires, as far as is known."""
+    try:
+        await session._open().check_inputs(request, encode_inputs(session, request), None)
+    except ValueError:
+        return True
+    return False
 
 
 def start_token(session: Session) -> str:

@@ -17,10 +17,6 @@ _MOST_COMPARED = 200  # names; a definition may have any number, of any length
 _LONGEST_COMPARED = 50  # characters
 
 
-class MissingInputs(ValueError):
-    """A run lacks inputs that its workflow requires."""
-
-
 @attrs.frozen
 class WorkflowNode:
     """One node of a workflow.
@@ -157,7 +153,7 @@ class Workflow:
                 more = f" and {len(unknown) - _MOST_NAMED} more" * (len(unknown) > _MOST_NAMED)
                 guesses = ", ".join(_guesses(unknown[:_MOST_NAMED], missing))
                 what += f"; it does not require {guesses}{more}"
-            raise MissingInputs(printable(what))
+            raise ValueError(printable(what))
 
     def _repr_html_(self) -> str:
         """Return the required inputs and the graph, for notebooks."""

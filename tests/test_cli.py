@@ -654,7 +654,7 @@ class TestRun:
         sim.add_workflow("typed", DONE, inputs={"n": "string"})
         code, _, err = call("run", "typed", "--input", "n=2").end()
         assert code == 0
-        said = "the input 'n' of workflow 'typed' is a number, but must be a string"
+        said = "the input 'n' of workflow 'typed' is sent as a number, but should be a string"
         assert err.splitlines()[0] == said
 
     def test_a_failed_execution_is_exit_code_1(self, sim: Simulator, call: Call) -> None:

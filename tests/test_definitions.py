@@ -48,7 +48,7 @@ async def test_a_misspelt_input_starts_nothing(
     with pytest.raises(ValueError, match=MISSPELT):
         outcome.result()
     assert sim.runs == []
-    assert [str(event.error) for event in recorder.of(StartFailed)] == [str(outcome.error)] * 3
+    assert [type(event.error) for event in recorder.of(StartFailed)] == [ValueError] * 3
     assert recorder.of(ExecutionStarted) == []
 
 
@@ -119,7 +119,8 @@ async def test_a_number_for_a_string_is_a_warning(
     with caplog.at_level(logging.WARNING, "promptlayer_exec"):
         for _ in range(2):
             await checking.start("n", {"text": 12345, "count": 1, "flag": True})
-    assert caplog.messages == ["the input 'text' of workflow 'n' is a number, but must be a string"]
+    (said,) = caplog.messages
+    assert said == "the input 'text' of workflow 'n' is sent as a number, but should be a string"
 
 
 class TestEnds:

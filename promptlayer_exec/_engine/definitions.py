@@ -6,7 +6,6 @@ import asyncio
 import math
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
-from functools import partial
 from typing import Any, TypeAlias
 
 import attrs
@@ -14,10 +13,10 @@ import attrs
 from promptlayer_exec._api.attempt import Call
 from promptlayer_exec._api.workflows import read_workflow, workflow_request
 from promptlayer_exec._engine.tasks import clock
-from promptlayer_exec._errors import RequestError, printable
+from promptlayer_exec._errors import printable
 from promptlayer_exec._events import logger
 from promptlayer_exec._models import StartRequest
-from promptlayer_exec._workflows import MissingInputs, Workflow
+from promptlayer_exec._workflows import Workflow
 
 # Seconds for which a start waits for the definition, and for which what came of it is kept.
 _TIMEOUT = 5.0
@@ -48,7 +47,7 @@ class Definitions:
         key = request.workflow, request.label, request.version
         kept, read_at = self._kept.get(key, (None, -math.inf))
         if clock() - read_at < _KEPT:
-            with suppress(MissingInputs):  # it may have changed since, so it is read once more
+            with suppress(ValueError):  # it may have changed since, so it is read once more
                 self._check(kept, inputs)
                 return
         self._check(await self._look(key), inputs)
@@ -61,8 +60,12 @@ class Definitions:
             is_number = isinstance(inputs[name], int | float) and not isinstance(inputs[name], bool)
             if kind == "string" and is_number and (workflow.id, name) not in self._warned:
                 self._warned.add((workflow.id, name))
-                text = "the input %.100s of workflow %.100s is a number, but must be a string"
-                logger.warning(text, printable(repr(name)), printable(repr(workflow.name)))
+                logger.warning(
+                    "the input %.100s of workflow %.100s is sent as a number, but should be a"
+                    " string",
+                    printable(repr(name)),
+                    printable(repr(workflow.name)),
+                )
 
     async def find_id(self, workflow: str) -> int:
         """Return the id of the workflow with a name; raises a `RequestError`."""
@@ -75,19 +78,17 @@ class Definitions:
         """Return a definition, or None if it does not come; all who look at once share it."""
         if (reading := self._reading.get(key)) is None:
             reading = self._reading[key] = self._spawn(self._read_in_time(key))
-            reading.add_done_callback(partial(self._read_ended, key))
+            reading.add_done_callback(lambda _: self._reading.pop(key))
         await asyncio.wait([reading])
         return None if reading.cancelled() else reading.result()
 
-    def _read_ended(self, key: _Key, reading: asyncio.Task[Workflow | None]) -> None:
-        del self._reading[key]
-        if not reading.cancelled():
-            reading.exception()  # retrieved, also if nobody waits any more
-
     async def _read_in_time(self, key: _Key) -> Workflow | None:
-        with suppress(RequestError, TimeoutError):
+        try:
             async with asyncio.timeout(_TIMEOUT):
                 return await self._read(key)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the start itself will say it
+            why = type(error).__name__
+            logger.debug("the inputs of workflow %.100r are not checked (%s)", key[0], why)
         self._keep(key, None)
         return None
 

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from promptlayer_exec import (
+    ConfigurationError,
     Execution,
     ExecutionFailed,
     PromptLayerExecError,
@@ -22,7 +23,7 @@ from promptlayer_exec import (
     StartRequest,
     StartUnknown,
 )
-from promptlayer_exec._integration import MissingInputs, encode_inputs, indented
+from promptlayer_exec._integration import encode_inputs, indented
 from promptlayer_exec.cli._arguments import (
     BaseUrl,
     ExecutionId,
@@ -199,7 +200,9 @@ def _started(
 ) -> Execution:
     try:
         return starting.result()
-    except MissingInputs as error:
+    except ConfigurationError:
+        raise
+    except ValueError as error:
         raise Misuse(needs(error, request.workflow)) from error
     except StartUnknown as error:
         subject.note = str(error)  # to be said also if the closing is interrupted

@@ -319,7 +319,9 @@ class Items:
             self._starts.failed(error, since=since)
             return start_result(error=error) if pending.is_refused_alone(self._starts) else None
         if not _is_the_items(error):
-            if self._cannot_be_sent(request):
+            if self._cannot_be_sent(request) or (
+                type(error) is ValueError and await integration.lacks_inputs(self._session, request)
+            ):
                 return start_result(error=error)  # the server has said nothing
             self._starts.close()
             raise error
@@ -486,7 +488,7 @@ def _is_the_items(error: Exception) -> bool:
     """Return True if a start was refused because of the item."""
     if isinstance(error, (*_NOT_THE_ITEMS_FAULT, RequestTimeout, ConfigurationError)):
         return False
-    return isinstance(error, (RequestError, integration.MissingInputs))
+    return isinstance(error, RequestError)
 
 
 async def _first_intent() -> str:

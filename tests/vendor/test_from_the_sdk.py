@@ -69,6 +69,7 @@ def sim(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulator]:
         monkeypatch.setenv("PROMPTLAYER_API_KEY", simulator.api_key)
         monkeypatch.setenv("PROMPTLAYER_BASE_URL", simulator.base_url)
         simulator.add_workflow("write-report", write_report)
+        simulator.add_workflow("typed", write_report, inputs={"topic": "string"})
         simulator.add_workflow("empty", Scenario([SimNode("a", {}, 0.05, is_output_node=True)]))
         simulator.add_workflow("held", Scenario([SimNode("a", 1, None, is_output_node=True)]))
         simulator.add_workflow("reports/weekly", write_report)
@@ -177,6 +178,7 @@ SITUATIONS: dict[str, tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]] = 
         {"workflow_label_name": "prod", "workflow_version": 1},
         {"label": "prod", "version": 1},
     ),
+    "a required input is missing": (("typed", {"topik": "otters"}), {}, {}),
     "JSON cannot carry an input": (
         ("write-report", {"topic": "otters", "when": datetime.date(2026, 1, 1)}),
         {},
