@@ -25,7 +25,7 @@ from promptlayer_exec._install import install_hint
 from promptlayer_exec._models import StartRequest, node_dict
 from promptlayer_exec._policies import Limiter, check_seconds
 from promptlayer_exec._session import Session
-from promptlayer_exec._settings import Settings, find_base_url
+from promptlayer_exec._settings import Settings, find_api_key, find_base_url
 from promptlayer_exec._statuses import UNKNOWN_STATUS, status_entry
 from promptlayer_exec._workflows import near
 
@@ -50,6 +50,7 @@ __all__ = [
     "node_dict",
     "receive_callback",
     "report_undelivered",
+    "server_of",
     "settings",
     "short_repr",
     "start",
@@ -86,6 +87,11 @@ def base_url(session: Session) -> str:
 def encode_inputs(session: Session, request: StartRequest) -> dict[str, Any]:
     """Check a start as `Session.start` does, and return its inputs in JSON form."""
     return session._prepare(request)[0]
+
+
+def server_of(session: Session) -> tuple[str, str | None]:
+    """Return the URL of the server that a session uses, and its API key, if it has one."""
+    return base_url(session), find_api_key(session._settings.api_key)
 
 
 async def lacks_inputs(session: Session, request: StartRequest) -> bool:

@@ -451,6 +451,32 @@ def test_a_refused_key_is_exit_code_4(
     assert run("run", file)[0] == 0
 
 
+@pytest.mark.parametrize("command", ["run", "work", "recheck", "retry", "export"])
+def test_a_batch_of_another_server_is_refused(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sim: Simulator, command: str
+) -> None:
+    """A trial's results are not taken for those of the server in earnest, and its file stays."""
+    file = write(tmp_path / "night.jsonl", {"key": "a", "inputs": {"n": "trial"}})
+    running = ["run", file, "--workflow", "echo", "--out", "out.jsonl"]
+    assert run(*running)[0] == 0
+    asked: list[Any] = {
+        "run": running,
+        "retry": ["retry", "--failed"],
+        "export": ["export", "--out", "other.jsonl"],
+    }.get(command, [command])
+    before = (tmp_path / "out.jsonl").read_bytes()
+    with Simulator() as other:
+        monkeypatch.setenv("PROMPTLAYER_BASE_URL", other.base_url)
+        code, out, err = run(*asked)
+        assert other.requests == []
+        assert f"was begun at {sim.base_url}, and this is {other.base_url}" in err
+    assert (code, out) == (2, "")
+    assert "choose another --name" in err
+    assert "give --same-server" in err
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert not (tmp_path / "other.jsonl").exists()
+
+
 @pytest.mark.parametrize(("options", "suffixes"), [((), 1), (("--no-push",), 0)])
 def test_a_batch_is_pushed_unless_that_is_refused(
     sim: Simulator, run: Run, tmp_path: Path, options: tuple[str, ...], suffixes: int

@@ -21,6 +21,7 @@ from promptlayer_exec.cli._batch_options import (
     MaxInFlight,
     Rate,
     RestartUnknown,
+    SameServer,
     Settings,
     StopAfterFailures,
     name_option,
@@ -104,6 +105,7 @@ def _run(
     max_in_flight: MaxInFlight = None,
     rate: Rate = None,
     restart_unknown: RestartUnknown = False,
+    same_server: SameServer = False,
     stop_after_failures: StopAfterFailures = None,
     no_push: NoPush = False,
     base_url: BaseUrl = None,
@@ -132,7 +134,7 @@ def _run(
     there is no way to find out whether the run was started; such an item ends as unknown, with the
     error StartUnknown. To let other processes help, see `batch work`.
     """  # noqa: D301 - \b is Typer's mark for preformatted text
-    settings = Settings(database, max_in_flight, rate, restart_unknown)
+    settings = Settings(database, max_in_flight, rate, restart_unknown, same_server)
     subject = Subject(is_batch=True)
     batch_name = name or file.stem
 
@@ -177,6 +179,7 @@ def _work(
     rate: Rate = None,
     *,
     restart_unknown: RestartUnknown = False,
+    same_server: SameServer = False,
     stop_after_failures: StopAfterFailures = None,
     no_push: NoPush = False,
     base_url: BaseUrl = None,
@@ -188,7 +191,7 @@ def _work(
     same time, also on other machines with the same PostgreSQL database. The death of a worker is
     noticed within 30 seconds, and the others take over its items.
     """
-    settings = Settings(database, max_in_flight, rate, restart_unknown)
+    settings = Settings(database, max_in_flight, rate, restart_unknown, same_server)
     subject = Subject(is_batch=True)
 
     async def work() -> ExitCode:

@@ -14,10 +14,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from promptlayer_exec.cli._arguments import JsonLines
+from promptlayer_exec.cli._arguments import BaseUrl, JsonLines
 from promptlayer_exec.cli._batch_options import (
     Database,
     OnlyBatch,
+    SameServer,
     choose,
     chosen_batch,
     name_option,
@@ -171,6 +172,9 @@ def export(
     ] = None,
     name: OnlyBatch = None,
     database: Database = None,
+    base_url: BaseUrl = None,
+    *,
+    same_server: SameServer = False,
 ) -> None:
     """Write the results of all items that have finished so far.
 
@@ -179,7 +183,8 @@ def export(
     """
 
     async def work() -> ExitCode:
-        _, batch = await chosen_batch(name, database)
+        _, batch = await chosen_batch(name, database, base_url, same_server=same_server)
+        await batch.check_server()  # before the file is made
         with closing(open_results(results)) as file:
             await write_results(batch, file, until_done=False)
         return ExitCode.SUCCEEDED
@@ -187,11 +192,17 @@ def export(
     raise typer.Exit(run_command(work(), Subject()))
 
 
-def recheck(name: OnlyBatch = None, database: Database = None) -> None:
+def recheck(
+    name: OnlyBatch = None,
+    database: Database = None,
+    base_url: BaseUrl = None,
+    *,
+    same_server: SameServer = False,
+) -> None:
     """Follow every run again that has no output, and start none."""
 
     async def work() -> ExitCode:
-        chosen, batch = await chosen_batch(name, database)
+        chosen, batch = await chosen_batch(name, database, base_url, same_server=same_server)
         _report_again(chosen, await batch.recheck(), "followed")
         return ExitCode.SUCCEEDED
 
@@ -201,7 +212,9 @@ def recheck(name: OnlyBatch = None, database: Database = None) -> None:
 def retry(
     name: OnlyBatch = None,
     database: Database = None,
+    base_url: BaseUrl = None,
     *,
+    same_server: SameServer = False,
     failed: Annotated[bool, typer.Option("--failed", help="Items that failed.")] = False,
     unknown: Annotated[
         bool,
@@ -213,7 +226,7 @@ def retry(
     async def work() -> ExitCode:
         if not failed and not unknown:
             raise Misuse("give --failed, --unknown, or both")
-        chosen, batch = await chosen_batch(name, database)
+        chosen, batch = await chosen_batch(name, database, base_url, same_server=same_server)
         _report_again(chosen, await batch.retry(failed=failed, unknown=unknown), "started")
         return ExitCode.SUCCEEDED
 

@@ -87,6 +87,16 @@ StopAfterFailures = Annotated[
 ]
 
 
+SameServer = Annotated[
+    bool,
+    typer.Option(
+        "--same-server",
+        help="Go on with a batch of another address or API key: they are those of the same server"
+        " and workspace.",
+    ),
+]
+
+
 @attrs.frozen
 class Settings:
     """The settings of a `Batch` that `batch run` and `batch work` share."""
@@ -95,6 +105,7 @@ class Settings:
     max_in_flight: int | None
     rate: float | None
     restart_unknown: bool
+    same_server: bool
 
 
 def dbos() -> ModuleType:
@@ -114,22 +125,34 @@ async def working_batch(
     session = partial(open_session, base_url, retry, push=None if push else False)
     session()  # reports a missing key before anything is stored
     batch: Batch = dbos().Batch(name, session=session, **attrs.asdict(settings))
+    await batch.check_server()
     if settings.rate is None and (await batch.settings()).rate is None:
         settings = attrs.evolve(settings, rate=_DEFAULT_RATE)
         batch = dbos().Batch(name, session=session, **attrs.asdict(settings))
     return batch
 
 
-def stored_batch(name: str, database: str | None) -> Batch:
-    """Return a batch to ask, without a session."""
-    batch: Batch = dbos().Batch(name, database_url=database, session=Session)
+def stored_batch(
+    name: str, database: str | None, base_url: str | None = None, *, same_server: bool = False
+) -> Batch:
+    """Return a batch to ask; its session is never opened."""
+    session = partial(Session, base_url=base_url)
+    batch: Batch = dbos().Batch(
+        name, database_url=database, session=session, same_server=same_server
+    )
     return batch
 
 
-async def chosen_batch(name: str | None, database: str | None) -> tuple[str, Batch]:
+async def chosen_batch(
+    name: str | None,
+    database: str | None,
+    base_url: str | None = None,
+    *,
+    same_server: bool = False,
+) -> tuple[str, Batch]:
     """Return the batch of that name, or the only one, with its name."""
     chosen = choose(name, await names(database))
-    return chosen, stored_batch(chosen, database)
+    return chosen, stored_batch(chosen, database, base_url, same_server=same_server)
 
 
 def shown_database(database: str | None) -> str:

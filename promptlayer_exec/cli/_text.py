@@ -32,6 +32,8 @@ _WORDS = {
     "database_url is": "--db is",
     "database_url must": "--db must",
     " last_snapshot has every node.": "",
+    "choose another name for a new batch": "choose another --name for a new batch",
+    "pass same_server=True": "give --same-server",
     "add it to another batch; it was not added": "add it to another batch with --name NEW; nothing"
     " was added",
 }

@@ -12,13 +12,14 @@ from collections.abc import (
     Iterable,
 )
 from contextlib import aclosing, asynccontextmanager, closing, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from promptlayer_exec import ConfigurationError, Session, StartRequest
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _callbacks as callbacks
+from promptlayer_exec.dbos import _owner as owner
 from promptlayer_exec.dbos import _reports as reports
 from promptlayer_exec.dbos._liveness import is_worked_on
 from promptlayer_exec.dbos._location import database_url as locate
@@ -67,6 +68,9 @@ class Batch:
             None: what is stored, else no limit beside that of each session.
         restart_unknown: whether `work` restarts unknown items. An item is unknown if its start was
             cut off, so that it may or may not run; restarted, it may run, and be billed, twice.
+        same_server: whether a batch that was begun at another server, or with another API key, is
+            moved to those of `session`: for a server with a new address, or a key that was replaced
+            by one of the same workspace. A batch belongs to its server, and others are refused.
 
     Raises:
         ConfigurationError: a setting is malformed.
@@ -81,6 +85,7 @@ class Batch:
         max_in_flight: int | None = None,
         rate: float | None = None,
         restart_unknown: bool = False,
+        same_server: bool = False,
     ) -> None:
         self._name = _check_text("batch name", name, _LONGEST_NAME, ConfigurationError)
         self._url = locate(database_url)
@@ -92,6 +97,7 @@ class Batch:
         )
         self._rate = None if rate is None else integration.check_seconds("rate", rate, zero=False)
         self._restart_unknown = restart_unknown
+        self._same_server = same_server
         self._store: Store | None = None
         self._is_prepared = False
         # How many calls of `work` there are now before whose end `outcomes` must not end, and how
@@ -119,7 +125,7 @@ class Batch:
             ValueError: something in a request cannot be sent, its key cannot be stored, or its key
                 stands for another request: another workflow, or other inputs, label, version or
                 metadata.
-            ConfigurationError: the database cannot be used.
+            ConfigurationError: the database cannot be used, or the batch belongs to another server.
         """
         async with self._open_items() as store:
             if isinstance(requests, AsyncIterable):
@@ -129,6 +135,7 @@ class Batch:
                     spool.add(self._row(request))
                     if number % _CHUNK == 0:
                         await asyncio.sleep(0)
+                await self._claim(store)
                 if (await store.run_in_thread(store.status, self._name)).total:
                     for rows in spool.chunks(_CHUNK, _CHUNK_BYTES):
                         await store.run_in_thread(store.check, self._name, rows)
@@ -140,6 +147,7 @@ class Batch:
                 )
 
     async def _add_as_they_come(self, store: Store, requests: AsyncIterable[StartRequest]) -> int:
+        await self._claim(store)
         new, chunk = 0, Chunk(_CHUNK, _CHUNK_BYTES)
         async with aclosing(integration.each(requests)) as each:
             async for request in each:
@@ -169,8 +177,8 @@ class Batch:
             RateLimited: the server answered nothing but 429, and named no time to wait. No item
                 failed: work again later.
             SessionClosed: the session was closed.
-            ConfigurationError: the database cannot be used, a setting is missing, or the batch was
-                deleted meanwhile.
+            ConfigurationError: the database cannot be used, a setting is missing, the batch belongs
+                to another server, or it was deleted meanwhile.
             RuntimeError: this process already works on a batch, or uses DBOS otherwise.
         """
         # Before the first await: `outcomes` must not end before the unknown items are restarted,
@@ -180,6 +188,7 @@ class Batch:
         is_counted = True
         try:
             async with self._open() as store:
+                await self._claim(store)
                 await store.run_in_thread(callbacks.resolve, store, self._name)
                 if self._restart_unknown:
                     await store.run_in_thread(again.retry, store, self._name, ["unknown"])
@@ -265,10 +274,12 @@ class Batch:
             until_done: whether to wait for new outcomes, or to end with the last stored one.
 
         Raises:
-            ConfigurationError: the database cannot be used, or the batch was deleted meanwhile.
+            ConfigurationError: the database cannot be used, the batch belongs to another server, or
+                it was deleted meanwhile.
         """
         last, looked_before, created = 0, -1 if self._working else self._looked, None
         async with self._open() as store:
+            await self._check_owner(store)
             while True:
                 changes = self._changes
                 if created is None:  # until there is a batch
@@ -301,9 +312,10 @@ class Batch:
             How many items there are.
 
         Raises:
-            ConfigurationError: the database cannot be used.
+            ConfigurationError: the database cannot be used, or the batch belongs to another server.
         """
         async with self._open_items() as store:
+            await self._check_owner(store)
             return await store.run_in_thread(again.recheck, store, self._name)
 
     async def retry(self, *, failed: bool = False, unknown: bool = False) -> int:
@@ -320,12 +332,24 @@ class Batch:
             How many items there are.
 
         Raises:
-            ConfigurationError: the database cannot be used.
+            ConfigurationError: the database cannot be used, or the batch belongs to another server.
         """
         kinds = [kind for kind, is_meant in (("failed", failed), ("unknown", unknown)) if is_meant]
         async with self._open_items() as store:
+            await self._check_owner(store)
             await store.run_in_thread(callbacks.resolve, store, self._name)
             return await store.run_in_thread(again.retry, store, self._name, kinds)
+
+    async def check_server(self) -> None:
+        """Check that the batch, if it exists, belongs to the server and the key of the session.
+
+        The other methods that need them do so, too, before they change anything.
+
+        Raises:
+            ConfigurationError: it does not, or the database cannot be used.
+        """
+        async with self._open() as store:
+            await self._check_owner(store)
 
     async def status(self) -> BatchStatus:
         """Return how many items are in which state.
@@ -472,6 +496,18 @@ class Batch:
 
     async def _is_finished(self, store: Store) -> bool:
         return await store.run_in_thread(store.is_finished, self._name)
+
+    async def _claim(self, store: Store) -> None:
+        moves = self._same_server
+        await store.run_in_thread(partial(owner.claim, moves=moves), store, self._name, self._owner)
+
+    async def _check_owner(self, store: Store) -> None:
+        if not self._same_server:
+            await store.run_in_thread(owner.check, store, self._name, self._owner)
+
+    @property
+    def _owner(self) -> owner.Owner:
+        return owner.Owner(*integration.server_of(self._session))
 
     @cached_property
     def _session(self) -> Session:

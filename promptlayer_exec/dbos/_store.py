@@ -98,6 +98,11 @@ class Store(Database):
         query = sa.select(_batches.c.name).order_by(_batches.c.name)
         return [row.name for row in self.rows(query)]
 
+    def create(self, batch: str) -> None:
+        """Create a batch without items, unless it exists."""
+        insert = self.insert(_batches).on_conflict_do_nothing()
+        self.transact(lambda connection: connection.execute(insert, _new_batch(batch)))
+
     def check(self, batch: str, rows: Sequence[Row]) -> None:
         """Raise ValueError if a key that is already there stands for another request."""
 

@@ -25,6 +25,9 @@ batches = sa.Table(
     # The clock when a slot was last reserved; it may have been put back since.
     sa.Column("reserved_at", sa.Double),
     sa.Column("created", sa.Double),
+    # What the batch belongs to; see `_owner`.
+    sa.Column("server", sa.Text),
+    sa.Column("key_digest", sa.Text),
     # The settings that all workers share; without a rate, there is no limit beside each session's.
     sa.Column("max_in_flight", sa.Integer),
     sa.Column("rate", sa.Double),

@@ -1,0 +1,92 @@
+"""The server and the API key that a batch belongs to: its execution ids mean nothing elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from typing import TYPE_CHECKING
+
+import attrs
+import sqlalchemy as sa
+
+from promptlayer_exec import ConfigurationError
+from promptlayer_exec.dbos._tables import batches, items, workers
+
+if TYPE_CHECKING:
+    from promptlayer_exec.dbos._store import Store
+
+
+@attrs.frozen
+class Owner:
+    """A server's URL, and the key that a session uses there; None if it has none."""
+
+    base_url: str
+    api_key: str | None = attrs.field(repr=False)
+
+
+def claim(store: Store, batch: str, owner: Owner, *, moves: bool) -> None:
+    """Let a batch belong to `owner`; one that belongs to another moves only if that is meant.
+
+    A batch of which nothing was started yet belongs to nobody: the first key may be mistyped.
+
+    Raises:
+        ConfigurationError: the batch was begun at another server, or with another key.
+    """
+    store.create(batch)
+    update = sa.update(batches).where(batches.c.name == batch)
+
+    def work(connection: sa.Connection) -> None:
+        # It writes first: a transaction of SQLite that has read may not write later.
+        stored = connection.execute(
+            update.values(name=batch).returning(batches.c.server, batches.c.key_digest)
+        ).one()
+        if not moves and connection.scalar(sa.select(_begun(batch))):
+            _check(batch, owner, *stored)
+        changes = {"server": owner.base_url}
+        if owner.api_key is not None and not _matches(owner.api_key, stored.key_digest):
+            changes["key_digest"] = _digest(owner.api_key, secrets.token_hex(8))
+        connection.execute(update.values(**changes))
+
+    store.transact(work)
+
+
+def check(store: Store, batch: str, owner: Owner) -> None:
+    """Raise `ConfigurationError` if a batch belongs to another server or key."""
+    query = sa.select(batches.c.server, batches.c.key_digest).where(batches.c.name == batch)
+    for stored in store.rows(query.where(_begun(batch))):
+        _check(batch, owner, *stored)
+
+
+def _begun(batch: str) -> sa.ColumnElement[bool]:
+    """Return whether a start of a batch may have been sent, or a worker is about to send one."""
+    item = items.c
+    was_sent = sa.or_(item.kind.is_not(None), item.intent.is_not(None), item.started.is_not(None))
+    return sa.or_(
+        sa.exists().where(item.batch == batch, was_sent),
+        sa.exists().where(workers.c.batch == batch),
+    )
+
+
+def _check(batch: str, owner: Owner, server: str | None, key_digest: str | None) -> None:
+    if server is not None and server != owner.base_url:
+        raise ConfigurationError(
+            f"batch {batch!r} was begun at {server}, and this is {owner.base_url}, where its ids"
+            f" are those of other runs: go on at {server}, or choose another name for a new batch;"
+            " if the same server has a new address, pass same_server=True"
+        )
+    if key_digest is not None and owner.api_key and not _matches(owner.api_key, key_digest):
+        raise ConfigurationError(
+            f"batch {batch!r} was begun with another API key at {server}, so its runs may be those"
+            " of another workspace: use that key, or choose another name for a new batch; if the"
+            " key was replaced by one of the same workspace, pass same_server=True"
+        )
+
+
+def _matches(api_key: str, key_digest: str | None) -> bool:
+    salt = (key_digest or "").partition(":")[0]
+    return hmac.compare_digest(_digest(api_key, salt), key_digest or "")
+
+
+def _digest(api_key: str, salt: str) -> str:
+    return f"{salt}:{hashlib.sha256(f'{salt}{api_key}'.encode()).hexdigest()}"
