@@ -97,7 +97,8 @@ def server_of(session: Session) -> tuple[str, str | None]:
 async def lacks_inputs(session: Session, request: StartRequest) -> bool:
     """Return True if a start lacks inputs that its workflow requires, as far as is known."""
     try:
-        await session._open().check_inputs(request, encode_inputs(session, request), None)
+        client = session._open()
+        await client.check_inputs(request, encode_inputs(session, request), client.deadline())
     except ValueError:
         return True
     return False

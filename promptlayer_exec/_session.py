@@ -76,7 +76,7 @@ class Session:
         request_timeout: seconds for one HTTP attempt, from connecting to the last byte. Waiting
             for the rate or a connection does not count, except for one that you hold in `http=`.
         max_connections: how many requests may be in flight at once. A quarter of them, at least
-            one, is reserved for starts.
+            one, is reserved for starts; an eighth, from one to four, for push and definitions.
         max_response_bytes: the largest response body, in bytes after decompression.
         rate: HTTP attempts per second, for the whole session; None: unlimited.
         limiter: an additional limit, acquired once per HTTP attempt.
@@ -239,7 +239,7 @@ class Session:
         lifetime = Lifetime(resources)
 
         async def call(request: Request, read: Callable[[Response], T]) -> T:
-            return (await transport.send(request, read, Attempt(clock(), first=True))).value
+            return (await transport.send(request, read, Attempt(clock(), apart=True))).value
 
         definitions = Definitions(call, partial(lifetime.spawn, name="promptlayer_exec.Definition"))
         client = Client(
@@ -499,6 +499,7 @@ class Session:
             inputs, http_request = self._prepare(posted)
             http_request.secret = token
             client = self._open()
+            deadline = deadline or client.deadline()
             if self._settings.check_inputs:
                 await client.check_inputs(request, inputs, deadline)
         except (Exception, asyncio.CancelledError) as error:

@@ -451,28 +451,24 @@ def test_a_refused_key_is_exit_code_4(
     assert run("run", file)[0] == 0
 
 
-@pytest.mark.parametrize("command", ["run", "work", "recheck", "retry", "export"])
 def test_a_batch_of_another_server_is_refused(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sim: Simulator, command: str
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sim: Simulator
 ) -> None:
     """A trial's results are not taken for those of the server in earnest, and its file stays."""
     file = write(tmp_path / "night.jsonl", {"key": "a", "inputs": {"n": "trial"}})
-    running = ["run", file, "--workflow", "echo", "--out", "out.jsonl"]
+    running: list[Any] = ["run", file, "--workflow", "echo", "--out", "out.jsonl"]
     assert run(*running)[0] == 0
-    asked: list[Any] = {
-        "run": running,
-        "retry": ["retry", "--failed"],
-        "export": ["export", "--out", "other.jsonl"],
-    }.get(command, [command])
     before = (tmp_path / "out.jsonl").read_bytes()
     with Simulator() as other:
         monkeypatch.setenv("PROMPTLAYER_BASE_URL", other.base_url)
-        code, out, err = run(*asked)
+        exporting = ["export", "--out", "other.jsonl"]
+        for asked in (running, ["work"], ["recheck"], ["retry", "--failed"], exporting):
+            code, out, err = run(*asked)
+            assert (code, out) == (2, "")
+            assert f"was begun at {sim.base_url}, and this is {other.base_url}" in err
+            assert "choose another --name" in err
+            assert "give --same-server" in err
         assert other.requests == []
-        assert f"was begun at {sim.base_url}, and this is {other.base_url}" in err
-    assert (code, out) == (2, "")
-    assert "choose another --name" in err
-    assert "give --same-server" in err
     assert (tmp_path / "out.jsonl").read_bytes() == before
     assert not (tmp_path / "other.jsonl").exists()
 

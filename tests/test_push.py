@@ -26,6 +26,7 @@ from promptlayer_exec import (
     SessionClosed,
     StartRequest,
     StartUnknown,
+    Throttled,
     WatchStarted,
     WatchWoken,
 )
@@ -508,6 +509,27 @@ class TestWhenItPays:
             assert server.count(WEBSOCKET) == number
         assert log.lines == []
 
+    async def test_a_connection_that_is_lost_again_and_again_is_dropped_all_the_same(
+        self,
+        open_pushed: Callable[..., Session],
+        server: Server,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The minute counts from the last run that needed the subscription."""
+        monkeypatch.setattr(channels, "_IDLE", 0.1)
+        for pause in ("_RETRY", "_LONGEST_RETRY"):
+            monkeypatch.setattr(channels, pause, 0.01)
+
+        async def lose_it() -> None:
+            for _ in range(100):
+                async with asyncio.timeout(0.5):
+                    await server.subscribed()
+                await server.drop()
+
+        await open_pushed().start("w")
+        with pytest.raises(TimeoutError):
+            await lose_it()
+
 
 class TestDelivery:
     """Push as it should be."""
@@ -681,14 +703,14 @@ class TestDelivery:
     async def test_a_web_socket_leaves_connections_for_requests(
         self, open_pushed: Callable[..., Session], server: Server
     ) -> None:
-        """With a borrowed limit of four: one for it, two for reads, one for starts."""
+        """With a borrowed limit of four: one for reads, for starts, for push, and for it."""
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=4)) as http:
             session = open_pushed(http=http)
             await session.start("w")
             await server.subscribed()
             server.hold = {RESULTS}
             reading = [asyncio.create_task(session.get_results(1)) for _ in range(5)]
-            await server.until(lambda: server.polls == 2)
+            await server.until(lambda: server.polls == 1)
             async with asyncio.timeout(5):
                 await session.start("w")
             await session.aclose()
@@ -911,21 +933,47 @@ class TestFaults:
         await log.given_up()
         assert server.count(RUN) == 1
 
-    @pytest.mark.parametrize("is_borrowed", [False, True])
-    async def test_handshakes_that_hang_take_few_connections(
-        self, open_pushed: Callable[..., Session], server: Server, *, is_borrowed: bool
+    @pytest.mark.parametrize(("limit", "max_connections"), [(None, 1), (None, 8), (4, 100)])
+    @pytest.mark.parametrize("held", [WORKFLOW, TOKEN])
+    async def test_handshakes_that_hang_hold_up_nothing(
+        self,
+        open_pushed: Callable[..., Session],
+        server: Server,
+        held: str,
+        limit: int | None,
+        max_connections: int,
     ) -> None:
-        """Starts and polls have the others, however many workflows there are."""
-        server.hold = {TOKEN}
-        connector = aiohttp.TCPConnector(limit=16)
+        """Requests of push have connections of their own, however few there are."""
+        server.hold = {held}
+        connector = aiohttp.TCPConnector(limit=limit or 0)
         async with asyncio.timeout(5), aiohttp.ClientSession(connector=connector) as http:
-            connections: dict[str, Any] = {"http": http} if is_borrowed else {"max_connections": 8}
-            session = open_pushed(poll=OFTEN, **connections)
-            executions = [await session.start(workflow) for workflow in range(1, 10)]
-            await server.until(lambda: server.count(TOKEN) == 4)
-            for execution in executions:
+            settings = {} if limit is None else {"http": http}
+            session = open_pushed(poll=OFTEN, max_connections=max_connections, **settings)
+            execution = await session.start("w")
+            await server.until(lambda: server.count(held) == 1)
+            for workflow in ("w", 8, 9):
                 await polled_to_the_end(server, execution)
+                execution = await session.start(workflow)
             await session.aclose()
+
+    async def test_a_refused_handshake_slows_the_session_down(
+        self, open_pushed: Callable[..., Session], server: Server, recorder: Any
+    ) -> None:
+        """A 429 means all requests, whichever was refused."""
+        server.statuses[WEBSOCKET] = 429
+        await open_pushed(poll=OFTEN).start("w")
+        assert (await recorder.next(Throttled)).delay > 0
+
+    async def test_first_polls_do_not_wait_for_another_attempt(
+        self, open_pushed: Callable[..., Session], server: Server
+    ) -> None:
+        """They wait for the first subscription, until an attempt has failed."""
+        server.statuses[TOKEN] = 503
+        server.before_start_is_answered = server.finish
+        session = open_pushed()
+        assert await session.run("w", timeout=10) == "42"
+        await server.until(lambda: server.count(TOKEN) >= 1)
+        assert await session.run("w", timeout=10) == "42"
 
     @pytest.mark.usefixtures("short_gaps")
     async def test_silence_is_noticed(

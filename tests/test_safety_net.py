@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import attrs
@@ -20,16 +19,11 @@ class Stub:
     is_starting: bool = False
     has_announced: bool = True
     needs: int = 0
-    watches: int = 0
     completions: list[tuple[int, bool]] = attrs.field(factory=list)
 
     def need(self) -> None:
         """Keep that a poll found a run incomplete."""
         self.needs += 1
-
-    def watched(self, change: int) -> None:
-        """Keep how many watches there are."""
-        self.watches += change
 
     def completed(self, net: SafetyNet, *, expected: bool) -> None:
         """Keep which run ended."""
@@ -176,20 +170,3 @@ def test_a_poll_that_finds_a_run_incomplete_says_that_push_is_needed() -> None:
     channel = Stub(since=None)
     polled(net_of(channel, 100.0), 101.0)
     assert (channel.needs, channel.completions) == (1, [])
-
-
-def test_only_the_last_watch_hears_of_changes() -> None:
-    """A watch that ends does not take the place of the one that replaced it; each is counted."""
-    heard, channel = list[str](), Stub()
-    net = net_of(channel, 100.0)
-    net.changed()
-    first, second = partial(heard.append, "first"), partial(heard.append, "second")
-    net.attach(first)
-    net.attach(second)
-    assert channel.watches == 2
-    net.release(first)
-    net.changed()
-    net.release(second)
-    net.changed()
-    assert heard == ["second"]
-    assert channel.watches == 0

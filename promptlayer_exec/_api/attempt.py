@@ -44,12 +44,15 @@ class Attempt:
         due: when it should be sent, on the event loop's clock.
         first: whether it goes before ordinary requests, as a poll after a wake-up does.
         once: a request that must not be sent twice; None for any other.
+        apart: whether it is a request of push or for a definition, which goes first, too, over
+            connections of its own: while these are not answered, nothing else waits for them.
         lateness: the seconds for which it waited for a connection or the rate; set as it is sent.
     """
 
     due: float
     first: bool = False
     once: SendOnce | None = None
+    apart: bool = False
     lateness: float = 0.0
 
 

@@ -203,10 +203,9 @@ class Client:
             raise timed_out(request.execution_id, deadline, seen, state.error) from state.error
 
     async def check_inputs(
-        self, request: StartRequest, inputs: Mapping[str, Any], deadline: Deadline | None
+        self, request: StartRequest, inputs: Mapping[str, Any], deadline: Deadline
     ) -> None:
         """Raise a `ValueError` if a start lacks inputs that its workflow requires."""
-        deadline = deadline or self.deadline()
         try:
             async with self.lifetime.call(deadline):
                 await self._definitions.check(request, inputs)
@@ -222,11 +221,11 @@ class Client:
         self,
         request: StartRequest,
         http_request: Request,
-        deadline: Deadline | None,
+        deadline: Deadline,
         *,
         hooks: SendHooks | None,
     ) -> Started:
-        """Start a run; its request must be sent before the deadline, by default the session's.
+        """Start a run; its request must be sent before the deadline.
 
         The secret of the HTTP request is the token in the start's own callback URL, if it has one.
         """
@@ -242,7 +241,7 @@ class Client:
             on_end=partial(self._start_ended, token, request),
         )
         post = self._post(request, http_request, start)
-        return await start.run(post, deadline or self.deadline())
+        return await start.run(post, deadline)
 
     async def _post(self, request: StartRequest, http_request: Request, start: Start) -> Started:
         reply = await self._retrying.call(

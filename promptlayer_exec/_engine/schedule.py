@@ -45,7 +45,7 @@ class Schedule:
 
     def __attrs_post_init__(self) -> None:
         if self._net is not None:
-            self._net.attach(self.changed)
+            self._net.channel.attach(self.changed)
             self._followers.changed = self.changed
 
     def wake(self, source: WakeSource) -> None:
@@ -139,7 +139,7 @@ class Schedule:
     def end(self) -> None:
         """Release the safety net: the watch does not poll any more."""
         if self._net is not None:
-            self._net.release(self.changed)
+            self._net.channel.release(self.changed)
 
 
 def _statuses(snapshot: Snapshot) -> list[NodeStatus | str]:

@@ -36,6 +36,7 @@ _HEADERS = {
 }
 # At most a quarter of the connections of a borrowed client session, if those are limited.
 _MOST_SOCKETS = 20
+_MOST_APART = 4
 # How many pooled connections are tried for one request before the attempt fails.
 _CONNECTIONS_TRIED = 10
 
@@ -151,15 +152,20 @@ class Pool:
 
 @attrs.frozen(eq=False)
 class Pools:
-    """The connections of a session: one pool for reads, one for starts.
+    """The connections of a session: shares for reads, for starts, and for requests apart.
 
-    Starts have a share of their own, so that neither kind keeps the other waiting. Each start gets
-    a new connection: a reused one might be closing, and the start would be lost needlessly.
+    None of these keeps another waiting. Each start gets a new connection: a reused one might be
+    closing, and the start would be lost needlessly.
+
+    Attributes:
+        apart: for the requests of push and for definitions.
+        sockets: how many WebSockets there may be, beside all requests.
     """
 
     reads: Pool
     starts: Pool
-    sockets: int  # how many WebSockets there may be, beside all requests
+    apart: Pool
+    sockets: int
 
     @classmethod
     def open(
@@ -169,8 +175,9 @@ class Pools:
         key = {"X-API-KEY": api_key}
         if settings.http is not None:
             return cls._borrow(settings.http, settings, _HEADERS | key)
+        reads, starts, apart = _slots(settings.max_connections)
         pools: list[Pool] = []
-        for slots, force_close in zip(_slots(settings.max_connections), (False, True), strict=True):
+        for slots, force_close in ((reads, False), (starts, True)):
             http = aiohttp.ClientSession(
                 connector=_CleanConnector(limit=0, force_close=force_close),
                 cookie_jar=aiohttp.DummyCookieJar(),
@@ -180,7 +187,8 @@ class Pools:
             )
             resources.push_async_callback(http.close)
             pools.append(Pool(http, slots, CIMultiDict(key)))
-        return cls(pools[0], pools[1], _MOST_SOCKETS)
+        own, closing = pools
+        return cls(own, closing, attrs.evolve(own, slots=apart), _MOST_SOCKETS)
 
     @classmethod
     def _borrow(
@@ -193,19 +201,28 @@ class Pools:
         sockets = 0 if settings.push is False else int(min(_MOST_SOCKETS, most // 4))
         if "User-Agent" in http.headers:
             del headers["User-Agent"]
-        reads, starts = _slots(int(min(settings.max_connections, most - sockets)))
+        reads, starts, apart = _slots(int(min(settings.max_connections, most - sockets)))
+        pool = Pool(http, reads, CIMultiDict(headers), is_borrowed=True)
+        closing = CIMultiDict(headers, Connection="close")
         return cls(
-            Pool(http, reads, CIMultiDict(headers), is_borrowed=True),
-            Pool(http, starts, CIMultiDict(headers, Connection="close"), is_borrowed=True),
+            pool,
+            attrs.evolve(pool, slots=starts, headers=closing),
+            attrs.evolve(pool, slots=apart),
             sockets,
         )
 
 
-def _slots(connections: int) -> tuple[Slots, Slots]:
-    """Divide connections between reads and starts; a single one serves both."""
+def _slots(connections: int) -> tuple[Slots, Slots, Slots]:
+    """Divide connections between reads, starts and requests apart.
+
+    Of very few, a single one serves reads and starts, and there is one more for requests apart.
+    """
+    apart = min(max(connections // 8, 1), _MOST_APART)
+    if connections > 2:
+        connections -= apart
     starts = max(connections // 4, 1)
     reads = Slots(max(connections - starts, 1))
-    return reads, reads if connections == 1 else Slots(starts)
+    return reads, reads if connections == 1 else Slots(starts), Slots(apart)
 
 
 class OnceBody(aiohttp.Payload):

@@ -75,7 +75,8 @@ class Throttle:
     """Lets HTTP attempts go one after the other, by rate and then by limiters.
 
     Attempts go in order of arrival, except for those that go first: the polls of watches that were
-    woken, and the requests of push. A 429 stops all attempts for as long as the server asked.
+    woken, the requests of push, and those for definitions. A 429 stops all attempts for as long as
+    the server asked.
 
     Args:
         rate: attempts per second; None means unlimited.

@@ -89,23 +89,29 @@ class Transport:
             SessionClosed: the borrowed client session is closed.
         """
         pool = self.pools.reads if attempt.once is None else self.pools.starts
+        pool = self.pools.apart if attempt.apart else pool
         async with pool.slots.first if attempt.first else pool.slots:
-            sent_at = await self._throttle.acquire(first=attempt.first)
+            sent_at = await self._throttle.acquire(first=attempt.first or attempt.apart)
             attempt.lateness = max(sent_at - attempt.due, 0.0)
             until = sent_at + self._settings.request_timeout
             answer = await self._exchange(pool, request, attempt.once, until)
         duration = self._clock() - sent_at
         redactor = self.redactor.also(request.secret)
         response = self._response(answer, attempt.once, redactor, request.last)
-        if response.status == 429:
-            announced = self._settings.retry.announced(response.retry_after)
-            self._emit(Throttled(request.execution_id, self._throttle.refused(sent_at, announced)))
-        else:
-            self._throttle.rate.accepted()
+        self._adapt_rate(response, sent_at, request.execution_id)
         value = _read(read, response, redactor)
         return Reply(
             value, len(response.body), sent_at, duration, attempt.lateness, response.retry_after
         )
+
+    def _adapt_rate(
+        self, response: Response, sent_at: float, execution_id: int | None = None
+    ) -> None:
+        if response.status == 429:
+            announced = self._settings.retry.announced(response.retry_after)
+            self._emit(Throttled(execution_id, self._throttle.refused(sent_at, announced)))
+        else:
+            self._throttle.rate.accepted()
 
     async def _exchange(
         self, pool: Pool, request: Request, once: SendOnce | None, until: float
@@ -158,7 +164,7 @@ class Transport:
         """
         pool = self.pools.reads
         pool.check_open()
-        await self._throttle.acquire(first=True)
+        sent_at = await self._throttle.acquire(first=True)
         # With https in place of wss, aiohttp finds the same proxy as for requests.
         url = URL(self.base_url + path, encoded=True)
         failure: Exception
@@ -175,7 +181,10 @@ class Transport:
         if isinstance(failure, aiohttp.WSServerHandshakeError) and failure.status != 101:
             headers = failure.headers or CIMultiDict[str]()
             location = self.redactor.redact(headers.get("Location", ""))
-            check_status(Response(failure.status, b"", location))
+            retry_after = read_retry_after(headers, now=time.time())
+            response = Response(failure.status, b"", location, retry_after)
+            self._adapt_rate(response, sent_at)
+            check_status(response)
         raise self._failure(failure, None, b"", self.redactor)
 
     def _response(

@@ -115,17 +115,12 @@ class Subscription:
                 frame = await self._socket.receive(self._patience)
             except TimeoutError:
                 raise Lost(f"the server was silent for {self._patience:g} s") from None
-            match frame.type:
-                case aiohttp.WSMsgType.TEXT:
-                    # Not splitlines: JSON may have other line separators in its strings.
-                    for line in frame.data.split("\n"):
-                        await self._handle(line)
-                case aiohttp.WSMsgType.BINARY:
-                    logger.debug("push: a binary frame is ignored")
-                case aiohttp.WSMsgType.ERROR:
-                    raise Lost(f"the connection broke: {frame.data}")
-                case _:
-                    self._end(frame)
+            if frame.type is aiohttp.WSMsgType.TEXT:
+                # Not splitlines: JSON may have other line separators in its strings.
+                for line in frame.data.split("\n"):
+                    await self._handle(line)
+            elif frame.type is not aiohttp.WSMsgType.BINARY:
+                self._end(frame)
 
     async def _handle(self, line: str) -> None:
         """Handle one line of a frame; what cannot be read is ignored."""
@@ -148,6 +143,8 @@ class Subscription:
                 await self._send({})
 
     def _end(self, frame: aiohttp.WSMessage) -> NoReturn:
+        if frame.type is aiohttp.WSMsgType.ERROR:
+            raise Lost(f"the connection broke: {frame.data}")
         code = self._socket.close_code or 0
         text = f"the server ended the connection: {frame.extra or 'no reason'} ({code})"
         raise Refused(text) if any(code in codes for codes in _FINAL) else Lost(text)

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 import aiohttp
-import anyio
 import attrs
 
 from promptlayer_exec._api.attempt import Call
@@ -55,10 +54,12 @@ _PAUSES = (60.0, 300.0, 900.0)
 _RETRY = 0.5
 _LONGEST_RETRY = 10.0
 _MOST_RUNS = 10_000
-# Requests of all channels at once: if they are not answered, polls need the other connections.
-_REQUESTS = 4
 _COMPLETION = "SET_WORKFLOW_COMPLETE"
 _LONGEST_REASON = 1000
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def token_request(channel: str) -> Request:
@@ -94,8 +95,8 @@ def read_completion(data: Any) -> int | None:
 class Push:
     """The channels of an open session, and the runs that use them.
 
-    There is one for each name or id with which runs are started; those of one workflow get the
-    same messages.
+    There is a channel for each name or id with which runs are started; those of one workflow get
+    the same messages.
 
     Attributes:
         suffix: what each start carries, and the name of each channel ends in.
@@ -103,6 +104,7 @@ class Push:
             cannot be used; else once push pays.
         room: how many more WebSockets there may be.
         connect: opens a WebSocket, or raises a `RequestError`.
+        call: sends a request once.
         find_id: returns the id of the workflow with a name.
         nets: the safety net of each run that was started here and has not ended, oldest first.
     """
@@ -110,14 +112,13 @@ class Push:
     suffix: str
     is_eager: bool
     room: int
-    _call: Call
+    call: Call
     connect: Callable[[], Awaitable[aiohttp.ClientWebSocketResponse]]
     find_id: Callable[[str], Awaitable[int]]
     _wake: Callable[[int], object]
     _early_wake_ups: EarlyWakeUps
     _redact: Callable[[str], str]  # what the server says may have the API key
     spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
-    _slots: anyio.Semaphore = attrs.field(init=False, factory=lambda: anyio.Semaphore(_REQUESTS))
     has_announced: bool = attrs.field(init=False, default=False)
     _has_reported: bool = attrs.field(init=False, default=False)
     _channels: dict[str | int, Channel] = attrs.field(init=False, factory=dict)
@@ -127,7 +128,8 @@ class Push:
         self, workflow: str | int, execution_id: int, *, sent_at: float, waited: float
     ) -> None:
         """Record a run, whose start was sent at a time, after it waited for so many seconds."""
-        channel = self._channels.setdefault(workflow, Channel(self, workflow))
+        if (channel := self._channels.get(workflow)) is None:
+            channel = self._channels[workflow] = Channel(self, workflow)
         net = self.nets[execution_id] = SafetyNet(execution_id, channel, sent_at, waited)
         # Its message may have come before the answer to its start.
         net.is_announced = self._early_wake_ups.source(execution_id) == "push"
@@ -135,23 +137,12 @@ class Push:
             del self.nets[next(iter(self.nets))]
         channel.started()
 
-    async def request(self, request: Request, read: Callable[[Response], T]) -> T:
-        """Send a request of a channel once, and return what `read` returns."""
-        async with self._slots:
-            return await self._call(request, read)
-
     def receive(self, data: Any) -> None:
         """Wake the watch that a message is for."""
         if (execution_id := read_completion(data)) is not None:
             if (net := self.nets.get(execution_id)) is not None:
                 net.is_announced = True
             self._wake(execution_id)
-
-    def changed(self, channel: Channel) -> None:
-        """Have the watches of a channel find out when to poll."""
-        for net in self.nets.values():
-            if net.channel is channel:
-                net.changed()
 
     def report(self, workflow: str | int, reason: str) -> None:
         """Log that push is given up for a workflow; the first line of a session is the loudest."""
@@ -182,7 +173,9 @@ class Channel:
     is_starting: bool = attrs.field(init=False, default=False)
     _is_running: bool = attrs.field(init=False, default=False)
     _starts: int = attrs.field(init=False, default=0)
-    _watches: int = attrs.field(init=False, default=0)
+    _needed_at: float = attrs.field(init=False, factory=_now)
+    # What each watch of its runs computes again when the state of the channel has changed.
+    _watches: set[Callable[[], None]] = attrs.field(init=False, factory=set)
     _silent: int = attrs.field(init=False, default=0)
     _failures: int = attrs.field(init=False, default=0)
     _not_before: float = attrs.field(init=False, default=-math.inf)
@@ -198,14 +191,27 @@ class Channel:
     def started(self) -> None:
         """Record a start; the second one shows that push pays."""
         self._starts += 1
-        self._limit_idleness()
+        self._used()
         if self._push.is_eager or self._starts > 1:
             self.need()
 
-    def watched(self, change: int) -> None:
-        """Record that a run has one watch more or less."""
-        self._watches += change
+    def attach(self, changed: Callable[[], None]) -> None:
+        """Begin to tell a watch, by `changed`, that the state of the channel has changed."""
+        self._watches.add(changed)
+        self._used()
+
+    def release(self, changed: Callable[[], None]) -> None:
+        """Tell a watch nothing any more."""
+        self._watches.discard(changed)
+        self._used()
+
+    def _used(self) -> None:
+        self._needed_at = _now()
         self._limit_idleness()
+
+    def _changed(self) -> None:
+        for changed in self._watches:
+            changed()
 
     def need(self) -> None:
         """Begin to subscribe, unless push was given up for now, or has too many WebSockets."""
@@ -231,14 +237,14 @@ class Channel:
     def _ended(self, _: object) -> None:
         self._is_running = self.is_starting = False
         self._push.room += 1
-        self._push.changed(self)
+        self._changed()
 
     async def _stay_subscribed(self) -> None:
         workflow_id = self.workflow
         if isinstance(workflow_id, str):
             workflow_id = await self._retrying(partial(self._push.find_id, workflow_id))
         channel = f"workflows:{workflow_id}:run:{self._push.suffix}"
-        get_token = partial(self._push.request, token_request(channel), read_token)
+        get_token = partial(self._push.call, token_request(channel), read_token)
         await self._retrying(partial(self._listen, channel, partial(self._retrying, get_token)))
 
     async def _listen(self, channel: str, get_token: Callable[[], Awaitable[str]]) -> None:
@@ -267,6 +273,9 @@ class Channel:
                 if not _is_transient(error):
                     raise
                 self._last_error = f"; last failure: {_describe(error)}"
+            if self.is_starting:  # no first poll waits for the next attempt
+                self.is_starting = False
+                self._changed()
             if _now() - began > _LONGEST_RETRY:
                 pause = _RETRY  # it went well for a while
             await asyncio.sleep(pause * (0.5 + random() / 2))
@@ -278,21 +287,22 @@ class Channel:
         self.is_starting = False
         self._last_error = ""
         self._limit_idleness()
-        self._push.changed(self)
+        self._changed()
 
     def _lose(self) -> None:
         """Record that completions are missed from now on."""
         if self.since is not None:
             self.since = None
             self._expect_subscription(_RECONNECT)
-            self._push.changed(self)
+            self._changed()
 
     def _expect_subscription(self, seconds: float) -> None:
         self._end_after(seconds, f"there was no subscription within {seconds:g} s")
 
     def _limit_idleness(self) -> None:
         if self.since is not None:
-            self._end_after(None if self._watches else _IDLE, None)
+            idle_until = None if self._watches else max(self._needed_at + _IDLE - _now(), 0.0)
+            self._end_after(idle_until, None)
 
     def _end_after(self, seconds: float | None, reason: str | None) -> None:
         if not self._limit.expired():
@@ -321,10 +331,6 @@ class Channel:
         if net.is_announced:
             self._push.has_announced = True
             self._silent = self._failures = 0
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 def _is_transient(error: Exception) -> bool:

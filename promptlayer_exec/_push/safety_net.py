@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import attrs
@@ -24,10 +24,6 @@ _LAST_CALL = 1.0
 _SUBSCRIBING = 0.5
 
 
-def _do_nothing() -> None:
-    """Nobody polls the execution at present."""
-
-
 @attrs.define(eq=False)
 class SafetyNet:
     """When to poll one execution that was started with push; it outlives its watches.
@@ -39,7 +35,6 @@ class SafetyNet:
         execution_id: the execution's id.
         channel: the state of its channel.
         is_announced: whether push has announced its completion.
-        changed: called when the state of the channel has changed.
     """
 
     execution_id: int
@@ -47,7 +42,6 @@ class SafetyNet:
     _known_at: float
     _waited: float
     is_announced: bool = attrs.field(init=False, default=False)
-    changed: Callable[[], None] = attrs.field(init=False, default=_do_nothing)
     _polls: int = attrs.field(init=False, default=0)
     _is_polled: bool = attrs.field(init=False, default=False)
     _is_complete: bool = attrs.field(init=False, default=False)
@@ -75,17 +69,6 @@ class SafetyNet:
         due = max(scheduled, self._known_at + min(gap, _LONGEST))
         last_calls = (one.at - min(_LAST_CALL, (one.timeout or 0.0) / 2) for one in deadlines)
         return min([due, *(at for at in last_calls if at > self._known_at)])
-
-    def attach(self, changed: Callable[[], None]) -> None:
-        """Begin a watch, whose times `changed` computes again."""
-        self.changed = changed
-        self.channel.watched(1)
-
-    def release(self, changed: Callable[[], None]) -> None:
-        """End that watch; another one may have followed it."""
-        self.channel.watched(-1)
-        if self.changed == changed:
-            self.changed = _do_nothing
 
     def polled(
         self,
