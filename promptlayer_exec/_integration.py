@@ -7,6 +7,7 @@ module.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,7 @@ __all__ = [
     "each",
     "encode_inputs",
     "excess",
+    "expect",
     "indented",
     "install_hint",
     "lacks_inputs",
@@ -52,6 +54,7 @@ __all__ = [
     "report_undelivered",
     "server_of",
     "settings",
+    "share_channel",
     "short_repr",
     "start",
     "start_token",
@@ -102,6 +105,19 @@ async def lacks_inputs(session: Session, request: StartRequest) -> bool:
     except ValueError:
         return True
     return False
+
+
+def share_channel(session: Session, suffix: str | None) -> None:
+    """Let a session that is not open use a push channel that other processes use, too."""
+    if suffix and session._client is None and session._channel_suffix is not None:
+        session._channel_suffix = suffix
+
+
+def expect(session: Session, workflow: str | int, execution_id: int) -> None:
+    """Let push wake the session for a run that another process has started."""
+    push = session._open().push
+    if push is not None and execution_id not in push.nets:
+        push.started(workflow, execution_id, sent_at=-math.inf, waited=0.0)
 
 
 def start_token(session: Session) -> str:

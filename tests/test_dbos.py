@@ -170,6 +170,20 @@ async def test_every_item_gets_one_stored_outcome(
     assert len(sim.runs) == len(values)
 
 
+async def test_status_counts_the_workers_that_are_alive(
+    sim: Simulator, batch_of: Callable[..., Batch]
+) -> None:
+    """After the end of a worker, nobody works on what is running; the next `work` goes on."""
+    sim.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
+    await batch_of().add([request("a", workflow="held")])
+    working = asyncio.create_task(batch_of().work())
+    await sim.wait_for_requests(2)
+    assert await batch_of().status() == BatchStatus(0, 1, 0, 0, 0, 1, workers=1)
+    working.cancel()
+    await asyncio.wait([working])
+    assert await batch_of().status() == BatchStatus(0, 1, 0, 0, 0, 1, workers=0)
+
+
 async def test_adding_a_key_twice_is_adding_it_once(
     sim: Simulator, batch_of: Callable[..., Batch]
 ) -> None:
@@ -1310,14 +1324,14 @@ async def test_the_stored_names_of_an_item_are_fixed(
     assert tables == {
         "promptlayer_batch": [
             *("name", "last_seq", "next_request", "reserved_at", "created"),
-            *("server", "key_digest"),
+            *("server", "key_digest", "channel_suffix"),
             *("max_in_flight", "rate", "total", "succeeded", "failed", "unknown"),
         ],
         "promptlayer_item": [
             *("batch", "key", "attempt", "kind", "seq", "outcome"),
             *("digest", "intent", "started", "seconds"),
         ],
-        "promptlayer_worker": ["executor", "beat", "process", "batch"],
+        "promptlayer_worker": ["executor", "beat", "process", "seen_at", "batch"],
         "promptlayer_callback": ["batch", "token", "execution_id"],
         "promptlayer_earlier_start": ["batch", "token", "key"],
     }

@@ -9,9 +9,19 @@ from typing import Any
 
 import pytest
 
-from promptlayer_exec import ConfigurationError, PollPolicy, Session, StartRequest, Unauthorized
+from promptlayer_exec import (
+    ConfigurationError,
+    Polled,
+    PollPolicy,
+    RetryPolicy,
+    Session,
+    StartRequest,
+    Unauthorized,
+    WatchWoken,
+)
 from promptlayer_exec.dbos import Batch
-from promptlayer_exec.simulator import Scenario, SimNode, Simulator
+from promptlayer_exec.dbos import _items as items
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 ITEMS = [StartRequest("w", {}, key=str(number)) for number in range(3)]
 
@@ -35,32 +45,30 @@ async def other() -> AsyncIterator[Simulator]:
 def batch_at(batches_file: Path) -> Callable[..., Batch]:
     """Return a function that makes the batch `night`, with a session for a server."""
 
-    def make(server: Simulator, key: str | None = None, **settings: Any) -> Batch:
+    def make(
+        server: Simulator, key: str | None = None, *, same_server: bool = False, **settings: Any
+    ) -> Batch:
+        defaults = {"poll": PollPolicy.fixed(0.01), "push": False, "check_inputs": False}
+
         def session() -> Session:
-            often = PollPolicy.fixed(0.01)
-            return Session(
-                key or server.api_key,
-                base_url=server.base_url,
-                poll=often,
-                push=False,
-                check_inputs=False,
-            )
+            key_there = key or server.api_key
+            return Session(key_there, base_url=server.base_url, **{**defaults, **settings})
 
         url = f"sqlite:///{batches_file}"
-        return Batch("night", database_url=url, session=session, **settings)
+        return Batch("night", database_url=url, session=session, same_server=same_server)
 
     return make
 
 
-async def begin(sim: Simulator, batch: Batch) -> None:
+async def begin(sim: Simulator, batch: Batch, *, finishes: bool = True) -> None:
     """Start every item of a batch, and stop working on it before any has ended."""
     sim.add_workflow("w", Scenario([SimNode("Answer", "ours", None, is_output_node=True)]))
     await batch.add(ITEMS)
     working = asyncio.create_task(batch.work())
-    await sim.wait_for_requests(2 * len(ITEMS))  # the starts and the first polls
+    await sim.wait_for_requests(2 * len(ITEMS))  # the starts and the first polls, at least
     working.cancel()
     await asyncio.wait([working])
-    for run in sim.runs:
+    for run in sim.runs if finishes else ():
         sim.finish(run.execution_id, "Answer")
 
 
@@ -127,6 +135,46 @@ async def test_a_batch_of_which_nothing_was_started_belongs_to_nobody(
     with pytest.raises(Unauthorized):
         await mistyped.work()
     assert (await batch_at(sim).work()).succeeded == len(ITEMS)
+
+
+async def test_a_worker_that_takes_over_is_woken_by_push(
+    sim: Simulator, batch_at: Callable[..., Batch], recorder: Any
+) -> None:
+    """All workers share one channel, whoever has started the run."""
+    await begin(sim, batch_at(sim, push=None), finishes=False)
+    seldom = PollPolicy(floor=0.2, ceiling=3600.0)
+    second = batch_at(sim, push=None, observers=[recorder], poll=seldom)
+    working = asyncio.create_task(second.work())
+    for _ in range(2 * len(ITEMS)):  # the second poll of each comes when the subscription stands
+        await recorder.next(Polled)
+    for run in sim.runs:
+        sim.finish(run.execution_id, "Answer")
+    assert (await working).succeeded == len(ITEMS)
+    assert {one.source for one in recorder.of(WatchWoken)} == {"push"}
+    assert len({run.body["channel_name_suffix"] for run in sim.runs}) == 1
+
+
+@pytest.mark.parametrize("is_missing", [False, True])
+async def test_a_retry_starts_only_what_is_known_to_have_failed(
+    sim: Simulator,
+    batch_at: Callable[..., Batch],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_missing: bool,
+) -> None:
+    """A run for which the server said 404 may exist: it is followed once more."""
+    monkeypatch.setattr(items, "_NOT_FOUND_GRACE", 0.0)
+    at_once = RetryPolicy(not_found_grace=0.0)
+    failed = SimNode("Answer", status="FAILED", error_message="no", is_output_node=True)
+    sim.add_workflow("w", Scenario([failed]))
+    await batch_at(sim).add(ITEMS[:1])
+    if is_missing:
+        sim.inject(Fault.status(404, times=None), path="/workflow-version-execution-results")
+    assert (await batch_at(sim, retry=at_once).work()).failed == 1
+    sim.clear_faults()
+    assert await batch_at(sim).retry(failed=True) == 1
+    await batch_at(sim).work()
+    assert len(sim.runs) == (1 if is_missing else 2)
 
 
 async def test_reading_does_not_move_a_batch(

@@ -58,18 +58,14 @@ def recheck(store: Store, batch: str) -> int:
 def retry(store: Store, batch: str, kinds: Sequence[str]) -> int:
     """Start items of these kinds again; return how many.
 
-    One whose run was not seen to end is followed instead: older versions gave some of them up.
+    One that has a run which is not known to have failed is followed instead: it may be paid for.
     """
 
     def choose(outcome: StoredOutcome) -> tuple[bool, Started]:
-        has_ended = outcome.error is not None and outcome.error.type in _ENDINGS
-        return True, None if has_ended else _started(outcome)
+        has_failed = outcome.error is not None and outcome.error.type == "ExecutionFailed"
+        return True, None if has_failed else _started(outcome)
 
     return _reopen(store, batch, kinds, choose)
-
-
-# What the server said about how an execution ended; with an id, no other error is an end.
-_ENDINGS = ("ExecutionFailed", "NotFound", "RecursionError")
 
 
 def adopt(

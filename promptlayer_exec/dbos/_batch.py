@@ -19,9 +19,9 @@ from promptlayer_exec import ConfigurationError, Session, StartRequest
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _callbacks as callbacks
+from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _owner as owner
 from promptlayer_exec.dbos import _reports as reports
-from promptlayer_exec.dbos._liveness import is_worked_on
 from promptlayer_exec.dbos._location import database_url as locate
 from promptlayer_exec.dbos._location import prepare_default, shown
 from promptlayer_exec.dbos._rate import SharedRate
@@ -321,11 +321,12 @@ class Batch:
     async def retry(self, *, failed: bool = False, unknown: bool = False) -> int:
         """Put items that ended back into the queue, to be started again and billed again.
 
-        An item whose run was started, and was not seen to end, is followed instead: versions before
-        0.2 gave up some of those. A restarted item gets a new outcome in addition.
+        An item whose run is not known to have failed is followed once more, and not started: the
+        server may have said 404 for a run that exists. To start such an item again, add it under
+        another key. A restarted item gets a new outcome in addition.
 
         Args:
-            failed: whether to start the items again that failed.
+            failed: whether to start the items again whose runs failed, or did not start.
             unknown: whether to start the unknown items again, each of which may already run.
 
         Returns:
@@ -352,13 +353,12 @@ class Batch:
             await self._check_owner(store)
 
     async def status(self) -> BatchStatus:
-        """Return how many items are in which state.
+        """Return how many items are in which state, and how many workers are alive.
 
         Raises:
             ConfigurationError: the database cannot be used.
         """
-        async with self._open() as store:
-            return await store.run_in_thread(store.status, self._name)
+        return await self._report(liveness.status)
 
     async def settings(self) -> BatchSettings:
         """Return the settings that all workers share.
@@ -429,7 +429,7 @@ class Batch:
             ConfigurationError: the database cannot be used.
         """
         async with self._open() as store:
-            if await store.run_in_thread(is_worked_on, store, self._name):
+            if await store.run_in_thread(liveness.is_worked_on, store, self._name):
                 raise RuntimeError(
                     f"a worker works on batch {self._name!r}: stop it first; nothing was deleted"
                 )

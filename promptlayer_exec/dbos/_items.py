@@ -410,6 +410,7 @@ class Items:
     async def _output(self, item: Item, execution_id: int) -> Any:
         """Return the output; raises only what the server said about how the execution ended."""
         workflow = workflow_id(self._batch, item.key, item.attempt)
+        of = json.loads(item.request)["workflow"]
         clock = self._loop.time
         failing_since: float | None = None
         unknown_since: float | None = None
@@ -417,6 +418,8 @@ class Items:
         try:
             while True:
                 try:
+                    # Another worker may have started it.
+                    integration.expect(self._session, of, execution_id)
                     return await self._session.execution(execution_id).output()
                 except ExecutionFailed:
                     raise

@@ -20,6 +20,7 @@ from promptlayer_exec.dbos._connector import DatabaseLost
 from promptlayer_exec.dbos._database import RETRY_FOR
 from promptlayer_exec.dbos._store import Heartbeat, Store
 from promptlayer_exec.dbos._tables import created_of
+from promptlayer_exec.dbos._values import BatchStatus
 
 logger = logging.getLogger("promptlayer_exec")
 HEARTBEAT_INTERVAL = 2.0
@@ -165,6 +166,12 @@ def check_of(store: Store, batch: str) -> Callable[[sa.Connection], None]:
             ) from BatchDeleted()
 
     return check
+
+
+def status(store: Store, batch: str) -> BatchStatus:
+    """Return how many items are in which state, and how many workers are alive."""
+    alive = [each for each in store.processes(batch, DEAD_AFTER) if not is_gone(each)]
+    return attrs.evolve(store.status(batch), workers=len(alive))
 
 
 def is_worked_on(store: Store, batch: str) -> bool:

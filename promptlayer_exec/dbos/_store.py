@@ -11,6 +11,7 @@ workflow, the names and results of its steps in `_worker`, the JSON of requests 
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -102,6 +103,12 @@ class Store(Database):
         """Create a batch without items, unless it exists."""
         insert = self.insert(_batches).on_conflict_do_nothing()
         self.transact(lambda connection: connection.execute(insert, _new_batch(batch)))
+
+    def channel_suffix(self, batch: str) -> str | None:
+        """Return the suffix of the push channel that a batch's workers share."""
+        query = sa.select(_batches.c.channel_suffix).where(_batches.c.name == batch)
+        rows = self.rows(query)
+        return rows[0].channel_suffix if rows else None
 
     def check(self, batch: str, rows: Sequence[Row]) -> None:
         """Raise ValueError if a key that is already there stands for another request."""
@@ -397,10 +404,24 @@ class Store(Database):
     def record_heartbeat(self, batch: str, executor: str, process: str) -> None:
         """Record that a worker is alive, without retrying."""
         row = {"executor": executor, "beat": 1, "process": process, "batch": batch}
-        insert = self.insert(_workers).on_conflict_do_update(
-            index_elements=["executor"], set_={"beat": _workers.c.beat + 1}
+        insert = self.insert(_workers).values(**row, seen_at=self._now)
+        insert = insert.on_conflict_do_update(
+            index_elements=["executor"], set_={"beat": _workers.c.beat + 1, "seen_at": self._now}
         )
-        self.transact(lambda connection: connection.execute(insert, row), once=True)
+        self.transact(lambda connection: connection.execute(insert), once=True)
+
+    @property
+    def _now(self) -> sa.ColumnElement[float]:
+        """The time on the database's clock, in seconds since the epoch."""
+        if self.is_sqlite:
+            return sa.literal(time.time())
+        return sa.cast(sa.func.extract("epoch", sa.func.clock_timestamp()), sa.Double)
+
+    def processes(self, batch: str, within: float) -> list[str]:
+        """Return the processes of the workers of a batch with a heartbeat in so many seconds."""
+        is_recent = _workers.c.seen_at > self._now - within
+        query = sa.select(_workers.c.process).where(_workers.c.batch == batch, is_recent)
+        return [row.process for row in self.rows(query)]
 
     def heartbeats(self, batch: str | None = None) -> dict[str, Heartbeat]:
         """Return the last heartbeat of each worker by its executor, without retrying.
@@ -453,11 +474,8 @@ class Store(Database):
 
     def reserve(self, batch: str, slots: int, rate: float) -> float:
         """Reserve the next slots of a rate per second; return the seconds until the first one."""
-        now: Any = sa.literal(time.time())
-        latest: Any = sa.func.max
-        if not self.is_sqlite:
-            now = sa.cast(sa.func.extract("epoch", sa.func.clock_timestamp()), sa.Double)
-            latest = sa.func.greatest
+        now = self._now
+        latest: Any = sa.func.max if self.is_sqlite else sa.func.greatest
         length = slots / rate
         # By how much the clock was put back since the last reservation: the next slot moves along.
         put_back = latest(sa.func.coalesce(_batches.c.reserved_at, now) - now, 0.0)
@@ -514,6 +532,7 @@ def _unclear(
 
 def _new_batch(name: str) -> dict[str, Any]:
     row = {"name": name, "last_seq": 0, "next_request": 0.0, "created": time.time()}
+    row["channel_suffix"] = secrets.token_hex(16)
     return row | dict.fromkeys(COUNTS, 0)
 
 

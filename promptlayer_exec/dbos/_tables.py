@@ -28,6 +28,8 @@ batches = sa.Table(
     # What the batch belongs to; see `_owner`.
     sa.Column("server", sa.Text),
     sa.Column("key_digest", sa.Text),
+    # Of the push channel that all workers share, so that one that takes over is woken, too.
+    sa.Column("channel_suffix", sa.Text),
     # The settings that all workers share; without a rate, there is no limit beside each session's.
     sa.Column("max_in_flight", sa.Integer),
     sa.Column("rate", sa.Double),
@@ -60,6 +62,7 @@ workers = sa.Table(
     sa.Column("executor", sa.Text, primary_key=True),
     sa.Column("beat", sa.BigInteger, nullable=False),
     sa.Column("process", sa.Text, nullable=False),
+    sa.Column("seen_at", sa.Double),
     sa.Column("batch", sa.Text),
 )
 # By the token of its start, which is the intent of an item.

@@ -79,11 +79,12 @@ class BatchStatus:
 
     Attributes:
         waiting: in the queue.
-        running: taken by a worker, which is alive or will be found dead.
+        running: taken by a worker; without any alive, the next `work` goes on with them.
         succeeded: ended with an output.
         failed: ended with an error.
         unknown: ended without it being known whether they were started.
         total: all items.
+        workers: how many workers are alive; one that stopped answering counts for 12 seconds more.
     """
 
     waiting: int
@@ -92,6 +93,7 @@ class BatchStatus:
     failed: int
     unknown: int
     total: int
+    workers: int = 0
 
     @property
     def finished(self) -> int:

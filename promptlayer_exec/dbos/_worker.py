@@ -90,6 +90,8 @@ class Worker:
         self._store.stop_retrying.clear()
         watching = asyncio.create_task(self._watch_database())
         try:
+            suffix = await self._store.run_in_thread(self._store.channel_suffix, self._batch)
+            integration.share_channel(self._session, suffix)
             if self._owns_session:
                 await self._session.__aenter__()
             await self._store.run_in_thread(self._launch, stops_all=True)
