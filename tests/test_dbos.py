@@ -65,12 +65,11 @@ from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._liveness import Liveness, describe, is_gone
 from promptlayer_exec.dbos._location import check_url
-from promptlayer_exec.dbos._names import queue_name, workflow_id, workflow_prefix
+from promptlayer_exec.dbos._names import queue_name
 from promptlayer_exec.dbos._rate import SharedRate
 from promptlayer_exec.dbos._requests import Row, Spool
 from promptlayer_exec.dbos._store import Heartbeat, Store
 from promptlayer_exec.dbos._tables import Ending
-from promptlayer_exec.dbos._tables import tables as tables_of_ours
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 # Sessions that send only what a test asks for: starts and polls.
@@ -1176,7 +1175,7 @@ def test_what_was_taken_and_is_not_run_goes_back(now: list[float]) -> None:
     watch = watching(store)
     for number, store.idle in enumerate(({"lost", "ending"}, {"lost", "beginning"}, {"new"})):
         now[0] = 10.0 * number
-        watch.look_after_others()
+        watch._put_back_what_was_lost()
     assert store.requeued == [["lost"]]
 
 
@@ -1296,47 +1295,6 @@ async def test_an_unexpected_error_ends_the_work_but_no_item(
     assert len(sim.runs) == 1
 
 
-async def test_the_stored_names_of_an_item_are_fixed(
-    batch_of: Callable[..., Batch], url: str
-) -> None:
-    """A batch from an older version can be continued only if all of them stay the same."""
-    batch = batch_of("a/b")
-    await batch.add([request("x", 1)])
-    await batch.work()
-    client = DBOSClient(system_database_url=url, serializer=DBOSPortableJSONSerializer())
-    (item,) = await client.list_workflows_async()
-    steps = await client.list_workflow_steps_async(item.workflow_id)
-    client.destroy()
-    assert item.workflow_id == "promptlayer-exec/a%2Fb/1/x"
-    assert (item.name, item.queue_name) == ("promptlayer_exec.item.2", "promptlayer-exec/a/b")
-    assert (item.application_name, item.app_version) == ("promptlayer-exec", "2")
-    assert item.input is not None
-    key, attempt, text = item.input["args"]
-    assert (key, attempt) == ("x", 1)
-    assert list(json.loads(text)) == [
-        *("workflow", "inputs", "label", "version", "metadata", "callback_url")
-    ]
-    assert steps == []
-    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
-        (row,) = database.execute("SELECT started FROM promptlayer_item").fetchall()
-    assert list(json.loads(row[0])) == ["execution_id", "at", "error"]
-    tables = {table.name: list(table.columns.keys()) for table in tables_of_ours.sorted_tables}
-    assert tables == {
-        "promptlayer_batch": [
-            *("name", "last_seq", "next_request", "reserved_at", "created"),
-            *("server", "key_digest", "channel_suffix"),
-            *("max_in_flight", "rate", "total", "succeeded", "failed", "unknown"),
-        ],
-        "promptlayer_item": [
-            *("batch", "key", "attempt", "kind", "seq", "outcome"),
-            *("digest", "intent", "started", "seconds"),
-        ],
-        "promptlayer_worker": ["executor", "beat", "process", "seen_at", "batch"],
-        "promptlayer_callback": ["batch", "token", "execution_id"],
-        "promptlayer_earlier_start": ["batch", "token", "key"],
-    }
-
-
 @contextmanager
 def queue_of_one(url: str) -> Iterator[Store]:
     """Yield the store of a batch "b" with one item in its queue."""
@@ -1434,19 +1392,6 @@ def requeues_only_from_dead_workers(url: str) -> None:
             assert store.running_executors("b") == {"live"}
 
 
-def resumes_into_a_queue_of_its_own(url: str) -> None:
-    """From there, an item is moved into the queue of its batch, and only into that."""
-    with queue_of_one(url) as store:
-        client = DBOSClient(system_database_url=url)
-        client.resume_workflow(workflow_id("b", "key", 1))
-        with store.engine.begin() as connection:
-            move = partial(internals.move_resumed, connection, "another queue")
-            assert move(workflow_prefix("another")) == 0
-            assert move(workflow_prefix("b")) == 1
-            assert move(workflow_prefix("b")) == 0
-        client.destroy()
-
-
 def stops_dequeuing(url: str) -> None:
     """The thread of the queue has its name, and ends at the stop events."""
     with queue_of_one(url) as store, launched(store, "me") as instance:
@@ -1457,12 +1402,6 @@ def stops_dequeuing(url: str) -> None:
         assert not thread.is_alive()
 
 
-def lets_a_taken_item_through(url: str) -> None:
-    """The error passes `except Exception`; that it is raised, another test above shows."""
-    assert issubclass(internals.ItemTaken, BaseException)
-    assert not issubclass(internals.ItemTaken, Exception)
-
-
 @pytest.mark.parametrize(
     "what_it_does",
     [
@@ -1470,9 +1409,7 @@ def lets_a_taken_item_through(url: str) -> None:
         pytest.param(adds_no_handler, id="console handler only where there is none"),
         pytest.param(retries_after_a_disconnect, id="retries after connection_invalidated"),
         pytest.param(requeues_only_from_dead_workers, id="the columns of workflow_status"),
-        pytest.param(resumes_into_a_queue_of_its_own, id="INTERNAL_QUEUE_NAME"),
         pytest.param(stops_dequeuing, id="background_thread_stop_events and queue-worker-NAME"),
-        pytest.param(lets_a_taken_item_through, id="error.DBOSWorkflowConflictIDError"),
     ],
 )
 def test_dbos_still_has(what_it_does: Callable[[str], None], url: str) -> None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import sqlite3
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
 
 from promptlayer_exec import PollPolicy, RetryPolicy, Session, StartRequest
 from promptlayer_exec.dbos import Batch, BatchStatus
@@ -319,142 +316,6 @@ async def test_what_a_dead_worker_left_is_resolved_before_it_is_restarted(
     assert len(world.sim.runs) == 1
 
 
-def refuse_when(gate: threading.Event) -> Fault:
-    """Return the fault of a gateway that refuses a start, as soon as it may."""
-
-    async def refuse(_request: web.BaseRequest, _answer: Callable[[], Any]) -> web.Response:
-        assert await asyncio.to_thread(gate.wait, 10)
-        return web.json_response({"message": "no route"}, status=404)
-
-    return Fault(refuse)
-
-
-@pytest.mark.parametrize("is_early", [True, False])
-@pytest.mark.parametrize("again", ["recheck", "retry"])
-async def test_a_callback_of_a_refused_start_is_reported(
-    world: World, caplog: pytest.LogCaptureFixture, *, again: str, is_early: bool
-) -> None:
-    """A gateway may have passed the start on; its run is then followed, and not started again."""
-    execution_id = world.sim.add_execution(Scenario([SimNode("A", "found", is_output_node=True)]))
-    gate, batch = threading.Event(), world.batch()
-    await batch.add([StartRequest("echo", key="a")])
-    world.sim.inject(refuse_when(gate))
-    working = asyncio.create_task(batch.work())
-    await world.sim.wait_for_requests(1)
-    token = world.row()[2]
-    if is_early:
-        assert await batch.resolve(token, execution_id) is False
-    gate.set()
-    assert (await working).failed == 1
-    for _ in range(2):
-        assert await batch.resolve(token, execution_id) is False
-    (warning,) = [one for one in caplog.messages if "although its start failed" in one]
-    assert f"execution {execution_id} of item 'a'" in warning
-    assert await (batch.recheck() if again == "recheck" else batch.retry(failed=True)) == 1
-    assert (await batch.work()).succeeded == 1
-    assert [outcome.execution_id async for outcome in batch.outcomes()] == [execution_id]
-    assert [request.method for request in world.sim.requests].count("POST") == 1
-
-
-@pytest.mark.parametrize("how", ["refused", "lost", "restarted", "followed"])
-async def test_a_late_callback_of_an_earlier_start_is_reported(
-    world: World, caplog: pytest.LogCaptureFixture, how: str
-) -> None:
-    """The item was started again, or is followed, and has another id."""
-    batch = world.batch(restart_unknown=how == "restarted")
-    await batch.add([StartRequest("echo", key="a")])
-    world.sim.inject(Fault.status(404) if how == "refused" else Fault.disconnect())
-    await world.batch().work()
-    (token, *_) = [
-        json.loads(request.body)["callback_url"].rpartition("/")[2]
-        for request in world.sim.requests
-        if request.method == "POST"
-    ]
-    if how == "followed":
-        assert await batch.resolve(token, 1001) is True
-    elif how != "restarted":
-        assert await batch.retry(failed=True, unknown=True) == 1
-    assert (await batch.work()).succeeded == 1
-    for _ in range(2):
-        assert await batch.resolve(token, 77) is False
-    text = "batch 'nightly': execution 77 was begun by an earlier start of item 'a'"
-    assert set(caplog.messages).issuperset({text})
-    if how != "followed":  # there, the first callback is another one
-        assert caplog.messages.count(text) == 1
-    await batch.delete()
-    with closing(sqlite3.connect(world.path)) as database:
-        query = "SELECT count(*) FROM promptlayer_earlier_start"
-        assert database.execute(query).fetchone() == (0,)
-
-
-@pytest.mark.parametrize("others", [(77,), (77, 1001), (1001, 77)])
-async def test_a_second_run_whose_callback_comes_before_the_answer_is_reported(
-    world: World, caplog: pytest.LogCaptureFixture, others: tuple[int, ...]
-) -> None:
-    """As when a short run ends while its start is sent again after a 429."""
-    gate = threading.Event()
-
-    async def wait(_request: web.BaseRequest, answer: Callable[[], Any]) -> Any:
-        assert await asyncio.to_thread(gate.wait, 10)
-        return answer()
-
-    await world.batch().add([StartRequest("echo", key="a")])
-    world.sim.inject(Fault(wait))
-    working = asyncio.create_task(world.batch().work())
-    await world.sim.wait_for_requests(1)
-    token = world.row()[2]
-    for execution_id in others:
-        assert await world.batch().resolve(token, execution_id) is False
-    gate.set()
-    assert (await working).succeeded == 1
-    assert any(
-        "execution 77 was begun by the same start as execution 1001" in one
-        for one in caplog.messages
-    )
-
-
-@pytest.mark.parametrize("is_first", [True, False])
-async def test_a_second_run_of_one_start_is_reported(
-    world: World, caplog: pytest.LogCaptureFixture, *, is_first: bool
-) -> None:
-    """As when a gateway passes on a start and answers 429: it is sent again."""
-    await world.batch().add([StartRequest("echo", key="a")])
-    assert (await world.batch().work()).succeeded == 1
-    (token,) = world.tokens()
-    for execution_id in (77, 1001) if is_first else (1001, 77):
-        assert await world.batch().resolve(token, execution_id) is False
-        assert await world.batch().resolve(token, 1001) is False
-    warnings = {one for one in caplog.messages if "was begun by the same start" in one}
-    text = "execution 77 was begun by the same start as execution 1001 of item 'a'"
-    assert warnings == {f"batch 'nightly': {text}"}
-
-
-async def test_an_item_that_was_never_sent_has_no_token(
-    world: World, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Its workflow was cancelled in DBOS; no callback is about it."""
-    batch = world.batch()
-    await batch.add([StartRequest("echo", key="a")])
-    with closing(sqlite3.connect(world.path)) as database, database:
-        database.execute("UPDATE workflow_status SET status = 'CANCELLED'")
-    assert (await batch.work()).failed == 1
-    assert world.row() == (1, "failed", None)
-    assert await batch.resolve("", 77) is False
-    assert [one for one in caplog.messages if "77" in one] == []
-
-
-async def test_a_callback_of_an_item_that_version_0_1_started_is_none_of_a_refused_start(
-    world: World, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The id is only in its outcome."""
-    batch = world.batch()
-    await batch.add([StartRequest("echo", key="a")])
-    await batch.work()
-    (token,) = world.tokens()
-    with closing(sqlite3.connect(world.path)) as database, database:
-        database.execute("UPDATE promptlayer_item SET started = NULL, kind = 'failed'")
-    assert await batch.resolve(token, 1001) is False
-    assert [one for one in caplog.messages if "1001" in one] == []
 
 
 async def test_deleting_a_batch_deletes_its_callbacks(world: World) -> None:

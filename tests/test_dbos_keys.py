@@ -8,39 +8,18 @@ import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import attrs
 import pytest
-from dbos import DBOSClient, DBOSPortableJSONSerializer
+from dbos import DBOSClient
 
 from promptlayer_exec import Session, StartRequest
 from promptlayer_exec.dbos import Batch
 from promptlayer_exec.dbos import _store as stores
-from promptlayer_exec.dbos._dbos_internals import migrate
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
-# The tables of version 0.1.
-_FIRST_TABLES = """
-CREATE TABLE promptlayer_batch (
-    name TEXT NOT NULL, last_seq BIGINT NOT NULL, next_request DOUBLE NOT NULL, PRIMARY KEY (name)
-);
-CREATE TABLE promptlayer_item (
-    batch TEXT NOT NULL, key TEXT NOT NULL, attempt INTEGER NOT NULL,
-    kind TEXT, seq BIGINT, outcome TEXT, PRIMARY KEY (batch, key)
-);
-CREATE TABLE promptlayer_worker (
-    executor TEXT NOT NULL, beat BIGINT NOT NULL, process TEXT NOT NULL, PRIMARY KEY (executor)
-);
-INSERT INTO promptlayer_batch VALUES ('b', 0, 0.0);
-INSERT INTO promptlayer_item (batch, key, attempt) VALUES ('b', 'a', 1);
-"""
-_FIRST_REQUEST = (
-    '{"workflow": "echo", "inputs": {"n": 1, "deep": {"x": 1}}, "label": null, "version": null,'
-    ' "metadata": {"job": "7"}, "callback_url": null}'
-)
 REQUEST = StartRequest("echo", {"n": 1, "deep": {"x": 1}}, metadata={"job": "7"}, key="a")
 
 
@@ -57,28 +36,6 @@ def batch(url: str, sim: Simulator) -> Batch:
         "echo", lambda inputs: Scenario([SimNode("Answer", inputs["n"], is_output_node=True)])
     )
     return Batch("b", database_url=url, session=lambda: Session(sim.api_key, base_url=sim.base_url))
-
-
-@pytest.fixture
-def old_url(url: str, batches_file: Path) -> str:
-    """Return the URL of a database of version 0.1, with the item "a" of batch "b" in its queue."""
-    batches_file.unlink()
-    with closing(sqlite3.connect(batches_file)) as database:
-        database.executescript(_FIRST_TABLES)
-    migrate(url)
-    client = DBOSClient(
-        system_database_url=url,
-        serializer=DBOSPortableJSONSerializer(),
-        application_name=stores.APPLICATION,
-    )
-    options: Any = {
-        "workflow_name": "promptlayer_exec.item",
-        "queue_name": "promptlayer-exec/b",
-        "workflow_id": "promptlayer-exec/b/1/a",
-    }
-    client.enqueue(options, "a", 1, _FIRST_REQUEST)
-    client.destroy()
-    return url
 
 
 DIFFERENT = [
@@ -147,17 +104,6 @@ async def test_what_comes_asynchronously_is_added_as_it_comes(batch: Batch) -> N
     with pytest.raises(ValueError, match="label differs"):
         await batch.add(requests())
     assert (await batch.status()).total == 1000
-
-
-async def test_a_database_of_the_first_version_can_be_used(
-    old_url: str, batch: Batch, sim: Simulator
-) -> None:
-    """It gets the new columns; its keys are compared by their requests, and its items are run."""
-    with pytest.raises(ValueError, match=r"\(inputs\.n differs\)"):
-        await batch.add([attrs.evolve(REQUEST, inputs={"n": 2, "deep": {"x": 1}})])
-    assert await batch.add([REQUEST, attrs.evolve(REQUEST, key="new")]) == 1
-    assert (await batch.work()).succeeded == 2
-    assert len(sim.runs) == 2
 
 
 async def test_a_request_that_dbos_no_longer_has_is_compared_by_its_digest(

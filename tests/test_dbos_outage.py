@@ -554,23 +554,6 @@ async def test_outcomes_of_a_batch_that_is_deleted_end_in_an_error(
             await anext(outcomes)
 
 
-async def test_outcomes_of_a_batch_of_version_0_1_that_is_deleted_end_in_an_error(
-    batch_of: Callable[..., Batch], url: str
-) -> None:
-    """That version did not store when it was created."""
-    batch = batch_of()
-    await batch.add(requests(1))
-    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database, database:
-        database.execute("UPDATE promptlayer_batch SET created = NULL")
-    assert (await batch.work()).succeeded == 1
-    async with aclosing(batch.outcomes()) as outcomes:
-        assert (await anext(outcomes)).succeeded
-        await batch_of().delete()
-        await batch_of().add(requests(1))
-        with pytest.raises(ConfigurationError, match="was deleted"):
-            await anext(outcomes)
-
-
 async def test_outcomes_of_a_batch_that_is_being_deleted_end_in_an_error(
     batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:

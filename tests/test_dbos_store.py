@@ -23,12 +23,12 @@ from promptlayer_exec.dbos import _groups as groups
 from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos import _reports as reports
 from promptlayer_exec.dbos._groups import Group
-from promptlayer_exec.dbos._intents import Intent, Started, State
+from promptlayer_exec.dbos._intents import Intent, State
 from promptlayer_exec.dbos._liveness import check_of
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._requests import Row
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import NO_INTENT, Ending, items
+from promptlayer_exec.dbos._tables import Ending, items
 
 
 @pytest.fixture
@@ -107,24 +107,6 @@ def test_many_runs_are_adopted_at_once(store: Store) -> None:
         assert all(threads.map(adopt, keys))
     assert time.monotonic() - began < 20.0
     assert reports.kinds(store, "b", keys) == dict.fromkeys(keys)
-
-
-@pytest.mark.parametrize("kind", ["failed", "unknown"])
-def test_a_start_that_started_nothing_does_not_end_an_item_with_another_start(
-    store: Store, kind: str
-) -> None:
-    """A worker that stood still may say so late, when another one has started the item again."""
-    store.add("b", [Row(key, "{}", "") for key in ("sent", "started", "own", "taken back")])
-    tokens = {"sent": "another", "started": "a third", "own": "its own"}
-    write = [Intent(key, 1, token, None, False) for key, token in tokens.items()]
-    assert all(intents.write(store, "b", write))
-    assert all(intents.write_started(store, "b", [Started("started", 1, "a third", "{}")]))
-    keys = [*tokens, "taken back"]
-    store.finish("b", [Ending(key, 1, kind, "{}", None, "its own") for key in keys])
-    ended = reports.kinds(store, "b", keys)
-    assert ended == {"sent": None, "started": None, "own": kind, "taken back": kind}
-    status = store.status("b")
-    assert (status.waiting, status.finished) == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -250,18 +232,6 @@ def test_a_batch_that_is_added_again_before_the_first_write_is_missed_too(store:
     with pytest.raises(ConfigurationError, match="'b' was deleted meanwhile"):
         store.transact(work)
     assert reports.kinds(store, "b", ["1"]) == {"1": None}
-
-
-def test_an_item_that_is_started_while_its_cancellation_is_stored_goes_on(store: Store) -> None:
-    """One that was cancelled in DBOS is judged by what was read before."""
-    store.add("b", [Row(key, "{}", "") for key in ("cancelled", "sent", "started")])
-    write = [Intent(key, 1, f"token {key}", None, False) for key in ("sent", "started")]
-    assert all(intents.write(store, "b", write))
-    assert all(intents.write_started(store, "b", [Started("started", 1, "token started", "{}")]))
-    keys = ["cancelled", "sent", "started"]
-    store.finish("b", [Ending(key, 1, "failed", "{}", None, NO_INTENT) for key in keys])
-    ended = reports.kinds(store, "b", keys)
-    assert ended == {"cancelled": "failed", "sent": None, "started": None}
 
 
 async def test_what_is_added_meanwhile_is_written_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,14 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import attrs
 import sqlalchemy as sa
 
 from promptlayer_exec.dbos._tables import (
     batches,
     callbacks,
     called_back,
-    earlier_starts,
     items,
     lock_batch,
 )
@@ -81,8 +79,7 @@ def adopt(
     """Follow a run whose start another worker takes for unknown; return whether it can be.
 
     `token` is that of the intent to start it. Without the `request`, the item is unknown, and DBOS
-    must still have the request. If it does not, the item's outcome gets the id, and a warning tells
-    it, once.
+    has the request.
     """
     query = sa.select(_item.key, _item.attempt, _item.kind, _item.outcome).where(
         _item.batch == batch,
@@ -96,40 +93,10 @@ def adopt(
     def work(connection: sa.Connection) -> bool:
         lock_batch(connection, batch)
         rows = connection.execute(query).all()
-        if not requests:
-            return any(_keep_id(connection, batch, token, row, started) for row in rows)
         chosen = [_Again(row.key, row.attempt, row.kind, started) for row in rows]
         return bool(_begin(store, connection, batch, chosen, requests))
 
-    is_done = store.transact(work)
-    if requests:
-        return is_done
-    if is_done:
-        logger.warning(
-            "batch %r: execution %d was started for item %r, but cannot be followed, because the"
-            " item's workflow was deleted in DBOS: look for it in PromptLayer",
-            *(batch, started["execution_id"], key),
-        )
-    return False
-
-
-def _keep_id(
-    connection: sa.Connection, batch: str, token: str, row: Any, started: Mapping[str, Any]
-) -> bool:
-    """Put the id of a run that cannot be followed into the outcome of its item.
-
-    Return False if the outcome has an id already: the first callback of a start counts.
-    """
-    # Otherwise it would be tried again with each later callback.
-    of_start = (callbacks.c.batch == batch, callbacks.c.token == token)
-    connection.execute(sa.delete(callbacks).where(*of_start))
-    outcome = StoredOutcome.from_json(row.outcome)
-    if outcome.execution_id is not None:
-        return False
-    outcome = attrs.evolve(outcome, execution_id=started["execution_id"])
-    of_item = sa.update(items).where(_item.batch == batch, _item.key == row.key)
-    connection.execute(of_item.values(outcome=outcome.to_json()))
-    return True
+    return store.transact(work)
 
 
 def _started(outcome: StoredOutcome) -> Started:
@@ -189,12 +156,6 @@ def _begin(
     if not possible:
         return 0
     these = (_item.batch == batch, _item.key.in_([again.key for again in possible]))
-    earlier = sa.select(_item.batch, _item.intent, _item.key).where(
-        *these, _item.intent.is_not(None)
-    )
-    columns = ["batch", "token", "key"]
-    remember = store.insert(earlier_starts).from_select(columns, earlier)
-    connection.execute(remember.on_conflict_do_nothing())
     update = sa.update(items).where(*these)
     changes = dict.fromkeys(("kind", "seq", "outcome", "intent", "started", "seconds"))
     connection.execute(update.values(attempt=_item.attempt + 1, **changes))

@@ -199,12 +199,7 @@ class Batch:
                 # While the last worker ends, a callback may make one more item unfinished.
                 while not (until_done and await self._look(store)):
                     await self._work(store, until_done=until_done)
-                status = await store.run_in_thread(store.status, self._name)
-                if status.finished < status.total and await self._is_finished(store):
-                    # A worker of an older version finished some, and does not keep the numbers.
-                    await store.run_in_thread(store.recount, self._name)
-                    status = await store.run_in_thread(store.status, self._name)
-                return status
+                return await store.run_in_thread(store.status, self._name)
         except BaseException:
             self._changes += 1
             raise
@@ -377,14 +372,6 @@ class Batch:
             ConfigurationError: the database cannot be used.
         """
         return await self._report(reports.kinds, keys)
-
-    async def has_old_item(self, key: str) -> bool:
-        """Return whether version 0.1 added the item of this key.
-
-        Raises:
-            ConfigurationError: the database cannot be used.
-        """
-        return await self._report(reports.has_old_item, key)
 
     async def latest_kinds(self, count: int) -> list[tuple[int, Kind]]:
         """Return how the items that ended last did, each with a growing number, the newest first.

@@ -1,4 +1,4 @@
-"""The connection to the database: retries, threads, and tables of older versions."""
+"""The connection to the database: retries and threads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import psycopg
 import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.schema import CreateColumn
 
 from promptlayer_exec import ConfigurationError
 from promptlayer_exec.dbos._connector import (
@@ -129,25 +128,11 @@ class Database:
                 connection.execute(sa.func.pg_advisory_xact_lock(_CREATE_TABLES_LOCK))
                 _check_schema(connection)
             _tables.create_all(connection)
-            self._add_columns(connection)
         if self.is_sqlite:
             # With WAL, readers do not wait for the writer, and commits flush once. This fails
             # while another process does the same. Once is enough: the file keeps the mode.
             with suppress(exc.OperationalError), self.engine.connect() as connection:
                 connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-
-    def _add_columns(self, connection: sa.Connection) -> None:
-        """Add the columns that a database of an older version lacks."""
-        inspector = sa.inspect(connection)
-        quote_name = connection.dialect.identifier_preparer.format_table
-        for table in _tables.sorted_tables:
-            existing = {column["name"] for column in inspector.get_columns(table.name)}
-            for column in table.columns:
-                if column.name not in existing:
-                    definition = CreateColumn(column).compile(dialect=connection.dialect)
-                    connection.exec_driver_sql(
-                        f"ALTER TABLE {quote_name(table)} ADD COLUMN {definition}"
-                    )
 
     async def run_in_thread(
         self, work: Callable[..., T], *arguments: Any, stops_all: bool = False

@@ -15,16 +15,10 @@ from collections.abc import Collection, Sequence
 import psycopg
 import sqlalchemy as sa
 from dbos import DBOS
-from dbos import error as dbos_errors
-from dbos._utils import INTERNAL_QUEUE_NAME
 
 from promptlayer_exec.dbos._tables import WORKFLOWS
 
 _HANDLER = logging.NullHandler()
-
-# A step raises it when another worker has taken over the item. `dbos.error` is public, but none of
-# its names is documented. As a BaseException, it passes `except Exception` and reaches DBOS.
-ItemTaken = dbos_errors.DBOSWorkflowConflictIDError
 
 
 def migrate(url: str) -> None:
@@ -94,45 +88,12 @@ def requeue(
     return connection.execute(update).rowcount
 
 
-def adopt_earlier(
-    connection: sa.Connection, queue: str, earlier: Sequence[str], version: str
-) -> int:
-    """Let workers of this version dequeue what earlier ones added, or put back into the queue."""
-    table = WORKFLOWS[connection.dialect.name]
-    update = (
-        sa.update(table)
-        .where(
-            table.c.queue_name == queue,
-            table.c.status == "ENQUEUED",
-            # Version 0.1 stored none; DBOS gives such items only to workers of the newest one.
-            sa.or_(table.c.application_version.in_(earlier), table.c.application_version.is_(None)),
-        )
-        .values(application_version=version)
-    )
-    return connection.execute(update).rowcount
-
-
 def running_executors(connection: sa.Connection, queue: str) -> set[str]:
     """Return the executors that have running items."""
     table = WORKFLOWS[connection.dialect.name]
     query = sa.select(table.c.executor_id).distinct()
     query = query.where(table.c.queue_name == queue, table.c.status == "PENDING")
     return {executor or "" for executor in connection.execute(query).scalars()}
-
-
-def move_resumed(connection: sa.Connection, queue: str, prefix: str) -> int:
-    """Move the items of a batch, by the prefix of their workflows, into its queue.
-
-    What somebody resumes in DBOS goes to a queue of DBOS's own, which all workers listen to. Its
-    name is `dbos._utils.INTERNAL_QUEUE_NAME`.
-    """
-    table = WORKFLOWS[connection.dialect.name]
-    update = sa.update(table).where(
-        table.c.queue_name == INTERNAL_QUEUE_NAME,
-        table.c.status.in_(["ENQUEUED", "PENDING"]),
-        sa.func.substr(table.c.workflow_uuid, 1, len(prefix)) == prefix,
-    )
-    return connection.execute(update.values(queue_name=queue)).rowcount
 
 
 def owned(connection: sa.Connection, executor: str, workflows: Collection[str]) -> set[str]:

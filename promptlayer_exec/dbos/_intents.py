@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from promptlayer_exec.dbos._dbos_internals import owned
 from promptlayer_exec.dbos._names import workflow_id
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import callbacks, called_back, earlier_starts, items
+from promptlayer_exec.dbos._tables import callbacks, called_back, items
 
 _item = items.c
 # PostgreSQL: all intents of a call in one round trip.
@@ -100,7 +100,7 @@ class State(NamedTuple):
     """Whether an attempt of an item has no outcome yet, and what is recorded about its start.
 
     Attributes:
-        digest: says what the key stands for; version 0.1 stored none.
+        digest: says what the key stands for.
         called_back: the execution id in the callback of the start with this intent.
     """
 
@@ -176,13 +176,6 @@ def write(
         ]
         if rows:
             connection.execute(_TAKE_BACK, rows)
-        replaced = [
-            {"batch": batch, "token": intent.replaced, "key": intent.key}
-            for intent in given
-            if intent.replaced is not None and intent.token in recorded
-        ]
-        if replaced:
-            connection.execute(store.insert(earlier_starts).on_conflict_do_nothing(), replaced)
         return recorded
 
     recorded = store.transact(write)

@@ -13,7 +13,7 @@ DBOS stores that an item is to be run, and which worker runs it:
 If the worker dies, another one follows the execution whose id is recorded. If only an intent is
 recorded, the request may have been sent: the item is unknown, or is started again with
 `restart_unknown`. Rows are read and written for many items at a time: a step of DBOS would take
-eight round trips for each. Only the items of version 0.1 have steps, "intend" and "start".
+eight round trips for each.
 
 Only what uses the session runs in the caller's event loop; the rest runs in DBOS's.
 """
@@ -31,7 +31,6 @@ from functools import partial
 from typing import Any, NoReturn, TypeVar, cast
 
 import attrs
-from dbos import DBOS
 
 from promptlayer_exec import (
     ConfigurationError,
@@ -56,10 +55,9 @@ from promptlayer_exec.dbos import _callbacks as callbacks
 from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos._breaker import FAILURES, Breaker
 from promptlayer_exec.dbos._connector import PATIENCE_AT_END
-from promptlayer_exec.dbos._dbos_internals import ItemTaken
 from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._intents import Intent, Started, State
-from promptlayer_exec.dbos._names import INTENT_IN_ROW, workflow_id
+from promptlayer_exec.dbos._names import workflow_id
 from promptlayer_exec.dbos._pending import IntentRefused, Item, PendingStart, unknown_start
 from promptlayer_exec.dbos._requests import digest_of
 from promptlayer_exec.dbos._store import Store
@@ -142,11 +140,9 @@ class Items:
                     continue
                 outcome = await self._in_callers_loop(self._follow(item, started))
                 intent, of_another = pending.recorded_intent, pending.replaced
-                if item.is_first_version:  # its steps keep their results: no other start
-                    intent = of_another = None
                 ending = Ending.of(item.attempt, outcome, intent, of_another=of_another)
                 is_stored = await self._endings.add(ending)
-                is_stored = is_stored or item.is_first_version or item.started is not None
+                is_stored = is_stored or item.started is not None
         except Exception as error:  # noqa: BLE001 - DBOS would end the item with it
             self._end(error)
             await suspend()
@@ -170,12 +166,9 @@ class Items:
     async def _start(self, item: Item, pending: PendingStart) -> StartResult | None:
         self.pending.add(pending)
         try:
-            if item.is_first_version:
-                return await self._start_in_steps(item, pending)
             return await self._start_in_row(item, pending)
-        except BaseException as error:
-            if pending.execution is not None:
-                await self._rescue(item, pending, is_taken=isinstance(error, ItemTaken))
+        except BaseException:
+            self._report_unrecorded(item, pending)
             raise
         finally:
             pending.recorded()
@@ -186,7 +179,7 @@ class Items:
         state = await self._states.add((item.key, item.attempt))
         if not state.is_open:
             return None
-        if state.digest not in (None, digest_of(item.request)):
+        if state.digest != digest_of(item.request):
             raise ConfigurationError(
                 f"item {item.key!r:.100} of batch {self._batch!r} has another request in DBOS than"
                 " in the table of items. If two schemas of one database share DBOS's, use one."
@@ -204,7 +197,7 @@ class Items:
             pending.replaced = state.intent
             if not self._restart_unknown:
                 return unknown_start(item)
-        result = await self._send(item, pending, is_ours=True)
+        result = await self._send(item, pending)
         if result["execution_id"] is None:
             return result
         return await self._record(item, pending, pending.token, result)
@@ -215,24 +208,10 @@ class Items:
         start = Started(item.key, item.attempt, token, json.dumps(result))
         if not await self._started.add(start):
             pending.is_refused = True
-            await self._rescue(item, pending, is_taken=True)
+            await self._rescue(item, pending)
         return result
 
-    async def _start_in_steps(self, item: Item, pending: PendingStart) -> StartResult | None:
-        while True:
-            intent = await DBOS.run_step_async({"name": "intend"}, _first_intent)
-            result = await DBOS.run_step_async(
-                {"name": "start"}, self._send, item, pending, is_ours=intent == INTENT_IN_ROW
-            )
-            if result["execution_id"] is not None or result["error"] is not None:
-                return result
-            if pending.is_refused:
-                return None
-
-    async def _send(self, item: Item, pending: PendingStart, *, is_ours: bool) -> StartResult:
-        """Send a start, unless an earlier worker may have done so."""
-        if not is_ours and not self._restart_unknown:
-            return unknown_start(item)
+    async def _send(self, item: Item, pending: PendingStart) -> StartResult:
         try:
             result = await self._in_callers_loop(self._send_pending(item, pending))
         except asyncio.CancelledError:
@@ -270,8 +249,6 @@ class Items:
                     )
                 except IntentRefused:
                     result = start_result()
-                    if item.is_first_version:
-                        result = await self._explain_refusal(item, pending)
                 except ExecutionTimeout as error:  # not sent within the session's `wait_timeout`
                     pause = _FIRST_DELAY
                     self._warn_of_late_start(item.key, error)
@@ -336,34 +313,15 @@ class Items:
             return True
         return False
 
-    async def _read_state(self, item: Item) -> State:
-        key = (item.key, item.attempt)
-        read = partial(intents.read, self._store, self._batch, [key], self._executor)
-        return (await asyncio.to_thread(read))[0]
-
-    async def _explain_refusal(self, item: Item, pending: PendingStart) -> StartResult | None:
-        """Return the result of a start whose intent was refused; None to try it again."""
-        state = await self._read_state(item)
-        pending.may_be_sent = False
-        if not state.is_open:
-            return start_result()
-        pending.is_refused = False
-        if state.called_back is not None:
-            return start_result(state.called_back)
-        if state.intent is not None and not self._restart_unknown:
-            return unknown_start(item)
-        pending.replaced = state.intent
-        return None
-
     def _to_send(self, item: Item) -> StartRequest:
         """Return a stored request with metadata by which its run can be found in PromptLayer."""
         stored = StartRequest(**json.loads(item.request), key=item.key)
         ours = {"promptlayer_exec.batch": self._batch, "promptlayer_exec.key": item.key}
         return attrs.evolve(stored, metadata={**(stored.metadata or {}), **ours})
 
-    async def _rescue(self, item: Item, pending: PendingStart, *, is_taken: bool) -> None:
+    async def _rescue(self, item: Item, pending: PendingStart) -> None:
         """Keep the id of a run whose start could not be recorded."""
-        if is_taken and pending.execution is not None:
+        if pending.execution is not None:
             adopt = partial(again.adopt, self._store, self._batch, request=item.request)
             adopt = partial(adopt, key=item.key, attempt=item.attempt, token=pending.token)
             started = start_result(pending.execution.id)
@@ -492,10 +450,6 @@ def _is_the_items(error: Exception) -> bool:
     if isinstance(error, (*_NOT_THE_ITEMS_FAULT, RequestTimeout, ConfigurationError)):
         return False
     return isinstance(error, RequestError)
-
-
-async def _first_intent() -> str:
-    return INTENT_IN_ROW
 
 
 def _now() -> datetime:

@@ -15,7 +15,6 @@ import attrs
 import sqlalchemy as sa
 
 from promptlayer_exec import ConfigurationError
-from promptlayer_exec.dbos._cancelled import end_cancelled, end_deleted
 from promptlayer_exec.dbos._connector import DatabaseLost
 from promptlayer_exec.dbos._database import RETRY_FOR
 from promptlayer_exec.dbos._store import Heartbeat, Store
@@ -31,8 +30,6 @@ _WATCH_INTERVAL = 0.5
 # Seconds by which a round may be late; the rest of a longer one does not count as silence.
 _SLOW = 4.0
 _LOOK_INTERVAL = 10.0
-# Seconds for which a round may look for items that others ended: heartbeats wait for it.
-_LOOK_TIME = 1.0
 
 
 @attrs.define(eq=False)
@@ -59,8 +56,6 @@ class Liveness:
     _seen: dict[str, tuple[Heartbeat, float]] = attrs.field(init=False, factory=dict)
     _seen_at: float = attrs.field(init=False, factory=time.monotonic)
     _next_look: float = attrs.field(init=False, default=0.0)
-    _are_cancelled: bool = attrs.field(init=False, default=False)  # items that have not ended yet
-    _looked_at: str = attrs.field(init=False, default="")  # the last key for `end_deleted`
     _idle: set[str] = attrs.field(init=False, factory=set)
     _stop: threading.Event = attrs.field(init=False, factory=threading.Event)
     _thread: threading.Thread | None = attrs.field(init=False, default=None)
@@ -89,7 +84,9 @@ class Liveness:
             try:
                 self.record_heartbeat()
                 self.recover_from_dead_workers()
-                self.look_after_others()
+                if time.monotonic() >= self._next_look:
+                    self._put_back_what_was_lost()
+                    self._next_look = time.monotonic() + _LOOK_INTERVAL
                 failing_since = None
             except Exception as error:  # noqa: BLE001 - nobody else would see that the thread ends
                 self._seen.clear()
@@ -112,21 +109,6 @@ class Liveness:
         dead = [each for each in others if self._is_dead(each, heartbeats.get(each), passed)]
         if dead:
             self._store.requeue(self._batch, dead)
-
-    def look_after_others(self) -> None:
-        """Take over what earlier versions left, end what others ended, put back what was lost."""
-        is_time = time.monotonic() >= self._next_look
-        if is_time:
-            self._store.take_over(self._batch)
-        if is_time or self._are_cancelled:
-            until = time.monotonic() + _LOOK_TIME
-            self._are_cancelled = not end_cancelled(self._store, self._batch, until)
-        if is_time:
-            if not self._active:  # this can wait while the worker has items to run
-                until = time.monotonic() + _LOOK_TIME
-                self._looked_at = end_deleted(self._store, self._batch, self._looked_at, until)
-            self._put_back_what_was_lost()
-            self._next_look = time.monotonic() + _LOOK_INTERVAL
 
     def _put_back_what_was_lost(self) -> None:
         """Put the items back into the queue that this worker has taken, and does not know of."""

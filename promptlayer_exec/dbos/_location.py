@@ -12,8 +12,6 @@ from sqlalchemy import exc
 from promptlayer_exec import ConfigurationError
 
 _VARIABLE = "PROMPTLAYER_EXEC_DB"
-# The default of version 0.1, in the working directory.
-_FIRST_DEFAULT = "promptlayer-batches.sqlite"
 
 
 def database_url(given: str | None) -> sa.URL:
@@ -44,27 +42,18 @@ def prepare_default(url: sa.URL) -> None:
     """Make the directory of the user's own database, unless the URL is another one's.
 
     Raises:
-        ConfigurationError: the directory cannot be made, or the working directory has the database
-            of an older version, whose items would all be started again.
+        ConfigurationError: the directory cannot be made.
     """
     path = _default_path()
     if url.database != str(path):
         return
     try:
-        is_elsewhere = Path(_FIRST_DEFAULT).exists() and not path.exists()
-        if not is_elsewhere:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(
             f"the directory {path.parent}, for the database of batches, cannot be made:"
             f" {error.strerror or error}; name another database in {_VARIABLE}"
         ) from error
-    if is_elsewhere:
-        raise ConfigurationError(
-            f"this directory has {_FIRST_DEFAULT}, where version 0.1 stored batches; the default is"
-            f" now {path}. To continue with the old database, set"
-            f" {_VARIABLE}=sqlite:///{_FIRST_DEFAULT}; to begin a new one, rename the old file"
-        )
 
 
 def _default_path() -> Path:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 APPLICATION = "promptlayer-exec"
-WORKFLOW = "promptlayer_exec.item.2"
-# The workflow of the items that version 0.1 added.
-FIRST_WORKFLOW = "promptlayer_exec.item"
-# What their step "intend" returns if a worker of this version runs it. In version 0.1, it returned
-# the intent itself.
-INTENT_IN_ROW = "in the row of the item"
+WORKFLOW = "promptlayer_exec.item"
 
 
 def queue_name(batch: str) -> str:
@@ -32,9 +27,3 @@ def key_and_attempt(workflow_id: str) -> tuple[str, int]:
     """Return the key and the attempt that are in the id of a workflow."""
     _, _, attempt, key = workflow_id.split("/", 3)
     return key, int(attempt)
-
-
-def batch_of(workflow_id: str) -> str | None:
-    """Return the name of the batch that is in the id of a workflow, None if there is none."""
-    application, _, rest = workflow_id.partition("/")
-    return unquote(rest.partition("/")[0]) if application == APPLICATION else None

@@ -28,14 +28,12 @@ class Item:
     Attributes:
         request: the request as JSON.
         started: the start of an earlier attempt, which this one only follows.
-        is_first_version: whether version 0.1 added it, so that an intent may be a step's result.
     """
 
     key: str
     attempt: int
     request: str
     started: StartResult | None = None
-    is_first_version: bool = False
 
 
 def unknown_start(item: Item) -> StartResult:

@@ -29,7 +29,7 @@ class BatchSettings:
         max_in_flight: how many items they run at most; None if no worker has set it yet.
         rate: how many HTTP attempts per second they make at most; None: no shared limit.
         created: when the first item was added (UTC), or a deletion began that was interrupted; None
-            if an older version did so.
+            if there is no such batch.
     """
 
     max_in_flight: int | None
@@ -110,12 +110,6 @@ def kinds(store: Store, batch: str, keys: Iterable[str]) -> dict[str, Kind | Non
         query = sa.select(_item.key, _item.kind).where(_item.batch == batch, _item.key.in_(part))
         found.update((row.key, row.kind) for row in store.rows(query))
     return found
-
-
-def has_old_item(store: Store, batch: str, key: str) -> bool:
-    """Return whether there is an item of this key without a digest: version 0.1 stored none."""
-    query = sa.select(_item.key).where(_item.batch == batch, _item.key == key)
-    return bool(store.rows(query.where(_item.digest.is_(None))))
 
 
 def latest_kinds(store: Store, batch: str, count: int) -> list[tuple[int, Kind]]:

@@ -4,9 +4,9 @@ DBOS stores which items to run and the progress of each. Our tables store the ou
 in which they were stored, what is needed to start each item once, the heartbeats of the workers,
 and the next slot of the shared rate.
 
-The stored names and formats are fixed, because a batch from an older version must be continued:
-tables and columns, `APPLICATION` and `WORKFLOW`, queue names and workflow ids, the arguments of the
-workflow, the names and results of its steps in `_worker`, the JSON of requests and outcomes.
+The stored names and formats stay the same within a version: tables and columns, `APPLICATION` and
+`WORKFLOW`, queue names and workflow ids, the arguments of the workflow, the JSON of requests and
+outcomes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from dbos import DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
 from promptlayer_exec import ConfigurationError
 from promptlayer_exec.dbos._database import Database
 from promptlayer_exec.dbos._dbos_internals import (
-    adopt_earlier,
-    move_resumed,
     requeue,
     running_executors,
     taken,
@@ -37,7 +35,6 @@ from promptlayer_exec.dbos._names import (
     key_and_attempt,
     queue_name,
     workflow_id,
-    workflow_prefix,
 )
 from promptlayer_exec.dbos._requests import Row, another_request, digest_of
 from promptlayer_exec.dbos._tables import (
@@ -56,10 +53,8 @@ from promptlayer_exec.dbos._tables import items as _items
 from promptlayer_exec.dbos._tables import workers as _workers
 from promptlayer_exec.dbos._values import BatchStatus
 
-# The version of an item's steps: DBOS gives an item only to workers of the same version. Workers of
-# a later version take over the items of these earlier ones.
-VERSION = "2"
-EARLIER_VERSIONS = ("1",)
+# DBOS gives an item only to workers of the same version.
+VERSION = "3"
 
 T = TypeVar("T")
 
@@ -308,29 +303,12 @@ class Store(Database):
         if not rows:
             return BatchStatus(0, 0, 0, 0, 0, 0)
         total, succeeded, failed, unknown, running_count = rows[0]
-        if None in (total, succeeded, failed, unknown):  # of an older version
-            self.recount(batch)
-            return self.status(batch)
         pending = total - succeeded - failed - unknown
         # DBOS may record the end of an item later than its outcome is stored.
         running_count = min(running_count, pending)
         return BatchStatus(
             pending - running_count, running_count, succeeded, failed, unknown, total
         )
-
-    def recount(self, batch: str) -> None:
-        """Count the items of a batch: a worker of an older version does not keep the numbers."""
-        lock = sa.update(_batches).where(_batches.c.name == batch)
-        counts = sa.select(_item.kind, sa.func.count()).where(_item.batch == batch)
-
-        def recount(connection: sa.Connection) -> None:
-            connection.execute(lock.values(name=batch))
-            rows: Any = connection.execute(counts.group_by(_item.kind)).all()
-            found: dict[str | None, int] = dict(rows)
-            numbers = {name: found.get(name, 0) for name in COUNTS[1:]}
-            connection.execute(lock.values(total=sum(found.values()), **numbers))
-
-        self.transact(recount)
 
     def store_settings(self, batch: str, given: dict[str, float]) -> dict[str, float]:
         """Store the settings that are given, and return those of `given` that replaced others."""
@@ -360,10 +338,6 @@ class Store(Database):
     def _list_workflows(self, ids: list[str]) -> list[Any]:
         found = partial(self._client.list_workflows, workflow_ids=ids, load_output=False)
         return self.retry(found)
-
-    def steps(self, workflow: str) -> Sequence[Mapping[str, Any]]:
-        """Return the steps of a DBOS workflow, without retrying."""
-        return self.retry(lambda: self._client.list_workflow_steps(workflow), once=True)
 
     def delete(self, batch: str) -> int:
         """Delete a batch and its items, a few hundred at a time; return how many items it had."""
@@ -426,11 +400,11 @@ class Store(Database):
     def heartbeats(self, batch: str | None = None) -> dict[str, Heartbeat]:
         """Return the last heartbeat of each worker by its executor, without retrying.
 
-        With a batch, only those of workers that may work on it: older versions do not say so.
+        With a batch, only those of its workers.
         """
         query = sa.select(_workers.c.executor, _workers.c.beat, _workers.c.process)
         if batch is not None:
-            query = query.where(sa.or_(_workers.c.batch == batch, _workers.c.batch.is_(None)))
+            query = query.where(_workers.c.batch == batch)
         rows = self.rows(query, once=True)
         return {row.executor: Heartbeat(row.beat, row.process) for row in rows}
 
@@ -456,16 +430,6 @@ class Store(Database):
         """Return the workflows of the items that a worker has taken, without retrying."""
         query = partial(taken, queue=queue_name(batch), executor=executor)
         return self.transact(query, once=True)
-
-    def take_over(self, batch: str) -> None:
-        """Take over what earlier versions left, and what was resumed, without retrying."""
-        queue = queue_name(batch)
-
-        def work(connection: sa.Connection) -> None:
-            move_resumed(connection, queue, workflow_prefix(batch))
-            adopt_earlier(connection, queue, EARLIER_VERSIONS, VERSION)
-
-        self.transact(work, once=True)
 
     def remove_worker(self, executor: str) -> None:
         """Delete the heartbeat of a worker that has stopped, without retrying."""
@@ -522,7 +486,6 @@ def _unclear(
     digests = {row.key: row.digest for row in rows}
     query = sa.select(_item.key, _item.attempt, _item.digest)
     query = query.where(_item.batch == batch, _item.key.in_(digests))
-    # Version 0.1 stored no digest.
     return {
         key: (attempt, digest)
         for key, attempt, digest in connection.execute(query)

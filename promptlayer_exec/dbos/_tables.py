@@ -1,8 +1,4 @@
-"""The tables of batches, their items and workers, and the statements for many items at once.
-
-A database of an older version gets the columns that it lacks. They are all nullable, and null in
-the rows that an older version writes.
-"""
+"""The tables of batches, their items and workers, and the statements for many items at once."""
 
 from __future__ import annotations
 
@@ -74,15 +70,6 @@ callbacks = sa.Table(
     sa.Column("execution_id", sa.BigInteger, nullable=False),
 )
 
-# The starts of earlier attempts of items, whose callbacks may still come.
-earlier_starts = sa.Table(
-    "promptlayer_earlier_start",
-    tables,
-    sa.Column("batch", sa.Text, primary_key=True),
-    sa.Column("token", sa.Text, primary_key=True),
-    sa.Column("key", sa.Text, nullable=False),
-)
-
 # The callback of an item's start.
 called_back = sa.and_(callbacks.c.batch == items.c.batch, callbacks.c.token == items.c.intent)
 # DBOS's table of workflows, which it documents, by the dialect of SQL.
@@ -128,7 +115,7 @@ FINISH = sa.text(
     """
     UPDATE promptlayer_item
     SET kind = t.kind, outcome = t.outcome, seconds = t.seconds, seq = :first + t.position - 1,
-        intent = coalesce(promptlayer_item.intent, nullif(t.intent, ''))
+        intent = coalesce(promptlayer_item.intent, t.intent)
     FROM unnest(
         CAST(:key AS text[]), CAST(:attempt AS int[]), CAST(:kind AS text[]),
         CAST(:outcome AS text[]), CAST(:seconds AS float[]), CAST(:intent AS text[]),
@@ -148,7 +135,7 @@ FINISH = sa.text(
 FINISH_ONE = sa.text(
     """
     UPDATE promptlayer_item SET kind = :kind, outcome = :outcome, seconds = :seconds, seq = :seq,
-        intent = coalesce(intent, nullif(:intent, ''))
+        intent = coalesce(intent, :intent)
     WHERE batch = :batch AND key = :key AND attempt = :attempt AND kind IS NULL
         AND (started IS NULL OR :kind <> 'unknown' AND :intent IS NULL AND :of_another IS NULL)
         AND (:intent IS NULL OR coalesce(intent, :intent) = :intent)
@@ -167,12 +154,8 @@ def lock_batch(connection: sa.Connection, batch: str) -> None:
 
 
 def created_of(batch: str) -> sa.Select[Any]:
-    """Return the query for when a batch was created, by which it differs from others of its name.
-
-    Version 0.1 did not store that: then it is 0.
-    """
-    created = sa.func.coalesce(batches.c.created, 0.0).label("created")
-    return sa.select(created).where(batches.c.name == batch)
+    """Return the query for when a batch was created, which tells it from others of its name."""
+    return sa.select(batches.c.created).where(batches.c.name == batch)
 
 
 def delete_items(batch: str, which: sa.ColumnElement[bool], connection: sa.Connection) -> None:
@@ -189,15 +172,11 @@ def delete_if_empty(connection: sa.Connection, batch: str) -> bool:
     found = connection.execute(lock).first()
     if connection.execute(sa.select(items.c.key).where(items.c.batch == batch).limit(1)).first():
         return False
-    for column in (callbacks.c.batch, earlier_starts.c.batch, workers.c.batch):
+    for column in (callbacks.c.batch, workers.c.batch):
         connection.execute(sa.delete(column.table).where(column == batch))
     if found:  # a batch that was added since then stays
         connection.execute(sa.delete(batches).where(batches.c.name == batch))
     return True
-
-
-# For the ending of an item whose start was never about to be sent.
-NO_INTENT = ""
 
 
 @attrs.frozen

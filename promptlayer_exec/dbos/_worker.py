@@ -9,8 +9,6 @@ import asyncio
 import socket
 import time
 from contextlib import suppress
-from functools import partial
-from typing import NoReturn
 from uuid import uuid4
 
 import anyio
@@ -25,11 +23,8 @@ from promptlayer_exec.dbos._items import Items, suspend
 from promptlayer_exec.dbos._liveness import Liveness, check_of
 from promptlayer_exec.dbos._names import (
     APPLICATION,
-    FIRST_WORKFLOW,
     WORKFLOW,
-    batch_of,
     queue_name,
-    workflow_id,
 )
 from promptlayer_exec.dbos._pending import Item
 from promptlayer_exec.dbos._store import VERSION, Store
@@ -187,22 +182,7 @@ class Worker:
     async def run_item(self, item: Item) -> None:
         """Run an item until its outcome is stored; called in DBOS's event loop."""
         self._dbos_loop = asyncio.get_running_loop()
-        workflow = str(DBOS.workflow_id)
-        if workflow != workflow_id(self._batch, item.key, item.attempt):
-            await self._decline(workflow)
         await self._items.run(item)
-
-    async def _decline(self, workflow: str) -> NoReturn:
-        """Give back an item of another batch: all workers take what somebody resumes in DBOS."""
-        batch = batch_of(workflow)
-        if batch in {None, self._batch}:
-            raise RuntimeError("an item cannot be forked: `batch retry` starts it again")
-        try:
-            give_back = partial(self._store.requeue, batch, [self._executor], {workflow})
-            await asyncio.to_thread(give_back, once=False)
-        except Exception as error:  # noqa: BLE001 - DBOS would end the item with it
-            self._give_up(error)
-        await suspend()
 
     def _give_up(self, error: Exception) -> None:
         """Stop working, and let `run` raise the error, unless the worker is already stopping."""
@@ -269,8 +249,3 @@ async def _run(item: Item) -> None:
 @DBOS.workflow(name=WORKFLOW, max_recovery_attempts=None)
 async def _item(key: str, attempt: int, request: str, started: StartResult | None = None) -> None:
     await _run(Item(key, attempt, request, started))
-
-
-@DBOS.workflow(name=FIRST_WORKFLOW, max_recovery_attempts=None)
-async def _first_item(key: str, attempt: int, request: str) -> None:
-    await _run(Item(key, attempt, request, is_first_version=True))

@@ -12,18 +12,14 @@ from typing import Any
 import psycopg
 import pytest
 import sqlalchemy as sa
-from dbos import DBOSClient
 
 from promptlayer_exec import ConfigurationError, Session, StartRequest
 from promptlayer_exec.dbos import Batch, _connector
-from promptlayer_exec.dbos import _again as again
-from promptlayer_exec.dbos import _cancelled as cancelled
 from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos import _reports as reports
 from promptlayer_exec.dbos._intents import Intent, Started
 from promptlayer_exec.dbos._liveness import check_of
 from promptlayer_exec.dbos._location import check_url
-from promptlayer_exec.dbos._names import APPLICATION, workflow_id
 from promptlayer_exec.dbos._requests import Row
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import Ending, batches
@@ -202,47 +198,6 @@ def test_a_batch_that_is_added_while_nothing_is_deleted_stays(postgres_scene: An
         assert store.delete("b") == 0
         assert added == [1]
         assert other.status("b").total == 1
-
-
-def test_items_that_are_cancelled_or_deleted_in_dbos_end(postgres_scene: Any) -> None:
-    """Whatever is in their keys; those of another batch do not, nor does what has an outcome."""
-    keys = ["1", "a/2", "%_'\"\\", "ключ:🦦", "ended"]
-    rows = [Row(key, "{}", "") for key in keys]
-    with closing(Store(check_url(postgres_scene.url))) as store:
-        store.prepare()
-        for batch in ("b", "B/%"):
-            store.add(batch, rows)
-        store.finish("b", [Ending("ended", 1, "failed", "{}")])
-        client = DBOSClient(system_database_engine=store.engine, application_name=APPLICATION)
-        client.cancel_workflows([workflow_id("b", key, 1) for key in ("1", "a/2", "ended")])
-        client.delete_workflows([workflow_id("b", keys[2], 1), workflow_id("b", keys[3], 1)])
-        for batch in ("B/%", "b", "b"):
-            cancelled.end_cancelled(store, batch)
-        assert store.status("b").finished == 3
-        for batch in ("B/%", "b", "b"):
-            assert cancelled.end_deleted(store, batch) == ""
-        assert reports.kinds(store, "b", keys) == dict.fromkeys(keys, "failed")
-        assert store.status("b").finished == 5
-        assert store.status("B/%").finished == 0
-
-
-@pytest.mark.timeout(120)
-def test_many_items_that_were_cancelled_twice_end_soon(postgres_scene: Any) -> None:
-    """Though PostgreSQL still thinks that hardly any item is without an outcome."""
-    rows = [Row(f"{number}", "{}", "") for number in range(5000)]
-    with closing(Store(check_url(postgres_scene.url))) as store:
-        store.prepare()
-        client = DBOSClient(system_database_engine=store.engine, application_name=APPLICATION)
-        store.add("b", rows)
-        client.cancel_workflows([workflow_id("b", row.key, 1) for row in rows])
-        cancelled.end_cancelled(store, "b")
-        with store.engine.connect() as connection:
-            connection.execution_options(isolation_level="AUTOCOMMIT").execute(sa.text("ANALYZE"))
-        assert again.retry(store, "b", ["failed"]) == 5000
-        client.cancel_workflows([workflow_id("b", row.key, 2) for row in rows])
-        began = time.monotonic()
-        store.rows(cancelled._cancelled("postgresql", "b"))
-        assert time.monotonic() - began < 5
 
 
 def test_whether_every_item_has_an_outcome_is_seen_in_an_index(postgres_scene: Any) -> None:
