@@ -942,20 +942,20 @@ class FakeStore:
         """Return the executors of the running items."""
         return {"me", "other"}
 
-    def requeue(self, batch: str, executors: list[str], only: set[str] | None = None) -> None:
+    def claim_rescue(self, batch: str, dead: str, executor: str, within: float) -> bool:
+        """Let this worker put the items back."""
+        return True
+
+    def requeue(self, batch: str, workflows: set[str]) -> None:
         """Keep the call."""
-        self.requeued.append(executors if only is None else sorted(only))
+        self.requeued.append(sorted(workflows))
+
+    def remove_worker(self, executor: str) -> None:
+        """Keep the worker: the database may have more of its items."""
 
     def taken(self, batch: str, executor: str) -> set[str]:
-        """Return the workflows that the database says this worker has taken."""
-        return {"active", *self.idle}
-
-    def take_over(self, batch: str) -> None:
-        """Take over nothing."""
-
-    def rows(self, query: object, *, once: bool) -> list[Any]:
-        """Return no item that others cancelled."""
-        return []
+        """Return the workflows that the database says a worker has taken."""
+        return {"other"} if executor == "other" else {"active", *self.idle}
 
     def heartbeats(self) -> dict[str, Heartbeat]:
         """Return the heartbeats that the test has set."""
@@ -1086,7 +1086,7 @@ def test_workers_that_stood_still_together_are_not_dead(rounds: Rounds, where: s
     assert rounds.store.requeued == []
 
 
-@pytest.mark.parametrize("call", ["record_heartbeat", "running_executors", "take_over"])
+@pytest.mark.parametrize("call", ["record_heartbeat", "running_executors"])
 def test_a_dead_worker_is_noticed_although_the_database_is_slow(rounds: Rounds, call: str) -> None:
     """Whichever call takes long, whenever it is made."""
     rounds.run(12, {call: lambda _: 8.0})
@@ -1380,16 +1380,18 @@ def retries_after_a_disconnect(url: str) -> None:
     engine.dispose()
 
 
-def requeues_only_from_dead_workers(url: str) -> None:
-    """All in one statement; an item that a live worker has dequeued stays with that worker."""
+def puts_items_of_dead_workers_back(url: str) -> None:
+    """One worker puts the items of a dead one back; another one takes them from the queue."""
     with queue_of_one(url) as store:
         with launched(store, "dead"):
             wait_until(lambda: store.running_executors("b") == {"dead"})
         with launched(store, "live"):
-            store.requeue("b", ["dead"])
+            assert store.claim_rescue("b", "dead", "live", 60.0)
+            assert not store.claim_rescue("b", "dead", "other", 60.0)
+            assert store.claim_rescue("b", "dead", "other", 0.0)
+            store.requeue("b", store.taken("b", "dead"))
             wait_until(lambda: store.running_executors("b") == {"live"})
-            store.requeue("b", ["dead"])
-            assert store.running_executors("b") == {"live"}
+            assert store.taken("b", "dead") == set()
 
 
 def stops_dequeuing(url: str) -> None:
@@ -1408,7 +1410,7 @@ def stops_dequeuing(url: str) -> None:
         pytest.param(migrates, id="DBOS.migrate"),
         pytest.param(adds_no_handler, id="console handler only where there is none"),
         pytest.param(retries_after_a_disconnect, id="retries after connection_invalidated"),
-        pytest.param(requeues_only_from_dead_workers, id="the columns of workflow_status"),
+        pytest.param(puts_items_of_dead_workers_back, id="resume_workflows"),
         pytest.param(stops_dequeuing, id="background_thread_stop_events and queue-worker-NAME"),
     ],
 )

@@ -316,8 +316,6 @@ async def test_what_a_dead_worker_left_is_resolved_before_it_is_restarted(
     assert len(world.sim.runs) == 1
 
 
-
-
 async def test_deleting_a_batch_deletes_its_callbacks(world: World) -> None:
     """Those that came for items that were never unknown, too."""
     await lose_one(world)

@@ -721,7 +721,7 @@ async def test_an_item_that_a_worker_is_given_again_while_it_runs_is_started_onc
     await until(lambda: held.asked == 1)
     with closing(Store(check_url(url))) as store:
         (executor,) = store.running_executors("night")
-        store.requeue("night", [executor])
+        store.requeue("night", store.taken("night", executor))
         await until(lambda: store.running_executors("night") == {executor})
     sim.inject(Fault.delay(0.5))
     held.release.set()

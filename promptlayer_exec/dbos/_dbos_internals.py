@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import psycopg
 import sqlalchemy as sa
@@ -53,39 +52,6 @@ def mark_lost_connections(engine: sa.Engine) -> None:
         is_lost = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
         if is_lost or isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
             context.is_disconnect = True
-
-
-def requeue(
-    connection: sa.Connection,
-    queue: str,
-    executors: Sequence[str],
-    version: str,
-    only: Collection[str] | None,
-) -> int:
-    """Put the items of some workers (their DBOS executors) back into their queue, all at once.
-
-    `only`: the workflows to put back, whatever queue they were taken from. None: all that the
-    workers took from `queue`. Returns how many there were. Writes to `workflow_status`, whose
-    columns are documented. The documented `resume_workflows` would take an item from the live
-    worker that dequeued it meanwhile, and `DBOS._recover_pending_workflows` makes several round
-    trips for each item.
-    """
-    table = WORKFLOWS[connection.dialect.name]
-    taken = [table.c.status == "PENDING", table.c.executor_id.in_(executors)]
-    which = table.c.queue_name == queue if only is None else table.c.workflow_uuid.in_(only)
-    update = (
-        sa.update(table)
-        .where(which, *taken)
-        .values(
-            status="ENQUEUED",
-            queue_name=queue,
-            owner_xid=None,
-            started_at_epoch_ms=None,
-            application_version=version,
-            updated_at=int(time.time() * 1000),
-        )
-    )
-    return connection.execute(update).rowcount
 
 
 def running_executors(connection: sa.Connection, queue: str) -> set[str]:

@@ -107,8 +107,10 @@ class Liveness:
         passed = min(now - self._seen_at, HEARTBEAT_INTERVAL + _SLOW)
         self._seen_at = now
         dead = [each for each in others if self._is_dead(each, heartbeats.get(each), passed)]
-        if dead:
-            self._store.requeue(self._batch, dead)
+        for each in dead:
+            if self._store.claim_rescue(self._batch, each, self._executor, DEAD_AFTER):
+                self._store.requeue(self._batch, self._store.taken(self._batch, each))
+                self._store.remove_worker(each)
 
     def _put_back_what_was_lost(self) -> None:
         """Put the items back into the queue that this worker has taken, and does not know of."""
@@ -117,7 +119,7 @@ class Liveness:
         if lost := idle & self._idle:
             text = "batch %r: items that were taken from the queue and not run are put back: %d"
             logger.warning(text, self._batch, len(lost))
-            self._store.requeue(self._batch, [self._executor], lost)
+            self._store.requeue(self._batch, lost)
         self._idle = idle - lost
 
     def _is_dead(self, other: str, heartbeat: Heartbeat | None, passed: float) -> bool:

@@ -25,7 +25,6 @@ from dbos import DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
 from promptlayer_exec import ConfigurationError
 from promptlayer_exec.dbos._database import Database
 from promptlayer_exec.dbos._dbos_internals import (
-    requeue,
     running_executors,
     taken,
 )
@@ -61,6 +60,10 @@ T = TypeVar("T")
 _QUEUE_INTERVAL = 0.2
 _DELETED_AT_ONCE = 500
 _item = _items.c
+
+
+# The process of a worker about which nothing is known.
+NOWHERE = "[null, null, 0, null]"
 
 
 class Heartbeat(NamedTuple):
@@ -413,18 +416,36 @@ class Store(Database):
         query = partial(running_executors, queue=queue_name(batch))
         return self.transact(query, once=True)
 
-    def requeue(
-        self,
-        batch: str,
-        executors: Sequence[str],
-        only: Collection[str] | None = None,
-        *,
-        once: bool = True,
-    ) -> None:
-        """Put the items of some workers, or `only` these, back into their batch's queue."""
-        queue = queue_name(batch)
-        update = partial(requeue, queue=queue, executors=executors, version=VERSION, only=only)
-        self.transact(update, once=once)
+    def claim_rescue(self, batch: str, dead: str, executor: str, within: float) -> bool:
+        """Return True if this worker may put the items of a dead one back into the queue.
+
+        Only one may: DBOS would take an item from a live worker that has dequeued it meanwhile. A
+        claim expires after so many seconds, as its worker may die, too. Without retrying.
+        """
+        row = {"executor": dead, "beat": 0, "process": NOWHERE, "batch": batch}
+        insert = self.insert(_workers).values(row).on_conflict_do_nothing()
+        is_free = sa.or_(
+            _workers.c.rescuer.is_(None),
+            _workers.c.rescuer == executor,
+            _workers.c.rescued_at < self._now - within,
+        )
+        claim = (
+            sa.update(_workers)
+            .where(_workers.c.executor == dead, is_free)
+            .values(rescuer=executor, rescued_at=self._now)
+        )
+
+        def work(connection: sa.Connection) -> bool:
+            connection.execute(insert)
+            return connection.execute(claim).rowcount > 0
+
+        return self.transact(work, once=True)
+
+    def requeue(self, batch: str, workflows: Collection[str]) -> None:
+        """Put items back into their batch's queue, by their workflows, without retrying."""
+        resume = partial(self._client.resume_workflows, [*workflows], queue_name=queue_name(batch))
+        if workflows:
+            self.retry(resume, once=True)
 
     def taken(self, batch: str, executor: str) -> set[str]:
         """Return the workflows of the items that a worker has taken, without retrying."""

@@ -59,6 +59,9 @@ workers = sa.Table(
     sa.Column("beat", sa.BigInteger, nullable=False),
     sa.Column("process", sa.Text, nullable=False),
     sa.Column("seen_at", sa.Double),
+    # Who puts the items of this worker back, if it is dead, and since when.
+    sa.Column("rescuer", sa.Text),
+    sa.Column("rescued_at", sa.Double),
     sa.Column("batch", sa.Text),
 )
 # By the token of its start, which is the intent of an item.
