@@ -10,7 +10,6 @@ import os
 import pty
 import re
 import signal
-import sqlite3
 import subprocess
 import sys
 import termios
@@ -19,7 +18,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +28,7 @@ import pytest
 import promptlayer_exec
 from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli import _batch as commands
+from promptlayer_exec.cli import _batch_operate as operate
 from promptlayer_exec.cli import _batch_results as batch_results
 from promptlayer_exec.cli import _display as shown
 from promptlayer_exec.cli import _text as text
@@ -40,6 +41,7 @@ from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._location import database_url
+from promptlayer_exec.dbos._reports import Attempt, StoredItem
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 PROGRAM = [sys.executable, "-W", "error", "-m", "promptlayer_exec", "batch"]
@@ -154,7 +156,7 @@ def test_a_batch_is_run_and_its_results_are_written(
     sim.inject(on("GET", "/workflows/none", Fault.status(403)))
     code, out, err = run(*command)
     assert (code, out) == (1, "")
-    unchecked, first, second, third, *others = err.splitlines()
+    unchecked, first, second, third, *others, hint = err.splitlines()
     assert unchecked.startswith("inputs are not checked: workflow 'none': the server answered 403")
     sim.clear_faults()
     assert first == "batch night: 3 items"
@@ -166,6 +168,8 @@ def test_a_batch_is_run_and_its_results_are_written(
         "  1 ExecutionFailed",
         "  1 NotFound",
     ]
+    assert hint.startswith("failed: `batch retry --failed` starts those again whose run failed or")
+    assert "; `batch recheck` asks again how runs ended, and starts nothing" in hint
     lines = {line["key"]: line for line in results(tmp_path / "out.jsonl")}
     assert [list(line) for line in lines.values()] == [FIELDS] * 3
     (digest,) = lines.keys() - {"b", "c"}
@@ -185,7 +189,7 @@ def test_a_batch_is_run_and_its_results_are_written(
     assert len(sim.runs) == 2
     code, out, err = run("work")
     assert (code, out) == (1, "")
-    assert err.startswith("batch night: 3 items: 1 succeeded, 2 failed, 0 unknown, in ")
+    assert "\nbatch night: 3 items: 1 succeeded, 2 failed, 0 unknown, in " in err
 
 
 def test_a_killed_run_is_continued(sim: Simulator, start: Start, run: Run, tmp_path: Path) -> None:
@@ -229,7 +233,14 @@ def test_an_interrupted_run_says_how_to_continue(
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130
-    assert err.endswith("interrupted; no item is lost: run the same command again to continue\n")
+    assert err.endswith(
+        "interrupted; no item is lost: run the same command again to continue;"
+        " `batch status` shows how far it is\n"
+    )
+    assert run("status")[2] == (
+        "nobody works on the items that wait or are running: `batch work`, or the same `batch run`"
+        " again, goes on\n"
+    )
     sim.finish(sim.runs[0].execution_id, "Answer")
     code, out, _ = run(*command)
     assert (code, json.loads(out)["output"], len(sim.runs)) == (0, 1, 1)
@@ -242,6 +253,7 @@ def test_an_interrupted_run_says_how_to_continue(
         "failed": 0,
         "unknown": 0,
         "total": 1,
+        "workers": 0,
     }
 
 
@@ -261,7 +273,7 @@ def test_invalid_lines_are_reported_with_their_numbers(run: Run, tmp_path: Path)
         '{"metadata": {"a": 1}}': '"metadata" must be an object of strings',
         '{"label": "a", "version": 1}': 'use "label" or "version", not both',
         '{"key": ""}': '"key" must not be empty',
-        '{"workflow": ""}': '"workflow" is missing, and --workflow is not given',
+        '{"workflow": ""}': 'no workflow: give --workflow NAME, or a "workflow" in the line',
     }
     file = write(tmp_path / "bad.jsonl", *bad, '{"key": "x"}', '{"key": "x"}', "[" * 100_000)
     code, out, err = run("run", file, "--workflow", "w")
@@ -272,10 +284,25 @@ def test_invalid_lines_are_reported_with_their_numbers(run: Run, tmp_path: Path)
     assert lines[15].startswith("line 17: cannot be read: ")
     assert lines[16].endswith("bad.jsonl has 16 invalid lines; nothing was added")
     assert not list(tmp_path.rglob("*.sqlite"))
-    (tmp_path / "latin").write_bytes(b'\xff{"key": "a"}\n' * 30)
+    (tmp_path / "latin").write_bytes(b"".join(b" " * n + b"\xff\n" for n in range(30)))
     _, _, err = run("run", "latin", "--workflow", "w")
     assert "line 1: not UTF-8 text: byte 1 is invalid" in err
-    assert "has 30 invalid lines, 20 of them shown; nothing was added" in err
+    assert "has 30 invalid lines (10 more mistakes are not shown); nothing was added" in err
+
+
+def test_a_mistake_in_the_options_is_one_line(run: Run, tmp_path: Path) -> None:
+    """Whether --workflow is missing, or names none that exists; no file for results is made."""
+    file = write(tmp_path / "night.jsonl", *({"inputs": {"n": n}} for n in range(30)))
+    hint = 'give --workflow NAME, or a "workflow" in the line; nothing was added'
+    lines = "night.jsonl, lines 1, 2, 3 and 27 more: "
+    command = ("run", "night.jsonl", "--out", "out.jsonl")
+    assert run(*command) == (2, "", f"{lines}no workflow: {hint}\n")
+    code, _, err = run(*command, "--workflow", "pear")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"{lines}there is no workflow 'pear'; `promptlayer-exec workflows` lists")
+    assert not (tmp_path / "out.jsonl").exists()
+    assert run("run", file, "--workflow", "echo", "--out", "out.jsonl")[0] == 0
+    assert len(results(tmp_path / "out.jsonl")) == 30
 
 
 def test_lines_that_cannot_run_are_reported_before_anything_is_added(
@@ -302,7 +329,7 @@ def test_lines_that_cannot_run_are_reported_before_anything_is_added(
     )
     hint = "; `promptlayer-exec workflows` lists names and labels"
     assert err.splitlines() == [
-        *(f"line {number}: {misspelt}" for number in (2, 3, 4)),
+        f"lines 2, 3, 4: {misspelt}",
         f"line 5: there is no workflow 'pair' with the label 'live'{hint}",
         f"line 6: there is no workflow 'pear'{hint}",
         f"line 7: there is no workflow 'pear' with a version 3{hint}",
@@ -315,6 +342,28 @@ def test_lines_that_cannot_run_are_reported_before_anything_is_added(
     sim.add_version("pair", scenario, inputs={"name": "string"})
     code, _, err = run("run", file, "--workflow", "pair", "--out", "out.jsonl")
     assert (code, err.splitlines()[0]) == (0, "batch night: 1 item, 1 already known")
+
+
+def test_a_file_that_is_refused_leaves_the_results_alone(run: Run, tmp_path: Path) -> None:
+    """It makes no file for them, and changes none, not even a last line that a crash cut off."""
+    item = {"key": "a", "workflow": "echo", "inputs": {"n": 1}}
+    file = write(tmp_path / "night", item)
+    assert run("run", file, "--out", "out.jsonl")[0] == 0
+    with (tmp_path / "out.jsonl").open("a") as torn:
+        torn.write('{"key": "b')
+    before = (tmp_path / "out.jsonl").read_bytes()
+    other_server = ("--base-url", "http://127.0.0.1:9")
+    for inputs, options, why in (
+        ({"n": 1}, other_server, "was begun at"),
+        ({"n": 2}, (), "stands for another request"),
+    ):
+        write(file, item | {"inputs": inputs})
+        for name in ("out.jsonl", "new.jsonl", "new.csv"):
+            code, _, err = run("run", file, "--out", name, *options)
+            assert code == 2
+            assert why in err
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert not list(tmp_path.glob("new*"))
 
 
 @pytest.mark.parametrize(
@@ -340,7 +389,7 @@ def test_lines_that_cannot_run_are_reported_before_anything_is_added(
         (("run", "long"), "item key must be 1 to 1000 bytes of text"),
         (("run", "good", "--rate", "inf"), "must be a number greater than 0"),
         (("run", "good", "--rate", "0"), "must be a number greater than 0"),
-        (("status",), "there is no database sqlite:///"),
+        (("status",), "there is no batch, because there is no database sqlite:///"),
         (("status", "--name", "none", "--db", "sqlite:///empty"), "there is no batch 'none'"),
     ],
 )
@@ -393,13 +442,16 @@ def test_unknown_items_are_restarted_on_request(
 
 
 def test_a_run_with_nothing_to_do_says_so(run: Run, tmp_path: Path) -> None:
-    """A new file under the same name is refused."""
+    """So does `work`. A new file under the same name is refused."""
     file = write(tmp_path / "night", {"key": "1", "workflow": "echo", "inputs": {"n": 1}})
     assert "another --name" not in run("run", file)[2]
     code, out, err = run("run", file)
     assert code == 0
     assert json.loads(out)["output"] == 1
-    assert "all of them have already finished: to run them again, use another --name\n" in err
+    ended = "all items of batch night have already ended, and none is started again:"
+    hint = f"{ended} for a new night, use `batch run` with another --name\n"
+    assert hint in err
+    assert run("work")[2].startswith(hint)
     write(tmp_path / "night", {"key": "1", "workflow": "echo", "inputs": {"n": 2}})
     code, out, err = run("run", file)
     assert (code, out) == (2, "")
@@ -445,7 +497,7 @@ def test_a_refused_key_is_exit_code_4(
     code, _, err = run("run", file)
     assert code == 4
     assert "Check PROMPTLAYER_API_KEY; no item is lost" in err
-    assert err.endswith("; no item is lost: run the same command again to continue\n")
+    assert "; no item is lost: run the same command again to continue; `batch status` shows" in err
     monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
     assert run("run", file, "--base-url", "http://127.0.0.1:9", "--outage", "0.01")[0] == 4
     assert run("run", file)[0] == 0
@@ -499,7 +551,8 @@ def test_a_failing_result_file_is_reported(
     assert code == 2
     assert err.endswith(
         "cannot write to out: No space left on device;"
-        " no item is lost: run the same command again to continue\n"
+        " no item is lost: run the same command again to continue;"
+        " `batch status` shows how far it is\n"
     )
 
 
@@ -530,9 +583,7 @@ def test_a_run_goes_on_while_its_output_is_not_read(
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(TIMEOUT) == 130
-    assert process.stderr.read().endswith(
-        "interrupted; no item is lost: run the same command again to continue\n"
-    )
+    assert "interrupted; no item is lost: run the same command again" in process.stderr.read()
     code, out, _ = run("run", file)
     assert code == 0
     assert {json.loads(line)["key"] for line in out.splitlines()} == {"held", "long"}
@@ -557,17 +608,21 @@ def test_without_the_extra_the_error_says_what_to_install(
 def test_progress_has_the_rate_and_the_remaining_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without a terminal it is a line every ten seconds; the rate is that of 30 seconds."""
+    """Without a terminal it is a line every ten seconds, also if nothing changes.
+
+    The rate is that of 30 seconds.
+    """
     now = 100.0
     monkeypatch.setattr(shown.time, "monotonic", lambda: now)
     progress = shown.BatchProgress()
     with progress.shown():
-        for seconds, done in ((0.0, 3), (5.0, 50), (10.0, 103)):
+        for seconds, done in ((0.0, 3), (5.0, 50), (10.0, 103), (19.0, 103), (19.7, 103)):
             now = 100.0 + seconds
             progress.show(BatchStatus(393 - done, 7, done - 3, 2, 1, 400))
         logging.getLogger("promptlayer_exec").warning("problem")
     assert capsys.readouterr().err.splitlines() == [
         "103/400 done, 7 running, 2 failed, 1 unknown, 10.0/s, 29.7 s left",
+        "103/400 done, 7 running, 2 failed, 1 unknown, 5.1/s, 58.5 s left",
         "problem",
     ]
 
@@ -589,7 +644,7 @@ def test_progress_and_warnings_do_not_wait_for_their_reader(
 def test_the_same_batch_is_found_from_every_directory(
     sim: Simulator, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The default database is the user's own; that of version 0.1 is not passed over in silence."""
+    """The default database is the user's own."""
     file = write(tmp_path / "night.jsonl", {"workflow": "echo", "inputs": {"n": 1}})
     assert run("run", file)[0] == 0
     (tmp_path / "elsewhere").mkdir()
@@ -597,15 +652,6 @@ def test_the_same_batch_is_found_from_every_directory(
     assert "1 already known" in run("run", file)[2]
     assert len(sim.runs) == 1
     assert (tmp_path / "state/promptlayer-exec").stat().st_mode & 0o777 == 0o700
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "other state"))
-    (tmp_path / "elsewhere/promptlayer-batches.sqlite").touch()
-    code, _, err = run("run", file)
-    assert code == 2
-    assert (
-        "to continue with the old database, set PROMPTLAYER_EXEC_DB=sqlite:///prompt"
-        in err.lower().replace("promptlayer_exec_db", "PROMPTLAYER_EXEC_DB")
-    )
-    assert len(sim.runs) == 1
 
 
 def test_results_that_the_database_does_not_know_are_not_run_again(
@@ -647,34 +693,6 @@ def test_results_of_refused_starts_do_not_stop_another_batch(
         sim.clear_faults()
         assert run(*command, "--name", f"second {code}")[0] == code
         (tmp_path / name).unlink()
-
-
-def test_a_batch_of_numbered_lines_is_continued(sim: Simulator, run: Run, tmp_path: Path) -> None:
-    """In version 0.1, a line without a key had its number as the key."""
-    file = write(tmp_path / "night.jsonl", {"key": "1", "workflow": "echo", "inputs": {"n": 1}})
-    assert run("run", file)[0] == 0
-    database_file = tmp_path / "state/promptlayer-exec/batches.sqlite"
-    with closing(sqlite3.connect(database_file)) as database, database:
-        database.execute("UPDATE promptlayer_item SET digest = NULL")
-    write(file, *({"workflow": "echo", "inputs": {"n": n}} for n in (1, 2)))
-    code, out, _ = run("run", file)
-    assert code == 0
-    assert sorted(json.loads(line)["key"] for line in out.splitlines()) == ["1", "2"]
-    assert len(sim.runs) == 2
-
-
-def test_a_key_that_is_a_number_does_not_make_numbers_the_keys(
-    sim: Simulator, run: Run, tmp_path: Path
-) -> None:
-    """The same command again runs nothing, also if the line with that key is gone."""
-    lines = [{"workflow": "echo", "inputs": {"n": n}} for n in range(4)]
-    file = write(tmp_path / "night.jsonl", {"key": "2", **lines[0]}, *lines[1:])
-    assert run("run", file)[0] == 0
-    assert run("run", file)[0] == 0
-    new = {"workflow": "echo", "inputs": {"n": 9}}
-    write(file, {"key": "x", **new}, new, *lines[1:])
-    assert run("run", file)[0] == 0
-    assert len(sim.runs) == 6
 
 
 def test_items_of_a_csv_file_are_run(sim: Simulator, run: Run, tmp_path: Path) -> None:
@@ -728,12 +746,14 @@ def test_settings_belong_to_the_batch(run: Run, tmp_path: Path) -> None:
     assert err.startswith("in sqlite:////")
     heading, line = out.splitlines()
     assert heading.split()[:3] == ["batch", "created", "items"]
+    assert heading.split()[-2:] == ["max-in-flight", "rate"]
+    assert "max-in-flight  the setting: how many run at most" in run("list", "--help")[1]
     assert line.split()[0] == "night"
     assert line.split()[-2:] == ["7", "50"]
 
 
 def test_an_item_can_be_looked_at(sim: Simulator, run: Run, tmp_path: Path) -> None:
-    """Its request, its attempts and how it ended, for people and for programs."""
+    """Its request, and what happened to it in the order of time, for people and for programs."""
     items = [{"key": key, "workflow": "echo", "inputs": {"n": key}} for key in ("a", "bad")]
     assert run("run", write(tmp_path / "night.jsonl", *items))[0] == 1
     code, out, _ = run("show", "a")
@@ -743,9 +763,14 @@ def test_an_item_can_be_looked_at(sim: Simulator, run: Run, tmp_path: Path) -> N
     assert "  workflow: echo" in lines
     assert '  inputs: {"n": "a"}' in lines
     assert '  output: "a"' in lines
-    assert any(line.startswith("  attempt 1: added 20") for line in lines)
-    (started,) = [line for line in lines if line.startswith("  started: ")]
-    assert int(started.rpartition(" execution ")[2]) in sim.executions
+    (execution_id,) = (run.execution_id for run in sim.runs if run.inputs["n"] == "a")
+    events = [line.split("Z  ") for line in lines if line.startswith("  20")]
+    assert [what.partition(" by ")[0] for _, what in events] == [
+        "attempt 1 added",
+        "attempt 1 taken",
+        f"execution {execution_id} started",
+        "succeeded",
+    ]
     shown = json.loads(run("show", "bad", "--json")[1])
     assert shown["outcome"]["error"]["type"] == "ExecutionFailed"
     assert [attempt["state"] for attempt in shown["attempts"]] == ["ended"]
@@ -769,8 +794,55 @@ def test_failed_and_unknown_items_are_started_again_on_request(
     assert run(*command)[0] == 0
     assert [line["succeeded"] for line in results(tmp_path / "out.jsonl")] == [False, True]
     assert run("recheck")[2] == "batch night: 0 items will be followed again\n"
-    code, out, _ = run("show", "a")
-    assert sum(line.startswith("  attempt ") for line in out.splitlines()) == 2
+    assert run("show", "a")[1].count(" added\n") == 2
+
+
+def test_a_run_that_is_followed_again_began_before_that() -> None:
+    """`show` has the start of the run, then the attempt that followed it, and its end at last."""
+    day = datetime(2026, 5, 1, tzinfo=UTC)
+    times = [day.replace(hour=hour) for hour in range(6)]
+    attempts = (
+        Attempt(1, times[0], times[1], "one", "ended"),
+        Attempt(2, times[3], times[4], "two", "ended"),
+    )
+    outcome = StoredOutcome("a", 7, True, 0.9, None, times[2], times[5])
+    lines = operate._item_lines("night", StoredItem("a", {}, attempts, outcome))
+    assert lines == [
+        "item a of batch night: succeeded",
+        "  2026-05-01 00:00:00Z  attempt 1 added",
+        "  2026-05-01 01:00:00Z  attempt 1 taken by one",
+        "  2026-05-01 02:00:00Z  execution 7 started",
+        "  2026-05-01 03:00:00Z  attempt 2 added",
+        "  2026-05-01 04:00:00Z  attempt 2 taken by two",
+        "  2026-05-01 05:00:00Z  succeeded",
+        "  output: 0.9",
+    ]
+
+
+def test_what_did_not_succeed_has_a_command_that_goes_on(
+    sim: Simulator, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its options are those that were given, and --name where there are several batches."""
+    file = write(tmp_path / "my night", {"workflow": "echo", "inputs": {"n": "bad"}})
+    hint = "failed: `batch retry --failed{} starts those again whose run failed or did not start"
+    assert run("run", file)[2].splitlines()[-1] == hint.format("`")
+    _, out, err = run("status")
+    assert out == "batch my night: 1 item: 0 succeeded, 1 failed, 0 unknown\n"
+    also = "; `batch recheck{} asks again how runs ended, and starts nothing\n"
+    assert err == (hint + also).format("`", "`")
+    assert run("status", "--json")[2] == ""
+    named = " --name 'my night'`"
+    assert run("work", "--name", "my night")[2].splitlines()[-1] == hint.format(named)
+    sim.inject(on("POST", "/", Fault.disconnect()))
+    err = run("run", file, "--name", "two")[2]
+    assert err.splitlines()[-1].endswith("with `batch retry --unknown --name two`, or leave them")
+    assert hint.format(named) in run("status")[2]
+    sim.clear_faults()
+    other = "sqlite:///other.sqlite"
+    given = f" --db {other}`"
+    assert run("run", file, "--db", other)[2].splitlines()[-1] == hint.format(given)
+    monkeypatch.setenv("PROMPTLAYER_EXEC_DB", other)
+    assert run("run", file)[2].splitlines()[-1] == hint.format("`")
 
 
 def test_a_batch_can_be_deleted(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -798,12 +870,16 @@ def test_a_batch_can_be_deleted(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
     assert err == "a worker works on batch 'night': stop it first; nothing was deleted\n"
     code, _, err = run("delete")
     assert code == 2
-    assert err.startswith("to delete night: 1 item: ")
+    what = "batch night with 1 item (1 succeeded) and its results"
+    assert err == f"to delete {what}, give --yes\n"
     monkeypatch.setattr(liveness, "DEAD_AFTER", 0.1)
     assert run("delete", "--yes") == (0, "", "deleted batch night with 1 item\n")
     assert store.heartbeats() == {}
     store.close()
-    assert run("status") == (0, "", "")
+    for command in ("status", "list"):
+        code, out, err = run(command)
+        assert (code, out) == (0, "")
+        assert err.startswith("there is no batch in sqlite:////")
 
 
 @pytest.mark.parametrize(
@@ -811,7 +887,7 @@ def test_a_batch_can_be_deleted(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
     [
         (b"n\n", (1, "nothing was deleted")),
         (b"\x04", (130, "interrupted; nothing was deleted")),
-        (b"y\n", (0, "deleted batch night with 1 item")),
+        (b"y\n", (0, "deleted batch night with 3 items")),
     ],
     ids=["no", "end", "yes"],
 )
@@ -823,15 +899,16 @@ def test_deleting_is_asked_about_on_a_terminal(
     ends_with: tuple[int, str],
 ) -> None:
     """What is typed there decides; the end of the input is no answer."""
-    file = write(tmp_path / "night.jsonl", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
-    assert run("run", file)[0] == 0
+    items = [{"key": key, "workflow": "echo", "inputs": {"n": key}} for key in ("a", "b", "bad")]
+    assert run("run", write(tmp_path / "night.jsonl", *items))[0] == 1
     leader, follower = pty.openpty()
     with os.fdopen(leader, "wb", 0) as keyboard, os.fdopen(follower) as terminal:
         monkeypatch.setattr(sys, "stdin", terminal)
         keyboard.write(typed)
         code, _, err = run("delete")
     question, _, rest = err.partition(" [y/N]:")
-    assert question == "delete night: 1 item: 1 succeeded, 0 failed, 0 unknown?"
+    what = "batch night with 3 items (2 succeeded, 1 failed) and their results"
+    assert question == f"Delete {what}?"
     assert (code, rest.strip()) == ends_with
 
 

@@ -24,7 +24,9 @@ from promptlayer_exec.cli._batch_options import (
     SameServer,
     Settings,
     StopAfterFailures,
+    command_options,
     name_option,
+    names,
     shown_database,
     wait_for_batch,
     working_batch,
@@ -40,6 +42,7 @@ from promptlayer_exec.cli._display import (
     BatchProgress,
     duration_lines,
     failure_lines,
+    hint_lines,
     item_count,
     status_line,
 )
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
 
 _REFRESH_INTERVAL = 0.25
 _KEYS_AT_ONCE = 500
+_KNOWN_ENDS = ("ExecutionFailed", "StartUnknown")  # or a hint of its own
 _NOTE = "no item is lost: run the same command again to continue"
 
 batch_app = typer.Typer(
@@ -144,26 +148,21 @@ def _run(
             batch = await working_batch(batch_name, settings, base_url, outage, push=not no_push)
             shown = f"batch '{printable(batch_name)}' in {shown_database(database)}"
             await _refuse_foreign_results(batch, shown, result_file)
-            # Version 0.1 took the number of the line, and its batches have to be continued.
-            first = items.first_without_key
-            items.is_numbered = first is not None and await batch.has_old_item(str(first))
             await _check_inputs(batch, items, base_url, outage)
             progress = BatchProgress(transient=True)
             with progress.shown():
                 new = await _add(batch, items, progress)
-            subject.note = _NOTE
+            options = command_options(name, batch_name, await names(database), database)
+            subject.note = _note(options)
             known = f", {items.count - new} already known" if new < items.count else ""
             err(f"batch {printable(batch_name)}: {item_count(items.count)}{known}")
-            status = await batch.status()
-            restarted = status.unknown if restart_unknown else 0
-            if status.finished - restarted == status.total:
-                err("all of them have already finished: to run them again, use another --name")
+            await _say_if_ended(batch_name, batch, restarts=restart_unknown)
             if isinstance(result_file, TableFile):
-                code = await _work_on(batch_name, batch, stop_after_failures)
+                code = await _work_on(batch_name, batch, options, stop_after_failures)
                 await write_results(batch, result_file, until_done=False)
                 return code
             lines = write_results(batch, result_file, until_done=True)
-            return await _work_on(batch_name, batch, stop_after_failures, lines)
+            return await _work_on(batch_name, batch, options, stop_after_failures, lines)
 
     raise typer.Exit(run_command(work(), subject))
 
@@ -196,9 +195,11 @@ def _work(
 
     async def work() -> ExitCode:
         chosen = await wait_for_batch(name, database)
-        subject.note = _NOTE
+        options = command_options(name, chosen, await names(database), database)
+        subject.note = _note(options)
         batch = await working_batch(chosen, settings, base_url, outage, push=not no_push)
-        return await _work_on(chosen, batch, stop_after_failures)
+        await _say_if_ended(chosen, batch, restarts=restart_unknown)
+        return await _work_on(chosen, batch, options, stop_after_failures)
 
     raise typer.Exit(run_command(work(), subject))
 
@@ -264,8 +265,25 @@ async def _add(batch: Batch, items: ItemFile, progress: BatchProgress) -> int:
         await asyncio.wait([adding])
 
 
+def _note(options: str) -> str:
+    return f"{_NOTE}; `batch status{options}` shows how far it is"
+
+
+async def _say_if_ended(name: str, batch: Batch, *, restarts: bool) -> None:
+    status = await batch.status()
+    if status.finished - (status.unknown if restarts else 0) == status.total:
+        err(
+            f"all items of batch {printable(name)} have already ended, and none is started again:"
+            " for a new night, use `batch run` with another --name"
+        )
+
+
 async def _work_on(
-    name: str, batch: Batch, stop_after: int | None, *others: Coroutine[Any, Any, None]
+    name: str,
+    batch: Batch,
+    options: str,
+    stop_after: int | None,
+    *others: Coroutine[Any, Any, None],
 ) -> ExitCode:
     progress = BatchProgress()
     began = time.monotonic()
@@ -290,16 +308,14 @@ async def _work_on(
                 raise result
         status = await batch.status()
         progress.show(status)
-    lines = duration_lines(await batch.durations()) + failure_lines(await batch.failures())
+    failures = await batch.failures()
+    has_open_ends = any(failure.type not in _KNOWN_ENDS for failure in failures)
+    lines = duration_lines(await batch.durations()) + failure_lines(failures)
+    lines += hint_lines(status, options, has_open_ends=has_open_ends)
     took = duration(time.monotonic() - began)
     err(f"{status_line(name, status)}, in {took}")
     for line in lines:
         err(line)
-    if status.unknown:
-        err(
-            "unknown: these runs may have started and be billed: look in PromptLayer, then start"
-            " them again with `batch retry --unknown`, or leave them"
-        )
     if code is not None:
         return code
     return ExitCode.SUCCEEDED if status.succeeded == status.total else ExitCode.FAILED

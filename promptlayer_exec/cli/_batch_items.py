@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,7 +20,8 @@ if TYPE_CHECKING:
 
 csv.field_size_limit(2**31 - 1)  # a cell can be as long as any input
 
-_MAX_SHOWN = 20
+_MAX_SHOWN = 20  # mistakes
+_MAX_NUMBERS = 3  # of lines with the same mistake
 _BOM = b"\xef\xbb\xbf"
 _FIELDS: dict[str, tuple[Any, str]] = {
     "key": (str, "a string"),
@@ -48,9 +48,6 @@ class ItemFile:
         self._path = path
         self._name = printable(str(path))
         self._workflow = workflow
-        # The number of the first line without a key, and whether the numbers of lines are the keys.
-        self.first_without_key: int | None = None
-        self.is_numbered = False
         # The numbers of the lines, by what is started and by the names of its inputs.
         self.starts: dict[Target, dict[tuple[str, ...], list[int]]] = {}
         if path.is_fifo() or path.is_char_device():
@@ -59,13 +56,11 @@ class ItemFile:
         first_lines: dict[str, int] = {}
         for number, line in self._lines():
             try:
-                request = self._request(number, line)
+                request = self._request(line)
             except Misuse as error:
                 problems[number] = str(error)
                 continue
             first = first_lines.setdefault(request.key, number)
-            if self.first_without_key is None and request.key == _digest(line):
-                self.first_without_key = number
             if first == number:
                 target = request.workflow, request.label, request.version
                 names = tuple(request.inputs)
@@ -81,23 +76,29 @@ class ItemFile:
         self.count = len(first_lines)
 
     def refuse(self, problems: Mapping[int, str]) -> None:
-        """Report what is wrong with lines, by their numbers, and raise `Misuse` if something is."""
-        for number, problem in islice(sorted(problems.items()), _MAX_SHOWN):
-            err(f"line {number}: {problem}")
-        if problems:
-            count = f"{len(problems)} invalid line{'s' * (len(problems) > 1)}"
-            shown = f", {_MAX_SHOWN} of them shown" if len(problems) > _MAX_SHOWN else ""
-            raise Misuse(f"{self._name} has {count}{shown}; nothing was added")
+        """Raise `Misuse` if something is wrong with lines, by their numbers: once for all alike."""
+        lines: dict[str, list[int]] = {}
+        for number, problem in sorted(problems.items()):
+            lines.setdefault(problem, []).append(number)
+        mistakes = [f"{_numbered(numbers)}: {problem}" for problem, numbers in lines.items()]
+        if len(mistakes) == 1:
+            raise Misuse(f"{self._name}, {mistakes[0]}; nothing was added")
+        for mistake in mistakes[:_MAX_SHOWN]:
+            err(mistake)
+        if mistakes:
+            hidden = len(mistakes) - _MAX_SHOWN
+            more = f" ({hidden} more mistakes are not shown)" if hidden > 0 else ""
+            raise Misuse(f"{self._name} has {len(problems)} invalid lines{more}; nothing was added")
 
     def keys(self, numbers: Container[int]) -> Iterator[tuple[int, str]]:
         """Yield the number and the key of those of the lines."""
         for number, line in self._lines():
             if number in numbers:
-                yield number, self._request(number, line).key
+                yield number, self._request(line).key
 
     def __iter__(self) -> Iterator[StartRequest]:
-        for number, line in self._lines():
-            yield self._request(number, line)
+        for _, line in self._lines():
+            yield self._request(line)
 
     def _lines(self) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
         """Yield the number and the text of each line, or the cells of each row by column."""
@@ -131,12 +132,18 @@ class ItemFile:
                     return
                 yield number, row
 
-    def _request(self, number: int, line: bytes | dict[str, Any]) -> StartRequest:
+    def _request(self, line: bytes | dict[str, Any]) -> StartRequest:
         """Return the item of a line; if it is not one, the message of the `Misuse` says why."""
         fields = _parse(line) if isinstance(line, bytes) else _named(line)
         if "key" not in fields:
-            fields["key"] = str(number) if self.is_numbered else _digest(line)
+            fields["key"] = _digest(line)
         return _checked({"workflow": self._workflow} | fields)
+
+
+def _numbered(numbers: list[int]) -> str:
+    more = f" and {len(numbers) - _MAX_NUMBERS} more" if len(numbers) > _MAX_NUMBERS else ""
+    shown = ", ".join(map(str, numbers[:_MAX_NUMBERS]))
+    return f"line{'s' * (len(numbers) > 1)} {shown}{more}"
 
 
 def _digest(line: bytes | dict[str, Any]) -> str:
@@ -190,7 +197,7 @@ def _checked(fields: dict[str, Any]) -> StartRequest:
         raise Misuse('use "label" or "version", not both')
     request = StartRequest(**fields)
     if request.workflow in (None, ""):
-        raise Misuse('"workflow" is missing, and --workflow is not given')
+        raise Misuse('no workflow: give --workflow NAME, or a "workflow" in the line')
     if not request.key:
         raise Misuse('"key" must not be empty')
     return request

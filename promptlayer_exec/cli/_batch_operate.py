@@ -6,6 +6,7 @@ import json
 import sys
 from contextlib import closing
 from datetime import datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,18 +22,19 @@ from promptlayer_exec.cli._batch_options import (
     SameServer,
     choose,
     chosen_batch,
+    command_options,
     name_option,
     names,
     shown_database,
     stored_batch,
 )
 from promptlayer_exec.cli._batch_results import open_results, write_results
-from promptlayer_exec.cli._display import item_count, status_line
+from promptlayer_exec.cli._display import hint_lines, item_count, status_line
 from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, run_command
 from promptlayer_exec.cli._text import err, in_options, out, preview, printable
 
 if TYPE_CHECKING:
-    from promptlayer_exec.dbos import StoredItem
+    from promptlayer_exec.dbos import BatchStatus, StoredItem
 
 
 def status(
@@ -45,17 +47,35 @@ def status(
 
     async def work() -> ExitCode:
         found = await names(database)
+        if name is None and not found:
+            err(f"there is no batch in {shown_database(database)}")
         for each in found if name is None else [choose(name, found)]:
             counts = await stored_batch(each, database).status()
             fields = {"batch": each} | attrs.asdict(counts)
             out(json.dumps(fields) if as_json else status_line(each, counts))
+            options = command_options(name, each, found, database)
+            for line in [] if as_json else hint_lines(counts, options):
+                err(line)
         return ExitCode.SUCCEEDED
 
     raise typer.Exit(run_command(work(), Subject()))
 
 
 def list_batches(database: Database = None, *, as_json: JsonLines = False) -> None:
-    """List the batches in a database, with their settings."""
+    """List the batches in a database, with their settings.
+
+    \b
+    The columns:
+      created        when the first item was added (UTC)
+      items          how many there are; the next columns say in which state
+      waiting        not begun yet
+      running        begun by a worker
+      succeeded      ended with an output
+      failed         ended with an error
+      unknown        it is not known whether a run was started
+      max-in-flight  the setting: how many run at most; -: 100
+      rate           the setting: how many requests per second at most; -: 100 for each worker
+    """  # noqa: D301 - \b is Typer's mark for preformatted text
 
     async def work() -> ExitCode:
         rows = []
@@ -63,6 +83,9 @@ def list_batches(database: Database = None, *, as_json: JsonLines = False) -> No
             batch = stored_batch(name, database)
             settings, counts = await batch.settings(), await batch.status()
             rows.append({"batch": name, **attrs.asdict(settings), **attrs.asdict(counts)})
+        if not rows:
+            err(f"there is no batch in {shown_database(database)}")
+            return ExitCode.SUCCEEDED
         if as_json:
             for row in rows:
                 out(json.dumps(row, default=datetime.isoformat))
@@ -74,9 +97,8 @@ def list_batches(database: Database = None, *, as_json: JsonLines = False) -> No
             table.add_column(heading, justify="left" if shown == "batch" else "right")
         for row in rows:
             table.add_row(*(_cell(row[shown]) for shown in _COLUMNS.values()))
-        if rows:
-            width = None if sys.stdout.isatty() else _WIDTH
-            Console(width=width, markup=False, highlight=False).print(table)
+        width = None if sys.stdout.isatty() else _WIDTH
+        Console(width=width, markup=False, highlight=False).print(table)
         return ExitCode.SUCCEEDED
 
     raise typer.Exit(run_command(work(), Subject()))
@@ -92,8 +114,8 @@ _COLUMNS = {
     "succeeded": "succeeded",
     "failed": "failed",
     "unknown": "unknown",
-    "in flight": "max_in_flight",
-    "per second": "rate",
+    "max-in-flight": "max_in_flight",
+    "rate": "rate",
 }
 
 
@@ -112,7 +134,7 @@ def show(
     *,
     as_json: JsonLines = False,
 ) -> None:
-    """Print one item: its request, its attempts, and how it ended."""
+    """Print one item: its request, and what happened to it, the last at the end (UTC)."""
 
     async def work() -> ExitCode:
         chosen, batch = await chosen_batch(name, database)
@@ -140,19 +162,22 @@ def _item_lines(batch: str, item: StoredItem) -> list[str]:
         if value is not None:
             shown = value if isinstance(value, str) else preview(value)
             lines.append(f"  {name}: {printable(shown)}")
+    events = []
     for attempt in item.attempts:
-        line = f"  attempt {attempt.number}: added {_time(attempt.added)}"
+        events.append((_time(attempt.added), f"attempt {attempt.number} added"))
         if attempt.taken is not None:
-            line += f", taken {_time(attempt.taken)} by {printable(attempt.worker or '')}"
-        lines.append(line)
-    if outcome is not None:
-        if outcome.started is not None:
-            lines.append(f"  started: {_time(outcome.started)}, execution {outcome.execution_id}")
-        lines.append(f"  finished: {_time(outcome.finished)}")
-        if outcome.error is not None:
-            lines.append(f"  {outcome.error.type}: {printable(in_options(outcome.error.message))}")
-        else:
-            lines.append(f"  output: {preview(outcome.output)}")
+            worker = printable(attempt.worker or "")
+            events.append((_time(attempt.taken), f"attempt {attempt.number} taken by {worker}"))
+    if outcome is not None and outcome.started is not None:
+        events.append((_time(outcome.started), f"execution {outcome.execution_id} started"))
+    events.sort(key=itemgetter(0))  # within a second, which is what DBOS stores, as they are
+    if outcome is not None:  # after all else, also if the clocks of machines differ
+        events.append((_time(outcome.finished), outcome.kind))
+    lines += [f"  {at}  {what}" for at, what in events]
+    if outcome is not None and outcome.error is not None:
+        lines.append(f"  {outcome.error.type}: {printable(in_options(outcome.error.message))}")
+    elif outcome is not None:
+        lines.append(f"  output: {preview(outcome.output)}")
     return lines
 
 
@@ -266,6 +291,14 @@ def delete(
     raise typer.Exit(run_command(work(), Subject()))
 
 
+def _deleted(name: str, status: BatchStatus) -> str:
+    kinds = ("waiting", "running", "succeeded", "failed", "unknown")
+    counts = ", ".join(f"{getattr(status, kind)} {kind}" for kind in kinds if getattr(status, kind))
+    shown = f" ({counts})" if counts else ""
+    whose = "its" if status.total == 1 else "their"
+    return f"batch {printable(name)} with {item_count(status.total)}{shown} and {whose} results"
+
+
 def _confirm_deleting(name: str | None, database: str | None) -> str:
     """Ask whether to delete a batch, and return its name; exit if the answer is no."""
     chosen = what = ""
@@ -273,15 +306,15 @@ def _confirm_deleting(name: str | None, database: str | None) -> str:
     async def describe() -> ExitCode:
         nonlocal chosen, what
         chosen, batch = await chosen_batch(name, database)
-        what = f"delete {status_line(chosen, await batch.status()).removeprefix('batch ')}"
+        what = _deleted(chosen, await batch.status())
         if not sys.stdin.isatty():
-            raise Misuse(f"to {what}, give --yes")
+            raise Misuse(f"to delete {what}, give --yes")
         return ExitCode.SUCCEEDED
 
     if code := run_command(describe(), Subject()):
         raise typer.Exit(code)
     try:  # not within `run_command`, whose handling of SIGINT waits for the answer
-        is_confirmed = typer.confirm(f"{what}?", err=True)
+        is_confirmed = typer.confirm(f"Delete {what}?", err=True)
     except typer.Abort:
         err("\ninterrupted; nothing was deleted")
         raise typer.Exit(ExitCode.INTERRUPTED) from None

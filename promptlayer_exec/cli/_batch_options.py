@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import shlex
 from contextlib import suppress
 from functools import partial
 from types import ModuleType
@@ -160,10 +162,26 @@ def shown_database(database: str | None) -> str:
     return printable(dbos().shown_database_url(database))
 
 
+def command_options(name: str | None, chosen: str, found: list[str], database: str | None) -> str:
+    """Return the options with which another command finds a batch, and which it needs for that.
+
+    `name` is the one that was given, and `found` are the batches in the database.
+    """
+    options = "" if name is None and len(found) == 1 else f" --name {_quoted(chosen)}"
+    if database and database != os.environ.get("PROMPTLAYER_EXEC_DB"):
+        options += f" --db {_quoted(shown_database(database))}"
+    return options
+
+
+def _quoted(text: str) -> str:
+    return shlex.quote(printable(text))
+
+
 async def names(database: str | None) -> list[str]:
     """Return the names of the batches in a database, which has to exist."""
     if not await _exists(database):
-        raise Misuse(f"there is no database {shown_database(database)}")
+        where = shown_database(database)
+        raise Misuse(f"there is no batch, because there is no database {where}")
     found: list[str] = await dbos().batch_names(database)
     return found
 

@@ -6,7 +6,7 @@ import csv
 import json
 import sys
 from collections.abc import AsyncIterable, Iterator
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -93,19 +93,22 @@ class LineFile:
         self._path = path
         self.name = printable(str(path))
         self._written: set[tuple[str, str]] = set()
+        self._is_unused = False
+        self._whole: int | None = 0  # how many bytes to keep when the first line is written
         try:
             if path.is_char_device():  # to read what it has would take for ever
                 raise Misuse(f"{self.name} is a device: name a file, or omit --out")
+            is_new = not path.exists()
             self._file = path.open("a+b")
         except OSError as error:
             raise _cannot_write(self.name, error) from error
         try:
             _lock(self._file, self.name)
-            end = 0
+            path.stat()  # a command that was refused may just have removed it
             for result, length in self._read(self._file):
                 self._written.add(result[:2])
-                end += length
-            self._file.truncate(end)  # without a last line that a crash cut off
+                self._whole += length
+            self._is_unused = is_new and not self._whole
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
@@ -146,6 +149,7 @@ class LineFile:
 
     async def write_all(self, outcomes: AsyncIterable[StoredOutcome]) -> None:
         """Write all results, each at once."""
+        self._is_unused = False
         async for outcome in outcomes:
             self.write(outcome)
 
@@ -154,13 +158,19 @@ class LineFile:
         if (outcome.key, outcome.finished.isoformat()) in self._written:
             return
         try:
+            if self._whole is not None:
+                self._file.truncate(self._whole)  # without a last line that a crash cut off
+                self._whole = None
             self._file.write(outcome.to_json().encode() + b"\n")
             self._file.flush()
         except OSError as error:
             raise _cannot_write(self.name, error) from error
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, and remove it if it was made for a command that was refused."""
+        if self._is_unused:
+            with suppress(OSError):  # Windows does not remove an open file
+                self._path.unlink()
         try:
             self._file.close()
         except OSError as error:  # a line that could not be written is tried once more

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 _BAR_WIDTH = 40
 _MAX_NAME_WIDTH = 24
 _RATE_WINDOW = 30.0
-_LINE_INTERVAL = 10.0
+_LINE_INTERVAL = 9.5  # looked at a few times a second: a line comes at least every ten seconds
 _OTHER_LINES = 4  # of a live display: its progress, an empty line, the header, and the cursor's
 
 
@@ -298,6 +298,32 @@ def duration_lines(durations: Durations | None) -> list[str]:
         return []
     median, p95, longest = map(duration, attrs.astuple(durations))
     return [f"  a run took {median} (median); 95 % took at most {p95}, the longest {longest}"]
+
+
+def hint_lines(status: BatchStatus, options: str, *, has_open_ends: bool = True) -> list[str]:
+    """Return a line for each kind of items without an output: the commands that go on with them.
+
+    These have the `options`. `has_open_ends` if it may be unknown how the run of a failed item
+    ended.
+    """
+    lines = []
+    if status.finished < status.total and not status.workers:
+        lines.append(
+            f"nobody works on the items that wait or are running: `batch work{options}`, or the"
+            " same `batch run` again, goes on"
+        )
+    if status.failed:
+        line = f"failed: `batch retry --failed{options}` starts those again whose run failed or did"
+        line += " not start"
+        if has_open_ends:
+            line += f"; `batch recheck{options}` asks again how runs ended, and starts nothing"
+        lines.append(line)
+    if status.unknown:
+        lines.append(
+            "unknown: these runs may have started and be billed: look in PromptLayer, then start"
+            f" them again with `batch retry --unknown{options}`, or leave them"
+        )
+    return lines
 
 
 def status_line(name: str, status: BatchStatus) -> str:
