@@ -57,7 +57,7 @@ from promptlayer_exec.dbos import (
 from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _batch as batches
 from promptlayer_exec.dbos import _database as databases
-from promptlayer_exec.dbos import _dbos_internals as internals
+from promptlayer_exec.dbos import _engine as internals
 from promptlayer_exec.dbos import _items as items
 from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _rate as rates
@@ -65,7 +65,6 @@ from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._liveness import Liveness, describe, is_gone
 from promptlayer_exec.dbos._location import check_url
-from promptlayer_exec.dbos._names import queue_name
 from promptlayer_exec.dbos._rate import SharedRate
 from promptlayer_exec.dbos._requests import Row, Spool
 from promptlayer_exec.dbos._store import Heartbeat, Store
@@ -1324,8 +1323,7 @@ def launched(store: Store, executor: str) -> Iterator[DBOS]:
         DBOS.launch()
         yield instance
     finally:
-        internals.stop_dequeuing(instance, queue_name("b"), 20.0)
-        DBOS.destroy()
+        DBOS.destroy(workflow_completion_timeout_sec=1)
         for thread in threading.enumerate():
             if thread.name.startswith("dbos-executor"):  # `destroy` does not wait for it
                 thread.join()
@@ -1394,16 +1392,6 @@ def puts_items_of_dead_workers_back(url: str) -> None:
             assert store.taken("b", "dead") == set()
 
 
-def stops_dequeuing(url: str) -> None:
-    """The thread of the queue has its name, and ends at the stop events."""
-    with queue_of_one(url) as store, launched(store, "me") as instance:
-        wait_until(lambda: store.running_executors("b") == {"me"})
-        name = f"queue-worker-{queue_name('b')}"
-        (thread,) = [thread for thread in threading.enumerate() if thread.name == name]
-        internals.stop_dequeuing(instance, queue_name("b"), 20.0)
-        assert not thread.is_alive()
-
-
 @pytest.mark.parametrize(
     "what_it_does",
     [
@@ -1411,22 +1399,21 @@ def stops_dequeuing(url: str) -> None:
         pytest.param(adds_no_handler, id="console handler only where there is none"),
         pytest.param(retries_after_a_disconnect, id="retries after connection_invalidated"),
         pytest.param(puts_items_of_dead_workers_back, id="resume_workflows"),
-        pytest.param(stops_dequeuing, id="background_thread_stop_events and queue-worker-NAME"),
     ],
 )
 def test_dbos_still_has(what_it_does: Callable[[str], None], url: str) -> None:
-    """DBOS's reference documents none of these; see `_dbos_internals` for why they are used."""
+    """DBOS's reference documents none of these; see `_engine` for why they are used."""
     what_it_does(url)
 
 
 def test_other_modules_use_only_what_dbos_documents() -> None:
-    """Undocumented names are in `_dbos_internals`, where each has its reason and the test above."""
+    """Undocumented names are in `_engine`, where each has its reason and the test above."""
     documented = {
         *("destroy", "executor_id", "launch", "listen_queues", "run_step_async"),
         *("workflow", "workflow_id"),
     }
     for path in Path(internals.__file__).parent.glob("*.py"):
-        if path.stem == "_dbos_internals":
+        if path.stem == "_engine":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dbos"):

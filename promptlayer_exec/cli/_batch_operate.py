@@ -134,7 +134,7 @@ def show(
     *,
     as_json: JsonLines = False,
 ) -> None:
-    """Print one item: its request, and what happened to it, the last at the end (UTC)."""
+    """Print one item: its request, and its history (UTC)."""
 
     async def work() -> ExitCode:
         chosen, batch = await chosen_batch(name, database)

@@ -25,7 +25,7 @@ from promptlayer_exec.dbos._connector import (
     Trouble,
     reason_of,
 )
-from promptlayer_exec.dbos._dbos_internals import mark_lost_connections, migrate
+from promptlayer_exec.dbos._engine import mark_lost_connections, migrate
 from promptlayer_exec.dbos._location import shown
 from promptlayer_exec.dbos._tables import tables as _tables
 

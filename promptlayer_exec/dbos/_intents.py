@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import sqlalchemy as sa
 
-from promptlayer_exec.dbos._dbos_internals import owned
+from promptlayer_exec.dbos._engine import owned
 from promptlayer_exec.dbos._names import workflow_id
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import callbacks, called_back, items

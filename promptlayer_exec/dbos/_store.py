@@ -24,7 +24,7 @@ from dbos import DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
 
 from promptlayer_exec import ConfigurationError
 from promptlayer_exec.dbos._database import Database
-from promptlayer_exec.dbos._dbos_internals import (
+from promptlayer_exec.dbos._engine import (
     running_executors,
     taken,
 )

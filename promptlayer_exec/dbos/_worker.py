@@ -18,7 +18,7 @@ from dbos import DBOS, DBOSPortableJSONSerializer
 from promptlayer_exec import ConfigurationError, Session
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos._connector import PATIENCE_AT_END
-from promptlayer_exec.dbos._dbos_internals import log_quietly, stop_dequeuing
+from promptlayer_exec.dbos._engine import log_quietly
 from promptlayer_exec.dbos._items import Items, suspend
 from promptlayer_exec.dbos._liveness import Liveness, check_of
 from promptlayer_exec.dbos._names import (
@@ -34,6 +34,8 @@ _CHECK_INTERVAL = 0.25
 # Seconds in which the answers of all starts that were sent are recorded.
 _RECORDING_TIMEOUT = 30.0
 _THREADS = 16
+# Whole seconds in which DBOS stops taking items from the queue, if it may have more of them.
+_ENDING = 1
 # Seconds for which no item may come while all others wait for the server, before the work ends.
 _IDLE = 3.0
 
@@ -226,13 +228,18 @@ class Worker:
         for start in pending:
             await start.settled.wait()
 
+    def _is_empty(self) -> bool:
+        """Return True if no item can be in the queue; one may have been opened again just now."""
+        with suppress(ConfigurationError):
+            return self._store.is_finished(self._batch)
+        return False
+
     def _end(self) -> None:
         if self._store.connector.is_failing:
             self._store.connector.abandon()
         self._liveness.stop()
         if self._dbos is not None:
-            stop_dequeuing(self._dbos, queue_name(self._batch), _RECORDING_TIMEOUT)
-            DBOS.destroy()
+            DBOS.destroy(workflow_completion_timeout_sec=0 if self._is_empty() else _ENDING)
             with suppress(ConfigurationError):  # the other workers will miss its heartbeat
                 self._store.remove_worker(self._executor)
 

@@ -1,14 +1,12 @@
-"""What batches use of DBOS although its reference does not document it, and why.
+"""What batches rely on in DBOS beyond its reference, all by public names, and why.
 
 All else is in `dbos.__all__` and at https://docs.dbos.dev/python/reference. When DBOS removes or
-changes what is used here, `test_dbos_still_has` in tests/test_dbos.py fails. pyproject.toml allows
-only the minor version of DBOS that was checked, 3.4.
+changes what is used here, `test_dbos_still_has` in tests/test_dbos.py fails.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Collection
 
 import psycopg
@@ -80,19 +78,3 @@ def taken(connection: sa.Connection, queue: str, executor: str) -> set[str]:
     query = sa.select(table.c.workflow_uuid)
     query = query.where(table.c.queue_name == queue, table.c.status == "PENDING")
     return {*connection.execute(query.where(table.c.executor_id == executor)).scalars()}
-
-
-def stop_dequeuing(dbos: DBOS, queue: str, timeout: float) -> None:
-    """Stop the thread that dequeues from a queue, and wait until it ends, or for `timeout` seconds.
-
-    Uses `DBOS.background_thread_stop_events` and the name of the thread. `DBOS.destroy` alone stops
-    DBOS's event loop before that thread, which may then submit an item to a loop that has stopped.
-    The documented `workflow_completion_timeout_sec` takes at least a second, and waits for running
-    items instead of the thread.
-    """
-    for stop in dbos.background_thread_stop_events:
-        stop.set()
-    for thread in threading.enumerate():
-        # A thread that is still being started cannot be joined; it ends as soon as it begins.
-        if thread.name == f"queue-worker-{queue}" and thread.is_alive():
-            thread.join(timeout)
