@@ -229,9 +229,9 @@ class Worker:
             await start.settled.wait()
 
     def _is_empty(self) -> bool:
-        """Return True if no item can be in the queue; one may have been opened again just now."""
+        """Return True if no item is in the queue."""
         with suppress(ConfigurationError):
-            return self._store.is_finished(self._batch)
+            return not self._store.status(self._batch).waiting
         return False
 
     def _end(self) -> None:
