@@ -16,6 +16,7 @@ from uuid import uuid4
 from promptlayer_exec._api.messages import excess
 from promptlayer_exec._arguments import MAX_ID, check_count, check_execution_id
 from promptlayer_exec._display import indented, short_repr
+from promptlayer_exec._engine.definitions import DEFINITION_TIMEOUT
 from promptlayer_exec._engine.start import SendHooks
 from promptlayer_exec._engine.tasks import wait_even_if_cancelled
 from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError, printable
@@ -62,8 +63,6 @@ __all__ = [
     "wait_even_if_cancelled",
     "wake",
 ]
-
-DEFINITION_TIMEOUT = 5.0  # seconds; what a check of inputs may cost
 
 
 def report_undelivered(execution: Execution) -> None:

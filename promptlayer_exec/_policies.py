@@ -9,7 +9,13 @@ from typing import Any, Protocol, Self
 
 import attrs
 
-from promptlayer_exec._errors import ConfigurationError
+from promptlayer_exec._errors import (
+    ConfigurationError,
+    InvalidResponse,
+    RequestError,
+    ResponseTooLarge,
+    StatusError,
+)
 
 
 def check_seconds(name: str, value: Any, *, zero: bool = True) -> float:
@@ -111,6 +117,15 @@ class PollPolicy:
 
 # 520 to 530 are Cloudflare's, for what is wrong between it and the server.
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 531)})
+
+
+def is_transient(error: RequestError, statuses: frozenset[int] = TRANSIENT_STATUSES) -> bool:
+    """Return True if a request that failed may succeed later."""
+    if isinstance(error, StatusError):
+        return error.status in statuses
+    if isinstance(error, InvalidResponse):  # cut short, or a gateway's page
+        return error.path is None and not isinstance(error, ResponseTooLarge)
+    return not error.is_permanent
 
 
 def _frozen(statuses: Iterable[int]) -> frozenset[int]:

@@ -96,7 +96,7 @@ async def test_a_start_goes_on_without_a_definition(
     sim: Simulator, checking: Session, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
     """That there is none is kept, too: the next start does not wait for it."""
-    monkeypatch.setattr(definitions, "_TIMEOUT", 0.05)
+    monkeypatch.setattr(definitions, "DEFINITION_TIMEOUT", 0.05)
     sim.inject(fault)
     await checking.start("w")
     await checking.start("w")

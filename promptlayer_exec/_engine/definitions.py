@@ -19,7 +19,7 @@ from promptlayer_exec._models import StartRequest
 from promptlayer_exec._workflows import Workflow
 
 # Seconds for which a start waits for the definition, and for which what came of it is kept.
-_TIMEOUT = 5.0
+DEFINITION_TIMEOUT = 5.0
 _KEPT = 300.0
 _MOST = 1_000
 
@@ -84,7 +84,7 @@ class Definitions:
 
     async def _read_in_time(self, key: _Key) -> Workflow | None:
         try:
-            async with asyncio.timeout(_TIMEOUT):
+            async with asyncio.timeout(DEFINITION_TIMEOUT):
                 return await self._read(key)
         except Exception as error:  # noqa: BLE001 - whatever it is, the start itself will say it
             why = type(error).__name__

@@ -12,17 +12,9 @@ import attrs
 from promptlayer_exec._api.attempt import Attempt, Send, SendOnce
 from promptlayer_exec._api.messages import Reply, Request, Response
 from promptlayer_exec._engine.tasks import clock
-from promptlayer_exec._errors import (
-    InvalidResponse,
-    NotFound,
-    RateLimited,
-    RequestError,
-    ResponseTooLarge,
-    StatusError,
-    printable,
-)
+from promptlayer_exec._errors import NotFound, RateLimited, RequestError, StatusError, printable
 from promptlayer_exec._events import Emit, RequestRetried, logger
-from promptlayer_exec._policies import RetryPolicy, or_infinity
+from promptlayer_exec._policies import RetryPolicy, is_transient, or_infinity
 
 T = TypeVar("T")
 
@@ -215,11 +207,7 @@ class Retrying:
             # A 429 starts nothing.
             if once.cancelled or (may_have_arrived and not isinstance(error, RateLimited)):
                 return False
-        if isinstance(error, StatusError):
-            return error.status in self._policy.statuses or self._is_new_run(error)
-        if isinstance(error, InvalidResponse):
-            return error.path is None and not isinstance(error, ResponseTooLarge)
-        return not error.is_permanent
+        return self._is_new_run(error) or is_transient(error, self._policy.statuses)
 
     def _is_new_run(self, error: RequestError) -> bool:
         """Return True for a 404 on a run that was started so recently that it may still appear."""

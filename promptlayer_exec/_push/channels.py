@@ -22,17 +22,9 @@ import attrs
 from promptlayer_exec._api.attempt import Call
 from promptlayer_exec._api.messages import Request, Response, check_status, decode, invalid_shape
 from promptlayer_exec._arguments import check_execution_id
-from promptlayer_exec._errors import (
-    ConnectionFailed,
-    InvalidResponse,
-    RequestError,
-    RequestTimeout,
-    ResponseTooLarge,
-    StatusError,
-    printable,
-)
+from promptlayer_exec._errors import RequestError, printable
 from promptlayer_exec._events import logger
-from promptlayer_exec._policies import TRANSIENT_STATUSES
+from promptlayer_exec._policies import is_transient
 from promptlayer_exec._push.centrifugo import Lost, Refused, Subscription
 from promptlayer_exec._push.safety_net import SafetyNet
 from promptlayer_exec._push.wakeups import EarlyWakeUps
@@ -269,8 +261,8 @@ class Channel:
             began = _now()
             try:
                 return await attempt()
-            except Exception as error:
-                if not _is_transient(error):
+            except (RequestError, Lost) as error:
+                if isinstance(error, RequestError) and not is_transient(error):
                     raise
                 self._last_error = f"; last failure: {_describe(error)}"
             if self.is_starting:  # no first poll waits for the next attempt
@@ -301,8 +293,8 @@ class Channel:
 
     def _limit_idleness(self) -> None:
         if self.since is not None:
-            idle_until = None if self._watches else max(self._needed_at + _IDLE - _now(), 0.0)
-            self._end_after(idle_until, None)
+            seconds = None if self._watches else max(self._needed_at + _IDLE - _now(), 0.0)
+            self._end_after(seconds, None)
 
     def _end_after(self, seconds: float | None, reason: str | None) -> None:
         if not self._limit.expired():
@@ -331,16 +323,6 @@ class Channel:
         if net.is_announced:
             self._push.has_announced = True
             self._silent = self._failures = 0
-
-
-def _is_transient(error: Exception) -> bool:
-    if isinstance(error, StatusError):
-        return error.status in TRANSIENT_STATUSES
-    if isinstance(error, InvalidResponse):  # cut short, or a gateway's page
-        return error.path is None and not isinstance(error, ResponseTooLarge)
-    if isinstance(error, ConnectionFailed):
-        return not error.is_permanent
-    return isinstance(error, RequestTimeout | Lost)
 
 
 def _describe(error: BaseException) -> str:

@@ -145,7 +145,7 @@ def _run(
     async def work() -> ExitCode:
         items = ItemFile(file, workflow)
         with closing(open_results(results)) as result_file:
-            batch = await working_batch(batch_name, settings, base_url, outage, push=not no_push)
+            batch = await working_batch(batch_name, settings, base_url, outage, no_push=no_push)
             shown = f"batch '{printable(batch_name)}' in {shown_database(database)}"
             await _refuse_foreign_results(batch, shown, result_file)
             await _check_inputs(batch, items, base_url, outage)
@@ -197,7 +197,7 @@ def _work(
         chosen = await wait_for_batch(name, database)
         options = command_options(name, chosen, await names(database), database)
         subject.note = _note(options)
-        batch = await working_batch(chosen, settings, base_url, outage, push=not no_push)
+        batch = await working_batch(chosen, settings, base_url, outage, no_push=no_push)
         await _say_if_ended(chosen, batch, restarts=restart_unknown)
         return await _work_on(chosen, batch, options, stop_after_failures)
 

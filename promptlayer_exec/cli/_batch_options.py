@@ -120,11 +120,11 @@ def dbos() -> ModuleType:
 
 
 async def working_batch(
-    name: str, settings: Settings, base_url: str | None, outage: float, *, push: bool
+    name: str, settings: Settings, base_url: str | None, outage: float, *, no_push: bool
 ) -> Batch:
     """Return a batch to work on, with the command's default for a rate that nobody has set."""
     retry = RetryPolicy(outage=outage, watch_outage=outage)
-    session = partial(open_session, base_url, retry, push=None if push else False)
+    session = partial(open_session, base_url, retry, no_push=no_push)
     session()  # reports a missing key before anything is stored
     batch: Batch = dbos().Batch(name, session=session, **attrs.asdict(settings))
     await batch.check_server()

@@ -154,7 +154,7 @@ def run(
             retry,
             display.warn,
             wait_timeout=timeout,
-            push=False if no_push else None,
+            no_push=no_push,
         ) as session:
             request = StartRequest(
                 workflow, variables, label=label, version=version, metadata=texts

@@ -217,7 +217,7 @@ def mcp(
             base_url,
             RetryPolicy(outage=outage),
             wait_timeout=_REQUEST_TIME,
-            push=False if no_push else None,
+            no_push=no_push,
         )
         if sys.stdin.isatty():
             err("this is a server for MCP clients, which start it themselves; Ctrl-C ends it")

@@ -33,7 +33,7 @@ def open_session(
     warn: Callable[[str], None] | None = None,
     *,
     wait_timeout: float = 3600.0,
-    push: bool | None = None,
+    no_push: bool = False,
 ) -> Session:
     """Return a session with the key from the environment.
 
@@ -54,7 +54,7 @@ def open_session(
             retry=retry,
             wait_timeout=wait_timeout,
             observers=[] if warn is None else [report_retries(warn)],
-            push=push,
+            push=False if no_push else None,
         )
     for warning in caught:
         err(f"warning: {printable(str(warning.message))}")

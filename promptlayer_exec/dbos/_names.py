@@ -13,14 +13,9 @@ def queue_name(batch: str) -> str:
     return f"{APPLICATION}/{batch}"
 
 
-def workflow_prefix(batch: str) -> str:
-    """Return what the ids of all workflows of a batch begin with."""
-    return f"{APPLICATION}/{quote(batch, safe='')}/"
-
-
 def workflow_id(batch: str, key: str, attempt: int) -> str:
     """Return the id of the DBOS workflow that runs one attempt of an item."""
-    return f"{workflow_prefix(batch)}{attempt}/{key}"
+    return f"{APPLICATION}/{quote(batch, safe='')}/{attempt}/{key}"
 
 
 def key_and_attempt(workflow_id: str) -> tuple[str, int]:

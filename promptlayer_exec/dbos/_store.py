@@ -60,10 +60,8 @@ T = TypeVar("T")
 _QUEUE_INTERVAL = 0.2
 _DELETED_AT_ONCE = 500
 _item = _items.c
-
-
 # The process of a worker about which nothing is known.
-NOWHERE = "[null, null, 0, null]"
+_NOWHERE = "[null, null, 0, null]"
 
 
 class Heartbeat(NamedTuple):
@@ -422,7 +420,7 @@ class Store(Database):
         Only one may: DBOS would take an item from a live worker that has dequeued it meanwhile. A
         claim expires after so many seconds, as its worker may die, too. Without retrying.
         """
-        row = {"executor": dead, "beat": 0, "process": NOWHERE, "batch": batch}
+        row = {"executor": dead, "beat": 0, "process": _NOWHERE, "batch": batch}
         insert = self.insert(_workers).values(row).on_conflict_do_nothing()
         is_free = sa.or_(
             _workers.c.rescuer.is_(None),
