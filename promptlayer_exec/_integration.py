@@ -37,6 +37,7 @@ __all__ = [
     "UNKNOWN_STATUS",
     "SendHooks",
     "base_url",
+    "cannot_be_sent",
     "check_count",
     "check_execution_id",
     "check_seconds",
@@ -46,7 +47,6 @@ __all__ = [
     "expect",
     "indented",
     "install_hint",
-    "lacks_inputs",
     "limited",
     "log_text",
     "near",
@@ -96,12 +96,15 @@ def server_of(session: Session) -> tuple[str, str | None]:
     return base_url(session), find_api_key(session._settings.api_key)
 
 
-async def lacks_inputs(session: Session, request: StartRequest) -> bool:
-    """Return True if a start lacks inputs that its workflow requires, as far as is known."""
+async def cannot_be_sent(session: Session, request: StartRequest) -> bool:
+    """Return True if the request itself is refused: its inputs have no JSON, or some are missing.
+
+    A limiter can raise the same errors.
+    """
     try:
         client = session._open()
         await client.check_inputs(request, encode_inputs(session, request), client.deadline())
-    except ValueError:
+    except (TypeError, ValueError):
         return True
     return False
 

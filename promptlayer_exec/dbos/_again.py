@@ -6,15 +6,14 @@ of the earlier start as an argument, so that it starts nothing.
 
 from __future__ import annotations
 
-import json
-import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
+from promptlayer_exec.dbos._store import Queued, Store
 from promptlayer_exec.dbos._tables import (
     batches,
     callbacks,
@@ -24,10 +23,6 @@ from promptlayer_exec.dbos._tables import (
 )
 from promptlayer_exec.dbos._values import StoredOutcome, start_result
 
-if TYPE_CHECKING:
-    from promptlayer_exec.dbos._store import Store
-
-logger = logging.getLogger("promptlayer_exec")
 _AT_ONCE = 500
 _item = items.c
 # The result of a step "start", which a new attempt follows; None to start a run.
@@ -127,10 +122,8 @@ def _reopen(
         for row in connection.execute(query.where(_item.key.in_(requests))):
             outcome = StoredOutcome.from_json(row.outcome)
             is_chosen, started = choose(outcome)
-            # Its callback may have come while this waited for the lock, or after a refusal.
-            if row.execution_id is not None and (
-                row.kind == "unknown" or outcome.execution_id is None
-            ):
+            # Its callback may have come while this waited for the lock.
+            if row.execution_id is not None and outcome.execution_id is None:
                 is_chosen, started = True, start_result(row.execution_id)
             if is_chosen:
                 chosen.append(_Again(row.key, row.attempt, row.kind, started))
@@ -159,28 +152,13 @@ def _begin(
     update = sa.update(items).where(*these)
     changes = dict.fromkeys(("kind", "seq", "outcome", "intent", "started", "seconds"))
     connection.execute(update.values(attempt=_item.attempt + 1, **changes))
-    # `end_cancelled` reads the id from the row, not from the workflow's arguments.
-    followed = [
-        {"item_key": again.key, "result": json.dumps(again.started)}
-        for again in possible
-        if again.started
-    ]
-    if followed:
-        store_started = sa.update(items).where(
-            _item.batch == batch, _item.key == sa.bindparam("item_key")
-        )
-        connection.execute(store_started.values(started=sa.bindparam("result")), followed)
     counts = Counter(again.kind for again in possible if again.kind is not None)
     if counts:
         fewer = {kind: batches.c[kind] - count for kind, count in counts.items()}
         connection.execute(sa.update(batches).where(batches.c.name == batch).values(**fewer))
-    for again in possible:
-        store.enqueue(
-            connection,
-            batch,
-            again.key,
-            again.attempt + 1,
-            request=requests[again.key],
-            started=again.started,
-        )
+    queued = [
+        Queued(again.key, again.attempt + 1, requests[again.key], again.started)
+        for again in possible
+    ]
+    store.enqueue(connection, batch, queued)
     return len(possible)

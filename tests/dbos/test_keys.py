@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import closing
-from pathlib import Path
 
 import attrs
 import pytest
-from dbos import DBOSClient
 
 from promptlayer_exec import Session, StartRequest
 from promptlayer_exec.dbos import Batch
@@ -21,12 +18,6 @@ from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
 REQUEST = StartRequest("echo", {"n": 1, "deep": {"x": 1}}, metadata={"job": "7"}, key="a")
-
-
-@pytest.fixture
-def url(batches_file: Path) -> str:
-    """Return the URL of a SQLite database without batches."""
-    return f"sqlite:///{batches_file}"
 
 
 @pytest.fixture
@@ -106,21 +97,6 @@ async def test_what_comes_asynchronously_is_added_as_it_comes(batch: Batch) -> N
     assert (await batch.status()).total == 1000
 
 
-async def test_a_request_that_dbos_no_longer_has_is_compared_by_its_digest(
-    batch: Batch, url: str
-) -> None:
-    """Without a digest, too, the key is taken to stand for the same request."""
-    await batch.add([REQUEST])
-    client = DBOSClient(system_database_url=url)
-    client.delete_workflow("promptlayer-exec/b/1/a")
-    client.destroy()
-    with pytest.raises(ValueError, match="stands for another request: give this one"):
-        await batch.add([attrs.evolve(REQUEST, label="prod")])
-    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database, database:
-        database.execute("UPDATE promptlayer_item SET digest = NULL")
-    assert await batch.add([attrs.evolve(REQUEST, label="prod")]) == 0
-
-
 async def test_each_start_carries_its_batch_and_key(batch: Batch, sim: Simulator) -> None:
     """In its metadata, beside the user's own, so that the run can be found in PromptLayer."""
     await batch.add([REQUEST])
@@ -146,8 +122,3 @@ async def test_a_clock_that_jumps_stalls_nothing(
         now += jump
         waits += [await asyncio.to_thread(store.reserve, "b", 10, 10.0) for _ in range(2)]
     assert waits == pytest.approx([0.0, 1.0, 2.0, 3.0] if jump < 0 else [0.0, 1.0, 0.0, 1.0])
-
-
-@pytest.fixture(autouse=True)
-def _short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores, "_QUEUE_INTERVAL", 0.02)

@@ -5,32 +5,23 @@ from __future__ import annotations
 import asyncio
 import re
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, closing
+from collections.abc import Awaitable, Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from promptlayer_exec import PollPolicy, RetryPolicy, Session, StartRequest
 from promptlayer_exec.dbos import Batch, BatchStatus
 from promptlayer_exec.dbos import _again as again_
-from promptlayer_exec.dbos import _batch as batches
 from promptlayer_exec.dbos import _callbacks as callbacks
-from promptlayer_exec.dbos import _store as stores
-from promptlayer_exec.dbos import _worker as workers
-from promptlayer_exec.dbos._store import Store
+from promptlayer_exec.dbos._tables import callbacks as tables
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.webhooks import Callbacks
 
 SECRET = "of the workers"
-
-
-@pytest.fixture(autouse=True)
-def _short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores, "_QUEUE_INTERVAL", 0.02)
-    monkeypatch.setattr(workers, "_CHECK_INTERVAL", 0.02)
-    monkeypatch.setattr(batches, "_POLL_INTERVAL", 0.02)
 
 
 class World:
@@ -121,7 +112,7 @@ async def test_a_callback_that_comes_as_its_item_is_started_again_is_followed(
     def lock_late(connection: Any, name: str) -> None:
         real(connection, name)
         row = {"batch": name, "token": token, "execution_id": 1001}
-        connection.execute(callbacks._RECORD, row)
+        connection.execute(sa.insert(tables).values(row))
 
     monkeypatch.setattr(again_, "lock_batch", lock_late)
     if again == "retry":
@@ -132,139 +123,11 @@ async def test_a_callback_that_comes_as_its_item_is_started_again_is_followed(
     assert len(world.sim.runs) == 1
 
 
-@pytest.fixture
-def slow_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let workers take 0.2 s longer to end: `outcomes` looks ten times meanwhile."""
-    real = workers.Worker._shut_down
-
-    async def shut_down_late(worker: workers.Worker) -> None:
-        await asyncio.sleep(0.2)
-        await real(worker)
-
-    monkeypatch.setattr(workers.Worker, "_shut_down", shut_down_late)
-
-
-async def test_outcomes_do_not_end_before_work_does(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A callback that comes as the last worker ends opens its item again."""
-    await world.batch().add([StartRequest("echo", key="a")])
-    world.sim.inject(Fault.disconnect())
-    batch = world.batch()
-    real = workers.Worker._shut_down
-
-    async def call_back_late(worker: workers.Worker) -> None:
-        await asyncio.sleep(0.2)  # for ten looks of `outcomes`
-        if world.row()[1] == "unknown":
-            assert await world.batch().resolve(world.tokens()[0], 1001)
-        await real(worker)
-
-    monkeypatch.setattr(workers.Worker, "_shut_down", call_back_late)
-    working = asyncio.create_task(batch.work())
-    kinds = [outcome.kind async for outcome in batch.outcomes()]
-    assert (await working).succeeded == 1
-    assert kinds == ["unknown", "succeeded"]
-
-
-async def test_outcomes_end_with_work_although_an_item_is_opened_again_just_then(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nobody works on it any more; the next `work` does."""
-    monkeypatch.setattr(batches, "_POLL_INTERVAL", 0.3)
-    await world.batch().add([StartRequest("echo", key="a")])
-    world.sim.inject(Fault.disconnect())
-    batch = world.batch()
-
-    async def read() -> set[str]:
-        return {outcome.kind async for outcome in batch.outcomes()}
-
-    reading = asyncio.create_task(read())
-    assert (await batch.work()).unknown == 1
-    assert await world.batch().resolve(world.tokens()[0], 1001)
-    async with asyncio.timeout(10):
-        assert await reading <= {"unknown"}
-    assert (await batch.work()).succeeded == 1
-
-
-async def test_outcomes_go_on_with_what_their_reader_adds(world: World) -> None:
-    """Every item had an outcome when the last one was read; now there is one more."""
-    batch = world.batch()
-    await batch.add([StartRequest("echo", key="a")])
-    await batch.work()
-    keys, working = [], []
-    async for outcome in batch.outcomes():
-        keys.append(outcome.key)
-        if outcome.key == "a":
-            await batch.add([StartRequest("echo", key="b")])
-            working.append(asyncio.create_task(batch.work()))
-    assert keys == ["a", "b"]
-    await asyncio.gather(*working)
-
-
-@pytest.mark.usefixtures("slow_end")
-async def test_outcomes_wait_for_what_is_being_added_as_work_returns(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The items may come one by one, from a queue for example."""
-    monkeypatch.setattr(batches, "_CHUNK", 2)
-    batch = world.batch()
-    is_added, may_go_on = asyncio.Event(), asyncio.Event()
-
-    async def come() -> AsyncIterator[StartRequest]:
-        for key in "ab":
-            yield StartRequest("echo", key=key)
-        is_added.set()
-        await may_go_on.wait()
-        yield StartRequest("echo", key="c")
-
-    adding = asyncio.create_task(batch.add(come()))
-    await is_added.wait()
-    outcomes = batch.outcomes()
-    async with aclosing(outcomes):
-        reading = asyncio.create_task(anext(outcomes))
-        await batch.work()
-        keys = {(await reading).key}
-        may_go_on.set()
-        assert await adding == 3
-        keys.add((await anext(outcomes)).key)
-        reading = asyncio.create_task(anext(outcomes))
-        await asyncio.sleep(0.1)  # for some looks
-        assert not reading.done()
-        await batch.work()
-        keys.add((await reading).key)
-    assert keys == {*"abc"}
-
-
-@pytest.mark.usefixtures("slow_end")
-async def test_outcomes_wait_for_what_was_added_after_work(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A slow reader of one `work` is still there when the next one fails, and the third."""
-    batch = world.batch()
-    await batch.add([StartRequest("echo", key="a")])
-    outcomes = batch.outcomes()
-    async with aclosing(outcomes):
-        reading = asyncio.create_task(anext(outcomes))
-        await batch.work()
-        assert (await reading).key == "a"
-        await batch.add([StartRequest("echo", key="b")])
-        with monkeypatch.context() as patch:
-            patch.setattr(Store, "register_queue", lambda *_: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                await batch.work()
-        reading = asyncio.create_task(anext(outcomes))
-        await asyncio.sleep(0.1)  # for some looks
-        assert not reading.done()
-        await batch.work()
-        assert (await reading).key == "b"
-        assert [outcome async for outcome in outcomes] == []
-
-
 async def test_the_server_in_docs_webhooks_resolves_items_of_a_batch(
     world: World, serve: Callable[[Any], Awaitable[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """End to end: the simulator calls back, and the next worker follows the lost item."""
-    page = (Path(__file__).parents[1] / "docs" / "webhooks.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "webhooks.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"^```python\n([^`]*batch\.resolve[^`]*)^```$", page, re.MULTILINE)
     for name, value in {
         "APP_URL": "http://127.0.0.1:9",

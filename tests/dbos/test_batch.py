@@ -5,13 +5,9 @@ from __future__ import annotations
 import ast
 import asyncio
 import json
-import logging
-import os
 import re
 import socket
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 import tracemalloc
@@ -22,7 +18,6 @@ from contextlib import aclosing, closing, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -56,49 +51,19 @@ from promptlayer_exec.dbos import (
 )
 from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _batch as batches
-from promptlayer_exec.dbos import _database as databases
 from promptlayer_exec.dbos import _engine as internals
 from promptlayer_exec.dbos import _items as items
-from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _rate as rates
 from promptlayer_exec.dbos import _store as stores
-from promptlayer_exec.dbos import _worker as workers
-from promptlayer_exec.dbos._liveness import Liveness, describe, is_gone
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._rate import SharedRate
-from promptlayer_exec.dbos._requests import Row, Spool
-from promptlayer_exec.dbos._store import Heartbeat, Store
+from promptlayer_exec.dbos._requests import Row
+from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import Ending
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 # Sessions that send only what a test asks for: starts and polls.
 BARE: dict[str, Any] = {"push": False, "check_inputs": False}
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    """Return the URL of a SQLite database that does not exist yet."""
-    return f"sqlite:///{tmp_path / 'batches.sqlite'}"
-
-
-@pytest.fixture(autouse=True)
-def _short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, interval in (
-        (stores, "_QUEUE_INTERVAL"),
-        (workers, "_CHECK_INTERVAL"),
-        (items, "_FIRST_DELAY"),
-        (batches, "_POLL_INTERVAL"),
-    ):
-        monkeypatch.setattr(module, interval, 0.02)
-
-
-@pytest.fixture(autouse=True)
-def _no_threads_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    new = {thread for thread in set(threading.enumerate()) - before if thread.is_alive()}
-    # The threads of an event loop end with the loop.
-    assert [thread.name for thread in new if not thread.name.startswith("asyncio")] == []
 
 
 @pytest.fixture
@@ -222,22 +187,15 @@ async def test_items_are_added_in_chunks(
     assert chunks == [["a", "b"], ["c", "d"], ["e"], ["f", "g"]]
 
 
-@pytest.mark.parametrize("is_async", [False, True], ids=["iterable", "async iterable"])
-async def test_large_items_are_added_a_few_at_a_time(
-    batch_of: Callable[..., Batch], is_async: bool
-) -> None:
+async def test_large_items_are_added_a_few_at_a_time(batch_of: Callable[..., Batch]) -> None:
     """A thousand of a megabyte would be more than PostgreSQL takes in one statement."""
 
-    def large() -> Iterator[StartRequest]:
+    async def large() -> AsyncIterator[StartRequest]:
         for number in range(40):
             yield StartRequest("echo", {"text": "x" * 1_000_000}, key=str(number))
 
-    async def large_ones() -> AsyncIterator[StartRequest]:
-        for one in large():
-            yield one
-
     tracemalloc.start()
-    assert await batch_of().add(large_ones() if is_async else large()) == 40
+    assert await batch_of().add(large()) == 40
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 30_000_000
@@ -345,30 +303,6 @@ async def test_outcomes_last_until_unknown_items_are_restarted(
     await working
 
 
-async def test_only_one_of_two_workers_restarts_an_unknown_item(
-    batch_of: Callable[..., Batch], url: str
-) -> None:
-    """The other one does not touch it, even if the new attempt has ended already."""
-    await batch_of().add([request("a")])
-    first, second = Store(check_url(url)), Store(check_url(url))
-    outcome = StoredOutcome("a", None, False, None, None, None, datetime.now(UTC)).to_json()
-    first.finish("nightly", [Ending("a", 1, "unknown", outcome)])
-    between: list[Any] = []
-
-    def restart_first(*arguments: Any) -> None:
-        if arguments[2].startswith("UPDATE promptlayer_batch") and not between:
-            between.append(again.retry(first, "nightly", ["unknown"]))
-            between.extend(first.outcomes("nightly", after=0, limit=9, size=9))
-            first.finish("nightly", [Ending("a", 2, "failed", outcome)])
-
-    event.listen(second.engine, "before_cursor_execute", restart_first)
-    assert again.retry(second, "nightly", ["unknown"]) == 0
-    assert first.status("nightly") == BatchStatus(0, 0, 0, 1, 0, 1)
-    assert between == [1]
-    first.close()
-    second.close()
-
-
 async def test_outcomes_are_yielded_as_items_finish(
     sim: Simulator, batch_of: Callable[..., Batch]
 ) -> None:
@@ -415,33 +349,6 @@ async def test_the_next_worker_follows_the_items_of_a_cancelled_one(
     assert (await working).succeeded == 3
     assert len(sim.runs) == 3
     await session.aclose()
-
-
-async def test_a_cancelled_worker_starts_nothing_more(
-    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Although it may still take an item from the queue while it stops."""
-    stop = Liveness.stop
-
-    def stop_late(watch: Liveness) -> None:
-        sim.finish(sim.runs[0].execution_id, "Answer")
-        give_up = time.monotonic() + 0.5
-        while len(sim.runs) == 1 and time.monotonic() < give_up:
-            time.sleep(0.01)
-        stop(watch)
-
-    monkeypatch.setattr(Liveness, "stop", stop_late)
-    sim.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
-    often = PollPolicy.fixed(0.01)
-    async with Session(sim.api_key, base_url=sim.base_url, poll=often, **BARE) as session:
-        batch = batch_of(max_in_flight=1, session=session)
-        await batch.add(request(key, workflow="held") for key in "ab")
-        working = asyncio.create_task(batch.work())
-        await sim.wait_for_requests(2)
-        working.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await working
-    assert len(sim.runs) == 1
 
 
 async def test_a_worker_in_a_cancelled_scope_waits_for_its_start(
@@ -656,7 +563,7 @@ async def test_a_worker_can_wait_for_more_items(
     store, launch, seen = Store(check_url(url)), DBOS.launch, []
 
     def check_and_launch() -> None:
-        seen.extend(store.heartbeats())
+        seen.extend(store.heartbeats("nightly"))
         launch()
 
     monkeypatch.setattr(DBOS, "launch", staticmethod(check_and_launch))
@@ -665,12 +572,12 @@ async def test_a_worker_can_wait_for_more_items(
     for key in ("a", "b"):
         await batch.add([request(key)])
         assert key in await outcomes_of(batch)
-    assert seen == list(store.heartbeats())
+    assert seen == list(store.heartbeats("nightly"))
     assert len(seen) == 1
     working.cancel()
     with pytest.raises(asyncio.CancelledError):
         await working
-    assert store.heartbeats() == {}
+    assert store.heartbeats("nightly") == {}
     store.close()
 
 
@@ -705,7 +612,7 @@ async def test_a_process_that_uses_dbos_is_refused(
         }
     )
     try:
-        with pytest.raises(RuntimeError, match="already uses DBOS; work on the batch in another"):
+        with pytest.raises(ConfigurationError, match=r"uses DBOS; .* batch work`"):
             await batch_of().work()
         DBOS.launch()
     finally:
@@ -790,23 +697,6 @@ async def test_a_default_database_that_cannot_be_made_is_an_error(
         await batch_of(database_url=None).status()
 
 
-async def test_items_that_do_not_fit_into_the_temporary_directory_are_not_added(
-    batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The error says which directory to change."""
-
-    class FullSpool(Spool):
-        def __init__(self, batch: str) -> None:
-            super().__init__(batch)
-            self._database.execute("PRAGMA max_page_count = 2")
-
-    monkeypatch.setattr(batches, "Spool", FullSpool)
-    batch = batch_of()
-    with pytest.raises(ConfigurationError, match=r"disk is full; set SQLITE_TMPDIR .*Nothing was"):
-        await batch.add(StartRequest("w", {"n": "x" * 5000}, key=str(n)) for n in range(50))
-    assert (await batch.status()).total == 0
-
-
 def test_an_outcome_is_the_same_after_json() -> None:
     """Infinity, lone surrogates and non-ASCII text are kept."""
     now = datetime.now(UTC)
@@ -818,18 +708,6 @@ def test_an_outcome_is_the_same_after_json() -> None:
         assert text.isascii()
         assert StoredOutcome.from_json(text) == outcome
     assert json.loads(text)["error"] == {"type": "StartUnknown", "message": "x"}
-
-
-async def test_the_first_stored_outcome_is_kept(batch_of: Callable[..., Batch], url: str) -> None:
-    """Two workers run an item if one was taken for dead; other attempts' outcomes are dropped."""
-    await batch_of().add([request("a"), request("b")])
-    store = Store(check_url(url))
-    store.finish("nightly", [Ending("a", 1, "failed", "first")])
-    store.finish("nightly", [Ending("a", 1, "succeeded", "second")])
-    store.finish("nightly", [Ending("b", 2, "failed", "of another attempt")])
-    assert store.status("nightly") == BatchStatus(1, 0, 0, 1, 0, 2)
-    assert [text for _, text in store.outcomes("nightly", 0, 9, 9)] == ["first"]
-    store.close()
 
 
 async def test_a_shared_rate_limits_all_workers_together(
@@ -921,364 +799,19 @@ async def test_starts_and_polls_keep_to_the_rate_of_the_batch(
     await session.aclose()
 
 
-class FakeStore:
-    """A store in which this worker, "me", and another one, "other", have running items."""
-
-    engine = SimpleNamespace(dialect=SimpleNamespace(name="sqlite"))
-
-    def __init__(self) -> None:
-        self.recorded: dict[str, Heartbeat] = {}
-        self.requeued: list[list[str]] = []
-        self.broken = False
-        self.idle: set[str] = set()
-
-    def record_heartbeat(self, batch: str, executor: str, process: str) -> None:
-        """Fail if the store is broken."""
-        if self.broken:
-            raise ConfigurationError("the database cannot be used: away")
-
-    def running_executors(self, batch: str) -> set[str]:
-        """Return the executors of the running items."""
-        return {"me", "other"}
-
-    def claim_rescue(self, batch: str, dead: str, executor: str, within: float) -> bool:
-        """Let this worker put the items back."""
-        return True
-
-    def requeue(self, batch: str, workflows: set[str]) -> None:
-        """Keep the call."""
-        self.requeued.append(sorted(workflows))
-
-    def remove_worker(self, executor: str) -> None:
-        """Keep the worker: the database may have more of its items."""
-
-    def taken(self, batch: str, executor: str) -> set[str]:
-        """Return the workflows that the database says a worker has taken."""
-        return {"other"} if executor == "other" else {"active", *self.idle}
-
-    def heartbeats(self) -> dict[str, Heartbeat]:
-        """Return the heartbeats that the test has set."""
-        return self.recorded
-
-
-@pytest.fixture
-def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Return the time that the liveness rule reads, in a list; a test can set it."""
-    now = [0.0]
-    monkeypatch.setattr(liveness.time, "monotonic", lambda: now[0])
-    return now
-
-
-def liveness_of(
-    store: Any,
-    give_up: Callable[[Exception], Any],
-    *,
-    active: set[str] | None = None,
-    is_abandoned: Callable[[], bool] = lambda: False,
-) -> Liveness:
-    """Return the liveness of a worker "me"."""
-    return Liveness(store, "b", "me", active or set(), is_abandoned, give_up)
-
-
-def watching(store: FakeStore) -> Liveness:
-    """Return the liveness of a worker "me", which gives up by failing."""
-    return liveness_of(store, pytest.fail, active={"active"})
-
-
-def test_a_silent_worker_is_dead_after_a_while(now: list[float]) -> None:
-    """It is alive while its heartbeat changes; its items are recovered once it stops changing."""
-    store = FakeStore()
-    watch = watching(store)
-    for seconds in range(0, 34, 2):
-        assert store.requeued == []
-        store.recorded["other"] = Heartbeat(min(seconds, 20), describe(os.getpid()))
-        now[0] = float(seconds)
-        watch.recover_from_dead_workers()
-    now[0] += 2.0
-    watch.recover_from_dead_workers()
-    assert store.requeued == [["other"]]
-
-
-def test_a_worker_without_a_heartbeat_is_dead() -> None:
-    """It deleted its heartbeat when it stopped, but not all its items had ended."""
-    store = FakeStore()
-    watch = watching(store)
-    watch.recover_from_dead_workers()
-    assert store.requeued == [["other"]]
-
-
-def test_an_outage_of_the_database_makes_no_worker_dead(
-    now: list[float],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """After a failed read of the heartbeats, their time starts again; the failure is logged."""
-    store = FakeStore()
-    watch = watching(store)
-    store.recorded["other"] = Heartbeat(1, describe(os.getpid()))
-    watch.recover_from_dead_workers()
-    store.broken = True
-    waited: list[float] = []
-
-    def wait(seconds: float) -> None:
-        waited.append(seconds)
-        watch._stop.set()
-
-    monkeypatch.setattr(watch._stop, "wait", wait)
-    with caplog.at_level(logging.WARNING):
-        watch._run()
-    assert caplog.messages == [
-        "cannot exchange heartbeats with other workers: the database cannot be used: away."
-    ]
-    assert waited == [2.0]
-    now[0] = 60.0
-    watch.recover_from_dead_workers()
-    assert store.requeued == []
-
-
-class Rounds:
-    """Runs some rounds of a worker that watches another one, which is silent from the first."""
-
-    def __init__(self, now: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.store = FakeStore()
-        self.store.recorded["other"] = Heartbeat(1, describe(os.getpid()))
-        self.now = now
-        self.monkeypatch = monkeypatch
-
-    def run(self, count: int, seconds: dict[str, Callable[[int], float]]) -> None:
-        """Run so many rounds; each call in `seconds` takes so long in each of them."""
-        watch = watching(self.store)
-        done = 0
-
-        def taking(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-            def wrapped(*arguments: Any) -> Any:
-                self.now[0] += seconds[name](done)
-                return call(*arguments)
-
-            return wrapped
-
-        def wait(interval: float) -> None:
-            nonlocal done
-            self.now[0] += interval
-            done += 1
-            if done == count:
-                watch._stop.set()
-
-        self.monkeypatch.setattr(watch._stop, "wait", wait)
-        for name in {*seconds} - {"wait"}:
-            self.monkeypatch.setattr(self.store, name, taking(name, getattr(self.store, name)))
-        if "wait" in seconds:
-            self.monkeypatch.setattr(watch._stop, "wait", taking("wait", wait))
-        watch._run()
-
-
-@pytest.fixture
-def rounds(now: list[float], monkeypatch: pytest.MonkeyPatch) -> Rounds:
-    """Return what runs rounds of a worker on the clock of the test."""
-    return Rounds(now, monkeypatch)
-
-
-@pytest.mark.parametrize("where", ["wait", "record_heartbeat", "running_executors"])
-def test_workers_that_stood_still_together_are_not_dead(rounds: Rounds, where: str) -> None:
-    """As in paused containers: the first one that goes on still reads old heartbeats."""
-    rounds.run(3, {where: lambda done: 14.0 if done == 1 else 0.0})
-    assert rounds.store.requeued == []
-
-
-@pytest.mark.parametrize("call", ["record_heartbeat", "running_executors"])
-def test_a_dead_worker_is_noticed_although_the_database_is_slow(rounds: Rounds, call: str) -> None:
-    """Whichever call takes long, whenever it is made."""
-    rounds.run(12, {call: lambda _: 8.0})
-    assert rounds.store.requeued[:1] == [["other"]]
-
-
-@pytest.mark.parametrize("is_closed", [True, False])
-async def test_a_worker_whose_loop_was_closed_is_dead(
-    sim: Simulator, batch_of: Callable[..., Batch], url: str, is_closed: bool
-) -> None:
-    """As with Ctrl-C and a loop that is closed without ending its tasks; the process exits, too."""
-    sim.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
-    await batch_of().add([request("a", workflow="held")])
-    program = """
-import asyncio, sys
-from promptlayer_exec import Session
-from promptlayer_exec.dbos import Batch
-loop = asyncio.new_event_loop()
-session = Session(sys.argv[4], base_url=sys.argv[1], push=False, check_inputs=False)
-working = loop.create_task(Batch("nightly", database_url=sys.argv[2], session=session).work())
-async def until_read():
-    await asyncio.to_thread(sys.stdin.readline)
-loop.run_until_complete(until_read())
-if sys.argv[3] == "True":
-    loop.close()
-"""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-c",
-        program,
-        sim.base_url,
-        url,
-        str(is_closed),
-        sim.api_key,
-        stdin=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    await sim.wait_for_requests(2, timeout=30)
-    assert process.stdin is not None
-    process.stdin.write(b"\n")
-    async with asyncio.timeout(30):
-        await process.wait()
-    sim.finish(sim.runs[0].execution_id, "Answer")
-    assert (await batch_of().work()).succeeded == 1
-
-
-def test_no_heartbeat_is_recorded_for_a_worker_that_was_abandoned() -> None:
-    """Otherwise the others would wait for its items for ever."""
-    store = FakeStore()
-    store.broken = True  # each use would be reported
-    liveness_of(store, pytest.fail, is_abandoned=lambda: True)._run()
-
-
-def test_a_worker_without_heartbeats_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the error is: the others take its items."""
-    store, ended = FakeStore(), []
-    watch = liveness_of(store, ended.append)
-    monkeypatch.setattr(store, "record_heartbeat", lambda *_: {}["no such key"])
-    monkeypatch.setattr(watch._stop, "wait", lambda _: watch._stop.set())
-    watch._run()
-    assert [type(error) for error in ended] == [KeyError]
-
-
-def test_a_worker_whose_heartbeats_fail_for_long_ends(
-    now: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As with a damaged file, for which no other call of the worker fails."""
-    store, ended = FakeStore(), []
-    store.broken = True
-    watch = liveness_of(store, ended.append)
-
-    def wait(seconds: float) -> None:
-        now[0] += seconds
-        if ended or now[0] > 200:
-            watch._stop.set()
-
-    monkeypatch.setattr(watch._stop, "wait", wait)
-    watch._run()
-    assert [str(error) for error in ended] == ["the database cannot be used: away."]
-    assert now[0] == 94.0
-
-
-def test_what_was_taken_and_is_not_run_goes_back(now: list[float]) -> None:
-    """Unless it has just been taken, or has just ended: then it is not idle twice."""
-    store = FakeStore()
-    watch = watching(store)
-    for number, store.idle in enumerate(({"lost", "ending"}, {"lost", "beginning"}, {"new"})):
-        now[0] = 10.0 * number
-        watch._put_back_what_was_lost()
-    assert store.requeued == [["lost"]]
-
-
-def test_a_process_that_has_ended_is_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its id and its start time, and only on this machine."""
-    mine = describe(os.getpid())
-    assert not is_gone(mine)
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    theirs = describe(child.pid)
-    assert not is_gone(theirs)
-    child.kill()
-    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # its parent does not wait for it yet
-    assert is_gone(theirs)
-    child.communicate()
-    assert is_gone(theirs)
-    boot, namespace, pid, start_time = json.loads(mine)
-    assert is_gone(json.dumps([boot, namespace, pid, "another time"]))
-    assert not is_gone(json.dumps(["another machine", namespace, child.pid, start_time]))
-    monkeypatch.setattr(os, "kill", lambda *_: (_ for _ in ()).throw(PermissionError))
-    assert not is_gone(mine)
-    monkeypatch.setattr(liveness, "Path", lambda _: Path("/nowhere"))
-    assert json.loads(describe(1)) == [None, None, 1, None]
-    assert not is_gone(describe(1))
-
-
-async def test_the_store_retries_while_the_database_is_unreachable(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """For a limited time, after which it raises; a cancellation ends the retries of its call."""
-    monkeypatch.setattr(databases, "_RETRY_INTERVAL", 0.001)
-    error = OperationalError("select", None, Exception("away"))
-    answers: list[Any] = [error, error, 1]
-
-    def work() -> Any:
-        answer = answers.pop(0) if answers else error
-        if isinstance(answer, Exception):
-            called.set()
-            raise answer
-        return answer
-
-    store = Store(check_url(url))
-    called = threading.Event()
-    assert store.retry(work) == 1
-    with pytest.raises(ConfigurationError, match="cannot be used: away"):
-        store.retry(work, once=True)
-    called.clear()
-    waiting = asyncio.create_task(store.run_in_thread(store.retry, work))
-    await asyncio.to_thread(called.wait)
-    waiting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await waiting
-    answers[:] = [error, 2]
-    assert await store.run_in_thread(store.retry, work) == 2
-    store.stop_retrying.set()
-    with pytest.raises(ConfigurationError):
-        store.retry(work)
-    store.close()
-
-
-async def test_a_database_is_prepared_once(
-    batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`prepare` does not retry; all later calls do."""
-    batch = batch_of()
-    assert (await batch.status()).total == 0
-    monkeypatch.setattr(Store, "prepare", lambda _: 1 / 0)
-    assert (await batch.status()).total == 0
-
-
-def test_a_new_database_can_be_opened_by_several_workers_at_once(url: str) -> None:
+def test_a_new_database_can_be_opened_by_several_workers_at_once(tmp_path: Path) -> None:
     """One of them creates the tables; the others wait for it. SQLite is switched to WAL mode."""
+    path = tmp_path / "new.sqlite"
 
     def open_and_close(_: int) -> None:
-        store = Store(check_url(url))
+        store = Store(check_url(f"sqlite:///{path}"))
         store.prepare()
         store.close()
 
     with ThreadPoolExecutor(6) as threads:
         list(threads.map(open_and_close, range(6)))
-    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
+    with closing(sqlite3.connect(path)) as database:
         assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-
-
-async def test_a_worker_ends_after_dbos_has_recorded_its_last_items() -> None:
-    """Otherwise the next worker would recover them as items of a dead worker."""
-    answers = [{"later"}, set(), {"last"}, {"last", "another"}]
-
-    class Slow:
-        async def run_in_thread(self, work: Any, *arguments: Any, stops_all: bool) -> Any:
-            return work(*arguments)
-
-        def taken(self, batch: str, executor: str) -> set[str]:
-            return answers.pop()
-
-    worker = workers.Worker(
-        Slow(),  # type: ignore[arg-type]
-        "b",
-        Session("key"),
-        owns_session=False,
-        max_in_flight=1,
-        restart_unknown=False,
-    )
-    await worker._wait_until_idle()
-    assert answers == [{"later"}]
 
 
 async def test_an_unexpected_error_ends_the_work_but_no_item(
@@ -1360,13 +893,13 @@ def adds_no_handler(url: str) -> None:
 
 def retries_after_a_disconnect(url: str) -> None:
     """What failed with an error that SQLAlchemy calls a disconnect is tried again."""
-    engine = create_engine(url)
+    engine = create_engine(url.replace("batches", "new"))
     errors = []
 
     def call_it_a_disconnect(context: ExceptionContext) -> None:
         errors.append(str(context.original_exception))
         context.is_disconnect = True
-        internals.migrate(url)
+        internals.migrate(str(engine.url))
 
     event.listen(engine, "handle_error", call_it_a_disconnect)
     client = DBOSClient(system_database_engine=engine, lazy=True)
@@ -1382,14 +915,13 @@ def puts_items_of_dead_workers_back(url: str) -> None:
     """One worker puts the items of a dead one back; another one takes them from the queue."""
     with queue_of_one(url) as store:
         with launched(store, "dead"):
-            wait_until(lambda: store.running_executors("b") == {"dead"})
+            wait_until(lambda: [*store.taken("b").values()] == ["dead"])
         with launched(store, "live"):
             assert store.claim_rescue("b", "dead", "live", 60.0)
             assert not store.claim_rescue("b", "dead", "other", 60.0)
             assert store.claim_rescue("b", "dead", "other", 0.0)
-            store.requeue("b", store.taken("b", "dead"))
-            wait_until(lambda: store.running_executors("b") == {"live"})
-            assert store.taken("b", "dead") == set()
+            store.requeue("b", store.taken("b"))
+            wait_until(lambda: [*store.taken("b").values()] == ["live"])
 
 
 @pytest.mark.parametrize(
@@ -1429,7 +961,7 @@ async def test_the_example_in_docs_batches_works(
     """Its functions run against the simulator."""
     monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
     monkeypatch.setenv("PROMPTLAYER_BASE_URL", sim.base_url)
-    page = Path(__file__).parents[1] / "docs" / "batches.md"
+    page = Path(__file__).parents[2] / "docs" / "batches.md"
     _, block = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(block, str(page), "exec"), names)

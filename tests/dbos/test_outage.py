@@ -5,17 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import logging
 import os
 import socket
 import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import aclosing, closing, contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,20 +36,14 @@ from promptlayer_exec import (
     StartRequest,
 )
 from promptlayer_exec.dbos import Batch
-from promptlayer_exec.dbos import _batch as batches
 from promptlayer_exec.dbos import _breaker as breakers
 from promptlayer_exec.dbos import _callbacks as callbacks
-from promptlayer_exec.dbos import _connector as connectors
 from promptlayer_exec.dbos import _database as databases
 from promptlayer_exec.dbos import _intents as intents_
 from promptlayer_exec.dbos import _items as items
 from promptlayer_exec.dbos import _liveness as liveness
-from promptlayer_exec.dbos import _pending as pending
 from promptlayer_exec.dbos import _rate as rates
-from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
-from promptlayer_exec.dbos._connector import Connector, DatabaseLost
-from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import Ending
@@ -60,26 +51,6 @@ from promptlayer_exec.dbos._values import StoredOutcome
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 COUNT = 60
-
-
-@pytest.fixture
-def url(batches_file: Path) -> str:
-    """Return the URL of a SQLite database without batches."""
-    return f"sqlite:///{batches_file}"
-
-
-@pytest.fixture(autouse=True)
-def _short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name, interval in (
-        (stores, "_QUEUE_INTERVAL", 0.02),
-        (workers, "_CHECK_INTERVAL", 0.02),
-        (workers, "_IDLE", 0.3),
-        (items, "_FIRST_DELAY", 0.05),
-        (breakers, "_FIRST_PAUSE", 0.1),
-        (connectors, "_INTERVAL", 0.02),
-        (connectors, "_STEP", 0.01),
-    ):
-        monkeypatch.setattr(module, name, interval)
 
 
 @pytest.fixture
@@ -196,23 +167,6 @@ async def test_refused_starts_wait(sim: Simulator, batch_of: Callable[..., Batch
     assert most_starts(sim) == 1
 
 
-async def test_one_refused_workflow_fails_its_items_alone(
-    sim: Simulator, batch_of: Callable[..., Batch]
-) -> None:
-    """If others are started between its refusals, the refusal is the item's own."""
-    batch = batch_of()
-
-    async def effect(request: web.BaseRequest, _: Any) -> web.StreamResponse | None:
-        is_refused = request.method == "POST" and "secret" in request.path
-        return web.Response(status=403, body=b"{}") if is_refused else None
-
-    sim.inject(Fault(effect, times=None))
-    await batch.add([StartRequest("secret", key="s"), *requests(60)])
-    status = await batch.work()
-    assert (status.succeeded, status.failed) == (60, 1)
-    assert (await endings(batch))["Forbidden"] == 1
-
-
 @pytest.mark.parametrize(("status", "error"), [(503, ServerError), (403, Forbidden)])
 async def test_an_outage_that_lasts_ends_the_work(
     sim: Simulator, batch_of: Callable[..., Batch], status: int, error: type[Exception]
@@ -227,22 +181,6 @@ async def test_an_outage_that_lasts_ends_the_work(
     assert before.failed == 0
     sim.clear_faults()
     assert (await batch_of().work()).succeeded == 20 - before.unknown
-    assert most_starts(sim) == 1
-
-
-@pytest.mark.parametrize(("status", "body"), [(522, b"<html>"), (403, b"{}"), (200, b"[1]")])
-async def test_results_that_cannot_be_read_are_waited_for(
-    sim: Simulator, batch_of: Callable[..., Batch], status: int, body: bytes
-) -> None:
-    """No paid item is lost, and no item is started meanwhile once that is noticed."""
-    batch = batch_of()
-    await batch.add(requests(30))
-    answers(sim, "GET", status, body)
-    working = asyncio.create_task(batch.work())
-    await until(lambda: sim.request_count >= 40)
-    sim.clear_faults()
-    assert (await working).succeeded == 30
-    assert await endings(batch) == {"succeeded": 30}
     assert most_starts(sim) == 1
 
 
@@ -376,8 +314,7 @@ async def test_what_a_broken_connection_took_from_the_queue_is_run(
     sim: Simulator, batch_of: Callable[..., Batch], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DBOS does not know of an item that it took in a transaction whose end it did not see."""
-    monkeypatch.setattr(liveness, "HEARTBEAT_INTERVAL", 0.02)
-    monkeypatch.setattr(liveness, "_LOOK_INTERVAL", 0.1)
+    monkeypatch.setattr(liveness, "_LOOK_EVERY", 1)
     sim.add_workflow("held", Scenario([SimNode("Answer", "0", None, is_output_node=True)]))
     batch = batch_of(in_flight=1)
     await batch.add([StartRequest("held", {"n": "0"}, key="0"), *requests(2)[1:]])
@@ -450,7 +387,7 @@ async def test_a_pause_ends_although_its_timer_fires_a_little_early() -> None:
     """As on uvloop, whose timers know whole milliseconds; no other wakes those that wait."""
     clock = asyncio.get_running_loop().time
     breaker = breakers.Breaker(60.0, lambda _: None, lambda: clock() - 0.001)
-    for _ in range(breakers.FAILURES):
+    for _ in range(3):
         breaker.failed(ConnectionFailed("away"), since=clock())
     async with asyncio.timeout(5), breaker.slot():
         pass
@@ -472,107 +409,6 @@ async def test_an_outage_ends_the_work_although_the_wait_timeout_is_shorter(
         await asyncio.wait_for(batch_of(**settings).work(), 20)
     sim.clear_faults()
     assert (await batch_of().work()).succeeded == 4
-
-
-@pytest.mark.parametrize("moment", ["while it follows", "while it starts"])
-async def test_a_worker_does_not_mistake_a_batch_that_was_added_again_for_its_own(
-    sim: Simulator,
-    batch_of: Callable[..., Batch],
-    url: str,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-    *,
-    moment: str,
-) -> None:
-    """While it stood still, its batch was deleted; its items have the same keys, and other inputs.
-
-    Its work ends with an error, and the log has the id of a run that it had just started.
-    """
-    sim.add_workflow(
-        "held",
-        lambda inputs: Scenario([SimNode("Answer", inputs["n"], None, is_output_node=True)]),
-    )
-    await batch_of().add([StartRequest("held", {"n": "old"}, key="0")])
-    if moment == "while it starts":
-        sim.inject(Fault.delay(0.5))
-    working = asyncio.create_task(batch_of().work())
-    if moment == "while it starts":
-        await until(lambda: intents(url) == 1)
-    else:
-        await until(lambda: sim.request_count >= 3)
-    # As a worker that stands still, it does not see a batch without items.
-    with closing(Store(check_url(url))) as store, monkeypatch.context() as patch:
-        patch.setattr(Store, "is_finished", lambda *_: False)
-        await asyncio.to_thread(store.delete, "night")
-        await batch_of().add([StartRequest("held", {"n": "new"}, key="0")])
-    if moment == "while it follows":
-        sim.finish(sim.runs[0].execution_id, "Answer")
-    with pytest.raises(ConfigurationError, match="'night' was deleted meanwhile"):
-        await working
-    if moment == "while it starts":
-        execution_id = sim.runs[0].execution_id
-        assert f"execution {execution_id} was started for item '0'" in caplog.text
-    assert (await batch_of().status()).finished == 0
-    working = asyncio.create_task(batch_of().work())
-    await until(lambda: len(sim.runs) == 2)
-    sim.finish(sim.runs[1].execution_id, "Answer")
-    assert (await working).succeeded == 1
-    assert [outcome.output async for outcome in batch_of().outcomes()] == ["new"]
-
-
-async def test_a_batch_can_be_deleted_and_added_again_while_its_outcomes_are_followed(
-    batch_of: Callable[..., Batch],
-) -> None:
-    """All calls of one `Batch` share its database; a check of the worker ends with its work.
-
-    The outcomes of the first one end in an error.
-    """
-    batch = batch_of()
-    await batch.add(requests(1))
-    async with aclosing(batch.outcomes()) as outcomes:
-        following = asyncio.create_task(anext(outcomes))
-        assert (await batch.work()).succeeded == 1
-        assert (await following).succeeded
-        assert await batch.delete() == 1
-        assert await batch.add(requests(2)) == 2
-        assert (await batch.work()).succeeded == 2
-        with pytest.raises(ConfigurationError, match="was deleted while its outcomes were read"):
-            await anext(outcomes)
-
-
-async def test_outcomes_of_a_batch_that_is_deleted_end_in_an_error(
-    batch_of: Callable[..., Batch],
-) -> None:
-    """Those that were not read yet are gone."""
-    batch = batch_of()
-    async with aclosing(batch.outcomes()) as outcomes:
-        await batch.add(requests(1))
-        assert (await batch.work()).succeeded == 1
-        assert (await anext(outcomes)).succeeded
-        assert await batch_of().delete() == 1
-        with pytest.raises(ConfigurationError, match="was deleted"):
-            await anext(outcomes)
-
-
-async def test_outcomes_of_a_batch_that_is_being_deleted_end_in_an_error(
-    batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Some of those that were not read yet may be gone; so it is if the deletion is interrupted."""
-    monkeypatch.setattr(batches, "_CHUNK", 1)
-    batch = batch_of()
-    await batch.add(requests(2))
-    assert (await batch.work()).succeeded == 2
-    async with aclosing(batch.outcomes()) as outcomes:
-        assert (await anext(outcomes)).succeeded
-
-        def interrupt(*_: Any) -> None:
-            raise KeyError
-
-        monkeypatch.setattr(stores, "delete_items", interrupt)
-        with pytest.raises(KeyError):
-            await batch_of().delete()
-        with pytest.raises(ConfigurationError, match="was deleted"):
-            await anext(outcomes)
 
 
 async def test_an_item_whose_ending_is_refused_is_followed_as_it_is_stored(
@@ -601,9 +437,10 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     keys: list[str] = []
     run = items.Items.run
 
-    async def note(self: items.Items, item: pending.Item) -> None:
-        await run(self, item)
+    async def note(self: items.Items, item: Any) -> bool:
+        is_done = await run(self, item)
         keys.append(item.key)
+        return is_done
 
     monkeypatch.setattr(items.Items, "run", note)
     return keys
@@ -666,33 +503,6 @@ async def test_a_worker_that_stood_still_leaves_an_item_that_it_has_lost(
     assert sim.request_count == 0
 
 
-async def test_a_worker_whose_ending_is_refused_leaves_an_item_that_it_has_lost(
-    sim: Simulator,
-    batch_of: Callable[..., Batch],
-    url: str,
-    ended: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """With `restart_unknown`, two workers would start it in turn, again and again."""
-    finish = Store.finish
-
-    def take_over_first(store: Store, batch: str, endings: Any) -> Any:
-        monkeypatch.setattr(Store, "finish", finish)
-        take_over(url)
-        return finish(store, batch, endings)
-
-    batch = batch_of(restart_unknown=True)
-    await batch.add(requests(1))
-    answers(sim, "POST", 400)
-    monkeypatch.setattr(Store, "finish", take_over_first)
-    working = asyncio.create_task(batch.work())
-    await until(lambda: bool(ended))
-    assert (await batch.status()).finished == 0
-    end_of_another(url)
-    assert (await working).succeeded == 1
-    assert sim.request_count == 1
-
-
 @pytest.mark.parametrize("restart_unknown", [False, True])
 async def test_a_start_of_a_worker_that_is_gone_is_followed_if_its_callback_has_come(
     sim: Simulator, batch_of: Callable[..., Batch], url: str, *, restart_unknown: bool
@@ -720,34 +530,13 @@ async def test_an_item_that_a_worker_is_given_again_while_it_runs_is_started_onc
     working = asyncio.create_task(batch.work())
     await until(lambda: held.asked == 1)
     with closing(Store(check_url(url))) as store:
-        (executor,) = store.running_executors("night")
-        store.requeue("night", store.taken("night", executor))
-        await until(lambda: store.running_executors("night") == {executor})
+        taken = store.taken("night")
+        store.requeue("night", taken)
+        await until(lambda: store.taken("night") == taken)
     sim.inject(Fault.delay(0.5))
     held.release.set()
     assert (await working).succeeded == 1
     assert len(sim.runs) == 1
-
-
-async def test_a_start_that_fails_before_it_is_sent_ends_an_item_of_a_worker_that_is_gone(
-    batch_of: Callable[..., Batch], url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its intent, which this start was to replace, is still recorded."""
-
-    def refuse(*_: Any) -> Any:
-        raise ValueError("of the user's converter")
-
-    await batch_of().add(requests(1))
-    with closing(Store(check_url(url))) as store:
-        intent = intents_.Intent("0", 1, "of another worker", None, False)
-        assert intents_.write(store, "night", [intent]) == [True]
-    monkeypatch.setattr(Session, "_prepare", refuse)
-    events: list[Any] = []
-    status = await batch_of(restart_unknown=True, observers=[events.append]).work()
-    assert status.failed == 1
-    assert [type(event).__name__ for event in events if "Start" in type(event).__name__] == [
-        "StartFailed"
-    ]
 
 
 async def test_items_that_cannot_be_sent_say_nothing_about_the_server(
@@ -768,18 +557,6 @@ async def test_items_that_cannot_be_sent_say_nothing_about_the_server(
     with pytest.raises(ServerError):
         await batch.work()
     assert (await batch.status()).unknown <= 10
-
-
-async def test_an_item_with_another_request_in_dbos_is_not_run(
-    sim: Simulator, batch_of: Callable[..., Batch], url: str
-) -> None:
-    """As where two schemas of one database have batches of one name, and DBOS has one schema."""
-    await batch_of().add(requests(1))
-    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database, database:
-        database.execute("UPDATE promptlayer_item SET digest = 'of another request'")
-    with pytest.raises(ConfigurationError, match=r"item '0' .*another request in DBOS.*schemas"):
-        await batch_of().work()
-    assert sim.runs == []
 
 
 @pytest.mark.parametrize("kind", [TypeError, ValueError, KeyError])
@@ -838,6 +615,7 @@ def breakable() -> Iterator[Break]:
         sa.event.remove(sa.pool.Pool, "checkout", switch.checkout)
 
 
+@pytest.mark.usefixtures("_short_patience")
 async def test_an_id_that_cannot_be_stored_is_logged_and_printed(
     sim: Simulator,
     batch_of: Callable[..., Batch],
@@ -845,47 +623,25 @@ async def test_an_id_that_cannot_be_stored_is_logged_and_printed(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With the item's key, before the work ends with an error that is no raw one of SQLAlchemy."""
-    monkeypatch.setattr(databases, "RETRY_FOR", 0.3)
+    """With the item's key, while the work waits for the database, and can be interrupted."""
+    monkeypatch.setattr(items, "_RECORDED_WITHIN", 0.05)
+    monkeypatch.setattr(items, "_LOOK_AFTER", 0.01)
     batch = batch_of()
     await batch.add(requests(1))
     sim.inject(Fault.delay(0.3))
-    with breakable() as switch, caplog.at_level(logging.ERROR):
+    with breakable() as switch:
         working = asyncio.create_task(batch.work())
         await sim.wait_for_requests(1)
         switch.is_broken = True
-        with pytest.raises(ConfigurationError, match="attempt to write a readonly database"):
+        await until(lambda: "keep this line" in caplog.text)
+        working.cancel()
+        with pytest.raises(asyncio.CancelledError):
             await working
     (run,) = sim.runs
     text = f"execution {run.execution_id} was started for item '0' of batch 'night', but"
     assert [message for message in caplog.messages if message.startswith(text)]
+    assert "attempt to write a readonly database; trying again" in caplog.text
     assert text in capsys.readouterr().err
-
-
-async def test_a_batch_whose_outcomes_are_being_read_works_again_after_an_outage(
-    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The worker gave the database up, and with it the connections that the reader has."""
-    monkeypatch.setattr(databases, "RETRY_FOR", 0.3)
-    monkeypatch.setattr(connectors, "_CONTENTION", 0.1)
-    monkeypatch.setattr(liveness, "HEARTBEAT_INTERVAL", 0.1)
-    monkeypatch.setattr(liveness, "DEAD_AFTER", 1.0)
-    batch = batch_of()
-    await batch.add(requests(1))
-    assert (await batch.work()).succeeded == 1
-    async with aclosing(batch.outcomes(until_done=False)) as outcomes:
-        await anext(outcomes)
-        await batch.add(requests(2))
-        sim.inject(Fault.delay(0.3))
-        with breakable() as switch:
-            working = asyncio.create_task(batch.work())
-            await sim.wait_for_requests(sim.request_count + 1)
-            switch.is_broken = True
-            with pytest.raises(ConfigurationError, match="readonly"):
-                await working
-            switch.is_broken = False
-            monkeypatch.setattr(databases, "RETRY_FOR", 60.0)
-            assert (await batch.work()).finished == 2
 
 
 async def test_an_id_that_is_not_stored_soon_is_logged_at_once(
@@ -896,8 +652,8 @@ async def test_an_id_that_is_not_stored_soon_is_logged_at_once(
     url: str,
 ) -> None:
     """While the worker waits for the database, it might be killed. Then the id is stored."""
-    monkeypatch.setattr(pending, "_RECORDED_WITHIN", 0.02)
-    monkeypatch.setattr(items, "_SLOWLY_RECORDED_WITHIN", 0.05)
+    monkeypatch.setattr(items, "_RECORDED_WITHIN", 0.05)
+    monkeypatch.setattr(items, "_LOOK_AFTER", 0.01)
     batch = batch_of()
     await batch.add(requests(1))
     sim.inject(Fault.delay(0.3))
@@ -942,52 +698,16 @@ def locked(url: str) -> Iterator[None]:
 
 @pytest.fixture
 def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(databases, "RETRY_FOR", 1.0)
-    monkeypatch.setattr(databases, "_RETRY_INTERVAL", 0.05)
     monkeypatch.setitem(databases._SQLITE_OPTIONS, "timeout", 0.05)
-    monkeypatch.setattr(connectors, "_CONTENTION", 0.2)
-    monkeypatch.setattr(liveness, "HEARTBEAT_INTERVAL", 0.02)
-    monkeypatch.setattr(liveness, "DEAD_AFTER", 0.1)
-    for module in (connectors, workers):
-        monkeypatch.setattr(module, "PATIENCE_AT_END", 0.3)
-
-
-@pytest.mark.usefixtures("_short_patience")
-@pytest.mark.parametrize("rate", [None, 100.0])
-async def test_a_file_that_stays_locked_ends_the_work_in_time(
-    sim: Simulator,
-    batch_of: Callable[..., Batch],
-    url: str,
-    rate: float | None,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """All that wait for it have one patience together; nothing is lost, and nothing twice."""
-    batch = batch_of(rate=rate)
-    await batch.add(requests(20))
-    working = asyncio.create_task(batch.work())
-    await until(lambda: len(sim.runs) >= 5)
-    with locked(url):
-        began = time.monotonic()
-        with pytest.raises(ConfigurationError, match="cannot be used: database is locked"):
-            await working
-        assert time.monotonic() - began < 5
-    assert "cannot be written: database is locked; trying again for up to 1 s" in caplog.text
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(databases, "RETRY_FOR", 60.0)  # a slow machine may need long for the file
-        status = await batch.work()
-    assert status.finished == 20
-    ids = [run.execution_id for run in sim.runs]
-    stored = [outcome.execution_id async for outcome in batch.outcomes()]
-    assert all(each in stored or f"execution {each} was started" in caplog.text for each in ids)
-    assert most_starts(sim) == 1
+    monkeypatch.setattr(items, "_PATIENCE_AT_END", 0.3)
+    monkeypatch.setattr(workers, "_PATIENCE_AT_END", 0.3)
 
 
 @pytest.mark.usefixtures("_short_patience")
 async def test_work_on_a_locked_file_can_be_interrupted(
-    sim: Simulator, batch_of: Callable[..., Batch], url: str, monkeypatch: pytest.MonkeyPatch
+    sim: Simulator, batch_of: Callable[..., Batch], url: str
 ) -> None:
-    """Long before it would give up, and so can adding, and the first use of the file."""
-    monkeypatch.setattr(databases, "RETRY_FOR", 60.0)
+    """Long before it would give up, and so can adding."""
     batch = batch_of()
     await batch.add(requests(20))
     working = asyncio.create_task(batch.work())
@@ -996,7 +716,6 @@ async def test_work_on_a_locked_file_can_be_interrupted(
         for call in (
             lambda: working,
             lambda: asyncio.create_task(batch.add(requests(30))),
-            lambda: asyncio.create_task(batch_of().status()),
         ):
             calling = call()
             await asyncio.sleep(0.1)
@@ -1013,60 +732,17 @@ async def test_work_goes_on_when_the_file_is_unlocked(
     batch_of: Callable[..., Batch],
     url: str,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever was tried meanwhile is done once."""
-    monkeypatch.setattr(databases, "RETRY_FOR", 60.0)
     batch = batch_of(rate=20.0)  # so that not all is done before the file is locked
     await batch.add(requests(20))
     working = asyncio.create_task(batch.work())
     await until(lambda: len(sim.runs) >= 5)
     with locked(url):
-        await until(lambda: "cannot be written" in caplog.text)
+        await until(lambda: "cannot be used: database is locked; trying again" in caplog.text)
     assert (await working).succeeded == 20
-    assert "can be written again" in caplog.text
+    assert "can be used again" in caplog.text
     assert most_starts(sim) == 1
-
-
-@pytest.mark.usefixtures("_short_patience")
-async def test_what_only_reads_does_not_wait_for_a_locked_file(url: str) -> None:
-    """However many others wait with a connection each: a worker that cannot read cannot end."""
-    with closing(Store(check_url(url))) as store:
-        store.prepare()
-        with locked(url):
-            beat = partial(store.record_heartbeat, "night", "worker", "process")
-            writing = [asyncio.create_task(asyncio.to_thread(beat)) for _ in range(5)]
-            await asyncio.sleep(0.1)
-            assert await asyncio.to_thread(store.is_finished, "night")
-            assert not any(task.done() for task in writing)
-            results = await asyncio.gather(*writing, return_exceptions=True)
-    assert all(isinstance(result, ConfigurationError) for result in results)
-
-
-def test_all_calls_that_write_share_one_patience(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a full disk, one call in turn after another would each have its own."""
-    monkeypatch.setattr(databases, "RETRY_FOR", 0.3)
-    monkeypatch.setattr(databases, "_RETRY_INTERVAL", 0.01)
-    tried = []
-
-    def work(_connection: sa.Connection) -> None:
-        tried.append(time.monotonic())
-        raise sa.exc.OperationalError("update", None, Exception("disk is full"))
-
-    with closing(Store(check_url(url))) as store:
-        store.prepare()
-        with pytest.raises(ConfigurationError, match="disk is full"):
-            store.transact(work)
-        assert len(tried) > 1
-        tried.clear()
-        store.remove_worker("none")  # that writes nothing, so it is possible
-        with pytest.raises(ConfigurationError, match="disk is full"):
-            store.transact(work)
-        assert len(tried) == 1
-        store.record_heartbeat("night", "worker", "process")
-        with pytest.raises(ConfigurationError, match="disk is full"):
-            store.transact(work)
-        assert len(tried) > 2
 
 
 def test_a_server_that_became_a_standby_is_waited_for(url: str) -> None:
@@ -1107,117 +783,6 @@ def test_no_raw_error_of_sqlalchemy_comes_out(url: str, failure: Any) -> None:
         assert explained.__cause__ is failure
         other = LookupError()
         assert store.explain(other) is other
-
-
-class Dialect:
-    """A driver whose connections fail until `is_up`."""
-
-    is_up = False
-
-    class loaded_dbapi:  # noqa: N801 - SQLAlchemy's name
-        """The driver's module."""
-
-        OperationalError = sqlite3.OperationalError
-
-    def connect(self) -> str:
-        """Return a connection, or fail."""
-        if self.is_up:
-            return "a connection"
-        raise sqlite3.OperationalError("away")
-
-
-@pytest.fixture
-def connector() -> Connector:
-    """Return a connector that waits for a second."""
-    return Connector("sqlite:///file", 1.0, lambda: False)
-
-
-def test_a_connection_is_waited_for(connector: Connector, caplog: pytest.LogCaptureFixture) -> None:
-    """The log says when that begins and ends."""
-    driver = Dialect()
-    waits = []
-
-    def wait(seconds: float) -> bool:
-        waits.append(seconds)
-        assert connector.is_failing
-        driver.is_up = True
-        return False
-
-    connector._abandoned.wait = wait  # type: ignore[method-assign, assignment]
-    assert connector.connect(driver, None, (), {}) == "a connection"
-    assert waits
-    assert not connector.is_failing
-    assert caplog.messages == [
-        "the database sqlite:///file cannot be reached: away; trying again for up to 1 s",
-        "the database sqlite:///file can be reached again",
-    ]
-
-
-def test_a_connection_is_waited_for_only_so_long(connector: Connector) -> None:
-    """After the patience, when the call is cancelled, and at once when all is abandoned."""
-    connector.patience = 0.0
-    with pytest.raises(DatabaseLost, match="away"):
-        connector.connect(Dialect(), None, (), {})
-    connector.patience = 60.0
-    connector._is_cancelled = lambda: True
-    with pytest.raises(DatabaseLost, match="away"):
-        connector.connect(Dialect(), None, (), {})
-    connector.abandon()
-    with pytest.raises(DatabaseLost, match="ended"):
-        connector.connect(Dialect(), None, (), {})
-
-
-class Unanswered:
-    """A connection to a PostgreSQL that does not answer."""
-
-    closed = False
-
-    def __init__(self, wire: socket.socket) -> None:
-        self.fileno = wire.fileno
-
-
-def test_a_use_without_an_answer_is_ended(connector: Connector) -> None:
-    """After the patience at the end, when its call is cancelled; not one that is too recent."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        connection: Any = Unanswered(ours)
-        assert connector.longest_use == 0.0
-        connector._used(connection)
-        connector.patience = 60.0
-        connector.end_long_uses()
-        assert not connector.is_stuck
-        connector._connections[connection] = time.monotonic() - 61
-        assert connector.is_stuck
-        connector._not_used(connection)
-        connector._not_used(None)
-        connector.end_long_uses()
-        assert not connector.is_stuck
-        theirs.settimeout(0)
-        with pytest.raises(BlockingIOError):
-            theirs.recv(1)  # nothing was ended so far
-        connector._connections[connection] = time.monotonic() - 61
-        connector.end_long_uses()
-        assert theirs.recv(1) == b""
-        connection.closed = True
-        assert not connector.is_stuck
-
-
-async def test_a_call_that_gets_no_answer_ends(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the patience, also where no worker runs that would see it."""
-    monkeypatch.setattr(databases, "_RETRY_INTERVAL", 0.01)
-    ours, theirs = socket.socketpair()
-    theirs.settimeout(5)
-    with ours, theirs, closing(Store(check_url(url))) as store:
-        connection: Any = Unanswered(ours)
-        store.connector.patience = 60.0
-        store.connector._connections[connection] = time.monotonic() - 61
-
-        def work() -> Any:
-            assert theirs.recv(1) == b""
-            return store.rows(sa.select(sa.literal(1)))
-
-        with pytest.raises(ConfigurationError, match="used: it has not answered for 60 s"):
-            await store.run_in_thread(work)
 
 
 def _lost_connection() -> sa.exc.OperationalError:
@@ -1264,30 +829,6 @@ def test_the_queue_is_registered_again_when_the_connection_breaks(
     assert failures == []
 
 
-@pytest.mark.parametrize(("statement", "tries"), [("SELECT 1", 2), (None, 1)])
-def test_a_database_that_breaks_while_it_is_prepared_is_waited_for(
-    monkeypatch: pytest.MonkeyPatch, statement: str | None, tries: int
-) -> None:
-    """But one that could not be reached is said at once: its URL may be wrong."""
-    monkeypatch.setattr(databases, "_RETRY_INTERVAL", 0.01)
-    failure = sa.exc.OperationalError(statement, None, sqlite3.OperationalError("restarting"))
-    calls: list[str] = []
-
-    def prepare() -> None:
-        calls.append("")
-        if len(calls) == 1:
-            raise failure
-
-    with closing(Store(check_url("postgresql://127.0.0.1:9/none"))) as store:
-        monkeypatch.setattr(store, "_prepare", prepare)
-        if tries == 1:
-            with pytest.raises(ConfigurationError, match="restarting"):
-                store.prepare()
-        else:
-            store.prepare()
-    assert len(calls) == tries
-
-
 def test_the_tables_are_created_on_connections_with_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """DBOS makes these connections; what the user's URL says counts."""
     urls: list[str] = []
@@ -1296,31 +837,4 @@ def test_the_tables_are_created_on_connections_with_limits(monkeypatch: pytest.M
     with closing(store), pytest.raises(ConfigurationError, match="division"):
         store.prepare()
     query = sa.make_url(urls[0]).query
-    assert (query["connect_timeout"], query["tcp_user_timeout"]) == ("3", "20000")
-
-
-def test_what_uses_an_abandoned_database_fails(url: str) -> None:
-    """Also on a connection that stands: DBOS would retry an error of SQLAlchemy."""
-    with closing(Store(check_url(url))) as store, store.engine.connect() as connection:
-        store.connector.abandon()
-        with pytest.raises(DatabaseLost, match="ended"):
-            connection.execute(sa.text("no statement"))
-
-
-async def test_no_intent_is_recorded_once_a_start_is_cancelled() -> None:
-    """Nobody would take it back: the request is torn down a few steps after the cancellation."""
-    recorded: list[str] = []
-
-    def record(intents: Any) -> list[bool]:
-        recorded.extend(intent.key for intent in intents)
-        return [True] * len(intents)
-
-    start = pending.PendingStart(pending.Item("k", 1, "{}"), Group(record), "token")
-    start.cancel()
-    sending = asyncio.create_task(start.before_send())
-    for _ in range(3):
-        await asyncio.sleep(0)
-    sending.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await sending
-    assert recorded == []
+    assert (query["connect_timeout"], query["tcp_user_timeout"]) == ("3", "15000")
