@@ -56,10 +56,12 @@ class State(NamedTuple):
     """Whether an attempt of an item has no outcome yet, and what is recorded about its start.
 
     Attributes:
+        request: what is to be started, as JSON.
         called_back: the execution id in the callback of the start with this intent.
     """
 
     is_open: bool
+    request: str = ""
     intent: str | None = None
     started: str | None = None
     called_back: int | None = None
@@ -144,14 +146,14 @@ def read(store: Store, batch: str, attempts: Sequence[tuple[str, int]]) -> list[
     """Return the state of attempts of items, given as key and number."""
     query = (
         sa.select(
-            *(_item.key, _item.attempt, _item.kind, _item.intent, _item.started),
+            *(_item.key, _item.attempt, _item.kind, _item.request, _item.intent, _item.started),
             _callback.execution_id,
         )
         .outerjoin(callbacks, called_back)
         .where(_item.batch == batch, _item.key.in_([key for key, _ in attempts]))
     )
     found = {
-        (row.key, row.attempt): State(True, row.intent, row.started, row.execution_id)
+        (row.key, row.attempt): State(True, row.request, row.intent, row.started, row.execution_id)
         for row in store.rows(query)
         if row.kind is None
     }

@@ -124,17 +124,17 @@ class Items:
         self._starts = Breaker(policy.outage, self._end)
         self._patience = float("inf") if policy.watch_outage is None else policy.watch_outage
 
-    async def run(self, item: Item) -> bool:
-        """Run an item; return whether it is done with, which it is not if the work ends first."""
-        workflow = workflow_id(self._batch, item.key, item.attempt)
+    async def run(self, key: str, attempt: int) -> bool:
+        """Run an attempt of an item; return False if it is to be run again by the next worker."""
+        workflow = workflow_id(self._batch, key, attempt)
         # A worker that stood still may be given an item again that it still runs.
         while (earlier := self.active.get(workflow)) is not None:
             await asyncio.wait([earlier])
         self.active[workflow] = current_task()
         try:
-            await self._run(item)
+            await self._run(key, attempt)
         except (IntentRefused, _Closing):
-            return False  # it stays as it is stored, for the next worker
+            return False
         except Exception as error:  # noqa: BLE001 - DBOS would end the item with it
             self._end(error)
             return False
@@ -167,25 +167,29 @@ class Items:
         stored = callbacks.finish(self._store, self._batch, endings)
         return [(ending.key, ending.attempt) in stored for ending in endings]
 
-    async def _run(self, item: Item) -> None:
-        is_stored = False
-        while not is_stored:  # the start of another worker may be recorded meanwhile
-            started = None if self._is_closing else await self._start(item)
-            if self._is_closing:
-                raise _Closing
-            if started is None:
+    async def _run(self, key: str, attempt: int) -> None:
+        while True:  # the start of another worker may be recorded meanwhile
+            self._check_open()
+            state = await self._states.add((key, attempt))
+            if not state.is_open:
                 return  # it has an outcome, or a later attempt
+            item = Item(key, attempt, state.request)
+            started = await self._start(item, state)
+            if started is None:
+                return
+            self._check_open()
             outcome = await self._follow(item, started)
-            is_stored = await self._endings.add(Ending.of(item.attempt, outcome))
+            if await self._endings.add(Ending.of(attempt, outcome)):
+                return
 
-    async def _start(self, item: Item) -> StartResult | None:
-        state = await self._states.add((item.key, item.attempt))
-        if not state.is_open:
-            return None
-        # An item that was started before is only followed.
-        started = item.started or json.loads(state.started or "null")
-        if started is not None:
-            return cast("StartResult", started)
+    def _check_open(self) -> None:
+        if self._is_closing:
+            raise _Closing
+
+    async def _start(self, item: Item, state: State) -> StartResult | None:
+        """Return the result of the start, a new one or an earlier one."""
+        if state.started is not None:
+            return cast("StartResult", json.loads(state.started))
         if state.intent is not None:  # of a worker that may have sent the start
             if state.called_back is not None:  # it has
                 return await self._record(item, state.intent, start_result(state.called_back))
@@ -215,8 +219,8 @@ class Items:
             if await recording:
                 return result
             adopt = partial(again.adopt, self._store, self._batch, key=item.key)
-            adopt = partial(adopt, attempt=item.attempt, token=token, request=item.request)
-            if await self._store.run_in_thread(partial(adopt, started=result)):
+            adopt = partial(adopt, attempt=item.attempt, token=token, started=result)
+            if await self._store.run_in_thread(adopt):
                 text = (
                     "execution %d was started for item %.100r while another worker took the item"
                     " over; it is followed"

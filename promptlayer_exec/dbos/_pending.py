@@ -21,17 +21,11 @@ def current_task() -> asyncio.Task[Any]:
 
 @attrs.frozen(repr=False)  # DBOS logs the arguments of a step that is cancelled
 class Item:
-    """One attempt to run an item.
-
-    Attributes:
-        request: the request as JSON.
-        started: the start of an earlier attempt, which this one only follows.
-    """
+    """One attempt to run an item, and its request as JSON."""
 
     key: str
     attempt: int
     request: str
-    started: StartResult | None = None
 
 
 def unknown_start(item: Item) -> StartResult:

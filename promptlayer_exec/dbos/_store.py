@@ -71,21 +71,6 @@ class Heartbeat(NamedTuple):
     process: str
 
 
-class Queued(NamedTuple):
-    """An attempt of an item that is to be run; with the result of a start, it is only followed."""
-
-    key: str
-    attempt: int
-    request: str
-    started: Mapping[str, Any] | None = None
-
-    @property
-    def arguments(self) -> list[Any]:
-        """Those of the DBOS workflow."""
-        known = [] if self.started is None else [dict(self.started)]
-        return [self.key, self.attempt, self.request, *known]
-
-
 class Store(Database):
     """The database of batches; each method is a call that `Database` retries."""
 
@@ -127,13 +112,12 @@ class Store(Database):
         for start in range(0, len(keys), _KEYS_AT_ONCE):
             if self.is_cancelled():
                 return
-            query = sa.select(_item.key, _item.attempt, _item.digest).where(
+            query = sa.select(_item.key, _item.digest, _item.request).where(
                 _item.batch == batch, _item.key.in_(keys[start : start + _KEYS_AT_ONCE])
             )
-            for key, attempt, digest in self.rows(query):
+            for key, digest, request in self.rows(query):
                 if digest != given[key].digest:
-                    stored = self.stored_requests(batch, {key: attempt}).get(key)
-                    raise another_request(batch, given[key], stored)
+                    raise another_request(batch, given[key], request)
 
     def add(
         self, batch: str, rows: Sequence[Row], settings: Mapping[str, float] | None = None
@@ -145,17 +129,13 @@ class Store(Database):
         insert_batch = self.insert(_batches).on_conflict_do_nothing()
         insert = self.insert(_items).on_conflict_do_nothing().returning(_item.key)
         unique = by_key(batch, rows)
-        items = [
-            {"batch": batch, "key": row.key, "attempt": 1, "digest": row.digest}
-            for row in unique.values()
-        ]
+        items = [{"batch": batch, "attempt": 1} | row._asdict() for row in unique.values()]
 
         def add(connection: sa.Connection) -> int:
             connection.execute(insert_batch, _new_batch(batch) | dict(settings or {}))
             new = {*connection.execute(insert, items).scalars()}
             if new:
-                queued = [Queued(key, 1, row.request) for key, row in unique.items() if key in new]
-                self.enqueue(connection, batch, queued)
+                self.enqueue(connection, batch, [(key, 1) for key in unique if key in new])
                 count = sa.update(_batches).where(_batches.c.name == batch)
                 connection.execute(count.values(total=_batches.c.total + len(new)))
             return len(new)
@@ -164,14 +144,6 @@ class Store(Database):
         if added < len(unique):
             self.check(batch, rows)
         return added
-
-    def stored_requests(self, batch: str, attempts: dict[str, int]) -> dict[str, str]:
-        """Return the JSON requests of items, by key, of the given attempts, if DBOS has them."""
-        if not attempts:
-            return {}
-        ids = [workflow_id(batch, key, attempt) for key, attempt in attempts.items()]
-        stored: Any = self._list_workflows(ids)
-        return {it.input["args"][0]: it.input["args"][2] for it in stored}
 
     def finish(self, batch: str, endings: Sequence[Ending]) -> set[tuple[str, int]]:
         """Store the outcome of each item; return the keys and attempts of those that were stored.
@@ -280,12 +252,12 @@ class Store(Database):
     def workflows(self, batch: str, key: str, attempts: int) -> list[Any]:
         """Return the DBOS workflows of the attempts of an item, the first one first."""
         ids = [workflow_id(batch, key, attempt) for attempt in range(1, attempts + 1)]
-        found = self._list_workflows(ids)
+        found: Any = self.retry(
+            partial(
+                self._client.list_workflows, workflow_ids=ids, load_input=False, load_output=False
+            )
+        )
         return sorted(found, key=lambda each: key_and_attempt(each.workflow_id)[1])
-
-    def _list_workflows(self, ids: list[str]) -> list[Any]:
-        found = partial(self._client.list_workflows, workflow_ids=ids, load_output=False)
-        return self.retry(found)
 
     def delete(self, batch: str) -> int:
         """Delete a batch and its items, a few hundred at a time; return how many items it had."""
@@ -417,30 +389,30 @@ class Store(Database):
         )
         return self.transact(lambda connection: float(connection.execute(update).scalar_one()))
 
-    def enqueue(self, connection: sa.Connection, batch: str, attempts: Sequence[Queued]) -> None:
-        """Enqueue attempts of items."""
+    def enqueue(
+        self, connection: sa.Connection, batch: str, attempts: Sequence[tuple[str, int]]
+    ) -> None:
+        """Enqueue attempts of items, given as key and number."""
+        queue = queue_name(batch)
         if not self.is_sqlite:  # all in one round trip
             rows = [
                 {
-                    "workflow": WORKFLOW,
-                    "queue": queue_name(batch),
-                    "id": workflow_id(batch, each.key, each.attempt),
-                    "arguments": [json.dumps(argument) for argument in each.arguments],
-                    "application": APPLICATION,
-                    "version": VERSION,
+                    "id": workflow_id(batch, *each),
+                    "arguments": [json.dumps(argument) for argument in each],
                 }
                 for each in attempts
             ]
-            connection.execute(_ENQUEUE, rows)
+            names = {"workflow": WORKFLOW, "queue": queue, "application": APPLICATION}
+            connection.execute(_ENQUEUE, [row | names | {"version": VERSION} for row in rows])
             return
         for each in attempts:
             options: EnqueueOptions = {
                 "workflow_name": WORKFLOW,
-                "queue_name": queue_name(batch),
-                "workflow_id": workflow_id(batch, each.key, each.attempt),
+                "queue_name": queue,
+                "workflow_id": workflow_id(batch, *each),
                 "app_version": VERSION,
             }
-            self._client.enqueue_in_transaction(connection, options, *each.arguments)
+            self._client.enqueue_in_transaction(connection, options, *each)
 
 
 def _new_batch(name: str) -> dict[str, Any]:

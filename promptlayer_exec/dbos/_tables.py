@@ -38,7 +38,8 @@ items = sa.Table(
     sa.Column("batch", sa.Text, primary_key=True),
     sa.Column("key", sa.Text, primary_key=True),
     sa.Column("attempt", sa.Integer, nullable=False),
-    # What the key stands for; see `_requests`.
+    # What the key stands for, as JSON; see `_requests`.
+    sa.Column("request", sa.Text, nullable=False),
     sa.Column("digest", sa.Text, nullable=False),
     # How it ended, the number of its outcome, and the outcome as JSON.
     sa.Column("kind", sa.Text),
@@ -46,7 +47,7 @@ items = sa.Table(
     sa.Column("outcome", sa.Text),
     # The token of the start whose request may have been sent.
     sa.Column("intent", sa.Text),
-    # The result of that start as JSON, once the execution id is known.
+    # The result of that start, or of one of an earlier attempt, as JSON: it is only followed.
     sa.Column("started", sa.Text),
     # How long its run took, in seconds.
     sa.Column("seconds", sa.Double),

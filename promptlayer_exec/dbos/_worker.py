@@ -22,9 +22,7 @@ from promptlayer_exec.dbos._engine import log_quietly
 from promptlayer_exec.dbos._items import Items
 from promptlayer_exec.dbos._liveness import Liveness
 from promptlayer_exec.dbos._names import APPLICATION, WORKFLOW, queue_name
-from promptlayer_exec.dbos._pending import Item
 from promptlayer_exec.dbos._store import VERSION, Store
-from promptlayer_exec.dbos._values import StartResult
 
 _CHECK_INTERVAL = 0.25
 _THREADS = 16
@@ -146,9 +144,9 @@ class Worker:
                 return
             await asyncio.sleep(0.02)
 
-    async def run_item(self, item: Item) -> None:
+    async def run_item(self, key: str, attempt: int) -> None:
         """Run an item until its outcome is stored; called in DBOS's event loop."""
-        running = asyncio.run_coroutine_threadsafe(self._items.run(item), self._loop)
+        running = asyncio.run_coroutine_threadsafe(self._items.run(key, attempt), self._loop)
         is_done = False
         try:
             is_done = await asyncio.wrap_future(running)
@@ -197,12 +195,8 @@ async def _suspend() -> NoReturn:
     raise AssertionError("this future is never done")
 
 
-async def _run(item: Item) -> None:
+@DBOS.workflow(name=WORKFLOW, max_recovery_attempts=None)
+async def _item(key: str, attempt: int) -> None:
     if _worker is None:
         await _suspend()
-    await _worker.run_item(item)
-
-
-@DBOS.workflow(name=WORKFLOW, max_recovery_attempts=None)
-async def _item(key: str, attempt: int, request: str, started: StartResult | None = None) -> None:
-    await _run(Item(key, attempt, request, started))
+    await _worker.run_item(key, attempt)

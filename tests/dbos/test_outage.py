@@ -437,9 +437,9 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     keys: list[str] = []
     run = items.Items.run
 
-    async def note(self: items.Items, item: Any) -> bool:
-        is_done = await run(self, item)
-        keys.append(item.key)
+    async def note(self: items.Items, key: str, attempt: int) -> bool:
+        is_done = await run(self, key, attempt)
+        keys.append(key)
         return is_done
 
     monkeypatch.setattr(items.Items, "run", note)
