@@ -55,6 +55,7 @@ _CREATE_TABLES_LOCK = 0x70726F6D707479
 # they would retry. To SQLite there are as many as are needed (0): those that wait for a locked file
 # would keep all others waiting.
 _CONNECTIONS = 5
+_ENDED = "the work was ended"
 _stop: ContextVar[threading.Event] = ContextVar("stop")
 
 
@@ -215,6 +216,8 @@ class Database:
         since = time.monotonic()
         while True:
             try:
+                if self._ended.is_set():
+                    raise DatabaseLost(_ENDED)
                 done = work()
             except (exc.SQLAlchemyError, DatabaseLost) as error:
                 may_pass = isinstance(error, exc.OperationalError | exc.InterfaceError) or (
@@ -244,7 +247,7 @@ class Database:
                     raise DatabaseLost(reason_of(error)) from error
             else:
                 return connection
-        raise DatabaseLost("the work was ended")
+        raise DatabaseLost(_ENDED)
 
     def _translate(self, context: sa.ExceptionContext) -> None:
         if self._ended.is_set():  # DBOS would try again for ever

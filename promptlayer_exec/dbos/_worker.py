@@ -176,10 +176,10 @@ class Worker:
 
     def _end(self) -> None:
         is_finished = False
-        with suppress(ConfigurationError):
-            is_finished = self._store.is_finished(self._batch)
         if self._store.away_for:
             self._store.give_up()
+        with suppress(ConfigurationError):
+            is_finished = self._store.is_finished(self._batch)
         if self._is_launched:
             DBOS.destroy(workflow_completion_timeout_sec=0 if is_finished else _ENDING)
         with suppress(ConfigurationError):  # the other workers will miss its heartbeat

@@ -24,7 +24,7 @@ from fastapi.testclient import TestClient
 from promptlayer_exec import Session
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
-PAGE = (Path(__file__).parents[1] / "docs" / "fastapi.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "fastapi.md").read_text(encoding="utf-8")
 AUTHORIZATION = {"Authorization": "Basic bWU6c2VjcmV0"}  # me:secret
 
 

@@ -22,7 +22,7 @@ import pytest
 from promptlayer_exec import Session
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "webhooks.md").read_text(encoding="utf-8")
 FASTAPI = (DOCS / "fastapi.md").read_text(encoding="utf-8")
 DONE = Scenario([SimNode("Report", "done", is_output_node=True)])

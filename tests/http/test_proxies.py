@@ -42,7 +42,7 @@ from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is plain http")
 
-PAGE = (Path(__file__).parents[1] / "docs" / "proxies.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "proxies.md").read_text(encoding="utf-8")
 REPORT = Scenario([SimNode("Report", "done", is_output_node=True)])
 USER, PASSWORD = "jane", "p@ss/word"
 CREDENTIALS = "Basic " + b64encode(f"{USER}:{PASSWORD}".encode()).decode()

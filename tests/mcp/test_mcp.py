@@ -771,7 +771,7 @@ async def test_the_program_of_the_page_prints_what_it_says(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The official client starts the command, lists, runs with progress, and ends it."""
-    page = (Path(__file__).parents[1] / "docs" / "mcp.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "mcp.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     printed, *_ = re.findall(r"^```text\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
