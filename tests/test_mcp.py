@@ -847,11 +847,7 @@ state.write_text(f"exit {process.wait()}")
 
 @pytest.mark.parametrize("end", [None, signal.SIGINT, signal.SIGTERM])
 async def test_the_process_ends_with_its_client_or_by_a_signal(
-    sim: Simulator,
-    held: int,
-    environment: dict[str, str],
-    tmp_path: Path,
-    end: signal.Signals | None,
+    held: int, environment: dict[str, str], tmp_path: Path, end: signal.Signals | None
 ) -> None:
     """Although a call waits and standard input is open; what was running is named."""
     state, log = tmp_path / "state", tmp_path / "log"
@@ -860,8 +856,15 @@ async def test_the_process_ends_with_its_client_or_by_a_signal(
     )
     with log.open("w") as errors:
         async with Client(stdio_client(server, errlog=errors)) as client:
-            waiting = asyncio.create_task(call(client, "wait_execution", execution_id=str(held)))
-            await sim.wait_for_requests(1, timeout=40)
+            waits = asyncio.Event()
+            asked = {"execution_id": str(held)}
+
+            async def report(*_: Any) -> None:
+                waits.set()
+
+            wait = client.call_tool("wait_execution", asked, progress_callback=report)
+            waiting = asyncio.create_task(wait)
+            await waits.wait()
             if end is not None:
                 os.kill(int(state.read_text()), end)
                 with pytest.raises(MCPError, match="closed"):

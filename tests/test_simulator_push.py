@@ -184,14 +184,13 @@ class TestConnection:
     """Centrifugo's client protocol."""
 
     async def test_connect(self, client: Client) -> None:
-        """The reply to connect has a client id, the ping interval and `pong`."""
+        """The reply to connect has a client id, and says neither that it ends nor that it pings."""
         opened = await client.open()
         reply = await opened.request(
             connect={"token": await client.token(CHANNEL), "name": "python"}
         )
         assert reply["connect"].pop("client")
-        expiry = {"expires": True, "ttl": 3600}
-        assert reply == {"connect": {"version": "", "ping": 25, "pong": True, **expiry}}
+        assert reply == {"connect": {"version": ""}}
 
     async def test_empty_subprotocol(
         self, client: Client, caplog: pytest.LogCaptureFixture
@@ -225,48 +224,6 @@ class TestConnection:
         opened = await client.open()
         await opened.send({"id": 1, "connect": {"token": "made up"}})
         assert await opened.end() == (3500, "invalid token")
-
-    async def test_expired_token(self, open_client: Callable[[Simulator], Client]) -> None:
-        """A token expires after one hour by the clock; the client can then use a new one."""
-        clock = Clock()
-        async with Simulator(clock=clock) as sim:
-            client = open_client(sim)
-            token = await client.token(CHANNEL)
-            opened = await client.open()
-            clock.now += 3600
-            reply = await opened.request(connect={"token": token})
-            assert reply == {"error": {"code": 109, "message": "token expired"}}
-            reply = await opened.request(connect={"token": await client.token(CHANNEL)})
-            assert "connect" in reply
-
-    async def test_refresh(self, open_client: Callable[[Simulator], Client]) -> None:
-        """A connected client can use a new token, which may allow other channels."""
-        clock = Clock()
-        async with Simulator(clock=clock, push_token_lifetime=7.0) as sim:
-            client = open_client(sim)
-            connected = await client.connect(CHANNEL)
-            old = await client.token(CHANNEL)
-            clock.now += 6.5
-            reply = await connected.request(refresh={"token": await client.token("another")})
-            assert reply["refresh"].pop("client")
-            assert reply == {"refresh": {"version": "", "expires": True, "ttl": 7}}
-            assert await connected.request(subscribe={"channel": "another"}) == {"subscribe": {}}
-            clock.now += 0.5
-            error = {"code": 109, "message": "token expired"}
-            assert await connected.request(refresh={"token": old}) == {"error": error}
-            await connected.send({"id": 8, "refresh": {"token": "made up"}})
-            assert await connected.end() == (3500, "invalid token")
-
-    async def test_no_refresh(self, open_client: Callable[[Simulator], Client]) -> None:
-        """A client whose token expired 25 s ago is disconnected, and may reconnect."""
-        clock = Clock()
-        async with Simulator(clock=clock, push_token_lifetime=7.0, push_ping_interval=0.3) as sim:
-            connected = await open_client(sim).connect(CHANNEL)
-            clock.now += 31.9
-            assert await connected.receive() == {}
-            await connected.send({})
-            clock.now += 0.2
-            assert await connected.end() == (3005, "connection expired")
 
     @pytest.mark.parametrize(
         "frame",
@@ -338,27 +295,6 @@ class TestConnection:
         assert reply == {"error": {"code": 105, "message": "already subscribed"}}
         assert await subscribed.request(unsubscribe={"channel": CHANNEL}) == {"unsubscribe": {}}
         assert await subscribed.request(subscribe={"channel": CHANNEL}) == {"subscribe": {}}
-
-    async def test_pings(self, open_client: Callable[[Simulator], Client]) -> None:
-        """The server pings with an empty object, repeatedly while the client answers."""
-        async with Simulator(push_ping_interval=0.3) as sim:
-            connected = await open_client(sim).connect(CHANNEL)
-            for _ in range(2):
-                assert await connected.receive() == {}
-                await connected.send({})
-
-    async def test_no_pong(self, open_client: Callable[[Simulator], Client]) -> None:
-        """A client that does not answer a ping is disconnected, and may reconnect."""
-        async with Simulator(push_ping_interval=0.3) as sim:
-            connected = await open_client(sim).connect(CHANNEL)
-            assert await connected.receive() == {}
-            assert await connected.end() == (3012, "no pong")
-
-    async def test_stale(self, open_client: Callable[[Simulator], Client]) -> None:
-        """A client that never sends connect is disconnected."""
-        async with Simulator(push_ping_interval=0.01) as sim:
-            opened = await open_client(sim).open()
-            assert await opened.end() == (3502, "stale")
 
     async def test_faults(self, client: Client) -> None:
         """Faults can refuse and delay a handshake, like any request."""
