@@ -21,7 +21,6 @@ from yarl import URL
 
 from promptlayer_exec import simulator
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, SimRequest, SimRun, Simulator
-from promptlayer_exec.simulator._log import Log
 
 RESULTS = "/workflow-version-execution-results"
 DONE = Scenario([SimNode("Node 1", "AAA", is_output_node=True)])
@@ -668,15 +667,6 @@ class TestLog:
         await client.send("GET", "/")
         with pytest.raises(TimeoutError, match=r"saw 1 of 2 requests in 0\.01 s"):
             await sim.wait_for_requests(2, timeout=0.01)
-
-    async def test_woken_once(self) -> None:
-        """Several requests before a waiter resumes wake it only once."""
-        log = Log("requests", keep=False)
-        waiting = asyncio.create_task(log.wait(1, timeout=10.0))
-        await asyncio.sleep(0)
-        for _ in range(2):
-            log.record(SimRequest("GET", "/", {}, {}, b"", 0.0))
-        await waiting
 
 
 class TestLoopMode:

@@ -16,7 +16,6 @@ import aiohttp
 import pytest
 
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
-from promptlayer_exec.simulator import _posts as posts
 
 WEBSOCKET = "/connection/websocket"
 CHANNEL = "workflows:1:run:x"
@@ -253,15 +252,6 @@ class TestConnection:
         await connected.send(command)
         assert await connected.end() == (3501, "bad request")
 
-    async def test_closing(self, client: Client) -> None:
-        """A client that closes its connection is not kept in memory."""
-        subscribed = await client.subscribe()
-        centrifugo = client.sim._api._centrifugo
-        assert [one.subscriptions for one in centrifugo._connections] == [{CHANNEL}]
-        await subscribed.websocket.close()
-        await client.token(CHANNEL)
-        assert centrifugo._connections == set()
-
     async def test_binary_frame(self, client: Client) -> None:
         """A binary frame closes the connection."""
         opened = await client.open()
@@ -422,26 +412,6 @@ class TestPublication:
         for each in subscribed:
             assert (await each.completion())["final_output"] == "AAA"
 
-    async def test_slow_subscribers(self, open_client: Callable[[Simulator], Client]) -> None:
-        """Subscribers that do not read delay no other one, and may disconnect at any time."""
-        large = "a" * 12_000_000
-        async with Simulator(push_limit_bytes=13_000_000) as sim:
-            sim.add_workflow("w", Scenario([SimNode("a", large, None, is_output_node=True)]))
-            client = open_client(sim)
-            slow = [(await client.subscribe()).websocket for _ in range(3)]
-            transports: list[Any] = [each._conn and each._conn.transport for each in slow]
-            for transport in transports:
-                transport.pause_reading()
-                # Otherwise the system would buffer tens of megabytes for a client.
-                end = transport.get_extra_info("socket")
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            subscribed = await client.subscribe()
-            sim.finish(await client.run(), "a")
-            assert len((await subscribed.completion())["final_output"]) == len(large)
-            for transport in transports:
-                transport.abort()
-            await asyncio.gather(*tasks_of_runs())
-
     async def test_no_subscriber(self, client: Client) -> None:
         """A completion without a subscriber is dropped; later subscribers do not get it."""
         client.sim.add_workflow("w", HELD)
@@ -552,17 +522,6 @@ class TestCallback:
             assert (await subscribed.completion())["final_output"] == "AAA"
             await asyncio.gather(*tasks_of_runs())
         assert caplog.records == []
-
-    async def test_silent_receiver(self, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A callback to a receiver that never answers ends after a timeout."""
-        assert posts._TIMEOUT.total == 10.0
-        monkeypatch.setattr(posts, "_TIMEOUT", aiohttp.ClientTimeout(total=0.01))
-        client.sim.add_workflow("w", HELD)
-        async with Simulator() as receiver:
-            receiver.inject(Fault.stall())
-            client.sim.finish(await client.run(callback_url=receiver.base_url), "Node 1")
-            async with asyncio.timeout(5):
-                await asyncio.gather(*tasks_of_runs())
 
 
 class TestExit:
