@@ -6,7 +6,6 @@ import ast
 import asyncio
 import inspect
 import json
-import os
 import pkgutil
 import re
 import shlex
@@ -274,7 +273,7 @@ def test_the_names_on_the_page_on_architecture_exist() -> None:
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     """CI runs exactly what the README tells a newcomer to type."""
-    command = blocks("README.md", "sh")[1].strip()
+    command = blocks("README.md", "shell")[1].strip()
     script = (ROOT / ".ci" / "run").read_text().splitlines()
     run = [line for line in script if not line.startswith(("#", "set ", "cd "))]
     assert run == command.split(" && ")
@@ -295,105 +294,6 @@ def server(monkeypatch: pytest.MonkeyPatch, threaded_sim: Simulator) -> Simulato
     monkeypatch.setenv("PROMPTLAYER_API_KEY", threaded_sim.api_key)
     monkeypatch.setenv("PROMPTLAYER_BASE_URL", threaded_sim.base_url)
     return threaded_sim
-
-
-def test_the_first_program_of_the_readme_runs(threaded_sim: Simulator) -> None:
-    """Run as a script, it prints each node and the output, and causes no warning."""
-    answer = SimNode("Answer", "forty-two", after=("Plan",), is_output_node=True)
-    execution_id = threaded_sim.add_execution(Scenario([SimNode("Plan"), answer]))
-    program = next(filter(is_program, blocks("README.md", "python")))
-    settings = {
-        "PROMPTLAYER_API_KEY": threaded_sim.api_key,
-        "PROMPTLAYER_BASE_URL": threaded_sim.base_url,
-    }
-    finished = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program, str(execution_id)],
-        env={**os.environ, **settings},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert finished.stderr == ""
-    lines = ["100% Plan: SUCCESS", "100% Answer: SUCCESS", "forty-two"]
-    assert finished.stdout.splitlines() == lines
-
-
-def test_the_evaluation_of_the_readme_runs_in_fifteen_lines(
-    server: Simulator,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """It prints each result, and what failed and why, with the execution id."""
-
-    def grade(inputs: Any) -> Scenario:
-        status = "FAILED" if inputs["prompt"] == "bad" else "SUCCESS"
-        return Scenario(
-            [SimNode("Grade", 0.9, status=status, error_message="refused", is_output_node=True)]
-        )
-
-    server.add_workflow("grade", grade)
-    program = next(block for block in blocks("README.md", "python") if "as_completed" in block)
-    assert len([line for line in program.splitlines() if line]) <= 15
-    (tmp_path / "prompts.txt").write_text("one\nbad\ntwo\n")
-    monkeypatch.chdir(tmp_path)
-    printed = run_program(program, capsys)
-    (failed,) = (run.execution_id for run in server.runs if run.inputs["prompt"] == "bad")
-    assert sorted(printed[:2]) == ["one: 0.9", "two: 0.9"]
-    assert printed[2] == "1 of 3 failed"
-    assert printed[3].startswith(f"bad: execution {failed}: it failed: 'Grade' FAILED (refused)")
-
-
-async def test_the_functions_of_the_readme_work(server: Simulator) -> None:
-    """Ten lines return a typed output, and the test that it shows passes."""
-    (block,) = (block for block in blocks("README.md", "python") if "into=" in block)
-    assert len([line for line in block.splitlines() if line]) <= 10
-    report = {"title": "Otters", "score": 0.9}
-    server.add_workflow("write-report", Scenario([SimNode("Report", report, is_output_node=True)]))
-    with names("README.md") as page:
-        output = await page["write_report"]("otters")
-        await page["test_my_code"]()
-    assert (type(output).__name__, output.title, output.score) == ("Report", "Otters", 0.9)
-    assert server.runs[0].inputs == {"topic": "otters"}
-    assert "channel_name_suffix" in server.runs[0].body
-
-
-def endings(lines: list[str]) -> list[str]:
-    """Return the lines without what depends on when a poll came: progress, and unfinished nodes."""
-    final = (line for line in lines if not line.endswith(("QUEUED", "RUNNING")))
-    return [line[5:] if "%" in line else line for line in final]
-
-
-def test_the_programs_of_the_tutorial_print_what_it_says(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """They start their own simulator; the second one, ten times as fast here, shows progress."""
-    first, second = filter(is_program, blocks("docs/tutorial.md", "python"))
-    shown = [text.splitlines() for text in blocks("docs/tutorial.md", "text")]
-    assert run_program(first, capsys) == shown[0]
-    fast, count = re.subn(r"(duration=|fine\.\", )(\d\.\d)", r"\1\2 / 10", second)
-    assert count == 3
-    fast = fast.replace("base_url=sim.base_url", "base_url=sim.base_url, poll=_fast")
-    fast = f"from promptlayer_exec import PollPolicy\n_fast = PollPolicy.fixed(0.02)\n{fast}"
-    printed = run_program(fast, capsys)
-    assert endings(printed) == endings(shown[1])
-    assert " 33% Plan: SUCCESS" in printed
-
-
-async def test_the_parts_of_the_tutorial_fit_its_last_program(
-    sim: Simulator, session: Session, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The function shown alone is the program's, and so are the lines that the diff changes."""
-    last = list(filter(is_program, blocks("docs/tutorial.md", "python")))[-1]
-    with names("docs/tutorial.md") as page:
-        await page["show"](session.execution(sim.add_execution(REPORT)))
-    assert capsys.readouterr().out == "100% Report: SUCCESS\n"
-    (part,) = (block for block in blocks("docs/tutorial.md", "python") if not is_program(block))
-    assert part[part.index("async def") :] in last
-    (diff,) = blocks("docs/tutorial.md", "diff")
-    for line in diff.splitlines():
-        assert line.startswith("+") or line[1:] in last.splitlines()
 
 
 def test_the_apps_on_awaiting_work(

@@ -166,8 +166,9 @@ def simulate(
 ) -> None:
     """Serve a simulated PromptLayer.
 
-    Use it to try `run`, `watch`, `results` and your own code. It prints its base URL, its key and
-    the ids of some executions, and then every request, until Ctrl-C, with exit code 0.
+    Use it to try `run`, `watch`, `results`, your own code, and the examples of the README and the
+    tutorial. It prints the two variables to set, the ids of some executions and its workflows, and
+    then every request, until Ctrl-C, with exit code 0.
     """
     from promptlayer_exec.cli._demo import serve  # noqa: PLC0415 - slow to import
 

@@ -443,12 +443,12 @@ async def test_a_session_describes_a_workflow(sim: Simulator, session: Session) 
 
 
 async def test_a_session_reads_the_shape_of_a_development_server(
-    open_session: Callable[..., Session],
+    sim: Simulator, open_session: Callable[..., Session]
 ) -> None:
     """It has no nodes and no inputs, so nothing is checked."""
-    async with Simulator(development=True) as sim:
-        sim.add_workflow("w", PLAN, inputs={"topic": "string"})
-        workflow = await open_session(base_url=sim.base_url).workflow("w")
+    body = b'{"success":true,"workflow":{"id":3,"workspace_id":1,"user_id":null,"name":"w"}}'
+    sim.inject(Fault.status(200, body=body))
+    workflow = await open_session().workflow("w")
     assert (workflow.name, workflow.nodes, workflow.required_inputs) == ("w", {}, None)
 
 

@@ -1123,21 +1123,21 @@ class TestSimulate:
         env = PROXIES | dict(line.split()[1].split("=") for line in exports)
         assert env["PROMPTLAYER_BASE_URL"] == url
         watched = [server.line() for _ in range(4)]
-        assert [line.split()[2] for line in watched] == ["1", "2", "3", "4"]
+        assert [line.split()[2] for line in watched] == ["787", "788", "789", "790"]
         assert 'run support-agent -i letter="' in server.line_with("promptlayer-exec")
         assert server.line_with("webhook").endswith(
             "goes to http://127.0.0.1:9/webhook, with the secret simulator-secret\n"
         )
         server.line_with("Requests:")
-        code, out, _ = start("results", 1, "--all", **env).end()
+        code, out, _ = start("results", 787, "--all", **env).end()
         assert code == 3
         nodes = json.loads(out)["nodes"]
         assert len(nodes) == 10
         assert nodes["read letter"]["status"] == "RUNNING"
-        request = "GET /workflow-version-execution-results?workflow_version_execution_id=1"
+        request = "GET /workflow-version-execution-results?workflow_version_execution_id=787"
         assert request in server.line()
         while nodes["read letter"]["status"] == "RUNNING":
-            nodes = nodes_of("1")
+            nodes = nodes_of("787")
         assert nodes["classify"]["status"] in ("RUNNING", "SUCCESS")
         run = start("run", "support-agent", "-i", "letter=Good day", "--no-watch", **env)
         code, out, err = run.end()

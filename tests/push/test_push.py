@@ -32,7 +32,6 @@ from promptlayer_exec import (
 )
 from promptlayer_exec._integration import wake
 from promptlayer_exec._push import centrifugo, channels, safety_net
-from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
 NEVER = PollPolicy.fixed(3600.0)
 OFTEN = PollPolicy.fixed(0.02)
@@ -1413,21 +1412,6 @@ class TestFaults:
         await log.given_up()
         assert "there was no subscription within 0.3 s; last failure: " in log.warnings[0]
         await polled_to_the_end(server, execution)
-
-
-async def test_a_token_that_the_simulator_lets_expire_is_renewed() -> None:
-    """The session's requests and the simulator's replies agree."""
-    async with (
-        Simulator(push_token_lifetime=1.0) as sim,
-        Session(sim.api_key, base_url=sim.base_url, push=True, poll=NEVER) as session,
-    ):
-        sim.add_workflow("w", Scenario([SimNode("Answer", "42", None, is_output_node=True)]))
-        execution = await session.start("w")
-        waiting = asyncio.create_task(execution.output(timeout=10))
-        await sim.wait_for_requests(6)  # the start, id, token, WebSocket, poll and second token
-        sim.finish(execution.id, "Answer")
-        assert await waiting == "42"
-    assert [request.path for request in sim.requests].count(TOKEN) == 2
 
 
 STAGES = [WORKFLOW, TOKEN, WEBSOCKET, "connect", "subscribe", "refresh", RUN, RESULTS]

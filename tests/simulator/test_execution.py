@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from promptlayer_exec.simulator import Scenario, SimNode
-from promptlayer_exec.simulator._api import TokenBucket
 from promptlayer_exec.simulator._execution import Execution
 
 
@@ -328,27 +327,3 @@ def test_a_single_name_is_not_a_list_of_names() -> None:
     """`after="ab"` is an error; it does not mean the two nodes a and b."""
     with pytest.raises(TypeError, match=r"write after=\('ab',\)"):
         SimNode("c", after="ab")
-
-
-def test_bucket_allows_a_burst_and_then_the_rate() -> None:
-    """A full bucket gives its burst at once, then one token every 1/rate seconds."""
-    bucket = TokenBucket(rate=4.0, burst=2)
-    assert [bucket.take(0.0) for _ in range(3)] == [0.0, 0.0, 0.25]
-    assert bucket.take(0.125) == 0.125
-    assert bucket.take(0.25) == 0.0
-    assert bucket.take(0.25) == 0.25
-
-
-def test_bucket_holds_at_most_its_burst() -> None:
-    """However long the bucket is idle, it holds at most the burst."""
-    bucket = TokenBucket(rate=10.0, burst=2)
-    assert [bucket.take(1000.0) for _ in range(3)] == [0.0, 0.0, 0.1]
-
-
-def test_the_announced_wait_is_long_enough() -> None:
-    """A request that waits exactly the announced time gets a token, however times round."""
-    bucket, now = TokenBucket(rate=7.0, burst=1), 0.1
-    for _ in range(1000):
-        if wait := bucket.take(now):
-            now += wait
-            assert bucket.take(now) == 0.0

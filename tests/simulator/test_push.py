@@ -16,7 +16,6 @@ import aiohttp
 import pytest
 
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
-from promptlayer_exec.simulator import _posts as posts
 
 WEBSOCKET = "/connection/websocket"
 CHANNEL = "workflows:1:run:x"
@@ -184,14 +183,13 @@ class TestConnection:
     """Centrifugo's client protocol."""
 
     async def test_connect(self, client: Client) -> None:
-        """The reply to connect has a client id, the ping interval and `pong`."""
+        """The reply to connect has a client id, and says neither that it ends nor that it pings."""
         opened = await client.open()
         reply = await opened.request(
             connect={"token": await client.token(CHANNEL), "name": "python"}
         )
         assert reply["connect"].pop("client")
-        expiry = {"expires": True, "ttl": 3600}
-        assert reply == {"connect": {"version": "", "ping": 25, "pong": True, **expiry}}
+        assert reply == {"connect": {"version": ""}}
 
     async def test_empty_subprotocol(
         self, client: Client, caplog: pytest.LogCaptureFixture
@@ -226,48 +224,6 @@ class TestConnection:
         await opened.send({"id": 1, "connect": {"token": "made up"}})
         assert await opened.end() == (3500, "invalid token")
 
-    async def test_expired_token(self, open_client: Callable[[Simulator], Client]) -> None:
-        """A token expires after one hour by the clock; the client can then use a new one."""
-        clock = Clock()
-        async with Simulator(clock=clock) as sim:
-            client = open_client(sim)
-            token = await client.token(CHANNEL)
-            opened = await client.open()
-            clock.now += 3600
-            reply = await opened.request(connect={"token": token})
-            assert reply == {"error": {"code": 109, "message": "token expired"}}
-            reply = await opened.request(connect={"token": await client.token(CHANNEL)})
-            assert "connect" in reply
-
-    async def test_refresh(self, open_client: Callable[[Simulator], Client]) -> None:
-        """A connected client can use a new token, which may allow other channels."""
-        clock = Clock()
-        async with Simulator(clock=clock, push_token_lifetime=7.0) as sim:
-            client = open_client(sim)
-            connected = await client.connect(CHANNEL)
-            old = await client.token(CHANNEL)
-            clock.now += 6.5
-            reply = await connected.request(refresh={"token": await client.token("another")})
-            assert reply["refresh"].pop("client")
-            assert reply == {"refresh": {"version": "", "expires": True, "ttl": 7}}
-            assert await connected.request(subscribe={"channel": "another"}) == {"subscribe": {}}
-            clock.now += 0.5
-            error = {"code": 109, "message": "token expired"}
-            assert await connected.request(refresh={"token": old}) == {"error": error}
-            await connected.send({"id": 8, "refresh": {"token": "made up"}})
-            assert await connected.end() == (3500, "invalid token")
-
-    async def test_no_refresh(self, open_client: Callable[[Simulator], Client]) -> None:
-        """A client whose token expired 25 s ago is disconnected, and may reconnect."""
-        clock = Clock()
-        async with Simulator(clock=clock, push_token_lifetime=7.0, push_ping_interval=0.3) as sim:
-            connected = await open_client(sim).connect(CHANNEL)
-            clock.now += 31.9
-            assert await connected.receive() == {}
-            await connected.send({})
-            clock.now += 0.2
-            assert await connected.end() == (3005, "connection expired")
-
     @pytest.mark.parametrize(
         "frame",
         [
@@ -295,15 +251,6 @@ class TestConnection:
         connected = await client.connect(CHANNEL)
         await connected.send(command)
         assert await connected.end() == (3501, "bad request")
-
-    async def test_closing(self, client: Client) -> None:
-        """A client that closes its connection is not kept in memory."""
-        subscribed = await client.subscribe()
-        centrifugo = client.sim._api._centrifugo
-        assert [one.subscriptions for one in centrifugo._connections] == [{CHANNEL}]
-        await subscribed.websocket.close()
-        await client.token(CHANNEL)
-        assert centrifugo._connections == set()
 
     async def test_binary_frame(self, client: Client) -> None:
         """A binary frame closes the connection."""
@@ -338,27 +285,6 @@ class TestConnection:
         assert reply == {"error": {"code": 105, "message": "already subscribed"}}
         assert await subscribed.request(unsubscribe={"channel": CHANNEL}) == {"unsubscribe": {}}
         assert await subscribed.request(subscribe={"channel": CHANNEL}) == {"subscribe": {}}
-
-    async def test_pings(self, open_client: Callable[[Simulator], Client]) -> None:
-        """The server pings with an empty object, repeatedly while the client answers."""
-        async with Simulator(push_ping_interval=0.3) as sim:
-            connected = await open_client(sim).connect(CHANNEL)
-            for _ in range(2):
-                assert await connected.receive() == {}
-                await connected.send({})
-
-    async def test_no_pong(self, open_client: Callable[[Simulator], Client]) -> None:
-        """A client that does not answer a ping is disconnected, and may reconnect."""
-        async with Simulator(push_ping_interval=0.3) as sim:
-            connected = await open_client(sim).connect(CHANNEL)
-            assert await connected.receive() == {}
-            assert await connected.end() == (3012, "no pong")
-
-    async def test_stale(self, open_client: Callable[[Simulator], Client]) -> None:
-        """A client that never sends connect is disconnected."""
-        async with Simulator(push_ping_interval=0.01) as sim:
-            opened = await open_client(sim).open()
-            assert await opened.end() == (3502, "stale")
 
     async def test_faults(self, client: Client) -> None:
         """Faults can refuse and delay a handshake, like any request."""
@@ -486,26 +412,6 @@ class TestPublication:
         for each in subscribed:
             assert (await each.completion())["final_output"] == "AAA"
 
-    async def test_slow_subscribers(self, open_client: Callable[[Simulator], Client]) -> None:
-        """Subscribers that do not read delay no other one, and may disconnect at any time."""
-        large = "a" * 12_000_000
-        async with Simulator(push_limit_bytes=13_000_000) as sim:
-            sim.add_workflow("w", Scenario([SimNode("a", large, None, is_output_node=True)]))
-            client = open_client(sim)
-            slow = [(await client.subscribe()).websocket for _ in range(3)]
-            transports: list[Any] = [each._conn and each._conn.transport for each in slow]
-            for transport in transports:
-                transport.pause_reading()
-                # Otherwise the system would buffer tens of megabytes for a client.
-                end = transport.get_extra_info("socket")
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            subscribed = await client.subscribe()
-            sim.finish(await client.run(), "a")
-            assert len((await subscribed.completion())["final_output"]) == len(large)
-            for transport in transports:
-                transport.abort()
-            await asyncio.gather(*tasks_of_runs())
-
     async def test_no_subscriber(self, client: Client) -> None:
         """A completion without a subscriber is dropped; later subscribers do not get it."""
         client.sim.add_workflow("w", HELD)
@@ -616,17 +522,6 @@ class TestCallback:
             assert (await subscribed.completion())["final_output"] == "AAA"
             await asyncio.gather(*tasks_of_runs())
         assert caplog.records == []
-
-    async def test_silent_receiver(self, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A callback to a receiver that never answers ends after a timeout."""
-        assert posts._TIMEOUT.total == 10.0
-        monkeypatch.setattr(posts, "_TIMEOUT", aiohttp.ClientTimeout(total=0.01))
-        client.sim.add_workflow("w", HELD)
-        async with Simulator() as receiver:
-            receiver.inject(Fault.stall())
-            client.sim.finish(await client.run(callback_url=receiver.base_url), "Node 1")
-            async with asyncio.timeout(5):
-                await asyncio.gather(*tasks_of_runs())
 
 
 class TestExit:

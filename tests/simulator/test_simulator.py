@@ -21,7 +21,6 @@ from yarl import URL
 
 from promptlayer_exec import simulator
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, SimRequest, SimRun, Simulator
-from promptlayer_exec.simulator._log import Log
 
 RESULTS = "/workflow-version-execution-results"
 DONE = Scenario([SimNode("Node 1", "AAA", is_output_node=True)])
@@ -561,13 +560,6 @@ class TestRateLimit:
         clock.now += 0.334
         assert [(await client.results(execution_id))[0] for _ in range(2)] == [200, 429]
 
-    async def test_without_retry_after(self, sim: Simulator, client: Client) -> None:
-        """A 429 can be sent without Retry-After; the default burst is `requests`."""
-        sim.rate_limit(2, 60.0, retry_after=False)
-        answers = [await client.send("GET", RESULTS) for _ in range(3)]
-        assert [status for status, _, _ in answers] == [422, 422, 429]
-        assert "Retry-After" not in answers[2][2]
-
     async def test_wrong_keys_take_no_token(self, sim: Simulator, client: Client) -> None:
         """The key is checked before the bucket, so a 401 takes no token."""
         sim.rate_limit(1)
@@ -676,20 +668,6 @@ class TestLog:
         with pytest.raises(TimeoutError, match=r"saw 1 of 2 requests in 0\.01 s"):
             await sim.wait_for_requests(2, timeout=0.01)
 
-    async def test_woken_once(self) -> None:
-        """Several requests before a waiter resumes wake it only once."""
-        log = Log("requests", keep=False)
-        waiting = asyncio.create_task(log.wait(1, timeout=10.0))
-        await asyncio.sleep(0)
-        for _ in range(2):
-            log.record(SimRequest("GET", "/", {}, {}, b"", 0.0))
-        await waiting
-
-    async def test_blocking_the_server_is_refused(self, sim: Simulator) -> None:
-        """Blocking the loop that serves is an error, not a deadlock."""
-        with pytest.raises(RuntimeError, match="await wait_for_requests"):
-            sim.block_for_requests(1)
-
 
 class TestLoopMode:
     """`async with`."""
@@ -772,7 +750,7 @@ class TestThreadMode:
             assert get(url, sim.api_key)[0] == 202
             sim.finish(execution_id, "Node 1")
             assert get(url, sim.api_key) == (200, b'"AAA"\n')
-            sim.block_for_requests(2)
+            asyncio.run(sim.wait_for_requests(2))
             sim.inject(Fault.status(500))
             with pytest.raises(urllib.error.HTTPError) as caught:
                 get(url, sim.api_key)
@@ -788,7 +766,7 @@ class TestThreadMode:
                 url = URL(sim.base_url)
                 connection.connect((url.host, url.port))
                 connection.sendall(b"GET / HTTP/1.1\r\nHost: sim\r\n\r\n")
-                sim.block_for_requests(1)
+                asyncio.run(sim.wait_for_requests(1))
             connection.settimeout(5)
             assert connection.recv(1) == b""
         assert set(threading.enumerate()) == before
@@ -821,11 +799,6 @@ class TestThreadMode:
             with sim:
                 url = f"{sim.base_url}{RESULTS}?workflow_version_execution_id={execution_id}"
                 assert get(url, sim.api_key)[0] == 200
-
-    def test_waiting_times_out(self) -> None:
-        """The blocking wait times out, too."""
-        with Simulator() as sim, pytest.raises(TimeoutError, match="saw 0 of 1"):
-            sim.block_for_requests(1, timeout=0.01)
 
     def test_waiter_of_a_closed_loop(self) -> None:
         """A waiter that timed out, and whose loop is closed, does not affect later requests."""
