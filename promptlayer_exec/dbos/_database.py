@@ -215,9 +215,9 @@ class Database:
         """Call a function, again and again while the database cannot be used, unless `once`."""
         since = time.monotonic()
         while True:
+            if self._ended.is_set():
+                raise self._unusable(DatabaseLost(_ENDED))
             try:
-                if self._ended.is_set():
-                    raise DatabaseLost(_ENDED)
                 done = work()
             except (exc.SQLAlchemyError, DatabaseLost) as error:
                 may_pass = isinstance(error, exc.OperationalError | exc.InterfaceError) or (

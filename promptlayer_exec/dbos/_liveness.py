@@ -54,12 +54,12 @@ class Liveness:
     async def run(self) -> None:
         """Record heartbeats, and look after other workers, until cancelled."""
         while True:
-            await asyncio.sleep(HEARTBEAT_INTERVAL)
-            await self._store.run_in_thread(self.record_heartbeat)
             try:
                 await self._store.run_in_thread(self._look, {*self._active})
             except ConfigurationError as error:
                 logger.warning("cannot look after other workers: %.300s", error)
+            await asyncio.sleep(HEARTBEAT_INTERVAL)
+            await self._store.run_in_thread(self.record_heartbeat)
 
     def _look(self, active: Collection[str]) -> None:
         taken = self._store.taken(self._batch)
@@ -79,10 +79,7 @@ class Liveness:
         dead = [each for each in others if self._is_dead(each, heartbeats.get(each), passed)]
         for each in dead:
             if self._store.claim_rescue(self._batch, each, self._executor, DEAD_AFTER):
-                still_taken = self._store.taken(self._batch)
-                lost = [workflow for workflow, by in still_taken.items() if by == each]
-                self._store.requeue(self._batch, lost)
-                self._store.remove_worker(each)
+                release(self._store, self._batch, each)
 
     def _put_back_what_was_lost(self, idle: set[str]) -> None:
         """Put items back into the queue that this worker has taken, and does not know of.
@@ -104,6 +101,13 @@ class Liveness:
         silent = silent + passed if heartbeat == before else 0.0
         self._seen[other] = heartbeat, silent
         return silent > DEAD_AFTER
+
+
+def release(store: Store, batch: str, executor: str) -> None:
+    """Put what a worker that has ended has taken back into the queue, and forget the worker."""
+    taken = store.taken(batch)
+    store.requeue(batch, [workflow for workflow, by in taken.items() if by == executor])
+    store.remove_worker(executor)
 
 
 def count_workers(store: Store, batch: str) -> int:

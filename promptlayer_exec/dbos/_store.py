@@ -129,7 +129,10 @@ class Store(Database):
         insert_batch = self.insert(_batches).on_conflict_do_nothing()
         insert = self.insert(_items).on_conflict_do_nothing().returning(_item.key)
         unique = by_key(batch, rows)
-        items = [{"batch": batch, "attempt": 1} | row._asdict() for row in unique.values()]
+        items = [
+            {"batch": batch, "attempt": 1, "key": key, "request": row.request, "digest": row.digest}
+            for key, row in unique.items()
+        ]
 
         def add(connection: sa.Connection) -> int:
             connection.execute(insert_batch, _new_batch(batch) | dict(settings or {}))

@@ -20,7 +20,7 @@ from promptlayer_exec import ConfigurationError, Session
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos._engine import log_quietly
 from promptlayer_exec.dbos._items import Items
-from promptlayer_exec.dbos._liveness import Liveness
+from promptlayer_exec.dbos._liveness import Liveness, release
 from promptlayer_exec.dbos._names import APPLICATION, WORKFLOW, queue_name
 from promptlayer_exec.dbos._store import VERSION, Store
 
@@ -183,7 +183,7 @@ class Worker:
         if self._is_launched:
             DBOS.destroy(workflow_completion_timeout_sec=0 if is_finished else _ENDING)
         with suppress(ConfigurationError):  # the other workers will miss its heartbeat
-            self._store.remove_worker(self._executor)
+            release(self._store, self._batch, self._executor)
 
 
 _worker: Worker | None = None

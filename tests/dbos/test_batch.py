@@ -136,7 +136,7 @@ async def test_every_item_gets_one_stored_outcome(
 async def test_status_counts_the_workers_that_are_alive(
     sim: Simulator, batch_of: Callable[..., Batch]
 ) -> None:
-    """After the end of a worker, nobody works on what is running; the next `work` goes on."""
+    """At its end, a worker puts what it runs back into the queue; the next `work` goes on."""
     sim.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
     await batch_of().add([request("a", workflow="held")])
     working = asyncio.create_task(batch_of().work())
@@ -144,7 +144,7 @@ async def test_status_counts_the_workers_that_are_alive(
     assert await batch_of().status() == BatchStatus(0, 1, 0, 0, 0, 1, workers=1)
     working.cancel()
     await asyncio.wait([working])
-    assert await batch_of().status() == BatchStatus(0, 1, 0, 0, 0, 1, workers=0)
+    assert await batch_of().status() == BatchStatus(1, 0, 0, 0, 0, 1, workers=0)
 
 
 async def test_adding_a_key_twice_is_adding_it_once(
