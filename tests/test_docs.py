@@ -165,17 +165,11 @@ def tables(page: str) -> Iterator[list[list[str]]]:
         yield [row for row in rows if set(row[0]) - set("-|")]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
-def test_the_latency_table_comes_first_and_is_that_of_the_page_on_speed(page: str) -> None:
-    """Its figures are those of the first table there, and paths to five uses follow it."""
-    shown, paths = list(tables(page))[:2]
-    text = (ROOT / page).read_text(encoding="utf-8")
-    assert text.index("| 60 runs") < 300
-    measured = next(tables("docs/speed.md"))
+def test_the_figures_of_the_readme_are_those_of_the_page_on_speed() -> None:
+    """Its last table has the rows of the first table there."""
+    shown, measured = list(tables("README.md"))[-1], next(tables("docs/speed.md"))
     figures = [[row[1], row[3].rstrip("0"), row[4]] for row in measured[1:]]
-    assert [[row[1], row[2].rstrip("0"), row[3]] for row in shown[1:]] == figures
-    words = ["FastAPI", "batch", "synchronous", "agent", "SDK"]
-    assert all(word in row[0] for word, row in zip(words, paths[1:], strict=True))
+    assert sorted([row[1], row[2].rstrip("0"), row[3]] for row in shown[1:]) == sorted(figures)
 
 
 def test_each_how_to_says_what_it_costs_in_requests() -> None:
@@ -242,7 +236,7 @@ def test_only_the_page_on_installing_installs_the_package() -> None:
     """A release on an index changes that page and one module: no other text names the package."""
     code = (ROOT / "promptlayer_exec").rglob("*.py")
     texts = [*(ROOT / page for page in PAGES), *code]
-    install = re.compile(r"(?:pip|uv) (?:install|add)\b.*promptlayer.exec")
+    install = re.compile(r"(?:pip|uv) (?:install|add)\b[^&\n]*promptlayer.exec")
     naming = {path.name for path in texts if install.search(path.read_text(encoding="utf-8"))}
     assert naming == {"installing.md"}
     page = (ROOT / "docs" / "installing.md").read_text(encoding="utf-8")

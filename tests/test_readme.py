@@ -2,7 +2,8 @@
 
 The language of a block says what becomes of it: `python` is saved or called, `sh` is run, `diff`
 changes the last program, and a `text` right after a command is what that prints. `shell` prepares a
-machine, by an installation or a real key, which is no test's business.
+machine, by an installation or a real key, which is no test's business; only the command after an
+installation is run.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # How to call what a block only defines.
 CALLS = {
+    "report_on": """
+import asyncio
+assert "Otters are fine." in asyncio.run(report_on("otters"))
+""",
     "write_report": """
 import asyncio
 report = asyncio.run(write_report("otters"))
@@ -120,6 +125,8 @@ def test_each_example_runs_unchanged(
                 for line in code.splitlines():
                     printed = run(line, tmp_path, environment)
                     unused -= {it for it in unused if it.name in line}
+            case "shell" if "&& promptlayer-exec" in code:
+                run(code.partition(" && ")[2], tmp_path, environment)
             case "diff":
                 program.write_text(changed(program.read_text(), code))
                 unused.add(program)
