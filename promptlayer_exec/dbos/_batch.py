@@ -127,7 +127,11 @@ class Batch:
             if isinstance(requests, AsyncIterable):
                 await self._claim(store)
                 return await self._add_as_they_come(store, requests)
-            rows = [self._row(request) for request in requests]
+            rows = []
+            for request in requests:
+                rows.append(self._row(request))
+                if len(rows) % _CHUNK == 0:
+                    await asyncio.sleep(0)  # there may be a million
             unique = by_key(self._name, rows).values()
             await self._claim(store)
             await store.run_in_thread(store.check, self._name, unique)
