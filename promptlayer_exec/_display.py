@@ -109,9 +109,7 @@ def error_details(node: Node) -> str | None:
     return (raw if isinstance(raw, str) else json.dumps(raw, ensure_ascii=False)) if raw else None
 
 
-_MOST_ROWS = 100
-_MOST_NODES = 200
-_MOST_EDGES = 1000
+_MOST_ROWS, _MOST_NODES, _MOST_EDGES = 100, 200, 1000
 _LONGEST_NAME = 60
 _LONGEST_ERROR = 200
 _CELL = "padding:2px 12px 2px 0;text-align:left;vertical-align:top"
