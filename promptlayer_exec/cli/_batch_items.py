@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from promptlayer_exec import StartRequest
-from promptlayer_exec._integration import MAX_ID
+from promptlayer_exec._integration import MAX_ID, printable
 from promptlayer_exec.cli._exit import Misuse
-from promptlayer_exec.cli._text import err, printable, shorten
+from promptlayer_exec.cli._text import err, shorten
 
 if TYPE_CHECKING:
     from promptlayer_exec.cli._arguments import Target

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import closing
 from datetime import datetime
 from operator import itemgetter
 from pathlib import Path
@@ -15,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from promptlayer_exec._integration import printable
 from promptlayer_exec.cli._arguments import BaseUrl, JsonLines
 from promptlayer_exec.cli._batch_options import (
     Database,
@@ -31,7 +31,7 @@ from promptlayer_exec.cli._batch_options import (
 from promptlayer_exec.cli._batch_results import open_results, write_results
 from promptlayer_exec.cli._display import hint_lines, item_count, status_line
 from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, run_command
-from promptlayer_exec.cli._text import err, in_options, out, preview, printable
+from promptlayer_exec.cli._text import err, out, preview, stored_reason
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import BatchStatus, StoredItem
@@ -175,7 +175,9 @@ def _item_lines(batch: str, item: StoredItem) -> list[str]:
         events.append((_time(outcome.finished), outcome.kind))
     lines += [f"  {at}  {what}" for at, what in events]
     if outcome is not None and outcome.error is not None:
-        lines.append(f"  {outcome.error.type}: {printable(in_options(outcome.error.message))}")
+        lines.append(
+            f"  {outcome.error.type}: {stored_reason(outcome.error.type, outcome.error.message)}"
+        )
     elif outcome is not None:
         lines.append(f"  output: {preview(outcome.output)}")
     return lines
@@ -210,7 +212,7 @@ def export(
     async def work() -> ExitCode:
         _, batch = await chosen_batch(name, database, base_url, same_server=same_server)
         await batch.check_server()  # before the file is made
-        with closing(open_results(results)) as file:
+        with open_results(results) as file:
             await write_results(batch, file, until_done=False)
         return ExitCode.SUCCEEDED
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import html
-import logging
 import os
 import re
 import secrets
@@ -14,20 +13,19 @@ import webbrowser
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import anyio
 import anyio.to_thread
+import attrs
 import typer
 
-from promptlayer_exec import RetryPolicy
 from promptlayer_exec._integration import base_url as session_base_url
 from promptlayer_exec._integration import install_hint
-from promptlayer_exec.cli._arguments import BaseUrl, Host, NoPush, Outage, Port, parse_id
+from promptlayer_exec.cli._arguments import BaseUrl, Host, NoPush, Outage, Port, parse_id, seconds
 from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, listening, run_command
-from promptlayer_exec.cli._session import demo_session, open_session, show_warnings
+from promptlayer_exec.cli._session import demo_session, open_session, retry_policy, show_warnings
 from promptlayer_exec.cli._text import err, out
-from promptlayer_exec.cli._workflows import complete_workflow
 
 TOKEN = "PROMPTLAYER_EXEC_VIEW_TOKEN"  # noqa: S105 - the name of a variable
 _PAGE = """\
@@ -42,7 +40,6 @@ _PAGE = """\
 _REQUEST_TIME = 45.0
 # A client waits about two seconds for the process to end, and then kills it.
 _CLOSE_TIME = 0.5
-_FLUSH_MILLISECONDS = 1000
 
 
 def view(
@@ -64,7 +61,7 @@ def view(
         ),
     ] = True,
     base_url: BaseUrl = None,
-    outage: Outage = 600,
+    outage: Outage = None,
 ) -> None:
     """Show executions in the browser, as they run.
 
@@ -107,7 +104,9 @@ def view(
                 directory = Path(stack.enter_context(TemporaryDirectory()))
             else:
                 directory = platformdirs.user_state_path("promptlayer-exec", appauthor=False)
-                retry = RetryPolicy(outage=min(outage, 10.0), watch_outage=outage)
+                retry = retry_policy(outage)
+                # The page shows an error soon, and a person can try again.
+                retry = attrs.evolve(retry, outage=min(retry.outage, 10.0))
                 session = open_session(base_url, retry)
             await stack.enter_async_context(session)
             with listening(host, port):
@@ -182,13 +181,18 @@ def mcp(
             "--workflow",
             metavar="NAME",
             help="Workflow that can be started, and no other; repeatable.",
-            autocompletion=complete_workflow,
         ),
     ] = [],  # noqa: B006 - Typer's way to declare a list
     *,
     no_push: NoPush = False,
     base_url: BaseUrl = None,
-    outage: Outage = 10,
+    outage: Annotated[
+        float,
+        seconds(
+            "Maximum time to keep retrying while the server is unreachable or failing; short,"
+            " because an MCP client waits only about a minute for an answer."
+        ),
+    ] = 10,
 ) -> None:
     """Serve workflows to agents as tools of an MCP server.
 
@@ -205,10 +209,7 @@ def mcp(
     if not all(workflows):
         raise typer.BadParameter("must not be empty", param_hint="'--workflow'")
 
-    is_served = False
-
     async def work() -> ExitCode:
-        nonlocal is_served
         try:
             from promptlayer_exec.mcp import serve_stdio  # noqa: PLC0415 - an extra
         except ModuleNotFoundError as error:
@@ -216,13 +217,12 @@ def mcp(
         show_warnings(err)
         session = open_session(
             base_url,
-            RetryPolicy(outage=outage),
+            retry_policy(outage),
             wait_timeout=_REQUEST_TIME,
             no_push=no_push,
         )
         if sys.stdin.isatty():
             err("this is a server for MCP clients, which start it themselves; Ctrl-C ends it")
-        is_served = True
         try:
             await serve_stdio(session, workflows=workflows)
         finally:
@@ -231,25 +231,7 @@ def mcp(
                     await session.aclose()
         return ExitCode.SUCCEEDED
 
-    code = run_command(work(), Subject(base_url=base_url))
-    if is_served:
-        _exit(code)
-    raise typer.Exit(code)
-
-
-def _exit(code: ExitCode) -> NoReturn:
-    """Exit at once, even while a thread is blocked in a read of standard input.
-
-    Freeing every object first would also take longer than all of the above. What handlers of
-    `atexit` would still write is written here: OpenTelemetry's spans and metrics, and the log.
-    """
-    for module, getter in (("trace", "get_tracer_provider"), ("metrics", "get_meter_provider")):
-        if (loaded := sys.modules.get(f"opentelemetry.{module}")) is not None:
-            provider = getattr(loaded, getter)()
-            with suppress(Exception):  # an exporter's; the API's own providers have nothing to send
-                provider.force_flush(_FLUSH_MILLISECONDS)
-    logging.shutdown()
-    os._exit(code)
+    raise typer.Exit(run_command(work(), Subject(base_url=base_url)))
 
 
 async def open_in_browser(url: str, opened: asyncio.Event) -> None:

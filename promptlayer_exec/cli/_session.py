@@ -21,10 +21,16 @@ from promptlayer_exec import (
     Session,
     StatusError,
 )
-from promptlayer_exec.cli._text import err, printable, shorten
+from promptlayer_exec._integration import printable
+from promptlayer_exec.cli._text import err, shorten
 
 if TYPE_CHECKING:
     from promptlayer_exec.simulator import Simulator
+
+
+def retry_policy(outage: float | None) -> RetryPolicy:
+    """Return the library's policy, or one for the outage that was given."""
+    return RetryPolicy() if outage is None else RetryPolicy(outage=outage, watch_outage=outage)
 
 
 def open_session(
@@ -34,6 +40,7 @@ def open_session(
     *,
     wait_timeout: float = 3600.0,
     no_push: bool = False,
+    observer: Observer | None = None,
 ) -> Session:
     """Return a session with the key from the environment.
 
@@ -53,7 +60,7 @@ def open_session(
             base_url=base_url,
             retry=retry,
             wait_timeout=wait_timeout,
-            observers=[] if warn is None else [report_retries(warn)],
+            observers=[it for it in (warn and report_retries(warn), observer) if it is not None],
             push=False if no_push else None,
         )
     for warning in caught:

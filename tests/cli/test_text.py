@@ -26,10 +26,8 @@ from promptlayer_exec.cli._session import report_retries
 from promptlayer_exec.cli._text import (
     duration,
     err,
-    failure_reason,
     node_detail,
     preview,
-    printable,
     result_line,
     running_time,
 )
@@ -82,10 +80,6 @@ class TestRetries:
 class TestText:
     """Texts that are safe to print."""
 
-    def test_printable(self) -> None:
-        """Unprintable characters are escaped as in JSON; spaces of all kinds and `keep` are not."""
-        assert printable("a\u00a0\u3000é日\n\t\x7f", keep="\n") == "a\u00a0\u3000é日\n\\t\\u007f"
-
     def test_preview_of_large_values(self) -> None:
         """The preview of a large or deep value is one short line, made without the rest of it."""
         deep: list[Any] = []
@@ -107,25 +101,12 @@ class TestText:
             (Node("n", "SUCCESS"), "null"),
             (Node("n", "RUNNING", "part"), '"part"'),
             (Node("n", "FAILURE", "left over", "why"), "why"),
+            (Node("n", "FAILED"), "the server gave no reason"),
         ],
     )
     def test_node_detail(self, node: Node, text: str) -> None:
         """The detail is the value of a node that has one, or the error of one that failed."""
         assert node_detail(node) == text
-
-    @pytest.mark.parametrize(
-        ("message", "raw", "text"),
-        [
-            ("why", "details", "why"),
-            (None, "details", "details"),
-            ("", {"raw": "details"}, "details"),
-            (None, {"code": 7}, '{"code": 7}'),
-            (None, None, "the server gave no reason"),
-        ],
-    )
-    def test_failure_reason(self, message: str | None, raw: Any, text: str) -> None:
-        """The reason is the error message, or else the raw error message."""
-        assert failure_reason(Node("n", "FAILED", None, message, raw)) == text
 
     @pytest.mark.parametrize(
         ("seconds", "text"),

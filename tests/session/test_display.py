@@ -29,7 +29,7 @@ from promptlayer_exec import (
 )
 from promptlayer_exec._integration import error_details, error_text, printable
 from promptlayer_exec._statuses import STATUS_TABLE, UNKNOWN_STATUS, status_entry
-from promptlayer_exec.cli._display import node_table
+from promptlayer_exec.cli._live import node_table
 from promptlayer_exec.dbos import StoredOutcome
 
 HOSTILE = "<script>alert('1')</script>\"&\x1b[31m\ud800"
