@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Coroutine
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -33,7 +32,6 @@ from promptlayer_exec.cli._batch_options import (
 )
 from promptlayer_exec.cli._batch_results import (
     LineFile,
-    Result,
     TableFile,
     open_results,
     write_results,
@@ -63,7 +61,6 @@ if TYPE_CHECKING:
     from promptlayer_exec.dbos import Batch
 
 _REFRESH_INTERVAL = 0.25
-_KEYS_AT_ONCE = 500
 _KNOWN_ENDS = ("ExecutionFailed", "StartUnknown")  # or a hint of its own
 _NOTE = "no item is lost: run the same command again to continue"
 
@@ -233,26 +230,21 @@ for _name, _command, *_examples in (
 
 async def _refuse_foreign_results(batch: Batch, shown: str, file: LineFile | TableFile) -> None:
     """Refuse to run items whose results are in the file, although the database has none of them."""
-    results = file.results()
-    foreign: list[str] = []
-    while part := [*islice(results, _KEYS_AT_ONCE)]:
-        kinds = await batch.kinds({result.key for result in part})
-        foreign += (result.key for result in part if _is_foreign(result, kinds))
+    kinds = await batch.kinds({result.key for result in file.results})
+    # An item that did not succeed may wait again meanwhile; one that succeeded stays as it is.
+    foreign = [
+        result.key
+        for result in file.results
+        if result.key not in kinds or (result.succeeded and kinds[result.key] != "succeeded")
+    ]
     if foreign:
         what = "a result" if len(foreign) == 1 else f"{len(foreign)} results"
         raise Misuse(
             f"{file.name} has {what} that {shown} does not have, for example"
-            f" of '{shorten(printable(foreign[0]), 100)}': that item would be run and paid for"
+            f" of '{shorten(printable(min(foreign)), 100)}': that item would be run and paid for"
             " again. Use the database that the results are from (--db, PROMPTLAYER_EXEC_DB), or"
             " another --out"
         )
-
-
-def _is_foreign(result: Result, kinds: dict[str, Any]) -> bool:
-    # An item that did not succeed may wait again meanwhile; one that succeeded stays as it is.
-    if result.key not in kinds:
-        return result.may_be_paid
-    return result.succeeded and kinds[result.key] != "succeeded"
 
 
 async def _check_inputs(

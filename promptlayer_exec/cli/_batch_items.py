@@ -209,11 +209,6 @@ def _check(name: str, value: Any) -> None:
         raise Misuse(f'"{name}" must be {expected}')
     if isinstance(value, int) and not 1 <= value <= MAX_ID:
         raise Misuse(f'"{name}" must be between 1 and 2**63-1')
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise Misuse(f'"{name}" has half of a surrogate pair, which is no text') from None
 
 
 def _parse(text: bytes) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from promptlayer_exec.cli._batch_options import (
     name_option,
     names,
     shown_database,
-    stored_batch,
 )
 from promptlayer_exec.cli._batch_results import open_results, write_results
 from promptlayer_exec.cli._display import hint_lines, item_count, status_line
@@ -34,7 +33,7 @@ from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, run_command
 from promptlayer_exec.cli._text import err, out, preview, stored_reason
 
 if TYPE_CHECKING:
-    from promptlayer_exec.dbos import BatchStatus, StoredItem
+    from promptlayer_exec.dbos import StoredItem
 
 
 def status(
@@ -50,7 +49,7 @@ def status(
         if name is None and not found:
             err(f"there is no batch in {shown_database(database)}")
         for each in found if name is None else [choose(name, found)]:
-            counts = await stored_batch(each, database).status()
+            counts = await (await chosen_batch(each, database))[1].status()
             fields = {"batch": each} | attrs.asdict(counts)
             out(json.dumps(fields) if as_json else status_line(each, counts))
             options = command_options(name, each, found, database)
@@ -79,52 +78,48 @@ def list_batches(database: Database = None, *, as_json: JsonLines = False) -> No
 
     async def work() -> ExitCode:
         rows = []
-        for name in await names(database):
-            batch = stored_batch(name, database)
+        for each in await names(database):
+            _, batch = await chosen_batch(each, database)
             settings, counts = await batch.settings(), await batch.status()
-            rows.append({"batch": name, **attrs.asdict(settings), **attrs.asdict(counts)})
+            rows.append({"batch": each, **attrs.asdict(settings), **attrs.asdict(counts)})
         if not rows:
             err(f"there is no batch in {shown_database(database)}")
-            return ExitCode.SUCCEEDED
-        if as_json:
+        elif as_json:
             for row in rows:
                 out(json.dumps(row, default=datetime.isoformat))
-            return ExitCode.SUCCEEDED
-        if database is None:
-            err(f"in {shown_database(database)}")
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        for heading, shown in _COLUMNS.items():
-            table.add_column(heading, justify="left" if shown == "batch" else "right")
-        for row in rows:
-            table.add_row(*(_cell(row[shown]) for shown in _COLUMNS.values()))
-        width = None if sys.stdout.isatty() else _WIDTH
-        Console(width=width, markup=False, highlight=False).print(table)
+        else:
+            if database is None:
+                err(f"in {shown_database(database)}")
+            table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+            for column in _COLUMNS:
+                heading = {"total": "items", "max_in_flight": "max-in-flight"}.get(column, column)
+                table.add_column(heading, justify="left" if column == "batch" else "right")
+            for row in rows:
+                table.add_row(*(_cell(row[column]) for column in _COLUMNS))
+            width = None if sys.stdout.isatty() else _WIDTH
+            Console(width=width, markup=False, highlight=False).print(table)
         return ExitCode.SUCCEEDED
 
     raise typer.Exit(run_command(work(), Subject()))
 
 
 _WIDTH = 200  # of a table where there is no terminal
-_COLUMNS = {
-    "batch": "batch",
-    "created": "created",
-    "items": "total",
-    "waiting": "waiting",
-    "running": "running",
-    "succeeded": "succeeded",
-    "failed": "failed",
-    "unknown": "unknown",
-    "max-in-flight": "max_in_flight",
-    "rate": "rate",
-}
+_COLUMNS = (
+    *("batch", "created", "total", "waiting", "running", "succeeded", "failed", "unknown"),
+    *("max_in_flight", "rate"),
+)
 
 
 def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
     if isinstance(value, datetime):
         return _time(value)
-    return f"{value:g}" if isinstance(value, float) else printable(str(value))
+    return (
+        "-"
+        if value is None
+        else f"{value:g}"
+        if isinstance(value, float)
+        else printable(str(value))
+    )
 
 
 def show(
@@ -278,8 +273,18 @@ def delete(
     It is refused while a worker works on the batch. What runs at PromptLayer is not affected, and
     can no longer be found from here.
     """
-    if not is_confirmed:
-        name = _confirm_deleting(name, database)
+    question = ""
+
+    async def ask() -> ExitCode:
+        nonlocal name, question
+        name, batch = await chosen_batch(name, database)
+        counts = attrs.asdict(await batch.status())
+        kinds = ("waiting", "running", "succeeded", "failed", "unknown")
+        shown = ", ".join(f"{counts[kind]} {kind}" for kind in kinds if counts[kind]) or "empty"
+        question = f"batch {printable(name)} with {item_count(counts['total'])} ({shown})"
+        if not sys.stdin.isatty():
+            raise Misuse(f"to delete {question} and all results, give --yes")
+        return ExitCode.SUCCEEDED
 
     async def work() -> ExitCode:
         chosen, batch = await chosen_batch(name, database)
@@ -290,37 +295,15 @@ def delete(
         err(f"deleted batch {printable(chosen)} with {item_count(deleted)}")
         return ExitCode.SUCCEEDED
 
-    raise typer.Exit(run_command(work(), Subject()))
-
-
-def _deleted(name: str, status: BatchStatus) -> str:
-    kinds = ("waiting", "running", "succeeded", "failed", "unknown")
-    counts = ", ".join(f"{getattr(status, kind)} {kind}" for kind in kinds if getattr(status, kind))
-    shown = f" ({counts})" if counts else ""
-    whose = "its" if status.total == 1 else "their"
-    return f"batch {printable(name)} with {item_count(status.total)}{shown} and {whose} results"
-
-
-def _confirm_deleting(name: str | None, database: str | None) -> str:
-    """Ask whether to delete a batch, and return its name; exit if the answer is no."""
-    chosen = what = ""
-
-    async def describe() -> ExitCode:
-        nonlocal chosen, what
-        chosen, batch = await chosen_batch(name, database)
-        what = _deleted(chosen, await batch.status())
-        if not sys.stdin.isatty():
-            raise Misuse(f"to delete {what}, give --yes")
-        return ExitCode.SUCCEEDED
-
-    if code := run_command(describe(), Subject()):
-        raise typer.Exit(code)
-    try:  # not within `run_command`, whose handling of SIGINT waits for the answer
-        is_confirmed = typer.confirm(f"Delete {what}?", err=True)
-    except typer.Abort:
-        err("\ninterrupted; nothing was deleted")
-        raise typer.Exit(ExitCode.INTERRUPTED) from None
     if not is_confirmed:
-        err("nothing was deleted")
-        raise typer.Exit(ExitCode.FAILED)
-    return chosen
+        if code := run_command(ask(), Subject()):
+            raise typer.Exit(code)
+        try:  # not within `run_command`, whose handling of SIGINT waits for the answer
+            is_confirmed = typer.confirm(f"Delete {question} and all results?", err=True)
+        except typer.Abort:
+            err("\ninterrupted; nothing was deleted")
+            raise typer.Exit(ExitCode.INTERRUPTED) from None
+        if not is_confirmed:
+            err("nothing was deleted")
+            raise typer.Exit(ExitCode.FAILED)
+    raise typer.Exit(run_command(work(), Subject()))

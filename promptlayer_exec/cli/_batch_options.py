@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from itertools import count
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -129,27 +130,13 @@ async def working_batch(
     return batch
 
 
-def stored_batch(
-    name: str, database: str | None, base_url: str | None = None, *, same_server: bool = False
-) -> Batch:
-    """Return a batch to ask; its session is never opened."""
-    session = partial(Session, base_url=base_url)
-    batch: Batch = dbos().Batch(
-        name, database_url=database, session=session, same_server=same_server
-    )
-    return batch
-
-
 async def chosen_batch(
-    name: str | None,
-    database: str | None,
-    base_url: str | None = None,
-    *,
-    same_server: bool = False,
+    name: str | None, database: str | None, base_url: str | None = None, **options: Any
 ) -> tuple[str, Batch]:
-    """Return the batch of that name, or the only one, with its name."""
+    """Return the batch of that name, or the only one, with its name; its session stays closed."""
     chosen = choose(name, await names(database))
-    return chosen, stored_batch(chosen, database, base_url, same_server=same_server)
+    session = partial(Session, base_url=base_url)
+    return chosen, dbos().Batch(chosen, database_url=database, session=session, **options)
 
 
 def shown_database(database: str | None) -> str:
@@ -179,17 +166,16 @@ async def names(database: str | None) -> list[str]:
 
 async def wait_for_batch(name: str | None, database: str | None) -> str:
     """Return the name of a batch as soon as it exists; the only one for None."""
-    is_first = True
-    while True:
+    for attempt in count():
         found = await dbos().batch_names(database) if await _exists(database) else []
         if name in found or (name is None and found):
-            return choose(name, found)
-        if is_first:
+            break
+        if not attempt:
             known = f"; there are {', '.join(map(printable, found))}" if found else ""
             what = "a batch" if name is None else f"batch '{printable(name)}'"
             err(f"waiting for {what} in {shown_database(database)}{known}")
-            is_first = False
         await asyncio.sleep(_WAIT_INTERVAL)
+    return choose(name, found)
 
 
 async def _exists(database: str | None) -> bool:

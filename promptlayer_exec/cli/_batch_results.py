@@ -10,7 +10,7 @@ from contextlib import aclosing, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from promptlayer_exec._integration import printable
 from promptlayer_exec.cli._exit import Misuse
@@ -31,24 +31,17 @@ _COLUMNS = (
     *("key", "execution_id", "succeeded", "output"),
     *("error_type", "error_message", "started", "finished"),
 )
-_RESULT_COLUMNS = ["key", "finished", "succeeded", "execution_id", "error_type"]
+_RESULT_COLUMNS = ["key", "finished", "succeeded"]
 _CSV, _PARQUET = ".csv", ".parquet"
 _ROW_GROUP = 1000
 
 
 class Result(NamedTuple):
-    """A result that a file has; `may_be_paid` unless the start was refused."""
+    """A result that a file has."""
 
     key: str
     finished: str
     succeeded: bool
-    may_be_paid: bool
-
-    @classmethod
-    def read(cls, key: str, finished: str, succeeded: bool, execution_id: Any, kind: Any) -> Self:
-        """Return the result of a line or row."""
-        is_paid = succeeded or bool(execution_id) or kind == "StartUnknown"
-        return cls(key, finished, succeeded, is_paid)
 
 
 async def write_results(batch: Batch, file: Results, *, until_done: bool) -> None:
@@ -83,9 +76,9 @@ class LineFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.name = printable(str(path))
-        self._written: set[tuple[str, str]] = set()
+        self.results: set[Result] = set()
         self._is_unused = False
-        self._whole: int | None = 0  # how many bytes to keep when the first line is written
+        self._whole: int | None = None  # how many bytes to keep when the first line is written
         try:
             if path.is_char_device():  # to read what it has would take for ever
                 raise Misuse(f"{self.name} is a device: name a file, or omit --out")
@@ -96,9 +89,7 @@ class LineFile:
         try:
             _lock(self._file, self.name)
             path.stat()  # a command that was refused may just have removed it
-            for result, length in self._read(self._file):
-                self._written.add(result[:2])
-                self._whole += length
+            self._whole = self._read()
             self._is_unused = is_new and not self._whole
         except BaseException as error:
             self.close()
@@ -106,43 +97,34 @@ class LineFile:
                 raise _cannot_write(self.name, error) from error
             raise
 
-    def results(self) -> Iterator[Result]:
-        """Yield the results that the file has."""
-        with self._path.open("rb") as file:
-            for result, _ in self._read(file):
-                yield result
-
-    def _read(self, file: IO[bytes]) -> Iterator[tuple[Result, int]]:
-        """Yield each result with the length of its line, except an incomplete last one."""
-        file.seek(0)
-        for number, line in enumerate(file, 1):
+    def _read(self) -> int:
+        """Read the results, and return the length of their lines, without an incomplete one."""
+        self._file.seek(0)
+        length = 0
+        for number, line in enumerate(self._file, 1):
             is_whole = line.endswith(b"\n")
             try:
                 fields = json.loads(line)
-                result = Result.read(
-                    str(fields["key"]),
-                    str(fields["finished"]),
-                    fields["succeeded"],
-                    fields.get("execution_id"),
-                    (fields.get("error") or {}).get("type"),
-                )
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                result = Result(str(fields["key"]), str(fields["finished"]), fields["succeeded"])
+            except (ValueError, TypeError, KeyError) as error:
                 # What a power failure cuts off can be zeros.
                 text = line.rstrip(b"\0")
                 is_start = text[: len(_RESULT_START)] == _RESULT_START[: len(text)]
                 if is_start and not is_whole and isinstance(error, ValueError):
-                    return
+                    break
                 where = f"{self.name}, line {number}"
                 raise Misuse(f"{where}, is not a result; the file is unchanged") from error
-            if not is_whole:
-                return
-            yield result, len(line)
+            if is_whole:
+                self.results.add(result)
+                length += len(line)
+        return length
 
     async def write_all(self, outcomes: AsyncIterable[StoredOutcome]) -> None:
         """Write each result at once, unless the file already contains it."""
         self._is_unused = False
         async for outcome in outcomes:
-            if (outcome.key, outcome.finished.isoformat()) in self._written:
+            result = Result(outcome.key, outcome.finished.isoformat(), outcome.succeeded)
+            if result in self.results:
                 continue
             try:
                 if self._whole is not None:
@@ -180,18 +162,19 @@ class TableFile:
             raise _cannot_write(self.name, error) from error
         try:
             _lock(self._locked, self.name)
+            self.results = self._read()
         except BaseException:
-            self._locked.close()
+            self.close()
             raise
 
-    def results(self) -> Iterator[Result]:
-        """Yield the results that the file has."""
-        if self._path.exists():
-            try:
-                yield from (_read_csv if self._is_csv else _read_parquet)(self._path)
-            except (OSError, ValueError, KeyError, csv.Error) as error:
-                what = f"{self.name} has no results that can be read: use another file"
-                raise Misuse(what) from error
+    def _read(self) -> set[Result]:
+        try:
+            return set((_read_csv if self._is_csv else _read_parquet)(self._path))
+        except FileNotFoundError:
+            return set()
+        except (OSError, ValueError, KeyError, csv.Error) as error:
+            what = f"{self.name} has no results that can be read: use another file"
+            raise Misuse(what) from error
 
     async def write_all(self, outcomes: AsyncIterable[StoredOutcome]) -> None:
         """Write all results, and then replace the file."""
@@ -234,9 +217,7 @@ async def _write_csv(path: Path, outcomes: AsyncIterable[StoredOutcome]) -> None
 def _read_csv(path: Path) -> Iterator[Result]:
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            values: list[Any] = [row[name] for name in _RESULT_COLUMNS]
-            values[2] = row["succeeded"] == "true"
-            yield Result.read(*values)
+            yield Result(row["key"], row["finished"], row["succeeded"] == "true")
 
 
 async def _write_parquet(path: Path, outcomes: AsyncIterable[StoredOutcome]) -> None:
@@ -262,9 +243,7 @@ def _read_parquet(path: Path) -> Iterator[Result]:
     with _pyarrow().parquet.ParquetFile(path) as file:
         for part in file.iter_batches(columns=_RESULT_COLUMNS):
             for row in part.to_pylist():
-                values = [row[name] for name in _RESULT_COLUMNS]
-                values[1] = row["finished"].isoformat()
-                yield Result.read(*values)
+                yield Result(row["key"], row["finished"].isoformat(), row["succeeded"])
 
 
 def _pyarrow() -> ModuleType:

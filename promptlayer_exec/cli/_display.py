@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 import attrs
 
@@ -23,22 +23,10 @@ from promptlayer_exec.cli._text import (
 )
 
 if TYPE_CHECKING:
+    from promptlayer_exec.cli._live import LiveDisplay
     from promptlayer_exec.dbos import BatchStatus, Durations, Failure
 
 _MAX_NAME_WIDTH = 24
-
-
-class Display(Protocol):
-    """Shows an execution while it is watched."""
-
-    def waiting(self, text: str, /) -> AbstractContextManager[None]:
-        """Return a context for the display; a live one shows `text` until the first snapshot."""
-
-    def warn(self, text: str) -> None:
-        """Show a problem."""
-
-    def show(self, snapshot: Snapshot) -> None:
-        """Show what changed since the last snapshot."""
 
 
 @attrs.define
@@ -71,6 +59,9 @@ class LineDisplay:
             out(f"{snapshot.elapsed:7.1f} s  {columns}  {node_detail(node)}".rstrip())
         if snapshot.complete:
             out(result_line(snapshot))
+
+
+Display: TypeAlias = "LineDisplay | LiveDisplay"
 
 
 def choose_display(*, as_json: bool) -> Display:

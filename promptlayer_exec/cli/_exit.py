@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -80,6 +81,7 @@ _OPTIONS = {
     "another batch": "--name",
     "same_server": "--same-server",
 }
+_NAMED = re.compile(rf"\b({'|'.join(_OPTIONS)})\b")
 
 
 class ExitCode(IntEnum):
@@ -158,7 +160,7 @@ def describe(error: Exception) -> str:
     if isinstance(error, PromptLayerExecError):
         advice = _ADVICE.get(type(error), error.advice)
         text = text.removesuffix(error.advice).rstrip()
-    if options := sorted({option for what, option in _OPTIONS.items() if what in text}):
+    if options := sorted({_OPTIONS[what] for what in _NAMED.findall(text)}):
         text = f"{text.rstrip('.')} ({', '.join(options)})."
     return printable(f"{text} {advice}".rstrip())
 

@@ -141,7 +141,7 @@ async def test_a_last_line_that_a_crash_cut_is_mended(tmp_path: Path, rest: str)
     lines = [outcome.to_json() for outcome in OUTCOMES]
     path.write_text(f"{lines[0]}\n{rest or lines[1]}")
     with open_results(path) as file:
-        assert [result.key for result in file.results()] == ["a"]
+        assert [result.key for result in file.results] == ["a"]
         await file.write_all(each(OUTCOMES))
     assert path.read_text().splitlines() == lines
 
@@ -171,7 +171,8 @@ async def test_a_csv_file_of_results(tmp_path: Path) -> None:
     for outcomes in (OUTCOMES[:1], OUTCOMES):
         with open_results(path) as file:
             await file.write_all(each(outcomes))
-            results = list(file.results())
+    with open_results(path) as file:
+        results = file.results
     with path.open(encoding="utf-8", newline="") as text:
         rows = list(csv.DictReader(text))
     assert [row["output"] for row in rows] == [
@@ -181,10 +182,7 @@ async def test_a_csv_file_of_results(tmp_path: Path) -> None:
     ]
     assert rows[2]["error_message"] == "lost \\ud800"
     assert [row["execution_id"] for row in rows] == ["7", "8", ""]
-    assert results == [
-        Result(outcome.key, NOW.isoformat(), outcome.succeeded, may_be_paid=True)
-        for outcome in OUTCOMES
-    ]
+    assert results == {Result(it.key, NOW.isoformat(), it.succeeded) for it in OUTCOMES}
     assert not list_parts(tmp_path)
 
 
@@ -193,7 +191,8 @@ async def test_a_parquet_file_of_results(tmp_path: Path) -> None:
     path = tmp_path / "out.parquet"
     with open_results(path) as file:
         await file.write_all(each(OUTCOMES))
-        results = list(file.results())
+    with open_results(path) as file:
+        results = file.results
     table = pyarrow.parquet.read_table(path).to_pylist()
     assert [row["key"] for row in table] == ["a", "b", "c"]
     assert [row["execution_id"] for row in table] == [7, 8, None]
@@ -202,10 +201,7 @@ async def test_a_parquet_file_of_results(tmp_path: Path) -> None:
     ]
     assert [row["started"] for row in table] == [NOW, NOW, None]
     assert table[2]["error_type"] == "StartUnknown"
-    assert results == [
-        Result(outcome.key, NOW.isoformat(), outcome.succeeded, may_be_paid=True)
-        for outcome in OUTCOMES
-    ]
+    assert results == {Result(it.key, NOW.isoformat(), it.succeeded) for it in OUTCOMES}
 
 
 async def test_many_rows_are_written_a_thousand_at_a_time(tmp_path: Path) -> None:
@@ -224,8 +220,8 @@ def test_a_table_that_has_no_results_is_refused(tmp_path: Path, name: str) -> No
     """It is not replaced by accident."""
     path = tmp_path / name
     path.write_text("mine\n1\n")
-    with open_results(path) as file, pytest.raises(Misuse, match="use another file"):
-        list(file.results())
+    with pytest.raises(Misuse, match="use another file"), open_results(path):
+        pass
     assert path.read_text() == "mine\n1\n"
 
 
