@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeAlias
 
@@ -36,19 +37,14 @@ def _check_seconds(value: float | None) -> float | None:
     return value
 
 
+def _parse_number(text: str, kind: str) -> int:
+    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= MAX_ID:
+        raise typer.BadParameter(f"must be {kind}, got {shorten(printable(text), 40)!r}")
+    return int(text)
+
+
 def parse_id(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= MAX_ID:
-        raise typer.BadParameter(
-            "must be an execution id, a number such as the 787 that `run` prints,"
-            f" got {shorten(printable(text), 40)!r}"
-        )
-    return int(text)
-
-
-def _parse_version(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= MAX_ID:
-        raise typer.BadParameter(f"must be a number from 1, got {shorten(printable(text), 40)!r}")
-    return int(text)
+    return _parse_number(text, "an execution id, a number such as the 787 that `run` prints")
 
 
 ExecutionId = Annotated[
@@ -62,7 +58,7 @@ Version = Annotated[
     int | None,
     typer.Option(
         metavar="NUMBER",
-        parser=_parse_version,
+        parser=partial(_parse_number, kind="a number from 1"),
         help="Number of the version, instead of --label.",
     ),
 ]

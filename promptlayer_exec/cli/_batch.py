@@ -57,7 +57,7 @@ from promptlayer_exec.cli._text import duration, err, shorten
 
 if TYPE_CHECKING:
     from promptlayer_exec import Session
-    from promptlayer_exec.cli._progress import BatchProgress
+    from promptlayer_exec.cli._live import BatchProgress
     from promptlayer_exec.dbos import Batch
 
 _REFRESH_INTERVAL = 0.25
@@ -277,7 +277,7 @@ async def _add(batch: Batch, items: ItemFile) -> int:
 
 
 def _progress(*, transient: bool = False) -> BatchProgress:
-    from promptlayer_exec.cli._progress import BatchProgress  # noqa: PLC0415 - slow to import
+    from promptlayer_exec.cli._live import BatchProgress  # noqa: PLC0415 - slow to import
 
     return BatchProgress(transient=transient)
 

@@ -29,8 +29,8 @@ from promptlayer_exec.cli._batch_options import (
 )
 from promptlayer_exec.cli._batch_results import open_results, write_results
 from promptlayer_exec.cli._display import hint_lines, item_count, status_line
-from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, run_command
-from promptlayer_exec.cli._text import err, out, preview, stored_reason
+from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, describe_stored, run_command
+from promptlayer_exec.cli._text import err, out, preview
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import StoredItem
@@ -113,13 +113,9 @@ _COLUMNS = (
 def _cell(value: Any) -> str:
     if isinstance(value, datetime):
         return _time(value)
-    return (
-        "-"
-        if value is None
-        else f"{value:g}"
-        if isinstance(value, float)
-        else printable(str(value))
-    )
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "-" if value is None else printable(str(value))
 
 
 def show(
@@ -171,7 +167,7 @@ def _item_lines(batch: str, item: StoredItem) -> list[str]:
     lines += [f"  {at}  {what}" for at, what in events]
     if outcome is not None and outcome.error is not None:
         lines.append(
-            f"  {outcome.error.type}: {stored_reason(outcome.error.type, outcome.error.message)}"
+            f"  {outcome.error.type}: {describe_stored(outcome.error.type, outcome.error.message)}"
         )
     elif outcome is not None:
         lines.append(f"  output: {preview(outcome.output)}")

@@ -12,6 +12,7 @@ import attrs
 
 from promptlayer_exec import Snapshot
 from promptlayer_exec._integration import printable
+from promptlayer_exec.cli._exit import describe_stored
 from promptlayer_exec.cli._text import (
     duration,
     err,
@@ -19,7 +20,6 @@ from promptlayer_exec.cli._text import (
     out,
     result_line,
     shorten,
-    stored_reason,
 )
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def failure_lines(failures: Iterable[Failure]) -> list[str]:
     """Return a line with an example for each type of error."""
     lines = []
     for failure in failures:
-        reason = stored_reason(failure.type, failure.message)
+        reason = describe_stored(failure.type, failure.message)
         example = shorten(f"{printable(failure.key)}: {reason}", 160)
         lines.append(f"  {failure.count} {failure.type}, for example {example}")
     return lines

@@ -19,22 +19,14 @@ from typing import Any
 
 import attrs
 
+import promptlayer_exec
 from promptlayer_exec import (
     ConfigurationError,
-    ConnectionFailed,
-    ExecutionFailed,
     ExecutionTimeout,
-    InvalidResponse,
-    NotFound,
-    PromptLayerExecError,
-    RateLimited,
     RequestError,
-    RequestTimeout,
-    ResponseTooLarge,
     RetryPolicy,
     StartUnknown,
     StatusError,
-    Unauthorized,
 )
 from promptlayer_exec._integration import printable
 from promptlayer_exec.cli._text import err, out
@@ -60,18 +52,18 @@ Exit codes:
   141  the reader of the output has gone
   143  terminated"""
 # What to do about an error at a command line, where its own advice is for a program.
-_ADVICE: dict[type[PromptLayerExecError], str] = {
-    ConnectionFailed: "Check the network and --base-url.",
-    RequestTimeout: "Try again.",
-    InvalidResponse: "Check that --base-url is the PromptLayer API.",
-    ResponseTooLarge: "",
-    StatusError: "Check --base-url and the arguments.",
-    Unauthorized: "Check PROMPTLAYER_API_KEY.",
-    NotFound: "Check the id or name, --base-url and the key's workspace;"
+_ADVICE = {
+    "ConnectionFailed": "Check the network and --base-url.",
+    "RequestTimeout": "Try again.",
+    "InvalidResponse": "Check that --base-url is the PromptLayer API.",
+    "ResponseTooLarge": "",
+    "StatusError": "Check --base-url and the arguments.",
+    "Unauthorized": "Check PROMPTLAYER_API_KEY.",
+    "NotFound": "Check the id or name, --base-url and the key's workspace;"
     f" `{PROGRAM} workflows` lists the names.",
-    RateLimited: "Try again later.",
-    ExecutionTimeout: "",
-    ExecutionFailed: "",
+    "RateLimited": "Try again later.",
+    "ExecutionTimeout": "",
+    "ExecutionFailed": "",
 }
 # What a message may name, and the option for that.
 _OPTIONS = {
@@ -155,14 +147,18 @@ class Subject:
 
 
 def describe(error: Exception) -> str:
-    """Return the text of an error, with advice for a command line, and the options it is about."""
-    text, advice = str(error), ""
-    if isinstance(error, PromptLayerExecError):
-        advice = _ADVICE.get(type(error), error.advice)
-        text = text.removesuffix(error.advice).rstrip()
+    """Return the text of an error with advice for a command line, and the options it is about."""
+    text = describe_stored(type(error).__name__, str(error))
     if options := sorted({_OPTIONS[what] for what in _NAMED.findall(text)}):
         text = f"{text.rstrip('.')} ({', '.join(options)})."
-    return printable(f"{text} {advice}".rstrip())
+    return text
+
+
+def describe_stored(kind: str, message: str) -> str:
+    """Return the text of an error of that class with advice for a command line."""
+    advice = getattr(getattr(promptlayer_exec, kind, None), "advice", "")
+    what = message.removesuffix(advice).rstrip()
+    return printable(f"{what} {_ADVICE.get(kind, advice)}".rstrip())
 
 
 def run_command(

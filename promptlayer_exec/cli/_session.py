@@ -10,16 +10,12 @@ from typing import TYPE_CHECKING
 
 from promptlayer_exec import (
     ConfigurationError,
-    ConnectionFailed,
     Event,
     Observer,
     PollPolicy,
-    RateLimited,
     RequestRetried,
-    RequestTimeout,
     RetryPolicy,
     Session,
-    StatusError,
 )
 from promptlayer_exec._integration import printable
 from promptlayer_exec.cli._text import err, shorten
@@ -105,18 +101,7 @@ def report_retries(warn: Callable[[str], None]) -> Observer:
 
     def observe(event: Event) -> None:
         if isinstance(event, RequestRetried):
-            what, why = _describe(event.error)
-            warn(f"{what}, retrying in {event.delay:.1f} s ({shorten(printable(why), 120)})")
+            why = shorten(printable(str(event.error.args[0])), 160)
+            warn(f"{why}; retrying in {event.delay:.1f} s")
 
     return observe
-
-
-def _describe(error: Exception) -> tuple[str, str]:
-    if isinstance(error, ConnectionFailed):
-        return "server unreachable", error.reason
-    if isinstance(error, RequestTimeout):
-        return "request timed out", str(error.args[0])
-    if isinstance(error, StatusError):
-        what = "too many requests" if isinstance(error, RateLimited) else "server error"
-        return what, f"{error.status} {error.message}"
-    return "unusable response", str(error.args[0])

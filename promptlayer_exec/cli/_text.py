@@ -10,7 +10,6 @@ import sys
 import textwrap
 from typing import Any
 
-import promptlayer_exec
 from promptlayer_exec import Node, NodeStatus, NodeTimes, Snapshot
 from promptlayer_exec._integration import error_text, printable
 
@@ -64,12 +63,6 @@ def node_detail(node: Node) -> str:
 def failure_reason(node: Node) -> str:
     """Return why a node failed, according to the server."""
     return error_text(node) or "the server gave no reason"
-
-
-def stored_reason(kind: str, message: str) -> str:
-    """Return the text of a stored error, without what its class advises a program to do."""
-    advice = getattr(getattr(promptlayer_exec, kind, None), "advice", "")
-    return printable(message.removesuffix(advice).rstrip())
 
 
 def result_line(snapshot: Snapshot, *, timed: bool = True) -> str:

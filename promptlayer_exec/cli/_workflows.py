@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
+import attrs
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -67,7 +68,7 @@ def workflows(
                 if is_table:
                     table.add_row(*map(Text, _columns(summary)))
                 elif as_json:
-                    out(_summary_json(summary))
+                    out(json.dumps(attrs.asdict(summary)))
                 else:
                     out("\t".join(_columns(summary)))
         if table.row_count:
@@ -83,11 +84,6 @@ def _columns(summary: WorkflowSummary) -> tuple[str, str, str, str]:
     version = "" if summary.latest_version is None else str(summary.latest_version)
     labels = [*summary.labels, *(["(deleted)"] if summary.is_deleted else [])]
     return str(summary.id), version, printable(summary.name), printable(", ".join(labels))
-
-
-def _summary_json(summary: WorkflowSummary) -> str:
-    fields = ("id", "name", "labels", "latest_version", "is_deleted")
-    return json.dumps({name: getattr(summary, name) for name in fields})
 
 
 def workflow(
@@ -133,19 +129,8 @@ def _fields(found: Workflow) -> dict[str, Any]:
         "version": found.version,
         "labels": found.labels,
         "required_inputs": None if inputs is None else dict(inputs),
-        "nodes": [
-            {
-                "name": node.name,
-                "node_type": node.node_type,
-                "is_output_node": node.is_output_node,
-                "dependencies": node.dependencies,
-            }
-            for node in found.nodes.values()
-        ],
-        "edges": [
-            {"source": edge.source, "target": edge.target, "conditional": edge.conditional}
-            for edge in found.edges
-        ],
+        "nodes": [attrs.asdict(node) for node in found.nodes.values()],
+        "edges": [attrs.asdict(edge) for edge in found.edges],
         "layers": found.layers(),
     }
 

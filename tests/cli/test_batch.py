@@ -22,7 +22,7 @@ import pytest
 
 import promptlayer_exec
 from promptlayer_exec._install import install_hint
-from promptlayer_exec.cli import _progress as progresses
+from promptlayer_exec.cli import _live
 from promptlayer_exec.cli._app import app
 from promptlayer_exec.cli._batch import batch_app
 from promptlayer_exec.dbos import BatchStatus
@@ -524,8 +524,8 @@ def test_progress_has_the_rate_and_the_remaining_time(
     The rate is that of 30 seconds.
     """
     now = 100.0
-    monkeypatch.setattr(progresses.time, "monotonic", lambda: now)
-    progress = progresses.BatchProgress()
+    monkeypatch.setattr(_live.time, "monotonic", lambda: now)
+    progress = _live.BatchProgress()
     with progress.shown():
         for seconds, done in ((0.0, 3), (5.0, 50), (10.0, 103), (19.0, 103), (19.7, 103)):
             now = 100.0 + seconds

@@ -396,7 +396,7 @@ class TestWatch:
         command = call("watch", 5, "--outage", "0.1", "--base-url", UNREACHABLE)
         code, out, err = command.end()
         assert (code, out) == (4, "")
-        assert re.match(r"server unreachable, retrying in 0\.\d s \(Connection refused\)\n", err)
+        assert re.match(r"no usable answer .* Connection refused; retrying in 0\.\d s\n", err)
         assert err.endswith(f"  promptlayer-exec watch 5 --base-url {UNREACHABLE}\n")
 
     def test_a_failing_server_is_exit_code_4(self, sim: Simulator, start: Start) -> None:
@@ -424,7 +424,7 @@ class TestWatch:
         code, out, err = call("watch", execution_id).end()
         assert code == 0
         assert "succeeded" in out
-        assert re.fullmatch(r"server error, retrying in \d\.\d s \(503 .*\)\n", err)
+        assert re.fullmatch(r"the server answered 503 .*; retrying in \d\.\d s\n", err)
 
     def test_an_interrupt_is_exit_code_130(self, sim: Simulator, start: Start) -> None:
         """Ctrl-C prints the command that picks the execution up again, and so does SIGTERM."""
@@ -667,7 +667,7 @@ class TestRun:
         """Retries are reported until --outage is used up."""
         code, out, err = call("run", "x", "--outage", "0.1", "--base-url", UNREACHABLE).end()
         assert (code, out) == (4, "")
-        assert re.match(r"server unreachable, retrying in 0\.\d s \(Connection refused\)\n", err)
+        assert re.match(r"no usable answer .* Connection refused; retrying in 0\.\d s\n", err)
         assert err.splitlines()[-1].startswith("no run of workflow 'x' started: no usable answer")
 
     def test_a_timeout_is_exit_code_3(self, sim: Simulator, start: Start) -> None:
@@ -879,12 +879,12 @@ class TestTerminal:
         sim.inject(Fault.status(503, execution_id=execution_id))
         screen = terminal("watch", execution_id)
         screen.read_until("waiting for the first answer")
-        screen.read_until("server error, retrying in")
+        screen.read_until("the server answered 503")
         screen.read_until("RUNNING")
         frame = screen.text[screen.text.rindex("0/2") :]
         assert "retrying" not in frame
         sim.inject(Fault.disconnect(execution_id=execution_id))
-        screen.read_until("server unreachable, retrying in")
+        screen.read_until("no usable answer")
         os.kill(screen.process.pid, signal.SIGINT)
         code, text = screen.end()
         assert code == 130
@@ -899,7 +899,7 @@ class TestTerminal:
         sim.inject(Fault.status(429, retry_after=0.2), path="/run")
         screen = terminal("run", "[red]agent")
         screen.read_until("workflow [red]agent: starting")
-        screen.read_until("too many requests, retrying in")
+        screen.read_until("the server answered 429")
         screen.read_until("RUNNING")
         execution_id = sim.runs[-1].execution_id
         sim.finish(execution_id, "think")
@@ -1093,7 +1093,7 @@ class TestProgram:
     def test_an_outage_is_reported_once_in_the_command_s_own_words(self, call: Call) -> None:
         """The library's warnings of it are not shown as well."""
         _, _, err = call("results", 787, "--outage", "0.1", PROMPTLAYER_BASE_URL=UNREACHABLE).end()
-        assert "server unreachable, retrying in" in err
+        assert "Connection refused; retrying in" in err
         assert "trying again" not in err
 
     def test_proxies_of_the_environment(self, call: Call) -> None:

@@ -18,8 +18,6 @@ from promptlayer_exec import (
     Polled,
     RateLimited,
     RequestRetried,
-    RequestTimeout,
-    ServerError,
     Snapshot,
 )
 from promptlayer_exec.cli._session import report_retries
@@ -39,31 +37,17 @@ class TestRetries:
     @pytest.mark.parametrize(
         ("error", "line"),
         [
+            (ConnectionFailed("no answer"), "no answer; retrying in 2.3 s"),
             (
-                ConnectionFailed("no answer", reason="Name or service not known"),
-                "server unreachable, retrying in 2.3 s (Name or service not known)",
+                RateLimited("429: slow\ndown", status=429, server_message="slow\ndown"),
+                "429: slow\\ndown; retrying in 2.3 s",
             ),
-            (
-                RequestTimeout("no complete answer within 30 s"),
-                "request timed out, retrying in 2.3 s (no complete answer within 30 s)",
-            ),
-            (
-                RateLimited("refused", status=429, server_message="slow\ndown"),
-                "too many requests, retrying in 2.3 s (429 slow\\ndown)",
-            ),
-            (
-                ServerError("failed", status=502, server_message="x" * 200),
-                f"server error, retrying in 2.3 s (502 {'x' * 115}…)",
-            ),
-            (
-                InvalidResponse("the body is no JSON", status=200),
-                "unusable response, retrying in 2.3 s (the body is no JSON)",
-            ),
+            (InvalidResponse("x" * 200, status=200), f"{'x' * 159}…; retrying in 2.3 s"),
         ],
         ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
     )
     def test_a_retry_is_one_line(self, error: Exception, line: str) -> None:
-        """Each kind of failure is one printable line with its reason and the delay."""
+        """It has the start of what failed, without advice, and the delay."""
         lines: list[str] = []
         report_retries(lines.append)(RequestRetried(5, error, 2.34))
         assert lines == [line]
