@@ -92,12 +92,6 @@ Port = Annotated[
 ]
 
 
-def check_version(label: str | None, version: int | None) -> None:
-    """Check that a version is not selected twice."""
-    if label is not None and version is not None:
-        raise typer.BadParameter("use only one of them", param_hint="'--label' / '--version'")
-
-
 def read_inputs(arguments: Iterable[str]) -> dict[str, Any]:
     """Return the input variables given with `--input`; the last value of a key wins."""
     parts = [_split(argument) for argument in arguments]
@@ -145,7 +139,7 @@ def _split(argument: str) -> tuple[str, str, str]:
 
 def _parse_value(key: str, text: str) -> Any:
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         if text.lstrip().startswith(("[", "{", '"')):
             err(
@@ -155,12 +149,6 @@ def _parse_value(key: str, text: str) -> Any:
         return text
     except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
         _refuse(f"the value of {_quoted(key)} cannot be read: {error}")
-    if isinstance(value, float) and not math.isfinite(value):
-        _refuse(
-            f"the value of {_quoted(key)} is not a JSON number; to send it as text, write"
-            f" '{printable(key)}={printable(json.dumps(text))}'"
-        )
-    return value
 
 
 def _read_object(path: str) -> dict[str, Any]:

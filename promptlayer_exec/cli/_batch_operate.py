@@ -7,12 +7,10 @@ import sys
 from datetime import datetime
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import attrs
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from promptlayer_exec._integration import printable
 from promptlayer_exec.cli._arguments import BaseUrl, JsonLines
@@ -63,59 +61,30 @@ def status(
 def list_batches(database: Database = None, *, as_json: JsonLines = False) -> None:
     """List the batches in a database, with their settings.
 
-    \b
-    The columns:
-      created        when the first item was added (UTC)
-      items          how many there are; the next columns say in which state
-      waiting        not begun yet
-      running        begun by a worker
-      succeeded      ended with an output
-      failed         ended with an error
-      unknown        it is not known whether a run was started
-      max-in-flight  the setting: how many run at most; -: 100
-      rate           the setting: how many requests per second at most; -: 100 for each worker
-    """  # noqa: D301 - \b is Typer's mark for preformatted text
+    After the counts of its items, a line has the time when the first was added (UTC), and the
+    settings: how many items run at most, and how many requests are sent per second at most.
+    """
 
     async def work() -> ExitCode:
-        rows = []
-        for each in await names(database):
+        found = await names(database)
+        if not found:
+            err(f"there is no batch in {shown_database(database)}")
+        elif database is None and not as_json:
+            err(f"in {shown_database(database)}")
+        for each in found:
             _, batch = await chosen_batch(each, database)
             settings, counts = await batch.settings(), await batch.status()
-            rows.append({"batch": each, **attrs.asdict(settings), **attrs.asdict(counts)})
-        if not rows:
-            err(f"there is no batch in {shown_database(database)}")
-        elif as_json:
-            for row in rows:
+            if as_json:
+                row = {"batch": each, **attrs.asdict(settings), **attrs.asdict(counts)}
                 out(json.dumps(row, default=datetime.isoformat))
-        else:
-            if database is None:
-                err(f"in {shown_database(database)}")
-            table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-            for column in _COLUMNS:
-                heading = {"total": "items", "max_in_flight": "max-in-flight"}.get(column, column)
-                table.add_column(heading, justify="left" if column == "batch" else "right")
-            for row in rows:
-                table.add_row(*(_cell(row[column]) for column in _COLUMNS))
-            width = None if sys.stdout.isatty() else _WIDTH
-            Console(width=width, markup=False, highlight=False).print(table)
+                continue
+            created = "-" if settings.created is None else _time(settings.created)
+            rate = f"{settings.rate or 100:g}"
+            shown = f"max-in-flight {settings.max_in_flight or 100}, rate {rate}"
+            out(f"{status_line(each, counts)}; {created}, {shown}")
         return ExitCode.SUCCEEDED
 
     raise typer.Exit(run_command(work(), Subject()))
-
-
-_WIDTH = 200  # of a table where there is no terminal
-_COLUMNS = (
-    *("batch", "created", "total", "waiting", "running", "succeeded", "failed", "unknown"),
-    *("max_in_flight", "rate"),
-)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, datetime):
-        return _time(value)
-    if isinstance(value, float):
-        return f"{value:g}"
-    return "-" if value is None else printable(str(value))
 
 
 def show(

@@ -35,7 +35,6 @@ from promptlayer_exec.cli._arguments import (
     Outage,
     Version,
     WorkflowName,
-    check_version,
     needs,
     read_inputs,
     read_metadata,
@@ -143,7 +142,6 @@ def run(
     server cannot cancel it.
     """  # noqa: D301 - \b is Typer's mark for preformatted text
     refuse_arguments(context.args)
-    check_version(label, version)
     variables = read_inputs(inputs)
     texts = read_metadata(metadata) or None
     display = choose_display(as_json=as_json)

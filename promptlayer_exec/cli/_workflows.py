@@ -24,7 +24,6 @@ from promptlayer_exec.cli._arguments import (
     Outage,
     Version,
     WorkflowName,
-    check_version,
 )
 from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, run_command
 from promptlayer_exec.cli._graph import draw, in_encoding
@@ -103,7 +102,6 @@ def workflow(
     With --json, the workflow is written as one line of ASCII JSON with the keys "id", "name",
     "version", "labels", "required_inputs", "nodes", "edges" and "layers".
     """
-    check_version(label, version)
 
     async def work() -> ExitCode:
         async with open_session(base_url, retry_policy(outage), err) as session:

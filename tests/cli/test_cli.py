@@ -696,7 +696,7 @@ class TestRun:
             call("run", "unused", "-i", "rows=[1, NaN]"): "rows[1]",
             call("run", "unused", "--metadata", "7"): "Invalid value for '--metadata'",
             call("run", "unused", "--version", 0): "Invalid value for '--version'",
-            call("run", "unused", "--label", "a", "--version", 1): "'--label' / '--version'",
+            call("run", "unused", "--label", "a", "--version", 1): "pass either label or version",
             call("run", "unused", PROMPTLAYER_API_KEY=""): "variable PROMPTLAYER_API_KEY",
         }
         for command, message in cases.items():

@@ -239,7 +239,7 @@ class TestWorkflow:
     def test_mistakes(self, call: Call) -> None:
         """A misuse is exit code 2, and an unknown workflow 4."""
         for arguments, message in (
-            (("x", "--label", "a", "--version", 1), "use only one of them"),
+            (("x", "--label", "a", "--version", 1), "pass either label or version, not both"),
             (("x", "--version", "latest"), "must be a number from 1, got 'latest'"),
             (("",), "must not be empty"),
         ):
