@@ -692,6 +692,8 @@ def test_what_did_not_succeed_has_a_command_that_goes_on(
     assert run("status", "--json")[2] == ""
     named = " --name 'my night'`"
     assert run("work", "--name", "my night")[2].splitlines()[-1] == hint.format(named)
+    server = f" --base-url {sim.base_url}`"
+    assert hint.format(server) in run("run", file, "--base-url", sim.base_url)[2]
     sim.inject(on("POST", "/", Fault.disconnect()))
     err = run("run", file, "--name", "two")[2]
     assert err.splitlines()[-1].endswith("with `batch retry --unknown --name two`, or leave them")

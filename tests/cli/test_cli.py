@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import io
 import json
@@ -21,13 +20,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
-from aiohttp import web
 
+from promptlayer_exec import RetryPolicy
 from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli import main
-from promptlayer_exec.cli._demo import _set_variable
 from promptlayer_exec.cli._exit import ExitCode
-from promptlayer_exec.cli._session import demo_session
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, SimRequest, Simulator
 
 PROGRAM = [sys.executable, "-W", "error", "-m", "promptlayer_exec"]
@@ -391,23 +388,6 @@ class TestWatch:
         assert (code, out) == (4, "")
         assert f"execution {2**63 - 1}: " in err
 
-    def test_an_unreachable_server_is_exit_code_4(self, call: Call) -> None:
-        """Retries are reported until --outage is used up."""
-        command = call("watch", 5, "--outage", "0.1", "--base-url", UNREACHABLE)
-        code, out, err = command.end()
-        assert (code, out) == (4, "")
-        assert re.match(r"no usable answer .* Connection refused; retrying in 0\.\d s\n", err)
-        assert err.endswith(f"  promptlayer-exec watch 5 --base-url {UNREACHABLE}\n")
-
-    def test_a_failing_server_is_exit_code_4(self, sim: Simulator, start: Start) -> None:
-        """Once --outage is used up, the error shows how to pick the execution up again."""
-        execution_id = sim.add_execution(HELD)
-        sim.inject(Fault.status(503, times=None, execution_id=execution_id))
-        code, out, err = start("watch", execution_id, "--outage", "0.1").end()
-        assert (code, out) == (4, "")
-        assert err.endswith(f"again with:\n  promptlayer-exec watch {execution_id}\n")
-        sim.clear_faults()
-
     def test_plain_http_is_one_warning(self, start: Start) -> None:
         """If the key would be sent unencrypted, standard error says so, and the command goes on."""
         url = "http://0.0.0.0:9"
@@ -516,51 +496,6 @@ class TestRun:
         assert "channel_name_suffix" not in second
         assert "channel_name_suffix" not in third
 
-    async def test_a_server_without_push_is_not_spoken_of(
-        self, environment: dict[str, str]
-    ) -> None:
-        """The run is polled, and ends here once the request of push was refused."""
-        requests: list[str] = []
-
-        async def answer(request: web.BaseRequest) -> web.Response:
-            requests.append(request.path)
-            if request.path == "/workflows/w/run":
-                return web.json_response({"workflow_version_execution_id": 1}, status=201)
-            if request.path == "/workflow-version-execution-results":
-                node = {"value": 1, "error_message": None, "raw_error_message": None}
-                node |= {"status": "SUCCESS", "is_output_node": True}
-                is_refused = requests.count("/workflows/w") == 2
-                return web.json_response({"n": node}, status=200 if is_refused else 202)
-            return web.json_response({"message": "no such route"}, status=404)
-
-        runner = web.ServerRunner(web.Server(answer), shutdown_timeout=0.01)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "promptlayer_exec", "run", "w"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment
-            | {"PROMPTLAYER_BASE_URL": f"http://127.0.0.1:{runner.addresses[0][1]}"},
-        )
-        _, err = await process.communicate()
-        await runner.cleanup()
-        assert process.returncode == 0
-        assert err.splitlines() == [
-            b"execution 1 started",
-            b"print its main output with:",
-            b"  promptlayer-exec results 1",
-        ]
-
-    async def test_the_demo_of_the_viewer_is_pushed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It does not use the proxies of the environment."""
-        for name, proxy in PROXIES.items():
-            monkeypatch.setenv(name, proxy)
-        async with Simulator() as sim, demo_session(sim, print) as session:
-            sim.add_workflow("pushed", DONE)
-            await session.start("pushed")
-        assert sim.runs[-1].body["channel_name_suffix"]
-
     def test_inputs_label_and_metadata_are_sent(
         self, sim: Simulator, start: Start, tmp_path: Path
     ) -> None:
@@ -601,15 +536,6 @@ class TestRun:
         assert code == 0
         said = "the input 'n' of workflow 'typed' is sent as a number, but should be a string"
         assert err.splitlines()[0] == said
-
-    def test_a_failed_execution_is_exit_code_1(self, sim: Simulator, call: Call) -> None:
-        """The command for the output is not printed."""
-        sim.add_workflow("failed", FAILED)
-        code, out, err = call("run", "failed").end()
-        execution_id = sim.runs[-1].execution_id
-        assert code == 1
-        assert f"execution {execution_id} failed after" in out
-        assert err == f"execution {execution_id} started\n"
 
     def test_json_lines(self, sim: Simulator, call: Call) -> None:
         """With --json, standard output has what `watch --json` writes, and nothing else."""
@@ -662,13 +588,6 @@ class TestRun:
         error = json.loads(out)["error"]
         assert (error["type"], error["execution_id"]) == ("StartUnknown", None)
         assert len(sim.runs) == before + 1
-
-    def test_an_unreachable_server_is_exit_code_4(self, call: Call) -> None:
-        """Retries are reported until --outage is used up."""
-        code, out, err = call("run", "x", "--outage", "0.1", "--base-url", UNREACHABLE).end()
-        assert (code, out) == (4, "")
-        assert re.match(r"no usable answer .* Connection refused; retrying in 0\.\d s\n", err)
-        assert err.splitlines()[-1].startswith("no run of workflow 'x' started: no usable answer")
 
     def test_a_timeout_is_exit_code_3(self, sim: Simulator, start: Start) -> None:
         """A run that started can be picked up again; a start is not retried for longer either."""
@@ -1001,27 +920,9 @@ class TestResults:
         assert "completed without a main output" in err
         assert "--all shows its nodes" in err
 
-    def test_an_unreachable_server_is_exit_code_4(self, call: Call) -> None:
-        """Retries are reported until --outage is used up."""
-        command = call(
-            "results", 5, "--all", "--json", "--outage", "0.1", "--base-url", UNREACHABLE
-        )
-        code, out, err = command.end()
-        assert code == 4
-        assert "retrying in" in err
-        assert json.loads(out)["error"]["type"] == "ConnectionFailed"
-
 
 class TestSimulate:
     """`simulate`."""
-
-    def test_variables_are_set_as_the_platform_does(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What it prints can be pasted into PowerShell, too."""
-        assert _set_variable("NAME", "value") == "export NAME=value"
-        monkeypatch.setattr("promptlayer_exec.cli._demo.os.name", "nt")
-        line = _set_variable("NAME", "value")
-        monkeypatch.undo()  # pathlib reads it
-        assert line == '$env:NAME = "value"'
 
     def test_the_other_commands_can_use_it(self, start: Start) -> None:
         """It prints commands to type and every request; an execution begins at its first one."""
@@ -1089,12 +990,6 @@ class TestProgram:
             code, _, err = call(command, "--", text).end()
             assert code == 2
             assert "must be an execution id, a number such as the 787 that `run` prints" in err
-
-    def test_an_outage_is_reported_once_in_the_command_s_own_words(self, call: Call) -> None:
-        """The library's warnings of it are not shown as well."""
-        _, _, err = call("results", 787, "--outage", "0.1", PROMPTLAYER_BASE_URL=UNREACHABLE).end()
-        assert "Connection refused; retrying in" in err
-        assert "trying again" not in err
 
     def test_proxies_of_the_environment(self, call: Call) -> None:
         """They are used, unless PROMPTLAYER_EXEC_TRUST_ENV is 0."""
@@ -1172,11 +1067,15 @@ class TestProgram:
         assert "Usage: promptlayer-exec" in out
         assert "PROMPTLAYER_API_KEY" in out
 
-    def test_help_lists_the_exit_codes(self, call: Call) -> None:
-        """Every code has a line."""
-        listed = re.compile(r"^    (\d+) +\S.*$", re.MULTILINE)
-        for command in (["--help"], ["run", "-h"], ["results", "-h"], ["batch", "work", "-h"]):
-            assert list(map(int, listed.findall(call(*command).end()[1]))) == list(ExitCode)
+    def test_help_lists_the_exit_codes_and_the_defaults(self, call: Call) -> None:
+        """Every code has a line; how long to retry is the library's default."""
+        policy = RetryPolicy()
+        default = f"{policy.outage:g} for a request, {policy.watch_outage:g} for a watch"
+        for command in ("run", "watch", "results"):
+            text = call(command, "--help").end()[1]
+            listed = re.findall(r"^    (\d+) +\S.*$", text, re.MULTILINE)
+            assert list(map(int, listed)) == list(ExitCode)
+            assert default in " ".join(text.split())
 
     def test_help_shows_the_json_that_is_written(self, sim: Simulator, call: Call) -> None:
         """The example in `watch --help` has the fields of a line of `watch --json`."""
@@ -1191,6 +1090,19 @@ class TestProgram:
 
 class TestExit:
     """How the program exits when something goes wrong."""
+
+    @pytest.mark.parametrize("command", [("watch", 5), ("run", "x"), ("results", 5)])
+    def test_an_unreachable_server_is_exit_code_4(
+        self, call: Call, command: tuple[object, ...]
+    ) -> None:
+        """Each retry is one line until --outage is used up; the error says what to check."""
+        code, out, err = call(*command, "--outage", "0.1", "--base-url", UNREACHABLE).end()
+        assert (code, out) == (4, "")
+        assert re.match(r"no usable answer .* Connection refused; retrying in 0\.\d s\n", err)
+        assert "Check the network and --base-url.\n" in err
+        assert "trying again" not in err  # the library's own warning
+        again = f"again with:\n  promptlayer-exec watch 5 --base-url {UNREACHABLE}\n"
+        assert err.endswith(again) is (command[0] == "watch")
 
     def test_without_standard_output(self, sim: Simulator, start: Start) -> None:
         """If it is closed from the start, the output is discarded."""
@@ -1221,16 +1133,6 @@ class TestExit:
         code, out, err = start("watch", 5, program=python(BROKEN)).end(traceback=True)
         assert (code, out) == (70, "")
         assert "EOFError: what now?\nthis is a bug in promptlayer-exec: please report it" in err
-
-    def test_interrupts_in_a_row(self, sim: Simulator, start: Start) -> None:
-        """Several interrupts at once are exit code 130, without a traceback."""
-        execution_id = sim.add_execution(HELD)
-        commands = [start("watch", execution_id) for _ in range(4)]
-        for command in commands:
-            command.line()
-            for _ in range(3):
-                command.process.send_signal(signal.SIGINT)
-        assert [command.end()[0] for command in commands] == [130] * 4
 
     def test_in_the_background_of_a_script(self, sim: Simulator, start: Start) -> None:
         """If SIGINT is ignored from the start, it stays ignored."""

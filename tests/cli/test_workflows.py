@@ -257,12 +257,14 @@ class TestRun:
     def test_missing_inputs_cost_nothing(self, sim: Simulator, call: Call) -> None:
         """All of them are named, with what may have been meant, and nothing is started."""
         before = len(sim.runs)
-        code, out, err = call("run", "support agent", "-i", "leter=Hi", "--label", "old")
+        options = ("-i", "leter=Hi", "--label", "old", "--base-url", sim.base_url)
+        code, out, err = call("run", "support agent", *options)
         assert (code, out) == (2, "")
         assert err == (
             "workflow 'support agent' needs the inputs 'letter' (string), 'language' (string),"
             " which are missing; it does not require leter (did you mean 'letter'?);"
-            " `promptlayer-exec workflow 'support agent'` shows what it needs; no run was started\n"
+            f" `promptlayer-exec workflow 'support agent' --base-url {sim.base_url}` shows what it"
+            " needs; no run was started\n"
         )
         assert len(sim.runs) == before
 
