@@ -30,12 +30,7 @@ from promptlayer_exec.cli._batch_options import (
     wait_for_batch,
     working_batch,
 )
-from promptlayer_exec.cli._batch_results import (
-    LineFile,
-    TableFile,
-    open_results,
-    write_results,
-)
+from promptlayer_exec.cli._batch_results import LineFile, TableFile, open_results, write_results
 from promptlayer_exec.cli._display import (
     duration_lines,
     failure_lines,

@@ -13,14 +13,7 @@ import attrs
 from promptlayer_exec import Snapshot
 from promptlayer_exec._integration import printable
 from promptlayer_exec.cli._exit import describe_stored
-from promptlayer_exec.cli._text import (
-    duration,
-    err,
-    node_detail,
-    out,
-    result_line,
-    shorten,
-)
+from promptlayer_exec.cli._text import duration, err, node_detail, out, result_line, shorten
 
 if TYPE_CHECKING:
     from promptlayer_exec.cli._live import LiveDisplay

@@ -44,14 +44,7 @@ from promptlayer_exec.cli._arguments import (
 from promptlayer_exec.cli._display import Display, choose_display
 from promptlayer_exec.cli._exit import NO_RUN, ExitCode, Misuse, Subject, describe, run_command
 from promptlayer_exec.cli._session import demo_session, open_session, retry_policy
-from promptlayer_exec.cli._text import (
-    err,
-    failure_reason,
-    final_count,
-    out,
-    result_line,
-    shorten,
-)
+from promptlayer_exec.cli._text import err, failure_reason, final_count, out, result_line, shorten
 
 _DEMO_ID = 787
 # Enough to cancel a start that was not sent yet, and short enough to wait without a message.

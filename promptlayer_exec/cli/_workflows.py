@@ -17,14 +17,7 @@ from rich.text import Text
 
 from promptlayer_exec import Workflow, WorkflowNode, WorkflowSummary
 from promptlayer_exec._integration import printable
-from promptlayer_exec.cli._arguments import (
-    BaseUrl,
-    JsonLines,
-    Label,
-    Outage,
-    Version,
-    WorkflowName,
-)
+from promptlayer_exec.cli._arguments import BaseUrl, JsonLines, Label, Outage, Version, WorkflowName
 from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, run_command
 from promptlayer_exec.cli._graph import draw, in_encoding
 from promptlayer_exec.cli._session import open_session, retry_policy
