@@ -27,67 +27,67 @@ from promptlayer_exec.cli._batch_options import (
 )
 from promptlayer_exec.cli._batch_results import open_results, write_results
 from promptlayer_exec.cli._display import hint_lines, item_count, status_line
-from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, describe_stored, run_command
+from promptlayer_exec.cli._exit import (
+    ExitCode,
+    Misuse,
+    Subject,
+    command,
+    describe_stored,
+    run_command,
+)
 from promptlayer_exec.cli._text import err, out, preview
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import StoredItem
 
 
-def status(
+@command
+async def status(
     name: Annotated[str | None, name_option("all batches")] = None,
     database: Database = None,
     *,
     as_json: JsonLines = False,
 ) -> None:
     """Print the progress of the batches in a database."""
-
-    async def work() -> ExitCode:
-        found = await names(database)
-        if name is None and not found:
-            err(f"there is no batch in {shown_database(database)}")
-        for each in found if name is None else [choose(name, found)]:
-            counts = await (await chosen_batch(each, database))[1].status()
-            fields = {"batch": each} | attrs.asdict(counts)
-            out(json.dumps(fields) if as_json else status_line(each, counts))
-            options = command_options(name, each, found, database)
-            for line in [] if as_json else hint_lines(counts, options):
-                err(line)
-        return ExitCode.SUCCEEDED
-
-    raise typer.Exit(run_command(work(), Subject()))
+    found = await names(database)
+    if name is None and not found:
+        err(f"there is no batch in {shown_database(database)}")
+    for each in found if name is None else [choose(name, found)]:
+        counts = await (await chosen_batch(each, database))[1].status()
+        fields = {"batch": each} | attrs.asdict(counts)
+        out(json.dumps(fields) if as_json else status_line(each, counts))
+        options = command_options(name, each, found, database)
+        for line in [] if as_json else hint_lines(counts, options):
+            err(line)
 
 
-def list_batches(database: Database = None, *, as_json: JsonLines = False) -> None:
+@command
+async def list_batches(database: Database = None, *, as_json: JsonLines = False) -> None:
     """List the batches in a database, with their settings.
 
     After the counts of its items, a line has the time when the first was added (UTC), and the
     settings: how many items run at most, and how many requests are sent per second at most.
     """
-
-    async def work() -> ExitCode:
-        found = await names(database)
-        if not found:
-            err(f"there is no batch in {shown_database(database)}")
-        elif database is None and not as_json:
-            err(f"in {shown_database(database)}")
-        for each in found:
-            _, batch = await chosen_batch(each, database)
-            settings, counts = await batch.settings(), await batch.status()
-            if as_json:
-                row = {"batch": each, **attrs.asdict(settings), **attrs.asdict(counts)}
-                out(json.dumps(row, default=datetime.isoformat))
-                continue
-            created = "-" if settings.created is None else _time(settings.created)
-            rate = f"{settings.rate or 100:g}"
-            shown = f"max-in-flight {settings.max_in_flight or 100}, rate {rate}"
-            out(f"{status_line(each, counts)}; {created}, {shown}")
-        return ExitCode.SUCCEEDED
-
-    raise typer.Exit(run_command(work(), Subject()))
+    found = await names(database)
+    if not found:
+        err(f"there is no batch in {shown_database(database)}")
+    elif database is None and not as_json:
+        err(f"in {shown_database(database)}")
+    for each in found:
+        _, batch = await chosen_batch(each, database)
+        settings, counts = await batch.settings(), await batch.status()
+        if as_json:
+            row = {"batch": each, **attrs.asdict(settings), **attrs.asdict(counts)}
+            out(json.dumps(row, default=datetime.isoformat))
+            continue
+        created = "-" if settings.created is None else _time(settings.created)
+        rate = f"{settings.rate or 100:g}"
+        shown = f"max-in-flight {settings.max_in_flight or 100}, rate {rate}"
+        out(f"{status_line(each, counts)}; {created}, {shown}")
 
 
-def show(
+@command
+async def show(
     key: Annotated[str, typer.Argument(metavar="KEY", help="Key of the item.")],
     name: OnlyBatch = None,
     database: Database = None,
@@ -95,23 +95,18 @@ def show(
     as_json: JsonLines = False,
 ) -> None:
     """Print one item: its request, and its history (UTC)."""
-
-    async def work() -> ExitCode:
-        chosen, batch = await chosen_batch(name, database)
-        item = await batch.item(key)
-        if item is None:
-            raise Misuse(f"batch '{printable(chosen)}' has no item '{printable(key)}'")
-        if as_json:
-            outcome = item.outcome and json.loads(item.outcome.to_json())
-            attempts = [attrs.asdict(attempt) for attempt in item.attempts]
-            fields = {"key": key, "request": item.request, "attempts": attempts, "outcome": outcome}
-            out(json.dumps(fields, default=datetime.isoformat))
-        else:
-            for line in _item_lines(chosen, item):
-                out(line)
-        return ExitCode.SUCCEEDED
-
-    raise typer.Exit(run_command(work(), Subject()))
+    chosen, batch = await chosen_batch(name, database)
+    item = await batch.item(key)
+    if item is None:
+        raise Misuse(f"batch '{printable(chosen)}' has no item '{printable(key)}'")
+    if as_json:
+        outcome = item.outcome and json.loads(item.outcome.to_json())
+        attempts = [attrs.asdict(attempt) for attempt in item.attempts]
+        fields = {"key": key, "request": item.request, "attempts": attempts, "outcome": outcome}
+        out(json.dumps(fields, default=datetime.isoformat))
+    else:
+        for line in _item_lines(chosen, item):
+            out(line)
 
 
 def _item_lines(batch: str, item: StoredItem) -> list[str]:
@@ -147,7 +142,8 @@ def _time(at: datetime) -> str:
     return f"{at:%Y-%m-%d %H:%M:%S}Z"
 
 
-def export(
+@command
+async def export(
     results: Annotated[
         Path | None,
         typer.Option(
@@ -168,18 +164,14 @@ def export(
     The fields are those of `batch run --out`. In a table, the error has the columns error_type and
     error_message. An output that is no text is written as JSON; in Parquet, a text is, too.
     """
-
-    async def work() -> ExitCode:
-        _, batch = await chosen_batch(name, database, base_url, same_server=same_server)
-        await batch.check_server()  # before the file is made
-        with open_results(results) as file:
-            await write_results(batch, file, until_done=False)
-        return ExitCode.SUCCEEDED
-
-    raise typer.Exit(run_command(work(), Subject()))
+    _, batch = await chosen_batch(name, database, base_url, same_server=same_server)
+    await batch.check_server()  # before the file is made
+    with open_results(results) as file:
+        await write_results(batch, file, until_done=False)
 
 
-def recheck(
+@command
+async def recheck(
     name: OnlyBatch = None,
     database: Database = None,
     base_url: BaseUrl = None,
@@ -187,16 +179,12 @@ def recheck(
     same_server: SameServer = False,
 ) -> None:
     """Follow every run again that has no output, and start none."""
-
-    async def work() -> ExitCode:
-        chosen, batch = await chosen_batch(name, database, base_url, same_server=same_server)
-        _report_again(chosen, await batch.recheck(), "followed")
-        return ExitCode.SUCCEEDED
-
-    raise typer.Exit(run_command(work(), Subject()))
+    chosen, batch = await chosen_batch(name, database, base_url, same_server=same_server)
+    _report_again(chosen, await batch.recheck(), "followed")
 
 
-def retry(
+@command
+async def retry(
     name: OnlyBatch = None,
     database: Database = None,
     base_url: BaseUrl = None,
@@ -209,15 +197,10 @@ def retry(
     ] = False,
 ) -> None:
     """Start items again that did not succeed, once each."""
-
-    async def work() -> ExitCode:
-        if not failed and not unknown:
-            raise Misuse("give --failed, --unknown, or both")
-        chosen, batch = await chosen_batch(name, database, base_url, same_server=same_server)
-        _report_again(chosen, await batch.retry(failed=failed, unknown=unknown), "started")
-        return ExitCode.SUCCEEDED
-
-    raise typer.Exit(run_command(work(), Subject()))
+    if not failed and not unknown:
+        raise Misuse("give --failed, --unknown, or both")
+    chosen, batch = await chosen_batch(name, database, base_url, same_server=same_server)
+    _report_again(chosen, await batch.retry(failed=failed, unknown=unknown), "started")
 
 
 def _report_again(batch: str, count: int, what: str) -> None:

@@ -42,7 +42,15 @@ from promptlayer_exec.cli._arguments import (
     seconds,
 )
 from promptlayer_exec.cli._display import Display, choose_display
-from promptlayer_exec.cli._exit import NO_RUN, ExitCode, Misuse, Subject, describe, run_command
+from promptlayer_exec.cli._exit import (
+    NO_RUN,
+    ExitCode,
+    Misuse,
+    Subject,
+    command,
+    describe,
+    run_command,
+)
 from promptlayer_exec.cli._session import demo_session, open_session, retry_policy
 from promptlayer_exec.cli._text import err, failure_reason, final_count, out, result_line, shorten
 
@@ -317,7 +325,8 @@ def _print_output(value: Any, *, as_json: bool = False) -> None:
         out(printable(text, keep="\n\t"))
 
 
-def demo(
+@command
+async def demo(
     as_json: Annotated[
         bool, typer.Option("--json", help="Write only what `watch --json` would write.")
     ] = False,
@@ -327,23 +336,18 @@ def demo(
     It takes eight seconds, and needs no key and no network.
     """
     display = choose_display(as_json=as_json)
+    from promptlayer_exec.cli._demo import support_agent  # noqa: PLC0415 - slow to import
+    from promptlayer_exec.simulator import Simulator  # noqa: PLC0415
 
-    async def work() -> ExitCode:
-        from promptlayer_exec.cli._demo import support_agent  # noqa: PLC0415 - slow to import
-        from promptlayer_exec.simulator import Simulator  # noqa: PLC0415
-
-        if not as_json:
-            out("A support agent with ten nodes answers a letter, on a simulated PromptLayer.\n")
-        async with Simulator() as simulator, demo_session(simulator, display.warn) as session:
-            simulator.add_execution(support_agent(), execution_id=_DEMO_ID)
-            execution = session.execution(_DEMO_ID)
-            await _follow(execution, display, timeout=None)
-            output = await execution.output()
-        if not as_json:
-            out("\nThe main output, from execution.output():\n")
-            _print_output(output)
-            out("\nThis program does the same for an execution of yours, given its id:\n")
-            out(_DEMO_PROGRAM)
-        return ExitCode.SUCCEEDED
-
-    raise typer.Exit(run_command(work(), Subject(_DEMO_ID), as_json=as_json))
+    if not as_json:
+        out("A support agent with ten nodes answers a letter, on a simulated PromptLayer.\n")
+    async with Simulator() as simulator, demo_session(simulator, display.warn) as session:
+        simulator.add_execution(support_agent(), execution_id=_DEMO_ID)
+        execution = session.execution(_DEMO_ID)
+        await _follow(execution, display, timeout=None)
+        output = await execution.output()
+    if not as_json:
+        out("\nThe main output, from execution.output():\n")
+        _print_output(output)
+        out("\nThis program does the same for an execution of yours, given its id:\n")
+        out(_DEMO_PROGRAM)

@@ -13,11 +13,12 @@ import traceback
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
-from functools import partial
+from functools import partial, wraps
 from types import FrameType
-from typing import Any
+from typing import Any, ParamSpec
 
 import attrs
+import typer
 
 import promptlayer_exec
 from promptlayer_exec import (
@@ -30,6 +31,8 @@ from promptlayer_exec import (
 )
 from promptlayer_exec._integration import printable
 from promptlayer_exec.cli._text import err, out
+
+P = ParamSpec("P")
 
 PROGRAM = "promptlayer-exec"
 NO_RUN = "no run was started"
@@ -161,20 +164,31 @@ def describe_stored(kind: str, message: str) -> str:
     return printable(f"{what} {_ADVICE.get(kind, advice)}".rstrip())
 
 
+def command(function: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+    """Make a command of a coroutine function, which succeeds if it returns."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        as_json = kwargs.get("as_json") is True
+        raise typer.Exit(run_command(function(*args, **kwargs), Subject(), as_json=as_json))
+
+    return run
+
+
 def run_command(
-    work: Coroutine[Any, Any, ExitCode], subject: Subject, *, as_json: bool = False
+    work: Coroutine[Any, Any, ExitCode | None], subject: Subject, *, as_json: bool = False
 ) -> ExitCode:
     """Run a command, report its error if it fails (in JSON, too), and return the exit code."""
     report = partial(_report, subject=subject, as_json=as_json)
     try:
-        return asyncio.run(_until_signal(work, report))
+        return asyncio.run(_until_signal(work, report)) or ExitCode.SUCCEEDED
     except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - Typer hides some
         return report_crash(error)
 
 
 async def _until_signal(
-    work: Coroutine[Any, Any, ExitCode], report: Callable[[Exception], ExitCode]
-) -> ExitCode:
+    work: Coroutine[Any, Any, ExitCode | None], report: Callable[[Exception], ExitCode]
+) -> ExitCode | None:
     """Await the work, and report its error if it fails.
 
     The first signal cancels the work, and the second exits the process, even while it waits for a

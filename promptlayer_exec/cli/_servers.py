@@ -23,7 +23,7 @@ import typer
 from promptlayer_exec._integration import base_url as session_base_url
 from promptlayer_exec._integration import install_hint
 from promptlayer_exec.cli._arguments import BaseUrl, Host, NoPush, Outage, Port, parse_id, seconds
-from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, listening, run_command
+from promptlayer_exec.cli._exit import Misuse, Subject, command, listening, run_command
 from promptlayer_exec.cli._session import demo_session, open_session, retry_policy, show_warnings
 from promptlayer_exec.cli._text import err, out
 
@@ -42,7 +42,8 @@ _REQUEST_TIME = 45.0
 _CLOSE_TIME = 0.5
 
 
-def view(
+@command
+async def view(
     execution_ids: Annotated[
         list[int] | None,
         typer.Argument(metavar="ID", parser=parse_id, help="Ids of the executions."),
@@ -76,63 +77,58 @@ def view(
     those started here, in a file that only you can read. --no-history neither reads nor writes it.
     """
     if is_demo and (execution_ids or base_url is not None):
-        raise typer.BadParameter("cannot be combined with ID or --base-url", param_hint="'--demo'")
+        raise Misuse("--demo cannot be combined with ID or --base-url")
+    try:
+        import platformdirs  # noqa: PLC0415 - an extra
 
-    async def work() -> ExitCode:
-        try:
-            import platformdirs  # noqa: PLC0415 - an extra
+        from promptlayer_exec.viewer import (  # noqa: PLC0415 - an extra
+            Address,
+            Board,
+            History,
+            listen,
+            serve,
+        )
+    except ModuleNotFoundError as error:
+        raise Misuse(f"the viewer needs {install_hint('viewer')}") from error
+    token = _token()
+    show_warnings(err)
+    async with AsyncExitStack() as stack:
+        if is_demo:
+            from promptlayer_exec.cli import _demo as demo  # noqa: PLC0415 - slow to import
+            from promptlayer_exec.simulator import Simulator  # noqa: PLC0415
 
-            from promptlayer_exec.viewer import (  # noqa: PLC0415 - an extra
-                Address,
-                Board,
-                History,
-                listen,
-                serve,
-            )
-        except ModuleNotFoundError as error:
-            raise Misuse(f"the viewer needs {install_hint('viewer')}") from error
-        token = _token()
-        show_warnings(err)
-        async with AsyncExitStack() as stack:
+            simulator = await stack.enter_async_context(Simulator(log_requests=False))
+            demo.add_demo_workflows(simulator)
+            session = demo_session(simulator, err)
+            directory = Path(stack.enter_context(TemporaryDirectory()))
+        else:
+            directory = platformdirs.user_state_path("promptlayer-exec", appauthor=False)
+            retry = retry_policy(outage)
+            # The page shows an error soon, and a person can try again.
+            retry = attrs.evolve(retry, outage=min(retry.outage, 10.0))
+            session = open_session(base_url, retry)
+        await stack.enter_async_context(session)
+        with listening(host, port):
+            listener = stack.enter_context(listen(host, port))
+        address = Address(host, listener.getsockname()[1])
+        history = None
+        if has_history:
+            history = History(directory / "history.sqlite", server=session_base_url(session))
             if is_demo:
-                from promptlayer_exec.cli import _demo as demo  # noqa: PLC0415 - slow to import
-                from promptlayer_exec.simulator import Simulator  # noqa: PLC0415
-
-                simulator = await stack.enter_async_context(Simulator(log_requests=False))
-                demo.add_demo_workflows(simulator)
-                session = demo_session(simulator, err)
-                directory = Path(stack.enter_context(TemporaryDirectory()))
-            else:
-                directory = platformdirs.user_state_path("promptlayer-exec", appauthor=False)
-                retry = retry_policy(outage)
-                # The page shows an error soon, and a person can try again.
-                retry = attrs.evolve(retry, outage=min(retry.outage, 10.0))
-                session = open_session(base_url, retry)
-            await stack.enter_async_context(session)
-            with listening(host, port):
-                listener = stack.enter_context(listen(host, port))
-            address = Address(host, listener.getsockname()[1])
-            history = None
-            if has_history:
-                history = History(directory / "history.sqlite", server=session_base_url(session))
+                demo.add_past_runs(simulator, history, time.time())
+        board = Board(session, note=demo.NOTE if is_demo else "", history=history)
+        await stack.enter_async_context(board)
+        for execution_id in execution_ids or ():
+            board.follow(execution_id)
+        url = f"{address.base_url}/#token={token}"
+        _print_url(url, is_loopback=address.is_loopback)
+        with suppress(asyncio.CancelledError):
+            async with anyio.create_task_group() as tasks:
+                if is_opened:
+                    tasks.start_soon(open_in_browser, url, board.opened)
                 if is_demo:
-                    demo.add_past_runs(simulator, history, time.time())
-            board = Board(session, note=demo.NOTE if is_demo else "", history=history)
-            await stack.enter_async_context(board)
-            for execution_id in execution_ids or ():
-                board.follow(execution_id)
-            url = f"{address.base_url}/#token={token}"
-            _print_url(url, is_loopback=address.is_loopback)
-            with suppress(asyncio.CancelledError):
-                async with anyio.create_task_group() as tasks:
-                    if is_opened:
-                        tasks.start_soon(open_in_browser, url, board.opened)
-                    if is_demo:
-                        tasks.start_soon(demo.start_runs, board)
-                    await serve(board, listener, address, token)
-        return ExitCode.SUCCEEDED
-
-    raise typer.Exit(run_command(work(), Subject()))
+                    tasks.start_soon(demo.start_runs, board)
+                await serve(board, listener, address, token)
 
 
 def _token() -> str:
@@ -174,7 +170,8 @@ def simulate(
     raise typer.Exit(run_command(serve(host, port, webhook_url), Subject()))
 
 
-def mcp(
+@command
+async def mcp(
     workflows: Annotated[
         list[str],
         typer.Option(
@@ -207,31 +204,26 @@ def mcp(
     ids are written to standard error.
     """
     if not all(workflows):
-        raise typer.BadParameter("must not be empty", param_hint="'--workflow'")
-
-    async def work() -> ExitCode:
-        try:
-            from promptlayer_exec.mcp import serve_stdio  # noqa: PLC0415 - an extra
-        except ModuleNotFoundError as error:
-            raise Misuse(f"the MCP server needs {install_hint('mcp')}") from error
-        show_warnings(err)
-        session = open_session(
-            base_url,
-            retry_policy(outage),
-            wait_timeout=_REQUEST_TIME,
-            no_push=no_push,
-        )
-        if sys.stdin.isatty():
-            err("this is a server for MCP clients, which start it themselves; Ctrl-C ends it")
-        try:
-            await serve_stdio(session, workflows=workflows)
-        finally:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_CLOSE_TIME):
-                    await session.aclose()
-        return ExitCode.SUCCEEDED
-
-    raise typer.Exit(run_command(work(), Subject(base_url=base_url)))
+        raise Misuse("--workflow must not be empty")
+    try:
+        from promptlayer_exec.mcp import serve_stdio  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as error:
+        raise Misuse(f"the MCP server needs {install_hint('mcp')}") from error
+    show_warnings(err)
+    session = open_session(
+        base_url,
+        retry_policy(outage),
+        wait_timeout=_REQUEST_TIME,
+        no_push=no_push,
+    )
+    if sys.stdin.isatty():
+        err("this is a server for MCP clients, which start it themselves; Ctrl-C ends it")
+    try:
+        await serve_stdio(session, workflows=workflows)
+    finally:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_TIME):
+                await session.aclose()
 
 
 async def open_in_browser(url: str, opened: asyncio.Event) -> None:

@@ -18,7 +18,7 @@ from rich.text import Text
 from promptlayer_exec import Workflow, WorkflowNode, WorkflowSummary
 from promptlayer_exec._integration import printable
 from promptlayer_exec.cli._arguments import BaseUrl, JsonLines, Label, Outage, Version, WorkflowName
-from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, run_command
+from promptlayer_exec.cli._exit import Misuse, command
 from promptlayer_exec.cli._graph import draw, in_encoding
 from promptlayer_exec.cli._session import open_session, retry_policy
 from promptlayer_exec.cli._text import err, out, shorten
@@ -26,7 +26,8 @@ from promptlayer_exec.cli._text import err, out, shorten
 _WIDEST_GRAPH = 0.5  # of the terminal
 
 
-def workflows(
+@command
+async def workflows(
     sort_by: Annotated[
         Literal["created_at", "updated_at", "name", "id"], typer.Option(help="Field to sort by.")
     ] = "name",
@@ -46,30 +47,25 @@ def workflows(
       {"id": 3, "name": "support-agent", "labels": ["prod"], "latest_version": 7,
        "is_deleted": false}
     """  # noqa: D301 - \b is Typer's mark for preformatted text
-
-    async def work() -> ExitCode:
-        is_table = sys.stdout.isatty() and not as_json
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        for heading in ("Id", "Version", "Name", "Labels"):
-            table.add_column(heading, overflow="fold")
-        async with (
-            open_session(base_url, retry_policy(outage), err) as session,
-            aclosing(session.workflows(sort_by=sort_by, sort_order=sort_order)) as found,
-        ):
-            async for summary in found:
-                if is_table:
-                    table.add_row(*map(Text, _columns(summary)))
-                elif as_json:
-                    out(json.dumps(attrs.asdict(summary)))
-                else:
-                    out("\t".join(_columns(summary)))
-        if table.row_count:
-            Console().print(table)
-        elif is_table:
-            err("the workspace has no workflows")
-        return ExitCode.SUCCEEDED
-
-    raise typer.Exit(run_command(work(), Subject(base_url=base_url), as_json=as_json))
+    is_table = sys.stdout.isatty() and not as_json
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for heading in ("Id", "Version", "Name", "Labels"):
+        table.add_column(heading, overflow="fold")
+    async with (
+        open_session(base_url, retry_policy(outage), err) as session,
+        aclosing(session.workflows(sort_by=sort_by, sort_order=sort_order)) as found,
+    ):
+        async for summary in found:
+            if is_table:
+                table.add_row(*map(Text, _columns(summary)))
+            elif as_json:
+                out(json.dumps(attrs.asdict(summary)))
+            else:
+                out("\t".join(_columns(summary)))
+    if table.row_count:
+        Console().print(table)
+    elif is_table:
+        err("the workspace has no workflows")
 
 
 def _columns(summary: WorkflowSummary) -> tuple[str, str, str, str]:
@@ -78,7 +74,8 @@ def _columns(summary: WorkflowSummary) -> tuple[str, str, str, str]:
     return str(summary.id), version, printable(summary.name), printable(", ".join(labels))
 
 
-def workflow(
+@command
+async def workflow(
     workflow: WorkflowName,
     *,
     label: Label = None,
@@ -95,21 +92,16 @@ def workflow(
     With --json, the workflow is written as one line of ASCII JSON with the keys "id", "name",
     "version", "labels", "required_inputs", "nodes", "edges" and "layers".
     """
-
-    async def work() -> ExitCode:
-        async with open_session(base_url, retry_policy(outage), err) as session:
-            try:
-                found = await session.workflow(workflow, label=label, version=version)
-            except (TypeError, ValueError) as error:
-                raise Misuse(str(error)) from error
-        if as_json:
-            out(json.dumps(_fields(found)))
-            return ExitCode.SUCCEEDED
-        for line in _description(found):
-            _print(line)
-        return ExitCode.SUCCEEDED
-
-    raise typer.Exit(run_command(work(), Subject(base_url=base_url), as_json=as_json))
+    async with open_session(base_url, retry_policy(outage), err) as session:
+        try:
+            found = await session.workflow(workflow, label=label, version=version)
+        except (TypeError, ValueError) as error:
+            raise Misuse(str(error)) from error
+    if as_json:
+        out(json.dumps(_fields(found)))
+        return
+    for line in _description(found):
+        _print(line)
 
 
 def _fields(found: Workflow) -> dict[str, Any]:
