@@ -158,36 +158,46 @@ def add_demo_workflows(simulator: Simulator) -> None:
         simulator.add_workflow(workflow, scenario, inputs=declared, definition=scenario({}))
 
 
-_PAST_RUNS = 36
+_LETTERS = (
+    _LETTER,
+    "My invoice of October is missing. Could you send it again?",
+    "How do I change the address of my company?",
+    "The export stops at 10,000 rows. Is that a limit of my plan?",
+)
+_TOPICS = ("otters", "newts", "storks")
 _HOURS_BETWEEN = 5
 
 
 def add_past_runs(simulator: Simulator, history: History, now: float) -> None:
-    """Add runs of the last days to a simulator, so that they can be opened, and to the history.
+    """Add runs of the last days to a simulator, and to the history of the demonstration.
 
     Args:
-        simulator: it knows the runs.
+        simulator: it knows the runs, so that they can be opened and compared.
         history: it remembers them.
         now: seconds since 1970.
     """
-    for number in range(_PAST_RUNS):
-        workflow = "research-report" if number % 3 == 2 else "support-agent"
-        scenario, inputs = DEMO_WORKFLOWS[workflow]
-        is_failing = workflow == "support-agent" and number % 11 == 4
-        nodes = (support_agent(failing=True) if is_failing else scenario(inputs)).nodes
-        typical = 44.0 if number % 3 == 2 else 7.0
+    for number in range(36):
+        is_report = number % 3 == 2
+        workflow = "research-report" if is_report else "support-agent"
+        inputs: dict[str, Any] = {"letter": _LETTERS[number % 4]}
+        if is_report:
+            inputs = {"topic": _TOPICS[number // 3 % 3]}
+        is_failing = not is_report and number % 11 == 4
+        scenario = _research_report(inputs) if is_report else support_agent(inputs)
+        if is_failing:
+            scenario = support_agent(inputs, failing=True)
+        ended = Scenario([attrs.evolve(node, duration=0.0) for node in scenario.nodes])
+        typical, spread = (44.0, 9.0) if is_report else (7.0, 1.6)
         history.record(
-            execution_id=simulator.add_execution(
-                Scenario([attrs.evolve(node, duration=0.0) for node in nodes])
-            ),
+            execution_id=simulator.add_execution(ended),
             workflow=workflow,
             inputs=json.dumps(inputs, indent=2),
             outcome="failed" if is_failing else "succeeded",
             problem=f"search handbook: {_NO_INDEX}" if is_failing else None,
-            began=now - 3600 * _HOURS_BETWEEN * (_PAST_RUNS - number),
+            began=now - 3600 * _HOURS_BETWEEN * (36 - number),
             is_started=True,
-            duration=2.6 if is_failing else typical * (1 + 0.2 * math.sin(number * 1.7)),
-            nodes=len(nodes),
+            duration=(2.6 if is_failing else typical + spread * math.sin(number * 1.7)),
+            nodes=len(scenario.nodes),
         )
 
 
