@@ -110,13 +110,10 @@ def error_details(node: Node) -> str | None:
 
 
 _MOST_ROWS, _MOST_NODES, _MOST_EDGES = 100, 200, 1000
-_LONGEST_NAME = 60
-_LONGEST_ERROR = 200
+_LONGEST_NAME, _LONGEST_LABEL, _LONGEST_ERROR = 60, 20, 200
 _CELL = "padding:2px 12px 2px 0;text-align:left;vertical-align:top"
 _WIDTH, _HEIGHT = 160, 40
-_GAP_X, _GAP_Y = 32, 14
-_MARGIN = 4
-_LONGEST_LABEL = 20
+_GAP_X, _GAP_Y, _MARGIN = 32, 14, 4
 
 
 def _text(text: object, longest: int) -> str:
