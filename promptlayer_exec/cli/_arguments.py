@@ -94,11 +94,8 @@ Port = Annotated[
 
 def read_inputs(arguments: Iterable[str]) -> dict[str, Any]:
     """Return the input variables given with `--input`; the last value of a key wins."""
-    parts = [_split(argument) for argument in arguments]
-    if sum(part[1:] == ("@", _STDIN) for part in parts) > 1:
-        _refuse("standard input can be read only once; use @- only once")
     inputs: dict[str, Any] = {}
-    for key, separator, rest in parts:
+    for key, separator, rest in map(_split, arguments):
         if separator == "=":
             inputs[key] = _parse_value(key, rest)
         elif key:
@@ -128,13 +125,10 @@ def read_metadata(arguments: Iterable[str]) -> dict[str, str]:
 
 def _split(argument: str) -> tuple[str, str, str]:
     """Return the key, the separator and the rest of an input; the key of `@FILE` is empty."""
-    match = re.fullmatch(r"([^=@]*)([=@])(.*)", argument, re.DOTALL)
+    match = re.fullmatch(r"(?!=)([^=@]*)([=@])(.*)", argument, re.DOTALL)
     if match is None:
         _refuse(f"{_quoted(argument)} is not KEY=VALUE, KEY@FILE or @FILE")
-    key, separator, rest = match.groups()
-    if separator == "=" and not key:
-        _refuse(f"{_quoted(argument)} has no key before the '='")
-    return key, separator, rest
+    return match[1], match[2], match[3]
 
 
 def _parse_value(key: str, text: str) -> Any:
@@ -144,7 +138,7 @@ def _parse_value(key: str, text: str) -> Any:
         if text.lstrip().startswith(("[", "{", '"')):
             err(
                 f"warning: the value of {_quoted(key)} looks like JSON but is not valid, and is"
-                f" sent as text: {_position(error)}"
+                f" sent as text: {error}"
             )
         return text
     except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
@@ -155,10 +149,8 @@ def _read_object(path: str) -> dict[str, Any]:
     name = _file_name(path)
     try:
         value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        _refuse(f"{name} is not valid JSON: {_position(error)}")
     except (ValueError, RecursionError) as error:
-        _refuse(f"{name} cannot be read: {error}")
+        _refuse(f"{name} is not valid JSON: {error}")
     if not isinstance(value, dict):
         start = _quoted(json.dumps(value))
         _refuse(f'{name} must contain a JSON object like {{"name": "Maria"}}, not {start}')
@@ -177,10 +169,6 @@ def _read_text(path: str) -> str:
 
 def _file_name(path: str) -> str:
     return "standard input" if path == _STDIN else _quoted(path)
-
-
-def _position(error: json.JSONDecodeError) -> str:
-    return f"{error.msg}, line {error.lineno}, column {error.colno}"
 
 
 def _quoted(text: str) -> str:
