@@ -5,9 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import sys
-import textwrap
 from typing import Any
 
 from promptlayer_exec import Node, NodeStatus, NodeTimes, Snapshot
@@ -98,10 +96,5 @@ def out(text: str) -> None:
 
 
 def err(text: str) -> None:
-    """Write lines to standard error and flush it; a terminal breaks them between words."""
-    for line in text.split("\n"):
-        shown = line
-        if sys.stderr.isatty() and not line.startswith(" "):  # which is a command to copy
-            width = shutil.get_terminal_size().columns
-            shown = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
-        print(shown, file=sys.stderr, flush=True)  # noqa: T201
+    """Write lines to standard error and flush it."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201

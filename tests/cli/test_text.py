@@ -2,63 +2,23 @@
 
 from __future__ import annotations
 
-import io
-import sys
 import tracemalloc
 from typing import Any
 
 import pytest
 
 from promptlayer_exec import (
-    ConnectionFailed,
-    Event,
-    InvalidResponse,
     Node,
     NodeTimes,
-    Polled,
-    RateLimited,
-    RequestRetried,
     Snapshot,
 )
-from promptlayer_exec.cli._session import report_retries
 from promptlayer_exec.cli._text import (
     duration,
-    err,
     node_detail,
     preview,
     result_line,
     running_time,
 )
-
-
-class TestRetries:
-    """The line for a request that will be retried."""
-
-    @pytest.mark.parametrize(
-        ("error", "line"),
-        [
-            (ConnectionFailed("no answer"), "no answer; retrying in 2.3 s"),
-            (
-                RateLimited("429: slow\ndown", status=429, server_message="slow\ndown"),
-                "429: slow\\ndown; retrying in 2.3 s",
-            ),
-            (InvalidResponse("x" * 200, status=200), f"{'x' * 159}…; retrying in 2.3 s"),
-        ],
-        ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
-    )
-    def test_a_retry_is_one_line(self, error: Exception, line: str) -> None:
-        """It has the start of what failed, without advice, and the delay."""
-        lines: list[str] = []
-        report_retries(lines.append)(RequestRetried(5, error, 2.34))
-        assert lines == [line]
-
-    def test_other_events_are_ignored(self) -> None:
-        """A successful poll writes nothing."""
-        lines: list[str] = []
-        snapshot = Snapshot(5, False, {})
-        event: Event = Polled(5, snapshot, duration=0.1, lateness=0.0, body_bytes=2)
-        report_retries(lines.append)(event)
-        assert lines == []
 
 
 class TestText:
@@ -112,32 +72,3 @@ class TestText:
         line = "execution 5 failed (no output node succeeded): 1 SKIPPED"
         assert result_line(Snapshot(5, True, {"n": skipped}), timed=False) == line
         assert result_line(Snapshot(5, True, {})).endswith(": no nodes")
-
-
-class Terminal(io.StringIO):
-    """A stream that is a terminal."""
-
-    def isatty(self) -> bool:
-        """Return True."""
-        return True
-
-
-def test_errors_break_between_words_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A URL or a command to copy stays whole; in a pipe each error is one line."""
-    monkeypatch.setenv("COLUMNS", "40")
-    long = "no usable answer from http://example.org/a-very-long-path/of-a-server: refused"
-    command = "  promptlayer-exec watch 787 --base-url http://example.org/a-path"
-    for stream in (Terminal(), io.StringIO()):
-        monkeypatch.setattr(sys, "stderr", stream)
-        err(long)
-        err(command)
-        lines = stream.getvalue().splitlines()
-        assert lines[-1] == command
-        if stream.isatty():
-            assert lines[:-1] == [
-                "no usable answer from",
-                "http://example.org/a-very-long-path/of-a-server:",
-                "refused",
-            ]
-        else:
-            assert lines[:-1] == [long]
