@@ -170,8 +170,7 @@ def simulate(
     raise typer.Exit(run_command(serve(host, port, webhook_url), Subject()))
 
 
-@command
-async def mcp(
+def mcp(
     workflows: Annotated[
         list[str],
         typer.Option(
@@ -203,27 +202,34 @@ async def mcp(
     The command ends when standard input is closed. Executions that were running then go on; their
     ids are written to standard error.
     """
-    if not all(workflows):
-        raise Misuse("--workflow must not be empty")
-    try:
-        from promptlayer_exec.mcp import serve_stdio  # noqa: PLC0415 - an extra
-    except ModuleNotFoundError as error:
-        raise Misuse(f"the MCP server needs {install_hint('mcp')}") from error
-    show_warnings(err)
-    session = open_session(
-        base_url,
-        retry_policy(outage),
-        wait_timeout=_REQUEST_TIME,
-        no_push=no_push,
-    )
-    if sys.stdin.isatty():
-        err("this is a server for MCP clients, which start it themselves; Ctrl-C ends it")
-    try:
-        await serve_stdio(session, workflows=workflows)
-    finally:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_CLOSE_TIME):
-                await session.aclose()
+
+    async def work() -> None:
+        if not all(workflows):
+            raise Misuse("--workflow must not be empty")
+        try:
+            from promptlayer_exec.mcp import serve_stdio  # noqa: PLC0415 - an extra
+        except ModuleNotFoundError as error:
+            raise Misuse(f"the MCP server needs {install_hint('mcp')}") from error
+        show_warnings(err)
+        session = open_session(
+            base_url,
+            retry_policy(outage),
+            wait_timeout=_REQUEST_TIME,
+            no_push=no_push,
+        )
+        if sys.stdin.isatty():
+            err("this is a server for MCP clients, which start it themselves; Ctrl-C ends it")
+        try:
+            await serve_stdio(session, workflows=workflows)
+        finally:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_TIME):
+                    await session.aclose()
+
+    code = run_command(work(), Subject())
+    if code > 128:  # a signal ended it: a thread still waits for the next line of standard input
+        os._exit(code)
+    raise typer.Exit(code)
 
 
 async def open_in_browser(url: str, opened: asyncio.Event) -> None:
