@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from promptlayer_exec._api.messages import excess
 from promptlayer_exec._arguments import MAX_ID, check_count, check_execution_id
-from promptlayer_exec._display import indented, short_repr
+from promptlayer_exec._display import error_details, error_text, indented, short_repr
 from promptlayer_exec._engine.definitions import DEFINITION_TIMEOUT
 from promptlayer_exec._engine.start import SendHooks
 from promptlayer_exec._engine.tasks import wait_even_if_cancelled
@@ -43,6 +43,8 @@ __all__ = [
     "check_seconds",
     "each",
     "encode_inputs",
+    "error_details",
+    "error_text",
     "excess",
     "expect",
     "indented",
@@ -51,6 +53,7 @@ __all__ = [
     "log_text",
     "near",
     "node_dict",
+    "printable",
     "receive_callback",
     "report_undelivered",
     "server_of",

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import attrs
 
+from promptlayer_exec._integration import printable
 from promptlayer_exec.cli._exit import PROGRAM, ExitCode, listening
-from promptlayer_exec.cli._text import out, printable
+from promptlayer_exec.cli._text import out
 from promptlayer_exec.simulator import Scenario, SimNode, SimRequest, Simulator
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from promptlayer_exec import (
     Snapshot,
     Workflow,
 )
-from promptlayer_exec.mcp._values import clean, clip, encode, fitting, show
+from promptlayer_exec._integration import error_details
+from promptlayer_exec.mcp._values import clean, clip, fitting, show
 
 _ERROR_LENGTH = 1_000
 _WHOLE_ERROR_LENGTH = 5_000
@@ -106,8 +107,8 @@ def execution_fields(
 def node_fields(snapshot: Snapshot, node: Node, start: int, length: int | None) -> dict[str, Any]:
     """Return one node of an execution, with a range of its value, or of its error."""
     name, value = "value", node.value
-    if value is None and node.raw_error_message is not None:
-        name, value = "raw_error_message", _raw_text(node)
+    if value is None and (details := error_details(node)) is not None:
+        name, value = "raw_error_message", details
     shown = show(name, value, start, length)
     message = f"Node {clean(node.name)!r:.80} of execution {snapshot.execution_id}:"
     message += f" {clip(str(node.status), 80)}."
@@ -129,21 +130,14 @@ def rest_text(shown: dict[str, int] | None, execution_id: int, node: str | None 
     return text
 
 
-def _raw_text(node: Node) -> str:
-    raw = node.raw_error_message
-    if isinstance(raw, dict) and isinstance(raw.get("raw"), str):
-        return str(raw["raw"])
-    return raw if isinstance(raw, str) else encode(raw)
-
-
 def _entry(node: Node, length: int) -> dict[str, Any]:
     entry: dict[str, Any] = {"status": clip(str(node.status), 100)}
     if node.is_output_node:
         entry["is_output_node"] = True
     if node.error_message is not None:
         entry["error_message"] = clip(node.error_message, length)
-    if node.raw_error_message is not None:
-        entry["raw_error_message"] = clip(_raw_text(node), length)
+    if (details := error_details(node)) is not None:
+        entry["raw_error_message"] = clip(details, length)
     return entry
 
 

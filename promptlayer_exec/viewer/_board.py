@@ -14,6 +14,7 @@ from typing import Any, Self
 import attrs
 
 from promptlayer_exec import Execution, Session, Snapshot, StartUnknown
+from promptlayer_exec._integration import error_text
 from promptlayer_exec.viewer._history import History
 
 logger = logging.getLogger("promptlayer_exec")
@@ -257,4 +258,4 @@ def _problem(snapshot: Snapshot) -> str | None:
     failed = snapshot.failed_nodes
     if not failed:
         return "No output node succeeded."
-    return f"{failed[0].name}: {failed[0].error_message or 'the server gave no reason'}"
+    return f"{failed[0].name}: {error_text(failed[0]) or 'the server gave no reason'}"

@@ -6,7 +6,6 @@ import csv
 import json
 import resource
 from collections.abc import AsyncIterator, Iterable
-from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pytest
 
 from promptlayer_exec import StartRequest
 from promptlayer_exec.cli._batch_items import ItemFile
-from promptlayer_exec.cli._batch_results import LineFile, Result, TableFile, open_results
+from promptlayer_exec.cli._batch_results import Result, open_results
 from promptlayer_exec.cli._exit import Misuse
 from promptlayer_exec.dbos import StoredError, StoredOutcome
 
@@ -101,46 +100,49 @@ def test_the_default_key_is_a_digest_of_the_line(tmp_path: Path) -> None:
 
 def test_a_device_is_no_file_for_results() -> None:
     """Some can be read without an end."""
-    with pytest.raises(Misuse, match="/dev/full is a device: name a file, or omit --out"):
-        open_results(Path("/dev/full"))
-    with pytest.raises(Misuse, match=r"cannot write to .*: File name too long"):
-        open_results(Path("x" * 300))
+    device = pytest.raises(Misuse, match="/dev/full is a device: name a file, or omit --out")
+    with device, open_results(Path("/dev/full")):
+        pass
+    long = pytest.raises(Misuse, match=r"cannot write to .*: File name too long")
+    with long, open_results(Path("x" * 300)):
+        pass
 
 
 def test_two_commands_do_not_write_to_one_file(tmp_path: Path) -> None:
     """The second gets an error, whatever the format is, and can use the file after the first."""
     for name in ("out.jsonl", "out.csv"):
         with (
-            closing(open_results(tmp_path / name)),
+            open_results(tmp_path / name),
             pytest.raises(Misuse, match=f"another process is writing to .*{name}"),
+            open_results(tmp_path / name),
         ):
-            open_results(tmp_path / name)
-        open_results(tmp_path / name).close()
+            pass
+        with open_results(tmp_path / name):
+            pass
     assert list(tmp_path.iterdir()) == []
 
 
 async def test_a_file_for_results_is_made_if_there_are_none(tmp_path: Path) -> None:
     """Of a batch of which no item has ended; before it is written, an existing one is unchanged."""
     path = tmp_path / "out.jsonl"
-    with closing(LineFile(path)) as file:
+    with open_results(path) as file:
         await file.write_all(each(()))
     assert path.read_text() == ""
     path.write_text(torn := '{"key": "')
-    with closing(LineFile(path)):
+    with open_results(path):
         assert path.read_text() == torn
     assert path.read_text() == torn
 
 
 @pytest.mark.parametrize("rest", ["", '{"ke', '{"key": "b", "fini', '{"key": "b\0\0\0', "\0\0\0\0"])
-def test_a_last_line_that_a_crash_cut_is_mended(tmp_path: Path, rest: str) -> None:
+async def test_a_last_line_that_a_crash_cut_is_mended(tmp_path: Path, rest: str) -> None:
     """Also one without its line break, and one that a power failure left as zeros."""
     path = tmp_path / "out.jsonl"
     lines = [outcome.to_json() for outcome in OUTCOMES]
     path.write_text(f"{lines[0]}\n{rest or lines[1]}")
-    with closing(LineFile(path)) as file:
-        assert [result.key for result in file.results()] == ["a"]
-        for outcome in OUTCOMES:
-            file.write(outcome)
+    with open_results(path) as file:
+        assert [result.key for result in file.results] == ["a"]
+        await file.write_all(each(OUTCOMES))
     assert path.read_text().splitlines() == lines
 
 
@@ -152,14 +154,14 @@ async def test_a_line_that_cannot_be_written_is_an_error_that_says_so(tmp_path: 
     try:
         with (
             pytest.raises(Misuse, match=r"^cannot write to .*out\.jsonl: File too large$"),
-            closing(LineFile(path)) as file,
+            open_results(path) as file,
         ):
             await file.write_all(each(OUTCOMES[:1]))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.stat().st_size == 100
-    with closing(LineFile(path)) as file:
-        file.write(OUTCOMES[0])
+    with open_results(path) as file:
+        await file.write_all(each(OUTCOMES[:1]))
     assert path.read_text() == OUTCOMES[0].to_json() + "\n"
 
 
@@ -167,9 +169,10 @@ async def test_a_csv_file_of_results(tmp_path: Path) -> None:
     """A text is written as it is, and another output as JSON; the whole file is replaced."""
     path = tmp_path / "out.csv"
     for outcomes in (OUTCOMES[:1], OUTCOMES):
-        with closing(TableFile(path)) as file:
+        with open_results(path) as file:
             await file.write_all(each(outcomes))
-            results = list(file.results())
+    with open_results(path) as file:
+        results = file.results
     with path.open(encoding="utf-8", newline="") as text:
         rows = list(csv.DictReader(text))
     assert [row["output"] for row in rows] == [
@@ -179,19 +182,17 @@ async def test_a_csv_file_of_results(tmp_path: Path) -> None:
     ]
     assert rows[2]["error_message"] == "lost \\ud800"
     assert [row["execution_id"] for row in rows] == ["7", "8", ""]
-    assert results == [
-        Result(outcome.key, NOW.isoformat(), outcome.succeeded, may_be_paid=True)
-        for outcome in OUTCOMES
-    ]
+    assert results == {Result(it.key, NOW.isoformat(), it.succeeded) for it in OUTCOMES}
     assert not list_parts(tmp_path)
 
 
 async def test_a_parquet_file_of_results(tmp_path: Path) -> None:
     """Ids are numbers, times are times, and outputs are JSON."""
     path = tmp_path / "out.parquet"
-    with closing(TableFile(path)) as file:
+    with open_results(path) as file:
         await file.write_all(each(OUTCOMES))
-        results = list(file.results())
+    with open_results(path) as file:
+        results = file.results
     table = pyarrow.parquet.read_table(path).to_pylist()
     assert [row["key"] for row in table] == ["a", "b", "c"]
     assert [row["execution_id"] for row in table] == [7, 8, None]
@@ -200,17 +201,14 @@ async def test_a_parquet_file_of_results(tmp_path: Path) -> None:
     ]
     assert [row["started"] for row in table] == [NOW, NOW, None]
     assert table[2]["error_type"] == "StartUnknown"
-    assert results == [
-        Result(outcome.key, NOW.isoformat(), outcome.succeeded, may_be_paid=True)
-        for outcome in OUTCOMES
-    ]
+    assert results == {Result(it.key, NOW.isoformat(), it.succeeded) for it in OUTCOMES}
 
 
 async def test_many_rows_are_written_a_thousand_at_a_time(tmp_path: Path) -> None:
     """Parquet calls them row groups."""
     path = tmp_path / "out.parquet"
     many = [attrs.evolve(OUTCOMES[0], key=str(number)) for number in range(1001)]
-    with closing(TableFile(path)) as file:
+    with open_results(path) as file:
         await file.write_all(each(many))
     with pyarrow.parquet.ParquetFile(path) as written:
         assert written.num_row_groups == 2
@@ -222,8 +220,8 @@ def test_a_table_that_has_no_results_is_refused(tmp_path: Path, name: str) -> No
     """It is not replaced by accident."""
     path = tmp_path / name
     path.write_text("mine\n1\n")
-    with closing(TableFile(path)) as file, pytest.raises(Misuse, match="use another file"):
-        list(file.results())
+    with pytest.raises(Misuse, match="use another file"), open_results(path):
+        pass
     assert path.read_text() == "mine\n1\n"
 
 
@@ -236,6 +234,6 @@ def test_parquet_without_pyarrow_says_what_to_install(
         raise ModuleNotFoundError
 
     monkeypatch.setattr("promptlayer_exec.cli._batch_results.import_module", missing)
-    with pytest.raises(Misuse, match="pip install pyarrow"):
-        open_results(tmp_path / "out.parquet")
+    with pytest.raises(Misuse, match="pip install pyarrow"), open_results(tmp_path / "x.parquet"):
+        pass
     assert list(tmp_path.iterdir()) == []

@@ -2,89 +2,27 @@
 
 from __future__ import annotations
 
-import io
-import sys
 import tracemalloc
 from typing import Any
 
 import pytest
 
 from promptlayer_exec import (
-    ConnectionFailed,
-    Event,
-    InvalidResponse,
     Node,
     NodeTimes,
-    Polled,
-    RateLimited,
-    RequestRetried,
-    RequestTimeout,
-    ServerError,
     Snapshot,
 )
-from promptlayer_exec.cli._session import report_retries
 from promptlayer_exec.cli._text import (
     duration,
-    err,
-    failure_reason,
     node_detail,
     preview,
-    printable,
     result_line,
     running_time,
 )
 
 
-class TestRetries:
-    """The line for a request that will be retried."""
-
-    @pytest.mark.parametrize(
-        ("error", "line"),
-        [
-            (
-                ConnectionFailed("no answer", reason="Name or service not known"),
-                "server unreachable, retrying in 2.3 s (Name or service not known)",
-            ),
-            (
-                RequestTimeout("no complete answer within 30 s"),
-                "request timed out, retrying in 2.3 s (no complete answer within 30 s)",
-            ),
-            (
-                RateLimited("refused", status=429, server_message="slow\ndown"),
-                "too many requests, retrying in 2.3 s (429 slow\\ndown)",
-            ),
-            (
-                ServerError("failed", status=502, server_message="x" * 200),
-                f"server error, retrying in 2.3 s (502 {'x' * 115}…)",
-            ),
-            (
-                InvalidResponse("the body is no JSON", status=200),
-                "unusable response, retrying in 2.3 s (the body is no JSON)",
-            ),
-        ],
-        ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
-    )
-    def test_a_retry_is_one_line(self, error: Exception, line: str) -> None:
-        """Each kind of failure is one printable line with its reason and the delay."""
-        lines: list[str] = []
-        report_retries(lines.append)(RequestRetried(5, error, 2.34))
-        assert lines == [line]
-
-    def test_other_events_are_ignored(self) -> None:
-        """A successful poll writes nothing."""
-        lines: list[str] = []
-        snapshot = Snapshot(5, False, {})
-        event: Event = Polled(5, snapshot, duration=0.1, lateness=0.0, body_bytes=2)
-        report_retries(lines.append)(event)
-        assert lines == []
-
-
 class TestText:
     """Texts that are safe to print."""
-
-    def test_printable(self) -> None:
-        """Unprintable characters are escaped as in JSON; spaces of all kinds and `keep` are not."""
-        assert printable("a\u00a0\u3000é日\n\t\x7f", keep="\n") == "a\u00a0\u3000é日\n\\t\\u007f"
 
     def test_preview_of_large_values(self) -> None:
         """The preview of a large or deep value is one short line, made without the rest of it."""
@@ -107,25 +45,12 @@ class TestText:
             (Node("n", "SUCCESS"), "null"),
             (Node("n", "RUNNING", "part"), '"part"'),
             (Node("n", "FAILURE", "left over", "why"), "why"),
+            (Node("n", "FAILED"), "the server gave no reason"),
         ],
     )
     def test_node_detail(self, node: Node, text: str) -> None:
         """The detail is the value of a node that has one, or the error of one that failed."""
         assert node_detail(node) == text
-
-    @pytest.mark.parametrize(
-        ("message", "raw", "text"),
-        [
-            ("why", "details", "why"),
-            (None, "details", "details"),
-            ("", {"raw": "details"}, "details"),
-            (None, {"code": 7}, '{"code": 7}'),
-            (None, None, "the server gave no reason"),
-        ],
-    )
-    def test_failure_reason(self, message: str | None, raw: Any, text: str) -> None:
-        """The reason is the error message, or else the raw error message."""
-        assert failure_reason(Node("n", "FAILED", None, message, raw)) == text
 
     @pytest.mark.parametrize(
         ("seconds", "text"),
@@ -147,32 +72,3 @@ class TestText:
         line = "execution 5 failed (no output node succeeded): 1 SKIPPED"
         assert result_line(Snapshot(5, True, {"n": skipped}), timed=False) == line
         assert result_line(Snapshot(5, True, {})).endswith(": no nodes")
-
-
-class Terminal(io.StringIO):
-    """A stream that is a terminal."""
-
-    def isatty(self) -> bool:
-        """Return True."""
-        return True
-
-
-def test_errors_break_between_words_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A URL or a command to copy stays whole; in a pipe each error is one line."""
-    monkeypatch.setenv("COLUMNS", "40")
-    long = "no usable answer from http://example.org/a-very-long-path/of-a-server: refused"
-    command = "  promptlayer-exec watch 787 --base-url http://example.org/a-path"
-    for stream in (Terminal(), io.StringIO()):
-        monkeypatch.setattr(sys, "stderr", stream)
-        err(long)
-        err(command)
-        lines = stream.getvalue().splitlines()
-        assert lines[-1] == command
-        if stream.isatty():
-            assert lines[:-1] == [
-                "no usable answer from",
-                "http://example.org/a-very-long-path/of-a-server:",
-                "refused",
-            ]
-        else:
-            assert lines[:-1] == [long]

@@ -1,12 +1,10 @@
-"""The commands on workflows, `run` before it starts, completion, and small terminals."""
+"""The commands on workflows, `run` before it starts, and small terminals."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -18,8 +16,8 @@ from rich.console import Console
 
 from promptlayer_exec import Node, NodeTimes, Snapshot, Workflow, WorkflowNode, __version__
 from promptlayer_exec.cli import app, main
-from promptlayer_exec.cli._display import LiveDisplay
-from promptlayer_exec.cli._workflows import ASCII, complete_workflow, draw
+from promptlayer_exec.cli._graph import ASCII, draw
+from promptlayer_exec.cli._live import LiveDisplay
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 DONE = Scenario([SimNode("reply", "Good day", is_output_node=True)])
@@ -104,7 +102,7 @@ class TestWorkflows:
         """A pipe gets ids, versions, names and labels, with nothing that steers a terminal."""
         assert call("workflows") == (
             0,
-            "2\t1\techo\t\n3\t1\tstrange\\u001b[2J\t\\u009b\n1\t2\tsupport agent\told, prod\n",
+            "2\t1\techo\t\n3\t1\tstrange\\x1b[2J\t\\x9b\n1\t2\tsupport agent\told, prod\n",
             "",
         )
 
@@ -211,7 +209,7 @@ class TestWorkflow:
     def test_a_description_without_parts(self, sim: Simulator, call: Call) -> None:
         """What the server does not say is left out, and nothing steers the terminal."""
         assert call("workflow", 3).out == (
-            "strange\\u001b[2J (workflow 3, version 1)\nlabels: \\u009b\ninputs: none required\n\n"
+            "strange\\x1b[2J (workflow 3, version 1)\nlabels: \\x9b\ninputs: none required\n\n"
             "◎  reply  PROMPT_TEMPLATE, output\n"
         )
         body = {"success": True, "workflow": {"id": 3, "name": "analyze_1"}}
@@ -241,7 +239,7 @@ class TestWorkflow:
     def test_mistakes(self, call: Call) -> None:
         """A misuse is exit code 2, and an unknown workflow 4."""
         for arguments, message in (
-            (("x", "--label", "a", "--version", 1), "use only one of them"),
+            (("x", "--label", "a", "--version", 1), "pass either label or version, not both"),
             (("x", "--version", "latest"), "must be a number from 1, got 'latest'"),
             (("",), "must not be empty"),
         ):
@@ -259,12 +257,14 @@ class TestRun:
     def test_missing_inputs_cost_nothing(self, sim: Simulator, call: Call) -> None:
         """All of them are named, with what may have been meant, and nothing is started."""
         before = len(sim.runs)
-        code, out, err = call("run", "support agent", "-i", "leter=Hi", "--label", "old")
+        options = ("-i", "leter=Hi", "--label", "old", "--base-url", sim.base_url)
+        code, out, err = call("run", "support agent", *options)
         assert (code, out) == (2, "")
         assert err == (
             "workflow 'support agent' needs the inputs 'letter' (string), 'language' (string),"
             " which are missing; it does not require leter (did you mean 'letter'?);"
-            " `promptlayer-exec workflow 'support agent'` shows what it needs; no run was started\n"
+            f" `promptlayer-exec workflow 'support agent' --base-url {sim.base_url}` shows what it"
+            " needs; no run was started\n"
         )
         assert len(sim.runs) == before
 
@@ -279,55 +279,6 @@ class TestRun:
         sim.inject(Fault.status(404))
         assert call("run", "support agent", "--no-watch").code == 0
         assert sim.runs[-1].inputs == {}
-
-
-def test_a_shell_completes_the_names_of_workflows(sim: Simulator) -> None:
-    """What would break a line of bash is escaped, and no message disturbs the line."""
-    mine = {"PROMPTLAYER_API_KEY": sim.api_key, "PROMPTLAYER_BASE_URL": sim.base_url}
-    bash = {
-        "_PROMPTLAYER_EXEC_COMPLETE": "complete_bash",
-        "COMP_WORDS": "promptlayer-exec run su",
-        "COMP_CWORD": "2",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "promptlayer_exec"],
-        env=os.environ | mine | bash,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-    assert (done.stdout, done.stderr) == ("support\\ agent\n", "")
-
-
-def completions(text: str, **params: str) -> list[str]:
-    """Return what completes a text, with options that were given before."""
-    context = typer.Context(typer.main.get_command(app))
-    context.params = params
-    return complete_workflow(context, text)
-
-
-def test_names_are_completed_as_they_were_typed(
-    sim: Simulator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those that a line cannot have, and those of deleted workflows, are left out."""
-    monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
-    assert completions("e", base_url=sim.base_url) == ["echo"]
-    assert completions("", base_url=sim.base_url) == ["echo", "support agent"]
-    items = [{"id": n, "name": f"w{n}", "is_deleted": n == 1} for n in range(300)]
-    sim.inject(Fault.status(200, body=json.dumps({"items": items}).encode()))
-    found = completions("w", base_url=sim.base_url)
-    assert (found[:2], len(found)) == (["w0", "w2"], 200)
-
-
-def test_without_a_key_or_server_nothing_is_completed(
-    sim: Simulator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """No message disturbs the line that is being typed."""
-    assert completions("", base_url=sim.base_url) == []
-    monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
-    assert completions("", base_url="http://127.0.0.1:9") == []
-    assert capsys.readouterr() == ("", "")
 
 
 def test_the_version(call: Call) -> None:
@@ -491,7 +442,7 @@ def test_a_small_terminal_keeps_failed_and_running_nodes_in_sight() -> None:
 
 def test_a_warning_takes_the_place_of_nodes() -> None:
     """The display never gets higher than the terminal."""
-    lines = show(large({}), height=24, warning="server unreachable, retrying in 1.0 s " * 4)
+    lines = show(large({}), height=24, warning="no usable answer; trying again for up to 60 s " * 3)
     assert len(lines) <= 23
     assert lines[-1].startswith("… 43 more: 43 SUCCESS")
 

@@ -83,7 +83,7 @@ async def test_an_outage_is_two_lines_however_many_requests_fail(
     assert line.endswith("; trying again for up to 5 s")
     said = lines(caplog, logging.INFO)
     assert said.count("the server answers again") == 1
-    assert len([line for line in said if ": complete (1 polls in " in line]) == 200
+    assert len([line for line in said if ": complete (1 poll in " in line]) == 200
 
 
 async def test_a_second_outage_is_logged_again(

@@ -27,8 +27,9 @@ from promptlayer_exec import (
     WorkflowEdge,
     WorkflowNode,
 )
+from promptlayer_exec._integration import error_details, error_text, printable
 from promptlayer_exec._statuses import STATUS_TABLE, UNKNOWN_STATUS, status_entry
-from promptlayer_exec.cli._display import node_table
+from promptlayer_exec.cli._live import node_table
 from promptlayer_exec.dbos import StoredOutcome
 
 HOSTILE = "<script>alert('1')</script>\"&\x1b[31m\ud800"
@@ -122,6 +123,33 @@ def test_models_and_displays_read_the_table(status: str) -> None:
     assert isinstance(cell, Text)
     assert cell.style == entry.style
     Style.parse(entry.style)
+
+
+@pytest.mark.parametrize(
+    ("message", "raw", "text", "details"),
+    [
+        ("why", {"raw": "Traceback\nwhy"}, "why", "Traceback\nwhy"),
+        ("", {"raw": "Traceback\nwhy\n"}, "why", "Traceback\nwhy\n"),
+        (None, "why", "why", "why"),
+        (None, {"code": 7}, '{"code": 7}', '{"code": 7}'),
+        (None, {"raw": ""}, None, None),
+        (None, None, None, None),
+    ],
+)
+def test_why_a_node_failed(
+    message: str | None, raw: Any, text: str | None, details: str | None
+) -> None:
+    """It is the error message, or else the last line of the details, as on every display."""
+    node = Node("n", "FAILED", None, message, raw)
+    assert (error_text(node), error_details(node)) == (text, details)
+    assert Page(snapshot(node)).text.endswith(f"✗ FAILED {text or ''}".strip())
+
+
+def test_text_that_does_not_print_is_escaped() -> None:
+    """Spaces of all kinds, and the characters to keep, stay."""
+    assert printable("a\u00a0\u3000é日\n\t\x7f\ud800", keep="\n") == (
+        "a\u00a0\u3000é日\n\\t\\x7f\\ud800"
+    )
 
 
 @pytest.mark.parametrize("value", HUGE, ids=lambda value: type(value).__name__)

@@ -275,7 +275,7 @@ async def test_a_failed_node_always_has_a_message(sim: Simulator, viewer: Any) -
         ("why", {"raw": "Traceback\nwhy"}, "why", "Traceback\nwhy"),
         ("why", "why", "why", None),
         (None, "Traceback\nwhy", "why", "Traceback\nwhy"),
-        (None, {"code": 7}, '{"code": 7}', '{\n  "code": 7\n}'),
+        (None, {"code": 7}, '{"code": 7}', None),
         (None, None, "The server gave no reason.", None),
     ]
     nodes = [
