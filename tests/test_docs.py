@@ -24,8 +24,10 @@ from unittest.mock import AsyncMock
 import aiohttp
 import pytest
 import typer
+from aiohttp import web
 from aiohttp.test_utils import TestClient as WebClient
 from aiohttp.test_utils import TestServer as WebServer
+from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 import promptlayer_exec
@@ -291,22 +293,20 @@ def server(monkeypatch: pytest.MonkeyPatch, threaded_sim: Simulator) -> Simulato
 
 
 def test_the_apps_on_awaiting_work(
-    server: Simulator, promptlayer_simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+    server: Simulator,
 ) -> None:
     """The aiohttp app and the FastAPI app await an output in their one session."""
     server.add_workflow("write-report", REPORT)
-    first, second = server.add_execution(REPORT), server.add_execution(REPORT)
 
-    async def use(page: dict[str, Any]) -> None:
-        async with WebClient(WebServer(page["make_app"]())) as client:
+    async def use(make_app: Callable[[], web.Application]) -> None:
+        async with WebClient(WebServer(make_app())) as client:
             response = await client.post("/reports", params={"topic": "otters"})
             assert await response.json() == {"report": "done"}
-        async with Session() as session:
-            assert await page["both"](session, first, second) == ["done", "done"]
 
-    with names("docs/awaiting.md", "app") as page:
-        asyncio.run(use(page))
-        page["test_reports"](promptlayer_simulator, monkeypatch)
+    with names("docs/awaiting.md") as page:
+        asyncio.run(use(page["make_app"]))
+        with TestClient(page["app"]) as client:
+            assert client.post("/reports", params={"topic": "otters"}).json() == "done"
 
 
 async def test_the_page_on_testing_has_tests_that_pass(
@@ -317,16 +317,6 @@ async def test_the_page_on_testing_has_tests_that_pass(
         for name, test in list(page.items()):
             if name.startswith("test_"):
                 await (test(promptlayer_simulator) if test.__code__.co_argcount else test())
-
-
-async def test_the_sessions_on_polling_work(server: Simulator) -> None:
-    """Each session that the page creates follows an execution."""
-    execution_id = server.add_execution(REPORT)
-    with names("docs/polling.md") as page:
-        test = page["for_a_test"](server.api_key, server.base_url)
-        for session in (page["for_a_person"](), page["for_the_night"](), test):
-            async with session:
-                assert await session.execution(execution_id).output() == "done"
 
 
 async def test_the_code_on_push_is_pushed(server: Simulator) -> None:
@@ -376,22 +366,6 @@ def test_the_server_with_an_outage_on_batches_has_one(
     assert statuses == [200, 503, 200]
 
 
-async def test_the_page_on_picking_up_pays_once(
-    sim: Simulator, session: Session, tmp_path: Path
-) -> None:
-    """A second call follows what the first one started, and repeats no start that may have run."""
-    sim.add_workflow("write-report", REPORT)
-    with names("docs/picking-up.md") as page:
-        for _ in range(2):
-            with closing(page["open_jobs"](str(tmp_path / "jobs"))) as jobs:
-                assert await page["run_once"](session, jobs, "a", "otters") == "done"
-                sim.inject(Fault.disconnect())
-                with pytest.raises(Exception, match="may have started"):
-                    await page["run_once"](session, jobs, "b", "newts")
-                sim.clear_faults()
-    assert [run.body["metadata"]["job"] for run in sim.runs] == ["a", "b"]
-
-
 def test_the_page_on_the_command_line_shows_what_is_printed(server: Simulator) -> None:
     """Its commands are run, and print what the page shows."""
     plan = SimNode("Plan", "habitat, diet, threats")
@@ -405,15 +379,22 @@ def test_the_page_on_the_command_line_shows_what_is_printed(server: Simulator) -
         assert re.sub(r"\d\.\d s", "0.0 s", printed.output) == shown
 
 
-async def test_the_code_on_watching_works(session: Session, held: int) -> None:
-    """Its function returns a snapshot as soon as half of the nodes are final."""
+async def test_the_code_on_watching_works(
+    server: Simulator, session: Session, held: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It shows the progress until half of the nodes are final; its sessions follow an execution."""
+    execution_id = server.add_execution(REPORT)
     with names("docs/watching.md") as page:
         assert (await page["until_half"](session.execution(held))).progress == 0.5
+        assert capsys.readouterr().out == "50% done\n"
+        for tuned in (page["for_a_person"](), page["for_the_night"]()):
+            async with tuned:
+                assert await tuned.execution(execution_id).output() == "done"
 
 
-def test_the_page_on_watching_lists_the_statuses_that_are_retried() -> None:
+def test_the_page_on_failures_lists_the_statuses_that_are_retried() -> None:
     """They are those of the default policy."""
-    text = " ".join((ROOT / "docs" / "watching.md").read_text(encoding="utf-8").split())
+    text = " ".join((ROOT / "docs" / "failures.md").read_text(encoding="utf-8").split())
     found = re.search(r"the statuses ([\d, ]+) and (\d+) to (\d+)\.", text)
     assert found is not None
     listed = {int(status) for status in found[1].split(", ")}
@@ -472,10 +453,11 @@ async def test_the_client_session_on_security_reads_no_surplus_response(
         assert await read(http=http) == [1, 2]
 
 
-async def test_the_code_on_failures_returns_the_result_or_the_reason(
-    sim: Simulator, session: Session, held: int
+async def test_the_code_on_failures_returns_the_reason_and_pays_once(
+    sim: Simulator, session: Session, held: int, tmp_path: Path
 ) -> None:
-    """It returns the error of a failed request, and the success of a complete execution."""
+    """It returns an error or success; `run_once` repeats no start that may have run."""
+    sim.add_workflow("write-report", REPORT)
     with names("docs/failures.md") as page:
         result_or_reason = page["result_or_reason"]
         sim.inject(Fault.status(404))
@@ -484,6 +466,14 @@ async def test_the_code_on_failures_returns_the_result_or_the_reason(
         await sim.wait_for_requests(sim.request_count + 1)
         sim.finish(held, "Answer")
         assert await waiting == "succeeded"
+        for _ in range(2):
+            with closing(page["open_jobs"](str(tmp_path / "jobs"))) as jobs:
+                assert await page["run_once"](session, jobs, "a", "otters") == "done"
+                sim.inject(Fault.disconnect())
+                with pytest.raises(Exception, match="may have started"):
+                    await page["run_once"](session, jobs, "b", "newts")
+                sim.clear_faults()
+    assert [run.body["metadata"]["job"] for run in sim.runs] == ["a", "b"]
 
 
 async def test_the_code_on_outputs_works(
@@ -503,10 +493,8 @@ async def test_the_code_on_outputs_works(
                 await checking.run("write-report", {"topik": "otters"})
         assert blocks("docs/outputs.md", "text") == [f"ValueError: {caught.value}\n"]
         assert await page["result_so_far"](session, held) == "50% done"
-        assert await page["main_output"](session, held) is None
         sim.finish(held, "Answer", value="42")
         assert await page["result_so_far"](session, held) == {"Answer": "42"}
-        assert await page["main_output"](session, held) == "42"
     first, second = sim.runs
     assert first.body["metadata"] == {"job": "job-1"}
     warning = f"execution {second.execution_id}: missing input variables: tone\n"
@@ -516,33 +504,27 @@ async def test_the_code_on_outputs_works(
 async def test_the_code_on_starting_works(
     sim: Simulator, open_session: Callable[..., Session], recorder: Any
 ) -> None:
-    """It records or recovers a start whose answer was lost, and keeps an abandoned one."""
+    """It recovers a start whose answer was lost, and keeps the id of an abandoned one."""
     sim.add_workflow("report", REPORT)
     callbacks = Callbacks("http://127.0.0.1:9", secret="s3cret")
     session = open_session(callbacks=callbacks)
     with names("docs/starting.md") as page:
-        sim.inject(Fault.disconnect())
-        started, to_look_up = await page["start_all"](session, {"a": "otters", "b": "newts"})
-        assert [run.body["metadata"] for run in sim.runs] == [{"job": "a"}, {"job": "b"}]
-        assert [execution.id for execution in started] == [sim.runs[1].execution_id]
-        (line,) = to_look_up
-        assert line.startswith("job a: ")
         sim.inject(Fault.delay(0.02))
         starting = asyncio.create_task(session.start("report"))
         await sim.wait_for_requests(sim.request_count + 1)
         starting.cancel()
         page["keep_orphans"](await recorder.next(ExecutionStarted))
-        assert page["orphans"] == [sim.runs[2].execution_id]
-        assert (await page["start_once"](session, "newts")).id == sim.runs[3].execution_id
+        assert page["orphans"] == [sim.runs[0].execution_id]
+        assert (await page["start_once"](session, "newts")).id == sim.runs[1].execution_id
         sim.inject(Fault.disconnect())
         starting = asyncio.create_task(page["start_once"](session, "eels"))
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(asyncio.shield(starting), 0.05)
-        token = sim.runs[4].body["callback_url"].removeprefix(callbacks.url_for(""))
-        receive_callback(session, token, sim.runs[4].execution_id)
-        assert (await starting).id == sim.runs[4].execution_id
+        token = sim.runs[2].body["callback_url"].removeprefix(callbacks.url_for(""))
+        receive_callback(session, token, sim.runs[2].execution_id)
+        assert (await starting).id == sim.runs[2].execution_id
         page["keep_orphans"](recorder.events[-1])
-        assert page["orphans"][1:] == [sim.runs[4].execution_id]
+        assert page["orphans"][1:] == [sim.runs[2].execution_id]
 
 
 async def test_the_page_on_observing_is_right(
@@ -596,8 +578,12 @@ def check_dashboard(scraped: str) -> None:
     assert metrics <= set(re.findall(r"^(promptlayer_exec_\w+)[{ ]", scraped, re.MULTILINE))
 
 
-async def test_the_code_on_fanning_out_works(sim: Simulator, session: Session) -> None:
-    """Each item comes back with its output or its error."""
+async def test_the_code_on_fanning_out_works(
+    sim: Simulator, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each item comes back with its output or its error; each limiter is acquired per request."""
+    checked = (ROOT / "tests" / "typing" / "limiter.py").read_text()
+    assert blocks("docs/fanning-out.md", "python")[1] in checked
 
     def grade(inputs: Any) -> Scenario:
         return Scenario([SimNode("Grade", inputs["grade"], is_output_node=True)])
@@ -609,26 +595,17 @@ async def test_the_code_on_fanning_out_works(sim: Simulator, session: Session) -
     sim.add_workflow("grade", grade)
     with names("docs/fanning-out.md") as page:
         lines = sorted(await page["grade"](session, rows()))
-    assert lines[0] == "a: 0.50"
-    assert lines[1].startswith("b: execution ")
-
-
-async def test_the_limiters_on_rate_limits_are_acquired(
-    sim: Simulator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both limiters are acquired once per request; a bucket in memory replaces the one in Redis."""
-    checked = (ROOT / "tests" / "typing" / "limiter.py").read_text()
-    assert blocks("docs/rate-limits.md", "python")[0] in checked
-    with names("docs/rate-limits.md") as page:
-        bucket = page["InMemoryBucket"]
+        bucket = page["InMemoryBucket"]  # in place of the one in Redis
         init = AsyncMock(side_effect=lambda rates, redis, key: bucket(rates))
         monkeypatch.setattr(page["RedisBucket"], "init", init)
         for limiter in (page["in_memory"](1000), await page["in_redis"](None, 1000)):
             limiter.acquire = AsyncMock(side_effect=limiter.acquire)
             before = sim.request_count
-            async with Session(sim.api_key, base_url=sim.base_url, limiter=limiter) as session:
-                await session.execution(sim.add_execution(REPORT)).wait()
+            async with Session(sim.api_key, base_url=sim.base_url, limiter=limiter) as limited:
+                await limited.execution(sim.add_execution(REPORT)).wait()
             assert limiter.acquire.await_count == sim.request_count - before == 1
+    assert lines[0] == "a: 0.50"
+    assert lines[1].startswith("b: execution ")
 
 
 async def test_the_errors_in_the_readme_are_what_is_printed(
