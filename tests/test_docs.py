@@ -171,14 +171,24 @@ def test_the_figures_of_the_readme_are_those_of_the_page_on_speed() -> None:
     assert sorted([row[1], row[2].rstrip("0"), row[3]] for row in shown[1:]) == sorted(figures)
 
 
+def contents() -> list[str]:
+    """Return the names of all pages, in the order of the tables of contents of the index."""
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    return " ".join(re.findall(r"^:caption: .*\n\n([^`]*)```", index, re.MULTILINE)).split()
+
+
+def test_the_index_lists_each_page_once() -> None:
+    """With a sentence, in the order of its tables of contents."""
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert re.findall(r"^- \[.*?\]\(([\w/-]+)\.md\)", index, re.MULTILINE) == contents()
+
+
 def test_each_how_to_says_what_it_costs_in_requests() -> None:
     """Once, in a line that begins with the same words on every page."""
-    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    guides = index.partition(":caption: Reference\n")[0]
-    trees = re.findall(r"^:caption: .*\n\n([^`]*)```", guides, re.MULTILINE)
-    names = {*" ".join(trees).split()}
+    names = {name for name in contents() if "/" not in name}
     assert {"installing", "fastapi", "viewer"} < names
-    for name in names - {"tutorial", "watching", "starting", "security"}:  # they explain
+    explain = {"tutorial", "watching", "starting", "security", "contributing"}
+    for name in names - explain:
         page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
         assert page.count("\n**Requests to PromptLayer:** ") == 1, name
 
