@@ -12,7 +12,6 @@ import shlex
 import subprocess
 import sys
 import tomllib
-import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
@@ -169,27 +168,39 @@ def tables(page: str) -> Iterator[list[list[str]]]:
 
 def test_the_figures_of_the_readme_are_those_of_the_page_on_speed() -> None:
     """Its last table has the rows of the first table there."""
-    shown, measured = list(tables("README.md"))[-1], next(tables("docs/speed.md"))
+    shown, measured = list(tables("README.md"))[-1], next(tables("docs/design/speed.md"))
     figures = [[row[1], row[3].rstrip("0"), row[4]] for row in measured[1:]]
     assert sorted([row[1], row[2].rstrip("0"), row[3]] for row in shown[1:]) == sorted(figures)
 
 
+def contents() -> list[str]:
+    """Return the names of all pages, in the order of the tables of contents of the index."""
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    return " ".join(re.findall(r"^:caption: .*\n\n([^`]*)```", index, re.MULTILINE)).split()
+
+
+def test_the_index_lists_each_page_once() -> None:
+    """With a sentence, in the order of its tables of contents."""
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert re.findall(r"^- \[.*?\]\(([\w/-]+)\.md\)", index, re.MULTILINE) == contents()
+
+
 def test_each_how_to_says_what_it_costs_in_requests() -> None:
     """Once, in a line that begins with the same words on every page."""
-    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    names = index.partition(":caption: How to\n")[2].partition("```")[0].split()
-    assert "installing" in names
-    for name in names:
+    names = {name for name in contents() if "/" not in name}
+    assert {"installing", "fastapi", "viewer"} < names
+    explain = {"tutorial", "security", "contributing"}
+    for name in names - explain:
         page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
         assert page.count("\n**Requests to PromptLayer:** ") == 1, name
 
 
 def test_the_figures_on_reliability_are_those_of_the_pages_that_explain_them() -> None:
     """Each number in a row of the last figures is on the page that the row links to."""
-    (rows,) = (table[1:] for table in tables("docs/reliability.md") if "last" in table[0][1])
+    (rows,) = (table[1:] for table in tables("docs/design/reliability.md") if "last" in table[0][1])
     for what, figures, _ in rows:
-        (link,) = re.findall(r"\]\(([\w-]+\.md)", figures)
-        page = (ROOT / "docs" / link).read_text(encoding="utf-8")
+        (link,) = re.findall(r"\]\(([\w./-]+\.md)", figures)
+        page = (ROOT / "docs" / "design" / link).read_text(encoding="utf-8")
         text = re.sub(r"\]\(.*?\)|p\d\d", "", figures)
         numbers = re.findall(r"\d[\d,.]*\d|\d", text)
         assert numbers, what
@@ -199,7 +210,7 @@ def test_the_figures_on_reliability_are_those_of_the_pages_that_explain_them() -
 
 def test_the_tests_that_the_page_on_reliability_names_exist() -> None:
     """Each file that a command runs is there, and so is each session of nox."""
-    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "design" / "reliability.md").read_text(encoding="utf-8")
     files = set(re.findall(r"tests/[\w/]+\.py", text))
     assert len(files) > 10
     assert all((ROOT / name).exists() for name in files)
@@ -258,7 +269,7 @@ def test_the_page_on_installing_lists_every_extra() -> None:
 
 def test_the_names_on_the_page_on_architecture_exist() -> None:
     """Whoever renames something private renames it there, too."""
-    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "design" / "architecture.md").read_text(encoding="utf-8")
     code = " ".join(re.findall(r"`([^`\n]+)`", page))
     modules = [*Path(promptlayer_exec.__file__).parent.rglob("*.py")]
     source = " ".join(f"{path.stem} {path.read_text(encoding='utf-8')}" for path in modules)
@@ -273,15 +284,6 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     script = (ROOT / ".ci" / "run").read_text().splitlines()
     run = [line for line in script if not line.startswith(("#", "set ", "cd "))]
     assert run == command.split(" && ")
-
-
-def run_program(program: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Run a page's program in this process, and return the lines that it prints."""
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    assert run_blocks([program], namespace) == namespace["_called"]
-    printed = capsys.readouterr()
-    assert printed.err == ""
-    return printed.out.splitlines()
 
 
 @pytest.fixture
@@ -339,31 +341,6 @@ async def test_the_line_on_push_is_logged_where_there_is_none(
             assert await session.run("write-report") == "done"
     lines = [f"{record.levelname} {record.message}\n" for record in caplog.records]
     assert blocks("docs/push.md", "text") == [line for line in lines if "push" in line]
-
-
-def test_the_server_with_an_outage_on_batches_has_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its workflow is there before the outage and after it; meanwhile the answer is 503."""
-    (program,) = filter(is_program, blocks("docs/batches.md", "python"))
-    printed: list[str] = []
-    statuses: list[int] = []
-
-    def press_enter(_: str) -> str:
-        printed.append(capsys.readouterr().out)
-        key, url = re.findall(r"=(\S+)", printed[0])
-        request = urllib.request.Request(f"{url}/workflows/grade", headers={"X-API-KEY": key})
-        try:
-            with urllib.request.urlopen(request) as response:
-                statuses.append(response.status)
-        except urllib.error.HTTPError as error:
-            with error:
-                statuses.append(error.code)
-        return ""
-
-    monkeypatch.setattr("builtins.input", press_enter)
-    run_program(program, capsys)
-    assert statuses == [200, 503, 200]
 
 
 def test_the_page_on_the_command_line_shows_what_is_printed(server: Simulator) -> None:

@@ -30,14 +30,6 @@ import asyncio
 report = asyncio.run(write_report("otters"))
 assert report == Report("Otters are fine.", 0.9), report
 """,
-    "show": """
-import asyncio
-from promptlayer_exec import Session
-async def call():
-    async with Session() as session:
-        await show(session.execution(787))
-asyncio.run(call())
-""",
 }
 
 

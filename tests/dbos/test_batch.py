@@ -962,7 +962,7 @@ async def test_the_example_in_docs_batches_works(
     monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
     monkeypatch.setenv("PROMPTLAYER_BASE_URL", sim.base_url)
     page = Path(__file__).parents[2] / "docs" / "batches.md"
-    _, block = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(block, str(page), "exec"), names)
 

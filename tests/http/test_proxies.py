@@ -57,8 +57,8 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
-PROGRAM, WITH_PROXY, PRIVATE = blocks("python")
-TLS_FAILURES, PROXY_FAILURES, REFUSED = (block.splitlines() for block in blocks("text"))
+WITH_PROXY, PRIVATE = blocks("python")
+TLS_FAILURES, PROXY_FAILURES = (block.splitlines() for block in blocks("text"))
 
 
 async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -359,7 +359,7 @@ def real_proxy(tmp_path: Path) -> Iterator[str]:
         process.communicate(timeout=20)
 
 
-async def test_programs_and_commands_need_only_variables(
+async def test_commands_need_only_variables(
     sim: Simulator,
     secure: Callable[..., Awaitable[int]],
     authority: trustme.CA,
@@ -367,9 +367,8 @@ async def test_programs_and_commands_need_only_variables(
     real_proxy: str,
 ) -> None:
     """Those of the page: a proxy with a password, and `SSL_CERT_FILE`."""
-    with_proxy, with_password, with_authority = blocks("sh")
-    assert "HTTPS_PROXY=http://" in with_proxy
-    assert quoted(PASSWORD) in with_password
+    with_proxy, with_authority = blocks("sh")
+    assert f"HTTPS_PROXY=http://{USER}:{quoted(PASSWORD)}@" in with_proxy
     assert "SSL_CERT_FILE=" in with_authority
     variables = {
         "HTTPS_PROXY": real_proxy,
@@ -378,24 +377,18 @@ async def test_programs_and_commands_need_only_variables(
         "PROMPTLAYER_BASE_URL": f"https://{HOST}:{await secure(server_context(authority))}",
     }
     execution_id = str(sim.add_execution(REPORT))
-    printed = []
-    for command in (
-        ["-c", PROGRAM, execution_id],
-        ["-m", "promptlayer_exec", "results", execution_id, "--all"],
-    ):
-        finished = await asyncio.to_thread(
-            subprocess.run,
-            [sys.executable, "-W", "error", *command],
-            env=os.environ | variables,
-            capture_output=True,
-            text=True,
-            timeout=50,
-            check=False,
-        )
-        assert finished.stderr == ""
-        printed.append(finished.stdout)
-    assert printed[0] == "done\n"
-    assert json.loads(printed[1])["nodes"]["Report"]["value"] == "done"
+    command = ["-m", "promptlayer_exec", "results", execution_id, "--all"]
+    finished = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-W", "error", *command],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert finished.stderr == ""
+    assert json.loads(finished.stdout)["nodes"]["Report"]["value"] == "done"
 
 
 # When it fails
@@ -452,7 +445,7 @@ async def test_tls_failures_are_raised_at_once_with_the_text_on_the_page(
             scene.open(base_url=url, http=http) as session,
         ):
             error, start_error = await failures(session)
-        assert as_on_the_page(error, url) == TLS_FAILURES[index]
+        assert TLS_FAILURES[index] in as_on_the_page(error, url)
         assert "no TLS connection" in str(start_error)
     assert scene.recorder.of(RequestRetried) == scene.sim.requests == []
 
@@ -480,7 +473,7 @@ async def test_a_proxy_that_is_down_is_a_connection_that_failed(
     scene.set(HTTPS_PROXY=f"http://{USER}:secret@{proxy}")
     async with scene.open(base_url=url, retry=BRIEF) as session:
         errors = await failures(session)
-    assert as_on_the_page(errors[0], url, proxy) == PROXY_FAILURES[0]
+    assert PROXY_FAILURES[0] in as_on_the_page(errors[0], url, proxy)
     assert sum(it.attempts for it in errors) == 2 + len(scene.recorder.of(RequestRetried)) > 2
     assert "secret" not in shown_by(errors, caplog)
 
@@ -519,7 +512,7 @@ async def test_a_refused_tunnel_sends_neither_the_key_nor_a_start(
         async with scene.open(base_url=url, api_key=KEY, http=http, retry=BRIEF) as session:
             errors = await failures(session)
     if status.startswith("407"):
-        assert as_on_the_page(errors[0], url, scene.proxy.url[7:]) == PROXY_FAILURES[1]
+        assert PROXY_FAILURES[1] in as_on_the_page(errors[0], url, scene.proxy.url[7:])
     for error in errors:
         assert (error.attempts == 1) == is_permanent
         assert status.startswith("200") or status[:8] in str(error)
@@ -537,7 +530,7 @@ async def test_a_refused_request_over_http_is_an_error_status(scene: Scene) -> N
     scene.set(HTTP_PROXY=scene.proxy.url)
     async with scene.open() as session:
         error, _ = await failures(session, StatusError)
-    assert str(error) == REFUSED[0]
+    assert "407 Proxy Authentication Required" in str(error)
     assert [request.method for request in scene.proxy.requests] == ["GET", "POST"]
     assert scene.recorder.of(RequestRetried) == []
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -729,41 +728,6 @@ def environment(sim: Simulator) -> dict[str, str]:
     """Return the environment of a server."""
     settings = {"PROMPTLAYER_API_KEY": sim.api_key, "PROMPTLAYER_BASE_URL": sim.base_url}
     return {**os.environ, **settings}
-
-
-async def test_the_program_of_the_page_prints_what_it_says(
-    sim: Simulator,
-    environment: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """The official client starts the command, lists, runs with progress, and ends it."""
-    page = (Path(__file__).parents[2] / "docs" / "mcp.md").read_text(encoding="utf-8")
-    (program,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    printed, *_ = re.findall(r"^```text\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-
-    def report(inputs: Any) -> Scenario:
-        fails = inputs.get("topic") == "unicorns"
-        status, error = ("FAILED", "no such animal") if fails else ("SUCCESS", None)
-        node = SimNode(
-            "Report", "Otters are fine.", 0, ["Plan"], status, error, is_output_node=True
-        )
-        return Scenario([SimNode("Plan", "a plan"), node])
-
-    sim.add_workflow("write-report", report, inputs={"topic": "string"}, definition=report({}))
-    scripts = str(Path(sys.executable).parent)
-    environment["PATH"] = os.pathsep.join([scripts, os.environ["PATH"]])
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    names: dict[str, Any] = {}
-    exec(program.replace("asyncio.run(main())", ""), names)
-    await names["main"]()
-    assert capsys.readouterr().out == printed
-    sim.add_version("write-report", report, inputs={"animal": "string"})
-    await names["main"]()
-    errors = [it for it in capsys.readouterr().out.splitlines() if it.startswith("error: ")]
-    assert len(errors) == 2
-    assert "needs the" in errors[0]
 
 
 Serve = Callable[..., Awaitable[asyncio.subprocess.Process]]
