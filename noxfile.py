@@ -189,27 +189,6 @@ def _contents(wheel: Path) -> dict[str, int]:
 
 
 @nox.session
-def sbom(session: nox.Session) -> None:
-    """Renew sbom.cdx.json, the bill of materials: what the package installs with every extra."""
-    _install(session, "sbom")
-    home = Path(session.create_tmp()).resolve()
-    # Without pip: it is no part of the package.
-    session.run("python", "-m", "venv", "--clear", "--without-pip", str(home / "env"), silent=True)
-    python = str(home / "env" / "bin" / "python")
-    session.run("python", "-m", "pip", "--python", python, "install", EVERYTHING, silent=True)
-    arguments = ("--pyproject", "pyproject.toml", "--mc-type", "library", "--output-reproducible")
-    session.run("cyclonedx-py", "environment", *arguments, "-o", str(home / "sbom.json"), python)
-    bill = json.loads((home / "sbom.json").read_text(encoding="utf-8"))
-    tools = bill["metadata"]["tools"]["components"]
-    for component in (*bill["components"], *tools):  # links change while versions do not
-        component.pop("externalReferences", None)
-    version = Path(PROJECT["tool"]["hatch"]["version"]["path"]).read_text(encoding="utf-8")
-    bill["metadata"]["component"]["version"] = version.split('"')[-2]
-    text = json.dumps(bill, indent=1, sort_keys=True, ensure_ascii=False)
-    Path("sbom.cdx.json").write_text(f"{text}\n", encoding="utf-8")
-
-
-@nox.session
 def docs(session: nox.Session) -> None:
     """Build the pages in docs/, and llms.txt, to build/docs; a warning is an error."""
     _install(session, "docs", "pytest", ".[cli,dbos,fastapi,mcp,opentelemetry,viewer]")
