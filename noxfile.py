@@ -104,10 +104,11 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting, and the bounds on lines, classes and private names."""
+    """Check style, formatting, workflows, and bounds on lines, classes and private names."""
     _install(session, "lint")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
+    session.run("zizmor", "--offline", "--persona=pedantic", ".")
     session.run("python", "tests/figures.py")
 
 
