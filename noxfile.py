@@ -104,10 +104,11 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting, and the bounds on lines, classes and private names."""
+    """Check style, formatting, workflows, and bounds on lines, classes and private names."""
     _install(session, "lint")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
+    session.run("zizmor", "--offline", "--persona=pedantic", ".")
     session.run("python", "tests/figures.py")
 
 
@@ -115,11 +116,14 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Check the types of the package, and of code that uses it."""
     _install(session, "types", "nox", "pytest", EVERYTHING)
-    session.run(
-        "mypy", "promptlayer_exec", "pytest_promptlayer_exec.py", "tests/typing", "noxfile.py"
-    )
+    users = "tests/typing"
+    programs = ("pytest_promptlayer_exec.py", "noxfile.py", "hatch_build.py")
+    session.run("mypy", "promptlayer_exec", *programs, users)
     # Type checkers differ in how they resolve overloads.
-    session.run("pyrefly", "check", "tests/typing/api.py")
+    session.run("pyrefly", "check", users)
+    session.run("ty", "check", users)
+    # Not limiter.py: pyright does not see that a method of pyrate-limiter is asynchronous.
+    session.run("pyright", f"{users}/api.py", f"{users}/output.py")
 
 
 @nox.session
@@ -186,27 +190,6 @@ def sdist(session: nox.Session) -> None:
 def _contents(wheel: Path) -> dict[str, int]:
     with zipfile.ZipFile(wheel) as archive:
         return {file.filename: file.CRC for file in archive.infolist()}
-
-
-@nox.session
-def sbom(session: nox.Session) -> None:
-    """Renew sbom.cdx.json, the bill of materials: what the package installs with every extra."""
-    _install(session, "sbom")
-    home = Path(session.create_tmp()).resolve()
-    # Without pip: it is no part of the package.
-    session.run("python", "-m", "venv", "--clear", "--without-pip", str(home / "env"), silent=True)
-    python = str(home / "env" / "bin" / "python")
-    session.run("python", "-m", "pip", "--python", python, "install", EVERYTHING, silent=True)
-    arguments = ("--pyproject", "pyproject.toml", "--mc-type", "library", "--output-reproducible")
-    session.run("cyclonedx-py", "environment", *arguments, "-o", str(home / "sbom.json"), python)
-    bill = json.loads((home / "sbom.json").read_text(encoding="utf-8"))
-    tools = bill["metadata"]["tools"]["components"]
-    for component in (*bill["components"], *tools):  # links change while versions do not
-        component.pop("externalReferences", None)
-    version = Path(PROJECT["tool"]["hatch"]["version"]["path"]).read_text(encoding="utf-8")
-    bill["metadata"]["component"]["version"] = version.split('"')[-2]
-    text = json.dumps(bill, indent=1, sort_keys=True, ensure_ascii=False)
-    Path("sbom.cdx.json").write_text(f"{text}\n", encoding="utf-8")
 
 
 @nox.session

@@ -69,10 +69,10 @@ async def forward(execution: Execution, into: TypeForm[T]) -> T:
 
 
 async def misuse(execution: Execution) -> None:
-    """Pass invalid arguments; mypy must refuse each, because it reports unused ignores."""
-    await execution.output(into=Report("a"))  # type: ignore[call-overload]
-    await execution.output(into=5)  # type: ignore[call-overload]
-    await execution.output(timeout="5", into=Report)  # type: ignore[call-overload]
+    """Pass invalid arguments; mypy and ty must refuse each: they report unused ignores."""
+    await execution.output(into=Report("a"))  # type: ignore[call-overload]  # ty: ignore[invalid-type-form]
+    await execution.output(into=5)  # type: ignore[call-overload]  # ty: ignore[invalid-type-form]
+    await execution.output(timeout="5", into=Report)  # type: ignore[call-overload]  # ty: ignore[no-matching-overload]
 
 
 async def run(session: Session) -> None:
