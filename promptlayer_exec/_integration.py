@@ -18,7 +18,7 @@ from promptlayer_exec._arguments import MAX_ID, check_count, check_execution_id
 from promptlayer_exec._display import indented, short_repr
 from promptlayer_exec._engine.definitions import DEFINITION_TIMEOUT
 from promptlayer_exec._engine.start import SendHooks
-from promptlayer_exec._engine.tasks import wait_even_if_cancelled
+from promptlayer_exec._engine.tasks import clock, wait_even_if_cancelled
 from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError, printable
 from promptlayer_exec._events import WakeSource
 from promptlayer_exec._execution import Execution
@@ -47,10 +47,12 @@ __all__ = [
     "expect",
     "indented",
     "install_hint",
+    "last_failure",
     "limited",
     "log_text",
     "near",
     "node_dict",
+    "note_start",
     "receive_callback",
     "report_undelivered",
     "server_of",
@@ -79,6 +81,18 @@ def log_text(error: BaseException) -> str:
         what = f"at {error.path}" if isinstance(error, InvalidOutput) else str(error.args[0])
         text += f": {printable(what)}"
     return text
+
+
+def last_failure(execution: Execution) -> Exception | None:
+    """Return why the poll that somebody waits for is sent again, if it is."""
+    return execution._client().last_failure(execution.id)
+
+
+def note_start(session: Session, workflow: str | int, execution_id: int, *, age: float) -> None:
+    """Let a session wait out the 404s of a run that another process started `age` seconds ago."""
+    recent_starts = session._recent_starts
+    if recent_starts.workflow(execution_id) is None:
+        recent_starts.add(execution_id, workflow, now=clock() - age)
 
 
 def base_url(session: Session) -> str:
