@@ -85,14 +85,13 @@ def log_text(error: BaseException) -> str:
 
 def last_failure(execution: Execution) -> Exception | None:
     """Return why the poll that somebody waits for is sent again, if it is."""
-    return execution._client().last_failure(execution.id)
+    watch = execution._client()._watches.get(execution.id)
+    return None if watch is None else watch.followers.retries.error
 
 
 def note_start(session: Session, workflow: str | int, execution_id: int, *, age: float) -> None:
     """Let a session wait out the 404s of a run that another process started `age` seconds ago."""
-    recent_starts = session._recent_starts
-    if recent_starts.workflow(execution_id) is None:
-        recent_starts.add(execution_id, workflow, now=clock() - age)
+    session._recent_starts.add(execution_id, workflow, now=clock() - age)
 
 
 def base_url(session: Session) -> str:

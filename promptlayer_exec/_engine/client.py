@@ -129,11 +129,6 @@ class Client:
         watch.schedule.wake(source)
         return True
 
-    def last_failure(self, execution_id: int) -> Exception | None:
-        """Return the last failure of the watch's current poll, if there are both."""
-        watch = self._watches.get(execution_id)
-        return None if watch is None else watch.followers.retries.error
-
     def _forget(self, watch: Watch) -> None:
         if self._watches.get(watch.execution_id) is watch:
             del self._watches[watch.execution_id]

@@ -167,12 +167,12 @@ async def _events(
     except Exception as error:  # noqa: BLE001 - the status is already sent, so it must be an event
         _, kind, message = describe_and_log(error)
         last = getattr(error, "last_snapshot", None) or sent
-        data = {"execution_id": execution_id, "type": kind, "message": message, "last": None}
+        seen = None if last is None else shown_snapshot(last, hidden)
+        data = {"execution_id": execution_id, "type": kind, "message": message, "last": seen}
         try:
-            seen = {} if last is None else {"last": shown_snapshot(last, hidden)}
-            failure = _event("failure", f"{execution_id}:failure", data | seen)
-        except RecursionError:  # it may be what is nested too deeply
             failure = _event("failure", f"{execution_id}:failure", data)
+        except RecursionError:  # it may be what is nested too deeply
+            failure = _event("failure", f"{execution_id}:failure", data | {"last": None})
         yield failure
 
 
