@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any
 
 import attrs
 
@@ -16,21 +16,12 @@ from promptlayer_exec.fastapi._shown import shown_snapshot
 _MOST_KEPT = 1000
 _LARGEST_KEPT = 2**20  # bytes
 _Key = tuple[Session, int]
-
-
-class Answer(NamedTuple):
-    """An execution as JSON, and a tag that is the same for all its complete answers.
-
-    The tag is None if the execution is not complete.
-    """
-
-    body: bytes
-    tag: str | None
+_Answer = tuple[bytes, str | None]  # JSON, and the tag that all complete answers have
 
 
 @attrs.define(eq=False)
 class _Reading:
-    task: asyncio.Task[Answer]
+    task: asyncio.Task[_Answer]
     callers: int = 0
 
 
@@ -39,11 +30,11 @@ class Answers:
     """Reads executions, and keeps the latest complete answers, because those do not change."""
 
     _hidden: Collection[str]
-    _kept: dict[_Key, Answer] = attrs.field(init=False, factory=dict)  # oldest first
+    _kept: dict[_Key, _Answer] = attrs.field(init=False, factory=dict)  # oldest first
     _readings: dict[_Key, _Reading] = attrs.field(init=False, factory=dict)
 
-    async def get(self, session: Session, execution_id: int) -> Answer:
-        """Return the nodes of an execution as they are now."""
+    async def get(self, session: Session, execution_id: int) -> _Answer:
+        """Return the nodes of an execution as they are now, and a tag if it is complete."""
         key = (session, execution_id)
         if (kept := self._kept.get(key)) is not None:
             return kept
@@ -61,14 +52,14 @@ class Answers:
                 del self._readings[key]
         return reading.task.result()
 
-    async def _read(self, key: _Key) -> Answer:
+    async def _read(self, key: _Key) -> _Answer:
         session, execution_id = key
         snapshot = await session.execution(execution_id).snapshot()
         shown = shown_snapshot(snapshot, self._hidden)
         body = dump_json(shown).encode()
         if not snapshot.complete:
-            return Answer(body, None)
-        answer = Answer(body, _tag(shown))
+            return body, None
+        answer = body, _tag(shown)
         if len(body) <= _LARGEST_KEPT:
             self._kept[key] = answer
             if len(self._kept) > _MOST_KEPT:

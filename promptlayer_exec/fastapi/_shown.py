@@ -54,16 +54,10 @@ _TEXT, _NUMBER, _ID = {"type": "string"}, {"type": "number"}, {"type": "string"}
 _TIME = {"type": ["number", "null"], "description": "Seconds from the first poll; first seen so."}
 _YES_NO_UNKNOWN = {"type": ["boolean", "null"]}
 _WAITING = {"execution_id": _ID, "type": _TEXT, "message": _TEXT}
+_INTEGER, _OBJECTS = {"type": "integer"}, {"type": "array", "items": {"type": "object"}}
+_IN_SOME = {"detail": _TEXT, "execution_id": _ID, "failed": _OBJECTS, "errors": _OBJECTS}
 _PROBLEM = _object(
-    "Problem",
-    optional=("detail", "execution_id", "failed", "errors"),
-    type=_TEXT,
-    title=_TEXT,
-    status={"type": "integer"},
-    detail=_TEXT,
-    execution_id=_ID,
-    failed={"type": "array", "items": {"type": "object"}},
-    errors={"type": "array", "items": {"type": "object"}},
+    "Problem", optional=_IN_SOME, type=_TEXT, title=_TEXT, status=_INTEGER, **_IN_SOME
 )
 
 
@@ -83,7 +77,7 @@ def snapshot_schema(hidden: Collection[str]) -> dict[str, Any]:
     return _object(
         "Snapshot",
         execution_id=_ID,
-        poll={"type": "integer"},
+        poll=_INTEGER,
         elapsed=_NUMBER,
         complete={"type": "boolean"},
         succeeded=_YES_NO_UNKNOWN,
