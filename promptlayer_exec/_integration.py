@@ -18,7 +18,7 @@ from promptlayer_exec._arguments import MAX_ID, check_count, check_execution_id
 from promptlayer_exec._display import error_details, error_text, indented, short_repr
 from promptlayer_exec._engine.definitions import DEFINITION_TIMEOUT
 from promptlayer_exec._engine.start import SendHooks
-from promptlayer_exec._engine.tasks import wait_even_if_cancelled
+from promptlayer_exec._engine.tasks import clock, wait_even_if_cancelled
 from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError, printable
 from promptlayer_exec._events import WakeSource
 from promptlayer_exec._execution import Execution
@@ -49,10 +49,12 @@ __all__ = [
     "expect",
     "indented",
     "install_hint",
+    "last_failure",
     "limited",
     "log_text",
     "near",
     "node_dict",
+    "note_start",
     "printable",
     "receive_callback",
     "report_undelivered",
@@ -82,6 +84,17 @@ def log_text(error: BaseException) -> str:
         what = f"at {error.path}" if isinstance(error, InvalidOutput) else str(error.args[0])
         text += f": {printable(what)}"
     return text
+
+
+def last_failure(execution: Execution) -> Exception | None:
+    """Return why the poll that somebody waits for is sent again, if it is."""
+    watch = execution._client()._watches.get(execution.id)
+    return None if watch is None else watch.followers.retries.error
+
+
+def note_start(session: Session, workflow: str | int, execution_id: int, *, age: float) -> None:
+    """Let a session wait out the 404s of a run that another process started `age` seconds ago."""
+    session._recent_starts.add(execution_id, workflow, now=clock() - age)
 
 
 def base_url(session: Session) -> str:

@@ -5,8 +5,10 @@ https://html.spec.whatwg.org/multipage/server-sent-events.html
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Collection
 from contextlib import suppress
+from random import randint
 from typing import Any
 
 import anyio
@@ -14,51 +16,97 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from promptlayer_exec import Execution, SessionClosed, Snapshot
-from promptlayer_exec._integration import node_dict
-from promptlayer_exec.fastapi._responses import describe, dump_json, logger
+from promptlayer_exec import Execution, NotFound, SessionClosed, Snapshot
+from promptlayer_exec._integration import last_failure
+from promptlayer_exec.fastapi._responses import describe, describe_and_log, dump_json, logger
+from promptlayer_exec.fastapi._shown import (
+    DEFAULT_FIELDS,
+    hidden_fields,
+    shown_node,
+    shown_snapshot,
+)
 
-_RETRY = 2000  # milliseconds, as the field `retry` takes them
+# In milliseconds, as the field `retry` takes them; random, so that browsers do not return together.
+_RETRY = (1_000, 4_000)
+_RETRY_ELSEWHERE = (10_000, 20_000)
+_OPEN_AFTER = 2.0
+_CHECK_INTERVAL = 1.0  # of whether there is another reason to wait
 _SEND_TIMEOUT = 30.0
 _END_TIMEOUT = 0.1
 
+_First = asyncio.Future[Snapshot]
+
 
 async def execution_events(
-    execution: Execution, *, last_event_id: str | None = None, heartbeat: float = 15.0
+    execution: Execution,
+    *,
+    last_event_id: str | None = None,
+    heartbeat: float = 15.0,
+    fields: Collection[str] = DEFAULT_FIELDS,
 ) -> Response:
     """Return a response that sends an execution's progress as Server-Sent Events.
 
-    It awaits the first snapshot and raises any error until then; a later error is a `failure`
-    event. If the session is closed, the stream ends without one, so that the client reconnects, to
-    whichever process then serves it.
+    It awaits the first snapshot for up to 2 s, and raises an error that occurs until then; a later
+    error is a `failure` event. While the first poll is retried after that, `waiting` events say
+    why. If the session is closed, the stream ends without an event, so that the client reconnects,
+    to whichever process then serves it.
 
     Args:
         execution: the execution to follow; all responses for it share the session's one poller.
         last_event_id: the request's `Last-Event-ID`. If it is that of the last event, the response
             is a 204, which stops the client from reconnecting.
         heartbeat: seconds between the comments that keep an idle connection open; 0 sends none.
+        fields: what clients see of a node, besides its name, status, times and `is_output_node`:
+            any of `value`, `error_message` and `raw_error_message` (tracebacks).
 
     Raises:
-        ValueError: `heartbeat` is negative.
         PromptLayerExecError: there is no first snapshot.
+        TypeError: `fields` is a single string.
+        ValueError: `heartbeat` is negative, or a field is unknown.
     """
     if heartbeat < 0:
         raise ValueError(f"heartbeat must be at least 0 seconds, got {heartbeat}")
+    hidden = hidden_fields(fields)
     if last_event_id in (f"{execution.id}:complete", f"{execution.id}:failure"):
         return Response(status_code=204)
     snapshots = execution.stream()
-    return _EventStream(await anext(snapshots), snapshots, heartbeat)
+    first = asyncio.ensure_future(anext(snapshots))
+    first.add_done_callback(lambda _: first.cancelled() or first.exception())  # not to be logged
+    try:
+        await asyncio.wait([first], timeout=_OPEN_AFTER)
+        if first.done():
+            first.result()
+    except SessionClosed:
+        return reconnect_later()
+    except BaseException:
+        first.cancel()
+        raise
+    return _EventStream(execution, first, snapshots, hidden=hidden, heartbeat=heartbeat)
+
+
+def reconnect_later() -> Response:
+    """Return a response after which an `EventSource` reconnects; at any other it would give up."""
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    text = f"retry: {randint(*_RETRY_ELSEWHERE)}\n\n"
+    return Response(text, headers=headers, media_type="text/event-stream")
 
 
 class _EventStream(EventSourceResponse):
     """The events for one client; the watch is unsubscribed from however the response ends."""
 
     def __init__(
-        self, first: Snapshot, snapshots: AsyncGenerator[Snapshot, None], heartbeat: float
+        self,
+        execution: Execution,
+        first: _First,
+        snapshots: AsyncGenerator[Snapshot, None],
+        *,
+        hidden: Collection[str],
+        heartbeat: float,
     ) -> None:
+        self._first = first
         self._snapshots = snapshots
         super().__init__(
-            _events(first, snapshots),
+            _events(execution, first, snapshots, hidden),
             ping=heartbeat,
             ping_message_factory=lambda: ServerSentEvent(comment="", sep="\n"),
             send_timeout=_SEND_TIMEOUT,
@@ -82,37 +130,63 @@ class _EventStream(EventSourceResponse):
                 with anyio.move_on_after(_END_TIMEOUT), suppress(OSError):
                     await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            await self._snapshots.aclose()
+            if self._first.done():
+                await self._snapshots.aclose()
+            else:
+                self._first.cancel()  # it is what runs the generator, and closes it
 
 
 async def _events(
-    first: Snapshot, snapshots: AsyncGenerator[Snapshot, None]
+    execution: Execution,
+    first: _First,
+    snapshots: AsyncGenerator[Snapshot, None],
+    hidden: Collection[str],
 ) -> AsyncGenerator[ServerSentEvent, None]:
-    sent = first
-    execution_id = str(first.execution_id)
+    execution_id = str(execution.id)
+    sent: Snapshot | None = None
+    reason: dict[str, str] = {}
     try:
+        while not first.done():
+            if (latest_reason := _reason(execution)) != reason:
+                reason = latest_reason
+                yield _event("waiting", None, reason, retry=True)
+            await asyncio.wait([first], timeout=_CHECK_INTERVAL)
+        sent = first.result()
         # The ids must be meaningful to any process, so they refer to no state of this one.
-        yield _event("snapshot", f"{execution_id}:{first.poll}", first.to_dict(), _RETRY)
+        shown = shown_snapshot(sent, hidden)
+        yield _event("snapshot", f"{execution_id}:{sent.poll}", shown, retry=True)
         # A slow client makes this wait at a `yield`; everything it missed is then one diff.
         async for latest in snapshots:
             for change in latest.diff(sent):
-                node = node_dict(latest, change.node.name)
-                data = {"execution_id": execution_id, "progress": latest.progress, **node}
-                yield _event("node", f"{execution_id}:{latest.poll}", data)
+                shown = shown_node(latest, change.node.name, hidden)
+                yield _event("node", f"{execution_id}:{latest.poll}", shown)
             sent = latest
-        yield _event("complete", f"{execution_id}:complete", sent.to_dict())
+        yield _event("complete", f"{execution_id}:complete", shown_snapshot(sent, hidden))
     except SessionClosed:
         return
     except Exception as error:  # noqa: BLE001 - the status is already sent, so it must be an event
-        _, kind, message = describe(error)
-        last = (getattr(error, "last_snapshot", None) or sent).to_dict()
-        data = {"type": kind, "message": message, "execution_id": execution_id}
+        _, kind, message = describe_and_log(error)
+        last = getattr(error, "last_snapshot", None) or sent
+        seen = None if last is None else shown_snapshot(last, hidden)
+        data = {"execution_id": execution_id, "type": kind, "message": message, "last": seen}
         try:
-            failure = _event("failure", f"{execution_id}:failure", data | {"last": last})
-        except RecursionError:  # it may be what is nested too deeply
             failure = _event("failure", f"{execution_id}:failure", data)
+        except RecursionError:  # it may be what is nested too deeply
+            failure = _event("failure", f"{execution_id}:failure", data | {"last": None})
         yield failure
 
 
-def _event(kind: str, event_id: str, data: Any, retry: int | None = None) -> ServerSentEvent:
-    return ServerSentEvent(dump_json(data), event=kind, id=event_id, retry=retry, sep="\n")
+def _reason(execution: Execution) -> dict[str, str]:
+    """Return the data of the event `waiting`: why there is no snapshot yet."""
+    kind, message = "NoAnswer", "PromptLayer has not answered yet."
+    if (failure := last_failure(execution)) is not None:
+        _, kind, title = describe(failure)
+        message = f"{title.partition('.')[0]}; trying again."
+        if isinstance(failure, NotFound):
+            message = "PromptLayer does not know this new run yet; trying again."
+    return {"execution_id": str(execution.id), "type": kind, "message": message}
+
+
+def _event(kind: str, event_id: str | None, data: Any, *, retry: bool = False) -> ServerSentEvent:
+    delay = randint(*_RETRY) if retry else None
+    return ServerSentEvent(dump_json(data), event=kind, id=event_id, retry=delay, sep="\n")

@@ -16,8 +16,9 @@ from starlette.types import Receive, Scope, Send
 
 from promptlayer_exec import Session, SessionClosed
 from promptlayer_exec import _integration as integration
-from promptlayer_exec.fastapi._responses import PROBLEMS, ProblemRoute
+from promptlayer_exec.fastapi._responses import ProblemRoute
 from promptlayer_exec.fastapi._router import session_dependency
+from promptlayer_exec.fastapi._shown import PROBLEMS
 from promptlayer_exec.webhooks import (
     MAX_WEBHOOK_BYTES,
     Callbacks,

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from http.client import responses
 from typing import Any
 
@@ -55,10 +55,6 @@ _DEFAULT_RETRY_AFTER = 5.0
 _MAX_RETRY_AFTER = 3600.0
 _REFUSED = "PromptLayer refused this server's credentials."
 _INVALID = "PromptLayer refused the request as invalid."
-
-_PROBLEM = {"description": "A problem (RFC 9457)", "content": {"application/problem+json": {}}}
-# The responses of routes that this module answers, in OpenAPI.
-PROBLEMS: dict[int | str, dict[str, Any]] = {"4XX": _PROBLEM, "5XX": _PROBLEM}
 
 # An error's own str() is never sent: it may contain PromptLayer's text and address.
 _ANSWERS: Mapping[type[Exception], tuple[int, str]] = {
@@ -111,16 +107,33 @@ def json_response(
     return Response(dump_json(value), status, all_headers, media_type)
 
 
+def tagged_response(
+    body: bytes, tag: str | None, if_none_match: str, media_type: str = _JSON
+) -> Response:
+    """Return a response that a browser may keep and must validate; without a tag, not keep."""
+    if tag is None:
+        return Response(body, headers={"Cache-Control": "no-store"}, media_type=media_type)
+    headers = {"Cache-Control": "private, no-cache", "ETag": f"W/{tag}"}
+    if tag in if_none_match:
+        return Response(status_code=304, headers=headers)
+    return Response(body, headers=headers, media_type=media_type)
+
+
 def describe(error: Exception) -> tuple[int, str, str]:
-    """Return an error's status, and the type and text that a client may see; the rest is logged."""
+    """Return an error's status, and the type and text that a client may see."""
     known = next(cls for cls in type(error).__mro__ if cls in _ANSWERS)
     status, title = _ANSWERS[known]
-    if known is Exception:
+    return status, "InternalServerError" if known is Exception else known.__name__, title
+
+
+def describe_and_log(error: Exception) -> tuple[int, str, str]:
+    """Do what `describe` does, and log what the client may not see."""
+    status, kind, title = describe(error)
+    if kind == "InternalServerError":
         logger.error("an error whose details were not sent to the client", exc_info=error)
-        return status, "InternalServerError", title
-    if status >= 500:
+    elif status >= 500:
         logger.warning("%s", log_text(error))
-    return status, known.__name__, title
+    return status, kind, title
 
 
 def add_error_handlers(app: Starlette) -> None:
@@ -131,15 +144,17 @@ def add_error_handlers(app: Starlette) -> None:
     app.add_exception_handler(PromptLayerExecError, _handle)
 
 
-async def _handle(_request: Request, error: Exception) -> Response:
-    status, kind, title = describe(error)
+async def _handle(_request: Request, error: Exception, *, hidden: Collection[str] = ()) -> Response:
+    status, kind, title = describe_and_log(error)
     members: dict[str, Any] = {}
     headers = {}
     if (execution_id := getattr(error, "execution_id", None)) is not None:
         members["execution_id"] = str(execution_id)
     if isinstance(error, ExecutionFailed):
         members["failed"] = [
-            {"name": node.name, "error_message": node.error_message} for node in error.failed
+            {"name": node.name}
+            | ({} if "error_message" in hidden else {"error_message": node.error_message})
+            for node in error.failed
         ]
     if isinstance(error, RateLimited):
         wait = _DEFAULT_RETRY_AFTER if error.retry_after is None else error.retry_after
@@ -156,7 +171,13 @@ def problem(
 
 
 class ProblemRoute(APIRoute):
-    """A route that answers errors of its dependencies and its own as problem+json."""
+    """A route that answers errors of its dependencies and its own as problem+json.
+
+    Attributes:
+        hidden: the fields of a node that no problem has.
+    """
+
+    hidden: Collection[str] = ()
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return a handler that turns errors into responses."""
@@ -166,7 +187,7 @@ class ProblemRoute(APIRoute):
             try:
                 return await handle(request)
             except PromptLayerExecError as error:
-                return await _handle(request, error)
+                return await _handle(request, error, hidden=self.hidden)
             except HTTPException as error:
                 status, headers = error.status_code, error.headers
                 title = responses.get(status, "Error")

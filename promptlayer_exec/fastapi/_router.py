@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection
+import hashlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
+from importlib.resources import files
 from typing import Annotated, Any, TypeVar, cast
 
 import anyio
 from fastapi import APIRouter, Depends, Header, HTTPException, Path, Request
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
+from starlette.requests import HTTPConnection
 from starlette.responses import Response
+from starlette.routing import Match
+from starlette.types import Scope
 
 from promptlayer_exec import Execution, PromptLayerExecError, Session
-from promptlayer_exec._integration import MAX_ID, report_undelivered
-from promptlayer_exec.fastapi._events import execution_events
-from promptlayer_exec.fastapi._responses import PROBLEMS, ProblemRoute, json_response
+from promptlayer_exec._integration import MAX_ID, check_count, note_start, report_undelivered
+from promptlayer_exec.fastapi._answers import Answers
+from promptlayer_exec.fastapi._events import execution_events, reconnect_later
+from promptlayer_exec.fastapi._responses import ProblemRoute, json_response, tagged_response
+from promptlayer_exec.fastapi._shown import (
+    DEFAULT_FIELDS,
+    PROBLEMS,
+    described,
+    event_schema,
+    hidden_fields,
+    snapshot_schema,
+    started_schema,
+)
+from promptlayer_exec.fastapi._tickets import Tickets
 
 T = TypeVar("T")
 
 _ExecutionId = Annotated[int, Path(ge=1, le=MAX_ID)]
+_SAME = {"description": "The client has this complete answer, as its `If-None-Match` says"}
 _SEEN = {"description": "The client has the last event already, as its `Last-Event-ID` says"}
-_EVENTS = {"description": "The events", "content": {"text/event-stream": {}}}
+_OUTPUT = described("The main output: any JSON", {})
+_CLIENT = files(__package__).joinpath("promptlayer-exec.js")
 
 
 class _Start(BaseModel):
@@ -48,27 +67,46 @@ def create_router(
     session: Session | Callable[..., Any],
     *,
     authorize: Callable[..., Any],
+    tickets: Tickets | None = None,
     workflows: Collection[str] = (),
+    fields: Collection[str] = DEFAULT_FIELDS,
+    max_streams: int | None = None,
 ) -> APIRouter:
     """Return routes that read and follow executions, and start those of some workflows.
 
-    The routes are `GET /executions/{execution_id}`, `.../events` and `.../output`, and
-    `POST /executions` if there are `workflows`. Errors are problem+json (RFC 9457).
+    The routes are `GET /executions/{execution_id}`, `.../events` and `.../output`,
+    `POST /executions` if there are `workflows`, and, for everybody, `GET /executions/client.js`: an
+    ES module for browsers. Errors are problem+json (RFC 9457).
 
     Args:
         session: the open `Session`, or a dependency that returns it.
         authorize: a dependency that raises an `HTTPException` or returns False to refuse a request.
             It may declare the request, and `execution_id: int | None = None`. The code after a
             `yield` in it runs before an event is sent.
+        tickets: allow to read an execution with a ticket, as `?ticket=` or as a bearer token, in
+            place of `authorize`; never to start one. The answer to a start then has a ticket.
         workflows: the names of the workflows that may be started.
+        fields: what clients see of a node, besides its name, status, times and `is_output_node`:
+            any of `value`, `error_message` and `raw_error_message` (tracebacks). Without `value`,
+            there is no `.../output`.
+        max_streams: how many clients may follow executions at once, in this process. The others
+            are asked to reconnect after 10 to 20 s. None: no limit.
 
     Raises:
-        TypeError: `session` or `authorize` is unusable, or `workflows` is a single string.
+        ConfigurationError: `max_streams` is not an int of at least 1.
+        TypeError: an argument has the wrong type.
+        ValueError: a field is unknown.
     """
     if not callable(authorize):
         raise TypeError(f"authorize must be a dependency, got {authorize!r:.100}")
     if isinstance(workflows, str):
         raise TypeError(f"workflows takes several names: write [{workflows!r:.100}]")
+    if not isinstance(tickets, Tickets | None):
+        raise TypeError(f"tickets must be Tickets(secret), got {tickets!r:.100}")
+    if max_streams is not None:
+        check_count("max_streams", max_streams)
+    hidden_names = hidden_fields(fields)
+    opened = session_dependency(session)
     # Dependencies that are not global cannot be named in annotations, which are strings here.
     authorized = Depends(authorize, scope="function")
 
@@ -76,14 +114,38 @@ def create_router(
         if verdict is False:
             raise HTTPException(403)
 
-    router = APIRouter(
-        route_class=ProblemRoute,
-        dependencies=[Depends(_refuse_id_in_query), Depends(admit)],
-        responses=PROBLEMS,
-        tags=["executions"],
-    )
-    _add_routes(router, session_dependency(session), frozenset(workflows))
+    class Route(ProblemRoute):
+        hidden = hidden_names
+
+    router = APIRouter(route_class=Route, responses=PROBLEMS, tags=["executions"])
+    _add_client(router)
+    add_reads = _reads(opened, tickets, fields, max_streams)
+    checked = [Depends(_refuse_id_in_query)]
+    if tickets is not None:
+        by_ticket = APIRouter(route_class=_ticket_route(Route, tickets), dependencies=checked)
+        add_reads(by_ticket)
+        router.include_router(by_ticket, include_in_schema=False)
+    by_authorize = APIRouter(route_class=Route, dependencies=[*checked, Depends(admit)])
+    add_reads(by_authorize)
+    if workflows:
+        _add_start(by_authorize, opened, frozenset(workflows), tickets)
+    router.include_router(by_authorize)
     return router
+
+
+def _ticket_route(route_class: type[APIRoute], tickets: Tickets) -> type[APIRoute]:
+    class TicketRoute(route_class):  # type: ignore[misc, valid-type]
+        """A route that exists only for requests with a valid ticket."""
+
+        def matches(self, scope: Scope) -> tuple[Match, Scope]:
+            match, child_scope = super().matches(scope)
+            if match is not Match.NONE:
+                execution_id = child_scope["path_params"]["execution_id"]
+                if tickets.read(HTTPConnection(scope), execution_id) is None:
+                    return Match.NONE, {}
+            return match, child_scope
+
+    return TicketRoute
 
 
 async def _refuse_id_in_query(request: Request) -> None:
@@ -93,37 +155,101 @@ async def _refuse_id_in_query(request: Request) -> None:
         raise HTTPException(400, "execution_id is not a query parameter.")
 
 
-def _add_routes(router: APIRouter, opened: Any, workflows: Collection[str]) -> None:
-    async def find_execution(execution_id: _ExecutionId, session: Session = opened) -> Execution:
+def _add_client(router: APIRouter) -> None:
+    client = _CLIENT.read_bytes()
+    tag = f'"{hashlib.sha256(client).hexdigest()[:32]}"'
+
+    @router.get("/executions/client.js", include_in_schema=False)
+    async def get_client(if_none_match: Annotated[str, Header()] = "") -> Response:
+        return tagged_response(client, tag, if_none_match, "text/javascript")
+
+
+def _stream_counter(max_streams: int | None) -> Any:
+    """Return a dependency that is True if one more client may follow an execution."""
+    streams = 0
+
+    async def count() -> AsyncGenerator[bool, None]:
+        nonlocal streams
+        streams += 1
+        try:  # FastAPI goes on when the response has ended
+            yield max_streams is None or streams <= max_streams
+        finally:
+            streams -= 1
+
+    return Depends(count)
+
+
+def _execution_finder(opened: Any, tickets: Tickets | None) -> Any:
+    """Return a dependency for the execution in the path."""
+
+    async def find(
+        request: Request, execution_id: _ExecutionId, session: Session = opened
+    ) -> Execution:
+        if tickets is not None and (ticket := tickets.read(request, execution_id)):
+            workflow, age = ticket
+            if workflow is not None:
+                note_start(session, workflow, execution_id, age=age)
         return session.execution(execution_id)
 
-    found = Depends(find_execution)
+    return Depends(find)
 
-    @router.get("/executions/{execution_id}")
-    async def get_execution(request: Request, execution: Execution = found) -> Response:
-        """Return all nodes of an execution as they are now."""
-        snapshot = await _unless_disconnected(request, execution.snapshot())
-        return json_response(snapshot.to_dict())
 
-    @router.get("/executions/{execution_id}/events", responses={200: _EVENTS, 204: _SEEN})
-    async def get_events(
-        request: Request,
-        last_event_id: Annotated[str | None, Header()] = None,
-        execution: Execution = found,
-    ) -> Response:
-        """Follow an execution by Server-Sent Events: `snapshot`, `node`, `complete`, `failure`."""
-        events = execution_events(execution, last_event_id=last_event_id)
-        return await _unless_disconnected(request, events)
+def _reads(
+    opened: Any, tickets: Tickets | None, fields: Collection[str], max_streams: int | None
+) -> Callable[[APIRouter], None]:
+    """Return a function that adds the routes that read executions to a router."""
+    hidden = hidden_fields(fields)
+    answers = Answers(hidden)
+    found, counted = _execution_finder(opened, tickets), _stream_counter(max_streams)
+    shown = described("The nodes as they are now", snapshot_schema(hidden))
+    events = described("The data of the events", event_schema(hidden), "text/event-stream")
 
-    @router.get("/executions/{execution_id}/output")
-    async def get_output(request: Request, execution: Execution = found) -> Response:
-        """Wait until an execution is complete, and return its main output."""
-        return json_response(await _unless_disconnected(request, execution.output()))
+    def add_to(router: APIRouter) -> None:
+        @router.get("/executions/{execution_id}", responses={200: shown, 304: _SAME})
+        async def get_execution(
+            request: Request,
+            if_none_match: Annotated[str, Header()] = "",
+            execution: Execution = found,
+            session: Session = opened,
+        ) -> Response:
+            """Return all nodes of an execution as they are now."""
+            reading = answers.get(session, execution.id)
+            return tagged_response(*await _unless_disconnected(request, reading), if_none_match)
 
-    if not workflows:
-        return
+        @router.get(
+            "/executions/{execution_id}/events",
+            response_class=Response,  # which has no media type of its own
+            responses={200: events, 204: _SEEN},
+        )
+        async def get_events(
+            request: Request,
+            last_event_id: Annotated[str | None, Header()] = None,
+            execution: Execution = found,
+            has_capacity: bool = counted,
+        ) -> Response:
+            """Follow an execution: `snapshot`, `node`, `complete`, `failure` and `waiting`."""
+            if not has_capacity:
+                return reconnect_later()
+            events = execution_events(execution, last_event_id=last_event_id, fields=fields)
+            return await _unless_disconnected(request, events)
 
-    @router.post("/executions", status_code=201)
+        if "value" in hidden:
+            return
+
+        @router.get("/executions/{execution_id}/output", responses={200: _OUTPUT})
+        async def get_output(request: Request, execution: Execution = found) -> Response:
+            """Wait until an execution is complete, and return its main output."""
+            return json_response(await _unless_disconnected(request, execution.output()))
+
+    return add_to
+
+
+def _add_start(
+    router: APIRouter, opened: Any, workflows: Collection[str], tickets: Tickets | None
+) -> None:
+    started_run = described("The run has started", started_schema(has_ticket=tickets is not None))
+
+    @router.post("/executions", status_code=201, responses={201: started_run})
     async def start_execution(
         request: Request, body: _Start, session: Session = opened
     ) -> Response:
@@ -142,7 +268,11 @@ def _add_routes(router: APIRouter, opened: Any, workflows: Collection[str]) -> N
             raise HTTPException(422, str(error)) from error
         # Relative, so that it is correct under any prefix that a proxy removes.
         location = f"executions/{started.id}"
-        answer = {"execution_id": str(started.id), "warning": started.warning}
+        answer = {
+            "execution_id": str(started.id),
+            "ticket": None if tickets is None else tickets.issue(started),
+            "warning": started.warning,
+        }
         answer = {name: value for name, value in answer.items() if value is not None}
         return json_response(answer, 201, {"Location": location})
 

@@ -14,7 +14,7 @@ from aiohttp import web
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from promptlayer_exec import Event, ExecutionStarted, Session, WatchEnded
+from promptlayer_exec import Event, ExecutionStarted, RetryPolicy, Session, WatchEnded
 from promptlayer_exec.fastapi import _events, create_router, execution_events
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
@@ -64,14 +64,14 @@ async def allow() -> None:
     """Authorize every request."""
 
 
-def make_app(session: Session) -> Watched:
+def make_app(session: Session, **options: Any) -> Watched:
     """Return an app with all routes."""
 
     async def get_session() -> Session:
         return session
 
     app = FastAPI()
-    app.include_router(create_router(get_session, authorize=allow, workflows=["report"]))
+    app.include_router(create_router(get_session, authorize=allow, workflows=["report"], **options))
     return Watched(app)
 
 
@@ -117,6 +117,81 @@ async def test_two_hundred_clients_need_the_requests_of_one(
     assert all(kinds == ["snapshot", "node", "complete"] for kinds, _ in outcomes)
     assert all(data == outcomes[0][1] for _, data in outcomes)
     assert outcomes[0][1]["poll"] == sim.request_count
+
+
+IMPATIENT = RetryPolicy(base=0.02, ceiling=0.05)
+
+
+async def test_a_browser_that_came_too_early_waits(
+    sim: Simulator,
+    open_session: Callable[..., Session],
+    held: int,
+    serve: Serve,
+    http: aiohttp.ClientSession,
+) -> None:
+    """The stream opens, and says what is wrong whenever that changes, until there is a snapshot."""
+    sim.inject(Fault.status(503, times=None))
+    url = await serve(make_app(open_session(retry=IMPATIENT)))
+    async with http.get(f"{url}/executions/{held}/events") as response:
+        assert response.status == 200
+        lines = [(await response.content.readline()).decode() for _ in range(3)]
+        assert lines[0] == "event: waiting\n"  # without an id, so that a browser keeps its own
+        assert json.loads(lines[1].removeprefix("data: ")) == {
+            "execution_id": str(held),
+            "type": "ServerError",
+            "message": "PromptLayer failed; trying again.",
+        }
+        assert 1000 <= int(lines[2].removeprefix("retry: ")) <= 4000
+        sim.clear_faults()
+        sim.inject(Fault.status(429, times=None, retry_after=0.01))
+        following = events(response)
+        kind, data = await anext(following)
+        assert (kind, data["type"]) == ("waiting", "RateLimited")
+        sim.clear_faults()
+        assert (await anext(following))[0] == "snapshot"
+        sim.finish(held, "Answer")
+        assert [kind async for kind, _ in following] == ["node", "complete"]
+
+
+async def test_a_failure_after_waiting_is_an_event(
+    sim: Simulator,
+    open_session: Callable[..., Session],
+    *,
+    serve: Serve,
+    http: aiohttp.ClientSession,
+    recorder: Any,
+) -> None:
+    """It has no snapshot to show, if there was none; and a reader who leaves ends the polling."""
+    sim.inject(Fault.stall())
+    url = await serve(make_app(open_session(request_timeout=2.5, retry=IMPATIENT)))
+    async with http.get(f"{url}/executions/77/events") as response:
+        received = [event async for event in events(response)]
+    (kind, waiting), (last, failure) = received[0], received[-1]
+    assert (kind, waiting["type"]) == ("waiting", "NoAnswer")
+    assert (last, failure["type"], failure["last"]) == ("failure", "NotFound", None)
+    sim.inject(Fault.stall())
+    ended = asyncio.create_task(recorder.next(WatchEnded))
+    async with http.get(f"{url}/executions/77/events") as response:
+        assert (await anext(events(response)))[0] == "waiting"
+    assert (await ended).error is None
+
+
+async def test_browsers_beyond_max_streams_come_back_later(
+    session: Session, held: int, serve: Serve, http: aiohttp.ClientSession
+) -> None:
+    """They get a 200 and the time to wait, as an `EventSource` gives up after any other status."""
+    app = make_app(session, max_streams=2)
+    url = f"{await serve(app)}/executions/{held}/events"
+    first, second = await http.get(url), await http.get(url)
+    async with http.get(url) as refused:
+        assert (refused.status, refused.content_type) == (200, "text/event-stream")
+        retry = int((await refused.text()).removeprefix("retry: "))
+    assert 10_000 <= retry <= 20_000
+    first.close()
+    await app.until_active(1)
+    async with http.get(url) as admitted:
+        assert (await anext(events(admitted)))[0] == "snapshot"
+    second.close()
 
 
 async def test_the_last_client_that_disconnects_stops_the_polling(

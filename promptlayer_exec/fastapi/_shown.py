@@ -1,0 +1,108 @@
+"""What clients are shown of an execution, and its schemas for OpenAPI."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from promptlayer_exec import Snapshot
+from promptlayer_exec._integration import node_dict
+
+DEFAULT_FIELDS = ("value", "error_message")
+# The fields of a node that go out only if an app names them, and their schemas.
+_OPTIONAL = {"value": {}, "error_message": {"type": ["string", "null"]}, "raw_error_message": {}}
+
+
+def hidden_fields(fields: Collection[str]) -> frozenset[str]:
+    """Return the fields of a node that are not shown.
+
+    Raises:
+        TypeError: `fields` is a single string.
+        ValueError: a field is unknown.
+    """
+    if isinstance(fields, str):
+        raise TypeError(f"fields takes several names: write [{fields!r:.100}]")
+    if unknown := [field for field in fields if field not in _OPTIONAL]:
+        known = ", ".join(map(repr, _OPTIONAL))
+        raise ValueError(f"fields may be {known}, got {unknown[0]!r:.100}")
+    return frozenset(_OPTIONAL) - frozenset(fields)
+
+
+def shown_snapshot(snapshot: Snapshot, hidden: Iterable[str]) -> dict[str, Any]:
+    """Return a snapshot as a dict, without hidden fields."""
+    shown = snapshot.to_dict()
+    for node in shown["nodes"].values():
+        for field in hidden:
+            del node[field]
+    return shown
+
+
+def shown_node(snapshot: Snapshot, name: str, hidden: Iterable[str]) -> dict[str, Any]:
+    """Return the data of an event about one node, without hidden fields."""
+    node = node_dict(snapshot, name)
+    for field in hidden:
+        del node[field]
+    return {"execution_id": str(snapshot.execution_id), "progress": snapshot.progress, **node}
+
+
+def _object(title: str, /, *, optional: Collection[str] = (), **properties: Any) -> dict[str, Any]:
+    required = [name for name in properties if name not in optional]
+    return {"title": title, "type": "object", "required": required, "properties": properties}
+
+
+_TEXT, _NUMBER, _ID = {"type": "string"}, {"type": "number"}, {"type": "string"}
+_TIME = {"type": ["number", "null"], "description": "Seconds from the first poll; first seen so."}
+_YES_NO_UNKNOWN = {"type": ["boolean", "null"]}
+_WAITING = {"execution_id": _ID, "type": _TEXT, "message": _TEXT}
+_INTEGER, _OBJECTS = {"type": "integer"}, {"type": "array", "items": {"type": "object"}}
+_IN_SOME = {"detail": _TEXT, "execution_id": _ID, "failed": _OBJECTS, "errors": _OBJECTS}
+_PROBLEM = _object(
+    "Problem", optional=_IN_SOME, type=_TEXT, title=_TEXT, status=_INTEGER, **_IN_SOME
+)
+
+
+def described(
+    description: str, schema: Mapping[str, Any], media_type: str = "application/json"
+) -> dict[str, Any]:
+    """Return the description of a response in OpenAPI."""
+    return {"description": description, "content": {media_type: {"schema": schema}}}
+
+
+_PROBLEMS = described("A problem (RFC 9457)", _PROBLEM, "application/problem+json")
+PROBLEMS: dict[int | str, dict[str, Any]] = {"4XX": _PROBLEMS, "5XX": _PROBLEMS}
+
+
+def snapshot_schema(hidden: Collection[str]) -> dict[str, Any]:
+    """Return the schema of a snapshot without hidden fields."""
+    return _object(
+        "Snapshot",
+        execution_id=_ID,
+        poll=_INTEGER,
+        elapsed=_NUMBER,
+        complete={"type": "boolean"},
+        succeeded=_YES_NO_UNKNOWN,
+        progress=_NUMBER,
+        nodes={"type": "object", "additionalProperties": _object("Node", **_node(hidden))},
+    )
+
+
+def _node(hidden: Collection[str]) -> dict[str, Any]:
+    optional = {name: schema for name, schema in _OPTIONAL.items() if name not in hidden}
+    times = {"running": _TIME, "final": _TIME}
+    always = {"name": _TEXT, "status": _TEXT, "is_output_node": _YES_NO_UNKNOWN}
+    return always | optional | times
+
+
+def event_schema(hidden: Collection[str]) -> dict[str, Any]:
+    """Return the schema of the data of an event without hidden fields."""
+    snapshot = snapshot_schema(hidden)
+    last = {"anyOf": [snapshot, {"type": "null"}]}
+    changed = _object("Changed node", execution_id=_ID, progress=_NUMBER, **_node(hidden))
+    waiting = _object("Waiting", **_WAITING)
+    return {"anyOf": [snapshot, changed, waiting, _object("Failure", **_WAITING, last=last)]}
+
+
+def started_schema(*, has_ticket: bool) -> dict[str, Any]:
+    """Return the schema of the answer to a start."""
+    ticket = {"ticket": _TEXT} if has_ticket else {}
+    return _object("Started", optional=["warning"], execution_id=_ID, **ticket, warning=_TEXT)
