@@ -6,7 +6,6 @@ import json
 import re
 import sqlite3
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -17,12 +16,11 @@ from starlette.responses import PlainTextResponse, Response
 from promptlayer_exec import (
     NotFound,
     PromptLayerExecError,
-    Snapshot,
     StartUnknown,
     Workflow,
 )
 from promptlayer_exec._integration import MAX_ID
-from promptlayer_exec.viewer._board import Board, Card
+from promptlayer_exec.viewer._board import Board
 from promptlayer_exec.viewer._definitions import Definitions, NoDefinition, definition_view
 from promptlayer_exec.viewer._events import value_text
 from promptlayer_exec.viewer._history import History
@@ -90,7 +88,7 @@ def _add_value_routes(app: FastAPI, board: Board) -> None:
 
 
 def add_workflow_routes(app: FastAPI, board: Board, definitions: Definitions) -> None:
-    """Add the routes that describe workflows, and say which one an execution is of."""
+    """Add the routes that describe workflows, and record which one an execution is of."""
 
     @app.get("/api/workflows")
     async def get_workflows() -> Response:
@@ -114,9 +112,14 @@ def add_workflow_routes(app: FastAPI, board: Board, definitions: Definitions) ->
     @app.get("/api/executions/{execution_id}/graph")
     async def get_graph(execution_id: int) -> Response:
         card = board.cards.get(execution_id)
-        if card is None or card.snapshot is None:
+        if card is None:
             return refuse("This execution is not followed.", 404)
-        return await _find_graph(board, definitions, card, card.snapshot)
+        if card.workflow is None:
+            return _graph(None, "PromptLayer does not say which workflow this is a run of.")
+        try:
+            return _graph(await definitions.get(card.workflow, card.label, card.version))
+        except NoDefinition as error:
+            return _graph(None, f"There is no graph: {error}")
 
     @app.put("/api/executions/{execution_id}/workflow")
     async def set_workflow(execution_id: int, workflow: _Text) -> Response:
@@ -124,28 +127,10 @@ def add_workflow_routes(app: FastAPI, board: Board, definitions: Definitions) ->
         try:
             found = await definitions.get(workflow)
         except NoDefinition as error:
-            return refuse(str(error), 502)
+            return refuse(str(error), 502, "workflow")
         if card is not None:
             board.assign(card, found.name)
         return _graph(found)
-
-
-async def _find_graph(
-    board: Board, definitions: Definitions, card: Card, snapshot: Snapshot
-) -> Response:
-    """Return the definition of an execution's workflow, or the workflows that it may be of."""
-    try:
-        if card.workflow is not None:
-            return _graph(await definitions.get(card.workflow, card.label, card.version))
-        candidates = await definitions.candidates(snapshot.nodes.keys())
-    except NoDefinition as error:
-        return _graph(None, reason=f"There is no graph: {error}")
-    if len(candidates) == 1 and snapshot.nodes:
-        board.assign(card, candidates[0].name)
-        return _graph(candidates[0], candidates, is_guess=True)
-    if candidates:
-        return _graph(None, candidates, reason="The names of its nodes fit several workflows.")
-    return _graph(None, reason="There is no graph: no workflow has nodes of these names.")
 
 
 async def _find_definition(
@@ -168,23 +153,10 @@ async def _labels(definitions: Definitions, workflow: Workflow) -> list[str]:
     return list(workflow.labels)
 
 
-def _graph(
-    found: Workflow | None,
-    candidates: Sequence[Workflow] = (),
-    *,
-    reason: str | None = None,
-    is_guess: bool = False,
-) -> Response:
+def _graph(found: Workflow | None, reason: str | None = None) -> Response:
     if found is not None and not found.nodes:
-        found, reason = None, "There is no graph: the server describes no nodes of this workflow."
-    return _json(
-        {
-            "definition": None if found is None else definition_view(found),
-            "candidates": [{"id": str(one.id), "name": one.name} for one in candidates],
-            "is_guess": is_guess,
-            "reason": reason,
-        }
-    )
+        found, reason = None, "There is no graph: PromptLayer describes no nodes of this workflow."
+    return _json({"definition": None if found is None else definition_view(found), "reason": reason})
 
 
 def add_start_routes(app: FastAPI, board: Board) -> None:

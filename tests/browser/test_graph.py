@@ -224,40 +224,25 @@ async def test_sixty_nodes_stay_readable(sim: Simulator, viewer: Any, ui: Any, p
     assert await ui.drawn("node 33").evaluate(inside)
 
 
-async def test_the_only_workflow_that_fits_is_drawn(sim: Simulator, ui: Any, page: Page) -> None:
-    """The execution was added by its id, which does not tell its workflow."""
-    sim.add_workflow("first", PAIR)
-    sim.add_workflow("other", BRANCHES)
-    await ui.open_run(sim.add_execution(PAIR))
-    await expect(ui.drawn("answer")).to_have_attribute("data-status", "SUCCESS")
-    await expect(ui.part("graph-note")).to_have_text(
-        "first, version 1: its nodes fit this execution"
-    )
-    await expect(page.get_by_role("heading", name="first")).to_be_visible()
-
-
-async def test_without_a_definition_all_but_the_graph_works(sim: Simulator, ui: Any) -> None:
-    """The page says why there is no graph."""
-    await ui.open_run(sim.add_execution(PAIR))
-    await expect(ui.part("graph-note")).to_contain_text("no workflow has nodes of these names")
-    await expect(ui.part("graph")).to_be_hidden()
-    await expect(ui.part("rerun")).to_be_hidden()  # nobody knows what would run
-    await ui.row("plan").locator("summary").click()
-    await expect(ui.row("plan").locator('[data-part="value"]')).to_have_text("p")
-
-
-async def test_one_of_several_workflows_can_be_chosen(sim: Simulator, ui: Any, page: Page) -> None:
-    """The choice is remembered with the execution."""
+async def test_the_workflow_of_an_id_is_asked_once(sim: Simulator, ui: Any, page: Page) -> None:
+    """Everything but the graph works without the answer, which is remembered with the execution."""
     for name in ("first", "second"):
         sim.add_workflow(name, PAIR)
     await ui.open_run(sim.add_execution(PAIR))
-    await expect(ui.part("graph-note")).to_contain_text("fit several workflows")
-    await ui.part("candidates").select_option("second")
+    await expect(ui.part("graph-note")).to_contain_text("does not say which workflow")
+    await expect(ui.part("graph")).to_be_hidden()
+    await expect(ui.part("rerun")).to_be_hidden()  # nobody knows what would run
+    field = page.get_by_label("Which workflow is this a run of?")
+    await field.focus()
+    await expect(page.locator("#workflows option")).to_have_count(2)
+    await field.fill("second")
+    await page.get_by_role("button", name="Remember").click()
     await expect(ui.drawn("plan")).to_be_visible()
     await expect(page.get_by_role("heading", name="second")).to_be_visible()
     await page.reload()
     await expect(ui.drawn("plan")).to_be_visible()
     await expect(ui.part("graph-note")).to_have_text("second, version 1")
+    await expect(field).to_be_hidden()
 
 
 async def test_names_are_text_and_cycles_are_drawn(

@@ -3,14 +3,13 @@
 import { call, get } from "./api.js";
 import { confirmStart, startRun } from "./again.js";
 import { byId, make, show, write } from "./dom.js";
-import { handle, showErrors } from "./forms.js";
+import { handle, listWorkflows, showErrors } from "./forms.js";
 import { NotJson, readJson, writeJson } from "./json.js";
 import { runs } from "./model.js";
 import { addressOf, go, replace } from "./router.js";
 
 let definition = null;
 let isAgain = false;
-let isListed = false;
 let asked = 0;
 
 export const startView = {
@@ -18,7 +17,7 @@ export const startView = {
 
   async show(_, params) {
     byId("unknown-start").hidden = true;
-    list();
+    listWorkflows();
     const again = params.get("again");
     const line = params.get("line");
     isAgain = again !== null || line !== null;
@@ -29,20 +28,6 @@ export const startView = {
 
   title: () => "Start a run",
 };
-
-// The workflows that can be chosen; without them, a name can be entered all the same.
-async function list() {
-  if (isListed) return;
-  isListed = true;
-  try {
-    const { workflows, reason } = await get("api/workflows");
-    isListed = reason === null;
-    const options = workflows.map(({ name }) => make("option", { value: name }));
-    byId("workflows").replaceChildren(...options);
-  } catch {
-    isListed = false;
-  }
-}
 
 async function refill(id) {
   const run = runs.get(id);
