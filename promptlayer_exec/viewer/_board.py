@@ -15,6 +15,7 @@ import attrs
 
 from promptlayer_exec import Execution, Session, Snapshot, StartUnknown
 from promptlayer_exec.viewer._history import History
+from promptlayer_exec.viewer._timeline import Sight, Timeline
 
 logger = logging.getLogger("promptlayer_exec")
 
@@ -32,7 +33,8 @@ class Card:
     version: int | None = None
     inputs: str | None = None  # JSON, if the run was started in a viewer
     started: float | None = None  # when, if it was started here
-    since: float | None = None  # when it was polled first: the origin of a snapshot's times
+    is_new: bool = False  # this viewer has started it, and sees all of it
+    timeline: Timeline = attrs.Factory(Timeline)
     snapshot: Snapshot | None = None
     received: float = 0.0  # when the snapshot was received, by the loop's clock
     error: str | None = None  # why the execution is no longer followed, if it is not complete
@@ -49,13 +51,20 @@ class Card:
         return "succeeded" if self.snapshot.succeeded else "failed"
 
     @property
-    def elapsed(self) -> float:
-        """How many seconds the execution has been followed, until it was complete."""
-        if self.snapshot is None:
-            return 0.0
-        if self.state != "running":
-            return self.snapshot.elapsed
-        return self.snapshot.elapsed + asyncio.get_running_loop().time() - self.received
+    def elapsed(self) -> float | None:
+        """The seconds since the origin of its times, until it was complete; None if not known."""
+        elapsed = self.timeline.elapsed
+        if elapsed is None or self.state != "running":
+            return elapsed
+        return elapsed + asyncio.get_running_loop().time() - self.received
+
+    @property
+    def duration(self) -> float | None:
+        """The seconds from the start, or since the first poll if others started it, to the end."""
+        if self.snapshot is None or not self.snapshot.complete or self.elapsed is None:
+            return None
+        origin = self.timeline.origin or 0.0
+        return max(0.0, origin - (self.started or origin)) + self.elapsed
 
 
 class Board:
@@ -129,7 +138,7 @@ class Board:
         self._record(
             **known, execution_id=execution.id, outcome="running", began=began, is_started=True
         )
-        self._follow(Card(execution, started=began, **known), first=True)
+        self._follow(Card(execution, started=began, is_new=True, **known), first=True)
         if self.is_closed:  # perhaps no page gets the answer
             logger.warning("execution %d of workflow %.100r started", execution.id, workflow)
         return execution
@@ -137,8 +146,7 @@ class Board:
     def assign(self, card: Card, workflow: str) -> None:
         """Set the workflow of an execution that was added by its id."""
         card.workflow = workflow
-        if self.history is not None:
-            self.history.update(card.execution.id, workflow=workflow)
+        self._update(card, workflow=workflow)
         self._notify()
 
     def remove(self, execution_id: int) -> None:
@@ -179,49 +187,60 @@ class Board:
 
     async def _watch(self, card: Card) -> None:
         try:
-            await self._recall(card)
+            sight = Sight(await self._recall(card), is_new=card.is_new)
             async with aclosing(card.execution.stream(timeout=None)) as snapshots:
                 async for snapshot in snapshots:
-                    self._take(card, snapshot)
+                    self._take(card, snapshot, sight)
         except Exception as error:  # noqa: BLE001 - shown on the page, else it would show as running
             card.error = str(error) or type(error).__name__
-            if self.history is not None:
-                self.history.update(card.execution.id, outcome="lost", problem=card.error)
+            self._update(card, outcome="lost", problem=card.error)
             self._notify()
+        finally:
+            if card.snapshot is not None and not card.snapshot.complete:
+                self._update(card, origin=card.timeline.origin, times=card.timeline.dump())
 
-    async def _recall(self, card: Card) -> None:
+    async def _recall(self, card: Card) -> Timeline:
         """Fill in what is remembered of an execution that was added by its id."""
-        if self.history is None or card.inputs is not None:
-            return
+        if card.is_new:
+            return Timeline()
+        if self.history is None:
+            return attrs.evolve(card.timeline, elapsed=None)
         known = await self.history.find(card.execution.id)
-        if known is not None:
+        if known is not None and card.inputs is None:
             card.workflow = card.workflow or known["workflow"]
             card.label, card.version = known["label"], known["version"]
             card.inputs = known["inputs"]
             card.started = known["began"] if known["is_started"] else None
+        return Timeline.read(known)
 
-    def _take(self, card: Card, snapshot: Snapshot) -> None:
+    def _take(self, card: Card, snapshot: Snapshot, sight: Sight) -> None:
         is_first = card.snapshot is None
+        card.timeline = sight.take(snapshot, time.time())
         card.snapshot = snapshot
         card.received = asyncio.get_running_loop().time()
         if is_first:
-            card.since = time.time() - snapshot.elapsed
             self._record(
                 execution_id=card.execution.id,
                 workflow=card.workflow,
                 outcome=card.state,
-                began=card.started or card.since,
+                began=card.started or card.timeline.origin or time.time(),
                 nodes=len(snapshot.nodes),
             )
-        if snapshot.complete and self.history is not None:
-            self.history.update(
-                card.execution.id,
+        if snapshot.complete:
+            self._update(
+                card,
                 outcome=card.state,
-                duration=_duration(card, snapshot),
+                duration=card.duration,
                 nodes=len(snapshot.nodes),
                 problem=_problem(snapshot),
+                origin=card.timeline.origin,
+                times=card.timeline.dump(),
             )
         self._notify()
+
+    def _update(self, card: Card, **fields: Any) -> None:
+        if self.history is not None:
+            self.history.update(card.execution.id, **fields)
 
     def _record(self, **fields: Any) -> None:
         if self.history is not None:
@@ -233,22 +252,12 @@ class Board:
 
 
 def _known(card: Card) -> dict[str, Any]:
-    names = ("workflow", "label", "version", "inputs", "started")
+    names = ("workflow", "label", "version", "inputs", "started", "timeline")
     return {name: getattr(card, name) for name in names}
 
 
 def _text_of(inputs: Mapping[str, Any]) -> str:
     return json.dumps(inputs, ensure_ascii=False, indent=2)
-
-
-def _duration(card: Card, snapshot: Snapshot) -> float | None:
-    """Return the seconds from the start, or since the first poll if others started it."""
-    if snapshot.poll == 1 and card.execution.workflow is None:
-        return None  # it was complete before it was followed
-    before = 0.0
-    if card.started is not None and card.since is not None:
-        before = max(0.0, card.since - card.started)
-    return before + snapshot.elapsed
 
 
 def _problem(snapshot: Snapshot) -> str | None:

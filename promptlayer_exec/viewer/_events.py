@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import anyio
 from sse_starlette import ServerSentEvent
 
-from promptlayer_exec import Node, NodeStatus, Snapshot
+from promptlayer_exec import Node, NodeStatus, NodeTimes, Snapshot
 from promptlayer_exec._integration import base_url, indented, node_dict
 from promptlayer_exec.viewer._board import Board, Card
 
@@ -56,7 +56,7 @@ async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
                 continue
             sent[card] = now
             if card.snapshot is not None:
-                view = _nodes_view(card.snapshot, before[0] if before is not None else None)
+                view = _nodes_view(card, card.snapshot, before[0] if before else None)
                 if view["nodes"]:
                     yield _event("nodes", view)
             yield _event("execution", _card_view(card))
@@ -79,13 +79,13 @@ def value_text(value: Any) -> str:
         return "(nested too deeply to be shown)"
 
 
-def _nodes_view(snapshot: Snapshot, previous: Snapshot | None) -> dict[str, Any]:
+def _nodes_view(card: Card, snapshot: Snapshot, previous: Snapshot | None) -> dict[str, Any]:
     # The page requests values by the node's index, which must be the same in both.
     if previous is not None and [*previous.nodes] != [*snapshot.nodes]:
         previous = None
     changed = {change.node.name for change in snapshot.diff(previous)}
     nodes = [
-        _node_view(snapshot, node, index)
+        _node_view(card, snapshot, node, index)
         for index, node in enumerate(snapshot.nodes.values())
         if node.name in changed
     ]
@@ -101,23 +101,31 @@ def _card_view(card: Card) -> dict[str, Any]:
         "version": card.version,
         "has_inputs": card.inputs is not None,
         "started": card.started,
-        "since": card.since,
+        "since": card.timeline.origin,
         "warning": card.execution.warning,
         "state": card.state,
         "error": card.error,
-        "elapsed": round(card.elapsed, 3),
+        "elapsed": _rounded(card.elapsed),
+        "duration": _rounded(card.duration),
         "final": 0 if snapshot is None else sum(n.final for n in snapshot.nodes.values()),
         "total": 0 if snapshot is None else len(snapshot.nodes),
     }
 
 
-def _node_view(snapshot: Snapshot, node: Node, index: int) -> dict[str, Any]:
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)
+
+
+def _node_view(card: Card, snapshot: Snapshot, node: Node, index: int) -> dict[str, Any]:
     """Return a node as in `Snapshot.to_dict`, with its value and its errors as text to read."""
     has_value = node.value is not None or node.succeeded
     value = value_text(node.value) if has_value else ""
     message, details = _error_texts(node)
+    times = card.timeline.nodes.get(node.name, NodeTimes())
     return {
         **node_dict(snapshot, node.name),
+        "running": _rounded(times.running),
+        "final": _rounded(times.final),
         "index": index,
         "value": value[:_MAX_TEXT] if has_value else None,
         "length": len(value),

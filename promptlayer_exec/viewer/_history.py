@@ -33,6 +33,8 @@ CREATE TABLE IF NOT EXISTS executions (
     duration REAL,                  -- seconds; a minimum, unless it was started in a viewer
     nodes INTEGER,
     problem TEXT,
+    origin REAL,                    -- when it was first polled, if it was not over by then
+    times TEXT,                     -- JSON: of each node, when it was first running and final
     UNIQUE (server, execution_id)
 );
 CREATE INDEX IF NOT EXISTS executions_by_time ON executions (server, began DESC);
@@ -49,6 +51,8 @@ _COLUMNS = [
     "duration",
     "nodes",
     "problem",
+    "origin",
+    "times",
 ]
 _SHOWN = "key, execution_id, workflow, label, version, outcome, began, is_started, duration, nodes"
 _TEXTS = ("workflow", "CAST(execution_id AS TEXT)", "inputs", "problem", "label")

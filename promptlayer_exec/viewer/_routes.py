@@ -20,7 +20,7 @@ from promptlayer_exec import (
     Workflow,
 )
 from promptlayer_exec._integration import MAX_ID
-from promptlayer_exec.viewer._board import Board
+from promptlayer_exec.viewer._board import Board, Card
 from promptlayer_exec.viewer._definitions import Definitions, NoDefinition, definition_view
 from promptlayer_exec.viewer._events import value_text
 from promptlayer_exec.viewer._history import History
@@ -114,12 +114,7 @@ def add_workflow_routes(app: FastAPI, board: Board, definitions: Definitions) ->
         card = board.cards.get(execution_id)
         if card is None:
             return refuse("This execution is not followed.", 404)
-        if card.workflow is None:
-            return _graph(None, "PromptLayer does not say which workflow this is a run of.")
-        try:
-            return _graph(await definitions.get(card.workflow, card.label, card.version))
-        except NoDefinition as error:
-            return _graph(None, f"There is no graph: {error}")
+        return await _find_graph(definitions, card)
 
     @app.put("/api/executions/{execution_id}/workflow")
     async def set_workflow(execution_id: int, workflow: _Text) -> Response:
@@ -131,6 +126,15 @@ def add_workflow_routes(app: FastAPI, board: Board, definitions: Definitions) ->
         if card is not None:
             board.assign(card, found.name)
         return _graph(found)
+
+
+async def _find_graph(definitions: Definitions, card: Card) -> Response:
+    if card.workflow is None:
+        return _graph(None, "PromptLayer does not say which workflow this is a run of.")
+    try:
+        return _graph(await definitions.get(card.workflow, card.label, card.version))
+    except NoDefinition as error:
+        return _graph(None, f"There is no graph: {error}")
 
 
 async def _find_definition(
@@ -156,7 +160,8 @@ async def _labels(definitions: Definitions, workflow: Workflow) -> list[str]:
 def _graph(found: Workflow | None, reason: str | None = None) -> Response:
     if found is not None and not found.nodes:
         found, reason = None, "There is no graph: PromptLayer describes no nodes of this workflow."
-    return _json({"definition": None if found is None else definition_view(found), "reason": reason})
+    view = None if found is None else definition_view(found)
+    return _json({"definition": view, "reason": reason})
 
 
 def add_start_routes(app: FastAPI, board: Board) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -91,9 +92,14 @@ async def test_a_bookmark_follows_an_execution_again(
 
 
 async def test_the_failed_one_of_sixty_nodes_is_shown(sim: Simulator, ui: Any, page: Page) -> None:
-    """It is opened, selected, and scrolled to."""
-    await ui.open_run(sim.add_execution(sixty()))
+    """It is opened, selected, and scrolled to, from the board too."""
+    failed = sim.add_execution(sixty())
+    ui.viewer.board.follow(failed)
+    await page.get_by_role("link", name=f"Execution {failed}").click()
     row = ui.row("node 45")
+    await expect(row).to_have_class(re.compile("selected"))
+    box = await row.bounding_box()
+    assert 0 < box["y"] < 900 - 30
     await expect(row.locator('[data-part="trace"]')).to_have_text(TRACE)
     await expect(row.locator("summary")).to_be_in_viewport()
     await expect(row).to_have_class(re.compile("selected"))
@@ -283,6 +289,38 @@ async def test_json_is_folded_and_searched(sim: Simulator, ui: Any, page: Page) 
     await expect(row.locator('[data-part="found"]')).to_have_text("Nothing found")
     await row.get_by_role("button", name="As text").click()
     await expect(row.locator('[data-part="value"]')).to_have_text(json.dumps(DEEP, indent=2))
+
+
+async def test_a_tree_is_indented_line_by_line(sim: Simulator, ui: Any) -> None:
+    """Each key is at the left of its tree, below the one before, and its size beside it."""
+    await ui.open_run(sim.add_execution(Scenario([SimNode("rows", DEEP)])))
+    await ui.row("rows").locator("summary").first.click()
+    tree = ui.run.locator(".tree")
+    await tree.locator("summary").nth(1).click()
+    boxes = [await tree.locator("summary").nth(index).bounding_box() for index in range(4)]
+    left = (await tree.bounding_box())["x"]
+    for depth, (box, below) in enumerate(itertools.pairwise(boxes)):
+        assert left < box["x"] + 1 < left + 20 + 24 * min(depth + 1, 3)
+        assert box["height"] < 24
+        assert box["y"] + box["height"] <= below["y"] + 1
+    key = await tree.locator("summary").nth(1).locator(".key").bounding_box()
+    size = await tree.locator("summary").nth(1).locator(".muted").bounding_box()
+    assert key["x"] - boxes[1]["x"] < 24
+    assert 0 < size["x"] - (key["x"] + key["width"]) < 24
+
+
+async def test_a_run_that_was_over_before_has_no_times(sim: Simulator, ui: Any) -> None:
+    """No duration, no end, and no bars; its page says why."""
+    await ui.open_run(sim.add_execution(Scenario([SimNode("a", "x"), SimNode("b", "y")])))
+    await expect(ui.part("facts")).to_have_text(
+        "Durationnot known: the run was over before this viewer saw it"
+    )
+    await expect(ui.part("elapsed")).to_be_empty()
+    await expect(ui.row("a").locator('[data-part="stretch"]')).to_be_hidden()
+    await ui.row("a").locator("summary").click()
+    await expect(ui.run.locator('[data-part="times"]').first).to_contain_text(
+        "was over before this viewer saw the run"
+    )
 
 
 async def test_a_long_list_is_shown_in_parts(sim: Simulator, ui: Any) -> None:

@@ -115,7 +115,8 @@ export function showState(root, run) {
 
 export function tick({ root, rows }, run) {
   const time = run.now();
-  write(part(root, "elapsed"), run.data.total === 0 ? "" : duration(time));
+  const length = run.length();
+  write(part(root, "elapsed"), length === null ? "" : duration(length));
   show(part(root, "problem"), run.problem(duration));
   rows.tick(time);
 }

@@ -98,7 +98,9 @@ function headOf(left, right) {
     const [word, icon] = STATES[run.data.state];
     const link = make("a", { href: addressOf(["executions", run.id]) }, run.name);
     const moment = run.data.started ?? run.data.since;
-    const about = [`Execution ${run.id}`, moment === null ? "" : clock(moment), duration(run.now())];
+    const length = run.length();
+    const about = [`Execution ${run.id}`, moment === null ? "" : clock(moment)];
+    if (length !== null) about.push(duration(length));
     const state = make("p", { class: "status" }, iconOf(icon), word);
     const text = about.filter((one) => one !== "").join(" · ");
     const head = make("div", { class: "side" }, make("h3", {}, link), state, make("p", { class: "muted" }, text));

@@ -3,6 +3,7 @@
 import { call } from "./api.js";
 import { clone, copyWith, part, show, write } from "./dom.js";
 import { readContainer } from "./json.js";
+import { isFinal } from "./model.js";
 import { clock, duration, fully } from "./times.js";
 import { Tree } from "./tree.js";
 
@@ -73,11 +74,14 @@ export class Detail {
     const at = (seconds) => (since === null ? "" : ` (${clock(since + seconds)})`);
     const after = (seconds) => `${duration(seconds)}${at(seconds)}`;
     let text = "Not seen running yet.";
-    if (running === null && final !== null) {
-      text = `First seen at ${after(final)}, already final.`;
-    } else if (running !== null) {
+    if (running !== null) {
+      const isUnseen = final === null && isFinal(this.node);
       const end = final === null ? "." : `, and final at ${after(final)}.`;
-      text = `First seen running at ${after(running)}${end}`;
+      text = `First seen running at ${after(running)}${isUnseen ? "; its end was not seen." : end}`;
+    } else if (final !== null) {
+      text = `First seen at ${after(final)}, already final.`;
+    } else if (isFinal(this.node)) {
+      text = "It was over before this viewer saw the run, so its times are not known.";
     }
     if (this.node.status === "SKIPPED") text = this.run.whySkipped(this.node.name);
     write(times, text);

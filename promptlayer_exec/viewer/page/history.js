@@ -129,6 +129,7 @@ function rowOf(entry) {
   at("preview").classList.toggle("wrong", entry.problem !== null);
   at("began").dateTime = machine(entry.began);
   at("began").title = fully(entry.began);
+  at("began").dataset.verb = entry.is_started ? "" : "seen "; // others started it, before that
   showMoment(at("began"));
   write(at("duration"), lengthOf(entry));
   showState(root, entry);
@@ -165,7 +166,7 @@ function showState(root, entry) {
 
 function showMoment(time) {
   const moment = Date.parse(time.dateTime) / 1000;
-  write(time, `${clock(moment)} (${ago(moment)})`);
+  write(time, `${time.dataset.verb}${clock(moment)} (${ago(moment)})`);
 }
 
 function lengthOf({ duration: seconds, is_started }) {

@@ -21,7 +21,8 @@ const FIRST = {
   has_inputs: false,
   state: "waiting",
   error: null,
-  elapsed: 0,
+  elapsed: null,
+  duration: null,
   final: 0,
   total: 0,
 };
@@ -54,12 +55,26 @@ export class Run {
     return ["succeeded", "failed", "lost"].includes(this.data.state);
   }
 
-  // The seconds that the server sent, plus those since then while it is connected.
+  // The length of the time line: the seconds that the server sent, plus those since then while it
+  // is connected; of a run that was over before it was seen, what is remembered of its nodes.
   now() {
     const { state, elapsed } = this.data;
+    if (elapsed === null) return this.latest();
     if (state !== "running") return elapsed;
     const until = connection.state === "live" ? performance.now() : connection.lostAt;
     return elapsed + Math.max(0, until - this.at) / 1000;
+  }
+
+  latest() {
+    const times = [...this.nodes.values()].flatMap(({ running, final }) => [running, final]);
+    return Math.max(0, ...times);
+  }
+
+  // How long it has run, or ran; null if nobody saw that.
+  length() {
+    const { duration, started, since } = this.data;
+    if (this.isEnded || since === null) return duration;
+    return this.now() + Math.max(0, since - (started ?? since));
   }
 
   // The error of an execution, or that PromptLayer does not answer, as then times may be old.

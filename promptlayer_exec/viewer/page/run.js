@@ -227,13 +227,17 @@ class RunPage {
       const time = make("time", { datetime: machine(moment), title: fully(moment) }, clock(moment));
       facts.push([started === null ? "Followed since" : "Started", [time, ` (${ago(moment)})`]]);
     }
-    if (run.isEnded && since !== null && run.data.state !== "lost") {
-      const end = since + run.data.elapsed;
-      const time = make("time", { datetime: machine(end), title: fully(end) }, clock(end));
-      const isOld = run.data.elapsed < 0.001;
-      if (!isOld) facts.push(["Ended", [time]]);
-      const whole = started === null ? run.data.elapsed : end - started;
-      if (!isOld && whole >= 0) facts.push(["Duration", [duration(whole)]]);
+    if (["succeeded", "failed"].includes(run.data.state)) {
+      const { elapsed } = run.data;
+      if (since !== null && elapsed !== null) {
+        const end = since + elapsed;
+        const time = make("time", { datetime: machine(end), title: fully(end) }, clock(end));
+        facts.push(["Ended", [time]]);
+      }
+      const least = started === null ? "at least " : "";
+      const length = run.data.duration;
+      const unseen = "not known: the run was over before this viewer saw it";
+      facts.push(["Duration", [length === null ? unseen : least + duration(length)]]);
     }
     if (this.path?.length > 1) facts.push(["Critical path", [this.pathText()]]);
     const list = facts.map(([name, content]) =>

@@ -43,16 +43,14 @@ function showView() {
   const isFirst = view === null;
   view = next;
   next.element.hidden = false;
+  if (isOther && !isFirst) scrollTo(0, 0); // before the view scrolls to what it shows
   next.show(parts, params);
   for (const link of document.querySelectorAll(".views a")) {
     const isHere = VIEWS[link.dataset.view] === next || (link.dataset.view === "board" && next === boardView);
     if (isHere) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  if (isOther && !isFirst) {
-    scrollTo(0, 0);
-    next.element.querySelector("h2")?.focus({ preventScroll: true });
-  }
+  if (isOther && !isFirst) next.element.querySelector("h2")?.focus({ preventScroll: true });
   showTitle();
 }
 
