@@ -177,8 +177,7 @@ Emit = Callable[[Event], None]
 
 
 def broadcast(observers: Iterable[Observer]) -> Emit:
-    """Return a function that passes an event to every observer."""
-    observers = tuple(observers)
+    """Return a function that passes an event to every observer that there is then."""
 
     def emit(event: Event) -> None:
         for observer in observers:

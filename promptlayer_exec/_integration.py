@@ -20,7 +20,7 @@ from promptlayer_exec._engine.definitions import DEFINITION_TIMEOUT
 from promptlayer_exec._engine.start import SendHooks
 from promptlayer_exec._engine.tasks import wait_even_if_cancelled
 from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError, printable
-from promptlayer_exec._events import WakeSource
+from promptlayer_exec._events import Observer, WakeSource
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import each
 from promptlayer_exec._install import install_hint
@@ -51,6 +51,7 @@ __all__ = [
     "log_text",
     "near",
     "node_dict",
+    "observed",
     "receive_callback",
     "report_undelivered",
     "server_of",
@@ -153,6 +154,16 @@ def receive_callback(session: Session, token: str, execution_id: int) -> None:
 def settings(session: Session) -> Settings:
     """Return the checked settings of a session."""
     return session._settings
+
+
+@contextmanager
+def observed(session: Session, observer: Observer) -> Iterator[None]:
+    """Call one more observer with every event of a session, open or not."""
+    session._observers.append(observer)
+    try:
+        yield
+    finally:
+        session._observers.remove(observer)
 
 
 @contextmanager

@@ -149,7 +149,8 @@ class Session:
         self._node_maps = NodeMapReader()
         self._recent_starts = RecentStarts(retry.not_found_grace)
         self._early_wake_ups = EarlyWakeUps()
-        self._emit = broadcast(observers)
+        self._observers = [*observers]
+        self._emit = broadcast(self._observers)
         self._callbacks = CallbackLog(self._emit, self._recent_starts)
         # What each start carries, so that its completion is pushed.
         self._channel_suffix = None if self._settings.push is False else secrets.token_hex(16)

@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from pathlib import Path
@@ -317,7 +318,7 @@ async def test_an_invalid_or_unknown_id_is_refused_with_a_reason(
         assert (status, answer["field"]) == (422, "execution_id")
     status, answer = await viewer.send("POST", "executions", {"execution_id": "77"})
     assert status == 404
-    assert "execution 77: the server answered 404" in answer["message"]
+    assert "PromptLayer has no execution 77 (404" in answer["message"]
     sim.inject(Fault.status(401))
     status, answer = await viewer.send("POST", "executions", {"execution_id": "77"})
     assert status == 502
@@ -337,13 +338,42 @@ async def test_a_watch_that_failed_keeps_its_last_snapshot(
     await until(events, "execution", execution_id=str(other), state="succeeded")
     sim.inject(Fault.status(403))  # for the first one: the other is not polled any more
     lost = await until(events, "execution", state="lost")
-    assert "403 Forbidden" in lost["error"]
+    problem = lost["problem"]
+    assert problem["kind"] == "refused"
+    assert "PromptLayer does not allow this API key to do that (403 Forbidden)" in problem["text"]
+    assert problem["since"] == pytest.approx(time.time(), abs=5)
     assert (lost["final"], lost["total"]) == (1, 2)
     assert (await viewer.send("POST", "executions", {"execution_id": str(held)}))[0] == 201
     assert (await until(events, "nodes", execution_id=str(held)))["all"]
     again = await until(events, "execution", execution_id=str(held), state="running")
-    assert again["error"] is None
+    assert again["problem"] is None
     assert list(viewer.board.cards) == [held, other]
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "text"),
+    [
+        (Fault.disconnect(), "unreachable", "PromptLayer cannot be reached: "),
+        (Fault.status(503), "failing", "PromptLayer answers 503 Service Unavailable."),
+        (Fault.status(429, retry_after=0.2), "waiting", "PromptLayer asks to wait (429 "),
+        (Fault.truncate(), "unreadable", "PromptLayer's answer cannot be read: "),
+    ],
+)
+async def test_a_poll_that_is_tried_again_says_why(
+    sim: Simulator, viewer: Any, held: int, fault: Fault, kind: str, text: str
+) -> None:
+    """What is wrong, since when, and when PromptLayer is asked again; it passes with an answer."""
+    viewer.board.follow(held)
+    events = viewer.events()
+    assert (await until(events, "execution", state="running"))["problem"] is None
+    sim.inject(fault)
+    async with asyncio.timeout(5):
+        while (shown := (await until(events, "execution"))["problem"]) is None:
+            pass
+        assert (shown["kind"], shown["text"][: len(text)]) == (kind, text)
+        assert shown["since"] <= shown["until"]
+        while (await until(events, "execution"))["problem"] is not None:
+            pass
 
 
 async def test_an_error_of_any_kind_ends_a_watch_visibly(
@@ -361,7 +391,7 @@ async def test_an_error_of_any_kind_ends_a_watch_visibly(
         async with asyncio.timeout(5):
             while board.cards[held].state != "lost":
                 await board.changed.wait()
-        assert board.cards[held].error == "the limiter is gone"
+        assert board.cards[held].problem.text == "the limiter is gone"
 
 
 async def test_a_run_is_started_and_followed(sim: Simulator, viewer: Any) -> None:

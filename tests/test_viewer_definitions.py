@@ -88,7 +88,7 @@ async def test_the_form_knows_inputs_labels_and_versions(sim: Simulator, viewer:
     assert prod["definition"]["required_inputs"] == {"topic": "string"}
     _, none = await viewer.send("GET", "definition?workflow=none")
     assert none["definition"] is None
-    assert "404 Not Found" in none["reason"]
+    assert "PromptLayer has no workflow of this name or id (404" in none["reason"]
 
 
 async def test_inputs_are_checked_before_a_start(sim: Simulator, viewer: Any) -> None:

@@ -97,7 +97,7 @@ async def test_a_search_finds_each_word_literally(history: History) -> None:
     assert await ids(history, workflow="w") == [None, "11"]
     assert await ids(history, since=1012.0) == [None, "12"]
     found = await history.search(outcome="unknown")
-    assert found["counts"] == {"running": 0, "succeeded": 1, "failed": 1, "unknown": 1}
+    assert found["counts"] == {"running": 0, "succeeded": 1, "failed": 1, "lost": 0, "unknown": 1}
     assert found["matching"] == 1
 
 
@@ -276,9 +276,9 @@ async def test_a_lost_execution_is_remembered_as_such(
     while viewer.board.cards[held].snapshot is None:
         await viewer.board.changed.wait()
     sim.inject(Fault.status(403))
-    while viewer.board.cards[held].error is None:
+    while viewer.board.cards[held].is_lost is False:
         await viewer.board.changed.wait()
-    (entry,) = (await viewer.send("GET", "history?outcome=failed"))[1]["entries"]
+    (entry,) = (await viewer.send("GET", "history?outcome=lost"))[1]["entries"]
     assert (entry["outcome"], entry["nodes"]) == ("lost", 2)
     assert "403 Forbidden" in entry["problem"]
     assert before <= entry["began"] + 1

@@ -8,13 +8,22 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from typing import Any, Self
 
 import attrs
 
-from promptlayer_exec import Execution, Session, Snapshot, StartUnknown
+from promptlayer_exec import (
+    Event,
+    Execution,
+    RequestRetried,
+    Session,
+    Snapshot,
+    StartUnknown,
+)
+from promptlayer_exec._integration import observed
 from promptlayer_exec.viewer._history import History
+from promptlayer_exec.viewer._problems import Problem, explain
 from promptlayer_exec.viewer._timeline import Sight, Timeline
 
 logger = logging.getLogger("promptlayer_exec")
@@ -37,12 +46,13 @@ class Card:
     timeline: Timeline = attrs.Factory(Timeline)
     snapshot: Snapshot | None = None
     received: float = 0.0  # when the snapshot was received, by the loop's clock
-    error: str | None = None  # why the execution is no longer followed, if it is not complete
+    problem: Problem | None = None  # since the latest snapshot
+    is_lost: bool = False  # it is no longer followed, though it is not complete
 
     @property
     def state(self) -> str:
         """The state as a word: `lost`, `waiting`, `running`, `succeeded` or `failed`."""
-        if self.error is not None:
+        if self.is_lost:
             return "lost"
         if self.snapshot is None:
             return "waiting"
@@ -89,6 +99,7 @@ class Board:
         self.changed = asyncio.Event()
         self.session = session
         self._watches: dict[Card, asyncio.Task[None]] = {}
+        self._observed = ExitStack()
 
     def follow(self, execution_id: int) -> None:
         """Follow an execution as the last of the page, without checking that it exists."""
@@ -103,7 +114,7 @@ class Board:
             PromptLayerExecError: the server does not know the execution, or did not answer.
         """
         card = self.cards.get(execution_id)
-        if card is None or card.error is not None:
+        if card is None or card.is_lost:
             execution = self.session.execution(execution_id) if card is None else card.execution
             await execution.snapshot()
             known = {} if card is None else _known(card)
@@ -162,6 +173,7 @@ class Board:
         self._notify()
 
     async def __aenter__(self) -> Self:
+        self._observed.enter_context(observed(self.session, self._observe))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -170,13 +182,14 @@ class Board:
             watch.cancel()
         if self._watches:
             await asyncio.wait(self._watches.values())
+        self._observed.close()
         if self.history is not None:
             await self.history.aclose()
 
     def _follow(self, card: Card, *, first: bool = False) -> None:
         execution_id = card.execution.id
         before = self.cards.get(execution_id)
-        if before is not None and before.error is None:
+        if before is not None and not before.is_lost:
             return
         start = {execution_id: card} if first and before is None else {}
         self.cards = {**start, **self.cards, execution_id: card}
@@ -192,12 +205,25 @@ class Board:
                 async for snapshot in snapshots:
                     self._take(card, snapshot, sight)
         except Exception as error:  # noqa: BLE001 - shown on the page, else it would show as running
-            card.error = str(error) or type(error).__name__
-            self._update(card, outcome="lost", problem=card.error)
+            kind, text = explain(error)
+            since = time.time() if card.problem is None else card.problem.since
+            card.problem, card.is_lost = Problem(kind, text, since), True
+            self._update(card, outcome="lost", problem=text)
             self._notify()
         finally:
             if card.snapshot is not None and not card.snapshot.complete:
                 self._update(card, origin=card.timeline.origin, times=card.timeline.dump())
+
+    def _observe(self, event: Event) -> None:
+        """Record why a poll is tried again."""
+        card = self.cards.get(event.execution_id or 0)
+        if card is None or not isinstance(event, RequestRetried):
+            return
+        now = time.time()
+        kind, text = explain(event.error)
+        since = now if card.problem is None else card.problem.since
+        card.problem = Problem(kind, text, since, now + event.delay)
+        self._notify()
 
     async def _recall(self, card: Card) -> Timeline:
         """Fill in what is remembered of an execution that was added by its id."""
@@ -216,7 +242,7 @@ class Board:
     def _take(self, card: Card, snapshot: Snapshot, sight: Sight) -> None:
         is_first = card.snapshot is None
         card.timeline = sight.take(snapshot, time.time())
-        card.snapshot = snapshot
+        card.snapshot, card.problem = snapshot, None
         card.received = asyncio.get_running_loop().time()
         if is_first:
             self._record(

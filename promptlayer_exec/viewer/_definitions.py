@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from promptlayer_exec import PromptLayerExecError, Session, Workflow, WorkflowSummary
+from promptlayer_exec.viewer._problems import explain
 
 _PATIENCE = 5.0  # seconds for one definition
 _LIST_PATIENCE = 20.0  # seconds for the list
@@ -49,7 +50,7 @@ class Definitions:
         except TimeoutError:
             raise NoDefinition(f"it was not sent within {_PATIENCE:.0f} s.") from None
         except (PromptLayerExecError, ValueError) as error:
-            raise NoDefinition(str(error)) from error
+            raise NoDefinition(explain(error)[1]) from error
         self._known[key] = (time.monotonic(), found)
         return found
 
@@ -74,7 +75,7 @@ class Definitions:
         except TimeoutError:
             raise NoDefinition("the list of workflows was not sent in time.") from None
         except PromptLayerExecError as error:
-            raise NoDefinition(str(error)) from error
+            raise NoDefinition(explain(error)[1]) from error
         self._summaries = (time.monotonic(), found)
         return found
 

@@ -12,16 +12,18 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import anyio
+import attrs
 from sse_starlette import ServerSentEvent
 
 from promptlayer_exec import Node, NodeStatus, NodeTimes, Snapshot
 from promptlayer_exec._integration import base_url, indented, node_dict
 from promptlayer_exec.viewer._board import Board, Card
+from promptlayer_exec.viewer._problems import Problem
 
 _HEARTBEAT = 15.0
 _MAX_TEXT = 10_000
 
-_Shown = tuple[Snapshot | None, str | None, str | None]
+_Shown = tuple[Snapshot | None, Problem | None, bool, str | None]
 
 
 async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
@@ -51,7 +53,8 @@ async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
             }
             yield _event("board", board_view)
         for card in cards.values():
-            before, now = sent.get(card), (card.snapshot, card.error, card.workflow)
+            before = sent.get(card)
+            now = (card.snapshot, card.problem, card.is_lost, card.workflow)
             if before == now:
                 continue
             sent[card] = now
@@ -104,7 +107,7 @@ def _card_view(card: Card) -> dict[str, Any]:
         "since": card.timeline.origin,
         "warning": card.execution.warning,
         "state": card.state,
-        "error": card.error,
+        "problem": None if card.problem is None else attrs.asdict(card.problem),
         "elapsed": _rounded(card.elapsed),
         "duration": _rounded(card.duration),
         "final": 0 if snapshot is None else sum(n.final for n in snapshot.nodes.values()),

@@ -56,7 +56,7 @@ _COLUMNS = [
 ]
 _SHOWN = "key, execution_id, workflow, label, version, outcome, began, is_started, duration, nodes"
 _TEXTS = ("workflow", "CAST(execution_id AS TEXT)", "inputs", "problem", "label")
-_OUTCOMES = ("running", "succeeded", "failed", "unknown")
+_OUTCOMES = ("running", "succeeded", "failed", "lost", "unknown")
 
 _logger = logging.getLogger("promptlayer_exec")
 
@@ -237,11 +237,10 @@ class History:
         connection = self._connect()
         counts = dict.fromkeys(_OUTCOMES, 0)
         for row in connection.execute(f"SELECT outcome, COUNT(*) {found} GROUP BY outcome", values):
-            counts[_group(row[0])] += row[1]
+            counts[row[0]] = row[1]
         if outcome:
-            same = [one for one in (*_OUTCOMES, "lost") if _group(one) == outcome]
-            found += f" AND outcome IN ({', '.join('?' * len(same))})"
-            values.extend(same)
+            found += " AND outcome = ?"
+            values.append(outcome)
         rows = connection.execute(
             f"SELECT {_SHOWN}, substr(problem, 1, 300) AS problem,"
             f" substr(inputs, 1, 300) AS inputs {found}"
@@ -285,10 +284,6 @@ def _storable(fields: dict[str, Any]) -> dict[str, Any]:
         else value
         for name, value in fields.items()
     }
-
-
-def _group(outcome: str) -> str:
-    return "failed" if outcome == "lost" else outcome
 
 
 def _view(row: sqlite3.Row) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from promptlayer_exec import (
-    NotFound,
     PromptLayerExecError,
     StartUnknown,
     Workflow,
@@ -24,6 +23,7 @@ from promptlayer_exec.viewer._board import Board, Card
 from promptlayer_exec.viewer._definitions import Definitions, NoDefinition, definition_view
 from promptlayer_exec.viewer._events import value_text
 from promptlayer_exec.viewer._history import History
+from promptlayer_exec.viewer._problems import explain
 
 _Text = Annotated[str, Body(embed=True)]
 _OptionalText = Annotated[str | None, Body(embed=True)]
@@ -43,7 +43,8 @@ def add_execution_routes(app: FastAPI, board: Board) -> None:
         try:
             await board.add(int(text))
         except PromptLayerExecError as error:
-            return refuse(str(error), 404 if isinstance(error, NotFound) else 502, "execution_id")
+            kind, message = explain(error)
+            return refuse(message, 404 if kind == "missing" else 502, "execution_id")
         return _json({"execution_id": str(int(text))}, 201)
 
     @app.delete("/api/executions/{execution_id}")
@@ -190,9 +191,10 @@ def add_start_routes(app: FastAPI, board: Board) -> None:
 
 
 def _refuse_start(error: PromptLayerExecError) -> Response:
-    if isinstance(error, NotFound):
-        return refuse(str(error), 404, "workflow")
-    return refuse(str(error), 502, is_unknown=isinstance(error, StartUnknown))
+    kind, message = explain(error)
+    if kind == "missing":
+        return refuse(message, 404, "workflow")
+    return refuse(message, 502, is_unknown=isinstance(error, StartUnknown))
 
 
 def add_history_routes(app: FastAPI, history: History) -> None:

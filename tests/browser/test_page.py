@@ -119,8 +119,41 @@ async def test_times_advance_between_polls_and_a_silent_server_is_shown(
     problem = card(page, held).locator('[data-part="problem"]')
     await expect(problem).to_be_hidden()
     await page.clock.fast_forward(20_000)
-    await expect(problem).to_contain_text("PromptLayer has not answered for 2")
+    await expect(problem).to_contain_text("PromptLayer has not answered. It is so since ")
+    await expect(state(page, held)).to_have_text("Running when last seen")
+    await expect(page.locator("#connection")).to_have_text("PromptLayer does not answer")
     await expect(running).to_have_text(re.compile(r"^2\d\.\d s$"))
+
+
+async def test_what_is_wrong_at_promptlayer_is_said_where_the_run_is(
+    sim: Simulator, ui: Any, page: Page
+) -> None:
+    """The reason, since when, and when it is asked again; a run that is given up is not failed."""
+    held, other = sim.add_execution(HELD), sim.add_execution(HELD)
+    await add(page, held)
+    await expect(status(page, held, "plan")).to_have_text("Running")
+    sim.inject(Fault.status(503, retry_after=60.0))
+    problem = card(page, held).locator('[data-part="problem"]')
+    await expect(problem).to_have_text(
+        re.compile(r"PromptLayer answers 503 .* It is so since .*; it is asked again at \d+:")
+    )
+    await expect(state(page, held)).to_have_text("Running when last seen")
+    await expect(page.locator("#connection")).to_have_text("PromptLayer has errors")
+    await ui.open_run(held)
+    await expect(ui.part("problem")).to_contain_text("PromptLayer answers 503")
+    await ui.open("#/")
+    await card(page, held).get_by_role("button", name="Remove").click()
+    await expect(page.locator("#connection")).to_have_text("Live")
+    await add(page, other)
+    await expect(status(page, other, "plan")).to_have_text("Running")
+    sim.inject(Fault.status(401))
+    await expect(state(page, other)).to_have_text("No longer followed")
+    await expect(page.locator("#connection")).to_have_text("PromptLayer refuses the key")
+    await expect(card(page, other).locator('[data-part="problem"]')).to_contain_text(
+        "Check PROMPTLAYER_API_KEY where the viewer was started"
+    )
+    await expect(page.get_by_role("radio", name="Failed 0")).to_be_attached()
+    await expect(page.get_by_role("radio", name="No longer followed 1")).to_be_attached()
 
 
 async def test_the_time_line_shows_when_each_node_ran(sim: Simulator, page: Page) -> None:
@@ -224,12 +257,14 @@ async def test_the_page_reconnects_to_a_restarted_viewer(
     await expect(status(page, second, "plan")).to_have_text("Running")
     await viewer.stop()
     await expect(page.locator("#connection")).to_contain_text("The viewer has stopped")
+    await expect(page.locator("#gone")).to_contain_text("The viewer has not answered since")
     time = time_of(page, second, "plan")
     frozen = await time.text_content()
     sim.finish(first, "plan")
     await viewer.start()
     assert await time.text_content() == frozen
     await expect(page.locator("#connection")).to_have_text("Live")
+    await expect(page.locator("#gone")).to_be_hidden()
     await expect(status(page, first, "answer")).to_have_text("Running")
     await expect(status(page, second, "plan")).to_have_text("Running")
     shown = await page.locator(".card").evaluate_all("(all) => all.map((one) => one.dataset.id)")
@@ -277,7 +312,7 @@ async def test_an_unknown_or_invalid_id_is_an_error_at_the_field(
     browser_errors.expected = ("404 (Not Found)", "422 (")
     field = page.get_by_label("Add an execution")
     error = page.locator("#execution-id-error")
-    for wrong, reason in [("77", "the server answered 404 Not Found"), ("x", "a whole number")]:
+    for wrong, reason in [("77", "PromptLayer has no execution 77"), ("x", "a whole number")]:
         await add(page, wrong)
         await expect(error).to_contain_text(reason)
         await expect(field).to_be_focused()

@@ -9,8 +9,8 @@ const WANTED = "notify";
 
 export function showIcon(runs) {
   const states = new Set(runs.map((run) => groupOf(run.data.state)));
-  const state = ["running", "failed", "succeeded"].find((one) => states.has(one));
-  const name = state === undefined ? "favicon.svg" : `favicon-${state}.svg`;
+  const state = ["running", "failed", "lost", "succeeded"].find((one) => states.has(one));
+  const name = state === undefined || state === "lost" ? "favicon.svg" : `favicon-${state}.svg`;
   const icon = byId("favicon");
   if (icon.getAttribute("href") !== name) icon.setAttribute("href", name);
 }
@@ -21,10 +21,11 @@ export function notifyOfEnd(run) {
   if (!("Notification" in window) || !isAllowed() || localStorage.getItem(WANTED) !== "1") return;
   if (document.visibilityState === "visible" && document.hasFocus()) return;
   const [state] = STATES[run.data.state];
+  const length = run.length();
   const options = {
-    body: `Execution ${run.id}: ${state.toLowerCase()} after ${duration(run.now())}.`,
+    body: `Execution ${run.id}: ${state.toLowerCase()}${length === null ? "" : ` after ${duration(length)}`}.`,
     tag: `execution-${run.id}`,
-    icon: `favicon-${groupOf(run.data.state)}.svg`,
+    icon: run.data.state === "lost" ? "favicon.svg" : `favicon-${run.data.state}.svg`,
   };
   const shown = new Notification(`${run.name}: ${state.toLowerCase()}`, options);
   shown.addEventListener("click", () => {

@@ -6,7 +6,7 @@ import { handle, showErrors } from "./forms.js";
 import { board, groupOf, runs, STATES } from "./model.js";
 import { addressOf, replace } from "./router.js";
 import { matches, Rows } from "./rows.js";
-import { duration } from "./times.js";
+import { clock, duration, sinceText } from "./times.js";
 
 const cards = new Map(); // by id
 let isShown = false;
@@ -52,7 +52,7 @@ export const boardView = {
   tick() {
     for (const [id, card] of cards) {
       const run = runs.get(id);
-      if (run?.data.state === "running") tick(card, run);
+      if (["running", "waiting"].includes(run?.data.state)) tick(card, run);
     }
   },
 
@@ -98,10 +98,9 @@ function showExecution(card, run) {
 // What a card and the page of an execution have in common.
 export function showState(root, run) {
   const { data } = run;
-  const [state, icon] = STATES[data.state];
+  const [, icon] = STATES[data.state];
   root.dataset.state = data.state;
   write(part(root, "title"), run.name);
-  write(part(root, "state"), state);
   draw(part(root, "icon"), icon);
   const progress = part(root, "progress");
   progress.max = Math.max(data.total, 1);
@@ -117,8 +116,22 @@ export function tick({ root, rows }, run) {
   const time = run.now();
   const length = run.length();
   write(part(root, "elapsed"), length === null ? "" : duration(length));
-  show(part(root, "problem"), run.problem(duration));
+  const problem = run.problem();
+  show(part(root, "problem"), problem === null ? null : problemText(run, problem));
+  const isOld = problem !== null && run.data.state === "running";
+  write(part(root, "state"), isOld ? "Running when last seen" : STATES[run.data.state][0]);
+  root.classList.toggle("old", isOld);
   rows.tick(time);
+}
+
+function problemText({ data }, { text, since, until }) {
+  if (data.state === "lost") {
+    const ends = "The viewer has given up; the run itself goes on at PromptLayer.";
+    return `${text} ${ends} Noticed at ${clock(since)}.`;
+  }
+  const wait = until === null ? 0 : until - Date.now() / 1000;
+  const next = wait > 5 ? `it is asked again at ${clock(until)}` : "the viewer keeps asking";
+  return `${text} It is so ${sinceText(since)}; ${next}.`;
 }
 
 function drop(id) {
@@ -160,7 +173,7 @@ function applyFilter() {
   if (!isShown) return;
   const text = byId("filter").value.trim().toLowerCase();
   const state = document.querySelector("input[name=state]:checked").value;
-  const counts = { all: 0, running: 0, succeeded: 0, failed: 0 };
+  const counts = { all: 0, running: 0, succeeded: 0, failed: 0, lost: 0 };
   let shown = 0;
   for (const card of cards.values()) {
     const group = groupOf(card.run.data.state);

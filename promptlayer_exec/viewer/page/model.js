@@ -20,7 +20,7 @@ const FIRST = {
   since: null,
   has_inputs: false,
   state: "waiting",
-  error: null,
+  problem: null,
   elapsed: null,
   duration: null,
   final: 0,
@@ -77,12 +77,15 @@ export class Run {
     return this.now() + Math.max(0, since - (started ?? since));
   }
 
-  // The error of an execution, or that PromptLayer does not answer, as then times may be old.
-  problem(duration) {
+  // What is wrong with PromptLayer's answers: { kind, text, since, until }, or null. A poll that
+  // gets no answer at all is noticed here: the viewer learns nothing until it is given up.
+  problem() {
+    if (this.data.problem !== null) return this.data.problem;
     const silent = (performance.now() - this.at) / 1000;
     const isStale = connection.state === "live" && this.data.state === "running" && silent > STALE;
-    const stale = `PromptLayer has not answered for ${duration(Math.floor(silent))}.`;
-    return this.data.error ?? (isStale ? stale : null);
+    if (!isStale) return null;
+    const since = Date.now() / 1000 - silent;
+    return { kind: "stale", text: "PromptLayer has not answered.", since, until: null };
   }
 
   // The failed nodes that a skipped one waited for, through others that were skipped.
@@ -115,13 +118,36 @@ export class Run {
   }
 }
 
+const SERVER = {
+  unreachable: "PromptLayer cannot be reached",
+  slow: "PromptLayer does not answer",
+  stale: "PromptLayer does not answer",
+  failing: "PromptLayer has errors",
+  waiting: "PromptLayer asks to wait",
+  refused: "PromptLayer refuses the key",
+};
+
+// What is wrong with PromptLayer as a whole: { text, since }, or null.
+export function serverProblem() {
+  let found = null;
+  for (const run of runs.values()) {
+    const problem = ["running", "waiting", "lost"].includes(run.data.state) ? run.problem() : null;
+    if (problem === null || !(problem.kind in SERVER)) continue;
+    if (run.data.state === "lost" && problem.kind !== "refused") continue;
+    if (found === null || problem.since < found.since) {
+      found = { text: SERVER[problem.kind], since: problem.since };
+    }
+  }
+  return found;
+}
+
 export function runOf(id) {
   if (!runs.has(id)) runs.set(id, new Run(id));
   return runs.get(id);
 }
 
 export function groupOf(state) {
-  return { waiting: "running", lost: "failed" }[state] ?? state;
+  return state === "waiting" ? "running" : state;
 }
 
 // The status as styles and icons name it.

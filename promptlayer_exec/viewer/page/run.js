@@ -65,7 +65,7 @@ export const runView = {
   },
 
   tick() {
-    if (page?.run?.data.state === "running") tick(page, page.run);
+    if (["running", "waiting"].includes(page?.run?.data.state)) tick(page, page.run);
   },
 
   title() {

@@ -41,6 +41,11 @@ export function ago(moment) {
   return "just now";
 }
 
+// "since 12:03:10 (2 min 05 s)".
+export function sinceText(moment) {
+  return `since ${clock(moment)} (${duration(Math.max(0, Date.now() / 1000 - moment))})`;
+}
+
 // The positions of at most six labels on an axis of some seconds.
 export function ticks(seconds) {
   const steps = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200];

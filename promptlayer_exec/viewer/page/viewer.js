@@ -4,13 +4,14 @@ import * as api from "./api.js";
 import { notifyOfEnd, showIcon } from "./alerts.js";
 import { boardView } from "./board.js";
 import { compareView } from "./compare.js";
-import { announce, byId, notify, write } from "./dom.js";
+import { announce, byId, notify, show, write } from "./dom.js";
 import { historyView } from "./history.js";
-import { board, Run, runOf, runs, STATES } from "./model.js";
+import { board, connection, Run, runOf, runs, serverProblem, STATES } from "./model.js";
 import { route } from "./router.js";
 import { runView } from "./run.js";
 import { startView } from "./start.js";
 import { follow } from "./stream.js";
+import { clock, sinceText } from "./times.js";
 
 const TICK = 200;
 const CONNECTIONS = {
@@ -64,11 +65,24 @@ function showTitle() {
 // Events
 
 function showConnection(state) {
-  byId("connection").dataset.state = state;
-  if (write(byId("connection-text"), CONNECTIONS[state]) && isConnected) {
-    announce(CONNECTIONS[state]);
-  }
+  const problem = state === "live" ? serverProblem() : null;
+  byId("connection").dataset.state = problem === null ? state : "troubled";
+  byId("connection").title = problem === null ? "" : sinceText(problem.since);
+  const text = problem?.text ?? CONNECTIONS[state];
+  if (write(byId("connection-text"), text) && isConnected) announce(text);
   isConnected ||= state === "live";
+}
+
+// The viewer itself is gone; a short loss of the connection is none of anybody's business.
+function showGone() {
+  const { state, lostAt } = connection;
+  const silent = (performance.now() - lostAt) / 1000;
+  const isGone = lostAt > 0 && (state === "ended" || (state === "reconnecting" && silent > 2));
+  if (isGone === !byId("gone").hidden) return;
+  const since = clock(Date.now() / 1000 - silent);
+  const what = `The viewer has not answered since ${since}: this page shows what was known then.`;
+  const next = "Runs go on at PromptLayer. Start promptlayer-exec view again; the page then reconnects by itself.";
+  show(byId("gone"), isGone ? `${what} ${next}` : null);
 }
 
 const on = {
@@ -159,7 +173,11 @@ byId("token-form").addEventListener("submit", (event) => {
   location.reload();
 });
 
-setInterval(() => view?.tick?.(), TICK);
+setInterval(() => {
+  view?.tick?.();
+  showGone();
+  if (connection.state === "live") showConnection("live");
+}, TICK);
 setInterval(() => view?.refresh?.(), 15_000);
 
 // A URL that differs only in its fragment does not reload the page.
