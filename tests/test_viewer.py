@@ -351,22 +351,23 @@ async def test_a_watch_that_failed_keeps_its_last_snapshot(
 
 
 @pytest.mark.parametrize(
-    ("fault", "kind", "text"),
+    ("fault", "problem"),
     [
-        (Fault.disconnect(), "unreachable", "PromptLayer cannot be reached: "),
-        (Fault.status(503), "failing", "PromptLayer answers 503 Service Unavailable."),
-        (Fault.status(429, retry_after=0.2), "waiting", "PromptLayer asks to wait (429 "),
-        (Fault.truncate(), "unreadable", "PromptLayer's answer cannot be read: "),
+        (Fault.disconnect(), ("unreachable", "PromptLayer cannot be reached: ")),
+        (Fault.status(503), ("failing", "PromptLayer answers 503 Service Unavailable.")),
+        (Fault.status(429, retry_after=0.2), ("waiting", "PromptLayer asks to wait (429 ")),
+        (Fault.truncate(), ("unreadable", "PromptLayer's answer cannot be read: ")),
     ],
 )
 async def test_a_poll_that_is_tried_again_says_why(
-    sim: Simulator, viewer: Any, held: int, fault: Fault, kind: str, text: str
+    sim: Simulator, viewer: Any, held: int, fault: Fault, problem: tuple[str, str]
 ) -> None:
     """What is wrong, since when, and when PromptLayer is asked again; it passes with an answer."""
     viewer.board.follow(held)
     events = viewer.events()
     assert (await until(events, "execution", state="running"))["problem"] is None
     sim.inject(fault)
+    kind, text = problem
     async with asyncio.timeout(5):
         while (shown := (await until(events, "execution"))["problem"]) is None:
             pass

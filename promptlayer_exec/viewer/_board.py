@@ -41,6 +41,7 @@ class Card:
     label: str | None = None
     version: int | None = None
     inputs: str | None = None  # JSON, if the run was started in a viewer
+    metadata: str | None = None  # JSON, too
     started: float | None = None  # when, if it was started here
     is_new: bool = False  # this viewer has started it, and sees all of it
     timeline: Timeline = attrs.Factory(Timeline)
@@ -127,6 +128,7 @@ class Board:
         *,
         label: str | None = None,
         version: int | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> Execution:
         """Start a run of a workflow, and follow it as the first of the page.
 
@@ -136,9 +138,12 @@ class Board:
             PromptLayerExecError: it was not started, or it is unknown whether it was.
         """
         known: dict[str, Any] = {"workflow": workflow, "label": label, "version": version}
+        known["metadata"] = None if metadata is None else json.dumps(dict(metadata))
         began = time.time()
         try:
-            execution = await self.session.start(workflow, inputs, label=label, version=version)
+            execution = await self.session.start(
+                workflow, inputs, label=label, version=version, metadata=metadata
+            )
         except (StartUnknown, asyncio.CancelledError) as error:
             known |= {"inputs": _text_of(inputs), "began": began, "is_started": True}
             stopped = "the viewer was stopped before the start was answered"
@@ -235,7 +240,7 @@ class Board:
         if known is not None and card.inputs is None:
             card.workflow = card.workflow or known["workflow"]
             card.label, card.version = known["label"], known["version"]
-            card.inputs = known["inputs"]
+            card.inputs, card.metadata = known["inputs"], known["metadata"]
             card.started = known["began"] if known["is_started"] else None
         return Timeline.read(known)
 
@@ -278,7 +283,7 @@ class Board:
 
 
 def _known(card: Card) -> dict[str, Any]:
-    names = ("workflow", "label", "version", "inputs", "started", "timeline")
+    names = ("workflow", "label", "version", "inputs", "metadata", "started", "timeline")
     return {name: getattr(card, name) for name in names}
 
 

@@ -102,6 +102,7 @@ def _card_view(card: Card) -> dict[str, Any]:
         "workflow": card.workflow,
         "label": card.label,
         "version": card.version,
+        "metadata": None if card.metadata is None else json.loads(card.metadata),
         "has_inputs": card.inputs is not None,
         "started": card.started,
         "since": card.timeline.origin,

@@ -27,6 +27,7 @@ CREATE TABLE IF NOT EXISTS executions (
     label TEXT,
     version INTEGER,
     inputs TEXT,                    -- JSON, of runs started in a viewer
+    metadata TEXT,                  -- JSON, of these
     outcome TEXT NOT NULL,          -- running, succeeded, failed, lost or unknown
     began REAL NOT NULL,            -- when it was started or first seen, seconds since 1970
     is_started INTEGER NOT NULL DEFAULT 0,
@@ -45,6 +46,7 @@ _COLUMNS = [
     "label",
     "version",
     "inputs",
+    "metadata",
     "outcome",
     "began",
     "is_started",
@@ -54,7 +56,10 @@ _COLUMNS = [
     "origin",
     "times",
 ]
-_SHOWN = "key, execution_id, workflow, label, version, outcome, began, is_started, duration, nodes"
+_SHOWN = (
+    "key, execution_id, workflow, label, version, metadata, outcome, began, is_started, duration,"
+    " nodes"
+)
 _TEXTS = ("workflow", "CAST(execution_id AS TEXT)", "inputs", "problem", "label")
 _OUTCOMES = ("running", "succeeded", "failed", "lost", "unknown")
 

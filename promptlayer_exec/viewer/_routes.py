@@ -27,6 +27,7 @@ from promptlayer_exec.viewer._problems import explain
 
 _Text = Annotated[str, Body(embed=True)]
 _OptionalText = Annotated[str | None, Body(embed=True)]
+_Metadata = Annotated[dict[str, str] | None, Body(embed=True)]
 _Key = Annotated[int, Path(ge=1, le=MAX_ID)]
 _Offset = Annotated[int, Query(ge=0, le=MAX_ID)]
 
@@ -170,7 +171,11 @@ def add_start_routes(app: FastAPI, board: Board) -> None:
 
     @app.post("/api/runs")
     async def start_run(
-        workflow: _Text, inputs: _Text, label: _OptionalText = None, version: _OptionalText = None
+        workflow: _Text,
+        inputs: _Text,
+        label: _OptionalText = None,
+        version: _OptionalText = None,
+        metadata: _Metadata = None,
     ) -> Response:
         if not workflow.strip():
             return refuse("Enter the name or the id of a workflow.", 422, "workflow")
@@ -181,6 +186,7 @@ def add_start_routes(app: FastAPI, board: Board) -> None:
             chosen: dict[str, Any] = {
                 "label": label or None,
                 "version": int(version) if version else None,
+                "metadata": metadata,
             }
             execution = await board.start(workflow, given, **chosen)
         except PromptLayerExecError as error:

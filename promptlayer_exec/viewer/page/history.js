@@ -148,8 +148,9 @@ function rowOf(entry) {
   return root;
 }
 
-function startOf({ key, workflow, label, version }) {
-  return { line: String(key), workflow, label, version: version === null ? null : String(version) };
+function startOf({ key, workflow, label, version, metadata }) {
+  const number = version === null ? null : String(version);
+  return { line: String(key), workflow, label, version: number, metadata };
 }
 
 // What is followed now is known better than what was remembered.

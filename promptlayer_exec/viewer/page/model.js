@@ -15,6 +15,7 @@ const FIRST = {
   workflow: null,
   label: null,
   version: null,
+  metadata: null,
   warning: null,
   started: null,
   since: null,
