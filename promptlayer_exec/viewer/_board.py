@@ -26,6 +26,8 @@ from promptlayer_exec.viewer._history import History
 from promptlayer_exec.viewer._problems import Problem, explain
 from promptlayer_exec.viewer._timeline import Sight, Timeline
 
+_ASIDE = 20  # executions that are kept for their own pages, the latest first
+
 logger = logging.getLogger("promptlayer_exec")
 
 
@@ -43,6 +45,7 @@ class Card:
     inputs: str | None = None  # JSON, if the run was started in a viewer
     metadata: str | None = None  # JSON, too
     started: float | None = None  # when, if it was started here
+    is_listed: bool = True  # on the page of all executions, and not only on its own
     is_new: bool = False  # this viewer has started it, and sees all of it
     timeline: Timeline = attrs.Factory(Timeline)
     snapshot: Snapshot | None = None
@@ -106,10 +109,11 @@ class Board:
         """Follow an execution as the last of the page, without checking that it exists."""
         self._follow(Card(self.session.execution(execution_id)))
 
-    async def add(self, execution_id: int) -> None:
+    async def add(self, execution_id: int, *, is_listed: bool = False) -> None:
         """Follow an execution as the first of the page, if the server knows it.
 
-        An execution that is already followed, or complete, is not changed.
+        One that is over by now does not join the list of the page, unless it `is_listed`: it was
+        opened to be looked at. An execution that is already followed, or complete, is not changed.
 
         Raises:
             PromptLayerExecError: the server does not know the execution, or did not answer.
@@ -117,9 +121,22 @@ class Board:
         card = self.cards.get(execution_id)
         if card is None or card.is_lost:
             execution = self.session.execution(execution_id) if card is None else card.execution
-            await execution.snapshot()
-            known = {} if card is None else _known(card)
+            snapshot = await execution.snapshot()
+            known: dict[str, Any] = {} if card is None else _known(card)
+            was_listed = card is not None and card.is_listed
+            known["is_listed"] = is_listed or was_listed or not snapshot.complete
             self._follow(Card(execution, **known), first=True)
+            self._forget_aside()
+        elif is_listed and not card.is_listed:
+            card.is_listed = True
+            self.cards = {execution_id: card, **self.cards}
+            self._notify()
+
+    def _forget_aside(self) -> None:
+        """Let go of executions that were opened long ago; they are read again when needed."""
+        aside = [one for one, card in self.cards.items() if not card.is_listed]
+        for execution_id in aside[_ASIDE:]:
+            self.remove(execution_id)
 
     async def start(
         self,

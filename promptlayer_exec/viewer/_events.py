@@ -29,12 +29,13 @@ _Shown = tuple[Snapshot | None, Problem | None, bool, str | None]
 async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
     """Yield the events for one page: first everything, then the changes.
 
-    `board` has the ids of the executions, in order; `nodes` the changed nodes of one execution, or
+    `board` has the ids of the executions, in order, and those of others that have a page of their
+    own; `nodes` the changed nodes of one execution, or
     all of them if some were added or removed; `execution` its state and progress; `end` is the
     last event. A page that reads slowly gets the latest state, and no backlog.
     """
     board.opened.set()
-    order: list[str] | None = None
+    order: tuple[list[str], ...] = ()
     # By card, as a new card of an execution is a new watch, whose times start again.
     sent: WeakKeyDictionary[Card, _Shown] = WeakKeyDictionary()
     while True:
@@ -43,13 +44,16 @@ async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
             yield _event("end", {})
             return
         cards = dict(board.cards)
-        if order != (order := [str(execution_id) for execution_id in cards]):
+        listed = [str(one) for one, card in cards.items() if card.is_listed]
+        aside = [str(one) for one, card in cards.items() if not card.is_listed]
+        if order != (order := (listed, aside)):
             board_view = {
                 "instance": board.instance,
                 "note": board.note,
                 "server": base_url(board.session),
                 "has_history": board.history is not None,
-                "executions": order,
+                "executions": listed,
+                "aside": aside,
             }
             yield _event("board", board_view)
         for card in cards.values():

@@ -27,6 +27,7 @@ from promptlayer_exec.viewer._problems import explain
 
 _Text = Annotated[str, Body(embed=True)]
 _OptionalText = Annotated[str | None, Body(embed=True)]
+_Flag = Annotated[bool, Body(embed=True)]
 _Metadata = Annotated[dict[str, str] | None, Body(embed=True)]
 _Key = Annotated[int, Path(ge=1, le=MAX_ID)]
 _Offset = Annotated[int, Query(ge=0, le=MAX_ID)]
@@ -36,13 +37,13 @@ def add_execution_routes(app: FastAPI, board: Board) -> None:
     """Add the routes that follow executions, and read what is known of them."""
 
     @app.post("/api/executions")
-    async def add_execution(execution_id: _Text) -> Response:
+    async def add_execution(execution_id: _Text, is_listed: _Flag = False) -> Response:
         text = execution_id.strip()
         if not re.fullmatch("[0-9]{1,19}", text) or not 1 <= int(text) <= MAX_ID:
             message = f"An execution id must be a whole number from 1 to {MAX_ID}."
             return refuse(message, 422, "execution_id")
         try:
-            await board.add(int(text))
+            await board.add(int(text), is_listed=is_listed)
         except PromptLayerExecError as error:
             kind, message = explain(error)
             return refuse(message, 404 if kind == "missing" else 502, "execution_id")

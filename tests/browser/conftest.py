@@ -172,6 +172,7 @@ class Ui:
         self.page = page
         self.viewer = viewer
         self.run = page.locator(".run")
+        self.selected = page.locator(".node-view")
 
     async def open(self, address: str) -> None:
         """Go to an address of the page."""
@@ -191,6 +192,11 @@ class Ui:
         exactly = re.compile(f"^{re.escape(name)}$")
         has = self.page.locator('[data-part="name"]', has_text=exactly)
         return self.run.locator(".node").filter(has=has)
+
+    async def select(self, name: str) -> None:
+        """Select a node by its row."""
+        await self.row(name).locator(".row").click()
+        await expect(self.selected.locator("h3")).to_have_text(name)
 
     def drawn(self, name: str) -> Locator:
         """Return the node of the graph."""

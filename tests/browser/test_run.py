@@ -44,23 +44,22 @@ def sixty(failing: int = 45) -> Scenario:
 async def test_it_has_an_address_that_survives(
     sim: Simulator, viewer: Any, ui: Any, page: Page, context: BrowserContext
 ) -> None:
-    """Reload, back and forward show the same nodes; another tab asks once for the token."""
+    """Reload, back and forward show the same node; another tab asks once for the token."""
     held = sim.add_execution(HELD)
     viewer.board.follow(held)
     await page.get_by_role("link", name=f"Execution {held}").click()
     await expect(page.get_by_role("heading", name=f"Execution {held}")).to_be_focused()
-    await ui.row("plan").locator("summary").click()
-    await ui.row("answer").locator("summary").click()
-    address = f"{viewer.origin}/#/executions/{held}?node=answer&open=plan"
+    await ui.select("plan")
+    await ui.select("answer")
+    address = f"{viewer.origin}/#/executions/{held}?node=answer"
     assert page.url == address
     await page.reload()
-    for name in ("plan", "answer"):
-        await expect(ui.row(name).locator("details")).to_have_attribute("open", "")
+    await expect(ui.selected.locator("h3")).to_have_text("answer")
     await expect(ui.row("answer")).to_have_class(re.compile("selected"))
     await page.go_back()
-    await expect(page.locator(".card")).to_be_visible()
+    await expect(page.locator(".line")).to_be_visible()
     await page.go_forward()
-    await expect(ui.row("plan").locator("details")).to_have_attribute("open", "")
+    await expect(ui.selected.locator("h3")).to_have_text("answer")
     other = await context.new_page()
     await other.goto(address)
     await expect(other.locator("#refused")).to_be_visible()
@@ -87,44 +86,97 @@ async def test_a_bookmark_follows_an_execution_again(
     await page.get_by_role("button", name="Try again").click()
     await expect(ui.row("plan")).to_have_attribute("data-status", "running")
     await page.get_by_role("button", name="Remove").click()
-    await expect(page.locator(".card")).to_have_count(1)
+    await expect(page.locator(".line")).to_have_count(1)
     assert list(viewer.board.cards) == [held]
 
 
-async def test_the_failed_one_of_sixty_nodes_is_shown(sim: Simulator, ui: Any, page: Page) -> None:
-    """It is opened, selected, and scrolled to, from the board too."""
+@pytest.mark.parametrize("width", [1280, 360])
+async def test_the_failed_one_of_sixty_nodes_is_in_sight(
+    sim: Simulator, ui: Any, page: Page, width: int
+) -> None:
+    """Whatever is chosen is shown where one looks; the page does not scroll, and the axis stays."""
+    await page.set_viewport_size({"width": width, "height": 800})
     failed = sim.add_execution(sixty())
     ui.viewer.board.follow(failed)
     await page.get_by_role("link", name=f"Execution {failed}").click()
-    row = ui.row("node 45")
-    await expect(row).to_have_class(re.compile("selected"))
-    box = await row.bounding_box()
-    assert 0 < box["y"] < 900 - 30
-    await expect(row.locator('[data-part="trace"]')).to_have_text(TRACE)
-    await expect(row.locator("summary")).to_be_in_viewport()
-    await expect(row).to_have_class(re.compile("selected"))
+    await expect(ui.part("count")).to_have_text("57 of 60 nodes succeeded, 1 failed, 2 skipped.")
+    await expect(ui.part("first-error")).to_have_text(f"node 45: {ERROR}")
+    trace = ui.selected.locator('[data-part="trace"]')
+    await expect(trace).to_have_text(TRACE)
+    await expect(ui.row("node 45")).to_have_class(re.compile("selected"))
     assert page.url.endswith("?node=node+45")
-    await row.get_by_role("button", name="Copy the error of node 45").click()
-    await expect(row.locator('[data-part="error-copied"]')).to_have_text("Copied")
+
+    async def in_sight(locator: Any) -> None:
+        box = await locator.bounding_box()
+        assert box is not None
+        assert 0 <= box["y"] <= 800 - min(box["height"], 40)
+
+    await in_sight(ui.part("first-error"))
+    await in_sight(trace)
+    await ui.row("node 30").scroll_into_view_if_needed()
+    before = await page.evaluate("scrollY")
+    assert before > 0
+    await ui.select("node 30")
+    assert await page.evaluate("scrollY") == before
+    await in_sight(ui.selected.locator("h3"))
+    await in_sight(ui.row("node 30"))
+    if width > 1000:
+        await in_sight(ui.part("axis"))
+    await page.evaluate("scrollTo(0, 0)")
+    await ui.part("first-error").click()
+    await page.get_by_role("button", name="Copy the error of node 45").click()
+    copied = ui.selected.locator('[data-part="error-copied"]')
+    await expect(copied).to_have_text("Copied")
     assert await ui.copied() == ERROR
-    await row.locator('[data-part="error-copied"]').evaluate("(one) => { one.textContent = '' }")
-    await row.get_by_role("button", name="Copy the traceback of node 45").click()
-    await expect(row.locator('[data-part="error-copied"]')).to_have_text("Copied")
+    await copied.evaluate("(one) => { one.textContent = '' }")
+    await page.get_by_role("button", name="Copy the traceback of node 45").click()
+    await expect(copied).to_have_text("Copied")
     assert await ui.copied() == TRACE
 
 
-async def test_a_node_that_fails_later_is_opened_too(sim: Simulator, ui: Any) -> None:
+async def test_updates_move_nothing(sim: Simulator, ui: Any, page: Page) -> None:
+    """Neither the rows, nor the focus, nor the scroll position; the bar goes at the end."""
+    nodes = [SimNode(f"node {index}", index, None) for index in range(60)]
+    held = sim.add_execution(Scenario(nodes))
+    await ui.open_run(held)
+    await expect(ui.row("node 59")).to_have_attribute("data-status", "running")
+    await ui.row("node 30").locator(".row").focus()
+    await page.evaluate(
+        """() => { scrollTo(0, 500); window.shift = 0; new PerformanceObserver((list) => {
+            for (const one of list.getEntries()) window.shift += one.value;
+        }).observe({ type: "layout-shift" }); }"""
+    )
+    for index in range(59):
+        sim.finish(held, f"node {index}")
+    await expect(ui.part("count")).to_have_text("59 of 60 nodes succeeded, 1 running.")
+    assert await page.evaluate("scrollY") == 500
+    await expect(ui.row("node 30").locator(".row")).to_be_focused()
+    assert await page.evaluate("window.shift") < 0.01
+    await expect(ui.part("progress")).to_be_visible()
+    sim.finish(held, "node 59", status="FAILED")
+    await expect(ui.part("state")).to_have_text("Failed")
+    await expect(ui.part("progress")).to_be_hidden()
+
+
+async def test_a_success_with_failures_says_so(sim: Simulator, ui: Any) -> None:
+    """An output came out, though not every node succeeded."""
+    nodes = [SimNode("try", status="FAILED"), SimNode("answer", "yes", is_output_node=True)]
+    await ui.open_run(sim.add_execution(Scenario(nodes)))
+    await expect(ui.part("state")).to_have_text("Succeeded, 1 node failed")
+
+
+async def test_a_node_that_fails_later_is_selected(sim: Simulator, ui: Any) -> None:
     """Unless somebody has chosen another one."""
     for is_chosen in (False, True):
         held = sim.add_execution(HELD)
         await ui.open_run(held)
         await expect(ui.row("plan")).to_have_attribute("data-status", "running")
         if is_chosen:
-            await ui.row("answer").locator("summary").click()
+            await ui.select("answer")
         sim.finish(held, "plan", status="FAILED", error_message=ERROR)
         await expect(ui.row("plan")).to_have_attribute("data-status", "failed")
-        details = ui.row("plan").locator("details")
-        await expect(details).to_have_js_property("open", not is_chosen)
+        shown = "answer" if is_chosen else "plan"
+        await expect(ui.selected.locator("h3")).to_have_text(shown)
 
 
 async def test_rows_are_sorted_and_filtered_by_the_address(
@@ -203,8 +255,8 @@ async def test_times_are_those_of_the_clock_too(
     bar = ui.row("plan").locator('[data-part="stretch"]')
     moments = re.compile(rf"^\d\.\d s \({hour}:.*\) to \d\.\d s \({hour}:.*\), \d\.\d s$")
     await expect(bar).to_have_attribute("title", moments)
-    await ui.row("plan").locator("summary").click()
-    times = ui.row("plan").locator('[data-part="times"]')
+    await ui.select("plan")
+    times = ui.selected.locator('[data-part="times"]')
     await expect(times).to_have_text(
         re.compile(rf"running at \d\.\d s \({hour}:.* and final at \d\.\d s \({hour}:.*\)\.")
     )
@@ -266,8 +318,8 @@ async def test_the_output_is_shown_beside_the_inputs(
 async def test_json_is_folded_and_searched(sim: Simulator, ui: Any, page: Page) -> None:
     """Branches are made as they are opened; Enter goes to the next result; numbers are exact."""
     await ui.open_run(sim.add_execution(Scenario([SimNode("rows", DEEP)])))
-    row = ui.row("rows")
-    await row.locator("summary").first.click()
+    await ui.select("rows")
+    row = ui.selected
     tree = row.locator('[data-part="tree"]')
     await expect(tree).to_contain_text("{} 3 keys")
     await expect(tree).to_contain_text("[] 250 items")
@@ -294,8 +346,8 @@ async def test_json_is_folded_and_searched(sim: Simulator, ui: Any, page: Page) 
 async def test_a_tree_is_indented_line_by_line(sim: Simulator, ui: Any) -> None:
     """Each key is at the left of its tree, below the one before, and its size beside it."""
     await ui.open_run(sim.add_execution(Scenario([SimNode("rows", DEEP)])))
-    await ui.row("rows").locator("summary").first.click()
-    tree = ui.run.locator(".tree")
+    await ui.select("rows")
+    tree = ui.selected.locator(".tree")
     await tree.locator("summary").nth(1).click()
     boxes = [await tree.locator("summary").nth(index).bounding_box() for index in range(4)]
     left = (await tree.bounding_box())["x"]
@@ -317,8 +369,8 @@ async def test_a_run_that_was_over_before_has_no_times(sim: Simulator, ui: Any) 
     )
     await expect(ui.part("elapsed")).to_be_empty()
     await expect(ui.row("a").locator('[data-part="stretch"]')).to_be_hidden()
-    await ui.row("a").locator("summary").click()
-    await expect(ui.run.locator('[data-part="times"]').first).to_contain_text(
+    await ui.select("a")
+    await expect(ui.selected.locator('[data-part="times"]')).to_contain_text(
         "was over before this viewer saw the run"
     )
 
@@ -326,8 +378,8 @@ async def test_a_run_that_was_over_before_has_no_times(sim: Simulator, ui: Any) 
 async def test_a_long_list_is_shown_in_parts(sim: Simulator, ui: Any) -> None:
     """A hundred items at a time."""
     await ui.open_run(sim.add_execution(Scenario([SimNode("rows", list(range(1000)))])))
-    await ui.row("rows").locator("summary").first.click()
-    tree = ui.row("rows").locator('[data-part="tree"]')
+    await ui.select("rows")
+    tree = ui.selected.locator('[data-part="tree"]')
     await expect(tree.locator(".leaf")).to_have_count(100)
     await tree.get_by_role("button", name="Show 100 of 900 more").click()
     await expect(tree.locator(".leaf")).to_have_count(200)
@@ -354,22 +406,22 @@ async def test_the_tab_tells_the_state(sim: Simulator, ui: Any, page: Page) -> N
     await ui.open_run(held)
     await expect(page).to_have_title(f"0/2 Execution {held}")
     await expect(icon).to_have_attribute("href", "favicon-running.svg")
-    progress = ui.run.get_by_role("progressbar")
-    color = "(one) => getComputedStyle(one).getPropertyValue('--bar')"
-    running = await progress.evaluate(color)
+    status = ui.part("state")
+    color = "(one) => getComputedStyle(one).color"
+    running = await status.evaluate(color)
     sim.finish(held, "plan", status="FAILED", error_message=ERROR)
     await expect(page).to_have_title(f"✗ Execution {held}")
     await expect(icon).to_have_attribute("href", "favicon-failed.svg")
-    failed = await progress.evaluate(color)
+    failed = await status.evaluate(color)
     done = sim.add_execution(Scenario([SimNode("a", "b")]))
     await ui.open_run(done)
     await expect(page).to_have_title(f"✓ Execution {done}")
     await expect(icon).to_have_attribute("href", "favicon-succeeded.svg")
-    assert len({running, failed, await progress.evaluate(color)}) == 3
+    assert len({running, failed, await status.evaluate(color)}) == 3
     response = await page.request.get(f"{ui.viewer.origin}/favicon-succeeded.svg")
     assert response.headers["content-type"].startswith("image/svg+xml")
     await ui.open("#/")
-    await expect(page).to_have_title("Executions")
+    await expect(page).to_have_title("1 failed · Executions")
     await expect(icon).to_have_attribute("href", "favicon-failed.svg")
 
 
@@ -395,10 +447,10 @@ async def test_the_end_of_a_run_is_notified_if_allowed(
             await page.get_by_role("button", name="Notify me").click()
         held = sim.add_execution(HELD)
         viewer.board.follow(held)
-        await expect(page.locator(f'.card[data-id="{held}"] .node').first).to_be_visible()
+        line = page.locator(f'.line[data-id="{held}"]')
+        await expect(line).to_have_attribute("data-state", "running")
         sim.finish(held, "plan", status="FAILED")
-        card = page.locator(f'.card[data-id="{held}"]')
-        await expect(card).to_have_attribute("data-state", "failed")
+        await expect(line).to_have_attribute("data-state", "failed")
         ends.append(held)
     shown = await page.evaluate("window.shown.map(([title, options]) => [title, options.body])")
     assert [title for title, _ in shown] == [f"Execution {ends[1]}: failed"]

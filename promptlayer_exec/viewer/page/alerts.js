@@ -9,7 +9,7 @@ const WANTED = "notify";
 
 export function showIcon(runs) {
   const states = new Set(runs.map((run) => groupOf(run.data.state)));
-  const state = ["running", "failed", "lost", "succeeded"].find((one) => states.has(one));
+  const state = ["failed", "lost", "running", "succeeded"].find((one) => states.has(one));
   const name = state === undefined || state === "lost" ? "favicon.svg" : `favicon-${state}.svg`;
   const icon = byId("favicon");
   if (icon.getAttribute("href") !== name) icon.setAttribute("href", name);

@@ -77,12 +77,12 @@ function render(left, right) {
   const rows = names.map((name) => compareNodes(name, left, right));
   const differing = rows.filter((row) => row.marks.length > 0);
   const isOnly = byId("only-changed").checked;
-  const list = make("ol", { class: "nodes pairs", "aria-label": "Nodes of both executions" });
+  const list = make("ol", { class: "nodes", "aria-label": "Nodes of both executions" });
   list.append(...(isOnly ? differing : rows).map((row) => rowOf(row, left, right)));
   const focused = document.activeElement?.closest?.(".pair")?.dataset.name;
   const hasInputs = left.data.has_inputs || right.data.has_inputs;
   if (hasInputs) list.prepend(inputsRow(left, right));
-  const card = make("div", { class: "card" }, headOf(left, right), list);
+  const card = make("div", { class: "pairs" }, headOf(left, right), list);
   byId("compare").replaceChildren(card);
   if (focused !== undefined) {
     [...list.children].find((one) => one.dataset.name === focused)?.querySelector("summary").focus();

@@ -42,6 +42,7 @@ export const connection = { state: "connecting", lostAt: 0 }; // lostAt: when th
 export class Run {
   constructor(id) {
     this.id = id;
+    this.isListed = true; // on the board, and not only on its own page
     this.data = { ...FIRST, execution_id: id };
     this.at = performance.now(); // when the data was received
     this.nodes = new Map(); // by name, in the server's order
@@ -64,6 +65,26 @@ export class Run {
     if (state !== "running") return elapsed;
     const until = connection.state === "live" ? performance.now() : connection.lostAt;
     return elapsed + Math.max(0, until - this.at) / 1000;
+  }
+
+  // How many nodes there are of each status, in the order of the segments.
+  counts() {
+    const counts = { success: 0, failed: 0, unknown: 0, running: 0, queued: 0, skipped: 0 };
+    for (const node of this.nodes.values()) counts[statusOf(node)] += 1;
+    return counts;
+  }
+
+  firstFailed() {
+    return [...this.nodes.values()].find((node) => node.status === "FAILED") ?? null;
+  }
+
+  // The state in words; what failed on the way to a success is part of that.
+  stateText() {
+    const { state } = this.data;
+    if (state === "running" && this.problem() !== null) return "Running when last seen";
+    const { failed } = this.counts();
+    if (state !== "succeeded" || failed === 0) return STATES[state][0];
+    return `Succeeded, ${failed} node${failed === 1 ? "" : "s"} failed`;
   }
 
   latest() {

@@ -81,6 +81,10 @@ export class GraphPanel {
     this.graph.select(name);
   }
 
+  tick(run) {
+    if (this.definition !== null) this.graph.tick(run);
+  }
+
   markCritical(names) {
     this.graph.markCritical(names);
   }

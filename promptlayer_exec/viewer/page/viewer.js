@@ -6,7 +6,7 @@ import { boardView } from "./board.js";
 import { compareView } from "./compare.js";
 import { announce, byId, notify, show, write } from "./dom.js";
 import { historyView } from "./history.js";
-import { board, connection, Run, runOf, runs, serverProblem, STATES } from "./model.js";
+import { board, connection, groupOf, Run, runOf, runs, serverProblem, STATES } from "./model.js";
 import { route } from "./router.js";
 import { runView } from "./run.js";
 import { startView } from "./start.js";
@@ -56,10 +56,20 @@ function showView() {
 }
 
 function showTitle() {
-  const title = view?.title() ?? "Executions";
-  if (document.title !== title) document.title = title;
   const run = view === runView ? runView.run() : null;
-  showIcon(run === null ? [...runs.values()] : [run]);
+  const shown = run === null ? [...runs.values()].filter((one) => one.isListed) : [run];
+  const title = `${run === null ? countsOf(shown) : ""}${view?.title() ?? "Executions"}`;
+  if (document.title !== title) document.title = title;
+  showIcon(shown);
+}
+
+// What a tab that is not looked at has to tell, failures first.
+function countsOf(shown) {
+  const count = (state) => shown.filter((run) => groupOf(run.data.state) === state).length;
+  const [failed, running] = [count("failed"), count("running")];
+  const parts = [failed > 0 ? `${failed} failed` : null, running > 0 ? `${running} running` : null];
+  const text = parts.filter((one) => one !== null).join(", ");
+  return text === "" ? "" : `${text} · `;
 }
 
 // Events
@@ -94,7 +104,8 @@ const on = {
 
   board(data) {
     const isRestarted = board.instance !== null && board.instance !== data.instance;
-    const missing = [...runs.keys()].filter((id) => !data.executions.includes(id));
+    const known = [...data.executions, ...data.aside];
+    const missing = [...runs.values()].filter(({ id }) => !known.includes(id));
     Object.assign(board, {
       isKnown: true,
       instance: data.instance,
@@ -103,17 +114,18 @@ const on = {
       hasHistory: data.has_history,
     });
     if (isRestarted) runs.clear();
-    for (const id of missing) runs.delete(id);
-    const ordered = data.executions.map((id) => [id, runs.get(id) ?? new Run(id)]);
+    for (const { id } of missing) runs.delete(id);
+    const ordered = known.map((id) => [id, runs.get(id) ?? new Run(id)]);
     runs.clear();
     for (const [id, run] of ordered) {
       runs.set(id, run);
+      run.isListed = data.executions.includes(id);
       board.returning.delete(id);
     }
     write(byId("note"), data.note);
     byId("note").hidden = data.note === "";
     byId("to-history").hidden = !data.has_history;
-    if (isRestarted) missing.forEach((id) => board.returning.add(id));
+    if (isRestarted) missing.forEach(({ id }) => board.returning.add(id));
     view.onBoard?.();
     if (isRestarted) addAgain(missing);
     showTitle();
@@ -139,10 +151,10 @@ const on = {
 };
 
 // A viewer that was restarted does not know the executions that were on the page before.
-async function addAgain(ids) {
-  for (const id of ids.reverse()) {
+async function addAgain(missing) {
+  for (const { id, isListed } of missing.reverse()) {
     try {
-      await api.call("POST", "api/executions", { execution_id: id });
+      await api.call("POST", "api/executions", { execution_id: id, is_listed: isListed });
     } catch (error) {
       notify(`Execution ${id} could not be followed again. ${error.message}`);
       board.returning.delete(id);
@@ -179,6 +191,12 @@ setInterval(() => {
   if (connection.state === "live") showConnection("live");
 }, TICK);
 setInterval(() => view?.refresh?.(), 15_000);
+
+// What is sticky stays below the bar, however high that is.
+new ResizeObserver(([{ target }]) => {
+  const height = getComputedStyle(target).position === "sticky" ? target.offsetHeight : 0;
+  document.documentElement.style.setProperty("--bar", `${height}px`);
+}).observe(document.querySelector(".bar"));
 
 // A URL that differs only in its fragment does not reload the page.
 addEventListener("hashchange", () => {
