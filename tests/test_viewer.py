@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import math
 import os
@@ -110,7 +111,7 @@ async def test_every_response_has_the_security_headers(viewer: Any) -> None:
 
 def test_the_page_has_no_inline_code_and_no_external_resources() -> None:
     """Its scripts write values as text only, and no file of it names another host."""
-    files = {path.name: path.read_text() for path in PAGE.iterdir()}
+    files = {path.name: path.read_text() for path in PAGE.iterdir() if path.is_file()}
     page = files["index.html"]
     assert re.findall(r"<script[^>]*>", page) == ['<script type="module" src="viewer.js">']
     assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:", page)
@@ -120,6 +121,18 @@ def test_the_page_has_no_inline_code_and_no_external_resources() -> None:
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)
         rest = text.replace(namespace, "").replace(vendor, "")  # the latter is only ever shown
         assert not re.search(r"https?:|\burl\(|@import|//\w+\.", rest), name
+
+
+def test_vendored_code_is_as_it_was_published() -> None:
+    """Each file has its digest, and each library its licence."""
+    vendor = PAGE / "vendor"
+    sums = dict(reversed(one.split()) for one in (vendor / "SHA256SUMS").read_text().splitlines())
+    assert {one.relative_to(vendor).as_posix() for one in vendor.rglob("*.js")} == sums.keys()
+    for name, digest in sums.items():
+        assert hashlib.sha256((vendor / name).read_bytes()).hexdigest() == digest
+    licences = (vendor / "LICENSES.txt").read_text()
+    assert "MarkedJS" in licences
+    assert "Kevin Decker" in licences
 
 
 async def test_the_page_gets_the_client_s_table_of_statuses(viewer: Any) -> None:

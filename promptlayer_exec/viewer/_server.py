@@ -50,8 +50,10 @@ def create_app(board: Board, address: Address, token: str) -> ASGIApp:
         token: the token that the page sends; it takes it from the fragment of its URL.
     """
     app = FastAPI(openapi_url=None)
-    for path in _PAGE.iterdir():
-        name = "" if path.name == "index.html" else path.name
+    for path in _PAGE.rglob("*"):
+        if path.suffix not in _TYPES:
+            continue
+        name = "" if path.name == "index.html" else path.relative_to(_PAGE).as_posix()
         file = Response(path.read_bytes(), media_type=_TYPES[path.suffix])
         app.routes.append(Route(f"/{name}", file, methods=["GET"]))
     script = Response(_statuses_script(), media_type=_TYPES[".js"])

@@ -84,7 +84,7 @@ def _compare(page: Page) -> None:
     page.get_by_label("Compare with").select_option(index=1)
     page.locator(".compare-form").get_by_role("button", name="Compare").click()
     page.locator('.pair[data-name="read letter"] summary').click()
-    page.locator(".line.changed").first.wait_for()
+    page.locator(".diff.changed").first.wait_for()
     _take(page, "compare")
 
 

@@ -247,7 +247,11 @@ async def test_a_large_value_is_fetched_on_demand(sim: Simulator, ui: Any) -> No
     assert await ui.copied() == LONG
     await ui.selected.get_by_role("button", name=f"Show all {len(LONG):,} characters").click()
     await expect(value).to_be_focused()
-    assert await value.evaluate("(one) => one.textContent") == LONG
+    where = ui.selected.locator('[data-part="where"]')
+    await expect(where).to_have_text(f"Characters 1 to 100,000 of {len(LONG):,}")
+    await ui.selected.get_by_role("button", name="Later").click()
+    await expect(where).to_have_text(f"Characters 100,001 to 200,000 of {len(LONG):,}")
+    assert await value.evaluate("(one) => one.textContent") == LONG[100_000:200_000]
 
 
 async def test_the_page_reconnects_to_a_restarted_viewer(
@@ -359,6 +363,9 @@ async def test_the_filter_finds_names_ids_and_statuses(sim: Simulator, page: Pag
     await find.fill("skipped")
     await expect(node(page, failing, "answer")).to_be_visible()
     await expect(node(page, failing, "fetch")).to_be_hidden()
+    await find.fill("index is not")
+    await expect(line(page, failing)).to_be_visible()
+    await expect(line(page, held)).to_be_hidden()
     await find.fill("nowhere")
     await expect(page.locator("#empty")).to_have_text("No execution matches the filter.")
     await find.fill("")

@@ -30,6 +30,26 @@ TRACE = "Traceback: ...\nOSError: HTTP 503"
 DEEP = {"rows": [{"n": n, "name": f"row {n}"} for n in range(250)], "big": 2**63 + 1, "no": None}
 
 
+MARKDOWN = """\
+## Otters &amp; &lt;newts>
+
+They eat **all** of [this](https://otters.example/a):
+
+- [x] fish
+- mussels
+
+| year | otters |
+|------|--------|
+| 2009 | 40     |
+
+```python
+x < 1
+```
+
+[no](javascript:alert(1)) <img src=x onerror=alert(1)> https://otters.example/b
+"""
+
+
 def sixty(failing: int = 45) -> Scenario:
     """Return sixty nodes, one of which failed, in ten layers of six."""
     nodes = []
@@ -320,7 +340,7 @@ async def test_json_is_folded_and_searched(sim: Simulator, ui: Any, page: Page) 
     await ui.open_run(sim.add_execution(Scenario([SimNode("rows", DEEP)])))
     await ui.select("rows")
     row = ui.selected
-    tree = row.locator('[data-part="tree"]')
+    tree = row.locator(".tree")
     await expect(tree).to_contain_text("{} 3 keys")
     await expect(tree).to_contain_text("[] 250 items")
     await expect(tree).to_contain_text(f"big: {2**63 + 1}")
@@ -339,7 +359,7 @@ async def test_json_is_folded_and_searched(sim: Simulator, ui: Any, page: Page) 
     await expect(row.locator('[data-part="found"]')).to_have_text("11 of 11")
     await find.fill("nowhere")
     await expect(row.locator('[data-part="found"]')).to_have_text("Nothing found")
-    await row.get_by_role("button", name="As text").click()
+    await row.get_by_role("button", name="Raw").click()
     await expect(row.locator('[data-part="value"]')).to_have_text(json.dumps(DEEP, indent=2))
 
 
@@ -375,11 +395,85 @@ async def test_a_run_that_was_over_before_has_no_times(sim: Simulator, ui: Any) 
     )
 
 
+async def test_markdown_is_rendered(sim: Simulator, ui: Any, page: Page) -> None:
+    """As elements, with links to pages alone; the raw text is one click away."""
+    await ui.open_run(sim.add_execution(Scenario([SimNode("report", MARKDOWN)])))
+    await ui.select("report")
+    rich = ui.selected.locator('[data-part="rich"]')
+    await expect(rich.get_by_role("heading", name="Otters & <newts>")).to_be_visible()
+    await expect(rich.locator("li")).to_have_text(["[x] fish", "mussels"])
+    await expect(rich.locator("td")).to_have_text(["2009", "40"])
+    await expect(rich.locator("strong")).to_have_text("all")
+    await expect(rich.locator("pre")).to_have_text("x < 1")
+    links = await rich.locator("a").evaluate_all("(all) => all.map((one) => [one.href, one.rel])")
+    assert [href for href, _ in links] == ["https://otters.example/a", "https://otters.example/b"]
+    assert {rel for _, rel in links} == {"noopener noreferrer"}
+    await expect(rich).to_contain_text("<img src=x onerror=alert(1)>")
+    assert await rich.locator("img, script").count() == 0
+    raw = ui.selected.locator('[data-part="value"]')
+    await expect(raw).to_be_hidden()
+    await ui.selected.get_by_role("button", name="Raw").click()
+    await expect(raw).to_have_text(MARKDOWN)
+    await ui.selected.get_by_role("button", name="Raw").click()
+    await ui.selected.get_by_label("Search the value of report").fill("FISH")
+    await expect(raw.locator("mark")).to_have_text("fish")
+
+
+async def test_chat_messages_and_json_in_strings_are_rendered(sim: Simulator, ui: Any) -> None:
+    """A message is Markdown under its role; JSON in a string is a branch of the tree."""
+    chat = [
+        {"role": "system", "content": "Be **brief**."},
+        {"role": "user", "content": [{"type": "text", "text": "See https://a.example/x."}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "find"}]},
+    ]
+    inner = {"body": json.dumps({"rows": [1, 2], "big": 2**63 + 1}), "pad": "x" * 120}
+    nodes = [SimNode("chat", chat), SimNode("nested", inner), SimNode("text", json.dumps(inner))]
+    await ui.open_run(sim.add_execution(Scenario(nodes)))
+    await ui.select("chat")
+    messages = ui.selected.locator(".message")
+    await expect(messages.locator(".role")).to_have_text(["system", "user", "assistant"])
+    await expect(messages.nth(0).locator("strong")).to_have_text("brief")
+    await expect(messages.nth(1).get_by_role("link")).to_have_text("https://a.example/x")
+    await expect(messages.nth(2)).to_contain_text("tool_calls: [] 1 item")
+    for name in ("nested", "text"):
+        await ui.select(name)
+        tree = ui.selected.locator(".tree")
+        await tree.get_by_text("JSON in a string: {} 2 keys").click()
+        await expect(tree).to_contain_text(f"big: {2**63 + 1}")
+
+
+async def test_a_value_of_six_megabytes_is_searched_quickly(
+    sim: Simulator, ui: Any, page: Page
+) -> None:
+    """No task takes more than 200 ms, and the result is in sight."""
+    rows = [f"row {index:06} of otters and newts" for index in range(180_000)]
+    await ui.open_run(sim.add_execution(Scenario([SimNode("log", "\n".join([*rows, "The End"]))])))
+    await ui.select("log")
+    await page.evaluate(
+        """() => { window.longest = 0; new PerformanceObserver((list) => {
+            for (const one of list.getEntries()) window.longest = Math.max(longest, one.duration);
+        }).observe({ type: "longtask" }); }"""
+    )
+    await ui.selected.get_by_role("button", name="Show all").click()
+    find = ui.selected.get_by_label("Search the value of log")
+    found = ui.selected.locator('[data-part="found"]')
+    await find.fill("the end")
+    await expect(found).to_have_text("1 of 1")
+    await expect(ui.selected.locator("mark")).to_have_text("The End")
+    await expect(ui.selected.locator("mark")).to_be_in_viewport()
+    await find.fill("row 1")
+    await expect(found).to_have_text("1 of 1000")
+    await find.press("Shift+Enter")
+    await expect(found).to_have_text("1000 of 1000")
+    await expect(ui.selected.locator("mark")).to_be_in_viewport()
+    assert await page.evaluate("window.longest") < 200
+
+
 async def test_a_long_list_is_shown_in_parts(sim: Simulator, ui: Any) -> None:
     """A hundred items at a time."""
     await ui.open_run(sim.add_execution(Scenario([SimNode("rows", list(range(1000)))])))
     await ui.select("rows")
-    tree = ui.selected.locator('[data-part="tree"]')
+    tree = ui.selected.locator(".tree")
     await expect(tree.locator(".leaf")).to_have_count(100)
     await tree.get_by_role("button", name="Show 100 of 900 more").click()
     await expect(tree.locator(".leaf")).to_have_count(200)

@@ -73,7 +73,7 @@ async def test_every_view_fits_and_axe_finds_nothing(
     await check(page, "dialog")
     await page.keyboard.press("Escape")
     await ui.open(f"#/compare/{ids[0]}/{ids[1]}?open=plan&open=")
-    await expect(page.locator(".pair .line.changed").first).to_be_visible()
+    await expect(page.locator(".pair .diff.changed").first).to_be_visible()
     await check(page, "compare")
     await ui.open(f"#/start?again={ids[1]}")
     await expect(page.get_by_label("topic")).to_have_value(WORD)

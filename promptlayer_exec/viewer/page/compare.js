@@ -228,7 +228,7 @@ async function textOf(node, run) {
 
 function linesOf(what, left, right) {
   if (left === right) {
-    const line = make("span", { class: "line" }, left);
+    const line = make("span", { class: "diff" }, left);
     const note = make("p", { class: "muted" }, "Both are the same:");
     return [note, boxOf(`The same ${what}`, [line])];
   }
@@ -238,7 +238,7 @@ function linesOf(what, left, right) {
   let skipped = 0;
   const flush = () => {
     const text = `… ${skipped} equal lines`;
-    if (skipped > 0) for (const side of sides) side.push(make("span", { class: "line gap" }, text));
+    if (skipped > 0) for (const side of sides) side.push(make("span", { class: "diff gap" }, text));
     skipped = 0;
   };
   pairs.forEach((pair, index) => {
@@ -260,8 +260,8 @@ function nearOf(pairs) {
 }
 
 function lineOf(line, isSame) {
-  if (line === null) return make("span", { class: "line absent" }, "\u00a0");
-  return make("span", { class: isSame ? "line" : "line changed" }, line === "" ? "\u00a0" : line);
+  if (line === null) return make("span", { class: "diff absent" }, "\u00a0");
+  return make("span", { class: isSame ? "diff" : "diff changed" }, line === "" ? "\u00a0" : line);
 }
 
 function boxOf(label, lines) {

@@ -158,6 +158,8 @@ export class Rows {
   }
 }
 
+// The start of a value is searched, which is all of most.
 export function matches(node, text) {
-  return [node.name, node.status].some((one) => one.toLowerCase().includes(text));
+  const texts = [node.name, node.status, node.error_message, node.value];
+  return texts.some((one) => one !== null && one.toLowerCase().includes(text));
 }
