@@ -12,6 +12,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from axe_playwright_python.async_playwright import Axe
@@ -299,6 +300,44 @@ async def test_the_token_is_kept_for_the_tab(viewer: Any, page: Page) -> None:
     await page.reload()
     await expect(page.locator("#connection")).to_have_text("Live")
     assert await page.context.cookies() == []
+
+
+async def test_all_tabs_share_one_connection(
+    sim: Simulator, viewer: Any, page: Page, context: BrowserContext, browser_errors: Any
+) -> None:
+    """A link opens a run in a new tab, which needs no token, and goes on without the first one."""
+    browser_errors.expected = ("ERR_", "Failed to load resource")
+    held = sim.add_execution(HELD)
+    await add(page, held)
+    await expect(state(page, held)).to_have_text("Running")
+    async with context.expect_page() as opening:
+        await line(page, held).get_by_role("link").click(modifiers=["ControlOrMeta"])
+    other = await opening.value
+    requests: list[str] = []
+    other.on("request", lambda request: requests.append(urlsplit(request.url).path))
+    plan = other.locator(".run .node").first
+    await expect(plan).to_have_attribute("data-status", "running")
+    await expect(other.locator("#connection")).to_have_text("Live")
+    sim.finish(held, "plan")
+    await expect(plan).to_have_attribute("data-status", "success")
+    await expect(line(page, held).locator('[data-part="count"]')).to_have_text("1/2")
+    assert "/api/events" not in requests
+    await page.close()
+    sim.finish(held, "answer")
+    await expect(other.locator(".run")).to_have_attribute("data-state", "succeeded")
+    assert requests.count("/api/events") == 1
+    third = await context.new_page()
+    await third.goto(f"{viewer.origin}/#token=wrong")
+    await expect(third.locator(".line")).to_have_count(1)
+    await expect(other.locator("#connection")).to_have_text("Live")
+    await viewer.stop()
+    viewer.token = "quite-another-token"
+    await viewer.start()
+    for tab in (other, third):
+        await expect(tab.locator("#refused")).to_be_visible()
+    await third.goto(viewer.url)
+    for tab in (other, third):
+        await expect(tab.locator("#connection")).to_have_text("Live")
 
 
 @pytest.mark.parametrize("fragment", ["", "#token=wrong"])

@@ -39,6 +39,11 @@ export const board = {
 };
 export const connection = { state: "connecting", lostAt: 0 }; // lostAt: when the times stopped
 
+export function connectionChanged(state) {
+  if (connection.state === "live" && state !== "live") connection.lostAt = performance.now();
+  connection.state = state;
+}
+
 export class Run {
   constructor(id) {
     this.id = id;
@@ -127,10 +132,11 @@ export class Run {
     return "Skipped: no way led to it.";
   }
 
-  take(data) {
+  // `age` is how many seconds ago the data was received, by another tab.
+  take(data, age = 0) {
     const before = this.data;
     this.data = data;
-    this.at = performance.now();
+    this.at = performance.now() - 1000 * age;
     return before;
   }
 

@@ -6,11 +6,12 @@ import { boardView } from "./board.js";
 import { compareView } from "./compare.js";
 import { announce, byId, notify, show, write } from "./dom.js";
 import { historyView } from "./history.js";
-import { board, connection, groupOf, Run, runOf, runs, serverProblem, STATES } from "./model.js";
+import { board, connection, connectionChanged, groupOf, Run, runOf, runs, serverProblem, STATES } from "./model.js";
 import { route } from "./router.js";
 import { runView } from "./run.js";
 import { startView } from "./start.js";
 import { follow } from "./stream.js";
+import { shareStream } from "./tabs.js";
 import { clock, sinceText } from "./times.js";
 
 const TICK = 200;
@@ -30,6 +31,7 @@ const VIEWS = {
 
 let view = null;
 let isConnected = false;
+let lastBoard = null; // the last event of that kind
 
 // Views
 
@@ -96,13 +98,17 @@ function showGone() {
 }
 
 const on = {
-  connection: showConnection,
+  connection(state) {
+    connectionChanged(state);
+    showConnection(state);
+  },
 
   refused(reason) {
     showRefusal(reason);
   },
 
   board(data) {
+    lastBoard = data;
     const isRestarted = board.instance !== null && board.instance !== data.instance;
     const known = [...data.executions, ...data.aside];
     const missing = [...runs.values()].filter(({ id }) => !known.includes(id));
@@ -139,7 +145,7 @@ const on = {
 
   execution(data) {
     const run = runOf(data.execution_id);
-    const before = run.take(data);
+    const before = run.take(data, data.age);
     view.onExecution?.(run, before);
     showTitle();
     const isNew = ["waiting", "running"].includes(before.state) && before.total > 0;
@@ -149,6 +155,19 @@ const on = {
     }
   },
 };
+
+// What another tab needs to know at first.
+function replay() {
+  if (lastBoard === null) return [];
+  const events = [["connection", connection.state], ["board", lastBoard]];
+  for (const run of runs.values()) {
+    const nodes = [...run.nodes.values()];
+    if (nodes.length > 0) events.push(["nodes", { execution_id: run.id, all: true, nodes }]);
+    const age = (performance.now() - run.at) / 1000;
+    if (run.data.total > 0 || run.isEnded) events.push(["execution", { ...run.data, age }]);
+  }
+  return events;
+}
 
 // A viewer that was restarted does not know the executions that were on the page before.
 async function addAgain(missing) {
@@ -204,10 +223,9 @@ addEventListener("hashchange", () => {
   else if (view !== null) showView();
 });
 api.whenRefused(showRefusal);
-api.takeToken();
-if (api.hasToken()) {
+if (await api.findToken()) {
   showView();
-  follow(on);
+  shareStream(follow, on, replay);
 } else {
   showRefusal("The address of this page has no token.");
 }
