@@ -54,6 +54,8 @@ async def compare(sim: Simulator, viewer: Any, ui: Any) -> tuple[int, int]:
 async def test_differences_are_marked(sim: Simulator, viewer: Any, ui: Any, page: Page) -> None:
     """Statuses, durations and values; nodes that only one has; lines that differ."""
     await compare(sim, viewer, ui)
+    await expect(page.locator("#compare-summary")).to_have_text("3 of 5 nodes differ.")
+    await page.get_by_label("Durations, too").check()
     await expect(page.locator("#compare-summary")).to_have_text("4 of 5 nodes differ.")
     await expect(pair(page, "same").locator(".tag")).to_have_count(0)
     for name, tags in (
@@ -74,7 +76,7 @@ async def test_differences_are_marked(sim: Simulator, viewer: Any, ui: Any, page
     await page.locator(".pair.inputs summary").click()
     await expect(page.locator(".pair.inputs .diff.changed").first).to_contain_text("otters")
     assert await page.locator("img").count() == 0
-    assert re.search(r"open=essay&open=same&open=$", page.url)
+    assert re.search(r"open=essay&open=same&open=&durations=1$", page.url)
     await page.reload()
     await expect(changed).to_have_text(["otters", HOSTILE])
     await page.get_by_label("Only differences").check()
@@ -107,6 +109,17 @@ async def test_the_other_one_is_chosen_on_a_page(
     other = sim.add_execution(Scenario([SimNode("same", {"a": 1})]))
     await ui.open(f"#/compare/{left}/{other}")  # one that is not followed yet
     await expect(page.locator("#compare-summary")).to_have_text("3 of 4 nodes differ.")
+
+
+async def test_words_that_differ_are_marked(page: Page) -> None:
+    """In lines that have some in common."""
+    diff = """([left, right]) => import("/diff.js").then(({ diffWords }) =>
+        diffWords(left, right))"""
+    assert await page.evaluate(diff, ["two red otters", "two old otters swim"]) == [
+        [["two ", False], ["red", True], [" otters", False]],
+        [["two ", False], ["old", True], [" otters", False], [" swim", True]],
+    ]
+    assert await page.evaluate(diff, ["one, two", "three; four"]) is None
 
 
 async def test_lines_are_aligned(page: Page) -> None:

@@ -577,6 +577,34 @@ async def test_everything_works_by_keyboard(sim: Simulator, ui: Any, page: Page)
         assert await focused(page) == expected
 
 
+async def test_keys_go_through_the_lines(sim: Simulator, ui: Any, page: Page) -> None:
+    """In every list j and k do so, n goes to what failed, / to the filter; all can be off."""
+    nodes = [SimNode("a"), SimNode("b", status="FAILED"), SimNode("c"), SimNode("d")]
+    failing, done = sim.add_execution(Scenario(nodes)), sim.add_execution(Scenario([SimNode("x")]))
+    for execution_id in (done, failing):
+        ui.viewer.board.follow(execution_id)
+    await expect(state(page, failing)).to_have_text("Failed")
+    for key, expected in (("j", failing), ("j", done), ("j", done), ("k", failing), ("n", failing)):
+        await page.keyboard.press(key)
+        await expect(line(page, expected).get_by_role("link")).to_be_focused()
+    await page.keyboard.press("/")
+    await expect(page.locator("#filter")).to_be_focused()
+    await page.keyboard.type("jk/n")
+    await expect(page.locator("#filter")).to_have_value("jk/n")
+    await page.locator("#filter").fill("")
+    await ui.open_run(failing)
+    await expect(ui.selected.locator("h3")).to_have_text("b")
+    for key, name in (("j", "c"), ("k", "b"), ("k", "a"), ("n", "b")):
+        await page.keyboard.press(key)
+        await expect(ui.selected.locator("h3")).to_have_text(name)
+        await expect(ui.row(name).locator(".row")).to_be_focused()
+    await page.get_by_role("button", name="Keys").click()
+    await page.get_by_label("Use the keys").uncheck()
+    await page.keyboard.press("Escape")
+    await page.keyboard.press("j")
+    await expect(ui.selected.locator("h3")).to_have_text("b")
+
+
 async def fill(sim: Simulator, viewer: Any, page: Page) -> None:
     """Show all states, long words, open details and form errors."""
     word = "incomprehensibilities" * 12

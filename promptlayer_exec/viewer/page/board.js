@@ -68,6 +68,11 @@ export const boardView = {
   },
 
   title: () => "Executions",
+
+  keys: {
+    items: () => document.querySelectorAll(".line-name > a"),
+    isWanted: (item) => item.closest(".line").dataset.state === "failed",
+  },
 };
 
 const listed = () => [...runs.values()].filter((run) => run.isListed);

@@ -2,7 +2,7 @@
 
 import { call, get } from "./api.js";
 import { byId, draw, make, makeSvg, part, show, write } from "./dom.js";
-import { diffLines } from "./diff.js";
+import { diffLines, diffWords } from "./diff.js";
 import { board, runs, spanOf, STATES, statusOf, wordOf } from "./model.js";
 import { addressOf, go, replace } from "./router.js";
 import { clock, duration } from "./times.js";
@@ -24,6 +24,7 @@ export const compareView = {
     if (ids[0] !== left || ids[1] !== right) opened = new Set(params.getAll("open"));
     ids = [left, right];
     byId("only-changed").checked = params.get("only") === "changes";
+    byId("durations").checked = params.get("durations") === "1";
     byId("compare").replaceChildren();
     asked = "";
     if (board.isKnown) this.onBoard();
@@ -51,6 +52,11 @@ export const compareView = {
   onNodes: (run) => ids.includes(run.id) && schedule(),
   onExecution: (run) => ids.includes(run.id) && schedule(),
   title: () => `Compare ${ids.join(" and ")} · Executions`,
+
+  keys: {
+    items: () => document.querySelectorAll("#compare .pair > details > summary"),
+    isWanted: (item) => item.closest(".differs") !== null,
+  },
 };
 
 // Updates come in bursts; the differences of values are asked for once for each.
@@ -119,7 +125,8 @@ function compareNodes(name, left, right) {
     const isValue = changed.has(name) && (one.status === other.status || one.value !== other.value);
     if (isValue) marks.push("value");
     if (one.error_message !== other.error_message) marks.push("error");
-    if (differInTime(lengthOf(one, left), lengthOf(other, right))) marks.push("duration");
+    const isTimed = byId("durations").checked;
+    if (isTimed && differInTime(lengthOf(one, left), lengthOf(other, right))) marks.push("duration");
   }
   return { name, one, other, marks };
 }
@@ -244,7 +251,9 @@ function linesOf(what, left, right) {
   pairs.forEach((pair, index) => {
     if (!isNear(index)) return (skipped += 1);
     flush();
-    pair.forEach((line, side) => sides[side].push(lineOf(line, pair[0] === pair[1])));
+    const [one, other] = pair;
+    const words = one !== other && one !== null && other !== null ? diffWords(one, other) : null;
+    pair.forEach((line, side) => sides[side].push(lineOf(line, one === other, words?.[side])));
   });
   flush();
   return sides.map((lines, side) => boxOf(`${side === 0 ? "Left" : "Right"} ${what}`, lines));
@@ -259,8 +268,12 @@ function nearOf(pairs) {
   return (index) => near.has(index);
 }
 
-function lineOf(line, isSame) {
+function lineOf(line, isSame, words) {
   if (line === null) return make("span", { class: "diff absent" }, "\u00a0");
+  if (words) {
+    const parts = words.map(([text, isChanged]) => (isChanged ? make("mark", {}, text) : text));
+    return make("span", { class: "diff changed" }, ...parts);
+  }
   return make("span", { class: isSame ? "diff" : "diff changed" }, line === "" ? "\u00a0" : line);
 }
 
@@ -272,13 +285,16 @@ function remember() {
   const params = new URLSearchParams();
   for (const name of opened) params.append("open", name);
   if (byId("only-changed").checked) params.set("only", "changes");
+  if (byId("durations").checked) params.set("durations", "1");
   if (ids.length === 2) replace(["compare", ...ids], params);
 }
 
-byId("only-changed").addEventListener("change", () => {
-  remember();
-  schedule();
-});
+for (const id of ["only-changed", "durations"]) {
+  byId(id).addEventListener("change", () => {
+    remember();
+    schedule();
+  });
+}
 byId("swap").addEventListener("click", () => go(addressOf(["compare", ...[...ids].reverse()])));
 
 // The form on an execution's page that chooses the other one.

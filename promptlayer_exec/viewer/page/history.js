@@ -49,6 +49,11 @@ export const historyView = {
   },
 
   title: () => "History · Executions",
+
+  keys: {
+    items: () => document.querySelectorAll(".entry .name > a"),
+    isWanted: (item) => item.closest(".entry").dataset.state === "failed",
+  },
 };
 
 function filters() {

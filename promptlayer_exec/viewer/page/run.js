@@ -74,6 +74,12 @@ export const runView = {
   },
 
   run: () => page?.run ?? null,
+
+  keys: {
+    items: () => document.querySelectorAll(".run .node > .row"),
+    isWanted: (item) => item.parentElement.dataset.status === "failed",
+    onMove: (item) => page.choose(part(item, "name").textContent),
+  },
 };
 
 class RunPage {

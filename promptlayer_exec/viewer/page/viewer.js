@@ -6,6 +6,7 @@ import { boardView } from "./board.js";
 import { compareView } from "./compare.js";
 import { announce, byId, notify, show, write } from "./dom.js";
 import { historyView } from "./history.js";
+import { listenToKeys } from "./keys.js";
 import { board, connection, connectionChanged, groupOf, Run, runOf, runs, serverProblem, STATES } from "./model.js";
 import { route } from "./router.js";
 import { runView } from "./run.js";
@@ -222,6 +223,7 @@ addEventListener("hashchange", () => {
   if (api.takeToken()) location.reload();
   else if (view !== null) showView();
 });
+listenToKeys(() => view);
 api.whenRefused(showRefusal);
 if (await api.findToken()) {
   showView();
