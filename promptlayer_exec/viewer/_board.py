@@ -120,23 +120,19 @@ class Board:
         """
         card = self.cards.get(execution_id)
         if card is None or card.is_lost:
-            execution = self.session.execution(execution_id) if card is None else card.execution
-            snapshot = await execution.snapshot()
-            known: dict[str, Any] = {} if card is None else _known(card)
-            was_listed = card is not None and card.is_listed
-            known["is_listed"] = is_listed or was_listed or not snapshot.complete
-            self._follow(Card(execution, **known), first=True)
-            self._forget_aside()
+            new = Card(self.session.execution(execution_id), is_listed=is_listed)
+            if card is not None:
+                new = attrs.evolve(card, snapshot=None, problem=None, is_lost=False, is_new=False)
+            snapshot = await new.execution.snapshot()
+            new.is_listed = new.is_listed or is_listed or not snapshot.complete
+            self._follow(new, first=True)
+            # Those that were opened long ago are read again when they are needed.
+            for old in [one for one, it in self.cards.items() if not it.is_listed][_ASIDE:]:
+                self.remove(old)
         elif is_listed and not card.is_listed:
             card.is_listed = True
             self.cards = {execution_id: card, **self.cards}
             self._notify()
-
-    def _forget_aside(self) -> None:
-        """Let go of executions that were opened long ago; they are read again when needed."""
-        aside = [one for one, card in self.cards.items() if not card.is_listed]
-        for execution_id in aside[_ASIDE:]:
-            self.remove(execution_id)
 
     async def start(
         self,
@@ -297,11 +293,6 @@ class Board:
     def _notify(self) -> None:
         self.changed.set()
         self.changed = asyncio.Event()
-
-
-def _known(card: Card) -> dict[str, Any]:
-    names = ("workflow", "label", "version", "inputs", "metadata", "started", "timeline")
-    return {name: getattr(card, name) for name in names}
 
 
 def _text_of(inputs: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from sse_starlette import ServerSentEvent
 
 from promptlayer_exec import Node, NodeStatus, NodeTimes, Snapshot
 from promptlayer_exec._integration import base_url, indented, node_dict
+from promptlayer_exec.viewer._batches import has_batches
 from promptlayer_exec.viewer._board import Board, Card
 from promptlayer_exec.viewer._problems import Problem
 
@@ -52,6 +53,7 @@ async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
                 "note": board.note,
                 "server": base_url(board.session),
                 "has_history": board.history is not None,
+                "has_batches": has_batches(),
                 "executions": listed,
                 "aside": aside,
             }

@@ -36,34 +36,31 @@ class Problem:
 
 def explain(error: Exception) -> tuple[str, str]:
     """Return the kind of an error, and a sentence for people."""
-    if not isinstance(error, StatusError):
-        return _explain_answer(error)
-    answer = f"{error.status} {error.message}"
+    kind, text = "other", str(error) or type(error).__name__
+    answer = f"{error.status} {error.message}" if isinstance(error, StatusError) else ""
     match error:
         case Unauthorized():
             text = f"PromptLayer refuses the API key ({answer}). Check PROMPTLAYER_API_KEY where"
-            return "refused", f"{text} the viewer was started, and start it again."
+            kind, text = "refused", f"{text} the viewer was started, and start it again."
         case Forbidden():
             text = f"PromptLayer does not allow this API key to do that ({answer})."
-            return "refused", f"{text} Check that the key is of the right workspace."
+            kind, text = "refused", f"{text} Check that the key is of the right workspace."
         case NotFound():
             named = error.execution_id is not None
             what = f"execution {error.execution_id}" if named else "workflow of this name or id"
             text = f"PromptLayer has no {what} ({error.status})."
-            return "missing", f"{text} Check that it is of the workspace of this API key."
+            kind, text = "missing", f"{text} Check that it is of the workspace of this API key."
         case RateLimited():
-            return "waiting", f"PromptLayer asks to wait ({answer})."
-    return ("failing" if error.status >= 500 else "other"), f"PromptLayer answers {answer}."
-
-
-def _explain_answer(error: Exception) -> tuple[str, str]:
-    match error:
+            kind, text = "waiting", f"PromptLayer asks to wait ({answer})."
+        case StatusError():
+            kind = "failing" if error.status >= 500 else "other"
+            text = f"PromptLayer answers {answer}."
         case ConnectionFailed():
             reason = str(error.reason or error.args[0]).rstrip(".")
-            return "unreachable", f"PromptLayer cannot be reached: {reason}."
+            kind, text = "unreachable", f"PromptLayer cannot be reached: {reason}."
         case RequestTimeout():
-            return "slow", "PromptLayer did not answer in time."
+            kind, text = "slow", "PromptLayer did not answer in time."
         case InvalidResponse():
             reason = str(error.args[0]).rstrip(".")
-            return "unreadable", f"PromptLayer's answer cannot be read: {reason}."
-    return "other", str(error) or type(error).__name__
+            kind, text = "unreadable", f"PromptLayer's answer cannot be read: {reason}."
+    return kind, text

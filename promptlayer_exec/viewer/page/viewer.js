@@ -2,6 +2,7 @@
 
 import * as api from "./api.js";
 import { notifyOfEnd, showIcon } from "./alerts.js";
+import { batchesView } from "./batches.js";
 import { boardView } from "./board.js";
 import { compareView } from "./compare.js";
 import { announce, byId, notify, show, write } from "./dom.js";
@@ -26,6 +27,7 @@ const CONNECTIONS = {
 const VIEWS = {
   executions: runView,
   history: historyView,
+  batches: batchesView,
   start: startView,
   compare: compareView,
 };
@@ -132,6 +134,7 @@ const on = {
     write(byId("note"), data.note);
     byId("note").hidden = data.note === "";
     byId("to-history").hidden = !data.has_history;
+    byId("to-batches").hidden = !data.has_batches;
     if (isRestarted) missing.forEach(({ id }) => board.returning.add(id));
     view.onBoard?.();
     if (isRestarted) addAgain(missing);
