@@ -279,7 +279,7 @@ def browser(session: nox.Session) -> None:
     """Test the viewer in Debian's Chromium; `-- --screenshots` renews those in the docs."""
     if shutil.which("chromium") is None:
         _install_debian(session, "chromium", "fonts-dejavu-core", "fonts-liberation")
-    _install(session, "browser", ".[viewer]")
+    _install(session, "browser", ".[dbos,viewer]")
     if session.posargs == ["--screenshots"]:
         session.run("python", "tests/browser/screenshots.py")
         return

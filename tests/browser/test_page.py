@@ -126,8 +126,8 @@ async def test_times_advance_between_polls_and_a_silent_server_is_shown(
     problem = line(page, held).locator('[data-part="problem"]')
     await expect(problem).to_be_empty()
     await page.clock.fast_forward(20_000)
-    await expect(problem).to_contain_text("PromptLayer has not answered. It is so since ")
-    await expect(state(page, held)).to_have_text("Running when last seen")
+    await expect(problem).to_contain_text("PromptLayer has not answered. Since ")
+    await expect(state(page, held)).to_have_text("Last seen running")
     await expect(page.locator("#connection")).to_have_text("PromptLayer does not answer")
     await expect(running).to_have_text(re.compile(r"^2\d\.\d s$"))
 
@@ -142,9 +142,9 @@ async def test_what_is_wrong_at_promptlayer_is_said_where_the_run_is(
     sim.inject(Fault.status(503, retry_after=60.0))
     problem = line(page, held).locator('[data-part="problem"]')
     await expect(problem).to_have_text(
-        re.compile(r"PromptLayer answers 503 .* It is so since .*; it is asked again at \d+:")
+        re.compile(r"PromptLayer answers 503 .* Since .*; the next attempt is at \d+:")
     )
-    await expect(state(page, held)).to_have_text("Running when last seen")
+    await expect(state(page, held)).to_have_text("Last seen running")
     await expect(page.locator("#connection")).to_have_text("PromptLayer has errors")
     await ui.open_run(held)
     await expect(ui.part("problem")).to_contain_text("PromptLayer answers 503")

@@ -10,7 +10,8 @@ import { clock, duration, fully } from "./times.js";
 import { Tree } from "./tree.js";
 
 const LARGE = 1_000_000; // characters that are fetched only on demand, and are shown as text alone
-const FOLDED = 120; // characters of JSON that need no tree, and of text that need no search
+const FOLDED = 120; // characters of JSON that need no tree
+const SHORT = 1000; // characters of text that need no search
 
 export class Detail {
   // `title` names the value for those who do not see where it is; by default, the node's name.
@@ -100,7 +101,7 @@ export class Detail {
     part(root, "rich").replaceChildren(...(rich === null ? [] : [rich]));
     this.raw.show(text);
     part(root, "as-raw").hidden = rich === null;
-    part(root, "value-tools").hidden = !isWhole || (rich === null && text.length <= FOLDED);
+    part(root, "value-tools").hidden = !isWhole || (rich === null && text.length <= SHORT);
     part(root, "find").value = "";
     write(part(root, "found"), "");
     this.switchTo(rich === null);

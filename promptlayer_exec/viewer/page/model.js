@@ -86,7 +86,7 @@ export class Run {
   // The state in words; what failed on the way to a success is part of that.
   stateText() {
     const { state } = this.data;
-    if (state === "running" && this.problem() !== null) return "Running when last seen";
+    if (state === "running" && this.problem() !== null) return "Last seen running";
     const { failed } = this.counts();
     if (state !== "succeeded" || failed === 0) return STATES[state][0];
     return `Succeeded, ${failed} node${failed === 1 ? "" : "s"} failed`;

@@ -5,6 +5,8 @@ import { part, write } from "./dom.js";
 import { handle, listWorkflows, showErrors } from "./forms.js";
 import { Graph } from "./graph.js";
 
+const AGAIN = 30_000; // milliseconds
+
 export class GraphPanel {
   constructor(root, id, onSelect, onDrawn) {
     this.root = root;
@@ -12,6 +14,7 @@ export class GraphPanel {
     this.onDrawn = onDrawn;
     this.definition = null;
     this.state = "none"; // none, loading, loaded
+    this.after = 0; // when it may be loaded again, if it could not be
     this.graph = new Graph(part(root, "graph"), onSelect);
     part(root, "zoom-in").addEventListener("click", () => this.graph.zoom(1.25));
     part(root, "zoom-out").addEventListener("click", () => this.graph.zoom(0.8));
@@ -22,7 +25,7 @@ export class GraphPanel {
 
   // Loads the definition, once there are nodes to draw in it.
   async load(run) {
-    if (this.state !== "none" || run.nodes.size === 0) return;
+    if (this.state !== "none" || run.nodes.size === 0 || performance.now() < this.after) return;
     this.state = "loading";
     this.run = run;
     this.say("Loading the definition of its workflow …");
@@ -31,7 +34,9 @@ export class GraphPanel {
     } catch (error) {
       this.say(`There is no graph: ${error.message}`);
     }
-    this.state = "loaded";
+    const isMissing = this.definition === null && run.data.workflow !== null;
+    this.state = isMissing ? "none" : "loaded";
+    this.after = performance.now() + AGAIN;
   }
 
   take({ definition, reason }) {

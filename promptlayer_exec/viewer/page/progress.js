@@ -48,6 +48,6 @@ function problemText({ data }, { text, since, until }) {
     return `${text} ${ends} Noticed at ${clock(since)}.`;
   }
   const wait = until === null ? 0 : until - Date.now() / 1000;
-  const next = wait > 5 ? `it is asked again at ${clock(until)}` : "the viewer keeps asking";
-  return `${text} It is so ${sinceText(since)}; ${next}.`;
+  const next = wait > 5 ? `the next attempt is at ${clock(until)}` : "the viewer keeps trying";
+  return `${text} Since ${sinceText(since)}; ${next}.`;
 }

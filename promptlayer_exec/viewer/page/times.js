@@ -41,9 +41,9 @@ export function ago(moment) {
   return "just now";
 }
 
-// "since 12:03:10 (2 min 05 s)".
+// "12:03:10 (2 min 05 s)".
 export function sinceText(moment) {
-  return `since ${clock(moment)} (${duration(Math.max(0, Date.now() / 1000 - moment))})`;
+  return `${clock(moment)} (${duration(Math.max(0, Date.now() / 1000 - moment))})`;
 }
 
 // The positions of at most six labels on an axis of some seconds.

@@ -82,7 +82,7 @@ function countsOf(shown) {
 function showConnection(state) {
   const problem = state === "live" ? serverProblem() : null;
   byId("connection").dataset.state = problem === null ? state : "troubled";
-  byId("connection").title = problem === null ? "" : sinceText(problem.since);
+  byId("connection").title = problem === null ? "" : `Since ${sinceText(problem.since)}`;
   const text = problem?.text ?? CONNECTIONS[state];
   if (write(byId("connection-text"), text) && isConnected) announce(text);
   isConnected ||= state === "live";
