@@ -1,3 +1,4 @@
+// @ts-check
 // Running again, which costs again: behind a question.
 
 import { call } from "./api.js";

@@ -1,3 +1,4 @@
+// @ts-check
 // What shows the state of the tab: its icon, and a notification when a run ends, if allowed.
 
 import { byId } from "./dom.js";

@@ -1,3 +1,4 @@
+// @ts-check
 // The token, and requests with it. It comes from the fragment, which is sent to no server, or from
 // another tab.
 
@@ -5,6 +6,7 @@ import { announceToken, askToken, offerToken } from "./tabs.js";
 
 let token = sessionStorage.getItem("token");
 let isProven = false;
+/** @type {(reason: string) => void} */
 let onRefused = () => {};
 
 // Finds the token; returns whether there is one.

@@ -1,7 +1,8 @@
+// @ts-check
 // The view of the batches in the local database: `#/batches`, and one of them: `#/batches/night`.
 
 import { get } from "./api.js";
-import { byId, clone, copyWith, draw, make, makeSvg, part, show, write } from "./dom.js";
+import { byId, clone, copyWith, draw, findAll, make, makeSvg, part, show, write } from "./dom.js";
 import { STATES } from "./model.js";
 import { addressOf } from "./router.js";
 import { clock, fully, machine } from "./times.js";
@@ -35,7 +36,7 @@ export const batchesView = {
   title: () => (name === null ? "Batches · Executions" : `Batch ${name} · Executions`),
 
   keys: {
-    items: () => document.querySelectorAll("#batches .batch-name a, #batches .item a"),
+    items: () => findAll("#batches .batch-name a, #batches .item a"),
     isWanted: (item) => item.closest("[data-kind=failed], [data-kind=unknown]") !== null,
   },
 };

@@ -1,7 +1,8 @@
+// @ts-check
 // The view of all executions that are followed: a line each, the failed ones first.
 
 import { call } from "./api.js";
-import { announce, byId, clone, notify, part, placeAt, write } from "./dom.js";
+import { announce, byId, clone, find, findAll, notify, part, placeAt, write } from "./dom.js";
 import { handle, showErrors } from "./forms.js";
 import { board, groupOf, runs } from "./model.js";
 import { showSegments, showState, showTime } from "./progress.js";
@@ -9,12 +10,10 @@ import { addressOf, replace } from "./router.js";
 import { matches, Rows } from "./rows.js";
 
 const FEW = 5; // succeeded runs that are shown before the others are asked for
-const SLIDE = 200; // milliseconds
 
 const lines = new Map(); // by id
 const open = new Set(); // ids of lines that show their nodes, also while a viewer restarts
-const groups = [...document.querySelectorAll(".group")];
-const still = matchMedia("(prefers-reduced-motion: reduce)");
+const groups = findAll(".group");
 let isShown = false;
 let frame = 0;
 let isUnfolded = false;
@@ -26,8 +25,8 @@ export const boardView = {
     isShown = true;
     byId("filter").value = params.get("filter") ?? "";
     const state = params.get("state") ?? "all";
-    const choice = document.querySelector(`input[name=state][value="${CSS.escape(state)}"]`);
-    (choice ?? document.querySelector("input[name=state][value=all]")).checked = true;
+    const choice = find(`input[name=state][value="${CSS.escape(state)}"]`);
+    (choice ?? find("input[name=state][value=all]")).checked = true;
     // What happened while another view was shown.
     this.onBoard();
     for (const line of lines.values()) {
@@ -70,7 +69,7 @@ export const boardView = {
   title: () => "Executions",
 
   keys: {
-    items: () => document.querySelectorAll(".line-name > a"),
+    items: () => findAll(".line-name > a"),
     isWanted: (item) => item.closest(".line").dataset.state === "failed",
   },
 };
@@ -140,7 +139,7 @@ function tick(line) {
 function drop(id) {
   const { root } = lines.get(id);
   lines.delete(id);
-  const all = [...document.querySelectorAll(".line:not([hidden])")];
+  const all = findAll(".line:not([hidden])");
   const at = all.indexOf(root);
   const next = all[at + 1] ?? all[at - 1];
   const hadFocus = root.contains(document.activeElement);
@@ -190,7 +189,7 @@ function arrange() {
   frame = 0;
   if (!isShown) return;
   const text = byId("filter").value.trim().toLowerCase();
-  const state = document.querySelector("input[name=state]:checked").value;
+  const state = find("input[name=state]:checked").value;
   const counts = { all: 0, failed: 0, lost: 0, running: 0, succeeded: 0 };
   const found = new Set(listed().map(lineOf).filter((line) => isFound(line, text)));
   for (const { run } of found) {
@@ -198,7 +197,7 @@ function arrange() {
     counts[groupOf(run.data.state)] += 1;
   }
   for (const [name, count] of Object.entries(counts)) {
-    write(document.querySelector(`[data-count=${name}]`), String(count));
+    write(find(`[data-count=${name}]`), String(count));
   }
   slide(() => {
     for (const group of groups) placeGroup(group, found, state);
@@ -236,8 +235,9 @@ function placeGroup(group, found, state) {
 
 // Moves lines by transforms, so that what is moved can be followed by the eye.
 function slide(change) {
-  const all = [...document.querySelectorAll(".group:not([hidden]) > h2, .line:not([hidden])")];
+  const all = findAll(".group:not([hidden]) > h2, .line:not([hidden])");
   const before = new Map(all.map((one) => [one, one.getBoundingClientRect().top]));
+  /** @type {any} */
   const focused = document.activeElement;
   change();
   if (focused !== document.activeElement && focused.isConnected) focused.focus({ preventScroll: true });
@@ -265,7 +265,7 @@ function isFound({ rows, run }, text) {
 }
 
 function changeFilter() {
-  const state = document.querySelector("input[name=state]:checked").value;
+  const state = find("input[name=state]:checked").value;
   const params = new URLSearchParams();
   if (byId("filter").value !== "") params.set("filter", byId("filter").value);
   if (state !== "all") params.set("state", state);

@@ -1,7 +1,8 @@
+// @ts-check
 // The view of two executions of one workflow side by side: `#/compare/787/788`.
 
 import { call, get } from "./api.js";
-import { byId, draw, make, makeSvg, part, show, write } from "./dom.js";
+import { byId, draw, findAll, make, makeSvg, part, show, write } from "./dom.js";
 import { diffLines, diffWords } from "./diff.js";
 import { board, runs, spanOf, STATES, statusOf, wordOf } from "./model.js";
 import { addressOf, go, replace } from "./router.js";
@@ -54,7 +55,7 @@ export const compareView = {
   title: () => `Compare ${ids.join(" and ")} · Executions`,
 
   keys: {
-    items: () => document.querySelectorAll("#compare .pair > details > summary"),
+    items: () => findAll("#compare .pair > details > summary"),
     isWanted: (item) => item.closest(".differs") !== null,
   },
 };
@@ -85,13 +86,13 @@ function render(left, right) {
   const isOnly = byId("only-changed").checked;
   const list = make("ol", { class: "nodes", "aria-label": "Nodes of both executions" });
   list.append(...(isOnly ? differing : rows).map((row) => rowOf(row, left, right)));
-  const focused = document.activeElement?.closest?.(".pair")?.dataset.name;
+  const focused = findAll(".pair").find((one) => one.contains(document.activeElement))?.dataset.name;
   const hasInputs = left.data.has_inputs || right.data.has_inputs;
   if (hasInputs) list.prepend(inputsRow(left, right));
   const card = make("div", { class: "pairs" }, headOf(left, right), list);
   byId("compare").replaceChildren(card);
   if (focused !== undefined) {
-    [...list.children].find((one) => one.dataset.name === focused)?.querySelector("summary").focus();
+    findAll(".pair", list).find((one) => one.dataset.name === focused)?.querySelector("summary").focus();
   }
   const isOther = left.data.workflow && right.data.workflow && left.data.workflow !== right.data.workflow;
   const other = isOther ? " These are runs of different workflows." : "";

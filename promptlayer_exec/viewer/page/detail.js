@@ -1,3 +1,4 @@
+// @ts-check
 // What an opened node shows: its times, its errors, and its whole value.
 
 import { call } from "./api.js";

@@ -1,3 +1,4 @@
+// @ts-check
 // The lines, and in them the words, in which two texts differ.
 
 import Diff from "./vendor/diff/base.js";

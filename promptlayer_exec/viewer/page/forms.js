@@ -1,3 +1,4 @@
+// @ts-check
 // Forms: errors at their fields, and a button that cannot be pressed twice.
 
 import { get } from "./api.js";

@@ -1,3 +1,4 @@
+// @ts-check
 // The graph of a workflow as SVG: nodes in layers, live statuses, and the edges that were taken.
 // It is panned by scrolling or dragging, and zoomed by its buttons, Ctrl and the wheel, or + and -.
 

@@ -1,3 +1,4 @@
+// @ts-check
 // What is selected on the page of an execution: a node, or else its inputs and its output.
 
 import { call } from "./api.js";

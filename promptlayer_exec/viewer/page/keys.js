@@ -1,6 +1,7 @@
+// @ts-check
 // Keys with one letter, which go through the lines of a view; they can be turned off.
 
-import { byId } from "./dom.js";
+import { byId, find } from "./dom.js";
 
 const WANTED = "keys";
 const FIELDS = "input:not([type=checkbox], [type=radio]), textarea, select";
@@ -12,7 +13,8 @@ const isOn = () => localStorage.getItem(WANTED) !== "0";
 export function listenToKeys(view) {
   addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || !isOn()) return;
-    if (event.target.matches(FIELDS) || document.querySelector("dialog[open]") !== null) return;
+    const { target } = event;
+    if ((target instanceof Element && target.matches(FIELDS)) || find("dialog[open]") !== null) return;
     const keys = view()?.keys;
     if (event.key === "/") {
       const search = view()?.element.querySelector("input[type=search]:not([data-part=find])");

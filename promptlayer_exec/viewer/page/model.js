@@ -1,3 +1,4 @@
+// @ts-check
 // What the page knows of each execution, whichever view shows it.
 
 import { STATUSES, UNKNOWN } from "./statuses.js"; // made by the server

@@ -1,3 +1,4 @@
+// @ts-check
 // The graph of an execution's page; it asks which workflow a run is of that was added by its id.
 
 import { call, get } from "./api.js";

@@ -1,3 +1,4 @@
+// @ts-check
 // What the line of an execution and its own page have in common: state, segments, time, problem.
 
 import { draw, make, part, show, write } from "./dom.js";

@@ -1,3 +1,4 @@
+// @ts-check
 // Values as people read them: Markdown, links, and chat messages. Everything is made as elements
 // and text, never as markup.
 

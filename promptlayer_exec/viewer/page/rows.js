@@ -1,3 +1,4 @@
+// @ts-check
 // The nodes of one execution: a row each, with a bar on a time line.
 
 import { clone, draw, make, oneLine, part, placeAt, write } from "./dom.js";

@@ -1,8 +1,9 @@
+// @ts-check
 // The view of one execution, at an address of its own: `#/executions/787?node=Plan`.
 
 import { call } from "./api.js";
 import { followAgain, remove } from "./board.js";
-import { byId, clone, make, notify, part, show, write } from "./dom.js";
+import { byId, clone, findAll, make, notify, part, show, write } from "./dom.js";
 import { criticalPath } from "./critical.js";
 import { Inspector } from "./inspector.js";
 import { board, runs } from "./model.js";
@@ -76,7 +77,7 @@ export const runView = {
   run: () => page?.run ?? null,
 
   keys: {
-    items: () => document.querySelectorAll(".run .node > .row"),
+    items: () => findAll(".run .node > .row"),
     isWanted: (item) => item.parentElement.dataset.status === "failed",
     onMove: (item) => page.choose(part(item, "name").textContent),
   },

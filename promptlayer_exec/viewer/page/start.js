@@ -1,3 +1,4 @@
+// @ts-check
 // The form that starts a run: a field for each required input, and the rest as JSON.
 
 import { call, get } from "./api.js";

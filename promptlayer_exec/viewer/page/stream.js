@@ -1,3 +1,4 @@
+// @ts-check
 // The events of all executions, on one connection that is restored when it is lost.
 
 import { request, shareToken } from "./api.js";

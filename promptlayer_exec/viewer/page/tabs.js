@@ -1,3 +1,4 @@
+// @ts-check
 // All tabs of a browser share one token and one connection: browsers open at most six to a server.
 // A tab leads as long as it holds the lock: it has the connection, and passes its events on.
 

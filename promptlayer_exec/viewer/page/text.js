@@ -1,3 +1,4 @@
+// @ts-check
 // A text of any length: a window of it is drawn at a time, and searches go through all of it.
 
 import { make, part, write } from "./dom.js";

@@ -1,3 +1,4 @@
+// @ts-check
 // Durations and moments as text.
 
 export function duration(seconds) {
@@ -26,6 +27,7 @@ export function clock(moment) {
 export const fully = (moment) => WHOLE.format(date(moment));
 export const machine = (moment) => date(moment).toISOString();
 
+/** @type {[Intl.RelativeTimeFormatUnit, number][]} */
 const UNITS = [
   ["day", 86_400],
   ["hour", 3600],

@@ -1,3 +1,4 @@
+// @ts-check
 // A JSON value as a tree that can be folded and searched. Branches are made when they are opened.
 
 import { make, write } from "./dom.js";

@@ -1,3 +1,4 @@
+// @ts-check
 // The page of `promptlayer-exec view`: which view is shown, and what reaches it.
 
 import * as api from "./api.js";
@@ -5,7 +6,7 @@ import { notifyOfEnd, showIcon } from "./alerts.js";
 import { batchesView } from "./batches.js";
 import { boardView } from "./board.js";
 import { compareView } from "./compare.js";
-import { announce, byId, notify, show, write } from "./dom.js";
+import { announce, byId, find, findAll, notify, show, write } from "./dom.js";
 import { historyView } from "./history.js";
 import { listenToKeys } from "./keys.js";
 import { board, connection, connectionChanged, groupOf, Run, runOf, runs, serverProblem, STATES } from "./model.js";
@@ -51,7 +52,7 @@ function showView() {
   next.element.hidden = false;
   if (isOther && !isFirst) scrollTo(0, 0); // before the view scrolls to what it shows
   next.show(parts, params);
-  for (const link of document.querySelectorAll(".views a")) {
+  for (const link of findAll(".views a")) {
     const isHere = VIEWS[link.dataset.view] === next || (link.dataset.view === "board" && next === boardView);
     if (isHere) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
@@ -216,10 +217,11 @@ setInterval(() => {
 setInterval(() => view?.refresh?.(), 15_000);
 
 // What is sticky stays below the bar, however high that is.
-new ResizeObserver(([{ target }]) => {
-  const height = getComputedStyle(target).position === "sticky" ? target.offsetHeight : 0;
+const bar = find(".bar");
+new ResizeObserver(() => {
+  const height = getComputedStyle(bar).position === "sticky" ? bar.offsetHeight : 0;
   document.documentElement.style.setProperty("--bar", `${height}px`);
-}).observe(document.querySelector(".bar"));
+}).observe(bar);
 
 // A URL that differs only in its fragment does not reload the page.
 addEventListener("hashchange", () => {
