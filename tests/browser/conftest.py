@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -209,6 +209,36 @@ class Ui:
     async def names(self) -> list[str]:
         """Return the names in the rows, in their order."""
         return await self.run.locator('.node [data-part="name"]').all_text_contents()
+
+    @asynccontextmanager
+    async def tasks(self) -> AsyncIterator[list[float]]:
+        """Fill a list with the milliseconds of every task of the page, once this ends.
+
+        A task is what the page's thread does in one go: an event, a tick of its clock, a frame. It
+        is measured in the time of the thread, so that other programs of the machine do not count.
+        """
+        cdp = await self.page.context.new_cdp_session(self.page)
+        events: list[dict[str, Any]] = []
+        complete = asyncio.get_running_loop().create_future()
+        cdp.on("Tracing.dataCollected", lambda data: events.extend(data["value"]))
+        cdp.on("Tracing.tracingComplete", lambda _: complete.set_result(None))
+        await cdp.send("Tracing.start", {"traceConfig": {"includedCategories": ["toplevel"]}})
+        tasks: list[float] = []
+        yield tasks
+        await cdp.send("Tracing.end")
+        await complete
+        main = [
+            (event["pid"], event["tid"])
+            for event in events
+            if event["name"] == "thread_name" and event["args"]["name"] == "CrRendererMain"
+        ]
+        tasks += [
+            event["tdur"] / 1000
+            for event in events
+            if event["name"] == "ThreadControllerImpl::RunTask"
+            and (event["pid"], event["tid"]) in main
+            and "tdur" in event
+        ]
 
     async def copied(self) -> str:
         """Return what was copied last."""

@@ -486,6 +486,7 @@ async def test_a_run_that_was_only_looked_at_does_not_join_the_board(
     assert shown == [str(old), str(failing), str(held)]
 
 
+@pytest.mark.parametrize("poll", [0.25])  # sixty executions, in the process of the tests
 async def test_a_line_waits_while_somebody_points_at_it(
     sim: Simulator, viewer: Any, page: Page
 ) -> None:
