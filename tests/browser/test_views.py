@@ -45,7 +45,7 @@ async def check(page: Page, name: str) -> None:
         assert "color-contrast" in {one["id"] for one in results.response["passes"]}
 
 
-@pytest.mark.parametrize("width", [1280, 360])
+@pytest.mark.parametrize("width", [1920, 1100, 360])
 async def test_every_view_fits_and_axe_finds_nothing(
     sim: Simulator, ui: Any, page: Page, browser_errors: Any, width: int
 ) -> None:

@@ -8,6 +8,11 @@ const LOCK = "stream";
 const channel = new BroadcastChannel("viewer");
 const me = Math.random();
 const listeners = new Map(); // by kind of message
+// Without a lock, as over plain http from another machine, each tab has a connection of its own.
+let isLeading = navigator.locks === undefined;
+
+// Whether this tab acts for all of them.
+export const leads = () => isLeading;
 
 channel.addEventListener("message", ({ data: { kind, to, data } }) => {
   if (to === undefined || to === me) listeners.get(kind)?.(data);
@@ -42,9 +47,7 @@ export function askToken() {
 // The connection: `follow(on)` is called once this tab leads; until then, `on` gets what the leading
 // tab passes on. `replay()` returns all that a tab needs to know at first, as [kind, data].
 export async function shareStream(follow, on, replay) {
-  // Without a lock, as over plain http from another machine, each tab has a connection of its own.
-  if (navigator.locks === undefined) return follow(on);
-  let isLeading = false;
+  if (isLeading) return follow(on);
   listen("event", ([kind, data]) => !isLeading && on[kind]?.(data));
   listen("ask-events", (to) => {
     if (isLeading) for (const event of replay()) send("event", event, to);

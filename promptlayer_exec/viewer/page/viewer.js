@@ -14,7 +14,7 @@ import { route } from "./router.js";
 import { runView } from "./run.js";
 import { startView } from "./start.js";
 import { follow } from "./stream.js";
-import { shareStream } from "./tabs.js";
+import { leads, shareStream } from "./tabs.js";
 import { clock, sinceText } from "./times.js";
 
 const TICK = 200;
@@ -138,7 +138,7 @@ const on = {
     byId("to-batches").hidden = !data.has_batches;
     if (isRestarted) missing.forEach(({ id }) => board.returning.add(id));
     view.onBoard?.();
-    if (isRestarted) addAgain(missing);
+    if (isRestarted && leads()) addAgain(missing);
     showTitle();
   },
 
