@@ -307,7 +307,7 @@ def page(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Run the benchmarks, and fail if one misses a target; see docs/speed.md and docs/scale.md."""
+    """Run the benchmarks, and fail if one misses a target; see docs/design/."""
     # Two programs also measure the vendor's SDK, and one this package with msgspec.
     others = {"speed": ".[speed]", "vendor": f"promptlayer=={SDKS[0]}"}
     pythons = {name: _make_venv(session, name, package) for name, package in others.items()}

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import islice, pairwise
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from promptlayer_exec._errors import printable
-from promptlayer_exec._statuses import status_entry
+from promptlayer_exec._statuses import NodeStatus, status_entry
 
 if TYPE_CHECKING:
     from promptlayer_exec._models import Node, Snapshot
@@ -87,24 +88,32 @@ _LONGEST_TO_INDENT = 1_000_000
 def indented(value: Any) -> str:
     """Return a value as JSON to be read by people; on one line if it is very long or deep."""
     compact = json.dumps(value, ensure_ascii=False)
-    if len(compact) > _LONGEST_TO_INDENT:
-        return compact
-    try:
-        return json.dumps(value, ensure_ascii=False, indent=2)
-    except RecursionError:
-        return compact
+    with suppress(RecursionError):
+        if len(compact) <= _LONGEST_TO_INDENT:
+            return json.dumps(value, ensure_ascii=False, indent=2)
+    return compact
 
 
-_MOST_ROWS = 100
-_MOST_NODES = 200
-_MOST_EDGES = 1000
-_LONGEST_NAME = 60
-_LONGEST_ERROR = 200
+def error_text(node: Node) -> str | None:
+    """Return why a node failed: its message, or else the last line of the details."""
+    if node.error_message or node.status != NodeStatus.FAILED:
+        return node.error_message
+    details = error_details(node)
+    return details and details.rstrip().rpartition("\n")[2]
+
+
+def error_details(node: Node) -> str | None:
+    """Return the details of a node's error as text, for example a traceback."""
+    raw = node.raw_error_message
+    raw = raw.get("raw", raw) if isinstance(raw, dict) else raw
+    return (raw if isinstance(raw, str) else json.dumps(raw, ensure_ascii=False)) if raw else None
+
+
+_MOST_ROWS, _MOST_NODES, _MOST_EDGES = 100, 200, 1000
+_LONGEST_NAME, _LONGEST_LABEL, _LONGEST_ERROR = 60, 20, 200
 _CELL = "padding:2px 12px 2px 0;text-align:left;vertical-align:top"
 _WIDTH, _HEIGHT = 160, 40
-_GAP_X, _GAP_Y = 32, 14
-_MARGIN = 4
-_LONGEST_LABEL = 20
+_GAP_X, _GAP_Y, _MARGIN = 32, 14, 4
 
 
 def _text(text: object, longest: int) -> str:
@@ -119,9 +128,7 @@ def snapshot_html(snapshot: Snapshot) -> str:
     """Return a table of the nodes of a snapshot."""
     nodes = list(snapshot.nodes.values())
     final = sum(node.final for node in nodes)
-    state = "running"
-    if snapshot.complete:
-        state = "succeeded" if snapshot.succeeded else "failed"
+    state = "running" if not snapshot.complete else ("failed", "succeeded")[snapshot.succeeded]
     head = f"Execution {snapshot.execution_id}</b> · {state} · {final} of {len(nodes)} nodes final"
     # Where not all fit, those that failed or run say the most.
     is_watched = snapshot.poll > 1  # the times of a single request say nothing
@@ -157,8 +164,8 @@ def _row(snapshot: Snapshot, node: Node, *, is_watched: bool) -> str:
 
 
 def _result(node: Node) -> str:
-    if node.error_message is not None:
-        return _text(node.error_message, _LONGEST_ERROR)
+    if (error := error_text(node)) is not None:
+        return _text(error, _LONGEST_ERROR)
     if node.value is None and not node.succeeded:
         return ""
     return f"<code>{_text(short_repr(node.value), _LONGEST_ERROR)}</code>"

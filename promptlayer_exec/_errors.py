@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import copyreg
 from typing import TYPE_CHECKING, Any, ClassVar, Required, TypedDict, Unpack
+from unicodedata import category
 
 import attrs
 
@@ -69,12 +70,15 @@ class PromptLayerExecError(Exception):
         return copyreg.__newobj__, (type(self),), state  # type: ignore[attr-defined]
 
 
-def printable(text: str) -> str:
+def printable(text: str, *, keep: str = "") -> str:
     """Escape what does not print, such as control characters that could steer a terminal."""
     if text.isprintable():
         return text
     return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+        char
+        if char.isprintable() or char in keep or category(char) == "Zs"  # spaces of all kinds
+        else char.encode("unicode_escape").decode()
+        for char in text
     )
 
 

@@ -177,7 +177,8 @@ Emit = Callable[[Event], None]
 
 
 def broadcast(observers: Iterable[Observer]) -> Emit:
-    """Return a function that passes an event to every observer that there is then."""
+    """Return a function that passes an event to every observer."""
+    observers = tuple(observers)
 
     def emit(event: Event) -> None:
         for observer in observers:

@@ -15,12 +15,12 @@ from uuid import uuid4
 
 from promptlayer_exec._api.messages import excess
 from promptlayer_exec._arguments import MAX_ID, check_count, check_execution_id
-from promptlayer_exec._display import indented, short_repr
+from promptlayer_exec._display import error_details, error_text, indented, short_repr
 from promptlayer_exec._engine.definitions import DEFINITION_TIMEOUT
 from promptlayer_exec._engine.start import SendHooks
 from promptlayer_exec._engine.tasks import wait_even_if_cancelled
 from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError, printable
-from promptlayer_exec._events import Observer, WakeSource
+from promptlayer_exec._events import WakeSource
 from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import each
 from promptlayer_exec._install import install_hint
@@ -37,21 +37,23 @@ __all__ = [
     "UNKNOWN_STATUS",
     "SendHooks",
     "base_url",
+    "cannot_be_sent",
     "check_count",
     "check_execution_id",
     "check_seconds",
     "each",
     "encode_inputs",
+    "error_details",
+    "error_text",
     "excess",
     "expect",
     "indented",
     "install_hint",
-    "lacks_inputs",
     "limited",
     "log_text",
     "near",
     "node_dict",
-    "observed",
+    "printable",
     "receive_callback",
     "report_undelivered",
     "server_of",
@@ -97,12 +99,15 @@ def server_of(session: Session) -> tuple[str, str | None]:
     return base_url(session), find_api_key(session._settings.api_key)
 
 
-async def lacks_inputs(session: Session, request: StartRequest) -> bool:
-    """Return True if a start lacks inputs that its workflow requires, as far as is known."""
+async def cannot_be_sent(session: Session, request: StartRequest) -> bool:
+    """Return True if the request itself is refused: its inputs have no JSON, or some are missing.
+
+    A limiter can raise the same errors.
+    """
     try:
         client = session._open()
         await client.check_inputs(request, encode_inputs(session, request), client.deadline())
-    except ValueError:
+    except (TypeError, ValueError):
         return True
     return False
 
@@ -154,16 +159,6 @@ def receive_callback(session: Session, token: str, execution_id: int) -> None:
 def settings(session: Session) -> Settings:
     """Return the checked settings of a session."""
     return session._settings
-
-
-@contextmanager
-def observed(session: Session, observer: Observer) -> Iterator[None]:
-    """Call one more observer with every event of a session, open or not."""
-    session._observers.append(observer)
-    try:
-        yield
-    finally:
-        session._observers.remove(observer)
 
 
 @contextmanager

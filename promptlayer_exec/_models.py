@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import attrs
 
 from promptlayer_exec._arguments import naming_arguments
-from promptlayer_exec._display import counts_repr, json_kind, short_repr
+from promptlayer_exec._display import counts_repr, error_text, json_kind, short_repr
 from promptlayer_exec._errors import ExecutionFailed
 from promptlayer_exec._statuses import FINAL as FINAL  # noqa: PLC0414 - re-exported
 from promptlayer_exec._statuses import STATUSES
@@ -324,12 +324,10 @@ class Snapshot:
         self.raise_for_failure()
         succeeded = [node for node in self.output_nodes if node.succeeded]
         if len(succeeded) != 1:
-            marked = (
-                "several output nodes succeeded" if succeeded else "no node is marked as output"
-            )
+            why = "several output nodes succeeded" if succeeded else "no node is marked as output"
             raise ValueError(
                 f"only the server knows the output of execution {self.execution_id}, because"
-                f" {marked}: use Execution.output"
+                f" {why}: use Execution.output"
             )
         value = succeeded[0].value
         if into is None:
@@ -358,7 +356,7 @@ class Snapshot:
         shown = failed or self.output_nodes
         states = "; ".join(
             f"{node.name!r:.100} {node.status:.100}"
-            + (f" ({node.error_message:.200})" if node.error_message else "")
+            + (f" ({text:.200})" if (text := error_text(node)) else "")
             for node in shown[:_SHOWN_NODES]
         )
         if len(shown) > _SHOWN_NODES:

@@ -32,12 +32,9 @@ from promptlayer_exec._errors import ConfigurationError, SessionClosed, StartUnk
 from promptlayer_exec._events import Observer, StartFailed, WakeSource, broadcast
 from promptlayer_exec._execution import Execution, check_type
 from promptlayer_exec._fanout import Outcome, collected, outcomes_of
-from promptlayer_exec._http.connections import Pools
 from promptlayer_exec._http.throttle import Throttle
-from promptlayer_exec._http.transport import Transport
 from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
 from promptlayer_exec._policies import Deadline, Limiter, PollPolicy, RetryPolicy, check_timeout
-from promptlayer_exec._push.channels import Push
 from promptlayer_exec._push.wakeups import EarlyWakeUps
 from promptlayer_exec._settings import (
     Settings,
@@ -149,8 +146,7 @@ class Session:
         self._node_maps = NodeMapReader()
         self._recent_starts = RecentStarts(retry.not_found_grace)
         self._early_wake_ups = EarlyWakeUps()
-        self._observers = [*observers]
-        self._emit = broadcast(self._observers)
+        self._emit = broadcast(observers)
         self._callbacks = CallbackLog(self._emit, self._recent_starts)
         # What each start carries, so that its completion is pushed.
         self._channel_suffix = None if self._settings.push is False else secrets.token_hex(16)
@@ -217,6 +213,10 @@ class Session:
 
     def _connect(self) -> Client:
         """Make the parts of an open session, in the running event loop. No I/O."""
+        from promptlayer_exec._http.connections import Pools  # noqa: PLC0415 - aiohttp is slow
+        from promptlayer_exec._http.transport import Transport  # noqa: PLC0415
+        from promptlayer_exec._push.channels import Push  # noqa: PLC0415
+
         settings = self._settings
         api_key = find_api_key(settings.api_key)
         if api_key is None:

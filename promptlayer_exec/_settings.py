@@ -12,7 +12,6 @@ from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 from urllib.request import getproxies, proxy_bypass
 
-import aiohttp
 import attrs
 import cattrs
 from yarl import URL
@@ -23,6 +22,8 @@ from promptlayer_exec._events import Observer
 from promptlayer_exec._policies import Deadline, Limiter, PollPolicy, RetryPolicy, check_seconds
 
 if TYPE_CHECKING:
+    import aiohttp
+
     from promptlayer_exec.webhooks import Callbacks
 
 DEFAULT_BASE_URL = "https://api.promptlayer.com"
@@ -188,8 +189,13 @@ def _is_callbacks(owner: Any, setting: attrs.Attribute[Any], value: Any) -> None
         _is(Callbacks, "a promptlayer_exec.webhooks.Callbacks")(owner, setting, value)
 
 
-def _expects_nothing(_: Any, __: Any, value: aiohttp.ClientSession | None) -> None:
-    if value is not None and "Expect" in value.headers:
+def _is_http(owner: Any, setting: attrs.Attribute[Any], value: Any) -> None:
+    if value is None:
+        return
+    import aiohttp  # noqa: PLC0415 - slow: otherwise, the session imports it when it opens
+
+    _is(aiohttp.ClientSession, "an aiohttp.ClientSession")(owner, setting, value)
+    if "Expect" in value.headers:
         raise ConfigurationError(
             "http= must not have the header Expect: the server would read a start's headers"
             " before its body is sent, and nobody could tell whether the run started"
@@ -247,12 +253,7 @@ class Settings:
     max_response_bytes: int = attrs.field(validator=_count)
     rate: float | None = attrs.field(validator=_seconds)
     limiter: Limiter | None = attrs.field(validator=_acquirable)
-    http: aiohttp.ClientSession | None = attrs.field(
-        validator=[
-            _is(aiohttp.ClientSession, "an aiohttp.ClientSession", optional=True),
-            _expects_nothing,
-        ]
-    )
+    http: aiohttp.ClientSession | None = attrs.field(validator=_is_http)
     converter: cattrs.Converter | None = attrs.field(
         validator=_is(cattrs.Converter, "a cattrs.Converter", optional=True)
     )

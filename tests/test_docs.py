@@ -6,14 +6,12 @@ import ast
 import asyncio
 import inspect
 import json
-import os
 import pkgutil
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
-import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
@@ -25,8 +23,10 @@ from unittest.mock import AsyncMock
 import aiohttp
 import pytest
 import typer
+from aiohttp import web
 from aiohttp.test_utils import TestClient as WebClient
 from aiohttp.test_utils import TestServer as WebServer
+from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 import promptlayer_exec
@@ -166,35 +166,41 @@ def tables(page: str) -> Iterator[list[list[str]]]:
         yield [row for row in rows if set(row[0]) - set("-|")]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
-def test_the_latency_table_comes_first_and_is_that_of_the_page_on_speed(page: str) -> None:
-    """Its figures are those of the first table there, and paths to five uses follow it."""
-    shown, paths = list(tables(page))[:2]
-    text = (ROOT / page).read_text(encoding="utf-8")
-    assert text.index("| 60 runs") < 300
-    measured = next(tables("docs/speed.md"))
+def test_the_figures_of_the_readme_are_those_of_the_page_on_speed() -> None:
+    """Its last table has the rows of the first table there."""
+    shown, measured = list(tables("README.md"))[-1], next(tables("docs/design/speed.md"))
     figures = [[row[1], row[3].rstrip("0"), row[4]] for row in measured[1:]]
-    assert [[row[1], row[2].rstrip("0"), row[3]] for row in shown[1:]] == figures
-    words = ["FastAPI", "batch", "synchronous", "agent", "SDK"]
-    assert all(word in row[0] for word, row in zip(words, paths[1:], strict=True))
+    assert sorted([row[1], row[2].rstrip("0"), row[3]] for row in shown[1:]) == sorted(figures)
+
+
+def contents() -> list[str]:
+    """Return the names of all pages, in the order of the tables of contents of the index."""
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    return " ".join(re.findall(r"^:caption: .*\n\n([^`]*)```", index, re.MULTILINE)).split()
+
+
+def test_the_index_lists_each_page_once() -> None:
+    """With a sentence, in the order of its tables of contents."""
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert re.findall(r"^- \[.*?\]\(([\w/-]+)\.md\)", index, re.MULTILINE) == contents()
 
 
 def test_each_how_to_says_what_it_costs_in_requests() -> None:
     """Once, in a line that begins with the same words on every page."""
-    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    names = index.partition(":caption: How to\n")[2].partition("```")[0].split()
-    assert "installing" in names
-    for name in names:
+    names = {name for name in contents() if "/" not in name}
+    assert {"installing", "fastapi", "viewer"} < names
+    explain = {"tutorial", "security", "contributing"}
+    for name in names - explain:
         page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
         assert page.count("\n**Requests to PromptLayer:** ") == 1, name
 
 
 def test_the_figures_on_reliability_are_those_of_the_pages_that_explain_them() -> None:
     """Each number in a row of the last figures is on the page that the row links to."""
-    (rows,) = (table[1:] for table in tables("docs/reliability.md") if "last" in table[0][1])
+    (rows,) = (table[1:] for table in tables("docs/design/reliability.md") if "last" in table[0][1])
     for what, figures, _ in rows:
-        (link,) = re.findall(r"\]\(([\w-]+\.md)", figures)
-        page = (ROOT / "docs" / link).read_text(encoding="utf-8")
+        (link,) = re.findall(r"\]\(([\w./-]+\.md)", figures)
+        page = (ROOT / "docs" / "design" / link).read_text(encoding="utf-8")
         text = re.sub(r"\]\(.*?\)|p\d\d", "", figures)
         numbers = re.findall(r"\d[\d,.]*\d|\d", text)
         assert numbers, what
@@ -204,7 +210,7 @@ def test_the_figures_on_reliability_are_those_of_the_pages_that_explain_them() -
 
 def test_the_tests_that_the_page_on_reliability_names_exist() -> None:
     """Each file that a command runs is there, and so is each session of nox."""
-    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "design" / "reliability.md").read_text(encoding="utf-8")
     files = set(re.findall(r"tests/[\w/]+\.py", text))
     assert len(files) > 10
     assert all((ROOT / name).exists() for name in files)
@@ -243,7 +249,7 @@ def test_only_the_page_on_installing_installs_the_package() -> None:
     """A release on an index changes that page and one module: no other text names the package."""
     code = (ROOT / "promptlayer_exec").rglob("*.py")
     texts = [*(ROOT / page for page in PAGES), *code]
-    install = re.compile(r"(?:pip|uv) (?:install|add)\b.*promptlayer.exec")
+    install = re.compile(r"(?:pip|uv) (?:install|add)\b[^&\n]*promptlayer.exec")
     naming = {path.name for path in texts if install.search(path.read_text(encoding="utf-8"))}
     assert naming == {"installing.md"}
     page = (ROOT / "docs" / "installing.md").read_text(encoding="utf-8")
@@ -263,7 +269,7 @@ def test_the_page_on_installing_lists_every_extra() -> None:
 
 def test_the_names_on_the_page_on_architecture_exist() -> None:
     """Whoever renames something private renames it there, too."""
-    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "design" / "architecture.md").read_text(encoding="utf-8")
     code = " ".join(re.findall(r"`([^`\n]+)`", page))
     modules = [*Path(promptlayer_exec.__file__).parent.rglob("*.py")]
     source = " ".join(f"{path.stem} {path.read_text(encoding='utf-8')}" for path in modules)
@@ -274,19 +280,10 @@ def test_the_names_on_the_page_on_architecture_exist() -> None:
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     """CI runs exactly what the README tells a newcomer to type."""
-    command = blocks("README.md", "sh")[1].strip()
+    command = blocks("README.md", "shell")[1].strip()
     script = (ROOT / ".ci" / "run").read_text().splitlines()
     run = [line for line in script if not line.startswith(("#", "set ", "cd "))]
     assert run == command.split(" && ")
-
-
-def run_program(program: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Run a page's program in this process, and return the lines that it prints."""
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    assert run_blocks([program], namespace) == namespace["_called"]
-    printed = capsys.readouterr()
-    assert printed.err == ""
-    return printed.out.splitlines()
 
 
 @pytest.fixture
@@ -297,122 +294,21 @@ def server(monkeypatch: pytest.MonkeyPatch, threaded_sim: Simulator) -> Simulato
     return threaded_sim
 
 
-def test_the_first_program_of_the_readme_runs(threaded_sim: Simulator) -> None:
-    """Run as a script, it prints each node and the output, and causes no warning."""
-    answer = SimNode("Answer", "forty-two", after=("Plan",), is_output_node=True)
-    execution_id = threaded_sim.add_execution(Scenario([SimNode("Plan"), answer]))
-    program = next(filter(is_program, blocks("README.md", "python")))
-    settings = {
-        "PROMPTLAYER_API_KEY": threaded_sim.api_key,
-        "PROMPTLAYER_BASE_URL": threaded_sim.base_url,
-    }
-    finished = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program, str(execution_id)],
-        env={**os.environ, **settings},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert finished.stderr == ""
-    lines = ["100% Plan: SUCCESS", "100% Answer: SUCCESS", "forty-two"]
-    assert finished.stdout.splitlines() == lines
-
-
-def test_the_evaluation_of_the_readme_runs_in_fifteen_lines(
-    server: Simulator,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """It prints each result, and what failed and why, with the execution id."""
-
-    def grade(inputs: Any) -> Scenario:
-        status = "FAILED" if inputs["prompt"] == "bad" else "SUCCESS"
-        return Scenario(
-            [SimNode("Grade", 0.9, status=status, error_message="refused", is_output_node=True)]
-        )
-
-    server.add_workflow("grade", grade)
-    program = next(block for block in blocks("README.md", "python") if "as_completed" in block)
-    assert len([line for line in program.splitlines() if line]) <= 15
-    (tmp_path / "prompts.txt").write_text("one\nbad\ntwo\n")
-    monkeypatch.chdir(tmp_path)
-    printed = run_program(program, capsys)
-    (failed,) = (run.execution_id for run in server.runs if run.inputs["prompt"] == "bad")
-    assert sorted(printed[:2]) == ["one: 0.9", "two: 0.9"]
-    assert printed[2] == "1 of 3 failed"
-    assert printed[3].startswith(f"bad: execution {failed}: it failed: 'Grade' FAILED (refused)")
-
-
-async def test_the_functions_of_the_readme_work(server: Simulator) -> None:
-    """Ten lines return a typed output, and the test that it shows passes."""
-    (block,) = (block for block in blocks("README.md", "python") if "into=" in block)
-    assert len([line for line in block.splitlines() if line]) <= 10
-    report = {"title": "Otters", "score": 0.9}
-    server.add_workflow("write-report", Scenario([SimNode("Report", report, is_output_node=True)]))
-    with names("README.md") as page:
-        output = await page["write_report"]("otters")
-        await page["test_my_code"]()
-    assert (type(output).__name__, output.title, output.score) == ("Report", "Otters", 0.9)
-    assert server.runs[0].inputs == {"topic": "otters"}
-    assert "channel_name_suffix" in server.runs[0].body
-
-
-def endings(lines: list[str]) -> list[str]:
-    """Return the lines without what depends on when a poll came: progress, and unfinished nodes."""
-    final = (line for line in lines if not line.endswith(("QUEUED", "RUNNING")))
-    return [line[5:] if "%" in line else line for line in final]
-
-
-def test_the_programs_of_the_tutorial_print_what_it_says(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """They start their own simulator; the second one, ten times as fast here, shows progress."""
-    first, second = filter(is_program, blocks("docs/tutorial.md", "python"))
-    shown = [text.splitlines() for text in blocks("docs/tutorial.md", "text")]
-    assert run_program(first, capsys) == shown[0]
-    fast, count = re.subn(r"(duration=|fine\.\", )(\d\.\d)", r"\1\2 / 10", second)
-    assert count == 3
-    fast = fast.replace("base_url=sim.base_url", "base_url=sim.base_url, poll=_fast")
-    fast = f"from promptlayer_exec import PollPolicy\n_fast = PollPolicy.fixed(0.02)\n{fast}"
-    printed = run_program(fast, capsys)
-    assert endings(printed) == endings(shown[1])
-    assert " 33% Plan: SUCCESS" in printed
-
-
-async def test_the_parts_of_the_tutorial_fit_its_last_program(
-    sim: Simulator, session: Session, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The function shown alone is the program's, and so are the lines that the diff changes."""
-    last = list(filter(is_program, blocks("docs/tutorial.md", "python")))[-1]
-    with names("docs/tutorial.md") as page:
-        await page["show"](session.execution(sim.add_execution(REPORT)))
-    assert capsys.readouterr().out == "100% Report: SUCCESS\n"
-    (part,) = (block for block in blocks("docs/tutorial.md", "python") if not is_program(block))
-    assert part[part.index("async def") :] in last
-    (diff,) = blocks("docs/tutorial.md", "diff")
-    for line in diff.splitlines():
-        assert line.startswith("+") or line[1:] in last.splitlines()
-
-
 def test_the_apps_on_awaiting_work(
-    server: Simulator, promptlayer_simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+    server: Simulator,
 ) -> None:
     """The aiohttp app and the FastAPI app await an output in their one session."""
     server.add_workflow("write-report", REPORT)
-    first, second = server.add_execution(REPORT), server.add_execution(REPORT)
 
-    async def use(page: dict[str, Any]) -> None:
-        async with WebClient(WebServer(page["make_app"]())) as client:
+    async def use(make_app: Callable[[], web.Application]) -> None:
+        async with WebClient(WebServer(make_app())) as client:
             response = await client.post("/reports", params={"topic": "otters"})
             assert await response.json() == {"report": "done"}
-        async with Session() as session:
-            assert await page["both"](session, first, second) == ["done", "done"]
 
-    with names("docs/awaiting.md", "app") as page:
-        asyncio.run(use(page))
-        page["test_reports"](promptlayer_simulator, monkeypatch)
+    with names("docs/awaiting.md") as page:
+        asyncio.run(use(page["make_app"]))
+        with TestClient(page["app"]) as client:
+            assert client.post("/reports", params={"topic": "otters"}).json() == "done"
 
 
 async def test_the_page_on_testing_has_tests_that_pass(
@@ -423,16 +319,6 @@ async def test_the_page_on_testing_has_tests_that_pass(
         for name, test in list(page.items()):
             if name.startswith("test_"):
                 await (test(promptlayer_simulator) if test.__code__.co_argcount else test())
-
-
-async def test_the_sessions_on_polling_work(server: Simulator) -> None:
-    """Each session that the page creates follows an execution."""
-    execution_id = server.add_execution(REPORT)
-    with names("docs/polling.md") as page:
-        test = page["for_a_test"](server.api_key, server.base_url)
-        for session in (page["for_a_person"](), page["for_the_night"](), test):
-            async with session:
-                assert await session.execution(execution_id).output() == "done"
 
 
 async def test_the_code_on_push_is_pushed(server: Simulator) -> None:
@@ -457,47 +343,6 @@ async def test_the_line_on_push_is_logged_where_there_is_none(
     assert blocks("docs/push.md", "text") == [line for line in lines if "push" in line]
 
 
-def test_the_server_with_an_outage_on_batches_has_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its workflow is there before the outage and after it; meanwhile the answer is 503."""
-    (program,) = filter(is_program, blocks("docs/batches.md", "python"))
-    printed: list[str] = []
-    statuses: list[int] = []
-
-    def press_enter(_: str) -> str:
-        printed.append(capsys.readouterr().out)
-        key, url = re.findall(r"=(\S+)", printed[0])
-        request = urllib.request.Request(f"{url}/workflows/grade", headers={"X-API-KEY": key})
-        try:
-            with urllib.request.urlopen(request) as response:
-                statuses.append(response.status)
-        except urllib.error.HTTPError as error:
-            with error:
-                statuses.append(error.code)
-        return ""
-
-    monkeypatch.setattr("builtins.input", press_enter)
-    run_program(program, capsys)
-    assert statuses == [200, 503, 200]
-
-
-async def test_the_page_on_picking_up_pays_once(
-    sim: Simulator, session: Session, tmp_path: Path
-) -> None:
-    """A second call follows what the first one started, and repeats no start that may have run."""
-    sim.add_workflow("write-report", REPORT)
-    with names("docs/picking-up.md") as page:
-        for _ in range(2):
-            with closing(page["open_jobs"](str(tmp_path / "jobs"))) as jobs:
-                assert await page["run_once"](session, jobs, "a", "otters") == "done"
-                sim.inject(Fault.disconnect())
-                with pytest.raises(Exception, match="may have started"):
-                    await page["run_once"](session, jobs, "b", "newts")
-                sim.clear_faults()
-    assert [run.body["metadata"]["job"] for run in sim.runs] == ["a", "b"]
-
-
 def test_the_page_on_the_command_line_shows_what_is_printed(server: Simulator) -> None:
     """Its commands are run, and print what the page shows."""
     plan = SimNode("Plan", "habitat, diet, threats")
@@ -511,15 +356,22 @@ def test_the_page_on_the_command_line_shows_what_is_printed(server: Simulator) -
         assert re.sub(r"\d\.\d s", "0.0 s", printed.output) == shown
 
 
-async def test_the_code_on_watching_works(session: Session, held: int) -> None:
-    """Its function returns a snapshot as soon as half of the nodes are final."""
+async def test_the_code_on_watching_works(
+    server: Simulator, session: Session, held: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It shows the progress until half of the nodes are final; its sessions follow an execution."""
+    execution_id = server.add_execution(REPORT)
     with names("docs/watching.md") as page:
         assert (await page["until_half"](session.execution(held))).progress == 0.5
+        assert capsys.readouterr().out == "50% done\n"
+        for tuned in (page["for_a_person"](), page["for_the_night"]()):
+            async with tuned:
+                assert await tuned.execution(execution_id).output() == "done"
 
 
-def test_the_page_on_watching_lists_the_statuses_that_are_retried() -> None:
+def test_the_page_on_failures_lists_the_statuses_that_are_retried() -> None:
     """They are those of the default policy."""
-    text = " ".join((ROOT / "docs" / "watching.md").read_text(encoding="utf-8").split())
+    text = " ".join((ROOT / "docs" / "failures.md").read_text(encoding="utf-8").split())
     found = re.search(r"the statuses ([\d, ]+) and (\d+) to (\d+)\.", text)
     assert found is not None
     listed = {int(status) for status in found[1].split(", ")}
@@ -578,10 +430,11 @@ async def test_the_client_session_on_security_reads_no_surplus_response(
         assert await read(http=http) == [1, 2]
 
 
-async def test_the_code_on_failures_returns_the_result_or_the_reason(
-    sim: Simulator, session: Session, held: int
+async def test_the_code_on_failures_returns_the_reason_and_pays_once(
+    sim: Simulator, session: Session, held: int, tmp_path: Path
 ) -> None:
-    """It returns the error of a failed request, and the success of a complete execution."""
+    """It returns an error or success; `run_once` repeats no start that may have run."""
+    sim.add_workflow("write-report", REPORT)
     with names("docs/failures.md") as page:
         result_or_reason = page["result_or_reason"]
         sim.inject(Fault.status(404))
@@ -590,6 +443,14 @@ async def test_the_code_on_failures_returns_the_result_or_the_reason(
         await sim.wait_for_requests(sim.request_count + 1)
         sim.finish(held, "Answer")
         assert await waiting == "succeeded"
+        for _ in range(2):
+            with closing(page["open_jobs"](str(tmp_path / "jobs"))) as jobs:
+                assert await page["run_once"](session, jobs, "a", "otters") == "done"
+                sim.inject(Fault.disconnect())
+                with pytest.raises(Exception, match="may have started"):
+                    await page["run_once"](session, jobs, "b", "newts")
+                sim.clear_faults()
+    assert [run.body["metadata"]["job"] for run in sim.runs] == ["a", "b"]
 
 
 async def test_the_code_on_outputs_works(
@@ -609,10 +470,8 @@ async def test_the_code_on_outputs_works(
                 await checking.run("write-report", {"topik": "otters"})
         assert blocks("docs/outputs.md", "text") == [f"ValueError: {caught.value}\n"]
         assert await page["result_so_far"](session, held) == "50% done"
-        assert await page["main_output"](session, held) is None
         sim.finish(held, "Answer", value="42")
         assert await page["result_so_far"](session, held) == {"Answer": "42"}
-        assert await page["main_output"](session, held) == "42"
     first, second = sim.runs
     assert first.body["metadata"] == {"job": "job-1"}
     warning = f"execution {second.execution_id}: missing input variables: tone\n"
@@ -622,33 +481,27 @@ async def test_the_code_on_outputs_works(
 async def test_the_code_on_starting_works(
     sim: Simulator, open_session: Callable[..., Session], recorder: Any
 ) -> None:
-    """It records or recovers a start whose answer was lost, and keeps an abandoned one."""
+    """It recovers a start whose answer was lost, and keeps the id of an abandoned one."""
     sim.add_workflow("report", REPORT)
     callbacks = Callbacks("http://127.0.0.1:9", secret="s3cret")
     session = open_session(callbacks=callbacks)
     with names("docs/starting.md") as page:
-        sim.inject(Fault.disconnect())
-        started, to_look_up = await page["start_all"](session, {"a": "otters", "b": "newts"})
-        assert [run.body["metadata"] for run in sim.runs] == [{"job": "a"}, {"job": "b"}]
-        assert [execution.id for execution in started] == [sim.runs[1].execution_id]
-        (line,) = to_look_up
-        assert line.startswith("job a: ")
         sim.inject(Fault.delay(0.02))
         starting = asyncio.create_task(session.start("report"))
         await sim.wait_for_requests(sim.request_count + 1)
         starting.cancel()
         page["keep_orphans"](await recorder.next(ExecutionStarted))
-        assert page["orphans"] == [sim.runs[2].execution_id]
-        assert (await page["start_once"](session, "newts")).id == sim.runs[3].execution_id
+        assert page["orphans"] == [sim.runs[0].execution_id]
+        assert (await page["start_once"](session, "newts")).id == sim.runs[1].execution_id
         sim.inject(Fault.disconnect())
         starting = asyncio.create_task(page["start_once"](session, "eels"))
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(asyncio.shield(starting), 0.05)
-        token = sim.runs[4].body["callback_url"].removeprefix(callbacks.url_for(""))
-        receive_callback(session, token, sim.runs[4].execution_id)
-        assert (await starting).id == sim.runs[4].execution_id
+        token = sim.runs[2].body["callback_url"].removeprefix(callbacks.url_for(""))
+        receive_callback(session, token, sim.runs[2].execution_id)
+        assert (await starting).id == sim.runs[2].execution_id
         page["keep_orphans"](recorder.events[-1])
-        assert page["orphans"][1:] == [sim.runs[4].execution_id]
+        assert page["orphans"][1:] == [sim.runs[2].execution_id]
 
 
 async def test_the_page_on_observing_is_right(
@@ -702,8 +555,12 @@ def check_dashboard(scraped: str) -> None:
     assert metrics <= set(re.findall(r"^(promptlayer_exec_\w+)[{ ]", scraped, re.MULTILINE))
 
 
-async def test_the_code_on_fanning_out_works(sim: Simulator, session: Session) -> None:
-    """Each item comes back with its output or its error."""
+async def test_the_code_on_fanning_out_works(
+    sim: Simulator, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each item comes back with its output or its error; each limiter is acquired per request."""
+    checked = (ROOT / "tests" / "typing" / "limiter.py").read_text()
+    assert blocks("docs/fanning-out.md", "python")[1] in checked
 
     def grade(inputs: Any) -> Scenario:
         return Scenario([SimNode("Grade", inputs["grade"], is_output_node=True)])
@@ -715,26 +572,17 @@ async def test_the_code_on_fanning_out_works(sim: Simulator, session: Session) -
     sim.add_workflow("grade", grade)
     with names("docs/fanning-out.md") as page:
         lines = sorted(await page["grade"](session, rows()))
-    assert lines[0] == "a: 0.50"
-    assert lines[1].startswith("b: execution ")
-
-
-async def test_the_limiters_on_rate_limits_are_acquired(
-    sim: Simulator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both limiters are acquired once per request; a bucket in memory replaces the one in Redis."""
-    checked = (ROOT / "tests" / "typing" / "limiter.py").read_text()
-    assert blocks("docs/rate-limits.md", "python")[0] in checked
-    with names("docs/rate-limits.md") as page:
-        bucket = page["InMemoryBucket"]
+        bucket = page["InMemoryBucket"]  # in place of the one in Redis
         init = AsyncMock(side_effect=lambda rates, redis, key: bucket(rates))
         monkeypatch.setattr(page["RedisBucket"], "init", init)
         for limiter in (page["in_memory"](1000), await page["in_redis"](None, 1000)):
             limiter.acquire = AsyncMock(side_effect=limiter.acquire)
             before = sim.request_count
-            async with Session(sim.api_key, base_url=sim.base_url, limiter=limiter) as session:
-                await session.execution(sim.add_execution(REPORT)).wait()
+            async with Session(sim.api_key, base_url=sim.base_url, limiter=limiter) as limited:
+                await limited.execution(sim.add_execution(REPORT)).wait()
             assert limiter.acquire.await_count == sim.request_count - before == 1
+    assert lines[0] == "a: 0.50"
+    assert lines[1].startswith("b: execution ")
 
 
 async def test_the_errors_in_the_readme_are_what_is_printed(

@@ -200,9 +200,8 @@ class Watch:
         elif latest is not None and latest.complete:
             succeeded, state = latest.succeeded, "complete"
         polls = 0 if latest is None else latest.poll
-        logger.info(
-            "execution %d: %s (%d polls in %.1f s)", self.execution_id, state, polls, elapsed
-        )
+        times = f"{polls} poll{'s' * (polls != 1)} in {elapsed:.1f} s"
+        logger.info("execution %d: %s (%s)", self.execution_id, state, times)
         self._emit(
             WatchEnded(
                 self.execution_id,

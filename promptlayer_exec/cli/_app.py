@@ -14,7 +14,7 @@ from promptlayer_exec.cli._batch import batch_app
 from promptlayer_exec.cli._executions import demo, results, run, watch
 from promptlayer_exec.cli._exit import PROGRAM, help_epilog, report_crash
 from promptlayer_exec.cli._servers import mcp, simulate, view
-from promptlayer_exec.cli._text import guard_streams, out
+from promptlayer_exec.cli._text import out, prepare_streams
 from promptlayer_exec.cli._workflows import workflow, workflows
 
 app = typer.Typer(
@@ -55,29 +55,23 @@ app.command(
     "run",
     context_settings={"allow_extra_args": True},  # to say how inputs are given
     epilog=help_epilog(
-        examples=(
-            "run support-agent -i letter@letter.txt --label prod",
-            "run support-agent -i @inputs.json --json | jq .progress",
-        )
+        "run support-agent -i letter@letter.txt --label prod",
+        "run support-agent -i @inputs.json --json | jq .progress",
     ),
 )(run)
-app.command("watch", epilog=help_epilog(examples=("watch 787",)))(watch)
-app.command("results", epilog=help_epilog(examples=("results 787 > report.md",)))(results)
-app.command("workflows", epilog=help_epilog("other", ("workflows --sort-by updated_at",)))(
-    workflows
-)
-app.command("workflow", epilog=help_epilog("other", ("workflow support-agent --label prod",)))(
-    workflow
-)
-app.command("view", epilog=help_epilog("other", ("view 787",)))(view)
-app.command("mcp", epilog=help_epilog("other", ("mcp --workflow support-agent",)))(mcp)
+app.command("watch", epilog=help_epilog("watch 787"))(watch)
+app.command("results", epilog=help_epilog("results 787 > report.md"))(results)
+app.command("workflows", epilog=help_epilog("workflows --sort-by updated_at"))(workflows)
+app.command("workflow", epilog=help_epilog("workflow support-agent --label prod"))(workflow)
+app.command("view", epilog=help_epilog("view 787"))(view)
+app.command("mcp", epilog=help_epilog("mcp --workflow support-agent"))(mcp)
 app.command("simulate")(simulate)
 app.add_typer(batch_app, name="batch")
 
 
 def main() -> None:
     """Run the command line, and exit."""
-    guard_streams()
+    prepare_streams()
     try:
         app(prog_name=PROGRAM)
     except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the last resort

@@ -9,15 +9,16 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeAlias
 
 import typer
 
 from promptlayer_exec import NotFound, RequestError, Session
-from promptlayer_exec._integration import DEFINITION_TIMEOUT, MAX_ID
-from promptlayer_exec.cli._exit import PROGRAM
-from promptlayer_exec.cli._text import err, in_options, printable, shorten
+from promptlayer_exec._integration import DEFINITION_TIMEOUT, MAX_ID, printable
+from promptlayer_exec.cli._exit import describe, suggest
+from promptlayer_exec.cli._text import err, shorten
 
 # A workflow with its label and version; the names of the inputs that the lines of a file give it.
 Target: TypeAlias = tuple[str | int, str | None, int | None]
@@ -25,41 +26,39 @@ Given: TypeAlias = Mapping[tuple[str, ...], list[int]]
 _STDIN = "-"
 
 
-def seconds(text: str) -> Any:
+def seconds(text: str, *, default: bool | str = True) -> Any:
     """Return an option in seconds with a help text."""
-    return typer.Option(metavar="SECONDS", callback=_check_seconds, help=text)
+    return typer.Option(metavar="SECONDS", callback=_check_seconds, help=text, show_default=default)
 
 
-def _check_seconds(value: float) -> float:
-    if not 0 <= value < math.inf:
+def _check_seconds(value: float | None) -> float | None:
+    if value is not None and not 0 <= value < math.inf:
         raise typer.BadParameter("must be a number of seconds, 0 or more")
     return value
 
 
+def _parse_number(text: str, kind: str) -> int:
+    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= MAX_ID:
+        raise typer.BadParameter(f"must be {kind}, got {shorten(printable(text), 40)!r}")
+    return int(text)
+
+
 def parse_id(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= MAX_ID:
-        raise typer.BadParameter(
-            "must be an execution id, a number such as the 787 that `run` prints,"
-            f" got {shorten(printable(text), 40)!r}"
-        )
-    return int(text)
-
-
-def _parse_version(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= MAX_ID:
-        raise typer.BadParameter(f"must be a number from 1, got {shorten(printable(text), 40)!r}")
-    return int(text)
+    return _parse_number(text, "an execution id, a number such as the 787 that `run` prints")
 
 
 ExecutionId = Annotated[
     int, typer.Argument(metavar="ID", parser=parse_id, help="Id of the execution.")
+]
+WorkflowName = Annotated[
+    str, typer.Argument(metavar="WORKFLOW", help="Name or id of the workflow.")
 ]
 Label = Annotated[str | None, typer.Option(metavar="NAME", help="Label of the version.")]
 Version = Annotated[
     int | None,
     typer.Option(
         metavar="NUMBER",
-        parser=_parse_version,
+        parser=partial(_parse_number, kind="a number from 1"),
         help="Number of the version, instead of --label.",
     ),
 ]
@@ -73,7 +72,11 @@ BaseUrl = Annotated[
     ),
 ]
 Outage = Annotated[
-    float, seconds("Maximum time to keep retrying while the server is unreachable or failing.")
+    float | None,
+    seconds(
+        "Maximum time to keep retrying while the server is unreachable or failing.",
+        default="60 for a request, 600 for a watch",
+    ),
 ]
 NoPush = Annotated[
     bool,
@@ -89,19 +92,10 @@ Port = Annotated[
 ]
 
 
-def check_version(label: str | None, version: int | None) -> None:
-    """Check that a version is not selected twice."""
-    if label is not None and version is not None:
-        raise typer.BadParameter("use only one of them", param_hint="'--label' / '--version'")
-
-
 def read_inputs(arguments: Iterable[str]) -> dict[str, Any]:
     """Return the input variables given with `--input`; the last value of a key wins."""
-    parts = [_split(argument) for argument in arguments]
-    if sum(part[1:] == ("@", _STDIN) for part in parts) > 1:
-        _refuse("standard input can be read only once; use @- only once")
     inputs: dict[str, Any] = {}
-    for key, separator, rest in parts:
+    for key, separator, rest in map(_split, arguments):
         if separator == "=":
             inputs[key] = _parse_value(key, rest)
         elif key:
@@ -122,7 +116,6 @@ def read_metadata(arguments: Iterable[str]) -> dict[str, str]:
     """Return the texts given with `--metadata`; the last text of a key wins."""
     metadata = {}
     for argument in arguments:
-        _check_encoding(argument, "--metadata")
         key, separator, text = argument.partition("=")
         if not (key and separator):
             _refuse(f"{_quoted(argument)} is not KEY=TEXT", "--metadata")
@@ -132,44 +125,32 @@ def read_metadata(arguments: Iterable[str]) -> dict[str, str]:
 
 def _split(argument: str) -> tuple[str, str, str]:
     """Return the key, the separator and the rest of an input; the key of `@FILE` is empty."""
-    _check_encoding(argument)
-    match = re.fullmatch(r"([^=@]*)([=@])(.*)", argument, re.DOTALL)
+    match = re.fullmatch(r"(?!=)([^=@]*)([=@])(.*)", argument, re.DOTALL)
     if match is None:
         _refuse(f"{_quoted(argument)} is not KEY=VALUE, KEY@FILE or @FILE")
-    key, separator, rest = match.groups()
-    if separator == "=" and not key:
-        _refuse(f"{_quoted(argument)} has no key before the '='")
-    return key, separator, rest
+    return match[1], match[2], match[3]
 
 
 def _parse_value(key: str, text: str) -> Any:
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         if text.lstrip().startswith(("[", "{", '"')):
             err(
                 f"warning: the value of {_quoted(key)} looks like JSON but is not valid, and is"
-                f" sent as text: {_position(error)}"
+                f" sent as text: {error}"
             )
         return text
     except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
         _refuse(f"the value of {_quoted(key)} cannot be read: {error}")
-    if isinstance(value, float) and not math.isfinite(value):
-        _refuse(
-            f"the value of {_quoted(key)} is not a JSON number; to send it as text, write"
-            f" '{printable(key)}={printable(json.dumps(text))}'"
-        )
-    return value
 
 
 def _read_object(path: str) -> dict[str, Any]:
     name = _file_name(path)
     try:
         value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        _refuse(f"{name} is not valid JSON: {_position(error)}")
     except (ValueError, RecursionError) as error:
-        _refuse(f"{name} cannot be read: {error}")
+        _refuse(f"{name} is not valid JSON: {error}")
     if not isinstance(value, dict):
         start = _quoted(json.dumps(value))
         _refuse(f'{name} must contain a JSON object like {{"name": "Maria"}}, not {start}')
@@ -177,8 +158,6 @@ def _read_object(path: str) -> dict[str, Any]:
 
 
 def _read_text(path: str) -> str:
-    if path == _STDIN and sys.stdin is None:
-        _refuse("cannot read standard input: it is closed")
     try:
         data = sys.stdin.buffer.read() if path == _STDIN else Path(path).read_bytes()
         return data.decode("utf-8-sig")
@@ -188,19 +167,8 @@ def _read_text(path: str) -> str:
         _refuse(f"{_file_name(path)} is not UTF-8 text: byte {error.start + 1} is invalid")
 
 
-def _check_encoding(argument: str, option: str = "--input") -> None:
-    try:
-        argument.encode()
-    except UnicodeEncodeError:
-        _refuse(f"{_quoted(argument)} is not text in this terminal's encoding", option)
-
-
 def _file_name(path: str) -> str:
     return "standard input" if path == _STDIN else _quoted(path)
-
-
-def _position(error: json.JSONDecodeError) -> str:
-    return f"{error.msg}, line {error.lineno}, column {error.colno}"
 
 
 def _quoted(text: str) -> str:
@@ -211,7 +179,9 @@ def _refuse(message: str, option: str = "--input") -> NoReturn:
     raise typer.BadParameter(message, param_hint=f"'{option}'")
 
 
-async def find_problems(session: Session, starts: Mapping[Target, Given]) -> dict[int, str]:
+async def find_problems(
+    session: Session, starts: Mapping[Target, Given], base_url: str | None
+) -> dict[int, str]:
     """Return what is wrong with the workflow or the inputs of lines, by their numbers.
 
     The definition of each workflow is read once. After one that cannot be read, which is reported,
@@ -224,30 +194,28 @@ async def find_problems(session: Session, starts: Mapping[Target, Given]) -> dic
             async with asyncio.timeout(DEFINITION_TIMEOUT):
                 found = await session.workflow(workflow, label=label, version=version)
         except NotFound:
-            what = _no_workflow(workflow, label, version)
+            which = "" if label is None else f" with the label '{shorten(printable(label), 40)}'"
+            which += "" if version is None else f" with a version {version}"
+            what = f"there is no {_named(workflow)}{which}; `{suggest('workflows', base_url)}`"
+            what += " lists names and labels"
             problems |= {number: what for numbers in given.values() for number in numbers}
             continue
         except (RequestError, TimeoutError) as error:
             late = f"{_named(workflow)}: no answer within {DEFINITION_TIMEOUT:g} s"
-            err(f"inputs are not checked: {in_options(str(error)) or late}")
+            err(f"inputs are not checked: {describe(error) or late}")
             break
         for names, numbers in given.items():
             try:
                 found.check_inputs(dict.fromkeys(names))
             except ValueError as error:
-                problems |= dict.fromkeys(numbers, needs(error, workflow))
+                problems |= dict.fromkeys(numbers, needs(error, workflow, base_url))
     return problems
 
 
-def needs(error: ValueError, workflow: str | int) -> str:
+def needs(error: ValueError, workflow: str | int, base_url: str | None) -> str:
     """Say that inputs are missing, and how to find out which there are."""
-    return f"{error}; `{PROGRAM} workflow {shlex.quote(str(workflow))}` shows what it needs"
-
-
-def _no_workflow(workflow: str | int, label: str | None, version: int | None) -> str:
-    which = "" if label is None else f" with the label '{shorten(printable(label), 40)}'"
-    which += "" if version is None else f" with a version {version}"
-    return f"there is no {_named(workflow)}{which}; `{PROGRAM} workflows` lists names and labels"
+    command = suggest(f"workflow {shlex.quote(str(workflow))}", base_url)
+    return f"{error}; `{command}` shows what it needs"
 
 
 def _named(workflow: str | int) -> str:

@@ -5,24 +5,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine
-from contextlib import closing
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from promptlayer_exec import RetryPolicy
+from promptlayer_exec._integration import printable
 from promptlayer_exec.cli import _batch_operate as operate
-from promptlayer_exec.cli._arguments import BaseUrl, NoPush, Outage, find_problems
+from promptlayer_exec.cli._arguments import BaseUrl, NoPush, find_problems
 from promptlayer_exec.cli._batch_items import ItemFile
 from promptlayer_exec.cli._batch_options import (
+    BatchOutage,
     Database,
     MaxInFlight,
     Rate,
     RestartUnknown,
     SameServer,
-    Settings,
     StopAfterFailures,
     command_options,
     name_option,
@@ -31,15 +30,8 @@ from promptlayer_exec.cli._batch_options import (
     wait_for_batch,
     working_batch,
 )
-from promptlayer_exec.cli._batch_results import (
-    Result,
-    Results,
-    TableFile,
-    open_results,
-    write_results,
-)
+from promptlayer_exec.cli._batch_results import LineFile, TableFile, open_results, write_results
 from promptlayer_exec.cli._display import (
-    BatchProgress,
     duration_lines,
     failure_lines,
     hint_lines,
@@ -50,18 +42,20 @@ from promptlayer_exec.cli._exit import (
     ExitCode,
     Misuse,
     Subject,
-    example_epilog,
+    describe,
     help_epilog,
     run_command,
+    server_option,
 )
-from promptlayer_exec.cli._session import open_session
-from promptlayer_exec.cli._text import duration, err, printable, shorten
+from promptlayer_exec.cli._session import open_session, retry_policy
+from promptlayer_exec.cli._text import duration, err, shorten
 
 if TYPE_CHECKING:
+    from promptlayer_exec import Session
+    from promptlayer_exec.cli._live import BatchProgress
     from promptlayer_exec.dbos import Batch
 
 _REFRESH_INTERVAL = 0.25
-_KEYS_AT_ONCE = 500
 _KNOWN_ENDS = ("ExecutionFailed", "StartUnknown")  # or a hint of its own
 _NOTE = "no item is lost: run the same command again to continue"
 
@@ -77,11 +71,8 @@ class _TooManyFailures(Exception):
 @batch_app.command(
     "run",
     epilog=help_epilog(
-        "batch",
-        examples=(
-            "batch run night.jsonl --workflow grade --out results.jsonl",
-            "batch run topics.csv --workflow grade --out results.csv --rate 50",
-        ),
+        "batch run night.jsonl --workflow grade --out results.jsonl",
+        "batch run topics.csv --workflow grade --out results.csv --rate 50",
     ),
 )
 def _run(
@@ -113,7 +104,7 @@ def _run(
     stop_after_failures: StopAfterFailures = None,
     no_push: NoPush = False,
     base_url: BaseUrl = None,
-    outage: Outage = 600,
+    outage: BatchOutage = 600,
 ) -> None:
     """Run the items of FILE, each once, and write their results.
 
@@ -138,25 +129,33 @@ def _run(
     there is no way to find out whether the run was started; such an item ends as unknown, with the
     error StartUnknown. To let other processes help, see `batch work`.
     """  # noqa: D301 - \b is Typer's mark for preformatted text
-    settings = Settings(database, max_in_flight, rate, restart_unknown, same_server)
-    subject = Subject(is_batch=True)
+    subject = Subject()
     batch_name = name or file.stem
+    session = partial(open_session, base_url, retry_policy(outage), no_push=no_push)
 
     async def work() -> ExitCode:
         items = ItemFile(file, workflow)
-        with closing(open_results(results)) as result_file:
-            batch = await working_batch(batch_name, settings, base_url, outage, no_push=no_push)
+        with open_results(results) as result_file:
+            batch = await working_batch(
+                batch_name,
+                session,
+                database_url=database,
+                max_in_flight=max_in_flight,
+                rate=rate,
+                restart_unknown=restart_unknown,
+                same_server=same_server,
+            )
             shown = f"batch '{printable(batch_name)}' in {shown_database(database)}"
-            await _refuse_foreign_results(batch, shown, result_file)
-            await _check_inputs(batch, items, base_url, outage)
-            progress = BatchProgress(transient=True)
-            with progress.shown():
-                new = await _add(batch, items, progress)
+            if result_file is not None:
+                await _refuse_foreign_results(batch, shown, result_file)
+            await _check_inputs(batch, items, session(), base_url)
+            new = await _add(batch, items)
             options = command_options(name, batch_name, await names(database), database)
             subject.note = _note(options)
             known = f", {items.count - new} already known" if new < items.count else ""
             err(f"batch {printable(batch_name)}: {item_count(items.count)}{known}")
             await _say_if_ended(batch_name, batch, restarts=restart_unknown)
+            options += server_option(base_url)
             if isinstance(result_file, TableFile):
                 code = await _work_on(batch_name, batch, options, stop_after_failures)
                 await write_results(batch, result_file, until_done=False)
@@ -169,7 +168,7 @@ def _run(
 
 @batch_app.command(
     "work",
-    epilog=help_epilog("batch", examples=("batch work --db postgresql://me@db.internal/batches",)),
+    epilog=help_epilog("batch work --db postgresql://me@db.internal/batches"),
 )
 def _work(
     name: Annotated[str | None, name_option("the only batch")] = None,
@@ -182,7 +181,7 @@ def _work(
     stop_after_failures: StopAfterFailures = None,
     no_push: NoPush = False,
     base_url: BaseUrl = None,
-    outage: Outage = 600,
+    outage: BatchOutage = 600,
 ) -> None:
     """Work on a batch until all of its items have finished.
 
@@ -190,15 +189,23 @@ def _work(
     same time, also on other machines with the same PostgreSQL database. The death of a worker is
     noticed within 30 seconds, and the others take over its items.
     """
-    settings = Settings(database, max_in_flight, rate, restart_unknown, same_server)
-    subject = Subject(is_batch=True)
+    subject = Subject()
 
     async def work() -> ExitCode:
         chosen = await wait_for_batch(name, database)
         options = command_options(name, chosen, await names(database), database)
         subject.note = _note(options)
-        batch = await working_batch(chosen, settings, base_url, outage, no_push=no_push)
+        batch = await working_batch(
+            chosen,
+            partial(open_session, base_url, retry_policy(outage), no_push=no_push),
+            database_url=database,
+            max_in_flight=max_in_flight,
+            rate=rate,
+            restart_unknown=restart_unknown,
+            same_server=same_server,
+        )
         await _say_if_ended(chosen, batch, restarts=restart_unknown)
+        options += server_option(base_url)
         return await _work_on(chosen, batch, options, stop_after_failures)
 
     raise typer.Exit(run_command(work(), subject))
@@ -213,37 +220,34 @@ for _name, _command, *_examples in (
     ("export", operate.export, "batch export --out results.parquet"),
     ("delete", operate.delete, "batch delete --name night-2026-05-01"),
 ):
-    batch_app.command(_name, epilog=example_epilog(*_examples))(_command)
+    batch_app.command(_name, epilog=help_epilog(*_examples, has_codes=False))(_command)
 
 
-async def _refuse_foreign_results(batch: Batch, shown: str, file: Results) -> None:
+async def _refuse_foreign_results(batch: Batch, shown: str, file: LineFile | TableFile) -> None:
     """Refuse to run items whose results are in the file, although the database has none of them."""
-    results = file.results()
-    foreign: list[str] = []
-    while part := [*islice(results, _KEYS_AT_ONCE)]:
-        kinds = await batch.kinds({result.key for result in part})
-        foreign += (result.key for result in part if _is_foreign(result, kinds))
+    kinds = await batch.kinds({result.key for result in file.results})
+    # An item that did not succeed may wait again meanwhile; one that succeeded stays as it is.
+    foreign = [
+        result.key
+        for result in file.results
+        if result.key not in kinds or (result.succeeded and kinds[result.key] != "succeeded")
+    ]
     if foreign:
         what = "a result" if len(foreign) == 1 else f"{len(foreign)} results"
         raise Misuse(
             f"{file.name} has {what} that {shown} does not have, for example"
-            f" of '{shorten(printable(foreign[0]), 100)}': that item would be run and paid for"
+            f" of '{shorten(printable(min(foreign)), 100)}': that item would be run and paid for"
             " again. Use the database that the results are from (--db, PROMPTLAYER_EXEC_DB), or"
             " another --out"
         )
 
 
-def _is_foreign(result: Result, kinds: dict[str, Any]) -> bool:
-    # An item that did not succeed may wait again meanwhile; one that succeeded stays as it is.
-    if result.key not in kinds:
-        return result.may_be_paid
-    return result.succeeded and kinds[result.key] != "succeeded"
-
-
-async def _check_inputs(batch: Batch, items: ItemFile, base_url: str | None, outage: float) -> None:
+async def _check_inputs(
+    batch: Batch, items: ItemFile, session: Session, base_url: str | None
+) -> None:
     """Refuse lines that cannot run, unless the batch has them already."""
-    async with open_session(base_url, RetryPolicy(outage=outage)) as session:
-        problems = await find_problems(session, items.starts)
+    async with session:
+        problems = await find_problems(session, items.starts, base_url)
     if problems:
         keys = dict(items.keys(problems))
         known = await batch.kinds(keys.values())
@@ -251,18 +255,26 @@ async def _check_inputs(batch: Batch, items: ItemFile, base_url: str | None, out
     items.refuse(problems)
 
 
-async def _add(batch: Batch, items: ItemFile, progress: BatchProgress) -> int:
+async def _add(batch: Batch, items: ItemFile) -> int:
     before = (await batch.status()).total
     adding = asyncio.create_task(batch.add(items))
+    progress = _progress(transient=True)
     try:
-        while not (await asyncio.wait([adding], timeout=_REFRESH_INTERVAL))[0]:
-            progress.show_added((await batch.status()).total - before, items.count)
+        with progress.shown():
+            while not (await asyncio.wait([adding], timeout=_REFRESH_INTERVAL))[0]:
+                progress.show_added((await batch.status()).total - before, items.count)
         return await adding
     except (TypeError, ValueError) as error:
-        raise Misuse(str(error)) from error
+        raise Misuse(describe(error)) from error
     finally:
         adding.cancel()
         await asyncio.wait([adding])
+
+
+def _progress(*, transient: bool = False) -> BatchProgress:
+    from promptlayer_exec.cli._live import BatchProgress  # noqa: PLC0415 - slow to import
+
+    return BatchProgress(transient=transient)
 
 
 def _note(options: str) -> str:
@@ -285,7 +297,7 @@ async def _work_on(
     stop_after: int | None,
     *others: Coroutine[Any, Any, None],
 ) -> ExitCode:
-    progress = BatchProgress()
+    progress = _progress()
     began = time.monotonic()
     code: ExitCode | None = None
     works: list[asyncio.Task[Any]] = [asyncio.create_task(each) for each in (batch.work(), *others)]
@@ -323,7 +335,7 @@ async def _work_on(
 
 async def _follow(batch: Batch, progress: BatchProgress) -> NoReturn:
     while True:
-        await progress.follow(await batch.status())
+        progress.show(await batch.status())
         await asyncio.sleep(_REFRESH_INTERVAL)
 
 

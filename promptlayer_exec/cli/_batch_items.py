@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from promptlayer_exec import StartRequest
-from promptlayer_exec._integration import MAX_ID
+from promptlayer_exec._integration import MAX_ID, printable
 from promptlayer_exec.cli._exit import Misuse
-from promptlayer_exec.cli._text import err, printable, shorten
+from promptlayer_exec.cli._text import err, shorten
 
 if TYPE_CHECKING:
     from promptlayer_exec.cli._arguments import Target
@@ -189,8 +189,13 @@ def _checked(fields: dict[str, Any]) -> StartRequest:
         if name not in _FIELDS:
             known = ", ".join(_FIELDS)
             raise Misuse(f"'{shorten(printable(name), 40)}' is not one of {known}")
-        if name != "workflow" or value is not None:
-            _check(name, value)
+        kind, expected = _FIELDS[name]
+        if name == "workflow" and value is None:
+            continue
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise Misuse(f'"{name}" must be {expected}')
+        if isinstance(value, int) and not 1 <= value <= MAX_ID:
+            raise Misuse(f'"{name}" must be between 1 and 2**63-1')
     if not all(isinstance(value, str) for value in fields.get("metadata", {}).values()):
         raise Misuse('"metadata" must be an object of strings')
     if "label" in fields and "version" in fields:
@@ -201,19 +206,6 @@ def _checked(fields: dict[str, Any]) -> StartRequest:
     if not request.key:
         raise Misuse('"key" must not be empty')
     return request
-
-
-def _check(name: str, value: Any) -> None:
-    kind, expected = _FIELDS[name]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise Misuse(f'"{name}" must be {expected}')
-    if isinstance(value, int) and not 1 <= value <= MAX_ID:
-        raise Misuse(f'"{name}" must be between 1 and 2**63-1')
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise Misuse(f'"{name}" has half of a surrogate pair, which is no text') from None
 
 
 def _parse(text: bytes) -> dict[str, Any]:

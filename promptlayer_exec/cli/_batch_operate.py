@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import closing
 from datetime import datetime
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import attrs
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from promptlayer_exec._integration import printable
 from promptlayer_exec.cli._arguments import BaseUrl, JsonLines
 from promptlayer_exec.cli._batch_options import (
     Database,
@@ -26,108 +24,70 @@ from promptlayer_exec.cli._batch_options import (
     name_option,
     names,
     shown_database,
-    stored_batch,
 )
 from promptlayer_exec.cli._batch_results import open_results, write_results
 from promptlayer_exec.cli._display import hint_lines, item_count, status_line
-from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, run_command
-from promptlayer_exec.cli._text import err, in_options, out, preview, printable
+from promptlayer_exec.cli._exit import (
+    ExitCode,
+    Misuse,
+    Subject,
+    command,
+    describe_stored,
+    run_command,
+)
+from promptlayer_exec.cli._text import err, out, preview
 
 if TYPE_CHECKING:
-    from promptlayer_exec.dbos import BatchStatus, StoredItem
+    from promptlayer_exec.dbos import StoredItem
 
 
-def status(
+@command
+async def status(
     name: Annotated[str | None, name_option("all batches")] = None,
     database: Database = None,
     *,
     as_json: JsonLines = False,
 ) -> None:
     """Print the progress of the batches in a database."""
-
-    async def work() -> ExitCode:
-        found = await names(database)
-        if name is None and not found:
-            err(f"there is no batch in {shown_database(database)}")
-        for each in found if name is None else [choose(name, found)]:
-            counts = await stored_batch(each, database).status()
-            fields = {"batch": each} | attrs.asdict(counts)
-            out(json.dumps(fields) if as_json else status_line(each, counts))
-            options = command_options(name, each, found, database)
-            for line in [] if as_json else hint_lines(counts, options):
-                err(line)
-        return ExitCode.SUCCEEDED
-
-    raise typer.Exit(run_command(work(), Subject()))
+    found = await names(database)
+    if name is None and not found:
+        err(f"there is no batch in {shown_database(database)}")
+    for each in found if name is None else [choose(name, found)]:
+        counts = await (await chosen_batch(each, database))[1].status()
+        fields = {"batch": each} | attrs.asdict(counts)
+        out(json.dumps(fields) if as_json else status_line(each, counts))
+        options = command_options(name, each, found, database)
+        for line in [] if as_json else hint_lines(counts, options):
+            err(line)
 
 
-def list_batches(database: Database = None, *, as_json: JsonLines = False) -> None:
+@command
+async def list_batches(database: Database = None, *, as_json: JsonLines = False) -> None:
     """List the batches in a database, with their settings.
 
-    \b
-    The columns:
-      created        when the first item was added (UTC)
-      items          how many there are; the next columns say in which state
-      waiting        not begun yet
-      running        begun by a worker
-      succeeded      ended with an output
-      failed         ended with an error
-      unknown        it is not known whether a run was started
-      max-in-flight  the setting: how many run at most; -: 100
-      rate           the setting: how many requests per second at most; -: 100 for each worker
-    """  # noqa: D301 - \b is Typer's mark for preformatted text
-
-    async def work() -> ExitCode:
-        rows = []
-        for name in await names(database):
-            batch = stored_batch(name, database)
-            settings, counts = await batch.settings(), await batch.status()
-            rows.append({"batch": name, **attrs.asdict(settings), **attrs.asdict(counts)})
-        if not rows:
-            err(f"there is no batch in {shown_database(database)}")
-            return ExitCode.SUCCEEDED
+    After the counts of its items, a line has the time when the first was added (UTC), and the
+    settings: how many items run at most, and how many requests are sent per second at most.
+    """
+    found = await names(database)
+    if not found:
+        err(f"there is no batch in {shown_database(database)}")
+    elif database is None and not as_json:
+        err(f"in {shown_database(database)}")
+    for each in found:
+        _, batch = await chosen_batch(each, database)
+        settings, counts = await batch.settings(), await batch.status()
         if as_json:
-            for row in rows:
-                out(json.dumps(row, default=datetime.isoformat))
-            return ExitCode.SUCCEEDED
-        if database is None:
-            err(f"in {shown_database(database)}")
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        for heading, shown in _COLUMNS.items():
-            table.add_column(heading, justify="left" if shown == "batch" else "right")
-        for row in rows:
-            table.add_row(*(_cell(row[shown]) for shown in _COLUMNS.values()))
-        width = None if sys.stdout.isatty() else _WIDTH
-        Console(width=width, markup=False, highlight=False).print(table)
-        return ExitCode.SUCCEEDED
-
-    raise typer.Exit(run_command(work(), Subject()))
+            row = {"batch": each, **attrs.asdict(settings), **attrs.asdict(counts)}
+            out(json.dumps(row, default=datetime.isoformat))
+            continue
+        created = "-" if settings.created is None else _time(settings.created)
+        rate = f"{settings.rate or 100:g}"
+        shown = f"max-in-flight {settings.max_in_flight or 100}, rate {rate}"
+        out(f"{status_line(each, counts)}; {created}, {shown}")
 
 
-_WIDTH = 200  # of a table where there is no terminal
-_COLUMNS = {
-    "batch": "batch",
-    "created": "created",
-    "items": "total",
-    "waiting": "waiting",
-    "running": "running",
-    "succeeded": "succeeded",
-    "failed": "failed",
-    "unknown": "unknown",
-    "max-in-flight": "max_in_flight",
-    "rate": "rate",
-}
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, datetime):
-        return _time(value)
-    return f"{value:g}" if isinstance(value, float) else printable(str(value))
-
-
-def show(
+@command
+async def show(
     key: Annotated[str, typer.Argument(metavar="KEY", help="Key of the item.")],
     name: OnlyBatch = None,
     database: Database = None,
@@ -135,23 +95,18 @@ def show(
     as_json: JsonLines = False,
 ) -> None:
     """Print one item: its request, and its history (UTC)."""
-
-    async def work() -> ExitCode:
-        chosen, batch = await chosen_batch(name, database)
-        item = await batch.item(key)
-        if item is None:
-            raise Misuse(f"batch '{printable(chosen)}' has no item '{printable(key)}'")
-        if as_json:
-            outcome = item.outcome and json.loads(item.outcome.to_json())
-            attempts = [attrs.asdict(attempt) for attempt in item.attempts]
-            fields = {"key": key, "request": item.request, "attempts": attempts, "outcome": outcome}
-            out(json.dumps(fields, default=datetime.isoformat))
-        else:
-            for line in _item_lines(chosen, item):
-                out(line)
-        return ExitCode.SUCCEEDED
-
-    raise typer.Exit(run_command(work(), Subject()))
+    chosen, batch = await chosen_batch(name, database)
+    item = await batch.item(key)
+    if item is None:
+        raise Misuse(f"batch '{printable(chosen)}' has no item '{printable(key)}'")
+    if as_json:
+        outcome = item.outcome and json.loads(item.outcome.to_json())
+        attempts = [attrs.asdict(attempt) for attempt in item.attempts]
+        fields = {"key": key, "request": item.request, "attempts": attempts, "outcome": outcome}
+        out(json.dumps(fields, default=datetime.isoformat))
+    else:
+        for line in _item_lines(chosen, item):
+            out(line)
 
 
 def _item_lines(batch: str, item: StoredItem) -> list[str]:
@@ -175,7 +130,9 @@ def _item_lines(batch: str, item: StoredItem) -> list[str]:
         events.append((_time(outcome.finished), outcome.kind))
     lines += [f"  {at}  {what}" for at, what in events]
     if outcome is not None and outcome.error is not None:
-        lines.append(f"  {outcome.error.type}: {printable(in_options(outcome.error.message))}")
+        lines.append(
+            f"  {outcome.error.type}: {describe_stored(outcome.error.type, outcome.error.message)}"
+        )
     elif outcome is not None:
         lines.append(f"  output: {preview(outcome.output)}")
     return lines
@@ -185,7 +142,8 @@ def _time(at: datetime) -> str:
     return f"{at:%Y-%m-%d %H:%M:%S}Z"
 
 
-def export(
+@command
+async def export(
     results: Annotated[
         Path | None,
         typer.Option(
@@ -206,18 +164,14 @@ def export(
     The fields are those of `batch run --out`. In a table, the error has the columns error_type and
     error_message. An output that is no text is written as JSON; in Parquet, a text is, too.
     """
-
-    async def work() -> ExitCode:
-        _, batch = await chosen_batch(name, database, base_url, same_server=same_server)
-        await batch.check_server()  # before the file is made
-        with closing(open_results(results)) as file:
-            await write_results(batch, file, until_done=False)
-        return ExitCode.SUCCEEDED
-
-    raise typer.Exit(run_command(work(), Subject()))
+    _, batch = await chosen_batch(name, database, base_url, same_server=same_server)
+    await batch.check_server()  # before the file is made
+    with open_results(results) as file:
+        await write_results(batch, file, until_done=False)
 
 
-def recheck(
+@command
+async def recheck(
     name: OnlyBatch = None,
     database: Database = None,
     base_url: BaseUrl = None,
@@ -225,16 +179,12 @@ def recheck(
     same_server: SameServer = False,
 ) -> None:
     """Follow every run again that has no output, and start none."""
-
-    async def work() -> ExitCode:
-        chosen, batch = await chosen_batch(name, database, base_url, same_server=same_server)
-        _report_again(chosen, await batch.recheck(), "followed")
-        return ExitCode.SUCCEEDED
-
-    raise typer.Exit(run_command(work(), Subject()))
+    chosen, batch = await chosen_batch(name, database, base_url, same_server=same_server)
+    _report_again(chosen, await batch.recheck(), "followed")
 
 
-def retry(
+@command
+async def retry(
     name: OnlyBatch = None,
     database: Database = None,
     base_url: BaseUrl = None,
@@ -247,15 +197,10 @@ def retry(
     ] = False,
 ) -> None:
     """Start items again that did not succeed, once each."""
-
-    async def work() -> ExitCode:
-        if not failed and not unknown:
-            raise Misuse("give --failed, --unknown, or both")
-        chosen, batch = await chosen_batch(name, database, base_url, same_server=same_server)
-        _report_again(chosen, await batch.retry(failed=failed, unknown=unknown), "started")
-        return ExitCode.SUCCEEDED
-
-    raise typer.Exit(run_command(work(), Subject()))
+    if not failed and not unknown:
+        raise Misuse("give --failed, --unknown, or both")
+    chosen, batch = await chosen_batch(name, database, base_url, same_server=same_server)
+    _report_again(chosen, await batch.retry(failed=failed, unknown=unknown), "started")
 
 
 def _report_again(batch: str, count: int, what: str) -> None:
@@ -276,8 +221,18 @@ def delete(
     It is refused while a worker works on the batch. What runs at PromptLayer is not affected, and
     can no longer be found from here.
     """
-    if not is_confirmed:
-        name = _confirm_deleting(name, database)
+    question = ""
+
+    async def ask() -> ExitCode:
+        nonlocal name, question
+        name, batch = await chosen_batch(name, database)
+        counts = attrs.asdict(await batch.status())
+        kinds = ("waiting", "running", "succeeded", "failed", "unknown")
+        shown = ", ".join(f"{counts[kind]} {kind}" for kind in kinds if counts[kind]) or "empty"
+        question = f"batch {printable(name)} with {item_count(counts['total'])} ({shown})"
+        if not sys.stdin.isatty():
+            raise Misuse(f"to delete {question} and all results, give --yes")
+        return ExitCode.SUCCEEDED
 
     async def work() -> ExitCode:
         chosen, batch = await chosen_batch(name, database)
@@ -288,37 +243,15 @@ def delete(
         err(f"deleted batch {printable(chosen)} with {item_count(deleted)}")
         return ExitCode.SUCCEEDED
 
-    raise typer.Exit(run_command(work(), Subject()))
-
-
-def _deleted(name: str, status: BatchStatus) -> str:
-    kinds = ("waiting", "running", "succeeded", "failed", "unknown")
-    counts = ", ".join(f"{getattr(status, kind)} {kind}" for kind in kinds if getattr(status, kind))
-    shown = f" ({counts})" if counts else ""
-    whose = "its" if status.total == 1 else "their"
-    return f"batch {printable(name)} with {item_count(status.total)}{shown} and {whose} results"
-
-
-def _confirm_deleting(name: str | None, database: str | None) -> str:
-    """Ask whether to delete a batch, and return its name; exit if the answer is no."""
-    chosen = what = ""
-
-    async def describe() -> ExitCode:
-        nonlocal chosen, what
-        chosen, batch = await chosen_batch(name, database)
-        what = _deleted(chosen, await batch.status())
-        if not sys.stdin.isatty():
-            raise Misuse(f"to delete {what}, give --yes")
-        return ExitCode.SUCCEEDED
-
-    if code := run_command(describe(), Subject()):
-        raise typer.Exit(code)
-    try:  # not within `run_command`, whose handling of SIGINT waits for the answer
-        is_confirmed = typer.confirm(f"Delete {what}?", err=True)
-    except typer.Abort:
-        err("\ninterrupted; nothing was deleted")
-        raise typer.Exit(ExitCode.INTERRUPTED) from None
     if not is_confirmed:
-        err("nothing was deleted")
-        raise typer.Exit(ExitCode.FAILED)
-    return chosen
+        if code := run_command(ask(), Subject()):
+            raise typer.Exit(code)
+        try:  # not within `run_command`, whose handling of SIGINT waits for the answer
+            is_confirmed = typer.confirm(f"Delete {question} and all results?", err=True)
+        except typer.Abort:
+            err("\ninterrupted; nothing was deleted")
+            raise typer.Exit(ExitCode.INTERRUPTED) from None
+        if not is_confirmed:
+            err("nothing was deleted")
+            raise typer.Exit(ExitCode.FAILED)
+    raise typer.Exit(run_command(work(), Subject()))

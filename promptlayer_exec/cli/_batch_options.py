@@ -6,20 +6,21 @@ import asyncio
 import math
 import os
 import shlex
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from itertools import count
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import anyio
-import attrs
 import typer
 
-from promptlayer_exec import RetryPolicy, Session
-from promptlayer_exec._integration import install_hint
+from promptlayer_exec import Session
+from promptlayer_exec._integration import install_hint, printable
+from promptlayer_exec.cli._arguments import seconds
 from promptlayer_exec.cli._exit import Misuse
-from promptlayer_exec.cli._session import open_session
-from promptlayer_exec.cli._text import err, printable
+from promptlayer_exec.cli._text import err
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import Batch
@@ -99,15 +100,13 @@ SameServer = Annotated[
 ]
 
 
-@attrs.frozen
-class Settings:
-    """The settings of a `Batch` that `batch run` and `batch work` share."""
-
-    database_url: str | None
-    max_in_flight: int | None
-    rate: float | None
-    restart_unknown: bool
-    same_server: bool
+BatchOutage = Annotated[
+    float,
+    seconds(
+        "Maximum time to keep retrying while the server is unreachable or failing; longer than for"
+        " other commands, as nobody watches a batch at night."
+    ),
+]
 
 
 def dbos() -> ModuleType:
@@ -120,41 +119,24 @@ def dbos() -> ModuleType:
 
 
 async def working_batch(
-    name: str, settings: Settings, base_url: str | None, outage: float, *, no_push: bool
+    name: str, session: Callable[[], Session], *, rate: float | None, **settings: Any
 ) -> Batch:
     """Return a batch to work on, with the command's default for a rate that nobody has set."""
-    retry = RetryPolicy(outage=outage, watch_outage=outage)
-    session = partial(open_session, base_url, retry, no_push=no_push)
     session()  # reports a missing key before anything is stored
-    batch: Batch = dbos().Batch(name, session=session, **attrs.asdict(settings))
+    batch: Batch = dbos().Batch(name, session=session, rate=rate, **settings)
     await batch.check_server()
-    if settings.rate is None and (await batch.settings()).rate is None:
-        settings = attrs.evolve(settings, rate=_DEFAULT_RATE)
-        batch = dbos().Batch(name, session=session, **attrs.asdict(settings))
-    return batch
-
-
-def stored_batch(
-    name: str, database: str | None, base_url: str | None = None, *, same_server: bool = False
-) -> Batch:
-    """Return a batch to ask; its session is never opened."""
-    session = partial(Session, base_url=base_url)
-    batch: Batch = dbos().Batch(
-        name, database_url=database, session=session, same_server=same_server
-    )
+    if rate is None and (await batch.settings()).rate is None:
+        batch = dbos().Batch(name, session=session, rate=_DEFAULT_RATE, **settings)
     return batch
 
 
 async def chosen_batch(
-    name: str | None,
-    database: str | None,
-    base_url: str | None = None,
-    *,
-    same_server: bool = False,
+    name: str | None, database: str | None, base_url: str | None = None, **options: Any
 ) -> tuple[str, Batch]:
-    """Return the batch of that name, or the only one, with its name."""
+    """Return the batch of that name, or the only one, with its name; its session stays closed."""
     chosen = choose(name, await names(database))
-    return chosen, stored_batch(chosen, database, base_url, same_server=same_server)
+    session = partial(Session, base_url=base_url)
+    return chosen, dbos().Batch(chosen, database_url=database, session=session, **options)
 
 
 def shown_database(database: str | None) -> str:
@@ -167,14 +149,10 @@ def command_options(name: str | None, chosen: str, found: list[str], database: s
 
     `name` is the one that was given, and `found` are the batches in the database.
     """
-    options = "" if name is None and len(found) == 1 else f" --name {_quoted(chosen)}"
+    options = "" if name is None and len(found) == 1 else f" --name {shlex.quote(chosen)}"
     if database and database != os.environ.get("PROMPTLAYER_EXEC_DB"):
-        options += f" --db {_quoted(shown_database(database))}"
-    return options
-
-
-def _quoted(text: str) -> str:
-    return shlex.quote(printable(text))
+        options += f" --db {shlex.quote(shown_database(database))}"
+    return printable(options)
 
 
 async def names(database: str | None) -> list[str]:
@@ -188,17 +166,16 @@ async def names(database: str | None) -> list[str]:
 
 async def wait_for_batch(name: str | None, database: str | None) -> str:
     """Return the name of a batch as soon as it exists; the only one for None."""
-    is_first = True
-    while True:
+    for attempt in count():
         found = await dbos().batch_names(database) if await _exists(database) else []
         if name in found or (name is None and found):
-            return choose(name, found)
-        if is_first:
+            break
+        if not attempt:
             known = f"; there are {', '.join(map(printable, found))}" if found else ""
             what = "a batch" if name is None else f"batch '{printable(name)}'"
             err(f"waiting for {what} in {shown_database(database)}{known}")
-            is_first = False
         await asyncio.sleep(_WAIT_INTERVAL)
+    return choose(name, found)
 
 
 async def _exists(database: str | None) -> bool:

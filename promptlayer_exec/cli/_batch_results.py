@@ -6,14 +6,15 @@ import csv
 import json
 import sys
 from collections.abc import AsyncIterable, Iterator
-from contextlib import aclosing, closing, suppress
+from contextlib import aclosing, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from promptlayer_exec._integration import printable
 from promptlayer_exec.cli._exit import Misuse
-from promptlayer_exec.cli._text import Writer, out, printable
+from promptlayer_exec.cli._text import out
 
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import Batch, StoredOutcome
@@ -30,57 +31,40 @@ _COLUMNS = (
     *("key", "execution_id", "succeeded", "output"),
     *("error_type", "error_message", "started", "finished"),
 )
-_RESULT_COLUMNS = ["key", "finished", "succeeded", "execution_id", "error_type"]
+_RESULT_COLUMNS = ["key", "finished", "succeeded"]
+_CSV, _PARQUET = ".csv", ".parquet"
 _ROW_GROUP = 1000
 
 
 class Result(NamedTuple):
-    """A result that a file has; `may_be_paid` unless the start was refused."""
+    """A result that a file has."""
 
     key: str
     finished: str
     succeeded: bool
-    may_be_paid: bool
-
-
-def _result(key: str, finished: str, succeeded: bool, execution_id: Any, kind: Any) -> Result:
-    is_paid = succeeded or bool(execution_id) or kind == "StartUnknown"
-    return Result(key, finished, succeeded, is_paid)
-
-
-def open_results(path: Path | None) -> Results:
-    """Return the results for a path, by its suffix; standard output for none."""
-    if path is None:
-        return StandardOutput()
-    return (TableFile if path.suffix.lower() in _TABLES else LineFile)(path)
 
 
 async def write_results(batch: Batch, file: Results, *, until_done: bool) -> None:
     """Write the results of a batch; `until_done`, also those of the items that end later."""
     async with aclosing(batch.outcomes(until_done=until_done)) as outcomes:
-        await file.write_all(outcomes)
-
-
-class StandardOutput:
-    """Results on standard output, one a line: it gets all of them."""
-
-    name = "standard output"
-
-    def __init__(self) -> None:
-        self._writer = Writer("stdout")
-
-    def results(self) -> Iterator[Result]:
-        """Yield nothing."""
-        return iter(())
-
-    async def write_all(self, outcomes: AsyncIterable[StoredOutcome]) -> None:
-        """Write all results, as soon as they are read there."""
+        if file is not None:
+            await file.write_all(outcomes)
+            return
         async for outcome in outcomes:
-            await self._writer.call(out, outcome.to_json())
+            out(outcome.to_json())
 
-    def close(self) -> None:
-        """Stop writing."""
-        self._writer.close()
+
+@contextmanager
+def open_results(path: Path | None) -> Iterator[Results]:
+    """Open the results at a path, by its suffix; None stands for standard output."""
+    if path is None:
+        yield None
+        return
+    file = (TableFile if path.suffix.lower() in (_CSV, _PARQUET) else LineFile)(path)
+    try:
+        yield file
+    finally:
+        file.close()
 
 
 class LineFile:
@@ -92,9 +76,9 @@ class LineFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.name = printable(str(path))
-        self._written: set[tuple[str, str]] = set()
+        self.results: set[Result] = set()
         self._is_unused = False
-        self._whole: int | None = 0  # how many bytes to keep when the first line is written
+        self._whole: int | None = None  # how many bytes to keep when the first line is written
         try:
             if path.is_char_device():  # to read what it has would take for ever
                 raise Misuse(f"{self.name} is a device: name a file, or omit --out")
@@ -105,9 +89,7 @@ class LineFile:
         try:
             _lock(self._file, self.name)
             path.stat()  # a command that was refused may just have removed it
-            for result, length in self._read(self._file):
-                self._written.add(result[:2])
-                self._whole += length
+            self._whole = self._read()
             self._is_unused = is_new and not self._whole
         except BaseException as error:
             self.close()
@@ -115,56 +97,43 @@ class LineFile:
                 raise _cannot_write(self.name, error) from error
             raise
 
-    def results(self) -> Iterator[Result]:
-        """Yield the results that the file has."""
-        with self._path.open("rb") as file:
-            for result, _ in self._read(file):
-                yield result
-
-    def _read(self, file: IO[bytes]) -> Iterator[tuple[Result, int]]:
-        """Yield each result with the length of its line, except an incomplete last one."""
-        file.seek(0)
-        for number, line in enumerate(file, 1):
+    def _read(self) -> int:
+        """Read the results, and return the length of their lines, without an incomplete one."""
+        self._file.seek(0)
+        length = 0
+        for number, line in enumerate(self._file, 1):
             is_whole = line.endswith(b"\n")
             try:
                 fields = json.loads(line)
-                result = _result(
-                    str(fields["key"]),
-                    str(fields["finished"]),
-                    fields["succeeded"],
-                    fields.get("execution_id"),
-                    (fields.get("error") or {}).get("type"),
-                )
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                result = Result(str(fields["key"]), str(fields["finished"]), fields["succeeded"])
+            except (ValueError, TypeError, KeyError) as error:
                 # What a power failure cuts off can be zeros.
                 text = line.rstrip(b"\0")
                 is_start = text[: len(_RESULT_START)] == _RESULT_START[: len(text)]
                 if is_start and not is_whole and isinstance(error, ValueError):
-                    return
+                    break
                 where = f"{self.name}, line {number}"
                 raise Misuse(f"{where}, is not a result; the file is unchanged") from error
-            if not is_whole:
-                return
-            yield result, len(line)
+            if is_whole:
+                self.results.add(result)
+                length += len(line)
+        return length
 
     async def write_all(self, outcomes: AsyncIterable[StoredOutcome]) -> None:
-        """Write all results, each at once."""
+        """Write each result at once, unless the file already contains it."""
         self._is_unused = False
         async for outcome in outcomes:
-            self.write(outcome)
-
-    def write(self, outcome: StoredOutcome) -> None:
-        """Write a line and flush it, unless the file already contains it."""
-        if (outcome.key, outcome.finished.isoformat()) in self._written:
-            return
-        try:
-            if self._whole is not None:
-                self._file.truncate(self._whole)  # without a last line that a crash cut off
-                self._whole = None
-            self._file.write(outcome.to_json().encode() + b"\n")
-            self._file.flush()
-        except OSError as error:
-            raise _cannot_write(self.name, error) from error
+            result = Result(outcome.key, outcome.finished.isoformat(), outcome.succeeded)
+            if result in self.results:
+                continue
+            try:
+                if self._whole is not None:
+                    self._file.truncate(self._whole)  # without a last line that a crash cut off
+                    self._whole = None
+                self._file.write(outcome.to_json().encode() + b"\n")
+                self._file.flush()
+            except OSError as error:
+                raise _cannot_write(self.name, error) from error
 
     def close(self) -> None:
         """Close the file, and remove it if it was made for a command that was refused."""
@@ -183,35 +152,34 @@ class TableFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.name = printable(str(path))
-        self._table = _TABLES[path.suffix.lower()]
-        if self._table is _Parquet:
+        self._is_csv = path.suffix.lower() == _CSV
+        if not self._is_csv:
             _pyarrow()  # before hours of work, not after them
         self._part = path.with_name(path.name + ".part")
         try:
-            self._lock = self._part.open("ab")
+            self._locked = self._part.open("ab")
         except OSError as error:
             raise _cannot_write(self.name, error) from error
         try:
-            _lock(self._lock, self.name)
+            _lock(self._locked, self.name)
+            self.results = self._read()
         except BaseException:
-            self._lock.close()
+            self.close()
             raise
 
-    def results(self) -> Iterator[Result]:
-        """Yield the results that the file has."""
-        if self._path.exists():
-            try:
-                yield from self._table.read(self._path)
-            except (OSError, ValueError, KeyError, csv.Error) as error:
-                what = f"{self.name} has no results that can be read: use another file"
-                raise Misuse(what) from error
+    def _read(self) -> set[Result]:
+        try:
+            return set((_read_csv if self._is_csv else _read_parquet)(self._path))
+        except FileNotFoundError:
+            return set()
+        except (OSError, ValueError, KeyError, csv.Error) as error:
+            what = f"{self.name} has no results that can be read: use another file"
+            raise Misuse(what) from error
 
     async def write_all(self, outcomes: AsyncIterable[StoredOutcome]) -> None:
         """Write all results, and then replace the file."""
         try:
-            with closing(self._table(self._part)) as table:
-                async for outcome in outcomes:
-                    table.write(outcome)
+            await (_write_csv if self._is_csv else _write_parquet)(self._part, outcomes)
             self._part.replace(self._path)
         except OSError as error:
             raise _cannot_write(self.name, error) from error
@@ -219,93 +187,63 @@ class TableFile:
     def close(self) -> None:
         """Unlock the file."""
         self._part.unlink(missing_ok=True)
-        self._lock.close()
+        self._locked.close()
 
 
-class _Csv:
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
-        self._writer = csv.writer(self._file)
-        self._writer.writerow(_COLUMNS)
-
-    def write(self, outcome: StoredOutcome) -> None:
-        row = _row(outcome)
-        if row["succeeded"] and not isinstance(outcome.output, str):
-            row["output"] = json.dumps(outcome.output)
-        for name in ("started", "finished"):
-            row[name] = row[name] and row[name].isoformat()
-        row["succeeded"] = json.dumps(row["succeeded"])
-        self._writer.writerow(row.values())
-
-    def close(self) -> None:
-        self._file.close()
-
-    @staticmethod
-    def read(path: Path) -> Iterator[Result]:
-        with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                values: list[Any] = [row[name] for name in _RESULT_COLUMNS]
-                values[2] = row["succeeded"] == "true"
-                yield _result(*values)
+Results: TypeAlias = LineFile | TableFile | None
 
 
-class _Parquet:
-    def __init__(self, path: Path) -> None:
-        arrow = _pyarrow()
-        kinds: dict[str, Any] = dict.fromkeys(_COLUMNS, arrow.string())
-        kinds |= {"execution_id": arrow.int64(), "succeeded": arrow.bool_()}
-        kinds |= dict.fromkeys(("started", "finished"), arrow.timestamp("us", tz="UTC"))
-        self._schema = arrow.schema(kinds)
-        self._writer = arrow.parquet.ParquetWriter(path, self._schema)
-        self._rows: list[dict[str, Any]] = []
-
-    def write(self, outcome: StoredOutcome) -> None:
-        row = _row(outcome)
-        if row["succeeded"]:
-            row["output"] = json.dumps(outcome.output)
-        row["error_message"] = row["error_message"] and _valid(row["error_message"])
-        self._rows.append(row)
-        if len(self._rows) == _ROW_GROUP:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._writer.write_table(_pyarrow().Table.from_pylist(self._rows, self._schema))
-        self._rows = []
-
-    def close(self) -> None:
-        self._flush()
-        self._writer.close()
-
-    @staticmethod
-    def read(path: Path) -> Iterator[Result]:
-        with _pyarrow().parquet.ParquetFile(path) as file:
-            for part in file.iter_batches(columns=_RESULT_COLUMNS):
-                for row in part.to_pylist():
-                    values = [row[name] for name in _RESULT_COLUMNS]
-                    values[1] = row["finished"].isoformat()
-                    yield _result(*values)
+def _row(outcome: StoredOutcome, output: str | None) -> dict[str, Any]:
+    error_type, error_message = outcome.error or (None, None)
+    times = outcome.started, outcome.finished
+    start = outcome.key, outcome.execution_id, outcome.succeeded, output
+    return dict(zip(_COLUMNS, (*start, error_type, error_message, *times), strict=True))
 
 
-_TABLES: dict[str, type[_Csv | _Parquet]] = {".csv": _Csv, ".parquet": _Parquet}
-Results: TypeAlias = StandardOutput | LineFile | TableFile
+async def _write_csv(path: Path, outcomes: AsyncIterable[StoredOutcome]) -> None:
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(_COLUMNS)
+        async for outcome in outcomes:
+            output = outcome.output
+            if outcome.succeeded and not isinstance(output, str):
+                output = json.dumps(output)
+            row = _row(outcome, output) | {"succeeded": json.dumps(outcome.succeeded)}
+            for name in ("started", "finished"):
+                row[name] = row[name] and row[name].isoformat()
+            writer.writerow(row.values())
 
 
-def _row(outcome: StoredOutcome) -> dict[str, Any]:
-    error = outcome.error
-    return {
-        "key": outcome.key,
-        "execution_id": outcome.execution_id,
-        "succeeded": outcome.succeeded,
-        "output": outcome.output,
-        "error_type": error and error.type,
-        "error_message": error and error.message,
-        "started": outcome.started,
-        "finished": outcome.finished,
-    }
+def _read_csv(path: Path) -> Iterator[Result]:
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            yield Result(row["key"], row["finished"], row["succeeded"] == "true")
 
 
-def _valid(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()
+async def _write_parquet(path: Path, outcomes: AsyncIterable[StoredOutcome]) -> None:
+    arrow = _pyarrow()
+    kinds: dict[str, Any] = dict.fromkeys(_COLUMNS, arrow.string())
+    kinds |= {"execution_id": arrow.int64(), "succeeded": arrow.bool_()}
+    kinds |= dict.fromkeys(("started", "finished"), arrow.timestamp("us", tz="UTC"))
+    schema = arrow.schema(kinds)
+    rows: list[dict[str, Any]] = []
+    with arrow.parquet.ParquetWriter(path, schema) as writer:
+        async for outcome in outcomes:
+            row = _row(outcome, json.dumps(outcome.output) if outcome.succeeded else None)
+            if (text := row["error_message"]) is not None:
+                row["error_message"] = text.encode(errors="backslashreplace").decode()
+            rows.append(row)
+            if len(rows) == _ROW_GROUP:
+                writer.write_table(arrow.Table.from_pylist(rows, schema))
+                rows = []
+        writer.write_table(arrow.Table.from_pylist(rows, schema))
+
+
+def _read_parquet(path: Path) -> Iterator[Result]:
+    with _pyarrow().parquet.ParquetFile(path) as file:
+        for part in file.iter_batches(columns=_RESULT_COLUMNS):
+            for row in part.to_pylist():
+                yield Result(row["key"], row["finished"].isoformat(), row["succeeded"])
 
 
 def _pyarrow() -> ModuleType:

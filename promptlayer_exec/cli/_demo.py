@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import attrs
 
+from promptlayer_exec._integration import printable
 from promptlayer_exec.cli._exit import PROGRAM, ExitCode, listening
-from promptlayer_exec.cli._text import out, printable
+from promptlayer_exec.cli._text import out
 from promptlayer_exec.simulator import Scenario, SimNode, SimRequest, Simulator
 
 if TYPE_CHECKING:
@@ -123,17 +124,36 @@ def _invoice_check(inputs: Mapping[str, Any]) -> Scenario:
     return Scenario(nodes)
 
 
-# The workflows of `view --demo`: what each does, and the inputs of its first run.
-DEMO_WORKFLOWS: Mapping[str, tuple[Callable[[Mapping[str, Any]], Scenario], Mapping[str, Any]]] = {
+def _write_report(inputs: Mapping[str, Any]) -> Scenario:
+    """Return what the README and the tutorial run: its output is JSON in a text."""
+    topic = inputs.get("topic", "otters")
+    status = "FAILED" if topic == "unicorns" else "SUCCESS"
+    report = {"title": f"{topic} are fine.".capitalize(), "score": 0.9}
+    nodes = [
+        SimNode("Plan", "habitat, diet, threats", 0.4),
+        SimNode("Search", ["three articles"], 0.8, ["Plan"], status, "nothing found"),
+        SimNode("Report", json.dumps(report), 0.6, ["Search"], is_output_node=True),
+    ]
+    return Scenario(nodes)
+
+
+def _grade(_: Mapping[str, Any]) -> Scenario:
+    return Scenario([SimNode("Grade", 0.9, 0.3, is_output_node=True)])
+
+
+# The workflows of `view --demo` and `simulate`: what each does, and inputs of a run.
+_WORKFLOWS: Mapping[str, tuple[Callable[[Mapping[str, Any]], Scenario], Mapping[str, Any]]] = {
     "support-agent": (support_agent, {"letter": _LETTER}),
     "research-report": (_research_report, {"topic": "otters"}),
     "invoice-check": (_invoice_check, {"invoice": "INV-2093"}),
+    "write-report": (_write_report, {"topic": "otters"}),
+    "grade": (_grade, {"prompt": "What do otters eat?"}),
 }
 
 
 def add_demo_workflows(simulator: Simulator) -> None:
-    """Add the workflows of `view --demo` to a simulator, with their definitions."""
-    for workflow, (scenario, inputs) in DEMO_WORKFLOWS.items():
+    """Add the workflows of `view --demo` and `simulate`, with their definitions."""
+    for workflow, (scenario, inputs) in _WORKFLOWS.items():
         declared = dict.fromkeys(inputs, "string")
         simulator.add_workflow(workflow, scenario, inputs=declared, definition=scenario({}))
 
@@ -201,15 +221,14 @@ def _times_of(scenario: Scenario) -> dict[str, tuple[float, float]]:
 
 
 async def start_runs(board: Board) -> None:
-    """Start a run of each workflow once the page of the board is open."""
+    """Start a run of three workflows once the page of the board is open."""
     await board.opened.wait()
-    for workflow, (_, inputs) in DEMO_WORKFLOWS.items():
-        await board.start(workflow, inputs)
+    for workflow in ("support-agent", "research-report", "invoice-check"):
+        await board.start(workflow, _WORKFLOWS[workflow][1])
 
 
-# What `simulate` shows: a node that ends only after a request, and a workflow that can be started.
+# The node of each execution of `simulate` that ends only after a request.
 _HELD = "read letter"
-_WORKFLOW = "support-agent"
 
 
 def _incomplete(node: SimNode) -> Scenario:
@@ -218,13 +237,13 @@ def _incomplete(node: SimNode) -> Scenario:
 
 
 _EXECUTIONS = {
-    1: ("ten nodes, succeeds after seven seconds", support_agent(reading=None)),
-    2: ("a node fails, so there is no reply", support_agent(reading=None, failing=True)),
-    3: (
+    787: ("ten nodes, succeeds after seven seconds", support_agent(reading=None)),
+    788: ("a node fails, so there is no reply", support_agent(reading=None, failing=True)),
+    789: (
         "a node gets an unknown status: never complete",
         _incomplete(SimNode("approve", None, 1.0, after=[_HELD], status="AWAITING_APPROVAL")),
     ),
-    4: (
+    790: (
         "a node never ends: try --timeout 5, or Ctrl-C",
         _incomplete(SimNode("think", None, None, after=[_HELD])),
     ),
@@ -243,9 +262,7 @@ async def serve(host: str, port: int, webhook_url: str | None) -> ExitCode:
     )
     for execution_id, (_, scenario) in _EXECUTIONS.items():
         simulator.add_execution(scenario, execution_id=execution_id)
-    simulator.add_workflow(
-        _WORKFLOW, support_agent, definition=support_agent(), inputs={"letter": "string"}
-    )
+    add_demo_workflows(simulator)
     async with AsyncExitStack() as stack:
         with listening(host, port):
             await stack.enter_async_context(simulator)
@@ -260,6 +277,7 @@ def _introduction(simulator: Simulator) -> str:
         f"  {PROGRAM} watch {execution_id}   # {description}"
         for execution_id, (description, _) in _EXECUTIONS.items()
     )
+    workflows = "\n".join(f"  {name} ({', '.join(it)})" for name, (_, it) in _WORKFLOWS.items())
     return f"""\
 A simulated PromptLayer listens at {simulator.base_url} (Ctrl-C ends it).
 
@@ -271,7 +289,10 @@ In another terminal:
 
 Each execution begins at its first request. To start another one like the first:
 
-  {PROGRAM} run {_WORKFLOW} -i letter="Where is my refund?"
+  {PROGRAM} run support-agent -i letter="Where is my refund?"
+
+It knows these workflows, and each name and id that the README and the tutorial use:
+{workflows}
 {_webhooks(simulator)}
 Requests:"""
 

@@ -13,17 +13,19 @@ from rich.console import Console
 
 from promptlayer_exec import (
     ConfigurationError,
+    Event,
     Execution,
     ExecutionFailed,
-    PromptLayerExecError,
-    RetryPolicy,
+    ExecutionStarted,
+    ExecutionTimeout,
+    RequestError,
     Session,
-    SessionClosed,
     Snapshot,
+    StartFailed,
     StartRequest,
     StartUnknown,
 )
-from promptlayer_exec._integration import encode_inputs, indented
+from promptlayer_exec._integration import encode_inputs, indented, printable
 from promptlayer_exec.cli._arguments import (
     BaseUrl,
     ExecutionId,
@@ -32,31 +34,31 @@ from promptlayer_exec.cli._arguments import (
     NoPush,
     Outage,
     Version,
-    check_version,
+    WorkflowName,
     needs,
     read_inputs,
     read_metadata,
     refuse_arguments,
     seconds,
 )
-from promptlayer_exec.cli._display import Display, choose_display, node_table
-from promptlayer_exec.cli._exit import NO_RUN, ExitCode, Misuse, Subject, run_command
-from promptlayer_exec.cli._session import demo_session, open_session
-from promptlayer_exec.cli._text import (
-    OutputFailed,
-    err,
-    failure_reason,
-    final_count,
-    out,
-    printable,
-    result_line,
-    shorten,
+from promptlayer_exec.cli._display import Display, choose_display
+from promptlayer_exec.cli._exit import (
+    NO_RUN,
+    ExitCode,
+    Misuse,
+    Subject,
+    command,
+    describe,
+    run_command,
 )
-from promptlayer_exec.cli._workflows import WorkflowName
+from promptlayer_exec.cli._session import demo_session, open_session, retry_policy
+from promptlayer_exec.cli._text import err, failure_reason, final_count, out, result_line, shorten
 
 _DEMO_ID = 787
 # Enough to cancel a start that was not sent yet, and short enough to wait without a message.
 _CANCEL_TIME = 0.3
+_MAY_HAVE_STARTED = "the run may have started; waiting for its id (interrupt again to stop waiting)"
+_START_ERRORS = (RequestError, StartUnknown, ExecutionTimeout)  # which say if there is a run
 
 _DEMO_PROGRAM = f"""\
 import asyncio
@@ -109,7 +111,7 @@ def run(
     no_push: NoPush = False,
     as_json: JsonLines = False,
     base_url: BaseUrl = None,
-    outage: Outage = 600,
+    outage: Outage = None,
 ) -> None:
     """Start a run of a workflow, and watch it until it is complete.
 
@@ -141,47 +143,37 @@ def run(
     server cannot cancel it.
     """  # noqa: D301 - \b is Typer's mark for preformatted text
     refuse_arguments(context.args)
-    check_version(label, version)
     variables = read_inputs(inputs)
     texts = read_metadata(metadata) or None
     display = choose_display(as_json=as_json)
     subject = Subject(base_url=base_url, resumable=True, note=NO_RUN)
 
+    request = StartRequest(workflow, variables, label=label, version=version, metadata=texts)
+
+    def observe(event: Event) -> None:
+        # Also when the command was interrupted meanwhile, and only the session reads the answer.
+        if isinstance(event, ExecutionStarted):
+            subject.execution_id = event.execution_id
+        elif isinstance(event, StartFailed) and isinstance(event.error, _START_ERRORS):
+            subject.note = describe(event.error)
+
     async def work() -> ExitCode:
-        retry = RetryPolicy(outage=outage, watch_outage=outage)
         async with open_session(
             base_url,
-            retry,
+            retry_policy(outage),
             display.warn,
             wait_timeout=timeout,
             no_push=no_push,
+            observer=observe,
         ) as session:
-            request = StartRequest(
-                workflow, variables, label=label, version=version, metadata=texts
-            )
-            try:
-                encode_inputs(session, request)
-            except (TypeError, ValueError) as error:
-                raise Misuse(str(error)) from error
-            name = shorten(printable(workflow), 40)
-            starting = asyncio.create_task(
-                session.start(workflow, variables, label=label, version=version, metadata=texts)
-            )
-            try:
-                with display.waiting(f"workflow {name}: starting"):
-                    await asyncio.wait([starting])
-            except (asyncio.CancelledError, OutputFailed):  # the latter as the display ends
-                await _finish_start(session, starting, subject)
-                raise
-            execution = _started(starting, request, subject)
-            subject.execution_id = execution.id
+            execution = await _start(session, request, display, base_url)
             if execution.warning:
                 err(f"warning: {printable(execution.warning)}")
             if not watched:
                 fields = {"execution_id": str(execution.id)}
                 try:
                     out(json.dumps(fields) if as_json else fields["execution_id"])
-                except OutputFailed:
+                except OSError:
                     err(f"execution {execution.id} started")
                     raise
                 return ExitCode.SUCCEEDED
@@ -195,40 +187,29 @@ def run(
     raise typer.Exit(run_command(work(), subject, as_json=as_json))
 
 
-def _started(
-    starting: asyncio.Task[Execution], request: StartRequest, subject: Subject
+async def _start(
+    session: Session, request: StartRequest, display: Display, base_url: str | None
 ) -> Execution:
     try:
-        return starting.result()
+        encode_inputs(session, request)
+    except (TypeError, ValueError) as error:
+        raise Misuse(str(error)) from error
+    try:
+        with display.waiting(f"workflow {shorten(printable(str(request.workflow)), 40)}: starting"):
+            return await session.start(
+                request.workflow,
+                request.inputs,
+                label=request.label,
+                version=request.version,
+                metadata=request.metadata,
+            )
     except ConfigurationError:
         raise
     except ValueError as error:
-        raise Misuse(needs(error, request.workflow)) from error
-    except StartUnknown as error:
-        subject.note = str(error)  # to be said also if the closing is interrupted
+        raise Misuse(needs(error, request.workflow, base_url)) from error
+    except (asyncio.CancelledError, OSError):  # the latter if the display cannot end
+        asyncio.get_running_loop().call_later(_CANCEL_TIME, err, _MAY_HAVE_STARTED)
         raise
-
-
-async def _finish_start(
-    session: Session, starting: asyncio.Task[Execution], subject: Subject
-) -> None:
-    """Record the result of a start during which the command was interrupted.
-
-    Closing the session cancels a start that was not sent yet, and otherwise awaits its answer.
-    """
-    closing = asyncio.create_task(session.aclose())
-    await asyncio.wait([starting], timeout=_CANCEL_TIME)
-    if not starting.done():
-        err("the run may have started; waiting for its id (interrupt again to stop waiting)")
-    await closing
-    try:
-        subject.execution_id = (await starting).id
-    except SessionClosed as closed:
-        subject.execution_id = closed.execution_id
-    except StartUnknown as error:
-        subject.note = str(error)
-    except (PromptLayerExecError, TypeError, ValueError):
-        pass  # it was refused, or never sent
 
 
 def watch(
@@ -236,7 +217,7 @@ def watch(
     timeout: Annotated[float, seconds("Maximum time to wait.")] = 3600,
     as_json: JsonLines = False,
     base_url: BaseUrl = None,
-    outage: Outage = 600,
+    outage: Outage = None,
 ) -> None:
     """Watch an execution until it is complete.
 
@@ -265,8 +246,7 @@ def watch(
     subject = Subject(execution_id, base_url, resumable=True)
 
     async def work() -> ExitCode:
-        session = open_session(base_url, RetryPolicy(watch_outage=outage), display.warn)
-        async with session:
+        async with open_session(base_url, retry_policy(outage), display.warn) as session:
             snapshot = await _follow(session.execution(execution_id), display, timeout)
         return ExitCode.SUCCEEDED if snapshot.succeeded else ExitCode.FAILED
 
@@ -289,7 +269,7 @@ def results(
         bool, typer.Option("--json", help="Write one line of JSON, even for a string.")
     ] = False,
     base_url: BaseUrl = None,
-    outage: Outage = 10,
+    outage: Outage = None,
 ) -> None:
     """Print the results of an execution as they are now.
 
@@ -303,12 +283,14 @@ def results(
     subject = Subject(execution_id, base_url)
 
     async def work() -> ExitCode:
-        async with open_session(base_url, RetryPolicy(outage=outage), err) as session:
+        async with open_session(base_url, retry_policy(outage), err) as session:
             execution = session.execution(execution_id)
             snapshot = await execution.snapshot()
             if all_nodes and (as_json or not sys.stdout.isatty()):
                 out(json.dumps(snapshot.to_dict()))
             elif all_nodes:
+                from promptlayer_exec.cli._live import node_table  # noqa: PLC0415 - slow to import
+
                 Console().print(node_table(snapshot))
             if not snapshot.complete:
                 state = f"not complete yet, {final_count(snapshot)} nodes are final"
@@ -343,7 +325,8 @@ def _print_output(value: Any, *, as_json: bool = False) -> None:
         out(printable(text, keep="\n\t"))
 
 
-def demo(
+@command
+async def demo(
     as_json: Annotated[
         bool, typer.Option("--json", help="Write only what `watch --json` would write.")
     ] = False,
@@ -353,23 +336,18 @@ def demo(
     It takes eight seconds, and needs no key and no network.
     """
     display = choose_display(as_json=as_json)
+    from promptlayer_exec.cli._demo import support_agent  # noqa: PLC0415 - slow to import
+    from promptlayer_exec.simulator import Simulator  # noqa: PLC0415
 
-    async def work() -> ExitCode:
-        from promptlayer_exec.cli._demo import support_agent  # noqa: PLC0415 - slow to import
-        from promptlayer_exec.simulator import Simulator  # noqa: PLC0415
-
-        if not as_json:
-            out("A support agent with ten nodes answers a letter, on a simulated PromptLayer.\n")
-        async with Simulator() as simulator, demo_session(simulator, display.warn) as session:
-            simulator.add_execution(support_agent(), execution_id=_DEMO_ID)
-            execution = session.execution(_DEMO_ID)
-            await _follow(execution, display, timeout=None)
-            output = await execution.output()
-        if not as_json:
-            out("\nThe main output, from execution.output():\n")
-            _print_output(output)
-            out("\nThis program does the same for an execution of yours, given its id:\n")
-            out(_DEMO_PROGRAM)
-        return ExitCode.SUCCEEDED
-
-    raise typer.Exit(run_command(work(), Subject(_DEMO_ID), as_json=as_json))
+    if not as_json:
+        out("A support agent with ten nodes answers a letter, on a simulated PromptLayer.\n")
+    async with Simulator() as simulator, demo_session(simulator, display.warn) as session:
+        simulator.add_execution(support_agent(), execution_id=_DEMO_ID)
+        execution = session.execution(_DEMO_ID)
+        await _follow(execution, display, timeout=None)
+        output = await execution.output()
+    if not as_json:
+        out("\nThe main output, from execution.output():\n")
+        _print_output(output)
+        out("\nThis program does the same for an execution of yours, given its id:\n")
+        out(_DEMO_PROGRAM)

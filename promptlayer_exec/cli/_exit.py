@@ -5,37 +5,38 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shlex
 import signal
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
-from functools import partial
-from queue import SimpleQueue
+from functools import partial, wraps
 from types import FrameType
-from typing import Any, Literal, Self
+from typing import Any, ParamSpec
 
 import attrs
+import typer
 
+import promptlayer_exec
 from promptlayer_exec import (
     ConfigurationError,
     ExecutionTimeout,
-    NotFound,
     RequestError,
     RetryPolicy,
     StartUnknown,
     StatusError,
 )
-from promptlayer_exec.cli._text import OutputFailed, err, in_options, out, printable
+from promptlayer_exec._integration import printable
+from promptlayer_exec.cli._text import err, out
+
+P = ParamSpec("P")
 
 PROGRAM = "promptlayer-exec"
-NO_RUN = "no run was started"  # a note of a start; the error of a refused one says so itself
+NO_RUN = "no run was started"
 _HANGUP: int | None = getattr(signal, "SIGHUP", None)  # Windows has none
-_PATIENCE = 1.0  # seconds, five times, that an event loop may stand still after a signal
 _HELP_EPILOG = """\
 \b
 Environment:
@@ -43,73 +44,61 @@ Environment:
 
 \b
 Exit codes:
-"""
+  0    succeeded
+  1    the execution failed, or not every item of the batch succeeded
+  2    used incorrectly, or there is no API key
+  3    not complete in time
+  4    the API refused a request or could not be reached
+  70   an error in this program
+  74   the output could not be written
+  130  interrupted
+  141  the reader of the output has gone
+  143  terminated"""
+# What to do about an error at a command line, where its own advice is for a program.
+_ADVICE = {
+    "ConnectionFailed": "Check the network and --base-url.",
+    "RequestTimeout": "Try again.",
+    "InvalidResponse": "Check that --base-url is the PromptLayer API.",
+    "ResponseTooLarge": "",
+    "StatusError": "Check --base-url and the arguments.",
+    "Unauthorized": "Check PROMPTLAYER_API_KEY.",
+    "NotFound": "Check the id or name, --base-url and the key's workspace;"
+    f" `{PROGRAM} workflows` lists the names.",
+    "RateLimited": "Try again later.",
+    "ExecutionTimeout": "",
+    "ExecutionFailed": "",
+}
+# What a message may name, and the option for that.
+_OPTIONS = {
+    "base_url": "--base-url",
+    "database_url": "--db",
+    "another name": "--name",
+    "another batch": "--name",
+    "same_server": "--same-server",
+}
+_NAMED = re.compile(rf"\b({'|'.join(_OPTIONS)})\b")
 
 
 class ExitCode(IntEnum):
-    """The exit codes, with their descriptions in the help texts."""
+    """The exit codes; the help texts describe them."""
 
-    description: str
-    batch_description: str
-    other_description: str  # of commands that are about no execution; empty if none uses the code
-
-    SUCCEEDED = 0, "the execution succeeded", "every item succeeded", "the command succeeded"
-    FAILED = 1, "the execution failed", "some items failed or are unknown", ""
-    USAGE = 2, "the command was used incorrectly, or the API key is missing"
-    TIMED_OUT = (
-        3,
-        "the execution was not complete in time",
-        "an execution was not complete within an hour; its item waits",
-        "",
-    )
-    REFUSED = (
-        4,
-        "the API refused a request or could not be reached",
-        "the API refused a request or could not be reached; the items wait",
-    )
-    BUG = 70, "an error in this program"  # EX_SOFTWARE of sysexits.h
-    OUTPUT_FAILED = 74, "standard output could not be written"  # EX_IOERR
-    INTERRUPTED = 130, "interrupted"
-    BROKEN_PIPE = 141, "standard output was closed"
-    TERMINATED = 143, "terminated"
-
-    def __new__(
-        cls,
-        value: int,
-        description: str,
-        batch_description: str | None = None,
-        other_description: str | None = None,
-    ) -> Self:
-        code = int.__new__(cls, value)
-        code._value_ = value
-        code.description = description
-        code.batch_description = description if batch_description is None else batch_description
-        code.other_description = description if other_description is None else other_description
-        return code
+    SUCCEEDED = 0
+    FAILED = 1
+    USAGE = 2
+    TIMED_OUT = 3
+    REFUSED = 4
+    BUG = 70  # EX_SOFTWARE of sysexits.h
+    OUTPUT_FAILED = 74  # EX_IOERR
+    INTERRUPTED = 130
+    BROKEN_PIPE = 141
+    TERMINATED = 143
 
 
-def help_epilog(
-    of: Literal["execution", "batch", "other"] = "execution", examples: tuple[str, ...] = ()
-) -> str:
+def help_epilog(*examples: str, has_codes: bool = True) -> str:
     """Return the end of a help text: examples, where the key comes from, and the exit codes."""
-    texts = {
-        code: {
-            "execution": code.description,
-            "batch": code.batch_description,
-            "other": code.other_description,
-        }[of]
-        for code in ExitCode
-    }
-    lines = [f"  {code.value:<3}  {text}" for code, text in texts.items() if text]
-    return example_epilog(*examples) + _HELP_EPILOG + "\n".join(lines)
-
-
-def example_epilog(*examples: str) -> str:
-    """Return the end of a help text that shows how a command is used."""
-    if not examples:
-        return ""
     heading = "Example" if len(examples) == 1 else "Examples"
-    return "\n".join(["\b", f"{heading}:", *(f"  {PROGRAM} {each}" for each in examples), "", ""])
+    lines = ["\b", f"{heading}:", *(f"  {PROGRAM} {each}" for each in examples), "", ""]
+    return "\n".join(lines if examples else []) + (_HELP_EPILOG if has_codes else "")
 
 
 class Misuse(Exception):
@@ -136,6 +125,16 @@ _EXIT_CODES: dict[type[Exception], ExitCode] = {
 }
 
 
+def server_option(base_url: str | None) -> str:
+    """Return the option with which a suggested command asks the server that was given as one."""
+    return "" if base_url is None else f" --base-url {shlex.quote(base_url)}"
+
+
+def suggest(command: str, base_url: str | None) -> str:
+    """Return a command for the user to type, for the server that was given as an option."""
+    return f"{PROGRAM} {command}{server_option(base_url)}"
+
+
 @attrs.define
 class Subject:
     """What a command works on; the report of its error names it."""
@@ -144,45 +143,62 @@ class Subject:
     base_url: str | None = None  # if it was given as an option
     resumable: bool = False  # whether the report shows how to watch the execution again
     note: str = ""  # what an error says in addition while there is no execution
-    is_batch: bool = False  # whether the note is about a batch, and not about whether a run started
 
     def command(self, name: str) -> str:
         """Return a command on the execution, for the user to type."""
-        option = "" if self.base_url is None else f" --base-url {shlex.quote(self.base_url)}"
-        return f"{PROGRAM} {name} {self.execution_id}{option}"
+        return suggest(f"{name} {self.execution_id}", self.base_url)
+
+
+def describe(error: Exception) -> str:
+    """Return the text of an error with advice for a command line, and the options it is about."""
+    text = describe_stored(type(error).__name__, str(error))
+    if options := sorted({_OPTIONS[what] for what in _NAMED.findall(text)}):
+        text = f"{text.rstrip('.')} ({', '.join(options)})."
+    return text
+
+
+def describe_stored(kind: str, message: str) -> str:
+    """Return the text of an error of that class with advice for a command line."""
+    advice = getattr(getattr(promptlayer_exec, kind, None), "advice", "")
+    what = message.removesuffix(advice).rstrip()
+    return printable(f"{what} {_ADVICE.get(kind, advice)}".rstrip())
+
+
+def command(function: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+    """Make a command of a coroutine function, which succeeds if it returns."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        as_json = kwargs.get("as_json") is True
+        raise typer.Exit(run_command(function(*args, **kwargs), Subject(), as_json=as_json))
+
+    return run
 
 
 def run_command(
-    work: Coroutine[Any, Any, ExitCode], subject: Subject, *, as_json: bool = False
+    work: Coroutine[Any, Any, ExitCode | None], subject: Subject, *, as_json: bool = False
 ) -> ExitCode:
     """Run a command, report its error if it fails (in JSON, too), and return the exit code."""
     report = partial(_report, subject=subject, as_json=as_json)
     try:
-        return asyncio.run(_until_signal(work, report))
+        return asyncio.run(_until_signal(work, report)) or ExitCode.SUCCEEDED
     except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - Typer hides some
         return report_crash(error)
 
 
 async def _until_signal(
-    work: Coroutine[Any, Any, ExitCode], report: Callable[[Exception], ExitCode]
-) -> ExitCode:
+    work: Coroutine[Any, Any, ExitCode | None], report: Callable[[Exception], ExitCode]
+) -> ExitCode | None:
     """Await the work, and report its error if it fails.
 
-    The first signal cancels the work, and the second exits the process. Errors are reported while
-    these handlers stand, so that a signal does not keep one from being written; and inside the
-    loop, because closing it takes long while a host name is being resolved.
-
-    These handlers run between any two instructions, even while standard output blocks. Handlers
-    of the event loop do not, and closing the loop would restore KeyboardInterrupt, which could
-    interrupt the closing of the loop or of a session and make it hang.
-
-    A write that blocks the event loop, as to a terminal that does not read, ends the process, too.
+    The first signal cancels the work, and the second exits the process, even while it waits for a
+    write. Errors are reported while these handlers stand, so that a signal does not keep one from
+    being written; and inside the loop, because closing it takes long while a host name is being
+    resolved.
     """
     loop = asyncio.get_running_loop()
     task = loop.create_task(work)
     received: int | None = None
-    signals: SimpleQueue[int | None] = SimpleQueue()  # which a handler may use
-    threading.Thread(target=_end_if_stuck, args=(loop, signals), daemon=True).start()
 
     def handle(number: int, _frame: FrameType | None) -> None:
         nonlocal received
@@ -192,7 +208,6 @@ async def _until_signal(
             os._exit(128 + number)
         received = number
         loop.call_soon_threadsafe(task.cancel)
-        signals.put(number)
 
     previous = {
         number: signal.signal(number, handle)
@@ -202,51 +217,27 @@ async def _until_signal(
     }
     try:
         return await task
-    except (asyncio.CancelledError, OutputFailed) as error:
-        if received is None:
-            raise
-        if isinstance(error, OutputFailed):  # as on a terminal that was closed
-            _discard_output()
-        stopped = _ended_by(received)
-        return report(stopped(stopped.__name__.lower()))
     except tuple(_EXIT_CODES) as error:
         return report(error)
+    except (asyncio.CancelledError, OSError) as error:
+        if received is None:
+            raise
+        if isinstance(error, OSError):  # as on a terminal that was closed
+            _discard(sys.stdout)
+        is_interrupt = received == signal.SIGINT
+        return report(Interrupted("interrupted") if is_interrupt else Terminated("terminated"))
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        signals.put(None)
-
-
-def _ended_by(number: int) -> type[Exception]:
-    return Interrupted if number == signal.SIGINT else Terminated
-
-
-def _end_if_stuck(loop: asyncio.AbstractEventLoop, signals: SimpleQueue[int | None]) -> None:
-    """Exit the process if the loop is blocked after a signal, and does not just compute."""
-    number = signals.get()
-    while number is not None and not loop.is_closed():
-        turn, used = threading.Event(), time.process_time()
-        with suppress(RuntimeError):  # it was closed just now
-            loop.call_soon_threadsafe(turn.set)
-        # Several waits: the first one is over when a process that was stopped goes on.
-        is_alive = any(turn.wait(_PATIENCE) for _ in range(5)) or loop.is_closed()
-        if not is_alive and time.process_time() - used < _PATIENCE:
-            os._exit(_EXIT_CODES[_ended_by(number)])
-        time.sleep(_PATIENCE)
 
 
 def _report(error: Exception, subject: Subject, *, as_json: bool) -> ExitCode:
     code = next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
-    message = in_options(str(error))
+    message = str(error) if isinstance(error, Misuse) else describe(error)
     execution_id = subject.execution_id
-    says_if_started = isinstance(error, ExecutionTimeout | StartUnknown) or (
-        isinstance(error, RequestError) and subject.note == NO_RUN
-    )
-    if execution_id is None and subject.note and (subject.is_batch or not says_if_started):
+    if execution_id is None and subject.note not in message:
         message = f"{message.rstrip('.')}; {subject.note}"
     message = printable(message)
-    if isinstance(error, NotFound) and execution_id is None:
-        message += f" `{PROGRAM} workflows` lists the names."
     err(message)
     # The server refused the id or the key itself, so that a retry cannot help.
     is_permanent = (
@@ -266,21 +257,23 @@ def _report(error: Exception, subject: Subject, *, as_json: bool) -> ExitCode:
 
 
 def report_crash(error: BaseException) -> ExitCode:
-    """Report an unexpected error, or a failure of standard output, and return the exit code."""
-    if not isinstance(error, OutputFailed):
+    """Report an unexpected error, or a failure of the output, and return the exit code."""
+    if not isinstance(error, OSError) or error.errno is None:
         traceback.print_exception(error, file=sys.stderr)
         err("this is a bug in promptlayer-exec: please report it with the lines above")
         return ExitCode.BUG
-    _discard_output()
-    if isinstance(error.__cause__, BrokenPipeError):
-        return ExitCode.BROKEN_PIPE
-    err(f"cannot write to standard output: {error}")
-    return ExitCode.OUTPUT_FAILED
+    if not isinstance(error, BrokenPipeError):
+        with suppress(OSError):
+            err(f"cannot write the output: {error.strerror}")
+    _discard(sys.stdout, sys.stderr)
+    is_gone = isinstance(error, BrokenPipeError)
+    return ExitCode.BROKEN_PIPE if is_gone else ExitCode.OUTPUT_FAILED
 
 
-def _discard_output() -> None:
-    # The interpreter flushes what standard output still buffers when it exits.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _discard(*streams: Any) -> None:
+    # The interpreter flushes what they still buffer when it exits.
+    for stream in streams:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager

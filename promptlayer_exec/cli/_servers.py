@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import html
-import logging
 import os
 import re
 import secrets
@@ -14,20 +13,20 @@ import webbrowser
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import anyio
 import anyio.to_thread
+import attrs
 import typer
 
-from promptlayer_exec import RetryPolicy
+from promptlayer_exec import Event
 from promptlayer_exec._integration import base_url as session_base_url
 from promptlayer_exec._integration import install_hint
-from promptlayer_exec.cli._arguments import BaseUrl, Host, NoPush, Outage, Port, parse_id
-from promptlayer_exec.cli._exit import ExitCode, Misuse, Subject, listening, run_command
-from promptlayer_exec.cli._session import demo_session, open_session, show_warnings
+from promptlayer_exec.cli._arguments import BaseUrl, Host, NoPush, Outage, Port, parse_id, seconds
+from promptlayer_exec.cli._exit import Misuse, Subject, command, listening, run_command
+from promptlayer_exec.cli._session import demo_session, open_session, retry_policy, show_warnings
 from promptlayer_exec.cli._text import err, out
-from promptlayer_exec.cli._workflows import complete_workflow
 
 TOKEN = "PROMPTLAYER_EXEC_VIEW_TOKEN"  # noqa: S105 - the name of a variable
 _PAGE = """\
@@ -42,10 +41,10 @@ _PAGE = """\
 _REQUEST_TIME = 45.0
 # A client waits about two seconds for the process to end, and then kills it.
 _CLOSE_TIME = 0.5
-_FLUSH_MILLISECONDS = 1000
 
 
-def view(
+@command
+async def view(
     execution_ids: Annotated[
         list[int] | None,
         typer.Argument(metavar="ID", parser=parse_id, help="Ids of the executions."),
@@ -64,7 +63,7 @@ def view(
         ),
     ] = True,
     base_url: BaseUrl = None,
-    outage: Outage = 600,
+    outage: Outage = None,
 ) -> None:
     """Show executions in the browser, as they run.
 
@@ -79,61 +78,63 @@ def view(
     those started here, in a file that only you can read. --no-history neither reads nor writes it.
     """
     if is_demo and (execution_ids or base_url is not None):
-        raise typer.BadParameter("cannot be combined with ID or --base-url", param_hint="'--demo'")
+        raise Misuse("--demo cannot be combined with ID or --base-url")
+    try:
+        import platformdirs  # noqa: PLC0415 - an extra
 
-    async def work() -> ExitCode:
-        try:
-            import platformdirs  # noqa: PLC0415 - an extra
+        from promptlayer_exec.viewer import (  # noqa: PLC0415 - an extra
+            Address,
+            Board,
+            History,
+            listen,
+            serve,
+        )
+    except ModuleNotFoundError as error:
+        raise Misuse(f"the viewer needs {install_hint('viewer')}") from error
+    board: Board  # made once the session is open
 
-            from promptlayer_exec.viewer import (  # noqa: PLC0415 - an extra
-                Address,
-                Board,
-                History,
-                listen,
-                serve,
-            )
-        except ModuleNotFoundError as error:
-            raise Misuse(f"the viewer needs {install_hint('viewer')}") from error
-        token = _token()
-        show_warnings(err)
-        async with AsyncExitStack() as stack:
+    def observe(event: Event) -> None:
+        board.observe(event)
+
+    token = _token()
+    show_warnings(err)
+    async with AsyncExitStack() as stack:
+        if is_demo:
+            from promptlayer_exec.cli import _demo as demo  # noqa: PLC0415 - slow to import
+            from promptlayer_exec.simulator import Simulator  # noqa: PLC0415
+
+            simulator = await stack.enter_async_context(Simulator(log_requests=False))
+            demo.add_demo_workflows(simulator)
+            session = demo_session(simulator, err)
+            directory = Path(stack.enter_context(TemporaryDirectory()))
+        else:
+            directory = platformdirs.user_state_path("promptlayer-exec", appauthor=False)
+            retry = retry_policy(outage)
+            # The page shows an error soon, and a person can try again.
+            retry = attrs.evolve(retry, outage=min(retry.outage, 10.0))
+            session = open_session(base_url, retry, observer=observe)
+        await stack.enter_async_context(session)
+        with listening(host, port):
+            listener = stack.enter_context(listen(host, port))
+        address = Address(host, listener.getsockname()[1])
+        history = None
+        if has_history:
+            history = History(directory / "history.sqlite", server=session_base_url(session))
             if is_demo:
-                from promptlayer_exec.cli import _demo as demo  # noqa: PLC0415 - slow to import
-                from promptlayer_exec.simulator import Simulator  # noqa: PLC0415
-
-                simulator = await stack.enter_async_context(Simulator(log_requests=False))
-                demo.add_demo_workflows(simulator)
-                session = demo_session(simulator, err)
-                directory = Path(stack.enter_context(TemporaryDirectory()))
-            else:
-                directory = platformdirs.user_state_path("promptlayer-exec", appauthor=False)
-                retry = RetryPolicy(outage=min(outage, 10.0), watch_outage=outage)
-                session = open_session(base_url, retry)
-            await stack.enter_async_context(session)
-            with listening(host, port):
-                listener = stack.enter_context(listen(host, port))
-            address = Address(host, listener.getsockname()[1])
-            history = None
-            if has_history:
-                history = History(directory / "history.sqlite", server=session_base_url(session))
+                demo.add_past_runs(simulator, history, time.time())
+        board = Board(session, note=demo.NOTE if is_demo else "", history=history)
+        await stack.enter_async_context(board)
+        for execution_id in execution_ids or ():
+            board.follow(execution_id)
+        url = f"{address.base_url}/#token={token}"
+        _print_url(url, is_loopback=address.is_loopback)
+        with suppress(asyncio.CancelledError):
+            async with anyio.create_task_group() as tasks:
+                if is_opened:
+                    tasks.start_soon(open_in_browser, url, board.opened)
                 if is_demo:
-                    demo.add_past_runs(simulator, history, time.time())
-            board = Board(session, note=demo.NOTE if is_demo else "", history=history)
-            await stack.enter_async_context(board)
-            for execution_id in execution_ids or ():
-                board.follow(execution_id)
-            url = f"{address.base_url}/#token={token}"
-            _print_url(url, is_loopback=address.is_loopback)
-            with suppress(asyncio.CancelledError):
-                async with anyio.create_task_group() as tasks:
-                    if is_opened:
-                        tasks.start_soon(open_in_browser, url, board.opened)
-                    if is_demo:
-                        tasks.start_soon(demo.start_runs, board)
-                    await serve(board, listener, address, token)
-        return ExitCode.SUCCEEDED
-
-    raise typer.Exit(run_command(work(), Subject()))
+                    tasks.start_soon(demo.start_runs, board)
+                await serve(board, listener, address, token)
 
 
 def _token() -> str:
@@ -166,8 +167,9 @@ def simulate(
 ) -> None:
     """Serve a simulated PromptLayer.
 
-    Use it to try `run`, `watch`, `results` and your own code. It prints its base URL, its key and
-    the ids of some executions, and then every request, until Ctrl-C, with exit code 0.
+    Use it to try `run`, `watch`, `results`, your own code, and the examples of the README and the
+    tutorial. It prints the two variables to set, the ids of some executions and its workflows, and
+    then every request, until Ctrl-C, with exit code 0.
     """
     from promptlayer_exec.cli._demo import serve  # noqa: PLC0415 - slow to import
 
@@ -181,13 +183,18 @@ def mcp(
             "--workflow",
             metavar="NAME",
             help="Workflow that can be started, and no other; repeatable.",
-            autocompletion=complete_workflow,
         ),
     ] = [],  # noqa: B006 - Typer's way to declare a list
     *,
     no_push: NoPush = False,
     base_url: BaseUrl = None,
-    outage: Outage = 10,
+    outage: Annotated[
+        float,
+        seconds(
+            "Maximum time to keep retrying while the server is unreachable or failing; short,"
+            " because an MCP client waits only about a minute for an answer."
+        ),
+    ] = 10,
 ) -> None:
     """Serve workflows to agents as tools of an MCP server.
 
@@ -201,13 +208,10 @@ def mcp(
     The command ends when standard input is closed. Executions that were running then go on; their
     ids are written to standard error.
     """
-    if not all(workflows):
-        raise typer.BadParameter("must not be empty", param_hint="'--workflow'")
 
-    is_served = False
-
-    async def work() -> ExitCode:
-        nonlocal is_served
+    async def work() -> None:
+        if not all(workflows):
+            raise Misuse("--workflow must not be empty")
         try:
             from promptlayer_exec.mcp import serve_stdio  # noqa: PLC0415 - an extra
         except ModuleNotFoundError as error:
@@ -215,40 +219,23 @@ def mcp(
         show_warnings(err)
         session = open_session(
             base_url,
-            RetryPolicy(outage=outage),
+            retry_policy(outage),
             wait_timeout=_REQUEST_TIME,
             no_push=no_push,
         )
         if sys.stdin.isatty():
             err("this is a server for MCP clients, which start it themselves; Ctrl-C ends it")
-        is_served = True
         try:
             await serve_stdio(session, workflows=workflows)
         finally:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_CLOSE_TIME):
                     await session.aclose()
-        return ExitCode.SUCCEEDED
 
-    code = run_command(work(), Subject(base_url=base_url))
-    if is_served:
-        _exit(code)
+    code = run_command(work(), Subject())
+    if code > 128:  # a signal ended it: a thread still waits for the next line of standard input
+        os._exit(code)
     raise typer.Exit(code)
-
-
-def _exit(code: ExitCode) -> NoReturn:
-    """Exit at once, even while a thread is blocked in a read of standard input.
-
-    Freeing every object first would also take longer than all of the above. What handlers of
-    `atexit` would still write is written here: OpenTelemetry's spans and metrics, and the log.
-    """
-    for module, getter in (("trace", "get_tracer_provider"), ("metrics", "get_meter_provider")):
-        if (loaded := sys.modules.get(f"opentelemetry.{module}")) is not None:
-            provider = getattr(loaded, getter)()
-            with suppress(Exception):  # an exporter's; the API's own providers have nothing to send
-                provider.force_flush(_FLUSH_MILLISECONDS)
-    logging.shutdown()
-    os._exit(code)
 
 
 async def open_in_browser(url: str, opened: asyncio.Event) -> None:

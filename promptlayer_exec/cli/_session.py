@@ -10,21 +10,25 @@ from typing import TYPE_CHECKING
 
 from promptlayer_exec import (
     ConfigurationError,
-    ConnectionFailed,
-    Event,
     Observer,
     PollPolicy,
-    RateLimited,
-    RequestRetried,
-    RequestTimeout,
     RetryPolicy,
     Session,
-    StatusError,
 )
-from promptlayer_exec.cli._text import err, printable, shorten
+from promptlayer_exec._integration import printable
+from promptlayer_exec.cli._text import err
 
 if TYPE_CHECKING:
     from promptlayer_exec.simulator import Simulator
+
+
+# The modules whose warnings the commands show; of the others, they say the same in their own words.
+_SHOWN = ("definitions", "channels", "retry")
+
+
+def retry_policy(outage: float | None) -> RetryPolicy:
+    """Return the library's policy, or one for the outage that was given."""
+    return RetryPolicy() if outage is None else RetryPolicy(outage=outage, watch_outage=outage)
 
 
 def open_session(
@@ -34,11 +38,11 @@ def open_session(
     *,
     wait_timeout: float = 3600.0,
     no_push: bool = False,
+    observer: Observer | None = None,
 ) -> Session:
     """Return a session with the key from the environment.
 
-    `warn` is called with each retry, with an input of a doubtful type, and if push was asked for
-    and cannot be used.
+    `warn` is called when an outage begins, and with an input of a doubtful type.
     """
     if not os.environ.get("PROMPTLAYER_API_KEY"):
         raise ConfigurationError(
@@ -46,14 +50,14 @@ def open_session(
             " PromptLayer's settings"
         )
     if warn is not None:
-        show_warnings(warn, of=("definitions", "channels"))
+        show_warnings(warn, of=_SHOWN)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         session = Session(
             base_url=base_url,
             retry=retry,
             wait_timeout=wait_timeout,
-            observers=[] if warn is None else [report_retries(warn)],
+            observers=[] if observer is None else [observer],
             push=False if no_push else None,
         )
     for warning in caught:
@@ -63,12 +67,9 @@ def open_session(
 
 def demo_session(simulator: Simulator, warn: Callable[[str], None]) -> Session:
     """Return a session on a simulator that polls often enough to see short nodes running."""
-    return Session(
-        simulator.api_key,
-        base_url=simulator.base_url,
-        poll=PollPolicy(floor=0.2, ceiling=0.4),
-        observers=[report_retries(warn)],
-    )
+    show_warnings(warn, of=_SHOWN)
+    poll = PollPolicy(floor=0.2, ceiling=0.4)
+    return Session(simulator.api_key, base_url=simulator.base_url, poll=poll)
 
 
 def show_warnings(write: Callable[[str], None], *, of: Collection[str] = ()) -> None:
@@ -79,7 +80,10 @@ def show_warnings(write: Callable[[str], None], *, of: Collection[str] = ()) -> 
     handler = _Warnings(write)
     if of:
         handler.addFilter(lambda record: record.module in of)
-    logging.getLogger("promptlayer_exec").addHandler(handler)
+    logger = logging.getLogger("promptlayer_exec")
+    for earlier in logger.handlers[:]:
+        logger.removeHandler(earlier)
+    logger.addHandler(handler)
 
 
 class _Warnings(logging.Handler):
@@ -91,25 +95,3 @@ class _Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._write(printable(record.getMessage()))
-
-
-def report_retries(warn: Callable[[str], None]) -> Observer:
-    """Return an observer that calls `warn` with a line for each request that will be retried."""
-
-    def observe(event: Event) -> None:
-        if isinstance(event, RequestRetried):
-            what, why = _describe(event.error)
-            warn(f"{what}, retrying in {event.delay:.1f} s ({shorten(printable(why), 120)})")
-
-    return observe
-
-
-def _describe(error: Exception) -> tuple[str, str]:
-    if isinstance(error, ConnectionFailed):
-        return "server unreachable", error.reason
-    if isinstance(error, RequestTimeout):
-        return "request timed out", str(error.args[0])
-    if isinstance(error, StatusError):
-        what = "too many requests" if isinstance(error, RateLimited) else "server error"
-        return what, f"{error.status} {error.message}"
-    return "unusable response", str(error.args[0])

@@ -1,16 +1,11 @@
-"""The commands `workflows` and `workflow`, a workflow's graph, and completing names."""
+"""The commands `workflows` and `workflow`."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import logging
-import os
-import re
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
@@ -20,76 +15,26 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from promptlayer_exec import RetryPolicy, Workflow, WorkflowNode, WorkflowSummary
-from promptlayer_exec.cli._arguments import (
-    BaseUrl,
-    JsonLines,
-    Label,
-    Outage,
-    Version,
-    check_version,
-)
-from promptlayer_exec.cli._exit import PROGRAM, ExitCode, Misuse, Subject, run_command
-from promptlayer_exec.cli._session import open_session
-from promptlayer_exec.cli._text import err, out, printable, shorten
+from promptlayer_exec import Workflow, WorkflowNode, WorkflowSummary
+from promptlayer_exec._integration import printable
+from promptlayer_exec.cli._arguments import BaseUrl, JsonLines, Label, Outage, Version, WorkflowName
+from promptlayer_exec.cli._exit import Misuse, command
+from promptlayer_exec.cli._graph import draw, in_encoding
+from promptlayer_exec.cli._session import open_session, retry_policy
+from promptlayer_exec.cli._text import err, out, shorten
 
-_COMPLETION_TIMEOUT = 2.0
-_MOST_COMPLETIONS = 200
 _WIDEST_GRAPH = 0.5  # of the terminal
-NODE, OUTPUT = "●", "◎"
-# For terminals that have no box-drawing characters.
-ASCII = str.maketrans(f"{NODE}{OUTPUT}│├┤─╮╯╰", "*@|||-.'`")
-# Edges of the same origin share a lane: all nodes that depend on the same nodes hang off one.
-_Lane = frozenset[str]
-# Takes up the column of a node until its last edge has left it.
-_TAKEN: _Lane = frozenset()
 
 
-async def _complete(base_url: str | None, incomplete: str) -> list[str]:
-    names: list[str] = []
-    async with (
-        asyncio.timeout(_COMPLETION_TIMEOUT),
-        open_session(base_url, RetryPolicy(outage=0.0)) as session,
-        aclosing(session.workflows(sort_by="name", sort_order="asc")) as found,
-    ):
-        async for summary in found:
-            if summary.name.startswith(incomplete) and not summary.is_deleted:
-                names.append(summary.name)
-            if len(names) == _MOST_COMPLETIONS:
-                break
-    return names
-
-
-def complete_workflow(context: typer.Context, incomplete: str) -> list[str]:
-    """Return the names of workflows that begin with `incomplete`, for the shell; none on errors."""
-    # A message would be printed into the line that is being typed.
-    logging.getLogger("promptlayer_exec").addHandler(logging.NullHandler())
-    try:
-        names = asyncio.run(_complete(context.params.get("base_url"), incomplete))
-    except Exception:  # noqa: BLE001 - no key, no network, or too slow
-        return []
-    if os.environ.get(f"_{PROGRAM.replace('-', '_')}_COMPLETE".upper()) == "complete_bash":
-        # bash puts a completion into the line as it is; other shells quote it.
-        names = [re.sub(r"([^\w%+,./:=@-])", r"\\\1", name) for name in names]
-    return [name for name in names if name.isprintable()]
-
-
-WorkflowName = Annotated[
-    str,
-    typer.Argument(
-        metavar="WORKFLOW", help="Name or id of the workflow.", autocompletion=complete_workflow
-    ),
-]
-
-
-def workflows(
+@command
+async def workflows(
     sort_by: Annotated[
         Literal["created_at", "updated_at", "name", "id"], typer.Option(help="Field to sort by.")
     ] = "name",
     sort_order: Annotated[Literal["asc", "desc"], typer.Option(help="Order to sort in.")] = "asc",
     as_json: JsonLines = False,
     base_url: BaseUrl = None,
-    outage: Outage = 10,
+    outage: Outage = None,
 ) -> None:
     """List the workflows of the workspace.
 
@@ -102,30 +47,25 @@ def workflows(
       {"id": 3, "name": "support-agent", "labels": ["prod"], "latest_version": 7,
        "is_deleted": false}
     """  # noqa: D301 - \b is Typer's mark for preformatted text
-
-    async def work() -> ExitCode:
-        is_table = sys.stdout.isatty() and not as_json
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        for heading in ("Id", "Version", "Name", "Labels"):
-            table.add_column(heading, overflow="fold")
-        async with (
-            open_session(base_url, RetryPolicy(outage=outage), err) as session,
-            aclosing(session.workflows(sort_by=sort_by, sort_order=sort_order)) as found,
-        ):
-            async for summary in found:
-                if is_table:
-                    table.add_row(*map(Text, _columns(summary)))
-                elif as_json:
-                    out(_summary_json(summary))
-                else:
-                    out("\t".join(_columns(summary)))
-        if table.row_count:
-            Console().print(table)
-        elif is_table:
-            err("the workspace has no workflows")
-        return ExitCode.SUCCEEDED
-
-    raise typer.Exit(run_command(work(), Subject(base_url=base_url), as_json=as_json))
+    is_table = sys.stdout.isatty() and not as_json
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for heading in ("Id", "Version", "Name", "Labels"):
+        table.add_column(heading, overflow="fold")
+    async with (
+        open_session(base_url, retry_policy(outage), err) as session,
+        aclosing(session.workflows(sort_by=sort_by, sort_order=sort_order)) as found,
+    ):
+        async for summary in found:
+            if is_table:
+                table.add_row(*map(Text, _columns(summary)))
+            elif as_json:
+                out(json.dumps(attrs.asdict(summary)))
+            else:
+                out("\t".join(_columns(summary)))
+    if table.row_count:
+        Console().print(table)
+    elif is_table:
+        err("the workspace has no workflows")
 
 
 def _columns(summary: WorkflowSummary) -> tuple[str, str, str, str]:
@@ -134,19 +74,15 @@ def _columns(summary: WorkflowSummary) -> tuple[str, str, str, str]:
     return str(summary.id), version, printable(summary.name), printable(", ".join(labels))
 
 
-def _summary_json(summary: WorkflowSummary) -> str:
-    fields = ("id", "name", "labels", "latest_version", "is_deleted")
-    return json.dumps({name: getattr(summary, name) for name in fields})
-
-
-def workflow(
+@command
+async def workflow(
     workflow: WorkflowName,
     *,
     label: Label = None,
     version: Version = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write one line of JSON.")] = False,
     base_url: BaseUrl = None,
-    outage: Outage = 10,
+    outage: Outage = None,
 ) -> None:
     """Show what a workflow requires, its labels and its graph.
 
@@ -156,22 +92,16 @@ def workflow(
     With --json, the workflow is written as one line of ASCII JSON with the keys "id", "name",
     "version", "labels", "required_inputs", "nodes", "edges" and "layers".
     """
-    check_version(label, version)
-
-    async def work() -> ExitCode:
-        async with open_session(base_url, RetryPolicy(outage=outage), err) as session:
-            try:
-                found = await session.workflow(workflow, label=label, version=version)
-            except (TypeError, ValueError) as error:
-                raise Misuse(str(error)) from error
-        if as_json:
-            out(json.dumps(_fields(found)))
-            return ExitCode.SUCCEEDED
-        for line in _description(found):
-            _print(line)
-        return ExitCode.SUCCEEDED
-
-    raise typer.Exit(run_command(work(), Subject(base_url=base_url), as_json=as_json))
+    async with open_session(base_url, retry_policy(outage), err) as session:
+        try:
+            found = await session.workflow(workflow, label=label, version=version)
+        except (TypeError, ValueError) as error:
+            raise Misuse(str(error)) from error
+    if as_json:
+        out(json.dumps(_fields(found)))
+        return
+    for line in _description(found):
+        _print(line)
 
 
 def _fields(found: Workflow) -> dict[str, Any]:
@@ -182,19 +112,8 @@ def _fields(found: Workflow) -> dict[str, Any]:
         "version": found.version,
         "labels": found.labels,
         "required_inputs": None if inputs is None else dict(inputs),
-        "nodes": [
-            {
-                "name": node.name,
-                "node_type": node.node_type,
-                "is_output_node": node.is_output_node,
-                "dependencies": node.dependencies,
-            }
-            for node in found.nodes.values()
-        ],
-        "edges": [
-            {"source": edge.source, "target": edge.target, "conditional": edge.conditional}
-            for edge in found.edges
-        ],
+        "nodes": [attrs.asdict(node) for node in found.nodes.values()],
+        "edges": [attrs.asdict(edge) for edge in found.edges],
         "layers": found.layers(),
     }
 
@@ -227,7 +146,7 @@ def _description(found: Workflow) -> Iterator[Text]:
         yield from _list(found, [name for layer in found.layers() for name in layer])
         return
     for line, node in lines:
-        drawn = _in_encoding(f"{line:<{width}}  ")
+        drawn = in_encoding(f"{line:<{width}}  ")
         yield Text(drawn.rstrip()) if node is None else Text(drawn) + _details(found, node)
     names = {node for _, node in lines}
     if cycle := [name for name in found.nodes if name not in names]:
@@ -249,120 +168,3 @@ def _details(found: Workflow, name: str) -> Text:
     if any(edge.conditional and edge.target == name for edge in found.edges):
         facts.append("conditional")
     return Text.assemble(printable(name), (f"  {', '.join(facts)}" if facts else "", "dim"))
-
-
-def _in_encoding(line: str) -> str:
-    """Return a line of a graph in characters that standard output has."""
-    try:
-        line.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return line.translate(ASCII)
-    return line
-
-
-def draw(workflow: Workflow) -> list[tuple[str, str | None]]:
-    """Return the lines of the graph, each with the name of the node that is in it, if one is.
-
-    They are drawn from top to bottom, like those of `git log --graph`.
-
-    Nodes in a cycle, and those after them, are left out.
-    """
-    drawing = _Drawing(
-        {
-            name: frozenset(workflow.nodes[name].dependencies).intersection(workflow.nodes)
-            for name in _in_depth_order(workflow)
-        }
-    )
-    for name in drawing.lanes_into:
-        drawing.add(name, OUTPUT if workflow.nodes[name].is_output_node else NODE)
-    return drawing.lines
-
-
-def _in_depth_order(workflow: Workflow) -> Iterator[str]:
-    """Yield each node after all that it depends on, and soon after the last of them."""
-    waiting = {
-        name: set(node.dependencies) & workflow.nodes.keys()
-        for name, node in workflow.nodes.items()
-    }
-    dependents: dict[str, list[str]] = {name: [] for name in waiting}
-    for name, missing in waiting.items():
-        for dependency in missing:
-            dependents[dependency].append(name)
-    stack = [name for name in reversed(waiting) if not waiting[name]]
-    while stack:
-        done = stack.pop()
-        yield done
-        for name in dependents[done]:
-            waiting[name].remove(done)
-        stack += [name for name in reversed(dependents[done]) if not waiting[name]]
-
-
-@attrs.define(eq=False)
-class _Drawing:
-    lanes_into: Mapping[str, _Lane]
-    lines: list[tuple[str, str | None]] = attrs.field(init=False, factory=list)
-    _columns: list[_Lane | None] = attrs.field(init=False, factory=list)
-    _targets_left: Counter[_Lane] = attrs.field(init=False)
-    _lanes_from: dict[str, list[_Lane]] = attrs.field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self._targets_left = Counter(self.lanes_into.values())
-        self._lanes_from = {name: [] for name in self.lanes_into}
-        for lane in dict.fromkeys(self.lanes_into.values()):
-            for name in lane:
-                self._lanes_from[name].append(lane)
-
-    def add(self, name: str, mark: str) -> None:
-        """Draw a node, and the edges that leave it."""
-        lane = self.lanes_into[name]
-        if not lane:
-            # Not right below another node: it would look as if it depended on that one.
-            above = self.lines[-1][0] if self.lines else ""
-            at = self._free_column()
-            while above[2 * at : 2 * at + 1].strip():
-                at = self._free_column(at + 1)
-            self._draw({at: mark}, name)
-        else:
-            column = self._columns.index(lane)
-            self._targets_left[lane] -= 1
-            if self._targets_left[lane]:
-                at = self._free_column(column + 1)
-                self._draw({column: "├", at: mark}, name)
-            else:
-                at = column
-                self._draw({at: mark}, name)
-        self._columns[at] = _TAKEN
-        leaving = self._lanes_from[name]
-        new = [it for it in leaving if it not in self._columns]
-        joined = [self._columns.index(it) for it in leaving if it in self._columns]
-        for lane in new[1:]:
-            column = self._free_column(at + 1)
-            self._draw({at: "├", column: "╮"})
-            self._columns[column] = lane
-        for index, column in enumerate(joined, 1):
-            goes_on = bool(new) or index < len(joined)
-            if column < at:
-                self._draw({column: "├", at: "┤" if goes_on else "╯"})
-            else:
-                self._draw({at: "├" if goes_on else "╰", column: "┤"})
-        self._columns[at] = new[0] if new else None
-        while self._columns and self._columns[-1] is None:
-            self._columns.pop()
-
-    def _free_column(self, start: int = 0) -> int:
-        for column in range(start, len(self._columns)):
-            if self._columns[column] is None:
-                return column
-        self._columns += [None] * (max(start, len(self._columns)) + 1 - len(self._columns))
-        return len(self._columns) - 1
-
-    def _draw(self, marks: Mapping[int, str], name: str | None = None) -> None:
-        """Add a line; marks in two columns are connected, behind the lanes between them."""
-        first, last = min(marks), max(marks)
-        text = ""
-        for column, lane in enumerate(self._columns):
-            is_between = first < column < last
-            passing = "─" if is_between else " "
-            text += marks.get(column) or (passing if lane is None else "│")
-            text += "─" if first <= column < last else " "
-        self.lines.append((text.rstrip(), name))

@@ -1,20 +1,20 @@
 """Items that ended and are run again: followed once more, or started once more, deliberately.
 
-Each begins its next attempt, a DBOS workflow of its own. One that is only followed gets the result
-of the earlier start as an argument, so that it starts nothing.
+Each begins its next attempt, a DBOS workflow of its own. One that is only followed keeps the result
+of the earlier start in its row, so that it starts nothing.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
+from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import (
     batches,
     callbacks,
@@ -24,10 +24,6 @@ from promptlayer_exec.dbos._tables import (
 )
 from promptlayer_exec.dbos._values import StoredOutcome, start_result
 
-if TYPE_CHECKING:
-    from promptlayer_exec.dbos._store import Store
-
-logger = logging.getLogger("promptlayer_exec")
 _AT_ONCE = 500
 _item = items.c
 # The result of a step "start", which a new attempt follows; None to start a run.
@@ -74,12 +70,10 @@ def adopt(
     attempt: int,
     token: str,
     started: Mapping[str, Any],
-    request: str | None = None,
 ) -> bool:
     """Follow a run whose start another worker takes for unknown; return whether it can be.
 
-    `token` is that of the intent to start it. Without the `request`, the item is unknown, and DBOS
-    has the request.
+    `token` is that of the intent to start it.
     """
     query = sa.select(_item.key, _item.attempt, _item.kind, _item.outcome).where(
         _item.batch == batch,
@@ -88,13 +82,12 @@ def adopt(
         _item.intent == token,
         sa.or_(_item.kind.is_(None), _item.kind == "unknown"),
     )
-    requests = store.stored_requests(batch, {key: attempt}) if request is None else {key: request}
 
     def work(connection: sa.Connection) -> bool:
         lock_batch(connection, batch)
         rows = connection.execute(query).all()
         chosen = [_Again(row.key, row.attempt, row.kind, started) for row in rows]
-        return bool(_begin(store, connection, batch, chosen, requests))
+        return bool(_begin(store, connection, batch, chosen))
 
     return store.transact(work)
 
@@ -113,7 +106,7 @@ def _reopen(
     choose: Callable[[StoredOutcome], tuple[bool, Started]],
 ) -> int:
     ended = sa.and_(_item.batch == batch, _item.kind.in_(kinds))
-    page = sa.select(_item.key, _item.attempt).where(ended).order_by(_item.key).limit(_AT_ONCE)
+    page = sa.select(_item.key).where(ended).order_by(_item.key).limit(_AT_ONCE)
     query = (
         sa.select(_item.key, _item.attempt, _item.kind, _item.outcome, callbacks.c.execution_id)
         .outerjoin(callbacks, called_back)
@@ -121,66 +114,42 @@ def _reopen(
     )
     count, last = 0, ""
 
-    def work(requests: Mapping[str, str], connection: sa.Connection) -> int:
+    def work(keys: Sequence[str], connection: sa.Connection) -> int:
         lock_batch(connection, batch)
         chosen = []
-        for row in connection.execute(query.where(_item.key.in_(requests))):
+        for row in connection.execute(query.where(_item.key.in_(keys))):
             outcome = StoredOutcome.from_json(row.outcome)
             is_chosen, started = choose(outcome)
-            # Its callback may have come while this waited for the lock, or after a refusal.
-            if row.execution_id is not None and (
-                row.kind == "unknown" or outcome.execution_id is None
-            ):
+            # Its callback may have come while this waited for the lock.
+            if row.execution_id is not None and outcome.execution_id is None:
                 is_chosen, started = True, start_result(row.execution_id)
             if is_chosen:
                 chosen.append(_Again(row.key, row.attempt, row.kind, started))
-        return _begin(store, connection, batch, chosen, requests)
+        return _begin(store, connection, batch, chosen)
 
     while not store.is_cancelled() and (rows := store.rows(page.where(_item.key > last))):
-        requests = store.stored_requests(batch, {row.key: row.attempt for row in rows})
-        count += store.transact(partial(work, requests))
+        count += store.transact(partial(work, [row.key for row in rows]))
         last = rows[-1].key
     return count
 
 
-def _begin(
-    store: Store,
-    connection: sa.Connection,
-    batch: str,
-    chosen: Sequence[_Again],
-    requests: Mapping[str, str],
-) -> int:
+def _begin(store: Store, connection: sa.Connection, batch: str, chosen: Sequence[_Again]) -> int:
     """Begin the next attempt of items, whose rows are locked, and return how many there are."""
-    # DBOS no longer has the others, for example because its rows were deleted.
-    possible = [again for again in chosen if again.key in requests]
-    if not possible:
+    if not chosen:
         return 0
-    these = (_item.batch == batch, _item.key.in_([again.key for again in possible]))
-    update = sa.update(items).where(*these)
-    changes = dict.fromkeys(("kind", "seq", "outcome", "intent", "started", "seconds"))
-    connection.execute(update.values(attempt=_item.attempt + 1, **changes))
-    # `end_cancelled` reads the id from the row, not from the workflow's arguments.
-    followed = [
-        {"item_key": again.key, "result": json.dumps(again.started)}
-        for again in possible
-        if again.started
-    ]
-    if followed:
-        store_started = sa.update(items).where(
-            _item.batch == batch, _item.key == sa.bindparam("item_key")
-        )
-        connection.execute(store_started.values(started=sa.bindparam("result")), followed)
-    counts = Counter(again.kind for again in possible if again.kind is not None)
+    changes = dict.fromkeys(("kind", "seq", "outcome", "intent", "seconds"))
+    connection.execute(
+        sa.update(items)
+        .where(_item.batch == batch, _item.key == sa.bindparam("the_key"))
+        .values(attempt=_item.attempt + 1, started=sa.bindparam("result"), **changes),
+        [
+            {"the_key": again.key, "result": again.started and json.dumps(again.started)}
+            for again in chosen
+        ],
+    )
+    counts = Counter(again.kind for again in chosen if again.kind is not None)
     if counts:
         fewer = {kind: batches.c[kind] - count for kind, count in counts.items()}
         connection.execute(sa.update(batches).where(batches.c.name == batch).values(**fewer))
-    for again in possible:
-        store.enqueue(
-            connection,
-            batch,
-            again.key,
-            again.attempt + 1,
-            request=requests[again.key],
-            started=again.started,
-        )
-    return len(possible)
+    store.enqueue(connection, batch, [(again.key, again.attempt + 1) for again in chosen])
+    return len(chosen)

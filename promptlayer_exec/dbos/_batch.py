@@ -15,13 +15,15 @@ from contextlib import aclosing, asynccontextmanager, closing, suppress
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
+import attrs
+
 from promptlayer_exec import ConfigurationError, Session, StartRequest
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _callbacks as callbacks
-from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _owner as owner
 from promptlayer_exec.dbos import _reports as reports
+from promptlayer_exec.dbos._liveness import count_workers
 from promptlayer_exec.dbos._location import database_url as locate
 from promptlayer_exec.dbos._location import prepare_default, shown
 from promptlayer_exec.dbos._rate import SharedRate
@@ -31,7 +33,7 @@ from promptlayer_exec.dbos._reports import (
     Failure,
     StoredItem,
 )
-from promptlayer_exec.dbos._requests import Chunk, Row, Spool, encode
+from promptlayer_exec.dbos._requests import Row, by_key, chunks, encode
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._values import BatchStatus, Kind, StoredOutcome
 from promptlayer_exec.dbos._worker import Worker
@@ -100,14 +102,8 @@ class Batch:
         self._same_server = same_server
         self._store: Store | None = None
         self._is_prepared = False
-        # How many calls of `work` there are now before whose end `outcomes` must not end, and how
-        # many calls that add items or open some again.
+        # How many calls of `work` there are now, before whose end `outcomes` must not end.
         self._working = 0
-        self._opening = 0
-        # How often a `work` began, failed or opened items again, or one of the other calls began or
-        # ended; and that number when a `work` last looked whether every item has an outcome.
-        self._changes = 0
-        self._looked = -1
 
     async def add(self, requests: Iterable[StartRequest] | AsyncIterable[StartRequest]) -> int:
         """Add items to the database; one whose key and request are already there is not new.
@@ -127,34 +123,36 @@ class Batch:
                 metadata.
             ConfigurationError: the database cannot be used, or the batch belongs to another server.
         """
-        async with self._open_items() as store:
+        async with self._open() as store:
             if isinstance(requests, AsyncIterable):
-                return await self._add_as_they_come(store, requests)
-            with closing(Spool(self._name)) as spool:
-                for number, request in enumerate(requests, 1):
-                    spool.add(self._row(request))
-                    if number % _CHUNK == 0:
-                        await asyncio.sleep(0)
                 await self._claim(store)
-                if (await store.run_in_thread(store.status, self._name)).total:
-                    for rows in spool.chunks(_CHUNK, _CHUNK_BYTES):
-                        await store.run_in_thread(store.check, self._name, rows)
-                return sum(
-                    [
-                        await store.run_in_thread(store.add, self._name, rows, self._given)
-                        for rows in spool.chunks(_CHUNK, _CHUNK_BYTES)
-                    ]
-                )
+                return await self._add_as_they_come(store, requests)
+            rows = []
+            for request in requests:
+                rows.append(self._row(request))
+                if len(rows) % _CHUNK == 0:
+                    await asyncio.sleep(0)  # there may be a million
+            unique = by_key(self._name, rows).values()
+            await self._claim(store)
+            await store.run_in_thread(store.check, self._name, unique)
+            return sum(
+                [
+                    await store.run_in_thread(store.add, self._name, chunk, self._given)
+                    for chunk in chunks(unique, _CHUNK, _CHUNK_BYTES)
+                ]
+            )
 
     async def _add_as_they_come(self, store: Store, requests: AsyncIterable[StartRequest]) -> int:
-        await self._claim(store)
-        new, chunk = 0, Chunk(_CHUNK, _CHUNK_BYTES)
+        new, rows, size = 0, [], 0
         async with aclosing(integration.each(requests)) as each:
             async for request in each:
-                if rows := chunk.add(self._row(request)):
+                rows.append(self._row(request))
+                size += len(rows[-1].request)
+                if len(rows) >= _CHUNK or size >= _CHUNK_BYTES:
                     new += await store.run_in_thread(store.add, self._name, rows, self._given)
-            if chunk.rows:
-                new += await store.run_in_thread(store.add, self._name, chunk.rows, self._given)
+                    rows, size = [], 0
+            if rows:
+                new += await store.run_in_thread(store.add, self._name, rows, self._given)
         return new
 
     async def work(self, *, until_done: bool = True) -> BatchStatus:
@@ -178,50 +176,23 @@ class Batch:
                 failed: work again later.
             SessionClosed: the session was closed.
             ConfigurationError: the database cannot be used, a setting is missing, the batch belongs
-                to another server, or it was deleted meanwhile.
-            RuntimeError: this process already works on a batch, or uses DBOS otherwise.
+                to another server, or this process uses DBOS for something else.
+            RuntimeError: this process already works on a batch.
         """
-        # Before the first await: `outcomes` must not end before the unknown items are restarted,
-        # nor before all have ended: until this returns, a callback may open one more.
-        self._working += 1
-        self._changes += 1
-        is_counted = True
+        # Before the first await: `outcomes` must not end before the unknown items are restarted.
+        self._working += until_done
         try:
             async with self._open() as store:
                 await self._claim(store)
                 await store.run_in_thread(callbacks.resolve, store, self._name)
                 if self._restart_unknown:
                     await store.run_in_thread(again.retry, store, self._name, ["unknown"])
-                if not until_done:
-                    self._working -= 1
-                    self._changes += 1
-                    is_counted = False
-                # While the last worker ends, a callback may make one more item unfinished.
-                while not (until_done and await self._look(store)):
+                # While a worker ends, a callback may make one more item unfinished.
+                while not until_done or not await self._is_finished(store):
                     await self._work(store, until_done=until_done)
                 return await store.run_in_thread(store.status, self._name)
-        except BaseException:
-            self._changes += 1
-            raise
         finally:
-            self._working -= is_counted
-
-    async def _look(self, store: Store) -> bool:
-        """Return whether every item has an outcome; after the last look, `outcomes` may end."""
-        self._looked = self._changes
-        return await self._is_finished(store)
-
-    @asynccontextmanager
-    async def _open_items(self) -> AsyncIterator[Store]:
-        """Open the database to add items, or to open some again, of which `outcomes` must know."""
-        self._opening += 1
-        self._changes += 1
-        try:
-            async with self._open() as store:
-                yield store
-        finally:
-            self._opening -= 1
-            self._changes += 1
+            self._working -= until_done
 
     async def _work(self, store: Store, *, until_done: bool) -> None:
         given = self._given
@@ -260,45 +231,33 @@ class Batch:
     async def outcomes(self, *, until_done: bool = True) -> AsyncGenerator[StoredOutcome, None]:
         """Yield the outcome of each item: first those that are stored, then each new one.
 
-        The iteration ends when every item has an outcome, and no `work` of this object is still
-        waiting for that. It does not wait for what another process adds, or a callback or another
-        process opens again, after that `work` has looked for the last time. An unknown item that is
-        restarted is yielded again. To end the iteration early, use `contextlib.aclosing`.
+        The iteration ends when every item has an outcome, and no `work` of this object is waiting
+        for that. An unknown item that is restarted is yielded again. To end the iteration early,
+        use `contextlib.aclosing`.
 
         Args:
             until_done: whether to wait for new outcomes, or to end with the last stored one.
 
         Raises:
-            ConfigurationError: the database cannot be used, the batch belongs to another server, or
-                it was deleted meanwhile.
+            ConfigurationError: the database cannot be used, or the batch belongs to another server.
         """
-        last, looked_before, created = 0, -1 if self._working else self._looked, None
+        last = 0
         async with self._open() as store:
             await self._check_owner(store)
-            while True:
-                changes = self._changes
-                if created is None:  # until there is a batch
-                    created = await store.run_in_thread(store.created, self._name)
-                # What a callback opens again after `work` has looked waits for the next `work`.
-                has_looked = not self._opening and self._looked == changes != looked_before
-                is_last = not until_done or (
-                    not self._working and (has_looked or await self._is_finished(store))
-                )
+            is_last = False
+            while not is_last:
+                is_last = not until_done or (not self._working and await self._is_finished(store))
                 while rows := await store.run_in_thread(
-                    store.outcomes, self._name, last, _CHUNK, _CHUNK_BYTES, created
+                    store.outcomes, self._name, last, _CHUNK, _CHUNK_BYTES
                 ):
                     for seq, text in rows:
                         last = seq
                         yield StoredOutcome.from_json(text)
-                # The reader of the last ones may have added some, or begun to work again.
-                if is_last and (changes == self._changes or not until_done):
-                    return
-                await asyncio.sleep(_POLL_INTERVAL)
+                if not is_last:
+                    await asyncio.sleep(_POLL_INTERVAL)
 
     async def recheck(self) -> int:
         """Put every failed item with an execution id back into the queue, to be followed.
-
-        The id may also be that in the callback of a start that was refused.
 
         Nothing is started. The next `work`, or one that runs now, asks the server again how these
         executions ended. An item whose execution failed fails again.
@@ -309,7 +268,7 @@ class Batch:
         Raises:
             ConfigurationError: the database cannot be used, or the batch belongs to another server.
         """
-        async with self._open_items() as store:
+        async with self._open() as store:
             await self._check_owner(store)
             return await store.run_in_thread(again.recheck, store, self._name)
 
@@ -331,7 +290,7 @@ class Batch:
             ConfigurationError: the database cannot be used, or the batch belongs to another server.
         """
         kinds = [kind for kind, is_meant in (("failed", failed), ("unknown", unknown)) if is_meant]
-        async with self._open_items() as store:
+        async with self._open() as store:
             await self._check_owner(store)
             await store.run_in_thread(callbacks.resolve, store, self._name)
             return await store.run_in_thread(again.retry, store, self._name, kinds)
@@ -353,7 +312,10 @@ class Batch:
         Raises:
             ConfigurationError: the database cannot be used.
         """
-        return await self._report(liveness.status)
+        async with self._open() as store:
+            found = await store.run_in_thread(store.status, self._name)
+            workers = await store.run_in_thread(count_workers, store, self._name)
+            return attrs.evolve(found, workers=workers)
 
     async def settings(self) -> BatchSettings:
         """Return the settings that all workers share.
@@ -411,12 +373,12 @@ class Batch:
         What was started runs on. If this is interrupted, some items may be left: call it again.
 
         Raises:
-            RuntimeError: a worker works on the batch. It takes 12 seconds to be sure that one which
-                is silent does not.
+            RuntimeError: a worker works on the batch; for 12 seconds, one on another machine may
+                only seem to.
             ConfigurationError: the database cannot be used.
         """
         async with self._open() as store:
-            if await store.run_in_thread(liveness.is_worked_on, store, self._name):
+            if await store.run_in_thread(count_workers, store, self._name):
                 raise RuntimeError(
                     f"a worker works on batch {self._name!r}: stop it first; nothing was deleted"
                 )
@@ -458,7 +420,7 @@ class Batch:
     @asynccontextmanager
     async def _open(self) -> AsyncIterator[Store]:
         """Yield the database, one for all that is done with the batch at the same time."""
-        if self._store is None or self._store.connector.is_abandoned:
+        if self._store is None or self._store.is_given_up:
             self._store = Store(self._url)
         store = self._store
         store.users += 1

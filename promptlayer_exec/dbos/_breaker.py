@@ -14,7 +14,7 @@ import attrs
 _FIRST_WINDOW = 4
 _LARGEST_WINDOW = 16
 # After so many failures in a row, starts pause. The pauses double with each probe that fails.
-FAILURES = 3
+_FAILURES = 3
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 30.0
 
@@ -25,19 +25,12 @@ class Breaker:
 
     It records each failure and each good answer. Failures that say nothing about the single item
     (5xx, a lost answer, 403) make it pause, and then let a single start through as a probe.
-
-    Attributes:
-        error: the last failure since the last good answer.
-        successes: the number of good answers.
     """
 
     _patience: float  # seconds of failures after which `_give_up` is called
     _give_up: Callable[[Exception], None]
     _clock: Callable[[], float] = attrs.field(factory=lambda: asyncio.get_running_loop().time)
-    error: Exception | None = attrs.field(init=False, default=None)
-    successes: int = attrs.field(init=False, default=0)
     _waiting: deque[asyncio.Future[None]] = attrs.field(init=False, factory=deque)
-    _is_held: bool = attrs.field(init=False, default=False)
     _is_closed: bool = attrs.field(init=False, default=False)
     _window: int = attrs.field(init=False, default=_FIRST_WINDOW)
     _in_flight: int = attrs.field(init=False, default=0)
@@ -47,20 +40,10 @@ class Breaker:
     _pause: float = attrs.field(init=False, default=0.0)
     _paused_at: float = attrs.field(init=False, default=0.0)
 
-    @property
-    def is_paused(self) -> bool:
-        """Whether the last answers were all failures."""
-        return self._failures >= FAILURES
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether there is another start than the one that asks."""
-        return bool(self._waiting) or self._in_flight > 1
-
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[float]:
         """Wait until one more start may be sent; yield the time, for `failed`."""
-        if self._waiting or not self._has_room():
+        if self._waiting or not self._is_free():
             await self._wait()
         else:
             self._in_flight += 1
@@ -72,8 +55,6 @@ class Breaker:
 
     def succeeded(self) -> None:
         """Record that the server answered as it should, whatever that means for the item."""
-        self.successes += 1
-        self.error = None
         self._failures = 0
         self._pause = 0.0
         self._window = min(2 * self._window, _LARGEST_WINDOW)
@@ -82,12 +63,11 @@ class Breaker:
     def failed(self, error: Exception, *, since: float) -> None:
         """Record a failure that other starts would meet, too; the request was sent at `since`."""
         now = self._clock()
-        if self.error is None:
+        if not self._failures:
             self._failing_since = now
-        self.error = error
         self._failures += 1
         self._window = 1
-        if not self.is_paused or (self._pause and since < self._paused_at):
+        if self._failures < _FAILURES or (self._pause and since < self._paused_at):
             return  # it was sent before the pause, so it says nothing new
         left = self._failing_since + self._patience - now
         if left <= 0.0:
@@ -99,19 +79,14 @@ class Breaker:
         loop = asyncio.get_running_loop()
         loop.call_at(self._paused_until, self._end_pause, self._paused_until)
 
-    def hold(self, is_held: bool) -> None:
-        """Let no start through, or again: what was started could not be followed."""
-        self._is_held = is_held
-        self._wake()
-
     def close(self) -> None:
         """Let no start through any more: the worker stops."""
         self._is_closed = True
 
-    def _has_room(self) -> bool:
-        if self._is_held or self._is_closed:
+    def _is_free(self) -> bool:
+        if self._is_closed:
             return False
-        if self.is_paused:
+        if self._failures >= _FAILURES:
             return self._in_flight == 0 and self._clock() >= self._paused_until
         return self._in_flight < self._window
 
@@ -132,7 +107,7 @@ class Breaker:
         self._wake()
 
     def _wake(self) -> None:
-        while self._waiting and self._has_room():
+        while self._waiting and self._is_free():
             slot = self._waiting.popleft()
             if not slot.done():
                 self._in_flight += 1

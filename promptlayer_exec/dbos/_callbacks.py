@@ -7,7 +7,6 @@ look afterwards for items that have both. Whoever comes second finds them.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -25,18 +24,13 @@ from promptlayer_exec.dbos._values import start_result
 if TYPE_CHECKING:
     from promptlayer_exec.dbos._store import Store
 
-logger = logging.getLogger("promptlayer_exec")
 _item, _callback = items.c, callbacks.c
-_RECORD = sa.text(
-    "INSERT INTO promptlayer_callback (batch, token, execution_id)"
-    " VALUES (:batch, :token, :execution_id) ON CONFLICT DO NOTHING"
-)
 
 
 def record(store: Store, batch: str, token: str, execution_id: int) -> None:
     """Store a callback; the first one of a start counts."""
-    row = {"batch": batch, "token": token, "execution_id": execution_id}
-    store.transact(lambda connection: connection.execute(_RECORD, row))
+    insert = store.insert(callbacks).values(batch=batch, token=token, execution_id=execution_id)
+    store.execute(insert.on_conflict_do_nothing())
 
 
 def finish(store: Store, batch: str, endings: Sequence[Ending]) -> set[tuple[str, int]]:
@@ -46,15 +40,14 @@ def finish(store: Store, batch: str, endings: Sequence[Ending]) -> set[tuple[str
     """
     stored = store.finish(batch, endings)
     if any(ending.kind == "unknown" for ending in endings):
-        resolve(store, batch, to_the_end=True)
+        resolve(store, batch)
     return stored
 
 
-def resolve(store: Store, batch: str, *, to_the_end: bool = False) -> int:
+def resolve(store: Store, batch: str) -> int:
     """Let each unknown item whose callback is stored be followed; return how many there were.
 
-    There may be many. If this is cancelled, it stops before the next one, unless it goes on
-    `to_the_end`, as when the items have just become unknown: then nobody may look for them again.
+    There may be many: if this is cancelled, it stops before the next one.
     """
     query = (
         sa.select(_item.key, _item.attempt, _item.intent, _callback.execution_id)
@@ -71,5 +64,5 @@ def resolve(store: Store, batch: str, *, to_the_end: bool = False) -> int:
             started=start_result(row.execution_id),
         )
         for row in store.rows(query)
-        if to_the_end or not store.is_cancelled()
+        if not store.is_cancelled()
     )

@@ -1,8 +1,9 @@
-"""The connection to the database: retries and threads."""
+"""The connections to the database: what happens while there are none, retries and threads."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
 import threading
 import time
@@ -18,62 +19,75 @@ from sqlalchemy import exc
 from sqlalchemy.dialects import postgresql, sqlite
 
 from promptlayer_exec import ConfigurationError
-from promptlayer_exec.dbos._connector import (
-    POSTGRES_OPTIONS,
-    Connector,
-    DatabaseLost,
-    Trouble,
-    reason_of,
-)
 from promptlayer_exec.dbos._engine import mark_lost_connections, migrate
 from promptlayer_exec.dbos._location import shown
 from promptlayer_exec.dbos._tables import tables as _tables
 
 T = TypeVar("T")
 
-# Seconds for which calls are retried while the database cannot be reached, and between two tries.
+logger = logging.getLogger("promptlayer_exec")
+# Seconds for which calls are retried while the database cannot be used, and between two tries.
 RETRY_FOR = 90.0
 _RETRY_INTERVAL = 0.5
-# Writing transactions lock the file when they begin. A call of SQLite waits so many seconds for the
-# others, and cannot be interrupted; `Connector` repeats it.
-_SQLITE_OPTIONS = {"isolation_level": "IMMEDIATE", "timeout": 1.0}
+# Without these, a connection over which nothing comes any more keeps its thread for many minutes.
+# In seconds, except for the one in milliseconds.
+_POSTGRES_OPTIONS = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 2,
+    "tcp_user_timeout": 15_000,
+    # A server that became a standby cannot be used: the next connection is to wait for the primary.
+    "target_session_attrs": "read-write",
+    # Whatever the settings of the role, the database or the environment are.
+    "client_encoding": "utf8",
+}
+# Milliseconds after which the server ends a transaction in which nothing happens: that of a worker
+# that stands still, or whose machine is lost, would lock out all others. And after which it ends a
+# statement that waits for a lock: nothing else would. Set when the connection stands, because
+# PgBouncer takes no such options.
+_IDLE_IN_TRANSACTION = 10_000
+_LOCKED = 5_000
+# Writing transactions lock the file when they begin, and wait so many seconds for each other.
+_SQLITE_OPTIONS = {"isolation_level": "IMMEDIATE", "timeout": 10.0}
 _CREATE_TABLES_LOCK = 0x70726F6D707479
-_OTHER_SCHEMAS = sa.text(
-    """
-    SELECT nspname FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
-    WHERE relname = 'promptlayer_batch' AND relkind = 'r'
-    """
-)
-_OWN_TABLE = sa.select(sa.func.to_regclass("promptlayer_batch"))
 # A worker has one more to PostgreSQL, on which DBOS listens. Calls wait for a connection as long as
 # they would retry. To SQLite there are as many as are needed (0): those that wait for a locked file
-# would keep all others waiting, and nothing can end that.
+# would keep all others waiting.
 _CONNECTIONS = 5
-_stop_retrying: ContextVar[threading.Event] = ContextVar("stop_retrying")
+_ENDED = "the work was ended"
+_stop: ContextVar[threading.Event] = ContextVar("stop")
+
+
+class DatabaseLost(Exception):
+    """The database could not be used for too long, or nobody waits for it any more.
+
+    None of SQLAlchemy's errors: DBOS would retry those for ever.
+    """
 
 
 class Database:
     """A database whose calls are retried for a while.
 
-    All methods block, except `run_in_thread`. While the database cannot be reached, they retry for
-    up to 90 seconds, unless they say otherwise, and then raise `ConfigurationError`.
+    All methods block, except `run_in_thread`. While the database cannot be used, all threads wait
+    for it, those of DBOS too, and then raise `ConfigurationError`.
 
     Attributes:
-        precondition: called first in each transaction, which an error of it ends.
+        patience: for how many seconds they wait.
         users: how many calls use it; the last one closes it.
     """
 
-    precondition: Callable[[sa.Connection], None] | None = None
+    patience = RETRY_FOR
     users = 0
 
     def __init__(self, url: sa.URL) -> None:
         self.url = url.render_as_string(hide_password=False)
-        # Ends the retries of calls that do not come through `run_in_thread`: those of the worker.
-        self.stop_retrying = threading.Event()
         self.is_sqlite = url.get_backend_name() == "sqlite"
         dialect = sqlite if self.is_sqlite else postgresql
         self.insert: Callable[[sa.Table], Any] = dialect.insert
-        options = {name: value for name, value in POSTGRES_OPTIONS.items() if name not in url.query}
+        options = {
+            name: value for name, value in _POSTGRES_OPTIONS.items() if name not in url.query
+        }
         # DBOS creates its tables on connections of its own, which take their options from the URL.
         self._migrated = (
             url
@@ -87,108 +101,92 @@ class Database:
             pool_timeout=RETRY_FOR,
             connect_args=_SQLITE_OPTIONS if self.is_sqlite else options,
         )
-        self.connector = Connector(shown(url), RETRY_FOR, self.is_cancelled)
-        self.connector.attach(self.engine)
-        self._is_closed = False
-        sa.event.listen(self.engine, "checkin", self._close_if_returned_late)
+        sa.event.listen(self.engine, "do_connect", self._connect)
+        sa.event.listen(self.engine, "handle_error", self._translate)
         if not self.is_sqlite:
             mark_lost_connections(self.engine)
+        self._ended = threading.Event()  # ends the waiting of all threads, now and later
+        self._lock = threading.Lock()
+        self._away_since: float | None = None
+
+    @property
+    def away_for(self) -> float:
+        """For how many seconds the database could not be used."""
+        since = self._away_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether nobody waits for the database any more."""
+        return self._ended.is_set()
+
+    def give_up(self) -> None:
+        """Let no thread wait for the database any more."""
+        self._ended.set()
+
+    def is_cancelled(self) -> bool:
+        """Return True if nobody waits for what this thread does: it should end soon."""
+        return self._ended.is_set() or _stop.get(self._ended).is_set()
 
     def prepare(self) -> None:
-        """Create the tables that are missing; retry only if a connection that stood breaks.
-
-        A database that cannot be reached at all, or not with this password, is said at once.
-        """
+        """Create the tables that are missing; does not wait for a database that is not there."""
         try:
-            try:
-                self._prepare()
-            except exc.DBAPIError as error:
-                if self.is_sqlite or not (error.connection_invalidated or error.statement):
-                    raise
-                self.retry(self._prepare)
-        except ConfigurationError:
-            raise
+            if self.is_sqlite:  # what cannot be opened may be mistyped
+                arguments, options = self.engine.dialect.create_connect_args(self.engine.url)
+                self.engine.dialect.connect(*arguments, **options).close()
+                # DBOS would wait for a locked file, too, but could not be ended.
+                with self.engine.begin() as connection:
+                    connection.exec_driver_sql("BEGIN IMMEDIATE")
+            migrate(self._migrated.render_as_string(hide_password=False))
+            with self.engine.begin() as connection:
+                # Two processes that create the same table at once would collide.
+                if self.is_sqlite:
+                    connection.exec_driver_sql("BEGIN IMMEDIATE")
+                else:
+                    connection.execute(sa.func.pg_advisory_xact_lock(_CREATE_TABLES_LOCK))
+                _tables.create_all(connection)
+            if self.is_sqlite:
+                # With WAL, readers do not wait for the writer, and commits flush once. This fails
+                # while another process does the same. Once is enough: the file keeps the mode.
+                with suppress(exc.OperationalError), self.engine.connect() as connection:
+                    connection.exec_driver_sql("PRAGMA journal_mode=WAL")
         except Exception as error:
             raise self._unusable(error) from error
 
-    def _prepare(self) -> None:
-        if self.is_sqlite:
-            # What cannot be opened may be mistyped: only an engine's connections are waited for.
-            arguments, options = self.engine.dialect.create_connect_args(self.engine.url)
-            self.engine.dialect.connect(*arguments, **options).close()
-            # DBOS would wait for a locked file, too, but could not be ended
-            with self.engine.begin() as connection:
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
-        migrate(self._migrated.render_as_string(hide_password=False))
-        with self.engine.begin() as connection:
-            # Two processes that create the same table at once would collide.
-            if self.is_sqlite:
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
-            else:
-                connection.execute(sa.func.pg_advisory_xact_lock(_CREATE_TABLES_LOCK))
-                _check_schema(connection)
-            _tables.create_all(connection)
-        if self.is_sqlite:
-            # With WAL, readers do not wait for the writer, and commits flush once. This fails
-            # while another process does the same. Once is enough: the file keeps the mode.
-            with suppress(exc.OperationalError), self.engine.connect() as connection:
-                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-
-    async def run_in_thread(
-        self, work: Callable[..., T], *arguments: Any, stops_all: bool = False
-    ) -> T:
+    async def run_in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         """Call a blocking function in a thread; if cancelled, stop retrying, but wait for it.
 
-        It ends soon, because connections that PostgreSQL leaves without an answer are shut then,
-        or after its patience in any case. What takes many transactions must ask `is_cancelled`.
-        One that `stops_all` ends the retries of other threads, too: they may hold the connections
-        that it waits for.
+        What takes many transactions must ask `is_cancelled`.
         """
-        stop = self.stop_retrying if stops_all else threading.Event()
+        stop = threading.Event()
 
         def call() -> T:
-            _stop_retrying.set(stop)  # in the context of this call alone
+            _stop.set(stop)  # in the context of this call alone
             return work(*arguments)
 
         running = asyncio.ensure_future(asyncio.to_thread(call))
         try:
-            while not running.done():
-                await asyncio.wait([running], timeout=_RETRY_INTERVAL)
-                self.connector.abandon_if_stuck()
-            return running.result()
+            return await asyncio.shield(running)
         except asyncio.CancelledError:
             stop.set()
             with anyio.CancelScope(shield=True):
-                while not running.done():
-                    with suppress(asyncio.CancelledError):
-                        await asyncio.wait([running], timeout=_RETRY_INTERVAL)
-                    self.connector.end_long_uses()
+                await asyncio.wait([running])
             if not running.cancelled():
                 running.exception()  # otherwise asyncio logs it
             raise
 
-    def is_cancelled(self) -> bool:
-        """Return True if nobody waits for what this thread does: it should end soon."""
-        return _stop_retrying.get(self.stop_retrying).is_set()
-
     def close(self) -> None:
-        """Close the connections, and those in use as soon as they are returned."""
-        self._is_closed = True  # first: one that is returned just now would stay in the old pool
+        """Close the connections that are not in use."""
         self.engine.dispose()
 
-    def _close_if_returned_late(self, _: object, record: sa.pool.ConnectionPoolEntry) -> None:
-        """Close a connection that a thread of DBOS, which may outlast `DBOS.destroy`, returns."""
-        if self._is_closed:
-            record.invalidate()
-
-    def rows(self, query: sa.Select[Any], *, once: bool = False) -> Sequence[Any]:
+    def rows(self, query: sa.Select[Any]) -> Sequence[Any]:
         """Return the rows of a query."""
 
         def read() -> Sequence[Any]:
             with self.reading() as connection:
                 return connection.execute(query).all()
 
-        return self.retry(read, once=once)
+        return self.retry(read)
 
     def reading(self) -> sa.Connection:
         """Return a connection for one query, without the round trips of a transaction."""
@@ -200,48 +198,78 @@ class Database:
             else connection.execution_options(isolation_level="AUTOCOMMIT")
         )
 
-    def transact(self, work: Callable[[sa.Connection], T], *, once: bool = False) -> T:
-        """Do some work in one transaction, after its `precondition`."""
+    def transact(self, work: Callable[[sa.Connection], T]) -> T:
+        """Do some work in one transaction."""
 
         def transact() -> T:
             with self.engine.begin() as connection:
-                if (check := self.precondition) is not None:
-                    check(connection)
-                before = _changes(connection)
-                done = work(connection)
-                has_written = _changes(connection) != before
-                # SQLite begins the transaction with the first write: nothing changes after that.
-                if check is not None and has_written:
-                    check(connection)
-            if has_written or not self.is_sqlite:
-                self.connector.writing.ended()
-            return done
+                return work(connection)
 
-        return self.retry(transact, once=once, trouble=self.connector.writing)
+        return self.retry(transact)
 
-    def retry(
-        self, work: Callable[[], T], *, once: bool = False, trouble: Trouble | None = None
-    ) -> T:
-        """Call a function, again and again while the database cannot be reached, unless `once`.
+    def execute(self, statement: sa.Executable) -> None:
+        """Execute a statement in a transaction of its own."""
+        self.transact(lambda connection: connection.execute(statement))
 
-        With a `trouble`, all calls that meet it have one patience together: some wait in turn.
-        """
+    def retry(self, work: Callable[[], T], *, once: bool = False) -> T:
+        """Call a function, again and again while the database cannot be used, unless `once`."""
         since = time.monotonic()
         while True:
+            if self._ended.is_set():
+                raise self._unusable(DatabaseLost(_ENDED))
             try:
-                return work()
+                done = work()
             except (exc.SQLAlchemyError, DatabaseLost) as error:
                 may_pass = isinstance(error, exc.OperationalError | exc.InterfaceError) or (
                     isinstance(error, exc.DBAPIError) and error.connection_invalidated
                 )
-                if may_pass and not once:
-                    patience = self.connector.patience
-                    if trouble is not None:
-                        since = trouble.failed(reason_of(error), patience)
-                    stop = _stop_retrying.get(self.stop_retrying)
-                    if time.monotonic() < since + patience and not stop.wait(_RETRY_INTERVAL):
-                        continue
-                raise self._unusable(error) from error
+                if not may_pass or once or time.monotonic() - since > self.patience:
+                    raise self._unusable(error) from error
+                self._failed(error)
+                if _stop.get(self._ended).wait(_RETRY_INTERVAL) or self.is_cancelled():
+                    raise self._unusable(error) from error
+            else:
+                self._worked()
+                return done
+
+    def _connect(self, dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
+        """Make a connection for SQLAlchemy's event `do_connect`; wait until one can be made."""
+        began = time.monotonic()
+        while not self._ended.is_set():
+            try:
+                connection = dialect.connect(*arguments, **options)
+                if not self.is_sqlite:
+                    _limit_transactions(connection)
+            except dialect.loaded_dbapi.OperationalError as error:
+                self._failed(error)
+                is_late = time.monotonic() - began > self.patience
+                if is_late or _stop.get(self._ended).wait(_RETRY_INTERVAL):
+                    raise DatabaseLost(reason_of(error)) from error
+            else:
+                return connection
+        raise DatabaseLost(_ENDED)
+
+    def _translate(self, context: sa.ExceptionContext) -> None:
+        if self._ended.is_set():  # DBOS would try again for ever
+            error = context.original_exception
+            raise DatabaseLost(reason_of(error)) from error
+
+    def _failed(self, error: Exception) -> None:
+        with self._lock:
+            is_news = self._away_since is None
+            if is_news:
+                self._away_since = time.monotonic()
+        if is_news:
+            text = "the database %s cannot be used: %.300s; trying again"
+            logger.warning(text, shown(self.engine.url), reason_of(error))
+
+    def _worked(self) -> None:
+        if self._away_since is None:
+            return
+        with self._lock:
+            was_away, self._away_since = self._away_since is not None, None
+        if was_away:
+            logger.warning("the database %s can be used again", shown(self.engine.url))
 
     def explain(self, error: Exception) -> Exception:
         """Return an error as the caller should get it: no raw error of the database."""
@@ -265,22 +293,13 @@ class Database:
         )
 
 
-def _changes(connection: sa.Connection) -> int:
-    """Return how many rows a connection to SQLite has changed; to change none proves nothing."""
-    return getattr(connection.connection.dbapi_connection, "total_changes", 0)
+def _limit_transactions(connection: psycopg.Connection[Any]) -> None:
+    connection.autocommit = True  # one round trip
+    connection.execute(f"SET idle_in_transaction_session_timeout = {_IDLE_IN_TRANSACTION}".encode())
+    connection.execute(f"SET lock_timeout = {_LOCKED}".encode())
+    connection.autocommit = False
 
 
-def _check_schema(connection: sa.Connection) -> None:
-    """Refuse to make the tables if another schema has them, which this connection does not see.
-
-    DBOS has its tables in one schema, `dbos`, so two batches of one name would share their items.
-    """
-    if connection.execute(_OWN_TABLE).scalar_one() is not None:
-        return
-    found = connection.execute(_OTHER_SCHEMAS).scalars().all()
-    if found:
-        raise ConfigurationError(
-            f"the batches of the database {shown(connection.engine.url)} are in the schema"
-            f" {found[0]!r}, which is not where this connection looks: use a database of its own,"
-            " or one schema for all (https://www.postgresql.org/docs/current/ddl-schemas.html)"
-        )
+def reason_of(error: BaseException) -> str:
+    """Return what an error of the database says, on one line."""
+    return " ".join(str(getattr(error, "orig", None) or error).split())

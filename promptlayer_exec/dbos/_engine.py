@@ -1,19 +1,16 @@
 """What batches rely on in DBOS beyond its reference, all by public names, and why.
 
 All else is in `dbos.__all__` and at https://docs.dbos.dev/python/reference. When DBOS removes or
-changes what is used here, `test_dbos_still_has` in tests/test_dbos.py fails.
+changes what is used here, `test_dbos_still_has` in tests/dbos/test_dbos.py fails.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
 
 import psycopg
 import sqlalchemy as sa
 from dbos import DBOS
-
-from promptlayer_exec.dbos._tables import WORKFLOWS
 
 _HANDLER = logging.NullHandler()
 
@@ -50,31 +47,3 @@ def mark_lost_connections(engine: sa.Engine) -> None:
         is_lost = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
         if is_lost or isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
             context.is_disconnect = True
-
-
-def running_executors(connection: sa.Connection, queue: str) -> set[str]:
-    """Return the executors that have running items."""
-    table = WORKFLOWS[connection.dialect.name]
-    query = sa.select(table.c.executor_id).distinct()
-    query = query.where(table.c.queue_name == queue, table.c.status == "PENDING")
-    return {executor or "" for executor in connection.execute(query).scalars()}
-
-
-def owned(connection: sa.Connection, executor: str, workflows: Collection[str]) -> set[str]:
-    """Return those of the workflows that an executor has dequeued and still has."""
-    table = WORKFLOWS[connection.dialect.name]
-    query = sa.select(table.c.workflow_uuid).where(table.c.workflow_uuid.in_(workflows))
-    query = query.where(table.c.status == "PENDING", table.c.executor_id == executor)
-    return {*connection.execute(query).scalars()}
-
-
-def taken(connection: sa.Connection, queue: str, executor: str) -> set[str]:
-    """Return the workflows that an executor has dequeued, as far as the database knows.
-
-    The executor itself may not: DBOS dequeues in a transaction, and if the connection
-    is lost while it commits, DBOS logs the error and never runs what it has dequeued.
-    """
-    table = WORKFLOWS[connection.dialect.name]
-    query = sa.select(table.c.workflow_uuid)
-    query = query.where(table.c.queue_name == queue, table.c.status == "PENDING")
-    return {*connection.execute(query.where(table.c.executor_id == executor)).scalars()}

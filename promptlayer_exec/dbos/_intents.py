@@ -2,9 +2,8 @@
 
 The intent is recorded just before the request is sent, and taken back if it was not sent. An item
 with an intent and no result of its start may have been started: it is unknown. Recording an intent
-is also what lets only one worker send the request of an item: the one that DBOS gave the item last.
-A worker that stood still while another one took over its items starts none of them. If the intent
-of a worker is there, only that worker can record the result.
+is also what lets only one worker send the request of an item, and only that worker can record the
+result. A worker that stood still while another one took over its items starts none of them.
 """
 
 from __future__ import annotations
@@ -14,77 +13,34 @@ from typing import NamedTuple
 
 import sqlalchemy as sa
 
-from promptlayer_exec.dbos._engine import owned
-from promptlayer_exec.dbos._names import workflow_id
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import callbacks, called_back, items
+from promptlayer_exec.dbos._tables import (
+    attempt_of,
+    callbacks,
+    called_back,
+    items,
+    the_attempt,
+)
 
-_item = items.c
-# PostgreSQL: all intents of a call in one round trip.
-_RECORD = sa.text(
-    """
-    UPDATE promptlayer_item SET intent = t.token
-    FROM unnest(
-        CAST(:keys AS text[]), CAST(:attempts AS int[]), CAST(:tokens AS text[]),
-        CAST(:replaced AS text[]), CAST(:workflows AS text[])
-    ) AS t (key, attempt, token, replaced, workflow)
-    WHERE promptlayer_item.batch = :batch AND promptlayer_item.key = t.key
-        AND promptlayer_item.attempt = t.attempt AND promptlayer_item.kind IS NULL
-        AND promptlayer_item.started IS NULL
-        AND (coalesce(promptlayer_item.intent, t.token) = t.token
-            OR promptlayer_item.intent = t.replaced AND NOT EXISTS (
-                SELECT 1 FROM promptlayer_callback AS c
-                WHERE c.batch = :batch AND c.token = t.replaced
-            ))
-        AND (CAST(:worker AS text) IS NULL OR EXISTS (
-            SELECT 1 FROM dbos.workflow_status AS w
-            WHERE w.workflow_uuid = t.workflow AND w.executor_id = :worker AND w.status = 'PENDING'
-        ))
-    RETURNING t.token
-    """
+_item, _callback = items.c, callbacks.c
+_token: sa.BindParameter[str] = sa.bindparam("token")
+_replaced: sa.BindParameter[str | None] = sa.bindparam("replaced")
+_no_callback = ~sa.exists().where(
+    _callback.batch == sa.bindparam("the_batch"), _callback.token == _replaced
 )
-_RECORD_ONE = sa.text(
-    """
-    UPDATE promptlayer_item SET intent = :token
-    WHERE batch = :batch AND key = :key AND attempt = :attempt AND kind IS NULL
-        AND started IS NULL
-        AND (coalesce(intent, :token) = :token
-            OR intent = :replaced AND NOT EXISTS (
-                SELECT 1 FROM promptlayer_callback AS c
-                WHERE c.batch = :batch AND c.token = :replaced
-            ))
-        AND (:worker IS NULL OR EXISTS (
-            SELECT 1 FROM workflow_status AS w
-            WHERE w.workflow_uuid = :workflow AND w.executor_id = :worker AND w.status = 'PENDING'
-        ))
-    RETURNING intent
-    """
+_is_free = sa.or_(_item.intent.is_(None), _item.intent == _token)
+_RECORD = (
+    sa.update(items)
+    .where(the_attempt, _item.started.is_(None))
+    .where(sa.or_(_is_free, sa.and_(_item.intent == _replaced, _no_callback)))
+    .values(intent=_token)
 )
-_TAKE_BACK = sa.text(
-    "UPDATE promptlayer_item SET intent = NULL WHERE batch = :batch AND key = :key"
-    " AND intent = :token"
+_RECORD_START = (
+    sa.update(items)
+    .where(the_attempt, _is_free)
+    .values(intent=_token, started=sa.bindparam("result"))
 )
-_RECORD_STARTS = sa.text(
-    """
-    UPDATE promptlayer_item SET started = t.started, intent = t.token
-    FROM unnest(
-        CAST(:keys AS text[]), CAST(:attempts AS int[]), CAST(:tokens AS text[]),
-        CAST(:started AS text[])
-    ) AS t (key, attempt, token, started)
-    WHERE promptlayer_item.batch = :batch AND promptlayer_item.key = t.key
-        AND promptlayer_item.attempt = t.attempt AND promptlayer_item.kind IS NULL
-        AND coalesce(promptlayer_item.intent, t.token) = t.token
-    RETURNING t.token
-    """
-)
-_RECORD_START = sa.text(
-    """
-    UPDATE promptlayer_item SET started = :started, intent = :token
-    WHERE batch = :batch AND key = :key AND attempt = :attempt AND kind IS NULL
-        AND coalesce(intent, :token) = :token
-    RETURNING intent
-    """
-)
+_TAKE_BACK = sa.update(items).where(the_attempt, _item.intent == _token).values(intent=None)
 
 
 class Started(NamedTuple):
@@ -93,21 +49,21 @@ class Started(NamedTuple):
     key: str
     attempt: int
     token: str
-    started: str
+    result: str
 
 
 class State(NamedTuple):
     """Whether an attempt of an item has no outcome yet, and what is recorded about its start.
 
     Attributes:
-        digest: says what the key stands for.
+        request: what is to be started, as JSON.
         called_back: the execution id in the callback of the start with this intent.
     """
 
     is_open: bool
+    request: str = ""
     intent: str | None = None
     started: str | None = None
-    digest: str | None = None
     called_back: int | None = None
 
 
@@ -130,53 +86,26 @@ class Intent(NamedTuple):
     is_taken_back: bool
 
 
-def write(
-    store: Store, batch: str, intents: Sequence[Intent], worker: str | None = None
-) -> list[bool]:
+def write(store: Store, batch: str, intents: Sequence[Intent]) -> list[bool]:
     """Record intents, or take them back; return for each whether it is recorded now.
 
-    One is not recorded if the item has an outcome, another worker's intent, or a later attempt, or
-    if it was taken from the `worker`, given as its DBOS executor.
+    One is not recorded if the item has an outcome, another worker's intent, or a later attempt.
     """
-    latest = {intent.token: intent for intent in intents}
-    given = [intent for intent in latest.values() if not intent.is_taken_back]
-    taken_back = [intent for intent in latest.values() if intent.is_taken_back]
+    given: list[dict[str, object]] = []
+    taken_back: list[dict[str, object]] = []
+    for intent in {intent.token: intent for intent in intents}.values():  # the last of each token
+        row = attempt_of(batch, intent.key, intent.attempt) | {"token": intent.token}
+        if intent.is_taken_back:
+            taken_back.append(row)
+        else:
+            given.append(row | {"replaced": intent.replaced})
 
     def write(connection: sa.Connection) -> set[str]:
-        recorded: set[str] = set()
-        if given and not store.is_sqlite:
-            keys, attempts, tokens, replaced, _ = map(list, zip(*given, strict=True))
-            values = {
-                "batch": batch,
-                "worker": worker,
-                "keys": keys,
-                "attempts": attempts,
-                "tokens": tokens,
-                "replaced": replaced,
-                "workflows": [workflow_id(batch, each.key, each.attempt) for each in given],
-            }
-            recorded.update(connection.execute(_RECORD, values).scalars())
-        elif given:
-            for intent in given:
-                row = {
-                    "batch": batch,
-                    "workflow": workflow_id(batch, intent.key, intent.attempt),
-                    "worker": worker,
-                    "key": intent.key,
-                    "attempt": intent.attempt,
-                    "token": intent.token,
-                    "replaced": intent.replaced,
-                }
-                recorded.update(connection.execute(_RECORD_ONE, row).scalars())
-        # One that is refused now may have been recorded before, by a transaction that committed
-        # although its connection was lost.
-        refused = [intent for intent in given if intent.token not in recorded]
-        rows = [
-            {"batch": batch, "key": each.key, "token": each.token} for each in taken_back + refused
-        ]
-        if rows:
-            connection.execute(_TAKE_BACK, rows)
-        return recorded
+        if taken_back:
+            connection.execute(_TAKE_BACK, taken_back)
+        if given:
+            connection.execute(_RECORD, given)
+        return _recorded(connection, batch, [intent.key for intent in intents])
 
     recorded = store.transact(write)
     return [intent.token in recorded for intent in intents]
@@ -185,56 +114,47 @@ def write(
 def write_started(store: Store, batch: str, starts: Sequence[Started]) -> list[bool]:
     """Record the results of starts; return for each whether it is recorded now.
 
-    One is not recorded if the item has an outcome, another worker's intent, or a later attempt:
-    then its DBOS workflow may end.
+    One is not recorded if the item has an outcome, another worker's intent, or a later attempt.
     """
+    rows = [
+        attempt_of(batch, start.key, start.attempt) | {"token": start.token, "result": start.result}
+        for start in starts
+    ]
 
     def write(connection: sa.Connection) -> set[str]:
-        if store.is_sqlite:
-            recorded: set[str] = set()
-            for key, attempt, token, started in starts:
-                row = {"batch": batch, "key": key, "attempt": attempt, "token": token}
-                result = connection.execute(_RECORD_START, row | {"started": started})
-                recorded.update(result.scalars())
-            return recorded
-        keys, attempts, tokens, results = map(list, zip(*starts, strict=True))
-        values = {"keys": keys, "attempts": attempts, "tokens": tokens, "started": results}
-        return set(connection.execute(_RECORD_STARTS, {"batch": batch, **values}).scalars())
+        connection.execute(_RECORD_START, rows)
+        return _recorded(connection, batch, [start.key for start in starts], with_result=True)
 
     recorded = store.transact(write)
     return [start.token in recorded for start in starts]
 
 
-def read(
-    store: Store, batch: str, attempts: Sequence[tuple[str, int]], worker: str | None = None
-) -> list[State]:
-    """Return the state of attempts of items, given as key and number.
+def _recorded(
+    connection: sa.Connection, batch: str, keys: Sequence[str], *, with_result: bool = False
+) -> set[str]:
+    """Return the intents of items with these keys that have no outcome."""
+    query = sa.select(_item.intent, _item.kind, _item.started)
+    query = query.where(_item.batch == batch, _item.key.in_(keys))
+    return {
+        row.intent
+        for row in connection.execute(query)
+        if row.kind is None and not (with_result and row.started is None)
+    }
 
-    One that was taken from the `worker` is not open: whoever has it now goes on with it.
-    """
+
+def read(store: Store, batch: str, attempts: Sequence[tuple[str, int]]) -> list[State]:
+    """Return the state of attempts of items, given as key and number."""
     query = (
         sa.select(
-            *(_item.key, _item.attempt, _item.kind, _item.intent, _item.started, _item.digest),
-            callbacks.c.execution_id,
+            *(_item.key, _item.attempt, _item.kind, _item.request, _item.intent, _item.started),
+            _callback.execution_id,
         )
         .outerjoin(callbacks, called_back)
         .where(_item.batch == batch, _item.key.in_([key for key, _ in attempts]))
     )
-    workflows = {workflow_id(batch, *each): each for each in attempts}
-
-    def read() -> dict[tuple[str, int], State]:
-        with store.reading() as connection:
-            found = {
-                (row.key, row.attempt): State(
-                    True, row.intent, row.started, row.digest, row.execution_id
-                )
-                for row in connection.execute(query)
-                if row.kind is None
-            }
-            if worker is not None:
-                kept = {workflows[each] for each in owned(connection, worker, workflows)}
-                found = {each: state for each, state in found.items() if each in kept}
-        return found
-
-    found = store.retry(read)
+    found = {
+        (row.key, row.attempt): State(True, row.request, row.intent, row.started, row.execution_id)
+        for row in store.rows(query)
+        if row.kind is None
+    }
     return [found.get(each, _CLOSED) for each in attempts]

@@ -14,8 +14,6 @@ If the worker dies, another one follows the execution whose id is recorded. If o
 recorded, the request may have been sent: the item is unknown, or is started again with
 `restart_unknown`. Rows are read and written for many items at a time: a step of DBOS would take
 eight round trips for each.
-
-Only what uses the session runs in the caller's event loop; the rest runs in DBOS's.
 """
 
 from __future__ import annotations
@@ -24,11 +22,11 @@ import asyncio
 import json
 import logging
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, cast
 
 import attrs
 
@@ -53,18 +51,20 @@ from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _callbacks as callbacks
 from promptlayer_exec.dbos import _intents as intents
-from promptlayer_exec.dbos._breaker import FAILURES, Breaker
-from promptlayer_exec.dbos._connector import PATIENCE_AT_END
+from promptlayer_exec.dbos._breaker import Breaker
 from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._intents import Intent, Started, State
 from promptlayer_exec.dbos._names import workflow_id
-from promptlayer_exec.dbos._pending import IntentRefused, Item, PendingStart, unknown_start
-from promptlayer_exec.dbos._requests import digest_of
+from promptlayer_exec.dbos._pending import (
+    IntentRefused,
+    Item,
+    PendingStart,
+    current_task,
+    unknown_start,
+)
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import Ending
 from promptlayer_exec.dbos._values import StartResult, StoredError, StoredOutcome, start_result
-
-T = TypeVar("T")
 
 logger = logging.getLogger("promptlayer_exec")
 # Seconds for which the server may answer 404 for an execution that was started.
@@ -72,202 +72,215 @@ _NOT_FOUND_GRACE = 60.0
 # Seconds between two reads of an execution about which the server says nothing.
 _FIRST_DELAY = 1.0
 _LONGEST_DELAY = 30.0
-# Seconds after which an id that is not recorded yet is logged although the database can be reached.
-_SLOWLY_RECORDED_WITHIN = 30.0
+# Seconds after which an id that is not recorded yet is logged: the process may be killed. And the
+# seconds until the first look whether the database is away.
+_RECORDED_WITHIN = 10.0
+_LOOK_AFTER = 0.5
+# Seconds for which a database that is away may keep the end of the work waiting.
+_PATIENCE_AT_END = 5.0
 # Errors of a start or a poll that every other item would meet, too.
-_NOT_THE_ITEMS_FAULT = (Unauthorized, ConnectionFailed, RateLimited, SessionClosed)
+_NOT_THE_ITEMS_FAULT = (
+    *(Unauthorized, ConnectionFailed, RateLimited, RequestTimeout),
+    *(SessionClosed, ConfigurationError),
+)
 _ACCOUNT_STATUSES = (402, 403)
 
 
 @attrs.define(eq=False, repr=False)
 class Items:
-    """Runs items; `run` is called in DBOS's event loop, and the session is in another one.
+    """Runs the items of one worker, in the event loop of the session.
 
     Attributes:
-        active: the DBOS workflows of the items that run, and what is set when they end.
+        active: the DBOS workflows of the items that run, and the tasks that run them.
         waiting: the errors of workflows whose end the server has not reported for too long.
-        pending: the starts that have no recorded result yet.
     """
 
     _store: Store
     _batch: str
     _session: Session
-    _executor: str
     _restart_unknown: bool
     _stop: Callable[[Exception], None]  # ends the work with an error
-    _loop: asyncio.AbstractEventLoop = attrs.field(factory=asyncio.get_running_loop)
-    active: dict[str, asyncio.Event] = attrs.field(init=False, factory=dict)
+    active: dict[str, asyncio.Task[Any]] = attrs.field(init=False, factory=dict)
     waiting: dict[str, Exception] = attrs.field(init=False, factory=dict)
-    pending: set[PendingStart] = attrs.field(init=False, factory=set)
+    _pending: set[PendingStart] = attrs.field(init=False, factory=set)
     _intents: Group[Intent, bool] = attrs.field(init=False)
     _states: Group[tuple[str, int], State] = attrs.field(init=False)
     _started: Group[Started, bool] = attrs.field(init=False)
     _endings: Group[Ending, bool] = attrs.field(init=False)
     _starts: Breaker = attrs.field(init=False)
     _patience: float = attrs.field(init=False)
-    # When the server last said how an execution ended, and about which it said nothing since.
+    # When the server last said how an execution ended.
     _answered_at: float = attrs.field(init=False, default=float("-inf"))
-    _unanswered: set[int] = attrs.field(init=False, factory=set)
+    _reported: set[int] = attrs.field(init=False, factory=set)
+    _is_closing: bool = attrs.field(init=False, default=False)
     _has_warned: bool = attrs.field(init=False, default=False)
 
     def __attrs_post_init__(self) -> None:
         policy = integration.settings(self._session).retry
-        self._intents = Group(
-            partial(intents.write, self._store, self._batch, worker=self._executor)
-        )
-        self._states = Group(partial(intents.read, self._store, self._batch, worker=self._executor))
+        self._intents = Group(partial(intents.write, self._store, self._batch))
+        self._states = Group(partial(intents.read, self._store, self._batch))
         self._started = Group(partial(intents.write_started, self._store, self._batch))
         self._endings = Group(self._store_endings, lambda ending: len(ending.outcome))
-        self._starts = Breaker(policy.outage, self._end, self._loop.time)
+        self._starts = Breaker(policy.outage, self._end)
         self._patience = float("inf") if policy.watch_outage is None else policy.watch_outage
 
-    async def run(self, item: Item) -> None:
-        """Run an item until its outcome is stored."""
-        workflow = workflow_id(self._batch, item.key, item.attempt)
+    async def run(self, key: str, attempt: int) -> bool:
+        """Run an attempt of an item; return False if it is to be run again by the next worker."""
+        workflow = workflow_id(self._batch, key, attempt)
         # A worker that stood still may be given an item again that it still runs.
         while (earlier := self.active.get(workflow)) is not None:
-            await earlier.wait()
-        ended = self.active[workflow] = asyncio.Event()
+            await asyncio.wait([earlier])
+        self.active[workflow] = current_task()
         try:
-            is_stored = False
-            while not is_stored:  # another worker may have started it meanwhile
-                token = integration.start_token(self._session)
-                pending = PendingStart(item, self._intents, token)
-                started = await self._start(item, pending)
-                if started is None:
-                    return  # it has an outcome, or another worker, or a later attempt
-                if pending.is_refused:
-                    continue
-                outcome = await self._in_callers_loop(self._follow(item, started))
-                intent, of_another = pending.recorded_intent, pending.replaced
-                ending = Ending.of(item.attempt, outcome, intent, of_another=of_another)
-                is_stored = await self._endings.add(ending)
-                is_stored = is_stored or item.started is not None
+            await self._run(key, attempt)
+        except (IntentRefused, _Closing):
+            return False
         except Exception as error:  # noqa: BLE001 - DBOS would end the item with it
             self._end(error)
-            await suspend()
+            return False
+        else:
+            return True
         finally:
             del self.active[workflow]
-            ended.set()
 
-    def close(self) -> None:
-        """Send no start any more, whatever is still taken from the queue."""
+    async def close(self) -> None:
+        """Send no start any more; record the answers of those sent, and follow nothing."""
+        self._is_closing = True
         self._starts.close()
+        running = {*self.active.values()}
+        sending = {start.task for start in self._pending}
+        for task in running - sending:
+            task.cancel()
+        for start in self._pending:
+            start.cancel()
+        while running:
+            _, running = await asyncio.wait(running, timeout=_PATIENCE_AT_END)
+            if self._store.away_for > _PATIENCE_AT_END:
+                self._store.give_up()
 
     def _end(self, error: Exception) -> None:
         """End the work with an error, and send no start any more."""
-        self.close()
+        self._starts.close()
         self._stop(error)
 
     def _store_endings(self, endings: list[Ending]) -> list[bool]:
         stored = callbacks.finish(self._store, self._batch, endings)
         return [(ending.key, ending.attempt) in stored for ending in endings]
 
-    async def _start(self, item: Item, pending: PendingStart) -> StartResult | None:
-        self.pending.add(pending)
-        try:
-            return await self._start_in_row(item, pending)
-        except BaseException:
-            self._report_unrecorded(item, pending)
-            raise
-        finally:
-            pending.recorded()
-            self.pending.discard(pending)
-            self._loop.call_soon_threadsafe(pending.cancel)
+    async def _run(self, key: str, attempt: int) -> None:
+        while True:  # the start of another worker may be recorded meanwhile
+            self._check_open()
+            state = await self._states.add((key, attempt))
+            if not state.is_open:
+                return  # it has an outcome, or a later attempt
+            item = Item(key, attempt, state.request)
+            started = await self._start(item, state)
+            if started is None:
+                return
+            self._check_open()
+            outcome = await self._follow(item, started)
+            if await self._endings.add(Ending.of(attempt, outcome)):
+                return
 
-    async def _start_in_row(self, item: Item, pending: PendingStart) -> StartResult | None:
-        state = await self._states.add((item.key, item.attempt))
-        if not state.is_open:
-            return None
-        if state.digest != digest_of(item.request):
-            raise ConfigurationError(
-                f"item {item.key!r:.100} of batch {self._batch!r} has another request in DBOS than"
-                " in the table of items. If two schemas of one database share DBOS's, use one."
-                " Otherwise, an earlier batch of this name left it behind: delete the batch and"
-                " add it again"
-            )
-        # An item that was started before is only followed.
-        started = item.started or json.loads(state.started or "null")
-        if started is not None:
-            return cast("StartResult", started)
+    def _check_open(self) -> None:
+        if self._is_closing:
+            raise _Closing
+
+    async def _start(self, item: Item, state: State) -> StartResult | None:
+        """Return the result of the start, a new one or an earlier one."""
+        if state.started is not None:
+            return cast("StartResult", json.loads(state.started))
         if state.intent is not None:  # of a worker that may have sent the start
             if state.called_back is not None:  # it has
-                result = start_result(state.called_back)
-                return await self._record(item, pending, state.intent, result)
-            pending.replaced = state.intent
+                return await self._record(item, state.intent, start_result(state.called_back))
             if not self._restart_unknown:
                 return unknown_start(item)
-        result = await self._send(item, pending)
-        if result["execution_id"] is None:
-            return result
-        return await self._record(item, pending, pending.token, result)
+        token = integration.start_token(self._session)
+        pending = PendingStart(item, self._intents, token, state.intent)
+        self._pending.add(pending)
+        try:
+            result = await self._send(item, pending)
+            if result["execution_id"] is None:
+                return result
+            return await self._record(item, token, result)
+        finally:
+            self._pending.discard(pending)
 
-    async def _record(
-        self, item: Item, pending: PendingStart, token: str, result: StartResult
-    ) -> StartResult:
-        start = Started(item.key, item.attempt, token, json.dumps(result))
-        if not await self._started.add(start):
-            pending.is_refused = True
-            await self._rescue(item, pending)
-        return result
+    async def _record(self, item: Item, token: str, result: StartResult) -> StartResult | None:
+        """Record the id of a run; return None if the item goes on with another one."""
+        row = Started(item.key, item.attempt, token, json.dumps(result))
+        recording = asyncio.ensure_future(self._started.add(row))
+        try:
+            await asyncio.wait([recording], timeout=_LOOK_AFTER)
+            if not (recording.done() or self._store.away_for):
+                await asyncio.wait([recording], timeout=_RECORDED_WITHIN)
+            if not recording.done():
+                self._report_unrecorded(item, result)
+            if await recording:
+                return result
+            adopt = partial(again.adopt, self._store, self._batch, key=item.key)
+            adopt = partial(adopt, attempt=item.attempt, token=token, started=result)
+            if await self._store.run_in_thread(adopt):
+                text = (
+                    "execution %d was started for item %.100r while another worker took the item"
+                    " over; it is followed"
+                )
+                logger.warning(text, result["execution_id"], item.key)
+                return None
+        except BaseException:
+            self._report_unrecorded(item, result)
+            raise
+        self._report_unrecorded(item, result)
+        return None
 
     async def _send(self, item: Item, pending: PendingStart) -> StartResult:
-        try:
-            result = await self._in_callers_loop(self._send_pending(item, pending))
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            pending.settled.set()
-            await suspend()  # the start was cancelled, because the worker stops
-        except Exception as error:  # noqa: BLE001 - DBOS would store it as the result
-            pending.settled.set()
-            self._end(error)
-            await suspend()
-        if result["execution_id"] is not None:
-            answered_at = self._loop.time()
-            pending.warn_if_late(partial(self._report_late, item, pending, answered_at))
-        return result
-
-    def _report_late(self, item: Item, pending: PendingStart, answered_at: float) -> None:
-        is_late = self._loop.time() - answered_at >= _SLOWLY_RECORDED_WITHIN
-        connector = self._store.connector
-        if is_late or connector.is_failing or connector.longest_use >= PATIENCE_AT_END:
-            self._report_unrecorded(item, pending)
-
-    async def _send_pending(self, item: Item, pending: PendingStart) -> StartResult:
         """Send a start, in a slot of its own each time, until it has a result."""
-        pending.task = asyncio.current_task()
         request = self._to_send(item)
-        while not pending.is_cancelled:
-            pause = 0.0
+        while True:
             async with self._starts.slot() as since:
-                result: StartResult | None = None
                 try:
                     execution = await integration.start(
                         self._session, request, hooks=pending, token=pending.token
                     )
                 except IntentRefused:
-                    result = start_result()
-                except ExecutionTimeout as error:  # not sent within the session's `wait_timeout`
-                    pause = _FIRST_DELAY
-                    self._warn_of_late_start(item.key, error)
-                    cause = error.__cause__
-                    # Otherwise the rate is to blame, or the server said how long to wait.
-                    if isinstance(cause, RequestError) and not _is_announced(cause):
-                        self._starts.failed(cause, since=since)
-                    with suppress(ConfigurationError):  # then the item is unknown
-                        await pending.not_sent()
+                    raise
                 except Exception as error:  # noqa: BLE001 - some are the item's
-                    result = await self._judge(pending, request, error, since)
+                    result = await self._judge(item, pending, error, since)
+                    if result is not None:
+                        return result
                 else:
                     self._starts.succeeded()
-                    pending.execution = execution
-                    result = start_result(execution.id)
-                if result is not None:
-                    return result
-            await asyncio.sleep(pause)
-        raise asyncio.CancelledError
+                    return start_result(execution.id)
+            await asyncio.sleep(_FIRST_DELAY)
+
+    async def _judge(
+        self, item: Item, pending: PendingStart, error: Exception, since: float
+    ) -> StartResult | None:
+        """Return the result of a start that failed; None if it is to be tried again."""
+        if isinstance(error, StartUnknown):
+            cause = error.__cause__
+            self._starts.failed(cause if isinstance(cause, RequestError) else error, since=since)
+            return start_result(error=error)
+        if isinstance(error, SessionClosed) and error.execution_id is not None:
+            return start_result(error.execution_id)
+        with suppress(ConfigurationError):  # then the item is unknown
+            await pending.not_sent()
+        if isinstance(error, ExecutionTimeout):  # not sent within the session's `wait_timeout`
+            self._warn_of_late_start(item.key, error)
+            # Otherwise the rate is to blame, or the server said how long to wait.
+            if isinstance(error.__cause__, RequestError) and not _is_announced(error.__cause__):
+                self._starts.failed(error.__cause__, since=since)
+            return None
+        if isinstance(error, StatusError) and error.status in _ACCOUNT_STATUSES:
+            self._starts.failed(error, since=since)
+            return None
+        if isinstance(error, _NOT_THE_ITEMS_FAULT):
+            raise error
+        if isinstance(error, RequestError):
+            self._starts.succeeded()
+        elif not await integration.cannot_be_sent(self._session, self._to_send(item)):
+            raise error
+        return start_result(error=error)
 
     def _warn_of_late_start(self, key: str, error: ExecutionTimeout) -> None:
         """Log the first start that is not sent in time: all may have to wait for the rate."""
@@ -279,69 +292,19 @@ class Items:
                 integration.log_text(error),
             )
 
-    async def _judge(
-        self, pending: PendingStart, request: StartRequest, error: Exception, since: float
-    ) -> StartResult | None:
-        """Return the result of a start that failed; None if it is to be tried again."""
-        if isinstance(error, StartUnknown):
-            cause = error.__cause__
-            self._starts.failed(cause if isinstance(cause, RequestError) else error, since=since)
-            return start_result(error=error)
-        if isinstance(error, SessionClosed) and error.execution_id is not None:
-            pending.execution = self._session.execution(error.execution_id)
-            return start_result(error.execution_id)
-        with suppress(ConfigurationError):  # then the item is unknown
-            await pending.not_sent()
-        if isinstance(error, StatusError) and error.status in _ACCOUNT_STATUSES:
-            self._starts.failed(error, since=since)
-            return start_result(error=error) if pending.is_refused_alone(self._starts) else None
-        if not _is_the_items(error):
-            if self._cannot_be_sent(request) or (
-                type(error) is ValueError and await integration.lacks_inputs(self._session, request)
-            ):
-                return start_result(error=error)  # the server has said nothing
-            self._starts.close()
-            raise error
-        self._starts.succeeded()
-        return start_result(error=error)
-
-    def _cannot_be_sent(self, request: StartRequest) -> bool:
-        """Return True if the request itself cannot be sent; a limiter can raise the same errors."""
-        try:
-            integration.encode_inputs(self._session, request)
-        except (TypeError, ValueError):
-            return True
-        return False
-
     def _to_send(self, item: Item) -> StartRequest:
         """Return a stored request with metadata by which its run can be found in PromptLayer."""
         stored = StartRequest(**json.loads(item.request), key=item.key)
         ours = {"promptlayer_exec.batch": self._batch, "promptlayer_exec.key": item.key}
         return attrs.evolve(stored, metadata={**(stored.metadata or {}), **ours})
 
-    async def _rescue(self, item: Item, pending: PendingStart) -> None:
-        """Keep the id of a run whose start could not be recorded."""
-        if pending.execution is not None:
-            adopt = partial(again.adopt, self._store, self._batch, request=item.request)
-            adopt = partial(adopt, key=item.key, attempt=item.attempt, token=pending.token)
-            started = start_result(pending.execution.id)
-            with suppress(ConfigurationError):
-                if await asyncio.to_thread(adopt, started=started):
-                    logger.warning(
-                        "execution %d was started for item %.100r while another worker took the"
-                        " item over; it is followed",
-                        pending.execution.id,
-                        item.key,
-                    )
-                    return
-        self._report_unrecorded(item, pending)
-
-    def _report_unrecorded(self, item: Item, pending: PendingStart) -> None:
-        if pending.execution is None or pending.is_reported:
+    def _report_unrecorded(self, item: Item, result: StartResult) -> None:
+        execution_id = result["execution_id"]
+        if execution_id is None or execution_id in self._reported:
             return
-        pending.is_reported = True
+        self._reported.add(execution_id)
         text = (
-            f"execution {pending.execution.id} was started for item {item.key!r:.1000} of batch"
+            f"execution {execution_id} was started for item {item.key!r:.1000} of batch"
             f" {self._batch!r}, but the database could not record it yet: keep this line"
         )
         logger.error("%s", text)
@@ -362,14 +325,14 @@ class Items:
         except (ExecutionFailed, NotFound, RecursionError) as failure:
             stored = StoredError(type(failure).__name__, str(failure))
             outcome = StoredOutcome(key, execution_id, False, None, stored, at, _now())
-        self._answered()
+        self._answered_at = asyncio.get_running_loop().time()
         return outcome
 
     async def _output(self, item: Item, execution_id: int) -> Any:
         """Return the output; raises only what the server said about how the execution ended."""
         workflow = workflow_id(self._batch, item.key, item.attempt)
         of = json.loads(item.request)["workflow"]
-        clock = self._loop.time
+        clock = asyncio.get_running_loop().time
         failing_since: float | None = None
         unknown_since: float | None = None
         delay = _FIRST_DELAY
@@ -389,40 +352,21 @@ class Items:
                     unknown_since = unknown_since or clock()
                     if clock() - unknown_since >= _NOT_FOUND_GRACE:
                         raise
-                except (Unauthorized, SessionClosed) as error:
-                    self._end(error)
-                    await suspend()
+                except (Unauthorized, SessionClosed):
+                    raise  # ends the work
                 except RequestError as error:
                     unknown_since = None
                     # After several attempts, the session's own patience is used up.
                     spent = self._patience if error.attempts > 1 else 0.0
                     failing_since = failing_since or clock() - spent
-                    self._not_answered(execution_id, error)
                     if clock() - failing_since >= self._patience:
                         if self._answered_at < failing_since:
-                            self._end(error)
-                            await suspend()
+                            raise  # it concerns all
                         self._wait_for(item.key, workflow, error)
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, _LONGEST_DELAY)
         finally:
             self.waiting.pop(workflow, None)
-
-    def _answered(self) -> None:
-        self._answered_at = self._loop.time()
-        self._unanswered.clear()
-        self._starts.hold(False)
-
-    def _not_answered(self, execution_id: int, error: RequestError) -> None:
-        if execution_id in self._unanswered:
-            return  # one alone keeps no other item waiting
-        self._unanswered.add(execution_id)
-        if len(self._unanswered) == FAILURES:
-            logger.warning(
-                "the server does not say how executions ended, so no item is started: %s",
-                integration.log_text(error),
-            )
-            self._starts.hold(True)
 
     def _wait_for(self, key: str, workflow: str, error: PromptLayerExecError) -> None:
         if workflow not in self.waiting:
@@ -430,26 +374,14 @@ class Items:
             logger.warning(text, key, integration.log_text(error))
         self.waiting[workflow] = error
 
-    async def _in_callers_loop(self, work: Coroutine[Any, Any, T]) -> T:
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
 
-
-async def suspend() -> NoReturn:
-    """Wait until DBOS ends: the item stays as it is stored, for the next worker."""
-    await asyncio.get_running_loop().create_future()
-    raise AssertionError("this future is never done")
+class _Closing(Exception):
+    """The work ends, so an item is not followed."""
 
 
 def _is_announced(error: RequestError) -> bool:
     """Return True if the server said how long to wait, which is no outage."""
     return isinstance(error, StatusError) and error.retry_after is not None
-
-
-def _is_the_items(error: Exception) -> bool:
-    """Return True if a start was refused because of the item."""
-    if isinstance(error, (*_NOT_THE_ITEMS_FAULT, RequestTimeout, ConfigurationError)):
-        return False
-    return isinstance(error, RequestError)
 
 
 def _now() -> datetime:

@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import attrs
-import sqlalchemy as sa
 
 from promptlayer_exec import ConfigurationError
-from promptlayer_exec.dbos._connector import DatabaseLost
-from promptlayer_exec.dbos._database import RETRY_FOR
 from promptlayer_exec.dbos._store import Heartbeat, Store
-from promptlayer_exec.dbos._tables import created_of
-from promptlayer_exec.dbos._values import BatchStatus
 
 logger = logging.getLogger("promptlayer_exec")
 HEARTBEAT_INTERVAL = 2.0
-# Longer than a stalled machine or the restart of a database takes. With the time until another
-# worker looks, it is below the 15 s within which the items of a dead worker must move.
+# Longer than a stalled machine or the restart of a database takes; with the time until another
+# worker looks, below the 30 s within which the items of a dead worker must move.
 DEAD_AFTER = 12.0
-_WATCH_INTERVAL = 0.5
 # Seconds by which a round may be late; the rest of a longer one does not count as silence.
 _SLOW = 4.0
-_LOOK_INTERVAL = 10.0
+# Every so many rounds, a worker looks for items that it has taken and does not run.
+_LOOK_EVERY = 5
 
 
 @attrs.define(eq=False)
 class Liveness:
-    """A thread that records this worker's heartbeat, and recovers items that nobody runs.
+    """Records a worker's heartbeat, and recovers items that nobody runs.
 
     A worker is dead if its heartbeat has not changed for `DEAD_AFTER` seconds on the clock of the
     worker that watches it; the clocks of two machines are never compared. Time in which the
@@ -45,76 +40,53 @@ class Liveness:
     _store: Store
     _batch: str
     _executor: str
-    # The DBOS workflows that this worker runs; another thread changes it.
-    _active: Mapping[str, object]
-    # Whether the worker was left without its end: then it is as good as dead.
-    _is_abandoned: Callable[[], bool]
-    # Called if the database was lost: the worker can do nothing more.
-    _give_up: Callable[[Exception], None]
-    _process: str = attrs.field(init=False, factory=lambda: describe(os.getpid()))
+    _active: Mapping[str, object]  # the DBOS workflows that this worker runs
     # The last heartbeat of each other worker, and for how many seconds it has been the same.
     _seen: dict[str, tuple[Heartbeat, float]] = attrs.field(init=False, factory=dict)
     _seen_at: float = attrs.field(init=False, factory=time.monotonic)
-    _next_look: float = attrs.field(init=False, default=0.0)
+    _rounds: int = attrs.field(init=False, default=0)
     _idle: set[str] = attrs.field(init=False, factory=set)
-    _stop: threading.Event = attrs.field(init=False, factory=threading.Event)
-    _thread: threading.Thread | None = attrs.field(init=False, default=None)
 
     def record_heartbeat(self) -> None:
         """Record that this worker is alive, before it takes its first item."""
-        self._store.record_heartbeat(self._batch, self._executor, self._process)
+        self._store.record_heartbeat(self._batch, self._executor, describe(os.getpid()))
 
-    def start(self) -> None:
-        """Start the thread."""
-        # As a daemon, it does not keep the process of a worker that was left without its end.
-        name = "promptlayer_exec-liveness"
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Stop the thread, and wait until it has ended."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        failing_since: float | None = None
-        while not (self._stop.is_set() or self._is_abandoned()):
-            began = time.monotonic()
+    async def run(self) -> None:
+        """Record heartbeats, and look after other workers, until cancelled."""
+        while True:
             try:
-                self.record_heartbeat()
-                self.recover_from_dead_workers()
-                if time.monotonic() >= self._next_look:
-                    self._put_back_what_was_lost()
-                    self._next_look = time.monotonic() + _LOOK_INTERVAL
-                failing_since = None
-            except Exception as error:  # noqa: BLE001 - nobody else would see that the thread ends
-                self._seen.clear()
-                failing_since = began if failing_since is None else failing_since
-                is_lost = isinstance(error.__cause__, DatabaseLost | BatchDeleted)
-                is_lost = is_lost or began - failing_since > RETRY_FOR
-                if isinstance(error, ConfigurationError) and not is_lost:
-                    logger.warning("cannot exchange heartbeats with other workers: %.300s", error)
-                else:
-                    self._give_up(error)
-            self._stop.wait(HEARTBEAT_INTERVAL)
+                await self._store.run_in_thread(self._look, {*self._active})
+            except ConfigurationError as error:
+                logger.warning("cannot look after other workers: %.300s", error)
+            await asyncio.sleep(HEARTBEAT_INTERVAL)
+            await self._store.run_in_thread(self.record_heartbeat)
 
-    def recover_from_dead_workers(self) -> None:
+    def _look(self, active: Collection[str]) -> None:
+        taken = self._store.taken(self._batch)
+        self._recover_from_dead_workers(taken)
+        self._rounds += 1
+        if self._rounds % _LOOK_EVERY == 0:
+            mine = {each for each, executor in taken.items() if executor == self._executor}
+            self._put_back_what_was_lost(mine.difference(active))
+
+    def _recover_from_dead_workers(self, taken: Mapping[str, str]) -> None:
         """Put the items of dead workers back into the queue."""
-        others = self._store.running_executors(self._batch) - {self._executor}
-        heartbeats = self._store.heartbeats() if others else {}
+        others = {*taken.values()} - {self._executor}
+        heartbeats = self._store.heartbeats(self._batch) if others else {}
         now = time.monotonic()
         passed = min(now - self._seen_at, HEARTBEAT_INTERVAL + _SLOW)
         self._seen_at = now
         dead = [each for each in others if self._is_dead(each, heartbeats.get(each), passed)]
         for each in dead:
             if self._store.claim_rescue(self._batch, each, self._executor, DEAD_AFTER):
-                self._store.requeue(self._batch, self._store.taken(self._batch, each))
-                self._store.remove_worker(each)
+                release(self._store, self._batch, each)
 
-    def _put_back_what_was_lost(self) -> None:
-        """Put the items back into the queue that this worker has taken, and does not know of."""
-        idle = self._store.taken(self._batch, self._executor).difference(self._active)
+    def _put_back_what_was_lost(self, idle: set[str]) -> None:
+        """Put items back into the queue that this worker has taken, and does not know of.
+
+        DBOS takes items in a transaction; if the connection breaks while that is committed, DBOS
+        never runs them.
+        """
         # One that has just been taken, or has just ended, is idle only once.
         if lost := idle & self._idle:
             text = "batch %r: items that were taken from the queue and not run are put back: %d"
@@ -123,7 +95,7 @@ class Liveness:
         self._idle = idle - lost
 
     def _is_dead(self, other: str, heartbeat: Heartbeat | None, passed: float) -> bool:
-        if heartbeat is None or is_gone(heartbeat.process):  # it stopped properly, or was killed
+        if heartbeat is None or _is_gone(heartbeat.process):  # it stopped properly, or was killed
             return True
         before, silent = self._seen.get(other, (None, 0.0))
         silent = silent + passed if heartbeat == before else 0.0
@@ -131,60 +103,26 @@ class Liveness:
         return silent > DEAD_AFTER
 
 
-class BatchDeleted(Exception):
-    """The cause of an error: a batch was deleted while a worker stood still."""
+def release(store: Store, batch: str, executor: str) -> None:
+    """Put what a worker that has ended has taken back into the queue, and forget the worker."""
+    taken = store.taken(batch)
+    store.requeue(batch, [workflow for workflow, by in taken.items() if by == executor])
+    store.remove_worker(executor)
 
 
-def check_of(store: Store, batch: str) -> Callable[[sa.Connection], None]:
-    """Return a check that raises an error if the batch is deleted, even if it is added again.
-
-    The items of another batch of that name have the same keys. The check needs no lock: a
-    transaction of a worker that stands still ends before the worker is taken for dead.
-    """
-    created = store.created(batch)
-
-    def check(connection: sa.Connection) -> None:
-        if created is None or connection.scalar(created_of(batch)) != created:
-            raise ConfigurationError(
-                f"batch {batch!r} was deleted meanwhile; what this worker had started runs on"
-            ) from BatchDeleted()
-
-    return check
-
-
-def status(store: Store, batch: str) -> BatchStatus:
-    """Return how many items are in which state, and how many workers are alive."""
-    alive = [each for each in store.processes(batch, DEAD_AFTER) if not is_gone(each)]
-    return attrs.evolve(store.status(batch), workers=len(alive))
-
-
-def is_worked_on(store: Store, batch: str) -> bool:
-    """Return True if a worker of the batch is alive; silence takes `DEAD_AFTER` to be believed."""
-    first: dict[str, Heartbeat] | None = None
-    give_up = time.monotonic() + DEAD_AFTER
-    while True:
-        alive = {
-            executor: heartbeat
-            for executor, heartbeat in store.heartbeats(batch).items()
-            if not is_gone(heartbeat.process)
-        }
-        if first is None:
-            first = alive
-        if not alive or time.monotonic() > give_up:
-            return False
-        if any(first.get(executor) != heartbeat for executor, heartbeat in alive.items()):
-            return True
-        time.sleep(_WATCH_INTERVAL)
+def count_workers(store: Store, batch: str) -> int:
+    """Return how many workers are alive; a silent one counts for `DEAD_AFTER` seconds."""
+    return sum(not _is_gone(process) for process in store.processes(batch, DEAD_AFTER))
 
 
 def describe(pid: int) -> str:
-    """Return JSON that identifies a process: machine boot, namespace, id and start time."""
-    return json.dumps([*_pid_scope(), pid, _start_time(pid)])
+    """Return JSON that identifies a process: the machine's boot, the namespace, and the id."""
+    return json.dumps([*_pid_scope(), pid])
 
 
-def is_gone(process: str) -> bool:
+def _is_gone(process: str) -> bool:
     """Return True if a process has certainly ended; False where that cannot be seen from here."""
-    boot, namespace, pid, start_time = json.loads(process)
+    boot, namespace, pid = json.loads(process)
     if boot is None or [boot, namespace] != _pid_scope():
         return False
     try:
@@ -193,7 +131,7 @@ def is_gone(process: str) -> bool:
         return True
     except PermissionError:
         return False
-    return _start_time(pid) not in (None, start_time)
+    return False
 
 
 def _pid_scope() -> list[str | None]:
@@ -202,13 +140,3 @@ def _pid_scope() -> list[str | None]:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return [boot, str(Path("/proc/self/ns/pid").readlink())]
     return [None, None]
-
-
-def _start_time(pid: int) -> str | None:
-    """Return when a process started; "" if it has ended, and its parent did not wait for it."""
-    with suppress(OSError):
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        state, *fields = stat.rpartition(")")[2].split()
-        # A process of which only the first thread has ended is a zombie here, too, and runs on.
-        return "" if state in "ZX" and fields[16] in "01" else fields[18]
-    return None

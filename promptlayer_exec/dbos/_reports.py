@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -130,13 +130,13 @@ def settings(store: Store, batch: str) -> BatchSettings:
 
 def item(store: Store, batch: str, key: str) -> StoredItem | None:
     """Return what is stored about an item; None if the batch does not have it."""
-    query = sa.select(_item.attempt, _item.outcome).where(_item.batch == batch, _item.key == key)
+    query = sa.select(_item.attempt, _item.outcome, _item.request)
+    query = query.where(_item.batch == batch, _item.key == key)
     for row in store.rows(query):
         workflows = store.workflows(batch, key, row.attempt)
         outcome = None if row.outcome is None else StoredOutcome.from_json(row.outcome)
         attempts = tuple(map(_attempt, workflows))
-        request = json.loads(workflows[-1].input["args"][2]) if workflows else {}
-        return StoredItem(key, request, attempts, outcome)
+        return StoredItem(key, json.loads(row.request), attempts, outcome)
     return None
 
 
@@ -154,38 +154,23 @@ def _attempt(workflow: Any) -> Attempt:
 
 def failures(store: Store, batch: str) -> tuple[Failure, ...]:
     """Return the types of errors, the most frequent first."""
-    counts: dict[str, int] = {}
-    examples: dict[str, tuple[str, StoredError]] = {}
-    for kind in ("failed", "unknown"):
-        last = ""
-        while not store.is_cancelled() and (rows := _failed(store, batch, kind, last)):
-            for key, text in rows:
-                error = StoredOutcome.from_json(text).error or StoredError("", "")
-                counts[error.type] = counts.get(error.type, 0) + 1
-                examples.setdefault(error.type, (key, error))
-            last = rows[-1][0]
+    found: dict[str, list[tuple[str, StoredError]]] = {}
+    query = sa.select(_item.key, _item.outcome).order_by(_item.kind, _item.key)
+    query = query.where(_item.batch == batch, _item.kind.in_(["failed", "unknown"]))
+    for key, text in store.rows(query):
+        error = StoredOutcome.from_json(text).error or StoredError("", "")
+        found.setdefault(error.type, []).append((key, error))
     return tuple(
-        Failure(kind, count, examples[kind][0], examples[kind][1].message)
-        for kind, count in sorted(counts.items(), key=lambda each: -each[1])
+        Failure(kind, len(each), each[0][0], each[0][1].message)
+        for kind, each in sorted(found.items(), key=lambda each: -len(each[1]))
     )
-
-
-def _failed(store: Store, batch: str, kind: str, after: str) -> Sequence[tuple[str, str]]:
-    query = sa.select(_item.key, _item.outcome)
-    query = query.where(_item.batch == batch, _item.kind == kind, _item.key > after)
-    return store.rows(query.order_by(_item.key).limit(_KEYS_AT_ONCE))
 
 
 def durations(store: Store, batch: str) -> Durations | None:
     """Return how long the runs that ended took; None if there are none."""
-    timed = sa.and_(_item.batch == batch, _item.seconds.is_not(None))
-    (row,) = store.rows(sa.select(sa.func.count()).where(timed))
-    count = row[0]
-    if not count:
+    query = sa.select(_item.seconds).order_by(_item.seconds)
+    rows = store.rows(query.where(_item.batch == batch, _item.seconds.is_not(None)))
+    if not rows:
         return None
-    ordered = sa.select(_item.seconds).where(timed).order_by(_item.seconds)
-    positions = (count // 2, min(count - 1, count * 95 // 100), count - 1)
-    found = [store.rows(ordered.offset(position).limit(1)) for position in positions]
-    if not all(found):  # items are put back into the queue meanwhile
-        return None
-    return Durations(*(rows[0][0] for rows in found))
+    positions = (len(rows) // 2, min(len(rows) - 1, len(rows) * 95 // 100), len(rows) - 1)
+    return Durations(*(rows[position].seconds for position in positions))

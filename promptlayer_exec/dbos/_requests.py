@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from promptlayer_exec import ConfigurationError, StartRequest
+from promptlayer_exec import StartRequest
 
 # Not `callback_url`: it is where to report, and not what to run.
 _IDENTITY = ("workflow", "inputs", "label", "version", "metadata")
@@ -65,63 +64,28 @@ def another_request(batch: str, row: Row, stored: str | None) -> ValueError:
     )
 
 
-class Chunk:
-    """Rows for one transaction: at most `most`, or about `length` characters of requests."""
-
-    def __init__(self, most: int, length: int) -> None:
-        self._most, self._length = most, length
-        self.rows: list[Row] = []
-        self._added = 0
-
-    def add(self, row: Row) -> list[Row]:
-        """Add a row; return all of them, and begin anew, if there are enough."""
-        self.rows.append(row)
-        self._added += len(row.request)
-        if len(self.rows) < self._most and self._added < self._length:
-            return []
-        rows, self.rows, self._added = self.rows, [], 0
-        return rows
+def by_key(batch: str, rows: Iterable[Row]) -> dict[str, Row]:
+    """Return rows by their keys; raise ValueError if two of one key are different requests."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        known = found.setdefault(row.key, row)
+        if known.digest != row.digest:
+            raise another_request(batch, row, known.request)
+    return found
 
 
-class Spool:
-    """Rows in a temporary file, because a million may be added at once; it has each key once."""
-
-    def __init__(self, batch: str) -> None:
-        self._batch = batch
-        self._database = sqlite3.connect("")
-        self._execute("CREATE TABLE row (key TEXT PRIMARY KEY, request TEXT, digest TEXT)")
-
-    def add(self, row: Row) -> None:
-        """Add a row, unless it is there; raise ValueError if its key stands for another request."""
-        try:
-            self._execute("INSERT INTO row VALUES (?, ?, ?)", row)
-        except sqlite3.IntegrityError:
-            query = "SELECT * FROM row WHERE key = ?"
-            known = Row(*self._database.execute(query, [row.key]).fetchone())
-            if known.digest != row.digest:
-                raise another_request(self._batch, row, known.request) from None
-
-    def chunks(self, most: int, length: int) -> Iterator[list[Row]]:
-        """Yield the rows in their order, a chunk at a time."""
-        chunk = Chunk(most, length)
-        for row in self._database.execute("SELECT * FROM row ORDER BY rowid"):
-            if rows := chunk.add(Row(*row)):
-                yield rows
-        if chunk.rows:
-            yield chunk.rows
-
-    def _execute(self, statement: str, row: Sequence[str] = ()) -> None:
-        try:
-            self._database.execute(statement, row)
-        except sqlite3.OperationalError as error:
-            raise ConfigurationError(
-                f"the items cannot be written to a temporary file: {error}; set SQLITE_TMPDIR to a"
-                " directory with more space. Nothing was added"
-            ) from error
-
-    def close(self) -> None:
-        """Delete the file."""
-        self._database.close()
+def chunks(rows: Iterable[Row], most: int, length: int) -> Iterator[list[Row]]:
+    """Yield rows for one transaction each: `most`, or about `length` characters of requests."""
+    chunk: list[Row] = []
+    size = 0
+    for row in rows:
+        chunk.append(row)
+        size += len(row.request)
+        if len(chunk) >= most or size >= length:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def _paths(path: str, before: Any, after: Any) -> Iterator[str]:

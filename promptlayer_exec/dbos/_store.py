@@ -11,23 +11,18 @@ outcomes.
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import attrs
 import sqlalchemy as sa
 from dbos import DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
 
-from promptlayer_exec import ConfigurationError
 from promptlayer_exec.dbos._database import Database
-from promptlayer_exec.dbos._engine import (
-    running_executors,
-    taken,
-)
 from promptlayer_exec.dbos._names import (
     APPLICATION,
     WORKFLOW,
@@ -35,18 +30,8 @@ from promptlayer_exec.dbos._names import (
     queue_name,
     workflow_id,
 )
-from promptlayer_exec.dbos._requests import Row, another_request, digest_of
-from promptlayer_exec.dbos._tables import (
-    ADD,
-    COUNTS,
-    FINISH,
-    FINISH_ONE,
-    WORKFLOWS,
-    Ending,
-    created_of,
-    delete_if_empty,
-    delete_items,
-)
+from promptlayer_exec.dbos._requests import Row, another_request, by_key
+from promptlayer_exec.dbos._tables import COUNTS, Ending, attempt_of, callbacks, the_attempt
 from promptlayer_exec.dbos._tables import batches as _batches
 from promptlayer_exec.dbos._tables import items as _items
 from promptlayer_exec.dbos._tables import workers as _workers
@@ -55,13 +40,28 @@ from promptlayer_exec.dbos._values import BatchStatus
 # DBOS gives an item only to workers of the same version.
 VERSION = "3"
 
-T = TypeVar("T")
-
 _QUEUE_INTERVAL = 0.2
 _DELETED_AT_ONCE = 500
+_KEYS_AT_ONCE = 500
 _item = _items.c
+# PostgreSQL: DBOS's documented function for other languages; from Python, each takes four round
+# trips. Its arguments are the JSON of `DBOSPortableJSONSerializer`.
+_ENQUEUE = sa.text(
+    """
+    SELECT dbos.enqueue_workflow(
+        workflow_name => :workflow, queue_name => :queue, workflow_id => :id,
+        positional_args => CAST(:arguments AS json[]),
+        application_name => :application, app_version => :version
+    )
+    """
+)
+_FINISH = (
+    sa.update(_items)
+    .where(the_attempt, sa.or_(_item.started.is_(None), sa.bindparam("has_run")))
+    .values({name: sa.bindparam(f"new_{name}") for name in ("kind", "outcome", "seconds", "seq")})
+)
 # The process of a worker about which nothing is known.
-_NOWHERE = "[null, null, 0, null]"
+_NOWHERE = "[null, null, 0]"
 
 
 class Heartbeat(NamedTuple):
@@ -97,30 +97,27 @@ class Store(Database):
 
     def create(self, batch: str) -> None:
         """Create a batch without items, unless it exists."""
-        insert = self.insert(_batches).on_conflict_do_nothing()
-        self.transact(lambda connection: connection.execute(insert, _new_batch(batch)))
+        insert = self.insert(_batches).values(_new_batch(batch))
+        self.execute(insert.on_conflict_do_nothing())
 
-    def channel_suffix(self, batch: str) -> str | None:
+    def channel_suffix(self, batch: str) -> str:
         """Return the suffix of the push channel that a batch's workers share."""
         query = sa.select(_batches.c.channel_suffix).where(_batches.c.name == batch)
-        rows = self.rows(query)
-        return rows[0].channel_suffix if rows else None
+        return str(self.rows(query)[0].channel_suffix)
 
     def check(self, batch: str, rows: Sequence[Row]) -> None:
         """Raise ValueError if a key that is already there stands for another request."""
-
-        def read() -> dict[str, tuple[int, str | None]]:
-            with self.reading() as connection:
-                return _unclear(connection, batch, rows)
-
-        unclear = self.retry(read)
-        stored = self.stored_requests(batch, {key: found[0] for key, found in unclear.items()})
-        for row in rows:
-            if row.key in unclear:
-                request = stored.get(row.key)
-                digest = unclear[row.key][1] or (request and digest_of(request))
-                if digest and digest != row.digest:
-                    raise another_request(batch, row, request)
+        given = {row.key: row for row in rows}
+        keys = [*given]
+        for start in range(0, len(keys), _KEYS_AT_ONCE):
+            if self.is_cancelled():
+                return
+            query = sa.select(_item.key, _item.digest, _item.request).where(
+                _item.batch == batch, _item.key.in_(keys[start : start + _KEYS_AT_ONCE])
+            )
+            for key, digest, request in self.rows(query):
+                if digest != given[key].digest:
+                    raise another_request(batch, given[key], request)
 
     def add(
         self, batch: str, rows: Sequence[Row], settings: Mapping[str, float] | None = None
@@ -130,134 +127,69 @@ class Store(Database):
         The settings are those of a batch that does not exist yet.
         """
         insert_batch = self.insert(_batches).on_conflict_do_nothing()
-        # FOR KEY SHARE: others cannot delete the batch, but can still change its row.
-        keep_batch = sa.select(_batches.c.name).where(_batches.c.name == batch)
-        keep_batch = keep_batch.with_for_update(read=True, key_share=True)
-        insert = self._insert_each if self.is_sqlite else self._insert_in_one_statement
-        unique: dict[str, Row] = {}
-        for row in rows:
-            known = unique.setdefault(row.key, row)
-            if known.digest != row.digest:
-                raise another_request(batch, row, known.request)
+        insert = self.insert(_items).on_conflict_do_nothing().returning(_item.key)
+        unique = by_key(batch, rows)
+        items = [
+            {"batch": batch, "attempt": 1, "key": key, "request": row.request, "digest": row.digest}
+            for key, row in unique.items()
+        ]
 
         def add(connection: sa.Connection) -> int:
-            is_kept = False
-            while not is_kept:
-                connection.execute(insert_batch, _new_batch(batch) | dict(settings or {}))
-                is_kept = connection.execute(keep_batch).first() is not None
-            new = insert(connection, batch, unique)
+            connection.execute(insert_batch, _new_batch(batch) | dict(settings or {}))
+            new = {*connection.execute(insert, items).scalars()}
             if new:
+                self.enqueue(connection, batch, [(key, 1) for key in unique if key in new])
                 count = sa.update(_batches).where(_batches.c.name == batch)
-                connection.execute(count.values(total=_batches.c.total + new))
-            return new
+                connection.execute(count.values(total=_batches.c.total + len(new)))
+            return len(new)
 
-        def add_and_check(connection: sa.Connection) -> int:
-            new = add(connection)
-            if new < len(unique) and _unclear(connection, batch, rows):
-                raise _Unclear
-            return new
-
-        try:
-            return self.transact(add_and_check)
-        except _Unclear:
+        added = self.transact(add)
+        if added < len(unique):
             self.check(batch, rows)
-            return self.transact(add)
-
-    def _insert_each(self, connection: sa.Connection, batch: str, rows: dict[str, Row]) -> int:
-        insert = self.insert(_items).on_conflict_do_nothing().returning(_item.key)
-        items = [
-            {"batch": batch, "key": key, "attempt": 1, "digest": row.digest}
-            for key, row in rows.items()
-        ]
-        new = connection.execute(insert, items).scalars().all()
-        for key in new:
-            self.enqueue(connection, batch, key, 1, request=rows[key].request)
-        return len(new)
-
-    def _insert_in_one_statement(
-        self, connection: sa.Connection, batch: str, rows: dict[str, Row]
-    ) -> int:
-        values = {
-            "batch": batch,
-            "keys": [*rows],
-            "requests": [row.request for row in rows.values()],
-            "digests": [row.digest for row in rows.values()],
-            "workflow": WORKFLOW,
-            "queue": queue_name(batch),
-            "prefix": workflow_id(batch, "", 1),
-            "application": APPLICATION,
-            "version": VERSION,
-        }
-        return int(connection.execute(ADD, values).scalar_one())
-
-    def stored_requests(self, batch: str, attempts: dict[str, int]) -> dict[str, str]:
-        """Return the JSON requests of items, by key, of the given attempts, if DBOS has them."""
-        if not attempts:
-            return {}
-        ids = [workflow_id(batch, key, attempt) for key, attempt in attempts.items()]
-        stored: Any = self._list_workflows(ids)
-        return {it.input["args"][0]: it.input["args"][2] for it in stored}
+        return added
 
     def finish(self, batch: str, endings: Sequence[Ending]) -> set[tuple[str, int]]:
         """Store the outcome of each item; return the keys and attempts of those that were stored.
 
         It is not if the item has one, a later attempt has begun, or another start goes on.
         """
-        counts = Counter(ending.kind for ending in endings)
+        count = len(endings)
         # This locks the batch's row: nobody gets the next numbers before these are visible, so
         # `outcomes` skips none.
         number = (
             sa.update(_batches)
             .where(_batches.c.name == batch)
-            .values(last_seq=_batches.c.last_seq + len(endings), **_added(counts))
+            .values(last_seq=_batches.c.last_seq + count)
             .returning(_batches.c.last_seq)
         )
-        finish = self._finish_each if self.is_sqlite else self._finish_in_one_statement
+        add = sa.update(_batches).where(_batches.c.name == batch)
 
-        def transact(connection: sa.Connection) -> set[tuple[str, int]]:
-            first = connection.execute(number).scalar_one() - len(endings) + 1
-            kinds = finish(connection, batch, first, endings)
-            stored = Counter(kinds.values())
-            if stored != counts:
-                stored.subtract(counts)
-                correct = sa.update(_batches).where(_batches.c.name == batch)
-                connection.execute(correct.values(**_added(stored)))
-            return {*kinds}
+        def finish(connection: sa.Connection) -> set[tuple[str, int]]:
+            first = connection.execute(number).scalar_one() - count + 1
+            connection.execute(
+                _FINISH,
+                [
+                    attempt_of(batch, ending.key, ending.attempt)
+                    | {"has_run": ending.has_run, "new_kind": ending.kind, "new_seq": seq}
+                    | {"new_outcome": ending.outcome, "new_seconds": ending.seconds}
+                    for seq, ending in enumerate(endings, first)
+                ],
+            )
+            new = sa.select(_item.key, _item.attempt, _item.kind)
+            new = new.where(_item.batch == batch, _item.seq >= first)
+            rows = connection.execute(new).all()
+            counts = Counter(row.kind for row in rows)
+            more = {kind: _batches.c[kind] + count for kind, count in counts.items()}
+            if more:
+                connection.execute(add.values(**more))
+            return {(row.key, row.attempt) for row in rows}
 
-        return self.transact(transact)
+        return self.transact(finish)
 
-    def _finish_each(
-        self, connection: sa.Connection, batch: str, first: int, endings: Sequence[Ending]
-    ) -> dict[tuple[str, int], str]:
-        return {
-            (ending.key, ending.attempt): ending.kind
-            for seq, ending in enumerate(endings, first)
-            if connection.execute(
-                FINISH_ONE, {"seq": seq, "batch": batch} | attrs.asdict(ending)
-            ).rowcount
-        }
-
-    def _finish_in_one_statement(
-        self, connection: sa.Connection, batch: str, first: int, endings: Sequence[Ending]
-    ) -> dict[tuple[str, int], str]:
-        rows = [attrs.asdict(ending) for ending in endings]
-        columns = {name: [row[name] for row in rows] for name in rows[0]}
-        parameters = {"batch": batch, "first": first} | columns
-        found = connection.execute(FINISH, parameters)
-        return {(row.key, row.attempt): row.kind for row in found}
-
-    def created(self, batch: str) -> float | None:
-        """Return when a batch was created, as `created_of` does; None if there is no batch."""
-        rows = self.rows(created_of(batch))
-        return rows[0].created if rows else None
-
-    def outcomes(
-        self, batch: str, after: int, limit: int, size: int, created: float | None = None
-    ) -> list[tuple[int, str]]:
+    def outcomes(self, batch: str, after: int, limit: int, size: int) -> list[tuple[int, str]]:
         """Return the numbers and the JSON of the next outcomes, in the order they were stored.
 
-        They are `limit` at most, and not more than one longer than `size` bytes. Raises an error if
-        the batch is not the one that was created then.
+        They are `limit` at most, and not more than one longer than `size` bytes.
         """
         query = sa.select(_item.seq, _item.outcome).where(_item.batch == batch, _item.seq > after)
         query = query.order_by(_item.seq).limit(limit)
@@ -277,11 +209,6 @@ class Store(Database):
                     read += len(outcome)
                     if read >= size:
                         break
-                if created is not None and connection.scalar(created_of(batch)) != created:
-                    raise ConfigurationError(
-                        f"batch {batch!r} was deleted while its outcomes were read; to read those"
-                        " of a new batch of that name, call outcomes again"
-                    )
             return found
 
         return self.retry(read)
@@ -295,21 +222,16 @@ class Store(Database):
 
     def status(self, batch: str) -> BatchStatus:
         """Return how many items are in which state."""
-        table = WORKFLOWS[self.engine.dialect.name]
-        running = sa.select(sa.func.count()).where(
-            table.c.queue_name == queue_name(batch), table.c.status == "PENDING"
+        rows = self.rows(
+            sa.select(*(_batches.c[name] for name in COUNTS)).where(_batches.c.name == batch)
         )
-        query = sa.select(*(_batches.c[name] for name in COUNTS), running.scalar_subquery())
-        rows = self.rows(query.where(_batches.c.name == batch))
         if not rows:
             return BatchStatus(0, 0, 0, 0, 0, 0)
-        total, succeeded, failed, unknown, running_count = rows[0]
+        total, succeeded, failed, unknown = rows[0]
         pending = total - succeeded - failed - unknown
         # DBOS may record the end of an item later than its outcome is stored.
-        running_count = min(running_count, pending)
-        return BatchStatus(
-            pending - running_count, running_count, succeeded, failed, unknown, total
-        )
+        running = min(len(self.taken(batch)), pending)
+        return BatchStatus(pending - running, running, succeeded, failed, unknown, total)
 
     def store_settings(self, batch: str, given: dict[str, float]) -> dict[str, float]:
         """Store the settings that are given, and return those of `given` that replaced others."""
@@ -333,37 +255,34 @@ class Store(Database):
     def workflows(self, batch: str, key: str, attempts: int) -> list[Any]:
         """Return the DBOS workflows of the attempts of an item, the first one first."""
         ids = [workflow_id(batch, key, attempt) for attempt in range(1, attempts + 1)]
-        found = self._list_workflows(ids)
+        found: Any = self.retry(
+            partial(
+                self._client.list_workflows, workflow_ids=ids, load_input=False, load_output=False
+            )
+        )
         return sorted(found, key=lambda each: key_and_attempt(each.workflow_id)[1])
-
-    def _list_workflows(self, ids: list[str]) -> list[Any]:
-        found = partial(self._client.list_workflows, workflow_ids=ids, load_output=False)
-        return self.retry(found)
 
     def delete(self, batch: str) -> int:
         """Delete a batch and its items, a few hundred at a time; return how many items it had."""
         some = (
             sa.select(_item.key, _item.attempt).where(_item.batch == batch).limit(_DELETED_AT_ONCE)
         )
-        deleted, is_deleted = 0, False
-        # First: from now on it is not the batch whose outcomes others read.
-        renew = sa.update(_batches).where(_batches.c.name == batch).values(created=time.time())
-        self.transact(lambda connection: connection.execute(renew))
-        self.retry(lambda: self._client.delete_queue(queue_name(batch)))
-        while not (is_deleted or self.is_cancelled()):  # or items were added meanwhile
-            while not self.is_cancelled() and (rows := self.rows(some)):
-                ids = [
-                    workflow_id(batch, row.key, attempt)
-                    for row in rows
-                    for attempt in range(1, row.attempt + 1)
-                ]
-                self.retry(partial(self._client.delete_workflows, ids))
-                these = (_item.batch == batch, _item.key.in_([row.key for row in rows]))
-                # One that was started again meanwhile has one more workflow.
-                same = sa.tuple_(_item.key, _item.attempt).in_([tuple(row) for row in rows])
-                self.transact(partial(delete_items, batch, sa.and_(*these, same)))
-                deleted += len(rows) - len(self.rows(sa.select(_item.key).where(*these)))
-            is_deleted = self.transact(partial(delete_if_empty, batch=batch))
+        deleted = 0
+        while rows := self.rows(some):
+            if self.is_cancelled():
+                return deleted
+            ids = [
+                workflow_id(batch, row.key, attempt)
+                for row in rows
+                for attempt in range(1, row.attempt + 1)
+            ]
+            self.retry(partial(self._client.delete_workflows, ids))
+            keys = [row.key for row in rows]
+            self.execute(sa.delete(_items).where(_item.batch == batch, _item.key.in_(keys)))
+            deleted += len(rows)
+        self.retry(partial(self._client.delete_queue, queue_name(batch)))
+        for column in (callbacks.c.batch, _workers.c.batch, _batches.c.name):
+            self.execute(sa.delete(column.table).where(column == batch))
         return deleted
 
     def register_queue(self, batch: str, max_in_flight: int) -> None:
@@ -377,13 +296,13 @@ class Store(Database):
         self.retry(register)
 
     def record_heartbeat(self, batch: str, executor: str, process: str) -> None:
-        """Record that a worker is alive, without retrying."""
+        """Record that a worker is alive."""
         row = {"executor": executor, "beat": 1, "process": process, "batch": batch}
         insert = self.insert(_workers).values(**row, seen_at=self._now)
         insert = insert.on_conflict_do_update(
             index_elements=["executor"], set_={"beat": _workers.c.beat + 1, "seen_at": self._now}
         )
-        self.transact(lambda connection: connection.execute(insert), once=True)
+        self.execute(insert)
 
     @property
     def _now(self) -> sa.ColumnElement[float]:
@@ -398,27 +317,17 @@ class Store(Database):
         query = sa.select(_workers.c.process).where(_workers.c.batch == batch, is_recent)
         return [row.process for row in self.rows(query)]
 
-    def heartbeats(self, batch: str | None = None) -> dict[str, Heartbeat]:
-        """Return the last heartbeat of each worker by its executor, without retrying.
-
-        With a batch, only those of its workers.
-        """
+    def heartbeats(self, batch: str) -> dict[str, Heartbeat]:
+        """Return the last heartbeat of each worker of a batch by its executor."""
         query = sa.select(_workers.c.executor, _workers.c.beat, _workers.c.process)
-        if batch is not None:
-            query = query.where(_workers.c.batch == batch)
-        rows = self.rows(query, once=True)
+        rows = self.rows(query.where(_workers.c.batch == batch))
         return {row.executor: Heartbeat(row.beat, row.process) for row in rows}
-
-    def running_executors(self, batch: str) -> set[str]:
-        """Return the executors that have running items, without retrying."""
-        query = partial(running_executors, queue=queue_name(batch))
-        return self.transact(query, once=True)
 
     def claim_rescue(self, batch: str, dead: str, executor: str, within: float) -> bool:
         """Return True if this worker may put the items of a dead one back into the queue.
 
         Only one may: DBOS would take an item from a live worker that has dequeued it meanwhile. A
-        claim expires after so many seconds, as its worker may die, too. Without retrying.
+        claim expires after so many seconds, as its worker may die, too.
         """
         row = {"executor": dead, "beat": 0, "process": _NOWHERE, "batch": batch}
         insert = self.insert(_workers).values(row).on_conflict_do_nothing()
@@ -437,23 +346,33 @@ class Store(Database):
             connection.execute(insert)
             return connection.execute(claim).rowcount > 0
 
-        return self.transact(work, once=True)
+        return self.transact(work)
+
+    def taken(self, batch: str) -> dict[str, str]:
+        """Return the executor that has taken each running item, by the item's workflow."""
+        found: Any = self.retry(
+            partial(
+                self._client.list_workflows,
+                status="PENDING",
+                queue_name=queue_name(batch),
+                load_input=False,
+                load_output=False,
+            )
+        )
+        return {workflow.workflow_id: workflow.executor_id or "" for workflow in found}
 
     def requeue(self, batch: str, workflows: Collection[str]) -> None:
-        """Put items back into their batch's queue, by their workflows, without retrying."""
+        """Put items back into their batch's queue, by their workflows.
+
+        Without retrying: if it was done although the connection broke, others have them now.
+        """
         resume = partial(self._client.resume_workflows, [*workflows], queue_name=queue_name(batch))
         if workflows:
             self.retry(resume, once=True)
 
-    def taken(self, batch: str, executor: str) -> set[str]:
-        """Return the workflows of the items that a worker has taken, without retrying."""
-        query = partial(taken, queue=queue_name(batch), executor=executor)
-        return self.transact(query, once=True)
-
     def remove_worker(self, executor: str) -> None:
-        """Delete the heartbeat of a worker that has stopped, without retrying."""
-        delete = sa.delete(_workers).where(_workers.c.executor == executor)
-        self.transact(lambda connection: connection.execute(delete), once=True)
+        """Delete the heartbeat of a worker that has stopped."""
+        self.execute(sa.delete(_workers).where(_workers.c.executor == executor))
 
     def reserve(self, batch: str, slots: int, rate: float) -> float:
         """Reserve the next slots of a rate per second; return the seconds until the first one."""
@@ -474,49 +393,32 @@ class Store(Database):
         return self.transact(lambda connection: float(connection.execute(update).scalar_one()))
 
     def enqueue(
-        self,
-        connection: sa.Connection,
-        batch: str,
-        key: str,
-        attempt: int,
-        *,
-        request: str,
-        started: Mapping[str, Any] | None = None,
+        self, connection: sa.Connection, batch: str, attempts: Sequence[tuple[str, int]]
     ) -> None:
-        """Enqueue an attempt of an item; with the result of a start, it is only followed."""
-        options: EnqueueOptions = {
-            "workflow_name": WORKFLOW,
-            "queue_name": queue_name(batch),
-            "workflow_id": workflow_id(batch, key, attempt),
-            "app_version": VERSION,
-        }
-        known = [] if started is None else [dict(started)]
-        self._client.enqueue_in_transaction(connection, options, key, attempt, request, *known)
-
-
-class _Unclear(Exception):
-    """Ends a transaction: DBOS has to be asked what a key stands for, on another connection."""
-
-
-def _unclear(
-    connection: sa.Connection, batch: str, rows: Sequence[Row]
-) -> dict[str, tuple[int, str | None]]:
-    """Return the attempt and the digest of the items whose keys may stand for other requests."""
-    digests = {row.key: row.digest for row in rows}
-    query = sa.select(_item.key, _item.attempt, _item.digest)
-    query = query.where(_item.batch == batch, _item.key.in_(digests))
-    return {
-        key: (attempt, digest)
-        for key, attempt, digest in connection.execute(query)
-        if digest != digests[key]
-    }
+        """Enqueue attempts of items, given as key and number."""
+        queue = queue_name(batch)
+        if not self.is_sqlite:  # all in one round trip
+            rows = [
+                {
+                    "id": workflow_id(batch, *each),
+                    "arguments": [json.dumps(argument) for argument in each],
+                }
+                for each in attempts
+            ]
+            names = {"workflow": WORKFLOW, "queue": queue, "application": APPLICATION}
+            connection.execute(_ENQUEUE, [row | names | {"version": VERSION} for row in rows])
+            return
+        for each in attempts:
+            options: EnqueueOptions = {
+                "workflow_name": WORKFLOW,
+                "queue_name": queue,
+                "workflow_id": workflow_id(batch, *each),
+                "app_version": VERSION,
+            }
+            self._client.enqueue_in_transaction(connection, options, *each)
 
 
 def _new_batch(name: str) -> dict[str, Any]:
     row = {"name": name, "last_seq": 0, "next_request": 0.0, "created": time.time()}
     row["channel_suffix"] = secrets.token_hex(16)
     return row | dict.fromkeys(COUNTS, 0)
-
-
-def _added(counts: Mapping[str, int]) -> dict[str, Any]:
-    return {kind: _batches.c[kind] + count for kind, count in counts.items()}

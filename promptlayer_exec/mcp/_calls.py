@@ -42,8 +42,8 @@ from promptlayer_exec.mcp._results import (
     tool_result,
     workflow_fields,
 )
-from promptlayer_exec.mcp._tools import common_tools, run_tool, run_tool_names
-from promptlayer_exec.mcp._values import Shown, Space, clean, clip, show
+from promptlayer_exec.mcp._tools import RUN, WAIT, common_tools, run_tool, run_tool_names
+from promptlayer_exec.mcp._values import clean, clip, fitting, show
 
 Report = Callable[[float, float | None, str | None], Awaitable[None]]
 
@@ -73,8 +73,7 @@ def _names_of(summary: WorkflowSummary) -> tuple[str, ...]:
 def _absence(name: str, known: Iterable[str]) -> str:
     """Say that there is no workflow of a name, or id, and which were perhaps meant."""
     which = "has the id" if name.isdecimal() else "is named"
-    near = read.near(name, known).strip()
-    return f"no workflow {which} {read.shown(name)}" + (f"; d{near[1:]}" if near else ".")
+    return f"no workflow {which} {read.shown(name)}{read.near(name, known)}"
 
 
 @attrs.define
@@ -85,35 +84,37 @@ class Calls:
     allowed: tuple[str, ...] = attrs.field(converter=_names)
     # Executions that were not complete when last seen, the latest last, with what started them.
     running: OrderedDict[int, str | None] = attrs.field(init=False, factory=OrderedDict)
+    _common_tools: list[Tool] = attrs.field(init=False)
     _run_tools: Mapping[str, str] = attrs.field(init=False)
     _inputs: dict[str, Mapping[str, str]] = attrs.field(init=False, factory=dict)
 
     def __attrs_post_init__(self) -> None:
+        self._common_tools = common_tools(self.allowed)
         self._run_tools = run_tool_names(self.allowed)
 
     async def tools(self) -> list[Tool]:
         """Return the tools, with the inputs of the named workflows as far as they are available."""
-        definitions = await asyncio.gather(*map(self._definition, self._run_tools.values()))
+        names = self._run_tools.values()
+        definitions = await asyncio.gather(*(self._definition(StartRequest(it)) for it in names))
         named = zip(self._run_tools.items(), definitions, strict=True)
         return [
-            *common_tools(self.allowed),
+            *self._common_tools,
             *(run_tool(tool, workflow, definition) for (tool, workflow), definition in named),
         ]
 
-    async def _definition(self, name: str) -> Workflow | None:
+    async def _definition(self, request: StartRequest) -> Workflow | None:
+        name = request.workflow
         try:
             async with asyncio.timeout(DEFINITION_TIMEOUT):
-                workflow = await self.session.workflow(name)
+                workflow = await self.session.workflow(
+                    name, label=request.label, version=request.version
+                )
         except (PromptLayerExecError, TimeoutError) as error:
             why = str(error) or f"there was no answer within {DEFINITION_TIMEOUT:g} s"
             _logger.warning("the inputs of workflow %r are not known: %s", name, why)
             return None
-        self._inputs[name] = workflow.required_inputs or {}
+        self._inputs[str(name)] = workflow.required_inputs or {}
         return workflow
-
-    def is_known(self, tool: str) -> bool:
-        """Return whether there is a tool of this name."""
-        return tool in self._run_tools or tool in _CALLS
 
     def names(self) -> tuple[str, ...]:
         """Return the names of the tools."""
@@ -128,9 +129,10 @@ class Calls:
         try:
             if tool in self._run_tools:
                 return await self._run(tool, arguments, report)
-            return await _CALLS[tool](self, arguments, report)
+            (schema,) = (it.input_schema for it in self._common_tools if it.name == tool)
+            return await _CALLS[tool](self, read.check(arguments, schema), report)
         except (Refused, PromptLayerExecError) as error:
-            return error_result(str(error))
+            return error_result(error)
 
     async def start_run(self, tool: str, arguments: Mapping[str, Any]) -> Execution:
         """Start the run of a tool `run_...`.
@@ -163,79 +165,72 @@ class Calls:
 
     async def list_workflows(self, arguments: Mapping[str, Any], _: Report) -> CallToolResult:
         """List the workflows that can be run."""
-        read.check_names(arguments, "search")
-        search = (read.text(arguments, "search") or "").casefold()
+        search = arguments.get("search", "").casefold()
         listed: list[dict[str, Any]] = []
         known: list[str] = []
-        space = Space()
         async with aclosing(self.session.workflows(sort_by="name", sort_order="asc")) as found:
             async for summary in found:
-                known.extend(_names_of(summary))
-                is_allowed = not self.allowed or {summary.name, str(summary.id)} & {*self.allowed}
-                if summary.is_deleted or not is_allowed or search not in summary.name.casefold():
-                    continue
-                entry = {
-                    "id": summary.id,
-                    "name": clean(summary.name),
-                    "labels": [clean(label) for label in summary.labels],
-                    "latest_version": summary.latest_version,
-                }
-                if len(listed) == _MOST_WORKFLOWS or not space.take(entry):
-                    message = f"The first {len(listed)} workflows. There are more: use search."
+                names = _names_of(summary)
+                known.extend(names)
+                is_allowed = not self.allowed or {*names} & {*self.allowed}
+                if names and is_allowed and search in summary.name.casefold():
+                    listed.append(
+                        {
+                            "id": summary.id,
+                            "name": clean(summary.name),
+                            "labels": [clean(label) for label in summary.labels],
+                            "latest_version": summary.latest_version,
+                        }
+                    )
+                if len(listed) > _MOST_WORKFLOWS:
                     break
-                listed.append(entry)
-            else:
-                s = "" if len(listed) == 1 else "s"
-                absent = [_absence(name, known) for name in self.allowed if name not in known]
-                message = " ".join([f"{len(listed)} workflow{s}.", *absent])
+        workflows = fitting(listed[:_MOST_WORKFLOWS])
+        if len(workflows) < len(listed):
+            message = f"The first {len(workflows)} workflows. There are more: use search."
+        else:
+            s = "" if len(listed) == 1 else "s"
+            absent = [_absence(name, known) for name in self.allowed if name not in known]
+            message = " ".join([f"{len(listed)} workflow{s}.", *absent])
         message += " describe_workflow shows which inputs one needs."
-        return tool_result({"message": message, "workflows": listed})
+        return tool_result({"message": message, "workflows": workflows})
 
     async def describe_workflow(self, arguments: Mapping[str, Any], _: Report) -> CallToolResult:
         """Show what a workflow needs and does."""
-        read.check_names(arguments, "workflow", "label", "version")
-        name = read.workflow(arguments, self.allowed)
-        request = read.start_request({**arguments, "inputs": None}, name)
+        request = read.start_request(**arguments)
         try:
             workflow = await self.session.workflow(
-                name, label=request.label, version=request.version
+                request.workflow, label=request.label, version=request.version
             )
         except NotFound as error:
-            raise Refused(await self._not_found(request, error)) from error
+            raise Refused(await self._not_found(request)) from error
         return tool_result(workflow_fields(workflow))
 
     async def start_workflow(self, arguments: Mapping[str, Any], _: Report) -> CallToolResult:
         """Start a run, and return its id."""
-        read.check_names(arguments, "workflow", "inputs", "label", "version")
-        name = read.workflow(arguments, self.allowed)
-        execution, warning = await self._start(read.start_request(arguments, name))
-        message = f"Execution {execution.id} of workflow {clean(name)!r:.200} has started. Call"
+        execution, warning = await self._start(read.start_request(**arguments))
+        name = clean(arguments["workflow"])
+        message = f"Execution {execution.id} of workflow {name!r:.200} has started. Call"
         message += f" wait_execution with execution_id '{execution.id}' for its output."
         return tool_result({"message": message, "execution_id": str(execution.id), **warning})
 
     async def wait_execution(self, arguments: Mapping[str, Any], report: Report) -> CallToolResult:
         """Wait for an execution."""
-        read.check_names(arguments, "execution_id", "timeout")
         execution = self.session.execution(read.execution_id(arguments))
-        seconds = read.timeout(arguments)
+        seconds = arguments.get("timeout", WAIT)
         return tool_result(await self._wait(execution, seconds, report))
 
     async def get_execution(self, arguments: Mapping[str, Any], _: Report) -> CallToolResult:
         """Read an execution, a node of it, or a part of a long value."""
-        read.check_names(arguments, "execution_id", "node", "start", "length")
-        execution_id = read.execution_id(arguments)
-        node, start = read.text(arguments, "node"), read.whole(arguments, "start", 0) or 0
-        length = read.whole(arguments, "length", 1)
+        execution_id, node = read.execution_id(arguments), arguments.get("node")
+        start, length = arguments.get("start", 0), arguments.get("length")
         execution, snapshot = await self.read(execution_id)
         if node is None:
             return tool_result(await self._fields(execution, snapshot, start, length))
         found = {clean(name): it for name, it in snapshot.nodes.items()}.get(node)
         if found is None:
             few = names_of(snapshot.nodes.values())
-            raise Refused(
-                f"execution {execution_id} has no node {read.shown(node)}; it has: {few}."
-                + read.near(node, snapshot.nodes)
-            )
+            what = f"execution {execution_id} has no node {read.shown(node)}; it has: {few}"
+            raise Refused(what + read.near(node, snapshot.nodes))
         return tool_result(node_fields(snapshot, found, start, length))
 
     def _run_request(self, tool: str, arguments: Mapping[str, Any]) -> tuple[StartRequest, float]:
@@ -247,25 +242,26 @@ class Calls:
         name = self._run_tools[tool]
         required = self._inputs.get(name, {})
         if "inputs" in arguments and "inputs" not in required:
-            read.check_names(arguments, "inputs", "label", "version", "timeout")
-            return read.start_request(arguments, name), read.timeout(arguments)
+            options = read.check(arguments, RUN)
+            seconds = options.pop("timeout", WAIT)
+            return read.start_request(name, **options), seconds
         inputs, options = dict(arguments), {}
         if "timeout" not in required and "timeout" in inputs:
-            options["timeout"] = inputs.pop("timeout")
-        return StartRequest(name, inputs), read.timeout(options)
+            options = read.check({"timeout": inputs.pop("timeout")}, RUN)
+        return StartRequest(name, inputs), options.get("timeout", WAIT)
 
     async def _run(self, tool: str, arguments: Mapping[str, Any], report: Report) -> CallToolResult:
         request, seconds = self._run_request(tool, arguments)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
         execution, warning = await self._start(request)
-        await report(0, None, f"execution {execution.id} has started")
         left = max(0.0, deadline - loop.time())
         return tool_result({**await self._wait(execution, left, report), **warning})
 
     async def _start(self, request: StartRequest) -> tuple[Execution, dict[str, str]]:
         """Start a run, and return it with the server's warning, if any, as a field."""
         name = str(request.workflow)
+        await self._refuse_numbers(request)
         try:
             execution = await self.session.start(
                 name, request.inputs, label=request.label, version=request.version
@@ -278,7 +274,7 @@ class Calls:
                 " inputs the workflow needs."
             ) from error
         except NotFound as error:
-            raise Refused(await self._not_found(request, error)) from error
+            raise Refused(await self._not_found(request)) from error
         except StartUnknown as error:
             raise Refused(
                 f"{error} Do not call this tool again for the same purpose: ask the user."
@@ -287,7 +283,21 @@ class Calls:
         warning = {"warning": clip(execution.warning, 1_000)} if execution.warning else {}
         return execution, warning
 
-    async def _not_found(self, request: StartRequest, error: NotFound) -> str:
+    async def _refuse_numbers(self, request: StartRequest) -> None:
+        """Refuse numbers where the workflow requires strings, before a run is paid for."""
+        numbers = {name: it for name, it in request.inputs.items() if type(it) in (int, float)}
+        workflow = await self._definition(request) if numbers else None
+        if workflow is None:
+            return
+        for name, kind in (workflow.required_inputs or {}).items():
+            if kind == "string" and name in numbers:
+                raise Refused(
+                    f"the input {read.shown(name)} must be a string, got the number"
+                    f" {read.shown(numbers[name])}: write it in quotation marks. No run was"
+                    " started."
+                )
+
+    async def _not_found(self, request: StartRequest) -> str:
         """Return whether there is no such workflow, or no such version of it."""
         name, known = str(request.workflow), list[str]()
         try:
@@ -298,22 +308,25 @@ class Calls:
                 async for summary in found:
                     known.extend(_names_of(summary))
         except (PromptLayerExecError, TimeoutError):
-            return f"{clip(str(error), 1_000)} list_workflows shows all workflows."
+            known = []
         if name in known:
-            return f"{clip(str(error), 1_000)} describe_workflow shows the latest version."
+            return (
+                f"workflow {read.shown(name)} has no such version or label (404 Not Found)."
+                " describe_workflow shows the latest version."
+            )
         cause = "" if self.allowed else " list_workflows shows all workflows."
         if name in self.allowed:
             cause = " This server was started with that name: ask the user to correct it."
         return f"{_absence(name, known)}{cause}"
 
     async def _wait(self, execution: Execution, seconds: float, report: Report) -> dict[str, Any]:
-        reported = 0
+        reported = -1
         snapshot: Snapshot | None = None
         try:
             async with aclosing(execution.stream(timeout=seconds)) as snapshots:
                 async for snapshot in snapshots:
                     self._seen(snapshot)
-                    if (count := final_count(snapshot)) > reported:
+                    if snapshot.nodes and (count := final_count(snapshot)) > reported:
                         reported = count
                         text = f"execution {execution.id}: {state_text(snapshot)}"
                         await report(count, len(snapshot.nodes), text)
@@ -336,15 +349,16 @@ class Calls:
             message += f" Call wait_execution with execution_id '{execution_id}'."
             return execution_fields(snapshot, message)
         try:
-            output: Shown = show(await execution.output(timeout=_OUTPUT_TIMEOUT), start, length)
+            value = await execution.output(timeout=_OUTPUT_TIMEOUT)
         except ExecutionFailed:
             return execution_fields(snapshot, failure_text(snapshot))
         except (ExecutionTimeout, RequestError) as error:
             message = f"Execution {execution_id} succeeded, but its output could not be read:"
             message += f" {clip(str(error), 1_000)} Call get_execution for it."
             return execution_fields(snapshot, message)
+        output = show("output", value, start, length)
         message = f"Execution {execution_id} succeeded: {state_text(snapshot)}."
-        message += rest_text(output, str(execution_id))
+        message += rest_text(output.get("output_range"), execution_id)
         return execution_fields(snapshot, message, output=output)
 
     def _seen(self, snapshot: Snapshot) -> Snapshot:

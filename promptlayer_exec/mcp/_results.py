@@ -8,11 +8,18 @@ from typing import Any
 
 from mcp.types import CallToolResult, TextContent
 
-from promptlayer_exec import ExecutionFailed, Node, NodeStatus, Snapshot, Workflow
-from promptlayer_exec.mcp._values import Shown, Space, clean, clip, encode, show
+from promptlayer_exec import (
+    ExecutionFailed,
+    Node,
+    NodeStatus,
+    NotFound,
+    Snapshot,
+    Workflow,
+)
+from promptlayer_exec._integration import error_details
+from promptlayer_exec.mcp._values import clean, clip, fitting, show
 
-_ERROR_LENGTH = 500
-_RAW_LENGTH = 2_000
+_ERROR_LENGTH = 1_000
 _WHOLE_ERROR_LENGTH = 5_000
 _MOST_NAMES = 5
 
@@ -23,9 +30,20 @@ def tool_result(fields: dict[str, Any]) -> CallToolResult:
     return CallToolResult(content=[TextContent(type="text", text=text)], structured_content=fields)
 
 
-def error_result(text: str) -> CallToolResult:
+def error_result(error: Exception) -> CallToolResult:
     """Return a text that says what is wrong and what to do."""
-    return CallToolResult(content=[TextContent(type="text", text=clip(text, 5_000))], is_error=True)
+    text = TextContent(type="text", text=clip(error_text(error), 5_000))
+    return CallToolResult(content=[text], is_error=True)
+
+
+def error_text(error: Exception) -> str:
+    """Return the text of an error; of an unknown id, without the options of a session."""
+    if isinstance(error, NotFound) and error.execution_id is not None:
+        return (
+            f"there is no execution {error.execution_id} (404 Not Found). Check the id, which"
+            " start_workflow returned, or ask the user for it. Do not guess ids."
+        )
+    return str(error)
 
 
 def names_of(nodes: Iterable[Node]) -> str:
@@ -64,10 +82,14 @@ def failure_text(snapshot: Snapshot) -> str:
 
 
 def execution_fields(
-    snapshot: Snapshot, message: str, *, output: Shown | None = None, timed_out: bool = False
+    snapshot: Snapshot,
+    message: str,
+    *,
+    output: dict[str, Any] | None = None,
+    timed_out: bool = False,
 ) -> dict[str, Any]:
-    """Return the state of an execution, with the output if there is one."""
-    nodes, left_out = _nodes(snapshot)
+    """Return the state of an execution, with the field of its output if there is one."""
+    nodes = _nodes(snapshot)
     fields: dict[str, Any] = {
         "message": message,
         "execution_id": str(snapshot.execution_id),
@@ -77,37 +99,30 @@ def execution_fields(
         "timed_out": timed_out,
         "nodes": nodes,
     }
-    if left_out:
+    if left_out := len(snapshot.nodes) - len(nodes):
         fields["nodes_left_out"] = left_out
-    if output is not None:
-        fields |= output.fields("output")
-    return fields
+    return fields | (output or {})
 
 
 def node_fields(snapshot: Snapshot, node: Node, start: int, length: int | None) -> dict[str, Any]:
     """Return one node of an execution, with a range of its value, or of its error."""
-    entry = _entry(node, _WHOLE_ERROR_LENGTH)
     name, value = "value", node.value
-    if value is None and node.raw_error_message is not None:
-        name, value = "raw_error_message", _raw_text(node)
-    shown = show(value, start, length)
-    entry |= shown.fields(name)
-    execution_id = snapshot.execution_id
-    message = (
-        f"Node {clean(node.name)!r:.80} of execution {execution_id}: {clip(str(node.status), 80)}."
-    )
-    if shown.range is not None and shown.range.is_cut:
-        message += rest_text(shown, f"{execution_id}", node.name)
-    fields = execution_fields(snapshot, message)
-    return {**fields, "nodes": {clip(node.name, 1_000): entry}}
+    if value is None and (details := error_details(node)) is not None:
+        name, value = "raw_error_message", details
+    shown = show(name, value, start, length)
+    message = f"Node {clean(node.name)!r:.80} of execution {snapshot.execution_id}:"
+    message += f" {clip(str(node.status), 80)}."
+    message += rest_text(shown.get(f"{name}_range"), snapshot.execution_id, node.name)
+    entry = _entry(node, _WHOLE_ERROR_LENGTH) | shown
+    return execution_fields(snapshot, message) | {"nodes": {clip(node.name, 1_000): entry}}
 
 
-def rest_text(shown: Shown, execution_id: str, node: str | None = None) -> str:
-    """Say which characters are shown, and how to get the next ones."""
-    if shown.range is None or not shown.range.is_cut:
+def rest_text(shown: dict[str, int] | None, execution_id: int, node: str | None = None) -> str:
+    """Say which characters of a text are shown if not all are, and how to get the next ones."""
+    if shown is None or shown["end"] - shown["start"] == shown["size"]:
         return ""
-    start, end, size = shown.range.start, shown.range.end, shown.range.size
-    text = f" Shown are the characters {start:,} to {end:,} of {size:,}."
+    end, size = shown["end"], shown["size"]
+    text = f" Shown are the characters {shown['start']:,} to {end:,} of {size:,}."
     if end < size:
         which = "" if node is None else f", node {clean(node)!r:.200}"
         text += f" Call get_execution with execution_id '{execution_id}'{which} and start {end}"
@@ -115,42 +130,23 @@ def rest_text(shown: Shown, execution_id: str, node: str | None = None) -> str:
     return text
 
 
-def _raw_text(node: Node) -> str:
-    raw = node.raw_error_message
-    if isinstance(raw, dict) and isinstance(raw.get("raw"), str):
-        return str(raw["raw"])
-    return raw if isinstance(raw, str) else encode(raw)
-
-
-def _entry(node: Node, raw_length: int) -> dict[str, Any]:
+def _entry(node: Node, length: int) -> dict[str, Any]:
     entry: dict[str, Any] = {"status": clip(str(node.status), 100)}
     if node.is_output_node:
         entry["is_output_node"] = True
     if node.error_message is not None:
-        entry["error_message"] = clip(node.error_message, min(raw_length, _WHOLE_ERROR_LENGTH))
-    if node.raw_error_message is not None:
-        entry["raw_error_message"] = clip(_raw_text(node), raw_length)
+        entry["error_message"] = clip(node.error_message, length)
+    if (details := error_details(node)) is not None:
+        entry["raw_error_message"] = clip(details, length)
     return entry
 
 
-def _nodes(snapshot: Snapshot) -> tuple[dict[str, Any], int]:
-    """Return as many nodes as have space, first those that matter, in the server's order."""
-
-    def rank(node: Node) -> int:
-        if node.status == NodeStatus.FAILED:
-            return 0
-        return 2 if node.final and not node.is_output_node else 1
-
-    entries: dict[str, dict[str, Any]] = {}
-    space = Space()
-    for node in sorted(snapshot.nodes.values(), key=rank):
-        entry = _entry(node, _RAW_LENGTH)
-        if "error_message" in entry:
-            entry["error_message"] = clip(node.error_message or "", _ERROR_LENGTH)
-        if space.take({node.name: entry}):
-            entries[node.name] = entry
-    shown = {clean(name): entries[name] for name in snapshot.nodes if name in entries}
-    return shown, len(snapshot.nodes) - len(entries)
+def _nodes(snapshot: Snapshot) -> dict[str, Any]:
+    """Return as many nodes as there is space for, but first those that failed."""
+    nodes = sorted(snapshot.nodes.values(), key=lambda node: node.status != NodeStatus.FAILED)
+    entries = [(clean(node.name), _entry(node, _ERROR_LENGTH)) for node in nodes]
+    fits = dict(fitting(entries))
+    return {name: fits[name] for name in map(clean, snapshot.nodes) if name in fits}
 
 
 def workflow_fields(workflow: Workflow) -> dict[str, Any]:
@@ -162,27 +158,25 @@ def workflow_fields(workflow: Workflow) -> dict[str, Any]:
         needs = f"It needs the inputs {', '.join(map(repr, inputs)):.2000}."
     else:
         needs = "It needs no inputs."
-    nodes: list[dict[str, Any]] = []
-    space = Space()
-    for node in workflow.nodes.values():
-        entry = {
+    nodes = fitting(
+        {
             "name": clean(node.name),
             "node_type": clean(node.node_type),
             "is_output_node": node.is_output_node,
             "dependencies": [clean(name) for name in node.dependencies],
         }
-        if space.take(entry):
-            nodes.append(entry)
+        for node in workflow.nodes.values()
+    )
     version = "" if workflow.version is None else f", version {workflow.version}"
     fields = {
         "message": f"Workflow {clean(workflow.name)!r:.200}{version}. {needs}",
         "id": workflow.id,
         "name": clip(workflow.name, 1_000),
         "version": workflow.version,
-        "labels": [label for label in map(clean, workflow.labels) if space.take(label)],
-        "required_inputs": show(None if inputs is None else dict(inputs)).value,
+        "labels": fitting(map(clean, workflow.labels)),
+        **show("required_inputs", None if inputs is None else dict(inputs)),
         "nodes": nodes,
     }
-    if len(nodes) < len(workflow.nodes):
-        fields["nodes_left_out"] = len(workflow.nodes) - len(nodes)
+    if left_out := len(workflow.nodes) - len(nodes):
+        fields["nodes_left_out"] = left_out
     return fields

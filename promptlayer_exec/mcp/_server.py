@@ -27,7 +27,7 @@ from mcp.types import (
 from promptlayer_exec import PromptLayerExecError, Session, __version__
 from promptlayer_exec.mcp._arguments import Refused, parse_id, shown
 from promptlayer_exec.mcp._calls import Calls
-from promptlayer_exec.mcp._results import error_result
+from promptlayer_exec.mcp._results import error_result, error_text
 from promptlayer_exec.mcp._tasks import Tasks, declares_tasks
 from promptlayer_exec.mcp._tools import INSTRUCTIONS
 
@@ -88,16 +88,15 @@ class _Handlers:
 
     async def call_tool(self, ctx: _Context, params: CallToolRequestParams) -> Any:
         calls, arguments = self._calls, params.arguments or {}
-        if not calls.is_known(params.name):
-            known = ", ".join(calls.names())
-            what = f"there is no tool {shown(params.name)}; the tools are: {known}"
+        if params.name not in (known := calls.names()):
+            what = f"there is no tool {shown(params.name)}; the tools are: {', '.join(known)}"
             raise MCPError(INVALID_PARAMS, what)
         if not (calls.is_run(params.name) and declares_tasks(ctx)):
             return await calls.call(params.name, arguments, ctx.session.report_progress)
         try:
             execution = await calls.start_run(params.name, arguments)
         except (Refused, PromptLayerExecError) as error:
-            return error_result(str(error))
+            return error_result(error)
         return self._tasks.created(execution)
 
     async def list_resources(self, _ctx: _Context, _params: _Page) -> ListResourcesResult:
@@ -134,7 +133,7 @@ class _Handlers:
         try:
             result = await self._calls.result(*await self._calls.read(execution_id))
         except PromptLayerExecError as error:
-            raise MCPError(INVALID_PARAMS, str(error)) from error
+            raise MCPError(INVALID_PARAMS, error_text(error)) from error
         contents = TextResourceContents(uri=uri, mime_type=_JSON, text=_text_of(result))
         return ReadResourceResult(contents=[contents])
 

@@ -35,10 +35,11 @@ _STARTS = ToolAnnotations(
 _EXECUTION_ID = {"type": "string", "description": "Id of the execution, such as '787'."}
 _INPUTS = {"type": "object", "description": "The input variables by name."}
 _LABEL = {"type": "string", "description": "Label of the version to run, such as 'prod'."}
-_VERSION = {"type": "integer", "description": "Number of the version, instead of a label."}
+_VERSION = {"type": "integer", "minimum": 1, "description": "Number of the version, not a label."}
 _TIMEOUT = {
     "type": "number",
     "minimum": 0,
+    "maximum": 86_400,
     "description": "Seconds to wait at most. Many clients give up after 60 seconds.",
     "default": WAIT,
 }
@@ -46,16 +47,16 @@ _MESSAGE = {"type": "string", "description": "What happened, and what to do next
 
 
 def _schema(required: Iterable[str] = (), /, **properties: Any) -> dict[str, Any]:
-    schema: dict[str, Any] = {"type": "object", "properties": properties}
-    return {**schema, "required": list(required)} if required else schema
+    return {"type": "object", "properties": properties, "required": list(required)}
 
 
-_RANGE = _schema(
-    ("start", "end", "size"),
-    start={"type": "integer"},
-    end={"type": "integer"},
-    size={"type": "integer", "description": "Characters in all."},
-)
+def _arguments(required: Iterable[str] = (), /, **properties: Any) -> dict[str, Any]:
+    return {**_schema(required, **properties), "additionalProperties": False}
+
+
+# The arguments of a tool `run_...` whose inputs are unknown, or are in an object.
+RUN = _arguments(inputs=_INPUTS, label=_LABEL, version=_VERSION, timeout=_TIMEOUT)
+
 _EXECUTION = _schema(
     ("message", "execution_id", "complete", "succeeded", "progress", "timed_out", "nodes"),
     message=_MESSAGE,
@@ -67,7 +68,7 @@ _EXECUTION = _schema(
     nodes={"type": "object", "description": "Status and error of each node, by its name."},
     nodes_left_out={"type": "integer", "description": "Nodes that there was no space for."},
     output={"description": "The output; with output_range, characters of its text."},
-    output_range=_RANGE,
+    output_range={"type": "object", "description": "`start` and `end`, and `size` of the whole."},
     warning={"type": "string", "description": "What the server noticed about the start."},
 )
 _STARTED = _schema(
@@ -76,46 +77,28 @@ _STARTED = _schema(
     execution_id={"type": "string"},
     warning={"type": "string", "description": "What the server noticed about the start."},
 )
-_WORKFLOW = _schema(
-    ("message", "id", "name", "required_inputs", "nodes"),
-    message=_MESSAGE,
-    id={"type": "integer"},
-    name={"type": "string"},
-    version={"type": ["integer", "null"]},
-    labels={"type": "array", "items": {"type": "string"}},
-    required_inputs={"description": "The type of each required input; null if unknown."},
-    nodes={"type": "array", "items": {"type": "object"}},
-    nodes_left_out={"type": "integer"},
-)
-_WORKFLOWS = _schema(
-    ("message", "workflows"),
-    message=_MESSAGE,
-    workflows={"type": "array", "items": {"type": "object"}},
-)
 
 
 def common_tools(allowed: tuple[str, ...]) -> list[Tool]:
     """Return the five tools; with `allowed`, the names of the only workflows that they know."""
     workflow: dict[str, Any] = {"type": "string", "description": "Name or id of the workflow."}
-    if allowed:
-        workflow["enum"] = list(allowed)
+    workflow |= {"enum": list(allowed)} if allowed else {"minLength": 1}
+    version = {"workflow": workflow, "label": _LABEL, "version": _VERSION}
     return [
         Tool(
             name="list_workflows",
             title="List workflows",
             description="List the workflows that can be run, with their labels.",
-            input_schema=_schema(
+            input_schema=_arguments(
                 search={"type": "string", "description": "Only names that contain this text."}
             ),
-            output_schema=_WORKFLOWS,
             annotations=_READS,
         ),
         Tool(
             name="describe_workflow",
             title="Describe a workflow",
             description="Show which inputs a workflow needs, and its nodes.",
-            input_schema=_schema(["workflow"], workflow=workflow, label=_LABEL, version=_VERSION),
-            output_schema=_WORKFLOW,
+            input_schema=_arguments(["workflow"], **version),
             annotations=_READS,
         ),
         Tool(
@@ -124,9 +107,7 @@ def common_tools(allowed: tuple[str, ...]) -> list[Tool]:
             description="Start a run of a workflow, which costs money, and return its execution_id"
             " at once. Then call wait_execution. Missing inputs are reported before anything is"
             " started.",
-            input_schema=_schema(
-                ["workflow"], workflow=workflow, inputs=_INPUTS, label=_LABEL, version=_VERSION
-            ),
+            input_schema=_arguments(["workflow"], **version, inputs=_INPUTS),
             output_schema=_STARTED,
             annotations=_STARTS,
         ),
@@ -136,7 +117,7 @@ def common_tools(allowed: tuple[str, ...]) -> list[Tool]:
             description="Wait until an execution is complete, and return its output, or which node"
             f" failed and why. After {WAIT:.0f} seconds, or `timeout`, it returns timed_out: true:"
             " call it again. Waiting costs nothing.",
-            input_schema=_schema(["execution_id"], execution_id=_EXECUTION_ID, timeout=_TIMEOUT),
+            input_schema=_arguments(["execution_id"], execution_id=_EXECUTION_ID, timeout=_TIMEOUT),
             output_schema=_EXECUTION,
             annotations=_READS,
         ),
@@ -146,7 +127,7 @@ def common_tools(allowed: tuple[str, ...]) -> list[Tool]:
             description="Return an execution as it is now. With `node`, return the value or the"
             " whole error of that node. With `start` and `length`, return that range of characters"
             " of a long value: of the node, or of the output.",
-            input_schema=_schema(
+            input_schema=_arguments(
                 ["execution_id"],
                 execution_id=_EXECUTION_ID,
                 node={"type": "string", "description": "Name of a node."},
@@ -163,7 +144,7 @@ def run_tool(name: str, workflow: str, definition: Workflow | None) -> Tool:
     """Return the tool that runs one workflow, with its required inputs as arguments."""
     inputs = None if definition is None else definition.required_inputs
     if inputs is None:
-        schema = _schema(inputs=_INPUTS, timeout=_TIMEOUT)
+        schema = RUN
     else:
         properties = {"timeout": _TIMEOUT, **{it: _input(kind) for it, kind in inputs.items()}}
         schema = _schema(list(inputs), **properties)

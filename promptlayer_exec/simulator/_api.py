@@ -30,6 +30,7 @@ from promptlayer_exec.simulator._wire import (
 )
 
 _WEBSOCKET = "/connection/websocket"
+_TOKEN_LIFETIME = 3600.0  # as announced; a connection lasts as long as the client wants
 
 
 @attrs.define
@@ -38,7 +39,6 @@ class TokenBucket:
 
     rate: float
     burst: float
-    announces: bool = True
     _updated: float = attrs.field(default=0.0, init=False)
     _tokens: float = attrs.field(default=math.inf, init=False)
 
@@ -66,9 +66,7 @@ class Api:
     _log: Log[SimRequest]
     _centrifugo: Centrifugo
     _completions: Completions
-    _token_lifetime: float
     faults: FaultQueue
-    _is_development: bool
     bucket: TokenBucket | None = attrs.field(default=None, init=False)
     _created_at: float = attrs.field(init=False)
 
@@ -100,8 +98,7 @@ class Api:
                 return error_response(401, "Invalid or missing API key")
             if self.bucket is not None and (wait := self.bucket.take(self._clock())):
                 seconds = f"{math.ceil(wait * 1000) / 1000:.12g}"
-                headers = {"Retry-After": seconds} if self.bucket.announces else {}
-                return error_response(429, "Too Many Requests", **headers)
+                return error_response(429, "Too Many Requests", **{"Retry-After": seconds})
             try:
                 return operation(self, request, *map(unquote, match.groups()))
             except RequestValidationError as error:
@@ -125,19 +122,10 @@ class Api:
         version = None if workflow is None else workflow.select(label, number)
         if workflow is None or version is None:
             return error_response(404, "Workflow not found")
-        if self._is_development:
-            return json_response(200, encode({"success": True, "workflow": workflow.legacy}))
         return json_response(200, encode(workflow.describe(version)))
 
     def _workflows(self, request: SimRequest) -> web.Response:
         return json_response(200, encode(self._backend.list_workflows(request.query)))
-
-    def _labels(self, _request: SimRequest, id_or_name: str) -> web.Response:
-        workflow = self._backend.find_workflow(id_or_name)
-        if workflow is None:
-            return error_response(404, "Workflow not found")
-        answer = {"success": True, "release_labels": workflow.describe_labels()}
-        return json_response(200, encode(answer))
 
     def _run(self, request: SimRequest, id_or_name: str) -> web.Response:
         workflow = self._backend.find_workflow(id_or_name)
@@ -166,8 +154,8 @@ class Api:
         channels = required_values(request.query, "capability")
         issued = time.time()
         details = {
-            "token": self._centrifugo.issue_token(channels, self._token_lifetime),
-            "expires": int((issued + self._token_lifetime) * 1000),
+            "token": self._centrifugo.issue_token(channels),
+            "expires": int((issued + _TOKEN_LIFETIME) * 1000),
             "issued": int(issued * 1000),
             "capability": {channel: ["presence", "subscribe"] for channel in channels},
             "clientId": "1",
@@ -181,7 +169,6 @@ _ROUTES: tuple[tuple[re.Pattern[str], str, Callable[..., web.Response]], ...] = 
     (re.compile("/workflow-version-execution-results"), "GET", Api._results),
     (re.compile("/workflows"), "GET", Api._workflows),
     (re.compile("/workflows/([^/]+)"), "GET", Api._workflow),
-    (re.compile("/workflows/([^/]+)/labels"), "GET", Api._labels),
     (re.compile("/workflows/([^/]+)/run"), "POST", Api._run),
     (re.compile("/ws-token-request-library"), "POST", Api._token),
 )

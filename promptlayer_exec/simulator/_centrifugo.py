@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 from uuid import uuid4
@@ -19,10 +18,7 @@ from aiohttp import WSMsgType, web
 
 from promptlayer_exec.simulator._wire import encode, error_response
 
-_TOKEN_EXPIRED = {"code": 109, "message": "token expired"}
 _PERMISSION_DENIED = {"code": 103, "message": "permission denied"}
-# Seconds that a client has for a new token after the old one expired, as in Centrifugo.
-_EXPIRED_CLOSE_DELAY = 25.0
 _ALREADY_SUBSCRIBED = {"code": 105, "message": "already subscribed"}
 
 
@@ -32,22 +28,16 @@ class _Disconnect(Exception):
 
 @attrs.define(eq=False)
 class Centrifugo:
-    """Publishes to the subscribers of channels, each allowed by its token.
+    """Publishes to the subscribers of channels, each allowed by its token; sends no pings."""
 
-    There are `ping_interval` seconds between pings; a client that did not answer the last one is
-    disconnected, and so is one that did not renew its token in time.
-    """
-
-    clock: Callable[[], float]
-    ping_interval: float
-    # The channels that each token allows, and the time at which it expires.
-    tokens: dict[str, tuple[frozenset[str], float]] = attrs.field(factory=dict, init=False)
+    # The channels that each token allows; none expires.
+    tokens: dict[str, frozenset[str]] = attrs.field(factory=dict, init=False)
     _connections: set[_Connection] = attrs.field(factory=set, init=False)
 
-    def issue_token(self, channels: Iterable[str], lifetime: float) -> str:
-        """Return a new token for some channels that is valid for `lifetime` seconds."""
+    def issue_token(self, channels: Iterable[str]) -> str:
+        """Return a new token for some channels."""
         token = secrets.token_urlsafe()
-        self.tokens[token] = frozenset(channels), self.clock() + lifetime
+        self.tokens[token] = frozenset(channels)
         return token
 
     async def serve(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -85,36 +75,14 @@ class _Connection:
     _centrifugo: Centrifugo
     socket: web.WebSocketResponse
     _channels: frozenset[str] | None = attrs.field(default=None, init=False)
-    _expires: float = attrs.field(default=math.inf, init=False)
-    _awaits_pong: bool = attrs.field(default=False, init=False)
-    _client: str = attrs.field(factory=lambda: str(uuid4()), init=False)
     subscriptions: set[str] = attrs.field(factory=set, init=False)
 
     async def execute_commands(self) -> None:
-        loop = asyncio.get_running_loop()
-        next_ping = loop.time() + self._centrifugo.ping_interval
-        while True:
-            try:
-                async with asyncio.timeout_at(next_ping):
-                    message = await self.socket.receive()
-            except TimeoutError:
-                await self._ping()
-                next_ping = loop.time() + self._centrifugo.ping_interval
-                continue
+        async for message in self.socket:
             if message.type is not WSMsgType.TEXT:
                 return
             for line in message.data.strip().split("\n"):
                 await self._execute(line)
-
-    async def _ping(self) -> None:
-        if self._channels is None:
-            raise _Disconnect(3502, "stale")
-        if self._awaits_pong:
-            raise _Disconnect(3012, "no pong")
-        if self._centrifugo.clock() >= self._expires + _EXPIRED_CLOSE_DELAY:
-            raise _Disconnect(3005, "connection expired")
-        self._awaits_pong = True
-        await self.socket.send_str(encode({}))
 
     async def _execute(self, line: str) -> None:
         command: Any
@@ -126,18 +94,19 @@ class _Connection:
             case {"id": int(number), **request} if number > 0:
                 await self.socket.send_str(encode({"id": number, **self._answer(request)}))
             case dict() if not command:
-                self._awaits_pong = False
+                pass  # a pong, which some clients send unasked
             case _:
                 raise _Disconnect(3501, "bad request")
 
     def _answer(self, request: dict[Any, Any]) -> dict[str, Any]:
         match request:
             case {"connect": {"token": str(token)}} if self._channels is None:
-                return self._take_token(token, "connect", ping=self._ping_seconds, pong=True)
+                if token not in self._centrifugo.tokens:
+                    raise _Disconnect(3500, "invalid token")
+                self._channels = self._centrifugo.tokens[token]
+                return {"connect": {"client": str(uuid4()), "version": ""}}
             case _ if self._channels is None or "connect" in request:
                 raise _Disconnect(3501, "bad request")
-            case {"refresh": {"token": str(token)}}:
-                return self._take_token(token, "refresh")
             case {"subscribe": {"channel": str(channel)}} if channel in self._channels:
                 if channel in self.subscriptions:
                     return {"error": _ALREADY_SUBSCRIBED}
@@ -147,18 +116,3 @@ class _Connection:
                 self.subscriptions.discard(channel)
                 return {"unsubscribe": {}}
         return {"error": _PERMISSION_DENIED}
-
-    @property
-    def _ping_seconds(self) -> int:
-        return math.ceil(self._centrifugo.ping_interval)
-
-    def _take_token(self, token: str, command: str, **more: Any) -> dict[str, Any]:
-        if token not in self._centrifugo.tokens:
-            raise _Disconnect(3500, "invalid token")
-        channels, expires = self._centrifugo.tokens[token]
-        left = expires - self._centrifugo.clock()
-        if left <= 0:
-            return {"error": _TOKEN_EXPIRED}
-        self._channels, self._expires = channels, expires
-        expiry = {"expires": True, "ttl": math.ceil(left)}
-        return {command: {"client": self._client, "version": "", **more, **expiry}}

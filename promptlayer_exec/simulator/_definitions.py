@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
@@ -17,8 +16,6 @@ from promptlayer_exec.simulator._wire import RequestValidationError, parse_integ
 ScenarioSource: TypeAlias = Scenario | Callable[[Mapping[str, Any]], Scenario]
 
 _SORT_KEYS = ("created_at", "updated_at", "name", "id")
-# https://www.rfc-editor.org/rfc/rfc3339#section-5.6
-_DATE_TIME = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 
 
 def _now() -> datetime:
@@ -128,18 +125,6 @@ class Workflow:
         text = "\0".join(map(ascii, (self.id, version.number, *names)))
         return str(uuid.uuid5(uuid.NAMESPACE_OID, text))
 
-    def describe_labels(self) -> list[dict[str, Any]]:
-        ids = {version.number: version.id for version in self.versions}
-        return [
-            {
-                "release_label": label,
-                "release_label_id": index,
-                "workflow_version_id": ids[number],
-                "workflow_version_number": number,
-            }
-            for index, (label, number) in enumerate(self.labels.items(), 1)
-        ]
-
     def summarize(self) -> dict[str, Any]:
         return {
             "id": self.id,
@@ -165,23 +150,10 @@ def list_workflows(workflows: Iterable[Workflow], query: Mapping[str, str]) -> d
     size = parse_integer(query, "per_page", range(1, 101), default=30)
     sort_by = _one_of(query, "sort_by", _SORT_KEYS, "created_at")
     descending = _one_of(query, "sort_order", ("asc", "desc"), "desc") == "desc"
-    bounds = {
-        name: _date_time(query, name)
-        for name in ("created_after", "created_before", "updated_after", "updated_before")
-    }
     source, external_id = query.get("external_source"), query.get("external_id")
     if (source is None) != (external_id is None):
         missing = "external_source" if source is None else "external_id"
         raise RequestValidationError("Field required", "missing", "query", missing)
-
-    def is_meant(workflow: Workflow) -> bool:
-        created, updated = workflow.versions[0].created_at, workflow.versions[-1].created_at
-        return (
-            "created_by_email" not in query  # nobody created them
-            and (source is None or workflow.external_ids.get(source) == external_id)
-            and _is_between(bounds["created_after"], created, bounds["created_before"])
-            and _is_between(bounds["updated_after"], updated, bounds["updated_before"])
-        )
 
     keys: dict[str, Callable[[Workflow], Any]] = {
         "id": lambda it: it.id,
@@ -189,7 +161,8 @@ def list_workflows(workflows: Iterable[Workflow], query: Mapping[str, str]) -> d
         "created_at": lambda it: (it.versions[0].created_at, it.id),
         "updated_at": lambda it: (it.versions[-1].created_at, it.id),
     }
-    found = sorted(filter(is_meant, workflows), key=keys[sort_by], reverse=descending)
+    meant = (it for it in workflows if source is None or it.external_ids.get(source) == external_id)
+    found = sorted(meant, key=keys[sort_by], reverse=descending)
     pages = math.ceil(len(found) / size)
     page: dict[str, Any] = {
         "items": [workflow.summarize() for workflow in found[(number - 1) * size : number * size]],
@@ -213,20 +186,3 @@ def _one_of(query: Mapping[str, str], name: str, known: tuple[str, ...], default
         expected = ", ".join(map(repr, known))
         raise RequestValidationError(f"Input should be {expected}", "enum", "query", name)
     return value
-
-
-def _date_time(query: Mapping[str, str], name: str) -> datetime | None:
-    text = query.get(name)
-    if text is None:
-        return None
-    try:
-        if _DATE_TIME.fullmatch(text):
-            return datetime.fromisoformat(text.upper())
-    except ValueError:
-        pass
-    message = "Input should be a valid datetime"
-    raise RequestValidationError(message, "datetime_parsing", "query", name)
-
-
-def _is_between(after: datetime | None, at: datetime, before: datetime | None) -> bool:
-    return (after is None or at >= after) and (before is None or at <= before)

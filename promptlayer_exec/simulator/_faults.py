@@ -38,8 +38,8 @@ class Fault:
 
     All of them take `times`, the number of requests that it affects (None: every one until
     `Simulator.clear_faults`), and `execution_id`, which limits it to requests for the results of
-    that execution; `Simulator.inject` can limit it to a path. `repeat_post`, `delay_post` and
-    `lose_post` affect what the simulator itself posts, instead: webhooks or callbacks.
+    that execution; `Simulator.inject` can limit it to a path. `repeat_post` and `delay_post`
+    affect what the simulator itself posts, instead: webhooks or callbacks.
     """
 
     effect: Effect
@@ -186,24 +186,10 @@ class Fault:
         copies: int = 2,
         times: int | None = 1,
         *,
-        interval: float = 0.0,
         execution_id: int | None = None,
     ) -> Fault:
-        """Post the same webhook or callback several times.
-
-        Args:
-            kind: `"webhook"` or `"callback"`.
-            copies: how often it is posted.
-            times: how many webhooks or callbacks it affects; None for all.
-            interval: seconds between the answer to one and the next.
-            execution_id: affects only those of this execution.
-
-        Raises:
-            ValueError: `kind`, `copies`, `times` or `interval` is out of range.
-        """
-        if copies < 1:
-            raise ValueError(f"copies must be at least 1, got {copies}")
-        return _post_fault(kind, (0.0, *[interval] * (copies - 1)), times, execution_id)
+        """Post the same webhook or callback several times."""
+        return _post_fault(kind, (0.0,) * copies, times, execution_id)
 
     @staticmethod
     def delay_post(
@@ -211,13 +197,6 @@ class Fault:
     ) -> Fault:
         """Post a webhook or callback only `seconds` after the execution is complete."""
         return _post_fault(kind, (seconds,), times, execution_id)
-
-    @staticmethod
-    def lose_post(
-        kind: PostKind, times: int | None = 1, *, execution_id: int | None = None
-    ) -> Fault:
-        """Do not post a webhook or callback at all."""
-        return _post_fault(kind, (), times, execution_id)
 
     def concerns(self, request: web.BaseRequest) -> bool:
         """Return True if it may affect this request."""
@@ -239,8 +218,6 @@ def _post_fault(
 ) -> Fault:
     if kind not in get_args(PostKind):
         raise ValueError(f'kind must be "webhook" or "callback", got {kind!r}')
-    if any(delay < 0 for delay in delays):
-        raise ValueError(f"seconds must be at least 0, got {min(delays)}")
     return Fault(_answer_normally, times, execution_id, kind, delays)
 
 

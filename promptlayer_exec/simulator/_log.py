@@ -50,17 +50,16 @@ class Log(Generic[T]):
     count: int = attrs.field(default=0, init=False)
     entries: list[T] = attrs.field(factory=list, init=False)
     _waiters: list[tuple[int, Callable[[], object]]] = attrs.field(factory=list, init=False)
-    _recorded: threading.Condition = attrs.field(factory=threading.Condition, init=False)
+    _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False)
 
     def record(self, entry: T) -> None:
-        with self._recorded:
+        with self._lock:
             self.count += 1
             if self._keep:
                 self.entries.append(entry)
             for count, wake in self._waiters:
                 if count <= self.count:
                     wake()
-            self._recorded.notify_all()
         if self._on_record is not None:
             try:
                 self._on_record(entry)
@@ -71,7 +70,7 @@ class Log(Generic[T]):
         reached = asyncio.Event()
         loop = asyncio.get_running_loop()
         waiter = (count, partial(loop.call_soon_threadsafe, reached.set))
-        with self._recorded:
+        with self._lock:
             if count <= self.count:
                 return
             self._waiters.append(waiter)
@@ -81,13 +80,8 @@ class Log(Generic[T]):
         except TimeoutError:
             raise self._timed_out(count, timeout) from None
         finally:
-            with self._recorded:
+            with self._lock:
                 self._waiters.remove(waiter)
-
-    def block(self, count: int, timeout: float) -> None:
-        with self._recorded:
-            if not self._recorded.wait_for(lambda: count <= self.count, timeout):
-                raise self._timed_out(count, timeout)
 
     def _timed_out(self, count: int, timeout: float) -> TimeoutError:
         return TimeoutError(f"saw {self.count} of {count} {self._what} in {timeout} s")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from contextlib import suppress
 from typing import Self
 
@@ -21,7 +20,6 @@ class Server:
     base_url: str
     _web_server: web.Server
     _listener: asyncio.Server
-    _thread: int = attrs.field(factory=threading.get_ident, init=False)
 
     @classmethod
     async def start(cls, api: Api, host: str, port: int) -> Self:
@@ -32,10 +30,6 @@ class Server:
         port = listener.sockets[0].getsockname()[1]
         base_url = str(URL.build(scheme="http", host=host, port=port))
         return cls(base_url, web_server, listener)
-
-    def runs_here(self) -> bool:
-        """Return True if the caller runs in the server's loop."""
-        return self._thread == threading.get_ident() and self._listener.get_loop().is_running()
 
     async def stop(self) -> None:
         """Stop listening, and abort every connection."""

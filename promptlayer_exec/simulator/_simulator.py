@@ -49,12 +49,6 @@ class Simulator:
         push_limit_bytes: the size in bytes of the longest completion message that is pushed with
             its output; a longer one says `EXCEEDS_SIZE_LIMIT`. The limit of PromptLayer's own
             server is unknown.
-        push_ping_interval: seconds between pings on the WebSockets of push.
-        push_token_lifetime: seconds until a token of push expires, by `clock`; 25 s later, a client
-            that has not renewed it is disconnected.
-        development: whether a workflow is described as a development server of PromptLayer does
-            it: by its id and name alone, in an object named `workflow`. Otherwise that object
-            comes beside the documented fields.
         webhook_url: where to post a webhook when a run is complete; None: nowhere.
         webhook_secret: signs the webhooks.
     """
@@ -69,9 +63,6 @@ class Simulator:
         log_requests: bool = True,
         on_request: Callable[[SimRequest], None] | None = None,
         push_limit_bytes: int = 64 * 1024,
-        push_ping_interval: float = 25.0,
-        push_token_lifetime: float = 3600.0,
-        development: bool = False,
         webhook_url: str | None = None,
         webhook_secret: str = "simulator-secret",  # noqa: S107 - of a simulator
     ) -> None:
@@ -82,7 +73,7 @@ class Simulator:
         self._log = Log("requests", log_requests, on_request)
         self._faults = FaultQueue()
         self._backend = Backend(clock)
-        centrifugo = Centrifugo(clock, push_ping_interval)
+        centrifugo = Centrifugo()
         self._posts = Posts(self._faults.take_post, webhook_url, webhook_secret)
         self._completions = Completions(self._backend, centrifugo, self._posts, push_limit_bytes)
         self._api = Api(
@@ -92,9 +83,7 @@ class Simulator:
             self._log,
             centrifugo,
             self._completions,
-            push_token_lifetime,
             self._faults,
-            development,
         )
         self._server: Server | None = None
         self._thread = ExitStack()
@@ -294,21 +283,16 @@ class Simulator:
         self._faults.clear()
 
     def rate_limit(
-        self,
-        requests: float | None,
-        per: float = 1.0,
-        burst: int | None = None,
-        *,
-        retry_after: bool = True,
+        self, requests: float | None, per: float = 1.0, burst: int | None = None
     ) -> None:
         """Answer 429 to authenticated requests beyond a rate, by a token bucket that starts full.
+
+        A 429 has a Retry-After, in seconds and fractions, for when the next request is allowed.
 
         Args:
             requests: how many requests are allowed in `per` seconds; None removes the limit.
             per: seconds.
             burst: how many are allowed at once; by default `requests`, at least 1.
-            retry_after: whether a 429 has a Retry-After, in seconds and fractions, for when the
-                next request will be allowed.
 
         Raises:
             ValueError: a number is not positive, or `burst` is below 1.
@@ -320,10 +304,12 @@ class Simulator:
             burst = max(1, int(requests))
         if not (requests > 0 and per > 0 and burst >= 1):
             raise ValueError("requests and per must be positive, and burst at least 1")
-        self._api.bucket = TokenBucket(requests / per, burst, announces=retry_after)
+        self._api.bucket = TokenBucket(requests / per, burst)
 
     async def wait_for_requests(self, count: int, timeout: float = 10.0) -> None:
         """Wait until there were `count` requests in total.
+
+        It works in any event loop; without one, `asyncio.run` does it.
 
         Args:
             count: the number of requests.
@@ -345,21 +331,6 @@ class Simulator:
             TimeoutError: there were fewer in that time.
         """
         await self._posts.log.wait(count, timeout)
-
-    def block_for_requests(self, count: int, timeout: float = 10.0) -> None:
-        """Block this thread until there were `count` requests in total.
-
-        Args:
-            count: the number of requests.
-            timeout: seconds.
-
-        Raises:
-            TimeoutError: there were fewer requests in that time.
-            RuntimeError: it would block the loop that the simulator serves in.
-        """
-        if self._server is not None and self._server.runs_here():
-            raise RuntimeError("await wait_for_requests here: blocking would stop the server")
-        self._log.block(count, timeout)
 
     async def __aenter__(self) -> Self:
         if self._server is not None:

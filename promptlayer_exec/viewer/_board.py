@@ -8,7 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, aclosing
+from contextlib import aclosing
 from typing import Any, Self
 
 import attrs
@@ -21,7 +21,7 @@ from promptlayer_exec import (
     Snapshot,
     StartUnknown,
 )
-from promptlayer_exec._integration import observed
+from promptlayer_exec._integration import error_text
 from promptlayer_exec.viewer._history import History
 from promptlayer_exec.viewer._problems import Problem, explain
 from promptlayer_exec.viewer._timeline import Sight, Timeline
@@ -103,7 +103,15 @@ class Board:
         self.changed = asyncio.Event()
         self.session = session
         self._watches: dict[Card, asyncio.Task[None]] = {}
-        self._observed = ExitStack()
+
+    def observe(self, event: Event) -> None:
+        """Record why polls are tried again: an observer, for whoever makes the session."""
+        card = self.cards.get(event.execution_id or 0)
+        if card is not None and isinstance(event, RequestRetried):
+            now = time.time()
+            since = now if card.problem is None else card.problem.since
+            card.problem = Problem(*explain(event.error), since, now + event.delay)
+            self._notify()
 
     def follow(self, execution_id: int) -> None:
         """Follow an execution as the last of the page, without checking that it exists."""
@@ -191,7 +199,6 @@ class Board:
         self._notify()
 
     async def __aenter__(self) -> Self:
-        self._observed.enter_context(observed(self.session, self._observe))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -200,7 +207,6 @@ class Board:
             watch.cancel()
         if self._watches:
             await asyncio.wait(self._watches.values())
-        self._observed.close()
         if self.history is not None:
             await self.history.aclose()
 
@@ -231,17 +237,6 @@ class Board:
         finally:
             if card.snapshot is not None and not card.snapshot.complete:
                 self._update(card, origin=card.timeline.origin, times=card.timeline.dump())
-
-    def _observe(self, event: Event) -> None:
-        """Record why a poll is tried again."""
-        card = self.cards.get(event.execution_id or 0)
-        if card is None or not isinstance(event, RequestRetried):
-            return
-        now = time.time()
-        kind, text = explain(event.error)
-        since = now if card.problem is None else card.problem.since
-        card.problem = Problem(kind, text, since, now + event.delay)
-        self._notify()
 
     async def _recall(self, card: Card) -> Timeline:
         """Fill in what is remembered of an execution that was added by its id."""
@@ -305,4 +300,4 @@ def _problem(snapshot: Snapshot) -> str | None:
     failed = snapshot.failed_nodes
     if not failed:
         return "No output node succeeded."
-    return f"{failed[0].name}: {failed[0].error_message or 'the server gave no reason'}"
+    return f"{failed[0].name}: {error_text(failed[0]) or 'the server gave no reason'}"

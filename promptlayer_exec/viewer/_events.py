@@ -16,7 +16,13 @@ import attrs
 from sse_starlette import ServerSentEvent
 
 from promptlayer_exec import Node, NodeStatus, NodeTimes, Snapshot
-from promptlayer_exec._integration import base_url, indented, node_dict
+from promptlayer_exec._integration import (
+    base_url,
+    error_details,
+    error_text,
+    indented,
+    node_dict,
+)
 from promptlayer_exec.viewer._batches import has_batches
 from promptlayer_exec.viewer._board import Board, Card
 from promptlayer_exec.viewer._problems import Problem
@@ -129,8 +135,9 @@ def _rounded(seconds: float | None) -> float | None:
 def _node_view(card: Card, snapshot: Snapshot, node: Node, index: int) -> dict[str, Any]:
     """Return a node as in `Snapshot.to_dict`, with its value and its errors as text to read."""
     has_value = node.value is not None or node.succeeded
+    is_failed = node.status == NodeStatus.FAILED
     value = value_text(node.value) if has_value else ""
-    message, details = _error_texts(node)
+    message, details = error_text(node), error_details(node)
     times = card.timeline.nodes.get(node.name, NodeTimes())
     return {
         **node_dict(snapshot, node.name),
@@ -140,24 +147,9 @@ def _node_view(card: Card, snapshot: Snapshot, node: Node, index: int) -> dict[s
         "value": value[:_MAX_TEXT] if has_value else None,
         "length": len(value),
         "is_text": isinstance(node.value, str),
-        "error_message": message,
-        "raw_error_message": details,
+        "error_message": message or ("The server gave no reason." if is_failed else None),
+        "raw_error_message": None if details == message else details,
     }
-
-
-def _error_texts(node: Node) -> tuple[str | None, str | None]:
-    """Return why a node failed, and any details beyond that, for example a traceback."""
-    raw = node.raw_error_message
-    if isinstance(raw, dict) and raw.keys() == {"raw"}:
-        raw = raw["raw"]
-    details = value_text(raw) if raw not in (None, "") else None
-    if node.error_message:
-        return node.error_message, None if details == node.error_message else details
-    if node.status != NodeStatus.FAILED:
-        return None, details
-    if details is None:
-        return "The server gave no reason.", None
-    return (details.splitlines()[-1] if isinstance(raw, str) else json.dumps(raw)), details
 
 
 def _event(kind: str, data: Any) -> bytes:

@@ -1,6 +1,6 @@
-"""Measure batches on a PostgreSQL server that is a network away, and fail if a target is missed.
+"""Measure batches on SQLite and PostgreSQL, and fail if a target is missed.
 
-Between the batch and the server is a proxy that adds a delay to each round trip.
+PostgreSQL is also measured behind a proxy that adds a delay to each round trip.
 
 Usage: python tests/benchmarks/network.py [--help]
 """
@@ -14,25 +14,19 @@ import os
 import resource
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import aclosing, contextmanager, suppress
-from datetime import UTC, datetime
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
 from promptlayer_exec import Session, StartRequest
-from promptlayer_exec.dbos import Batch, StoredOutcome
-from promptlayer_exec.dbos._location import check_url
-from promptlayer_exec.dbos._requests import Row
-from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import Ending
+from promptlayer_exec.dbos import Batch
 
 PORT = "5432"  # the name of the server's socket; it does not listen on the network
 WORKERS = 3
@@ -103,24 +97,6 @@ def session():
 
 batch = Batch(name, database_url=url, session=session, max_in_flight=int(in_flight))
 asyncio.run(batch.work())
-"""
-
-
-READER = """
-import asyncio, resource, sys
-from promptlayer_exec import Session
-from promptlayer_exec.dbos import Batch
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-async def main():
-    before, batch = peak(), Batch(sys.argv[2], database_url=sys.argv[1], session=Session)
-    async for _ in batch.outcomes():
-        pass
-    print(peak() - before)
-
-asyncio.run(main())
 """
 
 
@@ -209,26 +185,34 @@ class Bench:
         if value > target if most else value < target:
             self.misses.append(name)
 
-    def batch(self, name: str, *, direct: bool = False) -> Batch:
-        """Return a batch."""
-        return Batch(
+    def add(self, name: str, url: str, count: int, seconds: float) -> float:
+        """Add items to a batch; return how many were added per second."""
+        batch = Batch(
             name,
-            database_url=self.direct if direct else self.url,
+            database_url=url,
             session=lambda: Session(self.key, base_url=self.base_url),
             max_in_flight=WORKERS * IN_FLIGHT,
         )
 
-    def workers(self, name: str) -> list[subprocess.Popen[bytes]]:
+        async def add() -> float:
+            await batch.status()  # creates the tables
+            began = time.monotonic()
+            assert await batch.add(requests(count, seconds)) == count
+            return count / (time.monotonic() - began)
+
+        return asyncio.run(add())
+
+    def workers(self, name: str, url: str, count: int) -> list[subprocess.Popen[bytes]]:
         """Start the workers of a batch."""
+        named = "" if url.startswith("sqlite") else "&application_name=worker{}"
         return [
             subprocess.Popen(
                 [
-                    *(sys.executable, "-c", WORKER),
-                    f"{self.url}?application_name=worker{number}",
+                    *(sys.executable, "-c", WORKER, url + named.format(number)),
                     *(name, self.base_url, self.key, str(WORKERS * IN_FLIGHT)),
                 ]
             )
-            for number in range(WORKERS)
+            for number in range(count)
         ]
 
     def connections(self) -> int:
@@ -254,11 +238,6 @@ class Bench:
                     ticks += sum(map(int, fields[11:13]))
         return ticks / os.sysconf("SC_CLK_TCK")
 
-    def finished(self, name: str) -> int:
-        """Return how many items of a batch have an outcome."""
-        text = "select count(*) from promptlayer_item where batch = :name and kind is not null"
-        return int(self.number(text, name=name))
-
 
 def requests(count: int, seconds: float) -> Iterator[StartRequest]:
     """Yield the requests of the items."""
@@ -267,118 +246,58 @@ def requests(count: int, seconds: float) -> Iterator[StartRequest]:
         yield StartRequest("job", {"key": key, "seconds": seconds}, key=key)
 
 
-def measure_add(bench: Bench, count: int) -> None:
-    """Add items."""
-    began = time.monotonic()
-    asyncio.run(bench.batch("add").add(requests(count, 1.0)))
-    bench.row(f"adding {count:,} items", time.monotonic() - began, " s", 60.0)
-    assert asyncio.run(bench.batch("add", direct=True).status()).total == count
-
-
-def measure_status(bench: Bench, count: int) -> None:
-    """Ask for the status of a batch that has many items, without the proxy."""
-    batch = bench.batch("many", direct=True)
-    asyncio.run(batch.add(requests(1, 1.0)))
-    numbers = f"generate_series(2, {count}) AS n"
-    ended = "CASE WHEN n % 2 = 0 THEN 'succeeded' END"
-    now = datetime.now(UTC)
-    outcome = StoredOutcome("a key", 7, True, "x" * 200, None, now, now).to_json()
-    bench.query(
-        "INSERT INTO promptlayer_item (batch, key, attempt, kind, seq, outcome)"
-        f" SELECT 'many', 'key ' || n, 1, {ended}, n, :outcome FROM {numbers}",
-        outcome=outcome,
-    )
-    bench.query(
-        "INSERT INTO dbos.workflow_status (workflow_uuid, status, name, queue_name)"
-        " SELECT 'promptlayer-exec/many/1/key ' || n,"
-        " CASE WHEN n % 2 = 0 THEN 'SUCCESS' WHEN n % 1000 = 1 THEN 'PENDING' ELSE 'ENQUEUED' END,"
-        f" 'promptlayer_exec.item', 'promptlayer-exec/many' FROM {numbers}"
-    )
-    bench.query("UPDATE promptlayer_batch SET total = NULL WHERE name = 'many'")
-    bench.query("VACUUM ANALYZE")
-
-    async def ask() -> float:
-        await batch.status()  # counts the items, as nothing has kept the numbers
-        async with aclosing(batch.outcomes(until_done=False)) as outcomes:
-            await anext(outcomes)  # the batch stays open, and so does its connection
-            times = []
-            for _ in range(20):
-                began = time.monotonic()
-                status = await batch.status()
-                times.append(time.monotonic() - began)
-        assert (status.total, status.succeeded) == (count, count // 2)
-        return statistics.median(times)
-
-    bench.row(f"`status()` of {count:,} items", asyncio.run(ask()) * 1000, " ms", 10.0)
-
-
-def measure_outcomes(bench: Bench, count: int) -> None:
-    """Read outcomes of 2 MiB each in a process of its own."""
-    store = Store(check_url(bench.direct))
-    store.prepare()
-    store.add("large", [Row(str(number), "{}", "") for number in range(count)])
-    now = datetime.now(UTC)
-    for number in range(count):
-        output = os.urandom(2**20).hex()
-        outcome = StoredOutcome(str(number), 7, True, output, None, now, now)
-        store.finish("large", [Ending.of(1, outcome)])
-    store.close()
-    command = [sys.executable, "-c", READER, bench.url, "large"]
-    finished = subprocess.run(command, stdout=subprocess.PIPE, timeout=TIMEOUT, check=True)
-    growth = int(finished.stdout) / 1024
-    bench.row(f"memory that reading {count} outcomes of 2 MiB takes", growth, " MiB", 64.0)
-
-
-def measure_work(bench: Bench, count: int, *, show_statements: bool) -> None:
-    """Work on items of half a second with three workers."""
-    empty = bench.number(_SIZE)
-    asyncio.run(bench.batch("work", direct=True).add(requests(count, 0.5)))
-    bench.query("select pg_stat_statements_reset()")
-    server_cpu = bench.server_cpu()
+def measure_work(
+    bench: Bench, name: str, url: str, workers: int, *, count: int, target: float
+) -> None:
+    """Add items, and work on them: their runs take half a second each."""
+    where = name.partition(",")[0]
+    is_away = url == bench.url
+    added = bench.add(where, url, count, 0.5)
+    bench.row(f"{where}: added per second", added, "", None if is_away else 500.0, most=False)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    workers = bench.workers("work")
-    first, last = count // 10, count * 9 // 10
-    times: dict[int, float] = {}
+    bench.query("select pg_stat_statements_reset()")
+    processes = bench.workers(where, url, workers)
+    database = Batch(where, database_url=url, session=lambda: Session(bench.key))
+    times, connections = asyncio.run(watch(bench, database, processes, count))
+    statements = bench.number("select sum(calls) from pg_stat_statements")
+    assert [process.returncode for process in processes] == [0] * workers
+    rate = count * 0.8 / (times[1] - times[0])
+    bench.row(f"{name}: items per second", rate, "", target, most=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    bench.row(f"{where}: CPU of the workers per item", cpu / count * 1000, " ms")
+    if not url.startswith("sqlite"):
+        bench.row(f"{where}: statements per item", statements / count, "")
+        bench.row(f"{where}: connections per worker", connections, "")
+
+
+async def watch(
+    bench: Bench, batch: Batch, workers: list[subprocess.Popen[bytes]], count: int
+) -> tuple[list[float], int]:
+    """Return when a tenth and nine tenths of the items had ended, and the most connections."""
+    times: list[float] = []
     connections = 0
     give_up = time.monotonic() + TIMEOUT
     while any(worker.poll() is None for worker in workers):
         assert time.monotonic() < give_up, "the work does not end"
-        finished = bench.finished("work")
-        for mark in (first, last):
-            if finished >= mark and mark not in times:
-                times[mark] = time.monotonic()
-                connections = max(connections, bench.connections())
-        time.sleep(0.1)
-    assert [worker.returncode for worker in workers] == [0] * WORKERS
-    condition = "from pg_stat_statements where query not like '%pg_stat%'"
-    condition += " and query not like '%from promptlayer_item where batch = $1 and kind is not%'"
-    statements = bench.number(f"select sum(calls) {condition}")
-    rate = (last - first) / (times[last] - times[first])
-    bench.row(f"items per second, {WORKERS} workers", rate, "", 150.0, most=False)
-    bench.row("statements per item", statements / count, "", 12.0)
-    bench.row("connections per worker", connections, "", 6.0)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    bench.row("CPU of the workers per item", cpu / count * 1000, " ms")
-    bench.row("CPU of PostgreSQL per item", (bench.server_cpu() - server_cpu) / count * 1000, " ms")
-    bench.row("disk per item", (bench.number(_SIZE) - empty) / count / 1024, " KiB")
-    if show_statements:
-        for calls, query in bench.query(
-            f"select calls, query {condition} order by calls desc limit 40"
-        ):
-            text = " ".join(query.split())
-            print(f"{calls / count:6.2f} {text[:90]} ... {text[-60:]}", flush=True)  # noqa: T201
+        finished = (await batch.status()).finished
+        if len(times) < 2 and finished >= count * (0.1, 0.9)[len(times)]:
+            times.append(time.monotonic())
+            connections = max(connections, bench.connections())
+        await asyncio.sleep(0.1)
+    return times, connections
 
 
 def measure_kill(bench: Bench) -> None:
     """Kill one of three workers that have 900 items each."""
     count = WORKERS * IN_FLIGHT
-    asyncio.run(bench.batch("kill", direct=True).add(requests(count, 45.0)))
-    workers = bench.workers("kill")
+    bench.add("kill", bench.url, count, 45.0)
+    workers = bench.workers("kill", bench.url, WORKERS)
     held = (
         "select executor_id, count(*) from dbos.workflow_status"
         " where queue_name = 'promptlayer-exec/kill' and status = 'PENDING' group by 1"
     )
+    ended = "select count(*) from promptlayer_item where batch = 'kill' and kind"
     try:
         give_up = time.monotonic() + TIMEOUT
         started = "select count(started) from promptlayer_item where batch = 'kill'"
@@ -394,14 +313,11 @@ def measure_kill(bench: Bench) -> None:
         while victim in (now := dict(bench.query(held))):
             assert time.monotonic() < began + TIMEOUT, now
             time.sleep(0.1)
-        bench.row(f"moving {before[victim]} items", time.monotonic() - began, " s", 15.0)
-        while bench.finished("kill") < count:
+        bench.row(f"moving {before[victim]} items", time.monotonic() - began, " s", 60.0)
+        while bench.number(f"{ended} is not null") < count:
             assert time.monotonic() < give_up, "the items do not end"
             time.sleep(0.5)
-        (unknown,) = bench.query(
-            "select count(*) from promptlayer_item where batch = 'kill' and kind = 'unknown'"
-        )
-        bench.row("lost starts of live workers", unknown[0], "", 0.0)
+        bench.row("lost starts of live workers", bench.number(f"{ended} = 'unknown'"), "", 0.0)
     finally:
         for worker in workers:
             worker.kill()
@@ -412,19 +328,15 @@ def main() -> int:
     """Print the table, and return 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--delay", type=float, default=10.0, help="milliseconds per round trip")
-    parser.add_argument("--add", type=int, default=100_000, help="how many items to add")
-    parser.add_argument("--run", type=int, default=6_000, help="how many items to work on")
-    parser.add_argument("--status", type=int, default=1_000_000, help="of how many items")
-    parser.add_argument("--outcomes", type=int, default=300, help="how many of 2 MiB to read")
+    parser.add_argument("--run", type=int, default=3_000, help="how many items to work on")
     parser.add_argument("--no-kill", action="store_true", help="do not kill a worker")
-    parser.add_argument("--statements", action="store_true", help="print the statements, too")
     options = parser.parse_args()
     with (
         postgres() as directory,
         program(PROXY, directory / f".s.PGSQL.{PORT}", options.delay / 1000) as (port,),
         program(SIMULATOR) as (base_url, key),
     ):
-        url = f"postgresql://tester@127.0.0.1:{port}/batches"
+        url = f"postgresql://tester@127.0.0.1:{port}/batches?connect_timeout=5"
         direct = f"postgresql://tester@/batches?host={directory}"
         admin = sa.create_engine(
             f"postgresql+psycopg://tester@/postgres?host={directory}", isolation_level="AUTOCOMMIT"
@@ -434,16 +346,16 @@ def main() -> int:
         admin.dispose()
         bench = Bench(direct.replace("postgresql:", "postgresql+psycopg:"), url, base_url, key)
         bench.query("create extension pg_stat_statements")
-        print(f"| {options.delay:g} ms per round trip | measured | target |")  # noqa: T201
-        print("|---|---|---|")  # noqa: T201
-        if options.add:
-            measure_add(bench, options.add)
-        if options.status:
-            measure_status(bench, options.status)
-        if options.outcomes:
-            measure_outcomes(bench, options.outcomes)
+        print("| | measured | target |\n|---|---|---|")  # noqa: T201
         if options.run:
-            measure_work(bench, options.run, show_statements=options.statements)
+            count = options.run
+            sqlite = f"sqlite:///{directory}/batches.sqlite"
+            away = f"PostgreSQL {options.delay:g} ms away"
+            measure_work(bench, "SQLite, 1 worker", sqlite, 1, count=count, target=80.0)
+            measure_work(bench, "PostgreSQL, 2 workers", direct, 2, count=count, target=80.0)
+            measure_work(
+                bench, f"{away}, {WORKERS} workers", url, WORKERS, count=count, target=25.0
+            )
         if not options.no_kill:
             measure_kill(bench)
         bench.engine.dispose()

@@ -89,6 +89,7 @@ class Viewer:
             poll=PollPolicy.fixed(self.poll),
             retry=RetryPolicy(outage=1.0, watch_outage=0.2, base=0.01),
             rate=None,
+            observers=[lambda event: self.board.observe(event)],  # noqa: PLW0108 - made below
         )
         await self._stack.enter_async_context(session)
         history = History(self.history, server="of the tests")

@@ -13,7 +13,7 @@ from typing import Any
 from conftest import CHROMIUM, FLAGS, NARROW, WIDE  # type: ignore[import-not-found]
 from playwright.async_api import Page, ViewportSize, async_playwright, expect
 
-from promptlayer_exec import PollPolicy, RetryPolicy, Session, StartRequest
+from promptlayer_exec import Observer, PollPolicy, RetryPolicy, Session, StartRequest
 from promptlayer_exec.cli import _demo as demo
 from promptlayer_exec.dbos import Batch
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
@@ -30,7 +30,8 @@ async def main() -> None:
         os.environ["PROMPTLAYER_EXEC_DB"] = f"sqlite:///{directory / 'batches.sqlite'}"
         sim = await stack.enter_async_context(Simulator(log_requests=False))
         demo.add_demo_workflows(sim)
-        session = await stack.enter_async_context(_session(sim))
+        session = _session(sim, lambda event: board.observe(event))  # noqa: PLW0108 - made below
+        await stack.enter_async_context(session)
         history = History(directory / "history.sqlite", server=sim.base_url)
         demo.add_past_runs(sim, history, time.time())
         board = await stack.enter_async_context(Board(session, history=history))
@@ -58,9 +59,9 @@ async def main() -> None:
         await asyncio.wait([serving])
 
 
-def _session(sim: Simulator) -> Session:
+def _session(sim: Simulator, *observers: Observer) -> Session:
     poll, retry = PollPolicy(floor=0.2, ceiling=0.4), RetryPolicy(watch_outage=600)
-    return Session(sim.api_key, base_url=sim.base_url, poll=poll, retry=retry)
+    return Session(sim.api_key, base_url=sim.base_url, poll=poll, retry=retry, observers=observers)
 
 
 async def _take(page: Page, name: str, *, dark: bool = False, size: ViewportSize = WIDE) -> None:

@@ -177,7 +177,7 @@ class Scene:
         """Return the executors that have running items."""
         store = Store(check_url(self.url))
         try:
-            return store.running_executors(NAME)
+            return {*store.taken(NAME).values()}
         finally:
             store.close()
 

@@ -70,9 +70,7 @@ def sim(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulator]:
         monkeypatch.setenv("PROMPTLAYER_BASE_URL", simulator.base_url)
         simulator.add_workflow("write-report", write_report)
         simulator.add_workflow("typed", write_report, inputs={"topic": "string"})
-        simulator.add_workflow("empty", Scenario([SimNode("a", {}, 0.05, is_output_node=True)]))
         simulator.add_workflow("held", Scenario([SimNode("a", 1, None, is_output_node=True)]))
-        simulator.add_workflow("reports/weekly", write_report)
         yield simulator
 
 
@@ -167,24 +165,17 @@ ORDINARY = ("write-report", {"topic": "otters"})
 # What happens, by the first cell of a row: the arguments, the SDK's options and ours.
 SITUATIONS: dict[str, tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]] = {
     "no output node succeeded": (("write-report", {"topic": "unicorns"}), {}, {}),
-    "the output is `{}`": (("empty",), {}, {}),
     "the timeout passes": (("held",), {"timeout": 0.3}, {"timeout": 0.3}),
     "the key is wrong": (ORDINARY, {"key": "wrong"}, {"key": "wrong"}),
     "there is no such workflow": (("unknown",), {}, {}),
     "a start is refused with 429": (ORDINARY, {}, {}),
     "the answer to a start is lost": (ORDINARY, {}, {}),
-    "both a label and a version are given": (
-        ORDINARY,
-        {"workflow_label_name": "prod", "workflow_version": 1},
-        {"label": "prod", "version": 1},
-    ),
     "a required input is missing": (("typed", {"topik": "otters"}), {}, {}),
     "JSON cannot carry an input": (
         ("write-report", {"topic": "otters", "when": datetime.date(2026, 1, 1)}),
         {},
         {},
     ),
-    "the name of the workflow has a `/`": (("reports/weekly",), {}, {}),
 }
 
 
@@ -206,7 +197,7 @@ def test_what_happens_with_both_clients(sim: Simulator, row: list[str]) -> None:
     if "`AsyncPromptLayer`" in theirs:  # it returns what the other one raises an error for
         returned = results[AsyncPromptLayer]
         assert errors_in(theirs) == name_of(results[PromptLayer])
-        assert returned == {} or set(returned) == {"Plan", "Report"}
+        assert set(returned) == {"Plan", "Report"}
     if isinstance(result, PromptLayerExecError) and situation.startswith(("no output", "the time")):
         assert result.execution_id == sim.runs[-1].execution_id
         assert result.last_snapshot is not None
@@ -216,7 +207,7 @@ def test_what_happens_with_both_clients(sim: Simulator, row: list[str]) -> None:
         assert "inputs.when" in str(result)
         assert "when" not in str(results[PromptLayer])
     if not isinstance(result, Exception):
-        assert result == ({} if args == ("empty",) else "About otters.")
+        assert result == "About otters."
 
 
 @pytest.mark.parametrize("name", ["input_variables", "workflow_label_name", "workflow_version"])

@@ -179,7 +179,7 @@ def test_held(sim: Simulator, run: Run) -> None:
     outputs: list[Any] = []
     thread = threading.Thread(target=lambda: outputs.append(run(sim, "held")))
     thread.start()
-    sim.block_for_requests(4)
+    asyncio.run(sim.wait_for_requests(4))
     sim.finish(sim.runs[0].execution_id, "a", value="given")
     thread.join(20)
     assert outputs == ["given"]
@@ -208,14 +208,6 @@ def test_empty_subprotocol(sim: Simulator, run: Run) -> None:
     assert run(sim, "w") == "AAA"
     (handshake,) = [request for request in sim.requests if request.path == WEBSOCKET]
     assert handshake.headers["Sec-WebSocket-Protocol"] == ""
-
-
-def test_pings(run: Run) -> None:
-    """The SDK answers pings, so its connection stays open."""
-    with Simulator(push_ping_interval=0.25) as sim:
-        sim.add_workflow("slow", Scenario([SimNode("a", 1, 1.0, is_output_node=True)]))
-        assert run(sim, "slow") == 1
-        assert paths(sim).count(("GET", WEBSOCKET)) == 1
 
 
 def test_settings_from_the_environment(sim: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,226 @@
+"""What a terminal shows live: the table of an execution, and the bar of a batch."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Column, Table
+from rich.text import Text
+
+from promptlayer_exec import Node, NodeStatus, Snapshot
+from promptlayer_exec._integration import printable, status_entry
+from promptlayer_exec.cli._text import (
+    duration,
+    err,
+    failure_reason,
+    final_count,
+    node_detail,
+    result_line,
+    running_time,
+)
+
+if TYPE_CHECKING:
+    from promptlayer_exec.dbos import BatchStatus
+
+_BAR_WIDTH = 40
+_OTHER_LINES = 4  # of a live display: its progress, an empty line, the header, and the cursor's
+_RATE_WINDOW = 30.0
+_LINE_INTERVAL = 9.5  # looked at a few times a second: a line comes at least every ten seconds
+
+
+class LiveDisplay:
+    """A table of all nodes under a progress line, redrawn in place."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._snapshot: Snapshot | None = None
+        self._shown_at = 0.0
+        self._warning = ""
+        self._is_over = False
+        self._spinner = Spinner("line")
+        self._live = Live(console=console)
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Draw `text` until the first snapshot; when the context ends, the last one stays."""
+        self._spinner.update(text=Text(text))
+        # A new one each time: it erases as many lines as its last refresh wrote.
+        self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=8)
+        self._live.start()
+        try:
+            yield
+        finally:
+            self._warning = ""
+            # What does not fit scrolls up, where it can be read.
+            self._is_over = self._snapshot is not None and self._snapshot.complete
+            self._live.transient = self._snapshot is None
+            self._live.stop()
+            if self._snapshot is not None and self._is_over:
+                self._console.print("", *_summary(self._snapshot), sep="\n", soft_wrap=True)
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Replace the snapshot shown before."""
+        self._snapshot, self._shown_at = snapshot, time.monotonic()
+        self._warning = ""
+        self._live.refresh()
+
+    def warn(self, text: str) -> None:
+        """Show the problem above the table until the next snapshot."""
+        self._warning = text
+        self._live.refresh()
+
+    def _render(self) -> RenderableType:
+        warning = [Text(self._warning, style="yellow")] if self._warning else []
+        snapshot = self._snapshot
+        if snapshot is None:
+            return Group(self._spinner, *warning)
+        now = snapshot.elapsed
+        if not snapshot.complete:
+            now += time.monotonic() - self._shown_at
+        lines = sum(len(self._console.render_lines(text)) for text in warning)
+        rows = None if self._is_over else max(1, self._console.height - _OTHER_LINES - lines)
+        nodes, rest = _in_sight(snapshot, rows)
+        table = node_table(snapshot, nodes, now)
+        return Group(_progress_line(snapshot, now), *warning, "", table, *rest)
+
+
+def _progress_line(snapshot: Snapshot, now: float) -> Table:
+    # Above the table: a terminal with too few lines cuts off the bottom.
+    grid = Table.grid("", Column(max_width=_BAR_WIDTH), "", "", padding=(0, 1))
+    grid.add_row(
+        Text(f"execution {snapshot.execution_id}", style="bold", no_wrap=True),
+        ProgressBar(total=1.0, completed=snapshot.progress),
+        Text(final_count(snapshot), no_wrap=True),
+        Text(duration(now), style="dim", no_wrap=True),
+    )
+    return grid
+
+
+def node_table(
+    snapshot: Snapshot, nodes: Iterable[Node] | None = None, now: float | None = None
+) -> Table:
+    """Return a table of nodes, by default of all, without times if `now` is None."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for heading in ("Node", "Status", *([] if now is None else ["Time"]), "Value"):
+        table.add_column(heading, justify="right" if heading == "Time" else "left")
+    for node in snapshot.nodes.values() if nodes is None else nodes:
+        failed = node.status == NodeStatus.FAILED
+        table.add_row(
+            _cell(printable(node.name)),
+            _cell(printable(node.status), status_entry(node.status).style),
+            *([] if now is None else [_cell(running_time(snapshot.times[node.name], now))]),
+            _cell(node_detail(node), "red" if failed else ""),
+        )
+    return table
+
+
+def _in_sight(snapshot: Snapshot, rows: int | None) -> tuple[list[Node], list[Text]]:
+    """Return the nodes of most interest, in the server's order, and a line that counts the rest."""
+    nodes = list(snapshot.nodes.values())
+    if rows is None or len(nodes) <= rows:
+        return nodes, []
+    chosen = sorted(nodes, key=partial(_interest, snapshot))[: rows - 1]
+    names = {node.name for node in chosen}
+    rest = Counter(str(node.status) for node in nodes if node.name not in names)
+    counts = ", ".join(f"{count} {printable(status)}" for status, count in rest.most_common())
+    line = Text(f"… {rest.total()} more: {counts}", style="dim", no_wrap=True, overflow="ellipsis")
+    return [node for node in nodes if node.name in names], [line]
+
+
+def _interest(snapshot: Snapshot, node: Node) -> tuple[int, float]:
+    """Return a key that sorts by the ranks of statuses, and the latest ones first in each."""
+    return status_entry(node.status).rank, -(snapshot.times[node.name].final or 0.0)
+
+
+def _cell(text: str, style: str = "") -> Text:
+    return Text(text, style=style, no_wrap=True)  # a column cuts it off with an ellipsis
+
+
+def _summary(snapshot: Snapshot) -> list[Text]:
+    lines = []
+    for node in snapshot.failed_nodes:
+        line = Text.assemble((printable(node.name), "bold red"), ": ")
+        lines.append(line.append(printable(failure_reason(node), keep="\n\t")))
+    result = Text(result_line(snapshot))
+    style = "bold green" if snapshot.succeeded else "bold red"
+    result.stylize(style, end=result.plain.index(" after "))
+    return [*lines, result]
+
+
+class BatchProgress(logging.Handler):
+    """Shows the progress on standard error: a bar on a terminal, otherwise a line at times.
+
+    It also shows warnings of the log. An outage is one warning, however many requests fail in it.
+    """
+
+    def __init__(self, *, transient: bool = False) -> None:
+        super().__init__(logging.WARNING)
+        self._history: deque[tuple[float, int]] = deque()
+        self._printed_at = time.monotonic()
+        console = Console(stderr=True)
+        columns = (BarColumn(), TextColumn("{task.description}"))
+        disable = not (sys.stderr.isatty() and console.is_interactive)
+        self._bar = Progress(*columns, console=console, disable=disable, transient=transient)
+        self._task = self._bar.add_task("starting", total=None)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the bar, and the warnings of the log, in this context."""
+        log = logging.getLogger("promptlayer_exec")
+        with nullcontext() if self._bar.disable else self._bar:
+            log.addHandler(self)
+            try:
+                yield
+            finally:
+                log.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show a warning."""
+        text = printable(record.getMessage())
+        if self._bar.disable:
+            err(text)
+        else:
+            self._bar.console.print(text, style="yellow", markup=False, highlight=False)
+
+    def show_added(self, added: int, total: int) -> None:
+        """Show how many of the items are in the database already."""
+        self._show(f"{added}/{total} items added", added, total)
+
+    def show(self, status: BatchStatus) -> None:
+        """Show the current status."""
+        now = time.monotonic()
+        self._history.append((now, status.finished))
+        while now - self._history[0][0] > _RATE_WINDOW:
+            self._history.popleft()
+        self._show(self._text(status), status.finished, status.total)
+
+    def _show(self, text: str, done: int, total: int) -> None:
+        self._bar.update(self._task, total=total, completed=done, description=text)
+        now = time.monotonic()
+        if self._bar.disable and now - self._printed_at >= _LINE_INTERVAL:
+            self._printed_at = now
+            err(text)
+
+    def _text(self, status: BatchStatus) -> str:
+        parts = [f"{status.finished}/{status.total} done", f"{status.running} running"]
+        parts += [f"{status.failed} failed"] * (status.failed > 0)
+        parts += [f"{status.unknown} unknown"] * (status.unknown > 0)
+        (first, before), (last, after) = self._history[0], self._history[-1]
+        if after > before:
+            rate = (after - before) / (last - first)
+            parts.append(f"{rate:.1f}/s")
+            if remaining := status.total - status.finished:
+                parts.append(f"{duration(remaining / rate)} left")
+        return ", ".join(parts)

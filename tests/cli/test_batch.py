@@ -1,0 +1,798 @@
+"""The `batch` commands, in this process, or in one of their own if it is killed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+import promptlayer_exec
+from promptlayer_exec._install import install_hint
+from promptlayer_exec.cli import _live
+from promptlayer_exec.cli._app import app
+from promptlayer_exec.cli._batch import batch_app
+from promptlayer_exec.dbos import BatchStatus
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+
+PROGRAM = [sys.executable, "-W", "error", "-m", "promptlayer_exec", "batch"]
+TIMEOUT = 45.0
+FIELDS = ["key", "execution_id", "succeeded", "output", "error", "started", "finished"]
+Start = Callable[..., "subprocess.Popen[str]"]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def sim() -> Iterator[Simulator]:
+    """Serve `echo`, which returns its input `n` and fails for "bad", and `held`, which waits."""
+    with Simulator() as simulator:
+
+        def scenario(inputs: Any) -> Scenario:
+            status = "FAILED" if inputs["n"] == "bad" else "SUCCESS"
+            return Scenario([SimNode("Answer", inputs["n"], status=status, is_output_node=True)])
+
+        simulator.add_workflow("echo", scenario)
+        simulator.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
+        yield simulator
+
+
+@pytest.fixture
+def start(sim: Simulator, tmp_path: Path) -> Iterator[Start]:
+    """Start commands in a temporary directory; end those that still run."""
+    processes = []
+
+    def start(*arguments: object, program: list[str] = PROGRAM, **options: Any) -> Any:
+        settings: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(
+            [*program, *map(str, arguments)],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "PROMPTLAYER_API_KEY": sim.api_key,
+                "PROMPTLAYER_BASE_URL": sim.base_url,
+                "XDG_STATE_HOME": str(tmp_path / "state"),
+            },
+            stdin=subprocess.DEVNULL,
+            text=True,
+            **(settings | options),
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def run(sim: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Run:
+    """Run a command in this process; return its exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("PROMPTLAYER_BASE_URL", sim.base_url)
+    monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            app(["batch", *map(str, arguments)], prog_name="promptlayer-exec")
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err, err
+        return int(end.value.code or 0), out, err
+
+    return run
+
+
+def write(path: Path, *lines: object) -> Path:
+    """Write a file of lines: strings as they are, other values as JSON."""
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    path.write_text("".join(f"{text}\n" for text in texts))
+    return path
+
+
+def results(path: Path) -> list[dict[str, Any]]:
+    """Return the results in a file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def on(method: str, path: str, fault: Fault) -> Fault:
+    """Return a fault of all requests with this method and this start of their path."""
+
+    async def effect(request: Any, answer: Any) -> Any:
+        is_meant = request.method == method and request.path.startswith(path)
+        return await fault.effect(request, answer) if is_meant else None
+
+    return Fault(effect, times=None)
+
+
+def test_a_batch_is_run_and_its_results_are_written(
+    sim: Simulator, run: Run, tmp_path: Path
+) -> None:
+    """The summary has the failures by type, and a second run adds nothing."""
+    file = write(
+        tmp_path / "night.jsonl",
+        {"inputs": {"n": 1}},
+        {"key": "b", "inputs": {"n": "bad"}, "metadata": {"job": "7"}},
+        "",
+        {"key": "c", "inputs": {"n": 3}, "workflow": "none"},
+    )
+    command = ("run", file, "--workflow", "echo", "--out", "out.jsonl")
+    sim.inject(on("GET", "/workflows/none", Fault.status(403)))
+    code, out, err = run(*command)
+    assert (code, out) == (1, "")
+    unchecked, first, second, third, *others, hint = err.splitlines()
+    assert unchecked.startswith("inputs are not checked: workflow 'none': the server answered 403")
+    sim.clear_faults()
+    assert first == "batch night: 3 items"
+    assert second.startswith("batch night: 3 items: 1 succeeded, 2 failed, 0 unknown, in ")
+    assert re.fullmatch(
+        r"  a run took \S+ s \(median\); 95 % took at most \S+ s, the longest \S+ s", third
+    )
+    assert sorted(line.split(",")[0] for line in others) == [
+        "  1 ExecutionFailed",
+        "  1 NotFound",
+    ]
+    assert hint.startswith("failed: `batch retry --failed` starts those again whose run failed or")
+    assert "; `batch recheck` asks again how runs ended, and starts nothing" in hint
+    lines = {line["key"]: line for line in results(tmp_path / "out.jsonl")}
+    assert [list(line) for line in lines.values()] == [FIELDS] * 3
+    (digest,) = lines.keys() - {"b", "c"}
+    assert (lines[digest]["succeeded"], lines[digest]["output"]) == (True, 1)
+    assert lines[digest]["execution_id"] in sim.executions
+    assert lines["c"]["error"]["type"] == "NotFound"
+    assert sorted(run.body["metadata"].get("job", "") for run in sim.runs) == ["", "7"]
+    text = (tmp_path / "out.jsonl").read_text()
+    (tmp_path / "out.jsonl").write_text(text.removesuffix("\n"))  # as after a kill
+    code, _, err = run(*command)
+    assert code == 1
+    assert err.startswith("batch night: 3 items, 3 already known\n")
+    assert sorted((tmp_path / "out.jsonl").read_text()) == sorted(text)
+    code, out, _ = run("run", file, "--workflow", "echo")
+    assert (tmp_path / "state/promptlayer-exec/batches.sqlite").exists()
+    assert sorted(out.splitlines()) == sorted((tmp_path / "out.jsonl").read_text().splitlines())
+    assert len(sim.runs) == 2
+    code, out, err = run("work")
+    assert (code, out) == (1, "")
+    assert "\nbatch night: 3 items: 1 succeeded, 2 failed, 0 unknown, in " in err
+
+
+def test_a_killed_run_is_continued(sim: Simulator, start: Start, run: Run, tmp_path: Path) -> None:
+    """Each item ends with one result, and an incomplete line is written again."""
+    out = tmp_path / "out.jsonl"
+    lines = [{"key": f"k{n}", "inputs": {"n": n}} for n in range(30)]
+    file = write(tmp_path / "night.jsonl", *lines)
+    command = ("run", file, "--workflow", "echo", "--out", out, "--max-in-flight", 10)
+    process = start(*command)
+    while len(sim.runs) < 10:
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+    with out.open("a") as torn:
+        torn.write('{"key": "k')
+    _code, _, err = run(*command)
+    assert "k" not in Counter(line["key"] for line in results(out))
+    assert Counter(line["key"] for line in results(out)) == Counter(line["key"] for line in lines)
+    assert max(Counter(run.inputs["n"] for run in sim.runs).values()) == 1
+    unknown = sum(not line["succeeded"] for line in results(out))
+    assert f"{30 - unknown} succeeded, 0 failed, {unknown} unknown" in err
+    assert ("unknown: these runs may have started" in err) is (unknown > 0)
+
+
+def test_an_interrupted_run_says_how_to_continue(
+    sim: Simulator, start: Start, run: Run, tmp_path: Path
+) -> None:
+    """A started run is not started again; other processes see the status."""
+    file = write(tmp_path / "night.jsonl", {"key": "a", "inputs": {}})
+    command = ("run", file, "--workflow", "held")
+    process = start(*command)
+    while sim.request_count < 2:
+        time.sleep(0.01)
+        assert process.poll() is None
+    assert run("status") == (
+        0,
+        "batch night: 1 item: 0 waiting, 1 running, 0 succeeded, 0 failed, 0 unknown\n",
+        "",
+    )
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 130
+    assert err.endswith(
+        "interrupted; no item is lost: run the same command again to continue;"
+        " `batch status` shows how far it is\n"
+    )
+    assert run("status")[2] == (
+        "nobody works on the items that wait or are running: `batch work`, or the same `batch run`"
+        " again, goes on\n"
+    )
+    sim.finish(sim.runs[0].execution_id, "Answer")
+    code, out, _ = run(*command)
+    assert (code, json.loads(out)["output"], len(sim.runs)) == (0, 1, 1)
+    code, out, _ = run("status", "--json")
+    assert json.loads(out) == {
+        "batch": "night",
+        "waiting": 0,
+        "running": 0,
+        "succeeded": 1,
+        "failed": 0,
+        "unknown": 0,
+        "total": 1,
+        "workers": 0,
+    }
+
+
+def test_invalid_lines_are_reported_with_their_numbers(run: Run, tmp_path: Path) -> None:
+    """All of them are reported before anything is stored or started."""
+    bad = {
+        '{"key": 1}': '"key" must be a string',
+        "not": "not valid JSON: Expecting value, column 1",
+        "[]": 'not a JSON object like {"key": "a", "inputs": {}}',
+        '{"inputs": []}': '"inputs" must be an object',
+        '{"inputs": {"a": NaN}}': "NaN is not a JSON number",
+        '{"input": {}}': "'input' is not one of key, inputs, workflow, label, version, metadata",
+        '{"version": true}': '"version" must be a number',
+        '{"version": 0}': '"version" must be between 1 and 2**63-1',
+        '{"workflow": -1}': '"workflow" must be between 1 and 2**63-1',
+        '{"metadata": {"a": 1}}': '"metadata" must be an object of strings',
+        '{"label": "a", "version": 1}': 'use "label" or "version", not both',
+        '{"key": ""}': '"key" must not be empty',
+        '{"workflow": ""}': 'no workflow: give --workflow NAME, or a "workflow" in the line',
+    }
+    file = write(tmp_path / "bad.jsonl", *bad, '{"key": "x"}', '{"key": "x"}', "[" * 100_000)
+    code, out, err = run("run", file, "--workflow", "w")
+    assert (code, out) == (2, "")
+    lines = err.splitlines()
+    assert lines[:13] == [f"line {number}: {why}" for number, why in enumerate(bad.values(), 1)]
+    assert lines[13] == "line 15: the key 'x' is already used in line 14"
+    assert lines[14].startswith("line 16: cannot be read: ")
+    assert lines[15].endswith("bad.jsonl has 15 invalid lines; nothing was added")
+    assert not list(tmp_path.rglob("*.sqlite"))
+    (tmp_path / "latin").write_bytes(b"".join(b" " * n + b"\xff\n" for n in range(30)))
+    _, _, err = run("run", "latin", "--workflow", "w")
+    assert "line 1: not UTF-8 text: byte 1 is invalid" in err
+    assert "has 30 invalid lines (10 more mistakes are not shown); nothing was added" in err
+
+
+def test_a_mistake_in_the_options_is_one_line(run: Run, tmp_path: Path) -> None:
+    """Whether --workflow is missing, or names none that exists; no file for results is made."""
+    file = write(tmp_path / "night.jsonl", *({"inputs": {"n": n}} for n in range(30)))
+    hint = 'give --workflow NAME, or a "workflow" in the line; nothing was added'
+    lines = "night.jsonl, lines 1, 2, 3 and 27 more: "
+    command = ("run", "night.jsonl", "--out", "out.jsonl")
+    assert run(*command) == (2, "", f"{lines}no workflow: {hint}\n")
+    code, _, err = run(*command, "--workflow", "pear")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"{lines}there is no workflow 'pear'; `promptlayer-exec workflows` lists")
+    assert not (tmp_path / "out.jsonl").exists()
+    assert run("run", file, "--workflow", "echo", "--out", "out.jsonl")[0] == 0
+    assert len(results(tmp_path / "out.jsonl")) == 30
+
+
+def test_lines_that_cannot_run_are_reported_before_anything_is_added(
+    sim: Simulator, run: Run, tmp_path: Path
+) -> None:
+    """One request for each workflow, label and version finds them; known items go on."""
+    scenario = Scenario([SimNode("Answer", 1, is_output_node=True)])
+    inputs = {"first": "string", "last": "string"}
+    sim.add_workflow("pair", scenario, inputs=inputs, labels=["prod"])
+    file = write(
+        tmp_path / "night.jsonl",
+        {"key": "a", "inputs": {"first": "x", "last": "y"}},
+        *({"key": f"b{n}", "inputs": {"first": "x", "lats": n}} for n in range(3)),
+        {"key": "c", "inputs": {"first": "x", "last": "y"}, "label": "live"},
+        {"key": "d", "workflow": "pear"},
+        {"key": "e", "workflow": "pear", "version": 3},
+    )
+    code, out, err = run("run", file, "--workflow", "pair")
+    assert (code, out) == (2, "")
+    misspelt = (
+        "workflow 'pair' needs the input 'last' (string), which is missing; it does not require"
+        " lats (did you mean 'last'?);"
+        " `promptlayer-exec workflow pair` shows what it needs"
+    )
+    hint = "; `promptlayer-exec workflows` lists names and labels"
+    assert err.splitlines() == [
+        f"lines 2, 3, 4: {misspelt}",
+        f"line 5: there is no workflow 'pair' with the label 'live'{hint}",
+        f"line 6: there is no workflow 'pear'{hint}",
+        f"line 7: there is no workflow 'pear' with a version 3{hint}",
+        f"{file} has 6 invalid lines; nothing was added",
+    ]
+    assert sim.request_count == 4
+    assert (run("status")[1], sim.runs) == ("", [])
+    write(file, {"key": "a", "inputs": {"first": "x", "last": "y"}})
+    assert run("run", file, "--workflow", "pair", "--out", "out.jsonl")[0] == 0
+    sim.add_version("pair", scenario, inputs={"name": "string"})
+    code, _, err = run("run", file, "--workflow", "pair", "--out", "out.jsonl")
+    assert (code, err.splitlines()[0]) == (0, "batch night: 1 item, 1 already known")
+
+
+def test_a_file_that_is_refused_leaves_the_results_alone(run: Run, tmp_path: Path) -> None:
+    """It makes no file for them, and changes none, not even a last line that a crash cut off."""
+    item = {"key": "a", "workflow": "echo", "inputs": {"n": 1}}
+    file = write(tmp_path / "night", item)
+    assert run("run", file, "--out", "out.jsonl")[0] == 0
+    with (tmp_path / "out.jsonl").open("a") as torn:
+        torn.write('{"key": "b')
+    before = (tmp_path / "out.jsonl").read_bytes()
+    other_server = ("--base-url", "http://127.0.0.1:9")
+    for inputs, options, why in (
+        ({"n": 1}, other_server, "was begun at"),
+        ({"n": 2}, (), "stands for another request"),
+    ):
+        write(file, item | {"inputs": inputs})
+        for name in ("out.jsonl", "new.jsonl", "new.csv"):
+            code, _, err = run("run", file, "--out", name, *options)
+            assert code == 2
+            assert why in err
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert not list(tmp_path.glob("new*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "none.jsonl"), "cannot read none.jsonl: No such file or directory"),
+        (("run", "empty"), "empty has no items"),
+        (("run", "good", "--out", "none/out"), "cannot write to none/out: No such file"),
+        (
+            ("run", "good", "--out", "other"),
+            "other, line 1, is not a result; the file is unchanged",
+        ),
+        (
+            ("run", "good", "--out", "note"),
+            "note, line 1, is not a result; the file is unchanged",
+        ),
+        (
+            ("run", "good", "--out", "good"),
+            "good, line 1, is not a result; the file is unchanged",
+        ),
+        (("run", "/dev/null"), "/dev/null is read twice: write the items to a regular file first"),
+        (("run", "good", "--db", "nothing"), "database_url is not a URL"),
+        (("run", "long"), "item key must be 1 to 1000 bytes of text"),
+        (("run", "good", "--rate", "inf"), "must be a number greater than 0"),
+        (("run", "good", "--rate", "0"), "must be a number greater than 0"),
+        (("status",), "there is no batch, because there is no database sqlite:///"),
+        (("status", "--name", "none", "--db", "sqlite:///empty"), "there is no batch 'none'"),
+    ],
+)
+def test_usage_errors_are_exit_code_2(
+    run: Run, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    """No file is changed."""
+    (tmp_path / "empty").touch()
+    (tmp_path / "good").write_text('{"key": "a", "workflow": "echo", "inputs": {"n": 1}}')
+    (tmp_path / "note").write_text("mine, without a line break")
+    write(tmp_path / "long", {"workflow": "echo", "key": "k" * 1001})
+    write(tmp_path / "other", "something else")
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert (tmp_path / "other").read_text() == "something else\n"
+    assert (tmp_path / "note").read_text() == "mine, without a line break"
+    assert (tmp_path / "good").stat().st_size > 0
+
+
+def test_unknown_items_are_restarted_on_request(sim: Simulator, run: Run, tmp_path: Path) -> None:
+    """Each has a second result."""
+    file = write(tmp_path / "night", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
+    command = ("run", file, "--out", "out")
+    sim.inject(on("POST", "/", Fault.disconnect()))
+    code, _, err = run(*command)
+    assert code == 1
+    assert "unknown: these runs may have started and be billed: look in PromptLayer" in err
+    sim.clear_faults()
+    assert run(*command, "--restart-unknown")[0] == 0
+    lines = results(tmp_path / "out")
+    assert [(line["key"], line["succeeded"]) for line in lines] == [("a", False), ("a", True)]
+
+
+def test_a_run_with_nothing_to_do_says_so(run: Run, tmp_path: Path) -> None:
+    """So does `work`. A new file under the same name is refused."""
+    file = write(tmp_path / "night", {"key": "1", "workflow": "echo", "inputs": {"n": 1}})
+    assert "another --name" not in run("run", file)[2]
+    code, out, err = run("run", file)
+    assert code == 0
+    assert json.loads(out)["output"] == 1
+    ended = "all items of batch night have already ended, and none is started again:"
+    hint = f"{ended} for a new night, use `batch run` with another --name\n"
+    assert hint in err
+    assert run("work")[2].startswith(hint)
+    write(tmp_path / "night", {"key": "1", "workflow": "echo", "inputs": {"n": 2}})
+    code, out, err = run("run", file)
+    assert (code, out) == (2, "")
+    what = "the key '1' of batch 'night' stands for another request (inputs.n differs): give this"
+    way = " one another key, or add it to another batch; it was not added (--name)"
+    assert what + way in err
+
+
+def test_an_outage_is_reported_once(run: Run, tmp_path: Path) -> None:
+    """The number of requests that fail in it does not matter."""
+    file = write(tmp_path / "night", *({"workflow": "echo", "inputs": {"n": n}} for n in range(10)))
+    code, _, err = run("run", file, "--base-url", "http://127.0.0.1:9", "--outage", "2")
+    assert code == 4
+    assert err.count("trying again for up to 2 s") == 1
+    assert err.count("inputs are not checked: workflow 'echo': ") == 1
+    assert len(err.splitlines()) == 4
+
+
+def test_work_without_a_name_takes_the_only_batch(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If there are several batches, `work` needs --name."""
+    monkeypatch.setenv("PROMPTLAYER_EXEC_DB", "sqlite:///other.sqlite")
+    file = write(tmp_path / "one", {"workflow": "echo", "inputs": {"n": 1}})
+    assert run("run", file)[0] == 0
+    assert run("run", file, "--name", "two")[0] == 0
+    assert (tmp_path / "other.sqlite").exists()
+    code, _, err = run("work")
+    assert (code, err) == (2, "give --name; batches in the database: one, two\n")
+    assert run("work", "--name", "two")[0] == 0
+    assert len(run("status")[1].splitlines()) == 2
+
+
+def test_a_refused_key_is_exit_code_4(
+    run: Run, tmp_path: Path, sim: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So is an unreachable server; the items wait. A missing key is exit code 2."""
+    file = write(tmp_path / "night.jsonl", {"workflow": "echo", "inputs": {"n": 1}})
+    monkeypatch.setenv("PROMPTLAYER_API_KEY", "")
+    assert run("run", file)[0] == 2
+    assert not list(tmp_path.rglob("*.sqlite"))
+    monkeypatch.setenv("PROMPTLAYER_API_KEY", "wrong")
+    code, _, err = run("run", file)
+    assert code == 4
+    assert "Check PROMPTLAYER_API_KEY; no item is lost" in err
+    assert "; no item is lost: run the same command again to continue; `batch status` shows" in err
+    monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
+    assert run("run", file, "--base-url", "http://127.0.0.1:9", "--outage", "0.01")[0] == 4
+    assert run("run", file)[0] == 0
+
+
+def test_a_batch_of_another_server_is_refused(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sim: Simulator
+) -> None:
+    """A trial's results are not taken for those of the server in earnest, and its file stays."""
+    file = write(tmp_path / "night.jsonl", {"key": "a", "inputs": {"n": "trial"}})
+    running: list[Any] = ["run", file, "--workflow", "echo", "--out", "out.jsonl"]
+    assert run(*running)[0] == 0
+    before = (tmp_path / "out.jsonl").read_bytes()
+    with Simulator() as other:
+        monkeypatch.setenv("PROMPTLAYER_BASE_URL", other.base_url)
+        exporting = ["export", "--out", "other.jsonl"]
+        for asked in (running, ["work"], ["recheck"], ["retry", "--failed"], exporting):
+            code, out, err = run(*asked)
+            assert (code, out) == (2, "")
+            assert f"was begun at {sim.base_url}, and this is {other.base_url}" in err
+            assert "(--name, --same-server)" in err
+        assert other.requests == []
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert not (tmp_path / "other.jsonl").exists()
+
+
+@pytest.mark.parametrize(("options", "suffixes"), [((), 1), (("--no-push",), 0)])
+def test_a_batch_is_pushed_unless_that_is_refused(
+    sim: Simulator, run: Run, tmp_path: Path, options: tuple[str, ...], suffixes: int
+) -> None:
+    """Without `--no-push`, each start asks for a message at its end."""
+    file = write(tmp_path / "night.jsonl", *({"key": key, "inputs": {"n": 1}} for key in "ab"))
+    assert run("run", file, "--workflow", "echo", *options, "--out", "out.jsonl")[0] == 0
+    assert len(sim.runs) == 2
+    assert len({run.body.get("channel_name_suffix") for run in sim.runs} - {None}) == suffixes
+
+
+def test_a_closed_standard_output_is_exit_code_141(start: Start, tmp_path: Path) -> None:
+    """It stops the work on items that are still running, without a message."""
+    items = [{"workflow": "echo", "inputs": {"n": n}} for n in range(2)]
+    file = write(tmp_path / "night", *items, {"workflow": "held"})
+    process = start("run", file)
+    process.stdout.close()
+    assert process.wait(TIMEOUT) == 141
+    assert process.stderr.read() == "batch night: 3 items\n"
+
+
+def test_without_the_extra_the_error_says_what_to_install(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exit code is 2."""
+    monkeypatch.setitem(sys.modules, "promptlayer_exec.dbos", None)
+    monkeypatch.delattr(promptlayer_exec, "dbos")
+    file = write(tmp_path / "night.jsonl", {"workflow": "echo"})
+    code, _, err = run("run", file)
+    assert code == 2
+    assert install_hint("cli", "dbos") in err
+
+
+def test_progress_has_the_rate_and_the_remaining_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a terminal it is a line every ten seconds, also if nothing changes.
+
+    The rate is that of 30 seconds.
+    """
+    now = 100.0
+    monkeypatch.setattr(_live.time, "monotonic", lambda: now)
+    progress = _live.BatchProgress()
+    with progress.shown():
+        for seconds, done in ((0.0, 3), (5.0, 50), (10.0, 103), (19.0, 103), (19.7, 103)):
+            now = 100.0 + seconds
+            progress.show(BatchStatus(393 - done, 7, done - 3, 2, 1, 400))
+        logging.getLogger("promptlayer_exec").warning("problem")
+    assert capsys.readouterr().err.splitlines() == [
+        "103/400 done, 7 running, 2 failed, 1 unknown, 10.0/s, 29.7 s left",
+        "103/400 done, 7 running, 2 failed, 1 unknown, 5.1/s, 58.5 s left",
+        "problem",
+    ]
+
+
+def test_the_same_batch_is_found_from_every_directory(
+    sim: Simulator, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default database is the user's own."""
+    file = write(tmp_path / "night.jsonl", {"workflow": "echo", "inputs": {"n": 1}})
+    assert run("run", file)[0] == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert "1 already known" in run("run", file)[2]
+    assert len(sim.runs) == 1
+    assert (tmp_path / "state/promptlayer-exec").stat().st_mode & 0o777 == 0o700
+
+
+def test_results_that_the_database_does_not_know_are_not_run_again(
+    sim: Simulator, run: Run, tmp_path: Path
+) -> None:
+    """Whether it lacks the item, or has not finished one that succeeded."""
+    items = [{"key": key, "workflow": "echo", "inputs": {"n": key}} for key in ("a", "bad")]
+    file = write(tmp_path / "night.jsonl", *items)
+    for name in ("out.jsonl", "out.csv"):
+        command = ("run", file, "--out", name)
+        assert run(*command)[0] == 1
+        assert run(*command)[0] == 1  # which continues the file, or replaces the table
+        before = (tmp_path / name).read_text()
+        code, _, err = run(*command, "--db", "sqlite:///other.sqlite")
+        assert code == 2
+        assert f"{name} has 2 results that batch 'night' in sqlite:///other.sqlite does not" in err
+        assert "that item would be run and paid for again. Use the database that" in err
+        assert (tmp_path / name).read_text() == before
+    assert len(sim.runs) == 2
+    write(tmp_path / "bad.jsonl", items[1])
+    assert run("run", "bad.jsonl", "--name", "night", "--db", "sqlite:///other.sqlite")[0] == 1
+    (tmp_path / "out.jsonl").write_text(json.dumps(results(tmp_path / "out.jsonl")[-1]) + "\n")
+    with (tmp_path / "out.jsonl").open() as out:
+        is_bad = json.loads(out.readline())["key"] == "bad"
+    code, _, err = run("run", file, "--out", "out.jsonl", "--db", "sqlite:///other.sqlite")
+    assert (code == 2) is not is_bad
+
+
+def test_items_of_a_csv_file_are_run(sim: Simulator, run: Run, tmp_path: Path) -> None:
+    """Its results can be a table, too, which later is exported once more."""
+    file = write(tmp_path / "night.csv", "key,n", "a,1", "b,2")
+    assert run("run", file, "--workflow", "echo", "--out", "out.parquet")[0] == 0
+    assert run("export", "--out", "out.csv") == (0, "", "")
+    assert (tmp_path / "out.csv").read_text().splitlines()[0].startswith("key,execution_id,")
+    code, out, _ = run("export")
+    assert code == 0
+    assert {line["key"]: line["output"] for line in map(json.loads, out.splitlines())} == {
+        "a": "1",
+        "b": "2",
+    }
+    assert {run.inputs["n"] for run in sim.runs} == {"1", "2"}
+
+
+def test_the_work_stops_after_failures_in_a_row(sim: Simulator, run: Run, tmp_path: Path) -> None:
+    """The items that are left wait; failures of an earlier command do not count."""
+    items = [{"key": f"k{n}", "workflow": "echo", "inputs": {"n": "bad"}} for n in range(3)]
+    # The first item is started first: the others fail soon.
+    file = write(tmp_path / "night.jsonl", {"key": "held", "workflow": "held"}, *items)
+    command = ("run", file, "--stop-after-failures", 3)
+    code, _, err = run(*command)
+    assert code == 1
+    assert "stopped, because 3 items in a row did not succeed; no item is lost" in err
+    assert "batch night: 4 items: " in err
+    assert "3 ExecutionFailed" in err
+    sim.finish(next(run.execution_id for run in sim.runs if "n" not in run.inputs), "Answer")
+    code, _, err = run(*command)
+    assert code == 1
+    assert "1 succeeded, 3 failed" in err
+    assert "stopped" not in err
+
+
+def test_settings_belong_to_the_batch(run: Run, tmp_path: Path) -> None:
+    """A worker that names none takes those that are stored; others change them, and say so."""
+    file = write(tmp_path / "night.jsonl", {"workflow": "echo", "inputs": {"n": 1}})
+    assert run("run", file, "--stop-after-failures", 1)[0] == 0
+    (row,) = map(json.loads, run("list", "--json")[1].splitlines())
+    assert (row["max_in_flight"], row["rate"], row["total"]) == (None, 100.0, 1)
+    write(file, {"workflow": "echo", "inputs": {"n": 2}})
+    code, _, err = run("run", file, "--max-in-flight", 7, "--rate", 50)
+    assert code == 0
+    assert "batch 'night': rate is now 50 for all its workers; it was 100\n" in err
+    write(file, {"workflow": "echo", "inputs": {"n": 3}})
+    assert "is now" not in run("run", file)[2]
+    (row,) = map(json.loads, run("list", "--json")[1].splitlines())
+    assert (row["max_in_flight"], row["rate"], row["total"]) == (7, 50.0, 3)
+    code, out, err = run("list")
+    assert err.startswith("in sqlite:////")
+    assert re.fullmatch(
+        r"batch night: 3 items: 3 succeeded, 0 failed, 0 unknown;"
+        r" [-\d]+ [:\d]+Z, max-in-flight 7, rate 50\n",
+        out,
+    )
+
+
+def test_an_item_can_be_looked_at(sim: Simulator, run: Run, tmp_path: Path) -> None:
+    """Its request, and what happened to it in the order of time, for people and for programs."""
+    items = [{"key": key, "workflow": "echo", "inputs": {"n": key}} for key in ("a", "bad")]
+    assert run("run", write(tmp_path / "night.jsonl", *items))[0] == 1
+    code, out, _ = run("show", "a")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0] == "item a of batch night: succeeded"
+    assert "  workflow: echo" in lines
+    assert '  inputs: {"n": "a"}' in lines
+    assert '  output: "a"' in lines
+    (execution_id,) = (run.execution_id for run in sim.runs if run.inputs["n"] == "a")
+    events = [line.split("Z  ") for line in lines if line.startswith("  20")]
+    assert [what.partition(" by ")[0] for _, what in events] == [
+        "attempt 1 added",
+        "attempt 1 taken",
+        f"execution {execution_id} started",
+        "succeeded",
+    ]
+    shown = json.loads(run("show", "bad", "--json")[1])
+    assert shown["outcome"]["error"]["type"] == "ExecutionFailed"
+    assert [attempt["state"] for attempt in shown["attempts"]] == ["ended"]
+    assert run("show", "c") == (2, "", "batch 'night' has no item 'c'\n")
+
+
+def test_failed_and_unknown_items_are_started_again_on_request(
+    sim: Simulator, run: Run, tmp_path: Path
+) -> None:
+    """By the next worker; the same command continues the results."""
+    file = write(tmp_path / "night.jsonl", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
+    command = ("run", file, "--out", "out.jsonl")
+    sim.inject(on("POST", "/", Fault.disconnect()))
+    assert run(*command)[0] == 1
+    sim.clear_faults()
+    assert run("retry") == (2, "", "give --failed, --unknown, or both\n")
+    assert "0 items will be started again\n" in run("retry", "--failed")[2]
+    code, _, err = run("retry", "--unknown")
+    assert code == 0
+    assert err.startswith("batch night: 1 item will be started again by a worker: `batch work`")
+    assert run(*command)[0] == 0
+    assert [line["succeeded"] for line in results(tmp_path / "out.jsonl")] == [False, True]
+    assert run("recheck")[2] == "batch night: 0 items will be followed again\n"
+    assert run("show", "a")[1].count(" added\n") == 2
+
+
+def test_what_did_not_succeed_has_a_command_that_goes_on(
+    sim: Simulator, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its options are those that were given, and --name where there are several batches."""
+    file = write(tmp_path / "my night", {"workflow": "echo", "inputs": {"n": "bad"}})
+    hint = "failed: `batch retry --failed{} starts those again whose run failed or did not start"
+    assert run("run", file)[2].splitlines()[-1] == hint.format("`")
+    _, out, err = run("status")
+    assert out == "batch my night: 1 item: 0 succeeded, 1 failed, 0 unknown\n"
+    also = "; `batch recheck{} asks again how runs ended, and starts nothing\n"
+    assert err == (hint + also).format("`", "`")
+    assert run("status", "--json")[2] == ""
+    named = " --name 'my night'`"
+    assert run("work", "--name", "my night")[2].splitlines()[-1] == hint.format(named)
+    server = f" --base-url {sim.base_url}`"
+    assert hint.format(server) in run("run", file, "--base-url", sim.base_url)[2]
+    sim.inject(on("POST", "/", Fault.disconnect()))
+    err = run("run", file, "--name", "two")[2]
+    assert err.splitlines()[-1].endswith("with `batch retry --unknown --name two`, or leave them")
+    assert hint.format(named) in run("status")[2]
+    sim.clear_faults()
+    other = "sqlite:///other.sqlite"
+    given = f" --db {other}`"
+    assert run("run", file, "--db", other)[2].splitlines()[-1] == hint.format(given)
+    monkeypatch.setenv("PROMPTLAYER_EXEC_DB", other)
+    assert run("run", file)[2].splitlines()[-1] == hint.format("`")
+
+
+def test_a_batch_can_be_deleted(sim: Simulator, start: Start, run: Run, tmp_path: Path) -> None:
+    """After a confirmation, and not while a worker works on it."""
+    process = start("run", write(tmp_path / "night.jsonl", {"workflow": "held", "inputs": {}}))
+    while not sim.runs:
+        time.sleep(0.01)
+        assert process.poll() is None
+    code, _, err = run("delete", "--yes")
+    assert code == 2
+    assert err == "a worker works on batch 'night': stop it first; nothing was deleted\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(TIMEOUT) == 130
+    code, _, err = run("delete")
+    assert code == 2
+    what = r"batch night with 1 item \(1 (running|waiting)\) and all results"
+    assert re.fullmatch(f"to delete {what}, give --yes\n", err)
+    assert run("delete", "--yes") == (0, "", "deleted batch night with 1 item\n")
+    for command in ("status", "list"):
+        code, out, err = run(command)
+        assert (code, out) == (0, "")
+        assert err.startswith("there is no batch in sqlite:////")
+
+
+@pytest.mark.parametrize(
+    ("typed", "ends_with"),
+    [
+        (b"n\n", (1, "nothing was deleted")),
+        (b"\x04", (130, "interrupted; nothing was deleted")),
+        (b"y\n", (0, "deleted batch night with 3 items")),
+    ],
+    ids=["no", "end", "yes"],
+)
+def test_deleting_is_asked_about_on_a_terminal(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    typed: bytes,
+    ends_with: tuple[int, str],
+) -> None:
+    """What is typed there decides; the end of the input is no answer."""
+    items = [{"key": key, "workflow": "echo", "inputs": {"n": key}} for key in ("a", "b", "bad")]
+    assert run("run", write(tmp_path / "night.jsonl", *items))[0] == 1
+    leader, follower = pty.openpty()
+    with os.fdopen(leader, "wb", 0) as keyboard, os.fdopen(follower) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        keyboard.write(typed)
+        code, _, err = run("delete")
+    question, _, rest = err.partition(" [y/N]:")
+    what = "batch night with 3 items (2 succeeded, 1 failed) and all results"
+    assert question == f"Delete {what}?"
+    assert (code, rest.strip()) == ends_with
+
+
+def test_a_worker_waits_for_its_batch(run: Run, start: Start, tmp_path: Path) -> None:
+    """It says what it waits for, and works once the batch is added."""
+    process = start("work", "--name", "night")
+    assert process.stderr.readline().startswith("waiting for batch 'night' in sqlite:////")
+    file = write(tmp_path / "night.jsonl", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
+    assert run("run", file)[0] == 0
+    assert process.wait(TIMEOUT) == 0
+
+
+def test_each_batch_command_shows_how_it_is_used(run: Run) -> None:
+    """Its help has an example."""
+    for command in batch_app.registered_commands:
+        code, out, _ = run(command.name, "--help")
+        assert code == 0
+        assert f"  promptlayer-exec batch {command.name}" in out
+
+
+def test_a_terminal_gets_a_bar(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bar shows how many items are done and how many failed."""
+    lines = [{"inputs": {"n": "bad" if n == 3 else n}} for n in range(9)]
+    file = write(tmp_path / "night.jsonl", *lines)
+    leader, follower = pty.openpty()
+    with ThreadPoolExecutor(1) as reader, os.fdopen(leader, "rb", 0) as shown_there:
+        text = reader.submit(_read_to_the_end, shown_there)
+        with os.fdopen(follower, "w") as terminal, monkeypatch.context() as patched:
+            patched.setattr(sys, "stderr", terminal)
+            patched.setenv("TERM", "xterm")
+            code, _, _ = run("run", file, "--workflow", "echo", "--out", "out")
+        assert code == 1
+        assert "9/9 done, 0 running, 1 failed" in text.result(TIMEOUT)
+
+
+def _read_to_the_end(terminal: IO[bytes]) -> str:
+    text = b""
+    with suppress(OSError):  # EIO: the other end is closed
+        while part := terminal.read(65536):
+            text += part
+    return text.decode()

@@ -1,0 +1,1184 @@
+"""The command line, mostly in processes of its own."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import math
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+
+from promptlayer_exec import RetryPolicy
+from promptlayer_exec._install import install_hint
+from promptlayer_exec.cli import main
+from promptlayer_exec.cli._exit import ExitCode
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, SimRequest, Simulator
+
+PROGRAM = [sys.executable, "-W", "error", "-m", "promptlayer_exec"]
+TIMEOUT = 30.0
+BROKEN = """
+import promptlayer_exec
+
+def execution(*args):
+    raise EOFError("what now?")
+
+promptlayer_exec.Session.execution = execution
+from promptlayer_exec.__main__ import main; main()
+"""
+UNREACHABLE = "http://127.0.0.1:9"
+PROXIES = {"HTTP_PROXY": UNREACHABLE, "HTTPS_PROXY": UNREACHABLE}
+HELD = Scenario(
+    [
+        SimNode("think", {"plan": 1}, None),
+        SimNode("reply", "Good day", None, after=["think"], is_output_node=True),
+    ]
+)
+DONE = Scenario([SimNode("reply", "Good\nday", is_output_node=True)])
+FAILED = Scenario(
+    [
+        SimNode("think", status="FAILED", error_message="no idea\nat \x1b[31mall"),
+        SimNode("reply", after=["think"], is_output_node=True),
+    ]
+)
+HOSTILE = Scenario(
+    [
+        SimNode("[red]name", "[blue]x\x1b[2J\x9b2J\u202e"),
+        SimNode("half \ud800", [math.nan, math.inf, "\udfff", "日本"], is_output_node=True),
+    ]
+)
+
+
+class Gate:
+    """Holds the start of a run until it is opened; to be used as a simulator's `on_request`."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.opened = threading.Event()
+
+    def __call__(self, request: SimRequest) -> None:
+        """Block the server if the request starts a run."""
+        if request.method == "POST":
+            self.reached.set()
+            self.opened.wait(TIMEOUT)
+
+
+class Command:
+    """A running command, killed after `TIMEOUT` seconds."""
+
+    def __init__(self, *arguments: str, program: list[str], env: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [*program, *arguments],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        self._watchdog = threading.Timer(TIMEOUT, self.process.kill)
+        self._watchdog.daemon = True
+        self._watchdog.start()
+
+    def line(self) -> str:
+        """Return the next line of standard output."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def error_line(self) -> str:
+        """Return the next line of standard error."""
+        assert self.process.stderr is not None
+        return self.process.stderr.readline()
+
+    def line_with(self, text: str) -> str:
+        """Return the next line of standard output that contains `text`."""
+        while text not in (line := self.line()):
+            assert line, f"{text!r} never came"
+        return line
+
+    def end(self, *, traceback: bool = False) -> tuple[int, str, str]:
+        """Return the exit code, and the rest of standard output and standard error."""
+        out, err = self.process.communicate(timeout=TIMEOUT)
+        assert ("Traceback" in err) is traceback, err
+        return self.process.returncode, out, err
+
+    def close(self) -> None:
+        """End the command if it is still running."""
+        self._watchdog.cancel()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(TIMEOUT)
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+Start: TypeAlias = Callable[..., Command]
+
+
+class Finished:
+    """A command that ran in this process, for tests that need no process of their own."""
+
+    def __init__(self, code: int, out: bytes, err: bytes) -> None:
+        self._ending = code, out.decode(), err.decode()
+
+    def end(self) -> tuple[int, str, str]:
+        """Return the exit code, standard output and standard error."""
+        assert "Traceback" not in self._ending[2], self._ending[2]
+        return self._ending
+
+
+Call: TypeAlias = Callable[..., Finished]
+
+
+@pytest.fixture(scope="module")
+def sim() -> Iterator[Simulator]:
+    """Serve from a thread."""
+    with Simulator() as simulator:
+        yield simulator
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment without variables that change the output of a command."""
+    unwanted = {"COLUMNS", "FORCE_COLOR", "LINES", "NO_COLOR"}
+    unwanted |= {"PYTHONIOENCODING", "PYTHONUNBUFFERED"}
+    return {name: value for name, value in os.environ.items() if name not in unwanted}
+
+
+@pytest.fixture(scope="module")
+def environment(sim: Simulator) -> dict[str, str]:
+    """Return the environment of a user of the simulator."""
+    mine = {"PROMPTLAYER_API_KEY": sim.api_key, "PROMPTLAYER_BASE_URL": sim.base_url}
+    ours = {"PROMPTLAYER_EXEC_TRUST_ENV": "", "PROMPTLAYER_EXEC_PUSH": ""}
+    return _environment() | mine | ours
+
+
+@pytest.fixture
+def start(environment: dict[str, str]) -> Iterator[Start]:
+    """Start commands; end those that still run."""
+    commands = []
+
+    def start(*arguments: object, program: list[str] = PROGRAM, **env: str) -> Command:
+        command = Command(*map(str, arguments), program=program, env=environment | env)
+        commands.append(command)
+        return command
+
+    yield start
+    for command in commands:
+        command.close()
+
+
+@pytest.fixture
+def call(environment: dict[str, str]) -> Call:
+    """Run commands to their end in this process."""
+
+    def call(*arguments: object, **env: str) -> Finished:
+        out, err = io.BytesIO(), io.BytesIO()
+        with pytest.MonkeyPatch.context() as patch:
+            for name in os.environ.keys() - environment.keys():
+                patch.delenv(name)
+            for name, value in (environment | env).items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "argv", ["promptlayer-exec", *map(str, arguments)])
+            patch.setattr(sys, "stdout", io.TextIOWrapper(out, "utf-8"))
+            patch.setattr(sys, "stderr", io.TextIOWrapper(err, "utf-8"))
+            with pytest.raises(SystemExit) as exited:
+                main()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            code = exited.value.code
+            assert isinstance(code, int)
+            return Finished(code, out.getvalue(), err.getvalue())
+
+    return call
+
+
+@pytest.fixture(scope="module", autouse=True)
+def demos() -> Iterator[dict[str, Command]]:
+    """Start the demonstrations before the other tests, because they take seconds."""
+    env = _environment()
+    # Invalid settings, and proxies that do not exist: the demonstrations must not use them.
+    env |= {"PROMPTLAYER_API_KEY": "wrong key", "PROMPTLAYER_BASE_URL": "ftp://nowhere"} | PROXIES
+    commands = {
+        "plain": Command("demo", program=PROGRAM, env=env),
+        "json": Command("demo", "--json", program=PROGRAM, env=env),
+    }
+    yield commands
+    for command in commands.values():
+        command.close()
+
+
+class Terminal:
+    """A pseudo-terminal that runs a command, and the text that the command has written."""
+
+    def __init__(self, command: list[str], env: dict[str, str], columns: int) -> None:
+        self.text = ""
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+        self.process = subprocess.Popen(
+            command, env=env, stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+        )
+        os.close(slave)
+        self._watchdog = threading.Timer(TIMEOUT, self.process.kill)
+        self._watchdog.daemon = True
+        self._watchdog.start()
+
+    def read_until(self, text: str) -> None:
+        """Read until `text` is written, after the text that was read before."""
+        seen = len(self.text)
+        while text not in self.text[seen:]:
+            assert self._read(), f"{text!r} never came, but {self.text!r}"
+
+    def end(self) -> tuple[int, str]:
+        """Return the exit code and all text that was written."""
+        while self._read():
+            pass
+        assert "Traceback" not in self.text
+        return self.process.wait(TIMEOUT), self.text.replace("\r\n", "\n")
+
+    def _read(self) -> bool:
+        try:
+            data = os.read(self._master, 65536)
+        except OSError:  # the other end is closed
+            return False
+        self.text += data.decode()
+        return bool(data)
+
+    def close(self) -> None:
+        """End the command if it is still running."""
+        self._watchdog.cancel()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(TIMEOUT)
+        os.close(self._master)
+
+
+@pytest.fixture
+def terminal(environment: dict[str, str]) -> Iterator[Callable[..., Terminal]]:
+    """Open terminals; end the commands in them."""
+    terminals = []
+
+    def open_terminal(*arguments: object, columns: int = 80, **env: str) -> Terminal:
+        full = environment | {"TERM": "xterm-256color"} | env
+        opened = Terminal([*PROGRAM, *map(str, arguments)], full, columns)
+        terminals.append(opened)
+        return opened
+
+    yield open_terminal
+    for opened in terminals:
+        opened.close()
+
+
+def redirected(how: str) -> list[str]:
+    """Return the program as run by a shell command in which RUN stands for it."""
+    return ["sh", "-c", how.replace("RUN", 'exec "$@"'), "sh", *PROGRAM]
+
+
+def python(code: str) -> list[str]:
+    """Return a program that runs Python code."""
+    return [sys.executable, "-W", "error", "-c", code]
+
+
+def shown(text: str) -> str:
+    """Return the text without escape sequences."""
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+
+
+class TestWatch:
+    """`watch ID`."""
+
+    def test_plain_lines_are_written_as_the_nodes_change(
+        self, sim: Simulator, start: Start
+    ) -> None:
+        """Each change of a node is one line, written at once; the last line is the result."""
+        execution_id = sim.add_execution(HELD)
+        command = start("watch", execution_id, FORCE_COLOR="1")
+        assert re.fullmatch(r" +0\.\d s  think  RUNNING\n", command.line())
+        assert re.fullmatch(r" +0\.\d s  reply  QUEUED\n", command.line())
+        sim.finish(execution_id, "think")
+        sim.finish(execution_id, "reply")
+        assert re.fullmatch(r' +\d\.\d s  think  SUCCESS  {"plan": 1}\n', command.line())
+        assert re.fullmatch(r' +\d\.\d s  reply  SUCCESS  "Good day"\n', command.line())
+        last = rf"execution {execution_id} succeeded after \d\.\d s: 2 SUCCESS\n"
+        assert re.fullmatch(last, command.line())
+        assert command.end() == (0, "", "")
+
+    def test_a_failed_execution_is_exit_code_1(self, sim: Simulator, call: Call) -> None:
+        """The line of a failed node has its whole message, escaped."""
+        execution_id = sim.add_execution(FAILED)
+        code, out, err = call("watch", execution_id).end()
+        assert code == 1
+        assert r"think  FAILED   no idea\nat \x1b[31mall" in out
+        assert f"execution {execution_id} failed after" in out.splitlines()[-1]
+        assert err == ""
+
+    def test_json_lines(self, sim: Simulator, start: Start) -> None:
+        """With --json, each poll with a change is one object; the last one is complete."""
+        execution_id = sim.add_execution(HELD)
+        command = start("watch", execution_id, "--json")
+        first = json.loads(command.line())
+        assert first["execution_id"] == str(execution_id)
+        assert first["poll"] == 1
+        assert (first["complete"], first["succeeded"]) == (False, None)
+        assert [node["status"] for node in first["nodes"].values()] == ["RUNNING", "QUEUED"]
+        sim.finish(execution_id, "think")
+        second = json.loads(command.line())
+        assert second["poll"] > 1
+        assert second["nodes"]["think"]["value"] == {"plan": 1}
+        assert second["nodes"]["think"]["running"] == first["nodes"]["think"]["running"]
+        sim.finish(execution_id, "reply", status="FAILED", error_message="why")
+        code, out, err = command.end()
+        last = json.loads(out)
+        assert (last["complete"], last["succeeded"]) == (True, False)
+        assert last["nodes"]["reply"]["error_message"] == "why"
+        assert (code, err) == (1, "")
+
+    def test_hostile_text(self, sim: Simulator, start: Start) -> None:
+        """Escape sequences, markup, NaN and lone surrogates are text, and intact in JSON."""
+        execution_id = sim.add_execution(HOSTILE)
+        plain = start("watch", execution_id)
+        ascii_only = start("watch", execution_id, PYTHONIOENCODING="ascii")
+        lines = start("watch", execution_id, "--json")
+        code, out, err = plain.end()
+        assert (code, err) == (0, "")
+        assert out.isprintable() is False
+        assert set(out) & {"\x1b", "\x9b", "\u202e"} == set()
+        assert r'[red]name    SUCCESS  "[blue]x\u001b[2J\x9b2J\u202e"' in out
+        assert r'half \ud800  SUCCESS  [NaN, Infinity, "\udfff", "日本"]' in out
+        code, out, _ = ascii_only.end()
+        assert code == 0
+        assert r"\u65e5\u672c" in out
+        code, out, _ = lines.end()
+        nodes = json.loads(out)["nodes"]
+        assert nodes["[red]name"]["value"] == "[blue]x\x1b[2J\x9b2J\u202e"
+        assert str(nodes["half \ud800"]["value"]) == str([math.nan, math.inf, "\udfff", "日本"])
+        assert code == 0
+
+    def test_a_timeout_is_exit_code_3(self, sim: Simulator, start: Start) -> None:
+        """The error shows how to pick the execution up again; with --json it is a line too."""
+        execution_id = sim.add_execution(HELD)
+        code, out, err = start("watch", execution_id, "--json", "--timeout", "0.3").end()
+        assert code == 3
+        assert f"execution {execution_id}: not complete within 0.3 s" in err
+        assert err.endswith(f"again with:\n  promptlayer-exec watch {execution_id}\n")
+        error = json.loads(out.splitlines()[-1])["error"]
+        assert (error["type"], error["execution_id"]) == ("ExecutionTimeout", str(execution_id))
+        assert "not complete within 0.3 s" in error["message"]
+
+    def test_a_refusal_is_exit_code_4(self, sim: Simulator, call: Call) -> None:
+        """A wrong key or an unknown id is reported at once, without advice to try again."""
+        wrong_key = call("watch", 5, PROMPTLAYER_API_KEY="wrong")
+        unknown_id = call("watch", 2**63 - 1)
+        code, out, err = wrong_key.end()
+        assert (code, out) == (4, "")
+        assert "Invalid or missing API key" in err
+        assert "again with" not in err
+        code, out, err = unknown_id.end()
+        assert (code, out) == (4, "")
+        assert f"execution {2**63 - 1}: " in err
+
+    def test_plain_http_is_one_warning(self, start: Start) -> None:
+        """If the key would be sent unencrypted, standard error says so, and the command goes on."""
+        url = "http://0.0.0.0:9"
+        code, out, err = start("watch", 5, "--outage", "0", "--base-url", url).end()
+        assert (code, out) == (4, "")
+        assert re.match(rf"warning: {url} is plain http: .*\n", err)
+        assert err.count("plain http") == 1
+        assert "UserWarning" not in err
+
+    def test_a_retry_is_one_line(self, sim: Simulator, call: Call) -> None:
+        """A request that is retried is one line of standard error, and not a failure."""
+        execution_id = sim.add_execution(DONE)
+        sim.inject(Fault.status(503, execution_id=execution_id))
+        code, out, err = call("watch", execution_id).end()
+        assert code == 0
+        assert "succeeded" in out
+        assert re.fullmatch(r"execution \d+: the server answered 503 .*; trying again .*\n", err)
+
+    def test_an_interrupt_is_exit_code_130(self, sim: Simulator, start: Start) -> None:
+        """Ctrl-C prints the command that picks the execution up again, and so does SIGTERM."""
+        execution_id = sim.add_execution(HELD)
+        commands = [start("watch", execution_id), start("watch", execution_id, "--json")]
+        terminated = start("watch", execution_id)
+        for command in commands:
+            command.line()
+            command.process.send_signal(signal.SIGINT)
+        terminated.line()
+        terminated.process.terminate()
+        code, _, err = commands[0].end()
+        assert code == 130
+        assert err == (
+            f"interrupted\nexecution {execution_id} is not affected; pick it up again with:\n"
+            f"  promptlayer-exec watch {execution_id}\n"
+        )
+        code, out, _ = commands[1].end()
+        error = {
+            "type": "Interrupted",
+            "message": "interrupted",
+            "execution_id": str(execution_id),
+        }
+        assert (code, json.loads(out)) == (130, {"error": error})
+        code, _, err = terminated.end()
+        assert code == 143
+        assert err.startswith("terminated\n")
+        assert f"promptlayer-exec watch {execution_id}" in err
+
+    def test_a_broken_pipe_is_quiet(self, sim: Simulator, start: Start) -> None:
+        """The command ends without a message when its reader is gone."""
+        execution_id = sim.add_execution(HELD)
+        command = start("watch", execution_id)
+        command.line()
+        assert command.process.stdout is not None
+        command.process.stdout.close()
+        sim.finish(execution_id, "think")
+        assert command.process.wait(TIMEOUT) == 141
+        assert command.process.stderr is not None
+        assert command.process.stderr.read() == ""
+
+    def test_usage_errors_are_exit_code_2(self, call: Call) -> None:
+        """An invalid id, option or setting is reported, and nothing is sent."""
+        cases = {
+            call("watch", "0"): "Invalid value for 'ID'",
+            call("watch", 2**63): "Invalid value for 'ID'",
+            call(
+                "watch", 5, "--base-url", "http://a..b"
+            ): "base_url must be a valid URL (--base-url)",
+            call("watch", 5, "--timeout", "nan"): "Invalid value for '--timeout'",
+            call("results", 5, "--base-url", "ftp://x"): "must be an http:// or https:// URL",
+            call("watch", 5, PROMPTLAYER_API_KEY=""): "variable PROMPTLAYER_API_KEY",
+        }
+        for command, message in cases.items():
+            code, out, err = command.end()
+            assert (code, out) == (2, "")
+            assert message in err
+            assert "again with" not in err
+
+
+class TestRun:
+    """`run WORKFLOW`."""
+
+    def test_a_run_is_started_and_watched(self, sim: Simulator, start: Start) -> None:
+        """Standard error has the id and the command for the output; the rest is as with `watch`."""
+        sim.add_workflow("held", HELD)
+        command = start("run", "held")
+        assert command.error_line() == f"execution {sim.executions[-1]} started\n"
+        assert re.fullmatch(r" +0\.\d s  think  RUNNING\n", command.line())
+        execution_id = sim.runs[-1].execution_id
+        sim.finish(execution_id, "think")
+        sim.finish(execution_id, "reply")
+        code, out, err = command.end()
+        assert code == 0
+        assert f"\nexecution {execution_id} succeeded after" in out
+        assert err == (f"print its main output with:\n  promptlayer-exec results {execution_id}\n")
+
+    def test_a_run_is_pushed_unless_that_is_refused(self, sim: Simulator, call: Call) -> None:
+        """Without `--no-push` and the variable, the start asks for a message at the end."""
+        sim.add_workflow("pushed", DONE)
+        for options, env in (
+            ([], {}),
+            (["--no-push"], {}),
+            ([], {"PROMPTLAYER_EXEC_PUSH": "0"}),
+        ):
+            assert call("run", "pushed", *options, **env).end()[0] == 0
+        first, second, third = (run.body for run in sim.runs[-3:])
+        assert first["channel_name_suffix"]
+        assert "channel_name_suffix" not in second
+        assert "channel_name_suffix" not in third
+
+    def test_inputs_label_and_metadata_are_sent(
+        self, sim: Simulator, start: Start, tmp_path: Path
+    ) -> None:
+        """Inputs come from arguments, files and standard input; names have any characters."""
+        sim.add_workflow("a/b 7", DONE)
+        letter = tmp_path / "letter.txt"
+        letter.write_text("12\n")
+        piped = redirected("""printf '{"n": 1, "who": "Maria"}' | RUN""")
+        options = ("-i", "@-", "--input", "n=2", "-i", f"letter@{letter}", "--label", "prod")
+        metadata = ("--metadata", "source=nightly", "--metadata", "run=7", "--no-push")
+        code, _, _ = start("run", "a/b 7", *options, *metadata, program=piped).end()
+        assert code == 0
+        assert sim.runs[-1].workflow == "a/b 7"
+        assert sim.runs[-1].body == {
+            "input_variables": {"n": 2, "who": "Maria", "letter": "12\n"},
+            "workflow_label_name": "prod",
+            "metadata": {"source": "nightly", "run": "7"},
+        }
+
+    def test_workflow_id_and_version_number_are_sent(self, sim: Simulator, call: Call) -> None:
+        """A workflow can be given by its id, and a version by its number."""
+        workflow_id = sim.add_workflow("by id", DONE)
+        assert call("run", workflow_id, "--version", 3, "--no-push").end()[0] == 0
+        assert sim.runs[-1].workflow == "by id"
+        assert sim.runs[-1].body == {"input_variables": {}, "workflow_version_number": 3}
+
+    def test_a_warning_of_the_server_is_printed(self, sim: Simulator, call: Call) -> None:
+        """It is one printable line of standard error, and not a failure."""
+        sim.add_workflow("warned", DONE, warning="Missing: letter\x1b[2J")
+        code, _, err = call("run", "warned").end()
+        assert code == 0
+        assert err.startswith("warning: Missing: letter\\x1b[2J\n")
+
+    def test_a_number_for_a_string_is_reported(self, sim: Simulator, call: Call) -> None:
+        """The run is started: PromptLayer decides what it takes."""
+        sim.add_workflow("typed", DONE, inputs={"n": "string"})
+        code, _, err = call("run", "typed", "--input", "n=2").end()
+        assert code == 0
+        said = "the input 'n' of workflow 'typed' is sent as a number, but should be a string"
+        assert err.splitlines()[0] == said
+
+    def test_json_lines(self, sim: Simulator, call: Call) -> None:
+        """With --json, standard output has what `watch --json` writes, and nothing else."""
+        sim.add_workflow("json", DONE)
+        code, out, _ = call("run", "json", "--json").end()
+        assert code == 0
+        (line,) = out.splitlines()
+        snapshot = json.loads(line)
+        assert snapshot["execution_id"] == str(sim.runs[-1].execution_id)
+        assert snapshot["complete"] is True
+
+    def test_no_watch_prints_only_the_id(self, sim: Simulator, start: Start) -> None:
+        """If standard output cannot be written, the id is on standard error."""
+        sim.add_workflow("unwatched", HELD)
+        code, out, err = start("run", "unwatched", "--no-watch").end()
+        assert (code, out, err) == (0, f"{sim.runs[-1].execution_id}\n", "")
+        code, out, err = start("run", "unwatched", "--no-watch", "--json").end()
+        assert (code, err) == (0, "")
+        assert json.loads(out) == {"execution_id": str(sim.runs[-1].execution_id)}
+        full = redirected("RUN >/dev/full")
+        code, _, err = start("run", "unwatched", "--no-watch", program=full).end()
+        assert code == 74
+        assert err.startswith(f"execution {sim.runs[-1].execution_id} started\n")
+
+    def test_a_refusal_is_exit_code_4(self, call: Call) -> None:
+        """An unknown workflow or a wrong key is reported at once; no run was started."""
+        unknown = call("run", "unknown", "--json")
+        wrong_key = call("run", "unknown", PROMPTLAYER_API_KEY="wrong")
+        code, out, err = unknown.end()
+        assert code == 4
+        assert err.startswith("no run of workflow 'unknown' started: the server answered 404")
+        assert "`promptlayer-exec workflows` lists the names." in err
+        assert err.count("no run") == 1
+        error = json.loads(out)["error"]
+        assert (error["type"], error["execution_id"]) == ("NotFound", None)
+        code, out, err = wrong_key.end()
+        assert (code, out) == (4, "")
+        assert "Invalid or missing API key" in err
+
+    def test_a_lost_answer_is_exit_code_4(self, sim: Simulator, call: Call) -> None:
+        """The error says that the run may have started; it is not started again."""
+        sim.add_workflow("lost", DONE)
+        before = len(sim.runs)
+        sim.inject(Fault.disconnect(), path="/run")
+        code, out, err = call("run", "lost", "--json").end()
+        assert code == 4
+        assert "The run may have started" in err
+        assert "no run was started" not in err
+        assert "again with" not in err
+        error = json.loads(out)["error"]
+        assert (error["type"], error["execution_id"]) == ("StartUnknown", None)
+        assert len(sim.runs) == before + 1
+
+    def test_a_timeout_is_exit_code_3(self, sim: Simulator, start: Start) -> None:
+        """A run that started can be picked up again; a start is not retried for longer either."""
+        sim.add_workflow("slow", HELD)
+        too_slow = start("run", "slow", "--timeout", "0.5")
+        never = start("run", "slow", "--timeout", "0.5", "--base-url", UNREACHABLE)
+        code, _, err = too_slow.end()
+        assert code == 3
+        assert "not complete within 0.5 s" in err
+        assert err.endswith(f"  promptlayer-exec watch {sim.runs[-1].execution_id}\n")
+        code, _, err = never.end()
+        assert code == 3
+        assert "could not send the start within 0.5 s; no run was started" in err
+        assert "again with" not in err
+
+    def test_usage_errors_are_exit_code_2(self, sim: Simulator, call: Call) -> None:
+        """Arguments that cannot be sent are reported, and nothing is sent."""
+        sim.add_workflow("unused", DONE)
+        before = sim.request_count
+        cases = {
+            call("run"): "Missing argument",
+            call("run", ""): "workflow name must not be empty; no run was started",
+            call("run", "unused", "letter=x"): "inputs are given with -i: -i 'letter=x'",
+            call("run", "unused", "-i", "letter"): "Invalid value for '--input'",
+            call("run", "unused", "-i", "rows=[1, NaN]"): "rows[1]",
+            call("run", "unused", "--metadata", "7"): "Invalid value for '--metadata'",
+            call("run", "unused", "--version", 0): "Invalid value for '--version'",
+            call("run", "unused", "--label", "a", "--version", 1): "pass either label or version",
+            call("run", "unused", PROMPTLAYER_API_KEY=""): "variable PROMPTLAYER_API_KEY",
+        }
+        for command, message in cases.items():
+            code, out, err = command.end()
+            assert (code, out) == (2, "")
+            assert message in err
+        assert sim.request_count == before
+
+    def test_a_usage_error_is_written_as_json(self, call: Call) -> None:
+        """With --json, an input that the library refuses is an error line too."""
+        code, out, _ = call("run", "x", "-i", "x=[1e999]", "--json").end()
+        assert code == 2
+        error = json.loads(out)["error"]
+        assert (error["type"], error["execution_id"]) == ("Misuse", None)
+
+    def test_an_interrupted_watch_is_exit_code_130(self, sim: Simulator, start: Start) -> None:
+        """The command that picks the execution up again has the --base-url that was given."""
+        sim.add_workflow("interrupted", HELD)
+        command = start("run", "interrupted", "--base-url", sim.base_url, PROMPTLAYER_BASE_URL="")
+        command.line()
+        command.process.send_signal(signal.SIGINT)
+        code, _, err = command.end()
+        execution_id = sim.runs[-1].execution_id
+        assert code == 130
+        assert err.splitlines()[1:] == [
+            "interrupted",
+            f"execution {execution_id} is not affected; pick it up again with:",
+            f"  promptlayer-exec watch {execution_id} --base-url {sim.base_url}",
+        ]
+
+    def test_an_interrupt_before_the_start_is_sent(self, start: Start) -> None:
+        """The error says that no run was started, and the command ends at once."""
+        command = start("run", "x", "--json", "--base-url", UNREACHABLE)
+        assert "trying again" in command.error_line()
+        command.process.send_signal(signal.SIGINT)
+        code, out, err = command.end()
+        assert code == 130
+        assert err.endswith("interrupted; no run was started\n")
+        assert "waiting" not in err
+        error = {
+            "type": "Interrupted",
+            "message": "interrupted; no run was started",
+            "execution_id": None,
+        }
+        assert json.loads(out) == {"error": error}
+
+    @pytest.mark.parametrize(
+        ("number", "others", "code", "word"),
+        [
+            (signal.SIGINT, (), 130, "interrupted"),
+            (signal.SIGTERM, (), 143, "terminated"),
+            (signal.SIGHUP, (signal.SIGHUP,), 143, "terminated"),  # the shell's, and the kernel's
+        ],
+    )
+    def test_an_interrupted_start_reports_the_id(
+        self, start: Start, number: signal.Signals, others: tuple[int, ...], code: int, word: str
+    ) -> None:
+        """The command waits for the answer of a start that was sent."""
+        gate = Gate()
+        with Simulator(on_request=gate) as sim:
+            sim.add_workflow("held", HELD)
+            command = start("run", "held", PROMPTLAYER_BASE_URL=sim.base_url)
+            assert gate.reached.wait(TIMEOUT)
+            command.process.send_signal(number)
+            assert "the run may have started; waiting for its id" in command.error_line()
+            for other in others:
+                command.process.send_signal(other)
+            gate.opened.set()
+            command.process.wait(TIMEOUT)
+            execution_id = sim.runs[0].execution_id
+        pick_up = "is not affected; pick it up again with:\n  promptlayer-exec watch"
+        message = f"{word}\nexecution {execution_id} {pick_up} {execution_id}\n"
+        assert command.end() == (code, "", message)
+
+    def test_a_start_in_a_terminal_that_is_closed_reports_the_id(self, start: Start) -> None:
+        """Standard error gets it, although the display can no longer be written."""
+        gate = Gate()
+        leader, follower = pty.openpty()
+        with Simulator(on_request=gate) as sim:
+            sim.add_workflow("held", HELD)
+            program = redirected(f"RUN >{os.ttyname(follower)}")
+            env = {"TERM": "xterm", "PYTHONUNBUFFERED": "1"}  # the end of the display is written
+            url = sim.base_url
+            command = start("run", "held", program=program, PROMPTLAYER_BASE_URL=url, **env)
+            assert gate.reached.wait(TIMEOUT)
+            os.close(follower)
+            os.close(leader)
+            command.process.send_signal(signal.SIGHUP)
+            assert "waiting for its id" in command.error_line()
+            gate.opened.set()
+            code, _, err = command.end()
+            execution_id = sim.runs[0].execution_id
+        assert code == 143
+        assert err.endswith(f"pick it up again with:\n  promptlayer-exec watch {execution_id}\n")
+
+    def test_an_interrupted_start_that_fails(self, start: Start) -> None:
+        """If there is no id, the error says whether a run may have started."""
+        refused, lost = Gate(), Gate()
+        with Simulator(on_request=refused) as refusing, Simulator(on_request=lost) as losing:
+            losing.inject(Fault.disconnect(), path="/run")
+            commands = [
+                start("run", "x", PROMPTLAYER_BASE_URL=sim.base_url) for sim in (refusing, losing)
+            ]
+            for command, gate in zip(commands, (refused, lost), strict=True):
+                assert gate.reached.wait(TIMEOUT)
+                command.process.send_signal(signal.SIGINT)
+                assert "waiting for its id" in command.error_line()
+                gate.opened.set()
+            code, _, err = commands[0].end()
+            assert code == 130
+            assert err.startswith("interrupted; no run of workflow 'x' started: the server answer")
+            code, _, err = commands[1].end()
+        assert code == 130
+        assert err.startswith("interrupted; it is not known whether a run of workflow 'x' started")
+        assert "The run may have started" in err
+
+    def test_a_second_interrupt_ends_a_start_at_once(self, start: Start) -> None:
+        """The command does not wait for the answer."""
+        gate = Gate()
+        with Simulator(on_request=gate) as sim:
+            command = start("run", "x", PROMPTLAYER_BASE_URL=sim.base_url)
+            assert gate.reached.wait(TIMEOUT)
+            command.process.send_signal(signal.SIGINT)
+            assert "interrupt again to stop waiting" in command.error_line()
+            command.process.send_signal(signal.SIGINT)
+            assert command.end() == (130, "", "")
+            gate.opened.set()
+
+
+class TestTerminal:
+    """The output on a terminal."""
+
+    def test_a_live_table(self, sim: Simulator, terminal: Callable[..., Terminal]) -> None:
+        """The table is redrawn in place; its last state stays, with the reason for a failure."""
+        execution_id = sim.add_execution(
+            Scenario(
+                [
+                    SimNode("[red]think", "[blue]\x1b[2J" + "long " * 50, None),
+                    SimNode("approve", None, None, after=["[red]think"]),
+                    SimNode("reply", after=["approve"], is_output_node=True),
+                ]
+            )
+        )
+        screen = terminal("watch", execution_id)
+        screen.read_until("RUNNING")
+        assert "0/3" in shown(screen.text)
+        sim.finish(execution_id, "[red]think")
+        sim.finish(execution_id, "approve", status="ON_HOLD")
+        screen.read_until("ON_HOLD")
+        sim.finish(execution_id, "approve", status="FAILED", error_message="no\nway [bold]\x9b")
+        code, text = screen.end()
+        assert code == 1
+        assert "\x1b[2J" not in text
+        assert "\x1b[?25l" in text
+        assert "\x1b[?25h" in text
+        last = shown(text[text.rindex("execution", 0, text.rindex("Status")) :])
+        assert "3/3" in last
+        assert re.search(
+            r"\n\[red\]think +SUCCESS +\d\.\d s +\"\[blue\]\\u001b\[2Jlong.*…\s*\n", last
+        )
+        assert "\napprove: no\nway [bold]\\x9b\n" in last
+        assert f"\nexecution {execution_id} failed after" in last
+
+    def test_a_narrow_terminal(self, sim: Simulator, terminal: Callable[..., Terminal]) -> None:
+        """At 40 columns, no line of the table is wrapped."""
+        execution_id = sim.add_execution(
+            Scenario([SimNode("a node of many words", "x" * 99, is_output_node=True)])
+        )
+        code, text = terminal("watch", execution_id, columns=40, NO_COLOR="1").end()
+        assert code == 0
+        row = next(line for line in shown(text).splitlines() if line.startswith("a node"))
+        assert len(row.rstrip()) <= 40
+        assert "SUCCESS" in row
+
+    def test_a_warning_is_shown_until_the_next_answer(
+        self, sim: Simulator, terminal: Callable[..., Terminal]
+    ) -> None:
+        """A failed request is shown above the table until the server answers."""
+        execution_id = sim.add_execution(HELD)
+        sim.inject(Fault.status(503, execution_id=execution_id))
+        screen = terminal("watch", execution_id)
+        screen.read_until("waiting for the first answer")
+        screen.read_until("the server answered 503")
+        screen.read_until("RUNNING")
+        frame = screen.text[screen.text.rindex("0/2") :]
+        assert "trying again" not in frame
+        sim.inject(Fault.disconnect(execution_id=execution_id))
+        screen.read_until("no usable answer")
+        os.kill(screen.process.pid, signal.SIGINT)
+        code, text = screen.end()
+        assert code == 130
+        end = shown(text[text.rindex("0/2") :])
+        assert "RUNNING" in end
+        assert "trying again" not in end
+        assert end.endswith(f"promptlayer-exec watch {execution_id}\n")
+
+    def test_a_run(self, sim: Simulator, terminal: Callable[..., Terminal]) -> None:
+        """While the run starts, one line says so and shows warnings; the table replaces it."""
+        sim.add_workflow("[red]agent", HELD, warning="no letter")
+        sim.inject(Fault.status(429, retry_after=0.2), path="/run")
+        screen = terminal("run", "[red]agent")
+        screen.read_until("workflow [red]agent: starting")
+        screen.read_until("the server answered 429")
+        screen.read_until("RUNNING")
+        execution_id = sim.runs[-1].execution_id
+        sim.finish(execution_id, "think")
+        sim.finish(execution_id, "reply")
+        code, text = screen.end()
+        assert code == 0
+        erase_line = "\x1b[2K"
+        assert erase_line in text[text.rindex("starting") : text.index("warning")]
+        assert f"warning: no letter\nexecution {execution_id} started\n" in shown(text)
+        end = shown(text[text.rindex("Status") :])
+        assert "trying again" not in end
+        assert end.endswith(f"  promptlayer-exec results {execution_id}\n")
+
+    def test_a_refusal_prints_no_table(self, terminal: Callable[..., Terminal]) -> None:
+        """Without a snapshot, only the error is left on the screen."""
+        code, text = terminal("watch", 5).end()
+        assert code == 4
+        assert "execution 5: " in shown(text)
+        assert "Status" not in text
+        erase_line = "\x1b[2K"
+        assert erase_line in text[text.rindex("waiting") :]
+
+    def test_a_dumb_terminal(self, sim: Simulator, terminal: Callable[..., Terminal]) -> None:
+        """A terminal that cannot move its cursor gets plain lines."""
+        execution_id = sim.add_execution(DONE)
+        code, text = terminal("watch", execution_id, TERM="dumb").end()
+        assert code == 0
+        assert "\x1b" not in text
+        assert 'reply  SUCCESS  "Good\\nday"\n' in text
+
+    def test_results(self, sim: Simulator, terminal: Callable[..., Terminal]) -> None:
+        """`results` prints an escaped string or indented JSON, and `--all` a table."""
+        execution_id = sim.add_execution(
+            Scenario([SimNode("reply", "One\n[b]\x1b[2J", is_output_node=True)])
+        )
+        nested = sim.add_execution(Scenario([SimNode("n", {"a": ["日本"]}, is_output_node=True)]))
+        screens = [
+            terminal("results", execution_id),
+            terminal("results", execution_id, "--all"),
+            terminal("results", nested),
+        ]
+        assert screens[0].end() == (0, "One\n[b]\\x1b[2J\n")
+        code, text = screens[1].end()
+        assert code == 0
+        assert re.search(r'\nreply +SUCCESS +"One\\n\[b\]\\u001b\[2J" *\n', shown(text))
+        assert screens[2].end() == (0, '{\n  "a": [\n    "日本"\n  ]\n}\n')
+
+
+class TestResults:
+    """`results ID`."""
+
+    def test_the_main_output(self, sim: Simulator, call: Call) -> None:
+        """A string is printed as it is, anything else as JSON; --all prints every node."""
+        text = sim.add_execution(
+            Scenario([SimNode("reply", "Good\n\x1b[1mday \ud800", is_output_node=True)])
+        )
+        number = sim.add_execution(
+            Scenario([SimNode("reply", {"a": None, "b": "日本"}, is_output_node=True)])
+        )
+        commands = [
+            call("results", text),
+            call("results", text, "--json"),
+            call("results", number),
+            call("results", number, "--all"),
+        ]
+        assert commands[0].end() == (0, "Good\n\x1b[1mday \\ud800\n", "")
+        assert commands[1].end() == (0, '"Good\\n\\u001b[1mday \\ud800"\n', "")
+        assert commands[2].end() == (0, '{"a": null, "b": "\\u65e5\\u672c"}\n', "")
+        code, out, err = commands[3].end()
+        assert (code, err) == (0, "")
+        (line,) = out.splitlines()
+        assert json.loads(line)["nodes"]["reply"]["value"] == {"a": None, "b": "日本"}
+
+    def test_a_failed_execution_is_exit_code_1(self, sim: Simulator, call: Call) -> None:
+        """Standard output stays empty, and standard error says why."""
+        execution_id = sim.add_execution(FAILED)
+        code, out, err = call("results", execution_id).end()
+        assert (code, out) == (1, "")
+        assert "think: no idea\nat \\x1b[31mall\n" in err
+        assert f"execution {execution_id} failed: 1 FAILED, 1 SKIPPED" in err
+
+    def test_a_running_execution_is_exit_code_3(self, sim: Simulator, start: Start) -> None:
+        """Standard error says so, with the command to follow it."""
+        execution_id = sim.add_execution(HELD)
+        plain, nodes = start("results", execution_id), start("results", execution_id, "--all")
+        code, out, err = plain.end()
+        assert (code, out) == (3, "")
+        assert "not complete yet, 0/2 nodes are final" in err
+        assert f"promptlayer-exec watch {execution_id}\n" in err
+        code, out, err = nodes.end()
+        assert code == 3
+        assert json.loads(out)["complete"] is False
+
+    def test_no_main_output(self, sim: Simulator, call: Call) -> None:
+        """Without an output node, an execution in which nothing failed has no main output."""
+        execution_id = sim.add_execution(Scenario([SimNode("only", status="SKIPPED")]))
+        code, out, err = call("results", execution_id).end()
+        assert (code, out) == (1, "")
+        assert "completed without a main output" in err
+        assert "--all shows its nodes" in err
+
+
+class TestSimulate:
+    """`simulate`."""
+
+    def test_the_other_commands_can_use_it(self, start: Start) -> None:
+        """It prints commands to type and every request; an execution begins at its first one."""
+
+        def nodes_of(execution_id: str) -> Any:
+            code, out, err = start("results", execution_id, "--all", **env).end()
+            assert code in (0, 3), err
+            return json.loads(out)["nodes"]
+
+        server = start("simulate", "--port", "0", "--webhook-url", "http://127.0.0.1:9/webhook")
+        url = server.line().split()[-4]
+        exports = [server.line_with("export "), server.line()]
+        env = PROXIES | dict(line.split()[1].split("=") for line in exports)
+        assert env["PROMPTLAYER_BASE_URL"] == url
+        watched = [server.line() for _ in range(4)]
+        assert [line.split()[2] for line in watched] == ["787", "788", "789", "790"]
+        assert 'run support-agent -i letter="' in server.line_with("promptlayer-exec")
+        assert server.line_with("webhook").endswith(
+            "goes to http://127.0.0.1:9/webhook, with the secret simulator-secret\n"
+        )
+        server.line_with("Requests:")
+        code, out, _ = start("results", 787, "--all", **env).end()
+        assert code == 3
+        nodes = json.loads(out)["nodes"]
+        assert len(nodes) == 10
+        assert nodes["read letter"]["status"] == "RUNNING"
+        request = "GET /workflow-version-execution-results?workflow_version_execution_id=787"
+        assert request in server.line()
+        while nodes["read letter"]["status"] == "RUNNING":
+            nodes = nodes_of("787")
+        assert nodes["classify"]["status"] in ("RUNNING", "SUCCESS")
+        run = start("run", "support-agent", "-i", "letter=Good day", "--no-watch", **env)
+        code, out, err = run.end()
+        assert (code, err) == (0, "")
+        server.line_with("POST /workflows/support-agent/run")
+        nodes["read letter"]["value"] = None
+        while nodes["read letter"]["value"] is None:
+            nodes = nodes_of(out.strip())
+        assert nodes["read letter"]["value"]["text"] == "Good day"
+        server.process.send_signal(signal.SIGINT)
+        code, _, err = server.end()
+        assert (code, err) == (0, "")
+
+    def test_an_unusable_address_is_exit_code_2(self, sim: Simulator, call: Call) -> None:
+        """A port in use or a malformed host is reported in one line."""
+        port = sim.base_url.rpartition(":")[2]
+        malformed = call("simulate", "--host", "a..b")
+        code, out, err = call("simulate", "--port", port).end()
+        assert (code, out) == (2, "")
+        assert err.startswith(f"cannot listen on 127.0.0.1, port {port}: ")
+        assert err.endswith("; --port 0 takes a free port\n")
+        assert err.count("\n") == 1
+        code, out, err = malformed.end()
+        assert (code, out) == (2, "")
+        assert err.startswith("cannot listen on a..b, port 8787: ")
+
+
+class TestProgram:
+    """How the program starts."""
+
+    @pytest.mark.parametrize("text", ["abc", "0", "-1", "7.5", str(2**63), "\u0663"])
+    def test_what_an_id_is(self, call: Call, text: str) -> None:
+        """The error says what was meant, and where it comes from."""
+        for command in ("watch", "results"):
+            code, _, err = call(command, "--", text).end()
+            assert code == 2
+            assert "must be an execution id, a number such as the 787 that `run` prints" in err
+
+    def test_proxies_of_the_environment(self, call: Call) -> None:
+        """They are used, unless PROMPTLAYER_EXEC_TRUST_ENV is 0."""
+        results = ("results", 787, "--outage", "0")
+        env = PROXIES | {"PROMPTLAYER_BASE_URL": "https://api.invalid"}
+        code, _, err = call(*results, **env).end()
+        assert code == 4
+        assert "no connection to the proxy 127.0.0.1:9" in err
+        code, _, err = call(*results, **env, PROMPTLAYER_EXEC_TRUST_ENV="0").end()
+        assert code == 4
+        assert "proxy" not in err
+
+    def test_without_the_extra(self, start: Start) -> None:
+        """Without typer or rich, one line says what to install, and the exit code is 2."""
+        hint = f"the command line needs {install_hint('cli')}\n"
+        call = "from promptlayer_exec.__main__ import main; main()"
+        commands = [
+            start(program=python(f"import sys; sys.modules[{missing!r}] = None; {call}"))
+            for missing in ("typer", "rich")
+        ]
+        for command in commands:
+            assert command.end() == (2, "", hint)
+
+    def test_another_import_error_is_not_hidden(self, start: Start) -> None:
+        """Only a missing extra is reported in one line; other errors have a traceback."""
+        call = (
+            "import sys; sys.modules['promptlayer_exec.cli._batch'] = None\n"
+            "from promptlayer_exec.__main__ import main; main()"
+        )
+        code, out, err = start(program=python(call)).end(traceback=True)
+        assert (code, out) == (70, "")
+        assert "import of promptlayer_exec.cli._batch halted" in err
+
+    def test_an_interrupt_during_an_import(self, start: Start) -> None:
+        """Ctrl-C is exit code 130, without a message, even if an import suppresses exceptions."""
+        call = (
+            "import signal, sys\n"
+            "class Finder:\n"
+            "    def find_spec(self, name, *args):\n"
+            "        if name == 'promptlayer_exec.cli':\n"
+            "            try: signal.raise_signal(signal.SIGINT)\n"
+            "            except BaseException: pass\n"
+            "sys.meta_path.insert(0, Finder())\n"
+            "from promptlayer_exec.__main__ import main; main()"
+        )
+        assert start("--help", program=python(call)).end() == (130, "", "")
+
+    def test_an_interrupt_during_shutdown(self, start: Start) -> None:
+        """Once a command has ended, Ctrl-C changes nothing."""
+        call = (
+            "import atexit, signal\n"
+            "atexit.register(signal.raise_signal, signal.SIGINT)\n"
+            "from promptlayer_exec.__main__ import main; main()"
+        )
+        code, _, err = start("--help", program=python(call)).end()
+        assert (code, err) == (0, "")
+
+    def test_help_imports_nothing_that_only_other_commands_need(self) -> None:
+        """Otherwise each command, and the completion of a line, would take longer to begin."""
+        program = [sys.executable, "-X", "importtime", "-m", "promptlayer_exec", "--help"]
+        finished = subprocess.run(program, capture_output=True, text=True, timeout=60, check=True)
+        imported = {line.rpartition("|")[2].strip() for line in finished.stderr.splitlines()}
+        assert "promptlayer_exec.cli" in imported
+        heavy = {"aiohttp", "rich.live", "dbos", "mcp", "uvicorn", "promptlayer_exec.simulator"}
+        assert imported & heavy == set()
+
+    def test_script_and_module_are_the_same(self, start: Start) -> None:
+        """The script's `main` and `python -m` print the same help, with the exit codes."""
+        call = "from promptlayer_exec.__main__ import main; main()"
+        script = start("--help", program=python(call))
+        module = start("--help")
+        code, out, err = module.end()
+        assert script.end() == (code, out, err)
+        assert (code, err) == (0, "")
+        assert "Usage: promptlayer-exec" in out
+        assert "PROMPTLAYER_API_KEY" in out
+
+    def test_help_lists_the_exit_codes_and_the_defaults(self, call: Call) -> None:
+        """Every code has a line; how long to retry is the library's default."""
+        policy = RetryPolicy()
+        default = f"{policy.outage:g} for a request, {policy.watch_outage:g} for a watch"
+        for command in ("run", "watch", "results"):
+            text = call(command, "--help").end()[1]
+            listed = re.findall(r"^    (\d+) +\S.*$", text, re.MULTILINE)
+            assert list(map(int, listed)) == list(ExitCode)
+            assert default in " ".join(text.split())
+
+    def test_help_shows_the_json_that_is_written(self, sim: Simulator, call: Call) -> None:
+        """The example in `watch --help` has the fields of a line of `watch --json`."""
+        text = call("watch", "--help").end()[1]
+        (example,) = re.findall(r'^ +({"execution_id".*?}}})$', text, re.MULTILINE | re.DOTALL)
+        shown = json.loads(example)
+        execution_id = sim.add_execution(DONE)
+        written = json.loads(call("watch", execution_id, "--json").end()[1])
+        assert list(shown) == list(written)
+        assert list(shown["nodes"]["Node 1"]) == list(written["nodes"]["reply"])
+
+
+class TestExit:
+    """How the program exits when something goes wrong."""
+
+    @pytest.mark.parametrize("command", [("watch", 5), ("run", "x"), ("results", 5)])
+    def test_an_unreachable_server_is_exit_code_4(
+        self, call: Call, command: tuple[object, ...]
+    ) -> None:
+        """An outage is one line, however many retries there are; the error says what to check."""
+        code, out, err = call(*command, "--outage", "0.1", "--base-url", UNREACHABLE).end()
+        assert (code, out) == (4, "")
+        assert re.match(r".*no usable answer .* refused; trying again for up to 0.1 s\n", err)
+        assert "Check the network and --base-url.\n" in err
+        assert err.count("trying again") == 1
+        again = f"again with:\n  promptlayer-exec watch 5 --base-url {UNREACHABLE}\n"
+        assert err.endswith(again) is (command[0] == "watch")
+
+    def test_without_standard_output(self, sim: Simulator, start: Start) -> None:
+        """If it is closed from the start, the output is discarded."""
+        execution_id = sim.add_execution(DONE)
+        command = start("watch", execution_id, program=redirected("RUN <&- >&-"))
+        assert command.end() == (0, "", "")
+
+    def test_a_full_disk_is_exit_code_74(self, sim: Simulator, start: Start) -> None:
+        """Every command reports in one line that standard output cannot be written."""
+        execution_id = sim.add_execution(DONE)
+        commands = [
+            start(*arguments, program=redirected("RUN >/dev/full"))
+            for arguments in (
+                ["watch", execution_id],
+                ["watch", execution_id, "--json"],
+                ["results", execution_id],
+                ["simulate", "--port", "0"],
+                ["demo"],
+                ["--help"],
+            )
+        ]
+        message = "cannot write the output: No space left on device\n"
+        for command in commands:
+            assert command.end() == (74, "", message)
+
+    def test_an_unexpected_error_is_exit_code_70(self, start: Start) -> None:
+        """Its traceback is shown."""
+        code, out, err = start("watch", 5, program=python(BROKEN)).end(traceback=True)
+        assert (code, out) == (70, "")
+        assert "EOFError: what now?\nthis is a bug in promptlayer-exec: please report it" in err
+
+    def test_in_the_background_of_a_script(self, sim: Simulator, start: Start) -> None:
+        """If SIGINT is ignored from the start, it stays ignored."""
+        execution_id = sim.add_execution(HELD)
+        command = start("watch", execution_id, program=redirected("trap '' INT; RUN"))
+        command.line()
+        command.process.send_signal(signal.SIGINT)
+        sim.finish(execution_id, "think")
+        sim.finish(execution_id, "reply")
+        code, out, err = command.end()
+        assert (code, err) == (0, "")
+        assert "succeeded" in out
+
+
+class TestDemo:
+    """`demo`, with invalid settings and proxies that do not exist in the environment."""
+
+    def test_plain(self, demos: dict[str, Command], sim: Simulator) -> None:
+        """It prints every node, including a skipped one, the main output, and a working program."""
+        code, out, err = demos["plain"].end()
+        assert (code, err) == (0, "")
+        assert "\x1b" not in out
+        assert "ask a colleague  SKIPPED" in out
+        assert "execution 787 succeeded after" in out
+        assert "\nDear Ms. Rossi,\n" in out
+        program = out[out.index("import asyncio") :]
+        sim.add_execution(DONE, execution_id=787)
+        env = os.environ | {
+            "PROMPTLAYER_API_KEY": sim.api_key,
+            "PROMPTLAYER_BASE_URL": sim.base_url,
+        }
+        run = subprocess.run(
+            [sys.executable, "-W", "error", "-c", program],
+            env=env,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=TIMEOUT,
+            check=False,
+        )
+        assert (run.returncode, run.stdout, run.stderr) == (0, "reply SUCCESS\nGood\nday\n", "")
+
+    def test_json(self, demos: dict[str, Command]) -> None:
+        """With --json, it writes snapshots and nothing else."""
+        code, out, err = demos["json"].end()
+        assert (code, err) == (0, "")
+        snapshots = [json.loads(line) for line in out.splitlines()]
+        assert len(snapshots) > 6
+        assert snapshots[-1]["succeeded"] is True
+        assert snapshots[-1]["nodes"]["ask a colleague"]["status"] == "SKIPPED"

@@ -1,0 +1,124 @@
+"""What a key stands for, and databases that an older version made."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import closing
+
+import attrs
+import pytest
+
+from promptlayer_exec import Session, StartRequest
+from promptlayer_exec.dbos import Batch
+from promptlayer_exec.dbos import _store as stores
+from promptlayer_exec.dbos._location import check_url
+from promptlayer_exec.dbos._store import Store
+from promptlayer_exec.simulator import Scenario, SimNode, Simulator
+
+REQUEST = StartRequest("echo", {"n": 1, "deep": {"x": 1}}, metadata={"job": "7"}, key="a")
+
+
+@pytest.fixture
+def batch(url: str, sim: Simulator) -> Batch:
+    """Return a batch whose workflow `echo` returns its input `n`."""
+    sim.add_workflow(
+        "echo", lambda inputs: Scenario([SimNode("Answer", inputs["n"], is_output_node=True)])
+    )
+    return Batch("b", database_url=url, session=lambda: Session(sim.api_key, base_url=sim.base_url))
+
+
+DIFFERENT = [
+    (attrs.evolve(REQUEST, workflow=7), "workflow"),
+    (attrs.evolve(REQUEST, inputs={"n": True, "deep": {"x": 1}}), "inputs.n"),
+    (attrs.evolve(REQUEST, inputs={"n": 1, "deep": {"y": 1}}), "inputs.deep.x, inputs.deep.y"),
+    (attrs.evolve(REQUEST, inputs={"n": 1, "deep": None}), "inputs.deep"),
+    (attrs.evolve(REQUEST, label="prod"), "label"),
+    (attrs.evolve(REQUEST, version=2), "version"),
+    (attrs.evolve(REQUEST, metadata={}), "metadata.job"),
+]
+
+
+@pytest.mark.parametrize(("request_", "names"), DIFFERENT, ids=[names for _, names in DIFFERENT])
+async def test_a_key_stands_for_one_request(
+    batch: Batch, request_: StartRequest, names: str
+) -> None:
+    """Another request is refused with what differs, and nothing of the call is added."""
+    assert await batch.add([REQUEST]) == 1
+    items = [StartRequest("echo", key=f"{n}") for n in range(600)]
+    with pytest.raises(ValueError, match="was not added") as caught:
+        await batch.add([*items, request_])
+    assert str(caught.value) == (
+        f"the key 'a' of batch 'b' stands for another request ({names} differs): give this one"
+        " another key, or add it to another batch; it was not added"
+    )
+    assert (await batch.status()).total == 1
+
+
+@pytest.mark.parametrize("between", [0, 1000], ids=["next to each other", "far apart"])
+async def test_two_requests_of_one_call_with_one_key_are_refused(
+    batch: Batch, between: int
+) -> None:
+    """Nothing of the call is added, also to a batch that is new."""
+    others = [StartRequest("echo", key=f"{n}") for n in range(between)]
+    with pytest.raises(ValueError, match=r"another request \(label differs\)"):
+        await batch.add([REQUEST, *others, attrs.evolve(REQUEST, label="prod")])
+    assert (await batch.status()).total == 0
+    assert await batch.add([REQUEST, *others, REQUEST]) == 1 + between
+
+
+async def test_many_differences_are_counted(batch: Batch) -> None:
+    """Five of them are named."""
+    await batch.add([StartRequest("echo", {f"n{n}": 1 for n in range(9)}, key="a")])
+    with pytest.raises(ValueError, match=r"inputs\.n0, .*, inputs\.n4 and 4 more differs"):
+        await batch.add([StartRequest("echo", {f"n{n}": 2 for n in range(9)}, key="a")])
+
+
+async def test_where_to_report_is_not_what_to_run(batch: Batch) -> None:
+    """The same request with another callback URL, or its inputs in another order, is known."""
+    assert await batch.add([REQUEST]) == 1
+    same = attrs.evolve(
+        REQUEST, inputs={"deep": {"x": 1}, "n": 1}, callback_url="https://example.com/7"
+    )
+    assert await batch.add([same, same]) == 0
+
+
+async def test_what_comes_asynchronously_is_added_as_it_comes(batch: Batch) -> None:
+    """A refused request ends the call; the items of earlier chunks are added."""
+
+    async def requests() -> AsyncIterator[StartRequest]:
+        for n in range(1000):
+            yield StartRequest("echo", {"n": n}, key=f"{n}")
+        yield StartRequest("echo", {"n": 0}, key="0", label="prod")
+
+    with pytest.raises(ValueError, match="label differs"):
+        await batch.add(requests())
+    assert (await batch.status()).total == 1000
+
+
+async def test_each_start_carries_its_batch_and_key(batch: Batch, sim: Simulator) -> None:
+    """In its metadata, beside the user's own, so that the run can be found in PromptLayer."""
+    await batch.add([REQUEST])
+    await batch.work()
+    (start,) = [request for request in sim.requests if request.method == "POST"]
+    assert json.loads(start.body)["metadata"] == {
+        "job": "7",
+        "promptlayer_exec.batch": "b",
+        "promptlayer_exec.key": "a",
+    }
+
+
+@pytest.mark.parametrize("jump", [-3600.0, 3600.0])
+async def test_a_clock_that_jumps_stalls_nothing(
+    batch: Batch, url: str, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    """On SQLite, the next slot of the shared rate is a time on the machine's clock."""
+    await batch.add([REQUEST])
+    now = 1_000_000.0
+    monkeypatch.setattr(stores.time, "time", lambda: now)
+    with closing(Store(check_url(url))) as store:
+        waits = [await asyncio.to_thread(store.reserve, "b", 10, 10.0) for _ in range(2)]
+        now += jump
+        waits += [await asyncio.to_thread(store.reserve, "b", 10, 10.0) for _ in range(2)]
+    assert waits == pytest.approx([0.0, 1.0, 2.0, 3.0] if jump < 0 else [0.0, 1.0, 0.0, 1.0])

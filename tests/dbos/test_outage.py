@@ -1,0 +1,840 @@
+"""Outages of the server and of the database: what a batch may cost then, and how work ends."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import socket
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from aiohttp import web
+from dbos import DBOS
+
+from promptlayer_exec import (
+    ConfigurationError,
+    ConnectionFailed,
+    ExecutionTimeout,
+    Forbidden,
+    InvalidResponse,
+    PollPolicy,
+    RateLimited,
+    RequestRetried,
+    RequestTimeout,
+    RetryPolicy,
+    ServerError,
+    Session,
+    StartRequest,
+)
+from promptlayer_exec.dbos import Batch
+from promptlayer_exec.dbos import _breaker as breakers
+from promptlayer_exec.dbos import _callbacks as callbacks
+from promptlayer_exec.dbos import _database as databases
+from promptlayer_exec.dbos import _intents as intents_
+from promptlayer_exec.dbos import _items as items
+from promptlayer_exec.dbos import _liveness as liveness
+from promptlayer_exec.dbos import _rate as rates
+from promptlayer_exec.dbos import _worker as workers
+from promptlayer_exec.dbos._location import check_url
+from promptlayer_exec.dbos._store import Store
+from promptlayer_exec.dbos._tables import Ending
+from promptlayer_exec.dbos._values import StoredOutcome
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+
+COUNT = 60
+
+
+@pytest.fixture
+def batch_of(sim: Simulator, url: str) -> Callable[..., Batch]:
+    """Return a function that makes batches, whose session has these settings."""
+    sim.add_workflow(
+        "echo", lambda inputs: Scenario([SimNode("Answer", inputs.get("n"), is_output_node=True)])
+    )
+
+    def make(
+        *,
+        outage: float = 30.0,
+        watch_outage: float = 30.0,
+        in_flight: int | None = None,
+        rate: float | None = None,
+        restart_unknown: bool = False,
+        **settings: Any,
+    ) -> Batch:
+        retry = RetryPolicy(
+            outage=outage, watch_outage=watch_outage, base=0.001, ceiling=0.2, not_found_grace=0.0
+        )
+        options = {"base_url": sim.base_url, "poll": PollPolicy.fixed(0.01), "rate": None}
+        options |= {"push": False, "check_inputs": False}
+
+        def session() -> Session:
+            return Session(sim.api_key, retry=retry, **{**options, **settings})
+
+        return Batch(
+            "night",
+            database_url=url,
+            session=session,
+            max_in_flight=in_flight,
+            rate=rate,
+            restart_unknown=restart_unknown,
+        )
+
+    return make
+
+
+def requests(count: int = COUNT) -> list[StartRequest]:
+    """Return items whose output is their key."""
+    return [StartRequest("echo", {"n": f"{n}"}, key=f"{n}") for n in range(count)]
+
+
+def answers(
+    sim: Simulator,
+    method: str,
+    status: int,
+    body: bytes = b"{}",
+    headers: Mapping[str, str] | None = None,
+) -> None:
+    """Answer all requests of a method with a status, until `clear_faults`."""
+
+    async def effect(request: web.BaseRequest, _: Any) -> web.StreamResponse | None:
+        if request.method != method:
+            return None
+        return web.Response(
+            status=status, body=body, content_type="application/json", headers=headers
+        )
+
+    sim.inject(Fault(effect, times=None))
+
+
+async def endings(batch: Batch) -> Counter[str]:
+    """Return how many items ended how, with the type of their error."""
+    found = Counter[str]()
+    async for outcome in batch.outcomes():
+        found[outcome.error.type if outcome.error else "succeeded"] += 1
+        if outcome.succeeded:
+            assert outcome.output == outcome.key
+    return found
+
+
+def most_starts(sim: Simulator) -> int:
+    """Return how often the item that was started most often was started."""
+    return max(Counter(run.inputs["n"] for run in sim.runs).values())
+
+
+async def until(reached: Callable[[], bool]) -> None:
+    """Wait for at most 20 seconds until a condition holds."""
+    async with asyncio.timeout(20):
+        while not reached():  # noqa: ASYNC110 - most of what is waited for has no event
+            await asyncio.sleep(0.01)
+
+
+async def test_lost_starts_pause_the_batch(sim: Simulator, batch_of: Callable[..., Batch]) -> None:
+    """A few are unknown: those on the wire, and one probe for each pause. The rest succeeds."""
+    batch = batch_of()
+    await batch.add(requests())
+    working = asyncio.create_task(batch.work())
+    await until(lambda: len(sim.runs) >= 10)
+    answers(sim, "POST", 503)
+    await asyncio.sleep(1.0)
+    sim.clear_faults()
+    status = await working
+    assert 3 <= status.unknown <= 20
+    assert await endings(batch) == {
+        "succeeded": COUNT - status.unknown,
+        "StartUnknown": status.unknown,
+    }
+    assert most_starts(sim) == 1
+
+
+async def test_refused_starts_wait(sim: Simulator, batch_of: Callable[..., Batch]) -> None:
+    """The account is refused, and no item: all of them are started when it passes."""
+    batch = batch_of()
+    await batch.add(requests())
+    working = asyncio.create_task(batch.work())
+    await until(lambda: len(sim.runs) >= 10)
+    answers(sim, "POST", 402)
+    await asyncio.sleep(0.4)
+    sim.clear_faults()
+    assert (await working).succeeded == COUNT
+    assert most_starts(sim) == 1
+
+
+@pytest.mark.parametrize(("status", "error"), [(503, ServerError), (403, Forbidden)])
+async def test_an_outage_that_lasts_ends_the_work(
+    sim: Simulator, batch_of: Callable[..., Batch], status: int, error: type[Exception]
+) -> None:
+    """With the server's error, after the patience of the session; most items wait."""
+    await batch_of().add(requests(20))
+    answers(sim, "POST", status)
+    with pytest.raises(error):
+        await batch_of(outage=0.2).work()
+    before = await batch_of().status()
+    assert before.unknown <= 8
+    assert before.failed == 0
+    sim.clear_faults()
+    assert (await batch_of().work()).succeeded == 20 - before.unknown
+    assert most_starts(sim) == 1
+
+
+@pytest.mark.parametrize(("status", "error"), [(503, ServerError), (200, InvalidResponse)])
+async def test_results_that_stay_unreadable_end_the_work_but_no_item(
+    sim: Simulator, batch_of: Callable[..., Batch], status: int, error: type[Exception]
+) -> None:
+    """The next worker follows the same executions."""
+    await batch_of().add(requests(8))
+    answers(sim, "GET", status, b"[1]")
+    with pytest.raises(error):
+        await batch_of(watch_outage=0.2).work()
+    assert (await batch_of().status()).finished == 0
+    started = len(sim.runs)
+    assert started >= 4
+    sim.clear_faults()
+    assert (await batch_of().work()).succeeded == 8
+    assert most_starts(sim) == 1
+
+
+async def test_one_execution_that_cannot_be_read_keeps_nobody_waiting(
+    sim: Simulator, batch_of: Callable[..., Batch]
+) -> None:
+    """All others end; then the work ends with its error, and the next worker follows it."""
+    sim.add_workflow("held", Scenario([SimNode("Answer", "0", None, is_output_node=True)]))
+    batch = batch_of(watch_outage=0.2)
+    await batch.add([StartRequest("held", {"n": "0"}, key="0"), *requests(30)[1:]])
+    working = asyncio.create_task(batch.work())
+    await until(lambda: any(run.inputs["n"] == "0" for run in sim.runs))
+    (held,) = (run.execution_id for run in sim.runs if run.inputs["n"] == "0")
+    sim.inject(Fault.status(403, times=None, execution_id=held))
+    with pytest.raises(Forbidden) as caught:
+        await working
+    assert caught.value.execution_id == held
+    status = await batch.status()
+    assert (status.succeeded, status.finished) == (29, 29)
+    sim.clear_faults()
+    sim.finish(held, "Answer")
+    assert (await batch.work()).succeeded == 30
+
+
+async def test_an_execution_that_takes_too_long_is_not_given_up(
+    sim: Simulator, batch_of: Callable[..., Batch], caplog: pytest.LogCaptureFixture
+) -> None:
+    """After the session's `wait_timeout` the work ends, and the next worker follows it."""
+    sim.add_workflow("held", Scenario([SimNode("Answer", "0", None, is_output_node=True)]))
+    await batch_of().add([StartRequest("held", {"n": "0"}, key="0")])
+    with pytest.raises(ExecutionTimeout):
+        await batch_of(wait_timeout=0.05).work()
+    assert "item '0' has to wait, and is still followed: ExecutionTimeout" in caplog.text
+    sim.finish(sim.runs[0].execution_id, "Answer")
+    assert (await batch_of().work()).succeeded == 1
+    assert len(sim.runs) == 1
+
+
+async def test_a_404_is_final_after_a_while(
+    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway may answer it for a moment, and the server for an execution that is new."""
+    await batch_of().add(requests(4))
+    answers(sim, "GET", 404)
+    working = asyncio.create_task(batch_of().work())
+    await until(lambda: sim.request_count >= 10)
+    sim.clear_faults()
+    assert (await working).succeeded == 4
+    await batch_of().add([StartRequest("echo", {"n": "lost"}, key="lost")])
+    answers(sim, "GET", 404)
+    monkeypatch.setattr(items, "_NOT_FOUND_GRACE", 0.1)
+    assert (await batch_of().work()).failed == 1
+    assert (await endings(batch_of()))["NotFound"] == 1
+
+
+async def test_a_404_right_after_an_outage_is_not_final(
+    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway may answer it for a moment, however long the server could not be read before."""
+    monkeypatch.setattr(items, "_NOT_FOUND_GRACE", 0.3)
+    await batch_of().add(requests(1))
+    answers(sim, "GET", 403)
+    working = asyncio.create_task(batch_of().work())
+    await until(lambda: sim.request_count >= 2)
+    await asyncio.sleep(0.4)
+    sim.clear_faults()
+    sim.inject(Fault.status(404))
+    assert (await working).succeeded == 1
+
+
+def intents(url: str) -> int:
+    """Return how many items have a recorded intent and no outcome."""
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
+        query = "SELECT count(*) FROM promptlayer_item WHERE intent IS NOT NULL AND kind IS NULL"
+        return int(database.execute(query).fetchone()[0])
+
+
+async def test_a_start_that_cannot_be_sent_has_no_intent(
+    batch_of: Callable[..., Batch], url: str
+) -> None:
+    """Whoever is killed while the server refuses connections leaves nothing unknown."""
+    await batch_of().add(requests(20))
+    retried = []
+    working = asyncio.create_task(
+        batch_of(
+            base_url="http://127.0.0.1:9", observers=[retried.append], max_connections=100
+        ).work()
+    )
+    await until(lambda: len([e for e in retried if isinstance(e, RequestRetried)]) >= 12)
+    assert intents(url) == 0
+    working.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await working
+    assert (await batch_of().work()).succeeded == 20
+
+
+async def test_the_intent_of_a_refused_start_is_taken_back(
+    sim: Simulator, batch_of: Callable[..., Batch], url: str
+) -> None:
+    """A 429 starts nothing, however long the server then wants to be left alone."""
+    await batch_of().add(requests(1))
+    sim.inject(Fault.status(429, retry_after=60.0, times=1))
+    working = asyncio.create_task(batch_of().work())
+    await sim.wait_for_requests(1)
+    await until(lambda: intents(url) == 0)
+    assert sim.runs == []
+    working.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await working
+    assert (await batch_of().work()).succeeded == 1
+
+
+async def test_what_a_broken_connection_took_from_the_queue_is_run(
+    sim: Simulator, batch_of: Callable[..., Batch], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DBOS does not know of an item that it took in a transaction whose end it did not see."""
+    monkeypatch.setattr(liveness, "_LOOK_EVERY", 1)
+    sim.add_workflow("held", Scenario([SimNode("Answer", "0", None, is_output_node=True)]))
+    batch = batch_of(in_flight=1)
+    await batch.add([StartRequest("held", {"n": "0"}, key="0"), *requests(2)[1:]])
+    working = asyncio.create_task(batch.work())
+    await until(lambda: len(sim.runs) == 1)
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
+        (executor,) = database.execute("SELECT executor FROM promptlayer_worker").fetchone()
+        database.execute(
+            "UPDATE workflow_status SET status = 'PENDING', executor_id = ?"
+            " WHERE status = 'ENQUEUED'",
+            [executor],
+        )
+        database.commit()
+    sim.finish(sim.runs[0].execution_id, "Answer")
+    assert (await working).succeeded == 2
+    assert most_starts(sim) == 1
+
+
+async def test_an_intent_that_is_recorded_too_late_to_send_is_taken_back(
+    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the session's `wait_timeout`, nothing is sent; the start is tried again."""
+    taken_back: list[bool] = []
+    write = intents_.write
+
+    def write_slowly(
+        store: Store, batch: str, rows: list[intents_.Intent], **options: Any
+    ) -> list[bool]:
+        if not taken_back:
+            time.sleep(0.4)
+        taken_back.extend(row.is_taken_back for row in rows)
+        return write(store, batch, rows, **options)
+
+    monkeypatch.setattr(intents_, "write", write_slowly)
+    await batch_of().add(requests(1))
+    assert (await batch_of(wait_timeout=0.3).work()).succeeded == 1
+    assert taken_back == [False, True, False]
+    assert len(sim.runs) == 1
+
+
+async def test_announced_pauses_are_no_outage(
+    sim: Simulator, batch_of: Callable[..., Batch]
+) -> None:
+    """Even if they are longer than the session's `wait_timeout` and `outage`."""
+    answers(sim, "POST", 429, headers={"Retry-After": "0.3"})
+    await batch_of().add(requests(4))
+    working = asyncio.create_task(batch_of(wait_timeout=0.1, outage=0.2).work())
+    await until(lambda: working.done() or sim.request_count >= 8)
+    working.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await working
+    sim.clear_faults()
+    assert (await batch_of().work()).succeeded == 4
+
+
+async def test_the_work_does_not_end_before_the_outage_has_lasted_so_long() -> None:
+    """The last pause is only as long as the patience, and one more start is a probe."""
+    given_up: list[float] = []
+    now = 0.0
+    breaker = breakers.Breaker(10.0, lambda _: given_up.append(now), lambda: now)
+    for now in (0.0, 1.0, 2.0, 4.0, 8.0, 9.9):
+        breaker.failed(ConnectionFailed("away"), since=now)
+    assert given_up == []
+    now = 10.0
+    breaker.failed(ConnectionFailed("away"), since=now)
+    assert given_up == [10.0]
+
+
+async def test_a_pause_ends_although_its_timer_fires_a_little_early() -> None:
+    """As on uvloop, whose timers know whole milliseconds; no other wakes those that wait."""
+    clock = asyncio.get_running_loop().time
+    breaker = breakers.Breaker(60.0, lambda _: None, lambda: clock() - 0.001)
+    for _ in range(3):
+        breaker.failed(ConnectionFailed("away"), since=clock())
+    async with asyncio.timeout(5), breaker.slot():
+        pass
+
+
+@pytest.mark.parametrize("server", ["away", "busy"])
+async def test_an_outage_ends_the_work_although_the_wait_timeout_is_shorter(
+    sim: Simulator, batch_of: Callable[..., Batch], server: str
+) -> None:
+    """The error is the server's, and the items wait for the next call of `work`."""
+    settings: dict[str, Any] = {"wait_timeout": 0.1, "outage": 0.5}
+    answers(sim, "POST", 429)
+    await batch_of().add(requests(4))
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        port = bound.getsockname()[1]
+    if server == "away":
+        settings["base_url"] = f"http://127.0.0.1:{port}"
+    with pytest.raises(ConnectionFailed if server == "away" else (RateLimited, RequestTimeout)):
+        await asyncio.wait_for(batch_of(**settings).work(), 20)
+    sim.clear_faults()
+    assert (await batch_of().work()).succeeded == 4
+
+
+async def test_an_item_whose_ending_is_refused_is_followed_as_it_is_stored(
+    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker had recorded its start, just before this one's was refused, and died."""
+    other = sim.add_execution(Scenario([SimNode("Answer", "0", is_output_node=True)]))
+    started = json.dumps({"execution_id": other, "at": "2026-01-01T00:00:00+00:00", "error": None})
+    finish = Store.finish
+
+    def record_first(store: Store, batch: str, endings: Any) -> Any:
+        monkeypatch.setattr(Store, "finish", finish)
+        intents_.write_started(store, batch, [intents_.Started("0", 1, "of another", started)])
+        return finish(store, batch, endings)
+
+    await batch_of().add(requests(1))
+    answers(sim, "POST", 400)
+    monkeypatch.setattr(Store, "finish", record_first)
+    assert (await batch_of(restart_unknown=True).work()).succeeded == 1
+    assert [outcome.execution_id async for outcome in batch_of().outcomes()] == [other]
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the keys of the items that a worker has ended, or left."""
+    keys: list[str] = []
+    run = items.Items.run
+
+    async def note(self: items.Items, key: str, attempt: int) -> bool:
+        is_done = await run(self, key, attempt)
+        keys.append(key)
+        return is_done
+
+    monkeypatch.setattr(items.Items, "run", note)
+    return keys
+
+
+def take_over(url: str) -> None:
+    """Let another worker, which is alive, take over the item "0" and be about to start it."""
+    with closing(Store(check_url(url))) as store:
+        store.record_heartbeat("night", "another", liveness.describe(os.getpid()))
+
+        def update(connection: sa.Connection) -> None:
+            connection.execute(sa.text("UPDATE workflow_status SET executor_id = 'another'"))
+            connection.execute(sa.text("UPDATE promptlayer_item SET intent = 'of another'"))
+
+        store.transact(update)
+
+
+def end_of_another(url: str) -> None:
+    """Store the outcome of the item "0" as the other worker does."""
+    now = datetime.now(UTC)
+    outcome = StoredOutcome("0", 7, True, "0", None, now, now)
+    with closing(Store(check_url(url))) as store:
+        store.finish("night", [Ending.of(1, outcome)])
+
+
+class Held:
+    """A limiter that lets no request pass before `release` is set."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.release = asyncio.Event()
+
+    async def acquire(self) -> None:
+        """Wait for the event."""
+        self.asked += 1
+        await self.release.wait()
+
+
+@pytest.mark.parametrize("restart_unknown", [False, True])
+async def test_a_worker_that_stood_still_leaves_an_item_that_it_has_lost(
+    sim: Simulator,
+    batch_of: Callable[..., Batch],
+    url: str,
+    ended: list[str],
+    *,
+    restart_unknown: bool,
+) -> None:
+    """It neither sends the start that waited for its turn, nor calls that of the other unknown."""
+    held = Held()
+    batch = batch_of(limiter=held, restart_unknown=restart_unknown)
+    await batch.add(requests(1))
+    working = asyncio.create_task(batch.work())
+    await until(lambda: held.asked == 1)
+    take_over(url)
+    held.release.set()
+    await until(lambda: bool(ended))
+    assert (await batch.status()).finished == 0
+    end_of_another(url)
+    assert (await working).succeeded == 1
+    assert sim.request_count == 0
+
+
+@pytest.mark.parametrize("restart_unknown", [False, True])
+async def test_a_start_of_a_worker_that_is_gone_is_followed_if_its_callback_has_come(
+    sim: Simulator, batch_of: Callable[..., Batch], url: str, *, restart_unknown: bool
+) -> None:
+    """It has started a run, and the id is known."""
+    found = sim.add_execution(Scenario([SimNode("Answer", "0", is_output_node=True)]))
+    batch = batch_of(restart_unknown=restart_unknown)
+    await batch.add(requests(1))
+    with closing(Store(check_url(url))) as store:
+        intents_.write(store, "night", [intents_.Intent("0", 1, "of another", None, False)])
+        callbacks.record(store, "night", "of another", found)
+    assert (await batch.work()).succeeded == 1
+    assert [outcome.execution_id async for outcome in batch.outcomes()] == [found]
+    assert sim.runs == []
+
+
+@pytest.mark.parametrize("restart_unknown", [False, True])
+async def test_an_item_that_a_worker_is_given_again_while_it_runs_is_started_once(
+    sim: Simulator, batch_of: Callable[..., Batch], url: str, *, restart_unknown: bool
+) -> None:
+    """Another worker put it back into the queue while this one stood still."""
+    held = Held()
+    batch = batch_of(limiter=held, restart_unknown=restart_unknown)
+    await batch.add(requests(1))
+    working = asyncio.create_task(batch.work())
+    await until(lambda: held.asked == 1)
+    with closing(Store(check_url(url))) as store:
+        taken = store.taken("night")
+        store.requeue("night", taken)
+        await until(lambda: store.taken("night") == taken)
+    sim.inject(Fault.delay(0.5))
+    held.release.set()
+    assert (await working).succeeded == 1
+    assert len(sim.runs) == 1
+
+
+async def test_items_that_cannot_be_sent_say_nothing_about_the_server(
+    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise each would end the pause of an outage, in which starts become unknown."""
+    prepare = Session._prepare
+
+    def refuse(session: Session, request: StartRequest) -> Any:
+        if int(request.key or "") % 2:
+            raise ValueError("of the user's converter")
+        return prepare(session, request)
+
+    batch = batch_of(outage=0.5)
+    await batch.add(requests(60))
+    monkeypatch.setattr(Session, "_prepare", refuse)
+    answers(sim, "POST", 503)
+    with pytest.raises(ServerError):
+        await batch.work()
+    assert (await batch.status()).unknown <= 10
+
+
+@pytest.mark.parametrize("kind", [TypeError, ValueError, KeyError])
+async def test_a_limiter_that_fails_ends_the_work_and_no_item(
+    batch_of: Callable[..., Batch], kind: type[Exception]
+) -> None:
+    """It may ask a service whose answer cannot be decoded, or have a defect."""
+
+    class Broken:
+        async def acquire(self) -> None:
+            raise kind("of the user")
+
+    batch = batch_of(limiter=Broken())
+    await batch.add(requests(5))
+    with pytest.raises(kind, match="of the user"):
+        await batch.work()
+    assert (await batch.status()).finished == 0
+
+
+async def test_one_execution_without_results_keeps_no_other_item_waiting(
+    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often the server says nothing about it, and although no other one is followed."""
+    monkeypatch.setattr(items, "_LONGEST_DELAY", 0.1)
+    batch = batch_of()
+    await batch.add(requests(1))
+    sim.inject(Fault.status(403, times=None, execution_id=1001))
+    working = asyncio.create_task(batch.work())
+    await until(lambda: bool(sim.runs))
+    await sim.wait_for_requests(8)
+    await batch.add(requests(5))
+    await until(lambda: len(sim.runs) == 5)
+    sim.clear_faults()
+    assert (await working).succeeded == 5
+
+
+class Break:
+    """Makes the database read-only for all connections, as a full disk or a failover does."""
+
+    is_broken = False
+
+    def checkout(self, connection: Any, *_: Any) -> None:
+        """Set the state of a connection that is about to be used."""
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute(f"PRAGMA query_only = {int(self.is_broken)}")
+
+
+@contextmanager
+def breakable() -> Iterator[Break]:
+    """Yield a switch that makes SQLite databases read-only."""
+    switch = Break()
+    sa.event.listen(sa.pool.Pool, "checkout", switch.checkout)
+    try:
+        yield switch
+    finally:
+        sa.event.remove(sa.pool.Pool, "checkout", switch.checkout)
+
+
+@pytest.mark.usefixtures("_short_patience")
+async def test_an_id_that_cannot_be_stored_is_logged_and_printed(
+    sim: Simulator,
+    batch_of: Callable[..., Batch],
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the item's key, while the work waits for the database, and can be interrupted."""
+    monkeypatch.setattr(items, "_RECORDED_WITHIN", 0.05)
+    monkeypatch.setattr(items, "_LOOK_AFTER", 0.01)
+    batch = batch_of()
+    await batch.add(requests(1))
+    sim.inject(Fault.delay(0.3))
+    with breakable() as switch:
+        working = asyncio.create_task(batch.work())
+        await sim.wait_for_requests(1)
+        switch.is_broken = True
+        await until(lambda: "keep this line" in caplog.text)
+        working.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await working
+    (run,) = sim.runs
+    text = f"execution {run.execution_id} was started for item '0' of batch 'night', but"
+    assert [message for message in caplog.messages if message.startswith(text)]
+    assert "attempt to write a readonly database; trying again" in caplog.text
+    assert text in capsys.readouterr().err
+
+
+async def test_an_id_that_is_not_stored_soon_is_logged_at_once(
+    sim: Simulator,
+    batch_of: Callable[..., Batch],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    url: str,
+) -> None:
+    """While the worker waits for the database, it might be killed. Then the id is stored."""
+    monkeypatch.setattr(items, "_RECORDED_WITHIN", 0.05)
+    monkeypatch.setattr(items, "_LOOK_AFTER", 0.01)
+    batch = batch_of()
+    await batch.add(requests(1))
+    sim.inject(Fault.delay(0.3))
+    working = asyncio.create_task(batch.work())
+    await sim.wait_for_requests(1)
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
+        database.execute("BEGIN IMMEDIATE")
+        await until(lambda: "keep this line" in caplog.text)
+        database.rollback()
+    assert (await working).succeeded == 1
+    assert caplog.text.count("keep this line") == 1
+
+
+@pytest.mark.parametrize("good", [0, 2], ids=["start", "poll"])
+async def test_a_shared_rate_without_its_database_ends_the_work_with_the_database_s_error(
+    batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch, good: int
+) -> None:
+    """A session takes any error of its limiter for a defect of the limiter."""
+    reserved = []
+
+    def reserve(store: Store, batch: str, slots: int, rate: float) -> float:
+        reserved.append(slots)
+        if len(reserved) > good:
+            raise ConfigurationError("the database cannot be used: away")
+        return 0.0
+
+    monkeypatch.setattr(Store, "reserve", reserve)
+    monkeypatch.setattr(rates, "_MAX_RESERVED", 0.0)
+    batch = batch_of(rate=50.0)
+    await batch.add(requests(2))
+    with pytest.raises(ConfigurationError, match="the database cannot be used: away"):
+        await batch.work()
+
+
+@contextmanager
+def locked(url: str) -> Iterator[None]:
+    """Lock a SQLite file, as a database browser with unsaved changes does."""
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
+        database.execute("BEGIN IMMEDIATE")
+        yield
+
+
+@pytest.fixture
+def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(databases._SQLITE_OPTIONS, "timeout", 0.05)
+    monkeypatch.setattr(items, "_PATIENCE_AT_END", 0.3)
+    monkeypatch.setattr(workers, "_PATIENCE_AT_END", 0.3)
+
+
+@pytest.mark.usefixtures("_short_patience")
+async def test_work_on_a_locked_file_can_be_interrupted(
+    sim: Simulator, batch_of: Callable[..., Batch], url: str
+) -> None:
+    """Long before it would give up, and so can adding."""
+    batch = batch_of()
+    await batch.add(requests(20))
+    working = asyncio.create_task(batch.work())
+    await until(lambda: len(sim.runs) >= 5)
+    with locked(url):
+        for call in (
+            lambda: working,
+            lambda: asyncio.create_task(batch.add(requests(30))),
+        ):
+            calling = call()
+            await asyncio.sleep(0.1)
+            calling.cancel()
+            began = time.monotonic()
+            with pytest.raises(asyncio.CancelledError):
+                await calling
+            assert time.monotonic() - began < 5
+
+
+@pytest.mark.usefixtures("_short_patience")
+async def test_work_goes_on_when_the_file_is_unlocked(
+    sim: Simulator,
+    batch_of: Callable[..., Batch],
+    url: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whatever was tried meanwhile is done once."""
+    batch = batch_of(rate=20.0)  # so that not all is done before the file is locked
+    await batch.add(requests(20))
+    working = asyncio.create_task(batch.work())
+    await until(lambda: len(sim.runs) >= 5)
+    with locked(url):
+        await until(lambda: "cannot be used: database is locked; trying again" in caplog.text)
+    assert (await working).succeeded == 20
+    assert "can be used again" in caplog.text
+    assert most_starts(sim) == 1
+
+
+def test_a_server_that_became_a_standby_is_waited_for(url: str) -> None:
+    """`mark_lost_connections` calls its error a lost connection."""
+    error = sa.exc.InternalError("update", None, Exception("read-only"))
+    failures = [error]
+    error.connection_invalidated = True
+
+    def work() -> str:
+        if failures:
+            raise failures.pop()
+        return "written"
+
+    with closing(Store(check_url(url))) as store:
+        assert store.retry(work) == "written"
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        sa.exc.InternalError("select", None, Exception("no")),
+        sa.exc.ProgrammingError("select", None, Exception("no")),
+        sa.exc.TimeoutError("no"),
+    ],
+    ids=lambda failure: type(failure).__name__,
+)
+def test_no_raw_error_of_sqlalchemy_comes_out(url: str, failure: Any) -> None:
+    """Whatever the database answers, and also if it is not retried."""
+
+    def work() -> None:
+        raise failure
+
+    with closing(Store(check_url(url))) as store:
+        with pytest.raises(ConfigurationError, match="cannot be used: no"):
+            store.retry(work)
+        explained = store.explain(failure)
+        assert isinstance(explained, ConfigurationError)
+        assert explained.__cause__ is failure
+        other = LookupError()
+        assert store.explain(other) is other
+
+
+def _lost_connection() -> sa.exc.OperationalError:
+    return sa.exc.OperationalError("SELECT 1", None, sqlite3.OperationalError("restarting"))
+
+
+# DBOS, when it is ended just after its launch, may drop the coroutines of what it has dequeued.
+@pytest.mark.filterwarnings("ignore:.*start_workflow_task:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:coroutine 'execute_dequeued_workflow:RuntimeWarning")
+async def test_dbos_is_launched_again_when_its_connection_breaks(
+    batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when PostgreSQL restarts; the worker waits as it does later."""
+    monkeypatch.setattr(databases, "_RETRY_INTERVAL", 0.01)
+    launch, failures = DBOS.launch, [_lost_connection(), _lost_connection()]
+
+    def launch_at_last() -> None:
+        launch()
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(DBOS, "launch", staticmethod(launch_at_last))
+    batch = batch_of()
+    await batch.add(requests(5))
+    status = await batch.work()
+    gc.collect()  # those coroutines, while their warnings are ignored
+    assert (status.succeeded, failures) == (5, [])
+
+
+def test_the_queue_is_registered_again_when_the_connection_breaks(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when PostgreSQL restarts just then."""
+    monkeypatch.setattr(databases, "_RETRY_INTERVAL", 0.01)
+    failures = [_lost_connection(), _lost_connection()]
+
+    def register(*_: object, **__: object) -> None:
+        if failures:
+            raise failures.pop()
+
+    with closing(Store(check_url(url))) as store:
+        monkeypatch.setattr(store._client, "register_queue", register)
+        store.register_queue("b", 7)
+    assert failures == []
+
+
+def test_the_tables_are_created_on_connections_with_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DBOS makes these connections; what the user's URL says counts."""
+    urls: list[str] = []
+    monkeypatch.setattr(databases, "migrate", lambda url: [urls.append(url), 1 / 0])
+    store = Store(check_url("postgresql://127.0.0.1:9/none?connect_timeout=3"))
+    with closing(store), pytest.raises(ConfigurationError, match="division"):
+        store.prepare()
+    query = sa.make_url(urls[0]).query
+    assert (query["connect_timeout"], query["tcp_user_timeout"]) == ("3", "15000")

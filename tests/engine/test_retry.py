@@ -1,0 +1,420 @@
+"""The state of retries, recent starts, and what the log says of outages and of watches' ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from promptlayer_exec import (
+    ConnectionFailed,
+    ExecutionTimeout,
+    NotFound,
+    RequestRetried,
+    RetryPolicy,
+    ServerError,
+    Session,
+    SessionClosed,
+    WatchEnded,
+)
+from promptlayer_exec._engine.retry import RecentStarts, RetryState
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+
+
+@pytest.fixture(autouse=True)
+def _everything_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "promptlayer_exec")
+
+
+def lines(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
+    """Return what was logged at one level."""
+    ours = [record for record in caplog.records if record.name == "promptlayer_exec"]
+    return [record.getMessage() for record in ours if record.levelno == level]
+
+
+@pytest.fixture
+def dead() -> str:
+    """Return the address of a port on which nothing listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+async def test_the_end_of_a_watch_is_one_line(
+    caplog: pytest.LogCaptureFixture, session: Session, recorder: Any, held: int
+) -> None:
+    """It says whether the watch completed, stopped or failed; good polls are not logged."""
+    waiting = asyncio.create_task(session.execution(held).wait())
+    with pytest.raises(ExecutionTimeout):
+        await session.execution(held).wait(timeout=0.03)
+    waiting.cancel()
+    ended = await recorder.next(WatchEnded)
+    sim_404 = session.execution(7)
+    with pytest.raises(NotFound):
+        await sim_404.wait()
+    said = [re.sub(r"in \d+\.\d s", "in N s", line) for line in lines(caplog, logging.INFO)]
+    assert said == [
+        f"execution {held}: no longer followed ({ended.polls} polls in N s)",
+        "execution 7: the watch ended in NotFound (0 polls in N s)",
+    ]
+    assert len(caplog.records) == 2
+
+
+async def test_an_outage_is_two_lines_however_many_requests_fail(
+    caplog: pytest.LogCaptureFixture, session: Session, sim: Simulator
+) -> None:
+    """The first has the error and the limit; the second says that the server answers again."""
+    ids = [sim.add_execution(Scenario([SimNode("Out")])) for _ in range(200)]
+    sim.inject(Fault.status(503, times=500))
+    await session.collect(ids)
+    (line,) = lines(caplog, logging.WARNING)
+    assert line.startswith("execution ")
+    assert "the server answered 503 Service Unavailable" in line
+    assert line.endswith("; trying again for up to 5 s")
+    said = lines(caplog, logging.INFO)
+    assert said.count("the server answers again") == 1
+    assert len([line for line in said if ": complete (1 poll in " in line]) == 200
+
+
+async def test_a_second_outage_is_logged_again(
+    caplog: pytest.LogCaptureFixture, session: Session, sim: Simulator, held: int
+) -> None:
+    """An outage ends with the first good answer to a request that had failed."""
+    for _ in range(2):
+        sim.inject(Fault.status(503, times=2))
+        await session.execution(held).snapshot()
+    assert len(lines(caplog, logging.WARNING)) == 2
+    assert lines(caplog, logging.INFO) == ["the server answers again"] * 2
+
+
+async def test_the_end_of_an_earlier_outage_does_not_count_for_the_next(
+    caplog: pytest.LogCaptureFixture,
+    open_session: Callable[..., Session],
+    sim: Simulator,
+    held: int,
+) -> None:
+    """An outage that ended does not make the log say that the next one ended."""
+    session = open_session(retry=RetryPolicy(outage=0.02, base=0.001))
+    sim.inject(Fault.status(503))
+    await session.execution(held).snapshot()
+    sim.inject(Fault.status(503, times=None))
+    with pytest.raises(ServerError):
+        await session.execution(held).snapshot()
+    assert len(lines(caplog, logging.WARNING)) == 2
+    assert lines(caplog, logging.INFO) == ["the server answers again"]
+
+
+async def test_an_abandoned_outage_is_not_logged_as_ended(
+    caplog: pytest.LogCaptureFixture, open_session: Callable[..., Session], dead: str
+) -> None:
+    """This holds if it was too long or if nobody waits; the next failure is logged again."""
+    retry = RetryPolicy(outage=0.02, watch_outage=None, base=0.001)
+    session = open_session(base_url=dead, retry=retry)
+    with pytest.raises(ConnectionFailed):
+        await session.execution(5).snapshot()
+    with pytest.raises(ExecutionTimeout):
+        await session.execution(6).wait(timeout=0.05)
+    await session.aclose()
+    why = f"no usable answer from {dead}: Connection refused; trying again"
+    assert lines(caplog, logging.WARNING) == [
+        f"execution 5: {why} for up to 0.02 s",
+        f"execution 6: {why}",
+    ]
+    assert "the server answers again" not in lines(caplog, logging.INFO)
+
+
+async def test_a_cancelled_request_does_not_end_the_outage_of_others(
+    caplog: pytest.LogCaptureFixture,
+    open_session: Callable[..., Session],
+    sim: Simulator,
+    held: int,
+) -> None:
+    """It goes on, without another line, for the requests that are still retried."""
+    session = open_session(retry=RetryPolicy(base=0.02, ceiling=0.04))
+    sim.inject(Fault.status(503, times=None))
+    waits = [asyncio.create_task(session.execution(held).snapshot()) for _ in range(3)]
+    await sim.wait_for_requests(6)
+    waits[0].cancel()
+    await asyncio.wait(waits[:1])
+    await sim.wait_for_requests(sim.request_count + 4)
+    sim.clear_faults()
+    await asyncio.gather(*waits[1:])
+    assert len(lines(caplog, logging.WARNING)) == 1
+    assert lines(caplog, logging.INFO) == ["the server answers again"]
+
+
+async def test_a_start_is_named_as_a_start(
+    caplog: pytest.LogCaptureFixture,
+    open_session: Callable[..., Session],
+    recorder: Any,
+    dead: str,
+) -> None:
+    """A start has no id yet, and the log has neither its inputs nor the key."""
+    session = open_session(api_key="pl-very-secret", base_url=dead, retry=RetryPolicy())
+    starting = asyncio.create_task(session.start("w", {"topic": "otters"}))
+    await recorder.next(RequestRetried)
+    await session.aclose()
+    with pytest.raises(SessionClosed):
+        await starting
+    assert caplog.messages == [
+        f"a start: no usable answer from {dead}: Connection refused; trying again for up to 60 s"
+    ]
+
+
+async def test_a_request_for_a_workflow_is_not_named_as_a_start(
+    caplog: pytest.LogCaptureFixture, session: Session, sim: Simulator
+) -> None:
+    """It has no execution id either, but nobody should look for a run."""
+    sim.add_workflow("w", Scenario([]))
+    sim.inject(Fault.status(503))
+    await session.workflow("w")
+    (line,) = lines(caplog, logging.WARNING)
+    assert line.startswith("a request: the server answered 503")
+
+
+async def test_no_answer_is_quoted(
+    caplog: pytest.LogCaptureFixture, session: Session, sim: Simulator, held: int
+) -> None:
+    """The error shows how the body begins, but the log does not; its text is printable."""
+    sim.inject(Fault.malformed(body=b'{"value": "confidential"'))
+    sim.inject(Fault.status(503, body=rb'{"message": "down \udcff"}'))
+    await session.execution(held).snapshot()
+    sim.inject(Fault.status(503, body=rb'{"message": "down \udcff"}'))
+    await session.execution(held).snapshot()
+    first, second = lines(caplog, logging.WARNING)
+    assert "the 200 response is not JSON" in first
+    assert "confidential" not in caplog.text
+    assert "503 Service Unavailable: down \\udcff; trying again" in second
+
+
+# Retry states and recent starts: arithmetic, with time and chance as arguments
+
+arithmetic = settings(max_examples=60, deadline=None, derandomize=True)
+seconds = st.floats(0.0, 1e6)
+chances = st.floats(0.0, 1.0, exclude_max=True)
+retry_policies = st.builds(
+    RetryPolicy,
+    base=st.floats(0.0, 100.0),
+    ceiling=st.floats(0.0, 100.0),
+    retry_after_ceiling=st.floats(0.0, 200.0),
+)
+ERROR = ConnectionError("reset")
+
+
+@given(retry_policies, st.floats(0.001, 1e4), st.lists(st.none() | st.floats(0, 300)), st.data())
+@arithmetic
+def test_retry_state_in_virtual_time(
+    policy: Any, limit: Any, announcements: Any, data: Any
+) -> None:
+    """Delays follow the policy and Retry-After; those not announced stay within the limit."""
+    state = RetryState(policy, limit)
+    now = start = data.draw(seconds)
+    unannounced = 0.0
+    for failures, retry_after in enumerate(announcements, 1):
+        chance = data.draw(chances)
+        delay = state.delay(ERROR, now=now, chance=chance, retry_after=retry_after)
+        if delay is None:
+            assert unannounced == pytest.approx(limit, abs=1e-6)
+            break
+        own = policy.delay(failures, chance)
+        announced = policy.announced(retry_after)
+        assert announced <= delay <= max(announced, own)
+        unannounced += delay - announced
+        assert unannounced <= limit + 1e-6
+        now += delay
+    assert now - start <= limit + sum(policy.announced(a) for a in announcements) + 1e-3
+
+
+@given(
+    st.floats(0.5, 20.0), st.floats(1.0, 40.0), st.floats(0.001, 5.0), st.floats(0, 1e6), chances
+)
+@arithmetic
+def test_retry_state_gives_up_when_it_has_passed(
+    base: Any, limit: Any, attempt: Any, start: Any, chance: Any
+) -> None:
+    """The last attempt is made within the limit, and its failure is not retried."""
+    state = RetryState(RetryPolicy(base=base), limit)
+    now = start
+    for _ in range(200):
+        delay = state.delay(ERROR, now=now, chance=chance)
+        if delay is None:
+            break
+        assert now + delay <= start + limit + 1e-6
+        now += delay + attempt
+    assert delay is None
+    assert limit - 1e-6 <= now - start <= limit + attempt + 1e-6
+
+
+def test_retry_state_by_hand() -> None:
+    """The clock starts with the first failure; the last sleep ends with the limit."""
+    state = RetryState(RetryPolicy(base=1.0, ceiling=100.0), 10.0)
+    assert state.delay(ERROR, now=100.0, chance=0.0) == 1.0
+    assert state.delay(ERROR, now=101.0, chance=0.0) == 2.0
+    assert state.delay(ERROR, now=103.0, chance=0.0) == 4.0
+    assert state.delay(ERROR, now=107.0, chance=0.0) == 3.0
+    assert state.delay(ERROR, now=110.0, chance=0.0) is None
+
+
+def test_retry_state_counts_attempts_that_hang() -> None:
+    """Time spent in attempts counts against the limit, like time spent asleep."""
+    state = RetryState(RetryPolicy(base=1.0), 10.0)
+    assert state.delay(ERROR, now=0.0, chance=0.0) == 1.0
+    assert state.delay(ERROR, now=9.75, chance=0.0) == 0.25
+    assert state.delay(ERROR, now=40.0, chance=0.0) is None
+
+
+def test_retry_state_counts_failures() -> None:
+    """It counts the failures and keeps the last error, also when it gives up."""
+    state = RetryState(RetryPolicy(), 1.0)
+    assert (state.failures, state.error) == (0, None)
+    state.delay(KeyError(), now=0.0, chance=0.0)
+    last = ValueError()
+    assert state.delay(last, now=1.0, chance=0.0) is None
+    assert (state.failures, state.error) == (2, last)
+
+
+@pytest.mark.parametrize("retry_after", [None, 5.0], ids=["unannounced", "announced"])
+def test_retry_state_of_zero(retry_after: Any) -> None:
+    """A limit of 0 ends the retries at the first failure."""
+    state = RetryState(RetryPolicy(), 0.0)
+    assert state.delay(ERROR, now=5.0, chance=0.9, retry_after=retry_after) is None
+
+
+def test_retry_state_without_limit() -> None:
+    """Without a limit, the retries never end, and the delay stays within the ceiling."""
+    state = RetryState(RetryPolicy(), None)
+    for hour in range(1000):
+        assert state.delay(ERROR, now=3600.0 * hour, chance=0.5) <= 10.0
+
+
+def test_announced_waits_do_not_count() -> None:
+    """However often the server asks to wait, that time does not count."""
+    state = RetryState(RetryPolicy(), 60.0)
+    now = 0.0
+    for _ in range(100):
+        assert state.delay(ERROR, now=now, chance=0.5, retry_after=30.0) == 30.0
+        now += 30.0
+    assert state.delay(ERROR, now=now + 59.0, chance=0.0) == 1.0
+    assert state.delay(ERROR, now=now + 60.0, chance=0.0) is None
+
+
+def test_announced_wait_longer_than_the_remaining_time() -> None:
+    """An announced wait is allowed even if it ends after the limit."""
+    state = RetryState(RetryPolicy(), 60.0)
+    assert state.delay(ERROR, now=0.0, chance=0.0, retry_after=100.0) == 100.0
+    assert state.delay(ERROR, now=100.0, chance=0.0) == 1.0
+
+
+def test_announced_wait_is_capped() -> None:
+    """An announced wait of hours is cut to the policy's ceiling."""
+    state = RetryState(RetryPolicy(), 60.0)
+    assert state.delay(ERROR, now=0.0, chance=0.0, retry_after=math.inf) == 120.0
+
+
+def test_short_announcement_is_only_a_minimum() -> None:
+    """An announced wait that is shorter than the policy's delay does not shorten it."""
+    state = RetryState(RetryPolicy(base=2.0), 60.0)
+    assert state.delay(ERROR, now=0.0, chance=0.0, retry_after=1.0) == 2.0
+
+
+def test_excused_waits_do_not_count() -> None:
+    """Waiting that is not the server's fault does not count."""
+    state = RetryState(RetryPolicy(base=1.0), 10.0)
+    state.excuse(1000.0)  # nothing has failed yet
+    state.delay(ERROR, now=0.0, chance=0.0)
+    state.excuse(100.0)
+    assert state.delay(ERROR, now=109.5, chance=0.0) == 0.5
+    assert state.delay(ERROR, now=110.0, chance=0.0) is None
+
+
+def test_recent_starts_are_covered_for_the_grace() -> None:
+    """A start is recent until the grace has passed; other executions never are."""
+    recent_starts = RecentStarts(10.0)
+    recent_starts.add(787, "report", now=100.0)
+    assert recent_starts.covers(787, now=100.0)
+    assert recent_starts.covers(787, now=109.9)
+    assert not recent_starts.covers(787, now=110.0)
+    assert not recent_starts.covers(788, now=100.0)
+    assert not recent_starts.covers(None, now=100.0)
+
+
+def test_recent_starts_are_forgotten() -> None:
+    """The latest 10,000 are kept in memory, and more only within the grace."""
+    recent_starts = RecentStarts(10.0)
+    for execution_id in range(1, 10_101):
+        recent_starts.add(execution_id, execution_id % 3, now=float(execution_id))
+    assert recent_starts.workflow(100) is None
+    assert recent_starts.workflow(101) == 2
+    assert len(recent_starts._started) == 10_000
+    assert recent_starts.covers(10_095, now=10_100.0)
+    for execution_id in range(10_101, 20_202):
+        recent_starts.add(execution_id, "report", now=10_200.0)
+    assert len(recent_starts._started) == 10_101
+
+
+def test_no_grace_at_all() -> None:
+    """With a grace of 0, no start is recent."""
+    recent_starts = RecentStarts(0.0)
+    recent_starts.add(787, "report", now=1.0)
+    assert not recent_starts.covers(787, now=1.0)
+
+
+def test_the_first_failure_of_an_outage_is_shown_without_a_logging_setup(dead: str) -> None:
+    """A warning about the server appears without a logging setup; INFO lines do not."""
+    program = (
+        "import asyncio, sys\n"
+        "from promptlayer_exec import RetryPolicy, Session\n"
+        "async def main():\n"
+        "    retry = RetryPolicy(outage=0.05, base=0.01)\n"
+        "    async with Session('a-key', base_url=sys.argv[1], retry=retry) as session:\n"
+        "        await session.get_results(787)\n"
+        "try:\n"
+        "    asyncio.run(main())\n"
+        "except ConnectionError:\n"
+        "    pass\n"
+    )
+    command = [sys.executable, "-c", program, dead]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stderr == (
+        f"execution 787: no usable answer from {dead}: Connection refused;"
+        " trying again for up to 0.05 s\n"
+    )
+
+
+async def test_a_lost_answer_is_quoted_in_no_log_line(
+    caplog: pytest.LogCaptureFixture, sim: Simulator, session: Session
+) -> None:
+    """The caller was cancelled, so the log says why the start is unknown, without the body."""
+    sim.add_workflow("name", Scenario([SimNode("A")]))
+    sim.inject(Fault.status(201, body=b'{"output": "confidential"}'))
+    before = sim.request_count
+    caller = asyncio.create_task(session.start("name"))
+    await sim.wait_for_requests(before + 1)
+    caller.cancel()
+    await asyncio.wait([caller])
+    await session.aclose()
+    (line,) = lines(caplog, logging.WARNING)
+    assert "it is not known whether a run of workflow 'name' started" in line
+    assert "unexpected shape" in line
+    assert "confidential" not in caplog.text
+
+
+async def test_control_characters_of_the_server_reach_no_log_line(
+    caplog: pytest.LogCaptureFixture, sim: Simulator, session: Session, held: int
+) -> None:
+    """They could forge a line or control the terminal that shows it."""
+    sim.inject(Fault.status(503, body=rb'{"message": "down \u001b[2J\nfine"}'))
+    await session.execution(held).snapshot()
+    (line,) = lines(caplog, logging.WARNING)
+    assert r"down \x1b[2J" in line
+    assert line.isprintable()

@@ -1,0 +1,129 @@
+"""The README and the tutorial, run from top to bottom beside `promptlayer-exec simulate`.
+
+The language of a block says what becomes of it: `python` is saved or called, `sh` is run, `diff`
+changes the last program, and a `text` right after a command is what that prints. `shell` prepares a
+machine, by an installation or a real key, which is no test's business; only the command after an
+installation is run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# How to call what a block only defines.
+CALLS = {
+    "report_on": """
+import asyncio
+assert "Otters are fine." in asyncio.run(report_on("otters"))
+""",
+    "write_report": """
+import asyncio
+report = asyncio.run(write_report("otters"))
+assert report == Report("Otters are fine.", 0.9), report
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def environment() -> Iterator[dict[str, str]]:
+    """Return the environment with what `simulate` tells its user to export, and no other key."""
+    scripts = str(Path(sys.executable).parent)
+    kept = {name: it for name, it in os.environ.items() if not name.startswith("PROMPTLAYER")}
+    kept["PATH"] = os.pathsep.join([scripts, os.environ["PATH"]])
+    kept["PYTHONWARNINGS"] = "always::ResourceWarning"
+    command = ["promptlayer-exec", "simulate", "--port", "0"]
+    with subprocess.Popen(command, env=kept, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        introduction = "".join(iter(server.stdout.readline, "Requests:\n"))
+        exported = dict(re.findall(r"^  export (\w+)=(\S+)$", introduction, re.MULTILINE))
+        assert exported.keys() == {"PROMPTLAYER_BASE_URL", "PROMPTLAYER_API_KEY"}
+        yield kept | exported
+        server.send_signal(signal.SIGINT)
+        server.communicate()
+    assert server.returncode == 0
+
+
+def run(command: str | list[str], directory: Path, environment: dict[str, str]) -> str:
+    """Run a command, which must succeed, and return what it prints."""
+    is_server = "promptlayer-exec view" in command  # which ends by Ctrl-C
+    if is_server:
+        command = str(command).split()
+    with subprocess.Popen(
+        command,
+        shell=isinstance(command, str),
+        cwd=directory,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        if is_server and process.stdout is not None:
+            assert process.stdout.readline().startswith("http://127.0.0.1:")
+            process.send_signal(signal.SIGINT)
+        try:
+            printed, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0, (command, printed, errors)
+    assert "ResourceWarning" not in errors
+    return printed
+
+
+def lasting(text: str) -> list[str]:
+    """Return the lines without what depends on when a poll came: progress, unfinished nodes."""
+    final = (line for line in text.splitlines() if not line.endswith(("QUEUED", "RUNNING")))
+    return [line[5:] if "%" in line else line for line in final]
+
+
+def changed(program: str, diff: str) -> str:
+    """Return a program with a change."""
+    before, after = (
+        "".join(f"{line[1:]}\n" for line in diff.splitlines() if line[0] != sign) for sign in "+-"
+    )
+    assert program.count(before) == 1
+    return program.replace(before, after)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+def test_each_example_runs_unchanged(
+    page: str, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """In order, without a key; no block is left out but those that install something."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    printed, end, unused = "", 0, set[Path]()
+    for block in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        prose, (language, code) = text[end : block.start()], block.groups()
+        end = block.end()
+        match language:
+            case "python":
+                if names := re.findall(r"save (?:this|it) as `(\w+\.py)`", prose, re.IGNORECASE):
+                    program = tmp_path / names[-1]
+                    program.write_text(code)
+                    unused.add(program)
+                    continue
+                (call,) = (call for name, call in CALLS.items() if f"def {name}(" in code)
+                run([sys.executable, "-c", code + call], tmp_path, environment)
+            case "sh":
+                for line in code.splitlines():
+                    printed = run(line, tmp_path, environment)
+                    unused -= {it for it in unused if it.name in line}
+            case "shell" if "&& promptlayer-exec" in code:
+                run(code.partition(" && ")[2], tmp_path, environment)
+            case "diff":
+                program.write_text(changed(program.read_text(), code))
+                unused.add(program)
+            case "text" if not prose.strip():
+                assert lasting(printed) == lasting(code)
+            case _:
+                assert language in ("shell", "text")
+    assert not unused
