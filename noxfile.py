@@ -23,6 +23,7 @@ nox.options.sessions = [
     "kill_small",
     "vendor(sdk='1.5.16')",  # `nox -s vendor` runs those with the older SDK, too
     "browser",
+    "page",
 ]
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True
@@ -262,7 +263,7 @@ def browser(session: nox.Session) -> None:
     """Test the viewer in Debian's Chromium; `-- --screenshots` renews those in the docs."""
     if shutil.which("chromium") is None:
         _install_debian(session, "chromium", "fonts-dejavu-core", "fonts-liberation")
-    _install(session, "browser", ".[viewer]")
+    _install(session, "browser", ".[dbos,viewer]")
     if session.posargs == ["--screenshots"]:
         session.run("python", "tests/browser/screenshots.py")
         return
@@ -271,6 +272,20 @@ def browser(session: nox.Session) -> None:
     environment = {"PYTHONSAFEPATH": "1"}
     pytest = ("pytest", "-n", "2", "--dist=worksteal", own_fixtures, "tests/browser")
     session.run(*pytest, *session.posargs, env=environment)
+
+
+@nox.session(python=False)
+def page(session: nox.Session) -> None:
+    """Check the types of the viewer's scripts, lint them, and test those that need no browser."""
+    if shutil.which("npx") is None:
+        _install_debian(session, "nodejs", "npm")
+    linted = ("--deny-warnings", "--allow=no-control-regex", "--ignore-pattern=**/vendor/**")
+    for command in (
+        ("npx", "--yes", "--package=typescript@7.0.2", "tsc", "-p", "tests/browser/jsconfig.json"),
+        ("npx", "--yes", "oxlint@1.94.0", *linted, "promptlayer_exec/viewer/page"),
+        ("node", "--test", "tests/browser/unit/"),
+    ):
+        session.run(*command, external=True)
 
 
 @nox.session

@@ -529,11 +529,13 @@ async def viewer(open_session: Callable[..., Session], tmp_path: Path) -> AsyncI
     """Return a viewer on a free port; it is stopped, as by Ctrl-C, at the end of the test."""
     from promptlayer_exec.viewer import Address, Board, History, listen, serve
 
-    session = open_session(check_inputs=True)
+    observers = [lambda event: board.observe(event)]  # noqa: PLW0108 - it is made below
+    session = open_session(check_inputs=True, observers=observers)
     listener = listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
     history = History(tmp_path / "history.sqlite", server="of a test", limit=5)
-    async with session, Board(session, note="of a test", history=history) as board:
+    board = Board(session, note="of a test", history=history)
+    async with session, board:
         address = Address("127.0.0.1", port)
         serving = asyncio.create_task(serve(board, listener, address, "secret"))
         yield Viewer(board, port)

@@ -188,17 +188,36 @@ def add_past_runs(simulator: Simulator, history: History, now: float) -> None:
             scenario = support_agent(inputs, failing=True)
         ended = Scenario([attrs.evolve(node, duration=0.0) for node in scenario.nodes])
         typical, spread = (44.0, 9.0) if is_report else (7.0, 1.6)
+        times = _times_of(scenario)
+        duration = 2.6 if is_failing else typical + spread * math.sin(number * 1.7)
+        ratio = duration / max(end for _, end in times.values())
+        began = now - 3600 * _HOURS_BETWEEN * (36 - number)
         history.record(
             execution_id=simulator.add_execution(ended),
             workflow=workflow,
             inputs=json.dumps(inputs, indent=2),
             outcome="failed" if is_failing else "succeeded",
             problem=f"search handbook: {_NO_INDEX}" if is_failing else None,
-            began=now - 3600 * _HOURS_BETWEEN * (36 - number),
+            began=began,
             is_started=True,
-            duration=(2.6 if is_failing else typical + spread * math.sin(number * 1.7)),
+            duration=duration,
+            origin=began,
+            times=json.dumps({n: [ratio * at for at in span] for n, span in times.items()}),
             nodes=len(scenario.nodes),
         )
+
+
+def _times_of(scenario: Scenario) -> dict[str, tuple[float, float]]:
+    """Return when each node that can run starts and ends, in seconds."""
+    times: dict[str, tuple[float, float]] = {}
+    failed = {node.name for node in scenario.nodes if node.status == "FAILED"}
+    for node in scenario.nodes:
+        if failed.intersection(node.after):
+            failed.add(node.name)
+        else:
+            start = max((times[name][1] for name in node.after), default=0.0)
+            times[node.name] = (start, start + (node.duration or 0.0))
+    return times
 
 
 async def start_runs(board: Board) -> None:

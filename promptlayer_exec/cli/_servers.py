@@ -20,6 +20,7 @@ import anyio.to_thread
 import attrs
 import typer
 
+from promptlayer_exec import Event
 from promptlayer_exec._integration import base_url as session_base_url
 from promptlayer_exec._integration import install_hint
 from promptlayer_exec.cli._arguments import BaseUrl, Host, NoPush, Outage, Port, parse_id, seconds
@@ -90,6 +91,11 @@ async def view(
         )
     except ModuleNotFoundError as error:
         raise Misuse(f"the viewer needs {install_hint('viewer')}") from error
+    board: Board  # made once the session is open
+
+    def observe(event: Event) -> None:
+        board.observe(event)
+
     token = _token()
     show_warnings(err)
     async with AsyncExitStack() as stack:
@@ -106,7 +112,7 @@ async def view(
             retry = retry_policy(outage)
             # The page shows an error soon, and a person can try again.
             retry = attrs.evolve(retry, outage=min(retry.outage, 10.0))
-            session = open_session(base_url, retry)
+            session = open_session(base_url, retry, observer=observe)
         await stack.enter_async_context(session)
         with listening(host, port):
             listener = stack.enter_context(listen(host, port))

@@ -13,9 +13,20 @@ from typing import Any, Self
 
 import attrs
 
-from promptlayer_exec import Execution, Session, Snapshot, StartUnknown
+from promptlayer_exec import (
+    Event,
+    Execution,
+    RequestRetried,
+    Session,
+    Snapshot,
+    StartUnknown,
+)
 from promptlayer_exec._integration import error_text
 from promptlayer_exec.viewer._history import History
+from promptlayer_exec.viewer._problems import Problem, explain
+from promptlayer_exec.viewer._timeline import Sight, Timeline
+
+_ASIDE = 20  # executions that are kept for their own pages, the latest first
 
 logger = logging.getLogger("promptlayer_exec")
 
@@ -32,16 +43,20 @@ class Card:
     label: str | None = None
     version: int | None = None
     inputs: str | None = None  # JSON, if the run was started in a viewer
+    metadata: str | None = None  # JSON, too
     started: float | None = None  # when, if it was started here
-    since: float | None = None  # when it was polled first: the origin of a snapshot's times
+    is_listed: bool = True  # on the page of all executions, and not only on its own
+    is_new: bool = False  # this viewer has started it, and sees all of it
+    timeline: Timeline = attrs.Factory(Timeline)
     snapshot: Snapshot | None = None
     received: float = 0.0  # when the snapshot was received, by the loop's clock
-    error: str | None = None  # why the execution is no longer followed, if it is not complete
+    problem: Problem | None = None  # since the latest snapshot
+    is_lost: bool = False  # it is no longer followed, though it is not complete
 
     @property
     def state(self) -> str:
         """The state as a word: `lost`, `waiting`, `running`, `succeeded` or `failed`."""
-        if self.error is not None:
+        if self.is_lost:
             return "lost"
         if self.snapshot is None:
             return "waiting"
@@ -50,13 +65,20 @@ class Card:
         return "succeeded" if self.snapshot.succeeded else "failed"
 
     @property
-    def elapsed(self) -> float:
-        """How many seconds the execution has been followed, until it was complete."""
-        if self.snapshot is None:
-            return 0.0
-        if self.state != "running":
-            return self.snapshot.elapsed
-        return self.snapshot.elapsed + asyncio.get_running_loop().time() - self.received
+    def elapsed(self) -> float | None:
+        """The seconds since the origin of its times, until it was complete; None if not known."""
+        elapsed = self.timeline.elapsed
+        if elapsed is None or self.state != "running":
+            return elapsed
+        return elapsed + asyncio.get_running_loop().time() - self.received
+
+    @property
+    def duration(self) -> float | None:
+        """The seconds from the start, or since the first poll if others started it, to the end."""
+        if self.snapshot is None or not self.snapshot.complete or self.elapsed is None:
+            return None
+        origin = self.timeline.origin or 0.0
+        return max(0.0, origin - (self.started or origin)) + self.elapsed
 
 
 class Board:
@@ -82,24 +104,43 @@ class Board:
         self.session = session
         self._watches: dict[Card, asyncio.Task[None]] = {}
 
+    def observe(self, event: Event) -> None:
+        """Record why polls are tried again: an observer, for whoever makes the session."""
+        card = self.cards.get(event.execution_id or 0)
+        if card is not None and isinstance(event, RequestRetried):
+            now = time.time()
+            since = now if card.problem is None else card.problem.since
+            card.problem = Problem(*explain(event.error), since, now + event.delay)
+            self._notify()
+
     def follow(self, execution_id: int) -> None:
         """Follow an execution as the last of the page, without checking that it exists."""
         self._follow(Card(self.session.execution(execution_id)))
 
-    async def add(self, execution_id: int) -> None:
+    async def add(self, execution_id: int, *, is_listed: bool = False) -> None:
         """Follow an execution as the first of the page, if the server knows it.
 
-        An execution that is already followed, or complete, is not changed.
+        One that is over by now does not join the list of the page, unless it `is_listed`: it was
+        opened to be looked at. An execution that is already followed, or complete, is not changed.
 
         Raises:
             PromptLayerExecError: the server does not know the execution, or did not answer.
         """
         card = self.cards.get(execution_id)
-        if card is None or card.error is not None:
-            execution = self.session.execution(execution_id) if card is None else card.execution
-            await execution.snapshot()
-            known = {} if card is None else _known(card)
-            self._follow(Card(execution, **known), first=True)
+        if card is None or card.is_lost:
+            new = Card(self.session.execution(execution_id), is_listed=is_listed)
+            if card is not None:
+                new = attrs.evolve(card, snapshot=None, problem=None, is_lost=False, is_new=False)
+            snapshot = await new.execution.snapshot()
+            new.is_listed = new.is_listed or is_listed or not snapshot.complete
+            self._follow(new, first=True)
+            # Those that were opened long ago are read again when they are needed.
+            for old in [one for one, it in self.cards.items() if not it.is_listed][_ASIDE:]:
+                self.remove(old)
+        elif is_listed and not card.is_listed:
+            card.is_listed = True
+            self.cards = {execution_id: card, **self.cards}
+            self._notify()
 
     async def start(
         self,
@@ -108,6 +149,7 @@ class Board:
         *,
         label: str | None = None,
         version: int | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> Execution:
         """Start a run of a workflow, and follow it as the first of the page.
 
@@ -117,9 +159,12 @@ class Board:
             PromptLayerExecError: it was not started, or it is unknown whether it was.
         """
         known: dict[str, Any] = {"workflow": workflow, "label": label, "version": version}
+        known["metadata"] = None if metadata is None else json.dumps(dict(metadata))
         began = time.time()
         try:
-            execution = await self.session.start(workflow, inputs, label=label, version=version)
+            execution = await self.session.start(
+                workflow, inputs, label=label, version=version, metadata=metadata
+            )
         except (StartUnknown, asyncio.CancelledError) as error:
             known |= {"inputs": _text_of(inputs), "began": began, "is_started": True}
             stopped = "the viewer was stopped before the start was answered"
@@ -130,7 +175,7 @@ class Board:
         self._record(
             **known, execution_id=execution.id, outcome="running", began=began, is_started=True
         )
-        self._follow(Card(execution, started=began, **known), first=True)
+        self._follow(Card(execution, started=began, is_new=True, **known), first=True)
         if self.is_closed:  # perhaps no page gets the answer
             logger.warning("execution %d of workflow %.100r started", execution.id, workflow)
         return execution
@@ -138,8 +183,7 @@ class Board:
     def assign(self, card: Card, workflow: str) -> None:
         """Set the workflow of an execution that was added by its id."""
         card.workflow = workflow
-        if self.history is not None:
-            self.history.update(card.execution.id, workflow=workflow)
+        self._update(card, workflow=workflow)
         self._notify()
 
     def remove(self, execution_id: int) -> None:
@@ -169,7 +213,7 @@ class Board:
     def _follow(self, card: Card, *, first: bool = False) -> None:
         execution_id = card.execution.id
         before = self.cards.get(execution_id)
-        if before is not None and before.error is None:
+        if before is not None and not before.is_lost:
             return
         start = {execution_id: card} if first and before is None else {}
         self.cards = {**start, **self.cards, execution_id: card}
@@ -180,49 +224,62 @@ class Board:
 
     async def _watch(self, card: Card) -> None:
         try:
-            await self._recall(card)
+            sight = Sight(await self._recall(card), is_new=card.is_new)
             async with aclosing(card.execution.stream(timeout=None)) as snapshots:
                 async for snapshot in snapshots:
-                    self._take(card, snapshot)
+                    self._take(card, snapshot, sight)
         except Exception as error:  # noqa: BLE001 - shown on the page, else it would show as running
-            card.error = str(error) or type(error).__name__
-            if self.history is not None:
-                self.history.update(card.execution.id, outcome="lost", problem=card.error)
+            kind, text = explain(error)
+            since = time.time() if card.problem is None else card.problem.since
+            card.problem, card.is_lost = Problem(kind, text, since), True
+            self._update(card, outcome="lost", problem=text)
             self._notify()
+        finally:
+            if card.snapshot is not None and not card.snapshot.complete:
+                self._update(card, origin=card.timeline.origin, times=card.timeline.dump())
 
-    async def _recall(self, card: Card) -> None:
+    async def _recall(self, card: Card) -> Timeline:
         """Fill in what is remembered of an execution that was added by its id."""
-        if self.history is None or card.inputs is not None:
-            return
+        if card.is_new:
+            return Timeline()
+        if self.history is None:
+            return attrs.evolve(card.timeline, elapsed=None)
         known = await self.history.find(card.execution.id)
-        if known is not None:
+        if known is not None and card.inputs is None:
             card.workflow = card.workflow or known["workflow"]
             card.label, card.version = known["label"], known["version"]
-            card.inputs = known["inputs"]
+            card.inputs, card.metadata = known["inputs"], known["metadata"]
             card.started = known["began"] if known["is_started"] else None
+        return Timeline.read(known)
 
-    def _take(self, card: Card, snapshot: Snapshot) -> None:
+    def _take(self, card: Card, snapshot: Snapshot, sight: Sight) -> None:
         is_first = card.snapshot is None
-        card.snapshot = snapshot
+        card.timeline = sight.take(snapshot, time.time())
+        card.snapshot, card.problem = snapshot, None
         card.received = asyncio.get_running_loop().time()
         if is_first:
-            card.since = time.time() - snapshot.elapsed
             self._record(
                 execution_id=card.execution.id,
                 workflow=card.workflow,
                 outcome=card.state,
-                began=card.started or card.since,
+                began=card.started or card.timeline.origin or time.time(),
                 nodes=len(snapshot.nodes),
             )
-        if snapshot.complete and self.history is not None:
-            self.history.update(
-                card.execution.id,
+        if snapshot.complete:
+            self._update(
+                card,
                 outcome=card.state,
-                duration=_duration(card, snapshot),
+                duration=card.duration,
                 nodes=len(snapshot.nodes),
                 problem=_problem(snapshot),
+                origin=card.timeline.origin,
+                times=card.timeline.dump(),
             )
         self._notify()
+
+    def _update(self, card: Card, **fields: Any) -> None:
+        if self.history is not None:
+            self.history.update(card.execution.id, **fields)
 
     def _record(self, **fields: Any) -> None:
         if self.history is not None:
@@ -233,23 +290,8 @@ class Board:
         self.changed = asyncio.Event()
 
 
-def _known(card: Card) -> dict[str, Any]:
-    names = ("workflow", "label", "version", "inputs", "started")
-    return {name: getattr(card, name) for name in names}
-
-
 def _text_of(inputs: Mapping[str, Any]) -> str:
     return json.dumps(inputs, ensure_ascii=False, indent=2)
-
-
-def _duration(card: Card, snapshot: Snapshot) -> float | None:
-    """Return the seconds from the start, or since the first poll if others started it."""
-    if snapshot.poll == 1 and card.execution.workflow is None:
-        return None  # it was complete before it was followed
-    before = 0.0
-    if card.started is not None and card.since is not None:
-        before = max(0.0, card.since - card.started)
-    return before + snapshot.elapsed
 
 
 def _problem(snapshot: Snapshot) -> str | None:

@@ -1,19 +1,17 @@
-"""The definitions of workflows, and which of them an execution may be of."""
+"""The definitions of workflows, as the page draws them and as its form needs them."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection
 from typing import Any
 
 from promptlayer_exec import PromptLayerExecError, Session, Workflow, WorkflowSummary
+from promptlayer_exec.viewer._problems import explain
 
 _PATIENCE = 5.0  # seconds for one definition
-_SEARCH_PATIENCE = 20.0  # seconds for all
+_LIST_PATIENCE = 20.0  # seconds for the list
 _MAX_AGE = 60.0
-_MAX_SEARCHED = 300  # workflows, the latest changed first
-_AT_ONCE = 8
 
 _Key = tuple[str, str | None, int | None]
 
@@ -52,7 +50,7 @@ class Definitions:
         except TimeoutError:
             raise NoDefinition(f"it was not sent within {_PATIENCE:.0f} s.") from None
         except (PromptLayerExecError, ValueError) as error:
-            raise NoDefinition(str(error)) from error
+            raise NoDefinition(explain(error)[1]) from error
         self._known[key] = (time.monotonic(), found)
         return found
 
@@ -66,7 +64,7 @@ class Definitions:
         if time.monotonic() - read < _MAX_AGE:
             return known
         try:
-            async with asyncio.timeout(_SEARCH_PATIENCE):
+            async with asyncio.timeout(_LIST_PATIENCE):
                 found = [
                     summary
                     async for summary in self._session.workflows(
@@ -77,33 +75,9 @@ class Definitions:
         except TimeoutError:
             raise NoDefinition("the list of workflows was not sent in time.") from None
         except PromptLayerExecError as error:
-            raise NoDefinition(str(error)) from error
+            raise NoDefinition(explain(error)[1]) from error
         self._summaries = (time.monotonic(), found)
         return found
-
-    async def candidates(self, names: Collection[str]) -> list[Workflow]:
-        """Return the workflows whose nodes are those of an execution.
-
-        If there is none, those that have further nodes.
-
-        Raises:
-            NoDefinition: the server did not send the list of workflows.
-        """
-        limit = asyncio.Semaphore(_AT_ONCE)
-
-        async def read(summary: WorkflowSummary) -> Workflow | None:
-            async with limit:
-                try:
-                    return await self.get(str(summary.id))
-                except NoDefinition:
-                    return None
-
-        summaries = (await self.summaries())[:_MAX_SEARCHED]
-        wanted = set(names)
-        found = await asyncio.gather(*map(read, summaries))
-        fitting = [one for one in found if one is not None and wanted <= one.nodes.keys()]
-        exact = [one for one in fitting if wanted == one.nodes.keys()]
-        return exact or fitting
 
 
 def definition_view(workflow: Workflow) -> dict[str, Any]:

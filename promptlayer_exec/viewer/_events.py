@@ -12,9 +12,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import anyio
+import attrs
 from sse_starlette import ServerSentEvent
 
-from promptlayer_exec import Node, NodeStatus, Snapshot
+from promptlayer_exec import Node, NodeStatus, NodeTimes, Snapshot
 from promptlayer_exec._integration import (
     base_url,
     error_details,
@@ -22,23 +23,26 @@ from promptlayer_exec._integration import (
     indented,
     node_dict,
 )
+from promptlayer_exec.viewer._batches import has_batches
 from promptlayer_exec.viewer._board import Board, Card
+from promptlayer_exec.viewer._problems import Problem
 
 _HEARTBEAT = 15.0
 _MAX_TEXT = 10_000
 
-_Shown = tuple[Snapshot | None, str | None, str | None]
+_Shown = tuple[Snapshot | None, Problem | None, bool, str | None]
 
 
 async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
     """Yield the events for one page: first everything, then the changes.
 
-    `board` has the ids of the executions, in order; `nodes` the changed nodes of one execution, or
+    `board` has the ids of the executions, in order, and those of others that have a page of their
+    own; `nodes` the changed nodes of one execution, or
     all of them if some were added or removed; `execution` its state and progress; `end` is the
     last event. A page that reads slowly gets the latest state, and no backlog.
     """
     board.opened.set()
-    order: list[str] | None = None
+    order: tuple[list[str], ...] = ()
     # By card, as a new card of an execution is a new watch, whose times start again.
     sent: WeakKeyDictionary[Card, _Shown] = WeakKeyDictionary()
     while True:
@@ -47,22 +51,27 @@ async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
             yield _event("end", {})
             return
         cards = dict(board.cards)
-        if order != (order := [str(execution_id) for execution_id in cards]):
+        listed = [str(one) for one, card in cards.items() if card.is_listed]
+        aside = [str(one) for one, card in cards.items() if not card.is_listed]
+        if order != (order := (listed, aside)):
             board_view = {
                 "instance": board.instance,
                 "note": board.note,
                 "server": base_url(board.session),
                 "has_history": board.history is not None,
-                "executions": order,
+                "has_batches": has_batches(),
+                "executions": listed,
+                "aside": aside,
             }
             yield _event("board", board_view)
         for card in cards.values():
-            before, now = sent.get(card), (card.snapshot, card.error, card.workflow)
+            before = sent.get(card)
+            now = (card.snapshot, card.problem, card.is_lost, card.workflow)
             if before == now:
                 continue
             sent[card] = now
             if card.snapshot is not None:
-                view = _nodes_view(card.snapshot, before[0] if before is not None else None)
+                view = _nodes_view(card, card.snapshot, before[0] if before else None)
                 if view["nodes"]:
                     yield _event("nodes", view)
             yield _event("execution", _card_view(card))
@@ -85,13 +94,13 @@ def value_text(value: Any) -> str:
         return "(nested too deeply to be shown)"
 
 
-def _nodes_view(snapshot: Snapshot, previous: Snapshot | None) -> dict[str, Any]:
+def _nodes_view(card: Card, snapshot: Snapshot, previous: Snapshot | None) -> dict[str, Any]:
     # The page requests values by the node's index, which must be the same in both.
     if previous is not None and [*previous.nodes] != [*snapshot.nodes]:
         previous = None
     changed = {change.node.name for change in snapshot.diff(previous)}
     nodes = [
-        _node_view(snapshot, node, index)
+        _node_view(card, snapshot, node, index)
         for index, node in enumerate(snapshot.nodes.values())
         if node.name in changed
     ]
@@ -105,26 +114,35 @@ def _card_view(card: Card) -> dict[str, Any]:
         "workflow": card.workflow,
         "label": card.label,
         "version": card.version,
+        "metadata": None if card.metadata is None else json.loads(card.metadata),
         "has_inputs": card.inputs is not None,
         "started": card.started,
-        "since": card.since,
+        "since": card.timeline.origin,
         "warning": card.execution.warning,
         "state": card.state,
-        "error": card.error,
-        "elapsed": round(card.elapsed, 3),
+        "problem": None if card.problem is None else attrs.asdict(card.problem),
+        "elapsed": _rounded(card.elapsed),
+        "duration": _rounded(card.duration),
         "final": 0 if snapshot is None else sum(n.final for n in snapshot.nodes.values()),
         "total": 0 if snapshot is None else len(snapshot.nodes),
     }
 
 
-def _node_view(snapshot: Snapshot, node: Node, index: int) -> dict[str, Any]:
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)
+
+
+def _node_view(card: Card, snapshot: Snapshot, node: Node, index: int) -> dict[str, Any]:
     """Return a node as in `Snapshot.to_dict`, with its value and its errors as text to read."""
     has_value = node.value is not None or node.succeeded
     is_failed = node.status == NodeStatus.FAILED
     value = value_text(node.value) if has_value else ""
     message, details = error_text(node), error_details(node)
+    times = card.timeline.nodes.get(node.name, NodeTimes())
     return {
         **node_dict(snapshot, node.name),
+        "running": _rounded(times.running),
+        "final": _rounded(times.final),
         "index": index,
         "value": value[:_MAX_TEXT] if has_value else None,
         "length": len(value),

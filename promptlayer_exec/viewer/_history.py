@@ -27,12 +27,15 @@ CREATE TABLE IF NOT EXISTS executions (
     label TEXT,
     version INTEGER,
     inputs TEXT,                    -- JSON, of runs started in a viewer
+    metadata TEXT,                  -- JSON, of these
     outcome TEXT NOT NULL,          -- running, succeeded, failed, lost or unknown
     began REAL NOT NULL,            -- when it was started or first seen, seconds since 1970
     is_started INTEGER NOT NULL DEFAULT 0,
     duration REAL,                  -- seconds; a minimum, unless it was started in a viewer
     nodes INTEGER,
     problem TEXT,
+    origin REAL,                    -- when it was first polled, if it was not over by then
+    times TEXT,                     -- JSON: of each node, when it was first running and final
     UNIQUE (server, execution_id)
 );
 CREATE INDEX IF NOT EXISTS executions_by_time ON executions (server, began DESC);
@@ -43,16 +46,22 @@ _COLUMNS = [
     "label",
     "version",
     "inputs",
+    "metadata",
     "outcome",
     "began",
     "is_started",
     "duration",
     "nodes",
     "problem",
+    "origin",
+    "times",
 ]
-_SHOWN = "key, execution_id, workflow, label, version, outcome, began, is_started, duration, nodes"
+_SHOWN = (
+    "key, execution_id, workflow, label, version, metadata, outcome, began, is_started, duration,"
+    " nodes"
+)
 _TEXTS = ("workflow", "CAST(execution_id AS TEXT)", "inputs", "problem", "label")
-_OUTCOMES = ("running", "succeeded", "failed", "unknown")
+_OUTCOMES = ("running", "succeeded", "failed", "lost", "unknown")
 
 _logger = logging.getLogger("promptlayer_exec")
 
@@ -233,11 +242,10 @@ class History:
         connection = self._connect()
         counts = dict.fromkeys(_OUTCOMES, 0)
         for row in connection.execute(f"SELECT outcome, COUNT(*) {found} GROUP BY outcome", values):
-            counts[_group(row[0])] += row[1]
+            counts[row[0]] = row[1]
         if outcome:
-            same = [one for one in (*_OUTCOMES, "lost") if _group(one) == outcome]
-            found += f" AND outcome IN ({', '.join('?' * len(same))})"
-            values.extend(same)
+            found += " AND outcome = ?"
+            values.append(outcome)
         rows = connection.execute(
             f"SELECT {_SHOWN}, substr(problem, 1, 300) AS problem,"
             f" substr(inputs, 1, 300) AS inputs {found}"
@@ -281,10 +289,6 @@ def _storable(fields: dict[str, Any]) -> dict[str, Any]:
         else value
         for name, value in fields.items()
     }
-
-
-def _group(outcome: str) -> str:
-    return "failed" if outcome == "lost" else outcome
 
 
 def _view(row: sqlite3.Row) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import json
 import re
 import sqlite3
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -15,9 +14,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from promptlayer_exec import (
-    NotFound,
     PromptLayerExecError,
-    Snapshot,
     StartUnknown,
     Workflow,
 )
@@ -26,9 +23,12 @@ from promptlayer_exec.viewer._board import Board, Card
 from promptlayer_exec.viewer._definitions import Definitions, NoDefinition, definition_view
 from promptlayer_exec.viewer._events import value_text
 from promptlayer_exec.viewer._history import History
+from promptlayer_exec.viewer._problems import explain
 
 _Text = Annotated[str, Body(embed=True)]
 _OptionalText = Annotated[str | None, Body(embed=True)]
+_Flag = Annotated[bool, Body(embed=True)]
+_Metadata = Annotated[dict[str, str] | None, Body(embed=True)]
 _Key = Annotated[int, Path(ge=1, le=MAX_ID)]
 _Offset = Annotated[int, Query(ge=0, le=MAX_ID)]
 
@@ -37,15 +37,16 @@ def add_execution_routes(app: FastAPI, board: Board) -> None:
     """Add the routes that follow executions, and read what is known of them."""
 
     @app.post("/api/executions")
-    async def add_execution(execution_id: _Text) -> Response:
+    async def add_execution(execution_id: _Text, is_listed: _Flag = False) -> Response:
         text = execution_id.strip()
         if not re.fullmatch("[0-9]{1,19}", text) or not 1 <= int(text) <= MAX_ID:
             message = f"An execution id must be a whole number from 1 to {MAX_ID}."
             return refuse(message, 422, "execution_id")
         try:
-            await board.add(int(text))
+            await board.add(int(text), is_listed=is_listed)
         except PromptLayerExecError as error:
-            return refuse(str(error), 404 if isinstance(error, NotFound) else 502, "execution_id")
+            kind, message = explain(error)
+            return refuse(message, 404 if kind == "missing" else 502, "execution_id")
         return _json({"execution_id": str(int(text))}, 201)
 
     @app.delete("/api/executions/{execution_id}")
@@ -90,7 +91,7 @@ def _add_value_routes(app: FastAPI, board: Board) -> None:
 
 
 def add_workflow_routes(app: FastAPI, board: Board, definitions: Definitions) -> None:
-    """Add the routes that describe workflows, and say which one an execution is of."""
+    """Add the routes that describe workflows, and record which one an execution is of."""
 
     @app.get("/api/workflows")
     async def get_workflows() -> Response:
@@ -114,9 +115,9 @@ def add_workflow_routes(app: FastAPI, board: Board, definitions: Definitions) ->
     @app.get("/api/executions/{execution_id}/graph")
     async def get_graph(execution_id: int) -> Response:
         card = board.cards.get(execution_id)
-        if card is None or card.snapshot is None:
+        if card is None:
             return refuse("This execution is not followed.", 404)
-        return await _find_graph(board, definitions, card, card.snapshot)
+        return await _find_graph(definitions, card)
 
     @app.put("/api/executions/{execution_id}/workflow")
     async def set_workflow(execution_id: int, workflow: _Text) -> Response:
@@ -124,28 +125,19 @@ def add_workflow_routes(app: FastAPI, board: Board, definitions: Definitions) ->
         try:
             found = await definitions.get(workflow)
         except NoDefinition as error:
-            return refuse(str(error), 502)
+            return refuse(str(error), 502, "workflow")
         if card is not None:
             board.assign(card, found.name)
         return _graph(found)
 
 
-async def _find_graph(
-    board: Board, definitions: Definitions, card: Card, snapshot: Snapshot
-) -> Response:
-    """Return the definition of an execution's workflow, or the workflows that it may be of."""
+async def _find_graph(definitions: Definitions, card: Card) -> Response:
+    if card.workflow is None:
+        return _graph(None, "PromptLayer does not say which workflow this is a run of.")
     try:
-        if card.workflow is not None:
-            return _graph(await definitions.get(card.workflow, card.label, card.version))
-        candidates = await definitions.candidates(snapshot.nodes.keys())
+        return _graph(await definitions.get(card.workflow, card.label, card.version))
     except NoDefinition as error:
-        return _graph(None, reason=f"There is no graph: {error}")
-    if len(candidates) == 1 and snapshot.nodes:
-        board.assign(card, candidates[0].name)
-        return _graph(candidates[0], candidates, is_guess=True)
-    if candidates:
-        return _graph(None, candidates, reason="The names of its nodes fit several workflows.")
-    return _graph(None, reason="There is no graph: no workflow has nodes of these names.")
+        return _graph(None, f"There is no graph: {error}")
 
 
 async def _find_definition(
@@ -168,23 +160,11 @@ async def _labels(definitions: Definitions, workflow: Workflow) -> list[str]:
     return list(workflow.labels)
 
 
-def _graph(
-    found: Workflow | None,
-    candidates: Sequence[Workflow] = (),
-    *,
-    reason: str | None = None,
-    is_guess: bool = False,
-) -> Response:
+def _graph(found: Workflow | None, reason: str | None = None) -> Response:
     if found is not None and not found.nodes:
-        found, reason = None, "There is no graph: the server describes no nodes of this workflow."
-    return _json(
-        {
-            "definition": None if found is None else definition_view(found),
-            "candidates": [{"id": str(one.id), "name": one.name} for one in candidates],
-            "is_guess": is_guess,
-            "reason": reason,
-        }
-    )
+        found, reason = None, "There is no graph: PromptLayer describes no nodes of this workflow."
+    view = None if found is None else definition_view(found)
+    return _json({"definition": view, "reason": reason})
 
 
 def add_start_routes(app: FastAPI, board: Board) -> None:
@@ -192,7 +172,11 @@ def add_start_routes(app: FastAPI, board: Board) -> None:
 
     @app.post("/api/runs")
     async def start_run(
-        workflow: _Text, inputs: _Text, label: _OptionalText = None, version: _OptionalText = None
+        workflow: _Text,
+        inputs: _Text,
+        label: _OptionalText = None,
+        version: _OptionalText = None,
+        metadata: _Metadata = None,
     ) -> Response:
         if not workflow.strip():
             return refuse("Enter the name or the id of a workflow.", 422, "workflow")
@@ -203,6 +187,7 @@ def add_start_routes(app: FastAPI, board: Board) -> None:
             chosen: dict[str, Any] = {
                 "label": label or None,
                 "version": int(version) if version else None,
+                "metadata": metadata,
             }
             execution = await board.start(workflow, given, **chosen)
         except PromptLayerExecError as error:
@@ -213,9 +198,10 @@ def add_start_routes(app: FastAPI, board: Board) -> None:
 
 
 def _refuse_start(error: PromptLayerExecError) -> Response:
-    if isinstance(error, NotFound):
-        return refuse(str(error), 404, "workflow")
-    return refuse(str(error), 502, is_unknown=isinstance(error, StartUnknown))
+    kind, message = explain(error)
+    if kind == "missing":
+        return refuse(message, 404, "workflow")
+    return refuse(message, 502, is_unknown=isinstance(error, StartUnknown))
 
 
 def add_history_routes(app: FastAPI, history: History) -> None:

@@ -20,6 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from promptlayer_exec import NodeStatus
 from promptlayer_exec import _integration as integration
+from promptlayer_exec.viewer._batches import add_batch_routes, has_batches
 from promptlayer_exec.viewer._board import Board
 from promptlayer_exec.viewer._definitions import Definitions
 from promptlayer_exec.viewer._events import board_events
@@ -50,8 +51,10 @@ def create_app(board: Board, address: Address, token: str) -> ASGIApp:
         token: the token that the page sends; it takes it from the fragment of its URL.
     """
     app = FastAPI(openapi_url=None)
-    for path in _PAGE.iterdir():
-        name = "" if path.name == "index.html" else path.name
+    for path in _PAGE.rglob("*"):
+        if path.suffix not in _TYPES:
+            continue
+        name = "" if path.name == "index.html" else path.relative_to(_PAGE).as_posix()
         file = Response(path.read_bytes(), media_type=_TYPES[path.suffix])
         app.routes.append(Route(f"/{name}", file, methods=["GET"]))
     script = Response(_statuses_script(), media_type=_TYPES[".js"])
@@ -60,6 +63,8 @@ def create_app(board: Board, address: Address, token: str) -> ASGIApp:
     definitions = Definitions(board.session)
     add_workflow_routes(app, board, definitions)
     add_start_routes(app, board)
+    if has_batches():
+        add_batch_routes(app, board.session)
     if board.history is not None:
         add_history_routes(app, board.history)
 

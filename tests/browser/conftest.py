@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -89,6 +89,7 @@ class Viewer:
             poll=PollPolicy.fixed(self.poll),
             retry=RetryPolicy(outage=1.0, watch_outage=0.2, base=0.01),
             rate=None,
+            observers=[lambda event: self.board.observe(event)],  # noqa: PLW0108 - made below
         )
         await self._stack.enter_async_context(session)
         history = History(self.history, server="of the tests")
@@ -172,6 +173,7 @@ class Ui:
         self.page = page
         self.viewer = viewer
         self.run = page.locator(".run")
+        self.selected = page.locator(".node-view")
 
     async def open(self, address: str) -> None:
         """Go to an address of the page."""
@@ -192,6 +194,11 @@ class Ui:
         has = self.page.locator('[data-part="name"]', has_text=exactly)
         return self.run.locator(".node").filter(has=has)
 
+    async def select(self, name: str) -> None:
+        """Select a node by its row."""
+        await self.row(name).locator(".row").click()
+        await expect(self.selected.locator("h3")).to_have_text(name)
+
     def drawn(self, name: str) -> Locator:
         """Return the node of the graph."""
         return self.page.locator(f"[data-node={json.dumps(name)}]")
@@ -203,6 +210,36 @@ class Ui:
     async def names(self) -> list[str]:
         """Return the names in the rows, in their order."""
         return await self.run.locator('.node [data-part="name"]').all_text_contents()
+
+    @asynccontextmanager
+    async def tasks(self) -> AsyncIterator[list[float]]:
+        """Fill a list with the milliseconds of every task of the page, once this ends.
+
+        A task is what the page's thread does in one go: an event, a tick of its clock, a frame. It
+        is measured in the time of the thread, so that other programs of the machine do not count.
+        """
+        cdp = await self.page.context.new_cdp_session(self.page)
+        events: list[dict[str, Any]] = []
+        complete = asyncio.get_running_loop().create_future()
+        cdp.on("Tracing.dataCollected", lambda data: events.extend(data["value"]))
+        cdp.on("Tracing.tracingComplete", lambda _: complete.set_result(None))
+        await cdp.send("Tracing.start", {"traceConfig": {"includedCategories": ["toplevel"]}})
+        tasks: list[float] = []
+        yield tasks
+        await cdp.send("Tracing.end")
+        await complete
+        main = [
+            (event["pid"], event["tid"])
+            for event in events
+            if event["name"] == "thread_name" and event["args"]["name"] == "CrRendererMain"
+        ]
+        tasks += [
+            event["tdur"] / 1000
+            for event in events
+            if event["name"] == "ThreadControllerImpl::RunTask"
+            and (event["pid"], event["tid"]) in main
+            and "tdur" in event
+        ]
 
     async def copied(self) -> str:
         """Return what was copied last."""

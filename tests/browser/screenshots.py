@@ -2,97 +2,140 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import asyncio
+import os
+import time
+from contextlib import AsyncExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from conftest import CHROMIUM, FLAGS, NARROW, WIDE  # type: ignore[import-not-found]
-from playwright.sync_api import Page, ViewportSize, sync_playwright
+from playwright.async_api import Page, ViewportSize, async_playwright, expect
+
+from promptlayer_exec import Observer, PollPolicy, RetryPolicy, Session, StartRequest
+from promptlayer_exec.cli import _demo as demo
+from promptlayer_exec.dbos import Batch
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+from promptlayer_exec.viewer import Address, Board, History, listen, serve
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
+TOKEN = "t" * 22
 
 
-def main() -> None:
-    """Take the screenshots of each view, in both themes and on a narrow screen."""
-    command = [sys.executable, "-m", "promptlayer_exec", "view", "--demo"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    url = process.stdout.readline().strip()
-    try:
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-            page = browser.new_page(viewport=WIDE)
-            page.goto(url)
-            _live(page)
-            _run(page)
-            _start(page)
-            _compare(page)
-            _history(page)
-            browser.close()
-    finally:
-        process.terminate()
-        process.wait(10)
+async def main() -> None:
+    """Take the screenshots of each view, some in both themes, and one on a narrow screen."""
+    async with AsyncExitStack() as stack:
+        directory = Path(stack.enter_context(TemporaryDirectory()))
+        os.environ["PROMPTLAYER_EXEC_DB"] = f"sqlite:///{directory / 'batches.sqlite'}"
+        sim = await stack.enter_async_context(Simulator(log_requests=False))
+        demo.add_demo_workflows(sim)
+        session = _session(sim, lambda event: board.observe(event))  # noqa: PLW0108 - made below
+        await stack.enter_async_context(session)
+        history = History(directory / "history.sqlite", server=sim.base_url)
+        demo.add_past_runs(sim, history, time.time())
+        board = await stack.enter_async_context(Board(session, history=history))
+        listener = listen("127.0.0.1", 0)
+        address = Address("127.0.0.1", listener.getsockname()[1])
+        serving = asyncio.create_task(serve(board, listener, address, TOKEN))
+        playwright = await stack.enter_async_context(async_playwright())
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = await browser.new_page(viewport=WIDE)
+        await page.goto(f"{address.base_url}/#token={TOKEN}")
+        await demo.start_runs(board)
+        await _runs(page)
+        await _start(page)
+        await _history(page)
+        await _batch(sim, page)
+        await board.start("research-report", {"topic": "storks"})
+        await asyncio.sleep(4)
+        sim.inject(Fault.disconnect(times=None))
+        await page.goto(f"{address.base_url}/#/")
+        await expect(page.locator("#connection")).to_contain_text("cannot be reached")
+        await asyncio.sleep(2)
+        await _take(page, "unreachable")
+        await browser.close()
+        serving.cancel()
+        await asyncio.wait([serving])
 
 
-def _take(page: Page, name: str, *sizes: ViewportSize) -> None:
-    for size in sizes or (WIDE,):
-        page.set_viewport_size(size)
-        if size is NARROW:  # the graph is drawn for the width that it finds
-            page.reload()
-            page.locator(".gnode").first.wait_for()
-        page.mouse.move(0, 0)
-        page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+def _session(sim: Simulator, *observers: Observer) -> Session:
+    poll, retry = PollPolicy(floor=0.2, ceiling=0.4), RetryPolicy(watch_outage=600)
+    return Session(sim.api_key, base_url=sim.base_url, poll=poll, retry=retry, observers=observers)
+
+
+async def _take(page: Page, name: str, *, dark: bool = False, size: ViewportSize = WIDE) -> None:
+    await page.set_viewport_size(size)
+    await page.mouse.move(0, 0)
+    await page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+    await asyncio.sleep(0.5)
+    for theme in ("light", "dark") if dark else ("light",):
+        await page.emulate_media(color_scheme=theme)  # type: ignore[arg-type]
         suffix = "-narrow" if size is NARROW else ""
-        for theme in ("light", "dark"):
-            page.emulate_media(color_scheme=theme)
-            page.screenshot(path=IMAGES / f"viewer-{name}-{theme}{suffix}.png")
-    page.set_viewport_size(WIDE)
+        await page.screenshot(path=IMAGES / f"viewer-{name}-{theme}{suffix}.png")
+    await page.emulate_media(color_scheme="light")
+    await page.set_viewport_size(WIDE)
 
 
-def _live(page: Page) -> None:
-    page.locator('.card[data-state="succeeded"]').wait_for()
-    page.locator('.node[data-status="failed"] summary').click()
-    _take(page, "live")
+async def _open(page: Page, name: str) -> None:
+    await page.get_by_role("link", name="Live").click()
+    await page.get_by_role("link", name=name, exact=True).first.click()
+    await page.locator(".gnode").first.wait_for()
 
 
-def _run(page: Page) -> None:
-    page.get_by_role("link", name="invoice-check").click()
-    page.locator(".gnode").first.wait_for()
-    _take(page, "run", WIDE, NARROW)
-    page.get_by_role("link", name="Live").click()
-    page.get_by_role("link", name="support-agent").first.click()
-    page.locator(".gnode").first.wait_for()
-    page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
-    for theme in ("light", "dark"):
-        page.emulate_media(color_scheme=theme)
-        page.locator('[data-part="graph-panel"]').screenshot(
-            path=IMAGES / f"viewer-graph-{theme}.png"
-        )
+async def _runs(page: Page) -> None:
+    await page.locator('.line[data-state="succeeded"]').wait_for()
+    await page.get_by_role("button", name="Nodes of execution").first.click()
+    await _take(page, "board", dark=True)
+    await _open(page, "research-report")
+    await _take(page, "running")
+    await _open(page, "invoice-check")
+    await _take(page, "run", dark=True)
+    await _take(page, "run", size=NARROW)
+    await _open(page, "support-agent")
+    await _take(page, "succeeded")
 
 
-def _start(page: Page) -> None:
-    page.get_by_role("button", name="Run again").click()
-    page.get_by_role("button", name="Edit the inputs first").click()
-    page.get_by_label("letter").fill("My invoice of October is missing. Could you send it again?")
-    page.get_by_role("button", name="Start", exact=True).click()
-    page.get_by_role("button", name="Start a new run").click()
-    page.locator('.run[data-state="succeeded"]').wait_for()
+async def _start(page: Page) -> None:
+    await page.get_by_role("button", name="Run again").click()
+    await page.get_by_role("button", name="Edit the inputs first").click()
+    await page.locator("#field-0").fill(
+        "My invoice of October is missing. Could you send it again?"
+    )
+    await _take(page, "start")
+    await page.get_by_role("button", name="Start", exact=True).click()
+    await page.get_by_role("button", name="Start a new run").click()
+    await page.locator('.run[data-state="succeeded"]').wait_for()
+    await page.get_by_role("button", name="Compare", exact=True).first.click()
+    await page.get_by_label("Compare with").select_option(index=1)
+    await page.locator(".compare-form").get_by_role("button", name="Compare").click()
+    await page.locator('.pair[data-name="read letter"] summary').click()
+    await page.locator(".diff.changed").first.wait_for()
+    await _take(page, "compare")
 
 
-def _compare(page: Page) -> None:
-    page.get_by_role("button", name="Compare", exact=True).first.click()
-    page.get_by_label("Compare with").select_option(index=1)
-    page.locator(".compare-form").get_by_role("button", name="Compare").click()
-    page.locator('.pair[data-name="read letter"] summary').click()
-    page.locator(".line.changed").first.wait_for()
-    _take(page, "compare")
+async def _history(page: Page) -> None:
+    await page.get_by_role("link", name="History").click()
+    await page.locator(".trend").first.wait_for()
+    await _take(page, "history", dark=True)
 
 
-def _history(page: Page) -> None:
-    page.get_by_role("link", name="History").click()
-    page.locator(".trend").first.wait_for()
-    _take(page, "history")
+async def _batch(sim: Simulator, page: Page) -> None:
+    def grade(inputs: Any) -> Scenario:
+        failed = {"status": "FAILED", "error_message": "The answer has no text: 422"}
+        more: dict[str, Any] = failed if inputs["n"] % 9 == 4 else {}
+        return Scenario([SimNode("grade", inputs["n"], is_output_node=True, **more)])
+
+    sim.add_workflow("grade", grade)
+    batch = Batch("grades-of-november", session=lambda: _session(sim))
+    await batch.add([StartRequest("grade", {"n": n}, key=f"answer-{n:03}") for n in range(30)])
+    sim.inject(Fault.disconnect(times=2), path="/run")
+    await batch.work()
+    await page.get_by_role("link", name="Batches").click()
+    await page.get_by_role("link", name="grades-of-november").click()
+    await page.locator(".item").first.wait_for()
+    await _take(page, "batches")
 
 
 if __name__ == "__main__":
-    main()
+    asyncio.run(main())

@@ -54,6 +54,8 @@ async def compare(sim: Simulator, viewer: Any, ui: Any) -> tuple[int, int]:
 async def test_differences_are_marked(sim: Simulator, viewer: Any, ui: Any, page: Page) -> None:
     """Statuses, durations and values; nodes that only one has; lines that differ."""
     await compare(sim, viewer, ui)
+    await expect(page.locator("#compare-summary")).to_have_text("3 of 5 nodes differ.")
+    await page.get_by_label("Durations, too").check()
     await expect(page.locator("#compare-summary")).to_have_text("4 of 5 nodes differ.")
     await expect(pair(page, "same").locator(".tag")).to_have_count(0)
     for name, tags in (
@@ -66,15 +68,15 @@ async def test_differences_are_marked(sim: Simulator, viewer: Any, ui: Any, page
     await expect(pair(page, "extra")).to_contain_text("Not in this execution")
     await expect(pair(page, "review").locator(".status")).to_have_text(["Success", "Failed"])
     await pair(page, "essay").locator("summary").click()
-    changed = pair(page, "essay").locator(".line.changed")
+    changed = pair(page, "essay").locator(".diff.changed")
     await expect(changed).to_have_text(["otters", HOSTILE])
     await expect(pair(page, "essay").locator(".gap").first).to_have_text("… 12 equal lines")
     await pair(page, "same").locator("summary").click()
     await expect(pair(page, "same")).to_contain_text("Both are the same:")
     await page.locator(".pair.inputs summary").click()
-    await expect(page.locator(".pair.inputs .line.changed").first).to_contain_text("otters")
+    await expect(page.locator(".pair.inputs .diff.changed mark").first).to_have_text("otters")
     assert await page.locator("img").count() == 0
-    assert re.search(r"open=essay&open=same&open=$", page.url)
+    assert re.search(r"open=essay&open=same&open=&durations=1$", page.url)
     await page.reload()
     await expect(changed).to_have_text(["otters", HOSTILE])
     await page.get_by_label("Only differences").check()
@@ -107,18 +109,3 @@ async def test_the_other_one_is_chosen_on_a_page(
     other = sim.add_execution(Scenario([SimNode("same", {"a": 1})]))
     await ui.open(f"#/compare/{left}/{other}")  # one that is not followed yet
     await expect(page.locator("#compare-summary")).to_have_text("3 of 4 nodes differ.")
-
-
-async def test_lines_are_aligned(page: Page) -> None:
-    """Equal lines are beside each other; large texts are compared as a whole."""
-    diff = """([left, right]) => import("/diff.js").then(({ diffLines }) =>
-        diffLines(left.join("\\n"), right.join("\\n")))"""
-    for left, right, pairs in (
-        (["a", "b", "c"], ["a", "c"], [["a", "a"], ["b", None], ["c", "c"]]),
-        (["a", "x"], ["a", "y", "z"], [["a", "a"], ["x", "y"], [None, "z"]]),
-        (["a"], ["a"], [["a", "a"]]),
-        (["b", "a"], ["a", "b"], [["b", None], ["a", "a"], [None, "b"]]),
-    ):
-        assert await page.evaluate(diff, [left, right]) == pairs
-    many = [[str(index) for index in range(3000)], [f"x{index}" for index in range(3000)]]
-    assert len(await page.evaluate(diff, many)) == 3000

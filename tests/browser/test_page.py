@@ -12,6 +12,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from axe_playwright_python.async_playwright import Axe
@@ -43,21 +44,21 @@ FAILING = Scenario(
 )
 
 
-def card(page: Page, execution_id: int | str) -> Locator:
-    """Return the card of an execution."""
-    return page.locator(f'.card[data-id="{execution_id}"]')
+def line(page: Page, execution_id: int | str) -> Locator:
+    """Return the line of an execution."""
+    return page.locator(f'.line[data-id="{execution_id}"]')
 
 
 def node(page: Page, execution_id: int, name: str) -> Locator:
     """Return the row of a node."""
     exactly = re.compile(f"^{re.escape(name)}$")
-    row = card(page, execution_id).locator(".node")
+    row = line(page, execution_id).locator(".node")
     return row.filter(has=page.locator('[data-part="name"]', has_text=exactly))
 
 
 def state(page: Page, execution_id: int) -> Locator:
     """Return the text of an execution's state."""
-    return card(page, execution_id).locator('[data-part="state"]')
+    return line(page, execution_id).locator('[data-part="state"]')
 
 
 def status(page: Page, execution_id: int, name: str) -> Locator:
@@ -76,27 +77,33 @@ async def add(page: Page, execution_id: Any) -> None:
     await page.get_by_role("button", name="Add").click()
 
 
+async def add_open(page: Page, execution_id: int) -> None:
+    """Add an execution, and show its nodes below its line."""
+    await add(page, execution_id)
+    await page.get_by_role("button", name=f"Nodes of execution {execution_id}").click()
+
+
 async def test_progress_appears_node_by_node(sim: Simulator, page: Page) -> None:
     """Nodes are updated as they end, with the count of final nodes, and then the execution."""
     held = sim.add_execution(HELD)
-    await add(page, held)
-    progress = card(page, held).get_by_role("progressbar")
-    count = card(page, held).locator('[data-part="count"]')
+    await add_open(page, held)
+    progress = line(page, held).get_by_role("progressbar")
+    count = line(page, held).locator('[data-part="count"]')
     await expect(status(page, held, "plan")).to_have_text("Running")
     await expect(status(page, held, "answer")).to_have_text("Queued")
-    await expect(count).to_have_text("0 of 2 nodes")
+    await expect(count).to_have_text("0/2")
     sim.finish(held, "plan")
     await expect(status(page, held, "plan")).to_have_text("Success")
     await expect(node(page, held, "plan").locator('[data-part="preview"]')).to_have_text(
         '{ "parts": 3 }'
     )
     await expect(status(page, held, "answer")).to_have_text("Running")
-    await expect(count).to_have_text("1 of 2 nodes")
-    assert await progress.evaluate("(one) => one.value / one.max") == 0.5
+    await expect(count).to_have_text("1/2")
+    assert await progress.evaluate("(one) => one.ariaValueNow / one.ariaValueMax") == 0.5
     await expect(state(page, held)).to_have_text("Running")
     sim.finish(held, "answer")
     await expect(state(page, held)).to_have_text("Succeeded")
-    await expect(count).to_have_text("2 of 2 nodes")
+    await expect(count).to_have_text("2/2")
     await expect(page.locator("#announcer")).to_have_text(
         f"Execution {held}, execution {held}: Succeeded."
     )
@@ -109,24 +116,57 @@ async def test_times_advance_between_polls_and_a_silent_server_is_shown(
     await page.clock.install()
     await page.reload()
     held = sim.add_execution(HELD)
-    await add(page, held)
+    await add_open(page, held)
     await expect(status(page, held, "plan")).to_have_text("Running")
     sim.inject(Fault.stall())
     await sim.wait_for_requests(sim.request_count + 1)
     running = time_of(page, held, "plan")
     before = await running.text_content()
     await expect(running).not_to_have_text(before or "")
-    problem = card(page, held).locator('[data-part="problem"]')
-    await expect(problem).to_be_hidden()
+    problem = line(page, held).locator('[data-part="problem"]')
+    await expect(problem).to_be_empty()
     await page.clock.fast_forward(20_000)
-    await expect(problem).to_contain_text("PromptLayer has not answered for 2")
+    await expect(problem).to_contain_text("PromptLayer has not answered. Since ")
+    await expect(state(page, held)).to_have_text("Last seen running")
+    await expect(page.locator("#connection")).to_have_text("PromptLayer does not answer")
     await expect(running).to_have_text(re.compile(r"^2\d\.\d s$"))
+
+
+async def test_what_is_wrong_at_promptlayer_is_said_where_the_run_is(
+    sim: Simulator, ui: Any, page: Page
+) -> None:
+    """The reason, since when, and when it is asked again; a run that is given up is not failed."""
+    held, other = sim.add_execution(HELD), sim.add_execution(HELD)
+    await add_open(page, held)
+    await expect(status(page, held, "plan")).to_have_text("Running")
+    sim.inject(Fault.status(503, retry_after=60.0))
+    problem = line(page, held).locator('[data-part="problem"]')
+    await expect(problem).to_have_text(
+        re.compile(r"PromptLayer answers 503 .* Since .*; the next attempt is at \d+:")
+    )
+    await expect(state(page, held)).to_have_text("Last seen running")
+    await expect(page.locator("#connection")).to_have_text("PromptLayer has errors")
+    await ui.open_run(held)
+    await expect(ui.part("problem")).to_contain_text("PromptLayer answers 503")
+    await ui.open("#/")
+    await line(page, held).get_by_role("button", name="Remove").click()
+    await expect(page.locator("#connection")).to_have_text("Live")
+    await add_open(page, other)
+    await expect(status(page, other, "plan")).to_have_text("Running")
+    sim.inject(Fault.status(401))
+    await expect(state(page, other)).to_have_text("No longer followed")
+    await expect(page.locator("#connection")).to_have_text("PromptLayer refuses the key")
+    await expect(line(page, other).locator('[data-part="problem"]')).to_contain_text(
+        "Check PROMPTLAYER_API_KEY where the viewer was started"
+    )
+    await expect(page.get_by_role("radio", name="Failed 0")).to_be_attached()
+    await expect(page.get_by_role("radio", name="No longer followed 1")).to_be_attached()
 
 
 async def test_the_time_line_shows_when_each_node_ran(sim: Simulator, page: Page) -> None:
     """The second node's bar starts where the first one's ends; a reload changes nothing."""
     held = sim.add_execution(HELD)
-    await add(page, held)
+    await add_open(page, held)
     await expect(status(page, held, "plan")).to_have_text("Running")
     await expect(time_of(page, held, "plan")).to_have_text(re.compile(r"0\.[2-9] s"))
     sim.finish(held, "plan")
@@ -147,69 +187,72 @@ async def test_the_time_line_shows_when_each_node_ran(sim: Simulator, page: Page
     assert before[1][1] > before[1][0] + 20
     requests = sim.request_count
     await page.reload()
+    await page.get_by_role("button", name=f"Nodes of execution {held}").click()
     await expect(state(page, held)).to_have_text("Succeeded")
     assert [await ends("plan"), await ends("answer")] == before
     assert sim.request_count == requests
 
 
-async def test_a_failed_node_shows_its_error(sim: Simulator, page: Page) -> None:
-    """The row has the message, and the traceback when it is opened; the state is text."""
+async def test_a_line_says_why_and_leads_to_the_failed_node(
+    sim: Simulator, ui: Any, page: Page
+) -> None:
+    """The first error is in the line, and at its node below; the link of a node selects it."""
     failing = sim.add_execution(FAILING)
-    await add(page, failing)
+    await add_open(page, failing)
     await expect(state(page, failing)).to_have_text("Failed")
-    row = node(page, failing, "fetch")
-    await expect(row.locator('[data-part="status"]')).to_have_text("Failed")
-    await expect(row.locator('[data-part="preview"]')).to_have_text(
+    await expect(line(page, failing).locator(".line-problem")).to_have_text(
+        "fetch: The index is not available: HTTP 503"
+    )
+    await expect(node(page, failing, "fetch").locator('[data-part="preview"]')).to_have_text(
         "The index is not available: HTTP 503"
     )
-    await row.locator("summary").click()
-    await expect(row.locator('[data-part="trace"]')).to_have_text(
-        "Traceback: ...\nOSError: HTTP 503"
-    )
     await expect(status(page, failing, "answer")).to_have_text("Skipped")
+    await node(page, failing, "answer").locator(".row").click()
+    await expect(ui.selected.locator("h3")).to_have_text("answer")
+    assert page.url.endswith(f"#/executions/{failing}?node=answer")
 
 
 async def test_an_unknown_status_is_shown_as_it_is(sim: Simulator, page: Page) -> None:
     """It counts as not final."""
     odd = sim.add_execution(Scenario([SimNode("approve", status="AWAITING_APPROVAL")]))
-    await add(page, odd)
+    await add_open(page, odd)
     await expect(status(page, odd, "approve")).to_have_text("AWAITING_APPROVAL")
     await expect(state(page, odd)).to_have_text("Running")
 
 
-async def test_a_value_is_always_text(sim: Simulator, page: Page) -> None:
+async def test_a_value_is_always_text(sim: Simulator, ui: Any, page: Page) -> None:
     """Markup in values and names is shown and copied literally, and numbers exactly."""
     nodes = [SimNode(HOSTILE, HOSTILE), SimNode("number", {"n": 2**63 + 1}, is_output_node=True)]
-    hostile = sim.add_execution(Scenario(nodes))
-    await add(page, hostile)
-    row = node(page, hostile, HOSTILE)
-    await row.locator("summary").click()
-    await expect(row.locator('[data-part="value"]')).to_have_text(HOSTILE)
-    await row.get_by_role("button", name="Copy").click()
-    await expect(row.locator('[data-part="copied"]')).to_have_text("Copied")
-    assert await page.evaluate("navigator.clipboard.readText()") == HOSTILE
+    await ui.open_run(sim.add_execution(Scenario(nodes)))
+    await ui.select(HOSTILE)
+    await expect(ui.selected.locator('[data-part="value"]')).to_have_text(HOSTILE)
+    await ui.selected.get_by_role("button", name="Copy").click()
+    await expect(ui.selected.locator('[data-part="copied"]')).to_have_text("Copied")
+    assert await ui.copied() == HOSTILE
     assert await page.locator("script, img").count() == 1
-    assert await page.title() == "Executions"
-    await node(page, hostile, "number").locator("summary").click()
-    await expect(node(page, hostile, "number").locator('[data-part="value"]')).to_have_text(
+    assert "taken" not in await page.title()
+    await ui.select("number")
+    await expect(ui.selected.locator('[data-part="value"]')).to_have_text(
         json.dumps({"n": 2**63 + 1}, indent=2)
     )
 
 
-async def test_a_large_value_is_fetched_on_demand(sim: Simulator, page: Page) -> None:
+async def test_a_large_value_is_fetched_on_demand(sim: Simulator, ui: Any) -> None:
     """Of a value over a million characters, only the start is shown; the copy is complete."""
-    long = sim.add_execution(Scenario([SimNode("essay", LONG, is_output_node=True)]))
-    await add(page, long)
-    row = node(page, long, "essay")
-    await row.locator("summary").click()
-    value = row.locator('[data-part="value"]')
+    await ui.open_run(sim.add_execution(Scenario([SimNode("essay", LONG)])))
+    await ui.select("essay")
+    value = ui.selected.locator('[data-part="value"]')
     assert await value.evaluate("(one) => one.textContent.length") == 10_000
-    await row.get_by_role("button", name="Copy").click()
-    await expect(row.locator('[data-part="copied"]')).to_have_text("Copied")
-    assert await page.evaluate("navigator.clipboard.readText()") == LONG
-    await row.get_by_role("button", name=f"Show all {len(LONG):,} characters").click()
+    await ui.selected.get_by_role("button", name="Copy").click()
+    await expect(ui.selected.locator('[data-part="copied"]')).to_have_text("Copied")
+    assert await ui.copied() == LONG
+    await ui.selected.get_by_role("button", name=f"Show all {len(LONG):,} characters").click()
     await expect(value).to_be_focused()
-    assert await value.evaluate("(one) => one.textContent") == LONG
+    where = ui.selected.locator('[data-part="where"]')
+    await expect(where).to_have_text(f"Characters 1 to 100,000 of {len(LONG):,}")
+    await ui.selected.get_by_role("button", name="Later").click()
+    await expect(where).to_have_text(f"Characters 100,001 to 200,000 of {len(LONG):,}")
+    assert await value.evaluate("(one) => one.textContent") == LONG[100_000:200_000]
 
 
 async def test_the_page_reconnects_to_a_restarted_viewer(
@@ -218,21 +261,23 @@ async def test_the_page_reconnects_to_a_restarted_viewer(
     """It says that the viewer has stopped, and then shows the same executions in order."""
     browser_errors.expected = ("ERR_", "Failed to load resource")
     first, second = sim.add_execution(HELD), sim.add_execution(HELD)
-    await add(page, first)
-    await expect(card(page, first)).to_be_visible()
-    await add(page, second)
+    await add_open(page, first)
+    await expect(line(page, first)).to_be_visible()
+    await add_open(page, second)
     await expect(status(page, second, "plan")).to_have_text("Running")
     await viewer.stop()
     await expect(page.locator("#connection")).to_contain_text("The viewer has stopped")
+    await expect(page.locator("#gone")).to_contain_text("The viewer has not answered since")
     time = time_of(page, second, "plan")
     frozen = await time.text_content()
     sim.finish(first, "plan")
     await viewer.start()
     assert await time.text_content() == frozen
     await expect(page.locator("#connection")).to_have_text("Live")
+    await expect(page.locator("#gone")).to_be_hidden()
     await expect(status(page, first, "answer")).to_have_text("Running")
     await expect(status(page, second, "plan")).to_have_text("Running")
-    shown = await page.locator(".card").evaluate_all("(all) => all.map((one) => one.dataset.id)")
+    shown = await page.locator(".line").evaluate_all("(all) => all.map((one) => one.dataset.id)")
     assert shown == [str(second), str(first)]
 
 
@@ -257,6 +302,44 @@ async def test_the_token_is_kept_for_the_tab(viewer: Any, page: Page) -> None:
     assert await page.context.cookies() == []
 
 
+async def test_all_tabs_share_one_connection(
+    sim: Simulator, viewer: Any, page: Page, context: BrowserContext, browser_errors: Any
+) -> None:
+    """A link opens a run in a new tab, which needs no token, and goes on without the first one."""
+    browser_errors.expected = ("ERR_", "Failed to load resource")
+    held = sim.add_execution(HELD)
+    await add(page, held)
+    await expect(state(page, held)).to_have_text("Running")
+    async with context.expect_page() as opening:
+        await line(page, held).get_by_role("link").click(modifiers=["ControlOrMeta"])
+    other = await opening.value
+    requests: list[str] = []
+    other.on("request", lambda request: requests.append(urlsplit(request.url).path))
+    plan = other.locator(".run .node").first
+    await expect(plan).to_have_attribute("data-status", "running")
+    await expect(other.locator("#connection")).to_have_text("Live")
+    sim.finish(held, "plan")
+    await expect(plan).to_have_attribute("data-status", "success")
+    await expect(line(page, held).locator('[data-part="count"]')).to_have_text("1/2")
+    assert "/api/events" not in requests
+    await page.close()
+    sim.finish(held, "answer")
+    await expect(other.locator(".run")).to_have_attribute("data-state", "succeeded")
+    assert requests.count("/api/events") == 1
+    third = await context.new_page()
+    await third.goto(f"{viewer.origin}/#token=wrong")
+    await expect(third.locator(".line")).to_have_count(1)
+    await expect(other.locator("#connection")).to_have_text("Live")
+    await viewer.stop()
+    viewer.token = "quite-another-token"
+    await viewer.start()
+    for tab in (other, third):
+        await expect(tab.locator("#refused")).to_be_visible()
+    await third.goto(viewer.url)
+    for tab in (other, third):
+        await expect(tab.locator("#connection")).to_have_text("Live")
+
+
 @pytest.mark.parametrize("fragment", ["", "#token=wrong"])
 async def test_a_page_without_its_token_says_where_to_find_it(
     context: BrowserContext, viewer: Any, browser_errors: Any, fragment: str
@@ -277,12 +360,12 @@ async def test_an_unknown_or_invalid_id_is_an_error_at_the_field(
     browser_errors.expected = ("404 (Not Found)", "422 (")
     field = page.get_by_label("Add an execution")
     error = page.locator("#execution-id-error")
-    for wrong, reason in [("77", "the server answered 404 Not Found"), ("x", "a whole number")]:
+    for wrong, reason in [("77", "PromptLayer has no execution 77"), ("x", "a whole number")]:
         await add(page, wrong)
         await expect(error).to_contain_text(reason)
         await expect(field).to_be_focused()
         await expect(field).to_have_attribute("aria-invalid", "true")
-    await expect(page.locator(".card")).to_have_count(0)
+    await expect(page.locator(".line")).to_have_count(0)
 
 
 async def test_a_failed_watch_shows_its_error_and_can_be_restarted(
@@ -290,52 +373,55 @@ async def test_a_failed_watch_shows_its_error_and_can_be_restarted(
 ) -> None:
     """The last snapshot stays visible."""
     held = sim.add_execution(HELD)
-    await add(page, held)
+    await add_open(page, held)
     await expect(status(page, held, "plan")).to_have_text("Running")
     sim.inject(Fault.status(403))
     await expect(state(page, held)).to_have_text("No longer followed")
-    await expect(card(page, held).locator('[data-part="problem"]')).to_contain_text("403 Forbidden")
+    await expect(line(page, held).locator('[data-part="problem"]')).to_contain_text("403 Forbidden")
     await expect(status(page, held, "plan")).to_have_text("Running")
-    await card(page, held).get_by_role("button", name="Follow again").click()
+    await line(page, held).get_by_role("button", name="Follow again").click()
     await expect(state(page, held)).to_have_text("Running")
-    await expect(card(page, held).locator('[data-part="problem"]')).to_be_hidden()
+    await expect(line(page, held).locator('[data-part="problem"]')).to_be_empty()
 
 
 async def test_the_filter_finds_names_ids_and_statuses(sim: Simulator, page: Page) -> None:
     """It matches cards or some of their nodes; the radio buttons select one state."""
     held, failing = sim.add_execution(HELD), sim.add_execution(FAILING)
-    await add(page, held)
-    await expect(card(page, held)).to_be_visible()
-    await add(page, failing)
+    await add_open(page, held)
+    await expect(line(page, held)).to_be_visible()
+    await add_open(page, failing)
     await expect(state(page, failing)).to_have_text("Failed")
     find = page.get_by_label("Filter")
     await find.fill("plan")
-    await expect(card(page, failing)).to_be_hidden()
+    await expect(line(page, failing)).to_be_hidden()
     await expect(node(page, held, "plan")).to_be_visible()
     await expect(node(page, held, "answer")).to_be_hidden()
     await find.fill(str(failing))
-    await expect(card(page, held)).to_be_hidden()
+    await expect(line(page, held)).to_be_hidden()
     await expect(node(page, failing, "fetch")).to_be_visible()
     await find.fill("skipped")
     await expect(node(page, failing, "answer")).to_be_visible()
     await expect(node(page, failing, "fetch")).to_be_hidden()
+    await find.fill("index is not")
+    await expect(line(page, failing)).to_be_visible()
+    await expect(line(page, held)).to_be_hidden()
     await find.fill("nowhere")
     await expect(page.locator("#empty")).to_have_text("No execution matches the filter.")
     await find.fill("")
     await page.get_by_role("radio", name="Running 1").check()
-    await expect(card(page, held)).to_be_visible()
-    await expect(card(page, failing)).to_be_hidden()
+    await expect(line(page, held)).to_be_visible()
+    await expect(line(page, failing)).to_be_hidden()
 
 
-async def test_removing_a_card_moves_the_focus(sim: Simulator, page: Page) -> None:
-    """The focus moves to the next card, and from the last card to the field."""
+async def test_removing_a_line_moves_the_focus(sim: Simulator, page: Page) -> None:
+    """The focus moves to the next line, and from the last line to the field."""
     first, second = sim.add_execution(HELD), sim.add_execution(HELD)
     await add(page, first)
-    await expect(card(page, first)).to_be_visible()
+    await expect(line(page, first)).to_be_visible()
     await add(page, second)
     await page.get_by_role("button", name=f"Remove execution {second}").click()
-    await expect(card(page, second)).to_have_count(0)
-    await expect(card(page, first).get_by_role("heading")).to_be_focused()
+    await expect(line(page, second)).to_have_count(0)
+    await expect(line(page, first).get_by_role("link")).to_be_focused()
     await page.get_by_role("button", name=f"Remove execution {first}").click()
     await expect(page.get_by_label("Add an execution")).to_be_focused()
     await expect(page.locator("#empty")).to_contain_text("no execution on this page yet")
@@ -349,29 +435,89 @@ async def test_more_executions_than_browser_connections(
     for execution_id in ids:
         viewer.board.follow(execution_id)
     for execution_id in ids:
-        await expect(status(page, execution_id, "plan")).to_have_text("Running")
+        await expect(state(page, execution_id)).to_have_text("Running")
     await add(page, sim.add_execution(FAILING))
-    await expect(page.locator(".card")).to_have_count(11)
+    await expect(page.locator(".line")).to_have_count(11)
 
 
-async def test_nothing_outside_the_viewport_is_rendered(
-    sim: Simulator, viewer: Any, page: Page
-) -> None:
-    """This holds for cards and nodes: rendering hundreds at every change blocks a browser."""
-    many = sim.add_execution(Scenario([SimNode(f"node {index}") for index in range(100)]))
-    for execution_id in (many, sim.add_execution(FAILING)):
-        viewer.board.follow(execution_id)
-        await expect(card(page, execution_id).locator(".node").last).to_be_attached()
-    ends_are_rendered = """([selector, ...wanted]) => {
-        const all = [...document.querySelectorAll(selector)];
+async def test_five_hundred_runs_are_a_short_page(sim: Simulator, viewer: Any, page: Page) -> None:
+    """The failed ones come first, what succeeded is folded away, and only what is seen is drawn."""
+    for index in range(500):
+        scenario = FAILING if index % 100 == 7 else Scenario([SimNode("a", "b")])
+        viewer.board.follow(sim.add_execution(scenario))
+    await expect(page.locator("[data-count=failed]")).to_have_text("5", timeout=30_000)
+    await expect(page.locator("[data-count=succeeded]")).to_have_text("495", timeout=30_000)
+    await expect(page.locator(".line:visible")).to_have_count(10)
+    states = await page.locator(".line:visible").evaluate_all(
+        "(all) => all.map((one) => one.dataset.state)"
+    )
+    assert states == ["failed"] * 5 + ["succeeded"] * 5
+    await page.get_by_role("button", name="Show 490 more that succeeded").click()
+    await expect(page.locator(".line:visible")).to_have_count(500)
+    assert await page.evaluate("document.documentElement.scrollHeight") < 20_000
+    ends_are_rendered = """(wanted) => {
+        const all = [...document.querySelectorAll(".line .line-head")];
         return [all.at(0), all.at(-1)].every((one, index) => wanted[index] === null
             || wanted[index] === one.checkVisibility({ contentVisibilityAuto: true }));
     }"""
-    for selector in (".card > header", ".card:first-child .node > details"):
-        await page.evaluate("scrollTo(0, 0)")
-        await page.wait_for_function(ends_are_rendered, arg=[selector, True, False], timeout=5000)
-        await page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
-        await page.wait_for_function(ends_are_rendered, arg=[selector, None, True], timeout=5000)
+    await page.wait_for_function(ends_are_rendered, arg=[True, False], timeout=5000)
+    await page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
+    await page.wait_for_function(ends_are_rendered, arg=[None, True], timeout=5000)
+
+
+async def test_a_run_that_was_only_looked_at_does_not_join_the_board(
+    sim: Simulator, viewer: Any, ui: Any, page: Page
+) -> None:
+    """Unless it still runs, or somebody adds it by its id; the title tells failures first."""
+    old, failing, held = (sim.add_execution(it) for it in (FAILING, FAILING, HELD))
+    await ui.open_run(old)
+    await expect(ui.part("state")).to_have_text("Failed")
+    await expect(ui.part("remove")).to_be_hidden()
+    await ui.open_run(held)
+    await expect(ui.part("state")).to_have_text("Running")
+    await ui.open("#/")
+    await expect(page.locator(".line")).to_have_count(1)
+    await expect(page).to_have_title("1 running · Executions")
+    await add(page, failing)
+    await expect(page).to_have_title("1 failed, 1 running · Executions")
+    await add(page, old)
+    await expect(page).to_have_title("2 failed, 1 running · Executions")
+    shown = await page.locator(".line").evaluate_all("(all) => all.map((one) => one.dataset.id)")
+    assert shown == [str(old), str(failing), str(held)]
+
+
+@pytest.mark.parametrize("poll", [0.25])  # sixty executions, in the process of the tests
+async def test_a_line_waits_while_somebody_points_at_it(
+    sim: Simulator, viewer: Any, page: Page
+) -> None:
+    """It then moves to its group without a jump of the page, and keeps the focus."""
+    ids = [sim.add_execution(HELD) for _ in range(60)]
+    for execution_id in ids:
+        viewer.board.follow(execution_id)
+    await expect(page.locator('.line[data-state="running"]')).to_have_count(60)
+    await page.evaluate(
+        """() => { window.shift = 0; new PerformanceObserver((list) => {
+            for (const one of list.getEntries()) window.shift += one.value;
+        }).observe({ type: "layout-shift" }); }"""
+    )
+    await line(page, ids[9]).hover()
+    await line(page, ids[9]).get_by_role("link").focus()
+    for execution_id in ids[5:15]:
+        sim.finish(execution_id, "plan", status="FAILED")
+        await expect(state(page, execution_id)).to_have_text("Failed")
+    group = page.locator(".group:visible h2")
+    await expect(group).to_have_text(["Running"])
+    await expect(line(page, ids[9]).get_by_role("link")).to_be_focused()
+    await page.locator("#filter").focus()
+    await page.mouse.move(0, 0)
+    await expect(group).to_have_text(["Failed", "Running"])
+    await page.evaluate("scrollTo(0, 400)")
+    for execution_id in ids[30:40]:
+        sim.finish(execution_id, "plan")
+        await expect(line(page, execution_id).locator('[data-part="count"]')).to_have_text("1/2")
+    assert await page.evaluate("scrollY") == 400
+    await page.evaluate("new Promise((done) => setTimeout(done, 300))")
+    assert await page.evaluate("window.shift") < 0.01
 
 
 async def focused(page: Page) -> str:
@@ -389,7 +535,7 @@ async def focused(page: Page) -> str:
     )
 
 
-async def test_everything_works_by_keyboard(sim: Simulator, page: Page) -> None:
+async def test_everything_works_by_keyboard(sim: Simulator, ui: Any, page: Page) -> None:
     """The tab order is that of the page, and an outline shows the focus."""
     execution_id = sim.add_execution(Scenario([SimNode("essay", "text", is_output_node=True)]))
     await page.locator("#filter").focus()
@@ -405,25 +551,59 @@ async def test_everything_works_by_keyboard(sim: Simulator, page: Page) -> None:
         order.append(await focused(page))
     assert order[0] == "BUTTON Add"
     assert order[1].startswith("INPUT")
-    assert order[2:] == ["title", "remove", "SUMMARY Success"]
-    details = node(page, execution_id, "essay").locator("details")
-    await page.keyboard.press("Enter")
-    await expect(details).to_have_attribute("open", "")
+    assert order[2:] == ["fold", "title", "remove"]
+    await page.locator(".fold").focus()
     await page.keyboard.press("Space")
-    await expect(details).not_to_have_attribute("open", "")
-    await page.keyboard.press("Space")
-    await expect(details).to_have_attribute("open", "")
-    for expected in ("value", "copy"):
+    await expect(node(page, execution_id, "essay")).to_be_visible()
+    for expected in ("title", "remove", "row"):
         await page.keyboard.press("Tab")
         assert await focused(page) == expected
     await page.keyboard.press("Enter")
-    await expect(page.locator('[data-part="copied"]')).to_have_text("Copied")
+    await expect(page.locator("#run-title")).to_be_focused()
+    await ui.row("essay").locator(".row").focus()
+    await page.keyboard.press("Enter")
+    await expect(page.locator("#node-title")).to_be_focused()
+    for expected in ("close", "value", "copy"):
+        await page.keyboard.press("Tab")
+        assert await focused(page) == expected
+    await page.keyboard.press("Enter")
+    await expect(ui.selected.locator('[data-part="copied"]')).to_have_text("Copied")
+    await page.keyboard.press("Escape")
+    await expect(ui.row("essay").locator(".row")).to_be_focused()
     await page.get_by_role("link", name="Start a run").focus()
     await page.keyboard.press("Enter")
     await expect(page.locator("#start-title")).to_be_focused()
-    for expected in ("workflow", "inputs", "BUTTON Start"):
+    for expected in ("workflow", "inputs", "metadata", "BUTTON Start"):
         await page.keyboard.press("Tab")
         assert await focused(page) == expected
+
+
+async def test_keys_go_through_the_lines(sim: Simulator, ui: Any, page: Page) -> None:
+    """In every list j and k do so, n goes to what failed, / to the filter; all can be off."""
+    nodes = [SimNode("a"), SimNode("b", status="FAILED"), SimNode("c"), SimNode("d")]
+    failing, done = sim.add_execution(Scenario(nodes)), sim.add_execution(Scenario([SimNode("x")]))
+    for execution_id in (done, failing):
+        ui.viewer.board.follow(execution_id)
+    await expect(page.locator(".group:visible h2")).to_have_text(["Failed", "Succeeded"])
+    for key, expected in (("j", failing), ("j", done), ("j", done), ("k", failing), ("n", failing)):
+        await page.keyboard.press(key)
+        await expect(line(page, expected).get_by_role("link")).to_be_focused()
+    await page.keyboard.press("/")
+    await expect(page.locator("#filter")).to_be_focused()
+    await page.keyboard.type("jk/n")
+    await expect(page.locator("#filter")).to_have_value("jk/n")
+    await page.locator("#filter").fill("")
+    await ui.open_run(failing)
+    await expect(ui.selected.locator("h3")).to_have_text("b")
+    for key, name in (("j", "c"), ("k", "b"), ("k", "a"), ("n", "b")):
+        await page.keyboard.press(key)
+        await expect(ui.selected.locator("h3")).to_have_text(name)
+        await expect(ui.row(name).locator(".row")).to_be_focused()
+    await page.get_by_role("button", name="Keys").click()
+    await page.get_by_label("Use the keys").uncheck()
+    await page.keyboard.press("Escape")
+    await page.keyboard.press("j")
+    await expect(ui.selected.locator("h3")).to_have_text("b")
 
 
 async def fill(sim: Simulator, viewer: Any, page: Page) -> None:
@@ -443,10 +623,10 @@ async def fill(sim: Simulator, viewer: Any, page: Page) -> None:
     for execution_id in (held, failing, done, lost, 77):
         viewer.board.follow(execution_id)
     await expect(state(page, 77)).to_have_text("No longer followed")
-    await expect(status(page, lost, "plan")).to_have_text("Running")
+    await expect(state(page, lost)).to_have_text("Running")
     await expect(state(page, failing)).to_have_text("Failed")
-    await node(page, held, word).locator("summary").click()
-    await node(page, failing, "fetch").locator("summary").click()
+    for execution_id in (held, failing):
+        await page.get_by_role("button", name=f"Nodes of execution {execution_id}").click()
     await add(page, "x" + word)
     await expect(page.locator("#execution-id-error")).not_to_be_empty()
 
@@ -553,9 +733,9 @@ async def test_the_demonstration_runs_and_stops_with_a_page_open(
         page = await browser.new_page()
         browser_errors.listen_to(page, url.partition("/#")[0])
         await page.goto(url)
-        failed = page.locator('.card[data-state="failed"]')
-        await expect(failed.get_by_role("heading")).to_have_text("invoice-check")
-        await expect(page.locator('.card[data-state="running"]').first).to_be_visible()
+        failed = page.locator('.line[data-state="failed"]')
+        await expect(failed.get_by_role("link").first).to_have_text("invoice-check")
+        await expect(page.locator('.line[data-state="running"]').first).to_be_visible()
         process.send_signal(signal.SIGINT)
         async with asyncio.timeout(5):
             _, errors = await process.communicate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -29,6 +30,26 @@ TRACE = "Traceback: ...\nOSError: HTTP 503"
 DEEP = {"rows": [{"n": n, "name": f"row {n}"} for n in range(250)], "big": 2**63 + 1, "no": None}
 
 
+MARKDOWN = """\
+## Otters &amp; &lt;newts>
+
+They eat **all** of [this](https://otters.example/a):
+
+- [x] fish
+- mussels
+
+| year | otters |
+|------|--------|
+| 2009 | 40     |
+
+```python
+x < 1
+```
+
+[no](javascript:alert(1)) <img src=x onerror=alert(1)> https://otters.example/b
+"""
+
+
 def sixty(failing: int = 45) -> Scenario:
     """Return sixty nodes, one of which failed, in ten layers of six."""
     nodes = []
@@ -43,31 +64,24 @@ def sixty(failing: int = 45) -> Scenario:
 async def test_it_has_an_address_that_survives(
     sim: Simulator, viewer: Any, ui: Any, page: Page, context: BrowserContext
 ) -> None:
-    """Reload, back and forward show the same nodes; another tab asks once for the token."""
+    """Reload, back and forward show the same node, and so does another tab."""
     held = sim.add_execution(HELD)
     viewer.board.follow(held)
     await page.get_by_role("link", name=f"Execution {held}").click()
     await expect(page.get_by_role("heading", name=f"Execution {held}")).to_be_focused()
-    await ui.row("plan").locator("summary").click()
-    await ui.row("answer").locator("summary").click()
-    address = f"{viewer.origin}/#/executions/{held}?node=answer&open=plan"
+    await ui.select("plan")
+    await ui.select("answer")
+    address = f"{viewer.origin}/#/executions/{held}?node=answer"
     assert page.url == address
     await page.reload()
-    for name in ("plan", "answer"):
-        await expect(ui.row(name).locator("details")).to_have_attribute("open", "")
+    await expect(ui.selected.locator("h3")).to_have_text("answer")
     await expect(ui.row("answer")).to_have_class(re.compile("selected"))
     await page.go_back()
-    await expect(page.locator(".card")).to_be_visible()
+    await expect(page.locator(".line")).to_be_visible()
     await page.go_forward()
-    await expect(ui.row("plan").locator("details")).to_have_attribute("open", "")
+    await expect(ui.selected.locator("h3")).to_have_text("answer")
     other = await context.new_page()
     await other.goto(address)
-    await expect(other.locator("#refused")).to_be_visible()
-    await other.get_by_label("URL or token").fill(viewer.url)
-    await other.get_by_role("button", name="Open").click()
-    await expect(other.locator(".run .node.selected")).to_contain_text("answer")
-    assert other.url == address
-    await other.reload()
     await expect(other.locator(".run .node.selected")).to_contain_text("answer")
 
 
@@ -81,44 +95,102 @@ async def test_a_bookmark_follows_an_execution_again(
     await expect(ui.row("plan")).to_have_attribute("data-status", "running")
     assert list(viewer.board.cards) == [held]
     await ui.open_run(77)
-    await expect(ui.part("problem")).to_contain_text("404 Not Found")
+    await expect(ui.part("problem")).to_contain_text("PromptLayer has no execution 77")
     sim.add_execution(HELD, execution_id=77)
     await page.get_by_role("button", name="Try again").click()
     await expect(ui.row("plan")).to_have_attribute("data-status", "running")
     await page.get_by_role("button", name="Remove").click()
-    await expect(page.locator(".card")).to_have_count(1)
+    await expect(page.locator(".line")).to_have_count(1)
     assert list(viewer.board.cards) == [held]
 
 
-async def test_the_failed_one_of_sixty_nodes_is_shown(sim: Simulator, ui: Any, page: Page) -> None:
-    """It is opened, selected, and scrolled to."""
-    await ui.open_run(sim.add_execution(sixty()))
-    row = ui.row("node 45")
-    await expect(row.locator('[data-part="trace"]')).to_have_text(TRACE)
-    await expect(row.locator("summary")).to_be_in_viewport()
-    await expect(row).to_have_class(re.compile("selected"))
+@pytest.mark.parametrize("width", [1280, 360])
+async def test_the_failed_one_of_sixty_nodes_is_in_sight(
+    sim: Simulator, ui: Any, page: Page, width: int
+) -> None:
+    """Whatever is chosen is shown where one looks; the page does not scroll, and the axis stays."""
+    await page.set_viewport_size({"width": width, "height": 800})
+    failed = sim.add_execution(sixty())
+    ui.viewer.board.follow(failed)
+    await page.get_by_role("link", name=f"Execution {failed}").click()
+    await expect(ui.part("count")).to_have_text("57 of 60 nodes succeeded, 1 failed, 2 skipped.")
+    await expect(ui.part("first-error")).to_have_text(f"node 45: {ERROR}")
+    trace = ui.selected.locator('[data-part="trace"]')
+    await expect(trace).to_have_text(TRACE)
+    await expect(ui.row("node 45")).to_have_class(re.compile("selected"))
     assert page.url.endswith("?node=node+45")
-    await row.get_by_role("button", name="Copy the error of node 45").click()
-    await expect(row.locator('[data-part="error-copied"]')).to_have_text("Copied")
+
+    async def in_sight(locator: Any) -> None:
+        box = await locator.bounding_box()
+        assert box is not None
+        assert 0 <= box["y"] <= 800 - min(box["height"], 40)
+
+    await in_sight(ui.part("first-error"))
+    await in_sight(trace)
+    await ui.row("node 30").scroll_into_view_if_needed()
+    before = await page.evaluate("scrollY")
+    assert before > 0
+    await ui.select("node 30")
+    assert await page.evaluate("scrollY") == before
+    await in_sight(ui.selected.locator("h3"))
+    await in_sight(ui.row("node 30"))
+    if width > 1000:
+        await in_sight(ui.part("axis"))
+    await page.evaluate("scrollTo(0, 0)")
+    await ui.part("first-error").click()
+    await page.get_by_role("button", name="Copy the error of node 45").click()
+    copied = ui.selected.locator('[data-part="error-copied"]')
+    await expect(copied).to_have_text("Copied")
     assert await ui.copied() == ERROR
-    await row.locator('[data-part="error-copied"]').evaluate("(one) => { one.textContent = '' }")
-    await row.get_by_role("button", name="Copy the traceback of node 45").click()
-    await expect(row.locator('[data-part="error-copied"]')).to_have_text("Copied")
+    await copied.evaluate("(one) => { one.textContent = '' }")
+    await page.get_by_role("button", name="Copy the traceback of node 45").click()
+    await expect(copied).to_have_text("Copied")
     assert await ui.copied() == TRACE
 
 
-async def test_a_node_that_fails_later_is_opened_too(sim: Simulator, ui: Any) -> None:
+async def test_updates_move_nothing(sim: Simulator, ui: Any, page: Page) -> None:
+    """Neither the rows, nor the focus, nor the scroll position; the bar goes at the end."""
+    nodes = [SimNode(f"node {index}", index, None) for index in range(60)]
+    held = sim.add_execution(Scenario(nodes))
+    await ui.open_run(held)
+    await expect(ui.row("node 59")).to_have_attribute("data-status", "running")
+    await ui.row("node 30").locator(".row").focus()
+    await page.evaluate(
+        """() => { scrollTo(0, 500); window.shift = 0; new PerformanceObserver((list) => {
+            for (const one of list.getEntries()) window.shift += one.value;
+        }).observe({ type: "layout-shift" }); }"""
+    )
+    for index in range(59):
+        sim.finish(held, f"node {index}")
+    await expect(ui.part("count")).to_have_text("59 of 60 nodes succeeded, 1 running.")
+    assert await page.evaluate("scrollY") == 500
+    await expect(ui.row("node 30").locator(".row")).to_be_focused()
+    assert await page.evaluate("window.shift") < 0.01
+    await expect(ui.part("progress")).to_be_visible()
+    sim.finish(held, "node 59", status="FAILED")
+    await expect(ui.part("state")).to_have_text("Failed")
+    await expect(ui.part("progress")).to_be_hidden()
+
+
+async def test_a_success_with_failures_says_so(sim: Simulator, ui: Any) -> None:
+    """An output came out, though not every node succeeded."""
+    nodes = [SimNode("try", status="FAILED"), SimNode("answer", "yes", is_output_node=True)]
+    await ui.open_run(sim.add_execution(Scenario(nodes)))
+    await expect(ui.part("state")).to_have_text("Succeeded, 1 node failed")
+
+
+async def test_a_node_that_fails_later_is_selected(sim: Simulator, ui: Any) -> None:
     """Unless somebody has chosen another one."""
     for is_chosen in (False, True):
         held = sim.add_execution(HELD)
         await ui.open_run(held)
         await expect(ui.row("plan")).to_have_attribute("data-status", "running")
         if is_chosen:
-            await ui.row("answer").locator("summary").click()
+            await ui.select("answer")
         sim.finish(held, "plan", status="FAILED", error_message=ERROR)
         await expect(ui.row("plan")).to_have_attribute("data-status", "failed")
-        details = ui.row("plan").locator("details")
-        await expect(details).to_have_js_property("open", not is_chosen)
+        shown = "answer" if is_chosen else "plan"
+        await expect(ui.selected.locator("h3")).to_have_text(shown)
 
 
 async def test_rows_are_sorted_and_filtered_by_the_address(
@@ -197,8 +269,8 @@ async def test_times_are_those_of_the_clock_too(
     bar = ui.row("plan").locator('[data-part="stretch"]')
     moments = re.compile(rf"^\d\.\d s \({hour}:.*\) to \d\.\d s \({hour}:.*\), \d\.\d s$")
     await expect(bar).to_have_attribute("title", moments)
-    await ui.row("plan").locator("summary").click()
-    times = ui.row("plan").locator('[data-part="times"]')
+    await ui.select("plan")
+    times = ui.selected.locator('[data-part="times"]')
     await expect(times).to_have_text(
         re.compile(rf"running at \d\.\d s \({hour}:.* and final at \d\.\d s \({hour}:.*\)\.")
     )
@@ -260,9 +332,9 @@ async def test_the_output_is_shown_beside_the_inputs(
 async def test_json_is_folded_and_searched(sim: Simulator, ui: Any, page: Page) -> None:
     """Branches are made as they are opened; Enter goes to the next result; numbers are exact."""
     await ui.open_run(sim.add_execution(Scenario([SimNode("rows", DEEP)])))
-    row = ui.row("rows")
-    await row.locator("summary").first.click()
-    tree = row.locator('[data-part="tree"]')
+    await ui.select("rows")
+    row = ui.selected
+    tree = row.locator(".tree")
     await expect(tree).to_contain_text("{} 3 keys")
     await expect(tree).to_contain_text("[] 250 items")
     await expect(tree).to_contain_text(f"big: {2**63 + 1}")
@@ -281,31 +353,97 @@ async def test_json_is_folded_and_searched(sim: Simulator, ui: Any, page: Page) 
     await expect(row.locator('[data-part="found"]')).to_have_text("11 of 11")
     await find.fill("nowhere")
     await expect(row.locator('[data-part="found"]')).to_have_text("Nothing found")
-    await row.get_by_role("button", name="As text").click()
+    await row.get_by_role("button", name="Raw").click()
     await expect(row.locator('[data-part="value"]')).to_have_text(json.dumps(DEEP, indent=2))
+
+
+async def test_a_tree_is_indented_line_by_line(sim: Simulator, ui: Any) -> None:
+    """Each key is at the left of its tree, below the one before, and its size beside it."""
+    await ui.open_run(sim.add_execution(Scenario([SimNode("rows", DEEP)])))
+    await ui.select("rows")
+    tree = ui.selected.locator(".tree")
+    await tree.locator("summary").nth(1).click()
+    boxes = [await tree.locator("summary").nth(index).bounding_box() for index in range(4)]
+    left = (await tree.bounding_box())["x"]
+    for depth, (box, below) in enumerate(itertools.pairwise(boxes)):
+        assert left < box["x"] + 1 < left + 20 + 24 * min(depth + 1, 3)
+        assert box["height"] < 24
+        assert box["y"] + box["height"] <= below["y"] + 1
+    key = await tree.locator("summary").nth(1).locator(".key").bounding_box()
+    size = await tree.locator("summary").nth(1).locator(".muted").bounding_box()
+    assert key["x"] - boxes[1]["x"] < 24
+    assert 0 < size["x"] - (key["x"] + key["width"]) < 24
+
+
+async def test_a_run_that_was_over_before_has_no_times(sim: Simulator, ui: Any) -> None:
+    """No duration, no end, and no bars; its page says why."""
+    await ui.open_run(sim.add_execution(Scenario([SimNode("a", "x"), SimNode("b", "y")])))
+    await expect(ui.part("facts")).to_have_text(
+        "Durationnot known: the run was over before this viewer saw it"
+    )
+    await expect(ui.part("elapsed")).to_be_empty()
+    await expect(ui.row("a").locator('[data-part="stretch"]')).to_be_hidden()
+    await ui.select("a")
+    await expect(ui.selected.locator('[data-part="times"]')).to_contain_text(
+        "was over before this viewer saw the run"
+    )
+
+
+async def test_markdown_is_rendered(sim: Simulator, ui: Any, page: Page) -> None:
+    """As elements, with links to pages alone; the raw text is one click away."""
+    await ui.open_run(sim.add_execution(Scenario([SimNode("report", MARKDOWN)])))
+    await ui.select("report")
+    rich = ui.selected.locator('[data-part="rich"]')
+    await expect(rich.get_by_role("heading", name="Otters & <newts>")).to_be_visible()
+    await expect(rich.locator("li")).to_have_text(["[x] fish", "mussels"])
+    await expect(rich.locator("td")).to_have_text(["2009", "40"])
+    await expect(rich.locator("strong")).to_have_text("all")
+    await expect(rich.locator("pre")).to_have_text("x < 1")
+    links = await rich.locator("a").evaluate_all("(all) => all.map((one) => [one.href, one.rel])")
+    assert [href for href, _ in links] == ["https://otters.example/a", "https://otters.example/b"]
+    assert {rel for _, rel in links} == {"noopener noreferrer"}
+    await expect(rich).to_contain_text("<img src=x onerror=alert(1)>")
+    assert await rich.locator("img, script").count() == 0
+    raw = ui.selected.locator('[data-part="value"]')
+    await expect(raw).to_be_hidden()
+    await ui.selected.get_by_role("button", name="Raw").click()
+    await expect(raw).to_have_text(MARKDOWN)
+    await ui.selected.get_by_role("button", name="Raw").click()
+    await ui.selected.get_by_label("Search the value of report").fill("FISH")
+    await expect(raw.locator("mark")).to_have_text("fish")
+
+
+async def test_chat_messages_and_json_in_strings_are_rendered(sim: Simulator, ui: Any) -> None:
+    """A message is Markdown under its role; JSON in a string is a branch of the tree."""
+    chat = [
+        {"role": "system", "content": "Be **brief**."},
+        {"role": "user", "content": [{"type": "text", "text": "See https://a.example/x."}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "find"}]},
+    ]
+    inner = {"body": json.dumps({"rows": [1, 2], "big": 2**63 + 1}), "pad": "x" * 120}
+    nodes = [SimNode("chat", chat), SimNode("nested", inner), SimNode("text", json.dumps(inner))]
+    await ui.open_run(sim.add_execution(Scenario(nodes)))
+    await ui.select("chat")
+    messages = ui.selected.locator(".message")
+    await expect(messages.locator(".role")).to_have_text(["system", "user", "assistant"])
+    await expect(messages.nth(0).locator("strong")).to_have_text("brief")
+    await expect(messages.nth(1).get_by_role("link")).to_have_text("https://a.example/x")
+    await expect(messages.nth(2)).to_contain_text("tool_calls: [] 1 item")
+    for name in ("nested", "text"):
+        await ui.select(name)
+        tree = ui.selected.locator(".tree")
+        await tree.get_by_text("JSON in a string: {} 2 keys").click()
+        await expect(tree).to_contain_text(f"big: {2**63 + 1}")
 
 
 async def test_a_long_list_is_shown_in_parts(sim: Simulator, ui: Any) -> None:
     """A hundred items at a time."""
     await ui.open_run(sim.add_execution(Scenario([SimNode("rows", list(range(1000)))])))
-    await ui.row("rows").locator("summary").first.click()
-    tree = ui.row("rows").locator('[data-part="tree"]')
+    await ui.select("rows")
+    tree = ui.selected.locator(".tree")
     await expect(tree.locator(".leaf")).to_have_count(100)
     await tree.get_by_role("button", name="Show 100 of 900 more").click()
     await expect(tree.locator(".leaf")).to_have_count(200)
-
-
-async def test_json_is_read_as_python_writes_it(page: Page) -> None:
-    """NaN, infinities, big integers, escapes and duplicate keys; what is no JSON is refused."""
-    read = """(text) => import("/json.js").then(({ readJson, writeJson }) => {
-        try { return writeJson(readJson(text)); } catch (error) { return error.constructor.name; }
-    })"""
-    value = [2**70, -0.5, 1e300, float("nan"), float("-inf"), None, True, {"a\n": "\ud800"}]
-    text = json.dumps(value)
-    assert await page.evaluate(read, text) == text
-    assert await page.evaluate(read, '{"a": 1, "a": [] , "b":{}}') == '{"a": 1, "a": [], "b": {}}'
-    for wrong in ("", "{", "[1,]", "01", "{a: 1}", "'a'", "[1] 2", "[" * 300, '"\\x"', "nan"):
-        assert await page.evaluate(read, wrong) == "NotJson"
 
 
 async def test_the_tab_tells_the_state(sim: Simulator, ui: Any, page: Page) -> None:
@@ -316,22 +454,22 @@ async def test_the_tab_tells_the_state(sim: Simulator, ui: Any, page: Page) -> N
     await ui.open_run(held)
     await expect(page).to_have_title(f"0/2 Execution {held}")
     await expect(icon).to_have_attribute("href", "favicon-running.svg")
-    progress = ui.run.get_by_role("progressbar")
-    color = "(one) => getComputedStyle(one).getPropertyValue('--bar')"
-    running = await progress.evaluate(color)
+    status = ui.part("state")
+    color = "(one) => getComputedStyle(one).color"
+    running = await status.evaluate(color)
     sim.finish(held, "plan", status="FAILED", error_message=ERROR)
     await expect(page).to_have_title(f"✗ Execution {held}")
     await expect(icon).to_have_attribute("href", "favicon-failed.svg")
-    failed = await progress.evaluate(color)
+    failed = await status.evaluate(color)
     done = sim.add_execution(Scenario([SimNode("a", "b")]))
     await ui.open_run(done)
     await expect(page).to_have_title(f"✓ Execution {done}")
     await expect(icon).to_have_attribute("href", "favicon-succeeded.svg")
-    assert len({running, failed, await progress.evaluate(color)}) == 3
+    assert len({running, failed, await status.evaluate(color)}) == 3
     response = await page.request.get(f"{ui.viewer.origin}/favicon-succeeded.svg")
     assert response.headers["content-type"].startswith("image/svg+xml")
     await ui.open("#/")
-    await expect(page).to_have_title("Executions")
+    await expect(page).to_have_title("1 failed · Executions")
     await expect(icon).to_have_attribute("href", "favicon-failed.svg")
 
 
@@ -357,10 +495,10 @@ async def test_the_end_of_a_run_is_notified_if_allowed(
             await page.get_by_role("button", name="Notify me").click()
         held = sim.add_execution(HELD)
         viewer.board.follow(held)
-        await expect(page.locator(f'.card[data-id="{held}"] .node').first).to_be_visible()
+        line = page.locator(f'.line[data-id="{held}"]')
+        await expect(line).to_have_attribute("data-state", "running")
         sim.finish(held, "plan", status="FAILED")
-        card = page.locator(f'.card[data-id="{held}"]')
-        await expect(card).to_have_attribute("data-state", "failed")
+        await expect(line).to_have_attribute("data-state", "failed")
         ends.append(held)
     shown = await page.evaluate("window.shown.map(([title, options]) => [title, options.body])")
     assert [title for title, _ in shown] == [f"Execution {ends[1]}: failed"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -42,9 +43,9 @@ async def test_a_workflow_without_a_definition_takes_json(
     await expect(page.locator("#workflow-error")).to_contain_text("Enter the name")
     await workflow.fill("nothing")
     await page.keyboard.press("Tab")
-    await expect(page.locator("#definition")).to_contain_text("404 Not Found")
+    await expect(page.locator("#definition")).to_contain_text("PromptLayer has no ")
     await start_button(page).click()
-    await expect(page.locator("#workflow-error")).to_contain_text("404 Not Found")
+    await expect(page.locator("#workflow-error")).to_contain_text("PromptLayer has no ")
     await expect(workflow).to_be_focused()
     await workflow.fill("write/report")
     for wrong, reason in [
@@ -96,7 +97,7 @@ async def test_there_is_a_field_for_each_required_input(
 
 
 async def test_a_label_or_a_version_can_be_chosen(sim: Simulator, ui: Any, page: Page) -> None:
-    """The fields are those of that version; what was entered is kept."""
+    """The fields are those of that version; what was entered for these is kept."""
     sim.add_workflow("report", DONE, inputs={"topic": "string"}, labels=["prod"])
     sim.add_version("report", DONE, inputs={"topic": "string", "tone": "string"})
     await choose(ui, page, "report")
@@ -108,10 +109,65 @@ async def test_a_label_or_a_version_can_be_chosen(sim: Simulator, ui: Any, page:
     await release.select_option("label:prod")
     await expect(page.get_by_label("tone")).to_have_count(0)
     await expect(page.get_by_label("topic")).to_have_value("otters")
+    await expect(page.locator("#dropped")).to_contain_text("report does not ask for it: tone.")
+    await page.get_by_label("Metadata").fill("team = otters=a\n\nnight=1 ")
     await start_button(page).click()
     await expect(ui.part("subtitle")).to_contain_text("label prod")
     assert sim.runs[0].body["workflow_label_name"] == "prod"
-    assert sim.runs[0].inputs == {"topic": "otters", "tone": "warm"}
+    assert sim.runs[0].inputs == {"topic": "otters"}
+    assert sim.runs[0].body["metadata"] == {"team": "otters=a", "night": "1"}
+
+
+async def test_another_workflow_gets_no_inputs_that_it_does_not_ask_for(
+    sim: Simulator, ui: Any, page: Page
+) -> None:
+    """The form says what it left out; what could not be read as JSON stays, and is an error."""
+    sim.add_workflow("report", DONE, inputs={"topic": "string", "depth": "number"})
+    sim.add_workflow("grade", DONE, inputs={"depth": "number", "strict": "boolean"})
+    more = page.get_by_label("More inputs (a JSON object)")
+    await choose(ui, page, "report")
+    await page.get_by_label("topic").fill("otters")
+    await page.get_by_label("depth").fill("deep")
+    await more.fill('{"tone": "warm", "strict": true}')
+    await page.get_by_label("Workflow name or id").fill("grade")
+    await page.keyboard.press("Tab")
+    await expect(page.get_by_label("strict")).to_have_value("true")
+    await expect(page.locator("#dropped")).to_contain_text(
+        "grade does not ask for it: topic, tone."
+    )
+    await expect(more).to_have_value("{}")
+    await start_button(page).click()
+    await expect(page.locator("#field-0-error")).to_contain_text("This is not JSON")
+    await page.get_by_label("depth").fill("2")
+    await more.fill("{")
+    await start_button(page).click()
+    await expect(page.locator("#inputs-error")).to_contain_text("This is not JSON")
+    await more.fill("")
+    await page.get_by_label("Metadata").fill("no value")
+    await start_button(page).click()
+    await expect(page.locator("#metadata-error")).to_contain_text("not name=value: no value")
+    assert sim.runs == []
+    await page.get_by_label("Metadata").fill("")
+    await start_button(page).click()
+    await expect(page.get_by_role("heading", name="grade")).to_be_visible()
+    assert sim.runs[0].inputs == {"depth": 2, "strict": True}
+
+
+async def test_inputs_of_earlier_runs_can_be_chosen(
+    sim: Simulator, viewer: Any, ui: Any, page: Page
+) -> None:
+    """Each different set is offered once, the newest first."""
+    sim.add_workflow("report", DONE, inputs={"topic": "string"})
+    for topic in ("otters", "newts", "otters"):
+        await viewer.board.start("report", {"topic": topic, "n": BIG})
+    await choose(ui, page, "report")
+    earlier = page.get_by_label("Inputs of an earlier run")
+    await expect(earlier.locator("option")).to_have_text(
+        ["Choose a run", re.compile("otters"), re.compile("newts")]
+    )
+    await earlier.select_option(index=2)
+    await expect(page.get_by_label("topic")).to_have_value("newts")
+    await expect(page.get_by_label("More inputs")).to_have_value(f'{{\n  "n": {BIG}\n}}')
 
 
 async def test_a_run_is_started_again_behind_a_question(

@@ -45,7 +45,7 @@ async def check(page: Page, name: str) -> None:
         assert "color-contrast" in {one["id"] for one in results.response["passes"]}
 
 
-@pytest.mark.parametrize("width", [1280, 360])
+@pytest.mark.parametrize("width", [1920, 1100, 360])
 async def test_every_view_fits_and_axe_finds_nothing(
     sim: Simulator, ui: Any, page: Page, browser_errors: Any, width: int
 ) -> None:
@@ -59,18 +59,21 @@ async def test_every_view_fits_and_axe_finds_nothing(
         ids.append(execution.id)
         await ui.open_run(execution.id)
         await expect(ui.run).to_have_attribute("data-state", "succeeded")
-    await expect(ui.row("fetch").locator('[data-part="trace"]')).to_be_visible()
+    await expect(ui.selected.locator('[data-part="trace"]')).to_be_visible()
     await expect(ui.drawn("plan")).to_be_visible()
-    await ui.row("plan").locator("summary").first.click()
-    await expect(ui.row("plan").locator(".tree")).to_be_visible()
+    await check(page, "run")
+    await ui.select("plan")
+    await expect(ui.selected.locator(".tree")).to_be_visible()
+    await check(page, "node")
+    await page.keyboard.press("Escape")
     await page.get_by_role("button", name="Compare", exact=True).first.click()
     await ui.run.locator(".snippet summary").nth(1).click()
-    await check(page, "run")
+    await check(page, "overview")
     await page.get_by_role("button", name="Run again").click()
     await check(page, "dialog")
     await page.keyboard.press("Escape")
     await ui.open(f"#/compare/{ids[0]}/{ids[1]}?open=plan&open=")
-    await expect(page.locator(".pair .line.changed").first).to_be_visible()
+    await expect(page.locator(".pair .diff.changed").first).to_be_visible()
     await check(page, "compare")
     await ui.open(f"#/start?again={ids[1]}")
     await expect(page.get_by_label("topic")).to_have_value(WORD)
@@ -89,6 +92,57 @@ async def test_every_view_fits_and_axe_finds_nothing(
     await expect(page.locator(".entry")).to_have_count(3)
     await expect(page.locator(".trend")).to_be_visible()
     await check(page, "history")
+
+
+BATCH = {
+    "name": "night's run",
+    "waiting": 2,
+    "running": 1,
+    "succeeded": 40,
+    "failed": 1,
+    "unknown": 1,
+    "total": 45,
+    "workers": 0,
+}
+
+
+def item(kind: str, execution_id: int | None, error: str | None) -> dict[str, Any]:
+    """Return an item as the viewer's server describes it."""
+    id_ = None if execution_id is None else str(execution_id)
+    return {"key": kind, "kind": kind, "execution_id": id_, "error": error, "finished": 1.0}
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+async def test_batches_say_what_is_wrong_and_what_goes_on(
+    sim: Simulator, ui: Any, page: Page, width: int
+) -> None:
+    """Failed and unknown items come first, with the commands that go on, and links to runs."""
+    await page.set_viewport_size({"width": width, "height": 740})
+    run = sim.add_execution(Scenario([SimNode("a", status="FAILED")]))
+    items = [
+        item("failed", run, f"ExecutionFailed: {WORD}"),
+        item("unknown", None, "StartUnknown: no answer"),
+        item("succeeded", run, None),
+    ]
+    one = BATCH | {"items": items, "is_whole": True, "problem": None}
+    all_ = {"database": "sqlite:///batches.sqlite", "batches": [BATCH]}
+    await page.route("**/api/batches", lambda route: route.fulfill(json=all_))
+    await page.route("**/api/batch?*", lambda route: route.fulfill(json=one))
+    await ui.open("#/batches")
+    await expect(page.locator(".batch")).to_contain_text("45 items, nobody works on it")
+    await check(page, "batches")
+    await page.get_by_role("link", name="night's run").click()
+    shown = page.locator(".command code")
+    await expect(shown).to_have_text(
+        [
+            f"promptlayer-exec batch {verb} --name 'night'\\''s run'"
+            for verb in ("work", "retry --failed", "recheck", "retry --unknown")
+        ]
+    )
+    await expect(page.locator(".item .name")).to_have_text(["failed", "unknown", "succeeded"])
+    await check(page, "batch")
+    await page.get_by_role("link", name=f"Execution {run}").first.click()
+    await expect(ui.part("state")).to_have_text("Failed")
 
 
 async def test_the_views_are_linked_and_named(ui: Any, page: Page) -> None:

@@ -1,17 +1,18 @@
-"""Which workflow an execution is of, and what the page learns of it."""
+"""Which workflow an execution is of, and what the page learns of workflows."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from promptlayer_exec import Session, Workflow, WorkflowEdge, WorkflowNode
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+from promptlayer_exec.viewer import Board, History
 from promptlayer_exec.viewer._definitions import Definitions, NoDefinition, definition_view
 
 TWO = Scenario([SimNode("plan", "p"), SimNode("answer", "a", after=["plan"], is_output_node=True)])
-MORE = Scenario([*TWO.nodes, SimNode("check", after=["answer"])])
 
 
 async def _graph(viewer: Any, execution_id: int) -> Any:
@@ -23,40 +24,37 @@ async def _graph(viewer: Any, execution_id: int) -> Any:
     return answer
 
 
-async def test_the_only_workflow_that_fits_is_drawn(sim: Simulator, viewer: Any) -> None:
-    """Its nodes have the same names; further nodes are allowed only if no other fits exactly."""
-    sim.add_workflow("more", MORE)
+async def test_the_workflow_of_an_id_is_asked_and_never_guessed(
+    sim: Simulator, viewer: Any, session: Session, tmp_path: Path
+) -> None:
+    """Nothing is requested for it; the answer is remembered, for other viewers too."""
+    sim.add_workflow("report", TWO)
     execution_id = sim.add_execution(TWO)
-    drawn = await _graph(viewer, execution_id)
-    assert (drawn["definition"]["name"], drawn["is_guess"]) == ("more", True)
-    assert drawn["definition"]["layers"] == [["plan"], ["answer"], ["check"]]
-    assert viewer.board.cards[execution_id].workflow == "more"
-
-
-async def test_of_several_one_can_be_chosen(sim: Simulator, viewer: Any) -> None:
-    """Nothing is drawn until then."""
-    sim.add_workflow("one", TWO)
-    sim.add_workflow("other", TWO)
-    execution_id = sim.add_execution(TWO)
+    before = sim.request_count
     answer = await _graph(viewer, execution_id)
+    assert sim.request_count == before + 1  # the poll
     assert answer["definition"] is None
-    assert {one["name"] for one in answer["candidates"]} == {"one", "other"}
+    assert "does not say which workflow" in answer["reason"]
     path = f"executions/{execution_id}/workflow"
-    status, chosen = await viewer.send("PUT", path, {"workflow": "2"})
-    assert (status, chosen["definition"]["name"], chosen["is_guess"]) == (200, "other", False)
-    assert (await _graph(viewer, execution_id))["definition"]["name"] == "other"
     assert (await viewer.send("PUT", path, {"workflow": "none"}))[0] == 502
+    status, chosen = await viewer.send("PUT", path, {"workflow": "1"})
+    assert (status, chosen["definition"]["name"]) == (200, "report")
+    assert (await _graph(viewer, execution_id))["definition"]["name"] == "report"
+    again = History(tmp_path / "history.sqlite", server="of a test")
+    async with session, Board(session, history=again) as board:
+        board.follow(execution_id)
+        while board.cards[execution_id].snapshot is None:
+            await board.changed.wait()
+        assert board.cards[execution_id].workflow == "report"
 
 
 async def test_without_a_definition_there_is_a_reason(sim: Simulator, viewer: Any) -> None:
-    """That no workflow fits, or that the server does not say."""
+    """That the server does not say, or describes no nodes."""
     execution_id = sim.add_execution(TWO)
     sim.inject(Fault.status(403))
     sim.inject(Fault.status(403, execution_id=execution_id, times=None))
     assert "403 Forbidden" in (await viewer.send("GET", "workflows"))[1]["reason"]
     sim.clear_faults()
-    answer = await _graph(viewer, execution_id)
-    assert answer["reason"] == "There is no graph: no workflow has nodes of these names."
     assert (await viewer.send("GET", "executions/5/graph"))[0] == 404
     sim.add_workflow("hidden", lambda _: TWO)  # described without nodes
     _, started = await viewer.send("POST", "runs", {"workflow": "hidden", "inputs": ""})
@@ -66,8 +64,8 @@ async def test_without_a_definition_there_is_a_reason(sim: Simulator, viewer: An
 
 async def test_an_error_of_the_server_is_a_reason(sim: Simulator, viewer: Any) -> None:
     """The rest of the page does without the graph."""
-    execution_id = sim.add_execution(TWO)
-    viewer.board.follow(execution_id)
+    sim.add_workflow("report", TWO)
+    execution_id = (await viewer.board.start("report", {})).id
     while viewer.board.cards[execution_id].state != "succeeded":
         await viewer.board.changed.wait()
     sim.inject(Fault.status(403))
@@ -90,7 +88,7 @@ async def test_the_form_knows_inputs_labels_and_versions(sim: Simulator, viewer:
     assert prod["definition"]["required_inputs"] == {"topic": "string"}
     _, none = await viewer.send("GET", "definition?workflow=none")
     assert none["definition"] is None
-    assert "404 Not Found" in none["reason"]
+    assert "PromptLayer has no workflow of this name or id (404" in none["reason"]
 
 
 async def test_inputs_are_checked_before_a_start(sim: Simulator, viewer: Any) -> None:
@@ -116,7 +114,7 @@ async def test_a_definition_that_does_not_come_is_given_up(
 ) -> None:
     """It takes seconds, and not the session's patience."""
     monkeypatch.setattr("promptlayer_exec.viewer._definitions._PATIENCE", 0.05)
-    monkeypatch.setattr("promptlayer_exec.viewer._definitions._SEARCH_PATIENCE", 0.05)
+    monkeypatch.setattr("promptlayer_exec.viewer._definitions._LIST_PATIENCE", 0.05)
     sim.inject(Fault.stall(times=None))
     async with session:
         definitions = Definitions(session)
@@ -124,20 +122,6 @@ async def test_a_definition_that_does_not_come_is_given_up(
             await definitions.get("report")
         with pytest.raises(NoDefinition, match="not sent in time"):
             await definitions.summaries()
-
-
-async def test_a_broken_workflow_hides_no_other(sim: Simulator, session: Session) -> None:
-    """The list and each definition are kept for a minute."""
-    sim.add_workflow("broken", TWO)
-    sim.add_workflow("report", TWO)
-    async with session:
-        definitions = Definitions(session)
-        await definitions.summaries()
-        sim.inject(Fault.status(403))
-        assert len(await definitions.candidates({"plan", "answer"})) == 1
-        before = sim.request_count
-        assert len(await definitions.candidates({"plan"})) == 2
-        assert sim.request_count == before + 1  # the one that failed
 
 
 def test_a_definition_has_an_edge_for_each_dependency() -> None:

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from promptlayer_exec import Session
+from promptlayer_exec import NodeTimes, Session
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.viewer import Board, History
+from promptlayer_exec.viewer._timeline import Timeline
 
 DONE = Scenario([SimNode("n", "v", is_output_node=True)])
 
@@ -96,7 +97,7 @@ async def test_a_search_finds_each_word_literally(history: History) -> None:
     assert await ids(history, workflow="w") == [None, "11"]
     assert await ids(history, since=1012.0) == [None, "12"]
     found = await history.search(outcome="unknown")
-    assert found["counts"] == {"running": 0, "succeeded": 1, "failed": 1, "unknown": 1}
+    assert found["counts"] == {"running": 0, "succeeded": 1, "failed": 1, "lost": 0, "unknown": 1}
     assert found["matching"] == 1
 
 
@@ -196,6 +197,59 @@ async def test_the_board_remembers_what_it_followed(
     assert (await viewer.send("GET", "history"))[1]["matching"] == 0
 
 
+async def test_what_was_over_before_has_the_times_that_are_remembered(
+    sim: Simulator, viewer: Any, session: Session, tmp_path: Path, held: int
+) -> None:
+    """A run that was followed has its time line at the next visit; another one has no times."""
+    board, other = viewer.board, sim.add_execution(DONE)
+    for execution_id in (held, other):
+        board.follow(execution_id)
+    while not all(card.snapshot for card in board.cards.values()):
+        await board.changed.wait()
+    sim.finish(held, "Answer")
+    while board.cards[held].state != "succeeded":
+        await board.changed.wait()
+    seen = board.cards[held]
+    assert seen.duration == seen.elapsed == seen.snapshot.elapsed
+    assert seen.timeline.nodes["Plan"] == NodeTimes()  # it was over at the first poll
+    assert seen.timeline.nodes["Answer"].running is not None
+    assert board.cards[other].duration is None
+    again = History(tmp_path / "history.sqlite", server="of a test")
+    async with session, Board(session, history=again) as later:
+        for execution_id in (held, other):
+            later.follow(execution_id)
+        while not all(card.snapshot for card in later.cards.values()):
+            await later.changed.wait()
+        card = later.cards[held]
+        assert card.duration == pytest.approx(seen.duration, abs=0.001)
+        assert card.timeline.origin == seen.timeline.origin
+        answer, before = card.timeline.nodes["Answer"], seen.timeline.nodes["Answer"]
+        assert answer.final == pytest.approx(before.final, abs=0.001)
+        assert later.cards[other].timeline == Timeline()
+
+
+async def test_a_run_goes_on_where_the_last_viewer_left_it(
+    sim: Simulator, session: Session, tmp_path: Path, held: int
+) -> None:
+    """Its times count from the first viewer's first poll; an end in between was not seen."""
+    origins = []
+    for visit in range(3):
+        history = History(tmp_path / "history.sqlite", server="of a test")
+        async with session, Board(session, history=history) as board:
+            board.follow(held)
+            while board.cards[held].snapshot is None:
+                await board.changed.wait()
+            card = board.cards[held]
+            origins.append(card.timeline.origin)
+            if visit == 1:
+                assert card.elapsed > card.snapshot.elapsed
+        if visit == 1:
+            sim.finish(held, "Answer")
+    assert origins[0] == origins[1] == origins[2]
+    assert (card.state, card.duration) == ("succeeded", None)
+    assert card.timeline.nodes["Answer"].final is None
+
+
 async def test_an_error_of_the_file_is_an_answer(viewer: Any, tmp_path: Path) -> None:
     """The page shows it in place of the list."""
     (tmp_path / "history.sqlite").mkdir()
@@ -222,9 +276,9 @@ async def test_a_lost_execution_is_remembered_as_such(
     while viewer.board.cards[held].snapshot is None:
         await viewer.board.changed.wait()
     sim.inject(Fault.status(403))
-    while viewer.board.cards[held].error is None:
+    while viewer.board.cards[held].is_lost is False:
         await viewer.board.changed.wait()
-    (entry,) = (await viewer.send("GET", "history?outcome=failed"))[1]["entries"]
+    (entry,) = (await viewer.send("GET", "history?outcome=lost"))[1]["entries"]
     assert (entry["outcome"], entry["nodes"]) == ("lost", 2)
     assert "403 Forbidden" in entry["problem"]
     assert before <= entry["began"] + 1

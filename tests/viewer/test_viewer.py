@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from pathlib import Path
@@ -109,7 +111,7 @@ async def test_every_response_has_the_security_headers(viewer: Any) -> None:
 
 def test_the_page_has_no_inline_code_and_no_external_resources() -> None:
     """Its scripts write values as text only, and no file of it names another host."""
-    files = {path.name: path.read_text() for path in PAGE.iterdir()}
+    files = {path.name: path.read_text() for path in PAGE.iterdir() if path.is_file()}
     page = files["index.html"]
     assert re.findall(r"<script[^>]*>", page) == ['<script type="module" src="viewer.js">']
     assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:", page)
@@ -119,6 +121,18 @@ def test_the_page_has_no_inline_code_and_no_external_resources() -> None:
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)
         rest = text.replace(namespace, "").replace(vendor, "")  # the latter is only ever shown
         assert not re.search(r"https?:|\burl\(|@import|//\w+\.", rest), name
+
+
+def test_vendored_code_is_as_it_was_published() -> None:
+    """Each file has its digest, and each library its licence."""
+    vendor = PAGE / "vendor"
+    sums = dict(reversed(one.split()) for one in (vendor / "SHA256SUMS").read_text().splitlines())
+    assert {one.relative_to(vendor).as_posix() for one in vendor.rglob("*.js")} == sums.keys()
+    for name, digest in sums.items():
+        assert hashlib.sha256((vendor / name).read_bytes()).hexdigest() == digest
+    licences = (vendor / "LICENSES.txt").read_text()
+    assert "MarkedJS" in licences
+    assert "Kevin Decker" in licences
 
 
 async def test_the_page_gets_the_client_s_table_of_statuses(viewer: Any) -> None:
@@ -317,7 +331,7 @@ async def test_an_invalid_or_unknown_id_is_refused_with_a_reason(
         assert (status, answer["field"]) == (422, "execution_id")
     status, answer = await viewer.send("POST", "executions", {"execution_id": "77"})
     assert status == 404
-    assert "execution 77: the server answered 404" in answer["message"]
+    assert "PromptLayer has no execution 77 (404" in answer["message"]
     sim.inject(Fault.status(401))
     status, answer = await viewer.send("POST", "executions", {"execution_id": "77"})
     assert status == 502
@@ -337,13 +351,43 @@ async def test_a_watch_that_failed_keeps_its_last_snapshot(
     await until(events, "execution", execution_id=str(other), state="succeeded")
     sim.inject(Fault.status(403))  # for the first one: the other is not polled any more
     lost = await until(events, "execution", state="lost")
-    assert "403 Forbidden" in lost["error"]
+    problem = lost["problem"]
+    assert problem["kind"] == "refused"
+    assert "PromptLayer does not allow this API key to do that (403 Forbidden)" in problem["text"]
+    assert problem["since"] == pytest.approx(time.time(), abs=5)
     assert (lost["final"], lost["total"]) == (1, 2)
     assert (await viewer.send("POST", "executions", {"execution_id": str(held)}))[0] == 201
     assert (await until(events, "nodes", execution_id=str(held)))["all"]
     again = await until(events, "execution", execution_id=str(held), state="running")
-    assert again["error"] is None
+    assert again["problem"] is None
     assert list(viewer.board.cards) == [held, other]
+
+
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [
+        (Fault.disconnect(), ("unreachable", "PromptLayer cannot be reached: ")),
+        (Fault.status(503), ("failing", "PromptLayer answers 503 Service Unavailable.")),
+        (Fault.status(429, retry_after=0.2), ("waiting", "PromptLayer asks to wait (429 ")),
+        (Fault.truncate(), ("unreadable", "PromptLayer's answer cannot be read: ")),
+    ],
+)
+async def test_a_poll_that_is_tried_again_says_why(
+    sim: Simulator, viewer: Any, held: int, fault: Fault, problem: tuple[str, str]
+) -> None:
+    """What is wrong, since when, and when PromptLayer is asked again; it passes with an answer."""
+    viewer.board.follow(held)
+    events = viewer.events()
+    assert (await until(events, "execution", state="running"))["problem"] is None
+    sim.inject(fault)
+    kind, text = problem
+    async with asyncio.timeout(5):
+        while (shown := (await until(events, "execution"))["problem"]) is None:
+            pass
+        assert (shown["kind"], shown["text"][: len(text)]) == (kind, text)
+        assert shown["since"] <= shown["until"]
+        while (await until(events, "execution"))["problem"] is not None:
+            pass
 
 
 async def test_an_error_of_any_kind_ends_a_watch_visibly(
@@ -361,7 +405,7 @@ async def test_an_error_of_any_kind_ends_a_watch_visibly(
         async with asyncio.timeout(5):
             while board.cards[held].state != "lost":
                 await board.changed.wait()
-        assert board.cards[held].error == "the limiter is gone"
+        assert board.cards[held].problem.text == "the limiter is gone"
 
 
 async def test_a_run_is_started_and_followed(sim: Simulator, viewer: Any) -> None:

@@ -1,3 +1,4 @@
+// @ts-check
 // Running again, which costs again: behind a question.
 
 import { call } from "./api.js";
@@ -16,7 +17,7 @@ export async function startRun(content) {
 
 // Asks, and starts a run of the same workflow with the same inputs, or opens the form with them.
 export async function runAgain(run) {
-  const { workflow, label, version, has_inputs } = run.data;
+  const { workflow, label, version, metadata, has_inputs } = run.data;
   const form = addressOf(["start"], { again: run.id });
   if (!has_inputs) return go(form);
   let inputs;
@@ -34,7 +35,8 @@ export async function runAgain(run) {
   });
   if (answer === "other") return go(form);
   if (answer !== "yes") return;
-  const content = { workflow, inputs, label, version: version === null ? null : String(version) };
+  const number = version === null ? null : String(version);
+  const content = { workflow, inputs, label, version: number, metadata };
   try {
     go(addressOf(["executions", await startRun(content)]));
   } catch (error) {

@@ -1,3 +1,4 @@
+// @ts-check
 // What shows the state of the tab: its icon, and a notification when a run ends, if allowed.
 
 import { byId } from "./dom.js";
@@ -9,8 +10,8 @@ const WANTED = "notify";
 
 export function showIcon(runs) {
   const states = new Set(runs.map((run) => groupOf(run.data.state)));
-  const state = ["running", "failed", "succeeded"].find((one) => states.has(one));
-  const name = state === undefined ? "favicon.svg" : `favicon-${state}.svg`;
+  const state = ["failed", "lost", "running", "succeeded"].find((one) => states.has(one));
+  const name = state === undefined || state === "lost" ? "favicon.svg" : `favicon-${state}.svg`;
   const icon = byId("favicon");
   if (icon.getAttribute("href") !== name) icon.setAttribute("href", name);
 }
@@ -21,10 +22,11 @@ export function notifyOfEnd(run) {
   if (!("Notification" in window) || !isAllowed() || localStorage.getItem(WANTED) !== "1") return;
   if (document.visibilityState === "visible" && document.hasFocus()) return;
   const [state] = STATES[run.data.state];
+  const length = run.length();
   const options = {
-    body: `Execution ${run.id}: ${state.toLowerCase()} after ${duration(run.now())}.`,
+    body: `Execution ${run.id}: ${state.toLowerCase()}${length === null ? "" : ` after ${duration(length)}`}.`,
     tag: `execution-${run.id}`,
-    icon: `favicon-${groupOf(run.data.state)}.svg`,
+    icon: run.data.state === "lost" ? "favicon.svg" : `favicon-${run.data.state}.svg`,
   };
   const shown = new Notification(`${run.name}: ${state.toLowerCase()}`, options);
   shown.addEventListener("click", () => {

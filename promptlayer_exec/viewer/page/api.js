@@ -1,9 +1,31 @@
-// The token, and requests with it. It comes from the fragment, which is sent to no server.
+// @ts-check
+// The token, and requests with it. It comes from the fragment, which is sent to no server, or from
+// another tab.
+
+import { announceToken, askToken, offerToken } from "./tabs.js";
 
 let token = sessionStorage.getItem("token");
+let isProven = false;
+/** @type {(reason: string) => void} */
 let onRefused = () => {};
 
-export const hasToken = () => token !== null;
+// Finds the token; returns whether there is one.
+export async function findToken() {
+  takeToken();
+  if (token === null) {
+    const given = await askToken();
+    if (given !== null) keepToken(given);
+  }
+  offerToken(
+    () => (isProven ? token : null),
+    (given) => {
+      if (given === token) return;
+      keepToken(given);
+      location.reload();
+    },
+  );
+  return token !== null;
+}
 
 export function whenRefused(callback) {
   onRefused = callback;
@@ -30,6 +52,12 @@ class Refusal extends Error {
     this.status = status;
     this.isUnknown = isUnknown;
   }
+}
+
+// Tells other tabs of a token that has proved right; any site could link to a wrong one.
+export function shareToken() {
+  isProven = true;
+  announceToken(token);
 }
 
 export function request(path, options = {}) {

@@ -1,15 +1,22 @@
-// The view of all executions that are followed: a card each.
+// @ts-check
+// The view of all executions that are followed: a line each, the failed ones first.
 
 import { call } from "./api.js";
-import { announce, byId, clone, draw, notify, part, placeAt, show, write } from "./dom.js";
+import { announce, byId, clone, find, findAll, notify, part, placeAt, write } from "./dom.js";
 import { handle, showErrors } from "./forms.js";
-import { board, groupOf, runs, STATES } from "./model.js";
+import { board, groupOf, runs } from "./model.js";
+import { showSegments, showState, showTime } from "./progress.js";
 import { addressOf, replace } from "./router.js";
 import { matches, Rows } from "./rows.js";
-import { duration } from "./times.js";
 
-const cards = new Map(); // by id
+const FEW = 5; // succeeded runs that are shown before the others are asked for
+
+const lines = new Map(); // by id
+const open = new Set(); // ids of lines that show their nodes, also while a viewer restarts
+const groups = findAll(".group");
 let isShown = false;
+let frame = 0;
+let isUnfolded = false;
 
 export const boardView = {
   element: byId("view-board"),
@@ -18,15 +25,15 @@ export const boardView = {
     isShown = true;
     byId("filter").value = params.get("filter") ?? "";
     const state = params.get("state") ?? "all";
-    const choice = document.querySelector(`input[name=state][value="${CSS.escape(state)}"]`);
-    (choice ?? document.querySelector("input[name=state][value=all]")).checked = true;
+    const choice = find(`input[name=state][value="${CSS.escape(state)}"]`);
+    (choice ?? find("input[name=state][value=all]")).checked = true;
     // What happened while another view was shown.
     this.onBoard();
-    for (const [id, card] of cards) {
-      card.rows.update();
-      showExecution(card, runs.get(id));
+    for (const line of lines.values()) {
+      line.rows?.update();
+      showLine(line);
     }
-    applyFilter();
+    arrange();
   },
 
   hide() {
@@ -34,99 +41,110 @@ export const boardView = {
   },
 
   onBoard() {
-    for (const id of cards.keys()) if (!runs.has(id)) drop(id);
-    [...runs.values()].forEach((run, index) => placeAt(byId("cards"), index, cardOf(run).root));
-    applyFilter();
+    for (const id of lines.keys()) if (!runs.get(id)?.isListed) drop(id);
+    for (const run of listed()) lineOf(run);
+    arrangeSoon();
   },
 
   onNodes(run, names) {
-    cardOf(run).rows.update(names);
-    if (byId("filter").value !== "") applyFilter();
+    if (!run.isListed) return;
+    const line = lineOf(run);
+    line.rows?.update(names);
+    showLine(line);
+    if (byId("filter").value !== "") arrangeSoon();
   },
 
-  onExecution(run) {
-    showExecution(cardOf(run), run);
-    applyFilter();
+  onExecution(run, before) {
+    if (!run.isListed) return;
+    showLine(lineOf(run));
+    if (groupOf(before.state) !== groupOf(run.data.state) || before.workflow !== run.data.workflow) arrangeSoon();
   },
 
   tick() {
-    for (const [id, card] of cards) {
-      const run = runs.get(id);
-      if (run?.data.state === "running") tick(card, run);
+    for (const line of lines.values()) {
+      if (["running", "waiting"].includes(line.run.data.state)) tick(line);
     }
   },
 
-  title() {
-    const running = [...runs.values()].filter((run) => groupOf(run.data.state) === "running");
-    return running.length > 0 ? `(${running.length}) Executions` : "Executions";
+  title: () => "Executions",
+
+  keys: {
+    items: () => findAll(".line-name > a"),
+    isWanted: (item) => item.closest(".line").dataset.state === "failed",
   },
 };
 
-function cardOf(run) {
-  const known = cards.get(run.id);
+const listed = () => [...runs.values()].filter((run) => run.isListed);
+
+function lineOf(run) {
+  const known = lines.get(run.id);
   // A run that was removed and added again is another object.
   if (known?.run === run) return known;
   known?.root.remove();
   const { id } = run;
-  const root = clone("card-template").firstElementChild;
-  const rows = new Rows(run, part(root, "nodes"), part(root, "axis"));
-  const card = { run, root, rows };
+  const root = clone("line-template").firstElementChild;
+  const line = { run, root, rows: null };
   root.dataset.id = id;
   const title = part(root, "title");
   title.id = `title-${id}`;
   title.href = addressOf(["executions", id]);
-  root.setAttribute("aria-labelledby", title.id);
-  part(root, "remove").setAttribute("aria-label", `Remove execution ${id} from this page`);
   part(root, "progress").setAttribute("aria-label", `Final nodes of execution ${id}`);
-  part(root, "nodes").setAttribute("aria-label", `Nodes of execution ${id}`);
+  part(root, "remove").setAttribute("aria-label", `Remove execution ${id} from this page`);
+  part(root, "fold").setAttribute("aria-label", `Nodes of execution ${id}`);
   part(root, "remove").addEventListener("click", () => remove(id));
   part(root, "again").addEventListener("click", async () => {
-    if (await followAgain(id, part(root, "again"))) part(root, "heading").focus();
+    if (await followAgain(id, part(root, "again"))) title.focus();
   });
-  cards.set(id, card);
-  rows.update();
-  showExecution(card, run);
-  return card;
+  part(root, "fold").addEventListener("click", () => expand(line, line.rows === null || part(root, "body").hidden));
+  lines.set(id, line);
+  showLine(line);
+  if (open.has(id)) expand(line, true);
+  return line;
 }
 
-function showExecution(card, run) {
-  showState(card.root, run);
-  write(part(card.root, "subtitle"), run.data.workflow === null ? "" : `Execution ${run.id}`);
-  tick(card, run);
+// The rows of the nodes are made when somebody wants to see them.
+function expand(line, isOpen) {
+  const { root, run } = line;
+  if (line.rows === null) {
+    const hrefOf = (node) => addressOf(["executions", run.id], { node });
+    line.rows = new Rows(run, part(root, "nodes"), part(root, "axis"), { hrefOf });
+    part(root, "nodes").setAttribute("aria-label", `Nodes of execution ${run.id}`);
+    line.rows.update();
+  }
+  part(root, "body").hidden = !isOpen;
+  part(root, "fold").setAttribute("aria-expanded", String(isOpen));
+  if (isOpen) open.add(run.id);
+  else open.delete(run.id);
+  tick(line);
 }
 
-// What a card and the page of an execution have in common.
-export function showState(root, run) {
-  const { data } = run;
-  const [state, icon] = STATES[data.state];
-  root.dataset.state = data.state;
-  write(part(root, "title"), run.name);
-  write(part(root, "state"), state);
-  draw(part(root, "icon"), icon);
-  const progress = part(root, "progress");
-  progress.max = Math.max(data.total, 1);
-  progress.value = data.final;
-  write(part(root, "count"), `${data.final} of ${data.total} nodes`);
-  const warning = data.warning === null ? null : `Warning from PromptLayer: ${data.warning}`;
-  show(part(root, "warning"), warning);
-  part(root, "again").hidden = data.state !== "lost";
-  part(root, "columns").hidden = data.total === 0;
+function showLine(line) {
+  const { root, run } = line;
+  showState(root, run);
+  showSegments(root, run);
+  write(part(root, "count"), run.data.total === 0 ? "" : `${run.data.final}/${run.data.total}`);
+  write(part(root, "subtitle"), run.data.workflow === null ? "" : run.id);
+  tick(line);
 }
 
-export function tick({ root, rows }, run) {
-  const time = run.now();
-  write(part(root, "elapsed"), run.data.total === 0 ? "" : duration(time));
-  show(part(root, "problem"), run.problem(duration));
-  rows.tick(time);
+function tick(line) {
+  const { root, run, rows } = line;
+  const failed = run.firstFailed();
+  const error = failed === null ? null : `${failed.name}: ${failed.error_message}`;
+  const problem = showTime(root, run) ?? error ?? run.data.warning ?? "";
+  if (write(part(root, "problem"), problem)) part(root, "problem").title = problem;
+  if (rows !== null && !part(root, "body").hidden) rows.tick(run.now());
 }
 
 function drop(id) {
-  const card = cards.get(id);
-  cards.delete(id);
-  const next = card.root.nextElementSibling ?? card.root.previousElementSibling;
-  const hadFocus = card.root.contains(document.activeElement);
-  card.root.remove();
-  if (hadFocus) (next ? part(next, "heading") : byId("execution-id")).focus();
+  const { root } = lines.get(id);
+  lines.delete(id);
+  const all = findAll(".line:not([hidden])");
+  const at = all.indexOf(root);
+  const next = all[at + 1] ?? all[at - 1];
+  const hadFocus = root.contains(document.activeElement);
+  root.remove();
+  if (hadFocus) (next ? part(next, "title") : byId("execution-id")).focus();
 }
 
 export async function remove(id) {
@@ -153,58 +171,123 @@ export async function followAgain(id, button) {
   }
 }
 
-// The filter
+// The order: groups, the newest first in each. While somebody points at a line, or has the focus
+// in one, no line moves away from there.
 
-function applyFilter() {
-  if (!isShown) return;
-  const text = byId("filter").value.trim().toLowerCase();
-  const state = document.querySelector("input[name=state]:checked").value;
-  const counts = { all: 0, running: 0, succeeded: 0, failed: 0 };
-  let shown = 0;
-  for (const card of cards.values()) {
-    const group = groupOf(card.run.data.state);
-    const isFound = showMatching(card, text);
-    if (isFound) {
-      counts.all += 1;
-      counts[group] += 1;
-    }
-    card.root.hidden = !isFound || (state !== "all" && state !== group);
-    shown += card.root.hidden ? 0 : 1;
-  }
-  for (const [name, count] of Object.entries(counts)) {
-    write(document.querySelector(`[data-count=${name}]`), String(count));
-  }
-  byId("states").hidden = cards.size === 0;
-  const none = "There is no execution on this page yet.\nAdd one by its id, or start a run.";
-  const nothing = cards.size === 0 ? none : "No execution matches the filter.";
-  write(byId("empty"), shown > 0 || !board.isKnown ? "" : nothing);
+function isUsed() {
+  return byId("board").matches(":hover") || byId("board").contains(document.activeElement);
 }
 
-// Either the whole card matches, or it shows only the nodes that match.
-function showMatching({ rows, run }, text) {
-  const about = [run.name, run.id, STATES[run.data.state][0]];
+// Changes come in bursts: one arrangement is enough for all that come within a frame.
+function arrangeSoon() {
+  if (!isShown || frame !== 0) return;
+  frame = requestAnimationFrame(arrange);
+}
+
+function arrange() {
+  cancelAnimationFrame(frame);
+  frame = 0;
+  if (!isShown) return;
+  const text = byId("filter").value.trim().toLowerCase();
+  const state = find("input[name=state]:checked").value;
+  const counts = { all: 0, failed: 0, lost: 0, running: 0, succeeded: 0 };
+  const found = new Set(listed().map(lineOf).filter((line) => isFound(line, text)));
+  for (const { run } of found) {
+    counts.all += 1;
+    counts[groupOf(run.data.state)] += 1;
+  }
+  for (const [name, count] of Object.entries(counts)) {
+    write(find(`[data-count=${name}]`), String(count));
+  }
+  slide(() => {
+    for (const group of groups) placeGroup(group, found, state);
+  });
+  byId("states").hidden = lines.size === 0;
+  const none = "There is no execution on this page yet.\nAdd one by its id, or start a run.";
+  const nothing = lines.size === 0 ? none : "No execution matches the filter.";
+  const shown = groups.some((group) => !group.hidden);
+  write(byId("empty"), shown || !board.isKnown ? "" : nothing);
+}
+
+function placeGroup(group, found, state) {
+  const { group: name } = group.dataset;
+  const list = group.querySelector(".lines");
+  const isStill = isUsed();
+  // A line that may not move now stays where it is.
+  const groupNow = (line) => (isStill && line.root.isConnected ? line.root.closest(".group").dataset.group : groupOf(line.run.data.state));
+  const members = listed().map(lineOf).filter((line) => groupNow(line) === name);
+  const shown = new Set(members.filter((line) => found.has(line) && ["all", groupOf(line.run.data.state)].includes(state)));
+  const isFolding = name === "succeeded" && state === "all" && byId("filter").value === "" && !isUnfolded;
+  members.forEach((line, index) => placeAt(list, index, line.root));
+  let few = 0;
+  for (const line of members) {
+    const isShownHere = shown.has(line) && (!isFolding || few < FEW || open.has(line.run.id));
+    few += isShownHere ? 1 : 0;
+    line.root.hidden = !isShownHere;
+  }
+  group.hidden = shown.size === 0;
+  if (name !== "succeeded") return;
+  const rest = isUnfolded ? shown.size - FEW : shown.size - few;
+  byId("unfold").hidden = rest <= 0 || state !== "all" || byId("filter").value !== "";
+  byId("unfold").setAttribute("aria-expanded", String(isUnfolded));
+  write(byId("unfold"), isUnfolded ? "Show fewer" : `Show ${rest.toLocaleString("en")} more that succeeded`);
+}
+
+// Moves lines by transforms, so that what is moved can be followed by the eye.
+function slide(change) {
+  const all = findAll(".group:not([hidden]) > h2, .line:not([hidden])");
+  const before = new Map(all.map((one) => [one, one.getBoundingClientRect().top]));
+  /** @type {any} */
+  const focused = document.activeElement;
+  change();
+  if (focused !== document.activeElement && focused.isConnected) focused.focus({ preventScroll: true });
+  const moved = [];
+  for (const [one, top] of before) {
+    const now = one.hidden ? top : one.getBoundingClientRect().top;
+    if (now === top || Math.min(now, top) > innerHeight || Math.max(now, top) < -100) continue;
+    moved.push(one);
+    one.style.transition = "none";
+    one.style.transform = `translateY(${top - now}px)`;
+  }
+  requestAnimationFrame(() => {
+    for (const one of moved) {
+      one.style.transition = "";
+      one.style.transform = "";
+    }
+  });
+}
+
+function isFound({ rows, run }, text) {
+  const about = [run.name, run.id, run.stateText()];
   const isWhole = about.some((one) => one.toLowerCase().includes(text));
-  rows.filter(text, isWhole);
+  rows?.filter(text, isWhole);
   return isWhole || [...run.nodes.values()].some((node) => matches(node, text));
 }
 
 function changeFilter() {
-  const state = document.querySelector("input[name=state]:checked").value;
+  const state = find("input[name=state]:checked").value;
   const params = new URLSearchParams();
   if (byId("filter").value !== "") params.set("filter", byId("filter").value);
   if (state !== "all") params.set("state", state);
   replace([], params);
-  applyFilter();
+  arrange();
 }
 
 byId("filter-form").addEventListener("submit", (event) => event.preventDefault());
 byId("filter").addEventListener("input", changeFilter);
 byId("states").addEventListener("change", changeFilter);
+byId("board").addEventListener("pointerleave", arrangeSoon);
+byId("board").addEventListener("focusout", arrangeSoon);
+byId("unfold").addEventListener("click", () => {
+  isUnfolded = !isUnfolded;
+  arrange();
+});
 
 handle(byId("add-form"), async () => {
   const input = byId("execution-id");
   try {
-    const response = await call("POST", "api/executions", { execution_id: input.value });
+    const content = { execution_id: input.value, is_listed: true };
+    const response = await call("POST", "api/executions", content);
     input.value = "";
     announce(`Execution ${(await response.json()).execution_id} was added to this page.`);
   } catch (error) {

@@ -1,8 +1,9 @@
+// @ts-check
 // The view of two executions of one workflow side by side: `#/compare/787/788`.
 
 import { call, get } from "./api.js";
-import { byId, draw, make, makeSvg, part, show, write } from "./dom.js";
-import { diffLines } from "./diff.js";
+import { byId, draw, findAll, make, makeSvg, part, show, write } from "./dom.js";
+import { diffLines, diffWords } from "./diff.js";
 import { board, runs, spanOf, STATES, statusOf, wordOf } from "./model.js";
 import { addressOf, go, replace } from "./router.js";
 import { clock, duration } from "./times.js";
@@ -24,6 +25,7 @@ export const compareView = {
     if (ids[0] !== left || ids[1] !== right) opened = new Set(params.getAll("open"));
     ids = [left, right];
     byId("only-changed").checked = params.get("only") === "changes";
+    byId("durations").checked = params.get("durations") === "1";
     byId("compare").replaceChildren();
     asked = "";
     if (board.isKnown) this.onBoard();
@@ -51,6 +53,11 @@ export const compareView = {
   onNodes: (run) => ids.includes(run.id) && schedule(),
   onExecution: (run) => ids.includes(run.id) && schedule(),
   title: () => `Compare ${ids.join(" and ")} · Executions`,
+
+  keys: {
+    items: () => findAll("#compare .pair > details > summary"),
+    isWanted: (item) => item.closest(".differs") !== null,
+  },
 };
 
 // Updates come in bursts; the differences of values are asked for once for each.
@@ -77,15 +84,15 @@ function render(left, right) {
   const rows = names.map((name) => compareNodes(name, left, right));
   const differing = rows.filter((row) => row.marks.length > 0);
   const isOnly = byId("only-changed").checked;
-  const list = make("ol", { class: "nodes pairs", "aria-label": "Nodes of both executions" });
+  const list = make("ol", { class: "nodes", "aria-label": "Nodes of both executions" });
   list.append(...(isOnly ? differing : rows).map((row) => rowOf(row, left, right)));
-  const focused = document.activeElement?.closest?.(".pair")?.dataset.name;
+  const focused = findAll(".pair").find((one) => one.contains(document.activeElement))?.dataset.name;
   const hasInputs = left.data.has_inputs || right.data.has_inputs;
   if (hasInputs) list.prepend(inputsRow(left, right));
-  const card = make("div", { class: "card" }, headOf(left, right), list);
+  const card = make("div", { class: "pairs" }, headOf(left, right), list);
   byId("compare").replaceChildren(card);
   if (focused !== undefined) {
-    [...list.children].find((one) => one.dataset.name === focused)?.querySelector("summary").focus();
+    findAll(".pair", list).find((one) => one.dataset.name === focused)?.querySelector("summary").focus();
   }
   const isOther = left.data.workflow && right.data.workflow && left.data.workflow !== right.data.workflow;
   const other = isOther ? " These are runs of different workflows." : "";
@@ -98,7 +105,9 @@ function headOf(left, right) {
     const [word, icon] = STATES[run.data.state];
     const link = make("a", { href: addressOf(["executions", run.id]) }, run.name);
     const moment = run.data.started ?? run.data.since;
-    const about = [`Execution ${run.id}`, moment === null ? "" : clock(moment), duration(run.now())];
+    const length = run.length();
+    const about = [`Execution ${run.id}`, moment === null ? "" : clock(moment)];
+    if (length !== null) about.push(duration(length));
     const state = make("p", { class: "status" }, iconOf(icon), word);
     const text = about.filter((one) => one !== "").join(" · ");
     const head = make("div", { class: "side" }, make("h3", {}, link), state, make("p", { class: "muted" }, text));
@@ -117,7 +126,8 @@ function compareNodes(name, left, right) {
     const isValue = changed.has(name) && (one.status === other.status || one.value !== other.value);
     if (isValue) marks.push("value");
     if (one.error_message !== other.error_message) marks.push("error");
-    if (differInTime(lengthOf(one, left), lengthOf(other, right))) marks.push("duration");
+    const isTimed = byId("durations").checked;
+    if (isTimed && differInTime(lengthOf(one, left), lengthOf(other, right))) marks.push("duration");
   }
   return { name, one, other, marks };
 }
@@ -226,7 +236,7 @@ async function textOf(node, run) {
 
 function linesOf(what, left, right) {
   if (left === right) {
-    const line = make("span", { class: "line" }, left);
+    const line = make("span", { class: "diff" }, left);
     const note = make("p", { class: "muted" }, "Both are the same:");
     return [note, boxOf(`The same ${what}`, [line])];
   }
@@ -236,13 +246,15 @@ function linesOf(what, left, right) {
   let skipped = 0;
   const flush = () => {
     const text = `… ${skipped} equal lines`;
-    if (skipped > 0) for (const side of sides) side.push(make("span", { class: "line gap" }, text));
+    if (skipped > 0) for (const side of sides) side.push(make("span", { class: "diff gap" }, text));
     skipped = 0;
   };
   pairs.forEach((pair, index) => {
     if (!isNear(index)) return (skipped += 1);
     flush();
-    pair.forEach((line, side) => sides[side].push(lineOf(line, pair[0] === pair[1])));
+    const [one, other] = pair;
+    const words = one !== other && one !== null && other !== null ? diffWords(one, other) : null;
+    pair.forEach((line, side) => sides[side].push(lineOf(line, one === other, words?.[side])));
   });
   flush();
   return sides.map((lines, side) => boxOf(`${side === 0 ? "Left" : "Right"} ${what}`, lines));
@@ -257,9 +269,13 @@ function nearOf(pairs) {
   return (index) => near.has(index);
 }
 
-function lineOf(line, isSame) {
-  if (line === null) return make("span", { class: "line absent" }, "\u00a0");
-  return make("span", { class: isSame ? "line" : "line changed" }, line === "" ? "\u00a0" : line);
+function lineOf(line, isSame, words) {
+  if (line === null) return make("span", { class: "diff absent" }, "\u00a0");
+  if (words) {
+    const parts = words.map(([text, isChanged]) => (isChanged ? make("mark", {}, text) : text));
+    return make("span", { class: "diff changed" }, ...parts);
+  }
+  return make("span", { class: isSame ? "diff" : "diff changed" }, line === "" ? "\u00a0" : line);
 }
 
 function boxOf(label, lines) {
@@ -270,13 +286,16 @@ function remember() {
   const params = new URLSearchParams();
   for (const name of opened) params.append("open", name);
   if (byId("only-changed").checked) params.set("only", "changes");
+  if (byId("durations").checked) params.set("durations", "1");
   if (ids.length === 2) replace(["compare", ...ids], params);
 }
 
-byId("only-changed").addEventListener("change", () => {
-  remember();
-  schedule();
-});
+for (const id of ["only-changed", "durations"]) {
+  byId(id).addEventListener("change", () => {
+    remember();
+    schedule();
+  });
+}
 byId("swap").addEventListener("click", () => go(addressOf(["compare", ...[...ids].reverse()])));
 
 // The form on an execution's page that chooses the other one.

@@ -1,3 +1,4 @@
+// @ts-check
 // The critical path: the nodes that the execution waited for, one after the other.
 
 import { spanOf } from "./model.js";

@@ -1,13 +1,18 @@
+// @ts-check
 // What an opened node shows: its times, its errors, and its whole value.
 
 import { call } from "./api.js";
-import { clone, copyWith, part, show, write } from "./dom.js";
+import { clone, copyWith, make, part, show, write } from "./dom.js";
 import { readContainer } from "./json.js";
+import { isFinal } from "./model.js";
+import { chatOf, linked, markdownOf } from "./rich.js";
+import { Text } from "./text.js";
 import { clock, duration, fully } from "./times.js";
 import { Tree } from "./tree.js";
 
-const LARGE = 1_000_000; // characters that are fetched only on demand
+const LARGE = 1_000_000; // characters that are fetched only on demand, and are shown as text alone
 const FOLDED = 120; // characters of JSON that need no tree
+const SHORT = 1000; // characters of text that need no search
 
 export class Detail {
   // `title` names the value for those who do not see where it is; by default, the node's name.
@@ -18,13 +23,14 @@ export class Detail {
     this.node = null;
     this.text = null; // the whole value
     this.tree = null;
-    this.isText = false;
+    this.isRaw = false;
+    this.raw = new Text(this.root);
     const at = (name) => part(this.root, name);
     copyWith(at("copy"), at("copied"), () => this.whole(), () => at("value"));
     copyWith(at("copy-error"), at("error-copied"), () => this.node.error_message);
     copyWith(at("copy-trace"), at("error-copied"), () => this.node.raw_error_message);
     at("show-all").addEventListener("click", () => this.load(true));
-    at("as-text").addEventListener("click", () => this.switchTo(!this.isText));
+    at("as-raw").addEventListener("click", () => this.switchTo(!this.isRaw));
     at("find").addEventListener("input", () => this.search());
     at("find").addEventListener("keydown", (event) => {
       if (event.key !== "Enter") return;
@@ -40,7 +46,7 @@ export class Detail {
     if (this.node === null) this.label(this.title ?? node.name);
     this.node = node;
     this.showTimes();
-    write(part(root, "error"), node.error_message ?? "");
+    part(root, "error").replaceChildren(...linked(node.error_message ?? ""));
     show(part(root, "trace"), node.raw_error_message);
     part(root, "failure").hidden = node.error_message === null && node.raw_error_message === null;
     part(root, "copy-error").hidden = node.error_message === null;
@@ -73,11 +79,14 @@ export class Detail {
     const at = (seconds) => (since === null ? "" : ` (${clock(since + seconds)})`);
     const after = (seconds) => `${duration(seconds)}${at(seconds)}`;
     let text = "Not seen running yet.";
-    if (running === null && final !== null) {
-      text = `First seen at ${after(final)}, already final.`;
-    } else if (running !== null) {
+    if (running !== null) {
+      const isUnseen = final === null && isFinal(this.node);
       const end = final === null ? "." : `, and final at ${after(final)}.`;
-      text = `First seen running at ${after(running)}${end}`;
+      text = `First seen running at ${after(running)}${isUnseen ? "; its end was not seen." : end}`;
+    } else if (final !== null) {
+      text = `First seen at ${after(final)}, already final.`;
+    } else if (isFinal(this.node)) {
+      text = "It was over before this viewer saw the run, so its times are not known.";
     }
     if (this.node.status === "SKIPPED") text = this.run.whySkipped(this.node.name);
     write(times, text);
@@ -88,25 +97,38 @@ export class Detail {
   render(text) {
     const { root, node } = this;
     const isWhole = this.text !== null;
-    const json = isWhole && text.length > FOLDED ? readContainer(text) : null;
-    this.tree = json === null ? null : new Tree(part(root, "tree"), json);
-    write(part(root, "value"), text);
-    part(root, "value-tools").hidden = this.tree === null;
+    this.tree = null;
+    const rich = isWhole && text.length <= LARGE ? this.richOf(text) : null;
+    part(root, "rich").replaceChildren(...(rich === null ? [] : [rich]));
+    this.raw.show(text);
+    part(root, "as-raw").hidden = rich === null;
+    part(root, "value-tools").hidden = !isWhole || (rich === null && text.length <= SHORT);
+    part(root, "find").value = "";
     write(part(root, "found"), "");
-    this.switchTo(this.tree === null || node.is_text);
+    this.switchTo(rich === null);
     const more = part(root, "show-all");
     more.hidden = isWhole;
     write(more, `Show all ${node.length.toLocaleString("en")} characters`);
   }
 
-  switchTo(isText) {
-    this.isText = isText;
+  // The value as people read it; null if that is what it is.
+  richOf(text) {
+    const json = text.length > FOLDED || this.node.is_text ? readContainer(text) : null;
+    if (json === null) return this.node.is_text ? markdownOf(text) : null;
+    const chat = chatOf(json);
+    if (chat !== null) return chat;
+    const place = make("div", { class: "tree" });
+    this.tree = new Tree(place, json);
+    return place;
+  }
+
+  switchTo(isRaw) {
+    this.isRaw = isRaw;
     const { root } = this;
-    part(root, "tree").hidden = isText;
-    part(root, "value").hidden = !isText;
-    part(root, "find").hidden = isText;
-    part(root, "found").hidden = isText;
-    write(part(root, "as-text"), isText ? "As a tree" : "As text");
+    part(root, "rich").hidden = isRaw;
+    part(root, "value").hidden = !isRaw;
+    part(root, "pages").hidden = !isRaw || !this.raw.isLong;
+    part(root, "as-raw").setAttribute("aria-pressed", String(isRaw));
   }
 
   async whole() {
@@ -122,21 +144,27 @@ export class Detail {
       if (this.node.value !== node.value) return; // it has changed in the meantime
       this.text = text;
       this.render(text);
-      if (isAsked) part(this.root, this.isText ? "value" : "find").focus();
+      if (isAsked) part(this.root, this.isRaw ? "value" : "find").focus();
     } catch (error) {
       write(part(this.root, "copied"), error.message);
     }
   }
 
+  // In the tree, or in the text: what is neither is searched as text.
   search() {
-    const count = this.tree.search(part(this.root, "find").value);
+    const wanted = part(this.root, "find").value.trim().toLowerCase();
+    if (this.tree === null && wanted !== "" && !this.isRaw) this.switchTo(true);
+    this.searched = this.isRaw ? this.raw : this.tree;
+    const count = this.searched?.search(wanted) ?? 0;
     if (count > 0) return this.step(1);
-    write(part(this.root, "found"), part(this.root, "find").value.trim() ? "Nothing found" : "");
+    write(part(this.root, "found"), wanted ? "Nothing found" : "");
   }
 
   step(by) {
-    this.tree.step(by);
-    const { current, results } = this.tree;
+    const { searched } = this;
+    if (!searched) return;
+    searched.step(by);
+    const { current, results } = searched;
     if (results.length) write(part(this.root, "found"), `${current + 1} of ${results.length}`);
   }
 }

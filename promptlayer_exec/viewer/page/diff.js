@@ -1,65 +1,61 @@
-// The lines in which two texts differ.
+// @ts-check
+// The lines, and in them the words, in which two texts differ.
 
-const MOST = 2_000_000; // cells of the table; above that, only the ends are compared
+import Diff from "./vendor/diff/base.js";
+import { diffWordsWithSpace } from "./vendor/diff/word.js";
 
-// Returns pairs of [left, right]; null where there is no line.
-export function diffLines(left, right) {
-  const [a, b] = [left.split("\n"), right.split("\n")];
-  let start = 0;
-  while (start < a.length && start < b.length && a[start] === b[start]) start += 1;
-  let end = 0;
-  const shorter = Math.min(a.length, b.length) - start;
-  while (end < shorter && a[a.length - 1 - end] === b[b.length - 1 - end]) end += 1;
-  const [one, other] = [a.slice(start, a.length - end), b.slice(start, b.length - end)];
-  const middle =
-    one.length * other.length > MOST ? sideBySide(one, other) : align(one, other);
-  const same = (line) => [line, line];
-  return [...a.slice(0, start).map(same), ...beside(middle), ...a.slice(a.length - end).map(same)];
+const PATIENCE = 150; // milliseconds; after that, a text is taken to differ as a whole
+const LONG = 5000; // characters of a line whose words are not compared
+
+class Lines extends Diff {
+  tokenize(text) {
+    return text.split("\n");
+  }
+
+  removeEmpty(lines) {
+    return lines;
+  }
+
+  join(lines) {
+    return lines;
+  }
 }
 
-// Puts lines that were removed beside those that were added in their place.
-function beside(pairs) {
-  const result = [];
+const lines = new Lines();
+
+// Returns pairs of [left, right]; null where there is no line. Lines that were removed are beside
+// those that were added in their place.
+export function diffLines(left, right) {
+  const all = (text, key) => [{ value: text.split("\n"), [key]: true }];
+  const changes =
+    lines.diff(left, right, { timeout: PATIENCE }) ?? [...all(left, "removed"), ...all(right, "added")];
+  const pairs = [];
   let [removed, added] = [[], []];
   const flush = () => {
-    for (let index = 0; index < Math.max(removed.length, added.length); index += 1) {
-      result.push([removed[index] ?? null, added[index] ?? null]);
-    }
+    const count = Math.max(removed.length, added.length);
+    for (let index = 0; index < count; index += 1) pairs.push([removed[index] ?? null, added[index] ?? null]);
     [removed, added] = [[], []];
   };
-  for (const [left, right] of pairs) {
-    if (left !== null && right !== null) {
+  for (const change of changes) {
+    if (change.removed) removed.push(...change.value);
+    else if (change.added) added.push(...change.value);
+    else {
       flush();
-      result.push([left, right]);
-    } else if (left !== null) removed.push(left);
-    else added.push(right);
-  }
-  flush();
-  return result;
-}
-
-function sideBySide(a, b) {
-  return [...a.map((line) => [line, null]), ...b.map((line) => [null, line])];
-}
-
-// The longest common subsequence.
-function align(a, b) {
-  const width = b.length + 1;
-  const table = new Uint32Array((a.length + 1) * width);
-  for (let i = a.length - 1; i >= 0; i -= 1) {
-    for (let j = b.length - 1; j >= 0; j -= 1) {
-      const below = table[(i + 1) * width + j];
-      const beside = table[i * width + j + 1];
-      const isSame = a[i] === b[j];
-      table[i * width + j] = isSame ? table[(i + 1) * width + j + 1] + 1 : Math.max(below, beside);
+      pairs.push(...change.value.map((line) => [line, line]));
     }
   }
-  const pairs = [];
-  let [i, j] = [0, 0];
-  while (i < a.length && j < b.length) {
-    if (a[i] === b[j]) pairs.push([a[i++], b[j++]]);
-    else if (table[(i + 1) * width + j] >= table[i * width + j + 1]) pairs.push([a[i++], null]);
-    else pairs.push([null, b[j++]]);
-  }
-  return [...pairs, ...sideBySide(a.slice(i), b.slice(j))];
+  flush();
+  return pairs;
+}
+
+// Returns the parts of both lines as [text, isChanged]; null if they have hardly a word in common.
+export function diffWords(left, right) {
+  if (left.length > LONG || right.length > LONG) return null;
+  const changes = diffWordsWithSpace(left, right, { timeout: PATIENCE });
+  if (changes === undefined) return null;
+  const same = changes.filter((one) => !one.added && !one.removed);
+  if (!same.some((one) => /\w/.test(one.value))) return null;
+  const side = (other) =>
+    changes.filter((one) => !one[other]).map((one) => [one.value, Boolean(one.added || one.removed)]);
+  return [side("added"), side("removed")];
 }

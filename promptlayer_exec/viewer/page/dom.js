@@ -1,7 +1,18 @@
+// @ts-check
 // Writing to the document. Everything that is written is text, and is set as text.
 
+/** @type {(id: string) => any} - an element of any kind, as the page has it */
 export const byId = (id) => document.getElementById(id);
+
+/** @type {(root: ParentNode, name: string) => any} */
 export const part = (root, name) => root.querySelector(`[data-part="${name}"]`);
+
+/** @type {(selector: string, root?: ParentNode) => any} */
+export const find = (selector, root = document) => root.querySelector(selector);
+
+/** @type {(selector: string, root?: ParentNode) => any[]} */
+export const findAll = (selector, root = document) => [...root.querySelectorAll(selector)];
+
 export const clone = (id) => byId(id).content.cloneNode(true);
 
 export function write(element, text) {

@@ -1,6 +1,23 @@
+// @ts-check
 // Forms: errors at their fields, and a button that cannot be pressed twice.
 
-import { byId, write } from "./dom.js";
+import { get } from "./api.js";
+import { byId, make, write } from "./dom.js";
+
+let isListed = false;
+
+// The names of workflows, for every field that asks for one; without them, one can be typed.
+export async function listWorkflows() {
+  if (isListed) return;
+  isListed = true;
+  try {
+    const { workflows, reason } = await get("api/workflows");
+    isListed = reason === null;
+    byId("workflows").replaceChildren(...workflows.map(({ name }) => make("option", { value: name })));
+  } catch {
+    isListed = false;
+  }
+}
 
 export function showErrors(form, error) {
   for (const input of form.querySelectorAll("input, textarea, select")) {

@@ -1,3 +1,4 @@
+// @ts-check
 // The graph of a workflow as SVG: nodes in layers, live statuses, and the edges that were taken.
 // It is panned by scrolling or dragging, and zoomed by its buttons, Ctrl and the wheel, or + and -.
 
@@ -7,10 +8,11 @@ import { isFinal, spanOf, statusOf, wordOf } from "./model.js";
 import { duration } from "./times.js";
 
 const WIDTH = 176;
-const HEIGHT = 46;
+const HEIGHT = 54;
 const MARGIN = 14;
 const NARROW = 640;
-const READABLE = 0.75; // the smallest scale that is chosen to fit
+const READABLE = 0.75; // the smallest scale that is chosen at first
+const LEAST = 0.1;
 const NAME_WIDTH = WIDTH - 44;
 
 const canvas = document.createElement("canvas").getContext("2d");
@@ -28,6 +30,7 @@ export class Graph {
 
   listen() {
     const { container } = this;
+    new ResizeObserver(() => this.onResize()).observe(container);
     container.addEventListener("keydown", (event) => this.onKey(event));
     container.addEventListener(
       "wheel",
@@ -60,7 +63,9 @@ export class Graph {
     });
   }
 
-  draw({ layers, nodes, edges }) {
+  draw(definition) {
+    const { layers, nodes, edges } = definition;
+    this.definition = definition;
     this.isVertical = this.container.clientWidth < NARROW;
     const [along, across] = this.isVertical ? [HEIGHT, WIDTH] : [WIDTH, HEIGHT];
     const sizes = { along, across, gapAlong: this.isVertical ? 38 : 48, gapAcross: 14 };
@@ -83,7 +88,27 @@ export class Graph {
     this.container.replaceChildren(this.svg);
     this.focusable = this.layout.rows.flat()[0];
     this.nodes.get(this.focusable)?.element.setAttribute("tabindex", "0");
-    this.fit();
+    this.isFitted = true;
+    this.width = this.container.clientWidth;
+    this.resize(this.readable());
+    this.container.scrollTo(0, 0);
+  }
+
+  // A window that is turned or widened gets the graph that fits it, unless somebody has zoomed.
+  onResize() {
+    const width = this.container.clientWidth;
+    if (this.definition === undefined || width === 0 || width === this.width) return;
+    this.width = width;
+    if (this.isVertical !== width < NARROW) {
+      const critical = [...this.nodes].filter(([, { element }]) => element.classList.contains("critical"));
+      this.draw(this.definition);
+      if (this.run !== undefined) this.update(this.run);
+      this.markCritical(critical.map(([name]) => name));
+      this.select(this.selected);
+    } else if (this.isFitted) {
+      this.resize(this.readable());
+      if (this.selected !== null && this.nodes.has(this.selected)) this.reveal(this.selected);
+    }
   }
 
   flip([along, across]) {
@@ -93,8 +118,9 @@ export class Graph {
   makeNode(name, { type, is_output }) {
     const [x, y] = this.flip(this.layout.positions.get(name));
     const icon = makeSvg("use", { x: -WIDTH / 2 + 10, y: -8, width: 16, height: 16 });
-    const label = makeSvg("text", { class: "gname", x: -WIDTH / 2 + 34, y: -3 }, shortened(name));
-    const state = makeSvg("text", { class: "gstate", x: -WIDTH / 2 + 34, y: 14 });
+    const label = makeSvg("text", { class: "gname", x: -WIDTH / 2 + 34, y: type ? -9 : -3 }, shortened(name));
+    const state = makeSvg("text", { class: "gstate", x: -WIDTH / 2 + 34, y: type ? 6 : 14 });
+    const kind = makeSvg("text", { class: "gstate gtype", x: -WIDTH / 2 + 34, y: 20 }, wordsOf(type));
     const element = makeSvg(
       "g",
       {
@@ -110,6 +136,7 @@ export class Graph {
       icon,
       label,
       state,
+      kind,
     );
     element.addEventListener("click", () => {
       if (!this.isDragged) this.onSelect(name);
@@ -164,6 +191,7 @@ export class Graph {
 
   // Shows the statuses of some nodes, or of all.
   update(run, names = null) {
+    this.run = run;
     const time = run.now();
     for (const name of names ?? this.nodes.keys()) {
       const node = this.nodes.get(name);
@@ -178,15 +206,25 @@ export class Graph {
     const look = known === undefined ? "queued" : statusOf(known);
     const span = known === undefined ? null : spanOf(known, time);
     const text = known === undefined ? "Not in this execution" : wordOf(known);
-    const hasRun = span?.isTimed && isFinal(known);
+    node.isRunning = known !== undefined && span?.isTimed && !isFinal(known);
     if (element.dataset.status !== status || node.status === null) {
       element.dataset.status = status;
       element.dataset.look = known === undefined ? "absent" : look;
       draw(node.icon, look);
     }
     node.status = status;
-    write(node.state, hasRun ? `${text} · ${duration(span.end - span.start)}` : text);
-    element.setAttribute("aria-label", `${name}: ${node.state.textContent}`);
+    const time_ = span?.isTimed ? ` · ${duration(Math.max(0, span.end - span.start))}` : "";
+    write(node.state, text + time_);
+    const label = `${name}: ${text}${node.isRunning ? "" : time_}`;
+    if (element.getAttribute("aria-label") !== label) element.setAttribute("aria-label", label);
+  }
+
+  // How long nodes have been running.
+  tick(run) {
+    const time = run.now();
+    for (const [name, node] of this.nodes) {
+      if (node.isRunning) this.showStatus(name, node, run.nodes.get(name), time);
+    }
   }
 
   showEdge({ source, target, path, element }, run) {
@@ -290,23 +328,35 @@ export class Graph {
     const x = at === null ? box.width / 2 : at.clientX - box.left;
     const y = at === null ? box.height / 2 : at.clientY - box.top;
     const before = this.scale;
+    this.isFitted = false;
     this.resize(this.scale * factor);
     const ratio = this.scale / before;
     container.scrollTo((container.scrollLeft + x) * ratio - x, (container.scrollTop + y) * ratio - y);
   }
 
-  // As large as fits, but readable: what does not fit is scrolled to.
+  // All of it, however small that is.
   fit() {
-    const width = this.container.clientWidth;
-    this.resize(Math.max(READABLE, Math.min(1, width / this.size[0])));
+    const [width, height] = [this.container.clientWidth, parseFloat(getComputedStyle(this.container).maxHeight)];
+    this.isFitted = false;
+    this.resize(Math.min(1, width / this.size[0], height / this.size[1]));
     this.container.scrollTo(0, 0);
   }
 
+  // As large as fits, but readable: what does not fit is scrolled to.
+  readable() {
+    return Math.max(READABLE, Math.min(1, this.container.clientWidth / this.size[0]));
+  }
+
   resize(scale) {
-    this.scale = Math.min(2.5, Math.max(0.25, scale));
+    this.scale = Math.min(2.5, Math.max(LEAST, scale));
     this.svg.setAttribute("width", (this.size[0] * this.scale).toFixed(1));
     this.svg.setAttribute("height", (this.size[1] * this.scale).toFixed(1));
   }
+}
+
+// "PROMPT_TEMPLATE" as people write it.
+function wordsOf(type) {
+  return type.toLowerCase().replaceAll("_", " ").slice(0, 26);
 }
 
 function shortened(name) {

@@ -1,7 +1,8 @@
+// @ts-check
 // The view of what is remembered: every execution that was seen or started here.
 
 import { call, get } from "./api.js";
-import { byId, announce, clone, confirmIn, draw, make, oneLine, part, show, write } from "./dom.js";
+import { announce, byId, clone, confirmIn, draw, find, findAll, make, oneLine, part, show, write } from "./dom.js";
 import { groupOf, runs, STATES } from "./model.js";
 import { trendOf } from "./plot.js";
 import { addressOf, go, replace } from "./router.js";
@@ -23,8 +24,8 @@ export const historyView = {
     byId("history-search").value = params.get("search") ?? "";
     byId("history-days").value = params.get("days") ?? "";
     const outcome = params.get("outcome") ?? "";
-    const choice = document.querySelector(`input[name=outcome][value="${CSS.escape(outcome)}"]`);
-    (choice ?? document.querySelector("input[name=outcome]")).checked = true;
+    const choice = find(`input[name=outcome][value="${CSS.escape(outcome)}"]`);
+    (choice ?? find("input[name=outcome]")).checked = true;
     chooseWorkflow(params.get("workflow") ?? "");
     load();
     loadTrends();
@@ -38,24 +39,29 @@ export const historyView = {
   // What is followed is new, or has ended.
   onExecution(run, before) {
     if (run.data.state === before.state) return;
-    const row = document.querySelector(`.entry[data-id="${CSS.escape(run.id)}"]`);
+    const row = find(`.entry[data-id="${CSS.escape(run.id)}"]`);
     const entry = entries.find((one) => one.execution_id === run.id);
     if (row && entry) showState(row, entry);
     if (before.state === "waiting" || run.isEnded) loadAgain();
   },
 
   refresh() {
-    for (const time of document.querySelectorAll("#entries time")) showMoment(time);
+    for (const time of findAll("#entries time")) showMoment(time);
   },
 
   title: () => "History · Executions",
+
+  keys: {
+    items: () => findAll(".entry .name > a"),
+    isWanted: (item) => item.closest(".entry").dataset.state === "failed",
+  },
 };
 
 function filters() {
   const params = new URLSearchParams();
   const set = (name, value) => value && params.set(name, value);
   set("search", byId("history-search").value.trim());
-  set("outcome", document.querySelector("input[name=outcome]:checked").value);
+  set("outcome", find("input[name=outcome]:checked").value);
   set("workflow", byId("history-workflow").value);
   set("days", byId("history-days").value);
   return params;
@@ -99,7 +105,7 @@ async function load(isMore = false) {
 function showCounts(counts) {
   const all = Object.values(counts).reduce((sum, one) => sum + one, 0);
   for (const [name, count] of Object.entries({ all, ...counts })) {
-    write(document.querySelector(`[data-outcome=${name}]`), count.toLocaleString("en"));
+    write(find(`[data-outcome=${name}]`), count.toLocaleString("en"));
   }
   const isFiltered = filters().size > 0;
   const nothing = isFiltered
@@ -129,6 +135,7 @@ function rowOf(entry) {
   at("preview").classList.toggle("wrong", entry.problem !== null);
   at("began").dateTime = machine(entry.began);
   at("began").title = fully(entry.began);
+  at("began").dataset.verb = entry.is_started ? "" : "seen "; // others started it, before that
   showMoment(at("began"));
   write(at("duration"), lengthOf(entry));
   showState(root, entry);
@@ -147,8 +154,9 @@ function rowOf(entry) {
   return root;
 }
 
-function startOf({ key, workflow, label, version }) {
-  return { line: String(key), workflow, label, version: version === null ? null : String(version) };
+function startOf({ key, workflow, label, version, metadata }) {
+  const number = version === null ? null : String(version);
+  return { line: String(key), workflow, label, version: number, metadata };
 }
 
 // What is followed now is known better than what was remembered.
@@ -165,7 +173,7 @@ function showState(root, entry) {
 
 function showMoment(time) {
   const moment = Date.parse(time.dateTime) / 1000;
-  write(time, `${clock(moment)} (${ago(moment)})`);
+  write(time, `${time.dataset.verb}${clock(moment)} (${ago(moment)})`);
 }
 
 function lengthOf({ duration: seconds, is_started }) {

@@ -1,3 +1,4 @@
+// @ts-check
 // Reads JSON as Python writes it, without rounding: JSON.parse rounds integers beyond 2**53, and
 // refuses NaN. A node of the result has a `kind`: object (`entries`), array (`items`), string
 // (`value`), or other (`text`).

@@ -1,3 +1,4 @@
+// @ts-check
 // Where the nodes and edges of a layered graph are drawn. The layers are given; this module orders
 // each so that few edges cross, and straightens the edges. Edges over several layers go through
 // points between the nodes.

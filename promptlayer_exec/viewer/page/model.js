@@ -1,3 +1,4 @@
+// @ts-check
 // What the page knows of each execution, whichever view shows it.
 
 import { STATUSES, UNKNOWN } from "./statuses.js"; // made by the server
@@ -15,13 +16,15 @@ const FIRST = {
   workflow: null,
   label: null,
   version: null,
+  metadata: null,
   warning: null,
   started: null,
   since: null,
   has_inputs: false,
   state: "waiting",
-  error: null,
-  elapsed: 0,
+  problem: null,
+  elapsed: null,
+  duration: null,
   final: 0,
   total: 0,
 };
@@ -37,9 +40,15 @@ export const board = {
 };
 export const connection = { state: "connecting", lostAt: 0 }; // lostAt: when the times stopped
 
+export function connectionChanged(state) {
+  if (connection.state === "live" && state !== "live") connection.lostAt = performance.now();
+  connection.state = state;
+}
+
 export class Run {
   constructor(id) {
     this.id = id;
+    this.isListed = true; // on the board, and not only on its own page
     this.data = { ...FIRST, execution_id: id };
     this.at = performance.now(); // when the data was received
     this.nodes = new Map(); // by name, in the server's order
@@ -54,20 +63,57 @@ export class Run {
     return ["succeeded", "failed", "lost"].includes(this.data.state);
   }
 
-  // The seconds that the server sent, plus those since then while it is connected.
+  // The length of the time line: the seconds that the server sent, plus those since then while it
+  // is connected; of a run that was over before it was seen, what is remembered of its nodes.
   now() {
     const { state, elapsed } = this.data;
+    if (elapsed === null) return this.latest();
     if (state !== "running") return elapsed;
     const until = connection.state === "live" ? performance.now() : connection.lostAt;
     return elapsed + Math.max(0, until - this.at) / 1000;
   }
 
-  // The error of an execution, or that PromptLayer does not answer, as then times may be old.
-  problem(duration) {
+  // How many nodes there are of each status, in the order of the segments.
+  counts() {
+    const counts = { success: 0, failed: 0, unknown: 0, running: 0, queued: 0, skipped: 0 };
+    for (const node of this.nodes.values()) counts[statusOf(node)] += 1;
+    return counts;
+  }
+
+  firstFailed() {
+    return [...this.nodes.values()].find((node) => node.status === "FAILED") ?? null;
+  }
+
+  // The state in words; what failed on the way to a success is part of that.
+  stateText() {
+    const { state } = this.data;
+    if (state === "running" && this.problem() !== null) return "Last seen running";
+    const { failed } = this.counts();
+    if (state !== "succeeded" || failed === 0) return STATES[state][0];
+    return `Succeeded, ${failed} node${failed === 1 ? "" : "s"} failed`;
+  }
+
+  latest() {
+    const times = [...this.nodes.values()].flatMap(({ running, final }) => [running, final]);
+    return Math.max(0, ...times);
+  }
+
+  // How long it has run, or ran; null if nobody saw that.
+  length() {
+    const { duration, started, since } = this.data;
+    if (this.isEnded || since === null) return duration;
+    return this.now() + Math.max(0, since - (started ?? since));
+  }
+
+  // What is wrong with PromptLayer's answers: { kind, text, since, until }, or null. A poll that
+  // gets no answer at all is noticed here: the viewer learns nothing until it is given up.
+  problem() {
+    if (this.data.problem !== null) return this.data.problem;
     const silent = (performance.now() - this.at) / 1000;
     const isStale = connection.state === "live" && this.data.state === "running" && silent > STALE;
-    const stale = `PromptLayer has not answered for ${duration(Math.floor(silent))}.`;
-    return this.data.error ?? (isStale ? stale : null);
+    if (!isStale) return null;
+    const since = Date.now() / 1000 - silent;
+    return { kind: "stale", text: "PromptLayer has not answered.", since, until: null };
   }
 
   // The failed nodes that a skipped one waited for, through others that were skipped.
@@ -87,10 +133,11 @@ export class Run {
     return "Skipped: no way led to it.";
   }
 
-  take(data) {
+  // `age` is how many seconds ago the data was received, by another tab.
+  take(data, age = 0) {
     const before = this.data;
     this.data = data;
-    this.at = performance.now();
+    this.at = performance.now() - 1000 * age;
     return before;
   }
 
@@ -100,13 +147,36 @@ export class Run {
   }
 }
 
+const SERVER = {
+  unreachable: "PromptLayer cannot be reached",
+  slow: "PromptLayer does not answer",
+  stale: "PromptLayer does not answer",
+  failing: "PromptLayer has errors",
+  waiting: "PromptLayer asks to wait",
+  refused: "PromptLayer refuses the key",
+};
+
+// What is wrong with PromptLayer as a whole: { text, since }, or null.
+export function serverProblem() {
+  let found = null;
+  for (const run of runs.values()) {
+    const problem = ["running", "waiting", "lost"].includes(run.data.state) ? run.problem() : null;
+    if (problem === null || !(problem.kind in SERVER)) continue;
+    if (run.data.state === "lost" && problem.kind !== "refused") continue;
+    if (found === null || problem.since < found.since) {
+      found = { text: SERVER[problem.kind], since: problem.since };
+    }
+  }
+  return found;
+}
+
 export function runOf(id) {
   if (!runs.has(id)) runs.set(id, new Run(id));
   return runs.get(id);
 }
 
 export function groupOf(state) {
-  return { waiting: "running", lost: "failed" }[state] ?? state;
+  return state === "waiting" ? "running" : state;
 }
 
 // The status as styles and icons name it.

@@ -1,8 +1,12 @@
-// The graph of an execution's page: its definition, and which workflow that may be.
+// @ts-check
+// The graph of an execution's page; it asks which workflow a run is of that was added by its id.
 
 import { call, get } from "./api.js";
-import { make, part, write } from "./dom.js";
+import { part, write } from "./dom.js";
+import { handle, listWorkflows, showErrors } from "./forms.js";
 import { Graph } from "./graph.js";
+
+const AGAIN = 30_000; // milliseconds
 
 export class GraphPanel {
   constructor(root, id, onSelect, onDrawn) {
@@ -11,31 +15,34 @@ export class GraphPanel {
     this.onDrawn = onDrawn;
     this.definition = null;
     this.state = "none"; // none, loading, loaded
+    this.after = 0; // when it may be loaded again, if it could not be
     this.graph = new Graph(part(root, "graph"), onSelect);
     part(root, "zoom-in").addEventListener("click", () => this.graph.zoom(1.25));
     part(root, "zoom-out").addEventListener("click", () => this.graph.zoom(0.8));
     part(root, "zoom-fit").addEventListener("click", () => this.graph.fit());
-    part(root, "candidates").addEventListener("change", (event) => this.choose(event.target.value));
+    part(root, "of-workflow").addEventListener("focus", listWorkflows);
+    handle(part(root, "workflow-form"), () => this.choose());
   }
 
-  // Loads the definition, once there are nodes to compare it with.
+  // Loads the definition, once there are nodes to draw in it.
   async load(run) {
-    if (this.state !== "none" || run.nodes.size === 0) return;
+    if (this.state !== "none" || run.nodes.size === 0 || performance.now() < this.after) return;
     this.state = "loading";
     this.run = run;
-    this.say("Looking for the definition of its workflow …");
+    this.say("Loading the definition of its workflow …");
     try {
       this.take(await get(`api/executions/${this.id}/graph`));
     } catch (error) {
       this.say(`There is no graph: ${error.message}`);
     }
-    this.state = "loaded";
+    const isMissing = this.definition === null && run.data.workflow !== null;
+    this.state = isMissing ? "none" : "loaded";
+    this.after = performance.now() + AGAIN;
   }
 
-  take(answer) {
-    this.showCandidates(answer);
-    const { definition } = answer;
-    if (definition === null) return this.say(answer.reason ?? "");
+  take({ definition, reason }) {
+    part(this.root, "workflow-form").hidden = this.run.data.workflow !== null || definition !== null;
+    if (definition === null) return this.say(reason ?? "");
     this.definition = definition;
     const dependencies = new Map();
     for (const { source, target } of definition.edges) {
@@ -50,28 +57,18 @@ export class GraphPanel {
     const { name, version } = definition;
     const which = `${name}${version === null ? "" : `, version ${version}`}`;
     const missing = unknown.length > 0 ? `. Not in it: ${unknown.join(", ")}` : "";
-    this.say(answer.is_guess ? `${which}: its nodes fit this execution${missing}` : which + missing);
+    this.say(which + missing);
     this.onDrawn();
   }
 
-  showCandidates({ candidates, definition }) {
-    const choice = part(this.root, "workflow-choice");
-    choice.hidden = candidates.length === 0 || (candidates.length === 1 && definition !== null);
-    if (choice.hidden) return;
-    const options = candidates.map(({ id, name }) => make("option", { value: id }, name));
-    const none = make("option", { value: "" }, `${candidates.length} workflows fit: choose one`);
-    const select = part(this.root, "candidates");
-    select.replaceChildren(none, ...options);
-    select.value = definition === null ? "" : definition.id;
-  }
-
-  async choose(workflow) {
-    if (workflow === "") return;
+  async choose() {
+    const workflow = part(this.root, "of-workflow").value.trim();
     try {
       const response = await call("PUT", `api/executions/${this.id}/workflow`, { workflow });
       this.take(await response.json());
+      part(this.root, "workflow-form").hidden = true;
     } catch (error) {
-      this.say(error.message);
+      showErrors(part(this.root, "workflow-form"), { message: error.message, field: "workflow" });
     }
   }
 
@@ -88,6 +85,10 @@ export class GraphPanel {
   select(name) {
     this.selected = name;
     this.graph.select(name);
+  }
+
+  tick(run) {
+    if (this.definition !== null) this.graph.tick(run);
   }
 
   markCritical(names) {

@@ -1,3 +1,4 @@
+// @ts-check
 // The durations of a workflow's latest runs as a small plot.
 
 import { make, makeSvg } from "./dom.js";

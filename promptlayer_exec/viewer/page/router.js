@@ -1,3 +1,4 @@
+// @ts-check
 // The address of each view: `#/executions/787?node=Plan`. Reload, back and bookmarks work with it.
 
 // Returns the path's parts and the parameters of the present address.

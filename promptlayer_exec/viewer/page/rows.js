@@ -1,6 +1,6 @@
+// @ts-check
 // The nodes of one execution: a row each, with a bar on a time line.
 
-import { Detail } from "./detail.js";
 import { clone, draw, make, oneLine, part, placeAt, write } from "./dom.js";
 import { isFinal, spanOf, statusOf, wordOf } from "./model.js";
 import { clock, duration, tickLabel, ticks } from "./times.js";
@@ -11,13 +11,15 @@ const ORDERS = {
 };
 
 export class Rows {
-  // `onToggle(name, isOpen)` is called when somebody opens or closes a row.
-  constructor(run, list, axis, onToggle = () => {}) {
+  // `hrefOf(name)` is the address of a node; `onChoose(name, isByKey)` is called in place of going
+  // there, if it is given.
+  constructor(run, list, axis, { hrefOf, onChoose = null }) {
     this.run = run;
     this.list = list;
     this.axis = axis;
     this.rows = new Map();
-    this.onToggle = onToggle;
+    this.hrefOf = hrefOf;
+    this.onChoose = onChoose;
     this.order = "";
     this.text = "";
     this.isWhole = true;
@@ -49,41 +51,34 @@ export class Rows {
     write(row.status, wordOf(node));
     row.output.hidden = !node.is_output_node;
     write(row.preview, node.error_message ?? oneLine(node.value ?? ""));
-    row.detail?.update(node);
     this.place(row, this.run.now());
     this.filterRow(row);
   }
 
   make(name) {
     const root = clone("node-template").firstElementChild;
-    const parts = ["icon", "status", "output", "preview", "time", "stretch", "critical"];
-    const row = { root, node: null, detail: null, span: null };
+    const parts = ["row", "icon", "status", "output", "preview", "time", "stretch", "critical"];
+    const row = { root, node: null, span: null };
     for (const one of parts) row[one] = part(root, one);
     write(part(root, "name"), name);
-    const details = root.firstElementChild;
-    row.details = details;
-    details.firstElementChild.addEventListener("click", (event) => {
+    row.row.href = this.hrefOf(name);
+    row.row.addEventListener("click", (event) => {
+      const isElsewhere = event.ctrlKey || event.metaKey || event.shiftKey;
+      if (this.onChoose === null || isElsewhere) return;
       event.preventDefault();
-      this.open(name, !details.open);
-      this.onToggle(name, details.open);
+      this.onChoose(name, event.detail === 0);
     });
     this.rows.set(name, row);
     this.list.append(root);
     return row;
   }
 
-  open(name, isOpen) {
-    const row = this.rows.get(name);
-    if (!row) return;
-    if (isOpen && row.detail === null) {
-      row.detail = new Detail(this.run, row.details);
-      row.detail.update(row.node);
-    }
-    row.details.open = isOpen;
-  }
-
   select(name) {
-    for (const [one, { root }] of this.rows) root.classList.toggle("selected", one === name);
+    for (const [one, { root, row }] of this.rows) {
+      root.classList.toggle("selected", one === name);
+      if (one === name) row.setAttribute("aria-current", "true");
+      else row.removeAttribute("aria-current");
+    }
   }
 
   markCritical(names) {
@@ -164,6 +159,8 @@ export class Rows {
   }
 }
 
+// The start of a value is searched, which is all of most.
 export function matches(node, text) {
-  return [node.name, node.status].some((one) => one.toLowerCase().includes(text));
+  const texts = [node.name, node.status, node.error_message, node.value];
+  return texts.some((one) => one !== null && one.toLowerCase().includes(text));
 }

@@ -1,21 +1,21 @@
+// @ts-check
 // The view of one execution, at an address of its own: `#/executions/787?node=Plan`.
 
 import { call } from "./api.js";
-import { followAgain, remove, showState, tick } from "./board.js";
-import { byId, clone, copyWith, make, notify, part, show, write } from "./dom.js";
+import { followAgain, remove } from "./board.js";
+import { byId, clone, findAll, make, notify, part, show, write } from "./dom.js";
 import { criticalPath } from "./critical.js";
-import { Detail } from "./detail.js";
-import { readContainer } from "./json.js";
+import { Inspector } from "./inspector.js";
 import { board, runs } from "./model.js";
 import { GraphPanel } from "./panel.js";
-import { go, replace } from "./router.js";
+import { showSegments, showState, showTime } from "./progress.js";
+import { addressOf, go, replace } from "./router.js";
 import { matches, Rows } from "./rows.js";
 import { showSnippets } from "./snippets.js";
 import { STATUSES, UNKNOWN } from "./statuses.js";
 import { runAgain } from "./again.js";
 import { offerComparison } from "./compare.js";
 import { ago, clock, duration, fully, machine } from "./times.js";
-import { Tree } from "./tree.js";
 
 const MARKS = {
   succeeded: STATUSES.get("SUCCESS").mark,
@@ -65,7 +65,7 @@ export const runView = {
   },
 
   tick() {
-    if (page?.run?.data.state === "running") tick(page, page.run);
+    if (["running", "waiting"].includes(page?.run?.data.state)) page.tick();
   },
 
   title() {
@@ -75,6 +75,12 @@ export const runView = {
   },
 
   run: () => page?.run ?? null,
+
+  keys: {
+    items: () => findAll(".run .node > .row"),
+    isWanted: (item) => item.parentElement.dataset.status === "failed",
+    onMove: (item) => page.choose(part(item, "name").textContent),
+  },
 };
 
 class RunPage {
@@ -83,20 +89,20 @@ class RunPage {
     this.run = run;
     this.params = new URLSearchParams();
     this.selected = null;
-    this.opened = new Set();
-    this.isChosen = false; // somebody, or the address, has chosen a node
+    this.isChosen = false; // somebody, or the address, has chosen a node, or none
     this.isLoading = false;
-    this.inputs = null;
-    this.outputs = new Map();
     const root = make("div", { class: "run" });
     root.append(clone("run-template"));
     this.root = root;
     byId("run").replaceChildren(root);
     write(part(root, "crumb"), `Execution ${id}`);
-    const onToggle = (name, isOpen) => this.toggled(name, isOpen);
     const shown = run ?? { nodes: new Map(), now: () => 0 };
-    this.rows = new Rows(shown, part(root, "nodes"), part(root, "axis"), onToggle);
-    this.graph = new GraphPanel(root, id, (name) => this.select(name), () => this.onDrawn());
+    this.rows = new Rows(shown, part(root, "nodes"), part(root, "axis"), {
+      hrefOf: (node) => addressOf(["executions", id], { node }),
+      onChoose: (name, isByKey) => this.choose(name, isByKey),
+    });
+    this.graph = new GraphPanel(root, id, (name) => this.choose(name), () => this.onDrawn());
+    this.inspector = new Inspector(root, shown, () => this.close());
     this.listen();
     showSnippets(part(root, "snippets"), id, board.server);
     if (run === null) this.showMissing();
@@ -113,15 +119,22 @@ class RunPage {
     offerComparison(this.root, () => this.run);
     at("filter").addEventListener("input", () => this.filter());
     at("sort").addEventListener("change", () => this.sort());
-    copyWith(at("copy-inputs"), at("inputs-copied"), () => this.inputs);
     at("download").addEventListener("click", () => this.download());
+    at("first-error").addEventListener("click", (event) => {
+      if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+      event.preventDefault();
+      this.choose(this.run.firstFailed().name, event.detail === 0);
+    });
+    this.root.addEventListener("keydown", (event) => {
+      if (event.key === "Escape" && this.selected !== null && !event.target.matches("input")) this.close();
+    });
   }
 
   // An execution that is not followed: it is asked for, and then it is.
   showMissing() {
     write(part(this.root, "title"), `Execution ${this.id}`);
-    for (const name of ["rerun", "compare", "remove"]) part(this.root, name).hidden = true;
-    for (const name of ["columns", "graph-panel"]) part(this.root, name).hidden = true;
+    for (const name of ["rerun", "compare", "remove", "progress", "graph-panel"]) part(this.root, name).hidden = true;
+    this.root.querySelector(".split").hidden = true;
     if (board.isKnown) this.load();
   }
 
@@ -156,44 +169,30 @@ class RunPage {
     this.rows.order = part(this.root, "sort").value;
     this.rows.sort();
     this.applyFilter();
-    const node = params.get("node");
-    const open = params.getAll("open");
-    this.isChosen = node !== null || open.length > 0;
-    this.wanted = [...open, ...(node === null ? [] : [node])];
-    this.wantedNode = node;
-    this.openWanted();
-  }
-
-  // Opens the nodes of the address; their rows may come later.
-  openWanted() {
-    for (const name of this.wanted.filter((one) => this.rows.rows.has(one))) {
-      this.wanted = this.wanted.filter((one) => one !== name);
-      this.opened.add(name);
-      this.rows.open(name, true);
-      if (name === this.wantedNode) this.mark(name, true);
-    }
+    this.isChosen = params.has("node");
+    if (this.isChosen) this.select(params.get("node"));
   }
 
   onNodes(names) {
     this.rows.update(names);
+    this.rows.select(this.selected);
     this.applyFilter();
-    this.openWanted();
+    this.inspector.update();
     this.graph.update(this.run, names);
-    if (!this.isChosen) this.openFailed();
+    this.showFailed();
     this.showCritical();
   }
 
   onDrawn() {
-    for (const { detail } of this.rows.rows.values()) detail?.showTimes();
+    this.inspector.showTimes();
     this.showCritical();
   }
 
-  openFailed() {
-    const failed = [...this.run.nodes.values()].find((node) => node.status === "FAILED");
-    if (!failed || this.opened.has(failed.name)) return;
-    this.opened.add(failed.name);
-    this.rows.open(failed.name, true);
-    this.mark(failed.name, true);
+  // The failed node is what people come for, unless they have chosen another one.
+  showFailed() {
+    const failed = this.isChosen ? null : this.run.firstFailed();
+    if (failed === null || this.selected === failed.name) return;
+    this.select(failed.name);
     this.write();
   }
 
@@ -201,21 +200,46 @@ class RunPage {
     const { run, root } = this;
     if (run === null) return;
     showState(root, run);
+    showSegments(root, run);
+    part(root, "progress").hidden = run.isEnded || run.data.total === 0;
+    part(root, "columns").hidden = run.data.total === 0;
+    part(root, "remove").hidden = !run.isListed;
     const { workflow, label, version } = run.data;
     part(root, "rerun").hidden = workflow === null;
     const about = [workflow === null ? null : `Execution ${this.id}`];
     if (version !== null) about.push(`version ${version}`);
     if (label !== null) about.push(`label ${label}`);
     write(part(root, "subtitle"), about.filter((one) => one !== null).join(" · "));
-    tick(this, run);
-    // Once it has ended, its duration is among the facts, and counts from its start.
-    part(root, "elapsed").hidden = ["succeeded", "failed"].includes(run.data.state);
+    this.tick();
+    this.showHeadline();
     this.showFacts();
-    if (run.data.has_inputs && this.inputs === null) this.showInputs();
-    this.showOutputs();
+    if (run.data.has_inputs) this.inspector.showInputs();
+    this.inspector.showOutputs();
+    this.inspector.update();
     this.graph.load(run);
-    if (!this.isChosen) this.openFailed();
+    this.showFailed();
     this.showCritical();
+  }
+
+  tick() {
+    show(part(this.root, "problem"), showTime(this.root, this.run));
+    this.rows.tick(this.run.now());
+    this.graph.tick(this.run);
+  }
+
+  // How many nodes did what, and the first error, which leads to its node.
+  showHeadline() {
+    const { run } = this;
+    const counts = run.counts();
+    const { total } = run.data;
+    const words = [`${counts.success} of ${total} nodes succeeded`];
+    for (const status of ["failed", "skipped", "running", "queued", "unknown"]) {
+      if (counts[status] > 0) words.push(`${counts[status]} ${status}`);
+    }
+    write(part(this.root, "count"), total === 0 ? "" : `${words.join(", ")}.`);
+    const failed = run.firstFailed();
+    show(part(this.root, "first-error"), failed === null ? null : `${failed.name}: ${failed.error_message}`);
+    if (failed !== null) part(this.root, "first-error").href = addressOf(["executions", this.id], { node: failed.name });
   }
 
   showFacts() {
@@ -227,13 +251,17 @@ class RunPage {
       const time = make("time", { datetime: machine(moment), title: fully(moment) }, clock(moment));
       facts.push([started === null ? "Followed since" : "Started", [time, ` (${ago(moment)})`]]);
     }
-    if (run.isEnded && since !== null && run.data.state !== "lost") {
-      const end = since + run.data.elapsed;
-      const time = make("time", { datetime: machine(end), title: fully(end) }, clock(end));
-      const isOld = run.data.elapsed < 0.001;
-      if (!isOld) facts.push(["Ended", [time]]);
-      const whole = started === null ? run.data.elapsed : end - started;
-      if (!isOld && whole >= 0) facts.push(["Duration", [duration(whole)]]);
+    if (["succeeded", "failed"].includes(run.data.state)) {
+      const { elapsed } = run.data;
+      if (since !== null && elapsed !== null) {
+        const end = since + elapsed;
+        const time = make("time", { datetime: machine(end), title: fully(end) }, clock(end));
+        facts.push(["Ended", [time]]);
+      }
+      const least = started === null ? "at least " : "";
+      const length = run.data.duration;
+      const unseen = "not known: the run was over before this viewer saw it";
+      facts.push(["Duration", [length === null ? unseen : least + duration(length)]]);
     }
     if (this.path?.length > 1) facts.push(["Critical path", [this.pathText()]]);
     const list = facts.map(([name, content]) =>
@@ -263,22 +291,6 @@ class RunPage {
     if (isDone) this.showFacts();
   }
 
-  // What the execution was for: the values of its output nodes, beside its inputs.
-  showOutputs() {
-    const nodes = [...this.run.nodes.values()];
-    const outputs = nodes.filter((node) => node.is_output_node && node.status === "SUCCESS");
-    part(this.root, "output-panel").hidden = !this.run.isEnded || outputs.length === 0;
-    if (part(this.root, "output-panel").hidden) return;
-    for (const node of outputs) {
-      if (!this.outputs.has(node.name)) {
-        const place = part(this.root, "outputs");
-        if (outputs.length > 1) place.append(make("h4", { class: "output-name" }, node.name));
-        this.outputs.set(node.name, new Detail(this.run, place, `the output ${node.name}`));
-      }
-      this.outputs.get(node.name).update(node);
-    }
-  }
-
   async download() {
     try {
       const response = await call("GET", `api/executions/${this.id}/snapshot`);
@@ -290,45 +302,26 @@ class RunPage {
     }
   }
 
-  async showInputs() {
-    this.inputs = "";
-    try {
-      const response = await call("GET", `api/executions/${this.id}/inputs`);
-      this.inputs = await response.text();
-    } catch {
-      return;
-    }
-    const json = readContainer(this.inputs);
-    const place = make("div", { class: "tree" });
-    if (json === null) place.append(make("pre", {}, this.inputs));
-    else new Tree(place, json);
-    part(this.root, "inputs").replaceChildren(place);
-    part(this.root, "inputs-panel").hidden = false;
-  }
-
-  toggled(name, isOpen) {
-    if (isOpen) this.opened.add(name);
-    else this.opened.delete(name);
-    this.mark(isOpen || this.selected !== name ? name : null, false);
+  // Selects a node everywhere, for somebody; the page stays where it is.
+  choose(name, isByKey = false) {
     this.isChosen = true;
+    this.select(name);
     this.write();
+    if (isByKey) this.inspector.focus();
   }
 
-  // A click in the graph selects the node everywhere, and opens its row.
+  close() {
+    const row = this.rows.rows.get(this.selected)?.row;
+    const hadFocus = part(this.root, "inspector").contains(document.activeElement);
+    this.choose(null);
+    if (hadFocus) (row ?? byId("run-title")).focus({ preventScroll: true });
+  }
+
   select(name) {
-    this.isChosen = true;
-    this.opened.add(name);
-    this.rows.open(name, true);
-    this.mark(name, true);
-    this.write();
-  }
-
-  mark(name, isScrolling) {
     this.selected = name;
     this.rows.select(name);
     this.graph.select(name);
-    const row = this.rows.rows.get(name);
-    if (isScrolling && row) row.root.scrollIntoView({ block: "nearest" });
+    this.inspector.select(name);
   }
 
   filter() {
@@ -353,7 +346,6 @@ class RunPage {
   write() {
     const params = new URLSearchParams();
     if (this.selected !== null) params.set("node", this.selected);
-    for (const name of this.opened) if (name !== this.selected) params.append("open", name);
     for (const name of ["filter", "sort"]) {
       const { value } = part(this.root, name);
       if (value !== "") params.set(name, value);

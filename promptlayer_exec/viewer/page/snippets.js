@@ -1,3 +1,4 @@
+// @ts-check
 // Commands and code that follow an execution elsewhere. The key is never in them.
 
 import { clone, copyWith, part, write } from "./dom.js";

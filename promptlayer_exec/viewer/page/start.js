@@ -1,24 +1,26 @@
+// @ts-check
 // The form that starts a run: a field for each required input, and the rest as JSON.
 
 import { call, get } from "./api.js";
 import { confirmStart, startRun } from "./again.js";
-import { byId, make, show, write } from "./dom.js";
-import { handle, showErrors } from "./forms.js";
+import { byId, make, oneLine, show, write } from "./dom.js";
+import { handle, listWorkflows, showErrors } from "./forms.js";
 import { NotJson, readJson, writeJson } from "./json.js";
-import { runs } from "./model.js";
+import { board, runs, STATES } from "./model.js";
 import { addressOf, go, replace } from "./router.js";
+import { clock } from "./times.js";
 
 let definition = null;
 let isAgain = false;
-let isListed = false;
 let asked = 0;
+let chosen = ""; // the workflow of the fields
 
 export const startView = {
   element: byId("view-start"),
 
   async show(_, params) {
     byId("unknown-start").hidden = true;
-    list();
+    listWorkflows();
     const again = params.get("again");
     const line = params.get("line");
     isAgain = again !== null || line !== null;
@@ -30,31 +32,19 @@ export const startView = {
   title: () => "Start a run",
 };
 
-// The workflows that can be chosen; without them, a name can be entered all the same.
-async function list() {
-  if (isListed) return;
-  isListed = true;
-  try {
-    const { workflows, reason } = await get("api/workflows");
-    isListed = reason === null;
-    const options = workflows.map(({ name }) => make("option", { value: name }));
-    byId("workflows").replaceChildren(...options);
-  } catch {
-    isListed = false;
-  }
-}
-
 async function refill(id) {
   const run = runs.get(id);
   const inputs = await textOf(`api/executions/${id}/inputs`);
-  const { workflow = "", label = null, version = null } = run?.data ?? {};
+  const { workflow = "", label = null, version = null, metadata = null } = run?.data ?? {};
+  byId("metadata").value = linesOf(metadata);
   await choose(workflow ?? "", releaseOf(label, version), inputs);
 }
 
 async function refillFrom(line, params) {
   const inputs = await textOf(`api/history/${line}/inputs`);
-  const version = params.get("version");
-  await choose(params.get("workflow") ?? "", releaseOf(params.get("label"), version), inputs);
+  byId("metadata").value = linesOf(JSON.parse(params.get("metadata") ?? "{}"));
+  const release = releaseOf(params.get("label"), params.get("version"));
+  await choose(params.get("workflow") ?? "", release, inputs);
 }
 
 async function textOf(path) {
@@ -64,6 +54,8 @@ async function textOf(path) {
     return null;
   }
 }
+
+const linesOf = (metadata) => Object.entries(metadata ?? {}).map((pair) => pair.join("=")).join("\n");
 
 function releaseOf(label, version) {
   if (label !== null) return `label:${label}`;
@@ -75,8 +67,7 @@ async function choose(workflow, release = "", inputs = null) {
   const number = (asked += 1);
   byId("workflow").value = workflow;
   showErrors(byId("start-form"), null);
-  if (inputs !== null) byId("inputs").value = inputs;
-  if (workflow.trim() === "") return showDefinition(null, "", inputs);
+  if (workflow.trim() === "") return showDefinition("", null, "", inputs);
   write(byId("definition"), "Looking for its definition …");
   const [kind, value] = release.split(/:(.*)/s);
   const query = new URLSearchParams({ workflow, ...(release === "" ? {} : { [kind]: value }) });
@@ -87,23 +78,35 @@ async function choose(workflow, release = "", inputs = null) {
     answer = { definition: null, reason: error.message };
   }
   if (number !== asked) return; // another one was chosen in the meantime
-  showDefinition(answer.definition, answer.reason, inputs, release);
+  showDefinition(workflow, answer.definition, answer.reason, inputs, release);
+  offerEarlier(workflow);
 }
 
-function showDefinition(found, reason, inputs = null, release = "") {
-  const kept = inputs ?? composed() ?? byId("inputs").value;
+function showDefinition(workflow, found, reason, inputs = null, release = "") {
+  const before = new Map(required().map(([name], index) => [name, fieldAt(index).value]));
+  // What was typed for a workflow that could not be described is nobody else's.
+  const isOther = definition !== null && workflow !== chosen;
   definition = found;
+  chosen = workflow;
   showReleases(release);
-  const required = Object.entries(found?.required_inputs ?? {});
-  byId("fields").hidden = required.length === 0;
-  write(byId("inputs-label"), required.length > 0 ? "More inputs (a JSON object)" : "Inputs (a JSON object)");
-  const fields = required.map(([name, type], index) => fieldOf(name, type, index));
+  const names = required();
+  byId("fields").hidden = names.length === 0;
+  write(byId("inputs-label"), names.length > 0 ? "More inputs (a JSON object)" : "Inputs (a JSON object)");
+  const fields = names.map(([name, type], index) => fieldOf(name, type, index));
   byId("fields").replaceChildren(byId("fields").firstElementChild, ...fields);
   let text = "";
   if (found === null && reason) text = `Its definition is not available, so inputs are not checked: ${reason}`;
-  if (found !== null && required.length === 0) text = "It has no required inputs.";
+  if (found !== null && names.length === 0) text = "It has no required inputs.";
   write(byId("definition"), text);
-  spread(kept, required);
+  if (inputs !== null) {
+    spread(inputs, names);
+    return write(byId("dropped"), "");
+  }
+  const dropped = [...before].filter(([name, value]) => value !== "" && !names.some(([one]) => one === name));
+  for (const [index, [name]] of names.entries()) fieldAt(index).value = before.get(name) ?? "";
+  const rest = spread(byId("inputs").value, names, isOther);
+  const gone = [...dropped.map(([name]) => name), ...rest];
+  write(byId("dropped"), gone.length > 0 ? `Left out, because ${workflow || "it"} does not ask for it: ${gone.join(", ")}.` : "");
 }
 
 function showReleases(release) {
@@ -146,17 +149,21 @@ function fieldOf(name, type, index) {
 const fieldAt = (index) => byId(`field-${index}`);
 const required = () => Object.entries(definition?.required_inputs ?? {});
 
-// Puts the values of a JSON object into the fields, and the rest into the text.
-function spread(text, names) {
+// Puts the values of a JSON object into the fields, and the rest into the text. Returns the names
+// that were left out: with `isOther`, all that the workflow does not ask for.
+function spread(text, names, isOther = false) {
   let root;
   try {
     root = readJson(text);
   } catch (error) {
     if (!(error instanceof NotJson)) throw error;
-    byId("inputs").value = text;
-    return;
+    byId("inputs").value = text; // it cannot be sent as it is, and the form says so then
+    return [];
   }
-  if (root.kind !== "object") return;
+  if (root.kind !== "object") {
+    byId("inputs").value = text;
+    return [];
+  }
   const rest = { kind: "object", entries: [] };
   for (const [key, value] of root.entries) {
     const index = names.findIndex(([name]) => name === key);
@@ -164,7 +171,12 @@ function spread(text, names) {
     if (index < 0) rest.entries.push([key, value]);
     else fieldAt(index).value = isPlain && value.value !== "" ? value.value : writeJson(value);
   }
+  if (isOther) {
+    byId("inputs").value = "{}";
+    return rest.entries.map(([key]) => key);
+  }
   byId("inputs").value = rest.entries.length === root.entries.length ? text : pretty(rest);
+  return [];
 }
 
 function pretty(root) {
@@ -173,62 +185,79 @@ function pretty(root) {
   return `{\n${lines.join(",\n")}\n}`;
 }
 
-// The fields and the text as one JSON object; null if the text is none, which the server explains.
-function composed() {
-  const more = byId("inputs").value.trim() || "{}";
-  let root;
-  try {
-    root = readJson(more);
-  } catch {
-    return null;
+class Wrong extends Error {
+  constructor(field, message) {
+    super(message);
+    this.field = field;
   }
-  if (root.kind !== "object") return null;
-  const entries = required().map(([name, type], index) => {
-    const text = fieldAt(index)?.value ?? "";
-    if (text === "") return null;
-    const value = isString(type) && text !== '""' ? { kind: "string", value: text } : rawOf(text);
-    return [name, value];
-  });
-  const given = entries.filter((one) => one !== null);
-  return given.length === 0 ? more : writeJson({ kind: "object", entries: [...given, ...root.entries] });
 }
 
-const rawOf = (text) => {
+function jsonOf(text, field) {
   try {
     return readJson(text);
-  } catch {
-    return { kind: "string", value: text };
+  } catch (error) {
+    if (!(error instanceof NotJson)) throw error;
+    throw new Wrong(field, `This is not JSON: ${error.message}.`);
   }
-};
+}
 
-// The first field that is empty, or no JSON where it has to be.
-function wrongField() {
+// The fields and the text as one JSON object. Throws what is wrong with a field.
+function composed() {
+  const more = byId("inputs").value.trim() || "{}";
+  const given = [];
+  const missing = [];
   for (const [index, [name, type]] of required().entries()) {
     const text = fieldAt(index).value;
     const field = `field:${name}`;
-    if (text === "" && !isInText(name)) {
-      const empty = isString(type) ? ' "" stands for an empty text.' : "";
-      return { field, message: `This workflow requires ${name}.${empty}` };
-    }
-    if (text !== "" && !isString(type)) {
-      try {
-        readJson(text);
-      } catch (error) {
-        return { field, message: `This is not JSON: ${error.message}.` };
-      }
-    }
+    if (text === "") missing.push([name, field, type]);
+    else if (isString(type) && text !== '""') given.push([name, { kind: "string", value: text }]);
+    else given.push([name, jsonOf(text, field)]);
   }
-  return null;
+  if (required().length === 0) return more; // the server says what is wrong with it
+  const root = jsonOf(more, "inputs");
+  if (root.kind !== "object") throw new Wrong("inputs", "The inputs must be a JSON object.");
+  for (const [name, field, type] of missing) {
+    if (root.entries.some(([key]) => key === name)) continue;
+    const empty = isString(type) ? ' "" stands for an empty text.' : "";
+    throw new Wrong(field, `This workflow requires ${name}.${empty}`);
+  }
+  if (given.length === 0) return more;
+  return writeJson({ kind: "object", entries: [...given, ...root.entries] });
 }
 
-function isInText(name) {
-  try {
-    return readJson(byId("inputs").value).entries.some(([key]) => key === name);
-  } catch {
-    return false;
-  }
+function metadata() {
+  const lines = byId("metadata").value.split("\n").filter((line) => line.trim() !== "");
+  const pairs = lines.map((line) => {
+    const found = /^\s*([^=]*[^=\s])\s*=\s*(.*?)\s*$/.exec(line);
+    if (found === null) throw new Wrong("metadata", `This line is not name=value: ${line.trim()}`);
+    return found.slice(1);
+  });
+  return pairs.length === 0 ? null : Object.fromEntries(pairs);
 }
 
+// The inputs of earlier runs of the workflow, as far as the history has them.
+async function offerEarlier(workflow) {
+  const select = byId("earlier");
+  const query = new URLSearchParams({ workflow });
+  const { entries } = board.hasHistory ? await get(`api/history?${query}`).catch(() => ({ entries: [] })) : { entries: [] };
+  if (workflow !== chosen) return;
+  const seen = new Map();
+  for (const entry of entries) if (entry.inputs !== null && !seen.has(entry.inputs)) seen.set(entry.inputs, entry);
+  byId("earlier-runs").hidden = seen.size === 0;
+  const options = [...seen].slice(0, 20).map(([inputs, { key, began, outcome }]) => {
+    const text = `${clock(began)}, ${STATES[outcome][0].toLowerCase()}: ${oneLine(inputs).slice(0, 80)}`;
+    return make("option", { value: key }, text);
+  });
+  select.replaceChildren(make("option", { value: "" }, "Choose a run"), ...options);
+}
+
+byId("earlier").addEventListener("change", async () => {
+  const key = byId("earlier").value;
+  const inputs = key === "" ? null : await textOf(`api/history/${key}/inputs`);
+  if (inputs === null) return;
+  for (const index of required().keys()) fieldAt(index).value = "";
+  spread(inputs, required());
+});
 byId("workflow").addEventListener("change", () => {
   const workflow = byId("workflow").value;
   replace(["start"], workflow === "" ? {} : { workflow });
@@ -243,13 +272,17 @@ handle(byId("start-form"), async () => {
   const form = byId("start-form");
   write(byId("start-error"), "");
   byId("unknown-start").hidden = true;
-  const wrong = wrongField();
-  if (wrong !== null) return showErrors(form, wrong);
   const workflow = byId("workflow").value;
-  const inputs = composed() ?? byId("inputs").value;
   const [kind, value] = byId("version").value.split(/:(.*)/s);
-  const content = { workflow, inputs, ...(value === undefined ? {} : { [kind]: value }) };
-  if (isAgain && (await confirmStart(workflow, inputs)) !== "yes") return;
+  let content;
+  try {
+    content = { workflow, inputs: composed(), metadata: metadata() };
+  } catch (error) {
+    if (!(error instanceof Wrong)) throw error;
+    return showErrors(form, error);
+  }
+  if (value !== undefined) content[kind] = value;
+  if (isAgain && (await confirmStart(workflow, content.inputs)) !== "yes") return;
   try {
     go(addressOf(["executions", await startRun(content)]));
   } catch (error) {

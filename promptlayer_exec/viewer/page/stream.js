@@ -1,18 +1,17 @@
+// @ts-check
 // The events of all executions, on one connection that is restored when it is lost.
 
-import { request } from "./api.js";
-import { connection } from "./model.js";
+import { request, shareToken } from "./api.js";
 
 const RETRY = 1000; // milliseconds until the next attempt to connect
 const SILENCE = 45_000; // milliseconds without data, not even heartbeats, until it reconnects
 
 // Calls `on.board`, `on.nodes`, `on.execution`, `on.connection` and `on.refused`.
 export async function follow(on) {
-  const change = (state) => {
-    if (connection.state === "live" && state !== "live") connection.lostAt = performance.now();
-    const isNew = connection.state !== state;
-    connection.state = state;
-    if (isNew) on.connection(state);
+  let state = "connecting";
+  const change = (now) => {
+    if (now !== state) on.connection(now);
+    state = now;
   };
   while (true) {
     const abort = new AbortController();
@@ -24,6 +23,7 @@ export async function follow(on) {
         );
       }
       if (!response.ok) throw new Error(`${response.status}`);
+      shareToken();
       for await (const [kind, data] of events(response, abort)) {
         if (kind === "board") change("live");
         if (kind === "end") change("ended");
@@ -33,7 +33,7 @@ export async function follow(on) {
       if (!(error instanceof TypeError) && error.name !== "AbortError") console.warn(error);
     }
     abort.abort();
-    if (connection.state !== "ended") change("reconnecting");
+    if (state !== "ended") change("reconnecting");
     await new Promise((resolve) => setTimeout(resolve, RETRY));
   }
 }

@@ -1,3 +1,4 @@
+// @ts-check
 // Durations and moments as text.
 
 export function duration(seconds) {
@@ -26,6 +27,7 @@ export function clock(moment) {
 export const fully = (moment) => WHOLE.format(date(moment));
 export const machine = (moment) => date(moment).toISOString();
 
+/** @type {[Intl.RelativeTimeFormatUnit, number][]} */
 const UNITS = [
   ["day", 86_400],
   ["hour", 3600],
@@ -39,6 +41,11 @@ export function ago(moment) {
     if (seconds >= length) return RELATIVE.format(-Math.floor(seconds / length), unit);
   }
   return "just now";
+}
+
+// "12:03:10 (2 min 05 s)".
+export function sinceText(moment) {
+  return `${clock(moment)} (${duration(Math.max(0, Date.now() / 1000 - moment))})`;
 }
 
 // The positions of at most six labels on an axis of some seconds.

@@ -1,9 +1,13 @@
+// @ts-check
 // A JSON value as a tree that can be folded and searched. Branches are made when they are opened.
 
 import { make, write } from "./dom.js";
+import { readContainer } from "./json.js";
+import { linked } from "./rich.js";
 
 const CHUNK = 100; // children that are made at once
 const LONG = 400; // characters of a string that are shown at first
+const DEEPEST_TEXT = 200_000; // characters of a string that are read as JSON
 const MOST = 1000; // results of a search
 
 export class Tree {
@@ -122,13 +126,26 @@ class Branch {
   }
 }
 
+// A string that holds JSON is a branch, too; it is read once.
+function innerOf(node) {
+  if (node.kind !== "string") return null;
+  if (node.inner === undefined) {
+    node.inner = node.value.length > DEEPEST_TEXT ? null : readContainer(node.value);
+  }
+  return node.inner;
+}
+
 function childrenOf(node) {
+  const inner = innerOf(node);
+  if (inner !== null) return childrenOf(inner);
   if (node.kind === "object") return node.entries;
   if (node.kind === "array") return node.items.map((item, index) => [String(index), item]);
   return null;
 }
 
 function sizeOf(node) {
+  const inner = innerOf(node);
+  if (inner !== null) return `JSON in a string: ${sizeOf(inner)}`;
   const [count, one, many, brackets] =
     node.kind === "object"
       ? [node.entries.length, "key", "keys", "{}"]
@@ -138,11 +155,11 @@ function sizeOf(node) {
 
 function leafOf(node) {
   if (node.kind !== "string") return [node.text];
-  if (node.value.length <= LONG) return [`"${node.value}"`];
+  if (node.value.length <= LONG) return ['"', ...linked(node.value), '"'];
   const text = make("span", {}, `"${node.value.slice(0, LONG)}…`);
   const button = make("button", { type: "button", class: "quiet" }, "Show the whole string");
   button.addEventListener("click", () => {
-    write(text, `"${node.value}"`);
+    text.replaceChildren('"', ...linked(node.value), '"');
     button.remove();
   });
   return [text, " ", button];

@@ -1,16 +1,21 @@
+// @ts-check
 // The page of `promptlayer-exec view`: which view is shown, and what reaches it.
 
 import * as api from "./api.js";
 import { notifyOfEnd, showIcon } from "./alerts.js";
+import { batchesView } from "./batches.js";
 import { boardView } from "./board.js";
 import { compareView } from "./compare.js";
-import { announce, byId, notify, write } from "./dom.js";
+import { announce, byId, find, findAll, notify, show, write } from "./dom.js";
 import { historyView } from "./history.js";
-import { board, Run, runOf, runs, STATES } from "./model.js";
+import { listenToKeys } from "./keys.js";
+import { board, connection, connectionChanged, groupOf, Run, runOf, runs, serverProblem, STATES } from "./model.js";
 import { route } from "./router.js";
 import { runView } from "./run.js";
 import { startView } from "./start.js";
 import { follow } from "./stream.js";
+import { leads, shareStream } from "./tabs.js";
+import { clock, sinceText } from "./times.js";
 
 const TICK = 200;
 const CONNECTIONS = {
@@ -23,12 +28,14 @@ const CONNECTIONS = {
 const VIEWS = {
   executions: runView,
   history: historyView,
+  batches: batchesView,
   start: startView,
   compare: compareView,
 };
 
 let view = null;
 let isConnected = false;
+let lastBoard = null; // the last event of that kind
 
 // Views
 
@@ -43,46 +50,72 @@ function showView() {
   const isFirst = view === null;
   view = next;
   next.element.hidden = false;
+  if (isOther && !isFirst) scrollTo(0, 0); // before the view scrolls to what it shows
   next.show(parts, params);
-  for (const link of document.querySelectorAll(".views a")) {
+  for (const link of findAll(".views a")) {
     const isHere = VIEWS[link.dataset.view] === next || (link.dataset.view === "board" && next === boardView);
     if (isHere) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  if (isOther && !isFirst) {
-    scrollTo(0, 0);
-    next.element.querySelector("h2")?.focus({ preventScroll: true });
-  }
+  if (isOther && !isFirst) next.element.querySelector("h2")?.focus({ preventScroll: true });
   showTitle();
 }
 
 function showTitle() {
-  const title = view?.title() ?? "Executions";
-  if (document.title !== title) document.title = title;
   const run = view === runView ? runView.run() : null;
-  showIcon(run === null ? [...runs.values()] : [run]);
+  const shown = run === null ? [...runs.values()].filter((one) => one.isListed) : [run];
+  const title = `${run === null ? countsOf(shown) : ""}${view?.title() ?? "Executions"}`;
+  if (document.title !== title) document.title = title;
+  showIcon(shown);
+}
+
+// What a tab that is not looked at has to tell, failures first.
+function countsOf(shown) {
+  const count = (state) => shown.filter((run) => groupOf(run.data.state) === state).length;
+  const [failed, running] = [count("failed"), count("running")];
+  const parts = [failed > 0 ? `${failed} failed` : null, running > 0 ? `${running} running` : null];
+  const text = parts.filter((one) => one !== null).join(", ");
+  return text === "" ? "" : `${text} · `;
 }
 
 // Events
 
 function showConnection(state) {
-  byId("connection").dataset.state = state;
-  if (write(byId("connection-text"), CONNECTIONS[state]) && isConnected) {
-    announce(CONNECTIONS[state]);
-  }
+  const problem = state === "live" ? serverProblem() : null;
+  byId("connection").dataset.state = problem === null ? state : "troubled";
+  byId("connection").title = problem === null ? "" : `Since ${sinceText(problem.since)}`;
+  const text = problem?.text ?? CONNECTIONS[state];
+  if (write(byId("connection-text"), text) && isConnected) announce(text);
   isConnected ||= state === "live";
 }
 
+// The viewer itself is gone; a short loss of the connection is none of anybody's business.
+function showGone() {
+  const { state, lostAt } = connection;
+  const silent = (performance.now() - lostAt) / 1000;
+  const isGone = lostAt > 0 && (state === "ended" || (state === "reconnecting" && silent > 2));
+  if (isGone === !byId("gone").hidden) return;
+  const since = clock(Date.now() / 1000 - silent);
+  const what = `The viewer has not answered since ${since}: this page shows what was known then.`;
+  const next = "Runs go on at PromptLayer. Start promptlayer-exec view again; the page then reconnects by itself.";
+  show(byId("gone"), isGone ? `${what} ${next}` : null);
+}
+
 const on = {
-  connection: showConnection,
+  connection(state) {
+    connectionChanged(state);
+    showConnection(state);
+  },
 
   refused(reason) {
     showRefusal(reason);
   },
 
   board(data) {
+    lastBoard = data;
     const isRestarted = board.instance !== null && board.instance !== data.instance;
-    const missing = [...runs.keys()].filter((id) => !data.executions.includes(id));
+    const known = [...data.executions, ...data.aside];
+    const missing = [...runs.values()].filter(({ id }) => !known.includes(id));
     Object.assign(board, {
       isKnown: true,
       instance: data.instance,
@@ -91,19 +124,21 @@ const on = {
       hasHistory: data.has_history,
     });
     if (isRestarted) runs.clear();
-    for (const id of missing) runs.delete(id);
-    const ordered = data.executions.map((id) => [id, runs.get(id) ?? new Run(id)]);
+    for (const { id } of missing) runs.delete(id);
+    const ordered = known.map((id) => [id, runs.get(id) ?? new Run(id)]);
     runs.clear();
     for (const [id, run] of ordered) {
       runs.set(id, run);
+      run.isListed = data.executions.includes(id);
       board.returning.delete(id);
     }
     write(byId("note"), data.note);
     byId("note").hidden = data.note === "";
     byId("to-history").hidden = !data.has_history;
-    if (isRestarted) missing.forEach((id) => board.returning.add(id));
+    byId("to-batches").hidden = !data.has_batches;
+    if (isRestarted) missing.forEach(({ id }) => board.returning.add(id));
     view.onBoard?.();
-    if (isRestarted) addAgain(missing);
+    if (isRestarted && leads()) addAgain(missing);
     showTitle();
   },
 
@@ -115,7 +150,7 @@ const on = {
 
   execution(data) {
     const run = runOf(data.execution_id);
-    const before = run.take(data);
+    const before = run.take(data, data.age);
     view.onExecution?.(run, before);
     showTitle();
     const isNew = ["waiting", "running"].includes(before.state) && before.total > 0;
@@ -126,11 +161,24 @@ const on = {
   },
 };
 
+// What another tab needs to know at first.
+function replay() {
+  if (lastBoard === null) return [];
+  const events = [["connection", connection.state], ["board", lastBoard]];
+  for (const run of runs.values()) {
+    const nodes = [...run.nodes.values()];
+    if (nodes.length > 0) events.push(["nodes", { execution_id: run.id, all: true, nodes }]);
+    const age = (performance.now() - run.at) / 1000;
+    if (run.data.total > 0 || run.isEnded) events.push(["execution", { ...run.data, age }]);
+  }
+  return events;
+}
+
 // A viewer that was restarted does not know the executions that were on the page before.
-async function addAgain(ids) {
-  for (const id of ids.reverse()) {
+async function addAgain(missing) {
+  for (const { id, isListed } of missing.reverse()) {
     try {
-      await api.call("POST", "api/executions", { execution_id: id });
+      await api.call("POST", "api/executions", { execution_id: id, is_listed: isListed });
     } catch (error) {
       notify(`Execution ${id} could not be followed again. ${error.message}`);
       board.returning.delete(id);
@@ -161,19 +209,30 @@ byId("token-form").addEventListener("submit", (event) => {
   location.reload();
 });
 
-setInterval(() => view?.tick?.(), TICK);
+setInterval(() => {
+  view?.tick?.();
+  showGone();
+  if (connection.state === "live") showConnection("live");
+}, TICK);
 setInterval(() => view?.refresh?.(), 15_000);
+
+// What is sticky stays below the bar, however high that is.
+const bar = find(".bar");
+new ResizeObserver(() => {
+  const height = getComputedStyle(bar).position === "sticky" ? bar.offsetHeight : 0;
+  document.documentElement.style.setProperty("--bar", `${height}px`);
+}).observe(bar);
 
 // A URL that differs only in its fragment does not reload the page.
 addEventListener("hashchange", () => {
   if (api.takeToken()) location.reload();
   else if (view !== null) showView();
 });
+listenToKeys(() => view);
 api.whenRefused(showRefusal);
-api.takeToken();
-if (api.hasToken()) {
+if (await api.findToken()) {
   showView();
-  follow(on);
+  shareStream(follow, on, replay);
 } else {
   showRefusal("The address of this page has no token.");
 }

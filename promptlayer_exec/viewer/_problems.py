@@ -1,0 +1,66 @@
+"""What is wrong with PromptLayer's answers, for people who look at a page."""
+
+from __future__ import annotations
+
+import attrs
+
+from promptlayer_exec import (
+    ConnectionFailed,
+    Forbidden,
+    InvalidResponse,
+    NotFound,
+    RateLimited,
+    RequestTimeout,
+    StatusError,
+    Unauthorized,
+)
+
+
+@attrs.frozen
+class Problem:
+    """Why there is nothing new of an execution.
+
+    Args:
+        kind: a word for the page: `unreachable`, `slow`, `failing`, `waiting`, `refused`,
+            `missing`, `unreadable` or `other`.
+        text: a sentence.
+        since: when it was noticed, in seconds since 1970.
+        until: when PromptLayer is asked again, if it will be.
+    """
+
+    kind: str
+    text: str
+    since: float
+    until: float | None = None
+
+
+def explain(error: Exception) -> tuple[str, str]:
+    """Return the kind of an error, and a sentence for people."""
+    kind, text = "other", str(error) or type(error).__name__
+    answer = f"{error.status} {error.message}" if isinstance(error, StatusError) else ""
+    match error:
+        case Unauthorized():
+            text = f"PromptLayer refuses the API key ({answer}). Check PROMPTLAYER_API_KEY where"
+            kind, text = "refused", f"{text} the viewer was started, and start it again."
+        case Forbidden():
+            text = f"PromptLayer does not allow this API key to do that ({answer})."
+            kind, text = "refused", f"{text} Check that the key is of the right workspace."
+        case NotFound():
+            named = error.execution_id is not None
+            what = f"execution {error.execution_id}" if named else "workflow of this name or id"
+            text = f"PromptLayer has no {what} ({error.status})."
+            kind, text = "missing", f"{text} Check that it is of the workspace of this API key."
+        case RateLimited():
+            kind, text = "waiting", f"PromptLayer asks to wait ({answer})."
+        case StatusError():
+            kind = "failing" if error.status >= 500 else "other"
+            text = f"PromptLayer answers {answer}."
+        case ConnectionFailed():
+            reason = str(error.reason or error.args[0]).rstrip(".")
+            kind, text = "unreachable", f"PromptLayer cannot be reached: {reason}."
+        case RequestTimeout():
+            kind, text = "slow", "PromptLayer did not answer in time."
+        case InvalidResponse():
+            reason = str(error.args[0]).rstrip(".")
+            kind, text = "unreadable", f"PromptLayer's answer cannot be read: {reason}."
+    return kind, text

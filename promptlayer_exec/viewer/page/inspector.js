@@ -1,0 +1,89 @@
+// @ts-check
+// What is selected on the page of an execution: a node, or else its inputs and its output.
+
+import { call } from "./api.js";
+import { Detail } from "./detail.js";
+import { copyWith, draw, make, part, write } from "./dom.js";
+import { readContainer } from "./json.js";
+import { statusOf, wordOf } from "./model.js";
+import { Tree } from "./tree.js";
+
+export class Inspector {
+  constructor(root, run, onClose) {
+    this.root = root;
+    this.run = run;
+    this.name = null;
+    this.detail = null;
+    this.inputs = null;
+    this.outputs = new Map();
+    this.at("close").addEventListener("click", onClose);
+    copyWith(this.at("copy-inputs"), this.at("inputs-copied"), () => this.inputs);
+  }
+
+  at(name) {
+    return part(this.root, name);
+  }
+
+  // Shows a node, or none.
+  select(name) {
+    this.name = name;
+    this.detail = null;
+    this.at("node-detail").replaceChildren();
+    this.at("inspector").scrollTo(0, 0);
+    this.at("inspector").classList.toggle("has-node", name !== null);
+    this.at("node-view").hidden = name === null;
+    this.update();
+  }
+
+  update() {
+    const node = this.name === null ? undefined : this.run.nodes.get(this.name);
+    if (node === undefined) return;
+    this.detail ??= new Detail(this.run, this.at("node-detail"));
+    this.detail.update(node);
+    this.at("node-view").dataset.status = statusOf(node);
+    write(this.at("node-title"), node.name);
+    write(this.at("node-status"), wordOf(node));
+    draw(this.at("node-icon"), statusOf(node));
+  }
+
+  showTimes() {
+    this.detail?.showTimes();
+  }
+
+  focus() {
+    this.at("node-title").focus({ preventScroll: true });
+  }
+
+  async showInputs() {
+    if (this.inputs !== null) return;
+    this.inputs = "";
+    try {
+      const response = await call("GET", `api/executions/${this.run.id}/inputs`);
+      this.inputs = await response.text();
+    } catch {
+      return;
+    }
+    const json = readContainer(this.inputs);
+    const place = make("div", { class: "tree" });
+    if (json === null) place.append(make("pre", {}, this.inputs));
+    else new Tree(place, json);
+    this.at("inputs").replaceChildren(place);
+    this.at("inputs-panel").hidden = false;
+  }
+
+  // What the execution was for: the values of its output nodes.
+  showOutputs() {
+    const nodes = [...this.run.nodes.values()];
+    const outputs = nodes.filter((node) => node.is_output_node && node.status === "SUCCESS");
+    this.at("output-panel").hidden = !this.run.isEnded || outputs.length === 0;
+    if (this.at("output-panel").hidden) return;
+    for (const node of outputs) {
+      if (!this.outputs.has(node.name)) {
+        const place = this.at("outputs");
+        if (outputs.length > 1) place.append(make("h4", { class: "output-name" }, node.name));
+        this.outputs.set(node.name, new Detail(this.run, place, `the output ${node.name}`));
+      }
+      this.outputs.get(node.name).update(node);
+    }
+  }
+}

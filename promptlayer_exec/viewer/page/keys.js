@@ -1,0 +1,50 @@
+// @ts-check
+// Keys with one letter, which go through the lines of a view; they can be turned off.
+
+import { byId, find } from "./dom.js";
+
+const WANTED = "keys";
+const FIELDS = "input:not([type=checkbox], [type=radio]), textarea, select";
+
+const isOn = () => localStorage.getItem(WANTED) !== "0";
+
+// `view()` returns the view that is shown. Its `keys` has the lines as `items()`, `isWanted(item)`
+// for those to which n goes, and `onMove(item)`.
+export function listenToKeys(view) {
+  addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || !isOn()) return;
+    const { target } = event;
+    if ((target instanceof Element && target.matches(FIELDS)) || find("dialog[open]") !== null) return;
+    const keys = view()?.keys;
+    if (event.key === "/") {
+      const search = view()?.element.querySelector("input[type=search]:not([data-part=find])");
+      if (!search) return;
+      event.preventDefault();
+      search.focus();
+    } else if (keys && ["j", "k", "n"].includes(event.key)) {
+      event.preventDefault();
+      move(keys, event.key);
+    }
+  });
+}
+
+function move({ items, isWanted, onMove }, key) {
+  const all = [...items()].filter((one) => one.checkVisibility());
+  const marked = all.findIndex((one) => one.getAttribute("aria-current") === "true");
+  const focused = all.indexOf(document.activeElement);
+  const at = focused >= 0 ? focused : marked;
+  let next = all[key === "k" ? Math.max(0, at - 1) : at + 1];
+  if (key === "n") next = [...all.slice(at + 1), ...all.slice(0, at + 1)].find(isWanted);
+  if (next === undefined) return;
+  next.focus({ preventScroll: true });
+  next.scrollIntoView({ block: "nearest" });
+  onMove?.(next);
+}
+
+byId("keys").addEventListener("click", () => {
+  byId("keys-on").checked = isOn();
+  byId("keys-dialog").showModal();
+});
+byId("keys-on").addEventListener("change", () => {
+  localStorage.setItem(WANTED, byId("keys-on").checked ? "1" : "0");
+});

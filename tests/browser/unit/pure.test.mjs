@@ -1,0 +1,89 @@
+// The page's modules that need no browser.
+
+import assert from "node:assert/strict";
+import test from "node:test";
+
+import { page } from "./hooks.mjs";
+
+const { NotJson, readJson, writeJson, readContainer } = await page("json.js");
+const { diffLines, diffWords } = await page("diff.js");
+const { layOut } = await page("layout.js");
+const { ago, duration, tickLabel, ticks } = await page("times.js");
+const { criticalPath } = await page("critical.js");
+
+const SIZES = { along: 10, across: 10, gapAlong: 5, gapAcross: 5 };
+const edgesOf = (pairs) => pairs.map(([source, target]) => ({ source, target }));
+
+test("JSON is read as Python writes it", () => {
+  const text = '[1180591620717411303424, -0.5, 1e+300, NaN, -Infinity, null, true, {"a\\n": "\\ud800"}]';
+  assert.equal(writeJson(readJson(text)), text);
+  assert.equal(writeJson(readJson('{"a": 1, "a": [] , "b":{}}')), '{"a": 1, "a": [], "b": {}}');
+  for (const wrong of ["", "{", "[1,]", "01", "{a: 1}", "'a'", "[1] 2", "[".repeat(300), '"\\x"', "nan"]) {
+    assert.throws(() => readJson(wrong), NotJson, wrong);
+  }
+  assert.equal(readContainer("7"), null);
+  assert.equal(readContainer("{nonsense"), null);
+});
+
+test("equal lines are beside each other", () => {
+  for (const [left, right, pairs] of [
+    ["a b c", "a c", [["a", "a"], ["b", null], ["c", "c"]]],
+    ["a x", "a y z", [["a", "a"], ["x", "y"], [null, "z"]]],
+    ["a", "a", [["a", "a"]]],
+  ]) {
+    assert.deepEqual(diffLines(left.replaceAll(" ", "\n"), right.replaceAll(" ", "\n")), pairs);
+  }
+});
+
+test("large texts that differ are compared as a whole, in time", () => {
+  const lines = (prefix) => Array.from({ length: 100_000 }, (_, index) => prefix + index).join("\n");
+  const began = performance.now();
+  assert.equal(diffLines(lines("a"), lines("b")).length, 100_000);
+  assert.ok(performance.now() - began < 2000);
+});
+
+test("words that differ are marked in lines that have some in common", () => {
+  assert.deepEqual(diffWords("two red otters", "two old otters swim"), [
+    [["two ", false], ["red", true], [" otters", false]],
+    [["two ", false], ["old", true], [" otters", false], [" swim", true]],
+  ]);
+  assert.equal(diffWords("one, two", "three; four"), null);
+});
+
+test("nodes are beside what they depend on", () => {
+  const at = (layers, pairs) => {
+    const { positions } = layOut(layers, edgesOf(pairs), SIZES);
+    return Object.fromEntries([...positions].map(([name, [, across]]) => [name, across]));
+  };
+  const fork = at([["a"], ["b", "c"], ["d"], ["e"]], ["ab", "ac", "bd", "cd", "de"]);
+  assert.ok(Math.abs(fork.a - (fork.b + fork.c) / 2) < 0.001);
+  assert.ok(Math.abs(fork.a - fork.d) + Math.abs(fork.d - fork.e) < 0.001);
+  const crossed = at([["a", "b"], ["c", "d"]], ["ad", "bc"]);
+  assert.ok(Math.abs(crossed.a - crossed.d) + Math.abs(crossed.b - crossed.c) < 0.001);
+});
+
+test("cycles are drawn", () => {
+  const { routes, positions } = layOut([["a"], ["b", "c"]], edgesOf(["ab", "bc", "cb", "cc"]), SIZES);
+  assert.ok([...routes.flat(2), ...[...positions.values()].flat()].every(Number.isFinite));
+});
+
+test("durations and moments are text", () => {
+  assert.deepEqual(
+    [0, 59.94, 59.96, 3599.6, 3660, 54_600].map(duration),
+    ["0.0 s", "59.9 s", "1 min 00 s", "1 h 00 min", "1 h 01 min", "15 h 10 min"],
+  );
+  assert.deepEqual([0.5, 90, 5400].map(tickLabel), ["0.5 s", "1.5 min", "1.5 h"]);
+  assert.deepEqual(ticks(6.3), [0, 2, 4]);
+  for (const seconds of [0.001, 0.9, 61, 7200, 400_000]) assert.ok(ticks(seconds).length <= 6);
+  const now = Date.now() / 1000;
+  assert.deepEqual([now, now - 90, now - 90_000].map(ago), ["just now", "1 minute ago", "1 day ago"]);
+});
+
+test("the critical path is what the execution waited for", () => {
+  const node = (name, running, final) => [name, { name, status: "SUCCESS", running, final }];
+  const nodes = new Map([node("quick", 0, 1), node("slow", 0, 3), node("end", 3, 4), node("unseen", null, null)]);
+  assert.deepEqual(criticalPath(nodes, null, 4), ["slow", "end"]);
+  const dependencies = new Map([["end", ["unseen"]], ["unseen", ["quick"]]]);
+  assert.deepEqual(criticalPath(nodes, dependencies, 4), ["quick", "end"]);
+  assert.deepEqual(criticalPath(new Map(), null, 0), []);
+});

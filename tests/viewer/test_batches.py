@@ -1,0 +1,83 @@
+"""The batches that the viewer shows, in a real database."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from promptlayer_exec import Session, StartRequest
+from promptlayer_exec.dbos import Batch
+from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+
+
+@pytest.fixture
+def _database(batches_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROMPTLAYER_EXEC_DB", f"sqlite:///{batches_file}")
+
+
+def _echo(inputs: Any) -> Scenario:
+    status = "FAILED" if inputs["n"] == 2 else "SUCCESS"
+    return Scenario([SimNode("answer", inputs["n"], status=status, is_output_node=True)])
+
+
+@pytest.mark.usefixtures("_database")
+async def test_what_did_not_succeed_comes_first(
+    sim: Simulator, viewer: Any, open_session: Callable[..., Session]
+) -> None:
+    """With its error and its execution; the counts say how many there are, and who works."""
+    sim.add_workflow("echo", _echo)
+    assert (await viewer.send("GET", "batches"))[1]["batches"] == []
+    batch = Batch("night", session=lambda: open_session(push=False), max_in_flight=1)
+    await batch.add([StartRequest("echo", {"n": n}, key=f"item {n}") for n in (1, 2, 3)])
+    (waiting,) = (await viewer.send("GET", "batches"))[1]["batches"]
+    assert (waiting["name"], waiting["waiting"], waiting["workers"]) == ("night", 3, 0)
+    sim.inject(Fault.disconnect(), path="/run")
+    async with asyncio.timeout(30):
+        await batch.work()
+    _, found = await viewer.send("GET", "batch?name=night")
+    counts = [found[name] for name in ("succeeded", "failed", "unknown", "total")]
+    assert counts == [1, 1, 1, 3]
+    *wrong, fine = found["items"]
+    assert {item["kind"] for item in wrong} == {"failed", "unknown"}
+    (failed,) = (item for item in wrong if item["kind"] == "failed")
+    assert (failed["key"], fine["kind"]) == ("item 2", "succeeded")
+    assert failed["error"].startswith("ExecutionFailed: ")
+    assert {failed["execution_id"], fine["execution_id"]} <= {
+        str(run.execution_id) for run in sim.runs
+    }
+    assert (found["is_whole"], found["problem"]) == (True, None)
+
+
+@pytest.mark.usefixtures("_database")
+async def test_the_items_of_another_server_are_not_shown(
+    sim: Simulator, viewer: Any, open_session: Callable[..., Session]
+) -> None:
+    """Their ids mean nothing here; the counts are shown all the same."""
+    sim.add_workflow("echo", _echo)
+    address = sim.base_url.replace("127.0.0.1", "localhost")
+    other = Batch("night", session=lambda: open_session(base_url=address))
+    await other.add([StartRequest("echo", {"n": 1}, key="a")])
+    async with asyncio.timeout(30):
+        await other.work()
+    _, found = await viewer.send("GET", "batch?name=night")
+    assert (found["succeeded"], found["items"]) == (1, [])
+    assert address in found["problem"]
+    assert "--same-server" in found["problem"]
+
+
+async def test_no_database_is_made(
+    viewer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To look at batches leaves nothing behind; what is no database is an answer."""
+    path = tmp_path / "none.sqlite"
+    monkeypatch.setenv("PROMPTLAYER_EXEC_DB", f"sqlite:///{path}")
+    _, found = await viewer.send("GET", "batches")
+    assert found == {"database": f"sqlite:///{path}", "batches": []}
+    assert not path.exists()
+    monkeypatch.setenv("PROMPTLAYER_EXEC_DB", "nonsense")
+    status, answer = await viewer.send("GET", "batches")
+    assert (status, "sqlite:///" in answer["message"]) == (503, True)
