@@ -289,6 +289,14 @@ async def test_a_connection_that_is_never_made_is_not_an_unknown_start(
     assert len(recorder.of(RequestRetried)) >= 1
 
 
+async def test_a_start_has_a_connection_of_its_own(sim: Simulator, session: Session) -> None:
+    """A reused connection may be closing, so a start opens one and does not keep it."""
+    await session.get_results(sim.add_execution(DONE))
+    for _ in range(2):
+        await session.start(NAME)
+    assert [r.headers.get("Connection") for r in sim.requests] == [None, "close", "close"]
+
+
 async def test_starts_do_not_wait_behind_polls_nor_polls_behind_starts(
     sim: Simulator, open_session: Callable[..., Session], held: int
 ) -> None:

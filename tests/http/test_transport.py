@@ -103,11 +103,11 @@ async def test_mocked_requests_are_answered_as_mocked(mocks: Mocks, *, borrowed:
         mocks.add("GET", status=200, payload={"Report": node})
         assert await execution.output() == "done"
         assert len(mocks.requests) == 6
-        for status, error in ((404, NotFound), (500, StartUnknown)):
+        for status, error in ((404, NotFound), (500, StartUnknown), (201, StartUnknown)):
             mocks.add("POST", status=status)
             with pytest.raises(error):
                 await session.start("flow")
-        assert len(mocks.requests) == 8
+        assert len(mocks.requests) == 9
 
 
 def http(body: bytes, *, status: str = "200 OK", headers: str = "") -> bytes:
