@@ -550,6 +550,36 @@ async def test_before_send_is_awaited_when_the_connection_stands(
     assert len(sim.runs) == 1
 
 
+@pytest.mark.parametrize("how", ["a cancelled caller", "closing"])
+async def test_before_send_may_clean_up_before_the_session_is_closed(
+    sim: Simulator, session: Session, how: str
+) -> None:
+    """It runs in a task of aiohttp's, which ends before the session, and nothing is sent."""
+    waits = asyncio.Event()
+    cleaned_up = False
+
+    class Tidy(Hooks):
+        async def before_send(self) -> None:
+            nonlocal cleaned_up
+            waits.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                for _ in range(50):
+                    await asyncio.sleep(0)
+                cleaned_up = True
+
+    starting = asyncio.create_task(integration.start(session, StartRequest(NAME), hooks=Tidy()))
+    await waits.wait()
+    if how == "a cancelled caller":
+        starting.cancel()
+    await session.aclose()
+    assert cleaned_up
+    await asyncio.wait([starting])
+    assert starting.cancelled() or isinstance(starting.exception(), SessionClosed)
+    assert posts(sim) == 0
+
+
 @pytest.mark.parametrize("first", ["cancelled", "allowed"])
 async def test_a_caller_that_is_cancelled_as_before_send_returns_is_gone_or_reported(
     sim: Simulator, session: Session, recorder: Any, first: str

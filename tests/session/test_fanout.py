@@ -27,6 +27,7 @@ from promptlayer_exec import (
     StartRequest,
     StartUnknown,
     Unauthorized,
+    WatchEnded,
     WatchStarted,
 )
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
@@ -538,7 +539,7 @@ async def test_a_start_does_not_wait_behind_the_polls(
 
 @pytest.mark.parametrize("how", ["cancelled", "collect and 401"])
 async def test_no_id_of_a_started_run_is_lost_when_its_fan_out_ends(
-    sim: Simulator, session: Session, caplog: pytest.LogCaptureFixture, how: str
+    sim: Simulator, session: Session, recorder: Any, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
     """The log has the id of each run whose outcome nobody gets, because the run was paid for."""
     sim.add_workflow("slow", Scenario([SimNode("A", duration=None, is_output_node=True)]))
@@ -553,8 +554,8 @@ async def test_no_id_of_a_started_run_is_lost_when_its_fan_out_ends(
         task = asyncio.create_task(session.collect([*requests, 787]))
     else:
         task = asyncio.create_task(use())
-    while len(sim.runs) < 3:
-        await sim.wait_for_requests(sim.request_count + 1)
+    while len(recorder.of(ExecutionStarted)) < 3:
+        await recorder.next(ExecutionStarted)
     if how == "collect and 401":
         sim.inject(Fault.status(401, times=100))
         with pytest.raises(Unauthorized):
@@ -566,3 +567,18 @@ async def test_no_id_of_a_started_run_is_lost_when_its_fan_out_ends(
     await session.aclose()
     for run in sim.runs:
         assert f"execution {run.execution_id} of workflow 'slow' " in caplog.text
+
+
+async def test_no_id_of_a_completed_run_is_lost_when_its_outcome_is_not_taken(
+    sim: Simulator, session: Session, recorder: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever stops at the first outcome finds the others in the log."""
+    async with aclosing(session.as_completed([run(n) for n in (0, 2, 4)])) as outcomes:
+        first = await anext(outcomes)
+        while len(recorder.of(WatchEnded)) < 3:
+            await recorder.next(WatchEnded)
+        await asyncio.sleep(0)
+    assert first.execution is not None
+    assert len(caplog.messages) == 2
+    for id_ in {it.execution_id for it in sim.runs} - {first.execution.id}:
+        assert f"execution {id_} of workflow 'w' " in caplog.text
