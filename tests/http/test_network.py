@@ -12,6 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import aiohttp
 import pytest
 from yarl import URL
 
@@ -422,6 +423,17 @@ async def test_a_start_that_is_abandoned_between_attempts_is_not_sent(
     assert getattr(outcome, "execution_id", None) is None
     assert started(sim) == []
     assert warnings_in(caplog) == []
+
+
+async def test_a_start_of_a_borrowed_session_whose_answer_is_lost_is_not_sent_again(
+    connect: Callable[..., Session], proxy: Any, sim: Simulator, flow: str
+) -> None:
+    """Not even by aiohttp."""
+    misbehave(proxy, stop(nothing, reset))
+    async with aiohttp.ClientSession() as http, connect(http=http) as session:
+        with pytest.raises(StartUnknown):
+            await session.start(flow)
+    assert proxy.count("POST") == len(started(sim)) == 1
 
 
 def test_a_start_is_logged_when_its_loop_ends(
