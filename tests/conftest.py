@@ -232,39 +232,6 @@ async def serve() -> AsyncIterator[Callable[[Any], Awaitable[str]]]:
 BEARER = "Bearer secret"
 
 
-Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-@pytest.fixture
-async def listen() -> AsyncIterator[Callable[..., Awaitable[int]]]:
-    """Return a function that serves connections and returns the port; the end closes them all."""
-    servers: list[asyncio.Server] = []
-    connections: dict[asyncio.Task[Any], asyncio.StreamWriter] = {}
-
-    async def start(serve: Serve, context: ssl.SSLContext | None = None) -> int:
-        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.current_task()
-            assert task is not None
-            connections[task] = writer
-            with suppress(ConnectionError, asyncio.IncompleteReadError):
-                await serve(reader, writer)
-            writer.close()
-
-        server = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=context)
-        servers.append(server)
-        return int(server.sockets[0].getsockname()[1])
-
-    yield start
-    for server in servers:
-        server.close()
-    for task, writer in connections.items():
-        task.cancel()
-        writer.transport.abort()
-    await asyncio.gather(*connections, return_exceptions=True)
-    for server in servers:
-        await server.wait_closed()
-
-
 class RawRequest:
     """One request to a `RawServer`, which a test answers as it likes.
 

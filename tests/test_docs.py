@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tomllib
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -405,26 +405,23 @@ def test_the_line_on_observing_silences_the_first_failure(*, silenced: bool) -> 
 
 
 async def test_the_client_session_on_security_reads_no_surplus_response(
-    listen: Callable[..., Awaitable[int]],
+    raw_server: Any,
 ) -> None:
     """The server repeats its last response on a connection just after the next request came."""
     text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
     (call,) = re.findall(r"`(aiohttp\.ClientSession\(.*)`", text)
 
-    async def repeat(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        last = b""
-        while head := await reader.readuntil(b"\r\n\r\n"):
-            number = head.partition(b"execution_id=")[2].partition(b"&")[0]
-            response = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(number) + number
-            writer.write(last + response)
-            await writer.drain()
-            last = response
+    async def repeat(request: Any) -> None:
+        number = int(request.execution_id)
+        numbers = (number - 1, number) if request.is_reused else (number,)
+        response = b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n%d"
+        await request.send(b"".join(response % it for it in numbers))
 
     async def read(**settings: Any) -> list[Any]:
-        async with Session("key", base_url=base_url, **settings) as session:
+        async with Session("key", base_url=raw_server.url, **settings) as session:
             return [(await session.get_results(number)).value for number in (1, 2)]
 
-    base_url = f"http://127.0.0.1:{await listen(repeat)}"
+    raw_server.respond = repeat
     assert await read() == [1, 1]  # what cannot be detected
     async with eval(call, {"aiohttp": aiohttp}) as http:
         assert await read(http=http) == [1, 2]

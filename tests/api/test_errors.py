@@ -136,13 +136,6 @@ def test_fields(cls):
     assert error.args == ("it went wrong",)
 
 
-@each_error
-def test_context_is_optional(cls):
-    """Without an execution, both context attributes are None."""
-    error = cls("it went wrong", **FIELDS[cls.__name__])
-    assert (error.execution_id, error.last_snapshot) == (None, None)
-
-
 def test_defaults():
     """The optional attributes have neutral defaults."""
     request = _errors.RequestError("x")
@@ -199,15 +192,6 @@ def test_own_copy_has_its_own_traceback():
     assert error.__traceback__ is None
 
 
-def test_own_copy_has_its_own_notes():
-    """A note that is added to a copy is not added to the original or to other copies."""
-    error = build(_errors.ServerError)
-    error.add_note("first")
-    one, other = _errors.copy_error(error), _errors.copy_error(error)
-    one.add_note("second")
-    assert error.__notes__ == other.__notes__ == ["first"]
-
-
 def test_another_library_s_error_that_cannot_be_copied_is_returned_as_it_is():
     """Both if copying raises and if it gives another type."""
 
@@ -221,15 +205,6 @@ def test_another_library_s_error_that_cannot_be_copied_is_returned_as_it_is():
 
     for error in (Refusing(), Changing()):
         assert _errors.copy_error(error) is error
-
-
-def test_own_copy_shows_its_cause():
-    """The traceback of a copy has the cause, like that of the original."""
-    error = build(_errors.ServerError)
-    error.__cause__ = KeyError("root")
-    shown = "".join(traceback.format_exception(_errors.copy_error(error)))
-    assert "KeyError: 'root'" in shown
-    assert "direct cause" in shown
 
 
 @each_error
@@ -295,15 +270,6 @@ def test_oserrors_keep_one_argument(cls):
     assert traceback.format_exception_only(error) == [
         f"promptlayer_exec._errors.{cls.__name__}: {error}\n"
     ]
-
-
-def test_which_are_oserrors():
-    """Only the errors about the network and timeouts are OSErrors."""
-    assert {cls.__name__ for cls in every_error() if issubclass(cls, OSError)} == {
-        "ConnectionFailed",
-        "RequestTimeout",
-        "ExecutionTimeout",
-    }
 
 
 # Their messages say what to do, or those of their subclasses.

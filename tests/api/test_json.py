@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import collections
-import datetime as dt
-import enum
 import importlib
 import json
 import sys
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from promptlayer_exec._api import json as _json
-from promptlayer_exec._display import json_kind
 
 DIGITS = st.text("0123456789", min_size=1, max_size=400)
 NUMBERS = st.builds("{}{}{}".format, st.sampled_from(["", "-"]), DIGITS, st.just("")) | st.builds(
@@ -63,15 +58,6 @@ def test_msgspec_and_the_standard_library_give_the_same_result(body: bytes) -> N
     assert result(_json.loads, body) == result(json.loads, body)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["1" * 4301, "123456789012345678901234567890", "9007199254740993", "5e-324", "1e999", "-0"],
-)
-def test_numbers_keep_every_digit(text: str) -> None:
-    """Integers stay exact, and a number that the standard library refuses is refused as well."""
-    assert result(_json.loads, text.encode()) == result(json.loads, text.encode())
-
-
 def test_msgspec_decodes_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The standard library decodes only what msgspec refuses."""
     monkeypatch.setattr(json, "loads", lambda body: "standard library")
@@ -87,45 +73,3 @@ def test_without_msgspec_the_standard_library_decodes(monkeypatch: pytest.Monkey
     finally:
         monkeypatch.undo()
         importlib.reload(_json)
-
-
-class Level(enum.IntEnum):
-    """A subclass of int."""
-
-    LOW = 1
-
-
-@pytest.mark.parametrize(
-    ("value", "kind"),
-    [
-        (None, "null"),
-        (True, "true"),
-        (False, "false"),
-        (0, "an integer"),
-        (2**70, "an integer"),
-        (1.0, "a number"),
-        (float("nan"), "a number"),
-        ("", "a string"),
-        ([], "an array"),
-        ({}, "an object"),
-    ],
-)
-def test_kind_of_a_json_value(value: Any, kind: str) -> None:
-    """Each kind of JSON value has its name."""
-    assert json_kind(value) == kind
-
-
-@pytest.mark.parametrize(
-    ("value", "kind"),
-    [
-        ((), "a tuple"),
-        (b"", "a bytes"),
-        (dt.datetime(2026, 1, 31), "a datetime"),
-        (collections.OrderedDict(), "an OrderedDict"),
-        (Level.LOW, "a Level"),
-        (Level, "the class Level"),
-    ],
-)
-def test_kind_of_another_value(value: Any, kind: str) -> None:
-    """A value that JSON does not have is named by its type, subclasses of JSON's types included."""
-    assert json_kind(value) == kind

@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import pickle
-import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 
 from promptlayer_exec import (
-    Event,
     ExecutionStarted,
     PromptLayerExecError,
     RetryPolicy,
@@ -56,14 +54,6 @@ def token_of(error: StartUnknown) -> str:
     return error.callback_token
 
 
-async def read_start(reader: asyncio.StreamReader) -> Any:
-    """Return the body of the POST that a server gets."""
-    head = await reader.readuntil(b"\r\n\r\n")
-    length = re.search(rb"Content-Length: (\d+)", head)
-    assert length is not None
-    return json.loads(await reader.readexactly(int(length[1])))
-
-
 def token_in(start: Any) -> str:
     """Return the token in the callback URL of a start."""
     return str(start["callback_url"]).rpartition("/")[2]
@@ -90,23 +80,20 @@ async def test_each_start_has_a_callback_url_of_its_own(
 
 @pytest.mark.parametrize("status", [201, 307, 400, 422, 429, 503])
 async def test_the_token_is_in_no_error_and_no_log_line(
-    listen: Any, open_session: Callable[..., Session], caplog: Any, status: int
+    raw_server: Any, open_session: Callable[..., Session], caplog: Any, status: int
 ) -> None:
     """A server may quote what it got; whoever has the token can forge the callback."""
     tokens = []
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while start := await read_start(reader):
-            url = start["callback_url"]
-            tokens.append(url.rpartition("/")[2])
-            body = json.dumps({"message": f"no {url}", "detail": [{"input": {"url": url}}]})
-            writer.write(
-                f"HTTP/1.1 {status} No\r\nLocation: {url}\r\n"
-                f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
-            )
+    async def quote(request: Any) -> None:
+        url = json.loads(request.body)["callback_url"]
+        tokens.append(url.rpartition("/")[2])
+        said = {"message": f"no {url}", "detail": [{"input": {"url": url}}]}
+        await request.answer(f"{status} No", said, f"Location: {url}")
 
-    base_url = f"http://127.0.0.1:{await listen(serve)}"
-    session = open_session(base_url=base_url, callbacks=CALLBACKS, retry=RetryPolicy(outage=0.1))
+    raw_server.respond = quote
+    settings: Any = {"callbacks": CALLBACKS, "retry": RetryPolicy(outage=0.1)}
+    session = open_session(base_url=raw_server.url, **settings)
     with caplog.at_level(logging.DEBUG), pytest.raises(PromptLayerExecError) as caught:
         await session.start("report")
     error: BaseException | None = caught.value
@@ -153,20 +140,6 @@ async def test_a_lost_start_is_found_by_its_callback(
     assert (event.execution_id, event.recovered) == (run.execution_id, True)
     assert (event.abandoned, event.request) == (False, StartRequest("report"))
     assert event.duration > 0
-
-
-async def test_a_callback_that_has_come_is_used_though_the_deadline_has_passed(
-    sim: Simulator, session: Session, open_session: Callable[..., Session]
-) -> None:
-    """Here, an observer takes long."""
-    error = await lose(sim, session)
-
-    def observe(event: Event) -> None:
-        time.sleep(0.1)
-
-    other = open_session(callbacks=CALLBACKS, observers=[observe])
-    receive_callback(other, token_of(error), 1001)
-    assert (await other.recover(error, timeout=0.01)).id == 1001
 
 
 async def test_a_recovery_is_reported_once_however_often_the_callback_comes(

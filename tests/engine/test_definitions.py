@@ -123,19 +123,6 @@ async def test_a_number_for_a_string_is_a_warning(
     assert said == "the input 'text' of workflow 'n' is sent as a number, but should be a string"
 
 
-class OneOnly:
-    """A limiter that lets one request through."""
-
-    def __init__(self) -> None:
-        self._count = 0
-
-    async def acquire(self) -> None:
-        """Wait for ever from the second request on."""
-        self._count += 1
-        if self._count > 1:
-            await asyncio.Event().wait()
-
-
 class TestEnds:
     """Whatever ends a start while its workflow's definition does not come."""
 
@@ -161,17 +148,6 @@ class TestEnds:
         with pytest.raises(ExecutionTimeout, match="no run was started: the server did not say"):
             await starting
         assert sim.runs == []
-
-    async def test_a_deadline_of_the_session(
-        self, sim: Simulator, checking: Session, open_session: Callable[..., Session]
-    ) -> None:
-        """It holds for the check and the start together."""
-        session = open_session(check_inputs=True, wait_timeout=1.0, limiter=OneOnly())
-        sim.inject(Fault.delay(0.8), path="/workflows/w")
-        began = asyncio.get_running_loop().time()
-        with pytest.raises(ExecutionTimeout):
-            await session.start("w", {"topic": "otters"})
-        assert asyncio.get_running_loop().time() - began < 1.6
 
     async def test_the_end_of_the_session(
         self, sim: Simulator, checking: Session, starting: asyncio.Task[Any]

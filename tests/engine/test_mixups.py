@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import gzip
 import select
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import aiohttp
@@ -18,11 +17,8 @@ import trustme
 
 from promptlayer_exec import (
     ConfigurationError,
-    ConnectionFailed,
     ExecutionStarted,
-    InvalidResponse,
     PollPolicy,
-    RequestTimeout,
     RetryPolicy,
     Session,
     SessionClosed,
@@ -31,7 +27,6 @@ from promptlayer_exec import (
 
 KEY = "key-of-a-test"
 RETRY = RetryPolicy(outage=5.0, watch_outage=5.0, base=0.001)
-NO_RETRY = RetryPolicy(outage=0.0)
 NOBODYS = b'HTTP/1.1 %d OK\r\nContent-Length: 36\r\n\r\n{"workflow_version_execution_id": 1}'
 
 
@@ -128,36 +123,6 @@ async def test_many_connections_of_no_use_are_no_failure(
             else:
                 writer.write_eof()
         await check_values(session, range(1, 31))
-    assert recorder.events == []
-
-
-async def test_a_server_that_speaks_first_is_a_failed_connection(
-    raw_server: Any, connect: Callable[..., Session]
-) -> None:
-    """Its bytes are no answer; after a few connections it is an error."""
-    raw_server.accept = lambda writer: writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-    raw_server.respond = lambda request: request.hold()
-    async with connect(retry=NO_RETRY) as session:
-
-        async def ask() -> None:
-            # A request that is sent just before the bytes arrive takes them for its answer.
-            for number in range(1, 100):
-                with suppress(InvalidResponse):
-                    await value_of(session, number)
-
-        with pytest.raises(ConnectionFailed, match="bytes that no request asked for"):
-            await ask()
-    assert len(raw_server.writers) < 50
-
-
-async def test_a_connection_that_the_server_has_closed_is_not_used(
-    raw_server: Any, connect: Callable[..., Session], recorder: Any
-) -> None:
-    """The request is sent over another one at once, and it does not count as a failure."""
-    async with connect(observers=[recorder]) as session:
-        await check_values(session, range(1, 2))
-        raw_server.writers[0].write_eof()
-        await check_values(session, range(2, 3))
     assert recorder.events == []
 
 
@@ -284,23 +249,6 @@ async def test_an_id_in_the_socket_is_read_after_a_blocked_loop(
     assert [event.execution_id for event in recorder.of(ExecutionStarted)] == [787]
 
 
-async def test_silence_after_a_blocked_loop_is_still_a_timeout(
-    raw_server: Any, connect: Callable[..., Session]
-) -> None:
-    """The client reads once more, but does not wait for another `request_timeout`."""
-
-    async def block(request: Any) -> None:
-        time.sleep(0.15)  # noqa: ASYNC251 - as above
-        await request.hold()
-
-    raw_server.respond = block
-    async with connect(request_timeout=0.1, retry=NO_RETRY) as session:
-        with pytest.raises(StartUnknown):
-            await session.start("name")
-        with pytest.raises(RequestTimeout):
-            await session.get_results(1)
-
-
 @pytest.mark.parametrize("how", ["without its last chunk", "with large headers"])
 async def test_a_whole_answer_to_a_start_counts_whatever_surrounds_it(
     raw_server: Any, connect: Callable[..., Session], how: str
@@ -324,59 +272,6 @@ async def test_a_whole_answer_to_a_start_counts_whatever_surrounds_it(
 
 
 # Bodies
-
-
-# HTTP/1.0, or no length: the end of the connection is that of the answer.
-CLOSING = {
-    "HTTP/1.0": b"HTTP/1.0 %d Whatever\r\n\r\n",
-    "no length": b"HTTP/1.1 %d Whatever\r\nConnection: close\r\n\r\n",
-    "compressed": b"HTTP/1.1 %d Whatever\r\nConnection: close\r\nContent-Encoding: gzip\r\n\r\n",
-}
-
-
-@pytest.mark.parametrize("framing", CLOSING)
-async def test_an_answer_that_ends_with_its_connection_is_read_over_tls(
-    raw_server: Any, connect: Callable[..., Session], context: ssl.SSLContext, framing: str
-) -> None:
-    """As proxies send it; also a refusal, which is tried again."""
-    statuses = iter([429, 201, 503, 200])
-    text = b"x" * 3_000_000
-
-    async def respond(request: Any) -> None:
-        body = b'{"Answer": {"status": "SUCCESS", "value": "%b", "is_output_node": true}}' % text
-        if request.method == "POST":
-            body = b'{"workflow_version_execution_id": 787}'
-        if framing == "compressed":
-            body = gzip.compress(body, 1)
-        await request.send(CLOSING[framing] % next(statuses) + body)
-        request.close()
-
-    raw_server.respond = respond
-    await raw_server.listen(context)
-    async with connect() as session:
-        execution = await session.start("w")
-        assert (execution.id, await value_of(session, 787)) == (787, text.decode())
-    assert len(raw_server.requests) == 4
-
-
-@pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 "], ids=["no HTTP", "a long status line"])
-async def test_what_is_not_http_is_quoted_nowhere(
-    raw_server: Any,
-    connect: Callable[..., Session],
-    caplog: pytest.LogCaptureFixture,
-    start: bytes,
-) -> None:
-    """The parser of aiohttp quotes all that it received, including outputs and the key."""
-    said = start + b"confidential: " + KEY.encode() + b" " + b"x" * 40_000 + b"\r\n\r\n"
-    raw_server.respond = lambda request: request.send(said)
-    async with connect(retry=RetryPolicy(outage=0.01, base=0.001)) as session:
-        with pytest.raises(ConnectionFailed, match="not a valid HTTP response: ") as caught:
-            await session.get_results(1)
-        with pytest.raises(StartUnknown) as lost:
-            await session.start("name")
-    shown = caplog.text + str(caught.value) + repr(caught.value.__cause__) + str(lost.value)
-    assert not [word for word in ("confidential", "bytearray", KEY) if word in shown]
-    assert len(str(caught.value)) < 500
 
 
 # Borrowed client sessions
@@ -405,18 +300,6 @@ async def test_a_body_that_a_borrowed_session_has_read_already_is_not_lost(
         execution = await session.start("name")
         assert (await execution.wait()).nodes["Answer"].value == "787"
     assert raw_server.count("POST") == 1
-
-
-async def test_a_borrowed_session_is_returned_unchanged(
-    raw_server: Any, connect: Callable[..., Session]
-) -> None:
-    """Its owner can still use it."""
-    async with aiohttp.ClientSession() as http:
-        async with connect(http=http) as session:
-            await session.start("name")
-        url = f"{raw_server.url}/x?workflow_version_execution_id=5"
-        async with http.get(url) as response:
-            assert (await response.json(content_type=None))["Answer"]["status"] == "SUCCESS"
 
 
 async def test_a_borrowed_session_that_cannot_send_says_so(

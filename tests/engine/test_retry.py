@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import re
 import socket
 import subprocess
@@ -22,7 +21,6 @@ from promptlayer_exec import (
     NotFound,
     RequestRetried,
     RetryPolicy,
-    ServerError,
     Session,
     SessionClosed,
     WatchEnded,
@@ -97,23 +95,6 @@ async def test_a_second_outage_is_logged_again(
     assert lines(caplog, logging.INFO) == ["the server answers again"] * 2
 
 
-async def test_the_end_of_an_earlier_outage_does_not_count_for_the_next(
-    caplog: pytest.LogCaptureFixture,
-    open_session: Callable[..., Session],
-    sim: Simulator,
-    held: int,
-) -> None:
-    """An outage that ended does not make the log say that the next one ended."""
-    session = open_session(retry=RetryPolicy(outage=0.02, base=0.001))
-    sim.inject(Fault.status(503))
-    await session.execution(held).snapshot()
-    sim.inject(Fault.status(503, times=None))
-    with pytest.raises(ServerError):
-        await session.execution(held).snapshot()
-    assert len(lines(caplog, logging.WARNING)) == 2
-    assert lines(caplog, logging.INFO) == ["the server answers again"]
-
-
 async def test_an_abandoned_outage_is_not_logged_as_ended(
     caplog: pytest.LogCaptureFixture, open_session: Callable[..., Session], dead: str
 ) -> None:
@@ -131,26 +112,6 @@ async def test_an_abandoned_outage_is_not_logged_as_ended(
         f"execution 6: {why}",
     ]
     assert "the server answers again" not in lines(caplog, logging.INFO)
-
-
-async def test_a_cancelled_request_does_not_end_the_outage_of_others(
-    caplog: pytest.LogCaptureFixture,
-    open_session: Callable[..., Session],
-    sim: Simulator,
-    held: int,
-) -> None:
-    """It goes on, without another line, for the requests that are still retried."""
-    session = open_session(retry=RetryPolicy(base=0.02, ceiling=0.04))
-    sim.inject(Fault.status(503, times=None))
-    waits = [asyncio.create_task(session.execution(held).snapshot()) for _ in range(3)]
-    await sim.wait_for_requests(6)
-    waits[0].cancel()
-    await asyncio.wait(waits[:1])
-    await sim.wait_for_requests(sim.request_count + 4)
-    sim.clear_faults()
-    await asyncio.gather(*waits[1:])
-    assert len(lines(caplog, logging.WARNING)) == 1
-    assert lines(caplog, logging.INFO) == ["the server answers again"]
 
 
 async def test_a_start_is_named_as_a_start(
@@ -235,26 +196,6 @@ def test_retry_state_in_virtual_time(
     assert now - start <= limit + sum(policy.announced(a) for a in announcements) + 1e-3
 
 
-@given(
-    st.floats(0.5, 20.0), st.floats(1.0, 40.0), st.floats(0.001, 5.0), st.floats(0, 1e6), chances
-)
-@arithmetic
-def test_retry_state_gives_up_when_it_has_passed(
-    base: Any, limit: Any, attempt: Any, start: Any, chance: Any
-) -> None:
-    """The last attempt is made within the limit, and its failure is not retried."""
-    state = RetryState(RetryPolicy(base=base), limit)
-    now = start
-    for _ in range(200):
-        delay = state.delay(ERROR, now=now, chance=chance)
-        if delay is None:
-            break
-        assert now + delay <= start + limit + 1e-6
-        now += delay + attempt
-    assert delay is None
-    assert limit - 1e-6 <= now - start <= limit + attempt + 1e-6
-
-
 def test_retry_state_by_hand() -> None:
     """The clock starts with the first failure; the last sleep ends with the limit."""
     state = RetryState(RetryPolicy(base=1.0, ceiling=100.0), 10.0)
@@ -315,18 +256,6 @@ def test_announced_wait_longer_than_the_remaining_time() -> None:
     assert state.delay(ERROR, now=100.0, chance=0.0) == 1.0
 
 
-def test_announced_wait_is_capped() -> None:
-    """An announced wait of hours is cut to the policy's ceiling."""
-    state = RetryState(RetryPolicy(), 60.0)
-    assert state.delay(ERROR, now=0.0, chance=0.0, retry_after=math.inf) == 120.0
-
-
-def test_short_announcement_is_only_a_minimum() -> None:
-    """An announced wait that is shorter than the policy's delay does not shorten it."""
-    state = RetryState(RetryPolicy(base=2.0), 60.0)
-    assert state.delay(ERROR, now=0.0, chance=0.0, retry_after=1.0) == 2.0
-
-
 def test_excused_waits_do_not_count() -> None:
     """Waiting that is not the server's fault does not count."""
     state = RetryState(RetryPolicy(base=1.0), 10.0)
@@ -362,13 +291,6 @@ def test_recent_starts_are_forgotten() -> None:
     assert len(recent_starts._started) == 10_101
 
 
-def test_no_grace_at_all() -> None:
-    """With a grace of 0, no start is recent."""
-    recent_starts = RecentStarts(0.0)
-    recent_starts.add(787, "report", now=1.0)
-    assert not recent_starts.covers(787, now=1.0)
-
-
 def test_the_first_failure_of_an_outage_is_shown_without_a_logging_setup(dead: str) -> None:
     """A warning about the server appears without a logging setup; INFO lines do not."""
     program = (
@@ -389,24 +311,6 @@ def test_the_first_failure_of_an_outage_is_shown_without_a_logging_setup(dead: s
         f"execution 787: no usable answer from {dead}: Connection refused;"
         " trying again for up to 0.05 s\n"
     )
-
-
-async def test_a_lost_answer_is_quoted_in_no_log_line(
-    caplog: pytest.LogCaptureFixture, sim: Simulator, session: Session
-) -> None:
-    """The caller was cancelled, so the log says why the start is unknown, without the body."""
-    sim.add_workflow("name", Scenario([SimNode("A")]))
-    sim.inject(Fault.status(201, body=b'{"output": "confidential"}'))
-    before = sim.request_count
-    caller = asyncio.create_task(session.start("name"))
-    await sim.wait_for_requests(before + 1)
-    caller.cancel()
-    await asyncio.wait([caller])
-    await session.aclose()
-    (line,) = lines(caplog, logging.WARNING)
-    assert "it is not known whether a run of workflow 'name' started" in line
-    assert "unexpected shape" in line
-    assert "confidential" not in caplog.text
 
 
 async def test_control_characters_of_the_server_reach_no_log_line(

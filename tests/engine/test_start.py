@@ -8,7 +8,6 @@ import json
 import logging
 import pickle
 import socket
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -148,8 +147,6 @@ async def test_unusable_arguments_are_named_before_any_io(
 
 
 LOST = {
-    "never answered": Fault.stall(),
-    "reset after reading": Fault.disconnect(),
     "408": Fault.status(408),
     "500": Fault.status(500),
     "502": Fault.status(502),
@@ -161,9 +158,7 @@ LOST = {
     "201 that is no object": Fault.status(201, body=b"[787]"),
     "204": Fault.status(204, body=b""),
     "200 that is HTML": Fault.status(200, body=b"<html>hello</html>"),
-    "cut short": Fault.truncate(),
     "too large": Fault.oversize(200_000),
-    "trickling": Fault.trickle(interval=0.05),
 }
 
 
@@ -193,11 +188,9 @@ async def test_a_lost_answer_is_start_unknown_and_never_repeated(
     ("status", "expected"),
     [
         (302, StatusError),
-        (307, StatusError),
         (400, BadRequest),
         (401, Unauthorized),
         (404, NotFound),
-        (409, StatusError),
         (422, UnprocessableEntity),
         (425, StatusError),
     ],
@@ -762,21 +755,6 @@ async def test_the_deadline_is_for_sending(
     assert server.posts == 1
 
 
-async def test_an_answer_that_came_while_the_loop_was_blocked_is_not_thrown_away(
-    listen: Any, open_session: Callable[..., Session]
-) -> None:
-    """It lies in the socket when `request_timeout` has passed: a paid run has its id."""
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"}}")
-        body = b'{"workflow_version_execution_id": 787}'
-        writer.write(b"HTTP/1.1 201 X\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
-        time.sleep(0.7)  # noqa: ASYNC251 - it blocks the loop of the client, too
-
-    session = open_session(base_url=f"http://127.0.0.1:{await listen(serve)}", request_timeout=0.5)
-    assert (await session.start(NAME)).id == 787
-
-
 # Errors that are not the server's
 
 
@@ -805,20 +783,11 @@ async def test_an_error_of_a_limiter_reaches_only_its_caller(
     await session.start(NAME)
 
 
-class Unprintable(Exception):
-    """An error whose text is an error, as those of some libraries are."""
-
-    def __str__(self) -> str:
-        raise LookupError("no text")
-
-    __repr__ = __str__
-
-
-@pytest.mark.parametrize("error", [ZeroDivisionError("by 0"), Unprintable()], ids=["", "no text"])
 async def test_an_error_of_a_middleware_after_the_request_was_sent_is_an_unknown_start(
-    open_session: Callable[..., Session], recorder: Any, error: Exception
+    open_session: Callable[..., Session], recorder: Any
 ) -> None:
     """Whatever it is, the run may have started."""
+    error = ZeroDivisionError("by 0")
 
     async def fail(request: aiohttp.ClientRequest, handler: Any) -> aiohttp.ClientResponse:
         await handler(request)
@@ -831,22 +800,17 @@ async def test_an_error_of_a_middleware_after_the_request_was_sent_is_an_unknown
     assert [event.error for event in recorder.events] == [caught.value]
 
 
-@pytest.mark.parametrize(
-    ("key", "named"),
-    [("k7", "(key 'k7')"), (Unprintable(), "(key <Unprintable instance at ")],
-    ids=["key", "a key without a repr"],
-)
 async def test_the_log_names_the_key_of_an_abandoned_start(
-    sim: Simulator, session: Session, caplog: pytest.LogCaptureFixture, key: Any, named: str
+    sim: Simulator, session: Session, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Both if it started and if that is not known."""
     for fault in (Fault.delay(0.05), Fault.disconnect()):
         sim.inject(fault)
-        collecting = asyncio.create_task(session.collect([StartRequest(NAME, key=key)]))
+        collecting = asyncio.create_task(session.collect([StartRequest(NAME, key="k7")]))
         await sim.wait_for_requests(sim.request_count + 1)
         collecting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await collecting
     await session.aclose()
     assert len(caplog.messages) == 2
-    assert all(named in message for message in caplog.messages)
+    assert all("(key 'k7')" in message for message in caplog.messages)

@@ -19,20 +19,17 @@ from promptlayer_exec import (
     NotFound,
     Polled,
     PollPolicy,
-    RequestRetried,
     RetryPolicy,
     Session,
     SessionClosed,
     Snapshot,
     WatchEnded,
     WatchStarted,
-    WatchWoken,
 )
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 SUPERVISOR = "promptlayer_exec.Session"
 POLLER = "promptlayer_exec.Watch"
-NEVER = PollPolicy.fixed(3600.0)
 
 
 async def failure(
@@ -391,35 +388,6 @@ async def test_every_follower_gets_its_own_copy_of_the_error(
         assert error.status == 404
 
 
-async def test_a_watch_survives_an_outage(
-    sim: Simulator, session: Session, held: int, recorder: Any
-) -> None:
-    """Every kind of transient failure is retried and reported, and the follower sees none."""
-    faults = [
-        Fault.status(503, times=2),
-        Fault.disconnect(),
-        Fault.truncate(),
-        Fault.malformed(),
-        Fault.status(429, retry_after=0.01),
-    ]
-    async with aclosing(session.execution(held).stream()) as snapshots:
-        await anext(snapshots)
-        for fault in faults:
-            sim.inject(fault)
-        second = await anext(snapshots)
-        assert second.poll == 2
-    retries = recorder.of(RequestRetried)
-    assert [type(retry.error).__name__ for retry in retries] == [
-        "ServerError",
-        "ServerError",
-        "ConnectionFailed",
-        "InvalidResponse",
-        "InvalidResponse",
-        "RateLimited",
-    ]
-    assert {retry.execution_id for retry in retries} == {held}
-
-
 async def test_a_watch_ends_when_the_outage_outlasts_the_policy(
     sim: Simulator, open_session: Callable[..., Session], held: int, recorder: Any
 ) -> None:
@@ -466,7 +434,7 @@ async def test_a_timeout_before_any_answer_says_so(
     assert caught.value.last_snapshot is None
 
 
-@pytest.mark.parametrize("timeout", [True, "5", -1, float("nan")])
+@pytest.mark.parametrize("timeout", [True, "5", -1, float("nan"), -(10**400)])
 @pytest.mark.parametrize("method", ["stream", "finished_nodes"])
 def test_a_malformed_timeout_is_refused_at_the_call(method: str, timeout: Any) -> None:
     """The call raises, not the first `anext`."""
@@ -582,60 +550,6 @@ async def test_a_wait_without_any_time_sends_nothing(
     assert sim.request_count == 0
 
 
-async def test_a_woken_poll_that_finds_no_completion_was_the_last_to_go_first(
-    sim: Simulator, open_session: Callable[..., Session], recorder: Any
-) -> None:
-    """If hundreds of watches are woken all the time, starts and other polls still get slots."""
-    free = asyncio.Semaphore(1)
-
-    class Limiter:
-        async def acquire(self) -> None:
-            await free.acquire()
-
-    class Seldom(PollPolicy):
-        def delay(self, **seen: Any) -> float:
-            return 3600.0
-
-    running = Scenario([SimNode("Answer", duration=None)])
-    woken, other = sim.add_execution(running), sim.add_execution(running)
-    session = open_session(limiter=Limiter(), poll=Seldom(floor=0.001))
-    orders = []
-    async with aclosing(session.execution(woken).stream()) as snapshots:
-        await anext(snapshots)
-        for _ in range(2):
-            calls = [asyncio.create_task(session.execution(other).snapshot()) for _ in range(2)]
-            await one_step()
-            session.wake(woken)
-            await recorder.next(WatchWoken)
-            for _ in range(10):
-                await one_step()
-            seen = sim.request_count
-            for _ in range(3):
-                free.release()
-            await asyncio.gather(*calls, anext(snapshots))
-            orders.append([str(woken) in str(request.query) for request in sim.requests[seen:]])
-    assert orders == [[False, True, False], [False, False, True]]
-
-
-async def test_a_wake_up_during_a_poll_leads_to_one_more(
-    sim: Simulator, open_session: Callable[..., Session], held: int
-) -> None:
-    """The answer on its way may be older than the news; however many wake-ups, one poll follows."""
-    session = open_session(poll=NEVER)
-    sim.inject(Fault.delay(0.05))
-    async with aclosing(session.execution(held).stream()) as snapshots:
-        first = asyncio.create_task(anext(snapshots))
-        await sim.wait_for_requests(1)
-        assert session.wake(held)
-        assert session.wake(held)
-        assert not (await first).complete
-        assert not (await anext(snapshots)).complete
-        sim.finish(held, "Answer")
-        assert session.wake(held)
-        assert (await anext(snapshots)).complete
-    assert sim.request_count == 3
-
-
 async def test_a_watch_without_followers_ends_without_an_error(
     sim: Simulator, session: Session, held: int, recorder: Any
 ) -> None:
@@ -730,20 +644,6 @@ async def test_the_schedule_sees_what_the_watch_has_seen(
     first, second, third = (seen["unchanged"] for seen in asked[:3])
     assert first == third == 0.0 < second
     assert asked[1]["elapsed"] > 0
-
-
-async def test_a_node_that_is_missing_for_a_while_keeps_its_times(
-    sim: Simulator, session: Session
-) -> None:
-    """When it was first seen running does not change."""
-    for name in ("A", "B", "A"):
-        sim.inject(Fault.status(202, body=b'{"%b": {"status": "RUNNING"}}' % name.encode()))
-    sim.inject(Fault.status(200, body=b'{"A": {"status": "SUCCESS"}}'))
-    async with aclosing(session.execution(1).stream()) as snapshots:
-        seen = [snapshot async for snapshot in snapshots]
-    first, last = seen[0], seen[-1]
-    assert last.times["A"] == NodeTimes(first.elapsed, last.elapsed)
-    assert last.times["B"] == NodeTimes(seen[1].elapsed)
 
 
 async def test_a_single_snapshot_has_times_of_its_own(session: Session, held: int) -> None:

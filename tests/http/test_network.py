@@ -22,7 +22,6 @@ from promptlayer_exec import (
     ExecutionStarted,
     InvalidResponse,
     PollPolicy,
-    RateLimited,
     RequestError,
     RequestRetried,
     RequestTimeout,
@@ -31,11 +30,9 @@ from promptlayer_exec import (
     SessionClosed,
     Snapshot,
     StartUnknown,
-    WatchEnded,
 )
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
-NO_RETRY = RetryPolicy(outage=0.0, watch_outage=0.0)
 SHORT = 0.15  # a request timeout that should expire
 LONG = 10.0  # a request timeout that should not expire
 # Sleeps that end in the next step of the loop, so that steps can be counted.
@@ -78,18 +75,6 @@ async def reset_at_accept(request: Any) -> None:
 async def reset(request: Any) -> None:
     """End the connection with a TCP reset."""
     request.reset()
-
-
-async def only_once(request: Any) -> None:
-    """Behave for the first request of a connection, and reset the connection at the next."""
-    await (reset if request.is_reused else behave)(request)
-
-
-async def close_when_answered(request: Any) -> None:
-    """Promise to keep the connection open, and close it."""
-    head, body = await request.fetch()
-    await request.send(head[:-2] + b"Keep-Alive: timeout=60\r\n\r\n" + body)
-    request.close()
 
 
 async def silence(request: Any) -> None:
@@ -144,15 +129,6 @@ def trickle(pause: float, size: int = 1) -> Action:
     return action
 
 
-async def endless_header(request: Any) -> None:
-    """Answer with a header without end."""
-    await request.fetch()
-    await request.send(b"HTTP/1.1 200 OK\r\nX-Filler: ")
-    while True:
-        await request.send(b"x" * 1000)
-        await request.hold(0)
-
-
 async def corrupt_text(request: Any) -> None:
     """Answer with a body that is not valid UTF-8."""
     head, body = await request.fetch()
@@ -167,12 +143,6 @@ async def corrupt_gzip(request: Any) -> None:
     packed[-8] ^= 0xFF  # in the checksum
     answer = sized(head[:-2] + b"Content-Encoding: gzip\r\n\r\n", bytes(packed))
     await request.send(b"".join(answer))
-
-
-async def corrupt_chunk(request: Any) -> None:
-    """Answer with a second chunk whose size is not a number."""
-    head, body = chunked(*await request.fetch())
-    await request.send(head + body[:7] + b"?" + body[8:])
 
 
 def misbehave(proxy: Any, *actions: Action) -> None:
@@ -261,38 +231,14 @@ FAILURES = {
     "silence": Failure(stop(nothing, silence), RequestTimeout, SHORT),
     "silence within the body": Failure(stop(half_the_body, silence), RequestTimeout, SHORT),
     "a byte every 50 ms": Failure(trickle(0.05), RequestTimeout, SHORT),
-    "a header without end": Failure(endless_header, ConnectionFailed),
     "corrupt UTF-8": Failure(corrupt_text, InvalidResponse),
     "corrupt gzip": Failure(corrupt_gzip, InvalidResponse),
-    "corrupt chunk": Failure(corrupt_chunk, ConnectionFailed),
 }
-in_each_failure = pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
 # A start may notice the reset before it is sent, and is then sent on another connection.
 AFTER_ACCEPT = {name: it for name, it in FAILURES.items() if name != "reset at accept"}
 
 
-@in_each_failure
-async def test_a_single_call_survives_it(
-    connect: Callable[..., Session],
-    proxy: Any,
-    sim: Simulator,
-    done: int,
-    recorder: Any,
-    *,
-    failure: Failure,
-) -> None:
-    """A second attempt gets the right result, and the retry is reported with the error."""
-    session = connect(request_timeout=failure.request_timeout)
-    misbehave(proxy, failure.action)
-    assert (await session.get_results(done)).value == "42"
-    (retried,) = recorder.of(RequestRetried)
-    assert type(retried.error) is failure.error
-    assert (retried.execution_id, retried.error.execution_id) == (done, done)
-    assert retried.error.attempts == 1
-    assert sim.request_count == 1 + failure.reaches_server
-
-
-@in_each_failure
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
 async def test_a_watch_survives_it(
     connect: Callable[..., Session],
     proxy: Any,
@@ -320,38 +266,6 @@ async def test_a_watch_survives_it(
     assert sim.request_count == 3 + failure.reaches_server
 
 
-@in_each_failure
-async def test_a_watch_without_retries_ends_with_it(
-    connect: Callable[..., Session],
-    proxy: Any,
-    held: int,
-    recorder: Any,
-    *,
-    failure: Failure,
-) -> None:
-    """Every follower gets the right error with the id, the cause and the last snapshot."""
-    session = connect(request_timeout=failure.request_timeout, retry=NO_RETRY)
-    seen: list[Snapshot] = []
-
-    async def stream() -> None:
-        async with aclosing(session.execution(held).stream()) as snapshots:
-            async for snapshot in snapshots:
-                seen.append(snapshot)
-                misbehave(proxy, failure.action)
-
-    followers = stream(), session.execution(held).wait()
-    errors: list[Any] = await asyncio.gather(*followers, return_exceptions=True)
-    for error in errors:
-        assert type(error) is failure.error
-        assert (error.execution_id, error.attempts) == (held, 1)
-        assert error.__cause__ is not None
-        assert [error.last_snapshot] == seen
-    assert errors[0] is not errors[1]
-    (ended,) = recorder.of(WatchEnded)
-    assert (ended.polls, type(ended.error)) == (1, failure.error)
-    assert recorder.of(RequestRetried) == []
-
-
 async def test_an_answer_that_trickles_in_is_read(
     connect: Callable[..., Session], proxy: Any, flow: str, recorder: Any
 ) -> None:
@@ -361,62 +275,6 @@ async def test_an_answer_that_trickles_in_is_read(
     assert (await execution.snapshot()).complete
     assert recorder.of(RequestRetried) == []
     assert proxy.count("POST") == 1
-
-
-LARGE = "x" * 2_000_000
-
-
-async def test_large_bodies_that_stall_do_not_delay_others(
-    sim: Simulator, proxy: Any, connect: Callable[..., Session]
-) -> None:
-    """The others get their large bodies meanwhile."""
-    large = sim.add_execution(Scenario([SimNode("Answer", LARGE, is_output_node=True)]))
-    all_stall = asyncio.Barrier(21)
-
-    async def half(request: Any) -> None:
-        await request.send(half_the_body(*await request.fetch()))
-        await all_stall.wait()
-        await request.hold()
-
-    misbehave(proxy, *[half] * 20)
-    async with connect(request_timeout=LONG) as session, asyncio.timeout(LONG / 2):
-        slow = [asyncio.create_task(session.get_results(large)) for _ in range(20)]
-        await all_stall.wait()
-        others = [session.get_results(large) for _ in range(3)]
-        for result in await asyncio.gather(*others):
-            assert result.value == LARGE
-        assert not any(task.done() for task in slow)
-        for task in slow:
-            task.cancel()
-        await asyncio.wait(slow)
-
-
-async def test_a_connection_that_is_closed_between_polls_costs_no_retry(
-    connect: Callable[..., Session], proxy: Any, sim: Simulator, held: int, recorder: Any
-) -> None:
-    """The next poll opens another connection, although the server promised to keep the first."""
-    misbehave(proxy, *[close_when_answered] * 4)
-    async with aclosing(connect(retry=NO_RETRY).execution(held).stream()) as snapshots:
-        async for snapshot in snapshots:
-            if snapshot.poll == 4:
-                sim.finish(held, "Answer")
-    assert values(snapshot) == NODES
-    assert len(proxy.writers) == 5
-    assert recorder.of(RequestRetried) == []
-
-
-async def test_a_connection_that_is_reset_by_the_next_poll_costs_one_attempt(
-    connect: Callable[..., Session], proxy: Any, sim: Simulator, held: int, recorder: Any
-) -> None:
-    """The attempt on the dead connection fails; the next one uses a new connection."""
-    proxy.respond = only_once
-    async with aclosing(connect().execution(held).stream()) as snapshots:
-        async for snapshot in snapshots:
-            if snapshot.poll == 3:
-                sim.finish(held, "Answer")
-    assert values(snapshot) == NODES
-    assert [type(e.error) for e in recorder.of(RequestRetried)] == [ConnectionFailed] * 3
-    assert [request.connection for request in proxy.requests] == [0, 0, 1, 1, 2, 2, 3]
 
 
 async def test_a_watch_continues_when_the_server_is_back(
@@ -441,25 +299,6 @@ async def test_a_watch_continues_when_the_server_is_back(
     assert values(second) == {"Plan": "done", "Answer": {"deep": [1.5, None]}}
     assert second.raw == (await session.get_results(held, return_all_outputs=True)).raw
     assert second.times["Plan"] == first.times["Plan"]
-
-
-async def test_a_server_that_stays_down_ends_a_watch(
-    connect: Callable[..., Session], proxy: Any, held: int
-) -> None:
-    """After the policy's `watch_outage`, every follower gets the error with the last snapshot."""
-    session = connect(retry=RetryPolicy(outage=0.0, watch_outage=0.05, base=0.001))
-    waiting = asyncio.create_task(session.execution(held).wait())
-    async with aclosing(session.execution(held).stream()) as snapshots:
-        first = await anext(snapshots)
-        await proxy.refuse()
-        with pytest.raises(ConnectionFailed) as caught:
-            await anext(snapshots)
-    with pytest.raises(ConnectionFailed) as waited:
-        await waiting
-    for error in (caught.value, waited.value):
-        assert (error.execution_id, error.last_snapshot) == (held, first)
-        assert error.attempts > 1
-        assert "refused" in error.reason.lower()
 
 
 @pytest.fixture
@@ -586,39 +425,6 @@ async def test_a_start_that_is_abandoned_between_attempts_is_not_sent(
     assert warnings_in(caplog) == []
 
 
-async def test_a_start_is_retried_when_the_server_goes_down_after_a_429(
-    connect: Callable[..., Session], proxy: Any, sim: Simulator, flow: str, recorder: Any
-) -> None:
-    """Neither a 429 nor a refused connection makes it unknown: it is retried until it starts."""
-    sim.inject(Fault.status(429, retry_after=0.01))
-    starting = asyncio.create_task(connect().start(flow))
-    await recorder.next(RequestRetried)
-    await proxy.refuse()
-    await recorder.next(RequestRetried)
-    await proxy.listen()
-    execution = await starting
-    assert started(sim) == [execution.id]
-    assert [type(e.error) for e in recorder.of(RequestRetried)][:2] == [
-        RateLimited,
-        ConnectionFailed,
-    ]
-
-
-async def test_a_deadline_does_not_lose_a_start_that_was_sent(
-    connect: Callable[..., Session], proxy: Any, sim: Simulator, flow: str
-) -> None:
-    """The client waits `request_timeout` for the answer, whatever `wait_timeout` is."""
-
-    async def answer_late(request: Any) -> None:
-        answer = b"".join(await request.fetch())
-        await request.hold(2 * SHORT)
-        await request.send(answer)
-
-    misbehave(proxy, answer_late)
-    execution = await connect(wait_timeout=SHORT).start(flow)
-    assert started(sim) == [execution.id]
-
-
 async def test_a_start_of_a_borrowed_session_whose_answer_is_lost_is_not_sent_again(
     connect: Callable[..., Session], proxy: Any, sim: Simulator, flow: str
 ) -> None:
@@ -705,19 +511,6 @@ async def cancel(run: Run) -> None:
     run.task.cancel()
 
 
-async def cancel_twice_at_once(run: Run) -> None:
-    """Cancel the task twice before it can react."""
-    run.task.cancel()
-    run.task.cancel()
-
-
-async def cancel_twice(run: Run) -> None:
-    """Cancel the task again while it handles the first cancellation."""
-    run.task.cancel()
-    await loop_steps(1)
-    run.task.cancel()
-
-
 async def time_out(run: Run) -> None:
     """Let the `asyncio.timeout` around the operation expire."""
     await loop_steps(1)  # to be entered
@@ -732,8 +525,6 @@ async def close(run: Run) -> None:
 
 INTERRUPTIONS: dict[Callable[[Run], Awaitable[None]], type[BaseException]] = {
     cancel: asyncio.CancelledError,
-    cancel_twice_at_once: asyncio.CancelledError,
-    cancel_twice: asyncio.CancelledError,
     time_out: TimeoutError,
     close: SessionClosed,
 }

@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promptlayer_exec import ConfigurationError
 from promptlayer_exec._http.throttle import Throttle
 
 
@@ -145,39 +144,6 @@ async def test_a_cancelled_waiter_uses_no_slot() -> None:
     assert await tasks[4] == pytest.approx([1000.1])
 
 
-@in_virtual_time
-async def test_a_late_timer_is_made_up_for_and_changes_no_order() -> None:
-    """Timers that fire 4 ms late, nearly half a slot, cost no throughput."""
-    loop = asyncio.get_running_loop()
-    assert isinstance(loop, VirtualTimeLoop)
-    loop.lateness = 0.004
-    throttle = Throttle(100.0)
-    order: list[int] = []
-
-    async def request(number: int) -> None:
-        for again in range(100):
-            await throttle.acquire()
-            order.append(10 * again + number)
-
-    await throttle.acquire()
-    await asyncio.gather(*(request(number) for number in range(10)))
-    assert order == list(range(1000))
-    assert now() - 1000.0 == pytest.approx(10.0, abs=0.02)
-
-
-@in_virtual_time
-async def test_a_very_late_timer_is_made_up_for_within_bounds() -> None:
-    """After the event loop was blocked for 5 s, the unused slots of 0.1 s are used at once."""
-    throttle = Throttle(100.0)
-    loop = asyncio.get_running_loop()
-    assert isinstance(loop, VirtualTimeLoop)
-    loop.call_later(0.995, setattr, loop, "now", loop.now + 5.995)
-    times = await send(throttle, 300)
-    after = [time for time in times if time > 1005.9]
-    assert after[9] - after[0] < 0.01
-    assert gaps(after)[12:] == pytest.approx([0.01] * (len(after) - 13))
-
-
 class RecordingLimiter:
     """A limiter that takes `seconds`, and records when it was acquired."""
 
@@ -205,38 +171,6 @@ async def test_limiters_are_acquired_once_per_attempt_after_the_rate(rate: float
     assert second == pytest.approx([time + 0.01 for time in first])
     period = 0.03 if rate is None else 1 / rate
     assert gaps(times)[1:] == pytest.approx([period] * 3)
-
-
-@in_virtual_time
-async def test_the_rate_holds_after_a_limiter_that_waited() -> None:
-    """Requests that a limiter held up for long are not sent in a burst."""
-    limiter = RecordingLimiter(60.0)
-    throttle = Throttle(10.0, [limiter])
-    first = asyncio.create_task(send(throttle, 4))
-    await asyncio.sleep(30.0)
-    assert len(limiter.acquired) == 1
-    limiter.seconds = 0.0
-    assert gaps(await first) == pytest.approx([0.1] * 3)
-
-
-@pytest.mark.parametrize(
-    ("raised", "expected"),
-    [(KeyError("oops"), KeyError), (ConfigurationError("oops"), RuntimeError)],
-)
-@in_virtual_time
-async def test_what_a_limiter_raises_reaches_the_caller(
-    raised: Exception, expected: type[Exception]
-) -> None:
-    """An error of ours as a RuntimeError, or it would be the server's; the next one asks again."""
-
-    class Broken:
-        async def acquire(self) -> None:
-            raise raised
-
-    throttle = Throttle(10.0, [Broken()])
-    for _ in range(2):
-        with pytest.raises(expected, match="oops"):
-            await throttle.acquire()
 
 
 @pytest.mark.parametrize("rate", [100.0, None])
@@ -350,19 +284,6 @@ async def test_429s_of_requests_sent_before_the_slow_down_count_once() -> None:
     assert after[0] == pytest.approx(after[1])
 
 
-@pytest.mark.parametrize("announced", [0.0, 3600.0], ids=["idle", "paused"])
-@in_virtual_time
-async def test_an_hour_without_a_request_is_no_recovery(announced: float) -> None:
-    """Nothing was learned about the server meanwhile."""
-    throttle = Throttle(100.0)
-    for _ in range(5):
-        await refuse(throttle)
-    before = await gap(throttle)
-    await refuse(throttle, announced)
-    await asyncio.sleep(3600.0)
-    assert 1.3 * before < await gap(throttle) < 1.5 * before
-
-
 @pytest.mark.parametrize("rate", [1.0, 100.0, None])
 @in_virtual_time
 async def test_a_session_notices_within_seconds_that_refusals_end(rate: float | None) -> None:
@@ -434,16 +355,6 @@ class TokenBucket:
         asyncio.get_running_loop().call_later(self._latency / 2, answer)
 
 
-class FixedWindows(TokenBucket):
-    """A server that accepts `burst` requests in each time of `burst / per_second` seconds."""
-
-    def _refill(self) -> None:
-        window = self._burst / self._per_second
-        if now() // window > self._updated_at // window:
-            self._tokens = self._burst
-        self._updated_at = now()
-
-
 async def saturate(server: TokenBucket, throttle: Throttle, seconds: float) -> None:
     """Send for so long, and each time as soon as the throttle allows."""
     end = now() + seconds
@@ -480,41 +391,12 @@ async def test_a_lone_session_uses_four_fifths_of_a_token_bucket(
     assert bucket.refused_part <= 0.2
 
 
-@pytest.mark.parametrize("announce", [nothing, math.ceil])
-@pytest.mark.parametrize(
-    ("per_second", "window"),
-    [(20.0, 1.0), (5.0, 2.0), (5.0, 5.0), (2.0, 10.0), (40.0, 10.0), (10.0, 60.0)],
-)
-@in_virtual_time
-async def test_a_lone_session_uses_half_of_a_fixed_window(
-    per_second: float, window: float, announce: Callable[[float], float]
-) -> None:
-    """In the three minutes after the first, when at most a fifth of its requests is refused."""
-    throttle = Throttle(100.0)
-    server = FixedWindows(per_second, round(per_second * window), 0.05, announce)
-    await saturate(server, throttle, 60.0)
-    server.accepted.clear()
-    server.refused = 0
-    await saturate(server, throttle, 180.0)
-    assert server.accepted.total() >= 0.5 * 180.0 * per_second
-    assert server.refused_part <= 0.2
-
-
 @in_virtual_time
 async def test_the_rate_finds_its_way_back_once_a_limit_is_gone() -> None:
     """From 40 per second to 100 in 30 s, but not in less than 5."""
     throttle = Throttle(100.0)
     await saturate(TokenBucket(40.0, 20, 0.05, nothing), throttle, 60.0)
     assert 5.0 < await recover(throttle, 0.01) < 30.0
-
-
-@in_virtual_time
-async def test_a_busy_session_is_soon_busy_again_after_an_outage_full_of_429s() -> None:
-    """After half a minute of refusals it sends 250 requests within 45 s."""
-    throttle = Throttle(100.0)
-    await saturate(TokenBucket(50.0, 20, 0.05, nothing), throttle, 60.0)
-    began = (await refuse_for(throttle, 30.0))[-1]
-    assert (await send_accepted(throttle, 250))[-1] < began + 45.0
 
 
 @pytest.mark.parametrize("seed", range(1, 4))

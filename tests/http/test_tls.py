@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import ssl
-import subprocess
-import sys
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 import trustme
-from aiohttp.abc import AbstractResolver, ResolveResult
 
 from promptlayer_exec import ConnectionFailed, RequestRetried, RetryPolicy, Session, Snapshot
 
@@ -133,7 +128,7 @@ async def test_a_demanded_client_certificate_is_named_under_tls_1_3(authority: t
 async def test_a_borrowed_session_brings_its_own_authority_and_certificate(
     serve: Callable[..., Awaitable[str]], authority: trustme.CA
 ) -> None:
-    """A server that demands a client certificate is followed through `http=`."""
+    """A server that demands a client certificate is asked through `http=`, for starts, too."""
     theirs = server_context(authority)
     theirs.verify_mode = ssl.CERT_REQUIRED
     authority.configure_trust(theirs)
@@ -144,67 +139,9 @@ async def test_a_borrowed_session_brings_its_own_authority_and_certificate(
         Session("key", base_url=await serve(theirs), http=http) as session,
     ):
         snapshot = await session.get_results(787, return_all_outputs=True)
+        assert (await session.start("name")).id == 787
     assert isinstance(snapshot, Snapshot)
     assert snapshot.nodes["Answer"].value == "787"
-
-
-class Loopback(AbstractResolver):
-    """Resolves every name to the loopback address."""
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[ResolveResult]:
-        """Return the loopback address."""
-        address = ResolveResult(
-            hostname=host, host="127.0.0.1", port=port, family=family, proto=0, flags=0
-        )
-        return [address]
-
-    async def close(self) -> None:
-        """Do nothing."""
-
-
-@pytest.mark.parametrize("host", ["faß.example", "xn--fa-hia.example"])
-async def test_a_start_in_a_borrowed_session_checks_the_same_name_as_a_read(
-    authority: trustme.CA, raw_server: Any, host: str
-) -> None:
-    """Also of a host whose name differs between IDNA 2003 and 2008."""
-    await raw_server.listen(server_context(authority, "xn--fa-hia.example"))
-    connector = aiohttp.TCPConnector(ssl=client_context(authority), resolver=Loopback())
-    base_url = raw_server.url.replace("localhost", host)
-    async with (
-        aiohttp.ClientSession(connector=connector) as http,
-        Session("key", base_url=base_url, http=http) as session,
-    ):
-        assert (await session.get_results(7, return_all_outputs=True)).complete
-        assert (await session.start("name")).id == 787
-
-
-async def test_ssl_cert_file_is_used(
-    serve: Callable[..., Awaitable[str]], authority: trustme.CA, tmp_path: Path
-) -> None:
-    """As the error says, a private authority needs only the variable."""
-    certificate = tmp_path / "authority.pem"
-    authority.cert_pem.write_to_path(certificate)
-    program = (
-        "import asyncio, sys\n"
-        "from promptlayer_exec import Session\n"
-        "async def main():\n"
-        "    async with Session('key', base_url=sys.argv[1]) as session:\n"
-        "        print(await session.execution(787).output())\n"
-        "asyncio.run(main())\n"
-    )
-    base_url = await serve(server_context(authority))
-    finished = await asyncio.to_thread(
-        subprocess.run,
-        [sys.executable, "-c", program, base_url],
-        env=os.environ | {"SSL_CERT_FILE": str(certificate)},
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-    assert (finished.stdout, finished.stderr) == ("787\n", "")
 
 
 async def test_a_connection_closed_in_the_handshake_is_retried(raw_server: Any) -> None:

@@ -21,24 +21,19 @@ import pytest
 from aioresponses import aioresponses
 
 from promptlayer_exec import (
-    BadRequest,
     ConnectionFailed,
     Forbidden,
     InvalidResponse,
     NotFound,
     PromptLayerExecError,
-    RateLimited,
-    RequestError,
     RequestRetried,
     ResponseTooLarge,
     RetryPolicy,
-    ServerError,
     Session,
     StartUnknown,
     StatusError,
     Throttled,
     Unauthorized,
-    UnprocessableEntity,
 )
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
@@ -77,44 +72,6 @@ def mocks() -> Iterator[Mocks]:
         yield Mocks(mock)
 
 
-@pytest.mark.parametrize(
-    ("status", "expected"),
-    [
-        (302, StatusError),
-        (400, BadRequest),
-        (401, Unauthorized),
-        (403, Forbidden),
-        (404, NotFound),
-        (418, StatusError),
-        (422, UnprocessableEntity),
-        (429, RateLimited),
-        (500, ServerError),
-        (501, ServerError),
-        (502, ServerError),
-    ],
-)
-@pytest.mark.parametrize("key", ["message", "error"])
-async def test_each_status_has_its_error(
-    mocks: Mocks, status: int, expected: type[StatusError], key: str
-) -> None:
-    """The error has the status, the server's message, the body and the execution's id."""
-    body = {"success": False, key: "no such thing", "extra": [1]}
-    mocks.add("GET", status=status, payload=body)
-    async with Session("key", retry=NO_RETRY) as session:
-        with pytest.raises(expected) as caught:
-            await session.get_results(787)
-    error = caught.value
-    assert type(error) is expected
-    assert error.status == status
-    assert error.body == body
-    assert error.execution_id == 787
-    assert error.attempts == 1
-    if status >= 400:
-        assert error.message == "no such thing"
-        assert "execution 787" in str(error)
-        assert "no such thing" in str(error)
-
-
 async def test_the_policy_may_name_further_statuses_to_retry(
     mocks: Mocks,
 ) -> None:
@@ -124,22 +81,6 @@ async def test_the_policy_may_name_further_statuses_to_retry(
     retry = RetryPolicy(statuses=frozenset({418}), base=0.001)
     async with Session("key", retry=retry) as session:
         assert (await session.get_results(787)).value == "done"
-
-
-async def test_the_request_is_as_documented(mocks: Mocks) -> None:
-    """The request has the method, the URL and the key, and does not follow redirects."""
-    mocks.add("GET", status=200, payload={})
-    async with Session("key", base_url="https://gateway.test/pl") as session:
-        await session.get_results(787, return_all_outputs=True)
-    ((method, url, settings),) = mocks.requests
-    assert method == "GET"
-    assert url == (
-        "https://gateway.test/pl/workflow-version-execution-results"
-        "?return_all_outputs=true&workflow_version_execution_id=787"
-    )
-    assert settings["headers"]["X-API-KEY"] == "key"
-    assert settings["allow_redirects"] is False
-    assert settings["timeout"] == aiohttp.ClientTimeout()  # the attempt has a limit of ours
 
 
 @pytest.mark.parametrize("borrowed", [False, True])
@@ -162,11 +103,11 @@ async def test_mocked_requests_are_answered_as_mocked(mocks: Mocks, *, borrowed:
         mocks.add("GET", status=200, payload={"Report": node})
         assert await execution.output() == "done"
         assert len(mocks.requests) == 6
-        for status, error in ((404, NotFound), (500, StartUnknown)):
+        for status, error in ((404, NotFound), (500, StartUnknown), (201, StartUnknown)):
             mocks.add("POST", status=status)
             with pytest.raises(error):
                 await session.start("flow")
-        assert len(mocks.requests) == 8
+        assert len(mocks.requests) == 9
 
 
 def http(body: bytes, *, status: str = "200 OK", headers: str = "") -> bytes:
@@ -207,21 +148,6 @@ async def failure_of(
 
     raw_server.respond = respond
     return await failure_at(raw_server.url, call, **settings)
-
-
-@pytest.mark.parametrize("borrowed", [False, True])
-async def test_a_refused_connection_is_connection_failed(
-    raw_server: Any, *, borrowed: bool
-) -> None:
-    """The error has the system's message and the execution's id."""
-    await raw_server.refuse()
-    async with aiohttp.ClientSession() as theirs:
-        error = await failure_at(raw_server.url, http=theirs if borrowed else None)
-    assert type(error) is ConnectionFailed
-    assert error.execution_id == 787
-    assert raw_server.url in str(error)
-    assert "refused" in error.reason.lower() or "connect" in error.reason.lower()
-    assert isinstance(error.__cause__, aiohttp.ClientError)
 
 
 async def test_a_body_that_is_cut_short_is_invalid(raw_server: Any) -> None:
@@ -484,17 +410,6 @@ async def test_the_key_is_nowhere_in_an_error(
     assert [text for text in said if "secret-key" in text] == []
 
 
-async def test_the_headers_of_an_answer_cut_in_its_head_are_not_logged(
-    raw_server: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The text of the error of aiohttp shows them."""
-    answer = b"HTTP/1.1 200 OK\r\nSet-Cookie: id=787\r\nX: "
-    error = await failure_of(raw_server, answer, retry=RetryPolicy(outage=0.02, base=0.01))
-    assert "Server disconnected" in str(error)
-    assert "Server disconnected" in caplog.text
-    assert "Cookie" not in str(error) + caplog.text
-
-
 async def test_aiohttp_does_not_send_again_by_itself(raw_server: Any, recorder: Any) -> None:
     """A connection that closed between two requests costs a retry that is counted and reported."""
 
@@ -598,14 +513,3 @@ async def test_waiting_for_a_connection_does_not_count_as_request_time(
         async with open_session(request_timeout=0.5, retry=NO_RETRY, **own) as session:
             answers = await asyncio.gather(*(session.get_results(held) for _ in range(10)))
     assert len(answers) == 10
-
-
-async def test_every_request_error_names_the_execution_and_the_failure(
-    sim: Simulator, session: Session
-) -> None:
-    """It has the execution, the status, the server's message and the advice in one line."""
-    with pytest.raises(RequestError) as caught:
-        await session.get_results(424242)
-    assert str(caught.value).startswith("execution 424242: the server answered 404 Not Found: ")
-    assert str(caught.value).endswith(NotFound.advice)
-    assert "\n" not in str(caught.value)

@@ -75,14 +75,6 @@ def test_where_requests_wait_for_the_rate_there_are_fewer_polls() -> None:
     assert due(net, 150.0) == 210.0
 
 
-def test_a_day_of_polls_does_not_overflow() -> None:
-    """Two to the power of a thousand polls is no float any more."""
-    net = net_of(Stub(), 0.0)
-    for at in range(2000):
-        polled(net, float(at))
-    assert due(net, 0.0) == 1999.0 + 60.0
-
-
 def test_polls_are_never_more_frequent_than_the_policy_s() -> None:
     """A policy of one poll an hour is kept."""
     assert due(net_of(Stub(), 100.0), 3700.0) == 3700.0

@@ -132,17 +132,6 @@ async def test_a_closed_session_cannot_be_woken(session: Session, held: int) -> 
     assert caught.value.execution_id == held
 
 
-@pytest.mark.parametrize(
-    ("value", "error"), [("seven", TypeError), (True, TypeError), (0, ValueError)]
-)
-async def test_only_an_execution_id_can_be_woken(
-    session: Session, value: Any, error: type[Exception]
-) -> None:
-    """The check is that of all calls that take an id."""
-    with pytest.raises(error, match="execution id"):
-        session.wake(value)
-
-
 async def test_integrations_say_what_woke_a_watch(
     session: Session, sim: Simulator, held: int, recorder: Any
 ) -> None:

@@ -66,23 +66,6 @@ def test_an_exception_of_an_observer_is_logged(caplog):
     assert caplog.records[0].exc_info[0] is KeyError
 
 
-def test_without_observers_nothing_happens(caplog):
-    """An event without observers is dropped."""
-    broadcast([])(EVENTS[0])
-    assert not caplog.records
-
-
-def test_observers_are_fixed_at_the_start():
-    """Observers may be an iterator, and a later change of a list has no effect."""
-    received = []
-    observers = [received.append]
-    emit = broadcast(observers)
-    observers.append(received.append)
-    emit(EVENTS[0])
-    broadcast(iter([received.append]))(EVENTS[1])
-    assert received == EVENTS[:2]
-
-
 @each_event
 def test_events_are_frozen(event):
     """An event is frozen, has slots, is an Event, and has the execution id as first field."""

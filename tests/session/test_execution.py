@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
-from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -16,8 +15,6 @@ from promptlayer_exec import (
     ExecutionFailed,
     ExecutionTimeout,
     NotFound,
-    Polled,
-    PollPolicy,
     Session,
     SessionClosed,
 )
@@ -144,22 +141,6 @@ async def test_a_newer_snapshot_of_the_error_itself_is_kept(
         await waiting
     assert caught.value.last_snapshot is not None
     assert caught.value.last_snapshot is not first
-
-
-async def test_an_error_has_the_complete_snapshot_that_another_call_saw_meanwhile(
-    sim: Simulator, open_session: Callable[..., Session], held: int, recorder: Any
-) -> None:
-    """The call itself failed before its next poll."""
-    session = open_session(poll=PollPolicy.fixed(10.0))
-    execution = session.execution(held)
-    waiting = asyncio.create_task(execution.wait())
-    await recorder.next(Polled)
-    sim.finish(held, "Answer")
-    complete = await execution.snapshot()
-    await session.aclose()
-    with pytest.raises(SessionClosed) as caught:
-        await waiting
-    assert caught.value.last_snapshot is complete
 
 
 async def test_what_is_complete_stays_so(sim: Simulator, session: Session, held: int) -> None:

@@ -307,22 +307,6 @@ def test_the_server_is_on_the_span(
     assert (attributes["server.address"], attributes["server.port"]) == (address, port)
 
 
-async def test_an_error_of_another_library_keeps_its_name(
-    collected: Collected, open_session: Callable[..., Session], held: int
-) -> None:
-    """A limiter, for example, may raise one."""
-
-    class Limiter:
-        async def acquire(self) -> None:
-            raise ZeroDivisionError
-
-    session = open_session(observers=[collected.observer()], limiter=Limiter())
-    with pytest.raises(ZeroDivisionError):
-        await session.execution(held).wait()
-    (span,) = collected.spans("watch")
-    assert (span.attributes or {})["error.type"] == "ZeroDivisionError"
-
-
 async def test_an_outage_is_one_event_however_many_attempts_fail(
     collected: Collected, observed: Session, sim: Simulator, held: int
 ) -> None:
@@ -403,35 +387,6 @@ async def test_what_woke_a_watch_is_on_its_span(
     assert (point.value, point.attributes) == (1, {"promptlayer_exec.source": "caller"})
 
 
-async def test_a_watch_that_is_restarted_at_once_has_its_own_span(
-    collected: Collected, observed: Session, recorder: Any, sim: Simulator, held: int
-) -> None:
-    """The second watch of the execution starts while the first is still ending."""
-    first = asyncio.create_task(observed.execution(held).wait())
-    await sim.wait_for_requests(2)
-    first.cancel()
-    second = asyncio.create_task(observed.execution(held).wait())
-    await recorder.next(WatchStarted)
-    sim.finish(held, "Answer")
-    await second
-    spans = collected.spans("watch")
-    assert [(span.attributes or {})["promptlayer_exec.complete"] for span in spans] == [False, True]
-
-
-async def test_one_observer_serves_two_sessions(
-    collected: Collected, open_session: Callable[..., Session], sim: Simulator, held: int
-) -> None:
-    """Both may watch the same execution."""
-    observer = collected.observer()
-    sessions = [open_session(observers=[observer]) for _ in range(2)]
-    waits = [asyncio.create_task(s.execution(held).wait()) for s in sessions]
-    await sim.wait_for_requests(6)
-    sim.finish(held, "Answer")
-    await asyncio.gather(*waits)
-    spans = collected.spans("watch")
-    assert [len(span_events(span)) for span in spans] == [2, 2]
-
-
 async def test_a_start_is_a_child_of_its_caller_s_span(
     collected: Collected, observed: Session, recorder: Any, sim: Simulator
 ) -> None:
@@ -473,19 +428,6 @@ async def test_a_recovered_start_has_a_span_but_no_response_time(collected: Coll
     assert "promptlayer_exec.start.duration" not in collected.totals()
 
 
-def test_inputs_that_json_cannot_represent_do_not_prevent_the_span(collected: Collected) -> None:
-    """The attribute says why they are missing."""
-    deep: list[Any] = []
-    for _ in range(100_000):
-        deep = [deep]
-    request = StartRequest("w", {"deep": deep})
-    collected.observer(record_values=True)(ExecutionStarted(1, request, False, 0.1))
-    (span,) = collected.spans("start")
-    assert (span.attributes or {})[
-        "promptlayer_exec.inputs"
-    ] == "(nested too deeply to be recorded)"
-
-
 async def test_values_are_recorded_only_on_request(
     collected: Collected, open_session: Callable[..., Session], sim: Simulator
 ) -> None:
@@ -515,17 +457,6 @@ async def test_values_are_recorded_only_on_request(
     assert json.loads(str((watch.attributes or {})["promptlayer_exec.outputs"])) == {
         "Out": {"x": "secret-output"}
     }
-
-
-async def test_a_lone_surrogate_in_a_name_can_be_exported(
-    collected: Collected, observed: Session, sim: Simulator
-) -> None:
-    """JSON allows it, but an exporter could not encode it."""
-    execution_id = sim.add_execution(Scenario([SimNode("a\udcff")]))
-    await observed.execution(execution_id).wait()
-    (span,) = collected.spans("watch")
-    ((_, attributes),) = span_events(span)
-    assert attributes["promptlayer_exec.changes"] == ("a\\udcff: SUCCESS",)
 
 
 async def test_metrics_follow_the_conventions_and_have_no_execution_id(
@@ -574,19 +505,3 @@ async def test_metrics_follow_the_conventions_and_have_no_execution_id(
     (lateness,) = metrics["promptlayer_exec.poll.lateness"].data.data_points
     assert lateness.sum == pytest.approx(sum(event.lateness for event in recorder.of(Polled)))
     assert lateness.explicit_bounds[0] < 0.01  # seconds, not milliseconds
-
-
-async def test_a_thousand_watches_are_a_thousand_spans(
-    collected: Collected, observed: Session, sim: Simulator
-) -> None:
-    """All are children of the span in which the fan-out was called."""
-    ids = [sim.add_execution(Scenario([SimNode("Out")])) for _ in range(1000)]
-    with collected.tracer.start_as_current_span("evaluation") as parent:
-        await observed.collect(ids)
-    spans = collected.spans("watch")
-    assert len(spans) == 1000
-    assert {(span.attributes or {})["promptlayer_exec.execution.id"] for span in spans} == set(ids)
-    assert {span.parent.span_id for span in spans if span.parent is not None} == {
-        parent.get_span_context().span_id
-    }
-    assert collected.totals()["promptlayer_exec.polls"] == 1000

@@ -65,17 +65,6 @@ def test_dependent_is_queued_until_the_last_dependency_is_final() -> None:
     assert statuses(execution, 4.0)["join"] == "SUCCESS"
 
 
-def test_ends_do_not_depend_on_when_they_are_read() -> None:
-    """A late first read returns the exact times at which a chain of nodes ended."""
-    chain = (
-        SimNode("a", duration=0.5),
-        SimNode("b", duration=0.25, after=("a",)),
-        SimNode("c", duration=10.0, after=("b",)),
-    )
-    late = run(*chain).results(100.0).states
-    assert [state.at for state in late.values()] == [0.5, 0.75, 10.75]
-
-
 def test_held_node_waits_for_finish() -> None:
     """A node with duration=None stays RUNNING until `finish`, and then has the value given."""
     execution = run(SimNode("a", "own", duration=None), SimNode("b", after=("a",)))
@@ -83,21 +72,6 @@ def test_held_node_waits_for_finish() -> None:
     finish(execution, "a", 1e9, value="given")
     assert statuses(execution, 1e9) == {"a": "SUCCESS", "b": "SUCCESS"}
     assert nodes_json(execution, 1e9)["a"]["value"] == "given"
-
-
-def test_finish_without_value_uses_the_scenarios() -> None:
-    """A held node that is finished without a value has the one of its scenario."""
-    execution = run(SimNode("a", "own", duration=None))
-    finish(execution, "a", 1.0)
-    assert nodes_json(execution, 1.0)["a"]["value"] == "own"
-
-
-def test_finish_of_a_queued_node_takes_effect_when_it_starts() -> None:
-    """A held node that is finished while QUEUED ends at the moment it starts."""
-    execution = run(SimNode("a", duration=5.0), SimNode("b", duration=None, after=("a",)))
-    finish(execution, "b", 1.0)
-    assert statuses(execution, 4.0)["b"] == "QUEUED"
-    assert execution.results(9.0).states["b"].at == 5.0
 
 
 def test_finish_with_a_failure_sets_its_messages() -> None:
@@ -197,15 +171,6 @@ def test_unknown_status_keeps_the_execution_running() -> None:
     assert not execution.results(1e9).complete
 
 
-def test_held_node_can_be_paused_and_resumed() -> None:
-    """A node that was finished with an unknown status can be finished again."""
-    execution = run(SimNode("a", 1, duration=None))
-    finish(execution, "a", 1.0, status="PAUSED")
-    assert statuses(execution, 1.0) == {"a": "PAUSED"}
-    finish(execution, "a", 2.0)
-    assert statuses(execution, 2.0) == {"a": "SUCCESS"}
-
-
 def test_failure_is_a_failed_status() -> None:
     """`FAILURE` is final, skips dependents and has error messages, like `FAILED`."""
     execution = run(SimNode("a", status="FAILURE", error_message="no"), SimNode("b", after=("a",)))
@@ -235,12 +200,6 @@ def test_main_output_is_the_first_successful_output_node() -> None:
         SimNode("inner", 3, duration=1.0),
     )
     assert output(execution, 3.0) == 2
-
-
-def test_of_simultaneous_output_nodes_the_first_listed_is_used() -> None:
-    """Of output nodes that succeeded at the same time, the one listed first is used."""
-    nodes = [SimNode(name, name, is_output_node=True) for name in "ab"]
-    assert output(run(*nodes), 0.0) == "a"
 
 
 def test_no_successful_output_node_means_no_main_output() -> None:

@@ -191,21 +191,6 @@ class TestConnection:
         assert reply["connect"].pop("client")
         assert reply == {"connect": {"version": ""}}
 
-    async def test_empty_subprotocol(
-        self, client: Client, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        """An empty Sec-WebSocket-Protocol neither breaks the handshake nor logs a warning."""
-        opened = await client.open(headers={"Sec-WebSocket-Protocol": ""})
-        assert client.sim.requests[-1].headers["Sec-WebSocket-Protocol"] == ""
-        assert opened.websocket.protocol is None
-        assert "connect" in await opened.request(connect={"token": await client.token(CHANNEL)})
-        assert caplog.records == []
-
-    async def test_no_websocket(self, client: Client) -> None:
-        """A plain request to the WebSocket's path is a 400 with JSON."""
-        async with client.http.get(f"{client.sim.base_url}{WEBSOCKET}") as response:
-            assert (response.status, (await response.json())["success"]) == (400, False)
-
     async def test_commands_in_one_frame(self, client: Client) -> None:
         """Several commands in one frame are answered in order, each with its id."""
         opened = await client.open()
@@ -244,22 +229,6 @@ class TestConnection:
 
     @pytest.mark.parametrize(
         "command",
-        [{"id": 0, "subscribe": {"channel": CHANNEL}}, {"id": 2, "connect": {"token": "?"}}],
-    )
-    async def test_bad_request_later(self, client: Client, command: dict[str, Any]) -> None:
-        """A command without a valid id, or a second connect, closes the connection, too."""
-        connected = await client.connect(CHANNEL)
-        await connected.send(command)
-        assert await connected.end() == (3501, "bad request")
-
-    async def test_binary_frame(self, client: Client) -> None:
-        """A binary frame closes the connection."""
-        opened = await client.open()
-        await opened.websocket.send_bytes(b"{}")
-        assert (await opened.end())[0] == 1000
-
-    @pytest.mark.parametrize(
-        "command",
         [
             {"subscribe": {"channel": "workflows:1:run:y"}},
             {"publish": {"channel": CHANNEL, "data": 1}},
@@ -271,20 +240,6 @@ class TestConnection:
         connected = await client.connect(CHANNEL)
         error = {"code": 103, "message": "permission denied"}
         assert await connected.request(**command) == {"error": error}
-
-    async def test_several_channels(self, client: Client) -> None:
-        """A token can allow several channels."""
-        connected = await client.connect("a", "b")
-        for channel in ("a", "b"):
-            assert await connected.request(subscribe={"channel": channel}) == {"subscribe": {}}
-
-    async def test_subscribing_twice(self, client: Client) -> None:
-        """A second subscription to a channel is an error, unless the first was cancelled."""
-        subscribed = await client.subscribe()
-        reply = await subscribed.request(subscribe={"channel": CHANNEL})
-        assert reply == {"error": {"code": 105, "message": "already subscribed"}}
-        assert await subscribed.request(unsubscribe={"channel": CHANNEL}) == {"unsubscribe": {}}
-        assert await subscribed.request(subscribe={"channel": CHANNEL}) == {"subscribe": {}}
 
     async def test_faults(self, client: Client) -> None:
         """Faults can refuse and delay a handshake, like any request."""
@@ -343,14 +298,6 @@ class TestPublication:
         await client.run()
         assert (await subscribed.completion())["final_output"] == 1
 
-    async def test_held_then_timed(self, client: Client) -> None:
-        """A node that starts because of `finish` ends after its own duration."""
-        nodes = [SimNode("a", duration=None), SimNode("b", 1, 0.02, ("a",), is_output_node=True)]
-        client.sim.add_workflow("w", Scenario(nodes))
-        subscribed = await client.subscribe()
-        client.sim.finish(await client.run(), "a")
-        assert (await subscribed.completion())["final_output"] == 1
-
     async def test_another_clock(self, open_client: Callable[[Simulator], Client]) -> None:
         """After the test has moved the clock, reading the execution publishes the completion."""
         clock = Clock()
@@ -363,27 +310,6 @@ class TestPublication:
             clock.now += 1000.0
             assert sim.state(execution_id) == {"a": "SUCCESS"}
             assert (await subscribed.completion())["final_output"] == 1
-
-    async def test_a_stopped_clock_causes_no_busy_loop(
-        self, open_client: Callable[[Simulator], Client]
-    ) -> None:
-        """A clock that stopped just before a node's end is read with pauses."""
-        readings = 0
-
-        def clock() -> float:
-            nonlocal readings
-            readings += 1
-            return 100.0
-
-        async with Simulator(clock=clock) as sim:
-            nodes = [SimNode("a", duration=None), SimNode("b", duration=1e-9, after=("a",))]
-            sim.add_workflow("w", Scenario(nodes))
-            client = open_client(sim)
-            sim.finish(await client.run(), "a")
-            before = readings
-            for _ in range(200):
-                await asyncio.sleep(0)
-            assert readings - before < 20
 
     async def test_only_its_channel(self, client: Client) -> None:
         """A subscriber gets only the runs of its channel."""
@@ -412,15 +338,6 @@ class TestPublication:
         for each in subscribed:
             assert (await each.completion())["final_output"] == "AAA"
 
-    async def test_no_subscriber(self, client: Client) -> None:
-        """A completion without a subscriber is dropped; later subscribers do not get it."""
-        client.sim.add_workflow("w", HELD)
-        client.sim.finish(await client.run(), "Node 1")
-        await asyncio.gather(*tasks_of_runs())
-        subscribed = await client.subscribe()
-        client.sim.finish(await client.run(), "Node 1")
-        assert (await subscribed.completion())["workflow_version_execution_id"] == 1002
-
     async def test_without_a_suffix(self, client: Client) -> None:
         """A run without a suffix is published on the channel of its id, for later subscribers."""
         client.sim.add_workflow("w", HELD)
@@ -429,16 +346,6 @@ class TestPublication:
         subscribed = await client.subscribe(channel)
         client.sim.finish(execution_id, "Node 1")
         assert (await subscribed.completion(channel))["final_output"] == "AAA"
-
-    async def test_with_a_suffix(self, client: Client) -> None:
-        """A run with a suffix is not published on the channel of its id."""
-        client.sim.add_workflow("w", HELD)
-        execution_id = await client.run()
-        channel = f"workflow_updates:{execution_id}"
-        subscribed = await client.subscribe(channel)
-        client.sim.finish(execution_id, "Node 1")
-        await asyncio.gather(*tasks_of_runs())
-        assert await subscribed.request(unsubscribe={"channel": channel}) == {"unsubscribe": {}}
 
     @pytest.mark.parametrize(("limit", "code"), [(78, "OK"), (77, "EXCEEDS_SIZE_LIMIT")])
     async def test_size_limit(
@@ -454,17 +361,6 @@ class TestPublication:
             assert message["result_code"] == code
             assert ("larger than 77 bytes" in message["final_output"]) == (code != "OK")
             assert message["workflow_version_execution_id"] == 1001
-
-    async def test_default_size_limit(self, client: Client) -> None:
-        """By default the limit is 64 KiB."""
-        client.sim.add_workflow("w", lambda v: Scenario([SimNode("a", "a" * v["n"], None)]))
-        subscribed = await client.subscribe()
-        codes = []
-        for size in (65_000, 66_000):
-            execution_id = await client.run(input_variables={"n": size})
-            client.sim.finish(execution_id, "a")
-            codes.append((await subscribed.completion())["result_code"])
-        assert codes == ["OK", "EXCEEDS_SIZE_LIMIT"]
 
     async def test_broken_scenario(self, client: Client, caplog: pytest.LogCaptureFixture) -> None:
         """An error in a scenario's function is logged, and no completion is published."""
@@ -574,14 +470,3 @@ class TestExit:
                 assert message.type in {aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.ERROR}
         gc.collect()
         assert caplog.records == []
-
-    async def test_entered_again(self, open_client: Callable[[Simulator], Client]) -> None:
-        """A simulator that is entered again publishes again."""
-        sim = Simulator()
-        sim.add_workflow("w", HELD)
-        client = open_client(sim)
-        for _ in range(2):
-            async with sim:
-                subscribed = await client.subscribe()
-                sim.finish(await client.run(), "Node 1")
-                assert (await subscribed.completion())["final_output"] == "AAA"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import pickle
 from collections.abc import Callable
@@ -19,8 +18,6 @@ from promptlayer_exec import (
     InvalidOutput,
     InvalidResponse,
     Node,
-    Polled,
-    RequestRetried,
     RetryPolicy,
     Session,
     Snapshot,
@@ -84,8 +81,8 @@ def returning(value: Any) -> Callable[[], Any]:
 
 
 @pytest.mark.parametrize("value", VALUES, ids=repr)
-async def test_the_value_of_the_only_successful_output_node_is_the_output(value: Any) -> None:
-    """Any value is, whatever the other nodes are; the server is not asked."""
+def test_a_complete_snapshot_has_the_output(value: Any) -> None:
+    """The value of the only successful output node is the output, whatever the others are."""
     snapshot = complete(
         ("Plan", "FAILED", None, False),
         ("Other", "FAILED", None, True),
@@ -93,13 +90,6 @@ async def test_the_value_of_the_only_successful_output_node_is_the_output(value:
         ("Answer", "SUCCESS", value, True),
         ("Note", "SUCCESS", "n", None),
     )
-    assert await main_output(snapshot, not_asked) is value
-
-
-@pytest.mark.parametrize("value", VALUES, ids=repr)
-def test_a_complete_snapshot_has_the_output(value: Any) -> None:
-    """Where the nodes decide, `Snapshot.output` returns the same as `Execution.output`."""
-    snapshot = complete(("Plan", "FAILED", None, False), ("Answer", "SUCCESS", value, True))
     assert snapshot.output() is value
 
 
@@ -134,13 +124,6 @@ def test_a_failed_snapshot_has_no_output() -> None:
     """It is the error of `Execution.output`."""
     with pytest.raises(ExecutionFailed):
         complete(("A", "FAILED", None, True)).output()
-
-
-@pytest.mark.parametrize("value", VALUES, ids=repr)
-async def test_of_several_output_nodes_the_server_decides(value: Any) -> None:
-    """Its response is the output, even if it looks like a node map."""
-    snapshot = complete(("A", "SUCCESS", 1, True), ("B", "SUCCESS", 2, True))
-    assert await main_output(snapshot, returning(value)) is value
 
 
 async def test_of_several_output_nodes_the_server_may_send_the_node_map() -> None:
@@ -221,16 +204,6 @@ async def test_output_of_a_complete_execution(sim: Simulator, session: Session, 
     assert sim.request_count == 1
 
 
-async def test_output_of_a_running_execution(
-    sim: Simulator, session: Session, held: int, recorder: Any
-) -> None:
-    """It is returned when the execution is complete."""
-    waiting = asyncio.create_task(session.execution(held).output())
-    await recorder.next(Polled)
-    sim.finish(held, "Answer", value="at last")
-    assert await waiting == "at last"
-
-
 async def test_output_asks_the_server_which_of_several_it_is(
     sim: Simulator, session: Session
 ) -> None:
@@ -287,18 +260,6 @@ async def test_a_202_to_the_deciding_request_is_polled_until_the_deadline(
     assert caught.value.execution_id == execution_id
     assert caught.value.last_snapshot is not None
     assert caught.value.last_snapshot.complete
-
-
-async def test_a_failing_deciding_request_is_retried(
-    sim: Simulator, session: Session, recorder: Any
-) -> None:
-    """It is retried like any other single call."""
-    execution_id = sim.add_execution(Scenario([SimNode("A", 1)]))
-    sim.inject(Fault.delay(0.0))
-    sim.inject(Fault.status(503, times=2))
-    sim.inject(Fault.truncate())
-    assert await session.execution(execution_id).output() == 1
-    assert len(recorder.of(RequestRetried)) == 3
 
 
 async def test_an_error_of_the_deciding_request_has_the_snapshot(
@@ -377,35 +338,3 @@ async def test_a_strict_converter_of_the_session_has_hooks_of_the_user(
     assert await execution.output(into=list[Report]) == [Report("t", 2.5)]
     with pytest.raises(InvalidOutput):
         await execution.output(into=list[dict[str, int]])
-
-
-async def test_an_invalid_type_is_refused_before_any_request(
-    sim: Simulator, session: Session, held: int
-) -> None:
-    """It is not noticed only after an hour of waiting."""
-    with pytest.raises(TypeError, match="cannot structure into"):
-        await session.execution(held).output(into=3)  # type: ignore[call-overload]
-    assert sim.request_count == 0
-
-
-@attrs.frozen
-class Unusable:
-    """A class with a field that JSON does not have."""
-
-    number: complex
-
-
-@attrs.frozen
-class Envelope:
-    """A class with a part that cannot be structured into."""
-
-    part: Unusable | None
-
-
-async def test_a_part_of_the_type_that_cannot_be_structured_names_the_execution(
-    sim: Simulator, session: Session
-) -> None:
-    """The part shows only when a value has it, so the error comes after the wait."""
-    execution_id = sim.add_execution(Scenario([answer({"part": {"number": 1}})]))
-    with pytest.raises(TypeError, match=rf"execution {execution_id}: \$\.part"):
-        await session.execution(execution_id).output(into=Envelope)
