@@ -23,6 +23,7 @@ from promptlayer_exec._events import Observer
 from promptlayer_exec._policies import Deadline, Limiter, PollPolicy, RetryPolicy, check_seconds
 
 if TYPE_CHECKING:
+    from promptlayer_exec._engine.sharing import Backplane
     from promptlayer_exec.webhooks import Callbacks
 
 DEFAULT_BASE_URL = "https://api.promptlayer.com"
@@ -188,6 +189,14 @@ def _is_callbacks(owner: Any, setting: attrs.Attribute[Any], value: Any) -> None
         _is(Callbacks, "a promptlayer_exec.webhooks.Callbacks")(owner, setting, value)
 
 
+def _is_backplane(_: Any, __: Any, value: Any) -> None:
+    if value is not None and (isinstance(value, type) or not hasattr(value, "connect")):
+        raise ConfigurationError(
+            "backplane must be a promptlayer_exec.redis.RedisBackplane, such as"
+            f" RedisBackplane('redis://localhost'), got {type(value).__name__}"
+        )
+
+
 def _expects_nothing(_: Any, __: Any, value: aiohttp.ClientSession | None) -> None:
     if value is not None and "Expect" in value.headers:
         raise ConfigurationError(
@@ -261,6 +270,7 @@ class Settings:
     check_inputs: bool = attrs.field(converter=_check_check_inputs)
     trust_env: bool = attrs.field(converter=_find_trust_env)
     callbacks: Callbacks | None = attrs.field(validator=_is_callbacks)
+    backplane: Backplane | None = attrs.field(validator=_is_backplane, repr=False)
 
     def deadline(self, timeout: float | EllipsisType | None, *, now: float) -> Deadline:
         """Return the deadline of a wait that begins now; `...` means the default timeout."""
