@@ -114,7 +114,7 @@ class RedisBackplane:
 
     Args:
         url_or_client: a URL as for `redis.asyncio.Redis.from_url`, or a `redis.asyncio.Redis` of
-            yours, which is not closed.
+            yours, which is not closed; each session uses up to nine of its connections.
         prefix: what all keys in Redis, and the channel, begin with.
 
     Raises:
@@ -204,12 +204,12 @@ class _SharedFetch:
         while True:
             self.news.clear()  # first, so that no hint is lost after the look
             turn = await self._link.run(self._look, followers.streams > 0)
-            if self.is_held:
-                return None
             if isinstance(turn, list):
                 version, status, body = turn
                 self._seen = _text(version)
                 return Response(int(status), body.encode() if isinstance(body, str) else body)
+            if not isinstance(turn, int):
+                return None
             self.is_waiting = True
             try:
                 async with asyncio.timeout(min(turn / 1000, _LOOK)):
