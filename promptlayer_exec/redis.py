@@ -161,6 +161,7 @@ class _SharedFetch:
         execution_id: the execution's id.
         token: names the watch in Redis; a later watch of the same session has another.
         is_held: whether this watch has the lease, as far as is known here.
+        is_unsure: whether it may have the lease: what Redis did not answer may still be done.
         is_polling: whether a poll is in flight; the lease is not renewed meanwhile.
         is_waiting: whether the watch waits for the answer of another one.
         news: set by hints.
@@ -172,6 +173,7 @@ class _SharedFetch:
     _read: Callable[[Response], NodeMap]
     token: str = attrs.field(init=False, factory=lambda: uuid4().hex)
     is_held: bool = attrs.field(init=False, default=False)
+    is_unsure: bool = attrs.field(init=False, default=False)
     is_polling: bool = attrs.field(init=False, default=False)
     is_waiting: bool = attrs.field(init=False, default=False)
     news: asyncio.Event = attrs.field(init=False, factory=asyncio.Event)
@@ -194,7 +196,9 @@ class _SharedFetch:
                 raise
             reply = await self._fetch(followers, due=now(), first=first)
         self.is_polling = False
-        if self.is_held and (source := reply.value.source) is not None:
+        # What is complete does not change, whoever polls.
+        source = reply.value.source
+        if source is not None and (self.is_held or reply.value.complete):
             with suppress(_Away):
                 await self._publish(*source)
         return reply
@@ -223,7 +227,9 @@ class _SharedFetch:
         link = self._link
         hint = link.hint("streams", self.execution_id) if streams else ""
         arguments = (self.token, _ms(_LEASE), self._seen, link.channel, hint)
+        self.is_unsure = True
         turn = await link.eval(_TURN, self.execution_id, *arguments)
+        self.is_unsure = False
         self.is_held = self.is_polling = isinstance(turn, str | bytes)
         if self._is_ended:
             link.release(self)
@@ -318,7 +324,7 @@ class _Link:
                 self._client.callbacks.receive(token, int(execution_id), shared=True)
 
     async def aclose(self) -> None:
-        self._unreleased.update(watch for watch in self._watches.values() if watch.is_held)
+        self.release(*self._watches.values())
         try:
             async with asyncio.timeout(_COMMAND / 2):
                 if self._is_up and self._unreleased:
@@ -341,9 +347,9 @@ class _Link:
 
     def release(self, *watches: _SharedFetch) -> None:
         """Let other sessions poll, without waiting for Redis."""
-        held = [watch for watch in watches if watch.is_held]
+        held = [watch for watch in watches if watch.is_held or watch.is_unsure]
         for watch in held:
-            watch.is_held = False
+            watch.is_held = watch.is_unsure = False
         if held:
             self._unreleased.update(held)
             self._spawn(self._release, held)
@@ -353,7 +359,7 @@ class _Link:
         with suppress(RedisError, OSError):
             async with asyncio.timeout(_COMMAND):
                 await self._extend(watches, 0)
-        self._unreleased.difference_update(watches)
+                self._unreleased.difference_update(watches)
 
     async def _extend(self, watches: Iterable[_SharedFetch], seconds: float) -> list[Any]:
         """Keep the leases of watches for so many seconds more, in one round trip."""
@@ -447,6 +453,7 @@ class _Link:
                 arguments = (self._id, _ms(_COMMAND), "", self.channel, "")
                 probe = partial(self.eval, _TURN, f"probe-{self._id}", *arguments)
                 if await self._try(probe, is_probe=True) is not None:
+                    await self._release([*self._unreleased])
                     self._is_up = True
                     _logger.info("Redis can be used again; this session shares its polls")
                     self.find_callbacks()
