@@ -63,6 +63,11 @@ def _install_postgresql(session: nox.Session) -> None:
         _install_debian(session, "postgresql")
 
 
+def _install_redis(session: nox.Session) -> None:
+    if shutil.which("redis-server") is None and shutil.which("valkey-server") is None:
+        _install_debian(session, "redis-server")
+
+
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """Run the suite on the built wheel; arguments go to pytest.
@@ -70,6 +75,7 @@ def tests(session: nox.Session) -> None:
     The newest Python records branch coverage: there, that costs little.
     """
     _install(session, "test", EVERYTHING)
+    _install_redis(session)
     # Without this the tests would import the package from the checkout, not from the wheel.
     environment = {
         "PYTHONSAFEPATH": "1",
@@ -154,6 +160,7 @@ def lowest(session: nox.Session) -> None:
         "uvicorn>=0.50",  # older ones import what today's websockets calls deprecated
         EVERYTHING,
     )
+    _install_redis(session)
     session.run("pytest", *session.posargs, env={"PYTHONSAFEPATH": "1"})
 
 
@@ -162,6 +169,7 @@ def newest(session: nox.Session) -> None:
     """Run the suite on the built wheel with the newest versions, pre-releases included."""
     newest = ("--pre", "--upgrade", "--upgrade-strategy=eager")
     _install(session, "test", *newest, EVERYTHING)
+    _install_redis(session)
     session.run("pytest", *session.posargs, env={"PYTHONSAFEPATH": "1"})
 
 
@@ -196,7 +204,7 @@ def _contents(wheel: Path) -> dict[str, int]:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the pages in docs/, and llms.txt, to build/docs; a warning is an error."""
-    _install(session, "docs", "pytest", ".[cli,dbos,fastapi,mcp,opentelemetry,viewer]")
+    _install(session, "docs", "pytest", ".[cli,dbos,fastapi,mcp,opentelemetry,redis,viewer]")
     shutil.rmtree("build/docs", ignore_errors=True)
     session.run("sphinx-build", "-n", "-W", "--keep-going", "docs", "build/docs")
     full = Path("build/docs/llms-full.txt").read_text(encoding="utf-8")
@@ -293,8 +301,9 @@ def bench(session: nox.Session) -> None:
     # Two programs also measure the vendor's SDK, and one this package with msgspec.
     others = {"speed": ".[speed]", "vendor": f"promptlayer=={SDKS[0]}"}
     pythons = {name: _make_venv(session, name, package) for name, package in others.items()}
-    session.install(".[dbos]", "httpx", "matplotlib")
+    session.install(".[dbos,redis]", "httpx", "matplotlib")
     _install_postgresql(session)
+    _install_redis(session)
     if shutil.which("valgrind") is None:
         _install_debian(session, "valgrind")
     failed = []
@@ -305,6 +314,7 @@ def bench(session: nox.Session) -> None:
         ("bucket.py",),
         ("durable.py",),
         ("network.py",),
+        ("backplane.py",),
         ("__main__.py", *session.posargs),
         ("polls.py", *(part for name in others for part in (f"--{name}", pythons[name]))),
         ("polls.py", "--instructions", "--speed", pythons["speed"]),

@@ -54,6 +54,7 @@ nitpick_ignore = [
         "MeterProvider",
         "OutputT",
         "Path",
+        "Redis",
         "T",
         "TracerProvider",
         "TypeForm",

@@ -1,5 +1,6 @@
 """The asyncio client for PromptLayer workflow executions."""
 
+from promptlayer_exec._engine.sharing import Backplane
 from promptlayer_exec._errors import (
     BadRequest,
     ConfigurationError,
@@ -53,6 +54,7 @@ from promptlayer_exec._version import __version__
 from promptlayer_exec._workflows import Workflow, WorkflowEdge, WorkflowNode, WorkflowSummary
 
 __all__ = [
+    "Backplane",
     "BadRequest",
     "ConfigurationError",
     "ConnectionFailed",

@@ -52,12 +52,15 @@ class Polled(Event):
         lateness: seconds by which the request was sent after its scheduled time, because it waited
             for a connection or the rate.
         body_bytes: the size of the body in bytes, after decompression.
+        shared: whether another process sent the request, and the `backplane` handed the answer on;
+            duration and lateness are then 0.
     """
 
     snapshot: Snapshot
     duration: float
     lateness: float
     body_bytes: int
+    shared: bool = False
 
 
 @attrs.frozen

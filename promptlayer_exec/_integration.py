@@ -13,12 +13,16 @@ from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
-from promptlayer_exec._api.messages import excess
+from promptlayer_exec._api.executions import NodeMap
+from promptlayer_exec._api.messages import Reply, Response, excess
 from promptlayer_exec._arguments import MAX_ID, check_count, check_execution_id
 from promptlayer_exec._display import error_details, error_text, indented, short_repr
+from promptlayer_exec._engine.client import Client
 from promptlayer_exec._engine.definitions import DEFINITION_TIMEOUT
+from promptlayer_exec._engine.follow import Followers
 from promptlayer_exec._engine.start import SendHooks
 from promptlayer_exec._engine.tasks import clock, wait_even_if_cancelled
+from promptlayer_exec._engine.watch import Fetch
 from promptlayer_exec._errors import InvalidOutput, PromptLayerExecError, printable
 from promptlayer_exec._events import WakeSource
 from promptlayer_exec._execution import Execution
@@ -35,7 +39,14 @@ __all__ = [
     "DEFINITION_TIMEOUT",
     "MAX_ID",
     "UNKNOWN_STATUS",
+    "Client",
+    "Fetch",
+    "Followers",
+    "NodeMap",
+    "Reply",
+    "Response",
     "SendHooks",
+    "WakeSource",
     "base_url",
     "cannot_be_sent",
     "check_count",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import secrets
 import threading
 import warnings
@@ -49,11 +50,17 @@ if TYPE_CHECKING:
     import aiohttp
     from typing_extensions import TypeForm
 
+    from promptlayer_exec._engine.sharing import Backplane
     from promptlayer_exec.webhooks import Callbacks
 
 T = TypeVar("T")
 ItemT = TypeVar("ItemT")
 OutputT = TypeVar("OutputT")
+
+
+def _digest(api_key: str, what: str) -> str:
+    """Return what only processes with the key can know, and what does not reveal the key."""
+    return hmac.digest(api_key.encode(), what.encode(), "sha256").hex()[:32]
 
 
 class Session:
@@ -91,6 +98,8 @@ class Session:
             `$PROMPTLAYER_EXEC_TRUST_ENV=0` turns it off. Requests to a loopback host never use a
             proxy, and a borrowed `http` has its own setting.
         callbacks: gives each start a callback URL of its own, so that `recover` can find it.
+        backplane: shares watches, starts, wake-ups and callbacks with the sessions of other
+            processes: a `promptlayer_exec.redis.RedisBackplane`.
 
     Raises:
         ConfigurationError: a setting is malformed. A missing key is reported at first use.
@@ -117,6 +126,7 @@ class Session:
         check_inputs: bool = True,
         trust_env: bool = True,
         callbacks: Callbacks | None = None,
+        backplane: Backplane | None = None,
     ) -> None:
         self._settings = Settings(
             api_key=api_key,
@@ -136,6 +146,7 @@ class Session:
             check_inputs=check_inputs,
             trust_env=trust_env,
             callbacks=callbacks,
+            backplane=backplane,
         )
         self._limiters = [] if limiter is None else [limiter]
         self._client: Client | None = None
@@ -150,6 +161,9 @@ class Session:
         self._callbacks = CallbackLog(self._emit, self._recent_starts)
         # What each start carries, so that its completion is pushed.
         self._channel_suffix = None if self._settings.push is False else secrets.token_hex(16)
+        if self._channel_suffix and backplane is not None:
+            # The same in all processes: it is made of the key, as the session opens.
+            self._channel_suffix = ""
         self._warn_of_plain_http(find_base_url(base_url), stacklevel=4)
 
     def __enter__(self) -> NoReturn:
@@ -256,7 +270,13 @@ class Session:
             definitions=definitions,
             emit=self._emit,
         )
+        if settings.backplane is not None:
+            namespace = _digest(api_key, f"backplane {base_url}")
+            client.link = settings.backplane.connect(client, namespace)
+            resources.push_async_callback(client.link.aclose)
+            self._callbacks.share = client.link.called_back
         if self._channel_suffix is not None:
+            self._channel_suffix = self._channel_suffix or _digest(api_key, f"push {base_url}")
             client.push = Push(
                 suffix=self._channel_suffix,
                 is_eager=settings.push is True,
@@ -496,6 +516,8 @@ class Session:
         token: str | None = None,
     ) -> Execution:
         try:
+            if self._channel_suffix == "":
+                self._open()
             posted, token = with_callback_url(request, self._settings.callbacks, token)
             inputs, http_request = self._prepare(posted)
             http_request.secret = token

@@ -24,6 +24,7 @@ from promptlayer_exec._policies import Deadline, Limiter, PollPolicy, RetryPolic
 if TYPE_CHECKING:
     import aiohttp
 
+    from promptlayer_exec._engine.sharing import Backplane
     from promptlayer_exec.webhooks import Callbacks
 
 DEFAULT_BASE_URL = "https://api.promptlayer.com"
@@ -189,6 +190,14 @@ def _is_callbacks(owner: Any, setting: attrs.Attribute[Any], value: Any) -> None
         _is(Callbacks, "a promptlayer_exec.webhooks.Callbacks")(owner, setting, value)
 
 
+def _is_backplane(_: Any, __: Any, value: Any) -> None:
+    if value is not None and (isinstance(value, type) or not hasattr(value, "connect")):
+        raise ConfigurationError(
+            "backplane must be a promptlayer_exec.redis.RedisBackplane, such as"
+            f" RedisBackplane('redis://localhost'), got {type(value).__name__}"
+        )
+
+
 def _is_http(owner: Any, setting: attrs.Attribute[Any], value: Any) -> None:
     if value is None:
         return
@@ -262,6 +271,7 @@ class Settings:
     check_inputs: bool = attrs.field(converter=_check_check_inputs)
     trust_env: bool = attrs.field(converter=_find_trust_env)
     callbacks: Callbacks | None = attrs.field(validator=_is_callbacks)
+    backplane: Backplane | None = attrs.field(validator=_is_backplane, repr=False)
 
     def deadline(self, timeout: float | EllipsisType | None, *, now: float) -> Deadline:
         """Return the deadline of a wait that begins now; `...` means the default timeout."""

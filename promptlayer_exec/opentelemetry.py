@@ -163,8 +163,9 @@ class OpenTelemetryObserver:
 
     def _polled(self, event: Polled) -> None:
         self._polls.add(1)
-        self._seconds["poll.duration"].record(event.duration)
-        self._seconds["poll.lateness"].record(event.lateness)
+        if not event.shared:
+            self._seconds["poll.duration"].record(event.duration)
+            self._seconds["poll.lateness"].record(event.lateness)
         watch = self._watches[asyncio.current_task()]
         changed = [
             _text(f"{change.node.name}: {change.node.status}")

@@ -70,6 +70,7 @@ PUBLIC = [
     "WorkflowEdge",
     "WorkflowSummary",
     "strict_converter",
+    "Backplane",
     "__version__",
 ]
 # Lowest first, one line for each layer: at run time a module imports its own layer and those above
@@ -91,7 +92,16 @@ LAYERS = [
 APART = {"_engine": {"_http"}, "_http": {"_engine"}}
 
 
-INTEGRATIONS = ["cli", "dbos", "fastapi", "mcp", "opentelemetry", "pytest_plugin", "viewer"]
+INTEGRATIONS = [
+    "cli",
+    "dbos",
+    "fastapi",
+    "mcp",
+    "opentelemetry",
+    "pytest_plugin",
+    "redis",
+    "viewer",
+]
 # The private names that integrations may use.
 ALLOWED = {
     "os._exit",  # public, in spite of its name
@@ -166,7 +176,7 @@ def test_importing_the_package_imports_no_optional_dependency() -> None:
     program = (
         "import sys, promptlayer_exec\n"
         "extras = {'typer', 'rich', 'pytest', 'fastapi', 'uvicorn', 'dbos', 'mcp'}\n"
-        "extras.add('opentelemetry')\n"
+        "extras |= {'opentelemetry', 'redis'}\n"
         "modules = ('cli', 'mcp', 'simulator', 'viewer', 'pytest_plugin')\n"
         "ours = {f'promptlayer_exec.{module}' for module in modules}\n"
         "print(sorted(sys.modules.keys() & (extras | ours)))\n"

@@ -55,7 +55,8 @@ class Response:
 class Reply(Generic[T]):
     """The value of a successful response, with the measurements of `Polled`.
 
-    `sent_at` is when the rate allowed the request, on the event loop's clock.
+    `sent_at` is when the rate allowed the request, on the event loop's clock. A `shared` one is an
+    answer to another process.
     """
 
     value: T
@@ -64,6 +65,7 @@ class Reply(Generic[T]):
     duration: float
     lateness: float
     retry_after: float | None
+    shared: bool = False
 
 
 def decode(response: Response) -> Any:

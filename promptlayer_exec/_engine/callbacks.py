@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import attrs
@@ -73,18 +74,26 @@ class CallbackLog:
 
     _emit: Emit
     _recent_starts: RecentStarts
+    # Hands a callback to other processes.
+    share: Callable[[str, int], object] = attrs.field(init=False, default=lambda *_: None)
     # Both oldest first: the execution's id, and when the callback arrived.
     _callbacks: dict[str, tuple[int, float]] = attrs.field(init=False, factory=dict)
     _lost: dict[str, _LostStart] = attrs.field(init=False, factory=dict)
     _waiters: dict[str, set[asyncio.Future[None]]] = attrs.field(init=False, factory=dict)
 
-    def receive(self, token: str, execution_id: int) -> None:
-        """Record a callback."""
+    def lost_tokens(self) -> list[str]:
+        """Return the tokens of the lost starts whose callbacks have not come."""
+        return [token for token in self._lost if token not in self._callbacks]
+
+    def receive(self, token: str, execution_id: int, *, shared: bool = False) -> None:
+        """Record a callback; a `shared` one came to another process."""
         if self.execution_id(token) is None:
             _put(self._callbacks, token, (execution_id, time.monotonic()))
             self._report(token)
             for future in self._waiters.get(token, ()):
                 resolve(future)
+            if not shared:
+                self.share(token, execution_id)
 
     def lose(self, token: str, request: StartRequest, base_url: str, elapsed: float = 0.0) -> None:
         """Record that a start's answer was lost, `elapsed` seconds after its call."""

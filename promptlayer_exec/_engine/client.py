@@ -27,9 +27,10 @@ from promptlayer_exec._engine.definitions import Definitions
 from promptlayer_exec._engine.follow import Followers, timed_out
 from promptlayer_exec._engine.lifetime import DeadlinePassed, Lifetime
 from promptlayer_exec._engine.retry import RecentStarts, Retrying, RetryState
+from promptlayer_exec._engine.sharing import Link
 from promptlayer_exec._engine.start import SendHooks, Start, start_unknown
 from promptlayer_exec._engine.tasks import clock
-from promptlayer_exec._engine.watch import Watch, take_snapshot
+from promptlayer_exec._engine.watch import Fetch, Watch, take_snapshot
 from promptlayer_exec._errors import (
     ExecutionTimeout,
     PromptLayerExecError,
@@ -58,10 +59,14 @@ class _Fetch:
     _node_maps: NodeMapReader
     _latest: NodeMap | None = None
 
-    async def __call__(self, state: RetryState, *, due: float, first: bool) -> Reply[NodeMap]:
-        return await self._retrying.call(self._request, self._read, state, due=due, first=first)
+    async def __call__(self, followers: Followers, *, due: float, first: bool) -> Reply[NodeMap]:
+        state = followers.retries
+        return await self._retrying.call(self._request, self.read, state, due=due, first=first)
 
-    def _read(self, response: Response) -> NodeMap:
+    def end(self) -> None:
+        pass
+
+    def read(self, response: Response) -> NodeMap:
         execution_id = cast(int, self._request.execution_id)
         self._latest = self._node_maps.read(response, execution_id, self._latest)
         self._request.last = response.body
@@ -76,6 +81,8 @@ class Client:
         lifetime: owns the tasks.
         base_url: the server's URL.
         push: the channels on which completions are pushed; None without push.
+        link: the connection to other processes; None without a backplane.
+        callbacks: those that arrived, and the starts whose answers were lost.
     """
 
     _settings: Settings
@@ -86,10 +93,11 @@ class Client:
     _recent_starts: RecentStarts
     _node_maps: NodeMapReader
     _early_wake_ups: EarlyWakeUps
-    _callbacks: CallbackLog
+    callbacks: CallbackLog
     _definitions: Definitions
     _emit: Emit
     push: Push | None = attrs.field(init=False, default=None)
+    link: Link | None = attrs.field(init=False, default=None)
     _watches: dict[int, Watch] = attrs.field(init=False, factory=dict)
 
     def deadline(self, timeout: float | EllipsisType | None = ...) -> Deadline:
@@ -102,10 +110,9 @@ class Client:
         """
         watch = self._watches.get(execution_id)
         if watch is None:
-            request = results_request(execution_id, return_all_outputs=True)
             watch = self._watches[execution_id] = Watch(
                 execution_id,
-                _Fetch(self._retrying, request, self._node_maps),
+                self._fetch(execution_id),
                 lifetime=self.lifetime,
                 poll=self._settings.poll,
                 retry=self._settings.retry,
@@ -120,7 +127,31 @@ class Client:
         watch.followers.add(streams=streams)
         return watch.followers
 
+    def _fetch(self, execution_id: int) -> Fetch:
+        request = results_request(execution_id, return_all_outputs=True)
+        fetch = _Fetch(self._retrying, request, self._node_maps)
+        if self.link is None:
+            return fetch
+        return self.link.share(execution_id, fetch, fetch.read)
+
+    def started_elsewhere(self, execution_id: int, left: float) -> None:
+        """Record that the server may not know a run of another session for `left` seconds."""
+        since = clock() + left - self._settings.retry.not_found_grace
+        workflow = self._recent_starts.workflow(execution_id)
+        self._recent_starts.add(execution_id, workflow, now=since)
+
+    def stream_elsewhere(self, execution_id: int) -> None:
+        """Record that an execution is streamed in another session."""
+        if (watch := self._watches.get(execution_id)) is not None:
+            watch.schedule.stream_elsewhere()
+
     def wake(self, execution_id: int, source: WakeSource) -> bool:
+        """Do what `wake_here` does in all sessions that share the backplane."""
+        if self.link is not None:
+            self.link.wake(execution_id, source)
+        return self.wake_here(execution_id, source)
+
+    def wake_here(self, execution_id: int, source: WakeSource) -> bool:
         """Wake the execution's watch, and return True; without one, remember the wake-up."""
         watch = self._watches.get(execution_id)
         if watch is None:
@@ -249,6 +280,8 @@ class Client:
         )
         execution_id, warning = reply.value.execution_id, reply.value.warning
         self._recent_starts.add(execution_id, request.workflow, now=clock())
+        if self.link is not None:
+            self.link.started(execution_id, self._settings.retry.not_found_grace)
         if self.push is not None:
             self.push.started(
                 request.workflow, execution_id, sent_at=reply.sent_at, waited=reply.lateness
@@ -265,14 +298,19 @@ class Client:
         elapsed: float,
     ) -> None:
         if token is not None and isinstance(outcome, StartUnknown):
-            self._callbacks.lose(token, request, self.base_url, elapsed)
+            self._lose(token, request, elapsed)
+
+    def _lose(self, token: str, request: StartRequest, elapsed: float = 0.0) -> None:
+        self.callbacks.lose(token, request, self.base_url, elapsed)
+        if self.link is not None:
+            self.link.find_callbacks()
 
     async def recover(self, error: StartUnknown, token: str, deadline: Deadline) -> int:
         """Wait for the callback of a start whose answer was lost, and return the execution's id."""
-        self._callbacks.lose(token, StartRequest(error.workflow), self.base_url)
+        self._lose(token, StartRequest(error.workflow))
         try:
             async with self.lifetime.call(deadline):
-                execution_id = await self._callbacks.wait(token)
+                execution_id = await self.callbacks.wait(token)
         except DeadlinePassed:
             since = f"; no callback came within {deadline.timeout or 0.0:g} s"
             if self._settings.callbacks is None:

@@ -69,9 +69,9 @@ class RecentStarts:
     """
 
     _grace: float
-    _started: dict[int, tuple[float, str | int]] = attrs.field(factory=dict)  # oldest first
+    _started: dict[int, tuple[float, str | int | None]] = attrs.field(factory=dict)  # oldest first
 
-    def add(self, execution_id: int, workflow: str | int, *, now: float) -> None:
+    def add(self, execution_id: int, workflow: str | int | None, *, now: float) -> None:
         self._started[execution_id] = (now, workflow)
         while len(self._started) > _MOST_STARTS:
             oldest = next(iter(self._started))

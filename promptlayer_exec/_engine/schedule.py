@@ -17,6 +17,8 @@ from promptlayer_exec._push.safety_net import SafetyNet
 
 # The shortest time between two polls after wake-ups, if the policy's floor is longer.
 _WAKE_GAP = 0.5
+# How long a stream in another process counts; it is announced again before this is over.
+_STREAMED_SECONDS = 20.0
 
 
 @attrs.define(eq=False)
@@ -42,6 +44,8 @@ class Schedule:
     _no_wake_before: float = attrs.field(init=False, default=-math.inf)
     _is_woken: bool = attrs.field(init=False, default=False)  # the poll in flight
     _wakes_for_nothing: bool = attrs.field(init=False, default=False)
+    _is_shared: bool = attrs.field(init=False, default=False)  # another process polls
+    _streamed_until: float = attrs.field(init=False, default=-math.inf)
 
     def __attrs_post_init__(self) -> None:
         if self._net is not None:
@@ -57,6 +61,11 @@ class Schedule:
         if self._woken_by is None:
             self._woken_by, self._woken_at = source, clock()
             self.changed()
+
+    def stream_elsewhere(self) -> None:
+        """Poll as for a stream for a while, because another process has a stream."""
+        self._streamed_until = clock() + _STREAMED_SECONDS
+        self.changed()
 
     def changed(self) -> None:
         """Compute again when the next poll is due."""
@@ -90,7 +99,8 @@ class Schedule:
     def _due(self) -> float:
         if self._woken_by is not None:
             return min(self._scheduled, max(self._woken_at, self._no_wake_before))
-        if self._net is None or self._followers.streams:
+        streams = self._followers.streams or clock() < self._streamed_until
+        if self._net is None or streams or self._is_shared:
             return self._scheduled
         due = self._net.due(
             self._scheduled, floor=self._poll.floor, deadlines=self._followers.deadlines()
@@ -105,6 +115,7 @@ class Schedule:
         sent_at: float,
         waited: float,
         announced: float,
+        shared: bool,
     ) -> None:
         """Record a good poll, and compute when the next one is due.
 
@@ -114,27 +125,29 @@ class Schedule:
             sent_at: when the poll was sent.
             waited: the seconds for which the poll waited for a connection or the rate.
             announced: the seconds that the server asked to wait.
+            shared: whether another process polled; the next poll then waits for its next answer.
         """
         now = clock()
+        is_woken = self._is_woken and not shared
         if previous is None or snapshot.nodes is not previous.nodes:
             self._final_count = sum(node.final for node in snapshot.nodes.values())
             if previous is None or _statuses(previous) != _statuses(snapshot):
                 self._changed_at = now
         if self._net is not None:
-            self._net.polled(
-                sent_at, waited=waited, complete=snapshot.complete, woken=self._is_woken
-            )
-        self._wakes_for_nothing |= self._is_woken and not snapshot.complete
+            self._net.polled(sent_at, waited=waited, complete=snapshot.complete, woken=is_woken)
+        self._wakes_for_nothing |= is_woken and not snapshot.complete
         if announced:
             self._no_wake_before = max(self._no_wake_before, now + announced)
-        self._scheduled = now + self._poll.delay(
-            elapsed=now - self._started,
-            final=self._final_count,
-            nodes=len(snapshot.nodes),
-            unchanged=now - self._changed_at,
-            chance=random(),
-            retry_after=announced,
-        )
+        self._is_shared, self._scheduled = shared, now
+        if not shared:
+            self._scheduled += self._poll.delay(
+                elapsed=now - self._started,
+                final=self._final_count,
+                nodes=len(snapshot.nodes),
+                unchanged=now - self._changed_at,
+                chance=random(),
+                retry_after=announced,
+            )
 
     def end(self) -> None:
         """Release the safety net: the watch does not poll any more."""

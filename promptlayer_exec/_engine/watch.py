@@ -30,11 +30,14 @@ from promptlayer_exec._push.safety_net import SafetyNet
 class Fetch(Protocol):
     """A function that requests an execution's node map, with retries."""
 
-    async def __call__(self, state: RetryState, *, due: float, first: bool) -> Reply[NodeMap]:
+    async def __call__(self, followers: Followers, *, due: float, first: bool) -> Reply[NodeMap]:
         """Return the answer to a request that is due at `due`, on the loop's clock.
 
         A `first` request does not wait behind others for the rate.
         """
+
+    def end(self) -> None:
+        """Handle that the watch has ended."""
 
 
 def take_snapshot(
@@ -147,6 +150,7 @@ class Watch:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self.schedule.end()
+        self._fetch.end()
         if task.cancelled():  # before its first step, so that it ran nothing
             self._fail(SessionClosed())
 
@@ -156,7 +160,7 @@ class Watch:
         followers = self.followers
         if followers.retries.failures:
             followers.retries = RetryState(self._retry, self._retry.watch_outage)
-        reply = await self._fetch(followers.retries, due=due, first=self.schedule.goes_first)
+        reply = await self._fetch(followers, due=due, first=self.schedule.goes_first)
         previous, elapsed = followers.latest, clock() - self._started
         snapshot = take_snapshot(self.execution_id, reply, elapsed=elapsed, previous=previous)
         self.schedule.polled(
@@ -165,6 +169,7 @@ class Watch:
             sent_at=reply.sent_at,
             waited=reply.lateness,
             announced=self._retry.announced(reply.retry_after),
+            shared=reply.shared,
         )
         followers.latest = snapshot
         followers.notify(ended=snapshot.complete)
@@ -175,6 +180,7 @@ class Watch:
                 duration=reply.duration,
                 lateness=reply.lateness,
                 body_bytes=reply.body_bytes,
+                shared=reply.shared,
             )
         )
         return snapshot.complete

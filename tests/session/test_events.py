@@ -98,7 +98,7 @@ def test_fields():
     names = {type(event).__name__: attrs.fields(type(event))[1:] for event in EVENTS}
     assert {name: [field.name for field in fields] for name, fields in names.items()} == {
         "WatchStarted": ["workflow", "base_url"],
-        "Polled": ["snapshot", "duration", "lateness", "body_bytes"],
+        "Polled": ["snapshot", "duration", "lateness", "body_bytes", "shared"],
         "RequestRetried": ["error", "delay"],
         "Throttled": ["delay"],
         "WatchEnded": ["polls", "elapsed", "error", "succeeded", "workflow"],

@@ -9,6 +9,7 @@ from typing import Any, assert_type
 import attrs
 
 from promptlayer_exec import (
+    Backplane,
     Event,
     Execution,
     Limiter,
@@ -25,6 +26,7 @@ from promptlayer_exec import (
     Snapshot,
     StartRequest,
 )
+from promptlayer_exec.redis import RedisBackplane
 
 
 class Tokens:
@@ -46,12 +48,14 @@ def record(it: Event) -> None:
 
 limiter: Limiter = Tokens()
 observer: Observer = observe
+backplane: Backplane = RedisBackplane("redis://localhost")
 session = Session(
     poll=PollPolicy.fixed(1.0),
     retry=RetryPolicy(outage=5.0, statuses={503, 429}),
     wait_timeout=None,
     rate=None,
     limiter=limiter,
+    backplane=backplane,
     observers=[observe, record],
 )
 

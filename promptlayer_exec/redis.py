@@ -1,0 +1,517 @@
+"""Sharing watches with the sessions of other processes, through Redis (extra `redis`).
+
+Redis holds the truth: for each execution, whose turn it is to poll, and the latest answer. What is
+published is a hint to look there, so a hint that is lost or late costs seconds and never a result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+from uuid import uuid4
+
+import attrs
+
+from promptlayer_exec._integration import Reply, Response, install_hint
+
+try:
+    from redis.asyncio import Redis
+    from redis.asyncio.client import PubSub
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+    from redis.exceptions import RedisError
+except ModuleNotFoundError as error:
+    error.add_note(f"this needs {install_hint('redis')}")
+    raise
+
+from promptlayer_exec import ConfigurationError, NotFound, RequestError
+
+if TYPE_CHECKING:
+    from promptlayer_exec._integration import Client, Fetch, Followers, NodeMap, WakeSource
+
+__all__ = ["RedisBackplane"]
+
+_logger = logging.getLogger("promptlayer_exec")
+
+# Seconds for which a session may poll without a sign of life. It gives one every `_RENEWAL` while
+# it sleeps, and with each poll, but not during a poll: one that hangs is taken over.
+_LEASE = 10.0
+_RENEWAL = 3.0
+# A hint may be lost: everybody looks at the lease again after so many seconds.
+_LOOK = 5.0
+# Seconds for one command, and between two signs of life of Redis.
+_COMMAND = 1.0
+# Seconds until Redis is tried again: doubling between these.
+_PAUSE = 1.0
+_LONGEST_PAUSE = 5.0
+# Larger answers are not shared.
+_MOST_BYTES = 1024 * 1024
+# Seconds for which answers are kept: complete ones, and others after the last sign of life.
+_COMPLETE = 300.0
+_INCOMPLETE = 60.0
+_CALLBACK = 3600.0
+
+# Each has the keys of the lease, the answer and the streams, and the token of the lease first.
+_TURN = """
+local owner = redis.call('GET', KEYS[1])
+if owner == ARGV[1] then
+  redis.call('PEXPIRE', KEYS[1], ARGV[2])
+  return 'poll'
+end
+local version, status = unpack(redis.call('HMGET', KEYS[2], 'version', 'status'))
+if version and version ~= ARGV[3] and (owner or status == '200') then
+  return {version, status, redis.call('HGET', KEYS[2], 'body')}
+end
+if not owner then
+  redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+  return 'poll'
+end
+if ARGV[5] ~= '' and redis.call('SET', KEYS[3], 1, 'NX', 'PX', ARGV[2]) then
+  redis.call('PUBLISH', ARGV[4], ARGV[5])
+end
+return redis.call('PTTL', KEYS[1])
+"""
+# A session that was stopped must not overwrite what its successor has published.
+_PUBLISH = """
+local is_ours = redis.call('GET', KEYS[1]) == ARGV[1]
+if ARGV[3] ~= '200' then
+  if not is_ours or redis.call('HGET', KEYS[2], 'status') == '200' then return 0 end
+end
+redis.call('HSET', KEYS[2], 'version', ARGV[2], 'status', ARGV[3], 'body', ARGV[4])
+redis.call('PEXPIRE', KEYS[2], ARGV[5])
+if is_ours then redis.call('PEXPIRE', KEYS[1], ARGV[6]) end
+redis.call('PUBLISH', ARGV[7], ARGV[8])
+return 1
+"""
+# For 0 ms, it releases the lease.
+_EXTEND = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return end
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+if ARGV[2] ~= '0' then
+  redis.call('PEXPIRE', KEYS[2], ARGV[3])
+else
+  redis.call('PUBLISH', ARGV[4], ARGV[5])
+end
+"""
+
+
+class _Away(Exception):
+    """Redis does not answer, or refuses."""
+
+
+class RedisBackplane:
+    """Lets the sessions of several processes share their watches: `Session(backplane=...)`.
+
+    One of the sessions with the same Redis, prefix, server and key polls an execution, and the
+    others take its answers. If that session ends, fails or hangs, another one polls. Wake-ups and
+    callbacks reach the session that needs them, and a run that one session has started is known as
+    new to all. While Redis cannot be used, each session polls for itself.
+
+    Args:
+        url_or_client: a URL as for `redis.asyncio.Redis.from_url`, or a `redis.asyncio.Redis` of
+            yours, which is not closed; each session uses up to nine of its connections.
+        prefix: what all keys in Redis, and the channel, begin with.
+
+    Raises:
+        ConfigurationError: an argument is malformed.
+    """
+
+    def __init__(self, url_or_client: str | Redis, *, prefix: str = "promptlayer-exec") -> None:
+        self._source = url_or_client
+        if not prefix or set(prefix) & set(" {}"):
+            raise ConfigurationError(f"prefix must be without spaces and braces, got {prefix!r}")
+        self._prefix = prefix
+        try:
+            self._client()
+        except (TypeError, ValueError):  # their text may have a password
+            raise ConfigurationError(
+                "RedisBackplane needs a URL such as 'redis://localhost:6379/0', or a"
+                " redis.asyncio.Redis"
+            ) from None
+
+    def _client(self) -> Redis:
+        if isinstance(self._source, Redis):
+            return self._source
+        if not isinstance(self._source, str):
+            raise TypeError
+        return Redis.from_url(
+            self._source,
+            socket_timeout=_COMMAND,
+            socket_connect_timeout=_COMMAND,
+            retry=Retry(NoBackoff(), 0),
+        )
+
+    def connect(self, client: Client, namespace: str) -> _Link:
+        """Connect an open session; sessions call this."""
+        redis = self._client()
+        channel = f"{self._prefix}:1:{namespace}"
+        return _Link(redis, redis is not self._source, channel, client)
+
+
+@attrs.define(eq=False)
+class _SharedFetch:
+    """Takes the answers that another session polls, or polls and shares its own.
+
+    Attributes:
+        execution_id: the execution's id.
+        token: names the watch in Redis; a later watch of the same session has another.
+        is_held: whether this watch has the lease, as far as is known here.
+        is_unsure: whether it may have the lease: what Redis did not answer may still be done.
+        is_polling: whether a poll is in flight; the lease is not renewed meanwhile.
+        is_waiting: whether the watch waits for the answer of another one.
+        news: set by hints.
+    """
+
+    _link: _Link
+    execution_id: int
+    _fetch: Fetch
+    _read: Callable[[Response], NodeMap]
+    token: str = attrs.field(init=False, factory=lambda: uuid4().hex)
+    is_held: bool = attrs.field(init=False, default=False)
+    is_unsure: bool = attrs.field(init=False, default=False)
+    is_polling: bool = attrs.field(init=False, default=False)
+    is_waiting: bool = attrs.field(init=False, default=False)
+    news: asyncio.Event = attrs.field(init=False, factory=asyncio.Event)
+    _seen: str = attrs.field(init=False, default="")  # the version of the latest answer
+    _is_alone: bool = attrs.field(init=False, default=False)
+    _is_ended: bool = attrs.field(init=False, default=False)
+
+    async def __call__(self, followers: Followers, *, due: float, first: bool) -> Reply[NodeMap]:
+        now = asyncio.get_running_loop().time
+        if not self._is_alone:
+            with suppress(_Away, RequestError):  # the latter: an answer cannot be read
+                if (response := await self._next_answer(followers)) is not None:
+                    value, size = self._read(response), len(response.body)
+                    return Reply(value, size, now(), 0.0, 0.0, None, shared=True)
+            due = max(due, now())  # to wait for the others is not lateness
+        try:
+            reply = await self._fetch(followers, due=due, first=first)
+        except NotFound:
+            if not await self._link.find_start(self.execution_id):
+                raise
+            reply = await self._fetch(followers, due=now(), first=first)
+        self.is_polling = False
+        # What is complete does not change, whoever polls.
+        source = reply.value.source
+        if source is not None and (self.is_held or reply.value.complete):
+            with suppress(_Away):
+                await self._publish(*source)
+        return reply
+
+    async def _next_answer(self, followers: Followers) -> Response | None:
+        """Wait for an answer of another session; None: this one is to poll."""
+        while True:
+            self.news.clear()  # first, so that no hint is lost after the look
+            turn = await self._link.run(self._look, followers.streams > 0)
+            if isinstance(turn, list):
+                version, status, body = turn
+                self._seen = _text(version)
+                return Response(int(status), body.encode() if isinstance(body, str) else body)
+            if not isinstance(turn, int):
+                return None
+            self.is_waiting = True
+            try:
+                async with asyncio.timeout(min(turn / 1000, _LOOK)):
+                    await self.news.wait()
+            except TimeoutError:
+                pass
+            finally:
+                self.is_waiting = False
+
+    async def _look(self, streams: bool) -> Any:
+        link = self._link
+        hint = link.hint("streams", self.execution_id) if streams else ""
+        arguments = (self.token, _ms(_LEASE), self._seen, link.channel, hint)
+        self.is_unsure = True
+        turn = await link.eval(_TURN, self.execution_id, *arguments)
+        self.is_unsure = False
+        self.is_held = self.is_polling = isinstance(turn, str | bytes)
+        if self._is_ended:
+            link.release(self)
+        return turn
+
+    async def _publish(self, status: int, body: bytes) -> None:
+        link, version = self._link, uuid4().hex
+        self._is_alone = len(body) > _MOST_BYTES
+        if self._is_alone:
+            link.release(self)
+            return
+        keep, lease = (_COMPLETE, 0.0) if status == 200 else (_INCOMPLETE, _LEASE)
+        answer = (self.token, version, status, body, _ms(keep))
+        arguments = (*answer, _ms(lease), link.channel, link.hint("news", self.execution_id))
+        is_stored = await link.run(link.eval, _PUBLISH, self.execution_id, *arguments)
+        self.is_held, self._seen = bool(is_stored) and status != 200, version
+
+    def end(self) -> None:
+        self._is_ended = True
+        self._link.end(self)
+
+
+@attrs.define(eq=False)
+class _Link:
+    """The connection of an open session to Redis.
+
+    Attributes:
+        channel: the channel of all hints; the keys begin with its name, too.
+    """
+
+    _redis: Redis
+    _owns_redis: bool
+    channel: str
+    _client: Client
+    _id: str = attrs.field(init=False, factory=lambda: uuid4().hex[:8])
+    _is_up: bool = attrs.field(init=False, default=True)
+    _pause: float = attrs.field(init=False, default=_PAUSE)
+    _slots: asyncio.Semaphore = attrs.field(init=False, factory=partial(asyncio.Semaphore, 8))
+    _watches: dict[int, _SharedFetch] = attrs.field(init=False, factory=dict)
+    _unreleased: set[_SharedFetch] = attrs.field(init=False, factory=set)
+
+    def __attrs_post_init__(self) -> None:
+        self._spawn(self._listen)
+        self._spawn(self._keep)
+
+    # What the session calls.
+
+    def share(
+        self, execution_id: int, fetch: Fetch, read: Callable[[Response], NodeMap]
+    ) -> _SharedFetch:
+        watch = self._watches[execution_id] = _SharedFetch(self, execution_id, fetch, read)
+        return watch
+
+    def wake(self, execution_id: int, source: WakeSource) -> None:
+        watch = self._watches.get(execution_id)
+        if watch is None or not watch.is_held:
+            self._spawn(self._publish, self.hint("wake", execution_id, source))
+            if watch is not None:
+                watch.news.set()
+
+    def started(self, execution_id: int, grace: float) -> None:
+        if grace:
+            key = self._key(execution_id, "start")
+            self._spawn(self.run, partial(self._redis.set, key, 1, px=_ms(grace)))
+
+    async def find_start(self, execution_id: int) -> bool:
+        """Return True if another session has started a run that the server may not know yet."""
+        left = 0
+        with suppress(_Away):
+            left = await self.run(self._redis.pttl, self._key(execution_id, "start"))
+        if left > 0:
+            self._client.started_elsewhere(execution_id, left / 1000)
+        return left > 0
+
+    def called_back(self, token: str, execution_id: int) -> None:
+        self._spawn(self._hand_on, _digest(token), execution_id)
+
+    async def _hand_on(self, digest: str, execution_id: int) -> None:
+        key = self._key(digest, "callback")
+        await self.run(self._redis.set, key, execution_id, px=_ms(_CALLBACK))
+        await self._publish(self.hint("callback", digest, execution_id))
+
+    def find_callbacks(self) -> None:
+        if tokens := self._client.callbacks.lost_tokens():
+            self._spawn(self._find_callbacks, tokens)
+
+    async def _find_callbacks(self, tokens: list[str]) -> None:
+        keys = [self._key(_digest(token), "callback") for token in tokens]
+        found = await self.run(self._redis.mget, keys)
+        for token, execution_id in zip(tokens, found, strict=True):
+            if execution_id is not None:
+                self._client.callbacks.receive(token, int(execution_id), shared=True)
+
+    async def aclose(self) -> None:
+        self.release(*self._watches.values())
+        try:
+            async with asyncio.timeout(_COMMAND / 2):
+                if self._is_up and self._unreleased:
+                    await self._extend(self._unreleased, 0)
+        except (RedisError, OSError):
+            pass  # the leases run out
+        if self._owns_redis:
+            await self._redis.aclose()
+
+    # What the watches call.
+
+    def hint(self, kind: str, subject: object, detail: object = "-") -> str:
+        return f"{kind} {subject} {detail} {self._id}"
+
+    def end(self, watch: _SharedFetch) -> None:
+        """Forget a watch that has ended."""
+        if self._watches.get(watch.execution_id) is watch:
+            del self._watches[watch.execution_id]
+        self.release(watch)
+
+    def release(self, *watches: _SharedFetch) -> None:
+        """Let other sessions poll, without waiting for Redis."""
+        held = [watch for watch in watches if watch.is_held or watch.is_unsure]
+        for watch in held:
+            watch.is_held = watch.is_unsure = False
+        if held:
+            self._unreleased.update(held)
+            self._spawn(self._release, held)
+
+    async def _release(self, watches: list[_SharedFetch]) -> None:
+        # Even if Redis is taken for away: one that is full can still delete.
+        with suppress(RedisError, OSError):
+            async with asyncio.timeout(_COMMAND):
+                await self._extend(watches, 0)
+                self._unreleased.difference_update(watches)
+
+    async def _extend(self, watches: Iterable[_SharedFetch], seconds: float) -> list[Any]:
+        """Keep the leases of watches for so many seconds more, in one round trip."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for watch in watches:
+            hint = self.hint("news", watch.execution_id)
+            arguments = (watch.token, _ms(seconds), _ms(_INCOMPLETE), self.channel, hint)
+            self.eval(_EXTEND, watch.execution_id, *arguments, client=pipeline)
+        return await pipeline.execute()
+
+    def eval(
+        self, script: str, subject: object, *arguments: object, client: Any = None
+    ) -> Awaitable[Any]:
+        keys = [self._key(subject, kind) for kind in ("lease", "answer", "streams")]
+        client = client or self._redis
+        return cast("Awaitable[Any]", client.eval(script, len(keys), *keys, *arguments))
+
+    def _key(self, subject: object, kind: str) -> str:
+        return f"{self.channel}:{{{subject}}}:{kind}"
+
+    async def _publish(self, hint: str) -> None:
+        await self.run(self._redis.publish, self.channel, hint)
+
+    def _spawn(self, work: Callable[..., Awaitable[Any]], *arguments: Any) -> None:
+        """Do something that nobody waits for, unless Redis is away or the session closes."""
+
+        async def run() -> None:
+            with suppress(_Away):
+                await work(*arguments)
+
+        if not self._client.lifetime.is_closing():
+            self._client.lifetime.spawn(run(), name="promptlayer_exec.Backplane")
+
+    async def run(
+        self, command: Callable[..., Awaitable[Any]], *arguments: Any, **options: Any
+    ) -> Any:
+        """Return what a command returns; raise `_Away` if it fails, or takes over a second.
+
+        It has a task of its own: on Python 3.11, redis-py may swallow a cancellation.
+        """
+        attempt = self._try(partial(command, *arguments, **options))
+        task = self._client.lifetime.spawn(attempt, name="promptlayer_exec.Backplane")
+        await asyncio.wait([task])
+        if (answer := task.result()) is None:
+            raise _Away
+        return answer
+
+    async def _try(self, command: Callable[[], Awaitable[Any]], *, is_probe: bool = False) -> Any:
+        """Return what a command returns, None if it fails."""
+        async with self._slots:  # to wait for it is no part of the command's second
+            if self._is_up or is_probe:
+                try:
+                    async with asyncio.timeout(_COMMAND):
+                        return await command()
+                except (RedisError, OSError, ValueError) as error:
+                    self._lose(error)
+        return None
+
+    # What goes on by itself.
+
+    def _lose(self, error: Exception) -> None:
+        """Let each watch poll for itself, until Redis can be used again."""
+        if not self._is_up:
+            return
+        self._is_up = False
+        said = f"{type(error).__name__}: {error}".removesuffix(": ")
+        _logger.warning(
+            "Redis cannot be used (%.200s); until it can, this session polls for itself", said
+        )
+        self.release(*self._watches.values())
+        self._look()
+
+    def _look(self) -> None:
+        """Let each waiting watch look at its lease."""
+        for watch in self._watches.values():
+            watch.news.set()
+
+    async def _keep(self) -> None:
+        """Renew the leases, and try Redis again while it is away."""
+        while not self._client.lifetime.is_closing():
+            await asyncio.sleep(_RENEWAL if self._is_up else self._pause)
+            with suppress(_Away):
+                if self._is_up:
+                    self._pause = _PAUSE
+                    held = [it for it in self._watches.values() if it.is_held and not it.is_polling]
+                    for start in range(0, len(held), 100):  # each with a command's time
+                        await self.run(self._extend, held[start : start + 100], _LEASE)
+                    continue
+                self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+                # A real write: a Redis that is full answers everything else.
+                arguments = (self._id, _ms(_COMMAND), "", self.channel, "")
+                probe = partial(self.eval, _TURN, f"probe-{self._id}", *arguments)
+                if await self._try(probe, is_probe=True) is not None:
+                    await self._release([*self._unreleased])
+                    self._is_up = True
+                    _logger.info("Redis can be used again; this session shares its polls")
+                    self.find_callbacks()
+
+    async def _listen(self) -> None:
+        """Receive hints, over a connection that is made again whenever it is lost."""
+        while not self._client.lifetime.is_closing():
+            try:
+                async with self._redis.pubsub() as pubsub:
+                    async with asyncio.timeout(_COMMAND):
+                        await pubsub.subscribe(self.channel)
+                    await self._receive(pubsub)
+            except (RedisError, OSError) as error:
+                self._lose(error)
+            await asyncio.sleep(_PAUSE)
+
+    async def _receive(self, pubsub: PubSub) -> None:
+        is_pinged = False
+        while not self._client.lifetime.is_closing():  # a cancellation may be swallowed
+            message = await pubsub.get_message(timeout=_COMMAND)
+            if message is None:  # it is quiet, or hangs
+                if is_pinged:
+                    raise TimeoutError(f"no answer within {_COMMAND:g} s")
+                await pubsub.ping()
+            elif message["type"] == "subscribe":
+                self._look()
+                self.find_callbacks()
+            elif message["type"] == "message":
+                self._take(*_text(message["data"]).split(" "))
+            is_pinged = message is None
+
+    def _take(self, kind: str, subject: str, detail: str, sender: str) -> None:
+        """Follow a hint."""
+        if sender == self._id:
+            return
+        if kind == "callback":
+            for token in self._client.callbacks.lost_tokens():
+                if _digest(token) == subject:
+                    self._client.callbacks.receive(token, int(detail), shared=True)
+            return
+        execution_id = int(subject)
+        watch = self._watches.get(execution_id)
+        if kind == "streams":
+            self._client.stream_elsewhere(execution_id)
+        elif watch is not None and (kind == "news" or watch.is_waiting):
+            watch.news.set()
+        elif kind == "wake":
+            self._client.wake_here(execution_id, cast("WakeSource", detail))
+
+
+def _ms(seconds: float) -> int:
+    return int(seconds * 1000)
+
+
+def _text(value: str | bytes) -> str:
+    return value if isinstance(value, str) else value.decode()
+
+
+def _digest(token: str) -> str:
+    """Return what stands for the token of a callback, which proves a start, in Redis."""
+    return hashlib.sha256(token.encode()).hexdigest()
