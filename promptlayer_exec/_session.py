@@ -280,7 +280,7 @@ class Session:
             client.push = Push(
                 suffix=self._channel_suffix,
                 is_eager=settings.push is True,
-                room=transport.pools.sockets,
+                free_sockets=transport.pools.sockets,
                 call=call,
                 connect=partial(transport.open_websocket, "/connection/websocket"),
                 find_id=definitions.find_id,

@@ -207,7 +207,7 @@ def _is_http(owner: Any, setting: attrs.Attribute[Any], value: Any) -> None:
     if "Expect" in value.headers:
         raise ConfigurationError(
             "http= must not have the header Expect: the server would read a start's headers"
-            " before its body is sent, and nobody could tell whether the run started"
+            " before its body is sent, and it would not be known whether the run started"
         )
 
 

@@ -94,7 +94,7 @@ class Push:
         suffix: what each start carries, and the name of each channel ends in.
         is_eager: whether to subscribe at the first start of a workflow, and to warn where push
             cannot be used; else once push pays.
-        room: how many more WebSockets there may be.
+        free_sockets: how many more WebSockets there may be.
         connect: opens a WebSocket, or raises a `RequestError`.
         call: sends a request once.
         find_id: returns the id of the workflow with a name.
@@ -103,7 +103,7 @@ class Push:
 
     suffix: str
     is_eager: bool
-    room: int
+    free_sockets: int
     call: Call
     connect: Callable[[], Awaitable[aiohttp.ClientWebSocketResponse]]
     find_id: Callable[[str], Awaitable[int]]
@@ -207,9 +207,9 @@ class Channel:
 
     def need(self) -> None:
         """Begin to subscribe, unless push was given up for now, or has too many WebSockets."""
-        if not self._is_running and self._push.room and _now() >= self._not_before:
+        if not self._is_running and self._push.free_sockets and _now() >= self._not_before:
             self._is_running = self.is_starting = True
-            self._push.room -= 1
+            self._push.free_sockets -= 1
             self._push.spawn(self._run()).add_done_callback(self._ended)
 
     async def _run(self) -> None:
@@ -228,7 +228,7 @@ class Channel:
 
     def _ended(self, _: object) -> None:
         self._is_running = self.is_starting = False
-        self._push.room += 1
+        self._push.free_sockets += 1
         self._changed()
 
     async def _stay_subscribed(self) -> None:
