@@ -10,8 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from conftest import CHROMIUM, FLAGS, NARROW, WIDE  # type: ignore[import-not-found]
-from playwright.async_api import Page, ViewportSize, async_playwright, expect
+from conftest import CHROMIUM, FLAGS, WIDE  # type: ignore[import-not-found]
+from playwright.async_api import Page, async_playwright, expect
 
 from promptlayer_exec import Observer, PollPolicy, RetryPolicy, Session, StartRequest
 from promptlayer_exec.cli import _demo as demo
@@ -24,7 +24,7 @@ TOKEN = "t" * 22
 
 
 async def main() -> None:
-    """Take the screenshots of each view, some in both themes, and one on a narrow screen."""
+    """Take the screenshots of each view."""
     async with AsyncExitStack() as stack:
         directory = Path(stack.enter_context(TemporaryDirectory()))
         os.environ["PROMPTLAYER_EXEC_DB"] = f"sqlite:///{directory / 'batches.sqlite'}"
@@ -64,17 +64,11 @@ def _session(sim: Simulator, *observers: Observer) -> Session:
     return Session(sim.api_key, base_url=sim.base_url, poll=poll, retry=retry, observers=observers)
 
 
-async def _take(page: Page, name: str, *, dark: bool = False, size: ViewportSize = WIDE) -> None:
-    await page.set_viewport_size(size)
+async def _take(page: Page, name: str) -> None:
     await page.mouse.move(0, 0)
     await page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
     await asyncio.sleep(0.5)
-    for theme in ("light", "dark") if dark else ("light",):
-        await page.emulate_media(color_scheme=theme)  # type: ignore[arg-type]
-        suffix = "-narrow" if size is NARROW else ""
-        await page.screenshot(path=IMAGES / f"viewer-{name}-{theme}{suffix}.png")
-    await page.emulate_media(color_scheme="light")
-    await page.set_viewport_size(WIDE)
+    await page.screenshot(path=IMAGES / f"viewer-{name}-light.png")
 
 
 async def _open(page: Page, name: str) -> None:
@@ -86,14 +80,10 @@ async def _open(page: Page, name: str) -> None:
 async def _runs(page: Page) -> None:
     await page.locator('.line[data-state="succeeded"]').wait_for()
     await page.get_by_role("button", name="Nodes of execution").first.click()
-    await _take(page, "board", dark=True)
-    await _open(page, "research-report")
-    await _take(page, "running")
+    await _take(page, "board")
     await _open(page, "invoice-check")
-    await _take(page, "run", dark=True)
-    await _take(page, "run", size=NARROW)
+    await _take(page, "run")
     await _open(page, "support-agent")
-    await _take(page, "succeeded")
 
 
 async def _start(page: Page) -> None:
@@ -117,7 +107,7 @@ async def _start(page: Page) -> None:
 async def _history(page: Page) -> None:
     await page.get_by_role("link", name="History").click()
     await page.locator(".trend").first.wait_for()
-    await _take(page, "history", dark=True)
+    await _take(page, "history")
 
 
 async def _batch(sim: Simulator, page: Page) -> None:
@@ -126,9 +116,9 @@ async def _batch(sim: Simulator, page: Page) -> None:
         more: dict[str, Any] = failed if inputs["n"] % 9 == 4 else {}
         return Scenario([SimNode("grade", inputs["n"], is_output_node=True, **more)])
 
-    sim.add_workflow("grade", grade)
+    sim.add_workflow("grades", grade)
     batch = Batch("grades-of-november", session=lambda: _session(sim))
-    await batch.add([StartRequest("grade", {"n": n}, key=f"answer-{n:03}") for n in range(30)])
+    await batch.add([StartRequest("grades", {"n": n}, key=f"answer-{n:03}") for n in range(30)])
     sim.inject(Fault.disconnect(times=2), path="/run")
     await batch.work()
     await page.get_by_role("link", name="Batches").click()

@@ -1,7 +1,8 @@
-"""The docs' page on FastAPI: its app, its HTML page and its commands are executed."""
+"""The docs' pages on FastAPI and on production: their apps and commands are executed."""
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
 import re
@@ -20,16 +21,18 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from promptlayer_exec import Session
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
-PAGE = (Path(__file__).parents[2] / "docs" / "fastapi.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "fastapi.md").read_text(encoding="utf-8")
+PRODUCTION = (DOCS / "production.md").read_text(encoding="utf-8")
+PROBLEM = "application/problem+json"
 AUTHORIZATION = {"Authorization": "Basic bWU6c2VjcmV0"}  # me:secret
 
 
-def blocks(language: str) -> list[str]:
-    """Return the docs' code blocks in one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = PAGE) -> list[str]:
+    """Return a page's code blocks in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
 APP, RENEW, OWNERS = blocks("python")
@@ -37,11 +40,25 @@ APP, RENEW, OWNERS = blocks("python")
 _, SERVE, START, FOLLOW = blocks("sh")
 
 
+def app_in_production() -> str:
+    """Return the app with the changes that the page on production makes."""
+    app = APP
+    (diff,) = blocks("diff", PRODUCTION)
+    for change in diff.split("\n\n"):
+        lines = [(line[0], f"{line[1:]}\n") for line in change.splitlines()]
+        before = "".join(line for mark, line in lines if mark != "+")
+        assert app.count(before) == 1
+        app = app.replace(before, "".join(line for mark, line in lines if mark != "-"))
+    return app
+
+
 class Process:
     """The docs' app, served by the docs' command."""
 
-    def __init__(self, folder: Path, sim: Simulator, *arguments: str) -> None:
-        (folder / "app.py").write_text(APP + RENEW)
+    def __init__(
+        self, folder: Path, sim: Simulator, *arguments: str, app: str = APP + RENEW
+    ) -> None:
+        (folder / "app.py").write_text(app)
         (folder / "page.html").write_text(HTML)
         command = shlex.split(SERVE.splitlines()[1])
         self.process = subprocess.Popen(
@@ -53,6 +70,8 @@ class Process:
                 "APP_SECRET": "of the app",
                 "PROMPTLAYER_API_KEY": sim.api_key,
                 "PROMPTLAYER_BASE_URL": sim.base_url,
+                "REDIS_URL": "redis://127.0.0.1:9",  # where nobody listens
+                "WEBHOOK_SECRET": "of the webhook",
             },
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -102,8 +121,8 @@ def spawn(tmp_path: Path, threaded_sim: Simulator) -> Iterator[Callable[..., Pro
     """Return a function that starts a process with the docs' app."""
     with ExitStack() as stack:
 
-        def start(*arguments: str) -> Process:
-            process = Process(tmp_path, threaded_sim, *arguments)
+        def start(*arguments: str, **options: str) -> Process:
+            process = Process(tmp_path, threaded_sim, *arguments, **options)
             stack.enter_context(process.process)
             stack.callback(process.process.kill)
             return process
@@ -273,20 +292,50 @@ def test_the_docs_app_starts_twice_in_one_process(threaded_sim: Simulator, tmp_p
             assert client.get("/", headers={"Authorization": ""}).status_code == 401
 
 
+@pytest.mark.usefixtures("_settings")
 def test_people_see_their_own_executions(threaded_sim: Simulator) -> None:
     """The docs' second app records the owner of each execution."""
     sim = threaded_sim
     sim.add_workflow("write-report", Scenario([SimNode("Report", "done", is_output_node=True)]))
     foreign = sim.add_execution(Scenario([SimNode("Report")]), execution_id=5)
     namespace: dict[str, Any] = {"__name__": "app"}
-    exec(compile(OWNERS, "app.py", "exec"), namespace)
-    app = namespace["make_app"](Session(sim.api_key, base_url=sim.base_url))
-    with TestClient(app, cookies={"user": "ada"}) as client:
-        assert client.get("/latest-report/events").status_code == 404
+    exec(compile(APP.partition("async def authorize")[0] + OWNERS, "app.py", "exec"), namespace)
+    with TestClient(namespace["app"], cookies={"user": "ada"}) as client:
         execution_id = client.post("/reports?topic=otters").json()["execution_id"]
         assert client.get(f"/executions/{execution_id}/output").json() == "done"
-        assert "event: complete" in client.get("/latest-report/events").text
+        assert "event: complete" in client.get(f"/executions/{execution_id}/events").text
         assert client.get(f"/executions/{foreign}").status_code == 403
+        anonymous = {"Cookie": "user="}
+        assert client.get(f"/executions/{execution_id}", headers=anonymous).status_code == 401
         sim.inject(Fault.status(401))
-        refused = client.get("/latest-report/events")
-        assert (refused.status_code, refused.json()["execution_id"]) == (502, execution_id)
+        refused = client.post("/reports?topic=newts")
+        assert (refused.status_code, refused.headers["content-type"]) == (502, PROBLEM)
+
+
+def test_the_files_in_production_fit_together() -> None:
+    """The app reads the settings that the page names, and is served as on the page on FastAPI."""
+    (settings,) = blocks("ini", PRODUCTION)
+    names = set(re.findall(r"^(\w+)=", settings, re.MULTILINE))
+    read = set(re.findall(r'os\.environ\["(\w+)"\]', app_in_production()))
+    assert names == {"PROMPTLAYER_API_KEY", *read}
+    command = re.search(r"command: (uvicorn .*)", blocks("yaml", PRODUCTION)[0])
+    assert command is not None
+    assert set(shlex.split(SERVE.splitlines()[1])) <= set(shlex.split(command[1]))
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the docs' commands use curl")
+def test_the_app_in_production_starts_follows_and_receives_webhooks(
+    threaded_sim: Simulator, spawn: Callable[..., Process]
+) -> None:
+    """Even while Redis is away."""
+    threaded_sim.add_workflow("write-report", Scenario([SimNode("Report", "done")]))
+    app = spawn(app=app_in_production())
+    assert app.port
+    ticket = json.loads(app.run(START))["ticket"]
+    events = f"curl http://127.0.0.1:8000/executions/1001/events?ticket={ticket}"
+    assert "event: complete" in app.run(events)
+    body = '{"details": {"agent_execution_id": 1001}, "event_type": "agent_run_finished"}'
+    signature = hmac.new(b"of the webhook", body.encode(), "sha256").hexdigest()
+    post = f"curl http://127.0.0.1:8000/webhook -w %{{http_code}} -d '{body}'"
+    assert app.run(f"{post} -H 'X-PromptLayer-Signature: {signature}'") == "204"
+    assert "Redis cannot be used" in app.end()

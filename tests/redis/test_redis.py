@@ -11,7 +11,6 @@ import time
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,23 +123,6 @@ async def test_one_session_polls_for_all(sim: Simulator, workers: Any, held: int
             assert all(last.complete for last in await asyncio.gather(stream, *streams))
     assert sim.request_count == first.own_polls == len(first.polls)
     assert [worker.own_polls for worker in others] == [0, 0]
-
-
-async def test_the_code_on_the_backplane_shares(
-    sim: Simulator, server: Any, held: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The session of the page hands its answers to the sessions of other processes."""
-    monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
-    monkeypatch.setenv("PROMPTLAYER_BASE_URL", sim.base_url)
-    page = Path(__file__).parents[2] / "docs" / "backplane.md"
-    code = page.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
-    names: dict[str, Any] = {}
-    exec(code.replace("redis://localhost:6379/0", server.url), names)
-    sim.finish(held, "Answer")
-    async with names["session"] as session, Session(backplane=RedisBackplane(server.url)) as other:
-        assert (await session.execution(held).wait()).complete
-        assert (await other.execution(held).wait()).complete
-    assert sim.request_count == 1
 
 
 async def test_a_late_joiner_gets_the_latest_answer_at_once(
