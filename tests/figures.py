@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = "promptlayer_exec"
 APART = {"redis.py", "opentelemetry.py", "pytest_plugin.py"}  # need an extra, as sub-packages do
-MOST_LINES = 8900
+MOST_LINES = {"core": 8900, "whole": 23_000, "tests": 36_900}
 MOST_ATTRIBUTES = 15
 # Why a class of the core may have more attributes; one that no longer does comes off the list.
 WIDE = {"Settings": "only declares what a session can be given; each is a public argument"}
@@ -203,8 +203,11 @@ def main() -> int:
     lines |= {f"  {it.name}": count_lines(it.glob("*.py")) for it in folders}
     lines |= {"whole": count_lines(files), "tests": count_lines((ROOT / "tests").rglob("*.py"))}
     _print("lines of Python", (f"{count:6} {name}" for name, count in lines.items()))
-    if lines["core"] > MOST_LINES:
-        missed.append(f"the core has {lines['core']} lines, more than {MOST_LINES}")
+    missed += [
+        f"{name}: {lines[name]} lines, more than {most}"
+        for name, most in MOST_LINES.items()
+        if lines[name] > most
+    ]
 
     widest = widths(core)
     _print("widest classes of the core", (f"{count:6} {name}" for count, name in widest[:10]))

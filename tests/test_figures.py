@@ -171,9 +171,10 @@ def test_a_project_within_its_bounds_is_exit_code_0(project: Path) -> None:
     [
         (
             "promptlayer_exec/a.py",
-            "\n" * (figures.MOST_LINES - 1),
-            f"the core has {figures.MOST_LINES + 1} lines, more than {figures.MOST_LINES}",
+            "\n" * (figures.MOST_LINES["core"] - 1),
+            f"core: {figures.MOST_LINES['core'] + 1} lines, more than",
         ),
+        ("tests/a.py", "\n" * (figures.MOST_LINES["tests"] + 1), "tests: "),
         (
             "promptlayer_exec/a.py",
             "class B:\n" + "".join(f" a{number}: int\n" for number in range(16)),
@@ -193,7 +194,8 @@ def test_a_missed_bound_is_exit_code_1(
 ) -> None:
     """So is a name that is on a list for nothing."""
     file = project / path
-    file.write_text("" if text is None else file.read_text() + text)
+    before = file.read_text() if text is not None and file.exists() else ""
+    file.write_text(before + (text or ""))
     code, lines = run(project)
     assert (code, lines[-2]) == (1, "missed:")
     assert lines[-1].strip().startswith(missed)
