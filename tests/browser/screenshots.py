@@ -81,9 +81,12 @@ async def _runs(page: Page) -> None:
     await page.locator('.line[data-state="succeeded"]').wait_for()
     await page.get_by_role("button", name="Nodes of execution").first.click()
     await _take(page, "board")
+    await _open(page, "research-report")
+    await _take(page, "running")
     await _open(page, "invoice-check")
     await _take(page, "run")
     await _open(page, "support-agent")
+    await _take(page, "succeeded")
 
 
 async def _start(page: Page) -> None:
