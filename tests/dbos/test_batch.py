@@ -967,7 +967,7 @@ async def test_the_example_in_docs_batches_works(
     exec(compile(block, str(page), "exec"), names)
 
     def scenario(inputs: Any) -> Scenario:
-        status = "FAILED" if inputs["topic"] == "newts" else "SUCCESS"
+        status = "FAILED" if inputs["prompt"] == "newts" else "SUCCESS"
         return Scenario([SimNode("Grade", 1, status=status, is_output_node=True)])
 
     sim.add_workflow("grade", scenario)
