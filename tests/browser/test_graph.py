@@ -204,13 +204,15 @@ async def test_it_is_drawn_again_for_another_width(
     await start(sim, viewer, ui, BRANCHES)
     await ui.drawn("accept").click()
 
-    async def places() -> list[Any]:
-        return [await ui.drawn(name).bounding_box() for name in ("plan", "answer")]
+    async def is_drawn_along(axis: str) -> bool:
+        boxes = [await ui.drawn(name).bounding_box() for name in ("plan", "answer")]
+        # There is none while the graph is being drawn.
+        return all(boxes) and boxes[1][axis] >= boxes[0][axis] + 100
 
     for width, axis in ((1280, "x"), (360, "y"), (1280, "x")):
         await page.set_viewport_size({"width": width, "height": 900})
         async with asyncio.timeout(5):
-            while (boxes := await places())[1][axis] < boxes[0][axis] + 100:
+            while not await is_drawn_along(axis):
                 pass
         await expect(ui.drawn("accept")).to_have_class(re.compile("selected"))
         await expect(ui.drawn("accept")).to_have_attribute("data-status", "QUEUED")
