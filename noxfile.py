@@ -136,13 +136,16 @@ def types(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("extra", EXTRAS)
 def extras(session: nox.Session, extra: str) -> None:
-    """Import the module that an extra is for, with only that extra installed."""
-    session.install(f".[{extra}]")
-    environment = {"PYTHONSAFEPATH": "1"}
+    """Import the module of an extra, with that extra alone and beside the vendor's SDK."""
     module = {"speed": "_api.json"}.get(extra, extra)
-    session.run("python", "-W", "error", "-c", f"import promptlayer_exec.{module}", env=environment)
-    if extra == "cli":
-        session.run("promptlayer-exec", "--help", silent=True, env=environment)
+    environment = {"PYTHONSAFEPATH": "1"}
+    for sdk in ([], [f"promptlayer=={SDKS[0]}"]):
+        session.install("--no-compile", f".[{extra}]", *sdk)
+        session.run("python", "-m", "pip", "check", silent=True)
+        program = f"import promptlayer_exec.{module}"
+        session.run("python", "-W", "error", "-c", program, env=environment)
+        if extra == "cli":
+            session.run("promptlayer-exec", "--help", silent=True, env=environment)
 
 
 @nox.session
