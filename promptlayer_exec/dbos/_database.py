@@ -183,20 +183,14 @@ class Database:
         """Return the rows of a query."""
 
         def read() -> Sequence[Any]:
-            with self.reading() as connection:
+            with self.engine.connect() as connection:
+                # This saves the round trips of a transaction, which SQLite does not begin to read.
+                # SQLAlchemy would not set its "IMMEDIATE" again.
+                if not self.is_sqlite:
+                    connection.execution_options(isolation_level="AUTOCOMMIT")
                 return connection.execute(query).all()
 
         return self.retry(read)
-
-    def reading(self) -> sa.Connection:
-        """Return a connection for one query, without the round trips of a transaction."""
-        connection = self.engine.connect()
-        # SQLite begins no transaction to read, and SQLAlchemy would not set "IMMEDIATE" again.
-        return (
-            connection
-            if self.is_sqlite
-            else connection.execution_options(isolation_level="AUTOCOMMIT")
-        )
 
     def transact(self, work: Callable[[sa.Connection], T]) -> T:
         """Do some work in one transaction."""

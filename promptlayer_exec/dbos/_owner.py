@@ -5,16 +5,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from typing import TYPE_CHECKING
 
 import attrs
 import sqlalchemy as sa
 
 from promptlayer_exec import ConfigurationError
+from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import batches, items, workers
-
-if TYPE_CHECKING:
-    from promptlayer_exec.dbos._store import Store
 
 
 @attrs.frozen

@@ -21,8 +21,8 @@ from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos._engine import log_quietly
 from promptlayer_exec.dbos._items import Items
 from promptlayer_exec.dbos._liveness import Liveness, release
-from promptlayer_exec.dbos._names import APPLICATION, WORKFLOW, queue_name
 from promptlayer_exec.dbos._store import VERSION, Store
+from promptlayer_exec.dbos._tables import APPLICATION, WORKFLOW, queue_name
 
 _CHECK_INTERVAL = 0.25
 _THREADS = 16

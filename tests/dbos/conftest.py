@@ -20,7 +20,7 @@ from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import Ending
+from promptlayer_exec.dbos._values import Ending
 
 
 @pytest.fixture

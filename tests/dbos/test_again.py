@@ -12,7 +12,7 @@ from dbos import DBOSClient
 
 from promptlayer_exec import PollPolicy, Session, StartRequest
 from promptlayer_exec.dbos import Batch, BatchStatus, StoredOutcome
-from promptlayer_exec.dbos._names import workflow_id
+from promptlayer_exec.dbos._tables import workflow_id
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 End = Callable[[str, int | None, str], None]

@@ -59,7 +59,7 @@ from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._rate import SharedRate
 from promptlayer_exec.dbos._requests import Row
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import Ending
+from promptlayer_exec.dbos._values import Ending
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 # Sessions that send only what a test asks for: starts and polls.

@@ -16,8 +16,7 @@ import sqlalchemy as sa
 from promptlayer_exec import PollPolicy, RetryPolicy, Session, StartRequest
 from promptlayer_exec.dbos import Batch, BatchStatus
 from promptlayer_exec.dbos import _again as again_
-from promptlayer_exec.dbos import _callbacks as callbacks
-from promptlayer_exec.dbos._tables import callbacks as tables
+from promptlayer_exec.dbos._tables import callbacks
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.webhooks import Callbacks
 
@@ -112,7 +111,7 @@ async def test_a_callback_that_comes_as_its_item_is_started_again_is_followed(
     def lock_late(connection: Any, name: str) -> None:
         real(connection, name)
         row = {"batch": name, "token": token, "execution_id": 1001}
-        connection.execute(sa.insert(tables).values(row))
+        connection.execute(sa.insert(callbacks).values(row))
 
     monkeypatch.setattr(again_, "lock_batch", lock_late)
     if again == "retry":
@@ -170,7 +169,7 @@ async def test_what_a_dead_worker_left_is_resolved_before_it_is_restarted(
 ) -> None:
     """Even where the process died between the two steps; a restart would be paid for twice."""
     await lose_one(world)
-    monkeypatch.setattr(callbacks, "resolve", lambda *_: 0)
+    monkeypatch.setattr(again_, "resolve", lambda *_: 0)
     assert await world.batch().resolve(world.tokens()[0], 1001) is False
     monkeypatch.undo()
     if how == "retry":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import os
 import socket
 import sqlite3
 import time
@@ -36,8 +35,8 @@ from promptlayer_exec import (
     StartRequest,
 )
 from promptlayer_exec.dbos import Batch
+from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _breaker as breakers
-from promptlayer_exec.dbos import _callbacks as callbacks
 from promptlayer_exec.dbos import _database as databases
 from promptlayer_exec.dbos import _intents as intents_
 from promptlayer_exec.dbos import _items as items
@@ -46,8 +45,7 @@ from promptlayer_exec.dbos import _rate as rates
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import Ending
-from promptlayer_exec.dbos._values import StoredOutcome
+from promptlayer_exec.dbos._values import Ending, StoredOutcome
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 COUNT = 60
@@ -383,16 +381,6 @@ async def test_the_work_does_not_end_before_the_outage_has_lasted_so_long() -> N
     assert given_up == [10.0]
 
 
-async def test_a_pause_ends_although_its_timer_fires_a_little_early() -> None:
-    """As on uvloop, whose timers know whole milliseconds; no other wakes those that wait."""
-    clock = asyncio.get_running_loop().time
-    breaker = breakers.Breaker(60.0, lambda _: None, lambda: clock() - 0.001)
-    for _ in range(3):
-        breaker.failed(ConnectionFailed("away"), since=clock())
-    async with asyncio.timeout(5), breaker.slot():
-        pass
-
-
 @pytest.mark.parametrize("server", ["away", "busy"])
 async def test_an_outage_ends_the_work_although_the_wait_timeout_is_shorter(
     sim: Simulator, batch_of: Callable[..., Batch], server: str
@@ -449,7 +437,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def take_over(url: str) -> None:
     """Let another worker, which is alive, take over the item "0" and be about to start it."""
     with closing(Store(check_url(url))) as store:
-        store.record_heartbeat("night", "another", liveness.describe(os.getpid()))
+        store.record_heartbeat("night", "another", liveness.describe_process())
 
         def update(connection: sa.Connection) -> None:
             connection.execute(sa.text("UPDATE workflow_status SET executor_id = 'another'"))
@@ -513,7 +501,7 @@ async def test_a_start_of_a_worker_that_is_gone_is_followed_if_its_callback_has_
     await batch.add(requests(1))
     with closing(Store(check_url(url))) as store:
         intents_.write(store, "night", [intents_.Intent("0", 1, "of another", None, False)])
-        callbacks.record(store, "night", "of another", found)
+        again.record_callback(store, "night", "of another", found)
     assert (await batch.work()).succeeded == 1
     assert [outcome.execution_id async for outcome in batch.outcomes()] == [found]
     assert sim.runs == []
@@ -699,7 +687,6 @@ def locked(url: str) -> Iterator[None]:
 @pytest.fixture
 def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(databases._SQLITE_OPTIONS, "timeout", 0.05)
-    monkeypatch.setattr(items, "_PATIENCE_AT_END", 0.3)
     monkeypatch.setattr(workers, "_PATIENCE_AT_END", 0.3)
 
 
