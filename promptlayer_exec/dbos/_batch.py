@@ -82,12 +82,13 @@ class Batch:
         self._name = _check_text("batch name", name, _LONGEST_NAME, ConfigurationError)
         self._url = locate(database_url)
         self._source = session
-        self._max_in_flight = (
-            None
-            if max_in_flight is None
-            else integration.check_count("max_in_flight", max_in_flight)
-        )
-        self._rate = None if rate is None else integration.check_seconds("rate", rate, zero=False)
+        self._settings: dict[str, float] = {}  # those that are given
+        if max_in_flight is not None:
+            self._settings["max_in_flight"] = integration.check_count(
+                "max_in_flight", max_in_flight
+            )
+        if rate is not None:
+            self._settings["rate"] = integration.check_seconds("rate", rate, zero=False)
         self._restart_unknown = restart_unknown
         self._same_server = same_server
         self._store: Store | None = None
@@ -126,7 +127,7 @@ class Batch:
             await store.run_in_thread(store.check, self._name, unique)
             return sum(
                 [
-                    await store.run_in_thread(store.add, self._name, chunk, self._given)
+                    await store.run_in_thread(store.add, self._name, chunk)
                     for chunk in chunks(unique, _CHUNK, _CHUNK_BYTES)
                 ]
             )
@@ -138,10 +139,10 @@ class Batch:
                 rows.append(self._row(request))
                 size += len(rows[-1].request)
                 if len(rows) >= _CHUNK or size >= _CHUNK_BYTES:
-                    new += await store.run_in_thread(store.add, self._name, rows, self._given)
+                    new += await store.run_in_thread(store.add, self._name, rows)
                     rows, size = [], 0
             if rows:
-                new += await store.run_in_thread(store.add, self._name, rows, self._given)
+                new += await store.run_in_thread(store.add, self._name, rows)
         return new
 
     async def work(self, *, until_done: bool = True) -> BatchStatus:
@@ -182,12 +183,11 @@ class Batch:
             self._working -= until_done
 
     async def _work(self, store: Store, *, until_done: bool) -> None:
-        given = self._given
-        replaced = await store.run_in_thread(store.store_settings, self._name, given)
+        replaced = await store.run_in_thread(store.store_settings, self._name, self._settings)
         for name, before in replaced.items():
             logger.warning(
                 "batch %r: %s is now %g for all its workers; it was %g",
-                *(self._name, name, given[name], before),
+                *(self._name, name, self._settings[name], before),
             )
         settings = await store.run_in_thread(reports.settings, store, self._name)
         limiter = SharedRate(store, self._name, settings.rate)
@@ -385,17 +385,12 @@ class Batch:
                     self._store = None
                 store.close()
 
-    @property
-    def _given(self) -> dict[str, float]:
-        given = {"max_in_flight": self._max_in_flight, "rate": self._rate}
-        return {name: value for name, value in given.items() if value is not None}
-
     async def _is_finished(self, store: Store) -> bool:
         return await store.run_in_thread(store.is_finished, self._name)
 
     async def _claim(self, store: Store) -> None:
-        moves = self._same_server
-        await store.run_in_thread(partial(owner.claim, moves=moves), store, self._name, self._owner)
+        claim = partial(owner.claim, moves=self._same_server)
+        await store.run_in_thread(claim, store, self._name, self._owner, self._settings)
 
     async def _check_owner(self, store: Store) -> None:
         if not self._same_server:

@@ -309,8 +309,7 @@ class Items:
             f" {self._batch!r}, but the database could not record it yet: keep this line"
         )
         logger.error("%s", text)
-        if logger.hasHandlers() and not _logs_to_stderr():
-            print(text, file=sys.stderr, flush=True)  # noqa: T201 - the id must not get lost
+        print(text, file=sys.stderr, flush=True)  # noqa: T201 - the id must not get lost
 
     async def _follow(self, item: Item, started: StartResult) -> StoredOutcome:
         key = item.key
@@ -395,14 +394,3 @@ def _is_announced(error: RequestError) -> bool:
 
 def _now() -> datetime:
     return datetime.now(UTC)
-
-
-def _logs_to_stderr() -> bool:
-    """Return True if a handler of the logger writes to standard error."""
-    source: logging.Logger | None = logger
-    while source is not None:
-        for handler in source.handlers:
-            if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
-                return True
-        source = source.parent if source.propagate else None
-    return False

@@ -99,10 +99,14 @@ class Store(Database):
         query = sa.select(_batches.c.name).order_by(_batches.c.name)
         return [row.name for row in self.rows(query)]
 
-    def create(self, batch: str) -> None:
-        """Create a batch without items, unless it exists."""
-        insert = self.insert(_batches).values(_new_batch(batch))
-        self.execute(insert.on_conflict_do_nothing())
+    def create(self, batch: str, settings: Mapping[str, float]) -> None:
+        """Create a batch with these settings, and without items, unless it exists."""
+        self.execute(self._insert_batch(batch, settings))
+
+    def _insert_batch(self, name: str, settings: Mapping[str, float]) -> Any:
+        row = {"name": name, "last_seq": 0, "next_request": 0.0, "created": time.time()}
+        row |= dict.fromkeys(COUNTS, 0) | {"channel_suffix": secrets.token_hex(16)}
+        return self.insert(_batches).values(row | dict(settings)).on_conflict_do_nothing()
 
     def channel_suffix(self, batch: str) -> str:
         """Return the suffix of the push channel that a batch's workers share."""
@@ -123,19 +127,11 @@ class Store(Database):
         for start in range(0, len(keys), _KEYS_AT_ONCE):
             if self.is_cancelled():
                 return
-            is_meant = _item.key.in_(keys[start : start + _KEYS_AT_ONCE])
-            yield from self.rows(
-                sa.select(_item.key, *columns).where(_item.batch == batch, is_meant)
-            )
+            query = sa.select(_item.key, *columns).where(_item.batch == batch)
+            yield from self.rows(query.where(_item.key.in_(keys[start : start + _KEYS_AT_ONCE])))
 
-    def add(
-        self, batch: str, rows: Sequence[Row], settings: Mapping[str, float] | None = None
-    ) -> int:
-        """Add and enqueue the items that are new, and return how many were; checks the others.
-
-        The settings are those of a batch that does not exist yet.
-        """
-        insert_batch = self.insert(_batches).on_conflict_do_nothing()
+    def add(self, batch: str, rows: Sequence[Row]) -> int:
+        """Add and enqueue the items that are new, and return how many were; checks the others."""
         insert = self.insert(_items).on_conflict_do_nothing().returning(_item.key)
         unique = by_key(batch, rows)
         items = [
@@ -144,7 +140,7 @@ class Store(Database):
         ]
 
         def add(connection: sa.Connection) -> int:
-            connection.execute(insert_batch, _new_batch(batch) | dict(settings or {}))
+            connection.execute(self._insert_batch(batch, {}))  # it may have been deleted meanwhile
             new = {*connection.execute(insert, items).scalars()}
             if new:
                 self.enqueue(connection, batch, [(key, 1) for key in unique if key in new])
@@ -222,11 +218,9 @@ class Store(Database):
 
     def store_settings(self, batch: str, given: dict[str, float]) -> dict[str, float]:
         """Store the settings that are given, and return those of `given` that replaced others."""
-        insert_batch = self.insert(_batches).on_conflict_do_nothing()
         update = sa.update(_batches).where(_batches.c.name == batch)
 
         def work(connection: sa.Connection) -> dict[str, float]:
-            connection.execute(insert_batch, _new_batch(batch))
             # Writes first, because a reading transaction on SQLite may not write later.
             locked = connection.execute(update.values(name=batch).returning(_batches))
             before = locked.mappings().one()
@@ -397,9 +391,3 @@ class Store(Database):
                 "app_version": VERSION,
             }
             self._client.enqueue_in_transaction(connection, options, *each)
-
-
-def _new_batch(name: str) -> dict[str, Any]:
-    row = {"name": name, "last_seq": 0, "next_request": 0.0, "created": time.time()}
-    row["channel_suffix"] = secrets.token_hex(16)
-    return row | dict.fromkeys(COUNTS, 0)

@@ -15,7 +15,6 @@ from promptlayer_exec.dbos import _batch as batches
 from promptlayer_exec.dbos import _breaker as breakers
 from promptlayer_exec.dbos import _database as databases
 from promptlayer_exec.dbos import _items as items
-from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._location import check_url
@@ -39,7 +38,6 @@ def _short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
         (breakers, "_FIRST_PAUSE", 0.1),
         (batches, "_POLL_INTERVAL", 0.02),
         (databases, "_RETRY_INTERVAL", 0.02),
-        (liveness, "HEARTBEAT_INTERVAL", 0.1),
     ):
         monkeypatch.setattr(module, name, interval)
 

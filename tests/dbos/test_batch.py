@@ -172,7 +172,7 @@ async def test_items_are_added_in_chunks(
     """The last chunk may be smaller, but is not empty."""
     chunks: list[list[str]] = []
 
-    def add(store: Store, name: str, rows: list[Row], settings: Any) -> int:
+    def add(store: Store, name: str, rows: list[Row]) -> int:
         chunks.append([row.key for row in rows])
         return len(rows)
 
@@ -199,6 +199,19 @@ async def test_large_items_are_added_a_few_at_a_time(batch_of: Callable[..., Bat
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 30_000_000
+
+
+async def test_the_settings_of_a_new_batch_are_stored_with_its_first_items(
+    batch_of: Callable[..., Batch], caplog: pytest.LogCaptureFixture
+) -> None:
+    """So that a worker which names none takes them; only one that names others changes them."""
+    await batch_of(rate=300.0).add([request("a")])
+    await batch_of(rate=7.0).add([request("b")])
+    assert (await batch_of().settings()).rate == 300.0
+    await batch_of(rate=500.0, max_in_flight=3).work()
+    settings = await batch_of().settings()
+    assert (settings.rate, settings.max_in_flight) == (500.0, 3)
+    assert "batch 'nightly': rate is now 500 for all its workers; it was 300" in caplog.messages
 
 
 def test_a_request_is_stored_unchanged(batch_of: Callable[..., Batch]) -> None:

@@ -312,6 +312,7 @@ async def test_what_a_broken_connection_took_from_the_queue_is_run(
     sim: Simulator, batch_of: Callable[..., Batch], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DBOS does not know of an item that it took in a transaction whose end it did not see."""
+    monkeypatch.setattr(liveness, "HEARTBEAT_INTERVAL", 0.1)
     monkeypatch.setattr(liveness, "_LOOK_EVERY", 1)
     sim.add_workflow("held", Scenario([SimNode("Answer", "0", None, is_output_node=True)]))
     batch = batch_of(in_flight=1)

@@ -28,17 +28,9 @@ def store(tmp_path: Path) -> Iterator[Store]:
     """Return a new database."""
     store = Store(check_url(f"sqlite:///{tmp_path / 'batches.sqlite'}"))
     store.prepare()
+    store.create("b", {})
     yield store
     store.close()
-
-
-def test_the_settings_of_a_new_batch_are_stored_with_its_first_items(store: Store) -> None:
-    """So that a worker which names none takes them, however early it begins."""
-    store.add("b", [Row("1", "{}", "")], {"rate": 300.0})
-    store.add("b", [Row("2", "{}", "")], {"rate": 7.0})
-    assert reports.settings(store, "b").rate == 300.0
-    assert store.store_settings("b", {"rate": 50.0, "max_in_flight": 3}) == {"rate": 300.0}
-    assert reports.settings(store, "b").max_in_flight == 3
 
 
 def test_many_runs_are_adopted_at_once(store: Store) -> None:
