@@ -250,20 +250,16 @@ class Database:
 
     def _failed(self, error: Exception) -> None:
         with self._lock:
-            is_news = self._away_since is None
-            if is_news:
+            if self._away_since is None:
                 self._away_since = time.monotonic()
-        if is_news:
-            text = "the database %s cannot be used: %.300s; trying again"
-            logger.warning(text, shown(self.engine.url), reason_of(error))
+                text = "the database %s cannot be used: %.300s; trying again"
+                logger.warning(text, shown(self.engine.url), reason_of(error))
 
     def _worked(self) -> None:
-        if self._away_since is None:
-            return
         with self._lock:
-            was_away, self._away_since = self._away_since is not None, None
-        if was_away:
-            logger.warning("the database %s can be used again", shown(self.engine.url))
+            if self._away_since is not None:
+                self._away_since = None
+                logger.warning("the database %s can be used again", shown(self.engine.url))
 
     def explain(self, error: Exception) -> Exception:
         """Return an error as the caller should get it: no raw error of the database."""
