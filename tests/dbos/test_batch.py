@@ -66,34 +66,6 @@ from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 BARE: dict[str, Any] = {"push": False, "check_inputs": False}
 
 
-@pytest.fixture
-def batch_of(sim: Simulator, url: str) -> Callable[..., Batch]:
-    """Return a function that makes batches; the workflow `echo` returns its input `n`.
-
-    With the input "bad", it fails.
-    """
-
-    def scenario(inputs: Any) -> Scenario:
-        status = "FAILED" if inputs.get("n") == "bad" else "SUCCESS"
-        return Scenario([SimNode("Answer", inputs.get("n"), status=status, is_output_node=True)])
-
-    def session() -> Session:
-        return Session(
-            sim.api_key,
-            base_url=sim.base_url,
-            poll=PollPolicy.fixed(0.01),
-            retry=RetryPolicy(outage=0.2, watch_outage=0.2, base=0.001),
-            rate=None,
-            **BARE,
-        )
-
-    def make(name: str = "nightly", **settings: Any) -> Batch:
-        return Batch(name, **{"database_url": url, "session": session, **settings})
-
-    sim.add_workflow("echo", scenario)
-    return make
-
-
 def request(key: Any, n: Any = None, workflow: str = "echo") -> StartRequest:
     """Return an item whose output is `n`."""
     return StartRequest(workflow, {"n": n}, key=key)
@@ -137,7 +109,6 @@ async def test_status_counts_the_workers_that_are_alive(
     sim: Simulator, batch_of: Callable[..., Batch]
 ) -> None:
     """At its end, a worker puts what it runs back into the queue; the next `work` goes on."""
-    sim.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
     await batch_of().add([request("a", workflow="held")])
     working = asyncio.create_task(batch_of().work())
     await sim.wait_for_requests(2)
@@ -164,27 +135,6 @@ async def test_adding_a_key_twice_is_adding_it_once(
     assert (await batch.work()).total == 2
     assert {key: o.output for key, o in (await outcomes_of(batch)).items()} == {"a": 1, "b": 3}
     assert len(sim.runs) == 2
-
-
-async def test_items_are_added_in_chunks(
-    batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last chunk may be smaller, but is not empty."""
-    chunks: list[list[str]] = []
-
-    def add(store: Store, name: str, rows: list[Row]) -> int:
-        chunks.append([row.key for row in rows])
-        return len(rows)
-
-    async def fg() -> AsyncIterator[StartRequest]:
-        for key in "fg":
-            yield request(key)
-
-    monkeypatch.setattr(batches, "_CHUNK", 2)
-    monkeypatch.setattr(Store, "add", add)
-    assert await batch_of().add(request(key) for key in "abcde") == 5
-    assert await batch_of().add(fg()) == 2
-    assert chunks == [["a", "b"], ["c", "d"], ["e"], ["f", "g"]]
 
 
 async def test_large_items_are_added_a_few_at_a_time(batch_of: Callable[..., Batch]) -> None:
@@ -320,7 +270,6 @@ async def test_outcomes_are_yielded_as_items_finish(
     sim: Simulator, batch_of: Callable[..., Batch]
 ) -> None:
     """Before the whole batch is done, and in the order in which the items finish."""
-    sim.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
     batch = batch_of()
     await batch.add([request("a", workflow="held"), request("b", 2)])
     working = asyncio.create_task(batch.work())
@@ -343,7 +292,6 @@ async def test_the_next_worker_follows_the_items_of_a_cancelled_one(
     often = PollPolicy.fixed(0.01)
     session = Session(sim.api_key, base_url=sim.base_url, poll=often, **BARE)
     batch = batch_of(max_in_flight=2, session=session if borrowed else lambda: session)
-    sim.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
     await batch.add(request(f"{n}", workflow="held") for n in range(3))
     sim.inject(Fault.delay(0.2, times=2))
     working = asyncio.create_task(batch.work())
@@ -410,23 +358,6 @@ async def test_a_cancelled_worker_with_its_own_session_waits_for_its_starts(
     assert len(sim.runs) == 3
 
 
-async def test_an_error_of_the_closing_session_is_raised(
-    sim: Simulator, batch_of: Callable[..., Batch]
-) -> None:
-    """Once the batch has been worked on."""
-
-    class Unclosable(Session):
-        async def aclose(self) -> None:
-            await super().aclose()
-            raise OSError("it does not close")
-
-    batch = batch_of(session=lambda: Unclosable(sim.api_key, base_url=sim.base_url))
-    await batch.add([request("a")])
-    with pytest.raises(OSError, match="it does not close"):
-        await batch.work()
-    assert (await batch.status()).succeeded == 1
-
-
 async def test_a_start_that_is_not_sent_in_time_is_tried_again_after_a_pause(
     sim: Simulator,
     batch_of: Callable[..., Batch],
@@ -456,7 +387,6 @@ async def test_a_wait_timeout_of_0_does_not_stop_the_loop(
     sim: Simulator, batch_of: Callable[..., Batch], caplog: pytest.LogCaptureFixture
 ) -> None:
     """A started item is followed for as long as it takes, with a pause after each wait."""
-    sim.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
     batch = batch_of()
     await batch.add([request("a", workflow="held")])
     working = asyncio.create_task(batch.work())
@@ -552,7 +482,6 @@ async def test_closing_the_session_ends_the_work(
     sim: Simulator, batch_of: Callable[..., Batch]
 ) -> None:
     """The next worker follows the execution to its end."""
-    sim.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
     async with Session(sim.api_key, base_url=sim.base_url, **BARE) as session:
         batch = batch_of(session=session)
         await batch.add([request("a", workflow="held")])
@@ -762,28 +691,17 @@ async def test_missed_slots_are_not_used(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 async def test_a_rate_that_is_raised_counts_at_once(
-    batch_of: Callable[..., Batch], url: str, monkeypatch: pytest.MonkeyPatch
+    sim: Simulator, batch_of: Callable[..., Batch], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For a request that already waits for its slot, and for the next worker."""
+    """Also for a request that already waits for its slot."""
     monkeypatch.setattr(rates, "_STEP", 0.01)
-    await batch_of(rate=0.01).add([request("a")])
-    with closing(Store(check_url(url))) as store:
-        limiter = SharedRate(store, "nightly", 0.01)
-        await limiter.acquire()
-        reserve, reserved = store.reserve, threading.Event()
-
-        def reserving(*arguments: Any) -> float:
-            delay = reserve(*arguments)
-            reserved.set()
-            return delay
-
-        monkeypatch.setattr(store, "reserve", reserving)
-        waiting = asyncio.create_task(limiter.acquire())
-        assert await asyncio.to_thread(reserved.wait, 10)
+    monkeypatch.setattr(batches, "_SETTINGS_INTERVAL", 0.01)
+    await batch_of(rate=0.01).add(request(f"{n}", n) for n in range(5))
+    working = asyncio.create_task(batch_of().work())
+    await sim.wait_for_requests(1)
+    with closing(Store(check_url(url))) as store:  # as another worker
         store.store_settings("nightly", {"rate": 1000.0})
-        limiter.rate = 1000.0
-        await asyncio.wait_for(waiting, 10)
-        assert reserve("nightly", 1, 1000.0) < 10
+    assert (await asyncio.wait_for(working, 20)).succeeded == 5
 
 
 @pytest.mark.parametrize("opened", [False, True])
