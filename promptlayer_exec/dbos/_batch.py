@@ -64,8 +64,8 @@ class Batch:
 
     Raises:
         ConfigurationError: a setting is malformed. Each method raises it, too, if the database
-            cannot be used, and if the batch belongs to another server. Those that only read how
-            the batch does, and `resolve` and `delete`, do not ask which server that is.
+            cannot be used; and `add`, `work`, `outcomes`, `recheck`, `retry` and `check_server` if
+            the batch belongs to another server.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ class BatchSettings:
     """The settings that all workers of a batch share.
 
     Attributes:
-        max_in_flight: how many items they run at most; None if no worker has set it yet.
+        max_in_flight: how many items they run at most; None if nobody has set it yet.
         rate: how many HTTP attempts per second they make at most; None: no shared limit.
         created: when the first item was added (UTC), or a deletion began that was interrupted; None
             if there is no such batch.
