@@ -69,7 +69,8 @@ class State(NamedTuple):
     called_back: int | None
 
 
-class Intent(NamedTuple):
+@attrs.frozen
+class Intent:
     """The intent of a worker to start one attempt of an item, or that it is taken back.
 
     Attributes:
@@ -120,7 +121,7 @@ class PendingStart:
     async def not_sent(self) -> None:
         """Take the intent back."""
         if self.may_be_sent:
-            await self._intents.add(self._intent._replace(is_taken_back=True))
+            await self._intents.add(attrs.evolve(self._intent, is_taken_back=True))
             self.may_be_sent = False
         if self._is_cancelled:
             self.task.cancel()

@@ -182,30 +182,30 @@ async def test_an_execution_that_takes_too_long_is_not_given_up(
 
 
 async def test_a_404_is_final_after_a_while(
-    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+    sim: Simulator, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A gateway may answer it for a moment, and the server for an execution that is new."""
-    await batch_of().add(requests(4))
+    await batch.add(requests(4))
     answers(sim, "GET", 404)
-    working = asyncio.create_task(batch_of().work())
+    working = asyncio.create_task(batch.work())
     await until(lambda: sim.request_count >= 10)
     sim.clear_faults()
     assert (await working).succeeded == 4
-    await batch_of().add([StartRequest("echo", {"n": "lost"}, key="lost")])
+    await batch.add([StartRequest("echo", {"n": "lost"}, key="lost")])
     answers(sim, "GET", 404)
     monkeypatch.setattr(items, "_NOT_FOUND_GRACE", 0.1)
-    assert (await batch_of().work()).failed == 1
-    assert (await endings(batch_of()))["NotFound"] == 1
+    assert (await batch.work()).failed == 1
+    assert (await endings(batch))["NotFound"] == 1
 
 
 async def test_a_404_right_after_an_outage_is_not_final(
-    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+    sim: Simulator, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A gateway may answer it for a moment, however long the server could not be read before."""
     monkeypatch.setattr(items, "_NOT_FOUND_GRACE", 0.3)
-    await batch_of().add(requests(1))
+    await batch.add(requests(1))
     answers(sim, "GET", 403)
-    working = asyncio.create_task(batch_of().work())
+    working = asyncio.create_task(batch.work())
     await until(lambda: sim.request_count >= 2)
     await asyncio.sleep(0.4)
     sim.clear_faults()
@@ -240,19 +240,19 @@ async def test_a_start_that_cannot_be_sent_has_no_intent(
 
 
 async def test_the_intent_of_a_refused_start_is_taken_back(
-    sim: Simulator, batch_of: Callable[..., Batch], url: str
+    sim: Simulator, batch: Batch, url: str
 ) -> None:
     """A 429 starts nothing, however long the server then wants to be left alone."""
-    await batch_of().add(requests(1))
+    await batch.add(requests(1))
     sim.inject(Fault.status(429, retry_after=60.0, times=1))
-    working = asyncio.create_task(batch_of().work())
+    working = asyncio.create_task(batch.work())
     await sim.wait_for_requests(1)
     await until(lambda: intents(url) == 0)
     assert sim.runs == []
     working.cancel()
     with pytest.raises(asyncio.CancelledError):
         await working
-    assert (await batch_of().work()).succeeded == 1
+    assert (await batch.work()).succeeded == 1
 
 
 async def test_what_a_broken_connection_took_from_the_queue_is_run(
@@ -558,10 +558,9 @@ async def test_an_id_that_is_not_stored_soon_is_logged_and_printed(
 
 @pytest.mark.usefixtures("_short_patience")
 async def test_work_on_a_locked_file_can_be_interrupted(
-    sim: Simulator, batch_of: Callable[..., Batch], url: str
+    sim: Simulator, batch: Batch, url: str
 ) -> None:
     """Long before it would give up, and so can adding."""
-    batch = batch_of()
     await batch.add(requests(20))
     working = asyncio.create_task(batch.work())
     await until(lambda: len(sim.runs) >= 5)
@@ -642,7 +641,7 @@ def test_no_raw_error_of_sqlalchemy_comes_out(url: str, failure: Any) -> None:
 @pytest.mark.filterwarnings("ignore:.*start_workflow_task:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:coroutine 'execute_dequeued_workflow:RuntimeWarning")
 async def test_dbos_is_launched_again_when_its_connection_breaks(
-    batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when PostgreSQL restarts; the worker waits as it does later."""
     lost = sa.exc.OperationalError("SELECT 1", None, sqlite3.OperationalError("restarting"))
@@ -654,7 +653,6 @@ async def test_dbos_is_launched_again_when_its_connection_breaks(
             raise failures.pop()
 
     monkeypatch.setattr(DBOS, "launch", staticmethod(launch_at_last))
-    batch = batch_of()
     await batch.add(requests(5))
     status = await batch.work()
     gc.collect()  # those coroutines, while their warnings are ignored
