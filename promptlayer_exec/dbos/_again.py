@@ -2,51 +2,44 @@
 
 Each begins its next attempt, a DBOS workflow of its own. One that is only followed keeps the result
 of the earlier start in its row, so that it starts nothing.
+
+An unknown item is followed when the callback of its start has come. That may be before the item is
+unknown: the worker that sent the start has died, but nobody knows it yet. So each callback is
+stored, and both who stores one and who stores an unknown outcome look afterwards for items that
+have both. Whoever comes second finds them.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import sqlalchemy as sa
 
+from promptlayer_exec.dbos._intents import Started
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import (
-    batches,
-    callbacks,
-    called_back,
-    items,
-    lock_batch,
-)
-from promptlayer_exec.dbos._values import StoredOutcome, start_result
+from promptlayer_exec.dbos._tables import batches, callbacks, called_back, items, lock_batch
+from promptlayer_exec.dbos._values import Ending, StoredOutcome, start_result
 
 _AT_ONCE = 500
 _item = items.c
-# The result of a step "start", which a new attempt follows; None to start a run.
-Started = Mapping[str, Any] | None
 
 
 class _Again(NamedTuple):
-    """An item that is to be run again."""
+    """An item that is to be run again, and as JSON the result of a start if it is only followed."""
 
     key: str
     attempt: int  # the one that ended
     kind: str | None
-    started: Started
+    started: str | None
 
 
 def recheck(store: Store, batch: str) -> int:
     """Follow again every failed item whose id is known, if only by a callback; return how many."""
-
-    def choose(outcome: StoredOutcome) -> tuple[bool, Started]:
-        started = _started(outcome)
-        return started is not None, started
-
-    return _reopen(store, batch, ["failed"], choose)
+    return _reopen(store, batch, ["failed"], starts=False)
 
 
 def retry(store: Store, batch: str, kinds: Sequence[str]) -> int:
@@ -54,57 +47,62 @@ def retry(store: Store, batch: str, kinds: Sequence[str]) -> int:
 
     One that has a run which is not known to have failed is followed instead: it may be paid for.
     """
-
-    def choose(outcome: StoredOutcome) -> tuple[bool, Started]:
-        has_failed = outcome.error is not None and outcome.error.type == "ExecutionFailed"
-        return True, None if has_failed else _started(outcome)
-
-    return _reopen(store, batch, kinds, choose)
+    return _reopen(store, batch, kinds, starts=True)
 
 
-def adopt(
-    store: Store,
-    batch: str,
-    *,
-    key: str,
-    attempt: int,
-    token: str,
-    started: Mapping[str, Any],
-) -> bool:
-    """Follow a run whose start another worker takes for unknown; return whether it can be.
+def record_callback(store: Store, batch: str, token: str, execution_id: int) -> None:
+    """Store the callback of a start; the first one counts."""
+    insert = store.insert(callbacks).values(batch=batch, token=token, execution_id=execution_id)
+    store.execute(insert.on_conflict_do_nothing())
 
-    `token` is that of the intent to start it.
+
+def finish(store: Store, batch: str, endings: Sequence[Ending]) -> set[tuple[str, int]]:
+    """Store the outcomes of items, and let those unknown be followed whose callbacks are stored.
+
+    Returns the keys and attempts of those that were stored.
     """
-    query = sa.select(_item.key, _item.attempt, _item.kind, _item.outcome).where(
+    stored = store.finish(batch, endings)
+    if any(ending.kind == "unknown" for ending in endings):
+        resolve(store, batch)
+    return stored
+
+
+def resolve(store: Store, batch: str) -> int:
+    """Let each unknown item whose callback is stored be followed; return how many there were.
+
+    There may be many: if this is cancelled, it stops before the next one.
+    """
+    query = (
+        sa.select(_item.key, _item.attempt, _item.intent, callbacks.c.execution_id)
+        .join(callbacks, called_back)
+        .where(_item.batch == batch, _item.kind == "unknown")
+    )
+    return sum(
+        adopt(store, batch, Started(key, attempt, token, json.dumps(start_result(execution_id))))
+        for key, attempt, token, execution_id in store.rows(query)
+        if not store.is_cancelled()
+    )
+
+
+def adopt(store: Store, batch: str, start: Started) -> bool:
+    """Follow a run whose start another worker takes for unknown; return whether it can be."""
+    query = sa.select(_item.key, _item.attempt, _item.kind).where(
         _item.batch == batch,
-        _item.key == key,
-        _item.attempt == attempt,
-        _item.intent == token,
+        _item.key == start.key,
+        _item.attempt == start.attempt,
+        _item.intent == start.token,
         sa.or_(_item.kind.is_(None), _item.kind == "unknown"),
     )
 
     def work(connection: sa.Connection) -> bool:
         lock_batch(connection, batch)
-        rows = connection.execute(query).all()
-        chosen = [_Again(row.key, row.attempt, row.kind, started) for row in rows]
+        chosen = [_Again(*row, start.result) for row in connection.execute(query)]
         return bool(_begin(store, connection, batch, chosen))
 
     return store.transact(work)
 
 
-def _started(outcome: StoredOutcome) -> Started:
-    if outcome.execution_id is None:
-        return None
-    at = (outcome.started or outcome.finished).isoformat()
-    return {"execution_id": outcome.execution_id, "at": at, "error": None}
-
-
-def _reopen(
-    store: Store,
-    batch: str,
-    kinds: Sequence[str],
-    choose: Callable[[StoredOutcome], tuple[bool, Started]],
-) -> int:
+def _reopen(store: Store, batch: str, kinds: Sequence[str], *, starts: bool) -> int:
     ended = sa.and_(_item.batch == batch, _item.kind.in_(kinds))
     page = sa.select(_item.key).where(ended).order_by(_item.key).limit(_AT_ONCE)
     query = (
@@ -119,11 +117,14 @@ def _reopen(
         chosen = []
         for row in connection.execute(query.where(_item.key.in_(keys))):
             outcome = StoredOutcome.from_json(row.outcome)
-            is_chosen, started = choose(outcome)
             # Its callback may have come while this waited for the lock.
-            if row.execution_id is not None and outcome.execution_id is None:
-                is_chosen, started = True, start_result(row.execution_id)
-            if is_chosen:
+            execution_id = outcome.execution_id or row.execution_id
+            has_failed = outcome.error is not None and outcome.error.type == "ExecutionFailed"
+            started = None
+            if execution_id is not None and not (starts and has_failed):
+                at = outcome.started or outcome.finished
+                started = json.dumps(start_result(execution_id, at=at))
+            if starts or started is not None:
                 chosen.append(_Again(row.key, row.attempt, row.kind, started))
         return _begin(store, connection, batch, chosen)
 
@@ -142,10 +143,7 @@ def _begin(store: Store, connection: sa.Connection, batch: str, chosen: Sequence
         sa.update(items)
         .where(_item.batch == batch, _item.key == sa.bindparam("the_key"))
         .values(attempt=_item.attempt + 1, started=sa.bindparam("result"), **changes),
-        [
-            {"the_key": again.key, "result": again.started and json.dumps(again.started)}
-            for again in chosen
-        ],
+        [{"the_key": again.key, "result": again.started} for again in chosen],
     )
     counts = Counter(again.kind for again in chosen if again.kind is not None)
     if counts:

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterable,
-    AsyncIterator,
-    Callable,
-    Iterable,
-)
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager, closing, suppress
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -20,19 +14,13 @@ import attrs
 from promptlayer_exec import ConfigurationError, Session, StartRequest
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos import _again as again
-from promptlayer_exec.dbos import _callbacks as callbacks
 from promptlayer_exec.dbos import _owner as owner
 from promptlayer_exec.dbos import _reports as reports
 from promptlayer_exec.dbos._liveness import count_workers
 from promptlayer_exec.dbos._location import database_url as locate
 from promptlayer_exec.dbos._location import prepare_default, shown
 from promptlayer_exec.dbos._rate import SharedRate
-from promptlayer_exec.dbos._reports import (
-    BatchSettings,
-    Durations,
-    Failure,
-    StoredItem,
-)
+from promptlayer_exec.dbos._reports import BatchSettings, Durations, Failure, StoredItem
 from promptlayer_exec.dbos._requests import Row, by_key, chunks, encode
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._values import BatchStatus, Kind, StoredOutcome
@@ -75,7 +63,9 @@ class Batch:
             by one of the same workspace. A batch belongs to its server, and others are refused.
 
     Raises:
-        ConfigurationError: a setting is malformed.
+        ConfigurationError: a setting is malformed. Each method raises it, too, if the database
+            cannot be used; and `add`, `work`, `outcomes`, `recheck`, `retry` and `check_server` if
+            the batch belongs to another server.
     """
 
     def __init__(
@@ -92,12 +82,13 @@ class Batch:
         self._name = _check_text("batch name", name, _LONGEST_NAME, ConfigurationError)
         self._url = locate(database_url)
         self._source = session
-        self._max_in_flight = (
-            None
-            if max_in_flight is None
-            else integration.check_count("max_in_flight", max_in_flight)
-        )
-        self._rate = None if rate is None else integration.check_seconds("rate", rate, zero=False)
+        self._settings: dict[str, float] = {}  # those that are given
+        if max_in_flight is not None:
+            self._settings["max_in_flight"] = integration.check_count(
+                "max_in_flight", max_in_flight
+            )
+        if rate is not None:
+            self._settings["rate"] = integration.check_seconds("rate", rate, zero=False)
         self._restart_unknown = restart_unknown
         self._same_server = same_server
         self._store: Store | None = None
@@ -121,7 +112,6 @@ class Batch:
             ValueError: something in a request cannot be sent, its key cannot be stored, or its key
                 stands for another request: another workflow, or other inputs, label, version or
                 metadata.
-            ConfigurationError: the database cannot be used, or the batch belongs to another server.
         """
         async with self._open() as store:
             if isinstance(requests, AsyncIterable):
@@ -137,7 +127,7 @@ class Batch:
             await store.run_in_thread(store.check, self._name, unique)
             return sum(
                 [
-                    await store.run_in_thread(store.add, self._name, chunk, self._given)
+                    await store.run_in_thread(store.add, self._name, chunk)
                     for chunk in chunks(unique, _CHUNK, _CHUNK_BYTES)
                 ]
             )
@@ -149,17 +139,17 @@ class Batch:
                 rows.append(self._row(request))
                 size += len(rows[-1].request)
                 if len(rows) >= _CHUNK or size >= _CHUNK_BYTES:
-                    new += await store.run_in_thread(store.add, self._name, rows, self._given)
+                    new += await store.run_in_thread(store.add, self._name, rows)
                     rows, size = [], 0
             if rows:
-                new += await store.run_in_thread(store.add, self._name, rows, self._given)
+                new += await store.run_in_thread(store.add, self._name, rows)
         return new
 
     async def work(self, *, until_done: bool = True) -> BatchStatus:
         """Start items, follow them, and store their outcomes, together with all other workers.
 
         If cancelled, it waits for the starts that are being sent; the next worker continues with
-        all other items.
+        all other items. No item fails because of an error that this raises: work again later.
 
         Args:
             until_done: whether to return once every item has an outcome. Otherwise it waits for
@@ -169,14 +159,12 @@ class Batch:
             How many items are in which state.
 
         Raises:
-            Unauthorized: the server refused the key. No item failed: work again later.
-            ConnectionFailed: the server could not be reached. No item failed: work again later.
-            RequestTimeout: the server did not answer in time. No item failed: work again later.
-            RateLimited: the server answered nothing but 429, and named no time to wait. No item
-                failed: work again later.
+            Unauthorized: the server refused the key.
+            ConnectionFailed: the server could not be reached.
+            RequestTimeout: the server did not answer in time.
+            RateLimited: the server answered nothing but 429, and named no time to wait.
             SessionClosed: the session was closed.
-            ConfigurationError: the database cannot be used, a setting is missing, the batch belongs
-                to another server, or this process uses DBOS for something else.
+            ConfigurationError: a setting is missing, or this process uses DBOS for something else.
             RuntimeError: this process already works on a batch.
         """
         # Before the first await: `outcomes` must not end before the unknown items are restarted.
@@ -184,7 +172,7 @@ class Batch:
         try:
             async with self._open() as store:
                 await self._claim(store)
-                await store.run_in_thread(callbacks.resolve, store, self._name)
+                await store.run_in_thread(again.resolve, store, self._name)
                 if self._restart_unknown:
                     await store.run_in_thread(again.retry, store, self._name, ["unknown"])
                 # While a worker ends, a callback may make one more item unfinished.
@@ -195,12 +183,11 @@ class Batch:
             self._working -= until_done
 
     async def _work(self, store: Store, *, until_done: bool) -> None:
-        given = self._given
-        replaced = await store.run_in_thread(store.store_settings, self._name, given)
+        replaced = await store.run_in_thread(store.store_settings, self._name, self._settings)
         for name, before in replaced.items():
             logger.warning(
                 "batch %r: %s is now %g for all its workers; it was %g",
-                *(self._name, name, given[name], before),
+                *(self._name, name, self._settings[name], before),
             )
         settings = await store.run_in_thread(reports.settings, store, self._name)
         limiter = SharedRate(store, self._name, settings.rate)
@@ -237,9 +224,6 @@ class Batch:
 
         Args:
             until_done: whether to wait for new outcomes, or to end with the last stored one.
-
-        Raises:
-            ConfigurationError: the database cannot be used, or the batch belongs to another server.
         """
         last = 0
         async with self._open() as store:
@@ -247,12 +231,10 @@ class Batch:
             is_last = False
             while not is_last:
                 is_last = not until_done or (not self._working and await self._is_finished(store))
-                while rows := await store.run_in_thread(
-                    store.outcomes, self._name, last, _CHUNK, _CHUNK_BYTES
-                ):
-                    for seq, text in rows:
-                        last = seq
-                        yield StoredOutcome.from_json(text)
+                while rows := await store.run_in_thread(store.outcomes, self._name, last):
+                    for row in rows:
+                        yield StoredOutcome.from_json(row.outcome)
+                    last = rows[-1].seq
                 if not is_last:
                     await asyncio.sleep(_POLL_INTERVAL)
 
@@ -264,9 +246,6 @@ class Batch:
 
         Returns:
             How many items there are.
-
-        Raises:
-            ConfigurationError: the database cannot be used, or the batch belongs to another server.
         """
         async with self._open() as store:
             await self._check_owner(store)
@@ -285,14 +264,11 @@ class Batch:
 
         Returns:
             How many items there are.
-
-        Raises:
-            ConfigurationError: the database cannot be used, or the batch belongs to another server.
         """
         kinds = [kind for kind, is_meant in (("failed", failed), ("unknown", unknown)) if is_meant]
         async with self._open() as store:
             await self._check_owner(store)
-            await store.run_in_thread(callbacks.resolve, store, self._name)
+            await store.run_in_thread(again.resolve, store, self._name)
             return await store.run_in_thread(again.retry, store, self._name, kinds)
 
     async def check_server(self) -> None:
@@ -301,70 +277,43 @@ class Batch:
         The other methods that need them do so, too, before they change anything.
 
         Raises:
-            ConfigurationError: it does not, or the database cannot be used.
+            ConfigurationError: it does not.
         """
         async with self._open() as store:
             await self._check_owner(store)
 
     async def status(self) -> BatchStatus:
-        """Return how many items are in which state, and how many workers are alive.
-
-        Raises:
-            ConfigurationError: the database cannot be used.
-        """
+        """Return how many items are in which state, and how many workers are alive."""
         async with self._open() as store:
             found = await store.run_in_thread(store.status, self._name)
             workers = await store.run_in_thread(count_workers, store, self._name)
             return attrs.evolve(found, workers=workers)
 
     async def settings(self) -> BatchSettings:
-        """Return the settings that all workers share.
-
-        Raises:
-            ConfigurationError: the database cannot be used.
-        """
+        """Return the settings that all workers share."""
         return await self._report(reports.settings)
 
     async def kinds(self, keys: Iterable[str]) -> dict[str, Kind | None]:
         """Return how the items of these keys ended, None for one that has not.
 
         Keys that the batch does not have are left out.
-
-        Raises:
-            ConfigurationError: the database cannot be used.
         """
         return await self._report(reports.kinds, keys)
 
     async def latest_kinds(self, count: int) -> list[tuple[int, Kind]]:
-        """Return how the items that ended last did, each with a growing number, the newest first.
-
-        Raises:
-            ConfigurationError: the database cannot be used.
-        """
+        """Return how the last items ended, each with a growing number, the newest first."""
         return await self._report(reports.latest_kinds, count)
 
     async def item(self, key: str) -> StoredItem | None:
-        """Return what is stored about an item; None if the batch does not have it.
-
-        Raises:
-            ConfigurationError: the database cannot be used.
-        """
+        """Return what is stored about an item; None if the batch does not have it."""
         return await self._report(reports.item, key)
 
     async def failures(self) -> tuple[Failure, ...]:
-        """Return the types of errors that items ended with, the most frequent first.
-
-        Raises:
-            ConfigurationError: the database cannot be used.
-        """
+        """Return the types of errors that items ended with, the most frequent first."""
         return await self._report(reports.failures)
 
     async def durations(self) -> Durations | None:
-        """Return how long the runs took; None if none has ended.
-
-        Raises:
-            ConfigurationError: the database cannot be used.
-        """
+        """Return how long the runs took; None if none has ended."""
         return await self._report(reports.durations)
 
     async def delete(self) -> int:
@@ -375,7 +324,6 @@ class Batch:
         Raises:
             RuntimeError: a worker works on the batch; for 12 seconds, one on another machine may
                 only seem to.
-            ConfigurationError: the database cannot be used.
         """
         async with self._open() as store:
             if await store.run_in_thread(count_workers, store, self._name):
@@ -405,14 +353,13 @@ class Batch:
         Raises:
             TypeError: `token` is not a str, or `execution_id` not an int.
             ValueError: `execution_id` is out of range.
-            ConfigurationError: the database cannot be used.
         """
         if not isinstance(token, str):
             raise TypeError(f"token must be a str, got {token!r:.100}")
         execution_id = integration.check_execution_id(execution_id)
         async with self._open() as store:
-            await store.run_in_thread(callbacks.record, store, self._name, token, execution_id)
-            return await store.run_in_thread(callbacks.resolve, store, self._name) > 0
+            await store.run_in_thread(again.record_callback, store, self._name, token, execution_id)
+            return await store.run_in_thread(again.resolve, store, self._name) > 0
 
     def __repr__(self) -> str:
         return f"<Batch {self._name!r} in {shown(self._url)}>"
@@ -438,17 +385,12 @@ class Batch:
                     self._store = None
                 store.close()
 
-    @property
-    def _given(self) -> dict[str, float]:
-        given = {"max_in_flight": self._max_in_flight, "rate": self._rate}
-        return {name: value for name, value in given.items() if value is not None}
-
     async def _is_finished(self, store: Store) -> bool:
         return await store.run_in_thread(store.is_finished, self._name)
 
     async def _claim(self, store: Store) -> None:
-        moves = self._same_server
-        await store.run_in_thread(partial(owner.claim, moves=moves), store, self._name, self._owner)
+        claim = partial(owner.claim, moves=self._same_server)
+        await store.run_in_thread(claim, store, self._name, self._owner, self._settings)
 
     async def _check_owner(self, store: Store) -> None:
         if not self._same_server:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -30,8 +29,8 @@ class Breaker:
     _patience: float  # seconds of failures after which `_give_up` is called
     _give_up: Callable[[Exception], None]
     _clock: Callable[[], float] = attrs.field(factory=lambda: asyncio.get_running_loop().time)
-    _waiting: deque[asyncio.Future[None]] = attrs.field(init=False, factory=deque)
-    _is_closed: bool = attrs.field(init=False, default=False)
+    _turn: asyncio.Lock = attrs.field(init=False, factory=asyncio.Lock)
+    _is_freed: asyncio.Event = attrs.field(init=False, factory=asyncio.Event)
     _window: int = attrs.field(init=False, default=_FIRST_WINDOW)
     _in_flight: int = attrs.field(init=False, default=0)
     _failures: int = attrs.field(init=False, default=0)
@@ -43,22 +42,25 @@ class Breaker:
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[float]:
         """Wait until one more start may be sent; yield the time, for `failed`."""
-        if self._waiting or not self._is_free():
-            await self._wait()
-        else:
+        async with self._turn:
+            while self._in_flight >= self._window:
+                self._is_freed.clear()
+                await self._is_freed.wait()
+            # In a pause, the window is 1: nothing else is being sent.
+            await asyncio.sleep(max(self._paused_until - self._clock(), 0.0))
             self._in_flight += 1
         try:
             yield self._clock()
         finally:
             self._in_flight -= 1
-            self._wake()
+            self._is_freed.set()
 
     def succeeded(self) -> None:
         """Record that the server answered as it should, whatever that means for the item."""
         self._failures = 0
-        self._pause = 0.0
+        self._pause = self._paused_until = 0.0
         self._window = min(2 * self._window, _LARGEST_WINDOW)
-        self._wake()
+        self._is_freed.set()
 
     def failed(self, error: Exception, *, since: float) -> None:
         """Record a failure that other starts would meet, too; the request was sent at `since`."""
@@ -76,39 +78,3 @@ class Breaker:
         self._pause = min(2 * self._pause or _FIRST_PAUSE, _LONGEST_PAUSE)
         self._paused_at = now
         self._paused_until = now + min(self._pause, left)
-        loop = asyncio.get_running_loop()
-        loop.call_at(self._paused_until, self._end_pause, self._paused_until)
-
-    def close(self) -> None:
-        """Let no start through any more: the worker stops."""
-        self._is_closed = True
-
-    def _is_free(self) -> bool:
-        if self._is_closed:
-            return False
-        if self._failures >= _FAILURES:
-            return self._in_flight == 0 and self._clock() >= self._paused_until
-        return self._in_flight < self._window
-
-    async def _wait(self) -> None:
-        slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(slot)
-        try:
-            await slot
-        except asyncio.CancelledError:
-            if slot.done() and not slot.cancelled():
-                self._in_flight -= 1
-                self._wake()
-            raise
-
-    def _end_pause(self, until: float) -> None:
-        if self._paused_until == until:  # the timer may fire a little early, on uvloop for one
-            self._paused_until = 0.0
-        self._wake()
-
-    def _wake(self) -> None:
-        while self._waiting and self._is_free():
-            slot = self._waiting.popleft()
-            if not slot.done():
-                self._in_flight += 1
-                slot.set_result(None)

@@ -183,20 +183,14 @@ class Database:
         """Return the rows of a query."""
 
         def read() -> Sequence[Any]:
-            with self.reading() as connection:
+            with self.engine.connect() as connection:
+                # This saves the round trips of a transaction, which SQLite does not begin to read.
+                # SQLAlchemy would not set its "IMMEDIATE" again.
+                if not self.is_sqlite:
+                    connection.execution_options(isolation_level="AUTOCOMMIT")
                 return connection.execute(query).all()
 
         return self.retry(read)
-
-    def reading(self) -> sa.Connection:
-        """Return a connection for one query, without the round trips of a transaction."""
-        connection = self.engine.connect()
-        # SQLite begins no transaction to read, and SQLAlchemy would not set "IMMEDIATE" again.
-        return (
-            connection
-            if self.is_sqlite
-            else connection.execution_options(isolation_level="AUTOCOMMIT")
-        )
 
     def transact(self, work: Callable[[sa.Connection], T]) -> T:
         """Do some work in one transaction."""
@@ -256,20 +250,16 @@ class Database:
 
     def _failed(self, error: Exception) -> None:
         with self._lock:
-            is_news = self._away_since is None
-            if is_news:
+            if self._away_since is None:
                 self._away_since = time.monotonic()
-        if is_news:
-            text = "the database %s cannot be used: %.300s; trying again"
-            logger.warning(text, shown(self.engine.url), reason_of(error))
+                text = "the database %s cannot be used: %.300s; trying again"
+                logger.warning(text, shown(self.engine.url), reason_of(error))
 
     def _worked(self) -> None:
-        if self._away_since is None:
-            return
         with self._lock:
-            was_away, self._away_since = self._away_since is not None, None
-        if was_away:
-            logger.warning("the database %s can be used again", shown(self.engine.url))
+            if self._away_since is not None:
+                self._away_since = None
+                logger.warning("the database %s can be used again", shown(self.engine.url))
 
     def explain(self, error: Exception) -> Exception:
         """Return an error as the caller should get it: no raw error of the database."""

@@ -8,11 +8,14 @@ result. A worker that stood still while another one took over its items starts n
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
+import attrs
 import sqlalchemy as sa
 
+from promptlayer_exec.dbos._groups import Group
 from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import (
     attempt_of,
@@ -53,28 +56,25 @@ class Started(NamedTuple):
 
 
 class State(NamedTuple):
-    """Whether an attempt of an item has no outcome yet, and what is recorded about its start.
+    """What is recorded about the start of an attempt of an item that has no outcome yet.
 
     Attributes:
         request: what is to be started, as JSON.
         called_back: the execution id in the callback of the start with this intent.
     """
 
-    is_open: bool
-    request: str = ""
-    intent: str | None = None
-    started: str | None = None
-    called_back: int | None = None
+    request: str
+    intent: str | None
+    started: str | None
+    called_back: int | None
 
 
-_CLOSED = State(False)
-
-
-class Intent(NamedTuple):
+@attrs.frozen
+class Intent:
     """The intent of a worker to start one attempt of an item, or that it is taken back.
 
     Attributes:
-        token: distinguishes the intents of several workers.
+        token: distinguishes the intents of several workers; it is in the start's callback URL.
         replaced: the token of another worker's intent that this one may replace, unless its
             callback has come.
     """
@@ -82,8 +82,55 @@ class Intent(NamedTuple):
     key: str
     attempt: int
     token: str
-    replaced: str | None
-    is_taken_back: bool
+    replaced: str | None = None
+    is_taken_back: bool = False
+
+
+class IntentRefused(Exception):
+    """Another worker has the item, or it has an outcome."""
+
+
+def current_task() -> asyncio.Task[Any]:
+    """Return the running task, which every coroutine has."""
+    return cast("asyncio.Task[Any]", asyncio.current_task())
+
+
+@attrs.define(eq=False, repr=False)
+class PendingStart:
+    """A start that is to be sent, with the hooks around its sending.
+
+    Attributes:
+        task: waits for the answer.
+        may_be_sent: whether the request may be sent, so that its answer must be waited for.
+    """
+
+    _intent: Intent
+    _intents: Group[Intent, bool]
+    task: asyncio.Task[Any] = attrs.field(init=False, factory=current_task)
+    may_be_sent: bool = attrs.field(init=False, default=False)
+    _is_cancelled: bool = attrs.field(init=False, default=False)
+
+    async def before_send(self) -> None:
+        """Record the intent."""
+        if self._is_cancelled:  # the cancellation is still on its way here
+            await asyncio.Event().wait()
+        self.may_be_sent = True
+        if not await self._intents.add(self._intent):
+            raise IntentRefused
+
+    async def not_sent(self) -> None:
+        """Take the intent back."""
+        if self.may_be_sent:
+            await self._intents.add(attrs.evolve(self._intent, is_taken_back=True))
+            self.may_be_sent = False
+        if self._is_cancelled:
+            self.task.cancel()
+
+    def cancel(self) -> None:
+        """Cancel the start, unless its request may be sent."""
+        self._is_cancelled = True
+        if not self.may_be_sent:
+            self.task.cancel()
 
 
 def write(store: Store, batch: str, intents: Sequence[Intent]) -> list[bool]:
@@ -142,8 +189,8 @@ def _recorded(
     }
 
 
-def read(store: Store, batch: str, attempts: Sequence[tuple[str, int]]) -> list[State]:
-    """Return the state of attempts of items, given as key and number."""
+def read(store: Store, batch: str, attempts: Sequence[tuple[str, int]]) -> list[State | None]:
+    """Return the states of attempts, given as key and number; None where an attempt has ended."""
     query = (
         sa.select(
             *(_item.key, _item.attempt, _item.kind, _item.request, _item.intent, _item.started),
@@ -153,8 +200,8 @@ def read(store: Store, batch: str, attempts: Sequence[tuple[str, int]]) -> list[
         .where(_item.batch == batch, _item.key.in_([key for key, _ in attempts]))
     )
     found = {
-        (row.key, row.attempt): State(True, row.request, row.intent, row.started, row.execution_id)
+        (row.key, row.attempt): State(row.request, row.intent, row.started, row.execution_id)
         for row in store.rows(query)
         if row.kind is None
     }
-    return [found.get(each, _CLOSED) for each in attempts]
+    return [found.get(each) for each in attempts]

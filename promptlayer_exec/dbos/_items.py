@@ -26,7 +26,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import attrs
 
@@ -49,22 +49,19 @@ from promptlayer_exec import (
 )
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos import _again as again
-from promptlayer_exec.dbos import _callbacks as callbacks
 from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos._breaker import Breaker
 from promptlayer_exec.dbos._groups import Group
-from promptlayer_exec.dbos._intents import Intent, Started, State
-from promptlayer_exec.dbos._names import workflow_id
-from promptlayer_exec.dbos._pending import (
-    IntentRefused,
-    Item,
-    PendingStart,
-    current_task,
-    unknown_start,
-)
+from promptlayer_exec.dbos._intents import Intent, IntentRefused, PendingStart, Started, State
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import Ending
-from promptlayer_exec.dbos._values import StartResult, StoredError, StoredOutcome, start_result
+from promptlayer_exec.dbos._tables import workflow_id
+from promptlayer_exec.dbos._values import (
+    Ending,
+    StartResult,
+    StoredError,
+    StoredOutcome,
+    start_result,
+)
 
 logger = logging.getLogger("promptlayer_exec")
 # Seconds for which the server may answer 404 for an execution that was started.
@@ -76,14 +73,20 @@ _LONGEST_DELAY = 30.0
 # seconds until the first look whether the database is away.
 _RECORDED_WITHIN = 10.0
 _LOOK_AFTER = 0.5
-# Seconds for which a database that is away may keep the end of the work waiting.
-_PATIENCE_AT_END = 5.0
 # Errors of a start or a poll that every other item would meet, too.
 _NOT_THE_ITEMS_FAULT = (
     *(Unauthorized, ConnectionFailed, RateLimited, RequestTimeout),
     *(SessionClosed, ConfigurationError),
 )
 _ACCOUNT_STATUSES = (402, 403)
+
+
+class Item(NamedTuple):
+    """One attempt to run an item, and its request as JSON."""
+
+    key: str
+    attempt: int
+    request: str
 
 
 @attrs.define(eq=False, repr=False)
@@ -104,7 +107,7 @@ class Items:
     waiting: dict[str, Exception] = attrs.field(init=False, factory=dict)
     _pending: set[PendingStart] = attrs.field(init=False, factory=set)
     _intents: Group[Intent, bool] = attrs.field(init=False)
-    _states: Group[tuple[str, int], State] = attrs.field(init=False)
+    _states: Group[tuple[str, int], State | None] = attrs.field(init=False)
     _started: Group[Started, bool] = attrs.field(init=False)
     _endings: Group[Ending, bool] = attrs.field(init=False)
     _starts: Breaker = attrs.field(init=False)
@@ -130,7 +133,7 @@ class Items:
         # A worker that stood still may be given an item again that it still runs.
         while (earlier := self.active.get(workflow)) is not None:
             await asyncio.wait([earlier])
-        self.active[workflow] = current_task()
+        self.active[workflow] = intents.current_task()
         try:
             await self._run(key, attempt)
         except (IntentRefused, _Closing):
@@ -146,7 +149,6 @@ class Items:
     async def close(self) -> None:
         """Send no start any more; record the answers of those sent, and follow nothing."""
         self._is_closing = True
-        self._starts.close()
         running = {*self.active.values()}
         sending = {start.task for start in self._pending}
         for task in running - sending:
@@ -154,30 +156,29 @@ class Items:
         for start in self._pending:
             start.cancel()
         while running:
-            _, running = await asyncio.wait(running, timeout=_PATIENCE_AT_END)
-            if self._store.away_for > _PATIENCE_AT_END:
+            _, running = await asyncio.wait(running, timeout=self._store.patience)
+            if self._store.away_for > self._store.patience:
                 self._store.give_up()
 
     def _end(self, error: Exception) -> None:
         """End the work with an error, and send no start any more."""
-        self._starts.close()
+        self._is_closing = True
         self._stop(error)
 
     def _store_endings(self, endings: list[Ending]) -> list[bool]:
-        stored = callbacks.finish(self._store, self._batch, endings)
+        stored = again.finish(self._store, self._batch, endings)
         return [(ending.key, ending.attempt) in stored for ending in endings]
 
     async def _run(self, key: str, attempt: int) -> None:
         while True:  # the start of another worker may be recorded meanwhile
             self._check_open()
             state = await self._states.add((key, attempt))
-            if not state.is_open:
+            if state is None:
                 return  # it has an outcome, or a later attempt
             item = Item(key, attempt, state.request)
             started = await self._start(item, state)
             if started is None:
                 return
-            self._check_open()
             outcome = await self._follow(item, started)
             if await self._endings.add(Ending.of(attempt, outcome)):
                 return
@@ -194,12 +195,13 @@ class Items:
             if state.called_back is not None:  # it has
                 return await self._record(item, state.intent, start_result(state.called_back))
             if not self._restart_unknown:
-                return unknown_start(item)
+                return _unknown_start(item)
         token = integration.start_token(self._session)
-        pending = PendingStart(item, self._intents, token, state.intent)
+        intent = Intent(item.key, item.attempt, token, state.intent)
+        pending = PendingStart(intent, self._intents)
         self._pending.add(pending)
         try:
-            result = await self._send(item, pending)
+            result = await self._send(item, pending, token)
             if result["execution_id"] is None:
                 return result
             return await self._record(item, token, result)
@@ -218,9 +220,7 @@ class Items:
                 self._report_unrecorded(item, result)
             if await recording:
                 return result
-            adopt = partial(again.adopt, self._store, self._batch, key=item.key)
-            adopt = partial(adopt, attempt=item.attempt, token=token, started=result)
-            if await self._store.run_in_thread(adopt):
+            if await self._store.run_in_thread(again.adopt, self._store, self._batch, row):
                 text = (
                     "execution %d was started for item %.100r while another worker took the item"
                     " over; it is followed"
@@ -233,14 +233,15 @@ class Items:
         self._report_unrecorded(item, result)
         return None
 
-    async def _send(self, item: Item, pending: PendingStart) -> StartResult:
+    async def _send(self, item: Item, pending: PendingStart, token: str) -> StartResult:
         """Send a start, in a slot of its own each time, until it has a result."""
         request = self._to_send(item)
         while True:
             async with self._starts.slot() as since:
+                self._check_open()
                 try:
                     execution = await integration.start(
-                        self._session, request, hooks=pending, token=pending.token
+                        self._session, request, hooks=pending, token=token
                     )
                 except IntentRefused:
                     raise
@@ -308,8 +309,7 @@ class Items:
             f" {self._batch!r}, but the database could not record it yet: keep this line"
         )
         logger.error("%s", text)
-        if logger.hasHandlers() and not _logs_to_stderr():
-            print(text, file=sys.stderr, flush=True)  # noqa: T201 - the id must not get lost
+        print(text, file=sys.stderr, flush=True)  # noqa: T201 - the id must not get lost
 
     async def _follow(self, item: Item, started: StartResult) -> StoredOutcome:
         key = item.key
@@ -318,6 +318,7 @@ class Items:
         if execution_id is None:
             error = StoredError(*(started["error"] or ("", "")))
             return StoredOutcome(key, None, False, None, error, None, at)
+        self._check_open()
         try:
             output = await self._output(item, execution_id)
             outcome = StoredOutcome(key, execution_id, True, output, None, at, _now())
@@ -376,7 +377,14 @@ class Items:
 
 
 class _Closing(Exception):
-    """The work ends, so an item is not followed."""
+    """The work ends, so an item is neither started nor followed."""
+
+
+def _unknown_start(item: Item) -> StartResult:
+    """Return the result of a start that another worker may have sent."""
+    message = "the worker that sent the start stopped before it recorded the answer"
+    workflow = json.loads(item.request)["workflow"]
+    return start_result(error=StartUnknown(message, workflow=workflow, reason=message))
 
 
 def _is_announced(error: RequestError) -> bool:
@@ -386,14 +394,3 @@ def _is_announced(error: RequestError) -> bool:
 
 def _now() -> datetime:
     return datetime.now(UTC)
-
-
-def _logs_to_stderr() -> bool:
-    """Return True if a handler of the logger writes to standard error."""
-    source: logging.Logger | None = logger
-    while source is not None:
-        for handler in source.handlers:
-            if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
-                return True
-        source = source.parent if source.propagate else None
-    return False

@@ -49,7 +49,7 @@ class Liveness:
 
     def record_heartbeat(self) -> None:
         """Record that this worker is alive, before it takes its first item."""
-        self._store.record_heartbeat(self._batch, self._executor, describe(os.getpid()))
+        self._store.record_heartbeat(self._batch, self._executor, describe_process())
 
     async def run(self) -> None:
         """Record heartbeats, and look after other workers, until cancelled."""
@@ -115,9 +115,9 @@ def count_workers(store: Store, batch: str) -> int:
     return sum(not _is_gone(process) for process in store.processes(batch, DEAD_AFTER))
 
 
-def describe(pid: int) -> str:
-    """Return JSON that identifies a process: the machine's boot, the namespace, and the id."""
-    return json.dumps([*_pid_scope(), pid])
+def describe_process() -> str:
+    """Return JSON that identifies this process: the machine's boot, the namespace, and the id."""
+    return json.dumps([*_pid_scope(), os.getpid()])
 
 
 def _is_gone(process: str) -> bool:
@@ -127,10 +127,8 @@ def _is_gone(process: str) -> bool:
         return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
     return False
 
 

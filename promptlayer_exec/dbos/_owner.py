@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import attrs
 import sqlalchemy as sa
 
 from promptlayer_exec import ConfigurationError
+from promptlayer_exec.dbos._store import Store
 from promptlayer_exec.dbos._tables import batches, items, workers
-
-if TYPE_CHECKING:
-    from promptlayer_exec.dbos._store import Store
 
 
 @attrs.frozen
@@ -25,15 +23,18 @@ class Owner:
     api_key: str | None = attrs.field(repr=False)
 
 
-def claim(store: Store, batch: str, owner: Owner, *, moves: bool) -> None:
+def claim(
+    store: Store, batch: str, owner: Owner, settings: Mapping[str, float], *, moves: bool
+) -> None:
     """Let a batch belong to `owner`; one that belongs to another moves only if that is meant.
 
-    A batch of which nothing was started yet belongs to nobody: the first key may be mistyped.
+    A new batch gets these settings. One of which nothing was started yet belongs to nobody: the
+    first key may be mistyped.
 
     Raises:
         ConfigurationError: the batch was begun at another server, or with another key.
     """
-    store.create(batch)
+    store.create(batch, settings)
     update = sa.update(batches).where(batches.c.name == batch)
 
     def work(connection: sa.Connection) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING
 
 import attrs
 
-if TYPE_CHECKING:
-    from promptlayer_exec.dbos._store import Store
+from promptlayer_exec.dbos._store import Store
 
 # A worker reserves slots for at most this many seconds at once, and uses a slot for at most this
 # many seconds after its time.

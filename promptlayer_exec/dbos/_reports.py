@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import sqlalchemy as sa
 
-from promptlayer_exec.dbos._names import key_and_attempt
-from promptlayer_exec.dbos._tables import batches, items
+from promptlayer_exec.dbos._store import Store
+from promptlayer_exec.dbos._tables import batches, items, key_and_attempt
 from promptlayer_exec.dbos._values import Kind, StoredError, StoredOutcome
 
-if TYPE_CHECKING:
-    from promptlayer_exec.dbos._store import Store
-
-_KEYS_AT_ONCE = 500
 _item = items.c
 
 
@@ -26,7 +22,7 @@ class BatchSettings:
     """The settings that all workers of a batch share.
 
     Attributes:
-        max_in_flight: how many items they run at most; None if no worker has set it yet.
+        max_in_flight: how many items they run at most; None if nobody has set it yet.
         rate: how many HTTP attempts per second they make at most; None: no shared limit.
         created: when the first item was added (UTC), or a deletion began that was interrupted; None
             if there is no such batch.
@@ -101,15 +97,7 @@ class Durations:
 
 def kinds(store: Store, batch: str, keys: Iterable[str]) -> dict[str, Kind | None]:
     """Return how each item ended, None for one that has not; other keys are left out."""
-    asked = [*keys]
-    found: dict[str, Kind | None] = {}
-    for start in range(0, len(asked), _KEYS_AT_ONCE):
-        if store.is_cancelled():
-            break
-        part = asked[start : start + _KEYS_AT_ONCE]
-        query = sa.select(_item.key, _item.kind).where(_item.batch == batch, _item.key.in_(part))
-        found.update((row.key, row.kind) for row in store.rows(query))
-    return found
+    return {row.key: row.kind for row in store.rows_of(batch, [*keys], _item.kind)}
 
 
 def latest_kinds(store: Store, batch: str, count: int) -> list[tuple[int, Kind]]:

@@ -25,42 +25,30 @@ class Row(NamedTuple):
 
 def encode(request: StartRequest, inputs: dict[str, Any]) -> Row:
     """Return the row of a request whose inputs are in JSON form."""
-    text = json.dumps(
-        {
-            "workflow": request.workflow,
-            "inputs": inputs,
-            "label": request.label,
-            "version": request.version,
-            "metadata": None if request.metadata is None else dict(request.metadata),
-            "callback_url": request.callback_url,
-        }
-    )
-    return Row(request.key, text, digest_of(text))
+    fields = {
+        "workflow": request.workflow,
+        "inputs": inputs,
+        "label": request.label,
+        "version": request.version,
+        "metadata": None if request.metadata is None else dict(request.metadata),
+        "callback_url": request.callback_url,
+    }
+    identity = json.dumps({name: fields[name] for name in _IDENTITY}, sort_keys=True)
+    return Row(request.key, json.dumps(fields), hashlib.sha256(identity.encode()).hexdigest())
 
 
-def digest_of(text: str) -> str:
-    """Return a digest of all in a stored request that its key stands for."""
-    fields = json.loads(text)
-    identity = {name: fields[name] for name in _IDENTITY}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+def another_request(batch: str, row: Row, stored: str) -> ValueError:
+    """Return the error of a key that stands for another request; it shows what differs, no values.
 
-
-def differences(stored: str, given: str) -> str:
-    """Return the names of what differs between two stored requests, without any values."""
-    before, after = json.loads(stored), json.loads(given)
-    names: list[str] = []
-    for name in _IDENTITY:
-        names += _paths(name, before[name], after[name])
+    `stored` is the JSON of that request.
+    """
+    before, after = json.loads(stored), json.loads(row.request)
+    names = [path for name in _IDENTITY for path in _paths(name, before[name], after[name])]
     more = len(names) - _MOST_DIFFERENCES
-    return ", ".join(names[:_MOST_DIFFERENCES]) + (f" and {more} more" if more > 0 else "")
-
-
-def another_request(batch: str, row: Row, stored: str | None) -> ValueError:
-    """Return the error of a key that stands for another request: `stored`, if it is known."""
-    what = "" if stored is None else f" ({differences(stored, row.request)} differs)"
+    what = ", ".join(names[:_MOST_DIFFERENCES]) + (f" and {more} more" if more > 0 else "")
     return ValueError(
-        f"the key {row.key!r:.100} of batch {batch!r} stands for another request{what}: give this"
-        " one another key, or add it to another batch; it was not added"
+        f"the key {row.key!r:.100} of batch {batch!r} stands for another request ({what} differs):"
+        " give this one another key, or add it to another batch; it was not added"
     )
 
 

@@ -15,7 +15,7 @@ import json
 import secrets
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,19 +23,22 @@ import sqlalchemy as sa
 from dbos import DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
 
 from promptlayer_exec.dbos._database import Database
-from promptlayer_exec.dbos._names import (
+from promptlayer_exec.dbos._requests import Row, another_request, by_key
+from promptlayer_exec.dbos._tables import (
     APPLICATION,
+    COUNTS,
     WORKFLOW,
+    attempt_of,
+    callbacks,
     key_and_attempt,
     queue_name,
+    the_attempt,
     workflow_id,
 )
-from promptlayer_exec.dbos._requests import Row, another_request, by_key
-from promptlayer_exec.dbos._tables import COUNTS, Ending, attempt_of, callbacks, the_attempt
 from promptlayer_exec.dbos._tables import batches as _batches
 from promptlayer_exec.dbos._tables import items as _items
 from promptlayer_exec.dbos._tables import workers as _workers
-from promptlayer_exec.dbos._values import BatchStatus
+from promptlayer_exec.dbos._values import BatchStatus, Ending
 
 # DBOS gives an item only to workers of the same version.
 VERSION = "3"
@@ -43,6 +46,7 @@ VERSION = "3"
 _QUEUE_INTERVAL = 0.2
 _DELETED_AT_ONCE = 500
 _KEYS_AT_ONCE = 500
+_OUTCOMES_AT_ONCE = 50  # each may have megabytes
 _item = _items.c
 # PostgreSQL: DBOS's documented function for other languages; from Python, each takes four round
 # trips. Its arguments are the JSON of `DBOSPortableJSONSerializer`.
@@ -95,10 +99,14 @@ class Store(Database):
         query = sa.select(_batches.c.name).order_by(_batches.c.name)
         return [row.name for row in self.rows(query)]
 
-    def create(self, batch: str) -> None:
-        """Create a batch without items, unless it exists."""
-        insert = self.insert(_batches).values(_new_batch(batch))
-        self.execute(insert.on_conflict_do_nothing())
+    def create(self, batch: str, settings: Mapping[str, float]) -> None:
+        """Create a batch with these settings, and without items, unless it exists."""
+        self.execute(self._insert_batch(batch, settings))
+
+    def _insert_batch(self, name: str, settings: Mapping[str, float]) -> Any:
+        row = {"name": name, "last_seq": 0, "next_request": 0.0, "created": time.time()}
+        row |= dict.fromkeys(COUNTS, 0) | {"channel_suffix": secrets.token_hex(16)}
+        return self.insert(_batches).values(row | dict(settings)).on_conflict_do_nothing()
 
     def channel_suffix(self, batch: str) -> str:
         """Return the suffix of the push channel that a batch's workers share."""
@@ -108,25 +116,22 @@ class Store(Database):
     def check(self, batch: str, rows: Sequence[Row]) -> None:
         """Raise ValueError if a key that is already there stands for another request."""
         given = {row.key: row for row in rows}
-        keys = [*given]
+        for key, digest, request in self.rows_of(batch, [*given], _item.digest, _item.request):
+            if digest != given[key].digest:
+                raise another_request(batch, given[key], request)
+
+    def rows_of(
+        self, batch: str, keys: Sequence[str], *columns: sa.ColumnElement[Any]
+    ) -> Iterator[Any]:
+        """Yield the key and these columns of each item that is there; ends early if cancelled."""
         for start in range(0, len(keys), _KEYS_AT_ONCE):
             if self.is_cancelled():
                 return
-            query = sa.select(_item.key, _item.digest, _item.request).where(
-                _item.batch == batch, _item.key.in_(keys[start : start + _KEYS_AT_ONCE])
-            )
-            for key, digest, request in self.rows(query):
-                if digest != given[key].digest:
-                    raise another_request(batch, given[key], request)
+            query = sa.select(_item.key, *columns).where(_item.batch == batch)
+            yield from self.rows(query.where(_item.key.in_(keys[start : start + _KEYS_AT_ONCE])))
 
-    def add(
-        self, batch: str, rows: Sequence[Row], settings: Mapping[str, float] | None = None
-    ) -> int:
-        """Add and enqueue the items that are new, and return how many were; checks the others.
-
-        The settings are those of a batch that does not exist yet.
-        """
-        insert_batch = self.insert(_batches).on_conflict_do_nothing()
+    def add(self, batch: str, rows: Sequence[Row]) -> int:
+        """Add and enqueue the items that are new, and return how many were; checks the others."""
         insert = self.insert(_items).on_conflict_do_nothing().returning(_item.key)
         unique = by_key(batch, rows)
         items = [
@@ -135,7 +140,7 @@ class Store(Database):
         ]
 
         def add(connection: sa.Connection) -> int:
-            connection.execute(insert_batch, _new_batch(batch) | dict(settings or {}))
+            connection.execute(self._insert_batch(batch, {}))  # it may have been deleted meanwhile
             new = {*connection.execute(insert, items).scalars()}
             if new:
                 self.enqueue(connection, batch, [(key, 1) for key in unique if key in new])
@@ -186,32 +191,10 @@ class Store(Database):
 
         return self.transact(finish)
 
-    def outcomes(self, batch: str, after: int, limit: int, size: int) -> list[tuple[int, str]]:
-        """Return the numbers and the JSON of the next outcomes, in the order they were stored.
-
-        They are `limit` at most, and not more than one longer than `size` bytes.
-        """
+    def outcomes(self, batch: str, after: int) -> Sequence[Any]:
+        """Return the numbers and the JSON of the next outcomes, in the order they were stored."""
         query = sa.select(_item.seq, _item.outcome).where(_item.batch == batch, _item.seq > after)
-        query = query.order_by(_item.seq).limit(limit)
-        if not self.is_sqlite:  # its driver would fetch all rows before it returns the first
-            rows = query.subquery()
-            length = sa.func.octet_length(rows.c.outcome)
-            before = sa.func.sum(length).over(order_by=rows.c.seq) - length
-            sizes = sa.select(rows, before.label("before")).subquery()
-            query = sa.select(sizes.c.seq, sizes.c.outcome).where(sizes.c.before < size)
-            query = query.order_by(sizes.c.seq)
-
-        def read() -> list[tuple[int, str]]:
-            found, read = [], 0
-            with self.reading() as connection, connection.execute(query) as result:
-                for seq, outcome in result:
-                    found.append((seq, outcome))
-                    read += len(outcome)
-                    if read >= size:
-                        break
-            return found
-
-        return self.retry(read)
+        return self.rows(query.order_by(_item.seq).limit(_OUTCOMES_AT_ONCE))
 
     def is_finished(self, batch: str) -> bool:
         """Return True if every item has an outcome."""
@@ -235,11 +218,9 @@ class Store(Database):
 
     def store_settings(self, batch: str, given: dict[str, float]) -> dict[str, float]:
         """Store the settings that are given, and return those of `given` that replaced others."""
-        insert_batch = self.insert(_batches).on_conflict_do_nothing()
         update = sa.update(_batches).where(_batches.c.name == batch)
 
         def work(connection: sa.Connection) -> dict[str, float]:
-            connection.execute(insert_batch, _new_batch(batch))
             # Writes first, because a reading transaction on SQLite may not write later.
             locked = connection.execute(update.values(name=batch).returning(_batches))
             before = locked.mappings().one()
@@ -255,12 +236,14 @@ class Store(Database):
     def workflows(self, batch: str, key: str, attempts: int) -> list[Any]:
         """Return the DBOS workflows of the attempts of an item, the first one first."""
         ids = [workflow_id(batch, key, attempt) for attempt in range(1, attempts + 1)]
-        found: Any = self.retry(
-            partial(
-                self._client.list_workflows, workflow_ids=ids, load_input=False, load_output=False
-            )
+        return sorted(
+            self._list_workflows(workflow_ids=ids),
+            key=lambda each: key_and_attempt(each.workflow_id)[1],
         )
-        return sorted(found, key=lambda each: key_and_attempt(each.workflow_id)[1])
+
+    def _list_workflows(self, **which: Any) -> Any:
+        select = partial(self._client.list_workflows, load_input=False, load_output=False)
+        return self.retry(partial(select, **which))
 
     def delete(self, batch: str) -> int:
         """Delete a batch and its items, a few hundred at a time; return how many items it had."""
@@ -350,15 +333,7 @@ class Store(Database):
 
     def taken(self, batch: str) -> dict[str, str]:
         """Return the executor that has taken each running item, by the item's workflow."""
-        found: Any = self.retry(
-            partial(
-                self._client.list_workflows,
-                status="PENDING",
-                queue_name=queue_name(batch),
-                load_input=False,
-                load_output=False,
-            )
-        )
+        found = self._list_workflows(status="PENDING", queue_name=queue_name(batch))
         return {workflow.workflow_id: workflow.executor_id or "" for workflow in found}
 
     def requeue(self, batch: str, workflows: Collection[str]) -> None:
@@ -416,9 +391,3 @@ class Store(Database):
                 "app_version": VERSION,
             }
             self._client.enqueue_in_transaction(connection, options, *each)
-
-
-def _new_batch(name: str) -> dict[str, Any]:
-    row = {"name": name, "last_seq": 0, "next_request": 0.0, "created": time.time()}
-    row["channel_suffix"] = secrets.token_hex(16)
-    return row | dict.fromkeys(COUNTS, 0)

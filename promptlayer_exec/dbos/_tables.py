@@ -1,14 +1,14 @@
-"""The tables of batches, their items, workers and callbacks, beside those of DBOS."""
+"""Our tables of batches, items, workers and callbacks; and the names that these have in DBOS."""
 
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import quote
 
-import attrs
 import sqlalchemy as sa
 
-from promptlayer_exec.dbos._values import StoredOutcome
-
+APPLICATION = "promptlayer-exec"
+WORKFLOW = "promptlayer_exec.item"
 COUNTS = ("total", "succeeded", "failed", "unknown")
 
 tables = sa.MetaData()
@@ -89,6 +89,22 @@ the_attempt = sa.and_(
 )
 
 
+def queue_name(batch: str) -> str:
+    """Return the name of a batch's queue."""
+    return f"{APPLICATION}/{batch}"
+
+
+def workflow_id(batch: str, key: str, attempt: int) -> str:
+    """Return the id of the DBOS workflow that runs one attempt of an item."""
+    return f"{APPLICATION}/{quote(batch, safe='')}/{attempt}/{key}"
+
+
+def key_and_attempt(workflow_id: str) -> tuple[str, int]:
+    """Return the key and the attempt that are in the id of a workflow."""
+    _, _, attempt, key = workflow_id.split("/", 3)
+    return key, int(attempt)
+
+
 def attempt_of(batch: str, key: str, attempt: int) -> dict[str, Any]:
     """Return the parameters of `the_attempt`."""
     return {"the_batch": batch, "the_key": key, "the_attempt": attempt}
@@ -101,29 +117,3 @@ def lock_batch(connection: sa.Connection, batch: str) -> None:
     need another one.
     """
     connection.execute(sa.update(batches).where(batches.c.name == batch).values(name=batch))
-
-
-@attrs.frozen
-class Ending:
-    """How an attempt of an item ended: its kind, and the outcome as JSON.
-
-    Attributes:
-        has_run: whether a run was followed to its end. If not, the start of another worker may be
-            recorded meanwhile, and the item goes on with its run.
-    """
-
-    key: str
-    attempt: int
-    kind: str
-    outcome: str
-    seconds: float | None = None
-    has_run: bool = False
-
-    @classmethod
-    def of(cls, attempt: int, outcome: StoredOutcome) -> Ending:
-        """Return the ending of an attempt with this outcome."""
-        seconds = None
-        if outcome.started is not None:  # the clock may have been put back
-            seconds = max((outcome.finished - outcome.started).total_seconds(), 0.0)
-        has_run = outcome.execution_id is not None
-        return cls(outcome.key, attempt, outcome.kind, outcome.to_json(), seconds, has_run)

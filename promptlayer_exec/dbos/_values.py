@@ -1,4 +1,4 @@
-"""Outcomes of items, as they are stored in JSON, and counts of items."""
+"""How items started and ended, as it is stored in JSON, and counts of items."""
 
 from __future__ import annotations
 
@@ -101,14 +101,46 @@ class BatchStatus:
         return self.succeeded + self.failed + self.unknown
 
 
+@attrs.frozen
+class Ending:
+    """How an attempt of an item ended: its kind, and the outcome as JSON.
+
+    Attributes:
+        has_run: whether a run was followed to its end. If not, the start of another worker may be
+            recorded meanwhile, and the item goes on with its run.
+    """
+
+    key: str
+    attempt: int
+    kind: str
+    outcome: str
+    seconds: float | None = None
+    has_run: bool = False
+
+    @classmethod
+    def of(cls, attempt: int, outcome: StoredOutcome) -> Ending:
+        """Return the ending of an attempt with this outcome."""
+        seconds = None
+        if outcome.started is not None:  # the clock may have been put back
+            seconds = max((outcome.finished - outcome.started).total_seconds(), 0.0)
+        has_run = outcome.execution_id is not None
+        return cls(outcome.key, attempt, outcome.kind, outcome.to_json(), seconds, has_run)
+
+
 class StartResult(TypedDict):
-    """The stored result of the step "start"; without id and error, no run was started."""
+    """The stored result of a start; one without an id has the type and the text of an error."""
 
     execution_id: int | None
     at: str
     error: list[str] | None
 
 
-def start_result(execution_id: int | None = None, error: Exception | None = None) -> StartResult:
+def start_result(
+    execution_id: int | None = None,
+    error: Exception | None = None,
+    at: datetime | None = None,
+) -> StartResult:
+    """Return the result of a start that ended at `at`, or just now."""
     what = None if error is None else [type(error).__name__, str(error)]
-    return {"execution_id": execution_id, "at": datetime.now(UTC).isoformat(), "error": what}
+    ended = at or datetime.now(UTC)
+    return {"execution_id": execution_id, "at": ended.isoformat(), "error": what}

@@ -21,8 +21,8 @@ from promptlayer_exec import _integration as integration
 from promptlayer_exec.dbos._engine import log_quietly
 from promptlayer_exec.dbos._items import Items
 from promptlayer_exec.dbos._liveness import Liveness, release
-from promptlayer_exec.dbos._names import APPLICATION, WORKFLOW, queue_name
 from promptlayer_exec.dbos._store import VERSION, Store
+from promptlayer_exec.dbos._tables import APPLICATION, WORKFLOW, queue_name
 
 _CHECK_INTERVAL = 0.25
 _THREADS = 16
@@ -146,15 +146,10 @@ class Worker:
 
     async def run_item(self, key: str, attempt: int) -> None:
         """Run an item until its outcome is stored; called in DBOS's event loop."""
-        running = asyncio.run_coroutine_threadsafe(self._items.run(key, attempt), self._loop)
-        is_done = False
-        try:
-            is_done = await asyncio.wrap_future(running)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-        if not is_done:
+        run = self._items.run(key, attempt)
+        running = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(run, self._loop))
+        await asyncio.wait([running])
+        if running.cancelled() or not running.result():
             await _suspend()
 
     def _give_up(self, error: Exception) -> None:

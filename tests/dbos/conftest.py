@@ -6,27 +6,69 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from promptlayer_exec.dbos import StoredError, StoredOutcome
+from promptlayer_exec import PollPolicy, RetryPolicy, Session
+from promptlayer_exec.dbos import Batch, StoredError, StoredOutcome
 from promptlayer_exec.dbos import _batch as batches
 from promptlayer_exec.dbos import _breaker as breakers
 from promptlayer_exec.dbos import _database as databases
 from promptlayer_exec.dbos import _items as items
-from promptlayer_exec.dbos import _liveness as liveness
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import Ending
+from promptlayer_exec.dbos._values import Ending
+from promptlayer_exec.simulator import Scenario, SimNode, Simulator
+
+_SETTINGS = ("database_url", "max_in_flight", "rate", "restart_unknown", "same_server", "session")
 
 
 @pytest.fixture
 def url(batches_file: Path) -> str:
     """Return the URL of a SQLite database without batches."""
     return f"sqlite:///{batches_file}"
+
+
+def _answering(inputs: Any, *, seconds: float | None) -> Scenario:
+    status = "FAILED" if inputs.get("n") == "bad" else "SUCCESS"
+    node = SimNode("Answer", inputs.get("n"), seconds, status=status, is_output_node=True)
+    return Scenario([node])
+
+
+@pytest.fixture
+def batch_of(sim: Simulator, url: str) -> Callable[..., Batch]:
+    """Return a function that makes the batch `nightly`, or another one, on this database.
+
+    It takes the settings of the batch, the patience of its session, and other settings of that.
+    The workflow `echo` returns its input `n`, or fails if that is "bad"; `held` does so when
+    `sim.finish` is called.
+    """
+    sim.add_workflow("echo", partial(_answering, seconds=0.0))
+    sim.add_workflow("held", partial(_answering, seconds=None))
+    bare = {"poll": PollPolicy.fixed(0.01), "rate": None, "push": False, "check_inputs": False}
+    here = {"api_key": sim.api_key, "base_url": sim.base_url}
+
+    def make(
+        name: str = "nightly", *, outage: float = 30.0, watch_outage: float = 30.0, **settings: Any
+    ) -> Batch:
+        patience = {"outage": outage, "watch_outage": watch_outage, "not_found_grace": 0.0}
+        retry = RetryPolicy(**patience, base=0.001, ceiling=0.2)
+        of_batch = {key: settings.pop(key) for key in _SETTINGS if key in settings}
+        session = partial(Session, **{**bare, **here, "retry": retry, **settings})
+        return Batch(name, **{"database_url": url, "session": session, **of_batch})
+
+    return make
+
+
+@pytest.fixture
+def batch(batch_of: Callable[..., Batch]) -> Batch:
+    """Return the batch `nightly`."""
+    return batch_of()
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +81,6 @@ def _short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
         (breakers, "_FIRST_PAUSE", 0.1),
         (batches, "_POLL_INTERVAL", 0.02),
         (databases, "_RETRY_INTERVAL", 0.02),
-        (liveness, "HEARTBEAT_INTERVAL", 0.1),
     ):
         monkeypatch.setattr(module, name, interval)
 
@@ -67,6 +108,6 @@ def end(url: str) -> Callable[[str, int | None, str], None]:
         now = datetime.now(UTC)
         outcome = StoredOutcome(key, execution_id, False, None, StoredError(error, "-"), now, now)
         with closing(Store(check_url(url))) as store:
-            store.finish("b", [Ending.of(1, outcome)])
+            store.finish("nightly", [Ending.of(1, outcome)])
 
     return end

@@ -4,45 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import pytest
 from dbos import DBOSClient
 
-from promptlayer_exec import PollPolicy, Session, StartRequest
+from promptlayer_exec import StartRequest
 from promptlayer_exec.dbos import Batch, BatchStatus, StoredOutcome
-from promptlayer_exec.dbos._names import workflow_id
+from promptlayer_exec.dbos._tables import workflow_id
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 End = Callable[[str, int | None, str], None]
-
-
-@pytest.fixture
-def batch(sim: Simulator, url: str) -> Batch:
-    """Return a batch whose workflow `echo` returns its input `n`, and `held` waits."""
-    sim.add_workflow(
-        "echo",
-        lambda inputs: Scenario(
-            [
-                SimNode(
-                    "Answer",
-                    inputs["n"],
-                    status="FAILED" if inputs["n"] == "bad" else "SUCCESS",
-                    is_output_node=True,
-                )
-            ]
-        ),
-    )
-    sim.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
-
-    return Batch("b", database_url=url, session=partial(open_session, sim))
-
-
-def open_session(sim: Simulator, **settings: Any) -> Session:
-    """Return a session on a simulator."""
-    bare = {"poll": PollPolicy.fixed(0.01), "rate": None, "push": False, "check_inputs": False}
-    return Session(sim.api_key, base_url=sim.base_url, **{**bare, **settings})
 
 
 async def outcomes(batch: Batch) -> dict[str, StoredOutcome]:
@@ -75,7 +46,7 @@ async def test_an_attempt_keeps_its_number(batch: Batch, url: str, end: End) -> 
     end("a/b", None, "NotFound")
     assert await batch.retry(failed=True) == 1
     client = DBOSClient(system_database_url=url)
-    client.delete_workflow(workflow_id("b", "a/b", 1))
+    client.delete_workflow(workflow_id("nightly", "a/b", 1))
     client.destroy()
     item = await batch.item("a/b")
     assert item is not None
@@ -112,7 +83,7 @@ async def test_the_id_of_a_start_that_cannot_be_followed_is_logged(
     async with asyncio.timeout(20):
         while "keep this line" not in caplog.text:  # noqa: ASYNC110 - the log has no event
             await asyncio.sleep(0.01)
-    assert "was started for item 'a' of batch 'b'" in caplog.text
+    assert "was started for item 'a' of batch 'nightly'" in caplog.text
     working.cancel()
     with pytest.raises(asyncio.CancelledError):
         await working

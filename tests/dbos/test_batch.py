@@ -59,39 +59,11 @@ from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._rate import SharedRate
 from promptlayer_exec.dbos._requests import Row
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import Ending
+from promptlayer_exec.dbos._values import Ending
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 # Sessions that send only what a test asks for: starts and polls.
 BARE: dict[str, Any] = {"push": False, "check_inputs": False}
-
-
-@pytest.fixture
-def batch_of(sim: Simulator, url: str) -> Callable[..., Batch]:
-    """Return a function that makes batches; the workflow `echo` returns its input `n`.
-
-    With the input "bad", it fails.
-    """
-
-    def scenario(inputs: Any) -> Scenario:
-        status = "FAILED" if inputs.get("n") == "bad" else "SUCCESS"
-        return Scenario([SimNode("Answer", inputs.get("n"), status=status, is_output_node=True)])
-
-    def session() -> Session:
-        return Session(
-            sim.api_key,
-            base_url=sim.base_url,
-            poll=PollPolicy.fixed(0.01),
-            retry=RetryPolicy(outage=0.2, watch_outage=0.2, base=0.001),
-            rate=None,
-            **BARE,
-        )
-
-    def make(name: str = "nightly", **settings: Any) -> Batch:
-        return Batch(name, **{"database_url": url, "session": session, **settings})
-
-    sim.add_workflow("echo", scenario)
-    return make
 
 
 def request(key: Any, n: Any = None, workflow: str = "echo") -> StartRequest:
@@ -107,11 +79,8 @@ async def outcomes_of(batch: Batch) -> dict[str, StoredOutcome]:
     return by_key
 
 
-async def test_every_item_gets_one_stored_outcome(
-    sim: Simulator, batch_of: Callable[..., Batch]
-) -> None:
+async def test_every_item_gets_one_stored_outcome(sim: Simulator, batch: Batch) -> None:
     """Output, execution and times are stored, and each item is started once."""
-    batch = batch_of()
     values = [0, False, None, "", {}, [1.5, float("inf")], "\ud800", 10**400]
     sim.add_workflow(
         "values",
@@ -133,25 +102,19 @@ async def test_every_item_gets_one_stored_outcome(
     assert len(sim.runs) == len(values)
 
 
-async def test_status_counts_the_workers_that_are_alive(
-    sim: Simulator, batch_of: Callable[..., Batch]
-) -> None:
+async def test_status_counts_the_workers_that_are_alive(sim: Simulator, batch: Batch) -> None:
     """At its end, a worker puts what it runs back into the queue; the next `work` goes on."""
-    sim.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
-    await batch_of().add([request("a", workflow="held")])
-    working = asyncio.create_task(batch_of().work())
+    await batch.add([request("a", workflow="held")])
+    working = asyncio.create_task(batch.work())
     await sim.wait_for_requests(2)
-    assert await batch_of().status() == BatchStatus(0, 1, 0, 0, 0, 1, workers=1)
+    assert await batch.status() == BatchStatus(0, 1, 0, 0, 0, 1, workers=1)
     working.cancel()
     await asyncio.wait([working])
-    assert await batch_of().status() == BatchStatus(1, 0, 0, 0, 0, 1, workers=0)
+    assert await batch.status() == BatchStatus(1, 0, 0, 0, 0, 1, workers=0)
 
 
-async def test_adding_a_key_twice_is_adding_it_once(
-    sim: Simulator, batch_of: Callable[..., Batch]
-) -> None:
+async def test_adding_a_key_twice_is_adding_it_once(sim: Simulator, batch: Batch) -> None:
     """In one call, in a later call, and after the item has ended."""
-    batch = batch_of()
 
     async def again() -> AsyncIterator[StartRequest]:
         yield request("a", 1)
@@ -166,28 +129,7 @@ async def test_adding_a_key_twice_is_adding_it_once(
     assert len(sim.runs) == 2
 
 
-async def test_items_are_added_in_chunks(
-    batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last chunk may be smaller, but is not empty."""
-    chunks: list[list[str]] = []
-
-    def add(store: Store, name: str, rows: list[Row], settings: Any) -> int:
-        chunks.append([row.key for row in rows])
-        return len(rows)
-
-    async def fg() -> AsyncIterator[StartRequest]:
-        for key in "fg":
-            yield request(key)
-
-    monkeypatch.setattr(batches, "_CHUNK", 2)
-    monkeypatch.setattr(Store, "add", add)
-    assert await batch_of().add(request(key) for key in "abcde") == 5
-    assert await batch_of().add(fg()) == 2
-    assert chunks == [["a", "b"], ["c", "d"], ["e"], ["f", "g"]]
-
-
-async def test_large_items_are_added_a_few_at_a_time(batch_of: Callable[..., Batch]) -> None:
+async def test_large_items_are_added_a_few_at_a_time(batch: Batch) -> None:
     """A thousand of a megabyte would be more than PostgreSQL takes in one statement."""
 
     async def large() -> AsyncIterator[StartRequest]:
@@ -195,35 +137,46 @@ async def test_large_items_are_added_a_few_at_a_time(batch_of: Callable[..., Bat
             yield StartRequest("echo", {"text": "x" * 1_000_000}, key=str(number))
 
     tracemalloc.start()
-    assert await batch_of().add(large()) == 40
+    assert await batch.add(large()) == 40
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 30_000_000
 
 
-def test_a_request_is_stored_unchanged(batch_of: Callable[..., Batch]) -> None:
+async def test_the_settings_of_a_new_batch_are_stored_with_its_first_items(
+    batch_of: Callable[..., Batch], caplog: pytest.LogCaptureFixture
+) -> None:
+    """So that a worker which names none takes them; only one that names others changes them."""
+    await batch_of(rate=300.0).add([request("a")])
+    await batch_of(rate=7.0).add([request("b")])
+    assert (await batch_of().settings()).rate == 300.0
+    await batch_of(rate=500.0, max_in_flight=3).work()
+    settings = await batch_of().settings()
+    assert (settings.rate, settings.max_in_flight) == (500.0, 3)
+    assert "batch 'nightly': rate is now 500 for all its workers; it was 300" in caplog.messages
+
+
+def test_a_request_is_stored_unchanged(batch: Batch) -> None:
     """All its fields are stored, except the key, which belongs to the item."""
     inputs = {"n": 1}
     for request in (
         StartRequest("w", inputs, label="prod", metadata={"job": "7"}, callback_url="http://x/y"),
         StartRequest(7, inputs, version=3),
     ):
-        row = batch_of()._row(attrs.evolve(request, key="a"))
+        row = batch._row(attrs.evolve(request, key="a"))
         assert (row.key, StartRequest(**json.loads(row.request))) == ("a", request)
 
 
-async def test_an_item_with_an_outcome_is_not_running(
-    batch_of: Callable[..., Batch], url: str
-) -> None:
+async def test_an_item_with_an_outcome_is_not_running(batch: Batch, url: str) -> None:
     """DBOS may record the end of its workflow later than the outcome is stored."""
-    await batch_of().add([request("a"), request("b"), request("c")])
+    await batch.add([request("a"), request("b"), request("c")])
     with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database, database:
         database.execute("UPDATE workflow_status SET status = 'PENDING'")
-    assert await batch_of().status() == BatchStatus(0, 3, 0, 0, 0, 3)
+    assert await batch.status() == BatchStatus(0, 3, 0, 0, 0, 3)
     store = Store(check_url(url))
     store.finish("nightly", [Ending("a", 1, "failed", "{}"), Ending("b", 1, "unknown", "{}")])
     store.close()
-    assert await batch_of().status() == BatchStatus(0, 1, 0, 1, 1, 3)
+    assert await batch.status() == BatchStatus(0, 1, 0, 1, 1, 3)
 
 
 async def test_batches_in_one_database_are_separate(
@@ -240,11 +193,8 @@ async def test_batches_in_one_database_are_separate(
     assert await batch_names(url) == ["a%2Fb", "a/b"]
 
 
-async def test_a_failed_item_does_not_stop_the_others(
-    sim: Simulator, batch_of: Callable[..., Batch]
-) -> None:
+async def test_a_failed_item_does_not_stop_the_others(sim: Simulator, batch: Batch) -> None:
     """The outcome of a failed execution has its id; that of a refused start has none."""
-    batch = batch_of()
     await batch.add([request("a", "bad"), request("b", workflow="none"), request("c", 1)])
     assert await batch.work() == BatchStatus(0, 0, 1, 2, 0, 3)
     outcomes = await outcomes_of(batch)
@@ -303,12 +253,8 @@ async def test_outcomes_last_until_unknown_items_are_restarted(
     await working
 
 
-async def test_outcomes_are_yielded_as_items_finish(
-    sim: Simulator, batch_of: Callable[..., Batch]
-) -> None:
+async def test_outcomes_are_yielded_as_items_finish(sim: Simulator, batch: Batch) -> None:
     """Before the whole batch is done, and in the order in which the items finish."""
-    sim.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
-    batch = batch_of()
     await batch.add([request("a", workflow="held"), request("b", 2)])
     working = asyncio.create_task(batch.work())
     async with aclosing(batch.outcomes()) as outcomes:
@@ -330,7 +276,6 @@ async def test_the_next_worker_follows_the_items_of_a_cancelled_one(
     often = PollPolicy.fixed(0.01)
     session = Session(sim.api_key, base_url=sim.base_url, poll=often, **BARE)
     batch = batch_of(max_in_flight=2, session=session if borrowed else lambda: session)
-    sim.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
     await batch.add(request(f"{n}", workflow="held") for n in range(3))
     sim.inject(Fault.delay(0.2, times=2))
     working = asyncio.create_task(batch.work())
@@ -352,10 +297,9 @@ async def test_the_next_worker_follows_the_items_of_a_cancelled_one(
 
 
 async def test_a_worker_in_a_cancelled_scope_waits_for_its_start(
-    sim: Simulator, batch_of: Callable[..., Batch]
+    sim: Simulator, batch: Batch
 ) -> None:
     """A cancel scope of anyio cancels every await, and not just one."""
-    batch = batch_of()
     await batch.add([request("a")])
     sim.inject(Fault.delay(0.1))
     async with anyio.create_task_group() as tasks:
@@ -397,23 +341,6 @@ async def test_a_cancelled_worker_with_its_own_session_waits_for_its_starts(
     assert len(sim.runs) == 3
 
 
-async def test_an_error_of_the_closing_session_is_raised(
-    sim: Simulator, batch_of: Callable[..., Batch]
-) -> None:
-    """Once the batch has been worked on."""
-
-    class Unclosable(Session):
-        async def aclose(self) -> None:
-            await super().aclose()
-            raise OSError("it does not close")
-
-    batch = batch_of(session=lambda: Unclosable(sim.api_key, base_url=sim.base_url))
-    await batch.add([request("a")])
-    with pytest.raises(OSError, match="it does not close"):
-        await batch.work()
-    assert (await batch.status()).succeeded == 1
-
-
 async def test_a_start_that_is_not_sent_in_time_is_tried_again_after_a_pause(
     sim: Simulator,
     batch_of: Callable[..., Batch],
@@ -443,7 +370,6 @@ async def test_a_wait_timeout_of_0_does_not_stop_the_loop(
     sim: Simulator, batch_of: Callable[..., Batch], caplog: pytest.LogCaptureFixture
 ) -> None:
     """A started item is followed for as long as it takes, with a pause after each wait."""
-    sim.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
     batch = batch_of()
     await batch.add([request("a", workflow="held")])
     working = asyncio.create_task(batch.work())
@@ -539,7 +465,6 @@ async def test_closing_the_session_ends_the_work(
     sim: Simulator, batch_of: Callable[..., Batch]
 ) -> None:
     """The next worker follows the execution to its end."""
-    sim.add_workflow("held", Scenario([SimNode("Answer", 1, None, is_output_node=True)]))
     async with Session(sim.api_key, base_url=sim.base_url, **BARE) as session:
         batch = batch_of(session=session)
         await batch.add([request("a", workflow="held")])
@@ -554,7 +479,7 @@ async def test_closing_the_session_ends_the_work(
 
 
 async def test_a_worker_can_wait_for_more_items(
-    batch_of: Callable[..., Batch], url: str, monkeypatch: pytest.MonkeyPatch
+    batch: Batch, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With `until_done=False` it works until it is cancelled.
 
@@ -567,7 +492,6 @@ async def test_a_worker_can_wait_for_more_items(
         launch()
 
     monkeypatch.setattr(DBOS, "launch", staticmethod(check_and_launch))
-    batch = batch_of()
     working = asyncio.create_task(batch.work(until_done=False))
     for key in ("a", "b"):
         await batch.add([request(key)])
@@ -599,11 +523,9 @@ async def test_a_process_works_on_one_batch_at_a_time(batch_of: Callable[..., Ba
     assert (await batch_of("two").work()).succeeded == 1
 
 
-async def test_a_process_that_uses_dbos_is_refused(
-    batch_of: Callable[..., Batch], tmp_path: Path
-) -> None:
+async def test_a_process_that_uses_dbos_is_refused(batch: Batch, tmp_path: Path) -> None:
     """Its own DBOS is not touched, and can be launched."""
-    await batch_of().add([request("a")])
+    await batch.add([request("a")])
     DBOS(
         config={
             "name": "theirs",
@@ -613,11 +535,11 @@ async def test_a_process_that_uses_dbos_is_refused(
     )
     try:
         with pytest.raises(ConfigurationError, match=r"uses DBOS; .* batch work`"):
-            await batch_of().work()
+            await batch.work()
         DBOS.launch()
     finally:
         DBOS.destroy()
-    assert (await batch_of().work()).succeeded == 1
+    assert (await batch.work()).succeeded == 1
 
 
 @pytest.mark.parametrize(
@@ -633,10 +555,9 @@ async def test_a_process_that_uses_dbos_is_refused(
     ],
 )
 async def test_a_request_that_cannot_be_sent_is_not_stored(
-    batch_of: Callable[..., Batch], item: Any, error: type[Exception], message: str
+    batch: Batch, item: Any, error: type[Exception], message: str
 ) -> None:
     """The error is raised when it is added, not when it would be started."""
-    batch = batch_of()
     with pytest.raises(error, match=message):
         await batch.add([request("good"), item])
     assert (await batch.status()).total == 0
@@ -710,11 +631,9 @@ def test_an_outcome_is_the_same_after_json() -> None:
     assert json.loads(text)["error"] == {"type": "StartUnknown", "message": "x"}
 
 
-async def test_a_shared_rate_limits_all_workers_together(
-    batch_of: Callable[..., Batch], url: str
-) -> None:
+async def test_a_shared_rate_limits_all_workers_together(batch: Batch, url: str) -> None:
     """Two limiters on one database admit almost the rate together, and not more."""
-    await batch_of().add([request("a")])
+    await batch.add([request("a")])
     store = Store(check_url(url))
     limiters = [SharedRate(store, "nightly", 200.0) for _ in range(2)]
     clock = asyncio.get_running_loop().time
@@ -749,28 +668,17 @@ async def test_missed_slots_are_not_used(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 async def test_a_rate_that_is_raised_counts_at_once(
-    batch_of: Callable[..., Batch], url: str, monkeypatch: pytest.MonkeyPatch
+    sim: Simulator, batch_of: Callable[..., Batch], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For a request that already waits for its slot, and for the next worker."""
+    """Also for a request that already waits for its slot."""
     monkeypatch.setattr(rates, "_STEP", 0.01)
-    await batch_of(rate=0.01).add([request("a")])
-    with closing(Store(check_url(url))) as store:
-        limiter = SharedRate(store, "nightly", 0.01)
-        await limiter.acquire()
-        reserve, reserved = store.reserve, threading.Event()
-
-        def reserving(*arguments: Any) -> float:
-            delay = reserve(*arguments)
-            reserved.set()
-            return delay
-
-        monkeypatch.setattr(store, "reserve", reserving)
-        waiting = asyncio.create_task(limiter.acquire())
-        assert await asyncio.to_thread(reserved.wait, 10)
+    monkeypatch.setattr(batches, "_SETTINGS_INTERVAL", 0.01)
+    await batch_of(rate=0.01).add(request(f"{n}", n) for n in range(5))
+    working = asyncio.create_task(batch_of().work())
+    await sim.wait_for_requests(1)
+    with closing(Store(check_url(url))) as store:  # as another worker
         store.store_settings("nightly", {"rate": 1000.0})
-        limiter.rate = 1000.0
-        await asyncio.wait_for(waiting, 10)
-        assert reserve("nightly", 1, 1000.0) < 10
+    assert (await asyncio.wait_for(working, 20)).succeeded == 5
 
 
 @pytest.mark.parametrize("opened", [False, True])
@@ -815,15 +723,15 @@ def test_a_new_database_can_be_opened_by_several_workers_at_once(tmp_path: Path)
 
 
 async def test_an_unexpected_error_ends_the_work_but_no_item(
-    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+    sim: Simulator, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DBOS would end the item with the error; instead the next worker can run it."""
-    await batch_of().add([request("a", 1)])
+    await batch.add([request("a", 1)])
     with monkeypatch.context() as patched:
         patched.setattr(Store, "finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            await batch_of().work()
-    assert (await batch_of().work()).succeeded == 1
+            await batch.work()
+    assert (await batch.work()).succeeded == 1
     assert len(sim.runs) == 1
 
 

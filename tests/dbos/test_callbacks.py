@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from promptlayer_exec import PollPolicy, RetryPolicy, Session, StartRequest
+from promptlayer_exec import StartRequest
 from promptlayer_exec.dbos import Batch, BatchStatus
 from promptlayer_exec.dbos import _again as again_
-from promptlayer_exec.dbos import _callbacks as callbacks
-from promptlayer_exec.dbos._tables import callbacks as tables
+from promptlayer_exec.dbos._tables import callbacks
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 from promptlayer_exec.webhooks import Callbacks
 
@@ -25,38 +24,22 @@ SECRET = "of the workers"
 
 
 class World:
-    """A simulator with a workflow, and the database of a batch."""
+    """A simulator, and a batch whose workers have callbacks."""
 
-    def __init__(self, sim: Simulator, path: Path) -> None:
+    def __init__(self, sim: Simulator, path: Path, batch_of: Callable[..., Batch]) -> None:
         self.sim = sim
         self.path = path
         self.url = "http://127.0.0.1:9/callbacks"
-        self.request_timeout = 30.0
-        sim.add_workflow("echo", Scenario([SimNode("Answer", "done", is_output_node=True)]))
+        self._batch_of = batch_of
 
     @property
     def callbacks(self) -> Callbacks:
         """Those of all workers and servers."""
         return Callbacks(self.url, secret=SECRET)
 
-    def session(self) -> Session:
-        """Return a session of a worker."""
-        return Session(
-            self.sim.api_key,
-            base_url=self.sim.base_url,
-            poll=PollPolicy.fixed(0.01),
-            retry=RetryPolicy(outage=0.2, watch_outage=0.2, base=0.001),
-            rate=None,
-            request_timeout=self.request_timeout,
-            callbacks=self.callbacks,
-            push=False,
-            check_inputs=False,
-        )
-
     def batch(self, **settings: Any) -> Batch:
         """Return the batch, as a worker or a server opens it."""
-        url = f"sqlite:///{self.path}"
-        return Batch("nightly", **{"database_url": url, "session": self.session, **settings})
+        return self._batch_of(callbacks=self.callbacks, outage=0.2, **settings)
 
     def tokens(self) -> list[str]:
         """Return the tokens in the callback URLs of all starts."""
@@ -69,14 +52,14 @@ class World:
 
 
 @pytest.fixture
-def world(sim: Simulator, batches_file: Path) -> World:
+def world(sim: Simulator, batches_file: Path, batch_of: Callable[..., Batch]) -> World:
     """Return a simulator and a batch."""
-    return World(sim, batches_file)
+    return World(sim, batches_file, batch_of)
 
 
 async def lose_one(world: World) -> None:
     """Work on a batch of one item, whose start is lost."""
-    await world.batch().add([StartRequest("echo", key="a")])
+    await world.batch().add([StartRequest("echo", {"n": "done"}, key="a")])
     world.sim.inject(Fault.disconnect())
     assert (await world.batch().work()).unknown == 1
 
@@ -112,7 +95,7 @@ async def test_a_callback_that_comes_as_its_item_is_started_again_is_followed(
     def lock_late(connection: Any, name: str) -> None:
         real(connection, name)
         row = {"batch": name, "token": token, "execution_id": 1001}
-        connection.execute(sa.insert(tables).values(row))
+        connection.execute(sa.insert(callbacks).values(row))
 
     monkeypatch.setattr(again_, "lock_batch", lock_late)
     if again == "retry":
@@ -152,8 +135,7 @@ async def test_a_callback_may_come_before_its_item_is_unknown(world: World) -> N
     """As when a worker died: the same `work` that finds the item unknown then follows it."""
     await world.batch().add([StartRequest("echo", key="a")])
     world.sim.inject(Fault.stall())
-    world.request_timeout = 0.3
-    working = asyncio.create_task(world.batch().work())
+    working = asyncio.create_task(world.batch(request_timeout=0.3).work())
     await world.sim.wait_for_requests(1)
     execution_id = world.sim.add_execution(Scenario([SimNode("A", "found", is_output_node=True)]))
     token = world.row()[2]
@@ -170,7 +152,7 @@ async def test_what_a_dead_worker_left_is_resolved_before_it_is_restarted(
 ) -> None:
     """Even where the process died between the two steps; a restart would be paid for twice."""
     await lose_one(world)
-    monkeypatch.setattr(callbacks, "resolve", lambda *_: 0)
+    monkeypatch.setattr(again_, "resolve", lambda *_: 0)
     assert await world.batch().resolve(world.tokens()[0], 1001) is False
     monkeypatch.undo()
     if how == "retry":

@@ -1,4 +1,4 @@
-"""What a key stands for, and databases that an older version made."""
+"""What a key stands for, and how items are added."""
 
 from __future__ import annotations
 
@@ -10,23 +10,14 @@ from contextlib import closing
 import attrs
 import pytest
 
-from promptlayer_exec import Session, StartRequest
+from promptlayer_exec import StartRequest
 from promptlayer_exec.dbos import Batch
 from promptlayer_exec.dbos import _store as stores
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.simulator import Scenario, SimNode, Simulator
+from promptlayer_exec.simulator import Simulator
 
 REQUEST = StartRequest("echo", {"n": 1, "deep": {"x": 1}}, metadata={"job": "7"}, key="a")
-
-
-@pytest.fixture
-def batch(url: str, sim: Simulator) -> Batch:
-    """Return a batch whose workflow `echo` returns its input `n`."""
-    sim.add_workflow(
-        "echo", lambda inputs: Scenario([SimNode("Answer", inputs["n"], is_output_node=True)])
-    )
-    return Batch("b", database_url=url, session=lambda: Session(sim.api_key, base_url=sim.base_url))
 
 
 DIFFERENT = [
@@ -50,8 +41,8 @@ async def test_a_key_stands_for_one_request(
     with pytest.raises(ValueError, match="was not added") as caught:
         await batch.add([*items, request_])
     assert str(caught.value) == (
-        f"the key 'a' of batch 'b' stands for another request ({names} differs): give this one"
-        " another key, or add it to another batch; it was not added"
+        f"the key 'a' of batch 'nightly' stands for another request ({names} differs): give this"
+        " one another key, or add it to another batch; it was not added"
     )
     assert (await batch.status()).total == 1
 
@@ -104,7 +95,7 @@ async def test_each_start_carries_its_batch_and_key(batch: Batch, sim: Simulator
     (start,) = [request for request in sim.requests if request.method == "POST"]
     assert json.loads(start.body)["metadata"] == {
         "job": "7",
-        "promptlayer_exec.batch": "b",
+        "promptlayer_exec.batch": "nightly",
         "promptlayer_exec.key": "a",
     }
 
@@ -118,7 +109,7 @@ async def test_a_clock_that_jumps_stalls_nothing(
     now = 1_000_000.0
     monkeypatch.setattr(stores.time, "time", lambda: now)
     with closing(Store(check_url(url))) as store:
-        waits = [await asyncio.to_thread(store.reserve, "b", 10, 10.0) for _ in range(2)]
+        waits = [await asyncio.to_thread(store.reserve, "nightly", 10, 10.0) for _ in range(2)]
         now += jump
-        waits += [await asyncio.to_thread(store.reserve, "b", 10, 10.0) for _ in range(2)]
+        waits += [await asyncio.to_thread(store.reserve, "nightly", 10, 10.0) for _ in range(2)]
     assert waits == pytest.approx([0.0, 1.0, 2.0, 3.0] if jump < 0 else [0.0, 1.0, 0.0, 1.0])

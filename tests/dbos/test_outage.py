@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import os
 import socket
 import sqlite3
 import time
@@ -26,18 +25,15 @@ from promptlayer_exec import (
     ExecutionTimeout,
     Forbidden,
     InvalidResponse,
-    PollPolicy,
     RateLimited,
     RequestRetried,
     RequestTimeout,
-    RetryPolicy,
     ServerError,
-    Session,
     StartRequest,
 )
 from promptlayer_exec.dbos import Batch
+from promptlayer_exec.dbos import _again as again
 from promptlayer_exec.dbos import _breaker as breakers
-from promptlayer_exec.dbos import _callbacks as callbacks
 from promptlayer_exec.dbos import _database as databases
 from promptlayer_exec.dbos import _intents as intents_
 from promptlayer_exec.dbos import _items as items
@@ -46,48 +42,10 @@ from promptlayer_exec.dbos import _rate as rates
 from promptlayer_exec.dbos import _worker as workers
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import Ending
-from promptlayer_exec.dbos._values import StoredOutcome
+from promptlayer_exec.dbos._values import Ending, StoredOutcome
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 COUNT = 60
-
-
-@pytest.fixture
-def batch_of(sim: Simulator, url: str) -> Callable[..., Batch]:
-    """Return a function that makes batches, whose session has these settings."""
-    sim.add_workflow(
-        "echo", lambda inputs: Scenario([SimNode("Answer", inputs.get("n"), is_output_node=True)])
-    )
-
-    def make(
-        *,
-        outage: float = 30.0,
-        watch_outage: float = 30.0,
-        in_flight: int | None = None,
-        rate: float | None = None,
-        restart_unknown: bool = False,
-        **settings: Any,
-    ) -> Batch:
-        retry = RetryPolicy(
-            outage=outage, watch_outage=watch_outage, base=0.001, ceiling=0.2, not_found_grace=0.0
-        )
-        options = {"base_url": sim.base_url, "poll": PollPolicy.fixed(0.01), "rate": None}
-        options |= {"push": False, "check_inputs": False}
-
-        def session() -> Session:
-            return Session(sim.api_key, retry=retry, **{**options, **settings})
-
-        return Batch(
-            "night",
-            database_url=url,
-            session=session,
-            max_in_flight=in_flight,
-            rate=rate,
-            restart_unknown=restart_unknown,
-        )
-
-    return make
 
 
 def requests(count: int = COUNT) -> list[StartRequest]:
@@ -136,34 +94,23 @@ async def until(reached: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_lost_starts_pause_the_batch(sim: Simulator, batch_of: Callable[..., Batch]) -> None:
-    """A few are unknown: those on the wire, and one probe for each pause. The rest succeeds."""
-    batch = batch_of()
+@pytest.mark.parametrize(("status", "lost"), [(503, range(3, 21)), (402, range(1))])
+async def test_starts_pause_while_the_server_fails(
+    sim: Simulator, batch: Batch, status: int, lost: range
+) -> None:
+    """A few may be unknown: those on the wire, and one probe for each pause. The rest succeeds.
+
+    Of starts that are refused because of the account, none is.
+    """
     await batch.add(requests())
     working = asyncio.create_task(batch.work())
     await until(lambda: len(sim.runs) >= 10)
-    answers(sim, "POST", 503)
+    answers(sim, "POST", status)
     await asyncio.sleep(1.0)
     sim.clear_faults()
-    status = await working
-    assert 3 <= status.unknown <= 20
-    assert await endings(batch) == {
-        "succeeded": COUNT - status.unknown,
-        "StartUnknown": status.unknown,
-    }
-    assert most_starts(sim) == 1
-
-
-async def test_refused_starts_wait(sim: Simulator, batch_of: Callable[..., Batch]) -> None:
-    """The account is refused, and no item: all of them are started when it passes."""
-    batch = batch_of()
-    await batch.add(requests())
-    working = asyncio.create_task(batch.work())
-    await until(lambda: len(sim.runs) >= 10)
-    answers(sim, "POST", 402)
-    await asyncio.sleep(0.4)
-    sim.clear_faults()
-    assert (await working).succeeded == COUNT
+    unknown = (await working).unknown
+    assert unknown in lost
+    assert await endings(batch) == Counter(succeeded=COUNT - unknown, StartUnknown=unknown)
     assert most_starts(sim) == 1
 
 
@@ -205,7 +152,6 @@ async def test_one_execution_that_cannot_be_read_keeps_nobody_waiting(
     sim: Simulator, batch_of: Callable[..., Batch]
 ) -> None:
     """All others end; then the work ends with its error, and the next worker follows it."""
-    sim.add_workflow("held", Scenario([SimNode("Answer", "0", None, is_output_node=True)]))
     batch = batch_of(watch_outage=0.2)
     await batch.add([StartRequest("held", {"n": "0"}, key="0"), *requests(30)[1:]])
     working = asyncio.create_task(batch.work())
@@ -226,7 +172,6 @@ async def test_an_execution_that_takes_too_long_is_not_given_up(
     sim: Simulator, batch_of: Callable[..., Batch], caplog: pytest.LogCaptureFixture
 ) -> None:
     """After the session's `wait_timeout` the work ends, and the next worker follows it."""
-    sim.add_workflow("held", Scenario([SimNode("Answer", "0", None, is_output_node=True)]))
     await batch_of().add([StartRequest("held", {"n": "0"}, key="0")])
     with pytest.raises(ExecutionTimeout):
         await batch_of(wait_timeout=0.05).work()
@@ -237,30 +182,30 @@ async def test_an_execution_that_takes_too_long_is_not_given_up(
 
 
 async def test_a_404_is_final_after_a_while(
-    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+    sim: Simulator, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A gateway may answer it for a moment, and the server for an execution that is new."""
-    await batch_of().add(requests(4))
+    await batch.add(requests(4))
     answers(sim, "GET", 404)
-    working = asyncio.create_task(batch_of().work())
+    working = asyncio.create_task(batch.work())
     await until(lambda: sim.request_count >= 10)
     sim.clear_faults()
     assert (await working).succeeded == 4
-    await batch_of().add([StartRequest("echo", {"n": "lost"}, key="lost")])
+    await batch.add([StartRequest("echo", {"n": "lost"}, key="lost")])
     answers(sim, "GET", 404)
     monkeypatch.setattr(items, "_NOT_FOUND_GRACE", 0.1)
-    assert (await batch_of().work()).failed == 1
-    assert (await endings(batch_of()))["NotFound"] == 1
+    assert (await batch.work()).failed == 1
+    assert (await endings(batch))["NotFound"] == 1
 
 
 async def test_a_404_right_after_an_outage_is_not_final(
-    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+    sim: Simulator, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A gateway may answer it for a moment, however long the server could not be read before."""
     monkeypatch.setattr(items, "_NOT_FOUND_GRACE", 0.3)
-    await batch_of().add(requests(1))
+    await batch.add(requests(1))
     answers(sim, "GET", 403)
-    working = asyncio.create_task(batch_of().work())
+    working = asyncio.create_task(batch.work())
     await until(lambda: sim.request_count >= 2)
     await asyncio.sleep(0.4)
     sim.clear_faults()
@@ -295,28 +240,28 @@ async def test_a_start_that_cannot_be_sent_has_no_intent(
 
 
 async def test_the_intent_of_a_refused_start_is_taken_back(
-    sim: Simulator, batch_of: Callable[..., Batch], url: str
+    sim: Simulator, batch: Batch, url: str
 ) -> None:
     """A 429 starts nothing, however long the server then wants to be left alone."""
-    await batch_of().add(requests(1))
+    await batch.add(requests(1))
     sim.inject(Fault.status(429, retry_after=60.0, times=1))
-    working = asyncio.create_task(batch_of().work())
+    working = asyncio.create_task(batch.work())
     await sim.wait_for_requests(1)
     await until(lambda: intents(url) == 0)
     assert sim.runs == []
     working.cancel()
     with pytest.raises(asyncio.CancelledError):
         await working
-    assert (await batch_of().work()).succeeded == 1
+    assert (await batch.work()).succeeded == 1
 
 
 async def test_what_a_broken_connection_took_from_the_queue_is_run(
     sim: Simulator, batch_of: Callable[..., Batch], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DBOS does not know of an item that it took in a transaction whose end it did not see."""
+    monkeypatch.setattr(liveness, "HEARTBEAT_INTERVAL", 0.1)
     monkeypatch.setattr(liveness, "_LOOK_EVERY", 1)
-    sim.add_workflow("held", Scenario([SimNode("Answer", "0", None, is_output_node=True)]))
-    batch = batch_of(in_flight=1)
+    batch = batch_of(max_in_flight=1)
     await batch.add([StartRequest("held", {"n": "0"}, key="0"), *requests(2)[1:]])
     working = asyncio.create_task(batch.work())
     await until(lambda: len(sim.runs) == 1)
@@ -383,16 +328,6 @@ async def test_the_work_does_not_end_before_the_outage_has_lasted_so_long() -> N
     assert given_up == [10.0]
 
 
-async def test_a_pause_ends_although_its_timer_fires_a_little_early() -> None:
-    """As on uvloop, whose timers know whole milliseconds; no other wakes those that wait."""
-    clock = asyncio.get_running_loop().time
-    breaker = breakers.Breaker(60.0, lambda _: None, lambda: clock() - 0.001)
-    for _ in range(3):
-        breaker.failed(ConnectionFailed("away"), since=clock())
-    async with asyncio.timeout(5), breaker.slot():
-        pass
-
-
 @pytest.mark.parametrize("server", ["away", "busy"])
 async def test_an_outage_ends_the_work_although_the_wait_timeout_is_shorter(
     sim: Simulator, batch_of: Callable[..., Batch], server: str
@@ -449,7 +384,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def take_over(url: str) -> None:
     """Let another worker, which is alive, take over the item "0" and be about to start it."""
     with closing(Store(check_url(url))) as store:
-        store.record_heartbeat("night", "another", liveness.describe(os.getpid()))
+        store.record_heartbeat("nightly", "another", liveness.describe_process())
 
         def update(connection: sa.Connection) -> None:
             connection.execute(sa.text("UPDATE workflow_status SET executor_id = 'another'"))
@@ -463,7 +398,7 @@ def end_of_another(url: str) -> None:
     now = datetime.now(UTC)
     outcome = StoredOutcome("0", 7, True, "0", None, now, now)
     with closing(Store(check_url(url))) as store:
-        store.finish("night", [Ending.of(1, outcome)])
+        store.finish("nightly", [Ending.of(1, outcome)])
 
 
 class Held:
@@ -512,8 +447,8 @@ async def test_a_start_of_a_worker_that_is_gone_is_followed_if_its_callback_has_
     batch = batch_of(restart_unknown=restart_unknown)
     await batch.add(requests(1))
     with closing(Store(check_url(url))) as store:
-        intents_.write(store, "night", [intents_.Intent("0", 1, "of another", None, False)])
-        callbacks.record(store, "night", "of another", found)
+        intents_.write(store, "nightly", [intents_.Intent("0", 1, "of another", None, False)])
+        again.record_callback(store, "nightly", "of another", found)
     assert (await batch.work()).succeeded == 1
     assert [outcome.execution_id async for outcome in batch.outcomes()] == [found]
     assert sim.runs == []
@@ -530,33 +465,13 @@ async def test_an_item_that_a_worker_is_given_again_while_it_runs_is_started_onc
     working = asyncio.create_task(batch.work())
     await until(lambda: held.asked == 1)
     with closing(Store(check_url(url))) as store:
-        taken = store.taken("night")
-        store.requeue("night", taken)
-        await until(lambda: store.taken("night") == taken)
+        taken = store.taken("nightly")
+        store.requeue("nightly", taken)
+        await until(lambda: store.taken("nightly") == taken)
     sim.inject(Fault.delay(0.5))
     held.release.set()
     assert (await working).succeeded == 1
     assert len(sim.runs) == 1
-
-
-async def test_items_that_cannot_be_sent_say_nothing_about_the_server(
-    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Otherwise each would end the pause of an outage, in which starts become unknown."""
-    prepare = Session._prepare
-
-    def refuse(session: Session, request: StartRequest) -> Any:
-        if int(request.key or "") % 2:
-            raise ValueError("of the user's converter")
-        return prepare(session, request)
-
-    batch = batch_of(outage=0.5)
-    await batch.add(requests(60))
-    monkeypatch.setattr(Session, "_prepare", refuse)
-    answers(sim, "POST", 503)
-    with pytest.raises(ServerError):
-        await batch.work()
-    assert (await batch.status()).unknown <= 10
 
 
 @pytest.mark.parametrize("kind", [TypeError, ValueError, KeyError])
@@ -574,97 +489,6 @@ async def test_a_limiter_that_fails_ends_the_work_and_no_item(
     with pytest.raises(kind, match="of the user"):
         await batch.work()
     assert (await batch.status()).finished == 0
-
-
-async def test_one_execution_without_results_keeps_no_other_item_waiting(
-    sim: Simulator, batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However often the server says nothing about it, and although no other one is followed."""
-    monkeypatch.setattr(items, "_LONGEST_DELAY", 0.1)
-    batch = batch_of()
-    await batch.add(requests(1))
-    sim.inject(Fault.status(403, times=None, execution_id=1001))
-    working = asyncio.create_task(batch.work())
-    await until(lambda: bool(sim.runs))
-    await sim.wait_for_requests(8)
-    await batch.add(requests(5))
-    await until(lambda: len(sim.runs) == 5)
-    sim.clear_faults()
-    assert (await working).succeeded == 5
-
-
-class Break:
-    """Makes the database read-only for all connections, as a full disk or a failover does."""
-
-    is_broken = False
-
-    def checkout(self, connection: Any, *_: Any) -> None:
-        """Set the state of a connection that is about to be used."""
-        if isinstance(connection, sqlite3.Connection):
-            connection.execute(f"PRAGMA query_only = {int(self.is_broken)}")
-
-
-@contextmanager
-def breakable() -> Iterator[Break]:
-    """Yield a switch that makes SQLite databases read-only."""
-    switch = Break()
-    sa.event.listen(sa.pool.Pool, "checkout", switch.checkout)
-    try:
-        yield switch
-    finally:
-        sa.event.remove(sa.pool.Pool, "checkout", switch.checkout)
-
-
-@pytest.mark.usefixtures("_short_patience")
-async def test_an_id_that_cannot_be_stored_is_logged_and_printed(
-    sim: Simulator,
-    batch_of: Callable[..., Batch],
-    caplog: pytest.LogCaptureFixture,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """With the item's key, while the work waits for the database, and can be interrupted."""
-    monkeypatch.setattr(items, "_RECORDED_WITHIN", 0.05)
-    monkeypatch.setattr(items, "_LOOK_AFTER", 0.01)
-    batch = batch_of()
-    await batch.add(requests(1))
-    sim.inject(Fault.delay(0.3))
-    with breakable() as switch:
-        working = asyncio.create_task(batch.work())
-        await sim.wait_for_requests(1)
-        switch.is_broken = True
-        await until(lambda: "keep this line" in caplog.text)
-        working.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await working
-    (run,) = sim.runs
-    text = f"execution {run.execution_id} was started for item '0' of batch 'night', but"
-    assert [message for message in caplog.messages if message.startswith(text)]
-    assert "attempt to write a readonly database; trying again" in caplog.text
-    assert text in capsys.readouterr().err
-
-
-async def test_an_id_that_is_not_stored_soon_is_logged_at_once(
-    sim: Simulator,
-    batch_of: Callable[..., Batch],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-    url: str,
-) -> None:
-    """While the worker waits for the database, it might be killed. Then the id is stored."""
-    monkeypatch.setattr(items, "_RECORDED_WITHIN", 0.05)
-    monkeypatch.setattr(items, "_LOOK_AFTER", 0.01)
-    batch = batch_of()
-    await batch.add(requests(1))
-    sim.inject(Fault.delay(0.3))
-    working = asyncio.create_task(batch.work())
-    await sim.wait_for_requests(1)
-    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
-        database.execute("BEGIN IMMEDIATE")
-        await until(lambda: "keep this line" in caplog.text)
-        database.rollback()
-    assert (await working).succeeded == 1
-    assert caplog.text.count("keep this line") == 1
 
 
 @pytest.mark.parametrize("good", [0, 2], ids=["start", "poll"])
@@ -699,16 +523,44 @@ def locked(url: str) -> Iterator[None]:
 @pytest.fixture
 def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(databases._SQLITE_OPTIONS, "timeout", 0.05)
-    monkeypatch.setattr(items, "_PATIENCE_AT_END", 0.3)
+    monkeypatch.setattr(items, "_LOOK_AFTER", 0.01)
+    monkeypatch.setattr(items, "_RECORDED_WITHIN", 0.05)
     monkeypatch.setattr(workers, "_PATIENCE_AT_END", 0.3)
 
 
 @pytest.mark.usefixtures("_short_patience")
+@pytest.mark.parametrize("is_interrupted", [False, True])
+async def test_an_id_that_is_not_stored_soon_is_logged_and_printed(
+    sim: Simulator,
+    batch: Batch,
+    url: str,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    is_interrupted: bool,
+) -> None:
+    """While the worker waits for the database, it might be killed, or be interrupted."""
+    await batch.add(requests(1))
+    sim.inject(Fault.delay(0.3))
+    working = asyncio.create_task(batch.work())
+    await sim.wait_for_requests(1)
+    with locked(url):
+        await until(lambda: "keep this line" in caplog.text)
+        if is_interrupted:
+            working.cancel()
+            await asyncio.wait([working])
+    (run,) = sim.runs
+    text = f"execution {run.execution_id} was started for item '0' of batch 'nightly', but"
+    assert [message.startswith(text) for message in caplog.messages].count(True) == 1
+    assert text in capsys.readouterr().err
+    assert is_interrupted or (await working).succeeded == 1
+
+
+@pytest.mark.usefixtures("_short_patience")
 async def test_work_on_a_locked_file_can_be_interrupted(
-    sim: Simulator, batch_of: Callable[..., Batch], url: str
+    sim: Simulator, batch: Batch, url: str
 ) -> None:
     """Long before it would give up, and so can adding."""
-    batch = batch_of()
     await batch.add(requests(20))
     working = asyncio.create_task(batch.work())
     await until(lambda: len(sim.runs) >= 5)
@@ -785,19 +637,15 @@ def test_no_raw_error_of_sqlalchemy_comes_out(url: str, failure: Any) -> None:
         assert store.explain(other) is other
 
 
-def _lost_connection() -> sa.exc.OperationalError:
-    return sa.exc.OperationalError("SELECT 1", None, sqlite3.OperationalError("restarting"))
-
-
 # DBOS, when it is ended just after its launch, may drop the coroutines of what it has dequeued.
 @pytest.mark.filterwarnings("ignore:.*start_workflow_task:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:coroutine 'execute_dequeued_workflow:RuntimeWarning")
 async def test_dbos_is_launched_again_when_its_connection_breaks(
-    batch_of: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when PostgreSQL restarts; the worker waits as it does later."""
-    monkeypatch.setattr(databases, "_RETRY_INTERVAL", 0.01)
-    launch, failures = DBOS.launch, [_lost_connection(), _lost_connection()]
+    lost = sa.exc.OperationalError("SELECT 1", None, sqlite3.OperationalError("restarting"))
+    launch, failures = DBOS.launch, [lost, lost]
 
     def launch_at_last() -> None:
         launch()
@@ -805,28 +653,10 @@ async def test_dbos_is_launched_again_when_its_connection_breaks(
             raise failures.pop()
 
     monkeypatch.setattr(DBOS, "launch", staticmethod(launch_at_last))
-    batch = batch_of()
     await batch.add(requests(5))
     status = await batch.work()
     gc.collect()  # those coroutines, while their warnings are ignored
     assert (status.succeeded, failures) == (5, [])
-
-
-def test_the_queue_is_registered_again_when_the_connection_breaks(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As when PostgreSQL restarts just then."""
-    monkeypatch.setattr(databases, "_RETRY_INTERVAL", 0.01)
-    failures = [_lost_connection(), _lost_connection()]
-
-    def register(*_: object, **__: object) -> None:
-        if failures:
-            raise failures.pop()
-
-    with closing(Store(check_url(url))) as store:
-        monkeypatch.setattr(store._client, "register_queue", register)
-        store.register_queue("b", 7)
-    assert failures == []
 
 
 def test_the_tables_are_created_on_connections_with_limits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ from promptlayer_exec import (
     Polled,
     PollPolicy,
     RetryPolicy,
-    Session,
     StartRequest,
     Unauthorized,
     WatchWoken,
@@ -39,25 +38,6 @@ async def other() -> AsyncIterator[Simulator]:
         for _ in ITEMS:
             simulator.add_execution(answering("theirs"))
         yield simulator
-
-
-@pytest.fixture
-def batch_at(batches_file: Path) -> Callable[..., Batch]:
-    """Return a function that makes the batch `night`, with a session for a server."""
-
-    def make(
-        server: Simulator, key: str | None = None, *, same_server: bool = False, **settings: Any
-    ) -> Batch:
-        defaults = {"poll": PollPolicy.fixed(0.01), "push": False, "check_inputs": False}
-
-        def session() -> Session:
-            key_there = key or server.api_key
-            return Session(key_there, base_url=server.base_url, **{**defaults, **settings})
-
-        url = f"sqlite:///{batches_file}"
-        return Batch("night", database_url=url, session=session, same_server=same_server)
-
-    return make
 
 
 async def begin(sim: Simulator, batch: Batch, *, finishes: bool = True) -> None:
@@ -88,62 +68,63 @@ CALLS: list[Callable[[Batch], Awaitable[Any]]] = [
 
 
 async def test_another_server_is_refused(
-    sim: Simulator, other: Simulator, batch_at: Callable[..., Batch]
+    sim: Simulator, other: Simulator, batch_of: Callable[..., Batch]
 ) -> None:
     """Nothing is added, followed or written; the error names both servers and what to do."""
-    await begin(sim, batch_at(sim))
+    await begin(sim, batch_of())
     for call in CALLS:
         with pytest.raises(ConfigurationError) as caught:
-            await call(batch_at(other))
+            await call(batch_of(base_url=other.base_url))
         for word in (sim.base_url, other.base_url, "another name", "same_server=True"):
             assert word in str(caught.value)
     assert other.request_count == 0
-    assert (await batch_at(other).status()).total == len(ITEMS)
-    assert (await batch_at(sim).work()).succeeded == len(ITEMS)
-    assert await outcomes_of(batch_at(sim)) == ["ours"] * len(ITEMS)
+    assert (await batch_of(base_url=other.base_url).status()).total == len(ITEMS)
+    assert (await batch_of().work()).succeeded == len(ITEMS)
+    assert await outcomes_of(batch_of()) == ["ours"] * len(ITEMS)
 
 
-async def test_another_key_is_refused(sim: Simulator, batch_at: Callable[..., Batch]) -> None:
+async def test_another_key_is_refused(sim: Simulator, batch_of: Callable[..., Batch]) -> None:
     """Its workspace may be another one; no key is in the error."""
-    await begin(sim, batch_at(sim))
+    await begin(sim, batch_of())
     for call in CALLS:
         with pytest.raises(ConfigurationError, match="begun with another API key") as caught:
-            await call(batch_at(sim, "another-key"))
+            await call(batch_of(api_key="another-key"))
         assert "another-key" not in str(caught.value)
         assert sim.api_key not in str(caught.value)
-    assert (await batch_at(sim).work()).succeeded == len(ITEMS)
+    assert (await batch_of().work()).succeeded == len(ITEMS)
 
 
 async def test_a_server_with_a_new_address_is_gone_on_with(
-    sim: Simulator, other: Simulator, batch_at: Callable[..., Batch]
+    sim: Simulator, other: Simulator, batch_of: Callable[..., Batch]
 ) -> None:
     """Knowingly, and once: from then on the batch belongs to that server and key."""
-    await begin(sim, batch_at(sim))
-    assert (await batch_at(other, same_server=True).work()).succeeded == len(ITEMS)
-    assert await outcomes_of(batch_at(other)) == ["theirs"] * len(ITEMS)
+    await begin(sim, batch_of())
+    moved = batch_of(base_url=other.base_url, same_server=True)
+    assert (await moved.work()).succeeded == len(ITEMS)
+    assert await outcomes_of(batch_of(base_url=other.base_url)) == ["theirs"] * len(ITEMS)
     with pytest.raises(ConfigurationError, match=f"was begun at {other.base_url}"):
-        await batch_at(sim).work()
+        await batch_of().work()
 
 
 async def test_a_batch_of_which_nothing_was_started_belongs_to_nobody(
-    sim: Simulator, batch_at: Callable[..., Batch]
+    sim: Simulator, batch_of: Callable[..., Batch]
 ) -> None:
     """The first key was mistyped, say: it was refused, and the right one goes on."""
     sim.add_workflow("w", answering("ours"))
-    mistyped = batch_at(sim, "mistyped")
+    mistyped = batch_of(api_key="mistyped")
     await mistyped.add(ITEMS)
     with pytest.raises(Unauthorized):
         await mistyped.work()
-    assert (await batch_at(sim).work()).succeeded == len(ITEMS)
+    assert (await batch_of().work()).succeeded == len(ITEMS)
 
 
 async def test_a_worker_that_takes_over_is_woken_by_push(
-    sim: Simulator, batch_at: Callable[..., Batch], recorder: Any
+    sim: Simulator, batch_of: Callable[..., Batch], recorder: Any
 ) -> None:
     """All workers share one channel, whoever has started the run."""
-    await begin(sim, batch_at(sim, push=None), finishes=False)
+    await begin(sim, batch_of(push=None), finishes=False)
     seldom = PollPolicy(floor=0.2, ceiling=3600.0)
-    second = batch_at(sim, push=None, observers=[recorder], poll=seldom)
+    second = batch_of(push=None, observers=[recorder], poll=seldom)
     working = asyncio.create_task(second.work())
     for _ in range(2 * len(ITEMS)):  # the second poll of each comes when the subscription stands
         await recorder.next(Polled)
@@ -157,7 +138,7 @@ async def test_a_worker_that_takes_over_is_woken_by_push(
 @pytest.mark.parametrize("is_missing", [False, True])
 async def test_a_retry_starts_only_what_is_known_to_have_failed(
     sim: Simulator,
-    batch_at: Callable[..., Batch],
+    batch_of: Callable[..., Batch],
     monkeypatch: pytest.MonkeyPatch,
     *,
     is_missing: bool,
@@ -167,33 +148,34 @@ async def test_a_retry_starts_only_what_is_known_to_have_failed(
     at_once = RetryPolicy(not_found_grace=0.0)
     failed = SimNode("Answer", status="FAILED", error_message="no", is_output_node=True)
     sim.add_workflow("w", Scenario([failed]))
-    await batch_at(sim).add(ITEMS[:1])
+    await batch_of().add(ITEMS[:1])
     if is_missing:
         sim.inject(Fault.status(404, times=None), path="/workflow-version-execution-results")
-    assert (await batch_at(sim, retry=at_once).work()).failed == 1
+    assert (await batch_of(retry=at_once).work()).failed == 1
     sim.clear_faults()
-    assert await batch_at(sim).retry(failed=True) == 1
-    await batch_at(sim).work()
+    assert await batch_of().retry(failed=True) == 1
+    await batch_of().work()
     assert len(sim.runs) == (1 if is_missing else 2)
 
 
 async def test_reading_does_not_move_a_batch(
-    sim: Simulator, other: Simulator, batch_at: Callable[..., Batch]
+    sim: Simulator, other: Simulator, batch_of: Callable[..., Batch]
 ) -> None:
     """`outcomes` with `same_server` yields what is stored, and changes nothing."""
     sim.add_workflow("w", answering("ours"))
-    await batch_at(sim).add(ITEMS)
-    await batch_at(sim).work()
-    assert await outcomes_of(batch_at(other, same_server=True)) == ["ours"] * len(ITEMS)
-    await batch_at(sim).check_server()
+    await batch_of().add(ITEMS)
+    await batch_of().work()
+    moved = batch_of(base_url=other.base_url, same_server=True)
+    assert await outcomes_of(moved) == ["ours"] * len(ITEMS)
+    await batch_of().check_server()
 
 
 async def test_the_key_is_not_stored(
-    sim: Simulator, batch_at: Callable[..., Batch], batches_file: Path
+    sim: Simulator, batch_of: Callable[..., Batch], batches_file: Path
 ) -> None:
     """Only a salted digest of it is."""
     key = "a-very-recognizable-key"
-    await batch_at(sim, key).add(ITEMS)
+    await batch_of(api_key=key).add(ITEMS)
     stored = b"".join(path.read_bytes() for path in batches_file.parent.glob("*.sqlite*"))
     assert key.encode() not in stored
     assert sim.base_url.encode() in stored

@@ -12,16 +12,15 @@ from pathlib import Path
 import pytest
 
 from promptlayer_exec.dbos import _again as again
-from promptlayer_exec.dbos import _callbacks as callbacks
 from promptlayer_exec.dbos import _groups as groups
 from promptlayer_exec.dbos import _intents as intents
 from promptlayer_exec.dbos import _reports as reports
 from promptlayer_exec.dbos._groups import Group
-from promptlayer_exec.dbos._intents import Intent
+from promptlayer_exec.dbos._intents import Intent, Started
 from promptlayer_exec.dbos._location import check_url
 from promptlayer_exec.dbos._requests import Row
 from promptlayer_exec.dbos._store import Store
-from promptlayer_exec.dbos._tables import Ending
+from promptlayer_exec.dbos._values import Ending
 
 
 @pytest.fixture
@@ -29,30 +28,9 @@ def store(tmp_path: Path) -> Iterator[Store]:
     """Return a new database."""
     store = Store(check_url(f"sqlite:///{tmp_path / 'batches.sqlite'}"))
     store.prepare()
+    store.create("b", {})
     yield store
     store.close()
-
-
-def test_outcomes_are_read_a_few_bytes_at_a_time(store: Store) -> None:
-    """A call ends with the outcome that reaches the limit, however long that one is."""
-    sizes = [10, 50, 50, 200, 1]
-    store.add("b", [Row(str(n), "{}", "") for n in range(len(sizes))])
-    store.finish("b", [Ending(str(n), 1, "succeeded", "x" * size) for n, size in enumerate(sizes)])
-    read, last = [], 0
-    while rows := store.outcomes("b", last, limit=1000, size=100):
-        read.append([len(outcome) for _, outcome in rows])
-        last = rows[-1][0]
-    assert read == [[10, 50, 50], [200], [1]]
-    assert [len(outcome) for _, outcome in store.outcomes("b", 0, limit=2, size=100)] == [10, 50]
-
-
-def test_the_settings_of_a_new_batch_are_stored_with_its_first_items(store: Store) -> None:
-    """So that a worker which names none takes them, however early it begins."""
-    store.add("b", [Row("1", "{}", "")], {"rate": 300.0})
-    store.add("b", [Row("2", "{}", "")], {"rate": 7.0})
-    assert reports.settings(store, "b").rate == 300.0
-    assert store.store_settings("b", {"rate": 50.0, "max_in_flight": 3}) == {"rate": 300.0}
-    assert reports.settings(store, "b").max_in_flight == 3
 
 
 def test_many_runs_are_adopted_at_once(store: Store) -> None:
@@ -65,8 +43,7 @@ def test_many_runs_are_adopted_at_once(store: Store) -> None:
     intents.write(store, "b", [Intent(key, 1, f"token {key}", None, False) for key in keys])
 
     def adopt(key: str) -> bool:
-        started = {"execution_id": int(key), "at": "2026-01-01", "error": None}
-        return again.adopt(store, "b", key=key, attempt=1, token=f"token {key}", started=started)
+        return again.adopt(store, "b", Started(key, 1, f"token {key}", "{}"))
 
     began = time.monotonic()
     with ThreadPoolExecutor(len(keys)) as threads:
@@ -90,7 +67,7 @@ def test_an_intent_whose_callback_has_come_is_not_replaced(store: Store) -> None
     store.add("b", [Row(key, "{}", "") for key in ("called back", "unknown")])
     mine = [Intent(key, 1, f"mine {key}", None, False) for key in ("called back", "unknown")]
     assert intents.write(store, "b", mine) == [True, True]
-    callbacks.record(store, "b", "mine called back", 787)
+    again.record_callback(store, "b", "mine called back", 787)
     theirs = [Intent(each.key, 1, f"theirs {each.key}", each.token, False) for each in mine]
     assert intents.write(store, "b", theirs) == [False, True]
     assert intents.write(store, "b", mine) == [True, False]

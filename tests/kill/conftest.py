@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -166,20 +167,14 @@ class Scene:
 
     def recorded_ids(self) -> dict[str, int]:
         """Return the ids of the executions whose starts are recorded, by key."""
-        store = Store(check_url(self.url))
-        try:
+        with closing(Store(check_url(self.url))) as store:
             rows = store.rows(sa.select(items.c.key, items.c.started))
-            return {key: json.loads(started)["execution_id"] for key, started in rows if started}
-        finally:
-            store.close()
+        return {key: json.loads(started)["execution_id"] for key, started in rows if started}
 
     def executors(self) -> set[str]:
         """Return the executors that have running items."""
-        store = Store(check_url(self.url))
-        try:
+        with closing(Store(check_url(self.url))) as store:
             return {*store.taken(NAME).values()}
-        finally:
-            store.close()
 
     def outcomes(self) -> dict[str, StoredOutcome]:
         """Return every outcome by key, after the checks that hold for every batch.
@@ -222,11 +217,10 @@ def sim() -> Iterator[Simulator]:
 
 
 @pytest.fixture
-def sqlite_scene(sim: Simulator, tmp_path: Path) -> Iterator[Scene]:
+def sqlite_scene(sim: Simulator, batches_file: Path) -> Iterator[Scene]:
     """Return a scene on a SQLite file."""
-    scene = Scene(f"sqlite:///{tmp_path / 'batches.sqlite'}", sim)
-    yield scene
-    scene.close()
+    with closing(Scene(f"sqlite:///{batches_file}", sim)) as scene:
+        yield scene
 
 
 class Postgres:
@@ -281,21 +275,17 @@ def postgres() -> Iterator[Postgres]:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
     # Not `tmp_path`: the path of a socket has 107 bytes at most, and pytest's directories are
     # private to this user.
-    directory = Path(tempfile.mkdtemp(prefix="pg"))
-    try:
-        server = Postgres(directory, binaries)
+    with tempfile.TemporaryDirectory(prefix="pg") as directory:
+        server = Postgres(Path(directory), binaries)
         server.start()
         try:
             yield server
         finally:
             server.stop()
-    finally:
-        shutil.rmtree(directory)
 
 
 @pytest.fixture
 def postgres_scene(sim: Simulator, postgres: Postgres) -> Iterator[Scene]:
     """Return a scene on a PostgreSQL server."""
-    scene = Scene(postgres.url, sim)
-    yield scene
-    scene.close()
+    with closing(Scene(postgres.url, sim)) as scene:
+        yield scene

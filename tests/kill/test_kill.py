@@ -63,7 +63,8 @@ def test_no_item_fails_when_the_database_restarts(postgres_scene: Any, postgres:
     scene = postgres_scene
     scene.add(800)
     workers = [scene.worker(in_flight=40) for _ in range(2)]
-    scene.wait_for(100)
+    # One that has not opened the database yet would not wait for it.
+    scene.wait_until(lambda: len(scene.executors()) == 2)
     postgres.stop()
     time.sleep(3.0)
     postgres.start()

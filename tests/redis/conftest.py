@@ -67,15 +67,12 @@ def _serve() -> Iterator[RedisServer]:
     if binary is None:
         pytest.skip("there is no Redis server: apt-get install redis-server")
     # Not `tmp_path`: the path of a socket has 107 bytes at most.
-    directory = Path(tempfile.mkdtemp(prefix="redis"))
-    try:
-        server = RedisServer(directory, binary)
+    with tempfile.TemporaryDirectory(prefix="redis") as directory:
+        server = RedisServer(Path(directory), binary)
         try:
             yield server
         finally:
             server.stop()
-    finally:
-        shutil.rmtree(directory)
 
 
 @pytest.fixture

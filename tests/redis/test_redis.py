@@ -143,9 +143,7 @@ async def test_a_late_joiner_gets_the_latest_answer_at_once(
     assert sim.request_count == 2
 
 
-async def test_another_session_polls_when_one_leaves(
-    sim: Simulator, workers: Any, held: int
-) -> None:
+async def test_another_session_polls_when_one_leaves(workers: Any, held: int) -> None:
     """Whether its stream ends or it closes, the others see neither an error nor a pause."""
     first, second, third = workers
     async with streaming([first], held):
