@@ -145,7 +145,7 @@ def share_channel(session: Session, suffix: str | None) -> None:
 def expect(session: Session, workflow: str | int, execution_id: int) -> None:
     """Let push wake the session for a run that another process has started."""
     push = session._open().push
-    if push is not None and execution_id not in push.nets:
+    if push is not None and push.nets.get(execution_id) is None:
         push.started(workflow, execution_id, sent_at=-math.inf, waited=0.0)
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import attrs
 
+from promptlayer_exec import _structuring
 from promptlayer_exec._arguments import naming_arguments
-from promptlayer_exec._display import counts_repr, error_text, json_kind, short_repr
+from promptlayer_exec._display import counts_repr, error_text, json_kind, short_repr, snapshot_html
 from promptlayer_exec._errors import ExecutionFailed
 from promptlayer_exec._statuses import FINAL as FINAL  # noqa: PLC0414 - re-exported
 from promptlayer_exec._statuses import STATUSES
@@ -330,17 +331,10 @@ class Snapshot:
                 f" {why}: use Execution.output"
             )
         value = succeeded[0].value
-        if into is None:
-            return value
-        # Imported late, to keep the import of the package short.
-        from promptlayer_exec._structuring import structure_output  # noqa: PLC0415
-
-        return structure_output(value, into, None, self)
+        return value if into is None else _structuring.structure_output(value, into, None, self)
 
     def _repr_html_(self) -> str:
         """Return a table of the nodes, for notebooks."""
-        from promptlayer_exec._display import snapshot_html  # noqa: PLC0415 - only notebooks need it
-
         return snapshot_html(self)
 
     def raise_for_failure(self) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, overloa
 import cattrs
 from yarl import URL
 
+from promptlayer_exec import _structuring
 from promptlayer_exec._api.attempt import Attempt
 from promptlayer_exec._api.executions import NodeMapReader, run_request
 from promptlayer_exec._api.messages import Request, Response
@@ -31,12 +32,12 @@ from promptlayer_exec._engine.start import SendHooks
 from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._errors import ConfigurationError, SessionClosed, StartUnknown
 from promptlayer_exec._events import Observer, StartFailed, WakeSource, broadcast
-from promptlayer_exec._execution import Execution, check_type
+from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import Outcome, collected, outcomes_of
 from promptlayer_exec._http.throttle import Throttle
 from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
 from promptlayer_exec._policies import Deadline, Limiter, PollPolicy, RetryPolicy, check_timeout
-from promptlayer_exec._push.wakeups import EarlyWakeUps
+from promptlayer_exec._recent import Recent
 from promptlayer_exec._settings import (
     Settings,
     find_api_key,
@@ -156,14 +157,13 @@ class Session:
         # What outlives a client:
         self._node_maps = NodeMapReader()
         self._recent_starts = RecentStarts(retry.not_found_grace)
-        self._early_wake_ups = EarlyWakeUps()
+        self._early_wake_ups: Recent[int, WakeSource] = Recent(600.0)  # nobody follows these yet
         self._emit = broadcast(observers)
         self._callbacks = CallbackLog(self._emit, self._recent_starts)
-        # What each start carries, so that its completion is pushed.
-        self._channel_suffix = None if self._settings.push is False else secrets.token_hex(16)
-        if self._channel_suffix and backplane is not None:
-            # The same in all processes: it is made of the key, as the session opens.
-            self._channel_suffix = ""
+        # What each start carries, so that its completion is pushed. With a backplane it is made of
+        # the key, as the session opens: the same in all processes.
+        suffix = "" if backplane is not None else secrets.token_hex(16)
+        self._channel_suffix = None if self._settings.push is False else suffix
         self._warn_of_plain_http(find_base_url(base_url), stacklevel=4)
 
     def __enter__(self) -> NoReturn:
@@ -366,15 +366,10 @@ class Session:
             ExecutionTimeout: the request could not be sent within the session's `wait_timeout`.
             SessionClosed: the session was closed; with the execution's id if it had started.
         """
-        request = StartRequest(
-            workflow,
-            {} if inputs is None else inputs,
-            label=label,
-            version=version,
-            metadata=metadata,
-            callback_url=callback_url,
+        inputs = {} if inputs is None else inputs
+        return await self._start(
+            StartRequest(workflow, inputs, label, version, metadata, callback_url)
         )
-        return await self._start(request)
 
     @overload
     async def run(
@@ -419,34 +414,15 @@ class Session:
     ) -> Any:
         """Start a run, wait until it is complete, and return its main output.
 
-        `start` and `Execution.output` in one, with their arguments and errors. Once the run has
-        started, errors carry its id, and cancelling this call logs a warning with the id.
-
-        Args:
-            workflow: its name or id.
-            inputs: its input variables, as for `start`.
-            label: as for `start`.
-            version: as for `start`.
-            metadata: as for `start`.
-            callback_url: as for `start`.
-            timeout: seconds for the start and the wait together; `...` means the session's
-                `wait_timeout`, None no limit.
-            into: the type of the output, as for `Execution.output`.
-
-        Raises:
-            PromptLayerExecError: as for `start` and `Execution.output`.
+        `start` and `Execution.output` in one, with their arguments and errors; `timeout` is for
+        both together. Once the run has started, errors carry its id, and cancelling this call logs
+        a warning with the id.
         """
         if into is not None:
-            check_type(into, self._settings.converter)
+            _structuring.check_type(into, self._settings.converter)
         timeout = check_timeout(timeout)
-        request = StartRequest(
-            workflow,
-            {} if inputs is None else inputs,
-            label=label,
-            version=version,
-            metadata=metadata,
-            callback_url=callback_url,
-        )
+        inputs = {} if inputs is None else inputs
+        request = StartRequest(workflow, inputs, label, version, metadata, callback_url)
         deadline = self._settings.deadline(timeout, now=clock())
         execution = await self._start(request, deadline)
         return await execution._deliver(deadline, into)
@@ -467,9 +443,7 @@ class Session:
         Raises:
             TypeError: an argument has an unsupported type.
             ValueError: an argument is out of range, or both `label` and `version` are given.
-            RequestError: the server refused, or could not be reached.
-            ExecutionTimeout: the session's `wait_timeout` passed.
-            SessionClosed: the session was closed.
+            PromptLayerExecError: as for `get_results`.
         """
         request = workflow_request(workflow, label, version)
         client = self._open()
@@ -496,16 +470,9 @@ class Session:
         Raises:
             TypeError: an argument has an unsupported type.
             ValueError: a value is unknown, or only one of the last two is given.
-            RequestError: the server refused, or could not be reached.
-            ExecutionTimeout: the session's `wait_timeout` passed while a page was requested.
-            SessionClosed: the session was closed.
+            PromptLayerExecError: as for `get_results`, for each page.
         """
-        parameters = workflows_filter(
-            sort_by=sort_by,
-            sort_order=sort_order,
-            external_source=external_source,
-            external_id=external_id,
-        )
+        parameters = workflows_filter(sort_by, sort_order, external_source, external_id)
         return list_workflows(self._open, parameters)
 
     async def _start(
@@ -556,9 +523,7 @@ class Session:
 
     def _prepare(self, request: StartRequest) -> tuple[dict[str, Any], Request]:
         """Return a start's inputs in JSON form, and the request that would be sent."""
-        from promptlayer_exec._structuring import encode_inputs  # noqa: PLC0415 - slow to import
-
-        inputs = encode_inputs(request.inputs, self._settings.converter)
+        inputs = _structuring.encode_inputs(request.inputs, self._settings.converter)
         return inputs, run_request(request, inputs, self._channel_suffix)
 
     @overload
@@ -651,12 +616,7 @@ class Session:
         )
 
     def execution(self, execution_id: int | str) -> Execution:
-        """Return the handle of an execution, without any I/O.
-
-        Raises:
-            TypeError: `execution_id` is neither an int nor a string of digits.
-            ValueError: `execution_id` is out of range.
-        """
+        """Return the handle of an execution, without any I/O; its id is as for `get_results`."""
         return Execution(self, check_execution_id(execution_id))
 
     def wake(self, execution_id: int | str) -> bool:

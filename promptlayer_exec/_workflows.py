@@ -9,6 +9,8 @@ from typing import Any
 
 import attrs
 
+from promptlayer_exec import _structuring
+from promptlayer_exec._display import workflow_html
 from promptlayer_exec._errors import printable
 from promptlayer_exec._models import FrozenMap, frozen_map
 
@@ -157,8 +159,6 @@ class Workflow:
 
     def _repr_html_(self) -> str:
         """Return the required inputs and the graph, for notebooks."""
-        from promptlayer_exec._display import workflow_html  # noqa: PLC0415 - only notebooks need it
-
         return workflow_html(self)
 
     def __repr__(self) -> str:
@@ -169,10 +169,7 @@ class Workflow:
 def _names(inputs: Any) -> set[str]:
     if isinstance(inputs, Mapping):
         return {name for name in inputs if isinstance(name, str)}
-    # Imported late, to keep the import of the package short.
-    from promptlayer_exec._structuring import encode_inputs  # noqa: PLC0415
-
-    return set(encode_inputs(inputs))
+    return set(_structuring.encode_inputs(inputs))
 
 
 def _guesses(given: Iterable[str], missing: Iterable[str]) -> list[str]:

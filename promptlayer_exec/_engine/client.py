@@ -40,7 +40,7 @@ from promptlayer_exec._errors import (
 from promptlayer_exec._events import Emit, WakeSource
 from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
 from promptlayer_exec._policies import Deadline
-from promptlayer_exec._push.wakeups import EarlyWakeUps
+from promptlayer_exec._recent import Recent
 from promptlayer_exec._settings import Settings
 from promptlayer_exec._workflows import Workflow, WorkflowSummary
 
@@ -92,7 +92,7 @@ class Client:
     _retrying: Retrying
     _recent_starts: RecentStarts
     _node_maps: NodeMapReader
-    _early_wake_ups: EarlyWakeUps
+    _early_wake_ups: Recent[int, WakeSource]
     callbacks: CallbackLog
     _definitions: Definitions
     _emit: Emit
@@ -122,7 +122,7 @@ class Client:
                 workflow=self._recent_starts.workflow(execution_id),
                 base_url=self.base_url,
             )
-            if (source := self._early_wake_ups.take(execution_id)) is not None:
+            if (source := self._early_wake_ups.pop(execution_id)) is not None:
                 watch.schedule.wake(source)
         watch.followers.add(streams=streams)
         return watch.followers

@@ -15,10 +15,9 @@ from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._errors import NotFound, RateLimited, RequestError, StatusError, printable
 from promptlayer_exec._events import Emit, RequestRetried, logger
 from promptlayer_exec._policies import RetryPolicy, is_transient, or_infinity
+from promptlayer_exec._recent import Recent
 
 T = TypeVar("T")
-
-_MOST_STARTS = 10_000
 
 
 @attrs.define(eq=False)
@@ -65,23 +64,19 @@ class RetryState:
 class RecentStarts:
     """The latest starts: which workflow they run, and whether the server may still answer 404.
 
-    A 404 may come for `grace` seconds. Starts are remembered for longer, unless there are too many.
+    A 404 may come for `grace` seconds. Starts are remembered for longer.
     """
 
     _grace: float
-    _started: dict[int, tuple[float, str | int | None]] = attrs.field(factory=dict)  # oldest first
+    _started: Recent[int, tuple[float, str | int | None]] = attrs.field(factory=Recent)
 
     def add(self, execution_id: int, workflow: str | int | None, *, now: float) -> None:
-        self._started[execution_id] = (now, workflow)
-        while len(self._started) > _MOST_STARTS:
-            oldest = next(iter(self._started))
-            if self.covers(oldest, now=now):
-                break
-            del self._started[oldest]
+        self._started.add(execution_id, (now, workflow))
 
     def workflow(self, execution_id: int) -> str | int | None:
         """Return the name or id of the workflow with which an execution was started, if known."""
-        return self._started.get(execution_id, (0.0, None))[1]
+        started = self._started.get(execution_id)
+        return None if started is None else started[1]
 
     def covers(self, execution_id: int | None, *, now: float) -> bool:
         """Return True if an execution was started less than `grace` seconds ago."""

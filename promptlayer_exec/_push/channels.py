@@ -23,11 +23,11 @@ from promptlayer_exec._api.attempt import Call
 from promptlayer_exec._api.messages import Request, Response, check_status, decode, invalid_shape
 from promptlayer_exec._arguments import check_execution_id
 from promptlayer_exec._errors import RequestError, printable
-from promptlayer_exec._events import logger
+from promptlayer_exec._events import WakeSource, logger
 from promptlayer_exec._policies import is_transient
 from promptlayer_exec._push.centrifugo import Lost, Refused, Subscription
 from promptlayer_exec._push.safety_net import SafetyNet
-from promptlayer_exec._push.wakeups import EarlyWakeUps
+from promptlayer_exec._recent import Recent
 
 T = TypeVar("T")
 
@@ -45,7 +45,6 @@ _PAUSES = (60.0, 300.0, 900.0)
 # Seconds until a request or a connection that failed is tried again: doubling between these.
 _RETRY = 0.5
 _LONGEST_RETRY = 10.0
-_MOST_RUNS = 10_000
 _COMPLETION = "SET_WORKFLOW_COMPLETE"
 _LONGEST_REASON = 1000
 
@@ -108,13 +107,13 @@ class Push:
     connect: Callable[[], Awaitable[aiohttp.ClientWebSocketResponse]]
     find_id: Callable[[str], Awaitable[int]]
     _wake: Callable[[int], object]
-    _early_wake_ups: EarlyWakeUps
+    _early_wake_ups: Recent[int, WakeSource]
     _redact: Callable[[str], str]  # what the server says may have the API key
     spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
     has_announced: bool = attrs.field(init=False, default=False)
     _has_reported: bool = attrs.field(init=False, default=False)
     _channels: dict[str | int, Channel] = attrs.field(init=False, factory=dict)
-    nets: dict[int, SafetyNet] = attrs.field(init=False, factory=dict)
+    nets: Recent[int, SafetyNet] = attrs.field(init=False, factory=Recent)
 
     def started(
         self, workflow: str | int, execution_id: int, *, sent_at: float, waited: float
@@ -122,11 +121,10 @@ class Push:
         """Record a run, whose start was sent at a time, after it waited for so many seconds."""
         if (channel := self._channels.get(workflow)) is None:
             channel = self._channels[workflow] = Channel(self, workflow)
-        net = self.nets[execution_id] = SafetyNet(execution_id, channel, sent_at, waited)
+        net = SafetyNet(execution_id, channel, sent_at, waited)
         # Its message may have come before the answer to its start.
-        net.is_announced = self._early_wake_ups.source(execution_id) == "push"
-        if len(self.nets) > _MOST_RUNS:
-            del self.nets[next(iter(self.nets))]
+        net.is_announced = self._early_wake_ups.get(execution_id) == "push"
+        self.nets.add(execution_id, net)
         channel.started()
 
     def receive(self, data: Any) -> None:
@@ -319,7 +317,7 @@ class Channel:
 
     def _conclude(self, net: SafetyNet) -> None:
         """Forget a run that is complete; if a message said so, push can be trusted."""
-        self._push.nets.pop(net.execution_id, None)
+        self._push.nets.pop(net.execution_id)
         if net.is_announced:
             self._push.has_announced = True
             self._silent = self._failures = 0

@@ -277,20 +277,6 @@ def test_recent_starts_are_covered_for_the_grace() -> None:
     assert not recent_starts.covers(None, now=100.0)
 
 
-def test_recent_starts_are_forgotten() -> None:
-    """The latest 10,000 are kept in memory, and more only within the grace."""
-    recent_starts = RecentStarts(10.0)
-    for execution_id in range(1, 10_101):
-        recent_starts.add(execution_id, execution_id % 3, now=float(execution_id))
-    assert recent_starts.workflow(100) is None
-    assert recent_starts.workflow(101) == 2
-    assert len(recent_starts._started) == 10_000
-    assert recent_starts.covers(10_095, now=10_100.0)
-    for execution_id in range(10_101, 20_202):
-        recent_starts.add(execution_id, "report", now=10_200.0)
-    assert len(recent_starts._started) == 10_101
-
-
 def test_the_first_failure_of_an_outage_is_shown_without_a_logging_setup(dead: str) -> None:
     """A warning about the server appears without a logging setup; INFO lines do not."""
     program = (
