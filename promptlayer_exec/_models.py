@@ -121,10 +121,7 @@ def read_nodes(
 
     attrs sets each field of a frozen class by a call; on a body of 50 nodes that is a tenth of a
     poll. Here the fields are set while the class still allows it, and the class comes last.
-
-    Args:
-        bodies: by the name of the node.
-        report_unknown: called with the name of a node and its status, if the status is unknown.
+    `report_unknown` is called with the name and the status of a node whose status is unknown.
     """
     nodes: dict[str, Any] = {}
     for name, body in bodies.items():

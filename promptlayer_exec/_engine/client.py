@@ -75,15 +75,7 @@ class _Fetch:
 
 @attrs.define(eq=False, kw_only=True)
 class Client:
-    """The watches, calls and starts of an open session; closing the session ends them.
-
-    Attributes:
-        lifetime: owns the tasks.
-        base_url: the server's URL.
-        push: the channels on which completions are pushed; None without push.
-        link: the connection to other processes; None without a backplane.
-        callbacks: those that arrived, and the starts whose answers were lost.
-    """
+    """The watches, calls and starts of an open session; closing the session ends them."""
 
     _settings: Settings
     lifetime: Lifetime
@@ -97,7 +89,7 @@ class Client:
     _definitions: Definitions
     _emit: Emit
     push: Push | None = attrs.field(init=False, default=None)
-    link: Link | None = attrs.field(init=False, default=None)
+    link: Link | None = attrs.field(init=False, default=None)  # with a backplane
     _watches: dict[int, Watch] = attrs.field(init=False, factory=dict)
 
     def deadline(self, timeout: float | EllipsisType | None = ...) -> Deadline:
@@ -261,6 +253,11 @@ class Client:
         The secret of the HTTP request is the token in the start's own callback URL, if it has one.
         """
         token = http_request.secret
+
+        def ended(outcome: Started | BaseException, elapsed: float) -> None:
+            if token is not None and isinstance(outcome, StartUnknown):
+                self._lose(token, request, elapsed)
+
         start = Start(
             request,
             self.base_url,
@@ -269,10 +266,9 @@ class Client:
             RetryState(self._settings.retry, self._settings.retry.outage),
             token=token,
             hooks=hooks,
-            on_end=partial(self._start_ended, token, request),
+            on_end=ended,
         )
-        post = self._post(request, http_request, start)
-        return await start.run(post, deadline)
+        return await start.run(self._post(request, http_request, start), deadline)
 
     async def _post(self, request: StartRequest, http_request: Request, start: Start) -> Started:
         reply = await self._retrying.call(
@@ -289,16 +285,6 @@ class Client:
         if warning is not None:  # it goes to the log
             warning = self._redactor.also(http_request.secret).redact(warning)
         return Started(execution_id, warning)
-
-    def _start_ended(
-        self,
-        token: str | None,
-        request: StartRequest,
-        outcome: Started | BaseException,
-        elapsed: float,
-    ) -> None:
-        if token is not None and isinstance(outcome, StartUnknown):
-            self._lose(token, request, elapsed)
 
     def _lose(self, token: str, request: StartRequest, elapsed: float = 0.0) -> None:
         self.callbacks.lose(token, request, self.base_url, elapsed)

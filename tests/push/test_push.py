@@ -298,7 +298,7 @@ async def log() -> AsyncIterator[Log]:
 
 @pytest.fixture(autouse=True)
 def _polls_do_not_rescue_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_FIRST", "_LONGEST", "_SUBSCRIBING"):
+    for name in ("_FIRST", "_LONGEST", "_SUBSCRIBING", "_MISSED_GAP"):
         monkeypatch.setattr(safety_net, name, 3600.0)
 
 
@@ -574,6 +574,20 @@ class TestDelivery:
         await server.release()
         await server.until(lambda: server.polls == 1)
         await server.finish(execution.id)
+        assert await waiting == "42"
+        assert server.polls == 2
+
+    async def test_a_run_that_ended_before_the_subscription_is_polled_once(
+        self, open_pushed: Callable[..., Session], server: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No message can come, and the policy would let an hour pass."""
+        monkeypatch.setattr(safety_net, "_MISSED_GAP", 0.0)
+        server.hold = {"subscribe"}
+        execution = await open_pushed(push=None).start("w")
+        waiting = asyncio.create_task(execution.output())
+        await server.until(lambda: ("command", "subscribe") in server.log)
+        server.complete.add(execution.id)
+        await server.release()
         assert await waiting == "42"
         assert server.polls == 2
 
