@@ -99,28 +99,16 @@ class Execution:
     ) -> AsyncGenerator[Node, None]:
         """Yield each node once, when it becomes final or the execution is complete.
 
-        Args:
-            timeout: as for `stream`.
-
-        Raises:
-            PromptLayerExecError: as for `stream`.
+        The timeout and the errors are those of `stream`.
         """
         self._require_session()
         return self._finished_nodes(check_timeout(timeout))
 
     async def wait(self, *, timeout: float | EllipsisType | None = ...) -> Snapshot:
-        """Wait until the execution is complete; failed nodes do not raise.
+        """Wait until the execution is complete, and return the complete snapshot.
 
-        Cancelling the wait does not cancel the execution: the server has no such operation.
-
-        Args:
-            timeout: as for `stream`.
-
-        Returns:
-            The complete snapshot.
-
-        Raises:
-            PromptLayerExecError: as for `stream`.
+        Failed nodes do not raise; the timeout and the errors are those of `stream`. Cancelling the
+        wait does not cancel the execution: the server has no such operation.
         """
         return await self._completed(self._deadline(timeout))
 

@@ -174,12 +174,7 @@ class NodeTimes:
 
 @attrs.frozen
 class NodeChange:
-    """A node whose status or value changed between two snapshots.
-
-    Attributes:
-        node: the node in the newer snapshot.
-        before: its status in the older snapshot; None if that one does not have the node.
-    """
+    """A node whose status or value changed, and its status before; None if it is new."""
 
     node: Node
     before: NodeStatus | str | None
@@ -257,14 +252,9 @@ class Snapshot:
         return self.complete and any(node.succeeded for node in outputs)
 
     def diff(self, previous: Snapshot | None) -> tuple[NodeChange, ...]:
-        """Return the nodes whose status or value changed since `previous`.
+        """Return the nodes whose status or value changed since `previous`, in the server's order.
 
-        Args:
-            previous: an earlier snapshot; None stands for a snapshot without nodes.
-
-        Returns:
-            One change for each such node, in the server's order. A node that only `previous` has
-            is not a change.
+        None stands for a snapshot without nodes. A node that only `previous` has is not a change.
         """
         changes = []
         for name, node in self.nodes.items():
@@ -335,12 +325,7 @@ class Snapshot:
         return snapshot_html(self)
 
     def raise_for_failure(self) -> None:
-        """Raise an error if the execution is complete and did not succeed.
-
-        Raises:
-            ExecutionFailed: no output node succeeded, or a node failed and none is marked as
-                output.
-        """
+        """Raise an `ExecutionFailed` if the execution is complete and did not succeed."""
         if not self.complete or self.succeeded:
             return
         failed = self.failed_nodes
@@ -354,10 +339,7 @@ class Snapshot:
             states += f"; and {len(shown) - _SHOWN_NODES:,} more"
         what = "it failed" if failed else "it is complete, but no output node succeeded"
         raise ExecutionFailed(
-            f"{what}: {states}",
-            failed=failed,
-            execution_id=self.execution_id,
-            last_snapshot=self,
+            f"{what}: {states}", failed=failed, execution_id=self.execution_id, last_snapshot=self
         )
 
 

@@ -78,8 +78,8 @@ class Session:
         poll: when to poll an execution again.
         retry: which failures to retry, and for how long.
         wait_timeout: the default deadline of every wait, in seconds; None: no limit.
-        request_timeout: seconds for one HTTP attempt, from connecting to the last byte. Waiting
-            for the rate or a connection does not count, except for one that you hold in `http=`.
+        request_timeout: seconds for one HTTP attempt, from connecting to the last byte; not for
+            waiting for the rate or a connection.
         max_connections: how many requests may be in flight at once. A quarter of them, at least
             one, is reserved for starts; an eighth, from one to four, for push and definitions.
         max_response_bytes: the largest response body, in bytes after decompression.
@@ -89,15 +89,13 @@ class Session:
         converter: for inputs and outputs, in place of the strict one that
             `promptlayer_exec.strict_converter` returns; never used for the node map.
         observers: called with every event.
-        push: whether PromptLayer's push channel wakes the watches of runs started here, so that
-            results come within milliseconds: None, once a workflow's run is not complete at its
-            first poll, or a second one is started; True, at once, with a warning where push cannot
-            be used; False, never. `$PROMPTLAYER_EXEC_PUSH` has the default, 1 or 0; 0 wins.
-        check_inputs: whether a start first looks at the workflow's required inputs, so that a
-            missing one is a `ValueError` and not a run that is paid for.
+        push: whether PromptLayer's push channel wakes the watches of runs started here: None, once
+            a workflow's run is not complete at its first poll, or a second one is started; True,
+            at once, with a warning where push cannot be used; False, never.
+            `$PROMPTLAYER_EXEC_PUSH` has the default, 1 or 0; 0 wins.
+        check_inputs: whether a start raises a `ValueError` if required inputs are missing.
         trust_env: whether to use HTTP_PROXY, HTTPS_PROXY and NO_PROXY, read when the session opens;
-            `$PROMPTLAYER_EXEC_TRUST_ENV=0` turns it off. Requests to a loopback host never use a
-            proxy, and a borrowed `http` has its own setting.
+            `$PROMPTLAYER_EXEC_TRUST_ENV=0` turns it off. A borrowed `http` has its own setting.
         callbacks: gives each start a callback URL of its own, so that `recover` can find it.
         backplane: shares watches, starts, wake-ups and callbacks with the sessions of other
             processes: a `promptlayer_exec.redis.RedisBackplane`.
@@ -187,8 +185,7 @@ class Session:
     async def aclose(self) -> None:
         """Close the session: every wait and call in it ends with `SessionClosed`.
 
-        Raises:
-            RuntimeError: the session is open in another event loop that is still running.
+        Raises a `RuntimeError` if the session is open in another event loop.
         """
         client = self._client
         if client is not None:
@@ -344,8 +341,8 @@ class Session:
         """Start a run, and return its handle.
 
         The request is sent again only if it provably never reached the server, or was refused with
-        429. Once it may have been sent, cancelling this call does not stop it: the session still
-        reads the answer, emits `ExecutionStarted(abandoned=True)` and logs a warning with the id.
+        429. If this call is cancelled later than that, the session still reads the answer, emits
+        `ExecutionStarted(abandoned=True)` and logs a warning with the id.
 
         https://docs.promptlayer.com/reference/run-workflow
 
@@ -557,24 +554,21 @@ class Session:
         """Follow many executions, start those that are requests, and yield outcomes as they arrive.
 
         One item's failure is the `error` of its outcome, and affects no other item. Wrap the
-        generator in `contextlib.aclosing` to stop early: this session then stops following the
-        items in flight, and their executions continue on the server.
+        generator in `contextlib.aclosing` to stop early; executions go on at the server. Where it
+        raises, the items in flight are yielded first, with that error if they are cancelled.
 
         Args:
             items: ids, `Execution` handles and `StartRequest`s, as an iterable or async iterable.
-                The next item is taken when a slot is free. An async generator is closed at the
-                end.
+                The next item is taken when a slot is free.
             max_in_flight: how many items may be in flight or waiting to be yielded.
             timeout: seconds for each item, from when it is taken; `...` means the session's
-                `wait_timeout`, None no limit. If a start has been sent by then, its answer is
-                still read.
+                `wait_timeout`, None no limit. The answer to a start that was sent is still read.
             into: the type of the outputs, as for `Execution.output`.
 
         Raises:
-            Unauthorized: the server refused the key, so no later item could succeed. The items in
-                flight are cancelled, and each is yielded with that error before it is raised.
-            SessionClosed: the session was closed; the items in flight are first yielded with it.
-            Exception: `items` raised it; the outcomes of the items in flight are yielded first.
+            Unauthorized: the server refused the key, so no later item could succeed.
+            SessionClosed: the session was closed.
+            Exception: `items` raised it.
         """
         return outcomes_of(self, items, max_in_flight=max_in_flight, timeout=timeout, into=into)
 
@@ -608,8 +602,7 @@ class Session:
     ) -> list[Outcome[ItemT, Any]]:
         """Run `as_completed` to its end, and return all outcomes in the order of the items.
 
-        Arguments and errors are those of `as_completed`. If it raises, no outcome is returned: use
-        `as_completed` if you need the outcomes that arrived before the error.
+        Arguments and errors are those of `as_completed`; after an error, no outcome is returned.
         """
         return await collected(
             outcomes_of(self, items, max_in_flight=max_in_flight, timeout=timeout, into=into)
@@ -620,16 +613,11 @@ class Session:
         return Execution(self, check_execution_id(execution_id))
 
     def wake(self, execution_id: int | str) -> bool:
-        """Poll an execution now, for example because a message of yours says that it has changed.
+        """Poll an execution now; return True if somebody follows it in this session.
 
-        If nobody follows it yet, the wake-up is remembered for 10 minutes. Wake-ups cause
-        at most two polls a second by default. Call it in the session's event loop.
-
-        Returns:
-            True if somebody follows the execution in this session.
-
-        Raises:
-            PromptLayerExecError: the session was closed.
+        If nobody follows it yet, the wake-up is remembered for 10 minutes. Wake-ups cause at most
+        two polls a second by default. Call it in the session's event loop. After closing, it raises
+        `SessionClosed`.
         """
         return self._wake(check_execution_id(execution_id), "caller")
 

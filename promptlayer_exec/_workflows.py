@@ -40,13 +40,7 @@ class WorkflowNode:
 
 @attrs.frozen
 class WorkflowEdge:
-    """A connection between two nodes.
-
-    Attributes:
-        source: the name of the node that it leads from.
-        target: the name of the node that it leads to.
-        conditional: whether it is followed under a condition only.
-    """
+    """A connection between two nodes, by their names; a conditional one may not be followed."""
 
     source: str
     target: str
@@ -106,9 +100,8 @@ class Workflow:
     def layers(self) -> tuple[tuple[str, ...], ...]:
         """Return the names of the nodes in layers: each node comes after all that it depends on.
 
-        Returns:
-            The layers in the order in which they can run; within one, the server's order. Nodes
-            that depend on each other in a cycle, and those after them, are one last layer.
+        Within a layer, they are in the server's order. Nodes that depend on each other in a cycle,
+        and those after them, are one last layer.
         """
         from graphlib import CycleError, TopologicalSorter  # noqa: PLC0415 - rarely needed
 

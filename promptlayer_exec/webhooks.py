@@ -67,8 +67,7 @@ def read_webhook(body: bytes, signature: str | None, secret: str) -> Webhook:
 
     Raises:
         InvalidSignature: the body is not PromptLayer's, or was signed with another secret.
-        ValueError: PromptLayer signed it, but it is not a webhook as documented; or it is larger
-            than 1 MiB.
+        ValueError: it is not a webhook as documented, or larger than 1 MiB.
         ConfigurationError: the secret is empty.
         TypeError: `body` is not bytes, or `secret` not a str.
     """

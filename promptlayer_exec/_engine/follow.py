@@ -130,8 +130,5 @@ def timed_out(
         what = f"no answer within {timeout:g} s"
     failure = f"; last failure: {cause.args[0]}" if cause is not None and cause.args else ""
     return ExecutionTimeout(
-        what + failure,
-        timeout=timeout,
-        execution_id=execution_id,
-        last_snapshot=seen,
+        what + failure, timeout=timeout, execution_id=execution_id, last_snapshot=seen
     )

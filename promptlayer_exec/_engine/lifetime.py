@@ -65,11 +65,7 @@ class Lifetime:
             )
 
     def spawn(
-        self,
-        work: Coroutine[Any, Any, T],
-        *,
-        name: str,
-        cancel: Callable[[], object] | None = None,
+        self, work: Coroutine[Any, Any, T], *, name: str, cancel: Callable[[], object] | None = None
     ) -> asyncio.Task[T]:
         """Run a task until it ends by itself or the session is closed.
 

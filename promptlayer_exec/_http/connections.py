@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import select
-import sys
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -29,10 +28,7 @@ if TYPE_CHECKING:
 
 _HEADERS = {
     "Accept": "application/json",
-    "User-Agent": (
-        f"promptlayer-exec/{__version__} aiohttp/{aiohttp.__version__}"
-        f" Python/{sys.version_info.major}.{sys.version_info.minor}"
-    ),
+    "User-Agent": f"promptlayer-exec/{__version__} aiohttp/{aiohttp.__version__}",
 }
 # At most a quarter of the connections of a borrowed client session, if those are limited.
 _MOST_SOCKETS = 20

@@ -207,10 +207,7 @@ class Transport:
                 excerpt=redactor.redact(excerpt(body)),
             )
         return Response(
-            response.status,
-            body,
-            location,
-            read_retry_after(response.headers, now=time.time()),
+            response.status, body, location, read_retry_after(response.headers, now=time.time())
         )
 
     def _failure(

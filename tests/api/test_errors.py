@@ -258,9 +258,7 @@ def test_excerpt_is_shown(excerpt, shown):
 
 
 @pytest.mark.parametrize(
-    "cls",
-    [cls for cls in every_error() if issubclass(cls, OSError)],
-    ids=lambda cls: cls.__name__,
+    "cls", [cls for cls in every_error() if issubclass(cls, OSError)], ids=lambda cls: cls.__name__
 )
 def test_oserrors_keep_one_argument(cls):
     """Errors that are also OSErrors have no errno, and a traceback shows them as str does."""

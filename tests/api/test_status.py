@@ -199,10 +199,7 @@ def test_unprocessable_with_a_message():
             [{"loc": [True, None, 1.5, 2, {}], "msg": "b", "type": "c"}],
             (FieldError(("True", "None", "1.5", 2, "{}"), "b", "c"),),
         ),
-        (
-            ["text", {"loc": ["a"], "msg": "b", "type": "c"}],
-            (FieldError(("a",), "b", "c"),),
-        ),
+        (["text", {"loc": ["a"], "msg": "b", "type": "c"}], (FieldError(("a",), "b", "c"),)),
     ],
     ids=lambda value: None if isinstance(value, tuple) else repr(value),
 )

@@ -307,8 +307,7 @@ def test_not_json(body, reader):
 
 
 @pytest.mark.parametrize(
-    ("body", "excerpt"),
-    [(b"x" * 10_000, "x" * 200), ("é".encode() * 1000 + b"\xff", "é" * 100)],
+    ("body", "excerpt"), [(b"x" * 10_000, "x" * 200), ("é".encode() * 1000 + b"\xff", "é" * 100)]
 )
 def test_excerpt_is_short(body, excerpt):
     """The excerpt of a long body is its start, as text."""
@@ -517,8 +516,7 @@ def test_read_started_without_a_usable_id(value):
 
 
 @pytest.mark.parametrize(
-    ("body", "path"),
-    [(b"", None), (b"<html>", None), (b"\xff", None), (b"[]", "$"), (b"{}", "$")],
+    ("body", "path"), [(b"", None), (b"<html>", None), (b"\xff", None), (b"[]", "$"), (b"{}", "$")]
 )
 def test_read_started_of_another_shape(body, path):
     """The error for a body that is not JSON has no path."""

@@ -24,6 +24,7 @@ from promptlayer_exec import (
     Session,
     SessionClosed,
     WatchEnded,
+    WatchStarted,
 )
 from promptlayer_exec._engine.retry import RecentStarts, RetryState
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
@@ -53,6 +54,7 @@ async def test_the_end_of_a_watch_is_one_line(
 ) -> None:
     """It says whether the watch completed, stopped or failed; good polls are not logged."""
     waiting = asyncio.create_task(session.execution(held).wait())
+    await recorder.next(WatchStarted)
     with pytest.raises(ExecutionTimeout):
         await session.execution(held).wait(timeout=0.03)
     waiting.cancel()
@@ -115,10 +117,7 @@ async def test_an_abandoned_outage_is_not_logged_as_ended(
 
 
 async def test_a_start_is_named_as_a_start(
-    caplog: pytest.LogCaptureFixture,
-    open_session: Callable[..., Session],
-    recorder: Any,
-    dead: str,
+    caplog: pytest.LogCaptureFixture, open_session: Callable[..., Session], recorder: Any, dead: str
 ) -> None:
     """A start has no id yet, and the log has neither its inputs nor the key."""
     session = open_session(api_key="pl-very-secret", base_url=dead, retry=RetryPolicy())

@@ -200,13 +200,7 @@ async def by_an_error_of_the_consumer(
 )
 @pytest.mark.parametrize("kind", ["stream", "finished_nodes"])
 async def test_the_poller_ends_one_step_after_the_last_follower(
-    sim: Simulator,
-    session: Session,
-    held: int,
-    *,
-    stop: Any,
-    kind: str,
-    our_tasks: Any,
+    sim: Simulator, session: Session, held: int, *, stop: Any, kind: str, our_tasks: Any
 ) -> None:
     """However the last follower stops, no poller remains and no further request is sent."""
     snapshots = getattr(session.execution(held), kind)()

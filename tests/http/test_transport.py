@@ -72,9 +72,7 @@ def mocks() -> Iterator[Mocks]:
         yield Mocks(mock)
 
 
-async def test_the_policy_may_name_further_statuses_to_retry(
-    mocks: Mocks,
-) -> None:
+async def test_the_policy_may_name_further_statuses_to_retry(mocks: Mocks) -> None:
     """A status in the policy's list is retried, and the next answer is the result."""
     mocks.add("GET", status=418)
     mocks.add("GET", status=200, payload="done")

@@ -499,10 +499,7 @@ class TestDelivery:
         await server.until(lambda: server.log.count(("command", "pong")) == 2)
 
     async def test_a_server_without_pings_is_not_trusted(
-        self,
-        open_pushed: Callable[..., Session],
-        server: Server,
-        monkeypatch: pytest.MonkeyPatch,
+        self, open_pushed: Callable[..., Session], server: Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A connection that is frozen is replaced, and what it did not announce is polled."""
         monkeypatch.setattr(centrifugo, "_PING_DELAY", 0.01)
@@ -976,10 +973,7 @@ class TestFaults:
         assert server.polls == 1
 
     async def test_an_expired_token_is_renewed(
-        self,
-        open_pushed: Callable[..., Session],
-        server: Server,
-        monkeypatch: pytest.MonkeyPatch,
+        self, open_pushed: Callable[..., Session], server: Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The session asks for another one, and the subscription stands all the while."""
         monkeypatch.setattr(centrifugo, "_SHORTEST", 0.0)

@@ -11,14 +11,7 @@ from typing import Any
 
 import pytest
 
-from promptlayer_exec import (
-    Polled,
-    PollPolicy,
-    Session,
-    SessionClosed,
-    WatchWoken,
-    _integration,
-)
+from promptlayer_exec import Polled, PollPolicy, Session, SessionClosed, WatchWoken, _integration
 from promptlayer_exec._recent import Recent
 from promptlayer_exec.simulator import Fault, Simulator
 
