@@ -335,12 +335,6 @@ def test_a_list_of_the_wrong_shape_is_an_invalid_response(body: Any, path: str) 
     assert caught.value.path == path
 
 
-def test_a_missing_workflow_is_not_found() -> None:
-    """The server's message is in the error."""
-    with pytest.raises(NotFound, match="no such agent"):
-        read_workflow(Response(404, b'{"success": false, "error": "no such agent"}'))
-
-
 def test_layers_follow_dependencies_and_edges() -> None:
     """Each node comes after all that it depends on; within a layer, in the server's order."""
     workflow = attrs.evolve(

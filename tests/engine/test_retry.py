@@ -59,6 +59,7 @@ async def test_the_end_of_a_watch_is_one_line(
         await session.execution(held).wait(timeout=0.03)
     waiting.cancel()
     ended = await recorder.next(WatchEnded)
+    assert ended.error is None
     sim_404 = session.execution(7)
     with pytest.raises(NotFound):
         await sim_404.wait()
@@ -147,14 +148,14 @@ async def test_no_answer_is_quoted(
 ) -> None:
     """The error shows how the body begins, but the log does not; its text is printable."""
     sim.inject(Fault.malformed(body=b'{"value": "confidential"'))
-    sim.inject(Fault.status(503, body=rb'{"message": "down \udcff"}'))
+    sim.inject(Fault.status(503, body=rb'{"message": "down \u001b[2J"}'))
     await session.execution(held).snapshot()
-    sim.inject(Fault.status(503, body=rb'{"message": "down \udcff"}'))
+    sim.inject(Fault.status(503, body=rb'{"message": "down \u001b[2J"}'))
     await session.execution(held).snapshot()
     first, second = lines(caplog, logging.WARNING)
     assert "the 200 response is not JSON" in first
     assert "confidential" not in caplog.text
-    assert "503 Service Unavailable: down \\udcff; trying again" in second
+    assert "503 Service Unavailable: down \\x1b[2J; trying again" in second
 
 
 # Retry states and recent starts: arithmetic, with time and chance as arguments
@@ -213,16 +214,6 @@ def test_retry_state_counts_attempts_that_hang() -> None:
     assert state.delay(ERROR, now=40.0, chance=0.0) is None
 
 
-def test_retry_state_counts_failures() -> None:
-    """It counts the failures and keeps the last error, also when it gives up."""
-    state = RetryState(RetryPolicy(), 1.0)
-    assert (state.failures, state.error) == (0, None)
-    state.delay(KeyError(), now=0.0, chance=0.0)
-    last = ValueError()
-    assert state.delay(last, now=1.0, chance=0.0) is None
-    assert (state.failures, state.error) == (2, last)
-
-
 @pytest.mark.parametrize("retry_after", [None, 5.0], ids=["unannounced", "announced"])
 def test_retry_state_of_zero(retry_after: Any) -> None:
     """A limit of 0 ends the retries at the first failure."""
@@ -246,13 +237,6 @@ def test_announced_waits_do_not_count() -> None:
         now += 30.0
     assert state.delay(ERROR, now=now + 59.0, chance=0.0) == 1.0
     assert state.delay(ERROR, now=now + 60.0, chance=0.0) is None
-
-
-def test_announced_wait_longer_than_the_remaining_time() -> None:
-    """An announced wait is allowed even if it ends after the limit."""
-    state = RetryState(RetryPolicy(), 60.0)
-    assert state.delay(ERROR, now=0.0, chance=0.0, retry_after=100.0) == 100.0
-    assert state.delay(ERROR, now=100.0, chance=0.0) == 1.0
 
 
 def test_excused_waits_do_not_count() -> None:
@@ -296,14 +280,3 @@ def test_the_first_failure_of_an_outage_is_shown_without_a_logging_setup(dead: s
         f"execution 787: no usable answer from {dead}: Connection refused;"
         " trying again for up to 0.05 s\n"
     )
-
-
-async def test_control_characters_of_the_server_reach_no_log_line(
-    caplog: pytest.LogCaptureFixture, sim: Simulator, session: Session, held: int
-) -> None:
-    """They could forge a line or control the terminal that shows it."""
-    sim.inject(Fault.status(503, body=rb'{"message": "down \u001b[2J\nfine"}'))
-    await session.execution(held).snapshot()
-    (line,) = lines(caplog, logging.WARNING)
-    assert r"down \x1b[2J" in line
-    assert line.isprintable()

@@ -354,15 +354,6 @@ async def test_the_status_code_alone_says_whether_an_execution_is_complete(
     assert seen == [(False, 1.0), (True, 1.0)]
 
 
-async def test_an_unknown_status_is_shown_and_survived(sim: Simulator, session: Session) -> None:
-    """It keeps the server's word, counts as not final, and the watch goes on."""
-    sim.inject(Fault.status(202, body=b'{"A":{"status":"PAUSED"}}'))
-    sim.inject(Fault.status(200, body=b'{"A":{"status":"SUCCESS"}}'))
-    async with aclosing(session.execution(1).stream()) as snapshots:
-        seen = [(snapshot.nodes["A"].status, snapshot.progress) async for snapshot in snapshots]
-    assert seen == [("PAUSED", 0.0), (NodeStatus.SUCCESS, 1.0)]
-
-
 async def test_every_follower_gets_its_own_copy_of_the_error(
     sim: Simulator, session: Session, held: int
 ) -> None:
@@ -542,18 +533,6 @@ async def test_a_wait_without_any_time_sends_nothing(
     await one_step()
     assert our_tasks() == [SUPERVISOR]
     assert sim.request_count == 0
-
-
-async def test_a_watch_without_followers_ends_without_an_error(
-    sim: Simulator, session: Session, held: int, recorder: Any
-) -> None:
-    """Its event says how many polls there were."""
-    async with aclosing(session.execution(held).stream()) as snapshots:
-        await anext(snapshots)
-        ended = asyncio.ensure_future(recorder.next(WatchEnded))
-    event = await ended
-    assert event.error is None
-    assert event.polls == 1
 
 
 async def test_each_good_answer_resets_the_outage_limit(

@@ -57,19 +57,9 @@ def chunked(head: bytes, body: bytes) -> tuple[bytes, bytes]:
     return head, chunks + b"0\r\n\r\n"
 
 
-def unsized(head: bytes, body: bytes) -> tuple[bytes, bytes]:
-    """End the body by closing the connection."""
-    return re.sub(rb"Content-Length: \d+", b"Connection: close", head), body
-
-
 async def behave(request: Any) -> None:
     """Forward the request and its answer."""
     await request.send(b"".join(await request.fetch()))
-
-
-async def reset_at_accept(request: Any) -> None:
-    """Reset the connection before anything is read: `misbehave` does it without calling this."""
-    raise AssertionError("this is for new connections")
 
 
 async def reset(request: Any) -> None:
@@ -145,21 +135,6 @@ async def corrupt_gzip(request: Any) -> None:
     await request.send(b"".join(answer))
 
 
-def misbehave(proxy: Any, *actions: Action) -> None:
-    """Apply each of the actions to one of the next requests."""
-    if actions != (reset_at_accept,):
-        proxy.answers.extend(actions)
-        return
-
-    def reset_once(writer: asyncio.StreamWriter) -> None:
-        proxy.accept = lambda _: None
-        proxy.reset(writer)
-
-    proxy.accept = reset_once
-    for writer in proxy.idle:
-        writer.close()
-
-
 @pytest.fixture
 async def proxy(raw_server: Any, sim: Simulator) -> AsyncIterator[Any]:
     """Return a server of raw answers that forwards requests to `sim`.
@@ -216,7 +191,6 @@ class Failure:
 
 
 FAILURES = {
-    "reset at accept": Failure(reset_at_accept, ConnectionFailed, reaches_server=False),
     "reset on arrival": Failure(reset, ConnectionFailed, reaches_server=False),
     "reset before the head": Failure(stop(nothing, reset), ConnectionFailed),
     "reset within the head": Failure(stop(half_the_head, reset), ConnectionFailed),
@@ -227,15 +201,12 @@ FAILURES = {
     "cut after the head": Failure(stop(the_head, cut), InvalidResponse),
     "cut within the body": Failure(stop(half_the_body, cut), InvalidResponse),
     "cut within a chunk": Failure(stop(half_the_body, cut, chunked), InvalidResponse),
-    "cut without a length": Failure(stop(half_the_body, cut, unsized), InvalidResponse),
     "silence": Failure(stop(nothing, silence), RequestTimeout, SHORT),
     "silence within the body": Failure(stop(half_the_body, silence), RequestTimeout, SHORT),
     "a byte every 50 ms": Failure(trickle(0.05), RequestTimeout, SHORT),
     "corrupt UTF-8": Failure(corrupt_text, InvalidResponse),
     "corrupt gzip": Failure(corrupt_gzip, InvalidResponse),
 }
-# A start may notice the reset before it is sent, and is then sent on another connection.
-AFTER_ACCEPT = {name: it for name, it in FAILURES.items() if name != "reset at accept"}
 
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
@@ -256,7 +227,7 @@ async def test_a_watch_survives_it(
         async for snapshot in snapshots:
             polls.append(snapshot.poll)
             if snapshot.poll == 1:
-                misbehave(proxy, failure.action)
+                proxy.answers.append(failure.action)
             elif snapshot.poll == 2:
                 sim.finish(held, "Answer")
     assert polls == [1, 2, 3]
@@ -270,7 +241,7 @@ async def test_an_answer_that_trickles_in_is_read(
     connect: Callable[..., Session], proxy: Any, flow: str, recorder: Any
 ) -> None:
     """A slow answer is a good answer, also to a start."""
-    misbehave(proxy, trickle(0.0), trickle(0.0))
+    proxy.answers.extend([trickle(0.0), trickle(0.0)])
     execution = await connect().start(flow)
     assert (await execution.snapshot()).complete
     assert recorder.of(RequestRetried) == []
@@ -324,7 +295,7 @@ def started(sim: Simulator) -> list[int]:
     return [run.execution_id for run in sim.runs]
 
 
-@pytest.mark.parametrize("failure", AFTER_ACCEPT.values(), ids=AFTER_ACCEPT)
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
 async def test_a_start_whose_answer_is_lost_is_unknown(
     connect: Callable[..., Session],
     proxy: Any,
@@ -336,7 +307,7 @@ async def test_a_start_whose_answer_is_lost_is_unknown(
 ) -> None:
     """One request is sent, whatever the policy allows; the error has the workflow and the cause."""
     session = connect(request_timeout=failure.request_timeout)
-    misbehave(proxy, failure.action)
+    proxy.answers.append(failure.action)
     with pytest.raises(StartUnknown) as caught:
         await session.start(flow, {"question": "?"})
     error = caught.value
@@ -355,7 +326,7 @@ async def test_a_start_that_is_lost_after_a_429_is_unknown(
 ) -> None:
     """The refusal of the first request says nothing about the second."""
     sim.inject(Fault.status(429, retry_after=0.01))
-    misbehave(proxy, behave, stop(nothing, reset))
+    proxy.answers.extend([behave, stop(nothing, reset)])
     with pytest.raises(StartUnknown):
         await connect().start(flow)
     assert proxy.count("POST") == 2
@@ -429,7 +400,7 @@ async def test_a_start_of_a_borrowed_session_whose_answer_is_lost_is_not_sent_ag
     connect: Callable[..., Session], proxy: Any, sim: Simulator, flow: str
 ) -> None:
     """Not even by aiohttp."""
-    misbehave(proxy, stop(nothing, reset))
+    proxy.answers.append(stop(nothing, reset))
     async with aiohttp.ClientSession() as http, connect(http=http) as session:
         with pytest.raises(StartUnknown):
             await session.start(flow)
@@ -605,7 +576,7 @@ def refused_first(sim: Simulator, proxy: Any) -> None:
 
 def answered_in_pieces(sim: Simulator, proxy: Any) -> None:
     """Send the answer in many pieces."""
-    misbehave(proxy, trickle(0.0, size=24))
+    proxy.answers.append(trickle(0.0, size=24))
 
 
 @by_each_interruption

@@ -963,15 +963,6 @@ class TestFaults:
         assert (server.count(WEBSOCKET), server.polls) == (0, 1)
         assert log.warnings == []
 
-    async def test_duplicates_cost_nothing(self, pushed: Session, server: Server) -> None:
-        """Three messages for one run lead to one poll."""
-        execution = await pushed.start("w")
-        waiting = asyncio.create_task(execution.output())
-        server.complete.add(execution.id)
-        await server.publish(completion(execution.id), times=3)
-        assert await waiting == "42"
-        assert server.polls == 1
-
     async def test_an_expired_token_is_renewed(
         self, open_pushed: Callable[..., Session], server: Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -93,21 +93,6 @@ def test_every_event_is_tested():
     }
 
 
-def test_fields():
-    """Events have exactly the documented fields."""
-    names = {type(event).__name__: attrs.fields(type(event))[1:] for event in EVENTS}
-    assert {name: [field.name for field in fields] for name, fields in names.items()} == {
-        "WatchStarted": ["workflow", "base_url"],
-        "Polled": ["snapshot", "duration", "lateness", "body_bytes", "shared"],
-        "RequestRetried": ["error", "delay"],
-        "Throttled": ["delay"],
-        "WatchEnded": ["polls", "elapsed", "error", "succeeded", "workflow"],
-        "WatchWoken": ["source"],
-        "ExecutionStarted": ["request", "abandoned", "duration", "recovered", "base_url"],
-        "StartFailed": ["request", "error", "duration", "base_url"],
-    }
-
-
 def test_the_logger_is_the_application_s_to_configure():
     """It is called `promptlayer_exec`, and has no handler and no level of its own."""
     assert logger is logging.getLogger("promptlayer_exec")
