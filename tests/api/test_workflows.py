@@ -45,27 +45,21 @@ DOCUMENTED: dict[str, Any] = {
     "created_at": "2026-08-21T00:00:00Z",
     "nodes": [
         {
-            "id": "u1",
             "name": "plan",
             "node_type": "PROMPT_TEMPLATE",
             "is_output_node": False,
-            "configuration": {},
             "dependencies": ["topic"],
         },
         {
-            "id": "u2",
             "name": "write",
             "node_type": "CODE_EXECUTION",
             "is_output_node": True,
-            "configuration": {},
             "dependencies": ["plan", "no node", "plan"],
         },
         {
-            "id": "u3",
             "name": "check",
             "node_type": "CODE_EXECUTION",
             "is_output_node": False,
-            "configuration": {},
             "dependencies": [],
         },
     ],

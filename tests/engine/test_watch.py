@@ -330,19 +330,6 @@ async def test_finished_nodes_keeps_the_deadline_between_two_nodes_of_one_poll(
     assert caught.value.last_snapshot.nodes["B"].final
 
 
-async def test_wait_returns_the_complete_snapshot_of_a_failed_execution(
-    sim: Simulator, session: Session
-) -> None:
-    """Failed nodes do not raise; the caller checks the snapshot."""
-    failed = sim.add_execution(
-        Scenario([SimNode("A", status="FAILED", error_message="no", is_output_node=True)])
-    )
-    snapshot = await session.execution(failed).wait()
-    assert snapshot.complete
-    assert not snapshot.succeeded
-    assert [node.error_message for node in snapshot.failed_nodes] == ["no"]
-
-
 async def test_the_status_code_alone_says_whether_an_execution_is_complete(
     sim: Simulator, session: Session
 ) -> None:
@@ -426,16 +413,6 @@ def test_a_malformed_timeout_is_refused_at_the_call(method: str, timeout: Any) -
     execution = Session("key").execution(1)
     with pytest.raises((TypeError, ValueError), match="timeout"):
         getattr(execution, method)(timeout=timeout)
-
-
-async def test_timeout_none_and_the_sessions_default(
-    open_session: Callable[..., Session], held: int
-) -> None:
-    """Without a timeout, the session's `wait_timeout` applies."""
-    session = open_session(wait_timeout=0.02)
-    with pytest.raises(ExecutionTimeout) as caught:
-        await session.execution(held).wait()
-    assert caught.value.timeout == 0.02
 
 
 async def test_polled_events_measure_each_poll(

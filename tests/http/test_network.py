@@ -42,7 +42,6 @@ NO_TIME = "0.000000001"
 
 Action: TypeAlias = Callable[[Any], Awaitable[None]]
 Framing: TypeAlias = Callable[[bytes, bytes], tuple[bytes, bytes]]
-Cut: TypeAlias = Callable[[bytes, bytes], bytes]
 
 
 def sized(head: bytes, body: bytes) -> tuple[bytes, bytes]:
@@ -77,34 +76,21 @@ async def cut(request: Any) -> None:
     request.close()
 
 
-def stop(at: Cut, ending: Action, framing: Framing = sized) -> Action:
+def stop(after: str, ending: Action, framing: Framing = sized) -> Action:
     """Return an action that sends a part of the answer and then stops."""
 
     async def action(request: Any) -> None:
-        await request.send(at(*framing(*await request.fetch())))
+        head, body = framing(*await request.fetch())
+        size = {
+            "nothing": 0,
+            "half the head": len(head) // 2,
+            "the head": len(head),
+            "half the body": len(head) + len(body) // 2,
+        }[after]
+        await request.send((head + body)[:size])
         await ending(request)
 
     return action
-
-
-def nothing(head: bytes, body: bytes) -> bytes:
-    """Stop before the headers."""
-    return b""
-
-
-def half_the_head(head: bytes, body: bytes) -> bytes:
-    """Stop within the headers."""
-    return head[: len(head) // 2]
-
-
-def the_head(head: bytes, body: bytes) -> bytes:
-    """Stop after the headers."""
-    return head
-
-
-def half_the_body(head: bytes, body: bytes) -> bytes:
-    """Stop within the body."""
-    return head + body[: len(body) // 2]
 
 
 def trickle(pause: float, size: int = 1) -> Action:
@@ -192,17 +178,17 @@ class Failure:
 
 FAILURES = {
     "reset on arrival": Failure(reset, ConnectionFailed, reaches_server=False),
-    "reset before the head": Failure(stop(nothing, reset), ConnectionFailed),
-    "reset within the head": Failure(stop(half_the_head, reset), ConnectionFailed),
-    "reset after the head": Failure(stop(the_head, reset), InvalidResponse),
-    "reset within the body": Failure(stop(half_the_body, reset), InvalidResponse),
-    "cut before the head": Failure(stop(nothing, cut), ConnectionFailed),
-    "cut within the head": Failure(stop(half_the_head, cut), ConnectionFailed),
-    "cut after the head": Failure(stop(the_head, cut), InvalidResponse),
-    "cut within the body": Failure(stop(half_the_body, cut), InvalidResponse),
-    "cut within a chunk": Failure(stop(half_the_body, cut, chunked), InvalidResponse),
-    "silence": Failure(stop(nothing, silence), RequestTimeout, SHORT),
-    "silence within the body": Failure(stop(half_the_body, silence), RequestTimeout, SHORT),
+    "reset before the head": Failure(stop("nothing", reset), ConnectionFailed),
+    "reset within the head": Failure(stop("half the head", reset), ConnectionFailed),
+    "reset after the head": Failure(stop("the head", reset), InvalidResponse),
+    "reset within the body": Failure(stop("half the body", reset), InvalidResponse),
+    "cut before the head": Failure(stop("nothing", cut), ConnectionFailed),
+    "cut within the head": Failure(stop("half the head", cut), ConnectionFailed),
+    "cut after the head": Failure(stop("the head", cut), InvalidResponse),
+    "cut within the body": Failure(stop("half the body", cut), InvalidResponse),
+    "cut within a chunk": Failure(stop("half the body", cut, chunked), InvalidResponse),
+    "silence": Failure(stop("nothing", silence), RequestTimeout, SHORT),
+    "silence within the body": Failure(stop("half the body", silence), RequestTimeout, SHORT),
     "a byte every 50 ms": Failure(trickle(0.05), RequestTimeout, SHORT),
     "corrupt UTF-8": Failure(corrupt_text, InvalidResponse),
     "corrupt gzip": Failure(corrupt_gzip, InvalidResponse),
@@ -326,7 +312,7 @@ async def test_a_start_that_is_lost_after_a_429_is_unknown(
 ) -> None:
     """The refusal of the first request says nothing about the second."""
     sim.inject(Fault.status(429, retry_after=0.01))
-    proxy.answers.extend([behave, stop(nothing, reset)])
+    proxy.answers.extend([behave, stop("nothing", reset)])
     with pytest.raises(StartUnknown):
         await connect().start(flow)
     assert proxy.count("POST") == 2
@@ -400,7 +386,7 @@ async def test_a_start_of_a_borrowed_session_whose_answer_is_lost_is_not_sent_ag
     connect: Callable[..., Session], proxy: Any, sim: Simulator, flow: str
 ) -> None:
     """Not even by aiohttp."""
-    proxy.answers.append(stop(nothing, reset))
+    proxy.answers.append(stop("nothing", reset))
     async with aiohttp.ClientSession() as http, connect(http=http) as session:
         with pytest.raises(StartUnknown):
             await session.start(flow)

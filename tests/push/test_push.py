@@ -659,43 +659,45 @@ class TestDelivery:
         assert len({body["channel_name_suffix"] for body in server.bodies}) == 1
 
 
+NO_TOKEN = "$.token_details.token: there is no token"
+REFUSED = {"error": {"code": 103, "message": "a-secret-key may not subscribe"}}
+
+
 class TestFaults:
     """Whatever push does, the result is right and comes no later than by polling."""
 
     @pytest.mark.parametrize(
-        ("path", "status"),
-        [(TOKEN, 403), (TOKEN, 404), (WEBSOCKET, 404), (WEBSOCKET, 403), (WORKFLOW, 404)],
+        ("said", "statuses", "replies"),
+        [
+            *[("403", {path: 403}, {}) for path in (TOKEN, WEBSOCKET)],
+            *[("404", {path: 404}, {}) for path in (TOKEN, WEBSOCKET)],
+            ("404", {WORKFLOW: 404, "/workflows/other": 404}, {}),
+            *[(NO_TOKEN, {}, {TOKEN: body}) for body in ([], {}, {"token_details": 7})],
+            (NO_TOKEN, {}, {TOKEN: {"token_details": {"token": 7}}}),
+            ("refused to subscribe: *** may not subscribe (103)", {}, {"subscribe": REFUSED}),
+        ],
     )
     async def test_a_server_without_push_is_polled(
-        self, session: Session, server: Server, log: Log, path: str, status: int
+        self,
+        open_pushed: Callable[..., Session],
+        server: Server,
+        log: Log,
+        *,
+        said: str,
+        statuses: dict[str, int],
+        replies: dict[str, Any],
     ) -> None:
-        """One warning says what was seen, however many workflows are concerned."""
-        server.statuses[path] = status
-        if path == WORKFLOW:
-            server.statuses["/workflows/other"] = status
-        execution = await session.start("w")
-        await polled_to_the_end(server, execution)
+        """One warning says what was seen, without the key, however many workflows there are."""
+        server.statuses, server.replies = statuses, replies
+        session = open_pushed(api_key="a-secret-key", poll=OFTEN)
+        await polled_to_the_end(server, await session.start("w"))
         await log.given_up()
-        (record,) = log.warnings
-        assert f"{status}" in record
-        assert record.startswith("push is not used for workflow 'w', only polling: ")
         await polled_to_the_end(server, await session.start("other"))
         await log.given_up(2)
+        (record,) = log.warnings
+        assert record.startswith("push is not used for workflow 'w', only polling: ")
+        assert said in record
         assert server.count(RUN) == 1
-        assert len(log.warnings) == 1
-
-    @pytest.mark.parametrize(
-        "body", [[], {}, {"token_details": 7}, {"token_details": {"token": 7}}]
-    )
-    async def test_an_answer_without_a_token_is_given_up(
-        self, session: Session, server: Server, log: Log, body: Any
-    ) -> None:
-        """The warning says where the token was looked for."""
-        server.replies[TOKEN] = body
-        execution = await session.start("w")
-        await polled_to_the_end(server, execution)
-        await log.given_up()
-        assert "$.token_details.token: there is no token" in log.warnings[0]
 
     @pytest.mark.parametrize("path", [WORKFLOW, TOKEN])
     async def test_an_error_of_the_user_s_own_code_is_given_up(
@@ -1002,17 +1004,6 @@ class TestFaults:
         assert "the server ended the connection: " in log.warnings[0]
         assert str(code) in log.warnings[0]
         await polled_to_the_end(server, execution)
-
-    async def test_the_server_s_reason_is_logged_without_the_key(
-        self, open_pushed: Callable[..., Session], server: Server, log: Log
-    ) -> None:
-        """A subscription that is refused is given up, and the reason may quote the key."""
-        message = "a-secret-key may not subscribe"
-        server.replies["subscribe"] = {"error": {"code": 103, "message": message}}
-        execution = await open_pushed(api_key="a-secret-key", poll=OFTEN).start("w")
-        await polled_to_the_end(server, execution)
-        await log.given_up()
-        assert "refused to subscribe: *** may not subscribe (103)" in log.warnings[0]
 
     @pytest.mark.parametrize(
         ("path", "status"),
