@@ -102,13 +102,8 @@ def test_server_message(body, said):
 @pytest.mark.parametrize(
     ("body", "decoded"),
     [
-        (b'{"a": 1}', {"a": 1}),
-        (b"null", None),
-        (b"[]", []),
-        (b"<html>", "<html>"),
-        (b"", ""),
-        (b"\xff", "\ufffd"),
-        (b"{", "{"),
+        *[(b'{"a": 1}', {"a": 1}), (b"null", None), (b"[]", [])],
+        *[(b"<html>", "<html>"), (b"", ""), (b"\xff", "\ufffd"), (b"{", "{")],
     ],
 )
 def test_error_body(body, decoded):

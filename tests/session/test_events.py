@@ -34,17 +34,6 @@ EVENTS = [
 each_event = pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
 
 
-def test_every_observer_gets_every_event_in_order():
-    """Each event goes to all observers in their order, then the next event."""
-    received = []
-    emit = broadcast(
-        [lambda event: received.append((1, event)), lambda event: received.append((2, event))]
-    )
-    emit(EVENTS[0])
-    emit(EVENTS[1])
-    assert received == [(1, EVENTS[0]), (2, EVENTS[0]), (1, EVENTS[1]), (2, EVENTS[1])]
-
-
 def test_an_exception_of_an_observer_is_logged(caplog):
     """It is logged with its traceback, and the other observers get the event."""
     received = []

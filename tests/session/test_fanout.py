@@ -27,7 +27,6 @@ from promptlayer_exec import (
     StartUnknown,
     Unauthorized,
     WatchEnded,
-    WatchStarted,
 )
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
@@ -194,18 +193,6 @@ async def test_items_are_taken_lazily(sim: Simulator, session: Session) -> None:
                 await asyncio.sleep(0)
     assert yielded == 30
     assert 1 < greatest <= 4
-
-
-async def test_items_with_one_id_share_one_poller(
-    sim: Simulator, session: Session, held: int, recorder: Any
-) -> None:
-    """An id may be among the items several times."""
-    collecting = asyncio.create_task(session.collect([held] * 5))
-    await sim.wait_for_requests(2)
-    sim.finish(held, "Answer", value="42")
-    outcomes = await collecting
-    assert [outcome.output for outcome in outcomes] == ["42"] * 5
-    assert len(recorder.of(WatchStarted)) == 1
 
 
 async def test_each_item_has_its_own_timeout_from_the_moment_it_has_a_slot(
@@ -492,14 +479,6 @@ async def test_a_cancellation_after_any_number_of_steps_leaves_no_task(
     await session.aclose()
     assert our_tasks() == []
     assert reported == {run.execution_id for run in sim.runs}
-
-
-async def test_a_generator_that_never_ran_does_nothing(sim: Simulator, session: Session) -> None:
-    """It can be closed without a request, and takes no item."""
-    items = iter([done(sim)])
-    await session.as_completed(items).aclose()
-    assert sim.request_count == 0
-    assert len(list(items)) == 1
 
 
 @pytest.mark.parametrize("how", ["cancelled", "collect and 401"])

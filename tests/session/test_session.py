@@ -461,17 +461,6 @@ async def test_a_borrowed_client_session_that_waits_for_100_continue_is_refused(
             Session("key", http=http)
 
 
-async def test_a_borrowed_client_session_that_was_closed_is_reported(
-    open_session: Callable[..., Session], held: int
-) -> None:
-    """It raises `SessionClosed` with the execution's id, without a retry."""
-    http = aiohttp.ClientSession()
-    await http.close()
-    with pytest.raises(SessionClosed, match="borrowed") as caught:
-        await open_session(http=http).get_results(held)
-    assert caught.value.execution_id == held
-
-
 async def test_an_error_of_ours_that_a_limiter_raises_is_not_taken_for_the_server_s(
     sim: Simulator, open_session: Callable[..., Session]
 ) -> None:

@@ -30,20 +30,20 @@ def test_empty_key_variable_counts_as_unset(monkeypatch):
     assert find_api_key(None) is None
 
 
-BAD_KEYS = {
-    "trailing-newline": "pl_secret\n",
-    "carriage-return": "pl_secret\r\nX-Evil: 1",
-    "inner-blank": "pl_ secret",
-    "tab": "pl_\tsecret",
-    "blank-only": "   ",
-    "non-ascii": "pl_sécret",
-    "latin-1": "pl_secret\xff",
-    "curly-quotes": "“pl_secret”",
-    "surrogate": "pl_secret\udcff",
-}
+BAD_KEYS = [
+    "pl_secret\n",
+    "pl_secret\r\nX-Evil: 1",
+    "pl_ secret",
+    "pl_\tsecret",
+    "   ",
+    "pl_sécret",
+    "pl_secret\xff",
+    "“pl_secret”",
+    "pl_secret\udcff",
+]
 
 
-@pytest.mark.parametrize("key", BAD_KEYS.values(), ids=BAD_KEYS)
+@pytest.mark.parametrize("key", [*BAD_KEYS, "", b"pl_secret", 17], ids=ascii)
 def test_malformed_key_argument(key):
     """A key that cannot be sent in a header is refused, and the message does not show it."""
     with pytest.raises(ConfigurationError, match=r"^api_key must be") as caught:
@@ -52,23 +52,12 @@ def test_malformed_key_argument(key):
     assert caught.value.__cause__ is None
 
 
-@pytest.mark.parametrize(
-    "key", [key for key in BAD_KEYS.values() if "\0" not in key and "\udcff" not in key]
-)
-def test_malformed_key_variable(key, monkeypatch):
+def test_malformed_key_variable(monkeypatch):
     """A malformed variable is refused, too, and the message names the variable."""
-    monkeypatch.setenv(KEY, key)
+    monkeypatch.setenv(KEY, "pl_ secret")
     with pytest.raises(ConfigurationError, match=rf"^{KEY} must be") as caught:
         find_api_key(None)
     assert "cret" not in str(caught.value)
-
-
-@pytest.mark.parametrize("key", ["", b"pl_secret", 17, ["pl_secret"], object], ids=repr)
-def test_key_argument_of_another_kind(key):
-    """An empty key, or one that is not a string, is refused, and not shown either."""
-    with pytest.raises(ConfigurationError, match=r"^api_key must be") as caught:
-        find_api_key(key)
-    assert "secret" not in str(caught.value)
 
 
 def test_the_default_base_url(monkeypatch):
@@ -257,8 +246,6 @@ async def test_an_invalid_proxy_is_refused_when_the_session_opens(
         ("throw_on_error", "errors are always raised here"),
         ("cache_ttl_seconds", "there is no cache"),
         ("enable_tracing", "see promptlayer_exec.opentelemetry"),
-        ("tracer_provider", "see promptlayer_exec.opentelemetry"),
-        ("tracing_providers", "see promptlayer_exec.opentelemetry"),
         ("max_retries", r"it is retry=RetryPolicy\(...\) here"),
     ],
 )
@@ -271,13 +258,7 @@ def test_another_client_s_setting_is_answered_with_ours(theirs: str, ours: str) 
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours"),
-    [
-        ("input_variables", "inputs"),
-        ("workflow_label_name", "label"),
-        ("workflow_version", "version"),
-        ("workflow_version_number", "version"),
-    ],
+    ("theirs", "ours"), [("workflow_label_name", "label"), ("workflow_version", "version")]
 )
 async def test_the_vendor_s_name_of_an_argument_is_answered_with_ours(
     theirs: str, ours: str
