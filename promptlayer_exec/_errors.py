@@ -40,7 +40,7 @@ class PromptLayerExecError(Exception):
     """
 
     advice: ClassVar[str] = ""
-    _advises_on_id: ClassVar[bool] = False
+    _advice_without_id: ClassVar[str | None] = None  # if it is another one
 
     def __init__(
         self,
@@ -58,8 +58,10 @@ class PromptLayerExecError(Exception):
         return str(self.args[0]).rstrip(" \n.!?,;:")  # often the server's own sentence
 
     def __str__(self) -> str:
-        subject = "" if self.execution_id is None else f"execution {self.execution_id}: "
-        advice = "" if self._advises_on_id and self.execution_id is None else self.advice
+        subject, advice = f"execution {self.execution_id}: ", self.advice
+        if self.execution_id is None:
+            subject = ""
+            advice = advice if self._advice_without_id is None else self._advice_without_id
         return printable(f"{subject}{self._what()}. {advice}".rstrip())
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -102,14 +104,10 @@ class SessionClosed(PromptLayerExecError):
     """The session was closed before the call was finished."""
 
     advice = "The execution goes on at the server: follow its id in an open session."
-    _advises_on_id = True
+    _advice_without_id = "Call it while the session is open."
 
     def __init__(self, message: str = "the session is closed", **context: Unpack[_Context]) -> None:
         super().__init__(message, **context)
-
-    def __str__(self) -> str:
-        hint = "" if self.execution_id is not None else " Call it while the session is open."
-        return super().__str__() + hint
 
 
 class RequestError(PromptLayerExecError):
@@ -347,7 +345,7 @@ class ExecutionTimeout(PromptLayerExecError, TimeoutError):
     """
 
     advice = "It goes on at the server: follow its id again, with a longer timeout."
-    _advises_on_id = True
+    _advice_without_id = ""
 
     def __init__(self, message: str, *, timeout: float, **context: Unpack[_Context]) -> None:
         super().__init__(message, **context)

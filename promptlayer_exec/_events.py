@@ -106,17 +106,12 @@ class WatchEnded(Event):
     workflow: str | int | None = None
 
 
-WakeSource: TypeAlias = Literal["push", "webhook", "callback", "caller"]
+WakeSource: TypeAlias = Literal["push", "webhook", "callback", "caller"]  # of `Session.wake`
 
 
 @attrs.frozen
 class WatchWoken(Event):
-    """A watch polls earlier than scheduled, because it was woken; emitted before that poll.
-
-    Attributes:
-        source: what woke it first: `"push"`, `"webhook"`, `"callback"`, or `"caller"` for
-            `Session.wake`.
-    """
+    """A watch polls earlier than scheduled, because `source` woke it; emitted before that poll."""
 
     source: WakeSource
 

@@ -57,13 +57,7 @@ class Execution:
         self.warning = warning
 
     async def snapshot(self) -> Snapshot:
-        """Return all nodes as they are now: one request, retried as the session's policy says.
-
-        Raises:
-            RequestError: the server refused, or could not be reached.
-            ExecutionTimeout: the session's `wait_timeout` passed.
-            SessionClosed: the session was closed.
-        """
+        """Return all nodes as they are now, or raise an error of `Session.get_results`."""
         if self._last is not None and self._last.complete:
             return self._last
         client = self._client()

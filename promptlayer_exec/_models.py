@@ -161,11 +161,9 @@ def _invalid_field(name: str, body: dict[str, Any], field: str, expected: str) -
 
 @attrs.frozen
 class NodeTimes:
-    """When a watch first saw a node running and first saw it final.
+    """When a watch first saw a node running and first saw it final; None if it never did.
 
-    Attributes:
-        running: seconds since the first poll of the watch; None if it was never seen running.
-        final: seconds since the first poll of the watch; None if it is not final yet.
+    The times are in seconds since the first poll of the watch.
     """
 
     running: float | None = None
@@ -296,16 +294,9 @@ class Snapshot:
     def output(self, *, into: Any = None) -> Any:
         """Return the main output of a complete execution, without I/O.
 
-        Args:
-            into: the type to structure it into, as for `Execution.output`, but without the hooks of
-                a session's `converter`.
-
-        Raises:
-            ExecutionFailed: the execution has no main output.
-            InvalidOutput: the output is not of the type `into`.
-            TypeError: `into` is not a type that values can be structured into.
-            ValueError: the execution is not complete, or only the server knows the output, because
-                several output nodes succeeded or none is marked: `Execution.output` asks it.
+        `into` and the errors are those of `Execution.output`, but a session's `converter` is not
+        used. It is a `ValueError` if the execution is not complete, or if only the server knows the
+        output, because several output nodes succeeded or none is marked.
         """
         if not self.complete:
             raise ValueError(f"execution {self.execution_id} is not complete: it has no output yet")
@@ -405,18 +396,9 @@ class MainOutput:
 
 @attrs.frozen
 class StartRequest:
-    """A run to start.
+    """A run to start; its attributes are the arguments of `Session.start`.
 
-    https://docs.promptlayer.com/reference/run-workflow
-
-    Attributes:
-        workflow: the name or id of the workflow.
-        inputs: the input variables.
-        label: the label of the version to run; not together with `version`.
-        version: the number of the version to run; not together with `label`.
-        metadata: strings that PromptLayer stores with the run.
-        callback_url: the URL to which PromptLayer posts the final output.
-        key: any value of yours to recognise the item by; it is never sent.
+    Only `key` is not one of them: any value of yours to recognise the item by, which is never sent.
     """
 
     workflow: str | int = attrs.field(repr=short_repr)

@@ -127,26 +127,9 @@ class Session:
         callbacks: Callbacks | None = None,
         backplane: Backplane | None = None,
     ) -> None:
-        self._settings = Settings(
-            api_key=api_key,
-            base_url=base_url,
-            poll=poll,
-            retry=retry,
-            wait_timeout=wait_timeout,
-            request_timeout=request_timeout,
-            max_connections=max_connections,
-            max_response_bytes=max_response_bytes,
-            rate=rate,
-            limiter=limiter,
-            http=http,
-            converter=converter,
-            observers=observers,
-            push=push,
-            check_inputs=check_inputs,
-            trust_env=trust_env,
-            callbacks=callbacks,
-            backplane=backplane,
-        )
+        arguments = dict(locals())  # each has the name of its setting
+        del arguments["self"]
+        self._settings = Settings(**arguments)
         self._limiters = [] if limiter is None else [limiter]
         self._client: Client | None = None
         self._opening = threading.Lock()  # two threads, each with its own loop, may use it at once
@@ -432,15 +415,8 @@ class Session:
 
         https://docs.promptlayer.com/reference/get-workflow
 
-        Args:
-            workflow: its name or id.
-            label: the label of the version; not allowed with `version`.
-            version: the number of the version; without either, the latest one.
-
-        Raises:
-            TypeError: an argument has an unsupported type.
-            ValueError: an argument is out of range, or both `label` and `version` are given.
-            PromptLayerExecError: as for `get_results`.
+        The arguments are those of `start`; without a label and a version, it is the latest one. The
+        errors are those of `get_results`.
         """
         request = workflow_request(workflow, label, version)
         client = self._open()

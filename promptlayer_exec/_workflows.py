@@ -128,13 +128,12 @@ class Workflow:
         """Check that all required inputs are there; others are allowed, and types are not checked.
 
         Args:
-            inputs: as for `Session.start`: a mapping, or an attrs, dataclass or pydantic instance;
-                None stands for no inputs.
+            inputs: as for `Session.start`.
 
         Raises:
             ValueError: inputs are missing. The message names all of them, and suggests those that
                 may be misspelt: `it does not require topik (did you mean 'topic'?)`.
-            TypeError: `inputs` is none of these.
+            TypeError: `inputs` is of another type.
         """
         if not self.required_inputs:
             return

@@ -80,16 +80,14 @@ def read_webhook(body: bytes, signature: str | None, secret: str) -> Webhook:
     event_type = payload.get("event_type")
     if not isinstance(event_type, str):
         _malformed("webhook", "$.event_type", f"expected a string, got {json_kind(event_type)}")
-    details: Any = {}
-    execution_id = None
-    if event_type == _FINISHED:
-        details = payload.get("details")
-        if not isinstance(details, dict):
-            _malformed("webhook", "$.details", f"expected an object, got {json_kind(details)}")
-        execution_id = details.get("agent_execution_id")
-        if not _is_id(execution_id):
-            path = "$.details.agent_execution_id"
-            _malformed("webhook", path, f"expected an id, got {execution_id!r:.100}")
+    is_finished = event_type == _FINISHED
+    details: Any = payload.get("details") if is_finished else {}
+    if not isinstance(details, dict):
+        _malformed("webhook", "$.details", f"expected an object, got {json_kind(details)}")
+    execution_id = details.get("agent_execution_id")
+    if is_finished and not _is_id(execution_id):
+        path = "$.details.agent_execution_id"
+        _malformed("webhook", path, f"expected an id, got {execution_id!r:.100}")
     workflow, workflow_id = details.get("agent_name"), details.get("agent_id")
     return Webhook(
         event_type,

@@ -17,21 +17,15 @@ T = TypeVar("T")
 
 @attrs.define
 class Attempt:
-    """One try to send a request.
+    """One try to send a request."""
 
-    Attributes:
-        due: when it should be sent, on the event loop's clock.
-        first: whether it goes before ordinary requests, as a poll after a wake-up does.
-        once: the start that is sent, which must not be sent twice; None for any other request.
-        apart: whether it is a request of push or for a definition, which goes first, too, over
-            connections of its own: while these are not answered, nothing else waits for them.
-        lateness: the seconds for which it waited for a connection or the rate; set as it is sent.
-    """
-
-    due: float
-    first: bool = False
-    once: Start | None = None
+    due: float  # on the event loop's clock
+    first: bool = False  # before ordinary requests, as a poll after a wake-up
+    once: Start | None = None  # which must not be sent twice
+    # A request of push or for a definition, which goes first, too, over connections of its own:
+    # while it is not answered, nothing else waits for it.
     apart: bool = False
+    # The seconds for which it waited for a connection or the rate; set as it is sent.
     lateness: float = 0.0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from functools import partial
-from random import random
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -160,20 +159,13 @@ class Client:
         """Request the main output of a complete execution until the server has it."""
         request = results_request(snapshot.execution_id, return_all_outputs=False)
         read = partial(read_main_output, execution_id=snapshot.execution_id)
-        due = started = clock()
+        due = clock()
         while True:
             reply = await self._call(request, read, deadline, due=due, seen=snapshot)
             if reply.value.complete:
                 return reply.value.value
-            now = clock()
-            due = now + self._settings.poll.delay(
-                elapsed=now - started,
-                final=len(snapshot.nodes),
-                nodes=len(snapshot.nodes),
-                unchanged=now - started,
-                chance=random(),
-                retry_after=self._settings.retry.announced(reply.retry_after),
-            )
+            announced = self._settings.retry.announced(reply.retry_after)
+            due = clock() + max(self._settings.poll.floor, announced)
 
     async def snapshot(self, execution_id: int, deadline: Deadline) -> Snapshot:
         request = results_request(execution_id, return_all_outputs=True)
