@@ -177,11 +177,7 @@ class InvalidResponse(RequestError):
 
 
 class ResponseTooLarge(InvalidResponse):
-    """The body, after decompression, is larger than the session allows.
-
-    Attributes:
-        limit: the session's `max_response_bytes`, in bytes.
-    """
+    """The body, after decompression, exceeds `limit` bytes, the session's `max_response_bytes`."""
 
     advice = "Raise max_response_bytes if you expect outputs this large."
 
@@ -268,11 +264,7 @@ class NotFound(StatusError):
 
 
 class UnprocessableEntity(StatusError):
-    """422: a parameter is invalid.
-
-    Attributes:
-        details: a `FieldError` for each invalid parameter; empty if the server listed none.
-    """
+    """422: a parameter is invalid; `details` has a `FieldError` for each that the server listed."""
 
     advice = "Correct the parameters that the server names."
 
@@ -336,12 +328,9 @@ class StartUnknown(PromptLayerExecError):
 
 
 class ExecutionTimeout(PromptLayerExecError, TimeoutError):
-    """The timeout passed before the execution was complete.
+    """The timeout, in seconds, passed before the execution was complete.
 
-    If `execution_id` is None, the timeout passed before the execution was started.
-
-    Attributes:
-        timeout: the timeout in seconds.
+    If `execution_id` is None, it passed before the execution was started.
     """
 
     advice = "It goes on at the server: follow its id again, with a longer timeout."
@@ -353,11 +342,7 @@ class ExecutionTimeout(PromptLayerExecError, TimeoutError):
 
 
 class ExecutionFailed(PromptLayerExecError):
-    """The execution is complete but has no output.
-
-    Attributes:
-        failed: the nodes that failed, in the server's order.
-    """
+    """The execution is complete but has no output; `failed` has the nodes that failed."""
 
     advice = "last_snapshot has every node."
 

@@ -65,12 +65,7 @@ class Polled(Event):
 
 @attrs.frozen
 class RequestRetried(Event):
-    """An attempt failed and will be retried.
-
-    Attributes:
-        error: the error of the attempt.
-        delay: seconds until the next attempt.
-    """
+    """An attempt failed with an error; the next one follows after a delay in seconds."""
 
     error: Exception
     delay: float
@@ -78,11 +73,7 @@ class RequestRetried(Event):
 
 @attrs.frozen
 class Throttled(Event):
-    """The server answered 429, and all requests of the session slow down.
-
-    Attributes:
-        delay: the seconds during which no request is sent.
-    """
+    """The server answered 429: after a delay in seconds, the session's requests are slower."""
 
     delay: float
 

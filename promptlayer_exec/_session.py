@@ -441,8 +441,6 @@ class Session:
             external_id: only workflows with this id in `external_source`.
 
         Raises:
-            TypeError: an argument has an unsupported type.
-            ValueError: a value is unknown, or only one of the last two is given.
             PromptLayerExecError: as for `get_results`, for each page.
         """
         parameters = workflows_filter(sort_by, sort_order, external_source, external_id)

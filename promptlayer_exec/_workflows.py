@@ -23,13 +23,8 @@ _LONGEST_COMPARED = 50  # characters
 class WorkflowNode:
     """One node of a workflow.
 
-    Attributes:
-        name: the node's name, unique in the workflow.
-        node_type: the kind of node, such as `PROMPT_TEMPLATE`; an open string, which is empty if
-            the server does not say.
-        is_output_node: whether the node is marked as an output.
-        dependencies: the names of the nodes that this one depends on, by its definition or by an
-            edge; names that are no node are left out.
+    Its type is an open string, such as `PROMPT_TEMPLATE`; it is empty if the server does not say.
+    The dependencies are names of other nodes, by the node's definition or by an edge.
     """
 
     name: str
@@ -49,16 +44,9 @@ class WorkflowEdge:
 
 @attrs.frozen
 class WorkflowSummary:
-    """One workflow in the list of workflows.
+    """One workflow in the list of workflows, with the release labels of its versions.
 
     https://docs.promptlayer.com/reference/list-workflows
-
-    Attributes:
-        id: the workflow's id.
-        name: the workflow's name.
-        labels: the release labels of its versions.
-        latest_version: the number of its latest version; None if it has none.
-        is_deleted: whether the workflow was deleted.
     """
 
     id: int

@@ -118,13 +118,10 @@ def _verified(body: bytes, signature: str | None, secret: str) -> Any:
 
 @attrs.frozen
 class Callback:
-    """What PromptLayer posted to a start's `callback_url`.
+    """What PromptLayer posted to a start's `callback_url` when the execution was complete.
 
-    Attributes:
-        execution_id: the id of the execution, which is complete.
-        output: the callback's `final_output` as it was posted, None if it has none. A start of this
-            package asks for all nodes; for other starts, it may be the main output alone, which is
-            any JSON value.
+    The output is the callback's `final_output` as it was posted, None if it has none. A start of
+    this package asks for all nodes; for other starts, it may be the main output alone.
     """
 
     execution_id: int
@@ -134,11 +131,8 @@ class Callback:
 def read_callback(body: bytes) -> Callback:
     """Return what PromptLayer posted to a start's `callback_url`.
 
-    Nobody signed it. So take it as a hint to look at the execution, unless only PromptLayer can
-    know the URL that it was posted to.
-
-    Args:
-        body: the request's body as it was received.
+    Nobody signed the body. So take it as a hint to look at the execution, unless only PromptLayer
+    can know the URL that it was posted to.
 
     Raises:
         ValueError: it is not a JSON object with the id of an execution.

@@ -26,10 +26,7 @@ _REMEMBERED = 3600.0  # seconds for which a callback is kept
 def with_callback_url(
     request: StartRequest, callbacks: Callbacks | None, token: str | None = None
 ) -> tuple[StartRequest, str | None]:
-    """Return a start with a callback URL of its own, and the token in it.
-
-    A start that already has a callback URL keeps it; the token is then None.
-    """
+    """Return a start with a callback URL, and the token in it; None if the caller chose the URL."""
     if callbacks is None or request.callback_url is not None:
         return request, None
     token = token or callbacks.new_token()
