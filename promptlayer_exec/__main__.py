@@ -17,14 +17,6 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit_at_once)
     try:
-        _run()
-    finally:
-        # The exit code is decided; an interrupt would only disturb the interpreter's shutdown.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _run() -> None:
-    try:
         from promptlayer_exec.cli import main as run  # noqa: PLC0415 - an extra
     except ImportError as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
@@ -33,7 +25,11 @@ def _run() -> None:
             sys.exit(2)
         traceback.print_exception(error)
         sys.exit(70)  # ExitCode.BUG, which cannot be imported here
-    run()
+    try:
+        run()
+    finally:
+        # The exit code is decided; an interrupt would only disturb the interpreter's shutdown.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _exit_at_once(*_: object) -> None:

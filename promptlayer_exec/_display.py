@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from itertools import islice, pairwise
+from itertools import islice
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
@@ -200,85 +200,54 @@ def workflow_html(workflow: Workflow) -> str:
 
 def _graph(workflow: Workflow, title: str) -> str:
     """Draw the layers as columns, from left to right."""
-    columns, steps = _columns(workflow)
-    rows = max(map(len, columns))
+    layers = workflow.layers()
+    rows = max(map(len, layers))
     places = {
-        spot: (
+        name: (
             _MARGIN + column * (_WIDTH + _GAP_X),
             # Each column is centred.
-            _MARGIN + (row + (rows - len(spots)) / 2) * (_HEIGHT + _GAP_Y),
+            _MARGIN + (row + (rows - len(names)) / 2) * (_HEIGHT + _GAP_Y),
         )
-        for column, spots in enumerate(columns)
-        for row, spot in enumerate(spots)
+        for column, names in enumerate(layers)
+        for row, name in enumerate(names)
     }
     conditional = {(edge.source, edge.target) for edge in workflow.edges if edge.conditional}
-    parts = dict.fromkeys(  # what several edges share is drawn once
-        part
-        for edge, path in steps.items()
-        for part in _arrow([places[spot] for spot in path], dashed=edge in conditional)
-    )
-    boxes = [_box(workflow, name, *places[name, 0]) for name in workflow.nodes]
-    width = 2 * _MARGIN + len(columns) * (_WIDTH + _GAP_X) - _GAP_X
-    height = 2 * _MARGIN + rows * (_HEIGHT + _GAP_Y) - _GAP_Y
+    bottom = 2 * _MARGIN + rows * (_HEIGHT + _GAP_Y)
+    lanes: dict[str, float] = {}  # one below all boxes, for the edges of a node that skip layers
+    arrows = []
+    for name, node in workflow.nodes.items():
+        for source in node.dependencies:
+            if source in places:
+                lane = None
+                if places[name][0] - places[source][0] > _WIDTH + _GAP_X:
+                    lane = lanes.setdefault(source, bottom + _GAP_Y * len(lanes))
+                is_dashed = (source, name) in conditional
+                arrows.append(_arrow(*places[source], *places[name], lane=lane, dashed=is_dashed))
+    boxes = [_box(workflow, name, *places[name]) for name in workflow.nodes]
+    width = 2 * _MARGIN + len(layers) * (_WIDTH + _GAP_X) - _GAP_X
+    height = bottom + _GAP_Y * len(lanes)
     return (
         '<div style="overflow-x:auto;margin-top:6px">'
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"'
         f' viewBox="0 0 {width} {height}" role="img" aria-label="The graph of {title}"'
         ' style="color:inherit;font-family:sans-serif;max-width:none">'
-        f"{''.join((*parts, *boxes))}</svg></div>"
+        f"{''.join((*arrows, *boxes))}</svg></div>"
     )
 
 
-# A node, by its name and 0, or the place where an edge from it passes so many layers further on.
-_Spot = tuple[str, int]
-
-
-def _columns(workflow: Workflow) -> tuple[list[list[_Spot]], dict[tuple[str, str], list[_Spot]]]:
-    """Return what each column holds, and the spots that each edge touches."""
-    layers = workflow.layers()
-    layer_of = {name: index for index, names in enumerate(layers) for name in names}
-    columns: list[list[_Spot]] = [[(name, 0) for name in names] for names in layers]
-    steps: dict[tuple[str, str], list[_Spot]] = {}
-    before: dict[_Spot, list[_Spot]] = {}
-    for name, node in workflow.nodes.items():
-        for source in node.dependencies:
-            if source not in layer_of:
-                continue
-            length = layer_of[name] - layer_of[source]
-            path = [(source, passed) for passed in range(max(length, 1))] + [(name, 0)]
-            steps[source, name] = path
-            for spot, following in pairwise(path):
-                if following[1] and following not in before:
-                    columns[layer_of[source] + following[1]].append(following)
-                before.setdefault(following, []).append(spot)
-    position: dict[_Spot, float] = {}
-
-    def middle(spot: _Spot) -> float:
-        found = [position[it] for it in before.get(spot, ()) if it in position]
-        return sum(found) / len(found) if found else 0.0
-
-    for spots in columns:  # in the order of what comes before, so that fewer edges cross
-        spots.sort(key=middle)
-        position.update({spot: row - len(spots) / 2 for row, spot in enumerate(spots)})
-    return columns, steps
-
-
-def _arrow(path: list[tuple[float, float]], *, dashed: bool) -> Iterator[str]:
+def _arrow(x: float, y: float, left: float, top: float, *, lane: float | None, dashed: bool) -> str:
+    """Draw an edge from one box to another, in a lane if it skips layers."""
+    x, y, end, bend = x + _WIDTH, y + _HEIGHT / 2, top + _HEIGHT / 2, _GAP_X / 2
+    path = f"M{x:g} {y:g}"
+    if lane is not None:
+        path += f"c{bend:g} 0 {bend:g} {lane - y:g} {_GAP_X} {lane - y:g}H{left - _GAP_X:g}"
+        x, y = left - _GAP_X, lane
+    path += f"C{x + bend:g} {y:g} {left - bend:g} {end:g} {left - 6:g} {end:g}"
     dash = ' stroke-dasharray="4 3"' if dashed else ""
-    middle = _HEIGHT / 2
-    x, y = path[0][0] + _WIDTH, path[0][1] + middle
-    for index, (left, top) in enumerate(path[1:], 2):
-        is_end = index == len(path)
-        x2, y2 = left - 6 * is_end, top + middle
-        bend = max((x2 - x) / 2, _GAP_X / 2)
-        # Past a node of another layer, the line goes straight on.
-        rest = "" if is_end else f"H{left + _WIDTH:g}"
-        curve = f"M{x:g} {y:g}C{x + bend:g} {y:g} {x2 - bend:g} {y2:g} {x2:g} {y2:g}{rest}"
-        yield f'<path d="{curve}" fill="none" stroke="currentColor" stroke-opacity="0.55"{dash}/>'
-        x, y = left + _WIDTH, y2
-    left, top = path[-1]
-    point = f"M{left:g} {top + middle:g}l-7 -4v8z"
-    yield f'<path d="{point}" fill="currentColor" fill-opacity="0.7"/>'
+    return (
+        f'<path d="{path}" fill="none" stroke="currentColor" stroke-opacity="0.55"{dash}/>'
+        f'<path d="M{left:g} {end:g}l-7 -4v8z" fill="currentColor" fill-opacity="0.7"/>'
+    )
 
 
 def _box(workflow: Workflow, name: str, x: float, y: float) -> str:

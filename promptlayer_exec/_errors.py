@@ -40,7 +40,7 @@ class PromptLayerExecError(Exception):
     """
 
     advice: ClassVar[str] = ""
-    _advises_on_id: ClassVar[bool] = False
+    _advice_without_id: ClassVar[str | None] = None  # if it is another one
 
     def __init__(
         self,
@@ -58,8 +58,10 @@ class PromptLayerExecError(Exception):
         return str(self.args[0]).rstrip(" \n.!?,;:")  # often the server's own sentence
 
     def __str__(self) -> str:
-        subject = "" if self.execution_id is None else f"execution {self.execution_id}: "
-        advice = "" if self._advises_on_id and self.execution_id is None else self.advice
+        subject, advice = f"execution {self.execution_id}: ", self.advice
+        if self.execution_id is None:
+            subject = ""
+            advice = advice if self._advice_without_id is None else self._advice_without_id
         return printable(f"{subject}{self._what()}. {advice}".rstrip())
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -102,14 +104,10 @@ class SessionClosed(PromptLayerExecError):
     """The session was closed before the call was finished."""
 
     advice = "The execution goes on at the server: follow its id in an open session."
-    _advises_on_id = True
+    _advice_without_id = "Call it while the session is open."
 
     def __init__(self, message: str = "the session is closed", **context: Unpack[_Context]) -> None:
         super().__init__(message, **context)
-
-    def __str__(self) -> str:
-        hint = "" if self.execution_id is not None else " Call it while the session is open."
-        return super().__str__() + hint
 
 
 class RequestError(PromptLayerExecError):
@@ -179,11 +177,7 @@ class InvalidResponse(RequestError):
 
 
 class ResponseTooLarge(InvalidResponse):
-    """The body, after decompression, is larger than the session allows.
-
-    Attributes:
-        limit: the session's `max_response_bytes`, in bytes.
-    """
+    """The body, after decompression, exceeds `limit` bytes, the session's `max_response_bytes`."""
 
     advice = "Raise max_response_bytes if you expect outputs this large."
 
@@ -270,11 +264,7 @@ class NotFound(StatusError):
 
 
 class UnprocessableEntity(StatusError):
-    """422: a parameter is invalid.
-
-    Attributes:
-        details: a `FieldError` for each invalid parameter; empty if the server listed none.
-    """
+    """422: a parameter is invalid; `details` has a `FieldError` for each that the server listed."""
 
     advice = "Correct the parameters that the server names."
 
@@ -338,16 +328,13 @@ class StartUnknown(PromptLayerExecError):
 
 
 class ExecutionTimeout(PromptLayerExecError, TimeoutError):
-    """The timeout passed before the execution was complete.
+    """The timeout, in seconds, passed before the execution was complete.
 
-    If `execution_id` is None, the timeout passed before the execution was started.
-
-    Attributes:
-        timeout: the timeout in seconds.
+    If `execution_id` is None, it passed before the execution was started.
     """
 
     advice = "It goes on at the server: follow its id again, with a longer timeout."
-    _advises_on_id = True
+    _advice_without_id = ""
 
     def __init__(self, message: str, *, timeout: float, **context: Unpack[_Context]) -> None:
         super().__init__(message, **context)
@@ -355,11 +342,7 @@ class ExecutionTimeout(PromptLayerExecError, TimeoutError):
 
 
 class ExecutionFailed(PromptLayerExecError):
-    """The execution is complete but has no output.
-
-    Attributes:
-        failed: the nodes that failed, in the server's order.
-    """
+    """The execution is complete but has no output; `failed` has the nodes that failed."""
 
     advice = "last_snapshot has every node."
 

@@ -65,12 +65,7 @@ class Polled(Event):
 
 @attrs.frozen
 class RequestRetried(Event):
-    """An attempt failed and will be retried.
-
-    Attributes:
-        error: the error of the attempt.
-        delay: seconds until the next attempt.
-    """
+    """An attempt failed with an error; the next one follows after a delay in seconds."""
 
     error: Exception
     delay: float
@@ -78,11 +73,7 @@ class RequestRetried(Event):
 
 @attrs.frozen
 class Throttled(Event):
-    """The server answered 429, and all requests of the session slow down.
-
-    Attributes:
-        delay: the seconds during which no request is sent.
-    """
+    """The server answered 429: after a delay in seconds, the session's requests are slower."""
 
     delay: float
 
@@ -106,17 +97,12 @@ class WatchEnded(Event):
     workflow: str | int | None = None
 
 
-WakeSource: TypeAlias = Literal["push", "webhook", "callback", "caller"]
+WakeSource: TypeAlias = Literal["push", "webhook", "callback", "caller"]  # of `Session.wake`
 
 
 @attrs.frozen
 class WatchWoken(Event):
-    """A watch polls earlier than scheduled, because it was woken; emitted before that poll.
-
-    Attributes:
-        source: what woke it first: `"push"`, `"webhook"`, `"callback"`, or `"caller"` for
-            `Session.wake`.
-    """
+    """A watch polls earlier than scheduled, because `source` woke it; emitted before that poll."""
 
     source: WakeSource
 

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
+from promptlayer_exec import _structuring
 from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._errors import ExecutionFailed, PromptLayerExecError, printable
 from promptlayer_exec._events import logger
@@ -14,7 +15,6 @@ from promptlayer_exec._models import same_json
 from promptlayer_exec._policies import Deadline, check_timeout
 
 if TYPE_CHECKING:
-    import cattrs
     from typing_extensions import TypeForm
 
     from promptlayer_exec._engine.client import Client
@@ -57,18 +57,15 @@ class Execution:
         self.warning = warning
 
     async def snapshot(self) -> Snapshot:
-        """Return all nodes as they are now: one request, retried as the session's policy says.
-
-        Raises:
-            RequestError: the server refused, or could not be reached.
-            ExecutionTimeout: the session's `wait_timeout` passed.
-            SessionClosed: the session was closed.
-        """
+        """Return all nodes as they are now, or raise an error of `Session.get_results`."""
         if self._last is not None and self._last.complete:
             return self._last
         client = self._client()
-        with _Recalling(self):
+        try:
             return self._remember(await client.snapshot(self.id, client.deadline()))
+        except PromptLayerExecError as error:
+            self._recall(error)
+            raise
 
     def stream(
         self, *, timeout: float | EllipsisType | None = ...
@@ -96,32 +93,18 @@ class Execution:
     ) -> AsyncGenerator[Node, None]:
         """Yield each node once, when it becomes final or the execution is complete.
 
-        Args:
-            timeout: as for `stream`.
-
-        Raises:
-            PromptLayerExecError: as for `stream`.
+        The timeout and the errors are those of `stream`.
         """
         self._require_session()
         return self._finished_nodes(check_timeout(timeout))
 
     async def wait(self, *, timeout: float | EllipsisType | None = ...) -> Snapshot:
-        """Wait until the execution is complete; failed nodes do not raise.
+        """Wait until the execution is complete, and return the complete snapshot.
 
-        Cancelling the wait does not cancel the execution: the server has no such operation.
-
-        Args:
-            timeout: as for `stream`.
-
-        Returns:
-            The complete snapshot.
-
-        Raises:
-            PromptLayerExecError: as for `stream`.
+        Failed nodes do not raise; the timeout and the errors are those of `stream`. Cancelling the
+        wait does not cancel the execution: the server has no such operation.
         """
-        timeout = check_timeout(timeout)
-        settings = self._require_session()._settings
-        return await self._completed(settings.deadline(timeout, now=clock()))
+        return await self._completed(self._deadline(timeout))
 
     @overload
     async def output(
@@ -152,11 +135,10 @@ class Execution:
             TypeError: `into` is not a type that values can be structured into.
             PromptLayerExecError: as for `stream`.
         """
-        timeout = check_timeout(timeout)
-        settings = self._require_session()._settings
+        deadline = self._deadline(timeout)
         if into is not None:
-            check_type(into, settings.converter)
-        return await self._output(settings.deadline(timeout, now=clock()), into)
+            _structuring.check_type(into, self._require_session()._settings.converter)
+        return await self._output(deadline, into)
 
     async def _output(self, deadline: Deadline, into: Any) -> Any:
         """Do what `output` does, with checked arguments."""
@@ -164,10 +146,8 @@ class Execution:
         value = await self._main_output_of(snapshot, deadline)
         if into is None:
             return value
-        # Imported late, to keep the import of the package short.
-        from promptlayer_exec._structuring import structure_output  # noqa: PLC0415
-
-        return structure_output(value, into, self._require_session()._settings.converter, snapshot)
+        converter = self._require_session()._settings.converter
+        return _structuring.structure_output(value, into, converter, snapshot)
 
     async def _main_output_of(self, snapshot: Snapshot, deadline: Deadline) -> Any:
         """Return the main output; the server is asked where the snapshot does not decide."""
@@ -193,8 +173,10 @@ class Execution:
             return self._last
         followers = self._client().follow(self.id)
         try:
-            with _Recalling(self):
-                return await followers.completed(deadline)
+            return await followers.completed(deadline)
+        except PromptLayerExecError as error:
+            self._recall(error)
+            raise
         finally:
             if followers.latest is not None:
                 self._remember(followers.latest)
@@ -204,8 +186,13 @@ class Execution:
         try:
             return self._require_session()._open(self.id)
         except PromptLayerExecError as error:
-            error.last_snapshot = self._last
+            self._recall(error)
             raise
+
+    def _recall(self, error: PromptLayerExecError) -> None:
+        """Add the last snapshot of this handle's other calls to an error without one."""
+        if error.last_snapshot is None or (self._last is not None and self._last.complete):
+            error.last_snapshot = self._last
 
     async def _stream(
         self, timeout: float | EllipsisType | None, deadline: Deadline | None = None
@@ -220,16 +207,18 @@ class Execution:
         try:
             snapshot: Snapshot | None = None
             while snapshot is None or not snapshot.complete:
-                with _Recalling(self):
-                    snapshot = self._remember(await followers.newer(snapshot, deadline))
+                snapshot = self._remember(await followers.newer(snapshot, deadline))
                 yield snapshot
+        except PromptLayerExecError as error:
+            self._recall(error)
+            raise
         finally:
             followers.remove(streams=True)
 
     async def _finished_nodes(
         self, timeout: float | EllipsisType | None
     ) -> AsyncGenerator[Node, None]:
-        deadline = self._require_session()._settings.deadline(timeout, now=clock())
+        deadline = self._deadline(timeout)
         yielded = set()
         async with aclosing(self._stream(timeout, deadline)) as snapshots:
             async for snapshot in snapshots:
@@ -274,6 +263,10 @@ class Execution:
             what,
         )
 
+    def _deadline(self, timeout: float | EllipsisType | None) -> Deadline:
+        timeout = check_timeout(timeout)
+        return self._require_session()._settings.deadline(timeout, now=clock())
+
     def _require_session(self) -> Session:
         if self._session is None:
             raise RuntimeError(
@@ -303,33 +296,3 @@ class Execution:
     def __reduce__(self) -> tuple[Any, ...]:
         # The session is not pickled: it holds the API key.
         return type(self), (None, self.id, self.workflow, self.warning)
-
-
-class _Recalling:
-    """Adds the last snapshot of a handle's other calls to an error without one.
-
-    A class, because ten thousand waits may hold one each, and a `contextmanager` takes half a
-    kilobyte.
-    """
-
-    __slots__ = ("_execution",)
-
-    def __init__(self, execution: Execution) -> None:
-        self._execution = execution
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, PromptLayerExecError):
-            last = self._execution._last
-            if error.last_snapshot is None or (last is not None and last.complete):
-                error.last_snapshot = last
-
-
-def check_type(into: Any, converter: cattrs.Converter | None) -> None:
-    """Raise a `TypeError`, before there is an output, if a type cannot be structured into."""
-    # Imported late, to keep the import of the package short.
-    from promptlayer_exec import _structuring  # noqa: PLC0415
-
-    _structuring.check_type(into, converter)

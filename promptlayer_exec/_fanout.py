@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 import anyio
 import attrs
 
+from promptlayer_exec import _structuring
 from promptlayer_exec._arguments import check_count
 from promptlayer_exec._display import short_repr
 from promptlayer_exec._engine.start import log_unknown
@@ -24,7 +25,7 @@ from promptlayer_exec._errors import (
     Unauthorized,
     copy_error,
 )
-from promptlayer_exec._execution import Execution, check_type
+from promptlayer_exec._execution import Execution
 from promptlayer_exec._models import Snapshot, StartRequest
 from promptlayer_exec._policies import check_timeout
 
@@ -79,7 +80,7 @@ def outcomes_of(
     if not isinstance(items, Iterable | AsyncIterable):
         raise TypeError(f"items must be an iterable or async iterable, not {items!r:.100}")
     if into is not None:
-        check_type(into, session._settings.converter)
+        _structuring.check_type(into, session._settings.converter)
     slots = anyio.Semaphore(check_count("max_in_flight", max_in_flight))
     return _FanOut(session, items, slots, check_timeout(timeout), into).outcomes()
 

@@ -35,6 +35,7 @@ from promptlayer_exec._settings import Settings, find_api_key, find_base_url
 from promptlayer_exec._statuses import UNKNOWN_STATUS, status_entry
 from promptlayer_exec._workflows import near
 
+# What is passed on; the functions below belong to the seam, too.
 __all__ = [
     "DEFINITION_TIMEOUT",
     "MAX_ID",
@@ -47,37 +48,21 @@ __all__ = [
     "Response",
     "SendHooks",
     "WakeSource",
-    "base_url",
-    "cannot_be_sent",
     "check_count",
     "check_execution_id",
     "check_seconds",
     "each",
-    "encode_inputs",
     "error_details",
     "error_text",
     "excess",
-    "expect",
     "indented",
     "install_hint",
-    "last_failure",
-    "limited",
-    "log_text",
     "near",
     "node_dict",
-    "note_start",
     "printable",
-    "receive_callback",
-    "report_undelivered",
-    "server_of",
-    "settings",
-    "share_channel",
     "short_repr",
-    "start",
-    "start_token",
     "status_entry",
     "wait_even_if_cancelled",
-    "wake",
 ]
 
 
@@ -145,7 +130,7 @@ def share_channel(session: Session, suffix: str | None) -> None:
 def expect(session: Session, workflow: str | int, execution_id: int) -> None:
     """Let push wake the session for a run that another process has started."""
     push = session._open().push
-    if push is not None and execution_id not in push.nets:
+    if push is not None and push.nets.get(execution_id) is None:
         push.started(workflow, execution_id, sent_at=-math.inf, waited=0.0)
 
 
@@ -160,9 +145,9 @@ async def start(
 ) -> Execution:
     """Start a run as `Session.start` does, with hooks around sending.
 
-    `hooks.before_send` is awaited once for each attempt, when the connection stands and nothing has
-    been written to it. Until it returns, cancelling the call sends nothing. If an attempt did not
-    start a run and is repeated, `hooks.not_sent` is awaited before the delay.
+    `hooks.before_send` is awaited in each attempt, when the connection stands and nothing has been
+    written to it; until it returns, cancelling the call sends nothing. `hooks.not_sent` is awaited
+    after an attempt that started nothing and is repeated.
     """
     return await session._start(request, hooks=hooks, token=token)
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import attrs
 
+from promptlayer_exec import _structuring
 from promptlayer_exec._arguments import naming_arguments
-from promptlayer_exec._display import counts_repr, error_text, json_kind, short_repr
+from promptlayer_exec._display import counts_repr, error_text, json_kind, short_repr, snapshot_html
 from promptlayer_exec._errors import ExecutionFailed
 from promptlayer_exec._statuses import FINAL as FINAL  # noqa: PLC0414 - re-exported
 from promptlayer_exec._statuses import STATUSES
@@ -120,10 +121,7 @@ def read_nodes(
 
     attrs sets each field of a frozen class by a call; on a body of 50 nodes that is a tenth of a
     poll. Here the fields are set while the class still allows it, and the class comes last.
-
-    Args:
-        bodies: by the name of the node.
-        report_unknown: called with the name of a node and its status, if the status is unknown.
+    `report_unknown` is called with the name and the status of a node whose status is unknown.
     """
     nodes: dict[str, Any] = {}
     for name, body in bodies.items():
@@ -163,11 +161,9 @@ def _invalid_field(name: str, body: dict[str, Any], field: str, expected: str) -
 
 @attrs.frozen
 class NodeTimes:
-    """When a watch first saw a node running and first saw it final.
+    """When a watch first saw a node running and first saw it final; None if it never did.
 
-    Attributes:
-        running: seconds since the first poll of the watch; None if it was never seen running.
-        final: seconds since the first poll of the watch; None if it is not final yet.
+    The times are in seconds since the first poll of the watch.
     """
 
     running: float | None = None
@@ -176,12 +172,7 @@ class NodeTimes:
 
 @attrs.frozen
 class NodeChange:
-    """A node whose status or value changed between two snapshots.
-
-    Attributes:
-        node: the node in the newer snapshot.
-        before: its status in the older snapshot; None if that one does not have the node.
-    """
+    """A node whose status or value changed, and its status before; None if it is new."""
 
     node: Node
     before: NodeStatus | str | None
@@ -259,14 +250,9 @@ class Snapshot:
         return self.complete and any(node.succeeded for node in outputs)
 
     def diff(self, previous: Snapshot | None) -> tuple[NodeChange, ...]:
-        """Return the nodes whose status or value changed since `previous`.
+        """Return the nodes whose status or value changed since `previous`, in the server's order.
 
-        Args:
-            previous: an earlier snapshot; None stands for a snapshot without nodes.
-
-        Returns:
-            One change for each such node, in the server's order. A node that only `previous` has
-            is not a change.
+        None stands for a snapshot without nodes. A node that only `previous` has is not a change.
         """
         changes = []
         for name, node in self.nodes.items():
@@ -308,16 +294,9 @@ class Snapshot:
     def output(self, *, into: Any = None) -> Any:
         """Return the main output of a complete execution, without I/O.
 
-        Args:
-            into: the type to structure it into, as for `Execution.output`, but without the hooks of
-                a session's `converter`.
-
-        Raises:
-            ExecutionFailed: the execution has no main output.
-            InvalidOutput: the output is not of the type `into`.
-            TypeError: `into` is not a type that values can be structured into.
-            ValueError: the execution is not complete, or only the server knows the output, because
-                several output nodes succeeded or none is marked: `Execution.output` asks it.
+        `into` and the errors are those of `Execution.output`, but a session's `converter` is not
+        used. It is a `ValueError` if the execution is not complete, or if only the server knows the
+        output, because several output nodes succeeded or none is marked.
         """
         if not self.complete:
             raise ValueError(f"execution {self.execution_id} is not complete: it has no output yet")
@@ -330,26 +309,14 @@ class Snapshot:
                 f" {why}: use Execution.output"
             )
         value = succeeded[0].value
-        if into is None:
-            return value
-        # Imported late, to keep the import of the package short.
-        from promptlayer_exec._structuring import structure_output  # noqa: PLC0415
-
-        return structure_output(value, into, None, self)
+        return value if into is None else _structuring.structure_output(value, into, None, self)
 
     def _repr_html_(self) -> str:
         """Return a table of the nodes, for notebooks."""
-        from promptlayer_exec._display import snapshot_html  # noqa: PLC0415 - only notebooks need it
-
         return snapshot_html(self)
 
     def raise_for_failure(self) -> None:
-        """Raise an error if the execution is complete and did not succeed.
-
-        Raises:
-            ExecutionFailed: no output node succeeded, or a node failed and none is marked as
-                output.
-        """
+        """Raise an `ExecutionFailed` if the execution is complete and did not succeed."""
         if not self.complete or self.succeeded:
             return
         failed = self.failed_nodes
@@ -363,10 +330,7 @@ class Snapshot:
             states += f"; and {len(shown) - _SHOWN_NODES:,} more"
         what = "it failed" if failed else "it is complete, but no output node succeeded"
         raise ExecutionFailed(
-            f"{what}: {states}",
-            failed=failed,
-            execution_id=self.execution_id,
-            last_snapshot=self,
+            f"{what}: {states}", failed=failed, execution_id=self.execution_id, last_snapshot=self
         )
 
 
@@ -432,18 +396,9 @@ class MainOutput:
 
 @attrs.frozen
 class StartRequest:
-    """A run to start.
+    """A run to start; its attributes are the arguments of `Session.start`.
 
-    https://docs.promptlayer.com/reference/run-workflow
-
-    Attributes:
-        workflow: the name or id of the workflow.
-        inputs: the input variables.
-        label: the label of the version to run; not together with `version`.
-        version: the number of the version to run; not together with `label`.
-        metadata: strings that PromptLayer stores with the run.
-        callback_url: the URL to which PromptLayer posts the final output.
-        key: any value of yours to recognise the item by; it is never sent.
+    Only `key` is not one of them: any value of yours to recognise the item by, which is never sent.
     """
 
     workflow: str | int = attrs.field(repr=short_repr)

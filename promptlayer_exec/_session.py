@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, overloa
 import cattrs
 from yarl import URL
 
+from promptlayer_exec import _structuring
 from promptlayer_exec._api.attempt import Attempt
 from promptlayer_exec._api.executions import NodeMapReader, run_request
 from promptlayer_exec._api.messages import Request, Response
@@ -31,12 +32,12 @@ from promptlayer_exec._engine.start import SendHooks
 from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._errors import ConfigurationError, SessionClosed, StartUnknown
 from promptlayer_exec._events import Observer, StartFailed, WakeSource, broadcast
-from promptlayer_exec._execution import Execution, check_type
+from promptlayer_exec._execution import Execution
 from promptlayer_exec._fanout import Outcome, collected, outcomes_of
 from promptlayer_exec._http.throttle import Throttle
 from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
 from promptlayer_exec._policies import Deadline, Limiter, PollPolicy, RetryPolicy, check_timeout
-from promptlayer_exec._push.wakeups import EarlyWakeUps
+from promptlayer_exec._recent import Recent
 from promptlayer_exec._settings import (
     Settings,
     find_api_key,
@@ -77,8 +78,8 @@ class Session:
         poll: when to poll an execution again.
         retry: which failures to retry, and for how long.
         wait_timeout: the default deadline of every wait, in seconds; None: no limit.
-        request_timeout: seconds for one HTTP attempt, from connecting to the last byte. Waiting
-            for the rate or a connection does not count, except for one that you hold in `http=`.
+        request_timeout: seconds for one HTTP attempt, from connecting to the last byte; not for
+            waiting for the rate or a connection.
         max_connections: how many requests may be in flight at once. A quarter of them, at least
             one, is reserved for starts; an eighth, from one to four, for push and definitions.
         max_response_bytes: the largest response body, in bytes after decompression.
@@ -88,15 +89,13 @@ class Session:
         converter: for inputs and outputs, in place of the strict one that
             `promptlayer_exec.strict_converter` returns; never used for the node map.
         observers: called with every event.
-        push: whether PromptLayer's push channel wakes the watches of runs started here, so that
-            results come within milliseconds: None, once a workflow's run is not complete at its
-            first poll, or a second one is started; True, at once, with a warning where push cannot
-            be used; False, never. `$PROMPTLAYER_EXEC_PUSH` has the default, 1 or 0; 0 wins.
-        check_inputs: whether a start first looks at the workflow's required inputs, so that a
-            missing one is a `ValueError` and not a run that is paid for.
+        push: whether PromptLayer's push channel wakes the watches of runs started here: None, once
+            a workflow's run is not complete at its first poll, or a second one is started; True,
+            at once, with a warning where push cannot be used; False, never.
+            `$PROMPTLAYER_EXEC_PUSH` has the default, 1 or 0; 0 wins.
+        check_inputs: whether a start raises a `ValueError` if required inputs are missing.
         trust_env: whether to use HTTP_PROXY, HTTPS_PROXY and NO_PROXY, read when the session opens;
-            `$PROMPTLAYER_EXEC_TRUST_ENV=0` turns it off. Requests to a loopback host never use a
-            proxy, and a borrowed `http` has its own setting.
+            `$PROMPTLAYER_EXEC_TRUST_ENV=0` turns it off. A borrowed `http` has its own setting.
         callbacks: gives each start a callback URL of its own, so that `recover` can find it.
         backplane: shares watches, starts, wake-ups and callbacks with the sessions of other
             processes: a `promptlayer_exec.redis.RedisBackplane`.
@@ -128,26 +127,9 @@ class Session:
         callbacks: Callbacks | None = None,
         backplane: Backplane | None = None,
     ) -> None:
-        self._settings = Settings(
-            api_key=api_key,
-            base_url=base_url,
-            poll=poll,
-            retry=retry,
-            wait_timeout=wait_timeout,
-            request_timeout=request_timeout,
-            max_connections=max_connections,
-            max_response_bytes=max_response_bytes,
-            rate=rate,
-            limiter=limiter,
-            http=http,
-            converter=converter,
-            observers=observers,
-            push=push,
-            check_inputs=check_inputs,
-            trust_env=trust_env,
-            callbacks=callbacks,
-            backplane=backplane,
-        )
+        arguments = dict(locals())  # each has the name of its setting
+        del arguments["self"]
+        self._settings = Settings(**arguments)
         self._limiters = [] if limiter is None else [limiter]
         self._client: Client | None = None
         self._opening = threading.Lock()  # two threads, each with its own loop, may use it at once
@@ -156,14 +138,13 @@ class Session:
         # What outlives a client:
         self._node_maps = NodeMapReader()
         self._recent_starts = RecentStarts(retry.not_found_grace)
-        self._early_wake_ups = EarlyWakeUps()
+        self._early_wake_ups: Recent[int, WakeSource] = Recent(600.0)  # nobody follows these yet
         self._emit = broadcast(observers)
         self._callbacks = CallbackLog(self._emit, self._recent_starts)
-        # What each start carries, so that its completion is pushed.
-        self._channel_suffix = None if self._settings.push is False else secrets.token_hex(16)
-        if self._channel_suffix and backplane is not None:
-            # The same in all processes: it is made of the key, as the session opens.
-            self._channel_suffix = ""
+        # What each start carries, so that its completion is pushed. With a backplane it is made of
+        # the key, as the session opens: the same in all processes.
+        suffix = "" if backplane is not None else secrets.token_hex(16)
+        self._channel_suffix = None if self._settings.push is False else suffix
         self._warn_of_plain_http(find_base_url(base_url), stacklevel=4)
 
     def __enter__(self) -> NoReturn:
@@ -187,8 +168,7 @@ class Session:
     async def aclose(self) -> None:
         """Close the session: every wait and call in it ends with `SessionClosed`.
 
-        Raises:
-            RuntimeError: the session is open in another event loop that is still running.
+        Raises a `RuntimeError` if the session is open in another event loop.
         """
         client = self._client
         if client is not None:
@@ -344,8 +324,8 @@ class Session:
         """Start a run, and return its handle.
 
         The request is sent again only if it provably never reached the server, or was refused with
-        429. Once it may have been sent, cancelling this call does not stop it: the session still
-        reads the answer, emits `ExecutionStarted(abandoned=True)` and logs a warning with the id.
+        429. If this call is cancelled later than that, the session still reads the answer, emits
+        `ExecutionStarted(abandoned=True)` and logs a warning with the id.
 
         https://docs.promptlayer.com/reference/run-workflow
 
@@ -366,15 +346,10 @@ class Session:
             ExecutionTimeout: the request could not be sent within the session's `wait_timeout`.
             SessionClosed: the session was closed; with the execution's id if it had started.
         """
-        request = StartRequest(
-            workflow,
-            {} if inputs is None else inputs,
-            label=label,
-            version=version,
-            metadata=metadata,
-            callback_url=callback_url,
+        inputs = {} if inputs is None else inputs
+        return await self._start(
+            StartRequest(workflow, inputs, label, version, metadata, callback_url)
         )
-        return await self._start(request)
 
     @overload
     async def run(
@@ -419,34 +394,15 @@ class Session:
     ) -> Any:
         """Start a run, wait until it is complete, and return its main output.
 
-        `start` and `Execution.output` in one, with their arguments and errors. Once the run has
-        started, errors carry its id, and cancelling this call logs a warning with the id.
-
-        Args:
-            workflow: its name or id.
-            inputs: its input variables, as for `start`.
-            label: as for `start`.
-            version: as for `start`.
-            metadata: as for `start`.
-            callback_url: as for `start`.
-            timeout: seconds for the start and the wait together; `...` means the session's
-                `wait_timeout`, None no limit.
-            into: the type of the output, as for `Execution.output`.
-
-        Raises:
-            PromptLayerExecError: as for `start` and `Execution.output`.
+        `start` and `Execution.output` in one, with their arguments and errors; `timeout` is for
+        both together. Once the run has started, errors carry its id, and cancelling this call logs
+        a warning with the id.
         """
         if into is not None:
-            check_type(into, self._settings.converter)
+            _structuring.check_type(into, self._settings.converter)
         timeout = check_timeout(timeout)
-        request = StartRequest(
-            workflow,
-            {} if inputs is None else inputs,
-            label=label,
-            version=version,
-            metadata=metadata,
-            callback_url=callback_url,
-        )
+        inputs = {} if inputs is None else inputs
+        request = StartRequest(workflow, inputs, label, version, metadata, callback_url)
         deadline = self._settings.deadline(timeout, now=clock())
         execution = await self._start(request, deadline)
         return await execution._deliver(deadline, into)
@@ -459,17 +415,8 @@ class Session:
 
         https://docs.promptlayer.com/reference/get-workflow
 
-        Args:
-            workflow: its name or id.
-            label: the label of the version; not allowed with `version`.
-            version: the number of the version; without either, the latest one.
-
-        Raises:
-            TypeError: an argument has an unsupported type.
-            ValueError: an argument is out of range, or both `label` and `version` are given.
-            RequestError: the server refused, or could not be reached.
-            ExecutionTimeout: the session's `wait_timeout` passed.
-            SessionClosed: the session was closed.
+        The arguments are those of `start`; without a label and a version, it is the latest one. The
+        errors are those of `get_results`.
         """
         request = workflow_request(workflow, label, version)
         client = self._open()
@@ -494,18 +441,9 @@ class Session:
             external_id: only workflows with this id in `external_source`.
 
         Raises:
-            TypeError: an argument has an unsupported type.
-            ValueError: a value is unknown, or only one of the last two is given.
-            RequestError: the server refused, or could not be reached.
-            ExecutionTimeout: the session's `wait_timeout` passed while a page was requested.
-            SessionClosed: the session was closed.
+            PromptLayerExecError: as for `get_results`, for each page.
         """
-        parameters = workflows_filter(
-            sort_by=sort_by,
-            sort_order=sort_order,
-            external_source=external_source,
-            external_id=external_id,
-        )
+        parameters = workflows_filter(sort_by, sort_order, external_source, external_id)
         return list_workflows(self._open, parameters)
 
     async def _start(
@@ -556,9 +494,7 @@ class Session:
 
     def _prepare(self, request: StartRequest) -> tuple[dict[str, Any], Request]:
         """Return a start's inputs in JSON form, and the request that would be sent."""
-        from promptlayer_exec._structuring import encode_inputs  # noqa: PLC0415 - slow to import
-
-        inputs = encode_inputs(request.inputs, self._settings.converter)
+        inputs = _structuring.encode_inputs(request.inputs, self._settings.converter)
         return inputs, run_request(request, inputs, self._channel_suffix)
 
     @overload
@@ -592,24 +528,21 @@ class Session:
         """Follow many executions, start those that are requests, and yield outcomes as they arrive.
 
         One item's failure is the `error` of its outcome, and affects no other item. Wrap the
-        generator in `contextlib.aclosing` to stop early: this session then stops following the
-        items in flight, and their executions continue on the server.
+        generator in `contextlib.aclosing` to stop early; executions go on at the server. Where it
+        raises, the items in flight are yielded first, with that error if they are cancelled.
 
         Args:
             items: ids, `Execution` handles and `StartRequest`s, as an iterable or async iterable.
-                The next item is taken when a slot is free. An async generator is closed at the
-                end.
+                The next item is taken when a slot is free.
             max_in_flight: how many items may be in flight or waiting to be yielded.
             timeout: seconds for each item, from when it is taken; `...` means the session's
-                `wait_timeout`, None no limit. If a start has been sent by then, its answer is
-                still read.
+                `wait_timeout`, None no limit. The answer to a start that was sent is still read.
             into: the type of the outputs, as for `Execution.output`.
 
         Raises:
-            Unauthorized: the server refused the key, so no later item could succeed. The items in
-                flight are cancelled, and each is yielded with that error before it is raised.
-            SessionClosed: the session was closed; the items in flight are first yielded with it.
-            Exception: `items` raised it; the outcomes of the items in flight are yielded first.
+            Unauthorized: the server refused the key, so no later item could succeed.
+            SessionClosed: the session was closed.
+            Exception: `items` raised it.
         """
         return outcomes_of(self, items, max_in_flight=max_in_flight, timeout=timeout, into=into)
 
@@ -643,33 +576,22 @@ class Session:
     ) -> list[Outcome[ItemT, Any]]:
         """Run `as_completed` to its end, and return all outcomes in the order of the items.
 
-        Arguments and errors are those of `as_completed`. If it raises, no outcome is returned: use
-        `as_completed` if you need the outcomes that arrived before the error.
+        Arguments and errors are those of `as_completed`; after an error, no outcome is returned.
         """
         return await collected(
             outcomes_of(self, items, max_in_flight=max_in_flight, timeout=timeout, into=into)
         )
 
     def execution(self, execution_id: int | str) -> Execution:
-        """Return the handle of an execution, without any I/O.
-
-        Raises:
-            TypeError: `execution_id` is neither an int nor a string of digits.
-            ValueError: `execution_id` is out of range.
-        """
+        """Return the handle of an execution, without any I/O; its id is as for `get_results`."""
         return Execution(self, check_execution_id(execution_id))
 
     def wake(self, execution_id: int | str) -> bool:
-        """Poll an execution now, for example because a message of yours says that it has changed.
+        """Poll an execution now; return True if somebody follows it in this session.
 
-        If nobody follows it yet, the wake-up is remembered for 10 minutes. Wake-ups cause
-        at most two polls a second by default. Call it in the session's event loop.
-
-        Returns:
-            True if somebody follows the execution in this session.
-
-        Raises:
-            PromptLayerExecError: the session was closed.
+        If nobody follows it yet, the wake-up is remembered for 10 minutes. Wake-ups cause at most
+        two polls a second by default. Call it in the session's event loop. After closing, it raises
+        `SessionClosed`.
         """
         return self._wake(check_execution_id(execution_id), "caller")
 

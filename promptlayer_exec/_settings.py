@@ -20,12 +20,12 @@ from promptlayer_exec._arguments import check_count
 from promptlayer_exec._errors import ConfigurationError
 from promptlayer_exec._events import Observer
 from promptlayer_exec._policies import Deadline, Limiter, PollPolicy, RetryPolicy, check_seconds
+from promptlayer_exec.webhooks import Callbacks
 
 if TYPE_CHECKING:
     import aiohttp
 
     from promptlayer_exec._engine.sharing import Backplane
-    from promptlayer_exec.webhooks import Callbacks
 
 DEFAULT_BASE_URL = "https://api.promptlayer.com"
 _KEY_VARIABLE = "PROMPTLAYER_API_KEY"
@@ -114,12 +114,6 @@ def _matches(pattern: str, value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
-def _check_switch(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigurationError(f"{name} must be True or False, got {value!r:.100}")
-    return value
-
-
 def _read_switch(variable: str) -> bool | None:
     """Return what an environment variable says; None if it is not set."""
     text = os.environ.get(variable, "").lower()
@@ -128,22 +122,13 @@ def _read_switch(variable: str) -> bool | None:
     return text in _YES if text else None
 
 
-def _find_trust_env(trust_env: Any) -> bool:
-    variable = _read_switch(_TRUST_VARIABLE)
-    return _check_switch("trust_env", trust_env) and variable is not False
+def _find_trust_env(trust_env: Any) -> Any:
+    return False if _read_switch(_TRUST_VARIABLE) is False else trust_env
 
 
-def _check_check_inputs(check_inputs: Any) -> bool:
-    return _check_switch("check_inputs", check_inputs)
-
-
-def _find_push(push: Any) -> bool | None:
+def _find_push(push: Any) -> Any:
     variable = _read_switch(_PUSH_VARIABLE)
-    if push is None:
-        return variable
-    if not isinstance(push, bool):
-        raise ConfigurationError(f"push must be None, True or False, got {push!r:.100}")
-    return push and variable is not False
+    return variable if push is None or variable is False else push
 
 
 def find_proxy(settings: Settings, base_url: str) -> str | None:
@@ -180,14 +165,6 @@ def _is(kind: type, meant: str, *, optional: bool = False) -> Validator:
             raise ConfigurationError(f"{setting.name} must be {meant}, got {value!r:.100}")
 
     return check
-
-
-def _is_callbacks(owner: Any, setting: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None:
-        # Imported at first use, as few programs receive callbacks.
-        from promptlayer_exec.webhooks import Callbacks  # noqa: PLC0415
-
-        _is(Callbacks, "a promptlayer_exec.webhooks.Callbacks")(owner, setting, value)
 
 
 def _is_backplane(_: Any, __: Any, value: Any) -> None:
@@ -267,10 +244,14 @@ class Settings:
         validator=_is(cattrs.Converter, "a cattrs.Converter", optional=True)
     )
     observers: Sequence[Observer] = attrs.field(validator=_callables)
-    push: bool | None = attrs.field(converter=_find_push)
-    check_inputs: bool = attrs.field(converter=_check_check_inputs)
-    trust_env: bool = attrs.field(converter=_find_trust_env)
-    callbacks: Callbacks | None = attrs.field(validator=_is_callbacks)
+    push: bool | None = attrs.field(
+        validator=_is(bool, "None, True or False", optional=True), converter=_find_push
+    )
+    check_inputs: bool = attrs.field(validator=_is(bool, "True or False"))
+    trust_env: bool = attrs.field(validator=_is(bool, "True or False"), converter=_find_trust_env)
+    callbacks: Callbacks | None = attrs.field(
+        validator=_is(Callbacks, "a promptlayer_exec.webhooks.Callbacks", optional=True)
+    )
     backplane: Backplane | None = attrs.field(validator=_is_backplane, repr=False)
 
     def deadline(self, timeout: float | EllipsisType | None, *, now: float) -> Deadline:

@@ -22,21 +22,13 @@ class NodeStatus(enum.StrEnum):
 
 @attrs.frozen
 class StatusEntry:
-    """What a status means, and how it is displayed.
-
-    Attributes:
-        final: whether a node that has it does not change any more.
-        mark: a character that stands for it.
-        colour: the colour of the mark in a notebook; it suits light and dark pages.
-        style: the style of its name in a terminal, as rich spells it.
-        rank: its place where not all nodes can be shown; those of rank 0 come first.
-    """
+    """What a status means, and how it is displayed."""
 
     final: bool
     mark: str
-    colour: str
-    style: str
-    rank: int
+    colour: str  # of the mark in a notebook; it suits light and dark pages
+    style: str  # of the name in a terminal, as rich spells it
+    rank: int  # where not all nodes can be shown, those of rank 0 come first
 
 
 # The page has its own icons, in index.html, and its own colours, in its style sheets.

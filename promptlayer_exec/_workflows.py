@@ -9,6 +9,8 @@ from typing import Any
 
 import attrs
 
+from promptlayer_exec import _structuring
+from promptlayer_exec._display import workflow_html
 from promptlayer_exec._errors import printable
 from promptlayer_exec._models import FrozenMap, frozen_map
 
@@ -21,13 +23,8 @@ _LONGEST_COMPARED = 50  # characters
 class WorkflowNode:
     """One node of a workflow.
 
-    Attributes:
-        name: the node's name, unique in the workflow.
-        node_type: the kind of node, such as `PROMPT_TEMPLATE`; an open string, which is empty if
-            the server does not say.
-        is_output_node: whether the node is marked as an output.
-        dependencies: the names of the nodes that this one depends on, by its definition or by an
-            edge; names that are no node are left out.
+    Its type is an open string, such as `PROMPT_TEMPLATE`; it is empty if the server does not say.
+    The dependencies are names of other nodes, by the node's definition or by an edge.
     """
 
     name: str
@@ -38,13 +35,7 @@ class WorkflowNode:
 
 @attrs.frozen
 class WorkflowEdge:
-    """A connection between two nodes.
-
-    Attributes:
-        source: the name of the node that it leads from.
-        target: the name of the node that it leads to.
-        conditional: whether it is followed under a condition only.
-    """
+    """A connection between two nodes, by their names; a conditional one may not be followed."""
 
     source: str
     target: str
@@ -53,16 +44,9 @@ class WorkflowEdge:
 
 @attrs.frozen
 class WorkflowSummary:
-    """One workflow in the list of workflows.
+    """One workflow in the list of workflows, with the release labels of its versions.
 
     https://docs.promptlayer.com/reference/list-workflows
-
-    Attributes:
-        id: the workflow's id.
-        name: the workflow's name.
-        labels: the release labels of its versions.
-        latest_version: the number of its latest version; None if it has none.
-        is_deleted: whether the workflow was deleted.
     """
 
     id: int
@@ -104,9 +88,8 @@ class Workflow:
     def layers(self) -> tuple[tuple[str, ...], ...]:
         """Return the names of the nodes in layers: each node comes after all that it depends on.
 
-        Returns:
-            The layers in the order in which they can run; within one, the server's order. Nodes
-            that depend on each other in a cycle, and those after them, are one last layer.
+        Within a layer, they are in the server's order. Nodes that depend on each other in a cycle,
+        and those after them, are one last layer.
         """
         from graphlib import CycleError, TopologicalSorter  # noqa: PLC0415 - rarely needed
 
@@ -133,13 +116,12 @@ class Workflow:
         """Check that all required inputs are there; others are allowed, and types are not checked.
 
         Args:
-            inputs: as for `Session.start`: a mapping, or an attrs, dataclass or pydantic instance;
-                None stands for no inputs.
+            inputs: as for `Session.start`.
 
         Raises:
             ValueError: inputs are missing. The message names all of them, and suggests those that
                 may be misspelt: `it does not require topik (did you mean 'topic'?)`.
-            TypeError: `inputs` is none of these.
+            TypeError: `inputs` is of another type.
         """
         if not self.required_inputs:
             return
@@ -157,8 +139,6 @@ class Workflow:
 
     def _repr_html_(self) -> str:
         """Return the required inputs and the graph, for notebooks."""
-        from promptlayer_exec._display import workflow_html  # noqa: PLC0415 - only notebooks need it
-
         return workflow_html(self)
 
     def __repr__(self) -> str:
@@ -169,10 +149,7 @@ class Workflow:
 def _names(inputs: Any) -> set[str]:
     if isinstance(inputs, Mapping):
         return {name for name in inputs if isinstance(name, str)}
-    # Imported late, to keep the import of the package short.
-    from promptlayer_exec._structuring import encode_inputs  # noqa: PLC0415
-
-    return set(encode_inputs(inputs))
+    return set(_structuring.encode_inputs(inputs))
 
 
 def _guesses(given: Iterable[str], missing: Iterable[str]) -> list[str]:

@@ -67,8 +67,7 @@ def read_webhook(body: bytes, signature: str | None, secret: str) -> Webhook:
 
     Raises:
         InvalidSignature: the body is not PromptLayer's, or was signed with another secret.
-        ValueError: PromptLayer signed it, but it is not a webhook as documented; or it is larger
-            than 1 MiB.
+        ValueError: it is not a webhook as documented, or larger than 1 MiB.
         ConfigurationError: the secret is empty.
         TypeError: `body` is not bytes, or `secret` not a str.
     """
@@ -81,16 +80,14 @@ def read_webhook(body: bytes, signature: str | None, secret: str) -> Webhook:
     event_type = payload.get("event_type")
     if not isinstance(event_type, str):
         _malformed("webhook", "$.event_type", f"expected a string, got {json_kind(event_type)}")
-    details: Any = {}
-    execution_id = None
-    if event_type == _FINISHED:
-        details = payload.get("details")
-        if not isinstance(details, dict):
-            _malformed("webhook", "$.details", f"expected an object, got {json_kind(details)}")
-        execution_id = details.get("agent_execution_id")
-        if not _is_id(execution_id):
-            path = "$.details.agent_execution_id"
-            _malformed("webhook", path, f"expected an id, got {execution_id!r:.100}")
+    is_finished = event_type == _FINISHED
+    details: Any = payload.get("details") if is_finished else {}
+    if not isinstance(details, dict):
+        _malformed("webhook", "$.details", f"expected an object, got {json_kind(details)}")
+    execution_id = details.get("agent_execution_id")
+    if is_finished and not _is_id(execution_id):
+        path = "$.details.agent_execution_id"
+        _malformed("webhook", path, f"expected an id, got {execution_id!r:.100}")
     workflow, workflow_id = details.get("agent_name"), details.get("agent_id")
     return Webhook(
         event_type,
@@ -121,13 +118,10 @@ def _verified(body: bytes, signature: str | None, secret: str) -> Any:
 
 @attrs.frozen
 class Callback:
-    """What PromptLayer posted to a start's `callback_url`.
+    """What PromptLayer posted to a start's `callback_url` when the execution was complete.
 
-    Attributes:
-        execution_id: the id of the execution, which is complete.
-        output: the callback's `final_output` as it was posted, None if it has none. A start of this
-            package asks for all nodes; for other starts, it may be the main output alone, which is
-            any JSON value.
+    The output is the callback's `final_output` as it was posted, None if it has none. A start of
+    this package asks for all nodes; for other starts, it may be the main output alone.
     """
 
     execution_id: int
@@ -137,11 +131,8 @@ class Callback:
 def read_callback(body: bytes) -> Callback:
     """Return what PromptLayer posted to a start's `callback_url`.
 
-    Nobody signed it. So take it as a hint to look at the execution, unless only PromptLayer can
-    know the URL that it was posted to.
-
-    Args:
-        body: the request's body as it was received.
+    Nobody signed the body. So take it as a hint to look at the execution, unless only PromptLayer
+    can know the URL that it was posted to.
 
     Raises:
         ValueError: it is not a JSON object with the id of an execution.

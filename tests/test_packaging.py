@@ -77,7 +77,7 @@ PUBLIC = [
 # it in this list. `_engine` and `_http` do not know each other: the session brings them together.
 LAYERS = [
     {"_version", "_install"},
-    {"_errors", "_statuses", "_display", "_arguments"},
+    {"_errors", "_statuses", "_display", "_arguments", "_recent"},
     {"_structuring"},
     {"_models", "_workflows", "_policies", "_events"},
     {"_api"},

@@ -6,17 +6,8 @@ import json
 from http.client import responses
 from typing import TYPE_CHECKING, Any
 
-from promptlayer_exec._errors import (
-    BadRequest,
-    FieldError,
-    Forbidden,
-    NotFound,
-    RateLimited,
-    ServerError,
-    StatusError,
-    Unauthorized,
-    UnprocessableEntity,
-)
+from promptlayer_exec import _errors
+from promptlayer_exec._errors import FieldError, StatusError
 
 if TYPE_CHECKING:
     from promptlayer_exec._api.messages import Response
@@ -25,12 +16,12 @@ _LONGEST_QUOTE = 200
 _LONGEST_MESSAGE = 500
 
 _CLASSES: dict[int, type[StatusError]] = {
-    400: BadRequest,
-    401: Unauthorized,
-    403: Forbidden,
-    404: NotFound,
-    422: UnprocessableEntity,
-    429: RateLimited,
+    400: _errors.BadRequest,
+    401: _errors.Unauthorized,
+    403: _errors.Forbidden,
+    404: _errors.NotFound,
+    422: _errors.UnprocessableEntity,
+    429: _errors.RateLimited,
 }
 
 
@@ -45,8 +36,10 @@ def status_error(response: Response) -> StatusError:
         shown = f"a redirect to {target}, not followed because the key is for base_url alone"
     if shown == responses.get(status):
         shown = ""  # it only repeats the name
-    cls = _CLASSES.get(status, ServerError if status >= 500 else StatusError)
-    extra: dict[str, Any] = {"details": _details(body)} if cls is UnprocessableEntity else {}
+    cls = _CLASSES.get(status, _errors.ServerError if status >= 500 else StatusError)
+    extra: dict[str, Any] = (
+        {"details": _details(body)} if cls is _errors.UnprocessableEntity else {}
+    )
     return cls(
         f"the server answered {name}" + (f": {_one_line(shown)}" if shown else ""),
         status=status,

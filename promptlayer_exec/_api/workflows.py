@@ -33,7 +33,7 @@ def workflow_request(workflow: Any, label: Any, version: Any) -> Request:
 
 
 def workflows_filter(
-    *, sort_by: Any, sort_order: Any, external_source: Any, external_id: Any
+    sort_by: Any, sort_order: Any, external_source: Any, external_id: Any
 ) -> dict[str, str | None]:
     """Return the checked parameters of a list of workflows."""
     for name, value, known in (

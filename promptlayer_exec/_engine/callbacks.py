@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING
 
 import attrs
 
@@ -14,24 +15,18 @@ from promptlayer_exec._engine.tasks import resolve
 from promptlayer_exec._errors import StartUnknown
 from promptlayer_exec._events import Emit, ExecutionStarted, logger
 from promptlayer_exec._models import StartRequest
+from promptlayer_exec._recent import Recent
 
 if TYPE_CHECKING:
     from promptlayer_exec.webhooks import Callbacks
 
-T = TypeVar("T")
-
-# How long a callback is remembered; the most callbacks, and the most lost starts.
-_SECONDS = 3600.0
-_MOST = 10_000
+_REMEMBERED = 3600.0  # seconds for which a callback is kept
 
 
 def with_callback_url(
     request: StartRequest, callbacks: Callbacks | None, token: str | None = None
 ) -> tuple[StartRequest, str | None]:
-    """Return a start with a callback URL of its own, and the token in it.
-
-    A start that already has a callback URL keeps it; the token is then None.
-    """
+    """Return a start with a callback URL, and the token in it; None if the caller chose the URL."""
     if callbacks is None or request.callback_url is not None:
         return request, None
     token = token or callbacks.new_token()
@@ -76,19 +71,18 @@ class CallbackLog:
     _recent_starts: RecentStarts
     # Hands a callback to other processes.
     share: Callable[[str, int], object] = attrs.field(init=False, default=lambda *_: None)
-    # Both oldest first: the execution's id, and when the callback arrived.
-    _callbacks: dict[str, tuple[int, float]] = attrs.field(init=False, factory=dict)
-    _lost: dict[str, _LostStart] = attrs.field(init=False, factory=dict)
+    _callbacks: Recent[str, int] = attrs.field(init=False, factory=partial(Recent, _REMEMBERED))
+    _lost: Recent[str, _LostStart] = attrs.field(init=False, factory=Recent)
     _waiters: dict[str, set[asyncio.Future[None]]] = attrs.field(init=False, factory=dict)
 
     def lost_tokens(self) -> list[str]:
         """Return the tokens of the lost starts whose callbacks have not come."""
-        return [token for token in self._lost if token not in self._callbacks]
+        return [token for token in self._lost if self.execution_id(token) is None]
 
     def receive(self, token: str, execution_id: int, *, shared: bool = False) -> None:
         """Record a callback; a `shared` one came to another process."""
         if self.execution_id(token) is None:
-            _put(self._callbacks, token, (execution_id, time.monotonic()))
+            self._callbacks.add(token, execution_id)
             self._report(token)
             for future in self._waiters.get(token, ()):
                 resolve(future)
@@ -97,17 +91,14 @@ class CallbackLog:
 
     def lose(self, token: str, request: StartRequest, base_url: str, elapsed: float = 0.0) -> None:
         """Record that a start's answer was lost, `elapsed` seconds after its call."""
-        if token not in self._lost:
+        if self._lost.get(token) is None:
             request = attrs.evolve(request, inputs={})
-            _put(self._lost, token, _LostStart(request, base_url, time.monotonic() - elapsed))
+            self._lost.add(token, _LostStart(request, base_url, time.monotonic() - elapsed))
             self._report(token)
 
     def execution_id(self, token: str) -> int | None:
         """Return the execution id of a start whose callback has come."""
-        too_old = time.monotonic() - _SECONDS
-        while self._callbacks and next(iter(self._callbacks.values()))[1] < too_old:
-            del self._callbacks[next(iter(self._callbacks))]
-        return self._callbacks.get(token, (None, 0.0))[0]
+        return self._callbacks.get(token)
 
     async def wait(self, token: str) -> int:
         """Wait for the callback of a start, and return its execution id."""
@@ -118,8 +109,7 @@ class CallbackLog:
             while (execution_id := self.execution_id(token)) is None:
                 await future
         except asyncio.CancelledError:
-            if token in self._callbacks:  # the callback came at the same time
-                self._warn(token)
+            self._warn(token)  # the callback may have come at the same time
             raise
         finally:
             waiters.discard(future)
@@ -148,15 +138,11 @@ class CallbackLog:
         )
 
     def _warn(self, token: str) -> None:
-        logger.warning(
-            "execution %d of workflow %.100r had started, although its answer was lost; follow"
-            " it by its id",
-            self.execution_id(token),
-            self._lost[token].request.workflow,
-        )
-
-
-def _put(log: dict[str, T], token: str, entry: T) -> None:
-    log[token] = entry
-    if len(log) > _MOST:
-        del log[next(iter(log))]
+        execution_id, start = self.execution_id(token), self._lost.get(token)
+        if execution_id is not None and start is not None:
+            logger.warning(
+                "execution %d of workflow %.100r had started, although its answer was lost; follow"
+                " it by its id",
+                execution_id,
+                start.request.workflow,
+            )

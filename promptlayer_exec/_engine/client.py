@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from functools import partial
-from random import random
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -40,7 +39,7 @@ from promptlayer_exec._errors import (
 from promptlayer_exec._events import Emit, WakeSource
 from promptlayer_exec._models import MainOutput, Snapshot, StartRequest
 from promptlayer_exec._policies import Deadline
-from promptlayer_exec._push.wakeups import EarlyWakeUps
+from promptlayer_exec._recent import Recent
 from promptlayer_exec._settings import Settings
 from promptlayer_exec._workflows import Workflow, WorkflowSummary
 
@@ -75,15 +74,7 @@ class _Fetch:
 
 @attrs.define(eq=False, kw_only=True)
 class Client:
-    """The watches, calls and starts of an open session; closing the session ends them.
-
-    Attributes:
-        lifetime: owns the tasks.
-        base_url: the server's URL.
-        push: the channels on which completions are pushed; None without push.
-        link: the connection to other processes; None without a backplane.
-        callbacks: those that arrived, and the starts whose answers were lost.
-    """
+    """The watches, calls and starts of an open session; closing the session ends them."""
 
     _settings: Settings
     lifetime: Lifetime
@@ -92,12 +83,12 @@ class Client:
     _retrying: Retrying
     _recent_starts: RecentStarts
     _node_maps: NodeMapReader
-    _early_wake_ups: EarlyWakeUps
+    _early_wake_ups: Recent[int, WakeSource]
     callbacks: CallbackLog
     _definitions: Definitions
     _emit: Emit
     push: Push | None = attrs.field(init=False, default=None)
-    link: Link | None = attrs.field(init=False, default=None)
+    link: Link | None = attrs.field(init=False, default=None)  # with a backplane
     _watches: dict[int, Watch] = attrs.field(init=False, factory=dict)
 
     def deadline(self, timeout: float | EllipsisType | None = ...) -> Deadline:
@@ -122,7 +113,7 @@ class Client:
                 workflow=self._recent_starts.workflow(execution_id),
                 base_url=self.base_url,
             )
-            if (source := self._early_wake_ups.take(execution_id)) is not None:
+            if (source := self._early_wake_ups.pop(execution_id)) is not None:
                 watch.schedule.wake(source)
         watch.followers.add(streams=streams)
         return watch.followers
@@ -168,20 +159,13 @@ class Client:
         """Request the main output of a complete execution until the server has it."""
         request = results_request(snapshot.execution_id, return_all_outputs=False)
         read = partial(read_main_output, execution_id=snapshot.execution_id)
-        due = started = clock()
+        due = clock()
         while True:
             reply = await self._call(request, read, deadline, due=due, seen=snapshot)
             if reply.value.complete:
                 return reply.value.value
-            now = clock()
-            due = now + self._settings.poll.delay(
-                elapsed=now - started,
-                final=len(snapshot.nodes),
-                nodes=len(snapshot.nodes),
-                unchanged=now - started,
-                chance=random(),
-                retry_after=self._settings.retry.announced(reply.retry_after),
-            )
+            announced = self._settings.retry.announced(reply.retry_after)
+            due = clock() + max(self._settings.poll.floor, announced)
 
     async def snapshot(self, execution_id: int, deadline: Deadline) -> Snapshot:
         request = results_request(execution_id, return_all_outputs=True)
@@ -261,6 +245,11 @@ class Client:
         The secret of the HTTP request is the token in the start's own callback URL, if it has one.
         """
         token = http_request.secret
+
+        def ended(outcome: Started | BaseException, elapsed: float) -> None:
+            if token is not None and isinstance(outcome, StartUnknown):
+                self._lose(token, request, elapsed)
+
         start = Start(
             request,
             self.base_url,
@@ -269,10 +258,9 @@ class Client:
             RetryState(self._settings.retry, self._settings.retry.outage),
             token=token,
             hooks=hooks,
-            on_end=partial(self._start_ended, token, request),
+            on_end=ended,
         )
-        post = self._post(request, http_request, start)
-        return await start.run(post, deadline)
+        return await start.run(self._post(request, http_request, start), deadline)
 
     async def _post(self, request: StartRequest, http_request: Request, start: Start) -> Started:
         reply = await self._retrying.call(
@@ -289,16 +277,6 @@ class Client:
         if warning is not None:  # it goes to the log
             warning = self._redactor.also(http_request.secret).redact(warning)
         return Started(execution_id, warning)
-
-    def _start_ended(
-        self,
-        token: str | None,
-        request: StartRequest,
-        outcome: Started | BaseException,
-        elapsed: float,
-    ) -> None:
-        if token is not None and isinstance(outcome, StartUnknown):
-            self._lose(token, request, elapsed)
 
     def _lose(self, token: str, request: StartRequest, elapsed: float = 0.0) -> None:
         self.callbacks.lose(token, request, self.base_url, elapsed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from typing import Any, TypeAlias
@@ -12,16 +11,15 @@ import attrs
 
 from promptlayer_exec._api.attempt import Call
 from promptlayer_exec._api.workflows import read_workflow, workflow_request
-from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._errors import printable
 from promptlayer_exec._events import logger
 from promptlayer_exec._models import StartRequest
+from promptlayer_exec._recent import Recent
 from promptlayer_exec._workflows import Workflow
 
 # Seconds for which a start waits for the definition, and for which what came of it is kept.
 DEFINITION_TIMEOUT = 5.0
 _KEPT = 300.0
-_MOST = 1_000
 
 # A workflow's name or id, a label and a version.
 _Key: TypeAlias = tuple[str | int, str | None, int | None]
@@ -33,22 +31,19 @@ class Definitions:
 
     _call: Call
     _spawn: Callable[[Coroutine[Any, Any, Workflow | None]], asyncio.Task[Workflow | None]]
-    # Oldest first: the definition, or None if there is none, and when it was read.
-    _kept: dict[_Key, tuple[Workflow | None, float]] = attrs.field(init=False, factory=dict)
+    # Each definition; None if there is none.
+    _kept: Recent[_Key, tuple[Workflow | None]] = attrs.field(
+        init=False, factory=lambda: Recent(_KEPT)
+    )
     _reading: dict[_Key, asyncio.Task[Workflow | None]] = attrs.field(init=False, factory=dict)
     _warned: set[tuple[int, str]] = attrs.field(init=False, factory=set)
 
     async def check(self, request: StartRequest, inputs: Mapping[str, Any]) -> None:
-        """Check a start's inputs, as far as the server says in a few seconds what they must be.
-
-        Raises:
-            ValueError: inputs are missing.
-        """
+        """Raise a `ValueError` for missing inputs, if the server names those required in time."""
         key = request.workflow, request.label, request.version
-        kept, read_at = self._kept.get(key, (None, -math.inf))
-        if clock() - read_at < _KEPT:
+        if (kept := self._kept.get(key)) is not None:
             with suppress(ValueError):  # it may have changed since, so it is read once more
-                self._check(kept, inputs)
+                self._check(*kept, inputs)
                 return
         self._check(await self._look(key), inputs)
 
@@ -69,9 +64,9 @@ class Definitions:
 
     async def find_id(self, workflow: str) -> int:
         """Return the id of the workflow with a name; raises a `RequestError`."""
-        for (name, _, _), (kept, _) in self._kept.items():
-            if name == workflow and kept is not None:
-                return kept.id
+        for key in self._kept:
+            if key[0] == workflow and (kept := self._kept.get(key)) is not None and kept[0]:
+                return kept[0].id
         return (await self._read((workflow, None, None))).id
 
     async def _look(self, key: _Key) -> Workflow | None:
@@ -89,17 +84,11 @@ class Definitions:
         except Exception as error:  # noqa: BLE001 - whatever it is, the start itself will say it
             why = type(error).__name__
             logger.debug("the inputs of workflow %.100r are not checked (%s)", key[0], why)
-        self._keep(key, None)
+        self._kept.add(key, (None,))
         return None
 
     async def _read(self, key: _Key) -> Workflow:
         workflow = await self._call(workflow_request(*key), read_workflow)
         # Without its nodes, whose prompts may be large.
-        self._keep(key, attrs.evolve(workflow, nodes={}, edges=(), raw=None))
+        self._kept.add(key, (attrs.evolve(workflow, nodes={}, edges=(), raw=None),))
         return workflow
-
-    def _keep(self, key: _Key, workflow: Workflow | None) -> None:
-        self._kept.pop(key, None)
-        self._kept[key] = workflow, clock()
-        if len(self._kept) > _MOST:
-            del self._kept[next(iter(self._kept))]

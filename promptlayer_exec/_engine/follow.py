@@ -24,30 +24,23 @@ class Followers:
 
     A follower is a `stream`, `finished_nodes`, `wait` or `output` call. Deadlines belong to
     followers, never to the watch.
-
-    Attributes:
-        latest: the latest snapshot.
-        error: the error that ended the watch; each follower gets a copy.
-        retries: the failures since the last good poll.
-        count: how many followers there are.
-        streams: how many of them want every snapshot, not only the complete one.
-        changed: called when a follower's new deadline may change the time of the next poll.
     """
 
     execution_id: int
-    retries: RetryState
+    retries: RetryState  # since the last good poll
     _check_loop: Callable[[], None]
     _last_left: Callable[[], None]
+    # Called when a follower's new deadline may change the time of the next poll.
     changed: Callable[[], None] = attrs.field(init=False, default=lambda: None)
     latest: Snapshot | None = attrs.field(init=False, default=None)
-    error: Exception | None = attrs.field(init=False, default=None)
+    error: Exception | None = attrs.field(init=False, default=None)  # that ended the watch
     count: int = attrs.field(init=False, default=0)
-    streams: int = attrs.field(init=False, default=0)
+    streams: int = attrs.field(init=False, default=0)  # those that want every snapshot
     _snapshot_waiters: _Waiters = attrs.field(init=False, factory=dict)
     _completion_waiters: _Waiters = attrs.field(init=False, factory=dict)
 
     def add(self, *, streams: bool) -> None:
-        """Add a follower; if it `streams`, it wants every snapshot, not only the complete one."""
+        """Add a follower; one that `streams` wants every snapshot, not only the complete one."""
         self.count += 1
         self.streams += streams
 
@@ -63,18 +56,13 @@ class Followers:
         return self._completion_waiters.values()
 
     async def newer(self, seen: Snapshot | None, deadline: Deadline) -> Snapshot:
-        """Wait until the latest snapshot is not `seen`, and return it.
-
-        Raises:
-            ExecutionTimeout: the deadline passed before there was a complete snapshot.
-            PromptLayerExecError: the poller failed, or the session was closed.
-        """
+        """Wait until the latest snapshot is not `seen`, and return it, or raise the error."""
         while (snapshot := self._newer(seen, deadline)) is None:
             await self._wait(self._snapshot_waiters, deadline)
         return snapshot
 
     async def completed(self, deadline: Deadline) -> Snapshot:
-        """Wait for the complete snapshot, and return it; raises the errors of `newer`."""
+        """Wait for the complete snapshot, and return it, or raise the error."""
         while True:
             snapshot = self._newer(None, deadline)
             if snapshot is not None and snapshot.complete:
@@ -142,8 +130,5 @@ def timed_out(
         what = f"no answer within {timeout:g} s"
     failure = f"; last failure: {cause.args[0]}" if cause is not None and cause.args else ""
     return ExecutionTimeout(
-        what + failure,
-        timeout=timeout,
-        execution_id=execution_id,
-        last_snapshot=seen,
+        what + failure, timeout=timeout, execution_id=execution_id, last_snapshot=seen
     )

@@ -47,8 +47,8 @@ class Lifetime:
         self._stop()
 
     def is_closing(self) -> bool:
-        """Return True if closing has begun, or the event loop is closed."""
-        return self._closing.is_set() or self._loop.is_closed()
+        """Return True if closing has begun."""
+        return self._closing.is_set()
 
     def check_open(self) -> None:
         """Raise `SessionClosed` if closing has begun, `RuntimeError` in another event loop."""
@@ -65,19 +65,11 @@ class Lifetime:
             )
 
     def spawn(
-        self,
-        work: Coroutine[Any, Any, T],
-        *,
-        name: str,
-        cancel: Callable[[], object] | None = None,
+        self, work: Coroutine[Any, Any, T], *, name: str, cancel: Callable[[], object] | None = None
     ) -> asyncio.Task[T]:
         """Run a task until it ends by itself or the session is closed.
 
-        Args:
-            work: the coroutine to run.
-            name: the name of the task.
-            cancel: what closing calls in place of the task's own `cancel`; closing waits for the
-                task in any case.
+        Closing calls `cancel` in place of the task's own, and waits for the task in any case.
         """
         task = asyncio.create_task(work, name=name)
         self._tasks[task] = cancel or task.cancel
@@ -88,32 +80,22 @@ class Lifetime:
         """Return an async context manager that limits a call in the caller's own task.
 
         Its exit raises `DeadlinePassed` or `SessionClosed` if that has ended the call.
-
-        Raises:
-            SessionClosed: closing has begun.
         """
         if self.is_closing():
             raise SessionClosed
         return Call(self, deadline)
 
     def close(self) -> None:
-        """Begin closing: end everything that runs.
-
-        Raises:
-            RuntimeError: the session is open in another event loop.
-        """
-        if not self._has_ended():
+        """Begin closing: end everything that runs."""
+        if not self._supervisor.done():
             self.check_loop()
             self._closing.set()
 
     async def wait_closed(self) -> None:
         """Wait until everything has ended; any number of tasks may wait at once."""
-        if not self._has_ended():
+        if not self._supervisor.done():
             self.check_loop()
             await asyncio.wait([self._supervisor])
-
-    def _has_ended(self) -> bool:
-        return self._supervisor.done() or self._loop.is_closed()
 
     async def _supervise(self) -> None:
         try:

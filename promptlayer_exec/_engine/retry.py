@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from random import random
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 
-from promptlayer_exec._api.attempt import Attempt, Send, SendOnce
+from promptlayer_exec._api.attempt import Attempt, Send
 from promptlayer_exec._api.messages import Reply, Request, Response
 from promptlayer_exec._engine.tasks import clock
 from promptlayer_exec._errors import NotFound, RateLimited, RequestError, StatusError, printable
 from promptlayer_exec._events import Emit, RequestRetried, logger
 from promptlayer_exec._policies import RetryPolicy, is_transient, or_infinity
+from promptlayer_exec._recent import Recent
+
+if TYPE_CHECKING:
+    from promptlayer_exec._engine.start import Start
 
 T = TypeVar("T")
-
-_MOST_STARTS = 10_000
 
 
 @attrs.define(eq=False)
@@ -65,23 +67,19 @@ class RetryState:
 class RecentStarts:
     """The latest starts: which workflow they run, and whether the server may still answer 404.
 
-    A 404 may come for `grace` seconds. Starts are remembered for longer, unless there are too many.
+    A 404 may come for `grace` seconds. Starts are remembered for longer.
     """
 
     _grace: float
-    _started: dict[int, tuple[float, str | int | None]] = attrs.field(factory=dict)  # oldest first
+    _started: Recent[int, tuple[float, str | int | None]] = attrs.field(factory=Recent)
 
     def add(self, execution_id: int, workflow: str | int | None, *, now: float) -> None:
-        self._started[execution_id] = (now, workflow)
-        while len(self._started) > _MOST_STARTS:
-            oldest = next(iter(self._started))
-            if self.covers(oldest, now=now):
-                break
-            del self._started[oldest]
+        self._started.add(execution_id, (now, workflow))
 
     def workflow(self, execution_id: int) -> str | int | None:
         """Return the name or id of the workflow with which an execution was started, if known."""
-        return self._started.get(execution_id, (0.0, None))[1]
+        started = self._started.get(execution_id)
+        return None if started is None else started[1]
 
     def covers(self, execution_id: int | None, *, now: float) -> bool:
         """Return True if an execution was started less than `grace` seconds ago."""
@@ -142,20 +140,12 @@ class Retrying:
         *,
         due: float,
         first: bool = False,
-        once: SendOnce | None = None,
+        once: Start | None = None,
     ) -> Reply[T]:
-        """Return the first good answer.
+        """Return the first good answer to a request that is due at `due`, or raise the last error.
 
-        Args:
-            request: what to send.
-            read: reads the answer; an error that it raises is handled like any other failure.
-            state: the failures so far, of this request or of its watch.
-            due: when to send the request, on the event loop's clock.
-            first: whether it goes before ordinary requests.
-            once: the start that is sent, which must not be sent twice.
-
-        Raises:
-            RequestError: the last failure.
+        An error that `read` raises is handled like any other failure. `state` has the failures so
+        far, of this request or of its watch. `first` and `once` are those of an `Attempt`.
         """
         answered = False
         try:
@@ -179,7 +169,7 @@ class Retrying:
                 self._outages.end(state, answered=answered)
 
     def _delay(
-        self, error: RequestError, request: Request, state: RetryState, once: SendOnce | None
+        self, error: RequestError, request: Request, state: RetryState, once: Start | None
     ) -> float | None:
         """Record a failed attempt; return the seconds before the next, or None."""
         error.execution_id = request.execution_id
@@ -200,7 +190,7 @@ class Retrying:
             self._emit(RequestRetried(request.execution_id, error, delay))
         return delay
 
-    def _is_transient(self, error: RequestError, once: SendOnce | None) -> bool:
+    def _is_transient(self, error: RequestError, once: Start | None) -> bool:
         """Return True if a failure is worth another attempt."""
         if once is not None:
             may_have_arrived = once.sent or isinstance(error, StatusError)

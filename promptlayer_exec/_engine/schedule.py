@@ -23,12 +23,7 @@ _STREAMED_SECONDS = 20.0
 
 @attrs.define(eq=False)
 class Schedule:
-    """The times of one watch's polls, on the event loop's clock.
-
-    Attributes:
-        goes_first: whether the next poll goes before ordinary requests, because a wake-up most
-            likely brings a result. False once a wake-up has brought none.
-    """
+    """The times of one watch's polls, on the event loop's clock."""
 
     _poll: PollPolicy
     _followers: Followers
@@ -74,6 +69,7 @@ class Schedule:
 
     @property
     def goes_first(self) -> bool:
+        """Whether the next poll goes before others: a wake-up most likely brings a result."""
         return self._is_woken and not self._wakes_for_nothing
 
     async def next_poll(self) -> tuple[float, WakeSource | None]:
@@ -119,13 +115,8 @@ class Schedule:
     ) -> None:
         """Record a good poll, and compute when the next one is due.
 
-        Args:
-            snapshot: what the poll read.
-            previous: what the poll before read.
-            sent_at: when the poll was sent.
-            waited: the seconds for which the poll waited for a connection or the rate.
-            announced: the seconds that the server asked to wait.
-            shared: whether another process polled; the next poll then waits for its next answer.
+        It waited for a connection or the rate for so many seconds, and the server `announced` how
+        long to wait now. After a `shared` one, the next waits for the other process's next answer.
         """
         now = clock()
         is_woken = self._is_woken and not shared

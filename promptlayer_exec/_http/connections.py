@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import select
-import sys
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -24,15 +23,12 @@ if TYPE_CHECKING:
     from aiohttp.client_proto import ResponseHandler
     from aiohttp.tracing import Trace
 
-    from promptlayer_exec._api.attempt import SendOnce
+    from promptlayer_exec._engine.start import Start
     from promptlayer_exec._settings import Settings
 
 _HEADERS = {
     "Accept": "application/json",
-    "User-Agent": (
-        f"promptlayer-exec/{__version__} aiohttp/{aiohttp.__version__}"
-        f" Python/{sys.version_info.major}.{sys.version_info.minor}"
-    ),
+    "User-Agent": f"promptlayer-exec/{__version__} aiohttp/{aiohttp.__version__}",
 }
 # At most a quarter of the connections of a borrowed client session, if those are limited.
 _MOST_SOCKETS = 20
@@ -102,9 +98,7 @@ async def _send_once(
 class Slots(AbstractAsyncContextManager[None]):
     """The right to use one of a number of connections; `async with` waits in order of arrival.
 
-    Attributes:
-        first: for a request that goes first, which waits for at most one ordinary request, and for
-            earlier requests that go first.
+    With `first`, a request waits for at most one ordinary request, and for others that go first.
     """
 
     def __init__(self, connections: int) -> None:
@@ -131,12 +125,8 @@ class Slots(AbstractAsyncContextManager[None]):
 class Pool:
     """Connections for one kind of request, and slots for as many requests.
 
-    Attributes:
-        http: holds the connections.
-        slots: where a request waits, without a timeout, until a connection is free.
-        headers: sent with each request, overriding those of `http`. The key is never set on `http`,
-            because aiohttp sends a session's headers to a proxy, too.
-        is_borrowed: whether the connections belong to the caller, who may also use them.
+    The key is in `headers` and never set on `http`, as aiohttp sends a session's headers to a
+    proxy, too. Connections that are borrowed belong to the caller, who may also use them.
     """
 
     http: aiohttp.ClientSession
@@ -156,16 +146,12 @@ class Pools:
 
     None of these keeps another waiting. Each start gets a new connection: a reused one might be
     closing, and the start would be lost needlessly.
-
-    Attributes:
-        apart: for the requests of push and for definitions.
-        sockets: how many WebSockets there may be, beside all requests.
     """
 
     reads: Pool
     starts: Pool
-    apart: Pool
-    sockets: int
+    apart: Pool  # for the requests of push and for definitions
+    sockets: int  # how many WebSockets there may be, beside all requests
 
     @classmethod
     def open(
@@ -232,7 +218,7 @@ class OnceBody(aiohttp.Payload):
     is exact, also with a borrowed session.
     """
 
-    def __init__(self, body: bytes, once: SendOnce) -> None:
+    def __init__(self, body: bytes, once: Start) -> None:
         super().__init__(body, content_type="application/json")
         self._body = body
         self._once = once

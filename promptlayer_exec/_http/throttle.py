@@ -76,14 +76,7 @@ class Throttle:
 
     Attempts go in order of arrival, except for those that go first: the polls of watches that were
     woken, the requests of push, and those for definitions. A 429 stops all attempts for as long as
-    the server asked.
-
-    Args:
-        rate: attempts per second; None means unlimited.
-        limiters: each is acquired once per attempt, after `rate`. The sequence may change.
-
-    Attributes:
-        rate: records each answer.
+    the server asked. The sequence of limiters may change.
     """
 
     def __init__(self, rate: float | None, limiters: Sequence[Limiter] = ()) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import aiohttp
 import attrs
 from multidict import CIMultiDict
 from yarl import URL
 
-from promptlayer_exec._api.attempt import Attempt, SendOnce
+from promptlayer_exec._api.attempt import Attempt
 from promptlayer_exec._api.messages import (
     Reply,
     Request,
@@ -37,6 +37,9 @@ from promptlayer_exec._http.connections import OnceBody, Pool, Pools, StartTimeo
 from promptlayer_exec._http.failures import is_permanent, is_tls_failure, reason_of, tls_peer
 from promptlayer_exec._http.throttle import Throttle
 from promptlayer_exec._settings import Settings
+
+if TYPE_CHECKING:
+    from promptlayer_exec._engine.start import Start
 
 T = TypeVar("T")
 
@@ -83,10 +86,7 @@ class Transport:
         """Send a request once, when a connection is free and the rate allows it.
 
         The waiting has no time limit of its own; the attempt itself has `request_timeout` seconds.
-
-        Raises:
-            RequestError: there is no good answer, or `read` raised the error.
-            SessionClosed: the borrowed client session is closed.
+        Raises a `RequestError`, or `SessionClosed` if the borrowed client session is closed.
         """
         pool = self.pools.reads if attempt.once is None else self.pools.starts
         pool = self.pools.apart if attempt.apart else pool
@@ -114,7 +114,7 @@ class Transport:
             self._throttle.rate.accepted()
 
     async def _exchange(
-        self, pool: Pool, request: Request, once: SendOnce | None, until: float
+        self, pool: Pool, request: Request, once: Start | None, until: float
     ) -> _Answer:
         """Send a request, and return what arrived of the answer, and the failure."""
         pool.check_open()
@@ -156,12 +156,7 @@ class Transport:
         return answer
 
     async def open_websocket(self, path: str) -> aiohttp.ClientWebSocketResponse:
-        """Open a WebSocket, without the key, before ordinary requests, when the rate allows it.
-
-        Raises:
-            RequestError: the server refused, or could not be reached.
-            SessionClosed: the borrowed client session is closed.
-        """
+        """Open a WebSocket, without the key, before ordinary requests; raises as `send` does."""
         pool = self.pools.reads
         pool.check_open()
         sent_at = await self._throttle.acquire(first=True)
@@ -188,7 +183,7 @@ class Transport:
         raise self._failure(failure, None, b"", self.redactor)
 
     def _response(
-        self, answer: _Answer, once: SendOnce | None, redactor: Redactor, last: bytes
+        self, answer: _Answer, once: Start | None, redactor: Redactor, last: bytes
     ) -> Response:
         """Return the response of one attempt, or raise its failure; `last` as for a `Request`."""
         body = _join(answer.pieces, last)
@@ -212,10 +207,7 @@ class Transport:
                 excerpt=redactor.redact(excerpt(body)),
             )
         return Response(
-            response.status,
-            body,
-            location,
-            read_retry_after(response.headers, now=time.time()),
+            response.status, body, location, read_retry_after(response.headers, now=time.time())
         )
 
     def _failure(

@@ -38,13 +38,9 @@ class Refused(Exception):
 
 @attrs.define(eq=False, kw_only=True)
 class Subscription:
-    """One subscription on one open WebSocket.
+    """One subscription to a channel, on one open WebSocket.
 
-    Attributes:
-        channel: the name of the channel.
-        get_token: returns a token for that channel, whenever the last one is about to expire.
-        on_subscribed: called once the subscription stands.
-        on_message: called with the data of each message.
+    `get_token` is called whenever the last token is about to expire.
     """
 
     _socket: aiohttp.ClientWebSocketResponse
@@ -60,10 +56,7 @@ class Subscription:
     async def run(self, token: str) -> NoReturn:
         """Subscribe, and stay subscribed; close the WebSocket at the end.
 
-        Raises:
-            Lost: the subscription is gone.
-            Refused: the server refused the token or the channel, or ended the connection for good.
-            Exception: `get_token` raised it.
+        Raises `Lost`, `Refused`, or what `get_token` raised.
         """
         work = self._read(), self._subscribe(token)
         tasks = [asyncio.create_task(each, name="promptlayer_exec.Push") for each in work]

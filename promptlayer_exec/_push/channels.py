@@ -23,11 +23,11 @@ from promptlayer_exec._api.attempt import Call
 from promptlayer_exec._api.messages import Request, Response, check_status, decode, invalid_shape
 from promptlayer_exec._arguments import check_execution_id
 from promptlayer_exec._errors import RequestError, printable
-from promptlayer_exec._events import logger
+from promptlayer_exec._events import WakeSource, logger
 from promptlayer_exec._policies import is_transient
 from promptlayer_exec._push.centrifugo import Lost, Refused, Subscription
 from promptlayer_exec._push.safety_net import SafetyNet
-from promptlayer_exec._push.wakeups import EarlyWakeUps
+from promptlayer_exec._recent import Recent
 
 T = TypeVar("T")
 
@@ -45,7 +45,6 @@ _PAUSES = (60.0, 300.0, 900.0)
 # Seconds until a request or a connection that failed is tried again: doubling between these.
 _RETRY = 0.5
 _LONGEST_RETRY = 10.0
-_MOST_RUNS = 10_000
 _COMPLETION = "SET_WORKFLOW_COMPLETE"
 _LONGEST_REASON = 1000
 
@@ -89,32 +88,24 @@ class Push:
 
     There is a channel for each name or id with which runs are started; those of one workflow get
     the same messages.
-
-    Attributes:
-        suffix: what each start carries, and the name of each channel ends in.
-        is_eager: whether to subscribe at the first start of a workflow, and to warn where push
-            cannot be used; else once push pays.
-        free_sockets: how many more WebSockets there may be.
-        connect: opens a WebSocket, or raises a `RequestError`.
-        call: sends a request once.
-        find_id: returns the id of the workflow with a name.
-        nets: the safety net of each run that was started here and has not ended, oldest first.
     """
 
-    suffix: str
+    suffix: str  # what each start carries, and the name of each channel ends in
+    # Whether to subscribe at the first start of a workflow, and to warn where push is not possible.
     is_eager: bool
     free_sockets: int
     call: Call
     connect: Callable[[], Awaitable[aiohttp.ClientWebSocketResponse]]
-    find_id: Callable[[str], Awaitable[int]]
+    find_id: Callable[[str], Awaitable[int]]  # of the workflow with a name
     _wake: Callable[[int], object]
-    _early_wake_ups: EarlyWakeUps
+    _early_wake_ups: Recent[int, WakeSource]
     _redact: Callable[[str], str]  # what the server says may have the API key
     spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
     has_announced: bool = attrs.field(init=False, default=False)
     _has_reported: bool = attrs.field(init=False, default=False)
     _channels: dict[str | int, Channel] = attrs.field(init=False, factory=dict)
-    nets: dict[int, SafetyNet] = attrs.field(init=False, factory=dict)
+    # Of each run that was started here and has not ended.
+    nets: Recent[int, SafetyNet] = attrs.field(init=False, factory=Recent)
 
     def started(
         self, workflow: str | int, execution_id: int, *, sent_at: float, waited: float
@@ -122,11 +113,10 @@ class Push:
         """Record a run, whose start was sent at a time, after it waited for so many seconds."""
         if (channel := self._channels.get(workflow)) is None:
             channel = self._channels[workflow] = Channel(self, workflow)
-        net = self.nets[execution_id] = SafetyNet(execution_id, channel, sent_at, waited)
+        net = SafetyNet(execution_id, channel, sent_at, waited)
         # Its message may have come before the answer to its start.
-        net.is_announced = self._early_wake_ups.source(execution_id) == "push"
-        if len(self.nets) > _MOST_RUNS:
-            del self.nets[next(iter(self.nets))]
+        net.is_announced = self._early_wake_ups.get(execution_id) == "push"
+        self.nets.add(execution_id, net)
         channel.started()
 
     def receive(self, data: Any) -> None:
@@ -150,19 +140,13 @@ class Push:
 
 @attrs.define(eq=False)
 class Channel:
-    """The subscription for the runs of one workflow: kept while needed, given up, tried again.
-
-    Attributes:
-        workflow: the name or id that the runs are started with.
-        since: since when the subscription stands, on the loop's clock; None: it does not.
-        is_starting: whether it is being subscribed to for the first time.
-        has_announced: whether push has announced a completion that was true, of any workflow.
-    """
+    """The subscription for the runs of one workflow: kept while needed, given up, tried again."""
 
     _push: Push
-    workflow: str | int
+    workflow: str | int  # as the runs are started with
+    # Since when the subscription stands, on the loop's clock.
     since: float | None = attrs.field(init=False, default=None)
-    is_starting: bool = attrs.field(init=False, default=False)
+    is_starting: bool = attrs.field(init=False, default=False)  # for the first time
     _is_running: bool = attrs.field(init=False, default=False)
     _starts: int = attrs.field(init=False, default=0)
     _needed_at: float = attrs.field(init=False, factory=_now)
@@ -178,6 +162,7 @@ class Channel:
 
     @property
     def has_announced(self) -> bool:
+        """Whether push has announced a completion that was true, of any workflow."""
         return self._push.has_announced
 
     def started(self) -> None:
@@ -188,12 +173,11 @@ class Channel:
             self.need()
 
     def attach(self, changed: Callable[[], None]) -> None:
-        """Begin to tell a watch, by `changed`, that the state of the channel has changed."""
+        """Notify a watch, by `changed`, whenever the state of the channel has changed."""
         self._watches.add(changed)
         self._used()
 
     def release(self, changed: Callable[[], None]) -> None:
-        """Tell a watch nothing any more."""
         self._watches.discard(changed)
         self._used()
 
@@ -319,7 +303,7 @@ class Channel:
 
     def _conclude(self, net: SafetyNet) -> None:
         """Forget a run that is complete; if a message said so, push can be trusted."""
-        self._push.nets.pop(net.execution_id, None)
+        self._push.nets.pop(net.execution_id)
         if net.is_announced:
             self._push.has_announced = True
             self._silent = self._failures = 0

@@ -22,6 +22,8 @@ _TIMES_WAITED = 10.0
 _LAST_CALL = 1.0
 # A first poll waits this long for the first subscription, which then makes it unnecessary.
 _SUBSCRIBING = 0.5
+# The shortest time from a poll to the one for what was missed, if the policy's floor is longer.
+_MISSED_GAP = 0.5
 
 
 @attrs.define(eq=False)
@@ -30,30 +32,22 @@ class SafetyNet:
 
     Polls are seldom only while the subscription has stood since the execution was last known to
     run: since its start was sent, or a poll that found it incomplete.
-
-    Attributes:
-        execution_id: the execution's id.
-        channel: the state of its channel.
-        is_announced: whether push has announced its completion.
     """
 
     execution_id: int
     channel: Channel
     _known_at: float
     _waited: float
-    is_announced: bool = attrs.field(init=False, default=False)
+    is_announced: bool = attrs.field(init=False, default=False)  # its completion, by push
     _polls: int = attrs.field(init=False, default=0)
     _is_polled: bool = attrs.field(init=False, default=False)
     _is_complete: bool = attrs.field(init=False, default=False)
     _is_doubted: bool = attrs.field(init=False, default=False)
 
     def due(self, scheduled: float, *, floor: float, deadlines: Iterable[Deadline]) -> float:
-        """Return when to poll the execution.
+        """Return when to poll, where a watch without push would poll when `scheduled`.
 
-        Args:
-            scheduled: when a watch without push would poll.
-            floor: the policy's.
-            deadlines: those of the followers, which all wait for the completion.
+        The `floor` is the policy's. The followers with these deadlines wait for the completion.
         """
         since = self.channel.since
         if self._is_doubted or self._is_complete:
@@ -63,28 +57,17 @@ class SafetyNet:
                 return max(scheduled, self._known_at + min(floor, _SUBSCRIBING))
             return scheduled
         if since > self._known_at:
-            return min(scheduled, self._known_at + floor)  # one poll for what was missed
+            return min(scheduled, self._known_at + min(floor, _MISSED_GAP))
         doublings = min(self._polls, 64) if self.channel.has_announced else 0
         gap = max(_FIRST * 2.0**doublings, _TIMES_WAITED * self._waited)
         due = max(scheduled, self._known_at + min(gap, _LONGEST))
         last_calls = (one.at - min(_LAST_CALL, (one.timeout or 0.0) / 2) for one in deadlines)
         return min([due, *(at for at in last_calls if at > self._known_at)])
 
-    def polled(
-        self,
-        sent_at: float,
-        *,
-        waited: float,
-        complete: bool,
-        woken: bool,
-    ) -> None:
-        """Record a good poll.
+    def polled(self, sent_at: float, *, waited: float, complete: bool, woken: bool) -> None:
+        """Record a good poll, which waited for so many seconds for a connection or the rate.
 
-        Args:
-            sent_at: when it was sent.
-            waited: the seconds for which it waited for a connection or the rate.
-            complete: whether it found the execution complete.
-            woken: whether a wake-up led to it, which should have come with the completion.
+        A wake-up that led to it should have come with the completion.
         """
         since = self.channel.since
         is_covered = since is not None and since <= self._known_at

@@ -26,12 +26,7 @@ def encode_inputs(inputs: Any, converter: cattrs.Converter | None = None) -> dic
 
     Mappings become dicts, tuples become lists. The converter unstructures attrs classes,
     dataclasses, enums, paths, and every type that it has an unstructure hook for; pydantic models
-    are dumped by `model_dump(mode="json")`.
-
-    Raises:
-        TypeError: a value is of a type that JSON does not have. The message has the path to it.
-        ValueError: a number is NaN, infinite or too long, or the inputs contain themselves or are
-            nested too deeply.
+    are dumped by `model_dump(mode="json")`. An error has the path to what JSON does not have.
     """
     try:
         encoded = _Encoder(_PLAIN if converter is None else converter).encode(inputs)

@@ -26,12 +26,7 @@ _STRICT = strict_converter()
 def structure_output(
     value: Any, into: TypeForm[T], converter: cattrs.Converter | None, snapshot: Snapshot
 ) -> T:
-    """Structure the main output of an execution into a type, by the rules in `docs/outputs.md`.
-
-    Raises:
-        InvalidOutput: the value does not fit the type.
-        TypeError: `into` is not a type, or has a part that there is no hook for.
-    """
+    """Structure the main output of an execution into a type, by the rules in `docs/outputs.md`."""
     converter = _STRICT if converter is None else converter
     hook = _find_hook(into, converter)
     for candidate in _with_json_in(value):

@@ -1,16 +1,13 @@
 """The error tree: classes, messages, copies and pickles."""
 
 import copy
-import inspect
 import pickle
 import re
 import traceback
 
-import attrs
 import pytest
 
-import promptlayer_exec
-from promptlayer_exec import _errors, webhooks
+from promptlayer_exec import _errors
 from promptlayer_exec._models import Node, Snapshot
 
 NODE = Node("Node 1", "FAILED", error_message="boom")
@@ -84,45 +81,10 @@ def carried(error):
 each_error = pytest.mark.parametrize("cls", every_error(), ids=lambda cls: cls.__name__)
 
 
-TREE = {
-    "PromptLayerExecError": ("Exception",),
-    "ConfigurationError": ("PromptLayerExecError", "ValueError"),
-    "SessionClosed": ("PromptLayerExecError",),
-    "RequestError": ("PromptLayerExecError",),
-    "ConnectionFailed": ("RequestError", "ConnectionError"),
-    "RequestTimeout": ("RequestError", "TimeoutError"),
-    "InvalidResponse": ("RequestError",),
-    "ResponseTooLarge": ("InvalidResponse",),
-    "StatusError": ("RequestError",),
-    "BadRequest": ("StatusError",),
-    "Unauthorized": ("StatusError",),
-    "Forbidden": ("StatusError",),
-    "NotFound": ("StatusError",),
-    "RateLimited": ("StatusError",),
-    "ServerError": ("StatusError",),
-    "UnprocessableEntity": ("StatusError",),
-    "StartUnknown": ("PromptLayerExecError",),
-    "ExecutionTimeout": ("PromptLayerExecError", "TimeoutError"),
-    "ExecutionFailed": ("PromptLayerExecError",),
-    "InvalidOutput": ("PromptLayerExecError",),
-    "InvalidSignature": ("PromptLayerExecError", "ValueError"),
-}
-
-
-@pytest.mark.parametrize("name", TREE)
-def test_tree(name):
-    """Each error has exactly the documented base classes, and is public."""
-    module = webhooks if name == "InvalidSignature" else promptlayer_exec
-    cls = getattr(module, name)
-    assert tuple(base.__name__ for base in cls.__bases__) == TREE[name]
-    assert name in module.__all__
-
-
 @each_error
 def test_every_error_is_tested(cls):
     """Each error class of the package is in the tables here."""
     assert cls.__name__ in FIELDS
-    assert cls.__name__ in TREE
 
 
 @each_error
@@ -136,40 +98,22 @@ def test_fields(cls):
     assert error.args == ("it went wrong",)
 
 
-def test_defaults():
-    """The optional attributes have neutral defaults."""
-    request = _errors.RequestError("x")
-    assert (request.attempts, request.reason) == (1, "")
-    invalid = _errors.InvalidResponse("x", status=200)
-    assert (invalid.excerpt, invalid.path) == ("", None)
-    status = _errors.StatusError("x", status=418, server_message="y")
-    assert (status.body, status.retry_after) == (None, None)
-    assert _errors.UnprocessableEntity("x", status=422, server_message="y").details == ()
-    assert "closed" in str(_errors.SessionClosed())
-
-
 MAKERS = {
-    **{f"pickle-{n}": n for n in range(2, pickle.HIGHEST_PROTOCOL + 1)},
+    "pickle": lambda error: pickle.loads(pickle.dumps(error)),
     "own-copy": _errors.copy_error,
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
 }
 
 
-def copied(how, error):
-    """Return a copy of an error, made by one of MAKERS."""
-    maker = MAKERS[how]
-    return pickle.loads(pickle.dumps(error, maker)) if isinstance(maker, int) else maker(error)
-
-
 @each_error
-@pytest.mark.parametrize("how", MAKERS)
-def test_copies(cls, how):
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_copies(cls, make):
     """A pickled or copied error has the same class, text, attributes and notes."""
     error = build(cls)
     error.add_note("seen on a Tuesday")
     error.my_own = "extra"
-    other = copied(how, error)
+    other = make(error)
     assert other is not error
     assert type(other) is cls
     assert other.args == error.args
@@ -258,9 +202,7 @@ def test_excerpt_is_shown(excerpt, shown):
 
 
 @pytest.mark.parametrize(
-    "cls",
-    [cls for cls in every_error() if issubclass(cls, OSError)],
-    ids=lambda cls: cls.__name__,
+    "cls", [cls for cls in every_error() if issubclass(cls, OSError)], ids=lambda cls: cls.__name__
 )
 def test_oserrors_keep_one_argument(cls):
     """Errors that are also OSErrors have no errno, and a traceback shows them as str does."""
@@ -277,27 +219,11 @@ _WITHOUT_ADVICE = {"PromptLayerExecError", "ConfigurationError", "RequestError"}
 
 
 @each_error
-def test_docstring_and_advice(cls):
-    """Each class has a docstring, and says what to do if the user can do something."""
-    assert inspect.getdoc(cls)
-    assert "__doc__" in vars(cls)
+def test_advice(cls):
+    """Each class says what to do if the user can do something."""
     advice = vars(cls).get("advice", "")
     assert bool(advice) is (cls.__name__ not in _WITHOUT_ADVICE)
     assert not advice or advice.endswith(".")
-
-
-def test_field_error():
-    """A FieldError is a frozen value with slots that pickles."""
-    error = DETAILS[0]
-    assert pickle.loads(pickle.dumps(error)) == error == copy.deepcopy(error)
-    assert attrs.asdict(error) == {
-        "loc": ("query", "n", 0),
-        "msg": "too large",
-        "type": "int_parsing",
-    }
-    assert not hasattr(error, "__dict__")
-    with pytest.raises(attrs.exceptions.FrozenInstanceError):
-        error.msg = "x"
 
 
 @pytest.mark.parametrize(

@@ -40,19 +40,6 @@ def statuses(*words, complete=False):
     )
 
 
-@pytest.mark.parametrize("status", NodeStatus)
-def test_known_status(status):
-    """A documented status becomes a member of NodeStatus that equals its string."""
-    node = Node("Node 1", str(status))
-    assert node.status is status
-    assert node.status == status.name == f"{node.status}"
-
-
-def test_status_members():
-    """NodeStatus has the five documented members, in the order in which a node has them."""
-    assert list(NodeStatus) == ["QUEUED", "RUNNING", "SUCCESS", "FAILED", "SKIPPED"]
-
-
 @pytest.mark.parametrize("status", ["PAUSED", "", "success", "Success ", "FAILURES"])
 def test_unknown_status(status):
     """An unknown status stays a plain string, and is neither final nor successful."""
@@ -78,18 +65,6 @@ def test_final_and_succeeded(status, final, succeeded):
     """The last three statuses are final, and only SUCCESS is successful."""
     node = Node("Node 1", status)
     assert (node.final, node.succeeded) == (final, succeeded)
-
-
-def test_node_defaults():
-    """A node needs a name and a status; the other fields are None."""
-    assert attrs.asdict(Node("Node 1", "QUEUED")) == {
-        "name": "Node 1",
-        "status": "QUEUED",
-        "value": None,
-        "error_message": None,
-        "raw_error_message": None,
-        "is_output_node": None,
-    }
 
 
 def test_counts():
@@ -214,9 +189,10 @@ FAILURES = {
 
 @pytest.mark.parametrize("seen", SUCCESSES.values(), ids=SUCCESSES)
 def test_succeeded(seen):
-    """A successful output node, or none marked and no failed node, is a success."""
+    """A successful output node, or none marked and no failed node, is a success when complete."""
     assert seen.succeeded
     seen.raise_for_failure()
+    assert not attrs.evolve(seen, complete=False).succeeded
 
 
 @pytest.mark.parametrize("seen", FAILURES.values(), ids=FAILURES)
@@ -228,14 +204,7 @@ def test_failed(seen):
     assert caught.value.execution_id == 787
     assert caught.value.last_snapshot is seen
     assert caught.value.failed == seen.failed_nodes
-
-
-@pytest.mark.parametrize("seen", [*SUCCESSES.values(), *FAILURES.values()])
-def test_incomplete_neither_succeeds_nor_fails(seen):
-    """An incomplete execution has not succeeded, whatever its nodes are, and does not raise."""
-    unfinished = attrs.evolve(seen, complete=False)
-    assert not unfinished.succeeded
-    unfinished.raise_for_failure()
+    attrs.evolve(seen, complete=False).raise_for_failure()  # it has not failed yet
 
 
 def test_failure_names_the_failed_nodes():
@@ -272,19 +241,6 @@ def test_failure_without_failed_nodes_names_the_outputs():
         outputs((S, False), (K, True), ("PAUSED", True)).raise_for_failure()
     assert caught.value.failed == ()
     assert "no output node succeeded: 'N1' SKIPPED; 'N2' PAUSED." in str(caught.value)
-
-
-def test_diff_with_nothing():
-    """Compared with None, every node is a change, in the server's order."""
-    seen = statuses("QUEUED", "SUCCESS")
-    assert seen.diff(None) == tuple(NodeChange(node, None) for node in seen.nodes.values())
-
-
-def test_diff_with_itself():
-    """There is no change between snapshots with equal nodes, whatever else differs."""
-    seen = statuses("QUEUED", "SUCCESS")
-    assert seen.diff(seen) == ()
-    assert attrs.evolve(seen, poll=9, elapsed=4.0, complete=True).diff(seen) == ()
 
 
 def test_diff_of_status():
@@ -337,9 +293,7 @@ def test_different_values(before, now):
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=2), inner),
     max_leaves=5,
 )
 
@@ -417,12 +371,7 @@ VALUES = {
     "FrozenMap": FrozenMap({"a": [1]}),
 }
 MAKERS = {
-    **{
-        f"pickle-{protocol}": lambda value, protocol=protocol: pickle.loads(
-            pickle.dumps(value, protocol)
-        )
-        for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1)
-    },
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
     "deepcopy": copy.deepcopy,
     "copy": copy.copy,
 }
@@ -436,14 +385,6 @@ def test_copies(value, make):
     assert other == value
     assert type(other) is type(value)
     assert repr(other) == repr(value)
-
-
-def test_pickled_status_is_a_member():
-    """After pickling, a status is a member of NodeStatus, and the maps are read-only."""
-    other = pickle.loads(pickle.dumps(SNAPSHOT))
-    assert other.nodes["Node 1"].status is NodeStatus.SUCCESS
-    assert type(other.nodes) is type(other.times) is FrozenMap
-    assert other.raw == SNAPSHOT.raw
 
 
 def test_outcome_with_execution_and_error_pickles():
@@ -476,21 +417,6 @@ def test_frozen_with_slots(value):
         value.extra = None
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         delattr(value, name)
-
-
-def test_snapshot_defaults():
-    """By default a snapshot is poll 1 at 0 seconds, without times."""
-    seen = Snapshot(787, False, {})
-    assert (seen.poll, seen.elapsed, seen.times, seen.raw) == (1, 0.0, {}, None)
-
-
-def test_start_request_defaults():
-    """A start request needs only a workflow; its default inputs are its own dict."""
-    one, other = StartRequest("a"), StartRequest("a")
-    assert one == other
-    assert one.inputs == {}
-    assert one.inputs is not other.inputs
-    assert (one.label, one.version, one.metadata, one.callback_url, one.key) == (None,) * 5
 
 
 @pytest.mark.parametrize("output", [None, False, 0, "", {}, [], "AAA"], ids=repr)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promptlayer_exec import ConfigurationError, PromptLayerExecError, Session
+from promptlayer_exec import ConfigurationError, PromptLayerExecError
 from promptlayer_exec.webhooks import (
     Callback,
     Callbacks,
@@ -98,9 +98,7 @@ JSON = st.recursive(
     | st.integers()
     | st.floats()
     | st.text(st.characters(exclude_categories=()), max_size=5),  # with lone surrogates
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4)
-    ),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=20,
 )
 
@@ -277,12 +275,6 @@ def test_a_token_that_was_changed_in_any_place_is_not_genuine() -> None:
         assert not callbacks.is_genuine(forged)
 
 
-@given(st.text())
-def test_no_other_text_is_genuine(text: str) -> None:
-    """Whatever is in the path of a request, it is False and not an error."""
-    assert Callbacks(URL, secret=SECRET).is_genuine(text) is False
-
-
 @pytest.mark.parametrize(
     ("url", "first"),
     [
@@ -328,9 +320,3 @@ def test_the_password_in_the_url_of_callbacks_is_not_shown() -> None:
     assert callbacks.url_for("t") == "https://jane:hunter2@app.example/callbacks/t"
     with pytest.raises(ConfigurationError, match=r"got 'ftp://app\.example'"):
         Callbacks("ftp://jane:hunter2@app.example", secret=SECRET)
-
-
-def test_a_session_takes_callbacks_and_nothing_else() -> None:
-    """A URL alone is a mistake that is named when the session is made."""
-    with pytest.raises(ConfigurationError, match=r"callbacks must be a promptlayer_exec.webhooks"):
-        Session("pl_test", callbacks=URL)  # type: ignore[arg-type]

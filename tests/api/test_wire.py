@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 
 import attrs
 import pytest
@@ -21,7 +20,7 @@ from promptlayer_exec._api.executions import (
 from promptlayer_exec._api.messages import Request, Response, check_status, read_retry_after
 from promptlayer_exec._arguments import check_execution_id
 from promptlayer_exec._errors import InvalidResponse, StatusError
-from promptlayer_exec._models import FrozenMap, MainOutput, Node, NodeStatus, StartRequest
+from promptlayer_exec._models import FrozenMap, MainOutput, Node, StartRequest
 
 RECORDED = (
     b'{"Node 1":{"status":"SUCCESS","value":"AAA","error_message":null,'
@@ -110,34 +109,6 @@ def test_missing_keys_are_null():
         assert read({"a": {"status": "QUEUED", **rest}}).nodes["a"] == Node("a", "QUEUED")
 
 
-def test_unknown_fields_are_in_raw():
-    """Unknown fields are kept in `raw`, and change nothing else."""
-    body = {"a": {"status": "QUEUED", "started_at": 1, "_private": [2]}}
-    result = read(body)
-    assert result.nodes["a"] == Node("a", "QUEUED")
-    assert result.raw == body
-
-
-def test_own_name_field():
-    """A field `name` inside a node does not rename it, and is kept in `raw`."""
-    body = {"a": {"name": "other", "status": "QUEUED"}, "b": {"name": 7, "status": "QUEUED"}}
-    result = read(body)
-    assert [node.name for node in result.nodes.values()] == ["a", "b"]
-    assert result.raw == body
-
-
-def test_failure_is_failed():
-    """FAILURE is read as FAILED, and `raw` has the status as sent."""
-    result = read({"a": {"status": "FAILURE"}})
-    assert result.nodes["a"].status is NodeStatus.FAILED
-    assert result.raw["a"]["status"] == "FAILURE"
-
-
-def test_no_nodes():
-    """An empty object is a node map without nodes."""
-    assert read({}).nodes == {}
-
-
 NAMES = ["", " ", "a.b", "a/b?c#d", "$", "é", "\ud800", "Node 1", "name", "status", "x" * 1000]
 
 
@@ -216,9 +187,7 @@ JSON = st.recursive(
     | st.integers(2**63, 2**200)
     | st.floats()
     | st.text(st.characters(), max_size=4),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=3), inner),
     max_leaves=5,
 )
 
@@ -307,8 +276,7 @@ def test_not_json(body, reader):
 
 
 @pytest.mark.parametrize(
-    ("body", "excerpt"),
-    [(b"x" * 10_000, "x" * 200), ("é".encode() * 1000 + b"\xff", "é" * 100)],
+    ("body", "excerpt"), [(b"x" * 10_000, "x" * 200), ("é".encode() * 1000 + b"\xff", "é" * 100)]
 )
 def test_excerpt_is_short(body, excerpt):
     """The excerpt of a long body is its start, as text."""
@@ -401,13 +369,6 @@ NO_DATES = [
 def test_invalid_retry_after(value):
     """An invalid value is ignored, like a missing one."""
     assert retry_after(value) is retry_after(None) is None
-
-
-def test_huge_retry_after():
-    """A number of any length is read; the policy limits it."""
-    assert retry_after("9" * 30) == pytest.approx(1e30)
-    assert retry_after("9" * 5000) == math.inf
-    assert retry_after(None, retry_after_ms="9" * 5000) == math.inf
 
 
 @pytest.mark.parametrize(
@@ -517,8 +478,7 @@ def test_read_started_without_a_usable_id(value):
 
 
 @pytest.mark.parametrize(
-    ("body", "path"),
-    [(b"", None), (b"<html>", None), (b"\xff", None), (b"[]", "$"), (b"{}", "$")],
+    ("body", "path"), [(b"", None), (b"<html>", None), (b"\xff", None), (b"[]", "$"), (b"{}", "$")]
 )
 def test_read_started_of_another_shape(body, path):
     """The error for a body that is not JSON has no path."""

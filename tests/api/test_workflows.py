@@ -45,27 +45,21 @@ DOCUMENTED: dict[str, Any] = {
     "created_at": "2026-08-21T00:00:00Z",
     "nodes": [
         {
-            "id": "u1",
             "name": "plan",
             "node_type": "PROMPT_TEMPLATE",
             "is_output_node": False,
-            "configuration": {},
             "dependencies": ["topic"],
         },
         {
-            "id": "u2",
             "name": "write",
             "node_type": "CODE_EXECUTION",
             "is_output_node": True,
-            "configuration": {},
             "dependencies": ["plan", "no node", "plan"],
         },
         {
-            "id": "u3",
             "name": "check",
             "node_type": "CODE_EXECUTION",
             "is_output_node": False,
-            "configuration": {},
             "dependencies": [],
         },
     ],
@@ -333,12 +327,6 @@ def test_a_list_of_the_wrong_shape_is_an_invalid_response(body: Any, path: str) 
     with pytest.raises(InvalidResponse) as caught:
         page(1, body)
     assert caught.value.path == path
-
-
-def test_a_missing_workflow_is_not_found() -> None:
-    """The server's message is in the error."""
-    with pytest.raises(NotFound, match="no such agent"):
-        read_workflow(Response(404, b'{"success": false, "error": "no such agent"}'))
 
 
 def test_layers_follow_dependencies_and_edges() -> None:

@@ -75,9 +75,9 @@ async def test_after_five_minutes_a_definition_is_read_again(
     sim: Simulator, checking: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may have changed meanwhile."""
-    await checking.start("w", {"topic": "otters"})
     monkeypatch.setattr(definitions, "_KEPT", 0.0)
-    await checking.start("w", {"topic": "otters"})
+    for _ in range(2):
+        await checking.start("w", {"topic": "otters"})
     assert reads(sim) == 2
 
 

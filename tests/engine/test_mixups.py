@@ -271,9 +271,6 @@ async def test_a_whole_answer_to_a_start_counts_whatever_surrounds_it(
     assert raw_server.count("POST") == 1
 
 
-# Bodies
-
-
 # Borrowed client sessions
 
 

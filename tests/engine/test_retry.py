@@ -24,6 +24,7 @@ from promptlayer_exec import (
     Session,
     SessionClosed,
     WatchEnded,
+    WatchStarted,
 )
 from promptlayer_exec._engine.retry import RecentStarts, RetryState
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
@@ -53,10 +54,12 @@ async def test_the_end_of_a_watch_is_one_line(
 ) -> None:
     """It says whether the watch completed, stopped or failed; good polls are not logged."""
     waiting = asyncio.create_task(session.execution(held).wait())
+    await recorder.next(WatchStarted)
     with pytest.raises(ExecutionTimeout):
         await session.execution(held).wait(timeout=0.03)
     waiting.cancel()
     ended = await recorder.next(WatchEnded)
+    assert ended.error is None
     sim_404 = session.execution(7)
     with pytest.raises(NotFound):
         await sim_404.wait()
@@ -115,10 +118,7 @@ async def test_an_abandoned_outage_is_not_logged_as_ended(
 
 
 async def test_a_start_is_named_as_a_start(
-    caplog: pytest.LogCaptureFixture,
-    open_session: Callable[..., Session],
-    recorder: Any,
-    dead: str,
+    caplog: pytest.LogCaptureFixture, open_session: Callable[..., Session], recorder: Any, dead: str
 ) -> None:
     """A start has no id yet, and the log has neither its inputs nor the key."""
     session = open_session(api_key="pl-very-secret", base_url=dead, retry=RetryPolicy())
@@ -148,14 +148,14 @@ async def test_no_answer_is_quoted(
 ) -> None:
     """The error shows how the body begins, but the log does not; its text is printable."""
     sim.inject(Fault.malformed(body=b'{"value": "confidential"'))
-    sim.inject(Fault.status(503, body=rb'{"message": "down \udcff"}'))
+    sim.inject(Fault.status(503, body=rb'{"message": "down \u001b[2J"}'))
     await session.execution(held).snapshot()
-    sim.inject(Fault.status(503, body=rb'{"message": "down \udcff"}'))
+    sim.inject(Fault.status(503, body=rb'{"message": "down \u001b[2J"}'))
     await session.execution(held).snapshot()
     first, second = lines(caplog, logging.WARNING)
     assert "the 200 response is not JSON" in first
     assert "confidential" not in caplog.text
-    assert "503 Service Unavailable: down \\udcff; trying again" in second
+    assert "503 Service Unavailable: down \\x1b[2J; trying again" in second
 
 
 # Retry states and recent starts: arithmetic, with time and chance as arguments
@@ -214,16 +214,6 @@ def test_retry_state_counts_attempts_that_hang() -> None:
     assert state.delay(ERROR, now=40.0, chance=0.0) is None
 
 
-def test_retry_state_counts_failures() -> None:
-    """It counts the failures and keeps the last error, also when it gives up."""
-    state = RetryState(RetryPolicy(), 1.0)
-    assert (state.failures, state.error) == (0, None)
-    state.delay(KeyError(), now=0.0, chance=0.0)
-    last = ValueError()
-    assert state.delay(last, now=1.0, chance=0.0) is None
-    assert (state.failures, state.error) == (2, last)
-
-
 @pytest.mark.parametrize("retry_after", [None, 5.0], ids=["unannounced", "announced"])
 def test_retry_state_of_zero(retry_after: Any) -> None:
     """A limit of 0 ends the retries at the first failure."""
@@ -249,13 +239,6 @@ def test_announced_waits_do_not_count() -> None:
     assert state.delay(ERROR, now=now + 60.0, chance=0.0) is None
 
 
-def test_announced_wait_longer_than_the_remaining_time() -> None:
-    """An announced wait is allowed even if it ends after the limit."""
-    state = RetryState(RetryPolicy(), 60.0)
-    assert state.delay(ERROR, now=0.0, chance=0.0, retry_after=100.0) == 100.0
-    assert state.delay(ERROR, now=100.0, chance=0.0) == 1.0
-
-
 def test_excused_waits_do_not_count() -> None:
     """Waiting that is not the server's fault does not count."""
     state = RetryState(RetryPolicy(base=1.0), 10.0)
@@ -275,20 +258,6 @@ def test_recent_starts_are_covered_for_the_grace() -> None:
     assert not recent_starts.covers(787, now=110.0)
     assert not recent_starts.covers(788, now=100.0)
     assert not recent_starts.covers(None, now=100.0)
-
-
-def test_recent_starts_are_forgotten() -> None:
-    """The latest 10,000 are kept in memory, and more only within the grace."""
-    recent_starts = RecentStarts(10.0)
-    for execution_id in range(1, 10_101):
-        recent_starts.add(execution_id, execution_id % 3, now=float(execution_id))
-    assert recent_starts.workflow(100) is None
-    assert recent_starts.workflow(101) == 2
-    assert len(recent_starts._started) == 10_000
-    assert recent_starts.covers(10_095, now=10_100.0)
-    for execution_id in range(10_101, 20_202):
-        recent_starts.add(execution_id, "report", now=10_200.0)
-    assert len(recent_starts._started) == 10_101
 
 
 def test_the_first_failure_of_an_outage_is_shown_without_a_logging_setup(dead: str) -> None:
@@ -311,14 +280,3 @@ def test_the_first_failure_of_an_outage_is_shown_without_a_logging_setup(dead: s
         f"execution 787: no usable answer from {dead}: Connection refused;"
         " trying again for up to 0.05 s\n"
     )
-
-
-async def test_control_characters_of_the_server_reach_no_log_line(
-    caplog: pytest.LogCaptureFixture, sim: Simulator, session: Session, held: int
-) -> None:
-    """They could forge a line or control the terminal that shows it."""
-    sim.inject(Fault.status(503, body=rb'{"message": "down \u001b[2J\nfine"}'))
-    await session.execution(held).snapshot()
-    (line,) = lines(caplog, logging.WARNING)
-    assert r"down \x1b[2J" in line
-    assert line.isprintable()

@@ -200,13 +200,7 @@ async def by_an_error_of_the_consumer(
 )
 @pytest.mark.parametrize("kind", ["stream", "finished_nodes"])
 async def test_the_poller_ends_one_step_after_the_last_follower(
-    sim: Simulator,
-    session: Session,
-    held: int,
-    *,
-    stop: Any,
-    kind: str,
-    our_tasks: Any,
+    sim: Simulator, session: Session, held: int, *, stop: Any, kind: str, our_tasks: Any
 ) -> None:
     """However the last follower stops, no poller remains and no further request is sent."""
     snapshots = getattr(session.execution(held), kind)()
@@ -336,19 +330,6 @@ async def test_finished_nodes_keeps_the_deadline_between_two_nodes_of_one_poll(
     assert caught.value.last_snapshot.nodes["B"].final
 
 
-async def test_wait_returns_the_complete_snapshot_of_a_failed_execution(
-    sim: Simulator, session: Session
-) -> None:
-    """Failed nodes do not raise; the caller checks the snapshot."""
-    failed = sim.add_execution(
-        Scenario([SimNode("A", status="FAILED", error_message="no", is_output_node=True)])
-    )
-    snapshot = await session.execution(failed).wait()
-    assert snapshot.complete
-    assert not snapshot.succeeded
-    assert [node.error_message for node in snapshot.failed_nodes] == ["no"]
-
-
 async def test_the_status_code_alone_says_whether_an_execution_is_complete(
     sim: Simulator, session: Session
 ) -> None:
@@ -358,15 +339,6 @@ async def test_the_status_code_alone_says_whether_an_execution_is_complete(
     async with aclosing(session.execution(1).stream()) as snapshots:
         seen = [(snapshot.complete, snapshot.progress) async for snapshot in snapshots]
     assert seen == [(False, 1.0), (True, 1.0)]
-
-
-async def test_an_unknown_status_is_shown_and_survived(sim: Simulator, session: Session) -> None:
-    """It keeps the server's word, counts as not final, and the watch goes on."""
-    sim.inject(Fault.status(202, body=b'{"A":{"status":"PAUSED"}}'))
-    sim.inject(Fault.status(200, body=b'{"A":{"status":"SUCCESS"}}'))
-    async with aclosing(session.execution(1).stream()) as snapshots:
-        seen = [(snapshot.nodes["A"].status, snapshot.progress) async for snapshot in snapshots]
-    assert seen == [("PAUSED", 0.0), (NodeStatus.SUCCESS, 1.0)]
 
 
 async def test_every_follower_gets_its_own_copy_of_the_error(
@@ -441,16 +413,6 @@ def test_a_malformed_timeout_is_refused_at_the_call(method: str, timeout: Any) -
     execution = Session("key").execution(1)
     with pytest.raises((TypeError, ValueError), match="timeout"):
         getattr(execution, method)(timeout=timeout)
-
-
-async def test_timeout_none_and_the_sessions_default(
-    open_session: Callable[..., Session], held: int
-) -> None:
-    """Without a timeout, the session's `wait_timeout` applies."""
-    session = open_session(wait_timeout=0.02)
-    with pytest.raises(ExecutionTimeout) as caught:
-        await session.execution(held).wait()
-    assert caught.value.timeout == 0.02
 
 
 async def test_polled_events_measure_each_poll(
@@ -548,18 +510,6 @@ async def test_a_wait_without_any_time_sends_nothing(
     await one_step()
     assert our_tasks() == [SUPERVISOR]
     assert sim.request_count == 0
-
-
-async def test_a_watch_without_followers_ends_without_an_error(
-    sim: Simulator, session: Session, held: int, recorder: Any
-) -> None:
-    """Its event says how many polls there were."""
-    async with aclosing(session.execution(held).stream()) as snapshots:
-        await anext(snapshots)
-        ended = asyncio.ensure_future(recorder.next(WatchEnded))
-    event = await ended
-    assert event.error is None
-    assert event.polls == 1
 
 
 async def test_each_good_answer_resets_the_outage_limit(

@@ -42,7 +42,6 @@ NO_TIME = "0.000000001"
 
 Action: TypeAlias = Callable[[Any], Awaitable[None]]
 Framing: TypeAlias = Callable[[bytes, bytes], tuple[bytes, bytes]]
-Cut: TypeAlias = Callable[[bytes, bytes], bytes]
 
 
 def sized(head: bytes, body: bytes) -> tuple[bytes, bytes]:
@@ -57,19 +56,9 @@ def chunked(head: bytes, body: bytes) -> tuple[bytes, bytes]:
     return head, chunks + b"0\r\n\r\n"
 
 
-def unsized(head: bytes, body: bytes) -> tuple[bytes, bytes]:
-    """End the body by closing the connection."""
-    return re.sub(rb"Content-Length: \d+", b"Connection: close", head), body
-
-
 async def behave(request: Any) -> None:
     """Forward the request and its answer."""
     await request.send(b"".join(await request.fetch()))
-
-
-async def reset_at_accept(request: Any) -> None:
-    """Reset the connection before anything is read: `misbehave` does it without calling this."""
-    raise AssertionError("this is for new connections")
 
 
 async def reset(request: Any) -> None:
@@ -87,34 +76,21 @@ async def cut(request: Any) -> None:
     request.close()
 
 
-def stop(at: Cut, ending: Action, framing: Framing = sized) -> Action:
+def stop(after: str, ending: Action, framing: Framing = sized) -> Action:
     """Return an action that sends a part of the answer and then stops."""
 
     async def action(request: Any) -> None:
-        await request.send(at(*framing(*await request.fetch())))
+        head, body = framing(*await request.fetch())
+        size = {
+            "nothing": 0,
+            "half the head": len(head) // 2,
+            "the head": len(head),
+            "half the body": len(head) + len(body) // 2,
+        }[after]
+        await request.send((head + body)[:size])
         await ending(request)
 
     return action
-
-
-def nothing(head: bytes, body: bytes) -> bytes:
-    """Stop before the headers."""
-    return b""
-
-
-def half_the_head(head: bytes, body: bytes) -> bytes:
-    """Stop within the headers."""
-    return head[: len(head) // 2]
-
-
-def the_head(head: bytes, body: bytes) -> bytes:
-    """Stop after the headers."""
-    return head
-
-
-def half_the_body(head: bytes, body: bytes) -> bytes:
-    """Stop within the body."""
-    return head + body[: len(body) // 2]
 
 
 def trickle(pause: float, size: int = 1) -> Action:
@@ -143,21 +119,6 @@ async def corrupt_gzip(request: Any) -> None:
     packed[-8] ^= 0xFF  # in the checksum
     answer = sized(head[:-2] + b"Content-Encoding: gzip\r\n\r\n", bytes(packed))
     await request.send(b"".join(answer))
-
-
-def misbehave(proxy: Any, *actions: Action) -> None:
-    """Apply each of the actions to one of the next requests."""
-    if actions != (reset_at_accept,):
-        proxy.answers.extend(actions)
-        return
-
-    def reset_once(writer: asyncio.StreamWriter) -> None:
-        proxy.accept = lambda _: None
-        proxy.reset(writer)
-
-    proxy.accept = reset_once
-    for writer in proxy.idle:
-        writer.close()
 
 
 @pytest.fixture
@@ -216,26 +177,22 @@ class Failure:
 
 
 FAILURES = {
-    "reset at accept": Failure(reset_at_accept, ConnectionFailed, reaches_server=False),
     "reset on arrival": Failure(reset, ConnectionFailed, reaches_server=False),
-    "reset before the head": Failure(stop(nothing, reset), ConnectionFailed),
-    "reset within the head": Failure(stop(half_the_head, reset), ConnectionFailed),
-    "reset after the head": Failure(stop(the_head, reset), InvalidResponse),
-    "reset within the body": Failure(stop(half_the_body, reset), InvalidResponse),
-    "cut before the head": Failure(stop(nothing, cut), ConnectionFailed),
-    "cut within the head": Failure(stop(half_the_head, cut), ConnectionFailed),
-    "cut after the head": Failure(stop(the_head, cut), InvalidResponse),
-    "cut within the body": Failure(stop(half_the_body, cut), InvalidResponse),
-    "cut within a chunk": Failure(stop(half_the_body, cut, chunked), InvalidResponse),
-    "cut without a length": Failure(stop(half_the_body, cut, unsized), InvalidResponse),
-    "silence": Failure(stop(nothing, silence), RequestTimeout, SHORT),
-    "silence within the body": Failure(stop(half_the_body, silence), RequestTimeout, SHORT),
+    "reset before the head": Failure(stop("nothing", reset), ConnectionFailed),
+    "reset within the head": Failure(stop("half the head", reset), ConnectionFailed),
+    "reset after the head": Failure(stop("the head", reset), InvalidResponse),
+    "reset within the body": Failure(stop("half the body", reset), InvalidResponse),
+    "cut before the head": Failure(stop("nothing", cut), ConnectionFailed),
+    "cut within the head": Failure(stop("half the head", cut), ConnectionFailed),
+    "cut after the head": Failure(stop("the head", cut), InvalidResponse),
+    "cut within the body": Failure(stop("half the body", cut), InvalidResponse),
+    "cut within a chunk": Failure(stop("half the body", cut, chunked), InvalidResponse),
+    "silence": Failure(stop("nothing", silence), RequestTimeout, SHORT),
+    "silence within the body": Failure(stop("half the body", silence), RequestTimeout, SHORT),
     "a byte every 50 ms": Failure(trickle(0.05), RequestTimeout, SHORT),
     "corrupt UTF-8": Failure(corrupt_text, InvalidResponse),
     "corrupt gzip": Failure(corrupt_gzip, InvalidResponse),
 }
-# A start may notice the reset before it is sent, and is then sent on another connection.
-AFTER_ACCEPT = {name: it for name, it in FAILURES.items() if name != "reset at accept"}
 
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
@@ -256,7 +213,7 @@ async def test_a_watch_survives_it(
         async for snapshot in snapshots:
             polls.append(snapshot.poll)
             if snapshot.poll == 1:
-                misbehave(proxy, failure.action)
+                proxy.answers.append(failure.action)
             elif snapshot.poll == 2:
                 sim.finish(held, "Answer")
     assert polls == [1, 2, 3]
@@ -270,7 +227,7 @@ async def test_an_answer_that_trickles_in_is_read(
     connect: Callable[..., Session], proxy: Any, flow: str, recorder: Any
 ) -> None:
     """A slow answer is a good answer, also to a start."""
-    misbehave(proxy, trickle(0.0), trickle(0.0))
+    proxy.answers.extend([trickle(0.0), trickle(0.0)])
     execution = await connect().start(flow)
     assert (await execution.snapshot()).complete
     assert recorder.of(RequestRetried) == []
@@ -324,7 +281,7 @@ def started(sim: Simulator) -> list[int]:
     return [run.execution_id for run in sim.runs]
 
 
-@pytest.mark.parametrize("failure", AFTER_ACCEPT.values(), ids=AFTER_ACCEPT)
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
 async def test_a_start_whose_answer_is_lost_is_unknown(
     connect: Callable[..., Session],
     proxy: Any,
@@ -336,7 +293,7 @@ async def test_a_start_whose_answer_is_lost_is_unknown(
 ) -> None:
     """One request is sent, whatever the policy allows; the error has the workflow and the cause."""
     session = connect(request_timeout=failure.request_timeout)
-    misbehave(proxy, failure.action)
+    proxy.answers.append(failure.action)
     with pytest.raises(StartUnknown) as caught:
         await session.start(flow, {"question": "?"})
     error = caught.value
@@ -355,7 +312,7 @@ async def test_a_start_that_is_lost_after_a_429_is_unknown(
 ) -> None:
     """The refusal of the first request says nothing about the second."""
     sim.inject(Fault.status(429, retry_after=0.01))
-    misbehave(proxy, behave, stop(nothing, reset))
+    proxy.answers.extend([behave, stop("nothing", reset)])
     with pytest.raises(StartUnknown):
         await connect().start(flow)
     assert proxy.count("POST") == 2
@@ -429,7 +386,7 @@ async def test_a_start_of_a_borrowed_session_whose_answer_is_lost_is_not_sent_ag
     connect: Callable[..., Session], proxy: Any, sim: Simulator, flow: str
 ) -> None:
     """Not even by aiohttp."""
-    misbehave(proxy, stop(nothing, reset))
+    proxy.answers.append(stop("nothing", reset))
     async with aiohttp.ClientSession() as http, connect(http=http) as session:
         with pytest.raises(StartUnknown):
             await session.start(flow)
@@ -605,7 +562,7 @@ def refused_first(sim: Simulator, proxy: Any) -> None:
 
 def answered_in_pieces(sim: Simulator, proxy: Any) -> None:
     """Send the answer in many pieces."""
-    misbehave(proxy, trickle(0.0, size=24))
+    proxy.answers.append(trickle(0.0, size=24))
 
 
 @by_each_interruption

@@ -298,7 +298,7 @@ async def log() -> AsyncIterator[Log]:
 
 @pytest.fixture(autouse=True)
 def _polls_do_not_rescue_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_FIRST", "_LONGEST", "_SUBSCRIBING"):
+    for name in ("_FIRST", "_LONGEST", "_SUBSCRIBING", "_MISSED_GAP"):
         monkeypatch.setattr(safety_net, name, 3600.0)
 
 
@@ -499,10 +499,7 @@ class TestDelivery:
         await server.until(lambda: server.log.count(("command", "pong")) == 2)
 
     async def test_a_server_without_pings_is_not_trusted(
-        self,
-        open_pushed: Callable[..., Session],
-        server: Server,
-        monkeypatch: pytest.MonkeyPatch,
+        self, open_pushed: Callable[..., Session], server: Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A connection that is frozen is replaced, and what it did not announce is polled."""
         monkeypatch.setattr(centrifugo, "_PING_DELAY", 0.01)
@@ -577,6 +574,20 @@ class TestDelivery:
         assert await waiting == "42"
         assert server.polls == 2
 
+    async def test_a_run_that_ended_before_the_subscription_is_polled_once(
+        self, open_pushed: Callable[..., Session], server: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No message can come, and the policy would let an hour pass."""
+        monkeypatch.setattr(safety_net, "_MISSED_GAP", 0.0)
+        server.hold = {"subscribe"}
+        execution = await open_pushed(push=None).start("w")
+        waiting = asyncio.create_task(execution.output())
+        await server.until(lambda: ("command", "subscribe") in server.log)
+        server.complete.add(execution.id)
+        await server.release()
+        assert await waiting == "42"
+        assert server.polls == 2
+
     async def test_a_message_before_the_start_s_answer_is_not_lost(
         self, pushed: Session, server: Server, monkeypatch: pytest.MonkeyPatch, log: Log
     ) -> None:
@@ -648,43 +659,45 @@ class TestDelivery:
         assert len({body["channel_name_suffix"] for body in server.bodies}) == 1
 
 
+NO_TOKEN = "$.token_details.token: there is no token"
+REFUSED = {"error": {"code": 103, "message": "a-secret-key may not subscribe"}}
+
+
 class TestFaults:
     """Whatever push does, the result is right and comes no later than by polling."""
 
     @pytest.mark.parametrize(
-        ("path", "status"),
-        [(TOKEN, 403), (TOKEN, 404), (WEBSOCKET, 404), (WEBSOCKET, 403), (WORKFLOW, 404)],
+        ("said", "statuses", "replies"),
+        [
+            *[("403", {path: 403}, {}) for path in (TOKEN, WEBSOCKET)],
+            *[("404", {path: 404}, {}) for path in (TOKEN, WEBSOCKET)],
+            ("404", {WORKFLOW: 404, "/workflows/other": 404}, {}),
+            *[(NO_TOKEN, {}, {TOKEN: body}) for body in ([], {}, {"token_details": 7})],
+            (NO_TOKEN, {}, {TOKEN: {"token_details": {"token": 7}}}),
+            ("refused to subscribe: *** may not subscribe (103)", {}, {"subscribe": REFUSED}),
+        ],
     )
     async def test_a_server_without_push_is_polled(
-        self, session: Session, server: Server, log: Log, path: str, status: int
+        self,
+        open_pushed: Callable[..., Session],
+        server: Server,
+        log: Log,
+        *,
+        said: str,
+        statuses: dict[str, int],
+        replies: dict[str, Any],
     ) -> None:
-        """One warning says what was seen, however many workflows are concerned."""
-        server.statuses[path] = status
-        if path == WORKFLOW:
-            server.statuses["/workflows/other"] = status
-        execution = await session.start("w")
-        await polled_to_the_end(server, execution)
+        """One warning says what was seen, without the key, however many workflows there are."""
+        server.statuses, server.replies = statuses, replies
+        session = open_pushed(api_key="a-secret-key", poll=OFTEN)
+        await polled_to_the_end(server, await session.start("w"))
         await log.given_up()
-        (record,) = log.warnings
-        assert f"{status}" in record
-        assert record.startswith("push is not used for workflow 'w', only polling: ")
         await polled_to_the_end(server, await session.start("other"))
         await log.given_up(2)
+        (record,) = log.warnings
+        assert record.startswith("push is not used for workflow 'w', only polling: ")
+        assert said in record
         assert server.count(RUN) == 1
-        assert len(log.warnings) == 1
-
-    @pytest.mark.parametrize(
-        "body", [[], {}, {"token_details": 7}, {"token_details": {"token": 7}}]
-    )
-    async def test_an_answer_without_a_token_is_given_up(
-        self, session: Session, server: Server, log: Log, body: Any
-    ) -> None:
-        """The warning says where the token was looked for."""
-        server.replies[TOKEN] = body
-        execution = await session.start("w")
-        await polled_to_the_end(server, execution)
-        await log.given_up()
-        assert "$.token_details.token: there is no token" in log.warnings[0]
 
     @pytest.mark.parametrize("path", [WORKFLOW, TOKEN])
     async def test_an_error_of_the_user_s_own_code_is_given_up(
@@ -952,20 +965,8 @@ class TestFaults:
         assert (server.count(WEBSOCKET), server.polls) == (0, 1)
         assert log.warnings == []
 
-    async def test_duplicates_cost_nothing(self, pushed: Session, server: Server) -> None:
-        """Three messages for one run lead to one poll."""
-        execution = await pushed.start("w")
-        waiting = asyncio.create_task(execution.output())
-        server.complete.add(execution.id)
-        await server.publish(completion(execution.id), times=3)
-        assert await waiting == "42"
-        assert server.polls == 1
-
     async def test_an_expired_token_is_renewed(
-        self,
-        open_pushed: Callable[..., Session],
-        server: Server,
-        monkeypatch: pytest.MonkeyPatch,
+        self, open_pushed: Callable[..., Session], server: Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The session asks for another one, and the subscription stands all the while."""
         monkeypatch.setattr(centrifugo, "_SHORTEST", 0.0)
@@ -1003,17 +1004,6 @@ class TestFaults:
         assert "the server ended the connection: " in log.warnings[0]
         assert str(code) in log.warnings[0]
         await polled_to_the_end(server, execution)
-
-    async def test_the_server_s_reason_is_logged_without_the_key(
-        self, open_pushed: Callable[..., Session], server: Server, log: Log
-    ) -> None:
-        """A subscription that is refused is given up, and the reason may quote the key."""
-        message = "a-secret-key may not subscribe"
-        server.replies["subscribe"] = {"error": {"code": 103, "message": message}}
-        execution = await open_pushed(api_key="a-secret-key", poll=OFTEN).start("w")
-        await polled_to_the_end(server, execution)
-        await log.given_up()
-        assert "refused to subscribe: *** may not subscribe (103)" in log.warnings[0]
 
     @pytest.mark.parametrize(
         ("path", "status"),

@@ -105,10 +105,9 @@ def test_without_a_subscription_the_schedule_is_the_ordinary_one() -> None:
 
 
 def test_one_poll_covers_what_was_missed() -> None:
-    """It comes at once, but no sooner than the policy's floor; then polls are seldom again."""
-    subscription = Stub(since=103.0)
-    net = net_of(subscription, 102.8)
-    assert due(net, 110.0) == 103.3
+    """It comes half a second after the last poll, or the floor; then polls are seldom again."""
+    net = net_of(Stub(since=103.0), 102.8)
+    assert due(net, 110.0) == net.due(110.0, floor=60.0, deadlines=()) == 103.3
     assert due(net, 103.1) == 103.1
     polled(net, 103.3)
     assert due(net, 103.8) == 108.3

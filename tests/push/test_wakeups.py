@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
 
 import pytest
 
-from promptlayer_exec import (
-    Polled,
-    PollPolicy,
-    Session,
-    SessionClosed,
-    WatchWoken,
-    _integration,
-)
-from promptlayer_exec._push import wakeups
-from promptlayer_exec._push.wakeups import EarlyWakeUps
+from promptlayer_exec import Polled, PollPolicy, Session, SessionClosed, WatchWoken, _integration
+from promptlayer_exec._recent import Recent
 from promptlayer_exec.simulator import Fault, Simulator
 
 NEVER = PollPolicy.fixed(3600.0)
@@ -143,27 +136,23 @@ async def test_integrations_say_what_woke_a_watch(
     assert recorder.of(WatchWoken) == [WatchWoken(held, "callback")]
 
 
-def test_the_latest_ten_thousand_wake_ups_are_remembered() -> None:
-    """The oldest is forgotten first; one that comes again counts as new."""
-    early = EarlyWakeUps()
-    for execution_id in range(1, 10_001):
-        early.add(execution_id, "push")
-    early.add(1, "webhook")
-    early.add(10_001, "push")
-    assert early.take(2) is None
-    assert early.take(1) == "webhook"
-    assert early.take(1) is None
-    assert early.take(10_001) == "push"
+def test_the_latest_ten_thousand_entries_are_remembered() -> None:
+    """The oldest is forgotten first; one that is added again counts as new."""
+    recent: Recent[int, str] = Recent()
+    for key in range(1, 10_001):
+        recent.add(key, "push")
+    recent.add(1, "webhook")
+    recent.add(10_001, "push")
+    assert [recent.pop(key) for key in (2, 1, 1, 10_001)] == [None, "webhook", None, "push"]
 
 
-def test_a_wake_up_is_remembered_for_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After that, the execution is polled by the schedule alone."""
-    early = EarlyWakeUps()
+def test_an_entry_is_remembered_for_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wake-up for ten minutes; after that, the execution is polled by the schedule alone."""
     now = 1000.0
-    monkeypatch.setattr(wakeups.time, "monotonic", lambda: now)
-    early.add(1, "push")
-    early.add(2, "push")
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    recent: Recent[int, str] = Recent(600.0)
+    recent.add(1, "push")
     now += 599.0
-    assert early.take(1) == "push"
+    assert recent.get(1) == "push"
     now += 1.0
-    assert early.take(2) is None
+    assert recent.get(1) is None

@@ -11,13 +11,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from promptlayer_exec import (
-    ExecutionFailed,
-    ExecutionTimeout,
-    NotFound,
-    Session,
-    SessionClosed,
-)
+from promptlayer_exec import ExecutionFailed, ExecutionTimeout, NotFound, Session, SessionClosed
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
 ONE = Scenario([SimNode("Plan", "p"), SimNode("Answer", "42", is_output_node=True)])

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import pickle
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from typing import Any
 
 import attrs
@@ -20,7 +20,6 @@ from promptlayer_exec import (
     InvalidOutput,
     NotFound,
     Outcome,
-    PollPolicy,
     RequestRetried,
     Session,
     SessionClosed,
@@ -28,7 +27,6 @@ from promptlayer_exec import (
     StartUnknown,
     Unauthorized,
     WatchEnded,
-    WatchStarted,
 )
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
@@ -122,11 +120,6 @@ async def test_items_may_come_asynchronously(sim: Simulator, session: Session) -
     assert [outcome.output for outcome in outcomes] == [Report(0), Report(2), Report(4)]
 
 
-async def test_no_items_have_no_outcomes(session: Session) -> None:
-    """Without items, `collect` returns an empty list."""
-    assert await session.collect([]) == []
-
-
 @pytest.mark.parametrize(
     ("item", "error"),
     [
@@ -163,24 +156,21 @@ async def test_a_handle_of_another_session_is_an_unusable_item(
     assert good.ok
 
 
-@pytest.mark.parametrize("items", [5, None, StartRequest("w")], ids=repr)
-async def test_items_that_cannot_be_iterated_are_refused(session: Session, items: Any) -> None:
-    """The call raises at once and says what it expects."""
-    with pytest.raises(TypeError, match="items must be an iterable or async iterable, not"):
-        session.as_completed(items)
-
-
-async def test_an_into_that_is_not_a_type_is_refused(session: Session) -> None:
-    """The call raises at once, not every outcome."""
-    with pytest.raises(TypeError, match="cannot structure into"):
-        session.as_completed([1], into=3)  # type: ignore[call-overload]
-
-
-@pytest.mark.parametrize("value", [0, -1, 1.5, True, None])
-async def test_max_in_flight_is_checked(session: Session, value: Any) -> None:
-    """It must be an int of at least 1."""
-    with pytest.raises(ConfigurationError, match="max_in_flight must be an int of at least 1"):
-        session.as_completed([], max_in_flight=value)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *[({"items": it}, "items must be an iterable or async") for it in (5, None, run(1))],
+        ({"into": 3}, "cannot structure into"),
+        *[({"max_in_flight": it}, "an int of at least 1") for it in (0, -1, 1.5, True, None)],
+    ],
+    ids=str,
+)
+async def test_unusable_arguments_are_refused_at_the_call(
+    session: Session, arguments: dict[str, Any], message: str
+) -> None:
+    """Not as every outcome."""
+    with pytest.raises((TypeError, ConfigurationError), match=message):
+        session.as_completed(**{"items": [1], **arguments})
 
 
 async def test_items_are_taken_lazily(sim: Simulator, session: Session) -> None:
@@ -203,18 +193,6 @@ async def test_items_are_taken_lazily(sim: Simulator, session: Session) -> None:
                 await asyncio.sleep(0)
     assert yielded == 30
     assert 1 < greatest <= 4
-
-
-async def test_items_with_one_id_share_one_poller(
-    sim: Simulator, session: Session, held: int, recorder: Any
-) -> None:
-    """An id may be among the items several times."""
-    collecting = asyncio.create_task(session.collect([held] * 5))
-    await sim.wait_for_requests(2)
-    sim.finish(held, "Answer", value="42")
-    outcomes = await collecting
-    assert [outcome.output for outcome in outcomes] == ["42"] * 5
-    assert len(recorder.of(WatchStarted)) == 1
 
 
 async def test_each_item_has_its_own_timeout_from_the_moment_it_has_a_slot(
@@ -501,40 +479,6 @@ async def test_a_cancellation_after_any_number_of_steps_leaves_no_task(
     await session.aclose()
     assert our_tasks() == []
     assert reported == {run.execution_id for run in sim.runs}
-
-
-async def test_a_generator_that_never_ran_does_nothing(sim: Simulator, session: Session) -> None:
-    """It can be closed without a request, and takes no item."""
-    items = iter([done(sim)])
-    await session.as_completed(items).aclose()
-    assert sim.request_count == 0
-    assert len(list(items)) == 1
-
-
-@asynccontextmanager
-async def crowd(sim: Simulator, session: Session, count: int) -> AsyncIterator[list[int]]:
-    """Follow `count` executions that do not end, and yield their ids."""
-    running = Scenario([SimNode("Out", 1, None, is_output_node=True)])
-    ids = [sim.add_execution(running) for _ in range(count)]
-    async with aclosing(session.as_completed(ids, max_in_flight=count)) as outcomes:
-        first = asyncio.create_task(anext(outcomes))
-        yield ids
-        first.cancel()
-        await asyncio.wait([first])
-
-
-async def test_a_start_does_not_wait_behind_the_polls(
-    sim: Simulator, open_session: Callable[..., Session]
-) -> None:
-    """The first poll of the started run is not delayed, either."""
-    count = 150
-    session = open_session(rate=1000.0, poll=PollPolicy.fixed(0.001))
-    async with crowd(sim, session, count):
-        await sim.wait_for_requests(2 * count)
-        before = sim.request_count
-        (outcome,) = await session.collect([run(0)])
-        assert outcome.ok
-        assert sim.request_count - before <= 3 * count
 
 
 @pytest.mark.parametrize("how", ["cancelled", "collect and 401"])

@@ -99,20 +99,15 @@ async def test_a_refused_run_names_its_workflow(session: Session) -> None:
     assert str(caught.value).startswith(text)
 
 
-async def test_a_failed_run_has_its_id_and_snapshot(sim: Simulator, session: Session) -> None:
-    """The error says which execution failed."""
-    with pytest.raises(ExecutionFailed) as caught:
-        await session.run("fails")
-    assert caught.value.execution_id == sim.runs[0].execution_id
-    assert caught.value.last_snapshot is not None
-
-
-async def test_an_output_of_another_type_has_its_id_and_snapshot(
-    sim: Simulator, session: Session
+@pytest.mark.parametrize(
+    ("workflow", "into", "error"), [("fails", None, ExecutionFailed), ("echo", int, InvalidOutput)]
+)
+async def test_an_error_of_the_output_has_the_id_and_the_snapshot(
+    sim: Simulator, session: Session, workflow: str, into: Any, error: type[PromptLayerExecError]
 ) -> None:
     """The run was paid for: it can be found again."""
-    with pytest.raises(InvalidOutput) as caught:
-        await session.run("echo", into=int)
+    with pytest.raises(error) as caught:
+        await session.run(workflow, into=into)
     assert caught.value.execution_id == sim.runs[0].execution_id
     assert caught.value.last_snapshot is not None
 

@@ -138,12 +138,20 @@ def test_a_session_is_asynchronous() -> None:
 
 
 async def test_a_single_call_is_retried_within_an_outage(
-    sim: Simulator, session: Session, held: int, recorder: Any
+    sim: Simulator, open_session: Callable[..., Session], held: int, recorder: Any
 ) -> None:
-    """Two 503s cost two more attempts, and each is reported."""
+    """Two 503s cost two more attempts; each is reported, and acquires the limiter."""
+
+    class Counter:
+        acquired = 0
+
+        async def acquire(self) -> None:
+            self.acquired += 1
+
+    limiter = Counter()
     sim.inject(Fault.status(503, times=2))
-    await session.get_results(held)
-    assert sim.request_count == 3
+    await open_session(limiter=limiter).get_results(held)
+    assert limiter.acquired == sim.request_count == 3
     assert [event.error.attempts for event in recorder.of(RequestRetried)] == [1, 2]
 
 
@@ -193,10 +201,7 @@ async def test_settings_from_the_environment_are_found_at_first_use(
     [
         ({"api_key": ""}, "api_key"),
         ({"api_key": "se cret"}, "api_key"),
-        ({"api_key": "secret\n"}, "api_key"),
         ({"base_url": "ftp://host"}, "base_url"),
-        ({"base_url": "http://a..b"}, "base_url"),
-        ({"base_url": "http://host\r\nX: y"}, "base_url"),
         ({"wait_timeout": -1}, "wait_timeout"),
         ({"wait_timeout": "5"}, "wait_timeout"),
         ({"request_timeout": 0}, "request_timeout"),
@@ -454,34 +459,6 @@ async def test_a_borrowed_client_session_that_waits_for_100_continue_is_refused(
     async with aiohttp.ClientSession(headers={"expect": "100-continue"}) as http:
         with pytest.raises(ConfigurationError, match="http= must not have the header Expect"):
             Session("key", http=http)
-
-
-async def test_a_borrowed_client_session_that_was_closed_is_reported(
-    open_session: Callable[..., Session], held: int
-) -> None:
-    """It raises `SessionClosed` with the execution's id, without a retry."""
-    http = aiohttp.ClientSession()
-    await http.close()
-    with pytest.raises(SessionClosed, match="borrowed") as caught:
-        await open_session(http=http).get_results(held)
-    assert caught.value.execution_id == held
-
-
-async def test_a_limiter_is_acquired_once_per_attempt(
-    sim: Simulator, open_session: Callable[..., Session], held: int
-) -> None:
-    """Retries acquire it, too."""
-
-    class Counter:
-        acquired = 0
-
-        async def acquire(self) -> None:
-            self.acquired += 1
-
-    limiter = Counter()
-    sim.inject(Fault.status(503, times=2))
-    await open_session(limiter=limiter).get_results(held)
-    assert limiter.acquired == sim.request_count == 3
 
 
 async def test_an_error_of_ours_that_a_limiter_raises_is_not_taken_for_the_server_s(

@@ -7,10 +7,7 @@ from typing import Any
 import pytest
 
 from promptlayer_exec import ConfigurationError, PollPolicy, Session, StartRequest
-from promptlayer_exec._settings import (
-    find_api_key,
-    find_base_url,
-)
+from promptlayer_exec._settings import find_api_key, find_base_url
 
 KEY, URL = "PROMPTLAYER_API_KEY", "PROMPTLAYER_BASE_URL"
 
@@ -33,23 +30,20 @@ def test_empty_key_variable_counts_as_unset(monkeypatch):
     assert find_api_key(None) is None
 
 
-BAD_KEYS = {
-    "trailing-newline": "pl_secret\n",
-    "carriage-return": "pl_secret\r\nX-Evil: 1",
-    "leading-blank": " pl_secret",
-    "inner-blank": "pl_ secret",
-    "tab": "pl_\tsecret",
-    "blank-only": "   ",
-    "non-ascii": "pl_sécret",
-    "latin-1": "pl_secret\xff",
-    "curly-quotes": "“pl_secret”",
-    "null": "pl_secret\0",
-    "delete": "pl_secret\x7f",
-    "surrogate": "pl_secret\udcff",
-}
+BAD_KEYS = [
+    "pl_secret\n",
+    "pl_secret\r\nX-Evil: 1",
+    "pl_ secret",
+    "pl_\tsecret",
+    "   ",
+    "pl_sécret",
+    "pl_secret\xff",
+    "“pl_secret”",
+    "pl_secret\udcff",
+]
 
 
-@pytest.mark.parametrize("key", BAD_KEYS.values(), ids=BAD_KEYS)
+@pytest.mark.parametrize("key", [*BAD_KEYS, "", b"pl_secret", 17], ids=ascii)
 def test_malformed_key_argument(key):
     """A key that cannot be sent in a header is refused, and the message does not show it."""
     with pytest.raises(ConfigurationError, match=r"^api_key must be") as caught:
@@ -58,32 +52,17 @@ def test_malformed_key_argument(key):
     assert caught.value.__cause__ is None
 
 
-@pytest.mark.parametrize(
-    "key", [key for key in BAD_KEYS.values() if "\0" not in key and "\udcff" not in key]
-)
-def test_malformed_key_variable(key, monkeypatch):
+def test_malformed_key_variable(monkeypatch):
     """A malformed variable is refused, too, and the message names the variable."""
-    monkeypatch.setenv(KEY, key)
+    monkeypatch.setenv(KEY, "pl_ secret")
     with pytest.raises(ConfigurationError, match=rf"^{KEY} must be") as caught:
         find_api_key(None)
     assert "cret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["", b"pl_secret", 17, ["pl_secret"], object], ids=repr)
-def test_key_argument_of_another_kind(key):
-    """An empty key, or one that is not a string, is refused, and not shown either."""
-    with pytest.raises(ConfigurationError, match=r"^api_key must be") as caught:
-        find_api_key(key)
-    assert "secret" not in str(caught.value)
-
-
-def test_default_base_url():
-    """Without an argument and a variable, the base URL is PromptLayer's."""
+def test_the_default_base_url(monkeypatch):
+    """Without an argument and a variable, the base URL is PromptLayer's; so with an empty one."""
     assert find_base_url(None) == "https://api.promptlayer.com"
-
-
-def test_empty_base_url_variable_counts_as_unset(monkeypatch):
-    """An empty variable is ignored."""
     monkeypatch.setenv(URL, "")
     assert find_base_url(None) == "https://api.promptlayer.com"
 
@@ -113,26 +92,17 @@ def test_base_url_is_kept(given, used):
 BAD_URLS = {
     "empty": "",
     "no-scheme": "api.promptlayer.com",
-    "no-scheme-with-port": "localhost:8000",
-    "scheme-relative": "//api.promptlayer.com",
     "path": "/v1",
     "ftp": "ftp://api.test",
-    "websocket": "ws://api.test",
-    "file": "file:///etc/passwd",
     "no-host": "https://",
-    "no-host-with-path": "https:///v1",
     "no-slashes": "https:api.test",
     "port-too-large": "http://api.test:65536",
     "port-no-number": "http://api.test:http",
-    "port-negative": "http://api.test:-1",
     "open-bracket": "http://[::1",
-    "user": "https://user@api.test",
     "user-and-password": "https://user:hunter2@api.test",
-    "password": "https://:hunter2@api.test",
     "query": "https://api.test/?a=1",
     "fragment": "https://api.test/#top",
     "newline": "https://api.test\n",
-    "line-breaks": "https://api.test\r\nX-Evil: 1",
     "leading-blank": " https://api.test",
     "inner-blank": "https://api test",
     "tab": "https://api.test/\tv1",
@@ -141,7 +111,6 @@ BAD_URLS = {
     "backslash": "https:\\\\api.test",
     "short-address": "http://127.1:8000",
     "no-name": "http://xn--a",
-    "number": "http://2130706433",
     "surrogate": "https://\ud800",
     "nbsp-in-host": "https://api\xa0test",
 }
@@ -206,6 +175,7 @@ class _Acquirable:
         ("push", 1, "push must be None, True or False, got 1"),
         ("check_inputs", 1, "check_inputs must be True or False, got 1"),
         ("check_inputs", None, "check_inputs must be True or False, got None"),
+        ("callbacks", "https://a.test", "callbacks must be a promptlayer_exec.webhooks.Callbacks"),
     ],
 )
 def test_settings_of_the_wrong_kind_are_refused(name: str, value: Any, meant: str) -> None:
@@ -213,11 +183,6 @@ def test_settings_of_the_wrong_kind_are_refused(name: str, value: Any, meant: st
     with pytest.raises(ConfigurationError) as caught:
         Session("a-key-to-test", **{name: value})
     assert meant in str(caught.value)
-
-
-def test_settings_of_the_right_kind_are_taken() -> None:
-    """Whatever fits the protocols."""
-    Session("a-key-to-test", limiter=_Acquirable(), observers=(print,), trust_env=True)
 
 
 @pytest.mark.parametrize(
@@ -281,8 +246,6 @@ async def test_an_invalid_proxy_is_refused_when_the_session_opens(
         ("throw_on_error", "errors are always raised here"),
         ("cache_ttl_seconds", "there is no cache"),
         ("enable_tracing", "see promptlayer_exec.opentelemetry"),
-        ("tracer_provider", "see promptlayer_exec.opentelemetry"),
-        ("tracing_providers", "see promptlayer_exec.opentelemetry"),
         ("max_retries", r"it is retry=RetryPolicy\(...\) here"),
     ],
 )
@@ -295,13 +258,7 @@ def test_another_client_s_setting_is_answered_with_ours(theirs: str, ours: str) 
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours"),
-    [
-        ("input_variables", "inputs"),
-        ("workflow_label_name", "label"),
-        ("workflow_version", "version"),
-        ("workflow_version_number", "version"),
-    ],
+    ("theirs", "ours"), [("workflow_label_name", "label"), ("workflow_version", "version")]
 )
 async def test_the_vendor_s_name_of_an_argument_is_answered_with_ours(
     theirs: str, ours: str

@@ -235,17 +235,6 @@ def test_a_value_that_json_does_not_have_is_refused(
     assert type(caught.value) is kind
 
 
-def test_causes_are_kept() -> None:
-    """An exception of a class of the user is the cause; without one there is no cause."""
-    with pytest.raises(TypeError) as caught:
-        encode_inputs({"a": Broken()})
-    assert caught.value.__cause__ is not None
-    with pytest.raises(TypeError) as caught:
-        encode_inputs({"a": object()})
-    assert caught.value.__cause__ is None
-    assert caught.value.__context__ is None
-
-
 def test_an_instance_that_contains_itself_is_refused() -> None:
     """Like a mapping that contains itself."""
     row = Row([])

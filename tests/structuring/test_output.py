@@ -8,11 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import attrs
-import cattrs
 import pytest
 
 from promptlayer_exec import (
-    Execution,
     ExecutionFailed,
     ExecutionTimeout,
     InvalidOutput,
@@ -44,40 +42,6 @@ def complete(*nodes: tuple[str, str, Any, bool | None]) -> Snapshot:
     }
     raw = json.dumps({name: attrs.asdict(node) for name, node in made.items()})
     return Snapshot(787, True, made, raw=json.loads(raw))
-
-
-class Decided(Execution):
-    """A handle whose request for the main output is answered by a function."""
-
-    def __init__(self, ask: Callable[[], Any]) -> None:
-        super().__init__(None, 787)
-        self._ask = ask
-
-    def _client(self) -> Any:
-        return self
-
-    async def ask_main_output(self, *_: Any) -> Any:
-        """Answer in place of the server."""
-        return await self._ask()
-
-
-async def main_output(snapshot: Snapshot, ask: Callable[[], Any]) -> Any:
-    """Return the main output that a handle finds in a complete snapshot."""
-    return await Decided(ask)._main_output_of(snapshot, None)  # type: ignore[arg-type]
-
-
-async def not_asked() -> Any:
-    """Take the place of a request to the server that must not be sent."""
-    raise AssertionError
-
-
-def returning(value: Any) -> Callable[[], Any]:
-    """Return a request to the server that gets `value` as the main output."""
-
-    async def ask() -> Any:
-        return value
-
-    return ask
 
 
 @pytest.mark.parametrize("value", VALUES, ids=repr)
@@ -126,43 +90,51 @@ def test_a_failed_snapshot_has_no_output() -> None:
         complete(("A", "FAILED", None, True)).output()
 
 
-async def test_of_several_output_nodes_the_server_may_send_the_node_map() -> None:
+async def decided(sim: Simulator, session: Session, snapshot: Snapshot, *answers: Any) -> Any:
+    """Return the main output of a complete execution; the server gives these answers if asked."""
+    for body in (snapshot.raw, *answers):
+        sim.inject(Fault.status(200, body=json.dumps(body).encode()))
+    try:
+        return await session.execution(787).output()
+    finally:
+        assert sim.request_count == 1 + len(answers)
+
+
+async def test_of_several_output_nodes_the_server_may_send_the_node_map(
+    sim: Simulator, session: Session
+) -> None:
     """The output of a workflow may look like its own nodes."""
     snapshot = complete(("A", "SUCCESS", 1, True), ("B", "SUCCESS", 2, True))
-    assert await main_output(snapshot, returning(snapshot.raw)) == snapshot.raw
+    assert await decided(sim, session, snapshot, snapshot.raw) == snapshot.raw
 
 
 @pytest.mark.parametrize(
-    "statuses", [["FAILED"], ["SKIPPED"], ["FAILED", "SKIPPED"], ["AWAITING_APPROVAL"]]
+    "nodes",
+    [
+        [("Plan", "SUCCESS", "p", False), ("Out", "FAILED", None, True)],
+        [("Plan", "SUCCESS", "p", False), ("Out", "SKIPPED", None, True)],
+        [("Out 1", "FAILED", None, True), ("Out 2", "AWAITING_APPROVAL", None, True)],
+        [("A", "SUCCESS", 1, None), ("B", "FAILED", None, None)],
+        [("A", "SUCCESS", 1, False), ("B", "FAILED", None, False)],
+    ],
 )
-async def test_no_successful_output_node_is_a_failure(statuses: list[str]) -> None:
-    """This is true even if other nodes succeeded; the server is not asked."""
-    outputs = [(f"Out {n}", status, None, True) for n, status in enumerate(statuses)]
-    snapshot = complete(("Plan", "SUCCESS", "p", False), *outputs)
+async def test_where_no_output_node_succeeded_or_some_node_failed_there_is_no_output(
+    sim: Simulator, session: Session, nodes: Any
+) -> None:
+    """The first where any is marked, the second where none is; the server is not asked."""
     with pytest.raises(ExecutionFailed, match="execution 787: it") as caught:
-        await main_output(snapshot, not_asked)
-    assert caught.value.last_snapshot is snapshot
-    assert caught.value.failed == snapshot.failed_nodes
+        await decided(sim, session, complete(*nodes))
+    assert caught.value.last_snapshot is not None
+    assert caught.value.failed == caught.value.last_snapshot.failed_nodes
 
 
-@pytest.mark.parametrize("mark", [None, False])
-async def test_without_output_nodes_a_failed_node_is_a_failure(mark: bool | None) -> None:
-    """The server is not asked."""
-    snapshot = complete(("A", "SUCCESS", 1, mark), ("B", "FAILED", None, mark))
-    with pytest.raises(ExecutionFailed) as caught:
-        await main_output(snapshot, not_asked)
-    assert [node.name for node in caught.value.failed] == ["B"]
-
-
-@pytest.mark.parametrize("mark", [None, False])
 @pytest.mark.parametrize("status", ["SUCCESS", "SKIPPED"])
 @pytest.mark.parametrize("value", VALUES, ids=repr)
 async def test_without_output_nodes_and_failures_the_server_decides(
-    mark: bool | None, status: str, value: Any
+    sim: Simulator, session: Session, status: str, value: Any
 ) -> None:
     """Its response is the output."""
-    snapshot = complete(("A", status, 1, mark))
-    assert await main_output(snapshot, returning(value)) is value
+    assert await decided(sim, session, complete(("A", status, 1, None)), value) == value
 
 
 @pytest.mark.parametrize(
@@ -174,21 +146,24 @@ async def test_without_output_nodes_and_failures_the_server_decides(
         [("A", "SUCCESS", 1, False), ("B", "SUCCESS", True, None)],
     ],
 )
-async def test_without_output_nodes_the_node_map_means_no_output(nodes: Any) -> None:
+async def test_without_output_nodes_the_node_map_means_no_output(
+    sim: Simulator, session: Session, nodes: Any
+) -> None:
     """It is compared with the snapshot; its shape alone means nothing."""
     snapshot = complete(*nodes)
-    answer = json.loads(json.dumps(snapshot.raw))
     with pytest.raises(ExecutionFailed, match="without a main output") as caught:
-        await main_output(snapshot, returning(answer))
+        await decided(sim, session, snapshot, snapshot.raw)
     assert caught.value.failed == ()
-    assert caught.value.last_snapshot is snapshot
+    assert caught.value.last_snapshot is not None
 
 
-async def test_a_node_map_that_differs_from_the_snapshot_is_an_output() -> None:
+async def test_a_node_map_that_differs_from_the_snapshot_is_an_output(
+    sim: Simulator, session: Session
+) -> None:
     """`1` is not `true`."""
     snapshot = complete(("A", "SUCCESS", 1, None))
     answer = {"A": {**snapshot.raw["A"], "value": True}}
-    assert await main_output(snapshot, returning(answer)) == answer
+    assert await decided(sim, session, snapshot, answer) == answer
 
 
 def answer(value: Any = None, **settings: Any) -> SimNode:
@@ -215,25 +190,6 @@ async def test_output_asks_the_server_which_of_several_it_is(
     execution_id = sim.add_execution(Scenario(nodes))
     assert await session.execution(execution_id).output() == "first"
     assert sim.requests[-1].query["return_all_outputs"] == "false"
-
-
-async def test_output_without_output_nodes_is_decided_by_the_server(
-    sim: Simulator, session: Session
-) -> None:
-    """It sends the value of the node that became final last."""
-    execution_id = sim.add_execution(Scenario([SimNode("A", 1), SimNode("B", 2, after=["A"])]))
-    assert await session.execution(execution_id).output() == 2
-
-
-async def test_output_of_a_failed_execution_raises(sim: Simulator, session: Session) -> None:
-    """The error has the failed nodes; it takes one poll."""
-    node = answer(status="FAILED", error_message="model overloaded")
-    execution_id = sim.add_execution(Scenario([node]))
-    with pytest.raises(ExecutionFailed, match="model overloaded") as caught:
-        await session.execution(execution_id).output()
-    assert [node.name for node in caught.value.failed] == ["Answer"]
-    assert caught.value.execution_id == execution_id
-    assert sim.request_count == 1
 
 
 async def test_a_202_to_the_deciding_request_is_polled_again(
@@ -310,20 +266,6 @@ async def test_output_that_does_not_fit_the_class_is_invalid(
     assert str(execution_id) in str(error)
     copy = pickle.loads(pickle.dumps(error))
     assert (copy.path, copy.value, copy.reason) == (error.path, value, error.reason)
-
-
-async def test_a_plain_converter_of_the_session_coerces_the_output(
-    sim: Simulator, open_session: Callable[..., Session]
-) -> None:
-    """It structures in place of the strict rules; a mismatch is the same error."""
-    session = open_session(converter=cattrs.Converter())
-    execution_id = sim.add_execution(Scenario([answer({"title": 1, "score": "2.5"})]))
-    assert await session.execution(execution_id).output(into=Report) == Report("1", 2.5)
-    execution_id = sim.add_execution(Scenario([answer({"title": 1, "score": "high"})]))
-    with pytest.raises(InvalidOutput) as caught:
-        await session.execution(execution_id).output(into=Report)
-    assert (caught.value.path, caught.value.execution_id) == ("$.score", execution_id)
-    assert caught.value.last_snapshot is not None
 
 
 async def test_a_strict_converter_of_the_session_has_hooks_of_the_user(

@@ -36,7 +36,6 @@ import cattrs
 import pytest
 from cattrs.gen import make_dict_structure_fn, override
 from cattrs.preconf.json import make_converter
-from cattrs.strategies import configure_tagged_union
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
@@ -685,15 +684,6 @@ def test_hook_for_int_does_not_apply_to_bool() -> None:
     converter.register_structure_hook(int, lambda value, _: int(value))
     assert structure({"cents": "1"}, Money, converter) == Money(1)
     assert error_of({"cents": "1", "final": 1}, Money, converter).path == "$.final"
-
-
-def test_strategies_work_on_a_strict_converter() -> None:
-    """The tags of a tagged union are used, and the classes are structured strictly."""
-    converter = strict_converter()
-    configure_tagged_union(Puppy | Item, converter, tag_name="type")
-    assert structure([{"type": "Item", "name": "n"}], list[Puppy | Item], converter) == [Item("n")]
-    error = error_of([{"type": "Item", "name": 1}], list[Puppy | Item], converter)
-    assert error.path == "$[0].name"
 
 
 def test_a_plain_converter_coerces() -> None:

@@ -1,0 +1,44 @@
+"""What a session remembers for a while, in bounded memory."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+import attrs
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+_MOST = 10_000
+
+
+@attrs.define(eq=False)
+class Recent(Generic[K, V]):
+    """The latest entries, by key: 10,000 at most, each for a number of seconds."""
+
+    _seconds: float = math.inf
+    # Oldest first, with the times at which they were added.
+    _entries: dict[K, tuple[V, float]] = attrs.field(init=False, factory=dict)
+
+    def add(self, key: K, value: V) -> None:
+        self._entries.pop(key, None)
+        self._entries[key] = value, time.monotonic()
+        if len(self._entries) > _MOST:
+            del self._entries[next(iter(self._entries))]
+
+    def get(self, key: K) -> V | None:
+        """Return an entry; None if there is none, or it is too old."""
+        value, at = self._entries.get(key, (None, -math.inf))
+        return value if time.monotonic() - at < self._seconds else None
+
+    def pop(self, key: K) -> V | None:
+        """Forget an entry, and return it."""
+        value = self.get(key)
+        self._entries.pop(key, None)
+        return value
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._entries)
