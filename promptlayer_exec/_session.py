@@ -127,9 +127,26 @@ class Session:
         callbacks: Callbacks | None = None,
         backplane: Backplane | None = None,
     ) -> None:
-        arguments = dict(locals())  # each has the name of its setting
-        del arguments["self"]
-        self._settings = Settings(**arguments)
+        self._settings = Settings(
+            api_key=api_key,
+            base_url=base_url,
+            poll=poll,
+            retry=retry,
+            wait_timeout=wait_timeout,
+            request_timeout=request_timeout,
+            max_connections=max_connections,
+            max_response_bytes=max_response_bytes,
+            rate=rate,
+            limiter=limiter,
+            http=http,
+            converter=converter,
+            observers=observers,
+            push=push,
+            check_inputs=check_inputs,
+            trust_env=trust_env,
+            callbacks=callbacks,
+            backplane=backplane,
+        )
         self._limiters = [] if limiter is None else [limiter]
         self._client: Client | None = None
         self._opening = threading.Lock()  # two threads, each with its own loop, may use it at once

@@ -1,18 +1,39 @@
-"""The interface of `_engine` and `_http`: one attempt to send a request."""
+"""The interface of `_engine` and `_http`: one attempt, and a request that is sent once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import attrs
 
 from promptlayer_exec._api.messages import Reply, Request, Response
 
-if TYPE_CHECKING:
-    from promptlayer_exec._engine.start import Start
-
 T = TypeVar("T")
+
+
+class SendOnce(Protocol):
+    """A request that must not reach the server twice, and whether it may have reached it."""
+
+    @property
+    def sent(self) -> bool:
+        """Whether it may have reached the server."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it must no longer be sent."""
+
+    async def before_send(self) -> None:
+        """Wait for permission to send; the connection is made, and the rate allows the request."""
+
+    async def not_sent(self) -> None:
+        """Handle an attempt that started nothing, before the next one."""
+
+    def mark_sent(self) -> None:
+        """Record that it is about to be sent; raises `OSError` if it must not be sent."""
+
+    def mark_rejected(self) -> None:
+        """Record that the server refused the request or the TLS handshake, and started nothing."""
 
 
 @attrs.define
@@ -21,7 +42,7 @@ class Attempt:
 
     due: float  # on the event loop's clock
     first: bool = False  # before ordinary requests, as a poll after a wake-up
-    once: Start | None = None  # which must not be sent twice
+    once: SendOnce | None = None  # which must not be sent twice
     # A request of push or for a definition, which goes first, too, over connections of its own:
     # while it is not answered, nothing else waits for it.
     apart: bool = False

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from aiohttp.client_proto import ResponseHandler
     from aiohttp.tracing import Trace
 
-    from promptlayer_exec._engine.start import Start
+    from promptlayer_exec._api.attempt import SendOnce
     from promptlayer_exec._settings import Settings
 
 _HEADERS = {
@@ -218,7 +218,7 @@ class OnceBody(aiohttp.Payload):
     is exact, also with a borrowed session.
     """
 
-    def __init__(self, body: bytes, once: Start) -> None:
+    def __init__(self, body: bytes, once: SendOnce) -> None:
         super().__init__(body, content_type="application/json")
         self._body = body
         self._once = once

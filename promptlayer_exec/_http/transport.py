@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import aiohttp
 import attrs
 from multidict import CIMultiDict
 from yarl import URL
 
-from promptlayer_exec._api.attempt import Attempt
+from promptlayer_exec._api.attempt import Attempt, SendOnce
 from promptlayer_exec._api.messages import (
     Reply,
     Request,
@@ -37,9 +37,6 @@ from promptlayer_exec._http.connections import OnceBody, Pool, Pools, StartTimeo
 from promptlayer_exec._http.failures import is_permanent, is_tls_failure, reason_of, tls_peer
 from promptlayer_exec._http.throttle import Throttle
 from promptlayer_exec._settings import Settings
-
-if TYPE_CHECKING:
-    from promptlayer_exec._engine.start import Start
 
 T = TypeVar("T")
 
@@ -114,7 +111,7 @@ class Transport:
             self._throttle.rate.accepted()
 
     async def _exchange(
-        self, pool: Pool, request: Request, once: Start | None, until: float
+        self, pool: Pool, request: Request, once: SendOnce | None, until: float
     ) -> _Answer:
         """Send a request, and return what arrived of the answer, and the failure."""
         pool.check_open()
@@ -183,7 +180,7 @@ class Transport:
         raise self._failure(failure, None, b"", self.redactor)
 
     def _response(
-        self, answer: _Answer, once: Start | None, redactor: Redactor, last: bytes
+        self, answer: _Answer, once: SendOnce | None, redactor: Redactor, last: bytes
     ) -> Response:
         """Return the response of one attempt, or raise its failure; `last` as for a `Request`."""
         body = _join(answer.pieces, last)
