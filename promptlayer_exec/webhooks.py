@@ -109,7 +109,9 @@ def _verified(body: bytes, signature: str | None, secret: str) -> Any:
         canonical = json.dumps(payload, sort_keys=True)
     except (ValueError, RecursionError):
         # Without a cause: its text and its attributes quote the body.
-        raise InvalidSignature("the webhook is not JSON, so it cannot be signed") from None
+        raise InvalidSignature(
+            "the webhook is not JSON, so its signature cannot be checked"
+        ) from None
     expected = hmac.digest(secret.encode(), canonical.encode(), "sha256").hex()
     if not hmac.compare_digest(expected.encode(), signature.encode(errors="replace")):
         raise InvalidSignature("the webhook's signature does not match")

@@ -45,7 +45,7 @@ def recoverable_token(error: StartUnknown, callbacks: Callbacks | None) -> str:
         )
     if callbacks is not None and not callbacks.is_genuine(token):
         raise ValueError(
-            "this start was sent with other callbacks: recover it in a session with the same secret"
+            "this start was sent with another secret: recover it in a session with that secret"
         )
     return token
 

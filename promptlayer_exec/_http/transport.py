@@ -216,7 +216,9 @@ class Transport:
     ) -> RequestError:
         reason = redactor.redact(reason_of(failure))
         if isinstance(failure, ValueError) and not isinstance(failure, aiohttp.ClientError):
-            raise ConfigurationError(f"the request failed in http=: {reason}")
+            raise ConfigurationError(
+                f"the client session of http= could not send the request: {reason}"
+            )
         error: RequestError
         if is_tls_failure(failure):
             peer = tls_peer(failure, self.base_url)

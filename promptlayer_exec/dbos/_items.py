@@ -288,7 +288,7 @@ class Items:
         if not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "item %.100r was not started in time, and is tried again, as any other: %s",
+                "item %.100r was not started in time, and is tried again, as later ones: %s",
                 key,
                 integration.log_text(error),
             )
@@ -371,7 +371,7 @@ class Items:
 
     def _wait_for(self, key: str, workflow: str, error: PromptLayerExecError) -> None:
         if workflow not in self.waiting:
-            text = "item %.100r has to wait, and is still followed: %s"
+            text = "item %.100r has no outcome yet, and is still followed: %s"
             logger.warning(text, key, integration.log_text(error))
         self.waiting[workflow] = error
 

@@ -57,7 +57,9 @@ class Liveness:
             try:
                 await self._store.run_in_thread(self._look, {*self._active})
             except ConfigurationError as error:
-                logger.warning("cannot look after other workers: %.300s", error)
+                logger.warning(
+                    "cannot see whether other workers are alive, trying again: %.300s", error
+                )
             await asyncio.sleep(HEARTBEAT_INTERVAL)
             await self._store.run_in_thread(self.record_heartbeat)
 
@@ -89,7 +91,7 @@ class Liveness:
         """
         # One that has just been taken, or has just ended, is idle only once.
         if lost := idle & self._idle:
-            text = "batch %r: items that were taken from the queue and not run are put back: %d"
+            text = "batch %r: %d items that were taken from the queue and not run are put back"
             logger.warning(text, self._batch, len(lost))
             self._store.requeue(self._batch, lost)
         self._idle = idle - lost
