@@ -70,9 +70,8 @@ class Api:
     bucket: TokenBucket | None = attrs.field(default=None, init=False)
     _created_at: float = attrs.field(init=False)
 
-    @_created_at.default
-    def _read_clock(self) -> float:
-        return self._clock()
+    def __attrs_post_init__(self) -> None:
+        self._created_at = self._clock()
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer a request."""

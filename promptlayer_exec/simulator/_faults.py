@@ -99,30 +99,15 @@ class Fault:
         return Fault(disconnect, times, execution_id)
 
     @staticmethod
-    def truncate(
-        times: int | None = 1, *, at: int | None = None, execution_id: int | None = None
-    ) -> Fault:
-        """Close the connection within the body of the normal answer.
-
-        Args:
-            times: how many requests it affects; None for all.
-            at: the number of bytes of the body to send; by default half of it, at most all but
-                one.
-            execution_id: affects only requests for the results of this execution.
-
-        Raises:
-            ValueError: `at` or `times` is out of range.
-        """
-        if at is not None and at < 0:
-            raise ValueError(f"at must be at least 0 bytes, got {at}")
+    def truncate(times: int | None = 1, *, execution_id: int | None = None) -> Fault:
+        """Close the connection in the middle of the body of the normal answer."""
 
         async def truncate(request: web.BaseRequest, answer: Answer) -> web.StreamResponse:
             whole = answer()
             body = (whole.text or "").encode()
-            sent = len(body) // 2 if at is None else min(at, len(body) - 1)
             response = web.StreamResponse(status=whole.status, headers=whole.headers)
             response.content_length = len(body)
-            await _send(request, response, [body[:sent]])
+            await _send(request, response, [body[: len(body) // 2]])
             request.protocol.force_close()
             return response
 
@@ -200,13 +185,10 @@ class Fault:
 
     def concerns(self, request: web.BaseRequest) -> bool:
         """Return True if it may affect this request."""
-        if self.post is not None:
+        if self.post is not None or not request.path.endswith(self.path):
             return False
-        if not request.path.endswith(self.path):
-            return False
-        if self.execution_id is None:
-            return True
-        return request.query.get("workflow_version_execution_id") == str(self.execution_id)
+        named = request.query.get("workflow_version_execution_id")
+        return self.execution_id is None or named == str(self.execution_id)
 
     def concerns_post(self, kind: PostKind, execution_id: int) -> bool:
         """Return True if it may affect this webhook or callback."""

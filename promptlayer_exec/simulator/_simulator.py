@@ -44,8 +44,7 @@ class Simulator:
         clock: returns the time in seconds, and never runs backwards; all node durations and the
             rate limit follow it.
         log_requests: whether `requests` keeps every request; `request_count` always counts.
-        on_request: called with each request before it is answered, in the thread that serves; an
-            error that it raises is logged.
+        on_request: called with each request before it is answered, in the thread that serves.
         push_limit_bytes: the size in bytes of the longest completion message that is pushed with
             its output; a longer one says `EXCEEDS_SIZE_LIMIT`. The limit of PromptLayer's own
             server is unknown.
