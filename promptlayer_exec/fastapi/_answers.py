@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import attrs
@@ -20,18 +21,12 @@ _Answer = tuple[bytes, str | None]  # JSON, and the tag that all complete answer
 
 
 @attrs.define(eq=False)
-class _Reading:
-    task: asyncio.Task[_Answer]
-    callers: int = 0
-
-
-@attrs.define(eq=False)
 class Answers:
     """Reads executions, and keeps the latest complete answers, because those do not change."""
 
     _hidden: Collection[str]
     _kept: dict[_Key, _Answer] = attrs.field(init=False, factory=dict)  # oldest first
-    _readings: dict[_Key, _Reading] = attrs.field(init=False, factory=dict)
+    _readings: dict[_Key, asyncio.Task[_Answer]] = attrs.field(init=False, factory=dict)
 
     async def get(self, session: Session, execution_id: int) -> _Answer:
         """Return the nodes of an execution as they are now, and a tag if it is complete."""
@@ -40,17 +35,16 @@ class Answers:
             return kept
         reading = self._readings.get(key)
         if reading is None:
-            task = asyncio.create_task(self._read(key), name="promptlayer_exec.Answer")
-            reading = self._readings[key] = _Reading(task)
-        reading.callers += 1
-        try:
-            await asyncio.wait([reading.task])  # unlike `await`, it does not pass on a cancellation
-        finally:
-            reading.callers -= 1
-            if not reading.callers:
-                reading.task.cancel()
-                del self._readings[key]
-        return reading.task.result()
+            reading = asyncio.create_task(self._read(key), name="promptlayer_exec.Answer")
+            self._readings[key] = reading
+            reading.add_done_callback(partial(self._forget, key))
+        await asyncio.wait([reading])  # unlike `await`, it does not pass on a cancellation
+        return reading.result()
+
+    def _forget(self, key: _Key, reading: asyncio.Task[_Answer]) -> None:
+        del self._readings[key]
+        if not reading.cancelled():
+            reading.exception()  # not to be logged, even if all callers have left
 
     async def _read(self, key: _Key) -> _Answer:
         session, execution_id = key
