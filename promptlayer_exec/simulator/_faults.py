@@ -167,11 +167,7 @@ class Fault:
 
     @staticmethod
     def repeat_post(
-        kind: PostKind,
-        copies: int = 2,
-        times: int | None = 1,
-        *,
-        execution_id: int | None = None,
+        kind: PostKind, copies: int = 2, times: int | None = 1, *, execution_id: int | None = None
     ) -> Fault:
         """Post the same webhook or callback several times."""
         return _post_fault(kind, (0.0,) * copies, times, execution_id)

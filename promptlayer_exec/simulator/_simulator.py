@@ -76,13 +76,7 @@ class Simulator:
         self._posts = Posts(self._faults.take_post, webhook_url, webhook_secret)
         self._completions = Completions(self._backend, centrifugo, self._posts, push_limit_bytes)
         self._api = Api(
-            api_key,
-            clock,
-            self._backend,
-            self._log,
-            centrifugo,
-            self._completions,
-            self._faults,
+            api_key, clock, self._backend, self._log, centrifugo, self._completions, self._faults
         )
         self._server: Server | None = None
         self._thread = ExitStack()

@@ -16,13 +16,7 @@ import attrs
 from sse_starlette import ServerSentEvent
 
 from promptlayer_exec import Node, NodeStatus, NodeTimes, Snapshot
-from promptlayer_exec._integration import (
-    base_url,
-    error_details,
-    error_text,
-    indented,
-    node_dict,
-)
+from promptlayer_exec._integration import base_url, error_details, error_text, indented, node_dict
 from promptlayer_exec.viewer._batches import has_batches
 from promptlayer_exec.viewer._board import Board, Card
 from promptlayer_exec.viewer._problems import Problem
