@@ -14,9 +14,9 @@ from aiohttp import web
 
 from promptlayer_exec.simulator._backend import Backend
 from promptlayer_exec.simulator._centrifugo import Centrifugo
-from promptlayer_exec.simulator._completion import Completions
 from promptlayer_exec.simulator._faults import FaultQueue
 from promptlayer_exec.simulator._log import Log, SimRequest
+from promptlayer_exec.simulator._notifications import Notifications
 from promptlayer_exec.simulator._wire import (
     RequestValidationError,
     check_exclusive,
@@ -65,7 +65,7 @@ class Api:
     _backend: Backend
     _log: Log[SimRequest]
     _centrifugo: Centrifugo
-    _completions: Completions
+    _notifications: Notifications
     faults: FaultQueue
     bucket: TokenBucket | None = attrs.field(default=None, init=False)
     _created_at: float = attrs.field(init=False)
@@ -140,7 +140,7 @@ class Api:
         if version is None:
             return error_response(404, "Workflow version not found")
         execution_id = self._backend.run(workflow, version, body)
-        self._completions.follow(execution_id, workflow, body)
+        self._notifications.follow(execution_id, workflow, body)
         answer = {
             "success": True,
             "message": "Workflow execution created successfully",
