@@ -308,7 +308,4 @@ def _text(text: str) -> str:
 
 
 def _json(value: Any) -> str:
-    try:
-        return json.dumps(value, default=repr)
-    except RecursionError:  # the span must still end
-        return "(nested too deeply to be recorded)"
+    return json.dumps(value, default=repr)

@@ -161,7 +161,6 @@ class _SharedFetch:
         execution_id: the execution's id.
         token: names the watch in Redis; a later watch of the same session has another.
         is_held: whether this watch has the lease, as far as is known here.
-        is_unsure: whether it may have the lease: what Redis did not answer may still be done.
         is_polling: whether a poll is in flight; the lease is not renewed meanwhile.
         is_waiting: whether the watch waits for the answer of another one.
         news: set by hints.
@@ -173,7 +172,6 @@ class _SharedFetch:
     _read: Callable[[Response], NodeMap]
     token: str = attrs.field(init=False, factory=lambda: uuid4().hex)
     is_held: bool = attrs.field(init=False, default=False)
-    is_unsure: bool = attrs.field(init=False, default=False)
     is_polling: bool = attrs.field(init=False, default=False)
     is_waiting: bool = attrs.field(init=False, default=False)
     news: asyncio.Event = attrs.field(init=False, factory=asyncio.Event)
@@ -227,9 +225,7 @@ class _SharedFetch:
         link = self._link
         hint = link.hint("streams", self.execution_id) if streams else ""
         arguments = (self.token, _ms(_LEASE), self._seen, link.channel, hint)
-        self.is_unsure = True
         turn = await link.eval(_TURN, self.execution_id, *arguments)
-        self.is_unsure = False
         self.is_held = self.is_polling = isinstance(turn, str | bytes)
         if self._is_ended:
             link.release(self)
@@ -347,9 +343,9 @@ class _Link:
 
     def release(self, *watches: _SharedFetch) -> None:
         """Let other sessions poll, without waiting for Redis."""
-        held = [watch for watch in watches if watch.is_held or watch.is_unsure]
+        held = [watch for watch in watches if watch.is_held]
         for watch in held:
-            watch.is_held = watch.is_unsure = False
+            watch.is_held = False
         if held:
             self._unreleased.update(held)
             self._spawn(self._release, held)

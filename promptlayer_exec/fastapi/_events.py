@@ -169,11 +169,7 @@ async def _events(
         last = getattr(error, "last_snapshot", None) or sent
         seen = None if last is None else shown_snapshot(last, hidden)
         data = {"execution_id": execution_id, "type": kind, "message": message, "last": seen}
-        try:
-            failure = _event("failure", f"{execution_id}:failure", data)
-        except RecursionError:  # it may be what is nested too deeply
-            failure = _event("failure", f"{execution_id}:failure", data | {"last": None})
-        yield failure
+        yield _event("failure", f"{execution_id}:failure", data)
 
 
 def _reason(execution: Execution) -> dict[str, str]:

@@ -137,21 +137,15 @@ def _accepted(
 
 async def _read_body(request: Request, limit: int) -> bytes:
     """Return the body of a request, unless it is too large or too slow."""
-    if int(request.headers.get("Content-Length", "0")) > limit:
-        raise _too_large(limit)
     body = bytearray()
     try:
         async with asyncio.timeout(_BODY_TIMEOUT):
             async for piece in request.stream():
                 body += piece
                 if len(body) > limit:
-                    raise _too_large(limit)
+                    raise HTTPException(413, f"The body is larger than {limit} bytes.")
     except TimeoutError:
         raise HTTPException(408, f"The body did not arrive in {_BODY_TIMEOUT:g} s.") from None
     except ClientDisconnect:
         raise HTTPException(499, "The client disconnected.") from None
     return bytes(body)
-
-
-def _too_large(limit: int) -> HTTPException:
-    return HTTPException(413, f"The body is larger than {limit} bytes.")

@@ -1,13 +1,17 @@
-"""The server: it connects the protocol with the tools."""
+"""The server: it connects the protocol with the tools, and serves over stdio."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import sys
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, cast
 
+import anyio
 import attrs
+from anyio.to_thread import run_sync
 from mcp import MCPError
 from mcp.server import Server, ServerRequestContext
+from mcp.server.stdio import stdio_server
 from mcp.types import (
     INVALID_PARAMS,
     CallToolRequestParams,
@@ -54,10 +58,34 @@ def create_server(session: Session, *, workflows: Iterable[str] = ()) -> Server[
         TypeError: `workflows` is a single string.
         ValueError: a name is no text, or empty.
     """
-    return make_server(Calls(session, workflows))
+    return _make_server(Calls(session, workflows))
 
 
-def make_server(calls: Calls) -> Server[Any]:
+async def serve_stdio(session: Session, *, workflows: Iterable[str] = ()) -> None:
+    """Serve one MCP client over standard input and output, until it closes them.
+
+    Meanwhile, what anything else prints goes to standard error. At the end, the logger
+    `promptlayer_exec` names the executions that were not complete when they were last seen.
+
+    If it is cancelled, a thread still waits for the next line of standard input. It keeps the
+    process alive unless that ends with `os._exit`, as the command does.
+
+    Args:
+        session: as for `create_server`.
+        workflows: as for `create_server`.
+    """
+    calls = Calls(session, workflows)
+    server = _make_server(calls)
+    try:
+        async with stdio_server(cast("Any", _Lines())) as (given, sent):
+            await server.run(given, sent, server.create_initialization_options())
+    except* (BrokenPipeError, anyio.BrokenResourceError):
+        pass  # the client has gone
+    finally:
+        calls.close()
+
+
+def _make_server(calls: Calls) -> Server[Any]:
     """Return a server with these tools."""
     tasks = Tasks(calls)
     handlers = _Handlers(calls, tasks)
@@ -142,3 +170,11 @@ def _text_of(result: CallToolResult) -> str:
     (content,) = result.content
     assert isinstance(content, TextContent)  # noqa: S101 - as all tools answer
     return content.text
+
+
+class _Lines:
+    """The lines of standard input; the SDK's own reader cannot be cancelled before the next one."""
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        while line := await run_sync(sys.stdin.buffer.readline, abandon_on_cancel=True):
+            yield line.decode("utf-8", "replace")

@@ -679,19 +679,6 @@ async def test_values_that_browsers_cannot_parse_are_replaced(
     assert read_events(events.text)[0][2]["nodes"]["Answer \ufffd"]["value"] == readable
 
 
-async def test_a_deeply_nested_value_does_not_hang_the_client(
-    sim: Simulator, session: Session
-) -> None:
-    """The stream has a last event."""
-    value: Any = None
-    for _ in range(900):
-        value = [value]
-    execution_id = sim.add_execution(Scenario([SimNode("Answer", value)]))
-    async with connect(make_app(session)) as client:
-        response = await client.get(f"/executions/{execution_id}/events")
-    assert read_events(response.text)[-1][1] in {"complete", "failure"}
-
-
 def test_the_router_has_an_openapi_description(session: Session) -> None:
     """Every answer has a schema, which has the fields of a node that are shown, and no other."""
     app = make_app(
