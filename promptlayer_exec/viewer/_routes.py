@@ -212,10 +212,8 @@ def add_history_routes(app: FastAPI, history: History) -> None:
         offset: _Offset = 0,
     ) -> Response:
         since = time.time() - 86400 * days if days > 0 else 0.0
-        found = await history.search(
-            search, outcome=outcome, workflow=workflow, since=since, offset=offset
-        )
-        return _json(found)
+        filters = {"outcome": outcome, "workflow": workflow, "since": since, "offset": offset}
+        return _json(await history.search(search, **filters))
 
     @app.get("/api/history/trends")
     async def get_trends() -> Response:
