@@ -85,18 +85,18 @@ class Calls:
     # Executions that were not complete when last seen, the latest last, with what started them.
     running: OrderedDict[int, str | None] = attrs.field(init=False, factory=OrderedDict)
     _common_tools: list[Tool] = attrs.field(init=False)
-    _run_tools: Mapping[str, str] = attrs.field(init=False)
+    run_tools: Mapping[str, str] = attrs.field(init=False)  # the workflow of each tool `run_...`
     _inputs: dict[str, Mapping[str, str]] = attrs.field(init=False, factory=dict)
 
     def __attrs_post_init__(self) -> None:
         self._common_tools = common_tools(self.allowed)
-        self._run_tools = run_tool_names(self.allowed)
+        self.run_tools = run_tool_names(self.allowed)
 
     async def tools(self) -> list[Tool]:
         """Return the tools, with the inputs of the named workflows as far as they are available."""
-        names = self._run_tools.values()
+        names = self.run_tools.values()
         definitions = await asyncio.gather(*(self._definition(StartRequest(it)) for it in names))
-        named = zip(self._run_tools.items(), definitions, strict=True)
+        named = zip(self.run_tools.items(), definitions, strict=True)
         return [
             *self._common_tools,
             *(run_tool(tool, workflow, definition) for (tool, workflow), definition in named),
@@ -116,30 +116,18 @@ class Calls:
         self._inputs[str(name)] = workflow.required_inputs or {}
         return workflow
 
-    def names(self) -> tuple[str, ...]:
-        """Return the names of the tools."""
-        return *_CALLS, *self._run_tools
-
-    def is_run(self, tool: str) -> bool:
-        """Return whether a tool runs a named workflow to its end."""
-        return tool in self._run_tools
-
     async def call(self, tool: str, arguments: Mapping[str, Any], report: Report) -> CallToolResult:
         """Call a tool; what is wrong with the call or with the server is a result, too."""
         try:
-            if tool in self._run_tools:
+            if tool in self.run_tools:
                 return await self._run(tool, arguments, report)
             (schema,) = (it.input_schema for it in self._common_tools if it.name == tool)
-            return await _CALLS[tool](self, read.check(arguments, schema), report)
+            return await CALLS[tool](self, read.check(arguments, schema), report)
         except (Refused, PromptLayerExecError) as error:
             return error_result(error)
 
     async def start_run(self, tool: str, arguments: Mapping[str, Any]) -> Execution:
-        """Start the run of a tool `run_...`.
-
-        Raises:
-            Refused: the arguments are wrong, or the start failed.
-        """
+        """Start the run of a tool `run_...`."""
         execution, _ = await self._start(self._run_request(tool, arguments)[0])
         return execution
 
@@ -147,10 +135,6 @@ class Calls:
         """Read an execution, and record whether it is running."""
         execution = self.session.execution(execution_id)
         return execution, self._seen(await execution.snapshot())
-
-    async def result(self, execution: Execution, snapshot: Snapshot) -> CallToolResult:
-        """Return the state of an execution, as a wait for it returns it."""
-        return tool_result(await self._fields(execution, snapshot))
 
     def close(self) -> None:
         """Log which runs go on, as nothing here can be called any more."""
@@ -225,7 +209,7 @@ class Calls:
         start, length = arguments.get("start", 0), arguments.get("length")
         execution, snapshot = await self.read(execution_id)
         if node is None:
-            return tool_result(await self._fields(execution, snapshot, start, length))
+            return tool_result(await self.fields(execution, snapshot, start, length))
         found = {clean(name): it for name, it in snapshot.nodes.items()}.get(node)
         if found is None:
             few = names_of(snapshot.nodes.values())
@@ -239,7 +223,7 @@ class Calls:
         The inputs are arguments themselves. If they are in `inputs`, the others are those of
         `start_workflow`.
         """
-        name = self._run_tools[tool]
+        name = self.run_tools[tool]
         required = self._inputs.get(name, {})
         if "inputs" in arguments and "inputs" not in required:
             options = read.check(arguments, RUN)
@@ -337,9 +321,9 @@ class Calls:
             message += f" execution_id '{execution.id}' to go on waiting; do not start it again."
             return execution_fields(snapshot, message, timed_out=True)
         assert snapshot is not None  # noqa: S101 - a stream ends with a snapshot or an error
-        return await self._fields(execution, snapshot)
+        return await self.fields(execution, snapshot)
 
-    async def _fields(
+    async def fields(
         self, execution: Execution, snapshot: Snapshot, start: int = 0, length: int | None = None
     ) -> dict[str, Any]:
         """Return the state of an execution, with its output, or a range of it."""
@@ -374,7 +358,7 @@ class Calls:
             self.running.popitem(last=False)
 
 
-_CALLS: Mapping[str, Callable[[Calls, Mapping[str, Any], Report], Awaitable[CallToolResult]]] = {
+CALLS: Mapping[str, Callable[[Calls, Mapping[str, Any], Report], Awaitable[CallToolResult]]] = {
     "list_workflows": Calls.list_workflows,
     "describe_workflow": Calls.describe_workflow,
     "start_workflow": Calls.start_workflow,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import AsyncIterator, Iterable
 from typing import Any, cast
@@ -15,7 +16,6 @@ from mcp.server.stdio import stdio_server
 from mcp.types import (
     INVALID_PARAMS,
     CallToolRequestParams,
-    CallToolResult,
     ListResourcesResult,
     ListResourceTemplatesResult,
     ListToolsResult,
@@ -24,13 +24,12 @@ from mcp.types import (
     ReadResourceResult,
     Resource,
     ResourceTemplate,
-    TextContent,
     TextResourceContents,
 )
 
 from promptlayer_exec import PromptLayerExecError, Session, __version__
 from promptlayer_exec.mcp._arguments import Refused, parse_id, shown
-from promptlayer_exec.mcp._calls import Calls
+from promptlayer_exec.mcp._calls import CALLS, Calls
 from promptlayer_exec.mcp._results import error_result, error_text
 from promptlayer_exec.mcp._tasks import Tasks, declares_tasks
 from promptlayer_exec.mcp._tools import INSTRUCTIONS
@@ -116,10 +115,11 @@ class _Handlers:
 
     async def call_tool(self, ctx: _Context, params: CallToolRequestParams) -> Any:
         calls, arguments = self._calls, params.arguments or {}
-        if params.name not in (known := calls.names()):
+        known = [*CALLS, *calls.run_tools]
+        if params.name not in known:
             what = f"there is no tool {shown(params.name)}; the tools are: {', '.join(known)}"
             raise MCPError(INVALID_PARAMS, what)
-        if not (calls.is_run(params.name) and declares_tasks(ctx)):
+        if not (params.name in calls.run_tools and declares_tasks(ctx)):
             return await calls.call(params.name, arguments, ctx.session.report_progress)
         try:
             execution = await calls.start_run(params.name, arguments)
@@ -159,17 +159,12 @@ class _Handlers:
             what = f"there is no resource {shown(uri)}: an execution is {_SCHEME}{{id}}"
             raise MCPError(INVALID_PARAMS, what)
         try:
-            result = await self._calls.result(*await self._calls.read(execution_id))
+            fields = await self._calls.fields(*await self._calls.read(execution_id))
         except PromptLayerExecError as error:
             raise MCPError(INVALID_PARAMS, error_text(error)) from error
-        contents = TextResourceContents(uri=uri, mime_type=_JSON, text=_text_of(result))
+        text = json.dumps(fields, ensure_ascii=False)
+        contents = TextResourceContents(uri=uri, mime_type=_JSON, text=text)
         return ReadResourceResult(contents=[contents])
-
-
-def _text_of(result: CallToolResult) -> str:
-    (content,) = result.content
-    assert isinstance(content, TextContent)  # noqa: S101 - as all tools answer
-    return content.text
 
 
 class _Lines:

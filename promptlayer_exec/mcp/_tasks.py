@@ -24,7 +24,7 @@ from mcp.types.version import MODERN_PROTOCOL_VERSIONS
 from promptlayer_exec import Execution, NotFound, PromptLayerExecError, Snapshot
 from promptlayer_exec.mcp._arguments import parse_id
 from promptlayer_exec.mcp._calls import Calls
-from promptlayer_exec.mcp._results import error_text, state_text
+from promptlayer_exec.mcp._results import error_text, state_text, tool_result
 from promptlayer_exec.mcp._values import clip
 
 EXTENSION = "io.modelcontextprotocol/tasks"
@@ -66,7 +66,7 @@ class Tasks:
         execution, snapshot = await self._read(ctx, params)
         if not snapshot.complete:
             return _task(execution.id, "working", state_text(snapshot))
-        answer = await self._calls.result(execution, snapshot)
+        answer = tool_result(await self._calls.fields(execution, snapshot))
         result = answer.model_dump(by_alias=True, mode="json", exclude_none=True)
         return _task(execution.id, "completed", state_text(snapshot), result=result)
 

@@ -21,7 +21,7 @@ class NoDefinition(Exception):
 
 
 class Definitions:
-    """Reads definitions of workflows, and keeps each for a minute."""
+    """Reads definitions of workflows, and keeps each for a minute; else raises `NoDefinition`."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -30,21 +30,13 @@ class Definitions:
     async def get(
         self, workflow: str, label: str | None = None, version: int | None = None
     ) -> Workflow:
-        """Return a definition: that of a label or version, or the latest one.
-
-        Raises:
-            NoDefinition: the server did not send it within 5 s.
-        """
+        """Return a definition: that of a label or version, or the latest one."""
         read = partial(self._session.workflow, workflow, label=label, version=version)
         found: Workflow = await self._read((workflow, label, version), read, _PATIENCE)
         return found
 
     async def summaries(self) -> list[WorkflowSummary]:
-        """Return the workflows that can be started, the latest changed first.
-
-        Raises:
-            NoDefinition: the server did not send them within 20 s.
-        """
+        """Return the workflows that can be started, the latest changed first."""
 
         async def read() -> list[WorkflowSummary]:
             summaries = self._session.workflows(sort_by="updated_at", sort_order="desc")

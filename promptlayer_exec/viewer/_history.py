@@ -97,7 +97,10 @@ class History:
         return await self._call(self._read_one, "key", key)
 
     async def search(self, text: str = "", **filters: Any) -> dict[str, Any]:
-        """Return a page of executions, the newest first, and how many there are by outcome."""
+        """Return a page of executions, the newest first, and how many there are by outcome.
+
+        The filters are `outcome`, `workflow`, `since` in seconds since 1970, and `offset`.
+        """
         return await self._call(self._search, text, **filters)
 
     async def trends(self) -> list[dict[str, Any]]:
