@@ -155,26 +155,18 @@ class RedisBackplane:
 
 @attrs.define(eq=False)
 class _SharedFetch:
-    """Takes the answers that another session polls, or polls and shares its own.
-
-    Attributes:
-        execution_id: the execution's id.
-        token: names the watch in Redis; a later watch of the same session has another.
-        is_held: whether this watch has the lease, as far as is known here.
-        is_polling: whether a poll is in flight; the lease is not renewed meanwhile.
-        is_waiting: whether the watch waits for the answer of another one.
-        news: set by hints.
-    """
+    """Takes the answers that another session polls, or polls and shares its own."""
 
     _link: _Link
     execution_id: int
     _fetch: Fetch
     _read: Callable[[Response], NodeMap]
+    # Names the watch in Redis; a later watch of the same session has another.
     token: str = attrs.field(init=False, factory=lambda: uuid4().hex)
-    is_held: bool = attrs.field(init=False, default=False)
-    is_polling: bool = attrs.field(init=False, default=False)
-    is_waiting: bool = attrs.field(init=False, default=False)
-    news: asyncio.Event = attrs.field(init=False, factory=asyncio.Event)
+    is_held: bool = attrs.field(init=False, default=False)  # the lease, as far as is known here
+    is_polling: bool = attrs.field(init=False, default=False)  # and the lease is not renewed
+    is_waiting: bool = attrs.field(init=False, default=False)  # for the answer of another watch
+    news: asyncio.Event = attrs.field(init=False, factory=asyncio.Event)  # set by hints
     _seen: str = attrs.field(init=False, default="")  # the version of the latest answer
     _is_alone: bool = attrs.field(init=False, default=False)
     _is_ended: bool = attrs.field(init=False, default=False)
@@ -250,15 +242,11 @@ class _SharedFetch:
 
 @attrs.define(eq=False)
 class _Link:
-    """The connection of an open session to Redis.
-
-    Attributes:
-        channel: the channel of all hints; the keys begin with its name, too.
-    """
+    """The connection of an open session to Redis."""
 
     _redis: Redis
     _owns_redis: bool
-    channel: str
+    channel: str  # of all hints; the keys begin with its name, too
     _client: Client
     _id: str = attrs.field(init=False, factory=lambda: uuid4().hex[:8])
     _is_up: bool = attrs.field(init=False, default=True)

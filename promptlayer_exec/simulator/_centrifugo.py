@@ -75,22 +75,18 @@ class _Connection:
 
     async def execute_commands(self) -> None:
         async for message in self.socket:
-            for line in message.data.strip().split("\n"):
-                await self._execute(line)
-
-    async def _execute(self, line: str) -> None:
-        command: Any
-        try:
-            command = json.loads(line)
-        except (ValueError, RecursionError):
-            command = None
-        match command:
-            case {"id": int(number), **request} if number > 0:
-                await self.socket.send_str(encode({"id": number, **self._answer(request)}))
-            case dict() if not command:
-                pass  # a pong, which some clients send unasked
-            case _:
-                raise _Disconnect(3501, "bad request")
+            try:
+                commands = [json.loads(line) for line in message.data.strip().split("\n")]
+            except (ValueError, RecursionError):
+                raise _Disconnect(3501, "bad request") from None
+            for command in commands:
+                match command:
+                    case {"id": int(number), **request} if number > 0:
+                        await self.socket.send_str(encode({"id": number, **self._answer(request)}))
+                    case dict() if not command:
+                        pass  # a pong, which some clients send unasked
+                    case _:
+                        raise _Disconnect(3501, "bad request")
 
     def _answer(self, request: dict[Any, Any]) -> dict[str, Any]:
         match request:
