@@ -253,7 +253,6 @@ class _Link:
     _pause: float = attrs.field(init=False, default=_PAUSE)
     _slots: asyncio.Semaphore = attrs.field(init=False, factory=partial(asyncio.Semaphore, 8))
     _watches: dict[int, _SharedFetch] = attrs.field(init=False, factory=dict)
-    _unreleased: set[_SharedFetch] = attrs.field(init=False, factory=set)
 
     def __attrs_post_init__(self) -> None:
         self._spawn(self._listen)
@@ -308,13 +307,11 @@ class _Link:
                 self._client.callbacks.receive(token, int(execution_id), shared=True)
 
     async def aclose(self) -> None:
-        self.release(*self._watches.values())
-        try:
+        held = [watch for watch in self._watches.values() if watch.is_held]
+        with suppress(RedisError, OSError):  # the leases run out
             async with asyncio.timeout(_COMMAND / 2):
-                if self._is_up and self._unreleased:
-                    await self._extend(self._unreleased, 0)
-        except (RedisError, OSError):
-            pass  # the leases run out
+                if self._is_up and held:
+                    await self._extend(held, 0)
         if self._owns_redis:
             await self._redis.aclose()
 
@@ -324,10 +321,11 @@ class _Link:
         return f"{kind} {subject} {detail} {self._id}"
 
     def end(self, watch: _SharedFetch) -> None:
-        """Forget a watch that has ended."""
-        if self._watches.get(watch.execution_id) is watch:
-            del self._watches[watch.execution_id]
-        self.release(watch)
+        """Forget a watch that has ended; when the session closes, `aclose` does that for all."""
+        if not self._client.lifetime.is_closing():
+            if self._watches.get(watch.execution_id) is watch:
+                del self._watches[watch.execution_id]
+            self.release(watch)
 
     def release(self, *watches: _SharedFetch) -> None:
         """Let other sessions poll, without waiting for Redis."""
@@ -335,7 +333,6 @@ class _Link:
         for watch in held:
             watch.is_held = False
         if held:
-            self._unreleased.update(held)
             self._spawn(self._release, held)
 
     async def _release(self, watches: list[_SharedFetch]) -> None:
@@ -343,7 +340,6 @@ class _Link:
         with suppress(RedisError, OSError):
             async with asyncio.timeout(_COMMAND):
                 await self._extend(watches, 0)
-                self._unreleased.difference_update(watches)
 
     async def _extend(self, watches: Iterable[_SharedFetch], seconds: float) -> list[Any]:
         """Keep the leases of watches for so many seconds more, in one round trip."""
@@ -437,7 +433,6 @@ class _Link:
                 arguments = (self._id, _ms(_COMMAND), "", self.channel, "")
                 probe = partial(self.eval, _TURN, f"probe-{self._id}", *arguments)
                 if await self._try(probe, is_probe=True) is not None:
-                    await self._release([*self._unreleased])
                     self._is_up = True
                     _logger.info("Redis can be used again; this session shares its polls")
                     self.find_callbacks()
