@@ -46,9 +46,8 @@ _RENEWAL = 3.0
 _LOOK = 5.0
 # Seconds for one command, and between two signs of life of Redis.
 _COMMAND = 1.0
-# Seconds until Redis is tried again: doubling between these.
+# Seconds until Redis is tried again.
 _PAUSE = 1.0
-_LONGEST_PAUSE = 5.0
 # Larger answers are not shared.
 _MOST_BYTES = 1024 * 1024
 # Seconds for which answers are kept: complete ones, and others after the last sign of life.
@@ -250,7 +249,6 @@ class _Link:
     _client: Client
     _id: str = attrs.field(init=False, factory=lambda: uuid4().hex[:8])
     _is_up: bool = attrs.field(init=False, default=True)
-    _pause: float = attrs.field(init=False, default=_PAUSE)
     _slots: asyncio.Semaphore = attrs.field(init=False, factory=partial(asyncio.Semaphore, 8))
     _watches: dict[int, _SharedFetch] = attrs.field(init=False, factory=dict)
 
@@ -420,15 +418,13 @@ class _Link:
     async def _keep(self) -> None:
         """Renew the leases, and try Redis again while it is away."""
         while not self._client.lifetime.is_closing():
-            await asyncio.sleep(_RENEWAL if self._is_up else self._pause)
+            await asyncio.sleep(_RENEWAL if self._is_up else _PAUSE)
             with suppress(_Away):
                 if self._is_up:
-                    self._pause = _PAUSE
                     held = [it for it in self._watches.values() if it.is_held and not it.is_polling]
                     for start in range(0, len(held), 100):  # each with a command's time
                         await self.run(self._extend, held[start : start + 100], _LEASE)
                     continue
-                self._pause = min(2 * self._pause, _LONGEST_PAUSE)
                 # A real write: a Redis that is full answers everything else.
                 arguments = (self._id, _ms(_COMMAND), "", self.channel, "")
                 probe = partial(self.eval, _TURN, f"probe-{self._id}", *arguments)

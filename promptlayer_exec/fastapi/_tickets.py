@@ -36,9 +36,6 @@ class Tickets:
             check_secret(secret), _SALT, signer_kwargs={"digest_method": hashlib.sha256}
         )
 
-    def __repr__(self) -> str:
-        return f"Tickets(lifetime={self._lifetime:g})"
-
     def issue(self, execution: Execution) -> str:
         """Return a new ticket for an execution.
 

@@ -10,22 +10,9 @@ from typing import Any, cast
 import anyio
 import attrs
 from anyio.to_thread import run_sync
-from mcp import MCPError
+from mcp import MCPError, types
 from mcp.server import Server, ServerRequestContext
 from mcp.server.stdio import stdio_server
-from mcp.types import (
-    INVALID_PARAMS,
-    CallToolRequestParams,
-    ListResourcesResult,
-    ListResourceTemplatesResult,
-    ListToolsResult,
-    PaginatedRequestParams,
-    ReadResourceRequestParams,
-    ReadResourceResult,
-    Resource,
-    ResourceTemplate,
-    TextResourceContents,
-)
 
 from promptlayer_exec import PromptLayerExecError, Session, __version__
 from promptlayer_exec.mcp._arguments import Refused, parse_id, shown
@@ -37,7 +24,7 @@ from promptlayer_exec.mcp._tools import INSTRUCTIONS
 _SCHEME = "execution://"
 _JSON = "application/json"
 _Context = ServerRequestContext[Any]
-_Page = PaginatedRequestParams | None
+_Page = types.PaginatedRequestParams | None
 
 
 def create_server(session: Session, *, workflows: Iterable[str] = ()) -> Server[Any]:
@@ -110,15 +97,15 @@ class _Handlers:
     _calls: Calls
     _tasks: Tasks
 
-    async def list_tools(self, _ctx: _Context, _params: _Page) -> ListToolsResult:
-        return ListToolsResult(tools=await self._calls.tools())
+    async def list_tools(self, _ctx: _Context, _params: _Page) -> types.ListToolsResult:
+        return types.ListToolsResult(tools=await self._calls.tools())
 
-    async def call_tool(self, ctx: _Context, params: CallToolRequestParams) -> Any:
+    async def call_tool(self, ctx: _Context, params: types.CallToolRequestParams) -> Any:
         calls, arguments = self._calls, params.arguments or {}
         known = [*CALLS, *calls.run_tools]
         if params.name not in known:
             what = f"there is no tool {shown(params.name)}; the tools are: {', '.join(known)}"
-            raise MCPError(INVALID_PARAMS, what)
+            raise MCPError(types.INVALID_PARAMS, what)
         if not (params.name in calls.run_tools and declares_tasks(ctx)):
             return await calls.call(params.name, arguments, ctx.session.report_progress)
         try:
@@ -127,10 +114,10 @@ class _Handlers:
             return error_result(error)
         return self._tasks.created(execution)
 
-    async def list_resources(self, _ctx: _Context, _params: _Page) -> ListResourcesResult:
-        return ListResourcesResult(
+    async def list_resources(self, _ctx: _Context, _params: _Page) -> types.ListResourcesResult:
+        return types.ListResourcesResult(
             resources=[
-                Resource(
+                types.Resource(
                     uri=f"{_SCHEME}{execution_id}",
                     name=f"execution {execution_id}",
                     description=None if workflow is None else f"A run of {workflow!r:.100}",
@@ -140,31 +127,33 @@ class _Handlers:
             ]
         )
 
-    async def list_templates(self, _ctx: _Context, _params: _Page) -> ListResourceTemplatesResult:
-        template = ResourceTemplate(
+    async def list_templates(
+        self, _ctx: _Context, _params: _Page
+    ) -> types.ListResourceTemplatesResult:
+        template = types.ResourceTemplate(
             uri_template=f"{_SCHEME}{{id}}",
             name="execution",
             title="An execution",
             description="An execution as it is now: its nodes, and its output if it is complete.",
             mime_type=_JSON,
         )
-        return ListResourceTemplatesResult(resource_templates=[template])
+        return types.ListResourceTemplatesResult(resource_templates=[template])
 
     async def read_resource(
-        self, _ctx: _Context, params: ReadResourceRequestParams
-    ) -> ReadResourceResult:
+        self, _ctx: _Context, params: types.ReadResourceRequestParams
+    ) -> types.ReadResourceResult:
         uri = str(params.uri)
         execution_id = parse_id(uri.removeprefix(_SCHEME)) if uri.startswith(_SCHEME) else None
         if execution_id is None:
             what = f"there is no resource {shown(uri)}: an execution is {_SCHEME}{{id}}"
-            raise MCPError(INVALID_PARAMS, what)
+            raise MCPError(types.INVALID_PARAMS, what)
         try:
             fields = await self._calls.fields(*await self._calls.read(execution_id))
         except PromptLayerExecError as error:
-            raise MCPError(INVALID_PARAMS, error_text(error)) from error
+            raise MCPError(types.INVALID_PARAMS, error_text(error)) from error
         text = json.dumps(fields, ensure_ascii=False)
-        contents = TextResourceContents(uri=uri, mime_type=_JSON, text=text)
-        return ReadResourceResult(contents=[contents])
+        contents = types.TextResourceContents(uri=uri, mime_type=_JSON, text=text)
+        return types.ReadResourceResult(contents=[contents])
 
 
 class _Lines:

@@ -9,16 +9,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 import attrs
-from mcp import MCPError
+from mcp import MCPError, types
 from mcp.server import Server, ServerRequestContext
 from mcp.server.mcpserver import require_client_extension
-from mcp.types import (
-    INTERNAL_ERROR,
-    INVALID_PARAMS,
-    METHOD_NOT_FOUND,
-    ClientCapabilities,
-    RequestParams,
-)
 from mcp.types.version import MODERN_PROTOCOL_VERSIONS
 
 from promptlayer_exec import Execution, NotFound, PromptLayerExecError, Snapshot
@@ -28,12 +21,12 @@ from promptlayer_exec.mcp._results import error_text, state_text, tool_result
 from promptlayer_exec.mcp._values import clip
 
 EXTENSION = "io.modelcontextprotocol/tasks"
-_CAPABILITIES = ClientCapabilities(extensions={EXTENSION: {}})
+_CAPABILITIES = types.ClientCapabilities(extensions={EXTENSION: {}})
 _POLL_INTERVAL_MS = 2_000
 _GOES_ON = "PromptLayer cannot cancel a run: it goes on, and is paid for."
 
 
-class TaskParams(RequestParams):
+class TaskParams(types.RequestParams):
     """The parameters of the methods on tasks."""
 
     task_id: str
@@ -82,15 +75,15 @@ class Tasks:
         self, ctx: ServerRequestContext[Any], params: TaskParams
     ) -> tuple[Execution, Snapshot]:
         if ctx.protocol_version not in MODERN_PROTOCOL_VERSIONS:
-            raise MCPError(METHOD_NOT_FOUND, "Method not found", ctx.method)
+            raise MCPError(types.METHOD_NOT_FOUND, "Method not found", ctx.method)
         require_client_extension(ctx, EXTENSION)
         execution_id = parse_id(params.task_id)
         if execution_id is None:
-            raise MCPError(INVALID_PARAMS, f"there is no task {clip(params.task_id, 80)!r}")
+            raise MCPError(types.INVALID_PARAMS, f"there is no task {clip(params.task_id, 80)!r}")
         try:
             return await self._calls.read(execution_id)
         except PromptLayerExecError as error:
-            code = INVALID_PARAMS if isinstance(error, NotFound) else INTERNAL_ERROR
+            code = types.INVALID_PARAMS if isinstance(error, NotFound) else types.INTERNAL_ERROR
             raise MCPError(code, error_text(error)) from error
 
 

@@ -19,7 +19,6 @@ from promptlayer_exec.simulator._log import Log, SimRequest
 from promptlayer_exec.simulator._notifications import Notifications
 from promptlayer_exec.simulator._wire import (
     RequestValidationError,
-    check_exclusive,
     encode,
     error_response,
     json_response,
@@ -117,7 +116,9 @@ class Api:
         workflow = self._backend.find_workflow(id_or_name)
         query = dict(request.query.items())
         label, number = query.get("label"), parse_integer(query, "version", range(1, 2**63))
-        check_exclusive(label, number)
+        if label is not None and number is not None:
+            message = "label and version are mutually exclusive"
+            raise RequestValidationError(message, "value_error", "query", "label")
         version = None if workflow is None else workflow.select(label, number)
         if workflow is None or version is None:
             return error_response(404, "Workflow not found")

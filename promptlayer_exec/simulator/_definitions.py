@@ -86,7 +86,7 @@ class Workflow:
             "created_at": version.created_at.isoformat(),
             "nodes": [
                 {
-                    "id": self._uuid(version, node.name),
+                    "id": str(uuid.uuid4()),
                     "workflow_version_id": version.id,
                     "name": node.name,
                     "node_type": node.node_type,
@@ -98,7 +98,7 @@ class Workflow:
             ],
             "edges": [
                 {
-                    "id": self._uuid(version, before, node.name),
+                    "id": str(uuid.uuid4()),
                     "source_node_name": before,
                     "target_node_name": node.name,
                     "is_and": True,
@@ -120,10 +120,6 @@ class Workflow:
         if version.inputs is not None:
             description["required_input_variables"] = dict(version.inputs)
         return description
-
-    def _uuid(self, version: Version, *names: str) -> str:
-        text = "\0".join(map(ascii, (self.id, version.number, *names)))
-        return str(uuid.uuid5(uuid.NAMESPACE_OID, text))
 
     def summarize(self) -> dict[str, Any]:
         return {
@@ -162,7 +158,7 @@ def list_workflows(workflows: Iterable[Workflow], query: Mapping[str, str]) -> d
     meant = (it for it in workflows if source is None or it.external_ids.get(source) == external_id)
     found = sorted(meant, key=_SORT_KEYS[sort_by], reverse=descending)
     pages = math.ceil(len(found) / size)
-    page: dict[str, Any] = {
+    return {
         "items": [workflow.summarize() for workflow in found[(number - 1) * size : number * size]],
         "page": number,
         "per_page": size,
@@ -170,12 +166,9 @@ def list_workflows(workflows: Iterable[Workflow], query: Mapping[str, str]) -> d
         "pages": pages,
         "has_next": number < pages,
         "has_prev": number > 1,
+        "next_num": number + 1 if number < pages else None,
+        "prev_num": number - 1 if number > 1 else None,
     }
-    if number < pages:
-        page["next_num"] = number + 1
-    if number > 1:
-        page["prev_num"] = number - 1
-    return page
 
 
 def _one_of(query: Mapping[str, str], name: str, known: Iterable[str], default: str) -> str:

@@ -59,15 +59,11 @@ class Fault:
         headers: Mapping[str, str] | None = None,
         execution_id: int | None = None,
     ) -> Fault:
-        """Answer with a status, and optionally an exact body.
+        """Answer with a status from 200 to 599.
 
-        Args:
-            code: the HTTP status, 200 to 599.
-            times: how many requests it affects; None for all.
-            retry_after: seconds for a Retry-After header, or its text.
-            body: the exact body; by default the server's error object, or nothing below 400.
-            headers: further headers; the content type is JSON unless they change it.
-            execution_id: affects only requests for the results of this execution.
+        The body is `body`, or else the server's error object, and nothing below 400. `retry_after`
+        is in seconds, or the text of the header. The content type is JSON unless `headers` says
+        otherwise.
 
         Raises:
             ValueError: `code` or `times` is out of range.

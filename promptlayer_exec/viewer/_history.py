@@ -40,9 +40,10 @@ CREATE TABLE IF NOT EXISTS executions (
 );
 CREATE INDEX IF NOT EXISTS executions_by_time ON executions (server, began DESC);
 """
+# The id is text because JavaScript rounds numbers beyond 2**53.
 _SHOWN = (
-    "key, execution_id, workflow, label, version, metadata, outcome, began, is_started, duration,"
-    " nodes"
+    "key, CAST(execution_id AS TEXT) AS execution_id, workflow, label, version, metadata, outcome,"
+    " began, is_started, duration, nodes"
 )
 _TEXTS = ("workflow", "CAST(execution_id AS TEXT)", "inputs", "problem", "label")
 _OUTCOMES = ("running", "succeeded", "failed", "lost", "unknown")
@@ -234,7 +235,7 @@ class History:
             [*values, PAGE_SIZE, offset],
         ).fetchall()
         matching = counts[outcome] if outcome in counts else sum(counts.values())
-        return {"entries": [_view(row) for row in rows], "counts": counts, "matching": matching}
+        return {"entries": [dict(row) for row in rows], "counts": counts, "matching": matching}
 
     def _read_trends(self) -> list[dict[str, Any]]:
         rows = self._connect().execute(
@@ -270,10 +271,3 @@ def _storable(fields: dict[str, Any]) -> dict[str, Any]:
         else value
         for name, value in fields.items()
     }
-
-
-def _view(row: sqlite3.Row) -> dict[str, Any]:
-    view = dict(row)
-    if view["execution_id"] is not None:
-        view["execution_id"] = str(view["execution_id"])  # JavaScript rounds beyond 2**53
-    return view
