@@ -47,8 +47,7 @@ def _names(workflows: Iterable[Any]) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(workflows))
     for name in names:
         if not isinstance(name, str) or not name:
-            what = f"workflows must be names or ids of workflows, as text; got {name!r:.100}"
-            raise ValueError(what)
+            raise ValueError(f"workflows must be names or ids, as text; got {name!r:.100}")
     return names
 
 

@@ -217,13 +217,7 @@ class FaultQueue:
         with self._lock:
             self._pending.clear()
 
-    def take(self, request: web.BaseRequest) -> Fault | None:
-        return self._take(lambda fault: fault.concerns(request))
-
-    def take_post(self, kind: PostKind, execution_id: int) -> Fault | None:
-        return self._take(lambda fault: fault.concerns_post(kind, execution_id))
-
-    def _take(self, concerns: Callable[[Fault], bool]) -> Fault | None:
+    def take(self, concerns: Callable[[Fault], bool]) -> Fault | None:
         with self._lock:
             for index, fault in enumerate(self._pending):
                 if concerns(fault):

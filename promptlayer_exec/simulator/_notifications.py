@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from promptlayer_exec.simulator._backend import Backend
 from promptlayer_exec.simulator._centrifugo import Centrifugo
 from promptlayer_exec.simulator._definitions import Workflow
 from promptlayer_exec.simulator._execution import Results
-from promptlayer_exec.simulator._faults import Fault, PostKind
+from promptlayer_exec.simulator._faults import FaultQueue, PostKind
 from promptlayer_exec.simulator._log import Log
 from promptlayer_exec.simulator._wire import JSON_TYPE, encode
 
@@ -61,7 +61,7 @@ class Notifications:
 
     _backend: Backend
     _centrifugo: Centrifugo
-    _take_fault: Callable[[PostKind, int], Fault | None]
+    _faults: FaultQueue
     _push_limit_bytes: int
     webhook_url: str | None
     _webhook_secret: str
@@ -71,7 +71,7 @@ class Notifications:
     def follow(self, execution_id: int, workflow: Workflow, body: Mapping[str, Any]) -> None:
         """Notify of a run's completion."""
         task = asyncio.create_task(
-            self._notify(execution_id, workflow, body, self.webhook_url),
+            self._notify(execution_id, workflow, body),
             name=f"simulator run {execution_id}",
         )
         self._tasks.add(task)
@@ -83,13 +83,8 @@ class Notifications:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _notify(
-        self,
-        execution_id: int,
-        workflow: Workflow,
-        body: Mapping[str, Any],
-        webhook_url: str | None,
-    ) -> None:
+    async def _notify(self, execution_id: int, workflow: Workflow, body: Mapping[str, Any]) -> None:
+        webhook_url = self.webhook_url  # of now: to set it concerns later runs
         try:
             results = await self._wait_until_complete(execution_id)
         except Exception:
@@ -155,7 +150,7 @@ class Notifications:
         self, kind: PostKind, execution_id: int, url: str, headers: dict[str, str], text: str
     ) -> None:
         body = text.encode()
-        fault = self._take_fault(kind, execution_id)
+        fault = self._faults.take(lambda fault: fault.concerns_post(kind, execution_id))
         for delay in (0.0,) if fault is None else fault.delays:
             await asyncio.sleep(delay)
             status = None

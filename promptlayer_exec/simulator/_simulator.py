@@ -77,7 +77,7 @@ class Simulator:
         self._notifications = Notifications(
             self._backend,
             centrifugo,
-            self._faults.take_post,
+            self._faults,
             push_limit_bytes,
             webhook_url,
             webhook_secret,
