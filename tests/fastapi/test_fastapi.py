@@ -8,7 +8,6 @@ import math
 import re
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -342,14 +341,6 @@ async def test_an_impossible_id_is_refused(
     assert sim.request_count == 0
 
 
-async def test_the_largest_id_is_not_rounded(sim: Simulator, session: Session) -> None:
-    """It is sent as a string."""
-    execution_id = sim.add_execution(Scenario([SimNode("Answer")]), execution_id=2**63 - 1)
-    async with connect(make_app(session)) as client:
-        response = await client.get(f"/executions/{execution_id}")
-    assert response.json()["execution_id"] == "9223372036854775807"
-
-
 CONTEXT: dict[str, Any] = {"execution_id": 7}
 STATUS: dict[str, Any] = {**CONTEXT, "server_message": SECRET, "body": SECRET, "reason": SECRET}
 ANSWERS: list[tuple[PromptLayerExecError, int]] = [
@@ -591,27 +582,6 @@ async def test_a_lost_answer_says_that_the_run_may_have_started(
     assert response.json()["type"] == "urn:promptlayer-exec:StartUnknown"
     assert "may have started" in response.json()["title"]
     assert len(sim.runs) == 1
-
-
-def test_two_lifespans_in_one_process(threaded_sim: Simulator) -> None:
-    """Each opens the session in its own loop, and events are sent in both."""
-    session = Session(threaded_sim.api_key, base_url=threaded_sim.base_url)
-    execution_id = threaded_sim.add_execution(Scenario([SimNode("Answer")]))
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with session:
-            yield
-
-    async def get_session() -> Session:
-        return session
-
-    app = FastAPI(lifespan=lifespan)
-    app.include_router(create_router(get_session, authorize=allow), prefix="/api")
-    for _ in range(2):
-        with TestClient(app) as client:
-            body = client.get(f"/api/executions/{execution_id}/events").text
-            assert [kind for _, kind, _ in read_events(body)] == ["snapshot", "complete"]
 
 
 def strict(text: str) -> Any:

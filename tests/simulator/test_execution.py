@@ -48,11 +48,6 @@ def test_node_runs_for_its_duration() -> None:
     assert statuses(execution, 2.0) == {"a": "SUCCESS"}
 
 
-def test_node_without_duration_is_final_at_once() -> None:
-    """With the default duration of zero a node is final from the start."""
-    assert statuses(run(SimNode("a")), 0.0) == {"a": "SUCCESS"}
-
-
 def test_dependent_is_queued_until_the_last_dependency_is_final() -> None:
     """A node starts when the latest of its dependencies ends, whatever their order."""
     execution = run(
@@ -243,15 +238,6 @@ def test_values_are_written_as_the_standard_library_does(value: object, text: st
     results = run(SimNode("a", value, is_output_node=True)).results(0.0)
     assert results.main_output() == text
     assert f'"value":{text},' in results.node_map()
-
-
-def test_recorded_body_is_reproduced() -> None:
-    """The node map has the keys, the order and the spacing of the recorded body."""
-    execution = run(SimNode("Node 1", "AAA", is_output_node=True))
-    assert execution.results(0.0).node_map() == (
-        '{"Node 1":{"status":"SUCCESS","value":"AAA","error_message":null,'
-        '"raw_error_message":null,"is_output_node":true}}'
-    )
 
 
 @pytest.mark.parametrize(
