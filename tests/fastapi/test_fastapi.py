@@ -232,24 +232,6 @@ async def test_a_response_that_is_never_sent_ends_the_watch(
     await recorder.next(WatchEnded)
 
 
-async def test_the_response_to_head_ends_the_watch(
-    session: Session, held: int, recorder: Any
-) -> None:
-    """It has headers and no stream; the watch ends even if the response is kept."""
-    app = FastAPI()
-    kept = []
-
-    @app.api_route("/", methods=["HEAD"])
-    async def head() -> Any:
-        kept.append(await execution_events(session.execution(held)))
-        return kept[0]
-
-    ended = asyncio.create_task(recorder.next(WatchEnded))
-    async with connect(app) as client:
-        assert (await client.head("/")).status_code == 200
-    await ended
-
-
 async def test_a_heartbeat_of_zero_sends_none(sim: Simulator, session: Session, held: int) -> None:
     """The stream has its events alone, however long it takes."""
     app = FastAPI()

@@ -202,23 +202,6 @@ async def test_other_events_and_unknown_executions_do_no_harm(
     assert not [line for line in caplog.records if line.levelno > logging.INFO]
 
 
-async def test_a_repeated_webhook_is_answered_like_the_first(
-    sim: Simulator, slow: Session, app: App
-) -> None:
-    """After the end, nobody follows the execution any more, so a replay costs no request."""
-    await app.serve(create_webhook_router(slow, secret=sim.webhook_secret))
-    sim.webhook_url = f"{app.url}/webhook"
-    sim.inject(Fault.repeat_post("webhook", 5))
-    sim.add_workflow("report", HELD)
-    execution = await slow.start("report")
-    async with following(sim, execution) as output:
-        sim.finish(execution.id, "Report")
-        await sim.wait_for_posts(5)
-        assert await output == "done"
-    assert [post.status for post in sim.posts] == [204] * 5
-    assert sim.request_count == 3
-
-
 async def test_a_genuine_webhook_of_the_wrong_shape_is_422(session: Session, app: App) -> None:
     """The problem says where."""
     await app.serve(create_webhook_router(session, secret=SECRET))

@@ -119,11 +119,6 @@ def serve(tmp_path: Path, threaded_sim: Simulator) -> Iterator[Callable[..., Pro
         yield start
 
 
-def test_the_app_is_short() -> None:
-    """It has fewer than 40 lines."""
-    assert len(APP.splitlines()) < 40
-
-
 @CURL
 def test_the_app_receives_webhooks_and_finds_a_lost_start(
     threaded_sim: Simulator, serve: Callable[..., Process]

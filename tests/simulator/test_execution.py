@@ -197,12 +197,6 @@ def test_main_output_is_the_first_successful_output_node() -> None:
     assert output(execution, 3.0) == 2
 
 
-def test_no_successful_output_node_means_no_main_output() -> None:
-    """If every output node failed, there is no main output, even if other nodes succeeded."""
-    execution = run(SimNode("a", 1), SimNode("b", is_output_node=True, status="FAILED"))
-    assert output(execution, 0.0) is ...
-
-
 def test_without_marks_the_last_success_is_the_main_output() -> None:
     """If no node is marked as output, the node that succeeded last has the main output."""
     execution = run(

@@ -255,12 +255,6 @@ class TestWorkflows:
         status, _, _ = await client.send("POST", f"/workflows/{workflow_id}/run", json={})
         assert status == 201
 
-    @pytest.mark.parametrize(("method", "path"), [("GET", ""), ("POST", "/run")])
-    async def test_unknown(self, client: Client, method: str, path: str) -> None:
-        """An unknown workflow is a 404."""
-        status, _, _ = await client.send(method, f"/workflows/unknown{path}", json={})
-        assert status == 404
-
     async def test_a_taken_name_is_refused(self, sim: Simulator) -> None:
         """Two workflows cannot share a name."""
         sim.add_workflow("w", DONE)
@@ -296,13 +290,6 @@ class TestWorkflows:
         (detail,) = json.loads(answer)["detail"]
         assert (status, detail["loc"], detail["type"]) == (422, location, kind)
         assert sim.executions == []
-
-    async def test_nulls_are_allowed(self, sim: Simulator, client: Client) -> None:
-        """Optional fields may be null."""
-        sim.add_workflow("w", DONE)
-        body = dict.fromkeys(["metadata", "workflow_label_name", "workflow_version_number"])
-        status, _, _ = await client.send("POST", "/workflows/w/run", json=body)
-        assert status == 201
 
     async def test_label_and_version(self, sim: Simulator, client: Client) -> None:
         """A label together with a version is a 400 and starts nothing."""

@@ -258,15 +258,6 @@ async def test_an_error_of_the_file_is_an_answer(viewer: Any, tmp_path: Path) ->
     assert "The history cannot be used" in answer["message"]
 
 
-async def test_a_number_that_sqlite_cannot_hold_is_refused(viewer: Any) -> None:
-    """The same holds for a key or an offset below those that there are."""
-    for number in (2**63, -1):
-        assert (await viewer.send("GET", f"history/{number}/inputs"))[0] == 422
-        assert (await viewer.send("DELETE", f"history/{number}"))[0] == 422
-        assert (await viewer.send("GET", f"history?offset={number}"))[0] == 422
-    assert (await viewer.send("GET", f"history?offset={2**63 - 1}"))[1]["entries"] == []
-
-
 async def test_a_lost_execution_is_remembered_as_such(
     sim: Simulator, viewer: Any, held: int
 ) -> None:
