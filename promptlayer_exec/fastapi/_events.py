@@ -81,7 +81,7 @@ async def execution_events(
     except BaseException:
         first.cancel()
         raise
-    return _EventStream(execution, first, snapshots, hidden=hidden, heartbeat=heartbeat)
+    return _EventStream(execution, first, snapshots, hidden, heartbeat)
 
 
 def reconnect_later() -> Response:
@@ -99,7 +99,6 @@ class _EventStream(EventSourceResponse):
         execution: Execution,
         first: _First,
         snapshots: AsyncGenerator[Snapshot, None],
-        *,
         hidden: Collection[str],
         heartbeat: float,
     ) -> None:

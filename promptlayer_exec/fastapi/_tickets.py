@@ -43,8 +43,7 @@ class Tickets:
         PromptLayer may answer 404 for the run's first seconds.
         """
         contents = [str(execution.id), execution.workflow, round(time.time(), 3)]
-        ticket: str = self._serializer.dumps(contents)
-        return ticket
+        return str(self._serializer.dumps(contents))
 
     def read(
         self, request: HTTPConnection, execution_id: int | str

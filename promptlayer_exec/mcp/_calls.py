@@ -80,13 +80,12 @@ class Calls:
 
     async def tools(self) -> list[Tool]:
         """Return the tools, with the inputs of the named workflows as far as they are available."""
-        names = self.run_tools.values()
-        definitions = await asyncio.gather(*(self._definition(StartRequest(it)) for it in names))
-        named = zip(self.run_tools.items(), definitions, strict=True)
-        return [
-            *self._common_tools,
-            *(run_tool(tool, workflow, definition) for (tool, workflow), definition in named),
-        ]
+
+        async def define(tool: str, workflow: str) -> Tool:
+            return run_tool(tool, workflow, await self._definition(StartRequest(workflow)))
+
+        run_tools = await asyncio.gather(*(define(*it) for it in self.run_tools.items()))
+        return [*self._common_tools, *run_tools]
 
     async def _definition(self, request: StartRequest) -> Workflow | None:
         name = request.workflow

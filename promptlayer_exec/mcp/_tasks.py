@@ -41,12 +41,9 @@ class Tasks:
     def add_to(self, server: Server[Any]) -> None:
         """Advertise the extension, and serve its methods."""
         server.extensions[EXTENSION] = {}
-        for method, handle in (
-            ("tasks/get", self._get),
-            ("tasks/update", self._update),
-            ("tasks/cancel", self._cancel),
-        ):
-            server.add_request_handler(method, TaskParams, handle)
+        server.add_request_handler("tasks/get", TaskParams, self._get)
+        server.add_request_handler("tasks/update", TaskParams, self._update)
+        server.add_request_handler("tasks/cancel", TaskParams, self._cancel)
 
     def created(self, execution: Execution) -> dict[str, Any]:
         """Return the task of a run that has just started."""

@@ -58,10 +58,9 @@ class Api:
     _notifications: Notifications
     faults: FaultQueue
     bucket: TokenBucket | None = attrs.field(default=None, init=False)
-    _created_at: float = attrs.field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self._created_at = self._clock()
+    _created_at: float = attrs.field(
+        init=False, default=attrs.Factory(lambda self: self._clock(), takes_self=True)
+    )
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer a request."""

@@ -127,7 +127,6 @@ class Backend:
             self._wakers[execution_id]()
 
     def _find_execution(self, execution_id: int) -> Execution:
-        try:
-            return self.executions[execution_id]
-        except KeyError:
-            raise LookupError(f"there is no execution {execution_id}") from None
+        if execution_id not in self.executions:
+            raise LookupError(f"there is no execution {execution_id}")
+        return self.executions[execution_id]

@@ -22,7 +22,6 @@ Effect: TypeAlias = Callable[[web.BaseRequest, Answer], Awaitable[web.StreamResp
 
 _HTML = b"<html><body><h1>502 Bad Gateway</h1></body></html>\n"
 _CHUNK = b"a" * 64 * 1024
-_FOREVER = 1e9
 _OVERSIZE_HEAD = b'{"Node 1":{"status":"SUCCESS","value":"'
 _OVERSIZE_TAIL = b'","error_message":null,"raw_error_message":null,"is_output_node":true}}\n'
 
@@ -120,7 +119,7 @@ class Fault:
     @staticmethod
     def stall(times: int | None = 1, *, execution_id: int | None = None) -> Fault:
         """Accept the request and never answer; the client or the simulator must end it."""
-        return Fault.delay(_FOREVER, times, execution_id=execution_id)
+        return Fault.delay(1e9, times, execution_id=execution_id)
 
     @staticmethod
     def trickle(

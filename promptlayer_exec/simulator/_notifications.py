@@ -25,6 +25,7 @@ from promptlayer_exec.simulator._wire import JSON_TYPE, encode
 
 _LOGGER = logging.getLogger(__package__)
 _TIMEOUT = aiohttp.ClientTimeout(total=10.0)
+_MESSAGE = '{{"workflow_version_execution_id":{},"final_output":{},"result_code":"{}"}}'
 # A clock that stands still just before a node's end must not make the task spin.
 _MIN_SLEEP = 0.005
 
@@ -70,10 +71,8 @@ class Notifications:
 
     def follow(self, execution_id: int, workflow: Workflow, body: Mapping[str, Any]) -> None:
         """Notify of a run's completion."""
-        task = asyncio.create_task(
-            self._notify(execution_id, workflow, body),
-            name=f"simulator run {execution_id}",
-        )
+        work = self._notify(execution_id, workflow, body)
+        task = asyncio.create_task(work, name=f"simulator run {execution_id}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -118,13 +117,13 @@ class Notifications:
             return results
 
     async def _publish(self, execution_id: int, channel: str, output: str) -> None:
-        message = _message(execution_id, output, "OK")
+        message = _MESSAGE.format(execution_id, output, "OK")
         if len(message) > self._push_limit_bytes:
             explanation = (
                 f"The final output is larger than {self._push_limit_bytes} bytes: get it with "
                 "GET /workflow-version-execution-results"
             )
-            message = _message(execution_id, encode(explanation), "EXCEEDS_SIZE_LIMIT")
+            message = _MESSAGE.format(execution_id, encode(explanation), "EXCEEDS_SIZE_LIMIT")
         publication = {"message_name": "SET_WORKFLOW_COMPLETE", "data": message}
         await self._centrifugo.publish(channel, publication)
 
@@ -162,10 +161,3 @@ class Notifications:
             except Exception as error:  # noqa: BLE001 - an arbitrary URL fails in many ways
                 _LOGGER.debug("execution %d: posting to its user failed: %r", execution_id, error)
             self.posts.record(SimPost(kind, execution_id, url, headers, body, status))
-
-
-def _message(execution_id: int, output: str, code: str) -> str:
-    return (
-        f'{{"workflow_version_execution_id":{execution_id}'
-        f',"final_output":{output},"result_code":"{code}"}}'
-    )

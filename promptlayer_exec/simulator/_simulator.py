@@ -85,8 +85,7 @@ class Simulator:
         self._api = Api(
             api_key, clock, self._backend, self._log, centrifugo, self._notifications, self._faults
         )
-        self._server: web.Server | None = None
-        self._listener: asyncio.Server | None = None
+        self._running: tuple[asyncio.Server, web.Server] | None = None
         self._thread = ExitStack()
 
     @property
@@ -96,9 +95,9 @@ class Simulator:
         Raises:
             RuntimeError: the simulator is not running.
         """
-        if self._listener is None:
+        if self._running is None:
             raise RuntimeError("the simulator is not running: enter it with `with` or `async with`")
-        port = self._listener.sockets[0].getsockname()[1]
+        port = self._running[0].sockets[0].getsockname()[1]
         return str(URL.build(scheme="http", host=self._host, port=port))
 
     @property
@@ -302,8 +301,7 @@ class Simulator:
         if requests is None:
             self._api.bucket = None
             return
-        if burst is None:
-            burst = max(1, int(requests))
+        burst = max(1, int(requests)) if burst is None else burst
         if not (requests > 0 and per > 0 and burst >= 1):
             raise ValueError("requests and per must be positive, and burst at least 1")
         self._api.bucket = TokenBucket(requests / per, burst)
@@ -335,19 +333,19 @@ class Simulator:
         await self._notifications.posts.wait(count, timeout)
 
     async def __aenter__(self) -> Self:
-        if self._listener is not None:
+        if self._running is not None:
             raise RuntimeError("the simulator is already running")
         loop = asyncio.get_running_loop()
         # Cancelling the handler of a client that disconnects is what ends a stalled answer.
-        self._server = web.Server(self._api.handle, handler_cancellation=True, access_log=None)
-        self._listener = await loop.create_server(self._server, self._host, self._port)
+        server = web.Server(self._api.handle, handler_cancellation=True, access_log=None)
+        self._running = await loop.create_server(server, self._host, self._port), server
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._listener is not None and self._server is not None:
-            listener, self._listener = self._listener, None
-            await _stop(listener, self._server)
+        if self._running is not None:
+            await _stop(*self._running)
             await self._notifications.stop()
+            self._running = None
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:

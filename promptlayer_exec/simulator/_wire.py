@@ -17,7 +17,6 @@ _TRUE = frozenset({"1", "on", "t", "true", "y", "yes"})
 _FALSE = frozenset({"0", "off", "f", "false", "n", "no"})
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*:.", re.ASCII | re.IGNORECASE)
-_INT64 = range(-(2**63), 2**63)
 # For each field of a run request, its name in errors and its exact types: True is an int, too.
 _RUN_FIELDS: dict[str, tuple[str, set[type]]] = {
     "input_variables": ("dictionary", {dict}),
@@ -59,7 +58,7 @@ def parse_results_query(query: Mapping[str, str]) -> tuple[int, bool]:
     name = "workflow_version_execution_id"
     required_values(query, name)
     query = dict(query.items())  # of a parameter that is repeated, the last counts
-    number = parse_integer(query, name, _INT64)
+    number = parse_integer(query, name, range(-(2**63), 2**63))
     name = "return_all_outputs"
     word = query.get(name, "false").lower()
     if word not in _TRUE | _FALSE:

@@ -6,10 +6,12 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Hashable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from promptlayer_exec import PromptLayerExecError, Session, Workflow, WorkflowSummary
 from promptlayer_exec.viewer._problems import explain
+
+T = TypeVar("T")
 
 _PATIENCE = 5.0  # seconds for one definition
 _LIST_PATIENCE = 20.0  # seconds for the list
@@ -32,8 +34,7 @@ class Definitions:
     ) -> Workflow:
         """Return a definition: that of a label or version, or the latest one."""
         read = partial(self._session.workflow, workflow, label=label, version=version)
-        found: Workflow = await self._read((workflow, label, version), read, _PATIENCE)
-        return found
+        return await self._read((workflow, label, version), read, _PATIENCE)
 
     async def summaries(self) -> list[WorkflowSummary]:
         """Return the workflows that can be started, the latest changed first."""
@@ -42,12 +43,9 @@ class Definitions:
             summaries = self._session.workflows(sort_by="updated_at", sort_order="desc")
             return [summary async for summary in summaries if not summary.is_deleted]
 
-        found: list[WorkflowSummary] = await self._read("summaries", read, _LIST_PATIENCE)
-        return found
+        return await self._read("summaries", read, _LIST_PATIENCE)
 
-    async def _read(
-        self, key: Hashable, read: Callable[[], Awaitable[Any]], patience: float
-    ) -> Any:
+    async def _read(self, key: Hashable, read: Callable[[], Awaitable[T]], patience: float) -> T:
         if key not in self._known or time.monotonic() - self._known[key][0] > _MAX_AGE:
             try:
                 async with asyncio.timeout(patience):
@@ -57,7 +55,8 @@ class Definitions:
             except (PromptLayerExecError, ValueError) as error:
                 raise NoDefinition(explain(error)[1]) from error
             self._known[key] = (time.monotonic(), found)
-        return self._known[key][1]
+        known: T = self._known[key][1]
+        return known
 
 
 def definition_view(workflow: Workflow) -> dict[str, Any]:

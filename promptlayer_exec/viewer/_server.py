@@ -21,7 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from promptlayer_exec import NodeStatus
 from promptlayer_exec import _integration as integration
 from promptlayer_exec.viewer import _routes as routes
-from promptlayer_exec.viewer._batches import add_batch_routes, has_batches
+from promptlayer_exec.viewer._batches import HAS_BATCHES, add_batch_routes
 from promptlayer_exec.viewer._board import Board
 from promptlayer_exec.viewer._definitions import Definitions
 from promptlayer_exec.viewer._events import board_events
@@ -58,7 +58,7 @@ def create_app(board: Board, address: Address, token: str) -> ASGIApp:
     definitions = Definitions(board.session)
     routes.add_workflow_routes(app, board, definitions)
     routes.add_start_routes(app, board)
-    if has_batches():
+    if HAS_BATCHES:
         add_batch_routes(app, board.session)
     if board.history is not None:
         routes.add_history_routes(app, board.history)

@@ -10,8 +10,6 @@ import attrs
 
 from promptlayer_exec import NodeTimes, Snapshot
 
-_UNSEEN = NodeTimes()
-
 
 @attrs.frozen
 class Timeline:
@@ -61,7 +59,7 @@ class Sight:
         offset = self._polled - origin
         nodes = {}
         for name, seen in snapshot.times.items():
-            before = self.remembered.nodes.get(name, _UNSEEN)
+            before = self.remembered.nodes.get(name, NodeTimes())
             final = None if name in self._over else seen.final
             nodes[name] = NodeTimes(
                 _later(seen.running, offset) if before.running is None else before.running,
