@@ -214,6 +214,7 @@ async def test_what_was_over_before_has_the_times_that_are_remembered(
     assert seen.timeline.nodes["Plan"] == NodeTimes()  # it was over at the first poll
     assert seen.timeline.nodes["Answer"].running is not None
     assert board.cards[other].duration is None
+    await board.history.find(held)  # once what was recorded before it is in the file
     again = History(tmp_path / "history.sqlite", server="of a test")
     async with session, Board(session, history=again) as later:
         for execution_id in (held, other):
