@@ -16,17 +16,9 @@ import attrs
 from promptlayer_exec._integration import install_hint, log_text
 
 try:
-    from opentelemetry.metrics import MeterProvider, get_meter
-    from opentelemetry.trace import (
-        Link,
-        Span,
-        SpanContext,
-        SpanKind,
-        Status,
-        StatusCode,
-        TracerProvider,
-        get_tracer,
-    )
+    from opentelemetry import metrics, trace
+    from opentelemetry.metrics import MeterProvider
+    from opentelemetry.trace import TracerProvider
 except ModuleNotFoundError as error:
     error.add_note(f"this needs {install_hint('opentelemetry')}")
     raise
@@ -66,7 +58,7 @@ _HISTOGRAMS = {
 
 @attrs.define
 class _Watch:
-    span: Span
+    span: trace.Span
     latest: Snapshot | None = None
     is_failing: bool = False
 
@@ -99,14 +91,14 @@ class OpenTelemetryObserver:
         meter_provider: MeterProvider | None = None,
         record_values: bool = False,
     ) -> None:
-        self._tracer = get_tracer(_SCOPE, __version__, tracer_provider, _SCHEMA)
+        self._tracer = trace.get_tracer(_SCOPE, __version__, tracer_provider, _SCHEMA)
         # Oldest first, by the server and the execution's id, so that a watch can be linked.
-        self._starts: dict[tuple[str, int | None], SpanContext] = {}
+        self._starts: dict[tuple[str, int | None], trace.SpanContext] = {}
         self._record_values = record_values
         # By task, as two sessions may watch the same execution, and a session may start a new watch
         # while the previous one is still ending.
         self._watches: WeakKeyDictionary[Any, _Watch] = WeakKeyDictionary()
-        meter = get_meter(_SCOPE, __version__, meter_provider, _SCHEMA)
+        meter = metrics.get_meter(_SCOPE, __version__, meter_provider, _SCHEMA)
         self._active = meter.create_up_down_counter(
             "promptlayer_exec.active_watches", "{watch}", "Watches that are polling."
         )
@@ -146,12 +138,12 @@ class OpenTelemetryObserver:
         start = self._starts.get((event.base_url, event.execution_id))
         span = self._tracer.start_span(
             _name(event.workflow),
-            kind=SpanKind.CLIENT,
+            kind=trace.SpanKind.CLIENT,
             attributes={
                 **_attributes("watch", event.workflow, event.base_url),
                 "promptlayer_exec.execution.id": event.execution_id or 0,
             },
-            links=[] if start is None else [Link(start)],
+            links=[] if start is None else [trace.Link(start)],
         )
         self._watches[asyncio.current_task()] = _Watch(span)
         self._active.add(1)
@@ -221,7 +213,7 @@ class OpenTelemetryObserver:
             attributes["gen_ai.agent.version"] = str(request.version)
         span = self._tracer.start_span(
             _name(request.workflow),
-            kind=SpanKind.CLIENT,
+            kind=trace.SpanKind.CLIENT,
             start_time=ended - int(event.duration * 1e9),
             attributes=attributes,
         )
@@ -242,19 +234,19 @@ class OpenTelemetryObserver:
             self._seconds["start.duration"].record(event.duration, metric)
         span.end(ended)
 
-    def _record_error(self, span: Span, error: BaseException) -> str:
+    def _record_error(self, span: trace.Span, error: BaseException) -> str:
         """Record an error on a span, and return its type."""
         kind = _type(error)
         if self._record_values:
-            text, trace = _text(str(error)), traceback.format_exception(error)
+            text, stack = _text(str(error)), traceback.format_exception(error)
         else:
-            text, trace = _text(log_text(error)), traceback.format_tb(error.__traceback__)
+            text, stack = _text(log_text(error)), traceback.format_tb(error.__traceback__)
         _set_error(span, kind, text)
         # `record_exception` would add the messages of the causes, too, which may quote values.
         attributes = {
             "exception.type": kind,
             "exception.message": text,
-            "exception.stacktrace": _text("".join(trace)),
+            "exception.stacktrace": _text("".join(stack)),
         }
         span.add_event("exception", attributes)
         return kind
@@ -290,9 +282,9 @@ def _server(base_url: str) -> dict[str, str | int]:
     return {"server.address": url.hostname or "", "server.port": url.port or _PORTS[url.scheme]}
 
 
-def _set_error(span: Span, kind: str, description: str) -> None:
+def _set_error(span: trace.Span, kind: str, description: str) -> None:
     span.set_attribute("error.type", kind)
-    span.set_status(Status(StatusCode.ERROR, description))
+    span.set_status(trace.Status(trace.StatusCode.ERROR, description))
 
 
 def _type(error: BaseException) -> str:
@@ -308,7 +300,4 @@ def _text(text: str) -> str:
 
 
 def _json(value: Any) -> str:
-    try:
-        return json.dumps(value, default=repr)
-    except RecursionError:  # the span must still end
-        return "(nested too deeply to be recorded)"
+    return json.dumps(value, default=repr)

@@ -46,9 +46,8 @@ _RENEWAL = 3.0
 _LOOK = 5.0
 # Seconds for one command, and between two signs of life of Redis.
 _COMMAND = 1.0
-# Seconds until Redis is tried again: doubling between these.
+# Seconds until Redis is tried again.
 _PAUSE = 1.0
-_LONGEST_PAUSE = 5.0
 # Larger answers are not shared.
 _MOST_BYTES = 1024 * 1024
 # Seconds for which answers are kept: complete ones, and others after the last sign of life.
@@ -155,28 +154,18 @@ class RedisBackplane:
 
 @attrs.define(eq=False)
 class _SharedFetch:
-    """Takes the answers that another session polls, or polls and shares its own.
-
-    Attributes:
-        execution_id: the execution's id.
-        token: names the watch in Redis; a later watch of the same session has another.
-        is_held: whether this watch has the lease, as far as is known here.
-        is_unsure: whether it may have the lease: what Redis did not answer may still be done.
-        is_polling: whether a poll is in flight; the lease is not renewed meanwhile.
-        is_waiting: whether the watch waits for the answer of another one.
-        news: set by hints.
-    """
+    """Takes the answers that another session polls, or polls and shares its own."""
 
     _link: _Link
     execution_id: int
     _fetch: Fetch
     _read: Callable[[Response], NodeMap]
+    # Names the watch in Redis; a later watch of the same session has another.
     token: str = attrs.field(init=False, factory=lambda: uuid4().hex)
-    is_held: bool = attrs.field(init=False, default=False)
-    is_unsure: bool = attrs.field(init=False, default=False)
-    is_polling: bool = attrs.field(init=False, default=False)
-    is_waiting: bool = attrs.field(init=False, default=False)
-    news: asyncio.Event = attrs.field(init=False, factory=asyncio.Event)
+    is_held: bool = attrs.field(init=False, default=False)  # the lease, as far as is known here
+    is_polling: bool = attrs.field(init=False, default=False)  # and the lease is not renewed
+    is_waiting: bool = attrs.field(init=False, default=False)  # for the answer of another watch
+    news: asyncio.Event = attrs.field(init=False, factory=asyncio.Event)  # set by hints
     _seen: str = attrs.field(init=False, default="")  # the version of the latest answer
     _is_alone: bool = attrs.field(init=False, default=False)
     _is_ended: bool = attrs.field(init=False, default=False)
@@ -227,9 +216,7 @@ class _SharedFetch:
         link = self._link
         hint = link.hint("streams", self.execution_id) if streams else ""
         arguments = (self.token, _ms(_LEASE), self._seen, link.channel, hint)
-        self.is_unsure = True
         turn = await link.eval(_TURN, self.execution_id, *arguments)
-        self.is_unsure = False
         self.is_held = self.is_polling = isinstance(turn, str | bytes)
         if self._is_ended:
             link.release(self)
@@ -254,22 +241,16 @@ class _SharedFetch:
 
 @attrs.define(eq=False)
 class _Link:
-    """The connection of an open session to Redis.
-
-    Attributes:
-        channel: the channel of all hints; the keys begin with its name, too.
-    """
+    """The connection of an open session to Redis."""
 
     _redis: Redis
     _owns_redis: bool
-    channel: str
+    channel: str  # of all hints; the keys begin with its name, too
     _client: Client
     _id: str = attrs.field(init=False, factory=lambda: uuid4().hex[:8])
     _is_up: bool = attrs.field(init=False, default=True)
-    _pause: float = attrs.field(init=False, default=_PAUSE)
     _slots: asyncio.Semaphore = attrs.field(init=False, factory=partial(asyncio.Semaphore, 8))
     _watches: dict[int, _SharedFetch] = attrs.field(init=False, factory=dict)
-    _unreleased: set[_SharedFetch] = attrs.field(init=False, factory=set)
 
     def __attrs_post_init__(self) -> None:
         self._spawn(self._listen)
@@ -324,13 +305,11 @@ class _Link:
                 self._client.callbacks.receive(token, int(execution_id), shared=True)
 
     async def aclose(self) -> None:
-        self.release(*self._watches.values())
-        try:
+        held = [watch for watch in self._watches.values() if watch.is_held]
+        with suppress(RedisError, OSError):  # the leases run out
             async with asyncio.timeout(_COMMAND / 2):
-                if self._is_up and self._unreleased:
-                    await self._extend(self._unreleased, 0)
-        except (RedisError, OSError):
-            pass  # the leases run out
+                if self._is_up and held:
+                    await self._extend(held, 0)
         if self._owns_redis:
             await self._redis.aclose()
 
@@ -340,18 +319,18 @@ class _Link:
         return f"{kind} {subject} {detail} {self._id}"
 
     def end(self, watch: _SharedFetch) -> None:
-        """Forget a watch that has ended."""
-        if self._watches.get(watch.execution_id) is watch:
-            del self._watches[watch.execution_id]
-        self.release(watch)
+        """Forget a watch that has ended; when the session closes, `aclose` does that for all."""
+        if not self._client.lifetime.is_closing():
+            if self._watches.get(watch.execution_id) is watch:
+                del self._watches[watch.execution_id]
+            self.release(watch)
 
     def release(self, *watches: _SharedFetch) -> None:
         """Let other sessions poll, without waiting for Redis."""
-        held = [watch for watch in watches if watch.is_held or watch.is_unsure]
+        held = [watch for watch in watches if watch.is_held]
         for watch in held:
-            watch.is_held = watch.is_unsure = False
+            watch.is_held = False
         if held:
-            self._unreleased.update(held)
             self._spawn(self._release, held)
 
     async def _release(self, watches: list[_SharedFetch]) -> None:
@@ -359,7 +338,6 @@ class _Link:
         with suppress(RedisError, OSError):
             async with asyncio.timeout(_COMMAND):
                 await self._extend(watches, 0)
-                self._unreleased.difference_update(watches)
 
     async def _extend(self, watches: Iterable[_SharedFetch], seconds: float) -> list[Any]:
         """Keep the leases of watches for so many seconds more, in one round trip."""
@@ -440,20 +418,17 @@ class _Link:
     async def _keep(self) -> None:
         """Renew the leases, and try Redis again while it is away."""
         while not self._client.lifetime.is_closing():
-            await asyncio.sleep(_RENEWAL if self._is_up else self._pause)
+            await asyncio.sleep(_RENEWAL if self._is_up else _PAUSE)
             with suppress(_Away):
                 if self._is_up:
-                    self._pause = _PAUSE
                     held = [it for it in self._watches.values() if it.is_held and not it.is_polling]
                     for start in range(0, len(held), 100):  # each with a command's time
                         await self.run(self._extend, held[start : start + 100], _LEASE)
                     continue
-                self._pause = min(2 * self._pause, _LONGEST_PAUSE)
                 # A real write: a Redis that is full answers everything else.
                 arguments = (self._id, _ms(_COMMAND), "", self.channel, "")
                 probe = partial(self.eval, _TURN, f"probe-{self._id}", *arguments)
                 if await self._try(probe, is_probe=True) is not None:
-                    await self._release([*self._unreleased])
                     self._is_up = True
                     _logger.info("Redis can be used again; this session shares its polls")
                     self.find_callbacks()

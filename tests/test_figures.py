@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -83,12 +82,6 @@ def test_our_own_and_documented_names_are_not_found(allowed: str) -> None:
     assert found(allowed) == []
 
 
-def test_our_own_private_names_are_those_that_our_modules_define() -> None:
-    """They are functions, classes, variables and attributes of `self`, not of other objects."""
-    source = "def _a(): pass\nclass _B: pass\n_c = 1\nclass D:\n def e(self): self._f = it._g = 2"
-    assert figures.own_names([ast.parse(source)]) == {"_a", "_B", "_c", "_f"}
-
-
 @pytest.mark.parametrize(
     "body",
     [
@@ -123,15 +116,6 @@ def test_the_width_of_a_class_is_the_number_of_its_attributes(body: str, tmp_pat
 def test_a_cap_below_the_next_major_version_is_found(requirement: str, is_found: bool) -> None:
     """A cap at the next major version is none."""
     assert figures.caps([requirement]) == ({"a"} if is_found else set())
-
-
-def test_the_core_is_what_needs_no_extra(tmp_path: Path) -> None:
-    """It has the modules at the top but those for an extra, and the private sub-packages."""
-    for name in ("a.py", "redis.py", "_b/c.py", "_b/_d/e.py", "cli/_f.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    core = [path.relative_to(tmp_path).as_posix() for path in figures.core_files(tmp_path)]
-    assert core == ["_b/_d/e.py", "_b/c.py", "a.py"]
 
 
 @pytest.fixture

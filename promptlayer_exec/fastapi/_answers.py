@@ -1,8 +1,7 @@
-"""Answers to `GET /executions/{id}`: one request to PromptLayer for all callers of a moment."""
+"""Answers to `GET /executions/{id}`."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Collection
 from typing import Any
@@ -20,40 +19,17 @@ _Answer = tuple[bytes, str | None]  # JSON, and the tag that all complete answer
 
 
 @attrs.define(eq=False)
-class _Reading:
-    task: asyncio.Task[_Answer]
-    callers: int = 0
-
-
-@attrs.define(eq=False)
 class Answers:
     """Reads executions, and keeps the latest complete answers, because those do not change."""
 
     _hidden: Collection[str]
     _kept: dict[_Key, _Answer] = attrs.field(init=False, factory=dict)  # oldest first
-    _readings: dict[_Key, _Reading] = attrs.field(init=False, factory=dict)
 
     async def get(self, session: Session, execution_id: int) -> _Answer:
         """Return the nodes of an execution as they are now, and a tag if it is complete."""
         key = (session, execution_id)
         if (kept := self._kept.get(key)) is not None:
             return kept
-        reading = self._readings.get(key)
-        if reading is None:
-            task = asyncio.create_task(self._read(key), name="promptlayer_exec.Answer")
-            reading = self._readings[key] = _Reading(task)
-        reading.callers += 1
-        try:
-            await asyncio.wait([reading.task])  # unlike `await`, it does not pass on a cancellation
-        finally:
-            reading.callers -= 1
-            if not reading.callers:
-                reading.task.cancel()
-                del self._readings[key]
-        return reading.task.result()
-
-    async def _read(self, key: _Key) -> _Answer:
-        session, execution_id = key
         snapshot = await session.execution(execution_id).snapshot()
         shown = shown_snapshot(snapshot, self._hidden)
         body = dump_json(shown).encode()

@@ -81,7 +81,7 @@ async def execution_events(
     except BaseException:
         first.cancel()
         raise
-    return _EventStream(execution, first, snapshots, hidden=hidden, heartbeat=heartbeat)
+    return _EventStream(execution, first, snapshots, hidden, heartbeat)
 
 
 def reconnect_later() -> Response:
@@ -99,7 +99,6 @@ class _EventStream(EventSourceResponse):
         execution: Execution,
         first: _First,
         snapshots: AsyncGenerator[Snapshot, None],
-        *,
         hidden: Collection[str],
         heartbeat: float,
     ) -> None:
@@ -169,11 +168,7 @@ async def _events(
         last = getattr(error, "last_snapshot", None) or sent
         seen = None if last is None else shown_snapshot(last, hidden)
         data = {"execution_id": execution_id, "type": kind, "message": message, "last": seen}
-        try:
-            failure = _event("failure", f"{execution_id}:failure", data)
-        except RecursionError:  # it may be what is nested too deeply
-            failure = _event("failure", f"{execution_id}:failure", data | {"last": None})
-        yield failure
+        yield _event("failure", f"{execution_id}:failure", data)
 
 
 def _reason(execution: Execution) -> dict[str, str]:

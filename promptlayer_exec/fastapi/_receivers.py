@@ -12,7 +12,6 @@ from fastapi import APIRouter, Header, HTTPException, Request
 from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from promptlayer_exec import Session, SessionClosed
 from promptlayer_exec import _integration as integration
@@ -29,22 +28,6 @@ from promptlayer_exec.webhooks import (
 )
 
 _BODY_TIMEOUT = 30.0
-_IN_PLACE_OF_TOKENS = "..."
-
-
-class _CallbackRoute(ProblemRoute):
-    """Hides the token in the path, which is as good as a signature.
-
-    Servers log the path when the response begins; that may be one of the app's, such as a 405.
-    """
-
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request whose path matches, whatever its method is."""
-        token = scope["path_params"].get("token")
-        if token is not None:  # else it is a route that the app has added
-            before, _, after = scope["path"].rpartition(str(token))
-            scope["path"] = before + _IN_PLACE_OF_TOKENS + after
-        await super().handle(scope, receive, send)
 
 
 def create_webhook_router(session: Session | Callable[..., Any], *, secret: str) -> APIRouter:
@@ -115,10 +98,8 @@ def create_callback_router(
             f"callbacks must be a promptlayer_exec.webhooks.Callbacks, got {callbacks!r:.100}"
         )
     opened = session_dependency(session)
-    router = APIRouter(route_class=_CallbackRoute, responses=PROBLEMS, tags=["promptlayer"])
+    router = APIRouter(route_class=ProblemRoute, responses=PROBLEMS, tags=["promptlayer"])
 
-    # A redirect to the path without the slash would be logged with the path that was asked for.
-    @router.post("/callbacks/{token}/", status_code=204, include_in_schema=False)
     @router.post("/callbacks/{token}", status_code=204)
     async def receive_callback(request: Request, token: str, session: Session = opened) -> Response:
         """Receive the callback of a start, at the start's own URL."""
@@ -156,21 +137,15 @@ def _accepted(
 
 async def _read_body(request: Request, limit: int) -> bytes:
     """Return the body of a request, unless it is too large or too slow."""
-    if int(request.headers.get("Content-Length", "0")) > limit:
-        raise _too_large(limit)
     body = bytearray()
     try:
         async with asyncio.timeout(_BODY_TIMEOUT):
             async for piece in request.stream():
                 body += piece
                 if len(body) > limit:
-                    raise _too_large(limit)
+                    raise HTTPException(413, f"The body is larger than {limit} bytes.")
     except TimeoutError:
         raise HTTPException(408, f"The body did not arrive in {_BODY_TIMEOUT:g} s.") from None
     except ClientDisconnect:
         raise HTTPException(499, "The client disconnected.") from None
     return bytes(body)
-
-
-def _too_large(limit: int) -> HTTPException:
-    return HTTPException(413, f"The body is larger than {limit} bytes.")

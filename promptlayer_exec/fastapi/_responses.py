@@ -171,13 +171,9 @@ def problem(
 
 
 class ProblemRoute(APIRoute):
-    """A route that answers errors of its dependencies and its own as problem+json.
+    """A route that answers errors of its dependencies and its own as problem+json."""
 
-    Attributes:
-        hidden: the fields of a node that no problem has.
-    """
-
-    hidden: Collection[str] = ()
+    hidden: Collection[str] = ()  # the fields of a node that no problem has
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return a handler that turns errors into responses."""

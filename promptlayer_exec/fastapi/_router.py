@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from importlib.resources import files
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar
 
-import anyio
 from fastapi import APIRouter, Depends, Header, HTTPException, Path, Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
@@ -279,33 +279,28 @@ def _add_start(
 
 async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
     """Await `work`, and cancel it when the client disconnects: no server does that itself."""
-    is_disconnected = False
 
-    async def cancel_on_disconnect() -> None:
-        nonlocal is_disconnected
+    async def wait_for_disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        is_disconnected = True
-        tasks.cancel_scope.cancel()
 
-    result: T | None = None
-    failure: Exception | None = None
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.create_task(wait_for_disconnect())
     is_answered = False
     try:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(cancel_on_disconnect)
-            try:
-                result = await work
-            except Exception as error:  # noqa: BLE001 - raised below, so not in an ExceptionGroup
-                failure = error
-            finally:
-                tasks.cancel_scope.cancel()
-        is_answered = not is_disconnected
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        is_answered = not leaving.done()
     finally:
-        if isinstance(result, Execution) and not is_answered:
-            report_undelivered(result)
-    if failure is not None:
-        raise failure
-    if is_disconnected:  # nginx's "client closed request": only the access log shows it
+        leaving.cancel()
+        if not is_answered:
+            working.cancel()
+            working.add_done_callback(_end_unanswered)
+    if not is_answered:  # nginx's "client closed request": only the access log shows it
         raise HTTPException(499, "The client disconnected.")
-    return cast(T, result)
+    return working.result()
+
+
+def _end_unanswered(work: asyncio.Future[Any]) -> None:
+    """Report the run that was started for a client that has gone; an error concerns nobody."""
+    if not work.cancelled() and work.exception() is None and isinstance(work.result(), Execution):
+        report_undelivered(work.result())

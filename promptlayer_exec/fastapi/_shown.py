@@ -14,12 +14,7 @@ _OPTIONAL = {"value": {}, "error_message": {"type": ["string", "null"]}, "raw_er
 
 
 def hidden_fields(fields: Collection[str]) -> frozenset[str]:
-    """Return the fields of a node that are not shown.
-
-    Raises:
-        TypeError: `fields` is a single string.
-        ValueError: a field is unknown.
-    """
+    """Return the fields of a node that are not shown."""
     if isinstance(fields, str):
         raise TypeError(f"fields takes several names: write [{fields!r:.100}]")
     if unknown := [field for field in fields if field not in _OPTIONAL]:

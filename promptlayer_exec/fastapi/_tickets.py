@@ -36,9 +36,6 @@ class Tickets:
             check_secret(secret), _SALT, signer_kwargs={"digest_method": hashlib.sha256}
         )
 
-    def __repr__(self) -> str:
-        return f"Tickets(lifetime={self._lifetime:g})"
-
     def issue(self, execution: Execution) -> str:
         """Return a new ticket for an execution.
 
@@ -46,8 +43,7 @@ class Tickets:
         PromptLayer may answer 404 for the run's first seconds.
         """
         contents = [str(execution.id), execution.workflow, round(time.time(), 3)]
-        ticket: str = self._serializer.dumps(contents)
-        return ticket
+        return str(self._serializer.dumps(contents))
 
     def read(
         self, request: HTTPConnection, execution_id: int | str

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -29,19 +28,8 @@ from promptlayer_exec import (
 )
 from promptlayer_exec._integration import DEFINITION_TIMEOUT
 from promptlayer_exec.mcp import _arguments as read
+from promptlayer_exec.mcp import _results as results
 from promptlayer_exec.mcp._arguments import Refused
-from promptlayer_exec.mcp._results import (
-    error_result,
-    execution_fields,
-    failure_text,
-    final_count,
-    names_of,
-    node_fields,
-    rest_text,
-    state_text,
-    tool_result,
-    workflow_fields,
-)
 from promptlayer_exec.mcp._tools import RUN, WAIT, common_tools, run_tool, run_tool_names
 from promptlayer_exec.mcp._values import clean, clip, fitting, show
 
@@ -50,7 +38,6 @@ Report = Callable[[float, float | None, str | None], Awaitable[None]]
 _logger = logging.getLogger("promptlayer_exec")
 _OUTPUT_TIMEOUT = 10.0
 _MOST_WORKFLOWS = 100
-_MOST_KNOWN = 1_000
 
 
 def _names(workflows: Iterable[Any]) -> tuple[str, ...]:
@@ -60,8 +47,7 @@ def _names(workflows: Iterable[Any]) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(workflows))
     for name in names:
         if not isinstance(name, str) or not name:
-            what = f"workflows must be names or ids of workflows, as text; got {name!r:.100}"
-            raise ValueError(what)
+            raise ValueError(f"workflows must be names or ids, as text; got {name!r:.100}")
     return names
 
 
@@ -83,24 +69,23 @@ class Calls:
     session: Session
     allowed: tuple[str, ...] = attrs.field(converter=_names)
     # Executions that were not complete when last seen, the latest last, with what started them.
-    running: OrderedDict[int, str | None] = attrs.field(init=False, factory=OrderedDict)
+    running: dict[int, str | None] = attrs.field(init=False, factory=dict)
     _common_tools: list[Tool] = attrs.field(init=False)
-    _run_tools: Mapping[str, str] = attrs.field(init=False)
+    run_tools: Mapping[str, str] = attrs.field(init=False)  # the workflow of each tool `run_...`
     _inputs: dict[str, Mapping[str, str]] = attrs.field(init=False, factory=dict)
 
     def __attrs_post_init__(self) -> None:
         self._common_tools = common_tools(self.allowed)
-        self._run_tools = run_tool_names(self.allowed)
+        self.run_tools = run_tool_names(self.allowed)
 
     async def tools(self) -> list[Tool]:
         """Return the tools, with the inputs of the named workflows as far as they are available."""
-        names = self._run_tools.values()
-        definitions = await asyncio.gather(*(self._definition(StartRequest(it)) for it in names))
-        named = zip(self._run_tools.items(), definitions, strict=True)
-        return [
-            *self._common_tools,
-            *(run_tool(tool, workflow, definition) for (tool, workflow), definition in named),
-        ]
+
+        async def define(tool: str, workflow: str) -> Tool:
+            return run_tool(tool, workflow, await self._definition(StartRequest(workflow)))
+
+        run_tools = await asyncio.gather(*(define(*it) for it in self.run_tools.items()))
+        return [*self._common_tools, *run_tools]
 
     async def _definition(self, request: StartRequest) -> Workflow | None:
         name = request.workflow
@@ -116,30 +101,18 @@ class Calls:
         self._inputs[str(name)] = workflow.required_inputs or {}
         return workflow
 
-    def names(self) -> tuple[str, ...]:
-        """Return the names of the tools."""
-        return *_CALLS, *self._run_tools
-
-    def is_run(self, tool: str) -> bool:
-        """Return whether a tool runs a named workflow to its end."""
-        return tool in self._run_tools
-
     async def call(self, tool: str, arguments: Mapping[str, Any], report: Report) -> CallToolResult:
         """Call a tool; what is wrong with the call or with the server is a result, too."""
         try:
-            if tool in self._run_tools:
+            if tool in self.run_tools:
                 return await self._run(tool, arguments, report)
             (schema,) = (it.input_schema for it in self._common_tools if it.name == tool)
-            return await _CALLS[tool](self, read.check(arguments, schema), report)
+            return await CALLS[tool](self, read.check(arguments, schema), report)
         except (Refused, PromptLayerExecError) as error:
-            return error_result(error)
+            return results.error_result(error)
 
     async def start_run(self, tool: str, arguments: Mapping[str, Any]) -> Execution:
-        """Start the run of a tool `run_...`.
-
-        Raises:
-            Refused: the arguments are wrong, or the start failed.
-        """
+        """Start the run of a tool `run_...`."""
         execution, _ = await self._start(self._run_request(tool, arguments)[0])
         return execution
 
@@ -147,10 +120,6 @@ class Calls:
         """Read an execution, and record whether it is running."""
         execution = self.session.execution(execution_id)
         return execution, self._seen(await execution.snapshot())
-
-    async def result(self, execution: Execution, snapshot: Snapshot) -> CallToolResult:
-        """Return the state of an execution, as a wait for it returns it."""
-        return tool_result(await self._fields(execution, snapshot))
 
     def close(self) -> None:
         """Log which runs go on, as nothing here can be called any more."""
@@ -192,7 +161,7 @@ class Calls:
             absent = [_absence(name, known) for name in self.allowed if name not in known]
             message = " ".join([f"{len(listed)} workflow{s}.", *absent])
         message += " describe_workflow shows which inputs one needs."
-        return tool_result({"message": message, "workflows": workflows})
+        return results.tool_result({"message": message, "workflows": workflows})
 
     async def describe_workflow(self, arguments: Mapping[str, Any], _: Report) -> CallToolResult:
         """Show what a workflow needs and does."""
@@ -203,7 +172,7 @@ class Calls:
             )
         except NotFound as error:
             raise Refused(await self._not_found(request)) from error
-        return tool_result(workflow_fields(workflow))
+        return results.tool_result(results.workflow_fields(workflow))
 
     async def start_workflow(self, arguments: Mapping[str, Any], _: Report) -> CallToolResult:
         """Start a run, and return its id."""
@@ -211,13 +180,15 @@ class Calls:
         name = clean(arguments["workflow"])
         message = f"Execution {execution.id} of workflow {name!r:.200} has started. Call"
         message += f" wait_execution with execution_id '{execution.id}' for its output."
-        return tool_result({"message": message, "execution_id": str(execution.id), **warning})
+        return results.tool_result(
+            {"message": message, "execution_id": str(execution.id), **warning}
+        )
 
     async def wait_execution(self, arguments: Mapping[str, Any], report: Report) -> CallToolResult:
         """Wait for an execution."""
         execution = self.session.execution(read.execution_id(arguments))
         seconds = arguments.get("timeout", WAIT)
-        return tool_result(await self._wait(execution, seconds, report))
+        return results.tool_result(await self._wait(execution, seconds, report))
 
     async def get_execution(self, arguments: Mapping[str, Any], _: Report) -> CallToolResult:
         """Read an execution, a node of it, or a part of a long value."""
@@ -225,13 +196,13 @@ class Calls:
         start, length = arguments.get("start", 0), arguments.get("length")
         execution, snapshot = await self.read(execution_id)
         if node is None:
-            return tool_result(await self._fields(execution, snapshot, start, length))
+            return results.tool_result(await self.fields(execution, snapshot, start, length))
         found = {clean(name): it for name, it in snapshot.nodes.items()}.get(node)
         if found is None:
-            few = names_of(snapshot.nodes.values())
+            few = results.names_of(snapshot.nodes.values())
             what = f"execution {execution_id} has no node {read.shown(node)}; it has: {few}"
             raise Refused(what + read.near(node, snapshot.nodes))
-        return tool_result(node_fields(snapshot, found, start, length))
+        return results.tool_result(results.node_fields(snapshot, found, start, length))
 
     def _run_request(self, tool: str, arguments: Mapping[str, Any]) -> tuple[StartRequest, float]:
         """Return the start and the timeout that the arguments of a tool `run_...` ask for.
@@ -239,7 +210,7 @@ class Calls:
         The inputs are arguments themselves. If they are in `inputs`, the others are those of
         `start_workflow`.
         """
-        name = self._run_tools[tool]
+        name = self.run_tools[tool]
         required = self._inputs.get(name, {})
         if "inputs" in arguments and "inputs" not in required:
             options = read.check(arguments, RUN)
@@ -256,7 +227,7 @@ class Calls:
         deadline = loop.time() + seconds
         execution, warning = await self._start(request)
         left = max(0.0, deadline - loop.time())
-        return tool_result({**await self._wait(execution, left, report), **warning})
+        return results.tool_result({**await self._wait(execution, left, report), **warning})
 
     async def _start(self, request: StartRequest) -> tuple[Execution, dict[str, str]]:
         """Start a run, and return it with the server's warning, if any, as a field."""
@@ -279,7 +250,7 @@ class Calls:
             raise Refused(
                 f"{error} Do not call this tool again for the same purpose: ask the user."
             ) from error
-        self._record(execution.id, name)
+        self.running[execution.id] = name
         warning = {"warning": clip(execution.warning, 1_000)} if execution.warning else {}
         return execution, warning
 
@@ -326,55 +297,50 @@ class Calls:
             async with aclosing(execution.stream(timeout=seconds)) as snapshots:
                 async for snapshot in snapshots:
                     self._seen(snapshot)
-                    if snapshot.nodes and (count := final_count(snapshot)) > reported:
+                    if snapshot.nodes and (count := results.final_count(snapshot)) > reported:
                         reported = count
-                        text = f"execution {execution.id}: {state_text(snapshot)}"
+                        text = f"execution {execution.id}: {results.state_text(snapshot)}"
                         await report(count, len(snapshot.nodes), text)
         except ExecutionTimeout as error:
             snapshot = error.last_snapshot or Snapshot(execution.id, False, {})
             message = f"Execution {execution.id} is not complete after {round(seconds, 2):g} s:"
-            message += f" {state_text(snapshot)}. It goes on. Call wait_execution with"
+            message += f" {results.state_text(snapshot)}. It goes on. Call wait_execution with"
             message += f" execution_id '{execution.id}' to go on waiting; do not start it again."
-            return execution_fields(snapshot, message, timed_out=True)
+            return results.execution_fields(snapshot, message, timed_out=True)
         assert snapshot is not None  # noqa: S101 - a stream ends with a snapshot or an error
-        return await self._fields(execution, snapshot)
+        return await self.fields(execution, snapshot)
 
-    async def _fields(
+    async def fields(
         self, execution: Execution, snapshot: Snapshot, start: int = 0, length: int | None = None
     ) -> dict[str, Any]:
         """Return the state of an execution, with its output, or a range of it."""
         execution_id = execution.id
         if not snapshot.complete:
-            message = f"Execution {execution_id} is not complete: {state_text(snapshot)}."
+            message = f"Execution {execution_id} is not complete: {results.state_text(snapshot)}."
             message += f" Call wait_execution with execution_id '{execution_id}'."
-            return execution_fields(snapshot, message)
+            return results.execution_fields(snapshot, message)
         try:
             value = await execution.output(timeout=_OUTPUT_TIMEOUT)
         except ExecutionFailed:
-            return execution_fields(snapshot, failure_text(snapshot))
+            return results.execution_fields(snapshot, results.failure_text(snapshot))
         except (ExecutionTimeout, RequestError) as error:
             message = f"Execution {execution_id} succeeded, but its output could not be read:"
             message += f" {clip(str(error), 1_000)} Call get_execution for it."
-            return execution_fields(snapshot, message)
+            return results.execution_fields(snapshot, message)
         output = show("output", value, start, length)
-        message = f"Execution {execution_id} succeeded: {state_text(snapshot)}."
-        message += rest_text(output.get("output_range"), execution_id)
-        return execution_fields(snapshot, message, output=output)
+        message = f"Execution {execution_id} succeeded: {results.state_text(snapshot)}."
+        message += results.rest_text(output.get("output_range"), execution_id)
+        return results.execution_fields(snapshot, message, output=output)
 
     def _seen(self, snapshot: Snapshot) -> Snapshot:
         if snapshot.complete:
             self.running.pop(snapshot.execution_id, None)
-        elif snapshot.execution_id not in self.running:
-            self._record(snapshot.execution_id, None)
+        else:
+            self.running.setdefault(snapshot.execution_id, None)
         return snapshot
 
-    def _record(self, execution_id: int, workflow: str | None) -> None:
-        self.running[execution_id] = workflow
-        if len(self.running) > _MOST_KNOWN:
-            self.running.popitem(last=False)
 
-
-_CALLS: Mapping[str, Callable[[Calls, Mapping[str, Any], Report], Awaitable[CallToolResult]]] = {
+CALLS: Mapping[str, Callable[[Calls, Mapping[str, Any], Report], Awaitable[CallToolResult]]] = {
     "list_workflows": Calls.list_workflows,
     "describe_workflow": Calls.describe_workflow,
     "start_workflow": Calls.start_workflow,

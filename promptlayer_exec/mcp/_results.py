@@ -8,14 +8,7 @@ from typing import Any
 
 from mcp.types import CallToolResult, TextContent
 
-from promptlayer_exec import (
-    ExecutionFailed,
-    Node,
-    NodeStatus,
-    NotFound,
-    Snapshot,
-    Workflow,
-)
+from promptlayer_exec import ExecutionFailed, Node, NodeStatus, NotFound, Snapshot, Workflow
 from promptlayer_exec._integration import error_details
 from promptlayer_exec.mcp._values import clean, clip, fitting, show
 

@@ -1,32 +1,22 @@
-"""The server: it connects the protocol with the tools."""
+"""The server: it connects the protocol with the tools, and serves over stdio."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import json
+import sys
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, cast
 
+import anyio
 import attrs
-from mcp import MCPError
+from anyio.to_thread import run_sync
+from mcp import MCPError, types
 from mcp.server import Server, ServerRequestContext
-from mcp.types import (
-    INVALID_PARAMS,
-    CallToolRequestParams,
-    CallToolResult,
-    ListResourcesResult,
-    ListResourceTemplatesResult,
-    ListToolsResult,
-    PaginatedRequestParams,
-    ReadResourceRequestParams,
-    ReadResourceResult,
-    Resource,
-    ResourceTemplate,
-    TextContent,
-    TextResourceContents,
-)
+from mcp.server.stdio import stdio_server
 
 from promptlayer_exec import PromptLayerExecError, Session, __version__
 from promptlayer_exec.mcp._arguments import Refused, parse_id, shown
-from promptlayer_exec.mcp._calls import Calls
+from promptlayer_exec.mcp._calls import CALLS, Calls
 from promptlayer_exec.mcp._results import error_result, error_text
 from promptlayer_exec.mcp._tasks import Tasks, declares_tasks
 from promptlayer_exec.mcp._tools import INSTRUCTIONS
@@ -34,7 +24,7 @@ from promptlayer_exec.mcp._tools import INSTRUCTIONS
 _SCHEME = "execution://"
 _JSON = "application/json"
 _Context = ServerRequestContext[Any]
-_Page = PaginatedRequestParams | None
+_Page = types.PaginatedRequestParams | None
 
 
 def create_server(session: Session, *, workflows: Iterable[str] = ()) -> Server[Any]:
@@ -54,10 +44,34 @@ def create_server(session: Session, *, workflows: Iterable[str] = ()) -> Server[
         TypeError: `workflows` is a single string.
         ValueError: a name is no text, or empty.
     """
-    return make_server(Calls(session, workflows))
+    return _make_server(Calls(session, workflows))
 
 
-def make_server(calls: Calls) -> Server[Any]:
+async def serve_stdio(session: Session, *, workflows: Iterable[str] = ()) -> None:
+    """Serve one MCP client over standard input and output, until it closes them.
+
+    Meanwhile, what anything else prints goes to standard error. At the end, the logger
+    `promptlayer_exec` names the executions that were not complete when they were last seen.
+
+    If it is cancelled, a thread still waits for the next line of standard input. It keeps the
+    process alive unless that ends with `os._exit`, as the command does.
+
+    Args:
+        session: as for `create_server`.
+        workflows: as for `create_server`.
+    """
+    calls = Calls(session, workflows)
+    server = _make_server(calls)
+    try:
+        async with stdio_server(cast("Any", _Lines())) as (given, sent):
+            await server.run(given, sent, server.create_initialization_options())
+    except* (BrokenPipeError, anyio.BrokenResourceError):
+        pass  # the client has gone
+    finally:
+        calls.close()
+
+
+def _make_server(calls: Calls) -> Server[Any]:
     """Return a server with these tools."""
     tasks = Tasks(calls)
     handlers = _Handlers(calls, tasks)
@@ -83,15 +97,16 @@ class _Handlers:
     _calls: Calls
     _tasks: Tasks
 
-    async def list_tools(self, _ctx: _Context, _params: _Page) -> ListToolsResult:
-        return ListToolsResult(tools=await self._calls.tools())
+    async def list_tools(self, _ctx: _Context, _params: _Page) -> types.ListToolsResult:
+        return types.ListToolsResult(tools=await self._calls.tools())
 
-    async def call_tool(self, ctx: _Context, params: CallToolRequestParams) -> Any:
+    async def call_tool(self, ctx: _Context, params: types.CallToolRequestParams) -> Any:
         calls, arguments = self._calls, params.arguments or {}
-        if params.name not in (known := calls.names()):
+        known = [*CALLS, *calls.run_tools]
+        if params.name not in known:
             what = f"there is no tool {shown(params.name)}; the tools are: {', '.join(known)}"
-            raise MCPError(INVALID_PARAMS, what)
-        if not (calls.is_run(params.name) and declares_tasks(ctx)):
+            raise MCPError(types.INVALID_PARAMS, what)
+        if not (params.name in calls.run_tools and declares_tasks(ctx)):
             return await calls.call(params.name, arguments, ctx.session.report_progress)
         try:
             execution = await calls.start_run(params.name, arguments)
@@ -99,10 +114,10 @@ class _Handlers:
             return error_result(error)
         return self._tasks.created(execution)
 
-    async def list_resources(self, _ctx: _Context, _params: _Page) -> ListResourcesResult:
-        return ListResourcesResult(
+    async def list_resources(self, _ctx: _Context, _params: _Page) -> types.ListResourcesResult:
+        return types.ListResourcesResult(
             resources=[
-                Resource(
+                types.Resource(
                     uri=f"{_SCHEME}{execution_id}",
                     name=f"execution {execution_id}",
                     description=None if workflow is None else f"A run of {workflow!r:.100}",
@@ -112,33 +127,38 @@ class _Handlers:
             ]
         )
 
-    async def list_templates(self, _ctx: _Context, _params: _Page) -> ListResourceTemplatesResult:
-        template = ResourceTemplate(
+    async def list_templates(
+        self, _ctx: _Context, _params: _Page
+    ) -> types.ListResourceTemplatesResult:
+        template = types.ResourceTemplate(
             uri_template=f"{_SCHEME}{{id}}",
             name="execution",
             title="An execution",
             description="An execution as it is now: its nodes, and its output if it is complete.",
             mime_type=_JSON,
         )
-        return ListResourceTemplatesResult(resource_templates=[template])
+        return types.ListResourceTemplatesResult(resource_templates=[template])
 
     async def read_resource(
-        self, _ctx: _Context, params: ReadResourceRequestParams
-    ) -> ReadResourceResult:
+        self, _ctx: _Context, params: types.ReadResourceRequestParams
+    ) -> types.ReadResourceResult:
         uri = str(params.uri)
         execution_id = parse_id(uri.removeprefix(_SCHEME)) if uri.startswith(_SCHEME) else None
         if execution_id is None:
             what = f"there is no resource {shown(uri)}: an execution is {_SCHEME}{{id}}"
-            raise MCPError(INVALID_PARAMS, what)
+            raise MCPError(types.INVALID_PARAMS, what)
         try:
-            result = await self._calls.result(*await self._calls.read(execution_id))
+            fields = await self._calls.fields(*await self._calls.read(execution_id))
         except PromptLayerExecError as error:
-            raise MCPError(INVALID_PARAMS, error_text(error)) from error
-        contents = TextResourceContents(uri=uri, mime_type=_JSON, text=_text_of(result))
-        return ReadResourceResult(contents=[contents])
+            raise MCPError(types.INVALID_PARAMS, error_text(error)) from error
+        text = json.dumps(fields, ensure_ascii=False)
+        contents = types.TextResourceContents(uri=uri, mime_type=_JSON, text=text)
+        return types.ReadResourceResult(contents=[contents])
 
 
-def _text_of(result: CallToolResult) -> str:
-    (content,) = result.content
-    assert isinstance(content, TextContent)  # noqa: S101 - as all tools answer
-    return content.text
+class _Lines:
+    """The lines of standard input; the SDK's own reader cannot be cancelled before the next one."""
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        while line := await run_sync(sys.stdin.buffer.readline, abandon_on_cancel=True):
+            yield line.decode("utf-8", "replace")

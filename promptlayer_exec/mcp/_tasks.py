@@ -9,31 +9,24 @@ from datetime import UTC, datetime
 from typing import Any
 
 import attrs
-from mcp import MCPError
+from mcp import MCPError, types
 from mcp.server import Server, ServerRequestContext
 from mcp.server.mcpserver import require_client_extension
-from mcp.types import (
-    INTERNAL_ERROR,
-    INVALID_PARAMS,
-    METHOD_NOT_FOUND,
-    ClientCapabilities,
-    RequestParams,
-)
 from mcp.types.version import MODERN_PROTOCOL_VERSIONS
 
 from promptlayer_exec import Execution, NotFound, PromptLayerExecError, Snapshot
 from promptlayer_exec.mcp._arguments import parse_id
 from promptlayer_exec.mcp._calls import Calls
-from promptlayer_exec.mcp._results import error_text, state_text
+from promptlayer_exec.mcp._results import error_text, state_text, tool_result
 from promptlayer_exec.mcp._values import clip
 
 EXTENSION = "io.modelcontextprotocol/tasks"
-_CAPABILITIES = ClientCapabilities(extensions={EXTENSION: {}})
+_CAPABILITIES = types.ClientCapabilities(extensions={EXTENSION: {}})
 _POLL_INTERVAL_MS = 2_000
 _GOES_ON = "PromptLayer cannot cancel a run: it goes on, and is paid for."
 
 
-class TaskParams(RequestParams):
+class TaskParams(types.RequestParams):
     """The parameters of the methods on tasks."""
 
     task_id: str
@@ -48,12 +41,9 @@ class Tasks:
     def add_to(self, server: Server[Any]) -> None:
         """Advertise the extension, and serve its methods."""
         server.extensions[EXTENSION] = {}
-        for method, handle in (
-            ("tasks/get", self._get),
-            ("tasks/update", self._update),
-            ("tasks/cancel", self._cancel),
-        ):
-            server.add_request_handler(method, TaskParams, handle)
+        server.add_request_handler("tasks/get", TaskParams, self._get)
+        server.add_request_handler("tasks/update", TaskParams, self._update)
+        server.add_request_handler("tasks/cancel", TaskParams, self._cancel)
 
     def created(self, execution: Execution) -> dict[str, Any]:
         """Return the task of a run that has just started."""
@@ -66,7 +56,7 @@ class Tasks:
         execution, snapshot = await self._read(ctx, params)
         if not snapshot.complete:
             return _task(execution.id, "working", state_text(snapshot))
-        answer = await self._calls.result(execution, snapshot)
+        answer = tool_result(await self._calls.fields(execution, snapshot))
         result = answer.model_dump(by_alias=True, mode="json", exclude_none=True)
         return _task(execution.id, "completed", state_text(snapshot), result=result)
 
@@ -82,15 +72,15 @@ class Tasks:
         self, ctx: ServerRequestContext[Any], params: TaskParams
     ) -> tuple[Execution, Snapshot]:
         if ctx.protocol_version not in MODERN_PROTOCOL_VERSIONS:
-            raise MCPError(METHOD_NOT_FOUND, "Method not found", ctx.method)
+            raise MCPError(types.METHOD_NOT_FOUND, "Method not found", ctx.method)
         require_client_extension(ctx, EXTENSION)
         execution_id = parse_id(params.task_id)
         if execution_id is None:
-            raise MCPError(INVALID_PARAMS, f"there is no task {clip(params.task_id, 80)!r}")
+            raise MCPError(types.INVALID_PARAMS, f"there is no task {clip(params.task_id, 80)!r}")
         try:
             return await self._calls.read(execution_id)
         except PromptLayerExecError as error:
-            code = INVALID_PARAMS if isinstance(error, NotFound) else INTERNAL_ERROR
+            code = types.INVALID_PARAMS if isinstance(error, NotFound) else types.INTERNAL_ERROR
             raise MCPError(code, error_text(error)) from error
 
 

@@ -19,13 +19,8 @@ def show(name: str, value: Any, start: int = 0, length: int | None = None) -> di
     """Return a field with a value as it is, or, with its range, a part of the value's text.
 
     It is shown as it is if it is small, and every client can decode it. A string is its own text;
-    any other value is written as JSON.
-
-    Args:
-        name: the name of the field; that of the range ends in `_range`.
-        value: any decoded JSON.
-        start: the first character of its text.
-        length: how many characters; fewer are shown where they would take too much space.
+    any other value is written as JSON. Fewer characters than `length` are shown where they would
+    take too much space.
     """
     text = clean(value) if isinstance(value, str) else encode(value)
     is_whole = start == 0 and (length is None or length >= len(text))

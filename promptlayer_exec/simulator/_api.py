@@ -12,22 +12,12 @@ from urllib.parse import unquote
 import attrs
 from aiohttp import web
 
+from promptlayer_exec.simulator import _wire as wire
 from promptlayer_exec.simulator._backend import Backend
 from promptlayer_exec.simulator._centrifugo import Centrifugo
-from promptlayer_exec.simulator._completion import Completions
 from promptlayer_exec.simulator._faults import FaultQueue
 from promptlayer_exec.simulator._log import Log, SimRequest
-from promptlayer_exec.simulator._wire import (
-    RequestValidationError,
-    check_exclusive,
-    encode,
-    error_response,
-    json_response,
-    parse_integer,
-    parse_results_query,
-    parse_run,
-    required_values,
-)
+from promptlayer_exec.simulator._notifications import Notifications
 
 _WEBSOCKET = "/connection/websocket"
 _TOKEN_LIFETIME = 3600.0  # as announced; a connection lasts as long as the client wants
@@ -65,14 +55,12 @@ class Api:
     _backend: Backend
     _log: Log[SimRequest]
     _centrifugo: Centrifugo
-    _completions: Completions
+    _notifications: Notifications
     faults: FaultQueue
     bucket: TokenBucket | None = attrs.field(default=None, init=False)
-    _created_at: float = attrs.field(init=False)
-
-    @_created_at.default
-    def _read_clock(self) -> float:
-        return self._clock()
+    _created_at: float = attrs.field(
+        init=False, default=attrs.Factory(lambda self: self._clock(), takes_self=True)
+    )
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer a request."""
@@ -81,7 +69,7 @@ class Api:
         seen = SimRequest(request.method, path, request.query, request.headers, body, at)
         self._log.record(seen)
         answer = partial(self._answer, seen)
-        fault = self.faults.take(request)
+        fault = self.faults.take(lambda fault: fault.concerns(request))
         response = await fault.effect(request, answer) if fault is not None else None
         if response is None and path == _WEBSOCKET:
             response = await self._centrifugo.serve(request)
@@ -93,65 +81,68 @@ class Api:
             if match is None:
                 continue
             if request.method != method:
-                return error_response(405, "Method Not Allowed", Allow=method)
+                return wire.error_response(405, "Method Not Allowed", Allow=method)
             if request.headers.get("X-API-KEY") != self._api_key:
-                return error_response(401, "Invalid or missing API key")
+                return wire.error_response(401, "Invalid or missing API key")
             if self.bucket is not None and (wait := self.bucket.take(self._clock())):
                 seconds = f"{math.ceil(wait * 1000) / 1000:.12g}"
-                return error_response(429, "Too Many Requests", **{"Retry-After": seconds})
+                return wire.error_response(429, "Too Many Requests", **{"Retry-After": seconds})
             try:
                 return operation(self, request, *map(unquote, match.groups()))
-            except RequestValidationError as error:
-                return json_response(422, encode({"detail": error.detail}))
-        return error_response(404, "Not Found")
+            except wire.RequestValidationError as error:
+                return wire.json_response(422, wire.encode({"detail": error.detail}))
+        return wire.error_response(404, "Not Found")
 
     def _results(self, request: SimRequest) -> web.Response:
-        execution_id, all_outputs = parse_results_query(request.query)
+        execution_id, all_outputs = wire.parse_results_query(request.query)
         try:
             results = self._backend.results(execution_id)
         except LookupError:
-            return error_response(404, "Workflow version execution not found")
+            return wire.error_response(404, "Workflow version execution not found")
         body = results.json(all_outputs=all_outputs)
-        return json_response(200 if results.complete else 202, body)
+        return wire.json_response(200 if results.complete else 202, body)
 
     def _workflow(self, request: SimRequest, id_or_name: str) -> web.Response:
         workflow = self._backend.find_workflow(id_or_name)
         query = dict(request.query.items())
-        label, number = query.get("label"), parse_integer(query, "version", range(1, 2**63))
-        check_exclusive(label, number)
+        label, number = query.get("label"), wire.parse_integer(query, "version", range(1, 2**63))
+        if label is not None and number is not None:
+            message = "label and version are mutually exclusive"
+            raise wire.RequestValidationError(message, "value_error", "query", "label")
         version = None if workflow is None else workflow.select(label, number)
         if workflow is None or version is None:
-            return error_response(404, "Workflow not found")
-        return json_response(200, encode(workflow.describe(version)))
+            return wire.error_response(404, "Workflow not found")
+        return wire.json_response(200, wire.encode(workflow.describe(version)))
 
     def _workflows(self, request: SimRequest) -> web.Response:
-        return json_response(200, encode(self._backend.list_workflows(request.query)))
+        return wire.json_response(200, wire.encode(self._backend.list_workflows(request.query)))
 
     def _run(self, request: SimRequest, id_or_name: str) -> web.Response:
         workflow = self._backend.find_workflow(id_or_name)
         if workflow is None:
-            return error_response(404, "Workflow not found")
-        body = parse_run(request.body)
+            return wire.error_response(404, "Workflow not found")
+        body = wire.parse_run(request.body)
         label, number = body.get("workflow_label_name"), body.get("workflow_version_number")
         if label is not None and number is not None:
-            return error_response(
+            return wire.error_response(
                 400, "Give workflow_label_name or workflow_version_number, not both"
             )
         version = workflow.select(label, number)
         if version is None:
-            return error_response(404, "Workflow version not found")
+            return wire.error_response(404, "Workflow version not found")
         execution_id = self._backend.run(workflow, version, body)
-        self._completions.follow(execution_id, workflow, body)
+        self._notifications.follow(execution_id, workflow, body)
         answer = {
             "success": True,
             "message": "Workflow execution created successfully",
             "warning": version.warning_for(body.get("input_variables", {})),
             "workflow_version_execution_id": execution_id,
         }
-        return json_response(201 if body.get("callback_url") is None else 202, encode(answer))
+        status = 201 if body.get("callback_url") is None else 202
+        return wire.json_response(status, wire.encode(answer))
 
     def _token(self, request: SimRequest) -> web.Response:
-        channels = required_values(request.query, "capability")
+        channels = wire.required_values(request.query, "capability")
         issued = time.time()
         details = {
             "token": self._centrifugo.issue_token(channels),
@@ -162,7 +153,7 @@ class Api:
         }
         # Without the backend's name, older versions of the vendor's SDK use Ably.
         answer = {"success": True, "messaging_backend": "centrifugo", "token_details": details}
-        return json_response(201, encode(answer))
+        return wire.json_response(201, wire.encode(answer))
 
 
 _ROUTES: tuple[tuple[re.Pattern[str], str, Callable[..., web.Response]], ...] = (

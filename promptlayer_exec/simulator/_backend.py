@@ -10,12 +10,7 @@ from typing import Any
 
 import attrs
 
-from promptlayer_exec.simulator._definitions import (
-    ScenarioSource,
-    Version,
-    Workflow,
-    list_workflows,
-)
+from promptlayer_exec.simulator._definitions import Version, Workflow, list_workflows
 from promptlayer_exec.simulator._execution import Execution, Results
 from promptlayer_exec.simulator._scenario import Scenario
 
@@ -70,7 +65,7 @@ class Backend:
             if name in self._workflows:
                 raise ValueError(f"workflow {name!r} already exists")
             workflow = Workflow(id=len(self._workflows) + 1, name=name, external_ids=external_ids)
-            self._add_version(workflow, labels, **version)
+            workflow.add(labels, id=next(self._version_ids), **version)
             self._workflows[name] = workflow
             return workflow.id
 
@@ -79,33 +74,7 @@ class Backend:
             workflow = self.find_workflow(str(name))
             if workflow is None:
                 raise LookupError(f"there is no workflow {name!r}")
-            return self._add_version(workflow, labels, **version)
-
-    def _add_version(
-        self,
-        workflow: Workflow,
-        labels: Iterable[str],
-        *,
-        source: ScenarioSource,
-        definition: Scenario | None,
-        inputs: Mapping[str, str] | None,
-        warning: str | None,
-    ) -> int:
-        if isinstance(labels, str):
-            raise TypeError(f"labels takes several labels: write labels=[{labels!r}]")
-        if definition is None:
-            definition = source if isinstance(source, Scenario) else Scenario([])
-        number = len(workflow.versions) + 1
-        version = Version(
-            number=number,
-            id=next(self._version_ids),
-            source=source,
-            definition=definition,
-            inputs=None if inputs is None else dict(inputs),
-            warning=warning,
-        )
-        workflow.add(version, labels)
-        return number
+            return workflow.add(labels, id=next(self._version_ids), **version)
 
     def list_workflows(self, query: Mapping[str, str]) -> dict[str, Any]:
         with self._lock:
@@ -158,7 +127,6 @@ class Backend:
             self._wakers[execution_id]()
 
     def _find_execution(self, execution_id: int) -> Execution:
-        try:
-            return self.executions[execution_id]
-        except KeyError:
-            raise LookupError(f"there is no execution {execution_id}") from None
+        if execution_id not in self.executions:
+            raise LookupError(f"there is no execution {execution_id}")
+        return self.executions[execution_id]

@@ -14,12 +14,11 @@ from typing import Any
 from uuid import uuid4
 
 import attrs
-from aiohttp import WSMsgType, web
+from aiohttp import web
 
-from promptlayer_exec.simulator._wire import encode, error_response
+from promptlayer_exec.simulator._wire import encode
 
 _PERMISSION_DENIED = {"code": 103, "message": "permission denied"}
-_ALREADY_SUBSCRIBED = {"code": 105, "message": "already subscribed"}
 
 
 class _Disconnect(Exception):
@@ -45,10 +44,7 @@ class Centrifugo:
         # Some clients offer an empty subprotocol: named here, it causes no warning, and no header.
         socket = web.WebSocketResponse(compress=False, protocols=("",))
         with suppress(ConnectionError):
-            try:
-                await socket.prepare(request)
-            except web.HTTPBadRequest:
-                return error_response(400, "Bad Request")
+            await socket.prepare(request)
             connection = _Connection(self, socket)
             self._connections.add(connection)
             try:
@@ -79,24 +75,18 @@ class _Connection:
 
     async def execute_commands(self) -> None:
         async for message in self.socket:
-            if message.type is not WSMsgType.TEXT:
-                return
-            for line in message.data.strip().split("\n"):
-                await self._execute(line)
-
-    async def _execute(self, line: str) -> None:
-        command: Any
-        try:
-            command = json.loads(line)
-        except (ValueError, RecursionError):
-            command = None
-        match command:
-            case {"id": int(number), **request} if number > 0:
-                await self.socket.send_str(encode({"id": number, **self._answer(request)}))
-            case dict() if not command:
-                pass  # a pong, which some clients send unasked
-            case _:
-                raise _Disconnect(3501, "bad request")
+            try:
+                commands = [json.loads(line) for line in message.data.strip().split("\n")]
+            except (ValueError, RecursionError):
+                raise _Disconnect(3501, "bad request") from None
+            for command in commands:
+                match command:
+                    case {"id": int(number), **request} if number > 0:
+                        await self.socket.send_str(encode({"id": number, **self._answer(request)}))
+                    case dict() if not command:
+                        pass  # a pong, which some clients send unasked
+                    case _:
+                        raise _Disconnect(3501, "bad request")
 
     def _answer(self, request: dict[Any, Any]) -> dict[str, Any]:
         match request:
@@ -108,8 +98,6 @@ class _Connection:
             case _ if self._channels is None or "connect" in request:
                 raise _Disconnect(3501, "bad request")
             case {"subscribe": {"channel": str(channel)}} if channel in self._channels:
-                if channel in self.subscriptions:
-                    return {"error": _ALREADY_SUBSCRIBED}
                 self.subscriptions.add(channel)
                 return {"subscribe": {}}
             case {"unsubscribe": {"channel": str(channel)}}:

@@ -10,29 +10,32 @@ from typing import Any, TypeAlias
 
 import attrs
 
-from promptlayer_exec.simulator._scenario import Scenario
+from promptlayer_exec.simulator._scenario import Scenario, SimNode
 from promptlayer_exec.simulator._wire import RequestValidationError, parse_integer
 
 ScenarioSource: TypeAlias = Scenario | Callable[[Mapping[str, Any]], Scenario]
 
-_SORT_KEYS = ("created_at", "updated_at", "name", "id")
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)
-
 
 @attrs.frozen(kw_only=True)
 class Version:
-    """One version of a workflow: what it runs, and how it is described."""
+    """One version of a workflow: what it runs, and how it is described.
+
+    Versions that were added later have higher ids.
+    """
 
     number: int
     id: int
     source: ScenarioSource
-    definition: Scenario
+    definition: Scenario | None
     inputs: Mapping[str, str] | None
     warning: str | None
-    created_at: datetime = attrs.field(factory=_now)
+    created_at: datetime = attrs.field(factory=lambda: datetime.now(UTC))
+
+    @property
+    def nodes(self) -> tuple[SimNode, ...]:
+        """The nodes in its description."""
+        described = self.definition or self.source
+        return described.nodes if isinstance(described, Scenario) else ()
 
     def warning_for(self, given: Mapping[str, Any]) -> str | None:
         """Return the warning of a start with these inputs."""
@@ -52,9 +55,14 @@ class Workflow:
     versions: list[Version] = attrs.field(factory=list)
     labels: dict[str, int] = attrs.field(factory=dict)
 
-    def add(self, version: Version, labels: Iterable[str]) -> None:
-        self.versions.append(version)
-        self.labels.update(dict.fromkeys(labels, version.number))
+    def add(self, labels: Iterable[str], **version: Any) -> int:
+        """Add a version, and return its number."""
+        if isinstance(labels, str):
+            raise TypeError(f"labels takes several labels: write labels=[{labels!r}]")
+        number = len(self.versions) + 1
+        self.versions.append(Version(number=number, **version))
+        self.labels.update(dict.fromkeys(labels, number))
+        return number
 
     def select(self, label: str | None, number: int | None) -> Version | None:
         """Return a version by its label or number, and else the latest one."""
@@ -66,32 +74,19 @@ class Workflow:
             return self.versions[-1]
         return next((version for version in self.versions if version.number == number), None)
 
-    @property
-    def legacy(self) -> dict[str, Any]:
-        """The object of development servers, which production is said to send, too."""
-        return {
-            "id": self.id,
-            "workspace_id": 1,
-            "user_id": None,
-            "name": self.name,
-            "is_draft": False,
-            "is_deleted": False,
-        }
-
     def describe(self, version: Version) -> dict[str, Any]:
         """Return the definition of a version, in the documented shape."""
-        nodes = version.definition.nodes
         description = {
             "success": True,
             "workflow_id": self.id,
             "workflow_name": self.name,
             "version": version.number,
             "workflow_version_id": version.id,
-            "release_labels": self._labels_of(version),
+            "release_labels": [it for it, n in self.labels.items() if n == version.number],
             "created_at": version.created_at.isoformat(),
             "nodes": [
                 {
-                    "id": self._uuid(version, node.name),
+                    "id": str(uuid.uuid4()),
                     "workflow_version_id": version.id,
                     "name": node.name,
                     "node_type": node.node_type,
@@ -99,31 +94,32 @@ class Workflow:
                     "configuration": {},
                     "dependencies": list(node.after),
                 }
-                for node in nodes
+                for node in version.nodes
             ],
             "edges": [
                 {
-                    "id": self._uuid(version, before, node.name),
+                    "id": str(uuid.uuid4()),
                     "source_node_name": before,
                     "target_node_name": node.name,
                     "is_and": True,
                     "conditionals": [] if node.when is None else [{"type": "predicate"}],
                 }
-                for node in nodes
+                for node in version.nodes
                 for before in node.after
             ],
-            "workflow": self.legacy,
+            # The object of development servers, which production is said to send, too.
+            "workflow": {
+                "id": self.id,
+                "workspace_id": 1,
+                "user_id": None,
+                "name": self.name,
+                "is_draft": False,
+                "is_deleted": False,
+            },
         }
         if version.inputs is not None:
             description["required_input_variables"] = dict(version.inputs)
         return description
-
-    def _labels_of(self, version: Version) -> list[str]:
-        return [label for label, number in self.labels.items() if number == version.number]
-
-    def _uuid(self, version: Version, *names: str) -> str:
-        text = "\0".join(map(ascii, (self.id, version.number, *names)))
-        return str(uuid.uuid5(uuid.NAMESPACE_OID, text))
 
     def summarize(self) -> dict[str, Any]:
         return {
@@ -139,12 +135,16 @@ class Workflow:
         }
 
 
-def list_workflows(workflows: Iterable[Workflow], query: Mapping[str, str]) -> dict[str, Any]:
-    """Return one page of the workflows that a query asks for.
+_SORT_KEYS: Mapping[str, Callable[[Workflow], Any]] = {
+    "created_at": lambda it: it.id,
+    "updated_at": lambda it: it.versions[-1].id,
+    "name": lambda it: it.name,
+    "id": lambda it: it.id,
+}
 
-    Raises:
-        RequestValidationError: a parameter of the query is unusable.
-    """
+
+def list_workflows(workflows: Iterable[Workflow], query: Mapping[str, str]) -> dict[str, Any]:
+    """Return one page of the workflows that a query asks for."""
     query = dict(query.items())  # of a parameter that is repeated, the last counts
     number = parse_integer(query, "page", range(1, 2**63), default=1)
     size = parse_integer(query, "per_page", range(1, 101), default=30)
@@ -155,16 +155,10 @@ def list_workflows(workflows: Iterable[Workflow], query: Mapping[str, str]) -> d
         missing = "external_source" if source is None else "external_id"
         raise RequestValidationError("Field required", "missing", "query", missing)
 
-    keys: dict[str, Callable[[Workflow], Any]] = {
-        "id": lambda it: it.id,
-        "name": lambda it: (it.name, it.id),
-        "created_at": lambda it: (it.versions[0].created_at, it.id),
-        "updated_at": lambda it: (it.versions[-1].created_at, it.id),
-    }
     meant = (it for it in workflows if source is None or it.external_ids.get(source) == external_id)
-    found = sorted(meant, key=keys[sort_by], reverse=descending)
+    found = sorted(meant, key=_SORT_KEYS[sort_by], reverse=descending)
     pages = math.ceil(len(found) / size)
-    page: dict[str, Any] = {
+    return {
         "items": [workflow.summarize() for workflow in found[(number - 1) * size : number * size]],
         "page": number,
         "per_page": size,
@@ -172,15 +166,12 @@ def list_workflows(workflows: Iterable[Workflow], query: Mapping[str, str]) -> d
         "pages": pages,
         "has_next": number < pages,
         "has_prev": number > 1,
+        "next_num": number + 1 if number < pages else None,
+        "prev_num": number - 1 if number > 1 else None,
     }
-    if number < pages:
-        page["next_num"] = number + 1
-    if number > 1:
-        page["prev_num"] = number - 1
-    return page
 
 
-def _one_of(query: Mapping[str, str], name: str, known: tuple[str, ...], default: str) -> str:
+def _one_of(query: Mapping[str, str], name: str, known: Iterable[str], default: str) -> str:
     value = query.get(name, default)
     if value not in known:
         expected = ", ".join(map(repr, known))

@@ -115,7 +115,8 @@ class Execution:
         """End a held node at `now` or when it starts; `ending` replaces fields of its `SimNode`."""
         node = next((node for node in self.scenario.nodes if node.name == name), None)
         if node is None:
-            raise LookupError(f"the execution has no node {name!r}")
+            names = ", ".join(repr(node.name) for node in self.scenario.nodes)
+            raise LookupError(f"the execution has no node {name!r}; its nodes are: {names}")
         if node.duration is not None:
             raise ValueError(
                 f"node {name!r} ends by itself: only one with duration=None can be finished"

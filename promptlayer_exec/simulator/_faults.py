@@ -22,7 +22,6 @@ Effect: TypeAlias = Callable[[web.BaseRequest, Answer], Awaitable[web.StreamResp
 
 _HTML = b"<html><body><h1>502 Bad Gateway</h1></body></html>\n"
 _CHUNK = b"a" * 64 * 1024
-_FOREVER = 1e9
 _OVERSIZE_HEAD = b'{"Node 1":{"status":"SUCCESS","value":"'
 _OVERSIZE_TAIL = b'","error_message":null,"raw_error_message":null,"is_output_node":true}}\n'
 
@@ -59,15 +58,11 @@ class Fault:
         headers: Mapping[str, str] | None = None,
         execution_id: int | None = None,
     ) -> Fault:
-        """Answer with a status, and optionally an exact body.
+        """Answer with a status from 200 to 599.
 
-        Args:
-            code: the HTTP status, 200 to 599.
-            times: how many requests it affects; None for all.
-            retry_after: seconds for a Retry-After header, or its text.
-            body: the exact body; by default the server's error object, or nothing below 400.
-            headers: further headers; the content type is JSON unless they change it.
-            execution_id: affects only requests for the results of this execution.
+        The body is `body`, or else the server's error object, and nothing below 400. `retry_after`
+        is in seconds, or the text of the header. The content type is JSON unless `headers` says
+        otherwise.
 
         Raises:
             ValueError: `code` or `times` is out of range.
@@ -99,30 +94,15 @@ class Fault:
         return Fault(disconnect, times, execution_id)
 
     @staticmethod
-    def truncate(
-        times: int | None = 1, *, at: int | None = None, execution_id: int | None = None
-    ) -> Fault:
-        """Close the connection within the body of the normal answer.
-
-        Args:
-            times: how many requests it affects; None for all.
-            at: the number of bytes of the body to send; by default half of it, at most all but
-                one.
-            execution_id: affects only requests for the results of this execution.
-
-        Raises:
-            ValueError: `at` or `times` is out of range.
-        """
-        if at is not None and at < 0:
-            raise ValueError(f"at must be at least 0 bytes, got {at}")
+    def truncate(times: int | None = 1, *, execution_id: int | None = None) -> Fault:
+        """Close the connection in the middle of the body of the normal answer."""
 
         async def truncate(request: web.BaseRequest, answer: Answer) -> web.StreamResponse:
             whole = answer()
             body = (whole.text or "").encode()
-            sent = len(body) // 2 if at is None else min(at, len(body) - 1)
             response = web.StreamResponse(status=whole.status, headers=whole.headers)
             response.content_length = len(body)
-            await _send(request, response, [body[:sent]])
+            await _send(request, response, [body[: len(body) // 2]])
             request.protocol.force_close()
             return response
 
@@ -139,7 +119,7 @@ class Fault:
     @staticmethod
     def stall(times: int | None = 1, *, execution_id: int | None = None) -> Fault:
         """Accept the request and never answer; the client or the simulator must end it."""
-        return Fault.delay(_FOREVER, times, execution_id=execution_id)
+        return Fault.delay(1e9, times, execution_id=execution_id)
 
     @staticmethod
     def trickle(
@@ -182,11 +162,7 @@ class Fault:
 
     @staticmethod
     def repeat_post(
-        kind: PostKind,
-        copies: int = 2,
-        times: int | None = 1,
-        *,
-        execution_id: int | None = None,
+        kind: PostKind, copies: int = 2, times: int | None = 1, *, execution_id: int | None = None
     ) -> Fault:
         """Post the same webhook or callback several times."""
         return _post_fault(kind, (0.0,) * copies, times, execution_id)
@@ -200,13 +176,10 @@ class Fault:
 
     def concerns(self, request: web.BaseRequest) -> bool:
         """Return True if it may affect this request."""
-        if self.post is not None:
+        if self.post is not None or not request.path.endswith(self.path):
             return False
-        if not request.path.endswith(self.path):
-            return False
-        if self.execution_id is None:
-            return True
-        return request.query.get("workflow_version_execution_id") == str(self.execution_id)
+        named = request.query.get("workflow_version_execution_id")
+        return self.execution_id is None or named == str(self.execution_id)
 
     def concerns_post(self, kind: PostKind, execution_id: int) -> bool:
         """Return True if it may affect this webhook or callback."""
@@ -243,13 +216,7 @@ class FaultQueue:
         with self._lock:
             self._pending.clear()
 
-    def take(self, request: web.BaseRequest) -> Fault | None:
-        return self._take(lambda fault: fault.concerns(request))
-
-    def take_post(self, kind: PostKind, execution_id: int) -> Fault | None:
-        return self._take(lambda fault: fault.concerns_post(kind, execution_id))
-
-    def _take(self, concerns: Callable[[Fault], bool]) -> Fault | None:
+    def take(self, concerns: Callable[[Fault], bool]) -> Fault | None:
         with self._lock:
             for index, fault in enumerate(self._pending):
                 if concerns(fault):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,8 +11,6 @@ from typing import Generic, TypeVar
 import attrs
 
 T = TypeVar("T")
-
-_LOGGER = logging.getLogger(__package__)
 
 
 @attrs.frozen
@@ -61,10 +58,7 @@ class Log(Generic[T]):
                 if count <= self.count:
                     wake()
         if self._on_record is not None:
-            try:
-                self._on_record(entry)
-            except Exception:
-                _LOGGER.exception("on_request failed")
+            self._on_record(entry)
 
     async def wait(self, count: int, timeout: float) -> None:
         reached = asyncio.Event()
@@ -78,10 +72,8 @@ class Log(Generic[T]):
             async with asyncio.timeout(timeout):
                 await reached.wait()
         except TimeoutError:
-            raise self._timed_out(count, timeout) from None
+            seen = f"saw {self.count} of {count} {self._what} in {timeout} s"
+            raise TimeoutError(seen) from None
         finally:
             with self._lock:
                 self._waiters.remove(waiter)
-
-    def _timed_out(self, count: int, timeout: float) -> TimeoutError:
-        return TimeoutError(f"saw {self.count} of {count} {self._what} in {timeout} s")

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, Self
 
 import attrs
+from aiohttp import web
 from anyio.from_thread import start_blocking_portal
+from yarl import URL
 
 from promptlayer_exec.simulator._api import Api, TokenBucket
 from promptlayer_exec.simulator._backend import Backend, SimRun
 from promptlayer_exec.simulator._centrifugo import Centrifugo
-from promptlayer_exec.simulator._completion import Completions
 from promptlayer_exec.simulator._definitions import ScenarioSource
 from promptlayer_exec.simulator._faults import Fault, FaultQueue
 from promptlayer_exec.simulator._log import Log, SimRequest
-from promptlayer_exec.simulator._posts import Posts, SimPost
+from promptlayer_exec.simulator._notifications import Notifications, SimPost
 from promptlayer_exec.simulator._scenario import Scenario
-from promptlayer_exec.simulator._server import Server
 
 
 class Simulator:
@@ -44,8 +45,7 @@ class Simulator:
         clock: returns the time in seconds, and never runs backwards; all node durations and the
             rate limit follow it.
         log_requests: whether `requests` keeps every request; `request_count` always counts.
-        on_request: called with each request before it is answered, in the thread that serves; an
-            error that it raises is logged.
+        on_request: called with each request before it is answered, in the thread that serves.
         push_limit_bytes: the size in bytes of the longest completion message that is pushed with
             its output; a longer one says `EXCEEDS_SIZE_LIMIT`. The limit of PromptLayer's own
             server is unknown.
@@ -74,18 +74,18 @@ class Simulator:
         self._faults = FaultQueue()
         self._backend = Backend(clock)
         centrifugo = Centrifugo()
-        self._posts = Posts(self._faults.take_post, webhook_url, webhook_secret)
-        self._completions = Completions(self._backend, centrifugo, self._posts, push_limit_bytes)
-        self._api = Api(
-            api_key,
-            clock,
+        self._notifications = Notifications(
             self._backend,
-            self._log,
             centrifugo,
-            self._completions,
             self._faults,
+            push_limit_bytes,
+            webhook_url,
+            webhook_secret,
         )
-        self._server: Server | None = None
+        self._api = Api(
+            api_key, clock, self._backend, self._log, centrifugo, self._notifications, self._faults
+        )
+        self._running: tuple[asyncio.Server, web.Server] | None = None
         self._thread = ExitStack()
 
     @property
@@ -95,9 +95,10 @@ class Simulator:
         Raises:
             RuntimeError: the simulator is not running.
         """
-        if self._server is None:
+        if self._running is None:
             raise RuntimeError("the simulator is not running: enter it with `with` or `async with`")
-        return self._server.base_url
+        port = self._running[0].sockets[0].getsockname()[1]
+        return str(URL.build(scheme="http", host=self._host, port=port))
 
     @property
     def requests(self) -> list[SimRequest]:
@@ -112,16 +113,16 @@ class Simulator:
     @property
     def webhook_url(self) -> str | None:
         """Where to post a webhook when a run is complete; setting it concerns later runs."""
-        return self._posts.webhook_url
+        return self._notifications.webhook_url
 
     @webhook_url.setter
     def webhook_url(self, url: str | None) -> None:
-        self._posts.webhook_url = url
+        self._notifications.webhook_url = url
 
     @property
     def posts(self) -> list[SimPost]:
         """The webhooks and callbacks that were posted and answered, or failed; oldest first."""
-        return list(self._posts.log.entries)
+        return list(self._notifications.posts.entries)
 
     @property
     def executions(self) -> list[int]:
@@ -300,8 +301,7 @@ class Simulator:
         if requests is None:
             self._api.bucket = None
             return
-        if burst is None:
-            burst = max(1, int(requests))
+        burst = max(1, int(requests)) if burst is None else burst
         if not (requests > 0 and per > 0 and burst >= 1):
             raise ValueError("requests and per must be positive, and burst at least 1")
         self._api.bucket = TokenBucket(requests / per, burst)
@@ -330,19 +330,22 @@ class Simulator:
         Raises:
             TimeoutError: there were fewer in that time.
         """
-        await self._posts.log.wait(count, timeout)
+        await self._notifications.posts.wait(count, timeout)
 
     async def __aenter__(self) -> Self:
-        if self._server is not None:
+        if self._running is not None:
             raise RuntimeError("the simulator is already running")
-        self._server = await Server.start(self._api, self._host, self._port)
+        loop = asyncio.get_running_loop()
+        # Cancelling the handler of a client that disconnects is what ends a stalled answer.
+        server = web.Server(self._api.handle, handler_cancellation=True, access_log=None)
+        self._running = await loop.create_server(server, self._host, self._port), server
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._server is not None:
-            await self._server.stop()
-            await self._completions.stop()
-            self._server = None
+        if self._running is not None:
+            await _stop(*self._running)
+            await self._notifications.stop()
+            self._running = None
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -353,3 +356,19 @@ class Simulator:
 
     def __exit__(self, *_: object) -> None:
         self._thread.close()
+
+
+async def _stop(listener: asyncio.Server, server: web.Server) -> None:
+    """Stop listening, and abort every connection."""
+    # asyncio must first hand over accepted connections, which `close` would leak.
+    for listening in listener.sockets:
+        with suppress(NotImplementedError):  # on Windows
+            asyncio.get_running_loop().remove_reader(listening.fileno())
+    for _ in range(3):
+        await asyncio.sleep(0)
+    listener.close()
+    while connections := server.connections:
+        for connection in connections:
+            if connection.transport is not None:
+                connection.transport.abort()
+        await asyncio.sleep(0)

@@ -17,7 +17,6 @@ _TRUE = frozenset({"1", "on", "t", "true", "y", "yes"})
 _FALSE = frozenset({"0", "off", "f", "false", "n", "no"})
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*:.", re.ASCII | re.IGNORECASE)
-_INT64 = range(-(2**63), 2**63)
 # For each field of a run request, its name in errors and its exact types: True is an int, too.
 _RUN_FIELDS: dict[str, tuple[str, set[type]]] = {
     "input_variables": ("dictionary", {dict}),
@@ -58,9 +57,10 @@ def parse_results_query(query: Mapping[str, str]) -> tuple[int, bool]:
     """Return the execution id and `return_all_outputs` of a results request."""
     name = "workflow_version_execution_id"
     required_values(query, name)
-    number = parse_integer(dict(query.items()), name, _INT64)
+    query = dict(query.items())  # of a parameter that is repeated, the last counts
+    number = parse_integer(query, name, range(-(2**63), 2**63))
     name = "return_all_outputs"
-    word = dict(query.items()).get(name, "false").lower()  # the last counts here, too
+    word = query.get(name, "false").lower()
     if word not in _TRUE | _FALSE:
         message = "Input should be a valid boolean, unable to interpret input"
         raise RequestValidationError(message, "bool_parsing", "query", name)
@@ -75,18 +75,9 @@ def parse_integer(
     if text is None:
         return default
     if not _INTEGER.fullmatch(text) or int(text) not in allowed:
-        message = "Input should be a valid 64-bit integer"
-        if allowed != _INT64:
-            message = f"Input should be an integer from {allowed[0]} to {allowed[-1]}"
+        message = f"Input should be an integer from {allowed[0]} to {allowed[-1]}"
         raise RequestValidationError(message, "int_parsing", "query", name)
     return int(text)
-
-
-def check_exclusive(label: str | None, version: int | None) -> None:
-    """Check that a request does not select a version twice."""
-    if label is not None and version is not None:
-        message = "label and version are mutually exclusive"
-        raise RequestValidationError(message, "value_error", "query", "label")
 
 
 def parse_run(body: bytes) -> dict[str, Any]:

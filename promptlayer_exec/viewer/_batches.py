@@ -20,13 +20,9 @@ from promptlayer_exec import ConfigurationError, Session
 if TYPE_CHECKING:
     from promptlayer_exec.dbos import Batch, StoredOutcome
 
+HAS_BATCHES = find_spec("dbos") is not None  # the extra for batches is installed
 _MOST = 200  # items of a batch
 _PATIENCE = 3.0  # seconds to look for those that did not succeed
-
-
-def has_batches() -> bool:
-    """Return True if the extra for batches is installed."""
-    return find_spec("dbos") is not None
 
 
 def add_batch_routes(app: FastAPI, session: Session) -> None:
@@ -65,8 +61,7 @@ async def _read_counts(batch: Batch, name: str) -> dict[str, Any]:
 async def _read_items(batch: Batch) -> dict[str, Any]:
     """Return items that did not succeed, and then others, and whether these are all that ended."""
     until = time.monotonic() + _PATIENCE
-    wrong: list[Any] = []
-    fine: list[Any] = []
+    wrong, fine = list[Any](), list[Any]()
     view: dict[str, Any] = {"is_whole": True, "problem": None}
     try:
         async with aclosing(batch.outcomes(until_done=False)) as outcomes:

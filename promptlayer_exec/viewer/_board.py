@@ -13,14 +13,7 @@ from typing import Any, Self
 
 import attrs
 
-from promptlayer_exec import (
-    Event,
-    Execution,
-    RequestRetried,
-    Session,
-    Snapshot,
-    StartUnknown,
-)
+from promptlayer_exec import Event, Execution, RequestRetried, Session, Snapshot, StartUnknown
 from promptlayer_exec._integration import error_text
 from promptlayer_exec.viewer._history import History
 from promptlayer_exec.viewer._problems import Problem, explain

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from collections.abc import Awaitable, Callable, Hashable
+from functools import partial
+from typing import Any, TypeVar
 
 from promptlayer_exec import PromptLayerExecError, Session, Workflow, WorkflowSummary
 from promptlayer_exec.viewer._problems import explain
 
+T = TypeVar("T")
+
 _PATIENCE = 5.0  # seconds for one definition
 _LIST_PATIENCE = 20.0  # seconds for the list
 _MAX_AGE = 60.0
-
-_Key = tuple[str, str | None, int | None]
 
 
 class NoDefinition(Exception):
@@ -21,63 +23,40 @@ class NoDefinition(Exception):
 
 
 class Definitions:
-    """Reads definitions of workflows, and keeps each for a minute.
-
-    Args:
-        session: the session that asks for them.
-    """
+    """Reads definitions of workflows, and keeps each for a minute; else raises `NoDefinition`."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._known: dict[_Key, tuple[float, Workflow]] = {}
-        self._summaries: tuple[float, list[WorkflowSummary]] = (-_MAX_AGE, [])
+        self._known: dict[Hashable, tuple[float, Any]] = {}
 
     async def get(
         self, workflow: str, label: str | None = None, version: int | None = None
     ) -> Workflow:
-        """Return a definition: that of a label or version, or the latest one.
-
-        Raises:
-            NoDefinition: the server did not send it within 5 s.
-        """
-        key = (workflow, label, version)
-        read, known = self._known.get(key, (0.0, None))
-        if known is not None and time.monotonic() - read < _MAX_AGE:
-            return known
-        try:
-            async with asyncio.timeout(_PATIENCE):
-                found = await self._session.workflow(workflow, label=label, version=version)
-        except TimeoutError:
-            raise NoDefinition(f"it was not sent within {_PATIENCE:.0f} s.") from None
-        except (PromptLayerExecError, ValueError) as error:
-            raise NoDefinition(explain(error)[1]) from error
-        self._known[key] = (time.monotonic(), found)
-        return found
+        """Return a definition: that of a label or version, or the latest one."""
+        read = partial(self._session.workflow, workflow, label=label, version=version)
+        return await self._read((workflow, label, version), read, _PATIENCE)
 
     async def summaries(self) -> list[WorkflowSummary]:
-        """Return the workflows that can be started, the latest changed first.
+        """Return the workflows that can be started, the latest changed first."""
 
-        Raises:
-            NoDefinition: the server did not send them.
-        """
-        read, known = self._summaries
-        if time.monotonic() - read < _MAX_AGE:
-            return known
-        try:
-            async with asyncio.timeout(_LIST_PATIENCE):
-                found = [
-                    summary
-                    async for summary in self._session.workflows(
-                        sort_by="updated_at", sort_order="desc"
-                    )
-                    if not summary.is_deleted
-                ]
-        except TimeoutError:
-            raise NoDefinition("the list of workflows was not sent in time.") from None
-        except PromptLayerExecError as error:
-            raise NoDefinition(explain(error)[1]) from error
-        self._summaries = (time.monotonic(), found)
-        return found
+        async def read() -> list[WorkflowSummary]:
+            summaries = self._session.workflows(sort_by="updated_at", sort_order="desc")
+            return [summary async for summary in summaries if not summary.is_deleted]
+
+        return await self._read("summaries", read, _LIST_PATIENCE)
+
+    async def _read(self, key: Hashable, read: Callable[[], Awaitable[T]], patience: float) -> T:
+        if key not in self._known or time.monotonic() - self._known[key][0] > _MAX_AGE:
+            try:
+                async with asyncio.timeout(patience):
+                    found = await read()
+            except TimeoutError:
+                raise NoDefinition(f"it was not sent within {patience:.0f} s.") from None
+            except (PromptLayerExecError, ValueError) as error:
+                raise NoDefinition(explain(error)[1]) from error
+            self._known[key] = (time.monotonic(), found)
+        known: T = self._known[key][1]
+        return known
 
 
 def definition_view(workflow: Workflow) -> dict[str, Any]:

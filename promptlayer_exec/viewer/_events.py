@@ -16,14 +16,8 @@ import attrs
 from sse_starlette import ServerSentEvent
 
 from promptlayer_exec import Node, NodeStatus, NodeTimes, Snapshot
-from promptlayer_exec._integration import (
-    base_url,
-    error_details,
-    error_text,
-    indented,
-    node_dict,
-)
-from promptlayer_exec.viewer._batches import has_batches
+from promptlayer_exec._integration import base_url, error_details, error_text, indented, node_dict
+from promptlayer_exec.viewer._batches import HAS_BATCHES
 from promptlayer_exec.viewer._board import Board, Card
 from promptlayer_exec.viewer._problems import Problem
 
@@ -37,9 +31,9 @@ async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
     """Yield the events for one page: first everything, then the changes.
 
     `board` has the ids of the executions, in order, and those of others that have a page of their
-    own; `nodes` the changed nodes of one execution, or
-    all of them if some were added or removed; `execution` its state and progress; `end` is the
-    last event. A page that reads slowly gets the latest state, and no backlog.
+    own; `nodes` the changed nodes of one execution, or all of them if some were added or removed;
+    `execution` its state and progress; `end` is the last event. A page that reads slowly gets the
+    latest state, and no backlog.
     """
     board.opened.set()
     order: tuple[list[str], ...] = ()
@@ -59,7 +53,7 @@ async def board_events(board: Board) -> AsyncGenerator[bytes, None]:
                 "note": board.note,
                 "server": base_url(board.session),
                 "has_history": board.history is not None,
-                "has_batches": has_batches(),
+                "has_batches": HAS_BATCHES,
                 "executions": listed,
                 "aside": aside,
             }

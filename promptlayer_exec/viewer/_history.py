@@ -40,25 +40,10 @@ CREATE TABLE IF NOT EXISTS executions (
 );
 CREATE INDEX IF NOT EXISTS executions_by_time ON executions (server, began DESC);
 """
-_COLUMNS = [
-    "execution_id",
-    "workflow",
-    "label",
-    "version",
-    "inputs",
-    "metadata",
-    "outcome",
-    "began",
-    "is_started",
-    "duration",
-    "nodes",
-    "problem",
-    "origin",
-    "times",
-]
+# The id is text because JavaScript rounds numbers beyond 2**53.
 _SHOWN = (
-    "key, execution_id, workflow, label, version, metadata, outcome, began, is_started, duration,"
-    " nodes"
+    "key, CAST(execution_id AS TEXT) AS execution_id, workflow, label, version, metadata, outcome,"
+    " began, is_started, duration, nodes"
 )
 _TEXTS = ("workflow", "CAST(execution_id AS TEXT)", "inputs", "problem", "label")
 _OUTCOMES = ("running", "succeeded", "failed", "lost", "unknown")
@@ -112,17 +97,12 @@ class History:
         """Return what is remembered under the key of a line, with its inputs."""
         return await self._call(self._read_one, "key", key)
 
-    async def search(
-        self,
-        text: str = "",
-        *,
-        outcome: str | None = None,
-        workflow: str | None = None,
-        since: float = 0.0,
-        offset: int = 0,
-    ) -> dict[str, Any]:
-        """Return a page of executions, the newest first, and how many there are by outcome."""
-        return await self._call(self._search, text, outcome, workflow, since, offset)
+    async def search(self, text: str = "", **filters: Any) -> dict[str, Any]:
+        """Return a page of executions, the newest first, and how many there are by outcome.
+
+        The filters are `outcome`, `workflow`, `since` in seconds since 1970, and `offset`.
+        """
+        return await self._call(self._search, text, **filters)
 
     async def trends(self) -> list[dict[str, Any]]:
         """Return the durations of the latest runs of each workflow, the oldest run first."""
@@ -150,8 +130,8 @@ class History:
         await asyncio.wrap_future(self._thread.submit(close))
         self._thread.shutdown(wait=False)
 
-    async def _call(self, function: Callable[..., T], *args: Any) -> T:
-        return await asyncio.wrap_future(self._thread.submit(function, *args))
+    async def _call(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
+        return await asyncio.wrap_future(self._thread.submit(function, *args, **options))
 
     def _submit(self, function: Callable[..., None], *args: Any) -> None:
         if not self._is_closed:
@@ -190,21 +170,17 @@ class History:
         self._connect().execute(statement, list(values))
 
     def _write(self, fields: dict[str, Any]) -> None:
-        row = dict.fromkeys(_COLUMNS) | _storable(fields)
-        row["is_started"] = int(bool(row["is_started"]))
-        if row["inputs"] is not None and len(row["inputs"]) > _MAX_INPUTS:
-            row["inputs"] = None
-        updates = [
-            f"{name} = COALESCE(excluded.{name}, {name})"
-            for name in _COLUMNS
-            if name not in ("execution_id", "began", "is_started")
-        ]
-        names, marks = ", ".join(["server", *row]), ", ".join("?" * (len(row) + 1))
+        row = {"server": self._server, **_storable(fields)}
+        if len(row.get("inputs") or "") > _MAX_INPUTS:
+            del row["inputs"]
+        changing = row.keys() - {"server", "execution_id", "began", "is_started"}
+        updates = [f"{name} = COALESCE(excluded.{name}, {name})" for name in changing]
+        names, marks = ", ".join(row), ", ".join("?" * len(row))
         connection = self._connect()
         connection.execute(
             f"INSERT INTO executions ({names}) VALUES ({marks})"  # noqa: S608 - names of ours
             f" ON CONFLICT (server, execution_id) DO UPDATE SET {', '.join(updates)}",
-            [self._server, *row.values()],
+            [*row.values()],
         )
         connection.execute(
             "DELETE FROM executions WHERE server = ? AND key <= (SELECT key FROM executions"
@@ -228,7 +204,13 @@ class History:
         return None if found is None else dict(found)
 
     def _search(
-        self, text: str, outcome: str | None, workflow: str | None, since: float, offset: int
+        self,
+        text: str,
+        *,
+        outcome: str = "",
+        workflow: str = "",
+        since: float = 0.0,
+        offset: int = 0,
     ) -> dict[str, Any]:
         where, values = ["server = ?", "began >= ?"], [self._server, since]
         for word in text.split():
@@ -253,7 +235,7 @@ class History:
             [*values, PAGE_SIZE, offset],
         ).fetchall()
         matching = counts[outcome] if outcome in counts else sum(counts.values())
-        return {"entries": [_view(row) for row in rows], "counts": counts, "matching": matching}
+        return {"entries": [dict(row) for row in rows], "counts": counts, "matching": matching}
 
     def _read_trends(self) -> list[dict[str, Any]]:
         rows = self._connect().execute(
@@ -289,10 +271,3 @@ def _storable(fields: dict[str, Any]) -> dict[str, Any]:
         else value
         for name, value in fields.items()
     }
-
-
-def _view(row: sqlite3.Row) -> dict[str, Any]:
-    view = dict(row)
-    if view["execution_id"] is not None:
-        view["execution_id"] = str(view["execution_id"])  # JavaScript rounds beyond 2**53
-    return view

@@ -18,20 +18,12 @@ from promptlayer_exec import (
 
 @attrs.frozen
 class Problem:
-    """Why there is nothing new of an execution.
+    """Why there is nothing new of an execution; moments are seconds since 1970."""
 
-    Args:
-        kind: a word for the page: `unreachable`, `slow`, `failing`, `waiting`, `refused`,
-            `missing`, `unreadable` or `other`.
-        text: a sentence.
-        since: when it was noticed, in seconds since 1970.
-        until: when PromptLayer is asked again, if it will be.
-    """
-
-    kind: str
-    text: str
-    since: float
-    until: float | None = None
+    kind: str  # a word for the page, from `explain`
+    text: str  # a sentence
+    since: float  # when it was noticed
+    until: float | None = None  # when PromptLayer is asked again, if it will be
 
 
 def explain(error: Exception) -> tuple[str, str]:

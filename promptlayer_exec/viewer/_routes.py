@@ -13,11 +13,7 @@ from fastapi import Body, FastAPI, Path, Query
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from promptlayer_exec import (
-    PromptLayerExecError,
-    StartUnknown,
-    Workflow,
-)
+from promptlayer_exec import PromptLayerExecError, StartUnknown, Workflow
 from promptlayer_exec._integration import MAX_ID
 from promptlayer_exec.viewer._board import Board, Card
 from promptlayer_exec.viewer._definitions import Definitions, NoDefinition, definition_view
@@ -216,10 +212,8 @@ def add_history_routes(app: FastAPI, history: History) -> None:
         offset: _Offset = 0,
     ) -> Response:
         since = time.time() - 86400 * days if days > 0 else 0.0
-        found = await history.search(
-            search, outcome=outcome, workflow=workflow, since=since, offset=offset
-        )
-        return _json(found)
+        filters = {"outcome": outcome, "workflow": workflow, "since": since, "offset": offset}
+        return _json(await history.search(search, **filters))
 
     @app.get("/api/history/trends")
     async def get_trends() -> Response:

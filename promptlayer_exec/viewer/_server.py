@@ -20,17 +20,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from promptlayer_exec import NodeStatus
 from promptlayer_exec import _integration as integration
-from promptlayer_exec.viewer._batches import add_batch_routes, has_batches
+from promptlayer_exec.viewer import _routes as routes
+from promptlayer_exec.viewer._batches import HAS_BATCHES, add_batch_routes
 from promptlayer_exec.viewer._board import Board
 from promptlayer_exec.viewer._definitions import Definitions
 from promptlayer_exec.viewer._events import board_events
 from promptlayer_exec.viewer._guard import Address, Guard
-from promptlayer_exec.viewer._routes import (
-    add_execution_routes,
-    add_history_routes,
-    add_start_routes,
-    add_workflow_routes,
-)
 
 _PAGE = Path(__file__).with_name("page")
 _TYPES = {
@@ -59,14 +54,14 @@ def create_app(board: Board, address: Address, token: str) -> ASGIApp:
         app.routes.append(Route(f"/{name}", file, methods=["GET"]))
     script = Response(_statuses_script(), media_type=_TYPES[".js"])
     app.routes.append(Route("/statuses.js", script, methods=["GET"]))
-    add_execution_routes(app, board)
+    routes.add_execution_routes(app, board)
     definitions = Definitions(board.session)
-    add_workflow_routes(app, board, definitions)
-    add_start_routes(app, board)
-    if has_batches():
+    routes.add_workflow_routes(app, board, definitions)
+    routes.add_start_routes(app, board)
+    if HAS_BATCHES:
         add_batch_routes(app, board.session)
     if board.history is not None:
-        add_history_routes(app, board.history)
+        routes.add_history_routes(app, board.history)
 
     @app.get("/api/events")
     async def get_events() -> Response:

@@ -10,23 +10,14 @@ import attrs
 
 from promptlayer_exec import NodeTimes, Snapshot
 
-_UNSEEN = NodeTimes()
-
 
 @attrs.frozen
 class Timeline:
-    """The times of an execution; what was over before a viewer looked has none.
+    """The times of an execution, in seconds; what was over before a viewer looked has none."""
 
-    Args:
-        origin: when a viewer polled the execution first, in seconds since 1970; None if it was
-            over by then.
-        elapsed: the seconds from then to the latest poll; None if they are not known.
-        nodes: when each node was first seen running and final, in seconds since the origin.
-    """
-
-    origin: float | None = None
-    elapsed: float | None = None
-    nodes: Mapping[str, NodeTimes] = attrs.Factory(dict)
+    origin: float | None = None  # when a viewer polled it first, since 1970
+    elapsed: float | None = None  # from then to the latest poll
+    nodes: Mapping[str, NodeTimes] = attrs.Factory(dict)  # since the origin
 
     @classmethod
     def read(cls, line: Mapping[str, Any] | None) -> Timeline:
@@ -50,15 +41,10 @@ class Timeline:
 
 @attrs.define
 class Sight:
-    """What one watch sees of an execution, after what earlier viewers remember.
-
-    Args:
-        remembered: the times that are remembered.
-        is_new: whether the run was started by this viewer, which therefore saw all of it.
-    """
+    """What one watch sees of an execution, after what earlier viewers remember."""
 
     remembered: Timeline
-    is_new: bool
+    is_new: bool  # this viewer started the run, and therefore saw all of it
     _polled: float | None = None  # when the first poll was, in seconds since 1970
     _over: frozenset[str] = frozenset()  # nodes that were final by then: nobody saw when
 
@@ -73,7 +59,7 @@ class Sight:
         offset = self._polled - origin
         nodes = {}
         for name, seen in snapshot.times.items():
-            before = self.remembered.nodes.get(name, _UNSEEN)
+            before = self.remembered.nodes.get(name, NodeTimes())
             final = None if name in self._over else seen.final
             nodes[name] = NodeTimes(
                 _later(seen.running, offset) if before.running is None else before.running,

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -223,20 +223,6 @@ class Bench:
                 " where application_name like 'worker%' group by application_name) as workers"
             )
         )
-
-    def server_cpu(self) -> float:
-        """Return the CPU time of all processes of the server until now, in seconds."""
-        (postmaster,) = self.query("select setting from pg_settings where name = 'data_directory'")
-        leader = int(Path(postmaster[0], "postmaster.pid").read_text(encoding="utf-8").split()[0])
-        ticks = 0
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with suppress(OSError):
-                fields = path.read_text(encoding="utf-8").rpartition(")")[2].split()
-                if int(path.parent.name) == leader:  # also its children that have ended
-                    ticks += sum(map(int, fields[11:15]))
-                elif int(fields[1]) == leader:
-                    ticks += sum(map(int, fields[11:13]))
-        return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def requests(count: int, seconds: float) -> Iterator[StartRequest]:

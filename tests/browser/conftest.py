@@ -13,14 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.async_api import (
-    Browser,
-    BrowserContext,
-    Locator,
-    Page,
-    async_playwright,
-    expect,
-)
+from playwright.async_api import Browser, BrowserContext, Locator, Page, async_playwright, expect
 from pytest_asyncio import fixture
 
 from promptlayer_exec import PollPolicy, RetryPolicy, Session

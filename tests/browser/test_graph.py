@@ -99,21 +99,6 @@ async def test_a_click_selects_everywhere(sim: Simulator, viewer: Any, ui: Any, 
     await expect(ui.drawn("plan")).to_have_class(re.compile("selected"))
 
 
-async def test_the_edges_of_the_selected_node_stand_out(
-    sim: Simulator, viewer: Any, ui: Any, page: Page
-) -> None:
-    """Or those of the node under the pointer."""
-    await start(sim, viewer, ui, BRANCHES)
-    await ui.drawn("accept").click()
-    await page.mouse.move(0, 0)
-    adjacent = page.locator(".edge.adjacent")
-    await expect(adjacent).to_have_count(2)
-    await ui.drawn("plan").hover()
-    await expect(ui.edge("plan", "reject").locator(".adjacent")).to_have_count(1)
-    await page.mouse.move(0, 0)
-    await expect(ui.edge("plan", "reject").locator(".adjacent")).to_have_count(0)
-
-
 async def test_a_skipped_node_says_why(sim: Simulator, viewer: Any, ui: Any) -> None:
     """It names the failed nodes that it depends on, through others that were skipped."""
     scenario = Scenario(
@@ -288,20 +273,6 @@ async def test_names_are_text(sim: Simulator, viewer: Any, ui: Any, page: Page) 
     await expect(ui.row(HOSTILE)).to_have_class(re.compile("selected"))
     sim.finish(held, HOSTILE)
     assert await page.locator("img").count() == 0
-
-
-async def test_a_graph_of_all_edges_is_laid_out(page: Page) -> None:
-    """Two hundred nodes, each after all before it: edges go straight rather than never."""
-    count = await page.evaluate(
-        """() => import("/layout.js").then(({ layOut }) => {
-            const names = [...Array(200).keys()].map(String);
-            const edges = names.flatMap((source, index) =>
-                names.slice(index + 1).map((target) => ({ source, target })));
-            const sizes = { along: 10, across: 10, gapAlong: 5, gapAcross: 5 };
-            return layOut(names.map((name) => [name]), edges, sizes).routes.length;
-        })"""
-    )
-    assert count == 19_900
 
 
 async def test_on_a_narrow_screen_layers_are_below_each_other(

@@ -71,19 +71,6 @@ async def test_five_hundred_executions_are_searched_and_filtered(
     assert await page.locator("script").count() == 1
 
 
-async def test_a_search_does_not_follow_to_the_next_view(viewer: Any, ui: Any, page: Page) -> None:
-    """Its filters are not written into that view's address."""
-    remember(viewer, 3)
-    await ui.open("#/history")
-    await expect(page.locator(".entry")).to_have_count(3)
-    await page.clock.install()
-    await page.get_by_label("Search", exact=True).fill("otters")
-    await page.get_by_role("link", name="Start a run").click()
-    await expect(page.locator("#start-title")).to_be_visible()
-    await page.clock.run_for(1000)
-    assert page.url.endswith("#/start")
-
-
 async def test_each_workflow_has_its_durations_as_a_plot(viewer: Any, ui: Any, page: Page) -> None:
     """Points are colored by outcome, hollow where only a minimum is known; a click filters."""
     remember(viewer, 60)

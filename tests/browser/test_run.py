@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 from playwright.async_api import BrowserContext, Page, expect
 
-from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
+from promptlayer_exec.simulator import Scenario, SimNode, Simulator
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -357,24 +356,6 @@ async def test_json_is_folded_and_searched(sim: Simulator, ui: Any, page: Page) 
     await expect(row.locator('[data-part="value"]')).to_have_text(json.dumps(DEEP, indent=2))
 
 
-async def test_a_tree_is_indented_line_by_line(sim: Simulator, ui: Any) -> None:
-    """Each key is at the left of its tree, below the one before, and its size beside it."""
-    await ui.open_run(sim.add_execution(Scenario([SimNode("rows", DEEP)])))
-    await ui.select("rows")
-    tree = ui.selected.locator(".tree")
-    await tree.locator("summary").nth(1).click()
-    boxes = [await tree.locator("summary").nth(index).bounding_box() for index in range(4)]
-    left = (await tree.bounding_box())["x"]
-    for depth, (box, below) in enumerate(itertools.pairwise(boxes)):
-        assert left < box["x"] + 1 < left + 20 + 24 * min(depth + 1, 3)
-        assert box["height"] < 24
-        assert box["y"] + box["height"] <= below["y"] + 1
-    key = await tree.locator("summary").nth(1).locator(".key").bounding_box()
-    size = await tree.locator("summary").nth(1).locator(".muted").bounding_box()
-    assert key["x"] - boxes[1]["x"] < 24
-    assert 0 < size["x"] - (key["x"] + key["width"]) < 24
-
-
 async def test_a_run_that_was_over_before_has_no_times(sim: Simulator, ui: Any) -> None:
     """No duration, no end, and no bars; its page says why."""
     await ui.open_run(sim.add_execution(Scenario([SimNode("a", "x"), SimNode("b", "y")])))
@@ -521,14 +502,3 @@ async def test_the_page_of_an_execution_survives_a_restart(
     await viewer.start()
     await expect(ui.row("plan")).to_have_attribute("data-status", "success")
     await expect(ui.row("plan")).to_have_class(re.compile("selected"))
-
-
-async def test_an_execution_that_is_lost_says_so(sim: Simulator, ui: Any, page: Page) -> None:
-    """It can be followed again from its page."""
-    held = sim.add_execution(HELD)
-    await ui.open_run(held)
-    await expect(ui.row("plan")).to_have_attribute("data-status", "running")
-    sim.inject(Fault.status(403))
-    await expect(ui.part("problem")).to_contain_text("403 Forbidden")
-    await page.get_by_role("button", name="Follow again").click()
-    await expect(ui.part("state")).to_have_text("Running")

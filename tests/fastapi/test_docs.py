@@ -155,12 +155,6 @@ def timeless(text: str) -> str:
     return re.sub(varying, r"\1", text, flags=re.MULTILINE)
 
 
-def test_the_examples_are_short() -> None:
-    """The app has fewer than 40 lines, and the HTML page 25."""
-    assert len(APP.splitlines()) < 40
-    assert len(HTML.splitlines()) < 25
-
-
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the docs' commands use curl")
 def test_the_commands_print_what_the_docs_say(
     threaded_sim: Simulator, spawn: Callable[[], Process]

@@ -401,14 +401,6 @@ async def test_a_refused_key_is_no_secret(
     assert "pl_not" not in text
 
 
-async def test_a_missing_key_is_said() -> None:
-    """It is no mistake of the model's."""
-    async with Client(create_server(Session())) as client:
-        text = await refused(client, "start_workflow", workflow="other")
-    assert "PROMPTLAYER_API_KEY" in text
-    assert "describe_workflow" not in text
-
-
 async def test_workflows_are_listed_and_described(workspace: Simulator, connect: Connect) -> None:
     """A search finds parts of names; a long list is cut."""
     for number in range(150):

@@ -48,11 +48,6 @@ def test_node_runs_for_its_duration() -> None:
     assert statuses(execution, 2.0) == {"a": "SUCCESS"}
 
 
-def test_node_without_duration_is_final_at_once() -> None:
-    """With the default duration of zero a node is final from the start."""
-    assert statuses(run(SimNode("a")), 0.0) == {"a": "SUCCESS"}
-
-
 def test_dependent_is_queued_until_the_last_dependency_is_final() -> None:
     """A node starts when the latest of its dependencies ends, whatever their order."""
     execution = run(
@@ -202,12 +197,6 @@ def test_main_output_is_the_first_successful_output_node() -> None:
     assert output(execution, 3.0) == 2
 
 
-def test_no_successful_output_node_means_no_main_output() -> None:
-    """If every output node failed, there is no main output, even if other nodes succeeded."""
-    execution = run(SimNode("a", 1), SimNode("b", is_output_node=True, status="FAILED"))
-    assert output(execution, 0.0) is ...
-
-
 def test_without_marks_the_last_success_is_the_main_output() -> None:
     """If no node is marked as output, the node that succeeded last has the main output."""
     execution = run(
@@ -243,15 +232,6 @@ def test_values_are_written_as_the_standard_library_does(value: object, text: st
     results = run(SimNode("a", value, is_output_node=True)).results(0.0)
     assert results.main_output() == text
     assert f'"value":{text},' in results.node_map()
-
-
-def test_recorded_body_is_reproduced() -> None:
-    """The node map has the keys, the order and the spacing of the recorded body."""
-    execution = run(SimNode("Node 1", "AAA", is_output_node=True))
-    assert execution.results(0.0).node_map() == (
-        '{"Node 1":{"status":"SUCCESS","value":"AAA","error_message":null,'
-        '"raw_error_message":null,"is_output_node":true}}'
-    )
 
 
 @pytest.mark.parametrize(

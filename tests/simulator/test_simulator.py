@@ -17,10 +17,10 @@ import aiohttp
 import pytest
 from yarl import URL
 
-from promptlayer_exec import simulator
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, SimRequest, SimRun, Simulator
 
 RESULTS = "/workflow-version-execution-results"
+ID = "workflow_version_execution_id"
 DONE = Scenario([SimNode("Node 1", "AAA", is_output_node=True)])
 HELD = Scenario([SimNode("Node 1", "AAA", is_output_node=True, duration=None)])
 DONE_MAP = (
@@ -92,12 +92,6 @@ def get(url: str, key: str) -> tuple[int, bytes]:
         return response.status, response.read()
 
 
-def test_public_api_is_sorted_and_complete() -> None:
-    """`__all__` is sorted, and each name in it exists."""
-    assert sorted(simulator.__all__) == simulator.__all__
-    assert all(hasattr(simulator, name) for name in simulator.__all__)
-
-
 class TestResults:
     """The results operation."""
 
@@ -147,34 +141,14 @@ class TestResults:
     @pytest.mark.parametrize(
         ("query", "name", "kind"),
         [
-            ("", "workflow_version_execution_id", "missing"),
-            ("workflow_version_execution_id=", "workflow_version_execution_id", "int_parsing"),
-            ("workflow_version_execution_id=1.0", "workflow_version_execution_id", "int_parsing"),
-            (
-                "workflow_version_execution_id=%D9%A3",
-                "workflow_version_execution_id",
-                "int_parsing",
-            ),
-            (
-                f"workflow_version_execution_id={2**63}",
-                "workflow_version_execution_id",
-                "int_parsing",
-            ),
-            (
-                f"workflow_version_execution_id={'9' * 5000}",
-                "workflow_version_execution_id",
-                "int_parsing",
-            ),
-            (
-                "workflow_version_execution_id=1&return_all_outputs=maybe",
-                "return_all_outputs",
-                "bool_parsing",
-            ),
-            (
-                "workflow_version_execution_id=1&return_all_outputs=",
-                "return_all_outputs",
-                "bool_parsing",
-            ),
+            ("", ID, "missing"),
+            (f"{ID}=", ID, "int_parsing"),
+            (f"{ID}=1.0", ID, "int_parsing"),
+            (f"{ID}=%D9%A3", ID, "int_parsing"),
+            (f"{ID}={2**63}", ID, "int_parsing"),
+            (f"{ID}={'9' * 5000}", ID, "int_parsing"),
+            (f"{ID}=1&return_all_outputs=maybe", "return_all_outputs", "bool_parsing"),
+            (f"{ID}=1&return_all_outputs=", "return_all_outputs", "bool_parsing"),
         ],
     )
     async def test_bad_parameters(self, client: Client, query: str, name: str, kind: str) -> None:
@@ -281,12 +255,6 @@ class TestWorkflows:
         status, _, _ = await client.send("POST", f"/workflows/{workflow_id}/run", json={})
         assert status == 201
 
-    @pytest.mark.parametrize(("method", "path"), [("GET", ""), ("POST", "/run")])
-    async def test_unknown(self, client: Client, method: str, path: str) -> None:
-        """An unknown workflow is a 404."""
-        status, _, _ = await client.send(method, f"/workflows/unknown{path}", json={})
-        assert status == 404
-
     async def test_a_taken_name_is_refused(self, sim: Simulator) -> None:
         """Two workflows cannot share a name."""
         sim.add_workflow("w", DONE)
@@ -322,13 +290,6 @@ class TestWorkflows:
         (detail,) = json.loads(answer)["detail"]
         assert (status, detail["loc"], detail["type"]) == (422, location, kind)
         assert sim.executions == []
-
-    async def test_nulls_are_allowed(self, sim: Simulator, client: Client) -> None:
-        """Optional fields may be null."""
-        sim.add_workflow("w", DONE)
-        body = dict.fromkeys(["metadata", "workflow_label_name", "workflow_version_number"])
-        status, _, _ = await client.send("POST", "/workflows/w/run", json=body)
-        assert status == 201
 
     async def test_label_and_version(self, sim: Simulator, client: Client) -> None:
         """A label together with a version is a 400 and starts nothing."""
@@ -389,15 +350,14 @@ class TestFaults:
             await client.send("POST", "/workflows/w/run", json={})
         assert [run.execution_id for run in sim.runs] == [1001]
 
-    @pytest.mark.parametrize(("at", "sent"), [(None, 3), (0, 0), (4, 4), (100, 5)])
-    async def test_truncate(self, sim: Simulator, at: int | None, sent: int) -> None:
+    async def test_truncate(self, sim: Simulator) -> None:
         """A truncated answer announces its full length; the connection closes within the body."""
         whole = b'"AAA"\n'
         execution_id = sim.add_execution(DONE)
-        sim.inject(Fault.truncate(at=at))
+        sim.inject(Fault.truncate())
         head, _, body = (await raw_get(sim, execution_id)).partition(b"\r\n\r\n")
         assert f"content-length: {len(whole)}".encode() in head.lower()
-        assert body == whole[:sent]
+        assert body == whole[:3]
 
     async def test_malformed(self, sim: Simulator, client: Client) -> None:
         """A malformed answer is a 200 that is not JSON; by default it is HTML."""
@@ -453,7 +413,6 @@ class TestFaults:
             lambda: Fault.status(199),
             lambda: Fault.status(600),
             lambda: Fault.status(500, times=0),
-            lambda: Fault.truncate(at=-1),
             lambda: Fault.oversize(10),
         ],
     )
@@ -527,13 +486,6 @@ class TestLog:
         assert request.headers["x-thing"] == "z"
         assert request.at == 2.5
 
-    async def test_counted_but_not_kept(self) -> None:
-        """With log_requests=False requests are counted but not kept."""
-        async with Simulator(log_requests=False) as sim, aiohttp.ClientSession() as http:
-            async with http.get(sim.base_url):
-                pass
-            assert (sim.request_count, sim.requests) == (1, [])
-
     async def test_on_request(self) -> None:
         """`on_request` is called before each request is answered, whether or not it is kept."""
         seen: list[SimRequest] = []
@@ -544,7 +496,7 @@ class TestLog:
             for path in ("/a", "/b"):
                 await Client(sim, http).send("GET", path)
             assert [request.path for request in seen] == ["/a", "/b"]
-            assert sim.requests == []
+            assert (sim.request_count, sim.requests) == (2, [])
 
     async def test_waiting(self, sim: Simulator, client: Client) -> None:
         """A waiter wakes at its number of requests, not before, and at once if it is reached."""
@@ -598,17 +550,6 @@ class TestLoopMode:
         with pytest.raises(RuntimeError, match="already running"):
             sim.__enter__()
 
-    async def test_taken_port(self, sim: Simulator) -> None:
-        """A taken port raises OSError; once it is free, entering succeeds."""
-        port = URL(sim.base_url).port
-        assert port is not None
-        other = Simulator(port=port)
-        with pytest.raises(OSError, match="address already in use"):
-            await other.__aenter__()
-        await sim.__aexit__(None, None, None)
-        async with other:
-            assert other.base_url.endswith(f":{port}")
-
 
 class TestThreadMode:
     """`with`."""
@@ -652,17 +593,6 @@ class TestThreadMode:
             with pytest.raises(OSError, match="address already in use"):
                 Simulator(port=taken).__enter__()
         assert set(threading.enumerate()) == before
-
-    def test_entered_again(self) -> None:
-        """A threaded simulator can be entered again, on the same port if one was given."""
-        with Simulator() as sim:
-            port = URL(sim.base_url).port or 0
-        sim = Simulator(port=port)
-        execution_id = sim.add_execution(DONE)
-        for _ in range(2):
-            with sim:
-                url = f"{sim.base_url}{RESULTS}?workflow_version_execution_id={execution_id}"
-                assert get(url, sim.api_key)[0] == 200
 
     async def test_waited_for_in_another_loop(self) -> None:
         """A threaded simulator wakes a waiter in the test's loop in a thread-safe way."""

@@ -165,11 +165,12 @@ async def test_pages(sim: Simulator, client: Client) -> None:
         "has_next": True,
         "has_prev": False,
         "next_num": 2,
+        "prev_num": None,
     }
     last = await client.get("/workflows?page=3&per_page=30")
     assert [item["name"] for item in last["items"]] == ["w4", "w3", "w2", "w1", "w0"]
-    assert (last["has_next"], last["has_prev"], last["prev_num"]) == (False, True, 2)
-    assert "next_num" not in last
+    assert (last["has_next"], last["next_num"]) == (False, None)
+    assert (last["has_prev"], last["prev_num"]) == (True, 2)
     assert (await client.get("/workflows?page=9"))["items"] == []
 
 

@@ -151,14 +151,6 @@ def test_names(sim: Simulator, run: Run, name: str) -> None:
     assert run(sim, name) == "AAA"
 
 
-@pytest.mark.parametrize("name", ["a/b", "a?b", "a#b"])
-def test_names_that_the_sdk_does_not_encode(sim: Simulator, run: Run, name: str) -> None:
-    """The SDK does not percent-encode names, so it requests another workflow."""
-    sim.add_workflow(name, TIMED)
-    with pytest.raises(PromptLayerAPIError, match=r"[Nn]ot [Ff]ound"):
-        run(sim, name)
-
-
 def test_wrong_key(sim: Simulator, run: Run) -> None:
     """A wrong key is an error with the server's message, both by name and by id."""
     for workflow in ("w", 1):
@@ -201,17 +193,3 @@ def test_many_at_once(sim: Simulator) -> None:
         return await asyncio.gather(*runs)
 
     assert asyncio.run(run_all()) == list(range(20))
-
-
-def test_empty_subprotocol(sim: Simulator, run: Run) -> None:
-    """The SDK's WebSocket offers an empty subprotocol, which is accepted."""
-    assert run(sim, "w") == "AAA"
-    (handshake,) = [request for request in sim.requests if request.path == WEBSOCKET]
-    assert handshake.headers["Sec-WebSocket-Protocol"] == ""
-
-
-def test_settings_from_the_environment(sim: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The key and the base URL may come from the environment."""
-    monkeypatch.setenv("PROMPTLAYER_API_KEY", KEY)
-    monkeypatch.setenv("PROMPTLAYER_BASE_URL", sim.base_url)
-    assert PromptLayer().run_workflow("w", timeout=20) == "AAA"

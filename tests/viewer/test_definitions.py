@@ -120,7 +120,7 @@ async def test_a_definition_that_does_not_come_is_given_up(
         definitions = Definitions(session)
         with pytest.raises(NoDefinition, match="not sent within"):
             await definitions.get("report")
-        with pytest.raises(NoDefinition, match="not sent in time"):
+        with pytest.raises(NoDefinition, match="not sent within"):
             await definitions.summaries()
 
 
