@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 from typing import Annotated
@@ -74,5 +73,5 @@ def main() -> None:
     prepare_streams()
     try:
         app(prog_name=PROGRAM)
-    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the last resort
+    except Exception as error:  # noqa: BLE001 - the last resort
         sys.exit(report_crash(error))

@@ -1,50 +1,44 @@
-"""Arguments and options that commands share, the values of inputs and metadata, and their check."""
+"""Arguments and options that commands share, and what they say: inputs, and a session."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
+import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
-from functools import partial
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
+import attrs
 import typer
 
-from promptlayer_exec import NotFound, RequestError, Session
-from promptlayer_exec._integration import DEFINITION_TIMEOUT, MAX_ID, printable
-from promptlayer_exec.cli._exit import describe, suggest
-from promptlayer_exec.cli._text import err, shorten
+from promptlayer_exec import ConfigurationError, Observer, PollPolicy, RetryPolicy, Session
+from promptlayer_exec._integration import MAX_ID, printable
+from promptlayer_exec.cli._exit import suggest
+from promptlayer_exec.cli._text import err, quoted, shorten, show_warnings
 
-# A workflow with its label and version; the names of the inputs that the lines of a file give it.
-Target: TypeAlias = tuple[str | int, str | None, int | None]
-Given: TypeAlias = Mapping[tuple[str, ...], list[int]]
+if TYPE_CHECKING:
+    from promptlayer_exec.simulator import Simulator
+
 _STDIN = "-"
+# The modules whose warnings the commands show; of the others, they say the same in their own words.
+_SHOWN = ("definitions", "channels", "retry")
 
 
 def seconds(text: str, *, default: bool | str = True) -> Any:
     """Return an option in seconds with a help text."""
-    return typer.Option(metavar="SECONDS", callback=_check_seconds, help=text, show_default=default)
-
-
-def _check_seconds(value: float | None) -> float | None:
-    if value is not None and not 0 <= value < math.inf:
-        raise typer.BadParameter("must be a number of seconds, 0 or more")
-    return value
-
-
-def _parse_number(text: str, kind: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= MAX_ID:
-        raise typer.BadParameter(f"must be {kind}, got {shorten(printable(text), 40)!r}")
-    return int(text)
+    return typer.Option(metavar="SECONDS", min=0, help=text, show_default=default)
 
 
 def parse_id(text: str) -> int:
-    return _parse_number(text, "an execution id, a number such as the 787 that `run` prints")
+    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= MAX_ID:
+        what = "must be an execution id, a number such as the 787 that `run` prints"
+        raise typer.BadParameter(f"{what}, got {shorten(printable(text), 40)!r}")
+    return int(text)
 
 
 ExecutionId = Annotated[
@@ -56,11 +50,7 @@ WorkflowName = Annotated[
 Label = Annotated[str | None, typer.Option(metavar="NAME", help="Label of the version.")]
 Version = Annotated[
     int | None,
-    typer.Option(
-        metavar="NUMBER",
-        parser=partial(_parse_number, kind="a number from 1"),
-        help="Number of the version, instead of --label.",
-    ),
+    typer.Option(metavar="NUMBER", min=1, help="Number of the version, instead of --label."),
 ]
 JsonLines = Annotated[bool, typer.Option("--json", help="Write JSON Lines.")]
 BaseUrl = Annotated[
@@ -81,8 +71,7 @@ Outage = Annotated[
 NoPush = Annotated[
     bool,
     typer.Option(
-        "--no-push",
-        help="Only poll: do not listen for completions that PromptLayer pushes.",
+        "--no-push", help="Only poll: do not listen for completions that PromptLayer pushes."
     ),
 ]
 Host = Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")]
@@ -105,20 +94,13 @@ def read_inputs(arguments: Iterable[str]) -> dict[str, Any]:
     return inputs
 
 
-def refuse_arguments(arguments: list[str]) -> None:
-    """Refuse inputs without their option."""
-    if arguments:
-        given = _quoted(arguments[0])
-        _refuse(f"{given} is not expected; inputs are given with -i: -i {given}")
-
-
 def read_metadata(arguments: Iterable[str]) -> dict[str, str]:
     """Return the texts given with `--metadata`; the last text of a key wins."""
     metadata = {}
     for argument in arguments:
         key, separator, text = argument.partition("=")
         if not (key and separator):
-            _refuse(f"{_quoted(argument)} is not KEY=TEXT", "--metadata")
+            _refuse(f"{quoted(argument)} is not KEY=TEXT", "--metadata")
         metadata[key] = text
     return metadata
 
@@ -127,7 +109,7 @@ def _split(argument: str) -> tuple[str, str, str]:
     """Return the key, the separator and the rest of an input; the key of `@FILE` is empty."""
     match = re.fullmatch(r"(?!=)([^=@]*)([=@])(.*)", argument, re.DOTALL)
     if match is None:
-        _refuse(f"{_quoted(argument)} is not KEY=VALUE, KEY@FILE or @FILE")
+        _refuse(f"{quoted(argument)} is not KEY=VALUE, KEY@FILE or @FILE")
     return match[1], match[2], match[3]
 
 
@@ -137,12 +119,12 @@ def _parse_value(key: str, text: str) -> Any:
     except json.JSONDecodeError as error:
         if text.lstrip().startswith(("[", "{", '"')):
             err(
-                f"warning: the value of {_quoted(key)} looks like JSON but is not valid, and is"
+                f"warning: the value of {quoted(key)} looks like JSON but is not valid, and is"
                 f" sent as text: {error}"
             )
         return text
     except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
-        _refuse(f"the value of {_quoted(key)} cannot be read: {error}")
+        _refuse(f"the value of {quoted(key)} cannot be read: {error}")
 
 
 def _read_object(path: str) -> dict[str, Any]:
@@ -152,7 +134,7 @@ def _read_object(path: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         _refuse(f"{name} is not valid JSON: {error}")
     if not isinstance(value, dict):
-        start = _quoted(json.dumps(value))
+        start = quoted(json.dumps(value))
         _refuse(f'{name} must contain a JSON object like {{"name": "Maria"}}, not {start}')
     return value
 
@@ -168,48 +150,11 @@ def _read_text(path: str) -> str:
 
 
 def _file_name(path: str) -> str:
-    return "standard input" if path == _STDIN else _quoted(path)
-
-
-def _quoted(text: str) -> str:
-    return f"'{shorten(printable(text), 100)}'"
+    return "standard input" if path == _STDIN else quoted(path)
 
 
 def _refuse(message: str, option: str = "--input") -> NoReturn:
     raise typer.BadParameter(message, param_hint=f"'{option}'")
-
-
-async def find_problems(
-    session: Session, starts: Mapping[Target, Given], base_url: str | None
-) -> dict[int, str]:
-    """Return what is wrong with the workflow or the inputs of lines, by their numbers.
-
-    The definition of each workflow is read once. After one that cannot be read, which is reported,
-    no other is asked for, and the rest is unchecked: a server that is down would cost a few seconds
-    for each.
-    """
-    problems: dict[int, str] = {}
-    for (workflow, label, version), given in starts.items():
-        try:
-            async with asyncio.timeout(DEFINITION_TIMEOUT):
-                found = await session.workflow(workflow, label=label, version=version)
-        except NotFound:
-            which = "" if label is None else f" with the label '{shorten(printable(label), 40)}'"
-            which += "" if version is None else f" with a version {version}"
-            what = f"there is no {_named(workflow)}{which}; `{suggest('workflows', base_url)}`"
-            what += " lists names and labels"
-            problems |= {number: what for numbers in given.values() for number in numbers}
-            continue
-        except (RequestError, TimeoutError) as error:
-            late = f"{_named(workflow)}: no answer within {DEFINITION_TIMEOUT:g} s"
-            err(f"inputs are not checked: {describe(error) or late}")
-            break
-        for names, numbers in given.items():
-            try:
-                found.check_inputs(dict.fromkeys(names))
-            except ValueError as error:
-                problems |= dict.fromkeys(numbers, needs(error, workflow, base_url))
-    return problems
 
 
 def needs(error: ValueError, workflow: str | int, base_url: str | None) -> str:
@@ -218,5 +163,46 @@ def needs(error: ValueError, workflow: str | int, base_url: str | None) -> str:
     return f"{error}; `{command}` shows what it needs"
 
 
-def _named(workflow: str | int) -> str:
-    return f"workflow '{shorten(printable(str(workflow)), 100)}'"
+def open_session(
+    base_url: str | None,
+    outage: float | None,
+    warn: Callable[[str], None] | None = None,
+    *,
+    longest_retry: float = math.inf,
+    wait_timeout: float = 3600.0,
+    no_push: bool = False,
+    observer: Observer | None = None,
+) -> Session:
+    """Return a session with the key from the environment.
+
+    `outage` is that of watches and, up to `longest_retry`, of single requests. `warn` is called
+    when an outage begins, and with an input of a doubtful type.
+    """
+    if not os.environ.get("PROMPTLAYER_API_KEY"):
+        raise ConfigurationError(
+            "there is no API key: set the environment variable PROMPTLAYER_API_KEY to one from"
+            " PromptLayer's settings"
+        )
+    if warn is not None:
+        show_warnings(warn, of=_SHOWN)
+    retry = RetryPolicy() if outage is None else RetryPolicy(outage=outage, watch_outage=outage)
+    retry = attrs.evolve(retry, outage=min(retry.outage, longest_retry))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        session = Session(
+            base_url=base_url,
+            retry=retry,
+            wait_timeout=wait_timeout,
+            observers=[] if observer is None else [observer],
+            push=False if no_push else None,
+        )
+    for warning in caught:
+        err(f"warning: {printable(str(warning.message))}")
+    return session
+
+
+def demo_session(simulator: Simulator, warn: Callable[[str], None]) -> Session:
+    """Return a session on a simulator that polls often enough to see short nodes running."""
+    show_warnings(warn, of=_SHOWN)
+    poll = PollPolicy(floor=0.2, ceiling=0.4)
+    return Session(simulator.api_key, base_url=simulator.base_url, poll=poll)

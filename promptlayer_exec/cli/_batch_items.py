@@ -1,22 +1,24 @@
-"""The file of a batch's items, in JSON Lines or CSV."""
+"""The file of a batch's items, in JSON Lines or CSV, and the check of its lines."""
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from promptlayer_exec import StartRequest
-from promptlayer_exec._integration import MAX_ID, printable
-from promptlayer_exec.cli._exit import Misuse
-from promptlayer_exec.cli._text import err, shorten
+from promptlayer_exec import NotFound, RequestError, Session, StartRequest
+from promptlayer_exec._integration import DEFINITION_TIMEOUT, MAX_ID, printable
+from promptlayer_exec.cli._arguments import needs
+from promptlayer_exec.cli._exit import Misuse, describe, suggest
+from promptlayer_exec.cli._text import err, quoted
 
 if TYPE_CHECKING:
-    from promptlayer_exec.cli._arguments import Target
+    from promptlayer_exec.dbos import Batch
 
 csv.field_size_limit(2**31 - 1)  # a cell can be as long as any input
 
@@ -39,43 +41,41 @@ _KEY_LENGTH = 20
 class ItemFile:
     """The items in a file, checked first. Each iteration reads the file again.
 
-    Args:
-        path: a file of JSON Lines; of CSV, if its suffix is `.csv`.
-        workflow: the workflow of lines that name none.
+    `workflow` is that of lines that name none.
     """
 
     def __init__(self, path: Path, workflow: str | None) -> None:
         self._path = path
         self._name = printable(str(path))
         self._workflow = workflow
-        # The numbers of the lines, by what is started and by the names of its inputs.
-        self.starts: dict[Target, dict[tuple[str, ...], list[int]]] = {}
+        self.lines: dict[str, int] = {}  # the number of each, by its key
+        # The numbers of lines by their workflow, label and version, and by the names of inputs.
+        self._starts: dict[Any, dict[tuple[str, ...], list[int]]] = {}
         if path.is_fifo() or path.is_char_device():
             raise Misuse(f"{self._name} is read twice: write the items to a regular file first")
         problems: dict[int, str] = {}
-        first_lines: dict[str, int] = {}
         for number, line in self._lines():
             try:
                 request = self._request(line)
             except Misuse as error:
                 problems[number] = str(error)
                 continue
-            first = first_lines.setdefault(request.key, number)
+            first = self.lines.setdefault(request.key, number)
             if first == number:
                 target = request.workflow, request.label, request.version
                 names = tuple(request.inputs)
-                self.starts.setdefault(target, {}).setdefault(names, []).append(number)
-                continue
-            what = f"the key '{shorten(printable(request.key), 100)}' is already used in"
-            if request.key == _digest(line):
-                what = "a key is missing: without one, this line is the same item as"
-            problems[number] = f"{what} line {first}"
-        self.refuse(problems)
-        if not first_lines:
+                self._starts.setdefault(target, {}).setdefault(names, []).append(number)
+            elif request.key == _digest(line):
+                what = "a key is missing: without one, this line is the same item as line"
+                problems[number] = f"{what} {first}"
+            else:
+                what = f"the key {quoted(request.key)} is already used in line"
+                problems[number] = f"{what} {first}"
+        self._refuse(problems)
+        if not self.lines:
             raise Misuse(f"{self._name} has no items")
-        self.count = len(first_lines)
 
-    def refuse(self, problems: Mapping[int, str]) -> None:
+    def _refuse(self, problems: Mapping[int, str]) -> None:
         """Raise `Misuse` if something is wrong with lines, by their numbers: once for all alike."""
         lines: dict[str, list[int]] = {}
         for number, problem in sorted(problems.items()):
@@ -90,11 +90,41 @@ class ItemFile:
             more = f" ({hidden} more mistakes are not shown)" if hidden > 0 else ""
             raise Misuse(f"{self._name} has {len(problems)} invalid lines{more}; nothing was added")
 
-    def keys(self, numbers: Container[int]) -> Iterator[tuple[int, str]]:
-        """Yield the number and the key of those of the lines."""
-        for number, line in self._lines():
-            if number in numbers:
-                yield number, self._request(line).key
+    async def check_inputs(self, session: Session, batch: Batch, base_url: str | None) -> None:
+        """Refuse lines that cannot run, unless the batch has them already."""
+        problems = await self._find_problems(session, base_url)
+        keys = {number: key for key, number in self.lines.items() if number in problems}
+        known = await batch.kinds(keys.values())
+        self._refuse({at: problem for at, problem in problems.items() if keys[at] not in known})
+
+    async def _find_problems(self, session: Session, base_url: str | None) -> dict[int, str]:
+        """Return what is wrong with the workflow or the inputs of lines, by their numbers.
+
+        The definition of each workflow is read once. After one that cannot be read, no other is
+        asked for, and the rest is unchecked: a server that is down would cost seconds for each.
+        """
+        problems: dict[int, str] = {}
+        for (workflow, label, version), given in self._starts.items():
+            try:
+                async with asyncio.timeout(DEFINITION_TIMEOUT):
+                    found = await session.workflow(workflow, label=label, version=version)
+            except NotFound:
+                which = "" if label is None else f" with the label {quoted(label)}"
+                which += "" if version is None else f" with a version {version}"
+                command = suggest("workflows", base_url)
+                what = f"there is no {_named(workflow)}{which}; `{command}` lists names and labels"
+                problems |= {number: what for numbers in given.values() for number in numbers}
+            except (RequestError, TimeoutError) as error:
+                late = f"{_named(workflow)}: no answer within {DEFINITION_TIMEOUT:g} s"
+                err(f"inputs are not checked: {describe(error) or late}")
+                break
+            else:
+                for names, numbers in given.items():
+                    try:
+                        found.check_inputs(dict.fromkeys(names))
+                    except ValueError as error:
+                        problems |= dict.fromkeys(numbers, needs(error, workflow, base_url))
+        return problems
 
     def __iter__(self) -> Iterator[StartRequest]:
         for _, line in self._lines():
@@ -125,16 +155,12 @@ class ItemFile:
             meanings = Counter(map(_meaning, columns))
             if same := {printable(name): 1 for name in columns if meanings[_meaning(name)] > 1}:
                 raise Misuse(f"{self._name} has columns of the same name: {', '.join(same)}")
-            while True:
-                number = reader.line_num + 1  # a cell can have several lines
-                row = next(reader, None)
-                if row is None:
-                    return
-                yield number, row
+            for row in reader:
+                yield reader.line_num, row
 
     def _request(self, line: bytes | dict[str, Any]) -> StartRequest:
         """Return the item of a line; if it is not one, the message of the `Misuse` says why."""
-        fields = _parse(line) if isinstance(line, bytes) else _named(line)
+        fields = _parse(line) if isinstance(line, bytes) else _row_fields(line)
         if "key" not in fields:
             fields["key"] = _digest(line)
         return _checked({"workflow": self._workflow} | fields)
@@ -158,29 +184,19 @@ def _meaning(column: str) -> str:
     return _INPUT + column.removeprefix(_INPUT)
 
 
-def _named(row: dict[str, Any]) -> dict[str, Any]:
+def _row_fields(row: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of an item from the cells of a row; an empty one is a missing field."""
     if None in row or None in row.values():
         raise Misuse("must have as many cells as the first line has columns")
-    inputs: dict[str, str] = {}
-    metadata: dict[str, str] = {}
-    fields: dict[str, Any] = {"inputs": inputs}
+    fields: dict[str, Any] = {"inputs": {}}
     for column, text in row.items():
         name = _meaning(column)
-        if name.startswith(_METADATA):
-            if text:
-                metadata[name.removeprefix(_METADATA)] = text
-        elif name.startswith(_INPUT):
-            inputs[name.removeprefix(_INPUT)] = text
+        if name.startswith(_INPUT):
+            fields["inputs"][name.removeprefix(_INPUT)] = text
+        elif text and name.startswith(_METADATA):
+            fields.setdefault("metadata", {})[name.removeprefix(_METADATA)] = text
         elif text:
-            fields[name] = text
-    if metadata:
-        fields["metadata"] = metadata
-    if "version" in fields:
-        try:
-            fields["version"] = int(fields["version"])
-        except ValueError:
-            raise Misuse('"version" must be a number') from None
+            fields[name] = int(text) if name == "version" and text.isdecimal() else text
     return fields
 
 
@@ -188,7 +204,7 @@ def _checked(fields: dict[str, Any]) -> StartRequest:
     for name, value in fields.items():
         if name not in _FIELDS:
             known = ", ".join(_FIELDS)
-            raise Misuse(f"'{shorten(printable(name), 40)}' is not one of {known}")
+            raise Misuse(f"{quoted(name)} is not one of {known}")
         kind, expected = _FIELDS[name]
         if name == "workflow" and value is None:
             continue
@@ -225,3 +241,7 @@ def _parse(text: bytes) -> dict[str, Any]:
 
 def _refuse_constant(constant: str) -> NoReturn:
     raise Misuse(f"{constant} is not a JSON number")
+
+
+def _named(workflow: str | int) -> str:
+    return f"workflow {quoted(str(workflow))}"

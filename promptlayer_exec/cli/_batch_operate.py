@@ -13,20 +13,9 @@ import attrs
 import typer
 
 from promptlayer_exec._integration import printable
+from promptlayer_exec.cli import _batches as batches
 from promptlayer_exec.cli._arguments import BaseUrl, JsonLines
-from promptlayer_exec.cli._batch_options import (
-    Database,
-    OnlyBatch,
-    SameServer,
-    choose,
-    chosen_batch,
-    command_options,
-    name_option,
-    names,
-    shown_database,
-)
 from promptlayer_exec.cli._batch_results import open_results, write_results
-from promptlayer_exec.cli._display import hint_lines, item_count, status_line
 from promptlayer_exec.cli._exit import (
     ExitCode,
     Misuse,
@@ -43,38 +32,37 @@ if TYPE_CHECKING:
 
 @command
 async def status(
-    name: Annotated[str | None, name_option("all batches")] = None,
-    database: Database = None,
+    name: Annotated[str | None, batches.name_option("all batches")] = None,
+    database: batches.Database = None,
     *,
     as_json: JsonLines = False,
 ) -> None:
     """Print the progress of the batches in a database."""
-    found = await names(database)
-    if name is None and not found:
-        err(f"there is no batch in {shown_database(database)}")
-    for each in found if name is None else [choose(name, found)]:
-        counts = await (await chosen_batch(each, database))[1].status()
-        fields = {"batch": each} | attrs.asdict(counts)
-        out(json.dumps(fields) if as_json else status_line(each, counts))
-        options = command_options(name, each, found, database)
-        for line in [] if as_json else hint_lines(counts, options):
+    found = await batches.names(database)
+    for each in found if name is None else [batches.choose(name, found)]:
+        _, batch = await batches.chosen_batch(each, database)
+        counts = await batch.status()
+        if as_json:
+            out(json.dumps({"batch": each, **attrs.asdict(counts)}))
+            continue
+        out(batches.status_line(each, counts))
+        options = await batches.command_options(name, each, database)
+        for line in batches.hint_lines(counts, options):
             err(line)
 
 
 @command
-async def list_batches(database: Database = None, *, as_json: JsonLines = False) -> None:
+async def list_batches(database: batches.Database = None, *, as_json: JsonLines = False) -> None:
     """List the batches in a database, with their settings.
 
     After the counts of its items, a line has the time when the first was added (UTC), and the
     settings: how many items run at most, and how many requests are sent per second at most.
     """
-    found = await names(database)
-    if not found:
-        err(f"there is no batch in {shown_database(database)}")
-    elif database is None and not as_json:
-        err(f"in {shown_database(database)}")
+    found = await batches.names(database)
+    if database is None and not as_json:
+        err(f"in {batches.shown_database(database)}")
     for each in found:
-        _, batch = await chosen_batch(each, database)
+        _, batch = await batches.chosen_batch(each, database)
         settings, counts = await batch.settings(), await batch.status()
         if as_json:
             row = {"batch": each, **attrs.asdict(settings), **attrs.asdict(counts)}
@@ -83,19 +71,19 @@ async def list_batches(database: Database = None, *, as_json: JsonLines = False)
         created = "-" if settings.created is None else _time(settings.created)
         rate = f"{settings.rate or 100:g}"
         shown = f"max-in-flight {settings.max_in_flight or 100}, rate {rate}"
-        out(f"{status_line(each, counts)}; {created}, {shown}")
+        out(f"{batches.status_line(each, counts)}; {created}, {shown}")
 
 
 @command
 async def show(
     key: Annotated[str, typer.Argument(metavar="KEY", help="Key of the item.")],
-    name: OnlyBatch = None,
-    database: Database = None,
+    name: batches.OnlyBatch = None,
+    database: batches.Database = None,
     *,
     as_json: JsonLines = False,
 ) -> None:
     """Print one item: its request, and its history (UTC)."""
-    chosen, batch = await chosen_batch(name, database)
+    chosen, batch = await batches.chosen_batch(name, database)
     item = await batch.item(key)
     if item is None:
         raise Misuse(f"batch '{printable(chosen)}' has no item '{printable(key)}'")
@@ -126,15 +114,13 @@ def _item_lines(batch: str, item: StoredItem) -> list[str]:
     if outcome is not None and outcome.started is not None:
         events.append((_time(outcome.started), f"execution {outcome.execution_id} started"))
     events.sort(key=itemgetter(0))  # within a second, which is what DBOS stores, as they are
-    if outcome is not None:  # after all else, also if the clocks of machines differ
-        events.append((_time(outcome.finished), outcome.kind))
     lines += [f"  {at}  {what}" for at, what in events]
-    if outcome is not None and outcome.error is not None:
-        lines.append(
-            f"  {outcome.error.type}: {describe_stored(outcome.error.type, outcome.error.message)}"
-        )
-    elif outcome is not None:
-        lines.append(f"  output: {preview(outcome.output)}")
+    if outcome is not None:  # after all else, also if the clocks of machines differ
+        lines.append(f"  {_time(outcome.finished)}  {outcome.kind}")
+        result = f"output: {preview(outcome.output)}"
+        if outcome.error is not None:
+            result = f"{outcome.error.type}: {describe_stored(*outcome.error)}"
+        lines.append(f"  {result}")
     return lines
 
 
@@ -153,18 +139,18 @@ async def export(
             show_default="JSON Lines on standard output",
         ),
     ] = None,
-    name: OnlyBatch = None,
-    database: Database = None,
+    name: batches.OnlyBatch = None,
+    database: batches.Database = None,
     base_url: BaseUrl = None,
     *,
-    same_server: SameServer = False,
+    same_server: batches.SameServer = False,
 ) -> None:
     """Write the results of all items that have finished so far.
 
     The fields are those of `batch run --out`. In a table, the error has the columns error_type and
     error_message. An output that is no text is written as JSON; in Parquet, a text is, too.
     """
-    _, batch = await chosen_batch(name, database, base_url, same_server=same_server)
+    _, batch = await batches.chosen_batch(name, database, base_url, same_server=same_server)
     await batch.check_server()  # before the file is made
     with open_results(results) as file:
         await write_results(batch, file, until_done=False)
@@ -172,45 +158,44 @@ async def export(
 
 @command
 async def recheck(
-    name: OnlyBatch = None,
-    database: Database = None,
+    name: batches.OnlyBatch = None,
+    database: batches.Database = None,
     base_url: BaseUrl = None,
     *,
-    same_server: SameServer = False,
+    same_server: batches.SameServer = False,
 ) -> None:
     """Follow every run again that has no output, and start none."""
-    chosen, batch = await chosen_batch(name, database, base_url, same_server=same_server)
+    chosen, batch = await batches.chosen_batch(name, database, base_url, same_server=same_server)
     _report_again(chosen, await batch.recheck(), "followed")
 
 
 @command
 async def retry(
-    name: OnlyBatch = None,
-    database: Database = None,
+    name: batches.OnlyBatch = None,
+    database: batches.Database = None,
     base_url: BaseUrl = None,
     *,
-    same_server: SameServer = False,
+    same_server: batches.SameServer = False,
     failed: Annotated[bool, typer.Option("--failed", help="Items that failed.")] = False,
     unknown: Annotated[
-        bool,
-        typer.Option("--unknown", help="Unknown items, at the risk of paying for them twice."),
+        bool, typer.Option("--unknown", help="Unknown items, at the risk of paying for them twice.")
     ] = False,
 ) -> None:
     """Start items again that did not succeed, once each."""
     if not failed and not unknown:
         raise Misuse("give --failed, --unknown, or both")
-    chosen, batch = await chosen_batch(name, database, base_url, same_server=same_server)
+    chosen, batch = await batches.chosen_batch(name, database, base_url, same_server=same_server)
     _report_again(chosen, await batch.retry(failed=failed, unknown=unknown), "started")
 
 
 def _report_again(batch: str, count: int, what: str) -> None:
-    text = f"batch {printable(batch)}: {item_count(count)} will be {what} again"
+    text = f"batch {printable(batch)}: {batches.item_count(count)} will be {what} again"
     err(f"{text} by a worker: `batch work`, or the same `batch run`" if count else text)
 
 
 def delete(
-    name: OnlyBatch = None,
-    database: Database = None,
+    name: batches.OnlyBatch = None,
+    database: batches.Database = None,
     *,
     is_confirmed: Annotated[
         bool, typer.Option("--yes", help="Do not ask whether to do so.")
@@ -221,33 +206,27 @@ def delete(
     It is refused while a worker works on the batch. What runs at PromptLayer is not affected, and
     can no longer be found from here.
     """
-    question = ""
 
-    async def ask() -> ExitCode:
-        nonlocal name, question
-        name, batch = await chosen_batch(name, database)
-        counts = attrs.asdict(await batch.status())
-        kinds = ("waiting", "running", "succeeded", "failed", "unknown")
-        shown = ", ".join(f"{counts[kind]} {kind}" for kind in kinds if counts[kind]) or "empty"
-        question = f"batch {printable(name)} with {item_count(counts['total'])} ({shown})"
+    async def look() -> None:
+        nonlocal name
+        name, batch = await batches.chosen_batch(name, database)
+        err(batches.status_line(name, await batch.status()))
         if not sys.stdin.isatty():
-            raise Misuse(f"to delete {question} and all results, give --yes")
-        return ExitCode.SUCCEEDED
+            raise Misuse("to delete this batch with all its results, give --yes")
 
-    async def work() -> ExitCode:
-        chosen, batch = await chosen_batch(name, database)
+    async def work() -> None:
+        chosen, batch = await batches.chosen_batch(name, database)
         try:
             deleted = await batch.delete()
         except RuntimeError as error:
             raise Misuse(str(error)) from error
-        err(f"deleted batch {printable(chosen)} with {item_count(deleted)}")
-        return ExitCode.SUCCEEDED
+        err(f"deleted batch {printable(chosen)} with {batches.item_count(deleted)}")
 
     if not is_confirmed:
-        if code := run_command(ask(), Subject()):
+        if code := run_command(look(), Subject()):
             raise typer.Exit(code)
         try:  # not within `run_command`, whose handling of SIGINT waits for the answer
-            is_confirmed = typer.confirm(f"Delete {question} and all results?", err=True)
+            is_confirmed = typer.confirm("Delete this batch with all its results?", err=True)
         except typer.Abort:
             err("\ninterrupted; nothing was deleted")
             raise typer.Exit(ExitCode.INTERRUPTED) from None

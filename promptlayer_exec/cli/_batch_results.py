@@ -8,9 +8,10 @@ import sys
 from collections.abc import AsyncIterable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from importlib import import_module
+from io import FileIO
 from pathlib import Path
 from types import ModuleType
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from promptlayer_exec._integration import printable
 from promptlayer_exec.cli._exit import Misuse
@@ -56,124 +57,96 @@ async def write_results(batch: Batch, file: Results, *, until_done: bool) -> Non
 
 @contextmanager
 def open_results(path: Path | None) -> Iterator[Results]:
-    """Open the results at a path, by its suffix; None stands for standard output."""
+    """Open the results at a path, by its suffix; None stands for standard output.
+
+    The file is locked meanwhile: with two writers, each result would be there twice. One that was
+    made for a command that is then refused is removed.
+    """
     if path is None:
         yield None
         return
-    file = (TableFile if path.suffix.lower() in (_CSV, _PARQUET) else LineFile)(path)
+    name = printable(str(path))
+    is_table = path.suffix.lower() in (_CSV, _PARQUET)
+    written = path.with_name(path.name + ".part") if is_table else path
     try:
-        yield file
-    finally:
-        file.close()
+        if path.is_char_device():  # to read what it has would take for ever
+            raise Misuse(f"{name} is a device: name a file, or omit --out")
+        is_old = written.exists()
+        opened = written.open("a+b", buffering=0)
+    except OSError as error:
+        raise _cannot_write(name, error) from error
+    file: LineFile | TableFile | None = None
+    with opened:
+        _lock(opened, written, name)
+        try:
+            file = TableFile(path, written, name) if is_table else LineFile(path, opened, name)
+            yield file
+        finally:
+            is_written = isinstance(file, LineFile) and file.is_written
+            if is_table or not (is_old or is_written):
+                with suppress(OSError):  # Windows does not remove an open file
+                    written.unlink()
 
 
 class LineFile:
-    """Results, one a line, in a file that is continued.
+    """Results, one a line, in a file that is continued."""
 
-    The file is locked until it is closed: with two writers, each result would be there twice.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.name = printable(str(path))
+    def __init__(self, path: Path, file: FileIO, name: str) -> None:
+        self.name = name
         self.results: set[Result] = set()
-        self._is_unused = False
-        self._whole: int | None = None  # how many bytes to keep when the first line is written
-        try:
-            if path.is_char_device():  # to read what it has would take for ever
-                raise Misuse(f"{self.name} is a device: name a file, or omit --out")
-            is_new = not path.exists()
-            self._file = path.open("a+b")
-        except OSError as error:
-            raise _cannot_write(self.name, error) from error
-        try:
-            _lock(self._file, self.name)
-            path.stat()  # a command that was refused may just have removed it
-            self._whole = self._read()
-            self._is_unused = is_new and not self._whole
-        except BaseException as error:
-            self.close()
-            if isinstance(error, OSError):
-                raise _cannot_write(self.name, error) from error
-            raise
-
-    def _read(self) -> int:
-        """Read the results, and return the length of their lines, without an incomplete one."""
-        self._file.seek(0)
-        length = 0
-        for number, line in enumerate(self._file, 1):
-            is_whole = line.endswith(b"\n")
-            try:
-                fields = json.loads(line)
-                result = Result(str(fields["key"]), str(fields["finished"]), fields["succeeded"])
-            except (ValueError, TypeError, KeyError) as error:
-                # What a power failure cuts off can be zeros.
-                text = line.rstrip(b"\0")
-                is_start = text[: len(_RESULT_START)] == _RESULT_START[: len(text)]
-                if is_start and not is_whole and isinstance(error, ValueError):
-                    break
-                where = f"{self.name}, line {number}"
-                raise Misuse(f"{where}, is not a result; the file is unchanged") from error
-            if is_whole:
-                self.results.add(result)
-                length += len(line)
-        return length
+        self.is_written = False
+        self._file = file
+        self._length = 0  # of the lines of the results, without an incomplete one at the end
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                is_whole = line.endswith(b"\n")
+                try:
+                    fields = json.loads(line)
+                    result = Result(
+                        str(fields["key"]), str(fields["finished"]), fields["succeeded"]
+                    )
+                except (ValueError, TypeError, KeyError) as error:
+                    # What a power failure cuts off can be zeros.
+                    text = line.rstrip(b"\0")
+                    is_start = text[: len(_RESULT_START)] == _RESULT_START[: len(text)]
+                    if is_start and not is_whole and isinstance(error, ValueError):
+                        break
+                    where = f"{name}, line {number}"
+                    raise Misuse(f"{where}, is not a result; the file is unchanged") from error
+                if is_whole:
+                    self.results.add(result)
+                    self._length += len(line)
 
     async def write_all(self, outcomes: AsyncIterable[StoredOutcome]) -> None:
         """Write each result at once, unless the file already contains it."""
-        self._is_unused = False
+        self.is_written = True
+        self._file.truncate(self._length)
         async for outcome in outcomes:
-            result = Result(outcome.key, outcome.finished.isoformat(), outcome.succeeded)
-            if result in self.results:
+            if Result(outcome.key, outcome.finished.isoformat(), outcome.succeeded) in self.results:
                 continue
+            line = outcome.to_json().encode() + b"\n"
             try:
-                if self._whole is not None:
-                    self._file.truncate(self._whole)  # without a last line that a crash cut off
-                    self._whole = None
-                self._file.write(outcome.to_json().encode() + b"\n")
-                self._file.flush()
+                while line:  # less than all may be written, for example when the disk gets full
+                    line = line[self._file.write(line) :]
             except OSError as error:
                 raise _cannot_write(self.name, error) from error
-
-    def close(self) -> None:
-        """Close the file, and remove it if it was made for a command that was refused."""
-        if self._is_unused:
-            with suppress(OSError):  # Windows does not remove an open file
-                self._path.unlink()
-        try:
-            self._file.close()
-        except OSError as error:  # a line that could not be written is tried once more
-            raise _cannot_write(self.name, error) from error
 
 
 class TableFile:
     """Results as a table, CSV or Parquet, which is written as a whole and then put in place."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.name = printable(str(path))
+    def __init__(self, path: Path, part: Path, name: str) -> None:
+        self.name = name
+        self._path, self._part = path, part
         self._is_csv = path.suffix.lower() == _CSV
         if not self._is_csv:
             _pyarrow()  # before hours of work, not after them
-        self._part = path.with_name(path.name + ".part")
         try:
-            self._locked = self._part.open("ab")
-        except OSError as error:
-            raise _cannot_write(self.name, error) from error
-        try:
-            _lock(self._locked, self.name)
-            self.results = self._read()
-        except BaseException:
-            self.close()
-            raise
-
-    def _read(self) -> set[Result]:
-        try:
-            return set((_read_csv if self._is_csv else _read_parquet)(self._path))
+            self.results = set((_read_csv if self._is_csv else _read_parquet)(path))
         except FileNotFoundError:
-            return set()
+            self.results = set()
         except (OSError, ValueError, KeyError, csv.Error) as error:
-            what = f"{self.name} has no results that can be read: use another file"
+            what = f"{name} has no results that can be read: use another file"
             raise Misuse(what) from error
 
     async def write_all(self, outcomes: AsyncIterable[StoredOutcome]) -> None:
@@ -183,11 +156,6 @@ class TableFile:
             self._part.replace(self._path)
         except OSError as error:
             raise _cannot_write(self.name, error) from error
-
-    def close(self) -> None:
-        """Unlock the file."""
-        self._part.unlink(missing_ok=True)
-        self._locked.close()
 
 
 Results: TypeAlias = LineFile | TableFile | None
@@ -254,13 +222,14 @@ def _pyarrow() -> ModuleType:
         raise Misuse("Parquet needs pyarrow: pip install pyarrow") from error
 
 
-def _lock(file: IO[bytes], name: str) -> None:
+def _lock(file: FileIO, path: Path, name: str) -> None:
     try:
         if sys.platform == "win32":  # pragma: no cover
             file.seek(2**62)  # a byte that nobody writes
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.stat()  # another command may just have removed it
     except BlockingIOError as error:
         what = f"another process is writing to {name}: let it do so, and help it with `batch work`"
         raise Misuse(f"{what}, or use another --out") from error

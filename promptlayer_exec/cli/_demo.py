@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import attrs
 
 from promptlayer_exec._integration import printable
-from promptlayer_exec.cli._exit import PROGRAM, ExitCode, listening
+from promptlayer_exec.cli._exit import PROGRAM, listening
 from promptlayer_exec.cli._text import out
 from promptlayer_exec.simulator import Scenario, SimNode, SimRequest, Simulator
 
@@ -30,15 +30,8 @@ We have refunded the second payment of 29.00 EUR; it will reach you within five 
 
 Kind regards, your support team"""
 _NO_INDEX = "The handbook index is not available: HTTP 503 from vector-store"
-_PAGE = """\
-<html><head><title>The Eurasian otter</title></head>
-<body><script>alert("a page's script is only text here")</script>
-<p>Otters of the Danube delta eat mostly fish.</p></body></html>"""
-_REPORT = """\
-# Otters of the Danube delta
-
-Numbers have doubled since 2009. Two of the three counts agree; the third one
-covers the southern arm alone, and is left out."""
+_PAGE = '<title>Otters</title><script>alert("a script is only text here")</script>'
+_REPORT = "# Otters of the Danube delta\n\nNumbers have doubled since 2009; two counts agree."
 _CLOSED = "Purchase order PO-4711 is closed: the ERP answered 409 Conflict"
 _TRACEBACK = f"""\
 Traceback (most recent call last):
@@ -47,6 +40,25 @@ Traceback (most recent call last):
   File "/app/clients/erp.py", line 118, in reserve
     raise OrderClosed(message)
 OrderClosed: {_CLOSED}"""
+
+DEMO_ID = 787
+DEMO_PROGRAM = f"""\
+import asyncio
+from contextlib import aclosing
+
+from promptlayer_exec import Session
+
+
+async def main() -> None:
+    async with Session() as session:  # its key: $PROMPTLAYER_API_KEY
+        execution = session.execution({DEMO_ID})
+        async with aclosing(execution.finished_nodes()) as nodes:
+            async for node in nodes:
+                print(node.name, node.status)
+        print(await execution.output())
+
+
+asyncio.run(main())"""
 
 NOTE = "This is a demonstration on a simulated PromptLayer: nothing is billed."
 
@@ -162,36 +174,23 @@ _LETTERS = (
     _LETTER,
     "My invoice of October is missing. Could you send it again?",
     "How do I change the address of my company?",
-    "The export stops at 10,000 rows. Is that a limit of my plan?",
 )
 _TOPICS = ("otters", "newts", "storks")
-_HOURS_BETWEEN = 5
 
 
 def add_past_runs(simulator: Simulator, history: History, now: float) -> None:
-    """Add runs of the last days to a simulator, and to the history of the demonstration.
-
-    Args:
-        simulator: it knows the runs, so that they can be opened and compared.
-        history: it remembers them.
-        now: seconds since 1970.
-    """
+    """Add 36 runs of the days before `now` to a simulator, and to the history of the viewer."""
     for number in range(36):
-        is_report = number % 3 == 2
-        workflow = "research-report" if is_report else "support-agent"
-        inputs: dict[str, Any] = {"letter": _LETTERS[number % 4]}
-        if is_report:
-            inputs = {"topic": _TOPICS[number // 3 % 3]}
-        is_failing = not is_report and number % 11 == 4
-        scenario = _research_report(inputs) if is_report else support_agent(inputs)
-        if is_failing:
-            scenario = support_agent(inputs, failing=True)
+        is_failing = number in (4, 15)
+        if number % 3 == 2:
+            workflow, inputs = "research-report", {"topic": _TOPICS[number // 3 % 3]}
+            scenario = _research_report(inputs)
+        else:
+            workflow, inputs = "support-agent", {"letter": _LETTERS[number % 3]}
+            scenario = support_agent(inputs, failing=is_failing)
+        times = _times_of(scenario, slowness=1 + 0.2 * math.sin(number * 1.7))
         ended = Scenario([attrs.evolve(node, duration=0.0) for node in scenario.nodes])
-        typical, spread = (44.0, 9.0) if is_report else (7.0, 1.6)
-        times = _times_of(scenario)
-        duration = 2.6 if is_failing else typical + spread * math.sin(number * 1.7)
-        ratio = duration / max(end for _, end in times.values())
-        began = now - 3600 * _HOURS_BETWEEN * (36 - number)
+        began = now - (36 - number) * 5 * 3600
         history.record(
             execution_id=simulator.add_execution(ended),
             workflow=workflow,
@@ -200,14 +199,14 @@ def add_past_runs(simulator: Simulator, history: History, now: float) -> None:
             problem=f"search handbook: {_NO_INDEX}" if is_failing else None,
             began=began,
             is_started=True,
-            duration=duration,
+            duration=max(end for _, end in times.values()),
             origin=began,
-            times=json.dumps({n: [ratio * at for at in span] for n, span in times.items()}),
+            times=json.dumps(times),
             nodes=len(scenario.nodes),
         )
 
 
-def _times_of(scenario: Scenario) -> dict[str, tuple[float, float]]:
+def _times_of(scenario: Scenario, *, slowness: float) -> dict[str, tuple[float, float]]:
     """Return when each node that can run starts and ends, in seconds."""
     times: dict[str, tuple[float, float]] = {}
     failed = {node.name for node in scenario.nodes if node.status == "FAILED"}
@@ -216,7 +215,7 @@ def _times_of(scenario: Scenario) -> dict[str, tuple[float, float]]:
             failed.add(node.name)
         else:
             start = max((times[name][1] for name in node.after), default=0.0)
-            times[node.name] = (start, start + (node.duration or 0.0))
+            times[node.name] = (start, start + slowness * (node.duration or 0.0))
     return times
 
 
@@ -229,28 +228,13 @@ async def start_runs(board: Board) -> None:
 
 # The node of each execution of `simulate` that ends only after a request.
 _HELD = "read letter"
-
-
-def _incomplete(node: SimNode) -> Scenario:
-    first = SimNode(_HELD, "Dear all, ...", None)
-    return Scenario([first, node, SimNode("final reply", after=[node.name], is_output_node=True)])
-
-
 _EXECUTIONS = {
     787: ("ten nodes, succeeds after seven seconds", support_agent(reading=None)),
     788: ("a node fails, so there is no reply", support_agent(reading=None, failing=True)),
-    789: (
-        "a node gets an unknown status: never complete",
-        _incomplete(SimNode("approve", None, 1.0, after=[_HELD], status="AWAITING_APPROVAL")),
-    ),
-    790: (
-        "a node never ends: try --timeout 5, or Ctrl-C",
-        _incomplete(SimNode("think", None, None, after=[_HELD])),
-    ),
 }
 
 
-async def serve(host: str, port: int, webhook_url: str | None) -> ExitCode:
+async def serve(host: str, port: int, webhook_url: str | None) -> None:
     """Do what the command `simulate` does."""
     requests: asyncio.Queue[SimRequest] = asyncio.Queue()
     simulator = Simulator(
@@ -269,7 +253,6 @@ async def serve(host: str, port: int, webhook_url: str | None) -> ExitCode:
         out(_introduction(simulator))
         with suppress(asyncio.CancelledError):
             await _print_requests(simulator, requests)
-    return ExitCode.SUCCEEDED
 
 
 def _introduction(simulator: Simulator) -> str:
@@ -278,6 +261,8 @@ def _introduction(simulator: Simulator) -> str:
         for execution_id, (description, _) in _EXECUTIONS.items()
     )
     workflows = "\n".join(f"  {name} ({', '.join(it)})" for name, (_, it) in _WORKFLOWS.items())
+    url, secret = simulator.webhook_url, simulator.webhook_secret
+    webhook = f"\nIts webhook goes to {url}, with the secret {secret}\n" if url else ""
     return f"""\
 A simulated PromptLayer listens at {simulator.base_url} (Ctrl-C ends it).
 
@@ -293,18 +278,13 @@ Each execution begins at its first request. To start another one like the first:
 
 It knows these workflows, and each name and id that the README and the tutorial use:
 {workflows}
-{_webhooks(simulator)}
+{webhook}
 Requests:"""
 
 
 def _set_variable(name: str, value: str) -> str:
     """Return the line that sets an environment variable in the platform's usual shell."""
     return f'$env:{name} = "{value}"' if os.name == "nt" else f"export {name}={value}"
-
-
-def _webhooks(simulator: Simulator) -> str:
-    url, secret = simulator.webhook_url, simulator.webhook_secret
-    return "" if url is None else f"\nIts webhook goes to {url}, with the secret {secret}\n"
 
 
 async def _print_requests(simulator: Simulator, requests: asyncio.Queue[SimRequest]) -> NoReturn:

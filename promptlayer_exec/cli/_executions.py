@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 from contextlib import aclosing
@@ -15,7 +14,6 @@ from promptlayer_exec import (
     ConfigurationError,
     Event,
     Execution,
-    ExecutionFailed,
     ExecutionStarted,
     ExecutionTimeout,
     RequestError,
@@ -26,65 +24,36 @@ from promptlayer_exec import (
     StartUnknown,
 )
 from promptlayer_exec._integration import encode_inputs, indented, printable
-from promptlayer_exec.cli._arguments import (
-    BaseUrl,
-    ExecutionId,
-    JsonLines,
-    Label,
-    NoPush,
-    Outage,
-    Version,
-    WorkflowName,
-    needs,
-    read_inputs,
-    read_metadata,
-    refuse_arguments,
-    seconds,
-)
-from promptlayer_exec.cli._display import Display, choose_display
+from promptlayer_exec.cli import _arguments as arguments
 from promptlayer_exec.cli._exit import (
-    NO_RUN,
+    THIS_SUBJECT,
     ExitCode,
     Misuse,
     Subject,
     command,
     describe,
     run_command,
+    suggest,
 )
-from promptlayer_exec.cli._session import demo_session, open_session, retry_policy
-from promptlayer_exec.cli._text import err, failure_reason, final_count, out, result_line, shorten
+from promptlayer_exec.cli._text import (
+    Display,
+    choose_display,
+    err,
+    failure_reason,
+    final_count,
+    out,
+    quoted,
+    result_line,
+    shorten,
+)
 
-_DEMO_ID = 787
-# Enough to cancel a start that was not sent yet, and short enough to wait without a message.
-_CANCEL_TIME = 0.3
 _MAY_HAVE_STARTED = "the run may have started; waiting for its id (interrupt again to stop waiting)"
 _START_ERRORS = (RequestError, StartUnknown, ExecutionTimeout)  # which say if there is a run
-
-_DEMO_PROGRAM = f"""\
-import asyncio
-from contextlib import aclosing
-
-from promptlayer_exec import Session
-
-
-async def main() -> None:
-    async with Session() as session:  # its key: $PROMPTLAYER_API_KEY
-        execution = session.execution({_DEMO_ID})
-        previous = None
-        async with aclosing(execution.stream()) as snapshots:
-            async for snapshot in snapshots:
-                for change in snapshot.diff(previous):
-                    print(change.node.name, change.node.status)
-                previous = snapshot
-        print(await execution.output())
-
-
-asyncio.run(main())"""
 
 
 def run(
     context: typer.Context,
-    workflow: WorkflowName,
+    workflow: arguments.WorkflowName,
     *,
     inputs: Annotated[
         list[str],
@@ -92,11 +61,10 @@ def run(
             "--input", "-i", metavar="KEY=VALUE", help="Input, as described above; repeatable."
         ),
     ] = [],  # noqa: B006 - Typer's way to declare a list
-    label: Label = None,
-    version: Version = None,
+    label: arguments.Label = None,
+    version: arguments.Version = None,
     metadata: Annotated[
-        list[str],
-        typer.Option(metavar="KEY=TEXT", help="Text to keep with the run; repeatable."),
+        list[str], typer.Option(metavar="KEY=TEXT", help="Text to keep with the run; repeatable.")
     ] = [],  # noqa: B006 - Typer's way to declare a list
     watched: Annotated[
         bool,
@@ -106,12 +74,12 @@ def run(
         ),
     ] = True,
     timeout: Annotated[
-        float, seconds("Maximum time to wait for the start, and then for the execution.")
+        float, arguments.seconds("Maximum time to wait for the start, and then for the execution.")
     ] = 3600,
-    no_push: NoPush = False,
-    as_json: JsonLines = False,
-    base_url: BaseUrl = None,
-    outage: Outage = None,
+    no_push: arguments.NoPush = False,
+    as_json: arguments.JsonLines = False,
+    base_url: arguments.BaseUrl = None,
+    outage: arguments.Outage = None,
 ) -> None:
     """Start a run of a workflow, and watch it until it is complete.
 
@@ -142,12 +110,13 @@ def run(
     for the answer to report the id; a second interrupt ends it at once. The run itself goes on: the
     server cannot cancel it.
     """  # noqa: D301 - \b is Typer's mark for preformatted text
-    refuse_arguments(context.args)
-    variables = read_inputs(inputs)
-    texts = read_metadata(metadata) or None
+    if context.args:
+        given = quoted(context.args[0])
+        raise typer.BadParameter(f"{given} is not expected; inputs are given with -i: -i {given}")
+    variables = arguments.read_inputs(inputs)
+    texts = arguments.read_metadata(metadata) or None
     display = choose_display(as_json=as_json)
-    subject = Subject(base_url=base_url, resumable=True, note=NO_RUN)
-
+    subject = Subject(base_url=base_url, resumable=True, note="no run was started", as_json=as_json)
     request = StartRequest(workflow, variables, label=label, version=version, metadata=texts)
 
     def observe(event: Event) -> None:
@@ -158,33 +127,26 @@ def run(
             subject.note = describe(event.error)
 
     async def work() -> ExitCode:
-        async with open_session(
-            base_url,
-            retry_policy(outage),
-            display.warn,
-            wait_timeout=timeout,
-            no_push=no_push,
-            observer=observe,
+        async with arguments.open_session(
+            base_url, outage, display.warn, wait_timeout=timeout, no_push=no_push, observer=observe
         ) as session:
+            subject.stopping = _MAY_HAVE_STARTED
             execution = await _start(session, request, display, base_url)
+            subject.stopping = ""
             if execution.warning:
                 err(f"warning: {printable(execution.warning)}")
+            err(f"execution {execution.id} started")
             if not watched:
                 fields = {"execution_id": str(execution.id)}
-                try:
-                    out(json.dumps(fields) if as_json else fields["execution_id"])
-                except OSError:
-                    err(f"execution {execution.id} started")
-                    raise
+                out(json.dumps(fields) if as_json else fields["execution_id"])
                 return ExitCode.SUCCEEDED
-            err(f"execution {execution.id} started")
-            snapshot = await _follow(execution, display, timeout)
+            snapshot = await _follow(execution, display)
         if not snapshot.succeeded:
             return ExitCode.FAILED
-        err(f"print its main output with:\n  {subject.command('results')}")
+        err(f"print its main output with:\n  {suggest(f'results {execution.id}', base_url)}")
         return ExitCode.SUCCEEDED
 
-    raise typer.Exit(run_command(work(), subject, as_json=as_json))
+    raise typer.Exit(run_command(work(), subject))
 
 
 async def _start(
@@ -206,19 +168,17 @@ async def _start(
     except ConfigurationError:
         raise
     except ValueError as error:
-        raise Misuse(needs(error, request.workflow, base_url)) from error
-    except (asyncio.CancelledError, OSError):  # the latter if the display cannot end
-        asyncio.get_running_loop().call_later(_CANCEL_TIME, err, _MAY_HAVE_STARTED)
-        raise
+        raise Misuse(arguments.needs(error, request.workflow, base_url)) from error
 
 
-def watch(
-    execution_id: ExecutionId,
-    timeout: Annotated[float, seconds("Maximum time to wait.")] = 3600,
-    as_json: JsonLines = False,
-    base_url: BaseUrl = None,
-    outage: Outage = None,
-) -> None:
+@command
+async def watch(
+    execution_id: arguments.ExecutionId,
+    timeout: Annotated[float, arguments.seconds("Maximum time to wait.")] = 3600,
+    as_json: arguments.JsonLines = False,
+    base_url: arguments.BaseUrl = None,
+    outage: arguments.Outage = None,
+) -> ExitCode:
     """Watch an execution until it is complete.
 
     On a terminal, a table of its nodes is kept up to date. Otherwise each change of a node is
@@ -242,35 +202,35 @@ def watch(
 
     Warnings and errors are written to standard error.
     """  # noqa: D301 - \b is Typer's mark for preformatted text
+    subject = THIS_SUBJECT.get()
+    subject.execution_id, subject.base_url, subject.resumable = execution_id, base_url, True
     display = choose_display(as_json=as_json)
-    subject = Subject(execution_id, base_url, resumable=True)
-
-    async def work() -> ExitCode:
-        async with open_session(base_url, retry_policy(outage), display.warn) as session:
-            snapshot = await _follow(session.execution(execution_id), display, timeout)
-        return ExitCode.SUCCEEDED if snapshot.succeeded else ExitCode.FAILED
-
-    raise typer.Exit(run_command(work(), subject, as_json=as_json))
+    async with arguments.open_session(
+        base_url, outage, display.warn, wait_timeout=timeout
+    ) as session:
+        snapshot = await _follow(session.execution(execution_id), display)
+    return ExitCode.SUCCEEDED if snapshot.succeeded else ExitCode.FAILED
 
 
-async def _follow(execution: Execution, display: Display, timeout: float | None) -> Snapshot:
+async def _follow(execution: Execution, display: Display) -> Snapshot:
     # Only the watch is displayed: closing the session can take longer.
     with display.waiting(f"execution {execution.id}: waiting for the first answer"):
-        async with aclosing(execution.stream(timeout=timeout)) as snapshots:
+        async with aclosing(execution.stream()) as snapshots:
             async for snapshot in snapshots:
                 display.show(snapshot)
     return snapshot
 
 
-def results(
-    execution_id: ExecutionId,
+@command
+async def results(
+    execution_id: arguments.ExecutionId,
     all_nodes: Annotated[bool, typer.Option("--all", help="Print every node.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write one line of JSON, even for a string.")
     ] = False,
-    base_url: BaseUrl = None,
-    outage: Outage = None,
-) -> None:
+    base_url: arguments.BaseUrl = None,
+    outage: arguments.Outage = None,
+) -> ExitCode:
     """Print the results of an execution as they are now.
 
     The main output is printed: a string as it is, and any other value as JSON. The nodes decide
@@ -280,39 +240,32 @@ def results(
     With --all, every node is printed: as a table on a terminal, otherwise as one line of JSON like
     that of `watch --json`.
     """
-    subject = Subject(execution_id, base_url)
+    subject = THIS_SUBJECT.get()
+    subject.execution_id, subject.base_url = execution_id, base_url
+    subject.as_json = as_json and all_nodes
+    async with arguments.open_session(base_url, outage, err) as session:
+        execution = session.execution(execution_id)
+        snapshot = await execution.snapshot()
+        if all_nodes and (as_json or not sys.stdout.isatty()):
+            out(json.dumps(snapshot.to_dict()))
+        elif all_nodes:
+            from promptlayer_exec.cli._live import node_table  # noqa: PLC0415 - slow to import
 
-    async def work() -> ExitCode:
-        async with open_session(base_url, retry_policy(outage), err) as session:
-            execution = session.execution(execution_id)
-            snapshot = await execution.snapshot()
-            if all_nodes and (as_json or not sys.stdout.isatty()):
-                out(json.dumps(snapshot.to_dict()))
-            elif all_nodes:
-                from promptlayer_exec.cli._live import node_table  # noqa: PLC0415 - slow to import
-
-                Console().print(node_table(snapshot))
-            if not snapshot.complete:
-                state = f"not complete yet, {final_count(snapshot)} nodes are final"
-                command = subject.command("watch")
-                err(f"execution {execution_id} is {state}; follow it with:\n  {command}")
-                return ExitCode.TIMED_OUT
-            if not snapshot.succeeded:
-                for node in snapshot.failed_nodes:
-                    reason = printable(failure_reason(node), keep="\n\t")
-                    err(f"{printable(node.name)}: {reason}")
-                err(result_line(snapshot, timed=False))
-                return ExitCode.FAILED
-            if not all_nodes:
-                try:
-                    _print_output(await execution.output(), as_json=as_json)
-                except ExecutionFailed as error:
-                    why = printable(error.args[0])
-                    err(f"execution {execution_id}: {why}; --all shows its nodes")
-                    return ExitCode.FAILED
-            return ExitCode.SUCCEEDED
-
-    raise typer.Exit(run_command(work(), subject, as_json=as_json and all_nodes))
+            Console().print(node_table(snapshot))
+        if not snapshot.complete:
+            state = f"not complete yet, {final_count(snapshot)} nodes are final"
+            follow = suggest(f"watch {execution_id}", base_url)
+            err(f"execution {execution_id} is {state}; follow it with:\n  {follow}")
+            return ExitCode.TIMED_OUT
+        if not snapshot.succeeded:
+            for node in snapshot.failed_nodes:
+                reason = printable(failure_reason(node), keep="\n\t")
+                err(f"{printable(node.name)}: {reason}")
+            err(result_line(snapshot, timed=False))
+            return ExitCode.FAILED
+        if not all_nodes:
+            _print_output(await execution.output(), as_json=as_json)
+    return ExitCode.SUCCEEDED
 
 
 def _print_output(value: Any, *, as_json: bool = False) -> None:
@@ -336,18 +289,18 @@ async def demo(
     It takes eight seconds, and needs no key and no network.
     """
     display = choose_display(as_json=as_json)
-    from promptlayer_exec.cli._demo import support_agent  # noqa: PLC0415 - slow to import
+    from promptlayer_exec.cli import _demo  # noqa: PLC0415 - slow to import
     from promptlayer_exec.simulator import Simulator  # noqa: PLC0415
 
     if not as_json:
         out("A support agent with ten nodes answers a letter, on a simulated PromptLayer.\n")
-    async with Simulator() as simulator, demo_session(simulator, display.warn) as session:
-        simulator.add_execution(support_agent(), execution_id=_DEMO_ID)
-        execution = session.execution(_DEMO_ID)
-        await _follow(execution, display, timeout=None)
+    async with Simulator() as simulator, arguments.demo_session(simulator, display.warn) as session:
+        simulator.add_execution(_demo.support_agent(), execution_id=_demo.DEMO_ID)
+        execution = session.execution(_demo.DEMO_ID)
+        await _follow(execution, display)
         output = await execution.output()
     if not as_json:
         out("\nThe main output, from execution.output():\n")
         _print_output(output)
         out("\nThis program does the same for an execution of yours, given its id:\n")
-        out(_DEMO_PROGRAM)
+        out(_demo.DEMO_PROGRAM)

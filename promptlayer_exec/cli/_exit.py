@@ -12,8 +12,9 @@ import sys
 import traceback
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from enum import IntEnum
-from functools import partial, wraps
+from functools import wraps
 from types import FrameType
 from typing import Any, ParamSpec
 
@@ -21,22 +22,15 @@ import attrs
 import typer
 
 import promptlayer_exec
-from promptlayer_exec import (
-    ConfigurationError,
-    ExecutionTimeout,
-    RequestError,
-    RetryPolicy,
-    StartUnknown,
-    StatusError,
-)
 from promptlayer_exec._integration import printable
 from promptlayer_exec.cli._text import err, out
 
 P = ParamSpec("P")
 
 PROGRAM = "promptlayer-exec"
-NO_RUN = "no run was started"
 _HANGUP: int | None = getattr(signal, "SIGHUP", None)  # Windows has none
+# Enough to cancel a start that was not sent yet, and short enough to wait without a message.
+_CANCEL_TIME = 0.3
 _HELP_EPILOG = """\
 \b
 Environment:
@@ -75,6 +69,9 @@ _OPTIONS = {
     "another name": "--name",
     "another batch": "--name",
     "same_server": "--same-server",
+    "outage": "--outage",
+    "wait_timeout": "--timeout",
+    "rate": "--rate",
 }
 _NAMED = re.compile(rf"\b({'|'.join(_OPTIONS)})\b")
 
@@ -94,11 +91,10 @@ class ExitCode(IntEnum):
     TERMINATED = 143
 
 
-def help_epilog(*examples: str, has_codes: bool = True) -> str:
+def help_epilog(*examples: str) -> str:
     """Return the end of a help text: examples, where the key comes from, and the exit codes."""
-    heading = "Example" if len(examples) == 1 else "Examples"
-    lines = ["\b", f"{heading}:", *(f"  {PROGRAM} {each}" for each in examples), "", ""]
-    return "\n".join(lines if examples else []) + (_HELP_EPILOG if has_codes else "")
+    lines = ["\b", "Examples:", *(f"  {PROGRAM} {each}" for each in examples), "", ""]
+    return "\n".join(lines if examples else []) + _HELP_EPILOG
 
 
 class Misuse(Exception):
@@ -116,10 +112,11 @@ class Terminated(Exception):
 # Every error that can be expected to end a command early.
 _EXIT_CODES: dict[type[Exception], ExitCode] = {
     Misuse: ExitCode.USAGE,
-    ConfigurationError: ExitCode.USAGE,
-    ExecutionTimeout: ExitCode.TIMED_OUT,
-    StartUnknown: ExitCode.REFUSED,
-    RequestError: ExitCode.REFUSED,
+    promptlayer_exec.ConfigurationError: ExitCode.USAGE,
+    promptlayer_exec.ExecutionFailed: ExitCode.FAILED,
+    promptlayer_exec.ExecutionTimeout: ExitCode.TIMED_OUT,
+    promptlayer_exec.StartUnknown: ExitCode.REFUSED,
+    promptlayer_exec.RequestError: ExitCode.REFUSED,
     Interrupted: ExitCode.INTERRUPTED,
     Terminated: ExitCode.TERMINATED,
 }
@@ -143,10 +140,12 @@ class Subject:
     base_url: str | None = None  # if it was given as an option
     resumable: bool = False  # whether the report shows how to watch the execution again
     note: str = ""  # what an error says in addition while there is no execution
+    stopping: str = ""  # what is said if the command takes a while to end after a signal
+    as_json: bool = False  # whether an error is written to standard output, too
 
-    def command(self, name: str) -> str:
-        """Return a command on the execution, for the user to type."""
-        return suggest(f"{name} {self.execution_id}", self.base_url)
+
+# That of the command that runs, which fills it in.
+THIS_SUBJECT: ContextVar[Subject] = ContextVar("subject")
 
 
 def describe(error: Exception) -> str:
@@ -164,50 +163,73 @@ def describe_stored(kind: str, message: str) -> str:
     return printable(f"{what} {_ADVICE.get(kind, advice)}".rstrip())
 
 
-def command(function: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
-    """Make a command of a coroutine function, which succeeds if it returns."""
+def command(function: Callable[P, Coroutine[Any, Any, ExitCode | None]]) -> Callable[P, None]:
+    """Make a command of a coroutine function; one that returns None succeeded."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        as_json = kwargs.get("as_json") is True
-        raise typer.Exit(run_command(function(*args, **kwargs), Subject(), as_json=as_json))
+        subject = Subject(as_json=kwargs.get("as_json") is True)
+        THIS_SUBJECT.set(subject)
+        raise typer.Exit(run_command(function(*args, **kwargs), subject))
 
     return run
 
 
-def run_command(
-    work: Coroutine[Any, Any, ExitCode | None], subject: Subject, *, as_json: bool = False
-) -> ExitCode:
-    """Run a command, report its error if it fails (in JSON, too), and return the exit code."""
-    report = partial(_report, subject=subject, as_json=as_json)
+def run_command(work: Coroutine[Any, Any, ExitCode | None], subject: Subject) -> ExitCode:
+    """Run a command, report its error if it fails, and return the exit code."""
     try:
-        return asyncio.run(_until_signal(work, report)) or ExitCode.SUCCEEDED
+        return asyncio.run(_until_signal(work, subject)) or ExitCode.SUCCEEDED
     except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - Typer hides some
         return report_crash(error)
 
 
 async def _until_signal(
-    work: Coroutine[Any, Any, ExitCode | None], report: Callable[[Exception], ExitCode]
+    work: Coroutine[Any, Any, ExitCode | None], subject: Subject
 ) -> ExitCode | None:
     """Await the work, and report its error if it fails.
 
-    The first signal cancels the work, and the second exits the process, even while it waits for a
-    write. Errors are reported while these handlers stand, so that a signal does not keep one from
-    being written; and inside the loop, because closing it takes long while a host name is being
-    resolved.
+    Errors are reported while the signals are handled, so that a signal does not keep one from being
+    written; and inside the loop, because closing it takes long while a host name is being resolved.
+    """
+    task = asyncio.ensure_future(work)
+    with _cancelled_by_signals(task, subject) as received:
+        try:
+            return await task
+        except tuple(_EXIT_CODES) as error:
+            return _report(error, subject)
+        except (asyncio.CancelledError, OSError) as error:
+            if not received:
+                raise
+            if isinstance(error, OSError):  # as on a terminal that was closed
+                _discard(sys.stdout)
+            is_interrupt = signal.SIGINT in received
+            reason = Interrupted("interrupted") if is_interrupt else Terminated("terminated")
+            return _report(reason, subject)
+
+
+@contextmanager
+def _cancelled_by_signals(task: asyncio.Future[Any], subject: Subject) -> Iterator[list[int]]:
+    """Let the first signal cancel the task; the number of the signal is then in the list.
+
+    The second signal exits the process, even while it waits for a write.
     """
     loop = asyncio.get_running_loop()
-    task = loop.create_task(work)
-    received: int | None = None
+    received: list[int] = []
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        nonlocal received
-        if received is not None:
-            if number == _HANGUP:  # a closed terminal can send two
-                return
+        if not received:
+            received.append(number)
+            loop.call_soon_threadsafe(cancel)
+        elif number != _HANGUP:  # a closed terminal can send two
             os._exit(128 + number)
-        received = number
-        loop.call_soon_threadsafe(task.cancel)
+
+    def cancel() -> None:
+        task.cancel()
+        loop.call_later(_CANCEL_TIME, say_what_takes_long)
+
+    def say_what_takes_long() -> None:
+        if subject.stopping and not task.done():
+            err(subject.stopping)
 
     previous = {
         number: signal.signal(number, handle)
@@ -216,22 +238,13 @@ async def _until_signal(
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
-        return await task
-    except tuple(_EXIT_CODES) as error:
-        return report(error)
-    except (asyncio.CancelledError, OSError) as error:
-        if received is None:
-            raise
-        if isinstance(error, OSError):  # as on a terminal that was closed
-            _discard(sys.stdout)
-        is_interrupt = received == signal.SIGINT
-        return report(Interrupted("interrupted") if is_interrupt else Terminated("terminated"))
+        yield received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _report(error: Exception, subject: Subject, *, as_json: bool) -> ExitCode:
+def _report(error: Exception, subject: Subject) -> ExitCode:
     code = next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
     message = str(error) if isinstance(error, Misuse) else describe(error)
     execution_id = subject.execution_id
@@ -239,17 +252,14 @@ def _report(error: Exception, subject: Subject, *, as_json: bool) -> ExitCode:
         message = f"{message.rstrip('.')}; {subject.note}"
     message = printable(message)
     err(message)
-    # The server refused the id or the key itself, so that a retry cannot help.
-    is_permanent = (
-        isinstance(error, StatusError)
-        and error.last_snapshot is None
-        and error.status not in RetryPolicy().statuses
-    )
-    can_go_on = code is not ExitCode.USAGE and not is_permanent
+    # A server that refused the id or the key would do so again.
+    statuses = promptlayer_exec.RetryPolicy().statuses
+    is_refused = isinstance(error, promptlayer_exec.StatusError) and error.status not in statuses
+    can_go_on = code is not ExitCode.USAGE and not is_refused
     if execution_id is not None and subject.resumable and can_go_on:
-        command = subject.command("watch")
-        err(f"execution {execution_id} is not affected; pick it up again with:\n  {command}")
-    if as_json:
+        again = suggest(f"watch {execution_id}", subject.base_url)
+        err(f"execution {execution_id} is not affected; pick it up again with:\n  {again}")
+    if subject.as_json:
         id_text = None if execution_id is None else str(execution_id)
         fields = {"type": type(error).__name__, "message": message, "execution_id": id_text}
         out(json.dumps({"error": fields}))

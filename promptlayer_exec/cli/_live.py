@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
@@ -29,6 +27,7 @@ from promptlayer_exec.cli._text import (
     node_detail,
     result_line,
     running_time,
+    show_warnings,
 )
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 
 _BAR_WIDTH = 40
 _OTHER_LINES = 4  # of a live display: its progress, an empty line, the header, and the cursor's
-_RATE_WINDOW = 30.0
 _LINE_INTERVAL = 9.5  # looked at a few times a second: a line comes at least every ten seconds
 
 
@@ -48,14 +46,12 @@ class LiveDisplay:
         self._snapshot: Snapshot | None = None
         self._shown_at = 0.0
         self._warning = ""
-        self._is_over = False
-        self._spinner = Spinner("line")
         self._live = Live(console=console)
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
         """Draw `text` until the first snapshot; when the context ends, the last one stays."""
-        self._spinner.update(text=Text(text))
+        self._spinner = Spinner("line", Text(text))
         # A new one each time: it erases as many lines as its last refresh wrote.
         self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=8)
         self._live.start()
@@ -63,11 +59,9 @@ class LiveDisplay:
             yield
         finally:
             self._warning = ""
-            # What does not fit scrolls up, where it can be read.
-            self._is_over = self._snapshot is not None and self._snapshot.complete
             self._live.transient = self._snapshot is None
             self._live.stop()
-            if self._snapshot is not None and self._is_over:
+            if self._snapshot is not None and self._snapshot.complete:
                 self._console.print("", *_summary(self._snapshot), sep="\n", soft_wrap=True)
 
     def show(self, snapshot: Snapshot) -> None:
@@ -90,7 +84,9 @@ class LiveDisplay:
         if not snapshot.complete:
             now += time.monotonic() - self._shown_at
         lines = sum(len(self._console.render_lines(text)) for text in warning)
-        rows = None if self._is_over else max(1, self._console.height - _OTHER_LINES - lines)
+        rows = max(1, self._console.height - _OTHER_LINES - lines)
+        if snapshot.complete:  # what does not fit scrolls up, where it can be read
+            rows = len(snapshot.nodes)
         nodes, rest = _in_sight(snapshot, rows)
         table = node_table(snapshot, nodes, now)
         return Group(_progress_line(snapshot, now), *warning, "", table, *rest)
@@ -126,22 +122,21 @@ def node_table(
     return table
 
 
-def _in_sight(snapshot: Snapshot, rows: int | None) -> tuple[list[Node], list[Text]]:
+def _in_sight(snapshot: Snapshot, rows: int) -> tuple[list[Node], list[Text]]:
     """Return the nodes of most interest, in the server's order, and a line that counts the rest."""
     nodes = list(snapshot.nodes.values())
-    if rows is None or len(nodes) <= rows:
+    if len(nodes) <= rows:
         return nodes, []
-    chosen = sorted(nodes, key=partial(_interest, snapshot))[: rows - 1]
-    names = {node.name for node in chosen}
+
+    def interest(node: Node) -> tuple[int, float]:
+        # Of nodes in the same status, the latest.
+        return status_entry(node.status).rank, -(snapshot.times[node.name].final or 0.0)
+
+    names = {node.name for node in sorted(nodes, key=interest)[: rows - 1]}
     rest = Counter(str(node.status) for node in nodes if node.name not in names)
     counts = ", ".join(f"{count} {printable(status)}" for status, count in rest.most_common())
     line = Text(f"… {rest.total()} more: {counts}", style="dim", no_wrap=True, overflow="ellipsis")
     return [node for node in nodes if node.name in names], [line]
-
-
-def _interest(snapshot: Snapshot, node: Node) -> tuple[int, float]:
-    """Return a key that sorts by the ranks of statuses, and the latest ones first in each."""
-    return status_entry(node.status).rank, -(snapshot.times[node.name].final or 0.0)
 
 
 def _cell(text: str, style: str = "") -> Text:
@@ -159,36 +154,33 @@ def _summary(snapshot: Snapshot) -> list[Text]:
     return [*lines, result]
 
 
-class BatchProgress(logging.Handler):
+class BatchProgress:
     """Shows the progress on standard error: a bar on a terminal, otherwise a line at times.
 
     It also shows warnings of the log. An outage is one warning, however many requests fail in it.
     """
 
     def __init__(self, *, transient: bool = False) -> None:
-        super().__init__(logging.WARNING)
-        self._history: deque[tuple[float, int]] = deque()
-        self._printed_at = time.monotonic()
         console = Console(stderr=True)
-        columns = (BarColumn(), TextColumn("{task.description}"))
-        disable = not (sys.stderr.isatty() and console.is_interactive)
-        self._bar = Progress(*columns, console=console, disable=disable, transient=transient)
-        self._task = self._bar.add_task("starting", total=None)
+        self._bar = Progress(
+            BarColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            get_time=time.monotonic,
+            disable=not (sys.stderr.isatty() and console.is_interactive),
+            transient=transient,
+        )
+        self._bar.add_task("starting", total=None)
+        self._printed_at = time.monotonic()
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Show the bar, and the warnings of the log, in this context."""
-        log = logging.getLogger("promptlayer_exec")
+        """Show the bar in this context, and warnings from now on."""
+        show_warnings(self._warn)
         with nullcontext() if self._bar.disable else self._bar:
-            log.addHandler(self)
-            try:
-                yield
-            finally:
-                log.removeHandler(self)
+            yield
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Show a warning."""
-        text = printable(record.getMessage())
+    def _warn(self, text: str) -> None:
         if self._bar.disable:
             err(text)
         else:
@@ -200,27 +192,19 @@ class BatchProgress(logging.Handler):
 
     def show(self, status: BatchStatus) -> None:
         """Show the current status."""
-        now = time.monotonic()
-        self._history.append((now, status.finished))
-        while now - self._history[0][0] > _RATE_WINDOW:
-            self._history.popleft()
-        self._show(self._text(status), status.finished, status.total)
+        self._bar.update(self._bar.task_ids[0], total=status.total, completed=status.finished)
+        parts = [f"{status.finished}/{status.total} done", f"{status.running} running"]
+        parts += [f"{status.failed} failed"] * (status.failed > 0)
+        parts += [f"{status.unknown} unknown"] * (status.unknown > 0)
+        if speed := self._bar.tasks[0].speed:
+            parts.append(f"{speed:.1f}/s")
+            if remaining := status.total - status.finished:
+                parts.append(f"{duration(remaining / speed)} left")
+        self._show(", ".join(parts), status.finished, status.total)
 
     def _show(self, text: str, done: int, total: int) -> None:
-        self._bar.update(self._task, total=total, completed=done, description=text)
+        self._bar.update(self._bar.task_ids[0], total=total, completed=done, description=text)
         now = time.monotonic()
         if self._bar.disable and now - self._printed_at >= _LINE_INTERVAL:
             self._printed_at = now
             err(text)
-
-    def _text(self, status: BatchStatus) -> str:
-        parts = [f"{status.finished}/{status.total} done", f"{status.running} running"]
-        parts += [f"{status.failed} failed"] * (status.failed > 0)
-        parts += [f"{status.unknown} unknown"] * (status.unknown > 0)
-        (first, before), (last, after) = self._history[0], self._history[-1]
-        if after > before:
-            rate = (after - before) / (last - first)
-            parts.append(f"{rate:.1f}/s")
-            if remaining := status.total - status.finished:
-                parts.append(f"{duration(remaining / rate)} left")
-        return ", ".join(parts)

@@ -15,26 +15,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
-import anyio
-import anyio.to_thread
-import attrs
 import typer
+from anyio import create_task_group, to_thread
 
-from promptlayer_exec import Event
 from promptlayer_exec._integration import base_url as session_base_url
 from promptlayer_exec._integration import install_hint
-from promptlayer_exec.cli._arguments import BaseUrl, Host, NoPush, Outage, Port, parse_id, seconds
+from promptlayer_exec.cli import _arguments as arguments
 from promptlayer_exec.cli._exit import Misuse, Subject, command, listening, run_command
-from promptlayer_exec.cli._session import demo_session, open_session, retry_policy, show_warnings
-from promptlayer_exec.cli._text import err, out
+from promptlayer_exec.cli._text import err, out, show_warnings
 
 TOKEN = "PROMPTLAYER_EXEC_VIEW_TOKEN"  # noqa: S105 - the name of a variable
 _PAGE = """\
 <!doctype html>
 <meta charset="utf-8">
-<meta name="referrer" content="no-referrer">
 <meta http-equiv="refresh" content="0;url={url}">
-<title>Executions</title>
 <a href="{url}">Open the page</a>
 """
 # A start, and any other single request, ends before the client gives up, often after 60 s.
@@ -47,11 +41,11 @@ _CLOSE_TIME = 0.5
 async def view(
     execution_ids: Annotated[
         list[int] | None,
-        typer.Argument(metavar="ID", parser=parse_id, help="Ids of the executions."),
+        typer.Argument(metavar="ID", parser=arguments.parse_id, help="Ids of the executions."),
     ] = None,
     *,
-    host: Host = "127.0.0.1",
-    port: Port = 0,
+    host: arguments.Host = "127.0.0.1",
+    port: arguments.Port = 0,
     is_demo: Annotated[bool, typer.Option("--demo", help="Show simulated executions.")] = False,
     is_opened: Annotated[
         bool, typer.Option("--open", help="Open the page in your browser, too.")
@@ -62,8 +56,8 @@ async def view(
             "--history/--no-history", help="Remember executions for later visits, on this machine."
         ),
     ] = True,
-    base_url: BaseUrl = None,
-    outage: Outage = None,
+    base_url: arguments.BaseUrl = None,
+    outage: arguments.Outage = None,
 ) -> None:
     """Show executions in the browser, as they run.
 
@@ -82,20 +76,10 @@ async def view(
     try:
         import platformdirs  # noqa: PLC0415 - an extra
 
-        from promptlayer_exec.viewer import (  # noqa: PLC0415 - an extra
-            Address,
-            Board,
-            History,
-            listen,
-            serve,
-        )
+        from promptlayer_exec.viewer import Address, Board, History, listen, serve  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise Misuse(f"the viewer needs {install_hint('viewer')}") from error
     board: Board  # made once the session is open
-
-    def observe(event: Event) -> None:
-        board.observe(event)
-
     token = _token()
     show_warnings(err)
     async with AsyncExitStack() as stack:
@@ -105,14 +89,17 @@ async def view(
 
             simulator = await stack.enter_async_context(Simulator(log_requests=False))
             demo.add_demo_workflows(simulator)
-            session = demo_session(simulator, err)
+            session = arguments.demo_session(simulator, err)
             directory = Path(stack.enter_context(TemporaryDirectory()))
         else:
             directory = platformdirs.user_state_path("promptlayer-exec", appauthor=False)
-            retry = retry_policy(outage)
             # The page shows an error soon, and a person can try again.
-            retry = attrs.evolve(retry, outage=min(retry.outage, 10.0))
-            session = open_session(base_url, retry, observer=observe)
+            session = arguments.open_session(
+                base_url,
+                outage,
+                longest_retry=10.0,
+                observer=lambda event: board.observe(event),  # noqa: PLW0108 - made below
+            )
         await stack.enter_async_context(session)
         with listening(host, port):
             listener = stack.enter_context(listen(host, port))
@@ -129,7 +116,7 @@ async def view(
         url = f"{address.base_url}/#token={token}"
         _print_url(url, is_loopback=address.is_loopback)
         with suppress(asyncio.CancelledError):
-            async with anyio.create_task_group() as tasks:
+            async with create_task_group() as tasks:
                 if is_opened:
                     tasks.start_soon(open_in_browser, url, board.opened)
                 if is_demo:
@@ -157,9 +144,10 @@ def _print_url(url: str, *, is_loopback: bool) -> None:
     out(url)
 
 
-def simulate(
-    host: Host = "127.0.0.1",
-    port: Port = 8787,
+@command
+async def simulate(
+    host: arguments.Host = "127.0.0.1",
+    port: arguments.Port = 8787,
     webhook_url: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Post a signed webhook there when a run is complete."),
@@ -173,24 +161,22 @@ def simulate(
     """
     from promptlayer_exec.cli._demo import serve  # noqa: PLC0415 - slow to import
 
-    raise typer.Exit(run_command(serve(host, port, webhook_url), Subject()))
+    await serve(host, port, webhook_url)
 
 
 def mcp(
     workflows: Annotated[
         list[str],
         typer.Option(
-            "--workflow",
-            metavar="NAME",
-            help="Workflow that can be started, and no other; repeatable.",
+            "--workflow", metavar="NAME", help="The only workflow that can be started; repeatable."
         ),
     ] = [],  # noqa: B006 - Typer's way to declare a list
     *,
-    no_push: NoPush = False,
-    base_url: BaseUrl = None,
+    no_push: arguments.NoPush = False,
+    base_url: arguments.BaseUrl = None,
     outage: Annotated[
         float,
-        seconds(
+        arguments.seconds(
             "Maximum time to keep retrying while the server is unreachable or failing; short,"
             " because an MCP client waits only about a minute for an answer."
         ),
@@ -217,11 +203,8 @@ def mcp(
         except ModuleNotFoundError as error:
             raise Misuse(f"the MCP server needs {install_hint('mcp')}") from error
         show_warnings(err)
-        session = open_session(
-            base_url,
-            retry_policy(outage),
-            wait_timeout=_REQUEST_TIME,
-            no_push=no_push,
+        session = arguments.open_session(
+            base_url, outage, wait_timeout=_REQUEST_TIME, no_push=no_push
         )
         if sys.stdin.isatty():
             err("this is a server for MCP clients, which start it themselves; Ctrl-C ends it")
@@ -242,20 +225,14 @@ async def open_in_browser(url: str, opened: asyncio.Event) -> None:
     """Open a URL with the user's browser.
 
     A browser gets what it opens as an argument, which every user of the machine can read. So it
-    gets the name of a file that only this user can read, and that leads to the URL; the file is
-    deleted once the page is open.
-
-    Args:
-        url: the URL with its token.
-        opened: set once a page is open.
+    gets the name of a file that only this user can read, and that leads to the URL with its token;
+    the file is deleted once the page is `opened`.
     """
     with TemporaryDirectory(prefix="promptlayer-exec-") as directory:
         path = Path(directory) / "open.html"
         with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
             file.write(_PAGE.format(url=html.escape(url)))
-        is_open = await anyio.to_thread.run_sync(
-            webbrowser.open, path.as_uri(), abandon_on_cancel=True
-        )
+        is_open = await to_thread.run_sync(webbrowser.open, path.as_uri(), abandon_on_cancel=True)
         if not is_open:
             err("there is no browser that could be opened here: open the page yourself")
             return

@@ -1,23 +1,36 @@
-"""Text that is safe to print, and the standard streams that it is written to, line by line."""
+"""What commands write: safe text, warnings of the library, and the lines of an execution."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
+import logging
 import sys
-from typing import Any
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import attrs
 
 from promptlayer_exec import Node, NodeStatus, NodeTimes, Snapshot
 from promptlayer_exec._integration import error_text, printable
 
+if TYPE_CHECKING:
+    from promptlayer_exec.cli._live import LiveDisplay
+
 _PREVIEW = 200
+_MAX_NAME_WIDTH = 24
 _encoder = json.JSONEncoder(ensure_ascii=False)
 
 
 def shorten(text: str, limit: int = _PREVIEW) -> str:
     """Return the start of a text, with an ellipsis if characters were cut off."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def quoted(text: str, limit: int = 100) -> str:
+    """Return the start of a text, printable and in quotes."""
+    return f"'{shorten(printable(text), limit)}'"
 
 
 def preview(value: Any) -> str:
@@ -81,12 +94,8 @@ def final_count(snapshot: Snapshot) -> str:
 
 def prepare_streams() -> None:
     """Make the standard streams accept any text: characters that an encoding lacks are escaped."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # closed by what started the program
-            null = os.open(os.devnull, os.O_WRONLY)
-            setattr(sys, name, os.fdopen(null, "w", closefd=False))
-        elif isinstance(stream, io.TextIOWrapper):
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
@@ -98,3 +107,71 @@ def out(text: str) -> None:
 def err(text: str) -> None:
     """Write lines to standard error and flush it."""
     print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def show_warnings(write: Callable[[str], None], *, of: Collection[str] = ()) -> None:
+    """Write the library's warnings, or those `of` some modules, to the very end of the process.
+
+    Some come when a session is closed, such as the id of a run that nobody got.
+    """
+    logger = logging.getLogger("promptlayer_exec")
+    for earlier in logger.handlers[:]:
+        logger.removeHandler(earlier)
+    logger.addHandler(_Warnings(write, of))
+
+
+class _Warnings(logging.Handler):
+    def __init__(self, write: Callable[[str], None], of: Collection[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._write, self._of = write, of
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self._of or record.module in self._of:
+            self._write(printable(record.getMessage()))
+
+
+@attrs.define
+class LineDisplay:
+    """Writes what changes to standard output, as text or as JSON; warnings to standard error."""
+
+    _as_json: bool
+    _previous: Snapshot | None = attrs.field(init=False, default=None)
+
+    def waiting(self, _text: str) -> AbstractContextManager[None]:
+        """Return a context for the display."""
+        return nullcontext()
+
+    def warn(self, text: str) -> None:
+        """Write a problem."""
+        err(text)
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Write what changed since the last snapshot, and how the execution ended."""
+        is_first, changes = self._previous is None, snapshot.diff(self._previous)
+        self._previous = snapshot
+        if self._as_json:
+            if is_first or changes or snapshot.complete:
+                out(json.dumps(snapshot.to_dict()))
+            return
+        names = [len(printable(name)) for name in snapshot.nodes]
+        width = min(max(names, default=0), _MAX_NAME_WIDTH)
+        for node in (change.node for change in changes):
+            columns = f"{printable(node.name):<{width}}  {printable(node.status):<7}"
+            out(f"{snapshot.elapsed:7.1f} s  {columns}  {node_detail(node)}".rstrip())
+        if snapshot.complete:
+            out(result_line(snapshot))
+
+
+Display: TypeAlias = "LineDisplay | LiveDisplay"
+
+
+def choose_display(*, as_json: bool) -> Display:
+    """Return the display that suits standard output."""
+    if not as_json and sys.stdout.isatty():
+        from rich.console import Console  # noqa: PLC0415 - slow to import
+
+        from promptlayer_exec.cli._live import LiveDisplay  # noqa: PLC0415
+
+        if (console := Console()).is_interactive:
+            return LiveDisplay(console)
+    return LineDisplay(as_json)

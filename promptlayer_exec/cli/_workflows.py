@@ -1,12 +1,14 @@
-"""The commands `workflows` and `workflow`."""
+"""The commands `workflows` and `workflow`, and the drawing of a graph like `git log --graph`."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import aclosing, suppress
+from graphlib import CycleError, TopologicalSorter
 from typing import Annotated, Any, Literal
 
 import attrs
@@ -17,13 +19,18 @@ from rich.text import Text
 
 from promptlayer_exec import Workflow, WorkflowNode, WorkflowSummary
 from promptlayer_exec._integration import printable
-from promptlayer_exec.cli._arguments import BaseUrl, JsonLines, Label, Outage, Version, WorkflowName
+from promptlayer_exec.cli import _arguments as arguments
 from promptlayer_exec.cli._exit import Misuse, command
-from promptlayer_exec.cli._graph import draw, in_encoding
-from promptlayer_exec.cli._session import open_session, retry_policy
 from promptlayer_exec.cli._text import err, out, shorten
 
 _WIDEST_GRAPH = 0.5  # of the terminal
+NODE, OUTPUT = "●", "◎"
+# For terminals that have no box-drawing characters.
+ASCII = str.maketrans(f"{NODE}{OUTPUT}│├┤─╮╯╰", "*@|||-.'`")
+# Edges of the same origin share a lane: all nodes that depend on the same nodes hang off one.
+_Lane = frozenset[str]
+# Takes up the column of a node until its last edge has left it.
+_TAKEN: _Lane = frozenset()
 
 
 @command
@@ -32,9 +39,9 @@ async def workflows(
         Literal["created_at", "updated_at", "name", "id"], typer.Option(help="Field to sort by.")
     ] = "name",
     sort_order: Annotated[Literal["asc", "desc"], typer.Option(help="Order to sort in.")] = "asc",
-    as_json: JsonLines = False,
-    base_url: BaseUrl = None,
-    outage: Outage = None,
+    as_json: arguments.JsonLines = False,
+    base_url: arguments.BaseUrl = None,
+    outage: arguments.Outage = None,
 ) -> None:
     """List the workflows of the workspace.
 
@@ -52,7 +59,7 @@ async def workflows(
     for heading in ("Id", "Version", "Name", "Labels"):
         table.add_column(heading, overflow="fold")
     async with (
-        open_session(base_url, retry_policy(outage), err) as session,
+        arguments.open_session(base_url, outage, err) as session,
         aclosing(session.workflows(sort_by=sort_by, sort_order=sort_order)) as found,
     ):
         async for summary in found:
@@ -76,13 +83,13 @@ def _columns(summary: WorkflowSummary) -> tuple[str, str, str, str]:
 
 @command
 async def workflow(
-    workflow: WorkflowName,
+    workflow: arguments.WorkflowName,
     *,
-    label: Label = None,
-    version: Version = None,
+    label: arguments.Label = None,
+    version: arguments.Version = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write one line of JSON.")] = False,
-    base_url: BaseUrl = None,
-    outage: Outage = None,
+    base_url: arguments.BaseUrl = None,
+    outage: arguments.Outage = None,
 ) -> None:
     """Show what a workflow requires, its labels and its graph.
 
@@ -92,7 +99,7 @@ async def workflow(
     With --json, the workflow is written as one line of ASCII JSON with the keys "id", "name",
     "version", "labels", "required_inputs", "nodes", "edges" and "layers".
     """
-    async with open_session(base_url, retry_policy(outage), err) as session:
+    async with arguments.open_session(base_url, outage, err) as session:
         try:
             found = await session.workflow(workflow, label=label, version=version)
         except (TypeError, ValueError) as error:
@@ -168,3 +175,107 @@ def _details(found: Workflow, name: str) -> Text:
     if any(edge.conditional and edge.target == name for edge in found.edges):
         facts.append("conditional")
     return Text.assemble(printable(name), (f"  {', '.join(facts)}" if facts else "", "dim"))
+
+
+def in_encoding(line: str) -> str:
+    """Return a line of a graph in characters that standard output has."""
+    try:
+        line.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return line.translate(ASCII)
+    return line
+
+
+def draw(workflow: Workflow) -> list[tuple[str, str | None]]:
+    """Return the lines of the graph, each with the name of the node that is in it, if one is.
+
+    They are drawn from top to bottom. Nodes in a cycle, and those after them, are left out.
+    """
+    drawing = _Drawing(workflow)
+    for name in drawing.lanes_into:
+        drawing.add(name, OUTPUT if workflow.nodes[name].is_output_node else NODE)
+    return drawing.lines
+
+
+def _in_depth_order(workflow: Workflow) -> Iterator[str]:
+    """Yield each node after all that it depends on, and soon after the last of them."""
+    sorter = TopologicalSorter(dict.fromkeys(workflow.nodes, ()))
+    for name, node in workflow.nodes.items():
+        sorter.add(name, *workflow.nodes.keys() & node.dependencies)
+    with suppress(CycleError):  # it still has the nodes before a cycle
+        sorter.prepare()
+    stack = [*reversed(sorter.get_ready())]
+    while stack:
+        yield stack[-1]
+        sorter.done(stack.pop())
+        stack += reversed(sorter.get_ready())
+
+
+class _Drawing:
+    def __init__(self, workflow: Workflow) -> None:
+        self.lanes_into: dict[str, _Lane] = {
+            name: frozenset(workflow.nodes[name].dependencies).intersection(workflow.nodes)
+            for name in _in_depth_order(workflow)
+        }
+        self.lines: list[tuple[str, str | None]] = []
+        self._columns: list[_Lane | None] = []
+        self._targets_left = Counter(self.lanes_into.values())
+        self._lanes_from: dict[str, list[_Lane]] = {name: [] for name in self.lanes_into}
+        for lane in self._targets_left:
+            for name in lane:
+                self._lanes_from[name].append(lane)
+
+    def add(self, name: str, mark: str) -> None:
+        """Draw a node, and the edges that leave it."""
+        lane = self.lanes_into[name]
+        if not lane:
+            # Not right below another node: it would look as if it depended on that one.
+            above = self.lines[-1][0] if self.lines else ""
+            at = self._free_column()
+            while above[2 * at : 2 * at + 1].strip():
+                at = self._free_column(at + 1)
+            self._draw({at: mark}, name)
+        else:
+            column = self._columns.index(lane)
+            self._targets_left[lane] -= 1
+            if self._targets_left[lane]:
+                at = self._free_column(column + 1)
+                self._draw({column: "├", at: mark}, name)
+            else:
+                at = column
+                self._draw({at: mark}, name)
+        self._columns[at] = _TAKEN
+        leaving = self._lanes_from[name]
+        new = [it for it in leaving if it not in self._columns]
+        joined = [self._columns.index(it) for it in leaving if it in self._columns]
+        for lane in new[1:]:
+            column = self._free_column(at + 1)
+            self._draw({at: "├", column: "╮"})
+            self._columns[column] = lane
+        for index, column in enumerate(joined, 1):
+            goes_on = bool(new) or index < len(joined)
+            if column < at:
+                self._draw({column: "├", at: "┤" if goes_on else "╯"})
+            else:
+                self._draw({at: "├" if goes_on else "╰", column: "┤"})
+        self._columns[at] = new[0] if new else None
+        while self._columns and self._columns[-1] is None:
+            self._columns.pop()
+
+    def _free_column(self, start: int = 0) -> int:
+        for column in range(start, len(self._columns)):
+            if self._columns[column] is None:
+                return column
+        self._columns += [None] * (max(start, len(self._columns)) + 1 - len(self._columns))
+        return len(self._columns) - 1
+
+    def _draw(self, marks: Mapping[int, str], name: str | None = None) -> None:
+        """Add a line; marks in two columns are connected, behind the lanes between them."""
+        first, last = min(marks), max(marks)
+        text = ""
+        for column, lane in enumerate(self._columns):
+            is_between = first < column < last
+            passing = "─" if is_between else " "
+            text += marks.get(column) or (passing if lane is None else "│")
+            text += "─" if first <= column < last else " "
+        self.lines.append((text.rstrip(), name))

@@ -1,9 +1,8 @@
-"""The options `-i` and `--metadata`, and the parsing of their values."""
+"""The options `-i` and `--metadata`, the parsing of their values, and what is written."""
 
 from __future__ import annotations
 
-import io
-import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,7 @@ import pytest
 import typer
 
 from promptlayer_exec.cli._arguments import read_inputs, read_metadata
-
-
-@pytest.fixture
-def stdin(monkeypatch: pytest.MonkeyPatch) -> io.BytesIO:
-    """Return a buffer that replaces standard input."""
-    data = io.BytesIO()
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(data))
-    return data
+from promptlayer_exec.cli._text import duration, preview
 
 
 class TestInputs:
@@ -64,14 +56,6 @@ class TestInputs:
         inputs.write_text('{"n": 3, "letter": "\u65e5"}', encoding="utf-8")
         assert read_inputs([f"letter@{text}"]) == {"letter": "[1]\r\n"}
         assert read_inputs([f"@{inputs}"]) == {"n": 3, "letter": "日"}
-
-    def test_standard_input(self, stdin: io.BytesIO) -> None:
-        """The file name `-` stands for standard input."""
-        stdin.write(b'{"n": 3}')
-        stdin.seek(0)
-        assert read_inputs(["@-"]) == {"n": 3}
-        stdin.seek(0)
-        assert read_inputs(["letter@-"]) == {"letter": '{"n": 3}'}
 
     def test_the_last_value_of_a_key_wins(self, tmp_path: Path) -> None:
         """Inputs override those of an earlier file, and a file overrides earlier inputs."""
@@ -124,9 +108,28 @@ class TestMetadata:
         """Every value is text; the last value of a key wins."""
         assert read_metadata(["run=7", "a=b=@c", "run=8"]) == {"run": "8", "a": "b=@c"}
 
-    @pytest.mark.parametrize("argument", ["run", "=7", "run@file"])
-    def test_errors(self, argument: str) -> None:
-        """An argument that is not `KEY=TEXT` is refused."""
-        with pytest.raises(typer.BadParameter) as caught:
-            read_metadata([argument])
-        assert caught.value.param_hint == "'--metadata'"
+
+class TestText:
+    """What commands write."""
+
+    def test_preview_of_large_values(self) -> None:
+        """The preview of a large or deep value is one short line, made without the rest of it."""
+        deep: list[Any] = []
+        for _ in range(100_000):
+            deep = [deep]
+        values = ("x" * 10**7, list(range(10**6)), deep)
+        tracemalloc.start()
+        previews = [preview(value) for value in values]
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 10**6
+        assert [len(text) for text in previews] == [200, 200, 200]
+        assert [text[:3] + text[-1] for text in previews] == ['"xx…', "[0,…", "[[[…"]
+
+    @pytest.mark.parametrize(
+        ("seconds", "text"),
+        [(0, "0.0 s"), (59.94, "59.9 s"), (59.96, "1 min 00 s"), (3600, "1 h 00 min")],
+    )
+    def test_duration(self, seconds: float, text: str) -> None:
+        """Durations are written in seconds, minutes or hours."""
+        assert duration(seconds) == text

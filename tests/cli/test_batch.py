@@ -8,30 +8,25 @@ import os
 import pty
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 
 import promptlayer_exec
 from promptlayer_exec._install import install_hint
 from promptlayer_exec.cli import _live
-from promptlayer_exec.cli._app import app
-from promptlayer_exec.cli._batch import batch_app
 from promptlayer_exec.dbos import BatchStatus
 from promptlayer_exec.simulator import Fault, Scenario, SimNode, Simulator
 
-PROGRAM = [sys.executable, "-W", "error", "-m", "promptlayer_exec", "batch"]
 TIMEOUT = 45.0
 FIELDS = ["key", "execution_id", "succeeded", "output", "error", "started", "finished"]
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., Any]
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -50,50 +45,9 @@ def sim() -> Iterator[Simulator]:
 
 
 @pytest.fixture
-def start(sim: Simulator, tmp_path: Path) -> Iterator[Start]:
-    """Start commands in a temporary directory; end those that still run."""
-    processes = []
-
-    def start(*arguments: object, program: list[str] = PROGRAM, **options: Any) -> Any:
-        settings: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        process = subprocess.Popen(
-            [*program, *map(str, arguments)],
-            cwd=tmp_path,
-            env={
-                **os.environ,
-                "PROMPTLAYER_API_KEY": sim.api_key,
-                "PROMPTLAYER_BASE_URL": sim.base_url,
-                "XDG_STATE_HOME": str(tmp_path / "state"),
-            },
-            stdin=subprocess.DEVNULL,
-            text=True,
-            **(settings | options),
-        )
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
-@pytest.fixture
-def run(sim: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Run:
-    """Run a command in this process; return its exit code, standard output and standard error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setenv("PROMPTLAYER_BASE_URL", sim.base_url)
-    monkeypatch.setenv("PROMPTLAYER_API_KEY", sim.api_key)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            app(["batch", *map(str, arguments)], prog_name="promptlayer-exec")
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err, err
-        return int(end.value.code or 0), out, err
-
-    return run
+def run(call: Run) -> Run:
+    """Run a `batch` command in this process."""
+    return partial(call, "batch")
 
 
 def write(path: Path, *lines: object) -> Path:
@@ -174,16 +128,15 @@ def test_a_killed_run_is_continued(sim: Simulator, start: Start, run: Run, tmp_p
     out = tmp_path / "out.jsonl"
     lines = [{"key": f"k{n}", "inputs": {"n": n}} for n in range(30)]
     file = write(tmp_path / "night.jsonl", *lines)
-    command = ("run", file, "--workflow", "echo", "--out", out, "--max-in-flight", 10)
-    process = start(*command)
+    arguments = ("run", file, "--workflow", "echo", "--out", out, "--max-in-flight", 10)
+    command = start("batch", *arguments)
     while len(sim.runs) < 10:
         time.sleep(0.01)
-        assert process.poll() is None
-    process.kill()
-    process.communicate()
+        assert command.process.poll() is None
+    command.close()
     with out.open("a") as torn:
         torn.write('{"key": "k')
-    _code, _, err = run(*command)
+    _code, _, err = run(*arguments)
     assert "k" not in Counter(line["key"] for line in results(out))
     assert Counter(line["key"] for line in results(out)) == Counter(line["key"] for line in lines)
     assert max(Counter(run.inputs["n"] for run in sim.runs).values()) == 1
@@ -197,19 +150,19 @@ def test_an_interrupted_run_says_how_to_continue(
 ) -> None:
     """A started run is not started again; other processes see the status."""
     file = write(tmp_path / "night.jsonl", {"key": "a", "inputs": {}})
-    command = ("run", file, "--workflow", "held")
-    process = start(*command)
+    arguments = ("run", file, "--workflow", "held")
+    command = start("batch", *arguments)
     while sim.request_count < 2:
         time.sleep(0.01)
-        assert process.poll() is None
+        assert command.process.poll() is None
     assert run("status") == (
         0,
         "batch night: 1 item: 0 waiting, 1 running, 0 succeeded, 0 failed, 0 unknown\n",
         "",
     )
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 130
+    command.process.send_signal(signal.SIGINT)
+    code, _, err = command.end()
+    assert code == 130
     assert err.endswith(
         "interrupted; no item is lost: run the same command again to continue;"
         " `batch status` shows how far it is\n"
@@ -219,7 +172,7 @@ def test_an_interrupted_run_says_how_to_continue(
         " again, goes on\n"
     )
     sim.finish(sim.runs[0].execution_id, "Answer")
-    code, out, _ = run(*command)
+    code, out, _ = run(*arguments)
     assert (code, json.loads(out)["output"], len(sim.runs)) == (0, 1, 1)
     code, out, _ = run("status", "--json")
     assert json.loads(out) == {
@@ -232,6 +185,28 @@ def test_an_interrupted_run_says_how_to_continue(
         "total": 1,
         "workers": 0,
     }
+
+
+def test_an_interrupt_says_what_is_awaited(start: Start, gate: Any, tmp_path: Path) -> None:
+    """One line says so, and what to do; the run whose start was awaited is not started again."""
+    file = write(tmp_path / "night.jsonl", {"key": "a", "inputs": {}})
+    with Simulator(on_request=gate) as sim:
+        sim.add_workflow("done", Scenario([SimNode("Answer", 1, is_output_node=True)]))
+        run = partial(
+            start, "batch", "run", file, "--workflow", "done", PROMPTLAYER_BASE_URL=sim.base_url
+        )
+        command = run()
+        assert gate.reached.wait(TIMEOUT)
+        command.process.send_signal(signal.SIGINT)
+        assert command.error_line() == "batch night: 1 item\n"
+        said = "stopping: starts that were sent are still awaited (interrupt again to stop at once)"
+        assert command.error_line() == f"{said}\n"
+        gate.opened.set()
+        code, _, err = command.end()
+        assert (code, err.count("\n")) == (130, 1)
+        assert err.startswith("interrupted; no item is lost")
+        assert run().end()[0] == 0
+        assert len(sim.runs) == 1
 
 
 def test_invalid_lines_are_reported_with_their_numbers(run: Run, tmp_path: Path) -> None:
@@ -363,10 +338,10 @@ def test_a_file_that_is_refused_leaves_the_results_alone(run: Run, tmp_path: Pat
         (("run", "/dev/null"), "/dev/null is read twice: write the items to a regular file first"),
         (("run", "good", "--db", "nothing"), "database_url is not a URL"),
         (("run", "long"), "item key must be 1 to 1000 bytes of text"),
-        (("run", "good", "--rate", "inf"), "must be a number greater than 0"),
-        (("run", "good", "--rate", "0"), "must be a number greater than 0"),
-        (("status",), "there is no batch, because there is no database sqlite:///"),
-        (("status", "--name", "none", "--db", "sqlite:///empty"), "there is no batch 'none'"),
+        (("run", "good", "--rate", "inf"), "rate must be a finite number greater than 0"),
+        (("run", "good", "--rate", "0"), "rate must be a finite number greater than 0"),
+        (("status",), "there is no batch in sqlite:////"),
+        (("status", "--name", "none", "--db", "sqlite:///empty"), "there is no batch in sqlite"),
     ],
 )
 def test_usage_errors_are_exit_code_2(
@@ -498,7 +473,7 @@ def test_a_closed_standard_output_is_exit_code_141(start: Start, tmp_path: Path)
     """It stops the work on items that are still running, without a message."""
     items = [{"workflow": "echo", "inputs": {"n": n}} for n in range(2)]
     file = write(tmp_path / "night", *items, {"workflow": "held"})
-    process = start("run", file)
+    process = start("batch", "run", file).process
     process.stdout.close()
     assert process.wait(TIMEOUT) == 141
     assert process.stderr.read() == "batch night: 3 items\n"
@@ -519,10 +494,7 @@ def test_without_the_extra_the_error_says_what_to_install(
 def test_progress_has_the_rate_and_the_remaining_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without a terminal it is a line every ten seconds, also if nothing changes.
-
-    The rate is that of 30 seconds.
-    """
+    """Without a terminal it is a line every ten seconds, also if nothing changes."""
     now = 100.0
     monkeypatch.setattr(_live.time, "monotonic", lambda: now)
     progress = _live.BatchProgress()
@@ -533,22 +505,9 @@ def test_progress_has_the_rate_and_the_remaining_time(
         logging.getLogger("promptlayer_exec").warning("problem")
     assert capsys.readouterr().err.splitlines() == [
         "103/400 done, 7 running, 2 failed, 1 unknown, 10.0/s, 29.7 s left",
-        "103/400 done, 7 running, 2 failed, 1 unknown, 5.1/s, 58.5 s left",
+        "103/400 done, 7 running, 2 failed, 1 unknown, 10.0/s, 29.7 s left",
         "problem",
     ]
-
-
-def test_the_same_batch_is_found_from_every_directory(
-    sim: Simulator, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The default database is the user's own."""
-    file = write(tmp_path / "night.jsonl", {"workflow": "echo", "inputs": {"n": 1}})
-    assert run("run", file)[0] == 0
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert "1 already known" in run("run", file)[2]
-    assert len(sim.runs) == 1
-    assert (tmp_path / "state/promptlayer-exec").stat().st_mode & 0o777 == 0o700
 
 
 def test_results_that_the_database_does_not_know_are_not_run_again(
@@ -683,12 +642,14 @@ def test_what_did_not_succeed_has_a_command_that_goes_on(
 ) -> None:
     """Its options are those that were given, and --name where there are several batches."""
     file = write(tmp_path / "my night", {"workflow": "echo", "inputs": {"n": "bad"}})
-    hint = "failed: `batch retry --failed{} starts those again whose run failed or did not start"
+    hint = (
+        "failed: `batch retry --failed{0} starts those again whose run failed or did not start;"
+        " `batch recheck{0} asks again how runs ended, and starts nothing"
+    )
     assert run("run", file)[2].splitlines()[-1] == hint.format("`")
     _, out, err = run("status")
     assert out == "batch my night: 1 item: 0 succeeded, 1 failed, 0 unknown\n"
-    also = "; `batch recheck{} asks again how runs ended, and starts nothing\n"
-    assert err == (hint + also).format("`", "`")
+    assert err == hint.format("`") + "\n"
     assert run("status", "--json")[2] == ""
     named = " --name 'my night'`"
     assert run("work", "--name", "my night")[2].splitlines()[-1] == hint.format(named)
@@ -708,7 +669,8 @@ def test_what_did_not_succeed_has_a_command_that_goes_on(
 
 def test_a_batch_can_be_deleted(sim: Simulator, start: Start, run: Run, tmp_path: Path) -> None:
     """After a confirmation, and not while a worker works on it."""
-    process = start("run", write(tmp_path / "night.jsonl", {"workflow": "held", "inputs": {}}))
+    item = {"workflow": "held", "inputs": {}}
+    process = start("batch", "run", write(tmp_path / "night.jsonl", item)).process
     while not sim.runs:
         time.sleep(0.01)
         assert process.poll() is None
@@ -719,12 +681,12 @@ def test_a_batch_can_be_deleted(sim: Simulator, start: Start, run: Run, tmp_path
     assert process.wait(TIMEOUT) == 130
     code, _, err = run("delete")
     assert code == 2
-    what = r"batch night with 1 item \(1 (running|waiting)\) and all results"
-    assert re.fullmatch(f"to delete {what}, give --yes\n", err)
+    assert err.startswith("batch night: 1 item: ")
+    assert err.endswith("\nto delete this batch with all its results, give --yes\n")
     assert run("delete", "--yes") == (0, "", "deleted batch night with 1 item\n")
     for command in ("status", "list"):
         code, out, err = run(command)
-        assert (code, out) == (0, "")
+        assert (code, out) == (2, "")
         assert err.startswith("there is no batch in sqlite:////")
 
 
@@ -753,46 +715,24 @@ def test_deleting_is_asked_about_on_a_terminal(
         keyboard.write(typed)
         code, _, err = run("delete")
     question, _, rest = err.partition(" [y/N]:")
-    what = "batch night with 3 items (2 succeeded, 1 failed) and all results"
-    assert question == f"Delete {what}?"
+    what = "batch night: 3 items: 2 succeeded, 1 failed, 0 unknown"
+    assert question == f"{what}\nDelete this batch with all its results?"
     assert (code, rest.strip()) == ends_with
 
 
 def test_a_worker_waits_for_its_batch(run: Run, start: Start, tmp_path: Path) -> None:
     """It says what it waits for, and works once the batch is added."""
-    process = start("work", "--name", "night")
-    assert process.stderr.readline().startswith("waiting for batch 'night' in sqlite:////")
+    command = start("batch", "work", "--name", "night")
+    assert command.error_line().startswith("waiting for batch 'night' in sqlite:////")
     file = write(tmp_path / "night.jsonl", {"key": "a", "workflow": "echo", "inputs": {"n": 1}})
     assert run("run", file)[0] == 0
-    assert process.wait(TIMEOUT) == 0
+    assert command.end()[0] == 0
 
 
-def test_each_batch_command_shows_how_it_is_used(run: Run) -> None:
-    """Its help has an example."""
-    for command in batch_app.registered_commands:
-        code, out, _ = run(command.name, "--help")
-        assert code == 0
-        assert f"  promptlayer-exec batch {command.name}" in out
-
-
-def test_a_terminal_gets_a_bar(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_a_bar(terminal: Callable[..., Any], tmp_path: Path) -> None:
     """The bar shows how many items are done and how many failed."""
     lines = [{"inputs": {"n": "bad" if n == 3 else n}} for n in range(9)]
     file = write(tmp_path / "night.jsonl", *lines)
-    leader, follower = pty.openpty()
-    with ThreadPoolExecutor(1) as reader, os.fdopen(leader, "rb", 0) as shown_there:
-        text = reader.submit(_read_to_the_end, shown_there)
-        with os.fdopen(follower, "w") as terminal, monkeypatch.context() as patched:
-            patched.setattr(sys, "stderr", terminal)
-            patched.setenv("TERM", "xterm")
-            code, _, _ = run("run", file, "--workflow", "echo", "--out", "out")
-        assert code == 1
-        assert "9/9 done, 0 running, 1 failed" in text.result(TIMEOUT)
-
-
-def _read_to_the_end(terminal: IO[bytes]) -> str:
-    text = b""
-    with suppress(OSError):  # EIO: the other end is closed
-        while part := terminal.read(65536):
-            text += part
-    return text.decode()
+    code, text = terminal("batch", "run", file, "--workflow", "echo", "--out", "out").end()
+    assert code == 1
+    assert "9/9 done, 0 running, 1 failed" in text

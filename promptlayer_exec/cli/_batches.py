@@ -1,9 +1,8 @@
-"""The options that the `batch` commands share, and the batch that they name."""
+"""What the `batch` commands share: options, the batch that they name, and lines about it."""
 
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import shlex
 from collections.abc import Callable
@@ -23,17 +22,11 @@ from promptlayer_exec.cli._exit import Misuse
 from promptlayer_exec.cli._text import err
 
 if TYPE_CHECKING:
-    from promptlayer_exec.dbos import Batch
+    from promptlayer_exec.dbos import Batch, BatchStatus
 
 _SQLITE = "sqlite:///"
 _DEFAULT_RATE = 100.0
 _WAIT_INTERVAL = 1.0
-
-
-def _positive(value: float | None) -> float | None:
-    if value is not None and not 0 < value < math.inf:
-        raise typer.BadParameter("must be a number greater than 0")
-    return value
 
 
 def name_option(default: str) -> Any:
@@ -65,7 +58,6 @@ Rate = Annotated[
     float | None,
     typer.Option(
         metavar="PER_SECOND",
-        callback=_positive,
         help="Maximum requests per second, over all workers; stored with the batch. One worker"
         " sends at most 100.",
         show_default="as stored, at first 100",
@@ -74,8 +66,7 @@ Rate = Annotated[
 RestartUnknown = Annotated[
     bool,
     typer.Option(
-        "--restart-unknown",
-        help="Start unknown items again, at the risk of paying for them twice.",
+        "--restart-unknown", help="Start unknown items again, at the risk of paying for them twice."
     ),
 ]
 StopAfterFailures = Annotated[
@@ -88,8 +79,6 @@ StopAfterFailures = Annotated[
         show_default="never",
     ),
 ]
-
-
 SameServer = Annotated[
     bool,
     typer.Option(
@@ -98,8 +87,6 @@ SameServer = Annotated[
         " and workspace.",
     ),
 ]
-
-
 BatchOutage = Annotated[
     float,
     seconds(
@@ -123,68 +110,21 @@ async def working_batch(
 ) -> Batch:
     """Return a batch to work on, with the command's default for a rate that nobody has set."""
     session()  # reports a missing key before anything is stored
-    batch: Batch = dbos().Batch(name, session=session, rate=rate, **settings)
+    make = partial(dbos().Batch, name, session=session, **settings)
+    batch: Batch = make(rate=rate)
     await batch.check_server()
     if rate is None and (await batch.settings()).rate is None:
-        batch = dbos().Batch(name, session=session, rate=_DEFAULT_RATE, **settings)
+        batch = make(rate=_DEFAULT_RATE)
     return batch
 
 
 async def chosen_batch(
     name: str | None, database: str | None, base_url: str | None = None, **options: Any
 ) -> tuple[str, Batch]:
-    """Return the batch of that name, or the only one, with its name; its session stays closed."""
+    """Return the name of an existing batch, of the only one for None, and the batch."""
     chosen = choose(name, await names(database))
     session = partial(Session, base_url=base_url)
     return chosen, dbos().Batch(chosen, database_url=database, session=session, **options)
-
-
-def shown_database(database: str | None) -> str:
-    """Return the URL of the database, without its password."""
-    return printable(dbos().shown_database_url(database))
-
-
-def command_options(name: str | None, chosen: str, found: list[str], database: str | None) -> str:
-    """Return the options with which another command finds a batch, and which it needs for that.
-
-    `name` is the one that was given, and `found` are the batches in the database.
-    """
-    options = "" if name is None and len(found) == 1 else f" --name {shlex.quote(chosen)}"
-    if database and database != os.environ.get("PROMPTLAYER_EXEC_DB"):
-        options += f" --db {shlex.quote(shown_database(database))}"
-    return printable(options)
-
-
-async def names(database: str | None) -> list[str]:
-    """Return the names of the batches in a database, which has to exist."""
-    if not await _exists(database):
-        where = shown_database(database)
-        raise Misuse(f"there is no batch, because there is no database {where}")
-    found: list[str] = await dbos().batch_names(database)
-    return found
-
-
-async def wait_for_batch(name: str | None, database: str | None) -> str:
-    """Return the name of a batch as soon as it exists; the only one for None."""
-    for attempt in count():
-        found = await dbos().batch_names(database) if await _exists(database) else []
-        if name in found or (name is None and found):
-            break
-        if not attempt:
-            known = f"; there are {', '.join(map(printable, found))}" if found else ""
-            what = "a batch" if name is None else f"batch '{printable(name)}'"
-            err(f"waiting for {what} in {shown_database(database)}{known}")
-        await asyncio.sleep(_WAIT_INTERVAL)
-    return choose(name, found)
-
-
-async def _exists(database: str | None) -> bool:
-    """Return False for a file that does not exist: opening it would create it."""
-    url: str = dbos().shown_database_url(database)
-    path = url.removeprefix(_SQLITE)
-    with suppress(OSError):  # opening it says why
-        return path == url or await anyio.Path(path).exists()
-    return True
 
 
 def choose(name: str | None, found: list[str]) -> str:
@@ -193,6 +133,88 @@ def choose(name: str | None, found: list[str]) -> str:
         return found[0]
     if name in found:
         return name
-    known = ", ".join(map(printable, found)) or "none"
+    known = ", ".join(map(printable, found))
     what = "give --name" if name is None else f"there is no batch '{printable(name)}'"
     raise Misuse(f"{what}; batches in the database: {known}")
+
+
+async def names(database: str | None) -> list[str]:
+    """Return the names of the batches in a database, of which there must be one."""
+    found = await _find(database)
+    if not found:
+        raise Misuse(f"there is no batch in {shown_database(database)}")
+    return found
+
+
+async def _find(database: str | None) -> list[str]:
+    """Return the names of the batches; a file that does not exist has none, and is not created."""
+    url: str = dbos().shown_database_url(database)
+    path = url.removeprefix(_SQLITE)
+    with suppress(OSError):  # opening it says why
+        if path != url and not await anyio.Path(path).exists():
+            return []
+    found: list[str] = await dbos().batch_names(database)
+    return found
+
+
+async def wait_for_batch(name: str | None, database: str | None) -> str:
+    """Return the name of a batch as soon as it exists; the only one for None."""
+    for attempt in count():
+        found = await _find(database)
+        if name in found or (name is None and found):
+            break
+        if not attempt:
+            what = "a batch" if name is None else f"batch '{printable(name)}'"
+            others = f", which has {', '.join(map(printable, found))}" if found else ""
+            err(f"waiting for {what} in {shown_database(database)}{others}")
+        await asyncio.sleep(_WAIT_INTERVAL)
+    return choose(name, found)
+
+
+def shown_database(database: str | None) -> str:
+    """Return the URL of the database, without its password."""
+    return printable(dbos().shown_database_url(database))
+
+
+async def command_options(name: str | None, chosen: str, database: str | None) -> str:
+    """Return the options that another command needs to find a batch; `name` was given for it."""
+    is_only = name is None and len(await names(database)) == 1
+    options = "" if is_only else f" --name {shlex.quote(chosen)}"
+    if database and database != os.environ.get("PROMPTLAYER_EXEC_DB"):
+        options += f" --db {shlex.quote(shown_database(database))}"
+    return printable(options)
+
+
+def status_line(name: str, status: BatchStatus) -> str:
+    """Return the status of a batch as one line."""
+    open_parts = [f"{status.waiting} waiting", f"{status.running} running"]
+    parts = [f"{status.succeeded} succeeded", f"{status.failed} failed"]
+    parts.append(f"{status.unknown} unknown")
+    shown = parts if status.finished == status.total else open_parts + parts
+    return f"batch {printable(name)}: {item_count(status.total)}: {', '.join(shown)}"
+
+
+def item_count(count: int) -> str:
+    """Return `1 item`, `2 items` and so on."""
+    return f"{count} item" if count == 1 else f"{count} items"
+
+
+def hint_lines(status: BatchStatus, options: str) -> list[str]:
+    """Return a line for each kind of items without an output: the commands that go on with them."""
+    lines = []
+    if status.finished < status.total and not status.workers:
+        lines.append(
+            f"nobody works on the items that wait or are running: `batch work{options}`, or the"
+            " same `batch run` again, goes on"
+        )
+    if status.failed:
+        lines.append(
+            f"failed: `batch retry --failed{options}` starts those again whose run failed or did"
+            f" not start; `batch recheck{options}` asks again how runs ended, and starts nothing"
+        )
+    if status.unknown:
+        lines.append(
+            "unknown: these runs may have started and be billed: look in PromptLayer, then start"
+            f" them again with `batch retry --unknown{options}`, or leave them"
+        )
+    return lines
