@@ -379,7 +379,7 @@ async def test_a_wait_timeout_of_0_does_not_stop_the_loop(
     async with Session(sim.api_key, base_url=sim.base_url, wait_timeout=0.0) as session:
         working = asyncio.create_task(batch_of(session=session).work(until_done=False))
         async with asyncio.timeout(10):
-            while "item 'a' has to wait" not in caplog.text:  # noqa: ASYNC110 - a log has no event
+            while "item 'a' has no outcome yet" not in caplog.text:  # noqa: ASYNC110 - a log has no event
                 await asyncio.sleep(0.01)
         working.cancel()
         await asyncio.wait([working])

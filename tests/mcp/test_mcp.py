@@ -509,7 +509,7 @@ async def test_the_wait_of_a_run_ends_in_time(sim: Simulator, connect: Connect) 
         seen.append((progress, message))
 
     async with connect("slow") as client:
-        result = await client.call_tool("run_slow", {"timeout": 0.05}, progress_callback=record)
+        result = await client.call_tool("run_slow", {"timeout": 0.5}, progress_callback=record)
         assert result.structured_content["timed_out"]
         assert seen == [(0, "execution 1001: 0 of 1 nodes are final, running: 'Answer'")]
         (resource,) = (await client.list_resources()).resources
