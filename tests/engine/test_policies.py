@@ -93,6 +93,7 @@ def test_poll_fixed(every, view, chance):
         (24.0, 9, 10, 15.0, 0.8),  # the last node, for 15 s
         (27.0, 3, 4, 3.0, 0.4 * 9**0.25),  # the last node, and the others took 8 s each
         (10.0, 2, 2, 10.0, 0.8 * 11**0.25),  # all nodes are final, but it is not complete
+        (27.0, 3, 3, 3.0, 0.4 * 9**0.25),  # the same, after a change
         (1e6, 0, 10, 0.0, 5.0),
     ],
 )
